@@ -1,0 +1,1 @@
+"""Backends: what each can lower, and how."""

@@ -1,0 +1,224 @@
+"""Capture: Dynamo's graph and torch.export's graph come to one normal ATen form, parameters known by FQN.
+
+Normal form: functional pre-dispatch ATen; parameters and buffers are `get_attr` nodes named by their fully qualified name
+(FQN) that hold the user's own tensors; placeholders are run-time tensors (and SymInts that no tensor carries).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from qfx import graph
+from qfx.errors import UnsupportedError
+from qfx.trace import retrace
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph in normal form and how the caller's flat arguments feed it.
+
+    gm: the normal form.
+    inputs: for each placeholder its index among the caller's flat arguments.
+    params: FQN -> index among the caller's flat arguments (Dynamo's door; empty for torch.export's).
+    scalars: flat index -> value that the graph was specialised on; a caller must retrace when it changes.
+    mutations: output index -> flat index of the argument to copy it into. These outputs come first.
+    spec: how (args, kwargs) flatten, for torch.export's door.
+    """
+
+    gm: fx.GraphModule
+    inputs: tuple[int, ...]
+    params: dict[str, int] = field(default_factory=dict)
+    scalars: dict[int, float] = field(default_factory=dict)
+    mutations: dict[int, int] = field(default_factory=dict)
+    spec: pytree.TreeSpec | None = None
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The graph's inputs, in placeholder order, from a call `model(*args, **kwargs)` (torch.export's door)."""
+        flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        if self.spec is not None and spec != self.spec:
+            flat = _reordered(args, kwargs, self.spec)
+        return [flat[i] for i in self.inputs]
+
+
+def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
+    """Bring the graph that Dynamo hands to a backend to normal form.
+
+    `example_inputs` are the backend's example inputs; parameters among them are recognised by their source and keep their
+    identity. Raises UnsupportedError where a placeholder carries no example value.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    fakes = [_fake_of(n) for n in placeholders]
+    sources = [_source(n) for n in placeholders]
+    names = _static_names(sources, placeholders, example_inputs)
+    scalars = {i: float(v) for i, v in enumerate(example_inputs) if _is_wrapped_scalar(placeholders[i], v)}
+    traced, mutated = retrace(gm, fakes, {placeholders[i].name: v for i, v in scalars.items()})
+    inputs = {i: _input_name(sources[i], placeholders[i].name) for i in range(len(placeholders)) if i not in names}
+    return _normal(traced, inputs, {i: (name, example_inputs[i]) for i, name in names.items()}, mutated, scalars)
+
+
+def capture_export(
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic: bool = True
+) -> Captured:
+    """Export `model` on example inputs and bring it to normal form.
+
+    Every dimension of every tensor input may vary where the model allows it (`dynamic=True`). Raises UnsupportedError with
+    torch.export's reason where the model cannot be exported as one graph.
+    """
+    args, kwargs = tuple(args), dict(kwargs or {})
+    auto = torch.export.Dim.AUTO
+    shapes = pytree.tree_map(
+        lambda v: {d: auto for d in range(v.dim())} if isinstance(v, torch.Tensor) and v.dim() else None, (args, kwargs)
+    )
+    try:
+        ep = torch.export.export(
+            model, args, kwargs, dynamic_shapes=_by_parameter(model, shapes) if dynamic else None, strict=False
+        )
+    except Exception as error:
+        raise UnsupportedError(
+            f"expected a model that torch.export captures as one graph, found {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}; next step: pass example data that the forward accepts, or "
+            "compile it with torch.compile(model, backend='qfx'), which may break the graph"
+        ) from error
+    placeholders = [n for n in ep.graph.nodes if n.op == "placeholder"]
+    signature = ep.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    constants = signature.inputs_to_lifted_tensor_constants
+    tensors: dict[int, tuple[str, torch.Tensor]] = {}
+    own = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+    for i, node in enumerate(placeholders):
+        if node.name in named:
+            tensors[i] = (named[node.name], own[named[node.name]])
+        elif node.name in constants:
+            tensors[i] = (constants[node.name], ep.constants[constants[node.name]])
+    first = len(placeholders) - len(signature.user_inputs)
+    traced, mutated = retrace(ep.graph_module, [n.meta["val"] for n in placeholders])
+    inputs = {i: n.name for i, n in enumerate(placeholders) if i not in tensors}
+    captured = _normal(traced, inputs, tensors, mutated, {})
+    assert all(i >= first for i in captured.inputs), "an unnamed tensor among the lifted inputs"
+    return Captured(
+        gm=captured.gm,
+        inputs=tuple(i - first for i in captured.inputs),
+        mutations={o: i - first for o, i in captured.mutations.items()},
+        spec=ep.call_spec.in_spec,
+    )
+
+
+def _normal(
+    traced: fx.GraphModule,
+    inputs: dict[int, str],
+    tensors: dict[int, tuple[str, torch.Tensor]],
+    mutated: list[int],
+    scalars: dict[int, float],
+) -> Captured:
+    """Turn placeholders of static tensors into get_attr nodes and sizes into aten.sym_size nodes; give stable names."""
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    canonical = graph.tied_names(tensors)
+    for i, (_, tensor) in tensors.items():
+        graph.bind(traced, placeholders[i], canonical[i], tensor)
+    kept = {i: placeholders[i] for i in inputs}
+    graph.sizes_from_tensors(traced, [n for n in kept.values() if isinstance(n.meta.get("val"), torch.Tensor)])
+    graph.clean(traced)
+    for i, node in list(kept.items()):
+        if not node.users:
+            traced.graph.erase_node(node)
+            del kept[i]
+    for i, node in kept.items():
+        node.meta["qfx_name"] = inputs[i]
+    graph.parameters_at_first_use(traced)
+    graph.rename(traced)
+    for node in traced.graph.nodes:
+        node.meta["qfx_module"] = _module_path(node)
+    mutations = {o: i for o, i in enumerate(mutated)}
+    traced.meta["qfx_mutations"] = {
+        o: kept[i].name if i in kept else canonical.get(i, inputs.get(i, "")) for o, i in mutations.items()
+    }
+    traced.recompile()
+    return Captured(
+        gm=traced,
+        inputs=tuple(sorted(kept)),
+        params={canonical[i]: i for i in tensors},
+        scalars=scalars,
+        mutations=mutations,
+    )
+
+
+def _fake_of(node: fx.Node) -> Any:
+    value = node.meta.get("example_value", node.meta.get("val"))
+    if value is None:
+        raise UnsupportedError(f"expected an example value on graph input {node.name!r}, found none")
+    return value
+
+
+def _source(node: fx.Node) -> str:
+    argument = node.meta.get("grapharg")
+    source = getattr(argument, "source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
+_MODULE_STEP = re.compile(r"(?:\._modules\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]|\['([^']+)'\])")
+_STATIC = re.compile(r"^(.*)\._(?:parameters|buffers)\['([^']+)'\]$")
+
+
+def _static_names(sources: list[str], nodes: list[fx.Node], examples: Sequence[Any]) -> dict[int, str]:
+    """FQN of every placeholder that is a parameter or buffer. The root's own name is kept only where roots differ."""
+    found: dict[int, tuple[str, str]] = {}
+    for i, source in enumerate(sources):
+        match = _STATIC.match(source)
+        if match is None and not isinstance(examples[i], nn.Parameter):
+            continue
+        owner, leaf = match.groups() if match else (source, "")
+        root = re.match(r"^(?:[LG]\['([^']+)'\]|([\w.]+))", owner)
+        path = [next(p for p in m if p) for m in _MODULE_STEP.findall(owner[root.end() :] if root else owner)]
+        head = (root.group(1) or root.group(2)) if root else "value"
+        found[i] = (head, ".".join([*path, leaf] if leaf else path) or nodes[i].name)
+    several = len({head for head, _ in found.values()}) > 1
+    return {i: f"{head}.{fqn}" if several else fqn for i, (head, fqn) in found.items()}
+
+
+def _input_name(source: str, fallback: str) -> str:
+    source = re.sub(r"^L\['k?w?args'\](\[\d+\])?(?=\[')", "L", source)
+    words = re.findall(r"\['([^']+)'\]|\[(\d+)\]|\.([A-Za-z_]\w*)", source)
+    name = "_".join(next(w for w in word if w) for word in words if any(word))
+    return re.sub(r"\W", "_", name) or fallback
+
+
+def _is_wrapped_scalar(node: fx.Node, value: Any) -> bool:
+    """Under dynamic=True Dynamo passes Python floats as 0-dimensional f64 tensors and takes them out with item()."""
+    if not (isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype == torch.float64):
+        return False
+    return bool(node.users) and all(u.op == "call_method" and u.target == "item" for u in node.users)
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    return re.sub(r"\[(\d+)\]", r".\1", re.sub(r"^L\['[^']+'\]\.?", "", path)).strip(".")
+
+
+def _by_parameter(model: nn.Module, shapes: tuple[Any, Any]) -> Any:
+    """torch.export wants dynamic shapes as a mapping from parameter names where keyword arguments are given."""
+    args, kwargs = shapes
+    if not kwargs:
+        return args
+    return dict(inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments)
+
+
+def _reordered(args: Sequence[Any], kwargs: Mapping[str, Any], spec: pytree.TreeSpec) -> list[Any]:
+    want = spec.child(1).context if hasattr(spec, "child") else spec.children_specs[1].context
+    if set(want) != set(kwargs):
+        raise ValueError(
+            f"expected a batch with the inputs {sorted(want)}, found {sorted(kwargs)}; "
+            "next step: give every batch the same inputs as the first one"
+        )
+    return pytree.tree_leaves((tuple(args), {k: kwargs[k] for k in want}))

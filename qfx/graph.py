@@ -1,0 +1,197 @@
+"""Small edits and questions on a graph in normal form that every stage uses."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import _Namespace
+
+aten = torch.ops.aten
+
+# Operators that only assert or mark, and whose removal changes no value.
+_ASSERTS = {
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "_assert_async",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+}
+
+
+def get_tensor(root: nn.Module, fqn: str) -> torch.Tensor:
+    """The parameter, buffer or plain tensor that `fqn` names under `root`."""
+    *path, leaf = fqn.split(".")
+    module = root.get_submodule(".".join(path)) if path else root
+    value = getattr(module, leaf)
+    assert isinstance(value, torch.Tensor), f"{fqn} is {type(value).__name__}, not a tensor"
+    return value
+
+
+def set_tensor(root: nn.Module, fqn: str, tensor: torch.Tensor) -> None:
+    """Let `fqn` under `root` hold `tensor`; missing sub-modules are made. The former tensor object is not changed."""
+    *path, leaf = fqn.split(".")
+    module = root
+    for name in path:
+        child = getattr(module, name, None)
+        if child is None:
+            child = nn.Module()
+            setattr(module, name, child)
+        module = child
+    for store in (module._parameters, module._buffers):
+        store.pop(leaf, None)
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(leaf, tensor)
+    else:
+        module.__dict__.pop(leaf, None)
+        module.register_buffer(leaf, tensor)
+
+
+def tied_names(tensors: dict[int, tuple[str, torch.Tensor]]) -> dict[int, str]:
+    """One canonical FQN for tensors that share storage, shape and stride: the first name in order."""
+    names: dict[Any, str] = {}
+    result = {}
+    for i, (name, tensor) in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (id(tensor),)
+        result[i] = names.setdefault(key, name)
+    return result
+
+
+def bind(gm: fx.GraphModule, node: fx.Node, fqn: str, tensor: torch.Tensor) -> None:
+    """Replace a placeholder by a get_attr of `fqn`, which then holds `tensor` itself (no copy)."""
+    existing = next((n for n in gm.graph.nodes if n.op == "get_attr" and n.target == fqn), None)
+    if existing is None:
+        set_tensor(gm, fqn, tensor)
+        with gm.graph.inserting_before(node):
+            existing = gm.graph.create_node("get_attr", fqn)
+        existing.meta = dict(node.meta)
+    node.replace_all_uses_with(existing)
+    gm.graph.erase_node(node)
+
+
+def sizes_from_tensors(gm: fx.GraphModule, tensors: Iterable[fx.Node]) -> None:
+    """Read sizes from the tensors that carry them: SymInt placeholders are replaced by aten.sym_size.int nodes."""
+    carriers: dict[str, tuple[fx.Node, int]] = {}
+    for node in tensors:
+        for dim, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, torch.SymInt):
+                carriers.setdefault(str(size.node.expr), (node, dim))
+    symbols = [n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.SymInt)]
+    last = next((n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
+    for node in symbols:
+        carrier = carriers.get(str(node.meta["val"].node.expr))
+        if carrier is None or last is None or not node.users:
+            continue
+        with gm.graph.inserting_before(last):
+            size = gm.graph.call_function(aten.sym_size.int, carrier)
+        size.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(size)
+
+
+def clean(gm: fx.GraphModule) -> bool:
+    """Drop assertions and what nobody uses, get_attr nodes included. Placeholders stay. Says whether it changed."""
+    changed = False
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op in ("placeholder", "output"):
+            continue
+        name = getattr(node.target, "_opname", getattr(node.target, "__name__", ""))
+        if not node.users and (name in _ASSERTS or not node.is_impure() or node.op == "get_attr"):
+            gm.graph.erase_node(node)
+            changed = True
+    return changed
+
+
+def op_name(node: fx.Node) -> str:
+    """A short name of what a node does: `linear`, `add`, `getitem`, the FQN of a parameter, the name of an input."""
+    if node.op == "call_function":
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            return target._opname
+        return getattr(target, "__name__", str(target))
+    if node.op == "placeholder":
+        return str(node.meta.get("qfx_name", node.name))
+    return str(node.target)
+
+
+def parameters_at_first_use(gm: fx.GraphModule) -> None:
+    """Move each get_attr to just before its first user; placeholders come first."""
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    for node in [n for n in gm.graph.nodes if n.op == "get_attr" and n.users]:
+        min(node.users, key=order.__getitem__).prepend(node)
+
+
+def rename(gm: fx.GraphModule) -> None:
+    """Names by operator in graph order (`linear`, `linear_1`, ...), so that equal graphs print equally."""
+    gm.graph._graph_namespace = _Namespace()
+    taken: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            continue
+        base = re.sub(r"\W", "_", op_name(node)) or "value"
+        base = f"p_{base}" if node.op == "get_attr" else base
+        number = taken.get(base, 0)
+        taken[base] = number + 1
+        node.name = gm.graph._graph_namespace.create_name(f"{base}_{number}" if number else base, node)
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Is it a call of one of these functions?"""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def val(node: Any) -> Any:
+    """The fake value on a node, or the plain value itself."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+_WEIGHT_AT = {
+    "aten::linear": 1,
+    "aten::embedding": 0,
+    "aten::conv1d": 1,
+    "aten::conv2d": 1,
+    "aten::conv3d": 1,
+    "aten::convolution": 1,
+    "qfx::grouped_linear": 1,
+}
+_VIEWS = {"t", "transpose", "permute", "view", "reshape", "_unsafe_view", "alias", "detach", "contiguous", "clone"}
+
+
+def weight_of(node: fx.Node) -> fx.Node | None:
+    """The get_attr behind a linear-like node's weight, through transposes and reshapes; None where it is computed."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    at = _WEIGHT_AT.get(node.target._schema.name)
+    weight = node.args[at] if at is not None else None
+    while isinstance(weight, fx.Node) and weight.op == "call_function" and op_name(weight) in _VIEWS:
+        weight = weight.args[0]
+    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
+def fqn_of(node: fx.Node) -> str:
+    """What a node is called in recipes, plans and reports: its weight's FQN without '.weight', else module and operator."""
+    weight = weight_of(node)
+    if weight is not None:
+        return str(weight.target).removesuffix(".weight")
+    module = str(node.meta.get("qfx_module", ""))
+    return f"{module}.{op_name(node)}" if module else node.name
+
+
+def source_line(node: fx.Node) -> str:
+    """The user's source line that made a node: 'file.py:12: code', or ''."""
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return ""
+    lines = [line.strip() for line in str(trace).strip().splitlines()]
+    files = [i for i, line in enumerate(lines) if line.startswith('File "')]
+    if not files:
+        return lines[-1]
+    match = re.match(r'File "([^"]+)", line (\d+)', lines[files[-1]])
+    code = lines[files[-1] + 1] if files[-1] + 1 < len(lines) else ""
+    return f"{match.group(1)}:{match.group(2)}: {code}" if match else code
+
+
+GETITEM = operator.getitem
