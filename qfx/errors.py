@@ -1,0 +1,81 @@
+"""What qfx raises and warns, and how the messages are put together.
+
+`ValueError` is for the user's input, `UnsupportedError` for graphs that qfx cannot handle, `assert` for our own bugs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\s*\n\s*(?P<code>\S[^\n]*)')
+_LIBRARY_FRAME = re.compile(r"[\\/](site-packages|dist-packages|torch)[\\/]|^<")
+
+
+class UnsupportedError(RuntimeError):
+    """The graph holds something that qfx cannot handle as asked. Compose the message with `explain`."""
+
+
+class QfxWarning(UserWarning):
+    """Something was not done as asked; the message says what, why and the next step."""
+
+
+def explain(
+    what: str,
+    *,
+    expected: object = None,
+    found: object = None,
+    node: Node | str | None = None,
+    source: str | None = None,
+    next_step: str | None = None,
+) -> str:
+    """Compose a message: what is wrong, expected, found, the node, the user's source line, the next step.
+
+    Parts that are None are left out. `source` is taken from the node where it is not given.
+    """
+    lines = [what]
+    if expected is not None:
+        lines.append(f"  expected: {expected}")
+    if found is not None:
+        lines.append(f"  found: {found}")
+    if node is not None:
+        lines.append(f"  node: {node if isinstance(node, str) else _describe(node)}")
+        if source is None and not isinstance(node, str):
+            source = source_line(node)
+    if source is not None:
+        lines.append(f"  source: {source}")
+    if next_step is not None:
+        lines.append(f"  next step: {next_step}")
+    return "\n".join(lines)
+
+
+def source_line(node: Node) -> str | None:
+    """`file:line, in function: code` of the innermost frame of the user's code that made the node, or None."""
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return None
+    frames = list(_FRAME.finditer(trace))
+    if not frames:
+        return None
+    own = [frame for frame in frames if not _LIBRARY_FRAME.search(frame["file"])]
+    frame = (own or frames)[-1]
+    return f"{frame['file']}:{frame['line']}, in {frame['function']}: {frame['code'].strip()}"
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`did you mean 'x'?` for the valid name closest to `name`; where none is close, the list of valid names."""
+    names = sorted(valid)
+    by_lower = {candidate.lower(): candidate for candidate in names}
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {by_lower[close[0]]!r}?"
+    return f"valid: {', '.join(names)}" if names else "there are no valid names"
+
+
+def _describe(node: Node) -> str:
+    return f"%{node.name} = {node.op}[{node.target}]"

@@ -1,0 +1,267 @@
+"""The three ops of qfx and their reference kernels: linear, embedding, dequantize.
+
+    qfx::linear(x, w, w_scale, w_zero?, bias?, x_scale?, x_zero?, smooth?, x_format, w_format) -> Tensor
+    qfx::embedding(ids, w, w_scale, w_zero?, w_format, dim, dtype) -> Tensor
+    qfx::dequantize(w, w_scale, w_zero?, w_format, last_dim, dtype) -> Tensor
+
+Weights are the tensors of a `qfx.packing.Packed`. Inference only: outputs carry no gradient. Importing this module registers
+the ops with torch once per process; a second copy of the module finds them there and registers nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake
+
+from qfx.errors import explain
+from qfx.format import Format
+from qfx.numerics import QParams, effective_scale, fake_quantize, quantize, range_qparams, value_range
+from qfx.numerics import dequantize as dequantize_codes
+from qfx.packing import unpack_codes
+
+_SCHEMAS = {
+    "linear": "(Tensor x, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor? bias, Tensor? x_scale, Tensor? x_zero, "
+    "Tensor? smooth, str x_format, str w_format) -> Tensor",
+    "embedding": "(Tensor ids, Tensor w, Tensor w_scale, Tensor? w_zero, str w_format, int dim, ScalarType dtype) -> Tensor",
+    "dequantize": "(Tensor w, Tensor w_scale, Tensor? w_zero, str w_format, int last_dim, ScalarType dtype) -> Tensor",
+}
+_INTEGER_GRANULARITY = ("", "tok")
+
+
+@torch.no_grad()
+def linear(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor | None,
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero: Tensor | None,
+    smooth: Tensor | None,
+    x_format: str,
+    w_format: str,
+) -> Tensor:
+    """x [.., K] float times a packed weight [N, K]; returns [.., N] in x.dtype.
+
+    x_format "" leaves x in float (weight-only). smooth [K] divides x first. Integer formats with one scale for the tensor, per
+    channel or per token accumulate exactly: y = acc * x_scale * w_scale + bias. Others dequantize and multiply in f32.
+    """
+    wf = Format.parse(w_format)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(torch.float32)
+    codes = unpack_codes(w, wf, x.shape[-1])
+    if x_format and _exact(Format.parse(x_format), wf):
+        y = _integer_linear(rows, codes, w_scale, w_zero, x_scale, x_zero, smooth, Format.parse(x_format), wf)
+    else:
+        if x_format:
+            rows = _rounded_input(rows, Format.parse(x_format), x_scale, x_zero, smooth)
+        elif smooth is not None:
+            rows = rows / smooth
+        y = rows @ dequantize_codes(codes, wf, w_scale, w_zero).t()
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(x.dtype).reshape(*x.shape[:-1], w.shape[-2])
+
+
+@torch.no_grad()
+def embedding(
+    ids: Tensor, w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str, dim: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows `ids` (int32 or int64, any shape) of a packed table [V, dim]; returns [.., dim] in `dtype`."""
+    fmt = Format.parse(w_format)
+    flat = ids.reshape(-1)
+    codes = unpack_codes(w.index_select(0, flat), fmt, dim)
+    if fmt.block:  # one scale row serves M table rows
+        scale, zero = _gather_blocks(w_scale, flat, fmt), _gather_blocks(w_zero, flat, fmt)
+        fmt = Format(fmt.type, f"g{fmt.block[1]}", fmt.scale_type)
+    else:
+        scale, zero = _gather(w_scale, flat), _gather(w_zero, flat)
+    return dequantize_codes(codes, fmt, scale, zero, dtype).reshape(*ids.shape, dim)
+
+
+@torch.no_grad()
+def dequantize(
+    w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str, last_dim: int, dtype: torch.dtype
+) -> Tensor:
+    """A packed weight of any leading dimensions as floats [.., N, last_dim] in `dtype`; never a view of `w`."""
+    fmt = Format.parse(w_format)
+    values = dequantize_codes(unpack_codes(w, fmt, last_dim), fmt, w_scale, w_zero, dtype)
+    return values.clone() if values.data_ptr() == w.data_ptr() else values.contiguous()
+
+
+def int_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Exact a [M, K] @ b [N, K]^T of int8 codes, int32 [M, N]. K is below 2^17, so that no sum overflows."""
+    m, k = a.shape
+    on_gpu = a.device.type == "cuda"
+    if not on_gpu or (m > 16 and k % 8 == 0 and b.shape[0] % 8 == 0):
+        return torch._int_mm(a, b.t())
+    return (a.to(torch.float64) @ b.to(torch.float64).t()).to(torch.int32)
+
+
+def _exact(xf: Format, wf: Format) -> bool:
+    return (
+        xf.is_integer
+        and wf.is_integer
+        and xf.granularity in _INTEGER_GRANULARITY
+        and wf.granularity in ("", "ch")
+        and not xf.has_global_scale
+        and not wf.has_global_scale
+    )
+
+
+def _input_params(rows: Tensor, fmt: Format, scale: Tensor | None, zero: Tensor | None) -> QParams:
+    """Scale and zero point of the input: found from it where the format is dynamic, else those given."""
+    if fmt.dynamic:
+        return range_qparams(*value_range(rows, fmt, activation=True), fmt)
+    if scale is None or (fmt.has_zero and zero is None):
+        raise ValueError(
+            explain(
+                f"qfx::linear: static input format '{fmt}' has no {'scale' if scale is None else 'zero point'}",
+                expected="x_scale, and x_zero for u2..u8",
+                found="None",
+                next_step=f"calibrate the layer, or use '{fmt.type}/tok' to find the scale at run time",
+            )
+        )
+    return QParams(scale, zero)
+
+
+def _quantized_input(
+    rows: Tensor, fmt: Format, scale: Tensor | None, zero: Tensor | None, smooth: Tensor | None
+) -> tuple[Tensor, QParams]:
+    """Codes of the input and their parameters. A static scale is multiplied by `smooth`; a dynamic one sees x / smooth."""
+    if smooth is not None and fmt.dynamic:
+        rows = rows / smooth
+    params = _input_params(rows, fmt, scale, zero)
+    if smooth is None or fmt.dynamic:
+        return quantize(rows, fmt, params.scale, params.zero), params
+    per_element = Format(fmt.type)  # a scale per column broadcasts as it is
+    divisor = effective_scale(params.scale, params.zero, fmt) * smooth
+    return quantize(rows, per_element, divisor, params.zero), params
+
+
+def _rounded_input(
+    rows: Tensor, fmt: Format, scale: Tensor | None, zero: Tensor | None, smooth: Tensor | None
+) -> Tensor:
+    if fmt.is_plain or fmt.group or fmt.block or fmt.has_global_scale:
+        rows = rows if smooth is None else rows / smooth
+        if fmt.is_plain:
+            return fake_quantize(rows, fmt)
+        return fake_quantize(rows, fmt, *_input_params(rows, fmt, scale, zero))
+    codes, params = _quantized_input(rows, fmt, scale, zero, smooth)
+    return dequantize_codes(codes, fmt, params.scale, params.zero)
+
+
+def _integer_linear(
+    rows: Tensor,
+    codes: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero: Tensor | None,
+    smooth: Tensor | None,
+    xf: Format,
+    wf: Format,
+) -> Tensor:
+    """sum (qx - zx)(qw - zw) in int32, then one f32 scaling by x and one by w."""
+    qx, params = _quantized_input(rows, xf, x_scale, x_zero, smooth)
+    acc = _accumulate(qx, params.zero, xf, codes, w_zero, wf)
+    x_factor = params.scale.to(torch.float32)
+    w_factor = w_scale.to(torch.float32).reshape(1, -1)
+    return acc.to(torch.float32) * x_factor * w_factor
+
+
+def _accumulate(qx: Tensor, zx: Tensor | None, xf: Format, qw: Tensor, zw: Tensor | None, wf: Format) -> Tensor:
+    """Exact integer sums [M, N]. int32 while the greatest possible sum fits, else f64 (exact to 2^53)."""
+    k = qx.shape[-1]
+    if k * _reach(xf) * _reach(wf) >= 2**31:
+        a, b = _centred(qx, zx, torch.float64), _centred(qw, zw, torch.float64)
+        return a @ b.t()
+    a, a0 = _as_int8(qx, zx, xf)
+    b, b0 = _as_int8(qw, zw, wf)
+    acc = int_matmul(a, b)
+    if b0 is not None:
+        acc = acc - a.sum(-1, keepdim=True, dtype=torch.int32) * b0.reshape(1, -1)
+    if a0 is not None:
+        acc = acc - a0.reshape(-1, 1) * b.sum(-1, dtype=torch.int32)
+    if a0 is not None and b0 is not None:
+        acc = acc + k * a0.reshape(-1, 1) * b0.reshape(1, -1)
+    return acc
+
+
+def _reach(fmt: Format) -> int:
+    """The greatest |code - zero point|."""
+    return fmt.qmax if fmt.has_zero else -fmt.qmin
+
+
+def _as_int8(codes: Tensor, zero: Tensor | None, fmt: Format) -> tuple[Tensor, Tensor | None]:
+    """Codes as int8 with their int32 zero point: unsigned codes of 8 bits are shifted by 128."""
+    if not fmt.has_zero:
+        return codes, None
+    assert zero is not None, f"{fmt} needs a zero point"
+    shift = 128 if fmt.bits == 8 else 0
+    return (codes.to(torch.int16) - shift).to(torch.int8), zero.to(torch.int32) - shift
+
+
+def _centred(codes: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return codes.to(dtype) if zero is None else codes.to(dtype) - zero.to(dtype)
+
+
+def _gather(per_row: Tensor | None, ids: Tensor) -> Tensor | None:
+    """Rows of a tensor of scales; a scale of the whole tensor stays."""
+    if per_row is None or per_row.ndim == 0:
+        return per_row
+    return per_row[ids]
+
+
+def _gather_blocks(per_block: Tensor | None, ids: Tensor, fmt: Format) -> Tensor | None:
+    assert fmt.block is not None
+    return _gather(per_block, ids // fmt.block[0])
+
+
+def _linear_fake(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor | None,
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero: Tensor | None,
+    smooth: Tensor | None,
+    x_format: str,
+    w_format: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w.shape[-2]))
+
+
+def _embedding_fake(
+    ids: Tensor, w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str, dim: int, dtype: torch.dtype
+) -> Tensor:
+    return w.new_empty((*ids.shape, dim), dtype=dtype)
+
+
+def _dequantize_fake(
+    w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str, last_dim: int, dtype: torch.dtype
+) -> Tensor:
+    return w.new_empty((*w.shape[:-1], last_dim), dtype=dtype)
+
+
+def _register() -> Library | None:
+    """The library that holds the registrations, or None where another copy of this module made them."""
+    if hasattr(torch.ops.qfx, "linear"):
+        return None
+    library = Library("qfx", "FRAGMENT")  # type: ignore[no-untyped-call]
+    kernels: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+        "linear": (linear, _linear_fake),
+        "embedding": (embedding, _embedding_fake),
+        "dequantize": (dequantize, _dequantize_fake),
+    }
+    for name, (kernel, fake) in kernels.items():
+        library.define(name + _SCHEMAS[name])  # type: ignore[no-untyped-call]
+        library.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        register_fake(f"qfx::{name}", fake, lib=library)
+    return library
+
+
+_LIBRARY: Library | None = _register() or globals().get("_LIBRARY")
