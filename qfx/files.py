@@ -1,0 +1,179 @@
+"""Files that are whole or not there: every write goes to a temporary name, is flushed, and is then renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
+
+
+@contextmanager
+def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
+    """Write several files of one folder so that either all of them appear or none does.
+
+    Yields `stage(name) -> Path`, the temporary path to write to. At the end of the block each file is flushed to the disk
+    and then renamed, in the order of the calls; other files of the folder stay as they are. Where the block or a flush
+    fails, what was there before is unchanged. Raises OSError; where the disk is full its message says so.
+    """
+    root = Path(folder)
+    made = _make_folder(root)
+    paths: dict[str, Path] = {}
+    modes: dict[str, int] = {}
+
+    def stage(name: str) -> Path:
+        assert name == Path(name).name, f"a plain file name is needed, found {name!r}"
+        if name not in paths:
+            paths[name] = root / f".{name}.{secrets.token_hex(6)}.tmp"
+            paths[name].touch(exist_ok=False)
+            modes[name] = (root / name if (root / name).exists() else paths[name]).stat().st_mode & 0o777
+        return paths[name]
+
+    try:
+        yield stage
+        for path in paths.values():
+            _flush(path)
+        for name, path in paths.items():
+            path.chmod(modes[name])
+            os.replace(path, root / name)
+        _flush(root)
+    except BaseException as error:
+        for path in paths.values():
+            path.unlink(missing_ok=True)
+        if made is not None:
+            _remove_empty(root, made)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise _disk_full(error, root) from error
+        raise
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all. Raises OSError as `staged` does."""
+    target = Path(path)
+    with staged(target.parent) as stage:
+        stage(target.name).write_bytes(data)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` as UTF-8 to `path`, whole or not at all. Raises OSError as `staged` does."""
+    write_bytes(path, text.encode())
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors of any device, stride and sharing to `path`, whole or not at all. Raises OSError as `staged` does."""
+    target = Path(path)
+    with staged(target.parent) as stage:
+        dump_safetensors(stage(target.name), tensors, metadata)
+
+
+def dump_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file inside a `staged` block. Tensors that share memory are written once each.
+
+    Raises OSError where the file cannot be written (safetensors itself hides the error number).
+    """
+    try:
+        save_file(_separate(tensors), path, metadata=dict(metadata) if metadata else None)
+    except SafetensorError as error:
+        found = _RUST_ERRNO.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def read_safetensors(path: str | os.PathLike[str], sha256: str | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises FileNotFoundError where there is none, ValueError where it is truncated, no safetensors file, or where its
+    content is not that of `sha256`.
+    """
+    target = Path(path)
+    if not target.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such safetensors file", str(target))
+    if sha256 is not None and (found := sha256_file(target)) != sha256:
+        raise ValueError(
+            f"{target} was altered or is truncated ({target.stat().st_size} bytes)\n  expected: sha256 {sha256}\n"
+            f"  found: sha256 {found}\n  next step: copy the file again, or make it anew"
+        )
+    try:
+        return load_file(target)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{target} is truncated or no safetensors file ({target.stat().st_size} bytes): {error}\n"
+            "  next step: copy the file again, or make it anew"
+        ) from error
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hex sha256 of the content of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous CPU tensors, none of which shares memory with another (safetensors refuses both)."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        if storage in seen:
+            plain = plain.clone()
+        seen.add(storage)
+        separate[name] = plain
+    return separate
+
+
+def _make_folder(root: Path) -> Path | None:
+    """Make the folder with its parents; the topmost one that was made, None where it stood already."""
+    missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, "a folder is needed here, found a file", str(root)) from error
+    return missing[-1] if missing else None
+
+
+def _remove_empty(root: Path, top: Path) -> None:
+    """Remove the folders from `root` up to `top` as far as they are empty."""
+    with suppress(OSError):
+        for folder in (root, *root.parents):
+            folder.rmdir()
+            if folder == top:
+                return
+
+
+def _flush(path: Path) -> None:
+    """Flush a file or folder to the disk; folders that cannot be opened (Windows) are left to the system."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _disk_full(error: OSError, root: Path) -> OSError:
+    with suppress(OSError):
+        free = f", {shutil.disk_usage(root).free / 2**20:.1f} MiB free"
+        return OSError(
+            error.errno, f"the disk is full{free}; nothing was changed. Free some space and save again", str(root)
+        )
+    return OSError(error.errno, "the disk is full; nothing was changed. Free some space and save again", str(root))

@@ -1,0 +1,114 @@
+"""The recipes that have a name."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from qfx.recipe import Recipe, Rule
+
+_EMBEDDING = {"target": "embedding", "w": "i8/ch"}
+_ATTENTION = r"re:(?i)(.*\.)?[^.]*(attn|attention)[^.]*\."
+_MLP = (
+    r"re:(.*\.)?(gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2|c_fc|dense_h_to_4h|dense_4h_to_h|lin1|lin2|wi|wi_0|wi_1|wo"
+    r"|w1|w2|w3|intermediate\.dense|(layer|layers|block|blocks|h)\.\d+\.output\.dense"
+    r"|(mlp|ffn|feed_forward|feedforward)\.[^.]+)$"
+)
+
+
+def _weights(fmt: str, *kinds: str) -> list[dict[str, str]]:
+    return [{"target": kind, "w": fmt} for kind in kinds]
+
+
+def _both(x: str, w: str, *kinds: str) -> list[dict[str, str]]:
+    return [{"target": kind, "x": x, "w": w} for kind in kinds]
+
+
+_STATIC = [*_both("u8", "i8/ch", "linear", "experts", "conv"), _EMBEDDING]
+
+_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people, the fields
+    "w8a8": (
+        "8-bit weights per channel, 8-bit activations per token; needs no data",
+        {"rules": [*_both("i8/tok", "i8/ch", "linear", "experts"), *_both("i8/dyn", "i8/ch", "conv"), _EMBEDDING]},
+    ),
+    "w8a8-static": ("8-bit weights per channel, 8-bit activations with fixed scales; needs data", {"rules": _STATIC}),
+    "w8a8-smooth": (
+        "w8a8-static after SmoothQuant with searched strength; needs data",
+        {"rules": _STATIC, "rewrites": ("smooth",), "smooth_alpha": "search"},
+    ),
+    "w8a16": (
+        "8-bit weights per channel, float activations",
+        {"rules": [*_weights("i8/ch", "linear", "experts", "conv"), _EMBEDDING]},
+    ),
+    "w4a16": (
+        "4-bit weights in groups of 128 (8-bit embeddings), float activations",
+        {"rules": [*_weights("i4/g128", "linear", "experts"), _EMBEDDING]},
+    ),
+    "w4a8": (
+        "4-bit weights per channel (8-bit embeddings), 8-bit activations per token",
+        {"rules": [*_both("i8/tok", "i4/ch", "linear", "experts"), _EMBEDDING]},
+    ),
+    "nf4": (
+        "4-bit normal-float weights in groups of 64 (8-bit embeddings), float activations",
+        {"rules": [*_weights("nf4/g64", "linear", "experts"), _EMBEDDING]},
+    ),
+    "fp8": (
+        "8-bit float weights per channel and activations per token (8-bit embeddings)",
+        {"rules": [*_both("f8e4m3/tok", "f8e4m3/ch", "linear", "experts"), _EMBEDDING]},
+    ),
+    "mxfp4": (
+        "OCP MXFP4 weights: 4-bit floats, groups of 32 with power-of-two scales (8-bit embeddings), float activations",
+        {"rules": [*_weights("f4e2m1/g32/e8m0", "linear", "experts"), _EMBEDDING]},
+    ),
+    "nvfp4": (
+        "NVFP4 weights: 4-bit floats, groups of 16 with 8-bit float scales (8-bit embeddings), float activations",
+        {"rules": [*_weights("f4e2m1/g16/e4m3", "linear", "experts"), _EMBEDDING]},
+    ),
+    "mixed": (
+        "by layer type, told by common names: MLP weights 4-bit in groups of 128, other linears w8a8, embeddings float",
+        {
+            "rules": [
+                *_both("i8/tok", "i8/ch", "linear"),
+                {"target": _MLP, "x": "none", "w": "i4/g128"},
+                {"target": _ATTENTION, "x": "i8/tok", "w": "i8/ch"},
+                {"target": "embedding", "w": "none"},
+                {"target": "experts", "x": "none", "w": "i4/g128"},
+                {"target": "conv", "x": "none", "w": "none"},
+            ]
+        },
+    ),
+}
+
+UNAVAILABLE: dict[str, str] = {  # names that are kept free: why they cannot be had
+    "w4a16-gptq": "GPTQ rounding is missing",
+    "w4a16-awq": "AWQ scaling is missing",
+    "w4a16-hqq": "HQQ rounding is missing",
+    "w3a16-gptq": "GPTQ rounding is missing",
+    "w2a16-gptq": "GPTQ rounding is missing",
+    "int8-outliers": "splitting off outlier channels (LLM.int8) is missing",
+    "heads": "planning bits per attention head is missing",
+    "heads-top30": "planning bits per attention head is missing",
+    "kv8": "the quantized key-value cache is missing",
+    "kv4": "the quantized key-value cache is missing",
+    "kv-k4v2": "the quantized key-value cache is missing",
+    "kv-heads": "the quantized key-value cache is missing",
+}
+
+
+@lru_cache(maxsize=1)
+def _built() -> dict[str, Recipe]:
+    built = {}
+    for name, (_, fields) in _PRESETS.items():
+        rules = tuple(Rule(**rule) for rule in fields["rules"])
+        built[name] = Recipe(**{**fields, "name": name, "rules": rules})
+    return built
+
+
+def presets() -> dict[str, Recipe]:
+    """Every preset by name, in a new dictionary."""
+    return dict(_built())
+
+
+def descriptions() -> dict[str, str]:
+    """One line about each preset, by name."""
+    return {name: line for name, (line, _) in _PRESETS.items()}
