@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -79,3 +80,17 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 def _describe(node: Node) -> str:
     return f"%{node.name} = {node.op}[{node.target}]"
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that did not get what was asked: the node's FQN, the reason, what to do next, the user's source line."""
+
+    node: str
+    reason: str
+    next_step: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        place = f" (at {self.where})" if self.where else ""
+        return f"{self.node}: {self.reason}{place}; next step: {self.next_step}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -172,26 +171,20 @@ def weight_of(node: fx.Node) -> fx.Node | None:
 
 
 def fqn_of(node: fx.Node) -> str:
-    """What a node is called in recipes, plans and reports: its weight's FQN without '.weight', else module and operator."""
-    weight = weight_of(node)
-    if weight is not None:
-        return str(weight.target).removesuffix(".weight")
+    """What a node is called in recipes, plans and reports: its weight's FQN without '.weight', else module and operator.
+
+    A tied weight is called by the module that uses it: the `lm_head` that reads the embedding's table is `lm_head`.
+    """
     module = str(node.meta.get("qfx_module", ""))
-    return f"{module}.{op_name(node)}" if module else node.name
+    weight = weight_of(node)
+    if weight is None:
+        return f"{module}.{op_name(node)}" if module else node.name
+    name = str(weight.target)
+    owner = name.rpartition(".")[0]
+    if module and not _nested(owner, module) and not _nested(module, owner):
+        return module
+    return name.removesuffix(".weight")
 
 
-def source_line(node: fx.Node) -> str:
-    """The user's source line that made a node: 'file.py:12: code', or ''."""
-    trace = node.meta.get("stack_trace")
-    if not trace:
-        return ""
-    lines = [line.strip() for line in str(trace).strip().splitlines()]
-    files = [i for i, line in enumerate(lines) if line.startswith('File "')]
-    if not files:
-        return lines[-1]
-    match = re.match(r'File "([^"]+)", line (\d+)', lines[files[-1]])
-    code = lines[files[-1] + 1] if files[-1] + 1 < len(lines) else ""
-    return f"{match.group(1)}:{match.group(2)}: {code}" if match else code
-
-
-GETITEM = operator.getitem
+def _nested(inner: str, outer: str) -> bool:
+    return not outer or inner == outer or inner.startswith(f"{outer}.")
