@@ -1,0 +1,99 @@
+"""Imports go one way: a file may import its own layer and those below it."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Lowest first; every module of qfx stands in exactly one layer.
+LAYERS = (
+    ("qfx.errors", "qfx.format", "qfx.text", "qfx.files"),
+    ("qfx.annotation", "qfx.numerics", "qfx.packing", "qfx.rounding", "qfx.ops", "qfx.float_ops", "qfx.measure"),
+    ("qfx.graph", "qfx.trace", "qfx.capture", "qfx.run", "qfx.verify", "qfx.plan", "qfx.recipe", "qfx.presets"),
+    ("qfx.passes",),
+    ("qfx.backends",),
+    ("qfx.report", "qfx.compile", "qfx.quantize", "qfx.save", "qfx.data", "qfx.hub"),
+    ("qfx.compare", "qfx.cli"),
+)
+
+
+def _sources() -> dict[str, Path]:
+    """Module name -> file, of everything that ships."""
+    found = {}
+    for folder, package in (("qfx", "qfx"), ("passes", "qfx.passes"), ("backends", "qfx.backends")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return found
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    """Names of the modules that the code imports; `from a import b` counts as a and as a.b."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import of {node.module!r}: write the full name"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _layer(module: str) -> int | None:
+    for height, names in enumerate(LAYERS):
+        if any(module == name or module.startswith(f"{name}.") for name in names):
+            return height
+    return None
+
+
+def _upward(module: str, source: str) -> list[str]:
+    """What a module imports from layers above its own."""
+    own = _layer(module)
+    assert own is not None, f"{module} stands in no layer; add it to LAYERS"
+    return sorted(name for name in _imported(ast.parse(source)) if (_layer(name) or 0) > own)
+
+
+@pytest.mark.parametrize("module", [name for name in _sources() if name != "qfx"])
+def test_imports_only_go_down(module: str) -> None:
+    assert _upward(module, _sources()[module].read_text(encoding="utf-8")) == []
+
+
+def test_an_upward_import_is_found() -> None:
+    assert _upward("qfx.format", "from qfx.cli import main") == ["qfx.cli", "qfx.cli.main"]
+    assert _upward("qfx.passes.fold", "def f():\n    import qfx.backends.onnx") == ["qfx.backends.onnx"]
+    assert _upward("qfx.cli", "import qfx.format") == []
+
+
+@pytest.mark.parametrize("folder", ["qfx", "passes", "backends", "tests", "examples"])
+def test_no_file_imports_the_top_level_copies(folder: str) -> None:
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        roots = {name.split(".")[0] for name in _imported(ast.parse(path.read_text(encoding="utf-8")))}
+        assert roots.isdisjoint({"passes", "backends"}), path
+
+
+def test_each_package_is_loaded_once() -> None:
+    import qfx.backends
+    import qfx.passes
+
+    assert {"passes", "backends"}.isdisjoint(sys.modules)
+    for package, folder in ((qfx.passes, "passes"), (qfx.backends, "backends")):
+        assert Path(str(package.__file__)).resolve().parent == ROOT / folder
+
+
+def test_pyproject_lists_every_package() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    packages = {name for name, path in _sources().items() if path.name == "__init__.py"}
+    assert set(settings["packages"]) == packages
+    for package in packages - {"qfx"} - {name for name in packages if name.startswith("qfx.cli")}:
+        assert settings["package-dir"][package] == package.removeprefix("qfx.").replace(".", "/")
+
+
+def test_links_lead_to_the_folders() -> None:
+    for folder in ("passes", "backends"):
+        assert (ROOT / "qfx" / folder).resolve() == ROOT / folder
