@@ -35,7 +35,7 @@ def get(node: Node) -> dict[str, Format | PerHead]:
     return {role: _parse(stored[role], role, node) for role in ALL_ROLES if role in stored}
 
 
-def set(node: Node, role: str, fmt: Format | Sequence[Format]) -> None:
+def set(node: Node, role: str, fmt: Format | Sequence[Format]) -> None:  # noqa: A001
     """Write the format of one role, or one format per head. Other roles stay; other nodes never see the change.
 
     Raises ValueError for an unknown role, for what is no Format and for an empty list of heads.

@@ -24,9 +24,9 @@ _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
     """Write several files of one folder so that either all of them appear or none does.
 
-    Yields `stage(name) -> Path`, the temporary path to write to. At the end of the block each file is flushed to the disk
-    and then renamed, in the order of the calls; other files of the folder stay as they are. Where the block or a flush
-    fails, what was there before is unchanged. Raises OSError; where the disk is full its message says so.
+    Yields `stage(name) -> Path`, the temporary path to write to. At the end of the block each file is flushed to the
+    disk and then renamed, in the order of the calls; other files of the folder stay as they are. Where the block or a
+    flush fails, what was there before is unchanged. Raises OSError; where the disk is full its message says so.
     """
     root = Path(folder)
     made = _make_folder(root)
@@ -74,7 +74,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors of any device, stride and sharing to `path`, whole or not at all. Raises OSError as `staged` does."""
+    """Write tensors of any device, stride and sharing to `path`, whole or not at all. Raises OSError as `staged`."""
     target = Path(path)
     with staged(target.parent) as stage:
         dump_safetensors(stage(target.name), tensors, metadata)

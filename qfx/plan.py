@@ -1,4 +1,4 @@
-"""Plan: what qfx decided for one model. A folder of `plan.json` and `plan.safetensors`; read, compared, resumed, reused."""
+"""Plan: what qfx decided for one model. A folder of `plan.json` and `plan.safetensors`; saved, resumed, reused."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Plan:
     recipe: what was asked. fingerprint, signature: of the model (see `fingerprint`, `signature`). versions: of torch,
     qfx, Python. annotations: FQN -> role -> Format text, or a list of texts, one per head. rewrites: JSON-able records
     in the order of application, such as {"name": "smooth", "norm": FQN, "linears": [FQN], "factor": key of `tensors`}.
-    tensors: "<FQN>/x_scale", "<FQN>/x_zero", "<FQN>/smooth", ... sensitivities: JSON-able. notes: what was warned about.
+    tensors: "<FQN>/x_scale", "<FQN>/x_zero", "<FQN>/smooth", ... sensitivities: JSON-able. notes: what was warned of.
     """
 
     recipe: Recipe
     fingerprint: str = ""
     signature: dict[str, str] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: versions())
+    versions: dict[str, str] = field(default_factory=lambda: versions())  # noqa: PLW0108 (defined below)
     annotations: dict[str, dict[str, str | list[str]]] = field(default_factory=dict)
     rewrites: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -74,8 +74,10 @@ class Plan:
         return {role: _formats(text) for role, text in self.annotations.get(fqn, {}).items()}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `plan.json` and `plan.safetensors`, both or neither. Raises ValueError for what is not JSON-able or no
-        valid format, OSError where the disk does not take it."""
+        """Write `plan.json` and `plan.safetensors`, both or neither.
+
+        Raises ValueError for what is not JSON-able or no valid format, OSError where the disk does not take it.
+        """
         _check_annotations(self.annotations, "the plan")
         fields = {"format": "qfx-plan", "version": VERSION, "tensor_sha256": ""} | self._fields()
         _to_json(fields)
@@ -86,8 +88,11 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """The plan of a folder, or of the `plan.json` in it. Raises FileNotFoundError where a file is missing, ValueError
-        where one is truncated, was altered, has unknown keys or comes from a later version."""
+        """The plan of a folder, or of the `plan.json` in it.
+
+        Raises FileNotFoundError where a file is missing, ValueError where one is truncated, was altered, has unknown
+        keys or comes from another version.
+        """
         file = Path(path)
         file = file / _JSON if file.is_dir() or file.suffix != ".json" else file
         fields = _read_json(file)
@@ -209,14 +214,13 @@ def _digest(found: Mapping[str, str]) -> str:
 
 
 def _signature_diff(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    lines = [f"{name} is missing" for name in expected if name not in found]
-    lines += [f"{name} is new" for name in found if name not in expected]
+    lines = []
     for name in expected:
         if name in found and expected[name] != found[name]:
-            shapes = [side[name].rpartition(" ")[0] for side in (expected, found)]
-            same = shapes[0] == shapes[1]
-            lines.append(f"{name} has other content" if same else f"{name} was {shapes[0]}, is {shapes[1]}")
-    return lines
+            was, now = (side[name].rpartition(" ")[0] for side in (expected, found))
+            lines.append(f"{name} has other content" if was == now else f"{name} was {was}, is {now}")
+    lines += [f"{name} is missing" for name in expected if name not in found]
+    return lines + [f"{name} is new" for name in found if name not in expected]
 
 
 def _shorten(lines: list[str]) -> str:

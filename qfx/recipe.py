@@ -3,7 +3,7 @@
     Recipe(name="mine", rules=(
         Rule(target="linear", x="i8/tok", w="i8/ch"),         # an op kind
         Rule(target="*.lm_head", w="f32", x="none"),          # a glob over fully qualified names; the later rule wins
-        Rule(target="re:.*layers\\.0\\.", w="none"),           # a regular expression, matched from the start of the name
+        Rule(target="re:.*layers\\.0\\.", w="none"),           # a regular expression, matched from the start
     ))
 
 A format "none" leaves a role in its own precision; a role that a rule does not name keeps what earlier rules gave it.
@@ -90,9 +90,9 @@ def _plain(kind: str, error: ValidationError) -> str:
 class Rule(_Strict):
     """Formats for the nodes that a target matches: an op kind, a name or glob of names, or `re:<regex>`.
 
-    Roles: x input activation, w weight, y output, q k v p of attention (p: the softmax's result). Each is a format text,
-    "none" (leave it in its own precision) or None (say nothing about it). Raises ValueError for bad formats and targets,
-    and for roles that the op kind does not have.
+    Roles: x input activation, w weight, y output, q k v p of attention (p: the softmax's result). Each is a format
+    text, "none" (leave it in its own precision) or None (say nothing about it). Raises ValueError for bad formats and
+    targets, and for roles that the op kind does not have.
     """
 
     target: Target
@@ -313,9 +313,10 @@ def _from_file(path: Path) -> Recipe:
         raise ValueError(f"a recipe file ends in {', '.join(_SUFFIXES)}, found {str(path)!r}")
     text = path.read_text(encoding="utf-8")
     try:
-        fields = (
-            json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else yaml.load(text, _UniqueLoader)
-        )
+        if path.suffix == ".json":
+            fields = json.loads(text, object_pairs_hook=_unique)
+        else:
+            fields = yaml.load(text, _UniqueLoader)  # noqa: S506 (a SafeLoader)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if isinstance(fields, Mapping):

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from qfx import files
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_text_and_bytes(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "a" / "b" / "t.txt", "grün\n")
+    files.write_bytes(tmp_path / "a" / "b" / "b.bin", b"\0\1")
+    assert (tmp_path / "a" / "b" / "t.txt").read_text(encoding="utf-8") == "grün\n"
+    assert (tmp_path / "a" / "b" / "b.bin").read_bytes() == b"\0\1"
+    assert names(tmp_path / "a" / "b") == ["b.bin", "t.txt"]
+
+
+def test_sha256(tmp_path: Path) -> None:
+    data = os.urandom(100_000)
+    files.write_bytes(tmp_path / "x", data)
+    assert files.sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+def test_relative_path_without_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files.write_text("plain.txt", "1")
+    assert Path("plain.txt").read_text() == "1"
+
+
+def test_permissions_are_ordinary(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").touch()
+    expected = stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)
+    files.write_safetensors(tmp_path / "t.safetensors", {"a": torch.ones(2)})
+    assert stat.S_IMODE((tmp_path / "t.safetensors").stat().st_mode) == expected
+    (tmp_path / "t.safetensors").chmod(0o600)
+    files.write_safetensors(tmp_path / "t.safetensors", {"a": torch.ones(3)})
+    assert stat.S_IMODE((tmp_path / "t.safetensors").stat().st_mode) == 0o600
+
+
+def test_tensors_of_every_kind(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {
+        "whole": base,
+        "same": base,
+        "strided": base.t()[1:, ::2],
+        "scalar": torch.tensor(2.0, dtype=torch.float64),
+        "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16)),
+        "codes": torch.arange(5, dtype=torch.uint8),
+        "f8": torch.ones(4).to(torch.float8_e4m3fn),
+        "e8m0": torch.ones(4).to(torch.float8_e8m0fnu),
+    }
+    files.write_safetensors(tmp_path / "t", tensors, {"made": "here"})
+    read = files.read_safetensors(tmp_path / "t", sha256=files.sha256_file(tmp_path / "t"))
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert read[name].shape == tensor.shape
+        assert torch.equal(read[name].float(), tensor.detach().float())
+
+
+def test_failure_in_the_block_changes_nothing(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "a", "old")
+
+    def fails() -> None:
+        with files.staged(tmp_path) as stage:
+            stage("a").write_text("new")
+            stage("b").write_text("new")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fails()
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_nothing_is_seen_before_the_end(tmp_path: Path) -> None:
+    with files.staged(tmp_path) as stage:
+        stage("a").write_text("new")
+        assert stage("a") == stage("a")
+        assert not (tmp_path / "a").exists()
+    assert names(tmp_path) == ["a"]
+
+
+def test_folders_made_for_nothing_are_removed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="stop"), files.staged(tmp_path / "x" / "y"):
+        raise RuntimeError("stop")
+    assert names(tmp_path) == []
+
+
+def test_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "f").touch()
+    with pytest.raises(NotADirectoryError, match="a folder is needed"):
+        files.write_text(tmp_path / "f" / "t.txt", "1")
+
+
+def test_name_with_a_folder_is_our_bug(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="plain file name"), files.staged(tmp_path) as stage:
+        stage("../a")
+
+
+def limited(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run code in a process whose files cannot grow over 64 KiB."""
+    script = (
+        "import resource, sys, torch\nfrom pathlib import Path\nfrom qfx import files\nfolder = Path(sys.argv[1])\n"
+    )
+    script += "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n" + textwrap.dedent(code)
+    return subprocess.run(
+        [sys.executable, "-c", script, str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])},
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
+@pytest.mark.parametrize(
+    "call",
+    [
+        "files.write_safetensors(folder / 'a', {'t': torch.ones(100_000)})",
+        "files.write_bytes(folder / 'a', bytes(100_000))",
+    ],
+)
+def test_full_disk_is_said_and_leaves_the_old_file(tmp_path: Path, call: str) -> None:
+    files.write_text(tmp_path / "a", "old")
+    done = limited(call, tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("OSError")
+    assert "the disk is full" in last
+    assert "nothing was changed" in last
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_full_disk_found_at_the_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="the disk is full") as caught:
+        files.write_text(tmp_path / "new" / "a", "1")
+    assert caught.value.errno == errno.ENOSPC
+    assert names(tmp_path) == []
+
+
+def test_other_errors_keep_their_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        files.write_text(tmp_path / "a", "1")
+    assert "disk is full" not in str(caught.value)
+
+
+def test_read_refuses_missing_truncated_altered(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"no such safetensors file.*t\.safetensors"):
+        files.read_safetensors(path)
+    files.write_safetensors(path, {"a": torch.ones(100)})
+    digest = files.sha256_file(path)
+    whole = path.read_bytes()
+    for cut in (0, 5, 20, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="truncated or no safetensors file"):
+            files.read_safetensors(path)
+        with pytest.raises(ValueError, match="altered or is truncated"):
+            files.read_safetensors(path, sha256=digest)
+    path.write_bytes(whole[:-1] + b"\1")
+    files.read_safetensors(path)  # without the digest a flipped byte goes unnoticed: the digest is what finds it
+    with pytest.raises(ValueError, match=f"expected: sha256 {digest}"):
+        files.read_safetensors(path, sha256=digest)

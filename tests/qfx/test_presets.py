@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+
+from qfx.presets import UNAVAILABLE, descriptions, presets
+from qfx.recipe import Recipe
+
+FIXED = {  # the names that are promised
+    *("w8a8", "w8a8-static", "w8a8-smooth", "w8a16", "w4a16", "w4a16-hqq", "w4a16-awq", "w4a16-gptq", "w3a16-gptq"),
+    *("w2a16-gptq", "w4a8", "nf4", "fp8", "mxfp4", "nvfp4", "int8-outliers", "mixed", "heads", "heads-top30"),
+    *("kv8", "kv4", "kv-k4v2", "kv-heads"),
+}
+NAMES = sorted(presets())
+
+
+def linear(recipe: Recipe, fqn: str = "fc") -> str:
+    return " ".join(f"{role}={fmt}" for role, fmt in recipe.formats_for("linear", fqn).items())
+
+
+def test_every_promised_name_is_a_preset_or_refused_by_name() -> None:
+    assert set(presets()) | set(UNAVAILABLE) == FIXED
+    assert not set(presets()) & set(UNAVAILABLE)
+
+
+def test_each_has_one_line() -> None:
+    lines = descriptions()
+    assert list(lines) == list(presets())
+    assert all(line and "\n" not in line and len(line) <= 120 for line in lines.values())
+    assert len(set(lines.values())) == len(lines)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parse_by_name(name: str) -> None:
+    recipe = Recipe.parse(name)
+    assert recipe == presets()[name]
+    assert recipe.name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "formats"),
+    [
+        ("w8a8", "x=i8/tok w=i8/ch"),
+        ("w8a8-static", "x=u8 w=i8/ch"),
+        ("w8a8-smooth", "x=u8 w=i8/ch"),
+        ("w8a16", "w=i8/ch"),
+        ("w4a16", "w=i4/g128"),
+        ("w4a8", "x=i8/tok w=i4/ch"),
+        ("nf4", "w=nf4/g64"),
+        ("fp8", "x=f8e4m3/tok w=f8e4m3/ch"),
+        ("mxfp4", "w=f4e2m1/g32/e8m0"),
+        ("nvfp4", "w=f4e2m1/g16/e4m3"),
+    ],
+)
+def test_formats_of_linears(name: str, formats: str) -> None:
+    assert linear(presets()[name]) == formats
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "mixed"])
+def test_embeddings_are_8_bit(name: str) -> None:
+    assert {r: str(f) for r, f in presets()[name].formats_for("embedding", "e").items()} == {"w": "i8/ch"}
+
+
+def test_data_is_needed_by_static_presets_only() -> None:
+    assert {name for name, recipe in presets().items() if recipe.needs_data} == {"w8a8-static", "w8a8-smooth"}
+
+
+def test_smooth() -> None:
+    assert presets()["w8a8-smooth"].rewrites == ("smooth",)
+    assert presets()["w8a8-smooth"].smooth_alpha == "search"
+
+
+@pytest.mark.parametrize(
+    "fqn",
+    [
+        *("model.layers.3.mlp.gate_proj", "model.layers.3.mlp.down_proj", "transformer.h.0.mlp.c_fc", "h.0.mlp.c_proj"),
+        *("encoder.layer.0.intermediate.dense", "encoder.layer.0.output.dense", "decoder.layers.1.fc2"),
+        *("block.0.layer.1.DenseReluDense.wi_0", "transformer.layer.0.ffn.lin1", "fc1"),
+    ],
+)
+def test_mixed_mlp(fqn: str) -> None:
+    assert linear(presets()["mixed"], fqn) == "w=i4/g128"
+
+
+@pytest.mark.parametrize(
+    "fqn",
+    [
+        *("model.layers.3.self_attn.q_proj", "encoder.layer.0.attention.self.query", "lm_head", "classifier"),
+        *("encoder.layer.0.attention.output.dense", "h.0.attn.c_attn", "h.0.attn.c_proj", "layers.0.attention.wo"),
+        *("block.0.layer.0.SelfAttention.q", "decoder.layers.1.encoder_attn.out_proj", "pooler.dense"),
+    ],
+)
+def test_mixed_attention_and_the_rest(fqn: str) -> None:
+    assert linear(presets()["mixed"], fqn) == "x=i8/tok w=i8/ch"
+
+
+def test_mixed_leaves_embeddings() -> None:
+    assert presets()["mixed"].formats_for("embedding", "model.embed_tokens") == {}
+
+
+@pytest.mark.parametrize("name", sorted(UNAVAILABLE))
+def test_missing_methods_are_refused(name: str) -> None:
+    for text in (name, f"w8a8+{name}"):
+        with pytest.raises(
+            ValueError, match=rf"preset '{name}' is not in this version: .* is missing; available.*w4a16"
+        ):
+            Recipe.parse(text)
+
+
+def test_presets_cannot_be_changed_by_the_caller() -> None:
+    presets().clear()
+    assert presets()
