@@ -2,11 +2,11 @@
 
     <type>[/<granularity>][/<scale type>][/dyn]        i8   i4/g128   u4/g32/f16   i8/tok   nf4/g64   f4e2m1/g32/e8m0
 
-types: i2..i8 (symmetric signed), u2..u8 (affine, with a zero point), nf4, f8e4m3, f8e5m2, f4e2m1 (floats with a scale),
-f16, bf16, f32 (plain: no scale at all). Granularity of the scale: nothing (one for the tensor), `ch` (channel),
-`gN` (groups of N along the last axis), `bMxN` (blocks over the last two axes), `tok` (a row over the last axis, found at
-run time), `head` (axis -3). Scale types: f32 (not printed), f16, bf16, e8m0 (a power of two), e4m3 (with one f32 scale
-for the whole tensor on top). `dyn`: the scale is found at run time.
+types: i2..i8 (symmetric signed), u2..u8 (affine, with a zero point), nf4, f8e4m3, f8e5m2, f4e2m1 (floats with a
+scale), f16, bf16, f32 (plain: no scale at all). Granularity of the scale: nothing (one for the tensor), `ch` (channel),
+`gN` (groups of N along the last axis), `bMxN` (blocks over the last two axes), `tok` (a row over the last axis, found
+at run time), `head` (axis -3). Scale types: f32 (not printed), f16, bf16, e8m0 (a power of two), e4m3 (with one f32
+scale for the whole tensor on top). `dyn`: the scale is found at run time.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Format:
 
     @property
     def has_global_scale(self) -> bool:
-        """One f32 scale for the whole tensor stands above the e4m3 scales; it travels in the place of the zero point."""
+        """One f32 scale for the whole tensor stands above the e4m3 scales; it travels in the zero point's place."""
         return self.scale_type == "e4m3"
 
     @property
@@ -188,7 +188,7 @@ class Format:
         return last_dim * (self.bits // 8)
 
     def scale_shape(self, shape: Sequence[int], *, activation: bool = False) -> tuple[int, ...]:
-        """Shape of the scales of a tensor of this shape. `ch` is every leading index, or the last axis of an activation."""
+        """Shape of the scales of such a tensor. `ch` is every leading index, or the last axis of an activation."""
         assert not self.is_plain, f"{self.type} has no scale"
         lead = tuple(shape[:-1])
         if self.granularity == "":
@@ -248,7 +248,7 @@ def _fields(parts: list[str]) -> dict[str, str | bool] | None:
 
 def _suggestion(text: str) -> str:
     """`did you mean 'i4/g128'?` by repairing each part and putting the parts in order, else the grammar."""
-    parts = [part for part in re.split(r"[/\s:,_]+", text.strip().lower()) if part]
+    parts = [part for part in re.split(r"[/\s:,]+", text.strip().lower().replace("_", "")) if part]
     kind = _repair_type(parts[0]) if parts else None
     if kind is None:
         return nearest(parts[0] if parts else text, TYPES)
@@ -268,8 +268,8 @@ def _repair_type(part: str) -> str | None:
         return part
     if part in _ALIASES:
         return _ALIASES[part]
-    stems = {"uint": "u", "int": "i", "bfloat": "bf", "float": "f", "fp": "f"}
-    short = re.sub(r"^(uint|int|bfloat|float|fp)", lambda match: stems[match[0]], part)
+    stems = {"uint": "u", "int": "i", "bfloat": "bf", "float": "f", "fp": "f", "w": "i"}
+    short = re.sub(r"^(uint|int|bfloat|float|fp|w(?=[2-8]$))", lambda match: stems[match[0]], part)
     short = re.sub(r"[^a-z0-9]", "", short)
     short = _ALIASES.get(short, short)
     return short if short in TYPES else None
@@ -277,8 +277,10 @@ def _repair_type(part: str) -> str | None:
 
 def _repair_part(part: str) -> tuple[str | None, str | bool]:
     """What a part after the type was meant to be: (field, value), or (None, "")."""
-    if part in _SCALES or _ALIASES.get(part) in _SCALES:
-        return "scale_type", part if part in _SCALES else _ALIASES[part]
+    if part in _SCALES:
+        return "scale_type", part
+    if _repair_type(part) in _PLAIN:
+        return "scale_type", str(_repair_type(part))
     if block := re.fullmatch(r"\D*0*([1-9]\d*)\D+0*([1-9]\d*)", part):
         return "granularity", f"b{block[1]}x{block[2]}"
     if group := re.fullmatch(r"(?:g|group|gs|groupsize)?-?0*([1-9]\d*)", part):

@@ -4,9 +4,9 @@
     floats     q = nearest value of the type to x / scale          x' = value(q) * scale
 
 All arithmetic is f32. A scale that would be zero or subnormal (an all-zero channel) becomes 1, so its codes are 0.
-Scales are shaped by `Format.scale_shape` and stored in `Format.scale_dtype`; the second tensor of `QParams` is the uint8
-zero point of an affine format, or the f32 scale of the whole tensor, shape (), where scales are e4m3 (NVFP4). These exclude
-each other, so one slot serves both everywhere (`w_zero` in the ops, `Packed.zero`).
+Scales are shaped by `Format.scale_shape` and stored in `Format.scale_dtype`; the second tensor of `QParams` is the
+uint8 zero point of an affine format, or the f32 scale of the whole tensor, shape (), where scales are e4m3 (NVFP4).
+These exclude each other, so one slot serves both everywhere (`w_zero` in the ops, `Packed.zero`).
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def dequantize(
 def fake_quantize(
     x: Tensor, fmt: Format, scale: Tensor | None = None, zero: Tensor | None = None, *, activation: bool = False
 ) -> Tensor:
-    """`x` as it comes back from `fmt`, in x.dtype. Without a scale, that of `x` itself (so it serves dynamic formats)."""
+    """`x` as it comes back from `fmt`, in x.dtype. No scale: that of `x` itself, as dynamic formats have."""
     if fmt.is_plain:
         return x.to(fmt.code_dtype).to(x.dtype)
     if scale is None:
@@ -142,7 +142,7 @@ def require_finite(x: Tensor, name: str) -> None:
 
 
 def split(x: Tensor, fmt: Format) -> Tensor:
-    """`x` with each group on an axis of its own: [.., K] -> [.., G, N] or [.., R, C] -> [.., R/M, M, C/N, N], zero padded."""
+    """`x`, zero padded, with groups on their own axis: [.., K] to [.., G, N], or [.., R, C] to [.., R/M, M, C/N, N]."""
     if fmt.group:
         groups = -(-x.shape[-1] // fmt.group)
         return _pad(x, groups * fmt.group, -1).reshape(*x.shape[:-1], groups, fmt.group)
@@ -209,7 +209,7 @@ def _store_scale(scale: Tensor, fmt: Format) -> Tensor:
 
 
 def _mx_scale(absmax: Tensor, fmt: Format) -> Tensor:
-    """OCP Microscaling v1.0, 6.3: 2^(floor(log2(absmax)) - emax); an integer type of b bits counts as 1.(b-2) fixed point."""
+    """OCP Microscaling v1.0, 6.3: 2^(floor(log2(absmax)) - emax); b-bit integers have b - 2 binary places."""
     emax = _MX_EMAX[fmt.type] if fmt.is_float else fmt.bits - 2
     _, exponent = torch.frexp(absmax)
     exponent = torch.where(absmax < TINY, torch.zeros_like(exponent), exponent - 1 - emax)

@@ -4,28 +4,31 @@
     qfx::embedding(ids, w, w_scale, w_zero?, w_format, dim, dtype) -> Tensor
     qfx::dequantize(w, w_scale, w_zero?, w_format, last_dim, dtype) -> Tensor
 
-Weights are the tensors of a `qfx.packing.Packed`. Inference only: outputs carry no gradient. Importing this module registers
-the ops with torch once per process; a second copy of the module finds them there and registers nothing.
+Weights are the tensors of a `qfx.packing.Packed` and get no gradient. `linear` passes one straight through the rounding
+to x and bias, so that adapters train above a quantized model. Importing this module registers the ops with torch once
+per process; a second copy of the module finds them there and registers nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
+from torch.library import Library, register_autograd, register_fake
 
 from qfx.errors import explain
 from qfx.format import Format
 from qfx.numerics import QParams, effective_scale, fake_quantize, quantize, range_qparams, value_range
 from qfx.numerics import dequantize as dequantize_codes
-from qfx.packing import unpack_codes
+from qfx.packing import check_storage, unpack_codes
 
 _SCHEMAS = {
     "linear": "(Tensor x, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor? bias, Tensor? x_scale, Tensor? x_zero, "
     "Tensor? smooth, str x_format, str w_format) -> Tensor",
-    "embedding": "(Tensor ids, Tensor w, Tensor w_scale, Tensor? w_zero, str w_format, int dim, ScalarType dtype) -> Tensor",
+    "embedding": "(Tensor ids, Tensor w, Tensor w_scale, Tensor? w_zero, str w_format, int dim, ScalarType dtype) "
+    "-> Tensor",
     "dequantize": "(Tensor w, Tensor w_scale, Tensor? w_zero, str w_format, int last_dim, ScalarType dtype) -> Tensor",
 }
 _INTEGER_GRANULARITY = ("", "tok")
@@ -46,8 +49,9 @@ def linear(
 ) -> Tensor:
     """x [.., K] float times a packed weight [N, K]; returns [.., N] in x.dtype.
 
-    x_format "" leaves x in float (weight-only). smooth [K] divides x first. Integer formats with one scale for the tensor, per
-    channel or per token accumulate exactly: y = acc * x_scale * w_scale + bias. Others dequantize and multiply in f32.
+    x_format "" leaves x in float (weight-only). smooth [K] divides x first. Integer formats with one scale for the
+    tensor, per channel or per token accumulate exactly: y = acc * x_scale * w_scale + bias. Others dequantize and
+    multiply in f32. Raises ValueError for data that does not fit its format and for a static x_format without a scale.
     """
     wf = Format.parse(w_format)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(torch.float32)
@@ -130,7 +134,7 @@ def _input_params(rows: Tensor, fmt: Format, scale: Tensor | None, zero: Tensor 
 def _quantized_input(
     rows: Tensor, fmt: Format, scale: Tensor | None, zero: Tensor | None, smooth: Tensor | None
 ) -> tuple[Tensor, QParams]:
-    """Codes of the input and their parameters. A static scale is multiplied by `smooth`; a dynamic one sees x / smooth."""
+    """Codes of the input and their parameters. A static scale is multiplied by smooth, a dynamic one is x / smooth's."""
     if smooth is not None and fmt.dynamic:
         rows = rows / smooth
     params = _input_params(rows, fmt, scale, zero)
@@ -232,35 +236,65 @@ def _linear_fake(
     x_format: str,
     w_format: str,
 ) -> Tensor:
+    _check_static(w, w_format, x.shape[-1])
     return x.new_empty((*x.shape[:-1], w.shape[-2]))
 
 
 def _embedding_fake(
     ids: Tensor, w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str, dim: int, dtype: torch.dtype
 ) -> Tensor:
+    _check_static(w, w_format, dim)
     return w.new_empty((*ids.shape, dim), dtype=dtype)
 
 
 def _dequantize_fake(
     w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str, last_dim: int, dtype: torch.dtype
 ) -> Tensor:
+    _check_static(w, w_format, last_dim)
     return w.new_empty((*w.shape[:-1], last_dim), dtype=dtype)
+
+
+def _check_static(w: Tensor, w_format: str, last_dim: int) -> None:
+    """Misfits show while tracing already, unless a size is symbolic."""
+    if isinstance(last_dim, int) and isinstance(w.shape[-1], int):
+        check_storage(w, Format.parse(w_format), last_dim)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, w, w_scale, w_zero, bias, _, _, smooth, _, w_format = inputs
+    ctx.save_for_backward(w, w_scale, w_zero, smooth)
+    ctx.w_format, ctx.last_dim, ctx.dtype = w_format, x.shape[-1], None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Straight through the rounding of x: grad @ w / smooth; the bias gets the sum over the rows."""
+    w, w_scale, w_zero, smooth = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * 10
+    wide = grad.to(torch.float32)
+    if ctx.needs_input_grad[0]:
+        weight = torch.ops.qfx.dequantize(w, w_scale, w_zero, ctx.w_format, ctx.last_dim, torch.float32)
+        back = wide @ weight
+        grads[0] = (back if smooth is None else back / smooth).to(grad.dtype)
+    if ctx.needs_input_grad[4]:
+        grads[4] = wide.reshape(-1, wide.shape[-1]).sum(0).to(ctx.dtype)
+    return tuple(grads)
 
 
 def _register() -> Library | None:
     """The library that holds the registrations, or None where another copy of this module made them."""
     if hasattr(torch.ops.qfx, "linear"):
         return None
-    library = Library("qfx", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library = Library("qfx", "FRAGMENT")
     kernels: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         "linear": (linear, _linear_fake),
         "embedding": (embedding, _embedding_fake),
         "dequantize": (dequantize, _dequantize_fake),
     }
     for name, (kernel, fake) in kernels.items():
-        library.define(name + _SCHEMAS[name])  # type: ignore[no-untyped-call]
-        library.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        library.define(name + _SCHEMAS[name])
+        library.impl(name, kernel, "CompositeExplicitAutograd")
         register_fake(f"qfx::{name}", fake, lib=library)
+    register_autograd("qfx::linear", _linear_backward, setup_context=_save_for_backward, lib=library)
     return library
 
 

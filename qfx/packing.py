@@ -1,9 +1,9 @@
 """Codes to dense bytes and back, and `Packed`: a weight as it is stored.
 
-Formats of 8 bits and more keep one element per code, `[.., N, K]`. Below 8 bits a row is a dense little-endian bitstream,
-uint8 `[.., N, ceil(Kp * bits / 8)]` with Kp = K padded to whole groups: element i holds bits i*bits to (i+1)*bits - 1, so
-with 4 bits the even element is the low nibble. Signed integers are stored with an offset, q + 2^(bits-1), so that any
-stored code is unsigned. Padding decodes to zero; bits after the last element are 0.
+Formats of 8 bits and more keep one element per code, `[.., N, K]`. Below 8 bits a row is a dense little-endian
+bitstream, uint8 `[.., N, ceil(Kp * bits / 8)]` with Kp = K padded to whole groups: element i holds bits i*bits to
+(i+1)*bits - 1, so with 4 bits the even element is the low nibble. Signed integers are stored with an offset,
+q + 2^(bits-1), so that any stored code is unsigned. Padding decodes to zero; bits after the last element are 0.
 """
 
 from __future__ import annotations
@@ -73,17 +73,8 @@ def pack_codes(codes: Tensor, fmt: Format, zero: Tensor | None = None) -> Tensor
 
 
 def unpack_codes(data: Tensor, fmt: Format, last_dim: int) -> Tensor:
-    """Storage to codes of `fmt.code_dtype` [.., N, last_dim]. Raises ValueError where the row width does not fit."""
-    width = fmt.row_bytes(last_dim) if fmt.bits < 8 else last_dim
-    if data.shape[-1] != width:
-        raise ValueError(
-            explain(
-                f"packed data does not fit format '{fmt}'",
-                expected=f"rows of {width} for {last_dim} elements",
-                found=f"shape {list(data.shape)}",
-                next_step="pass the format and the unpacked last dimension with which the data was packed",
-            )
-        )
+    """Storage to codes of `fmt.code_dtype` [.., N, last_dim]. Raises ValueError where the data does not fit `fmt`."""
+    check_storage(data, fmt, last_dim)
     if fmt.bits >= 8:
         return data
     codes = unpack_bits(data, fmt.bits, fmt.padded(last_dim))[..., :last_dim]
@@ -92,12 +83,28 @@ def unpack_codes(data: Tensor, fmt: Format, last_dim: int) -> Tensor:
     return codes
 
 
+def check_storage(data: Tensor, fmt: Format, last_dim: int) -> None:
+    """Raises ValueError where dtype or row width of stored codes are not those of `fmt` for `last_dim` elements."""
+    width = fmt.row_bytes(last_dim) if fmt.bits < 8 else last_dim
+    dtype = torch.uint8 if fmt.bits < 8 else fmt.code_dtype
+    if data.dtype != dtype or data.shape[-1] != width:
+        raise ValueError(
+            explain(
+                f"packed data does not fit format '{fmt}'",
+                expected=f"{dtype}, rows of {width} for {last_dim} elements",
+                found=f"{data.dtype}, shape {list(data.shape)}",
+                next_step="pass the format and the unpacked last dimension with which the data was packed",
+            )
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Packed:
     """A weight as it is stored.
 
-    data: codes, see the module. scale: `format.scale_shape(shape)` in the stored scale type; ones(()) for a plain format.
-    zero: uint8 zero points of an affine format, the f32 global scale of e4m3 scales, else None. shape: the weight's own.
+    data: codes, see the module. scale: `format.scale_shape(shape)` in the stored scale type; ones(()) for a plain
+    format. zero: uint8 zero points of an affine format, the f32 global scale of e4m3 scales, else None. shape: the
+    weight's own.
     """
 
     data: Tensor

@@ -1,0 +1,88 @@
+"""Messages hold every part that was given, the user's source line, and a helpful name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.fx import Graph
+
+from qfx.errors import QfxWarning, UnsupportedError, explain, nearest, source_line
+
+TRACE = """  File "/home/me/model.py", line 12, in forward
+    y = self.block(x)
+  File "/home/me/model.py", line 30, in inner
+    return torch.relu(y)
+  File "/opt/venv/lib/python3.11/site-packages/torch/nn/functional.py", line 99, in relu
+    return result
+"""
+
+
+def make_node(trace: str | None = None) -> torch.fx.Node:
+    graph = Graph()
+    node = graph.call_function(torch.relu, (graph.placeholder("x"),))
+    if trace is not None:
+        node.meta["stack_trace"] = trace
+    return node
+
+
+def test_exception_types() -> None:
+    assert issubclass(UnsupportedError, RuntimeError)
+    assert issubclass(QfxWarning, UserWarning)
+
+
+def test_explain_in_full() -> None:
+    text = explain(
+        "no kernel for 3 bits",
+        expected="2, 4 or 8",
+        found=3,
+        node="%linear",
+        source="m.py:3",
+        next_step="use 'i4/g128'",
+    )
+    assert text.splitlines() == [
+        "no kernel for 3 bits",
+        "  expected: 2, 4 or 8",
+        "  found: 3",
+        "  node: %linear",
+        "  source: m.py:3",
+        "  next step: use 'i4/g128'",
+    ]
+
+
+def test_explain_leaves_out_what_is_none() -> None:
+    assert explain("wrong") == "wrong"
+    assert explain("wrong", found=0) == "wrong\n  found: 0"
+
+
+def test_explain_takes_the_source_from_the_node() -> None:
+    text = explain("wrong", node=make_node(TRACE))
+    assert "node: %relu = call_function[" in text
+    assert "source: /home/me/model.py:30, in inner: return torch.relu(y)" in text
+
+
+def test_explain_prefers_the_source_given() -> None:
+    text = explain("wrong", node=make_node(TRACE), source="other.py:1")
+    assert "source: other.py:1" in text
+    assert "model.py" not in text
+
+
+def test_source_line_skips_library_frames() -> None:
+    assert source_line(make_node(TRACE)) == "/home/me/model.py:30, in inner: return torch.relu(y)"
+
+
+def test_source_line_falls_back_to_a_library_frame() -> None:
+    only = 'File "/x/site-packages/torch/a.py", line 1, in f\n    g()\n'
+    assert source_line(make_node(only)) == "/x/site-packages/torch/a.py:1, in f: g()"
+
+
+@pytest.mark.parametrize("trace", [None, "", "no frames here"])
+def test_source_line_unknown(trace: str | None) -> None:
+    assert source_line(make_node(trace)) is None
+
+
+def test_nearest() -> None:
+    assert nearest("w8a8_smooth", ["w8a8-smooth", "nf4"]) == "did you mean 'w8a8-smooth'?"
+    assert nearest("GROUP", ["Group", "other"]) == "did you mean 'Group'?"
+    assert nearest("zzz", ["b", "a"]) == "valid: a, b"
+    assert nearest("zzz", []) == "there are no valid names"
+    assert nearest("aple", iter(["apple"])) == "did you mean 'apple'?"
