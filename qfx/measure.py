@@ -1,0 +1,98 @@
+"""How far two models' outputs lie apart. Pure functions of tensors; sums are in float64.
+
+Where a value is NaN or infinite the result is NaN or infinite too: nothing is masked out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def energies(reference: Tensor, other: Tensor) -> tuple[float, float]:
+    """(signal, noise): the sums of squares of `reference` and of `reference - other`, of one shape.
+
+    Sums of several batches may be added up before `decibel`. Raises ValueError where the shapes differ.
+    """
+    _same_shape(reference, other)
+    wanted = reference.detach().double()
+    return float(wanted.square().sum()), float((wanted - other.detach().double()).square().sum())
+
+
+def decibel(signal: float, noise: float) -> float:
+    """10 log10(signal / noise): inf where there is no noise, -inf where there is only noise."""
+    if math.isnan(signal) or math.isnan(noise):
+        return math.nan
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def sqnr_db(reference: Tensor, other: Tensor) -> float:
+    """Signal-to-quantization-noise ratio of two tensors of one shape, in dB; 6 dB are one bit."""
+    return decibel(*energies(reference, other))
+
+
+def cosine(reference: Tensor, other: Tensor) -> float:
+    """Mean cosine of the rows (last axis) of two tensors of one shape [..., D]; two zero rows count as equal."""
+    _same_shape(reference, other)
+    if reference.dim() == 0 or reference.numel() == 0:
+        raise ValueError(f"rows are needed, found a tensor of shape {list(reference.shape)}")
+    a, b = _rows(reference), _rows(other)
+    a_norm, b_norm = a.norm(dim=-1), b.norm(dim=-1)
+    rows = ((a / a_norm.clamp_min(1e-300)[..., None]) * (b / b_norm.clamp_min(1e-300)[..., None])).sum(-1)
+    rows = torch.where((a_norm == 0) & (b_norm == 0), 1.0, rows)
+    return float(rows.mean())
+
+
+def kld(reference: Tensor, other: Tensor) -> float:
+    """Mean KL(reference || other) of the distributions that logits [..., V] say, in nats; 0 where they are equal."""
+    _same_shape(reference, other)
+    if reference.dim() == 0 or reference.numel() == 0:
+        raise ValueError(f"at least one position is needed, found logits of shape {list(reference.shape)}")
+    wanted, found = _rows(reference).log_softmax(-1), _rows(other).log_softmax(-1)
+    return float(functional.kl_div(found, wanted, reduction="sum", log_target=True)) / len(wanted)
+
+
+def nll(logits: Tensor, ids: Tensor) -> Tensor:
+    """Negative log likelihood [B, T - 1] in nats of each token of ids [B, T] but the first, from logits [B, T, V]."""
+    if ids.dim() != 2 or logits.shape[:-1] != ids.shape or ids.shape[1] < 2:
+        raise ValueError(
+            f"logits [B, T, V] and token ids [B, T] with T >= 2 are needed, "
+            f"found {list(logits.shape)} and {list(ids.shape)}"
+        )
+    logits, targets = logits[:, :-1].detach().double(), ids[:, 1:]
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def perplexity(logits: Tensor, ids: Tensor) -> float:
+    """exp(mean negative log likelihood) of the tokens ids [B, T] but the first, from logits [B, T, V]."""
+    return exp(float(nll(logits, ids).mean()))
+
+
+def exp(mean_nll: float) -> float:
+    """Perplexity from a mean negative log likelihood in nats: inf where it is too large for a float."""
+    try:
+        return math.exp(mean_nll)
+    except OverflowError:
+        return math.inf
+
+
+def top1_agreement(reference: Tensor, other: Tensor) -> float:
+    """Share of the positions, 0 to 1, at which two logits [..., V] put the same class first."""
+    _same_shape(reference, other)
+    if reference.dim() == 0 or reference.numel() == 0:
+        raise ValueError(f"at least one position is needed, found logits of shape {list(reference.shape)}")
+    return float((reference.argmax(-1) == other.argmax(-1)).double().mean())
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.detach().double().reshape(-1, x.shape[-1])
+
+
+def _same_shape(reference: Tensor, other: Tensor) -> None:
+    if reference.shape != other.shape:
+        raise ValueError(f"tensors of one shape are needed, found {list(reference.shape)} and {list(other.shape)}")
