@@ -1,0 +1,53 @@
+"""Building nodes: every new node carries the value that its operator gives on fake tensors, and where it came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+# What a node made in place of another inherits from it.
+INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "qfx_module", "custom")
+
+
+def call(gm: fx.GraphModule, target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
+    """A call_function node `target(*args, **kwargs)` that came out of `like`.
+
+    It stands where the graph is being inserted (`with gm.graph.inserting_before(...)`), else just before `like`.
+    `meta["val"]` is what `target` gives on the fake values of its arguments; source line, module and annotation are those
+    of `like`.
+    """
+    if gm.graph._insert == gm.graph._root.prepend:
+        with gm.graph.inserting_before(like):
+            node = gm.graph.call_function(target, args, kwargs)
+    else:
+        node = gm.graph.call_function(target, args, kwargs)
+    node.meta.update({key: like.meta[key] for key in INHERITED if key in like.meta})
+    node.meta["val"] = value_of(target, args, kwargs)
+    return node
+
+
+def value_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `target` gives on the fake values of these arguments, which may hold nodes. Nothing is computed."""
+    values: tuple[tuple[Any, ...], dict[str, Any]] = fx.map_arg((args, kwargs), lambda node: node.meta["val"])
+    mode = detect_fake_mode(values)
+    if mode is None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
+        return target(*values[0], **values[1])
+
+
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """Let every user of `old` read `new`, and erase `old`."""
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def matched(gm: fx.GraphModule, name: str, count: int) -> bool:
+    """Note in `gm.meta["qfx_matches"]` how often a pass matched; returns whether it did."""
+    matches: dict[str, int] = gm.meta.setdefault("qfx_matches", {})
+    matches[name] = matches.get(name, 0) + count
+    return count > 0

@@ -1,0 +1,151 @@
+"""Small questions for matching by hand: what a call does, whichever overload or argument order spells it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qfx.graph import is_call, val
+
+aten = torch.ops.aten
+
+ADD = (aten.add.Tensor, aten.add.Scalar)
+SUB = (aten.sub.Tensor, aten.sub.Scalar)
+MUL = (aten.mul.Tensor, aten.mul.Scalar)
+DIV = (aten.div.Tensor, aten.div.Scalar)
+POW = (aten.pow.Tensor_Scalar,)
+CASTS = (aten._to_copy.default, aten.to.dtype)
+SAME_VALUE = (
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+)
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator's call by the names of its schema, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload), node.target
+    found: dict[str, Any] = {}
+    for i, argument in enumerate(node.target._schema.arguments):
+        if i < len(node.args):
+            found[argument.name] = node.args[i]
+        else:
+            found[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return found
+
+
+def skip(node: Any, *targets: Any) -> Any:
+    """Walk up through calls of `targets` by their first argument."""
+    while is_call(node, *targets):
+        node = node.args[0]
+    return node
+
+
+def skip_casts(node: Any) -> Any:
+    """Walk up through casts and copies."""
+    return skip(node, *CASTS, *SAME_VALUE)
+
+
+def number(value: Any) -> float | None:
+    """A constant: a Python number, or a node that fills a tensor with one. None for anything else."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return float(value)
+    value = skip_casts(value)
+    if is_call(value, aten.full.default, aten.full_like.default, aten.scalar_tensor.default):
+        return number(value.args[0 if value.target is aten.scalar_tensor.default else 1])
+    return None
+
+
+def is_number(value: Any, expected: float, tolerance: float = 1e-6) -> bool:
+    """Is it this constant, to a relative tolerance?"""
+    found = number(value)
+    return found is not None and math.isclose(found, expected, rel_tol=tolerance, abs_tol=0.0)
+
+
+def plain_binary(node: Any, *targets: Any) -> bool:
+    """Is it such a call with alpha 1 and without a rounding mode?"""
+    return is_call(node, *targets) and is_number(node.kwargs.get("alpha", 1), 1.0) and len(node.args) == 2
+
+
+def orders(node: fx.Node) -> Iterator[tuple[Any, Any]]:
+    """Both orders of the operands of a commutative call."""
+    a, b = node.args[:2]
+    yield a, b
+    yield b, a
+
+
+def with_constant(node: Any, *targets: Any) -> tuple[fx.Node, float] | None:
+    """(tensor, constant) of a commutative call of a tensor and a constant."""
+    if not plain_binary(node, *targets):
+        return None
+    for a, b in orders(node):
+        constant = number(b)
+        if constant is not None and isinstance(a, fx.Node) and isinstance(val(a), Tensor):
+            return a, constant
+    return None
+
+
+def scaled(node: Any) -> tuple[fx.Node, float] | None:
+    """(tensor, factor) of a multiplication or division by a constant."""
+    found = with_constant(node, *MUL)
+    if found is None and plain_binary(node, *DIV):
+        divisor = number(node.args[1])
+        if divisor and isinstance(node.args[0], fx.Node):
+            found = node.args[0], 1.0 / divisor
+    return found
+
+
+def operand(node: Any, test: Callable[[Any], bool], *targets: Any) -> tuple[Any, Any] | None:
+    """(operand that passes the test, the other one) of a commutative call, whichever side it stands on."""
+    if not plain_binary(node, *targets):
+        return None
+    return next(((a, b) for a, b in orders(node) if test(a)), None)
+
+
+def shape(node: Any) -> tuple[Any, ...]:
+    """Sizes of a node's tensor; () where it has none."""
+    value = val(node)
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def rank(node: Any) -> int:
+    """Number of dimensions of a node's tensor; -1 where it has none."""
+    value = val(node)
+    return value.dim() if isinstance(value, Tensor) else -1
+
+
+def dtype(node: Any) -> torch.dtype | None:
+    """The dtype of a node's tensor; None where it has none."""
+    value = val(node)
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Are two sizes known to be equal? Symbolic sizes are compared by expression, so that no guard is added."""
+    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+        a, b = val(a), val(b)
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
+        return bool(a.node.expr == b.node.expr)
+    if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
+        return False
+    return bool(a == b)
+
+
+def same_sizes(a: Any, b: Any) -> bool:
+    """Are all sizes of two shapes known to be equal?"""
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def is_last(dim: int, node: Any) -> bool:
+    """Does `dim` name the last dimension of a node's tensor?"""
+    return dim in (-1, rank(node) - 1)

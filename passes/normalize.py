@@ -1,0 +1,17 @@
+"""The ordered list of all passes that bring a captured graph to one normal form."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from qfx import run
+from qfx.passes.cleanup import cleanup
+
+NORMALIZE: tuple[run.Pass, ...] = (cleanup,)
+
+
+def normalize(gm: fx.GraphModule) -> dict[str, int]:
+    """Run them all in place; returns how often each one matched."""
+    gm.meta["qfx_matches"] = {}
+    run.run(gm, NORMALIZE)
+    return dict(gm.meta["qfx_matches"])
