@@ -1,0 +1,95 @@
+"""Write the formats that a recipe asks for on the nodes that can take them.
+
+%linear: f32[2,3] = aten.linear(%x, @fc.weight, @fc.bias)
+->
+%linear: f32[2,3] = aten.linear(%x, @fc.weight, @fc.bias)  # x=i8/tok w=i8/ch
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from qfx import annotation, graph
+from qfx.errors import Note, source_line
+from qfx.format import Format
+from qfx.recipe import Recipe
+
+KIND_OF = {
+    "aten::linear": "linear",
+    "aten::embedding": "embedding",
+    "aten::scaled_dot_product_attention": "attention",
+    "qfx::attention": "attention",
+    "qfx::grouped_linear": "experts",
+    "aten::conv1d": "conv",
+    "aten::conv2d": "conv",
+    "aten::conv3d": "conv",
+    "aten::convolution": "conv",
+}
+
+
+def kind_of(node: fx.Node) -> str | None:
+    """The op kind of a node as recipes name it (linear, experts, embedding, attention, conv), or None."""
+    return KIND_OF.get(graph.schema_name(node)) if node.op == "call_function" else None
+
+
+def annotate(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:
+    """Annotate every linear, grouped linear, embedding, attention and convolution. Former annotations are replaced.
+
+    Returns a note for each node that cannot have what the recipe asks: such a node is left in float.
+    """
+    notes = []
+    for node in gm.graph.nodes:
+        kind = kind_of(node)
+        if kind is None:
+            continue
+        annotation.clear(node)
+        fqn = graph.fqn_of(node)
+        formats = recipe.formats_for(kind, fqn)
+        if not formats:
+            continue
+        refusal = _refusal(node, kind, formats)
+        if refusal is not None:
+            reason, next_step = refusal
+            notes.append(Note(fqn, reason, next_step, source_line(node) or ""))
+            continue
+        for role, fmt in formats.items():
+            annotation.set(node, role, fmt)
+    return notes
+
+
+def _refusal(node: fx.Node, kind: str, formats: dict[str, Format]) -> tuple[str, str] | None:
+    """Why a node cannot have these formats and what to do, or None."""
+    for role, fmt in formats.items():
+        reason = _bad_weight_format(fmt) if role == "w" else _bad_activation_format(fmt, kind)
+        if reason:
+            return f"{role}={fmt} was asked, but {reason}", f"give role {role!r} another format"
+    if kind == "attention" or ("w" not in formats and "x" not in formats):
+        return None
+    weight = graph.weight_of(node)
+    if weight is None:
+        return (
+            "its weight is computed in the graph, not a parameter",
+            "exclude it with Recipe.ignore, or bake the weight in",
+        )
+    value = weight.meta.get("val")
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        return f"its weight is {value.dtype}, quantized already", "exclude it with Recipe.ignore"
+    return None
+
+
+def _bad_weight_format(fmt: Format) -> str | None:
+    if fmt.dynamic:
+        return "a weight's scale is not found at run time"
+    if fmt.granularity == "head":
+        return "a weight has no axis of heads"
+    return None
+
+
+def _bad_activation_format(fmt: Format, kind: str) -> str | None:
+    if fmt.is_plain or fmt.dynamic:
+        return None
+    if fmt.group or fmt.block:
+        return "an activation in groups needs scales found at run time (`/dyn`)"
+    if fmt.granularity == "head" and kind != "attention":
+        return "only attention has an axis of heads"
+    return None

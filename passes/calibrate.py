@@ -1,0 +1,74 @@
+"""Run data through a graph with observers in it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import fx
+
+from qfx.errors import Note, QfxWarning, explain
+from qfx.passes.observe import Observers
+
+
+def calibrate(
+    gm: fx.GraphModule,
+    batches: Iterable[Sequence[Any]],
+    observers: Observers,
+    *,
+    total: int | None = None,
+    progress: bool = True,
+) -> list[Note]:
+    """Feed the observers of `gm` (see `insert_observers`). Each batch is the graph's inputs in placeholder order.
+
+    Runs without gradients and lets go of each value after its last use. `total` is for the progress bar, which shows
+    only on a terminal. Returns notes about nodes that no data reached, and warns about them (QfxWarning). Raises
+    ValueError where there is no batch, where one has another number of inputs, and where a watched value is NaN or Inf.
+    """
+    inputs = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    count = 0
+    with torch.no_grad(), _bar(progress) as bar:
+        task = bar.add_task("calibrating", total=total)
+        for batch in batches:
+            _check_batch(batch, inputs, count)
+            observers.batch = count
+            fx.Interpreter(gm).run(*batch)
+            count += 1
+            bar.advance(task)
+    observers.batch = None
+    if count == 0:
+        raise ValueError(
+            explain(
+                "cannot calibrate without data",
+                expected="at least one batch",
+                found="an empty iterable (an iterator that was used before is empty, too)",
+                next_step="pass a list of batches",
+            )
+        )
+    notes = observers.notes()
+    for note in notes:
+        warnings.warn(str(note), QfxWarning, stacklevel=2)
+    return notes
+
+
+def _check_batch(batch: Sequence[Any], inputs: list[str], number: int) -> None:
+    if len(batch) != len(inputs):
+        raise ValueError(
+            explain(
+                f"batch {number} does not fit the graph",
+                expected=f"{len(inputs)} inputs ({', '.join(inputs)})",
+                found=f"{len(batch)}",
+                next_step="flatten each batch in the order of the graph's inputs",
+            )
+        )
+
+
+def _bar(shown: bool) -> Progress:
+    """A transient bar on stderr, off where that is no terminal."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))

@@ -1,0 +1,141 @@
+"""Observers in the graph: a node without users beside each value to be watched, and its removal.
+
+    %linear: f32[2,3] = aten.linear(%x, @fc.weight, @fc.bias)  # x=u8 w=i8/ch
+    ->
+    %observe: f32[2,4] = qfx_observers.0(%x)
+    %linear: f32[2,3] = aten.linear(%x, @fc.weight, @fc.bias)  # x=u8 w=i8/ch
+
+`remove_observers` gives the former text back. Readers of one value (q, k, v) share one observer, and so do the inputs
+of all calls of one shared layer, since a layer has one scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx, nn
+
+from qfx import annotation, graph
+from qfx.errors import Note
+from qfx.observers import Observer
+
+Key = tuple[str, str]
+Make = Callable[[fx.Node, str], Observer | None]
+
+_HOLDER = "qfx_observers"
+_OPERAND = {"x": 0, "q": 0, "k": 1, "v": 2}  # role -> position of the value among the node's arguments
+
+
+@dataclass(eq=False)
+class Observers(Mapping[Key, Observer]):
+    """(FQN of a node, role) -> its observer; several keys may have the same one. batch: number of the running batch."""
+
+    found: dict[Key, Observer] = field(default_factory=dict)
+    batch: int | None = None
+
+    def __getitem__(self, key: Key) -> Observer:
+        return self.found[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def notes(self) -> list[Note]:
+        """One for each key that saw no data."""
+        return [
+            Note(fqn, f"no calibration data reached its {role!r}", "give data that reaches it, or a dynamic format")
+            for (fqn, role), observer in self.found.items()
+            if observer.seen == 0
+        ]
+
+
+class _Observe(nn.Module):
+    _is_impure = True  # so that clean-up keeps a call that nobody reads
+
+    def __init__(self, observer: Observer, observers: Observers) -> None:
+        super().__init__()
+        self.observer, self.observers = observer, observers
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.observer.update(x, self.observers.batch)
+        return x
+
+
+def insert_observers(gm: fx.GraphModule, make: Make) -> Observers:
+    """Watch the value of every (node, role) for which `make` gives an observer.
+
+    Roles: x (input), q, k, v (inputs of attention), y (result), as far as the node is annotated with them. `make` may
+    be asked for several keys of one value: of observers with equal settings the first is used for all.
+    """
+    assert not hasattr(gm, _HOLDER), "the graph has observers already; remove them first"
+    observers = Observers()
+    shared = _Shared()
+    wanted: list[tuple[fx.Node, Key, Observer]] = []
+    for node in gm.graph.nodes:
+        for role in annotation.get(node) if node.op == "call_function" else ():
+            value = _value(node, role)
+            observer = make(node, role) if value is not None else None
+            if value is not None and observer is not None:
+                key = (graph.fqn_of(node), role)
+                shared.join(value.name, "/".join(key))
+                wanted.append((value, key, observer))
+    used: dict[tuple[str, object], Observer] = {}
+    placed: set[tuple[str, int]] = set()
+    for value, key, candidate in wanted:
+        observer = used.setdefault((shared.root(value.name), candidate.config), candidate)
+        if observer is candidate:
+            observer.name = " ".join(key)
+        observers.found.setdefault(key, observer)
+        if (value.name, id(observer)) not in placed:
+            placed.add((value.name, id(observer)))
+            _place(gm, value, _Observe(observer, observers), len(placed) - 1)
+    return observers
+
+
+def remove_observers(gm: fx.GraphModule) -> bool:
+    """Take every observer out again. Says whether there were any."""
+    nodes = [n for n in gm.graph.nodes if n.op == "call_module" and str(n.target).startswith(f"{_HOLDER}.")]
+    for node in nodes:
+        gm.graph.erase_node(node)
+    if hasattr(gm, _HOLDER):
+        delattr(gm, _HOLDER)
+    if nodes:
+        gm.recompile()
+    return bool(nodes)
+
+
+def _value(node: fx.Node, role: str) -> fx.Node | None:
+    """The node whose value the role is about; None where there is none to watch (weights, softmax inside attention)."""
+    if role == "y":
+        return node
+    at = _OPERAND.get(role)
+    value = node.args[at] if at is not None and at < len(node.args) else None
+    return value if isinstance(value, fx.Node) else None
+
+
+def _place(gm: fx.GraphModule, value: fx.Node, module: _Observe, number: int) -> None:
+    gm.add_submodule(f"{_HOLDER}.{number}", module)
+    before = value.next
+    while before.op == "placeholder":
+        before = before.next
+    with gm.graph.inserting_before(before):
+        node = gm.graph.create_node("call_module", f"{_HOLDER}.{number}", (value,), name="observe")
+    node.meta["val"] = value.meta.get("val")
+
+
+class _Shared:
+    """Values and keys that must have one observer, as a union-find."""
+
+    def __init__(self) -> None:
+        self.parent: dict[str, str] = {}
+
+    def root(self, name: str) -> str:
+        while (up := self.parent.setdefault(name, name)) != name:
+            name = up
+        return name
+
+    def join(self, one: str, other: str) -> None:
+        self.parent[self.root(one)] = self.root(other)
