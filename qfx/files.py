@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -171,9 +170,4 @@ def _flush(path: Path) -> None:
 
 
 def _disk_full(error: OSError, root: Path) -> OSError:
-    with suppress(OSError):
-        free = f", {shutil.disk_usage(root).free / 2**20:.1f} MiB free"
-        return OSError(
-            error.errno, f"the disk is full{free}; nothing was changed. Free some space and save again", str(root)
-        )
     return OSError(error.errno, "the disk is full; nothing was changed. Free some space and save again", str(root))

@@ -80,7 +80,7 @@ class Plan:
         """
         _check_annotations(self.annotations, "the plan")
         fields = {"format": "qfx-plan", "version": VERSION, "tensor_sha256": ""} | self._fields()
-        _to_json(fields)
+        _to_json(fields)  # refuses before the tensors, which may be large, are written
         with staged(folder) as stage:
             dump_safetensors(stage(_TENSORS), self.tensors)
             fields["tensor_sha256"] = sha256_file(stage(_TENSORS))

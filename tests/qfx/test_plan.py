@@ -124,6 +124,13 @@ def test_equality_sees_tensors(tensor: torch.Tensor) -> None:
     assert Plan(W8A8, tensors={"a": tensor}) == Plan(W8A8, tensors={"a": tensor.clone()})
 
 
+def test_equality_sees_shape_and_type_of_equal_bytes() -> None:
+    plans = [
+        Plan(W8A8, tensors={"a": t}) for t in (torch.zeros(4), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32))
+    ]
+    assert [a == b for a in plans for b in plans] == [True, False, False, False, True, False, False, False, True]
+
+
 def test_a_plan_is_no_key_and_equals_no_other_thing() -> None:
     assert Plan(W8A8) != "plan"
     with pytest.raises(TypeError, match="unhashable"):
@@ -194,8 +201,11 @@ def test_fingerprint_of_ties_buffers_and_odd_types() -> None:
     model.register_buffer("empty", torch.zeros(0, 3))
     model.register_buffer("bf16", torch.ones(3, dtype=torch.bfloat16))
     model.register_buffer("f8", torch.ones(3).to(torch.float8_e4m3fn))
+    model.again = model[0]
+    model.register_buffer("sliced", torch.arange(6.0)[::2])
     found = signature(model)
     assert found.keys() == model.state_dict().keys()
+    assert found["again.weight"] == found["0.weight"]
     assert found["tied.weight"] == found["0.weight"]
 
 
