@@ -1,0 +1,264 @@
+"""Float operators that ATen lacks: what normalization makes of spelled-out code, and grouped matmuls of experts.
+
+    qfx::rope(x, cos, sin, interleaved) -> Tensor
+    qfx::attention(q, k, v, mask?, sinks?, scale, causal, softcap) -> Tensor
+    qfx::quick_gelu(x) -> Tensor
+    qfx::grouped_linear(x, w, offs) -> Tensor
+    qfx::grouped_linear_quant(x, w, w_scale, w_zero?, offs, x_format, w_format) -> Tensor
+
+The kernels are reference semantics in plain torch; backends replace them. All but the last can be differentiated
+(qfx::grouped_outer is the weight's gradient of qfx::grouped_linear).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
+
+from qfx import ops
+from qfx.format import Format
+from qfx.numerics import range_qparams, value_range
+
+_SCHEMAS = {
+    "rope": "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
+    "attention": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float scale, bool causal, float softcap) "
+    "-> Tensor",
+    "quick_gelu": "(Tensor x) -> Tensor",
+    "grouped_linear": "(Tensor x, Tensor w, Tensor offs) -> Tensor",
+    "grouped_linear_quant": "(Tensor x, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor offs, str x_format, "
+    "str w_format) -> Tensor",
+    "grouped_outer": "(Tensor y, Tensor x, Tensor offs) -> Tensor",
+}
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x * cos + rotate(x) * sin. x [.., D]; cos and sin broadcast to x, D wide.
+
+    rotate takes the halves (a, b) to (-b, a); interleaved, it takes each pair (a, b) of neighbours to (-b, a).
+    Computed and returned in the dtype that x, cos and sin promote to.
+    """
+    return x * cos + _rotate(x, interleaved) * sin
+
+
+def _rotate(x: Tensor, interleaved: bool) -> Tensor:
+    if interleaved:
+        return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float,
+) -> Tensor:
+    """Attention with what aten.scaled_dot_product_attention cannot say; returns [B, H, S, Dv] in q.dtype.
+
+    q [B, H, S, D], k [B, G, L, D], v [B, G, L, Dv], H a multiple of G (query heads in order share one of k, v).
+    Scores q k^T * scale are capped as softcap * tanh(scores / softcap) where softcap > 0, then masked (mask: additive
+    floats or booleans that keep, broadcast to [B, H, S, L]; causal: keep columns up to the row). sinks [H]: one more
+    score per head that takes part in the softmax and is dropped after it. Scores and softmax are f32.
+    """
+    if k.shape[1] != q.shape[1]:
+        times = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
+    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
+    if softcap > 0:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = _masked(scores, mask, causal)
+    if sinks is not None:
+        column = sinks.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)
+        scores = torch.cat((scores, column), -1)
+    weights = torch.ops.aten._safe_softmax.default(scores, -1)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return torch.matmul(weights, v.float()).to(q.dtype)
+
+
+def _masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    if causal:
+        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~keep, -torch.inf)
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), any shape and float dtype."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def grouped_linear(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    """Rows of x [T, K], sorted by expert, times the weight of their expert w [E, N, K]; returns [T, N] in x.dtype.
+
+    offs int32 [E]: where the rows of each expert end. Rows after the last end give zeros.
+    """
+    parts = [F.linear(x[start:end], w[e]) for e, start, end in _spans(offs)]
+    return _joined(x, w.shape[1], parts)
+
+
+def grouped_outer(y: Tensor, x: Tensor, offs: Tensor) -> Tensor:
+    """For each expert the sum of y[t] x[t]^T over its rows: y [T, N], x [T, K] give [E, N, K] in x.dtype."""
+    return torch.stack([y[start:end].t() @ x[start:end] for _, start, end in _spans(offs)])
+
+
+@torch.no_grad()
+def grouped_linear_quant(
+    x: Tensor, w: Tensor, w_scale: Tensor, w_zero: Tensor | None, offs: Tensor, x_format: str, w_format: str
+) -> Tensor:
+    """qfx::grouped_linear with a packed weight [E, N, ..]: for each expert what qfx::linear gives; returns [T, N].
+
+    w_scale and w_zero [E, ..], or [] for one scale. x_format "" is weight-only; its scales are found at run time.
+    """
+    x_scale = x_zero = None
+    if x_format and Format.parse(x_format).granularity == "":
+        x_scale, x_zero, x_format = _whole_range(x, Format.parse(x_format))
+    parts = [
+        ops.linear(
+            x[start:end],
+            w[e],
+            _of_expert(w_scale, e),
+            None if w_zero is None else _of_expert(w_zero, e),
+            None,
+            x_scale,
+            x_zero,
+            None,
+            x_format,
+            w_format,
+        )
+        for e, start, end in _spans(offs)
+        if end > start
+    ]
+    return _joined(x, w.shape[1], parts)
+
+
+def _whole_range(x: Tensor, fmt: Format) -> tuple[Tensor | None, Tensor | None, str]:
+    """One dynamic scale over the rows of all experts, handed on as a static one."""
+    if not fmt.dynamic:
+        return None, None, str(fmt)  # qfx::linear says what is missing
+    params = range_qparams(*value_range(x.float(), fmt, activation=True), fmt)
+    return params.scale, params.zero, str(Format.parse(str(fmt).removesuffix("/dyn")))
+
+
+def _of_expert(per_expert: Tensor, e: int) -> Tensor:
+    return per_expert if per_expert.ndim == 0 else per_expert[e]
+
+
+def _spans(offs: Tensor) -> list[tuple[int, int, int]]:
+    """(expert, first row, end) for every expert."""
+    ends = offs.tolist()
+    return list(zip(range(len(ends)), [0, *ends[:-1]], ends, strict=True))
+
+
+def _joined(x: Tensor, width: int, parts: Sequence[Tensor]) -> Tensor:
+    done = sum(part.shape[0] for part in parts)
+    return torch.cat([*parts, x.new_zeros((x.shape[0] - done, width))])
+
+
+def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return torch.empty_like(x * cos, memory_format=torch.contiguous_format)
+
+
+def _attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float,
+) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+def _quick_gelu_fake(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _grouped_linear_fake(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], w.shape[1]))
+
+
+def _grouped_outer_fake(y: Tensor, x: Tensor, offs: Tensor) -> Tensor:
+    return x.new_empty((offs.shape[0], y.shape[1], x.shape[1]))
+
+
+def _grouped_linear_quant_fake(
+    x: Tensor, w: Tensor, w_scale: Tensor, w_zero: Tensor | None, offs: Tensor, x_format: str, w_format: str
+) -> Tensor:
+    return x.new_empty((x.shape[0], w.shape[1]))
+
+
+Kernel = Callable[..., Tensor]
+
+
+def _gradient_by_replay(kernel: Kernel) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(setup_context, backward) that run the kernel once more with gradients on."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*[v for v in inputs if isinstance(v, Tensor)])
+        ctx.others = [None if isinstance(v, Tensor) else (v,) for v in inputs]
+
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = iter(ctx.saved_tensors)
+        wanted = list(ctx.needs_input_grad)
+        inputs = [
+            next(tensors).detach().requires_grad_(want) if other is None else other[0]
+            for other, want in zip(ctx.others, wanted, strict=True)
+        ]
+        with torch.enable_grad():
+            output = kernel(*inputs)
+        found = iter(torch.autograd.grad(output, [v for v, w in zip(inputs, wanted, strict=True) if w], gradient))
+        return tuple(next(found) if want else None for want in wanted)
+
+    return setup_context, backward
+
+
+def _grouped_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, w, offs = ctx.saved_tensors
+    for_x = torch.ops.qfx.grouped_linear(gradient, w.transpose(1, 2), offs) if ctx.needs_input_grad[0] else None
+    for_w = torch.ops.qfx.grouped_outer(gradient, x, offs) if ctx.needs_input_grad[1] else None
+    return for_x, for_w, None
+
+
+def _register() -> Library | None:
+    """The library that holds the registrations, or None where another copy of this module made them."""
+    if hasattr(torch.ops.qfx, "rope"):
+        return None
+    library = Library("qfx", "FRAGMENT")
+    kernels: dict[str, tuple[Kernel, Kernel]] = {
+        "rope": (rope, _rope_fake),
+        "attention": (attention, _attention_fake),
+        "quick_gelu": (quick_gelu, _quick_gelu_fake),
+        "grouped_linear": (grouped_linear, _grouped_linear_fake),
+        "grouped_linear_quant": (grouped_linear_quant, _grouped_linear_quant_fake),
+        "grouped_outer": (grouped_outer, _grouped_outer_fake),
+    }
+    for name, (kernel, fake) in kernels.items():
+        library.define(name + _SCHEMAS[name])
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        register_fake(f"qfx::{name}", fake, lib=library)
+    for name in ("rope", "attention", "quick_gelu"):
+        setup, backward = _gradient_by_replay(kernels[name][0])
+        register_autograd(f"qfx::{name}", backward, setup_context=setup, lib=library)
+    register_autograd("qfx::grouped_linear", _grouped_backward, setup_context=_grouped_setup, lib=library)
+    return library
+
+
+_LIBRARY: Library | None = _register() or globals().get("_LIBRARY")
