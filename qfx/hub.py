@@ -1,0 +1,136 @@
+"""transformers models by folder or hub name: the class that their config names, in float32, with tokenizer."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qfx.errors import QfxWarning
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".data")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SHOWN = 5  # missing weights that a message lists
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode, its tokenizer (None where it has none), and the folder that holds its files."""
+
+    model: nn.Module
+    tokenizer: Any
+    folder: Path
+
+    @property
+    def is_causal_lm(self) -> bool:
+        """The model predicts the next token."""
+        return is_causal_lm(self.model)
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether the class that the model's config names (or else its own) predicts the next token."""
+    names = getattr(getattr(model, "config", None), "architectures", None) or [type(model).__name__]
+    return bool(re.search(r"(ForCausalLM|LMHeadModel)$", names[0]))
+
+
+def load(source: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Loaded:
+    """Load a model of transformers from a folder or, where it is no folder, by its hub name.
+
+    The cache is asked first: the network is used only for a model that is not there yet. Weights that the files lack
+    are a QfxWarning. Raises ValueError where there is no such model, its class is unknown or needs code of its own.
+    """
+    folder = resolve(source)
+    kind = _model_class(folder)
+    model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        warnings.warn(
+            f"{len(missing)} weights of {kind.__name__} are not in {folder} and hold random numbers: "
+            f"{', '.join(missing[:_SHOWN])}{', ...' if len(missing) > _SHOWN else ''}",
+            QfxWarning,
+            stacklevel=2,
+        )
+    return Loaded(model.eval().to(device), load_tokenizer(folder), folder)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder; None where it has none."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def resolve(source: str | os.PathLike[str]) -> Path:
+    """The folder of a model: `source` itself, or the cached or downloaded files of the hub name `source`.
+
+    Raises ValueError where it is neither.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{folder} is no model folder\n  expected: config.json and weights\n"
+                f"  found: {', '.join(sorted(p.name for p in folder.iterdir())[:_SHOWN]) or 'nothing'}"
+            )
+        return folder
+    if folder.exists():
+        raise ValueError(f"{folder} is a file\n  expected: the folder of a model, or a hub name")
+    if not _HUB_NAME.fullmatch(str(source)):
+        raise ValueError(
+            f"there is no folder {source}\n  expected: the folder of a model, or a hub name such as org/name"
+        )
+    return _snapshot(str(source))
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Sum of the sizes of the files in a folder, sub-folders included, that hold weights."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in _WEIGHTS)
+
+
+def _snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+    try:
+        return Path(snapshot_download(name, local_files_only=True, allow_patterns=wanted))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except HfHubHTTPError as error:
+        raise ValueError(
+            f"the hub does not give {name!r}: {str(error).splitlines()[0]}\n"
+            "  next step: check the name; for a gated model run `hf auth login`"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"{name!r} is no folder here, is not in the cache, and the hub cannot be reached\n"
+            "  next step: give the path of a model folder, or connect once so that it is downloaded"
+        ) from error
+
+
+def _model_class(folder: Path) -> Any:
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the config of {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    names = list(config.architectures or ())
+    if not names:
+        return transformers.AutoModel
+    kind = getattr(transformers, names[0], None)
+    if kind is None:
+        raise ValueError(
+            f"transformers {transformers.__version__} has no class {names[0]!r}, which {folder / 'config.json'} names\n"
+            "  next step: load the model with its own code and call qfx.quantize(model, ...)"
+        )
+    return kind
