@@ -84,7 +84,7 @@ def _describe(node: Node) -> str:
 
 @dataclass(frozen=True)
 class Note:
-    """Something that did not get what was asked: the node's FQN, the reason, what to do next, the user's source line."""
+    """Who did not get what was asked: the node's FQN, the reason, what to do next, the user's source line."""
 
     node: str
     reason: str

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.graph import _Namespace
 
 aten = torch.ops.aten
@@ -142,6 +143,12 @@ def is_call(node: Any, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def schema_name(node: fx.Node) -> str:
+    """`aten::linear` for a call of an operator, '' for everything else."""
+    target = node.target
+    return str(target._schema.name) if isinstance(target, torch._ops.OpOverload) else ""
+
+
 def val(node: Any) -> Any:
     """The fake value on a node, or the plain value itself."""
     return node.meta.get("val") if isinstance(node, fx.Node) else node
@@ -155,15 +162,18 @@ _WEIGHT_AT = {
     "aten::conv3d": 1,
     "aten::convolution": 1,
     "qfx::grouped_linear": 1,
+    "qfx::linear": 1,
+    "qfx::embedding": 1,
+    "qfx::dequantize": 0,
+    "qfx::grouped_linear_quant": 1,
 }
+_LEAF = re.compile(r"\.weight$|\.w_codes$|_w_codes$|(?<=\.)parametrizations\.(?=\w+\.original0$)|\.original0$")
 _VIEWS = {"t", "transpose", "permute", "view", "reshape", "_unsafe_view", "alias", "detach", "contiguous", "clone"}
 
 
 def weight_of(node: fx.Node) -> fx.Node | None:
     """The get_attr behind a linear-like node's weight, through transposes and reshapes; None where it is computed."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    at = _WEIGHT_AT.get(node.target._schema.name)
+    at = _WEIGHT_AT.get(schema_name(node)) if node.op == "call_function" else None
     weight = node.args[at] if at is not None else None
     while isinstance(weight, fx.Node) and weight.op == "call_function" and op_name(weight) in _VIEWS:
         weight = weight.args[0]
@@ -179,12 +189,49 @@ def fqn_of(node: fx.Node) -> str:
     weight = weight_of(node)
     if weight is None:
         return f"{module}.{op_name(node)}" if module else node.name
-    name = str(weight.target)
-    owner = name.rpartition(".")[0]
-    if module and not _nested(owner, module) and not _nested(module, owner):
+    name = _LEAF.sub("", str(weight.target))
+    if module and not _nested(name, module) and not _nested(module, name.rpartition(".")[0]):
         return module
-    return name.removesuffix(".weight")
+    return name
+
+
+def add_tensor(gm: fx.GraphModule, fqn: str, tensor: torch.Tensor, before: fx.Node) -> fx.Node:
+    """Hold `tensor` under `fqn` and return its get_attr node, placed before `before`; an existing node is used again."""
+    existing = next((n for n in gm.graph.nodes if n.op == "get_attr" and n.target == fqn), None)
+    if existing is not None and get_tensor(gm, fqn) is tensor:
+        before.prepend(existing) if _after(existing, before) else None
+        return existing
+    assert existing is None, f"{fqn} already holds another tensor"
+    set_tensor(gm, fqn, tensor)
+    with gm.graph.inserting_before(before):
+        node = gm.graph.create_node("get_attr", fqn)
+    node.meta["val"] = fake_mode_of(gm).from_tensor(tensor, static_shapes=True)
+    node.meta["qfx_module"] = ""
+    return node
+
+
+def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
+    """The fake mode of the values in a graph; a new one where the graph has none."""
+    for node in gm.graph.nodes:
+        if isinstance(node.meta.get("val"), FakeTensor):
+            return node.meta["val"].fake_mode
+    return FakeTensorMode()
+
+
+def _after(node: fx.Node, other: fx.Node) -> bool:
+    return next(n for n in node.graph.nodes if n is node or n is other) is other
 
 
 def _nested(inner: str, outer: str) -> bool:
     return not outer or inner == outer or inner.startswith(f"{outer}.")
+
+
+def copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module with its own nodes that holds the same tensors. Names and metadata are kept."""
+    nodes = fx.Graph()
+    result = nodes.graph_copy(gm.graph, {})
+    output = nodes.output(result)
+    output.meta = dict(next(n for n in gm.graph.nodes if n.op == "output").meta)
+    new = fx.GraphModule(gm, nodes)
+    new.meta = dict(gm.meta)
+    return new

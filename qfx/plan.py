@@ -34,6 +34,7 @@ _FIELDS: dict[str, type] = {
     "signature": dict,
     "versions": dict,
     "annotations": dict,
+    "layouts": dict,
     "rewrites": list,
     "sensitivities": dict,
     "notes": list,
@@ -46,8 +47,8 @@ class Plan:
     """What qfx decided for one model.
 
     recipe: what was asked. fingerprint, signature: of the model (see `fingerprint`, `signature`). versions: of torch,
-    qfx, Python. annotations: FQN -> role -> Format text, or a list of texts, one per head. rewrites: JSON-able records
-    in the order of application, such as {"name": "smooth", "norm": FQN, "linears": [FQN], "factor": key of `tensors`}.
+    qfx, Python. annotations: FQN -> role -> Format text, or a list of texts, one per head. layouts: FQN -> how the module
+    holds the weight (`qfx.writeback`). rewrites: JSON-able records in the order of application, such as {"name": "smooth", "norm": FQN, "linears": [FQN], "factor": key of `tensors`}.
     tensors: "<FQN>/x_scale", "<FQN>/x_zero", "<FQN>/smooth", ... sensitivities: JSON-able. notes: what was warned of.
     """
 
@@ -56,6 +57,7 @@ class Plan:
     signature: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())  # noqa: PLW0108 (defined below)
     annotations: dict[str, dict[str, str | list[str]]] = field(default_factory=dict)
+    layouts: dict[str, str] = field(default_factory=dict)
     rewrites: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     sensitivities: dict[str, Any] = field(default_factory=dict)

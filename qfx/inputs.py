@@ -1,0 +1,63 @@
+"""Example inputs of a model, where the user gives none: from what its class and configuration say."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from qfx.errors import explain
+
+_LENGTH = 16
+
+
+def example_inputs(model: nn.Module) -> dict[str, Any] | None:
+    """Keyword arguments for one small call of a Hugging Face model (by its main input and configuration), else None."""
+    config = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    if config is None or main is None:
+        return None
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    accepted = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {}
+    if "pixel_values" in accepted:
+        inputs["pixel_values"] = _pixels(config).to(device, dtype)
+    if "input_features" in accepted:
+        length = 2 * int(getattr(config, "max_source_positions", 1500))
+        inputs["input_features"] = torch.randn(2, int(getattr(config, "num_mel_bins", 80)), length).to(device, dtype)
+    if "input_ids" in accepted:
+        text = getattr(config, "text_config", config)
+        inputs["input_ids"] = torch.randint(3, max(4, min(1000, int(text.vocab_size))), (2, _LENGTH)).to(device)
+    if "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = torch.randint(3, max(4, min(1000, int(config.vocab_size))), (2, _LENGTH)).to(device)
+    return without_cache(model, inputs) if inputs else None
+
+
+def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with use_cache=False where the forward takes it: a traced graph carries no cache."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    config = getattr(model, "config", None)
+    if "use_cache" in parameters or (takes_any and getattr(config, "use_cache", None)):
+        return {**inputs, "use_cache": False}
+    return inputs
+
+
+def need_inputs(model: nn.Module) -> ValueError:
+    """The error for a model that must be traced and of which no input is known."""
+    return ValueError(
+        explain(
+            f"{type(model).__name__} must be traced, and no example of its inputs is known",
+            next_step="pass data=[batch], a batch being a dict of keyword arguments, a tuple or a tensor",
+        )
+    )
+
+
+def _pixels(config: Any) -> torch.Tensor:
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    return torch.randn(2, int(getattr(vision, "num_channels", 3)), height, width)

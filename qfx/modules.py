@@ -1,0 +1,256 @@
+"""Quantized modules that stand in a live model in the place of float ones, and the packed form of other parameters.
+
+`QuantLinear` replaces nn.Linear and Conv1D, `QuantEmbedding` replaces nn.Embedding; both hold packed weights as buffers, so
+that state_dict, deepcopy, device moves and torch.compile see ordinary tensors. A parameter that a module reads by itself
+(expert weights, the table of an embedding with its own forward) is stored packed and dequantized where it is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qfx.ops  # noqa: F401  (registers torch.ops.qfx)
+from qfx.format import Format
+from qfx.packing import Packed
+from qfx.report import Row
+
+
+class _Quantized(nn.Module):
+    """Packed weight buffers (w_codes, w_scale, w_zero) and their format."""
+
+    w_codes: Tensor
+    w_scale: Tensor
+    w_zero: Tensor | None
+
+    def __init__(self, packed: Packed, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("w_codes", packed.data)
+        self.register_buffer("w_scale", packed.scale)
+        self.register_buffer("w_zero", packed.zero)
+        self.w_format = str(packed.format)
+        self.shape = tuple(packed.shape)
+        self.dtype = dtype
+        self.sqnr_db: float | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight dequantized, [N, K] in the model's dtype: for code that reads `.weight` itself."""
+        weight: Tensor = torch.ops.qfx.dequantize(
+            self.w_codes, self.w_scale, self.w_zero, self.w_format, self.shape[-1], self.dtype
+        )
+        return weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Keep scales and codes in their own types when the model is cast: only the activations' dtype changes."""
+        kept = {name: (b, b.dtype) for name, b in self._buffers.items() if b is not None}
+        super()._apply(fn, recurse)
+        for name, (before, dtype) in kept.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != dtype:
+                self._buffers[name] = before.to(after.device)
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.w_codes.device))
+        if probe.dtype.is_floating_point:
+            self.dtype = probe.dtype
+        return self
+
+    def _row(self, fqn: str, op: str, asked: str) -> Row:
+        elements = torch.Size(self.shape).numel()
+        after = Format.parse(self.w_format).nbytes(self.shape)
+        before = elements * self.dtype.itemsize
+        return Row(fqn, op, asked, f"qfx::{op} (reference)", "", elements, before, after, sqnr_db=self.sqnr_db)
+
+
+class QuantLinear(_Quantized):
+    """y = x W^T + b with a packed W [out_features, in_features].
+
+    x_format "" leaves activations in float. Static formats carry x_scale (and x_zero); `smooth` [in_features] divides x first.
+    """
+
+    def __init__(
+        self,
+        packed: Packed,
+        bias: Tensor | None,
+        *,
+        x_format: str = "",
+        x_scale: Tensor | None = None,
+        x_zero: Tensor | None = None,
+        smooth: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(packed, dtype)
+        self.x_format = x_format
+        self.out_features, self.in_features = packed.shape
+        self.nf = self.out_features  # Conv1D's name for it
+        self.register_buffer("x_scale", x_scale)
+        self.register_buffer("x_zero", x_zero)
+        self.register_buffer("smooth", smooth)
+        if bias is None:
+            self.register_parameter("bias", None)
+        else:
+            self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features], in x.dtype."""
+        y: Tensor = torch.ops.qfx.linear(
+            x, self.w_codes, self.w_scale, self.w_zero, self.bias, self.x_scale, self.x_zero, self.smooth,
+            self.x_format, self.w_format,
+        )  # fmt: skip
+        return y
+
+    def extra_repr(self) -> str:
+        asked = f"x={self.x_format} " if self.x_format else ""
+        return f"{self.in_features}, {self.out_features}, {asked}w={self.w_format}, bias={self.bias is not None}"
+
+    def qfx_row(self, fqn: str) -> Row:
+        """This module's row of the report."""
+        asked = f"x={self.x_format} w={self.w_format}" if self.x_format else f"w={self.w_format}"
+        return self._row(fqn, "linear", asked)
+
+
+class QuantEmbedding(_Quantized):
+    """Rows of a packed table [num_embeddings, embedding_dim]."""
+
+    def __init__(self, packed: Packed, padding_idx: int | None, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(packed, dtype)
+        self.num_embeddings, self.embedding_dim = packed.shape
+        self.padding_idx = padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids of any shape, int32 or int64 -> [..., embedding_dim] in the model's dtype."""
+        y: Tensor = torch.ops.qfx.embedding(
+            ids, self.w_codes, self.w_scale, self.w_zero, self.w_format, self.embedding_dim, self.dtype
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, w={self.w_format}"
+
+    def qfx_row(self, fqn: str) -> Row:
+        """This module's row of the report."""
+        return self._row(fqn, "embedding", f"w={self.w_format}")
+
+
+class QuantPatchEmbedding(_Quantized):
+    """A convolution whose windows do not overlap (kernel == stride, no padding), computed as a linear over patches."""
+
+    def __init__(
+        self, packed: Packed, bias: Tensor | None, *, kernel: tuple[int, ...], channels: int, x_format: str, dtype: torch.dtype
+    ) -> None:
+        super().__init__(packed, dtype)
+        self.kernel_size = self.stride = kernel
+        self.in_channels, self.out_channels = channels, packed.shape[0]
+        self.x_format = x_format
+        self.bias = None if bias is None else (bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, False))
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernel dequantized, [out_channels, in_channels, *kernel]."""
+        return super().weight.reshape(self.out_channels, self.in_channels, *self.kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, *size] -> [B, out_channels, *(size // kernel)]."""
+        grid = [s // k for s, k in zip(x.shape[2:], self.kernel_size, strict=True)]
+        for dim, (count, k) in enumerate(zip(grid, self.kernel_size, strict=True), 2):
+            x = x.narrow(dim, 0, count * k)
+        split = [v for pair in zip(grid, self.kernel_size, strict=True) for v in pair]
+        n = len(grid)
+        x = x.reshape(*x.shape[:2], *split)
+        x = x.permute(0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2)).flatten(n + 1)
+        y = torch.ops.qfx.linear(
+            x, self.w_codes, self.w_scale, self.w_zero, self.bias, None, None, None, self.x_format, self.w_format
+        )
+        return y.permute(0, n + 1, *range(1, n + 1))  # type: ignore[no-any-return]
+
+    def qfx_row(self, fqn: str) -> Row:
+        """This module's row of the report."""
+        return self._row(fqn, "linear", f"x={self.x_format} w={self.w_format}" if self.x_format else f"w={self.w_format}")
+
+
+@dataclass(frozen=True)
+class PackedSpec:
+    """How a packed parameter reads: its format, the shape it is packed in, the dtype and orientation its module knows."""
+
+    format: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transposed: bool = False
+    x_format: str = ""
+
+
+def pack_parameter(module: nn.Module, name: str, packed: Packed, *, transposed: bool = False, x_format: str = "") -> None:
+    """Store parameter `name` of `module` packed (buffers `<name>_w_codes`, `<name>_w_scale`, `<name>_w_zero`).
+
+    The module's class becomes a subclass of itself in which reading `name` gives the dequantized weight, so that its own
+    forward goes on working. The packed weight is [.., N, K]; `transposed` says that the module knows it as [.., K, N].
+    """
+    original = module._parameters.pop(name)
+    assert original is not None
+    specs = dict(module.__dict__.get("qfx_packed", {}))
+    specs[name] = PackedSpec(str(packed.format), tuple(packed.shape), original.dtype, transposed, x_format)
+    for leaf, tensor in (("w_codes", packed.data), ("w_scale", packed.scale), ("w_zero", packed.zero)):
+        module.register_buffer(f"{name}_{leaf}", tensor)
+    module.qfx_packed = specs  # type: ignore[assignment]
+    base = getattr(type(module), "qfx_float_class", type(module))
+    module.__class__ = _packed_class(base, tuple(specs))
+
+
+@functools.cache
+def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    def reader(name: str) -> property:
+        return property(lambda self: _read(self, name))
+
+    def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        return _apply_keeping(self, lambda: super(kind, self)._apply(fn, recurse), fn)
+
+    fields: dict[str, Any] = {name: reader(name) for name in names}
+    fields |= {"qfx_float_class": base, "_apply": _apply, "__module__": base.__module__, "__doc__": base.__doc__}
+    kind: type[nn.Module] = type(f"Packed{base.__name__}", (base,), fields)
+    return kind
+
+
+def _read(module: nn.Module, name: str) -> Tensor:
+    spec: PackedSpec = module.qfx_packed[name]  # type: ignore[index, assignment]
+    codes, scale, zero = (module._buffers[f"{name}_{leaf}"] for leaf in ("w_codes", "w_scale", "w_zero"))
+    weight: Tensor = torch.ops.qfx.dequantize(codes, scale, zero, spec.format, spec.shape[-1], spec.dtype)
+    return weight.transpose(-2, -1) if spec.transposed else weight
+
+
+def _apply_keeping(module: nn.Module, apply: Callable[[], Any], fn: Any) -> nn.Module:
+    """Run nn.Module._apply, then put packed buffers back to their own types; note the activations' new dtype."""
+    specs: dict[str, PackedSpec] = dict(module.qfx_packed)  # type: ignore[arg-type]
+    held = {n: b for n, b in module._buffers.items() if b is not None and _LEAF.search(n)}
+    apply()
+    for name, before in held.items():
+        after = module._buffers[name]
+        if after is not None and after.dtype != before.dtype:
+            module._buffers[name] = before.to(after.device)
+    for name, spec in specs.items():
+        probe = fn(torch.empty(0, dtype=spec.dtype, device=module._buffers[f"{name}_w_codes"].device))  # type: ignore[union-attr]
+        if probe.dtype.is_floating_point:
+            specs[name] = replace(spec, dtype=probe.dtype)
+    module.qfx_packed = specs  # type: ignore[assignment]
+    return module
+
+
+_LEAF = re.compile(r"_w_(codes|scale|zero)$")
+
+
+def packed_rows(fqn: str, module: nn.Module) -> list[Row]:
+    """Rows of the report for the packed parameters of a module."""
+    rows = []
+    for name, spec in getattr(module, "qfx_packed", {}).items():
+        elements = torch.Size(spec.shape).numel()
+        after = Format.parse(spec.format).nbytes(spec.shape)
+        path = f"{fqn}.{name}" if fqn else name
+        rows.append(
+            Row(path.removesuffix(".weight"), "parameter", f"w={spec.format}", "qfx::dequantize, then torch", "",
+                elements, elements * spec.dtype.itemsize, after)
+        )  # fmt: skip
+    return rows

@@ -1,0 +1,63 @@
+"""The stages between capture and lowering, as lists of passes that read from top to bottom. Both doors use them.
+
+    normalize -> annotate -> calibrate -> transform -> calibrate again -> round and quantize
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterable
+
+from torch import fx
+
+from qfx import annotation, graph, run
+from qfx.errors import Note, QfxWarning, UnsupportedError
+from qfx.passes.annotate import annotate
+from qfx.passes.normalize import normalize
+from qfx.passes.quantize import quantize
+from qfx.passes.rewrites import apply_record
+from qfx.plan import Plan
+from qfx.recipe import Recipe
+
+
+def prepare(gm: fx.GraphModule) -> list[Note]:
+    """Bring a captured graph to the form in which recipes speak of it: one node for each linear, norm, attention, ..."""
+    normalize(gm)
+    graph.rename(gm)
+    return []
+
+
+def apply_plan(gm: fx.GraphModule, plan: Plan | None, recipe: Recipe, *, strict: bool = False) -> list[Note]:
+    """Quantize a prepared graph: by a plan, or by a recipe that needs no data. Returns what could not be had."""
+    notes: list[Note] = []
+    if plan is None:
+        notes += annotate(gm, recipe)
+        tensors, rounding = {}, recipe.rounding
+    else:
+        notes += annotate_from(gm, plan)
+        for record in plan.rewrites:
+            apply_record(gm, record, plan.tensors)
+        tensors, rounding = plan.tensors, plan.recipe.rounding
+    run.run(gm, [functools.partial(quantize, tensors=tensors, rounding=rounding)])
+    return notes
+
+
+def annotate_from(gm: fx.GraphModule, plan: Plan) -> list[Note]:
+    """Write a plan's formats on the nodes they name. A name of the plan that no node of the graph has is no fault here:
+    the graph may be a part of the model."""
+    for node in gm.graph.nodes:
+        if node.op != "call_function":
+            continue
+        for role, fmt in plan.formats(graph.fqn_of(node)).items():
+            annotation.set(node, role, fmt)
+    return []
+
+
+def told(notes: Iterable[Note], *, strict: bool) -> None:
+    """Say each note once as a QfxWarning; under strict raise UnsupportedError with all of them."""
+    unique = list(dict.fromkeys(notes))
+    if unique and strict:
+        raise UnsupportedError("strict=True and not everything can be had as asked:\n" + "\n".join(map(str, unique)))
+    for note in unique:
+        warnings.warn(str(note), QfxWarning, stacklevel=3)

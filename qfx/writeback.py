@@ -1,0 +1,155 @@
+"""Write a plan into the live module by FQN: rewrites applied, weights packed, one at a time.
+
+A layout says how the module holds the weight that the graph saw: `linear` [N, K], `transposed` [K, N], `embedding`,
+`patch` (a convolution kernel used as a linear), `experts` [E, N, K], `experts-transposed` [E, K, N].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qfx import graph
+from qfx.errors import Note, UnsupportedError, explain
+from qfx.format import Format
+from qfx.modules import QuantEmbedding, QuantLinear, QuantPatchEmbedding, pack_parameter
+from qfx.packing import Packed
+from qfx.passes.rewrites import apply_record
+from qfx.plan import Plan
+from qfx.rounding import round_weight
+
+
+def layout_of(node: fx.Node) -> str:
+    """How the module holds the weight of a linear-like node."""
+    if graph.schema_name(node) == "aten::embedding":
+        return "embedding"
+    weight = graph.weight_of(node)
+    assert weight is not None
+    operand = node.args[1]
+    assert isinstance(operand, fx.Node)
+    shape, held = tuple(operand.meta["val"].shape), tuple(weight.meta["val"].shape)
+    swapped = _transposes(operand) % 2 == 1
+    if graph.schema_name(node) == "qfx::grouped_linear":
+        return "experts-transposed" if swapped else "experts"
+    if len(held) > 2:
+        return "patch" if not swapped and torch.Size(held[1:]).numel() == shape[-1] else "unknown"
+    return "transposed" if swapped else "linear"
+
+
+def write_back(model: nn.Module, plan: Plan) -> tuple[nn.Module, list[Note]]:
+    """Quantize `model` in place by its plan; returns it (or its replacement where it is a bare nn.Linear) and notes.
+
+    Raises UnsupportedError, before anything is changed, where a planned name cannot be written back.
+    """
+    sites = {fqn: _site(model, fqn, plan) for fqn, roles in plan.annotations.items() if "w" in roles}
+    for record in plan.rewrites:
+        apply_record(model, record, plan.tensors)
+    packed: dict[Any, Packed] = {}
+    notes: list[Note] = []
+    for fqn, (owner, leaf) in sites.items():
+        replacement = _write(model, owner, leaf, fqn, plan, packed, notes)
+        if replacement is not None:
+            model = replacement
+    return model, notes
+
+
+def _site(model: nn.Module, fqn: str, plan: Plan) -> tuple[str, str]:
+    """Owner module and name of the parameter that a planned FQN means."""
+    for owner, leaf in ((fqn, "weight"), tuple(fqn.rpartition(".")[::2])):
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:
+            continue
+        if isinstance(module._parameters.get(leaf), Tensor) and plan.layouts.get(fqn) != "unknown":
+            return owner, leaf
+    raise UnsupportedError(
+        explain(
+            f"{fqn!r} cannot be written back into the live module",
+            expected=f"a parameter of {type(model).__name__} under that name, used as a linear weight or a table",
+            found=f"layout {plan.layouts.get(fqn, 'not known')!r} and no such parameter",
+            next_step="add the name to the recipe's ignore list, or quantize the graph with torch.compile(backend='qfx')",
+        )
+    )
+
+
+def _write(
+    model: nn.Module, owner: str, leaf: str, fqn: str, plan: Plan, packed: dict[Any, Packed], notes: list[Note]
+) -> nn.Module | None:
+    module = model.get_submodule(owner)
+    weight = module._parameters[leaf]
+    assert weight is not None
+    layout = plan.layouts.get(fqn, "linear")
+    fmt, x = plan.formats(fqn)["w"], plan.formats(fqn).get("x")
+    assert isinstance(fmt, Format) and not isinstance(x, tuple)
+    value = _oriented(weight.detach(), layout)
+    key = (weight.data_ptr(), str(fmt), layout.endswith("transposed"))
+    if key not in packed:
+        packed[key] = round_weight(value, fmt, plan.recipe.rounding, name=fqn)
+    new = _replacement(module, layout, packed[key], x, fqn, plan) if leaf == "weight" else None
+    if new is None:
+        static = x is not None and not x.dynamic
+        if static or (x is not None and not layout.startswith("experts")):
+            notes.append(
+                Note(fqn, f"{type(module).__name__} reads its weight itself: runs weight-only, not x={x}", "see the report")
+            )
+        hint = str(x) if x is not None and x.dynamic else ""
+        pack_parameter(module, leaf, packed[key], transposed=layout.endswith("transposed"), x_format=hint)
+        return None
+    if not owner:
+        return new
+    parent, _, name = owner.rpartition(".")
+    setattr(model.get_submodule(parent), name, new.train(module.training))
+    return None
+
+
+def _replacement(module: nn.Module, layout: str, packed: Packed, x: Format | None, fqn: str, plan: Plan) -> nn.Module | None:
+    """The quantized module that takes the place of a float one; None where its own forward must stay."""
+    dtype = module.weight.dtype
+    assert isinstance(dtype, torch.dtype)
+    bias = module._parameters.get("bias")
+    kind = type(module)
+    if layout == "embedding":
+        if isinstance(module, nn.Embedding) and kind.forward is nn.Embedding.forward and module.max_norm is None:
+            return QuantEmbedding(packed, module.padding_idx, dtype=dtype)
+        return None
+    if layout == "patch":
+        plain = isinstance(module, nn.modules.conv._ConvNd) and kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        if not plain:
+            return None
+        return QuantPatchEmbedding(
+            packed, bias, kernel=tuple(module.kernel_size), channels=module.in_channels,  # type: ignore[arg-type]
+            x_format=str(x) if x else "", dtype=dtype,
+        )  # fmt: skip
+    if not _is_linear(module, layout):
+        return None
+    tensors = {leaf: plan.tensors.get(f"{fqn}/{leaf}") for leaf in ("x_scale", "x_zero", "smooth")}
+    return QuantLinear(packed, bias, x_format=str(x) if x else "", dtype=dtype, **tensors)
+
+
+def _is_linear(module: nn.Module, layout: str) -> bool:
+    """nn.Linear with its own forward, or a Conv1D: a leaf module of a [K, N] weight and a bias, called with x alone."""
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward
+    return layout == "transposed" and not list(module.children()) and set(module._parameters) == {"weight", "bias"}
+
+
+def _oriented(weight: Tensor, layout: str) -> Tensor:
+    if layout.endswith("transposed"):
+        return weight.transpose(-2, -1).contiguous()
+    return weight.flatten(1) if layout == "patch" else weight
+
+
+def _transposes(node: fx.Node) -> int:
+    count = 0
+    while node.op == "call_function":
+        name = graph.op_name(node)
+        if name in ("t", "transpose"):
+            count += 1
+        elif name == "permute":
+            count += list(node.args[1]) != list(range(len(node.args[1])))  # type: ignore[arg-type]
+        inner = node.args[0]
+        assert isinstance(inner, fx.Node)
+        node = inner
+    return count
