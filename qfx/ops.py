@@ -134,7 +134,7 @@ def _input_params(rows: Tensor, fmt: Format, scale: Tensor | None, zero: Tensor 
 def _quantized_input(
     rows: Tensor, fmt: Format, scale: Tensor | None, zero: Tensor | None, smooth: Tensor | None
 ) -> tuple[Tensor, QParams]:
-    """Codes of the input and their parameters. A static scale is multiplied by smooth, a dynamic one is x / smooth's."""
+    """Codes of the input and their parameters. Static scales are multiplied by smooth; dynamic ones see x / smooth."""
     if smooth is not None and fmt.dynamic:
         rows = rows / smooth
     params = _input_params(rows, fmt, scale, zero)
