@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from qfx.inputs import without_cache
+
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # (args, kwargs) of one forward
 
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -114,12 +116,8 @@ def text_batches(
 def fitting(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a batch that `model.forward` takes, and `use_cache=False` where it takes that."""
     known = inspect.signature(model.forward).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in known.values()) and "input_ids" not in known:
-        return dict(batch)
-    kept = {name: value for name, value in batch.items() if name in known}
-    if "use_cache" in known:
-        kept["use_cache"] = False
-    return kept
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values()) and "input_ids" not in known
+    return without_cache(model, {name: value for name, value in batch.items() if takes_any or name in known})
 
 
 def _check_iterable(data: object) -> None:
