@@ -1,0 +1,249 @@
+"""SmoothQuant: a linear's input is divided by a factor per channel, the weight's columns are multiplied by it.
+
+    %layer_norm: f32[2,4] = aten.layer_norm(%x, [4], @norm.weight, @norm.bias)      where linears alone read the norm,
+    %linear: f32[2,3] = aten.linear(%layer_norm, @fc.weight, @fc.bias)              the factor goes into its weights
+
+    %gelu: f32[2,4] = aten.gelu(%x)                                                 elsewhere
+    ->
+    %div: f32[2,4] = aten.div.Tensor(%gelu, @fc.input_smooth)
+    %linear: f32[2,3] = aten.linear(%div, @fc.weight, @fc.bias)
+
+s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), one s for all linears that read the same input (Xiao et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from qfx import annotation, graph
+from qfx.errors import Note
+from qfx.format import Format
+from qfx.numerics import fake_quantize, range_qparams
+from qfx.observers import Observer, Sample, create
+from qfx.passes import _match as m
+from qfx.passes import _sites as sites
+from qfx.passes._build import call
+from qfx.passes._sites import Norm, Record, Weight
+
+ALPHAS: tuple[float, ...] = tuple(step / 10 for step in range(11))
+_LEAST, _GREATEST = 1e-4, 1e4  # of a factor
+
+
+@dataclass(frozen=True)
+class Site(Record):
+    """Linears that read one input. norm: the norm that takes the factor, None where the input itself is divided."""
+
+    NAME: ClassVar[str] = "smooth"
+    NESTED: ClassVar[Mapping[str, Callable[..., Any]]] = {"norm": Norm, "linears": Weight}
+
+    norm: Norm | None
+    linears: tuple[Weight, ...]
+    channels: int
+
+    @property
+    def explicit(self) -> bool:
+        """The input is divided in the graph, or by the packed linear's `smooth` operand."""
+        return self.norm is None
+
+
+def find(gm: fx.GraphModule) -> tuple[list[Site], list[Note]]:
+    """Every group of linears that read one input, in graph order, and those that have to stay as they are."""
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if sites.is_linear(node) and isinstance(node.args[0], fx.Node):
+            groups.setdefault(sites.origin(node.args[0]), []).append(node)
+    found, refusals = [], []
+    for value, linears in groups.items():
+        site = _site(value, linears)
+        if isinstance(site, Site):
+            found.append(site)
+        else:
+            refusals.append(site)
+    return found, refusals
+
+
+def _site(value: fx.Node, linears: list[fx.Node]) -> Site | Note:
+    weights: list[Weight] = []
+    for node in linears:
+        weight = sites.weight_of(node)
+        if isinstance(weight, str):
+            return sites.note(node, f"its input cannot be smoothed: {weight}")
+        weights.append(weight)
+    channels = m.shape(linears[0].args[0])[-1]
+    if not isinstance(channels, int):
+        return sites.note(linears[0], "its number of input channels is not fixed")
+    norm = sites.norm_of(value)
+    reached, others = sites.readers(value)
+    if isinstance(norm, Norm) and not others and set(reached) == set(linears):
+        return Site(norm, tuple(weights), channels)
+    if any(graph.schema_name(node) != "aten::linear" for node in linears):
+        why = norm if isinstance(norm, str) else f"%{others[0].name} reads it, too" if others else "no norm makes it"
+        return sites.note(linears[0], f"the input of experts is smoothed only inside a norm, and {why}")
+    return Site(None, tuple(weights), channels)
+
+
+def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
+    """Divide the input by `factor` [channels] and multiply the weights' columns by it, in a graph or a live model.
+
+    An explicit division is put into a graph; in a live model it is left to the caller, who packs the linears with
+    `smooth=factor` (see `explicit_factors`).
+    """
+    if factor.shape != (site.channels,) or not bool((factor > 0).all()) or not bool(torch.isfinite(factor).all()):
+        raise ValueError(f"expected {site.channels} positive factors for {site.linears[0].name!r}, found {factor}")
+    if site.explicit:
+        factor = factor.to(graph.get_tensor(module, site.linears[0].weight).dtype)
+        if isinstance(module, fx.GraphModule):
+            _divide(module, site, factor)
+    else:
+        assert site.norm is not None
+        sites.scale_norm(module, site.norm, 1.0 / factor.to(torch.float64))
+    for linear in site.linears:
+        sites.scale(module, linear.weight, factor, linear.inp)
+
+
+def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Apply a plan's record; its "factor" is a key of `tensors`. A graph without these layers is left as it is."""
+    site = Site.from_record(record)
+    if site.present(module):
+        apply(module, site, tensors[record["factor"]])
+
+
+def explicit_factors(site: Site, factor: Tensor) -> dict[str, Tensor]:
+    """FQN of a linear -> the `smooth` operand that its packed form needs; empty where the norm took the factor."""
+    return {linear.name: factor for linear in site.linears} if site.explicit else {}
+
+
+def _divide(gm: fx.GraphModule, site: Site, factor: Tensor) -> None:
+    names = {linear.name for linear in site.linears}
+    nodes = [n for n in gm.graph.nodes if sites.is_linear(n) and graph.fqn_of(n) in names]
+    divided: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        if x not in divided:
+            name = f"{site.linears[0].name}.input_smooth".lstrip(".")
+            held = graph.add_tensor(gm, name, factor, nodes[0])
+            with gm.graph.inserting_before(node):
+                divided[x] = call(gm, torch.ops.aten.div.Tensor, x, held, like=node)
+            annotation.clear(divided[x])
+        node.replace_input_with(x, divided[x])
+    gm.recompile()
+
+
+def smooth(
+    gm: fx.GraphModule,
+    stats: Mapping[str, Sample],
+    *,
+    alpha: float | Literal["search"] = 0.5,
+    observer: str = "minmax",
+    percentile: float = 99.99,
+    alphas: Sequence[float] = ALPHAS,
+    explicit: bool = True,
+    skip: Iterable[str] = (),
+) -> tuple[list[tuple[Site, Tensor]], list[Note]]:
+    """Choose factors for every group of linears whose inputs are to be quantized. Nothing is changed; see `apply`.
+
+    stats: FQN of a linear -> what its input looks like (see `watch`). alpha: SmoothQuant's exponent, or "search": of
+    `alphas` and of no smoothing, the one with the least error of the layer's result on the sampled rows, under the
+    formats annotated and ranges found by `observer`. skip: names of linears to leave. Returns pairs of site and f32
+    factor [channels] in graph order, and notes about what cannot be smoothed.
+    """
+    found, refusals = find(gm)
+    nodes = {graph.fqn_of(n): n for n in gm.graph.nodes if sites.is_linear(n)}
+    left = set(skip)
+    chosen = []
+    for site in found:
+        names = [linear.name for linear in site.linears]
+        inputs = [stats[name] for name in names if name in stats and stats[name].seen]
+        if not inputs or left.intersection(names) or (site.explicit and not explicit):
+            continue
+        if alpha == "search":
+            layers = [_Layer.of(gm, nodes[w.name], w, observer, percentile) for w in site.linears]
+            factor = search(layers, inputs, alphas)
+        else:
+            factor = factors(_absmax(inputs), weight_absmax(gm, site.linears), alpha)
+        if factor is not None and bool((factor != 1).any()):
+            chosen.append((site, factor))
+    return chosen, [r for r in refusals if r.node in stats]
+
+
+def watch(node: fx.Node, role: str) -> Observer | None:
+    """For `insert_observers`: sample the inputs of linears that are to be quantized."""
+    return Sample() if role == "x" and sites.is_linear(node) else None
+
+
+def factors(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
+    """s = x^alpha / w^(1 - alpha) per channel, f32; 1 where either is zero."""
+    x, w = x_absmax.to(torch.float64), w_absmax.to(torch.float64)
+    alive = (x > 0) & (w > 0)
+    raw = torch.where(alive, x, 1.0).pow(alpha) / torch.where(alive, w, 1.0).pow(1 - alpha)
+    return torch.where(alive, raw.clamp(_LEAST, _GREATEST), 1.0).to(torch.float32)
+
+
+def weight_absmax(module: nn.Module, linears: Iterable[Weight]) -> Tensor:
+    """The greatest magnitude of each input channel over the weights of several linears, f32 [channels]."""
+    found = []
+    for linear in linears:
+        weight = graph.get_tensor(module, linear.weight).detach()
+        found.append(weight.abs().movedim(linear.inp, -1).flatten(0, -2).amax(0).to(torch.float32))
+    return torch.stack(found).amax(0)
+
+
+def _absmax(inputs: Sequence[Sample]) -> Tensor:
+    return torch.stack([observer.absmax() for observer in inputs]).amax(0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A linear as the search sees it: weight f32 [N, K] or [E, N, K], formats, how the range of its input is found."""
+
+    weight: Tensor
+    x: Format | None
+    w: Format | None
+    observer: str
+    percentile: float
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, node: fx.Node, weight: Weight, observer: str, percentile: float) -> _Layer:
+        formats: dict[str, Any] = annotation.get(node)
+        x, w = (f if isinstance(f := formats.get(role), Format) else None for role in ("x", "w"))
+        value = graph.get_tensor(gm, weight.weight).detach().to(torch.float32)
+        return cls(value.movedim((weight.out, weight.inp), (-2, -1)), x, w, observer, percentile)
+
+    def error(self, rows: Tensor, low: Tensor, high: Tensor, factor: Tensor) -> float:
+        """Squared error of the quantized result relative to the float one, inputs divided by `factor`."""
+        x, weight = rows / factor, self.weight * factor
+        rounded = self._rounded(x, low / factor, high / factor)
+        w = fake_quantize(weight, self.w) if self.w is not None else weight
+        exact = rows @ self.weight.mT
+        return float((rounded @ w.mT - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
+
+    def _rounded(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        if self.x is None:
+            return x
+        if self.x.dynamic or self.x.is_plain:
+            return fake_quantize(x, self.x, activation=True)
+        if self.x.granularity == "" and self.observer in ("minmax", "absmax", "ema"):
+            scale, zero = range_qparams(low.amin(), high.amax(), self.x)  # of all the data, not of the sample
+        else:
+            found = create(self.observer, self.x, percentile=self.percentile)
+            found.update(x)
+            scale, zero = found.qparams(self.x)
+        return fake_quantize(x, self.x, scale, zero, activation=True)
+
+
+def search(layers: Sequence[_Layer], inputs: Sequence[Sample], alphas: Sequence[float] = ALPHAS) -> Tensor | None:
+    """The factors with the least error summed over the layers, or None where no smoothing is best."""
+    rows = max((observer.sample() for observer in inputs), key=len)
+    low = torch.stack([observer.extremes()[0] for observer in inputs]).amin(0)
+    high = torch.stack([observer.extremes()[1] for observer in inputs]).amax(0)
+    w_absmax = torch.stack([layer.weight.abs().flatten(0, -2).amax(0) for layer in layers]).amax(0)
+    tried: list[Tensor | None] = [None, *(factors(_absmax(inputs), w_absmax, alpha) for alpha in alphas)]
+    one = torch.ones_like(w_absmax)
+    errors = [sum(layer.error(rows, low, high, one if s is None else s) for layer in layers) for s in tried]
+    return tried[min(range(len(tried)), key=errors.__getitem__)]
