@@ -82,7 +82,7 @@ def embedding(
         fmt = Format(fmt.type, f"g{fmt.block[1]}", fmt.scale_type)
     else:
         scale, zero = _gather(w_scale, flat), _gather(w_zero, flat)
-    return dequantize_codes(codes, fmt, scale, zero, dtype).reshape(*ids.shape, dim)
+    return dequantize_codes(codes, fmt, scale, zero, dtype).reshape(*ids.shape, dim).contiguous()
 
 
 @torch.no_grad()
@@ -98,8 +98,11 @@ def dequantize(
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Exact a [M, K] @ b [N, K]^T of int8 codes, int32 [M, N]. K is below 2^17, so that no sum overflows."""
     m, k = a.shape
-    on_gpu = a.device.type == "cuda"
-    if not on_gpu or (m > 16 and k % 8 == 0 and b.shape[0] % 8 == 0):
+    if a.device.type == "cuda":
+        native = m > 16 and k % 8 == 0 and b.shape[0] % 8 == 0
+    else:
+        native = k > 1  # torch 2.13 on CPU returns uninitialised memory for K = 1
+    if native:
         return torch._int_mm(a, b.t())
     return (a.to(torch.float64) @ b.to(torch.float64).t()).to(torch.int32)
 

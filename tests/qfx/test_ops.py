@@ -1,0 +1,425 @@
+"""The ops against plain arithmetic: exact in integers, right in every combination, and fit for every tracer."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import itertools
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import qfx.ops
+from qfx.format import Format
+from qfx.numerics import choose_qparams, dequantize, fake_quantize, quantize
+from qfx.packing import Packed, pack_weight
+
+F = Format.parse
+WEIGHTS = ["i8", "i8/ch", "u8/ch", "i4/g8", "u4/g8/f16", "i3/ch", "u2/ch", "nf4/g8", "f8e4m3/ch", "f4e2m1/g8/e8m0"]
+WEIGHTS += ["f4e2m1/g16/e4m3", "f8e5m2/b4x8", "i5/b4x8", "bf16", "f32"]
+DYNAMIC = [
+    "i8/tok",
+    "u8/tok",
+    "i8/dyn",
+    "u8/dyn",
+    "i4/tok",
+    "f8e4m3/tok",
+    "f8e5m2/dyn",
+    "i8/g8/dyn",
+    "i8/ch/dyn",
+    "f16",
+]
+
+
+def linear(x: Tensor, packed: Packed, x_format: str = "", **kwargs: Tensor) -> Tensor:
+    optional = [kwargs.pop(name, None) for name in ("bias", "x_scale", "x_zero", "smooth")]
+    assert not kwargs
+    y: Tensor = torch.ops.qfx.linear(x, packed.data, packed.scale, packed.zero, *optional, x_format, str(packed.format))
+    return y
+
+
+def weight(text: str, n: int = 6, k: int = 20, seed: int = 0) -> Packed:
+    return pack_weight(torch.randn(n, k, generator=torch.Generator().manual_seed(seed)), F(text))
+
+
+def integer_sums(a: Tensor, b: Tensor) -> Tensor:
+    return a.to(torch.int64) @ b.to(torch.int64).t()
+
+
+# ---- linear, weight-only and general
+
+
+@pytest.mark.parametrize("text", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weight_only(text: str, dtype: torch.dtype) -> None:
+    packed, x, bias = weight(text), torch.randn(2, 3, 20).to(dtype), torch.randn(6).to(dtype)
+    y = linear(x, packed, bias=bias)
+    expected = torch.nn.functional.linear(x.float(), packed.dequantize(), bias.float())
+    assert (y.dtype, y.shape) == (dtype, (2, 3, 6))
+    torch.testing.assert_close(y, expected.to(dtype), rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("w_format", WEIGHTS)
+@pytest.mark.parametrize("x_format", DYNAMIC)
+def test_dynamic_activations(w_format: str, x_format: str) -> None:
+    packed, x, bias = weight(w_format), torch.randn(4, 20), torch.randn(6)
+    y = linear(x, packed, x_format, bias=bias)
+    expected = fake_quantize(x, F(x_format), activation=True) @ packed.dequantize().t() + bias
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("x_format", ["i8", "u8", "i4", "u4", "f8e4m3", "i8/ch", "i8/g8"])
+@pytest.mark.parametrize("w_format", ["i8/ch", "u8/ch", "i4/g8", "nf4/g8"])
+def test_static_activations(w_format: str, x_format: str) -> None:
+    packed, x, fmt = weight(w_format), torch.randn(7, 20), F(x_format)
+    scale, zero = choose_qparams(x, fmt, activation=True)
+    given_zero = {} if zero is None else {"x_zero": zero}
+    y = linear(x * 1.5, packed, x_format, x_scale=scale, **given_zero)  # some values saturate
+    expected = fake_quantize(x * 1.5, fmt, scale, zero) @ packed.dequantize().t()
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(20,), (1, 20), (5, 20), (2, 3, 20), (0, 20), (2, 0, 20)])
+@pytest.mark.parametrize("x_format", ["", "i8/tok", "u8/dyn", "i8", "f8e4m3/tok", "i8/dyn"])
+def test_leading_dimensions(shape: tuple[int, ...], x_format: str) -> None:
+    packed, x = weight("i8/ch"), torch.randn(shape)
+    static = {"x_scale": torch.tensor(0.02)} if x_format == "i8" else {}
+    y = linear(x, packed, x_format, bias=torch.ones(6), **static)
+    assert y.shape == (*shape[:-1], 6)
+    if x_format in ("", "i8/tok", "i8"):
+        rows = [linear(row, packed, x_format, bias=torch.ones(6), **static) for row in x.reshape(-1, 20)]
+        torch.testing.assert_close(y.reshape(-1, 6), torch.stack(rows) if rows else torch.empty(0, 6))
+
+
+def test_strided_input() -> None:
+    packed, x = weight("i8/ch"), torch.randn(20, 5).t()
+    assert torch.equal(linear(x, packed, "i8/tok"), linear(x.contiguous(), packed, "i8/tok"))
+
+
+# ---- linear, exact integers
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["i8/tok", "u8/tok", "i8/dyn", "u8/dyn", "i4/tok", "u3/tok"]),
+    st.sampled_from(["i8/ch", "u8/ch", "i8", "u8", "i4/ch", "u4/ch", "i7", "u7/ch", "i2/ch"]),
+    st.integers(0, 9),
+    st.integers(1, 9),
+    st.integers(1, 70),
+)
+def test_integers_accumulate_exactly(x_format: str, w_format: str, m: int, n: int, k: int) -> None:
+    packed, x, xf = weight(w_format, n, k, seed=k), torch.randn(m, k), F(x_format)
+    sx, zx = choose_qparams(x, xf)
+    qx, qw = quantize(x, xf, sx, zx).long(), packed.codes().long()
+    acc = integer_sums(qx - (0 if zx is None else zx.long()), qw - (0 if packed.zero is None else packed.zero.long()))
+    expected = acc.float() * sx * packed.scale.reshape(1, -1)
+    assert torch.equal(linear(x, packed, x_format), expected)
+
+
+def test_long_sums_are_exact() -> None:
+    """f32 would round these sums; all codes are extreme."""
+    k = 20_001
+    packed = Packed.from_codes(torch.full((2, k), 127, dtype=torch.int8), F("i8"), torch.ones(()))
+    x = torch.full((1, k), 127.0)
+    x[0, 0] = 126.0
+    y = linear(x.double(), packed, "i8", x_scale=torch.ones(()))
+    assert y.tolist() == [[float(torch.tensor(127 * 127 * k - 127).float())] * 2]
+    sums = qfx.ops._accumulate(x.to(torch.int8), None, F("i8"), packed.data, None, F("i8"))
+    assert sums.tolist() == [[127 * 127 * k - 127] * 2]
+
+
+@pytest.mark.parametrize("k", [33_000, 33_100, 70_001])
+def test_sums_beyond_int32_are_exact(k: int) -> None:
+    """255 * 255 * K leaves int32 at K = 33026."""
+    codes, zero = torch.full((1, k), 255, dtype=torch.uint8), torch.zeros((), dtype=torch.uint8)
+    sums = qfx.ops._accumulate(codes, zero, F("u8"), codes, zero, F("u8"))
+    assert sums.tolist() == [[255 * 255 * k]]
+
+
+def test_zero_points_of_every_value() -> None:
+    codes = torch.tensor([[0, 255, 128, 3]], dtype=torch.uint8)
+    for zx, zw in itertools.product([0, 1, 127, 128, 255], repeat=2):
+        a, b = torch.tensor(zx, dtype=torch.uint8), torch.tensor([[zw]], dtype=torch.uint8)
+        sums = qfx.ops._accumulate(codes, a, F("u8"), codes, b, F("u8/ch"))
+        assert torch.equal(sums.long(), integer_sums(codes.long() - zx, codes.long() - zw))
+
+
+def test_int_matmul_shapes() -> None:
+    for m, n, k in [(0, 3, 5), (1, 1, 1), (5, 4, 1), (3, 4, 2), (17, 8, 16), (3, 5, 7), (33, 2, 1)]:
+        a = torch.randint(-127, 128, (m, k), dtype=torch.int8)
+        b = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+        y = qfx.ops.int_matmul(a, b)
+        assert y.dtype == torch.int32
+        assert torch.equal(y.long(), integer_sums(a, b))
+
+
+def test_golden() -> None:
+    packed = Packed.from_codes(
+        torch.tensor([[1, -2, 3], [0, 127, -127]], dtype=torch.int8), F("i8/ch"), torch.tensor([[0.5], [2.0]])
+    )
+    x = torch.tensor([[127.0, 63.5, -1.0], [0.0, 0.0, 0.0]])
+    y = linear(x, packed, "i8/tok", bias=torch.tensor([1.0, -1.0]))
+    # codes 127, 64 (63.5 goes to even), -1; the zero row has scale 1 and gives the bias
+    assert y.tolist() == [[(127 - 128 - 3) * 0.5 + 1, (64 * 127 + 127) * 2.0 - 1], [1.0, -1.0]]
+
+
+def test_not_a_number_shows_in_its_row_only() -> None:
+    x = torch.randn(3, 20)
+    x[1, 4] = torch.nan
+    y = linear(x, weight("i8/ch"), "i8/tok")
+    assert torch.isnan(y[1]).all()
+    assert torch.isfinite(y[[0, 2]]).all()
+
+
+# ---- smoothing
+
+
+@pytest.mark.parametrize("w_format", ["i8/ch", "i4/g8"])
+@pytest.mark.parametrize("x_format", ["", "i8/tok", "u8/tok", "i8/dyn", "f8e4m3/tok", "bf16", "i8/g8/dyn"])
+def test_smooth_divides_the_input(w_format: str, x_format: str) -> None:
+    packed, x, smooth = weight(w_format), torch.randn(4, 20), torch.rand(20) + 0.5
+    assert torch.equal(linear(x, packed, x_format, smooth=smooth), linear(x / smooth, packed, x_format))
+
+
+@pytest.mark.parametrize("x_format", ["i8", "u8", "f8e4m3"])
+def test_static_smooth_is_one_division(x_format: str) -> None:
+    packed, x, smooth, fmt = weight("i8/ch"), torch.randn(4, 20), torch.rand(20) + 0.5, F(x_format)
+    scale, zero = choose_qparams(x / smooth, fmt)
+    args = {"x_scale": scale, "smooth": smooth, **({} if zero is None else {"x_zero": zero})}
+    codes = quantize(x, Format(fmt.type), scale * smooth, zero)
+    expected = dequantize(codes, fmt, scale, zero) @ packed.dequantize().t()
+    torch.testing.assert_close(linear(x, packed, x_format, **args), expected, rtol=1e-5, atol=2e-5)
+
+
+def test_smoothing_is_undone_by_the_weight() -> None:
+    w, x, smooth = torch.randn(6, 20), torch.randn(4, 20), torch.rand(20) + 0.5
+    y = linear(x, pack_weight(w * smooth, F("f32")), smooth=smooth)
+    torch.testing.assert_close(y, x @ w.t())
+
+
+# ---- embedding and dequantize
+
+
+@pytest.mark.parametrize("text", WEIGHTS)
+@pytest.mark.parametrize("ids", [[3], [[0, 5], [5, 2]], [], 4])
+def test_embedding(text: str, ids: Any) -> None:
+    packed, index = weight(text), torch.tensor(ids, dtype=torch.int64)
+    for dtype, index_dtype in ((torch.float32, torch.int64), (torch.bfloat16, torch.int32)):
+        y = torch.ops.qfx.embedding(index.to(index_dtype), packed.data, packed.scale, packed.zero, text, 20, dtype)
+        assert y.dtype == dtype
+        assert torch.equal(y, packed.dequantize(dtype)[index])
+
+
+@pytest.mark.parametrize("bad", [6, -1])
+def test_embedding_refuses_ids_out_of_range(bad: int) -> None:
+    packed = weight("i4/g8")
+    with pytest.raises((IndexError, RuntimeError), match=r"(?i)index out of range|out of bounds"):
+        torch.ops.qfx.embedding(torch.tensor([bad]), packed.data, packed.scale, None, "i4/g8", 20, torch.float32)
+
+
+@pytest.mark.parametrize("text", WEIGHTS)
+@pytest.mark.parametrize("lead", [(6,), (2, 6), (2, 3, 6), ()])
+def test_dequantize(text: str, lead: tuple[int, ...]) -> None:
+    if lead == () and F(text).block:
+        return
+    packed = pack_weight(torch.randn(*lead, 20), F(text))
+    for dtype in (torch.float32, torch.float16):
+        w = torch.ops.qfx.dequantize(packed.data, packed.scale, packed.zero, text, 20, dtype)
+        assert torch.equal(w, packed.dequantize(dtype))
+        assert w.is_contiguous()
+        assert w.data_ptr() != packed.data.data_ptr()
+
+
+# ---- refusals
+
+
+def test_wrong_last_dimension_is_refused() -> None:
+    packed = weight("i4/g8")
+    with pytest.raises(ValueError, match="packed data does not fit format 'i4/g8'"):
+        linear(torch.randn(2, 40), packed)
+    with pytest.raises(ValueError, match=r"expected: torch\.uint8, rows of 20 for 40 elements"):
+        torch.ops.qfx.dequantize(packed.data, packed.scale, None, "i4/g8", 40, torch.float32)
+
+
+def test_wrong_last_dimension_is_refused_while_tracing() -> None:
+    packed = weight("i4/g8")
+    with pytest.raises(ValueError, match="packed data does not fit format 'i4/g8'"):
+        make_fx(lambda x: linear(x, packed), tracing_mode="fake", _allow_non_fake_inputs=True)(torch.randn(2, 40))
+
+
+def test_unknown_format_is_refused() -> None:
+    packed = weight("i8/ch")
+    with pytest.raises(ValueError, match="did you mean 'i8/tok'"):
+        torch.ops.qfx.linear(torch.randn(2, 20), packed.data, packed.scale, *[None] * 5, "int8/token", "i8/ch")
+
+
+@pytest.mark.parametrize(("x_format", "kwargs", "what"), [("i8", {}, "scale"), ("u8", {"x_scale": 1.0}, "zero point")])
+def test_static_format_needs_its_parameters(x_format: str, kwargs: dict[str, float], what: str) -> None:
+    tensors = {name: torch.tensor(value) for name, value in kwargs.items()}
+    with pytest.raises(ValueError, match=f"static input format '{x_format}' has no {what}") as caught:
+        linear(torch.randn(2, 20), weight("i8/ch"), x_format, **tensors)
+    assert f"use '{x_format}/tok'" in str(caught.value)
+
+
+# ---- tracers
+
+
+class Linear(torch.nn.Module):
+    def __init__(self, w_format: str, x_format: str) -> None:
+        super().__init__()
+        packed = weight(w_format)
+        self.formats = (x_format, w_format)
+        self.register_buffer("w", packed.data)
+        self.register_buffer("scale", packed.scale)
+        self.register_buffer("zero", packed.zero)
+        self.bias = torch.nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.qfx.linear(x, self.w, self.scale, self.zero, self.bias, None, None, None, *self.formats)
+        return y
+
+
+PAIRS = [("i8/ch", "i8/tok"), ("u4/g8", ""), ("f4e2m1/g8/e8m0", "f8e4m3/tok"), ("f4e2m1/g16/e4m3", "")]
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch.export.load's own
+@pytest.mark.parametrize(("w_format", "x_format"), PAIRS)
+def test_export(w_format: str, x_format: str, tmp_path: Path) -> None:
+    module = Linear(w_format, x_format).eval()
+    rows = torch.export.Dim("rows", min=2, max=64)
+    program = torch.export.export(module, (torch.randn(4, 3, 20),), dynamic_shapes=({0: rows},))
+    assert torch.ops.qfx.linear.default in [node.target for node in program.graph.nodes]
+    torch.export.save(program, tmp_path / "m.pt2")
+    for runs in (program, program.run_decompositions(), torch.export.load(tmp_path / "m.pt2")):
+        x = torch.randn(7, 3, 20)
+        assert torch.equal(runs.module()(x), module(x))
+
+
+@pytest.mark.parametrize(("w_format", "x_format"), PAIRS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(w_format: str, x_format: str, dynamic: bool) -> None:
+    torch._dynamo.reset()  # the limit of recompiles counts over all instances of a class
+    module = Linear(w_format, x_format)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for rows in (4, 7):
+        x = torch.randn(rows, 20)
+        assert torch.equal(compiled(x), module(x))
+        with torch.no_grad():
+            assert torch.equal(compiled(x), module(x))
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic", "real"])
+def test_make_fx(mode: Literal["fake", "symbolic", "real"]) -> None:
+    packed = weight("i4/g8")
+
+    def forward(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = linear(x, packed, "i8/tok")
+        rows = torch.ops.qfx.embedding(ids, packed.data, packed.scale, None, "i4/g8", 20, torch.float16)
+        return y, rows, torch.ops.qfx.dequantize(packed.data, packed.scale, None, "i4/g8", 20, torch.bfloat16)
+
+    args = (torch.randn(4, 5, 20), torch.tensor([[1, 2, 3]]))
+    gm = make_fx(forward, tracing_mode=mode, _allow_non_fake_inputs=True)(*args)
+    targets = [node.target for node in gm.graph.nodes if node.op == "call_function"]
+    names = {"linear", "embedding", "dequantize"}
+    assert names <= {target.__name__.split(".")[0] for target in targets if callable(target)}
+    for got, expected in zip(gm(*args), forward(*args), strict=True):
+        assert torch.equal(got, expected)
+
+
+def opcheck(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
+    """All of opcheck's tests; its schema test cannot compare float8 tensors."""
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if any(isinstance(arg, Tensor) and arg.is_floating_point() and arg.itemsize == 1 for arg in args):
+        tests.remove("test_schema")
+    torch.library.opcheck(op, args, test_utils=tests)
+
+
+@pytest.mark.parametrize(("w_format", "x_format"), [*PAIRS, ("i3/ch", "i8/dyn"), ("bf16", "")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_passes_opcheck(w_format: str, x_format: str, dtype: torch.dtype) -> None:
+    packed, bias = weight(w_format), torch.randn(6, dtype=dtype)
+    for x in (torch.randn(4, 20, dtype=dtype), torch.randn(2, 3, 20, dtype=dtype, requires_grad=True)):
+        args = (x, packed.data, packed.scale, packed.zero, bias, None, None, None, x_format, w_format)
+        opcheck(torch.ops.qfx.linear.default, args)
+
+
+@pytest.mark.parametrize("text", ["i4/g8", "u8/ch", "f32", "f4e2m1/g16/e4m3"])
+def test_weight_ops_pass_opcheck(text: str) -> None:
+    packed = weight(text)
+    stored = (packed.data, packed.scale, packed.zero, text, 20)
+    opcheck(torch.ops.qfx.embedding.default, (torch.tensor([1, 3]), *stored, torch.float32))
+    opcheck(torch.ops.qfx.dequantize.default, (*stored, torch.float32))
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("x_format", ["", "i8/tok", "f8e4m3/tok"])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_gradient_passes_straight_through(x_format: str, smoothed: bool) -> None:
+    packed, x = weight("i4/g8"), torch.randn(2, 3, 20, requires_grad=True)
+    bias, smooth = torch.randn(6, requires_grad=True), torch.rand(20) + 0.5
+    up = torch.randn(2, 3, 6)
+    y = linear(x, packed, x_format, bias=bias, **({"smooth": smooth} if smoothed else {}))
+    y.backward(up)
+    expected = up @ packed.dequantize() / (smooth if smoothed else 1.0)
+    torch.testing.assert_close(x.grad, expected)
+    torch.testing.assert_close(bias.grad, up.sum((0, 1)))
+
+
+def test_gradient_dtypes() -> None:
+    x = torch.randn(3, 20, dtype=torch.bfloat16, requires_grad=True)
+    linear(x, weight("i8/ch"), "i8/tok", bias=torch.randn(6, requires_grad=True)).sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16
+
+
+def test_no_gradient_where_none_is_asked() -> None:
+    assert not linear(torch.randn(3, 20), weight("i8/ch")).requires_grad
+    with torch.no_grad():
+        assert not linear(torch.randn(3, 20, requires_grad=True), weight("i8/ch")).requires_grad
+    with torch.inference_mode():
+        assert linear(torch.randn(3, 20), weight("i8/ch"), "i8/tok").is_inference()
+
+
+# ---- registration
+
+
+def test_a_second_copy_registers_nothing() -> None:
+    assert qfx.ops._LIBRARY is not None
+    spec = importlib.util.spec_from_file_location("second_copy_of_ops", qfx.ops.__file__)
+    assert spec is not None and spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    assert copy._LIBRARY is None
+    del copy
+    gc.collect()
+    assert linear(torch.randn(3, 20), weight("i8/ch")).shape == (3, 6)
+
+
+def test_reloading_keeps_the_ops() -> None:
+    library = qfx.ops._LIBRARY
+    importlib.reload(qfx.ops)
+    gc.collect()
+    assert qfx.ops._LIBRARY is library
+    assert linear(torch.randn(3, 20), weight("i8/ch")).shape == (3, 6)
+
+
+def test_schemas() -> None:
+    assert str(torch.ops.qfx.linear.default._schema) == (
+        "qfx::linear(Tensor x, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor? bias, Tensor? x_scale, "
+        "Tensor? x_zero, Tensor? smooth, str x_format, str w_format) -> Tensor"
+    )
+    assert str(torch.ops.qfx.embedding.default._schema) == (
+        "qfx::embedding(Tensor ids, Tensor w, Tensor w_scale, Tensor? w_zero, str w_format, int dim, "
+        "ScalarType dtype) -> Tensor"
+    )
+    assert str(torch.ops.qfx.dequantize.default._schema) == (
+        "qfx::dequantize(Tensor w, Tensor w_scale, Tensor? w_zero, str w_format, int last_dim, "
+        "ScalarType dtype) -> Tensor"
+    )
