@@ -17,8 +17,8 @@ def call(gm: fx.GraphModule, target: Any, *args: Any, like: fx.Node, **kwargs: A
     """A call_function node `target(*args, **kwargs)` that came out of `like`.
 
     It stands where the graph is being inserted (`with gm.graph.inserting_before(...)`), else just before `like`.
-    `meta["val"]` is what `target` gives on the fake values of its arguments; source line, module and annotation are those
-    of `like`.
+    `meta["val"]` is what `target` gives on the fake values of its arguments; source line, module and annotation are
+    those of `like`.
     """
     if gm.graph._insert == gm.graph._root.prepend:
         with gm.graph.inserting_before(like):
@@ -38,6 +38,12 @@ def value_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.no_grad():
         return target(*values[0], **values[1])
+
+
+def size(gm: fx.GraphModule, node: fx.Node, dim: int, *, like: fx.Node) -> int | fx.Node:
+    """A size of a node's tensor: a number where it is known, else a new aten.sym_size node."""
+    found = node.meta["val"].shape[dim]
+    return found if isinstance(found, int) else call(gm, torch.ops.aten.sym_size.int, node, dim, like=like)
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:

@@ -65,11 +65,16 @@ def _identity(node: fx.Node, keeps: set[str], training: bool) -> Any:
         return x if node.args[2] is False or node.args[1] == 0 else None
     if node.target is aten.alias.default or (node.target is aten.detach.default and not training):
         return x
-    if node.target in _COPIES:
-        return None if _escapes(node, x, keeps) else x
-    if node.target in m.CASTS:
+    if node.target in (*_COPIES, *m.CASTS):
         same = m.dtype(x) == m.dtype(node) and val(x).device == val(node).device
         return x if same and not _escapes(node, x, keeps) else None
+    return _same_elements(node, x)
+
+
+def _same_elements(node: fx.Node, x: fx.Node) -> Any:
+    """What `node` equals where it only turns, cuts, reshapes or adds nothing to its operand x."""
+    if node.target is aten.transpose.int and is_call(x, aten.transpose.int) and _swaps(node) == _swaps(x):
+        return x.args[0]
     if m.dtype(x) != m.dtype(node) or not m.same_sizes(m.shape(x), m.shape(node)):
         return None
     if node.target in (aten.expand.default, *m.RESHAPES):
@@ -77,6 +82,10 @@ def _identity(node: fx.Node, keeps: set[str], training: bool) -> Any:
     if node.target is aten.slice.Tensor:
         return x if len(node.args) < 5 or node.args[4] == 1 else None
     return _neutral(node)
+
+
+def _swaps(node: fx.Node) -> set[int]:
+    return {d % m.rank(node) for d in node.args[1:3] if isinstance(d, int)}
 
 
 def _neutral(node: fx.Node) -> Any:
@@ -125,7 +134,7 @@ def _reaches_output(node: fx.Node) -> bool:
 
 
 def _one_layout(node: fx.Node) -> int:
-    """view and _unsafe_view become reshape, of several reshapes only the last; a permute that swaps two is a transpose."""
+    """view and _unsafe_view become reshape, of several reshapes only the last; a permute of two becomes transpose."""
     if node.target is aten.permute.default:
         return _as_transpose(node)
     if node.target not in m.RESHAPES:

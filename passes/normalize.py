@@ -6,8 +6,17 @@ from torch import fx
 
 from qfx import run
 from qfx.passes.cleanup import cleanup
+from qfx.passes.experts import experts
+from qfx.passes.linear import linear
+from qfx.passes.patch_embedding import patch_embedding
 
-NORMALIZE: tuple[run.Pass, ...] = (cleanup,)
+NORMALIZE: tuple[run.Pass, ...] = (
+    cleanup,
+    linear,
+    patch_embedding,
+    experts,
+    cleanup,
+)
 
 
 def normalize(gm: fx.GraphModule) -> dict[str, int]:
