@@ -14,11 +14,13 @@ ROOT = Path(__file__).resolve().parents[2]
 # Lowest first; every module of qfx stands in exactly one layer.
 LAYERS = (
     ("qfx.errors", "qfx.format", "qfx.text", "qfx.files"),
-    ("qfx.annotation", "qfx.numerics", "qfx.packing", "qfx.rounding", "qfx.ops", "qfx.float_ops", "qfx.measure"),
+    ("qfx.annotation", "qfx.numerics", "qfx.packing", "qfx.histogram", "qfx.rounding", "qfx.ops", "qfx.float_ops", "qfx.measure"),
     ("qfx.graph", "qfx.trace", "qfx.capture", "qfx.run", "qfx.verify", "qfx.plan", "qfx.recipe", "qfx.presets"),
+    ("qfx.observers", "qfx.inputs", "qfx.data", "qfx.hub"),
     ("qfx.passes",),
+    ("qfx.pipeline", "qfx.transform"),
     ("qfx.backends",),
-    ("qfx.report", "qfx.compile", "qfx.quantize", "qfx.save", "qfx.data", "qfx.hub"),
+    ("qfx.report", "qfx.rows", "qfx.options", "qfx.modules", "qfx.writeback", "qfx.compile", "qfx.quantize", "qfx.save"),
     ("qfx.compare", "qfx.cli"),
 )
 

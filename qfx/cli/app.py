@@ -1,0 +1,119 @@
+"""The commands and their options. Each hands over to a file of its own, so that `qfx --help` imports nothing heavy."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qfx.cli.terminal import guarded
+
+app = typer.Typer(
+    name="qfx",
+    help="Quantize PyTorch models, and see node by node what really runs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a transformers model, or its hub name.")]
+Quantized = Annotated[Path, typer.Argument(metavar="QUANTIZED", help="Folder that `qfx quantize` wrote.")]
+Text = Annotated[Path | None, typer.Option("--data", help="Text file, or .jsonl with one text a line.")]
+Field = Annotated[str, typer.Option(help="Name of the text in each line of a .jsonl file.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples run at once.")]
+SeqLen = Annotated[
+    int | None, typer.Option(min=1, help="Tokens a sample; left out: what the model takes, at most 512.")
+]
+Seed = Annotated[int, typer.Option(help="Which parts of the text are taken.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class Baseline(StrEnum):
+    """How the float model runs in a comparison."""
+
+    eager = "eager"
+    inductor = "inductor"
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the quantized model.")],
+    recipe: Annotated[str, typer.Option(help="Preset, presets joined by +, or a .yaml or .json file.")] = "w8a8",
+    data: Text = None,
+    field: Field = "text",
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples; left out: the recipe's.")] = None,
+    batch_size: BatchSize = 4,
+    seq_len: SeqLen = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where a node cannot have what was asked.")] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    debug: Debug = False,
+) -> None:
+    """Quantize MODEL by a recipe and save it."""
+    with guarded(debug) as console:
+        from qfx.cli import quantize as command
+        from qfx.cli.models import TextOptions
+
+        text = TextOptions(data, field, samples, batch_size, seq_len, seed)
+        command.run(console, model, out, recipe, text, strict=strict, device=device)
+
+
+@app.command()
+def inspect(
+    quantized: Quantized,
+    run: Annotated[bool, typer.Option(help="Compile and call it once, to see the kernels that run.")] = True,
+    only_float: Annotated[
+        bool, typer.Option("--only-float", help="List only the nodes that are not quantized.")
+    ] = False,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Show node by node what was asked, what runs, and why they differ."""
+    with guarded(debug) as console:
+        from qfx.cli import inspect as command
+
+        command.run(console, quantized, call=run, only_float=only_float, json_file=json)
+
+
+@app.command()
+def compare(
+    quantized: Quantized,
+    model: Model,
+    data: Text = None,
+    field: Field = "text",
+    samples: Annotated[int, typer.Option(min=1, help="Samples to compare on.")] = 32,
+    batch_size: BatchSize = 4,
+    seq_len: SeqLen = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each model.")] = 20,
+    baseline: Annotated[Baseline, typer.Option(help="How the float model runs.")] = Baseline.eager,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, in a process of its own for each model.")] = True,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Compare QUANTIZED with its float original: accuracy, size, latency, memory.
+
+    Without --data the text is the help that comes with Python.
+    """
+    with guarded(debug) as console:
+        from qfx.cli import compare as command
+        from qfx.cli.models import TextOptions
+
+        text = TextOptions(data, field, samples, batch_size, seq_len, seed)
+        settings = command.Settings(repeats=repeats, baseline=baseline.value, memory=memory, device=device)
+        command.run(console, quantized, model, text, settings, json_file=json)
+
+
+@app.command()
+def presets(debug: Debug = False) -> None:
+    """List the recipes that have a name."""
+    with guarded(debug) as console:
+        from qfx.cli import presets as command
+
+        command.run(console)
