@@ -246,7 +246,7 @@ def _encode_f4(steps: Tensor) -> Tensor:
     middles = (magnitudes[1:] + magnitudes[:-1]) / 2
     middles[1::2] = torch.nextafter(middles[1::2], torch.zeros(()))
     codes = torch.bucketize(steps.abs().contiguous(), middles.to(steps.device), out_int32=True)
-    return (codes + 8 * torch.signbit(steps)).to(torch.uint8)
+    return codes.to(torch.uint8) | (torch.signbit(steps).to(torch.uint8) << 3)
 
 
 def _decode(codes: Tensor, fmt: Format) -> Tensor:

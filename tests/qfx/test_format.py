@@ -113,6 +113,8 @@ def test_fields(text: str, fields: tuple[str, str, str, bool]) -> None:
         ("i8/dynamic", "i8/dyn"),
         ("i8/heads", "i8/head"),
         ("i4/", "i4"),
+        ("i4/ch/foo", "i4/ch"),
+        ("i4/g32/e8m0/g64", "i4/g32/e8m0"),
     ],
 )
 def test_refusal_with_the_right_spelling(text: str, suggestion: str) -> None:
@@ -129,6 +131,8 @@ def test_refusal_with_the_right_spelling(text: str, suggestion: str) -> None:
         ("f16/ch", "f16 has no scale; write 'f16'"),
         ("f32/dyn", "f32 has no scale"),
         ("u4/g16/e4m3", "write 'u4/g16/f16'"),
+        ("uint4/g16/e4m3", "write 'u4/g16/f16'"),
+        ("fp16/channel", "f16 has no scale; write 'f16'"),
     ],
 )
 def test_refusal_with_a_reason(text: str, match: str) -> None:
