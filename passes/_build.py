@@ -9,6 +9,8 @@ from torch import fx
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qfx.passes._match import known
+
 # What a node made in place of another inherits from it.
 INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "qfx_module", "custom")
 
@@ -42,8 +44,16 @@ def value_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def size(gm: fx.GraphModule, node: fx.Node, dim: int, *, like: fx.Node) -> int | fx.Node:
     """A size of a node's tensor: a number where it is known, else a new aten.sym_size node."""
-    found = node.meta["val"].shape[dim]
+    found = known(node.meta["val"].shape[dim])
     return found if isinstance(found, int) else call(gm, torch.ops.aten.sym_size.int, node, dim, like=like)
+
+
+def replace_by_number(old: fx.Node, number: int) -> None:
+    """Let every user of a size read a plain number, and erase it."""
+    for user in list(old.users):
+        user.args = fx.map_arg(user.args, lambda node: number if node is old else node)
+        user.kwargs = fx.map_arg(user.kwargs, lambda node: number if node is old else node)
+    old.graph.erase_node(old)
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:

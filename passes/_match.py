@@ -112,10 +112,16 @@ def operand(node: Any, test: Callable[[Any], bool], *targets: Any) -> tuple[Any,
     return next(((a, b) for a, b in orders(node) if test(a)), None)
 
 
+def known(size: Any) -> Any:
+    """A size as a plain number where it is known (a symbol may have been specialised to one), else as it is."""
+    found = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    return size if found is None else found
+
+
 def shape(node: Any) -> tuple[Any, ...]:
-    """Sizes of a node's tensor; () where it has none."""
+    """Sizes of a node's tensor, as plain numbers where known; () where it has none."""
     value = val(node)
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
+    return tuple(known(size) for size in value.shape) if isinstance(value, Tensor) else ()
 
 
 def rank(node: Any) -> int:
@@ -132,8 +138,7 @@ def dtype(node: Any) -> torch.dtype | None:
 
 def same_size(a: Any, b: Any) -> bool:
     """Are two sizes known to be equal? Symbolic sizes are compared by expression, so that no guard is added."""
-    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
-        a, b = val(a), val(b)
+    a, b = known(val(a)), known(val(b))
     if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
         return bool(a.node.expr == b.node.expr)
     if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from qfx.graph import is_call, val
 from qfx.passes import _match as m
-from qfx.passes._build import matched, replace
+from qfx.passes._build import matched, replace, replace_by_number
 
 aten = torch.ops.aten
 
@@ -43,10 +43,14 @@ def cleanup(gm: fx.GraphModule, *, training: bool = False) -> bool:
             if isinstance(val(node), torch.SymInt):
                 seen.setdefault(_size_key(node), node)
             continue
-        changed += _canonical_arguments(node)
+        number = m.known(val(node))
+        if isinstance(number, int) and isinstance(val(node), torch.SymInt):
+            replace_by_number(node, number)
+            changed += 1
+            continue
+        changed += _canonical_arguments(node) + _one_layout(node)
         same = _identity(node, keeps, training)
         if same is None:
-            changed += _one_layout(node)
             same = _earlier(node, seen)
         if same is not None and same is not node:
             replace(node, same)
