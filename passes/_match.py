@@ -54,6 +54,29 @@ def skip_casts(node: Any) -> Any:
     return skip(node, *CASTS, *SAME_VALUE)
 
 
+_WIDER: dict[torch.dtype | None, tuple[torch.dtype, ...]] = {
+    torch.bfloat16: (torch.float32, torch.float64),
+    torch.float16: (torch.float32, torch.float64),
+    torch.float32: (torch.float64,),
+}
+
+
+def skip_upcasts(node: Any) -> Any:
+    """Walk up through casts that lose nothing."""
+    while is_call(node, *CASTS, *SAME_VALUE):
+        source = node.args[0]
+        if dtype(source) != dtype(node) and dtype(node) not in _WIDER.get(dtype(source), ()):
+            break
+        node = source
+    return node
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The one call that reads a node; None where there are more, or it is an output."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].op == "call_function" else None
+
+
 def number(value: Any) -> float | None:
     """A constant: a Python number, or a node that fills a tensor with one. None for anything else."""
     if isinstance(value, bool):

@@ -48,7 +48,7 @@ def cleanup(gm: fx.GraphModule, *, training: bool = False) -> bool:
             replace_by_number(node, number)
             changed += 1
             continue
-        changed += _canonical_arguments(node) + _one_layout(node)
+        changed += _canonical_arguments(node) + _one_spelling(node)
         same = _identity(node, keeps, training)
         if same is None:
             same = _earlier(node, seen)
@@ -137,10 +137,13 @@ def _reaches_output(node: fx.Node) -> bool:
     return any(user.op == "output" or (is_call(user, *_VIEWS) and _reaches_output(user)) for user in node.users)
 
 
-def _one_layout(node: fx.Node) -> int:
-    """view and _unsafe_view become reshape, of several reshapes only the last; a permute of two becomes transpose."""
+def _one_spelling(node: fx.Node) -> int:
+    """view becomes reshape, of several reshapes only the last stays; a permute of two becomes transpose."""
     if node.target is aten.permute.default:
         return _as_transpose(node)
+    if node.target is aten.type_as.default and val(node.args[0]).device == val(node).device:
+        node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": m.dtype(node)}
+        return 1
     if node.target not in m.RESHAPES:
         return 0
     inner = m.skip(node.args[0], *m.RESHAPES)

@@ -9,12 +9,16 @@ from qfx.passes.cleanup import cleanup
 from qfx.passes.experts import experts
 from qfx.passes.linear import linear
 from qfx.passes.patch_embedding import patch_embedding
+from qfx.passes.rms_norm import rms_norm
+from qfx.passes.rope import rope
 
 NORMALIZE: tuple[run.Pass, ...] = (
     cleanup,
     linear,
     patch_embedding,
     experts,
+    rms_norm,
+    rope,
     cleanup,
 )
 
