@@ -69,6 +69,13 @@ def read_texts(path: str | os.PathLike[str], field: str = "text") -> list[str]:
     return texts
 
 
+def python_help() -> list[str]:
+    """English text that every Python carries (its help topics, 0.7 MB): for trying things out."""
+    from pydoc_data.topics import topics
+
+    return list(topics.values())
+
+
 def text_batches(
     tokenizer: Any,
     texts: Sequence[str],

@@ -16,10 +16,10 @@ from rich.table import Table
 from torch import Tensor
 
 from qfx import hub
-from qfx.cli.models import TextOptions, batches, check_device, open_quantized, python_help
+from qfx.cli.models import TextOptions, batches, check_device, open_quantized
 from qfx.cli.terminal import megabytes, step
 from qfx.compare import Accuracy, Latency, accuracy, latency
-from qfx.data import Call, read_texts
+from qfx.data import Call, python_help, read_texts
 from qfx.files import write_safetensors, write_text
 
 

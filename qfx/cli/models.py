@@ -60,13 +60,6 @@ def batches(loaded: hub.Loaded, texts: list[str], options: TextOptions, samples:
     return [data.fitting(loaded.model, {k: v.to(device) for k, v in batch.items()}) for batch in made]
 
 
-def python_help() -> list[str]:
-    """English text that every Python carries: its help topics."""
-    from pydoc_data.topics import topics
-
-    return list(topics.values())
-
-
 def _length(loaded: hub.Loaded, asked: int | None) -> int:
     """Tokens a sample. Raises ValueError where more are asked for than the model takes."""
     limits = [

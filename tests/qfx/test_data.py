@@ -119,6 +119,10 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         data.read_texts(tmp_path)
 
 
+def test_python_help_is_there_to_try_things_out() -> None:
+    assert sum(map(len, data.python_help())) > 100_000
+
+
 def test_text_is_cut_into_full_chunks_with_special_tokens() -> None:
     batches = data.text_batches(_tokenizer(), [TEXT], seq_len=10, batch_size=4, samples=100)
     ids = torch.cat([batch["input_ids"] for batch in batches])

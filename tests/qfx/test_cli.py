@@ -1,0 +1,206 @@
+"""The command line, from the arguments to the files it writes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+from qfx.cli.app import app
+from qfx.cli.terminal import guarded, megabytes
+from qfx.errors import QfxWarning, UnsupportedError
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 60,
+}
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({"[UNK]": 0, **{f"w{i}": i for i in range(1, 60)}}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", model_max_length=64)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    BertModel(BertConfig(**SIZES, max_position_embeddings=64)).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("language_model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZES, max_position_embeddings=64)).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(
+        "\n".join(f"w{i * 7 % 59 + 1} w{i * i % 59 + 1} w{i % 5 + 1}" for i in range(300)), encoding="utf-8"
+    )
+    return file
+
+
+def test_presets_lists_every_preset() -> None:
+    from qfx.presets import descriptions
+
+    result = _run("presets")
+    assert result.exit_code == 0
+    assert [name for name in descriptions() if name not in result.stdout] == []
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['qfx', '--help']\nfrom qfx.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+        "sys.exit('heavy' if {'torch', 'transformers', 'onnxruntime'} & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("quantize", "inspect", "compare", "presets"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "MODEL", "-o", "OUT", "--recipe", "w8a9"], "unknown preset 'w8a9', did you mean 'w8a8'?"),
+        (
+            ["quantize", "MODEL", "-o", "OUT", "--recipe", "w8a8-smooth"],
+            "needs calibration data\n  next step: --data FILE",
+        ),
+        (["quantize", "MODEL", "-o", "OUT", "--recipe", "none.yaml"], "No such file or directory: 'none.yaml'"),
+        (["quantize", "MODEL", "-o", "OUT", "--data", "gone.txt"], "No such file or directory: 'gone.txt'"),
+        (["quantize", "MODEL", "-o", "MODEL"], "cannot be written to: it is the model itself"),
+        (["quantize", "MODEL", "-o", "OUT", "--device", "abacus"], "there is no device 'abacus' here"),
+        (["quantize", "./gone", "-o", "OUT"], "there is no folder ./gone"),
+        (["inspect", "gone"], "there is no folder gone"),
+        (["compare", "gone", "MODEL"], "there is no folder gone"),
+        (["compare", "MODEL", "MODEL"], "MODEL"),
+    ],
+)
+def test_mistakes_are_short_messages(arguments: list[str], message: str, encoder: Path, tmp_path: Path) -> None:
+    places = {"MODEL": str(encoder), "OUT": str(tmp_path / "out")}
+    result = _run(*(places.get(argument, argument) for argument in arguments))
+    assert result.exit_code == 2, result.output
+    assert message.replace("MODEL", str(encoder)) in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_where_an_error_came_from(encoder: Path, tmp_path: Path) -> None:
+    result = _run("quantize", encoder, "-o", tmp_path / "out", "--recipe", "w8a9", "--debug")
+    assert isinstance(result.exception, ValueError)
+    assert "w8a9" in str(result.exception)
+
+
+def test_a_sequence_longer_than_the_model_takes_is_refused(encoder: Path, text: Path, tmp_path: Path) -> None:
+    result = _run(
+        "quantize", encoder, "-o", tmp_path / "out", "--recipe", "w8a8-static", "--data", text, "--seq-len", 65
+    )
+    assert (result.exit_code, "the model takes 64 tokens, found --seq-len 65" in result.stderr) == (2, True)
+
+
+def test_errors_become_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    for error, code in ((ValueError("bad [input]"), 2), (UnsupportedError("odd graph"), 2), (KeyError("lost"), 1)):
+        error.add_note("in pass 'x'")
+        with pytest.raises(typer.Exit) as exit_, guarded(debug=False):
+            raise error
+        assert exit_.value.exit_code == code
+    said = capsys.readouterr().err
+    assert "error: bad [input]\n  in pass 'x'\n" in said
+    assert "error: KeyError: 'lost'\n  in pass 'x'\n  this is a fault of qfx; --debug" in said
+    with pytest.raises(KeyError), guarded(debug=True):
+        raise KeyError("lost")
+
+
+def test_warnings_of_qfx_are_shown_once_and_nothing_stays_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    before = (warnings.showwarning, list(warnings.filters))
+    with guarded(debug=False):
+        for _ in range(2):
+            warnings.warn("%linear stays float [x]", QfxWarning, stacklevel=1)
+    assert (warnings.showwarning, list(warnings.filters)) == before
+    assert capsys.readouterr().err == "warning: %linear stays float [x]\n"
+
+
+def test_megabytes() -> None:
+    assert megabytes(1_234_567_890) == "1,234.6 MB"
+    assert megabytes(None) == ""
+
+
+def test_quantize_inspect_compare_an_encoder(encoder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--recipe", "w8a8-smooth", "--data", text, "--samples", 8, "--seq-len", 32)
+    done = _run("quantize", encoder, "-o", out, *options)
+    assert done.exit_code == 0, done.output
+    assert re.search(r"\d+ of \d+ linear nodes quantized", done.stdout)
+    assert (out / "tokenizer.json").exists()
+
+    seen = _run("inspect", out, "--json", tmp_path / "report.json")
+    assert seen.exit_code == 0, seen.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["totals"]["linear_quantized"] == report["totals"]["linear"] > 0
+    assert {row["kernel"] for row in report["rows"]} - {""}, "the kernels that run are told"
+
+    numbers = tmp_path / "numbers.json"
+    compared = _run(
+        "compare", out, encoder, "--data", text, "--samples", 4, "--seq-len", 16, "--repeats", 2, "--json", numbers
+    )
+    assert compared.exit_code == 0, compared.output
+    found = json.loads(numbers.read_text())
+    assert found["accuracy"]["output"] == "last_hidden_state"
+    assert found["accuracy"]["cosine"] > 0.99
+    assert 15 < found["accuracy"]["sqnr_db"] < 60
+    assert found["accuracy"]["perplexity"] is None
+    assert found["disk"][1] < found["disk"][0]
+    assert all(peak > 50e6 for peak in found["memory"])
+    assert found["shape"] == [4, 16]
+    for name in ("SQNR of last_hidden_state", "first call", "median call", "weights on disk", "peak memory"):
+        assert name in compared.stdout
+
+
+def test_quantize_and_compare_a_language_model_without_data(language_model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert _run("quantize", language_model, "-o", out).exit_code == 0
+    compared = _run(
+        "compare", out, language_model, "--data", text, "--samples", 4, "--seq-len", 16, "--repeats", 1, "--no-memory",
+        "--json", tmp_path / "numbers.json",
+    )  # fmt: skip
+    assert compared.exit_code == 0, compared.output
+    found = json.loads((tmp_path / "numbers.json").read_text())["accuracy"]
+    assert found["output"] == "logits"
+    assert 0 < found["kld"] < 0.01
+    assert found["perplexity"] == pytest.approx(found["perplexity_reference"], rel=0.05)
+    assert 0.8 < found["top1"] <= 1
+    assert "perplexity" in compared.stdout
+    assert "peak memory" not in compared.stdout
+
+
+def test_data_that_a_recipe_does_not_need_is_told(encoder: Path, text: Path, tmp_path: Path) -> None:
+    done = _run("quantize", encoder, "-o", tmp_path / "out", "--data", text)
+    assert done.exit_code == 0, done.output
+    assert "recipe 'w8a8' needs no data" in done.stdout
