@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from qfx.passes._match import known
 
@@ -35,7 +35,8 @@ def call(gm: fx.GraphModule, target: Any, *args: Any, like: fx.Node, **kwargs: A
 def value_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `target` gives on the fake values of these arguments, which may hold nodes. Nothing is computed."""
     values: tuple[tuple[Any, ...], dict[str, Any]] = fx.map_arg((args, kwargs), lambda node: node.meta["val"])
-    mode = detect_fake_mode(values)
+    # Not torch's detect_fake_mode: inside a Dynamo backend that gives another mode than the graph's own.
+    mode = next((v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, FakeTensor)), None)
     if mode is None:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.no_grad():

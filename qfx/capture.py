@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from qfx import graph
-from qfx.errors import UnsupportedError
+from qfx.errors import UnsupportedError, explain
 from qfx.trace import retrace
 
 
@@ -45,7 +45,29 @@ class Captured:
         flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
         if self.spec is not None and spec != self.spec:
             flat = _reordered(args, kwargs, self.spec)
-        return [flat[i] for i in self.inputs]
+        inputs = [flat[i] for i in self.inputs]
+        self._check_shapes(inputs)
+        return inputs
+
+    def _check_shapes(self, inputs: Sequence[Any]) -> None:
+        """A traced graph is wrong, not only slow, for sizes it was specialised on: refuse other ones."""
+        nodes = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
+        for node, value in zip(nodes, inputs, strict=True):
+            want = node.meta["val"]
+            if not isinstance(want, torch.Tensor) or not isinstance(value, torch.Tensor):
+                continue
+            fits = len(want.shape) == len(value.shape) and all(
+                isinstance(w, torch.SymInt) or w == v for w, v in zip(want.shape, value.shape, strict=True)
+            )
+            if not fits:
+                raise ValueError(
+                    explain(
+                        f"the shape of {node.name!r} does not fit the traced graph",
+                        expected=f"{[str(s) for s in want.shape]} (numbers are fixed)",
+                        found=f"{list(value.shape)}",
+                        next_step="pad the batches to one shape, or drop the last incomplete batch",
+                    )
+                )
 
 
 def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:

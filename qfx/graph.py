@@ -190,7 +190,7 @@ def fqn_of(node: fx.Node) -> str:
     if weight is None:
         return f"{module}.{op_name(node)}" if module else node.name
     name = _LEAF.sub("", str(weight.target))
-    if module and not _nested(name, module) and not _nested(module, name.rpartition(".")[0]):
+    if module and not _nested(name, module):
         return module
     return name
 

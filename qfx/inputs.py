@@ -38,10 +38,7 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
 
 def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs with use_cache=False where the forward takes it: a traced graph carries no cache."""
-    parameters = inspect.signature(model.forward).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    config = getattr(model, "config", None)
-    if "use_cache" in parameters or (takes_any and getattr(config, "use_cache", None)):
+    if "use_cache" in inspect.signature(model.forward).parameters:
         return {**inputs, "use_cache": False}
     return inputs
 

@@ -137,40 +137,51 @@ class QuantEmbedding(_Quantized):
         return self._row(fqn, "embedding", f"w={self.w_format}")
 
 
-class QuantPatchEmbedding(_Quantized):
-    """A convolution whose windows do not overlap (kernel == stride, no padding), computed as a linear over patches."""
+class QuantConv(QuantLinear):
+    """A convolution computed as a linear over its windows.
 
-    def __init__(
-        self, packed: Packed, bias: Tensor | None, *, kernel: tuple[int, ...], channels: int, x_format: str, dtype: torch.dtype
-    ) -> None:
-        super().__init__(packed, dtype)
-        self.kernel_size = self.stride = kernel
-        self.in_channels, self.out_channels = channels, packed.shape[0]
-        self.x_format = x_format
-        self.bias = None if bias is None else (bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, False))
+    The windows do not overlap (stride == kernel, no padding, any number of dimensions), or there is one dimension.
+    The packed weight is [out_channels, in_channels * taps].
+    """
+
+    def __init__(self, packed: Packed, conv: nn.Module, **formats: Any) -> None:
+        bias = conv._parameters["bias"]
+        super().__init__(packed, bias, **formats)
+        self.kernel_size: tuple[int, ...] = tuple(conv.kernel_size)  # type: ignore[arg-type]
+        self.stride: tuple[int, ...] = tuple(conv.stride)  # type: ignore[arg-type]
+        self.padding: tuple[int, ...] = tuple(conv.padding)  # type: ignore[arg-type]
+        self.in_channels, self.out_channels = int(conv.in_channels), packed.shape[0]  # type: ignore[call-overload]
 
     @property
     def weight(self) -> Tensor:
         """The kernel dequantized, [out_channels, in_channels, *kernel]."""
-        return super().weight.reshape(self.out_channels, self.in_channels, *self.kernel_size)
+        kernel: Tensor = torch.ops.qfx.dequantize(
+            self.w_codes, self.w_scale, self.w_zero, self.w_format, self.shape[-1], self.dtype
+        )
+        return kernel.reshape(self.out_channels, self.in_channels, *self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, *size] -> [B, out_channels, *(size // kernel)]."""
-        grid = [s // k for s, k in zip(x.shape[2:], self.kernel_size, strict=True)]
-        for dim, (count, k) in enumerate(zip(grid, self.kernel_size, strict=True), 2):
-            x = x.narrow(dim, 0, count * k)
-        split = [v for pair in zip(grid, self.kernel_size, strict=True) for v in pair]
-        n = len(grid)
-        x = x.reshape(*x.shape[:2], *split)
-        x = x.permute(0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2)).flatten(n + 1)
-        y = torch.ops.qfx.linear(
-            x, self.w_codes, self.w_scale, self.w_zero, self.bias, None, None, None, self.x_format, self.w_format
-        )
-        return y.permute(0, n + 1, *range(1, n + 1))  # type: ignore[no-any-return]
+        """x [B, C, *size] -> [B, out_channels, *windows]."""
+        rows = self._patches(x) if self.stride == self.kernel_size and not any(self.padding) else self._windows(x)
+        y = QuantLinear.forward(self, rows)
+        return y.permute(0, y.dim() - 1, *range(1, y.dim() - 1))
 
-    def qfx_row(self, fqn: str) -> Row:
-        """This module's row of the report."""
-        return self._row(fqn, "linear", f"x={self.x_format} w={self.w_format}" if self.x_format else f"w={self.w_format}")
+    def _windows(self, x: Tensor) -> Tensor:
+        taps, stride = self.kernel_size[0], self.stride[0]
+        x = nn.functional.pad(x, (self.padding[0], self.padding[0]))
+        last = x.shape[2] - taps + 1
+        stacked = torch.stack([x[:, :, i : last + i : stride] for i in range(taps)], -1)
+        return stacked.permute(0, 2, 1, 3).flatten(2)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        n = len(self.kernel_size)
+        split: list[int] = []
+        for i in range(n):
+            count = x.shape[2 + i] // self.kernel_size[i]
+            x = x.narrow(2 + i, 0, count * self.kernel_size[i])
+            split += [count, self.kernel_size[i]]
+        x = x.reshape(*x.shape[:2], *split)
+        return x.permute(0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2)).flatten(n + 1)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import fx
 
 from qfx import annotation, graph, run
 from qfx.errors import Note, QfxWarning, UnsupportedError
 from qfx.passes.annotate import annotate
+from qfx.passes.convolution import convolution
+from qfx.passes.fuse_dequantize import fuse_dequantize
 from qfx.passes.normalize import normalize
 from qfx.passes.quantize import quantize
 from qfx.passes.rewrites import apply_record
@@ -21,9 +23,13 @@ from qfx.plan import Plan
 from qfx.recipe import Recipe
 
 
-def prepare(gm: fx.GraphModule) -> list[Note]:
-    """Bring a captured graph to the form in which recipes speak of it: one node for each linear, norm, attention, ..."""
+def prepare(gm: fx.GraphModule, x_formats: Mapping[str, str] | None = None) -> list[Note]:
+    """Bring a captured graph to the form in which recipes speak of it: one node for each linear, norm, attention, ...
+
+    x_formats: for parameters that the live module holds packed, the format its linear shall take its input in.
+    """
     normalize(gm)
+    run.run(gm, [convolution, functools.partial(fuse_dequantize, x_formats=x_formats)])
     graph.rename(gm)
     return []
 

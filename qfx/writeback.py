@@ -6,6 +6,7 @@ A layout says how the module holds the weight that the graph saw: `linear` [N, K
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, fx, nn
 from qfx import graph
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
-from qfx.modules import QuantEmbedding, QuantLinear, QuantPatchEmbedding, pack_parameter
+from qfx.modules import QuantConv, QuantEmbedding, QuantLinear, pack_parameter
 from qfx.packing import Packed
 from qfx.passes.rewrites import apply_record
 from qfx.plan import Plan
@@ -52,7 +53,18 @@ def write_back(model: nn.Module, plan: Plan) -> tuple[nn.Module, list[Note]]:
         replacement = _write(model, owner, leaf, fqn, plan, packed, notes)
         if replacement is not None:
             model = replacement
+    _share_tables(model, packed)
     return model, notes
+
+
+def _share_tables(model: nn.Module, packed: Mapping[Any, Packed]) -> None:
+    """Embeddings that hold a table which was packed under another name (T5's `shared`) get the packed one, too."""
+    tables = {pointer: p for (pointer, _, transposed), p in packed.items() if not transposed}
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if type(module) is nn.Embedding and module.weight.data_ptr() in tables and module.max_norm is None:
+                shared = QuantEmbedding(tables[module.weight.data_ptr()], module.padding_idx, dtype=module.weight.dtype)
+                setattr(parent, name, shared.train(module.training))
 
 
 def _site(model: nn.Module, fqn: str, plan: Plan) -> tuple[str, str]:
@@ -63,6 +75,7 @@ def _site(model: nn.Module, fqn: str, plan: Plan) -> tuple[str, str]:
         except AttributeError:
             continue
         if isinstance(module._parameters.get(leaf), Tensor) and plan.layouts.get(fqn) != "unknown":
+            _check_smooth(module, fqn, leaf, plan)
             return owner, leaf
     raise UnsupportedError(
         explain(
@@ -72,6 +85,18 @@ def _site(model: nn.Module, fqn: str, plan: Plan) -> tuple[str, str]:
             next_step="add the name to the recipe's ignore list, or quantize the graph with torch.compile(backend='qfx')",
         )
     )
+
+
+def _check_smooth(module: nn.Module, fqn: str, leaf: str, plan: Plan) -> None:
+    """An explicit division of the input needs a module that can be replaced by one that divides."""
+    if f"{fqn}/smooth" in plan.tensors and not (leaf == "weight" and _is_linear(module, plan.layouts.get(fqn, "linear"))):
+        raise UnsupportedError(
+            explain(
+                f"the plan divides the input of {fqn!r}, which {type(module).__name__} feeds by itself",
+                expected="an nn.Linear or Conv1D that can be replaced",
+                next_step="add the name to the recipe's ignore list and plan again",
+            )
+        )
 
 
 def _write(
@@ -114,18 +139,11 @@ def _replacement(module: nn.Module, layout: str, packed: Packed, x: Format | Non
         if isinstance(module, nn.Embedding) and kind.forward is nn.Embedding.forward and module.max_norm is None:
             return QuantEmbedding(packed, module.padding_idx, dtype=dtype)
         return None
-    if layout == "patch":
-        plain = isinstance(module, nn.modules.conv._ConvNd) and kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        if not plain:
-            return None
-        return QuantPatchEmbedding(
-            packed, bias, kernel=tuple(module.kernel_size), channels=module.in_channels,  # type: ignore[arg-type]
-            x_format=str(x) if x else "", dtype=dtype,
-        )  # fmt: skip
-    if not _is_linear(module, layout):
-        return None
     tensors = {leaf: plan.tensors.get(f"{fqn}/{leaf}") for leaf in ("x_scale", "x_zero", "smooth")}
-    return QuantLinear(packed, bias, x_format=str(x) if x else "", dtype=dtype, **tensors)
+    formats: dict[str, Any] = {"x_format": str(x) if x else "", "dtype": dtype, **tensors}
+    if layout == "patch":
+        return QuantConv(packed, module, **formats) if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) else None
+    return QuantLinear(packed, bias, **formats) if _is_linear(module, layout) else None
 
 
 def _is_linear(module: nn.Module, layout: str) -> bool:

@@ -1,0 +1,78 @@
+"""The exact rewrites of a recipe, found on the graph, applied to it and recorded in the plan."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from qfx import graph, run
+from qfx.errors import Note
+from qfx.observers import Sample
+from qfx.passes import _sites, smooth
+from qfx.passes.calibrate import calibrate
+from qfx.passes.observe import insert_observers, remove_observers
+from qfx.passes.rewrites import MODULES, apply_record
+from qfx.plan import Plan
+
+
+def transform(gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], *, progress: bool = True) -> list[Note]:
+    """Apply the rewrites of `plan.recipe` to `gm` in their order and record them in `plan`.
+
+    batches: the graph's inputs, for rewrites that choose factors by what they see. Returns what could not be rewritten.
+    """
+    notes: list[Note] = []
+    for name in plan.recipe.rewrites:
+        if name == "smooth":
+            notes += _smooth(gm, plan, batches, progress=progress)
+        else:
+            notes += _exact(gm, plan, name)
+        run.settle(gm)
+    return notes
+
+
+def _smooth(gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], *, progress: bool) -> list[Note]:
+    recipe = plan.recipe
+    observers = insert_observers(gm, smooth.watch)
+    try:
+        notes = calibrate(gm, batches, observers, total=len(batches), progress=progress) if observers else []
+    finally:
+        remove_observers(gm)
+    stats = {fqn: o for (fqn, _), o in observers.items() if isinstance(o, Sample)}
+    chosen, refusals = smooth.smooth(
+        gm, stats, alpha=recipe.smooth_alpha, observer=recipe.observer, percentile=recipe.percentile, skip=_functional(gm)
+    )
+    for site, factor in chosen:
+        _record(gm, plan, site, factor)
+        for fqn, vector in smooth.explicit_factors(site, factor).items():
+            plan.tensors[f"{fqn}/smooth"] = vector
+    return notes + refusals
+
+
+def _exact(gm: fx.GraphModule, plan: Plan, name: str) -> list[Note]:
+    """A rewrite that needs no data: every site it finds."""
+    module = importlib.import_module(MODULES[name])
+    sites, refusals = module.find(gm)
+    for site in sites:
+        _record(gm, plan, site, None)
+    return list(refusals)
+
+
+def _record(gm: fx.GraphModule, plan: Plan, site: Any, factor: Any) -> None:
+    record = site.to_record()
+    if factor is not None:
+        record["factor"] = f"rewrite/{len(plan.rewrites)}/factor"
+        plan.tensors[record["factor"]] = factor
+    plan.rewrites.append(record)
+    apply_record(gm, record, plan.tensors)
+
+
+def _functional(gm: fx.GraphModule) -> list[str]:
+    """Linears whose weight is read by another module's forward: the live module cannot divide their input."""
+    found = []
+    for node in gm.graph.nodes:
+        if _sites.is_linear(node) and graph.fqn_of(node) != node.meta.get("qfx_module"):
+            found.append(graph.fqn_of(node))
+    return found
