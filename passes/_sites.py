@@ -6,8 +6,9 @@ and on the user's live model alike, and every name of a tied parameter gets the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -56,14 +57,14 @@ class Record:
 
     def to_record(self) -> dict[str, Any]:
         """{"name": of the rewrite, field: value, ...}."""
-        return {"name": self.NAME, **asdict(self)}  # type: ignore[call-overload]
+        return {"name": self.NAME, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """The site of a record; further keys of the record are left alone. ValueError where it is another rewrite's."""
         if record.get("name") != cls.NAME:
             raise ValueError(f"expected a record of {cls.NAME!r}, found {record.get('name')!r}")
-        fields = {key: record[key] for key in cls.__dataclass_fields__}  # type: ignore[attr-defined]
+        fields = {f.name: record[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for key, build in cls.NESTED.items():
             value = fields[key]
             if isinstance(value, list | tuple):
@@ -82,7 +83,7 @@ class Record:
             value = getattr(self, key)
             held += value if isinstance(value, tuple) else [] if value is None else [value]
         names = [name for part in held for name in (part.weight, part.bias) if name is not None]
-        missing = [name for name in names if not _holds(module, name)]
+        missing = [name for name in names if not holds(module, name)]
         if len(missing) == len(names) and isinstance(module, fx.GraphModule):
             return False
         if missing:
@@ -98,7 +99,8 @@ class Record:
         return True
 
 
-def _holds(module: nn.Module, fqn: str) -> bool:
+def holds(module: nn.Module, fqn: str) -> bool:
+    """Is there a tensor of this name?"""
     try:
         graph.get_tensor(module, fqn)
     except (AttributeError, AssertionError):
@@ -106,7 +108,7 @@ def _holds(module: nn.Module, fqn: str) -> bool:
     return True
 
 
-def note(node: fx.Node, reason: str, next_step: str = "leave it, or drop the rewrite from the recipe") -> Note:
+def note(node: fx.Node, reason: str, next_step: str = "nothing, or leave the rewrite out of the recipe") -> Note:
     """A refusal."""
     return Note(graph.fqn_of(node), reason, next_step, source_line(node) or "")
 
@@ -133,7 +135,8 @@ def weight_of(node: fx.Node) -> Weight | str:
     if bias is not None and not (isinstance(bias, fx.Node) and bias.op == "get_attr"):
         return "its bias is computed in the graph"
     if foreign := other_user(source, {node}):
-        return f"its weight {source.target} is also used by %{foreign.name}"
+        tied = " (the rewrite 'untie' separates them)" if graph.schema_name(foreign) == "aten::embedding" else ""
+        return f"its weight {source.target} is also used by %{foreign.name}{tied}"
     if bias is not None and (foreign := other_user(bias, {node})):
         return f"its bias {bias.target} is also used by %{foreign.name}"
     fqn = None if bias is None else str(bias.target)
@@ -177,10 +180,11 @@ def norm_of(node: fx.Node) -> Norm | str | None:
     if gain is None:
         return "the norm has no weight"
     plus_one = False
-    with_one = m.with_constant(m.skip_casts(gain), *m.ADD)
+    added = m.skip_casts(gain)
+    with_one = m.with_constant(added, *m.ADD)
     if with_one is not None and with_one[1] == 1.0:
         plus_one, gain = True, with_one[0]
-        users.add(next(n for n in gain.users if is_call(n, *m.ADD)))
+        users.add(added)
     gain, bias = m.skip_casts(gain), m.skip_casts(bias)
     for value in (gain, bias):
         if value is None:
@@ -206,7 +210,7 @@ def _norm_parts(node: fx.Node) -> tuple[Any, Any, set[fx.Node]] | None:
         if not is_call(inner, aten.layer_norm.default, aten.rms_norm.default):
             continue
         a = m.arguments(inner)
-        if a["weight"] is None and a.get("bias") is None and len(inner.users) == 1:
+        if a["weight"] is None and a.get("bias") is None and len(inner.users) == 1 and m.rank(gain) == 1:
             return gain, None, {node}
     return None
 

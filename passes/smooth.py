@@ -154,7 +154,6 @@ def smooth(
     factor [channels] in graph order, and notes about what cannot be smoothed.
     """
     found, refusals = find(gm)
-    nodes = {graph.fqn_of(n): n for n in gm.graph.nodes if sites.is_linear(n)}
     left = set(skip)
     chosen = []
     for site in found:
@@ -162,14 +161,35 @@ def smooth(
         inputs = [stats[name] for name in names if name in stats and stats[name].seen]
         if not inputs or left.intersection(names) or (site.explicit and not explicit):
             continue
-        if alpha == "search":
-            layers = [_Layer.of(gm, nodes[w.name], w, observer, percentile) for w in site.linears]
-            factor = search(layers, inputs, alphas)
-        else:
-            factor = factors(_absmax(inputs), weight_absmax(gm, site.linears), alpha)
-        if factor is not None and bool((factor != 1).any()):
+        factor = choose(gm, site.linears, inputs, alpha, observer, percentile)
+        if factor is not None:
             chosen.append((site, factor))
     return chosen, [r for r in refusals if r.node in stats]
+
+
+def choose(
+    gm: fx.GraphModule,
+    linears: Sequence[Weight],
+    inputs: Sequence[Sample],
+    alpha: float | Literal["search"],
+    observer: str = "minmax",
+    percentile: float = 99.99,
+    alphas: Sequence[float] = ALPHAS,
+    tie: Callable[[Tensor], Tensor] = lambda absmax: absmax,
+) -> Tensor | None:
+    """The factor [channels] for linears that read one input; None where no smoothing is best.
+
+    tie: makes channels equal that must have one factor, by the greatest magnitude among them.
+    """
+    x_absmax = tie(torch.stack([i.absmax() for i in inputs]).amax(0))
+    w_absmax = tie(weight_absmax(gm, linears))
+    if alpha == "search":
+        nodes = {graph.fqn_of(n): n for n in gm.graph.nodes if sites.is_linear(n)}
+        layers = [_Layer.of(gm, nodes[w.name], w, observer, percentile) for w in linears]
+        factor = _search(layers, inputs, [factors(x_absmax, w_absmax, a) for a in alphas])
+    else:
+        factor = factors(x_absmax, w_absmax, alpha)
+    return factor if factor is not None and bool((factor != 1).any()) else None
 
 
 def watch(node: fx.Node, role: str) -> Observer | None:
@@ -192,10 +212,6 @@ def weight_absmax(module: nn.Module, linears: Iterable[Weight]) -> Tensor:
         weight = graph.get_tensor(module, linear.weight).detach()
         found.append(weight.abs().movedim(linear.inp, -1).flatten(0, -2).amax(0).to(torch.float32))
     return torch.stack(found).amax(0)
-
-
-def _absmax(inputs: Sequence[Sample]) -> Tensor:
-    return torch.stack([observer.absmax() for observer in inputs]).amax(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,13 +253,14 @@ class _Layer:
         return fake_quantize(x, self.x, scale, zero, activation=True)
 
 
-def search(layers: Sequence[_Layer], inputs: Sequence[Sample], alphas: Sequence[float] = ALPHAS) -> Tensor | None:
+def _search(layers: Sequence[_Layer], inputs: Sequence[Sample], tried: Sequence[Tensor]) -> Tensor | None:
     """The factors with the least error summed over the layers, or None where no smoothing is best."""
     rows = max((observer.sample() for observer in inputs), key=len)
     low = torch.stack([observer.extremes()[0] for observer in inputs]).amin(0)
     high = torch.stack([observer.extremes()[1] for observer in inputs]).amax(0)
-    w_absmax = torch.stack([layer.weight.abs().flatten(0, -2).amax(0) for layer in layers]).amax(0)
-    tried: list[Tensor | None] = [None, *(factors(_absmax(inputs), w_absmax, alpha) for alpha in alphas)]
-    one = torch.ones_like(w_absmax)
-    errors = [sum(layer.error(rows, low, high, one if s is None else s) for layer in layers) for s in tried]
-    return tried[min(range(len(tried)), key=errors.__getitem__)]
+    best, least = None, sum(layer.error(rows, low, high, torch.ones_like(low)) for layer in layers)
+    for factor in tried:
+        error = sum(layer.error(rows, low, high, factor) for layer in layers)
+        if error < least:
+            best, least = factor, error
+    return best

@@ -1,0 +1,110 @@
+"""Give a linear that shares the embedding's table (lm_head) a weight of its own, to be scaled and quantized alone.
+
+    %linear: f32[2,9] = aten.linear(%x, @embed.weight)
+    ->
+    %linear: f32[2,9] = aten.linear(%x, @lm_head.weight)
+
+In a transformers model `config.tie_word_embeddings` has to become False as well, or saving and loading ties them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, fx, nn
+
+from qfx import graph
+from qfx.errors import Note
+from qfx.passes import _sites as sites
+from qfx.passes._sites import Record
+
+
+@dataclass(frozen=True)
+class Site(Record):
+    """A linear that reads the table `table` and shall have the weight `weight`; in a live model that name exists."""
+
+    NAME: ClassVar[str] = "untie"
+
+    name: str
+    table: str
+    weight: str
+
+    def to_record(self) -> dict[str, Any]:
+        """{"name": "untie", "linear": FQN of the node, "table", "weight"}."""
+        return {"name": self.NAME, "linear": self.name, "table": self.table, "weight": self.weight}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Site:
+        """The site of a record; ValueError where it is another rewrite's."""
+        if record.get("name") != cls.NAME:
+            raise ValueError(f"expected a record of {cls.NAME!r}, found {record.get('name')!r}")
+        return cls(record["linear"], record["table"], record["weight"])
+
+
+def find(gm: fx.GraphModule) -> tuple[list[Site], list[Note]]:
+    """Every linear whose weight is an embedding's table, and those whose module has no weight of its own to set."""
+    tables = {n.target for n in gm.graph.nodes if n.op == "get_attr" and _is_table(n)}
+    found, refusals = [], []
+    for node in gm.graph.nodes:
+        source = graph.weight_of(node) if graph.schema_name(node) == "aten::linear" else None
+        if source is None or source.target not in tables:
+            continue
+        module = str(node.meta.get("qfx_module", ""))
+        if _is_linear_module(node):
+            found.append(Site(graph.fqn_of(node), str(source.target), f"{module}.weight".lstrip(".")))
+        else:
+            reason = f"it reads the table {source.target} in a module that is no nn.Linear"
+            refusals.append(sites.note(node, reason, "leave it tied, or give the model an nn.Linear for it"))
+    return found, refusals
+
+
+def apply(module: nn.Module, site: Site, factor: Tensor | None = None) -> None:
+    """Copy the table into a weight of the linear's own, in a graph or a live model; `factor` is not used."""
+    old = graph.get_tensor(module, site.table)
+    copy = old.detach().clone()
+    new = nn.Parameter(copy, old.requires_grad) if isinstance(old, nn.Parameter) else copy
+    if not isinstance(module, fx.GraphModule):
+        if graph.get_tensor(module, site.weight) is not old:
+            raise ValueError(f"expected {site.weight!r} to be tied to {site.table!r}, it is another tensor")
+        owner = module.get_submodule(site.weight.rpartition(".")[0])
+        setattr(owner, site.weight.rpartition(".")[2], new)
+        return
+    for node in list(module.graph.nodes):
+        source = graph.weight_of(node) if graph.schema_name(node) == "aten::linear" else None
+        if source is not None and source.target == site.table and graph.fqn_of(node) == site.name:
+            held = graph.add_tensor(module, site.weight, new, node)
+            node.update_arg(1, _rebuilt(module, node.args[1], held, node))
+    graph.clean(module)
+    module.recompile()
+
+
+def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Apply a plan's record, which needs no tensor. A graph without the table is left as it is."""
+    site = Site.from_record(record)
+    if sites.holds(module, site.table) or not isinstance(module, fx.GraphModule):
+        apply(module, site)
+
+
+def _rebuilt(gm: fx.GraphModule, operand: Any, new: fx.Node, before: fx.Node) -> fx.Node:
+    """The transposes and casts of a weight operand, on another weight."""
+    if operand.op == "get_attr":
+        return new
+    inner = _rebuilt(gm, operand.args[0], new, before)
+    with gm.graph.inserting_before(before):
+        copy = gm.graph.node_copy(operand)
+    copy.update_arg(0, inner)
+    return copy
+
+
+def _is_table(node: fx.Node) -> bool:
+    return any(graph.schema_name(user) == "aten::embedding" and user.args[0] is node for user in node.users)
+
+
+def _is_linear_module(node: fx.Node) -> bool:
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return False
+    kind = list(stack.values())[-1][1]
+    return (isinstance(kind, type) and issubclass(kind, nn.Linear)) or str(kind).rpartition(".")[2] == "Linear"
