@@ -1,0 +1,164 @@
+"""Attention: scores, mask, softmax, values as explicit products, right for every rank and broadcast."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from qfx.backends.onnx.build import MICROSOFT, Builder
+from qfx.backends.onnx.math import Emit
+from qfx.backends.onnx.values import Dim, Value
+
+_LOWEST = torch.finfo(torch.float32).min
+
+
+def sdpa(
+    b: Builder, q: Value, k: Value, v: Value, mask: Value | None = None, dropout: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> Value:  # fmt: skip
+    """scaled_dot_product_attention. Rows with nothing to attend to give zeros, as torch's CPU kernels do."""
+    if dropout:
+        raise NotImplementedError("attention dropout")
+    scale = _scale_of(q) if scale is None else float(scale)
+    scores = _scores(b, q, k, scale)
+    bias, keep = None, None
+    if mask is not None:
+        bias, keep = _additive(b, mask)
+    elif is_causal:
+        bias = _causal(b, q.dims[-2], k.dims[-2])
+    if bias is not None:
+        scores = _like(scores, b.op("Add", scores, bias))
+    y = _weighted(b, b.op("Softmax", scores, axis=-1), scores, v)
+    return y if keep is None else b.op("Mul", y, keep)
+
+
+def attention(
+    b: Builder, q: Value, k: Value, v: Value, mask: Value | None, sinks: Value | None, scale: float, causal: bool,
+    softcap: float,
+) -> Value:  # fmt: skip
+    """qfx::attention: SDPA with a soft cap on the scores and sinks (one extra logit per head that takes weight)."""
+    scores = _scores(b, q, k, float(scale))
+    if softcap:
+        cap = b.scalar(softcap, torch.float32)
+        scores = _like(scores, b.op("Mul", b.op("Tanh", b.op("Div", scores, cap)), cap))
+    bias, keep = None, None
+    if mask is not None:
+        bias, keep = _additive(b, mask)
+    if causal:
+        triangle = _causal(b, q.dims[-2], k.dims[-2])
+        bias = triangle if bias is None else b.op("Add", bias, triangle)
+    if bias is not None:
+        scores = _like(scores, b.op("Add", scores, bias))
+    if sinks is not None:
+        return _weighted(b, _softmax_with_sinks(b, scores, sinks), scores, v)
+    y = _weighted(b, b.op("Softmax", scores, axis=-1), scores, v)
+    return y if keep is None else b.op("Mul", y, keep)
+
+
+def _softmax_with_sinks(b: Builder, scores: Value, sinks: Value) -> Value:
+    """Softmax over [scores, sink] with the sink's column cut off; sinks [H] for scores [.., H, L, S]."""
+    column = b.op("Unsqueeze", sinks, b.ints([1, 2]))
+    column = b.op("Expand", column, b.shape([*scores.dims[:-1], 1]))
+    whole = b.op("Softmax", b.op("Concat", scores, column, axis=-1), axis=-1)
+    return b.op("Slice", whole, b.ints([0]), b.ints([-1]), b.ints([-1]))
+
+
+def _scale_of(q: Value) -> float:
+    width = q.dims[-1]
+    if not isinstance(width, int):
+        raise NotImplementedError("attention with a head size that is not a number")
+    return 1.0 / math.sqrt(width) if width else 1.0
+
+
+def _scores(b: Builder, q: Value, k: Value, scale: float) -> Value:
+    """scale * q @ k^T, [.., H, L, S]. Query heads that share a key head are stacked on its rows: keys are not copied."""
+    share = _shared(q, k)
+    rows = b.reshape(q, _grouped(q.dims, k.dims, share)) if share > 1 else q
+    scores = b.op("FusedMatMul", rows, k, domain=MICROSOFT, transB=1, alpha=scale)
+    sizes = (*_lead(q, k, share), q.dims[-2], k.dims[-2])
+    return b.reshape(scores, sizes) if share > 1 else Value(scores.name, scores.dtype, sizes)
+
+
+def _weighted(b: Builder, weights: Value, scores: Value, v: Value) -> Value:
+    share = _shared(scores, v)
+    if share == 1:
+        return b.op("MatMul", weights, v)
+    y = b.op("MatMul", b.reshape(weights, _grouped(scores.dims, v.dims, share)), v)
+    return b.reshape(y, (*scores.dims[:-1], v.dims[-1]))
+
+
+def _shared(q: Value, k: Value) -> int:
+    """How many query heads share a key head."""
+    if q.rank < 3 or k.rank < 3:
+        return 1
+    heads, own = q.dims[-3], k.dims[-3]
+    if not isinstance(heads, int) or not isinstance(own, int) or own in (0, heads):
+        return 1
+    return heads // own
+
+
+def _grouped(query: tuple[Dim, ...], key: tuple[Dim, ...], share: int) -> tuple[Dim, ...]:
+    return (*query[:-3], key[-3], query[-2] * share, query[-1])
+
+
+def _lead(q: Value, k: Value, share: int) -> tuple[Dim, ...]:
+    """The leading dimensions of the scores."""
+    left, right = list(q.dims[:-2]), list(k.dims[:-2])
+    size = max(len(left), len(right))
+    left, right = [1] * (size - len(left)) + left, [1] * (size - len(right)) + right
+    return tuple(a if share > 1 or c == 1 else c for a, c in zip(left, right, strict=True))
+
+
+def _additive(b: Builder, mask: Value) -> tuple[Value, Value]:
+    """What is added to the scores (finite), and 1 or 0 for rows that may or may not attend. Once per mask."""
+    known = b.memo.get(("mask", mask.name))
+    if known is None:
+        zero, lowest = b.scalar(0.0, torch.float32), b.scalar(_LOWEST, torch.float32)
+        if mask.dtype == torch.bool:
+            bias = b.op("Where", mask, zero, lowest)
+        else:
+            bias = b.op("Max", b.cast(mask, torch.float32), lowest)
+        top = b.op("ReduceMax", bias, b.ints([-1]), keepdims=1)
+        keep = b.cast(b.op("Greater", top, lowest, dtype=torch.bool), torch.float32)
+        known = b.memo[("mask", mask.name)] = (Value(bias.name, bias.dtype, mask.shape), keep)
+    return known
+
+
+def _causal(b: Builder, rows: Dim, columns: Dim) -> Value:
+    """Added to scores: row i sees the columns 0 to i."""
+    known = b.memo.get(("causal", rows, columns))
+    if known is None:
+        zero, one = b.scalar(0, torch.int64), b.scalar(1, torch.int64)
+        down = b.op("Unsqueeze", b.op("Range", zero, b.scalar(rows, torch.int64), one), b.ints([1]))
+        across = b.op("Range", zero, b.scalar(columns, torch.int64), one)
+        seen = b.op("GreaterOrEqual", down, across, dtype=torch.bool)
+        known = b.op("Where", seen, b.scalar(0.0, torch.float32), b.scalar(_LOWEST, torch.float32))
+        b.memo[("causal", rows, columns)] = known
+    return known
+
+
+def _like(scores: Value, value: Value) -> Value:
+    return Value(value.name, value.dtype, scores.shape)
+
+
+def rope(b: Builder, x: Value, cos: Value, sin: Value, interleaved: bool) -> Value:
+    """x * cos + rotate(x) * sin; halves are rotated, or even and odd elements where interleaved."""
+    width = x.dims[-1]
+    if not isinstance(width, int):
+        raise NotImplementedError("rotary embedding of a head size that is not a number")
+    if interleaved:
+        pairs = b.reshape(x, (*x.dims[:-1], width // 2, 2))
+        even, odd = b.ops("Split", pairs, b.ints([1, 1]), dtypes=[x.dtype] * 2, axis=-1)
+        turned = b.reshape(b.op("Concat", b.op("Neg", odd), even, axis=-1), x.dims)
+    else:
+        first, second = b.ops("Split", x, b.ints([width // 2, width - width // 2]), dtypes=[x.dtype] * 2, axis=-1)
+        turned = b.op("Concat", b.op("Neg", second), first, axis=-1)
+    return b.op("Add", b.op("Mul", x, b.cast(cos, x.dtype)), b.op("Mul", turned, b.cast(sin, x.dtype)))
+
+
+EMIT: dict[str, Emit] = {
+    "aten.scaled_dot_product_attention.default": sdpa,
+    "qfx.attention.default": attention,
+    "qfx.rope.default": rope,
+}

@@ -1,0 +1,253 @@
+"""The builder: ONNX nodes, cached constants, weights, and the values of FX nodes.
+
+Every ONNX node is named `<FX node>/<number>`, so that what ONNX Runtime executes can be told per FX node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import sympy
+import torch
+from onnx import helper
+from torch import Tensor, fx
+
+from qfx.backends.onnx.kernel_types import fallback_type
+from qfx.backends.onnx.symbols import Symbols, UnresolvedError
+from qfx.backends.onnx.values import ONNX_TYPE, Dim, Value, computed, dim_of, dims_of, is_static
+from qfx.errors import Note, source_line
+from qfx.graph import fqn_of, get_tensor
+
+OPSET = 21
+MICROSOFT = "com.microsoft"
+_INLINE_BYTES = 1024
+
+
+class Builder:
+    """Collects one ONNX graph. `node` is the FX node being lowered; `notes` are for the user."""
+
+    def __init__(self, root: torch.nn.Module) -> None:
+        self.root = root
+        self.nodes: list[onnx.NodeProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.external: dict[str, Tensor] = {}
+        self.values: dict[fx.Node, Any] = {}
+        self.notes: list[Note] = []
+        self.symbols = Symbols(self)
+        self.node: fx.Node | None = None
+        self.memo: dict[Any, Any] = {}
+        self._constants: dict[tuple[Any, ...], Value] = {}
+        self._weights: dict[Any, Value] = {}
+        self._counts: dict[str, int] = {}
+
+    # ---- nodes -------------------------------------------------------------------------------------------------------
+
+    def op(
+        self, op_type: str, *inputs: Value | None, dtype: torch.dtype | None = None, domain: str = "", **attrs: Any
+    ) -> Value:
+        """One node with one output of `dtype` (that of its data input where not given). Inputs of a dtype for which ONNX
+        Runtime has no kernel are computed in a wider one."""
+        main = inputs[1 if op_type == "Where" else 0]
+        assert main is not None, f"{op_type} without its first input"
+        dtype = dtype or main.dtype
+        wide = None if domain else fallback_type(op_type, main.dtype)
+        if wide is None:
+            return self.ops(op_type, *inputs, dtypes=[dtype], domain=domain, **attrs)[0]
+        wider = [self.cast(v, wide) if v is not None and v.dtype == main.dtype else v for v in inputs]
+        if dtype != main.dtype:
+            return self.ops(op_type, *wider, dtypes=[dtype], **attrs)[0]
+        return self.cast(self.ops(op_type, *wider, dtypes=[wide], **attrs)[0], dtype)
+
+    def ops(
+        self, op_type: str, *inputs: Value | None, dtypes: Sequence[torch.dtype], domain: str = "", **attrs: Any
+    ) -> list[Value]:
+        """One node with several outputs."""
+        owner = self.node.name if self.node is not None else "graph"
+        number = self._counts.get(owner, 0)
+        self._counts[owner] = number + 1
+        name = f"{owner}/{number}"
+        outputs = [Value(name if len(dtypes) == 1 else f"{name}.{i}", t) for i, t in enumerate(dtypes)]
+        names = ["" if v is None else v.name for v in inputs]
+        while names and not names[-1]:
+            names.pop()
+        given = {k: v for k, v in attrs.items() if v is not None}
+        self.nodes.append(
+            helper.make_node(op_type, names, [o.name for o in outputs], name=name, domain=domain or None, **given)
+        )
+        return outputs
+
+    def cast(self, value: Value, dtype: torch.dtype) -> Value:
+        """The value in another dtype; itself where it has it."""
+        if value.dtype == dtype:
+            return value
+        cast = self.ops("Cast", value, dtypes=[dtype], to=ONNX_TYPE[dtype])[0]
+        return Value(cast.name, dtype, value.shape)
+
+    # ---- constants and weights ---------------------------------------------------------------------------------------
+
+    def const(self, data: Any, dtype: torch.dtype) -> Value:
+        """A small constant (number, list or numpy array) as an initializer, one per content."""
+        array = np.asarray(torch.as_tensor(data).to(dtype).numpy())
+        key = (array.tobytes(), dtype, array.shape)
+        if key not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            tensor = helper.make_tensor(name, ONNX_TYPE[dtype], array.shape, array.tobytes(), raw=True)
+            self.initializers[name] = tensor
+            self._constants[key] = Value(name, dtype, tuple(array.shape))
+        return self._constants[key]
+
+    def ints(self, values: Sequence[int]) -> Value:
+        """int64 [n] constant."""
+        return self.const(np.asarray(list(values), dtype=np.int64), torch.int64)
+
+    def weight(self, tensor: Tensor, name: str, key: Any = None) -> Value:
+        """A tensor of the model as an initializer. Large ones stay in torch's memory (external to the model)."""
+        key = key if key is not None else name
+        if key in self._weights:
+            return self._weights[key]
+        data = tensor.detach()
+        data = data.to(computed(data.dtype)).contiguous()
+        name = self._unique(name)
+        if data.numel() * data.element_size() <= _INLINE_BYTES:
+            array = data.cpu().numpy()
+            self.initializers[name] = helper.make_tensor(
+                name, ONNX_TYPE[data.dtype], data.shape, array.tobytes(), raw=True
+            )
+        else:
+            self.initializers[name] = _external(name, data)
+            self.external[name] = data
+        value = Value(name, data.dtype, tuple(data.shape))
+        self._weights[key] = value
+        return value
+
+    def derived(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Value:
+        """An initializer computed from the model's tensors, once per name."""
+        if name in self._weights:
+            return self._weights[name]
+        tensor = make()
+        assert tensor.dtype == dtype and tuple(tensor.shape) == shape, (name, tensor.dtype, tensor.shape, dtype, shape)
+        return self.weight(tensor, name)
+
+    def tensor(self, node: fx.Node) -> Tensor:
+        """The model's tensor behind a get_attr node."""
+        return get_tensor(self.root, str(node.target))
+
+    def _unique(self, name: str) -> str:
+        number, base = 0, name
+        while name in self.initializers:
+            number += 1
+            name = f"{base}.{number}"
+        return name
+
+    # ---- sizes -------------------------------------------------------------------------------------------------------
+
+    def dim(self, size: Dim) -> Value:
+        """A size as int64 [1]. Raises UnresolvedError where no input carries its symbols."""
+        return self.symbols.value(size)
+
+    def shape(self, sizes: Sequence[Dim]) -> Value:
+        """Sizes as one int64 vector: a constant where all are known."""
+        if is_static(sizes):
+            return self.ints([int(s) for s in sizes])
+        key = ("shape", *sizes)
+        if key not in self._constants:
+            self._constants[key] = self.op("Concat", *[self.dim(s) for s in sizes], axis=0)
+        return self._constants[key]
+
+    def scalar(self, number: Any, dtype: torch.dtype) -> Value:
+        """A Python number, a size expression or a 0-dimensional value as a 0-dimensional value of `dtype`."""
+        if isinstance(number, Value):
+            return self.cast(number, dtype)
+        if isinstance(number, sympy.Expr):
+            key = ("scalar", number, dtype)
+            if key not in self._constants:
+                flat = self.op("Reshape", self.dim(number), self.ints([]), dtype=torch.int64)
+                self._constants[key] = self.cast(Value(flat.name, flat.dtype, ()), dtype)
+            return self._constants[key]
+        return self.const(number, dtype)
+
+    def reshape(self, value: Value, sizes: Sequence[Dim]) -> Value:
+        """Reshape to `sizes`. Sizes that the input has at the same place are copied, so no shape is computed for them."""
+        sizes = tuple(sizes)
+        if value.shape is not None and tuple(value.shape) == sizes:
+            return value
+        if value.shape is not None and not is_static(sizes) and 0 not in sizes:
+            copied = [0 if i < len(value.shape) and value.shape[i] == s else s for i, s in enumerate(sizes)]
+            if is_static(copied):
+                result = self.op("Reshape", value, self.ints([int(s) for s in copied]))
+                return Value(result.name, result.dtype, sizes)
+        result = self.op(
+            "Reshape", value, self.shape(sizes), allowzero=1 if 0 in sizes or not is_static(sizes) else None
+        )
+        return Value(result.name, result.dtype, sizes)
+
+    # ---- FX ----------------------------------------------------------------------------------------------------------
+
+    def value_of(self, node: fx.Node) -> Any:
+        """What an argument node stands for: a Value, a tuple of Values, or a number (size expression)."""
+        fake = node.meta.get("val")
+        if isinstance(fake, torch.SymInt | int) and not isinstance(fake, bool):
+            return dim_of(fake)
+        if isinstance(fake, torch.SymFloat | torch.SymBool | float | bool):
+            return _number(fake)
+        return self.values[node]
+
+    @property
+    def out(self) -> Any:
+        """The fake result of the node being lowered."""
+        assert self.node is not None
+        return self.node.meta["val"]
+
+    @property
+    def out_dims(self) -> tuple[Dim, ...]:
+        """The shape of the node being lowered."""
+        return dims_of(self.out.shape)
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """The dtype in which the node being lowered is computed."""
+        return computed(self.out.dtype)
+
+    def finish(self, node: fx.Node, result: Any) -> Any:
+        """The node's result in the dtype and with the shape that torch gives it."""
+        fake = node.meta.get("val")
+        if isinstance(result, tuple | list):
+            return tuple(_typed(self, value, one) for value, one in zip(result, fake, strict=True))
+        return _typed(self, result, fake)
+
+    def note(self, reason: str, next_step: str) -> None:
+        """Tell the user something about the node being lowered."""
+        assert self.node is not None
+        self.notes.append(Note(fqn_of(self.node), reason, next_step, source_line(self.node) or ""))
+
+
+def _typed(b: Builder, value: Value, fake: Tensor) -> Value:
+    if not isinstance(fake, Tensor):
+        return value
+    value = b.cast(value, computed(fake.dtype))
+    return Value(value.name, value.dtype, dims_of(fake.shape))
+
+
+def _number(fake: Any) -> Any:
+    if not isinstance(fake, torch.SymFloat | torch.SymBool):
+        return fake
+    expr = fake.node.expr
+    if not expr.free_symbols:
+        return float(expr) if isinstance(fake, torch.SymFloat) else bool(expr)
+    raise UnresolvedError(f"no ONNX form for the number {expr}")
+
+
+def _external(name: str, data: Tensor) -> onnx.TensorProto:
+    tensor = onnx.TensorProto()
+    tensor.name = name
+    tensor.data_type = ONNX_TYPE[data.dtype]
+    tensor.dims.extend(data.shape)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    location = tensor.external_data.add()
+    location.key, location.value = "location", "weights"
+    return tensor

@@ -1,0 +1,254 @@
+"""From the nodes of a stage to an ONNX model."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import sympy
+import torch
+from onnx import helper
+from torch import Tensor, fx
+
+from qfx.backends.onnx.build import MICROSOFT, OPSET, Builder
+from qfx.backends.onnx.partition import Stage
+from qfx.backends.onnx.symbols import UnresolvedError
+from qfx.backends.onnx.table import EMIT, bound_arguments, op_key
+from qfx.backends.onnx.values import ONNX_TYPE, Value, computed, dim_of, dims_of
+from qfx.errors import Note
+
+# The IR version that ONNX Runtime 1.31 and its predecessors read.
+IR_VERSION = 10
+SizeOf = tuple[fx.Node, int | None]  # a tensor and one of its dimensions, or an integer (None)
+
+
+@dataclass
+class StageModel:
+    """A model, the weights that stay outside of it, what to feed it and what it gives.
+
+    inputs: nodes, in the order of the model's inputs. sizes: further integer inputs after them.
+    outputs: the nodes whose values the model's outputs are.
+    """
+
+    model: onnx.ModelProto
+    weights: dict[str, Tensor]
+    inputs: list[fx.Node]
+    sizes: list[SizeOf]
+    outputs: list[fx.Node]
+    notes: list[Note]
+
+
+class _StandIn(Builder):
+    """A builder in which every argument and every symbol is known: to see whether a node has an ONNX form."""
+
+    def derived(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Value:
+        return Value(name, dtype, shape)
+
+    def weight(self, tensor: Tensor, name: str, key: Any = None) -> Value:
+        return Value(name, computed(tensor.dtype), tuple(tensor.shape))
+
+    def value_of(self, node: fx.Node) -> Any:
+        fake = node.meta.get("val")
+        if isinstance(fake, Tensor):
+            return Value(node.name, computed(fake.dtype), dims_of(fake.shape))
+        if isinstance(fake, tuple | list):
+            return tuple(Value(f"{node.name}.{i}", computed(f.dtype), dims_of(f.shape)) for i, f in enumerate(fake))
+        return super().value_of(node)
+
+
+def reason_against(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    """Why a call_function node has no ONNX form; None where it has one."""
+    builder = _StandIn(gm)
+    fakes = [n.meta.get("val") for n in [node, *node.all_input_nodes]]
+    for symbol in {s for f in fakes for s in _symbols(f)}:
+        builder.symbols.known[symbol] = Value(str(symbol), torch.int64, (1,))
+    unknown = next((f for f in _tensors(fakes) if f.dtype not in ONNX_TYPE), None)
+    if unknown is not None:
+        return f"no ONNX type for {unknown.dtype}"
+    try:
+        emit_node(builder, gm, node)
+    except (NotImplementedError, UnresolvedError) as error:
+        return str(error)
+    return None
+
+
+def emit_node(b: Builder, gm: fx.GraphModule, node: fx.Node) -> None:
+    """Lower one call_function node. Raises NotImplementedError or UnresolvedError where it has no ONNX form."""
+    b.node = node
+    fake = node.meta.get("val")
+    if node.target is operator.getitem:
+        source = b.value_of(node.args[0])  # type: ignore[arg-type]
+        b.values[node] = source[node.args[1]]
+        return
+    key = op_key(node.target)
+    if key not in EMIT:
+        if isinstance(fake, torch.SymInt | int) and not isinstance(fake, bool):
+            b.dim(dim_of(fake))
+            return
+        raise NotImplementedError(f"no ONNX form for {key}")
+    args, keywords = bound_arguments(node)
+    given = {k: _argument(b, v) for k, v in keywords.items()}
+    b.values[node] = b.finish(node, EMIT[key](b, *[_argument(b, a) for a in args], **given))
+    for value, one in zip(_as_list(b.values[node]), _as_list(fake), strict=True):
+        _carry_new(b, value, one)
+
+
+def build_stage(gm: fx.GraphModule, stage: Stage, carriers: dict[sympy.Symbol, SizeOf]) -> StageModel:
+    """The ONNX model of an ONNX stage. `carriers`: where symbols can be read that no input of the stage has."""
+    b = Builder(gm)
+    for node in stage.inputs:
+        _declare(b, node)
+    sizes = _missing_sizes(b, stage, carriers)
+    for node in stage.nodes:
+        emit_node(b, gm, node)
+    b.node = None
+    taken = {i.name for i in b.inputs} | set(b.initializers)
+    for node in stage.outputs:
+        _output(b, node, taken)
+    return StageModel(_model(b), _used_weights(b), list(stage.inputs), sizes, list(stage.outputs), b.notes)
+
+
+def _argument(b: Builder, argument: Any) -> Any:
+    if isinstance(argument, fx.Node):
+        if argument.op == "get_attr" and argument not in b.values and not isinstance(b, _StandIn):
+            name = str(argument.target)
+            value = b.weight(b.tensor(argument), name)
+            b.values[argument] = Value(value.name, value.dtype, dims_of(argument.meta["val"].shape))
+        return b.value_of(argument)
+    if isinstance(argument, list | tuple):
+        return [_argument(b, a) for a in argument]
+    if isinstance(argument, torch.SymInt):
+        return dim_of(argument)
+    return argument
+
+
+def _declare(b: Builder, node: fx.Node) -> None:
+    """A graph input for a value from outside the stage."""
+    fake = node.meta["val"]
+    name = node.name
+    if isinstance(fake, Tensor):
+        b.inputs.append(
+            helper.make_tensor_value_info(name, ONNX_TYPE[fake.dtype], [_label(d) for d in dims_of(fake.shape)])
+        )
+        value = b.cast(Value(name, fake.dtype, dims_of(fake.shape)), computed(fake.dtype))
+        b.values[node] = value
+        for axis, size in enumerate(value.dims):
+            b.symbols.carry(size, _reader(b, value, axis))
+    elif isinstance(fake, torch.SymInt | int) and not isinstance(fake, bool):
+        b.inputs.append(helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [1]))
+        size = dim_of(fake)
+        if not isinstance(size, int):
+            b.symbols.known[size] = Value(name, torch.int64, (1,))
+    elif isinstance(fake, torch.SymFloat | float):
+        b.inputs.append(helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, []))
+        b.values[node] = Value(name, torch.float64, ())
+    else:
+        b.inputs.append(helper.make_tensor_value_info(name, onnx.TensorProto.BOOL, []))
+        b.values[node] = Value(name, torch.bool, ())
+
+
+def _reader(b: Builder, value: Value, axis: int) -> Callable[[], Value]:
+    return lambda: b.op("Shape", value, dtype=torch.int64, start=axis, end=axis + 1)
+
+
+def _missing_sizes(b: Builder, stage: Stage, carriers: dict[sympy.Symbol, SizeOf]) -> list[SizeOf]:
+    """Integer inputs for symbols that the stage uses, does not make itself, and no input of it carries."""
+    made = {s for n in stage.nodes for s in _symbols(n.meta.get("val")) if carriers.get(s, (None,))[0] is n}
+    needed = {s for n in stage.nodes for s in _symbols(n.meta.get("val"))}
+    missing = sorted((s for s in needed - made if s not in b.symbols.sources and s not in b.symbols.known), key=str)
+    sizes = []
+    for symbol in missing:
+        if symbol not in carriers:
+            continue
+        name = f"size_{symbol}"
+        b.inputs.append(helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [1]))
+        b.symbols.known[symbol] = Value(name, torch.int64, (1,))
+        sizes.append(carriers[symbol])
+    return sizes
+
+
+def _carry_new(b: Builder, value: Any, fake: Any) -> None:
+    """Sizes that depend on data (nonzero, item) are read from the value that has them."""
+    if isinstance(fake, Tensor):
+        for axis, size in enumerate(value.dims):
+            if isinstance(size, sympy.Symbol) and size not in b.symbols.sources and size not in b.symbols.known:
+                b.symbols.carry(size, _reader(b, value, axis))
+    elif isinstance(fake, torch.SymInt) and isinstance(value, Value):
+        b.symbols.known[fake.node.expr] = value
+
+
+def _output(b: Builder, node: fx.Node, taken: set[str]) -> None:
+    """A graph output with a name of its own, in the dtype that torch gives the value."""
+    fake = node.meta["val"]
+    if isinstance(fake, torch.SymInt | int) and not isinstance(fake, bool):
+        value, dtype, shape = b.dim(dim_of(fake)), torch.int64, [1]
+    else:
+        value = b.values[node]
+        dtype = fake.dtype if isinstance(fake, Tensor) else value.dtype
+        shape = [_label(d) for d in value.dims]
+    if value.dtype != dtype:
+        value = b.cast(value, dtype)
+    if value.name in taken:
+        value = b.op("Identity", value)
+    taken.add(value.name)
+    b.outputs.append(helper.make_tensor_value_info(value.name, ONNX_TYPE[dtype], shape))
+
+
+def _model(b: Builder) -> onnx.ModelProto:
+    used = {o.name for o in b.outputs}
+    nodes = []
+    for node in reversed(b.nodes):
+        if used.intersection(node.output):
+            nodes.append(node)
+            used.update(node.input)
+    kept = [t for name, t in b.initializers.items() if name in used]
+    graph = helper.make_graph(nodes[::-1], "qfx", b.inputs, b.outputs, kept)
+    b.external = {name: tensor for name, tensor in b.external.items() if name in used}
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="qfx")
+
+
+def _used_weights(b: Builder) -> dict[str, Tensor]:
+    return b.external
+
+
+def _label(size: Any) -> Any:
+    return size if isinstance(size, int) else str(size).replace(" ", "")
+
+
+def _as_list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _tensors(fakes: Sequence[Any]) -> list[Tensor]:
+    return [t for f in fakes for t in _as_list(f) if isinstance(t, Tensor)]
+
+
+def _symbols(fake: Any) -> set[sympy.Symbol]:
+    """Free symbols of a fake value's sizes."""
+    found: set[sympy.Symbol] = set()
+    for one in _as_list(fake):
+        sizes = (
+            one.shape if isinstance(one, Tensor) else [one] if isinstance(one, torch.SymInt | torch.SymFloat) else []
+        )
+        for size in sizes:
+            if isinstance(size, torch.SymInt | torch.SymFloat):
+                found |= size.node.expr.free_symbols
+    return found
+
+
+def carriers_of(gm: fx.GraphModule) -> dict[sympy.Symbol, SizeOf]:
+    """For each symbol the first value that carries it: (tensor, dimension), or (integer, None)."""
+    found: dict[sympy.Symbol, SizeOf] = {}
+    for node in gm.graph.nodes:
+        fake = node.meta.get("val")
+        if isinstance(fake, torch.SymInt) and isinstance(fake.node.expr, sympy.Symbol):
+            found.setdefault(fake.node.expr, (node, None))
+        elif isinstance(fake, Tensor):
+            for axis, size in enumerate(dims_of(fake.shape)):
+                if isinstance(size, sympy.Symbol):
+                    found.setdefault(size, (node, axis))
+    return found

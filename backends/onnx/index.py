@@ -1,0 +1,238 @@
+"""Reading and writing at places that tensors give: gather, index, scatter and their kin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qfx.backends.onnx.build import Builder
+from qfx.backends.onnx.math import Emit
+from qfx.backends.onnx.shapes import axis_of
+from qfx.backends.onnx.values import Dim, Value
+
+_END = 2**63 - 1
+
+
+def gather(b: Builder, x: Value, dim: int, places: Value, **_: Any) -> Value:
+    """x[..., places, ...] element by element along one dimension."""
+    if x.rank == 0 or places.rank == 0:
+        raise NotImplementedError("gather on a 0-dimensional tensor")
+    return b.op("GatherElements", x, places, axis=axis_of(dim, x.rank))
+
+
+def index_select(b: Builder, x: Value, dim: int, places: Value) -> Value:
+    """Slices of x along one dimension."""
+    return b.op("Gather", x, places, axis=axis_of(dim, x.rank))
+
+
+def index(b: Builder, x: Value, indices: Sequence[Value | None]) -> Value:
+    """x[i, j, ...] with integer tensors (negative counts from the end) or one bool mask, None for a whole dimension."""
+    indices = _without_masks(b, indices)
+    places = [i for i, v in enumerate(indices) if v is not None]
+    tensors = [v for v in indices if v is not None]
+    if len(tensors) == 1:
+        return b.op("Gather", x, b.cast(tensors[0], torch.int64), axis=places[0])
+    if places != list(range(places[0], places[-1] + 1)):
+        raise NotImplementedError("indices with a gap between them")
+    start, count = places[0], len(places)
+    front = [*places, *(d for d in range(x.rank) if d not in places)]
+    if start:
+        x = b.op("Transpose", x, perm=front)
+    found = b.op("GatherND", x, _stacked(b, tensors))
+    if not start:
+        return found
+    width = len(b.out_dims) - (len(front) - count)  # dimensions of the index itself, now in front
+    order = [*range(width, width + start), *range(width), *range(width + start, len(b.out_dims))]
+    return b.op("Transpose", found, perm=order)
+
+
+def _without_masks(b: Builder, indices: Sequence[Value | None]) -> list[Value | None]:
+    """A bool mask becomes the places where it holds, one index per dimension of the mask."""
+    if not any(v is not None and v.dtype in (torch.bool, torch.uint8) for v in indices):
+        return list(indices)
+    flat: list[Value | None] = []
+    if sum(v is not None for v in indices) > 1:
+        raise NotImplementedError("a bool mask together with other indices")
+    for value in indices:
+        if value is None:
+            flat.append(None)
+            continue
+        n = value.rank
+        found = b.op("NonZero", b.cast(value, torch.bool), dtype=torch.int64)
+        rows = b.ops("Split", found, b.ints([1] * n), dtypes=[torch.int64] * n, axis=0) if n > 1 else [found]
+        flat += [Value(b.op("Squeeze", r, b.ints([0])).name, torch.int64, (-1,)) for r in rows]
+    return flat
+
+
+def _stacked(b: Builder, tensors: Sequence[Value]) -> Value:
+    """Indices broadcast together and stacked along a new last dimension, for GatherND and ScatterND."""
+    rank = max(t.rank for t in tensors)
+    shape: list[Dim] = [1] * rank
+    for t in tensors:
+        for i, size in enumerate(t.dims):
+            at = rank - t.rank + i
+            shape[at] = size if shape[at] == 1 else shape[at]
+    pieces = []
+    for t in tensors:
+        value = b.cast(t, torch.int64)
+        if t.dims != tuple(shape):
+            value = b.op("Expand", value, b.shape(shape))
+        pieces.append(b.op("Unsqueeze", value, b.ints([rank])))
+    return b.op("Concat", *pieces, axis=rank)
+
+
+def index_put(
+    b: Builder, x: Value, indices: Sequence[Value | None], values: Value, accumulate: bool = False, *_: Any
+) -> Value:
+    """x with `values` written (or added) at x[i, j, ...]. A bool mask of x's own shape and one value is a choice."""
+    first = indices[0]
+    if len(indices) == 1 and first is not None and first.dtype == torch.bool and _is_one(values) and not accumulate:
+        mask = b.reshape(first, (*first.dims, *(1 for _ in range(x.rank - first.rank))))
+        return b.op("Where", mask, b.reshape(b.cast(values, x.dtype), ()), x)
+    if any(v is not None and v.dtype == torch.bool for v in indices):
+        raise NotImplementedError("writing several values under a bool mask")
+    places = [i for i, v in enumerate(indices) if v is not None]
+    if places != list(range(len(places))):
+        raise NotImplementedError("writing at indices after a whole dimension")
+    tensors = [v for v in indices if v is not None]
+    stacked = _stacked(b, tensors)
+    rank = max(t.rank for t in tensors)
+    lead = b.op("Shape", stacked, dtype=torch.int64, end=rank)
+    tail = b.shape(x.dims[len(places) :])
+    updates = b.op("Expand", b.cast(values, x.dtype), b.op("Concat", lead, tail, axis=0))
+    return b.op("ScatterND", x, stacked, updates, reduction="add" if accumulate else "none")
+
+
+def _is_one(value: Value) -> bool:
+    return all(d == 1 for d in value.dims)
+
+
+def index_copy(b: Builder, x: Value, dim: int, places: Value, source: Value) -> Value:
+    """x with slices along one dimension replaced."""
+    return _scatter_slices(b, x, dim, places, source, "none")
+
+
+def index_add(b: Builder, x: Value, dim: int, places: Value, source: Value, *, alpha: Any = 1) -> Value:
+    """x with slices added along one dimension."""
+    scaled = source if alpha == 1 else b.op("Mul", source, b.scalar(alpha, source.dtype))
+    return _scatter_slices(b, x, dim, places, Value(scaled.name, scaled.dtype, source.shape), "add")
+
+
+def index_fill(b: Builder, x: Value, dim: int, places: Value, number: Any) -> Value:
+    """x with one number in the slices given."""
+    axis = axis_of(dim, x.rank)
+    shape = (*x.dims[:axis], places.dims[0] if places.rank else 1, *x.dims[axis + 1 :])
+    filled = b.op("Expand", b.scalar(number, x.dtype), b.shape(shape))
+    return _scatter_slices(b, x, dim, places, Value(filled.name, x.dtype, shape), "none")
+
+
+def _scatter_slices(b: Builder, x: Value, dim: int, places: Value, source: Value, reduction: str) -> Value:
+    if x.rank == 0:
+        raise NotImplementedError("writing into a 0-dimensional tensor")
+    axis = axis_of(dim, x.rank)
+    count: Dim = places.dims[0] if places.rank else 1
+    column = b.reshape(b.cast(places, torch.int64), [count if i == axis else 1 for i in range(x.rank)])
+    spread = b.op("Expand", column, b.shape(source.dims))
+    return b.op("ScatterElements", x, spread, b.cast(source, x.dtype), axis=axis, reduction=reduction)
+
+
+def scatter(b: Builder, x: Value, dim: int, places: Value, source: Any, *, reduce: str | None = None) -> Value:
+    """x with elements written (or added, multiplied) along one dimension: a tensor's, or one number."""
+    kinds = {None: "none", "add": "add", "multiply": "mul"}
+    if not isinstance(source, Value):
+        source = b.op("Expand", b.scalar(source, x.dtype), b.shape(places.dims))
+    elif source.dims != places.dims:
+        n = places.rank
+        source = b.op("Slice", source, b.ints([0] * n), b.shape(places.dims), b.ints(list(range(n))))
+    return b.op(
+        "ScatterElements", x, places, b.cast(source, x.dtype), axis=axis_of(dim, x.rank), reduction=kinds[reduce]
+    )
+
+
+def scatter_add(b: Builder, x: Value, dim: int, places: Value, source: Value) -> Value:
+    """x with elements added along one dimension."""
+    return scatter(b, x, dim, places, source, reduce="add")
+
+
+def scatter_reduce(
+    b: Builder, x: Value, dim: int, places: Value, source: Value, reduce: str, *, include_self: bool = True
+) -> Value:
+    """x with elements combined along one dimension."""
+    kinds = {"sum": "add", "prod": "mul", "amax": "max", "amin": "min"}
+    if not include_self or reduce not in kinds:
+        raise NotImplementedError(f"scatter_reduce by {reduce} without the former values")
+    return b.op(
+        "ScatterElements", x, places, b.cast(source, x.dtype), axis=axis_of(dim, x.rank), reduction=kinds[reduce]
+    )
+
+
+def slice_scatter(
+    b: Builder, x: Value, source: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Value:
+    """x with the slice start:end:step replaced."""
+    axis = axis_of(dim, x.rank)
+    first: Dim = 0 if start is None else start
+    if isinstance(first, int) and first < 0:
+        first = first + x.dims[axis]
+    if step != 1:
+        count = b.scalar(source.dims[axis], torch.int64)
+        steps = b.op("Range", b.scalar(0, torch.int64), count, b.scalar(1, torch.int64))
+        places = b.op("Add", b.op("Mul", steps, b.scalar(step, torch.int64)), b.scalar(first, torch.int64))
+        return index_copy(b, x, axis, Value(places.name, torch.int64, (source.dims[axis],)), source)
+    if source.dims[axis] == x.dims[axis]:
+        return b.cast(source, x.dtype)
+    where = b.ints([axis])
+    before = b.op("Slice", x, b.ints([0]), b.dim(first), where)
+    after = b.op("Slice", x, b.dim(first + source.dims[axis]), b.ints([_END]), where)
+    return b.op("Concat", before, b.cast(source, x.dtype), after, axis=axis)
+
+
+def select_scatter(b: Builder, x: Value, source: Value, dim: int, at: Any) -> Value:
+    """x with one index of a dimension replaced."""
+    axis = axis_of(dim, x.rank)
+    lifted = b.reshape(source, (*x.dims[:axis], 1, *x.dims[axis + 1 :]))
+    return slice_scatter(b, x, lifted, axis, at)
+
+
+def nonzero(b: Builder, x: Value) -> Value:
+    """The places that are not zero, one a row."""
+    return b.op("Transpose", b.op("NonZero", x, dtype=torch.int64), perm=[1, 0])
+
+
+def masked_select(b: Builder, x: Value, mask: Value) -> Value:
+    """The elements under a mask of the same shape, flat."""
+    if x.dims != mask.dims:
+        raise NotImplementedError("masked_select with broadcasting")
+    return b.op("Compress", b.op("Reshape", x, b.ints([-1])), b.op("Reshape", mask, b.ints([-1])), axis=0)
+
+
+def one_hot(b: Builder, x: Value, classes: int = -1) -> Value:
+    """1 at the class, 0 elsewhere."""
+    if classes < 0:
+        raise NotImplementedError("one_hot with the number of classes in the data")
+    lifted = b.op("Unsqueeze", x, b.ints([x.rank]))
+    hits = b.op("Equal", lifted, b.ints(list(range(classes))), dtype=torch.bool)
+    return b.cast(hits, torch.int64)
+
+
+def item(b: Builder, x: Value) -> Value:
+    """The number in a one-element tensor: an integer as a size, else 0-dimensional."""
+    if isinstance(b.out, torch.SymInt | int):
+        return b.reshape(b.cast(x, torch.int64), (1,))
+    return b.reshape(b.cast(x, torch.float64), ())
+
+
+EMIT: dict[str, Emit] = {
+    "aten.gather.default": gather, "aten.index_select.default": index_select, "aten.index.Tensor": index,
+    "aten.take_along_dim.default": lambda b, x, places, dim=None: gather(b, x, dim, places),
+    **{f"aten.{n}.default": index_put for n in ("index_put", "_unsafe_index_put")},
+    "aten._unsafe_index.Tensor": index, "aten.index_copy.default": index_copy, "aten.index_add.default": index_add,
+    "aten.index_fill.int_Scalar": index_fill, "aten.scatter.src": scatter, "aten.scatter.value": scatter,
+    "aten.scatter.reduce": scatter, "aten.scatter.value_reduce": scatter, "aten.scatter_add.default": scatter_add,
+    "aten.scatter_reduce.two": scatter_reduce, "aten.slice_scatter.default": slice_scatter,
+    "aten.select_scatter.default": select_scatter, "aten.nonzero.default": nonzero,
+    "aten.masked_select.default": masked_select, "aten.one_hot.default": one_hot,
+    "aten.item.default": item, "aten._local_scalar_dense.default": item,
+}  # fmt: skip

@@ -1,0 +1,179 @@
+"""`lower`: a graph in normal form to a callable over ONNX Runtime sessions, with torch where ONNX has no form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qfx.backends.onnx.decompose import decompose
+from qfx.backends.onnx.graph import SizeOf, StageModel, build_stage, carriers_of, reason_against
+from qfx.backends.onnx.kernels import executed_kernels
+from qfx.backends.onnx.partition import Stage, stages_of
+from qfx.backends.onnx.session import Session
+from qfx.errors import Note, UnsupportedError, explain, source_line
+from qfx.graph import fqn_of, get_tensor
+
+Slots = dict[fx.Node, Any]
+_NEXT = "add an emit function for it in backends/onnx, or express the model by other operators"
+
+
+def supports(node: fx.Node) -> str | None:
+    """None where ONNX Runtime can run the node here, else the reason why not."""
+    if node.op != "call_function":
+        return None
+    owner = node.graph.owning_module
+    assert owner is not None, "the node's graph belongs to no module"
+    return reason_against(owner, node)
+
+
+def lower(gm: fx.GraphModule, *, strict: bool = False) -> OnnxLowered:
+    """Lower a graph in normal form to ONNX Runtime on the CPU.
+
+    Operators without an ONNX form are decomposed into simpler ones; what then has none still runs in torch between ONNX
+    sessions, with a note each. Raises UnsupportedError for these where `strict`.
+    """
+    gm = _copied(gm)
+    reasons = decompose(gm, reason_against)
+    notes = [Note(fqn_of(n), f"runs in torch: {why}", _NEXT, source_line(n) or "") for n, why in reasons.items()]
+    if strict and reasons:
+        node, why = next(iter(reasons.items()))
+        raise UnsupportedError(
+            explain(
+                f"ONNX Runtime cannot run {len(reasons)} node(s) of this graph, first {node.name!r}: {why}",
+                expected="operators with an ONNX form, because strict=True",
+                found=str(node.target),
+                node=node,
+                next_step="lower with strict=False to run these nodes in torch",
+            )
+        )
+    return OnnxLowered(gm, set(reasons), notes)
+
+
+class OnnxLowered:
+    """A lowered graph: call it with the placeholders' values in order; it returns the outputs as a flat tuple.
+
+    kernels: for each call_function node what executes it, read back from ONNX Runtime's optimized graph.
+    notes: what runs otherwise than the graph says.
+    """
+
+    def __init__(self, gm: fx.GraphModule, eager: set[fx.Node], notes: list[Note]) -> None:
+        self.notes = notes
+        self._placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        self._stages = stages_of(gm, eager)
+        carriers = carriers_of(gm)
+        _keep_carriers(self._stages, carriers)
+        self._models: dict[int, StageModel] = {}
+        self._steps: list[Callable[[Slots], None]] = []
+        for i, stage in enumerate(self._stages):
+            if stage.eager:
+                self._steps.append(_eager_step(gm, stage))
+                continue
+            built = self._models[i] = build_stage(gm, stage, carriers)
+            self.notes += built.notes
+            self._steps.append(_onnx_step(built))
+        self._constants: Slots = {n: get_tensor(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"}
+        self._outputs = list(_output_node(gm).args[0])  # type: ignore[arg-type]
+        self.notes += _half_note(gm)
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        """Run. Raises ValueError where the number of inputs differs from the placeholders."""
+        if len(inputs) != len(self._placeholders):
+            raise ValueError(f"expected {len(self._placeholders)} inputs in placeholder order, found {len(inputs)}")
+        slots: Slots = dict(zip(self._placeholders, inputs, strict=True))
+        for step in self._steps:
+            step(slots)
+        return tuple(self._result(o, slots) for o in self._outputs)
+
+    def _result(self, output: Any, slots: Slots) -> Any:
+        if not isinstance(output, fx.Node):
+            return output
+        return self._constants[output] if output.op == "get_attr" else slots[output]
+
+    @cached_property
+    def kernels(self) -> dict[str, str]:
+        """Node name -> the ONNX Runtime kernels that compute it, or 'torch <operator>'."""
+        found: dict[str, str] = {}
+        for i, stage in enumerate(self._stages):
+            names = [n.name for n in stage.nodes]
+            if stage.eager:
+                found |= {n.name: f"torch {n.target}" for n in stage.nodes}
+            else:
+                found |= executed_kernels(self._models[i], names)
+        return found
+
+    @property
+    def models(self) -> list[StageModel]:
+        """The ONNX models, in order of execution."""
+        return list(self._models.values())
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same module's tensors under a graph of its own."""
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, {})
+    graph.output(output)
+    copied = fx.GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    return copied
+
+
+def _output_node(gm: fx.GraphModule) -> fx.Node:
+    return next(n for n in reversed(list(gm.graph.nodes)) if n.op == "output")
+
+
+def _keep_carriers(stages: Sequence[Stage], carriers: dict[Any, SizeOf]) -> None:
+    """Values from which a later stage reads a size leave their stage."""
+    for stage in stages:
+        own = set(stage.nodes)
+        for node, _ in carriers.values():
+            if node in own and node not in stage.outputs and len(stages) > 1:
+                stage.outputs.append(node)
+
+
+def _onnx_step(built: StageModel) -> Callable[[Slots], None]:
+    session = Session(built.model, built.weights)
+    integers = [not isinstance(n.meta["val"], Tensor) for n in built.outputs]
+
+    def step(slots: Slots) -> None:
+        feeds = [_tensor(slots[n]) for n in built.inputs]
+        feeds += [_tensor(slots[n] if axis is None else slots[n].shape[axis]) for n, axis in built.sizes]
+        for node, is_integer, value in zip(built.outputs, integers, session.run(feeds), strict=True):
+            slots[node] = value.item() if is_integer else value
+
+    return step
+
+
+def _tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, bool | float):
+        return torch.tensor(value, dtype=torch.bool if isinstance(value, bool) else torch.float64)
+    return torch.tensor([value], dtype=torch.int64)
+
+
+def _eager_step(gm: fx.GraphModule, stage: Stage) -> Callable[[Slots], None]:
+    constants = {n: get_tensor(gm, str(n.target)) for s in stage.nodes for n in s.all_input_nodes if n.op == "get_attr"}
+
+    @torch.no_grad()
+    def step(slots: Slots) -> None:
+        for node in stage.nodes:
+            args, kwargs = fx.node.map_arg(
+                (node.args, node.kwargs), lambda n: constants[n] if n.op == "get_attr" else slots[n]
+            )
+            slots[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+    return step
+
+
+def _half_note(gm: fx.GraphModule) -> list[Note]:
+    halves = (torch.float16, torch.bfloat16)
+    fakes = [n.meta.get("val") for n in gm.graph.nodes if n.op in ("placeholder", "get_attr", "call_function")]
+    found = sorted({str(f.dtype) for f in fakes if isinstance(f, Tensor) and f.dtype in halves})
+    if not found:
+        return []
+    reason = f"{' and '.join(found)} values are computed in float32, outputs cast back"
+    return [Note("graph", reason, "none needed; ONNX Runtime has no CPU kernels for them")]

@@ -1,0 +1,79 @@
+"""The layout of com.microsoft MatMulNBits: which bits and block size serve a format, and the weight packed for them.
+
+Codes go to 2, 4 or 8 bits, so that i3 is held in 4 bits and i6 in 8 without a change of value. 2 bits with blocks of 16 or
+256 are slow in ONNX Runtime and are avoided.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qfx.backends.onnx.build import Builder
+from qfx.backends.onnx.quant_weights import Weight
+from qfx.backends.onnx.values import Value
+from qfx.packing import pack_bits
+
+_BLOCKS = (128, 64, 32, 16)
+
+
+@dataclass(frozen=True)
+class NBits:
+    """bits 2, 4 or 8; block: elements per scale along K."""
+
+    bits: int
+    block: int
+
+    def weights(self, b: Builder, weight: Weight) -> tuple[Value, Value, Value | None]:
+        """Codes [N, K/block, block*bits/8], scales [N, K/block] and packed zero points."""
+        blocks = -(-weight.k // self.block)
+        name, n = f"{weight.name}.{self.bits}b{self.block}", weight.n
+        shape = (n, blocks, self.block * self.bits // 8)
+        data = b.derived(name, torch.uint8, shape, lambda: self._codes(weight, blocks).reshape(shape))
+        scales = b.derived(
+            f"{name}.scale", torch.float32, (n, blocks), lambda: self._spread(weight, weight.factor(), blocks)
+        )
+        if not weight.format.has_zero:
+            return data, scales, None
+        width = -(-blocks * self.bits // 8)
+        zeros = b.derived(f"{name}.zero", torch.uint8, (n, width), lambda: self._zeros(weight, blocks))
+        return data, scales, zeros
+
+    def _codes(self, weight: Weight, blocks: int) -> Tensor:
+        codes = weight.codes().to(torch.int16)
+        if not weight.format.has_zero:
+            codes = codes + (1 << (self.bits - 1))
+        missing = blocks * self.block - weight.k
+        padded = torch.nn.functional.pad(codes, (0, missing), value=1 << (self.bits - 1))
+        return pack_bits(padded.to(torch.uint8), self.bits)
+
+    def _zeros(self, weight: Weight, blocks: int) -> Tensor:
+        assert weight.zero is not None
+        return pack_bits(self._spread(weight, weight.zero, blocks), self.bits)
+
+    def _spread(self, weight: Weight, values: Tensor, blocks: int) -> Tensor:
+        """One value per row and block: repeated where the format has fewer."""
+        fmt = weight.format
+        if values.dim() == 0:
+            return values.expand(weight.n, blocks).contiguous()
+        if fmt.block is not None:
+            values = values.repeat_interleave(fmt.block[0], 0)[: weight.n]
+        group = fmt.group or (fmt.block[1] if fmt.block else blocks * self.block)
+        return values.repeat_interleave(group // self.block, 1)[:, :blocks].contiguous()
+
+
+def nbits_layout(weight: Weight) -> NBits | None:
+    """The layout that holds a weight exactly, or None."""
+    fmt = weight.format
+    if not fmt.is_integer or weight.rank != 2:
+        return None
+    group = fmt.group or (fmt.block[1] if fmt.block else None)
+    block = next((size for size in _BLOCKS if group is None or group % size == 0), None)
+    if block is None:
+        return None
+    while group is None and block > 16 and block // 2 >= weight.k:
+        block //= 2
+    bits = next(size for size in (2, 4, 8) if fmt.bits <= size)
+    return NBits(4 if bits == 2 and block == 16 else bits, block)

@@ -1,0 +1,134 @@
+"""qfx::linear, qfx::embedding, qfx::dequantize as the fastest ONNX Runtime kernels that compute what they mean.
+
+integer x integer       MatMulIntegerToFloat, activations u8 with zero point 128, weights s8 per column
+weight only, grouped    MatMulNBits with 2, 4 or 8 bits (its activations are rounded to 8 bits per block)
+other formats           the weight dequantized once to f32, with a note
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qfx.backends.onnx.build import MICROSOFT, Builder
+from qfx.backends.onnx.math import Emit
+from qfx.backends.onnx.nbits import NBits, nbits_layout
+from qfx.backends.onnx.quant_input import fake_quantized, quantized_input
+from qfx.backends.onnx.quant_weights import Weight
+from qfx.backends.onnx.values import Value
+from qfx.format import Format
+
+
+def linear(
+    b: Builder, x: Value, w: Any, w_scale: Any, w_zero: Any, bias: Value | None, x_scale: Value | None, x_zero: Value | None,
+    smooth: Value | None, x_format: str, w_format: str,
+) -> Value:  # fmt: skip
+    """y = quantized(x / smooth) @ weight^T + bias."""
+    assert b.node is not None
+    weight = Weight.of(b, b.node.args[1:4], Format.parse(w_format), x.dims[-1])
+    rows = b.cast(x, torch.float32)
+    bias = None if bias is None else b.cast(bias, torch.float32)
+    fmt = Format.parse(x_format) if x_format else None
+    if fmt is not None and _is_integer_pair(fmt, weight.format):
+        return _integer(b, rows, weight, bias, x_scale, x_zero, smooth, fmt)
+    if fmt is None:
+        rows = rows if smooth is None else b.op("Div", rows, smooth)
+    layout = nbits_layout(weight)
+    if fmt is not None and not (layout is not None and _is_8bit_dynamic(fmt)):
+        rows = fake_quantized(b, rows, fmt, x_scale, x_zero, smooth)
+    elif fmt is not None and smooth is not None:
+        rows = b.op("Div", rows, smooth)
+    if layout is not None:
+        return _nbits(b, rows, weight, layout, bias)
+    b.note(
+        f"the weight is stored as {weight.format}, computed in f32",
+        "none needed for the result; for speed use i8, i4/g32 or i4/g128",
+    )
+    y = b.op("FusedMatMul", rows, weight.dequantized(b), domain=MICROSOFT, transB=1)
+    return y if bias is None else b.op("Add", y, bias)
+
+
+def _is_integer_pair(x: Format, w: Format) -> bool:
+    plain = x.scale_type == "f32" and not w.has_global_scale
+    return plain and x.is_integer and w.is_integer and x.granularity in ("", "tok") and w.granularity in ("", "ch")
+
+
+def _is_8bit_dynamic(fmt: Format) -> bool:
+    """MatMulNBits rounds its input to 8 bits per block at run time: finer than per token, so nothing is rounded before."""
+    return fmt.type == "i8" and fmt.dynamic and fmt.granularity in ("", "tok")
+
+
+def _integer(
+    b: Builder, x: Value, weight: Weight, bias: Value | None, x_scale: Value | None, x_zero: Value | None,
+    smooth: Value | None, fmt: Format,
+) -> Value:  # fmt: skip
+    """Exact integer sums, scaled: MatMulIntegerToFloat, or DynamicQuantizeMatMul for u8 with one scale found at run time."""
+    codes, scale, zero = weight.columns(b)
+    if fmt.type == "u8" and fmt.dynamic and fmt.granularity == "" and smooth is None:
+        return b.op("DynamicQuantizeMatMul", x, codes, scale, zero, bias, domain=MICROSOFT, dtype=torch.float32)
+    q = quantized_input(b, x, fmt, x_scale, x_zero, smooth)
+    inside = bias if q.rows is None else None
+    y = b.op(
+        "MatMulIntegerToFloat",
+        q.codes,
+        codes,
+        q.scale,
+        scale,
+        q.zero,
+        zero,
+        inside,
+        domain=MICROSOFT,
+        dtype=torch.float32,
+    )
+    if q.shift is not None:
+        y = b.op("Sub", y, b.op("Mul", q.shift, weight.column_sums(b)))
+    if q.rows is None:
+        return y
+    y = b.op("Mul", y, q.rows)
+    return y if bias is None else b.op("Add", y, bias)
+
+
+def _nbits(b: Builder, x: Value, weight: Weight, layout: NBits, bias: Value | None) -> Value:
+    data, scales, zeros = layout.weights(b, weight)
+    attrs = {"K": weight.k, "N": weight.n, "bits": layout.bits, "block_size": layout.block, "accuracy_level": 4}
+    return b.op("MatMulNBits", x, data, scales, zeros, None, bias, domain=MICROSOFT, dtype=torch.float32, **attrs)
+
+
+def embedding(b: Builder, ids: Value, w: Any, w_scale: Any, w_zero: Any, w_format: str, dim: int, dtype: Any) -> Value:
+    """Rows of a packed table: gathered as int8 codes, then scaled; other formats from an f32 table."""
+    assert b.node is not None
+    weight = Weight.of(b, b.node.args[1:4], Format.parse(w_format), dim)
+    fmt = weight.format
+    if not (fmt.is_integer and fmt.bits == 8 and fmt.granularity in ("", "ch") and not fmt.has_global_scale):
+        b.note(f"the table is stored as {fmt}, gathered from f32", "none needed for the result; i8/ch stays int8")
+        return b.op("Gather", weight.dequantized(b), ids, axis=0)
+    codes, scale, zero = weight.rows(b)
+    values = b.cast(b.op("Gather", codes, ids, axis=0), torch.float32)
+    if zero is not None:
+        values = b.op("Sub", values, b.cast(_gathered(b, zero, ids), torch.float32))
+    return b.op("Mul", values, _gathered(b, scale, ids))
+
+
+def _gathered(b: Builder, per_row: Value, ids: Value) -> Value:
+    return b.op("Gather", per_row, ids, axis=0) if per_row.rank else per_row
+
+
+def dequantize(b: Builder, w: Any, w_scale: Any, w_zero: Any, w_format: str, last_dim: int, dtype: Any) -> Value:
+    """A packed weight as floats: 8-bit integers by DequantizeLinear, others computed once at lowering."""
+    assert b.node is not None
+    weight = Weight.of(b, b.node.args[0:3], Format.parse(w_format), last_dim)
+    fmt = weight.format
+    if fmt.type == "i8" and fmt.granularity in ("", "ch") and weight.rank == 2 and not fmt.has_global_scale:
+        codes, scale, _ = weight.rows(b)
+        flat = b.op("Squeeze", scale, b.ints([1])) if scale.rank else scale
+        return b.op("DequantizeLinear", codes, flat, dtype=torch.float32, axis=0)
+    b.note(f"the weight is stored as {fmt}, held in f32", "none needed for the result")
+    return weight.dequantized(b)
+
+
+EMIT: dict[str, Emit] = {
+    "qfx.linear.default": linear,
+    "qfx.embedding.default": embedding,
+    "qfx.dequantize.default": dequantize,
+}

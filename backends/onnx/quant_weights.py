@@ -1,0 +1,120 @@
+"""Packed weights of the model in the layouts of ONNX Runtime's kernels. Unpacked once per weight, at lowering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qfx.backends.onnx.build import Builder
+from qfx.backends.onnx.values import Dim, Value
+from qfx.format import Format
+from qfx.numerics import dequantize, effective_scale
+from qfx.packing import unpack_codes
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A packed weight [.., N, K] whose tensors the model holds; `name` is that of its codes."""
+
+    name: str
+    data: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    format: Format
+    k: int
+
+    @classmethod
+    def of(cls, b: Builder, nodes: Sequence[Any], fmt: Format, k: Dim) -> Weight:
+        """From the arguments (codes, scale, zero), which must be the model's own tensors."""
+        if not isinstance(k, int):
+            raise NotImplementedError("a packed weight with a size that is not a number")
+        for node in nodes:
+            if isinstance(node, fx.Node) and node.op != "get_attr":
+                raise NotImplementedError("a packed weight that is computed in the graph")
+        data, scale, zero = (b.tensor(node) if isinstance(node, fx.Node) else None for node in nodes)
+        assert data is not None and scale is not None, "a packed weight without codes or scale"
+        return cls(str(nodes[0].target), data.detach(), scale.detach(), None if zero is None else zero.detach(), fmt, k)
+
+    @property
+    def n(self) -> int:
+        """Number of output features."""
+        return self.data.shape[-2]
+
+    @property
+    def rank(self) -> int:
+        """Number of dimensions."""
+        return self.data.dim()
+
+    def codes(self) -> Tensor:
+        """Unpacked codes, [.., N, K]."""
+        return unpack_codes(self.data, self.format, self.k)
+
+    def factor(self) -> Tensor:
+        """The f32 scale of the codes."""
+        return effective_scale(self.scale, self.zero if self.format.has_global_scale else None, self.format)
+
+    def dequantized(self, b: Builder) -> Value:
+        """f32 [.., N, K] as an initializer."""
+
+        def make() -> Tensor:
+            return dequantize(self.codes(), self.format, self.scale, self.zero)
+
+        return self._made(b, "f32", torch.float32, (*self.data.shape[:-1], self.k), make)
+
+    def columns(self, b: Builder) -> tuple[Value, Value, Value | None]:
+        """int8 codes [K, N], scale [N] or [], and zero points [N] or [] where int8 cannot hold the codes without them."""
+        zero = None
+        if self.format.type == "u8":
+            assert self.zero is not None
+            zero = self._made(
+                b,
+                "zero_s8",
+                torch.int8,
+                self._flat(self.zero),
+                lambda: _shifted(self.zero).reshape(self._flat(self.zero)),
+            )
+        codes = self._made(b, "columns", torch.int8, (self.k, self.n), lambda: self._signed().t().contiguous())
+        shape = self._flat(self.scale)
+        return codes, self._made(b, "scale", torch.float32, shape, lambda: self.factor().reshape(shape)), zero
+
+    def column_sums(self, b: Builder) -> Value:
+        """f32 [N]: sum of (code - zero) * scale over K, for inputs with a zero point of their own."""
+
+        def make() -> Tensor:
+            return dequantize(self.codes(), self.format, self.scale, self.zero, torch.float64).sum(-1).to(torch.float32)
+
+        return self._made(b, "sums", torch.float32, (self.n,), make)
+
+    def rows(self, b: Builder) -> tuple[Value, Value, Value | None]:
+        """Codes [N, K] of 8 bits as they are stored, scale [N, 1] or [], zero points likewise."""
+        codes = b.weight(self.data, self.name)
+        scale = self._made(b, "scale_rows", torch.float32, tuple(self.scale.shape), self.factor)
+        zero = None if self.zero is None else b.weight(self.zero, f"{self.name}.zero")
+        return codes, scale, zero
+
+    def _signed(self) -> Tensor:
+        """Codes as int8: u8 shifted by 128 (zero points too), narrower affine codes with their zero point taken off."""
+        codes = self.codes()
+        if not self.format.has_zero:
+            return codes
+        assert self.zero is not None
+        if self.format.bits == 8:
+            return _shifted(codes)
+        return (codes.to(torch.int16) - self.zero.to(torch.int16)).to(torch.int8)
+
+    def _flat(self, tensor: Tensor) -> tuple[int, ...]:
+        return (tensor.numel(),) if tensor.dim() else ()
+
+    def _made(
+        self, b: Builder, what: str, dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]
+    ) -> Value:
+        return b.derived(f"{self.name}.{what}", dtype, shape, make)
+
+
+def _shifted(codes: Tensor | None) -> Tensor:
+    assert codes is not None
+    return (codes.to(torch.int16) - 128).to(torch.int8)

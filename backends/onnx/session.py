@@ -1,0 +1,80 @@
+"""Sessions: an ONNX graph run by ONNX Runtime on torch's own memory.
+
+Inputs are bound where they lie (made contiguous if they are not), weights above 1 KiB stay in torch's memory, outputs are
+handed over without a copy. Every call has its own binding, so calls may come from several threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort  # type: ignore[import-untyped]
+import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue as _OrtValue  # type: ignore[import-untyped]
+from torch import Tensor
+
+from qfx.backends.onnx.values import ONNX_TYPE
+
+# SkipLayerNormalization is slower on the CPU than Add and LayerNormalization.
+DISABLED = ["SkipLayerNormFusion"]
+_ERROR = 3
+
+
+def options(threads: int) -> Any:
+    """Session options that change nothing outside their session."""
+    chosen = ort.SessionOptions()
+    chosen.log_severity_level = _ERROR
+    chosen.intra_op_num_threads = threads
+    chosen.inter_op_num_threads = 1
+    chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    return chosen
+
+
+class Session:
+    """A model and the weights it uses, ready to run. `run` takes and gives torch tensors."""
+
+    def __init__(self, model: onnx.ModelProto, weights: dict[str, Tensor]) -> None:
+        chosen = options(torch.get_num_threads())
+        if weights:
+            names = list(weights)
+            chosen.add_external_initializers(names, [_wrap(weights[name]) for name in names])
+        self._weights = weights
+        self._session = ort.InferenceSession(
+            model.SerializeToString(), chosen, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED
+        )
+        self.inputs = [i.name for i in model.graph.input]
+        self.outputs = [o.name for o in model.graph.output]
+        self._bool = [o.type.tensor_type.elem_type == onnx.TensorProto.BOOL for o in model.graph.output]
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs in the order of the graph. The inputs are read where they lie."""
+        binding = self._session.io_binding()
+        kept = []
+        for name, tensor in zip(self.inputs, inputs, strict=True):
+            data = tensor.detach().contiguous()
+            kept.append(data)
+            element = ONNX_TYPE[data.dtype]
+            binding.bind_input(name, "cpu", 0, element, tuple(data.shape), data.data_ptr() or _EMPTY.ctypes.data)
+        for name in self.outputs:
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        results = binding._iobinding.get_outputs()
+        return [_tensor(results, i, is_bool) for i, is_bool in enumerate(self._bool)]
+
+
+_EMPTY = np.zeros(16, dtype=np.uint8)
+
+
+def _wrap(tensor: Tensor) -> Any:
+    """An OrtValue on the tensor's memory, which it keeps alive."""
+    is_bool = tensor.dtype == torch.bool
+    data = tensor.view(torch.uint8) if is_bool else tensor
+    return ort.OrtValue(_OrtValue.from_dlpack(data.__dlpack__(), is_bool))
+
+
+def _tensor(values: Any, index: int, is_bool: bool) -> Tensor:
+    tensor = torch.from_dlpack(values[index].to_dlpack())
+    return tensor.view(torch.bool) if is_bool else tensor
