@@ -72,7 +72,7 @@ def _scale_of(q: Value) -> float:
 
 
 def _scores(b: Builder, q: Value, k: Value, scale: float) -> Value:
-    """scale * q @ k^T, [.., H, L, S]. Query heads that share a key head are stacked on its rows: keys are not copied."""
+    """scale * q @ k^T, [.., H, L, S]. Query heads that share a key head are stacked on its rows; no key is copied."""
     share = _shared(q, k)
     rows = b.reshape(q, _grouped(q.dims, k.dims, share)) if share > 1 else q
     scores = b.op("FusedMatMul", rows, k, domain=MICROSOFT, transB=1, alpha=scale)

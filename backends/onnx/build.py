@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from onnx import helper
 from torch import Tensor, fx
@@ -50,8 +50,10 @@ class Builder:
     def op(
         self, op_type: str, *inputs: Value | None, dtype: torch.dtype | None = None, domain: str = "", **attrs: Any
     ) -> Value:
-        """One node with one output of `dtype` (that of its data input where not given). Inputs of a dtype for which ONNX
-        Runtime has no kernel are computed in a wider one."""
+        """One node with one output of `dtype` (where not given: that of its data input).
+
+        Inputs of a dtype for which ONNX Runtime has no kernel are computed in a wider one.
+        """
         main = inputs[1 if op_type == "Where" else 0]
         assert main is not None, f"{op_type} without its first input"
         dtype = dtype or main.dtype
@@ -172,7 +174,7 @@ class Builder:
         return self.const(number, dtype)
 
     def reshape(self, value: Value, sizes: Sequence[Dim]) -> Value:
-        """Reshape to `sizes`. Sizes that the input has at the same place are copied, so no shape is computed for them."""
+        """Reshape to `sizes`. Sizes that the input has at the same place are copied and not computed."""
         sizes = tuple(sizes)
         if value.shape is not None and tuple(value.shape) == sizes:
             return value
@@ -213,12 +215,11 @@ class Builder:
         """The dtype in which the node being lowered is computed."""
         return computed(self.out.dtype)
 
-    def finish(self, node: fx.Node, result: Any) -> Any:
+    def finish(self, result: Any) -> Any:
         """The node's result in the dtype and with the shape that torch gives it."""
-        fake = node.meta.get("val")
         if isinstance(result, tuple | list):
-            return tuple(_typed(self, value, one) for value, one in zip(result, fake, strict=True))
-        return _typed(self, result, fake)
+            return tuple(_typed(self, value, one) for value, one in zip(result, self.out, strict=True))
+        return _typed(self, result, self.out)
 
     def note(self, reason: str, next_step: str) -> None:
         """Tell the user something about the node being lowered."""

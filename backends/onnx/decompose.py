@@ -56,7 +56,9 @@ def _copy(
         name = f"_constant_{copy.name}"
         gm.register_buffer(name, getattr(simpler, str(inner.target)), persistent=False)
         copy.target = name
-    meta = {k: node.meta[k] for k in ("stack_trace", "nn_module_stack", "qfx_module", "custom") if k in node.meta}
+    meta: dict[str, Any] = {
+        k: node.meta[k] for k in ("stack_trace", "nn_module_stack", "qfx_module", "custom") if k in node.meta
+    }
     copy.meta = {**inner.meta, **meta}
     return copy
 
@@ -64,7 +66,9 @@ def _copy(
 def _rewire(gm: fx.GraphModule, node: fx.Node, result: Any) -> None:
     if isinstance(result, list | tuple):
         for user in list(node.users):
-            user.replace_all_uses_with(result[user.args[1]])
+            place = user.args[1]
+            assert isinstance(place, int), f"{user} takes no one result of {node}"
+            user.replace_all_uses_with(result[place])
             gm.graph.erase_node(user)
     else:
         node.replace_all_uses_with(result)

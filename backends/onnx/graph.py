@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from onnx import helper
 from torch import Tensor, fx
@@ -91,7 +91,7 @@ def emit_node(b: Builder, gm: fx.GraphModule, node: fx.Node) -> None:
         raise NotImplementedError(f"no ONNX form for {key}")
     args, keywords = bound_arguments(node)
     given = {k: _argument(b, v) for k, v in keywords.items()}
-    b.values[node] = b.finish(node, EMIT[key](b, *[_argument(b, a) for a in args], **given))
+    b.values[node] = b.finish(EMIT[key](b, *[_argument(b, a) for a in args], **given))
     for value, one in zip(_as_list(b.values[node]), _as_list(fake), strict=True):
         _carry_new(b, value, one)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
-import onnxruntime as ort  # type: ignore[import-untyped]
+import onnxruntime as ort
 
 from qfx.backends.onnx.session import DISABLED, options
 
@@ -28,8 +28,10 @@ def executed_kernels(built: StageModel, names: list[str]) -> dict[str, str]:
 
 
 def optimized_graph(built: StageModel) -> onnx.GraphProto:
-    """The graph that ONNX Runtime makes of a model. Large weights are stood in for by an empty sparse file: kernels depend
-    on types and shapes only."""
+    """The graph that ONNX Runtime makes of a model.
+
+    An empty sparse file stands in for large weights: kernels depend on their types and shapes only.
+    """
     model = onnx.ModelProto()
     model.CopyFrom(built.model)
     with tempfile.TemporaryDirectory() as folder:

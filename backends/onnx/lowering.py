@@ -122,7 +122,7 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _output_node(gm: fx.GraphModule) -> fx.Node:
-    return next(n for n in reversed(list(gm.graph.nodes)) if n.op == "output")
+    return gm.graph.output_node()
 
 
 def _keep_carriers(stages: Sequence[Stage], carriers: dict[Any, SizeOf]) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 
-from qfx.backends.onnx.build import MICROSOFT, Builder
+from qfx.backends.onnx.build import Builder
 from qfx.backends.onnx.symbols import floor_divide
 from qfx.backends.onnx.values import Value, computed
 
@@ -68,13 +68,13 @@ def add(b: Builder, x: Any, y: Any, alpha: Any = 1) -> Value:
     left, right = operands(b, x, y, dtype=b.out_dtype)
     if b.out_dtype == torch.bool:
         return b.op("Or", left, right)
-    return b.op("Add", left, _scaled(b, right, alpha))
+    return b.op("Add", left, scaled(b, right, alpha))
 
 
 def sub(b: Builder, x: Any, y: Any, alpha: Any = 1) -> Value:
     """x - alpha * y."""
     left, right = operands(b, x, y, dtype=b.out_dtype)
-    return b.op("Sub", left, _scaled(b, right, alpha))
+    return b.op("Sub", left, scaled(b, right, alpha))
 
 
 def rsub(b: Builder, x: Any, y: Any, alpha: Any = 1) -> Value:
@@ -82,7 +82,7 @@ def rsub(b: Builder, x: Any, y: Any, alpha: Any = 1) -> Value:
     return sub(b, y, x, alpha)
 
 
-def _scaled(b: Builder, value: Value, alpha: Any) -> Value:
+def scaled(b: Builder, value: Value, alpha: Any) -> Value:
     return value if alpha == 1 else b.op("Mul", value, b.scalar(alpha, value.dtype))
 
 
@@ -212,11 +212,6 @@ def clamp_max(b: Builder, x: Value, high: Any) -> Value:
     return clamp(b, x, None, high)
 
 
-def relu6(b: Builder, x: Value) -> Value:
-    """Between 0 and 6."""
-    return clamp(b, x, 0, 6)
-
-
 def where(b: Builder, condition: Value, x: Any, y: Any) -> Value:
     """x where the condition holds, else y."""
     left, right = operands(b, x, y, dtype=b.out_dtype)
@@ -343,72 +338,7 @@ def lerp(b: Builder, start: Value, end: Value, weight: Any) -> Value:
 def addcmul(b: Builder, x: Value, t1: Value, t2: Value, value: Any = 1, op_type: str = "Mul") -> Value:
     """x + value * t1 * t2 (or t1 / t2)."""
     base, left, right = operands(b, x, t1, t2, dtype=b.out_dtype)
-    return b.op("Add", base, _scaled(b, b.op(op_type, left, right), value))
-
-
-def gelu(b: Builder, x: Value, approximate: str = "none") -> Value:
-    """Gelu by erf or by tanh."""
-    if x.dtype != torch.float32:
-        return b.cast(gelu(b, b.cast(x, torch.float32), approximate), x.dtype)
-    if approximate == "none":
-        return b.op("Gelu", x, domain=MICROSOFT)
-    return b.op("FastGelu", x, domain=MICROSOFT)
-
-
-def silu(b: Builder, x: Value) -> Value:
-    """x * sigmoid(x)."""
-    return b.op("Mul", x, b.op("Sigmoid", x))
-
-
-def softplus(b: Builder, x: Value, beta: Any = 1, threshold: Any = 20) -> Value:
-    """log(1 + exp(beta x)) / beta; x itself above the threshold."""
-    scaled = _scaled(b, x, beta)
-    soft = b.op("Softplus", scaled)
-    soft = soft if beta == 1 else b.op("Div", soft, b.scalar(beta, x.dtype))
-    above = b.op("Greater", scaled, b.scalar(threshold, x.dtype), dtype=torch.bool)
-    return b.op("Where", above, x, soft)
-
-
-def hardtanh(b: Builder, x: Value, low: Any = -1, high: Any = 1) -> Value:
-    """Between two numbers."""
-    return clamp(b, x, low, high)
-
-
-def hardsigmoid(b: Builder, x: Value) -> Value:
-    """min(max(x + 3, 0), 6) / 6."""
-    return b.op("Div", clamp(b, b.op("Add", x, b.scalar(3, x.dtype)), 0, 6), b.scalar(6, x.dtype))
-
-
-def hardswish(b: Builder, x: Value) -> Value:
-    """x * hardsigmoid(x)."""
-    return b.op("Mul", x, hardsigmoid(b, x))
-
-
-def elu(b: Builder, x: Value, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> Value:
-    """x, or alpha (exp(x) - 1) below zero."""
-    negative = b.op("Elu", b.op("Min", _scaled(b, x, input_scale), b.scalar(0, x.dtype)), alpha=float(alpha))
-    positive = b.op("Greater", x, b.scalar(0, x.dtype), dtype=torch.bool)
-    return _scaled(b, b.op("Where", positive, x, negative), scale)
-
-
-def leaky_relu(b: Builder, x: Value, slope: Any = 0.01) -> Value:
-    """x, or slope * x below zero."""
-    return b.op("LeakyRelu", x, alpha=float(slope))
-
-
-def mish(b: Builder, x: Value) -> Value:
-    """x * tanh(softplus(x))."""
-    return b.op("Mul", x, b.op("Tanh", b.op("Softplus", x)))
-
-
-def logsigmoid(b: Builder, x: Value) -> Value:
-    """-softplus(-x)."""
-    return b.op("Neg", b.op("Softplus", b.op("Neg", x)))
-
-
-def quick_gelu(b: Builder, x: Value) -> Value:
-    """x * sigmoid(1.702 x)."""
-    return b.op("QuickGelu", x, domain=MICROSOFT, alpha=1.702)
+    return b.op("Add", base, scaled(b, b.op(op_type, left, right), value))
 
 
 def erfc(b: Builder, x: Value) -> Value:
@@ -437,6 +367,8 @@ _COMPARE = {
     "gt": ("Greater", False), "ge": ("GreaterOrEqual", False),
 }  # fmt: skip
 
+_BITS = ("And", "Or", "Xor")
+
 EMIT: dict[str, Emit] = {
     **{f"aten.{name}.default": unary(op_type) for op_type, name in _UNARY.items()},
     **{k: v for name, how in _COMPARE.items() for k, v in both(name, compare(*how)).items()},
@@ -450,8 +382,8 @@ EMIT: dict[str, Emit] = {
     **both("maximum", in_result_type("Max"), "default"), **both("minimum", in_result_type("Min"), "default"),
     **both("max", in_result_type("Max"), "other"), **both("min", in_result_type("Min"), "other"),
     **{f"aten.logical_{n.lower()}.default": logical(n) for n in ("And", "Or", "Xor", "Not")},
-    **{k: bitwise(n) for n in ("And", "Or", "Xor") for k in both(f"bitwise_{n.lower()}", mul, "Tensor Scalar Scalar_Tensor")},
-    **{k: bitwise(n) for n in ("And", "Or", "Xor") for k in both(f"__{n.lower()}__", mul)},
+    **{f"aten.bitwise_{n.lower()}.{o}": bitwise(n) for n in _BITS for o in ("Tensor", "Scalar", "Scalar_Tensor")},
+    **{f"aten.__{n.lower()}__.{o}": bitwise(n) for n in _BITS for o in ("Tensor", "Scalar")},
     "aten.bitwise_not.default": bitwise("Not"),
     **both("__lshift__", shift_left), **both("__rshift__", shift_right),
     **both("bitwise_left_shift", shift_left, "Tensor Tensor_Scalar"),
@@ -460,12 +392,8 @@ EMIT: dict[str, Emit] = {
     "aten.round.decimals": round_decimals, "aten.trunc.default": trunc, "aten.fix.default": trunc,
     "aten.rsqrt.default": rsqrt, "aten.log2.default": log_of(2), "aten.log10.default": log_of(10),
     "aten.log1p.default": log1p, "aten.expm1.default": expm1, "aten.square.default": square, "aten.erfc.default": erfc,
-    "aten.special_erf.default": unary("Erf"), "aten.special_expm1.default": expm1, "aten.relu6.default": relu6,
+    "aten.special_erf.default": unary("Erf"), "aten.special_expm1.default": expm1, "aten.relu6.default": partial(clamp, low=0, high=6),
     "aten.isnan.default": isnan, "aten.isinf.default": isinf, "aten.isfinite.default": isfinite,
     "aten.nan_to_num.default": nan_to_num, "aten.atan2.default": atan2, **both("lerp", lerp),
     "aten.addcmul.default": addcmul, "aten.addcdiv.default": partial(addcmul, op_type="Div"),
-    "aten.gelu.default": gelu, "aten.silu.default": silu, "aten.softplus.default": softplus,
-    "aten.hardtanh.default": hardtanh, "aten.hardsigmoid.default": hardsigmoid, "aten.hardswish.default": hardswish,
-    "aten.elu.default": elu, "aten.leaky_relu.default": leaky_relu, "aten.mish.default": mish,
-    "aten.log_sigmoid.default": logsigmoid, "qfx.quick_gelu.default": quick_gelu,
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """The layout of com.microsoft MatMulNBits: which bits and block size serve a format, and the weight packed for them.
 
-Codes go to 2, 4 or 8 bits, so that i3 is held in 4 bits and i6 in 8 without a change of value. 2 bits with blocks of 16 or
-256 are slow in ONNX Runtime and are avoided.
+Codes go to 2, 4 or 8 bits: i3 is held in 4 bits and i6 in 8 without a change of value. 2 bits with blocks of 16 or 256
+are slow in ONNX Runtime and are avoided.
 """
 
 from __future__ import annotations

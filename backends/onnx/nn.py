@@ -84,7 +84,7 @@ def layer_norm(
 def native_layer_norm(b: Builder, x: Value, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> list[Value]:
     """Layer norm with mean and 1 / deviation."""
     scale = weight if weight is not None else _ones(b, shape, x.dtype)
-    attrs = {"axis": -len(shape), "epsilon": float(eps)}
+    attrs: dict[str, Any] = {"axis": -len(shape), "epsilon": float(eps)}
     return b.ops("LayerNormalization", x, scale, bias, dtypes=[x.dtype, torch.float32, torch.float32], **attrs)
 
 
@@ -157,8 +157,8 @@ def log_softmax(b: Builder, x: Value, dim: int, *_: Any) -> Value:
 
 
 def conv(
-    b: Builder, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-    groups: int = 1,
+    b: Builder, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
 ) -> Value:  # fmt: skip
     """conv1d, conv2d, conv3d with a batch dimension; padding in numbers, 'valid' or 'same'."""
     n = weight.rank - 2
@@ -174,8 +174,8 @@ def conv(
 
 
 def convolution(
-    b: Builder, x: Value, weight: Value, bias: Value | None, stride: Any, padding: Any, dilation: Any, is_transposed: bool,
-    output_padding: Any, groups: int, *_: Any,
+    b: Builder, x: Value, weight: Value, bias: Value | None, stride: Any, padding: Any, dilation: Any,
+    is_transposed: bool, output_padding: Any, groups: int, *_: Any,
 ) -> Value:  # fmt: skip
     """The general convolution."""
     if not is_transposed:

@@ -9,7 +9,7 @@ from torch import fx
 
 @dataclass
 class Stage:
-    """A part of the graph that one engine runs in one go. `inputs` come from before it, `outputs` are needed after it."""
+    """What one engine runs in one go. `inputs` come from before it, `outputs` are needed after it."""
 
     eager: bool
     nodes: list[fx.Node] = field(default_factory=list)
@@ -20,8 +20,8 @@ class Stage:
 def stages_of(gm: fx.GraphModule, eager: set[fx.Node]) -> list[Stage]:
     """Alternate ONNX and eager stages, as few as the dependencies allow.
 
-    Every node goes to the first stage of its kind that does not come before what it uses. Parameters (get_attr) belong to
-    every stage that uses them.
+    Every node goes to the first stage of its kind that does not come before what it uses. Parameters (get_attr) belong
+    to every stage that uses them.
     """
     level: dict[fx.Node, int] = {}
     for node in gm.graph.nodes:

@@ -21,12 +21,20 @@ from qfx.format import Format
 
 
 def linear(
-    b: Builder, x: Value, w: Any, w_scale: Any, w_zero: Any, bias: Value | None, x_scale: Value | None, x_zero: Value | None,
-    smooth: Value | None, x_format: str, w_format: str,
+    b: Builder, x: Value, w: Any, w_scale: Any, w_zero: Any, bias: Value | None, x_scale: Value | None,
+    x_zero: Value | None, smooth: Value | None, x_format: str, w_format: str,
 ) -> Value:  # fmt: skip
     """y = quantized(x / smooth) @ weight^T + bias."""
     assert b.node is not None
     weight = Weight.of(b, b.node.args[1:4], Format.parse(w_format), x.dims[-1])
+    return product(b, x, weight, bias, x_scale, x_zero, smooth, x_format)
+
+
+def product(
+    b: Builder, x: Value, weight: Weight, bias: Value | None, x_scale: Value | None, x_zero: Value | None,
+    smooth: Value | None, x_format: str,
+) -> Value:  # fmt: skip
+    """quantized(x / smooth) @ weight^T + bias by the fastest kernels that compute it."""
     rows = b.cast(x, torch.float32)
     bias = None if bias is None else b.cast(bias, torch.float32)
     fmt = Format.parse(x_format) if x_format else None
@@ -55,7 +63,7 @@ def _is_integer_pair(x: Format, w: Format) -> bool:
 
 
 def _is_8bit_dynamic(fmt: Format) -> bool:
-    """MatMulNBits rounds its input to 8 bits per block at run time: finer than per token, so nothing is rounded before."""
+    """MatMulNBits rounds its input to 8 bits per block at run time, finer than per token: nothing is rounded before."""
     return fmt.type == "i8" and fmt.dynamic and fmt.granularity in ("", "tok")
 
 
@@ -63,7 +71,7 @@ def _integer(
     b: Builder, x: Value, weight: Weight, bias: Value | None, x_scale: Value | None, x_zero: Value | None,
     smooth: Value | None, fmt: Format,
 ) -> Value:  # fmt: skip
-    """Exact integer sums, scaled: MatMulIntegerToFloat, or DynamicQuantizeMatMul for u8 with one scale found at run time."""
+    """Exact integer sums, scaled: MatMulIntegerToFloat, or DynamicQuantizeMatMul where it means the same."""
     codes, scale, zero = weight.columns(b)
     if fmt.type == "u8" and fmt.dynamic and fmt.granularity == "" and smooth is None:
         return b.op("DynamicQuantizeMatMul", x, codes, scale, zero, bias, domain=MICROSOFT, dtype=torch.float32)

@@ -66,10 +66,10 @@ class Weight:
         return self._made(b, "f32", torch.float32, (*self.data.shape[:-1], self.k), make)
 
     def columns(self, b: Builder) -> tuple[Value, Value, Value | None]:
-        """int8 codes [K, N], scale [N] or [], and zero points [N] or [] where int8 cannot hold the codes without them."""
+        """int8 codes [K, N], scale [N] or [], zero points [N] or [] where int8 cannot hold the codes without them."""
         zero = None
         if self.format.type == "u8":
-            assert self.zero is not None
+            shape = self._flat(self.zero)
             zero = self._made(
                 b,
                 "zero_s8",
@@ -106,7 +106,8 @@ class Weight:
             return _shifted(codes)
         return (codes.to(torch.int16) - self.zero.to(torch.int16)).to(torch.int8)
 
-    def _flat(self, tensor: Tensor) -> tuple[int, ...]:
+    def _flat(self, tensor: Tensor | None) -> tuple[int, ...]:
+        assert tensor is not None, f"{self.format} without its zero point"
         return (tensor.numel(),) if tensor.dim() else ()
 
     def _made(

@@ -147,7 +147,7 @@ def topk(b: Builder, x: Value, k: Any, dim: int = -1, largest: bool = True, orde
     if x.rank == 0:
         return [x, b.scalar(0, torch.int64)]
     wide = torch.uint8 if x.dtype == torch.bool else x.dtype
-    attrs = {"axis": axis_of(dim, x.rank), "largest": int(largest), "sorted": int(ordered)}
+    attrs: dict[str, Any] = {"axis": axis_of(dim, x.rank), "largest": int(largest), "sorted": int(ordered)}
     return b.ops("TopK", b.cast(x, wide), b.dim(k), dtypes=[wide, torch.int64], **attrs)
 
 

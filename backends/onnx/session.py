@@ -1,7 +1,7 @@
 """Sessions: an ONNX graph run by ONNX Runtime on torch's own memory.
 
-Inputs are bound where they lie (made contiguous if they are not), weights above 1 KiB stay in torch's memory, outputs are
-handed over without a copy. Every call has its own binding, so calls may come from several threads.
+Inputs are bound where they lie (made contiguous if they are not), weights above 1 KiB stay in torch's memory, outputs
+are handed over without a copy. Every call has its own binding, so calls may come from several threads.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort  # type: ignore[import-untyped]
+import onnxruntime as ort
 import torch
-from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue as _OrtValue  # type: ignore[import-untyped]
+from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue as _OrtValue
 from torch import Tensor
 
 from qfx.backends.onnx.values import ONNX_TYPE
@@ -76,5 +76,5 @@ def _wrap(tensor: Tensor) -> Any:
 
 
 def _tensor(values: Any, index: int, is_bool: bool) -> Tensor:
-    tensor = torch.from_dlpack(values[index].to_dlpack())
+    tensor = torch.utils.dlpack.from_dlpack(values[index].to_dlpack())
     return tensor.view(torch.bool) if is_bool else tensor

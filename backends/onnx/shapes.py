@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 
 from qfx.backends.onnx.build import Builder
@@ -248,9 +248,11 @@ _VIEWS = (
     "reshape_as.default", "_reshape_alias.default", "view_copy.default",
 )  # fmt: skip
 _SAME = (
-    "alias.default", "detach.default", "lift_fresh_copy.default", "lift_fresh.default", "clone.default", "contiguous.default",
+    "alias.default", "detach.default", "lift_fresh_copy.default", "lift_fresh.default", "clone.default",
+    "contiguous.default",
     "to.dtype", "to.device", "to.dtype_layout", "to.other", "_to_copy.default", "type_as.default", "dropout.default",
-    "native_dropout.default", "positive.default", "alias_copy.default", "detach_.default", "conj.default", "resolve_conj.default",
+    "native_dropout.default", "positive.default", "alias_copy.default", "detach_.default", "conj.default",
+    "resolve_conj.default",
 )  # fmt: skip
 
 EMIT: dict[str, Emit] = {

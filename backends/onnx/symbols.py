@@ -1,7 +1,7 @@
 """Sizes at run time: sympy expressions of torch's shape environment computed by ONNX nodes, each only once per graph.
 
-A symbol is read from a tensor that carries it (Shape of an input) or from an integer input; every other size is arithmetic
-on symbols. Values are int64 of shape [1], ready for Concat into a shape.
+A symbol is read from a tensor that carries it (Shape of an input) or from an integer input; every other size is
+arithmetic on symbols. Values are int64 of shape [1], ready for Concat into a shape.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import reduce
 from typing import TYPE_CHECKING
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.utils._sympy import functions as fn
 
@@ -82,7 +82,7 @@ class Symbols:
 
 
 def floor_divide(b: Builder, left: Value, right: Value) -> Value:
-    """Integer division rounded to minus infinity, as Python's //. ONNX Div truncates, ONNX Mod has the divisor's sign."""
+    """Integer division rounded to minus infinity, as //. ONNX's Div truncates, its Mod has the divisor's sign."""
     assert not left.dtype.is_floating_point
     if left.dtype == torch.uint8:
         return b.op("Div", left, right)

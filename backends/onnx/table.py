@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qfx.backends.onnx import attention, create, index, math, nn, quant, reduce, shapes
+from qfx.backends.onnx import activation, attention, create, index, math, moe, nn, quant, reduce, shapes
 from qfx.backends.onnx.math import Emit
 
 EMIT: dict[str, Emit] = {
@@ -17,7 +17,9 @@ EMIT: dict[str, Emit] = {
     **reduce.EMIT,
     **index.EMIT,
     **nn.EMIT,
+    **activation.EMIT,
     **attention.EMIT,
+    **moe.EMIT,
     **quant.EMIT,
 }
 
@@ -30,8 +32,10 @@ def op_key(target: Any) -> str:
 
 
 def bound_arguments(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments in the order of the operator's schema, defaults filled in, and its keyword-only arguments. What only says
-    where and how memory lies (device, layout, ...) and the result's dtype, which the fake result has, are left out."""
+    """Arguments in the order of the operator's schema, defaults filled in, and its keyword-only arguments.
+
+    What only says where and how memory lies (device, layout, ...) is left out, as is the dtype: the fake result has it.
+    """
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
     values: list[Any] = []

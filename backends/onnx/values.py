@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 
-Dim = int | sympy.Expr
+Dim: TypeAlias = Any  # an int, or a sympy expression
 
 ONNX_TYPE: dict[torch.dtype, int] = {
     torch.float32: onnx.TensorProto.FLOAT,
@@ -29,7 +29,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Value:
-    """A value of the ONNX graph. `dtype` is what ONNX computes in (never f16 or bf16); `shape` is known for FX values."""
+    """A value of the ONNX graph. `dtype` is that in which ONNX computes; FX values have a `shape`."""
 
     name: str
     dtype: torch.dtype
