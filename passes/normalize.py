@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import fx
 
 from qfx import run
+from qfx.passes.attention import attention
 from qfx.passes.cleanup import cleanup
 from qfx.passes.experts import experts
+from qfx.passes.gelu import gelu
 from qfx.passes.linear import linear
 from qfx.passes.patch_embedding import patch_embedding
 from qfx.passes.rms_norm import rms_norm
@@ -19,6 +21,8 @@ NORMALIZE: tuple[run.Pass, ...] = (
     experts,
     rms_norm,
     rope,
+    attention,
+    gelu,
     cleanup,
 )
 

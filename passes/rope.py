@@ -74,7 +74,11 @@ def _rotation_of(node: Any, x: Any) -> bool | None:
         return False if _rotates(node, x, _half) else None
     if is_call(node, aten.reshape.default, aten.flatten.using_ints):
         stack = node.args[0]
-        return True if is_call(stack, aten.stack.default) and _rotates(stack, x, _every_other) else None
+        return (
+            True
+            if isinstance(stack, fx.Node) and is_call(stack, aten.stack.default) and _rotates(stack, x, _every_other)
+            else None
+        )
     return None
 
 
@@ -148,5 +152,6 @@ def _owner(a: Any, b: Any) -> fx.Node | None:
 
 def _is_sum(node: fx.Node, one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
     """Is it the sum of these two products, in any order?"""
-    products = [set(p.args[:2]) if m.plain_binary(p, *m.MUL) else set() for p in node.args[:2]]
+    terms: Any = node.args
+    products = [set(p.args) if m.plain_binary(p, *m.MUL) else set() for p in terms]
     return products in ([set(one), set(other)], [set(other), set(one)])

@@ -1,0 +1,391 @@
+"""Spelled-out attention becomes aten.scaled_dot_product_attention, or qfx::attention where that cannot say it.
+
+    %transpose: f32[2,4,16,7] = aten.transpose.int(%k, 2, 3)
+    %matmul: f32[2,4,7,7] = aten.matmul(%q, %transpose)
+    %mul: f32[2,4,7,7] = aten.mul.Tensor(%matmul, 0.25)
+    %add: f32[2,4,7,7] = aten.add.Tensor(%mul, %mask)
+    %softmax: f32[2,4,7,7] = aten.softmax.int(%add, -1, f32)
+    %matmul_1: f32[2,4,7,16] = aten.matmul(%softmax, %v)
+    ->
+    %scaled_dot_product_attention: f32[2,4,7,16] = aten.scaled_dot_product_attention(%q, %k, %v, %mask)
+
+Recognized between the two products: one scale, masks and biases that are added or filled in, a soft cap (tanh), sinks
+(one more column), casts around the softmax, flattened heads. Heads of k and v that are repeated to match those of q are
+taken before the repetition (enable_gqa), also where the model already calls scaled_dot_product_attention. Scores that
+anything else reads (returned attention weights) are left alone.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from qfx import float_ops  # noqa: F401  (registers the ops)
+from qfx.graph import is_call
+from qfx.passes import _match as m
+from qfx.passes._build import call, matched, replace, size
+from qfx.passes.linear import is_parameter, is_transpose
+
+aten = torch.ops.aten
+
+_SDPA = aten.scaled_dot_product_attention.default
+_PRODUCTS = (aten.matmul.default, aten.bmm.default)
+_FILLS = (aten.masked_fill.Scalar, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.self)
+_HIDDEN = -1e30  # a fill value at or below this leaves nothing of a score
+
+
+@dataclass
+class _Scores:
+    """What stands before the softmax: q and k^T, and what happens to their product, from the softmax upwards."""
+
+    q: Any = None
+    kt: Any = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    sinks: Any = None
+    flat: bool = False
+    terms: list[tuple[Any, float]] = field(default_factory=list)  # added: (tensor, factor)
+    fills: list[tuple[Any, bool, float]] = field(default_factory=list)  # filled in: (where, keeps, value)
+
+
+def attention(gm: fx.GraphModule) -> bool:
+    """Put one attention node for softmax(q k^T * scale + mask) v; un-repeat grouped heads of k and v."""
+    count = 0
+    for node in list(gm.graph.nodes):
+        if is_call(node, _SDPA):
+            new = _grouped(gm, node)
+        elif is_call(node, *_PRODUCTS):
+            new = _spelled_out(gm, node)
+        else:
+            continue
+        if new is not None:
+            replace(node, new)
+            count += 1
+    return matched(gm, "attention", count)
+
+
+def _spelled_out(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    weights, v = node.args[:2]
+    softmax, has_slice, was_flat = _softmax_of(weights)
+    if softmax is None or is_parameter(v):
+        return None
+    scores = _Scores()
+    if not _read(_above(softmax, scores), scores) or (scores.sinks is not None) != has_slice:
+        return None
+    if scores.flat != was_flat or is_parameter(scores.kt) or is_parameter(scores.q):
+        return None
+    return _attend(gm, node, scores, v)
+
+
+def _softmax_of(weights: Any) -> tuple[fx.Node | None, bool, bool]:
+    """(softmax, whether its last column is cut off, whether heads are flattened after it); None where it differs."""
+    has_slice = was_flat = False
+    node: Any = weights
+    while isinstance(node, fx.Node) and m.only_user(node) is not None:
+        if is_call(node, aten.softmax.int):
+            return (node, has_slice, was_flat) if m.is_last(m.arguments(node)["dim"], node) else (None, False, False)
+        if is_call(node, aten.slice.Tensor) and _drops_last(node) and not has_slice:
+            has_slice = True
+        elif is_call(node, aten.reshape.default) and m.rank(node) == 3 and m.rank(node.args[0]) == 4:
+            was_flat = True
+        elif not is_call(node, *m.CASTS):
+            break
+        node = node.args[0]
+    return None, False, False
+
+
+def _drops_last(node: fx.Node) -> bool:
+    """Does a slice take all but the last column?"""
+    given = m.arguments(node)
+    end = given["end"]
+    wanted = m.shape(given["self"])[-1] - 1
+    cut = end == -1 or m.same_size(end, wanted) or m.same_size(m.shape(node)[-1], wanted)
+    return cut and given["start"] in (0, None) and given["step"] == 1 and m.is_last(given["dim"], node)
+
+
+def _above(softmax: fx.Node, scores: _Scores) -> Any:
+    """The scores that a softmax reads, without casts, without the subtraction of their maximum, without sinks."""
+    node: Any = m.skip_upcasts(softmax.args[0])
+    if m.plain_binary(node, *m.SUB) and _is_maximum(node.args[1], node.args[0]):
+        node = m.skip_upcasts(node.args[0])
+    if is_call(node, aten.cat.default):
+        given = m.arguments(node)
+        parts = given["tensors"]
+        if len(parts) == 2 and m.is_last(given["dim"], node):
+            node, scores.sinks = m.skip_upcasts(parts[0]), _per_head(parts[1], m.shape(node))
+    return node
+
+
+def _is_maximum(node: Any, of: Any) -> bool:
+    """Is it the maximum over the last dimension, kept as a dimension?"""
+    if is_call(node, operator.getitem) and node.args[1] == 0:
+        node = node.args[0]
+    if not is_call(node, aten.max.dim, aten.amax.default):
+        return False
+    given = m.arguments(node)
+    dim = given["dim"]
+    dim = dim[0] if isinstance(dim, list | tuple) and len(dim) == 1 else dim
+    return given["self"] is of and given["keepdim"] is True and isinstance(dim, int) and m.is_last(dim, of)
+
+
+def _per_head(node: Any, sizes: tuple[Any, ...]) -> Any:
+    """The vector [H] behind a column [B, H, S, 1] of equal values per head; None where it is something else."""
+    if len(sizes) != 4 or not m.same_size(m.shape(node)[-1], 1):
+        return None
+    node = m.skip_upcasts(node)
+    source = m.skip(node, aten.expand.default)
+    if m.shape(source) != (1, sizes[1], 1, 1) and m.shape(source) != (sizes[1], 1, 1):
+        return None
+    vector = m.skip(source, *m.RESHAPES, aten.unsqueeze.default)
+    return vector if m.shape(vector) == (sizes[1],) else None
+
+
+def _read(node: Any, scores: _Scores) -> bool:
+    """Walk up from the softmax to the product of q and k and note what happens on the way. False: not attention."""
+    while isinstance(node, fx.Node) and _is_private(node):
+        if is_call(node, *_PRODUCTS) and m.rank(node) >= 3:
+            scores.q, scores.kt = node.args[:2]
+            return True
+        if is_call(node, aten.baddbmm.default):
+            return _read_baddbmm(node, scores)
+        if m.plain_binary(node, *m.ADD):
+            return not scores.softcap and _read_sum(node, scores)
+        step = _step(node, scores)
+        if step is None:
+            return False
+        node = m.skip_upcasts(step)
+    return False
+
+
+def _step(node: fx.Node, scores: _Scores) -> Any:
+    """One operation of one input: notes it and returns the input; None where it has no place here."""
+    times = m.scaled(node)
+    if times is not None and is_call(times[0], aten.tanh.default):
+        return _read_softcap(times[0], times[1], scores)
+    if times is not None:
+        scores.scale *= times[1]
+        return times[0]
+    if node.target in _FILLS and not scores.softcap and scores.scale == 1.0:
+        return _read_fill(node, scores)
+    if is_call(node, aten.reshape.default) and m.rank(node) == 4 and m.rank(node.args[0]) == 3:
+        scores.flat = True
+        return node.args[0]
+    return None
+
+
+def _is_private(node: fx.Node) -> bool:
+    """Does nothing but the next step read this node? (The scores' own maximum may.)"""
+    users = [u for u in node.users if not (is_call(u, aten.max.dim, aten.amax.default) and len(node.users) == 2)]
+    return len(users) == 1 and users[0].op == "call_function"
+
+
+def _read_sum(node: fx.Node, scores: _Scores) -> bool:
+    """scores + mask, in any order: follow the operand that leads to a product."""
+    for inner, term in m.orders(node):
+        if not isinstance(inner, fx.Node) or not isinstance(term, fx.Node):
+            continue
+        if not m.same_sizes(m.shape(inner), m.shape(node)):
+            continue
+        before = (scores.scale, scores.softcap, scores.flat, len(scores.terms), len(scores.fills))
+        scores.terms.append((term, scores.scale))
+        if _read(m.skip_upcasts(inner), scores):
+            return True
+        scores.scale, scores.softcap, scores.flat = before[:3]
+        del scores.terms[before[3] :], scores.fills[before[4] :]
+    return False
+
+
+def _read_baddbmm(node: fx.Node, scores: _Scores) -> bool:
+    given = m.arguments(node)
+    alpha, beta = m.number(given["alpha"]), m.number(given["beta"])
+    if alpha is None or beta is None or scores.softcap:
+        return False
+    if beta:
+        scores.terms.append((given["self"], scores.scale * beta))
+    scores.scale *= alpha
+    scores.q, scores.kt = given["batch1"], given["batch2"]
+    return True
+
+
+def _read_softcap(tanh: fx.Node, cap: float, scores: _Scores) -> Any:
+    """cap * tanh(scores / cap)."""
+    inner = m.scaled(tanh.args[0])
+    if scores.scale != 1.0 or scores.softcap or inner is None or not _is_private(tanh):
+        return None
+    if not math.isclose(inner[1] * cap, 1.0, rel_tol=1e-6) or cap <= 0:
+        return None
+    scores.softcap = cap
+    return inner[0]
+
+
+def _read_fill(node: fx.Node, scores: _Scores) -> Any:
+    """masked_fill(scores, where, low) or where(keep, scores, low)."""
+    first, second, third = node.args[:3]
+    if node.target is aten.masked_fill.Scalar:
+        inner, where, value, keeps = first, second, m.number(third), False
+    elif m.number(third) is not None:
+        inner, where, value, keeps = second, first, m.number(third), True
+    else:
+        inner, where, value, keeps = third, first, m.number(second), False
+    if value is None or value > _HIDDEN or not m.same_sizes(m.shape(inner), m.shape(node)):
+        return None
+    scores.fills.append((where, keeps, value))
+    return inner
+
+
+def _attend(gm: fx.GraphModule, node: fx.Node, scores: _Scores, v: Any) -> fx.Node | None:
+    """The attention node in place of the product with v."""
+    q, k, scale = _unscaled(gm, node, scores)
+    v = m.skip_upcasts(v) if m.dtype(m.skip_upcasts(v)) == m.dtype(m.skip_upcasts(q)) else v
+    if m.dtype(v) == m.dtype(m.skip_upcasts(q)) == m.dtype(m.skip_upcasts(k)):
+        q, k = m.skip_upcasts(q), m.skip_upcasts(k)
+    if not m.dtype(q) == m.dtype(k) == m.dtype(v) == m.dtype(node):
+        return None
+    if scores.flat:
+        q, k, v = (_with_heads(gm, t, scores, node) for t in (q, k, v))
+    if not 3 <= m.rank(q) == m.rank(k) == m.rank(v):
+        return None
+    mask = _mask(gm, node, scores, q)
+    exact = mask is None or m.dtype(mask) == m.dtype(q)
+    if scores.softcap or scores.sinks is not None or not exact:
+        if m.rank(q) != 4:
+            return None
+        k, v, _ = _shared_heads(q, k, v)
+        args = (q, k, v, mask, scores.sinks, scale, False, scores.softcap)
+        new = call(gm, torch.ops.qfx.attention.default, *args, like=node)
+    else:
+        new = _sdpa(gm, node, q, k, v, mask, scale)
+    if scores.flat:
+        new = call(gm, aten.reshape.default, new, [-1, size(gm, scores.q, 1, like=node), m.shape(node)[2]], like=node)
+    return new
+
+
+def _unscaled(gm: fx.GraphModule, node: fx.Node, scores: _Scores) -> tuple[Any, Any, float]:
+    """(q, k, scale): constant factors of q and k^T join the scale."""
+    scale = scores.scale
+    sides = []
+    for side in (scores.q, scores.kt):
+        times = m.scaled(side) if isinstance(side, fx.Node) else None
+        if times is not None and m.dtype(times[0]) == m.dtype(side):
+            side, scale = times[0], scale * times[1]  # noqa: PLW2901
+        sides.append(side)
+    q, kt = sides
+    k = kt.args[0] if is_transpose(kt) else call(gm, aten.transpose.int, kt, -2, -1, like=node)
+    times = m.scaled(k)
+    if times is not None and m.dtype(times[0]) == m.dtype(k):
+        k, scale = times[0], scale * times[1]
+    return q, k, scale
+
+
+def _with_heads(gm: fx.GraphModule, node: Any, scores: _Scores, like: fx.Node) -> Any:
+    """[B * H, S, D] as [B, H, S, D]: what was flattened, or a new reshape."""
+    inner = m.skip(node, *m.RESHAPES)
+    if m.rank(inner) == 4 and m.same_sizes(m.shape(inner)[2:], m.shape(node)[1:]):
+        return inner
+    return call(gm, aten.reshape.default, node, [-1, _heads(scores), *_tail(gm, node, like)], like=like)
+
+
+def _tail(gm: fx.GraphModule, node: fx.Node, like: fx.Node) -> list[Any]:
+    return [size(gm, node, dim, like=like) for dim in (1, 2)]
+
+
+def _heads(scores: _Scores) -> int:
+    """The number of heads, from any tensor that still has them as a dimension."""
+    inner = m.skip(scores.q, *m.RESHAPES)
+    return int(m.shape(inner)[1])
+
+
+def _mask(gm: fx.GraphModule, node: fx.Node, scores: _Scores, q: fx.Node) -> Any:
+    """One additive mask of all terms and fills, in the dtype of q where nothing is lost by that; None without any."""
+    parts = []
+    for term, factor in scores.terms:
+        part = term
+        if scores.flat and m.rank(term) == 3:
+            part = call(gm, aten.reshape.default, term, [-1, _heads(scores), *_tail(gm, term, node)], like=node)
+        if factor != 1.0:
+            part = call(gm, aten.mul.Tensor, part, factor, like=node)
+        parts.append(part)
+    parts += [_fill_as_term(gm, node, fill, q) for fill in scores.fills]
+    if not parts:
+        return None
+    mask = parts[0]
+    for part in parts[1:]:
+        mask = call(gm, aten.add.Tensor, mask, part, like=node)
+    if m.dtype(mask) != m.dtype(q) and not _is_wider(m.dtype(mask), m.dtype(q)):
+        mask = call(gm, aten._to_copy.default, mask, dtype=m.dtype(q), like=node)
+    return mask
+
+
+def _is_wider(one: torch.dtype | None, other: torch.dtype | None) -> bool:
+    assert one is not None and other is not None
+    return one.is_floating_point and torch.finfo(one).bits > torch.finfo(other).bits
+
+
+def _fill_as_term(gm: fx.GraphModule, node: fx.Node, fill: tuple[Any, bool, float], q: fx.Node) -> fx.Node:
+    where, keeps, value = fill
+    device, dtype = q.meta["val"].device, m.dtype(q)
+    zero = call(gm, aten.full.default, [], 0.0, dtype=dtype, device=device, like=node)
+    if keeps:
+        return call(gm, aten.where.ScalarOther, where, zero, value, like=node)
+    return call(gm, aten.where.ScalarSelf, where, value, zero, like=node)
+
+
+def _sdpa(gm: fx.GraphModule, node: fx.Node, q: Any, k: Any, v: Any, mask: Any, scale: float | None) -> fx.Node:
+    k, v, grouped = _shared_heads(q, k, v)
+    kwargs: dict[str, Any] = {"enable_gqa": True} if grouped else {}
+    if not _is_usual(scale, q):
+        kwargs["scale"] = scale
+    return call(gm, _SDPA, q, k, v, *(() if mask is None else (mask,)), like=node, **kwargs)
+
+
+def _is_usual(scale: float | None, q: Any) -> bool:
+    """Is it the scale that scaled_dot_product_attention takes by itself, 1 / sqrt(D)?"""
+    width = m.shape(q)[-1]
+    return scale is None or (isinstance(width, int) and math.isclose(scale, width**-0.5, rel_tol=1e-7))
+
+
+def _grouped(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The same call with un-repeated heads and without a scale that is the usual one; None where nothing changes."""
+    given = m.arguments(node)
+    q = given["query"]
+    k, v, grouped = _shared_heads(q, given["key"], given["value"])
+    usual = given["scale"] is not None and _is_usual(given["scale"], q)
+    if given["enable_gqa"] or not (grouped or usual):
+        return None
+    kwargs: dict[str, Any] = {"enable_gqa": True} if grouped else {}
+    if not usual and given["scale"] is not None:
+        kwargs["scale"] = given["scale"]
+    return call(gm, _SDPA, q, k, v, *node.args[3:], like=node, **kwargs)
+
+
+def _shared_heads(q: Any, k: Any, v: Any) -> tuple[Any, Any, bool]:
+    """(k, v, whether several heads of q share one of theirs), before any repetition of heads."""
+    if m.rank(q) != 4:
+        return k, v, False
+    a, b = _unrepeated(k), _unrepeated(v)
+    if a is not None and b is not None and m.same_size(m.shape(a)[1], m.shape(b)[1]):
+        k, v = a, b
+    return k, v, not m.same_size(m.shape(q)[1], m.shape(k)[1])
+
+
+def _unrepeated(node: Any) -> Any:
+    """[B, G, L, D] where `node` repeats each of its heads n times over [B, G * n, L, D]; None where it does not."""
+    if is_call(node, aten.repeat_interleave.self_int) and m.arguments(node)["dim"] in (1, -3) and m.rank(node) == 4:
+        return node.args[0]
+    if not is_call(node, aten.reshape.default) or m.rank(node) != 4 or not is_call(node.args[0], aten.expand.default):
+        return None
+    expand = node.args[0]
+    unsqueeze = expand.args[0]
+    if m.rank(expand) != 5 or not is_call(unsqueeze, aten.unsqueeze.default) or unsqueeze.args[1] not in (2, -3):
+        return None
+    inner = unsqueeze.args[0]
+    times = m.shape(expand)[2]
+    sizes = m.shape(inner)
+    if not isinstance(times, int) or not isinstance(sizes[1], int):
+        return None
+    return inner if m.same_sizes(m.shape(node), (sizes[0], sizes[1] * times, *sizes[2:])) else None
