@@ -229,10 +229,8 @@ def _module_path(node: fx.Node) -> str:
 
 
 def _by_parameter(model: nn.Module, shapes: tuple[Any, Any]) -> Any:
-    """torch.export wants dynamic shapes as a mapping from parameter names where keyword arguments are given."""
+    """torch.export wants dynamic shapes by the names of forward's parameters (*args and **kwargs are one each)."""
     args, kwargs = shapes
-    if not kwargs:
-        return args
     return dict(inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments)
 
 
