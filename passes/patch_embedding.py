@@ -2,27 +2,30 @@
 
     %conv2d: f32[s0,64,4,4] = aten.conv2d(%image, @w, @b, [8, 8])
     ->
-    %reshape: f32[s0,3,4,8,4,8] = aten.reshape(%image, [-1, 3, 4, 8, 4, 8])
+    %sym_size: int s0 = aten.sym_size.int(%image, 0)
+    %reshape: f32[s0,3,4,8,4,8] = aten.reshape(%image, [%sym_size, 3, 4, 8, 4, 8])
     %permute: f32[s0,4,4,3,8,8] = aten.permute(%reshape, [0, 2, 4, 1, 3, 5])
-    %reshape_1: f32[s0,16,192] = aten.reshape(%permute, [-1, 16, 192])
+    %reshape_1: f32[s0,16,192] = aten.reshape(%permute, [%sym_size, 16, 192])
     %reshape_2: f32[64,192] = aten.reshape(@w, [64, 192])
     %linear: f32[s0,16,64] = aten.linear(%reshape_1, %reshape_2, @b)
     %transpose: f32[s0,64,16] = aten.transpose.int(%linear, 1, 2)
-    %reshape_3: f32[s0,64,4,4] = aten.reshape(%transpose, [-1, 64, 4, 4])
+    %reshape_3: f32[s0,64,4,4] = aten.reshape(%transpose, [%sym_size, 64, 4, 4])
 
-The image's sizes are known; what a kernel's stride leaves over at the border is cut off.
+What is left over at the border where a size is no multiple of the kernel is cut off first.
 """
 
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from qfx.passes import _match as m
-from qfx.passes._build import call, matched, replace
+from qfx.passes._build import call, matched, replace, size
 from qfx.passes.linear import is_parameter
 
 aten = torch.ops.aten
@@ -44,12 +47,9 @@ def _is_patches(node: fx.Node) -> bool:
     given = m.arguments(node)
     x, weight = given["input"], given["weight"]
     kernel = m.shape(weight)[2:]
-    batched = m.rank(x) == m.rank(weight)
-    known = all(isinstance(size, int) for size in m.shape(x)[1:])
     return (
         is_parameter(weight)
-        and batched
-        and known
+        and m.rank(x) == m.rank(weight)
         and _each(given["stride"], kernel)
         and _each(given["padding"], 0)
         and _each(given["dilation"], 1)
@@ -70,18 +70,36 @@ def _over_patches(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     given = m.arguments(node)
     x, weight, bias = given["input"], given["weight"], given["bias"]
     width, channels, *kernel = m.shape(weight)
-    counts = [size // k for size, k in zip(m.shape(x)[2:], kernel, strict=True)]
-    for i, (n, k) in enumerate(zip(counts, kernel, strict=True)):
-        if n * k != m.shape(x)[2 + i]:
-            x = call(gm, aten.slice.Tensor, x, 2 + i, 0, n * k, like=node)
+    batch = size(gm, x, 0, like=node)
+    counts: list[Any] = []
+    for dim, k in enumerate(kernel, 2):
+        count = _apply(gm, operator.floordiv, size(gm, x, dim, like=node), k, node)
+        x = _cut(gm, x, dim, _apply(gm, operator.mul, count, k, node), node)
+        counts.append(count)
     dims = len(kernel)
-    parts = [size for pair in zip(counts, kernel, strict=True) for size in pair]
-    x = call(gm, aten.reshape.default, x, [-1, channels, *parts], like=node)
+    parts = [part for pair in zip(counts, kernel, strict=True) for part in pair]
+    x = call(gm, aten.reshape.default, x, [batch, channels, *parts], like=node)
     order = [0, *(2 + 2 * i for i in range(dims)), 1, *(3 + 2 * i for i in range(dims))]
     x = call(gm, aten.permute.default, x, order, like=node)
-    x = call(gm, aten.reshape.default, x, [-1, math.prod(counts), channels * math.prod(kernel)], like=node)
+    patches = counts[0]
+    for count in counts[1:]:
+        patches = _apply(gm, operator.mul, patches, count, node)
+    x = call(gm, aten.reshape.default, x, [batch, patches, channels * math.prod(kernel)], like=node)
     matrix = call(gm, aten.reshape.default, weight, [width, channels * math.prod(kernel)], like=node)
     args = (x, matrix) if bias is None else (x, matrix, bias)
     y = call(gm, aten.linear.default, *args, like=node)
     y = call(gm, aten.transpose.int, y, 1, 2, like=node)
-    return call(gm, aten.reshape.default, y, [-1, width, *counts], like=node)
+    return call(gm, aten.reshape.default, y, [batch, width, *counts], like=node)
+
+
+def _apply(gm: fx.GraphModule, operation: Callable[[Any, Any], Any], a: Any, b: Any, like: fx.Node) -> Any:
+    """Arithmetic on sizes: a number where both are known, else a node."""
+    if isinstance(a, int) and isinstance(b, int):
+        return operation(a, b)
+    return call(gm, operation, a, b, like=like)
+
+
+def _cut(gm: fx.GraphModule, x: fx.Node, dim: int, length: Any, like: fx.Node) -> fx.Node:
+    if m.same_size(length, m.shape(x)[dim]):
+        return x
+    return call(gm, aten.slice.Tensor, x, dim, 0, length, like=like)
