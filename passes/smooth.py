@@ -143,23 +143,24 @@ def smooth(
     observer: str = "minmax",
     percentile: float = 99.99,
     alphas: Sequence[float] = ALPHAS,
-    explicit: bool = True,
     skip: Iterable[str] = (),
+    fold_only: Iterable[str] = (),
 ) -> tuple[list[tuple[Site, Tensor]], list[Note]]:
     """Choose factors for every group of linears whose inputs are to be quantized. Nothing is changed; see `apply`.
 
     stats: FQN of a linear -> what its input looks like (see `watch`). alpha: SmoothQuant's exponent, or "search": of
     `alphas` and of no smoothing, the one with the least error of the layer's result on the sampled rows, under the
-    formats annotated and ranges found by `observer`. skip: names of linears to leave. Returns pairs of site and f32
-    factor [channels] in graph order, and notes about what cannot be smoothed.
+    formats annotated and ranges found by `observer`. skip: names of linears to leave; fold_only: of those whose input
+    cannot be divided, so that only a norm can take their factor. Returns pairs of site and f32 factor [channels] in
+    graph order, and notes about what cannot be smoothed.
     """
     found, refusals = find(gm)
-    left = set(skip)
+    left, undivided = set(skip), set(fold_only)
     chosen = []
     for site in found:
         names = [linear.name for linear in site.linears]
         inputs = [stats[name] for name in names if name in stats and stats[name].seen]
-        if not inputs or left.intersection(names) or (site.explicit and not explicit):
+        if not inputs or left.intersection(names) or (site.explicit and undivided.intersection(names)):
             continue
         factor = choose(gm, site.linears, inputs, alpha, observer, percentile)
         if factor is not None:

@@ -8,7 +8,7 @@ So SmoothQuant for the down projection costs no division at run time. GELU and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,8 +20,8 @@ from qfx.graph import is_call
 from qfx.observers import Sample
 from qfx.passes import _channels as channels
 from qfx.passes import _sites as sites
-from qfx.passes import smooth
 from qfx.passes._sites import Record, Weight
+from qfx.passes.smooth import choose
 
 aten = torch.ops.aten
 
@@ -119,20 +119,22 @@ def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[
         apply(module, site, tensors[record["factor"]])
 
 
-def choose(
+def smooth(
     gm: fx.GraphModule,
     stats: Mapping[str, Sample],
     *,
     alpha: float | Literal["search"] = 0.5,
     observer: str = "minmax",
     percentile: float = 99.99,
+    skip: Iterable[str] = (),
 ) -> tuple[list[tuple[Site, Tensor]], list[Note]]:
     """SmoothQuant's factors [channels] for the inputs of down projections; arguments as for `smooth.smooth`."""
     found, refusals = find(gm)
-    chosen = []
+    chosen: list[tuple[Site, Tensor]] = []
+    left = set(skip)
     for site in found:
-        if site.down.name in stats and stats[site.down.name].seen:
-            factor = smooth.choose(gm, (site.down,), [stats[site.down.name]], alpha, observer, percentile)
+        if site.down.name in stats and site.down.name not in left and stats[site.down.name].seen:
+            factor = choose(gm, (site.down,), [stats[site.down.name]], alpha, observer, percentile)
             if factor is not None:
                 chosen.append((site, factor))
     return chosen, refusals

@@ -10,7 +10,7 @@ the values (M = diag(1 / factor)): SmoothQuant for the output projection without
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -23,8 +23,8 @@ from qfx.observers import Sample
 from qfx.passes import _channels as channels
 from qfx.passes import _match as m
 from qfx.passes import _sites as sites
-from qfx.passes import smooth
 from qfx.passes._sites import Record, Weight
+from qfx.passes.smooth import choose
 
 _ATTENTION = ("aten::scaled_dot_product_attention", "qfx::attention")
 
@@ -154,20 +154,22 @@ def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[
         apply(module, site, tensors[record["factor"]])
 
 
-def choose(
+def smooth(
     gm: fx.GraphModule,
     stats: Mapping[str, Sample],
     *,
     alpha: float | Literal["search"] = 0.5,
     observer: str = "minmax",
     percentile: float = 99.99,
+    skip: Iterable[str] = (),
 ) -> tuple[list[tuple[Site, Tensor]], list[Note]]:
     """SmoothQuant's factors [kv_heads, head_dim] for the inputs of output projections; arguments as for `smooth`."""
     found, refusals = find(gm)
-    chosen = []
+    chosen: list[tuple[Site, Tensor]] = []
+    left = set(skip)
     for site in found:
-        if site.o.name in stats and stats[site.o.name].seen:
-            factor = smooth.choose(
+        if site.o.name in stats and site.o.name not in left and stats[site.o.name].seen:
+            factor = choose(
                 gm, (site.o,), [stats[site.o.name]], alpha, observer, percentile, tie=functools.partial(_tied, site)
             )
             if factor is not None:

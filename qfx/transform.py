@@ -17,6 +17,8 @@ from qfx.passes.observe import insert_observers, remove_observers
 from qfx.passes.rewrites import MODULES, apply_record
 from qfx.plan import Plan
 
+_CHOOSING = ("smooth", "v-o", "up-down")
+
 
 def transform(gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], *, progress: bool = True) -> list[Note]:
     """Apply the rewrites of `plan.recipe` to `gm` in their order and record them in `plan`.
@@ -25,15 +27,18 @@ def transform(gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], 
     """
     notes: list[Note] = []
     for name in plan.recipe.rewrites:
-        if name == "smooth":
-            notes += _smooth(gm, plan, batches, progress=progress)
+        if name in _CHOOSING:
+            notes += _smooth(gm, plan, name, batches, progress=progress)
         else:
             notes += _exact(gm, plan, name)
         run.settle(gm)
     return notes
 
 
-def _smooth(gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], *, progress: bool) -> list[Note]:
+def _smooth(
+    gm: fx.GraphModule, plan: Plan, name: str, batches: Sequence[Sequence[Any]], *, progress: bool
+) -> list[Note]:
+    """A rewrite that chooses factors by what the linears see."""
     recipe = plan.recipe
     observers = insert_observers(gm, smooth.watch)
     try:
@@ -41,13 +46,19 @@ def _smooth(gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], *,
     finally:
         remove_observers(gm)
     stats = {fqn: o for (fqn, _), o in observers.items() if isinstance(o, Sample)}
-    chosen, refusals = smooth.smooth(
-        gm, stats, alpha=recipe.smooth_alpha, observer=recipe.observer, percentile=recipe.percentile, skip=_functional(gm)
-    )
+    settings: dict[str, Any] = {
+        "alpha": recipe.smooth_alpha, "observer": recipe.observer, "percentile": recipe.percentile,
+    }  # fmt: skip
+    done = {record[key]["name"] for record in plan.rewrites for key in ("o", "down") if key in record}
+    if name == "smooth":
+        chosen, refusals = smooth.smooth(gm, stats, **settings, skip=done, fold_only=_functional(gm))
+    else:
+        chosen, refusals = importlib.import_module(MODULES[name]).smooth(gm, stats, **settings, skip=done)
     for site, factor in chosen:
         _record(gm, plan, site, factor)
-        for fqn, vector in smooth.explicit_factors(site, factor).items():
-            plan.tensors[f"{fqn}/smooth"] = vector
+        if isinstance(site, smooth.Site):
+            for fqn, vector in smooth.explicit_factors(site, factor).items():
+                plan.tensors[f"{fqn}/smooth"] = vector
     return notes + refusals
 
 
@@ -71,8 +82,5 @@ def _record(gm: fx.GraphModule, plan: Plan, site: Any, factor: Any) -> None:
 
 def _functional(gm: fx.GraphModule) -> list[str]:
     """Linears whose weight is read by another module's forward: the live module cannot divide their input."""
-    found = []
-    for node in gm.graph.nodes:
-        if _sites.is_linear(node) and graph.fqn_of(node) != node.meta.get("qfx_module"):
-            found.append(graph.fqn_of(node))
-    return found
+    linears = [node for node in gm.graph.nodes if _sites.is_linear(node)]
+    return [graph.fqn_of(node) for node in linears if graph.fqn_of(node) != node.meta.get("qfx_module")]
