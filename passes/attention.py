@@ -48,7 +48,7 @@ class _Scores:
     scale: float = 1.0
     softcap: float = 0.0
     sinks: Any = None
-    flat: bool = False
+    apart: Any = None  # the scores with heads as a dimension, where q and k have them flattened into the batch
     terms: list[tuple[Any, float]] = field(default_factory=list)  # added: (tensor, factor)
     fills: list[tuple[Any, bool, float]] = field(default_factory=list)  # filled in: (where, keeps, value)
 
@@ -77,7 +77,7 @@ def _spelled_out(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     scores = _Scores()
     if not _read(_above(softmax, scores), scores) or (scores.sinks is not None) != has_slice:
         return None
-    if scores.flat != was_flat or is_parameter(scores.kt) or is_parameter(scores.q):
+    if (scores.apart is not None) != was_flat or is_parameter(scores.kt) or is_parameter(scores.q):
         return None
     return _attend(gm, node, scores, v)
 
@@ -173,7 +173,7 @@ def _step(node: fx.Node, scores: _Scores) -> Any:
     if node.target in _FILLS and not scores.softcap and scores.scale == 1.0:
         return _read_fill(node, scores)
     if is_call(node, aten.reshape.default) and m.rank(node) == 4 and m.rank(node.args[0]) == 3:
-        scores.flat = True
+        scores.apart = node
         return node.args[0]
     return None
 
@@ -191,11 +191,11 @@ def _read_sum(node: fx.Node, scores: _Scores) -> bool:
             continue
         if not m.same_sizes(m.shape(inner), m.shape(node)):
             continue
-        before = (scores.scale, scores.softcap, scores.flat, len(scores.terms), len(scores.fills))
+        before = (scores.scale, scores.softcap, scores.apart, len(scores.terms), len(scores.fills))
         scores.terms.append((term, scores.scale))
         if _read(m.skip_upcasts(inner), scores):
             return True
-        scores.scale, scores.softcap, scores.flat = before[:3]
+        scores.scale, scores.softcap, scores.apart = before[:3]
         del scores.terms[before[3] :], scores.fills[before[4] :]
     return False
 
@@ -246,7 +246,7 @@ def _attend(gm: fx.GraphModule, node: fx.Node, scores: _Scores, v: Any) -> fx.No
         q, k = m.skip_upcasts(q), m.skip_upcasts(k)
     if not m.dtype(q) == m.dtype(k) == m.dtype(v) == m.dtype(node):
         return None
-    if scores.flat:
+    if scores.apart is not None:
         q, k, v = (_with_heads(gm, t, scores, node) for t in (q, k, v))
     if not 3 <= m.rank(q) == m.rank(k) == m.rank(v):
         return None
@@ -260,8 +260,8 @@ def _attend(gm: fx.GraphModule, node: fx.Node, scores: _Scores, v: Any) -> fx.No
         new = call(gm, torch.ops.qfx.attention.default, *args, like=node)
     else:
         new = _sdpa(gm, node, q, k, v, mask, scale)
-    if scores.flat:
-        new = call(gm, aten.reshape.default, new, [-1, size(gm, scores.q, 1, like=node), m.shape(node)[2]], like=node)
+    if scores.apart is not None:
+        new = call(gm, aten.reshape.default, new, [-1, *_tail(gm, new, node)], like=node)
     return new
 
 
@@ -287,17 +287,17 @@ def _with_heads(gm: fx.GraphModule, node: Any, scores: _Scores, like: fx.Node) -
     inner = m.skip(node, *m.RESHAPES)
     if m.rank(inner) == 4 and m.same_sizes(m.shape(inner)[2:], m.shape(node)[1:]):
         return inner
-    return call(gm, aten.reshape.default, node, [-1, _heads(scores), *_tail(gm, node, like)], like=like)
+    return call(gm, aten.reshape.default, node, [-1, _heads(gm, scores, like), *_tail(gm, node, like)], like=like)
 
 
 def _tail(gm: fx.GraphModule, node: fx.Node, like: fx.Node) -> list[Any]:
-    return [size(gm, node, dim, like=like) for dim in (1, 2)]
+    """The last two sizes."""
+    return [size(gm, node, dim, like=like) for dim in (-2, -1)]
 
 
-def _heads(scores: _Scores) -> int:
-    """The number of heads, from any tensor that still has them as a dimension."""
-    inner = m.skip(scores.q, *m.RESHAPES)
-    return int(m.shape(inner)[1])
+def _heads(gm: fx.GraphModule, scores: _Scores, like: fx.Node) -> Any:
+    """The number of heads, from the scores after they were put apart."""
+    return size(gm, scores.apart, 1, like=like)
 
 
 def _mask(gm: fx.GraphModule, node: fx.Node, scores: _Scores, q: fx.Node) -> Any:
@@ -305,8 +305,10 @@ def _mask(gm: fx.GraphModule, node: fx.Node, scores: _Scores, q: fx.Node) -> Any
     parts = []
     for term, factor in scores.terms:
         part = term
-        if scores.flat and m.rank(term) == 3:
-            part = call(gm, aten.reshape.default, term, [-1, _heads(scores), *_tail(gm, term, node)], like=node)
+        if scores.apart is not None and m.rank(term) == 3:
+            part = call(
+                gm, aten.reshape.default, term, [-1, _heads(gm, scores, node), *_tail(gm, term, node)], like=node
+            )
         if factor != 1.0:
             part = call(gm, aten.mul.Tensor, part, factor, like=node)
         parts.append(part)

@@ -124,17 +124,21 @@ def _is_empty(part: Any, dim: int, rank: int) -> bool:
 
 def _escapes(node: fx.Node, source: fx.Node, keeps: set[str]) -> bool:
     """Would an output share memory with an input, parameter or other output if the copy `node` were dropped?"""
-    if any(user.op == "output" for user in node.users):
+    below: Any = node
+    root: Any = source
+    shared = _reaches_output(root, node)
+    while is_call(root, *_VIEWS):
+        below, root = root, root.args[0]
+        shared = shared or _reaches_output(root, below)
+    if root.op == "placeholder" and root.name in keeps:
         return True
-    while is_call(source, *_VIEWS):
-        source = source.args[0]  # type: ignore[assignment]
-    if source.op == "placeholder" and source.name in keeps:
-        return True
-    return source.op in ("placeholder", "get_attr") and _reaches_output(node)
+    return (shared or root.op in ("placeholder", "get_attr")) and _reaches_output(node)
 
 
-def _reaches_output(node: fx.Node) -> bool:
-    return any(user.op == "output" or (is_call(user, *_VIEWS) and _reaches_output(user)) for user in node.users)
+def _reaches_output(node: fx.Node, besides: fx.Node | None = None) -> bool:
+    """Is a node or a view of it an output, on a path that does not start at `besides`?"""
+    users = [user for user in node.users if user is not besides]
+    return any(user.op == "output" or (is_call(user, *_VIEWS) and _reaches_output(user)) for user in users)
 
 
 def _one_spelling(node: fx.Node) -> int:
