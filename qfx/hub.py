@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,8 @@ def load(source: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
     """
     folder = resolve(source)
     kind = _model_class(folder)
-    model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    with _without_bar():
+        model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         warnings.warn(
             f"{len(missing)} weights of {kind.__name__} are not in {folder} and hold random numbers: "
@@ -92,6 +95,20 @@ def resolve(source: str | os.PathLike[str]) -> Path:
 def bytes_on_disk(folder: Path) -> int:
     """Sum of the sizes of the files in a folder, sub-folders included, that hold weights."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in _WEIGHTS)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Without the progress bar of transformers, which prints even where it takes no time; as before afterwards."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _snapshot(name: str) -> Path:

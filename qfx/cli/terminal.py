@@ -42,7 +42,8 @@ def step(console: Console, what: str, *, spinner: bool = True) -> Iterator[None]
     started = time.perf_counter()
     with console.status(what) if spinner else nullcontext():
         yield
-    console.print(Text.assemble(("done ", "green"), what, (f"  {time.perf_counter() - started:.1f} s", "dim")))
+    seconds = f"  {time.perf_counter() - started:.1f} s"
+    console.print(Text.assemble(("done ", "green"), what, (seconds, "dim")), soft_wrap=True)
 
 
 def megabytes(count: float | None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import is_progress_bar_enabled
 
 from qfx import hub
 from qfx.errors import QfxWarning
@@ -31,6 +32,7 @@ def test_a_folder_gives_the_class_its_config_names_in_float32(tmp_path: Path) ->
     assert loaded.tokenizer is None
     assert loaded.folder == tmp_path
     assert not loaded.is_causal_lm
+    assert is_progress_bar_enabled(), "what transformers shows is as it was"
 
 
 def test_a_language_model_is_known_as_one(tmp_path: Path) -> None:
