@@ -1,1 +1,37 @@
-"""qfx"""
+"""qfx quantizes PyTorch transformers as a compiler: one graph, formats on its nodes, several backends, nothing silent.
+
+    torch.compile(model, backend="qfx")                              # no data needed
+    qfx.quantize(model, "w8a8-smooth", data=batches)                 # calibrated, in place
+    qfx.report(model).show()                                         # what really runs, node by node
+"""
+
+from __future__ import annotations
+
+# The modules plan, quantize, report and save hold functions of their own names: `qfx.plan` is the function.
+from qfx.errors import QfxWarning, UnsupportedError
+from qfx.format import Format
+from qfx.plan import Plan
+from qfx.presets import presets
+from qfx.quantize import plan, quantize
+from qfx.recipe import Recipe, Rule
+from qfx.report import Report, report
+from qfx.save import load, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Format",
+    "Plan",
+    "QfxWarning",
+    "Recipe",
+    "Report",
+    "Rule",
+    "UnsupportedError",
+    "load",
+    "plan",
+    "presets",
+    "quantize",
+    "report",
+    "save",
+]
+
