@@ -1,0 +1,89 @@
+"""qfx.passes.annotate: a recipe's formats on the nodes that can take them, reasons for the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qfx.passes.annotate import annotate, kind_of
+from qfx.recipe import Recipe, Rule
+from qfx.text import dump
+from tests.graphs import Function, capture
+
+GOLDEN = """\
+%inputs_0: i64[2,3] = input
+%embedding: f32[2,3,4] = aten.embedding(@embed.weight, %inputs_0)  # w=i8/ch
+%linear: f32[2,3,8] = aten.linear(%embedding, @up.weight, @up.bias)  # x=u8 w=i8/ch
+%gelu: f32[2,3,8] = aten.gelu(%linear)
+%linear_1: f32[2,3,4] = aten.linear(%gelu, @down.weight, @down.bias)  # w=i4/g128
+return [%linear_1]
+"""
+
+
+def recipe(*rules: dict[str, str], **fields: Any) -> Recipe:
+    return Recipe(name="test", rules=tuple(Rule(**rule) for rule in rules), **fields)
+
+
+def mlp() -> nn.Module:
+    layers = {"embed": nn.Embedding(9, 4), "up": nn.Linear(4, 8), "down": nn.Linear(8, 4)}
+    return Function(lambda own, ids: own.down(nn.functional.gelu(own.up(own.embed(ids)))), **layers)
+
+
+def test_golden_text() -> None:
+    gm = capture(mlp(), torch.ones(2, 3, dtype=torch.int64))
+    asked = recipe(
+        {"target": "linear", "x": "u8", "w": "i8/ch"},
+        {"target": "down", "x": "none", "w": "i4/g128"},
+        {"target": "embedding", "w": "i8/ch"},
+    )
+    assert annotate(gm, asked) == []
+    assert dump(gm) == GOLDEN
+    assert annotate(gm, asked) == [] and dump(gm) == GOLDEN
+    assert annotate(gm, recipe({"target": "nothing", "w": "i8/ch"})) == []
+    assert "#" not in dump(gm)
+
+
+def test_ignored_nodes_stay() -> None:
+    gm = capture(mlp(), torch.ones(2, 3, dtype=torch.int64))
+    annotate(gm, recipe({"target": "linear", "w": "i8/ch"}, ignore=("up",)))
+    assert dump(gm).count("# w=i8/ch") == 1
+
+
+def test_kinds() -> None:
+    def forward(own: Any, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(*[own.conv(x).unsqueeze(1)] * 3)
+
+    gm = capture(Function(forward, conv=nn.Conv1d(3, 3, 1)), torch.randn(2, 3, 5))
+    kinds = [kind for node in gm.graph.nodes if (kind := kind_of(node)) is not None]
+    assert kinds == ["conv", "attention"]
+    asked = recipe({"target": "attention", "k": "i8/head", "p": "u8"}, {"target": "conv", "x": "i8/dyn", "w": "i8/ch"})
+    assert annotate(gm, asked) == []
+    assert "# x=i8/dyn w=i8/ch" in dump(gm) and "# k=i8/head p=u8" in dump(gm)
+
+
+def test_a_computed_weight_gets_a_note() -> None:
+    model = Function(lambda own, x: nn.functional.linear(x, own.w * 2), w=torch.randn(3, 4))
+    gm = capture(model, torch.randn(2, 4))
+    notes = annotate(gm, recipe({"target": "linear", "w": "i8/ch"}))
+    assert len(notes) == 1 and "computed in the graph" in notes[0].reason and "ignore" in notes[0].next_step
+    assert "return self.function(self, *inputs)" in notes[0].where
+    assert "#" not in dump(gm)
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        ({"x": "i8/tok", "w": "i8/tok"}, "not found at run time"),
+        ({"w": "i8/head"}, "no axis of heads"),
+        ({"x": "i8/head", "w": "i8/ch"}, "only attention"),
+        ({"x": "i8/g32", "w": "i8/ch"}, "in groups"),
+    ],
+)
+def test_formats_that_do_not_fit(rule: dict[str, str], reason: str) -> None:
+    gm = capture(Function(lambda own, x: own.fc(x), fc=nn.Linear(64, 4)), torch.randn(2, 64))
+    notes = annotate(gm, recipe({"target": "linear", **rule}))
+    assert [note.node for note in notes] == ["fc"] and reason in notes[0].reason
+    assert "#" not in dump(gm)
