@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qfx.graph import is_call
+from qfx.graph import is_call, schema_name
 from qfx.passes import _match as m
 from qfx.passes._build import call, matched, replace
 
@@ -38,9 +38,9 @@ def linear(gm: fx.GraphModule) -> bool:
 
 
 def is_parameter(node: Any) -> bool:
-    """Is it a parameter, or one seen through transposes and reshapes?"""
+    """Is it a parameter (packed ones count: qfx.dequantize), or one seen through transposes and reshapes?"""
     source = m.skip(node, *m.TRANSPOSES, *m.RESHAPES)
-    return isinstance(source, fx.Node) and source.op == "get_attr"
+    return isinstance(source, fx.Node) and (source.op == "get_attr" or schema_name(source) == "qfx::dequantize")
 
 
 def transposed(gm: fx.GraphModule, node: fx.Node, like: fx.Node) -> fx.Node:

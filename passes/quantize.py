@@ -136,11 +136,13 @@ def _replace(gm: fx.GraphModule, node: fx.Node, target: Any, args: tuple[Any, ..
 
 def _static(
     gm: fx.GraphModule, node: fx.Node, x: Format | None, tensors: Mapping[str, Tensor]
-) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None]:
-    """get_attr nodes of x_scale, x_zero and smooth."""
+) -> tuple[fx.Node | None, fx.Node | None]:
+    """get_attr nodes of x_scale and x_zero."""
     fqn, base = graph.fqn_of(node), base_name(gm, node)
-    found = {leaf: tensors.get(f"{fqn}/{leaf}") for leaf in ("x_scale", "x_zero", "smooth")}
-    if x is not None and not x.dynamic and not x.is_plain and found["x_scale"] is None:
+    found = {leaf: tensors.get(f"{fqn}/{leaf}") for leaf in ("x_scale", "x_zero")}
+    if x is None or x.dynamic or x.is_plain:
+        return None, None
+    if found["x_scale"] is None:
         raise UnsupportedError(
             explain(
                 "a static activation format needs a calibrated scale",
@@ -151,15 +153,15 @@ def _static(
             )
         )
     nodes = [None if t is None else graph.add_tensor(gm, f"{base}{leaf}", t, node) for leaf, t in found.items()]
-    return nodes[0], nodes[1], nodes[2]
+    return nodes[0], nodes[1]
 
 
 def _linear(
     gm: fx.GraphModule, node: fx.Node, weight: list[Any], x: Format | None, w: Format, tensors: Mapping[str, Tensor]
 ) -> None:
-    scale, zero, smooth = _static(gm, node, x, tensors)
-    value = node.args[0]
-    if smooth is None and graph.is_call(value, aten.div.Tensor) and is_smooth(value.args[1]):
+    scale, zero = _static(gm, node, x, tensors)
+    value, smooth = node.args[0], None
+    if graph.is_call(value, aten.div.Tensor) and is_smooth(value.args[1]):
         value, smooth = value.args
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     args = (value, *weight, bias, scale, zero, smooth, str(x) if x else "", str(w))

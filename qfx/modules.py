@@ -251,17 +251,3 @@ def _apply_keeping(module: nn.Module, apply: Callable[[], Any], fn: Any) -> nn.M
 
 
 _LEAF = re.compile(r"_w_(codes|scale|zero)$")
-
-
-def packed_rows(fqn: str, module: nn.Module) -> list[Row]:
-    """Rows of the report for the packed parameters of a module."""
-    rows = []
-    for name, spec in getattr(module, "qfx_packed", {}).items():
-        elements = torch.Size(spec.shape).numel()
-        after = Format.parse(spec.format).nbytes(spec.shape)
-        path = f"{fqn}.{name}" if fqn else name
-        rows.append(
-            Row(path.removesuffix(".weight"), "parameter", f"w={spec.format}", "qfx::dequantize, then torch", "",
-                elements, elements * spec.dtype.itemsize, after)
-        )  # fmt: skip
-    return rows

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from qfx.errors import Note
+from qfx.format import Format
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def report(model: Any) -> Report:
         records = [("", r) for r in _GRAPHS.get(getattr(function, "__code__", function), [])]
         return _merge(records, [], "compiled function")
     records = [(path, r) for path, module in model.named_modules() for r in _GRAPHS.get(module, [])]
-    live = list(_live_rows(model))
+    compiled = {f"{path}.{row.node}" if path else row.node for path, r in records for row in r.rows}
+    live = list(_live_rows(model, compiled))
     if not records and not any(row.quantized for row in live):
         raise ValueError(
             "expected a model that qfx quantized or compiled, found neither; next step: call the compiled model once, or "
@@ -169,17 +171,44 @@ def _merge(records: Sequence[tuple[str, GraphRecord]], live: Iterable[Row], titl
     return Report(tuple(rows.values()), tuple(notes.values()), graphs=len(records), title=title)
 
 
-def _live_rows(model: nn.Module) -> Iterator[Row]:
-    """Rows of the live module: quantized modules tell themselves, float linears and embeddings are listed as such."""
+def _live_rows(model: nn.Module, compiled: set[str]) -> Iterator[Row]:
+    """Rows of the live module: quantized modules tell themselves, float linears and embeddings are listed as such.
+
+    A float module whose weight is tied to that of one in `compiled` is left out: the weight is told there.
+    """
+    told = {_pointer(m) for fqn, m in model.named_modules() if fqn in compiled} - {None}
     for fqn, module in model.named_modules():
-        told = getattr(module, "qfx_row", None)
-        if callable(told):
-            yield told(fqn)
+        row = getattr(module, "qfx_row", None)
+        if callable(row):
+            yield row(fqn)
+        elif getattr(module, "qfx_packed", None):
+            yield from packed_rows(fqn, module)
         elif isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            if fqn not in compiled and _pointer(module) in told:
+                continue
             kind = "linear" if isinstance(module, nn.Linear) else "embedding"
             kind = "conv" if isinstance(module, nn.modules.conv._ConvNd) else kind
             size = module.weight.numel() * module.weight.element_size()
             yield Row(fqn, kind, kernel="torch", elements=module.weight.numel(), bytes_before=size, bytes_after=size)
+
+
+def _pointer(module: nn.Module) -> int | None:
+    weight = module._parameters.get("weight")
+    return weight.data_ptr() if weight is not None else None
+
+
+def packed_rows(fqn: str, module: nn.Module) -> list[Row]:
+    """Rows of the report for the packed parameters of a module."""
+    rows = []
+    for name, spec in getattr(module, "qfx_packed", {}).items():
+        elements = torch.Size(spec.shape).numel()
+        after = Format.parse(spec.format).nbytes(spec.shape)
+        path = f"{fqn}.{name}" if fqn else name
+        rows.append(
+            Row(path.removesuffix(".weight"), "parameter", f"w={spec.format}", "qfx::dequantize, then torch", "",
+                elements, elements * spec.dtype.itemsize, after)
+        )  # fmt: skip
+    return rows
 
 
 def _size(count: float) -> str:

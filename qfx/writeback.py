@@ -58,13 +58,26 @@ def write_back(model: nn.Module, plan: Plan) -> tuple[nn.Module, list[Note]]:
 
 
 def _share_tables(model: nn.Module, packed: Mapping[Any, Packed]) -> None:
-    """Embeddings that hold a table which was packed under another name (T5's `shared`) get the packed one, too."""
+    """Other modules that hold a table which was packed under another name (T5's `shared`) get the packed one, too."""
     tables = {pointer: p for (pointer, _, transposed), p in packed.items() if not transposed}
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
-            if type(module) is nn.Embedding and module.weight.data_ptr() in tables and module.max_norm is None:
-                shared = QuantEmbedding(tables[module.weight.data_ptr()], module.padding_idx, dtype=module.weight.dtype)
-                setattr(parent, name, shared.train(module.training))
+            weight = module._parameters.get("weight")
+            if not isinstance(module, nn.Embedding) or weight is None or weight.data_ptr() not in tables:
+                continue
+            table = tables[weight.data_ptr()]
+            new = _table(module, table)
+            if new is None:
+                pack_parameter(module, "weight", table)
+            else:
+                setattr(parent, name, new.train(module.training))
+
+
+def _table(module: nn.Module, packed: Packed) -> QuantEmbedding | None:
+    """The packed embedding in place of an nn.Embedding; None where its own forward must stay."""
+    if not isinstance(module, nn.Embedding) or type(module).forward is not nn.Embedding.forward:
+        return None
+    return None if module.max_norm is not None else QuantEmbedding(packed, module.padding_idx, dtype=module.weight.dtype)
 
 
 def _site(model: nn.Module, fqn: str, plan: Plan) -> tuple[str, str]:
@@ -136,9 +149,7 @@ def _replacement(module: nn.Module, layout: str, packed: Packed, x: Format | Non
     bias = module._parameters.get("bias")
     kind = type(module)
     if layout == "embedding":
-        if isinstance(module, nn.Embedding) and kind.forward is nn.Embedding.forward and module.max_norm is None:
-            return QuantEmbedding(packed, module.padding_idx, dtype=dtype)
-        return None
+        return _table(module, packed)
     tensors = {leaf: plan.tensors.get(f"{fqn}/{leaf}") for leaf in ("x_scale", "x_zero", "smooth")}
     formats: dict[str, Any] = {"x_format": str(x) if x else "", "dtype": dtype, **tensors}
     if layout == "patch":
