@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import fx
 
 from qfx import run
+from qfx.graph import op_name
 from qfx.passes.attention import attention
 from qfx.passes.cleanup import cleanup
 from qfx.passes.experts import experts
 from qfx.passes.gelu import gelu
-from qfx.passes.linear import linear
+from qfx.passes.linear import is_parameter, linear
 from qfx.passes.patch_embedding import patch_embedding
 from qfx.passes.rms_norm import rms_norm
 from qfx.passes.rope import rope
@@ -27,8 +28,27 @@ NORMALIZE: tuple[run.Pass, ...] = (
 )
 
 
+_PRODUCTS = {"mm", "bmm", "mv", "addmm", "baddbmm", "matmul", "einsum", "_grouped_mm", "grouped_mm_fallback"}
+_CONVOLUTIONS = {
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "convolution",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+}
+
+
 def normalize(gm: fx.GraphModule) -> dict[str, int]:
     """Run them all in place; returns how often each one matched."""
     gm.meta["qfx_matches"] = {}
     run.run(gm, NORMALIZE)
     return dict(gm.meta["qfx_matches"])
+
+
+def left_over(gm: fx.GraphModule) -> list[fx.Node]:
+    """Products with a parameter, convolutions included, that normalization did not bring to a linear layer."""
+    names = _PRODUCTS | _CONVOLUTIONS
+    calls = [n for n in gm.graph.nodes if n.op == "call_function" and op_name(n) in names]
+    return [n for n in calls if any(is_parameter(argument) for argument in n.all_input_nodes)]
