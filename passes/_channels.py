@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from qfx.graph import is_call, val
 from qfx.passes import _match as m
+from qfx.passes._sites import reads_size
 
 aten = torch.ops.aten
 
@@ -71,6 +72,8 @@ def flow(value: fx.Node, numbers: Tensor) -> tuple[dict[fx.Node, Tensor], list[t
     while todo:
         at = todo.pop(0)
         for user in at.users:
+            if reads_size(user):
+                continue
             moved = _moved(user, found[at]) if moves(user) and user.all_input_nodes[0] is at else None
             if moved is None:
                 ends.append((user, at))

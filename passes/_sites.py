@@ -247,13 +247,24 @@ def origin(value: Any) -> Any:
     return value
 
 
+def reads_size(node: fx.Node) -> bool:
+    """Does a call read only the sizes and the type of its tensor?"""
+    name = graph.schema_name(node).removeprefix("aten::")
+    return name.startswith(("sym_", "new_")) or name.endswith("_like")
+
+
 def readers(value: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    """(linears whose input the value is, everything else that reads it), through calls that only move rows."""
+    """(linears whose input the value is, everything else that reads it), through calls that only move rows.
+
+    Who reads only its sizes is left out.
+    """
     linears: dict[fx.Node, None] = {}
     others: dict[fx.Node, None] = {}
     todo = [(value, user) for user in value.users]
     while todo:
         at, user = todo.pop(0)
+        if reads_size(user):
+            continue
         if keeps_channels(user) and user.args[0] is at and user.all_input_nodes.count(at) == 1:
             todo += [(user, further) for further in user.users]
         elif is_linear(user) and user.args[0] is at and at not in (*user.args[1:], *user.kwargs.values()):

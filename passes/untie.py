@@ -45,17 +45,17 @@ class Site(Record):
 
 def find(gm: fx.GraphModule) -> tuple[list[Site], list[Note]]:
     """Every linear whose weight is an embedding's table, and those whose module has no weight of its own to set."""
-    tables = {n.target for n in gm.graph.nodes if n.op == "get_attr" and _is_table(n)}
+    tables = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and _is_table(n)}
     found, refusals = [], []
     for node in gm.graph.nodes:
-        source = graph.weight_of(node) if graph.schema_name(node) == "aten::linear" else None
-        if source is None or source.target not in tables:
+        table = next((name for name in tables if _reads(node, name)), None)
+        if table is None:
             continue
         module = str(node.meta.get("qfx_module", ""))
         if _is_linear_module(node):
-            found.append(Site(graph.fqn_of(node), str(source.target), f"{module}.weight".lstrip(".")))
+            found.append(Site(graph.fqn_of(node), table, f"{module}.weight".lstrip(".")))
         else:
-            reason = f"it reads the table {source.target} in a module that is no nn.Linear"
+            reason = f"it reads the table {table} in a module that is no nn.Linear"
             refusals.append(sites.note(node, reason, "leave it tied, or give the model an nn.Linear for it"))
     return found, refusals
 
@@ -72,10 +72,8 @@ def apply(module: nn.Module, site: Site, factor: Tensor | None = None) -> None:
         setattr(owner, site.weight.rpartition(".")[2], new)
         return
     for node in list(module.graph.nodes):
-        source = graph.weight_of(node) if graph.schema_name(node) == "aten::linear" else None
-        if source is not None and source.target == site.table and graph.fqn_of(node) == site.name:
-            held = graph.add_tensor(module, site.weight, new, node)
-            node.update_arg(1, _rebuilt(module, node.args[1], held, node))
+        if _reads(node, site.table) and graph.fqn_of(node) == site.name:
+            node.update_arg(1, graph.add_tensor(module, site.weight, new, node))
     graph.clean(module)
     module.recompile()
 
@@ -87,15 +85,10 @@ def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[
         apply(module, site)
 
 
-def _rebuilt(gm: fx.GraphModule, operand: Any, new: fx.Node, before: fx.Node) -> fx.Node:
-    """The transposes and casts of a weight operand, on another weight."""
-    if operand.op == "get_attr":
-        return new
-    inner = _rebuilt(gm, operand.args[0], new, before)
-    with gm.graph.inserting_before(before):
-        copy = gm.graph.node_copy(operand)
-    copy.update_arg(0, inner)
-    return copy
+def _reads(node: fx.Node, table: str) -> bool:
+    """Is it a linear with this weight?"""
+    weight = node.args[1] if graph.schema_name(node) == "aten::linear" else None
+    return isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target == table
 
 
 def _is_table(node: fx.Node) -> bool:
