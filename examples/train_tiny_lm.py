@@ -3,7 +3,8 @@
     python examples/train_tiny_lm.py --out DIR --minutes 25 --seed 0 --threads 2
 
 Writes a transformers checkpoint in float16 (config, weights, tokenizer, README with the loss curve) to DIR each time
-the validation loss improves, so an interrupted run leaves the best model so far.
+the validation loss improves, so an interrupted run leaves the best model so far. `--minutes` trains less on a busy
+machine (there, OMP_WAIT_POLICY=PASSIVE helps); `--steps` fixes the work instead.
 """
 
 from __future__ import annotations
@@ -268,6 +269,7 @@ def main(
     peak_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 4e-3,
     batch: Annotated[int, typer.Option(help="Windows of 1,024 tokens a step.")] = 2,
     eval_text: Annotated[Path | None, typer.Option(help="Held-out text; left out: a sample of this Python's.")] = None,
+    stdlib: Annotated[Path | None, typer.Option(help="Folder of the library; left out: this Python's.")] = None,
 ) -> None:
     """Train and write the checkpoint each time the validation loss improves."""
     settings = Settings(minutes, steps, seed, threads, peak_rate, batch)
@@ -275,7 +277,7 @@ def main(
     disable_progress_bar()
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    sides = split_documents(documents())
+    sides = split_documents(documents(stdlib))
     held_out = eval_text.read_text(encoding="utf-8") if eval_text else sample(sides["eval"], 60_000)
     texts = training_texts(sides["train"], held_out)
     tokenizer = train_tokenizer(texts)

@@ -73,7 +73,9 @@ def test_training_lowers_the_loss_and_repeats_exactly() -> None:
 def test_the_script_runs_as_a_file(tmp_path: Path) -> None:
     script = Path(train_tiny_lm.__file__).resolve()
     (tmp_path / "text.txt").write_text(TEXT[:4000], encoding="utf-8")
-    options = ["--out", "asset", "--steps", "1", "--threads", "1", "--batch", "1", "--eval-text", "text.txt"]
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "json.py").write_text("\n".join(f"value_{i} = {i}" for i in range(3000)), encoding="utf-8")
+    options = ["--out", "asset", "--steps", "1", "--threads", "1", "--eval-text", "text.txt", "--stdlib", "lib"]
     command = [sys.executable, str(script), *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)  # noqa: S603
     assert done.returncode == 0, done.stderr
