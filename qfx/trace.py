@@ -1,7 +1,7 @@
 """Retrace a graph of fake tensors into functional, pre-dispatch ATen: the one normal form behind both doors.
 
-Composite operators (linear, layer_norm, scaled_dot_product_attention, ...) are kept, in-place operators become functional
-ones, switches of grad mode disappear and higher-order wrappers around sub-graphs are inlined.
+Composite operators (linear, layer_norm, scaled_dot_product_attention, ...) are kept, in-place operators become
+functional ones, switches of grad mode disappear and higher-order wrappers around sub-graphs are inlined.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from qfx.errors import UnsupportedError
 
-_DROPPED = {"_set_grad_enabled", "_log_api_usage_once", "_functorch_set_grad"}
+_DROPPED = {"_set_grad_enabled", "_log_api_usage_once", "_functorch_set_grad", "_exit_autocast"}
 # name of the higher-order wrapper -> position of its sub-graph among the arguments
 _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4, "tag_activation_checkpoint": 0, "wrap": 0}
 
@@ -30,24 +30,31 @@ class _Inline(fx.Interpreter):
         self.scalars = scalars
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_method" and n.target == "item" and isinstance(n.args[0], fx.Node):
-            if n.args[0].name in self.scalars:
-                return self.scalars[n.args[0].name]
+        if n.op == "call_method" and n.target == "item" and getattr(n.args[0], "name", "") in self.scalars:
+            return self.scalars[getattr(n.args[0], "name", "")]
         return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(target, "__name__", "")
         if name in _DROPPED:
             return None
+        if name == "_enter_autocast":
+            _refuse_autocast(enabled=args[2] if len(args) > 2 else kwargs.get("enabled", True))
+            return None
         if isinstance(target, torch._ops.HigherOrderOperator) and name in _WRAPPERS:
             at = _WRAPPERS[name]
-            if name == "wrap_with_autocast" and args[2]:
-                raise UnsupportedError(
-                    "expected a graph without autocast regions, found one that enables autocast; "
-                    "next step: cast the model with model.to(dtype) instead of torch.autocast"
-                )
+            if name == "wrap_with_autocast":
+                _refuse_autocast(enabled=args[2])
             return _Inline(args[at], {}).run(*args[at + 1 :])
         return super().call_function(target, args, kwargs)
+
+
+def _refuse_autocast(*, enabled: bool) -> None:
+    if enabled:
+        raise UnsupportedError(
+            "expected a graph without autocast regions, found one that enables autocast; "
+            "next step: cast the model with model.to(dtype) instead of torch.autocast"
+        )
 
 
 def retrace(
@@ -55,8 +62,8 @@ def retrace(
 ) -> tuple[fx.GraphModule, list[int]]:
     """Trace `gm` over fake inputs (FakeTensor, SymInt or plain values) into functional pre-dispatch ATen.
 
-    Returns the new GraphModule, whose output is `(new values of mutated inputs..., outputs...)`, flat, and the indices of
-    the inputs that the graph mutates. Raises whatever torch raises where an operator cannot be traced.
+    Returns the new GraphModule, whose output is `(new values of mutated inputs..., outputs...)`, flat, and the indices
+    of the inputs that the graph mutates. Raises whatever torch raises where an operator cannot be traced.
     """
     mutated: list[int] = []
     interpreter = _Inline(gm, scalars or {})

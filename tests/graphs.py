@@ -69,7 +69,8 @@ def error(expected: Any, found: Any) -> float:
     assert pairs, "nothing to compare"
     for a, b in pairs:
         assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
-    return max(float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30)) for a, b in pairs)
+    doubles = [(a.detach().double(), b.detach().double()) for a, b in pairs]
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in doubles)
 
 
 @torch.no_grad()
