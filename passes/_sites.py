@@ -39,6 +39,11 @@ class Weight:
     inp: int
     out: int
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Self:
+        """From its part of a record."""
+        return cls(**record)
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -48,12 +53,17 @@ class Norm:
     bias: str | None = None
     plus_one: bool = False
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Self:
+        """From its part of a record."""
+        return cls(**record)
+
 
 class Record:
     """Base of sites, frozen dataclasses that can be written as JSON-able records and read back."""
 
     NAME: ClassVar[str] = ""
-    NESTED: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+    NESTED: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
 
     def to_record(self) -> dict[str, Any]:
         """{"name": of the rewrite, field: value, ...}."""
@@ -65,12 +75,12 @@ class Record:
         if record.get("name") != cls.NAME:
             raise ValueError(f"expected a record of {cls.NAME!r}, found {record.get('name')!r}")
         fields = {f.name: record[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        for key, build in cls.NESTED.items():
-            value = fields[key]
+        for key, value in fields.items():
+            build = cls.NESTED.get(key, lambda item: item)
             if isinstance(value, list | tuple):
-                fields[key] = tuple(build(**item) for item in value)
+                fields[key] = tuple(build(item) for item in value)
             elif value is not None:
-                fields[key] = build(**value)
+                fields[key] = build(value)
         return cls(**fields)
 
     def present(self, module: nn.Module) -> bool:

@@ -28,7 +28,7 @@ class Site(Record):
     """A norm and all linears that read it; biases says that every linear takes its part of the norm's bias."""
 
     NAME: ClassVar[str] = "norm-fold"
-    NESTED: ClassVar[Mapping[str, Callable[..., Any]]] = {"norm": Norm, "linears": Weight}
+    NESTED: ClassVar[Mapping[str, Callable[..., Any]]] = {"norm": Norm.of, "linears": Weight.of}
 
     norm: Norm
     linears: tuple[Weight, ...]

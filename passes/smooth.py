@@ -39,7 +39,7 @@ class Site(Record):
     """Linears that read one input. norm: the norm that takes the factor, None where the input itself is divided."""
 
     NAME: ClassVar[str] = "smooth"
-    NESTED: ClassVar[Mapping[str, Callable[..., Any]]] = {"norm": Norm, "linears": Weight}
+    NESTED: ClassVar[Mapping[str, Callable[..., Any]]] = {"norm": Norm.of, "linears": Weight.of}
 
     norm: Norm | None
     linears: tuple[Weight, ...]

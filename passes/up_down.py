@@ -31,7 +31,7 @@ class Site(Record):
     """One MLP: channel j of down's input is made by row `offset + stride * j` of the (maybe fused) up projection."""
 
     NAME: ClassVar[str] = "up-down"
-    NESTED: ClassVar[Mapping[str, Callable[..., Any]]] = {"up": Weight, "down": Weight}
+    NESTED: ClassVar[Mapping[str, Callable[..., Any]]] = {"up": Weight.of, "down": Weight.of}
 
     up: Weight
     down: Weight

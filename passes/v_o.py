@@ -38,7 +38,7 @@ class Site(Record):
     """
 
     NAME: ClassVar[str] = "v-o"
-    NESTED: ClassVar[Mapping[str, Callable[..., Any]]] = {"v": Weight, "o": Weight}
+    NESTED: ClassVar[Mapping[str, Callable[..., Any]]] = {"v": Weight.of, "o": Weight.of}
 
     v: Weight
     o: Weight

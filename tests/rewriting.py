@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qfx import graph
+from qfx import graph, run
 from qfx.capture import capture_export
 from qfx.errors import Note
 from qfx.passes import untie
+from qfx.passes.cleanup import cleanup
 from qfx.passes.normalize import normalize
-from tests.graphs import tensors
+from tests.graphs import capture, tensors
 from tests.zoo import ZOO
 
 Factor = Callable[[Any], Tensor | None]
@@ -63,6 +64,13 @@ class Case:
     def untouched(self) -> bool:
         """Does the original model hold what it held?"""
         return all(torch.equal(tensor, self.before[name]) for name, tensor in self.model.state_dict().items())
+
+
+def cleaned(model: nn.Module, *inputs: Any) -> fx.GraphModule:
+    """The graph of a model with fixed sizes, after clean-up."""
+    gm = capture(model, *inputs)
+    run.run(gm, [cleanup])
+    return gm
 
 
 @lru_cache(maxsize=32)
