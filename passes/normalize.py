@@ -8,6 +8,7 @@ from qfx import run
 from qfx.graph import op_name
 from qfx.passes.attention import attention
 from qfx.passes.cleanup import cleanup
+from qfx.passes.einsum import einsum
 from qfx.passes.experts import experts
 from qfx.passes.gelu import gelu
 from qfx.passes.linear import is_parameter, linear
@@ -16,6 +17,8 @@ from qfx.passes.rms_norm import rms_norm
 from qfx.passes.rope import rope
 
 NORMALIZE: tuple[run.Pass, ...] = (
+    cleanup,
+    einsum,
     cleanup,
     linear,
     patch_embedding,
