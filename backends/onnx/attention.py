@@ -22,11 +22,7 @@ def sdpa(
         raise NotImplementedError("attention dropout")
     scale = _scale_of(q) if scale is None else float(scale)
     scores = _scores(b, q, k, scale)
-    bias, keep = None, None
-    if mask is not None:
-        bias, keep = _additive(b, mask)
-    elif is_causal:
-        bias = _causal(b, q.dims[-2], k.dims[-2])
+    bias, keep = _bias(b, scores, mask, is_causal)
     if bias is not None:
         scores = _like(scores, b.op("Add", scores, bias))
     y = _weighted(b, b.op("Softmax", scores, axis=-1), scores, v)
@@ -40,14 +36,9 @@ def attention(
     """qfx::attention: SDPA with a soft cap on the scores and sinks (one extra logit per head that takes weight)."""
     scores = _scores(b, q, k, float(scale))
     if softcap:
-        cap = b.scalar(softcap, torch.float32)
+        cap = b.scalar(softcap, scores.dtype)
         scores = _like(scores, b.op("Mul", b.op("Tanh", b.op("Div", scores, cap)), cap))
-    bias, keep = None, None
-    if mask is not None:
-        bias, keep = _additive(b, mask)
-    if causal:
-        triangle = _causal(b, q.dims[-2], k.dims[-2])
-        bias = triangle if bias is None else b.op("Add", bias, triangle)
+    bias, keep = _bias(b, scores, mask, causal)
     if bias is not None:
         scores = _like(scores, b.op("Add", scores, bias))
     if sinks is not None:
@@ -110,32 +101,36 @@ def _lead(q: Value, k: Value, share: int) -> tuple[Dim, ...]:
     return tuple(a if share > 1 or c == 1 else c for a, c in zip(left, right, strict=True))
 
 
-def _additive(b: Builder, mask: Value) -> tuple[Value, Value]:
-    """What is added to the scores (finite), and 1 or 0 for rows that may or may not attend. Once per mask."""
-    known = b.memo.get(("mask", mask.name))
-    if known is None:
-        zero, lowest = b.scalar(0.0, torch.float32), b.scalar(_LOWEST, torch.float32)
-        if mask.dtype == torch.bool:
+def _bias(b: Builder, scores: Value, mask: Value | None, causal: bool) -> tuple[Value | None, Value | None]:
+    """What is added to scores [.., L, S] (finite), and 1 or 0 for rows that may or may not attend. Once per mask."""
+    if mask is None and not causal:
+        return None, None
+    rows, columns = scores.dims[-2:]
+    key = ("bias", mask.name if mask is not None else "", causal, rows, columns, scores.dtype)
+    if key not in b.memo:
+        zero, lowest = b.scalar(0.0, scores.dtype), b.scalar(_LOWEST, scores.dtype)
+        bias = zero
+        if mask is not None and mask.dtype == torch.bool:
             bias = b.op("Where", mask, zero, lowest)
-        else:
-            bias = b.op("Max", b.cast(mask, torch.float32), lowest)
-        top = b.op("ReduceMax", bias, b.ints([-1]), keepdims=1)
-        keep = b.cast(b.op("Greater", top, lowest, dtype=torch.bool), torch.float32)
-        known = b.memo[("mask", mask.name)] = (Value(bias.name, bias.dtype, mask.shape), keep)
-    return known
+        elif mask is not None:
+            bias = b.op("Max", b.cast(mask, scores.dtype), lowest)
+        if causal:
+            bias = b.op("Where", _seen(b, rows, columns), bias, lowest)
+        keep = None
+        if mask is not None:
+            top = b.op("ReduceMax", bias, b.ints([-1]), keepdims=1)
+            keep = b.cast(b.op("Greater", top, lowest, dtype=torch.bool), scores.dtype)
+        b.memo[key] = (bias, keep)
+    found: tuple[Value, Value | None] = b.memo[key]
+    return found
 
 
-def _causal(b: Builder, rows: Dim, columns: Dim) -> Value:
-    """Added to scores: row i sees the columns 0 to i."""
-    known = b.memo.get(("causal", rows, columns))
-    if known is None:
-        zero, one = b.scalar(0, torch.int64), b.scalar(1, torch.int64)
-        down = b.op("Unsqueeze", b.op("Range", zero, b.scalar(rows, torch.int64), one), b.ints([1]))
-        across = b.op("Range", zero, b.scalar(columns, torch.int64), one)
-        seen = b.op("GreaterOrEqual", down, across, dtype=torch.bool)
-        known = b.op("Where", seen, b.scalar(0.0, torch.float32), b.scalar(_LOWEST, torch.float32))
-        b.memo[("causal", rows, columns)] = known
-    return known
+def _seen(b: Builder, rows: Dim, columns: Dim) -> Value:
+    """Row i sees the columns 0 to i."""
+    zero, one = b.scalar(0, torch.int64), b.scalar(1, torch.int64)
+    down = b.op("Unsqueeze", b.op("Range", zero, b.scalar(rows, torch.int64), one), b.ints([1]))
+    across = b.op("Range", zero, b.scalar(columns, torch.int64), one)
+    return b.op("GreaterOrEqual", down, across, dtype=torch.bool)
 
 
 def _like(scores: Value, value: Value) -> Value:

@@ -57,13 +57,15 @@ class Builder:
         main = inputs[1 if op_type == "Where" else 0]
         assert main is not None, f"{op_type} without its first input"
         dtype = dtype or main.dtype
-        wide = None if domain else fallback_type(op_type, main.dtype)
+        wide = fallback_type(op_type, main.dtype)
         if wide is None:
             return self.ops(op_type, *inputs, dtypes=[dtype], domain=domain, **attrs)[0]
         wider = [self.cast(v, wide) if v is not None and v.dtype == main.dtype else v for v in inputs]
+        if main.dtype == torch.float64:
+            self.note(f"{op_type} is computed in f32 instead of f64", "none: ONNX Runtime has no f64 kernel for it")
         if dtype != main.dtype:
-            return self.ops(op_type, *wider, dtypes=[dtype], **attrs)[0]
-        return self.cast(self.ops(op_type, *wider, dtypes=[wide], **attrs)[0], dtype)
+            return self.ops(op_type, *wider, dtypes=[dtype], domain=domain, **attrs)[0]
+        return self.cast(self.ops(op_type, *wider, dtypes=[wide], domain=domain, **attrs)[0], dtype)
 
     def ops(
         self, op_type: str, *inputs: Value | None, dtypes: Sequence[torch.dtype], domain: str = "", **attrs: Any

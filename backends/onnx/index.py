@@ -68,19 +68,25 @@ def _without_masks(b: Builder, indices: Sequence[Value | None]) -> list[Value | 
 
 def _stacked(b: Builder, tensors: Sequence[Value]) -> Value:
     """Indices broadcast together and stacked along a new last dimension, for GatherND and ScatterND."""
-    rank = max(t.rank for t in tensors)
-    shape: list[Dim] = [1] * rank
-    for t in tensors:
-        for i, size in enumerate(t.dims):
-            at = rank - t.rank + i
-            shape[at] = size if shape[at] == 1 else shape[at]
+    shape = _broadcast([t.dims for t in tensors])
+    rank = len(shape)
     pieces = []
     for t in tensors:
         value = b.cast(t, torch.int64)
-        if t.dims != tuple(shape):
+        if t.dims != shape:
             value = b.op("Expand", value, b.shape(shape))
         pieces.append(b.op("Unsqueeze", value, b.ints([rank])))
     return b.op("Concat", *pieces, axis=rank)
+
+
+def _broadcast(shapes: Sequence[tuple[Dim, ...]]) -> tuple[Dim, ...]:
+    """The common shape of indices."""
+    rank = max(len(s) for s in shapes)
+    common: list[Dim] = [1] * rank
+    for shape in shapes:
+        for i, size in enumerate(shape, rank - len(shape)):
+            common[i] = size if common[i] == 1 else common[i]
+    return tuple(common)
 
 
 def index_put(
@@ -94,15 +100,26 @@ def index_put(
     if any(v is not None and v.dtype == torch.bool for v in indices):
         raise NotImplementedError("writing several values under a bool mask")
     places = [i for i, v in enumerate(indices) if v is not None]
-    if places != list(range(len(places))):
-        raise NotImplementedError("writing at indices after a whole dimension")
+    start, count = places[0], len(places)
+    if places != list(range(start, start + count)):
+        raise NotImplementedError("writing at indices with a gap between them")
     tensors = [v for v in indices if v is not None]
-    stacked = _stacked(b, tensors)
-    rank = max(t.rank for t in tensors)
-    lead = b.op("Shape", stacked, dtype=torch.int64, end=rank)
-    tail = b.shape(x.dims[len(places) :])
-    updates = b.op("Expand", b.cast(values, x.dtype), b.op("Concat", lead, tail, axis=0))
-    return b.op("ScatterND", x, stacked, updates, reduction="add" if accumulate else "none")
+    stacked, lead = _stacked(b, tensors), _broadcast([t.dims for t in tensors])
+    shape = (*x.dims[:start], *lead, *x.dims[start + count :])
+    updates = b.op("Expand", b.cast(values, x.dtype), b.shape(shape))
+    reduction = "add" if accumulate else "none"
+    if not start:
+        return b.op("ScatterND", x, stacked, updates, reduction=reduction)
+    front = [*places, *(d for d in range(x.rank) if d not in places)]
+    moved = [*range(start, start + len(lead)), *range(start), *range(start + len(lead), len(shape))]
+    turned = b.op(
+        "ScatterND",
+        b.op("Transpose", x, perm=front),
+        stacked,
+        b.op("Transpose", updates, perm=moved),
+        reduction=reduction,
+    )
+    return b.op("Transpose", turned, perm=[front.index(d) for d in range(x.rank)])
 
 
 def _is_one(value: Value) -> bool:
@@ -196,6 +213,12 @@ def select_scatter(b: Builder, x: Value, source: Value, dim: int, at: Any) -> Va
     return slice_scatter(b, x, lifted, axis, at)
 
 
+def copy(b: Builder, x: Value, source: Value, *_: Any) -> Value:
+    """The source in the shape of x."""
+    value = b.cast(source, x.dtype)
+    return value if source.dims == x.dims else b.op("Expand", value, b.shape(x.dims))
+
+
 def nonzero(b: Builder, x: Value) -> Value:
     """The places that are not zero, one a row."""
     return b.op("Transpose", b.op("NonZero", x, dtype=torch.int64), perm=[1, 0])
@@ -232,7 +255,7 @@ EMIT: dict[str, Emit] = {
     "aten.index_fill.int_Scalar": index_fill, "aten.scatter.src": scatter, "aten.scatter.value": scatter,
     "aten.scatter.reduce": scatter, "aten.scatter.value_reduce": scatter, "aten.scatter_add.default": scatter_add,
     "aten.scatter_reduce.two": scatter_reduce, "aten.slice_scatter.default": slice_scatter,
-    "aten.select_scatter.default": select_scatter, "aten.nonzero.default": nonzero,
+    "aten.select_scatter.default": select_scatter, "aten.nonzero.default": nonzero, "aten.copy.default": copy,
     "aten.masked_select.default": masked_select, "aten.one_hot.default": one_hot,
     "aten.item.default": item, "aten._local_scalar_dense.default": item,
 }  # fmt: skip

@@ -42,6 +42,8 @@ KERNELS: dict[str, tuple[torch.dtype, ...]] = {
     **dict.fromkeys(("Ceil", "Floor", "Exp", "Log", "Sqrt", "Sin", "Cos", "Tanh", "Sigmoid", "Reciprocal"), _FLOATS),
     **dict.fromkeys(("Softmax", "LogSoftmax", "LayerNormalization", "SimplifiedLayerNormalization", "Gemm"), _FLOATS),
     **dict.fromkeys(("Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Cosh", "Sinh", "Tan", "Erf"), (_F32,)),
+    "FusedMatMul": _FLOATS,
+    **dict.fromkeys(("QuickGelu", "FastGelu"), (_F32,)),
     **dict.fromkeys(("Conv", "ConvTranspose", "AveragePool", "Softplus", "Elu", "LeakyRelu", "PRelu", "Gelu"), (_F32,)),
     **dict.fromkeys(("InstanceNormalization", "Mish", "Selu", "Celu", "HardSigmoid", "HardSwish", "Resize"), (_F32,)),
 }

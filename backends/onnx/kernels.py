@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,16 +16,51 @@ if TYPE_CHECKING:
     from qfx.backends.onnx.graph import StageModel
 
 _GHOST = "weights"
+# Kernels that do the work of a node; what stands around them is told only where a node has none of these.
+_MAIN = {
+    "MatMulIntegerToFloat": "u8 x s8",
+    "DynamicQuantizeMatMul": "u8 x s8",
+    "MatMulInteger": "u8 x s8",
+    "FusedMatMul": "f32",
+    "MatMul": "f32",
+    "Gemm": "f32",
+    "FusedGemm": "f32",
+    "Conv": "f32",
+    "FusedConv": "f32",
+    "MultiHeadAttention": "f32",
+    "GroupQueryAttention": "f32",
+}
 
 
 def executed_kernels(built: StageModel, names: list[str]) -> dict[str, str]:
-    """FX node name -> its kernels in the optimized graph, joined by '+'; 'none' where nothing is left to execute."""
+    """FX node name -> its kernels in the optimized graph; "" where nothing of it is left to execute."""
+    graph = optimized_graph(built)
+    integers = {t.name for t in graph.initializer if t.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)}
     found: dict[str, list[str]] = {name: [] for name in names}
-    for node in optimized_graph(built).node:
+    main: dict[str, list[str]] = {name: [] for name in names}
+    for node in graph.node:
         owner = node.name.split("/")[0]
-        if owner in found:
-            found[owner].append(node.op_type)
-    return {name: "+".join(kernels) or "none" for name, kernels in found.items()}
+        if owner not in found:
+            continue
+        found[owner].append(node.op_type)
+        if node.op_type == "MatMulNBits":
+            main[owner].append(_nbits(node))
+        elif node.op_type in _MAIN:
+            main[owner].append(f"{node.op_type} {_MAIN[node.op_type]}")
+        elif node.op_type == "Gather" and node.input[0] in integers:
+            main[owner].append("Gather int8")
+    return {name: _text(main[name] or found[name]) for name in names}
+
+
+def _nbits(node: onnx.NodeProto) -> str:
+    attrs = {a.name: a.i for a in node.attribute}
+    inner = ", 8-bit activations" if attrs.get("accuracy_level") == 4 else ""
+    return f"MatMulNBits {attrs['bits']}-bit, blocks of {attrs['block_size']}{inner}"
+
+
+def _text(kernels: list[str]) -> str:
+    """Each kernel once, with its count."""
+    return " + ".join(f"{kernel} (x{n})" if n > 1 else kernel for kernel, n in Counter(kernels).items())
 
 
 def optimized_graph(built: StageModel) -> onnx.GraphProto:
@@ -32,8 +68,6 @@ def optimized_graph(built: StageModel) -> onnx.GraphProto:
 
     An empty sparse file stands in for large weights: kernels depend on their types and shapes only.
     """
-    model = onnx.ModelProto()
-    model.CopyFrom(built.model)
     with tempfile.TemporaryDirectory() as folder:
         sizes = [t.numel() * t.element_size() for t in built.weights.values()]
         with (Path(folder) / _GHOST).open("wb") as ghost:
@@ -44,6 +78,6 @@ def optimized_graph(built: StageModel) -> onnx.GraphProto:
         chosen.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         chosen.add_session_config_entry("session.disable_prepacking", "1")
         ort.InferenceSession(
-            model.SerializeToString(), chosen, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED
+            built.model.SerializeToString(), chosen, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED
         )
         return onnx.load(str(path), load_external_data=False).graph

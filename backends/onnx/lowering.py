@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,7 @@ from qfx.backends.onnx.decompose import decompose
 from qfx.backends.onnx.graph import SizeOf, StageModel, build_stage, carriers_of, reason_against
 from qfx.backends.onnx.kernels import executed_kernels
 from qfx.backends.onnx.partition import Stage, stages_of
-from qfx.backends.onnx.session import Session
+from qfx.backends.onnx.session import Session, SessionError
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.graph import fqn_of, get_tensor
 
@@ -36,21 +37,45 @@ def lower(gm: fx.GraphModule, *, strict: bool = False) -> OnnxLowered:
     Operators without an ONNX form are decomposed into simpler ones; what then has none still runs in torch between ONNX
     sessions, with a note each. Raises UnsupportedError for these where `strict`.
     """
+    _check_devices(gm)
     gm = _copied(gm)
     reasons = decompose(gm, reason_against)
-    notes = [Note(fqn_of(n), f"runs in torch: {why}", _NEXT, source_line(n) or "") for n, why in reasons.items()]
-    if strict and reasons:
-        node, why = next(iter(reasons.items()))
-        raise UnsupportedError(
-            explain(
-                f"ONNX Runtime cannot run {len(reasons)} node(s) of this graph, first {node.name!r}: {why}",
-                expected="operators with an ONNX form, because strict=True",
-                found=str(node.target),
-                node=node,
-                next_step="lower with strict=False to run these nodes in torch",
+    while True:
+        if strict and reasons:
+            raise UnsupportedError(_refusal(reasons))
+        try:
+            return OnnxLowered(gm, reasons)
+        except SessionError as error:
+            node = next((n for n in gm.graph.nodes if n.name == error.node and n not in reasons), None)
+            if node is None:
+                raise
+            reasons[node] = error.reason
+
+
+def _refusal(reasons: dict[fx.Node, str]) -> str:
+    node, why = next(iter(reasons.items()))
+    return explain(
+        f"ONNX Runtime cannot run {len(reasons)} node(s) of this graph, first {node.name!r}: {why}",
+        expected="operators with an ONNX form, because strict=True",
+        found=str(node.target),
+        node=node,
+        next_step="lower with strict=False to run these nodes in torch",
+    )
+
+
+def _check_devices(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        fake = node.meta.get("val")
+        if isinstance(fake, Tensor) and fake.device.type not in ("cpu", "meta"):
+            raise UnsupportedError(
+                explain(
+                    "the ONNX Runtime backend runs on the CPU",
+                    expected="tensors on the CPU",
+                    found=str(fake.device),
+                    node=node,
+                    next_step="move the model with model.to('cpu'), or choose another backend",
+                )
             )
-        )
-    return OnnxLowered(gm, set(reasons), notes)
 
 
 class OnnxLowered:
@@ -60,10 +85,10 @@ class OnnxLowered:
     notes: what runs otherwise than the graph says.
     """
 
-    def __init__(self, gm: fx.GraphModule, eager: set[fx.Node], notes: list[Note]) -> None:
-        self.notes = notes
+    def __init__(self, gm: fx.GraphModule, eager: dict[fx.Node, str]) -> None:
+        self.notes = [Note(fqn_of(n), f"runs in torch: {why}", _NEXT, source_line(n) or "") for n, why in eager.items()]
         self._placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        self._stages = stages_of(gm, eager)
+        self._stages = stages_of(gm, set(eager))
         carriers = carriers_of(gm)
         _keep_carriers(self._stages, carriers)
         self._models: dict[int, StageModel] = {}
@@ -100,7 +125,7 @@ class OnnxLowered:
         for i, stage in enumerate(self._stages):
             names = [n.name for n in stage.nodes]
             if stage.eager:
-                found |= {n.name: f"torch {n.target}" for n in stage.nodes}
+                found |= {n.name: f"torch {n.target}" for n in stage.nodes if n.target is not operator.getitem}
             else:
                 found |= executed_kernels(self._models[i], names)
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -26,6 +27,9 @@ def stages_of(gm: fx.GraphModule, eager: set[fx.Node]) -> list[Stage]:
     level: dict[fx.Node, int] = {}
     for node in gm.graph.nodes:
         if node.op != "call_function":
+            continue
+        if node.target is operator.getitem and node.args[0] in level:
+            level[node] = level[node.args[0]]  # a tuple never crosses a stage
             continue
         least = max((level[a] for a in node.all_input_nodes if a in level), default=0)
         level[node] = least if least % 2 == (node in eager) else least + 1

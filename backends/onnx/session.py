@@ -6,6 +6,7 @@ are handed over without a copy. Every call has its own binding, so calls may com
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,19 @@ def options(threads: int) -> Any:
     return chosen
 
 
+class SessionError(RuntimeError):
+    """ONNX Runtime refused a model; `node` is the FX node that it names (or ""), `reason` its first line."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        match = _NODE.search(str(error))
+        self.node = match.group(1) if match else ""
+        self.reason = f"ONNX Runtime refuses it: {str(error).splitlines()[0]}"
+
+
+_NODE = re.compile(r"(?:node with name '|in node \(|[Nn]ode:? ?\(?'?)([^'/()\s]+)/\d+")
+
+
 class Session:
     """A model and the weights it uses, ready to run. `run` takes and gives torch tensors."""
 
@@ -42,9 +56,12 @@ class Session:
             names = list(weights)
             chosen.add_external_initializers(names, [_wrap(weights[name]) for name in names])
         self._weights = weights
-        self._session = ort.InferenceSession(
-            model.SerializeToString(), chosen, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED
-        )
+        try:
+            self._session = ort.InferenceSession(
+                model.SerializeToString(), chosen, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED
+            )
+        except Exception as error:
+            raise SessionError(error) from error
         self.inputs = [i.name for i in model.graph.input]
         self.outputs = [o.name for o in model.graph.output]
         self._bool = [o.type.tensor_type.elem_type == onnx.TensorProto.BOOL for o in model.graph.output]
