@@ -23,6 +23,7 @@ _MOVES = (
     *m.RESHAPES,
     *m.TRANSPOSES,
     aten.expand.default,
+    aten.broadcast_to.default,
     aten.unsqueeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,

@@ -21,6 +21,7 @@ from qfx.passes import _match as m
 
 aten = torch.ops.aten
 
+_PART = 1 << 22  # elements in f64 at once
 _SAME = (*m.CASTS, *m.SAME_VALUE)
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 
@@ -303,14 +304,22 @@ def put(module: nn.Module, fqn: str, new: Tensor) -> None:
 
 
 def scale(module: nn.Module, fqn: str, factor: Tensor, axis: int) -> None:
-    """Multiply a stored tensor by `factor` along one axis."""
+    """Multiply a stored tensor by `factor` along one axis, in f64 and in parts, since the tensor may be large."""
+    old = graph.get_tensor(module, fqn)
+    shape = [1] * old.dim()
+    shape[axis] = -1
+    wide = factor.to(old.device, torch.float64).reshape(shape)
+    new = torch.empty_like(old, memory_format=torch.contiguous_format, requires_grad=False)
+    with torch.no_grad():
+        for rows in parts(old):
+            new[rows] = (old[rows].to(torch.float64) * (wide[rows] if axis % old.dim() == 0 else wide)).to(old.dtype)
+    put(module, fqn, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
-    def change(old: Tensor) -> Tensor:
-        shape = [1] * old.dim()
-        shape[axis] = -1
-        return old * factor.to(old).reshape(shape)
 
-    edit(module, fqn, change)
+def parts(tensor: Tensor) -> list[slice]:
+    """Slices of the first axis, each of a bounded number of elements."""
+    step = max(_PART * len(tensor) // max(tensor.numel(), 1), 1)
+    return [slice(start, start + step) for start in range(0, len(tensor), step)]
 
 
 def scale_norm(module: nn.Module, norm: Norm, factor: Tensor) -> None:

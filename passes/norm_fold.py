@@ -73,8 +73,8 @@ def apply(module: nn.Module, site: Site, factor: Tensor | None = None) -> None:
     for linear in site.linears:
         if beta is not None and site.biases:
             assert linear.bias is not None
-            weight = graph.get_tensor(module, linear.weight).detach().to(torch.float64).movedim(linear.inp, -1)
-            moved = weight @ beta
+            weight = graph.get_tensor(module, linear.weight).detach().movedim(linear.inp, -1)
+            moved = torch.cat([weight[rows].to(torch.float64) @ beta for rows in sites.parts(weight)])
             sites.edit(module, linear.bias, moved.add)
         sites.scale(module, linear.weight, gamma, linear.inp)
     if site.norm.bias is not None:

@@ -31,6 +31,7 @@ from qfx.passes._build import call
 from qfx.passes._sites import Norm, Record, Weight
 
 ALPHAS: tuple[float, ...] = tuple(step / 10 for step in range(11))
+_ROWS = 2048  # output channels that the search looks at
 _LEAST, _GREATEST = 1e-4, 1e4  # of a factor
 
 
@@ -187,7 +188,8 @@ def choose(
     if alpha == "search":
         nodes = {graph.fqn_of(n): n for n in gm.graph.nodes if sites.is_linear(n)}
         layers = [_Layer.of(gm, nodes[w.name], w, observer, percentile) for w in linears]
-        factor = _search(layers, inputs, [factors(x_absmax, w_absmax, a) for a in alphas])
+        best = _search(layers, inputs, alphas, lambda absmax, a: factors(tie(absmax), w_absmax, a))
+        factor = None if best is None else factors(x_absmax, w_absmax, best)
     else:
         factor = factors(x_absmax, w_absmax, alpha)
     return factor if factor is not None and bool((factor != 1).any()) else None
@@ -217,7 +219,11 @@ def weight_absmax(module: nn.Module, linears: Iterable[Weight]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A linear as the search sees it: weight f32 [N, K] or [E, N, K], formats, how the range of its input is found."""
+    """A linear as the search sees it.
+
+    weight: f32 [N, K] or [E, N, K], of many output channels only some. x, w: formats. observer, percentile: how the
+    range of its input is found.
+    """
 
     weight: Tensor
     x: Format | None
@@ -229,8 +235,9 @@ class _Layer:
     def of(cls, gm: fx.GraphModule, node: fx.Node, weight: Weight, observer: str, percentile: float) -> _Layer:
         formats: dict[str, Any] = annotation.get(node)
         x, w = (f if isinstance(f := formats.get(role), Format) else None for role in ("x", "w"))
-        value = graph.get_tensor(gm, weight.weight).detach().to(torch.float32)
-        return cls(value.movedim((weight.out, weight.inp), (-2, -1)), x, w, observer, percentile)
+        value = graph.get_tensor(gm, weight.weight).detach().movedim((weight.out, weight.inp), (-2, -1))
+        some = value[..., :: -(-value.shape[-2] // _ROWS), :].to(torch.float32)
+        return cls(some, x, w, observer, percentile)
 
     def error(self, rows: Tensor, low: Tensor, high: Tensor, factor: Tensor) -> float:
         """Squared error of the quantized result relative to the float one, inputs divided by `factor`."""
@@ -254,14 +261,27 @@ class _Layer:
         return fake_quantize(x, self.x, scale, zero, activation=True)
 
 
-def _search(layers: Sequence[_Layer], inputs: Sequence[Sample], tried: Sequence[Tensor]) -> Tensor | None:
-    """The factors with the least error summed over the layers, or None where no smoothing is best."""
-    rows = max((observer.sample() for observer in inputs), key=len)
-    low = torch.stack([observer.extremes()[0] for observer in inputs]).amin(0)
-    high = torch.stack([observer.extremes()[1] for observer in inputs]).amax(0)
-    best, least = None, sum(layer.error(rows, low, high, torch.ones_like(low)) for layer in layers)
-    for factor in tried:
-        error = sum(layer.error(rows, low, high, factor) for layer in layers)
-        if error < least:
-            best, least = factor, error
-    return best
+def _search(
+    layers: Sequence[_Layer],
+    inputs: Sequence[Sample],
+    alphas: Sequence[float],
+    make: Callable[[Tensor, float], Tensor],
+) -> float | None:
+    """The exponent with the least error summed over the layers, or None where no smoothing is best.
+
+    Each half of the data is judged with factors and ranges of the other half: a strong exponent makes every channel
+    reach the limit of the range, so that new data clips, which is not seen on the data that the ranges come from.
+    """
+    folds = max((observer.folds() for observer in inputs), key=lambda found: sum(len(rows) for rows, _, _ in found))
+
+    def error(alpha: float | None) -> float:
+        total = 0.0
+        for rows, low, high in folds:
+            absmax = torch.maximum(low.abs(), high.abs())
+            factor = torch.ones_like(absmax) if alpha is None else make(absmax, alpha)
+            total += sum(layer.error(rows, low, high, factor) for layer in layers)
+        return total
+
+    tried: list[float | None] = [None, *alphas]
+    errors = [error(alpha) for alpha in tried]
+    return tried[min(range(len(tried)), key=errors.__getitem__)]

@@ -111,7 +111,8 @@ def test_negative_control_another_group() -> None:
 
 
 def heads(value: Tensor) -> Tensor:
-    return value.unflatten(-1, (2, 4)).transpose(1, 2)
+    split: Tensor = value.unflatten(-1, (2, 4))  # type: ignore[no-untyped-call]
+    return split.transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
