@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from qfx import annotation
+
 DTYPES = {
     torch.float32: "f32",
     torch.float64: "f64",
@@ -55,7 +57,7 @@ def dump(gm: fx.GraphModule) -> str:
             lines.append(f"return {_argument(node.args[0])}")
             continue
         line = f"%{node.name}: {type_text(node.meta.get('val'), symbols)} = {_call(node)}"
-        note = _annotation(node)
+        note = annotation.text(node)
         lines.append(f"{line}  # {note}" if note else line)
     return "\n".join(lines) + "\n"
 
@@ -93,8 +95,3 @@ def _argument(value: Any) -> str:
     if isinstance(value, torch.dtype):
         return DTYPES.get(value, str(value))
     return "end" if value == 2**63 - 1 and isinstance(value, int) else str(value)
-
-
-def _annotation(node: fx.Node) -> str:
-    roles = node.meta.get("custom", {}).get("qfx", {})
-    return " ".join(f"{role}={fmt if isinstance(fmt, str) else ','.join(fmt)}" for role, fmt in roles.items())

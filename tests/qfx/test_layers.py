@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Lowest first; every module of qfx stands in exactly one layer.
 LAYERS = (
-    ("qfx.errors", "qfx.format", "qfx.text", "qfx.files"),
-    ("qfx.annotation", "qfx.numerics", "qfx.packing", "qfx.histogram", "qfx.rounding", "qfx.ops", "qfx.float_ops", "qfx.measure"),
+    ("qfx.errors", "qfx.format", "qfx.files"),
+    ("qfx.annotation", "qfx.text", "qfx.numerics", "qfx.packing", "qfx.histogram", "qfx.rounding", "qfx.ops", "qfx.float_ops", "qfx.measure"),
     ("qfx.graph", "qfx.trace", "qfx.capture", "qfx.run", "qfx.verify", "qfx.plan", "qfx.recipe", "qfx.presets"),
     ("qfx.observers", "qfx.inputs", "qfx.data", "qfx.hub"),
     ("qfx.passes",),
