@@ -11,6 +11,8 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.graph import _Namespace
 
+from qfx.errors import UnsupportedError, explain
+
 aten = torch.ops.aten
 
 # Operators that only assert or mark, and whose removal changes no value.
@@ -33,7 +35,10 @@ def get_tensor(root: nn.Module, fqn: str) -> torch.Tensor:
 
 
 def set_tensor(root: nn.Module, fqn: str, tensor: torch.Tensor) -> None:
-    """Let `fqn` under `root` hold `tensor`; missing sub-modules are made. The former tensor object is not changed."""
+    """Let `fqn` under `root` hold `tensor`; missing sub-modules are made. The former tensor object is not changed.
+
+    Raises UnsupportedError where a part of the name is taken by something else: a graph module's own `graph`, ...
+    """
     *path, leaf = fqn.split(".")
     module = root
     for name in path:
@@ -41,22 +46,38 @@ def set_tensor(root: nn.Module, fqn: str, tensor: torch.Tensor) -> None:
         if child is None:
             child = nn.Module()
             setattr(module, name, child)
+        if not isinstance(child, nn.Module):
+            raise _taken(fqn, name, child)
         module = child
-    for store in (module._parameters, module._buffers):
+    held = getattr(module, leaf, None)
+    if held is not None and not isinstance(held, torch.Tensor):
+        raise _taken(fqn, leaf, held)
+    for store in (module._parameters, module._buffers, module.__dict__):
         store.pop(leaf, None)
     if isinstance(tensor, nn.Parameter):
         module.register_parameter(leaf, tensor)
     else:
-        module.__dict__.pop(leaf, None)
         module.register_buffer(leaf, tensor)
 
 
+def _taken(fqn: str, name: str, value: object) -> UnsupportedError:
+    return UnsupportedError(
+        explain(
+            f"no tensor can be held under the name {fqn!r}",
+            expected=f"{name!r} to be free, or a module or tensor",
+            found=type(value).__name__,
+            next_step=f"give the model's {name!r} another name",
+        )
+    )
+
+
 def tied_names(tensors: dict[int, tuple[str, torch.Tensor]]) -> dict[int, str]:
-    """One canonical FQN for tensors that share storage, shape and stride: the first name in order."""
+    """One canonical FQN for tensors that share memory, dtype, shape and stride: the first name in order."""
     names: dict[Any, str] = {}
     result = {}
     for i, (name, tensor) in tensors.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (id(tensor),)
+        at = tensor.data_ptr()  # 0 for what holds nothing: empty tensors and those on the meta device
+        key = (at, tensor.dtype, tensor.shape, tensor.stride()) if at else (id(tensor),)
         result[i] = names.setdefault(key, name)
     return result
 
@@ -167,39 +188,48 @@ _WEIGHT_AT = {
     "qfx::dequantize": 0,
     "qfx::grouped_linear_quant": 1,
 }
-_LEAF = re.compile(r"\.weight$|\.w_codes$|_w_codes$|(?<=\.)parametrizations\.(?=\w+\.original0$)|\.original0$")
+# What stands for `weight` or `<name>` where a weight is packed (numbered where the name was taken) or parametrized.
+_HELD = re.compile(
+    r"(?:^|(?<=\.))(?:w_codes(?:_\d+)?|(?P<packed>\w+)_w_codes(?:_\d+)?|parametrizations\.(?P<whole>\w+)\.original\d*)$"
+)
 _VIEWS = {"t", "transpose", "permute", "view", "reshape", "_unsafe_view", "alias", "detach", "contiguous", "clone"}
 
 
 def weight_of(node: fx.Node) -> fx.Node | None:
     """The get_attr behind a linear-like node's weight, through transposes and reshapes; None where it is computed."""
     at = _WEIGHT_AT.get(schema_name(node)) if node.op == "call_function" else None
-    weight = node.args[at] if at is not None else None
-    while isinstance(weight, fx.Node) and weight.op == "call_function" and op_name(weight) in _VIEWS:
-        weight = weight.args[0]
-    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+    return parameter_behind(node.args[at]) if at is not None else None
+
+
+def parameter_behind(operand: Any) -> fx.Node | None:
+    """The get_attr that an operand is, through transposes and reshapes; None for everything else."""
+    while isinstance(operand, fx.Node) and operand.op == "call_function" and op_name(operand) in _VIEWS:
+        operand = operand.args[0]
+    return operand if isinstance(operand, fx.Node) and operand.op == "get_attr" else None
 
 
 def fqn_of(node: fx.Node) -> str:
-    """What a node is called in recipes, plans and reports: its weight's FQN without '.weight', else module and operator.
+    """What a node is called in recipes, plans, reports: its weight's FQN without '.weight', else module and operator.
 
+    A packed weight is called as before it was packed.
     A tied weight is called by the module that uses it: the `lm_head` that reads the embedding's table is `lm_head`.
     """
     module = str(node.meta.get("qfx_module", ""))
     weight = weight_of(node)
     if weight is None:
         return f"{module}.{op_name(node)}" if module else node.name
-    name = _LEAF.sub("", str(weight.target))
+    name = _HELD.sub(lambda m: m["packed"] or m["whole"] or "weight", str(weight.target)).removesuffix(".weight")
     if module and not _nested(name, module):
         return module
     return name
 
 
 def add_tensor(gm: fx.GraphModule, fqn: str, tensor: torch.Tensor, before: fx.Node) -> fx.Node:
-    """Hold `tensor` under `fqn` and return its get_attr node, placed before `before`; an existing node is used again."""
+    """Hold `tensor` under `fqn` and return its get_attr node, which stands before `before`; an existing one serves."""
     existing = next((n for n in gm.graph.nodes if n.op == "get_attr" and n.target == fqn), None)
     if existing is not None and get_tensor(gm, fqn) is tensor:
-        before.prepend(existing) if _after(existing, before) else None
+        if _after(existing, before):
+            before.prepend(existing)
         return existing
     assert existing is None, f"{fqn} already holds another tensor"
     set_tensor(gm, fqn, tensor)
@@ -233,5 +263,5 @@ def copy(gm: fx.GraphModule) -> fx.GraphModule:
     output = nodes.output(result)
     output.meta = dict(next(n for n in gm.graph.nodes if n.op == "output").meta)
     new = fx.GraphModule(gm, nodes)
-    new.meta = dict(gm.meta)
+    new.meta = {key: dict(value) if isinstance(value, dict) else value for key, value in gm.meta.items()}
     return new
