@@ -17,7 +17,7 @@ from qfx.passes.annotate import annotate
 from qfx.passes.convolution import convolution
 from qfx.passes.fuse_dequantize import fuse_dequantize
 from qfx.passes.normalize import normalize
-from qfx.passes.quantize import quantize
+from qfx.passes.quantize import quantize, refuse
 from qfx.passes.rewrites import apply_record
 from qfx.plan import Plan
 from qfx.recipe import Recipe
@@ -38,10 +38,10 @@ def apply_plan(gm: fx.GraphModule, plan: Plan | None, recipe: Recipe, *, strict:
     """Quantize a prepared graph: by a plan, or by a recipe that needs no data. Returns what could not be had."""
     notes: list[Note] = []
     if plan is None:
-        notes += annotate(gm, recipe)
+        notes += annotate(gm, recipe) + refuse(gm)
         tensors, rounding = {}, recipe.rounding
     else:
-        notes += annotate_from(gm, plan)
+        notes += annotate_from(gm, plan) + refuse(gm)
         for record in plan.rewrites:
             apply_record(gm, record, plan.tensors)
         tensors, rounding = plan.tensors, plan.recipe.rounding

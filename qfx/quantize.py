@@ -17,6 +17,7 @@ from qfx.observers import Observer, create
 from qfx.passes.annotate import annotate
 from qfx.passes.calibrate import calibrate
 from qfx.passes.observe import insert_observers, remove_observers
+from qfx.passes.quantize import refuse
 from qfx.pipeline import prepare, told
 from qfx.plan import Plan
 from qfx.recipe import Recipe, is_static
@@ -85,7 +86,7 @@ def _plan(model: nn.Module, recipe: Recipe, calls: list[Any] | None, *, strict: 
     captured = capture_export(model, args, without_cache(model, kwargs) if not args else kwargs)
     gm = captured.gm
     notes = prepare(gm)
-    notes += annotate(gm, recipe)
+    notes += annotate(gm, recipe) + refuse(gm)
     made = Plan.of(model, recipe)
     _decide(gm, made)
     if recipe.needs_data:
