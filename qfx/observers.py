@@ -280,6 +280,7 @@ class Sample(AbsMax):
     """Extremes per channel and a uniform sample of rows over the last axis, for searches on a layer's real inputs.
 
     Every row draws a random key and those with the greatest keys stay, so a merge of two samples is a sample of both.
+    The two halves of every batch are told apart, so that a choice can be judged on data that it was not made from.
     """
 
     def __init__(self, name: str = "tensor", rows: int = 512, seed: int = 0) -> None:
@@ -289,6 +290,8 @@ class Sample(AbsMax):
         self.rows = rows
         self._keys: Tensor | None = None
         self._kept: Tensor | None = None
+        self._half: Tensor | None = None
+        self._ends_of: list[tuple[Tensor, Tensor] | None] = [None, None]
         self._random = torch.Generator().manual_seed(seed)
 
     @property
@@ -301,22 +304,48 @@ class Sample(AbsMax):
         assert self._kept is not None
         return self._kept
 
+    def folds(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For each half of the data: its sampled rows f32 [R, C], and the extremes f32 [C] of the other half.
+
+        One fold, of everything, where the data has no two halves.
+        """
+        first, second = self._ends_of
+        rows = self.sample()
+        if first is None or second is None or self._half is None or self._half.unique().numel() < 2:
+            return [(rows, *self.extremes())]
+        return [(rows[self._half == 0], *second), (rows[self._half == 1], *first)]
+
     def _take(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
         keys = torch.rand(rows.shape[1], generator=self._random, dtype=torch.float64).to(rows.device)
         top = keys.topk(min(self.rows, len(keys))).indices
-        self._keep(keys[top], rows[:, top].t().to(torch.float32))
+        middle = rows.shape[1] // 2
+        self._keep(keys[top], rows[:, top].t().to(torch.float32), (top >= middle).to(torch.uint8))
+        if middle:
+            for half, part in enumerate((rows[:, :middle], rows[:, middle:])):
+                self._widen(half, part.amin(1).to(torch.float32), part.amax(1).to(torch.float32))
 
     def _join(self, other: Self) -> None:
         assert other._keys is not None
         assert other._kept is not None
-        self._keep(other._keys, other._kept)
+        assert other._half is not None
+        self._keep(other._keys, other._kept, other._half)
+        for half, ends in enumerate(other._ends_of):
+            if ends is not None:
+                self._widen(half, *ends)
 
-    def _keep(self, keys: Tensor, rows: Tensor) -> None:
-        if self._keys is not None and self._kept is not None:
+    def _keep(self, keys: Tensor, rows: Tensor, half: Tensor) -> None:
+        if self._keys is not None and self._kept is not None and self._half is not None:
             keys = torch.cat([self._keys, keys.to(self._keys.device)])
             rows = torch.cat([self._kept, rows.to(self._kept.device)])
+            half = torch.cat([self._half, half.to(self._half.device)])
         top = keys.topk(min(self.rows, len(keys))).indices
-        self._keys, self._kept = keys[top], rows[top].contiguous()
+        self._keys, self._kept, self._half = keys[top], rows[top].contiguous(), half[top]
+
+    def _widen(self, half: int, low: Tensor, high: Tensor) -> None:
+        ends = self._ends_of[half]
+        if ends is not None:
+            low, high = torch.minimum(ends[0], low.to(ends[0].device)), torch.maximum(ends[1], high.to(ends[1].device))
+        self._ends_of[half] = (low, high)
 
 
 _KINDS: dict[str, Callable[..., Observer]] = {
