@@ -40,8 +40,8 @@ def cosine(model: Any, quantized: Any, batches: list[dict[str, Tensor]]) -> floa
     """Mean cosine of the last hidden states of real tokens."""
     found = []
     for batch in batches:
-        pair = [m(**batch).last_hidden_state[batch["attention_mask"].bool()] for m in (model, quantized)]
-        found.append(torch.nn.functional.cosine_similarity(*pair, dim=-1))
+        a, b = (m(**batch).last_hidden_state[batch["attention_mask"].bool()] for m in (model, quantized))
+        found.append(torch.nn.functional.cosine_similarity(a, b, dim=-1))
     return float(torch.cat(found).mean())
 
 

@@ -111,7 +111,7 @@ def test_negative_control_another_group() -> None:
 
 
 def heads(value: Tensor) -> Tensor:
-    split: Tensor = value.unflatten(-1, (2, 4))  # type: ignore[no-untyped-call]
+    split: Tensor = value.unflatten(-1, (2, 4))
     return split.transpose(1, 2)
 
 
