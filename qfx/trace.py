@@ -57,19 +57,6 @@ def _refuse_autocast(*, enabled: bool) -> None:
         )
 
 
-def is_functional(gm: fx.GraphModule) -> bool:
-    """Does an exported graph hold functional operators alone, so that a second trace would change nothing?"""
-    for node in gm.graph.nodes:
-        if node.op not in ("placeholder", "call_function", "output"):
-            return False
-        target = node.target
-        if isinstance(target, torch._ops.HigherOrderOperator) or getattr(target, "__name__", "") in _DROPPED:
-            return False
-        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-            return False
-    return True
-
-
 def retrace(
     gm: fx.GraphModule, fakes: Sequence[Any], scalars: dict[str, float] | None = None
 ) -> tuple[fx.GraphModule, list[int]]:
