@@ -30,7 +30,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, 8] -> [B, 8]."""
         h = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.scale
-        return x + self.down(functional.gelu(self.up(h)))
+        y: Tensor = x + self.down(functional.gelu(self.up(h)))
+        return y
 
 
 def stages(recipe: Recipe) -> list[tuple[str, str]]:
