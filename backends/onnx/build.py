@@ -54,13 +54,16 @@ class Builder:
 
         Inputs of a dtype for which ONNX Runtime has no kernel are computed in a wider one.
         """
-        main = inputs[1 if op_type == "Where" else 0]
+        first = 1 if op_type == "Where" else 0  # the condition of Where is no data
+        main = inputs[first]
         assert main is not None, f"{op_type} without its first input"
         dtype = dtype or main.dtype
         wide = fallback_type(op_type, main.dtype)
         if wide is None:
-            return self.ops(op_type, *inputs, dtypes=[dtype], domain=domain, **attrs)[0]
-        wider = [self.cast(v, wide) if v is not None and v.dtype == main.dtype else v for v in inputs]
+            result = self.ops(op_type, *inputs, dtypes=[dtype], domain=domain, **attrs)[0]
+            return Value(result.name, dtype, _shape_after(op_type, inputs))
+        wider = list(inputs[:first])
+        wider += [self.cast(v, wide) if v is not None and v.dtype == main.dtype else v for v in inputs[first:]]
         if main.dtype == torch.float64:
             self.note(f"{op_type} is computed in f32 instead of f64", "none: ONNX Runtime has no f64 kernel for it")
         if dtype != main.dtype:
@@ -224,9 +227,37 @@ class Builder:
         return _typed(self, result, self.out)
 
     def note(self, reason: str, next_step: str) -> None:
-        """Tell the user something about the node being lowered."""
+        """Tell the user how the node being lowered is computed, where its result is as asked all the same."""
         assert self.node is not None
-        self.notes.append(Note(fqn_of(self.node), reason, next_step, source_line(self.node) or ""))
+        self.notes.append(Note(fqn_of(self.node), reason, next_step, source_line(self.node) or "", minor=True))
+
+
+_ELEMENTWISE = {
+    "Abs",
+    "Neg",
+    "Sign",
+    "Exp",
+    "Log",
+    "Sqrt",
+    "Not",
+    "Floor",
+    "Round",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Max",
+    "Min",
+    "Pow",
+}
+
+
+def _shape_after(op_type: str, inputs: Sequence[Value | None]) -> tuple[Dim, ...] | None:
+    """The shape of an element-wise result where its inputs agree (numbers aside), else None: not known."""
+    if op_type not in _ELEMENTWISE:
+        return None
+    shapes = {v.shape for v in inputs if v is not None and v.shape != ()}
+    return shapes.pop() if len(shapes) == 1 else () if not shapes else None
 
 
 def _typed(b: Builder, value: Value, fake: Tensor) -> Value:

@@ -21,7 +21,7 @@ def decompose(gm: fx.GraphModule, reason_against: Reason) -> dict[fx.Node, str]:
     the reason."""
     kept: dict[fx.Node, str] = {}
     for node in list(gm.graph.nodes):
-        if node.op != "call_function":
+        if node.op != "call_function" or node._erased:
             continue
         reason = reason_against(gm, node)
         if reason is None:

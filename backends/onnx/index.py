@@ -225,9 +225,10 @@ def nonzero(b: Builder, x: Value) -> Value:
 
 
 def masked_select(b: Builder, x: Value, mask: Value) -> Value:
-    """The elements under a mask of the same shape, flat."""
+    """The elements under a mask, flat."""
     if x.dims != mask.dims:
-        raise NotImplementedError("masked_select with broadcasting")
+        mask = b.op("Expand", mask, b.op("Shape", x, dtype=torch.int64))
+        x = b.op("Expand", x, b.op("Shape", mask, dtype=torch.int64))
     return b.op("Compress", b.op("Reshape", x, b.ints([-1])), b.op("Reshape", mask, b.ints([-1])), axis=0)
 
 

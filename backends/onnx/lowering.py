@@ -201,4 +201,4 @@ def _half_note(gm: fx.GraphModule) -> list[Note]:
     if not found:
         return []
     reason = f"{' and '.join(found)} values are computed in float32, outputs cast back"
-    return [Note("graph", reason, "none needed; ONNX Runtime has no CPU kernels for them")]
+    return [Note("graph", reason, "none needed; ONNX Runtime has no CPU kernels for them", minor=True)]

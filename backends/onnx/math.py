@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -179,24 +178,9 @@ def trunc(b: Builder, x: Value) -> Value:
     return b.op("Mul", b.op("Sign", x), b.op("Floor", b.op("Abs", x)))
 
 
-def round_decimals(b: Builder, x: Value, decimals: int) -> Value:
-    """Round half to even at a decimal place."""
-    factor = b.scalar(10.0**decimals, x.dtype)
-    return b.op("Div", b.op("Round", b.op("Mul", x, factor)), factor)
-
-
 def rsqrt(b: Builder, x: Value) -> Value:
     """1 / sqrt(x)."""
     return b.op("Reciprocal", b.op("Sqrt", b.cast(x, b.out_dtype)))
-
-
-def log_of(base: float) -> Emit:
-    """Logarithm to a base."""
-
-    def emit(b: Builder, x: Value) -> Value:
-        return b.op("Mul", b.op("Log", b.cast(x, b.out_dtype)), b.scalar(1 / math.log(base), b.out_dtype))
-
-    return emit
 
 
 def clamp(b: Builder, x: Value, low: Any = None, high: Any = None) -> Value:
@@ -259,76 +243,6 @@ def shift_right(b: Builder, x: Any, y: Any) -> Value:
     return floor_divide(b, left, power)
 
 
-def isnan(b: Builder, x: Value) -> Value:
-    """Is it NaN? Never for integers."""
-    if not x.dtype.is_floating_point:
-        return b.op("Not", b.op("Equal", x, x, dtype=torch.bool))
-    return b.op("IsNaN", x, dtype=torch.bool)
-
-
-def isinf(b: Builder, x: Value) -> Value:
-    """Is it infinite?"""
-    if not x.dtype.is_floating_point:
-        return b.op("Not", b.op("Equal", x, x, dtype=torch.bool))
-    return b.op("IsInf", x, dtype=torch.bool)
-
-
-def isfinite(b: Builder, x: Value) -> Value:
-    """Neither NaN nor infinite."""
-    return b.op("Not", b.op("Or", isnan(b, x), isinf(b, x)))
-
-
-def nan_to_num(b: Builder, x: Value, nan: Any = None, posinf: Any = None, neginf: Any = None) -> Value:
-    """NaN and infinities to numbers."""
-    if not x.dtype.is_floating_point:
-        return x
-    limits = torch.finfo(b.out.dtype)
-    value = b.op("Where", isnan(b, x), b.scalar(nan or 0.0, x.dtype), x)
-    value = b.op(
-        "Where",
-        b.op("Equal", x, b.scalar(math.inf, x.dtype), dtype=torch.bool),
-        b.scalar(limits.max if posinf is None else posinf, x.dtype),
-        value,
-    )
-    return b.op(
-        "Where",
-        b.op("Equal", x, b.scalar(-math.inf, x.dtype), dtype=torch.bool),
-        b.scalar(limits.min if neginf is None else neginf, x.dtype),
-        value,
-    )
-
-
-def atan2(b: Builder, y: Any, x: Any) -> Value:
-    """The angle of (x, y)."""
-    top, low = operands(b, y, x, dtype=b.out_dtype)
-    zero = b.scalar(0, top.dtype)
-    angle = b.op("Atan", b.op("Div", top, low))
-    left = b.op("Less", low, zero, dtype=torch.bool)
-    below = b.op("Less", top, zero, dtype=torch.bool)
-    turn = b.op("Where", below, b.scalar(-math.pi, top.dtype), b.scalar(math.pi, top.dtype))
-    turned = b.op("Where", left, b.op("Add", angle, turn), angle)
-    return b.op("Where", isnan(b, angle), zero, turned)
-
-
-def expm1(b: Builder, x: Value) -> Value:
-    """exp(x) - 1 as 2 * exp(x / 2) * sinh(x / 2), exact near zero."""
-    half = b.op("Mul", b.cast(x, b.out_dtype), b.scalar(0.5, b.out_dtype))
-    return b.op("Mul", b.op("Mul", b.op("Exp", half), b.op("Sinh", half)), b.scalar(2, b.out_dtype))
-
-
-def log1p(b: Builder, x: Value) -> Value:
-    """log(1 + x) as x * log(u) / (u - 1) with u = 1 + x, exact near zero."""
-    value = b.cast(x, b.out_dtype)
-    one = b.scalar(1, value.dtype)
-    u = b.op("Add", value, one)
-    rest = b.op("Sub", u, one)
-    small = b.op("Equal", rest, b.scalar(0, value.dtype), dtype=torch.bool)
-    guarded = b.op("Where", small, one, rest)
-    finite = b.op("Mul", value, b.op("Div", b.op("Log", u), guarded))
-    infinite = b.op("Equal", value, b.scalar(math.inf, value.dtype), dtype=torch.bool)
-    return b.op("Where", infinite, value, b.op("Where", small, value, finite, dtype=value.dtype))
-
-
 def lerp(b: Builder, start: Value, end: Value, weight: Any) -> Value:
     """start + weight * (end - start)."""
     first, last, part = operands(b, start, end, weight, dtype=b.out_dtype)
@@ -339,11 +253,6 @@ def addcmul(b: Builder, x: Value, t1: Value, t2: Value, value: Any = 1, op_type:
     """x + value * t1 * t2 (or t1 / t2)."""
     base, left, right = operands(b, x, t1, t2, dtype=b.out_dtype)
     return b.op("Add", base, scaled(b, b.op(op_type, left, right), value))
-
-
-def erfc(b: Builder, x: Value) -> Value:
-    """1 - erf(x)."""
-    return b.op("Sub", b.scalar(1, b.out_dtype), b.op("Erf", b.cast(x, b.out_dtype)))
 
 
 def square(b: Builder, x: Value) -> Value:
@@ -389,12 +298,11 @@ EMIT: dict[str, Emit] = {
     **both("bitwise_left_shift", shift_left, "Tensor Tensor_Scalar"),
     **both("bitwise_right_shift", shift_right, "Tensor Tensor_Scalar"),
     "aten.floor.default": same("Floor"), "aten.ceil.default": same("Ceil"), "aten.round.default": same("Round"),
-    "aten.round.decimals": round_decimals, "aten.trunc.default": trunc, "aten.fix.default": trunc,
-    "aten.rsqrt.default": rsqrt, "aten.log2.default": log_of(2), "aten.log10.default": log_of(10),
-    "aten.log1p.default": log1p, "aten.expm1.default": expm1, "aten.square.default": square, "aten.erfc.default": erfc,
-    "aten.special_erf.default": unary("Erf"), "aten.special_expm1.default": expm1,
+    "aten.trunc.default": trunc, "aten.fix.default": trunc,
+    "aten.rsqrt.default": rsqrt,
+    "aten.square.default": square,
+    "aten.special_erf.default": unary("Erf"),
     "aten.relu6.default": partial(clamp, low=0, high=6),
-    "aten.isnan.default": isnan, "aten.isinf.default": isinf, "aten.isfinite.default": isfinite,
-    "aten.nan_to_num.default": nan_to_num, "aten.atan2.default": atan2, **both("lerp", lerp),
+    **both("lerp", lerp),
     "aten.addcmul.default": addcmul, "aten.addcdiv.default": partial(addcmul, op_type="Div"),
 }  # fmt: skip

@@ -114,7 +114,7 @@ def unbiased(emit: Emit) -> Emit:
 def _moments(b: Builder, x: Value, dim: Any, correction: Any, keepdim: bool) -> tuple[Value, Value]:
     correction = 1 if correction is None else correction
     mean = reduced(b, "ReduceMean", x, dim, True)
-    apart = b.op("Sub", x, mean)
+    apart = Value(b.op("Sub", x, mean).name, x.dtype, x.shape)
     total = reduced(b, "ReduceSum", b.op("Mul", apart, apart), dim, keepdim)
     count = b.scalar(_count(x, dim), x.dtype)
     free = b.op("Max", b.op("Sub", count, b.scalar(correction, x.dtype)), b.scalar(0, x.dtype))

@@ -180,13 +180,11 @@ def roll(b: Builder, x: Value, shifts: Sequence[Any], dims: Sequence[int] = ()) 
     for shift, dim in zip(shifts, dims, strict=True):
         axis = axis_of(dim, x.rank)
         size = x.dims[axis]
-        if not isinstance(shift, int) or size == 0:
-            raise NotImplementedError("a shift that is not a number")
-        start = -shift if not isinstance(size, int) else -(shift % size)
-        if start == 0:
+        if isinstance(shift, int) and isinstance(size, int) and (size == 0 or shift % size == 0):
             continue
-        tail = b.op("Slice", x, b.ints([start]), b.ints([_END]), b.ints([axis]))
-        head = b.op("Slice", x, b.ints([0]), b.ints([start]), b.ints([axis]))
+        start = b.op("Mod", b.op("Neg", b.dim(shift)), b.dim(size))
+        tail = b.op("Slice", x, start, b.ints([_END]), b.ints([axis]))
+        head = b.op("Slice", x, b.ints([0]), start, b.ints([axis]))
         joined = b.op("Concat", tail, head, axis=axis)
         x = Value(joined.name, joined.dtype, x.shape)
     return x
@@ -223,6 +221,30 @@ def pad_as(mode: str) -> Emit:
         return pad(b, x, widths, 0, mode)
 
     return emit
+
+
+def unfold(b: Builder, x: Value, dim: int, size: int, step: int) -> Value:
+    """Windows of a dimension, in a new last one."""
+    axis = axis_of(dim, x.rank)
+    count = b.scalar(b.out_dims[axis], torch.int64)
+    starts = b.op("Range", b.scalar(0, torch.int64), count, b.scalar(1, torch.int64))
+    starts = b.op("Unsqueeze", b.op("Mul", starts, b.scalar(step, torch.int64)), b.ints([1]))
+    windows = b.op("Gather", x, b.op("Add", starts, b.ints(list(range(size)))), axis=axis)
+    order = [*range(axis + 1), *range(axis + 2, x.rank + 1), axis + 1]
+    return b.op("Transpose", windows, perm=order)
+
+
+def diagonal(b: Builder, x: Value, offset: int = 0, first: int = 0, second: int = 1) -> Value:
+    """The diagonal of two dimensions, in a new last one."""
+    rows, columns = axis_of(first, x.rank), axis_of(second, x.rank)
+    rest = [d for d in range(x.rank) if d not in (rows, columns)]
+    width = x.dims[columns]
+    flat = b.reshape(permute(b, x, [*rest, rows, columns]), (*(x.dims[d] for d in rest), x.dims[rows] * width))
+    count = b.scalar(b.out_dims[-1], torch.int64)
+    along = b.op("Range", b.scalar(0, torch.int64), count, b.scalar(1, torch.int64))
+    start = offset if offset >= 0 else -offset * width
+    places = b.op("Add", b.op("Mul", along, b.scalar(width + 1, torch.int64)), b.scalar(start, torch.int64))
+    return b.op("Gather", flat, places, axis=len(rest))
 
 
 def broadcast_tensors(b: Builder, tensors: Sequence[Value]) -> list[Value]:
@@ -274,4 +296,5 @@ EMIT: dict[str, Emit] = {
     **{f"aten.reflection_pad{n}d.default": pad_as("reflect") for n in (1, 2, 3)},
     **{f"aten.replication_pad{n}d.default": pad_as("edge") for n in (1, 2, 3)},
     "aten.broadcast_tensors.default": broadcast_tensors, "aten.diff.default": diff,
+    "aten.unfold.default": unfold, "aten.diagonal.default": diagonal,
 }  # fmt: skip

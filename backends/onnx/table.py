@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from qfx.backends.onnx import activation, attention, create, index, math, moe, nn, quant, reduce, shapes
+from qfx.backends.onnx import activation, attention, create, index, math, moe, nn, quant, reduce, shapes, special
 from qfx.backends.onnx.math import Emit
 
 EMIT: dict[str, Emit] = {
     **math.EMIT,
     **shapes.EMIT,
+    **special.EMIT,
     **create.EMIT,
     **reduce.EMIT,
     **index.EMIT,
