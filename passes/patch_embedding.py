@@ -30,7 +30,15 @@ from qfx.passes.linear import is_parameter
 
 aten = torch.ops.aten
 
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default)
+_CONVOLUTIONS = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.convolution.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+)
 
 
 def patch_embedding(gm: fx.GraphModule) -> bool:
@@ -51,7 +59,7 @@ def _is_patches(node: fx.Node) -> bool:
         is_parameter(weight)
         and m.rank(x) == m.rank(weight)
         and _each(given["stride"], kernel)
-        and _each(given["padding"], 0)
+        and (given["padding"] == "valid" or _each(given["padding"], 0))
         and _each(given["dilation"], 1)
         and given["groups"] == 1
         and not given.get("transposed", False)
@@ -60,6 +68,8 @@ def _is_patches(node: fx.Node) -> bool:
 
 def _each(value: Any, expected: Any) -> bool:
     """Do these sizes (one for all dimensions, or one each) equal the expected ones?"""
+    if isinstance(value, str):
+        return False
     values = [value] if isinstance(value, int) else list(value)
     wanted = [expected] if isinstance(expected, int) else list(expected)
     length = max(len(values), len(wanted))

@@ -11,7 +11,8 @@
     %rope: f32[2,4,7,16] = qfx.rope(%q, %cos, %sin, False)
 
 Recognized: rotation of halves (slice, split or chunk), of neighbours (stack and flatten, as GPT-J), and the form
-cat([a * cos - b * sin, b * cos + a * sin]) with half-wide cos and sin. Where only some of a head's elements are
+cat([a * cos - b * sin, b * cos + a * sin]) with half-wide cos and sin (a and b halves, or as DeepSeek even and odd
+elements, which are put side by side first). Where only some of a head's elements are
 rotated, the slice before and the cat after stay.
 """
 
@@ -119,7 +120,7 @@ def _every_other(node: Any, x: fx.Node) -> int | None:
 
 
 def _by_halves(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """cat([a * cos - b * sin, b * cos + a * sin], -1), a and b the halves of x."""
+    """cat([a * cos - b * sin, b * cos + a * sin], -1), a and b the halves of x, or its even and odd elements."""
     if not is_call(node, aten.cat.default):
         return None
     given = m.arguments(node)
@@ -135,19 +136,21 @@ def _by_halves(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         for b, sin in m.orders(second):
             x = _owner(a, b)
             if x is not None and _is_sum(parts[1], (b, cos), (a, sin)) and _is_table(cos, a) and _is_table(sin, a):
+                if _half(a, x) is None:
+                    x = call(gm, aten.cat.default, [a, b], -1, like=node)
                 wide = [call(gm, aten.cat.default, [t, t], -1, like=node) for t in (cos, sin)]
                 return call(gm, torch.ops.qfx.rope.default, x, *wide, False, like=node)
     return None
 
 
 def _owner(a: Any, b: Any) -> fx.Node | None:
-    """x where a and b are its first and second half."""
+    """x where a and b are its first and second half, or its even and odd elements."""
     source: Any = a.args[0] if is_call(a, aten.slice.Tensor, operator.getitem) else None
     if is_call(a, operator.getitem):
         source = source.args[0]
-    if not isinstance(source, fx.Node) or _half(a, source) != 0 or _half(b, source) != 1:
+    if not isinstance(source, fx.Node):
         return None
-    return source
+    return source if any(part(a, source) == 0 and part(b, source) == 1 for part in (_half, _every_other)) else None
 
 
 def _is_sum(node: fx.Node, one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:

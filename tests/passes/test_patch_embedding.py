@@ -50,6 +50,12 @@ def test_same_function(kernel: tuple[int, ...], image: tuple[int, ...], dynamic:
     assert same(patch_embedding, model, torch.randn(2, 3, *image), dynamic=dynamic) == 1
 
 
+@pytest.mark.parametrize(("padding", "matches"), [("valid", 1), ("same", 0)])
+def test_padding_by_name(padding: str, matches: int) -> None:
+    model = Function(lambda own, x: F.conv2d(x, own.w, stride=1, padding=padding), w=torch.randn(5, 3, 1, 1))
+    assert same(patch_embedding, model, torch.randn(2, 3, 4, 4)) == matches
+
+
 def test_without_bias_and_in_half_precision() -> None:
     model = Function(lambda own, x: F.conv2d(x, own.w, stride=4), w=torch.randn(5, 3, 4, 4, dtype=torch.bfloat16))
     assert same(patch_embedding, model, torch.randn(2, 3, 8, 8, dtype=torch.bfloat16), limit=2e-2) == 1

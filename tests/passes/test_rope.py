@@ -52,6 +52,12 @@ def by_halves(own: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def sorted_pairs(own: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos[..., :8].unsqueeze(1), sin[..., :8].unsqueeze(1)
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
 def partial(own: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[..., :6].unsqueeze(1), sin[..., :6].unsqueeze(1)
     turned, rest = x[..., :6], x[..., 6:]
@@ -63,6 +69,7 @@ SPELLINGS: dict[str, Callable[..., Tensor]] = {
     "chunks": chunks,
     "pairs": pairs,
     "by halves": by_halves,
+    "sorted pairs": sorted_pairs,
     "partial": partial,
 }
 
