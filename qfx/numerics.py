@@ -66,6 +66,13 @@ def value_range(x: Tensor, fmt: Format, *, activation: bool = False) -> tuple[Te
     return x.amin(dims).reshape(shape), x.amax(dims).reshape(shape)
 
 
+def sums_by_scale(x: Tensor, fmt: Format) -> Tensor:
+    """Sum of a weight-shaped `x` over the elements that share a scale of `fmt`, f32, `fmt.scale_shape(x.shape)`."""
+    shape = fmt.scale_shape(x.shape)
+    parts = split(x.to(torch.float32), fmt)
+    return parts.sum(_reduced_dims(parts.ndim, fmt, activation=False)).reshape(shape)
+
+
 def range_qparams(low: Tensor, high: Tensor, fmt: Format) -> QParams:
     """Scales and zero points for values known to lie in [low, high] (f32, any shape). Zero is always representable."""
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)

@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from qfx.format import Format
+from qfx.numerics import fake_quantize, join, split, spread, sums_by_scale, value_range
 from qfx.packing import Packed, pack_weight
 
-# Shares of the absolute maximum that the clip search tries.
-SHRINK = tuple(1.0 - 0.02 * step for step in range(25))
+# Shares of the extremes that the clip search tries.
+SHRINK = tuple(1.0 - 0.02 * step for step in range(1, 25))
 
 
 def round_weight(weight: Tensor, fmt: Format, method: str, *, name: str) -> Packed:
     """A weight [.., N, K] packed in `fmt`.
 
-    method "rtn": nearest, the scale from the extremes. "mse": each row is clipped at the share of its extremes (1.0 down to
-    0.52) that leaves the least squared error; rows whose extremes serve best stay as they are.
+    method "rtn": nearest, the scale from the extremes. "mse": the values of each scale are clipped at the share of
+    their extremes (1.0 down to 0.52) that leaves the least squared error; the result is never worse than "rtn".
     Raises ValueError for NaN or Inf in the weight (named).
     """
     packed = pack_weight(weight, fmt, name=name)
@@ -24,16 +25,27 @@ def round_weight(weight: Tensor, fmt: Format, method: str, *, name: str) -> Pack
         return packed
     assert method == "mse", method
     full = weight.detach().to(torch.float32)
-    best = full
-    error = _row_error(packed, full)
-    high, low = full.amax(-1, keepdim=True), full.amin(-1, keepdim=True)
-    for share in SHRINK[1:]:
-        clipped = torch.maximum(torch.minimum(full, high * share), low * share)
-        found = _row_error(pack_weight(clipped, fmt, name=name), full)
-        better = found < error
-        best, error = torch.where(better, clipped, best), torch.where(better, found, error)
-    return pack_weight(best, fmt, name=name)
+    clipped = _clip(full, fmt, _best_shares(full, fmt))
+    better = pack_weight(clipped, fmt, name=name)
+    return better if _error(better.dequantize(), full) < _error(packed.dequantize(), full) else packed
 
 
-def _row_error(packed: Packed, weight: Tensor) -> Tensor:
-    return (packed.dequantize() - weight).square().sum(-1, keepdim=True)
+def _best_shares(full: Tensor, fmt: Format) -> Tensor:
+    """For each scale the share of its extremes at which clipping leaves the least squared error."""
+    least = sums_by_scale((fake_quantize(full, fmt) - full).square(), fmt)
+    best = torch.ones_like(least)
+    for share in SHRINK:
+        rounded = fake_quantize(_clip(full, fmt, torch.full_like(least, share)), fmt)
+        found = sums_by_scale((rounded - full).square(), fmt)
+        best, least = torch.where(found < least, share, best), torch.minimum(found, least)
+    return best
+
+
+def _clip(full: Tensor, fmt: Format, shares: Tensor) -> Tensor:
+    low, high = value_range(full, fmt)
+    clipped = split(full, fmt).clamp(spread(low * shares, fmt), spread(high * shares, fmt))
+    return join(clipped, fmt, full.shape)
+
+
+def _error(rounded: Tensor, full: Tensor) -> float:
+    return float((rounded - full).square().sum())
