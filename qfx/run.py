@@ -1,7 +1,8 @@
 """The runner: passes over one graph, in order, each followed by clean-up, lint, verification and a recompile.
 
-A pass says whether it changed the graph. The runner, not the pass, removes dead code, lints, verifies, recompiles, keeps
-the text of every stage that changed something and adds "in pass 'x' (3 of 9; ran: ...)" to an error.
+A pass says whether it changed the graph, and the runner checks that. The runner, not the pass, removes dead code,
+lints, verifies, recompiles, keeps the text of every stage that changed something and adds "in pass 'x' (3 of 9; ran:
+...)" to an error.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], *, keep_text: bool = False) 
         before = _counts(gm)
         try:
             changed = bool(pass_(gm))
+            after = _counts(gm)
+            assert changed or before == after, f"it says that it changed nothing: {_difference(before, after)}"
             changed |= settle(gm)
         except Exception as error:
             ran = ", ".join(stage.name for stage in stages) or "none"
