@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ class Captured:
     gm: the normal form.
     inputs: for each placeholder its index among the caller's flat arguments.
     params: FQN -> index among the caller's flat arguments (Dynamo's door; empty for torch.export's).
+    tied: index of an argument that shares the storage of one in `params` -> the FQN of that one.
     scalars: flat index -> value that the graph was specialised on; a caller must retrace when it changes.
     mutations: output index -> flat index of the argument to copy it into. These outputs come first.
     spec: how (args, kwargs) flatten, for torch.export's door.
@@ -36,6 +37,7 @@ class Captured:
     gm: fx.GraphModule
     inputs: tuple[int, ...]
     params: dict[str, int] = field(default_factory=dict)
+    tied: dict[int, str] = field(default_factory=dict)
     scalars: dict[int, float] = field(default_factory=dict)
     mutations: dict[int, int] = field(default_factory=dict)
     spec: pytree.TreeSpec | None = None
@@ -70,19 +72,24 @@ class Captured:
                 )
 
 
-def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
+def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], live: Collection[int] = ()) -> Captured:
     """Bring the graph that Dynamo hands to a backend to normal form.
 
     `example_inputs` are the backend's example inputs; parameters among them are recognised by their source and keep their
-    identity. Raises UnsupportedError where a placeholder carries no example value.
+    identity. Those that the graph itself changes, and the indices in `live`, stay inputs, since their values are of one
+    call. Raises UnsupportedError where a placeholder carries no example value.
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     fakes = [_fake_of(n) for n in placeholders]
-    sources = [_source(n) for n in placeholders]
-    names = _static_names(sources, placeholders, example_inputs)
+    static = static_names(gm, example_inputs)
     scalars = {i: float(v) for i, v in enumerate(example_inputs) if _is_wrapped_scalar(placeholders[i], v)}
     traced, mutated = retrace(gm, fakes, {placeholders[i].name: v for i, v in scalars.items()})
-    inputs = {i: _input_name(sources[i], placeholders[i].name) for i in range(len(placeholders)) if i not in names}
+    names = {i: name for i, name in static.items() if i not in mutated and i not in live}
+    inputs = {
+        i: re.sub(r"\W", "_", static[i]) if i in static else _input_name(_source(n), n.name)
+        for i, n in enumerate(placeholders)
+        if i not in names
+    }
     return _normal(traced, inputs, {i: (name, example_inputs[i]) for i, name in names.items()}, mutated, scalars)
 
 
@@ -156,8 +163,9 @@ def _normal(
         node.meta["qfx_name"] = inputs[i]
     graph.parameters_at_first_use(traced)
     graph.rename(traced)
+    names = {name for name, _ in tensors.values()}
     for node in traced.graph.nodes:
-        node.meta["qfx_module"] = _module_path(node)
+        node.meta["qfx_module"] = _module_path(node, names)
     mutations = {o: i for o, i in enumerate(mutated)}
     traced.meta["qfx_mutations"] = {
         o: kept[i].name if i in kept else canonical.get(i, inputs.get(i, "")) for o, i in mutations.items()
@@ -166,7 +174,8 @@ def _normal(
     return Captured(
         gm=traced,
         inputs=tuple(sorted(kept)),
-        params={canonical[i]: i for i in tensors},
+        params={tensors[i][0]: i for i in tensors if canonical[i] == tensors[i][0]},
+        tied={i: canonical[i] for i in tensors if canonical[i] != tensors[i][0]},
         scalars=scalars,
         mutations=mutations,
     )
@@ -190,20 +199,35 @@ _MODULE_STEP = re.compile(r"(?:\._modules\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\
 _STATIC = re.compile(r"^(.*)\._(?:parameters|buffers)\['([^']+)'\]$")
 
 
-def _static_names(sources: list[str], nodes: list[fx.Node], examples: Sequence[Any]) -> dict[int, str]:
-    """FQN of every placeholder that is a parameter or buffer. The root's own name is kept only where roots differ."""
-    found: dict[int, tuple[str, str]] = {}
-    for i, source in enumerate(sources):
+def static_names(gm: fx.GraphModule, examples: Sequence[Any]) -> dict[int, str]:
+    """Index -> FQN of every input of a graph of Dynamo's that is a parameter or buffer.
+
+    Names start at the module that holds them all; where there are several (a function of two models) they keep the name
+    of the variable that holds the module.
+    """
+    found: dict[int, tuple[str, str, str]] = {}
+    for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
+        source = _source(node)
         match = _STATIC.match(source)
         if match is None and not isinstance(examples[i], nn.Parameter):
             continue
         owner, leaf = match.groups() if match else (source, "")
-        root = re.match(r"^(?:[LG]\['([^']+)'\]|([\w.]+))", owner)
-        path = [next(p for p in m if p) for m in _MODULE_STEP.findall(owner[root.end() :] if root else owner)]
-        head = (root.group(1) or root.group(2)) if root else "value"
-        found[i] = (head, ".".join([*path, leaf] if leaf else path) or nodes[i].name)
-    several = len({head for head, _ in found.values()}) > 1
-    return {i: f"{head}.{fqn}" if several else fqn for i, (head, fqn) in found.items()}
+        base, head, steps = _root_of(owner)
+        path = ".".join([*steps, leaf] if leaf else steps)
+        found[i] = (base, head, path or node.name)
+    if len({base for base, _, _ in found.values()}) <= 1:
+        return {i: path for i, (_, _, path) in found.items()}
+    several = len({head.partition(".")[0] for _, head, _ in found.values()}) > 1
+    heads = {i: head if several else head.partition(".")[2] for i, (_, head, _) in found.items()}
+    return {i: f"{heads[i]}.{path}" if heads[i] else path for i, (_, _, path) in found.items()}
+
+
+def _root_of(owner: str) -> tuple[str, str, list[str]]:
+    """(the expression of the outermost module, its name in words, the path of sub-modules) of a source's text."""
+    base, *_ = owner.partition("._modules[")
+    words = [next(w for w in word if w) for word in re.findall(r"\['([^']+)'\]|\[(\d+)\]|\.([A-Za-z_]\w*)", base)]
+    head = ".".join(word for word in words if word != "__self__")
+    return base, head, [next(p for p in m if p) for m in _MODULE_STEP.findall(owner[len(base) :])]
 
 
 def _input_name(source: str, fallback: str) -> str:
@@ -220,12 +244,21 @@ def _is_wrapped_scalar(node: fx.Node, value: Any) -> bool:
     return bool(node.users) and all(u.op == "call_method" and u.target == "item" for u in node.users)
 
 
-def _module_path(node: fx.Node) -> str:
+def _module_path(node: fx.Node, names: Collection[str]) -> str:
+    """The path of the module that a node comes from; with the variable that holds it where `names` of weights have it."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = str(list(stack.values())[-1][0])
-    return re.sub(r"\[(\d+)\]", r".\1", re.sub(r"^L\['[^']+'\]\.?", "", path)).strip(".")
+    source = str(list(stack.values())[-1][0])
+    variable = re.match(r"^[LG]\['([^']+)'\]", source)
+    inner = source[variable.end() :] if variable else source
+    path = re.sub(r"\['([^']+)'\]|\[(\d+)\]", r".\1\2", inner.removeprefix(".__self__")).strip(".")
+    full = f"{variable.group(1)}.{path}".strip(".") if variable else path
+    return full if any(_starts(name, full) for name in names) and not any(_starts(n, path) for n in names) else path
+
+
+def _starts(name: str, path: str) -> bool:
+    return not path or name.startswith(f"{path}.")
 
 
 def _by_parameter(model: nn.Module, shapes: tuple[Any, Any]) -> Any:

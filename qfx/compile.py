@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from qfx import graph
-from qfx.capture import Captured, capture_dynamo
+from qfx import frame, graph, names, sqnr
+from qfx.capture import static_names
 from qfx.errors import Note, QfxWarning, explain
+from qfx.frame import Frame
+from qfx.names import Translation
 from qfx.options import Options
-from qfx.pipeline import apply_plan, prepare, told
-from qfx.report import GraphRecord, Row, remember
-from qfx.rows import graph_rows
+from qfx.pipeline import apply_plan, told
+from qfx.records import GraphRecord, all_records, remember
+from qfx.rows import Row, graph_rows
+from qfx.template import State, Template
+
+_MOST_SCALARS = 8  # graphs kept for different values of Python floats
 
 
 def backend(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """The Dynamo backend. Takes Dynamo's graph and example inputs, returns what runs instead.
 
@@ -31,87 +42,160 @@ def backend(
     if mode not in (None, "default"):
         raise ValueError(explain(f"mode {mode!r} is Inductor's", expected="no mode", next_step="leave mode= out"))
     parsed = Options.parse(options)
-    owner, root = _owner()
-    _refuse_training(gm, root)
-    _warn_detached(example_inputs)
-    try:
-        return CompiledGraph(gm, example_inputs, parsed, owner)
-    except Exception as error:
-        if parsed.strict or isinstance(error, ValueError):
-            raise
-        reason = f"{type(error).__name__}: {error}"
-        notes = "".join(f"\n{n}" for n in getattr(error, "__notes__", ()))
-        warnings.warn(
-            explain(
-                f"a graph runs in torch, not quantized: {reason}{notes}",
-                next_step="see the cause above; strict=True turns this into an error",
-            ),
-            QfxWarning,
-            stacklevel=2,
-        )
-        if owner is not None:
-            remember(owner, GraphRecord((), (Note("graph", reason, "see the warning's cause"),), failed=reason))
-        return gm.forward
+    at = frame.at_compile()
+    if at.training or any(_drops(node) for node in gm.graph.nodes):
+        raise _training()
+    compiled = CompiledGraph(gm, example_inputs, parsed, at, options)
+    if not compiled.untouched:
+        _warn_detached(example_inputs)
+    return compiled
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """A graph quantized and lowered for one set of weights. lowered: None where the untouched graph runs."""
+
+    lowered: Any
+    record: GraphRecord
+    translation: Translation
+
+    def run(self, template: Template, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Outputs for Dynamo's flat arguments; those that the graph changes are changed."""
+        outputs = self.lowered(*template.inputs(args))
+        mutations = template.captured.mutations
+        if mutations:
+            with torch.no_grad():
+                for output, i in mutations.items():
+                    args[i].copy_(outputs[output])
+            outputs = outputs[len(mutations) :]
+        return tuple(outputs)
 
 
 class CompiledGraph:
     """One graph of Dynamo's, quantized and lowered. Called with Dynamo's flat arguments; several threads may call it.
 
-    Each call compares the identity and version of every parameter with those that were packed; where one changed (in
-    place, swapped, load_state_dict) the graph is quantized and lowered anew before it runs.
+    Each call compares identity, version and place of every weight with those that were packed. Where one changed (in
+    place, swapped, load_state_dict), or where other weights come than before (layers that share their forward, a deep
+    copy), the graph is quantized and lowered for them. What was made for weights lives as long as they do.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, owner: object | None = None
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, at: Frame, asked: Any = None
     ) -> None:
         self._source = gm
         self._options = options
-        self._lock = threading.Lock()
-        self._owner = owner
-        self._captured: Captured = capture_dynamo(gm, example_inputs)
-        self._notes = prepare(self._captured.gm)
-        self._build(example_inputs)
-        if owner is not None:
-            remember(owner, GraphRecord(tuple(self.rows), tuple(self.notes)))
+        self._asked = asked
+        self._lock = threading.RLock()
+        self._statics = static_names(gm, example_inputs)
+        self._templates: dict[tuple[float, ...], Template] = {}
+        self._scalars: tuple[int, ...] = ()
+        self._broken: Built | None = None  # set where the graph itself, whatever its weights, cannot be had
+        self.untouched = self._make(example_inputs, at)[1].lowered is None
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        if self._changed(args):
+        found = self._find(args)
+        if found is None:
+            at = frame.at_call()
             with self._lock:
-                if self._changed(args):
-                    self._refresh(args)
-        lowered, captured = self._lowered, self._captured
-        outputs = lowered(*[args[i] for i in captured.inputs])
-        if captured.mutations:
-            for output, i in captured.mutations.items():
-                args[i].copy_(outputs[output])
-            outputs = outputs[len(captured.mutations) :]
-        return tuple(outputs)
+                found = self._find(args) or self._make(args, at)
+        template, built = found
+        if built.record.frame.training:
+            raise _training()
+        if template is None or built.lowered is None:
+            return tuple(self._source.forward(*args))
+        collector = sqnr.collecting()
+        if collector is not None:
+            collector.add(built.record, *self._pair(template, built, args))
+        return built.run(template, args)
 
-    def _build(self, args: Sequence[Any]) -> None:
-        gm = graph.copy(self._captured.gm)
-        notes = [*self._notes, *apply_plan(gm, self._options.plan, self._options.recipe, strict=self._options.strict)]
+    def _find(self, args: Sequence[Any]) -> tuple[Template | None, Built] | None:
+        """What was made for these arguments, if it still fits them."""
+        if self._broken is not None:
+            return None, self._broken
+        template = self._templates.get(self._values(args))
+        built = None if template is None else template.find(args)
+        return None if built is None else (template, built)
+
+    def _values(self, args: Sequence[Any]) -> tuple[float, ...]:
+        return tuple([float(args[i]) for i in self._scalars])
+
+    def _make(self, args: Sequence[Any], at: Frame) -> tuple[Template | None, Built]:
+        template = state = None
+        try:
+            template = self._template(args)
+            state = State.of(template.weights(args))
+            built = self._build(template, args, at)
+        except Exception as error:
+            if self._options.strict or isinstance(error, ValueError):
+                raise
+            built = self._untouched(args, at, error)
+        if template is None or state is None:
+            self._broken = built
+        else:
+            template.keep(args, state, built)
+        return template, built
+
+    def _template(self, args: Sequence[Any]) -> Template:
+        """The graph for these arguments without weights; captured anew for other scalars and for changing buffers."""
+        template = self._templates.get(self._values(args))
+        live = {i for t in self._templates.values() for i in t.live}
+        if template is not None:
+            live |= template.newly_live(args)
+            if template.fits(args) and live == template.live:
+                return template
+        template = Template.of(self._source, args, live)
+        self._scalars = tuple(template.captured.scalars)
+        while len(self._templates) >= _MOST_SCALARS:
+            del self._templates[next(iter(self._templates))]
+        self._templates[self._values(args)] = template
+        return template
+
+    def _build(self, template: Template, args: Sequence[Any], at: Frame) -> Built:
+        translation = self._translation(args, at)
+        gm = template.with_weights(args, translation)
+        notes = [*template.notes, *self._quantize(gm)]
         lowered = lower(gm, self._options.backend, strict=self._options.strict)
-        told([*notes, *lowered.notes], strict=self._options.strict)
-        self._lowered = lowered
-        self.notes = [*notes, *lowered.notes]
-        self.rows: list[Row] = graph_rows(gm, lowered.kernels, self.notes)
-        self._seen = [(i, args[i], _version(args[i])) for i in self._captured.params.values()]
-        self._scalars = [(i, v) for i, v in self._captured.scalars.items()]
+        notes += lowered.notes
+        self._tell(notes, at)
+        rows = graph_rows(gm, lowered.kernels, notes)
+        return Built(lowered, self._record(args, at, rows, notes), translation)
 
-    def _changed(self, args: Sequence[Any]) -> bool:
-        for i, tensor, version in self._seen:
-            now = args[i]
-            if now is not tensor or (version >= 0 and now._version != version):
-                return True
-        return any(float(args[i]) != value for i, value in self._scalars)
+    def _quantize(self, gm: fx.GraphModule) -> list[Note]:
+        return apply_plan(gm, self._options.plan, self._options.recipe, strict=self._options.strict)
 
-    def _refresh(self, args: Sequence[Any]) -> None:
-        if any(float(args[i]) != value for i, value in self._scalars):
-            self._captured = capture_dynamo(self._source, args)
-            self._notes = prepare(self._captured.gm)
-        for fqn, i in self._captured.params.items():
-            graph.set_tensor(self._captured.gm, fqn, args[i])
-        self._build(args)
+    def _pair(
+        self, template: Template, built: Built, args: Sequence[Any]
+    ) -> tuple[fx.GraphModule, fx.GraphModule, list[Any]]:
+        """The float and the quantized graph for these weights, made for a moment, and the graph's inputs."""
+        plain, quantized = (template.with_weights(args, built.translation) for _ in range(2))
+        self._quantize(quantized)
+        return plain, quantized, template.inputs(args)
+
+    def _translation(self, args: Sequence[Any], at: Frame) -> Translation:
+        """From the names in the frame's module to those in the model that was compiled."""
+        known = {} if at.root is None else names.index(at.root)
+        return Translation.between([(fqn, args[i]) for i, fqn in self._statics.items()], known)
+
+    def _untouched(self, args: Sequence[Any], at: Frame, error: Exception) -> Built:
+        reason = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+        next_step = "see the cause above; strict=True turns this into an error"
+        note = Note("graph", f"runs in torch, not quantized: {reason}", next_step, at.place)
+        self._tell([note], at)
+        record = self._record(args, at, (), [note], failed=reason)
+        return Built(None, record, Translation())
+
+    def _record(
+        self, args: Sequence[Any], at: Frame, rows: Sequence[Row], notes: Sequence[Note], failed: str = ""
+    ) -> GraphRecord:
+        translation = self._translation(args, at)
+        weights = tuple((translation(fqn), weakref.ref(args[i])) for i, fqn in self._statics.items())
+        return remember(GraphRecord(tuple(rows), tuple(notes), weights, at, self._asked, failed))
+
+    def _tell(self, notes: Sequence[Note], at: Frame) -> None:
+        """Say what no graph of the same function has said before: a graph for other shapes has the same to say."""
+        own = [r for r in all_records() if r.frame.same_as(at) and r.options == self._asked]
+        said = {note for record in own for note in record.notes}
+        told([n for n in notes if n not in said], strict=self._options.strict)
 
 
 def lower(gm: fx.GraphModule, name: str, *, strict: bool) -> Any:
@@ -128,35 +212,15 @@ def lower(gm: fx.GraphModule, name: str, *, strict: bool) -> Any:
     return reference.lower(gm, strict=strict)
 
 
-def _version(tensor: Any) -> int:
-    return -1 if tensor.is_inference() else int(tensor._version)
-
-
-def _owner() -> tuple[object | None, nn.Module | None]:
-    """The module (else the code object) whose frame Dynamo compiles, and the module; None where Dynamo does not say."""
-    try:
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
-        translator = InstructionTranslator.current_tx()
-        modules = [v for v in translator.f_locals.values() if isinstance(v, nn.Module)]
-    except (ImportError, AttributeError):
-        return None, None
-    return (modules[0], modules[0]) if modules else (translator.f_code, None)
-
-
-def _refuse_training(gm: fx.GraphModule, root: nn.Module | None) -> None:
-    training = root is not None and root.training and torch.is_grad_enabled()
-    for node in gm.graph.nodes:
-        training |= _drops(node)
-    if training or (root is not None and root.training):
-        raise ValueError(
-            explain(
-                "torch.compile(backend='qfx') is for inference, and the model is in train() mode",
-                expected="model.eval()",
-                found="model.train()",
-                next_step="call model.eval() before compiling; to train through quantization use QAT (qfx.prepare_qat)",
-            )
+def _training() -> ValueError:
+    return ValueError(
+        explain(
+            "torch.compile(backend='qfx') is for inference, and the model is in train() mode",
+            expected="model.eval()",
+            found="model.train()",
+            next_step="call model.eval() first; to train through quantization use QAT (qfx.prepare_qat)",
         )
+    )
 
 
 def _drops(node: fx.Node) -> bool:
@@ -164,7 +228,7 @@ def _drops(node: fx.Node) -> bool:
     if node.op != "call_function" or getattr(node.target, "__name__", "") != "dropout":
         return False
     training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
-    return training is True and node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5) != 0
+    return training is True and bool(node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5) != 0)
 
 
 def _warn_detached(example_inputs: Sequence[Any]) -> None:

@@ -84,12 +84,16 @@ def _describe(node: Node) -> str:
 
 @dataclass(frozen=True)
 class Note:
-    """Who did not get what was asked: the node's FQN, the reason, what to do next, the user's source line."""
+    """Who did not get what was asked: the node's FQN, the reason, what to do next, the user's source line.
+
+    minor: formats and result are as asked, only their computation is not what one might expect; strict allows it.
+    """
 
     node: str
     reason: str
     next_step: str
     where: str = ""
+    minor: bool = False
 
     def __str__(self) -> str:
         place = f" (at {self.where})" if self.where else ""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import qfx.ops  # noqa: F401  (registers torch.ops.qfx)
 from qfx.format import Format
 from qfx.packing import Packed
-from qfx.report import Row
+from qfx.rows import Row
 
 
 class _Quantized(nn.Module):

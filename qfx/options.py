@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qfx.errors import explain, nearest
@@ -19,7 +21,7 @@ LATER = {"kv": "a quantized KV cache", "cache": "a cache of compiled artefacts o
 class Options:
     """recipe: what to do with a float model. plan: formats and scales decided before (instead of a recipe).
 
-    strict: raise where a node does not get what was asked. backend: "auto" (ONNX Runtime on CPU), "onnx" or "reference".
+    strict: raise where a node does not get what was asked. backend: "auto" (ONNX Runtime on CPU), "onnx", "reference".
     """
 
     recipe: Recipe
@@ -29,47 +31,89 @@ class Options:
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
-        """Raises ValueError for an unknown key (the nearest valid one named), a wrong type or a recipe that needs data."""
-        given = dict(options or {})
-        for key in given:
-            if key in LATER and given[key] not in (None, False):
-                raise ValueError(
-                    explain(f"option {key!r} ({LATER[key]}) is not in this version", next_step=f"leave {key!r} out")
-                )
-            if key not in KEYS and key not in LATER:
-                raise ValueError(
-                    explain(f"unknown option {key!r}, {nearest(str(key), KEYS)}", expected=f"one of {', '.join(KEYS)}")
-                )
-        plan = given.get("plan")
+        """Read `options=` of torch.compile. A key whose value is None counts as left out.
+
+        Raises ValueError for an unknown key (with the nearest valid one), a wrong type, both a recipe and a plan, and a
+        recipe that needs data; FileNotFoundError for a plan that is not there.
+        """
+        given = _checked(options)
+        plan = _plan(given.get("plan"))
         if plan is not None and "recipe" in given:
             raise ValueError(
-                explain("options 'recipe' and 'plan' were both given", next_step="leave 'recipe' out: a plan holds its own")
-            )
-        if plan is not None and not isinstance(plan, Plan):
-            plan = Plan.load(plan)
-        recipe = plan.recipe if plan is not None else Recipe.parse(given.get("recipe", "w8a8"))
-        if plan is None and recipe.needs_data:
-            raise ValueError(
                 explain(
-                    f"recipe {recipe.name!r} needs calibration data, which torch.compile does not have",
-                    next_step="model = qfx.quantize(model, recipe, data=batches), then torch.compile(model, backend='qfx'); "
-                    "or options={'plan': qfx.plan(model, recipe, batches)}",
+                    "options 'recipe' and 'plan' were both given", next_step="leave 'recipe' out: a plan has its own"
                 )
             )
-        return cls(recipe, plan, _flag(given), _backend(given))
+        recipe = plan.recipe if plan is not None else _recipe(given.get("recipe", "w8a8"))
+        return cls(recipe, plan, _flag(given.get("strict", False)), _backend(given.get("backend", "auto")))
 
 
-def _flag(given: Mapping[str, Any]) -> bool:
-    strict = given.get("strict", False)
+def _checked(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options that were given, their keys known."""
+    if not isinstance(options, Mapping | None):
+        raise ValueError(
+            explain("options is a dictionary", expected=f"keys {', '.join(KEYS)}", found=f"{options!r}",
+                    next_step='for example options={"recipe": "w4a16"}')
+        )  # fmt: skip
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    for key, value in given.items():
+        if key in LATER and value is not False:
+            raise ValueError(
+                explain(f"option {key!r} ({LATER[key]}) is not in this version", next_step=f"leave {key!r} out")
+            )
+        if key not in KEYS and key not in LATER:
+            raise ValueError(
+                explain(
+                    f"unknown option {key!r}, {nearest(str(key), KEYS)}",
+                    expected=f"one of {', '.join(KEYS)}",
+                    next_step="correct the key, or leave it out",
+                )
+            )
+    return given
+
+
+def _plan(given: object) -> Plan | None:
+    if given is None or isinstance(given, Plan):
+        return given
+    if isinstance(given, str | os.PathLike):
+        return Plan.load(Path(given))
+    raise ValueError(
+        explain(
+            "option 'plan' takes a plan or the folder of one",
+            expected="a qfx.Plan or a path",
+            found=f"{type(given).__name__}: {given!r}",
+            next_step="give what qfx.plan(...) returned, or the folder it was saved in",
+        )
+    )
+
+
+def _recipe(given: Any) -> Recipe:
+    recipe = Recipe.parse(given)
+    if recipe.needs_data:
+        step = (
+            "model = qfx.quantize(model, recipe, data=batches), then torch.compile(model, backend='qfx'); "
+            "or options={'plan': qfx.plan(model, recipe, batches)}"
+        )
+        what = f"recipe {recipe.name!r} needs calibration data, which torch.compile does not have"
+        raise ValueError(explain(what, next_step=step))
+    return recipe
+
+
+def _flag(strict: object) -> bool:
     if not isinstance(strict, bool):
-        raise ValueError(explain("option 'strict' takes a bool", expected="True or False", found=repr(strict)))
+        raise ValueError(
+            explain("option 'strict' takes a bool", expected="True or False", found=repr(strict), next_step="give one")
+        )
     return strict
 
 
-def _backend(given: Mapping[str, Any]) -> str:
-    name = given.get("backend", "auto")
+def _backend(name: object) -> str:
     if name not in BACKENDS:
         raise ValueError(
-            explain(f"unknown backend {name!r}, {nearest(str(name), BACKENDS)}", expected=f"one of {', '.join(BACKENDS)}")
+            explain(
+                f"unknown backend {name!r}, {nearest(str(name), BACKENDS)}",
+                expected=f"one of {', '.join(BACKENDS)}",
+                next_step="correct the name, or leave it out",
+            )
         )
     return str(name)

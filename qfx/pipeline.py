@@ -61,9 +61,10 @@ def annotate_from(gm: fx.GraphModule, plan: Plan) -> list[Note]:
 
 
 def told(notes: Iterable[Note], *, strict: bool) -> None:
-    """Say each note once as a QfxWarning; under strict raise UnsupportedError with all of them."""
+    """Say each note once as a QfxWarning; under strict raise UnsupportedError with those that are not minor."""
     unique = list(dict.fromkeys(notes))
-    if unique and strict:
-        raise UnsupportedError("strict=True and not everything can be had as asked:\n" + "\n".join(map(str, unique)))
+    refused = [note for note in unique if not note.minor] if strict else []
+    if refused:
+        raise UnsupportedError("strict=True and not everything can be had as asked:\n" + "\n".join(map(str, refused)))
     for note in unique:
         warnings.warn(str(note), QfxWarning, stacklevel=3)

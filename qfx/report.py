@@ -1,74 +1,58 @@
-"""The report: node by node, what was asked, what runs, why they differ, bytes and error. No layer stays float unseen."""
+"""The report: node by node, what was asked, what runs, why they differ, bytes, error. No layer stays float unseen."""
 
 from __future__ import annotations
 
 import json
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from qfx.errors import Note
-from qfx.format import Format
+from qfx import live, names, records, render, sqnr
+from qfx.data import calls
+from qfx.errors import Note, explain
+from qfx.frame import asked_with, unknown, unwrapped
+from qfx.records import GraphRecord
+from qfx.rows import Row
 
-
-@dataclass(frozen=True)
-class Row:
-    """One node.
-
-    node: FQN. op: linear, embedding, conv, attention, experts. asked: formats by role ("x=i8/tok w=i8/ch"), "" where the
-    recipe asks for nothing. kernel: what executes it. reason: why that differs from what was asked, else "".
-    elements, bytes_before, bytes_after: of the weight; scales and zero points are counted. macs: multiply-accumulates of one call at the
-    traced shapes. sqnr_db: of the node's output against fp32, None where it was not measured.
-    """
-
-    node: str
-    op: str
-    asked: str = ""
-    kernel: str = ""
-    reason: str = ""
-    elements: int = 0
-    bytes_before: int = 0
-    bytes_after: int = 0
-    macs: int = 0
-    sqnr_db: float | None = None
-    shared: bool = False  # the weight's bytes are counted at another row
-
-    @property
-    def quantized(self) -> bool:
-        return "w=" in self.asked and not self.reason
+_MATMULS = ("linear", "experts", "conv")
 
 
 @dataclass(frozen=True)
 class Report:
-    """Rows, notes and totals of one model. `rows` holds every linear-like node, embedding, convolution and attention."""
+    """Rows, notes and totals of one model. `rows` holds every linear-like node, embedding, convolution and attention.
+
+    graphs: how many compiled graphs the rows come from. other_bytes: of parameters and buffers that no row counts
+    (norms, biases, tables).
+    """
 
     rows: tuple[Row, ...]
     notes: tuple[Note, ...] = ()
     graphs: int = 0
     title: str = ""
-    other_bytes: int = 0  # parameters and buffers that no row counts: norms, biases, tables
+    other_bytes: int = 0
 
     @property
     def totals(self) -> dict[str, Any]:
-        """coverage of weight bytes and of matmul work, effective bits per weight, bytes before and after."""
+        """graphs; linear: linears, experts and convolutions; linear_quantized: those with a quantized weight;
+        weight_coverage, work_coverage: the quantized share of weight bytes and of multiply-accumulates;
+        effective_bits: per weight, scales included; bytes_before, bytes_after, compression: of everything.
+        """
         weights = [r for r in self.rows if r.bytes_before and not r.shared]
-        matmuls = [r for r in self.rows if r.op in ("linear", "experts", "conv")]
+        matmuls = [r for r in self.rows if r.op in _MATMULS]
         before, after = sum(r.bytes_before for r in weights), sum(r.bytes_after for r in weights)
         done = sum(r.bytes_before for r in weights if r.quantized)
-        work, done_work = sum(r.macs for r in matmuls), sum(r.macs for r in matmuls if r.quantized)
         elements = sum(r.elements for r in weights)
         return {
             "graphs": self.graphs,
             "linear": len(matmuls),
             "linear_quantized": sum(r.quantized for r in matmuls),
             "weight_coverage": done / before if before else 0.0,
-            "work_coverage": done_work / work if work else 0.0,
+            "work_coverage": _work_coverage(matmuls),
             "effective_bits": 8 * after / elements if elements else 0.0,
             "bytes_before": before + self.other_bytes,
             "bytes_after": after + self.other_bytes,
@@ -76,144 +60,137 @@ class Report:
         }
 
     def to_json(self) -> str:
-        """The whole report as JSON text: totals, rows, notes."""
+        """The report as JSON text: title, totals, rows, notes. An SQNR without noise is null, as one not measured."""
+        rows = [asdict(r) | {"sqnr_db": r.sqnr_db if _finite(r.sqnr_db) else None} for r in self.rows]
+        notes = [asdict(n) for n in self.notes]
         return json.dumps(
-            {"title": self.title, "totals": self.totals, "rows": [asdict(r) for r in self.rows],
-             "notes": [asdict(n) for n in self.notes]},
-            indent=1,
-        )  # fmt: skip
+            {"title": self.title, "totals": self.totals, "rows": rows, "notes": notes}, indent=1, allow_nan=False
+        )
 
     def show(self, console: Console | None = None, *, all_rows: bool = True) -> None:
-        """Print the report to the terminal."""
-        console = console or Console()
-        console.print(self._table(all_rows))
-        t = self.totals
-        console.print(
-            f"{t['linear_quantized']} of {t['linear']} linear nodes quantized, {t['weight_coverage']:.1%} of weight bytes, "
-            f"{t['work_coverage']:.1%} of matmul work; {t['effective_bits']:.2f} bits per weight; "
-            f"{_size(t['bytes_before'])} -> {_size(t['bytes_after'])} ({t['compression']:.2f}x); {t['graphs']} graph(s)"
-        )
-        for note in self.notes:
-            console.print(f"[yellow]note[/] {note}", highlight=False)
-
-    def _table(self, all_rows: bool) -> Table:
-        table = Table(title=self.title or "qfx report", title_justify="left")
-        for name in ("node", "op", "asked", "runs as", "bytes", "SQNR dB"):
-            table.add_column(name, overflow="fold", justify="right" if name in ("bytes", "SQNR dB") else "left")
-        rows = self.rows if all_rows else tuple(r for r in self.rows if not r.quantized)
-        for row in rows:
-            kernel = f"{row.kernel} [yellow]({row.reason})[/]" if row.reason else row.kernel
-            sizes = f"{_size(row.bytes_before)} -> {_size(row.bytes_after)}" if row.bytes_before else ""
-            sqnr = "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
-            table.add_row(row.node, row.op, row.asked or "float", kernel, sizes, sqnr)
-        return table
+        """Print the report to the terminal. all_rows=False: only the rows of what is not quantized."""
+        render.show(self, console or Console(), all_rows=all_rows)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
 
-@dataclass(frozen=True)
-class GraphRecord:
-    """What one compiled graph reports, under the module whose forward it came from."""
-
-    rows: tuple[Row, ...]
-    notes: tuple[Note, ...]
-    failed: str = ""
-
-
-# Reports by module, kept only as long as the module lives. Nothing else is remembered between calls.
-_GRAPHS: weakref.WeakKeyDictionary[Any, list[GraphRecord]] = weakref.WeakKeyDictionary()
-
-
-def remember(owner: Any, record: GraphRecord) -> None:
-    """Keep the record of a compiled graph with the module (or code object) that it was compiled from."""
-    _GRAPHS.setdefault(owner, []).append(record)
-
-
-def report(model: Any) -> Report:
+def report(model: Any, data: Any = None) -> Report:
     """The report of a model: quantized by `qfx.quantize`, compiled by `torch.compile(backend="qfx")`, or both.
 
-    Accepts the module itself, the compiled module, or a compiled function. Linear layers of the module that are in no
-    compiled graph and not quantized are listed as running in torch. Raises ValueError for a model that qfx never saw.
+    model: the module itself, the compiled module, or a compiled function. Linears, embeddings and convolutions of the
+    module that are neither quantized nor in a compiled graph are listed with what keeps them in torch.
+    data: one batch (a dict of keyword arguments, a tuple or a tensor). The compiled model is called with it, and the
+    SQNR of every quantized node's output against the float graph is measured, errors of earlier nodes included. Modules
+    that qfx.quantize packed show what was measured then.
+    Raises ValueError for a model that qfx never saw, and for data where nothing compiled runs.
     """
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, nn.Module):
-        function = getattr(model, "_torchdynamo_orig_callable", model)
-        records = [("", r) for r in _GRAPHS.get(getattr(function, "__code__", function), [])]
-        return _merge(records, [], "compiled function")
-    records = [(path, r) for path, module in model.named_modules() for r in _GRAPHS.get(module, [])]
-    compiled = {f"{path}.{row.node}" if path else row.node for path, r in records for row in r.rows}
-    live = list(_live_rows(model, compiled))
-    if not records and not any(row.quantized for row in live):
+    collector = None if data is None else _measured(model, data)
+    options = asked_with(model)
+    target = unwrapped(model)
+    if isinstance(target, nn.Module):
+        found = _of_module(target, options, collector)
+    else:
+        graphs = [_with_sqnr(r, collector) for r in _asked(records.of_function(target), options)]
+        if not graphs:
+            raise _unseen()
+        found = Report(_merged(graphs), _notes(graphs), len(graphs), getattr(target, "__name__", "compiled function"))
+    if collector is None or collector.graphs:
+        return found
+    if not any(row.sqnr_db is not None for row in found.rows):
         raise ValueError(
-            "expected a model that qfx quantized or compiled, found neither; next step: call the compiled model once, or "
-            "qfx.quantize(model, recipe), then qfx.report(model)"
+            explain("data was given, but no compiled graph ran it", next_step="pass what torch.compile returned")
         )
-    return _merge(records, live, type(model).__name__)
+    note = Note("report", "data was not used: SQNR is what qfx.quantize measured", "leave data out", minor=True)
+    return replace(found, notes=(*found.notes, note))
 
 
-def _merge(records: Sequence[tuple[str, GraphRecord]], live: Iterable[Row], title: str) -> Report:
-    rows: dict[str, Row] = {}
-    notes: dict[str, Note] = {}
-    for path, record in records:
-        for row in record.rows:
-            name = f"{path}.{row.node}" if path else row.node
-            rows.setdefault(name, replace(row, node=name))
-        for note in record.notes:
-            notes.setdefault(str(note), note)
-    compiled = bool(records)
-    for row in live:
+def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None) -> Report:
+    index = names.index(model)
+    pairs = [(r, r.named(index)) for r in _asked(records.all_records(), options)]
+    graphs = [_with_sqnr(named, collector, r) for r, named in pairs if named is not None]
+    rows = {row.node: row for row in _merged(graphs)}
+    failed = {}
+    for record in graphs:
+        if record.failed:
+            reason = f"its graph could not be had, runs in torch: {record.failed.splitlines()[0]}"
+            failed.update({fqn.rpartition(".")[0]: reason for fqn, _ in record.weights})
+    for row in live.live_rows(model, set(rows)):
         if row.node not in rows:
-            reason = "in no compiled graph yet: runs in torch" if compiled and not row.quantized else row.reason
-            rows[row.node] = replace(row, reason=reason)
+            if graphs and not row.quantized:
+                row = replace(row, reason=live.why_not_compiled(model, row.node, failed, graphs), as_asked=False)  # noqa: PLW2901
+            rows[row.node] = row
         elif rows[row.node].sqnr_db is None:
             rows[row.node] = replace(rows[row.node], sqnr_db=row.sqnr_db)
-    return Report(tuple(rows.values()), tuple(notes.values()), graphs=len(records), title=title)
+    if not graphs and not any(row.quantized for row in rows.values()):
+        raise _unseen()
+    rest = live.other_bytes(model, set(rows))
+    return Report(tuple(rows.values()), _notes(graphs), len(graphs), type(model).__name__, rest)
 
 
-def _live_rows(model: nn.Module, compiled: set[str]) -> Iterator[Row]:
-    """Rows of the live module: quantized modules tell themselves, float linears and embeddings are listed as such.
-
-    A float module whose weight is tied to that of one in `compiled` is left out: the weight is told there.
-    """
-    told = {_pointer(m) for fqn, m in model.named_modules() if fqn in compiled} - {None}
-    for fqn, module in model.named_modules():
-        row = getattr(module, "qfx_row", None)
-        if callable(row):
-            yield row(fqn)
-        elif getattr(module, "qfx_packed", None):
-            yield from packed_rows(fqn, module)
-        elif isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            if fqn not in compiled and _pointer(module) in told:
-                continue
-            kind = "linear" if isinstance(module, nn.Linear) else "embedding"
-            kind = "conv" if isinstance(module, nn.modules.conv._ConvNd) else kind
-            size = module.weight.numel() * module.weight.element_size()
-            yield Row(fqn, kind, kernel="torch", elements=module.weight.numel(), bytes_before=size, bytes_after=size)
+def _asked(found: Iterable[GraphRecord], options: Any) -> list[GraphRecord]:
+    """Those compiled with these options, in the order in which they were made."""
+    return sorted((r for r in found if options is unknown or r.options == options), key=lambda r: r.serial)
 
 
-def _pointer(module: nn.Module) -> int | None:
-    weight = module._parameters.get("weight")
-    return weight.data_ptr() if weight is not None else None
+def _with_sqnr(
+    record: GraphRecord, collector: sqnr.Collector | None, measured: GraphRecord | None = None
+) -> GraphRecord:
+    """The record with what was measured of it (or of the record that it is a translation of)."""
+    source = measured or record
+    found = {} if collector is None else collector.of(source)
+    rows = zip(record.rows, source.rows, strict=True)
+    return replace(record, rows=tuple(replace(r, sqnr_db=found.get(own.node)) for r, own in rows))
 
 
-def packed_rows(fqn: str, module: nn.Module) -> list[Row]:
-    """Rows of the report for the packed parameters of a module."""
-    rows = []
-    for name, spec in getattr(module, "qfx_packed", {}).items():
-        elements = torch.Size(spec.shape).numel()
-        after = Format.parse(spec.format).nbytes(spec.shape)
-        path = f"{fqn}.{name}" if fqn else name
-        rows.append(
-            Row(path.removesuffix(".weight"), "parameter", f"w={spec.format}", "qfx::dequantize, then torch", "",
-                elements, elements * spec.dtype.itemsize, after)
-        )  # fmt: skip
-    return rows
+def _merged(graphs: Sequence[GraphRecord]) -> tuple[Row, ...]:
+    """One row for each node. Where graphs (for other shapes) differ, the row that is not as asked is shown."""
+    rows: dict[str, Row] = {}
+    for record in graphs:
+        for row in record.rows:
+            before = rows.setdefault(row.node, row)
+            chosen = row if before.as_asked and not row.as_asked else before
+            measured = [r.sqnr_db for r in (before, row) if r.sqnr_db is not None]
+            rows[row.node] = replace(chosen, sqnr_db=min(measured, default=None))
+    return tuple(rows.values())
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
+def _notes(graphs: Sequence[GraphRecord]) -> tuple[Note, ...]:
+    found = [note for record in graphs for note in record.notes] + live.limit_notes(graphs)
+    if any(r.options != graphs[0].options for r in graphs):
+        what = "the model was compiled with several options: rows of all of them"
+        found.append(Note("report", what, "qfx.report(compiled) shows the graphs of one of them", minor=True))
+    return tuple(dict.fromkeys(found))
+
+
+def _measured(model: Any, batch: Any) -> sqnr.Collector:
+    """Call the model with one batch, its compiled graphs measured."""
+    target = unwrapped(model)
+    args: tuple[Any, ...] = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    kwargs: dict[str, Any] = {}
+    if isinstance(target, nn.Module):
+        args, kwargs = calls(target, [batch])[0]
+    elif isinstance(batch, Mapping):
+        args, kwargs = (), dict(batch)
+    with sqnr.measuring() as collector, torch.no_grad():
+        model(*args, **kwargs)
+    return collector
+
+
+def _work_coverage(rows: Sequence[Row]) -> float:
+    """Share of the multiply-accumulates. A row whose count is not known works as often as the busiest, by elements."""
+    rate = max((r.macs / r.elements for r in rows if r.macs and r.elements), default=1.0)
+    work = {r.node: r.macs or rate * r.elements for r in rows}
+    total = sum(work.values())
+    return sum(work[r.node] for r in rows if r.quantized) / total if total else 0.0
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _unseen() -> ValueError:
+    return ValueError(
+        "expected a model that qfx quantized or compiled, found neither; next step: call the compiled model once, or "
+        "qfx.quantize(model, recipe), then qfx.report(model)"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch import fx
 from qfx import annotation, graph
 from qfx.errors import Note
 from qfx.format import Format
-from qfx.report import Row
 
 KINDS = {
     "aten::linear": "linear",
@@ -35,25 +35,53 @@ KINDS = {
 }
 
 
+@dataclass(frozen=True)
+class Row:
+    """One node.
+
+    node: FQN. op: linear, embedding, conv, attention, experts. asked: formats by role ("x=i8/tok w=i8/ch"), "" where
+    the recipe asks for nothing. kernel: what executes it. reason: why that differs from what was asked, else "".
+    elements, bytes_before, bytes_after: of the weight; scales and zero points are counted. macs: multiply-accumulates
+    of one call at the traced shapes. sqnr_db: of the node's output against float, None where it was not measured.
+    """
+
+    node: str
+    op: str
+    asked: str = ""
+    kernel: str = ""
+    reason: str = ""
+    elements: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    macs: int = 0
+    sqnr_db: float | None = None
+    shared: bool = False  # the weight's bytes are counted at another row
+    as_asked: bool = True  # no reason, or one that changes neither format nor result
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the node has a weight in the format that was asked."""
+        return "w=" in self.asked and self.as_asked
+
+
 def graph_rows(gm: fx.GraphModule, kernels: Mapping[str, str], notes: Iterable[Note]) -> list[Row]:
     """One row for each node of KINDS in a quantized (or float) graph; `kernels` says what executes a node, by name."""
-    reasons: dict[str, str] = {}
-    for note in notes:
-        reasons.setdefault(note.node, note.reason)
+    told: dict[str, Note] = {}
+    for note in sorted(notes, key=lambda n: n.minor):
+        told.setdefault(note.node, note)
     rows = []
     seen: set[str] = set()
     for node in gm.graph.nodes:
         kind = KINDS.get(graph.schema_name(node)) if node.op == "call_function" else None
         if kind is None or (kind == "matmul" and not _reads_parameter(node)):
             continue
-        rows.append(_row(gm, node, kind, kernels.get(node.name, ""), reasons, seen))
+        rows.append(_row(gm, node, kind, kernels.get(node.name, ""), told, seen))
     return rows
 
 
-def _row(
-    gm: fx.GraphModule, node: fx.Node, kind: str, kernel: str, reasons: Mapping[str, str], seen: set[str]
-) -> Row:
+def _row(gm: fx.GraphModule, node: fx.Node, kind: str, kernel: str, told: Mapping[str, Note], seen: set[str]) -> Row:
     fqn = graph.fqn_of(node)
+    note = told.get(fqn)
     weight = graph.weight_of(node)
     elements = before = after = 0
     shared = False
@@ -66,12 +94,13 @@ def _row(
         op=kind,
         asked=asked_of(node),
         kernel=kernel,
-        reason=reasons.get(fqn, ""),
+        reason=note.reason if note else "",
         elements=elements,
         bytes_before=before,
         bytes_after=after,
         macs=_macs(node, elements),
         shared=shared,
+        as_asked=note is None or note.minor,
     )
 
 

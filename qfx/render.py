@@ -1,0 +1,83 @@
+"""The report on a terminal: a table, what the rows with a number mean, totals, notes."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from qfx.report import Report
+
+# Of the kernels that compute a node, the one that does the work, by what comes first here.
+_MAIN = re.compile(r"MatMulInteger|MatMulNBits|DynamicQuantizeMatMul|Attention|MoE|Conv|Gemm|MatMul|Gather|Embed")
+
+
+def show(report: Report, console: Console, *, all_rows: bool) -> None:
+    """Print a report. Reasons stand under the table, each once with all its nodes."""
+    reasons: dict[str, list[str]] = {}
+    for row in report.rows:
+        if row.reason:
+            reasons.setdefault(row.reason, []).append(row.node)
+    numbers = {reason: number for number, reason in enumerate(reasons, 1)}
+    console.print(_table(report, numbers, all_rows=all_rows))
+    for reason, nodes in reasons.items():
+        console.print(
+            f"[yellow]\\[{numbers[reason]}][/] {escape(_shortened(nodes))}: {escape(reason)}", highlight=False
+        )
+    t = report.totals
+    console.print(
+        f"{t['linear_quantized']} of {t['linear']} linear nodes quantized, {t['weight_coverage']:.1%} of weight bytes, "
+        f"{t['work_coverage']:.1%} of matmul work; {t['effective_bits']:.2f} bits per weight; "
+        f"{_size(t['bytes_before'])} -> {_size(t['bytes_after'])} ({t['compression']:.2f}x); {t['graphs']} graph(s)"
+    )
+    for note in report.notes:
+        if note.reason not in reasons:
+            console.print(f"[yellow]note[/] {escape(str(note))}", highlight=False)
+
+
+def _table(report: Report, numbers: dict[str, int], *, all_rows: bool) -> Table:
+    title = escape(report.title or "qfx report")
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", padding=(0, 1, 0, 0))
+    measured = any(row.sqnr_db is not None for row in report.rows)
+    table.add_column("node", overflow="fold", ratio=1)
+    for name in ("op", "asked", "runs as"):
+        table.add_column(name, overflow="fold")
+    for name in ("bytes", "SQNR dB") if measured else ("bytes",):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report.rows:
+        if row.quantized and not all_rows:
+            continue
+        kernel = escape(main_kernel(row.kernel))
+        if row.reason:
+            kernel += f" [yellow]\\[{numbers[row.reason]}][/]"
+        cells = [row.node, row.op, row.asked or "float"]
+        sqnr = [] if not measured else ["" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"]
+        table.add_row(*map(escape, cells), kernel, _size(row.bytes_after) if row.bytes_after else "", *sqnr)
+    return table
+
+
+def main_kernel(kernels: str) -> str:
+    """`Abs+ReduceMax+MatMulInteger+Mul` -> `MatMulInteger +3`: the kernel that does the work, how many others."""
+    parts = kernels.split("+")
+    if len(parts) == 1:
+        return kernels
+    found = [(match.start() == 0, part) for part in parts if (match := _MAIN.search(part))]
+    main = max(found, key=lambda pair: pair[0])[1] if found else parts[0]
+    return f"{main} +{len(parts) - 1}"
+
+
+def _shortened(nodes: list[str], most: int = 6) -> str:
+    more = f" and {len(nodes) - most} more" if len(nodes) > most else ""
+    return ", ".join(nodes[:most]) + more
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

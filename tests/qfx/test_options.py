@@ -1,0 +1,70 @@
+"""qfx.options: what torch.compile's options may hold, and how everything else is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qfx.options import Options
+from qfx.plan import Plan
+from qfx.recipe import Recipe
+
+
+def test_nothing_given_is_w8a8_on_the_best_backend() -> None:
+    for options in (None, {}, {"recipe": None, "plan": None, "strict": None, "backend": None}):
+        assert Options.parse(options) == Options(Recipe.parse("w8a8"), None, False, "auto")
+
+
+def test_all_that_can_be_given() -> None:
+    parsed = Options.parse({"recipe": "w4a16", "strict": True, "backend": "reference"})
+    assert parsed.recipe.name == "w4a16" and parsed.strict and parsed.backend == "reference"
+    own = {"rules": [{"target": "linear", "w": "nf4/g64"}]}
+    assert Options.parse({"recipe": own}).recipe.rules[0].w == "nf4/g64"
+
+
+def test_later_options_may_be_switched_off_but_not_on() -> None:
+    assert Options.parse({"kv": None, "cache": False}) == Options.parse(None)
+    with pytest.raises(ValueError, match=r"option 'kv' \(a quantized KV cache\) is not in this version\n  next step"):
+        Options.parse({"kv": "i8"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recpie": "w8a8"}, r"unknown option 'recpie', did you mean 'recipe'\?"),
+        ({"Strict": True}, r"unknown option 'Strict', did you mean 'strict'\?"),
+        ({"zzz": 1}, r"unknown option 'zzz', valid: backend, plan, recipe, strict"),
+        ({3: 1}, r"unknown option 3"),
+        ("w4a16", r"options is a dictionary[\s\S]*found: 'w4a16'[\s\S]*options=\{\"recipe\": \"w4a16\"\}"),
+        ({"strict": 1}, r"'strict' takes a bool\n  expected: True or False\n  found: 1"),
+        ({"strict": "yes"}, r"found: 'yes'"),
+        ({"backend": "onxx"}, r"unknown backend 'onxx', did you mean 'onnx'\?"),
+        ({"backend": 1}, r"unknown backend 1"),
+        ({"backend": ["onnx"]}, r"unknown backend \['onnx'\]"),
+        ({"recipe": 8}, r"a recipe is a preset's name, .* found int"),
+        ({"recipe": "w8a"}, r"unknown preset 'w8a', did you mean 'w8a8'\?"),
+        (
+            {"recipe": "w8a8-static"},
+            r"needs calibration data.*\n  next step: model = qfx.quantize\(model, recipe, data=",
+        ),
+        ({"recipe": "w8a8-smooth"}, r"'w8a8-smooth' needs calibration data"),
+        ({"plan": 3}, r"'plan' takes a plan or the folder of one\n  expected: a qfx.Plan or a path\n  found: int: 3"),
+    ],
+)
+def test_refusals_say_what_to_do(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Options.parse(options)
+
+
+def test_a_plan_or_its_folder_brings_its_recipe(tmp_path: Path) -> None:
+    plan = Plan(recipe=Recipe.parse("w8a8-static"), annotations={"fc": {"x": "u8", "w": "i8/ch"}})
+    assert Options.parse({"plan": plan}).recipe.name == "w8a8-static"
+    plan.save(tmp_path / "plan")
+    for given in (tmp_path / "plan", str(tmp_path / "plan")):
+        assert Options.parse({"plan": given}).plan == plan
+    with pytest.raises(ValueError, match=r"both given\n  next step: leave 'recipe' out"):
+        Options.parse({"plan": plan, "recipe": "w8a8"})
+    with pytest.raises(FileNotFoundError, match="no plan here"):
+        Options.parse({"plan": tmp_path / "nothing"})
