@@ -23,6 +23,7 @@ from torch.nn import functional
 
 import qfx
 from qfx import compare, data, hub
+from qfx.cli.terminal import guarded
 
 ASSETS = Path(__file__).resolve().parents[1] / "tests" / "assets"
 QUESTION = "How do I store a model in fewer bytes?"
@@ -71,14 +72,15 @@ def encoder_part(console: Console, repeats: int) -> None:
     calibration = encoder_batches(loaded, data.python_help(), 32)
     evaluation: list[data.Call] = [((), b) for b in encoder_batches(loaded, data.read_texts(ASSETS / "eval.txt"), 16)]
 
-    console.rule('1. torch.compile(model, backend="qfx"): no data, nothing to prepare')
+    console.rule('1. torch.compile(model, backend="qfx"): without data')
     compiled = torch.compile(copy.deepcopy(loaded.model), backend="qfx")
     with torch.no_grad():
         compiled(**evaluation[0][1])
     qfx.report(compiled).show(console)
 
-    console.rule('2. qfx.quantize(model, "w8a8-smooth", data=batches): calibrated, saved, loaded again')
+    console.rule('2. qfx.quantize(model, "w8a8-smooth", data=batches)')
     quantized = qfx.quantize(copy.deepcopy(loaded.model), "w8a8-smooth", data=calibration)
+    console.print("saved, loaded again and compiled; what is not quantized:")
     with tempfile.TemporaryDirectory() as folder:
         qfx.save(quantized, folder)
         disk = hub.bytes_on_disk(Path(folder))
@@ -151,10 +153,10 @@ def main(
     """Show what qfx does to a real model."""
     if threads is not None:
         torch.set_num_threads(threads)
-    console = Console()
-    encoder_part(console, repeats)
-    if (ASSETS / "tiny_lm" / "config.json").exists():
-        language_model_part(console, ASSETS / "tiny_lm")
+    with guarded(debug=True) as console:
+        encoder_part(console, repeats)
+        if (ASSETS / "tiny_lm" / "config.json").exists():
+            language_model_part(console, ASSETS / "tiny_lm")
 
 
 if __name__ == "__main__":

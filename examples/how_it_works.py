@@ -51,7 +51,8 @@ def stages(recipe: Recipe) -> list[tuple[str, str]]:
     run(gm, [functools.partial(quantize, tensors={}, rounding=recipe.rounding)])
     show("quantize: weights packed, qfx operators in place of the float ones", gm)
     kernels = lower(gm, "auto", strict=True).kernels
-    shown.append(("lower: what runs", "\n".join(f"%{node}: {kernel}" for node, kernel in kernels.items())))
+    what_runs = (f"%{node}: {kernel or 'fused into a neighbour'}" for node, kernel in kernels.items())
+    shown.append(("lower: what runs", "\n".join(what_runs)))
     return shown
 
 

@@ -18,6 +18,8 @@ from qfx.data import Call
 
 Model = Callable[..., Any]
 
+_PAUSE = 0.05  # seconds after which threads no longer spin
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -120,18 +122,20 @@ def main_output(output: Any) -> tuple[str, Tensor]:
 
 @torch.no_grad()
 def latency(models: Mapping[str, Model], call: Call, *, repeats: int = 20) -> dict[str, Latency]:
-    """Time models on one call: each model's first call, then `repeats` rounds in which each runs once, in turn.
+    """Time models on one call: each model's first call, then `repeats` rounds in which each is timed once, in turn.
 
-    The turns let a slow moment of the machine hit all of them. Raises ValueError for repeats below 1.
+    The turns let a slow moment of the machine hit all of them. Threads of one model spin for a while after its call and
+    would slow the next one down, so each turn begins with a pause and a call that is not timed. Raises ValueError for
+    repeats below 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be 1 or more, found {repeats}")
     cold = {name: _seconds(model, call) for name, model in models.items()}
-    for model in models.values():  # a second call may still compile
-        _seconds(model, call)
     warm: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats):
         for name, model in models.items():
+            time.sleep(_PAUSE)
+            _seconds(model, call)
             warm[name].append(_seconds(model, call))
     return {name: Latency(cold[name], statistics.median(warm[name])) for name in models}
 
