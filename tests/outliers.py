@@ -1,0 +1,41 @@
+"""Activation outliers as large models have them, made exactly: the fp32 function stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def scale_channels(producer: Sequence[Tensor], consumers: Sequence[Tensor], channels: Tensor, factor: float) -> None:
+    """Multiply rows `channels` of each producer (weights [N, K], vectors [N]) and divide columns of each consumer."""
+    with torch.no_grad():
+        for tensor in producer:
+            tensor[channels] *= factor
+        for weight in consumers:
+            weight[:, channels] /= factor
+
+
+def value_outliers(bert: nn.Module, factor: float = 100.0, count: int = 8, seed: int = 0) -> None:
+    """In every layer of a BERT: `count` value channels `factor` times as large, undone by the output projection."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in bert.encoder.layer:  # type: ignore[union-attr]
+        value, output = layer.attention.self.value, layer.attention.output.dense  # type: ignore[union-attr]
+        channels = torch.randperm(value.out_features, generator=generator)[:count]
+        scale_channels([value.weight, value.bias], [output.weight], channels, factor)
+
+
+def norm_outliers(llama: nn.Module, factor: float = 100.0, count: int = 8, seed: int = 0) -> None:
+    """At every norm of a Llama: `count` channels `factor` times as large, undone by the linears that read the norm."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = torch.randperm(llama.config.hidden_size, generator=generator)[:count]  # type: ignore[union-attr, arg-type]
+    model = llama.model
+    for layer in model.layers:  # type: ignore[union-attr]
+        attention, mlp = layer.self_attn, layer.mlp  # type: ignore[union-attr]
+        readers = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+        scale_channels([layer.input_layernorm.weight], readers, channels, factor)  # type: ignore[union-attr]
+        scale_channels(
+            [layer.post_attention_layernorm.weight], [mlp.gate_proj.weight, mlp.up_proj.weight], channels, factor  # type: ignore[union-attr]
+        )  # fmt: skip
+    scale_channels([model.norm.weight], [llama.lm_head.weight], channels, factor)  # type: ignore[union-attr]

