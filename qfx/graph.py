@@ -157,6 +157,8 @@ def rename(gm: fx.GraphModule) -> None:
         number = taken.get(base, 0)
         taken[base] = number + 1
         node.name = gm.graph._graph_namespace.create_name(f"{base}_{number}" if number else base, node)
+        if node.op == "placeholder":
+            node.target = node.name  # the parameter's name in the code, which else could be another input's
 
 
 def is_call(node: Any, *targets: Any) -> bool:
@@ -226,7 +228,7 @@ def fqn_of(node: fx.Node) -> str:
 
 def add_tensor(gm: fx.GraphModule, fqn: str, tensor: torch.Tensor, before: fx.Node) -> fx.Node:
     """Hold `tensor` under `fqn` and return its get_attr node, which stands before `before`; an existing one serves."""
-    existing = next((n for n in gm.graph.nodes if n.op == "get_attr" and n.target == fqn), None)
+    existing: fx.Node | None = next((n for n in gm.graph.nodes if n.op == "get_attr" and n.target == fqn), None)
     if existing is not None and get_tensor(gm, fqn) is tensor:
         if _after(existing, before):
             before.prepend(existing)
@@ -243,8 +245,9 @@ def add_tensor(gm: fx.GraphModule, fqn: str, tensor: torch.Tensor, before: fx.No
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
     """The fake mode of the values in a graph; a new one where the graph has none."""
     for node in gm.graph.nodes:
-        if isinstance(node.meta.get("val"), FakeTensor):
-            return node.meta["val"].fake_mode
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
     return FakeTensorMode()
 
 
