@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor, fx
 
 from qfx import frame, graph, names, sqnr
 from qfx.capture import static_names
-from qfx.errors import Note, QfxWarning, explain
+from qfx.errors import Note, explain, warn
 from qfx.frame import Frame
 from qfx.names import Translation
 from qfx.options import Options
@@ -47,7 +46,7 @@ def backend(
         raise _training()
     compiled = CompiledGraph(gm, example_inputs, parsed, at, options)
     if not compiled.untouched:
-        _warn_detached(example_inputs)
+        _warn_detached(example_inputs, at)
     return compiled
 
 
@@ -231,13 +230,11 @@ def _drops(node: fx.Node) -> bool:
     return training is True and bool(node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5) != 0)
 
 
-def _warn_detached(example_inputs: Sequence[Any]) -> None:
+def _warn_detached(example_inputs: Sequence[Any], at: Frame) -> None:
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs):
-        warnings.warn(
-            explain(
-                "gradients are enabled, but a graph compiled by qfx gives detached outputs",
-                next_step="call the model under torch.no_grad() or torch.inference_mode()",
-            ),
-            QfxWarning,
-            stacklevel=2,
+        message = explain(
+            "gradients are enabled, but a graph compiled by qfx gives detached outputs",
+            source=at.place or None,
+            next_step="call the model under torch.no_grad() or torch.inference_mode()",
         )
+        warn(message, at.place)

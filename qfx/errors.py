@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +25,15 @@ class UnsupportedError(RuntimeError):
 
 class QfxWarning(UserWarning):
     """Something was not done as asked; the message says what, why and the next step."""
+
+
+def warn(message: str, where: str = "", *, stacklevel: int = 1) -> None:
+    """A QfxWarning that points to `where` (as `source_line` gives it), or to the caller where that says nothing."""
+    place = re.match(r"(?P<file>.+):(?P<line>\d+), in ", where)
+    if place is None or _LIBRARY_FRAME.search(place["file"]):
+        warnings.warn(message, QfxWarning, stacklevel=stacklevel + 1)
+    else:
+        warnings.warn_explicit(message, QfxWarning, place["file"], int(place["line"]))
 
 
 def explain(

@@ -1,18 +1,18 @@
 """The stages between capture and lowering, as lists of passes that read from top to bottom. Both doors use them.
 
-    normalize -> annotate -> calibrate -> transform -> calibrate again -> round and quantize
+normalize -> annotate -> calibrate -> transform -> calibrate again -> round and quantize
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from torch import fx
 
 from qfx import annotation, graph, run
-from qfx.errors import Note, QfxWarning, UnsupportedError
+from qfx.errors import Note, UnsupportedError, warn
 from qfx.passes.annotate import annotate
 from qfx.passes.convolution import convolution
 from qfx.passes.fuse_dequantize import fuse_dequantize
@@ -61,10 +61,20 @@ def annotate_from(gm: fx.GraphModule, plan: Plan) -> list[Note]:
 
 
 def told(notes: Iterable[Note], *, strict: bool) -> None:
-    """Say each note once as a QfxWarning; under strict raise UnsupportedError with those that are not minor."""
+    """Say each note once as a QfxWarning; under strict raise UnsupportedError with those that are not minor.
+
+    Minor notes of several nodes with the same reason are one warning. A warning points to the user's line where known.
+    """
     unique = list(dict.fromkeys(notes))
     refused = [note for note in unique if not note.minor] if strict else []
     if refused:
         raise UnsupportedError("strict=True and not everything can be had as asked:\n" + "\n".join(map(str, refused)))
+    minor: dict[tuple[str, str], list[Note]] = {}
     for note in unique:
-        warnings.warn(str(note), QfxWarning, stacklevel=3)
+        if note.minor:
+            minor.setdefault((note.reason, note.next_step), []).append(note)
+        else:
+            warn(str(note), note.where, stacklevel=3)
+    for first, *more in minor.values():
+        node = f"{first.node} and {len(more)} more" if more else first.node
+        warn(str(replace(first, node=node)), first.where, stacklevel=3)

@@ -43,18 +43,18 @@ def _table(report: Report, numbers: dict[str, int], *, all_rows: bool) -> Table:
     title = escape(report.title or "qfx report")
     table = Table(title=title, title_justify="left", box=None, header_style="bold", padding=(0, 1, 0, 0))
     measured = any(row.sqnr_db is not None for row in report.rows)
-    table.add_column("node", overflow="fold", ratio=1)
-    for name in ("op", "asked", "runs as"):
+    table.add_column("node", overflow="fold", min_width=40)
+    for name in ("asked", "runs as"):
         table.add_column(name, overflow="fold")
-    for name in ("bytes", "SQNR dB") if measured else ("bytes",):
+    for name in ("bytes", "SQNR") if measured else ("bytes",):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
         if row.quantized and not all_rows:
             continue
-        kernel = escape(main_kernel(row.kernel))
+        kernel = escape(main_kernel(row.kernel) or "-")
         if row.reason:
             kernel += f" [yellow]\\[{numbers[row.reason]}][/]"
-        cells = [row.node, row.op, row.asked or "float"]
+        cells = [row.node, row.asked or "float"]
         sqnr = [] if not measured else ["" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"]
         table.add_row(*map(escape, cells), kernel, _size(row.bytes_after) if row.bytes_after else "", *sqnr)
     return table

@@ -9,7 +9,7 @@ Errors add up along the graph: a node's error has those of the nodes before it i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -62,40 +62,41 @@ def collecting() -> Collector | None:
 
 
 def compare(plain: fx.GraphModule, quantized: fx.GraphModule, inputs: Sequence[Any]) -> Energies:
-    """Energies of each node that is quantized in one graph and, under the same name, float in the other.
+    """Energies, by fully qualified name, of each node that has the same name in both graphs and another operator.
 
-    Errors of earlier nodes are part of a node's difference. Both graphs run in torch and change none of their inputs.
+    quantized: `plain` after the pass `quantize`, which keeps names and order. Errors of earlier nodes are part of a node's
+    error; several calls of one layer add up. Both graphs advance in step and let go of values after their last use, so
+    that no more is held than by two runs. They change none of their inputs.
     """
-    float_nodes = {n.name: n for n in plain.graph.nodes if n.op == "call_function"}
-    pairs = {
-        n.name: graph.fqn_of(n)
-        for n in quantized.graph.nodes
-        if n.op == "call_function" and n.name in float_nodes and n.target != float_nodes[n.name].target
-    }
-    wanted = _outputs(plain, inputs, pairs)
+    targets = {n.name: n.target for n in plain.graph.nodes}
+    names = [n.name for n in quantized.graph.nodes if n.op == "call_function" and targets.get(n.name, n.target) != n.target]
     found: Energies = {}
-    for name, output in _outputs(quantized, inputs, pairs).items():
-        signal, noise = energies(wanted[name], output)
-        before = found.get(pairs[name], (0.0, 0.0))
-        found[pairs[name]] = (before[0] + signal, before[1] + noise)
+    with torch.no_grad():
+        one, other = _Lane(plain, inputs), _Lane(quantized, inputs)
+        for name in names:
+            node, wanted = one.until(name)
+            fqn = graph.fqn_of(node)
+            signal, noise = energies(wanted, other.until(name)[1])
+            before = found.get(fqn, (0.0, 0.0))
+            found[fqn] = (before[0] + signal, before[1] + noise)
     return found
 
 
-class _Keeper(fx.Interpreter):
-    def __init__(self, gm: fx.GraphModule, wanted: Mapping[str, str]) -> None:
-        super().__init__(gm)
-        self.wanted = wanted
-        self.kept: dict[str, Tensor] = {}
+class _Lane:
+    """An interpreter that stops after a node."""
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.wanted and isinstance(value, Tensor):
-            self.kept[n.name] = value
-        return value
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        self.runner = fx.Interpreter(gm)
+        self.runner.args_iter = iter(inputs)
+        self.nodes = iter(gm.graph.nodes)
 
-
-def _outputs(gm: fx.GraphModule, inputs: Sequence[Any], wanted: Mapping[str, str]) -> dict[str, Tensor]:
-    keeper = _Keeper(gm, wanted)
-    with torch.no_grad():
-        keeper.run(*inputs)
-    return keeper.kept
+    def until(self, name: str) -> tuple[fx.Node, Tensor]:
+        """Run on up to the node of this name; the node and its value."""
+        for node in self.nodes:
+            value = self.runner.env[node] = self.runner.run_node(node)
+            for dead in self.runner.user_to_last_uses.get(node, ()):
+                del self.runner.env[dead]
+            if node.name == name:
+                assert isinstance(value, Tensor), node
+                return node, value
+        raise AssertionError(f"no node {name!r} after the ones before: the graphs have another order")
