@@ -108,21 +108,25 @@ def _bias(b: Builder, scores: Value, mask: Value | None, causal: bool) -> tuple[
     rows, columns = scores.dims[-2:]
     key = ("bias", mask.name if mask is not None else "", causal, rows, columns, scores.dtype)
     if key not in b.memo:
-        zero, lowest = b.scalar(0.0, scores.dtype), b.scalar(_LOWEST, scores.dtype)
-        bias = zero
-        if mask is not None and mask.dtype == torch.bool:
-            bias = b.op("Where", mask, zero, lowest)
-        elif mask is not None:
-            bias = b.op("Max", b.cast(mask, scores.dtype), lowest)
-        if causal:
-            bias = b.op("Where", _seen(b, rows, columns), bias, lowest)
-        keep = None
-        if mask is not None:
-            top = b.op("ReduceMax", bias, b.ints([-1]), keepdims=1)
-            keep = b.cast(b.op("Greater", top, lowest, dtype=torch.bool), scores.dtype)
-        b.memo[key] = (bias, keep)
+        seen = _seen(b, rows, columns) if causal else None
+        b.memo[key] = _prepared(b, mask, seen, scores.dtype)
     found: tuple[Value, Value | None] = b.memo[key]
     return found
+
+
+def _prepared(b: Builder, mask: Value | None, seen: Value | None, dtype: torch.dtype) -> tuple[Value, Value | None]:
+    zero, lowest = b.scalar(0.0, dtype), b.scalar(_LOWEST, dtype)
+    if mask is None:
+        assert seen is not None
+        return b.op("Where", seen, zero, lowest), None
+    axis = b.ints([mask.rank - 1])
+    if mask.dtype == torch.bool:
+        kept = mask if seen is None else b.op("And", mask, seen)
+        return b.op("Where", kept, zero, lowest), b.cast(b.op("ReduceMax", kept, axis, keepdims=1), dtype)
+    nothing = b.scalar(-math.inf, dtype)
+    bias = b.cast(mask, dtype) if seen is None else b.op("Where", seen, b.cast(mask, dtype), nothing)
+    some = b.op("Greater", b.op("ReduceMax", bias, axis, keepdims=1), nothing, dtype=torch.bool)
+    return b.op("Max", bias, lowest), b.cast(some, dtype)
 
 
 def _seen(b: Builder, rows: Dim, columns: Dim) -> Value:

@@ -253,11 +253,20 @@ _ELEMENTWISE = {
 
 
 def _shape_after(op_type: str, inputs: Sequence[Value | None]) -> tuple[Dim, ...] | None:
-    """The shape of an element-wise result where its inputs agree (numbers aside), else None: not known."""
+    """The shape of an element-wise result where the shapes of its inputs are known and fit, else None."""
     if op_type not in _ELEMENTWISE:
         return None
-    shapes = {v.shape for v in inputs if v is not None and v.shape != ()}
-    return shapes.pop() if len(shapes) == 1 else () if not shapes else None
+    shapes = [v.shape for v in inputs if v is not None and v.shape is not None]
+    if len(shapes) < sum(v is not None for v in inputs):
+        return None
+    rank = max(len(s) for s in shapes)
+    common: list[Dim] = [1] * rank
+    for shape in shapes:
+        for i, size in enumerate(shape, rank - len(shape)):
+            if common[i] not in (1, size) and size != 1:
+                return None
+            common[i] = size if common[i] == 1 else common[i]
+    return tuple(common)
 
 
 def _typed(b: Builder, value: Value, fake: Tensor) -> Value:

@@ -81,6 +81,8 @@ def _retraced(node: fx.Node) -> fx.GraphModule | None:
     if not isinstance(target, torch._ops.OpOverload):
         return None
     inputs = node.all_input_nodes
+    if any("val" not in n.meta for n in inputs):
+        return None
     fakes = [n.meta["val"] for n in inputs]
     mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
 

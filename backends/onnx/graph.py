@@ -51,7 +51,7 @@ class _StandIn(Builder):
         return Value(name, computed(tensor.dtype), tuple(tensor.shape))
 
     def value_of(self, node: fx.Node) -> Any:
-        fake = node.meta.get("val")
+        fake = self.tensor(node) if node.op == "get_attr" else node.meta.get("val")
         if isinstance(fake, Tensor):
             return Value(node.name, computed(fake.dtype), dims_of(fake.shape))
         if isinstance(fake, tuple | list):
@@ -62,7 +62,7 @@ class _StandIn(Builder):
 def reason_against(gm: fx.GraphModule, node: fx.Node) -> str | None:
     """Why a call_function node has no ONNX form; None where it has one."""
     builder = _StandIn(gm)
-    fakes = [n.meta.get("val") for n in [node, *node.all_input_nodes]]
+    fakes = [n.meta.get("val") for n in [node, *node.all_input_nodes] if n.op != "get_attr"]
     for symbol in {s for f in fakes for s in _symbols(f)}:
         builder.symbols.known[symbol] = Value(str(symbol), torch.int64, (1,))
     unknown = next((f for f in _tensors(fakes) if f.dtype not in ONNX_TYPE), None)
@@ -113,16 +113,24 @@ def build_stage(gm: fx.GraphModule, stage: Stage, carriers: dict[sympy.Symbol, S
 
 def _argument(b: Builder, argument: Any) -> Any:
     if isinstance(argument, fx.Node):
+        if argument.op == "get_attr" and b.tensor(argument).dtype not in ONNX_TYPE:
+            return _foreign(b, argument)
         if argument.op == "get_attr" and argument not in b.values and not isinstance(b, _StandIn):
             name = str(argument.target)
-            value = b.weight(b.tensor(argument), name)
-            b.values[argument] = Value(value.name, value.dtype, dims_of(argument.meta["val"].shape))
+            b.values[argument] = b.weight(b.tensor(argument), name)
         return b.value_of(argument)
     if isinstance(argument, list | tuple):
         return [_argument(b, a) for a in argument]
     if isinstance(argument, torch.SymInt):
         return dim_of(argument)
     return argument
+
+
+def _foreign(b: Builder, node: fx.Node) -> None:
+    """Packed tensors of types that ONNX has not (float8): qfx's own operators read them at lowering, others cannot."""
+    assert b.node is not None
+    if not op_key(b.node.target).startswith("qfx."):
+        raise NotImplementedError(f"no ONNX type for {b.tensor(node).dtype}")
 
 
 def _declare(b: Builder, node: fx.Node) -> None:

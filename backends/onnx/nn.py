@@ -19,7 +19,7 @@ _aten = torch.ops.aten
 
 def transposed(b: Builder, node: Any) -> Value | None:
     """The value whose last two dimensions are swapped to give a 2-dimensional argument, or None."""
-    if not isinstance(node, fx.Node) or node.meta["val"].dim() != 2:
+    if not isinstance(node, fx.Node) or node.op != "call_function" or node.meta["val"].dim() != 2:
         return None
     if is_call(node, _aten.t.default) or (
         is_call(node, _aten.transpose.int, _aten.permute.default) and tuple(_flat(node.args[1:])) in _SWAPS
@@ -134,6 +134,34 @@ def batch_norm(
     return _affine_channels(b, b.op("Div", centred, _per_channel(b, deviation, x.rank)), x.rank, weight, bias)
 
 
+def frozen_batch_norm(
+    b: Builder, x: Value, weight: Value | None, bias: Value | None, mean: Value, var: Value, momentum: float, eps: float
+) -> list[Value]:
+    """Batch norm by its running statistics, with the two empty results that torch gives beside it."""
+    empty = b.const(torch.zeros(0), x.dtype)
+    return [batch_norm(b, x, weight, bias, mean, var, False, momentum, eps), empty, empty]
+
+
+def instance_norm(
+    b: Builder, x: Value, weight: Value | None, bias: Value | None, mean: Value, var: Value, own: bool, momentum: float,
+    eps: float, *_: Any,
+) -> Value:  # fmt: skip
+    """Every channel normalized by itself, or by running statistics."""
+    if not own:
+        return batch_norm(b, x, weight, bias, mean, var, False, momentum, eps)
+    return group_norm(b, x, x.dims[1], weight, bias, eps)
+
+
+def cosine_similarity(b: Builder, x: Value, y: Value, dim: int = 1, eps: float = 1e-8) -> Value:
+    """x . y / (max(|x|, eps) max(|y|, eps)) along a dimension."""
+    rank = max(x.rank, y.rank)
+    back = axis_of(dim, rank) - rank
+    floor = b.scalar(eps, x.dtype)
+    sizes = [b.op("Max", b.op("ReduceL2", v, b.ints([v.rank + back]), keepdims=0), floor) for v in (x, y)]
+    dot = b.op("ReduceSum", b.op("Mul", x, y), b.ints([rank + back]), keepdims=0)
+    return b.op("Div", dot, b.op("Mul", *sizes))
+
+
 def _per_channel(b: Builder, value: Value, rank: int) -> Value:
     return b.op("Unsqueeze", value, b.ints(list(range(1, rank - 1)))) if rank > 2 else value
 
@@ -229,7 +257,7 @@ def adaptive_avg_pool(b: Builder, x: Value, size: Any) -> Value:
     """Average pooling to size 1."""
     if any(s != 1 for s in size):
         raise NotImplementedError("adaptive pooling to more than one place")
-    return b.op("ReduceMean", x, b.ints(list(range(-len(size), 0))), keepdims=1)
+    return b.op("ReduceMean", x, b.ints(list(range(x.rank - len(size), x.rank))), keepdims=1)
 
 
 EMIT: dict[str, Emit] = {
@@ -238,6 +266,8 @@ EMIT: dict[str, Emit] = {
     "aten.addmv.default": addmm, "aten.embedding.default": embedding, "aten.layer_norm.default": layer_norm,
     "aten.native_layer_norm.default": native_layer_norm, "aten.rms_norm.default": rms_norm,
     "aten.group_norm.default": group_norm, "aten.batch_norm.default": batch_norm,
+    "aten._native_batch_norm_legit_no_training.default": frozen_batch_norm, "aten.instance_norm.default": instance_norm,
+    "aten.cosine_similarity.default": cosine_similarity,
     "aten.softmax.int": softmax, "aten._softmax.default": softmax, "aten.log_softmax.int": log_softmax,
     "aten._log_softmax.default": log_softmax, "aten.special_softmax.default": softmax,
     **{f"aten.conv{n}d.{o}": conv for n in (1, 2, 3) for o in ("default", "padding")},

@@ -47,18 +47,16 @@ def quantized_input(
 def _symmetric_step(b: Builder, x: Value, fmt: Format) -> Value:
     """absmax / qmax per row [.., 1] or of everything []; tiny where all is zero."""
     size = b.op("Abs", x)
-    top = (
-        b.op("ReduceMax", size, b.ints([-1]), keepdims=1)
-        if fmt.granularity == "tok"
-        else b.op("ReduceMax", size, keepdims=0)
-    )
+    # the last axis counted from the front: ONNX Runtime reduces empty tensors wrongly along negative axes
+    token = fmt.granularity == "tok"
+    top = b.op("ReduceMax", size, b.ints([x.rank - 1]), keepdims=1) if token else b.op("ReduceMax", size, keepdims=0)
     return b.op("Max", b.op("Div", top, b.scalar(float(fmt.qmax), torch.float32)), b.scalar(TINY, torch.float32))
 
 
 def _affine(b: Builder, x: Value, fmt: Format) -> Codes:
     """Codes with a zero point per row (or one): the zero point is taken off by the columns' sums after the product."""
     zero, one = b.scalar(0.0, torch.float32), b.scalar(1.0, torch.float32)
-    axes = [b.ints([-1])] if fmt.granularity == "tok" else []
+    axes = [b.ints([x.rank - 1])] if fmt.granularity == "tok" else []
     keep = 1 if axes else 0
     low = b.op("Min", b.op("ReduceMin", x, *axes, keepdims=keep), zero)
     high = b.op("Max", b.op("ReduceMax", x, *axes, keepdims=keep), zero)

@@ -184,7 +184,7 @@ def bucketize(b: Builder, x: Value, bounds: Value, *, right: bool = False, **_: 
     lifted = b.op("Unsqueeze", x, b.ints([x.rank]))
     op_type = "GreaterOrEqual" if right else "Greater"
     below = b.op(op_type, lifted, b.cast(bounds, x.dtype), dtype=torch.bool)
-    return b.op("ReduceSum", b.cast(below, torch.int64), b.ints([-1]), keepdims=0)
+    return b.op("ReduceSum", b.cast(below, torch.int64), b.ints([x.rank]), keepdims=0)
 
 
 def count_nonzero(b: Builder, x: Value, dim: Any = None) -> Value:

@@ -18,10 +18,11 @@ from qfx.trace import retrace
 Case = tuple[str, Callable[..., Any], Callable[[int], Sequence[Any]]]
 
 
-def traced(function: Callable[..., Any], inputs: Sequence[Any], *, dynamic: bool = False) -> fx.GraphModule:
-    """The function as functional pre-dispatch ATen; every dimension above 1 is symbolic where `dynamic`."""
+def traced(function: Callable[..., Any], inputs: Sequence[Any], others: Sequence[Any] | None = None) -> fx.GraphModule:
+    """The function as functional pre-dispatch ATen; sizes in which `inputs` differ from `others` are symbolic."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes = [_fake(mode, value, dynamic) if isinstance(value, Tensor) else value for value in inputs]
+    pairs = zip(inputs, inputs if others is None else others, strict=True)
+    fakes = [_fake(mode, one, other) if isinstance(one, Tensor) else one for one, other in pairs]
 
     def flat(*args: Any) -> tuple[Any, ...]:
         return tuple(torch.utils._pytree.tree_leaves(function(*args)))
@@ -38,8 +39,9 @@ def traced(function: Callable[..., Any], inputs: Sequence[Any], *, dynamic: bool
     return gm
 
 
-def _fake(mode: FakeTensorMode, value: Tensor, dynamic: bool) -> Any:
-    sizes = [DimDynamic.DYNAMIC if dynamic and s > 1 else DimDynamic.STATIC for s in value.shape]
+def _fake(mode: FakeTensorMode, value: Tensor, other: Tensor) -> Any:
+    pairs = zip(value.shape, other.shape, strict=True)
+    sizes = [DimDynamic.STATIC if a == b else DimDynamic.DUCK for a, b in pairs]
     return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
 
@@ -53,7 +55,7 @@ def check(
 ) -> OnnxLowered:
     """Lower, run, and compare with torch in dtype, shape and values; with `dynamic` also on inputs of another size."""
     sizes = [3, 5] if dynamic else [3]
-    lowered = lower(traced(function, make(sizes[0]), dynamic=dynamic), strict=strict)
+    lowered = lower(traced(function, make(sizes[0]), make(sizes[-1])), strict=strict)
     for size in sizes:
         inputs = make(size)
         expected = torch.utils._pytree.tree_leaves(function(*[_copied(v) for v in inputs]))

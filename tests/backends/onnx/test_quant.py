@@ -1,0 +1,215 @@
+"""qfx operators on ONNX Runtime against their reference kernels, over formats and shapes; which kernels run them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import qfx.float_ops
+import qfx.ops
+from qfx.backends.onnx import OnnxLowered, lower
+from qfx.format import Format
+from qfx.numerics import choose_qparams
+from qfx.packing import Packed, pack_weight
+from tests.backends.onnx.checks import floats, sqnr
+
+assert qfx.ops.linear is not None
+assert qfx.float_ops.rope is not None
+
+EXACT = 110.0  # dB: the same codes, sums in f32
+ROUNDED = 35.0  # dB: MatMulNBits rounds its activations to 8 bits per block
+
+
+def graph_of(target: Any, x: Tensor, *arguments: Any) -> tuple[fx.GraphModule, Tensor]:
+    """One call on the placeholder x, the tensors among its arguments held by the module; and the reference result."""
+    root, graph, mode = nn.Module(), fx.Graph(), FakeTensorMode()
+    node = graph.placeholder("x")
+    node.meta["val"] = mode.from_tensor(x)
+    given: list[Any] = [node]
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, Tensor):
+            root.register_buffer(f"c{i}", argument)
+            held = graph.get_attr(f"c{i}")
+            held.meta["val"] = mode.from_tensor(argument)
+            given.append(held)
+        else:
+            given.append(argument)
+    call = graph.call_function(target, tuple(given))
+    reference = target(x, *arguments)
+    call.meta["val"] = mode.from_tensor(reference)
+    graph.output((call,))
+    return fx.GraphModule(root, graph), reference
+
+
+def linear(
+    x: Tensor, packed: Packed, bias: Tensor | None, x_format: str, smooth: Tensor | None = None, strict: bool = False
+) -> tuple[float, OnnxLowered]:
+    """SQNR of qfx::linear on ONNX Runtime to the reference."""
+    scale, zero = None, None
+    if x_format and not Format.parse(x_format).dynamic and not Format.parse(x_format).is_plain:
+        seen = x if smooth is None else x / smooth
+        scale, zero = choose_qparams(seen, Format.parse(x_format), activation=True)
+    data = (packed.data, packed.scale, packed.zero, bias, scale, zero, smooth, x_format, str(packed.format))
+    gm, reference = graph_of(torch.ops.qfx.linear.default, x, *data)
+    lowered = lower(gm, strict=strict)
+    (found,) = lowered(x)
+    assert found.shape == reference.shape
+    assert found.dtype == reference.dtype
+    return sqnr(reference, found), lowered
+
+
+def inputs() -> Tensor:
+    x = floats(2, 5, 96) * floats(2, 5, 1, seed=1).abs() * 3
+    x[0, 0] = 0  # a row without a scale of its own
+    return x
+
+
+WEIGHTS = ["i8/ch", "i8", "u8/ch", "u8", "i4/ch", "u4/ch", "i2", "i3/ch", "u6/ch"]
+INPUTS = ["i8/tok", "i8", "u8", "i8/dyn", "u8/dyn", "u8/tok", "i4/tok", "u4/tok", "i6"]
+
+
+@pytest.mark.parametrize(("w_format", "x_format"), list(itertools.product(WEIGHTS, INPUTS)))
+def test_integer_linear_is_exact(w_format: str, x_format: str) -> None:
+    packed = pack_weight(floats(40, 96, seed=2), Format.parse(w_format))
+    for bias, smooth in ((None, None), (floats(40, seed=3), floats(96, seed=4).abs() + 0.5)):
+        quality, lowered = linear(inputs(), packed, bias, x_format, smooth, strict=True)
+        assert quality > EXACT
+        kernel = lowered.kernels["linear_default"]
+        assert kernel in ("MatMulIntegerToFloat u8 x s8", "DynamicQuantizeMatMul u8 x s8")
+
+
+GROUPED = [
+    *("i8/ch", "i8", "u8/ch", "i4/ch", "i4/g32", "u4/g32", "i4/g16", "i4/g128", "i8/g32", "u8/g48", "i3/g32", "u3/g64"),
+    *("i2/g32", "i2/g16", "u2/g32", "u2/g64", "i5/g32", "u6/g32", "i4/b8x32", "u4/b16x32", "i4/g32/f16", "i4/g32/e8m0"),
+    *("i8/g16/e4m3", "i4/g64/bf16", "i4/g256"),
+]
+
+
+@pytest.mark.parametrize("w_format", GROUPED)
+def test_weight_only_linear_by_nbits(w_format: str) -> None:
+    for k, n in ((96, 40), (130, 24)):
+        packed = pack_weight(floats(n, k, seed=2), Format.parse(w_format))
+        x = floats(3, k, seed=5)
+        quality, lowered = linear(x, packed, floats(n, seed=3), "", strict=True)
+        assert quality > ROUNDED
+        assert lowered.kernels["linear_default"].startswith("MatMulNBits")
+        quality, _ = linear(x, packed, None, "i8/tok", floats(k, seed=4).abs() + 0.5, strict=True)
+        assert quality > ROUNDED - 6  # for integer pairs it is exact
+
+
+@pytest.mark.parametrize(
+    "w_format", ["nf4/g64", "f8e4m3/ch", "f8e5m2", "f4e2m1/g32/e8m0", "f4e2m1/g16/e4m3", "i4/g20", "bf16"]
+)
+@pytest.mark.parametrize("x_format", ["", "i8/tok", "i8", "bf16"])
+def test_other_formats_compute_in_f32_and_say_so(w_format: str, x_format: str) -> None:
+    packed = pack_weight(floats(40, 96, seed=2), Format.parse(w_format))
+    quality, lowered = linear(inputs(), packed, floats(40, seed=3), x_format)
+    assert quality > EXACT
+    assert f"the weight is stored as {w_format}, computed in f32" in [note.reason for note in lowered.notes]
+    assert "FusedMatMul f32" in lowered.kernels["linear_default"]
+
+
+def test_unknown_activation_formats_run_in_torch_and_are_told() -> None:
+    packed = pack_weight(floats(40, 96, seed=2), Format.parse("i8/ch"))
+    quality, lowered = linear(inputs(), packed, None, "f8e4m3/tok")
+    assert quality == float("inf")
+    assert [note.reason for note in lowered.notes] == ["runs in torch: activations in f8e4m3/tok"]
+    assert lowered.kernels == {"linear_default": "torch qfx.linear.default"}
+
+
+@pytest.mark.parametrize("rows", [0, 1, 33])
+def test_row_counts(rows: int) -> None:
+    packed = pack_weight(floats(17, 50, seed=2), Format.parse("i8/ch"))
+    x = floats(rows, 50)
+    quality, _ = linear(x, packed, floats(17), "i8/tok", strict=True)
+    assert quality > EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_inputs_are_computed_in_f32(dtype: torch.dtype) -> None:
+    packed = pack_weight(floats(40, 96, seed=2), Format.parse("i8/ch"))
+    quality, lowered = linear(inputs().to(dtype), packed, floats(40).to(dtype), "i8/tok", strict=True)
+    assert quality > 45  # the reference rounds its output too
+    assert [n.node for n in lowered.notes] == ["graph"]
+
+
+def test_the_wrong_weight_is_far_off() -> None:
+    """Negative control: the tolerance above tells a weight from its neighbour."""
+    x, fmt = inputs(), Format.parse("i8/ch")
+    good, bad = pack_weight(floats(40, 96, seed=2), fmt), pack_weight(floats(40, 96, seed=9), fmt)
+    data = (good.data, good.scale, None, None, None, None, None, "i8/tok", "i8/ch")
+    gm, _ = graph_of(torch.ops.qfx.linear.default, x, *data)
+    wrong = torch.ops.qfx.linear(x, bad.data, bad.scale, None, None, None, None, None, "i8/tok", "i8/ch")
+    assert sqnr(wrong, lower(gm)(x)[0]) < 5
+
+
+TABLES = ["i8/ch", "u8/ch", "i8", "u8", "i4/g32", "u4/ch", "nf4/g32", "i4/b8x32"]
+
+
+@pytest.mark.parametrize("w_format", TABLES)
+def test_embedding(w_format: str) -> None:
+    packed = pack_weight(floats(30, 64), Format.parse(w_format))
+    ids = torch.tensor([[0, 29, 3], [3, 7, 11]])
+    arguments = (packed.data, packed.scale, packed.zero, w_format, 64, torch.float32)
+    gm, reference = graph_of(torch.ops.qfx.embedding.default, ids, *arguments)
+    lowered = lower(gm, strict=True)
+    assert sqnr(reference, lowered(ids)[0]) > EXACT
+    if Format.parse(w_format).bits == 8:
+        assert "int8" in lowered.kernels["embedding_default"]
+        assert not lowered.notes
+    else:
+        assert "gathered from f32" in lowered.notes[0].reason
+
+
+@pytest.mark.parametrize("w_format", ["i8/ch", "i8", "u8/ch", "i4/g32", "nf4/g32"])
+def test_dequantize(w_format: str) -> None:
+    packed = pack_weight(floats(30, 64), Format.parse(w_format))
+    arguments = (packed.data, packed.scale, packed.zero, w_format, 64, torch.float32)
+
+    def times(x: Tensor, *given: Any) -> Tensor:
+        return x @ torch.ops.qfx.dequantize(*given)
+
+    x = floats(4, 30)
+    root, graph, mode = nn.Module(), fx.Graph(), FakeTensorMode()
+    node = graph.placeholder("x")
+    node.meta["val"] = mode.from_tensor(x)
+    held: list[Any] = []
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, Tensor):
+            root.register_buffer(f"c{i}", argument)
+            held.append(graph.get_attr(f"c{i}"))
+            held[-1].meta["val"] = mode.from_tensor(argument)
+        else:
+            held.append(argument)
+    weight = graph.call_function(torch.ops.qfx.dequantize.default, tuple(held))
+    weight.meta["val"] = mode.from_tensor(packed.dequantize())
+    product = graph.call_function(torch.ops.aten.mm.default, (node, weight))
+    product.meta["val"] = mode.from_tensor(x @ packed.dequantize())
+    graph.output((product,))
+    lowered = lower(fx.GraphModule(root, graph), strict=True)
+    assert sqnr(times(x, *arguments), lowered(x)[0]) > EXACT
+
+
+@pytest.mark.parametrize(
+    ("w_format", "x_format"), [("i8/ch", "i8/tok"), ("i4/g32", ""), ("u8/ch", "i8/tok"), ("i8", "i8/tok")]
+)
+def test_quantized_experts(w_format: str, x_format: str) -> None:
+    packed = pack_weight(floats(3, 24, 64), Format.parse(w_format))
+    x, ends = floats(10, 64), torch.tensor([4, 4, 9], dtype=torch.int32)
+    arguments = (packed.data, packed.scale, packed.zero, ends, x_format, w_format)
+    gm, reference = graph_of(torch.ops.qfx.grouped_linear_quant.default, x, *arguments)
+    lowered = lower(gm, strict=True)
+    assert sqnr(reference, lowered(x)[0]) > (EXACT if x_format else ROUNDED)
+
+
+def test_experts() -> None:
+    x, ends = floats(10, 64), torch.tensor([4, 4, 9], dtype=torch.int32)
+    gm, reference = graph_of(torch.ops.qfx.grouped_linear.default, x, floats(3, 24, 64), ends)
+    lowered = lower(gm, strict=True)
+    assert sqnr(reference, lowered(x)[0]) > EXACT
+    assert lowered.kernels["grouped_linear_default"] == "FusedMatMul f32 (x3)"
