@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -39,7 +40,8 @@ def value_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     mode = next((v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, FakeTensor)), None)
     if mode is None:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.no_grad():
+    # The Python dispatcher keeps symbolic sizes: torch's own kernels of some operators (constant_pad_nd) fix them.
+    with mode, torch.no_grad(), enable_python_dispatcher():
         return target(*values[0], **values[1])
 
 
