@@ -4,6 +4,8 @@
     %embedding: f32[2,4] = aten.embedding(%dequantize, %ids)
     ->
     %embedding: f32[2,4] = qfx.embedding(%ids, @table.weight_w_codes, @table.weight_w_scale, None, i8/ch, 4, f32)
+
+Where the parameter is used otherwise, or lies transposed, dequantize stays.
 """
 
 from __future__ import annotations
@@ -15,18 +17,19 @@ import torch
 from torch import fx
 
 from qfx import graph
-from qfx.passes._build import call
+from qfx.passes import _match as m
+from qfx.passes._build import call, matched, replace
 
 aten = torch.ops.aten
 
 
 def fuse_dequantize(gm: fx.GraphModule, *, x_formats: Mapping[str, str] | None = None) -> bool:
-    """Fuse dequantize into the linear, embedding or grouped linear that reads it, through transposes that undo each other.
+    """Fuse dequantize into the linear, embedding or grouped linear that reads it, through transposes that cancel out.
 
     x_formats: FQN -> format in which the linear shall take its input (weight-only where absent).
     """
     x_formats = x_formats or {}
-    changed = False
+    count = 0
     for node in list(gm.graph.nodes):
         name = graph.schema_name(node) if node.op == "call_function" else ""
         at = {"aten::linear": 1, "qfx::grouped_linear": 1, "aten::embedding": 0}.get(name)
@@ -47,10 +50,9 @@ def fuse_dequantize(gm: fx.GraphModule, *, x_formats: Mapping[str, str] | None =
             else:
                 args = (node.args[0], codes, scale, zero, node.args[2], asked, fmt)
                 new = call(gm, torch.ops.qfx.grouped_linear_quant.default, *args, like=node)
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
-        changed = True
-    return changed
+        replace(node, new)
+        count += 1
+    return matched(gm, "fuse_dequantize", count)
 
 
 def _source(operand: Any) -> fx.Node | None:
@@ -72,5 +74,5 @@ def _swaps_last(node: fx.Node) -> bool:
         return True
     if name != "aten::transpose":
         return False
-    dims = len(node.meta["val"].shape)
-    return {int(d) % dims for d in node.args[1:3]} == {dims - 2, dims - 1}  # type: ignore[call-overload]
+    dims = m.rank(node)
+    return {d % dims for d in node.args[1:3] if isinstance(d, int)} == {dims - 2, dims - 1}
