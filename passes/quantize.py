@@ -54,7 +54,7 @@ def _refusal(node: fx.Node, role: str, fmt: Format | annotation.PerHead) -> str 
         return "attention runs in float"
     if "conv" in name:
         return "a convolution whose windows overlap in more than one dimension, or are not plain, runs in float"
-    if name not in _BUILD or role not in ("w", "x"):
+    if name not in _BUILD or role not in ("w", "x") or (role == "x" and name == "aten::embedding"):
         return f"no op takes a format for role {role!r}"
     if role == "x" and "w" not in annotation.get(node):
         return "an input is quantized only where the weight is, too"
@@ -83,17 +83,16 @@ def quantize(
         build = _BUILD.get(graph.schema_name(node))
         if w is None or build is None:
             continue
-        if not isinstance(w, Format):
+        x = formats.get("x")
+        if isinstance(w, tuple) or isinstance(x, tuple):
             raise UnsupportedError(
                 explain(
-                    "this version packs one format per weight",
-                    found=f"{len(w)} formats, one per head",
+                    "roles x and w of this node take one format each",
+                    found=f"formats per head, {annotation.text(node)}",
                     node=node,
-                    next_step="annotate role w with one format",
+                    next_step="annotate each role with one format",
                 )
             )
-        x = formats.get("x")
-        assert x is None or isinstance(x, Format)
         weight = _packed_nodes(gm, node, w, pack, packed)
         build(gm, node, weight, x, w, tensors)
         changed = True
