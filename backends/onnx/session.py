@@ -45,7 +45,7 @@ class SessionError(RuntimeError):
         self.reason = f"ONNX Runtime refuses it: {str(error).splitlines()[0]}"
 
 
-_NODE = re.compile(r"(?:node with name '|in node \(|[Nn]ode:? ?\(?'?)([^'/()\s]+)/\d+")
+_NODE = re.compile(r"""[Nn]ode(?: with name|,|:)?\s*\(?['"]?([^'"/()\s]+)/\d+""")
 
 
 class Session:

@@ -82,7 +82,8 @@ def test_sdpa_matches_torch(function: Any, make: Any, dynamic: bool) -> None:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
     how = {"mask": None, "sinks": None, "scale": 0.3, "causal": False, "softcap": 0.0, **how}
-    return torch.ops.qfx.attention(q, k, v, *how.values())
+    y: Tensor = torch.ops.qfx.attention(q, k, v, *how.values())
+    return y
 
 
 OWN: list[Case] = [

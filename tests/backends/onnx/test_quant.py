@@ -172,7 +172,8 @@ def test_dequantize(w_format: str) -> None:
     arguments = (packed.data, packed.scale, packed.zero, w_format, 64, torch.float32)
 
     def times(x: Tensor, *given: Any) -> Tensor:
-        return x @ torch.ops.qfx.dequantize(*given)
+        y: Tensor = x @ torch.ops.qfx.dequantize(*given)
+        return y
 
     x = floats(4, 30)
     root, graph, mode = nn.Module(), fx.Graph(), FakeTensorMode()
