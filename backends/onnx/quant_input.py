@@ -29,7 +29,7 @@ class Codes:
 def quantized_input(
     b: Builder, x: Value, fmt: Format, scale: Value | None, zero: Value | None, smooth: Value | None
 ) -> Codes:
-    """x as u8 codes. A static scale is multiplied by `smooth`; a dynamic one sees x / smooth."""
+    """x / smooth as u8 codes."""
     if not fmt.dynamic:
         return _static(b, x, fmt, scale, zero, smooth)
     if smooth is not None:
@@ -73,12 +73,9 @@ def _static(b: Builder, x: Value, fmt: Format, scale: Value | None, zero: Value 
         raise NotImplementedError(f"static input format {fmt} without its scale")
     step = b.reshape(b.cast(scale, torch.float32), ())
     point = b.const(_CENTRE, torch.uint8) if zero is None else b.reshape(b.cast(zero, torch.uint8), ())
-    if smooth is None:
-        codes = b.op("QuantizeLinear", x, step, point, dtype=torch.uint8)
-    else:
-        each = b.op("Mul", smooth, step)
-        points = b.op("Expand", point, b.shape(smooth.dims))
-        codes = b.op("QuantizeLinear", x, each, points, dtype=torch.uint8, axis=-1)
+    if smooth is not None:  # a QuantizeLinear with a scale per channel is about five times slower
+        x = b.op("Mul", x, b.op("Reciprocal", smooth))  # folded when the session is made
+    codes = b.op("QuantizeLinear", x, step, point, dtype=torch.uint8)
     if fmt.bits < 8:
         centre = 0 if fmt.has_zero else _CENTRE
         codes = b.op("Clip", codes, b.const(centre + fmt.qmin, torch.uint8), b.const(centre + fmt.qmax, torch.uint8))
