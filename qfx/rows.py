@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from qfx import annotation, graph
 from qfx.errors import Note
@@ -26,23 +28,30 @@ KINDS = {
     "aten::conv2d": "conv",
     "aten::conv3d": "conv",
     "aten::convolution": "conv",
+    "aten::conv_transpose1d": "conv",
+    "aten::conv_transpose2d": "conv",
+    "aten::conv_transpose3d": "conv",
     "aten::addmm": "matmul",
+    "aten::baddbmm": "matmul",
     "aten::mm": "matmul",
+    "aten::mv": "matmul",
     "aten::bmm": "matmul",
     "aten::matmul": "matmul",
     "aten::einsum": "matmul",
     "qfx::dequantize": "dequantize",
 }
+_ADDING = ("aten::addmm", "aten::baddbmm")
 
 
 @dataclass(frozen=True)
 class Row:
     """One node.
 
-    node: FQN. op: linear, embedding, conv, attention, experts. asked: formats by role ("x=i8/tok w=i8/ch"), "" where
-    the recipe asks for nothing. kernel: what executes it. reason: why that differs from what was asked, else "".
-    elements, bytes_before, bytes_after: of the weight; scales and zero points are counted. macs: multiply-accumulates
-    of one call at the traced shapes. sqnr_db: of the node's output against float, None where it was not measured.
+    node: FQN. op: a kind of KINDS; "matmul" is a product with a parameter that is no linear. asked: formats by role
+    ("x=i8/tok w=i8/ch"), "" where the recipe asks for nothing. kernel: what executes it. reason: why that differs from
+    what was asked, else "". elements, bytes_before, bytes_after: of the weight; scales and zero points are counted.
+    macs: multiply-accumulates of one call at the traced shapes. sqnr_db: of the node's output against float, None where
+    it was not measured.
     """
 
     node: str
@@ -65,7 +74,10 @@ class Row:
 
 
 def graph_rows(gm: fx.GraphModule, kernels: Mapping[str, str], notes: Iterable[Note]) -> list[Row]:
-    """One row for each node of KINDS in a quantized (or float) graph; `kernels` says what executes a node, by name."""
+    """One row for each node of KINDS in a quantized or float graph, products of activations left out.
+
+    kernels: what executes a node, by its name. notes: why a node is not as asked, by FQN; major ones win.
+    """
     told: dict[str, Note] = {}
     for note in sorted(notes, key=lambda n: n.minor):
         told.setdefault(note.node, note)
@@ -73,7 +85,7 @@ def graph_rows(gm: fx.GraphModule, kernels: Mapping[str, str], notes: Iterable[N
     seen: set[str] = set()
     for node in gm.graph.nodes:
         kind = KINDS.get(graph.schema_name(node)) if node.op == "call_function" else None
-        if kind is None or (kind == "matmul" and not _reads_parameter(node)):
+        if kind is None or (kind == "matmul" and _weight_of(node) is None):
             continue
         rows.append(_row(gm, node, kind, kernels.get(node.name, ""), told, seen))
     return rows
@@ -82,7 +94,7 @@ def graph_rows(gm: fx.GraphModule, kernels: Mapping[str, str], notes: Iterable[N
 def _row(gm: fx.GraphModule, node: fx.Node, kind: str, kernel: str, told: Mapping[str, Note], seen: set[str]) -> Row:
     fqn = graph.fqn_of(node)
     note = told.get(fqn)
-    weight = graph.weight_of(node)
+    weight = _weight_of(node)
     elements = before = after = 0
     shared = False
     if weight is not None:
@@ -98,7 +110,7 @@ def _row(gm: fx.GraphModule, node: fx.Node, kind: str, kernel: str, told: Mappin
         elements=elements,
         bytes_before=before,
         bytes_after=after,
-        macs=_macs(node, elements),
+        macs=_macs(node, kind),
         shared=shared,
         as_asked=note is None or note.minor,
     )
@@ -141,19 +153,31 @@ def _last_dim(node: fx.Node, given: Mapping[str, Any]) -> int:
     return int(graph.val(given["x"]).shape[-1])
 
 
-def _macs(node: fx.Node, elements: int) -> int:
-    """Multiply-accumulates of one call: weight elements times rows, at the sizes of the traced call."""
-    if KINDS[graph.schema_name(node)] not in ("linear", "experts", "conv", "matmul") or not elements:
+def _weight_of(node: fx.Node) -> fx.Node | None:
+    """The parameter that a node multiplies, on whichever side it stands."""
+    name = graph.schema_name(node)
+    if KINDS[name] != "matmul":
+        return graph.weight_of(node)
+    operands = node.args[1:] if name in _ADDING else node.args  # without what is added
+    found = (graph.parameter_behind(operand) for operand in pytree.tree_leaves(operands))
+    return next((weight for weight in found if weight is not None), None)
+
+
+def _macs(node: fx.Node, kind: str) -> int:
+    """Multiply-accumulates at the sizes of the traced call; 0 where there are none, or not known (einsum)."""
+    name = graph.schema_name(node)
+    if kind == "conv":
+        turned = "transpose" in name or (name == "aten::convolution" and bool(node.args[6]))
+        each = _numel(graph.val(node.args[1]).shape[1:])
+        return each * _numel(graph.val(node.args[0] if turned else node).shape)
+    if kind not in ("linear", "experts", "matmul") or name == "aten::einsum":
         return 0
-    value = node.meta["val"]
-    if KINDS[graph.schema_name(node)] == "conv":
-        outputs = [_hint(s) for s in (value.shape[0], *value.shape[2:])]
-    else:
-        outputs = [_hint(s) for s in value.shape[:-1]]
-    rows = 1
-    for size in outputs:
-        rows *= size
-    return rows * elements
+    left = graph.val(node.args[1 if name in _ADDING else 0])
+    return _numel(node.meta["val"].shape) * _hint(left.shape[-1])
+
+
+def _numel(shape: Iterable[Any]) -> int:
+    return math.prod(_hint(size) for size in shape)
 
 
 def _hint(size: Any) -> int:
@@ -161,16 +185,3 @@ def _hint(size: Any) -> int:
         hint = size.node.hint if size.node.has_hint() else 1
         return int(hint)
     return int(size)
-
-
-def _reads_parameter(node: fx.Node) -> bool:
-    return any(isinstance(a, fx.Node) and (a.op == "get_attr" or _behind(a)) for a in node.args)
-
-
-def _behind(node: fx.Node) -> bool:
-    while node.op == "call_function" and graph.op_name(node) in ("t", "transpose", "permute", "view", "reshape"):
-        inner = node.args[0]
-        if not isinstance(inner, fx.Node):
-            return False
-        node = inner
-    return node.op == "get_attr"
