@@ -1,0 +1,188 @@
+"""qfx.trace: any graph of fake tensors as functional pre-dispatch ATen, wrappers inlined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._higher_order_ops.wrap import (
+    tag_activation_checkpoint,
+    wrap,
+    wrap_with_autocast,
+    wrap_with_set_grad_enabled,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from qfx.errors import UnsupportedError
+from qfx.text import dump
+from qfx.trace import retrace
+
+GOLDEN = """\
+%arg0_1: f32[2,4] = input
+%arg1_1: f32[4] = input
+%add: f32[2,4] = aten.add.Tensor(%arg0_1, 1)
+%mul: f32[2,4] = aten.mul.Tensor(%add, %arg1_1)
+%relu: f32[2,4] = aten.relu(%mul)
+return [%add, %mul, %relu]
+"""
+
+
+def fakes(*inputs: Any, dynamic: bool = False) -> list[Any]:
+    mode = FakeTensorMode(shape_env=ShapeEnv() if dynamic else None, allow_non_fake_inputs=True)
+    return [mode.from_tensor(v, static_shapes=not dynamic) if isinstance(v, Tensor) else v for v in inputs]
+
+
+def traced(
+    function: Callable[..., Any] | nn.Module, *inputs: Any, dynamic: bool = False
+) -> tuple[fx.GraphModule, list[int]]:
+    return retrace(fx.symbolic_trace(function), fakes(*inputs, dynamic=dynamic))
+
+
+def ops(gm: fx.GraphModule) -> list[str]:
+    return [str(n.target).removeprefix("aten.") for n in gm.graph.nodes if n.op == "call_function"]
+
+
+def wrapped(target: Any, inner: Callable[..., Any], *before: Any, **kwargs: Any) -> fx.GraphModule:
+    """A graph that calls `inner` on its one input within a wrapper."""
+    nodes = fx.Graph()
+    x = nodes.placeholder("x")
+    body = nodes.get_attr("body")
+    nodes.output((nodes.call_function(target, (*before, body, x), kwargs),))
+    return fx.GraphModule({"body": fx.symbolic_trace(inner)}, nodes)
+
+
+def test_golden_text_of_changes_in_place() -> None:
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        z = x.add_(1).mul(y)
+        return z.clone().relu_()
+
+    gm, mutated = traced(forward, torch.randn(2, 4), torch.randn(4))
+    assert mutated == [0] and ops(gm) == ["add.Tensor", "mul.Tensor", "clone.default", "relu.default"]
+
+    def without_copy(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = x.add_(1).mul(y)
+        return z, z.relu()
+
+    gm, mutated = traced(without_copy, torch.randn(2, 4), torch.randn(4))
+    assert mutated == [0] and dump(gm) == GOLDEN
+    x, y = torch.randn(2, 4), torch.randn(4)
+    for found, expected in zip(gm(x, y), (x + 1, (x + 1) * y, ((x + 1) * y).relu()), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_changes_through_views_are_changes_of_the_input() -> None:
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        y[0].zero_()
+        x.t()[1:].copy_(y)
+        return x
+
+    gm, mutated = traced(forward, torch.zeros(4, 3), torch.ones(2, 4))
+    assert mutated == [0, 1] and not any("_." in op for op in ops(gm))
+    x, y = torch.zeros(4, 3), torch.ones(2, 4)
+    news = gm(x, y)
+    assert torch.equal(x, torch.zeros(4, 3)), "the traced graph changes nothing"
+    expected = forward(x, y)
+    assert torch.equal(news[0], x) and torch.equal(news[1], y) and torch.equal(news[2], expected)
+
+
+def test_composite_operators_are_kept() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.RMSNorm(4), nn.GELU(), nn.SiLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layers(x)
+            return (F.scaled_dot_product_attention(x, x, x) @ x.mT).softmax(-1)
+
+    gm, mutated = traced(Model(), torch.randn(2, 3, 4))
+    assert mutated == []
+    assert ops(gm) == [
+        *("linear.default", "layer_norm.default", "rms_norm.default", "gelu.default", "silu.default"),
+        *("scaled_dot_product_attention.default", "transpose.int", "matmul.default", "softmax.int"),
+    ]
+
+
+def test_outputs_are_flat() -> None:
+    gm, _ = traced(lambda x: {"a": x + 1, "b": [x + 2, (x + 3,)], "c": None}, torch.zeros(2))
+    assert [None if y is None else float(y[0]) for y in gm(torch.zeros(2))] == [1.0, 2.0, 3.0, None]
+
+
+def test_sizes_stay_symbolic() -> None:
+    gm, _ = traced(lambda x: x.reshape(x.shape[0] * x.shape[1], -1).relu(), torch.randn(3, 5, 2), dynamic=True)
+    assert gm(torch.randn(2, 7, 2))[0].shape == (14, 2)
+
+
+def test_nodes_keep_where_they_came_from() -> None:
+    source = fx.symbolic_trace(lambda x: x.relu())
+    next(n for n in source.graph.nodes if n.op == "call_method").meta["stack_trace"] = "here"
+    gm, _ = retrace(source, fakes(torch.randn(2)))
+    (node,) = [n for n in gm.graph.nodes if n.op == "call_function"]
+    assert "here" in node.meta["stack_trace"] and node.meta["val"].shape == (2,)
+
+
+def test_known_numbers_take_the_place_of_item() -> None:
+    source = fx.symbolic_trace(lambda x, scale: x * scale.item())
+    gm, _ = retrace(source, fakes(torch.randn(2), torch.tensor(3.0, dtype=torch.float64)), {"scale": 3.0})
+    assert ops(gm) == ["mul.Tensor"]
+    assert torch.equal(gm(torch.ones(2), torch.tensor(7.0))[0], torch.full((2,), 3.0))
+
+
+def test_a_graph_without_tensors() -> None:
+    gm, _ = traced(lambda n: torch.ones(3) * n, 2)
+    assert torch.equal(gm(2)[0], torch.full((3,), 2.0))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_switches_of_grad_mode_vanish(enabled: bool) -> None:
+    nodes = fx.Graph()
+    x = nodes.placeholder("x")
+    nodes.call_function(torch._C._set_grad_enabled, (enabled,))
+    nodes.output((nodes.call_function(torch.relu, (x,)),))
+    before = torch.is_grad_enabled()
+    gm, _ = retrace(fx.GraphModule({}, nodes), fakes(torch.randn(2)))
+    assert ops(gm) == ["relu.default"] and torch.is_grad_enabled() is before
+
+
+WRAPPED: dict[str, Callable[[Callable[..., Any]], fx.GraphModule]] = {
+    "grad mode": lambda inner: wrapped(wrap_with_set_grad_enabled, inner, False),
+    "autocast that is off": lambda inner: wrapped(wrap_with_autocast, inner, "cpu", None, False, None),
+    "checkpoint": lambda inner: wrapped(tag_activation_checkpoint, inner, use_reentrant=False),
+    "wrap": lambda inner: wrapped(wrap, inner),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrappers_are_inlined(name: str) -> None:
+    gm, _ = retrace(WRAPPED[name](lambda x: (x * 2).relu()), fakes(torch.randn(2)))
+    assert ops(gm) == ["mul.Tensor", "relu.default"]
+    x = torch.randn(2)
+    assert torch.equal(gm(x)[0], (x * 2).relu())
+
+
+def test_wrappers_in_wrappers_are_inlined() -> None:
+    inner = WRAPPED["grad mode"](lambda x: x.relu())
+    gm, _ = retrace(wrapped(tag_activation_checkpoint, inner), fakes(torch.randn(2)))
+    assert ops(gm) == ["relu.default"]
+
+
+def test_autocast_that_is_on_is_refused() -> None:
+    gm = wrapped(wrap_with_autocast, lambda x: x @ x, "cpu", torch.bfloat16, True, None)
+    with pytest.raises(UnsupportedError, match=r"enables autocast; next step: cast the model with model.to\(dtype\)"):
+        retrace(gm, fakes(torch.randn(2, 2)))
+    nodes = fx.Graph()
+    x = nodes.placeholder("x")
+    nodes.call_function(torch.amp.autocast_mode._enter_autocast, ("cpu", torch.bfloat16, True, None))
+    nodes.output((nodes.call_function(torch.relu, (x,)),))
+    with pytest.raises(UnsupportedError, match="enables autocast"):
+        retrace(fx.GraphModule({}, nodes), fakes(torch.randn(2)))
+
+
+def test_what_cannot_be_traced_raises_as_torch_does() -> None:
+    with pytest.raises(RuntimeError, match="broadcast"):
+        traced(lambda x: x + torch.ones(3), torch.randn(2))
