@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qfx.errors import nearest
+from qfx.passes._sites import holds
 
 MODULES = {
     "untie": "qfx.passes.untie",
@@ -24,10 +25,23 @@ def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[
 
     Raises ValueError for a rewrite or a tensor that is not known.
     """
+    _pass_of(record, tensors).apply_record(module, record, tensors)
+
+
+def check_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise what `apply_record` would raise for names that the module does not have; nothing is changed."""
+    site = _pass_of(record, tensors).Site.from_record(record)
+    names = [site.table, site.weight] if record["name"] == "untie" else []
+    if not site.present(module) or any(not holds(module, name) for name in names):
+        raise ValueError(f"the plan's rewrite {record['name']!r} names {names}, which the model does not have")
+
+
+def _pass_of(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """The module of the rewrite that a record names."""
     name = str(record.get("name"))
     if name not in MODULES:
         raise ValueError(f"unknown rewrite {name!r} in the plan, {nearest(name, MODULES)}")
     key = record.get("factor")
     if key is not None and key not in tensors:
         raise ValueError(f"the plan's rewrite {name!r} names the tensor {key!r}, which the plan does not hold")
-    importlib.import_module(MODULES[name]).apply_record(module, record, tensors)
+    return importlib.import_module(MODULES[name])

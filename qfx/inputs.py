@@ -14,7 +14,10 @@ _LENGTH = 16
 
 
 def example_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Keyword arguments for one small call of a Hugging Face model (by its main input and configuration), else None."""
+    """Keyword arguments for one small call of a Hugging Face model (by its main input and configuration), else None.
+
+    Always the same values; no random number of the caller's is used up.
+    """
     config = getattr(model, "config", None)
     main = getattr(model, "main_input_name", None)
     if config is None or main is None:
@@ -22,18 +25,20 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     accepted = inspect.signature(model.forward).parameters
+    random = torch.Generator().manual_seed(0)
     inputs: dict[str, Any] = {}
     if "pixel_values" in accepted:
-        inputs["pixel_values"] = _pixels(config).to(device, dtype)
+        inputs["pixel_values"] = _pixels(config, random)
     if "input_features" in accepted:
         length = 2 * int(getattr(config, "max_source_positions", 1500))
-        inputs["input_features"] = torch.randn(2, int(getattr(config, "num_mel_bins", 80)), length).to(device, dtype)
-    if "input_ids" in accepted:
-        text = getattr(config, "text_config", config)
-        inputs["input_ids"] = torch.randint(3, max(4, min(1000, int(text.vocab_size))), (2, _LENGTH)).to(device)
-    if "decoder_input_ids" in accepted:
-        inputs["decoder_input_ids"] = torch.randint(3, max(4, min(1000, int(config.vocab_size))), (2, _LENGTH)).to(device)
-    return without_cache(model, inputs) if inputs else None
+        inputs["input_features"] = torch.randn(2, int(getattr(config, "num_mel_bins", 80)), length, generator=random)
+    if "input_values" in accepted and main == "input_values":
+        inputs["input_values"] = torch.randn(2, 4000, generator=random)
+    for name in ("input_ids", "decoder_input_ids"):
+        if name in accepted:
+            inputs[name] = _ids(getattr(config, "text_config", config), random)
+    placed = {name: v.to(device, dtype if v.is_floating_point() else v.dtype) for name, v in inputs.items()}
+    return without_cache(model, placed) if inputs else None
 
 
 def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -53,8 +58,13 @@ def need_inputs(model: nn.Module) -> ValueError:
     )
 
 
-def _pixels(config: Any) -> torch.Tensor:
+def _ids(config: Any, random: torch.Generator) -> torch.Tensor:
+    length = min(_LENGTH, int(getattr(config, "max_position_embeddings", None) or _LENGTH))
+    return torch.randint(3, max(4, min(1000, int(config.vocab_size))), (2, length), generator=random)
+
+
+def _pixels(config: Any, random: torch.Generator) -> torch.Tensor:
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else tuple(size)
-    return torch.randn(2, int(getattr(vision, "num_channels", 3)), height, width)
+    return torch.randn(2, int(getattr(vision, "num_channels", 3)), height, width, generator=random)

@@ -1,8 +1,8 @@
 """Quantized modules that stand in a live model in the place of float ones, and the packed form of other parameters.
 
-`QuantLinear` replaces nn.Linear and Conv1D, `QuantEmbedding` replaces nn.Embedding; both hold packed weights as buffers, so
-that state_dict, deepcopy, device moves and torch.compile see ordinary tensors. A parameter that a module reads by itself
-(expert weights, the table of an embedding with its own forward) is stored packed and dequantized where it is read.
+`QuantLinear` replaces nn.Linear and Conv1D, `QuantEmbedding` nn.Embedding; both hold packed weights as buffers, so that
+state_dict, deepcopy, device moves and torch.compile see ordinary tensors. A parameter that a module reads itself (those
+of experts, the table of an embedding with its own forward) is stored packed and dequantized where it is read.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Quantized(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Keep scales and codes in their own types when the model is cast: only the activations' dtype changes."""
         kept = {name: (b, b.dtype) for name, b in self._buffers.items() if b is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, (before, dtype) in kept.items():
             after = self._buffers[name]
             if after is not None and after.dtype != dtype:
@@ -70,7 +70,8 @@ class _Quantized(nn.Module):
 class QuantLinear(_Quantized):
     """y = x W^T + b with a packed W [out_features, in_features].
 
-    x_format "" leaves activations in float. Static formats carry x_scale (and x_zero); `smooth` [in_features] divides x first.
+    x_format "" leaves activations in float. Static formats carry x_scale (and x_zero); `smooth` [in_features] divides x
+    first.
     """
 
     def __init__(
@@ -150,15 +151,14 @@ class QuantConv(QuantLinear):
         self.kernel_size: tuple[int, ...] = tuple(conv.kernel_size)  # type: ignore[arg-type]
         self.stride: tuple[int, ...] = tuple(conv.stride)  # type: ignore[arg-type]
         self.padding: tuple[int, ...] = tuple(conv.padding)  # type: ignore[arg-type]
-        self.in_channels, self.out_channels = int(conv.in_channels), packed.shape[0]  # type: ignore[call-overload]
+        channels: Any = conv.in_channels
+        self.in_channels: int = channels
+        self.out_channels = self.out_features
 
     @property
     def weight(self) -> Tensor:
         """The kernel dequantized, [out_channels, in_channels, *kernel]."""
-        kernel: Tensor = torch.ops.qfx.dequantize(
-            self.w_codes, self.w_scale, self.w_zero, self.w_format, self.shape[-1], self.dtype
-        )
-        return kernel.reshape(self.out_channels, self.in_channels, *self.kernel_size)
+        return super().weight.reshape(self.out_channels, self.in_channels, *self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, *size] -> [B, out_channels, *windows]."""
@@ -186,29 +186,49 @@ class QuantConv(QuantLinear):
 
 @dataclass(frozen=True)
 class PackedSpec:
-    """How a packed parameter reads: its format, the shape it is packed in, the dtype and orientation its module knows."""
+    """How a packed parameter reads: its format, the shape it is packed in, and the dtype that its module knows.
+
+    transposed: the module knows it as [.., K, N]. view: the shape that the module knows, where it is another one yet.
+    """
 
     format: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     transposed: bool = False
-    x_format: str = ""
+    view: tuple[int, ...] = ()
 
 
-def pack_parameter(module: nn.Module, name: str, packed: Packed, *, transposed: bool = False, x_format: str = "") -> None:
+# What nn.Module keeps of hooks; the handles that register_forward_hook gave go on removing them.
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+
+def take_place(new: nn.Module, old: nn.Module) -> nn.Module:
+    """Give a quantized module the hooks and the mode of the module whose place it takes."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    return new.train(old.training)
+
+
+def pack_parameter(module: nn.Module, name: str, packed: Packed, *, transposed: bool = False) -> None:
     """Store parameter `name` of `module` packed (buffers `<name>_w_codes`, `<name>_w_scale`, `<name>_w_zero`).
 
-    The module's class becomes a subclass of itself in which reading `name` gives the dequantized weight, so that its own
-    forward goes on working. The packed weight is [.., N, K]; `transposed` says that the module knows it as [.., K, N].
+    The module's class becomes a subclass of itself in which reading `name` gives the dequantized weight, so that its
+    own forward goes on working. The packed weight is [.., N, K]; transposed: the module knows it as [.., K, N].
+    An nn.Embedding's own lookup reads the packed rows that it needs, not the whole table.
     """
     original = module._parameters.pop(name)
     assert original is not None
     specs = dict(module.__dict__.get("qfx_packed", {}))
-    specs[name] = PackedSpec(str(packed.format), tuple(packed.shape), original.dtype, transposed, x_format)
+    view = tuple(original.shape) if original.dim() != len(packed.shape) else ()
+    specs[name] = PackedSpec(str(packed.format), tuple(packed.shape), original.dtype, transposed, view)
     for leaf, tensor in (("w_codes", packed.data), ("w_scale", packed.scale), ("w_zero", packed.zero)):
         module.register_buffer(f"{name}_{leaf}", tensor)
     module.qfx_packed = specs  # type: ignore[assignment]
     base = getattr(type(module), "qfx_float_class", type(module))
+    assert isinstance(base, type)
     module.__class__ = _packed_class(base, tuple(specs))
 
 
@@ -218,18 +238,33 @@ def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
         return property(lambda self: _read(self, name))
 
     def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-        return _apply_keeping(self, lambda: super(kind, self)._apply(fn, recurse), fn)
+        return _apply_keeping(self, lambda: super(kind, self)._apply(fn, recurse), fn)  # type: ignore[misc]
 
     fields: dict[str, Any] = {name: reader(name) for name in names}
     fields |= {"qfx_float_class": base, "_apply": _apply, "__module__": base.__module__, "__doc__": base.__doc__}
-    kind: type[nn.Module] = type(f"Packed{base.__name__}", (base,), fields)
+    bases = (base, _Lookup) if issubclass(base, nn.Embedding) and "weight" in names else (base,)
+    kind: type[nn.Module] = type(f"Packed{base.__name__}", bases, fields)
     return kind
+
+
+class _Lookup(nn.Embedding):
+    """Stands between a subclass of nn.Embedding and nn.Embedding, so that `super().forward(ids)` reads packed rows."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (nn.Embedding's own name)
+        spec: PackedSpec | None = self.__dict__.get("qfx_packed", {}).get("weight")
+        if spec is None or spec.transposed or self.max_norm is not None:
+            return super().forward(input)
+        codes, scale, zero = (self._buffers[f"weight_{leaf}"] for leaf in ("w_codes", "w_scale", "w_zero"))
+        rows: Tensor = torch.ops.qfx.embedding(input, codes, scale, zero, spec.format, spec.shape[-1], spec.dtype)
+        return rows
 
 
 def _read(module: nn.Module, name: str) -> Tensor:
     spec: PackedSpec = module.qfx_packed[name]  # type: ignore[index, assignment]
     codes, scale, zero = (module._buffers[f"{name}_{leaf}"] for leaf in ("w_codes", "w_scale", "w_zero"))
     weight: Tensor = torch.ops.qfx.dequantize(codes, scale, zero, spec.format, spec.shape[-1], spec.dtype)
+    if spec.view:
+        return weight.reshape(spec.view)
     return weight.transpose(-2, -1) if spec.transposed else weight
 
 
@@ -251,3 +286,16 @@ def _apply_keeping(module: nn.Module, apply: Callable[[], Any], fn: Any) -> nn.M
 
 
 _LEAF = re.compile(r"_w_(codes|scale|zero)$")
+
+
+def tell_shared(module: nn.Module, *names: str) -> None:
+    """Say that packed buffers of a module are another module's, too, as save_pretrained of transformers wants to know."""
+    known = getattr(module, "_tied_weights_keys", None) or {}
+    module._tied_weights_keys = {**known, **dict.fromkeys(names, "")}  # type: ignore[assignment, dict-item]
+
+
+def quantized_parts(model: nn.Module) -> list[str]:
+    """Names of the modules and parameters that hold packed weights."""
+    named = list(model.named_modules())
+    modules = [fqn or type(m).__name__ for fqn, m in named if isinstance(m, _Quantized)]
+    return modules + [f"{fqn}.{name}".lstrip(".") for fqn, m in named for name in getattr(m, "qfx_packed", {})]

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from qfx import annotation, data as batches, graph
-from qfx.capture import Captured, capture_export
-from qfx.errors import Note, UnsupportedError, explain
-from qfx.format import Format
-from qfx.inputs import example_inputs, need_inputs, without_cache
-from qfx.observers import Observer, create
-from qfx.passes.annotate import annotate
-from qfx.passes.calibrate import calibrate
-from qfx.passes.observe import insert_observers, remove_observers
-from qfx.passes.quantize import refuse
-from qfx.pipeline import prepare, told
+from qfx import data as batches
+from qfx.data import Call
+from qfx.decide import decide
+from qfx.errors import explain
+from qfx.modules import quantized_parts
+from qfx.passes.rewrites import check_record
+from qfx.pipeline import told
+from qfx.places import find
 from qfx.plan import Plan
-from qfx.recipe import Recipe, is_static
-from qfx.transform import transform
-from qfx.writeback import layout_of, write_back
+from qfx.recipe import Recipe
+from qfx.writeback import write_back
 
 RecipeLike = Any  # a preset name, a Recipe, a mapping or a path: what Recipe.parse takes
 
@@ -33,10 +31,13 @@ def plan(
 ) -> Plan:  # fmt: skip
     """Decide formats, rewrites and scales for `model`; the model is not changed.
 
-    data: batches (tensors, tuples or dicts of keyword arguments); needed by recipes with static activations or smoothing.
-    overrides: fields of the recipe to change. strict: what cannot be had as asked is an UnsupportedError, not a warning.
-    Raises ValueError for bad data and recipes, UnsupportedError for a model that cannot be exported as one graph.
+    data: batches (tensors, tuples or dicts of keyword arguments); needed by recipes with static activations or rewrites
+    that choose factors; where given, `Plan.sensitivities["sqnr_db"]` says the error of each node on the first batch.
+    overrides: fields of the recipe to change. strict: what cannot be had as asked is an UnsupportedError, no warning.
+    A model that torch.export does not take is planned by its module types, with a warning, where the recipe allows it.
+    Raises ValueError for bad data, recipes and weights.
     """
+    _check_model(model)
     asked = Recipe.parse(recipe).override(**overrides) if overrides else Recipe.parse(recipe)
     if asked.needs_data and data is None:
         raise ValueError(
@@ -45,15 +46,9 @@ def plan(
                 next_step="pass data=batches (about 128 samples of what the model will see)",
             )
         )
-    calls = batches.calls(model, data, asked.num_calibration_samples) if data is not None else None
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            return _plan(model, asked, calls, strict=strict, progress=progress)
-    finally:
-        for module, training in modes:
-            module.training = training
+    calls = batches.calls(model, data, asked.num_calibration_samples) if data is not None else []
+    with _evaluating(model):
+        return _planned(model, asked, calls, strict=strict, progress=progress)
 
 
 def quantize(
@@ -67,69 +62,66 @@ def quantize(
     anything is changed. See `plan` for the arguments.
     """
     if isinstance(recipe, Plan):
+        _check_model(model)
         if overrides or data is not None:
-            raise ValueError("a plan is complete: expected no data and no recipe fields beside it; next step: leave them out")
+            raise ValueError("a plan is complete: no data and no recipe fields beside it; next step: leave them out")
         recipe.check(model, strict=strict)
         made = recipe
     else:
         made = plan(model, recipe, data, strict=strict, **overrides)
+        gc.collect()  # the graphs are cycles, which would keep every float weight alive
     with torch.no_grad():
-        model, notes = write_back(model, made)
-    told(notes, strict=False)
-    return model
+        for record in made.rewrites:
+            check_record(model, record, made.tensors)
+        places, notes = find(model, made)
+        told(notes, strict=strict)
+        return write_back(model, made, places)
 
 
-def _plan(model: nn.Module, recipe: Recipe, calls: list[Any] | None, *, strict: bool, progress: bool) -> Plan:
-    args, kwargs = calls[0] if calls else ((), example_inputs(model))
-    if kwargs is None:
-        raise need_inputs(model)
-    captured = capture_export(model, args, without_cache(model, kwargs) if not args else kwargs)
-    gm = captured.gm
-    notes = prepare(gm)
-    notes += annotate(gm, recipe) + refuse(gm)
-    made = Plan.of(model, recipe)
-    _decide(gm, made)
-    if recipe.needs_data:
-        assert calls
-        flat = [captured.flatten(a, without_cache(model, k) if not a else k) for a, k in calls]
-        notes += transform(gm, made, flat, progress=progress)
-        notes += _scales(gm, made, flat, progress=progress)
-    told(notes, strict=strict)
+def _planned(model: nn.Module, recipe: Recipe, calls: list[Call], *, strict: bool, progress: bool) -> Plan:
+    made, notes, said = decide(model, recipe, calls, progress=progress)
+    told(notes if strict else [n for n in notes if n not in said], strict=strict)
+    if not made.annotations and not made.rewrites:
+        _nothing(model, recipe)
     made.notes = [str(note) for note in notes]
     return made
 
 
-def _decide(gm: fx.GraphModule, made: Plan) -> None:
-    """Copy the annotations of the graph into the plan, with how each module holds its weight."""
-    for node in gm.graph.nodes:
-        formats = annotation.get(node) if node.op == "call_function" else {}
-        if not formats:
-            continue
-        fqn = graph.fqn_of(node)
-        made.annotations[fqn] = {r: str(f) if isinstance(f, Format) else [str(h) for h in f] for r, f in formats.items()}
-        if "w" in formats:
-            made.layouts[fqn] = layout_of(node)
+def _nothing(model: nn.Module, recipe: Recipe) -> None:
+    raise ValueError(
+        explain(
+            f"recipe {recipe.name!r} gives no format to anything in {type(model).__name__}",
+            expected="at least one linear layer, embedding, expert or patch convolution that a rule matches",
+            found=f"{sum(1 for _ in model.parameters())} parameters",
+            next_step="qfx.presets() lists recipes; a rule's target is an op kind, a name, a glob or 're:<regex>'",
+        )
+    )
 
 
-def _scales(gm: fx.GraphModule, made: Plan, flat: Sequence[Sequence[Any]], *, progress: bool) -> list[Note]:
-    """Calibrate the scales of static activation formats into the plan."""
-    recipe = made.recipe
+def _check_model(model: object) -> None:
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            explain("the model is compiled", next_step="quantize the module given to torch.compile, then compile it")
+        )
+    if not isinstance(model, nn.Module):
+        raise ValueError(explain("a model is needed", expected="a torch.nn.Module", found=type(model).__name__))
+    if done := quantized_parts(model):
+        raise ValueError(
+            explain(
+                f"the model is quantized already: {len(done)} parts, the first is {done[0]!r}",
+                next_step="quantize the float model; to change a recipe, load the float weights again",
+            )
+        )
 
-    def make(node: fx.Node, role: str) -> Observer | None:
-        fmt = annotation.get(node)[role]
-        if role != "x" or not isinstance(fmt, Format) or not is_static(fmt):
-            return None
-        return create(recipe.observer, fmt, name=graph.fqn_of(node), percentile=recipe.percentile)
 
-    observers = insert_observers(gm, make)
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module is in the mode in which it was."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
     try:
-        notes = calibrate(gm, flat, observers, total=len(flat), progress=progress) if observers else []
+        with torch.no_grad():
+            yield
     finally:
-        remove_observers(gm)
-    for (fqn, role), observer in observers.items():
-        fmt = Format.parse(str(made.annotations[fqn][role]))
-        found = observer.qparams(fmt)
-        made.tensors[f"{fqn}/x_scale"] = found.scale
-        if found.zero is not None:
-            made.tensors[f"{fqn}/x_zero"] = found.zero
-    return notes
+        for module, training in modes:
+            module.training = training

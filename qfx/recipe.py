@@ -29,6 +29,7 @@ from qfx.format import Format
 
 KINDS: tuple[str, ...] = tuple(ROLES)
 REWRITES: tuple[str, ...] = ("untie", "norm-fold", "smooth", "v-o", "up-down")
+DATA_REWRITES: tuple[str, ...] = ("smooth", "v-o", "up-down")  # choose their factors by what the linears see
 OBSERVERS: tuple[str, ...] = ("absmax", "minmax", "ema", "percentile", "mse", "entropy")
 NONE = "none"
 
@@ -192,12 +193,13 @@ class Recipe(_Strict):
 
     @property
     def needs_data(self) -> bool:
-        """Calibration data is needed: a static activation format that some rule gives, or the rewrite "smooth".
+        """Calibration data is needed: a static activation format that some rule gives, or a rewrite of DATA_REWRITES.
 
         A format that a later rule of the same target replaces does not count.
         """
         last = {(rule.target, role): text for rule in self.rules for role, text in rule.texts.items() if role != "w"}
-        return "smooth" in self.rewrites or any(is_static(Format.parse(t)) for t in last.values() if t != NONE)
+        chosen = not set(self.rewrites).isdisjoint(DATA_REWRITES)
+        return chosen or any(is_static(Format.parse(t)) for t in last.values() if t != NONE)
 
     def override(self, **fields: Any) -> Recipe:
         """The recipe with other values in some fields, checked as in the constructor. Raises ValueError."""

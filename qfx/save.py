@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,77 +15,94 @@ from torch import Tensor, nn
 
 from qfx.errors import explain
 from qfx.files import dump_safetensors, read_safetensors, sha256_file, staged
-from qfx.format import Format
-from qfx.modules import PackedSpec, QuantConv, QuantEmbedding, QuantLinear, pack_parameter
-from qfx.packing import Packed
+from qfx.modules import PackedSpec, QuantConv, QuantEmbedding, QuantLinear, quantized_parts
+from qfx.rebuild import Saved, rebuild
+from qfx.skeleton import CONFIG, GENERATION, skeleton
 
 VERSION = 1
 _JSON, _TENSORS = "qfx.json", "model.safetensors"
-_KEYS = {"format", "version", "tensor_sha256", "class", "modules", "parameters", "tied"}
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
+_KEYS = {
+    "format", "version", "sha256", "files", "class", "dtype", "implementations", "modules", "parameters", "tied",
+    "buffers",
+}  # fmt: skip
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write `model.safetensors`, `qfx.json` and, for a Hugging Face model, its config into `folder`.
+    """Write `model.safetensors`, `qfx.json` and, for a Hugging Face model, its configs into `folder`.
 
     Files appear together or not at all. Tensors that are shared are stored once. Raises ValueError for a model that
     qfx did not quantize, OSError where the disk does not take it.
     """
     model = getattr(model, "_orig_mod", model)
-    modules = {fqn: _describe(m) for fqn, m in model.named_modules() if isinstance(m, QuantLinear | QuantEmbedding)}
-    parameters = {
-        f"{fqn}.{name}" if fqn else name: {**asdict(spec), "dtype": _name(spec.dtype), "shape": list(spec.shape)}
-        for fqn, m in model.named_modules()
-        for name, spec in getattr(m, "qfx_packed", {}).items()
-    }
-    if not modules and not parameters:
+    if not isinstance(model, nn.Module) or not quantized_parts(model):
         raise ValueError(
-            explain("the model holds nothing that qfx quantized", next_step="call qfx.quantize(model, ...) before qfx.save")
+            explain(
+                "the model holds nothing that qfx quantized", next_step="call qfx.quantize(model, ...) before qfx.save"
+            )
         )
     tensors, tied = _state(model)
-    fields = {
-        "format": "qfx-model", "version": VERSION, "tensor_sha256": "", "class": type(model).__name__,
-        "modules": modules, "parameters": parameters, "tied": tied,
-    }  # fmt: skip
     config = getattr(model, "config", None)
+    fields: dict[str, Any] = {
+        "format": "qfx-model", "version": VERSION, "class": _float_class(model).__name__,
+        "dtype": _name(_dtype_of(model)), "implementations": _implementations(config), "modules": _modules(model),
+        "parameters": _parameters(model), "tied": tied,
+        "buffers": {name: _name(b.dtype) for name, b in _passing_buffers(model).items()},
+    }  # fmt: skip
     with staged(folder) as stage:
         dump_safetensors(stage(_TENSORS), tensors, {"format": "pt"})
-        fields["tensor_sha256"] = sha256_file(stage(_TENSORS))
+        files = [_TENSORS]
         if config is not None and hasattr(config, "to_json_string"):
-            config_text = json.loads(config.to_json_string(use_diff=False))
-            config_text["architectures"] = [_float_class(model).__name__]
-            stage("config.json").write_text(json.dumps(config_text, indent=1) + "\n", encoding="utf-8")
+            stage(CONFIG).write_text(_config_text(model), encoding="utf-8")
+            files.append(CONFIG)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            stage(GENERATION).write_text(generation.to_json_string(use_diff=True), encoding="utf-8")
+            files.append(GENERATION)
+        fields["files"] = {name: sha256_file(stage(name)) for name in files}
+        fields["sha256"] = _digest(fields)
         stage(_JSON).write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
-    """The model of a folder that `save` wrote, in eval mode.
+    """The model of a folder that `save` wrote, in eval mode; its outputs are those of the saved one, bit for bit.
 
     model: a float model of the same structure, needed where the folder holds no Hugging Face config; its weights are
-    replaced. Raises FileNotFoundError for missing files, ValueError for altered, truncated or unknown ones.
+    replaced. Raises FileNotFoundError for missing files, ValueError for altered, truncated or unknown ones and for a
+    model that does not fit, which is then left as it was.
     """
     path = Path(folder)
     fields = _read(path / _JSON)
-    tensors = read_safetensors(path / _TENSORS, sha256=str(fields["tensor_sha256"]))
+    for name, sha256 in fields["files"].items():
+        if name != _TENSORS:
+            _check_file(path / name, sha256)
+    tensors = read_safetensors(path / _TENSORS, sha256=str(fields["files"][_TENSORS]))
     tensors |= {name: tensors[source] for name, source in fields["tied"].items()}
     if model is None:
-        model = _skeleton(path)
-    for fqn, record in fields["modules"].items():
-        _put(model, fqn, _rebuild(fqn, record, tensors))
-    for fqn, record in fields["parameters"].items():
-        _repack(model, fqn, record, tensors)
-    _fill(model, tensors)
-    return model.eval()
+        model = skeleton(path, dtype=getattr(torch, fields["dtype"]), implementations=fields["implementations"])
+    elif done := quantized_parts(model):
+        raise ValueError(explain("a float model is needed", found=f"{done[0]!r} is quantized already"))
+    saved = Saved(fields["modules"], fields["parameters"], fields["buffers"], fields["tied"], tensors)
+    return rebuild(model, saved).eval()
 
 
-def _describe(module: nn.Module) -> dict[str, Any]:
-    assert isinstance(module, QuantLinear | QuantEmbedding)
+def _modules(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """FQN of each quantized module -> how to make it again; a module under several names is described once."""
+    first: dict[int, str] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantLinear | QuantEmbedding):
+            name = first.setdefault(id(module), fqn)
+            found[fqn] = _describe(module) if name == fqn else {"same": name}
+    return found
+
+
+def _describe(module: QuantLinear | QuantEmbedding) -> dict[str, Any]:
     record: dict[str, Any] = {
-        "kind": type(module).__name__, "w": module.w_format, "shape": list(module.shape), "dtype": _name(module.dtype)
+        "kind": type(module).__name__, "w": module.w_format, "shape": list(module.shape), "dtype": _name(module.dtype),
+        "sqnr_db": module.sqnr_db,
     }  # fmt: skip
     if isinstance(module, QuantEmbedding):
-        record["padding_idx"] = module.padding_idx
-        return record
+        return {**record, "padding_idx": module.padding_idx}
     record["x"] = module.x_format
     if isinstance(module, QuantConv):
         record |= {
@@ -94,12 +112,26 @@ def _describe(module: nn.Module) -> dict[str, Any]:
     return record
 
 
+def _parameters(model: nn.Module) -> dict[str, dict[str, Any]]:
+    specs: dict[str, PackedSpec] = {
+        f"{fqn}.{name}".lstrip("."): spec
+        for fqn, m in model.named_modules()
+        for name, spec in getattr(m, "qfx_packed", {}).items()
+    }
+    return {
+        fqn: {**asdict(s), "dtype": _name(s.dtype), "shape": list(s.shape), "view": list(s.view)}
+        for fqn, s in specs.items()
+    }
+
+
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors to store, and the names that share another name's tensor."""
     stored: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[Any, str] = {}
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"the state of {name!r} is no tensor but {type(tensor).__name__}, which cannot be stored")
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
         if key in seen:
             tied[name] = seen[key]
@@ -109,127 +141,79 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return stored, tied
 
 
-def _rebuild(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    given = {leaf: _tensor(tensors, record, fqn, leaf) for leaf in ("w_codes", "w_scale")}
-    optional = {leaf: tensors.get(_join(fqn, leaf)) for leaf in ("w_zero", "bias", "x_scale", "x_zero", "smooth")}
-    fmt = Format.parse(str(record["w"]))
-    packed = Packed(given["w_codes"], given["w_scale"], optional["w_zero"], fmt, tuple(record["shape"]))
-    dtype = _DTYPES[record["dtype"]]
-    if record["kind"] == "QuantEmbedding":
-        return QuantEmbedding(packed, record["padding_idx"], dtype=dtype)
-    bias = optional["bias"]
-    static = {leaf: optional[leaf] for leaf in ("x_scale", "x_zero", "smooth")}
-    formats: dict[str, Any] = {"x_format": record["x"], "dtype": dtype, **static}
-    if record["kind"] == "QuantConv":
-        return QuantConv(packed, _Conv(record, bias), **formats)
-    return QuantLinear(packed, bias, **formats)
+def _passing_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Float buffers that no state_dict has: they are made anew, and cast as the model was."""
+    return {
+        f"{fqn}.{name}".lstrip("."): buffer
+        for fqn, m in model.named_modules()
+        for name, buffer in m._buffers.items()
+        if buffer is not None and name in m._non_persistent_buffers_set and buffer.is_floating_point()
+    }
 
 
-class _Conv(nn.Module):
-    """What QuantConv asks of the convolution whose place it takes."""
-
-    def __init__(self, record: Mapping[str, Any], bias: Tensor | None) -> None:
-        super().__init__()
-        self.kernel_size, self.stride = tuple(record["kernel_size"]), tuple(record["stride"])
-        self.padding, self.in_channels = tuple(record["padding"]), record["in_channels"]
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    found = [m.dtype for m in model.modules() if isinstance(m, QuantLinear | QuantEmbedding)]
+    found += [p.dtype for p in model.parameters() if p.is_floating_point()]
+    return found[0] if found else torch.float32
 
 
-def _repack(model: nn.Module, fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    owner, _, name = fqn.rpartition(".")
-    module = model.get_submodule(owner)
-    parts = [tensors.get(_join(owner, f"{name}_{leaf}")) for leaf in ("w_codes", "w_scale", "w_zero")]
-    if parts[0] is None or parts[1] is None or name not in module._parameters:
-        raise _misfit(fqn, "no packed tensors or no such parameter")
-    spec = PackedSpec(
-        record["format"], tuple(record["shape"]), _DTYPES[record["dtype"]], record["transposed"], record["x_format"]
-    )
-    packed = Packed(parts[0], parts[1], parts[2], Format.parse(spec.format), spec.shape)
-    pack_parameter(module, name, packed, transposed=spec.transposed, x_format=spec.x_format)
+def _implementations(config: Any) -> dict[str, str]:
+    """Which attention and experts a transformers model runs: its config's JSON does not say."""
+    found = {name: getattr(config, f"_{name}", None) for name in ("attn_implementation", "experts_implementation")}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give the model the stored tensors themselves; shared ones stay shared."""
-    own = model.state_dict(keep_vars=True)
-    missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
-    if missing or unknown:
-        raise _misfit(", ".join((missing or unknown)[:3]), "missing in the file" if missing else "not in the model")
-    model.load_state_dict(tensors, strict=True, assign=True)
-
-
-def _skeleton(path: Path) -> nn.Module:
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            explain(
-                f"{path} holds no config.json, so the model's class is not known",
-                next_step="pass a float model of the same structure: qfx.load(folder, model)",
-            )
-        )
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(path)
-    kind = getattr(transformers, config.architectures[0], None)
-    if kind is None:
-        raise ValueError(
-            explain(
-                f"transformers has no class {config.architectures[0]!r}", next_step="pass the model: qfx.load(folder, model)"
-            )
-        )
-    skeleton: nn.Module = kind._from_config(config, dtype=torch.float32)
-    return skeleton
+def _config_text(model: nn.Module) -> str:
+    fields = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
+    fields["architectures"] = [_float_class(model).__name__]
+    return json.dumps(fields, indent=1) + "\n"
 
 
 def _float_class(model: nn.Module) -> type:
     return getattr(type(model), "qfx_float_class", type(model))
 
 
-def _put(model: nn.Module, fqn: str, new: nn.Module) -> None:
-    parent, _, name = fqn.rpartition(".")
-    try:
-        setattr(model.get_submodule(parent), name, new)
-    except AttributeError:
-        raise _misfit(fqn, "the model has no such module") from None
-
-
-def _tensor(tensors: Mapping[str, Tensor], record: Mapping[str, Any], fqn: str, leaf: str) -> Tensor:
-    found = tensors.get(_join(fqn, leaf))
-    if found is None:
-        raise _misfit(_join(fqn, leaf), "missing in the file")
-    return found
-
-
-def _join(fqn: str, leaf: str) -> str:
-    return f"{fqn}.{leaf}" if fqn else leaf
-
-
-def _misfit(name: str, found: str) -> ValueError:
-    return ValueError(
-        explain(
-            "the saved model does not fit",
-            expected=f"a tensor or module {name!r} in the file and in the model",
-            found=found,
-            next_step="load into the model class that was saved",
-        )
-    )
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    text = json.dumps({k: v for k, v in fields.items() if k != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _check_file(file: Path, sha256: str) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(explain(f"{file} is missing", next_step="copy the whole folder that qfx.save wrote"))
+    if sha256_file(file) != sha256:
+        raise ValueError(
+            explain(
+                f"{file} was altered or is truncated",
+                next_step="copy it again; to change it, change the model and save",
+            )
+        )
 
 
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(explain(f"{file} is missing", next_step="give a folder that qfx.save wrote"))
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(explain(f"{file} is truncated or altered: {error}", next_step="save the model again")) from error
+        fields = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            explain(f"{file} is truncated or altered: {error}", next_step="copy it again, or save the model again")
+        ) from error
     if not isinstance(fields, dict) or fields.get("format") != "qfx-model":
         raise ValueError(explain(f"{file} is no qfx model", expected="format 'qfx-model'"))
     if fields.get("version") != VERSION:
         raise ValueError(
-            explain(f"{file} comes from another version", expected=f"version {VERSION}", found=fields.get("version"))
+            explain(
+                f"{file} comes from another version of qfx",
+                expected=f"version {VERSION}",
+                found=fields.get("version"),
+                next_step="install the version that wrote it, or quantize and save the model again",
+            )
         )
-    if unknown := sorted(set(fields) - _KEYS):
-        raise ValueError(explain(f"{file} has unknown keys: {', '.join(unknown)}"))
+    if fields.get("sha256") != _digest(fields) or set(fields) != _KEYS:
+        raise ValueError(explain(f"{file} was altered", next_step="copy it again, or save the model again"))
     return fields

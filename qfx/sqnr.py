@@ -64,12 +64,13 @@ def collecting() -> Collector | None:
 def compare(plain: fx.GraphModule, quantized: fx.GraphModule, inputs: Sequence[Any]) -> Energies:
     """Energies, by fully qualified name, of each node that has the same name in both graphs and another operator.
 
-    quantized: `plain` after the pass `quantize`, which keeps names and order. Errors of earlier nodes are part of a node's
-    error; several calls of one layer add up. Both graphs advance in step and let go of values after their last use, so
-    that no more is held than by two runs. They change none of their inputs.
+    quantized: `plain` after the pass `quantize`, which keeps names and order. Errors of earlier nodes are part of a
+    node's error; several calls of one layer add up. Both graphs advance in step and let go of values after their last
+    use, so that no more is held than by two runs. They change none of their inputs.
     """
     targets = {n.name: n.target for n in plain.graph.nodes}
-    names = [n.name for n in quantized.graph.nodes if n.op == "call_function" and targets.get(n.name, n.target) != n.target]
+    calls = [n for n in quantized.graph.nodes if n.op == "call_function"]
+    names = [n.name for n in calls if targets.get(n.name, n.target) != n.target]
     found: Energies = {}
     with torch.no_grad():
         one, other = _Lane(plain, inputs), _Lane(quantized, inputs)

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import fx
 
-from qfx import graph, run
+from qfx import run
 from qfx.errors import Note
 from qfx.observers import Sample
-from qfx.passes import _sites, smooth
+from qfx.passes import smooth
 from qfx.passes.calibrate import calibrate
 from qfx.passes.observe import insert_observers, remove_observers
 from qfx.passes.rewrites import MODULES, apply_record
 from qfx.plan import Plan
+from qfx.recipe import DATA_REWRITES
 
-_CHOOSING = ("smooth", "v-o", "up-down")
 
-
-def transform(gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], *, progress: bool = True) -> list[Note]:
+def transform(
+    gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], *, undivided: Collection[str] = (),
+    progress: bool = True,
+) -> list[Note]:  # fmt: skip
     """Apply the rewrites of `plan.recipe` to `gm` in their order and record them in `plan`.
 
-    batches: the graph's inputs, for rewrites that choose factors by what they see. Returns what could not be rewritten.
+    batches: the graph's inputs, for rewrites that choose factors by what they see. undivided: linears whose input the
+    live module cannot divide. Returns what could not be rewritten.
     """
     notes: list[Note] = []
     for name in plan.recipe.rewrites:
-        if name in _CHOOSING:
-            notes += _smooth(gm, plan, name, batches, progress=progress)
+        if name in DATA_REWRITES:
+            notes += _smooth(gm, plan, name, batches, undivided, progress=progress)
         else:
             notes += _exact(gm, plan, name)
         run.settle(gm)
@@ -36,7 +39,13 @@ def transform(gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], 
 
 
 def _smooth(
-    gm: fx.GraphModule, plan: Plan, name: str, batches: Sequence[Sequence[Any]], *, progress: bool
+    gm: fx.GraphModule,
+    plan: Plan,
+    name: str,
+    batches: Sequence[Sequence[Any]],
+    undivided: Collection[str],
+    *,
+    progress: bool,
 ) -> list[Note]:
     """A rewrite that chooses factors by what the linears see."""
     recipe = plan.recipe
@@ -51,7 +60,7 @@ def _smooth(
     }  # fmt: skip
     done = {record[key]["name"] for record in plan.rewrites for key in ("o", "down") if key in record}
     if name == "smooth":
-        chosen, refusals = smooth.smooth(gm, stats, **settings, skip=done, fold_only=_functional(gm))
+        chosen, refusals = smooth.smooth(gm, stats, **settings, skip=done, fold_only=undivided)
     else:
         chosen, refusals = importlib.import_module(MODULES[name]).smooth(gm, stats, **settings, skip=done)
     for site, factor in chosen:
@@ -78,9 +87,3 @@ def _record(gm: fx.GraphModule, plan: Plan, site: Any, factor: Any) -> None:
         plan.tensors[record["factor"]] = factor
     plan.rewrites.append(record)
     apply_record(gm, record, plan.tensors)
-
-
-def _functional(gm: fx.GraphModule) -> list[str]:
-    """Linears whose weight is read by another module's forward: the live module cannot divide their input."""
-    linears = [node for node in gm.graph.nodes if _sites.is_linear(node)]
-    return [graph.fqn_of(node) for node in linears if graph.fqn_of(node) != node.meta.get("qfx_module")]

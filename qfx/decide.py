@@ -1,0 +1,194 @@
+"""What `qfx.plan` decides: capture, annotate, rewrite, calibrate, measure. The live model is only read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qfx import annotation, graph, run
+from qfx.capture import Captured, capture_export
+from qfx.data import Call
+from qfx.errors import Note, UnsupportedError, explain
+from qfx.format import Format
+from qfx.inputs import example_inputs, need_inputs, without_cache
+from qfx.measure import decibel
+from qfx.observers import Observer, create
+from qfx.passes.annotate import annotate, kind_of
+from qfx.passes.calibrate import calibrate
+from qfx.passes.observe import insert_observers, remove_observers
+from qfx.passes.quantize import quantize, refuse
+from qfx.pipeline import prepare
+from qfx.places import READ, held, is_own_linear, layout_of
+from qfx.plan import Plan
+from qfx.presets import presets
+from qfx.recipe import Recipe, is_static
+from qfx.sqnr import compare
+from qfx.transform import transform
+from qfx.walk import walk
+
+_HIGHEST = 200.0  # dB: what a node without any error is said to have, since JSON has no infinity
+
+
+def decide(
+    model: nn.Module, recipe: Recipe, calls: Sequence[Call], *, progress: bool = True
+) -> tuple[Plan, list[Note], list[Note]]:
+    """(plan, notes about what cannot be had as asked, those of them that were warned about already).
+
+    calls: what the model will see, checked; empty where the recipe needs none. The model is in eval mode.
+    """
+    captured, reason, step = _capture(model, calls)
+    if captured is None:
+        made, notes = walk(model, recipe, reason, step)
+        return made, [*notes, *_unmatched(recipe, [(kind, fqn) for fqn, kind in _walked(made)])], []
+    gm = captured.gm
+    prepare(gm)
+    notes = [*annotate(gm, recipe), *refuse(gm)]
+    notes += _unmatched(recipe, [(k, graph.fqn_of(n)) for n in gm.graph.nodes if (k := kind_of(n)) is not None])
+    made = Plan.of(model, recipe)
+    notes += _record(model, gm, made)
+    said: list[Note] = []
+    if recipe.rewrites or calls:
+        flat = [captured.flatten(a, k if a else without_cache(model, k)) for a, k in calls]
+        notes += transform(gm, made, flat, undivided=_undivided(model, made), progress=progress)
+        said = _scales(gm, made, flat, progress=progress) if recipe.needs_data else []
+        if calls:
+            made.sensitivities["sqnr_db"] = _errors(gm, made, flat[0])
+    return made, [*notes, *said], said
+
+
+def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, str, str]:
+    """The graph; where it cannot be had, None, the reason and what to do.
+
+    Raises ValueError where the model itself does not take the first call.
+    """
+    args, kwargs = max(calls, key=_roominess) if calls else ((), example_inputs(model))
+    if kwargs is None:
+        return None, "no example of its inputs is known", str(need_inputs(model).args[0]).partition("next step: ")[2]
+    kwargs = kwargs if args else without_cache(model, kwargs)
+    try:
+        return capture_export(model, args, kwargs), "", ""
+    except UnsupportedError as error:
+        if calls:
+            _try(model, args, kwargs)
+        reason = str(error).removeprefix("expected a model that torch.export captures as one graph, found ")
+        step = "torch.compile(model, backend='qfx') takes models in several graphs"
+        return None, f"torch.export: {reason.partition('; next step')[0]}", step
+
+
+def _roominess(call: Call) -> tuple[int, int]:
+    """A graph traced at a size of 1 is fixed to it: the best example has the fewest of them, and is large."""
+    tensors = [v for v in torch.utils._pytree.tree_leaves(call) if isinstance(v, torch.Tensor)]
+    return -sum(size == 1 for t in tensors for size in t.shape), sum(t.numel() for t in tensors)
+
+
+def _try(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    try:
+        model(*args, **kwargs)
+    except Exception as error:
+        raise ValueError(
+            explain(
+                f"the model does not take a batch of the data: {type(error).__name__}: {error}",
+                expected="batches on which model(**batch), model(*batch) or model(batch) runs",
+                next_step="try one call of the model with a batch",
+            )
+        ) from error
+
+
+def _unmatched(recipe: Recipe, nodes: list[tuple[str, str]]) -> list[Note]:
+    """Targets that the user wrote and that match nothing. Those of presets are for many kinds of models."""
+    known = {rule.target for preset in presets().values() for rule in preset.rules}
+    step = "compare it with the names that qfx.report(model) lists; a part of a name needs a glob such as '*.fc1'"
+    return [
+        Note(repr(target), "this target of the recipe matches no node of the model", step)
+        for target in recipe.unmatched(nodes)
+        if target not in known
+    ]
+
+
+def _walked(made: Plan) -> list[tuple[str, str]]:
+    return [(fqn, "embedding" if layout == "embedding" else "linear") for fqn, layout in made.layouts.items()]
+
+
+def _record(model: nn.Module, gm: fx.GraphModule, made: Plan) -> list[Note]:
+    """Copy the annotations of the graph into the plan, with how each module holds its weight."""
+    notes = []
+    for node in gm.graph.nodes:
+        formats = annotation.get(node) if node.op == "call_function" else {}
+        if not formats:
+            continue
+        fqn = graph.fqn_of(node)
+        if "w" in formats and held(model, fqn) is None:
+            reason = "its weight is a constant made in the forward, and stays in float"
+            notes.append(Note(fqn, reason, "make it a parameter"))
+            annotation.clear(node)
+            continue
+        texts = {r: str(f) if isinstance(f, Format) else [str(h) for h in f] for r, f in formats.items()}
+        layout = layout_of(node) if "w" in formats else None
+        before = made.annotations.get(fqn, {})
+        if before.get("w", texts.get("w")) != texts.get("w"):
+            notes.append(_two_formats(fqn, before["w"], texts["w"]))
+            annotation.set(node, "w", Format.parse(str(before["w"])))
+        made.annotations[fqn] = {**texts, **before}
+        if layout is not None and made.layouts.get(fqn, READ).endswith(READ):
+            made.layouts[fqn] = layout
+    return notes
+
+
+def _two_formats(fqn: str, first: object, second: object) -> Note:
+    reason = f"two nodes read it, and it was asked for as w={first} and as w={second}: the first is taken"
+    return Note(fqn, reason, "give both the same format")
+
+
+def _undivided(model: nn.Module, made: Plan) -> set[str]:
+    """Linears whose weight another module's forward reads: nothing in the live model could divide their input."""
+    found = set()
+    for fqn, layout in made.layouts.items():
+        at = held(model, fqn)
+        if at is None or at[1] != "weight" or not is_own_linear(model.get_submodule(at[0]), layout):
+            found.add(fqn)
+    return found
+
+
+def _scales(gm: fx.GraphModule, made: Plan, flat: Sequence[Sequence[Any]], *, progress: bool) -> list[Note]:
+    """Calibrate the scales of static activation formats into the plan."""
+    recipe = made.recipe
+
+    def make(node: fx.Node, role: str) -> Observer | None:
+        fmt = annotation.get(node)[role]
+        if role != "x" or not isinstance(fmt, Format) or not is_static(fmt):
+            return None
+        return create(recipe.observer, fmt, name=graph.fqn_of(node), percentile=recipe.percentile)
+
+    observers = insert_observers(gm, make)
+    try:
+        notes = calibrate(gm, flat, observers, total=len(flat), progress=progress) if observers else []
+    finally:
+        remove_observers(gm)
+    for (fqn, role), observer in observers.items():
+        fmt = Format.parse(str(made.annotations[fqn][role]))
+        found = observer.qparams(fmt)
+        made.tensors[f"{fqn}/x_scale"] = found.scale
+        if found.zero is not None:
+            made.tensors[f"{fqn}/x_zero"] = found.zero
+    return notes
+
+
+def _errors(gm: fx.GraphModule, made: Plan, inputs: Sequence[Any]) -> dict[str, float]:
+    """SQNR in dB of each quantized node on one batch: the float graph against the quantized one."""
+    quantized = graph.copy(gm)
+    quantize(quantized, tensors=made.tensors, rounding=made.recipe.rounding)
+    run.settle(quantized)
+    found = {fqn: decibel(*energies) for fqn, energies in compare(gm, quantized, inputs).items()}
+    if bad := next((fqn for fqn, value in found.items() if math.isnan(value)), None):
+        raise ValueError(
+            explain(
+                f"the result of {bad!r} on the first batch holds NaN or Inf",
+                expected="finite values",
+                next_step="look for a failed load, an overflow in half precision or bad data before quantizing",
+            )
+        )
+    return {fqn: max(-_HIGHEST, min(value, _HIGHEST)) for fqn, value in found.items()}
