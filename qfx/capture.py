@@ -1,7 +1,7 @@
 """Capture: Dynamo's graph and torch.export's graph come to one normal ATen form, parameters known by FQN.
 
-Normal form: functional pre-dispatch ATen; parameters and buffers are `get_attr` nodes named by their fully qualified name
-(FQN) that hold the user's own tensors; placeholders are run-time tensors (and SymInts that no tensor carries).
+Normal form: functional pre-dispatch ATen; parameters and buffers are `get_attr` nodes named by their fully qualified
+name (FQN) that hold the user's own tensors; placeholders are run-time tensors (and SymInts that no tensor carries).
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ class Captured:
 def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], live: Collection[int] = ()) -> Captured:
     """Bring the graph that Dynamo hands to a backend to normal form.
 
-    `example_inputs` are the backend's example inputs; parameters among them are recognised by their source and keep their
-    identity. Those that the graph itself changes, and the indices in `live`, stay inputs, since their values are of one
-    call. Raises UnsupportedError where a placeholder carries no example value.
+    `example_inputs` are the backend's example inputs; parameters among them are recognised by their source and keep
+    their identity. Those that the graph itself changes, and the indices in `live`, stay inputs, since their values are
+    of one call. Raises UnsupportedError where a placeholder carries no example value.
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     fakes = [_fake_of(n) for n in placeholders]
-    static = static_names(gm, example_inputs)
+    static, base = _static(gm, example_inputs)
     scalars = {i: float(v) for i, v in enumerate(example_inputs) if _is_wrapped_scalar(placeholders[i], v)}
     traced, mutated = retrace(gm, fakes, {placeholders[i].name: v for i, v in scalars.items()})
     names = {i: name for i, name in static.items() if i not in mutated and i not in live}
@@ -90,7 +90,8 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], live: Coll
         for i, n in enumerate(placeholders)
         if i not in names
     }
-    return _normal(traced, inputs, {i: (name, example_inputs[i]) for i, name in names.items()}, mutated, scalars)
+    tensors = {i: (name, example_inputs[i]) for i, name in names.items()}
+    return _normal(traced, inputs, tensors, mutated, scalars, base)
 
 
 def capture_export(
@@ -98,13 +99,14 @@ def capture_export(
 ) -> Captured:
     """Export `model` on example inputs and bring it to normal form.
 
-    Every dimension of every tensor input may vary where the model allows it (`dynamic=True`). Raises UnsupportedError with
-    torch.export's reason where the model cannot be exported as one graph.
+    Every dimension of every tensor input may vary where the model allows it (`dynamic=True`). Raises UnsupportedError
+    with torch.export's reason where the model cannot be exported as one graph.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     auto = torch.export.Dim.AUTO
     shapes = pytree.tree_map(
-        lambda v: {d: auto for d in range(v.dim())} if isinstance(v, torch.Tensor) and v.dim() else None, (args, kwargs)
+        lambda v: dict.fromkeys(range(v.dim()), auto) if isinstance(v, torch.Tensor) and v.dim() else None,
+        (args, kwargs),
     )
     try:
         ep = torch.export.export(
@@ -113,7 +115,7 @@ def capture_export(
     except Exception as error:
         raise UnsupportedError(
             f"expected a model that torch.export captures as one graph, found {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}; next step: pass example data that the forward accepts, or "
+            f"{str(error).splitlines()[0] if str(error) else ''}; next step: pass data that the forward accepts, or "
             "compile it with torch.compile(model, backend='qfx'), which may break the graph"
         ) from error
     placeholders = [n for n in ep.graph.nodes if n.op == "placeholder"]
@@ -146,6 +148,7 @@ def _normal(
     tensors: dict[int, tuple[str, torch.Tensor]],
     mutated: list[int],
     scalars: dict[int, float],
+    base: str = "",
 ) -> Captured:
     """Turn placeholders of static tensors into get_attr nodes and sizes into aten.sym_size nodes; give stable names."""
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
@@ -165,8 +168,8 @@ def _normal(
     graph.rename(traced)
     names = {name for name, _ in tensors.values()}
     for node in traced.graph.nodes:
-        node.meta["qfx_module"] = _module_path(node, names)
-    mutations = {o: i for o, i in enumerate(mutated)}
+        node.meta["qfx_module"] = _module_path(node, names, base)
+    mutations = dict(enumerate(mutated))
     traced.meta["qfx_mutations"] = {
         o: kept[i].name if i in kept else canonical.get(i, inputs.get(i, "")) for o, i in mutations.items()
     }
@@ -205,6 +208,11 @@ def static_names(gm: fx.GraphModule, examples: Sequence[Any]) -> dict[int, str]:
     Names start at the module that holds them all; where there are several (a function of two models) they keep the name
     of the variable that holds the module.
     """
+    return _static(gm, examples)[0]
+
+
+def _static(gm: fx.GraphModule, examples: Sequence[Any]) -> tuple[dict[int, str], str]:
+    """`static_names`, and the expression of the module that holds them all ("" where there are several)."""
     found: dict[int, tuple[str, str, str]] = {}
     for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
         source = _source(node)
@@ -215,11 +223,12 @@ def static_names(gm: fx.GraphModule, examples: Sequence[Any]) -> dict[int, str]:
         base, head, steps = _root_of(owner)
         path = ".".join([*steps, leaf] if leaf else steps)
         found[i] = (base, head, path or node.name)
-    if len({base for base, _, _ in found.values()}) <= 1:
-        return {i: path for i, (_, _, path) in found.items()}
+    bases = {base for base, _, _ in found.values()}
+    if len(bases) <= 1:
+        return {i: path for i, (_, _, path) in found.items()}, "".join(bases)
     several = len({head.partition(".")[0] for _, head, _ in found.values()}) > 1
     heads = {i: head if several else head.partition(".")[2] for i, (_, head, _) in found.items()}
-    return {i: f"{heads[i]}.{path}" if heads[i] else path for i, (_, _, path) in found.items()}
+    return {i: f"{heads[i]}.{path}" if heads[i] else path for i, (_, _, path) in found.items()}, ""
 
 
 def _root_of(owner: str) -> tuple[str, str, list[str]]:
@@ -244,17 +253,25 @@ def _is_wrapped_scalar(node: fx.Node, value: Any) -> bool:
     return bool(node.users) and all(u.op == "call_method" and u.target == "item" for u in node.users)
 
 
-def _module_path(node: fx.Node, names: Collection[str]) -> str:
-    """The path of the module that a node comes from; with the variable that holds it where `names` of weights have it."""
+def _module_path(node: fx.Node, names: Collection[str], base: str) -> str:
+    """The path of the module that a node comes from, from the module `base`; where that is not known with the variable
+    that holds the module, if `names` of weights have it."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
     source = str(list(stack.values())[-1][0])
+    if base and source.startswith(base):
+        return _words(source[len(base) :])
     variable = re.match(r"^[LG]\['([^']+)'\]", source)
-    inner = source[variable.end() :] if variable else source
-    path = re.sub(r"\['([^']+)'\]|\[(\d+)\]", r".\1\2", inner.removeprefix(".__self__")).strip(".")
-    full = f"{variable.group(1)}.{path}".strip(".") if variable else path
+    if variable is None:
+        return _words(source)
+    path = _words(source[variable.end() :].removeprefix(".__self__"))
+    full = f"{variable.group(1)}.{path}".strip(".")
     return full if any(_starts(name, full) for name in names) and not any(_starts(n, path) for n in names) else path
+
+
+def _words(source: str) -> str:
+    return re.sub(r"\['([^']+)'\]|\[(\d+)\]", r".\1\2", source).strip(".")
 
 
 def _starts(name: str, path: str) -> bool:

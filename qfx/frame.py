@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ _BETWEEN = ("qfx.frame", "qfx.compile", "torch._dynamo.eval_frame")  # between a
 class Frame:
     """What is known of the Python frame that a graph stands for. Holds nothing alive.
 
-    code: the frame's code. modules: those among its local variables, its own first. target: the module or function that
-    was given to torch.compile.
+    code: the frame's code. modules: those among its variables, its own first. target: the module or function that was
+    given to torch.compile.
     """
 
     code: Callable[[], types.CodeType | None]
@@ -62,9 +62,9 @@ def at_compile() -> Frame:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
         translator = InstructionTranslator.current_tx()
-        return _frame(translator.f_code, translator.f_locals.values())
+        return _frame(translator.f_code, translator.f_locals, translator.f_globals)
     except (ImportError, AttributeError, AssertionError):
-        return _frame(None, ())
+        return _frame(None, {}, {})
 
 
 def at_call() -> Frame:
@@ -72,7 +72,7 @@ def at_call() -> Frame:
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
         frame = frame.f_back
-    return _frame(None, ()) if frame is None else _frame(frame.f_code, frame.f_locals.values())
+    return _frame(None, {}, {}) if frame is None else _frame(frame.f_code, frame.f_locals, frame.f_globals)
 
 
 def unwrapped(function: Any) -> Any:
@@ -105,8 +105,9 @@ def asked_with(compiled: Any) -> Any:
 unknown = object()
 
 
-def _frame(code: types.CodeType | None, values: Iterable[Any]) -> Frame:
-    found = [_module(v) for v in values]
+def _frame(code: types.CodeType | None, local: Mapping[str, Any], world: Mapping[str, Any]) -> Frame:
+    used = [world[name] for name in code.co_names if name in world] if code is not None else []
+    found = [_module(v) for v in (*local.values(), *used)]
     return Frame(_ref(code), tuple(_ref(m) for m in dict.fromkeys(found) if m is not None), _ref(_target()))
 
 

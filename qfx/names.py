@@ -40,11 +40,17 @@ class Translation:
     def __call__(self, name: str) -> str:
         """The name with its longest known head replaced; a name without one stays as it is."""
         for head, prefix in self.heads:
-            if not head:
-                return _join(prefix, name)
-            if name == head or name.startswith(f"{head}."):
+            if _starts(name, head):
                 return _join(prefix, name[len(head) :].lstrip("."))
         return name
+
+    def knows(self, name: str) -> bool:
+        """Whether a head of the name is known."""
+        return any(_starts(name, head) for head, _ in self.heads)
+
+
+def _starts(name: str, head: str) -> bool:
+    return not head or name == head or name.startswith(f"{head}.")
 
 
 def _heads(name: str, other: str) -> tuple[str, str]:

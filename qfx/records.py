@@ -38,11 +38,12 @@ class GraphRecord:
         translation = Translation.between([(name, ref()) for name, ref in self.weights], names)
         if not translation.heads:
             return None
+        own = [note for note in self.notes if note.node == "graph" or translation.knows(note.node)]
         return replace(
             self,
-            rows=tuple(replace(r, node=translation(r.node)) for r in self.rows),
-            notes=tuple(n if n.node == "graph" else replace(n, node=translation(n.node)) for n in self.notes),
-            weights=tuple((translation(name), ref) for name, ref in self.weights),
+            rows=tuple(replace(r, node=translation(r.node)) for r in self.rows if translation.knows(r.node)),
+            notes=tuple(n if n.node == "graph" else replace(n, node=translation(n.node)) for n in own),
+            weights=tuple((translation(name), ref) for name, ref in self.weights if translation.knows(name)),
         )
 
 

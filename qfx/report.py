@@ -93,7 +93,7 @@ def report(model: Any, data: Any = None) -> Report:
     else:
         graphs = [_with_sqnr(r, collector) for r in _asked(records.of_function(target), options)]
         if not graphs:
-            raise _unseen()
+            raise _unseen(model)
         found = Report(_merged(graphs), _notes(graphs), len(graphs), getattr(target, "__name__", "compiled function"))
     if collector is None or collector.graphs:
         return found
@@ -107,8 +107,8 @@ def report(model: Any, data: Any = None) -> Report:
 
 def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None) -> Report:
     index = names.index(model)
-    pairs = [(r, r.named(index)) for r in _asked(records.all_records(), options)]
-    graphs = [_with_sqnr(named, collector, r) for r, named in pairs if named is not None]
+    found = (_with_sqnr(r, collector).named(index) for r in _asked(records.all_records(), options))
+    graphs = [record for record in found if record is not None]
     rows = {row.node: row for row in _merged(graphs)}
     failed = {}
     for record in graphs:
@@ -123,7 +123,7 @@ def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None)
         elif rows[row.node].sqnr_db is None:
             rows[row.node] = replace(rows[row.node], sqnr_db=row.sqnr_db)
     if not graphs and not any(row.quantized for row in rows.values()):
-        raise _unseen()
+        raise _unseen(model)
     rest = live.other_bytes(model, set(rows))
     return Report(tuple(rows.values()), _notes(graphs), len(graphs), type(model).__name__, rest)
 
@@ -133,14 +133,10 @@ def _asked(found: Iterable[GraphRecord], options: Any) -> list[GraphRecord]:
     return sorted((r for r in found if options is unknown or r.options == options), key=lambda r: r.serial)
 
 
-def _with_sqnr(
-    record: GraphRecord, collector: sqnr.Collector | None, measured: GraphRecord | None = None
-) -> GraphRecord:
-    """The record with what was measured of it (or of the record that it is a translation of)."""
-    source = measured or record
-    found = {} if collector is None else collector.of(source)
-    rows = zip(record.rows, source.rows, strict=True)
-    return replace(record, rows=tuple(replace(r, sqnr_db=found.get(own.node)) for r, own in rows))
+def _with_sqnr(record: GraphRecord, collector: sqnr.Collector | None) -> GraphRecord:
+    """The record with what was measured of it."""
+    found = {} if collector is None else collector.of(record)
+    return replace(record, rows=tuple(replace(row, sqnr_db=found.get(row.node)) for row in record.rows))
 
 
 def _merged(graphs: Sequence[GraphRecord]) -> tuple[Row, ...]:
@@ -189,8 +185,14 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _unseen() -> ValueError:
+def _unseen(model: Any) -> ValueError:
+    hint = ""
+    if callable(getattr(unwrapped(model), "generate", None)) and isinstance(model, nn.Module):
+        hint = (
+            " (generate() of what torch.compile returned runs the original: "
+            'call model.compile(backend="qfx") and generate with the model)'
+        )
     return ValueError(
         "expected a model that qfx quantized or compiled, found neither; next step: call the compiled model once, or "
-        "qfx.quantize(model, recipe), then qfx.report(model)"
+        f"qfx.quantize(model, recipe), then qfx.report(model){hint}"
     )

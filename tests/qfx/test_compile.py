@@ -110,7 +110,8 @@ class Scaled(nn.Module):
         self.fc = nn.Linear(16, 16)
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return self.fc(x) * scale + scale
+        out: Tensor = self.fc(x) * scale + scale
+        return out
 
 
 @torch.no_grad()
@@ -157,7 +158,8 @@ def test_a_tensor_that_is_changed_in_place() -> None:
         def forward(self, x: Tensor, total: Tensor) -> Tensor:
             total[:, 2:4] += x.sum()
             x.mul_(2)
-            return self.fc(x) + total[:, :1]
+            out: Tensor = self.fc(x) + total[:, :1]
+            return out
 
     model = InPlace().eval()
     compiled = torch.compile(model, backend="qfx")
@@ -208,7 +210,8 @@ def test_buffers_that_something_else_writes(counts: Counts) -> None:
             self.register_buffer("shift", torch.zeros(8))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x) + self.shift
+            out: Tensor = self.fc(x) + self.shift
+            return out
 
     model = Shifted().eval()
     compiled = torch.compile(model, backend="qfx")
@@ -257,7 +260,8 @@ def test_a_plan_and_its_folder(tmp_path: Path) -> None:
     found = []
     for given in (plan, tmp_path, str(tmp_path)):
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend="qfx", options={"plan": given, "strict": True})
+        options: Any = {"plan": given, "strict": True}
+        compiled = torch.compile(model, backend="qfx", options=options)
         found.append(compiled(x))
         assert [row.asked for row in qfx.report(compiled).rows] == ["x=u8 w=i8/ch"] * 2
     assert close(model(x), found[0]) and all(torch.equal(found[0], other) for other in found)

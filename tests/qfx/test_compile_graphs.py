@@ -1,0 +1,310 @@
+"""torch.compile(backend="qfx"): several graphs, their names, and what runs in torch all the same: nothing is unseen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qfx
+from qfx.errors import Note, QfxWarning, UnsupportedError
+from qfx.measure import sqnr_db
+from tests.qfx.conftest import Counts
+from tests.zoo import ZOO
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+FIRST_FOUR: Any = {"rules": [{"target": "linear", "w": "i8/ch"}, {"target": "blocks.0.up", "w": "i4/g16"}]}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        torch._dynamo.graph_break()
+        out: Tensor = self.down(torch.relu(x))
+        return out
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(16, 16)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(16, 4)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.blocks[0](x)
+        x = self.blocks[1](x) + self.blocks[2](x)
+        out: Tensor = self.head(x)
+        return out
+
+
+NAMES = ["stem", *(f"blocks.{i}.{part}" for i in range(3) for part in ("up", "down")), "head"]
+
+
+@torch.no_grad()
+def test_every_graph_is_quantized_and_reported_under_the_names_of_the_model() -> None:
+    model, x = Net(), torch.randn(5, 16)
+    fast = torch.compile(model, backend="qfx", options={"recipe": FIRST_FOUR, "strict": True})
+    found = fast(x)
+    assert 10 < sqnr_db(model(x), found) < 40
+    report = qfx.report(fast)
+    assert report.graphs > 3
+    asked = {row.node: row.asked for row in report}
+    assert asked == {name: "w=i4/g16" if name == "blocks.0.up" else "w=i8/ch" for name in NAMES}
+    assert all(row.quantized and row.kernel for row in report)
+
+
+@torch.no_grad()
+def test_a_plan_reaches_graphs_of_sub_modules() -> None:
+    whole, x = Net(), torch.randn(64, 16)
+    plan = qfx.Plan(recipe=qfx.Recipe.parse("w8a8"), annotations={n: {"w": "i8/ch"} for n in NAMES if "up" not in n})
+    options: Any = {"plan": plan}
+    fast = torch.compile(whole, backend="qfx", options=options)
+    fast(x)
+    asked = {row.node: row.asked for row in qfx.report(fast)}
+    assert asked == {name: "" if "up" in name else "w=i8/ch" for name in NAMES}
+
+
+@torch.no_grad()
+def test_names_do_not_depend_on_how_the_model_was_given() -> None:
+    model, x = Net(), torch.randn(5, 16)
+    holder = nn.ModuleDict({"inner": model}).eval()
+    ways: list[Callable[[], Callable[..., Tensor]]] = [
+        lambda: torch.compile(model, backend="qfx"),
+        lambda: torch.compile(model.forward, backend="qfx"),
+        lambda: torch.compile(holder["inner"].__call__, backend="qfx"),
+    ]
+    for way in ways:
+        torch._dynamo.reset()
+        fast = way()
+        fast(x)
+        for asked_of in (fast, model):
+            assert sorted(row.node for row in qfx.report(asked_of)) == sorted(NAMES)
+        assert sorted(row.node for row in qfx.report(holder)) == sorted(f"inner.{name}" for name in NAMES)
+    torch._dynamo.reset()
+    model.compile(backend="qfx")
+    model(x)
+    assert sorted(row.node for row in qfx.report(model)) == sorted(NAMES)
+
+
+@torch.no_grad()
+def test_a_function_of_two_models() -> None:
+    first, second = nn.Sequential(nn.Linear(16, 16)).eval(), nn.Sequential(nn.Linear(16, 16)).eval()
+
+    def both(a: nn.Module, b: nn.Module, x: Tensor) -> Tensor:
+        y = a(x)
+        torch._dynamo.graph_break()
+        out: Tensor = b(y) + a(y)
+        return out
+
+    fast, x = torch.compile(both, backend="qfx", options={"strict": True}), torch.randn(3, 16)
+    assert sqnr_db(both(first, second, x), fast(first, second, x)) > 25
+    report = qfx.report(fast)
+    assert report.title == "both" and report.graphs == 2
+    assert {row.node for row in report} == {"0", "a.0", "b.0"}
+    for model in (first, second):
+        assert [(row.node, row.quantized) for row in qfx.report(model)] == [("0", True)]
+
+
+@torch.no_grad()
+def test_a_model_in_a_closure_and_in_a_container() -> None:
+    models, x = {"m": nn.Sequential(nn.Linear(16, 16)).eval()}, torch.randn(3, 16)
+    fast = torch.compile(lambda x: models["m"](x) * 2, backend="qfx", options={"strict": True})
+    assert sqnr_db(models["m"](x) * 2, fast(x)) > 25
+    assert [row.node for row in qfx.report(fast)] == ["0"] == [row.node for row in qfx.report(models["m"])]
+
+
+@torch.no_grad()
+def test_a_layer_excluded_from_compilation_is_named() -> None:
+    class Excluding(Net):
+        @torch._dynamo.disable  # type: ignore[untyped-decorator]
+        def skipped(self, x: Tensor) -> Tensor:
+            out: Tensor = self.blocks[1](x)
+            return out
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.skipped(self.blocks[0](self.stem(x)))
+            return out
+
+    model, x = Excluding(), torch.randn(3, 16)
+    model.blocks[0].forward = torch._dynamo.disable(model.blocks[0].forward)
+    fast = torch.compile(model, backend="qfx")
+    assert sqnr_db(model(x), fast(x)) > 25
+    rows = {row.node: row for row in qfx.report(fast)}
+    assert rows["stem"].quantized
+    for name in ("blocks.0.up", "blocks.0.down"):
+        assert rows[name].reason == "blocks.0 is excluded from compilation (torch._dynamo.disable): runs in torch"
+    for name in ("blocks.1.up", "blocks.2.down", "head"):
+        assert rows[name].reason == "in no compiled graph: runs in torch" and not rows[name].quantized
+    assert qfx.report(fast).totals["weight_coverage"] < 0.2
+
+
+class Numbered(nn.Module):
+    """A layer whose code is compiled for each number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.fc, self.number = nn.Linear(8, 8), number
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        out: Tensor = self.fc(x) + self.number**2
+        return out
+
+
+@torch.no_grad()
+def test_layers_beyond_the_recompile_limit_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = nn.Sequential(*(Numbered(i) for i in range(5))).eval(), torch.randn(3, 8)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for layer in model:
+            layer.compile(backend="qfx", dynamic=False)
+        assert sqnr_db(nn.Sequential(*model)(x), model(x)) > 25
+        report = qfx.report(model)
+    rows = {row.node: row for row in report}
+    slow = [name for name, row in rows.items() if not row.quantized]
+    assert len(rows) == 5 and slow, "some layers run in torch"
+    assert all("recompile limit" in rows[name].reason and "runs in torch" in rows[name].reason for name in slow)
+    note = next(note for note in report.notes if "recompile limit" in note.reason)
+    assert "calls that need one more version run in torch" in note.reason
+    assert "torch._dynamo.config.recompile_limit" in note.next_step
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError("no such kernel\n  next step: buy one")
+
+    monkeypatch.setattr(qfx.compile, "lower", refuse)
+
+
+@torch.no_grad()
+def test_a_graph_that_cannot_be_lowered_runs_untouched_with_a_warning(broken: None) -> None:
+    model, x = Net(), torch.randn(5, 16)
+    model.forward = lambda x: model.head(model.stem(x))  # type: ignore[method-assign]
+    fast = torch.compile(model, backend="qfx")
+    with pytest.warns(QfxWarning) as said:
+        assert torch.equal(fast(x), model(x))
+    assert len(said) == 1
+    text = str(said[0].message)
+    assert "runs in torch, not quantized: UnsupportedError: no such kernel" in text
+    assert "next step: " in text and "strict=True turns this into an error" in text
+    assert torch.equal(fast(x.repeat(2, 1)), model(x.repeat(2, 1))), "said once for all shapes"
+    report = qfx.report(fast)
+    reason = "its graph could not be had, runs in torch: UnsupportedError: no such kernel"
+    assert {row.node: row.reason for row in report if not row.node.startswith("blocks")} == {
+        "stem": reason,
+        "head": reason,
+    }
+    assert report.totals["linear_quantized"] == 0
+    assert any("no such kernel" in note.reason for note in report.notes)
+
+
+def test_gradients_of_an_untouched_graph_are_not_detached(broken: None) -> None:
+    model = nn.Linear(4, 4).eval()
+    with pytest.warns(QfxWarning, match="no such kernel") as said:
+        assert torch.compile(model, backend="qfx")(torch.randn(2, 4)).requires_grad
+    assert len(said) == 1
+
+
+@torch.no_grad()
+def test_under_strict_a_graph_that_cannot_be_lowered_is_an_error(broken: None) -> None:
+    fast = torch.compile(nn.Linear(4, 4).eval(), backend="qfx", options={"strict": True})
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no such kernel") as refused:
+        fast(torch.randn(2, 4))
+    assert isinstance(refused.value.inner_exception, UnsupportedError)
+
+
+@torch.no_grad()
+def test_a_graph_that_cannot_be_captured_runs_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise RuntimeError("torch changed its mind")
+
+    monkeypatch.setattr("qfx.template.capture_dynamo", refuse)
+    model, x = nn.Linear(4, 4).eval(), torch.randn(2, 4)
+    fast = torch.compile(model, backend="qfx")
+    with pytest.warns(QfxWarning, match="RuntimeError: torch changed its mind"):
+        assert torch.equal(fast(x), model(x))
+    model.weight.mul_(2)
+    assert torch.equal(fast(x), model(x))
+    assert "torch changed its mind" in qfx.report(fast).rows[0].reason
+
+
+@torch.no_grad()
+def test_weights_that_are_no_numbers_are_an_error() -> None:
+    model, x = nn.Linear(4, 4).eval(), torch.randn(2, 4)
+    fast = torch.compile(model, backend="qfx")
+    fast(x)
+    model.weight[1, 2] = float("nan")
+    with pytest.raises(ValueError, match="weight"):
+        fast(x)
+
+
+@pytest.fixture
+def own_operator() -> Iterator[Callable[[Tensor], Tensor]]:
+    library = torch.library.Library("qfx_test_door", "DEF")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
+    torch.library.register_fake("qfx_test_door::twice", torch.empty_like, lib=library)
+    yield torch.ops.qfx_test_door.twice.default
+    library._destroy()
+
+
+@torch.no_grad()
+def test_an_operator_without_onnx_form_runs_in_torch_and_is_told(own_operator: Callable[[Tensor], Tensor]) -> None:
+    class Custom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b(own_operator(self.a(x)))
+            return out
+
+    model, x = Custom().eval(), torch.randn(3, 8)
+    fast = torch.compile(model, backend="qfx")
+    with pytest.warns(
+        QfxWarning, match=r"twice.*runs in torch.*test_compile_graphs.py:\d+, in forward.*next step: "
+    ) as said:
+        assert sqnr_db(model(x), fast(x)) > 25
+    assert len(said) == 1 and said[0].filename == __file__
+    report = qfx.report(fast)
+    assert report.totals["linear_quantized"] == 2
+    assert [note.node for note in report.notes] and isinstance(report.notes[0], Note)
+    torch._dynamo.reset()
+    strict = torch.compile(model, backend="qfx", options={"strict": True})
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="qfx_test_door.twice") as refused:
+        strict(x)
+    assert isinstance(refused.value.inner_exception, UnsupportedError)
+
+
+def test_a_report_of_what_was_never_compiled_is_refused() -> None:
+    model = Net()
+    for given in (model, torch.compile(model, backend="qfx"), torch.compile(lambda x: x, backend="qfx"), lambda x: x):
+        with pytest.raises(
+            ValueError, match="quantized or compiled, found neither; next step: call the compiled model"
+        ):
+            qfx.report(given)
+
+
+@torch.no_grad()
+def test_a_quantized_model_can_be_compiled(counts: Counts) -> None:
+    model, inputs = ZOO["bert"]()
+    plain = model(**inputs).last_hidden_state
+    quantized = qfx.quantize(model, "w8a8")
+    fast = torch.compile(quantized, backend="qfx", options={"strict": True})
+    assert sqnr_db(plain, fast(**inputs).last_hidden_state) > 20
+    assert counts.graphs == 1
+    report = qfx.report(fast)
+    assert report.totals["weight_coverage"] == 1 and report.totals["linear_quantized"] == 13
+    assert {row.asked for row in report if row.op == "linear"} == {"x=i8/tok w=i8/ch"}
