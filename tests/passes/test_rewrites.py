@@ -1,0 +1,150 @@
+"""qfx.passes.rewrites: records of exact rewrites, applied by name to graphs and live models."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from qfx import graph
+from qfx.passes.rewrites import MODULES, apply_record
+from qfx.recipe import REWRITES
+from tests.graphs import capture, error, text
+
+
+class Block(nn.Module):
+    """One layer that every rewrite finds something in: tied table, norms, attention, gated MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm, self.ln = nn.Embedding(11, 16), nn.RMSNorm(16), nn.LayerNorm(16)
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.lm_head = nn.Linear(16, 11, bias=False)
+        self.lm_head.weight = self.embed.weight
+        for norm in (self.norm, self.ln):
+            nn.init.uniform_(norm.weight, 0.5, 2.0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        h = self.norm(x)
+        q, k, v = (p(h).unflatten(-1, (4, 4)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h = self.ln(x)
+        out: Tensor = self.lm_head(x + self.down(F.silu(self.gate(h)) * self.up(h)))
+        return out
+
+
+IDS = torch.tensor([[0, 8, 3], [1, 1, 7]])
+FACTORS = {"v-o": (4, 4), "up-down": (24,)}
+
+
+def records(name: str, gm: fx.GraphModule) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """What a plan would hold: JSON-able records, and random factors where the rewrite takes some."""
+    torch.manual_seed(1)
+    found, tensors = [], {}
+    for i, site in enumerate(importlib.import_module(MODULES[name]).find(gm)[0]):
+        record = site.to_record()
+        if name in ("smooth", *FACTORS):
+            shape = FACTORS.get(name) or (site.channels,)
+            record["factor"] = f"rewrite/{i}/factor"
+            tensors[record["factor"]] = torch.rand(shape) + 0.5
+        found.append(record)
+    loaded: list[dict[str, Any]] = json.loads(json.dumps(found))
+    return loaded, tensors
+
+
+def captured(model: nn.Module) -> fx.GraphModule:
+    from qfx.passes.normalize import normalize
+
+    gm = capture(model, IDS)
+    normalize(gm)
+    graph.rename(gm)
+    return gm
+
+
+def test_every_rewrite_of_recipes_is_here() -> None:
+    assert tuple(MODULES) == REWRITES
+    for name, module in MODULES.items():
+        found = importlib.import_module(module)
+        assert name == found.Site.NAME and callable(found.find) and callable(found.apply_record)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@torch.no_grad()
+def test_a_record_keeps_the_function_of_a_graph(name: str) -> None:
+    model = Block()
+    gm = captured(model)
+    before, code = {n: p.clone() for n, p in model.named_parameters()}, text(gm)
+    found, tensors = records(name, gm)
+    assert found and all(record["name"] == name for record in found)
+    for record in found:
+        apply_record(gm, record, tensors)
+    assert error(model(IDS), gm(IDS)[0]) < 1e-5
+    changed = [n for n, p in gm.named_parameters() if n not in before or not torch.equal(p, before[n])]
+    assert changed or text(gm) != code
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "the user's tensors stay"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "smooth"])
+@torch.no_grad()
+def test_a_record_keeps_the_function_of_a_live_model(name: str) -> None:
+    model = Block()
+    found, tensors = records(name, captured(model))
+    live = copy.deepcopy(model)
+    for record in found:
+        apply_record(live, record, tensors)
+    assert error(model(IDS), live(IDS)) < 1e-5
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), live.parameters(), strict=False)) or (
+        live.lm_head.weight is not live.embed.weight
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "untie"])
+def test_a_graph_of_another_part_is_left_alone(name: str) -> None:
+    found, tensors = records(name, captured(Block()))
+    other = capture(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4))
+    before = text(other)
+    for record in found:
+        apply_record(other, record, tensors)
+    assert text(other) == before and sorted(dict(other.named_parameters())) == ["0.bias", "0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("norm-flod", "did you mean 'norm-fold'"),
+        ("SMOOTH", "did you mean 'smooth'"),
+        ("", "valid: norm-fold"),
+        (None, "None"),
+    ],
+)
+def test_unknown_rewrites_are_refused(name: str | None, message: str) -> None:
+    record = {} if name is None else {"name": name}
+    with pytest.raises(ValueError, match=f"unknown rewrite .*{message}"):
+        apply_record(nn.Linear(2, 2), record, {})
+
+
+def test_a_factor_that_the_plan_does_not_hold_is_refused() -> None:
+    model = Block()
+    found, tensors = records("up-down", captured(model))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"'up-down' names the tensor 'rewrite/0/factor', which the plan does not hold"
+    ):
+        apply_record(model, found[0], {"another": tensors["rewrite/0/factor"]})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_factor_of_another_shape_is_refused() -> None:
+    model = Block()
+    found, tensors = records("smooth", captured(model))
+    with pytest.raises(ValueError, match="positive factors"):
+        apply_record(model, found[0], {key: value[:-1] for key, value in tensors.items()})
