@@ -10,7 +10,6 @@ Where the parameter is used otherwise, or lies transposed, dequantize stays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,12 +22,11 @@ from qfx.passes._build import call, matched, replace
 aten = torch.ops.aten
 
 
-def fuse_dequantize(gm: fx.GraphModule, *, x_formats: Mapping[str, str] | None = None) -> bool:
+def fuse_dequantize(gm: fx.GraphModule) -> bool:
     """Fuse dequantize into the linear, embedding or grouped linear that reads it, through transposes that cancel out.
 
-    x_formats: FQN -> format in which the linear shall take its input (weight-only where absent).
+    The input stays in float: a parameter knows no format for it. Says whether there was one.
     """
-    x_formats = x_formats or {}
     count = 0
     for node in list(gm.graph.nodes):
         name = graph.schema_name(node) if node.op == "call_function" else ""
@@ -38,17 +36,16 @@ def fuse_dequantize(gm: fx.GraphModule, *, x_formats: Mapping[str, str] | None =
             continue
         codes, scale, zero, fmt, last = source.args[:5]
         value = node.meta["val"]
-        asked = x_formats.get(graph.fqn_of(source), "")
         with gm.graph.inserting_before(node):
             if name == "aten::embedding":
                 args: tuple[Any, ...] = (node.args[1], codes, scale, zero, fmt, last, value.dtype)
                 new = call(gm, torch.ops.qfx.embedding.default, *args, like=node)
             elif name == "aten::linear":
                 bias = node.args[2] if len(node.args) > 2 else None
-                args = (node.args[0], codes, scale, zero, bias, None, None, None, asked, fmt)
+                args = (node.args[0], codes, scale, zero, bias, None, None, None, "", fmt)
                 new = call(gm, torch.ops.qfx.linear.default, *args, like=node)
             else:
-                args = (node.args[0], codes, scale, zero, node.args[2], asked, fmt)
+                args = (node.args[0], codes, scale, zero, node.args[2], "", fmt)
                 new = call(gm, torch.ops.qfx.grouped_linear_quant.default, *args, like=node)
         replace(node, new)
         count += 1

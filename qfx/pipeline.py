@@ -6,7 +6,7 @@ normalize -> annotate -> calibrate -> transform -> calibrate again -> round and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import fx
@@ -23,13 +23,10 @@ from qfx.plan import Plan
 from qfx.recipe import Recipe
 
 
-def prepare(gm: fx.GraphModule, x_formats: Mapping[str, str] | None = None) -> list[Note]:
-    """Bring a captured graph to the form in which recipes speak of it: one node for each linear, norm, attention, ...
-
-    x_formats: for parameters that the live module holds packed, the format its linear shall take its input in.
-    """
+def prepare(gm: fx.GraphModule) -> list[Note]:
+    """Bring a captured graph to the form in which recipes speak of it: one node for each linear, norm, attention."""
     normalize(gm)
-    run.run(gm, [convolution, functools.partial(fuse_dequantize, x_formats=x_formats)])
+    run.run(gm, [convolution, fuse_dequantize])
     graph.rename(gm)
     return []
 

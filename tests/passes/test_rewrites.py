@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qfx import graph
-from qfx.passes.rewrites import MODULES, apply_record
+from qfx.errors import UnsupportedError
+from qfx.passes.rewrites import MODULES, apply_record, check_record
 from qfx.recipe import REWRITES
 from tests.graphs import capture, error, text
 
@@ -148,3 +149,29 @@ def test_a_factor_of_another_shape_is_refused() -> None:
     found, tensors = records("smooth", captured(model))
     with pytest.raises(ValueError, match="positive factors"):
         apply_record(model, found[0], {key: value[:-1] for key, value in tensors.items()})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_check_changes_nothing(name: str) -> None:
+    model = Block()
+    found, tensors = records(name, captured(model))
+    before = {key: (value.data_ptr(), value.clone()) for key, value in model.state_dict().items()}
+    for record in found:
+        check_record(model, record, tensors)
+    for key, value in model.state_dict().items():
+        assert value.data_ptr() == before[key][0] and torch.equal(value, before[key][1])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_check_finds_names_that_the_model_does_not_have(name: str) -> None:
+    found, tensors = records(name, captured(Block()))
+    lacking = Block()
+    for missing in ("embed", "up", "v", "norm", "ln"):
+        delattr(lacking, missing)
+    with pytest.raises((ValueError, UnsupportedError), match=f"the plan's rewrite '{name}'"):
+        [check_record(lacking, record, tensors) for record in found]
+    with pytest.raises(ValueError, match="unknown rewrite"):
+        check_record(lacking, {**found[0], "name": "other"}, tensors)
+    if tensors:
+        with pytest.raises(ValueError, match="which the plan does not hold"):
+            check_record(lacking, found[0], {})
