@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
@@ -91,8 +92,13 @@ def _spans(b: Builder, x: Value, offs: Value, count: int) -> list[Value]:
     ends = b.ops("Split", b.cast(offs, torch.int64), b.ints([1] * count), dtypes=[torch.int64] * count, axis=0)
     starts = [b.ints([0]), *ends[:-1]]
     axis = b.ints([0])
-    spans = [b.op("Slice", x, start, end, axis) for start, end in zip(starts, ends, strict=True)]
-    return [Value(s.name, s.dtype, x.shape) for s in spans]
+    spans = []
+    for start, end in zip(starts, ends, strict=True):
+        rows = b.op("Slice", x, start, end, axis)
+        size = sympy.Symbol(f"rows_{rows.name}", integer=True, nonnegative=True)
+        b.symbols.known[size] = b.op("Sub", end, start)
+        spans.append(Value(rows.name, rows.dtype, (size, *x.dims[1:])))
+    return spans
 
 
 def _joined(b: Builder, x: Value, offs: Value, parts: list[Value]) -> Value:

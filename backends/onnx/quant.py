@@ -94,7 +94,8 @@ def _integer(
     if q.rows is None:
         return y
     y = b.op("Mul", y, q.rows)
-    return y if bias is None else b.op("Add", y, bias)
+    y = y if bias is None else b.op("Add", y, bias)
+    return b.reshape(Value(y.name, y.dtype, (q.rows.dims[0], weight.n)), (*x.dims[:-1], weight.n))
 
 
 def _nbits(b: Builder, x: Value, weight: Weight, layout: NBits, bias: Value | None) -> Value:

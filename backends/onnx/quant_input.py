@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from qfx.backends.onnx.build import Builder
-from qfx.backends.onnx.values import Value
+from qfx.backends.onnx.values import Dim, Value
 from qfx.format import Format
 from qfx.numerics import TINY
 
@@ -16,8 +17,11 @@ _CENTRE = 128
 
 @dataclass(frozen=True)
 class Codes:
-    """u8 codes with one scale and zero point (inputs of MatMulIntegerToFloat); `rows` [.., 1] is the scale per row that
-    is still to be multiplied, `shift` [.., 1] the zero point per row that is still to be taken off."""
+    """u8 codes with one scale and zero point (inputs of MatMulIntegerToFloat).
+
+    Per token the codes are [M, K], `rows` [M, 1] is the scale that is still to be multiplied, `shift` [M, 1] the zero
+    point that is still to be taken off.
+    """
 
     codes: Value
     scale: Value
@@ -29,43 +33,76 @@ class Codes:
 def quantized_input(
     b: Builder, x: Value, fmt: Format, scale: Value | None, zero: Value | None, smooth: Value | None
 ) -> Codes:
-    """x / smooth as u8 codes."""
+    """x / smooth as u8 codes, found once where several products take the same input."""
+    key = ("codes", x.name, str(fmt), *(None if v is None else v.name for v in (scale, zero, smooth)))
+    if key not in b.memo:
+        b.memo[key] = _quantized(b, x, fmt, scale, zero, smooth)
+    codes: Codes = b.memo[key]
+    return codes
+
+
+def _quantized(
+    b: Builder, x: Value, fmt: Format, scale: Value | None, zero: Value | None, smooth: Value | None
+) -> Codes:
     if not fmt.dynamic:
         return _static(b, x, fmt, scale, zero, smooth)
     if smooth is not None:
         x = b.op("Div", x, smooth)
-    if fmt.has_zero:
-        return _affine(b, x, fmt)
-    centre, one = b.const(_CENTRE, torch.uint8), b.scalar(1.0, torch.float32)
-    step = _symmetric_step(b, x, fmt)
-    if fmt.granularity == "":
-        return Codes(b.op("QuantizeLinear", x, step, centre, dtype=torch.uint8), step, centre)
-    codes = b.op("QuantizeLinear", b.op("Div", x, step), one, centre, dtype=torch.uint8)
-    return Codes(codes, one, centre, rows=step)
-
-
-def _symmetric_step(b: Builder, x: Value, fmt: Format) -> Value:
-    """absmax / qmax per row [.., 1] or of everything []; tiny where all is zero."""
-    size = b.op("Abs", x)
-    # the last axis counted from the front: ONNX Runtime reduces empty tensors wrongly along negative axes
     token = fmt.granularity == "tok"
-    top = b.op("ReduceMax", size, b.ints([x.rank - 1]), keepdims=1) if token else b.op("ReduceMax", size, keepdims=0)
-    return b.op("Max", b.op("Div", top, b.scalar(float(fmt.qmax), torch.float32)), b.scalar(TINY, torch.float32))
+    rows = b.reshape(x, (math.prod(x.dims[:-1]), x.dims[-1])) if token else x
+    step, offset = _affine(b, rows, fmt) if fmt.has_zero else _symmetric(b, rows, fmt)
+    point = b.const(_CENTRE, torch.uint8) if offset is None else b.cast(offset, torch.uint8)
+    if not token:
+        codes = b.op("QuantizeLinear", rows, step, point, dtype=torch.uint8)
+        return Codes(_clipped(b, codes, fmt), step, point)
+    count = rows.dims[0]
+    points = b.reshape(point, (count,)) if offset is not None else _repeated(b, point, count)
+    codes = b.op("QuantizeLinear", rows, b.reshape(step, (count,)), points, dtype=torch.uint8, axis=0)
+    one, base = b.scalar(1.0, torch.float32), b.const(0 if fmt.has_zero else _CENTRE, torch.uint8)
+    return Codes(_clipped(b, codes, fmt), one, base, rows=step, shift=offset)
 
 
-def _affine(b: Builder, x: Value, fmt: Format) -> Codes:
-    """Codes with a zero point per row (or one): the zero point is taken off by the columns' sums after the product."""
-    zero, one = b.scalar(0.0, torch.float32), b.scalar(1.0, torch.float32)
-    axes = [b.ints([x.rank - 1])] if fmt.granularity == "tok" else []
-    keep = 1 if axes else 0
-    low = b.op("Min", b.op("ReduceMin", x, *axes, keepdims=keep), zero)
-    high = b.op("Max", b.op("ReduceMax", x, *axes, keepdims=keep), zero)
-    top = b.scalar(float(fmt.qmax), torch.float32)
+def _repeated(b: Builder, point: Value, count: Dim) -> Value:
+    """One zero point for each row."""
+    key = ("points", point.name, count)
+    if key not in b.memo:
+        b.memo[key] = b.op("Expand", point, b.shape([count]))
+    value: Value = b.memo[key]
+    return value
+
+
+def _extreme(b: Builder, op_type: str, x: Value, fmt: Format) -> Value:
+    """Greatest or least of each row [M, 1] or of everything [].
+
+    The axis is counted from the front: ONNX Runtime reduces empty tensors wrongly along negative ones.
+    """
+    if fmt.granularity != "tok":
+        return Value(b.op(op_type, x, keepdims=0).name, x.dtype, ())
+    return Value(b.op(op_type, x, b.ints([1]), keepdims=1).name, x.dtype, (x.dims[0], 1))
+
+
+def _symmetric(b: Builder, x: Value, fmt: Format) -> tuple[Value, None]:
+    """absmax / qmax; tiny where all is zero."""
+    top = b.op("Max", _extreme(b, "ReduceMax", x, fmt), b.op("Neg", _extreme(b, "ReduceMin", x, fmt)))
+    step = b.op("Div", top, b.scalar(float(fmt.qmax), torch.float32))
+    return b.op("Max", step, b.scalar(TINY, torch.float32)), None
+
+
+def _affine(b: Builder, x: Value, fmt: Format) -> tuple[Value, Value]:
+    """Scale and zero point of a range that includes zero."""
+    zero, top = b.scalar(0.0, torch.float32), b.scalar(float(fmt.qmax), torch.float32)
+    low = b.op("Min", _extreme(b, "ReduceMin", x, fmt), zero)
+    high = b.op("Max", _extreme(b, "ReduceMax", x, fmt), zero)
     step = b.op("Max", b.op("Sub", b.op("Div", high, top), b.op("Div", low, top)), b.scalar(TINY, torch.float32))
-    offset = b.op("Min", b.op("Round", b.op("Div", b.op("Neg", low), step)), top)
-    steps = b.op("Add", b.op("Round", b.op("Div", x, step)), offset)
-    codes = b.cast(b.op("Max", b.op("Min", steps, top), zero), torch.uint8)
-    return Codes(codes, one, b.const(0, torch.uint8), rows=step, shift=offset)
+    return step, b.op("Min", b.op("Round", b.op("Div", b.op("Neg", low), step)), top)
+
+
+def _clipped(b: Builder, codes: Value, fmt: Format) -> Value:
+    """Codes of fewer than 8 bits in their range: QuantizeLinear itself saturates at 8."""
+    if fmt.bits == 8 or (fmt.dynamic and not fmt.has_zero):  # the greatest value decides a dynamic scale
+        return codes
+    centre = 0 if fmt.has_zero else _CENTRE
+    return b.op("Clip", codes, b.const(centre + fmt.qmin, torch.uint8), b.const(centre + fmt.qmax, torch.uint8))
 
 
 def _static(b: Builder, x: Value, fmt: Format, scale: Value | None, zero: Value | None, smooth: Value | None) -> Codes:
@@ -76,10 +113,7 @@ def _static(b: Builder, x: Value, fmt: Format, scale: Value | None, zero: Value 
     if smooth is not None:  # a QuantizeLinear with a scale per channel is about five times slower
         x = b.op("Mul", x, b.op("Reciprocal", smooth))  # folded when the session is made
     codes = b.op("QuantizeLinear", x, step, point, dtype=torch.uint8)
-    if fmt.bits < 8:
-        centre = 0 if fmt.has_zero else _CENTRE
-        codes = b.op("Clip", codes, b.const(centre + fmt.qmin, torch.uint8), b.const(centre + fmt.qmax, torch.uint8))
-    return Codes(codes, step, point)
+    return Codes(_clipped(b, codes, fmt), step, point)
 
 
 def fake_quantized(
@@ -95,7 +129,8 @@ def fake_quantized(
     values = b.op("Sub", b.cast(q.codes, torch.float32), b.cast(q.zero, torch.float32))
     if q.shift is not None:
         values = b.op("Sub", values, q.shift)
-    return b.op("Mul", values, q.rows if q.rows is not None else q.scale)
+    values = b.op("Mul", values, q.rows if q.rows is not None else q.scale)
+    return b.reshape(values, x.dims)
 
 
 def _rounded_to(b: Builder, x: Value, fmt: Format) -> Value:
