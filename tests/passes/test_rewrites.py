@@ -62,6 +62,11 @@ def records(name: str, gm: fx.GraphModule) -> tuple[list[dict[str, Any]], dict[s
     return loaded, tensors
 
 
+def check_all(model: nn.Module, found: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+    for record in found:
+        check_record(model, record, tensors)
+
+
 def captured(model: nn.Module) -> fx.GraphModule:
     from qfx.passes.normalize import normalize
 
@@ -156,8 +161,7 @@ def test_a_check_changes_nothing(name: str) -> None:
     model = Block()
     found, tensors = records(name, captured(model))
     before = {key: (value.data_ptr(), value.clone()) for key, value in model.state_dict().items()}
-    for record in found:
-        check_record(model, record, tensors)
+    check_all(model, found, tensors)
     for key, value in model.state_dict().items():
         assert value.data_ptr() == before[key][0] and torch.equal(value, before[key][1])
 
@@ -169,7 +173,7 @@ def test_a_check_finds_names_that_the_model_does_not_have(name: str) -> None:
     for missing in ("embed", "up", "v", "norm", "ln"):
         delattr(lacking, missing)
     with pytest.raises((ValueError, UnsupportedError), match=f"the plan's rewrite '{name}'"):
-        [check_record(lacking, record, tensors) for record in found]
+        check_all(lacking, found, tensors)
     with pytest.raises(ValueError, match="unknown rewrite"):
         check_record(lacking, {**found[0], "name": "other"}, tensors)
     if tensors:
