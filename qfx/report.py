@@ -19,7 +19,7 @@ from qfx.frame import asked_with, unknown, unwrapped
 from qfx.records import GraphRecord
 from qfx.rows import Row
 
-_MATMULS = ("linear", "experts", "conv")
+_MATMULS = ("linear", "experts", "conv", "matmul")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Report:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """graphs; linear: linears, experts and convolutions; linear_quantized: those with a quantized weight;
+        """graphs; linear: products with a weight, of all kinds; linear_quantized: those with a quantized weight;
         weight_coverage, work_coverage: the quantized share of weight bytes and of multiply-accumulates;
         effective_bits: per weight, scales included; bytes_before, bytes_after, compression: of everything.
         """
