@@ -42,6 +42,9 @@ class _Quantized(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight dequantized, [N, K] in the model's dtype: for code that reads `.weight` itself."""
+        return self._dequantized()
+
+    def _dequantized(self) -> Tensor:
         weight: Tensor = torch.ops.qfx.dequantize(
             self.w_codes, self.w_scale, self.w_zero, self.w_format, self.shape[-1], self.dtype
         )
@@ -158,7 +161,7 @@ class QuantConv(QuantLinear):
     @property
     def weight(self) -> Tensor:
         """The kernel dequantized, [out_channels, in_channels, *kernel]."""
-        return super().weight.reshape(self.out_channels, self.in_channels, *self.kernel_size)
+        return self._dequantized().reshape(self.out_channels, self.in_channels, *self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, *size] -> [B, out_channels, *windows]."""
@@ -289,9 +292,9 @@ _LEAF = re.compile(r"_w_(codes|scale|zero)$")
 
 
 def tell_shared(module: nn.Module, *names: str) -> None:
-    """Say that packed buffers of a module are another module's, too, as save_pretrained of transformers wants to know."""
+    """Say that packed buffers of a module are another module's, too: save_pretrained of transformers wants to know."""
     known = getattr(module, "_tied_weights_keys", None) or {}
-    module._tied_weights_keys = {**known, **dict.fromkeys(names, "")}  # type: ignore[assignment, dict-item]
+    module._tied_weights_keys = {**known, **dict.fromkeys(names, "")}  # type: ignore[assignment]
 
 
 def quantized_parts(model: nn.Module) -> list[str]:
