@@ -42,12 +42,22 @@ class NBits:
         return data, scales, zeros
 
     def _codes(self, weight: Weight, blocks: int) -> Tensor:
+        if self._same_bytes(weight, blocks):
+            return weight.data
         codes = weight.codes().to(torch.int16)
         if not weight.format.has_zero:
             codes = codes + (1 << (self.bits - 1))
         missing = blocks * self.block - weight.k
         padded = torch.nn.functional.pad(codes, (0, missing), value=1 << (self.bits - 1))
         return pack_bits(padded.to(torch.uint8), self.bits)
+
+    def _same_bytes(self, weight: Weight, blocks: int) -> bool:
+        """Is the stored bitstream this layout already? Then it is used where it lies."""
+        fmt = weight.format
+        if fmt.bits != self.bits or (fmt.bits == 8 and not fmt.has_zero):
+            return False
+        stored = fmt.padded(weight.k) if fmt.bits < 8 else weight.k  # codes of 8 bits are not padded
+        return stored == blocks * self.block
 
     def _zeros(self, weight: Weight, blocks: int) -> Tensor:
         assert weight.zero is not None

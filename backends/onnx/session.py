@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import OrtDevice as _OrtDevice
 from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue as _OrtValue
 from torch import Tensor
 
@@ -70,19 +71,21 @@ class Session:
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Outputs in the order of the graph. The inputs are read where they lie."""
         binding = self._session.io_binding()
+        inner = binding._iobinding  # the wrapper's own bind functions look the device up at each call
         kept = []
         for name, tensor in zip(self.inputs, inputs, strict=True):
-            data = tensor.detach().contiguous()
+            data = tensor.contiguous()
             kept.append(data)
-            element = ONNX_TYPE[data.dtype]
-            binding.bind_input(name, "cpu", 0, element, tuple(data.shape), data.data_ptr() or _EMPTY.ctypes.data)
+            place = data.data_ptr() or _EMPTY.ctypes.data
+            inner.bind_input(name, _CPU, ONNX_TYPE[data.dtype], tuple(data.shape), place)
         for name in self.outputs:
-            binding.bind_output(name, "cpu")
+            inner.bind_output(name, _CPU)
         self._session.run_with_iobinding(binding)
-        results = binding._iobinding.get_outputs()
+        results = inner.get_outputs()
         return [_tensor(results, i, is_bool) for i, is_bool in enumerate(self._bool)]
 
 
+_CPU = _OrtDevice(_OrtDevice.cpu(), _OrtDevice.default_memory(), 0)
 _EMPTY = np.zeros(16, dtype=np.uint8)
 
 
