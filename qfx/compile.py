@@ -152,7 +152,7 @@ class CompiledGraph:
     def _build(self, template: Template, args: Sequence[Any], at: Frame) -> Built:
         translation = self._translation(args, at)
         gm = template.with_weights(args, translation)
-        notes = [*template.notes, *self._quantize(gm)]
+        notes = [*template.notes, *self._lacking(at), *self._quantize(gm)]
         lowered = lower(gm, self._options.backend, strict=self._options.strict)
         notes += lowered.notes
         self._tell(notes, at)
@@ -175,6 +175,16 @@ class CompiledGraph:
         known = {} if at.root is None else names.index(at.root)
         return Translation.between([(fqn, args[i]) for i, fqn in self._statics.items()], known)
 
+    def _lacking(self, at: Frame) -> list[Note]:
+        """A note where the plan speaks of nodes that the model cannot have."""
+        if self._options.plan is None or at.root is None:
+            return []
+        own = {name for names_ in names.index(at.root).values() for name in names_}
+        own |= {name for name, _ in at.root.named_modules(remove_duplicate=False)}
+        lost = [fqn for fqn in self._options.plan.annotations if fqn not in own]
+        what = f"the plan gives formats to {len(lost)} name(s) that the model lacks: {', '.join(lost[:3])}"
+        return [Note("plan", what, "plan again for this model")] if lost else []
+
     def _untouched(self, args: Sequence[Any], at: Frame, error: Exception) -> Built:
         reason = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
         next_step = "see the cause above; strict=True turns this into an error"
@@ -191,7 +201,7 @@ class CompiledGraph:
         return remember(GraphRecord(tuple(rows), tuple(notes), weights, at, self._asked, failed))
 
     def _tell(self, notes: Sequence[Note], at: Frame) -> None:
-        """Say what no graph of the same function has said before: a graph for other shapes has the same to say."""
+        """Say what no graph of the same model has said before: a graph for other shapes has the same to say."""
         own = [r for r in all_records() if r.frame.same_as(at) and r.options == self._asked]
         said = {note for record in own for note in record.notes}
         told([n for n in notes if n not in said], strict=self._options.strict)

@@ -44,8 +44,9 @@ class Frame:
         return "" if code is None else f"{code.co_filename}:{code.co_firstlineno}, in {code.co_name}"
 
     def same_as(self, other: Frame) -> bool:
-        """Whether both are frames of the same code, compiled as part of the same model or function."""
-        return self.code() is other.code() and self.target() is other.target()
+        """Whether both belong to one model or function; where that is not known, whether their code is the same."""
+        own, others = self.target(), other.target()
+        return own is others if own is not None else others is None and self.code() is other.code()
 
     @property
     def training(self) -> bool:

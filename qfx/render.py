@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -12,8 +11,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     from qfx.report import Report
 
-# Of the kernels that compute a node, the one that does the work, by what comes first here.
-_MAIN = re.compile(r"MatMulInteger|MatMulNBits|DynamicQuantizeMatMul|Attention|MoE|Conv|Gemm|MatMul|Gather|Embed")
+# Of the kernels that compute a node the one that does the work: the first of these that is there.
+_MAIN = ("MatMulInteger", "MatMulNBits", "DynamicQuantizeMatMul", "Attention", "MoE", "Conv", "Gemm", "MatMul")
+_WIDEST = {"asked": 18, "runs as": 30, "bytes": 8, "SQNR": 5}  # columns; the node's name takes the rest
 
 
 def show(report: Report, console: Console, *, all_rows: bool) -> None:
@@ -23,7 +23,7 @@ def show(report: Report, console: Console, *, all_rows: bool) -> None:
         if row.reason:
             reasons.setdefault(row.reason, []).append(row.node)
     numbers = {reason: number for number, reason in enumerate(reasons, 1)}
-    console.print(_table(report, numbers, all_rows=all_rows))
+    console.print(_table(report, numbers, console.width, all_rows=all_rows))
     for reason, nodes in reasons.items():
         console.print(
             f"[yellow]\\[{numbers[reason]}][/] {escape(_shortened(nodes))}: {escape(reason)}", highlight=False
@@ -39,34 +39,33 @@ def show(report: Report, console: Console, *, all_rows: bool) -> None:
             console.print(f"[yellow]note[/] {escape(str(note))}", highlight=False)
 
 
-def _table(report: Report, numbers: dict[str, int], *, all_rows: bool) -> Table:
+def _table(report: Report, numbers: dict[str, int], width: int, *, all_rows: bool) -> Table:
     title = escape(report.title or "qfx report")
     table = Table(title=title, title_justify="left", box=None, header_style="bold", padding=(0, 1, 0, 0))
     measured = any(row.sqnr_db is not None for row in report.rows)
-    table.add_column("node", overflow="fold", min_width=40)
-    for name in ("asked", "runs as"):
-        table.add_column(name, overflow="fold")
-    for name in ("bytes", "SQNR") if measured else ("bytes",):
-        table.add_column(name, justify="right", no_wrap=True)
+    widths = {name: most for name, most in _WIDEST.items() if measured or name != "SQNR"}
+    table.add_column("node", overflow="fold", width=max(24, width - sum(widths.values()) - len(widths) - 1))
+    for name, most in widths.items():
+        number = name in ("bytes", "SQNR")
+        table.add_column(name, overflow="fold", width=most, justify="right" if number else "left", no_wrap=number)
     for row in report.rows:
         if row.quantized and not all_rows:
             continue
         kernel = escape(main_kernel(row.kernel) or "-")
         if row.reason:
             kernel += f" [yellow]\\[{numbers[row.reason]}][/]"
-        cells = [row.node, row.asked or "float"]
         sqnr = [] if not measured else ["" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"]
-        table.add_row(*map(escape, cells), kernel, _size(row.bytes_after) if row.bytes_after else "", *sqnr)
+        size = _size(row.bytes_after) if row.bytes_after else ""
+        table.add_row(escape(row.node), escape(row.asked or "float"), kernel, size, *sqnr)
     return table
 
 
 def main_kernel(kernels: str) -> str:
     """`Abs+ReduceMax+MatMulInteger+Mul` -> `MatMulInteger +3`: the kernel that does the work, how many others."""
-    parts = kernels.split("+")
+    parts = [part.strip() for part in kernels.split("+")]
     if len(parts) == 1:
         return kernels
-    found = [(match.start() == 0, part) for part in parts if (match := _MAIN.search(part))]
-    main = max(found, key=lambda pair: pair[0])[1] if found else parts[0]
+    main = next((part for name in _MAIN for part in parts if name in part), parts[0])
     return f"{main} +{len(parts) - 1}"
 
 

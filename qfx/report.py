@@ -81,8 +81,8 @@ def report(model: Any, data: Any = None) -> Report:
     model: the module itself, the compiled module, or a compiled function. Linears, embeddings and convolutions of the
     module that are neither quantized nor in a compiled graph are listed with what keeps them in torch.
     data: one batch (a dict of keyword arguments, a tuple or a tensor). The compiled model is called with it, and the
-    SQNR of every quantized node's output against the float graph is measured, errors of earlier nodes included. Modules
-    that qfx.quantize packed show what was measured then.
+    SQNR of every quantized node's output against the float graph is measured, errors of earlier nodes of the same graph
+    included. Modules that qfx.quantize packed show what was measured then.
     Raises ValueError for a model that qfx never saw, and for data where nothing compiled runs.
     """
     collector = None if data is None else _measured(model, data)
@@ -95,13 +95,25 @@ def report(model: Any, data: Any = None) -> Report:
         if not graphs:
             raise _unseen(model)
         found = Report(_merged(graphs), _notes(graphs), len(graphs), getattr(target, "__name__", "compiled function"))
-    if collector is None or collector.graphs:
-        return found
-    if not any(row.sqnr_db is not None for row in found.rows):
+    return found if collector is None else _checked(found, collector)
+
+
+def _checked(found: Report, collector: sqnr.Collector) -> Report:
+    """The report, with a note where data was given and not used."""
+    told = any(row.sqnr_db is not None for row in found.rows)
+    if not collector.graphs and not told:
         raise ValueError(
             explain("data was given, but no compiled graph ran it", next_step="pass what torch.compile returned")
         )
-    note = Note("report", "data was not used: SQNR is what qfx.quantize measured", "leave data out", minor=True)
+    if collector.measured:
+        return found
+    what = "SQNR is what qfx.quantize measured" if told else "there is nothing to measure against"
+    note = Note(
+        "report",
+        f"data was not used, {what}: the weights are packed already",
+        "qfx.quantize(model, recipe, data=...) measures while it has the float weights",
+        minor=True,
+    )
     return replace(found, notes=(*found.notes, note))
 
 

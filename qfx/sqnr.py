@@ -40,6 +40,11 @@ class Collector:
             before = sums.get(name, (0.0, 0.0))
             sums[name] = (before[0] + signal, before[1] + noise)
 
+    @property
+    def measured(self) -> bool:
+        """Whether any node was."""
+        return any(self._found.values())
+
     def of(self, record: object) -> dict[str, float]:
         """Name of a node -> SQNR in dB, for the graph of a record."""
         return {name: decibel(*sums) for name, sums in self._found.get(id(record), {}).items()}

@@ -77,6 +77,22 @@ def test_a_plan_reaches_graphs_of_sub_modules() -> None:
 
 
 @torch.no_grad()
+def test_a_plan_for_another_model_is_told() -> None:
+    plan = qfx.Plan(recipe=qfx.Recipe.parse("w8a8"), annotations={"stem": {"w": "i8/ch"}, "trunk": {"w": "i8/ch"}})
+    options: Any = {"plan": plan}
+    fast, x = torch.compile(Net(), backend="qfx", options=options), torch.randn(2, 16)
+    with pytest.warns(
+        QfxWarning, match=r"plan: the plan gives formats to 1 name.*: trunk; next step: plan again"
+    ) as said:
+        fast(x)
+    assert len(said) == 1, "not for every graph of the model"
+    torch._dynamo.reset()
+    strict: Any = {"plan": plan, "strict": True}
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="trunk"):
+        torch.compile(Net(), backend="qfx", options=strict)(x)
+
+
+@torch.no_grad()
 def test_names_do_not_depend_on_how_the_model_was_given() -> None:
     model, x = Net(), torch.randn(5, 16)
     holder = nn.ModuleDict({"inner": model}).eval()

@@ -132,9 +132,18 @@ def test_a_part_in_train_mode_is_refused() -> None:
         torch.compile(model, backend="qfx")(torch.randn(3, 16))
 
 
-def test_a_function_over_a_model() -> None:
-    model, x = Net(), torch.randn(3, 16)
-    fast = torch.compile(lambda x: model(x) + 1, backend="qfx")
+GLOBAL = Net()
+
+
+def over_a_global(x: Tensor) -> Tensor:
+    out: Tensor = GLOBAL(x) + 1
+    return out
+
+
+@pytest.mark.parametrize("place", ["closure", "global"])
+def test_a_function_over_a_model(place: str) -> None:
+    model, x = GLOBAL if place == "global" else Net(), torch.randn(3, 16)
+    fast = torch.compile(over_a_global if place == "global" else lambda x: model(x) + 1, backend="qfx")
     with torch.no_grad():
         assert sqnr_db(model(x) + 1, fast(x)) > 30
     model.train()

@@ -1,0 +1,109 @@
+"""qfx.pipeline: from a captured graph to a quantized one, and what is said on the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx, nn
+
+from qfx import graph
+from qfx.errors import Note, QfxWarning, UnsupportedError
+from qfx.pipeline import annotate_from, apply_plan, prepare, told
+from qfx.plan import Plan
+from qfx.recipe import Recipe
+from qfx.text import dump
+from tests.graphs import Function, capture, counts, error
+
+GOLDEN = """\
+%inputs_0: i64[2,3] = input
+%embedding: f32[2,3,4] = qfx.embedding(%inputs_0, @embed.w_codes, @embed.w_scale, None, i8/ch, 4, f32)  # w=i8/ch
+%linear: f32[2,3,8] = qfx.linear(%embedding, @up.w_codes, @up.w_scale, None, @up.bias, None, None, None, i8/tok, i8/ch)  # x=i8/tok w=i8/ch
+%gelu: f32[2,3,8] = aten.gelu(%linear)
+%linear_1: f32[2,3,4] = qfx.linear(%gelu, @down.w_codes, @down.w_scale, None, @down.bias, None, None, None, i8/tok, i8/ch)  # x=i8/tok w=i8/ch
+return [%linear_1]
+"""  # noqa: E501
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    layers = {"embed": nn.Embedding(9, 4), "up": nn.Linear(4, 8), "down": nn.Linear(8, 4)}
+    return Function(lambda own, ids: own.down(nn.functional.gelu(own.up(own.embed(ids)))), **layers)
+
+
+def prepared() -> fx.GraphModule:
+    gm = capture(mlp(), torch.ones(2, 3, dtype=torch.int64))
+    assert prepare(gm) == []
+    return gm
+
+
+def test_a_recipe_without_data() -> None:
+    gm = prepared()
+    plain = graph.copy(gm)
+    assert apply_plan(gm, None, Recipe.parse("w8a8")) == []
+    assert dump(gm).rstrip() == GOLDEN.rstrip()
+    ids = torch.tensor([[1, 2, 3], [4, 5, 8]])
+    with torch.no_grad():
+        assert 0 < error(plain(ids), gm(ids)) < 0.05
+    assert counts(plain)["linear"] == 2 and "qfx" not in dump(plain), "the copy is not touched"
+
+
+def test_a_plan() -> None:
+    gm = prepared()
+    tensors = {"down/x_scale": torch.tensor(0.01), "down/x_zero": torch.tensor(120, dtype=torch.uint8)}
+    plan = Plan(
+        recipe=Recipe.parse("w8a8-static"),
+        annotations={"down": {"x": "u8", "w": "i8/ch"}, "of_another_part": {"w": "i8/ch"}},
+        tensors=tensors,
+    )
+    assert apply_plan(gm, plan, plan.recipe) == []
+    line = next(line for line in dump(gm).splitlines() if line.startswith("%linear_1"))
+    assert "@down.x_scale, @down.x_zero, None, u8, i8/ch" in line
+    assert "%linear: f32[2,3,8] = aten.linear" in dump(gm)
+
+
+def test_a_plan_without_the_scale_that_it_asks_for() -> None:
+    plan = Plan(recipe=Recipe.parse("w8a8-static"), annotations={"down": {"x": "u8", "w": "i8/ch"}})
+    with pytest.raises(UnsupportedError, match=r"needs a calibrated scale[\s\S]*'down'[\s\S]*next step") as refused:
+        apply_plan(prepared(), plan, plan.recipe)
+    assert any("in pass 'quantize'" in note for note in refused.value.__notes__)
+
+
+def test_formats_of_a_plan_reach_only_their_nodes() -> None:
+    gm = prepared()
+    annotate_from(gm, Plan(recipe=Recipe.parse("w8a8"), annotations={"up": {"w": "i4/g16"}}))
+    assert [line.partition("  # ")[2] for line in dump(gm).splitlines() if "linear(" in line] == ["w=i4/g16", ""]
+
+
+HERE = f"{__file__}:12, in forward: self.fc(x)"
+MAJOR = Note("fc", "its weight is computed", "bake the weight in", HERE)
+MINOR = Note("fc", "computed in f32", "none needed", HERE, minor=True)
+
+
+def test_a_note_is_said_once_and_points_to_the_users_line() -> None:
+    with pytest.warns(QfxWarning) as said:
+        told([MAJOR, MAJOR], strict=False)
+    assert len(said) == 1 and (said[0].filename, said[0].lineno) == (__file__, 12)
+    assert str(said[0].message) == f"fc: its weight is computed (at {HERE}); next step: bake the weight in"
+
+
+def test_a_note_without_a_line_points_to_the_caller() -> None:
+    for where in ("", "/venv/lib/site-packages/lib.py:3, in forward: y"):
+        with pytest.warns(QfxWarning, match="fc: no") as said:
+            told([Note("fc", "no", "nothing", where)], strict=False)
+        assert len(said) == 1 and said[0].lineno != 3
+
+
+def test_minor_notes_with_one_reason_are_one_warning() -> None:
+    notes = [MINOR, Note("up", MINOR.reason, MINOR.next_step, minor=True), Note("up", "other", "none", minor=True)]
+    with pytest.warns(QfxWarning) as said:
+        told([*notes, MAJOR], strict=False)
+    texts = [str(warning.message).partition(" (at")[0].partition(";")[0] for warning in said]
+    assert texts == ["fc: its weight is computed", "fc and 1 more: computed in f32", "up: other"]
+
+
+def test_strict_refuses_what_is_not_as_asked_and_nothing_else() -> None:
+    with pytest.raises(UnsupportedError, match=r"not everything can be had as asked:\nfc: its weight is computed"):
+        told([MINOR, MAJOR], strict=True)
+    with pytest.warns(QfxWarning, match="computed in f32"):
+        told([MINOR], strict=True)
+    told([], strict=True)

@@ -1,0 +1,241 @@
+"""qfx.report: rows, totals, notes, JSON and errors of what was compiled, quantized, or both."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qfx
+from qfx.errors import QfxWarning
+from qfx.report import Report
+from qfx.rows import Row
+from tests.zoo import ZOO, ids
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def of(name: str, **options: Any) -> tuple[Any, dict[str, Any], Report]:
+    model, inputs = ZOO[name]()
+    fast = torch.compile(model, backend="qfx", options=options or None)
+    with torch.no_grad():
+        fast(**inputs)
+    return fast, inputs, qfx.report(fast)
+
+
+def test_rows_of_an_encoder() -> None:
+    _, _, report = of("bert")
+    rows = {row.node: row for row in report}
+    assert report.title == "BertModel" and report.graphs == 1
+    kinds = {kind: [r.node for r in report if r.op == kind] for kind in ("linear", "embedding", "attention")}
+    assert [len(nodes) for nodes in kinds.values()] == [13, 3, 2]
+    query = rows["encoder.layer.0.attention.self.query"]
+    assert query.asked == "x=i8/tok w=i8/ch" and "MatMul" in query.kernel and query.reason == ""
+    assert (query.elements, query.bytes_before, query.bytes_after) == (64 * 64, 4 * 64 * 64, 64 * 64 + 4 * 64)
+    assert query.macs == 2 * 7 * 64 * 64 and query.quantized and query.sqnr_db is None
+    attention = rows["encoder.layer.0.attention.self.scaled_dot_product_attention"]
+    assert attention.asked == "" and attention.kernel and not attention.quantized
+
+
+def test_rows_of_experts_and_convolutions() -> None:
+    _, _, report = of("mixtral")
+    experts = [row for row in report if row.op == "experts"]
+    assert [row.node for row in experts][:2] == [
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.experts.down_proj",
+    ]
+    assert all(row.quantized and row.asked == "x=i8/tok w=i8/ch" for row in experts)
+    _, _, report = of("whisper")
+    convolutions = {row.node: row for row in report if row.op in ("conv", "linear") and "conv" in row.node}
+    assert set(convolutions) == {"model.encoder.conv1", "model.encoder.conv2"}
+    assert all(row.kernel for row in convolutions.values())
+
+
+def test_totals() -> None:
+    fast, _, report = of("bert")
+    totals = report.totals
+    stored = sum(t.nbytes for t in (*fast.parameters(), *fast.buffers()))
+    assert (totals["linear"], totals["linear_quantized"], totals["graphs"]) == (13, 13, 1)
+    assert totals["weight_coverage"] == totals["work_coverage"] == 1
+    assert totals["bytes_before"] == stored
+    assert 8 < totals["effective_bits"] < 9 and 3 < totals["compression"] < 4
+    assert totals["compression"] == pytest.approx(totals["bytes_before"] / totals["bytes_after"])
+
+
+def test_totals_where_some_is_float() -> None:
+    recipe = {"rules": [{"target": "linear", "w": "i8/ch"}], "ignore": ["encoder.layer.1.*", "pooler.dense"]}
+    _, _, report = of("bert", recipe=recipe)
+    quantized = {row.node for row in report if row.quantized}
+    assert len(quantized) == 6 == report.totals["linear_quantized"]
+    linear = [row for row in report if row.op == "linear"]
+    share = sum(r.macs for r in linear if r.quantized) / sum(r.macs for r in linear)
+    assert 0.4 < share < 0.5 and report.totals["work_coverage"] == pytest.approx(share)
+    before = sum(r.bytes_before for r in report)
+    assert report.totals["weight_coverage"] == pytest.approx(
+        sum(r.bytes_before for r in report if r.quantized) / before
+    )
+    assert report.totals["effective_bits"] > 16
+    ignored = next(row for row in report if row.node == "pooler.dense")
+    assert ignored.asked == "" == ignored.reason and ignored.bytes_before == ignored.bytes_after
+
+
+def test_totals_of_rows_whose_work_is_not_known() -> None:
+    known = Row("a", "linear", "w=i8/ch", elements=10, bytes_before=40, bytes_after=10, macs=100)
+    unknown = Row("b", "linear", elements=30, bytes_before=120, bytes_after=120)
+    assert Report((known, unknown)).totals["work_coverage"] == pytest.approx(100 / (100 + 30 * 10))
+    assert Report((unknown,)).totals["work_coverage"] == 0
+    assert Report(()).totals["weight_coverage"] == 0 == Report(()).totals["effective_bits"]
+
+
+def test_tied_weights_count_once() -> None:
+    fast, _, report = of("gpt2")
+    assert report.totals["bytes_before"] == sum(t.nbytes for t in (*fast.parameters(), *fast.buffers()))
+
+
+def test_a_reason_that_changes_nothing_leaves_a_node_quantized() -> None:
+    model, inputs = ZOO["distilbert"]()
+    fast = torch.compile(model, backend="qfx", options={"recipe": "nf4"})
+    with torch.no_grad(), pytest.warns(QfxWarning, match=r"and \d+ more: the weight is stored as nf4/g64") as said:
+        fast(**inputs)
+    assert len(said) == 1, "one warning for all nodes with that reason"
+    report = qfx.report(fast)
+    rows = [row for row in report if row.op == "linear"]
+    assert all(row.quantized and row.reason and row.as_asked for row in rows)
+    assert report.totals["weight_coverage"] == 1
+
+
+def test_json() -> None:
+    fast, inputs, _ = of("bert")
+    report = qfx.report(fast, data=inputs)
+    read = json.loads(report.to_json())
+    assert list(read) == ["title", "totals", "rows", "notes"] and read["totals"] == report.totals
+    assert read["rows"][3]["node"] == report.rows[3].node and read["rows"][3]["sqnr_db"] == report.rows[3].sqnr_db
+    exact = Report((Row("a", "linear", sqnr_db=math.inf), Row("b", "linear", sqnr_db=math.nan), Row("c", "linear")))
+    assert [row["sqnr_db"] for row in json.loads(exact.to_json())["rows"]] == [None] * 3
+
+
+def test_sqnr_of_a_compiled_model() -> None:
+    fast, inputs, before = of("llama")
+    assert all(row.sqnr_db is None for row in before)
+    report = qfx.report(fast, data=inputs)
+    measured = {row.node: row.sqnr_db for row in report if row.sqnr_db is not None}
+    assert set(measured) == {row.node for row in report if row.quantized}
+    assert all(20 < value < 60 for value in measured.values())
+    assert measured["model.layers.0.self_attn.q_proj"] > measured["lm_head"], "errors add up along the graph"
+    assert all(row.sqnr_db is None for row in qfx.report(fast)), "asking again without data measures nothing"
+    with torch.no_grad():
+        fast(**{**inputs, "input_ids": ids(9)})
+    other = qfx.report(fast, data={**inputs, "input_ids": ids(9, seed=5)})
+    found = {row.node: row.sqnr_db for row in other if row.sqnr_db is not None}
+    assert set(found) == set(measured) and found != measured
+
+
+def test_sqnr_with_every_way_to_give_a_batch() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval(), torch.randn(5, 16)
+    fast = torch.compile(model, backend="qfx")
+    with torch.no_grad():
+        fast(x)
+    found = [qfx.report(fast, data=batch) for batch in (x, (x,), [x], {"input": x})]
+    assert all(report.rows == found[0].rows for report in found) and found[0].rows[0].sqnr_db is not None
+
+    def twice(x: Tensor) -> Tensor:
+        out: Tensor = 2 * model(x)
+        return out
+
+    function = torch.compile(twice, backend="qfx")
+    for batch in (x, (x,), {"x": x}):
+        assert [r.sqnr_db for r in qfx.report(function, data=batch)] == [r.sqnr_db for r in found[0]]
+
+
+def test_sqnr_of_shared_code_is_that_of_each_layer() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            out: Tensor = self.fc(x)
+            return out
+
+    model, x = nn.Sequential(Layer(), Layer(), Layer()).eval(), torch.randn(5, 16)
+    fast = torch.compile(model, backend="qfx")
+    with torch.no_grad():
+        fast(x)
+    values = [row.sqnr_db for row in qfx.report(fast, data=x)]
+    assert len(set(values)) == 3 and all(value is not None and value > 30 for value in values)
+
+
+def test_a_graph_that_changes_its_inputs_is_measured_without_changing_them_twice() -> None:
+    class Counting(nn.Module):
+        count: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.add_(1)
+            out: Tensor = self.fc(x) * self.count
+            return out
+
+    model = Counting().eval()
+    fast = torch.compile(model, backend="qfx")
+    with torch.no_grad():
+        fast(torch.randn(3, 16))
+    assert qfx.report(fast, data=torch.randn(3, 16)).rows[0].sqnr_db is not None
+    assert float(model.count) == 2
+
+
+def test_a_quantized_model_shows_what_was_measured_then() -> None:
+    model, inputs = ZOO["bert"]()
+    quantized = qfx.quantize(model, "w8a8")
+    layer = quantized.get_submodule("pooler.dense")
+    layer.sqnr_db = 12.5  # type: ignore[assignment]
+    report = qfx.report(quantized)
+    rows = {row.node: row for row in report}
+    assert report.graphs == 0 and rows["pooler.dense"].sqnr_db == 12.5
+    assert report.totals["weight_coverage"] == 1 and rows["pooler.dense"].kernel == "qfx::linear (reference)"
+    used = qfx.report(quantized, data=inputs)
+    assert used.rows == report.rows
+    assert "data was not used, SQNR is what qfx.quantize measured" in used.notes[-1].reason
+    with torch.no_grad():
+        fast = torch.compile(quantized, backend="qfx")
+        fast(**inputs)
+    rows = {row.node: row for row in qfx.report(fast, data=inputs)}
+    assert rows["pooler.dense"].sqnr_db == 12.5 and "MatMul" in rows["pooler.dense"].kernel
+
+
+def test_data_for_what_is_not_compiled_is_refused() -> None:
+    model, inputs = ZOO["distilbert"]()
+    fast = torch.compile(model, backend="qfx")
+    with torch.no_grad():
+        fast(**inputs)
+    with pytest.raises(ValueError, match=r"no compiled graph ran it\n  next step: pass what torch.compile returned"):
+        qfx.report(model, data=inputs)
+    with pytest.raises(ValueError, match="data"):
+        qfx.report(fast, data=3)
+
+
+def test_layers_that_were_not_called_are_listed_with_the_reason() -> None:
+    class Partial(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused, self.table = nn.Linear(8, 8), nn.Linear(8, 8), nn.Embedding(4, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.used(x)
+            return out
+
+    fast = torch.compile(Partial().eval(), backend="qfx")
+    with torch.no_grad():
+        fast(torch.randn(2, 8))
+    rows = {row.node: row for row in qfx.report(fast)}
+    assert [rows[n].reason for n in ("used", "unused", "table")] == ["", *["in no compiled graph: runs in torch"] * 2]
+    assert [rows[n].op for n in ("unused", "table")] == ["linear", "embedding"]
+    assert 0 < qfx.report(fast).totals["work_coverage"] <= 0.5
