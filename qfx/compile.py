@@ -15,6 +15,7 @@ from qfx import frame, graph, names, sqnr
 from qfx.capture import static_names
 from qfx.errors import Note, explain, warn
 from qfx.frame import Frame
+from qfx.modules import quantized_parts
 from qfx.names import Translation
 from qfx.options import Options
 from qfx.pipeline import apply_plan, told
@@ -152,14 +153,17 @@ class CompiledGraph:
     def _build(self, template: Template, args: Sequence[Any], at: Frame) -> Built:
         translation = self._translation(args, at)
         gm = template.with_weights(args, translation)
-        notes = [*template.notes, *self._lacking(at), *self._quantize(gm)]
+        notes = [*template.notes, *self._lacking(at), *self._quantize(gm, at)]
         lowered = lower(gm, self._options.backend, strict=self._options.strict)
         notes += lowered.notes
         self._tell(notes, at)
         rows = graph_rows(gm, lowered.kernels, notes)
         return Built(lowered, self._record(args, at, rows, notes), translation)
 
-    def _quantize(self, gm: fx.GraphModule) -> list[Note]:
+    def _quantize(self, gm: fx.GraphModule, at: Frame) -> list[Note]:
+        """By the plan or recipe. A model that qfx.quantize quantized keeps what it left in float, unless asked."""
+        if self._options.default and at.root is not None and quantized_parts(at.root):
+            return []
         return apply_plan(gm, self._options.plan, self._options.recipe, strict=self._options.strict)
 
     def _pair(
@@ -167,7 +171,7 @@ class CompiledGraph:
     ) -> tuple[fx.GraphModule, fx.GraphModule, list[Any]]:
         """The float and the quantized graph for these weights, made for a moment, and the graph's inputs."""
         plain, quantized = (template.with_weights(args, built.translation) for _ in range(2))
-        self._quantize(quantized)
+        self._quantize(quantized, built.record.frame)
         return plain, quantized, template.inputs(args)
 
     def _translation(self, args: Sequence[Any], at: Frame) -> Translation:

@@ -22,12 +22,14 @@ class Options:
     """recipe: what to do with a float model. plan: formats and scales decided before (instead of a recipe).
 
     strict: raise where a node does not get what was asked. backend: "auto" (ONNX Runtime on CPU), "onnx", "reference".
+    default: neither recipe nor plan was given, so that a model quantized before runs as it is.
     """
 
     recipe: Recipe
     plan: Plan | None = None
     strict: bool = False
     backend: str = "auto"
+    default: bool = True
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -45,7 +47,8 @@ class Options:
                 )
             )
         recipe = plan.recipe if plan is not None else _recipe(given.get("recipe", "w8a8"))
-        return cls(recipe, plan, _flag(given.get("strict", False)), _backend(given.get("backend", "auto")))
+        default = plan is None and "recipe" not in given
+        return cls(recipe, plan, _flag(given.get("strict", False)), _backend(given.get("backend", "auto")), default)
 
 
 def _checked(options: Mapping[str, Any] | None) -> dict[str, Any]:

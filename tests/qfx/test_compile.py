@@ -310,3 +310,17 @@ def test_keyword_arguments_and_nested_outputs() -> None:
     plain, found = model(input_ids=ids()), compiled(input_ids=ids())
     assert type(plain) is type(found) and list(plain) == list(found)
     assert close(plain.last_hidden_state, found.last_hidden_state, 20)
+
+
+def test_a_quantized_model_keeps_what_its_recipe_left_in_float() -> None:
+    model, inputs = ZOO["llama"]()
+    quantized = qfx.quantize(model, "w8a8", ignore=("lm_head",))
+    with torch.no_grad():
+        as_it_is = torch.compile(quantized, backend="qfx")
+        assert close(quantized(**inputs).logits, as_it_is(**inputs).logits, 90)
+        asked = {row.node: row.asked for row in qfx.report(as_it_is)}
+        assert asked["lm_head"] == "" and asked["model.layers.0.mlp.up_proj"] == "x=i8/tok w=i8/ch"
+        torch._dynamo.reset()
+        further = torch.compile(quantized, backend="qfx", options={"recipe": "w8a8"})
+        further(**inputs)
+        assert {row.node: row.asked for row in qfx.report(further)}["lm_head"] == "x=i8/tok w=i8/ch"
