@@ -47,9 +47,10 @@ class Plan:
     """What qfx decided for one model.
 
     recipe: what was asked. fingerprint, signature: of the model (see `fingerprint`, `signature`). versions: of torch,
-    qfx, Python. annotations: FQN -> role -> Format text, or a list of texts, one per head. layouts: FQN -> how the module
-    holds the weight (`qfx.writeback`). rewrites: JSON-able records in the order of application, such as {"name": "smooth", "norm": FQN, "linears": [FQN], "factor": key of `tensors`}.
-    tensors: "<FQN>/x_scale", "<FQN>/x_zero", "<FQN>/smooth", ... sensitivities: JSON-able. notes: what was warned of.
+    qfx, Python. annotations: FQN -> role -> Format text, or a list of texts, one per head. layouts: FQN -> how the
+    module holds the weight (`qfx.places`). rewrites: JSON-able records in the order of application, such as
+    {"name": "smooth", "norm": {...}, "linears": [...], "factor": key of `tensors`}. tensors: "<FQN>/x_scale",
+    "<FQN>/x_zero", "<FQN>/smooth", ... sensitivities: JSON-able. notes: what was warned of.
     """
 
     recipe: Recipe

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def scale_channels(producer: Sequence[Tensor], consumers: Sequence[Tensor], channels: Tensor, factor: float) -> None:
@@ -17,25 +18,25 @@ def scale_channels(producer: Sequence[Tensor], consumers: Sequence[Tensor], chan
             weight[:, channels] /= factor
 
 
-def value_outliers(bert: nn.Module, factor: float = 100.0, count: int = 8, seed: int = 0) -> None:
+def value_outliers(bert: Any, factor: float = 100.0, count: int = 8, seed: int = 0) -> None:
     """In every layer of a BERT: `count` value channels `factor` times as large, undone by the output projection."""
     generator = torch.Generator().manual_seed(seed)
-    for layer in bert.encoder.layer:  # type: ignore[union-attr]
-        value, output = layer.attention.self.value, layer.attention.output.dense  # type: ignore[union-attr]
+    for layer in bert.encoder.layer:
+        value, output = layer.attention.self.value, layer.attention.output.dense
         channels = torch.randperm(value.out_features, generator=generator)[:count]
         scale_channels([value.weight, value.bias], [output.weight], channels, factor)
 
 
-def norm_outliers(llama: nn.Module, factor: float = 100.0, count: int = 8, seed: int = 0) -> None:
+def norm_outliers(llama: Any, factor: float = 100.0, count: int = 8, seed: int = 0) -> None:
     """At every norm of a Llama: `count` channels `factor` times as large, undone by the linears that read the norm."""
     generator = torch.Generator().manual_seed(seed)
-    channels = torch.randperm(llama.config.hidden_size, generator=generator)[:count]  # type: ignore[union-attr, arg-type]
+    channels = torch.randperm(llama.config.hidden_size, generator=generator)[:count]
     model = llama.model
-    for layer in model.layers:  # type: ignore[union-attr]
-        attention, mlp = layer.self_attn, layer.mlp  # type: ignore[union-attr]
+    for layer in model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
         readers = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-        scale_channels([layer.input_layernorm.weight], readers, channels, factor)  # type: ignore[union-attr]
+        scale_channels([layer.input_layernorm.weight], readers, channels, factor)
         scale_channels(
-            [layer.post_attention_layernorm.weight], [mlp.gate_proj.weight, mlp.up_proj.weight], channels, factor  # type: ignore[union-attr]
+            [layer.post_attention_layernorm.weight], [mlp.gate_proj.weight, mlp.up_proj.weight], channels, factor
         )  # fmt: skip
-    scale_channels([model.norm.weight], [llama.lm_head.weight], channels, factor)  # type: ignore[union-attr]
+    scale_channels([model.norm.weight], [llama.lm_head.weight], channels, factor)
