@@ -84,7 +84,7 @@ def tied_names(tensors: dict[int, tuple[str, torch.Tensor]]) -> dict[int, str]:
 
 def bind(gm: fx.GraphModule, node: fx.Node, fqn: str, tensor: torch.Tensor) -> None:
     """Replace a placeholder by a get_attr of `fqn`, which then holds `tensor` itself (no copy)."""
-    existing = next((n for n in gm.graph.nodes if n.op == "get_attr" and n.target == fqn), None)
+    existing = _attribute(gm, fqn)
     if existing is None:
         set_tensor(gm, fqn, tensor)
         with gm.graph.inserting_before(node):
@@ -231,7 +231,7 @@ def fqn_of(node: fx.Node) -> str:
 
 def add_tensor(gm: fx.GraphModule, fqn: str, tensor: torch.Tensor, before: fx.Node) -> fx.Node:
     """Hold `tensor` under `fqn` and return its get_attr node, which stands before `before`; an existing one serves."""
-    existing: fx.Node | None = next((n for n in gm.graph.nodes if n.op == "get_attr" and n.target == fqn), None)
+    existing = _attribute(gm, fqn)
     if existing is not None and get_tensor(gm, fqn) is tensor:
         if _after(existing, before):
             before.prepend(existing)
@@ -243,6 +243,16 @@ def add_tensor(gm: fx.GraphModule, fqn: str, tensor: torch.Tensor, before: fx.No
     node.meta["val"] = fake_mode_of(gm).from_tensor(tensor, static_shapes=True)
     node.meta["qfx_module"] = ""
     return node
+
+
+def _attribute(gm: fx.GraphModule, fqn: str) -> fx.Node | None:
+    """The get_attr node of a name. The graph is searched only where the module holds something of that name."""
+    owner, _, leaf = fqn.rpartition(".")
+    try:
+        getattr(gm.get_submodule(owner), leaf)
+    except AttributeError:
+        return None
+    return next((n for n in gm.graph.nodes if n.op == "get_attr" and n.target == fqn), None)
 
 
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:

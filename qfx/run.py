@@ -1,4 +1,4 @@
-"""The runner: passes over one graph, in order, each followed by clean-up, lint, verification and a recompile.
+"""The runner: passes over one graph, in order, each followed by clean-up, lint and verification; a recompile at the end.
 
 A pass says whether it changed the graph, and the runner checks that. The runner, not the pass, removes dead code,
 lints, verifies, recompiles, keeps the text of every stage that changed something and adds "in pass 'x' (3 of 9; ran:
@@ -52,7 +52,7 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], *, keep_text: bool = False) 
             changed = bool(pass_(gm))
             after = _counts(gm)
             assert changed or before == after, f"it says that it changed nothing: {_difference(before, after)}"
-            changed |= settle(gm)
+            changed |= _tidy(gm)
         except Exception as error:
             ran = ", ".join(stage.name for stage in stages) or "none"
             error.add_note(f"in pass {name_of(pass_)!r} ({number} of {len(passes)}; ran: {ran})")
@@ -61,14 +61,20 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], *, keep_text: bool = False) 
         if delta and _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s: %s", name_of(pass_), delta)
         stages.append(Stage(name_of(pass_), changed, delta, text.dump(gm) if keep_text and changed else ""))
+    gm.recompile()
     return stages
 
 
 def settle(gm: fx.GraphModule) -> bool:
     """Dead code out, lint, verify, recompile. Says whether dead code was found."""
+    changed = _tidy(gm)
+    gm.recompile()
+    return changed
+
+
+def _tidy(gm: fx.GraphModule) -> bool:
     changed = graph.clean(gm)
     verify(gm)
-    gm.recompile()
     return changed
 
 
