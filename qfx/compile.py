@@ -77,6 +77,8 @@ class CompiledGraph:
     Each call compares identity, version and place of every weight with those that were packed. Where one changed (in
     place, swapped, load_state_dict), or where other weights come than before (layers that share their forward, a deep
     copy), the graph is quantized and lowered for them. What was made for weights lives as long as they do.
+    Changes that leave no trace go unseen: in place through `.data`, and of inference tensors.
+    Outputs never share memory with inputs that they would be views of.
     """
 
     def __init__(

@@ -48,13 +48,15 @@ def packed_rows(fqn: str, module: nn.Module) -> list[Row]:
     return rows
 
 
-def why_not_compiled(model: nn.Module, fqn: str, failed: dict[str, str], records: Sequence[GraphRecord]) -> str:
-    """Why a module of a model that was compiled runs in torch all the same.
+def why_not(model: nn.Module, fqn: str, failed: dict[str, str], records: Sequence[GraphRecord]) -> str:
+    """Why a module of a model that was compiled is not quantized all the same.
 
     failed: FQN -> reason, for modules whose graph could not be had. records: those of the model's compiled graphs.
     """
     if fqn in failed:
         return failed[fqn]
+    if any(f"{fqn}.weight" == name for record in records for name, _ in record.weights):
+        return "the graph reads its weight as a plain tensor: stays float"
     parts = fqn.split(".")
     for length in range(len(parts), -1, -1):
         path = ".".join(parts[:length])

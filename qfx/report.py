@@ -82,7 +82,8 @@ def report(model: Any, data: Any = None) -> Report:
     module that are neither quantized nor in a compiled graph are listed with what keeps them in torch.
     data: one batch (a dict of keyword arguments, a tuple or a tensor). The compiled model is called with it, and the
     SQNR of every quantized node's output against the float graph is measured, errors of earlier nodes of the same graph
-    included. Modules that qfx.quantize packed show what was measured then.
+    included (a router that chooses other experts changes all that follows). Modules that qfx.quantize packed show what
+    was measured then.
     Raises ValueError for a model that qfx never saw, and for data where nothing compiled runs.
     """
     collector = None if data is None else _measured(model, data)
@@ -118,26 +119,38 @@ def _checked(found: Report, collector: sqnr.Collector) -> Report:
 
 
 def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None) -> Report:
-    index = names.index(model)
-    found = (_with_sqnr(r, collector).named(index) for r in _asked(records.all_records(), options))
-    graphs = [record for record in found if record is not None]
-    rows = {row.node: row for row in _merged(graphs)}
-    failed = {}
+    graphs = _graphs_of(model, options, collector)
+    failed: dict[str, str] = {}
     for record in graphs:
         if record.failed:
             reason = f"its graph could not be had, runs in torch: {record.failed.splitlines()[0]}"
             failed.update({fqn.rpartition(".")[0]: reason for fqn, _ in record.weights})
+    rows = {row.node: row for row in _merged(graphs)}
     for row in live.live_rows(model, set(rows)):
-        if row.node not in rows:
-            if graphs and not row.quantized:
-                row = replace(row, reason=live.why_not_compiled(model, row.node, failed, graphs), as_asked=False)  # noqa: PLW2901
+        if row.node in rows:
+            rows[row.node] = replace(rows[row.node], sqnr_db=rows[row.node].sqnr_db or row.sqnr_db)
+        elif graphs and not row.quantized:
+            reason = live.why_not(model, row.node, failed, graphs)
+            rows[row.node] = replace(row, reason=reason, as_asked=False)
+        else:
             rows[row.node] = row
-        elif rows[row.node].sqnr_db is None:
-            rows[row.node] = replace(rows[row.node], sqnr_db=row.sqnr_db)
     if not graphs and not any(row.quantized for row in rows.values()):
         raise _unseen(model)
     rest = live.other_bytes(model, set(rows))
     return Report(tuple(rows.values()), _notes(graphs), len(graphs), type(model).__name__, rest)
+
+
+def _graphs_of(model: nn.Module, options: Any, collector: sqnr.Collector | None) -> list[GraphRecord]:
+    """The records of the graphs that read a weight of the model, or that are its own without any weight."""
+    index = names.index(model)
+    found = []
+    for record in _asked(records.all_records(), options):
+        named = _with_sqnr(record, collector).named(index)
+        if named is not None:
+            found.append(named)
+        elif record.frame.root is model and not record.weights:
+            found.append(record)
+    return found
 
 
 def _asked(found: Iterable[GraphRecord], options: Any) -> list[GraphRecord]:

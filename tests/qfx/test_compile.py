@@ -304,6 +304,32 @@ def test_nothing_else_is_changed() -> None:
 
 
 @torch.no_grad()
+def test_outputs_that_are_inputs_views_and_weights() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> tuple[Any, ...]:
+            return x, x.view(-1), self.fc(x), self.fc.weight, x.t(), {"shape": x.shape[0], "nothing": None}
+
+    model, x = Plain().eval(), torch.randn(4, 16)
+    expected, found = model(x), torch.compile(model, backend="qfx")(x)
+    assert found[0] is x and found[3] is model.fc.weight and found[5] == expected[5]
+    assert all(torch.equal(a, b) for a, b in zip(expected[:2] + expected[3:5], found[:2] + found[3:5], strict=True))
+    assert close(expected[2], found[2])
+
+
+@torch.no_grad()
+def test_under_autocast_outputs_have_the_dtype_of_eager() -> None:
+    model, x = mlp(), torch.randn(3, 32)
+    fast = torch.compile(model, backend="qfx")
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(QfxWarning, match="computed in float32"):
+        assert close(model(x), fast(x), 25)
+    assert close(model(x), fast(x))
+
+
+@torch.no_grad()
 def test_keyword_arguments_and_nested_outputs() -> None:
     model, _ = ZOO["bert"]()
     compiled = torch.compile(model, backend="qfx")

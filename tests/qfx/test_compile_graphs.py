@@ -196,6 +196,26 @@ def test_layers_beyond_the_recompile_limit_are_named(caplog: pytest.LogCaptureFi
     assert "torch._dynamo.config.recompile_limit" in note.next_step
 
 
+@torch.no_grad()
+def test_shapes_beyond_the_recompile_limit_are_told() -> None:
+    model = Net()
+    fast = torch.compile(model, backend="qfx", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for batch in (2, 3, 4, 5):
+            x = torch.randn(batch, 16)
+            assert sqnr_db(model(x), fast(x)) > 20
+        notes = qfx.report(fast).notes
+    assert any("its recompile limit: calls that need one more version run in torch" in note.reason for note in notes)
+
+
+@torch.no_grad()
+def test_a_graph_without_weights_is_counted() -> None:
+    fast = torch.compile(nn.GELU().eval(), backend="qfx")
+    fast(torch.randn(3))
+    report = qfx.report(fast)
+    assert report.graphs == 1 and report.rows == () and report.totals["work_coverage"] == 0
+
+
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:

@@ -53,6 +53,8 @@ def test_rows_of_experts_and_convolutions() -> None:
     convolutions = {row.node: row for row in report if row.op in ("conv", "linear") and "conv" in row.node}
     assert set(convolutions) == {"model.encoder.conv1", "model.encoder.conv2"}
     assert all(row.kernel for row in convolutions.values())
+    positions = next(row for row in report if row.node == "model.decoder.embed_positions")
+    assert positions.reason == "the graph reads its weight as a plain tensor: stays float" and not positions.quantized
 
 
 def test_totals() -> None:
