@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,17 +28,19 @@ def calibrate(
 
     Runs without gradients and lets go of each value after its last use. `total` is for the progress bar, which shows
     only on a terminal. Returns notes about nodes that no data reached, and warns about them (QfxWarning). Raises
-    ValueError where there is no batch, where one has another number of inputs, and where a watched value is NaN or Inf.
+    ValueError where there is no batch, where one does not run or has another number of inputs, and where a watched
+    value is NaN or Inf.
     """
     inputs = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
-    count = 0
+    count = 0  # batches are counted from 1
     with torch.no_grad(), _bar(progress) as bar:
         task = bar.add_task("calibrating", total=total)
         for batch in batches:
+            count += 1
             _check_batch(batch, inputs, count)
             observers.batch = count
-            fx.Interpreter(gm).run(*batch)
-            count += 1
+            with telling(count):
+                fx.Interpreter(gm).run(*batch)
             bar.advance(task)
     observers.batch = None
     if count == 0:
@@ -53,6 +56,21 @@ def calibrate(
     for note in notes:
         warnings.warn(str(note), QfxWarning, stacklevel=2)
     return notes
+
+
+@contextmanager
+def telling(number: int) -> Iterator[None]:
+    """Errors of operators (an index beyond a table) become ValueErrors that name the batch."""
+    try:
+        yield
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise ValueError(
+            explain(
+                f"the model does not take batch {number} of the data: {type(error).__name__}: {error}",
+                expected="batches on which the model runs",
+                next_step="try one call of the model with that batch",
+            )
+        ) from error
 
 
 def _check_batch(batch: Sequence[Any], inputs: list[str], number: int) -> None:

@@ -18,7 +18,7 @@ from qfx.inputs import example_inputs, need_inputs, without_cache
 from qfx.measure import decibel
 from qfx.observers import Observer, create
 from qfx.passes.annotate import annotate, kind_of
-from qfx.passes.calibrate import calibrate
+from qfx.passes.calibrate import calibrate, telling
 from qfx.passes.observe import insert_observers, remove_observers
 from qfx.passes.quantize import quantize, refuse
 from qfx.pipeline import prepare
@@ -182,7 +182,9 @@ def _errors(gm: fx.GraphModule, made: Plan, inputs: Sequence[Any]) -> dict[str, 
     quantized = graph.copy(gm)
     quantize(quantized, tensors=made.tensors, rounding=made.recipe.rounding)
     run.settle(quantized)
-    found = {fqn: decibel(*energies) for fqn, energies in compare(gm, quantized, inputs).items()}
+    with telling(1):
+        energies = compare(gm, quantized, inputs)
+    found = {fqn: decibel(*pair) for fqn, pair in energies.items()}
     if bad := next((fqn for fqn, value in found.items() if math.isnan(value)), None):
         raise ValueError(
             explain(

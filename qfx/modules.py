@@ -297,6 +297,13 @@ def tell_shared(module: nn.Module, *names: str) -> None:
     module._tied_weights_keys = {**known, **dict.fromkeys(names, "")}  # type: ignore[assignment]
 
 
+def without_fast_paths(model: nn.Module) -> None:
+    """Let nn.TransformerEncoderLayer call its sub-modules: its fused kernel would read their weights past them."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and quantized_parts(module):
+            module.activation_relu_or_gelu = 0
+
+
 def quantized_parts(model: nn.Module) -> list[str]:
     """Names of the modules and parameters that hold packed weights."""
     named = list(model.named_modules())

@@ -80,19 +80,20 @@ def quantize(
 
 def _planned(model: nn.Module, recipe: Recipe, calls: list[Call], *, strict: bool, progress: bool) -> Plan:
     made, notes, said = decide(model, recipe, calls, progress=progress)
-    told(notes if strict else [n for n in notes if n not in said], strict=strict)
     if not made.annotations and not made.rewrites:
-        _nothing(model, recipe)
+        raise _nothing(model, recipe, [str(note) for note in notes])
+    told(notes if strict else [n for n in notes if n not in said], strict=strict)
     made.notes = [str(note) for note in notes]
     return made
 
 
-def _nothing(model: nn.Module, recipe: Recipe) -> None:
-    raise ValueError(
+def _nothing(model: nn.Module, recipe: Recipe, notes: list[str]) -> ValueError:
+    found = [f"{sum(1 for _ in model.parameters())} parameters", *notes]
+    return ValueError(
         explain(
             f"recipe {recipe.name!r} gives no format to anything in {type(model).__name__}",
             expected="at least one linear layer, embedding, expert or patch convolution that a rule matches",
-            found=f"{sum(1 for _ in model.parameters())} parameters",
+            found="\n    ".join(found),
             next_step="qfx.presets() lists recipes; a rule's target is an op kind, a name, a glob or 're:<regex>'",
         )
     )

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from qfx.errors import explain
 from qfx.format import Format
-from qfx.modules import PackedSpec, QuantConv, QuantEmbedding, QuantLinear, pack_parameter, take_place, tell_shared
+from qfx.modules import (
+    PackedSpec,
+    QuantConv,
+    QuantEmbedding,
+    QuantLinear,
+    pack_parameter,
+    take_place,
+    tell_shared,
+    without_fast_paths,
+)
 from qfx.packing import Packed
 
 _PACKED = ("w_codes", "w_scale", "w_zero")
@@ -139,6 +148,7 @@ def _filled(model: nn.Module, saved: Saved) -> nn.Module:
         buffer = model.get_submodule(owner)._buffers.get(leaf)
         if buffer is not None:
             model.get_submodule(owner)._buffers[leaf] = buffer.to(getattr(torch, dtype))
+    without_fast_paths(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""The runner: passes over one graph, in order, each followed by clean-up, lint and verification; a recompile at the end.
+"""The runner: passes over one graph, in order, each followed by clean-up, lint and verification; recompiled at the end.
 
 A pass says whether it changed the graph, and the runner checks that. The runner, not the pass, removes dead code,
 lints, verifies, recompiles, keeps the text of every stage that changed something and adds "in pass 'x' (3 of 9; ran:

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx.modules import QuantConv, QuantEmbedding, QuantLinear, pack_parameter, take_place, tell_shared
+from qfx.modules import (
+    QuantConv,
+    QuantEmbedding,
+    QuantLinear,
+    pack_parameter,
+    take_place,
+    tell_shared,
+    without_fast_paths,
+)
 from qfx.packing import Packed
 from qfx.parts import round_in_parts
 from qfx.passes.rewrites import apply_record
@@ -72,6 +80,7 @@ class _Writer:
             for owner, leaf in self.twins.get(pointer, ()):
                 if (owner, leaf) not in planned:
                     self._put_twin(owner, leaf, place, packed)
+        without_fast_paths(self.model)
         return self.model
 
     def _pack(self, place: Place, weight: Tensor) -> Packed:

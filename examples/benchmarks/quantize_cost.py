@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,7 +93,7 @@ def timing(layers: int) -> dict[str, Any]:
     return {
         "layers": layers,
         "nodes": nodes,
-        **dict(zip(names, (b - a for a, b in zip(marks, marks[1:])), strict=True)),
+        **dict(zip(names, (b - a for a, b in pairwise(marks)), strict=True)),
     }
 
 
@@ -133,9 +134,9 @@ def show(found: dict[str, Any]) -> None:
     if "memory" in found:
         m = {key: value / 2**20 for key, value in found["memory"].items() if key != "seconds"}
         console.print(
-            f"memory: model {m['model']:.0f} MiB, quantized {m['quantized']:.0f} MiB in {found['memory']['seconds']:.1f} s; "
-            f"grew by {m['grown']:.0f} MiB at the peak, {m['grown'] / m['largest']:.2f} of the largest layer "
-            f"({m['largest']:.0f} MiB)"
+            f"memory: model {m['model']:.0f} MiB, quantized {m['quantized']:.0f} MiB in "
+            f"{found['memory']['seconds']:.1f} s; grew by {m['grown']:.0f} MiB at the peak, "
+            f"{m['grown'] / m['largest']:.2f} of the largest layer ({m['largest']:.0f} MiB)"
         )
     if "time" in found:
         table = Table("layers", "nodes", "capture s", "normalize s", "quantize s", "s per 1,000 nodes without capture")

@@ -124,7 +124,7 @@ def test_bad_values_name_the_node_and_the_batch() -> None:
     gm = tiny()
     observers = insert_observers(gm, make)
     bad = torch.full((2, 4), float("nan"))
-    with pytest.raises(ValueError, match=r"(?s)batch 1.*node: q x"):
+    with pytest.raises(ValueError, match=r"(?s)batch 2.*node: q x"):
         calibrate(gm, [[torch.ones(2, 4)], [bad]], observers)
 
 
@@ -133,7 +133,7 @@ def test_no_data_and_wrong_data() -> None:
     observers = insert_observers(gm, make)
     with pytest.raises(ValueError, match="cannot calibrate without data"):
         calibrate(gm, iter([]), observers)
-    with pytest.raises(ValueError, match=r"(?s)batch 0.*expected: 1 inputs \(x\).*found: 2"):
+    with pytest.raises(ValueError, match=r"(?s)batch 1.*expected: 1 inputs \(x\).*found: 2"):
         calibrate(gm, [[torch.ones(2, 4), torch.ones(2, 4)]], observers)
 
 
