@@ -165,12 +165,12 @@ def _with_sqnr(record: GraphRecord, collector: sqnr.Collector | None) -> GraphRe
 
 
 def _merged(graphs: Sequence[GraphRecord]) -> tuple[Row, ...]:
-    """One row for each node. Where graphs (for other shapes) differ, the row that is not as asked is shown."""
+    """One row for each node. Where graphs (for other shapes) differ, the row with the reason is shown."""
     rows: dict[str, Row] = {}
     for record in graphs:
         for row in record.rows:
             before = rows.setdefault(row.node, row)
-            chosen = row if before.as_asked and not row.as_asked else before
+            chosen = min(before, row, key=lambda r: (r.as_asked, not r.reason))
             measured = [r.sqnr_db for r in (before, row) if r.sqnr_db is not None]
             rows[row.node] = replace(chosen, sqnr_db=min(measured, default=None))
     return tuple(rows.values())

@@ -65,7 +65,7 @@ class Row:
     macs: int = 0
     sqnr_db: float | None = None
     shared: bool = False  # the weight's bytes are counted at another row
-    as_asked: bool = True  # no reason, or one that changes neither format nor result
+    as_asked: bool = True  # a reason, where there is one, concerns the input or the kernel, not the weight's format
 
     @property
     def quantized(self) -> bool:
@@ -112,7 +112,7 @@ def _row(gm: fx.GraphModule, node: fx.Node, kind: str, kernel: str, told: Mappin
         bytes_after=after,
         macs=_macs(node, kind),
         shared=shared,
-        as_asked=note is None or note.minor,
+        as_asked=note is None or note.minor or "w_format" in _names(node),
     )
 
 

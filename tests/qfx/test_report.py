@@ -110,6 +110,15 @@ def test_a_reason_that_changes_nothing_leaves_a_node_quantized() -> None:
     assert report.totals["weight_coverage"] == 1
 
 
+def test_a_quantized_node_that_runs_in_torch_counts_as_quantized_and_says_so() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16)).eval(), torch.randn(3, 16)
+    fast = torch.compile(model, backend="qfx", options={"recipe": "fp8"})
+    with torch.no_grad(), pytest.warns(QfxWarning, match="runs in torch"):
+        fast(x)
+    (row,) = qfx.report(fast).rows
+    assert row.quantized and "runs in torch" in row.reason and row.bytes_after < row.bytes_before / 3
+
+
 def test_json() -> None:
     fast, inputs, _ = of("bert")
     report = qfx.report(fast, data=inputs)
