@@ -16,8 +16,8 @@ from onnx import helper
 from torch import Tensor, fx
 
 from qfx.backends.onnx.kernel_types import fallback_type
-from qfx.backends.onnx.symbols import Symbols, UnresolvedError
-from qfx.backends.onnx.values import ONNX_TYPE, Dim, Value, computed, dim_of, dims_of, is_static
+from qfx.backends.onnx.symbols import Symbols
+from qfx.backends.onnx.values import ONNX_TYPE, Dim, Value, computed, dim_of, dims_of, is_number, is_static
 from qfx.errors import Note, source_line
 from qfx.graph import fqn_of, get_tensor
 
@@ -173,7 +173,7 @@ class Builder:
         if isinstance(number, sympy.Expr):
             key = ("scalar", number, dtype)
             if key not in self._constants:
-                flat = self.op("Reshape", self.dim(number), self.ints([]), dtype=torch.int64)
+                flat = self.op("Reshape", self.dim(number), self.ints([]))
                 self._constants[key] = self.cast(Value(flat.name, flat.dtype, ()), dtype)
             return self._constants[key]
         return self.const(number, dtype)
@@ -198,10 +198,10 @@ class Builder:
     def value_of(self, node: fx.Node) -> Any:
         """What an argument node stands for: a Value, a tuple of Values, or a number (size expression)."""
         fake = node.meta.get("val")
-        if isinstance(fake, torch.SymInt | int) and not isinstance(fake, bool):
+        if is_number(fake):
             return dim_of(fake)
-        if isinstance(fake, torch.SymFloat | torch.SymBool | float | bool):
-            return _number(fake)
+        if isinstance(fake, bool):
+            return fake
         return self.values[node]
 
     @property
@@ -274,15 +274,6 @@ def _typed(b: Builder, value: Value, fake: Tensor) -> Value:
         return value
     value = b.cast(value, computed(fake.dtype))
     return Value(value.name, value.dtype, dims_of(fake.shape))
-
-
-def _number(fake: Any) -> Any:
-    if not isinstance(fake, torch.SymFloat | torch.SymBool):
-        return fake
-    expr = fake.node.expr
-    if not expr.free_symbols:
-        return float(expr) if isinstance(fake, torch.SymFloat) else bool(expr)
-    raise UnresolvedError(f"no ONNX form for the number {expr}")
 
 
 def _external(name: str, data: Tensor) -> onnx.TensorProto:

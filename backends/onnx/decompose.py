@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch._decomp import core_aten_decompositions
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from qfx.backends.onnx.fold import folded
 from qfx.backends.onnx.table import EMIT, op_key
 
 Reason = Callable[[fx.GraphModule, fx.Node], str | None]
@@ -26,7 +28,7 @@ def decompose(gm: fx.GraphModule, reason_against: Reason) -> dict[fx.Node, str]:
         reason = reason_against(gm, node)
         if reason is None:
             continue
-        if not _replaced(gm, node, reason_against):
+        if not _replaced(gm, node, reason_against) and not folded(gm, node):
             kept[node] = reason
     return kept
 
@@ -75,6 +77,12 @@ def _rewire(gm: fx.GraphModule, node: fx.Node, result: Any) -> None:
     gm.graph.erase_node(node)
 
 
+@cache
+def _rules() -> dict[Any, Any]:
+    """Torch's decompositions of what has no ONNX form itself."""
+    return {op: rule for op, rule in core_aten_decompositions().items() if op_key(op) not in EMIT}
+
+
 def _retraced(node: fx.Node) -> fx.GraphModule | None:
     """The node as a graph of simpler functional operators, its inputs as placeholders; None where torch has none."""
     target = node.target
@@ -91,10 +99,9 @@ def _retraced(node: fx.Node) -> fx.GraphModule | None:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: given[n])
         return target(*args, **kwargs)
 
-    rules = {op: rule for op, rule in core_aten_decompositions().items() if op_key(op) not in EMIT}
     try:
         with mode or FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            traced = make_fx(torch.func.functionalize(function), decomposition_table=rules)(*fakes)
+            traced = make_fx(torch.func.functionalize(function), decomposition_table=_rules())(*fakes)
     except Exception:  # any failure of torch's tracing only means that there is no simpler form
         return None
     traced.graph.eliminate_dead_code()

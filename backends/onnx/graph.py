@@ -14,10 +14,11 @@ from onnx import helper
 from torch import Tensor, fx
 
 from qfx.backends.onnx.build import MICROSOFT, OPSET, Builder
+from qfx.backends.onnx.in_place import in_place
 from qfx.backends.onnx.partition import Stage
 from qfx.backends.onnx.symbols import UnresolvedError
 from qfx.backends.onnx.table import EMIT, bound_arguments, op_key
-from qfx.backends.onnx.values import ONNX_TYPE, Value, computed, dim_of, dims_of
+from qfx.backends.onnx.values import ONNX_TYPE, Value, computed, dim_of, dims_of, is_number
 from qfx.errors import Note
 
 # The IR version that ONNX Runtime 1.31 and its predecessors read.
@@ -30,7 +31,7 @@ class StageModel:
     """A model, the weights that stay outside of it, what to feed it and what it gives.
 
     inputs: nodes, in the order of the model's inputs. sizes: further integer inputs after them.
-    outputs: the nodes whose values the model's outputs are.
+    outputs: the nodes whose values the model's outputs are. in_place: outputs that may be written into an input.
     """
 
     model: onnx.ModelProto
@@ -39,6 +40,7 @@ class StageModel:
     sizes: list[SizeOf]
     outputs: list[fx.Node]
     notes: list[Note]
+    in_place: dict[int, int]
 
 
 class _StandIn(Builder):
@@ -85,7 +87,7 @@ def emit_node(b: Builder, gm: fx.GraphModule, node: fx.Node) -> None:
         return
     key = op_key(node.target)
     if key not in EMIT:
-        if isinstance(fake, torch.SymInt | int) and not isinstance(fake, bool):
+        if is_number(fake):
             b.dim(dim_of(fake))
             return
         raise NotImplementedError(f"no ONNX form for {key}")
@@ -108,7 +110,15 @@ def build_stage(gm: fx.GraphModule, stage: Stage, carriers: dict[sympy.Symbol, S
     taken = {i.name for i in b.inputs} | set(b.initializers)
     for node in stage.outputs:
         _output(b, node, taken)
-    return StageModel(_model(b), _used_weights(b), list(stage.inputs), sizes, list(stage.outputs), b.notes)
+    return StageModel(
+        model=_model(b),
+        weights=b.external,
+        inputs=list(stage.inputs),
+        sizes=sizes,
+        outputs=list(stage.outputs),
+        notes=b.notes,
+        in_place=in_place(gm, stage.inputs, stage.outputs),
+    )
 
 
 def _argument(b: Builder, argument: Any) -> Any:
@@ -121,7 +131,7 @@ def _argument(b: Builder, argument: Any) -> Any:
         return b.value_of(argument)
     if isinstance(argument, list | tuple):
         return [_argument(b, a) for a in argument]
-    if isinstance(argument, torch.SymInt):
+    if isinstance(argument, torch.SymInt | torch.SymFloat):
         return dim_of(argument)
     return argument
 
@@ -145,14 +155,12 @@ def _declare(b: Builder, node: fx.Node) -> None:
         b.values[node] = value
         for axis, size in enumerate(value.dims):
             b.symbols.carry(size, _reader(b, value, axis))
-    elif isinstance(fake, torch.SymInt | int) and not isinstance(fake, bool):
-        b.inputs.append(helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [1]))
+    elif is_number(fake):
+        dtype = torch.float64 if isinstance(fake, torch.SymFloat | float) else torch.int64
+        b.inputs.append(helper.make_tensor_value_info(name, ONNX_TYPE[dtype], [1]))
         size = dim_of(fake)
-        if not isinstance(size, int):
-            b.symbols.known[size] = Value(name, torch.int64, (1,))
-    elif isinstance(fake, torch.SymFloat | float):
-        b.inputs.append(helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, []))
-        b.values[node] = Value(name, torch.float64, ())
+        if not isinstance(size, int | float):
+            b.symbols.known[size] = Value(name, dtype, (1,))
     else:
         b.inputs.append(helper.make_tensor_value_info(name, onnx.TensorProto.BOOL, []))
         b.values[node] = Value(name, torch.bool, ())
@@ -184,15 +192,16 @@ def _carry_new(b: Builder, value: Any, fake: Any) -> None:
         for axis, size in enumerate(value.dims):
             if isinstance(size, sympy.Symbol) and size not in b.symbols.sources and size not in b.symbols.known:
                 b.symbols.carry(size, _reader(b, value, axis))
-    elif isinstance(fake, torch.SymInt) and isinstance(value, Value):
+    elif isinstance(fake, torch.SymInt | torch.SymFloat) and isinstance(value, Value):
         b.symbols.known[fake.node.expr] = value
 
 
 def _output(b: Builder, node: fx.Node, taken: set[str]) -> None:
     """A graph output with a name of its own, in the dtype that torch gives the value."""
     fake = node.meta["val"]
-    if isinstance(fake, torch.SymInt | int) and not isinstance(fake, bool):
-        value, dtype, shape = b.dim(dim_of(fake)), torch.int64, [1]
+    if is_number(fake):
+        value = b.dim(dim_of(fake))
+        dtype, shape = value.dtype, [1]
     else:
         value = b.values[node]
         dtype = fake.dtype if isinstance(fake, Tensor) else value.dtype
@@ -214,13 +223,9 @@ def _model(b: Builder) -> onnx.ModelProto:
             used.update(node.input)
     kept = [t for name, t in b.initializers.items() if name in used]
     graph = helper.make_graph(nodes[::-1], "qfx", b.inputs, b.outputs, kept)
-    b.external = {name: tensor for name, tensor in b.external.items() if name in used}
+    b.external = {name: tensor for name, tensor in b.external.items() if name in used}  # and drop the rest
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="qfx")
-
-
-def _used_weights(b: Builder) -> dict[str, Tensor]:
-    return b.external
 
 
 def _label(size: Any) -> Any:

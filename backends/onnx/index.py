@@ -10,7 +10,7 @@ import torch
 from qfx.backends.onnx.build import Builder
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.shapes import axis_of
-from qfx.backends.onnx.values import Dim, Value
+from qfx.backends.onnx.values import Dim, Value, is_number
 
 _END = 2**63 - 1
 
@@ -242,10 +242,10 @@ def one_hot(b: Builder, x: Value, classes: int = -1) -> Value:
 
 
 def item(b: Builder, x: Value) -> Value:
-    """The number in a one-element tensor: an integer as a size, else 0-dimensional."""
-    if isinstance(b.out, torch.SymInt | int):
-        return b.reshape(b.cast(x, torch.int64), (1,))
-    return b.reshape(b.cast(x, torch.float64), ())
+    """The number in a one-element tensor."""
+    if not is_number(b.out):
+        raise NotImplementedError("a bool taken out of a tensor")
+    return b.reshape(b.cast(x, torch.float64 if isinstance(b.out, torch.SymFloat) else torch.int64), (1,))
 
 
 EMIT: dict[str, Emit] = {

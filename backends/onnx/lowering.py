@@ -160,7 +160,7 @@ def _keep_carriers(stages: Sequence[Stage], carriers: dict[Any, SizeOf]) -> None
 
 
 def _onnx_step(built: StageModel) -> Callable[[Slots], None]:
-    session = Session(built.model, built.weights)
+    session = Session(built.model, built.weights, built.in_place)
     integers = [not isinstance(n.meta["val"], Tensor) for n in built.outputs]
 
     def step(slots: Slots) -> None:
@@ -175,9 +175,9 @@ def _onnx_step(built: StageModel) -> Callable[[Slots], None]:
 def _tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    if isinstance(value, bool | float):
-        return torch.tensor(value, dtype=torch.bool if isinstance(value, bool) else torch.float64)
-    return torch.tensor([value], dtype=torch.int64)
+    if isinstance(value, bool):
+        return torch.tensor(value)
+    return torch.tensor([value], dtype=torch.float64 if isinstance(value, float) else torch.int64)
 
 
 def _eager_step(gm: fx.GraphModule, stage: Stage) -> Callable[[Slots], None]:

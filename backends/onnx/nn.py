@@ -244,12 +244,12 @@ def avg_pool(
     count_include_pad: bool = True, divisor: Any = None,
 ) -> Value:  # fmt: skip
     """Average pooling over the trailing dimensions."""
-    if divisor is not None or ceil_mode:
-        raise NotImplementedError("average pooling with a divisor or ceil mode")
+    if divisor is not None:
+        raise NotImplementedError("average pooling with a divisor")
     n = len(_each(kernel, 1)) if not isinstance(kernel, int) else x.rank - 2
     return b.op(
         "AveragePool", x, kernel_shape=_each(kernel, n), strides=_each(stride or kernel, n), pads=_each(padding, n) * 2,
-        count_include_pad=int(count_include_pad),
+        count_include_pad=int(count_include_pad), ceil_mode=int(ceil_mode),
     )  # fmt: skip
 
 

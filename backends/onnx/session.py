@@ -50,9 +50,15 @@ _NODE = re.compile(r"""[Nn]ode(?: with name|,|:)?\s*\(?['"]?([^'"/()\s]+)/\d+"""
 
 
 class Session:
-    """A model and the weights it uses, ready to run. `run` takes and gives torch tensors."""
+    """A model and the weights it uses, ready to run. `run` takes and gives torch tensors.
 
-    def __init__(self, model: onnx.ModelProto, weights: dict[str, Tensor]) -> None:
+    in_place: outputs that are written into the memory of an input (see the file of that name) where it is contiguous.
+    """
+
+    def __init__(
+        self, model: onnx.ModelProto, weights: dict[str, Tensor], in_place: dict[int, int] | None = None
+    ) -> None:
+        self._in_place = in_place or {}
         chosen = options(torch.get_num_threads())
         if weights:
             names = list(weights)
@@ -78,11 +84,21 @@ class Session:
             kept.append(data)
             place = data.data_ptr() or _EMPTY.ctypes.data
             inner.bind_input(name, _CPU, ONNX_TYPE[data.dtype], tuple(data.shape), place)
-        for name in self.outputs:
-            inner.bind_output(name, _CPU)
+        for i, name in enumerate(self.outputs):
+            source = inputs[self._in_place[i]] if i in self._in_place else None
+            if source is None or not source.is_contiguous() or not source.numel():
+                inner.bind_output(name, _CPU)
+            else:
+                inner.bind_output(name, _CPU, ONNX_TYPE[source.dtype], tuple(source.shape), source.data_ptr())
         self._session.run_with_iobinding(binding)
         results = inner.get_outputs()
-        return [_tensor(results, i, is_bool) for i, is_bool in enumerate(self._bool)]
+        return [self._result(results, i, inputs) for i in range(len(self.outputs))]
+
+    def _result(self, results: Any, i: int, inputs: Sequence[Tensor]) -> Tensor:
+        source = inputs[self._in_place[i]] if i in self._in_place else None
+        if source is not None and results[i].data_ptr() == source.data_ptr():
+            return source
+        return _tensor(results, i, self._bool[i])
 
 
 _CPU = _OrtDevice(_OrtDevice.cpu(), _OrtDevice.default_memory(), 0)

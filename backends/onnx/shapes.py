@@ -253,6 +253,18 @@ def broadcast_tensors(b: Builder, tensors: Sequence[Value]) -> list[Value]:
     return [t if t.shape == s else b.op("Expand", t, b.shape(s)) for t, s in zip(tensors, shapes, strict=True)]
 
 
+def meshgrid(b: Builder, tensors: Sequence[Value], *, indexing: str = "ij") -> list[Value]:
+    """Every vector spread over the grid of all."""
+    rank = len(tensors)
+    order = [1, 0, *range(2, rank)] if indexing == "xy" and rank > 1 else list(range(rank))
+    spread = []
+    for i, (t, fake) in enumerate(zip(tensors, b.out, strict=True)):
+        size = t.dims[0] if t.rank else 1
+        column = b.reshape(t, [size if order[i] == d else 1 for d in range(rank)])
+        spread.append(b.op("Expand", column, b.shape(dims_of(fake.shape))))
+    return spread
+
+
 def diff(b: Builder, x: Value, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Value:
     """x[i + 1] - x[i] along a dimension."""
     if n != 1 or x.dtype == torch.bool:
@@ -296,5 +308,6 @@ EMIT: dict[str, Emit] = {
     **{f"aten.reflection_pad{n}d.default": pad_as("reflect") for n in (1, 2, 3)},
     **{f"aten.replication_pad{n}d.default": pad_as("edge") for n in (1, 2, 3)},
     "aten.broadcast_tensors.default": broadcast_tensors, "aten.diff.default": diff,
+    "aten.meshgrid.default": meshgrid, "aten.meshgrid.indexing": meshgrid,
     "aten.unfold.default": unfold, "aten.diagonal.default": diagonal,
 }  # fmt: skip

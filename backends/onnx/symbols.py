@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -53,9 +53,11 @@ class Symbols:
         self.sources[symbol] = solved
 
     def value(self, expr: Dim) -> Value:
-        """int64 [1]. Raises UnresolvedError."""
+        """int64 [1], f64 [1] for a number with a fraction. Raises UnresolvedError."""
         if isinstance(expr, int | sympy.Integer):
             return self.builder.ints([int(expr)])
+        if isinstance(expr, float | sympy.Float):
+            return self.builder.const([float(expr)], torch.float64)
         if expr not in self.known:
             self.known[expr] = self._emit(expr)
         return self.known[expr]
@@ -66,19 +68,33 @@ class Symbols:
             if expr not in self.sources:
                 raise UnresolvedError(f"nothing carries the symbol {expr}")
             return self.sources[expr]()
-        args = expr.args
-        if isinstance(expr, sympy.Add | sympy.Mul | sympy.Max | sympy.Min | fn.Max | fn.Min):
-            name = {"Add": "Add", "Mul": "Mul", "Max": "Max", "Min": "Min"}[type(expr).__name__]
-            return reduce(lambda left, right: b.op(name, left, right), [self.value(a) for a in args])
-        if isinstance(expr, fn.FloorDiv | fn.CleanDiv):
-            return floor_divide(b, self.value(args[0]), self.value(args[1]))
-        if isinstance(expr, fn.Mod | fn.PythonMod | sympy.Mod):
-            return b.op("Mod", self.value(args[0]), self.value(args[1]))
-        if isinstance(expr, fn.ModularIndexing):
-            return b.op("Mod", floor_divide(b, self.value(args[0]), self.value(args[1])), self.value(args[2]))
-        if isinstance(expr, sympy.Pow | fn.PowByNatural) and args[1].is_Integer and 0 < int(args[1]) < 5:
-            return reduce(lambda left, right: b.op("Mul", left, right), [self.value(args[0])] * int(args[1]))
-        raise UnresolvedError(f"no ONNX form for the size {expr} ({type(expr).__name__})")
+        rule = next((rule for types, rule in _RULES if isinstance(expr, types)), None)
+        if rule is None or (rule is _power and not expr.args[1].is_nonnegative):
+            raise UnresolvedError(f"no ONNX form for the size {expr} ({type(expr).__name__})")
+        values = [self.value(a) for a in expr.args]
+        if any(v.dtype == torch.float64 for v in values):
+            values = [b.cast(v, torch.float64) for v in values]
+        return rule(b, *values)
+
+
+def _folded(op_type: str) -> Callable[..., Value]:
+    return lambda b, *values: reduce(lambda left, right: b.op(op_type, left, right), values)
+
+
+def _power(b: Builder, base: Value, exponent: Value) -> Value:
+    return b.op("Pow", base, exponent)
+
+
+def _to_float(b: Builder, value: Value) -> Value:
+    return b.cast(value, torch.float64)
+
+
+def _divided(b: Builder, left: Value, right: Value) -> Value:
+    return b.op("Div", _to_float(b, left), _to_float(b, right))
+
+
+def _rounded(op_type: str) -> Callable[..., Value]:
+    return lambda b, value: b.cast(b.op(op_type, _to_float(b, value)), torch.int64)
 
 
 def floor_divide(b: Builder, left: Value, right: Value) -> Value:
@@ -87,3 +103,25 @@ def floor_divide(b: Builder, left: Value, right: Value) -> Value:
     if left.dtype == torch.uint8:
         return b.op("Div", left, right)
     return b.op("Div", b.op("Sub", left, b.op("Mod", left, right)), right)
+
+
+def _modular(b: Builder, value: Value, divisor: Value, modulus: Value) -> Value:
+    return b.op("Mod", floor_divide(b, value, divisor), modulus)
+
+
+_RULES: tuple[tuple[tuple[Any, ...], Callable[..., Value]], ...] = (
+    ((sympy.Add,), _folded("Add")),
+    ((sympy.Mul,), _folded("Mul")),
+    ((sympy.Max, fn.Max), _folded("Max")),
+    ((sympy.Min, fn.Min), _folded("Min")),
+    ((fn.FloorDiv, fn.CleanDiv), floor_divide),
+    ((fn.Mod, fn.PythonMod, sympy.Mod), _folded("Mod")),
+    ((fn.ModularIndexing,), _modular),
+    ((sympy.Pow, fn.PowByNatural, fn.FloatPow), _power),
+    ((fn.ToFloat,), _to_float),
+    ((fn.IntTrueDiv, fn.FloatTrueDiv), _divided),
+    ((fn.CeilToInt,), _rounded("Ceil")),
+    ((fn.FloorToInt,), _rounded("Floor")),
+    ((fn.TruncToInt,), lambda b, value: b.cast(value, torch.int64)),
+    ((fn.OpaqueUnaryFn_sqrt,), lambda b, value: b.op("Sqrt", _to_float(b, value))),
+)

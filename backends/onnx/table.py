@@ -7,7 +7,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from qfx.backends.onnx import activation, attention, create, index, math, moe, nn, quant, reduce, shapes, special
+from qfx.backends.onnx import (
+    activation,
+    attention,
+    create,
+    index,
+    math,
+    moe,
+    nn,
+    quant,
+    reduce,
+    resize,
+    shapes,
+    special,
+)
 from qfx.backends.onnx.math import Emit
 
 EMIT: dict[str, Emit] = {
@@ -16,6 +29,7 @@ EMIT: dict[str, Emit] = {
     **special.EMIT,
     **create.EMIT,
     **reduce.EMIT,
+    **resize.EMIT,
     **index.EMIT,
     **nn.EMIT,
     **activation.EMIT,

@@ -53,11 +53,18 @@ def computed(dtype: torch.dtype) -> torch.dtype:
 
 
 def dim_of(size: Any) -> Dim:
-    """An int, or the sympy expression of a SymInt (an int where it is constant)."""
-    expr = size.node.expr if isinstance(size, torch.SymInt) else size
+    """A number, or the sympy expression of a SymInt or SymFloat (a number where it is constant)."""
+    expr = size.node.expr if isinstance(size, torch.SymInt | torch.SymFloat) else size
     if isinstance(expr, sympy.Integer):
         return int(expr)
-    return expr if isinstance(expr, sympy.Expr) else int(expr)
+    if isinstance(expr, sympy.Float):
+        return float(expr)
+    return expr if isinstance(expr, sympy.Expr | float) else int(expr)
+
+
+def is_number(fake: Any) -> bool:
+    """A size or another number, symbolic or not (bools are none)."""
+    return isinstance(fake, torch.SymInt | torch.SymFloat | int | float) and not isinstance(fake, bool)
 
 
 def dims_of(shape: Sequence[Any]) -> tuple[Dim, ...]:

@@ -92,6 +92,23 @@ def test_random_operators_run_in_torch() -> None:
     assert [note.reason for note in lowered.notes] == ["runs in torch: no ONNX form for aten.rand_like.default"]
 
 
+def test_what_depends_on_no_input_is_computed_once_by_torch() -> None:
+    lowered = check(lambda x: x * torch.erfinv(torch.full((6,), 0.5) + torch.arange(6) / 20), x2, strict=True)
+    assert not lowered.notes
+    assert "erfinv" not in lowered.kernels
+
+
+def test_chance_and_unknown_sizes_are_not_constants() -> None:
+    gm = traced(lambda x: (x + torch.erfinv(torch.rand(6)), torch.erfinv(torch.zeros(x.shape[0]))), x2(3), x2(4))
+    lowered = lower(gm)
+    assert sorted(note.reason.split()[-1] for note in lowered.notes) == [
+        "aten.erfinv.default",
+        "aten.erfinv.default",
+        "aten.rand.default",
+    ]
+    assert not torch.equal(lowered(floats(3, 6))[0], lowered(floats(3, 6))[0])
+
+
 def test_outputs_that_are_inputs_constants_numbers_or_the_same() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

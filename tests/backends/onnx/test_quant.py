@@ -102,6 +102,13 @@ def test_weight_only_linear_by_nbits(w_format: str) -> None:
         assert quality > ROUNDED - 6  # for integer pairs it is exact
 
 
+def test_a_bitstream_that_fits_is_used_where_it_lies() -> None:
+    packed = pack_weight(floats(40, 256, seed=2), Format.parse("i4/g64"))
+    _, lowered = linear(floats(3, 256), packed, None, "", strict=True)
+    (built,) = lowered.models
+    assert packed.data.data_ptr() in {t.data_ptr() for t in built.weights.values()}
+
+
 @pytest.mark.parametrize(
     "w_format", ["nf4/g64", "f8e4m3/ch", "f8e5m2", "f4e2m1/g32/e8m0", "f4e2m1/g16/e4m3", "i4/g20", "bf16"]
 )

@@ -1,0 +1,65 @@
+"""Resampling of images and sound to another size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qfx.backends.onnx.build import Builder
+from qfx.backends.onnx.math import Emit
+from qfx.backends.onnx.values import Value
+
+
+def _resized(b: Builder, x: Value, factors: Sequence[Any] | None, mode: str, place: str, **attrs: Any) -> Value:
+    """x in the size that torch found. Where a factor leaves a fraction of a pixel, it is not the ratio of the sizes."""
+    rest = x.dims[2:]
+    for factor, size in zip(factors or [], rest, strict=False):
+        whole = isinstance(factor, int | float) and float(factor).is_integer()
+        if factor is not None and not whole and not (isinstance(size, int) and float(size * factor).is_integer()):
+            raise NotImplementedError("resizing by a factor that leaves a fraction of a pixel")
+    sizes = b.shape(b.out_dims)
+    value = b.cast(x, torch.float32)
+    result = b.op("Resize", value, None, None, sizes, mode=mode, coordinate_transformation_mode=place, **attrs)
+    return b.cast(result, x.dtype)
+
+
+def nearest(b: Builder, x: Value, _: Any, *scales: Any) -> Value:
+    """The pixel whose left edge is nearest below."""
+    return _resized(b, x, _factors(scales), "nearest", "asymmetric", nearest_mode="floor")
+
+
+def nearest_exact(b: Builder, x: Value, _: Any, *scales: Any) -> Value:
+    """The pixel whose centre is nearest."""
+    return _resized(b, x, _factors(scales), "nearest", "half_pixel", nearest_mode="round_prefer_ceil")
+
+
+def linear(b: Builder, x: Value, _: Any, align_corners: bool, *scales: Any) -> Value:
+    """Linear, bilinear or trilinear."""
+    return _resized(b, x, _factors(scales), "linear", "align_corners" if align_corners else "half_pixel")
+
+
+def cubic(b: Builder, x: Value, _: Any, align_corners: bool, *scales: Any) -> Value:
+    """Bicubic with a = -0.75."""
+    place = "align_corners" if align_corners else "half_pixel"
+    return _resized(b, x, _factors(scales), "cubic", place, cubic_coeff_a=-0.75)
+
+
+def _factors(scales: Sequence[Any]) -> Sequence[Any] | None:
+    """The factors given: as one list (the overload `vec`) or one by one."""
+    if len(scales) == 1 and (scales[0] is None or isinstance(scales[0], list | tuple)):
+        return scales[0]
+    return scales
+
+
+def _all(names: Sequence[str], emit: Emit) -> dict[str, Emit]:
+    return {f"aten.{name}.{overload}": emit for name in names for overload in ("default", "vec")}
+
+
+EMIT: dict[str, Emit] = {
+    **_all([f"upsample_nearest{n}d" for n in (1, 2, 3)], nearest),
+    **_all([f"_upsample_nearest_exact{n}d" for n in (1, 2, 3)], nearest_exact),
+    **_all(["upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d"], linear),
+    **_all(["upsample_bicubic2d"], cubic),
+}
