@@ -29,15 +29,19 @@ def call(gm: fx.GraphModule, target: Any, *args: Any, like: fx.Node, **kwargs: A
     else:
         node = gm.graph.call_function(target, args, kwargs)
     node.meta.update({key: like.meta[key] for key in INHERITED if key in like.meta})
-    node.meta["val"] = value_of(target, args, kwargs)
+    node.meta["val"] = value_of(target, args, kwargs, like)
     return node
 
 
-def value_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What `target` gives on the fake values of these arguments, which may hold nodes. Nothing is computed."""
+def value_of(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node | None = None) -> Any:
+    """What `target` gives on the fake values of these arguments, which may hold nodes. Nothing is computed.
+
+    Without tensors among the arguments (full, arange) the result is of the same fake mode as the value of `like`.
+    """
     values: tuple[tuple[Any, ...], dict[str, Any]] = fx.map_arg((args, kwargs), lambda node: node.meta["val"])
     # Not torch's detect_fake_mode: inside a Dynamo backend that gives another mode than the graph's own.
-    mode = next((v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, FakeTensor)), None)
+    known_values = pytree.tree_leaves((values, None if like is None else like.meta.get("val")))
+    mode = next((v.fake_mode for v in known_values if isinstance(v, FakeTensor)), None)
     if mode is None:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
     # The Python dispatcher keeps symbolic sizes: torch's own kernels of some operators (constant_pad_nd) fix them.

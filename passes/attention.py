@@ -172,10 +172,12 @@ def _step(node: fx.Node, scores: _Scores) -> Any:
         return times[0]
     if node.target in _FILLS and not scores.softcap and scores.scale == 1.0:
         return _read_fill(node, scores)
-    if is_call(node, aten.reshape.default) and m.rank(node) == 4 and m.rank(node.args[0]) == 3:
-        scores.apart = node
-        return node.args[0]
-    return None
+    if not is_call(node, aten.reshape.default) or m.rank(node) != 4:
+        return None
+    if not m.same_sizes(m.shape(node)[2:], m.shape(node.args[0])[1:]):
+        return None  # heads were flattened, but not into the batch
+    scores.apart = node
+    return node.args[0]
 
 
 def _is_private(node: fx.Node) -> bool:
@@ -304,23 +306,26 @@ def _mask(gm: fx.GraphModule, node: fx.Node, scores: _Scores, q: fx.Node) -> Any
     """One additive mask of all terms and fills, in the dtype of q where nothing is lost by that; None without any."""
     parts = []
     for term, factor in scores.terms:
-        part = term
-        if scores.apart is not None and m.rank(term) == 3:
-            part = call(
-                gm, aten.reshape.default, term, [-1, _heads(gm, scores, node), *_tail(gm, term, node)], like=node
-            )
-        if factor != 1.0:
-            part = call(gm, aten.mul.Tensor, part, factor, like=node)
-        parts.append(part)
-    parts += [_fill_as_term(gm, node, fill, q) for fill in scores.fills]
+        part = _apart(gm, term, scores, node)
+        parts.append(part if factor == 1.0 else call(gm, aten.mul.Tensor, part, factor, like=node))
+    for where, keeps, value in scores.fills:
+        parts.append(_fill_as_term(gm, node, (_apart(gm, where, scores, node), keeps, value), q))
     if not parts:
         return None
-    mask = parts[0]
-    for part in parts[1:]:
+    mask, *others = parts
+    for part in others:
         mask = call(gm, aten.add.Tensor, mask, part, like=node)
     if m.dtype(mask) != m.dtype(q) and not _is_wider(m.dtype(mask), m.dtype(q)):
         mask = call(gm, aten._to_copy.default, mask, dtype=m.dtype(q), like=node)
     return mask
+
+
+def _apart(gm: fx.GraphModule, term: Any, scores: _Scores, like: fx.Node) -> Any:
+    """A mask [B * H, S, T] as [B, H, S, T] where heads were flattened; masks that broadcast to it stay."""
+    flat = scores.apart is not None and m.rank(term) == 3 and not m.same_size(m.shape(term)[0], 1)
+    if not flat or m.same_size(m.shape(term)[0], m.shape(scores.apart)[1]):
+        return term
+    return call(gm, aten.reshape.default, term, [-1, _heads(gm, scores, like), *_tail(gm, term, like)], like=like)
 
 
 def _is_wider(one: torch.dtype | None, other: torch.dtype | None) -> bool:
@@ -369,10 +374,11 @@ def _shared_heads(q: Any, k: Any, v: Any) -> tuple[Any, Any, bool]:
     """(k, v, whether several heads of q share one of theirs), before any repetition of heads."""
     if m.rank(q) != 4:
         return k, v, False
-    a, b = _unrepeated(k), _unrepeated(v)
+    heads = m.shape(q)[1]
+    a, b = (_unrepeated(t) if m.same_size(heads, m.shape(t)[1]) else None for t in (k, v))
     if a is not None and b is not None and m.same_size(m.shape(a)[1], m.shape(b)[1]):
         k, v = a, b
-    return k, v, not m.same_size(m.shape(q)[1], m.shape(k)[1])
+    return k, v, not m.same_size(heads, m.shape(k)[1]) and not m.same_size(heads, 1)
 
 
 def _unrepeated(node: Any) -> Any:
