@@ -60,7 +60,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             files.append(GENERATION)
         fields["files"] = {name: sha256_file(stage(name)) for name in files}
         fields["sha256"] = _digest(fields)
-        stage(_JSON).write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        stage(_JSON).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
