@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -34,7 +34,7 @@ def floats(value: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def call(model: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
     """The floating outputs of a call."""
     return floats(model(**inputs))
 
@@ -47,8 +47,8 @@ def sqnr(wanted: list[Tensor], found: list[Tensor]) -> float:
 
 
 def built(name: str) -> tuple[nn.Module, Inputs]:
-    """A float model of the zoo. T5 has the weights that transformers gives it: its attention is not scaled, and with the
-    zoo's weights it is so sharp that each attention loses 6 to 9 dB of what it is given, whatever the 8-bit format."""
+    """A float model of the zoo. T5 has the weights that transformers gives it: its attention is not scaled, so that with
+    the zoo's weights it is sharp, and each attention loses 6 to 9 dB of what it is given."""
     model, inputs = ZOO[name]()
     if name == "t5":
         torch.manual_seed(0)

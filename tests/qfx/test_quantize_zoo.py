@@ -47,6 +47,7 @@ def test_every_weight_is_packed_and_the_outputs_are_near(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+@pytest.mark.filterwarnings("ignore:(.|\n)*MatMulNBits rounds them:qfx.QfxWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_onnx_runtime_gives_what_eager_gives_in_one_graph(name: str) -> None:
