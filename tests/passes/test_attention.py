@@ -229,3 +229,25 @@ def test_heads_repeated_in_another_order_stay() -> None:
 
     _, count = after(attention, Function(function), *inputs())
     assert count == 0
+
+
+@pytest.mark.parametrize(("heads", "before"), [(1, True), (8, True), (1, False), (4, False)])
+def test_masks_of_flattened_heads(heads: int, before: bool) -> None:
+    """A mask of three dimensions, added while heads are in the batch or after they were taken apart."""
+
+    def flattened(own: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.bmm(q, k.mT) * 0.25
+        scores = (scores + own.mask).view(2, 4, 5, 7) if before else scores.view(2, 4, 5, 7) + own.mask
+        return torch.bmm(F.softmax(scores, dim=-1).view(8, 5, 7), v)
+
+    model = Function(flattened, mask=torch.randn(heads, 5, 7))
+    assert same(attention, model, torch.randn(8, 5, 16), torch.randn(8, 7, 16), torch.randn(8, 7, 16)) == 1
+
+
+def test_heads_that_are_flattened_into_the_rows_are_left() -> None:
+    def one_head(own: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.bmm(q.reshape(2, 20, 16), k.mT).view(2, 5, 4, 7) * 0.25
+        return torch.bmm(F.softmax(scores, dim=-1).view(2, 20, 7), v)
+
+    inputs = torch.randn(2, 5, 64), torch.randn(2, 7, 16), torch.randn(2, 7, 16)
+    assert same(attention, Function(one_head), *inputs) == 0

@@ -61,3 +61,13 @@ def test_nothing_is_computed_for_a_value() -> None:
     gm = _graph()
     sin = next(n for n in gm.graph.nodes if n.target is aten.sin.default)
     assert _build.value_of(refuse, (sin,), {}).shape == (3, 4, 10**6)
+
+
+def test_a_value_without_tensor_arguments_joins_those_of_the_graph() -> None:
+    gm = _graph()
+    sin = next(n for n in gm.graph.nodes if n.target is aten.sin.default)
+    full = _build.call(gm, aten.full.default, [], 0.0, like=sin)
+    above = _build.call(gm, aten.gt.Scalar, sin.args[0], 0, like=sin)
+    both = _build.call(gm, aten.where.ScalarSelf, above, 1.0, full, like=sin)
+    assert full.meta["val"].fake_mode is sin.meta["val"].fake_mode
+    assert both.meta["val"].shape == (3, 4)
