@@ -48,6 +48,11 @@ def product(
     elif fmt is not None and smooth is not None:
         rows = b.op("Div", rows, smooth)
     if layout is not None:
+        if fmt is None:
+            b.note(
+                "float activations were asked; MatMulNBits rounds them to 8 bits per block inside (about 40 dB)",
+                "none where that is enough; options={'backend': 'reference'} computes them in f32",
+            )
         return _nbits(b, rows, weight, layout, bias)
     b.note(
         f"the weight is stored as {weight.format}, computed in f32",

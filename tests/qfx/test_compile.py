@@ -350,3 +350,17 @@ def test_a_quantized_model_keeps_what_its_recipe_left_in_float() -> None:
         further = torch.compile(quantized, backend="qfx", options={"recipe": "w8a8"})
         further(**inputs)
         assert {row.node: row.asked for row in qfx.report(further)}["lm_head"] == "x=i8/tok w=i8/ch"
+
+
+def test_activations_that_a_weight_only_kernel_rounds_are_told() -> None:
+    model, x = mlp(), torch.randn(3, 32)
+    weight_only = torch.compile(model, backend="qfx", options={"recipe": "w8a16"})
+    with torch.no_grad(), pytest.warns(QfxWarning, match="rounds them to 8 bits per block") as caught:
+        found = weight_only(x)
+        assert close(model(x), found, 30)
+    assert len(caught) == 1
+    assert all("8-bit activations" in row.kernel for row in qfx.report(weight_only) if row.op == "linear")
+    torch._dynamo.reset()
+    exact = torch.compile(model, backend="qfx", options={"recipe": "w8a16", "backend": "reference"})
+    with torch.no_grad():
+        exact(x)

@@ -15,7 +15,11 @@ from qfx.measure import sqnr_db
 from tests.qfx.conftest import Counts
 from tests.zoo import ZOO
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    # said of every weight-only linear, and tested in tests/qfx/test_compile.py
+    pytest.mark.filterwarnings("ignore:.*MatMulNBits rounds them"),
+]
 
 FIRST_FOUR: Any = {"rules": [{"target": "linear", "w": "i8/ch"}, {"target": "blocks.0.up", "w": "i4/g16"}]}
 

@@ -16,7 +16,11 @@ from qfx.report import Report
 from qfx.rows import Row
 from tests.zoo import ZOO, ids
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    # said of every weight-only linear, and tested in tests/qfx/test_compile.py
+    pytest.mark.filterwarnings("ignore:.*MatMulNBits rounds them"),
+]
 
 
 def of(name: str, **options: Any) -> tuple[Any, dict[str, Any], Report]:
