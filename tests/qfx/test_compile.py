@@ -357,8 +357,8 @@ def test_activations_that_a_weight_only_kernel_rounds_are_told() -> None:
     weight_only = torch.compile(model, backend="qfx", options={"recipe": "w8a16"})
     with torch.no_grad(), pytest.warns(QfxWarning, match="rounds them to 8 bits per block") as caught:
         found = weight_only(x)
-        assert close(model(x), found, 30)
     assert len(caught) == 1
+    assert close(model(x).detach(), found, 30)
     assert all("8-bit activations" in row.kernel for row in qfx.report(weight_only) if row.op == "linear")
     torch._dynamo.reset()
     exact = torch.compile(model, backend="qfx", options={"recipe": "w8a16", "backend": "reference"})
