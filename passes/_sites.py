@@ -137,7 +137,11 @@ def weight_of(node: fx.Node) -> Weight | str:
         steps.append(source)
         source = source.args[0]
     if not (isinstance(source, fx.Node) and source.op == "get_attr"):
-        return "its weight is computed in the graph"
+        return (
+            "its weight is a convolution's"
+            if graph.weight_of(node) is not None
+            else "its weight is computed in the graph"
+        )
     axes = list(range(m.rank(source)))
     for step in reversed(steps):
         axes = _permuted(axes, step)

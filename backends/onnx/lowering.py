@@ -19,7 +19,9 @@ from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.graph import fqn_of, get_tensor
 
 Slots = dict[fx.Node, Any]
-_NEXT = "add an emit function for it in backends/onnx, or express the model by other operators"
+_NEXT = (
+    "express the model by other operators (fused modules of torch.nn: torch.backends.mha.set_fastpath_enabled(False))"
+)
 
 
 def supports(node: fx.Node) -> str | None:
