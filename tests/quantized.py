@@ -47,8 +47,8 @@ def sqnr(wanted: list[Tensor], found: list[Tensor]) -> float:
 
 
 def built(name: str) -> tuple[nn.Module, Inputs]:
-    """A float model of the zoo. T5 has the weights that transformers gives it: its attention is not scaled, so that with
-    the zoo's weights it is sharp, and each attention loses 6 to 9 dB of what it is given."""
+    """A float model of the zoo. T5 has the weights that transformers gives it: its attention is not scaled, so with the
+    zoo's weights it is sharp, and each attention loses 6 to 9 dB of what it is given."""
     model, inputs = ZOO[name]()
     if name == "t5":
         torch.manual_seed(0)
