@@ -1,0 +1,61 @@
+"""qfx.parts: rounding in parts gives what rounding at once gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qfx.format import Format
+from qfx.parts import check_finite, round_in_parts
+from qfx.rounding import round_weight
+
+
+def weight(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "fmt", ["i8/ch", "i4/g4", "u3/g8", "nf4/g4", "f4e2m1/g32/e8m0", "f8e4m3/ch", "f16", "i8", "i4/b2x4"]
+)
+@pytest.mark.parametrize("shape", [(9, 6), (3, 5, 6), (2, 2, 3, 6), (1, 1)], ids=str)
+def test_parts_are_the_whole(fmt: str, shape: tuple[int, ...]) -> None:
+    value, form = weight(*shape), Format.parse(fmt)
+    wanted = round_weight(value, form, "rtn", name="w")
+    found = round_in_parts(value, form, "rtn", name="w", elements=13)
+    assert found.shape == wanted.shape and found.format == wanted.format
+    assert torch.equal(found.data, wanted.data) and torch.equal(found.scale, wanted.scale)
+    assert (found.zero is None) == (wanted.zero is None)
+    assert found.zero is None or torch.equal(found.zero, wanted.zero)  # type: ignore[arg-type]
+
+
+def test_views_are_taken_as_they_are() -> None:
+    value = weight(3, 6, 5).transpose(1, 2)
+    wanted = round_weight(value.contiguous(), Format.parse("i8/ch"), "rtn", name="w")
+    assert torch.equal(round_in_parts(value, wanted.format, "rtn", name="w", elements=4).data, wanted.data)
+
+
+def test_the_best_clip_of_parts_is_not_worse() -> None:
+    value, form = weight(16, 8), Format.parse("i3/ch")
+
+    def error(found: Tensor) -> float:
+        return float((found - value).square().sum())
+
+    whole, parts = (round_in_parts(value, form, "mse", name="w", elements=n).dequantize() for n in (1000, 16))
+    plain = round_in_parts(value, form, "rtn", name="w", elements=16).dequantize()
+    assert error(parts) <= error(whole) * 1.0001 < error(plain)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_bad_values_are_refused_by_name(bad: float) -> None:
+    value = weight(4, 4)
+    value[2, 1] = bad
+    with pytest.raises(ValueError, match=r"'layer\.w'"):
+        check_finite(value, "layer.w")
+    with pytest.raises(ValueError, match=r"'layer\.w'"):
+        round_in_parts(value, Format.parse("i8/ch"), "rtn", name="layer.w", elements=4)
+
+
+def test_good_values_are_taken() -> None:
+    for value in (weight(4, 4), weight(0, 4), torch.tensor(3.0e38), weight(4).to(torch.bfloat16)):
+        check_finite(value, "w")
