@@ -1,8 +1,8 @@
 """qfx quantizes PyTorch transformers as a compiler: one graph, formats on its nodes, several backends, nothing silent.
 
-    torch.compile(model, backend="qfx")                              # no data needed
-    qfx.quantize(model, "w8a8-smooth", data=batches)                 # calibrated, in place
-    qfx.report(model).show()                                         # what really runs, node by node
+torch.compile(model, backend="qfx")                              # no data needed
+qfx.quantize(model, "w8a8-smooth", data=batches)                 # calibrated, in place
+qfx.report(model).show()                                         # what really runs, node by node
 """
 
 from __future__ import annotations
@@ -34,4 +34,3 @@ __all__ = [
     "report",
     "save",
 ]
-
