@@ -18,18 +18,23 @@ from qfx.passes.rewrites import MODULES, apply_record
 from qfx.plan import Plan
 from qfx.recipe import DATA_REWRITES
 
+_ORDER = ("untie", "norm-fold", "v-o", "up-down", "smooth")
+
 
 def transform(
     gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], *, undivided: Collection[str] = (),
     progress: bool = True,
 ) -> list[Note]:  # fmt: skip
-    """Apply the rewrites of `plan.recipe` to `gm` in their order and record them in `plan`.
+    """Apply the rewrites of `plan.recipe` to `gm` and record them in `plan`.
+
+    Their order is always the same: what separates weights and norms first, then factors that another weight takes up,
+    and last those for which an input may have to be divided.
 
     batches: the graph's inputs, for rewrites that choose factors by what they see. undivided: linears whose input the
     live module cannot divide. Returns what could not be rewritten.
     """
     notes: list[Note] = []
-    for name in plan.recipe.rewrites:
+    for name in sorted(plan.recipe.rewrites, key=_ORDER.index):
         if name in DATA_REWRITES:
             notes += _smooth(gm, plan, name, batches, undivided, progress=progress)
         else:

@@ -1,0 +1,96 @@
+"""qfx.inputs: example inputs of transformers models by what their class and configuration say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qfx.inputs import example_inputs, need_inputs, without_cache
+from tests.zoo import ZOO
+
+EXPECTED: dict[str, dict[str, tuple[int, ...]]] = {
+    "bert": {"input_ids": (2, 16)},
+    "gpt2": {"input_ids": (2, 16)},
+    "t5": {"input_ids": (2, 16), "decoder_input_ids": (2, 16)},
+    "bart": {"input_ids": (2, 16), "decoder_input_ids": (2, 16)},
+    "vit": {"pixel_values": (2, 3, 32, 32)},
+    "clip": {"pixel_values": (2, 3, 32, 32), "input_ids": (2, 16)},
+    "whisper": {"input_features": (2, 16, 40), "decoder_input_ids": (2, 16)},
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_shapes(name: str) -> None:
+    found = example_inputs(ZOO[name]()[0])
+    assert found is not None
+    assert {k: tuple(v.shape) for k, v in found.items() if k != "use_cache"} == EXPECTED[name]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*EXPECTED, "llama", "mixtral", "gemma2", "phi3", "bloom"])
+def test_the_models_take_them(name: str) -> None:
+    model, _ = ZOO[name]()
+    found = example_inputs(model)
+    assert found is not None
+    model(**found)
+
+
+def test_they_are_always_the_same_and_use_up_no_random_numbers() -> None:
+    model, _ = ZOO["clip"]()
+    state = torch.random.get_rng_state()
+    first, second = example_inputs(model), example_inputs(model)
+    assert first is not None and second is not None
+    assert all(torch.equal(first[k], second[k]) for k in first if isinstance(first[k], torch.Tensor))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_dtypes_follow_the_model() -> None:
+    found = example_inputs(ZOO["clip"]()[0].to(torch.bfloat16))
+    assert found is not None
+    assert found["pixel_values"].dtype == torch.bfloat16 and found["input_ids"].dtype == torch.int64
+
+
+def test_short_positions_and_small_vocabularies() -> None:
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=5,
+    )  # fmt: skip
+    model = transformers.BertModel(config).eval()
+    found = example_inputs(model)
+    assert found is not None and found["input_ids"].shape == (2, 5) and int(found["input_ids"].max()) < 4
+    model(**found)
+
+
+def test_sound_models() -> None:
+    import transformers
+
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(8, 8),
+        conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    found = example_inputs(transformers.Wav2Vec2Model(config))
+    assert found is not None and list(found) == ["input_values"] and found["input_values"].dim() == 2
+
+
+class Cached(nn.Module):
+    """Takes use_cache."""
+
+    def forward(self, x: torch.Tensor, use_cache: bool = True) -> torch.Tensor:
+        return x
+
+
+def test_no_cache_is_asked_for_where_there_is_one() -> None:
+    given: dict[str, Any] = {"x": 1, "use_cache": True}
+    assert without_cache(Cached(), given) == {"x": 1, "use_cache": False} and given["use_cache"]
+    assert without_cache(nn.Linear(1, 1), {"input": 1}) == {"input": 1}
+
+
+def test_other_models_are_not_guessed() -> None:
+    assert example_inputs(nn.Linear(2, 2)) is None
+    assert "data=[batch]" in str(need_inputs(nn.Linear(2, 2)))
