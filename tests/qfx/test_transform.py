@@ -23,6 +23,7 @@ DATA = {"smooth", "v-o", "up-down"}
 pytestmark = pytest.mark.filterwarnings("ignore::qfx.QfxWarning")
 
 
+@torch.no_grad()
 def error(wanted: list[Tensor], found: list[Tensor]) -> float:
     return max(float((a - b).norm() / a.norm()) for a, b in zip(wanted, found, strict=True))
 
