@@ -83,12 +83,12 @@ def test_reasons() -> None:
     gm = quantized(capture(Tied(), IDS), fc="w=i8/ch", embed="w=i8/ch")
     embed, fc, head = rows(gm, Note("fc", "runs in torch", "nothing"), Note("other", "is elsewhere", "nothing"))
     assert (embed.reason, fc.reason, head.reason) == ("", "runs in torch", "")
-    assert (embed.quantized, fc.quantized, head.quantized) == (True, False, False)
+    assert (embed.quantized, fc.quantized, head.quantized) == (True, True, False)  # fc is packed, wherever it runs
     minor, major = Note("fc", "takes longer", "nothing", minor=True), Note("fc", "runs in torch", "nothing")
     found = {row.node: row for row in rows(gm, minor)}["fc"]
     assert found.reason == "takes longer" and found.quantized
     found = {row.node: row for row in rows(gm, minor, major)}["fc"]
-    assert found.reason == "runs in torch" and not found.quantized
+    assert found.reason == "runs in torch" and found.quantized
 
 
 WORK: dict[str, tuple[Any, tuple[int, ...], int]] = {  # of x [2, 4, 12] with a weight
