@@ -23,6 +23,7 @@ test-all: $(VENV)/.dev ## all tests
 
 bench: $(VENV)/.dev ## the benchmarks (nothing else should run meanwhile)
 	$(VENV)/bin/python examples/benchmarks/encoder.py
+	$(VENV)/bin/python examples/benchmarks/quantize_cost.py
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(VENV)/bin/ruff check .

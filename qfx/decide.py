@@ -53,7 +53,8 @@ def decide(
     said: list[Note] = []
     if recipe.rewrites or calls:
         flat = [captured.flatten(a, k if a else without_cache(model, k)) for a, k in calls]
-        notes += transform(gm, made, flat, undivided=_undivided(model, made), progress=progress)
+        undivided = _undivided(model, made) if "smooth" in recipe.rewrites else set()
+        notes += transform(gm, made, flat, undivided=undivided, progress=progress)
         said = _scales(gm, made, flat, progress=progress) if recipe.needs_data else []
         if calls:
             made.sensitivities["sqnr_db"] = _errors(gm, made, flat[0])

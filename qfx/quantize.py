@@ -59,7 +59,8 @@ def quantize(
 
     Linear layers, embeddings, patch convolutions and expert weights become packed; norms are folded where the recipe
     rewrites. generate(), state_dict(), deepcopy() and torch.compile(backend="qfx") go on working. Errors come before
-    anything is changed. See `plan` for the arguments.
+    anything is changed; only an interrupt while weights are written leaves some of them packed. See `plan` for the
+    arguments.
     """
     if isinstance(recipe, Plan):
         _check_model(model)
