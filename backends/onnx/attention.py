@@ -8,6 +8,7 @@ import torch
 
 from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.math import Emit
+from qfx.backends.onnx.packed_attention import packed_attention
 from qfx.backends.onnx.values import Dim, Value
 
 _LOWEST = torch.finfo(torch.float32).min
@@ -21,6 +22,9 @@ def sdpa(
     if dropout:
         raise NotImplementedError("attention dropout")
     scale = _scale_of(q) if scale is None else float(scale)
+    packed = packed_attention(b, mask, is_causal, scale)
+    if packed is not None:
+        return packed
     scores = _scores(b, q, k, scale)
     bias, keep = _bias(b, scores, mask, is_causal)
     if bias is not None:

@@ -24,6 +24,7 @@ from qfx.graph import fqn_of, get_tensor
 OPSET = 21
 MICROSOFT = "com.microsoft"
 _INLINE_BYTES = 1024
+_COMPARED_BYTES = 64 * 1024
 
 
 class Builder:
@@ -41,6 +42,9 @@ class Builder:
         self.symbols = Symbols(self)
         self.node: fx.Node | None = None
         self.memo: dict[Any, Any] = {}
+        # A value under another view: (name of the view, permutation or shape that takes it back) -> the value.
+        self.views: dict[tuple[str, tuple[Any, ...]], Value] = {}
+        self.fused: dict[str, str] = {}  # FX node -> the FX node whose kernel computes it as well
         self._constants: dict[tuple[Any, ...], Value] = {}
         self._weights: dict[Any, Value] = {}
         self._counts: dict[str, int] = {}
@@ -119,6 +123,9 @@ class Builder:
             return self._weights[key]
         data = tensor.detach()
         data = data.to(computed(data.dtype)).contiguous()
+        same = _content(data)
+        if same in self._weights:  # scales of linears with one input, and other small tensors, once
+            return self._weights[same]
         name = self._unique(name)
         if data.numel() * data.element_size() <= _INLINE_BYTES:
             array = data.cpu().numpy()
@@ -130,6 +137,8 @@ class Builder:
             self.external[name] = data
         value = Value(name, data.dtype, tuple(data.shape))
         self._weights[key] = value
+        if same is not None:
+            self._weights[same] = value
         return value
 
     def derived(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Value:
@@ -204,6 +213,10 @@ class Builder:
             return fake
         return self.values[node]
 
+    def has(self, node: fx.Node) -> bool:
+        """Is the node's value at hand in this stage?"""
+        return node in self.values
+
     @property
     def out(self) -> Any:
         """The fake result of the node being lowered."""
@@ -230,6 +243,13 @@ class Builder:
         """Tell the user how the node being lowered is computed, where its result is as asked all the same."""
         assert self.node is not None
         self.notes.append(Note(fqn_of(self.node), reason, next_step, source_line(self.node) or "", minor=True))
+
+
+def _content(data: Tensor) -> tuple[Any, ...] | None:
+    """What a small tensor holds; None for a large one."""
+    if data.numel() * data.element_size() > _COMPARED_BYTES or data.device.type != "cpu":
+        return None
+    return (data.dtype, tuple(data.shape), data.view(torch.uint8).numpy().tobytes() if data.dim() else data.item())
 
 
 _ELEMENTWISE = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
@@ -32,6 +32,7 @@ class StageModel:
 
     inputs: nodes, in the order of the model's inputs. sizes: further integer inputs after them.
     outputs: the nodes whose values the model's outputs are. in_place: outputs that may be written into an input.
+    fused: nodes that the kernel of another node computes as well, by their names.
     """
 
     model: onnx.ModelProto
@@ -41,6 +42,7 @@ class StageModel:
     outputs: list[fx.Node]
     notes: list[Note]
     in_place: dict[int, int]
+    fused: dict[str, str] = field(default_factory=dict)
 
 
 class _StandIn(Builder):
@@ -118,6 +120,7 @@ def build_stage(gm: fx.GraphModule, stage: Stage, carriers: dict[sympy.Symbol, S
         outputs=list(stage.outputs),
         notes=b.notes,
         in_place=in_place(gm, stage.inputs, stage.outputs),
+        fused=b.fused,
     )
 
 

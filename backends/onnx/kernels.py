@@ -27,6 +27,7 @@ _MAIN = {
     "FusedGemm": "f32",
     "Conv": "f32",
     "FusedConv": "f32",
+    "QAttention": "u8 x s8, attention f32",
     "MultiHeadAttention": "f32",
     "GroupQueryAttention": "f32",
 }
@@ -49,6 +50,8 @@ def executed_kernels(built: StageModel, names: list[str]) -> dict[str, str]:
             main[owner].append(f"{node.op_type} {_MAIN[node.op_type]}")
         elif node.op_type == "Gather" and node.input[0] in integers:
             main[owner].append("Gather int8")
+    for name, owner in built.fused.items():
+        main[name] = main[name] or main[owner]
     return {name: _text(main[name] or found[name]) for name in names}
 
 

@@ -30,6 +30,9 @@ class Weight:
     @classmethod
     def of(cls, b: Builder, nodes: Sequence[Any], fmt: Format, k: Dim) -> Weight:
         """From the arguments (codes, scale, zero), which must be the model's own tensors."""
+        codes = nodes[0]
+        if not isinstance(k, int) and fmt.bits == 8 and isinstance(codes, fx.Node) and codes.op == "get_attr":
+            k = b.tensor(codes).shape[-1]  # the input was traced with a symbolic size that can only be this one
         if not isinstance(k, int):
             raise NotImplementedError("a packed weight with a size that is not a number")
         for node in nodes:

@@ -22,7 +22,7 @@ def axis_of(dim: int, rank: int) -> int:
 
 def view(b: Builder, x: Value, *_: Any, **__: Any) -> Value:
     """Any operator whose result has the same elements in the same order: a Reshape to the shape that torch found."""
-    return b.reshape(x, b.out_dims)
+    return b.views.get((x.name, b.out_dims)) or b.reshape(x, b.out_dims)
 
 
 def identity(b: Builder, x: Value, *_: Any, **__: Any) -> Value:
@@ -49,7 +49,7 @@ def transpose(b: Builder, x: Value, first: int, second: int) -> Value:
     order = list(range(x.rank))
     first, second = axis_of(first, x.rank), axis_of(second, x.rank)
     order[first], order[second] = order[second], order[first]
-    return b.op("Transpose", x, perm=order)
+    return b.views.get((x.name, tuple(order))) or b.op("Transpose", x, perm=order)
 
 
 def transpose_last(b: Builder, x: Value) -> Value:
