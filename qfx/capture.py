@@ -32,6 +32,7 @@ class Captured:
     scalars: flat index -> value that the graph was specialised on; a caller must retrace when it changes.
     mutations: output index -> flat index of the argument to copy it into. These outputs come first.
     spec: how (args, kwargs) flatten, for torch.export's door.
+    outputs: the outputs' names, for torch.export's door: fields, keys and positions joined by dots.
     """
 
     gm: fx.GraphModule
@@ -41,6 +42,7 @@ class Captured:
     scalars: dict[int, float] = field(default_factory=dict)
     mutations: dict[int, int] = field(default_factory=dict)
     spec: pytree.TreeSpec | None = None
+    outputs: tuple[str, ...] = ()
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The graph's inputs, in placeholder order, from a call `model(*args, **kwargs)` (torch.export's door)."""
@@ -80,13 +82,13 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], live: Coll
     of one call. Raises UnsupportedError where a placeholder carries no example value.
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    fakes = [_fake_of(n) for n in placeholders]
+    fakes = [example_of(n) for n in placeholders]
     static, base = _static(gm, example_inputs)
     scalars = {i: float(v) for i, v in enumerate(example_inputs) if _is_wrapped_scalar(placeholders[i], v)}
     traced, mutated = retrace(gm, fakes, {placeholders[i].name: v for i, v in scalars.items()})
     names = {i: name for i, name in static.items() if i not in mutated and i not in live}
     inputs = {
-        i: re.sub(r"\W", "_", static[i]) if i in static else _input_name(_source(n), n.name)
+        i: re.sub(r"\W", "_", static[i]) if i in static else _input_name(source_of(n), n.name)
         for i, n in enumerate(placeholders)
         if i not in names
     }
@@ -139,7 +141,28 @@ def capture_export(
         inputs=tuple(i - first for i in captured.inputs),
         mutations={o: i - first for o, i in captured.mutations.items()},
         spec=ep.call_spec.in_spec,
+        outputs=_output_names(ep.call_spec.out_spec),
     )
+
+
+def _output_names(spec: pytree.TreeSpec | None) -> tuple[str, ...]:
+    """A name for each flat output: `logits`, `hidden_states.0`, `output` where there is only one."""
+    if spec is None:
+        return ()
+    found: dict[int, str] = {}
+
+    def visit(value: Any, path: tuple[str, ...]) -> None:
+        if isinstance(value, int):
+            found[value] = ".".join(path) or "output"
+        elif isinstance(value, Mapping):
+            for key, one in value.items():
+                visit(one, (*path, str(key)))
+        else:
+            for i, one in enumerate(value if isinstance(value, list | tuple) else pytree.tree_leaves(value)):
+                visit(one, (*path, str(i)) if path else (f"output_{i}",))
+
+    visit(pytree.tree_unflatten(list(range(spec.num_leaves)), spec), ())
+    return tuple(found[i] for i in range(spec.num_leaves))
 
 
 def _normal(
@@ -184,14 +207,28 @@ def _normal(
     )
 
 
-def _fake_of(node: fx.Node) -> Any:
+_SOURCE = "qfx_source"
+
+
+def example_of(node: fx.Node) -> Any:
+    """The example value of a graph input. Raises UnsupportedError where there is none."""
     value = node.meta.get("example_value", node.meta.get("val"))
     if value is None:
         raise UnsupportedError(f"expected an example value on graph input {node.name!r}, found none")
     return value
 
 
-def _source(node: fx.Node) -> str:
+def keep_sources(gm: fx.GraphModule) -> None:
+    """Keep what `source_of` reads, which Dynamo takes away once it has compiled the graph."""
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            node.meta[_SOURCE] = source_of(node)
+
+
+def source_of(node: fx.Node) -> str:
+    """The expression by which Dynamo found a graph input; "" where it is not known."""
+    if _SOURCE in node.meta:
+        return str(node.meta[_SOURCE])
     argument = node.meta.get("grapharg")
     source = getattr(argument, "source", None)
     name = getattr(source, "name", "")
@@ -215,7 +252,7 @@ def _static(gm: fx.GraphModule, examples: Sequence[Any]) -> tuple[dict[int, str]
     """`static_names`, and the expression of the module that holds them all ("" where there are several)."""
     found: dict[int, tuple[str, str, str]] = {}
     for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
-        source = _source(node)
+        source = source_of(node)
         match = _STATIC.match(source)
         if match is None and not isinstance(examples[i], nn.Parameter):
             continue

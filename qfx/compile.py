@@ -6,14 +6,15 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from qfx import frame, graph, names, sqnr
-from qfx.capture import static_names
-from qfx.errors import Note, explain, warn
+from qfx.capture import keep_sources, static_names
+from qfx.errors import Note, UnsupportedError, explain, warn
 from qfx.frame import Frame
 from qfx.modules import quantized_parts
 from qfx.names import Translation
@@ -22,6 +23,7 @@ from qfx.pipeline import apply_plan, told
 from qfx.records import GraphRecord, all_records, remember
 from qfx.rows import Row, graph_rows
 from qfx.template import State, Template
+from qfx.warm import Entry, Found, Storing, Warm
 
 _MOST_SCALARS = 8  # graphs kept for different values of Python floats
 
@@ -62,7 +64,7 @@ class Built:
     def run(self, template: Template, args: Sequence[Any]) -> tuple[Any, ...]:
         """Outputs for Dynamo's flat arguments; those that the graph changes are changed."""
         outputs = self.lowered(*template.inputs(args))
-        mutations = template.captured.mutations
+        mutations = template.interface.mutations
         if mutations:
             with torch.no_grad():
                 for output, i in mutations.items():
@@ -88,9 +90,11 @@ class CompiledGraph:
         self._options = options
         self._asked = asked
         self._lock = threading.RLock()
+        keep_sources(gm)
         self._statics = static_names(gm, example_inputs)
         self._templates: dict[tuple[float, ...], Template] = {}
         self._scalars: tuple[int, ...] = ()
+        self._warm = Warm(gm, options, self._statics)
         self._broken: Built | None = None  # set where the graph itself, whatever its weights, cannot be had
         self.untouched = self._make(example_inputs, at)[1].lowered is None
 
@@ -124,9 +128,16 @@ class CompiledGraph:
     def _make(self, args: Sequence[Any], at: Frame) -> tuple[Template | None, Built]:
         template = state = None
         try:
-            template = self._template(args)
+            live = self._live(args)
+            before = State.of([args[i] for i in self._statics])
+            key, found = self._stored(args, at, live)
+            template = self._template(args, live, found)
             state = State.of(template.weights(args))
-            built = self._build(template, args, at)
+            built = None
+            if found is not None and before == State.of([args[i] for i in self._statics]):
+                built = self._reopened(found, args, at)
+            if built is None:
+                built = self._build(template, args, at, key)
         except Exception as error:
             if self._options.strict or isinstance(error, ValueError):
                 raise
@@ -137,34 +148,81 @@ class CompiledGraph:
             template.keep(args, state, built)
         return template, built
 
-    def _template(self, args: Sequence[Any]) -> Template:
+    def _live(self, args: Sequence[Any]) -> set[int]:
+        """Indices of buffers that are inputs, since their values change from call to call."""
+        live = {i for t in self._templates.values() for i in t.live}
+        template = self._templates.get(self._values(args))
+        return live if template is None else live | template.newly_live(args)
+
+    def _template(self, args: Sequence[Any], live: set[int], found: Found | None) -> Template:
         """The graph for these arguments without weights; captured anew for other scalars and for changing buffers."""
         template = self._templates.get(self._values(args))
-        live = {i for t in self._templates.values() for i in t.live}
-        if template is not None:
-            live |= template.newly_live(args)
-            if template.fits(args) and live == template.live:
-                return template
-        template = Template.of(self._source, args, live)
-        self._scalars = tuple(template.captured.scalars)
+        if template is not None and template.fits(args) and live == template.live:
+            return template
+        if found is not None:
+            template = Template.known(self._source, live, found.entry.interface, found.entry.prepared)
+        else:
+            template = Template.of(self._source, args, live)
+        self._scalars = tuple(template.interface.scalars)
         while len(self._templates) >= _MOST_SCALARS:
             del self._templates[next(iter(self._templates))]
         self._templates[self._values(args)] = template
         return template
 
-    def _build(self, template: Template, args: Sequence[Any], at: Frame) -> Built:
+    def _stored(self, args: Sequence[Any], at: Frame, live: set[int]) -> tuple[str | None, Found | None]:
+        """The key on disk, and what is kept under it."""
+        key = self._warm.key(args, live, self._translation(args, at), packed=self._is_packed(at))
+        return key, self._warm.find(key)
+
+    def _reopened(self, found: Found, args: Sequence[Any], at: Frame) -> Built | None:
+        """What was built before, perhaps by another process; None where its files cannot be run."""
+        lowered = self._warm.reopen(found)
+        if lowered is None:
+            return None
+        entry = found.entry
+        notes = [*entry.prepared, *self._lacking(at), *entry.notes]
+        self._tell(notes, at)
+        return Built(lowered, self._record(args, at, entry.rows, notes), self._translation(args, at))
+
+    def _build(self, template: Template, args: Sequence[Any], at: Frame, key: str | None) -> Built:
         translation = self._translation(args, at)
         gm = template.with_weights(args, translation)
-        notes = [*template.notes, *self._lacking(at), *self._quantize(gm, at)]
-        lowered = lower(gm, self._options.backend, strict=self._options.strict)
-        notes += lowered.notes
-        self._tell(notes, at)
-        rows = graph_rows(gm, lowered.kernels, notes)
-        return Built(lowered, self._record(args, at, rows, notes), translation)
+        lacking = self._lacking(at)
+        notes = self._quantize(gm, at)
+        with self._warm.storing(key) as storing:
+            lowered, saved = self._lowered(gm, storing)
+            notes += lowered.notes
+            all_notes = [*template.notes, *lacking, *notes]
+            self._tell(all_notes, at)
+            rows = graph_rows(gm, lowered.kernels, all_notes)
+            program = getattr(lowered, "stored", None) if saved else None
+            if storing is not None and program is not None:
+                entry = Entry(template.interface, template.notes, tuple(notes), tuple(rows), program)
+                found = self._warm.kept(entry, storing)
+                lowered = (found and self._warm.reopen(found)) or lowered
+        return Built(lowered, self._record(args, at, rows, all_notes), translation)
+
+    def _lowered(self, gm: fx.GraphModule, storing: Storing | None) -> tuple[Any, bool]:
+        """Lowered, and whether its models are saved; where the disk refuses them, it is lowered all the same."""
+        name, strict = self._options.backend, self._options.strict
+        if storing is None:
+            return lower(gm, name, strict=strict), False
+        try:
+            return lower(gm, name, strict=strict, folder=storing.folder), True
+        except RuntimeError as error:
+            if isinstance(error, UnsupportedError):
+                raise
+            lowered = lower(gm, name, strict=strict)
+            storing.cache.unusable(error)
+            return lowered, False
+
+    def _is_packed(self, at: Frame) -> bool:
+        """Whether the model holds parts that qfx.quantize quantized."""
+        return at.root is not None and bool(quantized_parts(at.root))
 
     def _quantize(self, gm: fx.GraphModule, at: Frame) -> list[Note]:
         """By the plan or recipe. A model that qfx.quantize quantized keeps what it left in float, unless asked."""
-        if self._options.default and at.root is not None and quantized_parts(at.root):
+        if self._options.default and self._is_packed(at):
             return []
         return apply_plan(gm, self._options.plan, self._options.recipe, strict=self._options.strict)
 
@@ -213,15 +271,18 @@ class CompiledGraph:
         told([n for n in notes if n not in said], strict=self._options.strict)
 
 
-def lower(gm: fx.GraphModule, name: str, *, strict: bool) -> Any:
-    """Lower a quantized graph with the backend of that name; "auto" is ONNX Runtime for graphs on the CPU."""
+def lower(gm: fx.GraphModule, name: str, *, strict: bool, folder: Path | None = None) -> Any:
+    """Lower a quantized graph with the backend of that name; "auto" is ONNX Runtime for graphs on the CPU.
+
+    folder: where ONNX Runtime saves its models.
+    """
     if name == "auto":
         devices = {v.device.type for v in map(graph.val, gm.graph.nodes) if isinstance(v, Tensor)}
         name = "onnx" if devices <= {"cpu", "meta"} else "reference"
     if name == "onnx":
         from qfx.backends import onnx
 
-        return onnx.lower(gm, strict=strict)
+        return onnx.lower(gm, strict=strict, folder=folder)
     from qfx.backends import reference
 
     return reference.lower(gm, strict=strict)

@@ -13,8 +13,17 @@ from qfx.plan import Plan
 from qfx.recipe import Recipe
 
 BACKENDS = ("auto", "onnx", "reference")
-KEYS = ("recipe", "plan", "strict", "backend")
-LATER = {"kv": "a quantized KV cache", "cache": "a cache of compiled artefacts on disk"}
+KEYS = ("recipe", "plan", "strict", "backend", "cache")
+LATER = {"kv": "a quantized KV cache"}
+CACHE_KEYS = ("folder", "max_bytes")
+
+
+@dataclass(frozen=True)
+class CacheAt:
+    """folder: None is the default one. max_bytes: None is the default."""
+
+    folder: Path | None = None
+    max_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,8 @@ class Options:
     """recipe: what to do with a float model. plan: formats and scales decided before (instead of a recipe).
 
     strict: raise where a node does not get what was asked. backend: "auto" (ONNX Runtime on CPU), "onnx", "reference".
-    default: neither recipe nor plan was given, so that a model quantized before runs as it is.
+    default: neither recipe nor plan was given, so that a model quantized before runs as it is. cache: where sessions
+    are kept for the next process; True is the default place, False is nowhere.
     """
 
     recipe: Recipe
@@ -30,6 +40,7 @@ class Options:
     strict: bool = False
     backend: str = "auto"
     default: bool = True
+    cache: CacheAt | bool = True
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -48,7 +59,8 @@ class Options:
             )
         recipe = plan.recipe if plan is not None else _recipe(given.get("recipe", "w8a8"))
         default = plan is None and "recipe" not in given
-        return cls(recipe, plan, _flag(given.get("strict", False)), _backend(given.get("backend", "auto")), default)
+        strict, backend = _flag(given.get("strict", False)), _backend(given.get("backend", "auto"))
+        return cls(recipe, plan, strict, backend, default, _cache(given.get("cache", True)))
 
 
 def _checked(options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -120,3 +132,24 @@ def _backend(name: object) -> str:
             )
         )
     return str(name)
+
+
+def _cache(given: Any) -> CacheAt | bool:
+    """True, False, a folder, or {"folder": ..., "max_bytes": ...}."""
+    if isinstance(given, bool):
+        return given
+    if isinstance(given, str | os.PathLike) and os.fspath(given):
+        return CacheAt(Path(given).expanduser())
+    if isinstance(given, Mapping) and set(given) <= set(CACHE_KEYS):
+        folder, most = given.get("folder"), given.get("max_bytes")
+        is_size = most is None or (isinstance(most, int) and not isinstance(most, bool) and most > 0)
+        if is_size and isinstance(folder, str | os.PathLike | None):
+            return CacheAt(None if folder is None else Path(folder).expanduser(), most)
+    raise ValueError(
+        explain(
+            "option 'cache' says where compiled sessions are kept",
+            expected="True, False, a folder, or {'folder': a folder, 'max_bytes': a positive int}",
+            found=repr(given),
+            next_step="give one of these, or leave it out",
+        )
+    )

@@ -5,8 +5,8 @@ with (layers that share their forward, deep copies, swapped parameters).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -53,29 +53,62 @@ class _Entry:
     weights: tuple[weakref.ref[Tensor], ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Template:
-    """captured: the prepared graph, whose weights have no content. notes: what preparing had to say. watched: indices
-    of all weights among the caller's arguments. live: indices of buffers that are inputs, since their values change.
+@dataclass(frozen=True)
+class Interface:
+    """How a graph of Dynamo's is fed, apart from the graph itself: see `Captured` for all but the last two.
+
+    watched: indices of all weights among the caller's arguments. plain: those of buffers that no linear-like node reads
+    as its weight.
     """
 
-    captured: Captured
-    notes: tuple[Note, ...]
+    inputs: tuple[int, ...]
+    params: Mapping[str, int]
+    tied: Mapping[int, str]
+    scalars: Mapping[int, float]
+    mutations: Mapping[int, int]
     watched: tuple[int, ...]
+    plain: frozenset[int]
+
+    @classmethod
+    def of(cls, captured: Captured, statics: Collection[int], args: Sequence[Any], live: Collection[int]) -> Interface:
+        """That of a captured and prepared graph; statics: indices of all parameters and buffers."""
+        changing = {*captured.mutations.values(), *live}
+        watched = tuple(i for i in statics if i not in changing)
+        feeds = {f.name: getattr(captured, f.name) for f in fields(cls) if hasattr(captured, f.name)}
+        return cls(**feeds, watched=watched, plain=_plain_buffers(captured, watched, args))
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """interface: how the graph is fed. notes: what preparing had to say. live: indices of buffers that are inputs,
+    since their values change. traced: the prepared graph, whose weights have no content, from the caller's arguments.
+    """
+
+    interface: Interface
+    notes: tuple[Note, ...]
     live: frozenset[int]
     weights: Picker = field(repr=False)
+    traced: Callable[[Sequence[Any]], fx.GraphModule] = field(repr=False)
     _entries: dict[Key, _Entry] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, gm: fx.GraphModule, args: Sequence[Any], live: Collection[int] = ()) -> Template:
         """Capture and prepare a graph of Dynamo's. Raises what capture and the passes raise."""
-        captured = capture_dynamo(gm, args, live)
-        notes = prepare(captured.gm)
-        for fqn, i in captured.params.items():
-            graph.set_tensor(captured.gm, fqn, torch.empty(args[i].shape, dtype=args[i].dtype, device="meta"))
-        changing = {*captured.mutations.values(), *live}
-        watched = tuple(i for i in static_names(gm, args) if i not in changing)
-        return cls(captured, tuple(notes), watched, frozenset(live), _picker(watched))
+        captured, notes = _captured(gm, args, live)
+        interface = Interface.of(captured, static_names(gm, args), args, live)
+        return cls(interface, tuple(notes), frozenset(live), _picker(interface.watched), lambda _: captured.gm)
+
+    @classmethod
+    def known(cls, gm: fx.GraphModule, live: Collection[int], interface: Interface, notes: Sequence[Note]) -> Template:
+        """What `of` gives, where interface and notes are known already: the graph is captured when it is needed."""
+        found: list[fx.GraphModule] = []
+
+        def traced(args: Sequence[Any]) -> fx.GraphModule:
+            if not found:
+                found.append(_captured(gm, args, live)[0].gm)
+            return found[0]
+
+        return cls(interface, tuple(notes), frozenset(live), _picker(interface.watched), traced)
 
     def find(self, args: Sequence[Any]) -> Any:
         """What was kept for the weights among these arguments, None where there is nothing or they changed since."""
@@ -99,14 +132,14 @@ class Template:
 
     def inputs(self, args: Sequence[Any]) -> list[Any]:
         """The graph's inputs, in the order of its placeholders."""
-        return [args[i] for i in self.captured.inputs]
+        return [args[i] for i in self.interface.inputs]
 
     def with_weights(self, args: Sequence[Any], translation: Translation) -> fx.GraphModule:
         """The graph with its own nodes, holding the caller's weights under translated names (no copies)."""
-        gm = graph.copy(self.captured.gm)
+        gm = graph.copy(self.traced(args))
         for node in gm.graph.nodes:
             node.meta["qfx_module"] = translation(str(node.meta.get("qfx_module", "")))
-            index = self.captured.params.get(str(node.target)) if node.op == "get_attr" else None
+            index = self.interface.params.get(str(node.target)) if node.op == "get_attr" else None
             if index is not None:
                 node.target = translation(str(node.target))
                 graph.set_tensor(gm, node.target, args[index])
@@ -115,8 +148,8 @@ class Template:
 
     def fits(self, args: Sequence[Any]) -> bool:
         """Whether weights that shared memory when they were captured still do."""
-        shared = self.captured.tied.items()
-        return all(args[i].data_ptr() == args[self.captured.params[fqn]].data_ptr() for i, fqn in shared)
+        shared, params = self.interface.tied.items(), self.interface.params
+        return all(args[i].data_ptr() == args[params[fqn]].data_ptr() for i, fqn in shared)
 
     def newly_live(self, args: Sequence[Any]) -> set[int]:
         """Buffers that alone changed since the last time and that could be inputs as well; else nothing."""
@@ -127,17 +160,27 @@ class Template:
         now = State.of(self.weights(args))
         changed = {
             i
-            for i, (ref, *old), *new in zip(self.watched, before, now.versions, now.places, strict=True)
+            for i, (ref, *old), *new in zip(self.interface.watched, before, now.versions, now.places, strict=True)
             if ref() is not args[i] or old != new
         }
-        return changed if changed <= self._plain_buffers(args) else set()
+        return changed if changed <= self.interface.plain else set()
 
-    def _plain_buffers(self, args: Sequence[Any]) -> set[int]:
-        """Indices of buffers that no linear-like node reads as its weight."""
-        names = {**{i: fqn for fqn, i in self.captured.params.items()}, **self.captured.tied}
-        nodes = {str(n.target): n for n in self.captured.gm.graph.nodes if n.op == "get_attr"}
-        plain = {i for i in self.watched if not isinstance(args[i], nn.Parameter) and names.get(i) in nodes}
-        return {i for i in plain if not _is_weight(nodes[names[i]])}
+
+def _captured(gm: fx.GraphModule, args: Sequence[Any], live: Collection[int]) -> tuple[Captured, list[Note]]:
+    """The graph in normal form, its weights without content, and what preparing it had to say."""
+    captured = capture_dynamo(gm, args, live)
+    notes = prepare(captured.gm)
+    for fqn, i in captured.params.items():
+        graph.set_tensor(captured.gm, fqn, torch.empty(args[i].shape, dtype=args[i].dtype, device="meta"))
+    return captured, notes
+
+
+def _plain_buffers(captured: Captured, watched: Sequence[int], args: Sequence[Any]) -> frozenset[int]:
+    """Indices of buffers that no linear-like node reads as its weight."""
+    names = {**{i: fqn for fqn, i in captured.params.items()}, **captured.tied}
+    nodes = {str(n.target): n for n in captured.gm.graph.nodes if n.op == "get_attr"}
+    plain = {i for i in watched if not isinstance(args[i], nn.Parameter) and names.get(i) in nodes}
+    return frozenset(i for i in plain if not _is_weight(nodes[names[i]]))
 
 
 def _picker(indices: Sequence[int]) -> Picker:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,11 +34,12 @@ def supports(node: fx.Node) -> str | None:
     return reason_against(owner, node)
 
 
-def lower(gm: fx.GraphModule, *, strict: bool = False) -> OnnxLowered:
+def lower(gm: fx.GraphModule, *, strict: bool = False, folder: Path | None = None) -> OnnxLowered:
     """Lower a graph in normal form to ONNX Runtime on the CPU.
 
     Operators without an ONNX form are decomposed into simpler ones; what then has none still runs in torch between ONNX
-    sessions, with a note each. Raises UnsupportedError for these where `strict`.
+    sessions, with a note each. Raises UnsupportedError for these where `strict`. folder: where to save the optimized
+    models (see `stored`).
     """
     _check_devices(gm)
     gm = _copied(gm)
@@ -46,7 +48,7 @@ def lower(gm: fx.GraphModule, *, strict: bool = False) -> OnnxLowered:
         if strict and reasons:
             raise UnsupportedError(_refusal(reasons))
         try:
-            return OnnxLowered(gm, reasons)
+            return OnnxLowered(gm, reasons, folder)
         except SessionError as error:
             node = next((n for n in gm.graph.nodes if n.name == error.node and n not in reasons), None)
             if node is None:
@@ -87,7 +89,7 @@ class OnnxLowered:
     notes: what runs otherwise than the graph says.
     """
 
-    def __init__(self, gm: fx.GraphModule, eager: dict[fx.Node, str]) -> None:
+    def __init__(self, gm: fx.GraphModule, eager: dict[fx.Node, str], folder: Path | None = None) -> None:
         self.notes = [Note(fqn_of(n), f"runs in torch: {why}", _NEXT, source_line(n) or "") for n, why in eager.items()]
         self._placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self._stages = stages_of(gm, set(eager))
@@ -101,7 +103,7 @@ class OnnxLowered:
                 continue
             built = self._models[i] = build_stage(gm, stage, carriers)
             self.notes += built.notes
-            self._steps.append(_onnx_step(built))
+            self._steps.append(_onnx_step(built, folder / str(i) if folder is not None else None))
         self._constants: Slots = {n: get_tensor(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"}
         self._outputs = list(_output_node(gm).args[0])  # type: ignore[arg-type]
         self.notes += _half_note(gm)
@@ -133,9 +135,34 @@ class OnnxLowered:
         return found
 
     @property
+    def stored(self) -> dict[str, Any] | None:
+        """What `stored.Stored` needs to run the saved models, as JSON; None where a part of the graph runs in torch."""
+        if any(stage.eager for stage in self._stages) or not all(map(_is_storable, self._outputs)):
+            return None
+        return {
+            "inputs": [n.name for n in self._placeholders],
+            "steps": [_stored_step(i, built) for i, built in self._models.items()],
+            "outputs": [[o.name] if isinstance(o, fx.Node) else o for o in self._outputs],
+        }
+
+    @property
     def models(self) -> list[StageModel]:
         """The ONNX models, in order of execution."""
         return list(self._models.values())
+
+
+def _is_storable(output: Any) -> bool:
+    return output.op != "get_attr" if isinstance(output, fx.Node) else output is None or isinstance(output, int)
+
+
+def _stored_step(i: int, built: StageModel) -> dict[str, Any]:
+    return {
+        "model": f"{i}.onnx",
+        "inputs": [n.name for n in built.inputs],
+        "sizes": [[n.name, axis] for n, axis in built.sizes],
+        "outputs": [[n.name, not isinstance(n.meta["val"], Tensor)] for n in built.outputs],
+        "in_place": sorted(built.in_place.items()),
+    }
 
 
 def _copied(gm: fx.GraphModule) -> fx.GraphModule:
@@ -161,20 +188,21 @@ def _keep_carriers(stages: Sequence[Stage], carriers: dict[Any, SizeOf]) -> None
                 stage.outputs.append(node)
 
 
-def _onnx_step(built: StageModel) -> Callable[[Slots], None]:
-    session = Session(built.model, built.weights, built.in_place)
+def _onnx_step(built: StageModel, save: Path | None) -> Callable[[Slots], None]:
+    session = Session(built.model, built.weights, built.in_place, save)
     integers = [not isinstance(n.meta["val"], Tensor) for n in built.outputs]
 
     def step(slots: Slots) -> None:
-        feeds = [_tensor(slots[n]) for n in built.inputs]
-        feeds += [_tensor(slots[n] if axis is None else slots[n].shape[axis]) for n, axis in built.sizes]
+        feeds = [as_tensor(slots[n]) for n in built.inputs]
+        feeds += [as_tensor(slots[n] if axis is None else slots[n].shape[axis]) for n, axis in built.sizes]
         for node, is_integer, value in zip(built.outputs, integers, session.run(feeds), strict=True):
             slots[node] = value.item() if is_integer else value
 
     return step
 
 
-def _tensor(value: Any) -> Tensor:
+def as_tensor(value: Any) -> Tensor:
+    """What a session takes for a tensor or a number."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, bool):

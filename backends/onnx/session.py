@@ -2,12 +2,18 @@
 
 Inputs are bound where they lie (made contiguous if they are not), weights above 1 KiB stay in torch's memory, outputs
 are handed over without a copy. Every call has its own binding, so calls may come from several threads.
+
+A session has as many threads as torch has at the call (torch.set_num_threads): where that changes, another session of
+the same model is made and kept beside the last one. A model that was saved is optimized already, and its weights are
+mapped from the file, most of them packed for the kernels: making a session of it copies little.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +25,14 @@ from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue as _OrtValue
 from torch import Tensor
 
 from qfx.backends.onnx.values import ONNX_TYPE
+from qfx.errors import warn
 
 # SkipLayerNormalization is slower on the CPU than Add and LayerNormalization. The second makes integer kernels of
 # DequantizeLinear and MatMul, with activations rounded to 8 bits: here the graph itself says where that shall happen.
 DISABLED = ["SkipLayerNormFusion", "QDQSelectorActionTransformer"]
 _ERROR = 3
+_PACKS_ALONE = ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MultiHeadAttention", "Gelu", "BiasGelu", "QuickGelu")
+_MOST = 2  # sessions of one model, for different numbers of threads
 
 
 def options(threads: int) -> Any:
@@ -53,44 +62,90 @@ class Session:
     """A model and the weights it uses, ready to run. `run` takes and gives torch tensors.
 
     in_place: outputs that are written into the memory of an input (see the file of that name) where it is contiguous.
+    save: where to write the optimized model, `<name>.onnx`, with its weights as the kernels want them, `<name>.data`.
     """
 
     def __init__(
-        self, model: onnx.ModelProto, weights: dict[str, Tensor], in_place: dict[int, int] | None = None
+        self,
+        model: onnx.ModelProto,
+        weights: dict[str, Tensor],
+        in_place: dict[int, int] | None = None,
+        save: Path | None = None,
     ) -> None:
-        self._in_place = in_place or {}
-        chosen = options(torch.get_num_threads())
-        if weights:
-            names = list(weights)
-            chosen.add_external_initializers(names, [_wrap(weights[name]) for name in names])
-        self._weights = weights
-        try:
-            self._session = ort.InferenceSession(
+        def create(threads: int) -> Any:
+            chosen = options(threads)
+            if weights:
+                names = list(weights)
+                chosen.add_external_initializers(names, [_wrap(weights[name]) for name in names])
+            if to_save:
+                _saved_to(chosen, to_save.pop(), packed=_packs_alone(model))
+            return ort.InferenceSession(
                 model.SerializeToString(), chosen, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED
             )
+
+        to_save = [save] if save is not None else []
+        self._start(create, in_place)
+
+    @classmethod
+    def open(cls, path: Path, in_place: dict[int, int] | None = None) -> Session:
+        """A session of a saved model. Raises SessionError where ONNX Runtime cannot read it."""
+
+        def create(threads: int) -> Any:
+            chosen = options(threads)
+            chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            return ort.InferenceSession(str(path), chosen, providers=["CPUExecutionProvider"])
+
+        self = cls.__new__(cls)
+        self._start(create, in_place)
+        return self
+
+    def _start(self, create: Callable[[int], Any], in_place: dict[int, int] | None) -> None:
+        self._create = create
+        self._in_place = in_place or {}
+        self._lock = threading.Lock()
+        self._sessions: dict[int, Any] = {}
+        try:
+            session = self._sessions[torch.get_num_threads()] = create(torch.get_num_threads())
         except Exception as error:
             raise SessionError(error) from error
-        self.inputs = [i.name for i in model.graph.input]
-        self.outputs = [o.name for o in model.graph.output]
-        self._bool = [o.type.tensor_type.elem_type == onnx.TensorProto.BOOL for o in model.graph.output]
+        self.inputs = [i.name for i in session.get_inputs()]
+        self.outputs = [o.name for o in session.get_outputs()]
+        self._bool = [o.type == "tensor(bool)" for o in session.get_outputs()]
+
+    def _for_threads(self, threads: int) -> Any:
+        """A session with another number of threads; the one before stays, older ones go."""
+        with self._lock:
+            if threads in self._sessions:
+                return self._sessions[threads]
+            try:
+                made = self._create(threads)
+            except Exception as error:  # the saved model is gone: what there is goes on
+                count, made = list(self._sessions.items())[-1]
+                warn(
+                    f"no session with {threads} thread(s) can be made, the one with {count} goes on: "
+                    f"{str(error).splitlines()[0]}; next step: compile the model again"
+                )
+            self._sessions = dict([*list(self._sessions.items())[1 - _MOST :], (threads, made)])
+            return made
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Outputs in the order of the graph. The inputs are read where they lie."""
-        binding = self._session.io_binding()
+        threads = torch.get_num_threads()
+        session = self._sessions.get(threads) or self._for_threads(threads)
+        binding = session.io_binding()
         inner = binding._iobinding  # the wrapper's own bind functions look the device up at each call
         kept = []
         for name, tensor in zip(self.inputs, inputs, strict=True):
             data = tensor.contiguous()
             kept.append(data)
-            place = data.data_ptr() or _EMPTY.ctypes.data
-            inner.bind_input(name, _CPU, ONNX_TYPE[data.dtype], tuple(data.shape), place)
+            inner.bind_input(name, _CPU, ONNX_TYPE[data.dtype], tuple(data.shape), _input_place(data))
         for i, name in enumerate(self.outputs):
             source = inputs[self._in_place[i]] if i in self._in_place else None
             if source is None or not source.is_contiguous() or not source.numel():
                 inner.bind_output(name, _CPU)
             else:
                 inner.bind_output(name, _CPU, ONNX_TYPE[source.dtype], tuple(source.shape), source.data_ptr())
-        self._session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding)
         results = inner.get_outputs()
         return [self._result(results, i, inputs) for i in range(len(self.outputs))]
 
@@ -99,6 +154,32 @@ class Session:
         if source is not None and results[i].data_ptr() == source.data_ptr():
             return source
         return _tensor(results, i, self._bool[i])
+
+
+def _packs_alone(model: onnx.ModelProto) -> bool:
+    """Whether every kernel packs a weight by itself, so that ONNX Runtime can save what it packed.
+
+    MatMulNBits puts scales into the packed weight after that was saved: read back, it gives wrong numbers.
+    """
+    weights = {t.name for t in model.graph.initializer}
+    nodes = [n for n in model.graph.node if n.domain and weights.intersection(n.input)]
+    return all(n.op_type in _PACKS_ALONE for n in nodes)
+
+
+def _saved_to(chosen: Any, path: Path, *, packed: bool) -> None:
+    """Let the session that is made write its optimized model and its weights, as the kernels want them if `packed`."""
+    chosen.optimized_model_filepath = str(path.with_suffix(".onnx"))
+    for key, value in {
+        "optimized_model_external_initializers_file_name": path.with_suffix(".data").name,
+        "optimized_model_external_initializers_min_size_in_bytes": "1024",
+        "save_external_prepacked_constant_initializers": "1" if packed else "0",
+    }.items():
+        chosen.add_session_config_entry(f"session.{key}", value)
+
+
+def _input_place(tensor: Tensor) -> int:
+    """Where a contiguous tensor lies; an address for one that holds nothing."""
+    return tensor.data_ptr() or int(_EMPTY.ctypes.data)
 
 
 _CPU = _OrtDevice(_OrtDevice.cpu(), _OrtDevice.default_memory(), 0)

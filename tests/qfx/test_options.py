@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qfx.options import Options
+from qfx.options import CacheAt, Options
 from qfx.plan import Plan
 from qfx.recipe import Recipe
 
@@ -25,9 +25,16 @@ def test_all_that_can_be_given() -> None:
 
 
 def test_later_options_may_be_switched_off_but_not_on() -> None:
-    assert Options.parse({"kv": None, "cache": False}) == Options.parse(None)
+    assert Options.parse({"kv": None, "cache": None}) == Options.parse(None)
     with pytest.raises(ValueError, match=r"option 'kv' \(a quantized KV cache\) is not in this version\n  next step"):
         Options.parse({"kv": "i8"})
+
+
+def test_where_sessions_are_kept() -> None:
+    assert Options.parse(None).cache is True and Options.parse({"cache": False}).cache is False
+    assert Options.parse({"cache": "~/x"}).cache == CacheAt(Path.home() / "x")
+    assert Options.parse({"cache": {"max_bytes": 5}}).cache == CacheAt(None, 5)
+    assert Options.parse({"cache": {"folder": Path("/a"), "max_bytes": None}}).cache == CacheAt(Path("/a"))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +42,7 @@ def test_later_options_may_be_switched_off_but_not_on() -> None:
     [
         ({"recpie": "w8a8"}, r"unknown option 'recpie', did you mean 'recipe'\?"),
         ({"Strict": True}, r"unknown option 'Strict', did you mean 'strict'\?"),
-        ({"zzz": 1}, r"unknown option 'zzz', valid: backend, plan, recipe, strict"),
+        ({"zzz": 1}, r"unknown option 'zzz', valid: backend, cache, plan, recipe, strict"),
         ({3: 1}, r"unknown option 3"),
         ("w4a16", r"options is a dictionary[\s\S]*found: 'w4a16'[\s\S]*options=\{\"recipe\": \"w4a16\"\}"),
         ({"strict": 1}, r"'strict' takes a bool\n  expected: True or False\n  found: 1"),
@@ -50,6 +57,11 @@ def test_later_options_may_be_switched_off_but_not_on() -> None:
             r"needs calibration data.*\n  next step: model = qfx.quantize\(model, recipe, data=",
         ),
         ({"recipe": "w8a8-smooth"}, r"'w8a8-smooth' needs calibration data"),
+        ({"cache": 3}, r"option 'cache' says where[\s\S]*found: 3\n  next step"),
+        ({"cache": ""}, r"option 'cache' says where"),
+        ({"cache": {"path": "x"}}, r"expected: True, False, a folder, or \{'folder'"),
+        ({"cache": {"max_bytes": 0}}, r"a positive int"),
+        ({"cache": {"max_bytes": True}}, r"a positive int"),
         ({"plan": 3}, r"'plan' takes a plan or the folder of one\n  expected: a qfx.Plan or a path\n  found: int: 3"),
     ],
 )
