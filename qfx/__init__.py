@@ -3,12 +3,14 @@
 torch.compile(model, backend="qfx")                              # no data needed
 qfx.quantize(model, "w8a8-smooth", data=batches)                 # calibrated, in place
 qfx.report(model).show()                                         # what really runs, node by node
+qfx.export_onnx(model, example, "model.onnx")                    # a file that runs without qfx
 """
 
 from __future__ import annotations
 
 # The modules plan, quantize, report and save hold functions of their own names: `qfx.plan` is the function.
 from qfx.errors import QfxWarning, UnsupportedError
+from qfx.export import export_onnx
 from qfx.format import Format
 from qfx.plan import Plan
 from qfx.presets import presets
@@ -27,6 +29,7 @@ __all__ = [
     "Report",
     "Rule",
     "UnsupportedError",
+    "export_onnx",
     "load",
     "plan",
     "presets",

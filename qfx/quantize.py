@@ -47,7 +47,7 @@ def plan(
             )
         )
     calls = batches.calls(model, data, asked.num_calibration_samples) if data is not None else []
-    with _evaluating(model):
+    with evaluating(model):
         return _planned(model, asked, calls, strict=strict, progress=progress)
 
 
@@ -117,7 +117,7 @@ def _check_model(model: object) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards every module is in the mode in which it was."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()

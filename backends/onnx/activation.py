@@ -15,6 +15,8 @@ def gelu(b: Builder, x: Value, approximate: str = "none") -> Value:
     """Gelu by erf or by tanh."""
     if x.dtype != torch.float32:
         return b.cast(gelu(b, b.cast(x, torch.float32), approximate), x.dtype)
+    if b.standard:
+        return b.op("Gelu", x, approximate=approximate)
     if approximate == "none":
         return b.op("Gelu", x, domain=MICROSOFT)
     return b.op("FastGelu", x, domain=MICROSOFT)
@@ -73,6 +75,8 @@ def logsigmoid(b: Builder, x: Value) -> Value:
 
 def quick_gelu(b: Builder, x: Value) -> Value:
     """x * sigmoid(1.702 x)."""
+    if b.standard:
+        return b.op("Mul", x, b.op("Sigmoid", b.op("Mul", x, b.scalar(1.702, x.dtype))))
     return b.op("QuickGelu", x, domain=MICROSOFT, alpha=1.702)
 
 

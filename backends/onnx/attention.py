@@ -6,9 +6,10 @@ import math
 
 import torch
 
-from qfx.backends.onnx.build import MICROSOFT, Builder
+from qfx.backends.onnx.build import Builder
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.packed_attention import packed_attention
+from qfx.backends.onnx.portable import product
 from qfx.backends.onnx.values import Dim, Value
 
 _LOWEST = torch.finfo(torch.float32).min
@@ -22,7 +23,7 @@ def sdpa(
     if dropout:
         raise NotImplementedError("attention dropout")
     scale = _scale_of(q) if scale is None else float(scale)
-    packed = packed_attention(b, mask, is_causal, scale)
+    packed = None if b.standard else packed_attention(b, mask, is_causal, scale)
     if packed is not None:
         return packed
     scores = _scores(b, q, k, scale)
@@ -70,7 +71,7 @@ def _scores(b: Builder, q: Value, k: Value, scale: float) -> Value:
     """scale * q @ k^T, [.., H, L, S]. Query heads that share a key head are stacked on its rows; no key is copied."""
     share = _shared(q, k)
     rows = b.reshape(q, _grouped(q.dims, k.dims, share)) if share > 1 else q
-    scores = b.op("FusedMatMul", rows, k, domain=MICROSOFT, transB=1, alpha=scale)
+    scores = product(b, rows, k, scale)
     sizes = (*_lead(q, k, share), q.dims[-2], k.dims[-2])
     return b.reshape(scores, sizes) if share > 1 else Value(scores.name, scores.dtype, sizes)
 

@@ -5,7 +5,9 @@ Every ONNX node is named `<FX node>/<number>`, so that what ONNX Runtime execute
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,16 +29,43 @@ _INLINE_BYTES = 1024
 _COMPARED_BYTES = 64 * 1024
 
 
-class Builder:
-    """Collects one ONNX graph. `node` is the FX node being lowered; `notes` are for the user."""
+@dataclass(frozen=True)
+class Later:
+    """A weight that is made when it is called for: what no node uses in the end is never made."""
 
-    def __init__(self, root: torch.nn.Module) -> None:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __call__(self) -> Tensor:
+        """The tensor, contiguous."""
+        tensor = self.make().detach().contiguous()
+        found = (tensor.dtype, tuple(tensor.shape))
+        assert found == (self.dtype, self.shape), (found, self.dtype, self.shape)
+        return tensor
+
+
+class Builder:
+    """Collects one ONNX graph. `node` is the FX node being lowered; `notes` are for the user.
+
+    runtime: "session" (of this process; weights that have no kernel are unpacked at once), "onnxruntime" (a file; its
+    own operators where they are faster) or "standard" (a file; operators of ai.onnx only).
+    """
+
+    def __init__(self, root: torch.nn.Module, runtime: str = "session") -> None:
         self.root = root
+        self.runtime = runtime
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
-        self.external: dict[str, Tensor] = {}
+        self.external: dict[str, Tensor | Later] = {}
+        self.types: dict[str, int] = {}  # ONNX element type by the name of a value
         self.values: dict[fx.Node, Any] = {}
         self.notes: list[Note] = []
         self.symbols = Symbols(self)
@@ -48,6 +77,16 @@ class Builder:
         self._constants: dict[tuple[Any, ...], Value] = {}
         self._weights: dict[Any, Value] = {}
         self._counts: dict[str, int] = {}
+
+    @property
+    def standard(self) -> bool:
+        """Only operators of ai.onnx may be used."""
+        return self.runtime == "standard"
+
+    @property
+    def portable(self) -> bool:
+        """The graph goes to a file, which programs of other ages read too."""
+        return self.runtime != "session"
 
     # ---- nodes -------------------------------------------------------------------------------------------------------
 
@@ -83,6 +122,7 @@ class Builder:
         self._counts[owner] = number + 1
         name = f"{owner}/{number}"
         outputs = [Value(name if len(dtypes) == 1 else f"{name}.{i}", t) for i, t in enumerate(dtypes)]
+        self.types |= {o.name: ONNX_TYPE[o.dtype] for o in outputs}
         names = ["" if v is None else v.name for v in inputs]
         while names and not names[-1]:
             names.pop()
@@ -133,7 +173,7 @@ class Builder:
                 name, ONNX_TYPE[data.dtype], data.shape, array.tobytes(), raw=True
             )
         else:
-            self.initializers[name] = _external(name, data)
+            self.initializers[name] = _external(name, ONNX_TYPE[data.dtype], data.shape)
             self.external[name] = data
         value = Value(name, data.dtype, tuple(data.shape))
         self._weights[key] = value
@@ -145,9 +185,30 @@ class Builder:
         """An initializer computed from the model's tensors, once per name."""
         if name in self._weights:
             return self._weights[name]
-        tensor = make()
-        assert tensor.dtype == dtype and tuple(tensor.shape) == shape, (name, tensor.dtype, tensor.shape, dtype, shape)
-        return self.weight(tensor, name)
+        later = Later(dtype, shape, make)
+        if later.nbytes <= _COMPARED_BYTES:
+            return self.weight(later(), name)
+        unique = self._unique(name)
+        self.initializers[unique] = _external(unique, ONNX_TYPE[dtype], shape)
+        self.external[unique] = later
+        self._weights[name] = Value(unique, dtype, shape)
+        return self._weights[name]
+
+    def raw(self, name: str, element: int, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Value:
+        """An initializer of an element type that torch has not (int4, float8); `make` gives its bytes, uint8 [bytes].
+
+        Its Value counts as uint8: only operators whose result has another type read it.
+        """
+        if name in self._weights:
+            return self._weights[name]
+        count = math.prod(shape)
+        four = element in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+        size = -(-count // 2) if four else count
+        unique = self._unique(name)
+        self.external[unique] = Later(torch.uint8, (size,), lambda: make().reshape(-1))
+        self.initializers[unique] = _external(unique, element, shape)
+        self._weights[name] = Value(unique, torch.uint8, shape)
+        return self._weights[name]
 
     def tensor(self, node: fx.Node) -> Tensor:
         """The model's tensor behind a get_attr node."""
@@ -296,11 +357,11 @@ def _typed(b: Builder, value: Value, fake: Tensor) -> Value:
     return Value(value.name, value.dtype, dims_of(fake.shape))
 
 
-def _external(name: str, data: Tensor) -> onnx.TensorProto:
+def _external(name: str, element: int, shape: Sequence[int]) -> onnx.TensorProto:
     tensor = onnx.TensorProto()
     tensor.name = name
-    tensor.data_type = ONNX_TYPE[data.dtype]
-    tensor.dims.extend(data.shape)
+    tensor.data_type = element
+    tensor.dims.extend(shape)
     tensor.data_location = onnx.TensorProto.EXTERNAL
     location = tensor.external_data.add()
     location.key, location.value = "location", "weights"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx
@@ -13,7 +13,7 @@ import torch
 from onnx import helper
 from torch import Tensor, fx
 
-from qfx.backends.onnx.build import MICROSOFT, OPSET, Builder
+from qfx.backends.onnx.build import MICROSOFT, OPSET, Builder, Later
 from qfx.backends.onnx.in_place import in_place
 from qfx.backends.onnx.partition import Stage
 from qfx.backends.onnx.symbols import UnresolvedError
@@ -48,6 +48,9 @@ class StageModel:
 class _StandIn(Builder):
     """A builder in which every argument and every symbol is known: to see whether a node has an ONNX form."""
 
+    def raw(self, name: str, element: int, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Value:
+        return Value(name, torch.uint8, shape)
+
     def derived(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Value:
         return Value(name, dtype, shape)
 
@@ -63,9 +66,9 @@ class _StandIn(Builder):
         return super().value_of(node)
 
 
-def reason_against(gm: fx.GraphModule, node: fx.Node) -> str | None:
+def reason_against(gm: fx.GraphModule, node: fx.Node, runtime: str = "session") -> str | None:
     """Why a call_function node has no ONNX form; None where it has one."""
-    builder = _StandIn(gm)
+    builder = _StandIn(gm, runtime)
     fakes = [n.meta.get("val") for n in [node, *node.all_input_nodes] if n.op != "get_attr"]
     for symbol in {s for f in fakes for s in _symbols(f)}:
         builder.symbols.known[symbol] = Value(str(symbol), torch.int64, (1,))
@@ -102,7 +105,20 @@ def emit_node(b: Builder, gm: fx.GraphModule, node: fx.Node) -> None:
 
 def build_stage(gm: fx.GraphModule, stage: Stage, carriers: dict[sympy.Symbol, SizeOf]) -> StageModel:
     """The ONNX model of an ONNX stage. `carriers`: where symbols can be read that no input of the stage has."""
-    b = Builder(gm)
+    b, model = emit_stage(gm, stage, carriers)
+    return replace(model, weights={name: made(weight) for name, weight in b.external.items()})
+
+
+def made(weight: Tensor | Later) -> Tensor:
+    """A weight that may still have to be made."""
+    return weight() if isinstance(weight, Later) else weight
+
+
+def emit_stage(
+    gm: fx.GraphModule, stage: Stage, carriers: dict[sympy.Symbol, SizeOf], runtime: str = "session"
+) -> tuple[Builder, StageModel]:
+    """The builder of a stage, whose `external` weights are not all made yet, and the model without weights."""
+    b = Builder(gm, runtime)
     for node in stage.inputs:
         _declare(b, node)
     sizes = _missing_sizes(b, stage, carriers)
@@ -112,9 +128,9 @@ def build_stage(gm: fx.GraphModule, stage: Stage, carriers: dict[sympy.Symbol, S
     taken = {i.name for i in b.inputs} | set(b.initializers)
     for node in stage.outputs:
         _output(b, node, taken)
-    return StageModel(
+    model = StageModel(
         model=_model(b),
-        weights=b.external,
+        weights={},
         inputs=list(stage.inputs),
         sizes=sizes,
         outputs=list(stage.outputs),
@@ -122,6 +138,7 @@ def build_stage(gm: fx.GraphModule, stage: Stage, carriers: dict[sympy.Symbol, S
         in_place=in_place(gm, stage.inputs, stage.outputs),
         fused=b.fused,
     )
+    return b, model
 
 
 def _argument(b: Builder, argument: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -11,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qfx.backends.onnx.build import Builder
 from qfx.backends.onnx.decompose import decompose
-from qfx.backends.onnx.graph import SizeOf, StageModel, build_stage, carriers_of, reason_against
+from qfx.backends.onnx.graph import SizeOf, StageModel, build_stage, carriers_of, emit_stage, reason_against
 from qfx.backends.onnx.kernels import executed_kernels
 from qfx.backends.onnx.partition import Stage, stages_of
 from qfx.backends.onnx.session import Session, SessionError
 from qfx.errors import Note, UnsupportedError, explain, source_line
-from qfx.graph import fqn_of, get_tensor
+from qfx.graph import fqn_of, get_tensor, set_tensor
 
 Slots = dict[fx.Node, Any]
 _NEXT = (
@@ -46,24 +48,48 @@ def lower(gm: fx.GraphModule, *, strict: bool = False, folder: Path | None = Non
     reasons = decompose(gm, reason_against)
     while True:
         if strict and reasons:
-            raise UnsupportedError(_refusal(reasons))
+            raise UnsupportedError(
+                _refusal(reasons, "strict=True", "lower with strict=False to run these nodes in torch")
+            )
         try:
-            return OnnxLowered(gm, reasons, folder)
+            lowered = OnnxLowered(gm, reasons, folder)
         except SessionError as error:
             node = next((n for n in gm.graph.nodes if n.name == error.node and n not in reasons), None)
             if node is None:
                 raise
             reasons[node] = error.reason
+        else:
+            _let_go(gm)
+            return lowered
 
 
-def _refusal(reasons: dict[fx.Node, str]) -> str:
+def build(gm: fx.GraphModule, *, runtime: str = "onnxruntime") -> tuple[Builder, StageModel]:
+    """The whole graph as one ONNX model, and its builder, whose `external` weights are not all made yet.
+
+    Raises UnsupportedError for a graph with a node that has no ONNX form.
+    """
+    _check_devices(gm)
+    gm = _copied(gm)
+    reasons = decompose(gm, functools.partial(reason_against, runtime=runtime))
+    if reasons:
+        raise UnsupportedError(_refusal(reasons, "a file needs one for every node", "rewrite this part of the model"))
+    stages = stages_of(gm, set())
+    stage = stages[0] if stages else Stage(eager=False)
+    results = _output_node(gm).args[0]
+    assert isinstance(results, list | tuple)
+    stage.outputs = list(dict.fromkeys(r for r in results if isinstance(r, fx.Node)))
+    stage.inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    return emit_stage(gm, stage, carriers_of(gm), runtime)
+
+
+def _refusal(reasons: dict[fx.Node, str], expected: str, next_step: str) -> str:
     node, why = next(iter(reasons.items()))
     return explain(
         f"ONNX Runtime cannot run {len(reasons)} node(s) of this graph, first {node.name!r}: {why}",
-        expected="operators with an ONNX form, because strict=True",
+        expected=f"operators with an ONNX form, because {expected}",
         found=str(node.target),
         node=node,
-        next_step="lower with strict=False to run these nodes in torch",
+        next_step=next_step,
     )
 
 
@@ -104,8 +130,9 @@ class OnnxLowered:
             built = self._models[i] = build_stage(gm, stage, carriers)
             self.notes += built.notes
             self._steps.append(_onnx_step(built, folder / str(i) if folder is not None else None))
-        self._constants: Slots = {n: get_tensor(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"}
         self._outputs = list(_output_node(gm).args[0])  # type: ignore[arg-type]
+        constants = [o for o in self._outputs if isinstance(o, fx.Node) and o.op == "get_attr"]
+        self._constants: Slots = {n: get_tensor(gm, str(n.target)) for n in constants}
         self.notes += _half_note(gm)
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
@@ -173,6 +200,13 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
     copied = fx.GraphModule(gm, graph)
     copied.meta = dict(gm.meta)
     return copied
+
+
+def _let_go(gm: fx.GraphModule) -> None:
+    """Take the weights out of a graph that was lowered: what still runs holds its own."""
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            set_tensor(gm, str(node.target), get_tensor(gm, str(node.target)).to("meta"))
 
 
 def _output_node(gm: fx.GraphModule) -> fx.Node:

@@ -9,8 +9,8 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
-from qfx.backends.onnx import quant
-from qfx.backends.onnx.build import MICROSOFT, Builder
+from qfx.backends.onnx import portable, quant
+from qfx.backends.onnx.build import Builder
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.quant_weights import Weight
 from qfx.backends.onnx.values import Value
@@ -22,7 +22,7 @@ def grouped_linear(b: Builder, x: Value, w: Value, offs: Value) -> Value:
     assert b.node is not None
     experts = _experts(b, b.node.args[1], w)
     parts = [
-        b.op("FusedMatMul", rows, weight, domain=MICROSOFT, transB=1)
+        portable.product(b, rows, weight)
         for rows, weight in zip(_spans(b, x, offs, len(experts)), experts, strict=True)
     ]
     return _joined(b, x, offs, parts)
@@ -39,7 +39,7 @@ def grouped_mm_fallback(b: Builder, x: Value, w: Value, offs: Value) -> Value:
         if turned is None:
             parts.append(b.op("MatMul", rows, weight))
         else:
-            parts.append(b.op("FusedMatMul", rows, weight, domain=MICROSOFT, transB=1))
+            parts.append(portable.product(b, rows, weight))
     return _joined(b, x, offs, parts)
 
 

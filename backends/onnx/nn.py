@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from qfx.backends.onnx.build import MICROSOFT, Builder
+from qfx.backends.onnx.build import Builder
 from qfx.backends.onnx.math import Emit, operands
+from qfx.backends.onnx.portable import product
 from qfx.backends.onnx.shapes import axis_of
 from qfx.backends.onnx.values import Value
 from qfx.graph import is_call
@@ -44,7 +45,7 @@ def linear(b: Builder, x: Value, weight: Value, bias: Value | None = None) -> Va
     if straight is not None and straight.rank == 2:
         y = b.op("MatMul", rows, straight)
     else:
-        y = b.op("FusedMatMul", rows, weight, domain=MICROSOFT, transB=1)
+        y = product(b, rows, weight)
     if x.rank == 1:
         y = b.op("Squeeze", y, b.ints([0]))
     return y if bias is None else b.op("Add", y, bias)
@@ -94,7 +95,12 @@ def rms_norm(
     """x / sqrt(mean(x^2) + eps) * weight."""
     scale = weight if weight is not None else _ones(b, shape, x.dtype)
     epsilon = torch.finfo(b.out.dtype).eps if eps is None else eps
-    return b.op("SimplifiedLayerNormalization", x, scale, axis=-len(shape), epsilon=float(epsilon), stash_type=1)
+    if not b.portable:
+        return b.op("SimplifiedLayerNormalization", x, scale, axis=-len(shape), epsilon=float(epsilon), stash_type=1)
+    axes = b.ints(range(-len(shape), 0))  # the spelling that ONNX Runtime and OpenVINO make one kernel of
+    mean = b.op("ReduceMean", b.op("Pow", x, b.scalar(2.0, x.dtype)), axes, keepdims=1)
+    root = b.op("Sqrt", b.op("Add", mean, b.scalar(float(epsilon), x.dtype)))
+    return b.op("Mul", b.op("Div", x, root), scale)
 
 
 def _ones(b: Builder, shape: Sequence[int], dtype: torch.dtype) -> Value:

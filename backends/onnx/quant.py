@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qfx.backends.onnx import portable
 from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.nbits import NBits, nbits_layout
@@ -38,11 +39,18 @@ def product(
     rows = b.cast(x, torch.float32)
     bias = None if bias is None else b.cast(bias, torch.float32)
     fmt = Format.parse(x_format) if x_format else None
+    if (
+        b.standard
+        and weight.format.is_integer
+        and weight.rank == 2
+        and not (fmt is not None and fmt.dynamic and _is_integer_pair(fmt, weight.format))
+    ):
+        return _standard(b, rows, weight, bias, x_scale, x_zero, smooth, fmt)
     if fmt is not None and _is_integer_pair(fmt, weight.format):
         return _integer(b, rows, weight, bias, x_scale, x_zero, smooth, fmt)
     if fmt is None:
         rows = rows if smooth is None else b.op("Div", rows, smooth)
-    layout = nbits_layout(weight)
+    layout = None if b.standard else nbits_layout(weight)
     if fmt is not None and not (layout is not None and _is_8bit_dynamic(fmt)):
         rows = fake_quantized(b, rows, fmt, x_scale, x_zero, smooth)
     elif fmt is not None and smooth is not None:
@@ -58,7 +66,7 @@ def product(
         f"the weight is stored as {weight.format}, computed in f32",
         "none needed for the result; for speed use i8, i4/g32 or i4/g128",
     )
-    y = b.op("FusedMatMul", rows, weight.dequantized(b), domain=MICROSOFT, transB=1)
+    y = portable.product(b, rows, _float(b, weight))
     return y if bias is None else b.op("Add", y, bias)
 
 
@@ -78,22 +86,19 @@ def _integer(
 ) -> Value:  # fmt: skip
     """Exact integer sums, scaled: MatMulIntegerToFloat, or DynamicQuantizeMatMul where it means the same."""
     codes, scale, zero = weight.columns(b)
-    if fmt.type == "u8" and fmt.dynamic and fmt.granularity == "" and smooth is None:
+    if fmt.type == "u8" and fmt.dynamic and fmt.granularity == "" and smooth is None and not b.standard:
         return b.op("DynamicQuantizeMatMul", x, codes, scale, zero, bias, domain=MICROSOFT, dtype=torch.float32)
     q = quantized_input(b, x, fmt, x_scale, x_zero, smooth)
     inside = bias if q.rows is None else None
-    y = b.op(
-        "MatMulIntegerToFloat",
-        q.codes,
-        codes,
-        q.scale,
-        scale,
-        q.zero,
-        zero,
-        inside,
-        domain=MICROSOFT,
-        dtype=torch.float32,
-    )
+    if b.standard:
+        sums = b.op("MatMulInteger", q.codes, codes, q.zero, zero, dtype=torch.int32)
+        y = b.op("Mul", b.cast(sums, torch.float32), scale if q.rows is not None else b.op("Mul", scale, q.scale))
+        y = y if inside is None else b.op("Add", y, inside)
+    else:
+        y = b.op(
+            "MatMulIntegerToFloat", q.codes, codes, q.scale, scale, q.zero, zero, inside,
+            domain=MICROSOFT, dtype=torch.float32,
+        )  # fmt: skip
     if q.shift is not None:
         y = b.op("Sub", y, b.op("Mul", q.shift, weight.column_sums(b)))
     if q.rows is None:
@@ -101,6 +106,27 @@ def _integer(
     y = b.op("Mul", y, q.rows)
     y = y if bias is None else b.op("Add", y, bias)
     return b.reshape(Value(y.name, y.dtype, (q.rows.dims[0], weight.n)), (*x.dims[:-1], weight.n))
+
+
+def _float(b: Builder, weight: Weight) -> Value:
+    """The weight as f32 [.., N, K]; a file keeps its codes."""
+    return portable.unpacked(b, weight) if b.portable else weight.dequantized(b)
+
+
+def _standard(
+    b: Builder, x: Value, weight: Weight, bias: Value | None, x_scale: Value | None, x_zero: Value | None,
+    smooth: Value | None, fmt: Format | None,
+) -> Value:  # fmt: skip
+    """A product of dequantized values; what reads the file may make an integer kernel of it."""
+    if fmt is None:
+        rows = x if smooth is None else b.op("Div", x, smooth)
+    elif fmt.is_integer and not fmt.dynamic and fmt.granularity == "":
+        q = quantized_input(b, x, fmt, x_scale, x_zero, smooth)
+        rows = b.op("DequantizeLinear", q.codes, q.scale, q.zero, dtype=torch.float32)
+    else:
+        rows = fake_quantized(b, x, fmt, x_scale, x_zero, smooth)
+    y = b.op("MatMul", rows, portable.columns(b, weight), dtype=torch.float32)
+    return y if bias is None else b.op("Add", y, bias)
 
 
 def _nbits(b: Builder, x: Value, weight: Weight, layout: NBits, bias: Value | None) -> Value:
@@ -116,7 +142,7 @@ def embedding(b: Builder, ids: Value, w: Any, w_scale: Any, w_zero: Any, w_forma
     fmt = weight.format
     if not (fmt.is_integer and fmt.bits == 8 and fmt.granularity in ("", "ch") and not fmt.has_global_scale):
         b.note(f"the table is stored as {fmt}, gathered from f32", "none needed for the result; i8/ch stays int8")
-        return b.op("Gather", weight.dequantized(b), ids, axis=0)
+        return b.op("Gather", _float(b, weight), ids, axis=0)
     codes, scale, zero = weight.rows(b)
     values = b.cast(b.op("Gather", codes, ids, axis=0), torch.float32)
     if zero is not None:
@@ -138,7 +164,7 @@ def dequantize(b: Builder, w: Any, w_scale: Any, w_zero: Any, w_format: str, las
         flat = b.op("Squeeze", scale, b.ints([1])) if scale.rank else scale
         return b.op("DequantizeLinear", codes, flat, dtype=torch.float32, axis=0)
     b.note(f"the weight is stored as {fmt}, held in f32", "none needed for the result")
-    return weight.dequantized(b)
+    return _float(b, weight)
 
 
 EMIT: dict[str, Emit] = {

@@ -57,9 +57,19 @@ def _quantized(
         return Codes(_clipped(b, codes, fmt), step, point)
     count = rows.dims[0]
     points = b.reshape(point, (count,)) if offset is not None else _repeated(b, point, count)
-    codes = b.op("QuantizeLinear", rows, b.reshape(step, (count,)), points, dtype=torch.uint8, axis=0)
+    if b.standard:
+        codes = _by_arithmetic(b, rows, step, offset)
+    else:
+        codes = b.op("QuantizeLinear", rows, b.reshape(step, (count,)), points, dtype=torch.uint8, axis=0)
     one, base = b.scalar(1.0, torch.float32), b.const(0 if fmt.has_zero else _CENTRE, torch.uint8)
     return Codes(_clipped(b, codes, fmt), one, base, rows=step, shift=offset)
+
+
+def _by_arithmetic(b: Builder, rows: Value, step: Value, offset: Value | None) -> Value:
+    """QuantizeLinear spelled out: OpenVINO knows none with a scale for each row that is found at run time."""
+    whole = b.op("Round", b.op("Div", rows, step))
+    shifted = b.op("Add", whole, b.scalar(float(_CENTRE), torch.float32) if offset is None else offset)
+    return b.cast(b.op("Clip", shifted, b.scalar(0.0, torch.float32), b.scalar(255.0, torch.float32)), torch.uint8)
 
 
 def _repeated(b: Builder, point: Value, count: Dim) -> Value:

@@ -63,6 +63,39 @@ def quantize(
         command.run(console, model, out, recipe, text, strict=strict, device=device)
 
 
+class Runtime(StrEnum):
+    """Who shall read an ONNX file."""
+
+    onnxruntime = "onnxruntime"
+    standard = "standard"
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub name, or what qfx quantize wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .onnx file to write.")],
+    recipe: Annotated[str | None, typer.Option(help="As for quantize; left out: w8a8, or what MODEL has.")] = None,
+    runtime: Annotated[
+        Runtime, typer.Option(help="Its own operators where they are faster, or those of ai.onnx only.")
+    ] = Runtime.onnxruntime,
+    data: Text = None,
+    field: Field = "text",
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples; left out: the recipe's.")] = None,
+    batch_size: BatchSize = 4,
+    seq_len: SeqLen = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where a node cannot have what was asked.")] = False,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Write MODEL as quantized ONNX."""
+    with guarded(debug) as console:
+        from qfx.cli import export as command
+        from qfx.cli.models import TextOptions
+
+        text = TextOptions(data, field, samples, batch_size, seq_len, seed)
+        command.run(console, model, out, recipe, text, runtime=runtime.value, strict=strict)
+
+
 @app.command()
 def inspect(
     quantized: Quantized,

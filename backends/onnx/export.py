@@ -1,0 +1,218 @@
+"""A built model becomes files: readable names, metadata, weights in the file or beside it, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import onnx
+import torch
+from onnx import TensorProto
+from torch import Tensor
+
+from qfx.backends.onnx.build import OPSET, Builder, Later
+from qfx.backends.onnx.graph import StageModel, made
+from qfx.backends.onnx.opset import ir_version, needed_opset
+from qfx.errors import explain
+from qfx.files import sha256_file, staged
+
+EXTERNAL_BYTES = 64 << 20  # weights of more bytes than this lie in a file of their own
+_PAGE = 4096  # ONNX Runtime maps weights into memory where they begin at a page
+WEIGHTS_KEY = "qfx.weights"
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files that were written, the model's first, and their bytes; the model's opset."""
+
+    files: tuple[Path, ...]
+    nbytes: int
+    opset: int
+
+
+def write(
+    builder: Builder, built: StageModel, path: Path, *, outputs: Sequence[str], documents: Mapping[str, str],
+    metadata: Mapping[str, str], external_bytes: int = EXTERNAL_BYTES,
+) -> Written:  # fmt: skip
+    """Write `path`, and `<path>.data` where the weights have more than `external_bytes` in all.
+
+    outputs: names in the order of the model's outputs. documents: doc string by FX node. Weights are made and written
+    one after the other. Raises OSError where the disk does not take them; then nothing is left behind.
+    """
+    model = built.model
+    opset = needed_opset(model.graph.node, _types(builder, model), OPSET)
+    standard = next(o for o in model.opset_import if o.domain == "")
+    standard.version, model.ir_version = opset, ir_version(opset)
+    domains = {node.domain for node in model.graph.node}
+    for other in [o for o in model.opset_import if o.domain and o.domain not in domains]:
+        model.opset_import.remove(other)
+    _rename_outputs(model.graph, outputs)
+    _name_sizes(model.graph)
+    for node in model.graph.node:
+        node.doc_string = documents.get(node.name.split("/")[0], "")
+    for key in sorted(metadata):
+        _set_metadata(model, key, metadata[key])
+    weights = builder.external
+    large = sum(_nbytes(w) for w in weights.values()) > external_bytes
+    with staged(path.parent) as stage:
+        files = [path]
+        temporary = stage(path.name)  # renamed first: a reader that finds the weights finds the model
+        if large:
+            beside = path.with_name(path.name + ".data")
+            files.append(beside)
+            with stage(beside.name).open("wb") as file:
+                digest = _write_weights(model.graph.initializer, weights, beside.name, file)
+            _set_metadata(model, WEIGHTS_KEY, json.dumps({"file": beside.name, "sha256": digest}, sort_keys=True))
+        else:
+            _inline(model.graph.initializer, weights)
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+        onnx.checker.check_model(_without_weights(model) if large else model)
+    return Written(tuple(files), sum(f.stat().st_size for f in files), opset)
+
+
+def verify(path: str | Path) -> dict[str, str]:
+    """The metadata of a model that was exported, once its files are seen to be whole.
+
+    Raises FileNotFoundError where the model or its weights are missing, ValueError where one is cut short or altered.
+    """
+    target = Path(path)
+    if not target.is_file():
+        raise FileNotFoundError(f"there is no file {target}\n  expected: a model that qfx.export_onnx wrote")
+    try:
+        model = onnx.load(str(target), load_external_data=False)
+        onnx.checker.check_model(_without_weights(model))
+    except Exception as error:
+        raise ValueError(_damaged(target, f"no ONNX model can be read: {str(error).splitlines()[0]}")) from error
+    metadata = {p.key: p.value for p in model.metadata_props}
+    if WEIGHTS_KEY in metadata:
+        known = json.loads(metadata[WEIGHTS_KEY])
+        beside = target.with_name(known["file"])
+        if not beside.is_file():
+            raise FileNotFoundError(
+                f"{target} has its weights in {beside.name}, which is missing\n"
+                f"  next step: copy {beside.name} to {target.parent}"
+            )
+        if (found := sha256_file(beside)) != known["sha256"]:
+            raise ValueError(_damaged(beside, f"sha256 {found}, expected {known['sha256']}"))
+    return metadata
+
+
+def _damaged(path: Path, what: str) -> str:
+    return explain(
+        f"{path} was altered or is cut short ({path.stat().st_size} bytes)",
+        found=what,
+        next_step="copy the file again, or export it anew",
+    )
+
+
+def _types(builder: Builder, model: onnx.ModelProto) -> dict[str, int]:
+    inputs = {i.name: i.type.tensor_type.elem_type for i in model.graph.input}
+    return {**builder.types, **{t.name: t.data_type for t in model.graph.initializer}, **inputs}
+
+
+def _rename_outputs(graph: onnx.GraphProto, names: Sequence[str]) -> None:
+    """Give the outputs their names; values that have one of them already get another."""
+    assert len(names) == len(graph.output), (list(names), [o.name for o in graph.output])
+    taken = {i.name for i in graph.input} | {t.name for t in graph.initializer}
+    renamed = {}
+    for output, name in zip(graph.output, names, strict=True):
+        free = name
+        while free in taken:
+            free += "_out"
+        taken.add(free)
+        renamed[output.name] = free
+        output.name = free
+    for node in graph.node:
+        for values in (node.input, node.output):
+            for i, value in enumerate(values):
+                if value in renamed:
+                    values[i] = renamed[value]
+
+
+_SYMBOL = re.compile(r"\b[su]\d+\b")
+_AXES = {0: "batch", 1: "sequence"}
+
+
+def _name_sizes(graph: onnx.GraphProto) -> None:
+    """Sizes that vary get names that say whose they are: `batch`, `sequence`, or `<input>_dim<axis>`."""
+    names: dict[str, str] = {}
+    for value in graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            symbol = dim.dim_param
+            if symbol and _SYMBOL.fullmatch(symbol) and symbol not in names:
+                plain = (
+                    _AXES.get(axis, "") if value.type.tensor_type.elem_type == TensorProto.INT64 or axis == 0 else ""
+                )
+                taken = set(names.values())
+                names[symbol] = plain if plain and plain not in taken else f"{value.name}_dim{axis}"
+    for value in [*graph.input, *graph.output]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = _SYMBOL.sub(lambda match: names.get(match[0], match[0]), dim.dim_param)
+
+
+def _set_metadata(model: onnx.ModelProto, key: str, value: str) -> None:
+    entry = model.metadata_props.add()
+    entry.key, entry.value = key, value
+
+
+def _nbytes(weight: Tensor | Later) -> int:
+    return weight.nbytes
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The tensor's bytes where they lie."""
+    bytes_: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(bytes_)
+
+
+def _write_weights(
+    initializers: Iterable[TensorProto], weights: Mapping[str, Tensor | Later], location: str, file: BinaryIO
+) -> str:
+    """Write the external weights in their order, each at a page's start; returns the sha256 of the file."""
+    digest = hashlib.sha256()
+    place = 0
+
+    def put(data: bytes | memoryview) -> None:
+        nonlocal place
+        file.write(data)
+        digest.update(data)
+        place += len(data)
+
+    for tensor in initializers:
+        if tensor.name not in weights:
+            continue
+        put(bytes(-place % _PAGE))
+        data = _raw(made(weights[tensor.name]))
+        del tensor.external_data[:]
+        for key, value in (("location", location), ("offset", str(place)), ("length", str(len(data)))):
+            entry = tensor.external_data.add()
+            entry.key, entry.value = key, value
+        put(data)
+    return digest.hexdigest()
+
+
+def _inline(initializers: Iterable[TensorProto], weights: Mapping[str, Tensor | Later]) -> None:
+    for tensor in initializers:
+        if tensor.name in weights:
+            del tensor.external_data[:]
+            tensor.data_location = TensorProto.DEFAULT
+            tensor.raw_data = bytes(_raw(made(weights[tensor.name])))
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its external weights declared as inputs: what the checker can read without the other file."""
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    kept = [t for t in copied.graph.initializer if t.data_location != TensorProto.EXTERNAL]
+    outside = [t for t in copied.graph.initializer if t.data_location == TensorProto.EXTERNAL]
+    for tensor in outside:
+        copied.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    del copied.graph.initializer[:]
+    copied.graph.initializer.extend(kept)
+    return copied

@@ -1,0 +1,42 @@
+"""`qfx export`: load, quantize, write ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from qfx import hub
+from qfx.cli.models import TextOptions, batches, open_quantized
+from qfx.cli.terminal import megabytes, step
+from qfx.data import read_texts
+from qfx.recipe import Recipe
+
+
+def run(
+    console: Console, model: str, out: Path, recipe: str | None, text: TextOptions, *, runtime: str, strict: bool
+) -> None:
+    """A folder that qfx wrote is exported as it is, another model by a recipe."""
+    saved = (Path(model) / "qfx.json").is_file()
+    parsed = None if recipe is None else Recipe.parse(recipe)
+    if saved and parsed is not None:
+        raise ValueError(f"{model} is quantized already\n  next step: leave --recipe out, or give the float model")
+    if parsed is None and not saved:
+        parsed = Recipe.parse("w8a8")
+    texts = None if text.file is None else read_texts(text.file, text.field)
+    if texts is None and parsed is not None and parsed.needs_data:
+        raise ValueError(f"recipe {parsed.name!r} needs calibration data\n  next step: --data FILE")
+    from qfx.export import export_onnx
+
+    with step(console, f"load {model}"):
+        loaded = open_quantized(Path(model)) if saved else hub.load(hub.resolve(model))
+    data = None
+    if texts is not None and parsed is not None and parsed.needs_data:
+        with step(console, f"read {text.file}"):
+            data = batches(loaded, texts, text, text.samples or parsed.num_calibration_samples)
+    with step(console, f"export to {out}", spinner=False):
+        done = export_onnx(loaded.model, None, out, recipe=parsed, data=data, runtime=runtime, strict=strict)
+    console.print(f"inputs:  {', '.join(done.inputs)}\noutputs: {', '.join(done.outputs)}")
+    console.print(f"opset {done.opset}, {len(done.formats)} quantized nodes, {megabytes(done.nbytes)}:")
+    for file in done.files:
+        console.print(f"  {file}")

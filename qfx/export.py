@@ -1,0 +1,204 @@
+"""`qfx.export_onnx`: a model, quantized by a recipe or plan or as it is, as an ONNX file that runs without qfx."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from qfx import data as batches
+from qfx import graph
+from qfx.capture import Captured, capture_export
+from qfx.data import Call
+from qfx.errors import Note, UnsupportedError, explain
+from qfx.inputs import example_inputs, need_inputs, without_cache
+from qfx.passes._match import arguments
+from qfx.pipeline import apply_plan, prepare, told
+from qfx.plan import Plan, versions
+from qfx.quantize import evaluating
+from qfx.quantize import plan as make_plan
+from qfx.recipe import Recipe
+
+RUNTIMES = ("onnxruntime", "standard")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. files: the model first. notes: what is not as asked. formats: by node, as in the metadata."""
+
+    files: tuple[Path, ...]
+    nbytes: int
+    opset: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    notes: tuple[Note, ...] = field(repr=False)
+    formats: Mapping[str, Mapping[str, str]] = field(repr=False)
+
+    @property
+    def path(self) -> Path:
+        """The model's file."""
+        return self.files[0]
+
+
+def export_onnx(
+    model: nn.Module, args: Any, path: str | os.PathLike[str], *, recipe: Any = None, plan: Plan | None = None,
+    runtime: str = "onnxruntime", kv: str | None = None, data: Iterable[Any] | None = None, dynamic: bool = True,
+    strict: bool = False, external_bytes: int | None = None,
+) -> Exported:  # fmt: skip
+    """Write `model` as ONNX to `path` (.onnx); the model is not changed.
+
+    args: example inputs: a tensor, a tuple, or a dict of keyword arguments; None for a model of transformers whose
+    inputs its configuration tells. Sizes that the model lets vary vary in the file (`dynamic`); give the example sizes
+    of 2 or more there. recipe, plan: as for qfx.quantize (a recipe with static activations needs `data`); without both
+    the model is written as it is, which is quantized where qfx.quantize quantized it. runtime: "onnxruntime" uses its
+    own operators where they are faster, "standard" only those of ai.onnx. external_bytes: weights of more bytes in all
+    go to `<path>.data` (64 MiB; always where a file would pass 2 GB).
+    The weights lie in the file as integers; what cannot is a warning, under `strict` an UnsupportedError.
+    Raises ValueError for bad arguments, UnsupportedError for a model without an ONNX form, OSError where the files
+    cannot be written: then nothing is left behind.
+    """
+    target = _checked_path(path)
+    _check_options(runtime, kv, recipe, plan)
+    call = _call(model, args)
+    asked = None if recipe is None else Recipe.parse(recipe)
+    with evaluating(model):
+        if asked is not None and asked.needs_data:
+            plan = make_plan(model, asked, data, strict=strict)
+        captured, notes = _quantized(model, call, asked, plan, dynamic=dynamic, strict=strict)
+        return _write(captured, notes, target, runtime, strict=strict, external_bytes=external_bytes)
+
+
+def _write(
+    captured: Captured, notes: list[Note], target: Path, runtime: str, *, strict: bool, external_bytes: int | None
+) -> Exported:
+    from qfx.backends.onnx import export, lowering
+
+    gm = captured.gm
+    outputs = _outputs(captured)
+    builder, built = lowering.build(gm, runtime=runtime)
+    notes = [*notes, *built.notes, *_floats(builder, gm)]
+    told(notes, strict=strict)
+    formats = _formats(gm)
+    metadata = {
+        "qfx.formats": json.dumps(formats, sort_keys=True),
+        "qfx.versions": json.dumps(versions(), sort_keys=True),
+        "qfx.runtime": runtime,
+        "qfx.notes": json.dumps([str(note) for note in notes]),
+    }
+    written = export.write(
+        builder,
+        built,
+        target,
+        outputs=outputs,
+        documents={n.name: f"{graph.fqn_of(n)}: {graph.op_name(n)}" for n in gm.graph.nodes if n.op == "call_function"},
+        metadata=metadata,
+        external_bytes=export.EXTERNAL_BYTES if external_bytes is None else external_bytes,
+    )
+    names = tuple(i.name for i in built.model.graph.input)
+    found = tuple(o.name for o in built.model.graph.output)
+    return Exported(written.files, written.nbytes, written.opset, names, found, tuple(notes), formats)
+
+
+def _quantized(
+    model: nn.Module, call: Call, recipe: Recipe | None, plan: Plan | None, *, dynamic: bool, strict: bool
+) -> tuple[Captured, list[Note]]:
+    """The quantized graph; the model's own tensors are read, none is changed."""
+    args, kwargs = call
+    if plan is not None:
+        plan.check(model, strict=strict)
+    captured = capture_export(model, args, kwargs if args else without_cache(model, kwargs), dynamic=dynamic)
+    if captured.mutations:
+        raise UnsupportedError(
+            explain(
+                f"{type(model).__name__} changes its inputs or buffers, which a file cannot",
+                found=", ".join(sorted(captured.gm.meta["qfx_mutations"].values())),
+                next_step="export a forward that returns what it changes",
+            )
+        )
+    notes = prepare(captured.gm)
+    if plan is not None or recipe is not None:
+        notes = [*notes, *apply_plan(captured.gm, plan, recipe or Recipe.parse("w8a8"), strict=strict)]
+    return captured, notes
+
+
+def _outputs(captured: Captured) -> list[str]:
+    """A name for each distinct output of the graph."""
+    results = captured.gm.graph.output_node().args[0]
+    assert isinstance(results, Sequence)
+    named: dict[fx.Node, str] = {}
+    for result, name in zip(results, captured.outputs, strict=True):
+        if isinstance(result, fx.Node):
+            named.setdefault(result, name)
+    if not named:
+        raise UnsupportedError("expected a model that returns tensors, found none; next step: return at least one")
+    return list(named.values())
+
+
+def _formats(gm: fx.GraphModule) -> dict[str, dict[str, str]]:
+    """Formats of the quantized nodes by name."""
+    found: dict[str, dict[str, str]] = {}
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not str(node.target).startswith("qfx."):
+            continue
+        given = arguments(node)
+        roles = {r: str(given[k]) for r, k in (("x", "x_format"), ("w", "w_format")) if given.get(k)}
+        if roles:
+            found[graph.fqn_of(node)] = roles
+    return found
+
+
+def _floats(builder: Any, gm: fx.GraphModule) -> list[Note]:
+    """A note where the file holds float copies of quantized weights, since no kernel reads their format."""
+    read = {name for node in builder.nodes for name in node.input}
+    weights = [str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and f"{n.target}.f32" in read]
+    if not weights:
+        return []
+    first, *more = (name.removesuffix(".w_codes") for name in weights)
+    return [
+        Note(
+            f"{first} and {len(more)} more" if more else first,
+            "no kernel reads the format of these weights: the file holds them as float32",
+            "choose a format with a kernel: i8, i4/g32 or i4/g128",
+        )
+    ]
+
+
+def _call(model: nn.Module, args: Any) -> Call:
+    if not isinstance(model, nn.Module):
+        raise ValueError(explain("a model is needed", expected="a torch.nn.Module", found=type(model).__name__))
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(explain("the model is compiled", next_step="export the module given to torch.compile"))
+    if args is None:
+        found = example_inputs(model)
+        if found is None:
+            raise need_inputs(model)
+        return (), found
+    (call,) = batches.calls(model, [args])
+    return call
+
+
+def _checked_path(path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    if target.suffix != ".onnx":
+        raise ValueError(
+            explain("the path of the file to write", expected="a name that ends in .onnx", found=str(path))
+        )
+    if target.is_dir():
+        raise ValueError(explain("no path of a model", expected="a file", found=f"the folder {target}"))
+    return target
+
+
+def _check_options(runtime: str, kv: str | None, recipe: Any, plan: Plan | None) -> None:
+    if runtime not in RUNTIMES:
+        raise ValueError(explain("unknown runtime", expected=" or ".join(map(repr, RUNTIMES)), found=repr(runtime)))
+    if kv is not None:
+        raise ValueError(explain(f"kv={kv!r}", expected="None: caches stay in float", next_step="leave kv= out"))
+    if recipe is not None and plan is not None:
+        raise ValueError(explain("both a recipe and a plan", expected="one of them", next_step="leave one out"))
+    if plan is not None and not isinstance(plan, Plan):
+        raise ValueError(explain("the plan", expected="a qfx.Plan", found=type(plan).__name__))

@@ -1,0 +1,116 @@
+"""Files of an export: whole or not at all, checked, deterministic, their weights made one by one."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qfx
+from qfx.backends.onnx import export
+from qfx.backends.onnx.export import verify
+
+
+class Model(nn.Module):
+    """Two linears; `logits` is one of two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> dict[str, Any]:
+        y = self.down(torch.relu(self.up(x)))
+        return {"logits": y, "states": [x + 1, y * 2 if scale is None else y * scale]}
+
+
+X = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+
+
+def write(folder: Path, **options: Any) -> Path:
+    return qfx.export_onnx(Model().eval(), (X,), folder / "m.onnx", recipe="w8a8", **options).path
+
+
+def test_names_shapes_and_documents(tmp_path: Path) -> None:
+    model = onnx.load(str(write(tmp_path)))
+    assert [i.name for i in model.graph.input] == ["x"]
+    assert [o.name for o in model.graph.output] == ["logits", "states.0", "states.1"]
+    sizes = [d.dim_param or d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    assert sizes == ["batch", "x_dim1", 64]
+    assert "up: linear" in {node.doc_string for node in model.graph.node}
+    assert model.producer_name == "qfx"
+
+
+def test_metadata_tells_the_formats(tmp_path: Path) -> None:
+    metadata = verify(write(tmp_path))
+    assert json.loads(metadata["qfx.formats"]) == {n: {"x": "i8/tok", "w": "i8/ch"} for n in ("up", "down")}
+    assert metadata["qfx.runtime"] == "onnxruntime"
+    assert json.loads(metadata["qfx.versions"])["qfx"] == qfx.__version__
+
+
+@pytest.mark.parametrize("external", [0, 1 << 30])
+def test_bytes_are_the_same_each_time(tmp_path: Path, external: int) -> None:
+    first, second = (write(tmp_path / name, external_bytes=external) for name in ("a", "b"))
+    names = sorted(p.name for p in first.parent.iterdir())
+    assert names == (["m.onnx"] if external else ["m.onnx", "m.onnx.data"])
+    for name in names:
+        assert (first.parent / name).read_bytes() == (second.parent / name).read_bytes()
+
+
+def test_weights_beside_the_model_begin_at_pages(tmp_path: Path) -> None:
+    path = write(tmp_path, external_bytes=0)
+    model = onnx.load(str(path), load_external_data=False)
+    entries = [{e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data]
+    assert len(entries) >= 2
+    assert {e["location"] for e in entries} == {"m.onnx.data"}
+    assert all(int(e["offset"]) % 4096 == 0 for e in entries)
+    onnx.checker.check_model(str(path))
+
+
+def test_what_is_cut_short_altered_or_missing_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path, external_bytes=0)
+    beside = tmp_path / "m.onnx.data"
+    whole, model = beside.read_bytes(), path.read_bytes()
+    beside.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"m\.onnx\.data was altered or is cut short"):
+        verify(path)
+    beside.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    with pytest.raises(ValueError, match="sha256"):
+        verify(path)
+    beside.unlink()
+    with pytest.raises(FileNotFoundError, match="which is missing"):
+        verify(path)
+    beside.write_bytes(whole)
+    assert verify(path)
+    path.write_bytes(model[: len(model) // 2])
+    with pytest.raises(ValueError, match="no ONNX model can be read"):
+        verify(path)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        verify(tmp_path / "other.onnx")
+
+
+@pytest.mark.parametrize("external", [0, 1 << 30])
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: int) -> None:
+    path = write(tmp_path, external_bytes=external)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "_write_weights" if external == 0 else "_inline", full)
+    with pytest.raises(OSError, match="the disk is full; nothing was changed"):
+        write(tmp_path, external_bytes=external)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert verify(path)
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="a folder is needed here"):
+        write(tmp_path / "file")

@@ -1,0 +1,235 @@
+"""qfx.export_onnx end to end: every architecture, in a process that has no qfx, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qfx
+from qfx.backends import reference
+from qfx.capture import capture_export
+from qfx.errors import QfxWarning, UnsupportedError
+from qfx.inputs import without_cache
+from qfx.pipeline import apply_plan, prepare
+from qfx.recipe import Recipe
+from tests.backends.onnx.checks import sqnr
+from tests.zoo import ZOO
+
+QUICK = {
+    *(("onnxruntime", name) for name in ("bert", "gpt2", "llama", "gemma3", "mixtral", "t5", "whisper", "vit", "clip")),
+    *(("standard", name) for name in ("bert", "llama", "mixtral", "whisper")),
+}
+PAIRS = [
+    pytest.param(runtime, name, marks=[] if (runtime, name) in QUICK else pytest.mark.slow)
+    for runtime in ("onnxruntime", "standard")
+    for name in ZOO
+]
+
+
+def expected(model: nn.Module, inputs: dict[str, Any], recipe: str) -> list[Tensor]:
+    """Outputs of the quantized graph by the reference kernels."""
+    given = without_cache(model, inputs)
+    captured = capture_export(model, (), given)
+    prepare(captured.gm)
+    apply_plan(captured.gm, None, Recipe.parse(recipe))
+    return [t for t in reference.lower(captured.gm)(*captured.flatten((), given)) if isinstance(t, Tensor)]
+
+
+def run(path: Path, inputs: dict[str, Any]) -> list[Tensor]:
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = {i.name for i in session.get_inputs()}
+    return [torch.from_numpy(y) for y in session.run(None, {k: v.numpy() for k, v in inputs.items() if k in names})]
+
+
+@pytest.mark.parametrize(("runtime", "name"), PAIRS)
+def test_every_architecture(tmp_path: Path, runtime: str, name: str) -> None:
+    model, inputs = ZOO[name]()
+    written = qfx.export_onnx(model, inputs, tmp_path / "m.onnx", recipe="w8a8", runtime=runtime)
+    first, *_ = expected(model, inputs, "w8a8")
+    assert sqnr(first, run(written.path, inputs)[0]) > 38  # equal codes but where a sum lies between two of them
+    graph = onnx.load(str(written.path)).graph
+    if runtime == "standard":
+        assert {node.domain for node in graph.node} == {""}
+    kinds = {i.name: TensorProto(i) for i in graph.initializer}
+    assert {fqn for fqn, roles in written.formats.items() if roles["w"].startswith("i8")}
+    assert not [
+        n for n, t in kinds.items() if t.is_float and t.size >= 1024 and n.split(".w_codes")[0] in written.formats
+    ]
+
+
+class TensorProto:
+    """What the test looks at of an initializer."""
+
+    def __init__(self, tensor: onnx.TensorProto) -> None:
+        self.is_float = tensor.data_type == onnx.TensorProto.FLOAT
+        self.size = int(np.prod(tensor.dims))
+
+
+PROGRAM = """
+import sys
+sys.modules["qfx"] = None
+import numpy as np, onnxruntime as ort
+session = ort.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+inputs = dict(np.load(sys.argv[2]))
+np.save(sys.argv[3], session.run(None, inputs)[0])
+"""
+
+
+def test_a_program_without_qfx(tmp_path: Path) -> None:
+    model, inputs = ZOO["bert"]()
+    written = qfx.export_onnx(model, inputs, tmp_path / "m.onnx", recipe="w8a8")
+    np.savez(tmp_path / "in.npz", **{k: v.numpy() for k, v in inputs.items()})
+    command = [sys.executable, "-c", PROGRAM, str(written.path), str(tmp_path / "in.npz"), str(tmp_path / "out.npy")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    assert sqnr(run(written.path, inputs)[0], torch.from_numpy(np.load(tmp_path / "out.npy"))) > 100
+
+
+def test_other_sizes_than_the_example(tmp_path: Path) -> None:
+    model, inputs = ZOO["bert"]()
+    written = qfx.export_onnx(model, inputs, tmp_path / "m.onnx", recipe="w8a8")
+    for batch, length in ((1, 3), (4, 9)):
+        other = {"input_ids": torch.arange(batch * length).reshape(batch, length) + 3}
+        other["attention_mask"] = torch.ones_like(other["input_ids"])
+        other["attention_mask"][-1, length // 2 :] = 0
+        found = run(written.path, other)[0]
+        assert sqnr(expected(model, other, "w8a8")[0], found) > 38
+
+
+def test_the_live_model_stays_as_it_is(tmp_path: Path) -> None:
+    model, inputs = ZOO["bert"]()
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    qfx.export_onnx(model, inputs, tmp_path / "m.onnx", recipe="w8a8-smooth", data=[inputs])
+    assert model.training
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_three_ways_to_one_file(tmp_path: Path) -> None:
+    """By recipe, by plan, and of a model that was quantized alive."""
+    model, inputs = ZOO["bert"]()
+    plan = qfx.plan(model, "w8a8-static", data=[inputs])
+    by_plan = qfx.export_onnx(model, inputs, tmp_path / "plan.onnx", plan=plan)
+    by_recipe = qfx.export_onnx(model, inputs, tmp_path / "recipe.onnx", recipe="w8a8-static", data=[inputs])
+    alive = qfx.quantize(copy.deepcopy(model), plan)
+    of_alive = qfx.export_onnx(alive, inputs, tmp_path / "alive.onnx")
+    outputs = [run(written.path, inputs)[0] for written in (by_plan, by_recipe, of_alive)]
+    assert torch.equal(outputs[0], outputs[1])
+    assert sqnr(outputs[0], outputs[2]) > 60
+    assert by_plan.formats == by_recipe.formats == of_alive.formats
+
+
+def test_without_a_recipe_it_is_the_float_model(tmp_path: Path) -> None:
+    model, inputs = ZOO["vit"]()
+    written = qfx.export_onnx(model, inputs, tmp_path / "m.onnx")
+    with torch.no_grad():
+        assert sqnr(model(**inputs).logits, run(written.path, inputs)[0]) > 90
+    assert not written.formats
+
+
+def test_inputs_of_a_transformers_model_may_be_left_out(tmp_path: Path) -> None:
+    model, _ = ZOO["vit"]()
+    assert qfx.export_onnx(model, None, tmp_path / "m.onnx", recipe="w8a8").inputs == ("pixel_values",)
+
+
+def test_bytes_do_not_depend_on_the_process(tmp_path: Path) -> None:
+    program = (
+        "import sys, qfx; from tests.zoo import ZOO; m, i = ZOO['llama']();"
+        "qfx.export_onnx(m, i, sys.argv[1], recipe='w8a8')"
+    )
+    for name, seed in (("a", "1"), ("b", "2")):
+        command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / f"{name}.onnx")]
+        root = Path(__file__).parents[2]
+        environment = {"PYTHONHASHSEED": seed, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, cwd=root, env=environment)
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_a_format_without_a_kernel_keeps_its_codes(tmp_path: Path) -> None:
+    model, inputs = ZOO["bert"]()
+    with pytest.warns(QfxWarning, match="nf4"):
+        written = qfx.export_onnx(model, inputs, tmp_path / "m.onnx", recipe="nf4")
+    assert written.notes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QfxWarning)
+        assert sqnr(expected(model, inputs, "nf4")[0], run(written.path, inputs)[0]) > 60
+    assert written.nbytes < qfx.export_onnx(model, inputs, tmp_path / "f.onnx").nbytes * 0.75
+
+
+class Unknown(nn.Module):
+    """Holds an operator without an ONNX form."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        values: Tensor = torch.linalg.svd(x).S
+        return values
+
+
+class Counts(nn.Module):
+    """Changes a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.linear(x) * self.calls
+        return y
+
+
+LINEAR, X = nn.Linear(4, 4).eval(), torch.ones(2, 4)
+REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
+    "another ending": ((LINEAR, X, "m.bin"), {}, ValueError, r"ends in \.onnx"),
+    "an unknown runtime": ((LINEAR, X, "m.onnx"), {"runtime": "tensorrt"}, ValueError, "'onnxruntime' or 'standard'"),
+    "a cache format": ((LINEAR, X, "m.onnx"), {"kv": "i8"}, ValueError, "caches stay in float"),
+    "an unknown recipe": ((LINEAR, X, "m.onnx"), {"recipe": "w8a9"}, ValueError, "did you mean"),
+    "a recipe as a plan": ((LINEAR, X, "m.onnx"), {"plan": "w8a8"}, ValueError, "expected: a qfx.Plan"),
+    "both": ((LINEAR, X, "m.onnx"), {"plan": "w8a8", "recipe": "w8a8"}, ValueError, "one of them"),
+    "no data": ((LINEAR, X, "m.onnx"), {"recipe": "w8a8-static"}, ValueError, "needs calibration data"),
+    "no model": ((print, X, "m.onnx"), {}, ValueError, r"torch\.nn\.Module"),
+    "no inputs": ((LINEAR, None, "m.onnx"), {}, ValueError, "no example of its inputs is known"),
+    "no form": ((Unknown(), torch.ones(3, 3), "m.onnx"), {}, UnsupportedError, "svd"),
+    "state": ((Counts().eval(), X, "m.onnx"), {}, UnsupportedError, "changes its inputs or buffers"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(tmp_path: Path, name: str) -> None:
+    (model, args, file), options, kind, message = REFUSED[name]
+    with pytest.raises(kind, match=message):
+        qfx.export_onnx(model, args, tmp_path / file, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_compiled_model(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        compiled: Any = torch.compile(LINEAR)
+    with pytest.raises(ValueError, match="is compiled"):
+        qfx.export_onnx(compiled, X, tmp_path / "m.onnx")
+
+
+def test_a_folder_as_path(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").mkdir()
+    with pytest.raises(ValueError, match="found: the folder"):
+        qfx.export_onnx(LINEAR, X, tmp_path / "m.onnx")
+
+
+def test_strict_refuses_what_is_not_as_asked(tmp_path: Path) -> None:
+    model, inputs = ZOO["mixtral"]()
+    with pytest.raises(UnsupportedError):
+        qfx.export_onnx(model, inputs, tmp_path / "m.onnx", recipe="w8a8-static", data=[inputs], strict=True)
+    assert not list(tmp_path.iterdir())
