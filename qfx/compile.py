@@ -23,7 +23,7 @@ from qfx.pipeline import apply_plan, told
 from qfx.records import GraphRecord, all_records, remember
 from qfx.rows import Row, graph_rows
 from qfx.template import State, Template
-from qfx.warm import Entry, Found, Storing, Warm
+from qfx.warm import Entry, Found, Storing, Warm, give_back
 
 _MOST_SCALARS = 8  # graphs kept for different values of Python floats
 
@@ -200,6 +200,8 @@ class CompiledGraph:
                 entry = Entry(template.interface, template.notes, tuple(notes), tuple(rows), program)
                 found = self._warm.kept(entry, storing)
                 lowered = (found and self._warm.reopen(found)) or lowered
+                graph.let_go(gm)
+                give_back()
         return Built(lowered, self._record(args, at, rows, all_notes), translation)
 
     def _lowered(self, gm: fx.GraphModule, storing: Storing | None) -> tuple[Any, bool]:

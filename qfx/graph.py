@@ -281,3 +281,10 @@ def copy(gm: fx.GraphModule) -> fx.GraphModule:
     new = fx.GraphModule(gm, nodes)
     new.meta = {key: dict(value) if isinstance(value, dict) else value for key, value in gm.meta.items()}
     return new
+
+
+def let_go(gm: fx.GraphModule) -> None:
+    """Take the tensors out of a graph that is done with: it is part of a cycle and would hold them for a while."""
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            set_tensor(gm, str(node.target), get_tensor(gm, str(node.target)).to("meta"))

@@ -19,7 +19,7 @@ from qfx.backends.onnx.kernels import executed_kernels
 from qfx.backends.onnx.partition import Stage, stages_of
 from qfx.backends.onnx.session import Session, SessionError
 from qfx.errors import Note, UnsupportedError, explain, source_line
-from qfx.graph import fqn_of, get_tensor, set_tensor
+from qfx.graph import fqn_of, get_tensor, let_go
 
 Slots = dict[fx.Node, Any]
 _NEXT = (
@@ -59,7 +59,7 @@ def lower(gm: fx.GraphModule, *, strict: bool = False, folder: Path | None = Non
                 raise
             reasons[node] = error.reason
         else:
-            _let_go(gm)
+            let_go(gm)
             return lowered
 
 
@@ -200,13 +200,6 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
     copied = fx.GraphModule(gm, graph)
     copied.meta = dict(gm.meta)
     return copied
-
-
-def _let_go(gm: fx.GraphModule) -> None:
-    """Take the weights out of a graph that was lowered: what still runs holds its own."""
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            set_tensor(gm, str(node.target), get_tensor(gm, str(node.target)).to("meta"))
 
 
 def _output_node(gm: fx.GraphModule) -> fx.Node:

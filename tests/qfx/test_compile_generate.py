@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import qfx
+from qfx.backends.onnx import session
 from tests.qfx.conftest import Counts
 from tests.zoo import ZOO, ids
 
@@ -25,19 +27,49 @@ def tokens(model: Any, count: int, cache: str | None) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_greedy_tokens_are_the_references_and_steps_compile_nothing(cache: str | None, counts: Counts) -> None:
+def test_greedy_tokens_are_the_references_and_steps_compile_nothing(
+    cache: str | None, counts: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = {}
+    sessions: list[int] = []
+    options = session.options
+
+    def counted(threads: int) -> Any:
+        sessions.append(threads)
+        return options(threads)
+
+    monkeypatch.setattr(session, "options", counted)
     for name in ("reference", "auto"):
         torch._dynamo.reset()
         model: Any = ZOO["llama"]()[0]
         model.forward = torch.compile(model.forward, backend="qfx", options={"backend": name, "strict": True})
         tokens(model, 4, cache), tokens(model, 6, cache)
-        warm = counts.graphs
+        warm = (counts.graphs, counts.lowered, len(sessions))
         found[name] = tokens(model, 16, cache)
-        assert counts.graphs == warm, "no compilation per token"
+        assert (counts.graphs, counts.lowered, len(sessions)) == warm, "no compilation and no session per token"
         assert qfx.report(model).totals["linear_quantized"] == 15
     assert found["auto"].shape == (2, 16) and torch.equal(found["reference"], found["auto"])
     assert counts.graphs <= 8, "four at most for each: two lengths of the prompt's pass, two of a step's"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generation_starts_warm_and_steps_compile_nothing(
+    cache: str | None, counts: Counts, cache_folder: Path
+) -> None:
+    found, graphs, lowered = [], [], 0
+    for _ in range(2):
+        torch._dynamo.reset()
+        model: Any = ZOO["llama"]()[0]
+        model.forward = torch.compile(model.forward, backend="qfx")
+        before, lowered = counts.graphs, counts.lowered
+        tokens(model, 4, cache), tokens(model, 6, cache)
+        warm = counts.graphs
+        found.append(tokens(model, 16, cache))
+        graphs.append((warm - before, counts.graphs - warm))
+    assert graphs[0] == graphs[1] and graphs[0][1] == 0, "as many graphs as the first time, none for a token"
+    assert counts.lowered == lowered, "all of them were on disk"
+    assert torch.equal(*found)
 
 
 @torch.no_grad()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import timeit
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 import qfx
 from qfx.capture import capture_dynamo
+from qfx.compile import CompiledGraph
 from qfx.errors import QfxWarning
 from qfx.options import Options
 from qfx.warm import _is_plain, cache_of
@@ -404,3 +407,40 @@ def test_another_process_starts_warm(cache_folder: Path) -> None:
     cold, warm = run(), run()
     assert (cold[0], warm[0]) == (1, 0)
     assert cold[1:] == warm[1:], "the outputs to the last bit, and the report"
+
+
+def packed_tensors() -> list[Tensor]:
+    """Tensors of integers, larger than a few bytes, that someone holds."""
+    gc.collect()
+    found = [t for t in gc.get_objects() if type(t) is Tensor]
+    return [t for t in found if t.dtype in (torch.int8, torch.uint8) and t.device.type == "cpu" and t.numel() > 4000]
+
+
+@pytest.mark.filterwarnings("ignore:.*rounds them to 8 bits:qfx.errors.QfxWarning")
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a16"])
+def test_no_packed_weight_stays_in_torch(recipe: str, cache_folder: Path) -> None:
+    """ONNX Runtime maps them from the file; without a cache they stay, for sessions with other numbers of threads."""
+    before = len(packed_tensors())
+    model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
+    for _ in range(2):
+        _, fast = start(model, torch.randn(2, 128), recipe=recipe)
+        assert len(packed_tensors()) == before
+    _, fast = start(model, torch.randn(2, 128), recipe=recipe, cache=False)
+    assert len(packed_tensors()) > before, "the test sees them where they are"
+    del fast
+
+
+def test_a_call_of_a_trivial_graph_costs_little(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 60 us between Dynamo's guards and the result, all of ONNX Runtime's own work included."""
+    seen: list[Any] = []
+    call = CompiledGraph.__call__
+
+    def kept(self: CompiledGraph, *args: Any) -> Any:
+        seen[:] = [self, args]
+        return call(self, *args)
+
+    monkeypatch.setattr(CompiledGraph, "__call__", kept)
+    start(nn.ReLU().eval(), torch.randn(4))
+    graph, args = seen
+    best = min(timeit.repeat(lambda: call(graph, *args), number=200, repeat=20)) / 200
+    assert best < 60e-6, f"{best * 1e6:.1f} us"
