@@ -31,7 +31,10 @@ from qfx.errors import warn
 # DequantizeLinear and MatMul, with activations rounded to 8 bits: here the graph itself says where that shall happen.
 DISABLED = ["SkipLayerNormFusion", "QDQSelectorActionTransformer"]
 _ERROR = 3
-_PACKS_ALONE = ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MultiHeadAttention", "Gelu", "BiasGelu", "QuickGelu")
+# Kernels that pack one weight, each by itself. MatMulNBits puts scales into the packed weight after that was saved:
+# read back, it gives wrong numbers.
+_PACKS_ALONE = {"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger"}
+_PACKS_ALONE |= {"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv"}
 _MOST = 2  # sessions of one model, for different numbers of threads
 
 
@@ -72,19 +75,25 @@ class Session:
         in_place: dict[int, int] | None = None,
         save: Path | None = None,
     ) -> None:
-        def create(threads: int) -> Any:
+        def create(threads: int, to: Path | None = None, *, packed: bool = False) -> Any:
             chosen = options(threads)
             if weights:
                 names = list(weights)
                 chosen.add_external_initializers(names, [_wrap(weights[name]) for name in names])
-            if to_save:
-                _saved_to(chosen, to_save.pop(), packed=_packs_alone(model))
+            if to is not None:
+                _saved_to(chosen, to, packed=packed)
             return ort.InferenceSession(
                 model.SerializeToString(), chosen, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED
             )
 
-        to_save = [save] if save is not None else []
-        self._start(create, in_place)
+        def saving(threads: int) -> Any:
+            if not any(n.op_type == "MatMulNBits" for n in model.graph.node):
+                session = create(threads, save, packed=True)
+                if save is None or _packed_alone(save.with_suffix(".onnx")):
+                    return session
+            return create(threads, save)
+
+        self._start(create, in_place, first=saving)
 
     @classmethod
     def open(cls, path: Path, in_place: dict[int, int] | None = None) -> Session:
@@ -99,13 +108,15 @@ class Session:
         self._start(create, in_place)
         return self
 
-    def _start(self, create: Callable[[int], Any], in_place: dict[int, int] | None) -> None:
+    def _start(
+        self, create: Callable[[int], Any], in_place: dict[int, int] | None, first: Callable[[int], Any] | None = None
+    ) -> None:
         self._create = create
         self._in_place = in_place or {}
         self._lock = threading.Lock()
         self._sessions: dict[int, Any] = {}
         try:
-            session = self._sessions[torch.get_num_threads()] = create(torch.get_num_threads())
+            session = self._sessions[torch.get_num_threads()] = (first or create)(torch.get_num_threads())
         except Exception as error:
             raise SessionError(error) from error
         self.inputs = [i.name for i in session.get_inputs()]
@@ -156,14 +167,11 @@ class Session:
         return _tensor(results, i, self._bool[i])
 
 
-def _packs_alone(model: onnx.ModelProto) -> bool:
-    """Whether every kernel packs a weight by itself, so that ONNX Runtime can save what it packed.
-
-    MatMulNBits puts scales into the packed weight after that was saved: read back, it gives wrong numbers.
-    """
-    weights = {t.name for t in model.graph.initializer}
-    nodes = [n for n in model.graph.node if n.domain and weights.intersection(n.input)]
-    return all(n.op_type in _PACKS_ALONE for n in nodes)
+def _packed_alone(path: Path) -> bool:
+    """Whether all packed weights in a saved model are of kernels that pack each by itself."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    packed = {t.name for t in graph.initializer if any(e.key.startswith("prepacked") for e in t.external_data)}
+    return all(n.op_type in _PACKS_ALONE for n in graph.node if packed.intersection(n.input))
 
 
 def _saved_to(chosen: Any, path: Path, *, packed: bool) -> None:

@@ -125,6 +125,15 @@ def test_only_what_packs_alone_is_saved_packed(tmp_path: Path) -> None:
         assert any(key.startswith("prepacked") for key in keys) == packed
 
 
+def test_kernels_that_may_pack_otherwise_are_saved_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PACKS_ALONE", {"Gemm"})
+    built, weights = matmul()
+    first, x = Session(built, weights, save=tmp_path / "0"), torch.randn(2, 64)
+    saved = onnx.load(str(tmp_path / "0.onnx"), load_external_data=False)
+    assert not any(e.key.startswith("prepacked") for t in saved.graph.initializer for e in t.external_data)
+    assert torch.equal(Session.open(tmp_path / "0.onnx").run([x])[0], first.run([x])[0])
+
+
 def test_a_file_that_is_no_model_is_a_session_error(tmp_path: Path) -> None:
     (tmp_path / "0.onnx").write_bytes(b"nothing")
     with pytest.raises(SessionError, match="ONNX"):
