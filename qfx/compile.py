@@ -170,7 +170,10 @@ class CompiledGraph:
         return template
 
     def _stored(self, args: Sequence[Any], at: Frame, live: set[int]) -> tuple[str | None, Found | None]:
-        """The key on disk, and what is kept under it."""
+        """The key on disk, and what is kept under it. Weights that change in place (training) have none."""
+        template = self._templates.get(self._values(args))
+        if template is not None and live == template.live and template.knows(args):
+            return None, None
         key = self._warm.key(args, live, self._translation(args, at), packed=self._is_packed(at))
         return key, self._warm.find(key)
 

@@ -116,6 +116,10 @@ class Template:
         entry = self._entries.get(tuple(map(id, tensors)))
         return entry.made if entry is not None and entry.state == State.of(tensors) else None
 
+    def knows(self, args: Sequence[Any]) -> bool:
+        """Whether something was kept for the tensors among these arguments, in whatever state they were."""
+        return tuple(map(id, self.weights(args))) in self._entries
+
     def keep(self, args: Sequence[Any], state: State, made: Any) -> None:
         """Keep what was made for the weights among these arguments, in this state, as long as they live."""
         tensors = self.weights(args)

@@ -23,7 +23,7 @@ from torch import fx
 
 from qfx.cache_key import NoKeyError, key_of
 from qfx.capture import example_of, source_of
-from qfx.errors import Note
+from qfx.errors import Note, UnsupportedError, warn
 from qfx.names import Translation
 from qfx.options import CacheAt, Options
 from qfx.rows import Row
@@ -86,7 +86,12 @@ class Warm:
             )
         except NoKeyError as error:
             _LOG.info("the compiled graph is not cached: it has %s", error)
-            return None
+        except UnsupportedError:
+            pass  # capturing the graph says the same
+        except Exception as error:
+            what = f"the cache is not used for this graph, its key cannot be made: {type(error).__name__}: {error}"
+            warn(f"{what}; next step: report it as a bug; options={{'cache': False}} turns the cache off")
+        return None
 
     def find(self, key: str | None) -> Found | None:
         """What is kept under the key, its guards on sizes set; None where there is nothing."""

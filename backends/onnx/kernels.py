@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from qfx.backends.onnx.session import DISABLED, options
 
@@ -35,7 +36,11 @@ _MAIN = {
 
 def executed_kernels(built: StageModel, names: list[str]) -> dict[str, str]:
     """FX node name -> its kernels in the optimized graph; "" where nothing of it is left to execute."""
-    graph = optimized_graph(built)
+    try:
+        graph = optimized_graph(built)
+    except (OSError, Fail) as error:
+        reason = str(error).splitlines()[0]
+        return dict.fromkeys(names, f"ONNX Runtime; its kernels are not known, no temporary file: {reason}")
     integers = {t.name for t in graph.initializer if t.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)}
     found: dict[str, list[str]] = {name: [] for name in names}
     main: dict[str, list[str]] = {name: [] for name in names}

@@ -226,6 +226,7 @@ def test_changed_weights_are_followed_after_a_warm_start(cache_folder: Path, cou
         model.a.weight.mul_(1.5)
         found = fast(X)
         assert counts.lowered == 2, "captured now, for weights that the cache has not"
+        assert len(entries(cache_folder)) == 1, "nothing is written for weights that change in place"
         assert {row.node for row in qfx.report(fast).rows} == {"a", "b"}
         want, _ = start(model, X, cache=False)
     assert torch.equal(found, want)
@@ -327,6 +328,35 @@ def test_a_disk_that_fills_while_models_are_saved(cache_folder: Path, monkeypatc
     assert torch.equal(found, want) and entries(cache_folder) == []
 
 
+_FULL = """
+import resource, sys, warnings, torch, qfx
+model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 256)).eval()
+x = torch.randn(3, 256)
+with torch.no_grad():
+    want = torch.compile(model, backend="qfx", options={"cache": False})(x)
+    torch._dynamo.reset()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fast = torch.compile(model, backend="qfx")
+        found = fast(x)
+assert torch.equal(found, want), "works on"
+assert len(caught) == 1 and "cannot be written" in str(caught[0].message), [str(w.message) for w in caught]
+assert qfx.report(fast).totals["linear_quantized"] == 2
+"""
+
+
+@pytest.mark.parametrize("most", ["200", "3000", "50000", "140000"])
+def test_files_that_cannot_grow(most: str, cache_folder: Path) -> None:
+    """The system refuses to write on at some byte of some file: of the weights, the model, the description."""
+    pytest.importorskip("resource", reason="limits on files are a thing of Unix")
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", _FULL, most], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert not [p for p in cache_folder.rglob("*") if p.is_file()], "nothing half-written"
+
+
 def test_the_option_turns_it_off_and_says_where(cache_folder: Path, tmp_path: Path, counts: Counts) -> None:
     start(Net(), X, cache=False)
     assert not cache_folder.exists()
@@ -338,6 +368,18 @@ def test_the_option_turns_it_off_and_says_where(cache_folder: Path, tmp_path: Pa
     start(Net(), X, cache=True)
     assert len(entries(cache_folder)) == 1
     assert cache_of(Options.parse({"cache": False})) is None
+
+
+def test_a_key_that_cannot_be_made_is_told_and_the_graph_compiled(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch, counts: Counts
+) -> None:
+    def broken(*_: Any, **__: Any) -> str:
+        raise KeyError("x")
+
+    monkeypatch.setattr("qfx.warm.key_of", broken)
+    with pytest.warns(QfxWarning, match="its key cannot be made: KeyError: 'x'"):
+        start(Net(), X)
+    assert counts.lowered == 1 and entries(cache_folder) == []
 
 
 def test_no_file_holds_code(cache_folder: Path) -> None:
