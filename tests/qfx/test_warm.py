@@ -367,7 +367,7 @@ def test_the_option_turns_it_off_and_says_where(cache_folder: Path, tmp_path: Pa
     assert counts.lowered == 2
     start(Net(), X, cache=True)
     assert len(entries(cache_folder)) == 1
-    assert cache_of(Options.parse({"cache": False})) is None
+    assert cache_of(Options.parse({"cache": False})) is cache_of(Options.parse({"backend": "reference"})) is None
 
 
 def test_a_key_that_cannot_be_made_is_told_and_the_graph_compiled(
