@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,10 +13,11 @@ from typing import Any
 from torch import fx, nn
 
 from qfx import data as batches
-from qfx import graph
+from qfx import decoder, graph
 from qfx.capture import Captured, capture_export
 from qfx.data import Call
 from qfx.errors import Note, UnsupportedError, explain
+from qfx.hub import is_causal_lm
 from qfx.inputs import example_inputs, need_inputs, without_cache
 from qfx.passes._match import arguments
 from qfx.pipeline import apply_plan, prepare, told
@@ -25,6 +27,7 @@ from qfx.quantize import plan as make_plan
 from qfx.recipe import Recipe
 
 RUNTIMES = ("onnxruntime", "standard")
+DECODER = "model.onnx"  # the name of a decoder's model in its folder
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Exported:
     outputs: tuple[str, ...]
     notes: tuple[Note, ...] = field(repr=False)
     formats: Mapping[str, Mapping[str, str]] = field(repr=False)
+    shared_cache: bool = False  # a decoder whose cache grows where it lies
 
     @property
     def path(self) -> Path:
@@ -48,9 +52,13 @@ class Exported:
 def export_onnx(
     model: nn.Module, args: Any, path: str | os.PathLike[str], *, recipe: Any = None, plan: Plan | None = None,
     runtime: str = "onnxruntime", kv: str | None = None, data: Iterable[Any] | None = None, dynamic: bool = True,
-    strict: bool = False, external_bytes: int | None = None,
+    strict: bool = False, external_bytes: int | None = None, all_logits: bool = False,
 ) -> Exported:  # fmt: skip
     """Write `model` as ONNX to `path` (.onnx); the model is not changed.
+
+    For a causal language model `path` may be a folder: then one graph with a cache of keys and values is written, which
+    reads prompts and writes token after token, with the configuration that `qfx.onnx.load` and onnxruntime-genai need.
+    It gives the logits of the last token, with `all_logits` those of every new token. The tokenizer is yours to save.
 
     args: example inputs: a tensor, a tuple, or a dict of keyword arguments; None for a model of transformers whose
     inputs its configuration tells. Sizes that the model lets vary vary in the file (`dynamic`); give the example sizes
@@ -62,10 +70,14 @@ def export_onnx(
     Raises ValueError for bad arguments, UnsupportedError for a model without an ONNX form, OSError where the files
     cannot be written: then nothing is left behind.
     """
-    target = _checked_path(path)
+    folder = Path(path).suffix != ".onnx" and isinstance(model, nn.Module) and is_causal_lm(model)
+    target = Path(path) / DECODER if folder else _checked_path(path)
     _check_options(runtime, kv, recipe, plan)
-    call = _call(model, args)
     asked = None if recipe is None else Recipe.parse(recipe)
+    if folder:
+        prepared = functools.partial(_decoder, model, target, recipe=asked, plan=plan, data=data, runtime=runtime)
+        return prepared(strict=strict, all_logits=all_logits, external_bytes=external_bytes)
+    call = _call(model, args)
     with evaluating(model):
         if asked is not None and asked.needs_data:
             plan = make_plan(model, asked, data, strict=strict)
@@ -73,9 +85,33 @@ def export_onnx(
         return _write(captured, notes, target, runtime, strict=strict, external_bytes=external_bytes)
 
 
+def _decoder(
+    model: nn.Module, target: Path, *, recipe: Recipe | None, plan: Plan | None, data: Any, runtime: str, strict: bool,
+    all_logits: bool, external_bytes: int | None,
+) -> Exported:  # fmt: skip
+    """The folder of a decoder; its configuration is written last and makes it complete."""
+    from qfx.backends.onnx import genai
+
+    with evaluating(model):
+        if recipe is not None and recipe.needs_data:
+            plan = make_plan(model, recipe, data, strict=strict)
+        if plan is not None:
+            plan.check(model, strict=strict)
+        captured, names = decoder.capture_decoder(model, last_only=not all_logits)
+        notes = _planned(captured, recipe, plan, strict=strict)
+        if not decoder.fuse_cache(captured, names):
+            reason = "its cache is read by more than attention: it grows by a copy for each token"
+            notes.append(Note(type(model).__name__, reason, "none needed for the result", minor=True))
+        written = _write(captured, notes, target, runtime, strict=strict, external_bytes=external_bytes, inputs=names)
+        sizes = decoder.cache_sizes(model)
+    genai.write_config(model, target.parent, written.inputs, sizes, shared=written.shared_cache)
+    return written
+
+
 def _write(
-    captured: Captured, notes: list[Note], target: Path, runtime: str, *, strict: bool, external_bytes: int | None
-) -> Exported:
+    captured: Captured, notes: list[Note], target: Path, runtime: str, *, strict: bool, external_bytes: int | None,
+    inputs: Mapping[str, str] | None = None,
+) -> Exported:  # fmt: skip
     from qfx.backends.onnx import export, lowering
 
     gm = captured.gm
@@ -88,6 +124,7 @@ def _write(
         "qfx.formats": json.dumps(formats, sort_keys=True),
         "qfx.versions": json.dumps(versions(), sort_keys=True),
         "qfx.runtime": runtime,
+        **({"qfx.cache": "shared" if _grows_in_place(built, inputs) else "copied"} if inputs else {}),
         "qfx.notes": json.dumps([str(note) for note in notes]),
     }
     written = export.write(
@@ -98,10 +135,18 @@ def _write(
         documents={n.name: f"{graph.fqn_of(n)}: {graph.op_name(n)}" for n in gm.graph.nodes if n.op == "call_function"},
         metadata=metadata,
         external_bytes=export.EXTERNAL_BYTES if external_bytes is None else external_bytes,
+        inputs=inputs,
     )
     names = tuple(i.name for i in built.model.graph.input)
     found = tuple(o.name for o in built.model.graph.output)
-    return Exported(written.files, written.nbytes, written.opset, names, found, tuple(notes), formats)
+    shared_cache = metadata.get("qfx.cache") == "shared"
+    return Exported(written.files, written.nbytes, written.opset, names, found, tuple(notes), formats, shared_cache)
+
+
+def _grows_in_place(built: Any, inputs: Mapping[str, str]) -> bool:
+    """Does every layer's cache grow where it lies?"""
+    fused = [node for node in built.model.graph.node if node.op_type == "GroupQueryAttention"]
+    return 2 * len(fused) == len(inputs)
 
 
 def _quantized(
@@ -120,10 +165,15 @@ def _quantized(
                 next_step="export a forward that returns what it changes",
             )
         )
+    return captured, _planned(captured, recipe, plan, strict=strict)
+
+
+def _planned(captured: Captured, recipe: Recipe | None, plan: Plan | None, *, strict: bool) -> list[Note]:
+    """Bring the graph to the form in which plans speak of it, and quantize it where that is asked."""
     notes = prepare(captured.gm)
-    if plan is not None or recipe is not None:
-        notes = [*notes, *apply_plan(captured.gm, plan, recipe or Recipe.parse("w8a8"), strict=strict)]
-    return captured, notes
+    if plan is None and recipe is None:
+        return notes
+    return [*notes, *apply_plan(captured.gm, plan, recipe or Recipe.parse("w8a8"), strict=strict)]
 
 
 def _outputs(captured: Captured) -> list[str]:

@@ -28,6 +28,8 @@ _SCHEMAS = {
     "rope": "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float scale, bool causal, float softcap) "
     "-> Tensor",
+    "cached_attention": "(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, Tensor? mask, Tensor? sinks, "
+    "float scale, bool causal, float softcap) -> (Tensor, Tensor, Tensor)",
     "quick_gelu": "(Tensor x) -> Tensor",
     "grouped_linear": "(Tensor x, Tensor w, Tensor offs) -> Tensor",
     "grouped_linear_quant": "(Tensor x, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor offs, str x_format, "
@@ -92,6 +94,26 @@ def _masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     if mask is None:
         return scores
     return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qfx::attention over the cached and the new tokens; returns (y [B, H, S, Dv], keys, values), the caches grown.
+
+    q [B, H, S, D], k and v [B, G, S, D], past_k and past_v [B, G, P, D]; the grown caches are [B, G, P + S, D].
+    """
+    keys, values = torch.cat((past_k, k), -2), torch.cat((past_v, v), -2)
+    return attention(q, keys, values, mask, sinks, scale, causal, softcap), keys, values
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -183,6 +205,22 @@ def _attention_fake(
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
+def _cached_attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grown = (torch.cat((past_k, k), -2), torch.cat((past_v, v), -2))
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), *grown
+
+
 def _quick_gelu_fake(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
@@ -201,7 +239,7 @@ def _grouped_linear_quant_fake(
     return x.new_empty((x.shape[0], w.shape[1]))
 
 
-Kernel = Callable[..., Tensor]
+Kernel = Callable[..., Any]
 
 
 def _gradient_by_replay(kernel: Kernel) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -245,6 +283,7 @@ def _register() -> Library | None:
     kernels: dict[str, tuple[Kernel, Kernel]] = {
         "rope": (rope, _rope_fake),
         "attention": (attention, _attention_fake),
+        "cached_attention": (cached_attention, _cached_attention_fake),
         "quick_gelu": (quick_gelu, _quick_gelu_fake),
         "grouped_linear": (grouped_linear, _grouped_linear_fake),
         "grouped_linear_quant": (grouped_linear_quant, _grouped_linear_quant_fake),

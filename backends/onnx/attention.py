@@ -119,6 +119,26 @@ def _bias(b: Builder, scores: Value, mask: Value | None, causal: bool) -> tuple[
     return found
 
 
+def bias_of(b: Builder, mask: Value | None, sizes: tuple[Dim, Dim]) -> Value | None:
+    """What a mask adds to scores [.., L, S], f32 of rank 4 with all of its last two sizes; None without one."""
+    if mask is None:
+        return None
+    key = ("whole bias", mask.name)
+    if key not in b.memo:
+        zero, lowest = b.scalar(0.0, torch.float32), b.scalar(_LOWEST, torch.float32)
+        if mask.dtype == torch.bool:
+            added = b.op("Where", mask, zero, lowest)
+        else:
+            added = b.op("Max", b.cast(mask, torch.float32), lowest)
+        added = Value(added.name, torch.float32, mask.shape)
+        if tuple(mask.dims[-2:]) != sizes:
+            whole = (*(1,) * (4 - mask.rank), *mask.dims[:-2], *sizes)
+            added = Value(b.op("Expand", added, b.shape(whole)).name, torch.float32, whole)
+        b.memo[key] = b.reshape(added, (*(1,) * (4 - mask.rank), *mask.dims)) if mask.rank < 4 else added
+    found: Value = b.memo[key]
+    return found
+
+
 def _prepared(b: Builder, mask: Value | None, seen: Value | None, dtype: torch.dtype) -> tuple[Value, Value | None]:
     zero, lowest = b.scalar(0.0, dtype), b.scalar(_LOWEST, dtype)
     if mask is None:

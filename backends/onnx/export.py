@@ -36,13 +36,21 @@ class Written:
 
 
 def write(
-    builder: Builder, built: StageModel, path: Path, *, outputs: Sequence[str], documents: Mapping[str, str],
-    metadata: Mapping[str, str], external_bytes: int = EXTERNAL_BYTES,
-) -> Written:  # fmt: skip
+    builder: Builder,
+    built: StageModel,
+    path: Path,
+    *,
+    outputs: Sequence[str],
+    documents: Mapping[str, str],
+    metadata: Mapping[str, str],
+    external_bytes: int = EXTERNAL_BYTES,
+    inputs: Mapping[str, str] | None = None,
+) -> Written:
     """Write `path`, and `<path>.data` where the weights have more than `external_bytes` in all.
 
-    outputs: names in the order of the model's outputs. documents: doc string by FX node. Weights are made and written
-    one after the other. Raises OSError where the disk does not take them; then nothing is left behind.
+    outputs: names in the order of the model's outputs. inputs: other names for inputs. documents: doc string by FX
+    node. Weights are made and written one after the other. Raises OSError where the disk does not take them; then
+    nothing is left behind.
     """
     model = built.model
     opset = needed_opset(model.graph.node, _types(builder, model), OPSET)
@@ -51,6 +59,7 @@ def write(
     domains = {node.domain for node in model.graph.node}
     for other in [o for o in model.opset_import if o.domain and o.domain not in domains]:
         model.opset_import.remove(other)
+    _rename_inputs(model.graph, inputs or {})
     _rename_outputs(model.graph, outputs)
     _name_sizes(model.graph)
     for node in model.graph.node:
@@ -132,6 +141,15 @@ def _rename_outputs(graph: onnx.GraphProto, names: Sequence[str]) -> None:
             for i, value in enumerate(values):
                 if value in renamed:
                     values[i] = renamed[value]
+
+
+def _rename_inputs(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    for value in graph.input:
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name in names:
+                node.input[i] = names[name]
 
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")

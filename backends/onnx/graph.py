@@ -14,12 +14,14 @@ from onnx import helper
 from torch import Tensor, fx
 
 from qfx.backends.onnx.build import MICROSOFT, OPSET, Builder, Later
+from qfx.backends.onnx.gqa import TOTAL
 from qfx.backends.onnx.in_place import in_place
 from qfx.backends.onnx.partition import Stage
 from qfx.backends.onnx.symbols import UnresolvedError
 from qfx.backends.onnx.table import EMIT, bound_arguments, op_key
 from qfx.backends.onnx.values import ONNX_TYPE, Value, computed, dim_of, dims_of, is_number
 from qfx.errors import Note
+from qfx.passes.kv_cache import shared
 
 # The IR version that ONNX Runtime 1.31 and its predecessors read.
 IR_VERSION = 10
@@ -121,6 +123,7 @@ def emit_stage(
     b = Builder(gm, runtime)
     for node in stage.inputs:
         _declare(b, node)
+    _cached_lengths(b, gm, stage)
     sizes = _missing_sizes(b, stage, carriers)
     for node in stage.nodes:
         emit_node(b, gm, node)
@@ -184,6 +187,21 @@ def _declare(b: Builder, node: fx.Node) -> None:
     else:
         b.inputs.append(helper.make_tensor_value_info(name, onnx.TensorProto.BOOL, []))
         b.values[node] = Value(name, torch.bool, ())
+
+
+def _cached_lengths(b: Builder, gm: fx.GraphModule, stage: Stage) -> None:
+    """The number of cached tokens is that of the mask less that of the new ones: a cache's memory may be longer."""
+    past = shared(gm)
+    if not past:
+        return
+    inputs = {node.name: node for node in stage.inputs}
+    total, new = (_reader(b, b.values[inputs[past[key]]], 1)() for key in ("total", "new"))
+    b.memo[TOTAL] = Value(total.name, torch.int64, (1,))
+    length = Value(b.op("Sub", total, new).name, torch.int64, (1,))
+    for name in past["names"]:
+        symbol = dims_of(inputs[name].meta["val"].shape)[2]
+        if isinstance(symbol, sympy.Symbol):
+            b.symbols.known[symbol] = length
 
 
 def _reader(b: Builder, value: Value, axis: int) -> Callable[[], Value]:

@@ -56,10 +56,10 @@ def packed_attention(b: Builder, mask: Value | None, causal: bool, scale: float)
     if mask is not None:
         y = Value(b.op("Mul", y, _attends(b, mask)).name, torch.float32, y.shape)
     b.fused |= {node.name: b.node.name for node in found.nodes if b.node is not None}
-    return _by_heads(b, y, found.heads)
+    return by_heads(b, y, found.heads)
 
 
-def _by_heads(b: Builder, y: Value, heads: int) -> Value:
+def by_heads(b: Builder, y: Value, heads: int) -> Value:
     """[B, S, H*D] as [B, H, S, D]. Who takes this view back (see `shapes.transpose` and `view`) gets y itself."""
     batch, length, width = y.dims
     split = b.reshape(y, (batch, length, heads, width // heads))

@@ -32,12 +32,12 @@ _FLOAT8 = {
 
 
 def product(b: Builder, x: Value, weight: Value, alpha: float = 1.0) -> Value:
-    """alpha * x @ weight^T over the last two dimensions."""
+    """alpha * x @ weight^T over the last two dimensions; a weight whose shape is not known has two."""
     if not b.standard:
         return b.op("FusedMatMul", x, weight, domain=MICROSOFT, transB=1, alpha=None if alpha == 1.0 else alpha)
     if alpha != 1.0:
         x = Value(b.op("Mul", x, b.scalar(alpha, x.dtype)).name, x.dtype, x.shape)
-    order = list(range(weight.rank))
+    order = list(range(2 if weight.shape is None else weight.rank))
     order[-2:] = order[:-3:-1]
     return b.op("MatMul", x, b.op("Transpose", weight, perm=order))
 

@@ -11,6 +11,7 @@ from qfx.backends.onnx import (
     activation,
     attention,
     create,
+    gqa,
     index,
     math,
     moe,
@@ -34,6 +35,7 @@ EMIT: dict[str, Emit] = {
     **nn.EMIT,
     **activation.EMIT,
     **attention.EMIT,
+    **gqa.EMIT,
     **moe.EMIT,
     **quant.EMIT,
 }

@@ -1,0 +1,102 @@
+"""Decoders with a cache as one graph: the same file reads a prompt and writes token after token."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qfx.capture import Captured, capture_export
+from qfx.errors import UnsupportedError, explain
+from qfx.passes.kv_cache import kv_cache, shared
+
+IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
+PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
+_BATCH, _NEW, _OLD = 2, 3, 5  # sizes of the example: different ones, none of them 1
+
+
+class _Cached(nn.Module):
+    """A causal model whose cache is an argument and a result. Its parameters have the model's own names."""
+
+    def __init__(self, model: nn.Module, *, last_only: bool) -> None:
+        super().__init__()
+        self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
+        self._call = [model]  # in a list: it is no sub-module
+        self.training = model.training
+        accepted = inspect.signature(model.forward).parameters
+        self._positions = POSITIONS in accepted
+        self._last = {"logits_to_keep": 1} if last_only and "logits_to_keep" in accepted else {}
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, past: dict[str, Tensor], position_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for i in range(len(past) // 2):
+            cache.update(past[f"{i}_key"], past[f"{i}_value"], i)
+        given: dict[str, Any] = {MASK: attention_mask, **self._last}
+        if self._positions:
+            given[POSITIONS] = position_ids
+        found = self._call[0].forward(input_ids=input_ids, past_key_values=cache, use_cache=True, **given)
+        results = {"logits": found.logits}
+        for i, layer in enumerate(found.past_key_values.layers):
+            results |= {PRESENT.format(i, "key"): layer.keys, PRESENT.format(i, "value"): layer.values}
+        return results
+
+
+def capture_decoder(model: nn.Module, *, last_only: bool) -> tuple[Captured, dict[str, str]]:
+    """The model's graph with its cache as inputs and outputs, and the names that its inputs have in a file.
+
+    Raises UnsupportedError for a model that keeps no plain cache of keys and values.
+    """
+    sizes = cache_sizes(model)
+    example: dict[str, Any] = {
+        IDS: torch.arange(_BATCH * _NEW).reshape(_BATCH, _NEW) + 3,
+        MASK: torch.ones(_BATCH, _OLD + _NEW, dtype=torch.int64),
+    }
+    wrapped = _Cached(model, last_only=last_only)
+    if wrapped._positions:
+        example[POSITIONS] = torch.arange(_OLD, _OLD + _NEW).expand(_BATCH, -1).contiguous()
+    past, names = {}, {}
+    for i, (heads, width) in enumerate(sizes):
+        for what in ("key", "value"):
+            past[f"{i}_{what}"] = torch.zeros(_BATCH, heads, _OLD, width)
+            names[f"past_{i}_{what}"] = PAST.format(i, what)
+    example["past"] = past
+    return capture_export(wrapped, (), example), names
+
+
+def fuse_cache(captured: Captured, names: Mapping[str, str]) -> bool:
+    """Attention over a cache becomes one operator; True where every cache may grow in its own memory."""
+    kv_cache(captured.gm, pasts=list(names), total=MASK, new=IDS)
+    return is_shared(captured, names)
+
+
+def is_shared(captured: Captured, names: Mapping[str, str]) -> bool:
+    """May every cache grow in its own memory?"""
+    return set(shared(captured.gm).get("names", ())) == set(names)
+
+
+def cache_sizes(model: nn.Module) -> list[tuple[int, int]]:
+    """(key heads, head size) of each layer's cache, found by a call with two tokens.
+
+    Raises UnsupportedError where the model gives no such cache.
+    """
+    with torch.no_grad():
+        found = model(input_ids=torch.tensor([[3, 4]]), use_cache=True)
+    layers = getattr(getattr(found, "past_key_values", None), "layers", None)
+    keys = [getattr(layer, "keys", None) for layer in layers or ()]
+    if not keys or any(not isinstance(k, Tensor) or k.dim() != 4 for k in keys):
+        raise UnsupportedError(
+            explain(
+                f"{type(model).__name__} keeps no plain cache of keys and values",
+                expected="past_key_values with keys and values [B, H, S, D] in every layer",
+                found=type(getattr(found, "past_key_values", None)).__name__,
+                next_step="export it without a cache: give a path that ends in .onnx",
+            )
+        )
+    return [(int(k.shape[1]), int(k.shape[3])) for k in keys if isinstance(k, Tensor)]

@@ -1,0 +1,50 @@
+"""`qfx.onnx.load`: what `qfx.export_onnx` wrote, as an object to call; decoders have transformers' `generate()`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from qfx.generation import OnnxCausalLM
+
+
+class OnnxModel:
+    """An exported model: call it with its inputs as keyword arguments; it returns its outputs by name."""
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        from qfx.backends.onnx.runner import Runner
+
+        self._runner = Runner(path, threads)
+        self.inputs, self.outputs = tuple(self._runner.inputs), tuple(self._runner.outputs)
+        self.metadata = dict(self._runner.metadata)
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Run. Raises ValueError for inputs that do not fit."""
+        return self._runner.run(inputs)
+
+
+def load(path: str | os.PathLike[str], *, threads: int | None = None) -> OnnxModel | OnnxCausalLM:
+    """Open a file (`OnnxModel`) or the folder of a decoder (a causal language model with `generate()`).
+
+    threads: None for `torch.get_num_threads()`. Raises ValueError for files that are cut short or altered,
+    FileNotFoundError where one is missing.
+    """
+    target = Path(path)
+    if not target.exists():
+        raise FileNotFoundError(f"there is no {target}\n  expected: what qfx.export_onnx wrote")
+    if target.is_dir():
+        from qfx.generation import OnnxCausalLM
+
+        return OnnxCausalLM(target, threads=threads)
+    return OnnxModel(target, threads)
+
+
+def check(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata of an exported file, once it is seen to be whole. Raises as `load` does."""
+    from qfx.backends.onnx.export import verify
+
+    return dict(verify(Path(path)))

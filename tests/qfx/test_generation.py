@@ -1,0 +1,208 @@
+"""Decoders as folders: generate() of transformers, onnxruntime-genai, one memory for the cache."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import qfx
+import qfx.onnx
+from qfx.errors import QfxWarning
+from qfx.generation import OnnxCausalLM, SharedCache
+from tests.backends.onnx.checks import sqnr
+from tests.zoo import VOCAB, ZOO
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny_lm"
+QUICK = {"gpt2", "bloom", "llama", "qwen3", "gemma2", "mistral"}
+DECODERS = [
+    name
+    for name in ZOO
+    if name not in ("bert", "roberta", "distilbert", "electra", "t5", "bart", "vit", "whisper", "clip")
+]
+NAMES = [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in DECODERS]
+
+
+def export(model: nn.Module, folder: Path, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QfxWarning)
+        return qfx.export_onnx(model, None, folder, **options)
+
+
+@cache
+def tiny() -> Any:
+    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("lm")
+    export(tiny(), made, recipe="w8a8")
+    return made
+
+
+def prompt() -> dict[str, Tensor]:
+    """Two prompts, the second shorter by four tokens and padded on the left."""
+    ids = torch.randint(3, 2000, (2, 10), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :4], ids[1, :4] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("name", NAMES)
+def test_prefill_and_decode_are_one_graph(tmp_path: Path, name: str, runtime: str) -> None:
+    model: Any = ZOO[name]()[0]
+    written = export(model, tmp_path / "m", runtime=runtime, all_logits=True)
+    kinds = [(node.op_type, node.domain) for node in onnx.load(str(written.path)).graph.node]
+    assert written.shared_cache == (runtime == "onnxruntime")
+    assert (("GroupQueryAttention", "com.microsoft") in kinds) == written.shared_cache
+    loaded: Any = qfx.onnx.load(tmp_path / "m")
+    ids = torch.randint(3, VOCAB - 1, (2, 10), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    given: dict[str, Tensor] = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = model(**given).logits
+    found = loaded(ids[:, :6], mask[:, :6])
+    parts, state = [found.logits], found.past_key_values
+    for end in (7, 8, 10):  # one token each, then two at once
+        found = loaded(ids[:, state.length : end], mask[:, :end], None, state)
+        parts.append(found.logits)
+    seen = mask.bool()
+    assert sqnr(expected[seen], torch.cat(parts, 1)[seen]) > 100
+
+
+def test_generate_is_that_of_the_live_model(folder: Path) -> None:
+    live: Any = qfx.quantize(AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval(), "w8a8")
+    loaded: Any = qfx.onnx.load(folder)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(live.generate(**prompt(), **options), loaded.generate(**prompt(), **options))
+    beams = {**options, "num_beams": 3}
+    assert torch.equal(live.generate(**prompt(), **beams), loaded.generate(**prompt(), **beams))
+
+
+def test_sampling_follows_the_seed(folder: Path) -> None:
+    loaded: Any = qfx.onnx.load(folder)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(loaded.generate(**prompt(), max_new_tokens=8, do_sample=True, pad_token_id=0))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_onnxruntime_genai_writes_the_same_tokens(folder: Path) -> None:
+    import onnxruntime_genai
+
+    ids = prompt()["input_ids"][:1]
+    loaded: Any = qfx.onnx.load(folder)
+    expected = loaded.generate(input_ids=ids, max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    model = onnxruntime_genai.Model(str(folder))
+    params = onnxruntime_genai.GeneratorParams(model)
+    params.set_search_options(max_length=ids.shape[1] + 24, do_sample=False)
+    generator = onnxruntime_genai.Generator(model, params)
+    generator.append_tokens(ids[0].tolist())
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = list(generator.get_sequence(0))
+    assert found == expected[0].tolist()[: len(found)]
+    assert len(found) > ids.shape[1]
+
+
+def test_the_cache_grows_where_it_lies(folder: Path) -> None:
+    loaded: Any = qfx.onnx.load(folder)
+    state = SharedCache(loaded._sizes, room=64)
+    loaded(prompt()["input_ids"], prompt()["attention_mask"], None, state)
+    places = [t.data_ptr() for t in (*state.keys, *state.values)]
+    loaded(torch.full((2, 1), 5), torch.ones(2, 11, dtype=torch.int64), None, state)
+    assert [t.data_ptr() for t in (*state.keys, *state.values)] == places
+    assert state.length == 11
+    assert all(bool((t[:, :, 10] != 0).any()) and not bool(t[:, :, 11:].any()) for t in state.keys)
+
+
+def test_a_full_cache_is_moved_once_and_kept() -> None:
+    state = SharedCache([(2, 4)], room=10)
+    state.reserve(1, 5)
+    room = state.keys[0].shape[2]
+    state.keys[0][:, :, :5] = torch.arange(5.0)[:, None]
+    state.length = 5
+    state.reserve(1, room + 1)
+    assert state.keys[0].shape[2] >= 2 * room
+    assert torch.equal(state.keys[0][0, 0, :6, 0], torch.tensor([0.0, 1, 2, 3, 4, 0]))
+    state.batch_repeat_interleave(3)
+    state.keys[0][1] += 1
+    state.reorder_cache(torch.tensor([1, 1, 0]))
+    assert [float(k[0, 0, 0]) for k in state.keys[0]] == [1.0, 1.0, 0.0]
+    state.crop(3)
+    assert state.get_seq_length() == 3
+    state.crop(-1)
+    assert state.get_seq_length() == 2
+    with pytest.raises(ValueError, match="of another batch"):
+        state.reserve(2, 4)
+    state.reset()
+    assert state.get_seq_length() == 0
+
+
+def test_only_the_last_logits_are_computed(folder: Path) -> None:
+    loaded: Any = qfx.onnx.load(folder)
+    assert loaded(prompt()["input_ids"]).logits.shape == (2, 1, 2048)
+
+
+def test_no_float_copy_of_a_weight(folder: Path) -> None:
+    weights = [
+        t for t in onnx.load(str(folder / "model.onnx")).graph.initializer if len(t.dims) == 2 and min(t.dims) > 8
+    ]
+    assert weights
+    assert {t.data_type for t in weights} == {onnx.TensorProto.INT8}
+
+
+def test_what_does_not_fit_is_told(folder: Path, tmp_path: Path) -> None:
+    loaded: Any = qfx.onnx.load(folder)
+    with pytest.raises(ValueError, match=r"expected: \[2, 10\]"):
+        loaded(prompt()["input_ids"], torch.ones(2, 9))
+    with pytest.raises(FileNotFoundError, match="there is no"):
+        qfx.onnx.load(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="holds no decoder"):
+        qfx.onnx.load(tmp_path)
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    whole = (broken / "model.onnx").read_bytes()
+    (broken / "model.onnx").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut short"):
+        qfx.onnx.load(broken)
+    (broken / "genai_config.json").write_text(json.dumps({"model": {}}))
+    with pytest.raises(ValueError, match="holds no decoder"):
+        qfx.onnx.load(broken)
+
+
+def test_an_encoder_by_its_names(tmp_path: Path) -> None:
+    model, inputs = ZOO["bert"]()
+    qfx.export_onnx(model, inputs, tmp_path / "m.onnx", recipe="w8a8")
+    loaded: Any = qfx.onnx.load(tmp_path / "m.onnx")
+    assert set(loaded(**inputs)) == {"last_hidden_state", "pooler_output"}
+    assert qfx.onnx.check(tmp_path / "m.onnx") == loaded.metadata
+    for wrong in ({}, {**inputs, "more": torch.ones(1)}, {**inputs, "attention_mask": torch.ones(2, 5)}):
+        with pytest.raises(ValueError, match="the inputs do not fit the file"):
+            loaded(**wrong)
+
+
+def test_a_model_without_a_plain_cache(tmp_path: Path) -> None:
+    model: Any = ZOO["llama"]()[0]
+    model.forward = lambda **_: type("Output", (), {"past_key_values": None})()
+    with pytest.raises(qfx.UnsupportedError, match="keeps no plain cache"):
+        export(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    assert OnnxCausalLM.main_input_name == "input_ids"
