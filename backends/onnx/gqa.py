@@ -16,7 +16,7 @@ from qfx.backends.onnx.attention import attention, bias_of, rope
 from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.packed_attention import by_heads
-from qfx.backends.onnx.values import Value
+from qfx.backends.onnx.values import Value, dims_of
 from qfx.graph import is_call
 from qfx.passes.kv_cache import shared
 
@@ -37,7 +37,7 @@ def cached_attention(
         return [attention(b, q, keys, values, mask, sinks, scale, causal, softcap), keys, values]
     heads, groups = q.dims[1], k.dims[1]
     rows = [_rows(b, node, value) for node, value in zip(b.node.args[:3], (q, k, v), strict=True)]
-    bias = bias_of(b, mask, (q.dims[2], b.out[1].shape[2]))
+    bias = bias_of(b, mask, (q.dims[2], dims_of(b.out[1].shape)[2]))
     total = _total(b)
     batch = b.op("Expand", b.op("Sub", total, b.const(1, torch.int32)), b.shape([q.dims[0]]))
     inputs = [*rows, past_k, past_v, batch, total, None, None, None, bias, sinks]
@@ -56,8 +56,6 @@ def _fits(b: Builder, q: Value, k: Value, v: Value, causal: bool) -> bool:
 
 
 def _shaped(value: Value, fake: torch.Tensor) -> Value:
-    from qfx.backends.onnx.values import dims_of
-
     return Value(value.name, value.dtype, dims_of(fake.shape))
 
 

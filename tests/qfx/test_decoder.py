@@ -1,0 +1,76 @@
+"""A causal model's graph with its cache as inputs and outputs, under the model's own names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qfx import graph
+from qfx.decoder import cache_sizes, capture_decoder, fuse_cache, is_shared
+from qfx.errors import UnsupportedError
+from qfx.pipeline import prepare
+from tests.graphs import counts
+from tests.zoo import ZOO
+
+
+def llama() -> Any:
+    return ZOO["llama"]()[0]
+
+
+def test_sizes_of_the_cache() -> None:
+    config = llama().config
+    width = config.hidden_size // config.num_attention_heads
+    assert cache_sizes(llama()) == [(config.num_key_value_heads, width)] * config.num_hidden_layers
+
+
+def test_parameters_keep_the_models_names() -> None:
+    model = llama()
+    captured, _ = capture_decoder(model, last_only=True)
+    targets = {str(n.target) for n in captured.gm.graph.nodes if n.op == "get_attr"}
+    found = {name for name in targets if not name.startswith("lifted_tensor")}  # constants of the trace
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    assert found <= own
+    assert {"model.layers.0.self_attn.q_proj.weight", "lm_head.weight"} & found
+
+
+def test_the_model_is_as_before() -> None:
+    model = llama()
+    before = [(name, id(module)) for name, module in model.named_modules()]
+    capture_decoder(model, last_only=True)
+    assert [(name, id(module)) for name, module in model.named_modules()] == before
+
+
+def test_names_of_inputs_and_outputs() -> None:
+    captured, names = capture_decoder(llama(), last_only=True)
+    placeholders = [n.name for n in captured.gm.graph.nodes if n.op == "placeholder"]
+    assert placeholders[:3] == ["input_ids", "attention_mask", "position_ids"] or set(placeholders) >= set(names)
+    assert names["past_0_key"] == "past_key_values.0.key"
+    assert captured.outputs[:3] == ("logits", "present.0.key", "present.0.value")
+
+
+@pytest.mark.parametrize("last_only", [True, False])
+def test_logits_of_the_last_token_or_of_all(last_only: bool) -> None:
+    captured, _ = capture_decoder(llama(), last_only=last_only)
+    results: Any = captured.gm.graph.output_node().args[0]
+    length = results[0].meta["val"].shape[1]
+    assert isinstance(length, int) == last_only
+
+
+def test_every_layer_is_fused() -> None:
+    model = llama()
+    captured, names = capture_decoder(model, last_only=True)
+    assert not is_shared(captured, names)
+    prepare(captured.gm)
+    assert fuse_cache(captured, names)
+    assert is_shared(captured, names)
+    assert counts(captured.gm)["cached_attention"] == model.config.num_hidden_layers
+    assert not [n for n in captured.gm.graph.nodes if graph.op_name(n) == "cat" and n.meta["val"].dim() == 4]
+
+
+def test_an_encoder_has_no_cache() -> None:
+    model: Any = ZOO["llama"]()[0]
+    model.forward = lambda **_: torch.zeros(1)
+    with pytest.raises(UnsupportedError, match="keeps no plain cache"):
+        cache_sizes(model)
