@@ -22,7 +22,8 @@ test-all: $(VENV)/.dev ## all tests
 	$(PYTEST)
 
 bench: $(VENV)/.dev ## the benchmarks (nothing else should run meanwhile)
-	$(VENV)/bin/python examples/benchmarks/encoder.py
+	$(VENV)/bin/python examples/benchmarks/cpu_encoder.py
+	$(VENV)/bin/python examples/benchmarks/cpu_decoder.py --model tiny_lm --model llama-0.1b
 	$(VENV)/bin/python examples/benchmarks/quantize_cost.py
 
 lint: $(VENV)/.dev ## ruff and mypy

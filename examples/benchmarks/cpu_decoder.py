@@ -1,0 +1,135 @@
+"""How fast decoders run on this machine's CPU: prompt in, tokens out, qfx beside other ways to quantize.
+
+    pip install -e ".[demo,bench]" -c constraints.txt
+    python examples/benchmarks/cpu_decoder.py --model llama-1b --threads 2 --json numbers.json --plot bars.png
+    python examples/benchmarks/cpu_decoder.py --model tiny_lm
+
+Each peer builds the same checkpoint in a process of its own; then all take a turn in each round: the whole prompt in
+one step, then greedy decoding. A row is the median of the rounds in tokens/s and as a multiple of the fastest peer of
+the run (qfx apart), the bytes of the model's files, and the mean KL divergence of the next-token distributions from
+float32 on given tokens, in nats: after half of them, read at once, then after each of the others. Random weights serve
+for speed; `tiny_lm` is a small trained model on held-out text, where the divergence means something. A peer that is not
+installed or fails is a row that says why.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+if __name__ == "__main__":  # import the sibling files as `python -m examples.benchmarks.cpu_decoder` does
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from examples.benchmarks.peers import table
+from examples.benchmarks.peers.decoding import MODELS, DecoderJob
+from examples.benchmarks.peers.race import Entry, Race, Result
+from qfx.files import write_text
+from qfx.measure import kld, top1_agreement
+
+REFERENCE = "torch eager float32"
+PEERS = (
+    Entry(REFERENCE, "eager_decoder", "float32"),
+    Entry("torch eager bfloat16", "eager_decoder", "bfloat16"),
+    Entry("genai int4/32", "genai_decoder", "int4/32"),
+    Entry("genai int4/128", "genai_decoder", "int4/128"),
+    Entry("OpenVINO int4/128", "openvino_decoder", "int4/128"),
+    Entry("OpenVINO int8", "openvino_decoder", "int8"),
+    Entry("llama.cpp Q4_0", "llama_cpp_decoder", "Q4_0"),
+    Entry("llama.cpp Q4_K_M", "llama_cpp_decoder", "Q4_K_M"),
+    Entry("llama.cpp Q8_0", "llama_cpp_decoder", "Q8_0"),
+    Entry("llama.cpp Q2_K", "llama_cpp_decoder", "Q2_K"),
+)
+RECIPES = ("w4a16", "w8a16", "2-bit")
+COLUMNS = {
+    "prefill_per_s": "prefill tokens/s",
+    "prefill_ratio": "of the fastest",
+    "decode_per_s": "decode tokens/s",
+    "decode_ratio": "of the fastest",
+    "weights_bytes": "MB",
+    "kld": "KLD",
+    "top1": "same best token",
+}
+
+
+def entries(recipes: Sequence[str], only: Sequence[str], without: Sequence[str] = ()) -> list[Entry]:
+    """The peers and qfx in its recipes. `only`, `without`: by a word of the name; float32 eager stays."""
+    every = [*PEERS, *(Entry(f"qfx {recipe}", "qfx_decoder", recipe) for recipe in recipes)]
+    chosen = [e for e in every if not only or e.name == REFERENCE or any(word in e.name for word in only)]
+    return [e for e in chosen if e.name == REFERENCE or not any(word in e.name for word in without)]
+
+
+def rows(results: Sequence[Result], job: DecoderJob) -> list[dict[str, Any]]:
+    """One dict for each result, with ratios and divergence; those that failed with the reason alone."""
+    good = [r for r in results if not r.failed]
+    peers = [r for r in good if not r.name.startswith("qfx ")]
+    best = {part: min((r.seconds[part] for r in peers), default=None) for part in ("prefill", "decode")}
+    reference = next((r for r in good if r.name == REFERENCE), None)
+    made: list[dict[str, Any]] = []
+    for result in results:
+        row: dict[str, Any] = {"peer": result.name}
+        if result.failed:
+            row["failed"] = result.failed
+        else:
+            for part, tokens in (("prefill", job.prompt), ("decode", job.generate)):
+                seconds, fastest = result.seconds[part], best[part]
+                row[f"{part}_per_s"] = tokens / seconds
+                row[f"{part}_ratio"] = None if fastest is None else fastest / seconds
+            row |= _near(reference, result)
+            row |= {"weights_bytes": result.size, "version": result.version}
+            row["remarks"] = "; ".join(f"{key} {value}" for key, value in result.facts.items())
+        made.append(row)
+    return made
+
+
+def _near(reference: Result | None, other: Result) -> dict[str, float | None]:
+    if reference is None or reference.outputs is None or other.outputs is None:
+        return {"kld": None, "top1": None}
+    wanted, found = torch.from_numpy(reference.outputs[0]), torch.from_numpy(other.outputs[0])
+    return {"kld": kld(wanted, found), "top1": top1_agreement(wanted, found)}
+
+
+def main(
+    model: Annotated[list[str] | None, typer.Option(help=f"Out of {', '.join(MODELS)}; default: all but tiny.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    generate: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 128,
+    judged: Annotated[int, typer.Option(min=2, help="Tokens on which the divergence is measured.")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed turns of each peer.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each peer.")] = 2,
+    recipe: Annotated[list[str] | None, typer.Option(help="Recipes of qfx.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Peers whose name holds this word.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="Leave out peers whose name holds this word.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Keep what the peers write here, for the next run.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw bars of decoding into this file.")] = None,
+) -> None:
+    """Time decoders in every way there is, and print a table for each model."""
+    chosen = model or [name for name in MODELS if name != "tiny"]
+    if unknown := [name for name in chosen if name not in MODELS]:
+        raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(MODELS)}", param_hint="--model")
+    console, where = table.console(), table.place(threads)
+    console.print(where)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in chosen:
+            job = DecoderJob(name, prompt, generate, judged, threads, str(folder or scratch))
+            job.checkpoint()
+            listed = entries(recipe or RECIPES, only or (), without or ())
+            with Race(listed, job, job.path, lambda text: console.print(text, highlight=False)) as race:
+                runs[name] = rows(race.run(rounds), job)
+            title = f"{name}: {prompt} tokens in, {generate} out, median of {rounds}"
+            console.print(table.shown(runs[name], COLUMNS, title))
+    if json_file is not None:
+        write_text(json_file, json.dumps({"where": where, "rounds": rounds, "runs": runs}, indent=1) + "\n")
+    if plot_file is not None:
+        table.plot(plot_file, runs, "decode_per_s", "tokens/s while decoding")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,149 @@
+"""How fast encoders run on this machine's CPU: qfx beside other ways to quantize, in turn on the same inputs.
+
+    pip install -e ".[demo,bench]" -c constraints.txt
+    python examples/benchmarks/cpu_encoder.py --threads 2 --json numbers.json --plot bars.png
+    python examples/benchmarks/cpu_encoder.py --model bert-base --batch 8 --length 512 --profile
+
+Each peer builds the model in a process of its own; then all are called in turn, one call each a round. A row is the
+median of its calls, how many times slower that is than the fastest peer of the run (qfx and the floor apart), the mean
+cosine of the hidden states to float32 on text that no peer has seen, and the bytes of its weights. A peer that is not
+installed or fails is a row that says why. The floor is the model's integer matrix products and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+if __name__ == "__main__":  # import the sibling files as `python -m examples.benchmarks.cpu_encoder` does
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from examples.benchmarks.peers import table
+from examples.benchmarks.peers.encoding import MODELS, EncoderJob
+from examples.benchmarks.peers.race import Entry, Race, Result
+from qfx.files import write_text
+from qfx.measure import cosine
+
+REFERENCE = "torch eager float32"
+FLOOR = "floor: integer GEMMs"
+PEERS = (
+    Entry(REFERENCE, "eager", "float32"),
+    Entry("Inductor float32", "inductor", "float32"),
+    Entry("Inductor bfloat16", "inductor", "bfloat16"),
+    Entry("torchao PT2E static int8", "torchao_pt2e", "static"),
+    Entry("torchao PT2E dynamic int8", "torchao_pt2e", "dynamic"),
+    Entry("torchao int8 per token", "torchao_dynamic"),
+    Entry("OpenVINO default", "openvino_encoder", "default"),
+    Entry("OpenVINO float32", "openvino_encoder", "float32"),
+    Entry("OpenVINO NNCF int8", "openvino_encoder", "nncf"),
+    Entry("ORT float32", "ort_encoder"),
+    Entry("ORT float32 fused", "ort_encoder", "fused"),
+    Entry("ORT quantize_dynamic", "ort_encoder", "int8"),
+    Entry("ORT quantize_dynamic fused", "ort_encoder", "fused int8"),
+)
+RECIPES = ("w8a8", "w8a8-smooth")
+COLUMNS = {
+    "call_ms": "ms",
+    "ratio": "to the fastest peer",
+    "cosine": "cosine",
+    "weights_bytes": "MB",
+}
+
+
+def entries(recipes: Sequence[str], only: Sequence[str]) -> list[Entry]:
+    """The peers, qfx in its recipes, the floor. `only`: by a word of the name; float32 eager stays."""
+    every = [*PEERS, *(Entry(f"qfx {recipe}", "qfx_encoder", recipe) for recipe in recipes)]
+    every.append(Entry(FLOOR, "integer_gemm"))
+    return [e for e in every if not only or e.name == REFERENCE or any(word in e.name for word in only)]
+
+
+def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One dict for each result, with ratio and cosine; those that failed with the reason alone."""
+    judged = {r.name: r for r in results if not r.failed}
+    others = [r.seconds["call"] for r in judged.values() if r.name != FLOOR and not r.name.startswith("qfx ")]
+    made: list[dict[str, Any]] = []
+    for result in results:
+        if result.failed:
+            made.append({"peer": result.name, "failed": result.failed})
+            continue
+        seconds = result.seconds["call"]
+        remarks = "; ".join(f"{key} {value}" for key, value in result.facts.items())
+        made.append(
+            {
+                "peer": result.name,
+                "call_ms": seconds * 1e3,
+                "ratio": seconds / min(others) if others else None,
+                "cosine": _cosine(judged.get(REFERENCE), result),
+                "weights_bytes": result.size,
+                "version": result.version,
+                "remarks": remarks,
+            }
+        )
+    return made
+
+
+def _cosine(reference: Result | None, other: Result) -> float | None:
+    if reference is None or reference.outputs is None or other.outputs is None:
+        return None
+    pairs = zip(reference.outputs, other.outputs, strict=True)
+    return sum(cosine(torch.from_numpy(a), torch.from_numpy(b)) for a, b in pairs) / len(other.outputs)
+
+
+def profiled(result: Result, recipe: str) -> Table:
+    """Milliseconds of a call by operator, the longest first."""
+    shown = Table("operator", "calls", "ms", "share", title=f"where {recipe} spends its time", title_justify="left")
+    operators: dict[str, list[float]] = result.facts.get("operators", {})
+    total = sum(ms for _, ms in operators.values())
+    for name, (count, ms) in sorted(operators.items(), key=lambda item: -item[1][1]):
+        shown.add_row(name, f"{count:g}", f"{ms:.3f}", f"{ms / total:.1%}")
+    shown.add_row("all of them", "", f"{total:.3f}", "") if operators else shown.add_row(table.reason(result.failed))
+    return shown
+
+
+def main(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "minilm",
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; left out: 1 and 8.")] = None,
+    length: Annotated[list[int] | None, typer.Option(help="Sequence lengths; left out: 128 and 512.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each peer and shape.")] = 20,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each peer.")] = 2,
+    recipe: Annotated[list[str] | None, typer.Option(help="Recipes of qfx.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Peers whose name holds this word.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Keep what the peers write here, for the next run.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw bars into this file.")] = None,
+    profile: Annotated[bool, typer.Option(help="Show where the time of qfx goes, operator by operator.")] = False,
+) -> None:
+    """Time an encoder in every way there is, and print a table for each shape."""
+    if model not in MODELS:
+        raise typer.BadParameter(f"{model} is none of {', '.join(MODELS)}", param_hint="--model")
+    console, where = table.console(), table.place(threads)
+    console.print(where)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for b in batch or (1, 8):
+            for n in length or (128, 512):
+                job = EncoderJob(model, b, n, threads, str(folder or scratch))
+                chosen = entries(recipe or RECIPES, only or ())
+                with Race(chosen, job, job.path, lambda text: console.print(text, highlight=False)) as race:
+                    found = rows(race.run(rounds))
+                runs[job.path.name] = found
+                console.print(table.shown(found, COLUMNS, f"{model}, {b} x {n} tokens, median of {rounds}"))
+                for name in (recipe or RECIPES) if profile else ():
+                    with Race([Entry(f"profile {name}", "qfx_profile", name)], job, job.path, console.print) as one:
+                        console.print(profiled(one.run(1)[0], name))
+    if json_file is not None:
+        write_text(json_file, json.dumps({"where": where, "rounds": rounds, "runs": runs}, indent=1) + "\n")
+    if plot_file is not None:
+        table.plot(plot_file, runs, "call_ms", "ms for a call")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,219 @@
+"""The race and the tables of the benchmarks: what is measured is what is shown, and nothing that fails is left out."""
+
+from __future__ import annotations
+
+import io
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from examples.benchmarks import cpu_decoder, cpu_encoder
+from examples.benchmarks.peers import decoding, qfx_profile, table
+from examples.benchmarks.peers.encoding import EncoderJob
+from examples.benchmarks.peers.integer_gemm import shapes
+from examples.benchmarks.peers.race import Entry, Race, Result
+
+STATES = np.random.default_rng(0).standard_normal((2, 3, 8), dtype=np.float32)
+
+
+def result(name: str, seconds: float, outputs: Any = None) -> Result:
+    return Result(name, {"call": seconds}, size=1000, version="1.0", outputs=outputs)
+
+
+def text_of(shown: Any) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(shown)
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def test_ratios_are_to_the_fastest_peer_that_is_neither_qfx_nor_the_floor() -> None:
+    results = [
+        result(cpu_encoder.REFERENCE, 0.100, [STATES]),
+        result("other", 0.040, [STATES * 2]),
+        result("qfx w8a8", 0.020, [-STATES]),
+        result(cpu_encoder.FLOOR, 0.010),
+        Result("broken", failed="ImportError: no such package"),
+    ]
+    rows = {row["peer"]: row for row in cpu_encoder.rows(results)}
+    assert [rows[r.name].get("ratio") for r in results] == pytest.approx([2.5, 1.0, 0.5, 0.25, None])
+    assert [rows[r.name].get("call_ms") for r in results] == pytest.approx([100, 40, 20, 10, None])
+    assert rows["other"]["cosine"] == pytest.approx(1) and rows["qfx w8a8"]["cosine"] == pytest.approx(-1)
+    assert rows[cpu_encoder.FLOOR]["cosine"] is None
+    assert rows["broken"] == {"peer": "broken", "failed": "ImportError: no such package"}
+
+
+def test_without_a_peer_there_is_no_ratio() -> None:
+    (row,) = cpu_encoder.rows([result("qfx w8a8", 0.02)])
+    assert row["ratio"] is None and row["cosine"] is None
+
+
+def test_a_reference_that_failed_leaves_no_cosine() -> None:
+    rows = cpu_encoder.rows([Result(cpu_encoder.REFERENCE, failed="no"), result("other", 0.04, [STATES])])
+    assert rows[1]["cosine"] is None and rows[1]["ratio"] == 1
+
+
+def test_tokens_per_second_and_divergence() -> None:
+    job = decoding.DecoderJob("tiny", 100, 10, 4, 1, "")
+    logits = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], dtype=np.float32))
+    other = np.log(np.array([[0.25, 0.75], [0.9, 0.1]], dtype=np.float32))
+    results = [
+        Result(cpu_decoder.REFERENCE, {"prefill": 2.0, "decode": 1.0}, 8, "1", outputs=[logits]),
+        Result("fast reader", {"prefill": 0.5, "decode": 2.0}, 8, "1", outputs=[logits]),
+        Result("qfx w4a16", {"prefill": 0.25, "decode": 0.5}, 4, "1", outputs=[other]),
+        Result("broken", failed="boom"),
+    ]
+    rows = cpu_decoder.rows(results, job)
+    assert [row.get("prefill_per_s") for row in rows] == pytest.approx([50, 200, 400, None])
+    assert [row.get("prefill_ratio") for row in rows] == pytest.approx([0.25, 1, 2, None])
+    assert [row.get("decode_ratio") for row in rows] == pytest.approx([1, 0.5, 2, None])
+    expected = (0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)) / 2
+    assert [row.get("kld") for row in rows] == pytest.approx([0, 0, expected, None], abs=1e-6)
+    assert rows[3] == {"peer": "broken", "failed": "boom"}
+
+
+def test_a_failure_is_shown_by_its_first_line() -> None:
+    rows: list[dict[str, Any]] = [
+        {"peer": "good", "call_ms": 12.345},
+        {"peer": "bad", "failed": "\nOSError: " + "x" * 300 + "\nmore"},
+    ]
+    text = text_of(table.shown(rows, {"call_ms": "ms"}, "title"))
+    assert "12.35" in text or "12.34" in text
+    assert "failed:" in text and "OSError:" in text and "more" not in text
+    assert table.reason(rows[1]["failed"]).startswith("failed: OSError: xxx")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "cell"),
+    [
+        ("call_ms", 1.2345, "1.23"),
+        ("ratio", 1.5, "1.50x"),
+        ("prefill_ratio", 0.5, "0.50x"),
+        ("weights_bytes", 12_345_678, "12.3"),
+        ("decode_per_s", 66.66, "66.7"),
+        ("cosine", 0.99, "0.99000"),
+        ("cosine", None, ""),
+        ("nodes", 3, "3"),
+    ],
+)
+def test_cells(key: str, value: Any, cell: str) -> None:
+    assert table.cell(key, value) == cell
+
+
+def test_a_plot_leaves_out_what_failed(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"peer": "qfx w8a8", "call_ms": 1.0},
+        {"peer": "bad", "failed": "no"},
+        {"peer": "floor", "call_ms": None},
+    ]
+    table.plot(tmp_path / "bars.png", {"one": rows, "two": rows}, "call_ms", "ms")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_place_names_the_versions_that_run() -> None:
+    assert "3 threads" in table.place(3)
+    assert {"torch", "onnxruntime", "qfx"} <= table.versions().keys()
+
+
+def test_entries_by_word_keep_the_reference() -> None:
+    names = [e.name for e in cpu_encoder.entries(("w8a8",), ("qfx",))]
+    assert names == [cpu_encoder.REFERENCE, "qfx w8a8"]
+    assert len(cpu_encoder.entries(("w8a8",), ())) == len(cpu_encoder.PEERS) + 2
+    names = [e.name for e in cpu_decoder.entries(("w4a16",), (), ("llama.cpp", "eager"))]
+    assert names[0] == cpu_decoder.REFERENCE and not any("llama" in name or "bfloat16" in name for name in names)
+
+
+def test_every_peer_has_its_file() -> None:
+    folder = Path(cpu_encoder.__file__).parent / "peers"
+    for entry in (*cpu_encoder.entries(("w8a8",), ()), *cpu_decoder.entries(("w4a16",), ())):
+        assert "\ndef build(" in (folder / f"{entry.module}.py").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Nothing is built from it."""
+
+    folder: str
+
+
+def test_a_peer_that_is_missing_or_dies_is_a_result(tmp_path: Path) -> None:
+    heard: list[str] = []
+    entries = [Entry("nowhere", "no_such_peer"), Entry("wrong job", "eager", "float32")]
+    with Race(entries, Job(""), tmp_path, heard.append) as race:
+        started = time.perf_counter()
+        missing, wrong = race.run(3)
+        assert time.perf_counter() - started < 1  # what failed has no turn
+    assert missing.failed.startswith("ModuleNotFoundError") and not missing.seconds
+    assert wrong.failed
+    assert [line.split(":")[0] for line in heard] == ["nowhere", "wrong job"]
+    assert "Traceback" in (tmp_path / "nowhere.log").read_text(encoding="utf-8")
+
+
+def test_rounds_below_one_are_refused(tmp_path: Path) -> None:
+    with (
+        Race([], Job(""), tmp_path, print) as race,
+        pytest.raises(ValueError, match="rounds must be 1 or more, found 0"),
+    ):
+        race.run(0)
+
+
+def test_the_jobs_of_encoders_do_not_change(tmp_path: Path) -> None:
+    job = EncoderJob("tiny", 2, 16, 1, str(tmp_path))
+    one, two = job.module().state_dict(), job.module().state_dict()
+    assert all((one[name] == two[name]).all() for name in one)
+    held_out, known = job.evaluation(), job.calibration()
+    assert all(batch["input_ids"].shape == (2, 16) for batch in (*held_out, *known))
+    assert not any((a["input_ids"] == b["input_ids"]).all() for a in held_out for b in known)
+
+
+def test_the_floor_counts_every_linear_layer(tmp_path: Path) -> None:
+    found = shapes(EncoderJob("tiny", 1, 16, 1, str(tmp_path)).module())
+    assert found == {(32, 32): 8, (32, 64): 2, (64, 32): 2}
+
+
+def test_a_profile_is_summed_by_operator() -> None:
+    def event(name: str, op: str, dur: int) -> dict[str, Any]:
+        return {"cat": "Node", "name": f"{name}_kernel_time", "dur": dur, "args": {"op_name": op}}
+
+    events = [{"cat": "Session", "name": "model_run", "dur": 9}]
+    for slow in (900, 0, 0):  # the first call does not count
+        events += [event("a", "Add", 1000 + slow), event("b", "Add", 2000 + slow), event("m", "MatMul", 5000 + slow)]
+    assert qfx_profile.by_operator(events, calls=2) == {"Add": (2, 3.0), "MatMul": (1, 5.0)}
+
+
+class Counting:
+    """A decoder whose memory is used again for each answer, as some libraries do."""
+
+    def __init__(self) -> None:
+        self.logits, self.seen = np.zeros(4, np.float32), list[int]()
+
+    def reset(self) -> None:
+        self.seen.clear()
+
+    def step(self, ids: list[int]) -> np.ndarray:
+        self.seen += ids
+        self.logits[:] = len(self.seen)
+        return self.logits
+
+
+def test_decoders_are_judged_on_copies_and_timed_from_the_start(tmp_path: Path) -> None:
+    decoder = Counting()
+    built = decoding.built(decoding.DecoderJob("tiny", 5, 3, 8, 1, str(tmp_path)), decoder, 1, "1")
+    assert built.outputs is not None
+    (logits,) = built.outputs()
+    assert logits[:, 0].tolist() == [4, 5, 6, 7, 8]
+    for _ in range(2):
+        assert set(built.time()) == {"prefill", "decode"} and len(decoder.seen) == 5 + 3
+
+
+def test_a_folder_appears_when_all_of_it_is_written(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), decoding.made(tmp_path / "folder") as part:
+        (part / "none" / "half").touch()
+    assert not (tmp_path / "folder").exists()
+    with decoding.made(tmp_path / "folder") as part:
+        (part / "whole").touch()
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["whole"]
