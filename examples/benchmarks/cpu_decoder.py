@@ -37,8 +37,9 @@ REFERENCE = "torch eager float32"
 PEERS = (
     Entry(REFERENCE, "eager_decoder", "float32"),
     Entry("torch eager bfloat16", "eager_decoder", "bfloat16"),
-    Entry("genai int4/32", "genai_decoder", "int4/32"),
+    Entry("genai int4/32", "genai_decoder", "int4"),
     Entry("genai int4/128", "genai_decoder", "int4/128"),
+    Entry("genai int8", "genai_decoder", "int8"),
     Entry("OpenVINO int4/128", "openvino_decoder", "int4/128"),
     Entry("OpenVINO int8", "openvino_decoder", "int8"),
     Entry("llama.cpp Q4_0", "llama_cpp_decoder", "Q4_0"),
@@ -59,8 +60,12 @@ COLUMNS = {
 
 
 def entries(recipes: Sequence[str], only: Sequence[str], without: Sequence[str] = ()) -> list[Entry]:
-    """The peers and qfx in its recipes. `only`, `without`: by a word of the name; float32 eager stays."""
-    every = [*PEERS, *(Entry(f"qfx {recipe}", "qfx_decoder", recipe) for recipe in recipes)]
+    """The peers, and qfx in its recipes, under its own runner and under onnxruntime-genai.
+
+    `only`, `without`: by a word of the name; float32 eager stays.
+    """
+    ours = [f"{recipe}{how}" for recipe in recipes for how in ("", " genai")]
+    every = [*PEERS, *(Entry(f"qfx {option}", "qfx_decoder", option) for option in ours)]
     chosen = [e for e in every if not only or e.name == REFERENCE or any(word in e.name for word in only)]
     return [e for e in chosen if e.name == REFERENCE or not any(word in e.name for word in without)]
 

@@ -35,7 +35,7 @@ class Genai:
 
 
 def build(job: DecoderJob, option: str) -> Built:
-    """option: precision and block size, like int4/32."""
+    """option: precision, and block size if it is not 32: int4/128."""
     precision, _, block = option.partition("/")
     path = job.path / f"genai_{precision}_{block}"
     if not path.exists():
@@ -55,7 +55,7 @@ def opened(job: DecoderJob, path: Path) -> Built:
 def _write(checkpoint: Path, folder: Path, precision: str, block: str) -> None:
     """The builder is a script with modules beside it, not part of the package that can be imported."""
     script = Path(og.__file__).parent / "models" / "builder.py"
-    options = [f"int4_block_size={block}", "int4_accuracy_level=4"] if block else []
+    options = [f"block_size={block}"] if block else []
     command = [sys.executable, str(script), "-i", str(checkpoint), "-o", str(folder), "-p", precision, "-e", "cpu"]
     command += ["-c", str(folder / "cache"), *(["--extra_options", *options] if options else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

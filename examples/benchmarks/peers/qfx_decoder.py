@@ -1,13 +1,14 @@
-"""qfx: quantize, then torch.compile(backend="qfx") with transformers' growing cache."""
+"""qfx: the exported folder under `qfx.onnx.load` or onnxruntime-genai, or torch.compile with transformers' cache."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import qfx
-from examples.benchmarks.peers.decoding import DecoderJob, built
+from examples.benchmarks.peers.decoding import DecoderJob, built, bytes_below, made
 from examples.benchmarks.peers.eager_decoder import Torch
 from examples.benchmarks.peers.encoding import bytes_of
 from examples.benchmarks.peers.worker import Built
@@ -18,7 +19,27 @@ OWN: dict[str, Any] = {
 
 
 def build(job: DecoderJob, option: str) -> Built:
-    """option: a preset, or a name out of OWN."""
-    model = qfx.quantize(job.module(), OWN.get(option, option))
-    compiled = torch.compile(model, backend="qfx", dynamic=True)
-    return built(job, Torch(compiled), bytes_of(model), qfx.__version__)
+    """option: a preset or a name out of OWN, then nothing for `qfx.onnx.load`, or `genai`, or `compiled`."""
+    recipe, _, how = option.partition(" ")
+    if how == "compiled":
+        model = qfx.quantize(job.module(), OWN.get(recipe, recipe))
+        compiled: Any = torch.compile(model, backend="qfx", dynamic=True)
+        return built(job, Torch(compiled), bytes_of(model), qfx.__version__)
+    path = job.path / f"qfx_{recipe}"
+    if not path.exists():
+        with made(path) as folder:
+            _write(job, folder, recipe)
+    if how == "genai":
+        from examples.benchmarks.peers.genai_decoder import opened
+
+        return opened(job, path)
+    from qfx import onnx
+
+    size = bytes_below(path, "*.onnx", "*.onnx.data")
+    return built(job, Torch(onnx.load(path, threads=job.threads)), size, qfx.__version__)
+
+
+def _write(job: DecoderJob, folder: Path, recipe: str) -> None:
+    model = job.module()
+    qfx.export_onnx(model, None, folder, recipe=OWN.get(recipe, recipe))
+    model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]

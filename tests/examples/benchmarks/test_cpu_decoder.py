@@ -53,11 +53,18 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     rows = {row["peer"]: row for row in json.loads(numbers.read_text(encoding="utf-8"))["runs"]["tiny"]}
-    assert list(rows) == [cpu_decoder.REFERENCE, "torch eager bfloat16", "llama.cpp Q8_0", "qfx w8a16"]
+    assert list(rows) == [
+        cpu_decoder.REFERENCE,
+        "torch eager bfloat16",
+        "llama.cpp Q8_0",
+        "qfx w8a16",
+        "qfx w8a16 genai",
+    ]
     reference, ours = rows[cpu_decoder.REFERENCE], rows["qfx w8a16"]
     assert reference["kld"] == pytest.approx(0, abs=1e-9) and reference["top1"] == 1
     assert 0 <= ours["kld"] < 1e-3 and ours["weights_bytes"] < reference["weights_bytes"]
     fastest = max(row["decode_per_s"] for name, row in rows.items() if "qfx" not in name and "failed" not in row)
     assert ours["decode_ratio"] == pytest.approx(ours["decode_per_s"] / fastest)
+    assert rows["qfx w8a16 genai"]["kld"] == pytest.approx(ours["kld"], abs=1e-6)
     llama = rows["llama.cpp Q8_0"]
     assert llama.get("failed", "").startswith("ModuleNotFoundError") or llama["kld"] < 1e-3
