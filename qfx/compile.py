@@ -194,7 +194,7 @@ class CompiledGraph:
         notes = self._quantize(gm, at)
         with self._warm.storing(key) as storing:
             lowered, saved = self._lowered(gm, storing)
-            notes += lowered.notes
+            notes += [*lowered.notes, *getattr(lowered, "slow", ())]
             all_notes = [*template.notes, *lacking, *notes]
             self._tell(all_notes, at)
             rows = graph_rows(gm, lowered.kernels, all_notes)

@@ -310,7 +310,7 @@ def _content(data: Tensor) -> tuple[Any, ...] | None:
     """What a small tensor holds; None for a large one."""
     if data.numel() * data.element_size() > _COMPARED_BYTES or data.device.type != "cpu":
         return None
-    return (data.dtype, tuple(data.shape), data.view(torch.uint8).numpy().tobytes() if data.dim() else data.item())
+    return (data.dtype, tuple(data.shape), data.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 _ELEMENTWISE = {

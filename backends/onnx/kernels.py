@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from qfx.backends.onnx.session import DISABLED, options
+from qfx.backends.onnx.slow_forms import SlowForm, slow_forms
 
 if TYPE_CHECKING:
     from qfx.backends.onnx.graph import StageModel
@@ -34,13 +36,20 @@ _MAIN = {
 }
 
 
-def executed_kernels(built: StageModel, names: list[str]) -> dict[str, str]:
-    """FX node name -> its kernels in the optimized graph; "" where nothing of it is left to execute."""
+def inspected(built: StageModel, names: list[str], integers: Collection[str]) -> tuple[dict[str, str], list[SlowForm]]:
+    """(FX node name -> its kernels in the optimized graph, slow forms among them). "" where nothing of it is left.
+
+    integers: the nodes that shall be products of integers.
+    """
     try:
         graph = optimized_graph(built)
     except (OSError, Fail) as error:
         reason = str(error).splitlines()[0]
-        return dict.fromkeys(names, f"ONNX Runtime; its kernels are not known, no temporary file: {reason}")
+        return dict.fromkeys(names, f"ONNX Runtime; its kernels are not known, no temporary file: {reason}"), []
+    return _kernels(built, graph, names), slow_forms(graph, integers)
+
+
+def _kernels(built: StageModel, graph: onnx.GraphProto, names: list[str]) -> dict[str, str]:
     integers = {t.name for t in graph.initializer if t.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)}
     found: dict[str, list[str]] = {name: [] for name in names}
     main: dict[str, list[str]] = {name: [] for name in names}

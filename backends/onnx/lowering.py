@@ -15,9 +15,11 @@ from torch import Tensor, fx
 from qfx.backends.onnx.build import Builder
 from qfx.backends.onnx.decompose import decompose
 from qfx.backends.onnx.graph import SizeOf, StageModel, build_stage, carriers_of, emit_stage, reason_against
-from qfx.backends.onnx.kernels import executed_kernels
+from qfx.backends.onnx.kernels import inspected
 from qfx.backends.onnx.partition import Stage, stages_of
+from qfx.backends.onnx.quant import is_integer_product
 from qfx.backends.onnx.session import Session, SessionError
+from qfx.backends.onnx.slow_forms import SlowForm
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.graph import fqn_of, get_tensor, let_go
 
@@ -149,17 +151,30 @@ class OnnxLowered:
             return output
         return self._constants[output] if output.op == "get_attr" else slots[output]
 
-    @cached_property
+    @property
     def kernels(self) -> dict[str, str]:
         """Node name -> the ONNX Runtime kernels that compute it, or 'torch <operator>'."""
+        return self._inspected[0]
+
+    @property
+    def slow(self) -> list[Note]:
+        """Nodes that ONNX Runtime runs in a form known to be slow."""
+        return self._inspected[1]
+
+    @cached_property
+    def _inspected(self) -> tuple[dict[str, str], list[Note]]:
         found: dict[str, str] = {}
+        slow: list[Note] = []
         for i, stage in enumerate(self._stages):
-            names = [n.name for n in stage.nodes]
             if stage.eager:
                 found |= {n.name: f"torch {n.target}" for n in stage.nodes if n.target is not operator.getitem}
-            else:
-                found |= executed_kernels(self._models[i], names)
-        return found
+                continue
+            nodes = {n.name: n for n in stage.nodes}
+            integers = {name for name, node in nodes.items() if is_integer_product(node)}
+            kernels, forms = inspected(self._models[i], list(nodes), integers)
+            found |= kernels
+            slow += [_slow_note(form, nodes.get(form.owner)) for form in forms]
+        return found, slow
 
     @property
     def stored(self) -> dict[str, Any] | None:
@@ -176,6 +191,13 @@ class OnnxLowered:
     def models(self) -> list[StageModel]:
         """The ONNX models, in order of execution."""
         return list(self._models.values())
+
+
+def _slow_note(form: SlowForm, node: fx.Node | None) -> Note:
+    name, where = ("graph", "") if node is None else (fqn_of(node), source_line(node) or "")
+    return Note(
+        name, form.reason, "the result is right; choose another format, or another version of onnxruntime", where
+    )
 
 
 def _is_storable(output: Any) -> bool:

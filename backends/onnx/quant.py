@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 
 from qfx.backends.onnx import portable
 from qfx.backends.onnx.build import MICROSOFT, Builder
@@ -19,6 +20,8 @@ from qfx.backends.onnx.quant_input import fake_quantized, quantized_input
 from qfx.backends.onnx.quant_weights import Weight
 from qfx.backends.onnx.values import Value
 from qfx.format import Format
+from qfx.graph import is_call
+from qfx.passes._match import arguments
 
 
 def linear(
@@ -68,6 +71,16 @@ def product(
     )
     y = portable.product(b, rows, _float(b, weight))
     return y if bias is None else b.op("Add", y, bias)
+
+
+def is_integer_product(node: fx.Node) -> bool:
+    """Shall a node be a product of integers?"""
+    if not is_call(node, torch.ops.qfx.linear.default):
+        return False
+    given = arguments(node)
+    return bool(given["x_format"]) and _is_integer_pair(
+        Format.parse(given["x_format"]), Format.parse(given["w_format"])
+    )
 
 
 def _is_integer_pair(x: Format, w: Format) -> bool:
