@@ -127,7 +127,7 @@ def main(
             job.checkpoint()
             listed = entries(recipe or RECIPES, only or (), without or ())
             with Race(listed, job, job.path, lambda text: console.print(text, highlight=False)) as race:
-                runs[name] = rows(race.run(rounds), job)
+                runs[name] = rows(race.run(rounds, warm=False), job)
             title = f"{name}: {prompt} tokens in, {generate} out, median of {rounds}"
             console.print(table.shown(runs[name], COLUMNS, title))
     if json_file is not None:

@@ -95,9 +95,9 @@ class _Process:
             return None
         return answer
 
-    def time(self) -> None:
-        """One turn: a call that brings its weights back into the caches, then one that counts."""
-        for counts in (False, True):
+    def time(self, *, warm: bool) -> None:
+        """One turn: where `warm`, a call that brings its weights back into the caches; then one that counts."""
+        for counts in (False, True) if warm else (True,):
             self._say("time")
             answer = None if self.result.failed else self._answer()
             if answer is None:
@@ -147,15 +147,15 @@ class Race:
         for process in self._processes:
             process.close()
 
-    def run(self, rounds: int) -> list[Result]:
-        """Call each peer once a round; the results are in the order of the entries."""
+    def run(self, rounds: int, *, warm: bool = True) -> list[Result]:
+        """Time each peer once a round, where `warm` after a call that is not timed; results in the entries' order."""
         if rounds < 1:
             raise ValueError(f"rounds must be 1 or more, found {rounds}")
         for _ in range(rounds):
             for process in self._processes:
                 if not process.result.failed:
                     time.sleep(PAUSE)
-                    process.time()
+                    process.time(warm=warm)
         for process in self._processes:
             if not process.result.failed:
                 process.result.seconds = {part: median(values) for part, values in process.rounds.items()}
