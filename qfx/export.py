@@ -66,11 +66,13 @@ def export_onnx(
     the model is written as it is, which is quantized where qfx.quantize quantized it. runtime: "onnxruntime" uses its
     own operators where they are faster, "standard" only those of ai.onnx. external_bytes: weights of more bytes in all
     go to `<path>.data` (64 MiB; always where a file would pass 2 GB).
-    The weights lie in the file as integers; what cannot is a warning, under `strict` an UnsupportedError.
+    Quantized weights lie in the file as their codes; those of formats without a kernel are unpacked by what reads it,
+    which a warning says. What cannot be had as asked is a warning too, under `strict` an UnsupportedError.
     Raises ValueError for bad arguments, UnsupportedError for a model without an ONNX form, OSError where the files
     cannot be written: then nothing is left behind.
     """
-    folder = Path(path).suffix != ".onnx" and isinstance(model, nn.Module) and is_causal_lm(model)
+    _check_model(model)
+    folder = Path(path).suffix != ".onnx" and is_causal_lm(model)
     target = Path(path) / DECODER if folder else _checked_path(path)
     _check_options(runtime, kv, recipe, plan)
     asked = None if recipe is None else Recipe.parse(recipe)
@@ -117,7 +119,8 @@ def _write(
     gm = captured.gm
     outputs = _outputs(captured)
     builder, built = lowering.build(gm, runtime=runtime)
-    notes = [*notes, *built.notes, *_floats(builder, gm)]
+    _assert_no_floats(builder, gm)
+    notes = [*notes, *built.notes]
     told(notes, strict=strict)
     formats = _formats(gm)
     metadata = {
@@ -202,27 +205,21 @@ def _formats(gm: fx.GraphModule) -> dict[str, dict[str, str]]:
     return found
 
 
-def _floats(builder: Any, gm: fx.GraphModule) -> list[Note]:
-    """A note where the file holds float copies of quantized weights, since no kernel reads their format."""
+def _assert_no_floats(builder: Any, gm: fx.GraphModule) -> None:
+    """No quantized weight lies in the file as float32."""
     read = {name for node in builder.nodes for name in node.input}
     weights = [str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and f"{n.target}.f32" in read]
-    if not weights:
-        return []
-    first, *more = (name.removesuffix(".w_codes") for name in weights)
-    return [
-        Note(
-            f"{first} and {len(more)} more" if more else first,
-            "no kernel reads the format of these weights: the file holds them as float32",
-            "choose a format with a kernel: i8, i4/g32 or i4/g128",
-        )
-    ]
+    assert not weights, f"float copies of quantized weights: {weights[:3]}"
 
 
-def _call(model: nn.Module, args: Any) -> Call:
+def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(explain("a model is needed", expected="a torch.nn.Module", found=type(model).__name__))
     if hasattr(model, "_orig_mod"):
         raise ValueError(explain("the model is compiled", next_step="export the module given to torch.compile"))
+
+
+def _call(model: nn.Module, args: Any) -> Call:
     if args is None:
         found = example_inputs(model)
         if found is None:

@@ -22,6 +22,7 @@ from qfx.errors import explain
 from qfx.files import sha256_file, staged
 
 EXTERNAL_BYTES = 64 << 20  # weights of more bytes than this lie in a file of their own
+_MOST_INLINE = 2**31 - (64 << 20)  # protobuf holds less than 2 GiB
 _PAGE = 4096  # ONNX Runtime maps weights into memory where they begin at a page
 WEIGHTS_KEY = "qfx.weights"
 
@@ -67,7 +68,7 @@ def write(
     for key in sorted(metadata):
         _set_metadata(model, key, metadata[key])
     weights = builder.external
-    large = sum(_nbytes(w) for w in weights.values()) > external_bytes
+    large = sum(_nbytes(w) for w in weights.values()) > min(external_bytes, _MOST_INLINE)
     with staged(path.parent) as stage:
         files = [path]
         temporary = stage(path.name)  # renamed first: a reader that finds the weights finds the model

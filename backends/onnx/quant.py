@@ -156,11 +156,41 @@ def embedding(b: Builder, ids: Value, w: Any, w_scale: Any, w_zero: Any, w_forma
     if not (fmt.is_integer and fmt.bits == 8 and fmt.granularity in ("", "ch") and not fmt.has_global_scale):
         b.note(f"the table is stored as {fmt}, gathered from f32", "none needed for the result; i8/ch stays int8")
         return b.op("Gather", _float(b, weight), ids, axis=0)
+    layout = nbits_layout(weight)
+    if layout is not None and layout.bits == 8 and not b.standard and _is_read_by_blocks(b.node):
+        return _rows_of_blocks(b, ids, weight, layout)
     codes, scale, zero = weight.rows(b)
     values = b.cast(b.op("Gather", codes, ids, axis=0), torch.float32)
     if zero is not None:
         values = b.op("Sub", values, b.cast(_gathered(b, zero, ids), torch.float32))
     return b.op("Mul", values, _gathered(b, scale, ids))
+
+
+def _is_read_by_blocks(node: fx.Node) -> bool:
+    """Is the table the weight of a weight-only linear too (a tied lm_head), which holds it in MatMulNBits' layout?"""
+    codes = node.args[1]
+    assert isinstance(codes, fx.Node)
+    linears = [u for u in codes.users if is_call(u, torch.ops.qfx.linear.default) and u.args[1] is codes]
+    return any(not arguments(u)["x_format"] for u in linears)
+
+
+def _rows_of_blocks(b: Builder, ids: Value, weight: Weight, layout: NBits) -> Value:
+    """Rows of a table in the layout of MatMulNBits, [N, blocks, block] of u8: one copy serves both."""
+    data, scales, _ = layout.weights(b, weight)
+    blocks = -(-weight.k // layout.block)
+    values = b.cast(b.op("Gather", data, ids, axis=0), torch.float32)
+    if weight.format.has_zero:
+        assert weight.zero is not None
+        zero = b.weight(weight.zero, f"{weight.name}.zero")
+        points = b.cast(_gathered(b, zero, ids), torch.float32)
+        values = b.op("Sub", values, b.op("Unsqueeze", points, b.ints([-1])) if zero.rank else points)
+    else:
+        values = b.op("Sub", values, b.scalar(128.0, torch.float32))
+    steps = b.op("Unsqueeze", b.op("Gather", scales, ids, axis=0), b.ints([-1]))
+    whole = b.reshape(b.op("Mul", values, steps), (*ids.dims, blocks * layout.block))
+    if blocks * layout.block != weight.k:
+        whole = b.op("Slice", whole, b.ints([0]), b.ints([weight.k]), b.ints([-1]))
+    return whole
 
 
 def _gathered(b: Builder, per_row: Value, ids: Value) -> Value:

@@ -199,6 +199,14 @@ def test_an_encoder_by_its_names(tmp_path: Path) -> None:
             loaded(**wrong)
 
 
+def test_a_compiled_model_is_refused(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        compiled: Any = torch.compile(ZOO["llama"]()[0])
+    with pytest.raises(ValueError, match="is compiled"):
+        qfx.export_onnx(compiled, None, tmp_path / "m")
+
+
 def test_a_model_without_a_plain_cache(tmp_path: Path) -> None:
     model: Any = ZOO["llama"]()[0]
     model.forward = lambda **_: type("Output", (), {"past_key_values": None})()

@@ -114,3 +114,10 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="a folder is needed here"):
         write(tmp_path / "file")
+
+
+def test_what_protobuf_cannot_hold_lies_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "_MOST_INLINE", 1000)
+    path = write(tmp_path, external_bytes=1 << 62)
+    assert (tmp_path / "m.onnx.data").stat().st_size > 1000
+    assert verify(path)
