@@ -16,7 +16,7 @@ from qfx.backends.onnx.attention import attention, bias_of, rope
 from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.packed_attention import by_heads
-from qfx.backends.onnx.values import Value, dims_of
+from qfx.backends.onnx.values import Dim, Value, dims_of
 from qfx.graph import is_call
 from qfx.passes.kv_cache import shared
 
@@ -72,21 +72,79 @@ def _rows(b: Builder, node: Any, value: Value) -> Value:
     batch, heads, length, size = value.dims
     flat = (batch, length, heads * size)
     if is_call(node, torch.ops.qfx.rope.default) and _is_swap(node.args[0]):
-        angles = [_before_heads(b, n) for n in node.args[1:3]]
-        if all(a is not None for a in angles):
-            split = b.value_of(node.args[0].args[0])
-            turned = rope(b, split, angles[0], angles[1], bool(node.args[3]))  # type: ignore[arg-type]
-            return b.reshape(Value(turned.name, turned.dtype, split.dims), flat)
+        turned = _turned(b, node, flat)
+        if turned is not None:
+            return turned
     if _is_swap(node):
-        split_node = node.args[0]
-        if is_call(split_node, _aten.reshape.default) and b.has(split_node.args[0]):
-            source = b.value_of(split_node.args[0])
-            if source.dims == flat:
-                found: Value = source
-                return found
-        return b.reshape(b.value_of(split_node), flat)
+        return _flat(b, node.args[0], flat)
     turned = b.op("Transpose", value, perm=[0, 2, 1, 3])
     return b.reshape(Value(turned.name, turned.dtype, (batch, length, heads, size)), flat)
+
+
+def _flat(b: Builder, split: fx.Node, flat: tuple[Dim, ...]) -> Value:
+    """[B, S, H, D] as [B, S, H*D], which it may be a view of."""
+    if is_call(split, _aten.reshape.default) and isinstance(split.args[0], fx.Node) and b.has(split.args[0]):
+        source: Value = b.value_of(split.args[0])
+        if source.shape == flat:
+            return source
+    return b.reshape(b.value_of(split), flat)
+
+
+def _turned(b: Builder, node: fx.Node, flat: tuple[Dim, ...]) -> Value | None:
+    """RoPE before the view by heads: one kernel where cos and sin are of two equal halves, else spelled out."""
+    by_heads_, cos, sin, interleaved = node.args[:4]
+    assert isinstance(by_heads_, fx.Node)
+    split = by_heads_.args[0]
+    assert isinstance(split, fx.Node)
+    angles = [_before_heads(b, n) for n in (cos, sin)]
+    if any(a is None for a in angles):
+        return None
+    width = node.meta["val"].shape[-1]
+    known = [a for a in angles if a is not None]
+    alike = _has_equal_halves(cos) and _has_equal_halves(sin) and all(a.dims[:2] == flat[:2] for a in known)
+    if not interleaved and alike:
+        tables = [_table(b, a, width) for a in known]
+        y = b.op("RotaryEmbedding", _flat(b, split, flat), _places(b, flat), *tables, domain=MICROSOFT)
+        return Value(y.name, y.dtype, flat)
+    wide = [_widened(b, a) for a in known]
+    source = b.value_of(split)
+    y = rope(b, source, wide[0], wide[1], bool(interleaved))
+    return b.reshape(Value(y.name, y.dtype, source.dims), flat)
+
+
+def _places(b: Builder, flat: tuple[Dim, ...]) -> Value:
+    """int64 [B, S]: which row of the tables belongs to a token; every token has its own."""
+    key = ("places", flat[:2])
+    if key not in b.memo:
+        zero, one = b.scalar(0, torch.int64), b.scalar(1, torch.int64)
+        rows = b.op("Range", zero, b.scalar(flat[0] * flat[1], torch.int64), one)
+        b.memo[key] = b.reshape(Value(rows.name, torch.int64, (flat[0] * flat[1],)), flat[:2])
+    found: Value = b.memo[key]
+    return found
+
+
+def _table(b: Builder, angle: Value, width: int) -> Value:
+    """cos or sin [B, S, D] as a table [B*S, D/2]."""
+    key = ("table", angle.name)
+    if key not in b.memo:
+        half = b.op("Slice", angle, b.ints([0]), b.ints([width // 2]), b.ints([2]))
+        rows = angle.dims[0] * angle.dims[1]
+        b.memo[key] = b.reshape(Value(half.name, half.dtype, (*angle.dims[:2], width // 2)), (rows, width // 2))
+    found: Value = b.memo[key]
+    return found
+
+
+def _has_equal_halves(node: Any) -> bool:
+    """Is it made element by element of a concatenation of a tensor with itself?"""
+    while isinstance(node, fx.Node) and is_call(node, *_BY_ELEMENT):
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or not is_call(node, _aten.cat.default):
+        return False
+    parts = node.args[0]
+    return isinstance(parts, list | tuple) and len(parts) == 2 and parts[0] is parts[1] and node.args[1] in (-1, 2)
+
+
+_BY_ELEMENT = (_aten.unsqueeze.default, _aten.cos.default, _aten.sin.default, _aten._to_copy.default, _aten.mul.Scalar)
 
 
 def _is_swap(node: Any) -> bool:
@@ -95,14 +153,19 @@ def _is_swap(node: Any) -> bool:
 
 
 def _before_heads(b: Builder, node: Any) -> Value | None:
-    """cos or sin [B, 1, S, D] as [B, S, 1, D], where it is an unsqueeze of [B, S, D]."""
+    """cos or sin [B, S, D], where the node [B, 1, S, D] is an unsqueeze of it."""
     if not is_call(node, _aten.unsqueeze.default) or node.args[1] % 4 != 1 or not b.has(node.args[0]):
         return None
-    source = b.value_of(node.args[0])
-    key = ("before heads", source.name)
+    found: Value = b.value_of(node.args[0])
+    return found
+
+
+def _widened(b: Builder, angle: Value) -> Value:
+    """[B, S, D] as [B, S, 1, D]."""
+    key = ("before heads", angle.name)
     if key not in b.memo:
-        turned = b.op("Unsqueeze", source, b.ints([2]))
-        b.memo[key] = Value(turned.name, turned.dtype, (*source.dims[:2], 1, source.dims[2]))
+        wide = b.op("Unsqueeze", angle, b.ints([2]))
+        b.memo[key] = Value(wide.name, wide.dtype, (*angle.dims[:2], 1, angle.dims[2]))
     found: Value = b.memo[key]
     return found
 

@@ -30,6 +30,8 @@ DECODERS = [
     for name in ZOO
     if name not in ("bert", "roberta", "distilbert", "electra", "t5", "bart", "vit", "whisper", "clip")
 ]
+# RoPE by halves over whole heads is a kernel; parts of heads, pairs of neighbours and other tables are spelled out
+ROTATED = {"falcon", "llama", "mistral", "qwen3", "gemma2", "phi3", "olmo2", "mixtral", "qwen3_moe"}
 NAMES = [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in DECODERS]
 
 
@@ -67,6 +69,8 @@ def test_prefill_and_decode_are_one_graph(tmp_path: Path, name: str, runtime: st
     kinds = [(node.op_type, node.domain) for node in onnx.load(str(written.path)).graph.node]
     assert written.shared_cache == (runtime == "onnxruntime")
     assert (("GroupQueryAttention", "com.microsoft") in kinds) == written.shared_cache
+    turned = runtime == "onnxruntime" and name in ROTATED
+    assert (("RotaryEmbedding", "com.microsoft") in kinds) == turned
     loaded: Any = qfx.onnx.load(tmp_path / "m")
     ids = torch.randint(3, VOCAB - 1, (2, 10), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
