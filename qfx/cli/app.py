@@ -73,7 +73,7 @@ class Runtime(StrEnum):
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub name, or what qfx quantize wrote.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .onnx file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .onnx file, or a language model's folder.")],
     recipe: Annotated[str | None, typer.Option(help="As for quantize; left out: w8a8, or what MODEL has.")] = None,
     runtime: Annotated[
         Runtime, typer.Option(help="Its own operators where they are faster, or those of ai.onnx only.")

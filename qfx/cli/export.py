@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -36,7 +37,20 @@ def run(
             data = batches(loaded, texts, text, text.samples or parsed.num_calibration_samples)
     with step(console, f"export to {out}", spinner=False):
         done = export_onnx(loaded.model, None, out, recipe=parsed, data=data, runtime=runtime, strict=strict)
-    console.print(f"inputs:  {', '.join(done.inputs)}\noutputs: {', '.join(done.outputs)}")
+    folder = done.path != out
+    if folder and loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(out)
+    console.print(f"inputs:  {_shown(done.inputs)}\noutputs: {_shown(done.outputs)}")
     console.print(f"opset {done.opset}, {len(done.formats)} quantized nodes, {megabytes(done.nbytes)}:")
     for file in done.files:
         console.print(f"  {file}")
+    if folder:
+        console.print("open it: qfx.onnx.load(folder), or onnxruntime_genai.Model(folder)")
+
+
+def _shown(names: Sequence[str]) -> str:
+    """The names; of many the first and their number."""
+    return ", ".join(names) if len(names) <= _MOST else f"{', '.join(names[:_MOST])}, ... ({len(names)} in all)"
+
+
+_MOST = 6

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
+import qfx.onnx
 from qfx.cli.app import app
 from qfx.cli.terminal import guarded, megabytes
 from qfx.errors import QfxWarning, UnsupportedError
@@ -204,3 +206,39 @@ def test_data_that_a_recipe_does_not_need_is_told(encoder: Path, text: Path, tmp
     done = _run("quantize", encoder, "-o", tmp_path / "out", "--data", text)
     assert done.exit_code == 0, done.output
     assert "recipe 'w8a8' needs no data" in done.stdout
+
+
+def test_export_an_encoder(encoder: Path, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "m.onnx"
+    result = _run("export", encoder, "-o", file, "--recipe", "w8a8-smooth", "--data", text, "--runtime", "standard")
+    assert result.exit_code == 0, result.output
+    assert "inputs:  input_ids" in result.output
+    assert re.search(r"opset \d+, \d+ quantized nodes", result.output)
+    assert set(qfx.onnx.load(file).outputs) == {"last_hidden_state", "pooler_output"}
+
+
+def test_export_what_quantize_wrote(encoder: Path, tmp_path: Path) -> None:
+    assert _run("quantize", encoder, "-o", tmp_path / "q").exit_code == 0
+    assert _run("export", tmp_path / "q", "-o", tmp_path / "m.onnx").exit_code == 0
+    assert json.loads(qfx.onnx.check(tmp_path / "m.onnx")["qfx.formats"])
+    again = _run("export", tmp_path / "q", "-o", tmp_path / "n.onnx", "--recipe", "w4a16")
+    assert again.exit_code != 0
+    assert "is quantized already" in again.output
+
+
+def test_export_a_language_model_as_a_folder(language_model: Path, tmp_path: Path) -> None:
+    result = _run("export", language_model, "-o", tmp_path / "lm")
+    assert result.exit_code == 0, result.output
+    assert "onnxruntime_genai" in result.output
+    assert {"model.onnx", "genai_config.json", "config.json", "tokenizer.json"} <= {
+        p.name for p in (tmp_path / "lm").iterdir()
+    }
+    loaded: Any = qfx.onnx.load(tmp_path / "lm")
+    assert loaded.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
+
+
+def test_export_needs_data_for_a_static_recipe(encoder: Path, tmp_path: Path) -> None:
+    result = _run("export", encoder, "-o", tmp_path / "m.onnx", "--recipe", "w8a8-static")
+    assert result.exit_code != 0
+    assert "needs calibration data" in result.output
+    assert not (tmp_path / "m.onnx").exists()
