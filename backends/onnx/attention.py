@@ -125,16 +125,13 @@ def bias_of(b: Builder, mask: Value | None, sizes: tuple[Dim, Dim]) -> Value | N
         return None
     key = ("whole bias", mask.name)
     if key not in b.memo:
-        zero, lowest = b.scalar(0.0, torch.float32), b.scalar(_LOWEST, torch.float32)
-        if mask.dtype == torch.bool:
-            added = b.op("Where", mask, zero, lowest)
-        else:
-            added = b.op("Max", b.cast(mask, torch.float32), lowest)
-        added = Value(added.name, torch.float32, mask.shape)
-        if tuple(mask.dims[-2:]) != sizes:
-            whole = (*(1,) * (4 - mask.rank), *mask.dims[:-2], *sizes)
+        added, _ = _prepared(b, mask, None, torch.float32)
+        lifted = (*(1,) * (4 - mask.rank), *mask.dims)
+        added = b.reshape(Value(added.name, torch.float32, mask.shape), lifted)
+        whole = (*lifted[:-2], *sizes)
+        if lifted != whole:
             added = Value(b.op("Expand", added, b.shape(whole)).name, torch.float32, whole)
-        b.memo[key] = b.reshape(added, (*(1,) * (4 - mask.rank), *mask.dims)) if mask.rank < 4 else added
+        b.memo[key] = added
     found: Value = b.memo[key]
     return found
 

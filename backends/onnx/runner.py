@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qfx.backends.onnx.export import verify
-from qfx.backends.onnx.session import DISABLED, options
+from qfx.backends.onnx.session import DISABLED, as_torch, input_place, options
 from qfx.backends.onnx.values import ONNX_TYPE
 from qfx.errors import explain
 
@@ -32,6 +32,7 @@ class Runner:
         )
         self.inputs = {i.name: _TORCH[i.type] for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
+        self._bool = {o.name for o in self.session.get_outputs() if o.type == "tensor(bool)"}
 
     def run(self, feeds: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Outputs by name. into: contiguous tensors that outputs are written into, of exactly their shapes.
@@ -45,7 +46,7 @@ class Runner:
         for name, tensor in feeds.items():
             data = tensor.detach().contiguous()
             kept.append(data)
-            binding.bind_input(name, "cpu", 0, ONNX_TYPE[data.dtype], tuple(data.shape), data.data_ptr() or _SOME)
+            binding.bind_input(name, "cpu", 0, ONNX_TYPE[data.dtype], tuple(data.shape), input_place(data))
         for name in self.outputs:
             target = into.get(name)
             if target is None:
@@ -55,7 +56,7 @@ class Runner:
         self.session.run_with_iobinding(binding)
         found = binding._iobinding.get_outputs()
         return {
-            name: into[name] if name in into else torch.utils.dlpack.from_dlpack(found[i].to_dlpack())
+            name: into[name] if name in into else as_torch(found, i, name in self._bool)
             for i, name in enumerate(self.outputs)
         }
 
@@ -74,7 +75,3 @@ class Runner:
                 next_step="give every input by its name",
             )
         )
-
-
-_EMPTY = torch.zeros(64, dtype=torch.uint8)
-_SOME = _EMPTY.data_ptr()  # a place to point at for tensors without elements

@@ -149,7 +149,7 @@ class Session:
         for name, tensor in zip(self.inputs, inputs, strict=True):
             data = tensor.contiguous()
             kept.append(data)
-            inner.bind_input(name, _CPU, ONNX_TYPE[data.dtype], tuple(data.shape), _input_place(data))
+            inner.bind_input(name, _CPU, ONNX_TYPE[data.dtype], tuple(data.shape), input_place(data))
         for i, name in enumerate(self.outputs):
             source = inputs[self._in_place[i]] if i in self._in_place else None
             if source is None or not source.is_contiguous() or not source.numel():
@@ -164,7 +164,7 @@ class Session:
         source = inputs[self._in_place[i]] if i in self._in_place else None
         if source is not None and results[i].data_ptr() == source.data_ptr():
             return source
-        return _tensor(results, i, self._bool[i])
+        return as_torch(results, i, self._bool[i])
 
 
 def _packed_alone(path: Path) -> bool:
@@ -185,7 +185,7 @@ def _saved_to(chosen: Any, path: Path, *, packed: bool) -> None:
         chosen.add_session_config_entry(f"session.{key}", value)
 
 
-def _input_place(tensor: Tensor) -> int:
+def input_place(tensor: Tensor) -> int:
     """Where a contiguous tensor lies; an address for one that holds nothing."""
     return tensor.data_ptr() or int(_EMPTY.ctypes.data)
 
@@ -201,6 +201,6 @@ def _wrap(tensor: Tensor) -> Any:
     return ort.OrtValue(_OrtValue.from_dlpack(data.__dlpack__(), is_bool))
 
 
-def _tensor(values: Any, index: int, is_bool: bool) -> Tensor:
+def as_torch(values: Any, index: int, is_bool: bool) -> Tensor:
     tensor = torch.utils.dlpack.from_dlpack(values[index].to_dlpack())
     return tensor.view(torch.bool) if is_bool else tensor

@@ -145,13 +145,13 @@ def test_a_file_that_is_no_model_is_a_session_error(tmp_path: Path) -> None:
 def test_contiguous_inputs_are_read_where_they_lie_and_outputs_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(model([helper.make_node("Relu", ["x"], ["y"], name="relu/0")], ["n", 8]), {})
     bound: list[int] = []
-    original = module._input_place
+    original = module.input_place
 
     def place(tensor: Tensor) -> int:
         bound.append(original(tensor))
         return bound[-1]
 
-    monkeypatch.setattr(module, "_input_place", place)
+    monkeypatch.setattr(module, "input_place", place)
     x = torch.randn(3, 8)
     (y,) = session.run([x])
     assert bound == [x.data_ptr()], "the input is bound, not copied"
