@@ -1,12 +1,12 @@
 """Forms that ONNX Runtime runs slowly, looked for in the graph that it made of a model.
 
-    SkipLayerNormalization                        slower than Add and LayerNormalization
-    MatMulNBits, 8 bits, accuracy level below 4   unpacks the whole weight in each call
-    MatMulNBits, 2 bits, blocks of 16 or 256, or level below 4: no fast kernel
-    MatMulNBits with float zero points or g_idx   is not packed
-    integer products of s8 x s8 or u8 x u8        slower than u8 x s8
-    QuantizeLinear with a scale for each column   slower than Mul and one scale
-    a product of floats, or a weight dequantized in each call, where a product of integers was asked
+SkipLayerNormalization                        slower than Add and LayerNormalization
+MatMulNBits, 8 bits, accuracy level below 4   unpacks the whole weight in each call
+MatMulNBits, 2 bits, blocks of 16 or 256, or level below 4: no fast kernel
+MatMulNBits with float zero points or g_idx   is not packed
+integer products of s8 x s8 or u8 x u8        slower than u8 x s8
+QuantizeLinear with a scale for each column   slower than Mul and one scale
+a product of floats, or a weight dequantized in each call, where a product of integers was asked
 """
 
 from __future__ import annotations
