@@ -35,6 +35,9 @@ class _Cached(nn.Module):
     ) -> dict[str, Tensor]:
         from transformers import DynamicCache
 
+        if past:  # what is so in every call: the mask covers cached and new tokens
+            torch._check(attention_mask.shape[0] == input_ids.shape[0])
+            torch._check(attention_mask.shape[1] == past["0_key"].shape[2] + input_ids.shape[1])
         cache = DynamicCache()
         for i in range(len(past) // 2):
             cache.update(past[f"{i}_key"], past[f"{i}_value"], i)

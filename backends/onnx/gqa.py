@@ -7,15 +7,18 @@ It cannot take new tokens of several sequences at once after the first call: tho
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from qfx.backends.onnx.attention import attention, bias_of, rope
+from qfx.backends.onnx import rotary
+from qfx.backends.onnx.attention import attention, bias_of
 from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.packed_attention import by_heads
+from qfx.backends.onnx.siblings import Part, part
 from qfx.backends.onnx.values import Dim, Value, dims_of
 from qfx.graph import is_call
 from qfx.passes.kv_cache import shared
@@ -36,14 +39,16 @@ def cached_attention(
         )
         return [attention(b, q, keys, values, mask, sinks, scale, causal, softcap), keys, values]
     heads, groups = q.dims[1], k.dims[1]
-    rows = [_rows(b, node, value) for node, value in zip(b.node.args[:3], (q, k, v), strict=True)]
     bias = bias_of(b, mask, (q.dims[2], dims_of(b.out[1].shape)[2]))
     total = _total(b)
-    batch = b.op("Expand", b.op("Sub", total, b.const(1, torch.int32)), b.shape([q.dims[0]]))
-    inputs = [*rows, past_k, past_v, batch, total, None, None, None, bias, sinks]
+    packed = _packed(b, total)
+    rows = packed.rows if packed else [_rows(b, n, x) for n, x in zip(b.node.args[:3], (q, k, v), strict=True)]
+    angles = packed.angles if packed else [None, None, None]
+    inputs = [*rows, past_k, past_v, _last_place(b, total, q.dims[0]), total, *angles, bias, sinks]
     y, keys, values = b.ops(
         "GroupQueryAttention", *inputs, dtypes=[torch.float32] * 3, domain=MICROSOFT, num_heads=heads,
         kv_num_heads=groups, scale=scale, softcap=softcap or None, causal=0,
+        **(packed.attributes if packed else {}),
     )  # fmt: skip
     whole = Value(y.name, torch.float32, (q.dims[0], q.dims[2], heads * q.dims[3]))
     return [by_heads(b, whole, heads), keys, values]
@@ -67,107 +72,80 @@ def _total(b: Builder) -> Value:
     return found
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Query, key and value as one input of the operator, which applies RoPE by these tables itself."""
+
+    rows: list[Value | None]
+    angles: list[Value | None]
+    attributes: dict[str, int]
+
+
+def _packed(b: Builder, total: Value) -> Packed | None:
+    """q, k and v as they lie in the result [B, S, (H+2G)*D] of one kernel; None where they do not."""
+    assert b.node is not None
+    q, k, v = (n for n in b.node.args[:3] if isinstance(n, fx.Node))
+    turns = [n for n in (q, k) if is_call(n, torch.ops.qfx.rope.default)]
+    if len(turns) == 1 or (turns and turns[0].args[1:4] != turns[1].args[1:4]):
+        return None
+    sources = [n.args[0] for n in turns] or [q, k]
+    parts = [_part(b, n) for n in (*sources, v)]
+    if any(p is None for p in parts):
+        return None
+    first, second, third = (p for p in parts if p is not None)
+    whole = first.whole
+    ends = [first.start == 0, first.width == second.start, second.start + second.width == third.start]
+    if not all(ends) or third.start + third.width != whole.dims[-1] or {second.whole, third.whole} != {whole}:
+        return None
+    if not turns:
+        return Packed([whole, None, None], [None] * 3, {})
+    tables = rotary.halves(b, turns[0], whole.dims[:2])
+    if tables is None or turns[0].meta["val"].shape[-1] % 16:
+        return None
+    longer = [_at_least(b, one, total) for one in tables]
+    return Packed([whole, None, None], [*longer, rotary.places(b, whole.dims)], {"do_rotary": 1})
+
+
+def _part(b: Builder, swap: Any) -> Part | None:
+    """Where [B, H, S, D] lies in a packed result of which it is a view."""
+    if not rotary.is_swap(swap) or not is_call(swap.args[0], _aten.reshape.default):
+        return None
+    source = swap.args[0].args[0]
+    return part(b, b.value_of(source)) if isinstance(source, fx.Node) and b.has(source) else None
+
+
+def _at_least(b: Builder, table: Value, total: Value) -> Value:
+    """A table [R, D/2] with at least `total` rows, which the operator wants; it reads only those of `places`."""
+    key = ("long", table.name)
+    if key not in b.memo:
+        missing = b.op("Max", b.op("Sub", b.cast(total, torch.int64), b.dim(table.dims[0])), b.ints([0]))
+        pads = b.op("Concat", b.ints([0, 0]), missing, b.ints([0]), axis=0)
+        b.memo[key] = b.op("Pad", table, pads)
+    found: Value = b.memo[key]
+    return found
+
+
+def _last_place(b: Builder, total: Value, batch: Dim) -> Value:
+    """int32 [B]: the place of the last token of each sequence."""
+    key = ("last place", batch)
+    if key not in b.memo:
+        b.memo[key] = b.op("Expand", b.op("Sub", total, b.const(1, torch.int32)), b.shape([batch]))
+    found: Value = b.memo[key]
+    return found
+
+
 def _rows(b: Builder, node: Any, value: Value) -> Value:
     """[B, H, S, D] as [B, S, H*D]; where the value is a view of that, what it is a view of."""
     batch, heads, length, size = value.dims
     flat = (batch, length, heads * size)
-    if is_call(node, torch.ops.qfx.rope.default) and _is_swap(node.args[0]):
-        turned = _turned(b, node, flat)
+    if is_call(node, torch.ops.qfx.rope.default) and rotary.is_swap(node.args[0]):
+        turned = rotary.turned(b, node, flat)
         if turned is not None:
             return turned
-    if _is_swap(node):
-        return _flat(b, node.args[0], flat)
+    if rotary.is_swap(node):
+        return rotary.flat_rows(b, node.args[0], flat)
     turned = b.op("Transpose", value, perm=[0, 2, 1, 3])
     return b.reshape(Value(turned.name, turned.dtype, (batch, length, heads, size)), flat)
-
-
-def _flat(b: Builder, split: fx.Node, flat: tuple[Dim, ...]) -> Value:
-    """[B, S, H, D] as [B, S, H*D], which it may be a view of."""
-    if is_call(split, _aten.reshape.default) and isinstance(split.args[0], fx.Node) and b.has(split.args[0]):
-        source: Value = b.value_of(split.args[0])
-        if source.shape == flat:
-            return source
-    return b.reshape(b.value_of(split), flat)
-
-
-def _turned(b: Builder, node: fx.Node, flat: tuple[Dim, ...]) -> Value | None:
-    """RoPE before the view by heads: one kernel where cos and sin are of two equal halves, else spelled out."""
-    by_heads_, cos, sin, interleaved = node.args[:4]
-    assert isinstance(by_heads_, fx.Node)
-    split = by_heads_.args[0]
-    assert isinstance(split, fx.Node)
-    angles = [_before_heads(b, n) for n in (cos, sin)]
-    if any(a is None for a in angles):
-        return None
-    width = node.meta["val"].shape[-1]
-    known = [a for a in angles if a is not None]
-    alike = _has_equal_halves(cos) and _has_equal_halves(sin) and all(a.dims[:2] == flat[:2] for a in known)
-    if not interleaved and alike:
-        tables = [_table(b, a, width) for a in known]
-        y = b.op("RotaryEmbedding", _flat(b, split, flat), _places(b, flat), *tables, domain=MICROSOFT)
-        return Value(y.name, y.dtype, flat)
-    wide = [_widened(b, a) for a in known]
-    source = b.value_of(split)
-    y = rope(b, source, wide[0], wide[1], bool(interleaved))
-    return b.reshape(Value(y.name, y.dtype, source.dims), flat)
-
-
-def _places(b: Builder, flat: tuple[Dim, ...]) -> Value:
-    """int64 [B, S]: which row of the tables belongs to a token; every token has its own."""
-    key = ("places", flat[:2])
-    if key not in b.memo:
-        zero, one = b.scalar(0, torch.int64), b.scalar(1, torch.int64)
-        rows = b.op("Range", zero, b.scalar(flat[0] * flat[1], torch.int64), one)
-        b.memo[key] = b.reshape(Value(rows.name, torch.int64, (flat[0] * flat[1],)), flat[:2])
-    found: Value = b.memo[key]
-    return found
-
-
-def _table(b: Builder, angle: Value, width: int) -> Value:
-    """cos or sin [B, S, D] as a table [B*S, D/2]."""
-    key = ("table", angle.name)
-    if key not in b.memo:
-        half = b.op("Slice", angle, b.ints([0]), b.ints([width // 2]), b.ints([2]))
-        rows = angle.dims[0] * angle.dims[1]
-        b.memo[key] = b.reshape(Value(half.name, half.dtype, (*angle.dims[:2], width // 2)), (rows, width // 2))
-    found: Value = b.memo[key]
-    return found
-
-
-def _has_equal_halves(node: Any) -> bool:
-    """Is it made element by element of a concatenation of a tensor with itself?"""
-    while isinstance(node, fx.Node) and is_call(node, *_BY_ELEMENT):
-        node = node.args[0]
-    if not isinstance(node, fx.Node) or not is_call(node, _aten.cat.default):
-        return False
-    parts = node.args[0]
-    return isinstance(parts, list | tuple) and len(parts) == 2 and parts[0] is parts[1] and node.args[1] in (-1, 2)
-
-
-_BY_ELEMENT = (_aten.unsqueeze.default, _aten.cos.default, _aten.sin.default, _aten._to_copy.default, _aten.mul.Scalar)
-
-
-def _is_swap(node: Any) -> bool:
-    """A transpose of heads and tokens."""
-    return isinstance(node, fx.Node) and is_call(node, _aten.transpose.int) and {a % 4 for a in node.args[1:]} == {1, 2}  # type: ignore[operator]
-
-
-def _before_heads(b: Builder, node: Any) -> Value | None:
-    """cos or sin [B, S, D], where the node [B, 1, S, D] is an unsqueeze of it."""
-    if not is_call(node, _aten.unsqueeze.default) or node.args[1] % 4 != 1 or not b.has(node.args[0]):
-        return None
-    found: Value = b.value_of(node.args[0])
-    return found
-
-
-def _widened(b: Builder, angle: Value) -> Value:
-    """[B, S, D] as [B, S, 1, D]."""
-    key = ("before heads", angle.name)
-    if key not in b.memo:
-        wide = b.op("Unsqueeze", angle, b.ints([2]))
-        b.memo[key] = Value(wide.name, wide.dtype, (*angle.dims[:2], 1, angle.dims[2]))
-    found: Value = b.memo[key]
-    return found
 
 
 EMIT: dict[str, Emit] = {"qfx.cached_attention.default": cached_attention}

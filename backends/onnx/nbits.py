@@ -6,6 +6,7 @@ are slow in ONNX Runtime and are avoided.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,19 +27,33 @@ class NBits:
     bits: int
     block: int
 
-    def weights(self, b: Builder, weight: Weight) -> tuple[Value, Value, Value | None]:
-        """Codes [N, K/block, block*bits/8], scales [N, K/block] and packed zero points."""
-        blocks = -(-weight.k // self.block)
-        name, n = f"{weight.name}.{self.bits}b{self.block}", weight.n
+    def weights(self, b: Builder, *parts: Weight) -> tuple[Value, Value, Value | None]:
+        """Codes [N, K/block, block*bits/8], scales [N, K/block] and packed zero points.
+
+        Several weights of one format and K lie one below the other: N is the sum of theirs.
+        """
+        first, n = parts[0], sum(weight.n for weight in parts)
+        blocks = -(-first.k // self.block)
+        name = f"{first.name}.{self.bits}b{self.block}" + (".packed" if len(parts) > 1 else "")
         shape = (n, blocks, self.block * self.bits // 8)
-        data = b.derived(name, torch.uint8, shape, lambda: self._codes(weight, blocks).reshape(shape))
+
+        def stacked(make: Callable[[Weight], Tensor], width: tuple[int, ...]) -> Tensor:
+            made = [make(weight).reshape(weight.n, *width) for weight in parts]
+            return made[0] if len(made) == 1 else torch.cat(made)
+
+        data = b.derived(name, torch.uint8, shape, lambda: stacked(lambda w: self._codes(w, blocks), shape[1:]))
         scales = b.derived(
-            f"{name}.scale", torch.float32, (n, blocks), lambda: self._spread(weight, weight.factor(), blocks)
+            f"{name}.scale",
+            torch.float32,
+            (n, blocks),
+            lambda: stacked(lambda w: self._spread(w, w.factor(), blocks), (blocks,)),
         )
-        if not weight.format.has_zero:
+        if not first.format.has_zero:
             return data, scales, None
         width = -(-blocks * self.bits // 8)
-        zeros = b.derived(f"{name}.zero", torch.uint8, (n, width), lambda: self._zeros(weight, blocks))
+        zeros = b.derived(
+            f"{name}.zero", torch.uint8, (n, width), lambda: stacked(lambda w: self._zeros(w, blocks), (width,))
+        )
         return data, scales, zeros
 
     def _codes(self, weight: Weight, blocks: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qfx.backends.onnx import portable
+from qfx.backends.onnx import portable, siblings
 from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.nbits import NBits, nbits_layout
@@ -143,9 +143,19 @@ def _standard(
 
 
 def _nbits(b: Builder, x: Value, weight: Weight, layout: NBits, bias: Value | None) -> Value:
-    data, scales, zeros = layout.weights(b, weight)
-    attrs = {"K": weight.k, "N": weight.n, "bits": layout.bits, "block_size": layout.block, "accuracy_level": 4}
-    return b.op("MatMulNBits", x, data, scales, zeros, None, bias, domain=MICROSOFT, dtype=torch.float32, **attrs)
+    done = siblings.taken(b)
+    if done is not None:
+        return done
+    group = siblings.siblings(b, x.dims[-1])
+    weights = [one.weight for one in group] or [weight]
+    data, scales, zeros = layout.weights(b, *weights)
+    if group:
+        bias = siblings.stacked_bias(b, group)
+    n = sum(one.n for one in weights)
+    attrs = {"K": weight.k, "N": n, "bits": layout.bits, "block_size": layout.block, "accuracy_level": 4}
+    y = b.op("MatMulNBits", x, data, scales, zeros, None, bias, domain=MICROSOFT, dtype=torch.float32, **attrs)
+    y = Value(y.name, y.dtype, (*x.dims[:-1], n))
+    return siblings.split(b, y, group) if group else y
 
 
 def embedding(b: Builder, ids: Value, w: Any, w_scale: Any, w_zero: Any, w_format: str, dim: int, dtype: Any) -> Value:
