@@ -51,8 +51,8 @@ class Exported:
 
 def export_onnx(
     model: nn.Module, args: Any, path: str | os.PathLike[str], *, recipe: Any = None, plan: Plan | None = None,
-    runtime: str = "onnxruntime", kv: str | None = None, data: Iterable[Any] | None = None, dynamic: bool = True,
-    strict: bool = False, external_bytes: int | None = None, all_logits: bool = False,
+    runtime: str = "onnxruntime", kv: str | None = None, prefill: str | None = None, data: Iterable[Any] | None = None,
+    dynamic: bool = True, strict: bool = False, external_bytes: int | None = None, all_logits: bool = False,
 ) -> Exported:  # fmt: skip
     """Write `model` as ONNX to `path` (.onnx); the model is not changed.
 
@@ -66,6 +66,8 @@ def export_onnx(
     the model is written as it is, which is quantized where qfx.quantize quantized it. runtime: "onnxruntime" uses its
     own operators where they are faster, "standard" only those of ai.onnx. external_bytes: weights of more bytes in all
     go to `<path>.data` (64 MiB; always where a file would pass 2 GB).
+    prefill: "i8/tok" rounds the input of weight-only linears to 8 bits per token where 16 or more tokens are read at
+    once, and computes with integers: prompts are read faster; the session then holds these weights in 8 bits too.
     Quantized weights lie in the file as their codes; those of formats without a kernel are unpacked by what reads it,
     which a warning says. What cannot be had as asked is a warning too, under `strict` an UnsupportedError.
     Raises ValueError for bad arguments, UnsupportedError for a model without an ONNX form, OSError where the files
@@ -75,21 +77,25 @@ def export_onnx(
     folder = Path(path).suffix != ".onnx" and is_causal_lm(model)
     target = Path(path) / DECODER if folder else _checked_path(path)
     _check_options(runtime, kv, recipe, plan)
+    _check_prefill(prefill, runtime)
     asked = None if recipe is None else Recipe.parse(recipe)
     if folder:
         prepared = functools.partial(_decoder, model, target, recipe=asked, plan=plan, data=data, runtime=runtime)
-        return prepared(strict=strict, all_logits=all_logits, external_bytes=external_bytes)
+        return prepared(
+            prefill=prefill is not None, strict=strict, all_logits=all_logits, external_bytes=external_bytes
+        )
     call = _call(model, args)
     with evaluating(model):
         if asked is not None and asked.needs_data:
             plan = make_plan(model, asked, data, strict=strict)
         captured, notes = _quantized(model, call, asked, plan, dynamic=dynamic, strict=strict)
-        return _write(captured, notes, target, runtime, strict=strict, external_bytes=external_bytes)
+        how: Any = {"prefill": prefill is not None, "strict": strict, "external_bytes": external_bytes}
+        return _write(captured, notes, target, runtime, **how)
 
 
 def _decoder(
     model: nn.Module, target: Path, *, recipe: Recipe | None, plan: Plan | None, data: Any, runtime: str, strict: bool,
-    all_logits: bool, external_bytes: int | None,
+    all_logits: bool, external_bytes: int | None, prefill: bool,
 ) -> Exported:  # fmt: skip
     """The folder of a decoder; its configuration is written last and makes it complete."""
     from qfx.backends.onnx import genai
@@ -104,7 +110,8 @@ def _decoder(
         if not decoder.fuse_cache(captured, names):
             reason = "its cache is read by more than attention: it grows by a copy for each token"
             notes.append(Note(type(model).__name__, reason, "none needed for the result", minor=True))
-        written = _write(captured, notes, target, runtime, strict=strict, external_bytes=external_bytes, inputs=names)
+        how: Any = {"prefill": prefill, "strict": strict, "external_bytes": external_bytes}
+        written = _write(captured, notes, target, runtime, **how, inputs=names)
         sizes = decoder.cache_sizes(model)
     genai.write_config(model, target.parent, written.inputs, sizes, shared=written.shared_cache)
     return written
@@ -112,13 +119,13 @@ def _decoder(
 
 def _write(
     captured: Captured, notes: list[Note], target: Path, runtime: str, *, strict: bool, external_bytes: int | None,
-    inputs: Mapping[str, str] | None = None,
+    prefill: bool, inputs: Mapping[str, str] | None = None,
 ) -> Exported:  # fmt: skip
     from qfx.backends.onnx import export, lowering
 
     gm = captured.gm
     outputs = _outputs(captured)
-    builder, built = lowering.build(gm, runtime=runtime)
+    builder, built = lowering.build(gm, runtime=runtime, prefill=prefill)
     _assert_no_floats(builder, gm)
     notes = [*notes, *built.notes]
     told(notes, strict=strict)
@@ -207,7 +214,9 @@ def _formats(gm: fx.GraphModule) -> dict[str, dict[str, str]]:
 
 def _assert_no_floats(builder: Any, gm: fx.GraphModule) -> None:
     """No quantized weight lies in the file as float32."""
-    read = {name for node in builder.nodes for name in node.input}
+    from qfx.backends.onnx.branch import read_by
+
+    read = {name for node in builder.nodes for name in read_by(node)}
     weights = [str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and f"{n.target}.f32" in read]
     assert not weights, f"float copies of quantized weights: {weights[:3]}"
 
@@ -238,6 +247,22 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
     if target.is_dir():
         raise ValueError(explain("no path of a model", expected="a file", found=f"the folder {target}"))
     return target
+
+
+def _check_prefill(prefill: str | None, runtime: str) -> None:
+    if prefill is None:
+        return
+    if prefill != "i8/tok":
+        raise ValueError(explain(f"prefill={prefill!r}", expected="'i8/tok', or None", next_step="leave prefill= out"))
+    if runtime == "standard":
+        raise ValueError(
+            explain(
+                "prefill= needs kernels that ai.onnx has not",
+                expected="runtime='onnxruntime'",
+                found="runtime='standard'",
+                next_step="leave prefill= out",
+            )
+        )
 
 
 def _check_options(runtime: str, kv: str | None, recipe: Any, plan: Plan | None) -> None:

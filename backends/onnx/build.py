@@ -6,7 +6,7 @@ Every ONNX node is named `<FX node>/<number>`, so that what ONNX Runtime execute
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +54,13 @@ class Builder:
     """Collects one ONNX graph. `node` is the FX node being lowered; `notes` are for the user.
 
     runtime: "session" (of this process; weights that have no kernel are unpacked at once), "onnxruntime" (a file; its
-    own operators where they are faster) or "standard" (a file; operators of ai.onnx only).
+    own operators where they are faster) or "standard" (a file; operators of ai.onnx only). prefill: weight-only
+    products of many rows are computed by 8-bit integers (see the module `prefill`).
     """
 
-    def __init__(self, root: torch.nn.Module, runtime: str = "session") -> None:
+    def __init__(self, root: torch.nn.Module, runtime: str = "session", *, prefill: bool = False) -> None:
         self.root = root
+        self.prefill = prefill
         self.runtime = runtime
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -155,6 +157,10 @@ class Builder:
     def ints(self, values: Sequence[int]) -> Value:
         """int64 [n] constant."""
         return self.const(np.asarray(list(values), dtype=np.int64), torch.int64)
+
+    def forget(self, names: Collection[str]) -> None:
+        """Sizes that these values hold are computed anew."""
+        self._constants = {key: value for key, value in self._constants.items() if value.name not in names}
 
     def weight(self, tensor: Tensor, name: str, key: Any = None) -> Value:
         """A tensor of the model as an initializer. Large ones stay in torch's memory (external to the model)."""

@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
+from qfx.backends.onnx.branch import every_node
 from qfx.backends.onnx.build import OPSET, Builder, Later
 from qfx.backends.onnx.graph import StageModel, made
 from qfx.backends.onnx.opset import ir_version, needed_opset
@@ -54,16 +55,16 @@ def write(
     nothing is left behind.
     """
     model = built.model
-    opset = needed_opset(model.graph.node, _types(builder, model), OPSET)
+    opset = needed_opset(every_node(model.graph.node), _types(builder, model), OPSET)
     standard = next(o for o in model.opset_import if o.domain == "")
     standard.version, model.ir_version = opset, ir_version(opset)
-    domains = {node.domain for node in model.graph.node}
+    domains = {node.domain for node in every_node(model.graph.node)}
     for other in [o for o in model.opset_import if o.domain and o.domain not in domains]:
         model.opset_import.remove(other)
     _rename_inputs(model.graph, inputs or {})
     _rename_outputs(model.graph, outputs)
     _name_sizes(model.graph)
-    for node in model.graph.node:
+    for node in every_node(model.graph.node):
         node.doc_string = documents.get(node.name.split("/")[0], "")
     for key in sorted(metadata):
         _set_metadata(model, key, metadata[key])
@@ -137,7 +138,7 @@ def _rename_outputs(graph: onnx.GraphProto, names: Sequence[str]) -> None:
         taken.add(free)
         renamed[output.name] = free
         output.name = free
-    for node in graph.node:
+    for node in every_node(graph.node):
         for values in (node.input, node.output):
             for i, value in enumerate(values):
                 if value in renamed:
@@ -147,7 +148,7 @@ def _rename_outputs(graph: onnx.GraphProto, names: Sequence[str]) -> None:
 def _rename_inputs(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
     for value in graph.input:
         value.name = names.get(value.name, value.name)
-    for node in graph.node:
+    for node in every_node(graph.node):
         for i, name in enumerate(node.input):
             if name in names:
                 node.input[i] = names[name]

@@ -13,6 +13,7 @@ import torch
 from onnx import helper
 from torch import Tensor, fx
 
+from qfx.backends.onnx.branch import read_by
 from qfx.backends.onnx.build import MICROSOFT, OPSET, Builder, Later
 from qfx.backends.onnx.gqa import TOTAL
 from qfx.backends.onnx.in_place import in_place
@@ -117,10 +118,15 @@ def made(weight: Tensor | Later) -> Tensor:
 
 
 def emit_stage(
-    gm: fx.GraphModule, stage: Stage, carriers: dict[sympy.Symbol, SizeOf], runtime: str = "session"
+    gm: fx.GraphModule,
+    stage: Stage,
+    carriers: dict[sympy.Symbol, SizeOf],
+    runtime: str = "session",
+    *,
+    prefill: bool = False,
 ) -> tuple[Builder, StageModel]:
     """The builder of a stage, whose `external` weights are not all made yet, and the model without weights."""
-    b = Builder(gm, runtime)
+    b = Builder(gm, runtime, prefill=prefill)
     for node in stage.inputs:
         _declare(b, node)
     _cached_lengths(b, gm, stage)
@@ -258,7 +264,7 @@ def _model(b: Builder) -> onnx.ModelProto:
     for node in reversed(b.nodes):
         if used.intersection(node.output):
             nodes.append(node)
-            used.update(node.input)
+            used.update(read_by(node))
     kept = [t for name, t in b.initializers.items() if name in used]
     graph = helper.make_graph(nodes[::-1], "qfx", b.inputs, b.outputs, kept)
     b.external = {name: tensor for name, tensor in b.external.items() if name in used}  # and drop the rest

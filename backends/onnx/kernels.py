@@ -12,6 +12,7 @@ import onnx
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
+from qfx.backends.onnx.branch import every_node
 from qfx.backends.onnx.session import DISABLED, options
 from qfx.backends.onnx.slow_forms import SlowForm, slow_forms
 
@@ -53,7 +54,7 @@ def _kernels(built: StageModel, graph: onnx.GraphProto, names: list[str]) -> dic
     integers = {t.name for t in graph.initializer if t.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)}
     found: dict[str, list[str]] = {name: [] for name in names}
     main: dict[str, list[str]] = {name: [] for name in names}
-    for node in graph.node:
+    for node in every_node(graph.node):
         owner = node.name.split("/")[0]
         if owner not in found:
             continue

@@ -65,8 +65,10 @@ def lower(gm: fx.GraphModule, *, strict: bool = False, folder: Path | None = Non
             return lowered
 
 
-def build(gm: fx.GraphModule, *, runtime: str = "onnxruntime") -> tuple[Builder, StageModel]:
+def build(gm: fx.GraphModule, *, runtime: str = "onnxruntime", prefill: bool = False) -> tuple[Builder, StageModel]:
     """The whole graph as one ONNX model, and its builder, whose `external` weights are not all made yet.
+
+    prefill: weight-only products of many rows by 8-bit integers.
 
     Raises UnsupportedError for a graph with a node that has no ONNX form.
     """
@@ -81,7 +83,7 @@ def build(gm: fx.GraphModule, *, runtime: str = "onnxruntime") -> tuple[Builder,
     assert isinstance(results, list | tuple)
     stage.outputs = list(dict.fromkeys(r for r in results if isinstance(r, fx.Node)))
     stage.inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    return emit_stage(gm, stage, carriers_of(gm), runtime)
+    return emit_stage(gm, stage, carriers_of(gm), runtime, prefill=prefill)
 
 
 def _refusal(reasons: dict[fx.Node, str], expected: str, next_step: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qfx.backends.onnx import portable, siblings
+from qfx.backends.onnx import portable, prefill, siblings
 from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.nbits import NBits, nbits_layout
@@ -153,7 +153,14 @@ def _nbits(b: Builder, x: Value, weight: Weight, layout: NBits, bias: Value | No
         bias = siblings.stacked_bias(b, group)
     n = sum(one.n for one in weights)
     attrs = {"K": weight.k, "N": n, "bits": layout.bits, "block_size": layout.block, "accuracy_level": 4}
-    y = b.op("MatMulNBits", x, data, scales, zeros, None, bias, domain=MICROSOFT, dtype=torch.float32, **attrs)
+
+    def few() -> Value:
+        return b.op("MatMulNBits", x, data, scales, zeros, None, bias, domain=MICROSOFT, dtype=torch.float32, **attrs)
+
+    if prefill.has_prompts(b, x, zeros):
+        y = prefill.product(b, x, layout, weight.k, data, scales, bias, few)
+    else:
+        y = few()
     y = Value(y.name, y.dtype, (*x.dims[:-1], n))
     return siblings.split(b, y, group) if group else y
 

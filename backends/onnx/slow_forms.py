@@ -18,6 +18,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
+from qfx.backends.onnx.branch import every_node
+
 _PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm"}
 _INTEGER_PRODUCTS = {"MatMulInteger", "MatMulIntegerToFloat"}
 
@@ -33,9 +35,9 @@ class SlowForm:
 def slow_forms(graph: onnx.GraphProto, integers: Collection[str] = ()) -> list[SlowForm]:
     """What is slow in an optimized graph. integers: FX nodes that shall be products of integers."""
     held = {t.name: t for t in graph.initializer}
-    makers = {name: node for node in graph.node for name in node.output}
+    makers = {name: node for node in every_node(graph.node) for name in node.output}
     found = []
-    for node in graph.node:
+    for node in every_node(graph.node):
         owner = node.name.split("/")[0]
         reason = _reason(node, held, makers, asked=owner in integers)
         if reason:
