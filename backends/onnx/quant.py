@@ -157,10 +157,7 @@ def _nbits(b: Builder, x: Value, weight: Weight, layout: NBits, bias: Value | No
     def few() -> Value:
         return b.op("MatMulNBits", x, data, scales, zeros, None, bias, domain=MICROSOFT, dtype=torch.float32, **attrs)
 
-    if prefill.has_prompts(b, x, zeros):
-        y = prefill.product(b, x, layout, weight.k, data, scales, bias, few)
-    else:
-        y = few()
+    y = prefill.product(b, x, weights, bias, few) if prefill.has_prompts(b, x) else few()
     y = Value(y.name, y.dtype, (*x.dims[:-1], n))
     return siblings.split(b, y, group) if group else y
 

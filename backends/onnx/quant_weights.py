@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,15 @@ class Weight:
     def factor(self) -> Tensor:
         """The f32 scale of the codes."""
         return effective_scale(self.scale, self.zero if self.format.has_global_scale else None, self.format)
+
+    def pieces(self, rows: int) -> Iterator[Tensor]:
+        """f32 [rows, K] after each other: some rows at a time, since floats need far more memory than codes."""
+        rows = self.n if self.format.block is not None else rows
+        for start in range(0, self.n, rows):
+            part = slice(start, start + rows)
+            scale, zero = (t[part] if t is not None and t.dim() else t for t in (self.scale, self.zero))
+            assert scale is not None
+            yield dequantize(unpack_codes(self.data[part], self.format, self.k), self.format, scale, zero)
 
     def dequantized(self, b: Builder) -> Value:
         """f32 [.., N, K] as an initializer."""
