@@ -15,6 +15,7 @@ from torch import fx
 
 from qfx.backends.onnx import rotary
 from qfx.backends.onnx.attention import attention, bias_of
+from qfx.backends.onnx.branch import choose
 from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.packed_attention import by_heads
@@ -102,8 +103,48 @@ def _packed(b: Builder, total: Value) -> Packed | None:
     tables = rotary.halves(b, turns[0], whole.dims[:2])
     if tables is None or turns[0].meta["val"].shape[-1] % 16:
         return None
-    longer = [_at_least(b, one, total) for one in tables]
-    return Packed([whole, None, None], [*longer, rotary.places(b, whole.dims)], {"do_rotary": 1})
+    widths = [p.width for p in (first, second, third)]
+    ahead = _turned_ahead(b, whole, total)
+    rows = choose(
+        b, ahead, whole, lambda: _turned(b, whole, widths, tables), lambda: _same_shape(b.op("Identity", whole), whole)
+    )
+    still = [_unless(b, ahead, one, rest) for one, rest in zip(tables, (1.0, 0.0), strict=True)]
+    longer = [_at_least(b, one, total) for one in still]
+    return Packed([rows, None, None], [*longer, rotary.places(b, whole.dims)], {"do_rotary": 1})
+
+
+def _turned_ahead(b: Builder, whole: Value, total: Value) -> Value:
+    """bool [1]: first tokens of several sequences are turned before: the operator takes their places to be the same."""
+    key = ("turned ahead", whole.dims[:2])
+    if key not in b.memo:
+        batch, new = (b.dim(size) for size in whole.dims[:2])
+        several = b.op("Greater", batch, b.ints([1]), dtype=torch.bool)
+        first = b.op("Equal", b.cast(total, torch.int64), new, dtype=torch.bool)
+        b.memo[key] = b.op("And", several, first)
+    found: Value = b.memo[key]
+    return found
+
+
+def _turned(b: Builder, whole: Value, widths: list[int], tables: list[Value]) -> Value:
+    """RoPE of the query and key parts."""
+    parts = b.ops("Split", whole, b.ints(widths), dtypes=[whole.dtype] * 3, axis=-1)
+    for i in range(2):
+        parts[i] = b.op("RotaryEmbedding", parts[i], rotary.places(b, whole.dims), *tables, domain=MICROSOFT)
+    return _same_shape(b.op("Concat", *parts, axis=-1), whole)
+
+
+def _same_shape(value: Value, other: Value) -> Value:
+    return Value(value.name, value.dtype, other.shape)
+
+
+def _unless(b: Builder, condition: Value, table: Value, rest: float) -> Value:
+    """The table; where the condition holds all of it is `rest`: angles of zero turn nothing."""
+    key = ("unless", condition.name, table.name)
+    if key not in b.memo:
+        chosen = b.op("Where", condition, b.scalar(rest, table.dtype), table)
+        b.memo[key] = _same_shape(chosen, table)
+    found: Value = b.memo[key]
+    return found
 
 
 def _part(b: Builder, swap: Any) -> Part | None:

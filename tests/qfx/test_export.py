@@ -214,6 +214,20 @@ def test_refused(tmp_path: Path, name: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefill": "i4"}, "expected: 'i8/tok'"),
+        ({"prefill": "i8/tok", "runtime": "standard"}, "runtime='onnxruntime'"),
+    ],
+)
+def test_prompts_in_other_ways_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    model, inputs = ZOO["bert"]()
+    with pytest.raises(ValueError, match=message):
+        qfx.export_onnx(model, inputs, tmp_path / "m.onnx", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_compiled_model(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

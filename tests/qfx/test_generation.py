@@ -89,6 +89,71 @@ def test_prefill_and_decode_are_one_graph(tmp_path: Path, name: str, runtime: st
     assert sqnr(expected[seen], torch.cat(parts, 1)[seen]) > 100
 
 
+def whole_and_in_parts(loaded: Any, ids: Tensor, mask: Tensor, ends: tuple[int, ...]) -> Tensor:
+    """Logits of all tokens, read up to each of `ends` in turn."""
+    parts, state, start = [], None, 0
+    for end in ends:
+        found = loaded(ids[:, start:end], mask[:, :end], None, state)
+        parts.append(found.logits)
+        state, start = found.past_key_values, end
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_only_decoders(tmp_path: Path, name: str) -> None:
+    model: Any = ZOO[name]()[0]
+    ids = torch.randint(3, VOCAB - 1, (2, 24), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    export(model, tmp_path / "m", recipe="w8a16", all_logits=True)
+    export(model, tmp_path / "p", recipe="w8a16", all_logits=True, prefill="i8/tok")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QfxWarning)
+        live = qfx.quantize(model, "w8a16")
+    given: dict[str, Tensor] = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = live(**given).logits[mask.bool()]
+    for folder in ("m", "p"):  # 8-bit activations, per block or per token, in each of a few layers
+        for ends in ((24,), (20, 21, 22, 24)):
+            loaded: Any = qfx.onnx.load(tmp_path / folder)
+            found = whole_and_in_parts(loaded, ids, mask, ends)[mask.bool()]
+            assert sqnr(expected, found) > 20, (folder, ends)
+            assert sqnr(expected, found.roll(1, 0)) < 10  # other tokens have other logits
+            alone = whole_and_in_parts(loaded, ids[1:, 3:], mask[1:, 3:], (5, 15, 16, 21))
+            assert sqnr(expected[-21:], alone[0]) > 20, (folder, "chunks of one sequence")
+
+
+def test_projections_and_rope_are_one_kernel_each_with_attention(tmp_path: Path) -> None:
+    written = export(tiny(), tmp_path / "m", recipe="w4a16")
+    nodes = onnx.load(str(written.path)).graph.node
+    layers = tiny().config.num_hidden_layers
+    kinds = [node.op_type for node in nodes]
+    assert kinds.count("MatMulNBits") == 4 * layers + 1  # q/k/v, o, gate/up, down; and the head
+    assert kinds.count("GroupQueryAttention") == layers
+    assert "RotaryEmbedding" not in kinds
+    for node in nodes:
+        if node.op_type == "GroupQueryAttention":
+            assert {a.name: a.i for a in node.attribute}["do_rotary"] == 1
+            assert list(node.input[1:3]) == ["", ""]
+
+
+def test_a_prompt_by_integers_costs_little(tmp_path: Path) -> None:
+    tokens = prompt()["input_ids"][:1].repeat(1, 4)
+    mask = torch.ones_like(tokens)
+    found, one = [], []
+    both: Any = (("m", {}), ("p", {"prefill": "i8/tok"}))
+    for folder, options in both:
+        export(tiny(), tmp_path / folder, recipe="w4a16", all_logits=True, **options)
+        loaded: Any = qfx.onnx.load(tmp_path / folder)
+        found.append(loaded(tokens, mask).logits)
+        one.append(loaded(tokens[:, :1], mask[:, :1]).logits)
+    assert sqnr(*found) > 25
+    assert not torch.equal(*found)
+    assert torch.equal(*one)
+
+
 def test_generate_is_that_of_the_live_model(folder: Path) -> None:
     live: Any = qfx.quantize(AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval(), "w8a8")
     loaded: Any = qfx.onnx.load(folder)

@@ -5,20 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qfx import run
-from qfx.backends.onnx import lowering
-from qfx.backends.onnx.graph import made
-from qfx.backends.onnx.session import DISABLED, _wrap, options
 from qfx.passes.cleanup import cleanup
 from qfx.passes.kv_cache import kv_cache
 from qfx.passes.masks import masks
 from tests.backends.onnx.checks import sqnr
+from tests.backends.onnx.files import File
 from tests.graphs import Function, capture
 
 
@@ -61,14 +58,8 @@ def built(kind: str, runtime: str) -> tuple[Any, Any, Any]:
     run.run(gm, [cleanup, masks, cleanup])
     kv_cache(gm, pasts=["inputs_3", "inputs_4"], total="inputs_1", new="inputs_0")
     run.run(gm, [cleanup])
-    builder, stage = lowering.build(gm, runtime=runtime)
-    chosen = options(1)
-    weights = {name: made(weight) for name, weight in builder.external.items()}
-    if weights:
-        chosen.add_external_initializers(list(weights), [_wrap(weight) for weight in weights.values()])
-    model = stage.model.SerializeToString()
-    session = ort.InferenceSession(model, chosen, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED[:1])
-    return function, session, stage.model
+    file = File(gm, runtime=runtime)
+    return function, file.session, file.stage.model
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "standard"])

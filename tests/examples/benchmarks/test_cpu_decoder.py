@@ -30,8 +30,8 @@ def test_the_checkpoint_is_the_same_for_all(tmp_path: Path) -> None:
     assert job.tokens(8) == other.tokens(8) and job.context == 8
 
 
-def test_the_trained_model_reads_text() -> None:
-    job = DecoderJob("tiny_lm", 4, 4, 64, 1, "unused")
+def test_the_trained_model_reads_text(tmp_path: Path) -> None:
+    job = DecoderJob("tiny_lm", 4, 4, 64, 1, str(tmp_path))
     tokens = job.tokens(64)
     assert len(tokens) == 64 and len(set(tokens)) > 20
 
