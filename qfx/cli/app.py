@@ -78,6 +78,9 @@ def export(
     runtime: Annotated[
         Runtime, typer.Option(help="Its own operators where they are faster, or those of ai.onnx only.")
     ] = Runtime.onnxruntime,
+    prefill: Annotated[
+        str | None, typer.Option(help="i8/tok: weight-only linears read prompts by 8-bit integers; larger, faster.")
+    ] = None,
     data: Text = None,
     field: Field = "text",
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples; left out: the recipe's.")] = None,
@@ -93,7 +96,7 @@ def export(
         from qfx.cli.models import TextOptions
 
         text = TextOptions(data, field, samples, batch_size, seq_len, seed)
-        command.run(console, model, out, recipe, text, runtime=runtime.value, strict=strict)
+        command.run(console, model, out, recipe, text, runtime=runtime.value, prefill=prefill, strict=strict)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -15,7 +16,15 @@ from qfx.recipe import Recipe
 
 
 def run(
-    console: Console, model: str, out: Path, recipe: str | None, text: TextOptions, *, runtime: str, strict: bool
+    console: Console,
+    model: str,
+    out: Path,
+    recipe: str | None,
+    text: TextOptions,
+    *,
+    runtime: str,
+    prefill: str | None,
+    strict: bool,
 ) -> None:
     """A folder that qfx wrote is exported as it is, another model by a recipe."""
     saved = (Path(model) / "qfx.json").is_file()
@@ -36,7 +45,8 @@ def run(
         with step(console, f"read {text.file}"):
             data = batches(loaded, texts, text, text.samples or parsed.num_calibration_samples)
     with step(console, f"export to {out}", spinner=False):
-        done = export_onnx(loaded.model, None, out, recipe=parsed, data=data, runtime=runtime, strict=strict)
+        how: Any = {"runtime": runtime, "prefill": prefill, "strict": strict}
+        done = export_onnx(loaded.model, None, out, recipe=parsed, data=data, **how)
     folder = done.path != out
     if folder and loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(out)

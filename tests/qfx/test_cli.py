@@ -237,6 +237,19 @@ def test_export_a_language_model_as_a_folder(language_model: Path, tmp_path: Pat
     assert loaded.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
 
 
+def test_export_with_prompts_by_integers(language_model: Path, tmp_path: Path) -> None:
+    sizes = []
+    for options in ([], ["--prefill", "i8/tok"]):
+        out = tmp_path / f"lm{len(options)}"
+        result = _run("export", language_model, "-o", out, "--recipe", "w4a16", *options)
+        assert result.exit_code == 0, result.output
+        sizes.append(sum(file.stat().st_size for file in out.glob("model.onnx*")))
+    assert sizes[1] > 1.2 * sizes[0]
+    refused = _run("export", language_model, "-o", tmp_path / "no", "--prefill", "i3")
+    assert refused.exit_code != 0
+    assert "expected: 'i8/tok'" in refused.output
+
+
 def test_export_needs_data_for_a_static_recipe(encoder: Path, tmp_path: Path) -> None:
     result = _run("export", encoder, "-o", tmp_path / "m.onnx", "--recipe", "w8a8-static")
     assert result.exit_code != 0
