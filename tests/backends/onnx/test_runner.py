@@ -50,15 +50,15 @@ def test_what_lies_where_it_did_is_not_bound_again(runner: Runner) -> None:
     binding, places = runner._binding()
     counting = Counting(binding)
     runner._bound.binding = counting
-    past, x = torch.ones(3, 4), torch.zeros(3, 4)
-    runner.run({"x": x, "past": past}, {"grown": past})
+    past, x, grown = torch.ones(3, 4), torch.zeros(3, 4), torch.zeros(3, 4)
+    runner.run({"x": x, "past": past}, {"grown": grown})
     assert sorted(counting.names) == ["any", "grown", "past", "x", "y"]
     counting.names.clear()
-    found = runner.run({"x": x, "past": past}, {"grown": past})
+    found = runner.run({"x": x, "past": past}, {"grown": grown})
     assert sorted(counting.names) == ["any", "y"]
     assert set(places) == {"x", "past", "grown"}
     assert torch.equal(found["y"], torch.full((3, 4), 2.0))
-    assert torch.equal(past, torch.full((3, 4), 4.0))
+    assert torch.equal(grown, torch.full((3, 4), 4.0))
 
 
 def test_memory_that_moved_is_found(runner: Runner) -> None:
