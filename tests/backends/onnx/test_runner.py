@@ -54,6 +54,7 @@ def test_what_lies_where_it_did_is_not_bound_again(runner: Runner) -> None:
     runner.run({"x": x, "past": past}, {"grown": grown})
     assert sorted(counting.names) == ["any", "grown", "past", "x", "y"]
     counting.names.clear()
+    past += 1
     found = runner.run({"x": x, "past": past}, {"grown": grown})
     assert sorted(counting.names) == ["any", "y"]
     assert set(places) == {"x", "past", "grown"}
