@@ -52,9 +52,7 @@ def _is_free(past: object, scales: Mapping[str, Tensor]) -> bool:
     return isinstance(past, fx.Node) and past.name in scales and all(is_call(u, _FLOAT) for u in past.users)
 
 
-def _quantize(
-    gm: fx.GraphModule, node: fx.Node, formats: Mapping[str, Format], scales: Mapping[str, Tensor]
-) -> None:
+def _quantize(gm: fx.GraphModule, node: fx.Node, formats: Mapping[str, Format], scales: Mapping[str, Tensor]) -> None:
     given = m.arguments(node)
     steps = []
     for what in ("k", "v"):

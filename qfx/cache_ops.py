@@ -21,6 +21,7 @@ from qfx.format import Format
 from qfx.numerics import dequantize
 from qfx.packing import pack_codes, unpack_codes
 
+PROMPT = 32  # new tokens from which float attention over the dequantized cache is faster
 _SCHEMA = (
     "quantized_cached_attention(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, Tensor k_scale, "
     "Tensor v_scale, Tensor? mask, Tensor? sinks, float scale, bool causal, float softcap, str k_format, str v_format) "
@@ -46,13 +47,13 @@ def quantized_cached_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """qfx::cached_attention over a quantized cache; returns (y [B, H, S, D], keys, values), the stored caches grown.
 
-    q [B, H, S, D], k and v [B, G, S, D] in float; past_k and past_v as stored. New tokens are read as they come back
-    from the cache too; but where nothing is cached yet (a prompt) the attention is over k and v themselves.
+    q [B, H, S, D], k and v [B, G, S, D] in float; past_k and past_v as stored. The new tokens are read as they come
+    back from the cache too; but where nothing is cached yet, or PROMPT tokens or more are new, as they are in k and v.
     """
     ways = ((k, past_k, k_scale, Format.parse(k_format)), (v, past_v, v_scale, Format.parse(v_format)))
     grown = [torch.cat((past, encode(new, step, fmt)), -2) for new, past, step, fmt in ways]
-    if past_k.shape[-2] == 0:
-        keys, values = k, v
+    if past_k.shape[-2] == 0 or k.shape[-2] >= PROMPT:
+        keys, values = (torch.cat((decode(past, step, fmt), new.float()), -2) for new, past, step, fmt in ways)
     else:
         keys, values = (decode(one, step, fmt) for one, (_, _, step, fmt) in zip(grown, ways, strict=True))
     return float_ops.attention(q, keys, values, mask, sinks, scale, causal, softcap), grown[0], grown[1]

@@ -53,8 +53,9 @@ class Exported:
 
 def export_onnx(
     model: nn.Module, args: Any, path: str | os.PathLike[str], *, recipe: Any = None, plan: Plan | None = None,
-    runtime: str = "onnxruntime", kv: str | Mapping[str, str] | None = None, prefill: str | None = None, data: Iterable[Any] | None = None,
-    dynamic: bool = True, strict: bool = False, external_bytes: int | None = None, all_logits: bool = False,
+    runtime: str = "onnxruntime", kv: str | Mapping[str, str] | None = None, prefill: str | None = None,
+    data: Iterable[Any] | None = None, dynamic: bool = True, strict: bool = False, external_bytes: int | None = None,
+    all_logits: bool = False,
 ) -> Exported:  # fmt: skip
     """Write `model` as ONNX to `path` (.onnx); the model is not changed.
 

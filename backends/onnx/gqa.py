@@ -7,6 +7,7 @@ It cannot take new tokens of several sequences at once after the first call: tho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ def cached_attention(
 class Operands:
     """What the operator takes: rows of query, key and value, then, after the caches, the rest, and its attributes."""
 
-    rows: list[Value | None]
+    rows: Sequence[Value | None]
     rest: list[Value | None]
     attributes: dict[str, int]
 

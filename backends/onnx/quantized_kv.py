@@ -1,11 +1,12 @@
 """qfx::quantized_cached_attention as GroupQueryAttention over caches of int8 or of two 4-bit codes a byte.
 
-    If(nothing is cached):  GroupQueryAttention in float, then its keys and values as codes into the caches' memory
-    else:                   GroupQueryAttention over the quantized caches
+    If(nothing is cached, or many tokens are new):
+          GroupQueryAttention in float over the dequantized cache, then its new keys and values as codes into the caches
+    else: GroupQueryAttention over the quantized caches
 
-The kernel over codes dequantizes every key for every block of rows, which makes a prompt of 512 tokens two to three
-times slower than in float; one token it reads faster, for it reads fewer bytes. Both ways write into memory that past
-and present share, if it has room; where past is empty memory of no room, the caches are made anew.
+The kernel over codes dequantizes every key for every new token, which makes it two to three times slower than the one
+in float for a prompt of 512 tokens; a single token it reads faster, for it reads fewer bytes. Both ways write into
+memory that past and present share where it has room; where not, the caches are made anew.
 
 For the runtime "standard", and for attention that the kernel does not take, the same is spelled out.
 """
@@ -13,6 +14,7 @@ For the runtime "standard", and for attention that the kernel does not take, the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -22,6 +24,7 @@ from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.gqa import TOTAL, by_rows, fits, operands
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.values import Dim, Value, dims_of
+from qfx.cache_ops import PROMPT
 from qfx.format import Format
 
 _CHANNEL = "PER_CHANNEL"
@@ -37,29 +40,35 @@ def quantized_cached_attention(
     length = dims_of(b.out[1].shape)[2]
     if b.standard or not fits(b, q, k, v, causal):
         ways = zip((k, v), (past_k, past_v), steps, formats, strict=True)
-        keys, values = (_grown(b, new, past, step, fmt, length) for new, past, step, fmt in ways)
-        y = attention(b, q, keys[0], values[0], mask, sinks, scale, causal, softcap)
-        return [y, keys[1], values[1]]
+        grown = [_grown(b, new, past, step, fmt, length) for new, past, step, fmt in ways]
+        (keys, kept_keys), (values, kept_values) = grown
+        y = attention(b, q, keys, values, mask, sinks, scale, causal, softcap)
+        return [y, kept_keys, kept_values]
     given = operands(b, q, k, v, length, mask, sinks)
-    first, places, room = _nothing_cached(b, q), _places(b, k), _room(b, past_k)
-    options = {"scale": scale, "softcap": softcap or None, "domain": MICROSOFT, **given.attributes}
-    flat = (q.dims[0], q.dims[2], q.dims[1] * q.dims[3])
+    first, places, room = _is_prompt(b, q), _places(b, k, past_k, length), _room(b, past_k)
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap or None, "domain": MICROSOFT, **given.attributes}
+    pasts, flat = [past_k, past_v], (q.dims[0], q.dims[2], q.dims[1] * q.dims[3])
     shapes = [flat, *(dims_of(fake.shape) for fake in b.out[1:])]
-    dtypes = [torch.float32, past_k.dtype, past_v.dtype]
 
     def prompt() -> list[Value]:
-        empty = [None, None]
-        y, *new = b.ops("GroupQueryAttention", *given.rows, *empty, *given.rest, dtypes=[torch.float32] * 3, **options)
-        new = [Value(n.name, n.dtype, x.dims) for n, x in zip(new, (k, v), strict=True)]
+        cached = [_cached(b, past) for past in pasts]
+        old = [_decoded(b, one, step, fmt) for one, step, fmt in zip(cached, steps, formats, strict=True)]
+        y, *grown = b.ops("GroupQueryAttention", *given.rows, *old, *given.rest, dtypes=[torch.float32] * 3, **options)
+        new = [_new(b, one, value, past_k) for one, value in zip(grown, (k, v), strict=True)]
         codes = [_encoded(b, n, step, fmt) for n, step, fmt in zip(new, steps, formats, strict=True)]
-        return _shaped([y, *_written(b, room, [past_k, past_v], places, codes)], shapes)
+        return _shaped([y, *_written(b, room, pasts, cached, places, codes)], shapes)
 
     def token() -> list[Value]:
-        inputs = [*given.rows, past_k, past_v, *given.rest, *steps]
-        types = {"k_quant_type": _CHANNEL, "v_quant_type": _CHANNEL, "kv_cache_bit_width": formats[0].bits}
+        inputs = [*given.rows, *pasts, *given.rest, *steps]
+        dtypes = [torch.float32, past_k.dtype, past_v.dtype]
+        types: dict[str, Any] = {
+            "k_quant_type": _CHANNEL,
+            "v_quant_type": _CHANNEL,
+            "kv_cache_bit_width": formats[0].bits,
+        }
         return _shaped(b.ops("GroupQueryAttention", *inputs, dtypes=dtypes, **types, **options), shapes)
 
-    sources = [row for row in given.rows if row is not None]
+    sources = [row for row in (*given.rows, *pasts) if row is not None]
     y, keys, values = choose_each(b, first, sources, prompt, token)
     return [by_rows(b, y, q), keys, values]
 
@@ -68,12 +77,14 @@ def _shaped(values: Sequence[Value], shapes: Sequence[Sequence[Dim]]) -> list[Va
     return [Value(value.name, value.dtype, tuple(shape)) for value, shape in zip(values, shapes, strict=True)]
 
 
-def _nothing_cached(b: Builder, q: Value) -> Value:
-    """bool [1]: all tokens are new ones."""
-    key = ("nothing cached", q.dims[2])
+def _is_prompt(b: Builder, new: Value) -> Value:
+    """bool [1]: nothing is cached, or PROMPT tokens or more are new. new [.., S, D]"""
+    key = ("prompt", new.dims[2])
     if key not in b.memo:
-        total = b.memo.get(TOTAL) or b.ints([1])
-        b.memo[key] = b.op("Equal", total, b.dim(q.dims[2]), dtype=torch.bool)
+        count = b.dim(new.dims[2])
+        alone = b.op("Equal", b.memo.get(TOTAL) or b.ints([1]), count, dtype=torch.bool)
+        many = b.op("GreaterOrEqual", count, b.ints([PROMPT]), dtype=torch.bool)
+        b.memo[key] = b.op("Or", alone, many)
     found: Value = b.memo[key]
     return found
 
@@ -87,16 +98,16 @@ def _room(b: Builder, past: Value) -> Value:
     return found
 
 
-def _places(b: Builder, new: Value) -> Value:
-    """int64 [B, G, S, 3]: the first indices of each of the first S tokens in a cache [B, G, room, D]."""
+def _places(b: Builder, new: Value, past: Value, length: Dim) -> Value:
+    """int64 [B, G, S, 3]: the first three indices of each new token in a cache [B, G, room, D]."""
     sizes = new.dims[:3]
     key = ("cache places", sizes)
     if key not in b.memo:
-        zero, one = b.scalar(0, torch.int64), b.scalar(1, torch.int64)
-        whole = b.shape([*sizes, 1])
+        one, whole = b.scalar(1, torch.int64), b.shape([*sizes, 1])
+        ends = [(0, sizes[0]), (0, sizes[1]), (past.dims[2], length)]
         axes = []
-        for axis, size in enumerate(sizes):
-            counted = b.op("Range", zero, b.scalar(size, torch.int64), one)
+        for axis, (start, end) in enumerate(ends):
+            counted = b.op("Range", b.scalar(start, torch.int64), b.scalar(end, torch.int64), one)
             column = b.op("Reshape", counted, b.ints([-1 if i == axis else 1 for i in range(4)]))
             axes.append(b.op("Expand", column, whole))
         b.memo[key] = b.op("Concat", *axes, axis=3)
@@ -104,17 +115,30 @@ def _places(b: Builder, new: Value) -> Value:
     return found
 
 
+def _cached(b: Builder, past: Value) -> Value:
+    """The tokens that a cache's memory holds."""
+    held = b.op("Slice", past, b.ints([0]), b.dim(past.dims[2]), b.ints([2]))
+    return Value(held.name, past.dtype, past.dims)
+
+
+def _new(b: Builder, grown: Value, new: Value, past: Value) -> Value:
+    """The new tokens [B, G, S, D] of grown keys or values, which RoPE has turned."""
+    ends = b.ints([torch.iinfo(torch.int64).max])
+    return Value(b.op("Slice", grown, b.dim(past.dims[2]), ends, b.ints([2])).name, grown.dtype, new.dims)
+
+
 def _written(
-    b: Builder, room: Value, pasts: Sequence[Value], places: Value, codes: Sequence[Value]
+    b: Builder, room: Value, pasts: Sequence[Value], cached: Sequence[Value], places: Value, codes: Sequence[Value]
 ) -> Sequence[Value]:
-    """The caches with `codes` as their first tokens: in their own memory where that takes them."""
+    """The caches grown by `codes`: in their own memory where that takes them."""
 
     def into() -> list[Value]:
         pairs = zip(pasts, codes, strict=True)
         return [Value(b.op("ScatterND", past, places, new).name, new.dtype) for past, new in pairs]
 
     def anew() -> list[Value]:
-        return [Value(b.op("Identity", new).name, new.dtype) for new in codes]
+        pairs = zip(cached, codes, strict=True)
+        return [Value(b.op("Concat", old, new, axis=2).name, new.dtype) for old, new in pairs]
 
     return choose_each(b, room, codes, into, anew)
 
@@ -135,9 +159,7 @@ def _paired(b: Builder, codes: Value) -> Value:
     """u8 codes below 16 [.., D], D even, two in a byte: the first of each pair in the low bits."""
     width = codes.dims[-1]
     axis = b.ints([3])
-    even, odd = (
-        b.op("Slice", codes, b.ints([start]), b.ints([width]), axis, b.ints([2])) for start in (0, 1)
-    )
+    even, odd = (b.op("Slice", codes, b.ints([start]), b.ints([width]), axis, b.ints([2])) for start in (0, 1))
     high = b.op("BitShift", odd, b.const(4, torch.uint8), direction="LEFT")
     both = b.op("BitwiseOr", even, high)
     return Value(both.name, torch.uint8, (*codes.dims[:-1], width // 2))
@@ -157,12 +179,10 @@ def _decoded(b: Builder, stored: Value, step: Value, fmt: Format) -> Value:
     return Value(b.op("Mul", values, step).name, torch.float32, dims)
 
 
-def _grown(
-    b: Builder, new: Value, past: Value, step: Value, fmt: Format, length: Dim
-) -> tuple[Value, Value]:
+def _grown(b: Builder, new: Value, past: Value, step: Value, fmt: Format, length: Dim) -> tuple[Value, Value]:
     """The values to attend to, f32 [B, G, P + S, D], and the cache that holds them."""
     codes = _encoded(b, new, step, fmt)
-    read = b.op("Where", _nothing_cached(b, new), new, _decoded(b, codes, step, fmt))
+    read = b.op("Where", _is_prompt(b, new), new, _decoded(b, codes, step, fmt))
     whole = b.op("Concat", _decoded(b, past, step, fmt), read, axis=2)
     grown = b.op("Concat", past, codes, axis=2)
     dims = (*new.dims[:2], length)
