@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,6 @@ def export_onnx(
     reads prompts and writes token after token, with the configuration that `qfx.onnx.load` and onnxruntime-genai need.
     It gives the logits of the last token, with `all_logits` those of every new token. The tokenizer is yours to save.
 
-    kv: "i8" or "i4" stores a decoder's cache in 8 or 4 bits, with a fixed scale for each channel of each head, found on
-    `data` (batches of token ids). A prompt still attends in float before it is stored.
-
     args: example inputs: a tensor, a tuple, or a dict of keyword arguments; None for a model of transformers whose
     inputs its configuration tells. Sizes that the model lets vary vary in the file (`dynamic`); give the example sizes
     of 2 or more there. recipe, plan: as for qfx.quantize (a recipe with static activations needs `data`); without both
@@ -74,6 +71,8 @@ def export_onnx(
     go to `<path>.data` (64 MiB; always where a file would pass 2 GB).
     prefill: "i8/tok" rounds the input of weight-only linears to 8 bits per token where 16 or more tokens are read at
     once, and computes with integers: prompts are read faster; the session then holds these weights in 8 bits too.
+    kv: "i8" or "i4" stores a decoder's cache in 8 or 4 bits, with a fixed scale for each channel of each head, found on
+    `data` (batches of token ids). A prompt still attends in float before it is stored.
     Quantized weights lie in the file as their codes; those of formats without a kernel are unpacked by what reads it,
     which a warning says. What cannot be had as asked is a warning too, under `strict` an UnsupportedError.
     Raises ValueError for bad arguments, UnsupportedError for a model without an ONNX form, OSError where the files
@@ -87,7 +86,7 @@ def export_onnx(
     caches = _checked_kv(kv, folder=folder, data=data)
     asked = None if recipe is None else Recipe.parse(recipe)
     if folder:
-        data = data if data is None or isinstance(data, Sequence) else list(data)  # read by recipe and caches
+        data = list(data) if isinstance(data, Iterator) else data  # the recipe reads it, and the caches
         prepared = functools.partial(
             _decoder, model, target, recipe=asked, plan=plan, data=data, runtime=runtime, caches=caches
         )
