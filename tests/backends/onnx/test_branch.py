@@ -139,7 +139,7 @@ def test_a_branch_in_a_branch(flag_is: int, other_is: int, expected: float) -> N
 
     def inner() -> list[Value]:
         turned = b.op("Neg", x)
-        return choose_each(b, other, [turned], lambda: [b.op("Add", turned, y)], lambda: [b.op("Identity", turned)])
+        return choose_each(b, other, [turned], lambda: [b.op("Add", turned, y)], lambda: [b.op("Abs", turned)])
 
     (chosen,) = choose_each(b, flag, [x], inner, lambda: [b.op("Add", x, x)])
     assert [node.op_type for node in b.nodes] == ["If"]
