@@ -105,9 +105,9 @@ def quantize_cache(
     kv_quantize(gm, formats=formats, scales=found)
     inputs = {n.name: n for n in gm.graph.nodes if n.op == "placeholder"}
     return [
-        Note(name, "its cache stays in float: more than attention reads it", "leave kv= out")
+        Note(name.removesuffix(".key"), "its cache stays in float: more than attention reads it", "leave kv= out")
         for past, name in names.items()
-        if past in inputs and inputs[past].meta["val"].is_floating_point()
+        if name.endswith(".key") and inputs[past].meta["val"].is_floating_point()
     ]
 
 
