@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qfx.capture import Captured, capture_export
-from qfx.errors import UnsupportedError, explain
+from qfx.errors import Note, UnsupportedError, explain
+from qfx.format import Format
 from qfx.passes.kv_cache import kv_cache, shared
+from qfx.passes.kv_quantize import kv_quantize
 
 IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
@@ -82,6 +84,38 @@ def fuse_cache(captured: Captured, names: Mapping[str, str]) -> bool:
 def is_shared(captured: Captured, names: Mapping[str, str]) -> bool:
     """May every cache grow in its own memory?"""
     return set(shared(captured.gm).get("names", ())) == set(names)
+
+
+def quantize_cache(
+    captured: Captured, names: Mapping[str, str], formats: Mapping[str, Format], scales: Sequence[Mapping[str, Tensor]]
+) -> list[Note]:
+    """Store the caches of fused attention in these formats of "k" and "v"; what stays in float is told.
+
+    scales: of each layer's "key" and "value", f32 [G, D]. Raises ValueError for 4 bits and heads of odd size.
+    """
+    gm = captured.gm
+    found = {f"past_{i}_{what}": scale for i, layer in enumerate(scales) for what, scale in layer.items()}
+    odd = next((scale.shape[-1] for scale in found.values() if scale.shape[-1] % 2 and formats["k"].bits < 8), None)
+    if odd is not None:
+        raise ValueError(
+            explain(
+                "two codes of 4 bits lie in a byte", expected="heads of even size", found=str(odd), next_step="kv='i8'"
+            )
+        )
+    kv_quantize(gm, formats=formats, scales=found)
+    inputs = {n.name: n for n in gm.graph.nodes if n.op == "placeholder"}
+    return [
+        Note(name.removesuffix(".key"), "its cache stays in float: more than attention reads it", "leave kv= out")
+        for past, name in names.items()
+        if name.endswith(".key") and inputs[past].meta["val"].is_floating_point()
+    ]
+
+
+def stored_sizes(captured: Captured, names: Mapping[str, str]) -> list[tuple[int, int]]:
+    """(key heads, elements in which a head is stored) of each layer's cache."""
+    inputs = {n.name: n for n in captured.gm.graph.nodes if n.op == "placeholder"}
+    keys = [inputs[past].meta["val"].shape for past in names if past.endswith("_key")]
+    return [(int(shape[1]), int(shape[3])) for shape in keys]
 
 
 def cache_sizes(model: nn.Module) -> list[tuple[int, int]]:

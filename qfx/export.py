@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from torch import fx, nn
 
 from qfx import data as batches
 from qfx import decoder, graph
+from qfx.cache_scales import cache_formats, cache_scales, need_data
 from qfx.capture import Captured, capture_export
 from qfx.data import Call
 from qfx.errors import Note, UnsupportedError, explain
+from qfx.format import Format
 from qfx.hub import is_causal_lm
 from qfx.inputs import example_inputs, need_inputs, without_cache
 from qfx.passes._match import arguments
@@ -51,8 +53,9 @@ class Exported:
 
 def export_onnx(
     model: nn.Module, args: Any, path: str | os.PathLike[str], *, recipe: Any = None, plan: Plan | None = None,
-    runtime: str = "onnxruntime", kv: str | None = None, prefill: str | None = None, data: Iterable[Any] | None = None,
-    dynamic: bool = True, strict: bool = False, external_bytes: int | None = None, all_logits: bool = False,
+    runtime: str = "onnxruntime", kv: str | Mapping[str, str] | None = None, prefill: str | None = None,
+    data: Iterable[Any] | None = None, dynamic: bool = True, strict: bool = False, external_bytes: int | None = None,
+    all_logits: bool = False,
 ) -> Exported:  # fmt: skip
     """Write `model` as ONNX to `path` (.onnx); the model is not changed.
 
@@ -68,6 +71,8 @@ def export_onnx(
     go to `<path>.data` (64 MiB; always where a file would pass 2 GB).
     prefill: "i8/tok" rounds the input of weight-only linears to 8 bits per token where 16 or more tokens are read at
     once, and computes with integers: prompts are read faster; the session then holds these weights in 8 bits too.
+    kv: "i8" or "i4" stores a decoder's cache in 8 or 4 bits, with a fixed scale for each channel of each head, found on
+    `data` (batches of token ids). A prompt still attends in float before it is stored.
     Quantized weights lie in the file as their codes; those of formats without a kernel are unpacked by what reads it,
     which a warning says. What cannot be had as asked is a warning too, under `strict` an UnsupportedError.
     Raises ValueError for bad arguments, UnsupportedError for a model without an ONNX form, OSError where the files
@@ -76,11 +81,15 @@ def export_onnx(
     _check_model(model)
     folder = Path(path).suffix != ".onnx" and is_causal_lm(model)
     target = Path(path) / DECODER if folder else _checked_path(path)
-    _check_options(runtime, kv, recipe, plan)
+    _check_options(runtime, recipe, plan)
     _check_prefill(prefill, runtime)
+    caches = _checked_kv(kv, folder=folder, data=data)
     asked = None if recipe is None else Recipe.parse(recipe)
     if folder:
-        prepared = functools.partial(_decoder, model, target, recipe=asked, plan=plan, data=data, runtime=runtime)
+        data = list(data) if isinstance(data, Iterator) else data  # the recipe reads it, and the caches
+        prepared = functools.partial(
+            _decoder, model, target, recipe=asked, plan=plan, data=data, runtime=runtime, caches=caches
+        )
         return prepared(
             prefill=prefill is not None, strict=strict, all_logits=all_logits, external_bytes=external_bytes
         )
@@ -95,7 +104,7 @@ def export_onnx(
 
 def _decoder(
     model: nn.Module, target: Path, *, recipe: Recipe | None, plan: Plan | None, data: Any, runtime: str, strict: bool,
-    all_logits: bool, external_bytes: int | None, prefill: bool,
+    all_logits: bool, external_bytes: int | None, prefill: bool, caches: Mapping[str, Format] | None,
 ) -> Exported:  # fmt: skip
     """The folder of a decoder; its configuration is written last and makes it complete."""
     from qfx.backends.onnx import genai
@@ -110,9 +119,11 @@ def _decoder(
         if not decoder.fuse_cache(captured, names):
             reason = "its cache is read by more than attention: it grows by a copy for each token"
             notes.append(Note(type(model).__name__, reason, "none needed for the result", minor=True))
+        if caches is not None:
+            notes += decoder.quantize_cache(captured, names, caches, cache_scales(model, data, caches))
         how: Any = {"prefill": prefill, "strict": strict, "external_bytes": external_bytes}
         written = _write(captured, notes, target, runtime, **how, inputs=names)
-        sizes = decoder.cache_sizes(model)
+        sizes = decoder.stored_sizes(captured, names)
     genai.write_config(model, target.parent, written.inputs, sizes, shared=written.shared_cache)
     return written
 
@@ -155,7 +166,10 @@ def _write(
 
 def _grows_in_place(built: Any, inputs: Mapping[str, str]) -> bool:
     """Does every layer's cache grow where it lies?"""
-    fused = [node for node in built.model.graph.node if node.op_type == "GroupQueryAttention"]
+    from qfx.backends.onnx.branch import every_node
+
+    nodes = built.model.graph.node
+    fused = [node for node in nodes if any(n.op_type == "GroupQueryAttention" for n in every_node([node]))]
     return 2 * len(fused) == len(inputs)
 
 
@@ -206,10 +220,13 @@ def _formats(gm: fx.GraphModule) -> dict[str, dict[str, str]]:
         if node.op != "call_function" or not str(node.target).startswith("qfx."):
             continue
         given = arguments(node)
-        roles = {r: str(given[k]) for r, k in (("x", "x_format"), ("w", "w_format")) if given.get(k)}
+        roles = {r: str(given[k]) for r, k in _ROLES.items() if given.get(k)}
         if roles:
             found[graph.fqn_of(node)] = roles
     return found
+
+
+_ROLES = {role: f"{role}_format" for role in "xwkv"}
 
 
 def _assert_no_floats(builder: Any, gm: fx.GraphModule) -> None:
@@ -265,11 +282,26 @@ def _check_prefill(prefill: str | None, runtime: str) -> None:
         )
 
 
-def _check_options(runtime: str, kv: str | None, recipe: Any, plan: Plan | None) -> None:
+def _checked_kv(kv: str | Mapping[str, str] | None, *, folder: bool, data: Any) -> dict[str, Format] | None:
+    formats = cache_formats(kv)
+    if formats is None:
+        return None
+    if not folder:
+        raise ValueError(
+            explain(
+                f"kv={kv!r} without a cache",
+                expected="a causal language model of transformers, and a folder to write it to",
+                next_step="leave kv= out, or give a path without .onnx",
+            )
+        )
+    if data is None:
+        raise need_data(kv)
+    return formats
+
+
+def _check_options(runtime: str, recipe: Any, plan: Plan | None) -> None:
     if runtime not in RUNTIMES:
         raise ValueError(explain("unknown runtime", expected=" or ".join(map(repr, RUNTIMES)), found=repr(runtime)))
-    if kv is not None:
-        raise ValueError(explain(f"kv={kv!r}", expected="None: caches stay in float", next_step="leave kv= out"))
     if recipe is not None and plan is not None:
         raise ValueError(explain("both a recipe and a plan", expected="one of them", next_step="leave one out"))
     if plan is not None and not isinstance(plan, Plan):

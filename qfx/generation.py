@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,18 @@ _STEP = 256  # tokens by which a cache's memory grows at least
 
 
 class SharedCache(Cache):  # type: ignore[misc]
-    """Keys and values [B, H, room, D] of every layer, of which the first `length` tokens are used."""
+    """Keys and values [B, H, room, D] of every layer, of which the first `length` tokens are used.
 
-    def __init__(self, sizes: list[tuple[int, int]], room: int = 0) -> None:
+    sizes: (heads, elements of a head) of each layer; dtypes: of each layer, float32 where not given. Quantized caches
+    hold int8, or two codes of 4 bits in each uint8.
+    """
+
+    def __init__(
+        self, sizes: list[tuple[int, int]], room: int = 0, dtypes: Sequence[torch.dtype] | None = None
+    ) -> None:
         super().__init__(layers=[])
         self._sizes, self._room = sizes, room
+        self._dtypes = [torch.float32] * len(sizes) if dtypes is None else list(dtypes)
         self.length = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -45,7 +53,10 @@ class SharedCache(Cache):  # type: ignore[misc]
         room = max(length, self._room, 2 * self.keys[0].shape[2] if self.keys else 0)
         room = -(-room // _STEP) * _STEP
         old = (self.keys, self.values)
-        self.keys, self.values = ([torch.zeros(batch, h, room, d) for h, d in self._sizes] for _ in range(2))
+        kinds = list(zip(self._sizes, self._dtypes, strict=True))
+        self.keys, self.values = (
+            [torch.zeros(batch, h, room, d, dtype=dtype) for (h, d), dtype in kinds] for _ in range(2)
+        )
         for grown, before in zip((self.keys, self.values), old, strict=True):
             for new, past in zip(grown, before, strict=False):
                 new[:, :, : self.length] = past[:, :, : self.length]
@@ -113,6 +124,7 @@ class OnnxCausalLM(GenerationMixin):  # type: ignore[misc]
         layers = sum(name.startswith("past_key_values.") for name in shapes) // 2
         names = [f"past_key_values.{i}.key" for i in range(layers)]
         self._sizes = [(int(shapes[n][1]), int(shapes[n][3])) for n in names]
+        self._dtypes = [self._runner.inputs[name] for name in names]
         self._grows_in_place = self._runner.metadata.get("qfx.cache") == "shared"
 
     def can_generate(self) -> bool:
@@ -136,7 +148,7 @@ class OnnxCausalLM(GenerationMixin):  # type: ignore[misc]
 
         attention_mask [B, P + S] (all ones where left out), position_ids [B, S] (counted along the mask).
         """
-        cache = SharedCache(self._sizes) if past_key_values is None else past_key_values
+        cache = SharedCache(self._sizes, dtypes=self._dtypes) if past_key_values is None else past_key_values
         batch, new = input_ids.shape
         total = cache.length + new
         mask = torch.ones(batch, total, dtype=torch.int64) if attention_mask is None else attention_mask.long()
@@ -190,4 +202,4 @@ class OnnxCausalLM(GenerationMixin):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         """The cache of a call of generate(), with room for all that may come."""
         if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = SharedCache(self._sizes, max_cache_length)
+            model_kwargs["past_key_values"] = SharedCache(self._sizes, max_cache_length, self._dtypes)

@@ -18,22 +18,38 @@ def choose(
 
     What does not depend on `source` (sizes, weights) is computed outside, once for both and for later nodes.
     """
+    found = choose_each(b, condition, [source], lambda: [then()], lambda: [otherwise()])
+    return found[0]
+
+
+def choose_each(
+    b: Builder,
+    condition: Value,
+    sources: Sequence[Value],
+    then: Callable[[], Sequence[Value]],
+    otherwise: Callable[[], Sequence[Value]],
+) -> list[Value]:
+    """As `choose` for several values, each made from at least one of `sources`."""
     branches, results = [], []
     for make in (then, otherwise):
-        graph, result = _branch(b, source, make)
+        graph, made = _branch(b, sources, make)
         branches.append(graph)
-        results.append(result)
-    assert results[0].dtype == results[1].dtype and results[0].shape == results[1].shape, results
+        results.append(made)
+    kinds = [[(value.dtype, value.shape) for value in made] for made in results]
+    assert kinds[0] == kinds[1], kinds
     attributes = {"then_branch": branches[0], "else_branch": branches[1]}
-    chosen = b.ops("If", condition, dtypes=[results[0].dtype], **attributes)[0]
-    return Value(chosen.name, chosen.dtype, results[0].shape)
+    chosen = b.ops("If", condition, dtypes=[value.dtype for value in results[0]], **attributes)
+    return [Value(c.name, c.dtype, value.shape) for c, value in zip(chosen, results[0], strict=True)]
 
 
-def _branch(b: Builder, source: Value, make: Callable[[], Value]) -> tuple[onnx.GraphProto, Value]:
-    """The nodes that `make` emits and that depend on `source`, as a graph of its own."""
+def _branch(
+    b: Builder, sources: Sequence[Value], make: Callable[[], Sequence[Value]]
+) -> tuple[onnx.GraphProto, Sequence[Value]]:
+    """The nodes that `make` emits and that depend on `sources`, as a graph of its own."""
     start, before = len(b.nodes), (dict(b.memo), dict(b.views))
-    result = make()
-    inside, inner = {source.name}, []
+    results = make()
+    outside = {value.name for value in sources}
+    inside, inner = set(outside), []
     emitted = b.nodes[start:]
     del b.nodes[start:]
     for node in emitted:
@@ -42,16 +58,17 @@ def _branch(b: Builder, source: Value, make: Callable[[], Value]) -> tuple[onnx.
             inner.append(node)
         else:
             b.nodes.append(node)
-    assert result.name in inside and result.name != source.name, "a branch that does not depend on its source"
+    names = {result.name for result in results}
+    assert names <= inside - outside, "a branch that does not depend on its source"
     b.memo, b.views = before  # what was remembered of the inside is not known outside
     b.forget(inside)
-    used, needed = {result.name}, []
+    used, needed = names, []
     for node in reversed(inner):
         if used.intersection(node.output):
             needed.append(node)
             used |= read_by(node)
-    output = helper.make_tensor_value_info(result.name, ONNX_TYPE[result.dtype], None)
-    return helper.make_graph(needed[::-1], result.name, [], [output]), result
+    outputs = [helper.make_tensor_value_info(r.name, ONNX_TYPE[r.dtype], None) for r in results]
+    return helper.make_graph(needed[::-1], results[0].name, [], outputs), results
 
 
 def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:

@@ -7,6 +7,7 @@ It cannot take new tokens of several sequences at once after the first call: tho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,28 +35,51 @@ def cached_attention(
 ) -> list[Value]:  # fmt: skip
     """(attention [B, H, S, D], grown keys, grown values)."""
     assert b.node is not None
-    if b.standard or not _fits(b, q, k, v, causal):
+    if b.standard or not fits(b, q, k, v, causal):
         keys, values = (
             _shaped(b.op("Concat", past, new, axis=2), b.out[i]) for i, past, new in ((1, past_k, k), (2, past_v, v))
         )
         return [attention(b, q, keys, values, mask, sinks, scale, causal, softcap), keys, values]
-    heads, groups = q.dims[1], k.dims[1]
-    bias = bias_of(b, mask, (q.dims[2], dims_of(b.out[1].shape)[2]))
-    total = _total(b)
+    given = operands(b, q, k, v, dims_of(b.out[1].shape)[2], mask, sinks)
+    y, keys, values = b.ops(
+        "GroupQueryAttention", *given.rows, past_k, past_v, *given.rest, dtypes=[torch.float32] * 3, domain=MICROSOFT,
+        scale=scale, softcap=softcap or None, **given.attributes,
+    )  # fmt: skip
+    return [by_rows(b, y, q), keys, values]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What the operator takes: rows of query, key and value, then, after the caches, the rest, and its attributes."""
+
+    rows: Sequence[Value | None]
+    rest: list[Value | None]
+    attributes: dict[str, int]
+
+
+def operands(
+    b: Builder, q: Value, k: Value, v: Value, length: Dim, mask: Value | None, sinks: Value | None
+) -> Operands:
+    """Of the attention being lowered, whose first three arguments are q, k and v; `length`: cached and new tokens."""
+    assert b.node is not None
+    bias = bias_of(b, mask, (q.dims[2], length))
+    total = total_length(b)
     packed = _packed(b, total)
     rows = packed.rows if packed else [_rows(b, n, x) for n, x in zip(b.node.args[:3], (q, k, v), strict=True)]
     angles = packed.angles if packed else [None, None, None]
-    inputs = [*rows, past_k, past_v, _last_place(b, total, q.dims[0]), total, *angles, bias, sinks]
-    y, keys, values = b.ops(
-        "GroupQueryAttention", *inputs, dtypes=[torch.float32] * 3, domain=MICROSOFT, num_heads=heads,
-        kv_num_heads=groups, scale=scale, softcap=softcap or None, causal=0,
-        **(packed.attributes if packed else {}),
-    )  # fmt: skip
-    whole = Value(y.name, torch.float32, (q.dims[0], q.dims[2], heads * q.dims[3]))
-    return [by_heads(b, whole, heads), keys, values]
+    rest = [_last_place(b, total, q.dims[0]), total, *angles, bias, sinks]
+    heads = {"num_heads": q.dims[1], "kv_num_heads": k.dims[1], "causal": 0}
+    return Operands(rows, rest, {**heads, **(packed.attributes if packed else {})})
 
 
-def _fits(b: Builder, q: Value, k: Value, v: Value, causal: bool) -> bool:
+def by_rows(b: Builder, y: Value, q: Value) -> Value:
+    """The operator's result [B, S, H*D] as [B, H, S, D], the shape of q."""
+    whole = Value(y.name, torch.float32, (q.dims[0], q.dims[2], q.dims[1] * q.dims[3]))
+    return by_heads(b, whole, q.dims[1])
+
+
+def fits(b: Builder, q: Value, k: Value, v: Value, causal: bool) -> bool:
+    """Can the operator compute this attention?"""
     known = all(isinstance(size, int) for value in (q, k, v) for size in (value.dims[1], value.dims[3]))
     past = shared(b.root) if isinstance(b.root, fx.GraphModule) else {}
     return known and bool(past) and not causal and q.dtype == torch.float32 and v.dims[3] == q.dims[3] == k.dims[3]
@@ -65,7 +89,7 @@ def _shaped(value: Value, fake: torch.Tensor) -> Value:
     return Value(value.name, value.dtype, dims_of(fake.shape))
 
 
-def _total(b: Builder) -> Value:
+def total_length(b: Builder) -> Value:
     """int32 [1]: cached and new tokens."""
     if "int32 total" not in b.memo:
         b.memo["int32 total"] = b.cast(b.memo.get(TOTAL) or b.ints([1]), torch.int32)

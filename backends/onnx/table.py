@@ -17,6 +17,7 @@ from qfx.backends.onnx import (
     moe,
     nn,
     quant,
+    quantized_kv,
     reduce,
     resize,
     shapes,
@@ -36,6 +37,7 @@ EMIT: dict[str, Emit] = {
     **activation.EMIT,
     **attention.EMIT,
     **gqa.EMIT,
+    **quantized_kv.EMIT,
     **moe.EMIT,
     **quant.EMIT,
 }

@@ -81,6 +81,9 @@ def export(
     prefill: Annotated[
         str | None, typer.Option(help="i8/tok: weight-only linears read prompts by 8-bit integers; larger, faster.")
     ] = None,
+    kv: Annotated[
+        str | None, typer.Option(help="i8 or i4: the cache of a language model in 8 or 4 bits; needs --data.")
+    ] = None,
     data: Text = None,
     field: Field = "text",
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples; left out: the recipe's.")] = None,
@@ -96,7 +99,8 @@ def export(
         from qfx.cli.models import TextOptions
 
         text = TextOptions(data, field, samples, batch_size, seq_len, seed)
-        command.run(console, model, out, recipe, text, runtime=runtime.value, prefill=prefill, strict=strict)
+        how = {"runtime": runtime.value, "prefill": prefill, "kv": kv}
+        command.run(console, model, out, recipe, text, how, strict=strict)
 
 
 @app.command()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from qfx import hub
+from qfx.cache_scales import SAMPLES, cache_formats
 from qfx.cli.models import TextOptions, batches, open_quantized
 from qfx.cli.terminal import megabytes, step
 from qfx.data import read_texts
@@ -16,37 +17,35 @@ from qfx.recipe import Recipe
 
 
 def run(
-    console: Console,
-    model: str,
-    out: Path,
-    recipe: str | None,
-    text: TextOptions,
-    *,
-    runtime: str,
-    prefill: str | None,
+    console: Console, model: str, out: Path, recipe: str | None, text: TextOptions, how: Mapping[str, Any], *,
     strict: bool,
-) -> None:
-    """A folder that qfx wrote is exported as it is, another model by a recipe."""
+) -> None:  # fmt: skip
+    """A folder that qfx wrote is exported as it is, another model by a recipe. how: further options of the export."""
+    kv = how.get("kv")
     saved = (Path(model) / "qfx.json").is_file()
     parsed = None if recipe is None else Recipe.parse(recipe)
     if saved and parsed is not None:
         raise ValueError(f"{model} is quantized already\n  next step: leave --recipe out, or give the float model")
     if parsed is None and not saved:
         parsed = Recipe.parse("w8a8")
+    cache_formats(kv)  # before anything is loaded
+    static = parsed is not None and parsed.needs_data
     texts = None if text.file is None else read_texts(text.file, text.field)
-    if texts is None and parsed is not None and parsed.needs_data:
+    if texts is None and parsed is not None and static:
         raise ValueError(f"recipe {parsed.name!r} needs calibration data\n  next step: --data FILE")
+    if texts is None and kv is not None:
+        raise ValueError(f"--kv {kv} needs calibration data\n  next step: --data FILE")
     from qfx.export import export_onnx
 
     with step(console, f"load {model}"):
         loaded = open_quantized(Path(model)) if saved else hub.load(hub.resolve(model))
     data = None
-    if texts is not None and parsed is not None and parsed.needs_data:
+    if texts is not None and (static or kv is not None):
+        samples = text.samples or (parsed.num_calibration_samples if parsed is not None else SAMPLES)
         with step(console, f"read {text.file}"):
-            data = batches(loaded, texts, text, text.samples or parsed.num_calibration_samples)
+            data = batches(loaded, texts, text, samples)
     with step(console, f"export to {out}", spinner=False):
-        how: Any = {"runtime": runtime, "prefill": prefill, "strict": strict}
-        done = export_onnx(loaded.model, None, out, recipe=parsed, data=data, **how)
+        done = export_onnx(loaded.model, None, out, recipe=parsed, data=data, strict=strict, **how)
     folder = done.path != out
     if folder and loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(out)

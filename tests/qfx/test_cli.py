@@ -250,6 +250,19 @@ def test_export_with_prompts_by_integers(language_model: Path, tmp_path: Path) -
     assert "expected: 'i8/tok'" in refused.output
 
 
+def test_export_a_language_model_with_a_quantized_cache(language_model: Path, text: Path, tmp_path: Path) -> None:
+    asked = ("export", language_model, "-o", tmp_path / "lm", "--kv")
+    refused = _run(*asked, "i8")
+    assert refused.exit_code != 0
+    assert "--kv i8 needs calibration data" in refused.output
+    assert "no cache of keys can have the format 'i8/tok'" in _run(*asked, "i8/tok", "--data", text).output
+    assert not (tmp_path / "lm").exists()
+    result = _run(*asked, "i8", "--data", text, "--samples", 4, "--seq-len", 16)
+    assert result.exit_code == 0, result.output
+    loaded: Any = qfx.onnx.load(tmp_path / "lm")
+    assert loaded(torch.tensor([[3, 4, 5]])).past_key_values.keys[0].dtype == torch.int8
+
+
 def test_export_needs_data_for_a_static_recipe(encoder: Path, tmp_path: Path) -> None:
     result = _run("export", encoder, "-o", tmp_path / "m.onnx", "--recipe", "w8a8-static")
     assert result.exit_code != 0

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from qfx import graph
-from qfx.decoder import cache_sizes, capture_decoder, fuse_cache, is_shared
+from qfx.decoder import cache_sizes, capture_decoder, fuse_cache, is_shared, quantize_cache, stored_sizes
 from qfx.errors import UnsupportedError
+from qfx.format import Format
 from qfx.pipeline import prepare
 from tests.graphs import counts
 from tests.zoo import ZOO
@@ -67,6 +68,39 @@ def test_every_layer_is_fused() -> None:
     assert is_shared(captured, names)
     assert counts(captured.gm)["cached_attention"] == model.config.num_hidden_layers
     assert not [n for n in captured.gm.graph.nodes if graph.op_name(n) == "cat" and n.meta["val"].dim() == 4]
+
+
+@pytest.mark.parametrize(("kv", "dtype"), [("i8", torch.int8), ("i4", torch.uint8)])
+def test_caches_are_stored_in_the_format_asked_for(kv: str, dtype: torch.dtype) -> None:
+    model = llama()
+    captured, names = capture_decoder(model, last_only=True)
+    prepare(captured.gm)
+    fuse_cache(captured, names)
+    fmt, sizes = Format.parse(f"{kv}/ch"), cache_sizes(model)
+    assert stored_sizes(captured, names) == sizes
+    scales = [{what: torch.ones(size) for what in ("key", "value")} for size in sizes]
+    assert not quantize_cache(captured, names, {"k": fmt, "v": fmt}, scales)
+    inputs = [n for n in captured.gm.graph.nodes if n.op == "placeholder" and n.name in names]
+    assert {n.meta["val"].dtype for n in inputs} == {dtype}
+    assert stored_sizes(captured, names) == [(heads, width * fmt.bits // 8) for heads, width in sizes]
+    assert is_shared(captured, names)
+
+
+def test_caches_that_are_not_fused_are_told() -> None:
+    model = llama()
+    captured, names = capture_decoder(model, last_only=True)
+    fmt = Format.parse("i8/ch")
+    scales = [{what: torch.ones(size) for what in ("key", "value")} for size in cache_sizes(model)]
+    notes = quantize_cache(captured, names, {"k": fmt, "v": fmt}, scales)
+    assert [note.node for note in notes] == [f"past_key_values.{i}" for i in range(len(names) // 2)]
+    assert not any(note.minor for note in notes)
+
+
+def test_heads_of_odd_size_have_no_pairs_of_codes() -> None:
+    captured, names = capture_decoder(llama(), last_only=True)
+    fmt = Format.parse("i4/ch")
+    with pytest.raises(ValueError, match=r"heads of even size\n  found: 15\n  next step: kv='i8'"):
+        quantize_cache(captured, names, {"k": fmt, "v": fmt}, [{"key": torch.ones(2, 15), "value": torch.ones(2, 15)}])
 
 
 def test_an_encoder_has_no_cache() -> None:

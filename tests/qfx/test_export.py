@@ -194,7 +194,7 @@ LINEAR, X = nn.Linear(4, 4).eval(), torch.ones(2, 4)
 REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "another ending": ((LINEAR, X, "m.bin"), {}, ValueError, r"ends in \.onnx"),
     "an unknown runtime": ((LINEAR, X, "m.onnx"), {"runtime": "tensorrt"}, ValueError, "'onnxruntime' or 'standard'"),
-    "a cache format": ((LINEAR, X, "m.onnx"), {"kv": "i8"}, ValueError, "caches stay in float"),
+    "a cache format": ((LINEAR, X, "m.onnx"), {"kv": "i8"}, ValueError, "without a cache"),
     "an unknown recipe": ((LINEAR, X, "m.onnx"), {"recipe": "w8a9"}, ValueError, "did you mean"),
     "a recipe as a plan": ((LINEAR, X, "m.onnx"), {"plan": "w8a8"}, ValueError, "expected: a qfx.Plan"),
     "both": ((LINEAR, X, "m.onnx"), {"plan": "w8a8", "recipe": "w8a8"}, ValueError, "one of them"),

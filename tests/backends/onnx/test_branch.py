@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from qfx.backends.onnx.branch import choose, every_node, read_by
+from qfx.backends.onnx.branch import choose, choose_each, every_node, read_by
 from qfx.backends.onnx.build import Builder
 from qfx.backends.onnx.graph import _model
 from qfx.backends.onnx.values import Value
@@ -110,3 +110,40 @@ def test_both_ways_have_one_dtype() -> None:
     b, x, flag = builder()
     with pytest.raises(AssertionError):
         choose(b, flag, x, lambda: b.op("Neg", x), lambda: b.cast(x, torch.int64))
+
+
+def pair(b: Builder) -> tuple[Value, Value]:
+    """Further inputs: y, f32 [n, 3], and other, bool []."""
+    b.inputs.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3]))
+    b.inputs.append(helper.make_tensor_value_info("other", TensorProto.BOOL, []))
+    return Value("y", torch.float32, (2, 3)), Value("other", torch.bool, ())
+
+
+def test_several_values_of_either_source() -> None:
+    b, x, flag = builder()
+    y, other = pair(b)
+    first, second = choose_each(
+        b, flag, [x, y], lambda: [b.op("Neg", x), b.op("Neg", y)], lambda: [b.op("Abs", x), b.op("Add", y, x)]
+    )
+    session = finished(b, b.op("Concat", first, second, b.op("Where", other, x, y), axis=0))
+    data = {"x": np.full((1, 3), -1.0, np.float32), "y": np.full((1, 3), 5.0, np.float32), "other": np.array(True)}
+    for given, expected in ((True, [1, -5, -1]), (False, [1, 4, -1])):
+        (found,) = session.run(None, {**data, "flag": np.array(given)})
+        np.testing.assert_array_equal(found[:, 0], expected)
+
+
+@pytest.mark.parametrize(("flag_is", "other_is", "expected"), [(1, 1, 6.0), (1, 0, 1.0), (0, 1, -2.0), (0, 0, -2.0)])
+def test_a_branch_in_a_branch(flag_is: int, other_is: int, expected: float) -> None:
+    b, x, flag = builder()
+    y, other = pair(b)
+
+    def inner() -> list[Value]:
+        turned = b.op("Neg", x)
+        return choose_each(b, other, [turned], lambda: [b.op("Add", turned, y)], lambda: [b.op("Abs", turned)])
+
+    (chosen,) = choose_each(b, flag, [x], inner, lambda: [b.op("Add", x, x)])
+    assert [node.op_type for node in b.nodes] == ["If"]
+    data = {"x": np.full((1, 3), -1.0, np.float32), "y": np.full((1, 3), 5.0, np.float32)}
+    given = {"flag": np.array(bool(flag_is)), "other": np.array(bool(other_is))}
+    (found,) = finished(b, chosen).run(None, {**data, **given})
+    np.testing.assert_array_equal(found, np.full((1, 3), expected))
