@@ -122,6 +122,7 @@ def _write(
     prefill: bool, inputs: Mapping[str, str] | None = None,
 ) -> Exported:  # fmt: skip
     from qfx.backends.onnx import export, lowering
+    from qfx.backends.onnx.session_options import INTEGERS, INTEGERS_KEY, has_integer_products
 
     gm = captured.gm
     outputs = _outputs(captured)
@@ -135,6 +136,7 @@ def _write(
         "qfx.versions": json.dumps(versions(), sort_keys=True),
         "qfx.runtime": runtime,
         **({"qfx.cache": "shared" if _grows_in_place(built, inputs) else "copied"} if inputs else {}),
+        **({INTEGERS_KEY: INTEGERS} if has_integer_products(built.model.graph.node) else {}),
         "qfx.notes": json.dumps([str(note) for note in notes]),
     }
     written = export.write(
