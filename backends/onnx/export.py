@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,12 +47,13 @@ def write(
     metadata: Mapping[str, str],
     external_bytes: int = EXTERNAL_BYTES,
     inputs: Mapping[str, str] | None = None,
+    rest: Callable[[int], None] = lambda _: None,
 ) -> Written:
     """Write `path`, and `<path>.data` where the weights have more than `external_bytes` in all.
 
     outputs: names in the order of the model's outputs. inputs: other names for inputs. documents: doc string by FX
-    node. Weights are made and written one after the other. Raises OSError where the disk does not take them; then
-    nothing is left behind.
+    node. Weights are made and written one after the other; `rest` is told the bytes of each. Raises OSError where
+    the disk does not take them; then nothing is left behind.
     """
     model = built.model
     opset = needed_opset(every_node(model.graph.node), _types(builder, model), OPSET)
@@ -77,10 +78,10 @@ def write(
             beside = path.with_name(path.name + ".data")
             files.append(beside)
             with stage(beside.name).open("wb") as file:
-                digest = _write_weights(model.graph.initializer, weights, beside.name, file)
+                digest = _write_weights(model.graph.initializer, weights, beside.name, file, rest)
             _set_metadata(model, WEIGHTS_KEY, json.dumps({"file": beside.name, "sha256": digest}, sort_keys=True))
         else:
-            _inline(model.graph.initializer, weights)
+            _inline(model.graph.initializer, weights, rest)
         temporary.write_bytes(model.SerializeToString(deterministic=True))
         onnx.checker.check_model(_without_weights(model) if large else model)
     return Written(tuple(files), sum(f.stat().st_size for f in files), opset)
@@ -192,7 +193,11 @@ def _raw(tensor: Tensor) -> memoryview:
 
 
 def _write_weights(
-    initializers: Iterable[TensorProto], weights: Mapping[str, Tensor | Later], location: str, file: BinaryIO
+    initializers: Iterable[TensorProto],
+    weights: Mapping[str, Tensor | Later],
+    location: str,
+    file: BinaryIO,
+    rest: Callable[[int], None],
 ) -> str:
     """Write the external weights in their order, each at a page's start; returns the sha256 of the file."""
     digest = hashlib.sha256()
@@ -214,15 +219,21 @@ def _write_weights(
             entry = tensor.external_data.add()
             entry.key, entry.value = key, value
         put(data)
+        size = len(data)
+        del data
+        rest(size)
     return digest.hexdigest()
 
 
-def _inline(initializers: Iterable[TensorProto], weights: Mapping[str, Tensor | Later]) -> None:
+def _inline(
+    initializers: Iterable[TensorProto], weights: Mapping[str, Tensor | Later], rest: Callable[[int], None]
+) -> None:
     for tensor in initializers:
         if tensor.name in weights:
             del tensor.external_data[:]
             tensor.data_location = TensorProto.DEFAULT
             tensor.raw_data = bytes(_raw(made(weights[tensor.name])))
+            rest(len(tensor.raw_data))
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
