@@ -26,6 +26,7 @@ from qfx.capture import capture_export
 from qfx.errors import QfxWarning
 from qfx.pipeline import apply_plan, prepare
 from qfx.recipe import Recipe, Rule
+from tests.backends.onnx.test_packed_attention import Attention, batch
 
 NO_VNNI: dict[str, Any] = {"architecture": "x86_64", "avx2": True, "avx512_vnni": False, "avx_vnni": False}
 ARM: dict[str, Any] = {"architecture": "arm64", "dot": True}
@@ -115,6 +116,20 @@ def _weights(model: Any, kernel: str) -> list[int]:
     graph = optimized_graph(model.models[0])
     held = {t.name: t.data_type for t in graph.initializer}
     return [held[n.input[1]] for n in graph.node if n.op_type == kernel]
+
+
+@pytest.mark.skipif(not HERE_X86, reason="ONNX Runtime has the exact path in its builds for x86 only")
+def test_attentions_that_share_a_zero_point_take_it_too(machine: Any) -> None:
+    machine(VNNI)
+    model, x = nn.Sequential(Attention(), Attention()).eval(), batch()
+    qfx.quantize(model, "w8a8-static", data=[(x,)])
+    gm = capture_export(model, (x,), {}).gm
+    prepare(gm)
+    want = lower(gm)(x)[0]
+    machine(NO_VNNI)
+    exact = lower(gm)
+    assert torch.equal(exact(x)[0], want) and exact.slow == []
+    assert "QAttention u8 x u8, attention f32" in exact.kernels.values()
 
 
 @pytest.mark.parametrize("recipe", ["w4a16", "w8a16"])
