@@ -139,7 +139,7 @@ class OnnxLowered:
         constants = [o for o in self._outputs if isinstance(o, fx.Node) and o.op == "get_attr"]
         self._constants: Slots = {n: get_tensor(gm, str(n.target)) for n in constants}
         self.notes += _half_note(gm)
-        self.notes += saturation_notes(node for built in self._models.values() for node in built.model.graph.node)
+        self.notes += saturation_notes([node for built in self._models.values() for node in built.model.graph.node])
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Run. Raises ValueError where the number of inputs differs from the placeholders."""

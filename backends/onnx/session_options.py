@@ -8,13 +8,14 @@ MatMulNBits is exact everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
 import onnxruntime as ort
 
 from qfx import processor
+from qfx.backends.onnx.branch import every_node, subgraphs
 from qfx.errors import Note, explain, nearest
 
 _ERROR = 3
@@ -90,13 +91,13 @@ def checked(entries: Mapping[str, str] | None) -> dict[str, str]:
     return dict(entries or {})
 
 
-def has_integer_products(nodes: Iterable[onnx.NodeProto]) -> bool:
+def has_integer_products(nodes: Sequence[onnx.NodeProto]) -> bool:
     """Whether a model multiplies integers, or holds a product between Q and DQ nodes of which a reader may make one."""
-    kinds = {node.op_type for node in nodes}
+    kinds = {node.op_type for node in every_node(nodes)}
     return any(kind in _INTEGER for kind in kinds) or _QUANTIZED.issubset(kinds)
 
 
-def saturation_notes(nodes: Iterable[onnx.NodeProto]) -> list[Note]:
+def saturation_notes(nodes: Sequence[onnx.NodeProto]) -> list[Note]:
     """What to tell of a model on this processor: one note where its integer products take the exact, slower path."""
     return [saturation_note("graph")] if processor.saturates() and has_integer_products(nodes) else []
 
@@ -110,19 +111,29 @@ def saturation_note(name: str) -> Note:
 def apart(graph: onnx.GraphProto) -> dict[str, str]:
     """Give every integer product a weight and a zero point that no other has; returns new names -> those they repeat.
 
-    a = MatMulIntegerToFloat(x, w), b = MatMulIntegerToFloat(y, w)  ->  b = MatMulIntegerToFloat(y, w.b/0)
+    Products in branches get theirs in the branch, which is where ONNX Runtime looks for them.
+
+    a = MatMulIntegerToFloat(x, w), b = MatMulIntegerToFloat(y, w)  ->  b = MatMulIntegerToFloat(y, w.b/0.1)
     """
     held = {t.name: t for t in graph.initializer}
     seen: set[str] = set()
     repeated: dict[str, str] = {}
-    for node in graph.node:
-        for place in _INTEGER.get(node.op_type, ()):
-            name = node.input[place] if place < len(node.input) else ""
-            if name in held and name in seen:
-                again = f"{name}.{node.name}.{place}"
-                assert again not in held, again
-                graph.initializer.add().CopyFrom(held[name])
-                graph.initializer[-1].name = node.input[place] = again
-                repeated[again] = name
-            seen.add(name)
+    for inner in _graphs(graph):
+        for node in inner.node:
+            for place in _INTEGER.get(node.op_type, ()):
+                name = node.input[place] if place < len(node.input) else ""
+                if name in held and (name in seen or inner is not graph):
+                    again = f"{name}.{node.name}.{place}"
+                    assert again not in held, again
+                    inner.initializer.add().CopyFrom(held[name])
+                    inner.initializer[-1].name = node.input[place] = again
+                    repeated[again] = name
+                seen.add(name)
     return repeated
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for inner in subgraphs(node):
+            yield from _graphs(inner)

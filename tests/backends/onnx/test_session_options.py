@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import qfx
 import qfx.onnx
 from qfx import processor
-from qfx.backends.onnx import lower
+from qfx.backends.onnx import lower, runner
+from qfx.backends.onnx.branch import every_node, subgraphs
 from qfx.backends.onnx.kernels import optimized_graph
 from qfx.backends.onnx.runner import Runner
 from qfx.backends.onnx.session_options import EXACT, INTEGERS_KEY, apart, checked, has_integer_products, options
@@ -245,6 +246,37 @@ def test_weights_in_and_beside_a_file_are_found(tmp_path: Path, machine: Any, ex
     with pytest.warns(QfxWarning, match="no VNNI"):
         found = opened(path)(x=X)
     assert all(torch.equal(value, want[name]) for name, value in found.items())
+
+
+@pytest.mark.skipif(not HERE_X86, reason="ONNX Runtime has the exact path in its builds for x86 only")
+@pytest.mark.parametrize("external", [0, 1 << 30])
+def test_products_in_branches_take_it_too(
+    tmp_path: Path, machine: Any, monkeypatch: pytest.MonkeyPatch, external: int
+) -> None:
+    """A file that reads prompts by integers has its products in one branch of an If."""
+    machine(VNNI)
+    x, given = torch.cat([X, X]), {"recipe": "w4a16", "prefill": "i8/tok", "external_bytes": external}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QfxWarning)
+        path = qfx.export_onnx(Shared().eval(), (x,), tmp_path / "m.onnx", **given).path  # type: ignore[arg-type]
+    want = opened(path)(x=x)
+    machine(NO_VNNI)
+    plain = runner.options
+
+    def saving(*args: Any) -> Any:
+        chosen = plain(*args)
+        chosen.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        return chosen
+
+    monkeypatch.setattr(runner, "options", saving)
+    with pytest.warns(QfxWarning, match="no VNNI"):
+        found = opened(path)(x=x)
+    assert all(torch.equal(value, want[name]) for name, value in found.items())
+    graph = onnx.load(str(tmp_path / "optimized.onnx"), load_external_data=False).graph
+    inner = [g for node in graph.node for g in subgraphs(node)]
+    held = {t.name: t.data_type for g in [graph, *inner] for t in g.initializer}
+    kinds = [held[n.input[1]] for n in every_node(graph.node) if n.op_type == "MatMulIntegerToFloat"]
+    assert kinds == [onnx.TensorProto.UINT8] * 4
 
 
 def test_products_that_share_a_weight_get_names_of_their_own() -> None:
