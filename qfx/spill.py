@@ -28,6 +28,7 @@ class Spill:
         """folder: where the file shall be; where it is not there yet, its nearest parent. Raises OSError."""
         there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
         self._file = tempfile.TemporaryFile(dir=there)  # noqa: SIM115  (closed by __exit__)
+        self._where = str(there)
         self._maps: list[mmap.mmap] = []
         self._size = self._read = self._kept = 0
 
@@ -47,9 +48,13 @@ class Spill:
         if tensor.nbytes < LEAST or tensor.device.type != "cpu":
             return tensor
         data: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._file.seek(self._size)
-        self._file.write(data)
-        self._file.flush()
+        try:
+            self._file.seek(self._size)
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            what = f"a temporary file for packed weights cannot be written, nothing was changed: {error.strerror}"
+            raise OSError(error.errno, what, self._where) from error
         held = mmap.mmap(self._file.fileno(), tensor.nbytes, access=mmap.ACCESS_COPY, offset=self._size)
         self._maps.append(held)
         self._kept += tensor.nbytes

@@ -1,11 +1,12 @@
-"""Peak memory of exporting a quantized language model and of running its files, against the size of the files.
+"""Peak memory of exporting a quantized model and of running its files, against the size of the files.
 
     python examples/benchmarks/memory.py --model llama-0.1b --recipe w4a16 --recipe w8a8 --json numbers.json
 
 Each measurement is a process of its own, in which a small model has done the same before, so that everything is
 imported. Export: by how much the process grew at the peak beyond the float model, which stays. Run: by how much it grew
-at the peak while the files were opened and a prompt was read and continued. `ratio` is that growth over the bytes of
-the files and, for the run, of the activations: the largest values that one layer holds, logits and cache.
+at the peak while the files were opened and used: a prompt of 128 tokens read and continued, or, for an encoder, a batch
+of 8 x 128 tokens. `ratio` is that growth over the bytes of the files and, for the run, of the activations: the values
+that one layer holds at once, and what a decoder has of logits and cache.
 """
 
 from __future__ import annotations
@@ -25,38 +26,52 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+if __name__ == "__main__":  # the package beside this file, installed or not
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 from qfx.files import write_text
 from qfx.spill import give_back
 
 MODELS = {  # layers, hidden size, its inner size, heads, heads of keys and values, rows of the tables
     "llama-0.1b": (12, 768, 2048, 12, 4, 32000),
     "llama-1b": (16, 2048, 8192, 32, 8, 128256),
+    "bert-base": (12, 768, 3072, 12, 12, 30522),
+    "minilm": (6, 384, 1536, 12, 12, 30522),
     "tiny": (2, 64, 128, 4, 2, 256),
+    "tiny-bert": (2, 64, 128, 4, 4, 256),
 }
+BATCH = 8
 PROMPT, NEW = 128, 8
 
 
 def model_of(name: str) -> Any:
-    """A random decoder of Llama's structure in eval mode, its tables tied as small models have them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A random model in eval mode: BERT, or a decoder of Llama's structure whose tables are tied."""
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
     layers, hidden, inner, heads, kv_heads, rows = MODELS[name]
-    config = LlamaConfig(
-        vocab_size=rows,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {
+        "vocab_size": rows,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 512 if is_encoder(name) else 2048,
+    }
+    if is_encoder(name):
+        return BertModel(BertConfig(**sizes)).eval()
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=kv_heads, tie_word_embeddings=True)).eval()
+
+
+def is_encoder(name: str) -> bool:
+    """Or a decoder."""
+    return "bert" in name or name == "minilm"
 
 
 def activations(name: str) -> int:
     """Bytes of the greatest values that are alive at once: hidden and inner states of a layer, logits, the cache."""
     layers, hidden, inner, heads, kv_heads, rows = MODELS[name]
+    if is_encoder(name):
+        return 4 * BATCH * PROMPT * (5 * hidden + 2 * inner + heads * PROMPT)
     width = hidden // heads
     cache = 2 * layers * kv_heads * width * 256
     return 4 * (PROMPT * (4 * hidden + 3 * inner) + rows + cache)
@@ -83,10 +98,19 @@ def export(name: str, recipe: str, folder: Path) -> dict[str, int]:
     """Bytes of the float model, of the files, and of the growth while they were written."""
     import qfx
 
-    qfx.export_onnx(model_of("tiny"), None, folder / "tiny", recipe=recipe)
+    def write(model: Any, which: str) -> None:
+        at = folder / which
+        qfx.export_onnx(model, None, at / "model.onnx" if is_encoder(which) else at, recipe=recipe)
+
+    write(model_of(small(name)), small(name))
     model = model_of(name)
-    found = grown(lambda: qfx.export_onnx(model, None, folder / name, recipe=recipe))
+    found = grown(lambda: write(model, name))
     return {"model": sum(p.nbytes for p in model.parameters()), "files": size_of(folder / name), "grown": found}
+
+
+def small(name: str) -> str:
+    """The small model of the same kind."""
+    return "tiny-bert" if is_encoder(name) else "tiny"
 
 
 def run(name: str, folder: Path) -> dict[str, int]:
@@ -94,11 +118,17 @@ def run(name: str, folder: Path) -> dict[str, int]:
     import qfx.onnx
 
     def use(which: str) -> None:
+        if is_encoder(which):
+            encoder: Any = qfx.onnx.load(folder / which / "model.onnx")
+            ids = torch.arange(BATCH * PROMPT).reshape(BATCH, PROMPT) % 200 + 3
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+            encoder(**{key: given[key] for key in encoder.inputs})
+            return
         model: Any = qfx.onnx.load(folder / which)
         prompt = torch.arange(PROMPT)[None] % 200 + 3
         model.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
 
-    use("tiny")
+    use(small(name))
     return {"files": size_of(folder / name), "activations": activations(name), "grown": grown(lambda: use(name))}
 
 
@@ -121,7 +151,7 @@ def measured(name: str, recipe: str) -> list[dict[str, Any]]:
 
 
 def main(
-    model: Annotated[list[str], typer.Option(help=", ".join(MODELS))] = ["llama-0.1b"],  # noqa: B006
+    model: Annotated[list[str], typer.Option(help=", ".join(MODELS))] = ["llama-0.1b", "bert-base"],  # noqa: B006
     recipe: Annotated[list[str], typer.Option(help="recipes")] = ["w4a16", "w8a8"],  # noqa: B006
     stage: Annotated[str, typer.Option(help="of a process of its own: export or run")] = "",
     at: Annotated[Path | None, typer.Option(help="its folder")] = None,

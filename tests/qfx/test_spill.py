@@ -80,7 +80,7 @@ def test_a_disk_that_refuses_is_an_os_error(tmp_path: Path, monkeypatch: pytest.
         def close(self) -> None: ...
 
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
-    with Spill(tmp_path) as place, pytest.raises(OSError, match="No space left"):
+    with Spill(tmp_path) as place, pytest.raises(OSError, match="nothing was changed: No space left"):
         place.keep(tensor(LEAST))
 
 

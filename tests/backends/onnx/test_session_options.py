@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import qfx
 import qfx.onnx
 from qfx import processor
-from qfx.backends.onnx import lower, runner
+from qfx.backends.onnx import lower
 from qfx.backends.onnx.branch import every_node, subgraphs
 from qfx.backends.onnx.kernels import optimized_graph
 from qfx.backends.onnx.runner import Runner
@@ -261,14 +261,13 @@ def test_products_in_branches_take_it_too(
         path = qfx.export_onnx(Shared().eval(), (x,), tmp_path / "m.onnx", **given).path  # type: ignore[arg-type]
     want = opened(path)(x=x)
     machine(NO_VNNI)
-    plain = runner.options
 
     def saving(*args: Any) -> Any:
-        chosen = plain(*args)
+        chosen = options(*args)
         chosen.optimized_model_filepath = str(tmp_path / "optimized.onnx")
         return chosen
 
-    monkeypatch.setattr(runner, "options", saving)
+    monkeypatch.setattr("qfx.backends.onnx.runner.options", saving)
     with pytest.warns(QfxWarning, match="no VNNI"):
         found = opened(path)(x=x)
     assert all(torch.equal(value, want[name]) for name, value in found.items())

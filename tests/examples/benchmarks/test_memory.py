@@ -32,7 +32,7 @@ def test_files_are_those_of_the_model(tmp_path: Path) -> None:
     assert memory.size_of(tmp_path) == 8
 
 
-@pytest.mark.parametrize("name", memory.MODELS)
+@pytest.mark.parametrize("name", [name for name in memory.MODELS if not memory.is_encoder(name)])
 def test_activations_hold_logits_and_cache(name: str) -> None:
     layers, hidden, _, heads, kv_heads, rows = memory.MODELS[name]
     assert memory.activations(name) > 4 * (rows + 2 * layers * kv_heads * (hidden // heads) * memory.PROMPT)
@@ -46,3 +46,10 @@ def test_export_and_run_stay_near_the_size_of_the_files(tmp_path: Path) -> None:
     rows = json.loads(numbers.read_text(encoding="utf-8"))
     assert [(r["recipe"], r["stage"]) for r in rows] == [(r, s) for r in ("w4a16", "w8a8") for s in ("export", "run")]
     assert all(row["ratio"] < 1.15 for row in rows), rows
+
+
+@pytest.mark.slow
+def test_an_encoder_is_measured_too(tmp_path: Path) -> None:
+    (first, second) = memory.measured("tiny-bert", "w8a8")
+    assert first["stage"] == "export" and second["stage"] == "run" and first["bytes"]["files"] > 10_000
+    assert second["bytes"]["activations"] == memory.activations("tiny-bert")
