@@ -25,6 +25,7 @@ bench: $(VENV)/.dev ## the benchmarks (nothing else should run meanwhile)
 	$(VENV)/bin/python examples/benchmarks/cpu_encoder.py
 	$(VENV)/bin/python examples/benchmarks/cpu_decoder.py --model tiny_lm --model llama-0.1b
 	$(VENV)/bin/python examples/benchmarks/quantize_cost.py
+	$(VENV)/bin/python examples/benchmarks/memory.py --model minilm --model llama-0.1b
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -22,9 +22,9 @@ from qfx import annotation, graph
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.format import Format
 from qfx.packing import Packed
+from qfx.parts import round_in_parts
 from qfx.passes._sites import holds
 from qfx.recipe import is_static
-from qfx.rounding import round_weight
 
 aten = torch.ops.aten
 Pack = Callable[[Tensor, Format, str], Packed]
@@ -72,7 +72,7 @@ def quantize(
     rounding: how weights are rounded ("rtn", "mse"). pack: packs a weight, to share packed weights between graphs.
     Raises UnsupportedError where a static format has no scale, ValueError where a weight holds NaN or Inf.
     """
-    pack = pack or (lambda weight, fmt, name: round_weight(weight, fmt, rounding, name=name))
+    pack = pack or (lambda weight, fmt, name: round_in_parts(weight, fmt, rounding, name=name))
     packed: dict[Any, tuple[str, Packed]] = {}
     changed = False
     for node in list(gm.graph.nodes):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qfx import processor
 from qfx.names import Translation
 from qfx.options import Options
 
@@ -80,7 +81,7 @@ def environment() -> dict[str, Any]:
         "git": torch.version.git_version,
         "sources": _sources(),
         "python": sys.version,
-        "processor": [platform.machine(), platform.system(), torch.backends.cpu.get_cpu_capability(), _flags()],
+        "processor": [platform.machine(), platform.system(), *_processor()],
     }
 
 
@@ -261,6 +262,11 @@ def _sources() -> str:
             stat = path.stat()
             found.append((path.name, stat.st_size, stat.st_mtime_ns))
     return hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+def _processor() -> list[str]:
+    """What decides which kernels run: instruction sets as torch and ONNX Runtime find them, the model of the chip."""
+    return [torch.backends.cpu.get_cpu_capability(), *processor.instruction_sets(), _flags()]
 
 
 def _flags() -> str:

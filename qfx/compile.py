@@ -22,8 +22,9 @@ from qfx.options import Options
 from qfx.pipeline import apply_plan, told
 from qfx.records import GraphRecord, all_records, remember
 from qfx.rows import Row, graph_rows
+from qfx.spill import give_back
 from qfx.template import State, Template
-from qfx.warm import Entry, Found, Storing, Warm, give_back
+from qfx.warm import Entry, Found, Storing, Warm
 
 _MOST_SCALARS = 8  # graphs kept for different values of Python floats
 

@@ -27,6 +27,7 @@ from qfx.plan import Plan, versions
 from qfx.quantize import evaluating
 from qfx.quantize import plan as make_plan
 from qfx.recipe import Recipe
+from qfx.spill import Spill, give_back
 
 RUNTIMES = ("onnxruntime", "standard")
 DECODER = "model.onnx"  # the name of a decoder's model in its folder
@@ -97,9 +98,10 @@ def export_onnx(
     with evaluating(model):
         if asked is not None and asked.needs_data:
             plan = make_plan(model, asked, data, strict=strict)
-        captured, notes = _quantized(model, call, asked, plan, dynamic=dynamic, strict=strict)
-        how: Any = {"prefill": prefill is not None, "strict": strict, "external_bytes": external_bytes}
-        return _write(captured, notes, target, runtime, **how)
+        with Spill(target.parent) as spill:
+            captured, notes = _quantized(model, call, asked, plan, spill, dynamic=dynamic, strict=strict)
+            how: Any = {"prefill": prefill is not None, "strict": strict, "external_bytes": external_bytes}
+            return _write(captured, notes, target, runtime, spill, **how)
 
 
 def _decoder(
@@ -109,34 +111,36 @@ def _decoder(
     """The folder of a decoder; its configuration is written last and makes it complete."""
     from qfx.backends.onnx import genai
 
-    with evaluating(model):
+    with evaluating(model), Spill(target.parent) as spill:
         if recipe is not None and recipe.needs_data:
             plan = make_plan(model, recipe, data, strict=strict)
         if plan is not None:
             plan.check(model, strict=strict)
         captured, names = decoder.capture_decoder(model, last_only=not all_logits)
-        notes = _planned(captured, recipe, plan, strict=strict)
+        notes = _planned(captured, recipe, plan, spill, strict=strict)
         if not decoder.fuse_cache(captured, names):
             reason = "its cache is read by more than attention: it grows by a copy for each token"
             notes.append(Note(type(model).__name__, reason, "none needed for the result", minor=True))
         if caches is not None:
             notes += decoder.quantize_cache(captured, names, caches, cache_scales(model, data, caches))
         how: Any = {"prefill": prefill, "strict": strict, "external_bytes": external_bytes}
-        written = _write(captured, notes, target, runtime, **how, inputs=names)
+        written = _write(captured, notes, target, runtime, spill, **how, inputs=names)
         sizes = decoder.stored_sizes(captured, names)
     genai.write_config(model, target.parent, written.inputs, sizes, shared=written.shared_cache)
     return written
 
 
 def _write(
-    captured: Captured, notes: list[Note], target: Path, runtime: str, *, strict: bool, external_bytes: int | None,
-    prefill: bool, inputs: Mapping[str, str] | None = None,
+    captured: Captured, notes: list[Note], target: Path, runtime: str, spill: Spill, *, strict: bool,
+    external_bytes: int | None, prefill: bool, inputs: Mapping[str, str] | None = None,
 ) -> Exported:  # fmt: skip
     from qfx.backends.onnx import export, lowering
+    from qfx.backends.onnx.session_options import INTEGERS, INTEGERS_KEY, has_integer_products
 
     gm = captured.gm
     outputs = _outputs(captured)
     builder, built = lowering.build(gm, runtime=runtime, prefill=prefill)
+    give_back()
     _assert_no_floats(builder, gm)
     notes = [*notes, *built.notes]
     told(notes, strict=strict)
@@ -146,6 +150,7 @@ def _write(
         "qfx.versions": json.dumps(versions(), sort_keys=True),
         "qfx.runtime": runtime,
         **({"qfx.cache": "shared" if _grows_in_place(built, inputs) else "copied"} if inputs else {}),
+        **({INTEGERS_KEY: INTEGERS} if has_integer_products(built.model.graph.node) else {}),
         "qfx.notes": json.dumps([str(note) for note in notes]),
     }
     written = export.write(
@@ -157,6 +162,7 @@ def _write(
         metadata=metadata,
         external_bytes=export.EXTERNAL_BYTES if external_bytes is None else external_bytes,
         inputs=inputs,
+        rest=spill.rest,
     )
     names = tuple(i.name for i in built.model.graph.input)
     found = tuple(o.name for o in built.model.graph.output)
@@ -174,7 +180,7 @@ def _grows_in_place(built: Any, inputs: Mapping[str, str]) -> bool:
 
 
 def _quantized(
-    model: nn.Module, call: Call, recipe: Recipe | None, plan: Plan | None, *, dynamic: bool, strict: bool
+    model: nn.Module, call: Call, recipe: Recipe | None, plan: Plan | None, spill: Spill, *, dynamic: bool, strict: bool
 ) -> tuple[Captured, list[Note]]:
     """The quantized graph; the model's own tensors are read, none is changed."""
     args, kwargs = call
@@ -189,15 +195,15 @@ def _quantized(
                 next_step="export a forward that returns what it changes",
             )
         )
-    return captured, _planned(captured, recipe, plan, strict=strict)
+    return captured, _planned(captured, recipe, plan, spill, strict=strict)
 
 
-def _planned(captured: Captured, recipe: Recipe | None, plan: Plan | None, *, strict: bool) -> list[Note]:
+def _planned(captured: Captured, recipe: Recipe | None, plan: Plan | None, spill: Spill, *, strict: bool) -> list[Note]:
     """Bring the graph to the form in which plans speak of it, and quantize it where that is asked."""
     notes = prepare(captured.gm)
     if plan is None and recipe is None:
         return notes
-    return [*notes, *apply_plan(captured.gm, plan, recipe or Recipe.parse("w8a8"), strict=strict)]
+    return [*notes, *apply_plan(captured.gm, plan, recipe or Recipe.parse("w8a8"), strict=strict, keep=spill.keep)]
 
 
 def _outputs(captured: Captured) -> list[str]:

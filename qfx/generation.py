@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,9 @@ class OnnxCausalLM(GenerationMixin):  # type: ignore[misc]
     _supports_cache_class = True
     input_modalities = ("text",)
 
-    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, threads: int | None = None, session_options: Mapping[str, str] | None = None
+    ) -> None:
         document = read_config(folder)
         self.config = AutoConfig.from_pretrained(folder)
         file = folder / "generation_config.json"
@@ -118,7 +120,7 @@ class OnnxCausalLM(GenerationMixin):  # type: ignore[misc]
             if file.exists()
             else GenerationConfig.from_model_config(self.config)
         )
-        self._runner = Runner(folder / document["model"]["decoder"]["filename"], threads)
+        self._runner = Runner(folder / document["model"]["decoder"]["filename"], threads, session_options)
         self.device, self.dtype = torch.device("cpu"), torch.float32
         shapes = {i.name: i.shape for i in self._runner.session.get_inputs()}
         layers = sum(name.startswith("past_key_values.") for name in shapes) // 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,10 @@ if TYPE_CHECKING:
 class OnnxModel:
     """An exported model: call it with its inputs as keyword arguments; it returns its outputs by name."""
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, entries: Mapping[str, str] | None = None) -> None:
         from qfx.backends.onnx.runner import Runner
 
-        self._runner = Runner(path, threads)
+        self._runner = Runner(path, threads, entries)
         self.inputs, self.outputs = tuple(self._runner.inputs), tuple(self._runner.outputs)
         self.metadata = dict(self._runner.metadata)
 
@@ -27,11 +28,15 @@ class OnnxModel:
         return self._runner.run(inputs)
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None) -> OnnxModel | OnnxCausalLM:
+def load(
+    path: str | os.PathLike[str], *, threads: int | None = None, session_options: Mapping[str, str] | None = None
+) -> OnnxModel | OnnxCausalLM:
     """Open a file (`OnnxModel`) or the folder of a decoder (a causal language model with `generate()`).
 
-    threads: None for `torch.get_num_threads()`. Raises ValueError for files that are cut short or altered,
-    FileNotFoundError where one is missing.
+    threads: None for `torch.get_num_threads()`. session_options: config entries of ONNX Runtime, such as
+    {"session.intra_op.allow_spinning": "0"}. On x86 without VNNI integer products take an exact, slower path, which a
+    warning says. Raises ValueError for session options that are unknown or wrong here and for files that are cut short
+    or altered, FileNotFoundError where one is missing.
     """
     target = Path(path)
     if not target.exists():
@@ -39,8 +44,8 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> OnnxMod
     if target.is_dir():
         from qfx.generation import OnnxCausalLM
 
-        return OnnxCausalLM(target, threads=threads)
-    return OnnxModel(target, threads)
+        return OnnxCausalLM(target, threads=threads, session_options=session_options)
+    return OnnxModel(target, threads, session_options)
 
 
 def check(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from qfx.numerics import require_finite
 from qfx.packing import Packed
 from qfx.rounding import round_weight
 
-ELEMENTS = 1 << 22  # of one part
+ELEMENTS = 1 << 18  # of one part
 
 
 def round_in_parts(weight: Tensor, fmt: Format, method: str, *, name: str, elements: int = ELEMENTS) -> Packed:
@@ -23,11 +23,10 @@ def round_in_parts(weight: Tensor, fmt: Format, method: str, *, name: str, eleme
     if weight.numel() <= elements or not _by_row(fmt):
         return round_weight(weight, fmt, method, name=name)
     if weight.dim() > 2:
-        parts = [round_in_parts(part, fmt, method, name=name, elements=elements) for part in weight.unbind(0)]
-        return _joined(parts, fmt, tuple(weight.shape), torch.stack)
+        parts = (round_in_parts(part, fmt, method, name=name, elements=elements) for part in weight)
+        return _joined(parts, fmt, tuple(weight.shape))
     rows = max(1, elements // max(1, weight.shape[-1]))
-    parts = [round_weight(part, fmt, method, name=name) for part in weight.split(rows)]
-    return _joined(parts, fmt, tuple(weight.shape), torch.cat)
+    return _joined((round_weight(w, fmt, method, name=name) for w in weight.split(rows)), fmt, tuple(weight.shape))
 
 
 def check_finite(weight: Tensor, name: str) -> None:
@@ -41,9 +40,20 @@ def _by_row(fmt: Format) -> bool:
     return fmt.is_plain or ((fmt.granularity == "ch" or fmt.group is not None) and not fmt.has_global_scale)
 
 
-def _joined(parts: list[Packed], fmt: Format, shape: tuple[int, ...], join: Any) -> Packed:
-    if fmt.is_plain:
-        return Packed(join([p.data for p in parts]), parts[0].scale, None, fmt, shape)
-    zeros = [p.zero for p in parts if p.zero is not None]
-    zero = join(zeros) if zeros else None
-    return Packed(join([p.data for p in parts]), join([p.scale for p in parts]), zero, fmt, shape)
+def _joined(parts: Iterable[Packed], fmt: Format, shape: tuple[int, ...]) -> Packed:
+    """The whole of parts along the first dimension, each let go as it is copied."""
+    whole: dict[str, Tensor] = {}
+    at = 0
+    for part in parts:
+        count = part.shape[0] if len(part.shape) == len(shape) else 1
+        for name, tensor in part.tensors().items():
+            if name == "scale" and fmt.is_plain:
+                whole[name] = tensor
+                continue
+            if name not in whole:
+                lead = shape[: len(shape) - 1]
+                whole[name] = tensor.new_empty((*lead, tensor.shape[-1]))
+            whole[name][at : at + count] = tensor
+        at += count
+    assert at == shape[0], (at, shape)
+    return Packed(whole["data"], whole["scale"], whole.get("zero"), fmt, shape)

@@ -6,13 +6,16 @@ normalize -> annotate -> calibrate -> transform -> calibrate again -> round and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from torch import fx
+from torch import Tensor, fx
 
 from qfx import annotation, graph, run
 from qfx.errors import Note, UnsupportedError, warn
+from qfx.format import Format
+from qfx.packing import Packed
+from qfx.parts import round_in_parts
 from qfx.passes.annotate import annotate
 from qfx.passes.convolution import convolution
 from qfx.passes.fuse_dequantize import fuse_dequantize
@@ -21,6 +24,8 @@ from qfx.passes.quantize import quantize, refuse
 from qfx.passes.rewrites import apply_record
 from qfx.plan import Plan
 from qfx.recipe import Recipe
+
+Keep = Callable[[Tensor], Tensor]
 
 
 def prepare(gm: fx.GraphModule) -> list[Note]:
@@ -31,8 +36,13 @@ def prepare(gm: fx.GraphModule) -> list[Note]:
     return []
 
 
-def apply_plan(gm: fx.GraphModule, plan: Plan | None, recipe: Recipe, *, strict: bool = False) -> list[Note]:
-    """Quantize a prepared graph: by a plan, or by a recipe that needs no data. Returns what could not be had."""
+def apply_plan(
+    gm: fx.GraphModule, plan: Plan | None, recipe: Recipe, *, strict: bool = False, keep: Keep | None = None
+) -> list[Note]:
+    """Quantize a prepared graph: by a plan, or by a recipe that needs no data. Returns what could not be had.
+
+    keep: where packed weights go (see `Spill`); None is memory.
+    """
     notes: list[Note] = []
     if plan is None:
         notes += annotate(gm, recipe) + refuse(gm)
@@ -42,7 +52,15 @@ def apply_plan(gm: fx.GraphModule, plan: Plan | None, recipe: Recipe, *, strict:
         for record in plan.rewrites:
             apply_record(gm, record, plan.tensors)
         tensors, rounding = plan.tensors, plan.recipe.rounding
-    run.run(gm, [functools.partial(quantize, tensors=tensors, rounding=rounding)])
+
+    def pack(weight: Tensor, fmt: Format, name: str) -> Packed:
+        packed = round_in_parts(weight, fmt, rounding, name=name)
+        if keep is None:
+            return packed
+        zero = None if packed.zero is None else keep(packed.zero)
+        return replace(packed, data=keep(packed.data), scale=keep(packed.scale), zero=zero)
+
+    run.run(gm, [functools.partial(quantize, tensors=tensors, pack=pack)])
     return notes
 
 

@@ -9,11 +9,9 @@ A warm start has the same outputs bit by bit, the same report and the same warni
 from __future__ import annotations
 
 import ast
-import ctypes
 import logging
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,16 +175,6 @@ def cache_of(options: Options) -> Cache | None:
     at = asked if isinstance(asked, CacheAt) else CacheAt()
     folder = at.folder or default_folder()
     return None if folder is None else Cache(folder, at.max_bytes or MOST_BYTES)
-
-
-def give_back() -> None:
-    """Let the C library return free memory to the system: weights were packed, and the copies that are left are many.
-
-    Only glibc keeps it; elsewhere there is nothing to do.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _fields(entry: Entry) -> dict[str, Any]:

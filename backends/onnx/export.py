@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +25,7 @@ from qfx.files import sha256_file, staged
 EXTERNAL_BYTES = 64 << 20  # weights of more bytes than this lie in a file of their own
 _MOST_INLINE = 2**31 - (64 << 20)  # protobuf holds less than 2 GiB
 _PAGE = 4096  # ONNX Runtime maps weights into memory where they begin at a page
+_SMALL = 1024  # bytes of a tensor that the checker reads
 WEIGHTS_KEY = "qfx.weights"
 
 
@@ -47,12 +48,13 @@ def write(
     metadata: Mapping[str, str],
     external_bytes: int = EXTERNAL_BYTES,
     inputs: Mapping[str, str] | None = None,
+    rest: Callable[[int], None] = lambda _: None,
 ) -> Written:
     """Write `path`, and `<path>.data` where the weights have more than `external_bytes` in all.
 
     outputs: names in the order of the model's outputs. inputs: other names for inputs. documents: doc string by FX
-    node. Weights are made and written one after the other. Raises OSError where the disk does not take them; then
-    nothing is left behind.
+    node. Weights are made and written one after the other; `rest` is told the bytes of each. Raises OSError where
+    the disk does not take them; then nothing is left behind.
     """
     model = built.model
     opset = needed_opset(every_node(model.graph.node), _types(builder, model), OPSET)
@@ -73,16 +75,18 @@ def write(
     with staged(path.parent) as stage:
         files = [path]
         temporary = stage(path.name)  # renamed first: a reader that finds the weights finds the model
+        written: Mapping[str, Tensor | Later] = {} if large else weights
         if large:
             beside = path.with_name(path.name + ".data")
             files.append(beside)
             with stage(beside.name).open("wb") as file:
-                digest = _write_weights(model.graph.initializer, weights, beside.name, file)
+                digest = _write_weights(model.graph.initializer, weights, beside.name, file, rest)
             _set_metadata(model, WEIGHTS_KEY, json.dumps({"file": beside.name, "sha256": digest}, sort_keys=True))
-        else:
-            _inline(model.graph.initializer, weights)
-        temporary.write_bytes(model.SerializeToString(deterministic=True))
-        onnx.checker.check_model(_without_weights(model) if large else model)
+        onnx.checker.check_model(_without_weights(model))
+        with temporary.open("wb") as file:
+            for part in _serialized(model, written):
+                file.write(part)
+                rest(len(part))
     return Written(tuple(files), sum(f.stat().st_size for f in files), opset)
 
 
@@ -192,7 +196,11 @@ def _raw(tensor: Tensor) -> memoryview:
 
 
 def _write_weights(
-    initializers: Iterable[TensorProto], weights: Mapping[str, Tensor | Later], location: str, file: BinaryIO
+    initializers: Iterable[TensorProto],
+    weights: Mapping[str, Tensor | Later],
+    location: str,
+    file: BinaryIO,
+    rest: Callable[[int], None],
 ) -> str:
     """Write the external weights in their order, each at a page's start; returns the sha256 of the file."""
     digest = hashlib.sha256()
@@ -214,25 +222,69 @@ def _write_weights(
             entry = tensor.external_data.add()
             entry.key, entry.value = key, value
         put(data)
+        size = len(data)
+        del data
+        rest(size)
     return digest.hexdigest()
 
 
-def _inline(initializers: Iterable[TensorProto], weights: Mapping[str, Tensor | Later]) -> None:
-    for tensor in initializers:
-        if tensor.name in weights:
-            del tensor.external_data[:]
-            tensor.data_location = TensorProto.DEFAULT
-            tensor.raw_data = bytes(_raw(made(weights[tensor.name])))
+def _serialized(model: onnx.ModelProto, weights: Mapping[str, Tensor | Later]) -> Iterator[bytes | memoryview]:
+    """The bytes of the model with these weights inside, which are made one after the other and never held together."""
+    heads = []
+    for tensor in model.graph.initializer:
+        head = _copied(tensor, {"external_data", "data_location"} if tensor.name in weights else ())
+        text = head.SerializeToString(deterministic=True)
+        size = _nbytes(weights[tensor.name]) if tensor.name in weights else None
+        raw = b"" if size is None else _field(tensor, "raw_data", size)
+        start = _field(model.graph, "initializer", len(text) + len(raw) + (size or 0))
+        heads.append((tensor.name, start + text + raw, size or 0))
+    graph = _copied(model.graph, {"initializer"}).SerializeToString(deterministic=True)
+    yield _copied(model, {"graph"}).SerializeToString(deterministic=True)
+    yield _field(model, "graph", len(graph) + sum(len(head) + size for _, head, size in heads))
+    yield graph
+    for name, head, size in heads:
+        yield head
+        if size:
+            data = _raw(made(weights[name]))
+            assert len(data) == size, (name, len(data), size)
+            yield data
+
+
+def _field(message: Any, name: str, size: int) -> bytes:
+    """How a field of `size` bytes begins in a serialized message: its number and type, and the size, as varints."""
+    number = message.DESCRIPTOR.fields_by_name[name].number
+    return _varint(number << 3 | 2) + _varint(size)
+
+
+def _varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*found, value])
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its external weights declared as inputs: what the checker can read without the other file."""
-    copied = onnx.ModelProto()
-    copied.CopyFrom(model)
-    kept = [t for t in copied.graph.initializer if t.data_location != TensorProto.EXTERNAL]
-    outside = [t for t in copied.graph.initializer if t.data_location == TensorProto.EXTERNAL]
-    for tensor in outside:
-        copied.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    del copied.graph.initializer[:]
-    copied.graph.initializer.extend(kept)
+    """The model with its weights declared as inputs: what the checker can read without them, and no copy of them."""
+    graph = _copied(model.graph, {"initializer"})
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL or len(tensor.raw_data) > _SMALL:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+        else:
+            graph.initializer.append(tensor)
+    copied = _copied(model, {"graph"})
+    copied.graph.CopyFrom(graph)
+    return copied
+
+
+def _copied(message: Any, without: Collection[str]) -> Any:
+    """A copy of a protobuf message that lacks some of its fields."""
+    copied = type(message)()
+    for field, value in message.ListFields():
+        if field.name in without:
+            continue
+        if isinstance(value, int | float | str | bytes):
+            setattr(copied, field.name, value)
+        else:
+            getattr(copied, field.name).MergeFrom(value)
     return copied

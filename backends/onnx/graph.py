@@ -13,11 +13,13 @@ import torch
 from onnx import helper
 from torch import Tensor, fx
 
+from qfx import processor
 from qfx.backends.onnx.branch import read_by
 from qfx.backends.onnx.build import MICROSOFT, OPSET, Builder, Later
 from qfx.backends.onnx.gqa import TOTAL
 from qfx.backends.onnx.in_place import in_place
 from qfx.backends.onnx.partition import Stage
+from qfx.backends.onnx.session_options import apart
 from qfx.backends.onnx.symbols import UnresolvedError
 from qfx.backends.onnx.table import EMIT, bound_arguments, op_key
 from qfx.backends.onnx.values import ONNX_TYPE, Value, computed, dim_of, dims_of, is_number
@@ -108,8 +110,11 @@ def emit_node(b: Builder, gm: fx.GraphModule, node: fx.Node) -> None:
 
 def build_stage(gm: fx.GraphModule, stage: Stage, carriers: dict[sympy.Symbol, SizeOf]) -> StageModel:
     """The ONNX model of an ONNX stage. `carriers`: where symbols can be read that no input of the stage has."""
-    b, model = emit_stage(gm, stage, carriers)
-    return replace(model, weights={name: made(weight) for name, weight in b.external.items()})
+    b, built = emit_stage(gm, stage, carriers)
+    weights = {name: made(weight) for name, weight in b.external.items()}
+    if processor.saturates():
+        weights |= {new: weights[old] for new, old in apart(built.model.graph).items() if old in weights}
+    return replace(built, weights=weights)
 
 
 def made(weight: Tensor | Later) -> Tensor:

@@ -13,7 +13,8 @@ import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from qfx.backends.onnx.branch import every_node
-from qfx.backends.onnx.session import DISABLED, options
+from qfx.backends.onnx.session import DISABLED
+from qfx.backends.onnx.session_options import options
 from qfx.backends.onnx.slow_forms import SlowForm, slow_forms
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def inspected(built: StageModel, names: list[str], integers: Collection[str]) ->
 
 def _kernels(built: StageModel, graph: onnx.GraphProto, names: list[str]) -> dict[str, str]:
     integers = {t.name for t in graph.initializer if t.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)}
+    unsigned = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.UINT8}
     found: dict[str, list[str]] = {name: [] for name in names}
     main: dict[str, list[str]] = {name: [] for name in names}
     for node in every_node(graph.node):
@@ -62,12 +64,18 @@ def _kernels(built: StageModel, graph: onnx.GraphProto, names: list[str]) -> dic
         if node.op_type == "MatMulNBits":
             main[owner].append(_nbits(node))
         elif node.op_type in _MAIN:
-            main[owner].append(f"{node.op_type} {_MAIN[node.op_type]}")
+            main[owner].append(f"{node.op_type} {_operands(node, unsigned)}")
         elif node.op_type == "Gather" and node.input[0] in integers:
             main[owner].append("Gather int8")
     for name, owner in built.fused.items():
         main[name] = main[name] or main[owner]
     return {name: _text(main[name] or found[name]) for name in names}
+
+
+def _operands(node: onnx.NodeProto, unsigned: Collection[str]) -> str:
+    """What a kernel multiplies; where s8 weights would overflow ONNX Runtime holds them as u8."""
+    text = _MAIN[node.op_type]
+    return text.replace("s8", "u8") if node.input[1] in unsigned else text
 
 
 def _nbits(node: onnx.NodeProto) -> str:
@@ -84,11 +92,13 @@ def _text(kernels: list[str]) -> str:
 def optimized_graph(built: StageModel) -> onnx.GraphProto:
     """The graph that ONNX Runtime makes of a model.
 
-    An empty sparse file stands in for large weights: kernels depend on their types and shapes only.
+    A sparse file stands in for large weights: kernels depend on their types and shapes only, and on whether integers
+    are so large that their sums could overflow, as the first byte of the file is.
     """
     with tempfile.TemporaryDirectory() as folder:
         sizes = [t.numel() * t.element_size() for t in built.weights.values()]
         with (Path(folder) / _GHOST).open("wb") as ghost:
+            ghost.write(b"\x7f")
             ghost.truncate(max(sizes, default=0))
         chosen = options(1)
         path = Path(folder) / "optimized.onnx"

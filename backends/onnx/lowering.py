@@ -19,6 +19,7 @@ from qfx.backends.onnx.kernels import inspected
 from qfx.backends.onnx.partition import Stage, stages_of
 from qfx.backends.onnx.quant import is_integer_product
 from qfx.backends.onnx.session import Session, SessionError
+from qfx.backends.onnx.session_options import saturation_notes
 from qfx.backends.onnx.slow_forms import SlowForm
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.graph import fqn_of, get_tensor, let_go
@@ -138,6 +139,7 @@ class OnnxLowered:
         constants = [o for o in self._outputs if isinstance(o, fx.Node) and o.op == "get_attr"]
         self._constants: Slots = {n: get_tensor(gm, str(n.target)) for n in constants}
         self.notes += _half_note(gm)
+        self.notes += saturation_notes([node for built in self._models.values() for node in built.model.graph.node])
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Run. Raises ValueError where the number of inputs differs from the placeholders."""

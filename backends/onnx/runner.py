@@ -7,15 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from qfx import processor
 from qfx.backends.onnx.export import verify
-from qfx.backends.onnx.session import DISABLED, as_torch, input_place, options
+from qfx.backends.onnx.session import DISABLED, as_torch, input_place
+from qfx.backends.onnx.session_options import INTEGERS_KEY, apart, checked, options, saturation_note
 from qfx.backends.onnx.values import ONNX_TYPE
-from qfx.errors import explain
+from qfx.errors import explain, warn
 
+_FOLDER = "session.model_external_initializers_file_folder_path"
 _TORCH = {
     "tensor(float)": torch.float32, "tensor(int64)": torch.int64, "tensor(int32)": torch.int32,
     "tensor(bool)": torch.bool, "tensor(float16)": torch.float16, "tensor(double)": torch.float64,
@@ -24,13 +28,23 @@ _TORCH = {
 
 
 class Runner:
-    """A verified file in a session. threads: None for torch's number of threads now."""
+    """A verified file in a session.
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    threads: None for torch's number of threads now. entries: session options, see `session_options.checked`. Raises
+    ValueError for others, and for a file that is cut short or altered.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None, entries: Mapping[str, str] | None = None) -> None:
+        count, given = _count(threads), checked(entries)
         self.metadata = verify(path)
-        chosen = options(torch.get_num_threads() if threads is None else threads)
+        chosen = options(count, given)
+        source: str | bytes = str(path)
+        if INTEGERS_KEY in self.metadata and processor.saturates():
+            warn(str(saturation_note(path.name)))
+            source = _apart(path)
+            chosen.add_session_config_entry(_FOLDER, str(path.parent))
         self.session = ort.InferenceSession(
-            str(path), chosen, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED[:1]
+            source, chosen, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED[:1]
         )
         self.inputs = {i.name: _TORCH[i.type] for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
@@ -91,3 +105,19 @@ class Runner:
                 next_step="give every input by its name",
             )
         )
+
+
+def _apart(path: Path) -> bytes:
+    """The model, its external weights left where they lie, as the exact path of integer products takes it."""
+    model = onnx.load(str(path), load_external_data=False)
+    apart(model.graph)
+    serialized: bytes = model.SerializeToString()
+    return serialized
+
+
+def _count(threads: int | None) -> int:
+    if threads is None:
+        return torch.get_num_threads()
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ValueError(explain("the number of threads", expected="a positive int, or None", found=repr(threads)))
+    return threads

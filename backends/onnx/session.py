@@ -24,28 +24,18 @@ from onnxruntime.capi.onnxruntime_pybind11_state import OrtDevice as _OrtDevice
 from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue as _OrtValue
 from torch import Tensor
 
+from qfx.backends.onnx.session_options import options as options  # noqa: PLC0414  (also known here)
 from qfx.backends.onnx.values import ONNX_TYPE
 from qfx.errors import warn
 
 # SkipLayerNormalization is slower on the CPU than Add and LayerNormalization. The second makes integer kernels of
 # DequantizeLinear and MatMul, with activations rounded to 8 bits: here the graph itself says where that shall happen.
 DISABLED = ["SkipLayerNormFusion", "QDQSelectorActionTransformer"]
-_ERROR = 3
 # Kernels that pack one weight, each by itself. MatMulNBits puts scales into the packed weight after that was saved:
 # read back, it gives wrong numbers.
 _PACKS_ALONE = {"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger"}
 _PACKS_ALONE |= {"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv"}
 _MOST = 2  # sessions of one model, for different numbers of threads
-
-
-def options(threads: int) -> Any:
-    """Session options that change nothing outside their session."""
-    chosen = ort.SessionOptions()
-    chosen.log_severity_level = _ERROR
-    chosen.intra_op_num_threads = threads
-    chosen.inter_op_num_threads = 1
-    chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    return chosen
 
 
 class SessionError(RuntimeError):

@@ -4,7 +4,7 @@ SkipLayerNormalization                        slower than Add and LayerNormaliza
 MatMulNBits, 8 bits, accuracy level below 4   unpacks the whole weight in each call
 MatMulNBits, 2 bits, blocks of 16 or 256, or level below 4: no fast kernel
 MatMulNBits with float zero points or g_idx   is not packed
-integer products of s8 x s8 or u8 x u8        slower than u8 x s8
+integer products of s8 x s8 or u8 x u8        slower than u8 x s8 (u8 x u8: where the processor has VNNI)
 QuantizeLinear with a scale for each column   slower than Mul and one scale
 a product of floats, or a weight dequantized in each call, where a product of integers was asked
 """
@@ -18,6 +18,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
+from qfx import processor
 from qfx.backends.onnx.branch import every_node
 
 _PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm"}
@@ -85,7 +86,7 @@ def _integer_product(
     left, right = (_type(name, held, makers) for name in node.input[:2])
     if left == TensorProto.INT8 and right == TensorProto.INT8:
         return f"{node.op_type} of s8 x s8 is slower than u8 x s8"
-    if left == TensorProto.UINT8 and right == TensorProto.UINT8:
+    if left == TensorProto.UINT8 and right == TensorProto.UINT8 and not processor.saturates():
         return f"{node.op_type} of u8 x u8 is slower than u8 x s8"
     return ""
 

@@ -120,6 +120,18 @@ def test_the_environment_names_versions_sources_and_processor() -> None:
     assert len(found["sources"]) == 64 and torch.backends.cpu.get_cpu_capability() in found["processor"]
 
 
+def test_another_processor_gives_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, real = key(), dict(torch.cpu.get_capabilities())
+    for name in ("avx512_vnni", "dot"):
+        changed = {**real, name: not real.get(name, False)}
+        environment.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cpu, "get_capabilities", lambda found=changed: found)
+            assert key() != before
+    environment.cache_clear()
+    assert key() == before
+
+
 def test_work_on_the_sources_gives_other_keys(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "cache_key.py"
     file.write_text("a = 1")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qfx.format import Format
 from qfx.parts import check_finite, round_in_parts
@@ -59,3 +63,22 @@ def test_bad_values_are_refused_by_name(bad: float) -> None:
 def test_good_values_are_taken() -> None:
     for value in (weight(4, 4), weight(0, 4), torch.tensor(3.0e38), weight(4).to(torch.bfloat16)):
         check_finite(value, "w")
+
+
+@pytest.mark.parametrize("fmt", ["i8/ch", "i4/g32", "u4/g32"])
+def test_parts_need_little_memory(fmt: str) -> None:
+    """The largest tensor that rounding in parts makes is that of the codes."""
+    value = weight(2048, 512)
+    most = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal most
+            result = func(*args, **(kwargs or {}))
+            storage = [t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor)]
+            most = max([most, *(s.nbytes() for s in storage if s.data_ptr() != value.data_ptr())])
+            return result
+
+    with Watch():  # type: ignore[no-untyped-call]
+        found = round_in_parts(value, Format.parse(fmt), "rtn", name="w", elements=1 << 14)
+    assert most == found.data.nbytes < value.nbytes / 3

@@ -26,8 +26,8 @@ def build(job: EncoderJob, option: str) -> Built:
     """option: the recipe. facts["operators"]: operator -> (times it runs in a call, milliseconds of a call)."""
     plain = session.options
 
-    def profiling(threads: int) -> Any:
-        chosen = plain(threads)
+    def profiling(threads: int, entries: Any = None) -> Any:
+        chosen = plain(threads, entries)
         chosen.enable_profiling = True
         chosen.profile_file_prefix = str(job.path / "profile")
         return chosen

@@ -10,6 +10,9 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto
 from torch import Tensor, nn
 
 import qfx
@@ -103,7 +106,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export, "_write_weights" if external == 0 else "_inline", full)
+    monkeypatch.setattr(export, "_write_weights" if external == 0 else "_serialized", full)
     with pytest.raises(OSError, match="the disk is full; nothing was changed"):
         write(tmp_path, external_bytes=external)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -121,3 +124,63 @@ def test_what_protobuf_cannot_hold_lies_beside(tmp_path: Path, monkeypatch: pyte
     path = write(tmp_path, external_bytes=1 << 62)
     assert (tmp_path / "m.onnx.data").stat().st_size > 1000
     assert verify(path)
+
+
+def test_a_file_with_its_weights_is_what_protobuf_makes_of_it(tmp_path: Path) -> None:
+    """The weights are written one by one; what reads the file sees one message."""
+    path = write(tmp_path)
+    model = onnx.load(str(path))
+    onnx.checker.check_model(model)
+    assert all(t.data_location == TensorProto.DEFAULT and not t.external_data for t in model.graph.initializer)
+    parts = [len(part) for part in export._serialized(model, {})]
+    assert sum(parts) == path.stat().st_size == len(model.SerializeToString())
+    again = onnx.ModelProto.FromString(b"".join(export._serialized(model, {})))
+    assert again == model
+
+
+@given(value=st.integers(0, 2**40), name=st.text(max_size=300))
+def test_fields_are_those_of_protobuf(value: int, name: str) -> None:
+    message = TensorProto(name=name)
+    text = name.encode()
+    assert export._field(message, "name", len(text)) + text == message.SerializeToString() or not name
+    assert _read(export._varint(value)) == value
+
+
+def _read(data: bytes) -> int:
+    assert all(byte & 128 for byte in data[:-1]) and data[-1] < 128
+    return sum((byte & 127) << 7 * i for i, byte in enumerate(data))
+
+
+@given(
+    parts=st.lists(st.integers(1, 3000), min_size=1, max_size=5),
+    inside=st.lists(st.booleans(), min_size=5, max_size=5),
+)
+def test_what_is_written_in_parts_is_read_whole(parts: list[int], inside: list[bool]) -> None:
+    model = onnx.ModelProto(ir_version=10, producer_name="any")
+    model.graph.name = "g"
+    weights = {}
+    for i, size in enumerate(parts):
+        tensor = model.graph.initializer.add(name=f"w{i}", data_type=TensorProto.UINT8, dims=[size])
+        value = torch.arange(size).to(torch.uint8)
+        if inside[i]:
+            tensor.raw_data = value.numpy().tobytes()
+        else:
+            weights[tensor.name] = value
+            tensor.data_location = TensorProto.EXTERNAL
+    found = onnx.ModelProto.FromString(b"".join(export._serialized(model, weights)))
+    assert found.producer_name == "any" and found.graph.name == "g"
+    for i, tensor in enumerate(found.graph.initializer):
+        assert (tensor.name, list(tensor.dims)) == (f"w{i}", [parts[i]])
+        assert tensor.raw_data == torch.arange(parts[i]).to(torch.uint8).numpy().tobytes()
+        assert tensor.data_location == TensorProto.DEFAULT
+
+
+def test_the_checker_sees_the_model_without_its_weights(tmp_path: Path) -> None:
+    model = onnx.load(str(write(tmp_path)))
+    bare = export._without_weights(model)
+    assert bare.ByteSize() < model.ByteSize() / 2
+    assert bare.graph.node == model.graph.node and bare.opset_import == model.opset_import
+    assert bare.metadata_props == model.metadata_props and bare.ir_version == model.ir_version
+    names = {i.name for i in bare.graph.input} | {t.name for t in bare.graph.initializer}
+    assert {t.name for t in model.graph.initializer} < names
+    onnx.checker.check_model(bare)
