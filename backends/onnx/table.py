@@ -11,6 +11,7 @@ from qfx.backends.onnx import (
     activation,
     attention,
     create,
+    embedding,
     gqa,
     index,
     math,
@@ -38,6 +39,7 @@ EMIT: dict[str, Emit] = {
     **gqa.EMIT,
     **moe.EMIT,
     **quant.EMIT,
+    **embedding.EMIT,
 }
 
 
