@@ -38,13 +38,14 @@ def annotate(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:
     Returns a note for each node that cannot have what the recipe asks: such a node is left in float.
     """
     notes = []
+    tied = _tied(gm)
     for node in gm.graph.nodes:
         kind = kind_of(node)
         if kind is None:
             continue
         annotation.clear(node)
         fqn = graph.fqn_of(node)
-        formats = recipe.formats_for(kind, fqn)
+        formats = recipe.formats_for(kind, fqn, tied=node in tied)
         if not formats:
             continue
         refusal = _refusal(node, kind, formats)
@@ -55,6 +56,18 @@ def annotate(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:
         for role, fmt in formats.items():
             annotation.set(node, role, fmt)
     return notes
+
+
+def _tied(gm: fx.GraphModule) -> set[fx.Node]:
+    """Embeddings and linears that read one table."""
+    readers: dict[str, dict[str, list[fx.Node]]] = {"embedding": {}, "linear": {}}
+    for node in gm.graph.nodes:
+        found = readers.get(kind_of(node) or "")
+        weight = None if found is None else graph.weight_of(node)
+        if found is not None and weight is not None:
+            found.setdefault(str(weight.target), []).append(node)
+    shared = readers["embedding"].keys() & readers["linear"].keys()
+    return {node for found in readers.values() for name in shared for node in found[name]}
 
 
 def _refusal(node: fx.Node, kind: str, formats: dict[str, Format]) -> tuple[str, str] | None:

@@ -19,6 +19,7 @@ ROLES: dict[str, tuple[str, ...]] = {  # op kind: the roles it has
     "attention": ("q", "k", "v", "p"),
     "experts": ("x", "w"),
     "conv": ("x", "w"),
+    "tied": ("w",),  # an embedding and the linears that read its table (lm_head): a rule gives both one format
 }
 ALL_ROLES: tuple[str, ...] = ("x", "w", "y", "q", "k", "v", "p")
 

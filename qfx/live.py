@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -20,13 +21,18 @@ _PACKED = re.compile(r"(^|[._])w_(codes|scale|zero)$")
 def live_rows(model: nn.Module, told: Collection[str]) -> Iterator[Row]:
     """Rows of the modules and packed parameters of `model` that are not in `told`, the names of rows there are already.
 
-    A float module whose weight is tied to that of a module in `told` is left out: the weight is told there.
+    A float module whose weight is tied to that of a module in `told` is left out: the weight is told there. Packed
+    codes that two modules hold (a tied table) count at the first.
     """
     pointers = {_pointer(m) for fqn, m in model.named_modules() if fqn in told} - {None}
+    seen: set[int] = set()
     for fqn, module in model.named_modules():
         row = getattr(module, "qfx_row", None)
         if callable(row):
-            yield row(fqn)
+            codes = module._buffers["w_codes"]
+            assert codes is not None
+            yield replace(row(fqn), shared=codes.data_ptr() in seen)
+            seen.add(codes.data_ptr())
         elif getattr(module, "qfx_packed", None):
             yield from packed_rows(fqn, module)
         elif _is_float(module) and (fqn in told or _pointer(module) not in pointers):

@@ -206,7 +206,9 @@ def _conflicts(model: nn.Module, places: list[Place]) -> list[Note]:
         before = first.setdefault(weight.data_ptr(), place)
         if before.w != place.w:
             reason = f"its weight is tied to {before.fqn!r} (w={before.w}), and w={place.w} was asked: stored twice"
-            notes.append(Note(place.fqn, reason, "give both the same format to store it once", minor=True))
+            notes.append(
+                Note(place.fqn, reason, "give both one format (a rule with target 'tied') to store it once", minor=True)
+            )
     return notes
 
 

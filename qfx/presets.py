@@ -8,6 +8,7 @@ from typing import Any
 from qfx.recipe import Recipe, Rule
 
 _EMBEDDING = {"target": "embedding", "w": "i8/ch"}
+_TIED = {"target": "tied", "w": "u4/g128"}
 _ATTENTION = r"re:(?i)(.*\.)?[^.]*(attn|attention)[^.]*\."
 _MLP = (
     r"re:(.*\.)?(gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2|c_fc|dense_h_to_4h|dense_4h_to_h|lin1|lin2|wi|wi_0|wi_1|wo"
@@ -41,8 +42,12 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         {"rules": [*_weights("i8/ch", "linear", "experts", "conv"), _EMBEDDING]},
     ),
     "w4a16": (
-        "4-bit weights in groups of 128 (8-bit embeddings), float activations",
-        {"rules": [*_weights("i4/g128", "linear", "experts"), _EMBEDDING]},
+        "4-bit weights in groups of 128 (8-bit embeddings, tied ones 4-bit), float activations",
+        {"rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED]},
+    ),
+    "w2a16": (
+        "2-bit weights in groups of 64 (8-bit embeddings, tied ones 4-bit), no data: the error is large without GPTQ",
+        {"rules": [*_weights("u2/g64", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "mse"},
     ),
     "w4a8": (
         "4-bit weights per channel (8-bit embeddings), 8-bit activations per token",

@@ -2,11 +2,14 @@
 
     Recipe(name="mine", rules=(
         Rule(target="linear", x="i8/tok", w="i8/ch"),         # an op kind
+        Rule(target="tied", w="u4/g128"),                     # tables that an embedding and a linear share: stored once
         Rule(target="*.lm_head", w="f32", x="none"),          # a glob over fully qualified names; the later rule wins
         Rule(target="re:.*layers\\.0\\.", w="none"),           # a regular expression, matched from the start
     ))
 
 A format "none" leaves a role in its own precision; a role that a rule does not name keeps what earlier rules gave it.
+Without x a backend may round the input of a linear with a quantized weight where its fastest kernel does so, which a
+note says; x="f32" asks for an input that nothing rounds.
 """
 
 from __future__ import annotations
@@ -125,9 +128,9 @@ class Rule(_Strict):
         """Role -> format text, for the roles that the rule names."""
         return {role: text for role in ALL_ROLES if (text := getattr(self, role)) is not None}
 
-    def matches(self, kind: str, fqn: str) -> bool:
-        """Whether the rule is for the node of this kind and fully qualified name."""
-        return _matches(self.target, kind, fqn)
+    def matches(self, kind: str, fqn: str, *, tied: bool = False) -> bool:
+        """Whether the rule is for the node of this kind and fully qualified name, whose weight may be a tied table."""
+        return _matches(self.target, kind, fqn, tied=tied)
 
 
 class Recipe(_Strict):
@@ -170,18 +173,19 @@ class Recipe(_Strict):
             return alpha
         raise ValueError(f'a number from 0 to 1 or "search" is expected, found {alpha!r}')
 
-    def formats_for(self, kind: str, fqn: str) -> dict[str, Format]:
+    def formats_for(self, kind: str, fqn: str, *, tied: bool = False) -> dict[str, Format]:
         """Role -> Format for the node of this kind and fully qualified name; roles left alone are absent.
 
-        Roles that the kind does not have are left out. Raises ValueError for an unknown kind.
+        tied: an embedding and a linear read its weight. Roles that the kind does not have are left out. Raises
+        ValueError for an unknown kind.
         """
         if kind not in ROLES:
             raise ValueError(f"unknown op kind {kind!r}, {nearest(kind, KINDS)}")
-        if any(_matches(target, kind, fqn) for target in self.ignore):
+        if any(_matches(target, kind, fqn, tied=tied) for target in self.ignore):
             return {}
         texts: dict[str, str] = {}
         for rule in self.rules:
-            if rule.matches(kind, fqn):
+            if rule.matches(kind, fqn, tied=tied):
                 texts.update(rule.texts)
         return {role: Format.parse(texts[role]) for role in ROLES[kind] if texts.get(role, NONE) != NONE}
 
@@ -251,7 +255,9 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-def _matches(target: str, kind: str, fqn: str) -> bool:
+def _matches(target: str, kind: str, fqn: str, *, tied: bool = False) -> bool:
+    if target == "tied":
+        return tied
     if target in KINDS:
         return target == kind
     if target.startswith("re:"):

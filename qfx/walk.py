@@ -30,6 +30,7 @@ def walk(model: nn.Module, recipe: Recipe, reason: str, next_step: str) -> tuple
         )
     made = Plan.of(model, recipe)
     seen: set[int] = set()
+    tied = _tied(model)
     read = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for fqn, module in model.named_modules():
         found = _kind_and_layout(module)
@@ -37,7 +38,7 @@ def walk(model: nn.Module, recipe: Recipe, reason: str, next_step: str) -> tuple
             continue
         kind, layout = found
         seen.add(id(module._parameters["weight"]))
-        formats = recipe.formats_for(kind, fqn)
+        formats = recipe.formats_for(kind, fqn, tied=id(module._parameters["weight"]) in tied)
         if "w" in formats:
             made.annotations[fqn or "weight"] = {r: str(formats[r]) for r in ALL_ROLES if r in formats}
             made.layouts[fqn or "weight"] = f"{layout}{READ}" if id(module) in read else layout
@@ -46,6 +47,16 @@ def walk(model: nn.Module, recipe: Recipe, reason: str, next_step: str) -> tuple
     rest = f"; not seen: {', '.join(unseen[:_SHOWN])}{more}"
     what = f"its graph cannot be had ({reason}), so its layers were found by their types{rest if unseen else ''}"
     return made, [Note(type(model).__name__, what, next_step)]
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Weights that an embedding and a linear hold both, by id."""
+    held: dict[str, set[int]] = {"embedding": set(), "linear": set()}
+    for module in model.modules():
+        found = _kind_and_layout(module)
+        if found is not None:
+            held[found[0]].add(id(module._parameters["weight"]))
+    return held["embedding"] & held["linear"]
 
 
 def _kind_and_layout(module: nn.Module) -> tuple[str, str] | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qfx.backends.onnx.graph import StageModel
 
 _GHOST = "weights"
+_ROUNDED = 4  # MatMulNBits' accuracy level that rounds activations to 8 bits
 # Kernels that do the work of a node; what stands around them is told only where a node has none of these.
 _MAIN = {
     "MatMulIntegerToFloat": "u8 x s8",
@@ -38,22 +39,25 @@ _MAIN = {
 }
 
 
-def inspected(built: StageModel, names: list[str], integers: Collection[str]) -> tuple[dict[str, str], list[SlowForm]]:
+def inspected(
+    built: StageModel, names: list[str], integers: Collection[str], floats: Collection[str] = ()
+) -> tuple[dict[str, str], list[SlowForm]]:
     """(FX node name -> its kernels in the optimized graph, slow forms among them). "" where nothing of it is left.
 
-    integers: the nodes that shall be products of integers.
+    integers: the nodes that shall be products of integers; floats: those whose activations shall stay floats.
     """
     try:
         graph = optimized_graph(built)
     except (OSError, Fail) as error:
         reason = str(error).splitlines()[0]
         return dict.fromkeys(names, f"ONNX Runtime; its kernels are not known, no temporary file: {reason}"), []
-    return _kernels(built, graph, names), slow_forms(graph, integers)
+    return _kernels(built, graph, names), slow_forms(graph, integers, floats)
 
 
 def _kernels(built: StageModel, graph: onnx.GraphProto, names: list[str]) -> dict[str, str]:
-    integers = {t.name for t in graph.initializer if t.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)}
-    unsigned = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.UINT8}
+    codes = {onnx.TensorProto.INT8: "int8", onnx.TensorProto.UINT8: "uint8"}
+    integers = {t.name: codes[t.data_type] for t in graph.initializer if t.data_type in codes}
+    unsigned = {name for name, kind in integers.items() if kind == "uint8"}
     found: dict[str, list[str]] = {name: [] for name in names}
     main: dict[str, list[str]] = {name: [] for name in names}
     for node in every_node(graph.node):
@@ -63,10 +67,12 @@ def _kernels(built: StageModel, graph: onnx.GraphProto, names: list[str]) -> dic
         found[owner].append(node.op_type)
         if node.op_type == "MatMulNBits":
             main[owner].append(_nbits(node))
+        elif node.op_type == "GatherBlockQuantized":
+            main[owner].append(f"GatherBlockQuantized {_attributes(node)['bits']}-bit")
         elif node.op_type in _MAIN:
             main[owner].append(f"{node.op_type} {_operands(node, unsigned)}")
         elif node.op_type == "Gather" and node.input[0] in integers:
-            main[owner].append("Gather int8")
+            main[owner].append(f"Gather {integers[node.input[0]]}")
     for name, owner in built.fused.items():
         main[name] = main[name] or main[owner]
     return {name: _text(main[name] or found[name]) for name in names}
@@ -79,9 +85,13 @@ def _operands(node: onnx.NodeProto, unsigned: Collection[str]) -> str:
 
 
 def _nbits(node: onnx.NodeProto) -> str:
-    attrs = {a.name: a.i for a in node.attribute}
-    inner = ", 8-bit activations" if attrs.get("accuracy_level") == 4 else ""
+    attrs = _attributes(node)
+    inner = f", {'8-bit' if attrs.get('accuracy_level') == _ROUNDED else 'float'} activations"
     return f"MatMulNBits {attrs['bits']}-bit, blocks of {attrs['block_size']}{inner}"
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, int]:
+    return {a.name: a.i for a in node.attribute}
 
 
 def _text(kernels: list[str]) -> str:

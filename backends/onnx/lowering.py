@@ -17,7 +17,7 @@ from qfx.backends.onnx.decompose import decompose
 from qfx.backends.onnx.graph import SizeOf, StageModel, build_stage, carriers_of, emit_stage, reason_against
 from qfx.backends.onnx.kernels import inspected
 from qfx.backends.onnx.partition import Stage, stages_of
-from qfx.backends.onnx.quant import is_integer_product
+from qfx.backends.onnx.quant import is_float_product, is_integer_product
 from qfx.backends.onnx.session import Session, SessionError
 from qfx.backends.onnx.session_options import saturation_notes
 from qfx.backends.onnx.slow_forms import SlowForm
@@ -175,7 +175,8 @@ class OnnxLowered:
                 continue
             nodes = {n.name: n for n in stage.nodes}
             integers = {name for name, node in nodes.items() if is_integer_product(node)}
-            kernels, forms = inspected(self._models[i], list(nodes), integers)
+            floats = {name for name, node in nodes.items() if is_float_product(node)}
+            kernels, forms = inspected(self._models[i], list(nodes), integers, floats)
             found |= kernels
             slow += [_slow_note(form, nodes.get(form.owner)) for form in forms]
         return found, slow

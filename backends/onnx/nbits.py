@@ -18,6 +18,7 @@ from qfx.backends.onnx.values import Value
 from qfx.packing import pack_bits
 
 _BLOCKS = (128, 64, 32, 16)
+Operands = tuple[Value, Value, Value | None]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class NBits:
     bits: int
     block: int
 
-    def weights(self, b: Builder, *parts: Weight) -> tuple[Value, Value, Value | None]:
+    def weights(self, b: Builder, *parts: Weight) -> Operands:
         """Codes [N, K/block, block*bits/8], scales [N, K/block] and packed zero points.
 
         Several weights of one format and K lie one below the other: N is the sum of theirs.
@@ -56,6 +57,51 @@ class NBits:
         )
         return data, scales, zeros
 
+    def points(self, b: Builder, weight: Weight) -> Value | None:
+        """Zero points one by one, u8 [N, K/block, 1]; None where they are 2^(bits-1)."""
+        if not weight.format.has_zero:
+            return None
+        assert weight.zero is not None
+        blocks, zero = -(-weight.k // self.block), weight.zero
+        name = f"{weight.name}.{self.bits}b{self.block}.points"
+        make = lambda: self._spread(weight, zero, blocks).unsqueeze(-1)  # noqa: E731
+        return b.derived(name, torch.uint8, (weight.n, blocks, 1), make)
+
+    def halves(self, b: Builder, weight: Weight) -> tuple[Operands, Operands]:
+        """Codes of 8 bits as two weights of 4 bits each, (codes, scales, zero points) as `weights` gives them:
+
+        (code - zero) * s = (high - high zero) * 16 s + (low - low zero) * s
+        """
+        assert self.bits == 8, self
+        return self._half(b, weight, "high", 4), self._half(b, weight, "low", 0)
+
+    def _half(self, b: Builder, weight: Weight, word: str, shift: int) -> Operands:
+        blocks, n = -(-weight.k // self.block), weight.n
+        name = f"{weight.name}.8b{self.block}.{word}"
+        shape = (n, blocks, self.block // 2)
+
+        def codes() -> Tensor:
+            return pack_bits((self._codes(weight, blocks) >> shift) & 15, 4).reshape(shape)
+
+        def scales() -> Tensor:
+            return self._spread(weight, weight.factor(), blocks) * float(1 << shift)
+
+        def zeros() -> Tensor:
+            return pack_bits((self._all_zeros(weight, blocks) >> shift) & 15, 4)
+
+        return (
+            b.derived(name, torch.uint8, shape, codes),
+            b.derived(f"{name}.scale", torch.float32, (n, blocks), scales),
+            b.derived(f"{name}.zero", torch.uint8, (n, -(-blocks // 2)), zeros),
+        )
+
+    def _all_zeros(self, weight: Weight, blocks: int) -> Tensor:
+        """Zero points u8 [N, blocks], those of signed formats too."""
+        if weight.format.has_zero:
+            assert weight.zero is not None
+            return self._spread(weight, weight.zero, blocks)
+        return torch.full((weight.n, blocks), 1 << (self.bits - 1), dtype=torch.uint8)
+
     def _codes(self, weight: Weight, blocks: int) -> Tensor:
         if self._same_bytes(weight, blocks):
             return weight.data
@@ -82,7 +128,7 @@ class NBits:
         """One value per row and block: repeated where the format has fewer."""
         fmt = weight.format
         if values.dim() == 0:
-            return values.expand(weight.n, blocks).contiguous()
+            return values.reshape(1, 1).repeat(weight.n, blocks)
         if fmt.block is not None:
             values = values.repeat_interleave(fmt.block[0], 0)[: weight.n]
         group = fmt.group or (fmt.block[1] if fmt.block else blocks * self.block)

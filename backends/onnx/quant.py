@@ -1,7 +1,8 @@
-"""qfx::linear, qfx::embedding, qfx::dequantize as the fastest ONNX Runtime kernels that compute what they mean.
+"""qfx::linear and qfx::dequantize as the fastest ONNX Runtime kernels that compute what they mean.
 
 integer x integer       MatMulIntegerToFloat, activations u8 with zero point 128, weights s8 per column
 weight only, grouped    MatMulNBits with 2, 4 or 8 bits (its activations are rounded to 8 bits per block)
+the same with x="f32"   MatMulNBits of 4 bits on float activations; 8 bits as two such products, 2 bits held in 4
 other formats           the weight dequantized once to f32, with a note
 """
 
@@ -15,7 +16,7 @@ from torch import fx
 from qfx.backends.onnx import portable, prefill, siblings
 from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.math import Emit
-from qfx.backends.onnx.nbits import NBits, nbits_layout
+from qfx.backends.onnx.nbits import NBits, Operands, nbits_layout
 from qfx.backends.onnx.quant_input import fake_quantized, quantized_input
 from qfx.backends.onnx.quant_weights import Weight
 from qfx.backends.onnx.values import Value
@@ -59,10 +60,13 @@ def product(
     elif fmt is not None and smooth is not None:
         rows = b.op("Div", rows, smooth)
     if layout is not None:
-        if fmt is None:
+        if fmt is not None and fmt.is_plain:
+            return _by_floats(b, rows, weight, layout, bias)
+        if not (fmt is not None and _is_8bit_dynamic(fmt)):
+            what = "float activations were asked" if fmt is None else f"activations in {fmt} were asked"
             b.note(
-                "float activations were asked; MatMulNBits rounds them to 8 bits per block inside (about 40 dB)",
-                "none where that is enough; options={'backend': 'reference'} computes them in f32",
+                f"{what}; MatMulNBits rounds them to 8 bits per block inside (about 40 dB)",
+                "none where that is enough; a rule with x='f32' for this node computes them in f32",
             )
         return _nbits(b, rows, weight, layout, bias)
     b.note(
@@ -81,6 +85,14 @@ def is_integer_product(node: fx.Node) -> bool:
     return bool(given["x_format"]) and _is_integer_pair(
         Format.parse(given["x_format"]), Format.parse(given["w_format"])
     )
+
+
+def is_float_product(node: fx.Node) -> bool:
+    """Shall a node multiply activations that nothing rounds to integers?"""
+    if not is_call(node, torch.ops.qfx.linear.default, torch.ops.qfx.grouped_linear_quant.default):
+        return False
+    asked = arguments(node)["x_format"]
+    return bool(asked) and Format.parse(asked).is_plain
 
 
 def _is_integer_pair(x: Format, w: Format) -> bool:
@@ -142,73 +154,51 @@ def _standard(
     return y if bias is None else b.op("Add", y, bias)
 
 
+_ROUNDED, _FLOATS = 4, 1  # accuracy levels: activations rounded to 8 bits per block, or used as they are
+
+
 def _nbits(b: Builder, x: Value, weight: Weight, layout: NBits, bias: Value | None) -> Value:
     done = siblings.taken(b)
     if done is not None:
         return done
     group = siblings.siblings(b, x.dims[-1])
     weights = [one.weight for one in group] or [weight]
-    data, scales, zeros = layout.weights(b, *weights)
+    packed = layout.weights(b, *weights)
     if group:
         bias = siblings.stacked_bias(b, group)
     n = sum(one.n for one in weights)
-    attrs = {"K": weight.k, "N": n, "bits": layout.bits, "block_size": layout.block, "accuracy_level": 4}
 
     def few() -> Value:
-        return b.op("MatMulNBits", x, data, scales, zeros, None, bias, domain=MICROSOFT, dtype=torch.float32, **attrs)
+        return _matmul_nbits(b, x, (weight.k, n), layout, packed, bias, _ROUNDED)
 
     y = prefill.product(b, x, weights, bias, few) if prefill.has_prompts(b, x) else few()
     y = Value(y.name, y.dtype, (*x.dims[:-1], n))
     return siblings.split(b, y, group) if group else y
 
 
-def embedding(b: Builder, ids: Value, w: Any, w_scale: Any, w_zero: Any, w_format: str, dim: int, dtype: Any) -> Value:
-    """Rows of a packed table: gathered as int8 codes, then scaled; other formats from an f32 table."""
-    assert b.node is not None
-    weight = Weight.of(b, b.node.args[1:4], Format.parse(w_format), dim)
-    fmt = weight.format
-    if not (fmt.is_integer and fmt.bits == 8 and fmt.granularity in ("", "ch") and not fmt.has_global_scale):
-        b.note(f"the table is stored as {fmt}, gathered from f32", "none needed for the result; i8/ch stays int8")
-        return b.op("Gather", _float(b, weight), ids, axis=0)
-    layout = nbits_layout(weight)
-    if layout is not None and layout.bits == 8 and not b.standard and _is_read_by_blocks(b.node):
-        return _rows_of_blocks(b, ids, weight, layout)
-    codes, scale, zero = weight.rows(b)
-    values = b.cast(b.op("Gather", codes, ids, axis=0), torch.float32)
-    if zero is not None:
-        values = b.op("Sub", values, b.cast(_gathered(b, zero, ids), torch.float32))
-    return b.op("Mul", values, _gathered(b, scale, ids))
+def _by_floats(b: Builder, x: Value, weight: Weight, layout: NBits, bias: Value | None) -> Value:
+    """Activations in f32. Only 4 bits have a fast kernel for that, so 8 bits are 16 * high + low of 4 each."""
+    shape = (weight.k, weight.n)
+    if layout.bits == 8:
+        four = NBits(4, layout.block)
+        high, low = layout.halves(b, weight)
+        upper = _matmul_nbits(b, x, shape, four, high, bias, _FLOATS)
+        return b.op("Add", upper, _matmul_nbits(b, x, shape, four, low, None, _FLOATS))
+    if layout.bits == 2:
+        b.note(
+            "codes of 2 bits are held in 4: no fast kernel multiplies them with floats",
+            "none needed for the result; without x='f32' they stay in 2 bits",
+        )
+        layout = NBits(4, layout.block)
+    return _matmul_nbits(b, x, shape, layout, layout.weights(b, weight), bias, _FLOATS)
 
 
-def _is_read_by_blocks(node: fx.Node) -> bool:
-    """Is the table the weight of a weight-only linear too (a tied lm_head), which holds it in MatMulNBits' layout?"""
-    codes = node.args[1]
-    assert isinstance(codes, fx.Node)
-    linears = [u for u in codes.users if is_call(u, torch.ops.qfx.linear.default) and u.args[1] is codes]
-    return any(not arguments(u)["x_format"] for u in linears)
-
-
-def _rows_of_blocks(b: Builder, ids: Value, weight: Weight, layout: NBits) -> Value:
-    """Rows of a table in the layout of MatMulNBits, [N, blocks, block] of u8: one copy serves both."""
-    data, scales, _ = layout.weights(b, weight)
-    blocks = -(-weight.k // layout.block)
-    values = b.cast(b.op("Gather", data, ids, axis=0), torch.float32)
-    if weight.format.has_zero:
-        assert weight.zero is not None
-        zero = b.weight(weight.zero, f"{weight.name}.zero")
-        points = b.cast(_gathered(b, zero, ids), torch.float32)
-        values = b.op("Sub", values, b.op("Unsqueeze", points, b.ints([-1])) if zero.rank else points)
-    else:
-        values = b.op("Sub", values, b.scalar(128.0, torch.float32))
-    steps = b.op("Unsqueeze", b.op("Gather", scales, ids, axis=0), b.ints([-1]))
-    whole = b.reshape(b.op("Mul", values, steps), (*ids.dims, blocks * layout.block))
-    if blocks * layout.block != weight.k:
-        whole = b.op("Slice", whole, b.ints([0]), b.ints([weight.k]), b.ints([-1]))
-    return whole
-
-
-def _gathered(b: Builder, per_row: Value, ids: Value) -> Value:
-    return b.op("Gather", per_row, ids, axis=0) if per_row.rank else per_row
+def _matmul_nbits(
+    b: Builder, x: Value, shape: tuple[int, int], layout: NBits, packed: Operands, bias: Value | None, level: int
+) -> Value:
+    k, n = shape
+    attrs = {"K": k, "N": n, "bits": layout.bits, "block_size": layout.block, "accuracy_level": level}
+    return b.op("MatMulNBits", x, *packed, None, bias, domain=MICROSOFT, dtype=torch.float32, **attrs)
 
 
 def dequantize(b: Builder, w: Any, w_scale: Any, w_zero: Any, w_format: str, last_dim: int, dtype: Any) -> Value:
@@ -226,6 +216,5 @@ def dequantize(b: Builder, w: Any, w_scale: Any, w_zero: Any, w_format: str, las
 
 EMIT: dict[str, Emit] = {
     "qfx.linear.default": linear,
-    "qfx.embedding.default": embedding,
     "qfx.dequantize.default": dequantize,
 }

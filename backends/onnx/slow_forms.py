@@ -3,10 +3,12 @@
 SkipLayerNormalization                        slower than Add and LayerNormalization
 MatMulNBits, 8 bits, accuracy level below 4   unpacks the whole weight in each call
 MatMulNBits, 2 bits, blocks of 16 or 256, or level below 4: no fast kernel
+MatMulNBits, 4 bits, level below 4            slower than with rounded activations: only where floats were asked
 MatMulNBits with float zero points or g_idx   is not packed
 integer products of s8 x s8 or u8 x u8        slower than u8 x s8 (u8 x u8: where the processor has VNNI)
 QuantizeLinear with a scale for each column   slower than Mul and one scale
 a product of floats, or a weight dequantized in each call, where a product of integers was asked
+and what is fast but not as asked: MatMulNBits of level 4, which rounds its activations, where floats were asked
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from qfx import processor
 from qfx.backends.onnx.branch import every_node
 
 _PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm"}
+_ROUNDS = 4  # the accuracy level that rounds activations to 8 bits
 _INTEGER_PRODUCTS = {"MatMulInteger", "MatMulIntegerToFloat"}
 
 
@@ -33,14 +36,18 @@ class SlowForm:
     reason: str
 
 
-def slow_forms(graph: onnx.GraphProto, integers: Collection[str] = ()) -> list[SlowForm]:
-    """What is slow in an optimized graph. integers: FX nodes that shall be products of integers."""
+def slow_forms(graph: onnx.GraphProto, integers: Collection[str] = (), floats: Collection[str] = ()) -> list[SlowForm]:
+    """What is slow in an optimized graph. integers: FX nodes that shall be products of integers; floats: those whose
+    activations nothing shall round to integers."""
     held = {t.name: t for t in graph.initializer}
     makers = {name: node for node in every_node(graph.node) for name in node.output}
     found = []
     for node in every_node(graph.node):
         owner = node.name.split("/")[0]
-        reason = _reason(node, held, makers, asked=owner in integers)
+        if node.op_type == "MatMulNBits":
+            reason = _nbits(node, held, exact=owner in floats)
+        else:
+            reason = _reason(node, held, makers, asked=owner in integers)
         if reason:
             found.append(SlowForm(owner, reason))
     return found
@@ -51,8 +58,6 @@ def _reason(
 ) -> str:
     if node.op_type in ("SkipLayerNormalization", "EmbedLayerNormalization"):
         return f"{node.op_type} is slower than Add and LayerNormalization"
-    if node.op_type == "MatMulNBits":
-        return _nbits(node, held)
     if node.op_type in _INTEGER_PRODUCTS:
         return _integer_product(node, held, makers)
     if node.op_type == "QuantizeLinear":
@@ -66,13 +71,17 @@ def _reason(
     return ""
 
 
-def _nbits(node: onnx.NodeProto, held: Mapping[str, TensorProto]) -> str:
+def _nbits(node: onnx.NodeProto, held: Mapping[str, TensorProto], *, exact: bool) -> str:
     attrs: dict[str, Any] = {a.name: a.i for a in node.attribute}
     bits, block, level = attrs["bits"], attrs["block_size"], attrs.get("accuracy_level", 0)
-    if bits == 8 and level != 4:
+    if bits == 8 and level != _ROUNDS:
         return f"MatMulNBits with 8 bits and accuracy level {level} unpacks the whole weight in each call"
-    if bits == 2 and (level != 4 or block in (16, 256)):
+    if bits == 2 and (level != _ROUNDS or block in (16, 256)):
         return f"MatMulNBits with 2 bits, blocks of {block} and accuracy level {level} has no fast kernel"
+    if exact and level == _ROUNDS:
+        return "MatMulNBits with accuracy level 4 rounds its activations to 8 bits where floats were asked"
+    if not exact and level != _ROUNDS:
+        return f"MatMulNBits with accuracy level {level} is slower than with level 4, and floats were not asked"
     given = list(node.input) + [""] * 6
     zero = held.get(given[3])
     if given[4] or (zero is not None and zero.data_type != TensorProto.UINT8):

@@ -11,6 +11,7 @@ from qfx.backends.onnx import (
     activation,
     attention,
     create,
+    embedding,
     gqa,
     index,
     math,
@@ -40,6 +41,7 @@ EMIT: dict[str, Emit] = {
     **quantized_kv.EMIT,
     **moe.EMIT,
     **quant.EMIT,
+    **embedding.EMIT,
 }
 
 

@@ -52,6 +52,22 @@ def test_ignored_nodes_stay() -> None:
     assert dump(gm).count("# w=i8/ch") == 1
 
 
+def test_tied_means_a_table_that_a_linear_reads() -> None:
+    def forward(own: Any, ids: torch.Tensor) -> Any:
+        x = own.embed(ids)
+        return own.up(x), nn.functional.linear(x, own.embed.weight), own.other(ids)
+
+    layers = {"embed": nn.Embedding(9, 4), "up": nn.Linear(4, 8), "other": nn.Embedding(9, 4)}
+    gm = capture(Function(forward, **layers), torch.ones(2, 3, dtype=torch.int64))
+    asked = recipe(
+        {"target": "linear", "w": "i8/ch"}, {"target": "embedding", "w": "i8/ch"}, {"target": "tied", "w": "u4/g4"}
+    )
+    assert annotate(gm, asked) == []
+    lines = [line for line in dump(gm).splitlines() if "#" in line]
+    assert [line.rpartition("w=")[2] for line in lines if "embed.weight" in line] == ["u4/g4"] * 2
+    assert [line.rpartition("w=")[2] for line in lines if "embed.weight" not in line] == ["i8/ch"] * 2
+
+
 def test_kinds() -> None:
     def forward(own: Any, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.scaled_dot_product_attention(*[own.conv(x).unsqueeze(1)] * 3)

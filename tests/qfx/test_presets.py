@@ -7,7 +7,7 @@ from qfx.recipe import Recipe
 
 FIXED = {  # the names that are promised
     *("w8a8", "w8a8-static", "w8a8-smooth", "w8a16", "w4a16", "w4a16-hqq", "w4a16-awq", "w4a16-gptq", "w3a16-gptq"),
-    *("w2a16-gptq", "w4a8", "nf4", "fp8", "mxfp4", "nvfp4", "int8-outliers", "mixed", "heads", "heads-top30"),
+    *("w2a16", "w2a16-gptq", "w4a8", "nf4", "fp8", "mxfp4", "nvfp4", "int8-outliers", "mixed", "heads", "heads-top30"),
     *("kv8", "kv4", "kv-k4v2", "kv-heads"),
 }
 NAMES = sorted(presets())
@@ -43,7 +43,8 @@ def test_parse_by_name(name: str) -> None:
         ("w8a8-static", "x=u8 w=i8/ch"),
         ("w8a8-smooth", "x=u8 w=i8/ch"),
         ("w8a16", "w=i8/ch"),
-        ("w4a16", "w=i4/g128"),
+        ("w4a16", "w=u4/g128"),
+        ("w2a16", "w=u2/g64"),
         ("w4a8", "x=i8/tok w=i4/ch"),
         ("nf4", "w=nf4/g64"),
         ("fp8", "x=f8e4m3/tok w=f8e4m3/ch"),
@@ -58,6 +59,19 @@ def test_formats_of_linears(name: str, formats: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "mixed"])
 def test_embeddings_are_8_bit(name: str) -> None:
     assert {r: str(f) for r, f in presets()[name].formats_for("embedding", "e").items()} == {"w": "i8/ch"}
+
+
+@pytest.mark.parametrize("name", ["w4a16", "w2a16"])
+def test_tied_tables_are_4_bit(name: str) -> None:
+    for kind in ("embedding", "linear"):
+        tied = presets()[name].formats_for(kind, "e", tied=True)
+        assert {r: str(f) for r, f in tied.items()} == {"w": "u4/g128"}
+
+
+def test_two_bits_are_rounded_with_care_and_no_promise() -> None:
+    assert presets()["w2a16"].rounding == "mse"
+    assert not presets()["w2a16"].needs_data
+    assert "large" in descriptions()["w2a16"]
 
 
 def test_data_is_needed_by_static_presets_only() -> None:

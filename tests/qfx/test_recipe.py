@@ -39,8 +39,8 @@ RECIPES = st.builds(
 )
 
 
-def texts(recipe: Recipe, kind: str, fqn: str) -> dict[str, str]:
-    return {role: str(fmt) for role, fmt in recipe.formats_for(kind, fqn).items()}
+def texts(recipe: Recipe, kind: str, fqn: str, *, tied: bool = False) -> dict[str, str]:
+    return {role: str(fmt) for role, fmt in recipe.formats_for(kind, fqn, tied=tied).items()}
 
 
 def make(*rules: Rule, **fields: Any) -> Recipe:
@@ -95,16 +95,29 @@ def test_unmatched_targets_are_told() -> None:
     assert recipe.unmatched([("linear", "a.q_proj"), ("linear", "a.k_proj")]) == ["*.q_porj", "x"]
 
 
-@given(RECIPES, st.sampled_from(KINDS), st.sampled_from(["a.q_proj", "enc.0.fc1", "lm_head"]))
-def test_resolution_is_a_fold_over_the_rules(recipe: Recipe, kind: str, fqn: str) -> None:
+@given(RECIPES, st.sampled_from(KINDS), st.sampled_from(["a.q_proj", "enc.0.fc1", "lm_head"]), st.booleans())
+def test_resolution_is_a_fold_over_the_rules(recipe: Recipe, kind: str, fqn: str, tied: bool) -> None:
     expected: dict[str, str] = {}
     for rule in recipe.rules:
-        if rule.matches(kind, fqn):
+        if rule.matches(kind, fqn, tied=tied):
             expected |= rule.texts
-    if any(Rule(target=t, **{ROLES.get(t, ("w",))[0]: "i8"}).matches(kind, fqn) for t in recipe.ignore):
+    if any(Rule(target=t, **{ROLES.get(t, ("w",))[0]: "i8"}).matches(kind, fqn, tied=tied) for t in recipe.ignore):
         expected = {}
     expected = {role: text for role, text in expected.items() if role in ROLES[kind] and text != "none"}
-    assert texts(recipe, kind, fqn) == expected
+    assert texts(recipe, kind, fqn, tied=tied) == expected
+
+
+def test_tied_is_for_both_readers_of_a_table_and_for_no_other() -> None:
+    rules = (Rule(target="linear", x="i8/tok", w="i8/ch"), Rule(target="embedding", w="i8/ch"))
+    recipe = make(*rules, Rule(target="tied", w="u4/g128"))
+    assert texts(recipe, "linear", "tied") == {"x": "i8/tok", "w": "i8/ch"}
+    assert texts(recipe, "linear", "lm_head", tied=True) == {"x": "i8/tok", "w": "u4/g128"}
+    assert texts(recipe, "embedding", "wte") == {"w": "i8/ch"}
+    assert texts(recipe, "embedding", "wte", tied=True) == {"w": "u4/g128"}
+    assert texts(make(*rules, ignore=("tied",)), "embedding", "wte", tied=True) == {}
+    with pytest.raises(ValueError, match="'tied' has no role 'x', only w"):
+        Rule(target="tied", x="i8")
+    assert recipe.unmatched([("linear", "a")]) == []
 
 
 @given(RECIPES)
@@ -143,7 +156,7 @@ def test_combination() -> None:
     assert both.rules == presets()["w8a8-smooth"].rules + presets()["w4a16"].rules
     assert both.rewrites == ("smooth",)
     assert both.smooth_alpha == "search"
-    assert texts(both, "linear", "fc") == {"x": "u8", "w": "i4/g128"}
+    assert texts(both, "linear", "fc") == {"x": "u8", "w": "u4/g128"}
     assert texts(Recipe.parse("w4a16+w8a8-smooth"), "linear", "fc") == {"x": "u8", "w": "i8/ch"}
 
 

@@ -102,6 +102,17 @@ def test_tied_weights_count_once() -> None:
     assert report.totals["bytes_before"] == sum(t.nbytes for t in (*fast.parameters(), *fast.buffers()))
 
 
+def test_a_tied_table_of_a_quantized_model_counts_once() -> None:
+    model = nn.Sequential(nn.Embedding(90, 64), nn.Linear(64, 64, bias=False), nn.Linear(64, 90, bias=False))
+    model[2].weight = model[0].weight
+    rules = [{"target": "linear", "w": "i8/ch"}, {"target": "tied", "w": "u4/g32"}]
+    report = qfx.report(qfx.quantize(model, {"rules": rules}, data=[torch.arange(6).view(2, 3)]))
+    assert [row.shared for row in report] == [False, False, True]
+    table, linear = 90 * (64 // 2 + 2 * 5), 64 * (64 + 4)
+    assert report.totals["bytes_after"] == table + linear
+    assert report.totals["bytes_before"] == 4 * (90 * 64 + 64 * 64)
+
+
 def test_a_reason_that_changes_nothing_leaves_a_node_quantized() -> None:
     model, inputs = ZOO["distilbert"]()
     fast = torch.compile(model, backend="qfx", options={"recipe": "nf4"})

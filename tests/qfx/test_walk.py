@@ -70,6 +70,13 @@ def test_names_and_kinds_are_those_of_the_recipe() -> None:
     assert plan.fingerprint and len(notes) == 1 and notes[0].node == "Model"
 
 
+def test_a_tied_table_has_one_format() -> None:
+    rules = (Rule(target="linear", w="i8/ch"), Rule(target="embedding", w="i8/ch"), Rule(target="tied", w="u4/g16"))
+    plan, _ = walk(Model(), Recipe(name="tied", rules=rules), "no reason", "none")
+    assert plan.annotations["table"] == plan.annotations["head"] == {"w": "u4/g16"}
+    assert plan.annotations["fc"] == plan.annotations["patch"] == {"w": "i8/ch"}
+
+
 def test_targets_of_nothing_are_told_here_too() -> None:
     recipe = Recipe(name="typo", rules=(Rule(target="linear", w="i8/ch"), Rule(target="fcc", w="i4/g8")))
     typo = pytest.warns(QfxWarning, match="'fcc': this target of the recipe matches no node")

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -102,6 +104,65 @@ def test_weight_only_linear_by_nbits(w_format: str) -> None:
         assert quality > ROUNDED - 6  # for integer pairs it is exact
 
 
+HELD_IN_FOUR = "codes of 2 bits are held in 4: no fast kernel multiplies them with floats"
+
+
+@pytest.mark.parametrize("x_format", ["f32", "bf16"])
+@pytest.mark.parametrize("w_format", GROUPED)
+def test_weight_only_linear_with_float_activations(w_format: str, x_format: str) -> None:
+    """x=f32 is exact: products of 4 bits on floats, and nothing of it is slow."""
+    fmt = Format.parse(w_format)
+    for k, n in ((96, 40), (130, 24), (20, 7)):
+        packed = pack_weight(floats(n, k, seed=2), fmt)
+        for bias, smooth in ((None, None), (floats(n, seed=3), floats(k, seed=4).abs() + 0.5)):
+            quality, lowered = linear(floats(3, k, seed=5), packed, bias, x_format, smooth, strict=True)
+            assert quality > EXACT
+            kernel = lowered.kernels["linear_default"]
+            assert kernel.startswith("MatMulNBits 4-bit")
+            assert "float activations" in kernel
+            assert ("(x2)" in kernel) == (fmt.bits > 4)
+            assert not lowered.slow
+            kept = fmt.bits == 2 and "/g16" not in w_format  # those lie in 4 bits in any case
+            assert [n.reason for n in lowered.notes if n.node != "graph"] == ([HELD_IN_FOUR] if kept else [])
+
+
+@pytest.mark.parametrize(("w_format", "bits"), [("i4/g32", 4), ("u8/g32", 8), ("i8/ch", 8), ("u2/g64", 4)])
+def test_float_activations_need_no_float_weight(w_format: str, bits: int) -> None:
+    """Bytes of the session's weights: those of the codes and their scales."""
+    packed = pack_weight(floats(64, 256, seed=2), Format.parse(w_format))
+    _, lowered = linear(floats(3, 256), packed, None, "f32")
+    (built,) = lowered.models
+    codes = {t.numel() for t in built.weights.values() if t.dtype == torch.uint8 and t.numel() > 4096}
+    assert codes == {64 * 256 // 2}
+    assert sum(t.numel() for t in built.weights.values() if t.numel() > 4096) == 64 * 256 * bits // 8
+
+
+def test_activations_in_another_format_are_told_to_be_rounded_again() -> None:
+    packed = pack_weight(floats(40, 96, seed=2), Format.parse("i4/g32"))
+    words = {"": "float activations", "i8": "activations in i8", "u4/tok": "activations in u4/tok"}
+    for x_format, asked in words.items():
+        quality, lowered = linear(inputs(), packed, None, x_format)
+        assert quality > ROUNDED - 6
+        assert lowered.notes[0].reason.startswith(f"{asked} were asked; MatMulNBits rounds them to 8 bits")
+        assert "x='f32'" in lowered.notes[0].next_step
+    assert not linear(inputs(), packed, None, "i8/tok")[1].notes
+
+
+@given(
+    st.sampled_from(["i8", "u8", "i6", "u7", "i4", "u4", "i3", "i2", "u2"]),
+    st.sampled_from(["ch", "g16", "g32", "g48", "g128"]),
+    st.integers(1, 150),
+    st.integers(1, 9),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=25, deadline=None)
+def test_halves_and_wider_codes_hold_any_weight(kind: str, granularity: str, k: int, n: int, seed: int) -> None:
+    packed = pack_weight(floats(n, k, seed=seed) * 3 + 1, Format.parse(f"{kind}/{granularity}"))
+    quality, lowered = linear(floats(2, k, seed=seed + 1), packed, None, "f32")
+    assert quality > EXACT
+    assert not lowered.slow
+
+
 def test_a_bitstream_that_fits_is_used_where_it_lies() -> None:
     packed = pack_weight(floats(40, 256, seed=2), Format.parse("i4/g64"))
     _, lowered = linear(floats(3, 256), packed, None, "", strict=True)
@@ -153,24 +214,6 @@ def test_the_wrong_weight_is_far_off() -> None:
     gm, _ = graph_of(torch.ops.qfx.linear.default, x, *data)
     wrong = torch.ops.qfx.linear(x, bad.data, bad.scale, None, None, None, None, None, "i8/tok", "i8/ch")
     assert sqnr(wrong, lower(gm)(x)[0]) < 5
-
-
-TABLES = ["i8/ch", "u8/ch", "i8", "u8", "i4/g32", "u4/ch", "nf4/g32", "i4/b8x32"]
-
-
-@pytest.mark.parametrize("w_format", TABLES)
-def test_embedding(w_format: str) -> None:
-    packed = pack_weight(floats(30, 64), Format.parse(w_format))
-    ids = torch.tensor([[0, 29, 3], [3, 7, 11]])
-    arguments = (packed.data, packed.scale, packed.zero, w_format, 64, torch.float32)
-    gm, reference = graph_of(torch.ops.qfx.embedding.default, ids, *arguments)
-    lowered = lower(gm, strict=True)
-    assert sqnr(reference, lowered(ids)[0]) > EXACT
-    if Format.parse(w_format).bits == 8:
-        assert "int8" in lowered.kernels["embedding_default"]
-        assert not lowered.notes
-    else:
-        assert "gathered from f32" in lowered.notes[0].reason
 
 
 @pytest.mark.parametrize("w_format", ["i8/ch", "i8", "u8/ch", "i4/g32", "nf4/g32"])

@@ -48,6 +48,7 @@ SLOW: dict[str, tuple[Any, str]] = {
         graph("MatMulNBits", ["x", "w", "s"], [], bits=2, block_size=256, accuracy_level=4),
         "blocks of 256",
     ),
+    "4 bits": (graph("MatMulNBits", ["x", "w", "s"], [], bits=4, block_size=32, accuracy_level=1), "floats were not"),
     "float zeros": (
         graph("MatMulNBits", ["x", "w", "s", "z"], [held("z", F32, 4)], bits=4, block_size=32, accuracy_level=4),
         "float zero points",
@@ -88,6 +89,18 @@ def test_not_found(name: str) -> None:
 
 def test_floats_are_no_fault_where_floats_were_asked() -> None:
     assert not slow_forms(SLOW["floats"][0], {"another"})
+    assert not slow_forms(SLOW["4 bits"][0], floats={"linear"})
+
+
+@pytest.mark.parametrize("name", ["4 bits", "8 bits", "2 bits"])
+def test_rounded_activations_are_a_fault_where_floats_were_asked(name: str) -> None:
+    (found,) = slow_forms(FAST[name], floats={"linear"})
+    assert "rounds its activations to 8 bits where floats were asked" in found.reason
+
+
+@pytest.mark.parametrize("name", ["8 bits", "8 bits, level 1", "2 bits"])
+def test_float_activations_of_other_bits_are_slow_even_where_they_were_asked(name: str) -> None:
+    assert slow_forms(SLOW[name][0], floats={"linear"})
 
 
 # ---- the lowering table: each row against the reference kernels, and without a slow form ----
@@ -123,6 +136,8 @@ ROWS: dict[tuple[str, str], tuple[str, float]] = {
     ("i8", "i8/ch"): ("MatMulIntegerToFloat", 60), ("u8", "i8/ch"): ("MatMulIntegerToFloat", 60),
     ("", "i8/ch"): ("MatMulNBits", 35), ("", "i8/g32"): ("MatMulNBits", 35), ("", "i4/g32"): ("MatMulNBits", 35),
     ("", "u4/g64"): ("MatMulNBits", 35), ("", "i2/g64"): ("MatMulNBits", 35), ("", "i3/g32"): ("MatMulNBits", 35),
+    ("f32", "i4/g32"): ("MatMulNBits", 60), ("f32", "u4/g64"): ("MatMulNBits", 60),
+    ("f32", "i8/g32"): ("MatMulNBits", 60), ("f32", "u2/g64"): ("MatMulNBits", 60), ("", "u2/g64"): ("MatMulNBits", 35),
     ("i8/tok", "i4/g32"): ("MatMulNBits", 30), ("i8/tok", "i4/ch"): ("MatMulIntegerToFloat", 60),
     ("", "nf4/g64"): ("FusedMatMul", 40), ("", "f8e4m3/ch"): ("FusedMatMul", 40),
 }  # fmt: skip
@@ -131,7 +146,7 @@ ROWS: dict[tuple[str, str], tuple[str, float]] = {
 @pytest.mark.parametrize(("x", "w"), ROWS)
 def test_row(x: str, w: str) -> None:
     rules = [{"target": "linear", "w": w, **({"x": x} if x else {})}, {"target": "embedding", "w": "i8/ch"}]
-    rules.append({"target": "head", "w": "i8/ch", **({"x": "i8/tok"} if x else {})})
+    rules.append({"target": "head", "w": "i8/ch", **({"x": "f32" if x == "f32" else "i8/tok"} if x else {})})
     model = qfx.quantize(Block().eval(), Recipe.parse({"name": "row", "rules": rules}), data=[(IDS,)])
     gm = capture_export(model, (IDS,)).gm
     prepare(gm)
@@ -141,8 +156,9 @@ def test_row(x: str, w: str) -> None:
         assert sqnr(model(IDS), lowered(IDS)[0]) > least
     linears = {n.name for n in gm.graph.nodes if str(n.target).startswith("qfx.linear")}
     asked = linears if kernel in ("MatMulIntegerToFloat", "DynamicQuantizeMatMul") else set()
+    floats = linears if x == "f32" else set()
     optimized = [optimized_graph(built) for built in lowered.models]
-    assert not [form for one in optimized for form in slow_forms(one, asked)]
+    assert not [form for one in optimized for form in slow_forms(one, asked, floats)]
     assert kernel in {node.op_type for one in optimized for node in one.node}
     assert not lowered.slow
     assert isinstance(optimized[0], onnx.GraphProto)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -40,18 +41,91 @@ def tables(path: Path) -> int:
     return sum(int(np.prod(t.dims)) >= 90 * 64 for t in onnx.load(str(path)).graph.initializer)
 
 
-@pytest.mark.parametrize("width", [96, 128, 100])
-@pytest.mark.parametrize("w", ["i8/ch", "u8/ch", "i8"])
-def test_once_and_right(tmp_path: Path, w: str, width: int) -> None:
-    rules = [{"target": target, "w": w} for target in ("linear", "embedding")]
-    model = qfx.quantize(Tied(width).eval(), Recipe.parse({"name": "tied", "rules": rules}), data=[(IDS,)])
+def written(model: Any, path: Path, runtime: str = "onnxruntime") -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QfxWarning)
-        path = qfx.export_onnx(model, (IDS,), tmp_path / "m.onnx").path
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return qfx.export_onnx(model, (IDS,), path, runtime=runtime).path
+
+
+def in_ort(path: Path) -> Tensor:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"ids": IDS.numpy()})[0])
+
+
+@pytest.mark.parametrize("width", [96, 128, 100])
+@pytest.mark.parametrize("w", ["i8/ch", "u8/ch", "i8", "i4/g32", "u4/g128", "u2/g64", "i3/g32", "u8/g16"])
+def test_once_and_right(tmp_path: Path, w: str, width: int) -> None:
+    rules = [{"target": "linear", "w": "i8/ch"}, {"target": "tied", "w": w}]
+    model = qfx.quantize(Tied(width).eval(), Recipe.parse({"name": "tied", "rules": rules}), data=[(IDS,)])
+    path = written(model, tmp_path / "m.onnx")
     with torch.no_grad():
-        assert sqnr(model(IDS), torch.from_numpy(session.run(None, {"ids": IDS.numpy()})[0])) > 35
-    assert tables(path) == 1 + (width >= 90)  # the linear's own weight is as large
+        assert sqnr(model(IDS), in_ort(path)) > 35
+    graph = onnx.load(str(path)).graph
+    (gather,) = (node for node in graph.node if node.op_type == "GatherBlockQuantized")
+    (head,) = (node for node in graph.node if node.op_type == "MatMulNBits" and node.input[1] == gather.input[0])
+    held = {t.name: t for t in graph.initializer}
+    assert len(held[head.input[1]].dims) == 3
+    bits = {"i3/g32": 4}.get(w, int(w[1]))
+    padded = {"u4/g128": 128, "u2/g64": 128, "u8/g16": -(-width // 16) * 16}.get(w, 128 if width > 96 else 96)
+    if "/g" in w:
+        assert np.prod(held[head.input[1]].dims) == 90 * padded * bits // 8
+    others = sum(np.prod(t.dims) >= 90 * width * bits // 8 and t.data_type != 1 for t in graph.initializer)
+    assert others == 2  # the table, and the linear's own weight, which is as large
+    assert not any(t.data_type == 1 and np.prod(t.dims) >= 90 * width // 4 for t in graph.initializer)
+
+
+@pytest.mark.parametrize("w", ["i4/g32", "u4/g128", "u2/g64", "i3/g32", "i8/ch", "nf4/g32", "f8e4m3/ch", "i4/g20"])
+def test_by_the_standard_as_well(tmp_path: Path, w: str) -> None:
+    """The table lies twice there, as rows and as columns, but never in floats."""
+    rules = [{"target": "linear", "w": "i8/ch"}, {"target": "tied", "w": w}]
+    model = qfx.quantize(Tied(100).eval(), Recipe.parse({"name": "tied", "rules": rules}), data=[(IDS,)])
+    path = written(model, tmp_path / "m.onnx", "standard")
+    graph = onnx.load(str(path)).graph
+    assert {node.domain for node in graph.node} == {""}
+    assert not any(t.data_type == 1 and np.prod(t.dims) >= 90 * 100 // 4 for t in graph.initializer)
+    with torch.no_grad():
+        wanted = model(IDS)
+    assert sqnr(wanted, in_ort(path)) > 35
+    assert sqnr(wanted, in_openvino(path)) > 110
+
+
+def in_openvino(path: Path) -> Tensor:
+    import openvino
+
+    core = openvino.Core()
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    return torch.from_numpy(np.array(core.compile_model(core.read_model(str(path)), "CPU", exact)([IDS.numpy()])[0]))
+
+
+@pytest.mark.parametrize("recipe", ["w4a16", "w2a16"])
+def test_presets_store_a_tied_table_once(tmp_path: Path, recipe: str) -> None:
+    model = qfx.quantize(Tied(256).eval(), recipe, data=[(IDS,)])
+    path = written(model, tmp_path / "m.onnx")
+    with torch.no_grad():
+        assert sqnr(model(IDS), in_ort(path)) > 35
+    assert sum(np.prod(t.dims) == 90 * 128 for t in onnx.load(str(path)).graph.initializer) == 1
+
+
+def test_compiled_too() -> None:
+    """One tensor in the session serves both, and the report says what runs."""
+    compiled = torch.compile(Tied(256).eval(), backend="qfx", options={"recipe": "w4a16", "cache": False})
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", QfxWarning)
+        compiled(IDS)
+    rows = {row.node: row for row in qfx.report(compiled)}
+    assert rows["embedding"].kernel == "GatherBlockQuantized 4-bit"
+    assert rows["embedding"].asked == rows["head"].asked == "w=u4/g128"
+    assert rows["head"].kernel == "MatMulNBits 4-bit, blocks of 128, 8-bit activations"
+    assert rows["head"].shared
+    torch._dynamo.reset()
+
+
+def test_two_formats_are_stored_twice_and_told() -> None:
+    rules = [{"target": "linear", "w": "i4/g32"}, {"target": "embedding", "w": "i8/ch"}]
+    with pytest.warns(QfxWarning, match=r"stored twice(.|\n)*a rule with target 'tied'"):
+        qfx.quantize(Tied(96).eval(), Recipe.parse({"name": "two", "rules": rules}), data=[(IDS,)])
 
 
 def test_other_tables_stay_rows(tmp_path: Path) -> None:
