@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from qfx.encoder_decoder import DOCUMENT
+
 if TYPE_CHECKING:
     from qfx.generation import OnnxCausalLM
+    from qfx.generation_seq2seq import OnnxSeq2SeqLM
 
 
 class OnnxModel:
@@ -27,8 +30,8 @@ class OnnxModel:
         return self._runner.run(inputs)
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None) -> OnnxModel | OnnxCausalLM:
-    """Open a file (`OnnxModel`) or the folder of a decoder (a causal language model with `generate()`).
+def load(path: str | os.PathLike[str], *, threads: int | None = None) -> OnnxModel | OnnxCausalLM | OnnxSeq2SeqLM:
+    """Open a file (`OnnxModel`) or the folder of a decoder or encoder-decoder (a model with `generate()`).
 
     threads: None for `torch.get_num_threads()`. Raises ValueError for files that are cut short or altered,
     FileNotFoundError where one is missing.
@@ -36,6 +39,10 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> OnnxMod
     target = Path(path)
     if not target.exists():
         raise FileNotFoundError(f"there is no {target}\n  expected: what qfx.export_onnx wrote")
+    if (target / DOCUMENT).exists():
+        from qfx import generation_seq2seq
+
+        return generation_seq2seq.load(target, threads=threads)
     if target.is_dir():
         from qfx.generation import OnnxCausalLM
 
