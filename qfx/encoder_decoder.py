@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +210,25 @@ def capture_encoder(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Cap
 
     Outputs: HIDDEN [B, T, C], then CROSS keys and values [B, H, T, D] of every decoder layer.
     """
-    captured = capture_export(_Encoder(model), (), {"inputs": dict(inputs)})
+    captured = _read_only(capture_export(_Encoder(model), (), {"inputs": dict(inputs)}))
     return captured, {f"inputs_{name}": name for name in inputs}
+
+
+def _read_only(captured: Captured) -> Captured:
+    """Without what no output reads: all of the decoder but the keys and values of what the encoder gives."""
+    graph = captured.gm.graph
+    wanted = [graph.output_node()]
+    read = set(wanted)
+    while wanted:
+        new = [n for n in wanted.pop().all_input_nodes if n not in read]
+        read.update(new)
+        wanted += new
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    kept = tuple(i for i, n in zip(captured.inputs, placeholders, strict=True) if n in read)
+    for node in [n for n in reversed(graph.nodes) if n not in read]:
+        graph.erase_node(node)
+    captured.gm.recompile()
+    return replace(captured, inputs=kept)
 
 
 def capture_decoder(

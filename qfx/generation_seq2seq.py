@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 
 from qfx.backends.onnx.runner import Runner
+from qfx.decoder import PAST, PRESENT
 from qfx.encoder_decoder import (
     CROSS,
     DECODER,
@@ -27,7 +30,6 @@ from qfx.encoder_decoder import (
     read_document,
     whole_mask,
 )
-from qfx.decoder import PAST, PRESENT
 from qfx.errors import explain
 from qfx.generation import SharedCache
 
@@ -77,12 +79,25 @@ class OnnxEncoder:
         self._runner = Runner(path, threads)
         self.main_input_name: str = document["main_input"]
         self._unread, self._config = set(document["unread"]), config
+        self.forward = self._named()
+
+    def _named(self) -> Callable[..., BaseModelOutput]:
+        """The call with the inputs' names in its signature, by which generate() knows what the encoder takes."""
+        names = [*self._runner.inputs, *self._unread]
+        parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+        rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+
+        def forward(**kwargs: Any) -> BaseModelOutput:
+            return self(**kwargs)
+
+        cast(Any, forward).__signature__ = inspect.Signature([*parameters, rest])
+        return forward
 
     def shape(self, name: str) -> list[Any]:
         """The sizes of an input: numbers, and names of those that vary."""
         return next(list(i.shape) for i in self._runner.session.get_inputs() if i.name == name)
 
-    def forward(self, **kwargs: Any) -> BaseModelOutput:
+    def __call__(self, **kwargs: Any) -> BaseModelOutput:
         """The encoder's states and, as further items, the keys and values that the decoder's layers make of them.
 
         Raises ValueError for inputs that the file does not have.
@@ -105,8 +120,6 @@ class OnnxEncoder:
         for name, tensor in found.items():
             states[name] = tensor
         return states
-
-    __call__ = forward
 
 
 def refuse_unknown(given: dict[str, Any]) -> None:
@@ -203,19 +216,17 @@ class OnnxSeq2SeqLM(GenerationMixin):  # type: ignore[misc]
         old = cache.length
         places = torch.arange(old, old + new)[None] if decoder_position_ids is None else decoder_position_ids
         places = places.expand(batch, -1)
-        # GroupQueryAttention takes one new token of each of several sequences
-        width = 1 if batch > 1 and old else new
-        steps = [
-            self._step(decoder_input_ids[:, i : i + width], mask[:, : old + i + width], places[:, i : i + width], cache, feeds)
-            for i in range(0, new, width)
-        ]
-        return Seq2SeqLMOutput(logits=steps[0] if len(steps) == 1 else torch.cat(steps, 1), past_key_values=cache)
+        width = 1 if batch > 1 and old else new  # GroupQueryAttention takes one more token of each of several sequences
+        logits = []
+        for i in range(0, new, width):
+            part = slice(i, i + width)
+            grown = mask[:, : old + i + width]
+            logits.append(self._step(decoder_input_ids[:, part], grown, places[:, part], cache, feeds))
+        return Seq2SeqLMOutput(logits=logits[0] if len(logits) == 1 else torch.cat(logits, 1), past_key_values=cache)
 
     forward = __call__
 
-    def _step(
-        self, ids: Tensor, mask: Tensor, places: Tensor, cache: CrossCache, fixed: dict[str, Tensor]
-    ) -> Tensor:
+    def _step(self, ids: Tensor, mask: Tensor, places: Tensor, cache: CrossCache, fixed: dict[str, Tensor]) -> Tensor:
         batch, total = mask.shape
         cache.reserve(batch, total)
         feeds = {**fixed, IDS: ids, MASK: mask}
