@@ -192,7 +192,7 @@ class OnnxSeq2SeqLM(GenerationMixin):  # type: ignore[misc]
         encoder_outputs: BaseModelOutput | None = None, past_key_values: CrossCache | None = None,
         decoder_position_ids: Tensor | None = None, use_cache: bool | None = None, **kwargs: Any,
     ) -> Seq2SeqLMOutput:  # fmt: skip
-        """Logits [B, S, V] for new tokens [B, S], and the grown cache.
+        """Logits [B, S, V] for new tokens [B, S], and the grown cache unless use_cache is False.
 
         The encoder runs where neither its outputs nor a cache that holds their keys and values are given.
         decoder_attention_mask [B, P + S]: all ones where left out. Raises ValueError for what does not fit.
@@ -222,7 +222,8 @@ class OnnxSeq2SeqLM(GenerationMixin):  # type: ignore[misc]
             part = slice(i, i + width)
             grown = mask[:, : old + i + width]
             logits.append(self._step(decoder_input_ids[:, part], grown, places[:, part], cache, feeds))
-        return Seq2SeqLMOutput(logits=logits[0] if len(logits) == 1 else torch.cat(logits, 1), past_key_values=cache)
+        whole = logits[0] if len(logits) == 1 else torch.cat(logits, 1)
+        return Seq2SeqLMOutput(logits=whole, past_key_values=None if use_cache is False else cache)
 
     forward = __call__
 

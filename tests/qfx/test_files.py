@@ -200,10 +200,15 @@ def test_a_staged_folder_appears_whole(tmp_path: Path) -> None:
 def test_the_last_file_moves_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = []
     replace = os.replace
+
+    def note(old: Path, new: Path) -> None:
+        moved.append(new.name)
+        replace(old, new)
+
     with files.staged_folder(tmp_path, last="a") as stage:
         for name in "bac":
             (stage / name).touch()
-        monkeypatch.setattr(os, "replace", lambda old, new: (moved.append(Path(new).name), replace(old, new)))
+        monkeypatch.setattr(os, "replace", note)
     assert moved == ["b", "c", "a"]
 
 

@@ -145,7 +145,12 @@ def test_the_encoder_runs_once_and_beams_share_what_it_says(folders: Any, monkey
     loaded: Any = qfx.onnx.load(folders("t5"))
     calls = []
     run = loaded.encoder._runner.run
-    monkeypatch.setattr(loaded.encoder._runner, "run", lambda *a: calls.append(1) or run(*a))
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return run(*args)
+
+    monkeypatch.setattr(loaded.encoder._runner, "run", counted)
     seen: set[int] = set()
     step = loaded._step
 
@@ -246,10 +251,10 @@ def test_a_plan_with_rewrites_serves_both_files(tmp_path: Path) -> None:
 
 
 def test_whisper_finds_the_language_by_itself(folders: Any) -> None:
-    live, loaded = ZOO["whisper"]()[0], qfx.onnx.load(folders("whisper"))
+    both: list[Any] = [ZOO["whisper"]()[0], qfx.onnx.load(folders("whisper"))]
     found = []
-    for model in (live, loaded):
-        settings: Any = model.generation_config
+    for model in both:
+        settings = model.generation_config
         settings.is_multilingual, settings.no_timestamps_token_id = True, 90
         settings.lang_to_id = {"<|en|>": 50, "<|de|>": 51, "<|fr|>": 52}
         settings.task_to_id = {"transcribe": 60, "translate": 61}
