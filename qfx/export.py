@@ -13,11 +13,12 @@ from typing import Any
 from torch import fx, nn
 
 from qfx import data as batches
-from qfx import decoder, graph
+from qfx import decoder, encoder_decoder, graph
 from qfx.cache_scales import cache_formats, cache_scales, need_data
 from qfx.capture import Captured, capture_export
 from qfx.data import Call
 from qfx.errors import Note, UnsupportedError, explain
+from qfx.files import staged_folder
 from qfx.format import Format
 from qfx.hub import is_causal_lm
 from qfx.inputs import example_inputs, need_inputs, without_cache
@@ -63,6 +64,8 @@ def export_onnx(
     For a causal language model `path` may be a folder: then one graph with a cache of keys and values is written, which
     reads prompts and writes token after token, with the configuration that `qfx.onnx.load` and onnxruntime-genai need.
     It gives the logits of the last token, with `all_logits` those of every new token. The tokenizer is yours to save.
+    An encoder-decoder goes to a folder too: `encoder.onnx` runs once and gives the keys and values that the decoder's
+    layers attend to, `model.onnx` is the decoder with its cache, which gives the logits of every new token.
 
     args: example inputs: a tensor, a tuple, or a dict of keyword arguments; None for a model of transformers whose
     inputs its configuration tells. Sizes that the model lets vary vary in the file (`dynamic`); give the example sizes
@@ -81,11 +84,15 @@ def export_onnx(
     """
     _check_model(model)
     folder = Path(path).suffix != ".onnx" and is_causal_lm(model)
-    target = Path(path) / DECODER if folder else _checked_path(path)
+    pair = Path(path).suffix != ".onnx" and not folder and encoder_decoder.is_encoder_decoder(model)
+    target = Path(path) / DECODER if folder or pair else _checked_path(path)
     _check_options(runtime, recipe, plan)
     _check_prefill(prefill, runtime)
     caches = _checked_kv(kv, folder=folder, data=data)
     asked = None if recipe is None else Recipe.parse(recipe)
+    if pair:
+        how: Any = {"runtime": runtime, "prefill": prefill is not None, "external_bytes": external_bytes}
+        return _pair(model, args, target.parent, recipe=asked, plan=plan, data=data, strict=strict, **how)
     if folder:
         data = list(data) if isinstance(data, Iterator) else data  # the recipe reads it, and the caches
         prepared = functools.partial(
@@ -100,7 +107,7 @@ def export_onnx(
             plan = make_plan(model, asked, data, strict=strict)
         with Spill(target.parent) as spill:
             captured, notes = _quantized(model, call, asked, plan, spill, dynamic=dynamic, strict=strict)
-            how: Any = {"prefill": prefill is not None, "strict": strict, "external_bytes": external_bytes}
+            how = {"prefill": prefill is not None, "strict": strict, "external_bytes": external_bytes}
             return _write(captured, notes, target, runtime, spill, **how)
 
 
@@ -119,8 +126,7 @@ def _decoder(
         captured, names = decoder.capture_decoder(model, last_only=not all_logits)
         notes = _planned(captured, recipe, plan, spill, strict=strict)
         if not decoder.fuse_cache(captured, names):
-            reason = "its cache is read by more than attention: it grows by a copy for each token"
-            notes.append(Note(type(model).__name__, reason, "none needed for the result", minor=True))
+            notes.append(_not_shared(model))
         if caches is not None:
             notes += decoder.quantize_cache(captured, names, caches, cache_scales(model, data, caches))
         how: Any = {"prefill": prefill, "strict": strict, "external_bytes": external_bytes}
@@ -128,6 +134,41 @@ def _decoder(
         sizes = decoder.stored_sizes(captured, names)
     genai.write_config(model, target.parent, written.inputs, sizes, shared=written.shared_cache)
     return written
+
+
+def _pair(
+    model: nn.Module, args: Any, folder: Path, *, recipe: Recipe | None, plan: Plan | None, data: Any, strict: bool,
+    **how: Any,
+) -> Exported:  # fmt: skip
+    """The folder of an encoder-decoder: all of its files, or none."""
+    at = encoder_decoder.DOCUMENT
+    with evaluating(model), staged_folder(folder, last=at) as stage, Spill(folder) as spill:
+        inputs = encoder_decoder.encoder_inputs(model, args)
+        if recipe is not None and recipe.needs_data:
+            plan = make_plan(model, recipe, data, strict=strict)
+        if plan is not None:
+            plan.check(model, strict=strict)
+        how["strict"] = strict
+        sizes = encoder_decoder.cache_sizes(model, inputs)
+        captured, names = encoder_decoder.capture_encoder(model, inputs)
+        notes = [*encoder_decoder.own_generate(model), *_planned(captured, recipe, plan, spill, strict=strict)]
+        encoder = _write(captured, notes, stage / encoder_decoder.ENCODER, spill=spill, **how, inputs=names)
+        captured, names, pasts = encoder_decoder.capture_decoder(model, inputs, sizes)
+        notes = _planned(captured, recipe, plan, spill, strict=strict)
+        if not encoder_decoder.fuse_cache(captured, pasts):
+            notes.append(_not_shared(model))
+        written = _write(captured, notes, stage / encoder_decoder.DECODER, spill=spill, **how, inputs=names)
+        encoder_decoder.write_document(model, stage, sorted(inputs.keys() - set(encoder.inputs)))
+    return Exported(
+        files=tuple(folder / file.name for file in (*written.files, *encoder.files)),
+        nbytes=written.nbytes + encoder.nbytes,
+        opset=max(written.opset, encoder.opset),
+        inputs=written.inputs,
+        outputs=written.outputs,
+        notes=(*encoder.notes, *written.notes),
+        formats={**encoder.formats, **written.formats},
+        shared_cache=written.shared_cache,
+    )
 
 
 def _write(
@@ -149,7 +190,7 @@ def _write(
         "qfx.formats": json.dumps(formats, sort_keys=True),
         "qfx.versions": json.dumps(versions(), sort_keys=True),
         "qfx.runtime": runtime,
-        **({"qfx.cache": "shared" if _grows_in_place(built, inputs) else "copied"} if inputs else {}),
+        **({"qfx.cache": "shared" if _grows_in_place(built, inputs) else "copied"} if _pasts(inputs) else {}),
         **({INTEGERS_KEY: INTEGERS} if has_integer_products(built.model.graph.node) else {}),
         "qfx.notes": json.dumps([str(note) for note in notes]),
     }
@@ -170,13 +211,23 @@ def _write(
     return Exported(written.files, written.nbytes, written.opset, names, found, tuple(notes), formats, shared_cache)
 
 
-def _grows_in_place(built: Any, inputs: Mapping[str, str]) -> bool:
+def _grows_in_place(built: Any, inputs: Mapping[str, str] | None) -> bool:
     """Does every layer's cache grow where it lies?"""
     from qfx.backends.onnx.branch import every_node
 
     nodes = built.model.graph.node
     fused = [node for node in nodes if any(n.op_type == "GroupQueryAttention" for n in every_node([node]))]
-    return 2 * len(fused) == len(inputs)
+    return 2 * len(fused) == len(_pasts(inputs))
+
+
+def _pasts(inputs: Mapping[str, str] | None) -> list[str]:
+    """The inputs that are caches which grow."""
+    return [name for name in (inputs or {}).values() if name.startswith("past_key_values.")]
+
+
+def _not_shared(model: nn.Module) -> Note:
+    reason = "its cache is read by more than attention: it grows by a copy for each token"
+    return Note(type(model).__name__, reason, "none needed for the result", minor=True)
 
 
 def _quantized(

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -56,6 +57,30 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
         if isinstance(error, OSError) and error.errno in _FULL:
             raise _disk_full(error, root) from error
         raise
+
+
+@contextmanager
+def staged_folder(folder: str | os.PathLike[str], *, last: str) -> Iterator[Path]:
+    """Write several files of one folder, by functions that write whole files, so that all of them appear or none does.
+
+    Yields a new folder to write to, in `folder`. At the end of the block its files move to `folder`, `last` after all
+    others. Where the block fails, what was there before is unchanged. Raises OSError.
+    """
+    root = Path(folder)
+    made = _make_folder(root)
+    stage = root / f".{secrets.token_hex(6)}.tmp"
+    done = False
+    try:
+        stage.mkdir()
+        yield stage
+        for path in sorted(stage.iterdir(), key=lambda path: (path.name == last, path.name)):
+            os.replace(path, root / path.name)
+        _flush(root)
+        done = True
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if made is not None and not done:
+            _remove_empty(root, made)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

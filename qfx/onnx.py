@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from qfx.encoder_decoder import DOCUMENT
+
 if TYPE_CHECKING:
     from qfx.generation import OnnxCausalLM
+    from qfx.generation_seq2seq import OnnxSeq2SeqLM
 
 
 class OnnxModel:
@@ -30,8 +33,8 @@ class OnnxModel:
 
 def load(
     path: str | os.PathLike[str], *, threads: int | None = None, session_options: Mapping[str, str] | None = None
-) -> OnnxModel | OnnxCausalLM:
-    """Open a file (`OnnxModel`) or the folder of a decoder (a causal language model with `generate()`).
+) -> OnnxModel | OnnxCausalLM | OnnxSeq2SeqLM:
+    """Open a file (`OnnxModel`) or the folder of a decoder or encoder-decoder (a model with `generate()`).
 
     threads: None for `torch.get_num_threads()`. session_options: config entries of ONNX Runtime, such as
     {"session.intra_op.allow_spinning": "0"}. On x86 without VNNI integer products take an exact, slower path, which a
@@ -41,6 +44,10 @@ def load(
     target = Path(path)
     if not target.exists():
         raise FileNotFoundError(f"there is no {target}\n  expected: what qfx.export_onnx wrote")
+    if (target / DOCUMENT).exists():
+        from qfx import generation_seq2seq
+
+        return generation_seq2seq.load(target, threads=threads, session_options=session_options)
     if target.is_dir():
         from qfx.generation import OnnxCausalLM
 

@@ -13,6 +13,7 @@ from qfx.cache_scales import SAMPLES, cache_formats
 from qfx.cli.models import TextOptions, batches, open_quantized
 from qfx.cli.terminal import megabytes, step
 from qfx.data import read_texts
+from qfx.encoder_decoder import is_encoder_decoder
 from qfx.recipe import Recipe
 
 
@@ -54,7 +55,8 @@ def run(
     for file in done.files:
         console.print(f"  {file}")
     if folder:
-        console.print("open it: qfx.onnx.load(folder), or onnxruntime_genai.Model(folder)")
+        other = "" if is_encoder_decoder(loaded.model) else ", or onnxruntime_genai.Model(folder)"
+        console.print(f"open it: qfx.onnx.load(folder){other}")
 
 
 def _shown(names: Sequence[str]) -> str:

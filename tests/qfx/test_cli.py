@@ -21,6 +21,7 @@ import qfx.onnx
 from qfx.cli.app import app
 from qfx.cli.terminal import guarded, megabytes
 from qfx.errors import QfxWarning, UnsupportedError
+from tests.zoo import ZOO
 
 SIZES = {
     "hidden_size": 64,
@@ -268,3 +269,14 @@ def test_export_needs_data_for_a_static_recipe(encoder: Path, tmp_path: Path) ->
     assert result.exit_code != 0
     assert "needs calibration data" in result.output
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_export_an_encoder_decoder_as_a_folder(tmp_path: Path) -> None:
+    model: Any = ZOO["bart"]()[0]
+    model.save_pretrained(tmp_path / "bart")
+    result = _run("export", tmp_path / "bart", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "qfx.onnx.load(folder)" in result.output
+    assert "onnxruntime_genai" not in result.output
+    written = {"encoder.onnx", "model.onnx", "encoder_decoder.json", "config.json", "generation_config.json"}
+    assert written == {path.name for path in (tmp_path / "out").iterdir()}

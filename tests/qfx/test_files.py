@@ -184,3 +184,40 @@ def test_read_refuses_missing_truncated_altered(tmp_path: Path) -> None:
     files.read_safetensors(path)  # without the digest a flipped byte goes unnoticed: the digest is what finds it
     with pytest.raises(ValueError, match=f"expected: sha256 {digest}"):
         files.read_safetensors(path, sha256=digest)
+
+
+def test_a_staged_folder_appears_whole(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("1")
+    (tmp_path / "b").write_text("old")
+    with files.staged_folder(tmp_path, last="a") as stage:
+        files.write_text(stage / "a", "new")
+        files.write_text(stage / "b", "new")
+        assert (tmp_path / "b").read_text() == "old"
+        assert not (tmp_path / "a").exists()
+    assert [(n, (tmp_path / n).read_text()) for n in names(tmp_path)] == [("a", "new"), ("b", "new"), ("kept", "1")]
+
+
+def test_the_last_file_moves_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+    replace = os.replace
+
+    def note(old: Path, new: Path) -> None:
+        moved.append(new.name)
+        replace(old, new)
+
+    with files.staged_folder(tmp_path, last="a") as stage:
+        for name in "bac":
+            (stage / name).touch()
+        monkeypatch.setattr(os, "replace", note)
+    assert moved == ["b", "c", "a"]
+
+
+def test_a_staged_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def write() -> None:
+        with files.staged_folder(tmp_path / "x" / "y", last="a") as stage:
+            files.write_text(stage / "a", "new")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write()
+    assert names(tmp_path) == []

@@ -165,16 +165,16 @@ def standard(packed: Packed, ids: Tensor) -> tuple[float, onnx.ModelProto]:
     """SQNR of the standard's operators, run by ONNX Runtime, and the model with its weights."""
     import onnxruntime as ort
 
-    from qfx.backends.onnx.export import _inline
+    from qfx.backends.onnx.export import _serialized
 
     gm, reference = call(packed, ids)
     builder, built = build(gm, runtime="standard")
-    _inline(built.model.graph.initializer, builder.external)
+    whole = b"".join(_serialized(built.model, builder.external))
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    session = ort.InferenceSession(built.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(whole, options, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"x": ids.numpy()})
-    return sqnr(reference, torch.from_numpy(found)), built.model
+    return sqnr(reference, torch.from_numpy(found)), onnx.load_from_string(whole)
 
 
 @pytest.mark.parametrize("w_format", [*AS_STORED, *BLOCKS, *BY_VALUE])
