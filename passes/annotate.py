@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from qfx import annotation, graph
-from qfx.errors import Note, source_line
 from qfx.annotation import Columns, Formats
+from qfx.errors import Note, source_line
 from qfx.format import Format
 from qfx.recipe import Recipe
 from qfx.segments import segments

@@ -36,7 +36,7 @@ from qfx.passes._build import call
 from qfx.passes._sites import holds
 from qfx.recipe import is_static
 from qfx.rounding import round_weight
-from qfx.segments import Segment, along, leaf, pieces, segments, take
+from qfx.segments import Segment, along, pieces, segments, stem_of, take
 
 aten = torch.ops.aten
 Pack = Callable[[Tensor, Format, str], Packed]
@@ -173,7 +173,7 @@ def _packed_nodes(
     source = graph.weight_of(node)
     assert source is not None
     axis = None if whole is None else along(whole)
-    stem = leaf(axis, number)
+    stem = stem_of(axis, number)
     key = (source.target, str(fmt), _chain(operand), axis, segment)
     if key not in done:
         value, name = weight_value(gm, operand), graph.fqn_of(node)

@@ -1,7 +1,9 @@
 """The precision asked for on a node: role -> Format, kept as JSON-able texts in `node.meta["custom"]["qfx"]`.
 
 A role may have several formats: a tuple, one for each head or for equal parts of a weight's output rows, or `Columns`,
-for equal parts of a weight's input columns. As JSON they are a list, and {"columns": a list}. No other file reads or writes that entry. Writes replace the dictionaries instead of changing them, since `fx` copies
+for equal parts of a weight's input columns. As JSON they are a list, and {"columns": a list}.
+
+No other file reads or writes that entry. Writes replace the dictionaries instead of changing them, since `fx` copies
 `node.meta` shallowly and copied nodes would otherwise share their annotation.
 """
 

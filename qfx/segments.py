@@ -41,7 +41,7 @@ def along(formats: Formats) -> int:
     return 1 if isinstance(formats, Columns) else 0
 
 
-def leaf(axis: int | None, number: int) -> str:
+def stem_of(axis: int | None, number: int) -> str:
     """What stands before `_codes`, `_scale`, `_zero` in the names of packed tensors: `w`, `rows0`, `columns1`, ..."""
     return "w" if axis is None else f"{('rows', 'columns')[axis]}{number}"
 

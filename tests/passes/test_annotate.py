@@ -23,7 +23,7 @@ return [%linear_1]
 """
 
 
-def recipe(*rules: dict[str, str], **fields: Any) -> Recipe:
+def recipe(*rules: dict[str, Any], **fields: Any) -> Recipe:
     return Recipe(name="test", rules=tuple(Rule(**rule) for rule in rules), **fields)
 
 

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = "qfx.compile"
 LAYERS = (
     "qfx.errors qfx.format qfx.files",
-    "qfx.annotation qfx.text qfx.numerics qfx.packing qfx.histogram qfx.rounding qfx.segments qfx.ops qfx.float_ops qfx.measure",
+    "qfx.annotation qfx.text qfx.numerics qfx.packing qfx.histogram qfx.rounding qfx.ops qfx.float_ops qfx.measure",
+    "qfx.segments",
     "qfx.graph qfx.names qfx.trace qfx.capture qfx.run qfx.verify qfx.plan qfx.recipe qfx.presets",
     "qfx.observers qfx.inputs qfx.data qfx.hub",
     "qfx.passes",

@@ -22,7 +22,8 @@ TARGETS = st.sampled_from(["linear", "conv", "attention", "*.q_proj", "enc.0.*",
 def rules(draw: st.DrawFn) -> Rule:
     target = draw(TARGETS)
     roles = ROLES.get(target, ALL_ROLES)
-    return Rule(target=target, **draw(st.dictionaries(st.sampled_from(roles), TEXTS, min_size=1)))
+    formats: dict[str, Any] = draw(st.dictionaries(st.sampled_from(roles), TEXTS, min_size=1))
+    return Rule(target=target, **formats)
 
 
 RECIPES = st.builds(
@@ -95,13 +96,18 @@ def test_unmatched_targets_are_told() -> None:
     assert recipe.unmatched([("linear", "a.q_proj"), ("linear", "a.k_proj")]) == ["*.q_porj", "x"]
 
 
+def _rule(target: str) -> Rule:
+    formats: dict[str, Any] = {ROLES.get(target, ("w",))[0]: "i8"}
+    return Rule(target=target, **formats)
+
+
 @given(RECIPES, st.sampled_from(KINDS), st.sampled_from(["a.q_proj", "enc.0.fc1", "lm_head"]))
 def test_resolution_is_a_fold_over_the_rules(recipe: Recipe, kind: str, fqn: str) -> None:
-    expected: dict[str, str] = {}
+    expected: dict[str, Any] = {}
     for rule in recipe.rules:
         if rule.matches(kind, fqn):
             expected |= rule.texts
-    if any(Rule(target=t, **{ROLES.get(t, ("w",))[0]: "i8"}).matches(kind, fqn) for t in recipe.ignore):
+    if any(_rule(t).matches(kind, fqn) for t in recipe.ignore):
         expected = {}
     expected = {role: text for role, text in expected.items() if role in ROLES[kind] and text != "none"}
     assert texts(recipe, kind, fqn) == expected
