@@ -84,35 +84,35 @@ def graph_rows(gm: fx.GraphModule, kernels: Mapping[str, str], notes: Iterable[N
         told.setdefault(note.node, note)
     rows: list[Row] = []
     seen: set[str] = set()
-    parts: dict[str, list[tuple[str, int]]] = {}  # of the weight that a row is about: (format, size) of its segments
+    parts: dict[str, list[tuple[str, int]]] = {}  # by name: (format, size) of the weight's segments
     for node in gm.graph.nodes:
         kind = KINDS.get(graph.schema_name(node)) if node.op == "call_function" else None
         if kind is None or (kind == "matmul" and _weight_of(node) is None):
             continue
         row = _row(gm, node, kind, kernels.get(node.name, ""), told, seen)
-        segment = _segment_of(node)
+        segment = segment_of(node)
         if segment is None:
             rows.append(row)
         elif segment[1] == 0:
-            parts[row.node] = [segment[2:]]
+            parts[row.node] = [segment[2]]
             rows.append(replace(row, asked=_asked_of_segments(row, segment[0], parts[row.node])))
         else:
-            parts[row.node].append(segment[2:])
+            parts[row.node].append(segment[2])
             at = max(i for i, r in enumerate(rows) if r.node == row.node)
             joined = _joined(rows[at], row)
             rows[at] = replace(joined, asked=_asked_of_segments(row, segment[0], parts[row.node]))
     return rows
 
 
-def _segment_of(node: fx.Node) -> tuple[int, int, str, int] | None:
-    """(axis, number, format, rows or columns) of an op that computes a segment of a weight; None for other nodes."""
+def segment_of(node: fx.Node) -> tuple[int, int, tuple[str, int]] | None:
+    """(axis, number, (format, size)) of an op that computes a segment of a weight; None for other nodes."""
     weight = graph.weight_of(node) if graph.schema_name(node) == "qfx::linear" else None
     found = None if weight is None else number_of(str(weight.target))
     if found is None:
         return None
     given = dict(zip(_names(node), node.args, strict=False))
     size = graph.val(given["x"] if found[0] else node).shape[-1]
-    return *found, str(given["w_format"]), int(size)
+    return *found, (str(given["w_format"]), int(size))
 
 
 def _asked_of_segments(row: Row, axis: int, parts: list[tuple[str, int]]) -> str:
