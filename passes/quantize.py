@@ -287,16 +287,15 @@ def _columns(
     gm: fx.GraphModule, node: fx.Node, weights: list[list[Any]], x: Format | None, found: list[Segment],
     tensors: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
-    """One op for each segment of input columns, of its slice of the input; their results added, bias in the first."""
+    """One op for each segment of input columns, of its part of the input; their results added, bias in the first."""
     value: Any = node.args[0]
     static = _static(gm, node, x, tensors)
     axis = value.meta["val"].dim() - 1
     total: fx.Node | None = None
     for weight, segment in zip(weights, found, strict=True):
-        ((start, stop),) = segment.ranges
-        own = [s if s is None or not s.meta["val"].dim() else _cut(gm, s, 0, start, stop, node) for s in static]
+        own = [s if s is None or not s.meta["val"].dim() else _taken(gm, s, 0, segment, node) for s in static]
         bias = _bias(node) if total is None else None
-        args = (_cut(gm, value, axis, start, stop, node), *weight, bias, *own, None)
+        args = (_taken(gm, value, axis, segment, node), *weight, bias, *own, None)
         part = _segment(gm, node, args, x, segment.format)
         total = part if total is None else _plain(call(gm, aten.add.Tensor, total, part, like=node))
     assert total is not None
@@ -308,6 +307,12 @@ def _segment(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], x: Format
     part = call(gm, torch.ops.qfx.linear.default, *args, str(x) if x else "", str(w), like=node)
     annotation.set(part, "w", w)
     return part
+
+
+def _taken(gm: fx.GraphModule, value: fx.Node, axis: int, segment: Segment, like: fx.Node) -> fx.Node:
+    """The part of a value that a segment of columns reads."""
+    cut = [_cut(gm, value, axis, start, stop, like) for start, stop in segment.ranges]
+    return cut[0] if len(cut) == 1 else _plain(call(gm, aten.cat.default, cut, axis, like=like))
 
 
 def _cut(gm: fx.GraphModule, value: fx.Node, axis: int, start: int, stop: int, like: fx.Node) -> fx.Node:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qfx.modules import PackedModule
 from qfx.packing import Packed
 from qfx.rows import Row
-from qfx.segments import Segment, asked, pieces, stem_of
+from qfx.segments import Segment, asked, pieces, stem_of, take
 
 
 class QuantMixed(PackedModule):
@@ -81,11 +81,10 @@ class QuantMixed(PackedModule):
         x = x if self.smooth is None else (x / self.smooth).to(x.dtype)
         total: Tensor | None = None
         for i, segment in enumerate(self.segments):
-            ((start, stop),) = segment.ranges
-            static = [s if s is None or not s.dim() else s[start:stop] for s in (self.x_scale, self.x_zero)]
+            static = [s if s is None or not s.dim() else take(s, segment, 0) for s in (self.x_scale, self.x_zero)]
             bias = self.bias if total is None else None
             part: Tensor = torch.ops.qfx.linear(
-                x[..., start:stop], *self._held(i), bias, *static, None, self.x_format, str(segment.format)
+                take(x, segment, x.dim() - 1), *self._held(i), bias, *static, None, self.x_format, str(segment.format)
             )
             total = part if total is None else total + part
         assert total is not None

@@ -1,8 +1,9 @@
 """The segments of a weight [N, K] of several formats: which of its rows or columns lie together, packed as one.
 
 A tuple of formats cuts the rows (N) into that many equal parts, `Columns` the columns (K). Neighbouring parts of equal
-format are one segment. So are parts of equal format anywhere among the rows, where every scale serves a single row:
-one product then computes them, and its result is cut and put in order.
+format are one segment. So are parts of equal format anywhere, where no scale serves more than one of them (rows with
+scales of their own; columns of whole groups): one product then computes them, and its result (its input) is cut and
+put in order.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def segments(formats: Formats, shape: Sequence[int], name: str) -> list[Segment]
     width = size // len(each)
     found: list[Segment] = []
     for i, fmt in enumerate(each):
-        _add(found, fmt, (i * width, (i + 1) * width), apart=axis == 0 and fmt.by_row)
+        apart = fmt.by_row and (axis == 0 or fmt.is_plain or (fmt.group is not None and width % fmt.group == 0))
+        _add(found, fmt, (i * width, (i + 1) * width), apart=apart)
     return found
 
 

@@ -38,9 +38,16 @@ def test_rows_that_share_a_scale_stay_apart(fmt: Format) -> None:
     assert found == [Segment(fmt, ((0, 4),)), Segment(I8, ((4, 8),)), Segment(fmt, ((8, 16),))]
 
 
-def test_columns_stay_apart() -> None:
+def test_columns_that_share_a_scale_stay_apart() -> None:
     found = segments(Columns((I8, I4, I8)), (4, 96), "fc")
     assert found == [Segment(I8, ((0, 32),)), Segment(I4, ((32, 64),)), Segment(I8, ((64, 96),))]
+    found = segments(Columns((I4, I8, I4)), (4, 48), "fc")  # 16 columns are no whole group
+    assert found == [Segment(I4, ((0, 16),)), Segment(I8, ((16, 32),)), Segment(I4, ((32, 48),))]
+
+
+def test_columns_of_whole_groups_lie_together_wherever_they_are() -> None:
+    found = segments(Columns((I4, I8, I4, I4)), (4, 256), "fc")
+    assert found == [Segment(I4, ((0, 64), (128, 256))), Segment(I8, ((64, 128),))]
 
 
 @pytest.mark.parametrize(
