@@ -46,7 +46,7 @@ def _format_text(value: object) -> object:
 
 
 def _weight_text(value: object) -> object:
-    """One format, or several as a tuple."""
+    """One format, or several, which are always held as a tuple."""
     if not isinstance(value, list | tuple):
         return _format_text(value)
     if not value:
@@ -70,7 +70,7 @@ def _check_target(target: str) -> str:
 
 
 FormatText = Annotated[str | None, BeforeValidator(_format_text)]
-WeightText = Annotated[str | tuple[str, ...] | None, BeforeValidator(_weight_text)]
+WeightText = Annotated[str | tuple[str, ...] | list[Any] | None, BeforeValidator(_weight_text)]
 Target = Annotated[str, Field(strict=True)]
 
 

@@ -193,7 +193,7 @@ def test_a_layer_called_twice_is_packed_once() -> None:
 
 def test_one_weight_in_two_cuts() -> None:
     """Formats decide, not names: the second cut of one weight does not take the first one's codes."""
-    model = Function(lambda own, x: own.fc(own.fc(x)), fc=nn.Linear(64, 64))
+    model: Any = Function(lambda own, x: own.fc(own.fc(x)), fc=nn.Linear(64, 64))
     gm = capture(model, torch.randn(2, 64))
     for node, formats in zip(calls(gm, "linear"), ((I4, I8), (I8, I4)), strict=True):
         annotation.set(node, "w", formats)

@@ -93,9 +93,9 @@ def test_what_is_held_under_which_names() -> None:
 
 
 def test_the_weight_is_that_of_the_parts() -> None:
-    model = Two()
+    model: Any = Two()
     q, o = model.q.weight.detach().clone(), model.o.weight.detach().clone()
-    found = qfx.quantize(model.eval(), recipe(), [rows(6, 64)])
+    found: Any = qfx.quantize(model.eval(), recipe(), [rows(6, 64)])
     i8, i4 = Format.parse("i8/ch"), Format.parse("i4/g32")
     from qfx.numerics import fake_quantize
 
@@ -123,7 +123,7 @@ def test_one_row_for_each_linear_with_the_bytes_of_all_parts() -> None:
 def test_compiled_it_is_one_row_too(onnx_or_reference: str) -> None:
     model, x = quantized(), rows(6, 64)
     compiled = torch.compile(model, backend="qfx", options={"backend": onnx_or_reference})
-    assert sqnr_db(model(x), compiled(x)) > (35 if onnx_or_reference == "onnx" else 110)
+    assert sqnr_db(model(x), compiled(x)) > (35 if onnx_or_reference == "onnx" else 110)  # type: ignore[no-untyped-call]
     assert [(r.node, r.asked) for r in qfx.report(compiled)] == [(r.node, r.asked) for r in qfx.report(model)]
     assert [r.bytes_after for r in qfx.report(compiled)] == [r.bytes_after for r in qfx.report(model)]
     assert [r.macs for r in qfx.report(compiled)] == [6 * 64 * 32, 6 * 32 * 16]
@@ -181,7 +181,7 @@ def test_smoothed(tmp_path: Path) -> None:
     assert model.q.smooth is not None and model.o.smooth is not None
     assert sqnr_db(Two()(x), model(x)) > 20
     compiled = torch.compile(model, backend="qfx", options={"backend": "reference"})
-    assert sqnr_db(model(x), compiled(x)) > 60
+    assert sqnr_db(model(x), compiled(x)) > 60  # type: ignore[no-untyped-call]
     save(model, tmp_path)
     assert torch.equal(load(tmp_path, Two())(x), model(x))
 
@@ -191,7 +191,8 @@ def test_transposed_layers() -> None:
     """Conv1D of GPT-2 holds its weight [K, N]: rows are still those of the output."""
     from transformers.pytorch_utils import Conv1D
 
-    layer = Conv1D(32, 64)
+    make: Any = Conv1D
+    layer = make(32, 64)
     want = layer.weight.detach().t().clone()
     x = rows(3, 64)
     model: Any = qfx.quantize(
@@ -229,6 +230,7 @@ def test_a_plan_carries_them(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_heads_of_a_decoder(tmp_path: Path) -> None:
     """q, k, v by output heads, o by input heads, through generate() and a saved folder."""
+    model: Any
     model, inputs = ZOO["llama"]()
     heads = model.config.num_attention_heads
     formats = ["i8/ch" if head % 2 else "i4/g32" for head in range(heads)]
@@ -243,13 +245,14 @@ def test_heads_of_a_decoder(tmp_path: Path) -> None:
         ),
     )
     wanted = model(**inputs).logits
-    quantized = qfx.quantize(model, made, [inputs])
+    quantized: Any = qfx.quantize(model, made, [inputs])
     attention = quantized.model.layers[0].self_attn
     assert [type(getattr(attention, n)) for n in ("q_proj", "o_proj")] == [QuantMixed, QuantMixed]
     assert sqnr_db(wanted, quantized(**inputs).logits) > 8
     tokens = quantized.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False)
     save(quantized, tmp_path)
-    assert torch.equal(load(tmp_path).generate(inputs["input_ids"], max_new_tokens=3, do_sample=False), tokens)
+    loaded: Any = load(tmp_path)
+    assert torch.equal(loaded.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False), tokens)
 
 
 # Refusals

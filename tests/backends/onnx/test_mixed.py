@@ -143,14 +143,16 @@ def test_the_report_has_one_row() -> None:
         torch._dynamo.reset()
         size = 64 if along == "rows" else 128
         model, x = Layer().eval(), torch.randn(3, 128)
-        compiled = torch.compile(model, backend="qfx", options={"recipe": recipe(["i4/g32", "i8/g32"], along)})
+        options: Any = {"recipe": recipe(["i4/g32", "i8/g32"], along)}
+        compiled = torch.compile(model, backend="qfx", options=options)
         compiled(x)
         (row,) = qfx.report(compiled)
         assert (row.node, row.op, row.elements, row.macs) == ("fc", "linear", 64 * 128, 3 * 64 * 128)
         assert row.asked == f"w={mark}[i4/g32:{size // 2},i8/g32:{size // 2}]"
         assert row.kernel == f"{FOUR} + {EIGHT}" and row.quantized
         assert row.bytes_after == 64 * 128 // 4 + 64 * 128 // 2 + 64 * 4 * 4
-        assert qfx.report(compiled, (x,)).rows[0].sqnr_db > 15
+        measured = qfx.report(compiled, (x,)).rows[0].sqnr_db
+        assert measured is not None and measured > 15
 
 
 # Files
@@ -168,6 +170,7 @@ RULES = (
 def test_export(tmp_path: Path, runtime: str) -> None:
     from tests.qfx.test_export import run
 
+    model: Any
     model, inputs = ZOO["bert"]()
     asked = Recipe(name="heads", rules=RULES)
     written = qfx.export_onnx(model, inputs, tmp_path / "m.onnx", recipe=asked, runtime=runtime)
@@ -213,7 +216,8 @@ def test_rows_of_q_k_and_v_are_one_kernel_for_each_format(tmp_path: Path) -> Non
             self.q, self.k, self.v = (nn.Linear(128, 64, bias=False) for _ in range(3))
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.tanh(self.q(x)) * torch.sigmoid(self.k(x)) + self.v(x)
+            out: Tensor = torch.tanh(self.q(x)) * torch.sigmoid(self.k(x)) + self.v(x)
+            return out
 
     model, x = Attention().eval(), torch.randn(3, 128)
     asked = recipe(["i8/g32", "i4/g32", "i4/g32", "i8/g32"])
@@ -229,8 +233,8 @@ def test_rows_of_q_k_and_v_are_one_kernel_for_each_format(tmp_path: Path) -> Non
 
 def test_a_format_without_a_kernel_is_told_of_its_linear() -> None:
     model = Layer().eval()
-    asked = recipe(["nf4/g32", "i8/ch"], x="i8/tok")
-    compiled = torch.compile(model, backend="qfx", options={"recipe": asked})
+    options: Any = {"recipe": recipe(["nf4/g32", "i8/ch"], x="i8/tok")}
+    compiled = torch.compile(model, backend="qfx", options=options)
     with torch.no_grad(), pytest.warns(QfxWarning, match="fc: the weight is stored as nf4/g32, computed in f32"):
         compiled(torch.randn(3, 128))
     (row,) = qfx.report(compiled)
