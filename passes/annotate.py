@@ -10,9 +10,11 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from qfx import annotation, graph
+from qfx.annotation import Columns, Formats
 from qfx.errors import Note, source_line
 from qfx.format import Format
 from qfx.recipe import Recipe
+from qfx.segments import segments
 
 KIND_OF = {
     "aten::linear": "linear",
@@ -35,7 +37,8 @@ def kind_of(node: fx.Node) -> str | None:
 def annotate(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:
     """Annotate every linear, grouped linear, embedding, attention and convolution. Former annotations are replaced.
 
-    Returns a note for each node that cannot have what the recipe asks: such a node is left in float.
+    Returns a note for each node that cannot have what the recipe asks: such a node is left in float. Raises ValueError
+    where a weight's rows or columns cannot be cut into as many parts as it has formats.
     """
     notes = []
     tied = _tied(gm)
@@ -53,6 +56,8 @@ def annotate(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:
             reason, next_step = refusal
             notes.append(Note(fqn, reason, next_step, source_line(node) or ""))
             continue
+        if kind == "linear" and "w" in formats:
+            segments(formats["w"], graph.val(node.args[1]).shape, fqn)
         for role, fmt in formats.items():
             annotation.set(node, role, fmt)
     return notes
@@ -70,12 +75,12 @@ def _tied(gm: fx.GraphModule) -> set[fx.Node]:
     return {node for found in readers.values() for name in shared for node in found[name]}
 
 
-def _refusal(node: fx.Node, kind: str, formats: dict[str, Format]) -> tuple[str, str] | None:
+def _refusal(node: fx.Node, kind: str, formats: dict[str, Formats]) -> tuple[str, str] | None:
     """Why a node cannot have these formats and what to do, or None."""
     for role, fmt in formats.items():
-        reason = _bad_weight_format(fmt) if role == "w" else _bad_activation_format(fmt, kind)
+        reason = _bad_formats(fmt, role, kind)
         if reason:
-            return f"{role}={fmt} was asked, but {reason}", f"give role {role!r} another format"
+            return f"{role}={annotation.show(fmt)} was asked, but {reason}", f"give role {role!r} another format"
     if kind == "attention" or ("w" not in formats and "x" not in formats):
         return None
     weight = graph.weight_of(node)
@@ -88,6 +93,15 @@ def _refusal(node: fx.Node, kind: str, formats: dict[str, Format]) -> tuple[str,
     if isinstance(value, Tensor) and not value.is_floating_point():
         return f"its weight is {value.dtype}, quantized already", "exclude it with Recipe.ignore"
     return None
+
+
+def _bad_formats(fmt: Formats, role: str, kind: str) -> str | None:
+    if isinstance(fmt, Format):
+        return _bad_weight_format(fmt) if role == "w" else _bad_activation_format(fmt, kind)
+    if role != "w" or kind != "linear":
+        return "only the weight of a linear takes several formats"
+    each = fmt.formats if isinstance(fmt, Columns) else fmt
+    return next((reason for one in each if (reason := _bad_weight_format(one))), None)
 
 
 def _bad_weight_format(fmt: Format) -> str | None:

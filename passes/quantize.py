@@ -4,6 +4,15 @@
     ->
     %linear: f32[2,3] = qfx.linear(%x, @fc.w_codes, @fc.w_scale, None, @fc.bias, None, None, None, i8/tok, i8/ch)
 
+A weight of several formats (see `qfx.segments`) becomes one op for each segment: of rows, whose results are joined,
+
+    %linear: f32[2,4] = aten.linear(%x, @fc.weight)  # w=[i4/ch,i8/ch]
+    ->
+    %linear_1: f32[2,2] = qfx.linear(%x, @fc.rows0_codes, @fc.rows0_scale, ..., i4/ch)  # w=i4/ch
+    %linear_2: f32[2,2] = qfx.linear(%x, @fc.rows1_codes, @fc.rows1_scale, ..., i8/ch)  # w=i8/ch
+    %linear: f32[2,4] = aten.cat([%linear_1, %linear_2], 1)
+
+or of columns (`columns0_codes`, ...), each of its slice of the input, whose results are added.
 A weight that several nodes read in one format is packed once. `refuse` says beforehand what has no such op.
 """
 
@@ -19,12 +28,15 @@ from torch import Tensor, fx
 import qfx.float_ops
 import qfx.ops  # noqa: F401  (registers torch.ops.qfx)
 from qfx import annotation, graph
+from qfx.annotation import Formats
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.format import Format
 from qfx.packing import Packed
 from qfx.parts import round_in_parts
+from qfx.passes._build import call
 from qfx.passes._sites import holds
 from qfx.recipe import is_static
+from qfx.segments import Segment, along, pieces, segments, stem_of, take
 
 aten = torch.ops.aten
 Pack = Callable[[Tensor, Format, str], Packed]
@@ -47,7 +59,7 @@ def refuse(gm: fx.GraphModule) -> list[Note]:
     return notes
 
 
-def _refusal(node: fx.Node, role: str, fmt: Format | annotation.PerHead) -> str | None:
+def _refusal(node: fx.Node, role: str, fmt: Formats) -> str | None:
     """Why no op serves this role of a node, or None."""
     name = graph.schema_name(node)
     if "attention" in name:
@@ -56,6 +68,8 @@ def _refusal(node: fx.Node, role: str, fmt: Format | annotation.PerHead) -> str 
         return "a convolution whose windows overlap in more than one dimension, or are not plain, runs in float"
     if name not in _BUILD or role not in ("w", "x") or (role == "x" and name == "aten::embedding"):
         return f"no op takes a format for role {role!r}"
+    if role == "w" and name != "aten::linear" and not isinstance(fmt, Format):
+        return "only the weight of a linear takes several formats"
     if role == "x" and "w" not in annotation.get(node):
         return "an input is quantized only where the weight is, too"
     if role == "x" and name == "qfx::grouped_linear" and isinstance(fmt, Format) and is_static(fmt):
@@ -70,10 +84,11 @@ def quantize(
 
     tensors: calibrated values by "<FQN>/x_scale", "<FQN>/x_zero" (static activation formats).
     rounding: how weights are rounded ("rtn", "mse"). pack: packs a weight, to share packed weights between graphs.
-    Raises UnsupportedError where a static format has no scale, ValueError where a weight holds NaN or Inf.
+    Raises UnsupportedError where a static format has no scale, ValueError where a weight holds NaN or Inf or cannot be
+    cut into as many parts as it has formats.
     """
     pack = pack or (lambda weight, fmt, name: round_in_parts(weight, fmt, rounding, name=name))
-    packed: dict[Any, tuple[str, Packed]] = {}
+    done: dict[Any, tuple[str, Packed]] = {}
     changed = False
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
@@ -84,18 +99,25 @@ def quantize(
         if w is None or build is None:
             continue
         x = formats.get("x")
-        if isinstance(w, tuple) or isinstance(x, tuple):
+        if not isinstance(x, Format | None) or not (isinstance(w, Format) or build is _linear):
             raise UnsupportedError(
                 explain(
-                    "roles x and w of this node take one format each",
-                    found=f"formats per head, {annotation.text(node)}",
+                    "only the weight of a linear takes several formats",
+                    found=annotation.text(node),
                     node=node,
                     next_step="annotate each role with one format",
                 )
             )
-        weight = _packed_nodes(gm, node, w, pack, packed)
-        build(gm, node, weight, x, w, tensors)
         changed = True
+        if build is _linear:
+            found = segments(w, graph.val(node.args[1]).shape, graph.fqn_of(node))
+            if len(found) > 1:
+                weights = [_packed_nodes(gm, node, s.format, pack, done, i, w, s) for i, s in enumerate(found)]
+                (_columns if along(w) else _rows)(gm, node, weights, x, found, tensors)
+                continue
+            w = found[0].format
+        assert isinstance(w, Format)
+        build(gm, node, _packed_nodes(gm, node, w, pack, done), x, w, tensors)
     if changed:
         _forget_unused(gm)
     return changed
@@ -139,19 +161,28 @@ _SMOOTH = re.compile(r"(^|[._])smooth$")
 
 
 def _packed_nodes(
-    gm: fx.GraphModule, node: fx.Node, fmt: Format, pack: Pack, done: dict[Any, tuple[str, Packed]]
-) -> list[fx.Node | None]:
-    """get_attr nodes of codes, scale and zero point for the weight of a node; the same weight is packed once."""
+    gm: fx.GraphModule, node: fx.Node, fmt: Format, pack: Pack, done: dict[Any, tuple[str, Packed]],
+    number: int = 0, whole: Formats | None = None, segment: Segment | None = None,
+) -> list[fx.Node | None]:  # fmt: skip
+    """get_attr nodes of codes, scale and zero point for the weight of a node; the same weight is packed once.
+
+    number, whole, segment: of a weight of several formats, all of which are `whole`.
+    """
     operand = node.args[0 if node.target is aten.embedding.default else 1]
     assert isinstance(operand, fx.Node)
     source = graph.weight_of(node)
     assert source is not None
-    key = (source.target, str(fmt), _chain(operand))
+    axis = None if whole is None else along(whole)
+    stem = stem_of(axis, number)
+    key = (source.target, str(fmt), _chain(operand), axis, segment)
     if key not in done:
-        done[key] = (base_name(node), pack(weight_value(gm, operand), fmt, graph.fqn_of(node)))
-    base, packed = done[key]
-    named = {"w_codes": packed.data, "w_scale": packed.scale, "w_zero": packed.zero}
-    return [_held(gm, f"{base}{leaf}", tensor, node) for leaf, tensor in named.items()]
+        value, name = weight_value(gm, operand), graph.fqn_of(node)
+        if axis is not None and segment is not None:
+            value, name = take(value, segment, axis), f"{name}.{stem}"
+        done[key] = (base_name(node) + stem, pack(value, fmt, name))
+    stem, packed = done[key]
+    named = {"codes": packed.data, "scale": packed.scale, "zero": packed.zero}
+    return [_held(gm, f"{stem}_{part}", tensor, node) for part, tensor in named.items()]
 
 
 def _held(gm: fx.GraphModule, name: str, tensor: Tensor | None, node: fx.Node) -> fx.Node | None:
@@ -186,8 +217,12 @@ def _replace(gm: fx.GraphModule, node: fx.Node, target: Any, args: tuple[Any, ..
     with gm.graph.inserting_before(node):
         new = gm.graph.call_function(target, args)
     new.meta = dict(node.meta)
+    _take_place(node, new)
+
+
+def _take_place(node: fx.Node, new: fx.Node) -> None:
     node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
+    node.graph.erase_node(node)
     new.name = node.name
 
 
@@ -220,9 +255,77 @@ def _linear(
     smooth = None
     if is_smoothed(value):
         value, smooth = value.args
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    args = (value, *weight, bias, scale, zero, smooth, str(x) if x else "", str(w))
+    args = (value, *weight, _bias(node), scale, zero, smooth, str(x) if x else "", str(w))
     _replace(gm, node, torch.ops.qfx.linear.default, args)
+
+
+def _rows(
+    gm: fx.GraphModule, node: fx.Node, weights: list[list[Any]], x: Format | None, found: list[Segment],
+    tensors: Mapping[str, Tensor],
+) -> None:  # fmt: skip
+    """One op for each segment of output rows; their results in order, then the bias."""
+    value: Any = node.args[0]
+    smooth = None
+    if is_smoothed(value):
+        value, smooth = value.args
+    static = _static(gm, node, x, tensors)
+    parts = [
+        _segment(gm, node, (value, *weight, None, *static, smooth), x, segment.format)
+        for weight, segment in zip(weights, found, strict=True)
+    ]
+    axis = parts[0].meta["val"].dim() - 1
+    cut = [
+        parts[i] if (start, stop) == (0, found[i].size) else _cut(gm, parts[i], axis, start, stop, node)
+        for i, start, stop in pieces(found)
+    ]
+    whole = _plain(call(gm, aten.cat.default, cut, axis, like=node))
+    bias = _bias(node)
+    _take_place(node, whole if bias is None else _plain(call(gm, aten.add.Tensor, whole, bias, like=node)))
+
+
+def _columns(
+    gm: fx.GraphModule, node: fx.Node, weights: list[list[Any]], x: Format | None, found: list[Segment],
+    tensors: Mapping[str, Tensor],
+) -> None:  # fmt: skip
+    """One op for each segment of input columns, of its part of the input; their results added, bias in the first."""
+    value: Any = node.args[0]
+    static = _static(gm, node, x, tensors)
+    axis = value.meta["val"].dim() - 1
+    total: fx.Node | None = None
+    for weight, segment in zip(weights, found, strict=True):
+        own = [s if s is None or not s.meta["val"].dim() else _taken(gm, s, 0, segment, node) for s in static]
+        bias = _bias(node) if total is None else None
+        args = (_taken(gm, value, axis, segment, node), *weight, bias, *own, None)
+        part = _segment(gm, node, args, x, segment.format)
+        total = part if total is None else _plain(call(gm, aten.add.Tensor, total, part, like=node))
+    assert total is not None
+    _take_place(node, total)
+
+
+def _segment(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], x: Format | None, w: Format) -> fx.Node:
+    """The op of one segment, annotated with its own formats."""
+    part = call(gm, torch.ops.qfx.linear.default, *args, str(x) if x else "", str(w), like=node)
+    annotation.set(part, "w", w)
+    return part
+
+
+def _taken(gm: fx.GraphModule, value: fx.Node, axis: int, segment: Segment, like: fx.Node) -> fx.Node:
+    """The part of a value that a segment of columns reads."""
+    cut = [_cut(gm, value, axis, start, stop, like) for start, stop in segment.ranges]
+    return cut[0] if len(cut) == 1 else _plain(call(gm, aten.cat.default, cut, axis, like=like))
+
+
+def _cut(gm: fx.GraphModule, value: fx.Node, axis: int, start: int, stop: int, like: fx.Node) -> fx.Node:
+    return _plain(call(gm, aten.slice.Tensor, value, axis, start, stop, like=like))
+
+
+def _plain(node: fx.Node) -> fx.Node:
+    annotation.clear(node)
+    return node
+
+
+def _bias(node: fx.Node) -> Any:
+    return node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
 
 
 def _embedding(

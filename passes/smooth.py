@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qfx import annotation, graph
+from qfx.annotation import Columns
 from qfx.errors import Note
 from qfx.format import Format
 from qfx.numerics import fake_quantize, range_qparams
@@ -234,10 +235,12 @@ class _Layer:
     @classmethod
     def of(cls, gm: fx.GraphModule, node: fx.Node, weight: Weight, observer: str, percentile: float) -> _Layer:
         formats: dict[str, Any] = annotation.get(node)
-        x, w = (f if isinstance(f := formats.get(role), Format) else None for role in ("x", "w"))
+        x, w = formats.get("x"), formats.get("w")
+        if isinstance(w, tuple | Columns):  # of several the one that rounds the most
+            w = min(w.formats if isinstance(w, Columns) else w, key=lambda fmt: fmt.bits)
         value = graph.get_tensor(gm, weight.weight).detach().movedim((weight.out, weight.inp), (-2, -1))
         some = value[..., :: -(-value.shape[-2] // _ROWS), :].to(torch.float32)
-        return cls(some, x, w, observer, percentile)
+        return cls(some, x if isinstance(x, Format) else None, w, observer, percentile)
 
     def error(self, rows: Tensor, low: Tensor, high: Tensor, factor: Tensor) -> float:
         """Squared error of the quantized result relative to the float one, inputs divided by `factor`."""

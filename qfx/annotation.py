@@ -1,12 +1,18 @@
 """The precision asked for on a node: role -> Format, kept as JSON-able texts in `node.meta["custom"]["qfx"]`.
 
+A role may have several formats: a tuple, one for each head or for equal parts of a weight's output rows, or `Columns`,
+for equal parts of a weight's input columns. As JSON they are a list, and {"columns": a list}.
+
 No other file reads or writes that entry. Writes replace the dictionaries instead of changing them, since `fx` copies
 `node.meta` shallowly and copied nodes would otherwise share their annotation.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Node
 
@@ -26,8 +32,25 @@ ALL_ROLES: tuple[str, ...] = ("x", "w", "y", "q", "k", "v", "p")
 PerHead = tuple[Format, ...]
 
 
-def get(node: Node) -> dict[str, Format | PerHead]:
-    """The formats of a node by role, in the order of ALL_ROLES; a tuple where a role has one format per head.
+@dataclass(frozen=True)
+class Columns:
+    """One format for each of several equal parts of a weight's input columns. ValueError where there is none."""
+
+    formats: PerHead
+
+    def __post_init__(self) -> None:
+        if not self.formats:
+            raise ValueError("columns take at least one format")
+
+    def __str__(self) -> str:
+        return f"columns[{','.join(map(str, self.formats))}]"
+
+
+Formats = Format | PerHead | Columns
+
+
+def get(node: Node) -> dict[str, Formats]:
+    """The formats of a node by role, in the order of ALL_ROLES; a tuple or `Columns` where a role has several.
 
     A new dictionary on every call. Raises ValueError where the stored entry is not one that `set` writes.
     """
@@ -36,8 +59,8 @@ def get(node: Node) -> dict[str, Format | PerHead]:
     return {role: _parse(stored[role], role, node) for role in ALL_ROLES if role in stored}
 
 
-def set(node: Node, role: str, fmt: Format | Sequence[Format]) -> None:  # noqa: A001
-    """Write the format of one role, or one format per head. Other roles stay; other nodes never see the change.
+def set(node: Node, role: str, fmt: Format | Sequence[Format] | Columns) -> None:  # noqa: A001
+    """Write the format of one role, or its several formats. Other roles stay; other nodes never see the change.
 
     Raises ValueError for an unknown role, for what is no Format and for an empty list of heads.
     """
@@ -55,8 +78,31 @@ def clear(node: Node, role: str | None = None) -> None:
 
 
 def text(node: Node) -> str:
-    """The annotation for dumps: `x=i8/tok w=i4/g128`, `k=[i8,i4] v=i8`; empty where there is none."""
-    return " ".join(f"{role}={_show(value)}" for role, value in get(node).items())
+    """The annotation for dumps: `x=i8/tok w=i4/g128`, `k=[i8,i4] v=i8`, `w=columns[i8/ch,i4/g128]`; else empty."""
+    return " ".join(f"{role}={show(value)}" for role, value in get(node).items())
+
+
+def show(value: Formats) -> str:
+    """`i8`, `[i8,i4]` or `columns[i8,i4]`."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
+def to_json(value: Formats) -> Any:
+    """A format's text, a list of texts, or {"columns": a list of texts}."""
+    if isinstance(value, Columns):
+        return {"columns": [str(one) for one in value.formats]}
+    return str(value) if isinstance(value, Format) else [str(one) for one in value]
+
+
+def from_json(value: Any) -> Formats:
+    """What `to_json` wrote. Raises ValueError for anything else."""
+    if isinstance(value, list) and value:
+        return tuple(Format.parse(one) for one in value)
+    if isinstance(value, Mapping) and list(value) == ["columns"] and isinstance(value["columns"], list):
+        return Columns(tuple(Format.parse(one) for one in value["columns"]))
+    if isinstance(value, str):
+        return Format.parse(value)
+    raise ValueError(f'a format text, a list of them or {{"columns": a list}} is expected, found {value!r}')
 
 
 def _stored(node: Node) -> Mapping[str, object]:
@@ -73,7 +119,7 @@ def _write(node: Node, stored: Mapping[str, object]) -> None:
     """Give the node fresh dictionaries that hold `stored`; empty ones are removed."""
     custom = {key: value for key, value in (node.meta.get("custom") or {}).items() if key != "qfx"}
     if stored:
-        custom["qfx"] = {role: list(v) if isinstance(v, list) else v for role, v in stored.items()}
+        custom["qfx"] = copy.deepcopy(dict(stored))
     if custom:
         node.meta["custom"] = custom
     else:
@@ -87,30 +133,25 @@ def _check_roles(roles: Mapping[str, object] | Sequence[str], node: Node) -> Non
             raise ValueError(_message("unknown role", node, f"one of {', '.join(ALL_ROLES)}", found))
 
 
-def _to_json(fmt: Format | Sequence[Format], role: str, node: Node) -> str | list[str]:
+def _to_json(fmt: Format | Sequence[Format] | Columns, role: str, node: Node) -> Any:
     if isinstance(fmt, Format):
         return str(fmt)
+    if isinstance(fmt, Columns):
+        if role == "w":
+            return to_json(fmt)
+        raise ValueError(_message(f"role {role!r} has no input columns", node, "Format(s)", str(fmt)))
     heads = list(fmt) if isinstance(fmt, Sequence) and not isinstance(fmt, str) else []
     if not heads or not all(isinstance(head, Format) for head in heads):
         raise ValueError(_message(f"role {role!r} takes a Format or one per head", node, "Format(s)", repr(fmt)))
     return [str(head) for head in heads]
 
 
-def _parse(value: object, role: str, node: Node) -> Format | PerHead:
+def _parse(value: object, role: str, node: Node) -> Formats:
     try:
-        if isinstance(value, str):
-            return Format.parse(value)
-        if isinstance(value, list) and value:
-            return tuple(Format.parse(head) for head in value)
+        return from_json(value)
     except ValueError as error:
-        raise ValueError(
-            _message(f"the format of role {role!r} cannot be read", node, "a format text", error)
-        ) from error
-    raise ValueError(_message(f"the format of role {role!r} cannot be read", node, "a format text", repr(value)))
-
-
-def _show(value: Format | PerHead) -> str:
-    return str(value) if isinstance(value, Format) else f"[{','.join(map(str, value))}]"
+        what = f"the format of role {role!r} cannot be read"
+        raise ValueError(_message(what, node, "a format text", error)) from error
 
 
 def _message(what: str, node: Node, expected: str, found: object) -> str:

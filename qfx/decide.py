@@ -127,12 +127,12 @@ def _record(model: nn.Module, gm: fx.GraphModule, made: Plan) -> list[Note]:
             notes.append(Note(fqn, reason, "make it a parameter"))
             annotation.clear(node)
             continue
-        texts = {r: str(f) if isinstance(f, Format) else [str(h) for h in f] for r, f in formats.items()}
+        texts = {role: annotation.to_json(fmt) for role, fmt in formats.items()}
         layout = layout_of(node) if "w" in formats else None
         before = made.annotations.get(fqn, {})
         if before.get("w", texts.get("w")) != texts.get("w"):
             notes.append(_two_formats(fqn, before["w"], texts["w"]))
-            annotation.set(node, "w", Format.parse(str(before["w"])))
+            annotation.set(node, "w", annotation.from_json(before["w"]))
         made.annotations[fqn] = {**texts, **before}
         if layout is not None and made.layouts.get(fqn, READ).endswith(READ):
             made.layouts[fqn] = layout

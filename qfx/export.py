@@ -28,6 +28,8 @@ from qfx.plan import Plan, versions
 from qfx.quantize import evaluating
 from qfx.quantize import plan as make_plan
 from qfx.recipe import Recipe
+from qfx.rows import segment_of
+from qfx.segments import asked
 from qfx.spill import Spill, give_back
 
 RUNTIMES = ("onnxruntime", "standard")
@@ -273,13 +275,19 @@ def _outputs(captured: Captured) -> list[str]:
 def _formats(gm: fx.GraphModule) -> dict[str, dict[str, str]]:
     """Formats of the quantized nodes by name."""
     found: dict[str, dict[str, str]] = {}
+    parts: dict[str, list[tuple[str, int]]] = {}
     for node in gm.graph.nodes:
         if node.op != "call_function" or not str(node.target).startswith("qfx."):
             continue
         given = arguments(node)
         roles = {r: str(given[k]) for r, k in _ROLES.items() if given.get(k)}
+        fqn, segment = graph.fqn_of(node), segment_of(node)
+        if segment is not None:
+            axis, number, part = segment
+            parts[fqn] = [*(parts[fqn] if number else []), part]
+            roles["w"] = asked(parts[fqn], axis)
         if roles:
-            found[graph.fqn_of(node)] = roles
+            found[fqn] = roles
     return found
 
 

@@ -163,6 +163,11 @@ class Format:
         return int(rows), int(columns)
 
     @property
+    def by_row(self) -> bool:
+        """Every scale serves values of one row alone, so that rows can be rounded apart from each other."""
+        return self.is_plain or ((self.granularity == "ch" or self.group is not None) and not self.has_global_scale)
+
+    @property
     def code_dtype(self) -> torch.dtype:
         """dtype of unpacked codes: int8, uint8, a float8 type, or the plain type itself."""
         if self.is_plain:

@@ -195,7 +195,8 @@ _WEIGHT_AT = {
 }
 # What stands for `weight` or `<name>` where a weight is packed (numbered where the name was taken) or parametrized.
 _HELD = re.compile(
-    r"(?:^|(?<=\.))(?:w_codes(?:_\d+)?|(?P<packed>\w+)_w_codes(?:_\d+)?|parametrizations\.(?P<whole>\w+)\.original\d*)$"
+    r"(?:^|(?<=\.))(?:(?:(?P<packed>\w+)_)?(?:w|rows\d+|columns\d+)_codes(?:_\d+)?"
+    r"|parametrizations\.(?P<whole>\w+)\.original\d*)$"
 )
 _VIEWS = {"t", "transpose", "permute", "view", "reshape", "_unsafe_view", "alias", "detach", "contiguous", "clone"}
 

@@ -15,7 +15,7 @@ from qfx.format import Format
 from qfx.records import GraphRecord
 from qfx.rows import Row
 
-_PACKED = re.compile(r"(^|[._])w_(codes|scale|zero)$")
+_PACKED = re.compile(r"(^|[._])(w|rows\d+|columns\d+)_(codes|scale|zero)$")
 
 
 def live_rows(model: nn.Module, told: Collection[str]) -> Iterator[Row]:

@@ -22,22 +22,54 @@ from qfx.packing import Packed
 from qfx.rows import Row
 
 
-class _Quantized(nn.Module):
-    """Packed weight buffers (w_codes, w_scale, w_zero) and their format."""
+class PackedModule(nn.Module):
+    """Packed buffers, the shape of the weight that they hold, and the type of the activations."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape = shape
+        self.dtype = dtype
+        self.sqnr_db: float | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight dequantized, in the model's dtype."""
+        raise NotImplementedError
+
+    def _hold(self, stem: str, packed: Packed) -> None:
+        for leaf, tensor in (("codes", packed.data), ("scale", packed.scale), ("zero", packed.zero)):
+            self.register_buffer(f"{stem}_{leaf}", tensor)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Keep scales and codes in their own types when the model is cast: only the activations' dtype changes."""
+        kept = {name: (b, b.dtype) for name, b in self._buffers.items() if b is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, (before, dtype) in kept.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != dtype:
+                self._buffers[name] = before.to(after.device)
+        probe = fn(torch.empty(0, dtype=self.dtype, device=next(self.buffers()).device))
+        if probe.dtype.is_floating_point:
+            self.dtype = probe.dtype
+        return self
+
+    def _row_of(self, fqn: str, op: str, asked: str, after: int) -> Row:
+        elements = torch.Size(self.shape).numel()
+        before = elements * self.dtype.itemsize
+        return Row(fqn, op, asked, f"qfx::{op} (reference)", "", elements, before, after, sqnr_db=self.sqnr_db)
+
+
+class _Quantized(PackedModule):
+    """A packed weight (w_codes, w_scale, w_zero) and its format."""
 
     w_codes: Tensor
     w_scale: Tensor
     w_zero: Tensor | None
 
     def __init__(self, packed: Packed, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.register_buffer("w_codes", packed.data)
-        self.register_buffer("w_scale", packed.scale)
-        self.register_buffer("w_zero", packed.zero)
+        super().__init__(tuple(packed.shape), dtype)
+        self._hold("w", packed)
         self.w_format = str(packed.format)
-        self.shape = tuple(packed.shape)
-        self.dtype = dtype
-        self.sqnr_db: float | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -50,24 +82,8 @@ class _Quantized(nn.Module):
         )
         return weight
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Keep scales and codes in their own types when the model is cast: only the activations' dtype changes."""
-        kept = {name: (b, b.dtype) for name, b in self._buffers.items() if b is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, (before, dtype) in kept.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype != dtype:
-                self._buffers[name] = before.to(after.device)
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.w_codes.device))
-        if probe.dtype.is_floating_point:
-            self.dtype = probe.dtype
-        return self
-
     def _row(self, fqn: str, op: str, asked: str) -> Row:
-        elements = torch.Size(self.shape).numel()
-        after = Format.parse(self.w_format).nbytes(self.shape)
-        before = elements * self.dtype.itemsize
-        return Row(fqn, op, asked, f"qfx::{op} (reference)", "", elements, before, after, sqnr_db=self.sqnr_db)
+        return self._row_of(fqn, op, asked, Format.parse(self.w_format).nbytes(self.shape))
 
 
 class QuantLinear(_Quantized):
@@ -307,5 +323,5 @@ def without_fast_paths(model: nn.Module) -> None:
 def quantized_parts(model: nn.Module) -> list[str]:
     """Names of the modules and parameters that hold packed weights."""
     named = list(model.named_modules())
-    modules = [fqn or type(m).__name__ for fqn, m in named if isinstance(m, _Quantized)]
+    modules = [fqn or type(m).__name__ for fqn, m in named if isinstance(m, PackedModule)]
     return modules + [f"{fqn}.{name}".lstrip(".") for fqn, m in named for name in getattr(m, "qfx_packed", {})]

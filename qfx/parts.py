@@ -20,7 +20,7 @@ def round_in_parts(weight: Tensor, fmt: Format, method: str, *, name: str, eleme
 
     Formats whose scale serves more than one row are rounded at once. Raises ValueError as `round_weight` does.
     """
-    if weight.numel() <= elements or not _by_row(fmt):
+    if weight.numel() <= elements or not fmt.by_row:
         return round_weight(weight, fmt, method, name=name)
     if weight.dim() > 2:
         parts = (round_in_parts(part, fmt, method, name=name, elements=elements) for part in weight)
@@ -33,11 +33,6 @@ def check_finite(weight: Tensor, name: str) -> None:
     """Raises ValueError for NaN or Inf in a weight, naming it. Needs no memory where all is well."""
     if weight.numel() and not torch.isfinite(torch.stack(weight.detach().aminmax())).all():
         require_finite(weight.detach(), name)
-
-
-def _by_row(fmt: Format) -> bool:
-    """Does every scale serve values of one row alone?"""
-    return fmt.is_plain or ((fmt.granularity == "ch" or fmt.group is not None) and not fmt.has_global_scale)
 
 
 def _joined(parts: Iterable[Packed], fmt: Format, shape: tuple[int, ...]) -> Packed:

@@ -8,18 +8,20 @@ the forward of another module reads it. `unknown` cannot be written back.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from qfx import graph
+from qfx.annotation import Formats, show
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
 from qfx.parts import check_finite
 from qfx.plan import Plan
 from qfx.recipe import is_static
+from qfx.segments import segments
 
 Kind = Literal["linear", "conv", "table", "parameter"]
 READ = "-read"
@@ -30,16 +32,22 @@ _SHOWN = 3  # names that a note lists
 class Place:
     """One planned weight: parameter `leaf` of module `owner`, its layout, formats, and what stands there afterwards.
 
-    kind: a QuantLinear, QuantConv or QuantEmbedding in the module's place, or the packed parameter in the same module.
+    w: several formats only for kind "linear". kind: a QuantLinear (QuantMixed), QuantConv or QuantEmbedding in the
+    module's place, or the packed parameter in the same module.
     """
 
     fqn: str
     owner: str
     leaf: str
     layout: str
-    w: Format
+    w: Formats
     x: Format | None
     kind: Kind
+
+    @property
+    def transposed(self) -> bool:
+        """The module knows the weight as [.., K, N]."""
+        return self.layout.removesuffix(READ).endswith("transposed")
 
 
 def layout_of(node: fx.Node) -> str:
@@ -65,8 +73,9 @@ def layout_of(node: fx.Node) -> str:
 def find(model: nn.Module, plan: Plan) -> tuple[list[Place], list[Note]]:
     """The places of every weight that the plan quantizes, and notes about what cannot be had as planned.
 
-    Raises ValueError where the model has no such parameter or it holds NaN or Inf, UnsupportedError where a plan cannot
-    be carried out in a live model (formats per head, the input of a foreign forward divided).
+    Raises ValueError where the model has no such parameter, it holds NaN or Inf or cannot be cut into as many parts as
+    it has formats, UnsupportedError where a plan cannot be carried out in a live model (several formats of an input,
+    the input of a foreign forward divided).
     """
     places: list[Place] = []
     notes: list[Note] = []
@@ -131,16 +140,20 @@ def held(model: nn.Module, fqn: str) -> tuple[str, str] | None:
 def _place(model: nn.Module, fqn: str, owner: str, leaf: str, plan: Plan) -> Place | Note:
     module, layout = model.get_submodule(owner), plan.layouts.get(fqn, "linear")
     w, x = plan.formats(fqn)["w"], plan.formats(fqn).get("x")
-    if not isinstance(w, Format) or isinstance(x, tuple):
-        raise UnsupportedError(
-            explain(f"{fqn!r} has one format per head", expected="one format", next_step="plan one format per weight")
-        )
+    if not isinstance(x, Format | None):
+        what = f"the input of {fqn!r} has several formats"
+        raise UnsupportedError(explain(what, expected="one format", next_step="plan one format for role 'x'"))
     step = "leave it out of the recipe (Recipe.ignore), or quantize the graph with torch.compile(backend='qfx')"
     if layout == "unknown":
         return Note(fqn, "its weight is reshaped before it is used, and stays in float", step)
     if leaf not in module._parameters:
         return Note(fqn, "its weight is no parameter (nn.Parameter) of the module, and stays in float", step)
     kind = kind_of(module, leaf, layout)
+    if not isinstance(w, Format):
+        if kind != "linear" or layout.endswith(READ):
+            reason = "only the weight of a linear layer of its own takes several formats: stays in float"
+            return Note(fqn, f"w={show(w)} was asked, but {reason}", "give it one format")
+        w = _joined(w, module, fqn, layout)
     if f"{fqn}/smooth" in plan.tensors and kind != "linear":
         raise UnsupportedError(
             explain(
@@ -152,6 +165,13 @@ def _place(model: nn.Module, fqn: str, owner: str, leaf: str, plan: Plan) -> Pla
     if x is not None and is_static(x) and f"{fqn}/x_scale" not in plan.tensors:
         raise ValueError(f"the plan has no scale for the static format x={x} of {fqn!r}; next step: plan with data")
     return Place(fqn, owner, leaf, layout, w, x, kind)
+
+
+def _joined(w: Formats, module: nn.Module, fqn: str, layout: str) -> Formats:
+    """The formats of a linear's weight; one format where all are equal. ValueError where they do not fit its shape."""
+    shape = module._parameters["weight"].shape  # type: ignore[union-attr]
+    found = segments(w, shape[::-1] if layout.startswith("transposed") else shape, fqn)
+    return found[0].format if len(found) == 1 else w
 
 
 def kind_of(module: nn.Module, leaf: str, layout: str) -> Kind:
@@ -179,7 +199,7 @@ def _without_x(place: Place) -> Place:
     """An input is quantized only where qfx's own module reads the weight."""
     if place.x is None or not _reads_itself(place):
         return place
-    return Place(place.fqn, place.owner, place.leaf, place.layout, place.w, None, place.kind)
+    return replace(place, x=None)
 
 
 def _weight_only(model: nn.Module, places: list[Place]) -> list[Note]:
@@ -205,7 +225,8 @@ def _conflicts(model: nn.Module, places: list[Place]) -> list[Note]:
         assert weight is not None
         before = first.setdefault(weight.data_ptr(), place)
         if before.w != place.w:
-            reason = f"its weight is tied to {before.fqn!r} (w={before.w}), and w={place.w} was asked: stored twice"
+            one, other = show(before.w), show(place.w)
+            reason = f"its weight is tied to {before.fqn!r} (w={one}), and w={other} was asked: stored twice"
             notes.append(
                 Note(place.fqn, reason, "give both one format (a rule with target 'tied') to store it once", minor=True)
             )

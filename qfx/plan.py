@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx.annotation import ALL_ROLES
+from qfx.annotation import ALL_ROLES, Formats, from_json
 from qfx.errors import QfxWarning, explain, nearest
 from qfx.files import dump_safetensors, read_safetensors, sha256_file, staged
-from qfx.format import Format
 from qfx.recipe import Recipe
 from qfx.text import type_text
 
@@ -47,7 +46,8 @@ class Plan:
     """What qfx decided for one model.
 
     recipe: what was asked. fingerprint, signature: of the model (see `fingerprint`, `signature`). versions: of torch,
-    qfx, Python. annotations: FQN -> role -> Format text, or a list of texts, one per head. layouts: FQN -> how the
+    qfx, Python. annotations: FQN -> role -> Format text, a list of texts (one per head, or per equal part of a weight's
+    rows) or {"columns": a list} (of its columns), as `annotation.to_json` writes them. layouts: FQN -> how the
     module holds the weight (`qfx.places`). rewrites: JSON-able records in the order of application, such as
     {"name": "smooth", "norm": {...}, "linears": [...], "factor": key of `tensors`}. tensors: "<FQN>/x_scale",
     "<FQN>/x_zero", "<FQN>/smooth", ... sensitivities: JSON-able. notes: what was warned of.
@@ -57,7 +57,7 @@ class Plan:
     fingerprint: str = ""
     signature: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())  # noqa: PLW0108 (defined below)
-    annotations: dict[str, dict[str, str | list[str]]] = field(default_factory=dict)
+    annotations: dict[str, dict[str, Any]] = field(default_factory=dict)
     layouts: dict[str, str] = field(default_factory=dict)
     rewrites: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -72,9 +72,9 @@ class Plan:
         found = signature(model)
         return cls(recipe=recipe, fingerprint=_digest(found), signature=found)
 
-    def formats(self, fqn: str) -> dict[str, Format | tuple[Format, ...]]:
-        """Role -> Format (or one per head) of a name; empty where the plan says nothing about it."""
-        return {role: _formats(text) for role, text in self.annotations.get(fqn, {}).items()}
+    def formats(self, fqn: str) -> dict[str, Formats]:
+        """Role -> Format (or several) of a name; empty where the plan says nothing about it."""
+        return {role: from_json(text) for role, text in self.annotations.get(fqn, {}).items()}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `plan.json` and `plan.safetensors`, both or neither.
@@ -242,10 +242,6 @@ def _same(mine: Tensor | None, its: Tensor | None) -> bool:
     return _show(mine) == _show(its) and _tensor_digest(mine) == _tensor_digest(its)
 
 
-def _formats(text: str | list[str]) -> Format | tuple[Format, ...]:
-    return Format.parse(text) if isinstance(text, str) else tuple(Format.parse(head) for head in text)
-
-
 def _check_annotations(annotations: Mapping[str, Any], where: str) -> None:
     for fqn, roles in annotations.items():
         if not isinstance(roles, Mapping):
@@ -254,8 +250,8 @@ def _check_annotations(annotations: Mapping[str, Any], where: str) -> None:
             if role not in ALL_ROLES:
                 raise ValueError(f"unknown role {role!r} of {fqn!r} in {where}, {nearest(str(role), ALL_ROLES)}")
             try:
-                _formats(text)
-            except (ValueError, TypeError) as error:
+                from_json(text)
+            except ValueError as error:
                 raise ValueError(f"role {role!r} of {fqn!r} in {where}: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from qfx.errors import explain
 from qfx.format import Format
+from qfx.mixed import QuantMixed
 from qfx.modules import (
     PackedSpec,
     QuantConv,
@@ -22,8 +24,10 @@ from qfx.modules import (
     without_fast_paths,
 )
 from qfx.packing import Packed
+from qfx.segments import Segment, stem_of
 
 _PACKED = ("w_codes", "w_scale", "w_zero")
+_LEAF = re.compile(r"(w|rows\d+|columns\d+)_(codes|scale|zero)$")
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,9 @@ def _check_fit(model: nn.Module, saved: Saved) -> None:
             raise _misfit(name, f"shape {list(rest[name].shape)} in the file, {list(own[name])} in the model")
 
 
-def _module(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantLinear | QuantEmbedding:
+def _module(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    if record["kind"] == "QuantMixed":
+        return _mixed(fqn, record, tensors)
     leaves = (*_PACKED, "bias", "x_scale", "x_zero", "smooth")
     found = {leaf: tensors.get(f"{fqn}.{leaf}".lstrip(".")) for leaf in leaves}
     packed = _packed(fqn, record["w"], record["shape"], found)
@@ -97,6 +103,22 @@ def _module(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         is_conv = record["kind"] == "QuantConv"
         bias = found["bias"]
         made = QuantConv(packed, _Conv(record, bias), **formats) if is_conv else QuantLinear(packed, bias, **formats)
+    made.sqnr_db = record["sqnr_db"]
+    return made
+
+
+def _mixed(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantMixed:
+    axis, shape, packed = record["axis"], record["shape"], []
+    found = [Segment(Format.parse(fmt), tuple((start, stop) for start, stop in r)) for fmt, r in record["segments"]]
+    prefix = f"{fqn}." if fqn else ""
+    for number, segment in enumerate(found):
+        stem = f"{prefix}{stem_of(axis, number)}"
+        held = {name: tensors.get(f"{stem}{name[1:]}") for name in _PACKED}
+        own = [shape[0], segment.size] if axis else [segment.size, shape[1]]
+        packed.append(_packed(stem, str(segment.format), own, held))
+    rest = {name: tensors.get(f"{prefix}{name}") for name in ("x_scale", "x_zero", "smooth")}
+    bias, dtype = tensors.get(f"{prefix}bias"), getattr(torch, record["dtype"])
+    made = QuantMixed(packed, found, axis, bias, x_format=record["x"], dtype=dtype, **rest)
     made.sqnr_db = record["sqnr_db"]
     return made
 
@@ -139,7 +161,7 @@ def _filled(model: nn.Module, saved: Saved) -> nn.Module:
         store, other = model.get_submodule(owner)._parameters, model.get_submodule(head)._parameters
         if leaf in store and first in other:
             store[leaf] = other[first]
-        elif leaf.endswith(_PACKED):
+        elif _LEAF.search(leaf):
             tell_shared(model.get_submodule(owner), leaf)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(wanted.get(name, False) and parameter.is_floating_point())

@@ -10,6 +10,11 @@
 A format "none" leaves a role in its own precision; a role that a rule does not name keeps what earlier rules gave it.
 Without x a backend may round the input of a linear with a quantized weight where its fastest kernel does so, which a
 note says; x="f32" asks for an input that nothing rounds.
+A linear's w may be a list: its output rows, cut into that many equal parts, have a format each (q, k, v by heads); with
+along="columns" its input columns (an output projection by heads):
+
+    Rule(target="*.q_proj", w=["i8/ch", "i4/g128", "i4/g128", "i4/g128"])
+    Rule(target="*.o_proj", w=["i8/ch", "i4/g128", "i4/g128", "i4/g128"], along="columns")
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qfx.annotation import ALL_ROLES, ROLES
+from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats
 from qfx.errors import nearest
 from qfx.format import Format
 
@@ -41,6 +46,15 @@ def _format_text(value: object) -> object:
     if value is None or value == NONE:
         return value
     return str(value) if isinstance(value, Format) else str(Format.parse(value))  # type: ignore[arg-type]
+
+
+def _weight_text(value: object) -> object:
+    """One format, or several, which are always held as a tuple."""
+    if not isinstance(value, list | tuple):
+        return _format_text(value)
+    if not value:
+        raise ValueError("a list of formats is empty")
+    return tuple(str(fmt) if isinstance(fmt, Format) else str(Format.parse(fmt)) for fmt in value)
 
 
 def _check_target(target: str) -> str:
@@ -59,6 +73,7 @@ def _check_target(target: str) -> str:
 
 
 FormatText = Annotated[str | None, BeforeValidator(_format_text)]
+WeightText = Annotated[str | tuple[str, ...] | list[Any] | None, BeforeValidator(_weight_text)]
 Target = Annotated[str, Field(strict=True)]
 
 
@@ -95,18 +110,20 @@ class Rule(_Strict):
     """Formats for the nodes that a target matches: an op kind, a name or glob of names, or `re:<regex>`.
 
     Roles: x input activation, w weight, y output, q k v p of attention (p: the softmax's result). Each is a format
-    text, "none" (leave it in its own precision) or None (say nothing about it). Raises ValueError for bad formats and
-    targets, and for roles that the op kind does not have.
+    text, "none" (leave it in its own precision) or None (say nothing about it). A linear's w may be a list of formats,
+    for equal parts of its rows, or along="columns" of its columns. Raises ValueError for bad formats and targets, and
+    for roles and lists that the op kind does not have.
     """
 
     target: Target
     x: FormatText = None
-    w: FormatText = None
+    w: WeightText = None
     y: FormatText = None
     q: FormatText = None
     k: FormatText = None
     v: FormatText = None
     p: FormatText = None
+    along: Literal["rows", "columns"] = "rows"
 
     @field_validator("target")
     @classmethod
@@ -121,12 +138,30 @@ class Rule(_Strict):
         for role in texts:
             if self.target in ROLES and role not in ROLES[self.target]:
                 raise ValueError(f"{self.target!r} has no role {role!r}, only {', '.join(ROLES[self.target])}")
+        if isinstance(self.w, tuple):
+            if self.target in ROLES and self.target != "linear":
+                raise ValueError(f"only the weight of a linear takes a list of formats, not that of {self.target!r}")
+        elif self.along != "rows":
+            raise ValueError(f"along={self.along!r} says how a list of formats cuts w, found w={self.w!r}")
         return self
 
     @property
-    def texts(self) -> dict[str, str]:
-        """Role -> format text, for the roles that the rule names."""
+    def texts(self) -> dict[str, str | tuple[str, ...]]:
+        """Role -> format text (w: or several), for the roles that the rule names."""
         return {role: text for role in ALL_ROLES if (text := getattr(self, role)) is not None}
+
+    def formats(self, role: str) -> Formats:
+        """The format of a role that the rule names and does not leave alone; w may have several."""
+        text = self.texts[role]
+        if isinstance(text, str):
+            return Format.parse(text)
+        each = tuple(Format.parse(one) for one in text)
+        return Columns(each) if self.along == "columns" else each
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dictionary of what the rule says; `Rule(**...)` reads it back."""
+        texts = {role: text if isinstance(text, str) else list(text) for role, text in self.texts.items()}
+        return {"target": self.target, **texts, **({"along": self.along} if self.along != "rows" else {})}
 
     def matches(self, kind: str, fqn: str, *, tied: bool = False) -> bool:
         """Whether the rule is for the node of this kind and fully qualified name, whose weight may be a tied table."""
@@ -173,8 +208,8 @@ class Recipe(_Strict):
             return alpha
         raise ValueError(f'a number from 0 to 1 or "search" is expected, found {alpha!r}')
 
-    def formats_for(self, kind: str, fqn: str, *, tied: bool = False) -> dict[str, Format]:
-        """Role -> Format for the node of this kind and fully qualified name; roles left alone are absent.
+    def formats_for(self, kind: str, fqn: str, *, tied: bool = False) -> dict[str, Formats]:
+        """Role -> Format (w: or several) for the node of this kind and name; roles left alone are absent.
 
         tied: an embedding and a linear read its weight. Roles that the kind does not have are left out. Raises
         ValueError for an unknown kind.
@@ -183,11 +218,11 @@ class Recipe(_Strict):
             raise ValueError(f"unknown op kind {kind!r}, {nearest(kind, KINDS)}")
         if any(_matches(target, kind, fqn, tied=tied) for target in self.ignore):
             return {}
-        texts: dict[str, str] = {}
+        found: dict[str, Rule] = {}
         for rule in self.rules:
             if rule.matches(kind, fqn, tied=tied):
-                texts.update(rule.texts)
-        return {role: Format.parse(texts[role]) for role in ROLES[kind] if texts.get(role, NONE) != NONE}
+                found.update(dict.fromkeys(rule.texts, rule))
+        return {r: found[r].formats(r) for r in ROLES[kind] if r in found and found[r].texts[r] != NONE}
 
     def unmatched(self, nodes: Iterable[tuple[str, str]]) -> list[str]:
         """Targets of rules and of `ignore`, op kinds aside, that match none of the (kind, name) pairs: likely typos."""
@@ -201,9 +236,10 @@ class Recipe(_Strict):
 
         A format that a later rule of the same target replaces does not count.
         """
-        last = {(rule.target, role): text for rule in self.rules for role, text in rule.texts.items() if role != "w"}
+        last = {(rule.target, role): rule for rule in self.rules for role in rule.texts if role != "w"}
         chosen = not set(self.rewrites).isdisjoint(DATA_REWRITES)
-        return chosen or any(is_static(Format.parse(t)) for t in last.values() if t != NONE)
+        given = [rule.formats(role) for (_, role), rule in last.items() if rule.texts[role] != NONE]
+        return chosen or any(is_static(fmt) for fmt in given if isinstance(fmt, Format))
 
     def override(self, **fields: Any) -> Recipe:
         """The recipe with other values in some fields, checked as in the constructor. Raises ValueError."""
@@ -212,7 +248,7 @@ class Recipe(_Strict):
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary, every field included; `Recipe.parse` reads it back."""
         fields: dict[str, Any] = json.loads(self.model_dump_json())
-        fields["rules"] = [{"target": rule.target, **rule.texts} for rule in self.rules]
+        fields["rules"] = [rule.to_dict() for rule in self.rules]
         return fields
 
     def to_json(self) -> str:

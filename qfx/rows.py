@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from qfx import annotation, graph
 from qfx.errors import Note
 from qfx.format import Format
+from qfx.segments import asked, number_of
 
 KINDS = {
     "aten::linear": "linear",
@@ -81,14 +82,58 @@ def graph_rows(gm: fx.GraphModule, kernels: Mapping[str, str], notes: Iterable[N
     told: dict[str, Note] = {}
     for note in sorted(notes, key=lambda n: n.minor):
         told.setdefault(note.node, note)
-    rows = []
+    rows: list[Row] = []
     seen: set[str] = set()
+    parts: dict[str, list[tuple[str, int]]] = {}  # by name: (format, size) of the weight's segments
     for node in gm.graph.nodes:
         kind = KINDS.get(graph.schema_name(node)) if node.op == "call_function" else None
         if kind is None or (kind == "matmul" and _weight_of(node) is None):
             continue
-        rows.append(_row(gm, node, kind, kernels.get(node.name, ""), told, seen))
+        row = _row(gm, node, kind, kernels.get(node.name, ""), told, seen)
+        segment = segment_of(node)
+        if segment is None:
+            rows.append(row)
+        elif segment[1] == 0:
+            parts[row.node] = [segment[2]]
+            rows.append(replace(row, asked=_asked_of_segments(row, segment[0], parts[row.node])))
+        else:
+            parts[row.node].append(segment[2])
+            at = max(i for i, r in enumerate(rows) if r.node == row.node)
+            joined = _joined(rows[at], row)
+            rows[at] = replace(joined, asked=_asked_of_segments(row, segment[0], parts[row.node]))
     return rows
+
+
+def segment_of(node: fx.Node) -> tuple[int, int, tuple[str, int]] | None:
+    """(axis, number, (format, size)) of an op that computes a segment of a weight; None for other nodes."""
+    weight = graph.weight_of(node) if graph.schema_name(node) == "qfx::linear" else None
+    found = None if weight is None else number_of(str(weight.target))
+    if found is None:
+        return None
+    given = dict(zip(_names(node), node.args, strict=False))
+    size = graph.val(given["x"] if found[0] else node).shape[-1]
+    return *found, (str(given["w_format"]), int(size))
+
+
+def _asked_of_segments(row: Row, axis: int, parts: list[tuple[str, int]]) -> str:
+    words = [word for word in row.asked.split(" ") if not word.startswith("w=")]
+    return " ".join([*words, f"w={asked(parts, axis)}"])
+
+
+def _joined(first: Row, more: Row) -> Row:
+    """One row for the segments of one weight."""
+    kernels = dict.fromkeys(k for row in (first, more) for k in row.kernel.split(" + ") if k)
+    return replace(
+        first,
+        kernel=" + ".join(kernels),
+        reason=first.reason or more.reason,
+        elements=first.elements + more.elements,
+        bytes_before=first.bytes_before + more.bytes_before,
+        bytes_after=first.bytes_after + more.bytes_after,
+        macs=first.macs + more.macs,
+        shared=first.shared and more.shared,
+        as_asked=first.as_asked and more.as_asked,
+    )
 
 
 def _row(gm: fx.GraphModule, node: fx.Node, kind: str, kernel: str, told: Mapping[str, Note], seen: set[str]) -> Row:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from qfx.errors import explain
 from qfx.files import dump_safetensors, read_safetensors, sha256_file, staged
+from qfx.mixed import QuantMixed
 from qfx.modules import PackedSpec, QuantConv, QuantEmbedding, QuantLinear, quantized_parts
 from qfx.rebuild import Saved, rebuild
 from qfx.skeleton import CONFIG, GENERATION, skeleton
 
 VERSION = 1
+Quantized = QuantLinear | QuantEmbedding | QuantMixed
 _JSON, _TENSORS = "qfx.json", "model.safetensors"
 _KEYS = {
     "format", "version", "sha256", "files", "class", "dtype", "implementations", "modules", "parameters", "tied",
@@ -90,17 +92,21 @@ def _modules(model: nn.Module) -> dict[str, dict[str, Any]]:
     first: dict[int, str] = {}
     found: dict[str, dict[str, Any]] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantLinear | QuantEmbedding):
+        if isinstance(module, Quantized):
             name = first.setdefault(id(module), fqn)
             found[fqn] = _describe(module) if name == fqn else {"same": name}
     return found
 
 
-def _describe(module: QuantLinear | QuantEmbedding) -> dict[str, Any]:
+def _describe(module: Quantized) -> dict[str, Any]:
     record: dict[str, Any] = {
-        "kind": type(module).__name__, "w": module.w_format, "shape": list(module.shape), "dtype": _name(module.dtype),
+        "kind": type(module).__name__, "shape": list(module.shape), "dtype": _name(module.dtype),
         "sqnr_db": module.sqnr_db,
     }  # fmt: skip
+    if isinstance(module, QuantMixed):
+        parts = [[str(segment.format), [list(r) for r in segment.ranges]] for segment in module.segments]
+        return {**record, "segments": parts, "axis": module.axis, "x": module.x_format}
+    record["w"] = module.w_format
     if isinstance(module, QuantEmbedding):
         return {**record, "padding_idx": module.padding_idx}
     record["x"] = module.x_format
@@ -152,7 +158,7 @@ def _passing_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
-    found = [m.dtype for m in model.modules() if isinstance(m, QuantLinear | QuantEmbedding)]
+    found = [m.dtype for m in model.modules() if isinstance(m, Quantized)]
     found += [p.dtype for p in model.parameters() if p.is_floating_point()]
     return found[0] if found else torch.float32
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from qfx.annotation import ALL_ROLES
+from qfx.annotation import ALL_ROLES, to_json
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.places import READ, is_own_linear
 from qfx.plan import Plan
@@ -40,7 +40,7 @@ def walk(model: nn.Module, recipe: Recipe, reason: str, next_step: str) -> tuple
         seen.add(id(module._parameters["weight"]))
         formats = recipe.formats_for(kind, fqn, tied=id(module._parameters["weight"]) in tied)
         if "w" in formats:
-            made.annotations[fqn or "weight"] = {r: str(formats[r]) for r in ALL_ROLES if r in formats}
+            made.annotations[fqn or "weight"] = {r: to_json(formats[r]) for r in ALL_ROLES if r in formats}
             made.layouts[fqn or "weight"] = f"{layout}{READ}" if id(module) in read else layout
     unseen = [n for n, p in model.named_parameters() if p.dim() > 1 and p.is_floating_point() and id(p) not in seen]
     more = f" and {len(unseen) - _SHOWN} more" if len(unseen) > _SHOWN else ""

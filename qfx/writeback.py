@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qfx.annotation import show
+from qfx.format import Format
+from qfx.mixed import QuantMixed
 from qfx.modules import (
     QuantConv,
     QuantEmbedding,
@@ -20,10 +23,12 @@ from qfx.modules import (
 from qfx.packing import Packed
 from qfx.parts import round_in_parts
 from qfx.passes.rewrites import apply_record
-from qfx.places import READ, Place, kind_of
+from qfx.places import Place, kind_of
 from qfx.plan import Plan
+from qfx.segments import along, segments, stem_of, take
 
 Key = tuple[Any, ...]
+Parts = list[Packed]  # one, or one for each segment
 
 
 def write_back(model: nn.Module, plan: Plan, places: list[Place]) -> nn.Module:
@@ -53,7 +58,7 @@ class _Writer:
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan
-        self.packed: dict[Key, Packed] = {}
+        self.packed: dict[Key, Parts] = {}
         self.used: set[int] = set()
         self.sqnr: Mapping[str, float] = plan.sensitivities.get("sqnr_db", {})
         self.parents: dict[int, list[tuple[str, str]]] = {}
@@ -76,35 +81,51 @@ class _Writer:
             packed = self._pack(place, weight)
             del weight
             self._put(place, module, packed)
-            self._tell_shared(place.owner, place.leaf, packed)
+            for part in packed:
+                self._tell_shared(place.owner, part)
             for owner, leaf in self.twins.get(pointer, ()):
-                if (owner, leaf) not in planned:
-                    self._put_twin(owner, leaf, place, packed)
+                if (owner, leaf) not in planned and len(packed) == 1:
+                    self._put_twin(owner, leaf, place, packed[0])
         without_fast_paths(self.model)
         return self.model
 
-    def _pack(self, place: Place, weight: Tensor) -> Packed:
-        key = (*_pointer(weight), str(place.w), _is_transposed(place))
+    def _pack(self, place: Place, weight: Tensor) -> Parts:
+        key = (*_pointer(weight), show(place.w), place.transposed)
         if key not in self.packed:
-            value = _oriented(weight.detach(), place)
-            self.packed[key] = round_in_parts(value, place.w, self.plan.recipe.rounding, name=place.fqn)
+            value, method = _oriented(weight.detach(), place), self.plan.recipe.rounding
+            if isinstance(place.w, Format):
+                self.packed[key] = [round_in_parts(value, place.w, method, name=place.fqn)]
+            else:
+                axis, found = along(place.w), segments(place.w, value.shape, place.fqn)
+                self.packed[key] = [
+                    round_in_parts(take(value, s, axis), s.format, method, name=f"{place.fqn}.{stem_of(axis, i)}")
+                    for i, s in enumerate(found)
+                ]
         return self.packed[key]
 
-    def _put(self, place: Place, module: nn.Module, packed: Packed) -> None:
+    def _put(self, place: Place, module: nn.Module, parts: Parts) -> None:
+        packed = parts[0]
         if place.kind == "parameter":
-            pack_parameter(module, place.leaf, packed, transposed=_is_transposed(place))
+            pack_parameter(module, place.leaf, packed, transposed=place.transposed)
             return
         dtype = module.weight.dtype
         assert isinstance(dtype, torch.dtype)
         if place.kind == "table":
             assert isinstance(module, nn.Embedding)
-            new: QuantEmbedding | QuantLinear = QuantEmbedding(packed, module.padding_idx, dtype=dtype)
+            new: QuantEmbedding | QuantLinear | QuantMixed = QuantEmbedding(packed, module.padding_idx, dtype=dtype)
         else:
             tensors = {leaf: self.plan.tensors.get(f"{place.fqn}/{leaf}") for leaf in ("x_scale", "x_zero", "smooth")}
             formats: dict[str, Any] = {"x_format": str(place.x) if place.x else "", "dtype": dtype, **tensors}
-            is_conv = place.kind == "conv"
             bias = module._parameters.get("bias")
-            new = QuantConv(packed, module, **formats) if is_conv else QuantLinear(packed, bias, **formats)
+            if place.kind == "conv":
+                new = QuantConv(packed, module, **formats)
+            elif isinstance(place.w, Format):
+                new = QuantLinear(packed, bias, **formats)
+            else:
+                held = module._parameters["weight"]
+                assert held is not None
+                found = segments(place.w, _oriented(held, place).shape, place.fqn)
+                new = QuantMixed(parts, found, along(place.w), bias, **formats)
         new.sqnr_db = self.sqnr.get(place.fqn)
         self._replace(module, new)
 
@@ -114,18 +135,18 @@ class _Writer:
         if module._parameters.get(leaf) is None:
             return
         kind = kind_of(module, leaf, "embedding")
-        if kind == "table" and not _is_transposed(place):
+        if kind == "table" and not place.transposed:
             assert isinstance(module, nn.Embedding)
             self._replace(module, QuantEmbedding(packed, module.padding_idx, dtype=module.weight.dtype))
         else:
-            pack_parameter(module, leaf, packed, transposed=_is_transposed(place))
-        self._tell_shared(owner, leaf, packed)
+            pack_parameter(module, leaf, packed, transposed=place.transposed)
+        self._tell_shared(owner, packed)
 
-    def _tell_shared(self, owner: str, leaf: str, packed: Packed) -> None:
+    def _tell_shared(self, owner: str, packed: Packed) -> None:
         if id(packed) in self.used:
             module = self.model.get_submodule(owner)
-            head = f"{leaf}_" if leaf in getattr(module, "qfx_packed", {}) else ""
-            tell_shared(module, *(f"{head}{name}" for name in ("w_codes", "w_scale", "w_zero")))
+            held = {id(t) for t in packed.tensors().values()}
+            tell_shared(module, *(name for name, b in module.named_buffers(recurse=False) if id(b) in held))
         self.used.add(id(packed))
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
@@ -137,13 +158,9 @@ class _Writer:
             setattr(self.model.get_submodule(path), name, new)
 
 
-def _is_transposed(place: Place) -> bool:
-    return place.layout.removesuffix(READ).endswith("transposed")
-
-
 def _oriented(weight: Tensor, place: Place) -> Tensor:
     """The weight as [.., N, K]; a view."""
-    if _is_transposed(place):
+    if place.transposed:
         return weight.transpose(-2, -1)
     return weight.flatten(1) if place.layout.startswith("patch") else weight
 

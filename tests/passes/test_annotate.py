@@ -23,7 +23,7 @@ return [%linear_1]
 """
 
 
-def recipe(*rules: dict[str, str], **fields: Any) -> Recipe:
+def recipe(*rules: dict[str, Any], **fields: Any) -> Recipe:
     return Recipe(name="test", rules=tuple(Rule(**rule) for rule in rules), **fields)
 
 
@@ -102,4 +102,45 @@ def test_formats_that_do_not_fit(rule: dict[str, str], reason: str) -> None:
     gm = capture(Function(lambda own, x: own.fc(x), fc=nn.Linear(64, 4)), torch.randn(2, 64))
     notes = annotate(gm, recipe({"target": "linear", **rule}))
     assert [note.node for note in notes] == ["fc"] and reason in notes[0].reason
+    assert "#" not in dump(gm)
+
+
+MIXED = """\
+%inputs_0: i64[2,3] = input
+%embedding: f32[2,3,4] = aten.embedding(@embed.weight, %inputs_0)
+%linear: f32[2,3,8] = aten.linear(%embedding, @up.weight, @up.bias)  # w=[i8/ch,i4/g2,i4/g2,i4/g2]
+%gelu: f32[2,3,8] = aten.gelu(%linear)
+%linear_1: f32[2,3,4] = aten.linear(%gelu, @down.weight, @down.bias)  # x=i8/tok w=columns[i8/ch,i4/g2]
+return [%linear_1]
+"""
+
+
+def test_several_formats() -> None:
+    gm = capture(mlp(), torch.ones(2, 3, dtype=torch.int64))
+    up = {"target": "up", "w": ["i8/ch", "i4/g2", "i4/g2", "i4/g2"]}
+    down = {"target": "down", "x": "i8/tok", "w": ["i8/ch", "i4/g2"], "along": "columns"}
+    assert annotate(gm, recipe(up, down)) == []
+    assert dump(gm) == MIXED
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"target": "up", "w": ["i8/ch", "i4/ch", "i4/ch"]}, "8 output rows of 'up' cannot be cut into 3"),
+        ({"target": "up", "w": ["i8/ch", "i4/ch"] * 8}, "8 output rows of 'up' cannot be cut into 16"),
+        ({"target": "down", "w": ["i8/ch"] * 3, "along": "columns"}, "8 input columns of 'down' cannot be cut into 3"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(rule: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        annotate(capture(mlp(), torch.ones(2, 3, dtype=torch.int64)), recipe(rule))
+
+
+def test_several_formats_where_one_is_taken_are_told() -> None:
+    gm = capture(mlp(), torch.ones(2, 3, dtype=torch.int64))
+    (note,) = annotate(gm, recipe({"target": "embed", "w": ["i8/ch", "i4/ch"]}))
+    assert note.node == "embed" and note.where
+    assert note.reason == "w=[i8/ch,i4/ch] was asked, but only the weight of a linear takes several formats"
+    (note,) = annotate(gm, recipe({"target": "up", "w": ["i8/ch", "i4/tok"]}))
+    assert note.reason == "w=[i8/ch,i4/tok] was asked, but a weight's scale is not found at run time"
     assert "#" not in dump(gm)

@@ -370,14 +370,6 @@ def test_formats_that_no_weight_can_have_are_refused() -> None:
             quantized(annotated(linear(), torch.randn(2, 64), fc=f"w={fmt}"))
 
 
-@pytest.mark.parametrize("role", ["x", "w"])
-def test_formats_per_head_are_refused(role: str) -> None:
-    gm = annotated(linear(), torch.randn(2, 64), fc="x=i8/tok w=i8/ch")
-    annotation.set(calls(gm)[0], role, [Format.parse("i8"), Format.parse("i4")])
-    with pytest.raises(UnsupportedError, match=r"(?s)one format each.*\[i8,i4\].*%linear"):
-        quantized(gm)
-
-
 def test_what_no_op_serves_is_told_and_taken_off() -> None:
     def forward(own: Any, x: Tensor) -> Tensor:
         y = F.linear(own.fc(own.conv(x).flatten(2)), own.w)

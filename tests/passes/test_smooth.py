@@ -14,7 +14,7 @@ from qfx.format import Format
 from qfx.numerics import fake_quantize
 from qfx.observers import MinMax, Sample
 from qfx.passes import smooth
-from qfx.passes._sites import Norm, is_linear
+from qfx.passes._sites import Norm, Weight, is_linear, weight_of
 from qfx.passes.calibrate import calibrate
 from qfx.passes.observe import insert_observers, remove_observers
 from qfx.passes.smooth import Site
@@ -252,3 +252,15 @@ def test_refused_experts_are_told_where_they_were_watched() -> None:
     assert len(notes) == 2 and all("down_proj" in note.node for note in notes)
     grouped = [w.name for site, _ in chosen for w in site.linears if "experts" in w.name]
     assert grouped == ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.gate_up_proj"]
+
+
+def test_the_search_takes_the_coarsest_of_several_formats() -> None:
+    """Which is the format under which it chooses the exponent that all of the weight gets."""
+    gm = capture(nn.Linear(32, 8), torch.randn(4, 32))
+    (node,) = (n for n in gm.graph.nodes if graph.schema_name(n) == "aten::linear")
+    weight = weight_of(node)
+    assert isinstance(weight, Weight)
+    formats = (Format.parse("i8/ch"), Format.parse("i3/ch"))
+    for asked in (formats, annotation.Columns(formats)):
+        annotation.set(node, "w", asked)
+        assert smooth._Layer.of(gm, node, weight, "minmax", 99.9).w == Format.parse("i3/ch")

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from torch import fx
 
 from qfx import annotation
+from qfx.annotation import Columns
 from qfx.format import Format
 
 I8 = Format.parse("i8/tok")
 I4 = Format.parse("i4/g128")
 FORMATS = st.sampled_from([Format.parse(t) for t in ("i8/tok", "i4/g128", "u8", "nf4/g64", "f32", "f4e2m1/g16/e4m3")])
-VALUES = st.one_of(FORMATS, st.lists(FORMATS, min_size=1, max_size=4).map(tuple))
+SEVERAL = st.lists(FORMATS, min_size=1, max_size=4).map(tuple)
+VALUES = st.one_of(FORMATS, SEVERAL)
 
 
 def make_node() -> fx.Node:
@@ -57,6 +59,32 @@ def test_round_trip_through_json(formats: dict[str, Format | tuple[Format, ...]]
     node.meta = json.loads(json.dumps(node.meta))
     assert annotation.get(node) == formats
     assert list(annotation.get(node)) == [role for role in annotation.ALL_ROLES if role in formats]
+
+
+@given(st.one_of(FORMATS, SEVERAL, SEVERAL.map(Columns)))
+def test_formats_of_a_weight_come_back(formats: annotation.Formats) -> None:
+    node = make_node()
+    annotation.set(node, "w", formats)
+    node.meta = json.loads(json.dumps(node.meta))
+    assert annotation.get(node) == {"w": formats}
+    assert annotation.from_json(json.loads(json.dumps(annotation.to_json(formats)))) == formats
+
+
+def test_rows_and_columns_are_told_apart() -> None:
+    node = make_node()
+    annotation.set(node, "w", Columns((I8, I4)))
+    assert annotation.text(node) == "w=columns[i8/tok,i4/g128]"
+    assert node.meta["custom"]["qfx"] == {"w": {"columns": ["i8/tok", "i4/g128"]}}
+    annotation.set(node, "w", (I8, I4))
+    assert annotation.text(node) == "w=[i8/tok,i4/g128]" and annotation.get(node)["w"] != Columns((I8, I4))
+
+
+def test_only_a_weight_has_columns() -> None:
+    node = make_node()
+    with pytest.raises(ValueError, match=r"(?s)role 'x' has no input columns.*columns\[i8/tok\].*%relu"):
+        annotation.set(node, "x", Columns((I8,)))
+    with pytest.raises(ValueError, match="at least one format"):
+        Columns(())
 
 
 def test_copied_nodes_share_nothing() -> None:
@@ -140,6 +168,11 @@ def test_only_formats_are_taken(value: object) -> None:
         ({"x": []}, "role 'x' cannot be read"),
         ({"x": 8}, "role 'x' cannot be read"),
         ({"x": [8]}, "role 'x' cannot be read"),
+        ({"w": {"columns": []}}, "role 'w' cannot be read"),
+        ({"w": {"columns": "i8"}}, "role 'w' cannot be read"),
+        ({"w": {"rows": ["i8"]}}, "role 'w' cannot be read"),
+        ({"w": {"columns": ["i8"], "rows": ["i8"]}}, "role 'w' cannot be read"),
+        ({"w": {"columns": ["int8"]}}, "did you mean 'i8'"),
         ({"z": "i8"}, "unknown role"),
         (["x"], "no dictionary"),
     ],

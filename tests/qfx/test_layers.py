@@ -16,6 +16,7 @@ PIPELINE = "qfx.compile"
 LAYERS = (
     "qfx.errors qfx.format qfx.files qfx.processor",
     "qfx.annotation qfx.text qfx.numerics qfx.packing qfx.histogram qfx.rounding qfx.ops qfx.float_ops qfx.measure",
+    "qfx.segments",
     (
         "qfx.cache_ops qfx.parts"
         " qfx.graph qfx.names qfx.trace qfx.capture qfx.run qfx.verify qfx.plan qfx.recipe qfx.presets"

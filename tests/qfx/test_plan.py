@@ -32,6 +32,7 @@ def full_plan() -> Plan:
     plan = Plan.of(small(), W8A8)
     plan.annotations["0"] = {"x": "i8/tok", "w": "i4/g128"}
     plan.annotations["attn"] = {"k": ["i8", "i4"], "v": "i8/head"}
+    plan.annotations["o"] = {"w": {"columns": ["i8/ch", "i4/g128"]}}
     plan.rewrites.append({"name": "smooth", "norm": "1", "linears": ["2"], "factor": "2/smooth", "alpha": 0.5})
     plan.tensors["2/smooth"] = torch.tensor([1.0, 2.0, 0.5, float("nan")])
     plan.tensors["0/x_scale"] = torch.tensor(0.1)
@@ -145,7 +146,7 @@ def test_default_fields_are_not_shared() -> None:
 def test_repr_is_short() -> None:
     text = repr(full_plan())
     assert text.startswith("Plan(recipe='w8a8', model='")
-    assert "annotations=2, rewrites=smooth, tensors=3 (0.00 MiB), notes=1)" in text
+    assert "annotations=3, rewrites=smooth, tensors=3 (0.00 MiB), notes=1)" in text
     assert "model='any'" in repr(Plan(W8A8))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from qfx.annotation import ALL_ROLES, ROLES
+from qfx.annotation import ALL_ROLES, ROLES, Columns
 from qfx.format import Format
 from qfx.presets import presets
 from qfx.recipe import KINDS, REWRITES, Recipe, Rule, _combine
@@ -22,7 +22,8 @@ TARGETS = st.sampled_from(["linear", "conv", "attention", "*.q_proj", "enc.0.*",
 def rules(draw: st.DrawFn) -> Rule:
     target = draw(TARGETS)
     roles = ROLES.get(target, ALL_ROLES)
-    return Rule(target=target, **draw(st.dictionaries(st.sampled_from(roles), TEXTS, min_size=1)))
+    formats: dict[str, Any] = draw(st.dictionaries(st.sampled_from(roles), TEXTS, min_size=1))
+    return Rule(target=target, **formats)
 
 
 RECIPES = st.builds(
@@ -95,13 +96,18 @@ def test_unmatched_targets_are_told() -> None:
     assert recipe.unmatched([("linear", "a.q_proj"), ("linear", "a.k_proj")]) == ["*.q_porj", "x"]
 
 
+def _rule(target: str) -> Rule:
+    formats: dict[str, Any] = {ROLES.get(target, ("w",))[0]: "i8"}
+    return Rule(target=target, **formats)
+
+
 @given(RECIPES, st.sampled_from(KINDS), st.sampled_from(["a.q_proj", "enc.0.fc1", "lm_head"]), st.booleans())
 def test_resolution_is_a_fold_over_the_rules(recipe: Recipe, kind: str, fqn: str, tied: bool) -> None:
-    expected: dict[str, str] = {}
+    expected: dict[str, Any] = {}
     for rule in recipe.rules:
         if rule.matches(kind, fqn, tied=tied):
             expected |= rule.texts
-    if any(Rule(target=t, **{ROLES.get(t, ("w",))[0]: "i8"}).matches(kind, fqn, tied=tied) for t in recipe.ignore):
+    if any(_rule(t).matches(kind, fqn, tied=tied) for t in recipe.ignore):
         expected = {}
     expected = {role: text for role, text in expected.items() if role in ROLES[kind] and text != "none"}
     assert texts(recipe, kind, fqn, tied=tied) == expected
@@ -323,3 +329,63 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_unknown_kind() -> None:
     with pytest.raises(ValueError, match="unknown op kind 'liner', did you mean 'linear'"):
         presets()["w8a8"].formats_for("liner", "fc")
+
+
+I4, I8 = Format.parse("i4/g128"), Format.parse("i8/ch")
+
+
+def test_several_formats_of_a_weight() -> None:
+    rules = [
+        Rule(target="linear", x="i8/tok", w="i8/ch"),
+        Rule(target="*.q", w=["i8/ch", I4, "i4/g128"]),
+        Rule(target="*.o", w=["i8/ch", "i4/g128"], along="columns"),
+        Rule(target="1.*", w="i4/g128"),
+    ]
+    recipe = Recipe(name="r", rules=tuple(rules))
+    assert recipe.formats_for("linear", "0.q") == {"x": Format.parse("i8/tok"), "w": (I8, I4, I4)}
+    assert recipe.formats_for("linear", "0.o")["w"] == Columns((I8, I4))
+    assert recipe.formats_for("linear", "1.o")["w"] == recipe.formats_for("linear", "1.q")["w"] == I4
+    assert recipe.formats_for("linear", "0.fc")["w"] == I8
+    assert not recipe.needs_data
+
+
+@given(
+    st.lists(st.sampled_from(["i8/ch", "i4/g128", "u4/g32", "f32"]), min_size=1, max_size=5),
+    st.sampled_from(["rows", "columns"]),
+)
+def test_several_formats_come_back_from_texts(formats: list[str], along: Any) -> None:
+    recipe = Recipe(name="r", rules=(Rule(target="*.q", x="i8/tok", w=formats, along=along),))
+    assert Recipe.parse(json.loads(recipe.to_json())) == recipe
+    assert recipe.to_dict()["rules"][0] == {"target": "*.q", "x": "i8/tok", "w": formats} | (
+        {"along": along} if along == "columns" else {}
+    )
+
+
+def test_several_formats_from_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "heads.yaml"
+    file.write_text("rules:\n- {target: '*.o', w: [i8/ch, i4/g128], along: columns}\n", encoding="utf-8")
+    recipe = Recipe.parse(file)
+    assert recipe.formats_for("linear", "a.o") == {"w": Columns((I8, I4))}
+    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.parse(file) == recipe
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"w": []}, "a list of formats is empty"),
+        ({"w": ["i8/ch", "int4"]}, "did you mean 'i4'"),
+        ({"w": ["i8/ch", "none"]}, "bad format 'none'"),
+        ({"w": ["i8/ch", None]}, "a format is a text"),
+        ({"w": ["i8/ch", ["i4/ch"]]}, "a format is a text"),
+        ({"w": "i8/ch", "along": "columns"}, "along='columns' says how a list of formats cuts w, found w='i8/ch'"),
+        ({"x": "i8/tok", "along": "columns"}, "found w=None"),
+        ({"w": ["i8/ch"], "along": "heads"}, "'rows' or 'columns'"),
+        ({"x": ["i8/tok"]}, "a format is a text"),
+        ({"w": ["i8/ch"], "target": "embedding"}, "only the weight of a linear .* not that of 'embedding'"),
+        ({"w": ["i8/ch"], "target": "experts", "along": "columns"}, "not that of 'experts'"),
+    ],
+)
+def test_bad_lists_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rule(**{"target": "linear", **fields})
