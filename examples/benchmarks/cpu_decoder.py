@@ -106,7 +106,7 @@ def verdicts(found: Sequence[dict[str, Any]]) -> list[str]:
     good = [row for row in found if not row.get("failed")]
     ours = [row for row in good if row["peer"].startswith("qfx ")]
     peers = [row for row in good if row not in ours]
-    groups = {"the fastest": peers, "its fastest": [p for p in peers if p["peer"].startswith("llama.cpp")]}
+    groups = {"the fastest": peers, "the fastest of llama.cpp": [p for p in peers if p["peer"].startswith("llama.cpp")]}
     lines = []
     for row in ours:
         parts: dict[str, str] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-STAT = Path("/proc/stat")
+PROC = Path("/proc")
 
 
 class Load:
@@ -41,9 +41,9 @@ class Load:
     def _now(self, process: int) -> tuple[float, float, float] | None:
         """(seconds since the start of all processors, busy seconds of all of them, those of `process`)."""
         try:
-            numbers = [int(n) for n in STAT.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+            numbers = [int(n) for n in (PROC / "stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
             fields = (
-                Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
+                (PROC / str(process) / "stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
             )
         except OSError:
             return None
