@@ -70,10 +70,15 @@ class EncoderJob:
         return self._batches(data.read_texts(ASSETS / "eval.txt"), EVALUATION_BATCHES)
 
     def _batches(self, texts: list[str], count: int) -> list[Inputs]:
-        made = data.text_batches(
-            load(minilm()).tokenizer, texts, seq_len=self.length, batch_size=self.batch, samples=self.batch * count
-        )
-        return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in made]
+        """`count` batches, or as many whole ones as the texts fill; where they fill none they are read again."""
+        tokenizer, wanted = load(minilm()).tokenizer, {"seq_len": self.length, "batch_size": self.batch}
+        while True:
+            made = data.text_batches(tokenizer, texts, **wanted, samples=self.batch * count)
+            whole = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in made]
+            whole = [batch for batch in whole if len(batch["input_ids"]) == self.batch]
+            if whole:
+                return whole
+            texts = texts * 2
 
 
 @functools.cache

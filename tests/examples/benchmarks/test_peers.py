@@ -173,6 +173,12 @@ def test_the_jobs_of_encoders_do_not_change(tmp_path: Path) -> None:
     assert not any((a["input_ids"] == b["input_ids"]).all() for a in held_out for b in known)
 
 
+@pytest.mark.parametrize(("batch", "length", "count"), [(1, 512, 4), (8, 512, 3), (64, 512, 1)])
+def test_all_batches_have_the_shape_that_is_timed(batch: int, length: int, count: int, tmp_path: Path) -> None:
+    held_out = EncoderJob("tiny", batch, length, 1, str(tmp_path)).evaluation()
+    assert [b["input_ids"].shape for b in held_out] == [(batch, length)] * count
+
+
 def test_the_floor_counts_every_linear_layer(tmp_path: Path) -> None:
     found = shapes(EncoderJob("tiny", 1, 16, 1, str(tmp_path)).module())
     assert found == {(32, 32): 8, (32, 64): 2, (64, 32): 2}
