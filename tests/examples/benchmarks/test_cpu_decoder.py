@@ -13,6 +13,7 @@ import typer
 from examples.benchmarks import cpu_decoder
 from examples.benchmarks.peers import qfx_decoder
 from examples.benchmarks.peers.decoding import DecoderJob
+from qfx.errors import QfxWarning
 
 SCRIPT = Path(cpu_decoder.__file__)
 
@@ -75,7 +76,8 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_prompts_by_integers_are_a_folder_of_their_own(tmp_path: Path) -> None:
     job = DecoderJob("tiny", 32, 2, 40, 1, str(tmp_path))
-    plain, integers = (qfx_decoder.build(job, option) for option in ("w4a16", "w4a16 prefill"))
+    with pytest.warns(QfxWarning, match="MatMulNBits rounds them to 8 bits"):
+        plain, integers = (qfx_decoder.build(job, option) for option in ("w4a16", "w4a16 prefill"))
     assert integers.size > plain.size, "the weights lie there twice"
     assert plain.outputs is not None and integers.outputs is not None
     one, other = plain.outputs()[0], integers.outputs()[0]
