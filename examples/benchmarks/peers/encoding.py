@@ -20,7 +20,7 @@ from qfx.hub import load
 
 ASSETS = Path(__file__).resolve().parents[3] / "tests" / "assets"
 MODELS = ("minilm", "bert-base", "tiny")
-CALIBRATION_BATCHES = 8
+CALIBRATION_TEXTS = 64
 EVALUATION_BATCHES = 4
 
 Inputs = dict[str, Tensor]
@@ -63,7 +63,7 @@ class EncoderJob:
 
     def calibration(self) -> list[Inputs]:
         """Batches of Python's help topics."""
-        return self._batches(data.python_help(), CALIBRATION_BATCHES)
+        return self._batches(data.python_help(), max(1, CALIBRATION_TEXTS // self.batch))
 
     def evaluation(self) -> list[Inputs]:
         """Batches of text that no peer was calibrated on; the first is what is timed."""

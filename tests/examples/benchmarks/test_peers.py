@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -65,9 +66,9 @@ def test_tokens_per_second_and_divergence() -> None:
     logits = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], dtype=np.float32))
     other = np.log(np.array([[0.25, 0.75], [0.9, 0.1]], dtype=np.float32))
     results = [
-        Result(cpu_decoder.REFERENCE, {"prefill": 2.0, "decode": 1.0}, 8, "1", outputs=[logits]),
-        Result("fast reader", {"prefill": 0.5, "decode": 2.0}, 8, "1", outputs=[logits]),
-        Result("qfx w4a16", {"prefill": 0.25, "decode": 0.5}, 4, "1", outputs=[other]),
+        Result(cpu_decoder.REFERENCE, {"prefill": 2.0, "decode": 1.0}, {}, 8, "1", outputs=[logits]),
+        Result("fast reader", {"prefill": 0.5, "decode": 2.0}, {}, 8, "1", outputs=[logits]),
+        Result("qfx w4a16", {"prefill": 0.25, "decode": 0.5}, {}, 4, "1", outputs=[other]),
         Result("broken", failed="boom"),
     ]
     rows = cpu_decoder.rows(results, job)
@@ -175,8 +176,10 @@ def test_the_jobs_of_encoders_do_not_change(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("batch", "length", "count"), [(1, 512, 4), (8, 512, 3), (64, 512, 1)])
 def test_all_batches_have_the_shape_that_is_timed(batch: int, length: int, count: int, tmp_path: Path) -> None:
-    held_out = EncoderJob("tiny", batch, length, 1, str(tmp_path)).evaluation()
-    assert [b["input_ids"].shape for b in held_out] == [(batch, length)] * count
+    job = EncoderJob("tiny", batch, length, 1, str(tmp_path))
+    assert [b["input_ids"].shape for b in job.evaluation()] == [(batch, length)] * count
+    known = sum(len(b["input_ids"]) for b in job.calibration())
+    assert known == 64, "as much text to calibrate on for each batch size"
 
 
 def test_the_floor_counts_every_linear_layer(tmp_path: Path) -> None:
@@ -274,7 +277,7 @@ def stat(folder: Path, busy: int, own: int, *, idle: int = 100) -> None:
 
 def test_what_others_use_is_counted_between_begin_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "PROC", tmp_path)
-    monkeypatch.setattr(load.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     measured = Load()
     assert measured.cores is None and "not known" in str(measured)
     stat(tmp_path, 0, 0)
@@ -317,13 +320,14 @@ def test_turns_are_warmed_and_alone_means_a_process_for_each(
 ) -> None:
     root = tmp_path / "root"
     shutil.copytree(race.ROOT / "examples", root / "examples")
+    (root / "qfx").symlink_to(race.ROOT / "qfx")
     (root / "examples" / "benchmarks" / "peers" / "stub.py").write_text(PEER, encoding="utf-8")
     monkeypatch.setattr(race, "ROOT", root)
     heard: list[str] = []
     entries = [Entry("one", "stub"), Entry("two", "stub"), Entry("missing", "nothing")]
     with Race(entries, DecoderJob("tiny", 1, 1, 2, 1, str(tmp_path)), tmp_path, heard.append, alone=alone) as running:
         found = running.run(2)
-    assert [r.seconds.get("call") for r in found] == [0.5, 0.5, None]
+    assert [r.seconds.get("call") for r in found] == [0.5, 0.5, None], [r.failed for r in found]
     assert [r.best.get("call") for r in found] == [0.5, 0.5, None] and found[2].failed
     assert [r.size for r in found] == [5, 5, None] and all(r.outputs is not None for r in found[:2])
     lines = [line.split() for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines()]
