@@ -3,18 +3,19 @@
     pip install -e ".[demo,bench]" -c constraints.txt
     python examples/benchmarks/cpu_decoder.py --model llama-1b --threads 2 --json numbers.json --plot bars.png
     python examples/benchmarks/cpu_decoder.py --model tiny_lm
+    python examples/benchmarks/cpu_decoder.py --quick
 
 Each peer builds the same checkpoint in a process of its own; then all take a turn in each round: the whole prompt in
-one step, then greedy decoding. A row is the median of the rounds in tokens/s and as a multiple of the fastest peer of
-the run (qfx apart), the bytes of the model's files, and the mean KL divergence of the next-token distributions from
-float32 on given tokens, in nats: after half of them, read at once, then after each of the others. Random weights serve
-for speed; `tiny_lm` is a small trained model on held-out text, where the divergence means something. A peer that is not
-installed or fails is a row that says why.
+one step, then greedy decoding. Peers of large models are in memory one at a time (`--alone`): each is started again for
+each turn. A row is the median of the rounds in tokens/s and as a multiple of the fastest peer of the run (qfx apart),
+the bytes of the model's files, and the mean KL divergence of the next-token distributions from float32 on given tokens,
+in nats: after half of them, read at once, then after each of the others. Random weights serve for speed; `tiny_lm` is
+a small trained model on held-out text, where the divergence means something. A peer that is not installed or fails is a
+row that says why. Below the table: qfx against the peers that are no larger and no further from float32.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -30,7 +31,6 @@ if __name__ == "__main__":  # import the sibling files as `python -m examples.be
 from examples.benchmarks.peers import table
 from examples.benchmarks.peers.decoding import MODELS, DecoderJob
 from examples.benchmarks.peers.race import Entry, Race, Result
-from qfx.files import write_text
 from qfx.measure import kld, top1_agreement
 
 REFERENCE = "torch eager float32"
@@ -47,7 +47,8 @@ PEERS = (
     Entry("llama.cpp Q8_0", "llama_cpp_decoder", "Q8_0"),
     Entry("llama.cpp Q2_K", "llama_cpp_decoder", "Q2_K"),
 )
-RECIPES = ("w4a16", "w8a16", "2-bit")
+RECIPES = ("w4a16", "w4a16 prefill", "w8a16", "2-bit")
+ALONE = ("llama-1b",)  # too large to keep a dozen of them in memory
 COLUMNS = {
     "prefill_per_s": "prefill tokens/s",
     "prefill_ratio": "of the fastest",
@@ -100,6 +101,38 @@ def _near(reference: Result | None, other: Result) -> dict[str, float | None]:
     return {"kld": kld(wanted, found), "top1": top1_agreement(wanted, found)}
 
 
+def verdicts(found: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each row of qfx: how fast it decodes and reads the prompt against the peers that it is to beat."""
+    good = [row for row in found if not row.get("failed")]
+    ours = [row for row in good if row["peer"].startswith("qfx ")]
+    peers = [row for row in good if row not in ours]
+    groups = {"the fastest": peers, "the fastest of llama.cpp": [p for p in peers if p["peer"].startswith("llama.cpp")]}
+    lines = []
+    for row in ours:
+        parts: dict[str, str] = {}
+        for part in ("decode", "prefill"):
+            for name, rivals in groups.items():
+                if rivals:
+                    best = max(rivals, key=lambda other: other[f"{part}_per_s"])
+                    ratio = row[f"{part}_per_s"] / best[f"{part}_per_s"]
+                    parts.setdefault(f"{part} {ratio:.2f}x {best['peer']}", f" ({name})")
+        said = ", ".join(text + of for text, of in parts.items()) or "no peer to compare with"
+        lines.append(f"{row['peer']}: {said}{_beaten(row, peers)}")
+    return lines
+
+
+def _beaten(row: dict[str, Any], peers: Sequence[dict[str, Any]]) -> str:
+    """The peer that decodes fastest among those that are no larger and no further from float32 than `row`."""
+    if row["kld"] is None:
+        return ""
+    as_good = [p for p in peers if p["weights_bytes"] <= row["weights_bytes"] and p["kld"] <= row["kld"]]
+    if not as_good:
+        return "; no peer is as small and as near"
+    best = max(as_good, key=lambda other: other["decode_per_s"])
+    ratio = row["decode_per_s"] / best["decode_per_s"]
+    return f"; decode {ratio:.2f}x the fastest that is as small and as near ({best['peer']})"
+
+
 def main(
     model: Annotated[list[str] | None, typer.Option(help=f"Out of {', '.join(MODELS)}; default: all but tiny.")] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
@@ -107,33 +140,39 @@ def main(
     judged: Annotated[int, typer.Option(min=2, help="Tokens on which the divergence is measured.")] = 256,
     rounds: Annotated[int, typer.Option(min=1, help="Timed turns of each peer.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each peer.")] = 2,
-    recipe: Annotated[list[str] | None, typer.Option(help="Recipes of qfx.")] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="Recipes of qfx; `prefill` behind: by integers.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Peers whose name holds this word.")] = None,
     without: Annotated[list[str] | None, typer.Option(help="Leave out peers whose name holds this word.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Keep what the peers write here, for the next run.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw bars of decoding into this file.")] = None,
+    alone: Annotated[bool | None, typer.Option(help="One peer in memory at a time; left out: for large ones.")] = None,
+    quick: Annotated[bool, typer.Option(help="The tiny model, 16 tokens in, 4 out, 1 round: to see it run.")] = False,
 ) -> None:
     """Time decoders in every way there is, and print a table for each model."""
+    if quick:
+        model, prompt, generate, judged, rounds = model or ["tiny"], 16, 4, 12, 1
     chosen = model or [name for name in MODELS if name != "tiny"]
     if unknown := [name for name in chosen if name not in MODELS]:
         raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(MODELS)}", param_hint="--model")
     console, where = table.console(), table.place(threads)
     console.print(where)
-    runs: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in chosen:
             job = DecoderJob(name, prompt, generate, judged, threads, str(folder or scratch))
             job.checkpoint()
             listed = entries(recipe or RECIPES, only or (), without or ())
-            with Race(listed, job, job.path, lambda text: console.print(text, highlight=False)) as race:
-                runs[name] = rows(race.run(rounds, warm=False), job)
+            one = name in ALONE if alone is None else alone
+            with Race(listed, job, job.path, lambda text: console.print(text, highlight=False), alone=one) as race:
+                found = rows(race.run(rounds), job)
+            runs[name] = {"rows": found, "others_busy": race.load.cores}
             title = f"{name}: {prompt} tokens in, {generate} out, median of {rounds}"
-            console.print(table.shown(runs[name], COLUMNS, title))
-    if json_file is not None:
-        write_text(json_file, json.dumps({"where": where, "rounds": rounds, "runs": runs}, indent=1) + "\n")
-    if plot_file is not None:
-        table.plot(plot_file, runs, "decode_per_s", "tokens/s while decoding")
+            console.print(table.shown(found, COLUMNS, title))
+            for line in (*verdicts(found), str(race.load)):
+                console.print(line, highlight=False)
+    made = {"where": where, "rounds": rounds, "runs": runs}
+    table.write(json_file, plot_file, made, "decode_per_s", "tokens/s while decoding")
 
 
 if __name__ == "__main__":

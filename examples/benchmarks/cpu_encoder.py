@@ -3,16 +3,18 @@
     pip install -e ".[demo,bench]" -c constraints.txt
     python examples/benchmarks/cpu_encoder.py --threads 2 --json numbers.json --plot bars.png
     python examples/benchmarks/cpu_encoder.py --model bert-base --batch 8 --length 512 --profile
+    python examples/benchmarks/cpu_encoder.py --quick
 
 Each peer builds the model in a process of its own; then all are called in turn, one call each a round. A row is the
 median of its calls, how many times slower that is than the fastest peer of the run (qfx and the floor apart), the mean
 cosine of the hidden states to float32 on text that no peer has seen, and the bytes of its weights. A peer that is not
-installed or fails is a row that says why. The floor is the model's integer matrix products and nothing else.
+installed or fails is a row that says why. The floor is the model's integer matrix products and nothing else. Below the
+table: qfx against the fastest peer and against the best cosine of the 8-bit peers, and how busy other processes were.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -29,7 +31,6 @@ if __name__ == "__main__":  # import the sibling files as `python -m examples.be
 from examples.benchmarks.peers import table
 from examples.benchmarks.peers.encoding import MODELS, EncoderJob
 from examples.benchmarks.peers.race import Entry, Race, Result
-from qfx.files import write_text
 from qfx.measure import cosine
 
 REFERENCE = "torch eager float32"
@@ -52,6 +53,7 @@ PEERS = (
 RECIPES = ("w8a8", "w8a8-smooth")
 COLUMNS = {
     "call_ms": "ms",
+    "best_ms": "shortest",
     "ratio": "to the fastest peer",
     "cosine": "cosine",
     "weights_bytes": "MB",
@@ -80,6 +82,7 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
             {
                 "peer": result.name,
                 "call_ms": seconds * 1e3,
+                "best_ms": result.best.get("call", seconds) * 1e3,
                 "ratio": seconds / min(others) if others else None,
                 "cosine": _cosine(judged.get(REFERENCE), result),
                 "weights_bytes": result.size,
@@ -97,19 +100,64 @@ def _cosine(reference: Result | None, other: Result) -> float | None:
     return sum(cosine(torch.from_numpy(a), torch.from_numpy(b)) for a, b in pairs) / len(other.outputs)
 
 
-def profiled(result: Result, recipe: str) -> Table:
-    """Milliseconds of a call by operator, the longest first."""
-    shown = Table("operator", "calls", "ms", "share", title=f"where {recipe} spends its time", title_justify="left")
-    operators: dict[str, list[float]] = result.facts.get("operators", {})
-    total = sum(ms for _, ms in operators.values())
-    for name, (count, ms) in sorted(operators.items(), key=lambda item: -item[1][1]):
+def verdicts(found: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each row of qfx: how many times faster than the fastest peer, its cosine against the 8-bit peers'."""
+    good = [row for row in found if not row.get("failed")]
+    ours = [row for row in good if row["peer"].startswith("qfx ")]
+    peers = [row for row in good if row not in ours and row["peer"] != FLOOR]
+    eight = [row for row in peers if _has_8_bits(row["peer"]) and row["cosine"] is not None]
+    lines = []
+    for row in ours:
+        line = row["peer"] + ":"
+        if peers:
+            fastest = min(peers, key=lambda other: other["call_ms"])
+            line += f" {fastest['call_ms'] / row['call_ms']:.2f} times as fast as the fastest peer ({fastest['peer']})"
+        if eight and row["cosine"] is not None:
+            best = max(eight, key=lambda other: other["cosine"])
+            line += f", cosine {row['cosine']:.5f} (best of 8 bits: {best['cosine']:.5f}, {best['peer']})"
+        lines.append(line if peers else f"{line} no peer to compare with")
+    return lines
+
+
+def _has_8_bits(name: str) -> bool:
+    return "int8" in name or "quantize_dynamic" in name
+
+
+def profiled(result: Result, recipe: str, kind: str = "operator", floor: float | None = None) -> Table:
+    """Milliseconds of a call by operator or by part, the longest first. floor: those of the integer products alone."""
+    shown = Table(kind, "nodes", "ms", "share", title=f"where {recipe} spends its time", title_justify="left")
+    kinds: dict[str, list[float]] = result.facts.get(f"{kind}s", {})
+    total = sum(ms for _, ms in kinds.values())
+    for name, (count, ms) in sorted(kinds.items(), key=lambda item: -item[1][1]):
         shown.add_row(name, f"{count:g}", f"{ms:.3f}", f"{ms / total:.1%}")
-    shown.add_row("all of them", "", f"{total:.3f}", "") if operators else shown.add_row(table.reason(result.failed))
+    shown.add_row("all of them", "", f"{total:.3f}", "") if kinds else shown.add_row(table.reason(result.failed))
+    if kinds and floor is not None:
+        shown.add_row(FLOOR, "", f"{floor:.3f}", f"{floor / total:.1%}")
     return shown
 
 
+def _say(text: str) -> None:
+    table.console().print(text, highlight=False)
+
+
+def _shape(job: EncoderJob, chosen: Sequence[Entry], rounds: int, profile: Sequence[str]) -> dict[str, Any]:
+    """Race one shape and print what came out; what the JSON holds of it. profile: the recipes to profile."""
+    console = table.console()
+    with Race(chosen, job, job.path, _say) as race:
+        found = rows(race.run(rounds))
+    console.print(table.shown(found, COLUMNS, f"{job.model}, {job.batch} x {job.length} tokens, median of {rounds}"))
+    for line in (*verdicts(found), str(race.load)):
+        _say(line)
+    floor = next((row["call_ms"] for row in found if row["peer"] == FLOOR and not row.get("failed")), None)
+    for name in profile:
+        with Race([Entry(f"profile {name}", "qfx_profile", name)], job, job.path, _say) as one:
+            result = one.run(1)[0]
+        console.print(profiled(result, name, "part", floor), profiled(result, name))
+    return {"rows": found, "others_busy": race.load.cores}
+
+
 def main(
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "minilm",
+    model: Annotated[list[str] | None, typer.Option(help=f"Out of {', '.join(MODELS)}; default: all but tiny.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; left out: 1 and 8.")] = None,
     length: Annotated[list[int] | None, typer.Option(help="Sequence lengths; left out: 128 and 512.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each peer and shape.")] = 20,
@@ -119,30 +167,23 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="Keep what the peers write here, for the next run.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw bars into this file.")] = None,
-    profile: Annotated[bool, typer.Option(help="Show where the time of qfx goes, operator by operator.")] = False,
+    profile: Annotated[bool, typer.Option(help="Show where the time of qfx goes, by part and by operator.")] = False,
+    quick: Annotated[bool, typer.Option(help="The tiny model, 2 x 16 tokens, 2 rounds: to see that it runs.")] = False,
 ) -> None:
-    """Time an encoder in every way there is, and print a table for each shape."""
-    if model not in MODELS:
-        raise typer.BadParameter(f"{model} is none of {', '.join(MODELS)}", param_hint="--model")
-    console, where = table.console(), table.place(threads)
-    console.print(where)
-    runs: dict[str, list[dict[str, Any]]] = {}
+    """Time encoders in every way there is, and print a table for each shape."""
+    if quick:
+        model, batch, length, rounds = model or ["tiny"], batch or [2], length or [16], 2
+    models = model or [name for name in MODELS if name != "tiny"]
+    if unknown := [name for name in models if name not in MODELS]:
+        raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(MODELS)}", param_hint="--model")
+    where, recipes = table.place(threads), recipe or RECIPES
+    _say(where)
+    runs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for b in batch or (1, 8):
-            for n in length or (128, 512):
-                job = EncoderJob(model, b, n, threads, str(folder or scratch))
-                chosen = entries(recipe or RECIPES, only or ())
-                with Race(chosen, job, job.path, lambda text: console.print(text, highlight=False)) as race:
-                    found = rows(race.run(rounds))
-                runs[job.path.name] = found
-                console.print(table.shown(found, COLUMNS, f"{model}, {b} x {n} tokens, median of {rounds}"))
-                for name in (recipe or RECIPES) if profile else ():
-                    with Race([Entry(f"profile {name}", "qfx_profile", name)], job, job.path, console.print) as one:
-                        console.print(profiled(one.run(1)[0], name))
-    if json_file is not None:
-        write_text(json_file, json.dumps({"where": where, "rounds": rounds, "runs": runs}, indent=1) + "\n")
-    if plot_file is not None:
-        table.plot(plot_file, runs, "call_ms", "ms for a call")
+        for name, b, n in itertools.product(models, batch or (1, 8), length or (128, 512)):
+            job = EncoderJob(name, b, n, threads, str(folder or scratch))
+            runs[job.path.name] = _shape(job, entries(recipes, only or ()), rounds, recipes if profile else ())
+    table.write(json_file, plot_file, {"where": where, "rounds": rounds, "runs": runs}, "call_ms", "ms for a call")
 
 
 if __name__ == "__main__":

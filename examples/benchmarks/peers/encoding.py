@@ -20,7 +20,7 @@ from qfx.hub import load
 
 ASSETS = Path(__file__).resolve().parents[3] / "tests" / "assets"
 MODELS = ("minilm", "bert-base", "tiny")
-CALIBRATION_BATCHES = 8
+CALIBRATION_TEXTS = 64
 EVALUATION_BATCHES = 4
 
 Inputs = dict[str, Tensor]
@@ -63,17 +63,22 @@ class EncoderJob:
 
     def calibration(self) -> list[Inputs]:
         """Batches of Python's help topics."""
-        return self._batches(data.python_help(), CALIBRATION_BATCHES)
+        return self._batches(data.python_help(), max(1, CALIBRATION_TEXTS // self.batch))
 
     def evaluation(self) -> list[Inputs]:
         """Batches of text that no peer was calibrated on; the first is what is timed."""
         return self._batches(data.read_texts(ASSETS / "eval.txt"), EVALUATION_BATCHES)
 
     def _batches(self, texts: list[str], count: int) -> list[Inputs]:
-        made = data.text_batches(
-            load(minilm()).tokenizer, texts, seq_len=self.length, batch_size=self.batch, samples=self.batch * count
-        )
-        return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in made]
+        """`count` batches, or as many whole ones as the texts fill; where they fill none they are read again."""
+        tokenizer, wanted = load(minilm()).tokenizer, {"seq_len": self.length, "batch_size": self.batch}
+        while True:
+            made = data.text_batches(tokenizer, texts, **wanted, samples=self.batch * count)
+            whole = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in made]
+            whole = [batch for batch in whole if len(batch["input_ids"]) == self.batch]
+            if whole:
+                return whole
+            texts = texts * 2
 
 
 @functools.cache

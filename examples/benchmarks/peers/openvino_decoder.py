@@ -105,7 +105,10 @@ def _write(job: DecoderJob, option: str, path: Path) -> None:
     _make_stateful(converted, shape)
     kind, _, group = option.partition("/")
     mode = {"int4": nncf.CompressWeightsMode.INT4_SYM, "int8": nncf.CompressWeightsMode.INT8_SYM}[kind]
-    settings = {"group_size": int(group), "ratio": 1.0} if group else {}
+    settings: dict[str, Any] = {}
+    if group:  # layers whose width the group does not divide take the largest that does
+        fallback = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
+        settings = {"group_size": int(group), "ratio": 1.0, "advanced_parameters": fallback}
     ov.save_model(nncf.compress_weights(converted, mode=mode, **settings), path, compress_to_fp16=False)
 
 

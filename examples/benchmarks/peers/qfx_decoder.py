@@ -19,17 +19,22 @@ OWN: dict[str, Any] = {
 
 
 def build(job: DecoderJob, option: str) -> Built:
-    """option: a preset or a name out of OWN, then nothing for `qfx.onnx.load`, or `genai`, or `compiled`."""
-    recipe, _, how = option.partition(" ")
-    if how == "compiled":
+    """option: a preset or a name out of OWN, then words.
+
+    Nothing is `qfx.onnx.load`; `genai` is onnxruntime-genai, `compiled` torch.compile; `prefill` reads prompts by
+    integers.
+    """
+    recipe, *how = option.split(" ")
+    if "compiled" in how:
         model = qfx.quantize(job.module(), OWN.get(recipe, recipe))
         compiled: Any = torch.compile(model, backend="qfx", dynamic=True)
         return built(job, Torch(compiled), bytes_of(model), qfx.__version__)
-    path = job.path / f"qfx_{recipe}"
+    prefill = "i8/tok" if "prefill" in how else None
+    path = job.path / f"qfx_{recipe}{'_prefill' if prefill else ''}"
     if not path.exists():
         with made(path) as folder:
-            _write(job, folder, recipe)
-    if how == "genai":
+            _write(job, folder, recipe, prefill)
+    if "genai" in how:
         from examples.benchmarks.peers.genai_decoder import opened
 
         return opened(job, path)
@@ -39,7 +44,7 @@ def build(job: DecoderJob, option: str) -> Built:
     return built(job, Torch(onnx.load(path, threads=job.threads)), size, qfx.__version__)
 
 
-def _write(job: DecoderJob, folder: Path, recipe: str) -> None:
+def _write(job: DecoderJob, folder: Path, recipe: str, prefill: str | None) -> None:
     model = job.module()
-    qfx.export_onnx(model, None, folder, recipe=OWN.get(recipe, recipe))
+    qfx.export_onnx(model, None, folder, recipe=OWN.get(recipe, recipe), prefill=prefill)
     model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]

@@ -1,4 +1,8 @@
-"""Peers side by side: each is built in its own process, then all are called in turn, round after round."""
+"""Peers side by side: each is built in its own process, then all are called in turn, round after round.
+
+`alone`: only one of them is in memory at a time. Each starts anew for every turn, from the files that its first start
+left in the job's folder, and runs a little before the turn that counts.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from examples.benchmarks.peers.load import Load
+
 ROOT = Path(__file__).resolve().parents[3]
 PAUSE = 0.05  # seconds between two peers: threads that spin after a call are asleep by then
 
@@ -31,10 +37,11 @@ class Entry:
 
 @dataclass
 class Result:
-    """What became of an entry. seconds: medians by part, from the rounds of this run; failed: why there are none."""
+    """What became of an entry. seconds, best: medians and shortest by part, of this run; failed: why there are none."""
 
     name: str
     seconds: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
     size: int | None = None
     version: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -43,29 +50,41 @@ class Result:
 
 
 class _Process:
-    """A worker, the file that its messages go to, and what it said."""
+    """A worker, the file that its messages go to, and what it said. It runs from `start` to `close`."""
 
     def __init__(self, entry: Entry, job: Any, folder: Path) -> None:
         self.entry, self.rounds = entry, dict[str, list[float]]()
         self.result = Result(entry.name)
         name = "".join(c if c.isalnum() else "_" for c in entry.name)
         self.log, self.saved = folder / f"{name}.log", folder / f"{name}.npz"
-        self.saved.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "examples.benchmarks.peers.worker"]
-        with self.log.open("w", encoding="utf-8") as log:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-            )
+        self._job = job
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def id(self) -> int:
+        """The system's number of the process that runs."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self, *, judged: bool) -> None:
+        """Build the peer; `judged`: and keep its outputs for the accuracy."""
+        with self.log.open("w" if judged else "a", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "examples.benchmarks.peers.worker"],
+                cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
         request = {
-            "module": f"examples.benchmarks.peers.{entry.module}",
-            "option": entry.option,
-            "job_module": type(job).__module__,
-            "job_type": type(job).__name__,
-            "job": dataclasses.asdict(job),
-            "outputs": str(self.saved),
+            "module": f"examples.benchmarks.peers.{self.entry.module}",
+            "option": self.entry.option,
+            "job_module": type(self._job).__module__,
+            "job_type": type(self._job).__name__,
+            "job": dataclasses.asdict(self._job),
+            "outputs": str(self.saved) if judged else None,
         }
+        self.saved.unlink(missing_ok=True)
         self._say(json.dumps(request))
-        if answer := self._answer():
+        answer = self._answer()
+        if answer is not None and judged:
             self.result.size, self.result.version = answer["size"], answer["version"]
             self.result.facts = answer["facts"]
             if self.saved.exists():
@@ -73,19 +92,19 @@ class _Process:
                     self.result.outputs = [arrays[key] for key in arrays.files]
 
     def _say(self, line: str) -> None:
-        assert self.process.stdin is not None
+        assert self._process is not None and self._process.stdin is not None
         try:
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
         except BrokenPipeError:
             self.result.failed = self.result.failed or "its process ended"
 
     def _answer(self) -> dict[str, Any] | None:
         """The next answer; None where it is an error or the process is gone, whose reason is then kept."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        assert self._process is not None and self._process.stdout is not None
+        line = self._process.stdout.readline()
         if not line:
-            code = self.process.wait()
+            code = self._process.wait()
             said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             self.result.failed = f"its process ended with status {code}: {said[-1] if said else 'it said nothing'}"
             return None
@@ -95,36 +114,46 @@ class _Process:
             return None
         return answer
 
-    def time(self, *, warm: bool) -> None:
-        """One turn: where `warm`, a call that brings its weights back into the caches; then one that counts."""
-        for counts in (False, True) if warm else (True,):
-            self._say("time")
+    def time(self, load: Load) -> None:
+        """One turn: a part of a call that brings its weights back into the caches; then the call that counts."""
+        for command in ("warm", "time"):
+            if command == "time":
+                load.begin(self.id)
+            self._say(command)
             answer = None if self.result.failed else self._answer()
             if answer is None:
                 return
-            for part, seconds in answer["seconds"].items() if counts else ():
+            for part, seconds in answer["seconds"].items():
                 self.rounds.setdefault(part, []).append(seconds)
+        load.end(self.id)
 
     def close(self) -> None:
-        for stream in (self.process.stdin, self.process.stdout):
+        """End the process; without one nothing happens."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        for stream in (process.stdin, process.stdout):
             assert stream is not None
             try:
                 stream.close()
             except BrokenPipeError:
                 continue
         try:
-            self.process.wait(timeout=20)
+            process.wait(timeout=20)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            process.kill()
+            process.wait()
 
 
 class Race:
     """Builds the entries one after the other, and times them in turn while the `with` block is open."""
 
-    def __init__(self, entries: Sequence[Entry], job: Any, folder: Path, say: Callable[[str], None]) -> None:
-        self._entries, self._job, self._folder, self._say = entries, job, folder, say
+    def __init__(
+        self, entries: Sequence[Entry], job: Any, folder: Path, say: Callable[[str], None], *, alone: bool = False
+    ) -> None:
+        self._entries, self._job, self._folder, self._say, self._alone = entries, job, folder, say, alone
         self._processes: list[_Process] = []
+        self.load = Load()
 
     def __enter__(self) -> Race:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -132,9 +161,10 @@ class Race:
             for entry in self._entries:
                 started = time.perf_counter()
                 self._processes.append(process := _Process(entry, self._job, self._folder))
+                process.start(judged=True)
                 took = f"{time.perf_counter() - started:.0f} s"
                 self._say(f"{entry.name}: {process.result.failed or 'built'} ({took})")
-                if process.result.failed:
+                if process.result.failed or self._alone:
                     process.close()
         except BaseException:
             self.__exit__(None, None, None)
@@ -147,16 +177,25 @@ class Race:
         for process in self._processes:
             process.close()
 
-    def run(self, rounds: int, *, warm: bool = True) -> list[Result]:
-        """Time each peer once a round, where `warm` after a call that is not timed; results in the entries' order."""
+    def run(self, rounds: int) -> list[Result]:
+        """Time each peer once a round; the results are in the order of the entries."""
         if rounds < 1:
             raise ValueError(f"rounds must be 1 or more, found {rounds}")
         for _ in range(rounds):
             for process in self._processes:
                 if not process.result.failed:
-                    time.sleep(PAUSE)
-                    process.time(warm=warm)
+                    self._turn(process)
         for process in self._processes:
             if not process.result.failed:
                 process.result.seconds = {part: median(values) for part, values in process.rounds.items()}
+                process.result.best = {part: min(values) for part, values in process.rounds.items()}
         return [process.result for process in self._processes]
+
+    def _turn(self, process: _Process) -> None:
+        if self._alone:
+            process.start(judged=False)
+        if not process.result.failed:
+            time.sleep(PAUSE)
+            process.time(self.load)
+        if self._alone:
+            process.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -10,6 +11,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from qfx.files import write_text
 
 PACKAGES = ("torch", "onnxruntime", "openvino", "nncf", "torchao", "onnxruntime-genai", "llama-cpp-python", "qfx")
 WIDTH = 150
@@ -72,6 +75,14 @@ def cell(key: str, value: Any) -> str:
     if key.endswith("ratio"):
         return f"{value:.2f}x"
     return f"{value:.1f}" if key.endswith("_per_s") else f"{value:.5f}" if isinstance(value, float) else str(value)
+
+
+def write(json_file: Path | None, plot_file: Path | None, found: Mapping[str, Any], key: str, label: str) -> None:
+    """What a benchmark found, to the files that are asked for. found["runs"]: by title, a dict with `rows`."""
+    if json_file is not None:
+        write_text(json_file, json.dumps(found, indent=1) + "\n")
+    if plot_file is not None:
+        plot(plot_file, {title: run["rows"] for title, run in found["runs"].items()}, key, label)
 
 
 def plot(path: Path, panels: Mapping[str, Sequence[dict[str, Any]]], key: str, label: str) -> None:

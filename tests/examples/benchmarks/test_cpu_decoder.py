@@ -11,7 +11,9 @@ import pytest
 import typer
 
 from examples.benchmarks import cpu_decoder
+from examples.benchmarks.peers import qfx_decoder
 from examples.benchmarks.peers.decoding import DecoderJob
+from qfx.errors import QfxWarning
 
 SCRIPT = Path(cpu_decoder.__file__)
 
@@ -39,8 +41,8 @@ def test_the_trained_model_reads_text(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
-    sizes = ("--prompt", "16", "--generate", "4", "--judged", "12", "--rounds", "1", "--threads", "1")
-    peers = ("--model", "tiny", "--only", "eager", "--only", "qfx", "--only", "Q8_0", "--recipe", "w8a16")
+    sizes = ("--quick", "--alone", "--threads", "1")
+    peers = ("--only", "eager", "--only", "qfx", "--only", "Q8_0", "--recipe", "w8a16")
     command = [
         sys.executable,
         str(SCRIPT),
@@ -51,8 +53,8 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
         "--plot",
         str(tmp_path / "bars.png"),
     ]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    rows = {row["peer"]: row for row in json.loads(numbers.read_text(encoding="utf-8"))["runs"]["tiny"]}
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows = {row["peer"]: row for row in json.loads(numbers.read_text(encoding="utf-8"))["runs"]["tiny"]["rows"]}
     assert list(rows) == [
         cpu_decoder.REFERENCE,
         "torch eager bfloat16",
@@ -68,3 +70,15 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert rows["qfx w8a16 genai"]["kld"] == pytest.approx(ours["kld"], abs=1e-6)
     llama = rows["llama.cpp Q8_0"]
     assert llama.get("failed", "").startswith("ModuleNotFoundError") or llama["kld"] < 1e-3
+    assert "qfx w8a16: decode " in said and "qfx w8a16 genai: decode " in said and "meanwhile" in said
+
+
+@pytest.mark.slow
+def test_prompts_by_integers_are_a_folder_of_their_own(tmp_path: Path) -> None:
+    job = DecoderJob("tiny", 32, 2, 40, 1, str(tmp_path))
+    with pytest.warns(QfxWarning, match="MatMulNBits rounds them to 8 bits"):
+        plain, integers = (qfx_decoder.build(job, option) for option in ("w4a16", "w4a16 prefill"))
+    assert integers.size > plain.size, "the weights lie there twice"
+    assert plain.outputs is not None and integers.outputs is not None
+    one, other = plain.outputs()[0], integers.outputs()[0]
+    assert (one != other).any() and abs(one - other).max() < 0.1 * abs(one).max()

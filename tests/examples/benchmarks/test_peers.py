@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +15,11 @@ import pytest
 from rich.console import Console
 
 from examples.benchmarks import cpu_decoder, cpu_encoder
-from examples.benchmarks.peers import decoding, qfx_profile, table
+from examples.benchmarks.peers import decoding, load, qfx_profile, race, table
+from examples.benchmarks.peers.decoding import DecoderJob
 from examples.benchmarks.peers.encoding import EncoderJob
 from examples.benchmarks.peers.integer_gemm import shapes
+from examples.benchmarks.peers.load import Load
 from examples.benchmarks.peers.race import Entry, Race, Result
 
 STATES = np.random.default_rng(0).standard_normal((2, 3, 8), dtype=np.float32)
@@ -62,9 +66,9 @@ def test_tokens_per_second_and_divergence() -> None:
     logits = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], dtype=np.float32))
     other = np.log(np.array([[0.25, 0.75], [0.9, 0.1]], dtype=np.float32))
     results = [
-        Result(cpu_decoder.REFERENCE, {"prefill": 2.0, "decode": 1.0}, 8, "1", outputs=[logits]),
-        Result("fast reader", {"prefill": 0.5, "decode": 2.0}, 8, "1", outputs=[logits]),
-        Result("qfx w4a16", {"prefill": 0.25, "decode": 0.5}, 4, "1", outputs=[other]),
+        Result(cpu_decoder.REFERENCE, {"prefill": 2.0, "decode": 1.0}, {}, 8, "1", outputs=[logits]),
+        Result("fast reader", {"prefill": 0.5, "decode": 2.0}, {}, 8, "1", outputs=[logits]),
+        Result("qfx w4a16", {"prefill": 0.25, "decode": 0.5}, {}, 4, "1", outputs=[other]),
         Result("broken", failed="boom"),
     ]
     rows = cpu_decoder.rows(results, job)
@@ -170,6 +174,14 @@ def test_the_jobs_of_encoders_do_not_change(tmp_path: Path) -> None:
     assert not any((a["input_ids"] == b["input_ids"]).all() for a in held_out for b in known)
 
 
+@pytest.mark.parametrize(("batch", "length", "count"), [(1, 512, 4), (8, 512, 3), (64, 512, 1)])
+def test_all_batches_have_the_shape_that_is_timed(batch: int, length: int, count: int, tmp_path: Path) -> None:
+    job = EncoderJob("tiny", batch, length, 1, str(tmp_path))
+    assert [b["input_ids"].shape for b in job.evaluation()] == [(batch, length)] * count
+    known = sum(len(b["input_ids"]) for b in job.calibration())
+    assert known == 64, "as much text to calibrate on for each batch size"
+
+
 def test_the_floor_counts_every_linear_layer(tmp_path: Path) -> None:
     found = shapes(EncoderJob("tiny", 1, 16, 1, str(tmp_path)).module())
     assert found == {(32, 32): 8, (32, 64): 2, (64, 32): 2}
@@ -183,6 +195,145 @@ def test_a_profile_is_summed_by_operator() -> None:
     for slow in (900, 0, 0):  # the first call does not count
         events += [event("a", "Add", 1000 + slow), event("b", "Add", 2000 + slow), event("m", "MatMul", 5000 + slow)]
     assert qfx_profile.by_operator(events, calls=2) == {"Add": (2, 3.0), "MatMul": (1, 5.0)}
+    assert qfx_profile.by_part(events, calls=2) == {"rest": (2, 3.0), "products": (1, 5.0)}
+
+
+@pytest.mark.parametrize(
+    ("operator", "node", "part"),
+    [
+        ("MatMulIntegerToFloat", "linear_3/4", "products"),
+        ("MatMulNBits", "linear/0", "products"),
+        ("Mul", "linear_3/5", "quantize, scales, bias"),
+        ("ReduceMax", "linear_3/1", "quantize, scales, bias"),
+        ("QuantizeLinear", "anything", "quantize, scales, bias"),
+        ("MatMul", "scaled_dot_product_attention_2/7", "attention"),
+        ("FusedMatMul", "MatMul_scaled_dot_product_attention/3_FusedMatMulAndScale", "attention"),
+        ("Transpose", "scaled_dot_product_attention/2", "attention"),
+        ("QAttention", "scaled_dot_product_attention/2", "attention with its q, k, v products"),
+        ("LayerNormalization", "layer_norm_1/0", "norms"),
+        ("Gelu", "gelu/0", "GELU"),
+        ("Add", "add_2/0", "rest"),
+        ("Gather", "embedding/2", "rest"),
+    ],
+)
+def test_kernels_belong_to_parts(operator: str, node: str, part: str) -> None:
+    assert qfx_profile.part(operator, node) == part
+
+
+def test_a_profile_is_shown_beside_the_floor() -> None:
+    facts = {"parts": {"norms": (2, 1.0), "products": (4, 3.0)}, "operators": {"MatMul": (4, 3.0)}}
+    result = Result("profile w8a8", facts=facts)
+    text = text_of(cpu_encoder.profiled(result, "w8a8", "part", floor=2.0))
+    lines = [line for line in text.splitlines() if "%" in line]
+    assert ["75.0%" in lines[0], "25.0%" in lines[1], "50.0%" in lines[2]] == [True] * 3
+    assert "products" in lines[0] and "floor" in lines[2] and "4.000" in text
+    assert "MatMul" in text_of(cpu_encoder.profiled(result, "w8a8"))
+    assert "failed: no" in text_of(cpu_encoder.profiled(Result("x", failed="no"), "w8a8", "part", floor=2.0))
+
+
+def row(peer: str, ms: float, cosine: float | None) -> dict[str, Any]:
+    return {"peer": peer, "call_ms": ms, "cosine": cosine}
+
+
+def test_encoders_are_judged_by_the_fastest_peer_and_the_best_cosine_of_8_bits() -> None:
+    peers = [row("fast int8", 10, 0.98), row("ORT quantize_dynamic", 20, 0.99), row("bfloat16", 30, 0.9999)]
+    floor = row(cpu_encoder.FLOOR, 1, None)
+    assert cpu_encoder.verdicts([*peers, row("qfx w8a8", 8, 0.995), floor, {"peer": "bad", "failed": "no"}]) == [
+        (
+            "qfx w8a8: 1.25 times as fast as the fastest peer (fast int8), "
+            "cosine 0.99500 (best of 8 bits: 0.99000, ORT quantize_dynamic)"
+        )
+    ]
+    assert cpu_encoder.verdicts([row("qfx w8a8", 8, None), floor]) == ["qfx w8a8: no peer to compare with"]
+    assert cpu_encoder.verdicts([*peers, {"peer": "qfx w8a8", "failed": "no"}]) == []
+
+
+def tokens(peer: str, decode: float, prefill: float, size: int, kld: float | None) -> dict[str, Any]:
+    return {"peer": peer, "decode_per_s": decode, "prefill_per_s": prefill, "weights_bytes": size, "kld": kld}
+
+
+def test_decoders_are_judged_by_the_fastest_and_by_those_as_small_and_as_near() -> None:
+    peers = [tokens("big", 50, 900, 99, 0.0), tokens("llama.cpp Q4", 40, 200, 9, 0.1)]
+    assert cpu_decoder.verdicts([*peers, tokens("qfx w4", 20, 400, 9, 0.2)]) == [
+        (
+            "qfx w4: decode 0.40x big (the fastest), decode 0.50x llama.cpp Q4 (the fastest of llama.cpp), "
+            "prefill 0.44x big (the fastest), prefill 2.00x llama.cpp Q4 (the fastest of llama.cpp); "
+            "decode 0.50x the fastest that is as small and as near (llama.cpp Q4)"
+        )
+    ]
+    (line,) = cpu_decoder.verdicts([peers[1], tokens("qfx w4", 20, 400, 8, 0.2)])
+    assert line.count("llama.cpp Q4") == 2, "the fastest of all is not told twice"
+    assert line.endswith("; no peer is as small and as near")
+    assert cpu_decoder.verdicts([tokens("qfx w4", 1, 1, 1, None)]) == ["qfx w4: no peer to compare with"]
+
+
+def stat(folder: Path, busy: int, own: int, *, idle: int = 100) -> None:
+    """busy: ticks of all processors that were used; own: those of the process."""
+    (folder / "stat").write_text(f"cpu  {busy} 0 0 {idle} 0 0 0 0 0 0\ncpu0 1 2\n", encoding="ascii")
+    (folder / "7").mkdir(exist_ok=True)
+    fields = " ".join(["S", *"0" * 10, str(own), "0", *"0" * 30])
+    (folder / "7" / "stat").write_text(f"7 (a ) name) {fields}\n", encoding="ascii")
+
+
+def test_what_others_use_is_counted_between_begin_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "PROC", tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    measured = Load()
+    assert measured.cores is None and "not known" in str(measured)
+    stat(tmp_path, 0, 0)
+    measured.begin(7)
+    stat(tmp_path, 300, 100, idle=200)  # 400 ticks of 4 processors: 1 of them the process's, 2 others'
+    measured.end(7)
+    stat(tmp_path, 900, 100, idle=200)  # between two stretches
+    measured.begin(7)
+    stat(tmp_path, 1000, 200, idle=500)  # as long, without others
+    measured.end(7)
+    assert measured.cores == pytest.approx(1)
+    assert str(measured) == "meanwhile other processes kept 1.0 of 4 processors busy"
+    measured.begin(8)
+    measured.end(8)
+    assert measured.cores == pytest.approx(1), "a process that is gone does not count"
+
+
+PEER = """
+import os, pathlib
+import numpy as np
+from examples.benchmarks.peers.worker import Built
+
+def build(job, option):
+    log = pathlib.Path(job.folder) / "log"
+
+    def note(word, result=None):
+        with log.open("a") as file:
+            file.write(f"{word} {os.getpid()}\\n")
+        return result
+
+    note("build")
+    timed, judged = lambda: note("time", {"call": 0.5}), lambda: note("judge", [np.zeros(3)])
+    return Built(timed, judged, 5, "1", {}, lambda: note("warm"))
+"""
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_turns_are_warmed_and_alone_means_a_process_for_each(
+    alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(race.ROOT / "examples", root / "examples")
+    (root / "qfx").symlink_to(race.ROOT / "qfx")
+    (root / "examples" / "benchmarks" / "peers" / "stub.py").write_text(PEER, encoding="utf-8")
+    monkeypatch.setattr(race, "ROOT", root)
+    heard: list[str] = []
+    entries = [Entry("one", "stub"), Entry("two", "stub"), Entry("missing", "nothing")]
+    with Race(entries, DecoderJob("tiny", 1, 1, 2, 1, str(tmp_path)), tmp_path, heard.append, alone=alone) as running:
+        found = running.run(2)
+    assert [r.seconds.get("call") for r in found] == [0.5, 0.5, None], [r.failed for r in found]
+    assert [r.best.get("call") for r in found] == [0.5, 0.5, None] and found[2].failed
+    assert [r.size for r in found] == [5, 5, None] and all(r.outputs is not None for r in found[:2])
+    lines = [line.split() for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines()]
+    turn = ["build", "warm", "time"] if alone else ["warm", "time"]
+    assert [word for word, _ in lines] == [*["build", "judge"] * 2, *turn * 4]
+    assert len({process for _, process in lines}) == (6 if alone else 2)
 
 
 class Counting:
