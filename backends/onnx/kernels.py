@@ -59,21 +59,22 @@ def _kernels(built: StageModel, graph: onnx.GraphProto, names: list[str]) -> dic
         if owner not in found:
             continue
         found[owner].append(node.op_type)
-        if node.op_type == "MatMulNBits":
+        if node.op_type in ("MatMulNBits", "QMoE"):
             main[owner].append(_nbits(node))
         elif node.op_type in _MAIN:
             main[owner].append(f"{node.op_type} {_MAIN[node.op_type]}")
         elif node.op_type == "Gather" and node.input[0] in integers:
             main[owner].append("Gather int8")
     for name, owner in built.fused.items():
-        main[name] = main[name] or main[owner]
-    return {name: _text(main[name] or found[name]) for name in names}
+        main[name] = main.get(name) or main[owner]
+    return {name: _text(main[name] or found[name]) for name in [*names, *(n for n in main if n not in found)]}
 
 
 def _nbits(node: onnx.NodeProto) -> str:
     attrs = {a.name: a.i for a in node.attribute}
     inner = ", 8-bit activations" if attrs.get("accuracy_level") == 4 else ""
-    return f"MatMulNBits {attrs['bits']}-bit, blocks of {attrs['block_size']}{inner}"
+    bits = attrs.get("bits", attrs.get("expert_weight_bits"))
+    return f"{node.op_type} {bits}-bit, blocks of {attrs['block_size']}{inner}"
 
 
 def _text(kernels: list[str]) -> str:

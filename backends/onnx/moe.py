@@ -50,7 +50,7 @@ def grouped_linear_quant(
     if fmt is not None and fmt.granularity != "tok":
         raise NotImplementedError(f"experts with activations in {x_format}")
     stacked = Weight.of(b, b.node.args[1:4], Format.parse(w_format), x.dims[-1])
-    weights = [_expert(stacked, e) for e in range(stacked.data.shape[0])]
+    weights = [expert(stacked, e) for e in range(stacked.data.shape[0])]
     if fmt is not None and quant.is_integer_pair(fmt, stacked.format):
         return _integers(b, b.cast(x, torch.float32), offs, weights, fmt)
     spans, rest = _spans(b, x, offs, len(weights))
@@ -75,7 +75,7 @@ def _integers(b: Builder, x: Value, offs: Value, weights: list[Weight], fmt: For
     return b.op("Mul", _joined(b, parts, rest), q.rows)
 
 
-def _expert(stacked: Weight, e: int) -> Weight:
+def expert(stacked: Weight, e: int) -> Weight:
     """The weight of one expert."""
     return replace(
         stacked,

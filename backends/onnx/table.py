@@ -16,6 +16,7 @@ from qfx.backends.onnx import (
     math,
     moe,
     nn,
+    qmoe,
     quant,
     reduce,
     resize,
@@ -37,6 +38,7 @@ EMIT: dict[str, Emit] = {
     **attention.EMIT,
     **gqa.EMIT,
     **moe.EMIT,
+    **qmoe.EMIT,
     **quant.EMIT,
 }
 
