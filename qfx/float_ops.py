@@ -5,8 +5,9 @@
     qfx::quick_gelu(x) -> Tensor
     qfx::grouped_linear(x, w, offs) -> Tensor
     qfx::grouped_linear_quant(x, w, w_scale, w_zero?, offs, x_format, w_format) -> Tensor
+    qfx::moe(x, ids, weights, up.., down.., interleaved, alpha, beta, limit, up_format, down_format) -> Tensor
 
-The kernels are reference semantics in plain torch; backends replace them. All but the last can be differentiated
+The kernels are reference semantics in plain torch; backends replace them. All but the last two can be differentiated
 (qfx::grouped_outer is the weight's gradient of qfx::grouped_linear).
 """
 
@@ -34,6 +35,9 @@ _SCHEMAS = {
     "grouped_linear": "(Tensor x, Tensor w, Tensor offs) -> Tensor",
     "grouped_linear_quant": "(Tensor x, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor offs, str x_format, "
     "str w_format) -> Tensor",
+    "moe": "(Tensor x, Tensor ids, Tensor weights, Tensor up, Tensor up_scale, Tensor? up_zero, Tensor? up_bias, "
+    "Tensor down, Tensor down_scale, Tensor? down_zero, Tensor? down_bias, bool interleaved, float alpha, float beta, "
+    "float limit, str up_format, str down_format) -> Tensor",
     "grouped_outer": "(Tensor y, Tensor x, Tensor offs) -> Tensor",
 }
 
@@ -165,6 +169,32 @@ def grouped_linear_quant(
     return _joined(x, w.shape[1], parts)
 
 
+@torch.no_grad()
+def moe(
+    x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, up_scale: Tensor, up_zero: Tensor | None,
+    up_bias: Tensor | None, down: Tensor, down_scale: Tensor, down_zero: Tensor | None, down_bias: Tensor | None,
+    interleaved: bool, alpha: float, beta: float, limit: float, up_format: str, down_format: str,
+) -> Tensor:  # fmt: skip
+    """A mixture of gated experts: for each row of x [T, H] the sum of weights[t, i] * expert ids[t, i] (x[t]); [T, H].
+
+    ids int64 [T, k]. Packed weights of the experts: up [E, 2I, H] gives gate and value, each row's halves or, if
+    interleaved, neighbours; down [E, H, I]. With gate at most `limit` and value within it (none where it is infinite),
+    the hidden state is gate * sigmoid(alpha * gate) * (value + beta). Biases [E, 2I] and [E, H].
+    """
+    by_expert, order = ids.reshape(-1).sort()
+    offs = torch.searchsorted(by_expert, torch.arange(up.shape[0], device=ids.device), right=True, out_int32=True)
+    rows = x[order // ids.shape[1]]
+    both = grouped_linear_quant(rows, up, up_scale, up_zero, offs, "", up_format)
+    both = both if up_bias is None else both + up_bias[by_expert]
+    gate, value = (both[:, ::2], both[:, 1::2]) if interleaved else both.chunk(2, -1)
+    gate, value = gate.clamp(max=limit), value.clamp(-limit, limit)
+    hidden = gate * torch.sigmoid(alpha * gate) * (value + beta)
+    y = grouped_linear_quant(hidden, down, down_scale, down_zero, offs, "", down_format)
+    y = y if down_bias is None else y + down_bias[by_expert]
+    y = (y * weights.reshape(-1)[order].unsqueeze(-1))[order.argsort()]
+    return y.reshape(*ids.shape, x.shape[1]).sum(1).to(x.dtype)
+
+
 def _whole_range(x: Tensor, fmt: Format) -> tuple[Tensor | None, Tensor | None, str]:
     """One dynamic scale over the rows of all experts, handed on as a static one."""
     if not fmt.dynamic:
@@ -239,6 +269,10 @@ def _grouped_linear_quant_fake(
     return x.new_empty((x.shape[0], w.shape[1]))
 
 
+def _moe_fake(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 Kernel = Callable[..., Any]
 
 
@@ -287,6 +321,7 @@ def _register() -> Library | None:
         "quick_gelu": (quick_gelu, _quick_gelu_fake),
         "grouped_linear": (grouped_linear, _grouped_linear_fake),
         "grouped_linear_quant": (grouped_linear_quant, _grouped_linear_quant_fake),
+        "moe": (moe, _moe_fake),
         "grouped_outer": (grouped_outer, _grouped_outer_fake),
     }
     for name, (kernel, fake) in kernels.items():

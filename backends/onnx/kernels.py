@@ -65,7 +65,7 @@ def _kernels(built: StageModel, graph: onnx.GraphProto, names: list[str]) -> dic
         if owner not in found:
             continue
         found[owner].append(node.op_type)
-        if node.op_type == "MatMulNBits":
+        if node.op_type in ("MatMulNBits", "QMoE"):
             main[owner].append(_nbits(node))
         elif node.op_type == "GatherBlockQuantized":
             main[owner].append(f"GatherBlockQuantized {_attributes(node)['bits']}-bit")
@@ -74,8 +74,8 @@ def _kernels(built: StageModel, graph: onnx.GraphProto, names: list[str]) -> dic
         elif node.op_type == "Gather" and node.input[0] in integers:
             main[owner].append(f"Gather {integers[node.input[0]]}")
     for name, owner in built.fused.items():
-        main[name] = main[name] or main[owner]
-    return {name: _text(main[name] or found[name]) for name in names}
+        main[name] = main.get(name) or main[owner]
+    return {name: _text(main[name] or found[name]) for name in [*names, *(n for n in main if n not in found)]}
 
 
 def _operands(node: onnx.NodeProto, unsigned: Collection[str]) -> str:
@@ -87,7 +87,8 @@ def _operands(node: onnx.NodeProto, unsigned: Collection[str]) -> str:
 def _nbits(node: onnx.NodeProto) -> str:
     attrs = _attributes(node)
     inner = f", {'8-bit' if attrs.get('accuracy_level') == _ROUNDED else 'float'} activations"
-    return f"MatMulNBits {attrs['bits']}-bit, blocks of {attrs['block_size']}{inner}"
+    bits = attrs.get("bits", attrs.get("expert_weight_bits"))
+    return f"{node.op_type} {bits}-bit, blocks of {attrs['block_size']}{inner}"
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, int]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qfx import run
+from qfx.backends.onnx import qmoe
 from qfx.backends.onnx.build import Builder
 from qfx.backends.onnx.decompose import decompose
 from qfx.backends.onnx.graph import SizeOf, StageModel, build_stage, carriers_of, emit_stage, reason_against
@@ -23,6 +25,7 @@ from qfx.backends.onnx.session_options import saturation_notes
 from qfx.backends.onnx.slow_forms import SlowForm
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.graph import fqn_of, get_tensor, let_go
+from qfx.passes.moe import moe
 
 Slots = dict[fx.Node, Any]
 _NEXT = (
@@ -48,6 +51,7 @@ def lower(gm: fx.GraphModule, *, strict: bool = False, folder: Path | None = Non
     """
     _check_devices(gm)
     gm = _copied(gm)
+    run.run(gm, [functools.partial(moe, fits=qmoe.fits)])
     reasons = decompose(gm, reason_against)
     while True:
         if strict and reasons:
@@ -75,6 +79,8 @@ def build(gm: fx.GraphModule, *, runtime: str = "onnxruntime", prefill: bool = F
     """
     _check_devices(gm)
     gm = _copied(gm)
+    if runtime != "standard" and not prefill:  # prompts by integers are products of their own
+        run.run(gm, [functools.partial(moe, fits=qmoe.fits)])
     reasons = decompose(gm, functools.partial(reason_against, runtime=runtime))
     if reasons:
         raise UnsupportedError(_refusal(reasons, "a file needs one for every node", "rewrite this part of the model"))

@@ -6,7 +6,7 @@ are slow in ONNX Runtime and are avoided.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from qfx.backends.onnx.quant_weights import Weight
 from qfx.backends.onnx.values import Value
 from qfx.packing import pack_bits
 
-_BLOCKS = (128, 64, 32, 16)
+BLOCKS = (128, 64, 32, 16)
 Operands = tuple[Value, Value, Value | None]
 
 
@@ -102,6 +102,32 @@ class NBits:
             return self._spread(weight, weight.zero, blocks)
         return torch.full((weight.n, blocks), 1 << (self.bits - 1), dtype=torch.uint8)
 
+    def experts(
+        self, b: Builder, parts: Sequence[Weight], order: Tensor | None = None
+    ) -> tuple[Value, Value, Value | None]:
+        """The weights [N, K] of experts for QMoE: codes [E, N, K*bits/8], scales [E, N, K/block], packed zero points.
+
+        order: the rows of each weight in another order.
+        """
+        first, count = parts[0], len(parts)
+        assert first.k % self.block == 0, (first.k, self.block)
+        blocks = first.k // self.block
+        name = f"{first.name.removesuffix('.0')}.{self.bits}b{self.block}.experts"
+
+        def stacked(what: str, dtype: torch.dtype, width: int, make: Callable[[Weight], Tensor]) -> Value:
+            def made() -> Tensor:
+                rows = [make(weight).reshape(weight.n, width) for weight in parts]
+                return torch.stack(rows if order is None else [one[order] for one in rows])
+
+            return b.derived(f"{name}{what}", dtype, (count, first.n, width), made)
+
+        data = stacked("", torch.uint8, first.k * self.bits // 8, lambda w: self._codes(w, blocks))
+        scales = stacked(".scale", torch.float32, blocks, lambda w: self._spread(w, w.factor(), blocks))
+        if not first.format.has_zero:
+            return data, scales, None
+        zeros = stacked(".zero", torch.uint8, -(-blocks * self.bits // 8), lambda w: self._zeros(w, blocks))
+        return data, scales, zeros
+
     def _codes(self, weight: Weight, blocks: int) -> Tensor:
         if self._same_bytes(weight, blocks):
             return weight.data
@@ -141,7 +167,7 @@ def nbits_layout(weight: Weight) -> NBits | None:
     if not fmt.is_integer or weight.rank != 2:
         return None
     group = fmt.group or (fmt.block[1] if fmt.block else None)
-    block = next((size for size in _BLOCKS if group is None or group % size == 0), None)
+    block = next((size for size in BLOCKS if group is None or group % size == 0), None)
     if block is None:
         return None
     while group is None and block > 16 and block // 2 >= weight.k:

@@ -17,7 +17,7 @@ from qfx.backends.onnx import portable, prefill, siblings
 from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.nbits import NBits, Operands, nbits_layout
-from qfx.backends.onnx.quant_input import fake_quantized, quantized_input
+from qfx.backends.onnx.quant_input import Codes, fake_quantized, quantized_input
 from qfx.backends.onnx.quant_weights import Weight
 from qfx.backends.onnx.values import Value
 from qfx.format import Format
@@ -47,10 +47,10 @@ def product(
         b.standard
         and weight.format.is_integer
         and weight.rank == 2
-        and not (fmt is not None and fmt.dynamic and _is_integer_pair(fmt, weight.format))
+        and not (fmt is not None and fmt.dynamic and is_integer_pair(fmt, weight.format))
     ):
         return _standard(b, rows, weight, bias, x_scale, x_zero, smooth, fmt)
-    if fmt is not None and _is_integer_pair(fmt, weight.format):
+    if fmt is not None and is_integer_pair(fmt, weight.format):
         return _integer(b, rows, weight, bias, x_scale, x_zero, smooth, fmt)
     if fmt is None:
         rows = rows if smooth is None else b.op("Div", rows, smooth)
@@ -82,9 +82,7 @@ def is_integer_product(node: fx.Node) -> bool:
     if not is_call(node, torch.ops.qfx.linear.default):
         return False
     given = arguments(node)
-    return bool(given["x_format"]) and _is_integer_pair(
-        Format.parse(given["x_format"]), Format.parse(given["w_format"])
-    )
+    return bool(given["x_format"]) and is_integer_pair(Format.parse(given["x_format"]), Format.parse(given["w_format"]))
 
 
 def is_float_product(node: fx.Node) -> bool:
@@ -95,7 +93,7 @@ def is_float_product(node: fx.Node) -> bool:
     return bool(asked) and Format.parse(asked).is_plain
 
 
-def _is_integer_pair(x: Format, w: Format) -> bool:
+def is_integer_pair(x: Format, w: Format) -> bool:
     plain = x.scale_type == "f32" and not w.has_global_scale
     return plain and x.is_integer and w.is_integer and x.granularity in ("", "tok") and w.granularity in ("", "ch")
 
@@ -110,27 +108,31 @@ def _integer(
     smooth: Value | None, fmt: Format,
 ) -> Value:  # fmt: skip
     """Exact integer sums, scaled: MatMulIntegerToFloat, or DynamicQuantizeMatMul where it means the same."""
-    codes, scale, zero = weight.columns(b)
     if fmt.type == "u8" and fmt.dynamic and fmt.granularity == "" and smooth is None and not b.standard:
+        codes, scale, zero = weight.columns(b)
         return b.op("DynamicQuantizeMatMul", x, codes, scale, zero, bias, domain=MICROSOFT, dtype=torch.float32)
     q = quantized_input(b, x, fmt, x_scale, x_zero, smooth)
-    inside = bias if q.rows is None else None
-    if b.standard:
-        sums = b.op("MatMulInteger", q.codes, codes, q.zero, zero, dtype=torch.int32)
-        y = b.op("Mul", b.cast(sums, torch.float32), scale if q.rows is not None else b.op("Mul", scale, q.scale))
-        y = y if inside is None else b.op("Add", y, inside)
-    else:
-        y = b.op(
-            "MatMulIntegerToFloat", q.codes, codes, q.scale, scale, q.zero, zero, inside,
-            domain=MICROSOFT, dtype=torch.float32,
-        )  # fmt: skip
-    if q.shift is not None:
-        y = b.op("Sub", y, b.op("Mul", q.shift, weight.column_sums(b)))
+    y = integer_product(b, q, weight, bias if q.rows is None else None)
     if q.rows is None:
         return y
     y = b.op("Mul", y, q.rows)
     y = y if bias is None else b.op("Add", y, bias)
     return b.reshape(Value(y.name, y.dtype, (q.rows.dims[0], weight.n)), (*x.dims[:-1], weight.n))
+
+
+def integer_product(b: Builder, q: Codes, weight: Weight, bias: Value | None = None) -> Value:
+    """Exact sums of codes times the scales, + bias; what is still to be multiplied is the scale of each row, q.rows."""
+    codes, scale, zero = weight.columns(b)
+    if b.standard:
+        sums = b.op("MatMulInteger", q.codes, codes, q.zero, zero, dtype=torch.int32)
+        y = b.op("Mul", b.cast(sums, torch.float32), scale if q.rows is not None else b.op("Mul", scale, q.scale))
+        y = y if bias is None else b.op("Add", y, bias)
+    else:
+        y = b.op(
+            "MatMulIntegerToFloat", q.codes, codes, q.scale, scale, q.zero, zero, bias,
+            domain=MICROSOFT, dtype=torch.float32,
+        )  # fmt: skip
+    return y if q.shift is None else b.op("Sub", y, b.op("Mul", q.shift, weight.column_sums(b)))
 
 
 def _float(b: Builder, weight: Weight) -> Value:

@@ -5,6 +5,7 @@ MatMulNBits, 8 bits, accuracy level below 4   unpacks the whole weight in each c
 MatMulNBits, 2 bits, blocks of 16 or 256, or level below 4: no fast kernel
 MatMulNBits, 4 bits, level below 4            slower than with rounded activations: only where floats were asked
 MatMulNBits with float zero points or g_idx   is not packed
+QMoE without blocks, or level below 4         computes with the weights as floats
 integer products of s8 x s8 or u8 x u8        slower than u8 x s8 (u8 x u8: where the processor has VNNI)
 QuantizeLinear with a scale for each column   slower than Mul and one scale
 a product of floats, or a weight dequantized in each call, where a product of integers was asked
@@ -58,6 +59,8 @@ def _reason(
 ) -> str:
     if node.op_type in ("SkipLayerNormalization", "EmbedLayerNormalization"):
         return f"{node.op_type} is slower than Add and LayerNormalization"
+    if node.op_type == "QMoE":
+        return _qmoe(node)
     if node.op_type in _INTEGER_PRODUCTS:
         return _integer_product(node, held, makers)
     if node.op_type == "QuantizeLinear":
@@ -86,6 +89,16 @@ def _nbits(node: onnx.NodeProto, held: Mapping[str, TensorProto], *, exact: bool
     zero = held.get(given[3])
     if given[4] or (zero is not None and zero.data_type != TensorProto.UINT8):
         return "MatMulNBits with float zero points or g_idx is not packed"
+    return ""
+
+
+def _qmoe(node: onnx.NodeProto) -> str:
+    attrs: dict[str, Any] = {a.name: a.i for a in node.attribute}
+    bits, level = attrs.get("expert_weight_bits", 4), attrs.get("accuracy_level", 0)
+    if not attrs.get("block_size"):
+        return "QMoE with one scale for each row computes with the weights as floats"
+    if level != _ROUNDS and bits != 8:  # 8 bits are computed by integers at every level
+        return f"QMoE with {bits} bits and accuracy level {level} computes with the weights as floats"
     return ""
 
 

@@ -17,6 +17,7 @@ from qfx.backends.onnx import (
     math,
     moe,
     nn,
+    qmoe,
     quant,
     quantized_kv,
     reduce,
@@ -40,6 +41,7 @@ EMIT: dict[str, Emit] = {
     **gqa.EMIT,
     **quantized_kv.EMIT,
     **moe.EMIT,
+    **qmoe.EMIT,
     **quant.EMIT,
     **embedding.EMIT,
 }

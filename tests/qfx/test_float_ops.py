@@ -169,3 +169,26 @@ def test_fake_kernels_agree_with_real_ones() -> None:
     packed = round_weight(seeded(3, 8, 32), Format.parse("i4/g16"), "rtn", name="w")
     quantized = (seeded(6, 32), packed.data, packed.scale, packed.zero, OFFS, "", "i4/g16")
     torch.library.opcheck(ops.grouped_linear_quant.default, quantized)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_mixture_is_the_sum_of_its_experts(interleaved: bool) -> None:
+    torch.manual_seed(0)
+    up, down = (pack_weight(torch.randn(shape), Format.parse("i8/ch")) for shape in ((3, 12, 8), (3, 8, 6)))
+    biases = torch.randn(3, 12), torch.randn(3, 8)
+    x, ids, weights = torch.randn(4, 8), torch.tensor([[0, 2], [2, 0], [2, 0], [0, 2]]), torch.rand(4, 2)
+    expected = torch.zeros(4, 8)
+    for t, i in itertools.product(range(4), range(2)):
+        e = ids[t, i]
+        both = up.dequantize()[e] @ x[t] + biases[0][e]
+        gate, value = (both[::2], both[1::2]) if interleaved else both.chunk(2)
+        gate, value = gate.clamp(max=1.0), value.clamp(-1.0, 1.0)
+        hidden = gate * torch.sigmoid(1.5 * gate) * (value + 0.5)
+        expected[t] += weights[t, i] * (down.dequantize()[e] @ hidden + biases[1][e])
+    packed = (up.data, up.scale, None, biases[0], down.data, down.scale, None, biases[1])
+    found = torch.ops.qfx.moe(x, ids, weights, *packed, interleaved, 1.5, 0.5, 1.0, "i8/ch", "i8/ch")
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    other = torch.ops.qfx.moe(x, ids, weights, *packed, not interleaved, 1.5, 0.5, 1.0, "i8/ch", "i8/ch")
+    assert not torch.allclose(other, expected, rtol=1e-2, atol=1e-2)  # negative control
+    empty = torch.ops.qfx.moe(x[:0], ids[:0], weights[:0], *packed, interleaved, 1.5, 0.5, 1.0, "i8/ch", "i8/ch")
+    assert empty.shape == (0, 8)

@@ -47,7 +47,7 @@ def test_every_weight_is_packed_and_the_outputs_are_near(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
-@pytest.mark.filterwarnings("ignore:(.|\n)*MatMulNBits rounds them:qfx.QfxWarning")
+@pytest.mark.filterwarnings("ignore:(.|\n)*(MatMulNBits|QMoE) rounds them:qfx.QfxWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_onnx_runtime_gives_what_eager_gives_in_one_graph(name: str) -> None:
@@ -64,7 +64,7 @@ def test_the_reference_gives_exactly_what_eager_gives(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
-@pytest.mark.filterwarnings("ignore:(.|\n)*MatMulNBits rounds them:qfx.QfxWarning")
+@pytest.mark.filterwarnings("ignore:(.|\n)*(MatMulNBits|QMoE) rounds them:qfx.QfxWarning")
 @pytest.mark.parametrize("recipe", ["w8a8-static", "w8a8-smooth"])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "gpt2" else pytest.mark.slow) for n in STATIC])
 def test_static_recipes(name: str, recipe: str) -> None:
