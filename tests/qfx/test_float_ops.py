@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from qfx import float_ops
 from qfx.format import Format
+from qfx.packing import pack_weight
 from qfx.rounding import round_weight
 
 ops = torch.ops.qfx
