@@ -27,12 +27,11 @@ from torch import Tensor, fx
 
 import qfx.float_ops
 import qfx.ops  # noqa: F401  (registers torch.ops.qfx)
-from qfx import annotation, graph
+from qfx import annotation, graph, rounded
 from qfx.annotation import Formats
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.format import Format
 from qfx.packing import Packed
-from qfx.parts import round_in_parts
 from qfx.passes._build import call
 from qfx.passes._sites import holds
 from qfx.recipe import is_static
@@ -82,12 +81,13 @@ def quantize(
 ) -> bool:
     """Put qfx:: ops in place of every node annotated with a weight format.
 
-    tensors: calibrated values by "<FQN>/x_scale", "<FQN>/x_zero" (static activation formats).
-    rounding: how weights are rounded ("rtn", "mse"). pack: packs a weight, to share packed weights between graphs.
+    tensors: calibrated values by "<FQN>/x_scale", "<FQN>/x_zero" (static activation formats), and weights that were
+    rounded beforehand (see `qfx.rounded`). rounding: how the others are rounded ("rtn", "mse"). pack: packs a weight,
+    to share packed weights between graphs.
     Raises UnsupportedError where a static format has no scale, ValueError where a weight holds NaN or Inf or cannot be
     cut into as many parts as it has formats.
     """
-    pack = pack or (lambda weight, fmt, name: round_in_parts(weight, fmt, rounding, name=name))
+    pack = pack or (lambda weight, fmt, name: rounded.pack(tensors, weight, fmt, rounding, name=name))
     done: dict[Any, tuple[str, Packed]] = {}
     changed = False
     for node in list(gm.graph.nodes):

@@ -11,11 +11,10 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from qfx import annotation, graph, run
+from qfx import annotation, graph, rounded, run
 from qfx.errors import Note, UnsupportedError, warn
 from qfx.format import Format
 from qfx.packing import Packed
-from qfx.parts import round_in_parts
 from qfx.passes.annotate import annotate
 from qfx.passes.convolution import convolution
 from qfx.passes.fuse_dequantize import fuse_dequantize
@@ -54,7 +53,7 @@ def apply_plan(
         tensors, rounding = plan.tensors, plan.recipe.rounding
 
     def pack(weight: Tensor, fmt: Format, name: str) -> Packed:
-        packed = round_in_parts(weight, fmt, rounding, name=name)
+        packed = rounded.pack(tensors, weight, fmt, rounding, name=name)
         if keep is None:
             return packed
         zero = None if packed.zero is None else keep(packed.zero)

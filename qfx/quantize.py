@@ -20,7 +20,7 @@ from qfx.pipeline import told
 from qfx.places import find
 from qfx.plan import Plan
 from qfx.recipe import Recipe
-from qfx.writeback import write_back
+from qfx.writeback import check_rounded, write_back
 
 RecipeLike = Any  # a preset name, a Recipe, a mapping or a path: what Recipe.parse takes
 
@@ -76,6 +76,7 @@ def quantize(
             check_record(model, record, made.tensors)
         places, notes = find(model, made)
         told(notes, strict=strict)
+        check_rounded(model, made, places)
         return write_back(model, made, places)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qfx import rounded
 from qfx.annotation import show
 from qfx.format import Format
 from qfx.mixed import QuantMixed
@@ -21,7 +22,6 @@ from qfx.modules import (
     without_fast_paths,
 )
 from qfx.packing import Packed
-from qfx.parts import round_in_parts
 from qfx.passes.rewrites import apply_record
 from qfx.places import Place, kind_of
 from qfx.plan import Plan
@@ -42,6 +42,25 @@ def write_back(model: nn.Module, plan: Plan, places: list[Place]) -> nn.Module:
         if record["name"] == "untie":
             _untied(model)
     return _Writer(model, plan).write(places)
+
+
+def check_rounded(model: nn.Module, plan: Plan, places: list[Place]) -> None:
+    """Raises ValueError where a weight that the plan carries rounded does not fit its place."""
+    for place in places:
+        value = _oriented(model.get_submodule(place.owner).get_parameter(place.leaf), place)
+        for part, fmt, name in _cut(value, place):
+            rounded.get(plan.tensors, name, fmt, tuple(part.shape))
+
+
+def _cut(value: Tensor, place: Place) -> Iterator[tuple[Tensor, Format, str]]:
+    """The parts of a weight [N, K] with a format each, and their names; one where there is one format."""
+    if isinstance(place.w, Format):
+        yield value, place.w, place.fqn
+        return
+    axis, found = along(place.w), segments(place.w, value.shape, place.fqn)
+    for i, segment in enumerate(found):
+        name = place.fqn if len(found) == 1 else f"{place.fqn}.{stem_of(axis, i)}"
+        yield take(value, segment, axis), segment.format, name
 
 
 def _untied(model: nn.Module) -> None:
@@ -92,15 +111,9 @@ class _Writer:
     def _pack(self, place: Place, weight: Tensor) -> Parts:
         key = (*_pointer(weight), show(place.w), place.transposed)
         if key not in self.packed:
-            value, method = _oriented(weight.detach(), place), self.plan.recipe.rounding
-            if isinstance(place.w, Format):
-                self.packed[key] = [round_in_parts(value, place.w, method, name=place.fqn)]
-            else:
-                axis, found = along(place.w), segments(place.w, value.shape, place.fqn)
-                self.packed[key] = [
-                    round_in_parts(take(value, s, axis), s.format, method, name=f"{place.fqn}.{stem_of(axis, i)}")
-                    for i, s in enumerate(found)
-                ]
+            tensors, method = self.plan.tensors, self.plan.recipe.rounding
+            parts = _cut(_oriented(weight.detach(), place), place)
+            self.packed[key] = [rounded.pack(tensors, value, fmt, method, name=name) for value, fmt, name in parts]
         return self.packed[key]
 
     def _put(self, place: Place, module: nn.Module, parts: Parts) -> None:

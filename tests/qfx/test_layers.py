@@ -18,7 +18,7 @@ LAYERS = (
     "qfx.annotation qfx.text qfx.numerics qfx.packing qfx.histogram qfx.rounding qfx.ops qfx.float_ops qfx.measure",
     "qfx.segments",
     (
-        "qfx.cache_ops qfx.parts"
+        "qfx.cache_ops qfx.parts qfx.rounded"
         " qfx.graph qfx.names qfx.trace qfx.capture qfx.run qfx.verify qfx.plan qfx.recipe qfx.presets"
     ),
     "qfx.observers qfx.inputs qfx.data qfx.hub",
