@@ -29,10 +29,10 @@ def live_rows(model: nn.Module, told: Collection[str]) -> Iterator[Row]:
     for fqn, module in model.named_modules():
         row = getattr(module, "qfx_row", None)
         if callable(row):
-            codes = module._buffers["w_codes"]
-            assert codes is not None
-            yield replace(row(fqn), shared=codes.data_ptr() in seen)
-            seen.add(codes.data_ptr())
+            codes = {b.data_ptr() for name, b in module._buffers.items() if b is not None and name.endswith("_codes")}
+            assert codes, fqn
+            yield replace(row(fqn), shared=codes <= seen)
+            seen |= codes
         elif getattr(module, "qfx_packed", None):
             yield from packed_rows(fqn, module)
         elif _is_float(module) and (fqn in told or _pointer(module) not in pointers):
