@@ -65,7 +65,7 @@ class Grid:
         half = 0.5 if fmt.is_integer else 0.0
         offset = 0.0 if self.offset is None else self.offset[group][:, rows]
         steps = values / step + offset
-        slack = 1e-3  # the extremes themselves do not count
+        slack = 1e-3 * (1.0 if fmt.is_integer else fmt.qmax)  # the extremes themselves do not count
         return int(((steps < fmt.qmin - half - slack) | (steps > fmt.qmax + half + slack)).sum())
 
 

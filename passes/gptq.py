@@ -282,4 +282,5 @@ class _Work:
 def _asymmetry(cross: Tensor, upper: Tensor) -> Tensor:
     """P = triu(D R^-T, 1) R^-1, from D [K, K] and R."""
     inner = torch.linalg.solve_triangular(upper, cross.T, upper=True).T
-    return torch.linalg.solve_triangular(upper, inner.triu(1), upper=True, left=False)
+    found: Tensor = torch.linalg.solve_triangular(upper, inner.triu(1), upper=True, left=False)
+    return found

@@ -20,7 +20,7 @@ from qfx.passes.rewrites import check_record
 from qfx.pipeline import told
 from qfx.places import find
 from qfx.plan import Plan
-from qfx.recipe import Recipe
+from qfx.recipe import DATA_ROUNDINGS, Recipe
 from qfx.writeback import check_rounded, write_back
 
 RecipeLike = Any  # a preset name, a Recipe, a mapping or a path: what Recipe.parse takes
@@ -34,8 +34,9 @@ def plan(
 
     data: batches (tensors, tuples or dicts of keyword arguments); needed by recipes with static activations or rewrites
     that choose factors; where given, `Plan.sensitivities["sqnr_db"]` says the error of each node on the first batch.
-    resume: a folder for finished blocks of a rounding that needs data (gptq): after an interruption the same call goes on
-    behind the last one, with the same result. overrides: fields of the recipe to change. strict: what cannot be had as asked is an UnsupportedError, no warning.
+    resume: a folder for the finished blocks of a rounding that needs data (gptq): after an interruption the same call
+    goes on behind the last one, with the same result. overrides: fields of the recipe to change. strict: what cannot be
+    had as asked is an UnsupportedError, no warning.
     A model that torch.export does not take is planned by its module types, with a warning, where the recipe allows it.
     Raises ValueError for bad data, recipes and weights.
     """
@@ -48,6 +49,9 @@ def plan(
                 next_step="pass data=batches (about 128 samples of what the model will see)",
             )
         )
+    if resume is not None and asked.rounding not in DATA_ROUNDINGS:
+        what = f"recipe {asked.name!r} has nothing to resume: it does not work block by block"
+        raise ValueError(explain(what, expected=f"rounding {' or '.join(map(repr, DATA_ROUNDINGS))}"))
     calls = batches.calls(model, data, asked.num_calibration_samples) if data is not None else []
     with evaluating(model):
         return _planned(model, asked, calls, strict=strict, progress=progress, resume=resume)
