@@ -81,7 +81,7 @@ def published(w: Tensor, x: Tensor, fmt: Format, *, act_order: bool, wanted: Ten
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("text", ["u4/g16", "i4/ch", "i3/g48", "u2/g64", "u3/g10"])
 def test_agrees_with_the_published_form(text: str, act_order: bool) -> None:
-    """More columns than are passed on at once; groups within, across and beyond them, and a last one that is shorter."""
+    """More columns than are passed on at once; groups within, across and beyond them; a last one that is shorter."""
     w, x, fmt = weight(12, 300), data(900, 300), Format.parse(text)
     packed, _ = round_by(w, [seen(x)], fmt, GptqOptions(act_order=act_order), name="fc")
     wanted = published(w, x, fmt, act_order=act_order)
