@@ -25,11 +25,12 @@ from torch import Tensor
 from qfx.blocks import Block, Part, Site
 from qfx.errors import Note, explain
 from qfx.format import Format
+from qfx.method_options import GptqOptions
 from qfx.numerics import dequantize, quantize, range_qparams
 from qfx.packing import Packed, pack_weight
 from qfx.passes._grid import Grid, clipped_range
 from qfx.passes._hessian import Hessian, factor
-from qfx.recipe import GptqOptions, Recipe
+from qfx.recipe import Recipe
 from qfx.rounding import round_weight
 
 _COLUMNS = 128  # whose errors are passed on to the rest together

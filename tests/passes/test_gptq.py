@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qfx.format import Format
+from qfx.method_options import GptqOptions
 from qfx.numerics import choose_qparams, dequantize, fake_quantize, quantize
 from qfx.packing import Packed, pack_weight
 from qfx.passes import gptq
 from qfx.passes._hessian import Hessian
 from qfx.passes.gptq import round_by
-from qfx.recipe import GptqOptions, Recipe
+from qfx.recipe import Recipe
 from qfx.rounding import round_weight
 
 INTEGERS = ["i2/ch", "i3/g8", "i4/ch", "i5/g16", "i8/ch", "u2/g8", "u3/ch", "u4/g16", "u7/g8", "u8/ch"]
@@ -30,7 +31,8 @@ def data(count: int, channels: int, seed: int = 0, *, correlated: bool = True) -
     if not correlated:
         return x
     mixed = x @ torch.randn(channels, channels, generator=generator) / channels**0.5
-    return (0.4 * x + mixed) * torch.logspace(-1, 1, channels)[torch.randperm(channels, generator=generator)]
+    scales: Tensor = torch.logspace(-1, 1, channels)[torch.randperm(channels, generator=generator)]
+    return (0.4 * x + mixed) * scales
 
 
 def weight(*shape: int, seed: int = 1) -> Tensor:

@@ -120,7 +120,7 @@ def test_segments_are_parts(along: str) -> None:
 
 @torch.no_grad()
 def test_what_goes_in_and_out() -> None:
-    model = Stack()
+    model: Any = Stack()
     found, data = blocks_of(model)
     for part in (part for linear in found[0].linears for part in linear.parts):
         found[0].put(part, pack_weight(found[0].weight(part), part.format), {"error": 0.5})
@@ -134,11 +134,11 @@ def test_what_goes_in_and_out() -> None:
         assert torch.allclose(x, rounded[ids], atol=1e-6), "behind the rounded table"
     for i, ids in enumerate(data):
         (y,) = block.outputs[i].values()
-        assert torch.allclose(y, model.layers[0](model.embed(ids)), atol=1e-6), "of the float model"  # type: ignore[operator]
+        assert torch.allclose(y, model.layers[0](model.embed(ids)), atol=1e-6), "of the float model"
 
 
 def test_a_block_can_be_run_with_other_weights_and_learns() -> None:
-    model = Stack()
+    model: Any = Stack()
     found, _ = blocks_of(model)
     found[0].leave()
     block = found[1]
@@ -151,17 +151,17 @@ def test_a_block_can_be_run_with_other_weights_and_learns() -> None:
     assert not torch.allclose(value, next(iter(plain.values())))
     value.square().sum().backward()
     assert up.grad is not None and up.grad.abs().max() > 0
-    assert model.layers[0].up.weight.grad is None  # type: ignore[union-attr]
+    assert model.layers[0].up.weight.grad is None
 
 
 @torch.no_grad()
 def test_a_site_is_seen_behind_what_is_rounded_before_it() -> None:
-    model = Stack()
+    model: Any = Stack()
     found, data = blocks_of(model)
     found[0].leave()
     block = found[1]
     gate, up = (linear.parts[0] for linear in block.sites[0].linears)
-    y = model.layers[0].norm(model.embed(data[0]))  # type: ignore[operator]
+    y = model.layers[0].norm(model.embed(data[0]))
     x, wanted = next(iter(block.inputs_of(block.sites[0])))
     assert wanted is not None and torch.allclose(x, y, atol=1e-6) and torch.equal(x, wanted)
     for part in (gate, up):
@@ -179,9 +179,9 @@ def test_a_site_is_seen_behind_what_is_rounded_before_it() -> None:
 
 
 def test_where_nan_comes_from() -> None:
-    model = Stack()
+    model: Any = Stack()
     with torch.no_grad():
-        model.layers[0].down.bias[3] = torch.nan  # type: ignore[union-attr, index]
+        model.layers[0].down.bias[3] = torch.nan
     found, _ = blocks_of(model)
     site = found[2].sites[0]
     assert found[2].first_bad(1, site.x) == "%linear_2 (layers.0.down)"

@@ -33,7 +33,7 @@ def node_of(lane: Lane, fqn: str) -> Any:
 
 @torch.no_grad()
 def test_every_stop_has_the_values_of_the_model() -> None:
-    model = Stack()
+    model: Any = Stack()
     lane, data = lane_of(model)
     for stop in range(1, len(lane.program.nodes)):
         lane.advance(stop)
@@ -77,27 +77,27 @@ def test_in_steps_as_in_one_go(name: str) -> None:
 
 @torch.no_grad()
 def test_weights_may_change_on_the_way() -> None:
-    model = Stack()
+    model: Any = Stack()
     lane, data = lane_of(model)
     up, down = node_of(lane, "layers.0.up"), node_of(lane, "layers.0.down")
-    lane.weights[up] = torch.zeros_like(model.layers[0].up.weight)  # type: ignore[union-attr, arg-type]
+    lane.weights[up] = torch.zeros_like(model.layers[0].up.weight)
     lane.advance(lane.program.position[down])
-    y = model.layers[0].norm(model.embed(data[1]))  # type: ignore[operator]
-    wanted = nn.functional.silu(model.layers[0].gate(y)) * model.layers[0].up.bias  # type: ignore[union-attr, operator]
+    y = model.layers[0].norm(model.embed(data[1]))
+    wanted = nn.functional.silu(model.layers[0].gate(y)) * model.layers[0].up.bias
     assert torch.allclose(lane.value(1, down.args[0]), wanted)
 
 
 @torch.no_grad()
 def test_inputs_are_rounded_where_asked() -> None:
-    model = Stack()
+    model: Any = Stack()
     rules = [{"target": "linear", "x": "i8/tok", "w": "i4/ch"}]
     for rounded in (True, False):
         lane, data = lane_of(model, rules, rounded=rounded)
         gate = node_of(lane, "layers.0.gate")
         lane.advance(lane.program.position[gate] + 1)
-        y = model.layers[0].norm(model.embed(data[0]))  # type: ignore[operator]
+        y = model.layers[0].norm(model.embed(data[0]))
         x = fake_quantize(y, Format.parse("i8/tok"), activation=True) if rounded else y
-        assert torch.allclose(lane.value(0, gate), model.layers[0].gate(x), atol=1e-6)  # type: ignore[operator]
+        assert torch.allclose(lane.value(0, gate), model.layers[0].gate(x), atol=1e-6)
 
 
 def test_gradients_pass_the_rounding_of_inputs() -> None:
@@ -126,13 +126,13 @@ def test_what_is_equal_in_all_batches_is_held_once() -> None:
     data = [torch.randint(0, 40, (2, n), generator=generator) for n in (8, 8, 9)]
     gm, _, flat = annotated(model, RULES, data)
     lane = Lane(Program(gm), flat, rounded=False)
-    add = lane.program.nodes[-1]
+    add: Any = lane.program.nodes[-1]
     lane.advance(lane.program.position[add])
     shared = [n for n in lane.values[0] if n.op != "placeholder" and n not in (add.args[0],)]
     assert shared
     for node in shared:
         assert lane.value(0, node) is lane.value(1, node)
-    assert lane.value(0, add.args[0]) is not lane.value(1, add.args[0])  # type: ignore[arg-type]
+    assert lane.value(0, add.args[0]) is not lane.value(1, add.args[0])
     assert all(n in lane.program.constants for n in gm.graph.nodes if n.op == "get_attr")
 
 

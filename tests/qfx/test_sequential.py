@@ -101,7 +101,8 @@ def test_the_plan_tells_and_both_doors_agree() -> None:
     assert set(told) == {"error_before", "error_after", "seconds", "dampening", "dead", "clipped"}
     assert told["error_after"] < told["error_before"]
     live = qfx.quantize(Stack(), plan)
-    compiled = torch.compile(Stack().eval(), backend="qfx", options={"plan": plan})
+    options: dict[str, Any] = {"plan": plan}
+    compiled = torch.compile(Stack().eval(), backend="qfx", options=options)
     with torch.no_grad():
         assert torch.allclose(live.eval()(data[0]), compiled(data[0]), atol=1e-4)
     torch._dynamo.reset()
@@ -161,7 +162,7 @@ def test_a_tied_weight_is_rounded_once_and_told() -> None:
         plan = qfx.plan(Stack(tied=True), recipe(rules), batches(12))
     assert plan.tensors["embed/codes"] is plan.tensors["head/codes"]
     model = quietly(Stack(tied=True), plan)
-    assert model.embed.w_codes is model.head.w_codes
+    assert model.get_buffer("embed.w_codes") is model.get_buffer("head.w_codes")
     with pytest.warns(QfxWarning, match="rounded once"):
         qfx.plan(Stack(tied=True), recipe(rules), batches(12), strict=True)  # minor
 
@@ -187,9 +188,9 @@ def test_experts_without_tokens_are_told() -> None:
 
 
 def test_nan_is_named_with_its_source() -> None:
-    model = Stack()
+    model: Any = Stack()
     with torch.no_grad():
-        model.layers[1].norm.bias[5] = torch.inf  # type: ignore[union-attr, index]
+        model.layers[1].norm.bias[5] = torch.inf
     message = (
         r"the input of 'layers\.1\.gate' is NaN, or too large, in batch 1\n.*\n"
         r"  found: 1 of 24 channels, the first is 5; "
@@ -259,7 +260,7 @@ class TestResume:
         assert self.same(first, whole) and self.same(again, whole)
 
     def test_asymmetric_goes_on_too(self, tmp_path: Path) -> None:
-        fields = {"gptq": {"asymmetric": True}}
+        fields: dict[str, Any] = {"gptq": {"asymmetric": True}}
         whole = self.plan(tmp_path, **fields)
         (tmp_path / "block-00003.safetensors").unlink()
         assert self.same(self.plan(tmp_path, **fields), whole)
@@ -301,14 +302,14 @@ class TestResume:
             self.plan(tmp_path)
 
     def test_a_full_disk_keeps_what_is_done(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        original = files.save_file
+        original = files.dump_safetensors
 
-        def full(tensors: Any, path: Any, **more: Any) -> None:
+        def full(path: Path, tensors: Any, metadata: Any = None) -> None:
             if len(list(tmp_path.glob("block-*"))) == 3:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            original(tensors, path, **more)
+            original(path, tensors, metadata)
 
-        monkeypatch.setattr(files, "save_file", full)
+        monkeypatch.setattr(files, "dump_safetensors", full)
         words = r"the disk is full: layers\.2 could not be kept, the blocks before it are\. Free some space and run"
         with pytest.raises(OSError, match=words) as caught:
             self.plan(tmp_path)
