@@ -173,7 +173,7 @@ class Recipe(_Strict):
 
     rules: the later one wins, role by role. ignore: targets that stay untouched whatever the rules say.
     rewrites: exact rewrites to apply first (REWRITES). smooth_alpha: SmoothQuant's exponent, or "search".
-    rounding: of weights, "rtn" (scale from the extremes) or "mse" (clip where the error is least).
+    rounding: of weights, "rtn" (scale from the extremes), "mse" (scale of the least squared error) or "hqq" (half-quadratic).
     observer, percentile, num_calibration_samples: how scales of static activations are found.
     """
 
@@ -182,7 +182,7 @@ class Recipe(_Strict):
     ignore: tuple[Target, ...] = ()
     rewrites: tuple[Annotated[str, Field(strict=True)], ...] = ()
     smooth_alpha: float | Literal["search"] = 0.5
-    rounding: Literal["rtn", "mse"] = "rtn"
+    rounding: Literal["rtn", "mse", "hqq"] = "rtn"
     observer: Literal["absmax", "minmax", "ema", "percentile", "mse", "entropy"] = "minmax"
     percentile: Annotated[float, Field(strict=True, gt=50, le=100)] = 99.99
     num_calibration_samples: Annotated[int, Field(strict=True, ge=1)] = 128
