@@ -147,8 +147,8 @@ class Recipe(Strict):
 
     rules: the later one wins, role by role. ignore: targets that stay untouched whatever the rules say.
     rewrites: exact rewrites to apply first (REWRITES). smooth_alpha: SmoothQuant's exponent, or "search".
-    rounding: of weights, "rtn" (scale from the extremes), "mse" (clip where the error is least) or "gptq" (layer by
-    layer, by what each reads; needs data), with options in gptq.
+    rounding: of weights, "rtn" (scale from the extremes), "mse" (scale of the least squared error), "hqq"
+    (half-quadratic) or "gptq" (layer by layer, by what each reads; needs data), with options in gptq.
     observer, percentile, num_calibration_samples: how scales of static activations are found.
     """
 
@@ -157,7 +157,7 @@ class Recipe(Strict):
     ignore: tuple[Target, ...] = ()
     rewrites: tuple[Annotated[str, Field(strict=True)], ...] = ()
     smooth_alpha: float | Literal["search"] = 0.5
-    rounding: Literal["rtn", "mse", "gptq"] = "rtn"
+    rounding: Literal["rtn", "mse", "hqq", "gptq"] = "rtn"
     gptq: GptqOptions = GptqOptions()
     observer: Literal["absmax", "minmax", "ema", "percentile", "mse", "entropy"] = "minmax"
     percentile: Annotated[float, Field(strict=True, gt=50, le=100)] = 99.99
