@@ -49,7 +49,7 @@ class Grid:
         return codes, (codes - offset).mul_(step)
 
     def refit(self, column: int, values: Tensor, rows: slice, energy: Tensor | None) -> None:
-        """Find the scales of the group anew that begins at `column`, for values f32 [n, g] of some rows. See `scales`."""
+        """Find the scales of the group anew that begins at `column`, for values f32 [n, g] of rows. See `scales`."""
         fmt = Format(self.format.type, "ch", self.format.scale_type)
         group = column // self.width
         found = scales(values, fmt, energy)
