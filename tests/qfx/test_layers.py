@@ -14,16 +14,19 @@ ROOT = Path(__file__).resolve().parents[2]
 # Lowest first. A module of qfx that stands nowhere here is in the layer of PIPELINE.
 PIPELINE = "qfx.compile"
 LAYERS = (
-    "qfx.errors qfx.format qfx.files qfx.processor",
-    "qfx.annotation qfx.text qfx.numerics qfx.packing qfx.histogram qfx.rounding qfx.ops qfx.float_ops qfx.measure",
+    "qfx.errors qfx.format qfx.files qfx.processor qfx.strict qfx.method_options",
+    (
+        "qfx.annotation qfx.text qfx.numerics qfx.packing qfx.histogram qfx.importance qfx.scales qfx.hqq qfx.rounding"
+        " qfx.ops qfx.float_ops qfx.measure"
+    ),
     "qfx.segments",
     (
         "qfx.cache_ops qfx.parts qfx.rounded"
         " qfx.graph qfx.names qfx.trace qfx.capture qfx.run qfx.verify qfx.plan qfx.recipe qfx.presets"
     ),
-    "qfx.observers qfx.inputs qfx.data qfx.hub",
+    "qfx.observers qfx.moments qfx.inputs qfx.data qfx.hub qfx.spill qfx.lanes qfx.blocks",
     "qfx.passes",
-    "qfx.pipeline qfx.transform",
+    "qfx.pipeline qfx.transform qfx.resume qfx.sequential",
     "qfx.backends",
     f"{PIPELINE} qfx.quantize qfx.report qfx.save",
     "qfx.compare qfx.cli",
