@@ -169,26 +169,20 @@ def head_dim_of(config: Any) -> int:
 
 
 def rope_factors(config: Any) -> Tensor | None:
-    """What llama3's rotary embedding divides each frequency by, f32 [head_dim / 2]; None for other kinds.
-
-    Frequencies of long waves are divided by `factor`, those of short ones are kept, with a smooth change between.
-    """
+    """What a config of llama3's rotary embedding divides each frequency by, f32 [head_dim / 2]; None for other kinds."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
-    if rope.get("rope_type") != "llama3":
-        return None
-    dim = head_dim_of(config)
+    return factors_of(rope, head_dim_of(config)) if rope.get("rope_type") == "llama3" else None
+
+
+def factors_of(rope: Mapping[str, Any], head_dim: int) -> Tensor:
+    """Frequencies of long waves are divided by `factor`, those of short ones by 1, with a smooth change between."""
     old, factor = rope["original_max_position_embeddings"], rope["factor"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     found = []
-    for i in range(0, dim, 2):
-        wave = 2 * math.pi * rope["rope_theta"] ** (i / dim)
-        if wave < old / high:
-            found.append(1.0)
-        elif wave > old / low:
-            found.append(float(factor))
-        else:
-            smooth = (old / wave - low) / (high - low)
-            found.append(1 / ((1 - smooth) / factor + smooth))
+    for i in range(0, head_dim, 2):
+        wave = 2 * math.pi * rope["rope_theta"] ** (i / head_dim)
+        smooth = min(max((old / wave - low) / (high - low), 0.0), 1.0)
+        found.append(1 / ((1 - smooth) / factor + smooth))
     return torch.tensor(found, dtype=torch.float32)
 
 
