@@ -35,7 +35,7 @@ MIXES: dict[str, tuple[str, int]] = {
 }
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 # Of 256-value blocks, where 256 does not divide the columns.
-_FALLBACK = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _PLAIN = ("F32", "F16", "BF16")
 _KEPT = ("token_types", "position_embd")  # tables that stay in F32
 
@@ -133,7 +133,7 @@ def _of_values(mix: str, layer: int, facts: Facts) -> str:
         found = "Q6_K"
     elif mix == "Q4_K_S" and layer < 4:
         found = "Q5_K"
-    if facts.layers == 80 and facts.gqa > 1 and found in ("Q3_K", "Q4_K"):
+    if facts.layers == 80 and facts.gqa > 1 and facts.arch in ("llama", "qwen2") and found in ("Q3_K", "Q4_K"):
         return "Q5_K"  # of the 70 B models, where 8 heads share one
     return found
 
