@@ -12,6 +12,8 @@ from __future__ import annotations
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.export import export_onnx
 from qfx.format import Format
+from qfx.interop.gguf_export import export_gguf
+from qfx.interop.gguf_import import import_gguf
 from qfx.plan import Plan
 from qfx.presets import presets
 from qfx.quantize import plan, quantize
@@ -29,7 +31,9 @@ __all__ = [
     "Report",
     "Rule",
     "UnsupportedError",
+    "export_gguf",
     "export_onnx",
+    "import_gguf",
     "load",
     "plan",
     "presets",
