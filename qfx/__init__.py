@@ -12,6 +12,7 @@ from __future__ import annotations
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.export import export_onnx
 from qfx.format import Format
+from qfx.interop import export_awq, export_bnb, export_compressed_tensors, export_gptq, import_checkpoint
 from qfx.plan import Plan
 from qfx.presets import presets
 from qfx.quantize import plan, quantize
@@ -29,7 +30,12 @@ __all__ = [
     "Report",
     "Rule",
     "UnsupportedError",
+    "export_awq",
+    "export_bnb",
+    "export_compressed_tensors",
+    "export_gptq",
     "export_onnx",
+    "import_checkpoint",
     "load",
     "plan",
     "presets",
