@@ -12,8 +12,15 @@ from __future__ import annotations
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.export import export_onnx
 from qfx.format import Format
-from qfx.interop.gguf_export import export_gguf
-from qfx.interop.gguf_import import import_gguf
+from qfx.interop import (
+    export_awq,
+    export_bnb,
+    export_compressed_tensors,
+    export_gguf,
+    export_gptq,
+    import_checkpoint,
+    import_gguf,
+)
 from qfx.plan import Plan
 from qfx.presets import presets
 from qfx.quantize import plan, quantize
@@ -31,8 +38,13 @@ __all__ = [
     "Report",
     "Rule",
     "UnsupportedError",
+    "export_awq",
+    "export_bnb",
+    "export_compressed_tensors",
     "export_gguf",
+    "export_gptq",
     "export_onnx",
+    "import_checkpoint",
     "import_gguf",
     "load",
     "plan",

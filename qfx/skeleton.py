@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,19 +28,27 @@ def skeleton(path: Path, *, dtype: torch.dtype, implementations: Mapping[str, st
             )
         )
     import transformers
+
+    model = of_config(transformers.AutoConfig.from_pretrained(path), dtype=dtype, implementations=implementations)
+    if (path / GENERATION).is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return model
+
+
+def of_config(config: Any, *, dtype: torch.dtype, implementations: Mapping[str, str]) -> nn.Module:
+    """The model of a transformers config, its weights without content. ValueError where its class is not known."""
+    import transformers
     from transformers.initialization import no_init_weights
 
-    config = transformers.AutoConfig.from_pretrained(path)
-    kind = getattr(transformers, config.architectures[0], None)
+    names = config.architectures or ["no architectures"]
+    kind = getattr(transformers, names[0], None)
     if kind is None:
         raise ValueError(
             explain(
-                f"transformers {transformers.__version__} has no class {config.architectures[0]!r}",
+                f"transformers {transformers.__version__} has no class {names[0]!r}",
                 next_step="pass a float model of that class: qfx.load(folder, model)",
             )
         )
     with torch.random.fork_rng(devices=[]), no_init_weights():
         model: nn.Module = kind._from_config(config, dtype=dtype, **implementations)
-    if (path / GENERATION).is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model
