@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qfx import data as batches
+from qfx.attach import attach
 from qfx.data import Call
 from qfx.decide import decide
 from qfx.errors import explain
@@ -77,7 +78,7 @@ def quantize(
         places, notes = find(model, made)
         told(notes, strict=strict)
         check_rounded(model, made, places)
-        return write_back(model, made, places)
+        return attach(write_back(model, made, places), made.recipe)
 
 
 def _planned(model: nn.Module, recipe: Recipe, calls: list[Call], *, strict: bool, progress: bool) -> Plan:

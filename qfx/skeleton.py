@@ -13,8 +13,8 @@ from qfx.errors import explain
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
-def skeleton(path: Path, *, dtype: torch.dtype, implementations: Mapping[str, str]) -> nn.Module:
-    """The model that `config.json` in a folder describes, its weights without content.
+def skeleton(path: Path, name: str, *, dtype: torch.dtype, implementations: Mapping[str, str]) -> nn.Module:
+    """The model of class `name` that `config.json` in a folder describes, its weights without content.
 
     implementations: attn_implementation and experts_implementation of the saved model. Raises ValueError where there is
     no config or transformers does not have its class.
@@ -30,11 +30,13 @@ def skeleton(path: Path, *, dtype: torch.dtype, implementations: Mapping[str, st
     from transformers.initialization import no_init_weights
 
     config = transformers.AutoConfig.from_pretrained(path)
-    kind = getattr(transformers, config.architectures[0], None)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the saved model; this one is float yet
+    kind = getattr(transformers, name, None)
     if kind is None:
         raise ValueError(
             explain(
-                f"transformers {transformers.__version__} has no class {config.architectures[0]!r}",
+                f"transformers {transformers.__version__} has no class {name!r}",
                 next_step="pass a float model of that class: qfx.load(folder, model)",
             )
         )
