@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,10 +15,12 @@ from qfx.describe import describe, state
 from qfx.errors import explain
 from qfx.hf_config import QfxConfig
 from qfx.hf_saved import Placed
-from qfx.hf_streaming import Streaming
 from qfx.modules import quantized_parts
 from qfx.quantization_config import METHOD
 from qfx.recipe import Recipe
+
+if TYPE_CHECKING:
+    from qfx.hf_streaming import Streaming
 
 
 class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -31,6 +33,7 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: QfxConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._placed: Placed | None = None
+        self._waiting: tuple[nn.Module, list[str]] | None = None
         self._streaming: Streaming | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -57,8 +60,7 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> nn.Module:
         config = self.quantization_config
         if not self.pre_quantized:
-            assert config.recipe is not None
-            self._streaming = Streaming.prepare(model, config.recipe, strict=config.strict)
+            self._waiting = (model, [str(file) for file in checkpoint_files or ()])
             return model
         assert config.model is not None
         files, expected = [Path(file) for file in checkpoint_files or ()], config.model["tensors"]
@@ -91,7 +93,17 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return self._streaming.operation()
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
-        """Saved models hold their tensors by the names of the live one: nothing is renamed or merged."""
+        """Saved models hold their tensors by the names of the live one: nothing is renamed or merged.
+
+        transformers asks this once the empty model stands and its meta-device context is left: a float model is planned
+        here.
+        """
+        if self._waiting is not None:
+            from qfx.hf_streaming import Streaming  # of transformers' loader, which may just be importing this file
+
+            config, (waiting, files), self._waiting = self.quantization_config, self._waiting, None
+            assert config.recipe is not None
+            self._streaming = Streaming(waiting, config.recipe, files, strict=config.strict)
         return [] if self.pre_quantized else weight_conversions
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
