@@ -31,6 +31,9 @@ def round_in_parts(weight: Tensor, fmt: Format, method: str, *, name: str, eleme
 
 def check_finite(weight: Tensor, name: str) -> None:
     """Raises ValueError for NaN or Inf in a weight, naming it. Needs no memory where all is well."""
+    for dim, stride in enumerate(weight.stride()):
+        if not stride and weight.shape[dim] > 1:  # one value, spread (see `qfx.hollow`)
+            weight = weight.narrow(dim, 0, 1)
     if weight.numel() and not torch.isfinite(torch.stack(weight.detach().aminmax())).all():
         require_finite(weight.detach(), name)
 

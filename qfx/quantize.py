@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from qfx import data as batches
+from qfx.attach import attach
 from qfx.data import Call
 from qfx.decide import decide
-from qfx.errors import explain
+from qfx.errors import Note, explain
 from qfx.modules import quantized_parts
 from qfx.passes.rewrites import check_record
 from qfx.pipeline import told
@@ -83,7 +84,16 @@ def quantize(
         places, notes = find(model, made)
         told(notes, strict=strict)
         check_rounded(model, made, places)
-        return write_back(model, made, places)
+        return attach(write_back(model, made, places), made.recipe)
+
+
+def planned(model: nn.Module, recipe: Recipe) -> tuple[Plan, list[Note]]:
+    """The plan of a recipe that needs no data, and notes about what cannot be had; nothing is told yet."""
+    with evaluating(model):
+        made, notes, _ = decide(model, recipe, [], progress=False)
+    if not made.annotations:
+        raise _nothing(model, recipe, [str(note) for note in notes])
+    return made, notes
 
 
 def _planned(
