@@ -106,6 +106,33 @@ def export(
         command.run(console, model, out, recipe, text, how, strict=strict)
 
 
+class Layout(StrEnum):
+    """Whose checkpoint is written."""
+
+    compressed_tensors = "compressed-tensors"
+    gptq = "gptq"
+    awq = "awq"
+    bnb = "bnb"
+    qfx = "qfx"
+
+
+@app.command()
+def convert(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="What qfx quantize wrote, or a checkpoint of one of the layouts.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.")],
+    to: Annotated[Layout, typer.Option(help="Whose checkpoint is written; qfx: what `qfx quantize` writes.")],
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where the layout cannot hold something.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a quantized model as a checkpoint of another library, codes as they are."""
+    with guarded(debug) as console:
+        from qfx.cli import convert as command
+
+        command.run(console, folder, out, to.value, strict=strict)
+
+
 @app.command()
 def inspect(
     quantized: Quantized,
