@@ -116,7 +116,7 @@ def _read(files: Sequence[Path], expected: Mapping[str, str], *, keep: bool) -> 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     try:
-        with safe_open(file, framework="pt") as handle:  # type: ignore[no-untyped-call]
+        with safe_open(file, framework="pt") as handle:
             yield handle
     except SafetensorError as error:
         raise ValueError(

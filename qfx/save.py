@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from qfx import checkpoint
-from qfx.attach import attach, is_pretrained
+from qfx.attach import METHOD, attach, is_pretrained
 from qfx.describe import Record, describe, state
 from qfx.errors import explain
 from qfx.files import dump_safetensors, read_safetensors, sha256_file, staged
 from qfx.modules import quantized_parts
-from qfx.quantization_config import METHOD, recipe_of, unwrap, wrap
-from qfx.recipe import Recipe
+from qfx.quantization_config import recipe_of, unwrap, wrap
 from qfx.rebuild import Saved, rebuild
+from qfx.recipe import Recipe
 from qfx.skeleton import CONFIG, GENERATION, skeleton
 
 VERSION = 1

@@ -45,8 +45,6 @@ def run(
     with step(console, f"quantize by {parsed.name}", spinner=False):
         quantized = quantize(loaded.model, parsed, data, strict=strict, resume=resume)
     with step(console, f"save to {out}"):
-        save(quantized, out)
-        if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(out)
+        save(quantized, out, tokenizer=loaded.tokenizer)
     report(quantized).show(console, all_rows=False)
     console.print(f"on disk: {megabytes(hub.bytes_on_disk(folder))} -> {megabytes(hub.bytes_on_disk(out))}")
