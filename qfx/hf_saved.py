@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,15 +35,15 @@ class Placed:
     buffers: dict[str, torch.dtype]
 
     @classmethod
-    def into(cls, model: nn.Module, record: Record, headers: Mapping[str, Tensor], dtype: Any) -> Placed:
+    def into(cls, model: nn.Module, record: Record, headers: Mapping[str, Tensor], dtype: torch.dtype | None) -> Placed:
         """Put the quantized modules of a record into a model on the meta device.
 
         headers: what the files hold, on the meta device. dtype: of the model to be. Raises ValueError where the record
         does not fit the model.
         """
         local = _Names(model, record)
-        asked = dtype if isinstance(dtype, torch.dtype) else getattr(torch, record["dtype"])
-        saved_dtype = getattr(torch, record["dtype"])
+        saved_dtype: torch.dtype = getattr(torch, record["dtype"])
+        asked = dtype or saved_dtype
         tensors = {name: _cast(t, name, saved_dtype, asked) for name, t in headers.items()}
         tensors |= {name: tensors[source] for name, source in record["tied"].items() if source in tensors}
         saved = Saved(
