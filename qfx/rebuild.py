@@ -98,7 +98,7 @@ def _check_fit(model: nn.Module, saved: Saved) -> None:
 def _module(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     if record["kind"] == "QuantMixed":
         return _mixed(fqn, record, tensors)
-    leaves = (*_PACKED, "bias", "x_scale", "x_zero", "smooth")
+    leaves = (*_PACKED, "bias", "x_scale", "x_zero", "smooth", "low_a", "low_b")
     found = {leaf: tensors.get(f"{fqn}.{leaf}".lstrip(".")) for leaf in leaves}
     packed = _packed(fqn, record["w"], record["shape"], found)
     dtype = getattr(torch, record["dtype"])
@@ -110,7 +110,10 @@ def _module(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         formats |= {"x_format": record["x"], "dtype": dtype}
         is_conv = record["kind"] == "QuantConv"
         bias = found["bias"]
-        made = QuantConv(packed, _Conv(record, bias), **formats) if is_conv else QuantLinear(packed, bias, **formats)
+        a, b = found["low_a"], found["low_b"]
+        low = None if a is None or b is None else (a, b)
+        conv = _Conv(record, bias) if is_conv else None
+        made = QuantLinear(packed, bias, low=low, **formats) if conv is None else QuantConv(packed, conv, **formats)
     made.sqnr_db = record["sqnr_db"]
     return made
 
