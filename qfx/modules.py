@@ -90,7 +90,7 @@ class QuantLinear(_Quantized):
     """y = x W^T + b with a packed W [out_features, in_features].
 
     x_format "" leaves activations in float. Static formats carry x_scale (and x_zero); `smooth` [in_features] divides x
-    first.
+    first. low: float factors [r, in_features] and [out_features, r] of a part of W that is not packed.
     """
 
     def __init__(
@@ -102,10 +102,14 @@ class QuantLinear(_Quantized):
         x_scale: Tensor | None = None,
         x_zero: Tensor | None = None,
         smooth: Tensor | None = None,
+        low: tuple[Tensor, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(packed, dtype)
         self.x_format = x_format
+        if low is not None:
+            self.register_buffer("low_a", low[0])
+            self.register_buffer("low_b", low[1])
         self.out_features, self.in_features = packed.shape
         self.nf = self.out_features  # Conv1D's name for it
         self.register_buffer("x_scale", x_scale)
@@ -122,7 +126,23 @@ class QuantLinear(_Quantized):
             x, self.w_codes, self.w_scale, self.w_zero, self.bias, self.x_scale, self.x_zero, self.smooth,
             self.x_format, self.w_format,
         )  # fmt: skip
-        return y
+        return y if self.low is None else y + self._beside(x, *self.low)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight dequantized, with what its low-rank factors add, [N, K] in the model's dtype."""
+        found = self._dequantized()
+        return found if self.low is None else found + self.low[1].to(found.dtype) @ self.low[0].to(found.dtype)
+
+    @property
+    def low(self) -> tuple[Tensor, Tensor] | None:
+        """The factors of the part of W that is not packed, where there is one."""
+        a, b = self._buffers.get("low_a"), self._buffers.get("low_b")
+        return None if a is None or b is None else (a, b)
+
+    def _beside(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        x = x if self.smooth is None else x / self.smooth
+        return nn.functional.linear(nn.functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
     def extra_repr(self) -> str:
         asked = f"x={self.x_format} " if self.x_format else ""
@@ -131,7 +151,9 @@ class QuantLinear(_Quantized):
     def qfx_row(self, fqn: str) -> Row:
         """This module's row of the report."""
         asked = f"x={self.x_format} w={self.w_format}" if self.x_format else f"w={self.w_format}"
-        return self._row(fqn, "linear", asked)
+        row = self._row(fqn, "linear", asked)
+        extra = 0 if self.low is None else sum(factor.nbytes for factor in self.low)
+        return replace(row, bytes_after=row.bytes_after + extra)
 
 
 class QuantEmbedding(_Quantized):

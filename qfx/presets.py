@@ -69,6 +69,14 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         "2-bit weights in groups of 64 (8-bit embeddings, tied ones 4-bit), rounded by GPTQ; needs data",
         {"rules": [*_weights("u2/g64", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "gptq"},
     ),
+    "w4a16-learned": (
+        "w4a16 with roundings and ranges learned block by block (AutoRound's manner); needs data and minutes",
+        {"rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "learned"},
+    ),
+    "w2a16-learned": (
+        "w2a16 with roundings and ranges learned block by block (AutoRound's manner); needs data and minutes",
+        {"rules": [*_weights("u2/g64", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "learned"},
+    ),
     "w4a8-gptq": (
         "w4a8 after SmoothQuant with searched strength, weights rounded by GPTQ; needs data",
         {

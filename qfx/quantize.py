@@ -35,7 +35,7 @@ def plan(
 
     data: batches (tensors, tuples or dicts of keyword arguments); needed by recipes with static activations or rewrites
     that choose factors; where given, `Plan.sensitivities["sqnr_db"]` says the error of each node on the first batch.
-    resume: a folder for the finished blocks of a rounding that needs data (gptq): after an interruption the same call
+    resume: a folder for the finished blocks of a rounding that needs data (gptq, learned): after an interruption the same call
     goes on behind the last one, with the same result. overrides: fields of the recipe to change. strict: what cannot be
     had as asked is an UnsupportedError, no warning.
     A model that torch.export does not take is planned by its module types, with a warning, where the recipe allows it.

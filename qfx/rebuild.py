@@ -99,7 +99,7 @@ def _check_fit(model: nn.Module, saved: Saved) -> None:
 def _module(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     if record["kind"] == "QuantMixed":
         return _mixed(fqn, record, tensors)
-    leaves = (*_PACKED, "bias", "x_scale", "x_zero", "smooth", "columns")
+    leaves = (*_PACKED, "bias", "x_scale", "x_zero", "smooth", "columns", "low_a", "low_b")
     found = {leaf: tensors.get(f"{fqn}.{leaf}".lstrip(".")) for leaf in leaves}
     packed = _packed(fqn, record["w"], record["shape"], found)
     dtype = getattr(torch, record["dtype"])
@@ -110,12 +110,14 @@ def _module(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         formats: dict[str, Any] = {leaf: found[leaf] for leaf in ("x_scale", "x_zero", "smooth")}
         formats |= {"x_format": record["x"], "dtype": dtype}
         bias, columns = found["bias"], found["columns"]
+        a, b = found["low_a"], found["low_b"]
+        low = None if a is None or b is None else (a, b)
         if record["kind"] == "QuantConv":
             made = QuantConv(packed, _Conv(record, bias), **formats)
         elif columns is not None:
             made = QuantPermuted(packed, bias, columns, **formats)
         else:
-            made = QuantLinear(packed, bias, **formats)
+            made = QuantLinear(packed, bias, low=low, **formats)
     made.sqnr_db = record["sqnr_db"]
     return made
 

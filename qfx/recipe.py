@@ -34,12 +34,12 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats
 from qfx.errors import nearest
 from qfx.format import Format
-from qfx.method_options import GptqOptions
+from qfx.method_options import GptqOptions, LearnedOptions
 from qfx.strict import Strict
 
 KINDS: tuple[str, ...] = tuple(ROLES)
 REWRITES: tuple[str, ...] = ("untie", "norm-fold", "smooth", "v-o", "up-down")
-DATA_ROUNDINGS: tuple[str, ...] = ("gptq",)  # round by what each layer reads
+DATA_ROUNDINGS: tuple[str, ...] = ("gptq", "learned")  # round by what each layer reads
 DATA_REWRITES: tuple[str, ...] = ("smooth", "v-o", "up-down")  # choose their factors by what the linears see
 OBSERVERS: tuple[str, ...] = ("absmax", "minmax", "ema", "percentile", "mse", "entropy")
 NONE = "none"
@@ -148,7 +148,10 @@ class Recipe(Strict):
     rules: the later one wins, role by role. ignore: targets that stay untouched whatever the rules say.
     rewrites: exact rewrites to apply first (REWRITES). smooth_alpha: SmoothQuant's exponent, or "search".
     rounding: of weights, "rtn" (scale from the extremes), "mse" (scale of the least squared error), "hqq"
-    (half-quadratic) or "gptq" (layer by layer, by what each reads; needs data), with options in gptq.
+    (half-quadratic), "gptq" (layer by layer, by what each reads) or "learned" (gradient descent, block by block); the
+    last two need data, and have options in gptq and learned.
+    bias_correction: shift the mean of each linear's error into its bias. low_rank: rank of float linears that carry the
+    largest part of each linear's error (0: none). Both need data, and are not exact.
     observer, percentile, num_calibration_samples: how scales of static activations are found.
     """
 
@@ -157,8 +160,11 @@ class Recipe(Strict):
     ignore: tuple[Target, ...] = ()
     rewrites: tuple[Annotated[str, Field(strict=True)], ...] = ()
     smooth_alpha: float | Literal["search"] = 0.5
-    rounding: Literal["rtn", "mse", "hqq", "gptq"] = "rtn"
+    rounding: Literal["rtn", "mse", "hqq", "gptq", "learned"] = "rtn"
     gptq: GptqOptions = GptqOptions()
+    learned: LearnedOptions = LearnedOptions()
+    bias_correction: Annotated[bool, Field(strict=True)] = False
+    low_rank: Annotated[int, Field(strict=True, ge=0)] = 0
     observer: Literal["absmax", "minmax", "ema", "percentile", "mse", "entropy"] = "minmax"
     percentile: Annotated[float, Field(strict=True, gt=50, le=100)] = 99.99
     num_calibration_samples: Annotated[int, Field(strict=True, ge=1)] = 128
@@ -208,13 +214,14 @@ class Recipe(Strict):
 
     @property
     def needs_data(self) -> bool:
-        """Calibration data is needed: a static activation format that some rule gives, a rewrite of DATA_REWRITES, or a
-        rounding of DATA_ROUNDINGS.
+        """Calibration data is needed: a static activation format that some rule gives, a rewrite of DATA_REWRITES, a
+        rounding of DATA_ROUNDINGS, or a correction.
 
         A format that a later rule of the same target replaces does not count.
         """
         last = {(rule.target, role): rule for rule in self.rules for role in rule.texts if role != "w"}
         chosen = not set(self.rewrites).isdisjoint(DATA_REWRITES) or self.rounding in DATA_ROUNDINGS
+        chosen = chosen or self.bias_correction or bool(self.low_rank)
         given = [rule.formats(role) for (_, role), rule in last.items() if rule.texts[role] != NONE]
         return chosen or any(is_static(fmt) for fmt in given if isinstance(fmt, Format))
 

@@ -26,7 +26,7 @@ from qfx.plan import Plan
 from qfx.recipe import Recipe
 from qfx.resume import Resume
 
-METHODS: dict[str, str] = {"gptq": "qfx.passes.gptq"}  # Recipe.rounding -> module
+METHODS: dict[str, str] = {"gptq": "qfx.passes.gptq", "learned": "qfx.passes.learned"}  # Recipe.rounding -> module
 TOLD = "rounding"  # in Plan.sensitivities: name -> what the method tells about a weight
 
 

@@ -149,7 +149,9 @@ class Writer:
             if place.kind == "conv":
                 new = QuantConv(packed, module, **formats)
             elif isinstance(place.w, Format):
-                new = QuantLinear(packed, bias, **formats)
+                a, b = module._buffers.get("low_a"), module._buffers.get("low_b")  # of the rewrite 'low-rank'
+                low = None if a is None or b is None else (a, b)
+                new = QuantLinear(packed, bias, low=low, **formats)
             else:
                 held = module._parameters["weight"]
                 assert held is not None

@@ -12,6 +12,8 @@ FIXED = {  # the names that are promised
         "w2a16-gptq",
         "w4a8",
         "w4a8-gptq",
+        "w4a16-learned",
+        "w2a16-learned",
         "nf4",
         "fp8",
         "mxfp4",
@@ -62,6 +64,8 @@ def test_parse_by_name(name: str) -> None:
         ("w4a16-gptq", "w=u4/g128"),
         ("w3a16-gptq", "w=u3/g128"),
         ("w2a16-gptq", "w=u2/g64"),
+        ("w4a16-learned", "w=u4/g128"),
+        ("w2a16-learned", "w=u2/g64"),
         ("w4a8-gptq", "x=i8/tok w=i4/ch"),
         ("nf4", "w=nf4/g64"),
         ("fp8", "x=f8e4m3/tok w=f8e4m3/ch"),
@@ -78,7 +82,7 @@ def test_embeddings_are_8_bit(name: str) -> None:
     assert {r: str(f) for r, f in presets()[name].formats_for("embedding", "e").items()} == {"w": "i8/ch"}
 
 
-@pytest.mark.parametrize("name", ["w4a16", "w2a16", "w4a16-gptq", "w3a16-gptq", "w2a16-gptq"])
+@pytest.mark.parametrize("name", ["w4a16", "w2a16", "w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "w2a16-learned"])
 def test_tied_tables_are_4_bit(name: str) -> None:
     for kind in ("embedding", "linear"):
         tied = presets()[name].formats_for(kind, "e", tied=True)
@@ -93,9 +97,9 @@ def test_two_bits_are_rounded_with_care_and_no_promise() -> None:
 
 def test_data_is_needed_by_static_formats_and_by_methods_that_look_at_it() -> None:
     static = {"w8a8-static", "w8a8-smooth"}
-    rounded = {name for name, recipe in presets().items() if recipe.rounding == "gptq"}
+    rounded = {name for name, recipe in presets().items() if recipe.rounding in ("gptq", "learned")}
     assert {name for name, recipe in presets().items() if recipe.needs_data} == static | rounded
-    assert rounded == {"w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "w4a8-gptq"}
+    assert rounded == {"w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "w4a8-gptq", "w4a16-learned", "w2a16-learned"}
 
 
 def test_smooth() -> None:

@@ -33,7 +33,7 @@ RECIPES = st.builds(
     ignore=st.lists(TARGETS, max_size=2).map(tuple),
     rewrites=st.lists(st.sampled_from(REWRITES), unique=True).map(tuple),
     smooth_alpha=st.one_of(st.just("search"), st.floats(0, 1)),
-    rounding=st.sampled_from(["rtn", "mse"]),
+    rounding=st.sampled_from(["rtn", "mse", "gptq", "learned"]),
     observer=st.sampled_from(["absmax", "minmax", "ema", "percentile", "mse", "entropy"]),
     percentile=st.floats(50, 100, exclude_min=True),
     num_calibration_samples=st.integers(1, 10**6),
@@ -192,7 +192,7 @@ def test_override() -> None:
     with pytest.raises(ValueError, match="unknown key 'rouding' in Recipe, did you mean 'rounding'"):
         recipe.override(rouding="mse")
     with pytest.raises(
-        ValueError, match=r"Recipe\.rounding: Input should be 'rtn', 'mse', 'hqq' or 'gptq', found 'best'"
+        ValueError, match=r"Recipe\.rounding: Input should be 'rtn', .* or 'learned', found 'best'"
     ):
         recipe.override(rounding="best")
 
@@ -245,7 +245,13 @@ def test_bad_rules(fields: dict[str, Any], message: str) -> None:
         ({"smooth_alpha": float("nan")}, "found nan"),
         ({"rewrites": ("smoth",)}, "unknown rewrite 'smoth', did you mean 'smooth'"),
         ({"rewrites": "smooth"}, "Recipe.rewrites: Input should be a valid tuple"),
-        ({"rounding": "hqqq"}, "Recipe.rounding: Input should be 'rtn', 'mse', 'hqq' or 'gptq', found 'hqqq'"),
+        ({"rounding": "hqqq"}, "Recipe.rounding: Input should be 'rtn', .* or 'learned', found 'hqqq'"),
+        ({"learned": {"steps": -1}}, "LearnedOptions.steps: .* greater than or equal to 0, found -1"),
+        ({"learned": {"step": 1}}, "unknown key 'step' in LearnedOptions, did you mean 'steps'"),
+        ({"learned": {"batch": 2.0}}, "LearnedOptions.batch: Input should be a valid integer"),
+        ({"learned": {"learning_rate": 0}}, "LearnedOptions.learning_rate: Input should be greater than 0"),
+        ({"bias_correction": 1}, "Recipe.bias_correction: Input should be a valid boolean"),
+        ({"low_rank": -1}, "Recipe.low_rank: .* greater than or equal to 0"),
         ({"observer": "max"}, "Recipe.observer: Input should be 'absmax'"),
         ({"percentile": 50}, "Recipe.percentile: Input should be greater than 50, found 50"),
         ({"percentile": 100.5}, "Recipe.percentile"),
