@@ -22,6 +22,7 @@ from qfx.annotation import ALL_ROLES, Formats, from_json
 from qfx.errors import QfxWarning, explain, nearest
 from qfx.files import dump_safetensors, read_safetensors, sha256_file, staged
 from qfx.recipe import Recipe
+from qfx.spill import rest
 from qfx.text import type_text
 
 VERSION = 1
@@ -209,7 +210,9 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _tensor_digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data.data, usedforsecurity=False).hexdigest()[:32]
+    digest = hashlib.sha256(data.data, usedforsecurity=False).hexdigest()[:32]
+    rest(tensor)
+    return digest
 
 
 def _digest(found: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from qfx import data as batches
+from qfx import streamed
 from qfx.data import Call
 from qfx.decide import decide
 from qfx.errors import explain
@@ -22,21 +24,25 @@ from qfx.plan import Plan
 from qfx.recipe import Recipe
 from qfx.writeback import check_rounded, write_back
 
+ModelLike = nn.Module | str | os.PathLike[str]
 RecipeLike = Any  # a preset name, a Recipe, a mapping or a path: what Recipe.parse takes
 
 
 def plan(
-    model: nn.Module, recipe: RecipeLike = "w8a8", data: Iterable[Any] | None = None, *, strict: bool = False,
+    model: ModelLike, recipe: RecipeLike = "w8a8", data: Iterable[Any] | None = None, *, strict: bool = False,
     progress: bool = True, **overrides: Any,
 ) -> Plan:  # fmt: skip
     """Decide formats, rewrites and scales for `model`; the model is not changed.
 
+    model: a module, or the folder of a transformers model, whose weights are then read as they are needed and never all
+    at once (see `qfx.streamed`).
     data: batches (tensors, tuples or dicts of keyword arguments); needed by recipes with static activations or rewrites
     that choose factors; where given, `Plan.sensitivities["sqnr_db"]` says the error of each node on the first batch.
     overrides: fields of the recipe to change. strict: what cannot be had as asked is an UnsupportedError, no warning.
     A model that torch.export does not take is planned by its module types, with a warning, where the recipe allows it.
     Raises ValueError for bad data, recipes and weights.
     """
+    model = _opened(model)
     _check_model(model)
     asked = Recipe.parse(recipe).override(**overrides) if overrides else Recipe.parse(recipe)
     if asked.needs_data and data is None:
@@ -52,16 +58,19 @@ def plan(
 
 
 def quantize(
-    model: nn.Module, recipe: RecipeLike | Plan = "w8a8", data: Iterable[Any] | None = None, *, strict: bool = False,
+    model: ModelLike, recipe: RecipeLike | Plan = "w8a8", data: Iterable[Any] | None = None, *, strict: bool = False,
     **overrides: Any,
 ) -> nn.Module:  # fmt: skip
     """Quantize `model` in place by a recipe or a plan, and return it.
 
+    A folder of a transformers model is opened without reading its weights; the model that is returned has its packed
+    weights in a temporary file, and `qfx.save` streams them.
     Linear layers, embeddings, patch convolutions and expert weights become packed; norms are folded where the recipe
     rewrites. generate(), state_dict(), deepcopy() and torch.compile(backend="qfx") go on working. Errors come before
     anything is changed; only an interrupt while weights are written leaves some of them packed. See `plan` for the
     arguments.
     """
+    model = _opened(model)
     if isinstance(recipe, Plan):
         _check_model(model)
         if overrides or data is not None:
@@ -99,6 +108,11 @@ def _nothing(model: nn.Module, recipe: Recipe, notes: list[str]) -> ValueError:
             next_step="qfx.presets() lists recipes; a rule's target is an op kind, a name, a glob or 're:<regex>'",
         )
     )
+
+
+def _opened(model: ModelLike) -> nn.Module:
+    """The model, or that of a folder."""
+    return streamed.load(model).model if isinstance(model, str | os.PathLike) else model
 
 
 def _check_model(model: object) -> None:

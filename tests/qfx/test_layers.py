@@ -14,14 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 # Lowest first. A module of qfx that stands nowhere here is in the layer of PIPELINE.
 PIPELINE = "qfx.compile"
 LAYERS = (
-    "qfx.errors qfx.format qfx.files qfx.processor",
+    "qfx.errors qfx.format qfx.spill qfx.files qfx.processor",
     "qfx.annotation qfx.text qfx.numerics qfx.packing qfx.histogram qfx.rounding qfx.ops qfx.float_ops qfx.measure",
     "qfx.segments",
     (
         "qfx.cache_ops qfx.parts qfx.rounded"
         " qfx.graph qfx.names qfx.trace qfx.capture qfx.run qfx.verify qfx.plan qfx.recipe qfx.presets"
     ),
-    "qfx.observers qfx.inputs qfx.data qfx.hub",
+    "qfx.observers qfx.inputs qfx.data qfx.hub qfx.streamed",
     "qfx.passes",
     "qfx.pipeline qfx.transform",
     "qfx.backends",
