@@ -11,14 +11,14 @@ from torch import fx, nn
 
 from qfx import annotation, graph, run
 from qfx.capture import Captured, capture_export
-from qfx.data import Call
+from qfx.data import Call, telling
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
 from qfx.inputs import example_inputs, need_inputs, without_cache
 from qfx.measure import decibel
 from qfx.observers import Observer, create
 from qfx.passes.annotate import annotate, kind_of
-from qfx.passes.calibrate import calibrate, telling
+from qfx.passes.calibrate import calibrate
 from qfx.passes.observe import insert_observers, remove_observers
 from qfx.passes.quantize import quantize, refuse
 from qfx.pipeline import prepare
