@@ -195,7 +195,14 @@ class Block:
     ) -> None:  # fmt: skip
         """lane, wanted: at the start of the block, of the rounded and of the float model. tensors, told: of the plan,
         for rounded weights and for what a method tells about them."""
-        self.name, self.cut, self.lane, self.wanted, self.tensors, self.told = cut.name, cut, lane, wanted, tensors, told
+        self.name, self.cut, self.lane, self.wanted, self.tensors, self.told = (
+            cut.name,
+            cut,
+            lane,
+            wanted,
+            tensors,
+            told,
+        )
         self.program, self.gm = lane.program, lane.program.gm
         self.nodes = self.program.nodes[cut.start : cut.stop]
         self.linears = linears
@@ -260,6 +267,34 @@ class Block:
             if isinstance(x_format, Format):
                 x = self.program.round_input(site.linears[0].fqn, x, x_format)
             yield x, None if self.wanted is None else self.wanted.value(batch, site.x)
+
+    def first_bad(self, batch: int, x: fx.Node) -> str:
+        """Where NaN or infinity first comes up on the way to a value: "%exp (model.layers.0.mlp)"; "" where nowhere.
+
+        The batch is run again from the start, so this is for an error that is about to be raised.
+        """
+        weights: dict[fx.Node, Tensor] = {}
+        for linear in find(self.program):
+            if all(self.has(part) for part in linear.parts):
+                whole = linear.join([self._now(part) for part in linear.parts])
+                weights.update(dict.fromkeys(linear.readers, whole))
+        above, todo = {x}, [x]
+        while todo:
+            more = set(todo.pop().all_input_nodes) - above
+            above |= more
+            todo += more
+        env: Env = dict(zip(self.program.inputs, self.lane.batches[batch], strict=True))
+        for node in (*self.program.inputs, *self.program.nodes):
+            if node in self.program.position:
+                env[node] = self.program.step(node, env, weights, rounded=True)
+            value = env[node]
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            if node in above and floating and bool((value.isnan() | value.isposinf()).any()):
+                module = str(node.meta.get("qfx_module") or "")
+                return f"%{node.name}" + (f" ({module})" if module else "")
+            if node is x:
+                break
+        return ""
 
     def offsets_of(self, site: Site, batch: int) -> Tensor:
         """The ends of the experts' rows of a batch, int [E]."""

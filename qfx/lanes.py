@@ -41,7 +41,9 @@ class Program:
         self.constants: set[fx.Node] = set()
         self.nodes: list[fx.Node] = []
         for node in gm.graph.nodes:
-            if node.op == "get_attr" or (node.op == "call_function" and self.constants.issuperset(node.all_input_nodes)):
+            if node.op == "get_attr" or (
+                node.op == "call_function" and self.constants.issuperset(node.all_input_nodes)
+            ):
                 self.constants.add(node)
             elif node.op == "call_function":
                 self.nodes.append(node)
@@ -132,7 +134,7 @@ class Lane:
         self.program, self.rounded, self.memory = program, rounded, memory
         self.folder = folder or Path(tempfile.gettempdir())
         self.weights: dict[fx.Node, Tensor] = {}
-        self.at = 0
+        self.batches, self.at = batches, 0
         self.values: list[Env] = []
         names = [node.name for node in program.inputs]
         for number, batch in enumerate(batches, 1):

@@ -85,7 +85,9 @@ class Resume:
             about = json.loads((opened.metadata() or {}).get("qfx", "{}"))
         if about.get("block") != block.name:
             what = f"{file} is not the block {block.name!r}"
-            raise ValueError(explain(what, found=repr(about.get("block")), next_step="remove the folder and start anew"))
+            raise ValueError(
+                explain(what, found=repr(about.get("block")), next_step="remove the folder and start anew")
+            )
         for part in (part for linear in block.linears for part in linear.parts):
             packed = rounded.get(tensors, part.name, part.format, tuple(block.weight(part).shape))
             if packed is None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
