@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import fx
 
+from qfx.data import check_batch, telling
 from qfx.errors import Note, QfxWarning, explain
 from qfx.passes.observe import Observers
 from qfx.spill import Resting
@@ -38,7 +38,7 @@ def calibrate(
         task = bar.add_task("calibrating", total=total)
         for batch in batches:
             count += 1
-            _check_batch(batch, inputs, count)
+            check_batch(batch, inputs, count)
             observers.batch = count
             with telling(count):
                 Resting(gm).run(*batch)
@@ -57,33 +57,6 @@ def calibrate(
     for note in notes:
         warnings.warn(str(note), QfxWarning, stacklevel=2)
     return notes
-
-
-@contextmanager
-def telling(number: int) -> Iterator[None]:
-    """Errors of operators (an index beyond a table) become ValueErrors that name the batch."""
-    try:
-        yield
-    except (RuntimeError, IndexError, TypeError) as error:
-        raise ValueError(
-            explain(
-                f"the model does not take batch {number} of the data: {type(error).__name__}: {error}",
-                expected="batches on which the model runs",
-                next_step="try one call of the model with that batch",
-            )
-        ) from error
-
-
-def _check_batch(batch: Sequence[Any], inputs: list[str], number: int) -> None:
-    if len(batch) != len(inputs):
-        raise ValueError(
-            explain(
-                f"batch {number} does not fit the graph",
-                expected=f"{len(inputs)} inputs ({', '.join(inputs)})",
-                found=f"{len(batch)}",
-                next_step="flatten each batch in the order of the graph's inputs",
-            )
-        )
 
 
 def _bar(shown: bool) -> Progress:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from qfx.errors import explain
 from qfx.inputs import without_cache
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # (args, kwargs) of one forward
@@ -125,6 +127,34 @@ def fitting(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     known = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values()) and "input_ids" not in known
     return without_cache(model, {name: value for name, value in batch.items() if takes_any or name in known})
+
+
+@contextmanager
+def telling(number: int) -> Iterator[None]:
+    """Errors of operators (an index beyond a table) become ValueErrors that name the batch."""
+    try:
+        yield
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise ValueError(
+            explain(
+                f"the model does not take batch {number} of the data: {type(error).__name__}: {error}",
+                expected="batches on which the model runs",
+                next_step="try one call of the model with that batch",
+            )
+        ) from error
+
+
+def check_batch(batch: Sequence[Any], inputs: Sequence[str], number: int) -> None:
+    """Raises ValueError where the flat inputs of a graph are not as many as its placeholders, `inputs`."""
+    if len(batch) != len(inputs):
+        raise ValueError(
+            explain(
+                f"batch {number} does not fit the graph",
+                expected=f"{len(inputs)} inputs ({', '.join(inputs)})",
+                found=f"{len(batch)}",
+                next_step="flatten each batch in the order of the graph's inputs",
+            )
+        )
 
 
 def _check_iterable(data: object) -> None:

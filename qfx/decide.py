@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,21 +12,22 @@ from torch import fx, nn
 
 from qfx import annotation, graph, run
 from qfx.capture import Captured, capture_export
-from qfx.data import Call
+from qfx.data import Call, telling
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
 from qfx.inputs import example_inputs, need_inputs, without_cache
 from qfx.measure import decibel
 from qfx.observers import Observer, create
 from qfx.passes.annotate import annotate, kind_of
-from qfx.passes.calibrate import calibrate, telling
+from qfx.passes.calibrate import calibrate
 from qfx.passes.observe import insert_observers, remove_observers
 from qfx.passes.quantize import quantize, refuse
 from qfx.pipeline import prepare
 from qfx.places import READ, held, is_own_linear, layout_of
 from qfx.plan import Plan
 from qfx.presets import presets
-from qfx.recipe import Recipe, is_static
+from qfx.recipe import DATA_ROUNDINGS, Recipe, is_static
+from qfx.sequential import round_weights
 from qfx.sqnr import compare
 from qfx.transform import transform
 from qfx.walk import walk
@@ -34,11 +36,13 @@ _HIGHEST = 200.0  # dB: what a node without any error is said to have, since JSO
 
 
 def decide(
-    model: nn.Module, recipe: Recipe, calls: Sequence[Call], *, progress: bool = True
-) -> tuple[Plan, list[Note], list[Note]]:
+    model: nn.Module, recipe: Recipe, calls: Sequence[Call], *, progress: bool = True,
+    resume: str | os.PathLike[str] | None = None,
+) -> tuple[Plan, list[Note], list[Note]]:  # fmt: skip
     """(plan, notes about what cannot be had as asked, those of them that were warned about already).
 
-    calls: what the model will see, checked; empty where the recipe needs none. The model is in eval mode.
+    calls: what the model will see, checked; empty where the recipe needs none. The model is in eval mode. resume: a
+    folder for the progress of a rounding that needs data.
     """
     captured, reason, step = _capture(model, calls)
     if captured is None:
@@ -56,6 +60,8 @@ def decide(
         undivided = _undivided(model, made) if "smooth" in recipe.rewrites else set()
         notes += transform(gm, made, flat, undivided=undivided, progress=progress)
         said = _scales(gm, made, flat, progress=progress) if recipe.needs_data else []
+        if recipe.rounding in DATA_ROUNDINGS:
+            notes += round_weights(gm, made, flat, progress=progress, resume=resume)
         if calls:
             made.sensitivities["sqnr_db"] = _errors(gm, made, flat[0])
     return made, [*notes, *said], said

@@ -37,6 +37,7 @@ from qfx.format import Format
 
 KINDS: tuple[str, ...] = tuple(ROLES)
 REWRITES: tuple[str, ...] = ("untie", "norm-fold", "smooth", "v-o", "up-down")
+DATA_ROUNDINGS: tuple[str, ...] = ("gptq",)  # round by what each layer reads
 DATA_REWRITES: tuple[str, ...] = ("smooth", "v-o", "up-down")  # choose their factors by what the linears see
 OBSERVERS: tuple[str, ...] = ("absmax", "minmax", "ema", "percentile", "mse", "entropy")
 NONE = "none"
@@ -168,12 +169,28 @@ class Rule(_Strict):
         return _matches(self.target, kind, fqn, tied=tied)
 
 
+class GptqOptions(_Strict):
+    """How `rounding="gptq"` goes about it.
+
+    act_order: input channels of great energy first (scales then stay those of the weights as they are), else in their
+    own order (the scales of a group are found when it is reached). dampening: share of the mean energy that is added to
+    each channel's; grows where it is not enough. asymmetric: make good what earlier layers lost, too (GPTAQ). clip:
+    scales that clip where the error, weighted by energy, is least.
+    """
+
+    act_order: Annotated[bool, Field(strict=True)] = True
+    dampening: Annotated[float, Field(ge=0, le=1)] = 0.01
+    asymmetric: Annotated[bool, Field(strict=True)] = False
+    clip: Annotated[bool, Field(strict=True)] = False
+
+
 class Recipe(_Strict):
     """What the user asks for. Fields (all checked; unknown keys are refused):
 
     rules: the later one wins, role by role. ignore: targets that stay untouched whatever the rules say.
     rewrites: exact rewrites to apply first (REWRITES). smooth_alpha: SmoothQuant's exponent, or "search".
-    rounding: of weights, "rtn" (scale from the extremes) or "mse" (clip where the error is least).
+    rounding: of weights, "rtn" (scale from the extremes), "mse" (clip where the error is least) or "gptq" (layer by
+    layer, by what each reads; needs data), with options in gptq.
     observer, percentile, num_calibration_samples: how scales of static activations are found.
     """
 
@@ -182,7 +199,8 @@ class Recipe(_Strict):
     ignore: tuple[Target, ...] = ()
     rewrites: tuple[Annotated[str, Field(strict=True)], ...] = ()
     smooth_alpha: float | Literal["search"] = 0.5
-    rounding: Literal["rtn", "mse"] = "rtn"
+    rounding: Literal["rtn", "mse", "gptq"] = "rtn"
+    gptq: GptqOptions = GptqOptions()
     observer: Literal["absmax", "minmax", "ema", "percentile", "mse", "entropy"] = "minmax"
     percentile: Annotated[float, Field(strict=True, gt=50, le=100)] = 99.99
     num_calibration_samples: Annotated[int, Field(strict=True, ge=1)] = 128
@@ -232,12 +250,13 @@ class Recipe(_Strict):
 
     @property
     def needs_data(self) -> bool:
-        """Calibration data is needed: a static activation format that some rule gives, or a rewrite of DATA_REWRITES.
+        """Calibration data is needed: a static activation format that some rule gives, a rewrite of DATA_REWRITES, or a
+        rounding of DATA_ROUNDINGS.
 
         A format that a later rule of the same target replaces does not count.
         """
         last = {(rule.target, role): rule for rule in self.rules for role in rule.texts if role != "w"}
-        chosen = not set(self.rewrites).isdisjoint(DATA_REWRITES)
+        chosen = not set(self.rewrites).isdisjoint(DATA_REWRITES) or self.rounding in DATA_ROUNDINGS
         given = [rule.formats(role) for (_, role), rule in last.items() if rule.texts[role] != NONE]
         return chosen or any(is_static(fmt) for fmt in given if isinstance(fmt, Format))
 

@@ -21,9 +21,9 @@ LAYERS = (
         "qfx.cache_ops qfx.parts qfx.rounded"
         " qfx.graph qfx.names qfx.trace qfx.capture qfx.run qfx.verify qfx.plan qfx.recipe qfx.presets"
     ),
-    "qfx.observers qfx.inputs qfx.data qfx.hub qfx.streamed",
+    "qfx.observers qfx.inputs qfx.data qfx.hub qfx.streamed qfx.lanes qfx.blocks",
     "qfx.passes",
-    "qfx.pipeline qfx.transform",
+    "qfx.pipeline qfx.transform qfx.resume qfx.sequential",
     "qfx.backends",
     f"{PIPELINE} qfx.quantize qfx.report qfx.save",
     "qfx.compare qfx.cli",

@@ -1,0 +1,78 @@
+"""The values that the weights of a matrix may take, column by column: its format with scales found beforehand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qfx.format import Format
+from qfx.numerics import dequantize, effective_scale, quantize, range_qparams, value_range
+from qfx.rounding import best_shares
+
+
+class Grid:
+    """Format, scales and zero points of a matrix [N, K], to round single columns of it.
+
+    scale, zero: as stored. step, offset: f32 [G, N], those of column j at j // width.
+    """
+
+    def __init__(self, fmt: Format, scale: Tensor, zero: Tensor | None, shape: tuple[int, int]) -> None:
+        self.format, self.shape = fmt, shape
+        self.scale, self.zero = scale.clone(), None if zero is None else zero.clone()
+        self.width = fmt.group or (fmt.block[1] if fmt.block else shape[1])
+        self._one = Format(fmt.type), torch.ones((), device=scale.device)
+        self.step = self._by_column(effective_scale(self.scale, self.zero, fmt))
+        self.offset = self._by_column(self.zero.to(torch.float32)) if fmt.has_zero and self.zero is not None else None
+
+    def _by_column(self, held: Tensor) -> Tensor:
+        rows = self.shape[0]
+        if held.dim() == 0:
+            return held.expand(1, rows).contiguous()
+        if self.format.block:
+            held = held.repeat_interleave(self.format.block[0], 0)[:rows]
+        return held.T.contiguous()
+
+    def round(self, column: int, values: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Codes (f32 for integers, else as stored) and rounded values of one column f32 [n] of some rows."""
+        group = column // self.width
+        step, fmt = self.step[group, rows], self.format
+        if not fmt.is_integer:
+            codes = quantize(values / step, *self._one)
+            return codes, dequantize(codes, *self._one).mul_(step)
+        codes = (values / step).round_()
+        if self.offset is None:
+            codes.clamp_(fmt.qmin, fmt.qmax)
+            return codes, codes * step
+        offset = self.offset[group, rows]
+        codes.add_(offset).clamp_(fmt.qmin, fmt.qmax)
+        return codes, (codes - offset).mul_(step)
+
+    def refit(self, column: int, values: Tensor, rows: slice, *, clip: bool, importance: Tensor) -> None:
+        """Find the scales of a group anew, which begins at `column`: for values f32 [n, g] of some rows."""
+        fmt = Format(self.format.type, "ch", self.format.scale_type)
+        group = column // self.width
+        found = range_qparams(*clipped_range(values, fmt, importance if clip else None), fmt)
+        self.scale[rows, group] = found.scale[:, 0]
+        self.step[group, rows] = found.scale[:, 0].to(torch.float32)
+        if self.zero is not None and self.offset is not None and found.zero is not None:
+            self.zero[rows, group] = found.zero[:, 0]
+            self.offset[group, rows] = found.zero[:, 0].to(torch.float32)
+
+    def beyond(self, columns: Tensor, values: Tensor, rows: slice) -> int:
+        """How many of the values f32 [k, n] of columns int [k] lie outside the range of their codes."""
+        group = columns // self.width
+        step, fmt = self.step[group][:, rows], self.format
+        half = 0.5 if fmt.is_integer else 0.0
+        offset = 0.0 if self.offset is None else self.offset[group][:, rows]
+        steps = values / step + offset
+        slack = 1e-3  # the extremes themselves do not count
+        return int(((steps < fmt.qmin - half - slack) | (steps > fmt.qmax + half + slack)).sum())
+
+
+def clipped_range(full: Tensor, fmt: Format, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Least and greatest value for each scale of `fmt`; with importance [.., K], clipped where the error is least."""
+    low, high = value_range(full, fmt)
+    if importance is None:
+        return low, high
+    shares = best_shares(full, fmt, importance)
+    return low * shares, high * shares
