@@ -65,6 +65,7 @@ class Spill:
             what = f"a temporary file for packed weights cannot be written, nothing was changed: {error.strerror}"
             raise OSError(error.errno, what, self._where) from error
         held = mmap.mmap(self._file.fileno(), tensor.nbytes, access=mmap.ACCESS_COPY, offset=self._size)
+        weakref.finalize(held, _punch, self._file, self._size, tensor.nbytes)
         self._maps.add(held)
         _REGIONS.add(held, self)
         self._kept += tensor.nbytes
@@ -135,6 +136,16 @@ def give_back() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def _punch(file: Any, start: int, size: int) -> None:
+    """Give the place of a tensor that is gone back to the disk. Where the system cannot, it waits for the file's end."""
+    if sys.platform == "linux" and not file.closed:
+        keep_size, punch_hole = 1, 2
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).fallocate(
+                file.fileno(), keep_size | punch_hole, ctypes.c_int64(start), ctypes.c_int64(size)
+            )
 
 
 class _Regions:
