@@ -325,6 +325,7 @@ def scale(module: nn.Module, fqn: str, factor: Tensor, axis: int) -> None:
     with torch.no_grad():
         for rows in parts(old):
             new[rows] = (old[rows].to(torch.float64) * (wide[rows] if axis % old.dim() == 0 else wide)).to(old.dtype)
+            rest(old[rows])
     put(module, fqn, new)
 
 

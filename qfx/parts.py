@@ -36,9 +36,14 @@ def round_in_parts(weight: Tensor, fmt: Format, method: str, *, name: str, eleme
 
 def check_finite(weight: Tensor, name: str) -> None:
     """Raises ValueError for NaN or Inf in a weight, naming it. Needs no memory where all is well."""
-    if weight.numel() and not torch.isfinite(torch.stack(weight.detach().aminmax())).all():
-        require_finite(weight.detach(), name)
-    rest(weight)
+    if not weight.numel() or not weight.dim():
+        return require_finite(weight.detach(), name)
+    rows = max(1, ELEMENTS * len(weight) // weight.numel())
+    for part in weight.detach().split(rows):
+        if not torch.isfinite(torch.stack(part.aminmax())).all():
+            require_finite(weight.detach(), name)
+        rest(part)
+    return None
 
 
 def _joined(parts: Iterable[Packed], fmt: Format, shape: tuple[int, ...]) -> Packed:

@@ -40,6 +40,7 @@ _FIELDS: dict[str, type] = {
     "notes": list,
 }
 _SHOWN = 5  # differences that a message lists
+_PART = 1 << 22  # bytes that are hashed at once
 
 
 @dataclass(eq=False)
@@ -209,10 +210,11 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensor_digest(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    digest = hashlib.sha256(data.data, usedforsecurity=False).hexdigest()[:32]
-    rest(tensor)
-    return digest
+    digest = hashlib.sha256(usedforsecurity=False)
+    for part in tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).split(_PART):
+        digest.update(part.numpy().data)
+        rest(part)
+    return digest.hexdigest()[:32]
 
 
 def _digest(found: Mapping[str, str]) -> str:

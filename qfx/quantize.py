@@ -30,7 +30,7 @@ RecipeLike = Any  # a preset name, a Recipe, a mapping or a path: what Recipe.pa
 
 def plan(
     model: ModelLike, recipe: RecipeLike = "w8a8", data: Iterable[Any] | None = None, *, strict: bool = False,
-    progress: bool = True, resume: str | os.PathLike[str] | None = None, **overrides: Any,
+    progress: bool = True, resume: str | os.PathLike[str] | None = None, memory: int | None = None, **overrides: Any,
 ) -> Plan:  # fmt: skip
     """Decide formats, rewrites and scales for `model`; the model is not changed.
 
@@ -38,8 +38,10 @@ def plan(
     at once (see `qfx.streamed`).
     data: batches (tensors, tuples or dicts of keyword arguments); needed by recipes with static activations or rewrites
     that choose factors; where given, `Plan.sensitivities["sqnr_db"]` says the error of each node on the first batch.
-    resume: a folder for finished blocks of a rounding that needs data (gptq): after an interruption the same call goes on
-    behind the last one, with the same result. overrides: fields of the recipe to change. strict: what cannot be had as asked is an UnsupportedError, no warning.
+    resume: a folder for the finished blocks of a rounding that needs data (gptq): after an interruption the same call
+    goes on behind the last one, with the same result. memory: bytes of activations that such a rounding holds between
+    two blocks, the rest goes to a temporary file. overrides: fields of the recipe to change. strict: what cannot be had
+    as asked is an UnsupportedError, no warning.
     A model that torch.export does not take is planned by its module types, with a warning, where the recipe allows it.
     Raises ValueError for bad data, recipes and weights.
     """
@@ -55,12 +57,12 @@ def plan(
         )
     calls = batches.calls(model, data, asked.num_calibration_samples) if data is not None else []
     with evaluating(model):
-        return _planned(model, asked, calls, strict=strict, progress=progress, resume=resume)
+        return _planned(model, asked, calls, strict=strict, progress=progress, resume=resume, memory=memory)
 
 
 def quantize(
     model: ModelLike, recipe: RecipeLike | Plan = "w8a8", data: Iterable[Any] | None = None, *, strict: bool = False,
-    resume: str | os.PathLike[str] | None = None, **overrides: Any,
+    resume: str | os.PathLike[str] | None = None, memory: int | None = None, **overrides: Any,
 ) -> nn.Module:  # fmt: skip
     """Quantize `model` in place by a recipe or a plan, and return it.
 
@@ -74,12 +76,12 @@ def quantize(
     model = _opened(model)
     if isinstance(recipe, Plan):
         _check_model(model)
-        if overrides or data is not None or resume is not None:
+        if overrides or data is not None or resume is not None or memory is not None:
             raise ValueError("a plan is complete: no data and no recipe fields beside it; next step: leave them out")
         recipe.check(model, strict=strict)
         made = recipe
     else:
-        made = plan(model, recipe, data, strict=strict, resume=resume, **overrides)
+        made = plan(model, recipe, data, strict=strict, resume=resume, memory=memory, **overrides)
         gc.collect()  # the graphs are cycles, which would keep every float weight alive
     with torch.no_grad():
         for record in made.rewrites:
@@ -92,9 +94,9 @@ def quantize(
 
 def _planned(
     model: nn.Module, recipe: Recipe, calls: list[Call], *, strict: bool, progress: bool,
-    resume: str | os.PathLike[str] | None,
+    resume: str | os.PathLike[str] | None, memory: int | None,
 ) -> Plan:  # fmt: skip
-    made, notes, said = decide(model, recipe, calls, progress=progress, resume=resume)
+    made, notes, said = decide(model, recipe, calls, progress=progress, resume=resume, memory=memory)
     if not made.annotations and not made.rewrites:
         raise _nothing(model, recipe, [str(note) for note in notes])
     told(notes if strict else [n for n in notes if n not in said], strict=strict)

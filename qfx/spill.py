@@ -139,7 +139,7 @@ def give_back() -> None:
 
 
 def _punch(file: Any, start: int, size: int) -> None:
-    """Give the place of a tensor that is gone back to the disk. Where the system cannot, it waits for the file's end."""
+    """Give the place of a tensor that is gone back to the disk. Where the system cannot, it waits for the file."""
     if sys.platform == "linux" and not file.closed:
         keep_size, punch_hole = 1, 2
         with suppress(OSError, AttributeError):
