@@ -1,10 +1,10 @@
 # `make` alone lists what there is to do. Everything runs in .venv, which is made at the first call.
 PYTHON ?= python3
 VENV ?= .venv
-JOBS ?= 2
+JOBS ?= auto
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 # One thread a worker, and threads that wait asleep: on a busy machine spinning ones slow each other down tenfold.
-PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -n $(JOBS)
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -n $(JOBS) --maxprocesses 4
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all bench lint format clean

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from qfx.format import Format
-from qfx.numerics import dequantize, effective_scale, quantize, range_qparams, value_range
-from qfx.rounding import best_shares
+from qfx.importance import Importance
+from qfx.numerics import QParams, choose_qparams, dequantize, effective_scale, quantize
+from qfx.scales import search
 
 
 class Grid:
@@ -47,11 +48,11 @@ class Grid:
         codes.add_(offset).clamp_(fmt.qmin, fmt.qmax)
         return codes, (codes - offset).mul_(step)
 
-    def refit(self, column: int, values: Tensor, rows: slice, *, clip: bool, importance: Tensor) -> None:
-        """Find the scales of a group anew, which begins at `column`: for values f32 [n, g] of some rows."""
+    def refit(self, column: int, values: Tensor, rows: slice, energy: Tensor | None) -> None:
+        """Find the scales of the group anew that begins at `column`, for values f32 [n, g] of rows. See `scales`."""
         fmt = Format(self.format.type, "ch", self.format.scale_type)
         group = column // self.width
-        found = range_qparams(*clipped_range(values, fmt, importance if clip else None), fmt)
+        found = scales(values, fmt, energy)
         self.scale[rows, group] = found.scale[:, 0]
         self.step[group, rows] = found.scale[:, 0].to(torch.float32)
         if self.zero is not None and self.offset is not None and found.zero is not None:
@@ -65,14 +66,10 @@ class Grid:
         half = 0.5 if fmt.is_integer else 0.0
         offset = 0.0 if self.offset is None else self.offset[group][:, rows]
         steps = values / step + offset
-        slack = 1e-3  # the extremes themselves do not count
+        slack = 1e-3 * (1.0 if fmt.is_integer else fmt.qmax)  # the extremes themselves do not count
         return int(((steps < fmt.qmin - half - slack) | (steps > fmt.qmax + half + slack)).sum())
 
 
-def clipped_range(full: Tensor, fmt: Format, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Least and greatest value for each scale of `fmt`; with importance [.., K], clipped where the error is least."""
-    low, high = value_range(full, fmt)
-    if importance is None:
-        return low, high
-    shares = best_shares(full, fmt, importance)
-    return low * shares, high * shares
+def scales(full: Tensor, fmt: Format, energy: Tensor | None) -> QParams:
+    """Scales and zero points for f32 [.., N, K] from the extremes; with the energy of each column [K], searched."""
+    return choose_qparams(full, fmt) if energy is None else search(full, fmt, Importance(energy))

@@ -25,11 +25,12 @@ from torch import Tensor
 from qfx.blocks import Block, Part, Site
 from qfx.errors import Note, explain
 from qfx.format import Format
-from qfx.numerics import dequantize, quantize, range_qparams
+from qfx.method_options import GptqOptions
+from qfx.numerics import dequantize, quantize
 from qfx.packing import Packed, pack_weight
-from qfx.passes._grid import Grid, clipped_range
+from qfx.passes._grid import Grid, scales
 from qfx.passes._hessian import Hessian, factor
-from qfx.recipe import GptqOptions, Recipe
+from qfx.recipe import Recipe
 from qfx.rounding import round_weight
 
 _COLUMNS = 128  # whose errors are passed on to the rest together
@@ -137,22 +138,28 @@ def round_by(
     if fmt.is_plain:
         return nearest, {}
     full = weight.detach().to(torch.float32)
-    energy = torch.stack([one.diagonal for one in seen]).unsqueeze(1)
-    scale, zero = nearest.scale, nearest.zero
-    if options.clip:
-        scale, zero = range_qparams(*clipped_range(full, fmt, energy if full.dim() == 3 else energy[0]), fmt)
     before = nearest.dequantize()
     if full.dim() == 2:
-        grid = Grid(fmt, scale, zero, (full.shape[0], full.shape[1]))
+        grid = _grid(full, fmt, (nearest.scale, nearest.zero), seen[0], options)
         codes, told = _solve(full, before, seen[0], grid, options, name)
         return Packed.from_codes(codes, fmt, grid.scale, grid.zero), told
     solved = []
     for i, one in enumerate(seen):
-        own = [t[i] if t is not None and t.dim() else t for t in (scale, zero)]
-        assert own[0] is not None
-        grid = Grid(fmt, own[0], own[1], (full.shape[1], full.shape[2]))
+        scale, zero = (t[i] if t is not None and t.dim() else t for t in (nearest.scale, nearest.zero))
+        assert scale is not None
+        grid = _grid(full[i], fmt, (scale, zero), one, options)
         solved.append((*_solve(full[i], before[i], one, grid, options, name), grid))
     return _stacked(solved, fmt), _mean([told for _, told, _ in solved if told])
+
+
+def _grid(
+    matrix: Tensor, fmt: Format, nearest: tuple[Tensor, Tensor | None], seen: Hessian, options: GptqOptions
+) -> Grid:
+    """The grid of a matrix, with searched scales where they are asked for and are the matrix's own."""
+    scale, zero = nearest
+    if options.clip and seen.rows and fmt.by_row:
+        scale, zero = scales(matrix, fmt, seen.diagonal)
+    return Grid(fmt, scale, zero, (matrix.shape[0], matrix.shape[1]))
 
 
 def _stacked(solved: list[tuple[Tensor, dict[str, Any], Grid]], fmt: Format) -> Packed:
@@ -276,10 +283,11 @@ class _Work:
         whole = passed[j - start : stop - start] + self.lower[j:stop, start:j] @ errors[start:j]
         moved = torch.linalg.solve_triangular(self.lower[j:stop, j:stop], whole, upper=False)
         values = (target[j:stop] + moved).T
-        self.grid.refit(j, values, rows, clip=self.options.clip, importance=self.energy[j:stop])
+        self.grid.refit(j, values, rows, self.energy[j:stop] if self.options.clip else None)
 
 
 def _asymmetry(cross: Tensor, upper: Tensor) -> Tensor:
     """P = triu(D R^-T, 1) R^-1, from D [K, K] and R."""
     inner = torch.linalg.solve_triangular(upper, cross.T, upper=True).T
-    return torch.linalg.solve_triangular(upper, inner.triu(1), upper=True, left=False)
+    found: Tensor = torch.linalg.solve_triangular(upper, inner.triu(1), upper=True, left=False)
+    return found

@@ -8,16 +8,31 @@ qfx.export_onnx(model, example, "model.onnx")                    # a file that r
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 # The modules plan, quantize, report and save hold functions of their own names: `qfx.plan` is the function.
+from qfx.attach import register_when_loaded as _register_when_loaded
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.export import export_onnx
 from qfx.format import Format
+from qfx.interop import (
+    export_awq,
+    export_bnb,
+    export_compressed_tensors,
+    export_gguf,
+    export_gptq,
+    import_checkpoint,
+    import_gguf,
+)
 from qfx.plan import Plan
 from qfx.presets import presets
 from qfx.quantize import plan, quantize
 from qfx.recipe import Recipe, Rule
 from qfx.report import Report, report
 from qfx.save import load, save
+
+if TYPE_CHECKING:
+    from qfx.hf_config import QfxConfig as QfxConfig
 
 __version__ = "0.1.0"
 
@@ -29,7 +44,14 @@ __all__ = [
     "Report",
     "Rule",
     "UnsupportedError",
+    "export_awq",
+    "export_bnb",
+    "export_compressed_tensors",
+    "export_gguf",
+    "export_gptq",
     "export_onnx",
+    "import_checkpoint",
+    "import_gguf",
     "load",
     "plan",
     "presets",
@@ -37,3 +59,21 @@ __all__ = [
     "report",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`qfx.QfxConfig` is a class of transformers, which is imported where the name is used."""
+    if name != "QfxConfig":
+        raise AttributeError(f"module 'qfx' has no attribute {name!r}")
+    import transformers.quantizers.auto  # noqa: F401  (its import registers qfx)
+
+    from qfx.hf_config import QfxConfig
+
+    return QfxConfig
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "QfxConfig"])
+
+
+_register_when_loaded()

@@ -285,6 +285,19 @@ def lower(gm: fx.GraphModule, name: str, *, strict: bool, folder: Path | None = 
     if name == "auto":
         devices = {v.device.type for v in map(graph.val, gm.graph.nodes) if isinstance(v, Tensor)}
         name = "onnx" if devices <= {"cpu", "meta"} else "reference"
+    if name == "openvino":
+        from qfx.backends import openvino
+
+        try:
+            return openvino.lower(gm)
+        except UnsupportedError as error:
+            if strict:
+                raise
+            lowered = lower(gm, "onnx", strict=strict, folder=folder)
+            step = "leave the option 'backend' out, or rewrite this part of the model"
+            reason = f"runs in ONNX Runtime, since OpenVINO does not take it: {error}"
+            lowered.notes.append(Note("graph", reason, step))
+            return lowered
     if name == "onnx":
         from qfx.backends import onnx
 

@@ -144,7 +144,7 @@ class Lane:
             self.values.append(dict(zip(program.inputs, batch, strict=True)))
 
     def advance(self, stop: int) -> None:
-        """Take every batch on to before the call `stop`. Raises ValueError, naming the batch, where one does not run."""
+        """Take every batch on to before the call `stop`. Raises ValueError, naming the batch, where one does not."""
         if stop <= self.at:
             return
         span, held = range(self.at, stop), 0

@@ -278,8 +278,13 @@ class _Lookup(nn.Embedding):
         return rows
 
 
+LOADING = "qfx_loading"  # set while transformers loads a module and may give first values to what it holds
+
+
 def _read(module: nn.Module, name: str) -> Tensor:
     spec: PackedSpec = module.qfx_packed[name]  # type: ignore[index, assignment]
+    if module.__dict__.get(LOADING):
+        return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
     codes, scale, zero = (module._buffers[f"{name}_{leaf}"] for leaf in ("w_codes", "w_scale", "w_zero"))
     weight: Tensor = torch.ops.qfx.dequantize(codes, scale, zero, spec.format, spec.shape[-1], spec.dtype)
     if spec.view:

@@ -91,6 +91,17 @@ def range_qparams(low: Tensor, high: Tensor, fmt: Format) -> QParams:
     return QParams(_store_scale(absmax / fmt.qmax, fmt), None)
 
 
+def signed_scale(scale: Tensor, whole: Tensor | None, fmt: Format) -> Tensor:
+    """An f32 scale as it is stored, of either sign where the scale type has one. whole: the scale above e4m3 scales."""
+    if fmt.has_global_scale:
+        assert whole is not None, f"{fmt} needs its global scale"
+        scale = scale / whole
+    stored = _store_scale(scale.abs(), fmt)
+    if fmt.scale_type == "e8m0":
+        return stored
+    return torch.where(scale < 0, -stored.to(torch.float32), stored.to(torch.float32)).to(stored.dtype)
+
+
 def effective_scale(scale: Tensor, zero: Tensor | None, fmt: Format) -> Tensor:
     """The f32 factor of the codes: the stored scale, times the global scale where the format has one."""
     scale = scale.to(torch.float32)

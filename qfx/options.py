@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from qfx.errors import explain, nearest
 from qfx.plan import Plan
 from qfx.recipe import Recipe
 
-BACKENDS = ("auto", "onnx", "reference")
+BACKENDS = ("auto", "onnx", "openvino", "reference")
 KEYS = ("recipe", "plan", "strict", "backend", "cache")
 LATER = {"kv": "a quantized KV cache"}
 CACHE_KEYS = ("folder", "max_bytes")
@@ -30,7 +31,8 @@ class CacheAt:
 class Options:
     """recipe: what to do with a float model. plan: formats and scales decided before (instead of a recipe).
 
-    strict: raise where a node does not get what was asked. backend: "auto" (ONNX Runtime on CPU), "onnx", "reference".
+    strict: raise where a node does not get what was asked. backend: "auto" (ONNX Runtime on CPU), "onnx",
+    "openvino" (where it is installed), "reference".
     default: neither recipe nor plan was given, so that a model quantized before runs as it is. cache: where sessions
     are kept for the next process; True is the default place, False is nowhere.
     """
@@ -131,6 +133,8 @@ def _backend(name: object) -> str:
                 next_step="correct the name, or leave it out",
             )
         )
+    if name == "openvino" and importlib.util.find_spec("openvino") is None:
+        raise ValueError(explain("the backend 'openvino' is not installed", next_step="pip install openvino"))
     return str(name)
 
 

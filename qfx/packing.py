@@ -153,12 +153,8 @@ class Packed:
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def pack_weight(w: Tensor, fmt: Format, *, name: str = "weight") -> Packed:
-    """Round `w` [.., N, K] to nearest in `fmt` and pack it. Any leading dimensions (3-D experts).
-
-    Raises ValueError naming `name` for NaN or Inf, and for formats that no weight can have (run-time scales, per head).
-    """
-    w = w.detach()
+def check_storable(fmt: Format, name: str) -> None:
+    """Raises ValueError, naming the weight, for formats that no weight can have: run-time scales, per head."""
     if fmt.dynamic or fmt.granularity == "head":
         raise ValueError(
             explain(
@@ -168,6 +164,15 @@ def pack_weight(w: Tensor, fmt: Format, *, name: str = "weight") -> Packed:
                 next_step=f"write '{fmt.type}/ch' or '{fmt.type}/g128'",
             )
         )
+
+
+def pack_weight(w: Tensor, fmt: Format, *, name: str = "weight") -> Packed:
+    """Round `w` [.., N, K] to nearest in `fmt` and pack it. Any leading dimensions (3-D experts).
+
+    Raises ValueError naming `name` for NaN or Inf, and for formats that no weight can have (run-time scales, per head).
+    """
+    w = w.detach()
+    check_storable(fmt, name)
     if fmt.is_plain:
         require_finite(w, name)
         return Packed.from_codes(quantize(w, fmt), fmt, torch.ones((), device=w.device))

@@ -36,10 +36,12 @@ def round_in_parts(weight: Tensor, fmt: Format, method: str, *, name: str, eleme
 
 def check_finite(weight: Tensor, name: str) -> None:
     """Raises ValueError for NaN or Inf in a weight, naming it. Needs no memory where all is well."""
+    for dim, stride in enumerate(weight.stride()):
+        if not stride and weight.shape[dim] > 1:  # one value, spread (see `qfx.hollow`)
+            weight = weight.narrow(dim, 0, 1)
     if not weight.numel() or not weight.dim():
         return require_finite(weight.detach(), name)
-    rows = max(1, ELEMENTS * len(weight) // weight.numel())
-    for part in weight.detach().split(rows):
+    for part in weight.detach().split(max(1, 4 * ELEMENTS * len(weight) // weight.numel())):
         if not torch.isfinite(torch.stack(part.aminmax())).all():
             require_finite(weight.detach(), name)
         rest(part)

@@ -18,6 +18,7 @@ from qfx import graph
 from qfx.annotation import Formats, show
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
+from qfx.hollow import filled, is_hollow_leaf
 from qfx.parts import check_finite
 from qfx.plan import Plan
 from qfx.recipe import is_static
@@ -108,6 +109,8 @@ def is_own_linear(module: nn.Module, layout: str) -> bool:
         return False
     if type(module).forward is nn.Linear.forward:
         return True
+    if is_hollow_leaf(module):
+        module = filled(module)
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     known = set(module._parameters) <= {"weight", "bias"} and not list(module.children())
     if weight is None or weight.dim() != 2 or not known:

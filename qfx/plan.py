@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qfx.annotation import ALL_ROLES, Formats, from_json
 from qfx.errors import QfxWarning, explain, nearest
+from qfx.hollow import is_hollow
 from qfx.files import dump_safetensors, read_safetensors, sha256_file, staged
 from qfx.recipe import Recipe
 from qfx.spill import rest
@@ -70,7 +71,9 @@ class Plan:
 
     @classmethod
     def of(cls, model: nn.Module, recipe: Recipe) -> Plan:
-        """An empty plan for this model, with its signature and fingerprint."""
+        """An empty plan for this model, with its signature and fingerprint; without them for one without content."""
+        if is_hollow(model):
+            return cls(recipe=recipe)
         found = signature(model)
         return cls(recipe=recipe, fingerprint=_digest(found), signature=found)
 

@@ -45,6 +45,10 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         "4-bit weights in groups of 128 (8-bit embeddings, tied ones 4-bit), float activations",
         {"rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED]},
     ),
+    "w4a16-hqq": (
+        "w4a16 with half-quadratic scales and zero points (HQQ); needs no data",
+        {"rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "hqq"},
+    ),
     "w2a16": (
         "2-bit weights in groups of 64 (8-bit embeddings, tied ones 4-bit), no data: the error is large without GPTQ",
         {"rules": [*_weights("u2/g64", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "mse"},
@@ -52,6 +56,27 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
     "w4a8": (
         "4-bit weights per channel (8-bit embeddings), 8-bit activations per token",
         {"rules": [*_both("i8/tok", "i4/ch", "linear", "experts"), _EMBEDDING]},
+    ),
+    "w4a16-gptq": (
+        "w4a16 with weights rounded layer by layer by what each reads (GPTQ); needs data",
+        {"rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "gptq"},
+    ),
+    "w3a16-gptq": (
+        "3-bit weights in groups of 128 (8-bit embeddings, tied ones 4-bit), rounded by GPTQ; needs data",
+        {"rules": [*_weights("u3/g128", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "gptq"},
+    ),
+    "w2a16-gptq": (
+        "2-bit weights in groups of 64 (8-bit embeddings, tied ones 4-bit), rounded by GPTQ; needs data",
+        {"rules": [*_weights("u2/g64", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "gptq"},
+    ),
+    "w4a8-gptq": (
+        "w4a8 after SmoothQuant with searched strength, weights rounded by GPTQ; needs data",
+        {
+            "rules": [*_both("i8/tok", "i4/ch", "linear", "experts"), _EMBEDDING],
+            "rewrites": ("smooth",),
+            "smooth_alpha": "search",
+            "rounding": "gptq",
+        },
     ),
     "nf4": (
         "4-bit normal-float weights in groups of 64 (8-bit embeddings), float activations",
@@ -85,11 +110,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
 }
 
 UNAVAILABLE: dict[str, str] = {  # names that are kept free: why they cannot be had
-    "w4a16-gptq": "GPTQ rounding is missing",
     "w4a16-awq": "AWQ scaling is missing",
-    "w4a16-hqq": "HQQ rounding is missing",
-    "w3a16-gptq": "GPTQ rounding is missing",
-    "w2a16-gptq": "GPTQ rounding is missing",
     "int8-outliers": "splitting off outlier channels (LLM.int8) is missing",
     "heads": "planning bits per attention head is missing",
     "heads-top30": "planning bits per attention head is missing",

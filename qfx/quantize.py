@@ -13,15 +13,16 @@ from torch import nn
 
 from qfx import data as batches
 from qfx import streamed
+from qfx.attach import attach
 from qfx.data import Call
 from qfx.decide import decide
-from qfx.errors import explain
+from qfx.errors import Note, explain
 from qfx.modules import quantized_parts
 from qfx.passes.rewrites import check_record
 from qfx.pipeline import told
 from qfx.places import find
 from qfx.plan import Plan
-from qfx.recipe import Recipe
+from qfx.recipe import DATA_ROUNDINGS, Recipe
 from qfx.writeback import check_rounded, write_back
 
 ModelLike = nn.Module | str | os.PathLike[str]
@@ -55,6 +56,9 @@ def plan(
                 next_step="pass data=batches (about 128 samples of what the model will see)",
             )
         )
+    if resume is not None and asked.rounding not in DATA_ROUNDINGS:
+        what = f"recipe {asked.name!r} has nothing to resume: it does not work block by block"
+        raise ValueError(explain(what, expected=f"rounding {' or '.join(map(repr, DATA_ROUNDINGS))}"))
     calls = batches.calls(model, data, asked.num_calibration_samples) if data is not None else []
     with evaluating(model):
         return _planned(model, asked, calls, strict=strict, progress=progress, resume=resume, memory=memory)
@@ -89,7 +93,16 @@ def quantize(
         places, notes = find(model, made)
         told(notes, strict=strict)
         check_rounded(model, made, places)
-        return write_back(model, made, places)
+        return attach(write_back(model, made, places), made.recipe)
+
+
+def planned(model: nn.Module, recipe: Recipe) -> tuple[Plan, list[Note]]:
+    """The plan of a recipe that needs no data, and notes about what cannot be had; nothing is told yet."""
+    with evaluating(model):
+        made, notes, _ = decide(model, recipe, [], progress=False)
+    if not made.annotations:
+        raise _nothing(model, recipe, [str(note) for note in notes])
+    return made, notes
 
 
 def _planned(

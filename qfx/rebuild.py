@@ -50,11 +50,19 @@ def rebuild(model: nn.Module, saved: Saved) -> nn.Module:
     Raises ValueError, before anything is changed, where model and tensors do not fit.
     """
     _check_fit(model, saved)
+    return _filled(put(model, saved), saved)
+
+
+def put(model: nn.Module, saved: Saved) -> nn.Module:
+    """Put the quantized modules and packed parameters in the places of the float ones; other tensors stay as they are.
+
+    Returns the model, or what stands in its place. The tensors may be on the meta device, to be filled later.
+    """
     made = {fqn: _module(fqn, record, saved.tensors) for fqn, record in saved.modules.items() if "same" not in record}
     for fqn, record in saved.modules.items():
         new = made[record.get("same", fqn)]
         if not fqn:
-            return _filled(take_place(new, model), saved)
+            return take_place(new, model)
         parent, _, name = fqn.rpartition(".")
         owner = model.get_submodule(parent)
         if isinstance(old := owner._modules[name], nn.Module):
@@ -62,7 +70,7 @@ def rebuild(model: nn.Module, saved: Saved) -> nn.Module:
         setattr(owner, name, new)
     for fqn, record in saved.parameters.items():
         _pack(model, fqn, record, saved.tensors)
-    return _filled(model, saved)
+    return model
 
 
 def _check_fit(model: nn.Module, saved: Saved) -> None:

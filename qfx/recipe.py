@@ -26,14 +26,16 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats
 from qfx.errors import nearest
 from qfx.format import Format
+from qfx.method_options import GptqOptions
+from qfx.strict import Strict
 
 KINDS: tuple[str, ...] = tuple(ROLES)
 REWRITES: tuple[str, ...] = ("untie", "norm-fold", "smooth", "v-o", "up-down")
@@ -78,36 +80,7 @@ WeightText = Annotated[str | tuple[str, ...] | list[Any] | None, BeforeValidator
 Target = Annotated[str, Field(strict=True)]
 
 
-class _Strict(BaseModel):
-    """Frozen, without unknown keys, and with plain ValueErrors that name the nearest valid key."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    if not TYPE_CHECKING:  # type checkers keep the signature that pydantic gives
-
-        def __init__(self, /, **fields: Any) -> None:
-            kind = type(self).__name__
-            for key in fields:
-                if key not in type(self).model_fields:
-                    raise ValueError(f"unknown key {key!r} in {kind}, {nearest(key, type(self).model_fields)}")
-            try:
-                super().__init__(**fields)
-            except ValidationError as error:
-                raise ValueError(_plain(kind, error)) from None
-
-
-def _plain(kind: str, error: ValidationError) -> str:
-    """One line per mistake: where it is, what was wrong, what was found."""
-    lines = []
-    for mistake in error.errors(include_url=False):
-        where = ".".join(str(part) for part in mistake["loc"])
-        message = mistake["msg"].removeprefix("Value error, ")
-        found = "" if mistake["type"] in ("value_error", "missing") else f", found {mistake['input']!r}"
-        lines.append(f"{kind}{'.' if where else ''}{where}: {message}{found}")
-    return "\n".join(lines)
-
-
-class Rule(_Strict):
+class Rule(Strict):
     """Formats for the nodes that a target matches: an op kind, a name or glob of names, or `re:<regex>`.
 
     Roles: x input activation, w weight, y output, q k v p of attention (p: the softmax's result). Each is a format
@@ -169,28 +142,13 @@ class Rule(_Strict):
         return _matches(self.target, kind, fqn, tied=tied)
 
 
-class GptqOptions(_Strict):
-    """How `rounding="gptq"` goes about it.
-
-    act_order: input channels of great energy first (scales then stay those of the weights as they are), else in their
-    own order (the scales of a group are found when it is reached). dampening: share of the mean energy that is added to
-    each channel's; grows where it is not enough. asymmetric: make good what earlier layers lost, too (GPTAQ). clip:
-    scales that clip where the error, weighted by energy, is least.
-    """
-
-    act_order: Annotated[bool, Field(strict=True)] = True
-    dampening: Annotated[float, Field(ge=0, le=1)] = 0.01
-    asymmetric: Annotated[bool, Field(strict=True)] = False
-    clip: Annotated[bool, Field(strict=True)] = False
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """What the user asks for. Fields (all checked; unknown keys are refused):
 
     rules: the later one wins, role by role. ignore: targets that stay untouched whatever the rules say.
     rewrites: exact rewrites to apply first (REWRITES). smooth_alpha: SmoothQuant's exponent, or "search".
-    rounding: of weights, "rtn" (scale from the extremes), "mse" (clip where the error is least) or "gptq" (layer by
-    layer, by what each reads; needs data), with options in gptq.
+    rounding: of weights, "rtn" (scale from the extremes), "mse" (scale of the least squared error), "hqq"
+    (half-quadratic) or "gptq" (layer by layer, by what each reads; needs data), with options in gptq.
     observer, percentile, num_calibration_samples: how scales of static activations are found.
     """
 
@@ -199,7 +157,7 @@ class Recipe(_Strict):
     ignore: tuple[Target, ...] = ()
     rewrites: tuple[Annotated[str, Field(strict=True)], ...] = ()
     smooth_alpha: float | Literal["search"] = 0.5
-    rounding: Literal["rtn", "mse", "gptq"] = "rtn"
+    rounding: Literal["rtn", "mse", "hqq", "gptq"] = "rtn"
     gptq: GptqOptions = GptqOptions()
     observer: Literal["absmax", "minmax", "ema", "percentile", "mse", "entropy"] = "minmax"
     percentile: Annotated[float, Field(strict=True, gt=50, le=100)] = 99.99

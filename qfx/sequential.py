@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import fx
 
 from qfx import rounded
-from qfx.blocks import Block, Cut, Linear, Part, cuts, find
+from qfx.blocks import Block, Cut, Linear, cuts, find
 from qfx.errors import Note
 from qfx.lanes import Lane, Program
 from qfx.plan import Plan

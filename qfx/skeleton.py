@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,8 @@ from qfx.errors import explain
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
-def skeleton(path: Path, *, dtype: torch.dtype, implementations: Mapping[str, str]) -> nn.Module:
-    """The model that `config.json` in a folder describes, its weights without content.
+def skeleton(path: Path, name: str, *, dtype: torch.dtype, implementations: Mapping[str, str]) -> nn.Module:
+    """The model of class `name` that `config.json` in a folder describes, its weights without content.
 
     implementations: attn_implementation and experts_implementation of the saved model. Raises ValueError where there is
     no config or transformers does not have its class.
@@ -27,19 +28,35 @@ def skeleton(path: Path, *, dtype: torch.dtype, implementations: Mapping[str, st
             )
         )
     import transformers
-    from transformers.initialization import no_init_weights
 
     config = transformers.AutoConfig.from_pretrained(path)
-    kind = getattr(transformers, config.architectures[0], None)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the saved model; this one is float yet
+    model = of_config(config, name=name, dtype=dtype, implementations=implementations)
+    if (path / GENERATION).is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return model
+
+
+def of_config(
+    config: Any, *, dtype: torch.dtype, implementations: Mapping[str, str], name: str = ""
+) -> nn.Module:
+    """The model of a transformers config, its weights without content. ValueError where its class is not known.
+
+    name: of the class; "" for the first of the config's architectures.
+    """
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    names = [name] if name else config.architectures or ["no architectures"]
+    kind = getattr(transformers, names[0], None)
     if kind is None:
         raise ValueError(
             explain(
-                f"transformers {transformers.__version__} has no class {config.architectures[0]!r}",
+                f"transformers {transformers.__version__} has no class {names[0]!r}",
                 next_step="pass a float model of that class: qfx.load(folder, model)",
             )
         )
     with torch.random.fork_rng(devices=[]), no_init_weights():
         model: nn.Module = kind._from_config(config, dtype=dtype, **implementations)
-    if (path / GENERATION).is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model

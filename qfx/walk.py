@@ -12,6 +12,7 @@ from qfx.places import READ, is_own_linear
 from qfx.plan import Plan
 from qfx.recipe import Recipe
 
+NO_GRAPH = "its graph cannot be had"  # how the note of such a plan begins
 _SHOWN = 3
 
 
@@ -45,7 +46,7 @@ def walk(model: nn.Module, recipe: Recipe, reason: str, next_step: str) -> tuple
     unseen = [n for n, p in model.named_parameters() if p.dim() > 1 and p.is_floating_point() and id(p) not in seen]
     more = f" and {len(unseen) - _SHOWN} more" if len(unseen) > _SHOWN else ""
     rest = f"; not seen: {', '.join(unseen[:_SHOWN])}{more}"
-    what = f"its graph cannot be had ({reason}), so its layers were found by their types{rest if unseen else ''}"
+    what = f"{NO_GRAPH} ({reason}), so its layers were found by their types{rest if unseen else ''}"
     return made, [Note(type(model).__name__, what, next_step)]
 
 

@@ -43,7 +43,7 @@ def write_back(model: nn.Module, plan: Plan, places: list[Place]) -> nn.Module:
         apply_record(model, record, plan.tensors)
         if record["name"] == "untie":
             _untied(model)
-    return _Writer(model, plan).write(places)
+    return Writer(model, plan).write(places)
 
 
 def check_rounded(model: nn.Module, plan: Plan, places: list[Place]) -> None:
@@ -71,7 +71,7 @@ def _untied(model: nn.Module) -> None:
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
-class _Writer:
+class Writer:
     """Writes one place after the other. Everything is found by name, so that nothing keeps a float weight alive.
 
     parents: id of a module -> (name of the parent, name in it). twins: place in memory of a weight -> (owner, leaf).
@@ -92,6 +92,24 @@ class _Writer:
                     self.twins.setdefault(_pointer(parameter), []).append((path, leaf))
 
     def write(self, places: list[Place]) -> nn.Module:
+        """Write all places; the model, or what stands in its place."""
+        self._write(places)
+        without_fast_paths(self.model)
+        return self.model
+
+    def arrived(self, weight: nn.Parameter, names: list[tuple[str, str]], places: list[Place]) -> None:
+        """Put a weight that was just read under all its names (owner, leaf) and write its places; none of it is kept.
+
+        For a model that is being loaded, whose other weights may be on the meta device.
+        """
+        for owner, leaf in names:
+            self.model.get_submodule(owner)._parameters[leaf] = weight
+        self.twins = {_pointer(weight): names}
+        self._write(places)
+        self.twins, self.packed = {}, {}
+        self.used.clear()
+
+    def _write(self, places: list[Place]) -> None:
         planned = {(place.owner, place.leaf) for place in places}
         for place in places:
             module = self.model.get_submodule(place.owner)
@@ -107,8 +125,6 @@ class _Writer:
             for owner, leaf in self.twins.get(pointer, ()):
                 if (owner, leaf) not in planned and len(packed) == 1:
                     self._put_twin(owner, leaf, place, packed[0])
-        without_fast_paths(self.model)
-        return self.model
 
     def _pack(self, place: Place, weight: Tensor) -> Parts:
         key = (*_pointer(weight), show(place.w), place.transposed)

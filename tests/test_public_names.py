@@ -9,7 +9,7 @@ import pytest
 
 import qfx
 
-CALLABLES = ("load", "plan", "presets", "quantize", "report", "save")
+CALLABLES = ("export_gguf", "import_gguf", "load", "plan", "presets", "quantize", "report", "save")
 TYPES = ("Format", "Plan", "QfxWarning", "Recipe", "Report", "UnsupportedError")
 
 
@@ -44,7 +44,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_import_leaves_heavy_modules_out() -> None:
-    code = "import qfx, sys; print(*(m for m in ('transformers', 'onnxruntime', 'onnx') if m in sys.modules))"
+    code = "import qfx, sys; print(*(m for m in ('transformers', 'onnxruntime', 'onnx', 'gguf') if m in sys.modules))"
     assert _python(code) == ""
 
 

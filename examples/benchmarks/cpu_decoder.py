@@ -47,7 +47,7 @@ PEERS = (
     Entry("llama.cpp Q8_0", "llama_cpp_decoder", "Q8_0"),
     Entry("llama.cpp Q2_K", "llama_cpp_decoder", "Q2_K"),
 )
-RECIPES = ("w4a16", "w4a16 prefill", "w8a16", "2-bit")
+RECIPES = ("w4a16", "w4a16 prefill", "w8a16", "w2a16")
 ALONE = ("llama-1b",)  # too large to keep a dozen of them in memory
 COLUMNS = {
     "prefill_per_s": "prefill tokens/s",

@@ -52,6 +52,9 @@ def quantize(
     strict: Annotated[bool, typer.Option("--strict", help="Fail where a node cannot have what was asked.")] = False,
     seed: Seed = 0,
     device: Device = "cpu",
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder of finished blocks (GPTQ): the same command goes on where it stopped.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Quantize MODEL by a recipe and save it."""
@@ -60,7 +63,7 @@ def quantize(
         from qfx.cli.models import TextOptions
 
         text = TextOptions(data, field, samples, batch_size, seq_len, seed)
-        command.run(console, model, out, recipe, text, strict=strict, device=device)
+        command.run(console, model, out, recipe, text, strict=strict, device=device, resume=resume)
 
 
 class Runtime(StrEnum):

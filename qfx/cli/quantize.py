@@ -13,7 +13,10 @@ from qfx.data import read_texts
 from qfx.recipe import Recipe
 
 
-def run(console: Console, model: str, out: Path, recipe: str, text: TextOptions, *, strict: bool, device: str) -> None:
+def run(
+    console: Console, model: str, out: Path, recipe: str, text: TextOptions, *, strict: bool, device: str,
+    resume: Path | None = None,
+) -> None:  # fmt: skip
     """Everything that can be refused is refused before the model is loaded."""
     parsed = Recipe.parse(recipe)
     place = check_device(device)
@@ -40,7 +43,7 @@ def run(console: Console, model: str, out: Path, recipe: str, text: TextOptions,
         with step(console, f"read {text.file}"):
             data = batches(loaded, texts, text, samples)
     with step(console, f"quantize by {parsed.name}", spinner=False):
-        quantized = quantize(loaded.model, parsed, data, strict=strict)
+        quantized = quantize(loaded.model, parsed, data, strict=strict, resume=resume)
     with step(console, f"save to {out}"):
         save(quantized, out)
         if loaded.tokenizer is not None:

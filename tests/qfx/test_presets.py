@@ -7,7 +7,20 @@ from qfx.recipe import Recipe
 
 FIXED = {  # the names that are promised
     *("w8a8", "w8a8-static", "w8a8-smooth", "w8a16", "w4a16", "w4a16-hqq", "w4a16-awq", "w4a16-gptq", "w3a16-gptq"),
-    *("w2a16", "w2a16-gptq", "w4a8", "nf4", "fp8", "mxfp4", "nvfp4", "int8-outliers", "mixed", "heads", "heads-top30"),
+    *(
+        "w2a16",
+        "w2a16-gptq",
+        "w4a8",
+        "w4a8-gptq",
+        "nf4",
+        "fp8",
+        "mxfp4",
+        "nvfp4",
+        "int8-outliers",
+        "mixed",
+        "heads",
+        "heads-top30",
+    ),
     *("kv8", "kv4", "kv-k4v2", "kv-heads"),
 }
 NAMES = sorted(presets())
@@ -46,6 +59,10 @@ def test_parse_by_name(name: str) -> None:
         ("w4a16", "w=u4/g128"),
         ("w2a16", "w=u2/g64"),
         ("w4a8", "x=i8/tok w=i4/ch"),
+        ("w4a16-gptq", "w=u4/g128"),
+        ("w3a16-gptq", "w=u3/g128"),
+        ("w2a16-gptq", "w=u2/g64"),
+        ("w4a8-gptq", "x=i8/tok w=i4/ch"),
         ("nf4", "w=nf4/g64"),
         ("fp8", "x=f8e4m3/tok w=f8e4m3/ch"),
         ("mxfp4", "w=f4e2m1/g32/e8m0"),
@@ -61,7 +78,7 @@ def test_embeddings_are_8_bit(name: str) -> None:
     assert {r: str(f) for r, f in presets()[name].formats_for("embedding", "e").items()} == {"w": "i8/ch"}
 
 
-@pytest.mark.parametrize("name", ["w4a16", "w2a16"])
+@pytest.mark.parametrize("name", ["w4a16", "w2a16", "w4a16-gptq", "w3a16-gptq", "w2a16-gptq"])
 def test_tied_tables_are_4_bit(name: str) -> None:
     for kind in ("embedding", "linear"):
         tied = presets()[name].formats_for(kind, "e", tied=True)
@@ -74,8 +91,11 @@ def test_two_bits_are_rounded_with_care_and_no_promise() -> None:
     assert "large" in descriptions()["w2a16"]
 
 
-def test_data_is_needed_by_static_presets_only() -> None:
-    assert {name for name, recipe in presets().items() if recipe.needs_data} == {"w8a8-static", "w8a8-smooth"}
+def test_data_is_needed_by_static_formats_and_by_methods_that_look_at_it() -> None:
+    static = {"w8a8-static", "w8a8-smooth"}
+    rounded = {name for name, recipe in presets().items() if recipe.rounding == "gptq"}
+    assert {name for name, recipe in presets().items() if recipe.needs_data} == static | rounded
+    assert rounded == {"w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "w4a8-gptq"}
 
 
 def test_smooth() -> None:

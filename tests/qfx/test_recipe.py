@@ -191,8 +191,10 @@ def test_override() -> None:
     assert recipe.override() == recipe
     with pytest.raises(ValueError, match="unknown key 'rouding' in Recipe, did you mean 'rounding'"):
         recipe.override(rouding="mse")
-    with pytest.raises(ValueError, match=r"Recipe\.rounding: Input should be 'rtn' or 'mse', found 'gptq'"):
-        recipe.override(rounding="gptq")
+    with pytest.raises(
+        ValueError, match=r"Recipe\.rounding: Input should be 'rtn', 'mse', 'hqq' or 'gptq', found 'best'"
+    ):
+        recipe.override(rounding="best")
 
 
 def test_frozen() -> None:
@@ -243,7 +245,7 @@ def test_bad_rules(fields: dict[str, Any], message: str) -> None:
         ({"smooth_alpha": float("nan")}, "found nan"),
         ({"rewrites": ("smoth",)}, "unknown rewrite 'smoth', did you mean 'smooth'"),
         ({"rewrites": "smooth"}, "Recipe.rewrites: Input should be a valid tuple"),
-        ({"rounding": "hqq"}, "Recipe.rounding: Input should be 'rtn' or 'mse', found 'hqq'"),
+        ({"rounding": "hqqq"}, "Recipe.rounding: Input should be 'rtn', 'mse', 'hqq' or 'gptq', found 'hqqq'"),
         ({"observer": "max"}, "Recipe.observer: Input should be 'absmax'"),
         ({"percentile": 50}, "Recipe.percentile: Input should be greater than 50, found 50"),
         ({"percentile": 100.5}, "Recipe.percentile"),

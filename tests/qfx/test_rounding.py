@@ -81,7 +81,7 @@ def test_the_weight_and_its_type_stay() -> None:
     assert torch.equal(w, before) and not packed.data.requires_grad and not packed.scale.requires_grad
 
 
-@pytest.mark.parametrize("method", ["rtn", "mse"])
+@pytest.mark.parametrize("method", ["rtn", "mse", "hqq"])
 def test_plain_formats_and_zeros(method: str) -> None:
     w = weight(4, 32)
     assert torch.equal(round_weight(w, Format.parse("f32"), method, name="w").data, w)
@@ -89,7 +89,7 @@ def test_plain_formats_and_zeros(method: str) -> None:
     assert torch.equal(zeros.dequantize(), torch.zeros(4, 32))
 
 
-@pytest.mark.parametrize("method", ["rtn", "mse"])
+@pytest.mark.parametrize("method", ["rtn", "mse", "hqq"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_values_are_named(method: str, bad: float) -> None:
     w = weight(4, 32)

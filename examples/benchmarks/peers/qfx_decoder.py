@@ -13,20 +13,16 @@ from examples.benchmarks.peers.eager_decoder import Torch
 from examples.benchmarks.peers.encoding import bytes_of
 from examples.benchmarks.peers.worker import Built
 
-OWN: dict[str, Any] = {
-    "2-bit": {"rules": [{"target": "linear", "w": "i2/g64"}, {"target": "embedding", "w": "i8/ch"}]},
-}
-
 
 def build(job: DecoderJob, option: str) -> Built:
-    """option: a preset or a name out of OWN, then words.
+    """option: a preset, then words.
 
     Nothing is `qfx.onnx.load`; `genai` is onnxruntime-genai, `compiled` torch.compile; `prefill` reads prompts by
     integers.
     """
     recipe, *how = option.split(" ")
     if "compiled" in how:
-        model = qfx.quantize(job.module(), OWN.get(recipe, recipe))
+        model = qfx.quantize(job.module(), recipe)
         compiled: Any = torch.compile(model, backend="qfx", dynamic=True)
         return built(job, Torch(compiled), bytes_of(model), qfx.__version__)
     prefill = "i8/tok" if "prefill" in how else None
@@ -46,5 +42,5 @@ def build(job: DecoderJob, option: str) -> Built:
 
 def _write(job: DecoderJob, folder: Path, recipe: str, prefill: str | None) -> None:
     model = job.module()
-    qfx.export_onnx(model, None, folder, recipe=OWN.get(recipe, recipe), prefill=prefill)
+    qfx.export_onnx(model, None, folder, recipe=recipe, prefill=prefill)
     model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]

@@ -1,0 +1,113 @@
+"""`lower`: a graph in normal form to one OpenVINO model, by way of a file of standard ONNX operators."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx
+
+from qfx.backends.onnx import lowering as onnx_lowering
+from qfx.backends.onnx.export import write
+from qfx.backends.onnx.lowering import as_tensor
+from qfx.backends.openvino.session import Session, SessionError
+from qfx.errors import Note, UnsupportedError, explain
+from qfx.graph import let_go
+
+# Operations that carry values from one place to another; what computes is told before them.
+_MOVES = {"Reorder", "Transpose", "Reshape", "Convert", "Const", "Parameter", "Result", "Input", "Output", "Concat"}
+
+
+def lower(gm: fx.GraphModule) -> OpenVinoLowered:
+    """Lower a graph in normal form to OpenVINO on the CPU.
+
+    Raises UnsupportedError where a node has no form in the standard operators, or OpenVINO does not take the model.
+    """
+    builder, built = onnx_lowering.build(gm, runtime="standard")
+    results: Sequence[Any] = gm.graph.output_node().args[0]  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        names = [f"output_{i}" for i in range(len(built.outputs))]
+        write(builder, built, path, outputs=names, documents={}, metadata={})
+        try:
+            session = Session(path)
+        except SessionError as error:
+            raise UnsupportedError(
+                explain(
+                    f"the graph cannot be run by OpenVINO: {error.reason}",
+                    next_step="leave the option 'backend' out: ONNX Runtime runs it",
+                )
+            ) from error
+    lowered = OpenVinoLowered(gm, built, session, results)
+    let_go(gm)
+    return lowered
+
+
+class OpenVinoLowered:
+    """A lowered graph: call it with the placeholders' values in order; it returns the outputs as a flat tuple.
+
+    kernels: for each call_function node what executes it, read back from OpenVINO's own model. notes: what runs
+    otherwise than the graph says.
+    """
+
+    def __init__(self, gm: fx.GraphModule, built: Any, session: Session, results: Sequence[Any]) -> None:
+        self._built, self._session = built, session
+        self._names = [n.name for n in gm.graph.nodes if n.op == "call_function"]
+        self._placeholders = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+        self._inputs = [n.name for n in built.inputs]
+        self._sizes = [(n.name, axis) for n, axis in built.sizes]
+        self._outputs = [(n.name, not isinstance(n.meta["val"], Tensor)) for n in built.outputs]
+        self._results = [r.name if isinstance(r, fx.Node) else r for r in results]
+        self._is_node = [isinstance(r, fx.Node) for r in results]
+        self.notes = [*built.notes, *self._precision()]
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        """Run. Raises ValueError where the number of inputs differs from the placeholders."""
+        if len(inputs) != len(self._placeholders):
+            raise ValueError(f"expected {len(self._placeholders)} inputs in placeholder order, found {len(inputs)}")
+        given = dict(zip(self._placeholders, inputs, strict=True))
+        feeds = [as_tensor(given[name]) for name in self._inputs]
+        feeds += [as_tensor(given[n] if axis is None else given[n].shape[axis]) for n, axis in self._sizes]
+        values = {
+            name: value.item() if is_number else value
+            for (name, is_number), value in zip(self._outputs, self._session.run(feeds), strict=True)
+        }
+        return tuple(values[r] if is_node else r for r, is_node in zip(self._results, self._is_node, strict=True))
+
+    @cached_property
+    def kernels(self) -> dict[str, str]:
+        """Node name -> the OpenVINO kernels that compute it; "" where nothing of it is left."""
+        main: dict[str, list[str]] = {name: [] for name in self._names}
+        rest: dict[str, list[str]] = {name: [] for name in self._names}
+        for operation in self._session.executed.get_ordered_ops():
+            info = operation.get_rt_info()
+            kind, kernel = (_text(info, key) for key in ("layerType", "primitiveType"))
+            owners = dict.fromkeys(_owner(name) for name in _text(info, "originalLayersNames").split(","))
+            for owner in owners:
+                if owner in main:
+                    (rest if kind in _MOVES else main)[owner].append(f"{kind} {kernel}".strip())
+        return {name: _told(main[name] or rest[name]) for name in self._names}
+
+    def _precision(self) -> list[Note]:
+        kind = self._session.computes_in
+        if kind == "f32":
+            return []
+        reason = f"what is not quantized is computed in {kind}, which OpenVINO chooses on this processor"
+        return [Note("graph", reason, "backend='onnx' computes it in f32", minor=True)]
+
+
+def _text(info: Any, key: str) -> str:
+    return str(info[key].astype(str)) if key in info else ""
+
+
+def _owner(name: str) -> str:
+    """The FX node whose ONNX node or value has this name."""
+    return name.strip().split("/")[0]
+
+
+def _told(kernels: list[str]) -> str:
+    found = list(dict.fromkeys(kernels))
+    return "OpenVINO " + ", ".join(found) if found else ""

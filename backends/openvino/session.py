@@ -1,0 +1,114 @@
+"""An OpenVINO model on torch's memory: inputs are read where they lie, outputs of known shape written where torch asks.
+
+A request belongs to one thread, so calls may come from several. A model is compiled for as many threads as torch has at
+the call; where that changes it is compiled again, and the last two are kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from torch import Tensor
+
+_TYPES: dict[torch.dtype, Any] = {
+    torch.float32: ov.Type.f32, torch.float64: ov.Type.f64, torch.float16: ov.Type.f16, torch.bfloat16: ov.Type.bf16,
+    torch.int64: ov.Type.i64, torch.int32: ov.Type.i32, torch.int16: ov.Type.i16, torch.int8: ov.Type.i8,
+    torch.uint8: ov.Type.u8, torch.bool: ov.Type.boolean,
+}  # fmt: skip
+_DTYPES = {kind.get_type_name(): dtype for dtype, kind in _TYPES.items()}
+_VIEW = {torch.bfloat16: torch.int16, torch.bool: torch.uint8}  # as numpy takes them
+_MOST = 2  # compiled models kept, for different numbers of threads
+
+
+class SessionError(RuntimeError):
+    """OpenVINO refused a model; `reason` is the first line of what it says."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        self.reason = f"OpenVINO refuses it: {lines[-1] if lines else type(error).__name__}"
+
+
+class Session:
+    """An ONNX file in OpenVINO. `run` takes and gives torch tensors, in the order of the file.
+
+    Raises SessionError where OpenVINO does not take the file. The file is not needed afterwards.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._core, self._lock = ov.Core(), threading.Lock()
+        self._compiled: dict[int, Any] = {}
+        self._requests = threading.local()
+        try:
+            self._model = self._core.read_model(path)
+            self._for_threads(torch.get_num_threads())
+        except Exception as error:  # OpenVINO raises RuntimeError and its own kinds
+            raise SessionError(error) from error
+
+    @property
+    def executed(self) -> Any:
+        """The model as executed: its operations carry `layerType`, `primitiveType` and the names they come from."""
+        return list(self._compiled.values())[-1].get_runtime_model()
+
+    @property
+    def computes_in(self) -> str:
+        """The type of what is not quantized: bf16, f16 or f32."""
+        text: str = list(self._compiled.values())[-1].get_property("INFERENCE_PRECISION_HINT").to_string()
+        return text
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs in the order of the file. The inputs are read where they lie (made contiguous if they are not)."""
+        compiled = self._for_threads(torch.get_num_threads())
+        request = self._request(compiled)
+        kept = [tensor.detach().contiguous() for tensor in inputs]
+        for i, tensor in enumerate(kept):
+            request.set_input_tensor(i, _shared(tensor))
+        found: list[Tensor | None] = []
+        for i, output in enumerate(compiled.outputs):
+            shape = output.partial_shape
+            if not shape.is_static:
+                found.append(None)
+                continue
+            made = torch.empty(tuple(shape.to_shape()), dtype=_DTYPES[output.element_type.get_type_name()])
+            request.set_output_tensor(i, _shared(made))
+            found.append(made)
+        request.infer()
+        return [_copied(request.get_output_tensor(i)) if t is None else t for i, t in enumerate(found)]
+
+    def _for_threads(self, threads: int) -> Any:
+        found = self._compiled.get(threads)
+        if found is not None:
+            return found
+        with self._lock:
+            if threads not in self._compiled:
+                settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+                made = self._core.compile_model(self._model, "CPU", settings)
+                self._compiled = dict([*list(self._compiled.items())[1 - _MOST :], (threads, made)])
+            return self._compiled[threads]
+
+    def _request(self, compiled: Any) -> Any:
+        """This thread's request of a compiled model."""
+        if getattr(self._requests, "owner", None) is not compiled:
+            self._requests.owner, self._requests.request = compiled, compiled.create_infer_request()
+        return self._requests.request
+
+
+def _shared(tensor: Tensor) -> Any:
+    """An OpenVINO tensor on the memory of a contiguous one."""
+    array = tensor.view(_VIEW.get(tensor.dtype, tensor.dtype)).numpy()
+    if not array.size:
+        return ov.Tensor(_TYPES[tensor.dtype], ov.Shape(list(tensor.shape)))
+    return ov.Tensor(array, ov.Shape(list(tensor.shape)), _TYPES[tensor.dtype])
+
+
+def _copied(result: Any) -> Tensor:
+    """A result whose memory belongs to the request."""
+    dtype = _DTYPES[result.element_type.get_type_name()]
+    array = np.array(result.data.view(np.int16) if dtype == torch.bfloat16 else result.data)
+    return torch.from_numpy(array).view(dtype) if dtype in _VIEW else torch.from_numpy(array)

@@ -1,0 +1,175 @@
+"""GGUF types by qfx and by llama.cpp's own quantizer: the same model, the same bytes, KL divergence to the float model.
+
+    python examples/benchmarks/gguf_types.py --type Q4_K_M --type Q2_K --wide --json numbers.json
+
+Both files are read back with qfx and run in torch in float32, so that only the rounding differs. Each type is rounded
+without data and with the mean squares of the layers' inputs (llama.cpp's importance matrix, the same numbers for both).
+--wide: blocks of 256 need widths that 256 divides, and the tiny model is 192 wide; its residual stream is first turned
+into 256 channels by a random rotation, which changes no output.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import llama_cpp
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import qfx
+from qfx import measure
+from qfx.errors import QfxWarning
+from qfx.interop.gguf_arch import architecture_of
+from qfx.interop.gguf_energy import input_energy
+from qfx.interop.gguf_types import MIXES
+from qfx.files import write_text
+
+TINY = Path(__file__).resolve().parents[2] / "tests" / "assets" / "tiny_lm"
+TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K")
+LENGTH, WINDOWS, CALIBRATION = 512, 8, 16
+Batches = list[dict[str, Tensor]]
+
+
+def load(folder: Path) -> Any:
+    """The float model of a folder."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def windows(folder: Path) -> Tensor:
+    """Token ids of the text beside the tiny model, [windows, 512]."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=10**9)
+    text = (TINY.parent / "eval.txt").read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+
+
+def widened(model: Any, width: int = 256, seed: int = 0) -> Any:
+    """A Llama with the same outputs whose residual stream has `width` channels.
+
+    With R [hidden, width] of orthonormal rows the stream x becomes x R: tables and writers are multiplied by R, readers
+    (their norm's weights folded in first) too. The norm divides by the root of a mean over more channels, so its weight
+    and epsilon are smaller by that ratio.
+    """
+    config = model.config.__class__(**{**model.config.to_dict(), "hidden_size": width, "tie_word_embeddings": False})
+    ratio = model.config.hidden_size / width
+    config.rms_norm_eps = model.config.rms_norm_eps * ratio
+    turn = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(seed)).double())[0]
+    turn = turn[: model.config.hidden_size]
+    state = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    norms = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+    new: dict[str, Tensor] = {"lm_head.weight": state["lm_head.weight"] * state["model.norm.weight"] @ turn}
+    new["model.embed_tokens.weight"] = state["model.embed_tokens.weight"] @ turn
+    for name, tensor in state.items():
+        parts = name.split(".")
+        if parts[-2].endswith("norm"):
+            new[name] = torch.full((width,), math.sqrt(ratio), dtype=torch.float64)
+        elif parts[-2] in ("o_proj", "down_proj"):
+            new[name] = turn.T @ tensor
+        elif len(parts) > 4:
+            norm = ".".join([*parts[:3], norms[parts[3]], "weight"])
+            new[name] = tensor * state[norm] @ turn
+    wide = model.__class__(config).eval()
+    wide.load_state_dict({name: tensor.float() for name, tensor in new.items()})
+    return wide
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """f32 [windows, tokens, vocabulary]."""
+    return torch.cat([model(input_ids=pair, use_cache=False).logits for pair in ids.split(2)])
+
+
+def by_llama_cpp(source: Path, target: Path, mix: str, energy: dict[str, Tensor]) -> None:
+    """llama.cpp's own quantizer; energy: GGUF name -> importance of the columns, empty for none."""
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = MIXES[mix][1], torch.get_num_threads()
+    rows = [(name.encode(), value.float().contiguous()) for name, value in energy.items()]
+    if rows:
+        table = (llama_cpp.llama_cpp.llama_model_imatrix_data * (len(rows) + 1))()
+        for entry, (name, value) in zip(table, rows, strict=False):
+            entry.name, entry.size = name, value.numel()
+            entry.data = ctypes.cast(value.data_ptr(), ctypes.POINTER(ctypes.c_float))
+        settings.imatrix = table
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings))
+    if code:
+        raise RuntimeError(f"llama_model_quantize returned {code}")
+
+
+class Bench:
+    """One float model, its logits, and the folder for files."""
+
+    def __init__(self, model: Any, ids: Tensor, folder: Path) -> None:
+        self.model, self.folder = model, folder
+        self.evaluation = ids[CALIBRATION + 2 : CALIBRATION + 2 + WINDOWS]
+        self.calibration: Batches = [{"input_ids": pair} for pair in ids[:CALIBRATION].split(2)]
+        self.logits = logits(model, self.evaluation)
+        self.source = folder / "float.gguf"
+        qfx.export_gguf(model, self.source, "F32", tokenizer=False)
+        arch = architecture_of(model.config)
+        names = {fqn: stem for stem, fqn in arch.modules(model.config.num_hidden_layers).items()}
+        linears = [fqn for fqn in names if isinstance(model.get_submodule(fqn), nn.Linear)]
+        found = input_energy(model, linears, self.calibration)
+        self.energy = {f"{names[fqn]}.weight": value for fqn, value in found.items()}
+        if model.config.tie_word_embeddings:
+            self.energy["token_embd.weight"] = self.energy.pop("output.weight")
+
+    def row(self, mix: str) -> dict[str, Any]:
+        """Bytes and KLD of one type, by either, without and with data."""
+        found: dict[str, Any] = {"type": mix}
+        for suffix, data in (("", None), ("_data", self.calibration)):
+            own, peer = self.folder / "qfx.gguf", self.folder / "llama.gguf"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", QfxWarning)  # widths that 256 does not divide
+                qfx.export_gguf(self.model, own, mix, tokenizer=False, data=data)
+                by_llama_cpp(self.source, peer, mix, self.energy if data else {})
+                for name, file in (("qfx", own), ("llama_cpp", peer)):
+                    found[f"{name}{suffix}"] = self.kld(file)
+                    found[f"{name}{suffix}_bytes"] = file.stat().st_size
+        return found
+
+    def kld(self, file: Path) -> float:
+        """KL divergence of a file's model to the float model, nats a token."""
+        return measure.kld(self.logits, logits(qfx.import_gguf(file, packed=False), self.evaluation))
+
+
+def main(
+    types: Annotated[list[str] | None, typer.Option("--type", help="GGUF types; left out: twelve.")] = None,
+    model: Annotated[Path, typer.Option(help="Folder of a Llama of transformers.")] = TINY,
+    wide: Annotated[bool, typer.Option("--wide", help="Turn the residual stream into 256 channels first.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here too.")] = None,
+) -> None:
+    """Print the table."""
+    quiet = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
+    floats = load(model)
+    if wide:
+        floats = widened(floats)
+    table = Table("type", "bytes", "qfx", "llama.cpp", "ratio", "qfx, data", "llama.cpp, data", "ratio")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(floats, windows(model), Path(folder))
+        rows = [bench.row(mix) for mix in types or TYPES]
+    for row in rows:
+        pairs = [(row[f"qfx{s}"], row[f"llama_cpp{s}"]) for s in ("", "_data")]
+        same = all(row[f"qfx{s}_bytes"] == row[f"llama_cpp{s}_bytes"] for s in ("", "_data"))
+        size = f"{row['qfx_bytes']:,}" if same else f"{row['qfx_bytes']:,} / {row['llama_cpp_bytes']:,}"
+        table.add_row(row["type"], size, *(t for a, b in pairs for t in (f"{a:.5f}", f"{b:.5f}", f"{a / b:.3f}")))
+    Console(width=140).print(table)
+    if json_file is not None:
+        write_text(json_file, json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

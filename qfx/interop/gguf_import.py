@@ -1,0 +1,219 @@
+"""`qfx.import_gguf`: a GGUF file as a model of transformers, its weights packed where a format holds them exactly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qfx.errors import Note, UnsupportedError, explain, nearest
+from qfx.format import Format
+from qfx.interop.gguf_arch import Architecture, architecture_named, rows_of_pairs
+from qfx.interop.gguf_blocks import BLOCK_TYPES, block_type, unpack
+from qfx.interop.gguf_config import config_of
+from qfx.interop.gguf_exact import as_packed
+from qfx.interop.gguf_export import need_gguf
+from qfx.modules import QuantEmbedding, QuantLinear, take_place, tell_shared
+from qfx.packing import Packed
+from qfx.pipeline import told
+
+_PLAIN = ("F32", "F16", "BF16")
+_FACTORS = "rope_freqs.weight"
+_SHOWN = 3
+
+
+@dataclass(frozen=True, eq=False)
+class GgufFile:
+    """A file that was checked: its metadata, and tensors by name. The data is mapped, not read."""
+
+    path: Path
+    fields: Mapping[str, Any]
+    tensors: Mapping[str, Any]
+
+
+def import_gguf(
+    path: str | os.PathLike[str], *, packed: bool = True, dtype: torch.dtype = torch.float32, strict: bool = False
+) -> nn.Module:
+    """The model of a Llama, Mistral, Qwen2, Qwen3 or BERT file, in eval mode.
+
+    packed: weights whose blocks a format of qfx holds exactly stay packed (Q8_0, Q4_0, Q5_0, MXFP4, Q6_K, Q3_K; Q4_1
+    and Q5_1 where their offsets are whole steps); others become float, with a warning, under strict an
+    UnsupportedError. packed=False makes all of them float. dtype: of float weights and activations. The tokenizer:
+    transformers' AutoTokenizer.from_pretrained(folder, gguf_file=name).
+
+    Raises FileNotFoundError, ValueError for a file that is none, is cut short or lacks tensors or metadata,
+    UnsupportedError for other architectures and types, ImportError without gguf or transformers.
+    """
+    file = read_gguf(path)
+    arch = architecture_named(str(file.fields.get("general.architecture")))
+    shapes = {name: _shape(tensor) for name, tensor in file.tensors.items()}
+    factors = file.tensors.get(_FACTORS)
+    config = config_of(file.fields, arch, shapes, None if factors is None else torch.from_numpy(np.array(factors.data)))
+    model = _empty(arch, config, dtype)
+    names = _placed(file, model, arch, config)
+    notes = []
+    with torch.no_grad():
+        for name, fqn in names.items():
+            notes += _fill(model, file, name, fqn, arch, packed=packed, dtype=dtype)
+        _tie(model)
+    told(_grouped(notes), strict=strict)
+    return model.eval()
+
+
+def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
+    """Metadata and tensors of a GGUF file, whose size is checked. Raises as `import_gguf` does."""
+    gguf = need_gguf()
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(explain(f"there is no file {file}", next_step="give the path of a .gguf file"))
+    with open(file, "rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise ValueError(explain(f"{file} is no GGUF file", expected="its first bytes are 'GGUF'"))
+    try:
+        reader = gguf.GGUFReader(file)
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        raise ValueError(
+            explain(
+                f"{file} is cut short, altered, or of a version or type that gguf does not know: {error}",
+                found=f"{file.stat().st_size} bytes",
+                next_step="copy the file again, or install a newer gguf",
+            )
+        ) from error
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    for name, tensor in tensors.items():
+        kind = tensor.tensor_type.name
+        if kind not in BLOCK_TYPES and kind not in _PLAIN:
+            known = nearest(kind, [*BLOCK_TYPES, *_PLAIN])
+            raise UnsupportedError(explain(f"{file}: tensor {name!r} is of type {kind}", expected=known))
+    return GgufFile(file, fields, tensors)
+
+
+def _empty(arch: Architecture, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The float model without content."""
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    kind = getattr(transformers, config.architectures[0])
+    options: dict[str, Any] = {"add_pooling_layer": False} if arch.name == "bert" else {}
+    with torch.random.fork_rng(devices=[]), no_init_weights():
+        model: nn.Module = kind(config, **options)
+    return model.to(dtype)
+
+
+def _placed(file: GgufFile, model: nn.Module, arch: Architecture, config: Any) -> dict[str, str]:
+    """GGUF name -> name of the parameter, of every tensor. Raises ValueError where the file lacks or exceeds them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wanted = {}
+    for stem, fqn in arch.modules(config.num_hidden_layers).items():
+        wanted |= {f"{stem}.{leaf}": f"{fqn}.{leaf}" for leaf in ("weight", "bias") if f"{fqn}.{leaf}" in parameters}
+    if "output.weight" not in file.tensors:
+        wanted.pop("output.weight", None)
+    rest = [name for name in file.tensors if name not in wanted and name != _FACTORS]
+    for name in (n for n in wanted if n not in file.tensors):
+        raise _misfit(file, f"tensor {name!r}, for {wanted[name]!r}", "the file has none")
+    if rest:
+        found = f"{', '.join(rest[:_SHOWN])}{', ...' if len(rest) > _SHOWN else ''}"
+        raise _misfit(file, f"tensors of {arch.kind} only", f"also {found}")
+    for name, fqn in wanted.items():
+        own, found = tuple(parameters[fqn].shape), _shape(file.tensors[name])
+        if own != found:
+            raise _misfit(file, f"{name!r} of shape {list(own)}", str(list(found)))
+    return wanted
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in reversed(tensor.shape.tolist()))
+
+
+def _fill(
+    model: nn.Module, file: GgufFile, name: str, fqn: str, arch: Architecture, *, packed: bool, dtype: torch.dtype
+) -> list[Note]:
+    """Give one parameter its value; the notes say where a packed weight became float."""
+    tensor = file.tensors[name]
+    kind, shape = tensor.tensor_type.name, _shape(tensor)
+    data = torch.from_numpy(np.array(tensor.data))  # a copy, so that the file may go
+    heads = arch.heads(name.rpartition(".")[0], model.config)
+    if heads:
+        data = data[torch.argsort(rows_of_pairs(len(data), heads))]
+    owner, _, leaf = fqn.rpartition(".")
+    module = model.get_submodule(owner)
+    if kind in _PLAIN:
+        _set(module, leaf, _plain(data, kind).reshape(shape).to(dtype))
+        return []
+    reason: str | None = None
+    if packed and leaf == "weight" and isinstance(module, nn.Linear | nn.Embedding):
+        held = as_packed(data, kind, (shape[0], shape[1]))
+        if isinstance(held, Packed):
+            _replace(model, owner, module, held, dtype)
+            return []
+        reason = held
+    blocks = unpack(data.reshape(-1, BLOCK_TYPES[kind].nbytes), block_type(kind))
+    _set(module, leaf, blocks.values().reshape(shape).to(dtype))
+    step = "none for the same results in more memory; qfx.quantize packs it, rounded once more"
+    return [] if reason is None else [Note(fqn, f"{reason}: it is float", step)]
+
+
+def _plain(data: Tensor, kind: str) -> Tensor:
+    return data.contiguous().view(torch.bfloat16) if kind == "BF16" else data
+
+
+def _set(module: nn.Module, leaf: str, value: Tensor) -> None:
+    module._parameters[leaf] = nn.Parameter(value.contiguous())
+
+
+def _replace(model: nn.Module, fqn: str, old: nn.Module, packed: Packed, dtype: torch.dtype) -> None:
+    parent, _, leaf = fqn.rpartition(".")
+    new: nn.Module
+    if isinstance(old, nn.Embedding):
+        new = QuantEmbedding(packed, old.padding_idx, dtype=dtype)
+    else:
+        new = QuantLinear(packed, old._parameters.get("bias"), dtype=dtype)
+    setattr(model.get_submodule(parent), leaf, take_place(new, old))
+
+
+def _tie(model: nn.Module) -> None:
+    """Let the output read the input's table where the file has one table for both."""
+    config: Any = model.config
+    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "lm_head"):
+        return
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if isinstance(table, QuantEmbedding):
+        packed = Packed(table.w_codes, table.w_scale, table.w_zero, _format(table), table.shape)
+        _replace(model, "lm_head", model.lm_head, packed, table.dtype)  # type: ignore[arg-type]
+        held = ("w_codes", "w_scale") if table.w_zero is None else ("w_codes", "w_scale", "w_zero")
+        tell_shared(model.get_submodule("lm_head"), *held)
+    else:
+        model.lm_head.weight = table.weight  # type: ignore[union-attr]
+
+
+def _format(table: QuantEmbedding) -> Format:
+    return Format.parse(table.w_format)
+
+
+def _grouped(notes: list[Note]) -> list[Note]:
+    """One note for all weights that are float for the same reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for note in notes:
+        groups.setdefault((note.reason, note.next_step), []).append(note.node)
+    return [
+        Note(names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more", *key)
+        for key, names in groups.items()
+    ]
+
+
+def _misfit(file: GgufFile, expected: str, found: str) -> ValueError:
+    return ValueError(
+        explain(
+            f"{file.path} does not hold the model that its metadata describes",
+            expected=expected,
+            found=found,
+            next_step="copy the file again, or convert the model again",
+        )
+    )

@@ -1,0 +1,210 @@
+"""A quantized linear as the layouts see it, and what several of them ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qfx.errors import explain
+from qfx.format import Format
+from qfx.modules import QuantLinear
+from qfx.packing import Packed
+from qfx.permuted import QuantPermuted
+
+SCALES: dict[torch.dtype, str] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_CLOSE = 2.0**-10  # relative change of a scale that float16 makes where it is no subnormal number
+
+Loss = tuple[str, str]  # what is not kept and why, next step
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """fqn: its name. packed: the weight [N, K]. x: format of the input, "" for float, with its static scales.
+
+    smooth [K]: divides the input. columns [K]: the order in which the input's columns are stored; None is their own.
+    head: it gives the logits. transposed: the float class is Conv1D, which holds [K, N]. lost: what was in a file and is
+    not here.
+    """
+
+    fqn: str
+    packed: Packed
+    x: str = ""
+    x_scale: Tensor | None = None
+    x_zero: Tensor | None = None
+    smooth: Tensor | None = None
+    columns: Tensor | None = None
+    head: bool = False
+    transposed: bool = False
+    lost: tuple[Loss, ...] = field(default=())
+
+    @property
+    def format(self) -> Format:
+        """The weight's format."""
+        return self.packed.format
+
+    @property
+    def group(self) -> int | None:
+        """Elements of a row that share a scale: the group, or the whole row; None for blocks."""
+        if self.format.group is not None:
+            return self.format.group
+        return self.packed.shape[-1] if self.format.granularity in ("", "ch") else None
+
+
+@dataclass(frozen=True, eq=False)
+class Dequantized:
+    """A weight [N, K], float32, of a file that no format of qfx holds, and why."""
+
+    fqn: str
+    weight: Tensor
+    lost: tuple[Loss, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """How to read a library's checkpoint.
+
+    leaves: what follows the FQN in the names of a quantized linear's tensors. decode: FQN, name of the float module's
+    class, its tensors by leaf, [N, K] -> the linear; None where nothing of it is quantized. Raises ValueError for
+    tensors that do not fit. Other leaves (biases) are left alone.
+    """
+
+    name: str
+    leaves: frozenset[str]
+    decode: Callable[[str, str, Mapping[str, Tensor], tuple[int, int]], Linear | Dequantized | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How a library stores a quantized model.
+
+    refused: linears -> FQN -> why the layout cannot hold its weight (it is then written in float). lost: what else of a
+    linear is not kept. encode: a linear -> its tensors, by what follows its FQN. config: what is held and FQNs of the
+    float linears -> `quantization_config`.
+    """
+
+    name: str
+    refused: Callable[[Sequence[Linear]], dict[str, Loss]]
+    lost: Callable[[Linear], list[Loss]]
+    encode: Callable[[Linear], dict[str, Tensor]]
+    config: Callable[[Sequence[Linear], Sequence[str]], dict[str, Any]]
+
+
+def of_module(fqn: str, module: nn.Module, *, head: bool = False, transposed: bool = False) -> Linear | None:
+    """The linear of a module of qfx; None for modules that are none. See `Linear` for the arguments."""
+    if type(module) not in (QuantLinear, QuantPermuted):
+        return None
+    assert isinstance(module, QuantLinear)
+    packed = Packed(module.w_codes, module.w_scale, module.w_zero, Format.parse(module.w_format), module.shape)
+    rest = {name: module._buffers.get(name) for name in ("x_scale", "x_zero", "smooth", "columns")}
+    return Linear(fqn, packed, module.x_format, head=head, transposed=transposed, **rest)
+
+
+def unsigned(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [N, K] and zero points [N, G] (uint8, 0 to 2^b - 1) and scales [N, G] of an integer weight.
+
+    A signed code q is q + 2^(b-1) with the zero point 2^(b-1). A scale of the whole tensor is that of each row.
+    """
+    fmt, half = packed.format, 1 << (packed.format.bits - 1)
+    assert fmt.is_integer and (fmt.group or fmt.granularity in ("", "ch")), fmt
+    codes, scale, zero = packed.codes(), packed.scale, packed.zero
+    if fmt.granularity == "":
+        scale = scale.reshape(1, 1).expand(codes.shape[0], 1)
+        zero = None if zero is None else zero.reshape(1, 1).expand(codes.shape[0], 1)
+    if zero is None:
+        codes = (codes.to(torch.int16) + half).to(torch.uint8)
+        zero = torch.full(scale.shape, half, dtype=torch.uint8, device=codes.device)
+    return codes, zero, scale
+
+
+def from_unsigned(codes: Tensor, zero: Tensor, scale: Tensor, bits: int, group: int) -> Packed:
+    """The inverse of `unsigned`: signed where all zero points are 2^(b-1). group: as `Linear.group`."""
+    half = 1 << (bits - 1)
+    kind = "i" if bool((zero == half).all()) else "u"
+    granularity = "ch" if group >= codes.shape[-1] else f"g{group}"
+    fmt = Format(f"{kind}{bits}", granularity, SCALES[scale.dtype])
+    if kind == "u":
+        return Packed.from_codes(codes, fmt, scale.contiguous(), zero.contiguous())
+    return Packed.from_codes((codes.to(torch.int16) - half).to(torch.int8), fmt, scale.contiguous())
+
+
+def half_scale(scale: Tensor) -> tuple[Tensor, float]:
+    """The scale in float16 and the greatest relative change; infinite where float16 does not reach."""
+    full = scale.to(torch.float32)
+    half = full.to(torch.float16)
+    change = float(
+        ((half.to(torch.float32) - full).abs() / full.abs().clamp(min=torch.finfo(torch.float32).tiny)).max()
+    )
+    return half, change if change <= _CLOSE else float("inf")
+
+
+def half_scale_loss(linear: Linear) -> list[Loss]:
+    """That a layout with float16 scales rounds those of this linear."""
+    if half_scale(linear.packed.scale)[1] == 0.0:
+        return []
+    asked = f"{linear.format.type}/{linear.format.granularity or 'ch'}"
+    return [
+        (
+            f"the layout's scales are float16: those of {linear.format} are rounded (by less than 1 in 1,000)",
+            f"quantize with w={asked}/f16, whose scales are float16 already",
+        )
+    ]
+
+
+def input_loss(linear: Linear) -> list[Loss]:
+    """That a layout of weights alone leaves the input in float."""
+    if not linear.x:
+        return []
+    return [
+        (
+            f"the layout holds weights only: the input, x={linear.x}, stays float",
+            "nothing, or export_compressed_tensors, which holds formats of inputs",
+        )
+    ]
+
+
+def smooth_loss(linear: Linear) -> Loss | None:
+    """That no layout divides an input."""
+    if linear.smooth is None:
+        return None
+    return (
+        "its input is divided by smoothing factors, which no layout holds: the weight is written in float",
+        "quantize with a recipe whose smoothing is folded into norms, or without smoothing",
+    )
+
+
+def sorted_groups(g_idx: Tensor, group: int) -> Tensor | None:
+    """The order of columns that brings each group's together, int64 [K]; None where the groups are not of `group`
+    columns each (the last may be shorter)."""
+    count = g_idx.numel()
+    wanted = torch.arange(count, device=g_idx.device) // group
+    order = torch.argsort(g_idx.to(torch.int64), stable=True)
+    return order if torch.equal(g_idx.to(torch.int64)[order], wanted) else None
+
+
+def in_order(order: Tensor) -> bool:
+    """Whether columns are where they were."""
+    return bool(torch.equal(order, torch.arange(order.numel(), device=order.device)))
+
+
+def misfit(name: str, expected: str, tensor: Tensor) -> ValueError:
+    """A tensor of a file that does not fit the linear it belongs to."""
+    return ValueError(
+        explain(
+            f"{name!r} does not fit the model: the checkpoint is of another architecture, or altered",
+            expected=expected,
+            found=f"{str(tensor.dtype).removeprefix('torch.')}, shape {list(tensor.shape)}",
+        )
+    )
+
+
+def need(tensors: Mapping[str, Tensor], fqn: str, *leaves: str) -> list[Tensor]:
+    """Those tensors of a linear; ValueError where one is missing."""
+    for leaf in leaves:
+        if leaf not in tensors:
+            found = ", ".join(sorted(tensors))
+            raise ValueError(explain(f"the checkpoint lacks '{fqn}.{leaf}'", expected=", ".join(leaves), found=found))
+    return [tensors[leaf] for leaf in leaves]

@@ -1,0 +1,325 @@
+"""Write a quantized model in a layout: safetensors in shards, config.json, tokenizer; whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qfx.errors import Note, explain
+from qfx.files import staged_folder, write_safetensors, write_text
+from qfx.format import Format
+from qfx.interop.checkpoint import CONFIG, INDEX, SINGLE
+from qfx.interop.linear import Layout, Linear, Loss, of_module, smooth_loss
+from qfx.modules import PackedModule, QuantEmbedding, quantized_parts
+from qfx.pipeline import told
+from qfx.skeleton import GENERATION
+
+SHARD_BYTES = 5_000_000_000
+_SHOWN = 3
+
+
+def write(
+    model: nn.Module, folder: str | os.PathLike[str], layout: Layout, *, tokenizer: Any, strict: bool, shard_bytes: int
+) -> None:
+    """Write `model` in `layout`. What it cannot hold is written in float, told as a QfxWarning (an error if strict).
+
+    Raises ValueError for a model that qfx did not quantize, that is no model of transformers, or of which the layout
+    holds nothing; OSError where the disk does not take it.
+    """
+    model = getattr(model, "_orig_mod", model)
+    _check(model)
+    plain = _float_twin(model)
+    linears = _linears(model, plain)
+    refused = _refused(layout, linears)
+    held = [linear for linear in linears if linear.fqn not in refused]
+    if not held:
+        raise _nothing(layout, refused, linears)
+    notes = [*_notes(layout, held, refused), *_other_notes(model, {linear.fqn for linear in linears}, layout)]
+    source = _Source(model, plain, layout, {linear.fqn: linear for linear in held})
+    source.check()
+    told(notes, strict=strict)
+    floats = [name for name, module in plain.named_modules() if _is_linear(module) and name not in source.held]
+    fields = _config_fields(model, plain, source.untied)
+    fields["quantization_config"] = layout.config(held, floats)
+    with staged_folder(folder, last=CONFIG) as stage:
+        _write_shards(stage, source.tensors(), shard_bytes)
+        _refuse_leftovers(Path(folder), stage)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            write_text(stage / GENERATION, generation.to_json_string(use_diff=True))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+        write_text(stage / CONFIG, json.dumps(fields, indent=2) + "\n")
+
+
+@dataclass
+class _Source:
+    """The tensors of a checkpoint, made one after the other."""
+
+    model: nn.Module
+    plain: nn.Module
+    layout: Layout
+    held: Mapping[str, Linear]
+    untied: bool = False
+    _seen: dict[Any, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.modules = dict(self.model.named_modules(remove_duplicate=False))
+        self.names = {name: id(t) for name, t in self.plain.state_dict(keep_vars=True).items()}
+        self.untied = any(len(names) > 1 and not self._one(names) for names in self._ties().values())
+
+    def check(self) -> None:
+        """Every tensor of the float class has its place in the model, and the other way round."""
+        own = self.model.state_dict(keep_vars=True)
+        quantized = {name for name, module in self.modules.items() if isinstance(module, PackedModule)}
+        packed = {f"{n}.{leaf}".lstrip(".") for n, m in self.modules.items() for leaf in getattr(m, "qfx_packed", {})}
+        buffers = tuple(f"{name}_w_" for name in packed)
+        for name in own:
+            owner = name.rpartition(".")[0]
+            if owner in quantized or name in self.names or (buffers and name.startswith(buffers)):
+                continue
+            raise ValueError(
+                explain(
+                    f"the model holds {name!r}, which no float {type(self.plain).__name__} has",
+                    expected="a model whose quantization adds nothing to its class",
+                    next_step="quantize with a recipe without online rotations or modules of their own",
+                )
+            )
+        for name in self.names:
+            if name not in own and name not in packed and name.rpartition(".")[0] not in quantized:
+                raise ValueError(
+                    explain(f"the model lacks {name!r}, which every float {type(self.plain).__name__} has")
+                )
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) in the order of the float model; a tie is written once."""
+        written: set[int] = set()
+        for name, key in self.names.items():
+            if key in written and not self.untied:
+                continue
+            written.add(key)
+            owner, _, leaf = name.rpartition(".")
+            linear = self.held.get(owner)
+            if linear is not None and leaf == "weight":
+                yield from ((f"{owner}.{part}", tensor) for part, tensor in self.layout.encode(linear).items())
+            else:
+                yield name, self._tensor(name)
+
+    def _tensor(self, name: str) -> Tensor:
+        """A parameter or buffer in float, shaped as the float class has it."""
+        owner, _, leaf = name.rpartition(".")
+        module = self.modules[owner]
+        value = getattr(module, leaf)
+        assert isinstance(value, Tensor), name
+        value = value.detach()
+        if leaf != "weight" or not isinstance(module, PackedModule):
+            return value
+        smooth = module._buffers.get("smooth")
+        if smooth is not None:
+            value = (value.to(torch.float32) / smooth).to(value.dtype)
+        return value.t() if _is_transposed(self.plain.get_submodule(owner)) else value
+
+    def _ties(self) -> dict[int, list[str]]:
+        ties: dict[int, list[str]] = {}
+        for name, key in self.names.items():
+            ties.setdefault(key, []).append(name)
+        return ties
+
+    def _one(self, names: list[str]) -> bool:
+        """Whether what the class ties is one weight in the model too."""
+        found = set()
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            if owner in self.held:
+                return False
+            module = self.modules[owner]
+            codes = module._buffers.get("w_codes", module._buffers.get(f"{leaf}_w_codes"))
+            held = module._parameters.get(leaf) if codes is None else codes
+            found.add(None if held is None else held.data_ptr())
+        return len(found) == 1
+
+
+def _write_shards(stage: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
+    """One file, or shards of at most `shard_bytes` (a larger tensor has its own) and their index."""
+    shards: list[list[str]] = []
+    batch: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        write_safetensors(stage / f"{len(shards)}.safetensors", batch, {"format": "pt"})
+        shards.append(list(batch))
+        batch.clear()
+
+    for name, tensor in tensors:
+        if batch and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        batch[name] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (stage / "0.safetensors").rename(stage / SINGLE)
+        return
+    index = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        (stage / f"{number}.safetensors").rename(stage / file)
+        index |= dict.fromkeys(names, file)
+    fields = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+    write_text(stage / INDEX, json.dumps(fields, indent=2) + "\n")
+
+
+def _refuse_leftovers(folder: Path, stage: Path) -> None:
+    """Weights of another checkpoint beside the new ones would be taken for theirs."""
+    new = {path.name for path in stage.iterdir()}
+    patterns = ("*.safetensors", "*.safetensors.index.json", "qfx.json", "pytorch_model*")
+    old = sorted({path.name for pattern in patterns for path in folder.glob(pattern)} - new)
+    if old:
+        raise ValueError(
+            explain(
+                f"{folder} holds the weights of another checkpoint",
+                found=", ".join(old[:_SHOWN]) + (", ..." if len(old) > _SHOWN else ""),
+                next_step="give an empty folder",
+            )
+        )
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module) or not quantized_parts(model):
+        raise ValueError(
+            explain("the model holds nothing that qfx quantized", next_step="call qfx.quantize(model, ...) first")
+        )
+    if not hasattr(getattr(model, "config", None), "to_json_string"):
+        raise ValueError(
+            explain(
+                f"{type(model).__name__} has no config of transformers, which a checkpoint of this kind needs",
+                expected="a model of transformers",
+                next_step="qfx.save(model, folder) keeps any model",
+            )
+        )
+
+
+def _float_twin(model: nn.Module) -> nn.Module:
+    """A model of the same class and config without content: the names, shapes and ties that a loader expects."""
+    kind: Any = getattr(type(model), "qfx_float_class", type(model))
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        made: nn.Module = kind._from_config(config) if hasattr(kind, "_from_config") else kind(config)
+    made.tie_weights()  # type: ignore[operator]
+    return made
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_transposed(module)
+
+
+def _linears(model: nn.Module, plain: nn.Module) -> list[Linear]:
+    """The quantized linears that are linears in the float class too; one under several names is taken once."""
+    head = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None  # type: ignore[operator]
+    found = []
+    for fqn, module in model.named_modules():
+        try:
+            twin = plain.get_submodule(fqn)
+        except AttributeError:
+            continue  # told by _Source.check
+        linear = of_module(fqn, module, head=twin is head, transposed=_is_transposed(twin))
+        if linear is not None and _is_linear(twin) and not linear.format.is_plain:
+            found.append(linear)
+    tied = _shared_codes(model)
+    return [linear for linear in found if linear.packed.data.data_ptr() not in tied]
+
+
+def _shared_codes(model: nn.Module) -> set[int]:
+    """Codes that an embedding holds: they go with it."""
+    codes = {m.w_codes.data_ptr() for m in model.modules() if isinstance(m, QuantEmbedding)}
+    return codes | {
+        m._buffers["weight_w_codes"].data_ptr()  # type: ignore[union-attr]
+        for m in model.modules()
+        if isinstance(m, nn.Embedding) and "weight" in getattr(m, "qfx_packed", {})
+    }
+
+
+def _refused(layout: Layout, linears: list[Linear]) -> dict[str, Loss]:
+    smooth = {linear.fqn: loss for linear in linears if (loss := smooth_loss(linear)) is not None}
+    return layout.refused([linear for linear in linears if linear.fqn not in smooth]) | smooth
+
+
+def _notes(layout: Layout, held: list[Linear], refused: Mapping[str, Loss]) -> list[Note]:
+    """One note for each reason."""
+    groups: dict[Loss, list[str]] = {}
+    for fqn, loss in refused.items():
+        groups.setdefault(loss, []).append(fqn)
+    for linear in held:
+        for loss in layout.lost(linear):
+            groups.setdefault(loss, []).append(linear.fqn)
+    return [Note(_named(names), reason, step) for (reason, step), names in groups.items()]
+
+
+def _other_notes(model: nn.Module, linears: set[str], layout: Layout) -> list[Note]:
+    """Packed weights that are no linears of one format: embeddings, experts, several formats, convolutions."""
+    groups: dict[str, list[str]] = {}
+    for fqn, module in model.named_modules():
+        if isinstance(module, PackedModule) and fqn not in linears:
+            plain = getattr(module, "w_format", None) is not None and Format.parse(module.w_format).is_plain  # type: ignore[arg-type]
+            if not plain:
+                groups.setdefault(_what(module), []).append(fqn)
+        for name in getattr(module, "qfx_packed", {}):
+            kind = "an embedding" if isinstance(module, nn.Embedding) else "a parameter that its module reads itself"
+            groups.setdefault(kind, []).append(f"{fqn}.{name}".lstrip("."))
+    step = "nothing, or a recipe that leaves it in float, so that what was measured is what is written"
+    return [
+        Note(_named(names), f"{layout.name} checkpoints do not hold {kind}: written in float", step)
+        for kind, names in groups.items()
+    ]
+
+
+def _what(module: PackedModule) -> str:
+    if isinstance(module, QuantEmbedding):
+        return "a quantized embedding"
+    kinds = {"QuantMixed": "a weight of several formats", "QuantConv": "a quantized convolution"}
+    return kinds.get(type(module).__name__, "a linear that shares the table of an embedding")
+
+
+def _named(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _nothing(layout: Layout, refused: Mapping[str, Loss], linears: list[Linear]) -> ValueError:
+    reasons = list(dict.fromkeys(refused.values()))[:_SHOWN]
+    return ValueError(
+        explain(
+            f"a {layout.name} checkpoint can hold none of the {len(linears)} quantized linears",
+            found="\n    ".join(f"{reason}; next step: {step}" for reason, step in reasons) or "no quantized linears",
+            next_step="quantize with a format that it holds, or qfx.save(model, folder)",
+        )
+    )
+
+
+def _config_fields(model: nn.Module, plain: nn.Module, untied: bool) -> dict[str, Any]:
+    config: Any = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    fields["architectures"] = [type(plain).__name__]
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    dtypes += [m.dtype for m in model.modules() if isinstance(m, PackedModule)]
+    fields["dtype"] = str(dtypes[0]).removeprefix("torch.")
+    if untied:
+        fields["tie_word_embeddings"] = False
+    return fields

@@ -1,0 +1,24 @@
+"""Settings of the methods that `Recipe.rounding` names."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from qfx.strict import Strict
+
+
+class GptqOptions(Strict):
+    """How `rounding="gptq"` goes about it.
+
+    act_order: input channels of great energy first (scales then stay those of the weights as they are), else in their
+    own order (the scales of a group are found when it is reached). dampening: share of the mean energy that is added to
+    each channel's; grows where it is not enough. asymmetric: make good what earlier layers lost, too (GPTAQ). clip:
+    scales that clip where the error, weighted by energy, is least.
+    """
+
+    act_order: Annotated[bool, Field(strict=True)] = True
+    dampening: Annotated[float, Field(ge=0, le=1)] = 0.01
+    asymmetric: Annotated[bool, Field(strict=True)] = False
+    clip: Annotated[bool, Field(strict=True)] = False

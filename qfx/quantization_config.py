@@ -1,0 +1,82 @@
+"""The `quantization_config` that config.json of a quantized transformers model carries, as a plain dictionary.
+
+    {"quant_method": "qfx", "version": 1, "qfx": "0.1.0", "recipe": {...}, "model": {...}}
+
+recipe: what was asked, as `Recipe.to_dict` writes it; None where it is not known. model: the record of `qfx.describe`,
+equal modules told once, and the digest of each tensor (`qfx.checkpoint`); it is there only in files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from qfx.describe import Record, grouped, spread
+from qfx.errors import explain, nearest
+from qfx.plan import versions
+from qfx.recipe import Recipe
+
+METHOD, VERSION = "qfx", 1
+_KEYS = ("quant_method", "version", "qfx", "recipe", "strict", "model")
+_MODEL = {"class", "dtype", "implementations", "modules", "parameters", "tied", "buffers", "tensors"}
+
+
+def wrap(recipe: Recipe | None, record: Record | None) -> dict[str, Any]:
+    """The dictionary for a model that was quantized by `recipe`; record None leaves `model` out."""
+    fields: dict[str, Any] = {
+        "quant_method": METHOD, "version": VERSION, "qfx": versions()["qfx"],
+        "recipe": None if recipe is None else recipe.to_dict(),
+    }  # fmt: skip
+    if record is not None:
+        named = {key: grouped(record[key]) for key in ("modules", "parameters")}
+        fields["model"] = {**record, **named}
+    return fields
+
+
+def unwrap(fields: Mapping[str, Any], where: str) -> tuple[Recipe | None, Record | None]:
+    """(recipe, record) of what `wrap` gave. Raises ValueError for another version, unknown keys and altered fields."""
+    if fields.get("quant_method") != METHOD:
+        raise ValueError(f"{where} is no quantization_config of qfx, found {fields.get('quant_method')!r}")
+    wrote = fields.get("qfx", "unknown")
+    if fields.get("version", VERSION) != VERSION:
+        raise ValueError(
+            explain(
+                f"{where} comes from another version of qfx",
+                expected=f"version {VERSION}",
+                found=f"version {fields['version']}, written by qfx {wrote}",
+                next_step="install the version that wrote it, or quantize and save the model again",
+            )
+        )
+    for key in fields:
+        if key not in _KEYS:
+            raise ValueError(f"unknown key {key!r} in {where}, {nearest(str(key), _KEYS)}")
+    try:
+        recipe = None if fields.get("recipe") is None else Recipe.parse(fields["recipe"])
+    except ValueError as error:
+        own = versions()["qfx"]
+        if wrote in (own, "unknown"):
+            raise
+        hint = f"it was written by qfx {wrote}, this is qfx {own}: install that version"
+        raise ValueError(explain(f"the recipe in {where} cannot be read: {error}", next_step=hint)) from error
+    return recipe, _record(fields.get("model"), where)
+
+
+def recipe_of(model: nn.Module) -> Recipe | None:
+    """The recipe that a transformers model was quantized by, where it is known."""
+    found = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    recipe = getattr(found, "recipe", None)
+    return recipe if isinstance(recipe, Recipe) else None
+
+
+def _record(model: object, where: str) -> Record | None:
+    if model is None:
+        return None
+    try:
+        assert isinstance(model, Mapping) and set(model) == _MODEL
+        modules, parameters = spread(model["modules"], sqnr=True), spread(model["parameters"], sqnr=False)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        step = "copy config.json again, or quantize and save the model again"
+        raise ValueError(explain(f"'model' in {where} was altered", next_step=step)) from error
+    return {**model, "modules": modules, "parameters": parameters}

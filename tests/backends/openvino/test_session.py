@@ -1,0 +1,116 @@
+"""OpenVINO sessions: torch's memory at the boundary, threads as torch has them, refusals that say why."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from qfx.backends.openvino.session import Session, SessionError
+
+KINDS = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64, torch.bool: TensorProto.BOOL}
+KINDS |= {torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16, torch.uint8: TensorProto.UINT8}
+
+
+def file(path: Path, node: onnx.NodeProto, given: torch.dtype, made: torch.dtype, shape: list[int | str]) -> Path:
+    x, y = (helper.make_tensor_value_info(n, KINDS[d], shape) for n, d in (("x", given), ("y", made)))
+    graph = helper.make_graph([node], "test", [x], [y])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return path
+
+
+def relu(path: Path, shape: list[int | str]) -> Session:
+    return Session(
+        file(path / "relu.onnx", helper.make_node("Relu", ["x"], ["y"]), torch.float32, torch.float32, shape)
+    )
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [[3, 4], ["n", 4], ["n", "m"]])
+def test_results_stay_what_they_are_after_the_next_call(tmp_path: Path, shape: list[int | str]) -> None:
+    session = relu(tmp_path, shape)
+    xs = [torch.randn(3, 4) for _ in range(3)]
+    found = [session.run([x])[0] for x in xs]
+    for x, y in zip(xs, found, strict=True):
+        assert torch.allclose(y, x.relu(), atol=2e-2) and y.data_ptr() != x.data_ptr()
+    assert len({y.data_ptr() for y in found}) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool, torch.uint8, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_every_type_comes_back(tmp_path: Path, dtype: torch.dtype, dynamic: bool) -> None:
+    node = helper.make_node("Identity", ["x"], ["y"])
+    shape: list[int | str] = ["n", 5] if dynamic else [2, 5]
+    x = (torch.arange(10).reshape(2, 5) % 2).to(dtype)
+    y = Session(file(tmp_path / "same.onnx", node, dtype, dtype, shape)).run([x])[0]
+    assert y.dtype == dtype and torch.equal(y, x)
+
+
+def test_inputs_that_are_not_contiguous(tmp_path: Path) -> None:
+    x = torch.randn(4, 3).T
+    assert torch.allclose(relu(tmp_path, [3, 4]).run([x])[0], x.relu(), atol=2e-2)
+
+
+def test_nothing_in_nothing_out(tmp_path: Path) -> None:
+    assert relu(tmp_path, ["n", 4]).run([torch.zeros(0, 4)])[0].shape == (0, 4)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_threads_follow_torch_and_the_last_two_are_kept(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    session, x = relu(tmp_path, [3, 4]), torch.randn(3, 4)
+    seen = []
+    for count in (1, 2, 1, 3, 1):
+        torch.set_num_threads(count)
+        assert torch.allclose(session.run([x])[0], x.relu(), atol=2e-2)
+        seen.append(list(session._compiled))
+    assert seen == [[1], [1, 2], [1, 2], [2, 3], [3, 1]]
+    made = [c.get_property("INFERENCE_NUM_THREADS") for c in session._compiled.values()]
+    assert made == [min(count, len(os.sched_getaffinity(0))) for count in (3, 1)], "no more than there are processors"
+
+
+def test_calls_from_several_threads(tmp_path: Path) -> None:
+    session = relu(tmp_path, ["n", 8])
+    wrong: list[Tensor] = []
+
+    def work(seed: int) -> None:
+        x = torch.randn(seed + 1, 8, generator=torch.Generator().manual_seed(seed))
+        for _ in range(50):
+            y = session.run([x])[0]
+            if not torch.allclose(y, x.relu(), atol=2e-2):
+                wrong.append(y)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_a_file_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(SessionError) as caught:
+        Session(path)
+    assert caught.value.reason.startswith("OpenVINO refuses it: ")
+
+
+def test_an_operator_that_it_does_not_have(tmp_path: Path) -> None:
+    node = helper.make_node("NoSuchOperator", ["x"], ["y"], domain="com.microsoft")
+    path = file(tmp_path / "other.onnx", node, torch.float32, torch.float32, [2])
+    with pytest.raises(SessionError, match="NoSuchOperator"):
+        Session(path)

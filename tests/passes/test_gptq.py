@@ -1,0 +1,259 @@
+"""GPTQ of one weight: against the formula as it is published, on every kind of format, and on bad statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qfx.format import Format
+from qfx.method_options import GptqOptions
+from qfx.numerics import choose_qparams, dequantize, fake_quantize, quantize
+from qfx.packing import Packed, pack_weight
+from qfx.passes import gptq
+from qfx.passes._hessian import Hessian
+from qfx.passes.gptq import round_by
+from qfx.recipe import Recipe
+from qfx.rounding import round_weight
+
+INTEGERS = ["i2/ch", "i3/g8", "i4/ch", "i5/g16", "i8/ch", "u2/g8", "u3/ch", "u4/g16", "u7/g8", "u8/ch"]
+OTHERS = ["nf4/g16", "f4e2m1/g16/e8m0", "f4e2m1/g16/e4m3", "f8e4m3/ch", "f8e5m2/g8", "i4", "i4/b4x8", "u4/g8/f16"]
+
+
+def data(count: int, channels: int, seed: int = 0, *, correlated: bool = True) -> Tensor:
+    """Rows of an input, whose channels go with each other and differ in energy."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, channels, generator=generator)
+    if not correlated:
+        return x
+    mixed = x @ torch.randn(channels, channels, generator=generator) / channels**0.5
+    found: Tensor = (0.4 * x + mixed) * torch.logspace(-1, 1, channels)[torch.randperm(channels, generator=generator)]
+    return found
+
+
+def weight(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seen(x: Tensor, wanted: Tensor | None = None) -> Hessian:
+    found = Hessian(x.shape[-1], cross=wanted is not None)
+    found.add(x, wanted)
+    return found
+
+
+def loss(w: Tensor, packed: Packed, x: Tensor) -> float:
+    return float(((w - packed.dequantize()) @ x.T).square().sum() / (w @ x.T).square().sum())
+
+
+def published(w: Tensor, x: Tensor, fmt: Format, *, act_order: bool, wanted: Tensor | None = None) -> Tensor:
+    """Codes [N, K] in f64 by the inverse Hessian: algorithm 1 of Frantar et al. 2022, and of Li et al. 2025."""
+    w, x = w.double().clone(), x.double()
+    h = x.T @ x
+    order = h.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(h))
+    h = h[order][:, order] + 0.01 * h.diagonal().mean() * torch.eye(len(h))
+    u = torch.linalg.cholesky(torch.linalg.inv(h)).mH.contiguous()  # lower, its transpose is upper
+    assert torch.allclose(u.T @ u, torch.linalg.inv(h))
+    p = torch.zeros_like(u)
+    if wanted is not None:
+        d = ((wanted.double() - x).T @ x)[order][:, order]
+        p = (d @ u.T).triu(1) @ u
+    scale, zero = choose_qparams(w.float(), fmt)
+    column = Format(fmt.type, "ch")
+    codes = torch.empty(w.shape, dtype=fmt.code_dtype)
+    width = fmt.group or w.shape[1]
+    w = w[:, order]
+    for j, at in enumerate(order.tolist()):
+        if not act_order and fmt.group and j % width == 0:
+            scale[:, j // width : j // width + 1], found = choose_qparams(w[:, j : j + width].float(), column)
+            if zero is not None and found is not None:
+                zero[:, j // width : j // width + 1] = found
+        s = scale[:, at // width, None]
+        z = None if zero is None else zero[:, at // width, None]
+        codes[:, at] = quantize(w[:, j, None].float(), column, s, z)[:, 0]
+        q = dequantize(codes[:, at, None], column, s, z)[:, 0].double()
+        error, reached = (w[:, j] - q) / u[j, j], w[:, j].clone()
+        w[:, j:] += -error.outer(u[j, j:]) + reached.outer(p[j, j:])
+    return codes
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("text", ["u4/g16", "i4/ch", "i3/g48", "u2/g64", "u3/g10"])
+def test_agrees_with_the_published_form(text: str, act_order: bool) -> None:
+    """More columns than are passed on at once; groups within, across and beyond them; a last one that is shorter."""
+    w, x, fmt = weight(12, 300), data(900, 300), Format.parse(text)
+    packed, _ = round_by(w, [seen(x)], fmt, GptqOptions(act_order=act_order), name="fc")
+    wanted = published(w, x, fmt, act_order=act_order)
+    same = (packed.codes() == wanted).double().mean()
+    assert same > 0.99, "all but values that lie between two codes in f32"
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_asymmetric_agrees_with_the_published_form(act_order: bool) -> None:
+    w, fmt = weight(12, 200), Format.parse("i4/ch")
+    x = data(900, 200)
+    wanted = x + 0.3 * data(900, 200, seed=3)
+    options = GptqOptions(act_order=act_order, asymmetric=True)
+    packed, _ = round_by(w, [seen(x, wanted)], fmt, options, name="fc")
+    assert (packed.codes() == published(w, x, fmt, act_order=act_order, wanted=wanted)).double().mean() > 0.99
+    plain, _ = round_by(w, [seen(x)], fmt, GptqOptions(act_order=act_order), name="fc")
+
+    def missed(p: Packed) -> float:
+        return float((p.dequantize() @ x.T - w @ wanted.T).square().sum())
+
+    assert missed(packed) < missed(plain)
+
+
+@pytest.mark.parametrize("text", INTEGERS + OTHERS)
+def test_without_correlation_it_is_rounding_to_nearest(text: str) -> None:
+    """No channel can make good another's error; columns are 20, which no group divides."""
+    w, fmt = weight(6, 20), Format.parse(text)
+    for act_order in (True, False):
+        packed, told = round_by(w, [seen(torch.eye(20))], fmt, GptqOptions(act_order=act_order), name="fc")
+        nearest = pack_weight(w, fmt)
+        assert torch.equal(packed.dequantize(), nearest.dequantize())
+        assert torch.equal(packed.scale.float(), nearest.scale.float())
+        assert (packed.zero is None and nearest.zero is None) or torch.equal(packed.zero, nearest.zero)  # type: ignore[arg-type]
+        assert told["error_after"] == pytest.approx(told["error_before"])
+        assert told["dead"] == 0
+        assert (told["clipped"] == 0) == (fmt.scale_type not in ("e8m0", "e4m3")), "those scales are rounded down"
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("text", INTEGERS + OTHERS)
+def test_the_error_is_less_than_nearest(text: str, act_order: bool) -> None:
+    w, x, fmt = weight(32, 72), data(600, 72), Format.parse(text)
+    packed, told = round_by(w, [seen(x)], fmt, GptqOptions(act_order=act_order), name="fc")
+    before, after = loss(w, pack_weight(w, fmt), x), loss(w, packed, x)
+    assert packed.shape == (32, 72) and packed.nbytes == fmt.nbytes((32, 72))
+    assert after < 0.9 * before
+    assert told["error_before"] == pytest.approx(before, rel=1e-3)
+    assert told["error_after"] == pytest.approx(after, rel=1e-3)
+    assert told["dampening"] == 0.01
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    text=st.sampled_from(["i2/g8", "u3/g16", "i4/ch", "u4/g8", "u8/g16"]),
+    rows=st.integers(1, 9),
+    channels=st.integers(1, 40),
+    tokens=st.integers(1, 60),
+    options=st.builds(GptqOptions, act_order=st.booleans(), clip=st.booleans(), asymmetric=st.booleans()),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(text: str, rows: int, channels: int, tokens: int, options: GptqOptions, seed: int) -> None:
+    """Codes in range and finite scales, also of few tokens; the result is that of `Packed`'s own arithmetic."""
+    w, x, fmt = weight(rows, channels, seed=seed), data(tokens, channels, seed), Format.parse(text)
+    found = seen(x, x + 0.1 if options.asymmetric else None)
+    packed, told = round_by(w, [found], fmt, options, name="fc")
+    assert packed.format == fmt and packed.shape == (rows, channels)
+    assert int(packed.codes().min()) >= fmt.qmin and int(packed.codes().max()) <= fmt.qmax
+    assert torch.isfinite(packed.dequantize()).all()
+    assert 0 <= told["clipped"] <= 1 and told["error_after"] >= 0
+
+
+def test_clip_lowers_the_error_of_few_bits() -> None:
+    w, x = weight(64, 128), data(1000, 128)
+    w[:, 3] *= 8  # a few weights that would take the whole range
+    for act_order in (True, False):
+        plain, clipped = (
+            round_by(w, [seen(x)], Format.parse("i3/ch"), GptqOptions(act_order=act_order, clip=clip), name="fc")
+            for clip in (False, True)
+        )
+        assert clipped[1]["clipped"] > plain[1]["clipped"]
+        assert loss(w, clipped[0], x) < loss(w, plain[0], x)
+
+
+def test_many_rows_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x, fmt = weight(50, 40), data(200, 40), Format.parse("u4/g16")
+    for options in (GptqOptions(), GptqOptions(act_order=False)):
+        whole, told = round_by(w, [seen(x)], fmt, options, name="fc")
+        monkeypatch.setattr(gptq, "_ELEMENTS", 7 * 40)
+        parts, again = round_by(w, [seen(x)], fmt, options, name="fc")
+        monkeypatch.undo()
+        assert (whole.codes() == parts.codes()).double().mean() > 0.99, "all but ties in f32"
+        assert torch.allclose(whole.scale, parts.scale, rtol=1e-5)
+        assert told["error_after"] == pytest.approx(again["error_after"], rel=0.05)
+
+
+def test_experts_have_a_hessian_each() -> None:
+    w, fmt = weight(3, 16, 24), Format.parse("u4/g8")
+    inputs = [data(200, 24, seed=i) for i in range(3)]
+    packed, told = round_by(w, [seen(x) for x in inputs], fmt, GptqOptions(), name="experts")
+    each = [round_by(w[i], [seen(inputs[i])], fmt, GptqOptions(), name="e") for i in range(3)]
+    assert torch.equal(packed.codes(), torch.stack([one.codes() for one, _ in each]))
+    assert told["error_after"] == pytest.approx(sum(t["error_after"] for _, t in each) / 3)
+    swapped, _ = round_by(w, [seen(x) for x in inputs[::-1]], fmt, GptqOptions(), name="experts")
+    assert not torch.equal(packed.codes(), swapped.codes())
+
+
+@pytest.mark.parametrize("text", ["i3/ch", "u4/g8", "f4e2m1/g16/e4m3", "i4"])
+def test_an_expert_without_tokens_is_clipped_or_nearest(text: str) -> None:
+    w, fmt = weight(2, 16, 24), Format.parse(text)
+    packed, told = round_by(w, [seen(data(200, 24)), Hessian(24)], fmt, GptqOptions(), name="experts")
+    alone = round_weight(w[1], fmt, "mse", name="e").dequantize() if fmt.by_row else fake_quantize(w, fmt)[1]
+    assert torch.equal(packed.dequantize()[1], alone)
+    assert told["error_after"] < told["error_before"]
+    nobody, nothing = round_by(w, [Hessian(24), Hessian(24)], fmt, GptqOptions(), name="experts")
+    assert nothing == {} and torch.isfinite(nobody.dequantize()).all()
+
+
+def test_dead_channels_are_rounded_to_nearest() -> None:
+    w, x, fmt = weight(8, 20), data(300, 20), Format.parse("i4/ch")
+    x[:, [2, 11]] = 0
+    packed, told = round_by(w, [seen(x)], fmt, GptqOptions(), name="fc")
+    assert told["dead"] == 0.1
+    assert torch.equal(packed.codes()[:, [2, 11]], pack_weight(w, fmt).codes()[:, [2, 11]])
+    assert loss(w, packed, x) < loss(w, pack_weight(w, fmt), x)
+
+
+@pytest.mark.parametrize("case", ["constant inputs", "equal inputs", "constant weights", "one token", "zero weights"])
+def test_degenerate_values(case: str) -> None:
+    w, x = weight(8, 20), data(300, 20)
+    if case == "constant inputs":
+        x[:, 4:9] = 3.0
+    elif case == "equal inputs":
+        x[:, 5] = x[:, 6]
+    elif case == "constant weights":
+        w[:, 7] = 2.0
+        w[3] = -1.0
+    elif case == "one token":
+        x = x[:1]
+    else:
+        w[:] = 0
+    packed, told = round_by(w, [seen(x)], Format.parse("i4/ch"), GptqOptions(), name="fc")
+    assert torch.isfinite(packed.dequantize()).all()
+    assert told["error_after"] <= told["error_before"]
+    if case == "zero weights":
+        assert not packed.dequantize().any()
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    w = weight(4, 8)
+    w[1, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"cannot quantize 'layers\.0\.fc'"):
+        round_by(w, [seen(data(30, 8))], Format.parse("i4/ch"), GptqOptions(), name="layers.0.fc")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dampening": -1}, r"GptqOptions\.dampening: .*greater than or equal to 0, found -1"),
+        ({"act_order": "yes"}, r"GptqOptions\.act_order: .*valid boolean, found 'yes'"),
+        ({"damping": 0.1}, "unknown key 'damping' in GptqOptions, did you mean 'dampening'"),
+    ],
+)
+def test_bad_options(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GptqOptions(**given)
+
+
+def test_options_travel_with_the_recipe() -> None:
+    recipe = Recipe.parse("w4a16-gptq").override(gptq={"asymmetric": True})
+    assert recipe.gptq == GptqOptions(asymmetric=True)
+    assert Recipe.parse(recipe.to_dict()) == recipe
+    assert gptq.method(recipe).needs_float
+    assert not gptq.method(Recipe.parse("w4a16-gptq")).needs_float

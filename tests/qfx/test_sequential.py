@@ -1,0 +1,359 @@
+"""Rounding block by block, from the recipe to the plan; interrupted and taken up again."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qfx
+from qfx import files, rounded, sequential
+from qfx.blocks import Block
+from qfx.errors import Note, QfxWarning
+from qfx.measure import sqnr_db
+from qfx.packing import pack_weight
+from qfx.resume import digest
+from qfx.sequential import TOLD, round_weights
+from tests.stack import Stack, annotated, batches
+from tests.zoo import ZOO
+
+ROOT = Path(__file__).resolve().parents[2]
+LINEARS: list[dict[str, Any]] = [{"target": "linear", "w": "u3/g8"}]
+
+
+@dataclass
+class Nearest:
+    """A method that rounds to nearest and notes what it is given."""
+
+    needs_float: bool = False
+    blocks: list[str] = field(default_factory=list)
+
+    def round(self, block: Block) -> list[Note]:
+        self.blocks.append(block.name)
+        for site in block.sites:
+            seen = list(block.inputs_of(site))
+            assert all((wanted is not None) == self.needs_float for _, wanted in seen)
+            for part in (part for linear in site.linears for part in linear.parts):
+                block.put(part, pack_weight(block.weight(part), part.format, name=part.name), {"seen": len(seen)})
+        return [Note(block.name, "was here", "nothing", minor=True)]
+
+
+def recipe(rules: list[dict[str, Any]] = LINEARS, **fields: Any) -> dict[str, Any]:
+    return {"rules": rules, "rounding": "gptq", **fields}
+
+
+def quietly(model: nn.Module, *arguments: Any, **fields: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QfxWarning)
+        return qfx.quantize(model, *arguments, **fields)
+
+
+@pytest.mark.parametrize("needs_float", [False, True])
+def test_every_block_in_order(needs_float: bool) -> None:
+    gm, plan, flat = annotated(Stack(), LINEARS, batches(), rounding="gptq")
+    method = Nearest(needs_float)
+    notes = round_weights(gm, plan, flat, method=method, progress=False)
+    assert method.blocks == ["embed", "layers.0", "layers.1", "head"]
+    assert [note.node for note in notes] == method.blocks
+    names = [f"layers.{i}.{leaf}" for i in (0, 1) for leaf in ("gate", "up", "down")] + ["head"]
+    assert list(plan.sensitivities[TOLD]) == names
+    assert {key.rpartition("/")[0] for key in plan.tensors} == set(names)
+    assert plan.sensitivities[TOLD]["head"] == {"seen": 3}
+
+
+def test_what_is_behind_the_last_weight_is_not_run() -> None:
+    rules = [{"target": "layers.0.*", "w": "i4/ch"}]
+    gm, plan, flat = annotated(Stack(), rules, batches(), rounding="gptq")
+    method = Nearest()
+    round_weights(gm, plan, flat, method=method, progress=False)
+    assert method.blocks == ["embed", "layers.0"]
+
+
+def test_gptq_is_nearer_than_nearest() -> None:
+    data, model = batches(12), Stack()
+    with torch.no_grad():
+        wanted = torch.cat([model(ids) for ids in data])
+        found = {}
+        for rounding in ("rtn", "gptq"):
+            made = qfx.quantize(Stack(), recipe(rounding=rounding), data)
+            found[rounding] = sqnr_db(wanted, torch.cat([made(ids) for ids in data]))
+    assert found["gptq"] > found["rtn"] + 1.0, found
+
+
+@pytest.mark.filterwarnings("ignore::qfx.errors.QfxWarning")  # three bits run in float
+def test_the_plan_tells_and_both_doors_agree() -> None:
+    data = batches(12)
+    plan = qfx.plan(Stack(), recipe(), data)
+    told = plan.sensitivities[TOLD]["layers.1.down"]
+    assert set(told) == {"error_before", "error_after", "seconds", "dampening", "dead", "clipped"}
+    assert told["error_after"] < told["error_before"]
+    live = qfx.quantize(Stack(), plan)
+    options: dict[str, Any] = {"plan": plan}
+    compiled = torch.compile(Stack().eval(), backend="qfx", options=options)
+    with torch.no_grad():
+        assert torch.allclose(live.eval()(data[0]), compiled(data[0]), atol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_a_plan_can_be_kept(tmp_path: Path) -> None:
+    plan = qfx.plan(Stack(), recipe(), batches(12))
+    plan.save(tmp_path)
+    assert qfx.Plan.load(tmp_path) == plan
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "mixtral", "vit", "t5", "whisper"])
+def test_the_zoo(name: str) -> None:
+    """Transposed weights, experts, patch convolutions, encoders and decoders: all their linears are rounded so."""
+    model, inputs = ZOO[name]()
+    rules = [{"target": kind, "w": "u4/g16"} for kind in ("linear", "experts", "conv")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QfxWarning)  # two sentences are few tokens
+        plan = qfx.plan(model, recipe(rules), [inputs])
+    planned = {fqn for fqn, roles in plan.annotations.items() if "w" in roles}
+    assert set(plan.sensitivities[TOLD]) == planned
+    told = [one for one in plan.sensitivities[TOLD].values() if one]
+    assert sum(one["error_after"] for one in told) < 0.7 * sum(one["error_before"] for one in told)
+    quietly(model, plan)
+
+
+def test_several_formats_of_one_weight() -> None:
+    rules = [
+        {"target": "*.up", "w": ["i8/ch", "i3/g8", "i3/g8", "i8/ch"]},
+        {"target": "*.down", "w": ["i4/g8", "i3/g8"], "along": "columns"},
+    ]
+    data = batches(12)
+    plan = qfx.plan(Stack(), recipe(rules), data)
+    told = plan.sensitivities[TOLD]
+    assert [name for name in told if "layers.0" in name] == [
+        *("layers.0.up.rows0", "layers.0.up.rows1"),
+        *("layers.0.down.columns0", "layers.0.down.columns1"),
+    ]
+    assert all(one["error_after"] < one["error_before"] for one in told.values())
+    assert "layers.0.up.rows1/codes" in plan.tensors
+    qfx.quantize(Stack(), plan)
+
+
+def test_static_inputs_and_smoothing() -> None:
+    rules = [{"target": "linear", "x": "u8", "w": "i4/ch"}]
+    data, model = batches(12), Stack()
+    plan = qfx.plan(model, recipe(rules, rewrites=("smooth",)), data)
+    assert all(f"layers.0.{leaf}/x_scale" in plan.tensors for leaf in ("gate", "up", "down"))
+    with torch.no_grad():
+        wanted = model(data[0])
+        assert sqnr_db(wanted, qfx.quantize(model, plan)(data[0])) > 15
+
+
+def test_a_tied_weight_is_rounded_once_and_told() -> None:
+    rules = [*LINEARS, {"target": "tied", "w": "u4/g8"}]
+    with pytest.warns(QfxWarning, match="'head' reads the same weight, which is rounded once"):
+        plan = qfx.plan(Stack(tied=True), recipe(rules), batches(12))
+    assert plan.tensors["embed/codes"] is plan.tensors["head/codes"]
+    model = quietly(Stack(tied=True), plan)
+    assert model.get_buffer("embed.w_codes") is model.get_buffer("head.w_codes")
+    with pytest.warns(QfxWarning, match="rounded once"):
+        qfx.plan(Stack(tied=True), recipe(rules), batches(12), strict=True)  # minor
+
+
+def test_few_tokens_are_told() -> None:
+    with pytest.warns(QfxWarning, match=r"layers.0.gate and \d+ more: GPTQ saw fewer tokens than input channels"):
+        qfx.plan(Stack(), recipe(), batches(1, 1, 8))
+
+
+def test_groups_wider_than_the_weight_are_told() -> None:
+    with pytest.warns(QfxWarning, match="groups of 128 are wider than its 24 input channels, and padded"):
+        qfx.plan(Stack(), recipe([{"target": "*.gate", "w": "u4/g128"}]), batches(12))
+
+
+def test_experts_without_tokens_are_told() -> None:
+    model, inputs = ZOO["mixtral"]()
+    inputs["input_ids"] = inputs["input_ids"][:1, :2]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        qfx.plan(model, recipe([{"target": "experts", "w": "u4/g16"}]), [inputs])
+    words = r"no token of the data reached \d of \d experts \([\d, ]+\): rounded by 'mse'"
+    assert any(re.search(words, str(warning.message)) for warning in caught)
+
+
+def test_nan_is_named_with_its_source() -> None:
+    model: Any = Stack()
+    with torch.no_grad():
+        model.layers[1].norm.bias[5] = torch.inf
+    message = (
+        r"the input of 'layers\.1\.gate' is NaN, or too large, in batch 1\n.*\n"
+        r"  found: 1 of 24 channels, the first is 5; "
+        r"NaN or infinity first comes up in %layer_norm_1 \(layers\.1\.norm\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        qfx.plan(model, recipe(), batches())
+
+
+def test_data_is_needed() -> None:
+    with pytest.raises(ValueError, match="recipe 'w4a16-gptq' needs calibration data"):
+        qfx.quantize(Stack(), "w4a16-gptq")
+
+
+def test_a_graph_is_needed() -> None:
+    class Branches(Stack):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) * (2 if float(ids.float().mean()) > 0 else 1)
+
+    with pytest.raises(qfx.UnsupportedError, match="recipe 'w4a16-gptq' needs the graph of the model"):
+        qfx.quantize(Branches(), "w4a16-gptq", batches())
+
+
+def test_resume_is_for_rounding_that_takes_long(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"recipe 'w8a8' has nothing to resume.*\n.*rounding 'gptq'"):
+        qfx.quantize(Stack(), "w8a8", resume=tmp_path)
+
+
+class TestResume:
+    """An interrupted run goes on behind the last finished block."""
+
+    def plan(self, folder: Path | None, data: list[Tensor] | None = None, seed: int = 0, **fields: Any) -> qfx.Plan:
+        return qfx.plan(Stack(3, seed=seed), recipe(**fields), data or batches(12), resume=folder)
+
+    def same(self, one: qfx.Plan, other: qfx.Plan) -> bool:
+        """Equal but for the seconds."""
+        for plan in (one, other):
+            for told in plan.sensitivities[TOLD].values():
+                told.pop("seconds", None)
+        return one == other
+
+    def test_finished_blocks_are_not_rounded_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = self.plan(None)
+        first = self.plan(tmp_path)
+        kept = sorted(path.name for path in tmp_path.iterdir())
+        assert kept == [*(f"block-{i:05d}.safetensors" for i in range(5)), "progress.json"]
+        for name in kept[2:4]:
+            (tmp_path / name).unlink()
+        rounds: list[str] = []
+        original = sequential._method
+
+        def counted(found: qfx.Recipe) -> Any:
+            method = original(found)
+
+            class Counted:
+                needs_float = method.needs_float
+
+                def round(self, block: Block) -> list[Note]:
+                    rounds.append(block.name)
+                    return method.round(block)
+
+            return Counted()
+
+        monkeypatch.setattr(sequential, "_method", counted)
+        again = self.plan(tmp_path)
+        assert rounds == ["layers.1", "layers.2"]
+        assert self.same(first, whole) and self.same(again, whole)
+
+    def test_asymmetric_goes_on_too(self, tmp_path: Path) -> None:
+        fields: dict[str, Any] = {"gptq": {"asymmetric": True}}
+        whole = self.plan(tmp_path, **fields)
+        (tmp_path / "block-00003.safetensors").unlink()
+        assert self.same(self.plan(tmp_path, **fields), whole)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"data": batches(5)}, "the data"),
+            ({"seed": 3}, "the model"),
+            ({"gptq": {"dampening": 0.1}}, "the recipe"),
+        ],
+    )
+    def test_other_work_is_refused(self, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+        self.plan(tmp_path)
+        with pytest.raises(ValueError, match=rf"holds the progress of other work\n.*\n.*: {words}\n.*another folder"):
+            self.plan(tmp_path, **change)
+
+    def test_folders_of_others_are_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "thesis.txt").write_text("mine")
+        with pytest.raises(ValueError, match=r"holds other files and no progress\.json"):
+            self.plan(tmp_path)
+        (tmp_path / "thesis.txt").rename(tmp_path / "progress.json")
+        with pytest.raises(ValueError, match=r"progress\.json is truncated or no JSON"):
+            self.plan(tmp_path)
+        (tmp_path / "progress.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"progress\.json is not of qfx"):
+            self.plan(tmp_path)
+
+    def test_a_cut_file_is_named(self, tmp_path: Path) -> None:
+        self.plan(tmp_path)
+        file = tmp_path / "block-00002.safetensors"
+        file.write_bytes(file.read_bytes()[:-7])
+        with pytest.raises(ValueError, match=r"block-00002\.safetensors is truncated"):
+            self.plan(tmp_path)
+        os.replace(tmp_path / "block-00001.safetensors", file)
+        with pytest.raises(
+            ValueError, match=r"block-00002\.safetensors is not the block 'layers.1'\n  found: 'layers.0'"
+        ):
+            self.plan(tmp_path)
+
+    def test_a_full_disk_keeps_what_is_done(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = files.dump_safetensors
+
+        def full(path: Path, tensors: Any, metadata: Any = None) -> None:
+            if len(list(tmp_path.glob("block-*"))) == 3:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            original(path, tensors, metadata)
+
+        monkeypatch.setattr(files, "dump_safetensors", full)
+        words = r"the disk is full: layers\.2 could not be kept, the blocks before it are\. Free some space and run"
+        with pytest.raises(OSError, match=words) as caught:
+            self.plan(tmp_path)
+        assert caught.value.errno == errno.ENOSPC
+        assert len(list(tmp_path.glob("block-*"))) == 3 and not list(tmp_path.glob(".*"))
+        monkeypatch.undo()
+        assert self.same(self.plan(tmp_path), self.plan(None))
+
+    @pytest.mark.slow
+    def test_killed_at_any_moment(self, tmp_path: Path) -> None:
+        """SIGKILL after each of the first blocks; the last run of the same command has the same plan to the bit."""
+        work = tmp_path / "work"
+        code = (
+            "import sys, pathlib, qfx, torch; from tests.stack import Stack, batches\n"
+            "recipe = {'rules': [{'target': 'linear', 'w': 'u3/g8'}], 'rounding': 'gptq'}\n"
+            "plan = qfx.plan(Stack(3), recipe, batches(12), resume=sys.argv[1])\n"
+            "plan.save(sys.argv[2])\n"
+        )
+        command = [sys.executable, "-c", code, str(work), str(tmp_path / "plan")]
+        for blocks in (1, 3):
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while process.poll() is None and len(list(work.glob("block-*"))) < blocks:
+                time.sleep(0.001)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL, "it was too quick to be killed"
+            assert not (tmp_path / "plan").exists()
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        found = qfx.Plan.load(tmp_path / "plan")
+        assert self.same(found, self.plan(None))
+
+
+def test_digest_of_data() -> None:
+    one = [(torch.arange(4), 3), (torch.ones(2),)]
+    assert digest(one) == digest([(torch.arange(4), 3), (torch.ones(2),)])
+    for other in ([(torch.arange(4), 4), one[1]], [one[0]], [(torch.arange(4).int(), 3), one[1]], [one[1], one[0]]):
+        assert digest(other) != digest(one)
+    assert re.fullmatch(r"[0-9a-f]{64}", digest([]))
+
+
+def test_rounded_parts_are_held_as_a_plan_holds_them() -> None:
+    gm, plan, flat = annotated(Stack(), LINEARS, batches(), rounding="gptq")
+    round_weights(gm, plan, flat, method=Nearest(), progress=False)
+    weight = gm.get_parameter("head.weight")
+    found = rounded.get(
+        plan.tensors, "head", pack_weight(weight, qfx.Format.parse("u3/g8")).format, tuple(weight.shape)
+    )
+    assert found is not None and json.dumps(plan.sensitivities)
