@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from qfx.annotation import ALL_ROLES, Formats, from_json
 from qfx.errors import QfxWarning, explain, nearest
-from qfx.hollow import is_hollow
 from qfx.files import dump_safetensors, read_safetensors, sha256_file, staged
+from qfx.hollow import is_hollow
 from qfx.recipe import Recipe
 from qfx.spill import rest
 from qfx.text import type_text
