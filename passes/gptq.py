@@ -15,7 +15,7 @@ P = triu((X_float - X) X^T R^-T, 1) R^-1.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,18 @@ class Gptq:
                 block.put(part, packed, {**told, "seconds": round(seconds, 3)})
         return notes
 
+    def round_table(self, part: Part, weight: Tensor, inputs: Iterable[Tensor]) -> tuple[Packed, dict[str, Any]]:
+        """Round a table that an embedding and a linear read, for both: an error in a row counts as it is, since the
+        embedding picks it, and by what the linear reads. So each channel gets the mean energy on top of its own."""
+        started = time.perf_counter()
+        seen = Hessian(weight.shape[-1], device=weight.device)
+        for batch, x in enumerate(inputs):
+            seen.add(x)
+            _check_table(part, seen, batch)
+        options = GptqOptions(act_order=False, dampening=1.0, clip=True)
+        packed, told = round_by(weight, [seen], part.format, options, name=part.name)
+        return packed, {**told, "seconds": round(time.perf_counter() - started, 3)} if told else {}
+
 
 def _statistics(block: Block, site: Site, *, cross: bool) -> list[Hessian]:
     """One Hessian; one for each expert where the site is of experts."""
@@ -103,6 +115,18 @@ def _check(block: Block, site: Site, seen: list[Hessian], batch: int) -> None:
                 expected="finite values whose squares f32 can hold",
                 found=f"{len(bad)} of {len(one.diagonal)} channels, the first is {int(bad[0])}"
                 + (f"; NaN or infinity first comes up in {source}" if source else ""),
+                next_step="look at that batch; a model in float16 may need bfloat16 or float32",
+            )
+        )
+
+
+def _check_table(part: Part, seen: Hessian, batch: int) -> None:
+    """Raises ValueError where what the linear of a table reads is not finite."""
+    if not bool(torch.isfinite(seen.diagonal).all()):
+        raise ValueError(
+            explain(
+                f"the input of {part.names[-1]!r} is NaN, or too large, in batch {batch + 1}",
+                expected="finite values whose squares f32 can hold",
                 next_step="look at that batch; a model in float16 may need bfloat16 or float32",
             )
         )

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import fx
+from torch import Tensor, fx
 
-from qfx import rounded
-from qfx.blocks import Block, Cut, Linear, cuts, find
+from qfx import graph, rounded
+from qfx.blocks import Block, Cut, Linear, Part, cuts, find
 from qfx.errors import Note
 from qfx.lanes import Lane, Program
+from qfx.packing import Packed
 from qfx.plan import Plan
 from qfx.recipe import Recipe
 from qfx.resume import Resume
@@ -30,7 +31,8 @@ TOLD = "rounding"  # in Plan.sensitivities: name -> what the method tells about 
 
 
 class Method(Protocol):
-    """How the weights of a block are rounded."""
+    """How the weights of a block are rounded. A method that has `round_table`, too, rounds tables that are tied to a
+    linear: it is given the part, its float weight, and the linear's inputs in the float model, batch by batch."""
 
     @property
     def needs_float(self) -> bool:
@@ -60,13 +62,14 @@ def round_weights(
     told = plan.sensitivities.setdefault(TOLD, {})
     tokens = sum(_rows(batch) for batch in batches)
     notes: list[Note] = []
+    tables = _Tables(program, batches, memory)
     with _bar(progress) as bar, torch.no_grad():
         task = bar.add_task("rounding", total=sum(_cost(linear, tokens) for _, linears in work for linear in linears))
         for number, (cut, linears) in enumerate(work):
             bar.update(task, description=f"rounding {cut.name}")
             block = Block(cut, linears, lane, wanted, plan.tensors, told)
             block.on_put = lambda part: bar.advance(task, _cost(part.linear, tokens) / len(part.linear.parts))
-            notes += _round(block, chosen, plan.recipe, store, number)
+            notes += _round(block, chosen, plan.recipe, store, number, tables)
             if number + 1 < len(work):
                 block.leave()
     return notes
@@ -88,12 +91,18 @@ def _work(program: Program) -> list[tuple[Cut, list[Linear]]]:
     return work
 
 
-def _round(block: Block, method: Method, recipe: Recipe, store: Resume | None, number: int) -> list[Note]:
+def _round(
+    block: Block, method: Method, recipe: Recipe, store: Resume | None, number: int, tables: _Tables
+) -> list[Note]:
     """Round one block, or take it from the folder."""
     if store is not None and (notes := store.load(number, block)) is not None:
         return notes
     for part in (part for linear in block.linears if linear.table for part in linear.parts):
-        block.put(part, rounded.pack({}, block.weight(part), part.format, recipe.rounding, name=part.name))
+        weight, reader = block.weight(part), tables.reader(part.linear)
+        if reader is not None and isinstance(method, RoundsTables):
+            block.put(part, *method.round_table(part, weight, tables.inputs(reader)))
+        else:
+            block.put(part, rounded.pack({}, weight, part.format, recipe.rounding, name=part.name))
     notes = [*_tied(block), *method.round(block)]
     missing = [part.name for linear in block.linears for part in linear.parts if not block.has(part)]
     assert not missing, f"{type(method).__name__} left {missing}"
@@ -102,13 +111,41 @@ def _round(block: Block, method: Method, recipe: Recipe, store: Resume | None, n
     return notes
 
 
+@runtime_checkable
+class RoundsTables(Protocol):
+    """A method that rounds tables by what the linear reads that they are tied to."""
+
+    def round_table(self, part: Part, weight: Tensor, inputs: Iterable[Tensor]) -> tuple[Packed, dict[str, Any]]:
+        """The table [V, K] rounded, and what is told about it. inputs: [.., K] of the float model."""
+
+
+class _Tables:
+    """Tables that a linear reads, too, later: its inputs are those of the float model, which is run once for them."""
+
+    def __init__(self, program: Program, batches: Sequence[Sequence[Any]], memory: int | None) -> None:
+        self.program, self.batches, self.memory = program, batches, memory
+
+    def reader(self, linear: Linear) -> fx.Node | None:
+        """The first linear that reads a table."""
+        return next((node for node in linear.readers if graph.schema_name(node) == "aten::linear"), None)
+
+    def inputs(self, reader: fx.Node) -> Iterator[Tensor]:
+        """What a linear reads, batch by batch."""
+        x = reader.args[0]
+        assert isinstance(x, fx.Node)
+        lane = Lane(self.program, self.batches, rounded=False, memory=self.memory)
+        lane.advance(self.program.position[reader])
+        for batch in range(len(self.batches)):
+            yield lane.value(batch, x)
+
+
 def _tied(block: Block) -> list[Note]:
     """One note for each weight that is read in several places: it is rounded once, by what the first one sees."""
     notes = []
     for linear in block.linears:
         others = {id(node.args[0]): node for node in linear.readers if node.args[0] is not linear.node.args[0]}
         if others and len(linear.parts[0].names) > 1:
-            how = "to nearest, since an embedding reads it first" if linear.table else "by what that one sees"
+            how = "as an embedding and as a linear" if linear.table else "by what the first one sees"
             reason = f"{linear.parts[0].names[-1]!r} reads the same weight, which is rounded once, {how}"
             notes.append(Note(linear.fqn, reason, "untie them (rewrite 'untie') to round each by itself", minor=True))
     return notes

@@ -158,9 +158,12 @@ def test_static_inputs_and_smoothing() -> None:
 
 def test_a_tied_weight_is_rounded_once_and_told() -> None:
     rules = [*LINEARS, {"target": "tied", "w": "u4/g8"}]
-    with pytest.warns(QfxWarning, match="'head' reads the same weight, which is rounded once"):
+    with pytest.warns(
+        QfxWarning, match="'head' reads the same weight, which is rounded once, as an embedding and as a linear"
+    ):
         plan = qfx.plan(Stack(tied=True), recipe(rules), batches(12))
     assert plan.tensors["embed/codes"] is plan.tensors["head/codes"]
+    assert plan.sensitivities[TOLD]["embed"]["error_after"] < plan.sensitivities[TOLD]["embed"]["error_before"]
     model = quietly(Stack(tied=True), plan)
     assert model.get_buffer("embed.w_codes") is model.get_buffer("head.w_codes")
     with pytest.warns(QfxWarning, match="rounded once"):
