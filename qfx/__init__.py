@@ -8,7 +8,7 @@ qfx.export_onnx(model, example, "model.onnx")                    # a file that r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # The modules plan, quantize, report and save hold functions of their own names: `qfx.plan` is the function.
 from qfx.attach import register_when_loaded as _register_when_loaded
@@ -33,6 +33,18 @@ from qfx.save import load, save
 
 if TYPE_CHECKING:
     from qfx.hf_config import QfxConfig as QfxConfig
+else:
+
+    def __getattr__(name: str) -> type:
+        """`qfx.QfxConfig` is a class of transformers, which is imported where the name is used."""
+        if name != "QfxConfig":
+            raise AttributeError(f"module 'qfx' has no attribute {name!r}")
+        import transformers.quantizers.auto  # noqa: F401  (its import registers qfx)
+
+        from qfx.hf_config import QfxConfig
+
+        return QfxConfig
+
 
 __version__ = "0.1.0"
 
@@ -59,17 +71,6 @@ __all__ = [
     "report",
     "save",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """`qfx.QfxConfig` is a class of transformers, which is imported where the name is used."""
-    if name != "QfxConfig":
-        raise AttributeError(f"module 'qfx' has no attribute {name!r}")
-    import transformers.quantizers.auto  # noqa: F401  (its import registers qfx)
-
-    from qfx.hf_config import QfxConfig
-
-    return QfxConfig
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -18,8 +19,10 @@ from typing import Any
 
 from torch import nn
 
+from qfx.errors import QfxWarning, explain
 from qfx.recipe import Recipe
 
+METHOD = "qfx"
 _TABLE = "transformers.quantizers.auto"
 
 
@@ -51,13 +54,19 @@ def attach(model: nn.Module, recipe: Recipe | None) -> nn.Module:
 
 
 def _register(table: Any) -> None:
-    from qfx.hf_config import QfxConfig
-    from qfx.hf_quantizer import QfxHfQuantizer
-    from qfx.quantization_config import METHOD
+    """Put qfx into transformers' table. A transformers that does not fit is a QfxWarning: it goes on without qfx."""
+    try:
+        from qfx.hf_config import QfxConfig
+        from qfx.hf_quantizer import QfxHfQuantizer
 
-    if METHOD not in table.AUTO_QUANTIZER_MAPPING:
-        table.register_quantization_config(METHOD)(QfxConfig)
-        table.register_quantizer(METHOD)(QfxHfQuantizer)
+        if METHOD not in table.AUTO_QUANTIZER_MAPPING:
+            table.register_quantization_config(METHOD)(QfxConfig)
+            table.register_quantizer(METHOD)(QfxHfQuantizer)
+    except Exception as error:  # noqa: BLE001  (importing transformers must not fail since qfx is there)
+        version = getattr(sys.modules.get("transformers"), "__version__", "?")
+        what = f"qfx cannot register with transformers {version}: {type(error).__name__}: {error}"
+        step = "install transformers>=5.17; qfx.save and qfx.load go on working"
+        warnings.warn(explain(what, next_step=step), QfxWarning, stacklevel=2)
 
 
 class _Finder(MetaPathFinder):

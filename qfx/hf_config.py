@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qfx.attach import METHOD
 from qfx.describe import Record
-from qfx.quantization_config import METHOD, unwrap, wrap
+from qfx.quantization_config import unwrap, wrap
 from qfx.recipe import Recipe
 
 

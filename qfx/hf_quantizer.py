@@ -11,12 +11,12 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from qfx import checkpoint
+from qfx.attach import METHOD
 from qfx.describe import describe, state
 from qfx.errors import explain
 from qfx.hf_config import QfxConfig
 from qfx.hf_saved import Placed
 from qfx.modules import quantized_parts
-from qfx.quantization_config import METHOD
 from qfx.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError(explain("quantized weights cannot be offloaded to the disk", next_step=step))
         config = self.quantization_config
         if self.pre_quantized and config.model is None:
-            what = "config.json says that qfx quantized the model, but not how: 'model' is missing in quantization_config"
+            what = "config.json says that qfx quantized the model, but not how: quantization_config has no 'model'"
             step = "save the model with save_pretrained or qfx.save; for float weights remove quantization_config"
             raise ValueError(explain(what, next_step=step))
         if not self.pre_quantized and config.recipe is not None and config.recipe.needs_data:
@@ -115,7 +115,7 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError(
                 explain(
                     "the model is marked as quantized by qfx, but holds nothing that qfx quantized",
-                    next_step="remove model.hf_quantizer and model.config.quantization_config to save it as a float model",
+                    next_step="to save it as a float model, remove model.hf_quantizer and config.quantization_config",
                 )
             )
         prefix = str(getattr(model, "base_model_prefix", ""))

@@ -49,7 +49,9 @@ class Streaming:
         self.whole = self._prepare(model, files)
         if self.whole:
             step = "nothing, if the float model fits in memory; else a recipe without rewrites, such as 'w4a16'"
-            warn(str(Note(type(model).__name__, f"quantized once all is loaded in float, since {self.whole}", step)), "")
+            warn(
+                str(Note(type(model).__name__, f"quantized once all is loaded in float, since {self.whole}", step)), ""
+            )
 
     def takes(self, name: str) -> bool:
         """Whether the weight of this name is packed when it is read."""
@@ -172,11 +174,13 @@ def _stored(files: Sequence[str]) -> set[str]:
     for file in files:
         if Path(file).suffix == ".safetensors":
             try:
-                with safe_open(file, framework="pt") as handle:  # type: ignore[no-untyped-call]
+                with safe_open(file, framework="pt") as handle:
                     names.update(handle.keys())
             except Exception as error:
                 step = "download or copy the file again"
-                raise ValueError(explain(f"{file} is truncated or no safetensors file: {error}", next_step=step)) from error
+                raise ValueError(
+                    explain(f"{file} is truncated or no safetensors file: {error}", next_step=step)
+                ) from error
         else:
             names.update(load_state_dict(file, map_location="meta"))
     return names

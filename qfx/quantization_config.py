@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import nn
 
+from qfx.attach import METHOD
 from qfx.describe import Record, grouped, spread
 from qfx.errors import explain, nearest
 from qfx.plan import versions
 from qfx.recipe import Recipe
 
-METHOD, VERSION = "qfx", 1
+VERSION = 1
 _KEYS = ("quant_method", "version", "qfx", "recipe", "strict", "model")
 _MODEL = {"class", "dtype", "implementations", "modules", "parameters", "tied", "buffers", "tensors"}
 

@@ -24,6 +24,7 @@ from qfx.modules import (
     without_fast_paths,
 )
 from qfx.packing import Packed
+from qfx.permuted import QuantPermuted
 from qfx.segments import Segment, stem_of
 
 _PACKED = ("w_codes", "w_scale", "w_zero")
@@ -98,7 +99,7 @@ def _check_fit(model: nn.Module, saved: Saved) -> None:
 def _module(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     if record["kind"] == "QuantMixed":
         return _mixed(fqn, record, tensors)
-    leaves = (*_PACKED, "bias", "x_scale", "x_zero", "smooth")
+    leaves = (*_PACKED, "bias", "x_scale", "x_zero", "smooth", "columns")
     found = {leaf: tensors.get(f"{fqn}.{leaf}".lstrip(".")) for leaf in leaves}
     packed = _packed(fqn, record["w"], record["shape"], found)
     dtype = getattr(torch, record["dtype"])
@@ -108,9 +109,13 @@ def _module(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     else:
         formats: dict[str, Any] = {leaf: found[leaf] for leaf in ("x_scale", "x_zero", "smooth")}
         formats |= {"x_format": record["x"], "dtype": dtype}
-        is_conv = record["kind"] == "QuantConv"
-        bias = found["bias"]
-        made = QuantConv(packed, _Conv(record, bias), **formats) if is_conv else QuantLinear(packed, bias, **formats)
+        bias, columns = found["bias"], found["columns"]
+        if record["kind"] == "QuantConv":
+            made = QuantConv(packed, _Conv(record, bias), **formats)
+        elif columns is not None:
+            made = QuantPermuted(packed, bias, columns, **formats)
+        else:
+            made = QuantLinear(packed, bias, **formats)
     made.sqnr_db = record["sqnr_db"]
     return made
 

@@ -86,6 +86,25 @@ def mapped(folder: Path, scratch: Spill) -> dict[str, Tensor]:
     return found
 
 
+def float_bytes(folder: Path) -> int | None:
+    """Bytes that the weights of a folder take in float32; None where they are no safetensors files."""
+    try:
+        entries = [entry for path in _files(folder) for entry in header(path).values()]
+    except FileNotFoundError:
+        return None
+    return sum(4 * torch.Size(entry.shape).numel() for entry in entries)
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that the system can still give; None where it does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = (line.split() for line in lines if line.startswith("MemAvailable:"))
+    return next((int(words[1]) * 1024 for words in found), None)
+
+
 def header(path: Path) -> dict[str, Entry]:
     """What a safetensors file holds. Raises ValueError where it is truncated, altered or no safetensors file."""
     size = path.stat().st_size

@@ -38,6 +38,13 @@ def test_all_is_what_stands_here() -> None:
     assert all(hasattr(qfx, name) for name in qfx.__all__)
 
 
+def test_the_config_for_transformers_is_there_where_it_is_asked_for() -> None:
+    from qfx import QfxConfig
+
+    assert "QfxConfig" in dir(qfx) and QfxConfig is qfx.QfxConfig
+    assert QfxConfig(recipe="w4a16").recipe == qfx.Recipe.parse("w4a16")
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="quantise"):
         qfx.quantise  # type: ignore[attr-defined]  # noqa: B018

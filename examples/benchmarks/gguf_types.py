@@ -28,10 +28,10 @@ from torch import Tensor, nn
 import qfx
 from qfx import measure
 from qfx.errors import QfxWarning
+from qfx.files import write_text
 from qfx.interop.gguf_arch import architecture_of
 from qfx.interop.gguf_energy import input_energy
 from qfx.interop.gguf_types import MIXES
-from qfx.files import write_text
 
 TINY = Path(__file__).resolve().parents[2] / "tests" / "assets" / "tiny_lm"
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K")
@@ -56,7 +56,7 @@ def windows(folder: Path) -> Tensor:
     return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
 
 
-def widened(model: Any, width: int = 256, seed: int = 0) -> Any:
+def widened(model: Any, width: int = 768, seed: int = 0) -> Any:
     """A Llama with the same outputs whose residual stream has `width` channels.
 
     With R [hidden, width] of orthonormal rows the stream x becomes x R: tables and writers are multiplied by R, readers
@@ -148,7 +148,7 @@ class Bench:
 def main(
     types: Annotated[list[str] | None, typer.Option("--type", help="GGUF types; left out: twelve.")] = None,
     model: Annotated[Path, typer.Option(help="Folder of a Llama of transformers.")] = TINY,
-    wide: Annotated[bool, typer.Option("--wide", help="Turn the residual stream into 256 channels first.")] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="Turn the residual stream into 768 channels first.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here too.")] = None,
 ) -> None:
     """Print the table."""

@@ -55,6 +55,10 @@ def quantize(
     resume: Annotated[
         Path | None, typer.Option(help="Folder of finished blocks (GPTQ): the same command goes on where it stopped.")
     ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(help="Leave the weights on disk until they are used; left out: where memory is short."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Quantize MODEL by a recipe and save it."""
@@ -63,7 +67,7 @@ def quantize(
         from qfx.cli.models import TextOptions
 
         text = TextOptions(data, field, samples, batch_size, seq_len, seed)
-        command.run(console, model, out, recipe, text, strict=strict, device=device, resume=resume)
+        command.run(console, model, out, recipe, text, strict=strict, device=device, resume=resume, stream=stream)
 
 
 class Runtime(StrEnum):
@@ -104,6 +108,33 @@ def export(
         text = TextOptions(data, field, samples, batch_size, seq_len, seed)
         how = {"runtime": runtime.value, "prefill": prefill, "kv": kv}
         command.run(console, model, out, recipe, text, how, strict=strict)
+
+
+class Layout(StrEnum):
+    """Whose checkpoint is written."""
+
+    compressed_tensors = "compressed-tensors"
+    gptq = "gptq"
+    awq = "awq"
+    bnb = "bnb"
+    qfx = "qfx"
+
+
+@app.command()
+def convert(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="What qfx quantize wrote, or a checkpoint of one of the layouts.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.")],
+    to: Annotated[Layout, typer.Option(help="Whose checkpoint is written; qfx: what `qfx quantize` writes.")],
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where the layout cannot hold something.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a quantized model as a checkpoint of another library, codes as they are."""
+    with guarded(debug) as console:
+        from qfx.cli import convert as command
+
+        command.run(console, folder, out, to.value, strict=strict)
 
 
 @app.command()

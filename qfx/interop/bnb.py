@@ -4,8 +4,9 @@
     weight.absmax                        float32 [blocks], blocks of 64 elements of the flat weight
     weight.quant_map                     float32 [16], the values of the codes
     weight.quant_state.bitsandbytes__nf4 uint8, JSON: quant_type, blocksize, dtype, shape, nested_*
-    with double quantization (QLoRA, Dettmers et al. 2023, section 3): absmax uint8, weight.nested_absmax float32 [blocks
-    / 256], weight.nested_quant_map float32 [256]; absmax = nested_quant_map[code] * nested_absmax + nested_offset
+    with double quantization (QLoRA, Dettmers et al. 2023, section 3): absmax uint8, weight.nested_absmax float32
+    [blocks / 256], weight.nested_quant_map float32 [256];
+    absmax = nested_quant_map[code] * nested_absmax + nested_offset
 
 LLM.int8: weight int8 [N, K], SCB float32 [N]; w = code * SCB / 127.
 """
@@ -51,8 +52,8 @@ def export_bnb(
     """Write a quantized model of transformers as a bitsandbytes NF4 checkpoint, codes and scales as they are.
 
     double_quant: the scales are stored in 8 bits, which rounds them. What the layout cannot hold (formats other than
-    nf4, smoothing factors, embeddings, formats of inputs) is written in float, each a QfxWarning; an UnsupportedError if
-    strict. Raises ValueError for other models and where nothing can be held, OSError where the disk does not take it.
+    nf4, smoothing factors, embeddings, formats of inputs) is written in float, each a QfxWarning; an UnsupportedError
+    if strict. Raises ValueError for other models and where nothing can be held, OSError where the disk is full.
     """
     encode = functools.partial(_encode, double_quant=double_quant)
     config = functools.partial(_config, double_quant=double_quant)

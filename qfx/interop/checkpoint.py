@@ -51,7 +51,7 @@ class Checkpoint:
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.files[name], []).append(name)
-        found = {}
+        found: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
             with safe_open(file, framework="pt") as opened:
                 found |= {name: opened.get_tensor(name) for name in wanted}

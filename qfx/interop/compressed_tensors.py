@@ -51,7 +51,7 @@ def export_compressed_tensors(
 def kind_of(fmt: Format, x: str) -> str | None:
     """The compression format of a weight format with this input; None where there is none."""
     if fmt.is_integer:
-        if fmt.scale_type not in ("f32", "f16", "bf16") or fmt.granularity not in ("", "ch") and not fmt.group:
+        if fmt.scale_type not in ("f32", "f16", "bf16") or (fmt.granularity not in ("", "ch") and not fmt.group):
             return None
         return "int-quantized" if fmt.bits == 8 and _input_args(x) else "pack-quantized"
     if fmt.type == "f8e4m3" and fmt.scale_type in ("f32", "f16", "bf16"):

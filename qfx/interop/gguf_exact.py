@@ -19,6 +19,7 @@ from qfx.packing import Packed
 _BY_RANGE = ("Q4_0", "Q5_0", "Q8_0")
 _FORMATS = {"Q8_0": "i8/g32/f16", "Q4_0": "i4/g32/f16", "Q5_0": "i5/g32/f16", "MXFP4": "f4e2m1/g32/e8m0"}
 _PARTS = {"Q6_K": "i6/g16", "Q3_K": "i3/g16"}
+_AFFINE = {"Q4_1": "u4/g32/f16", "Q5_1": "u5/g32/f16"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +66,14 @@ def as_blocks(packed: Packed) -> Exact | str:
 
 def as_packed(data: Tensor, name: str, shape: tuple[int, int]) -> Packed | str:
     """The packed form with the values of blocks uint8 [N, row bytes] of type `name`, or the reason why none has them."""
-    if name not in _FORMATS and name not in _PARTS:
+    formats = {**_FORMATS, **_PARTS, **_AFFINE}
+    if name not in formats:
         return f"no format has the values of {name} blocks"
     kind = block_type(name)
     blocks = unpack(data.reshape(-1, kind.nbytes), kind)
-    fmt = Format.parse({**_FORMATS, **_PARTS}[name])
+    fmt = Format.parse(formats[name])
     rows = shape[0]
+    zero = None
     if name == "MXFP4":
         if bool((blocks.d == 255).any()):
             return "an exponent of 255 stands for no number"
@@ -80,7 +83,20 @@ def as_packed(data: Tensor, name: str, shape: tuple[int, int]) -> Packed | str:
         scale = (blocks.d.float()[:, None] * blocks.scales.float()).reshape(rows, -1)
     else:
         scale = blocks.d.reshape(rows, -1)
-    return Packed.from_codes(blocks.codes.reshape(shape), fmt, scale.contiguous())
+        if blocks.m is not None:
+            found = _zero_points(blocks)
+            if found is None:
+                return f"its {name} blocks have offsets that are no whole steps"
+            zero = found.reshape(rows, -1)
+    return Packed.from_codes(blocks.codes.reshape(shape), fmt, scale.contiguous(), zero)
+
+
+def _zero_points(blocks: Blocks) -> Tensor | None:
+    """z of blocks whose m is -z d for a code z, uint8 [B]; None where one has no such z."""
+    assert blocks.m is not None
+    d, m = blocks.d.float(), blocks.m.float()
+    zero = torch.where(d == 0, 0.0, -m / d).round().clamp(0, blocks.kind.high)
+    return zero.to(torch.uint8) if bool((-zero * d == m).all()) else None
 
 
 def _over_codes(values: Tensor, fmt: Format, shape: tuple[int, ...]) -> Tensor:

@@ -181,7 +181,7 @@ def _decode(
         raise misfit(f"{fqn}.qzeros", f"int32, [{count}, {n} * {bits} / 32]", qzeros)
     zero, scale = zero.t().contiguous(), scales.t().contiguous()
     g_idx = tensors.get("g_idx")
-    if g_idx is None or g_idx.numel() == 0 or bool((g_idx == torch.arange(k) // group).all()):
+    if g_idx is None or g_idx.numel() == 0 or g_idx.tolist() == [i // group for i in range(k)]:
         return Linear(fqn, from_unsigned(codes, zero, scale, bits, group), lost=lost)
     if g_idx.numel() != k or int(g_idx.min()) < 0 or int(g_idx.max()) >= count:
         raise misfit(f"{fqn}.g_idx", f"int32, [{k}], groups 0 to {count - 1}", g_idx)

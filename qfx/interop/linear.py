@@ -26,8 +26,8 @@ class Linear:
     """fqn: its name. packed: the weight [N, K]. x: format of the input, "" for float, with its static scales.
 
     smooth [K]: divides the input. columns [K]: the order in which the input's columns are stored; None is their own.
-    head: it gives the logits. transposed: the float class is Conv1D, which holds [K, N]. lost: what was in a file and is
-    not here.
+    head: it gives the logits. transposed: the float class is Conv1D, which holds [K, N]. lost: what was in a file and
+    is not here.
     """
 
     fqn: str
@@ -99,7 +99,7 @@ def of_module(fqn: str, module: nn.Module, *, head: bool = False, transposed: bo
         return None
     assert isinstance(module, QuantLinear)
     packed = Packed(module.w_codes, module.w_scale, module.w_zero, Format.parse(module.w_format), module.shape)
-    rest = {name: module._buffers.get(name) for name in ("x_scale", "x_zero", "smooth", "columns")}
+    rest: dict[str, Any] = {name: module._buffers.get(name) for name in ("x_scale", "x_zero", "smooth", "columns")}
     return Linear(fqn, packed, module.x_format, head=head, transposed=transposed, **rest)
 
 

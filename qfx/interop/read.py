@@ -223,7 +223,7 @@ def _owner(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
 
 
 def _aligned(files: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Name in the model -> name in the file. A checkpoint of the bare model has names without its prefix, or with one."""
+    """Name in the model -> name in the file. A file's names may lack the prefix of the bare model, or have it."""
     prefix = f"{getattr(modules[''], 'base_model_prefix', '') or 'model'}."
     if any(_owner(name, modules)[0] for name in files):
         return {name: name for name in files}

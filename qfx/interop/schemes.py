@@ -41,7 +41,10 @@ class Schemes:
         self.version = tuple(int(part) for part in parts[:2])
 
     def of(self, fqn: str, kind: str) -> dict[str, Any] | None:
-        """The group of a module of class `kind`: one that names it, else by expression, else by class; None if ignored."""
+        """The group of a module of class `kind`: one that names it, else by expression, else by class.
+
+        None where it is ignored or none fits.
+        """
         if any(_matches(target, fqn, kind, how) for target in self.ignore for how in _WAYS):
             return None
         for how in _WAYS:
@@ -68,7 +71,7 @@ def weight_format(args: Mapping[str, Any], scale: Tensor, name: str) -> Format:
         "tensor_group": f"g{args.get('group_size')}",
         "block": "b" + "x".join(str(size) for size in args.get("block_structure") or ()),
     }.get(str(strategy))  # fmt: skip
-    kind = {("float", 8): "f8e4m3", ("float", 4): "f4e2m1"}.get((str(args.get("type")), bits))
+    kind = {("float", 8): "f8e4m3", ("float", 4): "f4e2m1"}.get((str(args.get("type")), int(bits or 0)))
     if args.get("type") == "int":
         kind = f"{'i' if args.get('symmetric') else 'u'}{bits}"
     kinds = {"f4e2m1/g16": "e4m3", "f4e2m1/g32": "e8m0"}

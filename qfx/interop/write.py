@@ -168,7 +168,7 @@ def _write_shards(stage: Path, tensors: Iterator[tuple[str, Tensor]], shard_byte
     if len(shards) == 1:
         (stage / "0.safetensors").rename(stage / SINGLE)
         return
-    index = {}
+    index: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         (stage / f"{number}.safetensors").rename(stage / file)

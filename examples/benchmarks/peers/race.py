@@ -177,6 +177,11 @@ class Race:
         for process in self._processes:
             process.close()
 
+    @property
+    def results(self) -> list[Result]:
+        """What became of the entries so far, in their order."""
+        return [process.result for process in self._processes]
+
     def run(self, rounds: int) -> list[Result]:
         """Time each peer once a round; the results are in the order of the entries."""
         if rounds < 1:
