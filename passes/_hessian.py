@@ -9,6 +9,7 @@ from torch import Tensor
 from qfx.errors import explain
 
 _BLOCK = 512  # columns of one product: only those on and above the diagonal are computed
+_SWAPPED = 1 << 20  # elements that change places at once
 _GROWTH, _LEAST, _MOST = 10.0, 1e-6, 1e6  # of the dampening
 
 
@@ -65,20 +66,22 @@ def factor(matrix: Tensor, order: Tensor, dampening: float, name: str) -> tuple[
     """Upper triangular R [K, K] with R R^T = H + d * mean(diag H) * 1 in this order of the channels, and d.
 
     d is `dampening`, or as much more as lets the factorization succeed. Channels without energy get that of the mean.
+    Everything is done in the memory of R, whose transpose is contiguous.
     Raises ValueError, naming `name`, where no dampening is enough.
     """
     backwards = order.flip(0)
-    found = matrix[backwards][:, backwards]
-    diagonal = found.diagonal()
-    energy = diagonal.clone()
+    energy = matrix.diagonal()[backwards]
     alive = energy > 0
     mean = float(energy[alive].mean()) if bool(alive.any()) else 1.0
     energy[~alive] = mean
     while dampening <= _MOST:
-        diagonal.copy_(energy + dampening * mean)
-        lower, info = torch.linalg.cholesky_ex(found)
+        held = matrix[backwards.unsqueeze(1), backwards]
+        held.diagonal().copy_(energy + dampening * mean)
+        lower, info = held.mT, torch.empty((), dtype=torch.int32, device=held.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            return lower.flip(0, 1), dampening
+            _reverse(held.view(-1))
+            return held.mT, dampening
         dampening = max(dampening * _GROWTH, _LEAST)
     raise ValueError(
         explain(
@@ -87,3 +90,13 @@ def factor(matrix: Tensor, order: Tensor, dampening: float, name: str) -> tuple[
             next_step="look for inputs of very different magnitude, or leave the layer out (Recipe.ignore)",
         )
     )
+
+
+def _reverse(flat: Tensor) -> None:
+    """Turn the order of the elements round, in place."""
+    count = len(flat)
+    for start in range(0, count // 2, _SWAPPED):
+        stop = min(start + _SWAPPED, count // 2)
+        first = flat[start:stop].clone()
+        flat[start:stop] = flat[count - stop : count - start].flip(0)
+        flat[count - stop : count - start] = first.flip(0)

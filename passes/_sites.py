@@ -18,6 +18,7 @@ from qfx import graph
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.graph import is_call
 from qfx.passes import _match as m
+from qfx.spill import beside, rest
 
 aten = torch.ops.aten
 
@@ -294,12 +295,19 @@ def edit(module: nn.Module, fqn: str, change: Callable[[Tensor], Tensor]) -> Non
     old = graph.get_tensor(module, fqn)
     with torch.no_grad():
         new = change(old.detach().to(torch.float64)).to(old.dtype).contiguous()
-    put(module, fqn, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    put(module, fqn, new)
 
 
 def put(module: nn.Module, fqn: str, new: Tensor) -> None:
-    """Let every name of the tensor `fqn` hold `new`. The order of parameters stays."""
+    """Let every name of the tensor `fqn` hold `new`, a parameter where that is one. The order of parameters stays.
+
+    Where the old tensor lies in a file, the new one does, too (see `qfx.spill`).
+    """
     old = graph.get_tensor(module, fqn)
+    new = beside(new.detach(), old)
+    rest(old)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, old.requires_grad)
     for owner in module.modules():
         for store in (owner._parameters, owner._buffers):
             for leaf, held in store.items():
@@ -317,7 +325,8 @@ def scale(module: nn.Module, fqn: str, factor: Tensor, axis: int) -> None:
     with torch.no_grad():
         for rows in parts(old):
             new[rows] = (old[rows].to(torch.float64) * (wide[rows] if axis % old.dim() == 0 else wide)).to(old.dtype)
-    put(module, fqn, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+            rest(old[rows])
+    put(module, fqn, new)
 
 
 def parts(tensor: Tensor) -> list[slice]:

@@ -14,6 +14,7 @@ from torch import fx
 from qfx.data import check_batch, telling
 from qfx.errors import Note, QfxWarning, explain
 from qfx.passes.observe import Observers
+from qfx.spill import Resting
 
 
 def calibrate(
@@ -40,7 +41,7 @@ def calibrate(
             check_batch(batch, inputs, count)
             observers.batch = count
             with telling(count):
-                fx.Interpreter(gm).run(*batch)
+                Resting(gm).run(*batch)
             bar.advance(task)
     observers.batch = None
     if count == 0:

@@ -27,14 +27,15 @@ from qfx.errors import Note, explain
 from qfx.format import Format
 from qfx.method_options import GptqOptions
 from qfx.numerics import dequantize, quantize
-from qfx.packing import Packed, pack_weight
+from qfx.packing import Packed
+from qfx.parts import ELEMENTS, round_in_parts
 from qfx.passes._grid import Grid, scales
 from qfx.passes._hessian import Hessian, factor
 from qfx.recipe import Recipe
 from qfx.rounding import round_weight
 
 _COLUMNS = 128  # whose errors are passed on to the rest together
-_ELEMENTS = 1 << 24  # of the rows that are rounded together
+_ELEMENTS = 1 << 23  # of the rows that are rounded together
 _SAMPLED = 256  # rows by which errors are told
 
 
@@ -158,11 +159,11 @@ def round_by(
     by GPTQ), dampening (the greatest used), dead (share of channels without energy), clipped (share of weights beyond
     the range of their codes). Raises ValueError where the weight or the statistics are not finite.
     """
-    nearest = pack_weight(weight, fmt, name=name)
+    nearest = round_in_parts(weight, fmt, "rtn", name=name)
     if fmt.is_plain:
         return nearest, {}
+    before = nearest.dequantize()[..., _some(weight), :].clone()
     full = weight.detach().to(torch.float32)
-    before = nearest.dequantize()
     if full.dim() == 2:
         grid = _grid(full, fmt, (nearest.scale, nearest.zero), seen[0], options)
         codes, told = _solve(full, before, seen[0], grid, options, name)
@@ -182,7 +183,10 @@ def _grid(
     """The grid of a matrix, with searched scales where they are asked for and are the matrix's own."""
     scale, zero = nearest
     if options.clip and seen.rows and fmt.by_row:
-        scale, zero = scales(matrix, fmt, seen.diagonal)
+        parts = [scales(part, fmt, seen.diagonal) for part in matrix.split(max(1, ELEMENTS // matrix.shape[1]))]
+        scale = torch.cat([part[0] for part in parts])
+        zeros = [part[1] for part in parts if part[1] is not None]
+        zero = torch.cat(zeros) if zeros else None
     return Grid(fmt, scale, zero, (matrix.shape[0], matrix.shape[1]))
 
 
@@ -207,25 +211,34 @@ def _mean(told: list[dict[str, Any]]) -> dict[str, Any]:
 def _solve(
     matrix: Tensor, nearest: Tensor, seen: Hessian, grid: Grid, options: GptqOptions, name: str
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Codes [N, K] of one matrix f32 [N, K], and what is told about it; its scales are left in `grid`."""
+    """Codes [N, K] of one matrix f32 [N, K], and what is told about it; its scales are left in `grid`.
+
+    nearest: some rows of it (see `_some`) as rounding to nearest gives them.
+    """
     if seen.rows == 0:
         return _unseen(matrix, grid, name), {}
     work = _Work.of(seen, grid, options, name)
     codes = torch.empty((matrix.shape[1], matrix.shape[0]), dtype=grid.format.code_dtype, device=matrix.device)
     size = max(_ELEMENTS // matrix.shape[1], 1)
     beyond = sum(work.round(matrix, slice(at, at + size), codes) for at in range(0, len(matrix), size))
-    codes = codes.T.contiguous()
-    some = slice(None, None, -(-len(matrix) // _SAMPLED))
-    after = dequantize(codes, grid.format, grid.scale, grid.zero)
+    dampening = work.dampening
+    del work  # with the factor, which is as large as the statistics
+    codes, some = codes.T.contiguous(), _some(matrix)
+    after = dequantize(codes, grid.format, grid.scale, grid.zero)[some]
     signal = max(_energy(matrix[some], seen.matrix), 1e-30)
     told = {
-        "error_before": _energy((matrix - nearest)[some], seen.matrix) / signal,
-        "error_after": _energy((matrix - after)[some], seen.matrix) / signal,
-        "dampening": work.dampening,
+        "error_before": _energy(matrix[some] - nearest, seen.matrix) / signal,
+        "error_after": _energy(matrix[some] - after, seen.matrix) / signal,
+        "dampening": dampening,
         "dead": float((seen.diagonal <= 0).double().mean()),
         "clipped": beyond / max(matrix.numel(), 1),
     }
     return codes, told
+
+
+def _some(matrix: Tensor) -> slice:
+    """The rows of [.., N, K] by which errors are told."""
+    return slice(None, None, -(-matrix.shape[-2] // _SAMPLED))
 
 
 def _unseen(matrix: Tensor, grid: Grid, name: str) -> Tensor:

@@ -177,9 +177,10 @@ def _packed_nodes(
     key = (source.target, str(fmt), _chain(operand), axis, segment)
     if key not in done:
         value, name = weight_value(gm, operand), graph.fqn_of(node)
+        held = value
         if axis is not None and segment is not None:
             value, name = take(value, segment, axis), f"{name}.{stem}"
-        done[key] = (base_name(node) + stem, pack(value, fmt, name))
+        done[key] = (base_name(node) + stem, pack(value, fmt, name).beside(held))
     stem, packed = done[key]
     named = {"codes": packed.data, "scale": packed.scale, "zero": packed.zero}
     return [_held(gm, f"{stem}_{part}", tensor, node) for part, tensor in named.items()]

@@ -30,6 +30,7 @@ from qfx.passes import _match as m
 from qfx.passes import _sites as sites
 from qfx.passes._build import call
 from qfx.passes._sites import Norm, Record, Weight
+from qfx.spill import rest
 
 ALPHAS: tuple[float, ...] = tuple(step / 10 for step in range(11))
 _ROWS = 2048  # output channels that the search looks at
@@ -215,6 +216,7 @@ def weight_absmax(module: nn.Module, linears: Iterable[Weight]) -> Tensor:
     for linear in linears:
         weight = graph.get_tensor(module, linear.weight).detach()
         found.append(weight.abs().movedim(linear.inp, -1).flatten(0, -2).amax(0).to(torch.float32))
+        rest(weight)
     return torch.stack(found).amax(0)
 
 

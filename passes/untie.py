@@ -19,6 +19,7 @@ from qfx import graph
 from qfx.errors import Note
 from qfx.passes import _sites as sites
 from qfx.passes._sites import Record
+from qfx.spill import beside
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def find(gm: fx.GraphModule) -> tuple[list[Site], list[Note]]:
 def apply(module: nn.Module, site: Site, factor: Tensor | None = None) -> None:
     """Copy the table into a weight of the linear's own, in a graph or a live model; `factor` is not used."""
     old = graph.get_tensor(module, site.table)
-    copy = old.detach().clone()
+    copy = beside(old.detach().clone(), old)
     new = nn.Parameter(copy, old.requires_grad) if isinstance(old, nn.Parameter) else copy
     if not isinstance(module, fx.GraphModule):
         if graph.get_tensor(module, site.weight) is not old:

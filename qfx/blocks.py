@@ -30,6 +30,7 @@ from qfx.format import Format
 from qfx.lanes import Env, Lane, Program
 from qfx.packing import Packed
 from qfx.segments import Segment, along, pieces, segments, stem_of, take
+from qfx.spill import beside, rest
 
 _INDEXED = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
 _WEIGHT = {"aten::linear": 1, "qfx::grouped_linear": 1, "aten::embedding": 0}
@@ -303,15 +304,21 @@ class Block:
         return found
 
     def put(self, part: Part, packed: Packed, told: Mapping[str, Any] | None = None) -> None:
-        """Take a rounded part: it goes into the plan, and stands in the graph for what follows."""
+        """Take a rounded part: it goes into the plan, and stands in the graph for what follows.
+
+        Where the float weight lies in a file, both forms do, too (see `qfx.spill`).
+        """
+        weight = self.weight(part)
+        packed = packed.beside(weight)
         for name in part.names:
             rounded.put(self.tensors, name, packed)
         if told is not None:
             self.told[part.name] = dict(told)
         parts = part.linear.parts
         if all(self.has(p) for p in parts):
-            whole = part.linear.join([self._now(p) for p in parts])
+            whole = beside(part.linear.join([self._now(p) for p in parts]), weight)
             self.lane.weights.update(dict.fromkeys(part.linear.readers, whole))
+        rest(weight)
         self.on_put(part)
 
     def has(self, part: Part) -> bool:

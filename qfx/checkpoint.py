@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qfx.errors import explain
+from qfx.spill import rest
 
-ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ONE, INDEX, SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -29,12 +30,40 @@ _DTYPES = {
 }  # fmt: skip
 _SHOWN = 3
 _THREADS = 4
+_PART = 1 << 22  # bytes that are hashed at once
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Name -> 16 hex digits of the sha256 over dtype, shape and content of a tensor."""
     with ThreadPoolExecutor(_THREADS) as pool:  # hashing releases the interpreter lock
         return dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
+
+
+def shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:
+    """File -> names of the tensors in it, in their order: one file, or several of at most `limit` bytes each.
+
+    A tensor that is larger has a file of its own. Raises ValueError for a limit below 1.
+    """
+    if limit < 1:
+        raise ValueError(f"a file of weights has 1 byte or more, found a limit of {limit}")
+    parts: list[list[str]] = [[]]
+    held = 0
+    for name, tensor in tensors.items():
+        if parts[-1] and held + tensor.nbytes > limit:
+            parts.append([])
+            held = 0
+        parts[-1].append(name)
+        held += tensor.nbytes
+    if len(parts) == 1:
+        return {ONE: parts[0]}
+    return {f"model-{i:05d}-of-{len(parts):05d}{SUFFIX}": names for i, names in enumerate(parts, 1)}
+
+
+def index_text(tensors: Mapping[str, Tensor], files: Mapping[str, Sequence[str]]) -> str:
+    """The index of several files, as transformers writes it."""
+    places = {name: file for file, names in files.items() for name in names}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=1) + "\n"
 
 
 def files_of(folder: str | os.PathLike[str]) -> list[Path]:
@@ -128,7 +157,9 @@ def _opened(file: Path) -> Iterator[Any]:
 def _digest(tensor: Tensor) -> str:
     plain = tensor.detach().cpu().contiguous()
     hashed = hashlib.sha256(f"{plain.dtype} {list(plain.shape)} ".encode(), usedforsecurity=False)
-    hashed.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    for part in plain.reshape(-1).view(torch.uint8).split(_PART):
+        hashed.update(part.numpy().data)
+        rest(part)
     return hashed.hexdigest()[:16]
 
 

@@ -38,12 +38,12 @@ _HIGHEST = 200.0  # dB: what a node without any error is said to have, since JSO
 
 def decide(
     model: nn.Module, recipe: Recipe, calls: Sequence[Call], *, progress: bool = True,
-    resume: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None, memory: int | None = None,
 ) -> tuple[Plan, list[Note], list[Note]]:  # fmt: skip
     """(plan, notes about what cannot be had as asked, those of them that were warned about already).
 
     calls: what the model will see, checked; empty where the recipe needs none. The model is in eval mode. resume: a
-    folder for the progress of a rounding that needs data.
+    folder for the progress of a rounding that needs data. memory: bytes of activations that it holds.
     """
     captured, reason, step = _capture(model, calls)
     if captured is None:
@@ -62,7 +62,7 @@ def decide(
         notes += transform(gm, made, flat, undivided=undivided, progress=progress)
         said = _scales(gm, made, flat, progress=progress) if recipe.needs_data else []
         if recipe.rounding in DATA_ROUNDINGS:
-            notes += round_weights(gm, made, flat, progress=progress, resume=resume)
+            notes += round_weights(gm, made, flat, progress=progress, resume=resume, memory=memory)
         if recipe.bias_correction or recipe.low_rank:
             notes += correct(gm, made, flat, skip=_undivided(model, made))
         if calls:

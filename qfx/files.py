@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from qfx.spill import rest
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
+_PART = 1 << 22  # bytes that are written at once
+
+DTYPES = {
+    "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64, "C64": torch.complex64, "F32": torch.float32,
+    "I32": torch.int32, "U32": torch.uint32, "F16": torch.float16, "BF16": torch.bfloat16, "I16": torch.int16,
+    "U16": torch.uint16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+"""The names of safetensors for dtypes."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @contextmanager
@@ -107,18 +120,31 @@ def write_safetensors(
 def dump_safetensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file inside a `staged` block. Tensors that share memory are written once each.
+    """Write a safetensors file inside a `staged` block, tensor by tensor. Those that share memory are written each.
 
-    Raises OSError where the file cannot be written (safetensors itself hides the error number).
+    The memory of a tensor that lies in a file is let go of as it is written (see `qfx.spill`). Raises OSError where the
+    file cannot be written, ValueError for a dtype that safetensors does not know.
     """
-    try:
-        save_file(_separate(tensors), path, metadata=dict(metadata) if metadata else None)
-    except SafetensorError as error:
-        found = _RUST_ERRNO.search(str(error))
-        if found is None:
-            raise
-        number = int(found[1])
-        raise OSError(number, os.strerror(number), str(path)) from error
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so all of them are aligned
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"safetensors has no name for {tensor.dtype}, the dtype of {name!r}")
+        size = tensor.numel() * tensor.element_size()
+        shape = list(tensor.shape)
+        fields[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    header = json.dumps(fields, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb", buffering=0) as file:
+        _write(file, len(header).to_bytes(8, "little") + header)
+        for name in order:
+            plain = tensors[name].detach().cpu().contiguous()
+            for part in plain.reshape(-1).view(torch.uint8).split(_PART) if plain.numel() else ():
+                _write(file, part.numpy().data)
+                rest(part)
 
 
 def read_safetensors(path: str | os.PathLike[str], sha256: str | None = None) -> dict[str, torch.Tensor]:
@@ -150,18 +176,11 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous CPU tensors, none of which shares memory with another (safetensors refuses both)."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        storage = plain.untyped_storage().data_ptr()
-        if storage in seen:
-            plain = plain.clone()
-        seen.add(storage)
-        separate[name] = plain
-    return separate
+def _write(file: FileIO, data: bytes | memoryview) -> None:
+    """All of the data: an unbuffered file may take a part only, before it says that the disk is full."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
 def _make_folder(root: Path) -> Path | None:

@@ -48,8 +48,8 @@ def load(source: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
     are a QfxWarning. Raises ValueError where there is no such model, its class is unknown or needs code of its own.
     """
     folder = resolve(source)
-    kind = _model_class(folder)
-    with _without_bar():
+    kind, _ = class_of(folder)
+    with without_bar():
         model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         warnings.warn(
@@ -98,7 +98,7 @@ def bytes_on_disk(folder: Path) -> int:
 
 
 @contextmanager
-def _without_bar() -> Iterator[None]:
+def without_bar() -> Iterator[None]:
     """Without the progress bar of transformers, which prints even where it takes no time; as before afterwards."""
     from transformers.utils import logging
 
@@ -134,7 +134,11 @@ def _snapshot(name: str) -> Path:
         ) from error
 
 
-def _model_class(folder: Path) -> Any:
+def class_of(folder: Path) -> tuple[Any, Any]:
+    """The class of transformers that the config of a folder names, and the config.
+
+    Raises ValueError where the config cannot be read or names a class that transformers does not have.
+    """
     import transformers
 
     try:
@@ -143,11 +147,19 @@ def _model_class(folder: Path) -> Any:
         raise ValueError(f"the config of {folder} cannot be read: {str(error).splitlines()[0]}") from error
     names = list(config.architectures or ())
     if not names:
-        return transformers.AutoModel
+        return transformers.AutoModel, config
     kind = getattr(transformers, names[0], None)
     if kind is None:
         raise ValueError(
             f"transformers {transformers.__version__} has no class {names[0]!r}, which {folder / 'config.json'} names\n"
             "  next step: load the model with its own code and call qfx.quantize(model, ...)"
         )
-    return kind
+    return kind, config
+
+
+def set_generation(model: nn.Module, folder: Path) -> None:
+    """Give a model the generation config of a folder, where there is one."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -22,7 +22,7 @@ from qfx import annotation, graph
 from qfx.data import check_batch, telling
 from qfx.format import Format
 from qfx.numerics import fake_quantize
-from qfx.spill import Spill
+from qfx.spill import Spill, rest
 
 Env = dict[fx.Node, Any]
 _OPERAND = {"aten::linear": 1, "qfx::grouped_linear": 1, "aten::embedding": 0}  # where the weight stands
@@ -98,12 +98,14 @@ class Program:
         return x + (nearest - x.detach()) if x.requires_grad else nearest
 
     def _call(self, node: fx.Node, env: Env, replaced: Mapping[int, Any]) -> Any:
-        rest = [None if i in replaced else arg for i, arg in enumerate(node.args)]
-        args = list(fx.map_arg(rest, lambda n: self.look(n, env)))
+        others = [None if i in replaced else arg for i, arg in enumerate(node.args)]
+        args = list(fx.map_arg(others, lambda n: self.look(n, env)))
         for i, value in replaced.items():
             args[i] = value
         kwargs = fx.map_arg(node.kwargs, lambda n: self.look(n, env))
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        rest(*(arg for arg in args if isinstance(arg, Tensor)))
+        return value
 
     def run(
         self, env: Env, span: range, weights: Mapping[fx.Node, Tensor], *, rounded: bool, until: int | None = None

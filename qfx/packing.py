@@ -8,7 +8,7 @@ q + 2^(bits-1), so that any stored code is unsigned. Padding decodes to zero; bi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from qfx.errors import explain
 from qfx.format import Format
 from qfx.numerics import NF4_VALUES, choose_qparams, dequantize, quantize, require_finite
+from qfx.spill import beside
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -139,6 +140,11 @@ class Packed:
         """The tensors to save, by name: data, scale, and zero where there is one."""
         named = {"data": self.data, "scale": self.scale}
         return named if self.zero is None else {**named, "zero": self.zero}
+
+    def beside(self, weight: Tensor) -> Packed:
+        """The same, in a temporary file where the weight that it was made of lies in a file (see `qfx.spill`)."""
+        zero = None if self.zero is None else beside(self.zero, weight)
+        return replace(self, data=beside(self.data, weight), scale=beside(self.scale, weight), zero=zero)
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,7 @@ from qfx.format import Format
 from qfx.numerics import require_finite
 from qfx.packing import Packed
 from qfx.rounding import round_weight
+from qfx.spill import rest
 
 ELEMENTS = 1 << 18  # of one part
 
@@ -18,15 +19,19 @@ ELEMENTS = 1 << 18  # of one part
 def round_in_parts(weight: Tensor, fmt: Format, method: str, *, name: str, elements: int = ELEMENTS) -> Packed:
     """`round_weight` of a weight [.., N, K] in parts of whole rows of at most `elements` values (one row at least).
 
-    Formats whose scale serves more than one row are rounded at once. Raises ValueError as `round_weight` does.
+    Formats whose scale serves more than one row are rounded at once. A weight in a file goes to rest part by part.
+    Raises ValueError as `round_weight` does.
     """
     if weight.numel() <= elements or not fmt.by_row:
-        return round_weight(weight, fmt, method, name=name)
+        packed = round_weight(weight, fmt, method, name=name)
+        rest(weight)
+        return packed
     if weight.dim() > 2:
         parts = (round_in_parts(part, fmt, method, name=name, elements=elements) for part in weight)
         return _joined(parts, fmt, tuple(weight.shape))
     rows = max(1, elements // max(1, weight.shape[-1]))
-    return _joined((round_weight(w, fmt, method, name=name) for w in weight.split(rows)), fmt, tuple(weight.shape))
+    parts = (round_in_parts(w, fmt, method, name=name, elements=w.numel()) for w in weight.split(rows))
+    return _joined(parts, fmt, tuple(weight.shape))
 
 
 def check_finite(weight: Tensor, name: str) -> None:
@@ -34,8 +39,13 @@ def check_finite(weight: Tensor, name: str) -> None:
     for dim, stride in enumerate(weight.stride()):
         if not stride and weight.shape[dim] > 1:  # one value, spread (see `qfx.hollow`)
             weight = weight.narrow(dim, 0, 1)
-    if weight.numel() and not torch.isfinite(torch.stack(weight.detach().aminmax())).all():
-        require_finite(weight.detach(), name)
+    if not weight.numel() or not weight.dim():
+        return require_finite(weight.detach(), name)
+    for part in weight.detach().split(max(1, 4 * ELEMENTS * len(weight) // weight.numel())):
+        if not torch.isfinite(torch.stack(part.aminmax())).all():
+            require_finite(weight.detach(), name)
+        rest(part)
+    return None
 
 
 def _joined(parts: Iterable[Packed], fmt: Format, shape: tuple[int, ...]) -> Packed:

@@ -23,6 +23,7 @@ from qfx.errors import QfxWarning, explain, nearest
 from qfx.files import dump_safetensors, read_safetensors, sha256_file, staged
 from qfx.hollow import is_hollow
 from qfx.recipe import Recipe
+from qfx.spill import rest
 from qfx.text import type_text
 
 VERSION = 1
@@ -40,6 +41,7 @@ _FIELDS: dict[str, type] = {
     "notes": list,
 }
 _SHOWN = 5  # differences that a message lists
+_PART = 1 << 22  # bytes that are hashed at once
 
 
 @dataclass(eq=False)
@@ -211,8 +213,11 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensor_digest(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data.data, usedforsecurity=False).hexdigest()[:32]
+    digest = hashlib.sha256(usedforsecurity=False)
+    for part in tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).split(_PART):
+        digest.update(part.numpy().data)
+        rest(part)
+    return digest.hexdigest()[:32]
 
 
 def _digest(found: Mapping[str, str]) -> str:

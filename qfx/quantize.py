@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qfx import data as batches
+from qfx import streamed
 from qfx.attach import attach
 from qfx.data import Call
 from qfx.decide import decide
@@ -24,23 +25,28 @@ from qfx.plan import Plan
 from qfx.recipe import DATA_ROUNDINGS, Recipe
 from qfx.writeback import check_rounded, write_back
 
+ModelLike = nn.Module | str | os.PathLike[str]
 RecipeLike = Any  # a preset name, a Recipe, a mapping or a path: what Recipe.parse takes
 
 
 def plan(
-    model: nn.Module, recipe: RecipeLike = "w8a8", data: Iterable[Any] | None = None, *, strict: bool = False,
-    progress: bool = True, resume: str | os.PathLike[str] | None = None, **overrides: Any,
+    model: ModelLike, recipe: RecipeLike = "w8a8", data: Iterable[Any] | None = None, *, strict: bool = False,
+    progress: bool = True, resume: str | os.PathLike[str] | None = None, memory: int | None = None, **overrides: Any,
 ) -> Plan:  # fmt: skip
     """Decide formats, rewrites and scales for `model`; the model is not changed.
 
+    model: a module, or the folder of a transformers model, whose weights are then read as they are needed and never all
+    at once (see `qfx.streamed`).
     data: batches (tensors, tuples or dicts of keyword arguments); needed by recipes with static activations or rewrites
     that choose factors; where given, `Plan.sensitivities["sqnr_db"]` says the error of each node on the first batch.
-    resume: a folder for the finished blocks of a rounding that needs data (gptq, learned): after an interruption the same call
-    goes on behind the last one, with the same result. overrides: fields of the recipe to change. strict: what cannot be
-    had as asked is an UnsupportedError, no warning.
+    resume: a folder for the finished blocks of a rounding that needs data (gptq, learned): after an interruption the
+    same call goes on behind the last one, with the same result. memory: bytes of activations that such a rounding holds
+    between two blocks, the rest goes to a temporary file. overrides: fields of the recipe to change. strict: what cannot
+    be had as asked is an UnsupportedError, no warning.
     A model that torch.export does not take is planned by its module types, with a warning, where the recipe allows it.
     Raises ValueError for bad data, recipes and weights.
     """
+    model = _opened(model)
     _check_model(model)
     asked = Recipe.parse(recipe).override(**overrides) if overrides else Recipe.parse(recipe)
     if asked.needs_data and data is None:
@@ -55,28 +61,31 @@ def plan(
         raise ValueError(explain(what, expected=f"rounding {' or '.join(map(repr, DATA_ROUNDINGS))}"))
     calls = batches.calls(model, data, asked.num_calibration_samples) if data is not None else []
     with evaluating(model):
-        return _planned(model, asked, calls, strict=strict, progress=progress, resume=resume)
+        return _planned(model, asked, calls, strict=strict, progress=progress, resume=resume, memory=memory)
 
 
 def quantize(
-    model: nn.Module, recipe: RecipeLike | Plan = "w8a8", data: Iterable[Any] | None = None, *, strict: bool = False,
-    resume: str | os.PathLike[str] | None = None, **overrides: Any,
+    model: ModelLike, recipe: RecipeLike | Plan = "w8a8", data: Iterable[Any] | None = None, *, strict: bool = False,
+    resume: str | os.PathLike[str] | None = None, memory: int | None = None, **overrides: Any,
 ) -> nn.Module:  # fmt: skip
     """Quantize `model` in place by a recipe or a plan, and return it.
 
+    A folder of a transformers model is opened without reading its weights; the model that is returned has its packed
+    weights in a temporary file, and `qfx.save` streams them.
     Linear layers, embeddings, patch convolutions and expert weights become packed; norms are folded where the recipe
     rewrites. generate(), state_dict(), deepcopy() and torch.compile(backend="qfx") go on working. Errors come before
     anything is changed; only an interrupt while weights are written leaves some of them packed. See `plan` for the
     arguments.
     """
+    model = _opened(model)
     if isinstance(recipe, Plan):
         _check_model(model)
-        if overrides or data is not None or resume is not None:
+        if overrides or data is not None or resume is not None or memory is not None:
             raise ValueError("a plan is complete: no data and no recipe fields beside it; next step: leave them out")
         recipe.check(model, strict=strict)
         made = recipe
     else:
-        made = plan(model, recipe, data, strict=strict, resume=resume, **overrides)
+        made = plan(model, recipe, data, strict=strict, resume=resume, memory=memory, **overrides)
         gc.collect()  # the graphs are cycles, which would keep every float weight alive
     with torch.no_grad():
         for record in made.rewrites:
@@ -98,9 +107,9 @@ def planned(model: nn.Module, recipe: Recipe) -> tuple[Plan, list[Note]]:
 
 def _planned(
     model: nn.Module, recipe: Recipe, calls: list[Call], *, strict: bool, progress: bool,
-    resume: str | os.PathLike[str] | None,
+    resume: str | os.PathLike[str] | None, memory: int | None,
 ) -> Plan:  # fmt: skip
-    made, notes, said = decide(model, recipe, calls, progress=progress, resume=resume)
+    made, notes, said = decide(model, recipe, calls, progress=progress, resume=resume, memory=memory)
     if not made.annotations and not made.rewrites:
         raise _nothing(model, recipe, [str(note) for note in notes])
     told(notes if strict else [n for n in notes if n not in said], strict=strict)
@@ -118,6 +127,11 @@ def _nothing(model: nn.Module, recipe: Recipe, notes: list[str]) -> ValueError:
             next_step="qfx.presets() lists recipes; a rule's target is an op kind, a name, a glob or 're:<regex>'",
         )
     )
+
+
+def _opened(model: ModelLike) -> nn.Module:
+    """The model, or that of a folder."""
+    return streamed.load(model).model if isinstance(model, str | os.PathLike) else model
 
 
 def _check_model(model: object) -> None:

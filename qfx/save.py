@@ -24,6 +24,7 @@ from qfx.recipe import Recipe
 from qfx.skeleton import CONFIG, GENERATION, skeleton
 
 VERSION = 1
+SHARD = 5_000_000_000  # bytes of a file of weights
 _JSON = "qfx.json"
 _KEYS = {
     "format", "version", "sha256", "files", "class", "dtype", "implementations", "modules", "parameters", "tied",
@@ -31,10 +32,14 @@ _KEYS = {
 }  # fmt: skip
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
+def save(
+    model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = None, shard_bytes: int = SHARD
+) -> None:
     """Write `model.safetensors`, `qfx.json` and, for a Hugging Face model, its configs into `folder`.
 
-    Files appear together or not at all. Tensors that are shared are stored once. tokenizer: a tokenizer or processor of
+    Files appear together or not at all. Tensors that are shared are stored once, and written one after the other: those
+    of a model larger than memory (see `qfx.streamed`) are never in it all at once. shard_bytes: weights beyond that are
+    spread over `model-00001-of-00002.safetensors`, ... tokenizer: a tokenizer or processor of
     transformers, whose files (the chat template too) go beside them afterwards. transformers' own `from_pretrained`
     reads the folder, too, once qfx is imported. Raises ValueError for a model that qfx did not quantize, OSError where
     the disk does not take it.
@@ -49,9 +54,14 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = N
     tensors, tied = state(model, _first(model))
     record = describe(model, tied)
     fields: dict[str, Any] = {"format": "qfx-model", "version": VERSION, **record}
+    shards = checkpoint.shards(tensors, shard_bytes)
     with staged(folder) as stage:
-        dump_safetensors(stage(checkpoint.ONE), tensors, {"format": "pt"})
-        files = [checkpoint.ONE]
+        for name, names in shards.items():
+            dump_safetensors(stage(name), {key: tensors[key] for key in names}, {"format": "pt"})
+        files = list(shards)
+        if len(shards) > 1:
+            stage(checkpoint.INDEX).write_text(checkpoint.index_text(tensors, shards), encoding="utf-8")
+            files.append(checkpoint.INDEX)
         if hasattr(getattr(model, "config", None), "to_json_string"):
             stage(CONFIG).write_text(_config_text(model, record, tensors), encoding="utf-8")
             files.append(CONFIG)
@@ -62,6 +72,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = N
         fields["files"] = {name: sha256_file(stage(name)) for name in files}
         fields["sha256"] = _digest(fields)
         stage(_JSON).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    (Path(folder) / (checkpoint.ONE if len(shards) > 1 else checkpoint.INDEX)).unlink(missing_ok=True)  # of a former one
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -79,9 +90,12 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     if (path / _JSON).is_file() or not (path / CONFIG).is_file():
         fields = _read(path / _JSON)
         for name, sha256 in fields["files"].items():
-            if name != checkpoint.ONE:
+            if not name.endswith(checkpoint.SUFFIX):
                 _check_file(path / name, sha256)
-        tensors = read_safetensors(path / checkpoint.ONE, sha256=str(fields["files"][checkpoint.ONE]))
+        tensors = {}
+        for name, sha256 in fields["files"].items():
+            if name.endswith(checkpoint.SUFFIX):
+                tensors |= read_safetensors(path / name, sha256=str(sha256))
         if CONFIG in fields["files"]:
             recipe = _from_config(path)[0]
     else:

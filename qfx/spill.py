@@ -1,18 +1,25 @@
-"""Large tensors in a temporary file, in memory only while they are used."""
+"""Large tensors in files, in memory only while they are used.
+
+A tensor is a view of a mapped file: of the temporary one of a `Spill`, or of a checkpoint (`map_file`). `rest` lets go
+of the memory of such tensors until they are read again; `beside` puts what is made of one into a temporary file, too.
+Both leave all other tensors alone, so that code which handles weights need not know where they lie.
+"""
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import mmap
 import sys
 import tempfile
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 LEAST = 1 << 16  # bytes of a tensor that is worth a place in the file
 MOST = 4 << 20  # bytes that are written or read before memory is let go
@@ -22,14 +29,16 @@ class Spill:
     """A context in which `keep` gives tensors a place in a file of `folder` that goes when nothing uses it any more.
 
     The tensors stay valid after the context. They are not to be written to: what is written may be lost.
+    Without a context the file is open until the last tensor in it goes, or what is `beside` one.
     """
 
     def __init__(self, folder: Path) -> None:
         """folder: where the file shall be; where it is not there yet, its nearest parent. Raises OSError."""
         there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
         self._file = tempfile.TemporaryFile(dir=there)  # noqa: SIM115  (closed by __exit__)
+        weakref.finalize(self, self._file.close)
         self._where = str(there)
-        self._maps: list[mmap.mmap] = []
+        self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
         self._size = self._read = self._kept = 0
 
     def __enter__(self) -> Self:
@@ -56,7 +65,9 @@ class Spill:
             what = f"a temporary file for packed weights cannot be written, nothing was changed: {error.strerror}"
             raise OSError(error.errno, what, self._where) from error
         held = mmap.mmap(self._file.fileno(), tensor.nbytes, access=mmap.ACCESS_COPY, offset=self._size)
-        self._maps.append(held)
+        weakref.finalize(held, _punch, self._file, self._size, tensor.nbytes)
+        self._maps.add(held)
+        _REGIONS.add(held, self)
         self._kept += tensor.nbytes
         if self._kept >= MOST:
             self._kept = 0
@@ -76,6 +87,47 @@ class Spill:
                 held.madvise(mmap.MADV_DONTNEED)
 
 
+def map_file(path: Path, scratch: Spill) -> mmap.mmap:
+    """A file, mapped for tensors that `rest` knows; what is put `beside` them goes to `scratch`. Raises OSError."""
+    with path.open("rb") as file:
+        held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    _REGIONS.add(held, scratch)
+    return held
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether the tensor's memory is that of a file."""
+    return _REGIONS.find(tensor) is not None
+
+
+def rest(*tensors: Tensor) -> None:
+    """Let go of the memory of tensors that lie in files, views included: they are read again when they are used."""
+    for tensor in tensors:
+        found = _REGIONS.find(tensor)
+        if found is None or not hasattr(mmap, "MADV_DONTNEED"):
+            continue
+        held, _, at = found
+        start = at // mmap.PAGESIZE * mmap.PAGESIZE
+        held.madvise(mmap.MADV_DONTNEED, start, min(at + _extent(tensor), len(held)) - start)
+
+
+def beside(new: Tensor, old: Tensor) -> Tensor:
+    """`new`, in a temporary file where `old` lies in a file; else `new` itself. Raises OSError as `Spill.keep`."""
+    found = _REGIONS.find(old)
+    return new if found is None or is_mapped(new) else found[1].keep(new)
+
+
+class Resting(fx.Interpreter):
+    """An interpreter after whose every node the weights that it has read go to rest."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of a node."""
+        value = super().run_node(n)
+        if _REGIONS:
+            rest(*(self.env[a] for a in n.all_input_nodes if isinstance(self.env.get(a), Tensor)))
+        return value
+
+
 def give_back() -> None:
     """Let the C library return free memory to the system: weights were packed, and the copies that are left are many.
 
@@ -84,3 +136,62 @@ def give_back() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def _punch(file: Any, start: int, size: int) -> None:
+    """Give the place of a tensor that is gone back to the disk. Where the system cannot, it waits for the file."""
+    if sys.platform == "linux" and not file.closed:
+        keep_size, punch_hole = 1, 2
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).fallocate(
+                file.fileno(), keep_size | punch_hole, ctypes.c_int64(start), ctypes.c_int64(size)
+            )
+
+
+class _Regions:
+    """The mapped files of this process by address. A region goes with its map."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._held: dict[int, tuple[weakref.ref[mmap.mmap], Spill]] = {}
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def add(self, held: mmap.mmap, scratch: Spill) -> None:
+        """Know a map, and where goes what is made of the tensors in it."""
+        start = torch.frombuffer(held, dtype=torch.uint8).data_ptr()
+        bisect.insort(self._starts, start)
+        self._held[start] = (weakref.ref(held, lambda _: self._forget(start)), scratch)
+
+    def find(self, tensor: Tensor) -> tuple[mmap.mmap, Spill, int] | None:
+        """The map that holds a tensor, where its results go, the tensor's place in the map."""
+        if not self._starts or not _is_plain(tensor):
+            return None
+        address = tensor.data_ptr()
+        number = bisect.bisect_right(self._starts, address) - 1
+        if number < 0:
+            return None
+        reference, scratch = self._held[self._starts[number]]
+        held, at = reference(), address - self._starts[number]
+        return None if held is None or at >= len(held) else (held, scratch, at)
+
+    def _forget(self, start: int) -> None:
+        self._starts.remove(start)
+        del self._held[start]
+
+
+_REGIONS = _Regions()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has an address: it is no fake one, has elements and lies in the memory of the CPU."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.numel():
+        return False
+    return tensor.device.type == "cpu" and tensor.layout is torch.strided
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element of a tensor to the end of its last."""
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

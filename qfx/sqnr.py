@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from qfx import graph
 from qfx.measure import decibel, energies
+from qfx.spill import Resting
 
 Energies = dict[str, tuple[float, float]]  # name of a node -> energy of its float output, energy of the difference
 
@@ -92,7 +93,7 @@ class _Lane:
     """An interpreter that stops after a node."""
 
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-        self.runner = fx.Interpreter(gm)
+        self.runner = Resting(gm)
         self.runner.args_iter = iter(inputs)
         self.nodes = iter(gm.graph.nodes)
 

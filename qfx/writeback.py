@@ -26,6 +26,7 @@ from qfx.passes.rewrites import apply_record
 from qfx.places import Place, kind_of
 from qfx.plan import Plan
 from qfx.segments import along, segments, stem_of, take
+from qfx.spill import rest
 
 Key = tuple[Any, ...]
 Parts = list[Packed]  # one, or one for each segment
@@ -35,7 +36,8 @@ def write_back(model: nn.Module, plan: Plan, places: list[Place]) -> nn.Module:
     """Apply the plan's rewrites and quantize the places that `qfx.places.find` gave.
 
     Returns the model, or what stands in its place where it is itself a bare linear layer. A float weight is let go of
-    as soon as it is packed, so that no more than one layer exists twice.
+    as soon as it is packed, so that no more than one layer exists twice; the packed form of one in a file lies in a
+    file, too (see `qfx.spill`).
     """
     for record in plan.rewrites:
         apply_record(model, record, plan.tensors)
@@ -129,7 +131,10 @@ class Writer:
         if key not in self.packed:
             tensors, method = self.plan.tensors, self.plan.recipe.rounding
             parts = _cut(_oriented(weight.detach(), place), place)
-            self.packed[key] = [rounded.pack(tensors, value, fmt, method, name=name) for value, fmt, name in parts]
+            self.packed[key] = [
+                rounded.pack(tensors, value, fmt, method, name=name).beside(weight) for value, fmt, name in parts
+            ]
+            rest(weight)
         return self.packed[key]
 
     def _put(self, place: Place, module: nn.Module, parts: Parts) -> None:

@@ -55,6 +55,10 @@ def quantize(
     resume: Annotated[
         Path | None, typer.Option(help="Folder of finished blocks (GPTQ): the same command goes on where it stopped.")
     ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(help="Leave the weights on disk until they are used; left out: where memory is short."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Quantize MODEL by a recipe and save it."""
@@ -63,7 +67,7 @@ def quantize(
         from qfx.cli.models import TextOptions
 
         text = TextOptions(data, field, samples, batch_size, seq_len, seed)
-        command.run(console, model, out, recipe, text, strict=strict, device=device, resume=resume)
+        command.run(console, model, out, recipe, text, strict=strict, device=device, resume=resume, stream=stream)
 
 
 class Runtime(StrEnum):

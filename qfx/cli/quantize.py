@@ -6,18 +6,23 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qfx import hub
+from qfx import hub, streamed
 from qfx.cli.models import TextOptions, batches, check_device
 from qfx.cli.terminal import megabytes, step
 from qfx.data import read_texts
 from qfx.recipe import Recipe
 
+_SHARE = 0.6  # of the free memory that a model may take before it stays on disk
+
 
 def run(
     console: Console, model: str, out: Path, recipe: str, text: TextOptions, *, strict: bool, device: str,
-    resume: Path | None = None,
+    resume: Path | None = None, stream: bool | None = None,
 ) -> None:  # fmt: skip
-    """Everything that can be refused is refused before the model is loaded."""
+    """Everything that can be refused is refused before the model is loaded.
+
+    stream: leave the weights on disk until they are used; None: where they would take too much of the free memory.
+    """
     parsed = Recipe.parse(recipe)
     place = check_device(device)
     texts = None if text.file is None else read_texts(text.file, text.field)
@@ -33,8 +38,14 @@ def run(
     from qfx.report import report
     from qfx.save import save
 
-    with step(console, f"load {model}"):
-        loaded = hub.load(folder, device=place)
+    if stream and place.type != "cpu":
+        raise ValueError(f"--stream runs on the CPU, found --device {device}\n  next step: leave one of them out")
+    if stream or (stream is None and place.type == "cpu" and _is_tight(console, folder)):
+        with step(console, f"open {model}"):
+            loaded = streamed.load(folder, scratch=out.absolute().parent)
+    else:
+        with step(console, f"load {model}"):
+            loaded = hub.load(folder, device=place)
     data = None
     if texts is not None and not parsed.needs_data:
         console.print(f"recipe {parsed.name!r} needs no data: {text.file} is not used", style="yellow")
@@ -48,3 +59,13 @@ def run(
         save(quantized, out, tokenizer=loaded.tokenizer)
     report(quantized).show(console, all_rows=False)
     console.print(f"on disk: {megabytes(hub.bytes_on_disk(folder))} -> {megabytes(hub.bytes_on_disk(out))}")
+
+
+def _is_tight(console: Console, folder: Path) -> bool:
+    """Whether the model of a folder, in float32, would take too much of the free memory; says so."""
+    free, needed = streamed.free_memory(), streamed.float_bytes(folder)
+    if free is None or needed is None or needed < _SHARE * free:
+        return False
+    told = f"the weights stay on disk: in float32 they would take {megabytes(needed)} of {megabytes(free)} free memory"
+    console.print(f"{told} (--no-stream loads them)", style="yellow")
+    return True

@@ -253,7 +253,8 @@ CASES = [
     Case("quantized already", ValueError, first("is quantized already", "'table'", "float model"), twice),
     Case("compiled already", ValueError, first("the model is compiled", "module given to torch.compile"),
          lambda m, _: qfx.quantize(torch.compile(m, backend="qfx"), "w8a8", [IDS])),  # type: ignore[arg-type]
-    Case("no module", ValueError, first("a model is needed", "found: str"), lambda m, _: qfx.quantize("bert")),  # type: ignore[arg-type]
+    Case("no module", ValueError, first("a model is needed", "found: list"), lambda m, _: qfx.quantize(["bert"])),  # type: ignore[arg-type]
+    Case("no folder", ValueError, first("there is no folder ./bert", "hub name"), lambda m, _: qfx.quantize("./bert")),
     Case("empty model", ValueError, first("gives no format", "0 parameters"), run(), nn.Module),
     Case("model without weights", ValueError, "gives no format", run("w8a8", [X]), nn.ReLU),
     Case("weights on meta", ValueError, "meta device", run(), lambda: nn.Linear(8, 4, device="meta")),
