@@ -61,8 +61,8 @@ PEERS: dict[int, tuple[Entry, ...]] = {
         Entry("AutoRound 2/64", "auto_round_rounding", "2 64"),
     ),
 }
-METHODS = ("rtn", "mse", "hqq", "gptq", "learned")
-FORMATS = {8: ("i8/g64/f16",), 4: ("u4/g64/f16", "u4/g32/f16"), 3: ("u3/g64/f16",), 2: ("u2/g64/f16",)}
+METHODS = ("rtn", "mse", "hqq", "gptq", "learned")  # at 8 bits the searches find next to nothing: rtn, mse, gptq
+FORMATS = {8: ("i8/g64/f16",), 4: ("i4/g64/f16", "u4/g64/f16", "u4/g32/f16"), 3: ("u3/g64/f16",), 2: ("u2/g64/f16",)}
 COLUMNS = {"bits": "bits", "weights_bytes": "MB", "kld": "KLD", "perplexity": "perplexity", "top1": "same best token",
            "seconds": "s"}  # fmt: skip
 
@@ -71,8 +71,9 @@ def entries(bits: Sequence[int], only: Sequence[str]) -> list[Entry]:
     """The rows to be: peers and qfx's methods at each number of bits. only: by a word of the name."""
     found = [REFERENCE]
     for b in bits:
+        methods = METHODS if b < 8 else ("rtn", "mse", "gptq")
         own = [
-            Entry(f"qfx {m} {f.removesuffix('/f16')}", "qfx_rounding", f"{f} {m}") for f in FORMATS[b] for m in METHODS
+            Entry(f"qfx {m} {f.removesuffix('/f16')}", "qfx_rounding", f"{f} {m}") for f in FORMATS[b] for m in methods
         ]
         found += [e for e in (*PEERS[b], *own) if not only or any(word in e.name for word in only)]
     return found
