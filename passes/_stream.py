@@ -111,7 +111,9 @@ def _classes(gm: fx.GraphModule) -> list[dict[fx.Node, None]]:
         if node.op == "get_attr":
             parent[root(node)] = root(held.setdefault(str(node.target), node))
         elif graph.schema_name(node) == "aten::embedding":  # a table of several streams gives them one basis
-            parent[root(node)] = root(held.setdefault(f"table {getattr(m.skip_casts(node.args[0]), 'target', node)}", node))
+            parent[root(node)] = root(
+                held.setdefault(f"table {getattr(m.skip_casts(node.args[0]), 'target', node)}", node)
+            )
         for source in same_basis(node):
             parent[root(source)] = root(node)
     classes: dict[fx.Node, dict[fx.Node, None]] = {}

@@ -58,6 +58,8 @@ def find(gm: fx.GraphModule) -> tuple[list[Site], list[Note]]:
             reason = f"%{stream.direct[0].name} reads it without a norm"
         elif any(not isinstance(norm, Norm) for norm in norms):
             reason = "a norm has no weight by which its module could be found"
+        elif own := next((node for node in stream.norms if not _is_module(node)), None):
+            reason = f"%{own.name} is computed by a module that is no nn.LayerNorm"
         if reason is None:
             found.append(Site(tuple(n for n in norms if isinstance(n, Norm)), tuple(stream.writers)))
         else:
@@ -81,6 +83,15 @@ def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[
     site = Site.from_record(record)
     if site.present(module):
         apply(module, site)
+
+
+def _is_module(node: fx.Node) -> bool:
+    """Does an nn.LayerNorm with its own forward compute it?"""
+    stack = node.meta.get("nn_module_stack")
+    kind = list(stack.values())[-1][1] if stack else None
+    if isinstance(kind, type):
+        return issubclass(kind, nn.LayerNorm) and kind.forward is nn.LayerNorm.forward
+    return str(kind) == "torch.nn.modules.normalization.LayerNorm"
 
 
 def _in_graph(gm: fx.GraphModule, weights: set[str]) -> None:

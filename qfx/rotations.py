@@ -33,6 +33,9 @@ def rewrite(gm: fx.GraphModule, plan: Plan, name: str, fixed: Collection[str] = 
         wanted = [site for site in found if site.linears[0].name in quantized]
         return _applied(gm, plan, wanted) + [note for note in notes if note.node in quantized]
     qk, notes = rotate_qk.find(gm, seed=plan.recipe.rotation_seed)
+    if qk and plan.fingerprint:
+        reason = "'rotate-qk' is left out of live models, whose attention runs in float: it would change nothing"
+        notes.append(Note(qk[0].attention, reason, "nothing; compiled and exported graphs have it", minor=True))
     return _applied(gm, plan, qk) + notes
 
 
@@ -60,7 +63,7 @@ def _rotate(gm: fx.GraphModule, plan: Plan, block: int | None) -> list[Note]:
         found, notes = rotate.find(gm, seed=seed, block=block)
         notes = _applied(gm, plan, found) + notes
     heads, refusals = rotate_heads.find(gm, seed=seed, block=block)
-    return notes + _applied(gm, plan, heads) + refusals
+    return [*{note.reason: note for note in reversed(notes)}.values()] + _applied(gm, plan, heads) + refusals
 
 
 def _impossible(gm: fx.GraphModule) -> list[Note] | None:

@@ -22,8 +22,8 @@ from qfx.modules import (
     without_fast_paths,
 )
 from qfx.packing import Packed
-from qfx.passes.rotate_down import rotations
 from qfx.passes.rewrites import apply_record
+from qfx.passes.rotate_down import rotations
 from qfx.places import Place, kind_of
 from qfx.plan import Plan
 from qfx.segments import along, segments, stem_of, take
