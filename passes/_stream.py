@@ -169,7 +169,7 @@ def _is_sum(node: fx.Node, members: Mapping[fx.Node, None]) -> bool:
     return is_call(node, aten.add.Tensor) and all(a in members for a in node.args[:2])
 
 
-class _Blocked(Exception):
+class _BlockedError(Exception):
     """Why a stream's basis cannot be changed."""
 
     def __init__(self, node: fx.Node, reason: str) -> None:
@@ -186,7 +186,7 @@ def _stream(gm: fx.GraphModule, members: Mapping[fx.Node, None], folded: bool) -
                     stream.writers[part] = node
             for user in node.users:
                 _read(gm, stream, node, user, members, folded)
-    except _Blocked as blocked:
+    except _BlockedError as blocked:
         return sites.note(blocked.node, f"the residual stream cannot be rotated: {blocked.reason}")
     return stream
 
@@ -199,10 +199,10 @@ def _written(node: fx.Node, members: Mapping[fx.Node, None]) -> Iterator[Part]:
     elif name == "aten::embedding":
         table = m.skip_casts(node.args[0])
         if not (isinstance(table, fx.Node) and table.op == "get_attr"):
-            raise _Blocked(node, f"the table of %{node.name} is computed in the graph")
+            raise _BlockedError(node, f"the table of %{node.name} is computed in the graph")
         allowed = {n for n in members if graph.schema_name(n) == "aten::embedding"}
         if foreign := sites.other_user(table, allowed):
-            raise _Blocked(node, f"its table {table.target} is also used by %{foreign.name} (untie them)")
+            raise _BlockedError(node, f"its table {table.target} is also used by %{foreign.name} (untie them)")
         yield Part(str(table.target), 1)
     elif sites.is_linear(node):
         weight = sites.weight_of(node)
@@ -213,10 +213,10 @@ def _written(node: fx.Node, members: Mapping[fx.Node, None]) -> Iterator[Part]:
         if weight.bias is not None:
             yield Part(weight.bias, 0)
     elif node.target in _NORMS or isinstance(sites.norm_of(node), Norm) or _is_shifted_norm(node):
-        raise _Blocked(node, _POST_NORM)
+        raise _BlockedError(node, _POST_NORM)
     else:
         what = "an input of the graph" if node.op == "placeholder" else f"%{node.name} ({graph.op_name(node)})"
-        raise _Blocked(node, f"{what} is part of it")
+        raise _BlockedError(node, f"{what} is part of it")
 
 
 def _kernel(node: fx.Node, reason: str) -> Iterator[Part]:
@@ -226,10 +226,10 @@ def _kernel(node: fx.Node, reason: str) -> Iterator[Part]:
     bias = m.skip_casts(node.args[2]) if len(node.args) > 2 else None
     named = bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr")
     if source is None or not is_call(operand, *m.RESHAPES) or operand.args[0] is not source or not named:
-        raise _Blocked(node, reason)
+        raise _BlockedError(node, reason)
     users = [u for n in node.graph.nodes if n.op == "get_attr" and n.target == source.target for u in n.users]
     if users != [operand] or list(operand.users) != [node] or m.shape(source)[0] != m.shape(operand)[0]:
-        raise _Blocked(node, reason)
+        raise _BlockedError(node, reason)
     yield Part(str(source.target), 0)
     if bias is not None:
         yield Part(str(bias.target), 0)
@@ -249,32 +249,34 @@ def _read(
     if user.target in _NORMS and user.args[0] is node:
         _read_norm(gm, stream, user, folded)
     elif graph.schema_name(user) == "aten::embedding" and user.args[0] is node:
-        raise _Blocked(user, f"its table is part of %{node.name}")
+        raise _BlockedError(user, f"its table is part of %{node.name}")
     elif sites.is_linear(user) and user.args[0] is node and node not in user.args[1:]:
         stream.direct.append(user)
         _reader(stream, user)
     else:
         what = "it is an output of the model" if user.op == "output" else f"%{user.name} reads it"
-        raise _Blocked(node, what)
+        raise _BlockedError(node, what)
 
 
 def _read_norm(gm: fx.GraphModule, stream: Stream, norm: fx.Node, folded: bool) -> None:
     a = m.arguments(norm)
     if len(a["normalized_shape"]) != 1:
-        raise _Blocked(norm, f"%{norm.name} is a norm over several axes")
+        raise _BlockedError(norm, f"%{norm.name} is a norm over several axes")
     value, shift = norm_value(norm)
     parameters = sites.norm_of(value) if shift is None else sites.norm_of(m.skip_casts(_other(value, shift)))
     if isinstance(parameters, str) and parameters != "the norm has no weight":
-        raise _Blocked(norm, parameters)
+        raise _BlockedError(norm, parameters)
     linears, others = sites.readers(value)
     if others and is_call(others[0], aten.add.Tensor):
-        raise _Blocked(norm, _POST_NORM)
+        raise _BlockedError(norm, _POST_NORM)
     if others:
-        raise _Blocked(norm, f"%{others[0].name} reads the result of the norm %{norm.name}, not only linears")
+        raise _BlockedError(norm, f"%{others[0].name} reads the result of the norm %{norm.name}, not only linears")
     if folded and isinstance(parameters, Norm):
         gain = graph.get_tensor(gm, parameters.weight).detach()
         if not bool((gain == (0.0 if parameters.plus_one else 1.0)).all()):
-            raise _Blocked(norm, f"the weight of the norm %{norm.name} is not folded into the linears that read it")
+            raise _BlockedError(
+                norm, f"the weight of the norm %{norm.name} is not folded into the linears that read it"
+            )
     stream.norms.append(norm)
     if shift is not None:
         stream.shifts[Part(shift, 0)] = norm
@@ -290,5 +292,5 @@ def _other(value: fx.Node, shift: str) -> Any:
 def _reader(stream: Stream, node: fx.Node) -> None:
     weight = sites.weight_of(node)
     if isinstance(weight, str):
-        raise _Blocked(node, f"%{node.name} reads it, and {weight}")
+        raise _BlockedError(node, f"%{node.name} reads it, and {weight}")
     stream.readers[Part(weight.weight, weight.inp)] = node

@@ -7,8 +7,8 @@
     %hadamard: f32[2,96] = qfx.hadamard(%mul, 96, 0, False)                  x' = x Q, W <- W Q
     %linear: f32[2,64] = aten.linear(%hadamard, @down.weight)
 
-What an activation function gives has the strongest outliers of a layer, and nothing before it can take a rotation. Exact
-for any linear; taken are those whose input an activation function or a product makes. In a live model the packed
+What an activation function gives has the strongest outliers of a layer, and nothing before it can take a rotation.
+Exact for any linear; taken are those whose input an activation function or a product makes. In a live model the packed
 linear rotates its own input.
 """
 

@@ -82,11 +82,11 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         },
     ),
     "w4a8-rotate": (
-        "w4a8 with channels rotated (QuaRot), so that none is an outlier, and GPTQ; 8-bit lm_head; needs data",
+        "w4a8 with rotated channels (QuaRot), so that none is an outlier, and GPTQ; 8-bit lm_head; needs data",
         {"rules": [*_both("i8/tok", "i4/ch", "linear", "experts"), _EMBEDDING, _HEAD], **_ROTATED},
     ),
     "w4a4-rotate": (
-        "4-bit weights per channel, 4-bit activations per token, channels rotated (QuaRot), GPTQ; 8-bit lm_head; needs data",
+        "4-bit weights and activations, rotated channels (QuaRot), GPTQ; 8-bit embeddings and lm_head; needs data",
         {"rules": [*_both("i4/tok", "i4/ch", "linear", "experts"), _EMBEDDING, _HEAD], **_ROTATED},
     ),
     "nf4": (

@@ -63,7 +63,8 @@ def _rotate(gm: fx.GraphModule, plan: Plan, block: int | None) -> list[Note]:
         found, notes = rotate.find(gm, seed=seed, block=block)
         notes = _applied(gm, plan, found) + notes
     heads, refusals = rotate_heads.find(gm, seed=seed, block=block)
-    return [*{note.reason: note for note in reversed(notes)}.values()] + _applied(gm, plan, heads) + refusals
+    first = {note.reason: note for note in reversed(notes)}  # the same reason at every norm is one note
+    return [*first.values(), *_applied(gm, plan, heads), *refusals]
 
 
 def _impossible(gm: fx.GraphModule) -> list[Note] | None:
