@@ -127,24 +127,23 @@ def same_basis(node: fx.Node) -> list[fx.Node]:
     """The arguments whose channels (last axis) are those of a node's result, whatever orthogonal basis they are in."""
     if node.op != "call_function" or _channels(node) <= 1:
         return []
-    if sites.keeps_channels(node):
-        return [node.args[0]]  # type: ignore[list-item]
+    args: list[Any] = list(node.args)
+    rank = m.rank(node)
+    if sites.keeps_channels(node) or is_call(node, aten.neg.default):
+        return args[:1]
     if is_call(node, aten.add.Tensor, aten.sub.Tensor):
-        operands = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+        operands = [a for a in args[:2] if isinstance(a, fx.Node)]
         return operands if len(operands) == 2 and all(_channels(a) == _channels(node) for a in operands) else []
     if is_call(node, *m.MUL, *m.DIV):
-        x, factor = node.args[:2]
+        x, factor = args[:2]
         if is_call(node, *m.MUL) and isinstance(factor, fx.Node) and not _is_row_factor(factor):
             x, factor = factor, x
         return [x] if isinstance(x, fx.Node) and _is_row_factor(factor) and _channels(x) == _channels(node) else []
-    if is_call(node, aten.neg.default):
-        return [node.args[0]]  # type: ignore[list-item]
-    if is_call(node, *_REDUCE) and m.rank(node.args[0]) > 1:
-        rank, dims = m.rank(node.args[0]), node.args[1]
-        return [node.args[0]] if dims and all(d % rank != rank - 1 for d in dims) else []  # type: ignore[union-attr, list-item, operator]
+    if is_call(node, *_REDUCE) and (before := m.rank(args[0])) > 1:
+        return args[:1] if args[1] and all(d % before != before - 1 for d in args[1]) else []
     if is_call(node, aten.cat.default):
-        parts, dim = list(node.args[0]), node.args[1] if len(node.args) > 1 else 0  # type: ignore[arg-type]
-        return parts if isinstance(dim, int) and dim % m.rank(node) != m.rank(node) - 1 else []  # type: ignore[return-value]
+        dim = args[1] if len(args) > 1 else 0
+        return list(args[0]) if isinstance(dim, int) and dim % rank != rank - 1 else []
     return []
 
 

@@ -19,7 +19,7 @@ def centred(module: nn.Module) -> nn.Module:
     """
     if is_centred(module):
         return module
-    if not isinstance(module, nn.LayerNorm) or not can_be_centred(module):
+    if not can_be_centred(module):
         raise UnsupportedError(
             explain(
                 f"the plan makes an RMS norm of a {type(module).__name__}",
@@ -27,7 +27,8 @@ def centred(module: nn.Module) -> nn.Module:
                 next_step="plan again for this model",
             )
         )
-    module.__class__ = _class_of(type(module))
+    kind: Any = type(module)
+    module.__class__ = _class_of(kind)
     return module
 
 

@@ -75,7 +75,8 @@ def signs(size: int, seed: int) -> Matrix:
 def factors(size: int, seed: int) -> tuple[Matrix, ...]:
     """Orthogonal matrices, f64, whose Kronecker product in this order is H, [size, size]."""
     return tuple(
-        _random(order, seed) if random else hadamard(order) / math.sqrt(order) for order, random in _split(size)[1]
+        _random(order, seed) if random else hadamard(order) * np.float64(order**-0.5)
+        for order, random in _split(size)[1]
     )
 
 
@@ -166,7 +167,8 @@ def _jacobsthal(p: int, k: int) -> Matrix:
     table = np.array(elements)
     difference = (table[:, None, :] - table[None, :, :]) % p
     places = p ** np.arange(k - 1, -1, -1)
-    return character[difference @ places]
+    found: Matrix = character[difference @ places]
+    return found
 
 
 def _irreducible(p: int, k: int) -> tuple[int, ...]:

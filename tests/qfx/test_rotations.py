@@ -106,7 +106,7 @@ def test_both_doors_give_the_same() -> None:
     wanted = call(live, inputs)
     for target, options in ((model, {"recipe": recipe}), (model, {"plan": plan}), (live, {})):
         torch._dynamo.reset()
-        how = {**options, "strict": True, "cache": False}
+        how: Any = {**options, "strict": True, "cache": False}
         compiled: Any = torch.compile(target, backend="qfx", options=how)
         with torch.no_grad():
             found = [compiled(**inputs).logits]
@@ -204,7 +204,7 @@ def test_blocks(w: str, asked: Any, block: int) -> None:
 def test_a_plan_that_rotates_what_the_model_cannot() -> None:
     model, _, plan = planned("llama", ("rotate-down",))
     down = model.get_submodule("model.layers.0.mlp.down_proj")
-    down.forward = lambda x: nn.functional.linear(x, down.weight)  # type: ignore[method-assign, assignment, arg-type]
+    down.forward = lambda x: nn.functional.linear(x, down.weight)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match=r"the plan rotates the input of 'model\.layers\.0\.mlp\.down_proj'"):
         qfx.quantize(model, plan)
 
