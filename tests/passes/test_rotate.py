@@ -93,8 +93,8 @@ def test_weights_are_rotated_as_written() -> None:
 
 def test_the_text_stays() -> None:
     gm, _ = zoo("llama").copies()
-    for site in norm_fold.find(gm)[0]:
-        norm_fold.apply(gm, site)
+    for fold in norm_fold.find(gm)[0]:
+        norm_fold.apply(gm, fold)
     before = text(gm)
     (site,), _ = rotate.find(gm)
     rotate.apply(gm, site)
@@ -138,8 +138,8 @@ def test_negative_control_a_norm_that_is_not_folded() -> None:
     gm, _ = case.copies()
     found, refusals = rotate.find(gm)
     assert found == [] and "is not folded" in refusals[0].reason
-    for site in norm_fold.find(gm)[0]:
-        norm_fold.apply(gm, site)
+    for fold in norm_fold.find(gm)[0]:
+        norm_fold.apply(gm, fold)
     (site,), _ = rotate.find(gm)
     unfolded, _ = case.copies()
     rotate.apply(unfolded, site)
@@ -174,8 +174,8 @@ def test_negative_control_a_mean_that_is_not_taken_out() -> None:
     """LayerNorm does not pass a rotation."""
     case = zoo("gpt2")
     gm, _ = case.copies(untied=True)
-    for site in norm_fold.find(gm)[0]:
-        norm_fold.apply(gm, site)
+    for fold in norm_fold.find(gm)[0]:
+        norm_fold.apply(gm, fold)
     found, refusals = rotate.find(gm)
     assert found == [] and "LayerNorms are not centred" in refusals[0].reason
     centred = graph.copy(gm)
