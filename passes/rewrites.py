@@ -17,6 +17,11 @@ MODULES = {
     "smooth": "qfx.passes.smooth",
     "v-o": "qfx.passes.v_o",
     "up-down": "qfx.passes.up_down",
+    "centre": "qfx.passes.centre",
+    "rotate": "qfx.passes.rotate",
+    "rotate-heads": "qfx.passes.rotate_heads",
+    "rotate-down": "qfx.passes.rotate_down",
+    "rotate-qk": "qfx.passes.rotate_qk",
     "bias-correction": "qfx.passes.bias_correction",
     "low-rank": "qfx.passes.low_rank",
 }

@@ -58,7 +58,8 @@ def decide(
     said: list[Note] = []
     if recipe.rewrites or calls:
         flat = [captured.flatten(a, k if a else without_cache(model, k)) for a, k in calls]
-        undivided = _undivided(model, made) if "smooth" in recipe.rewrites else set()
+        divides = not {"smooth", "rotate-down"}.isdisjoint(recipe.rewrites)
+        undivided = _undivided(model, made) if divides else set()
         notes += transform(gm, made, flat, undivided=undivided, progress=progress)
         said = _scales(gm, made, flat, progress=progress) if recipe.needs_data else []
         if recipe.rounding in DATA_ROUNDINGS:

@@ -52,6 +52,7 @@ class Placed:
             buffers={},
             tied={},
             tensors={found: tensor for name, tensor in tensors.items() if (found := local.name(name))},
+            centred=tuple(found for name in record["centred"] if (found := local.name(name))),
         )
         local.check(saved)
         put(model, saved)

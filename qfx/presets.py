@@ -27,6 +27,9 @@ def _both(x: str, w: str, *kinds: str) -> list[dict[str, str]]:
 
 _STATIC = [*_both("u8", "i8/ch", "linear", "experts", "conv"), _EMBEDDING]
 
+_HEAD = {"target": "*lm_head", "x": "i8/tok", "w": "i8/ch"}
+_ROTATED = {"rewrites": ("rotate", "rotate-down"), "rounding": "gptq"}
+
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people, the fields
     "w8a8": (
         "8-bit weights per channel, 8-bit activations per token; needs no data",
@@ -85,6 +88,14 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
             "smooth_alpha": "search",
             "rounding": "gptq",
         },
+    ),
+    "w4a8-rotate": (
+        "w4a8 with rotated channels (QuaRot), so that none is an outlier, and GPTQ; 8-bit lm_head; needs data",
+        {"rules": [*_both("i8/tok", "i4/ch", "linear", "experts"), _EMBEDDING, _HEAD], **_ROTATED},
+    ),
+    "w4a4-rotate": (
+        "4-bit weights and activations, rotated channels (QuaRot), GPTQ; 8-bit embeddings and lm_head; needs data",
+        {"rules": [*_both("i4/tok", "i4/ch", "linear", "experts"), _EMBEDDING, _HEAD], **_ROTATED},
     ),
     "nf4": (
         "4-bit normal-float weights in groups of 64 (8-bit embeddings), float activations",

@@ -31,14 +31,15 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats
+from qfx import combine
+from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats, each
 from qfx.errors import nearest
 from qfx.format import Format
 from qfx.method_options import GptqOptions, LearnedOptions
 from qfx.strict import Strict
 
 KINDS: tuple[str, ...] = tuple(ROLES)
-REWRITES: tuple[str, ...] = ("untie", "norm-fold", "smooth", "v-o", "up-down")
+REWRITES: tuple[str, ...] = ("untie", "norm-fold", "smooth", "v-o", "up-down", "rotate", "rotate-down", "rotate-qk")
 DATA_ROUNDINGS: tuple[str, ...] = ("gptq", "learned")  # round by what each layer reads
 DATA_REWRITES: tuple[str, ...] = ("smooth", "v-o", "up-down")  # choose their factors by what the linears see
 OBSERVERS: tuple[str, ...] = ("absmax", "minmax", "ema", "percentile", "mse", "entropy")
@@ -146,7 +147,9 @@ class Recipe(Strict):
     """What the user asks for. Fields (all checked; unknown keys are refused):
 
     rules: the later one wins, role by role. ignore: targets that stay untouched whatever the rules say.
-    rewrites: exact rewrites to apply first (REWRITES). smooth_alpha: SmoothQuant's exponent, or "search".
+    rewrites: exact rewrites to apply first (REWRITES); `qfx.combine` says what goes together. smooth_alpha:
+    SmoothQuant's exponent, or "search". rotation_seed: of the signs of rotations. rotation_block: channels that a
+    rotation mixes; "auto" is the group of FP4 formats, else all.
     rounding: of weights, "rtn" (scale from the extremes), "mse" (scale of the least squared error), "hqq"
     (half-quadratic), "gptq" (layer by layer, by what each reads) or "learned" (gradient descent, block by block); the
     last two need data, and have options in gptq and learned.
@@ -160,6 +163,8 @@ class Recipe(Strict):
     ignore: tuple[Target, ...] = ()
     rewrites: tuple[Annotated[str, Field(strict=True)], ...] = ()
     smooth_alpha: float | Literal["search"] = 0.5
+    rotation_seed: Annotated[int, Field(strict=True, ge=0)] = 0
+    rotation_block: Annotated[int, Field(strict=True, ge=2)] | Literal["auto"] = "auto"
     rounding: Literal["rtn", "mse", "hqq", "gptq", "learned"] = "rtn"
     gptq: GptqOptions = GptqOptions()
     learned: LearnedOptions = LearnedOptions()
@@ -189,6 +194,12 @@ class Recipe(Strict):
         if alpha == "search" or (number and 0 <= float(alpha) <= 1):  # type: ignore[arg-type]
             return alpha
         raise ValueError(f'a number from 0 to 1 or "search" is expected, found {alpha!r}')
+
+    @model_validator(mode="after")
+    def _valid_combination(self) -> Self:
+        formats = [(r.target, r.formats("w")) for r in self.rules if r.w is not None and r.w != NONE]
+        combine.check(self.rewrites, self.rounding, [(t, one) for t, fmt in formats for one in each(fmt)])
+        return self
 
     def formats_for(self, kind: str, fqn: str, *, tied: bool = False) -> dict[str, Formats]:
         """Role -> Format (w: or several) for the node of this kind and name; roles left alone are absent.

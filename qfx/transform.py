@@ -8,17 +8,16 @@ from typing import Any
 
 from torch import fx
 
-from qfx import run
+from qfx import combine, rotations, run
 from qfx.errors import Note
 from qfx.observers import Sample
 from qfx.passes import smooth
 from qfx.passes.calibrate import calibrate
 from qfx.passes.observe import insert_observers, remove_observers
-from qfx.passes.rewrites import MODULES, apply_record
+from qfx.passes.rewrites import MODULES
 from qfx.plan import Plan
 from qfx.recipe import DATA_REWRITES
-
-_ORDER = ("untie", "norm-fold", "v-o", "up-down", "smooth")
+from qfx.rotations import apply_site
 
 
 def transform(
@@ -27,15 +26,16 @@ def transform(
 ) -> list[Note]:  # fmt: skip
     """Apply the rewrites of `plan.recipe` to `gm` and record them in `plan`.
 
-    Their order is always the same: what separates weights and norms first, then factors that another weight takes up,
-    and last those for which an input may have to be divided.
+    Their order is always the same (`combine.ORDER`).
 
     batches: the graph's inputs, for rewrites that choose factors by what they see. undivided: linears whose input the
-    live module cannot divide. Returns what could not be rewritten.
+    live model cannot divide or rotate. Returns what could not be rewritten.
     """
     notes: list[Note] = []
-    for name in sorted(plan.recipe.rewrites, key=_ORDER.index):
-        if name in DATA_REWRITES:
+    for name in combine.in_order(plan.recipe.rewrites):
+        if name in combine.ROTATIONS:
+            notes += rotations.rewrite(gm, plan, name, undivided)
+        elif name in DATA_REWRITES:
             notes += _smooth(gm, plan, name, batches, undivided, progress=progress)
         else:
             notes += _exact(gm, plan, name)
@@ -69,7 +69,7 @@ def _smooth(
     else:
         chosen, refusals = importlib.import_module(MODULES[name]).smooth(gm, stats, **settings, skip=done)
     for site, factor in chosen:
-        _record(gm, plan, site, factor)
+        apply_site(gm, plan, site, factor)
         if isinstance(site, smooth.Site):
             for fqn, vector in smooth.explicit_factors(site, factor).items():
                 plan.tensors[f"{fqn}/smooth"] = vector
@@ -81,14 +81,5 @@ def _exact(gm: fx.GraphModule, plan: Plan, name: str) -> list[Note]:
     module = importlib.import_module(MODULES[name])
     sites, refusals = module.find(gm)
     for site in sites:
-        _record(gm, plan, site, None)
+        apply_site(gm, plan, site)
     return list(refusals)
-
-
-def _record(gm: fx.GraphModule, plan: Plan, site: Any, factor: Any) -> None:
-    record = site.to_record()
-    if factor is not None:
-        record["factor"] = f"rewrite/{len(plan.rewrites)}/factor"
-        plan.tensors[record["factor"]] = factor
-    plan.rewrites.append(record)
-    apply_record(gm, record, plan.tensors)

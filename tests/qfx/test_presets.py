@@ -14,6 +14,8 @@ FIXED = {  # the names that are promised
         "w4a8-gptq",
         "w4a16-learned",
         "w2a16-learned",
+        "w4a8-rotate",
+        "w4a4-rotate",
         "nf4",
         "fp8",
         "mxfp4",
@@ -147,3 +149,10 @@ def test_missing_methods_are_refused(name: str) -> None:
 def test_presets_cannot_be_changed_by_the_caller() -> None:
     presets().clear()
     assert presets()
+
+
+@pytest.mark.parametrize(("name", "x"), [("w4a8-rotate", "i8/tok"), ("w4a4-rotate", "i4/tok")])
+def test_rotated_presets(name: str, x: str) -> None:
+    recipe = presets()[name]
+    assert linear(recipe) == f"x={x} w=i4/ch" and linear(recipe, "model.lm_head") == "x=i8/tok w=i8/ch"
+    assert recipe.rewrites == ("rotate", "rotate-down") and recipe.rounding == "gptq" and recipe.needs_data
