@@ -42,7 +42,10 @@ def pack(model: nn.Module, formats: str | Mapping[str, str], **more: Any) -> Any
         text = formats if isinstance(formats, str) else next((f for k, f in formats.items() if name.endswith(k)), "")
         if text:
             new = QuantLinear(
-                pack_weight(module.weight, Format.parse(text), name=name), module.bias, dtype=module.weight.dtype, **more
+                pack_weight(module.weight, Format.parse(text), name=name),
+                module.bias,
+                dtype=module.weight.dtype,
+                **more,
             )
             model.set_submodule(name, new)
     return model
