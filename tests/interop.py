@@ -26,7 +26,7 @@ def llama(*, tied: bool = False, dtype: torch.dtype = torch.float32, **more: Any
     """A float Llama of two layers, seeded."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied, **more)
-    return transformers.LlamaForCausalLM(config).eval().to(dtype)
+    return transformers.LlamaForCausalLM._from_config(config, dtype=dtype).eval()
 
 
 def ids() -> Tensor:

@@ -101,7 +101,7 @@ def test_unknown_versions_are_refused(config: dict[str, Any]) -> None:
 def test_tensors_that_do_not_fit_are_named(leaf: str, tensor: torch.Tensor, tmp_path: Path) -> None:
     qfx.export_awq(pack(llama(), "u4/g32/f16"), tmp_path)
     save_file({**stored(tmp_path), f"{UP}.{leaf}": tensor}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"up_proj\.(qweight|scales)' does not fit"):
+    with pytest.raises(ValueError, match=r"up_proj\.(qweight|scales)' does not fit"):
         qfx.import_checkpoint(tmp_path)
 
 

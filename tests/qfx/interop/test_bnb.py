@@ -1,4 +1,4 @@
-"""bitsandbytes checkpoints: NF4 written and read, double quantization, LLM.int8 and FP4 read, and the library itself."""
+"""bitsandbytes checkpoints: NF4 written and read, double quantization, LLM.int8 and FP4 read, and the library."""
 
 from __future__ import annotations
 
