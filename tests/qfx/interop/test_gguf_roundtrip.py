@@ -1,4 +1,4 @@
-"""Models to GGUF and back: every architecture, packed weights, refusals; torch alone, llama.cpp in a file of its own."""
+"""Models to GGUF and back: every architecture, packed weights, refusals. Of llama.cpp: test_gguf_llama_cpp.py."""
 
 from __future__ import annotations
 
@@ -243,9 +243,9 @@ def test_other_architectures(tmp_path: Path) -> None:
         qfx.export_gguf(transformers.GPT2LMHeadModel(config), tmp_path / "m.gguf")
     with pytest.raises(UnsupportedError, match="found: activation 'gelu'"):
         qfx.export_gguf(random_model("llama", hidden_act="gelu"), tmp_path / "m.gguf")
+    dynamic = random_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     with pytest.raises(UnsupportedError, match="found: rotary embedding 'dynamic'"):
-        rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-        qfx.export_gguf(random_model("llama", rope_parameters=rope), tmp_path / "m.gguf", tokenizer=False)
+        qfx.export_gguf(dynamic, tmp_path / "m.gguf", tokenizer=False)
     with pytest.raises(UnsupportedError, match=r"LlamaModel is no whole LlamaForCausalLM[\s\S]*lm_head|model.embed"):
         qfx.export_gguf(random_model("llama").model, tmp_path / "m.gguf")
     assert list(tmp_path.iterdir()) == []
