@@ -206,6 +206,19 @@ def test_nan_is_named_with_its_source() -> None:
         qfx.plan(model, recipe(), batches())
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_energy_that_is_no_number_in_f32_is_named(tied: bool) -> None:
+    model: Any = Stack(tied=tied)
+    with torch.no_grad():
+        model.norm.bias[4] = 1e25
+    rules = [{"target": "head", "w": "u4/g8"}, {"target": "tied", "w": "u4/g8"}]
+    message = (
+        r"the input of 'head' is NaN, or too large, in batch 1\n.*squares f32 can hold(\n.*)?\n  next step: look at"
+    )
+    with pytest.raises(ValueError, match=message):
+        qfx.plan(model, recipe(rules), batches())
+
+
 def test_data_is_needed() -> None:
     with pytest.raises(ValueError, match="recipe 'w4a16-gptq' needs calibration data"):
         qfx.quantize(Stack(), "w4a16-gptq")
