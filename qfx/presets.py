@@ -70,7 +70,11 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
     ),
     "w2a16-gptq": (
         "2-bit weights in groups of 64 (8-bit embeddings, tied ones 4-bit), rounded by GPTQ; needs data",
-        {"rules": [*_weights("u2/g64", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "gptq"},
+        {
+            "rules": [*_weights("u2/g64", "linear", "experts"), _EMBEDDING, _TIED],
+            "rounding": "gptq",
+            "gptq": {"act_order": False, "clip": True},
+        },
     ),
     "w4a16-learned": (
         "w4a16 with roundings and ranges learned block by block (AutoRound's manner); needs data and minutes",

@@ -93,6 +93,7 @@ def test_tied_tables_are_4_bit(name: str) -> None:
 
 def test_two_bits_are_rounded_with_care_and_no_promise() -> None:
     assert presets()["w2a16"].rounding == "mse"
+    assert presets()["w2a16-gptq"].gptq.clip and not presets()["w2a16-gptq"].gptq.act_order
     assert not presets()["w2a16"].needs_data
     assert "large" in descriptions()["w2a16"]
 
