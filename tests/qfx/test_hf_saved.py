@@ -39,7 +39,7 @@ def folder(source: Path, tmp_path: Path) -> Path:
 
 
 def shard_of(folder: Path, name: str) -> Path:
-    index = json.loads((folder / INDEX).read_text())["weight_map"]
+    index: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
     return folder / next(file for tensor, file in index.items() if tensor.endswith(name))
 
 
