@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qfx.describe import Record, float_class, name_of
 from qfx.errors import explain
 from qfx.modules import LOADING, PackedModule, tell_shared, without_fast_paths
-from qfx.rebuild import Saved, put
+from qfx.rebuild import Saved, other_shape, put
 
 _PACKED = re.compile(r"_w_(codes|scale|zero)$")
 
@@ -161,18 +161,8 @@ class _Names:
         if missing and (own == self.record["class"] or not (saved.modules or saved.parameters)):
             raise self._misfit(f"none of the name {missing[0]!r}", own)
         for name, record in (*saved.modules.items(), *saved.parameters.items()):
-            if "same" in record:
-                continue
-            shape = self._shape(name)
-            if shape is not None and torch.Size(shape).numel() != torch.Size(record["shape"]).numel():
+            if (shape := other_shape(self.model, name, record)) is not None:
                 raise self._misfit(f"{name!r} of shape {list(shape)}, not {record['shape']}", own)
-
-    def _shape(self, name: str) -> tuple[int, ...] | None:
-        owner, leaf = _split(self.model, name)
-        parameter = owner._parameters.get(leaf)
-        if parameter is None:
-            parameter = self.model.get_submodule(name)._parameters.get("weight")
-        return None if parameter is None else tuple(parameter.shape)
 
     def _misfit(self, found: str, own: str) -> ValueError:
         return ValueError(

@@ -87,6 +87,9 @@ def _check_fit(model: nn.Module, saved: Saved) -> None:
             raise _misfit(fqn, "no such module in the model")
         if fqn in saved.centred and not can_be_centred(modules[fqn]):
             raise _misfit(fqn, f"a {type(modules[fqn]).__name__} instead of an nn.LayerNorm")
+    for fqn, record in (*saved.modules.items(), *saved.parameters.items()):
+        if (shape := other_shape(model, fqn, record)) is not None:
+            raise _misfit(fqn, f"shape {record['shape']} in the file, {list(shape)} in the model")
     own = {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}
     for fqn in saved.parameters:
         if own.pop(fqn, None) is None:
@@ -101,6 +104,17 @@ def _check_fit(model: nn.Module, saved: Saved) -> None:
             raise _misfit(name, "not in the model")
         if own[name] != rest[name].shape:
             raise _misfit(name, f"shape {list(rest[name].shape)} in the file, {list(own[name])} in the model")
+
+
+def other_shape(model: nn.Module, fqn: str, record: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The shape of the float weight in whose place a module or parameter shall stand, where it has another size."""
+    owner, _, leaf = fqn.rpartition(".")
+    weight = model.get_submodule(owner)._parameters.get(leaf) if leaf else None
+    if weight is None and "kind" in record:
+        weight = model.get_submodule(fqn)._parameters.get("weight")
+    if weight is None or weight.numel() == torch.Size(record["shape"]).numel():
+        return None
+    return tuple(weight.shape)
 
 
 def _module(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
