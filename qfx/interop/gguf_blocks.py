@@ -283,9 +283,17 @@ def _unpack_q6(data: Tensor, kind: BlockType) -> Blocks:
 _PLAIN = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4")
 _PACK: dict[str, Callable[[Blocks], Tensor]] = {
     **dict.fromkeys(_PLAIN, _pack_plain),
-    "Q2_K": _pack_q2, "Q3_K": _pack_q3, "Q4_K": _pack_q45, "Q5_K": _pack_q45, "Q6_K": _pack_q6,
+    "Q2_K": _pack_q2,
+    "Q3_K": _pack_q3,
+    "Q4_K": _pack_q45,
+    "Q5_K": _pack_q45,
+    "Q6_K": _pack_q6,
 }
 _UNPACK: dict[str, Callable[[Tensor, BlockType], Blocks]] = {
     **dict.fromkeys(_PLAIN, _unpack_plain),
-    "Q2_K": _unpack_q2, "Q3_K": _unpack_q3, "Q4_K": _unpack_q45, "Q5_K": _unpack_q45, "Q6_K": _unpack_q6,
+    "Q2_K": _unpack_q2,
+    "Q3_K": _unpack_q3,
+    "Q4_K": _unpack_q45,
+    "Q5_K": _unpack_q45,
+    "Q6_K": _unpack_q6,
 }
