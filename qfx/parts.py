@@ -35,10 +35,12 @@ def round_in_parts(weight: Tensor, fmt: Format, method: str, *, name: str, eleme
 
 
 def dequantize_in_parts(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """`packed.dequantize(dtype)` in the memory of the result and of a part."""
+    """`packed.dequantize(dtype)` in the memory of the result and of a part. What lies in a file goes to rest."""
     fmt, shape = packed.format, packed.shape
     if len(shape) != 2 or not fmt.by_row or fmt.is_plain:
-        return packed.dequantize(dtype)
+        value = packed.dequantize(dtype)
+        rest(*packed.tensors().values())
+        return value
     whole = packed.scale.new_empty(shape, dtype=dtype)
     step = max(1, ELEMENTS // max(1, shape[-1]))
     for start in range(0, shape[0], step):
@@ -46,6 +48,7 @@ def dequantize_in_parts(packed: Packed, dtype: torch.dtype) -> Tensor:
         zero = packed.zero[rows] if packed.zero is not None and packed.zero.dim() else packed.zero
         part = Packed(packed.data[rows], packed.scale[rows], zero, fmt, (rows.stop - start, shape[1]))
         whole[rows] = part.dequantize(dtype)
+        rest(*part.tensors().values())
     return whole
 
 
