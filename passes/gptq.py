@@ -162,8 +162,8 @@ def round_by(
     nearest = round_in_parts(weight, fmt, "rtn", name=name)
     if fmt.is_plain:
         return nearest, {}
-    before = nearest.dequantize()[..., _some(weight), :].clone()
-    full = weight.detach().to(torch.float32)
+    full = weight.detach()
+    before = _rows_of(nearest.codes(), Grid(fmt, nearest.scale, nearest.zero, (0, 0)), _some(full))
     if full.dim() == 2:
         grid = _grid(full, fmt, (nearest.scale, nearest.zero), seen[0], options)
         codes, told = _solve(full, before, seen[0], grid, options, name)
@@ -183,7 +183,8 @@ def _grid(
     """The grid of a matrix, with searched scales where they are asked for and are the matrix's own."""
     scale, zero = nearest
     if options.clip and seen.rows and fmt.by_row:
-        parts = [scales(part, fmt, seen.diagonal) for part in matrix.split(max(1, ELEMENTS // matrix.shape[1]))]
+        rows = matrix.split(max(1, ELEMENTS // matrix.shape[1]))
+        parts = [scales(part.to(torch.float32), fmt, seen.diagonal) for part in rows]
         scale = torch.cat([part[0] for part in parts])
         zeros = [part[1] for part in parts if part[1] is not None]
         zero = torch.cat(zeros) if zeros else None
@@ -211,7 +212,7 @@ def _mean(told: list[dict[str, Any]]) -> dict[str, Any]:
 def _solve(
     matrix: Tensor, nearest: Tensor, seen: Hessian, grid: Grid, options: GptqOptions, name: str
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Codes [N, K] of one matrix f32 [N, K], and what is told about it; its scales are left in `grid`.
+    """Codes [N, K] of one matrix [N, K], and what is told about it; its scales are left in `grid`.
 
     nearest: some rows of it (see `_some`) as rounding to nearest gives them.
     """
@@ -224,11 +225,11 @@ def _solve(
     dampening = work.dampening
     del work  # with the factor, which is as large as the statistics
     codes, some = codes.T.contiguous(), _some(matrix)
-    after = dequantize(codes, grid.format, grid.scale, grid.zero)[some]
-    signal = max(_energy(matrix[some], seen.matrix), 1e-30)
+    exact, after = matrix[some].to(torch.float32), _rows_of(codes, grid, some)
+    signal = max(_energy(exact, seen.matrix), 1e-30)
     told = {
-        "error_before": _energy(matrix[some] - nearest, seen.matrix) / signal,
-        "error_after": _energy(matrix[some] - after, seen.matrix) / signal,
+        "error_before": _energy(exact - nearest, seen.matrix) / signal,
+        "error_after": _energy(exact - after, seen.matrix) / signal,
         "dampening": dampening,
         "dead": float((seen.diagonal <= 0).double().mean()),
         "clipped": beyond / max(matrix.numel(), 1),
@@ -239,6 +240,15 @@ def _solve(
 def _some(matrix: Tensor) -> slice:
     """The rows of [.., N, K] by which errors are told."""
     return slice(None, None, -(-matrix.shape[-2] // _SAMPLED))
+
+
+def _rows_of(codes: Tensor, grid: Grid, some: slice) -> Tensor:
+    """Some rows of codes [.., N, K] as they come back, f32."""
+    if not grid.format.by_row:
+        return dequantize(codes, grid.format, grid.scale, grid.zero)[..., some, :].clone()
+    scale, zero = (t[..., some, :] if t is not None and t.dim() else t for t in (grid.scale, grid.zero))
+    assert scale is not None
+    return dequantize(codes[..., some, :], grid.format, scale, zero)
 
 
 def _unseen(matrix: Tensor, grid: Grid, name: str) -> Tensor:
@@ -292,7 +302,7 @@ class _Work:
 
     def round(self, matrix: Tensor, rows: slice, codes: Tensor) -> int:
         """Round some rows of a matrix [N, K] into `codes` [K, N]. Returns how many values lay beyond their codes."""
-        target = matrix[rows].T[self.columns]
+        target = matrix[rows].to(torch.float32).T[self.columns]
         errors, reached = torch.empty_like(target), torch.empty_like(target)
         order, scales = self.columns.tolist(), self.lower.diagonal().tolist()
         beyond = 0

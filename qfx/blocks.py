@@ -29,6 +29,7 @@ from qfx.annotation import Columns, Formats, show
 from qfx.format import Format
 from qfx.lanes import Env, Lane, Program
 from qfx.packing import Packed
+from qfx.parts import dequantize_in_parts
 from qfx.segments import Segment, along, pieces, segments, stem_of, take
 from qfx.spill import beside, rest
 
@@ -337,7 +338,7 @@ class Block:
         """The weight of a part: rounded where it is rounded, else float."""
         weight = self.weight(part)
         found = rounded.get(self.tensors, part.name, part.format, tuple(weight.shape))
-        return weight if found is None else found.dequantize(weight.dtype)
+        return weight if found is None else dequantize_in_parts(found, weight.dtype)
 
 
 def _sites(linears: list[Linear], program: Program) -> list[Site]:

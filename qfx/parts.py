@@ -34,6 +34,24 @@ def round_in_parts(weight: Tensor, fmt: Format, method: str, *, name: str, eleme
     return _joined(parts, fmt, tuple(weight.shape))
 
 
+def dequantize_in_parts(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """`packed.dequantize(dtype)` in the memory of the result and of a part. What lies in a file goes to rest."""
+    fmt, shape = packed.format, packed.shape
+    if len(shape) != 2 or not fmt.by_row or fmt.is_plain:
+        value = packed.dequantize(dtype)
+        rest(*packed.tensors().values())
+        return value
+    whole = packed.scale.new_empty(shape, dtype=dtype)
+    step = max(1, ELEMENTS // max(1, shape[-1]))
+    for start in range(0, shape[0], step):
+        rows = slice(start, min(start + step, shape[0]))
+        zero = packed.zero[rows] if packed.zero is not None and packed.zero.dim() else packed.zero
+        part = Packed(packed.data[rows], packed.scale[rows], zero, fmt, (rows.stop - start, shape[1]))
+        whole[rows] = part.dequantize(dtype)
+        rest(*part.tensors().values())
+    return whole
+
+
 def check_finite(weight: Tensor, name: str) -> None:
     """Raises ValueError for NaN or Inf in a weight, naming it. Needs no memory where all is well."""
     for dim, stride in enumerate(weight.stride()):

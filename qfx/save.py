@@ -32,9 +32,7 @@ _KEYS = {
 }  # fmt: skip
 
 
-def save(
-    model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = None, shard_bytes: int = SHARD
-) -> None:
+def save(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = None, shard_bytes: int = SHARD) -> None:
     """Write `model.safetensors`, `qfx.json` and, for a Hugging Face model, its configs into `folder`.
 
     Files appear together or not at all. Tensors that are shared are stored once, and written one after the other: those
@@ -72,7 +70,8 @@ def save(
         fields["files"] = {name: sha256_file(stage(name)) for name in files}
         fields["sha256"] = _digest(fields)
         stage(_JSON).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-    (Path(folder) / (checkpoint.ONE if len(shards) > 1 else checkpoint.INDEX)).unlink(missing_ok=True)  # of a former one
+    former = checkpoint.ONE if len(shards) > 1 else checkpoint.INDEX
+    (Path(folder) / former).unlink(missing_ok=True)  # else transformers would read a model that was here before
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -92,7 +91,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         for name, sha256 in fields["files"].items():
             if not name.endswith(checkpoint.SUFFIX):
                 _check_file(path / name, sha256)
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, sha256 in fields["files"].items():
             if name.endswith(checkpoint.SUFFIX):
                 tensors |= read_safetensors(path / name, sha256=str(sha256))
