@@ -38,9 +38,9 @@ from qfx.method_options import GptqOptions, LearnedOptions
 from qfx.strict import Strict
 
 KINDS: tuple[str, ...] = tuple(ROLES)
-REWRITES: tuple[str, ...] = ("untie", "norm-fold", "smooth", "v-o", "up-down")
+REWRITES: tuple[str, ...] = ("untie", "norm-fold", "awq", "smooth", "v-o", "up-down")
 DATA_ROUNDINGS: tuple[str, ...] = ("gptq", "learned")  # round by what each layer reads
-DATA_REWRITES: tuple[str, ...] = ("smooth", "v-o", "up-down")  # choose their factors by what the linears see
+DATA_REWRITES: tuple[str, ...] = ("awq", "smooth", "v-o", "up-down")  # choose their factors by what the linears see
 OBSERVERS: tuple[str, ...] = ("absmax", "minmax", "ema", "percentile", "mse", "entropy")
 NONE = "none"
 
@@ -150,6 +150,8 @@ class Recipe(Strict):
     rounding: of weights, "rtn" (scale from the extremes), "mse" (scale of the least squared error), "hqq"
     (half-quadratic), "gptq" (layer by layer, by what each reads) or "learned" (gradient descent, block by block); the
     last two need data, and have options in gptq and learned.
+    weighting: what an error costs for "mse": "uniform", or as the inputs make it, by the "energy" of each channel or
+    the "covariance" of those nearby (AWQ's clip search); both need data.
     bias_correction: shift the mean of each linear's error into its bias. low_rank: rank of float linears that carry the
     largest part of each linear's error (0: none). Both need data, and are not exact.
     observer, percentile, num_calibration_samples: how scales of static activations are found.
@@ -162,6 +164,7 @@ class Recipe(Strict):
     smooth_alpha: float | Literal["search"] = 0.5
     rounding: Literal["rtn", "mse", "hqq", "gptq", "learned"] = "rtn"
     gptq: GptqOptions = GptqOptions()
+    weighting: Literal["uniform", "energy", "covariance"] = "uniform"
     learned: LearnedOptions = LearnedOptions()
     bias_correction: Annotated[bool, Field(strict=True)] = False
     low_rank: Annotated[int, Field(strict=True, ge=0)] = 0
@@ -190,6 +193,15 @@ class Recipe(Strict):
             return alpha
         raise ValueError(f'a number from 0 to 1 or "search" is expected, found {alpha!r}')
 
+    @model_validator(mode="after")
+    def _valid_weighting(self) -> Self:
+        if self.weighting != "uniform" and self.rounding != "mse":
+            raise ValueError(f"weighting={self.weighting!r} is for rounding='mse', found rounding={self.rounding!r}")
+        own = [name for name in ("smooth", "v-o", "up-down") if name in self.rewrites]
+        if "awq" in self.rewrites and own:
+            raise ValueError(f"the rewrite 'awq' chooses the factors of {own[0]!r} itself; leave one of them out")
+        return self
+
     def formats_for(self, kind: str, fqn: str, *, tied: bool = False) -> dict[str, Formats]:
         """Role -> Format (w: or several) for the node of this kind and name; roles left alone are absent.
 
@@ -215,13 +227,14 @@ class Recipe(Strict):
     @property
     def needs_data(self) -> bool:
         """Calibration data is needed: a static activation format that some rule gives, a rewrite of DATA_REWRITES, a
-        rounding of DATA_ROUNDINGS, or a correction.
+        rounding of DATA_ROUNDINGS or weighted by inputs, or a correction.
 
         A format that a later rule of the same target replaces does not count.
         """
         last = {(rule.target, role): rule for rule in self.rules for role in rule.texts if role != "w"}
         chosen = not set(self.rewrites).isdisjoint(DATA_REWRITES) or self.rounding in DATA_ROUNDINGS
         chosen = chosen or self.bias_correction or bool(self.low_rank)
+        chosen = chosen or self.weighting != "uniform"
         given = [rule.formats(role) for (_, role), rule in last.items() if rule.texts[role] != NONE]
         return chosen or any(is_static(fmt) for fmt in given if isinstance(fmt, Format))
 
