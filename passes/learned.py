@@ -30,6 +30,7 @@ from qfx.recipe import Recipe
 from qfx.rounding import round_weight
 from qfx.scales import search
 
+
 def method(recipe: Recipe) -> LearnedRounding:
     """For `qfx.sequential`."""
     return LearnedRounding(recipe.learned)

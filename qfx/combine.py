@@ -10,13 +10,16 @@ from qfx.format import Format
 
 # The order of application, whatever order a recipe names them in: first what separates weights and norms, then factors
 # that another weight takes up, then changes of basis, and last factors for which an input may have to be divided.
-ORDER: tuple[str, ...] = ("untie", "norm-fold", "v-o", "up-down", "rotate", "rotate-down", "rotate-qk", "smooth")
+ORDER: tuple[str, ...] = (
+    "untie", "norm-fold", "awq", "v-o", "up-down", "rotate", "rotate-down", "rotate-qk", "smooth",
+)  # fmt: skip
 ROTATIONS: tuple[str, ...] = ("rotate", "rotate-down", "rotate-qk")
 # What a rewrite does by itself where a recipe does not name it.
 IMPLIED: dict[str, tuple[str, ...]] = {"rotate": ("untie", "norm-fold")}
 
 # Two rewrites that spoil each other: the reason.
 APART: dict[frozenset[str], str] = {
+    **{frozenset({"awq", own}): f"awq chooses the factors of {own} itself" for own in ("smooth", "v-o", "up-down")},
     frozenset({"rotate-down", "up-down"}): "the rotation mixes the channels that up-down scales one by one: "
     "what the scales gain is lost",
     frozenset({"rotate", "v-o"}): "the rotation of each value head mixes the channels that v-o scales one by one: "

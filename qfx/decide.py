@@ -32,6 +32,7 @@ from qfx.sequential import round_weights
 from qfx.sqnr import compare
 from qfx.transform import transform
 from qfx.walk import walk
+from qfx.weighted import round_weighted
 
 _HIGHEST = 200.0  # dB: what a node without any error is said to have, since JSON has no infinity
 
@@ -64,6 +65,8 @@ def decide(
         said = _scales(gm, made, flat, progress=progress) if recipe.needs_data else []
         if recipe.rounding in DATA_ROUNDINGS:
             notes += round_weights(gm, made, flat, progress=progress, resume=resume, memory=memory)
+        if recipe.weighting != "uniform":
+            notes += round_weighted(gm, made, flat, progress=progress)
         if recipe.bias_correction or recipe.low_rank:
             notes += correct(gm, made, flat, skip=_undivided(model, made))
         if calls:

@@ -52,6 +52,15 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         "w4a16 with half-quadratic scales and zero points (HQQ); needs no data",
         {"rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "hqq"},
     ),
+    "w4a16-awq": (
+        "w4a16 with activation-aware scales and clipping (AWQ); needs data",
+        {
+            "rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED],
+            "rewrites": ("awq",),
+            "rounding": "mse",
+            "weighting": "covariance",
+        },
+    ),
     "w2a16": (
         "2-bit weights in groups of 64 (8-bit embeddings, tied ones 4-bit), no data: the error is large without GPTQ",
         {"rules": [*_weights("u2/g64", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "mse"},
@@ -133,7 +142,6 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
 }
 
 UNAVAILABLE: dict[str, str] = {  # names that are kept free: why they cannot be had
-    "w4a16-awq": "AWQ scaling is missing",
     "int8-outliers": "splitting off outlier channels (LLM.int8) is missing",
     "heads": "planning bits per attention head is missing",
     "heads-top30": "planning bits per attention head is missing",

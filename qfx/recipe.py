@@ -39,9 +39,9 @@ from qfx.method_options import GptqOptions, LearnedOptions
 from qfx.strict import Strict
 
 KINDS: tuple[str, ...] = tuple(ROLES)
-REWRITES: tuple[str, ...] = ("untie", "norm-fold", "smooth", "v-o", "up-down", "rotate", "rotate-down", "rotate-qk")
+REWRITES: tuple[str, ...] = combine.ORDER
 DATA_ROUNDINGS: tuple[str, ...] = ("gptq", "learned")  # round by what each layer reads
-DATA_REWRITES: tuple[str, ...] = ("smooth", "v-o", "up-down")  # choose their factors by what the linears see
+DATA_REWRITES: tuple[str, ...] = ("awq", "smooth", "v-o", "up-down")  # choose their factors by what the linears see
 OBSERVERS: tuple[str, ...] = ("absmax", "minmax", "ema", "percentile", "mse", "entropy")
 NONE = "none"
 
@@ -153,6 +153,8 @@ class Recipe(Strict):
     rounding: of weights, "rtn" (scale from the extremes), "mse" (scale of the least squared error), "hqq"
     (half-quadratic), "gptq" (layer by layer, by what each reads) or "learned" (gradient descent, block by block); the
     last two need data, and have options in gptq and learned.
+    weighting: what an error costs for "mse": "uniform", or as the inputs make it, by the "energy" of each channel or
+    the "covariance" of those nearby (AWQ's clip search); both need data.
     bias_correction: shift the mean of each linear's error into its bias. low_rank: rank of float linears that carry the
     largest part of each linear's error (0: none). Both need data, and are not exact.
     observer, percentile, num_calibration_samples: how scales of static activations are found.
@@ -167,6 +169,7 @@ class Recipe(Strict):
     rotation_block: Annotated[int, Field(strict=True, ge=2)] | Literal["auto"] = "auto"
     rounding: Literal["rtn", "mse", "hqq", "gptq", "learned"] = "rtn"
     gptq: GptqOptions = GptqOptions()
+    weighting: Literal["uniform", "energy", "covariance"] = "uniform"
     learned: LearnedOptions = LearnedOptions()
     bias_correction: Annotated[bool, Field(strict=True)] = False
     low_rank: Annotated[int, Field(strict=True, ge=0)] = 0
@@ -197,6 +200,8 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _valid_combination(self) -> Self:
+        if self.weighting != "uniform" and self.rounding != "mse":
+            raise ValueError(f"weighting={self.weighting!r} is for rounding='mse', found rounding={self.rounding!r}")
         formats = [(r.target, r.formats("w")) for r in self.rules if r.w is not None and r.w != NONE]
         combine.check(self.rewrites, self.rounding, [(t, one) for t, fmt in formats for one in each(fmt)])
         return self
@@ -226,13 +231,14 @@ class Recipe(Strict):
     @property
     def needs_data(self) -> bool:
         """Calibration data is needed: a static activation format that some rule gives, a rewrite of DATA_REWRITES, a
-        rounding of DATA_ROUNDINGS, or a correction.
+        rounding of DATA_ROUNDINGS or weighted by inputs, or a correction.
 
         A format that a later rule of the same target replaces does not count.
         """
         last = {(rule.target, role): rule for rule in self.rules for role in rule.texts if role != "w"}
         chosen = not set(self.rewrites).isdisjoint(DATA_REWRITES) or self.rounding in DATA_ROUNDINGS
         chosen = chosen or self.bias_correction or bool(self.low_rank)
+        chosen = chosen or self.weighting != "uniform"
         given = [rule.formats(role) for (_, role), rule in last.items() if rule.texts[role] != NONE]
         return chosen or any(is_static(fmt) for fmt in given if isinstance(fmt, Format))
 

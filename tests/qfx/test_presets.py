@@ -61,6 +61,8 @@ def test_parse_by_name(name: str) -> None:
         ("w8a8-smooth", "x=u8 w=i8/ch"),
         ("w8a16", "w=i8/ch"),
         ("w4a16", "w=u4/g128"),
+        ("w4a16-hqq", "w=u4/g128"),
+        ("w4a16-awq", "w=u4/g128"),
         ("w2a16", "w=u2/g64"),
         ("w4a8", "x=i8/tok w=i4/ch"),
         ("w4a16-gptq", "w=u4/g128"),
@@ -84,7 +86,10 @@ def test_embeddings_are_8_bit(name: str) -> None:
     assert {r: str(f) for r, f in presets()[name].formats_for("embedding", "e").items()} == {"w": "i8/ch"}
 
 
-@pytest.mark.parametrize("name", ["w4a16", "w2a16", "w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "w2a16-learned"])
+@pytest.mark.parametrize(
+    "name",
+    ["w4a16", "w2a16", "w4a16-hqq", "w4a16-awq", "w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "w2a16-learned"],
+)
 def test_tied_tables_are_4_bit(name: str) -> None:
     for kind in ("embedding", "linear"):
         tied = presets()[name].formats_for(kind, "e", tied=True)
@@ -101,8 +106,14 @@ def test_two_bits_are_rounded_with_care_and_no_promise() -> None:
 def test_data_is_needed_by_static_formats_and_by_methods_that_look_at_it() -> None:
     static = {"w8a8-static", "w8a8-smooth"}
     rounded = {name for name, recipe in presets().items() if recipe.rounding in ("gptq", "learned")}
-    assert {name for name, recipe in presets().items() if recipe.needs_data} == static | rounded
+    assert {name for name, recipe in presets().items() if recipe.needs_data} == static | rounded | {"w4a16-awq"}
     assert rounded == {"w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "w4a8-gptq", "w4a16-learned", "w2a16-learned"}
+
+
+def test_methods_of_four_bits() -> None:
+    assert presets()["w4a16-hqq"].rounding == "hqq"
+    awq = presets()["w4a16-awq"]
+    assert (awq.rewrites, awq.rounding, awq.weighting) == (("awq",), "mse", "covariance")
 
 
 def test_smooth() -> None:
