@@ -93,6 +93,7 @@ def _without_results(block: Block, parts: Sequence[Part]) -> list[Note]:
 
 
 CLIP_RATE = 0.5  # of the rate of offsets: that of the shares of the extremes
+_TOLD = 4  # batches by which errors are told
 Forward = Callable[[Mapping[str, Tensor], int], Sequence[Tensor]]
 """(weights by name, batch) -> the block's floating results for that batch with these weights in place."""
 
@@ -101,8 +102,8 @@ Forward = Callable[[Mapping[str, Tensor], int], Sequence[Tensor]]
 class Learned:
     """What `learn` found.
 
-    before, after: squared error of the block's results over all batches, relative to their squares, at the start and in
-    the end. clipped: the share of each weight beyond the range of its codes.
+    before, after: squared error of the block's results over some batches, relative to their squares, at the start and
+    in the end. clipped: the share of each weight beyond the range of its codes.
     """
 
     packed: dict[str, Packed]
@@ -151,13 +152,13 @@ def _slopes(
 ) -> dict[str, Tensor]:
     """The gradient of the loss over the chosen batches for each rounded weight."""
     values = {key: offsets.value().detach().requires_grad_() for key, offsets in found.items()}
-    sums = {key: torch.zeros_like(value) for key, value in values.items()}
+    sums: dict[str, Tensor] = {}
     for batch in chosen:
         with torch.enable_grad():
             loss = squared_error(forward(values, batch), wanted[batch])
         for key, slope in zip(values, torch.autograd.grad(loss, list(values.values()), allow_unused=True), strict=True):
             if slope is not None:
-                sums[key] += slope
+                sums[key] = sums[key] + slope if key in sums else slope
     return sums
 
 
@@ -170,6 +171,7 @@ def squared_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def _error(forward: Forward, found: Mapping[str, Offsets], wanted: Sequence[Sequence[Tensor]], name: str) -> float:
     values = {key: offsets.value() for key, offsets in found.items()}
+    wanted = wanted[:_TOLD]
     total = sum(float(squared_error(forward(values, i), each)) for i, each in enumerate(wanted))
     energy = sum(float(t.float().square().sum()) for each in wanted for t in each)
     if not torch.isfinite(torch.tensor(total)):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qfx
+import qfx.onnx
 from qfx.errors import QfxWarning
 from qfx.modules import QuantLinear
 from qfx.plan import Plan
@@ -85,7 +86,8 @@ def test_both_doors_and_files_take_them(tmp_path: Path) -> None:
     assert torch.equal(outputs(again), wanted)
     qfx.export_onnx(model, (DATA[0],), tmp_path / "model.onnx", plan=plan)
     exported = qfx.onnx.load(tmp_path / "model.onnx")
-    torch.testing.assert_close(torch.as_tensor(exported(DATA[0])), wanted[:16], rtol=1e-4, atol=1e-4)
+    (found,) = exported(x=DATA[0]).values()
+    torch.testing.assert_close(found, wanted[:16], rtol=1e-4, atol=1e-4)
 
 
 def test_what_stands_in_the_live_model() -> None:
