@@ -81,15 +81,7 @@ def put(model: nn.Module, saved: Saved) -> nn.Module:
 
 def _check_fit(model: nn.Module, saved: Saved) -> None:
     """Every tensor of the file has its place in the model, with its shape, and the other way round."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for fqn in (*saved.modules, *saved.centred):
-        if fqn not in modules:
-            raise _misfit(fqn, "no such module in the model")
-        if fqn in saved.centred and not can_be_centred(modules[fqn]):
-            raise _misfit(fqn, f"a {type(modules[fqn]).__name__} instead of an nn.LayerNorm")
-    for fqn, record in (*saved.modules.items(), *saved.parameters.items()):
-        if (shape := other_shape(model, fqn, record)) is not None:
-            raise _misfit(fqn, f"shape {record['shape']} in the file, {list(shape)} in the model")
+    _check_modules(model, saved)
     own = {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}
     for fqn in saved.parameters:
         if own.pop(fqn, None) is None:
@@ -104,6 +96,19 @@ def _check_fit(model: nn.Module, saved: Saved) -> None:
             raise _misfit(name, "not in the model")
         if own[name] != rest[name].shape:
             raise _misfit(name, f"shape {list(rest[name].shape)} in the file, {list(own[name])} in the model")
+
+
+def _check_modules(model: nn.Module, saved: Saved) -> None:
+    """Every quantized part of the file has a float one of its size and kind in the model."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for fqn in (*saved.modules, *saved.centred):
+        if fqn not in modules:
+            raise _misfit(fqn, "no such module in the model")
+        if fqn in saved.centred and not can_be_centred(modules[fqn]):
+            raise _misfit(fqn, f"a {type(modules[fqn]).__name__} instead of an nn.LayerNorm")
+    for fqn, record in (*saved.modules.items(), *saved.parameters.items()):
+        if (shape := other_shape(model, fqn, record)) is not None:
+            raise _misfit(fqn, f"shape {record['shape']} in the file, {list(shape)} in the model")
 
 
 def other_shape(model: nn.Module, fqn: str, record: Mapping[str, Any]) -> tuple[int, ...] | None:
