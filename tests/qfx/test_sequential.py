@@ -193,6 +193,19 @@ def test_experts_without_tokens_are_told() -> None:
     assert any(re.search(words, str(warning.message)) for warning in caught)
 
 
+def test_experts_go_without_the_asymmetric_correction() -> None:
+    model, inputs = ZOO["mixtral"]()
+    asked = recipe([{"target": "experts", "w": "u4/g16"}], gptq={"asymmetric": True})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = qfx.plan(model, asked, [inputs])
+        plain = qfx.plan(model, recipe([{"target": "experts", "w": "u4/g16"}]), [inputs])
+    words = "gate_up_proj and 3 more: experts are rounded without the asymmetric correction"
+    assert any(words in str(warning.message) for warning in caught)
+    assert found.tensors.keys() == plain.tensors.keys()
+    assert all(torch.equal(found.tensors[key], plain.tensors[key]) for key in plain.tensors)
+
+
 def test_nan_is_named_with_its_source() -> None:
     model: Any = Stack()
     with torch.no_grad():
