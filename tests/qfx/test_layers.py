@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # Lowest first. A module of qfx that stands nowhere here is in the layer of PIPELINE.
 PIPELINE = "qfx.compile"
 LAYERS = (
-    "qfx.errors qfx.format qfx.spill qfx.files qfx.processor qfx.strict qfx.method_options qfx.hollow qfx.combine qfx.centred qfx.rotation",
+    (
+        "qfx.errors qfx.format qfx.spill qfx.files qfx.processor qfx.strict qfx.method_options qfx.hollow qfx.combine"
+        " qfx.centred qfx.rotation"
+    ),
     (
         "qfx.annotation qfx.text qfx.numerics qfx.packing qfx.histogram qfx.importance qfx.scales qfx.hqq qfx.rounding"
         " qfx.ops qfx.float_ops qfx.measure"
