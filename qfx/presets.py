@@ -75,7 +75,11 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
     ),
     "w3a16-gptq": (
         "3-bit weights in groups of 128 (8-bit embeddings, tied ones 4-bit), rounded by GPTQ; needs data",
-        {"rules": [*_weights("u3/g128", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "gptq"},
+        {
+            "rules": [*_weights("u3/g128", "linear", "experts"), _EMBEDDING, _TIED],
+            "rounding": "gptq",
+            "gptq": {"clip": True},
+        },
     ),
     "w2a16-gptq": (
         "2-bit weights in groups of 64 (8-bit embeddings, tied ones 4-bit), rounded by GPTQ; needs data",
