@@ -75,7 +75,7 @@ def signs(size: int, seed: int) -> Matrix:
 def factors(size: int, seed: int) -> tuple[Matrix, ...]:
     """Orthogonal matrices, f64, whose Kronecker product in this order is H, [size, size]."""
     return tuple(
-        _random(order, seed) if random else hadamard(order) * np.float64(order**-0.5)
+        _random(order, seed) if random else (hadamard(order) * order**-0.5).astype(np.float64)
         for order, random in _split(size)[1]
     )
 
