@@ -107,7 +107,10 @@ def test_data_is_needed_by_static_formats_and_by_methods_that_look_at_it() -> No
     static = {"w8a8-static", "w8a8-smooth"}
     rounded = {name for name, recipe in presets().items() if recipe.rounding in ("gptq", "learned")}
     assert {name for name, recipe in presets().items() if recipe.needs_data} == static | rounded | {"w4a16-awq"}
-    assert rounded == {"w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "w4a8-gptq", "w4a16-learned", "w2a16-learned"}
+    assert rounded == {
+        *("w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "w4a8-gptq", "w4a16-learned", "w2a16-learned"),
+        *("w4a8-rotate", "w4a4-rotate"),
+    }
 
 
 def test_methods_of_four_bits() -> None:
