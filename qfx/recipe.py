@@ -32,7 +32,7 @@ import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from qfx import combine
-from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats, each
+from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats
 from qfx.errors import nearest
 from qfx.format import Format
 from qfx.method_options import GptqOptions, LearnedOptions
@@ -202,8 +202,7 @@ class Recipe(Strict):
     def _valid_combination(self) -> Self:
         if self.weighting != "uniform" and self.rounding != "mse":
             raise ValueError(f"weighting={self.weighting!r} is for rounding='mse', found rounding={self.rounding!r}")
-        formats = [(r.target, r.formats("w")) for r in self.rules if r.w is not None and r.w != NONE]
-        combine.check(self.rewrites, self.rounding, [(t, one) for t, fmt in formats for one in each(fmt)])
+        combine.check(self.rewrites)
         return self
 
     def formats_for(self, kind: str, fqn: str, *, tied: bool = False) -> dict[str, Formats]:

@@ -74,10 +74,12 @@ def signs(size: int, seed: int) -> Matrix:
 @functools.lru_cache(maxsize=64)
 def factors(size: int, seed: int) -> tuple[Matrix, ...]:
     """Orthogonal matrices, f64, whose Kronecker product in this order is H, [size, size]."""
-    return tuple(
-        _random(order, seed) if random else hadamard(order) * np.float64(order**-0.5)
-        for order, random in _split(size)[1]
-    )
+    return tuple(_factor(order, seed, random=random) for order, random in _split(size)[1])
+
+
+def _factor(order: int, seed: int, *, random: bool) -> Matrix:
+    found: Matrix = _random(order, seed) if random else hadamard(order)
+    return found if random else np.asarray(found / math.sqrt(order), dtype=np.float64)
 
 
 def random_order(size: int) -> int:
