@@ -201,7 +201,8 @@ def test_a_graph_runs_with_its_weights_at_rest(tmp_path: Path) -> None:
         def __init__(self) -> None:
             super().__init__()
             for i in range(4):
-                self.register_buffer(f"w{i}", on_disk(tmp_path, tensor(8 << 20, seed=i), f"w{i}"))
+                held = on_disk(tmp_path, tensor(8 << 20, seed=i), f"w{i}")
+                self.register_parameter(f"w{i}", nn.Parameter(held, requires_grad=False))
 
         def forward(self, x: Tensor) -> Tensor:
             return x + self.w0.sum() + self.w1.view(-1).sum() + self.w2.sum() + self.w3.sum()
