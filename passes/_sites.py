@@ -90,7 +90,7 @@ class Record:
 
         Raises UnsupportedError where only some are there.
         """
-        held: list[Weight | Norm] = []
+        held: list[Any] = []  # Weight, Norm, Part: with a `weight` and perhaps a `bias`
         for key in self.NESTED:
             value = getattr(self, key)
             held += value if isinstance(value, tuple) else [] if value is None else [value]

@@ -24,7 +24,7 @@ Key = tuple[str, str]
 Make = Callable[[fx.Node, str], Observer | None]
 
 _HOLDER = "qfx_observers"
-_OPERAND = {"x": 0, "q": 0, "k": 1, "v": 2}  # role -> position of the value among the node's arguments
+_OPERAND = {"x": 0, "w": 0, "q": 0, "k": 1, "v": 2}  # role -> position of the value among the node's arguments
 
 
 @dataclass(eq=False)
@@ -66,8 +66,9 @@ class _Observe(nn.Module):
 def insert_observers(gm: fx.GraphModule, make: Make) -> Observers:
     """Watch the value of every (node, role) for which `make` gives an observer.
 
-    Roles: x (input), q, k, v (inputs of attention), y (result), as far as the node is annotated with them. `make` may
-    be asked for several keys of one value: of observers with equal settings the first is used for all.
+    Roles: x (input), w (what the weight multiplies: the input, too), q, k, v (inputs of attention), y (result), as far
+    as the node is annotated with them. `make` may be asked for several keys of one value: of observers with equal
+    settings the first is used for all.
     """
     assert not hasattr(gm, _HOLDER), "the graph has observers already; remove them first"
     observers = Observers()

@@ -17,6 +17,13 @@ MODULES = {
     "smooth": "qfx.passes.smooth",
     "v-o": "qfx.passes.v_o",
     "up-down": "qfx.passes.up_down",
+    "centre": "qfx.passes.centre",
+    "rotate": "qfx.passes.rotate",
+    "rotate-heads": "qfx.passes.rotate_heads",
+    "rotate-down": "qfx.passes.rotate_down",
+    "rotate-qk": "qfx.passes.rotate_qk",
+    "bias-correction": "qfx.passes.bias_correction",
+    "low-rank": "qfx.passes.low_rank",
 }
 
 
@@ -41,7 +48,7 @@ def _pass_of(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     name = str(record.get("name"))
     if name not in MODULES:
         raise ValueError(f"unknown rewrite {name!r} in the plan, {nearest(name, MODULES)}")
-    key = record.get("factor")
-    if key is not None and key not in tensors:
-        raise ValueError(f"the plan's rewrite {name!r} names the tensor {key!r}, which the plan does not hold")
+    for key in (record.get("factor"), record.get("second")):
+        if key is not None and key not in tensors:
+            raise ValueError(f"the plan's rewrite {name!r} names the tensor {key!r}, which the plan does not hold")
     return importlib.import_module(MODULES[name])

@@ -13,9 +13,10 @@ s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), one s for all linears that read the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,6 +36,8 @@ from qfx.spill import rest
 ALPHAS: tuple[float, ...] = tuple(step / 10 for step in range(11))
 _ROWS = 2048  # output channels that the search looks at
 _LEAST, _GREATEST = 1e-4, 1e4  # of a factor
+
+Tie = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -148,27 +151,37 @@ def smooth(
     alphas: Sequence[float] = ALPHAS,
     skip: Iterable[str] = (),
     fold_only: Iterable[str] = (),
+    chooser: Chooser | None = None,
 ) -> tuple[list[tuple[Site, Tensor]], list[Note]]:
     """Choose factors for every group of linears whose inputs are to be quantized. Nothing is changed; see `apply`.
 
     stats: FQN of a linear -> what its input looks like (see `watch`). alpha: SmoothQuant's exponent, or "search": of
     `alphas` and of no smoothing, the one with the least error of the layer's result on the sampled rows, under the
     formats annotated and ranges found by `observer`. skip: names of linears to leave; fold_only: of those whose input
-    cannot be divided, so that only a norm can take their factor. Returns pairs of site and f32 factor [channels] in
-    graph order, and notes about what cannot be smoothed.
+    cannot be divided, so that only a norm can take their factor. chooser: chooses in place of `choose`. Returns pairs
+    of site and f32 factor [channels] in graph order, and notes about what cannot be smoothed.
     """
     found, refusals = find(gm)
     left, undivided = set(skip), set(fold_only)
+    chooser = chooser or functools.partial(choose, alpha=alpha, observer=observer, percentile=percentile, alphas=alphas)
     chosen = []
     for site in found:
         names = [linear.name for linear in site.linears]
         inputs = [stats[name] for name in names if name in stats and stats[name].seen]
         if not inputs or left.intersection(names) or (site.explicit and undivided.intersection(names)):
             continue
-        factor = choose(gm, site.linears, inputs, alpha, observer, percentile)
+        factor = chooser(gm, site.linears, inputs)
         if factor is not None:
             chosen.append((site, factor))
     return chosen, [r for r in refusals if r.node in stats]
+
+
+class Chooser(Protocol):
+    """Finds the factor [channels] for linears that read one input, or None; see `choose`."""
+
+    def __call__(
+        self, gm: fx.GraphModule, linears: Sequence[Weight], inputs: Sequence[Sample], *, tie: Tie = ...
+    ) -> Tensor | None: ...
 
 
 def choose(
@@ -179,7 +192,7 @@ def choose(
     observer: str = "minmax",
     percentile: float = 99.99,
     alphas: Sequence[float] = ALPHAS,
-    tie: Callable[[Tensor], Tensor] = lambda absmax: absmax,
+    tie: Tie = lambda absmax: absmax,
 ) -> Tensor | None:
     """The factor [channels] for linears that read one input; None where no smoothing is best.
 
@@ -189,7 +202,7 @@ def choose(
     w_absmax = tie(weight_absmax(gm, linears))
     if alpha == "search":
         nodes = {graph.fqn_of(n): n for n in gm.graph.nodes if sites.is_linear(n)}
-        layers = [_Layer.of(gm, nodes[w.name], w, observer, percentile) for w in linears]
+        layers = [Layer.of(gm, nodes[w.name], w, observer, percentile) for w in linears]
         best = _search(layers, inputs, alphas, lambda absmax, a: factors(tie(absmax), w_absmax, a))
         factor = None if best is None else factors(x_absmax, w_absmax, best)
     else:
@@ -221,7 +234,7 @@ def weight_absmax(module: nn.Module, linears: Iterable[Weight]) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Layer:
+class Layer:
     """A linear as the search sees it.
 
     weight: f32 [N, K] or [E, N, K], of many output channels only some. x, w: formats. observer, percentile: how the
@@ -235,7 +248,7 @@ class _Layer:
     percentile: float
 
     @classmethod
-    def of(cls, gm: fx.GraphModule, node: fx.Node, weight: Weight, observer: str, percentile: float) -> _Layer:
+    def of(cls, gm: fx.GraphModule, node: fx.Node, weight: Weight, observer: str, percentile: float) -> Layer:
         formats: dict[str, Any] = annotation.get(node)
         x, w = formats.get("x"), formats.get("w")
         if isinstance(w, tuple | Columns):  # of several the one that rounds the most
@@ -267,7 +280,7 @@ class _Layer:
 
 
 def _search(
-    layers: Sequence[_Layer],
+    layers: Sequence[Layer],
     inputs: Sequence[Sample],
     alphas: Sequence[float],
     make: Callable[[Tensor, float], Tensor],

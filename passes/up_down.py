@@ -8,6 +8,7 @@ So SmoothQuant for the down projection costs no division at run time. GELU and t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -21,7 +22,7 @@ from qfx.observers import Sample
 from qfx.passes import _channels as channels
 from qfx.passes import _sites as sites
 from qfx.passes._sites import Record, Weight
-from qfx.passes.smooth import choose
+from qfx.passes.smooth import Chooser, choose
 
 aten = torch.ops.aten
 
@@ -127,14 +128,16 @@ def smooth(
     observer: str = "minmax",
     percentile: float = 99.99,
     skip: Iterable[str] = (),
+    chooser: Chooser | None = None,
 ) -> tuple[list[tuple[Site, Tensor]], list[Note]]:
     """SmoothQuant's factors [channels] for the inputs of down projections; arguments as for `smooth.smooth`."""
     found, refusals = find(gm)
     chosen: list[tuple[Site, Tensor]] = []
     left = set(skip)
+    chooser = chooser or functools.partial(choose, alpha=alpha, observer=observer, percentile=percentile)
     for site in found:
         if site.down.name in stats and site.down.name not in left and stats[site.down.name].seen:
-            factor = choose(gm, (site.down,), [stats[site.down.name]], alpha, observer, percentile)
+            factor = chooser(gm, (site.down,), [stats[site.down.name]])
             if factor is not None:
                 chosen.append((site, factor))
     return chosen, refusals

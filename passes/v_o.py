@@ -24,7 +24,7 @@ from qfx.passes import _channels as channels
 from qfx.passes import _match as m
 from qfx.passes import _sites as sites
 from qfx.passes._sites import Record, Weight
-from qfx.passes.smooth import choose
+from qfx.passes.smooth import Chooser, choose
 
 _ATTENTION = ("aten::scaled_dot_product_attention", "qfx::attention")
 
@@ -162,16 +162,16 @@ def smooth(
     observer: str = "minmax",
     percentile: float = 99.99,
     skip: Iterable[str] = (),
+    chooser: Chooser | None = None,
 ) -> tuple[list[tuple[Site, Tensor]], list[Note]]:
     """SmoothQuant's factors [kv_heads, head_dim] for the inputs of output projections; arguments as for `smooth`."""
     found, refusals = find(gm)
     chosen: list[tuple[Site, Tensor]] = []
     left = set(skip)
+    chooser = chooser or functools.partial(choose, alpha=alpha, observer=observer, percentile=percentile)
     for site in found:
         if site.o.name in stats and site.o.name not in left and stats[site.o.name].seen:
-            factor = choose(
-                gm, (site.o,), [stats[site.o.name]], alpha, observer, percentile, tie=functools.partial(_tied, site)
-            )
+            factor = chooser(gm, (site.o,), [stats[site.o.name]], tie=functools.partial(_tied, site))
             if factor is not None:
                 first = [site.heads.index(head) for head in range(len(site.starts))]
                 chosen.append((site, factor.reshape(len(site.heads), site.head_dim)[first]))

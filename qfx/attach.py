@@ -55,6 +55,9 @@ def attach(model: nn.Module, recipe: Recipe | None) -> nn.Module:
 
 def _register(table: Any) -> None:
     """Put qfx into transformers' table. A transformers that does not fit is a QfxWarning: it goes on without qfx."""
+    started = sys.modules.get("qfx.hf_quantizer")
+    if started is not None and not hasattr(started, "QfxHfQuantizer"):
+        return  # it is what imports transformers just now, and registers itself at its end
     try:
         from qfx.hf_config import QfxConfig
         from qfx.hf_quantizer import QfxHfQuantizer

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from qfx import annotation, graph, run
 from qfx.capture import Captured, capture_export
+from qfx.correct import apply_to, correct
 from qfx.data import Call, telling
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
@@ -31,6 +32,7 @@ from qfx.sequential import round_weights
 from qfx.sqnr import compare
 from qfx.transform import transform
 from qfx.walk import walk
+from qfx.weighted import round_weighted
 
 _HIGHEST = 200.0  # dB: what a node without any error is said to have, since JSON has no infinity
 
@@ -57,11 +59,16 @@ def decide(
     said: list[Note] = []
     if recipe.rewrites or calls:
         flat = [captured.flatten(a, k if a else without_cache(model, k)) for a, k in calls]
-        undivided = _undivided(model, made) if "smooth" in recipe.rewrites else set()
+        divides = not {"smooth", "rotate-down"}.isdisjoint(recipe.rewrites)
+        undivided = _undivided(model, made) if divides else set()
         notes += transform(gm, made, flat, undivided=undivided, progress=progress)
         said = _scales(gm, made, flat, progress=progress) if recipe.needs_data else []
         if recipe.rounding in DATA_ROUNDINGS:
             notes += round_weights(gm, made, flat, progress=progress, resume=resume, memory=memory)
+        if recipe.weighting != "uniform":
+            notes += round_weighted(gm, made, flat, progress=progress)
+        if recipe.bias_correction or recipe.low_rank:
+            notes += correct(gm, made, flat, skip=_undivided(model, made))
         if calls:
             made.sensitivities["sqnr_db"] = _errors(gm, made, flat[0])
     return made, [*notes, *said], said
@@ -187,6 +194,7 @@ def _scales(gm: fx.GraphModule, made: Plan, flat: Sequence[Sequence[Any]], *, pr
 def _errors(gm: fx.GraphModule, made: Plan, inputs: Sequence[Any]) -> dict[str, float]:
     """SQNR in dB of each quantized node on one batch: the float graph against the quantized one."""
     quantized = graph.copy(gm)
+    apply_to(quantized, made)
     quantize(quantized, tensors=made.tensors, rounding=made.recipe.rounding)
     run.settle(quantized)
     with telling(1):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qfx.centred import is_centred
 from qfx.mixed import QuantMixed
 from qfx.modules import PackedSpec, QuantConv, QuantEmbedding, QuantLinear
 
@@ -18,12 +19,14 @@ Record = dict[str, Any]
 
 
 def describe(model: nn.Module, tied: Mapping[str, str]) -> Record:
-    """The JSON-able record of a quantized model: class, dtype, implementations, modules, parameters, tied, buffers."""
+    """The JSON-able record of a quantized model: class, dtype, implementations, modules, parameters, tied, buffers,
+    centred."""
     return {
         "class": float_class(model).__name__, "dtype": name_of(_dtype_of(model)),
         "implementations": _implementations(getattr(model, "config", None)), "modules": _modules(model),
         "parameters": _parameters(model), "tied": dict(tied),
         "buffers": {name: name_of(b.dtype) for name, b in passing_buffers(model).items()},
+        "centred": [name for name, module in model.named_modules() if is_centred(module)],
     }  # fmt: skip
 
 
@@ -113,17 +116,21 @@ def _describe(module: Quantized) -> Record:
     }  # fmt: skip
     if isinstance(module, QuantMixed):
         parts = [[str(segment.format), [list(r) for r in segment.ranges]] for segment in module.segments]
-        return {**record, "segments": parts, "axis": module.axis, "x": module.x_format}
+        return {**record, "segments": parts, "axis": module.axis, "x": module.x_format, **_rotation(module)}
     record["w"] = module.w_format
     if isinstance(module, QuantEmbedding):
         return {**record, "padding_idx": module.padding_idx}
-    record["x"] = module.x_format
+    record |= {"x": module.x_format, **_rotation(module)}
     if isinstance(module, QuantConv):
         record |= {
             "kernel_size": list(module.kernel_size), "stride": list(module.stride), "padding": list(module.padding),
             "in_channels": module.in_channels,
         }  # fmt: skip
     return record
+
+
+def _rotation(module: QuantLinear | QuantMixed) -> Record:
+    return {} if module.rotation is None else {"rotation": list(module.rotation)}
 
 
 def _parameters(model: nn.Module) -> dict[str, Record]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from qfx import checkpoint
-from qfx.attach import METHOD
+from qfx.attach import METHOD, register_when_loaded
 from qfx.describe import describe, state
 from qfx.errors import explain
 from qfx.hf_config import QfxConfig
@@ -32,6 +32,7 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: QfxConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self._dtype: torch.dtype | None = None
         self._placed: Placed | None = None
         self._waiting: tuple[nn.Module, list[str]] | None = None
         self._streaming: Streaming | None = None
@@ -55,8 +56,13 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 )
             )
 
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the model to be, which transformers tells here."""
+        self._dtype = dtype
+        return dtype
+
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: Any = None, dtype: Any = None, **kwargs: Any
+        self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any
     ) -> nn.Module:
         config = self.quantization_config
         if not self.pre_quantized:
@@ -69,7 +75,7 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError(explain("a quantized model is read from its files, found a state_dict", next_step=step))
         found = checkpoint.headers(files, expected)
         checkpoint.check(files, expected)
-        self._placed = Placed.into(model, config.model, found, dtype)
+        self._placed = Placed.into(model, config.model, found, self._dtype)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -148,3 +154,6 @@ def _name_as_they_are(model: nn.Module) -> None:
     """transformers renames and splits tensors when it saves, so that they are those of the first checkpoint; packed
     ones cannot be split."""
     model._weight_conversions = []  # type: ignore[assignment]
+
+
+register_when_loaded()  # where this file was imported before transformers' table of quantizers

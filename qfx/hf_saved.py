@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from qfx.describe import Record, float_class, name_of
 from qfx.errors import explain
 from qfx.modules import LOADING, PackedModule, tell_shared, without_fast_paths
-from qfx.rebuild import Saved, put
+from qfx.rebuild import Saved, other_shape, put
 
 _PACKED = re.compile(r"_w_(codes|scale|zero)$")
 
@@ -36,15 +35,15 @@ class Placed:
     buffers: dict[str, torch.dtype]
 
     @classmethod
-    def into(cls, model: nn.Module, record: Record, headers: Mapping[str, Tensor], dtype: Any) -> Placed:
+    def into(cls, model: nn.Module, record: Record, headers: Mapping[str, Tensor], dtype: torch.dtype | None) -> Placed:
         """Put the quantized modules of a record into a model on the meta device.
 
         headers: what the files hold, on the meta device. dtype: of the model to be. Raises ValueError where the record
         does not fit the model.
         """
         local = _Names(model, record)
-        asked = dtype if isinstance(dtype, torch.dtype) else getattr(torch, record["dtype"])
-        saved_dtype = getattr(torch, record["dtype"])
+        saved_dtype: torch.dtype = getattr(torch, record["dtype"])
+        asked = dtype or saved_dtype
         tensors = {name: _cast(t, name, saved_dtype, asked) for name, t in headers.items()}
         tensors |= {name: tensors[source] for name, source in record["tied"].items() if source in tensors}
         saved = Saved(
@@ -53,6 +52,7 @@ class Placed:
             buffers={},
             tied={},
             tensors={found: tensor for name, tensor in tensors.items() if (found := local.name(name))},
+            centred=tuple(found for name in record["centred"] if (found := local.name(name))),
         )
         local.check(saved)
         put(model, saved)
@@ -161,18 +161,8 @@ class _Names:
         if missing and (own == self.record["class"] or not (saved.modules or saved.parameters)):
             raise self._misfit(f"none of the name {missing[0]!r}", own)
         for name, record in (*saved.modules.items(), *saved.parameters.items()):
-            if "same" in record:
-                continue
-            shape = self._shape(name)
-            if shape is not None and torch.Size(shape).numel() != torch.Size(record["shape"]).numel():
+            if (shape := other_shape(self.model, name, record)) is not None:
                 raise self._misfit(f"{name!r} of shape {list(shape)}, not {record['shape']}", own)
-
-    def _shape(self, name: str) -> tuple[int, ...] | None:
-        owner, leaf = _split(self.model, name)
-        parameter = owner._parameters.get(leaf)
-        if parameter is None:
-            parameter = self.model.get_submodule(name)._parameters.get("weight")
-        return None if parameter is None else tuple(parameter.shape)
 
     def _misfit(self, found: str, own: str) -> ValueError:
         return ValueError(

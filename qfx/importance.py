@@ -7,6 +7,7 @@ is d C d^T with C = mean(x^T x). An `Importance` holds the diagonal of C ("energ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -32,3 +33,8 @@ class Importance:
         rows = padded.reshape(-1, count, size).transpose(0, 1)  # [blocks, rows, B]
         mixed = (rows @ self.moments).transpose(0, 1).reshape(padded.shape)
         return a * mixed[..., : b.shape[-1]]
+
+    def columns(self, ranges: Sequence[tuple[int, int]]) -> Importance:
+        """That of some channels put side by side. Of blocks the diagonal alone is kept."""
+        energy = self.moments if self.moments.dim() == 1 else self.moments.diagonal(dim1=1, dim2=2).reshape(-1)
+        return Importance(torch.cat([energy[start:stop] for start, stop in ranges]))

@@ -45,7 +45,8 @@ class Program:
                 node.op == "call_function" and self.constants.issuperset(node.all_input_nodes)
             ):
                 self.constants.add(node)
-            elif node.op == "call_function":
+            elif node.op not in ("placeholder", "output"):
+                assert node.op == "call_function", f"a prepared graph calls functions only: {node.format_node()}"
                 self.nodes.append(node)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.last_use = {node: self._last_use(node) for node in (*self.inputs, *self.nodes)}

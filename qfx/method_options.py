@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -22,3 +22,17 @@ class GptqOptions(Strict):
     dampening: Annotated[float, Field(ge=0, le=1)] = 0.01
     asymmetric: Annotated[bool, Field(strict=True)] = False
     clip: Annotated[bool, Field(strict=True)] = False
+
+
+class LearnedOptions(Strict):
+    """How `rounding="learned"` goes about it.
+
+    steps: of gradient descent for each block. batch: samples that a step looks at, in whole batches of the data.
+    learning_rate: of the first step, in steps of the format; it falls to 0 (None: 2 / steps; signs: 1 / steps).
+    optimizer: "adam", or "sign" as AutoRound has it.
+    """
+
+    steps: Annotated[int, Field(strict=True, ge=0)] = 200
+    batch: Annotated[int, Field(strict=True, ge=1)] = 8
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    optimizer: Literal["adam", "sign"] = "adam"

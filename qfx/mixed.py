@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qfx.modules import PackedModule
+from qfx.modules import PackedModule, rotated
 from qfx.packing import Packed
 from qfx.rows import Row
 from qfx.segments import Segment, asked, pieces, stem_of, take
@@ -18,7 +18,7 @@ class QuantMixed(PackedModule):
 
     Segments are the buffers rows0_codes, rows0_scale, rows0_zero, rows1_codes, ... (columns0_codes, ...). The input is
     as for QuantLinear: x_format "" leaves it in float, static formats carry x_scale (and x_zero), smooth [in_features]
-    divides it first.
+    divides it first, and before that rotation (block, seed) rotates it.
     """
 
     x_scale: Tensor | None
@@ -36,6 +36,7 @@ class QuantMixed(PackedModule):
         x_scale: Tensor | None = None,
         x_zero: Tensor | None = None,
         smooth: Tensor | None = None,
+        rotation: tuple[int, int] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         assert [p.shape[axis] for p in packed] == [s.size for s in segments], (packed, segments)
@@ -43,6 +44,7 @@ class QuantMixed(PackedModule):
         size = sum(segment.size for segment in segments)
         super().__init__((other, size) if axis else (size, other), dtype)
         self.segments, self.axis, self.x_format = tuple(segments), axis, x_format
+        self.rotation = rotation
         self.out_features, self.in_features = self.shape
         self.nf = self.out_features  # Conv1D's name for it
         for number, part in enumerate(packed):
@@ -63,10 +65,11 @@ class QuantMixed(PackedModule):
             last = segment.size if self.axis else self.in_features
             held = self._held(number)
             parts.append(torch.ops.qfx.dequantize(*held, str(segment.format), last, self.dtype))
-        return self._in_order(parts, self.axis)
+        return rotated(self._in_order(parts, self.axis), self.rotation, inverse=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x.dtype."""
+        x = rotated(x, self.rotation)
         if self.axis:
             return self._columns(x)
         static = (self.x_scale, self.x_zero, self.smooth, self.x_format)

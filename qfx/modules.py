@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import qfx.ops  # noqa: F401  (registers torch.ops.qfx)
+import qfx.ops
+import qfx.rotation  # noqa: F401  (both register torch.ops.qfx)
 from qfx.format import Format
 from qfx.packing import Packed
 from qfx.rows import Row
@@ -59,6 +60,14 @@ class PackedModule(nn.Module):
         return Row(fqn, op, asked, f"qfx::{op} (reference)", "", elements, before, after, sqnr_db=self.sqnr_db)
 
 
+def rotated(x: Tensor, rotation: tuple[int, int] | None, *, inverse: bool = False) -> Tensor:
+    """x with its last axis rotated by (block, seed); x itself for None."""
+    if rotation is None:
+        return x
+    y: Tensor = torch.ops.qfx.hadamard(x, *rotation, inverse)
+    return y
+
+
 class _Quantized(PackedModule):
     """A packed weight (w_codes, w_scale, w_zero) and its format."""
 
@@ -90,7 +99,8 @@ class QuantLinear(_Quantized):
     """y = x W^T + b with a packed W [out_features, in_features].
 
     x_format "" leaves activations in float. Static formats carry x_scale (and x_zero); `smooth` [in_features] divides x
-    first.
+    first. Before that, `rotation` (block, seed) rotates it, as the packed weight is (see `qfx.rotation`). low: float
+    factors [r, in_features] and [out_features, r] of a part of W that is not packed.
     """
 
     def __init__(
@@ -102,10 +112,16 @@ class QuantLinear(_Quantized):
         x_scale: Tensor | None = None,
         x_zero: Tensor | None = None,
         smooth: Tensor | None = None,
+        low: tuple[Tensor, Tensor] | None = None,
+        rotation: tuple[int, int] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(packed, dtype)
         self.x_format = x_format
+        if low is not None:
+            self.register_buffer("low_a", low[0])
+            self.register_buffer("low_b", low[1])
+        self.rotation = rotation
         self.out_features, self.in_features = packed.shape
         self.nf = self.out_features  # Conv1D's name for it
         self.register_buffer("x_scale", x_scale)
@@ -118,20 +134,40 @@ class QuantLinear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x.dtype."""
+        x = rotated(x, self.rotation)
         y: Tensor = torch.ops.qfx.linear(
             x, self.w_codes, self.w_scale, self.w_zero, self.bias, self.x_scale, self.x_zero, self.smooth,
             self.x_format, self.w_format,
         )  # fmt: skip
-        return y
+        return y if self.low is None else y + self._beside(x, *self.low)
+
+    @property
+    def low(self) -> tuple[Tensor, Tensor] | None:
+        """The factors of the part of W that is not packed, where there is one."""
+        a, b = self._buffers.get("low_a"), self._buffers.get("low_b")
+        return None if a is None or b is None else (a, b)
+
+    def _beside(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        x = x if self.smooth is None else x / self.smooth
+        return nn.functional.linear(nn.functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+    def _dequantized(self) -> Tensor:
+        found = super()._dequantized()
+        if self.low is not None:
+            found = found + self.low[1].to(found.dtype) @ self.low[0].to(found.dtype)
+        return rotated(found, self.rotation, inverse=True)
 
     def extra_repr(self) -> str:
-        asked = f"x={self.x_format} " if self.x_format else ""
-        return f"{self.in_features}, {self.out_features}, {asked}w={self.w_format}, bias={self.bias is not None}"
+        asked = f"x={self.x_format} w={self.w_format}" if self.x_format else f"w={self.w_format}"
+        turned = f", rotation={self.rotation}" if self.rotation else ""
+        return f"{self.in_features}, {self.out_features}, {asked}, bias={self.bias is not None}{turned}"
 
     def qfx_row(self, fqn: str) -> Row:
         """This module's row of the report."""
         asked = f"x={self.x_format} w={self.w_format}" if self.x_format else f"w={self.w_format}"
-        return self._row(fqn, "linear", asked)
+        row = self._row(fqn, "linear", asked)
+        extra = 0 if self.low is None else sum(factor.nbytes for factor in self.low)
+        return replace(row, bytes_after=row.bytes_after + extra)
 
 
 class QuantEmbedding(_Quantized):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from qfx.format import Format
+from qfx.importance import Importance
 from qfx.numerics import require_finite
 from qfx.packing import Packed
 from qfx.rounding import round_weight
@@ -16,21 +18,27 @@ from qfx.spill import rest
 ELEMENTS = 1 << 18  # of one part
 
 
-def round_in_parts(weight: Tensor, fmt: Format, method: str, *, name: str, elements: int = ELEMENTS) -> Packed:
+def round_in_parts(
+    weight: Tensor, fmt: Format, method: str, *, name: str, elements: int = ELEMENTS,
+    importance: Importance | None = None,
+) -> Packed:  # fmt: skip
     """`round_weight` of a weight [.., N, K] in parts of whole rows of at most `elements` values (one row at least).
 
     Formats whose scale serves more than one row are rounded at once. A weight in a file goes to rest part by part.
     Raises ValueError as `round_weight` does.
     """
+    whole = functools.partial(round_weight, fmt=fmt, method=method, name=name, importance=importance)
     if weight.numel() <= elements or not fmt.by_row:
-        packed = round_weight(weight, fmt, method, name=name)
+        packed = whole(weight)
         rest(weight)
         return packed
     if weight.dim() > 2:
-        parts = (round_in_parts(part, fmt, method, name=name, elements=elements) for part in weight)
-        return _joined(parts, fmt, tuple(weight.shape))
+        again = functools.partial(round_in_parts, name=name, elements=elements, importance=importance)
+        return _joined((again(part, fmt, method) for part in weight), fmt, tuple(weight.shape))
     rows = max(1, elements // max(1, weight.shape[-1]))
-    parts = (round_in_parts(w, fmt, method, name=name, elements=w.numel()) for w in weight.split(rows))
+    parts = (
+        round_in_parts(w, fmt, method, name=name, elements=w.numel(), importance=importance) for w in weight.split(rows)
+    )
     return _joined(parts, fmt, tuple(weight.shape))
 
 

@@ -23,6 +23,7 @@ from qfx.passes.quantize import quantize, refuse
 from qfx.passes.rewrites import apply_record
 from qfx.plan import Plan
 from qfx.recipe import Recipe
+from qfx.transform import transform
 
 Keep = Callable[[Tensor], Tensor]
 
@@ -45,6 +46,8 @@ def apply_plan(
     notes: list[Note] = []
     if plan is None:
         notes += annotate(gm, recipe) + refuse(gm)
+        if recipe.rewrites:
+            notes += transform(gm, Plan(recipe), [])
         tensors, rounding = {}, recipe.rounding
     else:
         notes += annotate_from(gm, plan) + refuse(gm)

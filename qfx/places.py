@@ -20,6 +20,7 @@ from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
 from qfx.hollow import filled, is_hollow_leaf
 from qfx.parts import check_finite
+from qfx.passes.rotate_down import rotations
 from qfx.plan import Plan
 from qfx.recipe import is_static
 from qfx.segments import segments
@@ -157,10 +158,11 @@ def _place(model: nn.Module, fqn: str, owner: str, leaf: str, plan: Plan) -> Pla
             reason = "only the weight of a linear layer of its own takes several formats: stays in float"
             return Note(fqn, f"w={show(w)} was asked, but {reason}", "give it one format")
         w = _joined(w, module, fqn, layout)
-    if f"{fqn}/smooth" in plan.tensors and kind != "linear":
+    changed = "divides" if f"{fqn}/smooth" in plan.tensors else "rotates" if fqn in rotations(plan.rewrites) else ""
+    if changed and kind != "linear":
         raise UnsupportedError(
             explain(
-                f"the plan divides the input of {fqn!r}, which {type(module).__name__} feeds by itself",
+                f"the plan {changed} the input of {fqn!r}, which {type(module).__name__} feeds by itself",
                 expected="an nn.Linear or Conv1D that can be replaced",
                 next_step="add the name to the recipe's ignore list and plan again",
             )

@@ -27,6 +27,9 @@ def _both(x: str, w: str, *kinds: str) -> list[dict[str, str]]:
 
 _STATIC = [*_both("u8", "i8/ch", "linear", "experts", "conv"), _EMBEDDING]
 
+_HEAD = {"target": "*lm_head", "x": "i8/tok", "w": "i8/ch"}
+_ROTATED = {"rewrites": ("rotate", "rotate-down"), "rounding": "gptq"}
+
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people, the fields
     "w8a8": (
         "8-bit weights per channel, 8-bit activations per token; needs no data",
@@ -49,6 +52,15 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         "w4a16 with half-quadratic scales and zero points (HQQ); needs no data",
         {"rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "hqq"},
     ),
+    "w4a16-awq": (
+        "w4a16 with activation-aware scales and clipping (AWQ); needs data",
+        {
+            "rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED],
+            "rewrites": ("awq",),
+            "rounding": "mse",
+            "weighting": "covariance",
+        },
+    ),
     "w2a16": (
         "2-bit weights in groups of 64 (8-bit embeddings, tied ones 4-bit), no data: the error is large without GPTQ",
         {"rules": [*_weights("u2/g64", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "mse"},
@@ -67,7 +79,19 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
     ),
     "w2a16-gptq": (
         "2-bit weights in groups of 64 (8-bit embeddings, tied ones 4-bit), rounded by GPTQ; needs data",
-        {"rules": [*_weights("u2/g64", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "gptq"},
+        {
+            "rules": [*_weights("u2/g64", "linear", "experts"), _EMBEDDING, _TIED],
+            "rounding": "gptq",
+            "gptq": {"act_order": False, "clip": True},
+        },
+    ),
+    "w4a16-learned": (
+        "w4a16 with roundings and ranges learned block by block (AutoRound's manner); needs data and minutes",
+        {"rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "learned"},
+    ),
+    "w2a16-learned": (
+        "w2a16 with roundings and ranges learned block by block (AutoRound's manner); needs data and minutes",
+        {"rules": [*_weights("u2/g64", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "learned"},
     ),
     "w4a8-gptq": (
         "w4a8 after SmoothQuant with searched strength, weights rounded by GPTQ; needs data",
@@ -77,6 +101,14 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
             "smooth_alpha": "search",
             "rounding": "gptq",
         },
+    ),
+    "w4a8-rotate": (
+        "w4a8 with rotated channels (QuaRot), so that none is an outlier, and GPTQ; 8-bit lm_head; needs data",
+        {"rules": [*_both("i8/tok", "i4/ch", "linear", "experts"), _EMBEDDING, _HEAD], **_ROTATED},
+    ),
+    "w4a4-rotate": (
+        "4-bit weights and activations, rotated channels (QuaRot), GPTQ; 8-bit embeddings and lm_head; needs data",
+        {"rules": [*_both("i4/tok", "i4/ch", "linear", "experts"), _EMBEDDING, _HEAD], **_ROTATED},
     ),
     "nf4": (
         "4-bit normal-float weights in groups of 64 (8-bit embeddings), float activations",
@@ -110,7 +142,6 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
 }
 
 UNAVAILABLE: dict[str, str] = {  # names that are kept free: why they cannot be had
-    "w4a16-awq": "AWQ scaling is missing",
     "int8-outliers": "splitting off outlier channels (LLM.int8) is missing",
     "heads": "planning bits per attention head is missing",
     "heads-top30": "planning bits per attention head is missing",

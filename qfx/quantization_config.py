@@ -21,7 +21,7 @@ from qfx.recipe import Recipe
 
 VERSION = 1
 _KEYS = ("quant_method", "version", "qfx", "recipe", "strict", "model")
-_MODEL = {"class", "dtype", "implementations", "modules", "parameters", "tied", "buffers", "tensors"}
+_MODEL = {"class", "dtype", "implementations", "modules", "parameters", "tied", "buffers", "centred", "tensors"}
 
 
 def wrap(recipe: Recipe | None, record: Record | None) -> dict[str, Any]:

@@ -39,9 +39,9 @@ def plan(
     at once (see `qfx.streamed`).
     data: batches (tensors, tuples or dicts of keyword arguments); needed by recipes with static activations or rewrites
     that choose factors; where given, `Plan.sensitivities["sqnr_db"]` says the error of each node on the first batch.
-    resume: a folder for the finished blocks of a rounding that needs data (gptq): after an interruption the same call
-    goes on behind the last one, with the same result. memory: bytes of activations that such a rounding holds between
-    two blocks, the rest goes to a temporary file. overrides: fields of the recipe to change. strict: what cannot be had
+    resume: a folder for the finished blocks of a rounding that needs data: after an interruption the same call goes on
+    behind the last one, with the same result. memory: bytes of activations that such a rounding holds between two
+    blocks, the rest goes to a temporary file. overrides: fields of the recipe to change. strict: what cannot be had
     as asked is an UnsupportedError, no warning.
     A model that torch.export does not take is planned by its module types, with a warning, where the recipe allows it.
     Raises ValueError for bad data, recipes and weights.

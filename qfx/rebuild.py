@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qfx.centred import can_be_centred, centred
 from qfx.errors import explain
 from qfx.format import Format
 from qfx.mixed import QuantMixed
@@ -35,7 +36,8 @@ _LEAF = re.compile(r"(w|rows\d+|columns\d+)_(codes|scale|zero)$")
 class Saved:
     """modules, parameters: FQN -> how to make the quantized one again. buffers: FQN -> dtype of those not stored.
 
-    tied: name -> the name whose tensor it shares. tensors: every name -> its tensor.
+    tied: name -> the name whose tensor it shares. tensors: every name -> its tensor. centred: FQNs of norms whose
+    input has no mean.
     """
 
     modules: Mapping[str, Mapping[str, Any]]
@@ -43,6 +45,7 @@ class Saved:
     buffers: Mapping[str, str]
     tied: Mapping[str, str]
     tensors: Mapping[str, Tensor]
+    centred: tuple[str, ...] = ()
 
 
 def rebuild(model: nn.Module, saved: Saved) -> nn.Module:
@@ -69,6 +72,8 @@ def put(model: nn.Module, saved: Saved) -> nn.Module:
         if isinstance(old := owner._modules[name], nn.Module):
             take_place(new, old)
         setattr(owner, name, new)
+    for fqn in saved.centred:
+        centred(model.get_submodule(fqn))
     for fqn, record in saved.parameters.items():
         _pack(model, fqn, record, saved.tensors)
     return model
@@ -76,10 +81,7 @@ def put(model: nn.Module, saved: Saved) -> nn.Module:
 
 def _check_fit(model: nn.Module, saved: Saved) -> None:
     """Every tensor of the file has its place in the model, with its shape, and the other way round."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for fqn in saved.modules:
-        if fqn not in modules:
-            raise _misfit(fqn, "no such module in the model")
+    _check_modules(model, saved)
     own = {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}
     for fqn in saved.parameters:
         if own.pop(fqn, None) is None:
@@ -96,10 +98,34 @@ def _check_fit(model: nn.Module, saved: Saved) -> None:
             raise _misfit(name, f"shape {list(rest[name].shape)} in the file, {list(own[name])} in the model")
 
 
+def _check_modules(model: nn.Module, saved: Saved) -> None:
+    """Every quantized part of the file has a float one of its size and kind in the model."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for fqn in (*saved.modules, *saved.centred):
+        if fqn not in modules:
+            raise _misfit(fqn, "no such module in the model")
+        if fqn in saved.centred and not can_be_centred(modules[fqn]):
+            raise _misfit(fqn, f"a {type(modules[fqn]).__name__} instead of an nn.LayerNorm")
+    for fqn, record in (*saved.modules.items(), *saved.parameters.items()):
+        if (shape := other_shape(model, fqn, record)) is not None:
+            raise _misfit(fqn, f"shape {record['shape']} in the file, {list(shape)} in the model")
+
+
+def other_shape(model: nn.Module, fqn: str, record: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The shape of the float weight in whose place a module or parameter shall stand, where it has another size."""
+    owner, _, leaf = fqn.rpartition(".")
+    weight = model.get_submodule(owner)._parameters.get(leaf) if leaf else None
+    if weight is None and "kind" in record:
+        weight = model.get_submodule(fqn)._parameters.get("weight")
+    if weight is None or weight.numel() == torch.Size(record["shape"]).numel():
+        return None
+    return tuple(weight.shape)
+
+
 def _module(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     if record["kind"] == "QuantMixed":
         return _mixed(fqn, record, tensors)
-    leaves = (*_PACKED, "bias", "x_scale", "x_zero", "smooth", "columns")
+    leaves = (*_PACKED, "bias", "x_scale", "x_zero", "smooth", "columns", "low_a", "low_b")
     found = {leaf: tensors.get(f"{fqn}.{leaf}".lstrip(".")) for leaf in leaves}
     packed = _packed(fqn, record["w"], record["shape"], found)
     dtype = getattr(torch, record["dtype"])
@@ -108,14 +134,16 @@ def _module(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         made = QuantEmbedding(packed, record["padding_idx"], dtype=dtype)
     else:
         formats: dict[str, Any] = {leaf: found[leaf] for leaf in ("x_scale", "x_zero", "smooth")}
-        formats |= {"x_format": record["x"], "dtype": dtype}
+        formats |= {"x_format": record["x"], "dtype": dtype, "rotation": _rotation(record)}
         bias, columns = found["bias"], found["columns"]
+        a, b = found["low_a"], found["low_b"]
+        low = None if a is None or b is None else (a, b)
         if record["kind"] == "QuantConv":
             made = QuantConv(packed, _Conv(record, bias), **formats)
         elif columns is not None:
             made = QuantPermuted(packed, bias, columns, **formats)
         else:
-            made = QuantLinear(packed, bias, **formats)
+            made = QuantLinear(packed, bias, low=low, **formats)
     made.sqnr_db = record["sqnr_db"]
     return made
 
@@ -131,9 +159,14 @@ def _mixed(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         packed.append(_packed(stem, str(segment.format), own, held))
     rest = {name: tensors.get(f"{prefix}{name}") for name in ("x_scale", "x_zero", "smooth")}
     bias, dtype = tensors.get(f"{prefix}bias"), getattr(torch, record["dtype"])
-    made = QuantMixed(packed, found, axis, bias, x_format=record["x"], dtype=dtype, **rest)
+    turned = _rotation(record)
+    made = QuantMixed(packed, found, axis, bias, x_format=record["x"], dtype=dtype, rotation=turned, **rest)
     made.sqnr_db = record["sqnr_db"]
     return made
+
+
+def _rotation(record: Mapping[str, Any]) -> tuple[int, int] | None:
+    return (record["rotation"][0], record["rotation"][1]) if "rotation" in record else None
 
 
 class _Conv(nn.Module):

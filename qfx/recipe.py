@@ -31,16 +31,17 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats
+from qfx import combine
+from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats, each
 from qfx.errors import nearest
 from qfx.format import Format
-from qfx.method_options import GptqOptions
+from qfx.method_options import GptqOptions, LearnedOptions
 from qfx.strict import Strict
 
 KINDS: tuple[str, ...] = tuple(ROLES)
-REWRITES: tuple[str, ...] = ("untie", "norm-fold", "smooth", "v-o", "up-down")
-DATA_ROUNDINGS: tuple[str, ...] = ("gptq",)  # round by what each layer reads
-DATA_REWRITES: tuple[str, ...] = ("smooth", "v-o", "up-down")  # choose their factors by what the linears see
+REWRITES: tuple[str, ...] = combine.ORDER
+DATA_ROUNDINGS: tuple[str, ...] = ("gptq", "learned")  # round by what each layer reads
+DATA_REWRITES: tuple[str, ...] = ("awq", "smooth", "v-o", "up-down")  # choose their factors by what the linears see
 OBSERVERS: tuple[str, ...] = ("absmax", "minmax", "ema", "percentile", "mse", "entropy")
 NONE = "none"
 
@@ -146,9 +147,16 @@ class Recipe(Strict):
     """What the user asks for. Fields (all checked; unknown keys are refused):
 
     rules: the later one wins, role by role. ignore: targets that stay untouched whatever the rules say.
-    rewrites: exact rewrites to apply first (REWRITES). smooth_alpha: SmoothQuant's exponent, or "search".
+    rewrites: exact rewrites to apply first (REWRITES); `qfx.combine` says what goes together. smooth_alpha:
+    SmoothQuant's exponent, or "search". rotation_seed: of the signs of rotations. rotation_block: channels that a
+    rotation mixes; "auto" is the group of FP4 formats, else all.
     rounding: of weights, "rtn" (scale from the extremes), "mse" (scale of the least squared error), "hqq"
-    (half-quadratic) or "gptq" (layer by layer, by what each reads; needs data), with options in gptq.
+    (half-quadratic), "gptq" (layer by layer, by what each reads) or "learned" (gradient descent, block by block); the
+    last two need data, and have options in gptq and learned.
+    weighting: what an error costs for "mse": "uniform", or as the inputs make it, by the "energy" of each channel or
+    the "covariance" of those nearby (AWQ's clip search); both need data.
+    bias_correction: shift the mean of each linear's error into its bias. low_rank: rank of float linears that carry the
+    largest part of each linear's error (0: none). Both need data, and are not exact.
     observer, percentile, num_calibration_samples: how scales of static activations are found.
     """
 
@@ -157,8 +165,14 @@ class Recipe(Strict):
     ignore: tuple[Target, ...] = ()
     rewrites: tuple[Annotated[str, Field(strict=True)], ...] = ()
     smooth_alpha: float | Literal["search"] = 0.5
-    rounding: Literal["rtn", "mse", "hqq", "gptq"] = "rtn"
+    rotation_seed: Annotated[int, Field(strict=True, ge=0)] = 0
+    rotation_block: Annotated[int, Field(strict=True, ge=2)] | Literal["auto"] = "auto"
+    rounding: Literal["rtn", "mse", "hqq", "gptq", "learned"] = "rtn"
     gptq: GptqOptions = GptqOptions()
+    weighting: Literal["uniform", "energy", "covariance"] = "uniform"
+    learned: LearnedOptions = LearnedOptions()
+    bias_correction: Annotated[bool, Field(strict=True)] = False
+    low_rank: Annotated[int, Field(strict=True, ge=0)] = 0
     observer: Literal["absmax", "minmax", "ema", "percentile", "mse", "entropy"] = "minmax"
     percentile: Annotated[float, Field(strict=True, gt=50, le=100)] = 99.99
     num_calibration_samples: Annotated[int, Field(strict=True, ge=1)] = 128
@@ -184,6 +198,14 @@ class Recipe(Strict):
             return alpha
         raise ValueError(f'a number from 0 to 1 or "search" is expected, found {alpha!r}')
 
+    @model_validator(mode="after")
+    def _valid_combination(self) -> Self:
+        if self.weighting != "uniform" and self.rounding != "mse":
+            raise ValueError(f"weighting={self.weighting!r} is for rounding='mse', found rounding={self.rounding!r}")
+        formats = [(r.target, r.formats("w")) for r in self.rules if r.w is not None and r.w != NONE]
+        combine.check(self.rewrites, self.rounding, [(t, one) for t, fmt in formats for one in each(fmt)])
+        return self
+
     def formats_for(self, kind: str, fqn: str, *, tied: bool = False) -> dict[str, Formats]:
         """Role -> Format (w: or several) for the node of this kind and name; roles left alone are absent.
 
@@ -208,13 +230,15 @@ class Recipe(Strict):
 
     @property
     def needs_data(self) -> bool:
-        """Calibration data is needed: a static activation format that some rule gives, a rewrite of DATA_REWRITES, or a
-        rounding of DATA_ROUNDINGS.
+        """Calibration data is needed: a static activation format that some rule gives, a rewrite of DATA_REWRITES, a
+        rounding of DATA_ROUNDINGS or weighted by inputs, or a correction.
 
         A format that a later rule of the same target replaces does not count.
         """
         last = {(rule.target, role): rule for rule in self.rules for role in rule.texts if role != "w"}
         chosen = not set(self.rewrites).isdisjoint(DATA_REWRITES) or self.rounding in DATA_ROUNDINGS
+        chosen = chosen or self.bias_correction or bool(self.low_rank)
+        chosen = chosen or self.weighting != "uniform"
         given = [rule.formats(role) for (_, role), rule in last.items() if rule.texts[role] != NONE]
         return chosen or any(is_static(fmt) for fmt in given if isinstance(fmt, Format))
 

@@ -75,10 +75,14 @@ class Resume:
             what = f"the disk is full: {block.name} could not be kept, the blocks before it are"
             raise OSError(error.errno, f"{what}. Free some space and run the same again", str(self.folder)) from error
 
+    def has(self, number: int) -> bool:
+        """Whether a block is kept."""
+        return self._file(number).exists()
+
     def load(self, number: int, block: Block) -> list[Note] | None:
         """Put what is kept of a block into it; its notes, or None where it is not finished."""
         file = self._file(number)
-        if not file.exists():
+        if not self.has(number):
             return None
         tensors = read_safetensors(file)
         with safe_open(file, "pt") as opened:

@@ -12,7 +12,7 @@ from qfx.numerics import quantize, require_finite
 from qfx.packing import Packed, check_storable, pack_weight
 from qfx.scales import search
 
-NEED_DATA = ("gptq",)  # methods that round by what a layer reads
+NEED_DATA = ("gptq", "learned")  # methods that round by what a layer reads
 
 
 def round_weight(

@@ -28,7 +28,7 @@ SHARD = 5_000_000_000  # bytes of a file of weights
 _JSON = "qfx.json"
 _KEYS = {
     "format", "version", "sha256", "files", "class", "dtype", "implementations", "modules", "parameters", "tied",
-    "buffers",
+    "buffers", "centred",
 }  # fmt: skip
 
 
@@ -113,7 +113,9 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         model = skeleton(path, fields["class"], dtype=dtype, implementations=names)
     elif done := quantized_parts(model):
         raise ValueError(explain("a float model is needed", found=f"{done[0]!r} is quantized already"))
-    saved = Saved(fields["modules"], fields["parameters"], fields["buffers"], fields["tied"], tensors)
+    saved = Saved(
+        fields["modules"], fields["parameters"], fields["buffers"], fields["tied"], tensors, tuple(fields["centred"])
+    )
     return attach(rebuild(model, saved).eval(), recipe)
 
 

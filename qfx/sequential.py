@@ -26,7 +26,7 @@ from qfx.plan import Plan
 from qfx.recipe import Recipe
 from qfx.resume import Resume
 
-METHODS: dict[str, str] = {"gptq": "qfx.passes.gptq"}  # Recipe.rounding -> module
+METHODS: dict[str, str] = {"gptq": "qfx.passes.gptq", "learned": "qfx.passes.learned"}  # Recipe.rounding -> module
 TOLD = "rounding"  # in Plan.sensitivities: name -> what the method tells about a weight
 
 
@@ -64,11 +64,14 @@ def round_weights(
     notes: list[Note] = []
     tables = _Tables(program, batches, memory)
     with _bar(progress) as bar, torch.no_grad():
-        task = bar.add_task("rounding", total=sum(_cost(linear, tokens) for _, linears in work for linear in linears))
+        done = [store is not None and store.has(number) for number in range(len(work))]
+        left = [linears for known, (_, linears) in zip(done, work, strict=True) if not known]
+        task = bar.add_task("rounding", total=sum(_cost(linear, tokens) for linears in left for linear in linears))
         for number, (cut, linears) in enumerate(work):
             bar.update(task, description=f"rounding {cut.name}")
             block = Block(cut, linears, lane, wanted, plan.tensors, told)
-            block.on_put = lambda part: bar.advance(task, _cost(part.linear, tokens) / len(part.linear.parts))
+            if not done[number]:  # the time that is left is told by what is done now
+                block.on_put = lambda part: bar.advance(task, _cost(part.linear, tokens) / len(part.linear.parts))
             notes += _round(block, chosen, plan.recipe, store, number, tables)
             if number + 1 < len(work):
                 block.leave()

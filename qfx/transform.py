@@ -8,17 +8,16 @@ from typing import Any
 
 from torch import fx
 
-from qfx import run
+from qfx import combine, rotations, run
 from qfx.errors import Note
 from qfx.observers import Sample
-from qfx.passes import smooth
+from qfx.passes import awq, smooth, up_down, v_o
 from qfx.passes.calibrate import calibrate
-from qfx.passes.observe import insert_observers, remove_observers
-from qfx.passes.rewrites import MODULES, apply_record
+from qfx.passes.observe import Make, insert_observers, remove_observers
+from qfx.passes.rewrites import MODULES
 from qfx.plan import Plan
 from qfx.recipe import DATA_REWRITES
-
-_ORDER = ("untie", "norm-fold", "v-o", "up-down", "smooth")
+from qfx.rotations import apply_site
 
 
 def transform(
@@ -27,15 +26,18 @@ def transform(
 ) -> list[Note]:  # fmt: skip
     """Apply the rewrites of `plan.recipe` to `gm` and record them in `plan`.
 
-    Their order is always the same: what separates weights and norms first, then factors that another weight takes up,
-    and last those for which an input may have to be divided.
+    Their order is always the same (`combine.ORDER`).
 
     batches: the graph's inputs, for rewrites that choose factors by what they see. undivided: linears whose input the
-    live module cannot divide. Returns what could not be rewritten.
+    live model cannot divide or rotate. Returns what could not be rewritten.
     """
     notes: list[Note] = []
-    for name in sorted(plan.recipe.rewrites, key=_ORDER.index):
-        if name in DATA_REWRITES:
+    for name in combine.in_order(plan.recipe.rewrites):
+        if name in combine.ROTATIONS:
+            notes += rotations.rewrite(gm, plan, name, undivided)
+        elif name == "awq":
+            notes += _awq(gm, plan, batches, progress=progress)
+        elif name in DATA_REWRITES:
             notes += _smooth(gm, plan, name, batches, undivided, progress=progress)
         else:
             notes += _exact(gm, plan, name)
@@ -54,26 +56,52 @@ def _smooth(
 ) -> list[Note]:
     """A rewrite that chooses factors by what the linears see."""
     recipe = plan.recipe
-    observers = insert_observers(gm, smooth.watch)
-    try:
-        notes = calibrate(gm, batches, observers, total=len(batches), progress=progress) if observers else []
-    finally:
-        remove_observers(gm)
-    stats = {fqn: o for (fqn, _), o in observers.items() if isinstance(o, Sample)}
+    stats, notes = _samples(gm, batches, smooth.watch, progress=progress)
     settings: dict[str, Any] = {
         "alpha": recipe.smooth_alpha, "observer": recipe.observer, "percentile": recipe.percentile,
     }  # fmt: skip
-    done = {record[key]["name"] for record in plan.rewrites for key in ("o", "down") if key in record}
+    done = _done(plan)
     if name == "smooth":
         chosen, refusals = smooth.smooth(gm, stats, **settings, skip=done, fold_only=undivided)
     else:
         chosen, refusals = importlib.import_module(MODULES[name]).smooth(gm, stats, **settings, skip=done)
     for site, factor in chosen:
-        _record(gm, plan, site, factor)
+        apply_site(gm, plan, site, factor)
         if isinstance(site, smooth.Site):
             for fqn, vector in smooth.explicit_factors(site, factor).items():
                 plan.tensors[f"{fqn}/smooth"] = vector
     return notes + refusals
+
+
+def _awq(gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], *, progress: bool) -> list[Note]:
+    """Activation-aware factors, in the order of the rewrites that take them."""
+    stats, notes = _samples(gm, batches, awq.watch, progress=progress)
+    chosen: list[tuple[Any, Any]]
+    for rewrite in (v_o, up_down):
+        chosen, _ = rewrite.smooth(gm, stats, chooser=awq.choose)  # whoever is refused may have a norm below
+        for site, factor in chosen:
+            apply_site(gm, plan, site, factor)
+    chosen, refusals = smooth.smooth(gm, stats, skip=_done(plan), fold_only=stats, chooser=awq.choose)
+    for site, factor in chosen:
+        apply_site(gm, plan, site, factor)
+    return notes + refusals
+
+
+def _samples(
+    gm: fx.GraphModule, batches: Sequence[Sequence[Any]], watch: Make, *, progress: bool
+) -> tuple[dict[str, Sample], list[Note]]:
+    """FQN of a linear -> a sample of its input."""
+    observers = insert_observers(gm, watch)
+    try:
+        notes = calibrate(gm, batches, observers, total=len(batches), progress=progress) if observers else []
+    finally:
+        remove_observers(gm)
+    return {fqn: o for (fqn, _), o in observers.items() if isinstance(o, Sample)}, notes
+
+
+def _done(plan: Plan) -> set[str]:
+    """Linears whose inputs another weight scales already."""
+    return {record[key]["name"] for record in plan.rewrites for key in ("o", "down") if key in record}
 
 
 def _exact(gm: fx.GraphModule, plan: Plan, name: str) -> list[Note]:
@@ -81,14 +109,5 @@ def _exact(gm: fx.GraphModule, plan: Plan, name: str) -> list[Note]:
     module = importlib.import_module(MODULES[name])
     sites, refusals = module.find(gm)
     for site in sites:
-        _record(gm, plan, site, None)
+        apply_site(gm, plan, site)
     return list(refusals)
-
-
-def _record(gm: fx.GraphModule, plan: Plan, site: Any, factor: Any) -> None:
-    record = site.to_record()
-    if factor is not None:
-        record["factor"] = f"rewrite/{len(plan.rewrites)}/factor"
-        plan.tensors[record["factor"]] = factor
-    plan.rewrites.append(record)
-    apply_record(gm, record, plan.tensors)

@@ -23,6 +23,7 @@ from qfx.modules import (
 )
 from qfx.packing import Packed
 from qfx.passes.rewrites import apply_record
+from qfx.passes.rotate_down import rotations
 from qfx.places import Place, kind_of
 from qfx.plan import Plan
 from qfx.segments import along, segments, stem_of, take
@@ -81,6 +82,7 @@ class Writer:
         self.model, self.plan = model, plan
         self.packed: dict[Key, Parts] = {}
         self.used: set[int] = set()
+        self.rotations = rotations(plan.rewrites)
         self.sqnr: Mapping[str, float] = plan.sensitivities.get("sqnr_db", {})
         self.parents: dict[int, list[tuple[str, str]]] = {}
         self.twins: dict[Key, list[tuple[str, str]]] = {}
@@ -150,11 +152,14 @@ class Writer:
         else:
             tensors = {leaf: self.plan.tensors.get(f"{place.fqn}/{leaf}") for leaf in ("x_scale", "x_zero", "smooth")}
             formats: dict[str, Any] = {"x_format": str(place.x) if place.x else "", "dtype": dtype, **tensors}
+            formats["rotation"] = self.rotations.get(place.fqn)
             bias = module._parameters.get("bias")
             if place.kind == "conv":
                 new = QuantConv(packed, module, **formats)
             elif isinstance(place.w, Format):
-                new = QuantLinear(packed, bias, **formats)
+                a, b = module._buffers.get("low_a"), module._buffers.get("low_b")  # of the rewrite 'low-rank'
+                low = None if a is None or b is None else (a, b)
+                new = QuantLinear(packed, bias, low=low, **formats)
             else:
                 held = module._parameters["weight"]
                 assert held is not None

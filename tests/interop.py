@@ -26,7 +26,7 @@ def llama(*, tied: bool = False, dtype: torch.dtype = torch.float32, **more: Any
     """A float Llama of two layers, seeded."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied, **more)
-    return transformers.LlamaForCausalLM(config).eval().to(dtype)
+    return transformers.LlamaForCausalLM._from_config(config, dtype=dtype).eval()
 
 
 def ids() -> Tensor:
@@ -42,7 +42,10 @@ def pack(model: nn.Module, formats: str | Mapping[str, str], **more: Any) -> Any
         text = formats if isinstance(formats, str) else next((f for k, f in formats.items() if name.endswith(k)), "")
         if text:
             new = QuantLinear(
-                pack_weight(module.weight, Format.parse(text), name=name), module.bias, dtype=module.weight.dtype, **more
+                pack_weight(module.weight, Format.parse(text), name=name),
+                module.bias,
+                dtype=module.weight.dtype,
+                **more,
             )
             model.set_submodule(name, new)
     return model

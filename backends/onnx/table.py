@@ -22,6 +22,7 @@ from qfx.backends.onnx import (
     quantized_kv,
     reduce,
     resize,
+    rotation,
     shapes,
     special,
 )
@@ -44,6 +45,7 @@ EMIT: dict[str, Emit] = {
     **qmoe.EMIT,
     **quant.EMIT,
     **embedding.EMIT,
+    **rotation.EMIT,
 }
 
 

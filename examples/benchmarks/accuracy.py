@@ -61,8 +61,8 @@ PEERS: dict[int, tuple[Entry, ...]] = {
         Entry("AutoRound 2/64", "auto_round_rounding", "2 64"),
     ),
 }
-METHODS = ("rtn", "mse", "hqq", "gptq", "learned")
-FORMATS = {8: ("i8/g64/f16",), 4: ("u4/g64/f16", "u4/g32/f16"), 3: ("u3/g64/f16",), 2: ("u2/g64/f16",)}
+METHODS = ("rtn", "mse", "hqq", "gptq", "learned")  # at 8 bits the searches find next to nothing: rtn, mse, gptq
+FORMATS = {8: ("i8/g64/f16",), 4: ("i4/g64/f16", "u4/g64/f16", "u4/g32/f16"), 3: ("u3/g64/f16",), 2: ("u2/g64/f16",)}
 COLUMNS = {"bits": "bits", "weights_bytes": "MB", "kld": "KLD", "perplexity": "perplexity", "top1": "same best token",
            "seconds": "s"}  # fmt: skip
 
@@ -71,8 +71,9 @@ def entries(bits: Sequence[int], only: Sequence[str]) -> list[Entry]:
     """The rows to be: peers and qfx's methods at each number of bits. only: by a word of the name."""
     found = [REFERENCE]
     for b in bits:
+        methods = METHODS if b < 8 else ("rtn", "mse", "gptq")
         own = [
-            Entry(f"qfx {m} {f.removesuffix('/f16')}", "qfx_rounding", f"{f} {m}") for f in FORMATS[b] for m in METHODS
+            Entry(f"qfx {m} {f.removesuffix('/f16')}", "qfx_rounding", f"{f} {m}") for f in FORMATS[b] for m in methods
         ]
         found += [e for e in (*PEERS[b], *own) if not only or any(word in e.name for word in only)]
     return found
@@ -148,6 +149,10 @@ def plot(path: Path, found: Sequence[dict[str, Any]]) -> None:
     plt.close(figure)
 
 
+def _say(text: str) -> None:
+    table.console().print(text, highlight=False)
+
+
 def main(
     model: Annotated[str, typer.Option(help="tiny_lm, or the folder of a causal language model.")] = "tiny_lm",
     bits: Annotated[list[int] | None, typer.Option(help="Out of 2, 3, 4, 8; left out: all.")] = None,
@@ -165,16 +170,15 @@ def main(
     if unknown := [b for b in chosen if b not in PEERS]:
         raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(map(str, PEERS))}", param_hint="--bits")
     console, where = table.console(), table.place(threads)
-    console.print(where, highlight=False)
+    _say(where)
     with tempfile.TemporaryDirectory() as scratch:
         job = RoundingJob(model, samples, threads, str(folder or scratch))
-        say = lambda text: console.print(text, highlight=False)  # noqa: E731
-        with Race(entries(chosen, only or ()), job, job.path, say, alone=True) as race:
+        with Race(entries(chosen, only or ()), job, job.path, _say, alone=True) as race:
             weights = sum(m.weight.numel() for m in linears(job.module()).values())
             found = rows(race.results, job.evaluation(), weights)
     console.print(table.shown(found, COLUMNS, f"{model}, {samples} x 512 tokens of calibration"))
     for line in verdicts(found):
-        say(line)
+        _say(line)
     if json_file is not None:
         table.write(json_file, None, {"where": where, "model": model, "samples": samples, "rows": found}, "", "")
     if plot_file is not None:

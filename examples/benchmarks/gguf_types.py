@@ -52,7 +52,7 @@ def windows(folder: Path) -> Tensor:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=10**9)
     text = (TINY.parent / "eval.txt").read_text(encoding="utf-8")
-    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[0]
     return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
 
 

@@ -137,6 +137,31 @@ def convert(
         command.run(console, folder, out, to.value, strict=strict)
 
 
+@app.command("export-gguf")
+def export_gguf(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub name, or what qfx quantize wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .gguf file.")],
+    mix: Annotated[
+        str, typer.Option("--type", help="Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, Q3_K_M, Q2_K, F16, ...")
+    ] = "Q4_K_M",
+    data: Text = None,
+    field: Field = "text",
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples of the text; left out: 64.")] = None,
+    batch_size: BatchSize = 4,
+    seq_len: SeqLen = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where a tensor cannot have what was asked.")] = False,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Write MODEL as GGUF for llama.cpp; with --data errors are weighted by what the layers see."""
+    with guarded(debug) as console:
+        from qfx.cli import gguf as command
+        from qfx.cli.models import TextOptions
+
+        text = TextOptions(data, field, samples, batch_size, seq_len, seed)
+        command.run(console, model, out, mix, text, strict=strict)
+
+
 @app.command()
 def inspect(
     quantized: Quantized,

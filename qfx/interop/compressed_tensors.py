@@ -212,7 +212,7 @@ _LEAVES = frozenset(
 def _decode(
     fqn: str, kind: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], *, schemes: Schemes
 ) -> Linear | None:
-    if "weight_scale" not in tensors:
+    if "weight_scale" not in tensors and "weight_packed" not in tensors:
         return None
     group = schemes.of(fqn, kind)
     if group is None or not group.get("weights"):

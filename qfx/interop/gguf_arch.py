@@ -115,7 +115,7 @@ def architecture_named(name: str) -> Architecture:
 
 
 def rows_of_pairs(rows: int, heads: int) -> Tensor:
-    """Order in which transformers' rows stand in GGUF: element i of a head's first half, then i of its second. int64."""
+    """Order of transformers' rows in GGUF: element i of a head's first half, then i of its second. int64 [rows]."""
     return torch.arange(rows).reshape(heads, 2, -1).transpose(1, 2).flatten()
 
 
@@ -169,7 +169,7 @@ def head_dim_of(config: Any) -> int:
 
 
 def rope_factors(config: Any) -> Tensor | None:
-    """What a config of llama3's rotary embedding divides each frequency by, f32 [head_dim / 2]; None for other kinds."""
+    """What llama3's rotary embedding divides each frequency by, f32 [head_dim / 2]; None for other kinds."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
     return factors_of(rope, head_dim_of(config)) if rope.get("rope_type") == "llama3" else None
 

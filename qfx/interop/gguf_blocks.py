@@ -24,7 +24,7 @@ _TABLES = {"IQ4_NL": IQ4_VALUES, "MXFP4": F4_VALUES}
 
 @dataclass(frozen=True)
 class BlockType:
-    """size: values of a block. nbytes: its bytes. low, high: range of the codes. parts: those with own scales (1: none).
+    """size: values of a block. nbytes: its bytes. low, high: range of the codes. parts: with scales of their own.
 
     scale_low, scale_high: range of the integer scales; mins have the same. affine: there is an offset.
     """
@@ -150,7 +150,7 @@ def _f16(data: Tensor) -> Tensor:
 
 
 def _interleave(codes: Tensor, bits: int, run: int) -> Tensor:
-    """Codes [B, n] below 2**bits to bytes: 8/bits runs of `run` values lie over each other, the first in the low bits."""
+    """Codes [B, n] below 2**bits to bytes: 8/bits runs of `run` values over each other, the first in the low bits."""
     ways = 8 // bits
     runs = _u8(codes).reshape(len(codes), -1, ways, run)
     out = runs[:, :, 0].clone()
@@ -163,7 +163,8 @@ def _separate(data: Tensor, bits: int, run: int) -> Tensor:
     """The inverse of `_interleave`: uint8 [B, n]."""
     runs = data.reshape(len(data), -1, 1, run)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)[:, None]
-    return ((runs >> shifts) & (2**bits - 1)).flatten(1)
+    separate: Tensor = (runs >> shifts) & (2**bits - 1)
+    return separate.flatten(1)
 
 
 def _top_bits(codes: Tensor) -> Tensor:

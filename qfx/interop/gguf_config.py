@@ -21,7 +21,7 @@ def config_of(
 ) -> Any:
     """A config of transformers. shapes: of the tensors by name. factors: `rope_freqs.weight`, where the file has it.
 
-    Raises ValueError where the metadata lacks what the architecture needs, UnsupportedError for other rotary embeddings.
+    Raises ValueError where the metadata lacks what the architecture needs, UnsupportedError for other rotations.
     """
     import transformers
 

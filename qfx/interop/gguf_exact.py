@@ -65,7 +65,7 @@ def as_blocks(packed: Packed) -> Exact | str:
 
 
 def as_packed(data: Tensor, name: str, shape: tuple[int, int]) -> Packed | str:
-    """The packed form with the values of blocks uint8 [N, row bytes] of type `name`, or the reason why none has them."""
+    """The packed form of the values of blocks uint8 [N, row bytes] of type `name`, or the reason why there is none."""
     formats = {**_FORMATS, **_PARTS, **_AFFINE}
     if name not in formats:
         return f"no format has the values of {name} blocks"

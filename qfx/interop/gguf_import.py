@@ -110,7 +110,7 @@ def _empty(arch: Architecture, config: Any, dtype: torch.dtype) -> nn.Module:
 def _placed(file: GgufFile, model: nn.Module, arch: Architecture, config: Any) -> dict[str, str]:
     """GGUF name -> name of the parameter, of every tensor. Raises ValueError where the file lacks or exceeds them."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    wanted = {}
+    wanted: dict[str, str] = {}
     for stem, fqn in arch.modules(config.num_hidden_layers).items():
         wanted |= {f"{stem}.{leaf}": f"{fqn}.{leaf}" for leaf in ("weight", "bias") if f"{fqn}.{leaf}" in parameters}
     if "output.weight" not in file.tensors:
@@ -122,9 +122,9 @@ def _placed(file: GgufFile, model: nn.Module, arch: Architecture, config: Any) -
         found = f"{', '.join(rest[:_SHOWN])}{', ...' if len(rest) > _SHOWN else ''}"
         raise _misfit(file, f"tensors of {arch.kind} only", f"also {found}")
     for name, fqn in wanted.items():
-        own, found = tuple(parameters[fqn].shape), _shape(file.tensors[name])
-        if own != found:
-            raise _misfit(file, f"{name!r} of shape {list(own)}", str(list(found)))
+        own, shape = tuple(parameters[fqn].shape), _shape(file.tensors[name])
+        if own != shape:
+            raise _misfit(file, f"{name!r} of shape {list(own)}", str(list(shape)))
     return wanted
 
 

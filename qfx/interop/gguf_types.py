@@ -101,7 +101,8 @@ def fallback_notes(changed: dict[str, tuple[str, str, int]]) -> list[Note]:
     return [
         Note(
             names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more",
-            f"{columns} columns are no whole number of {wanted} blocks of {BLOCK_TYPES[wanted].size}: written as {used}",
+            f"{columns} columns are no whole number of {wanted} blocks of {BLOCK_TYPES[wanted].size}:"
+            f" written as {used}",
             "none, as llama.cpp does the same; a type of 32-value blocks (Q4_0, Q5_0, Q8_0) fits more widths",
         )
         for (wanted, used, columns), names in groups.items()

@@ -150,6 +150,12 @@ class _Filler:
         assert shape is not None
         found = self.decoder.decode(fqn, type(old).__name__, tensors, shape)
         if found is None:
+            weight = tensors.get("weight")
+            if weight is None or not weight.is_floating_point():
+                raise ValueError(
+                    explain(f"the checkpoint lacks the weight of {fqn!r}", found=", ".join(sorted(tensors)))
+                )
+            self._parameter(f"{fqn}.weight", weight)
             return False
         self._lose(fqn, *found.lost)
         if isinstance(found, Dequantized):

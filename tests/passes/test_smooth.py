@@ -263,4 +263,4 @@ def test_the_search_takes_the_coarsest_of_several_formats() -> None:
     formats = (Format.parse("i8/ch"), Format.parse("i3/ch"))
     for asked in (formats, annotation.Columns(formats)):
         annotation.set(node, "w", asked)
-        assert smooth._Layer.of(gm, node, weight, "minmax", 99.9).w == Format.parse("i3/ch")
+        assert smooth.Layer.of(gm, node, weight, "minmax", 99.9).w == Format.parse("i3/ch")

@@ -101,6 +101,7 @@ def test_minilm_static_with_smoothing(minilm: MiniLM) -> None:
     assert smooth > static
 
 
+@pytest.mark.slow
 def test_minilm_outliers_are_undone_by_smoothing(minilm: MiniLM) -> None:
     kept = (minilm.run(minilm.outliers()) - minilm.states).abs().max()
     collapsed = minilm.cosine(qfx.quantize(minilm.outliers(), "w8a8-static", minilm.calibration))

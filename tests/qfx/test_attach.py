@@ -31,7 +31,9 @@ def run(code: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["import qfx, transformers", "import transformers, qfx", f"import {TABLE}, qfx"])
+@pytest.mark.parametrize(
+    "order", ["import qfx, transformers", "import transformers, qfx", f"import {TABLE}, qfx", "import qfx.hf_quantizer"]
+)
 def test_transformers_knows_qfx_in_every_order_of_imports(order: str) -> None:
     assert run(f"{order}\n{ASK}") == KNOWN
 

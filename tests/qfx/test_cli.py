@@ -112,16 +112,16 @@ def test_weights_stay_on_disk_where_asked_or_where_memory_is_short(
 @pytest.mark.filterwarnings("ignore::qfx.errors.QfxWarning")  # the groups are wider than this small model
 def test_gptq_goes_on_where_it_stopped(language_model: Path, text: Path, tmp_path: Path) -> None:
     made = []
+    how = ("--recipe", "w4a16-gptq", "--data", text, "--samples", 8, "--resume", tmp_path / "work")
     for out in ("one", "two"):
-        arguments = ("quantize", language_model, "-o", tmp_path / out, "--recipe", "w4a16-gptq", "--data", text)
-        result = _run(*arguments, "--samples", 8, "--seq-len", 32, "--resume", tmp_path / "work")
+        result = _run("quantize", language_model, "-o", tmp_path / out, *how, "--seq-len", 32)
         assert result.exit_code == 0, result.output
         made.append({path.name: path.read_bytes() for path in (tmp_path / out).glob("*.safetensors")})
         files = sorted((tmp_path / "work").glob("block-*"))
         assert len(files) == 3, "the table, the layer, the head"
         files[1].unlink()
     assert made[0] == made[1]
-    result = _run(*arguments[:-2], "--data", text, "--seq-len", 16, "--resume", tmp_path / "work")
+    result = _run("quantize", language_model, "-o", tmp_path / "three", *how, "--seq-len", 16)
     assert result.exit_code == 2 and "holds the progress of other work" in result.stderr
 
 

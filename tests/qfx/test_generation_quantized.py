@@ -22,7 +22,7 @@ from tests.backends.onnx.checks import sqnr
 from tests.zoo import VOCAB, ZOO
 
 ASSETS = Path(__file__).parents[1] / "assets"
-QUICK = {"llama", "gemma2"}
+QUICK = {"llama"}
 DECODERS = ["gpt2", "bloom", "falcon", "llama", "mistral", "qwen3", "gemma2", "phi3", "mixtral"]
 NAMES = [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in DECODERS]
 

@@ -22,7 +22,7 @@ from qfx.generation_seq2seq import CrossCache
 from tests.backends.onnx.checks import sqnr
 from tests.zoo import HIDDEN, LAYERS, VOCAB, ZOO, noise
 
-NAMES = ["t5", "bart", "whisper"]
+NAMES = ["t5", pytest.param("bart", marks=pytest.mark.slow), "whisper"]
 RUNTIMES = ["onnxruntime", "standard"]
 LONG = {"max_new_tokens": 14, "min_new_tokens": 14}  # no sequence ends early: every token is compared
 
@@ -203,7 +203,7 @@ def test_cross_keys_follow_their_sequences() -> None:
     assert kept.shape[0] == 2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["t5", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bart", "whisper"))])
 def test_quantized_tokens_are_those_of_the_quantized_live_model(folders: Any, name: str) -> None:
     folder = folders(name, recipe="w8a8")
     live: Any = qfx.quantize(ZOO[name]()[0], "w8a8")

@@ -56,7 +56,8 @@ def test_what_is_written_is_read_bit_for_bit(kind: str, recipe: str, writer: str
     loaded, info = CLASSES[kind].from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     wanted = logits(model)
-    for found in (loaded, qfx.load(tmp_path)):
+    both: list[Any] = [loaded, qfx.load(tmp_path)]
+    for found in both:
         assert torch.equal(logits(found), wanted) and not found.training
         before, after = model.state_dict(), found.state_dict()
         assert list(before) == list(after) and all(torch.equal(before[n], after[n]) for n in before)
@@ -110,7 +111,7 @@ def test_the_base_model_of_a_language_model(tmp_path: Path) -> None:
 
 
 def test_a_head_on_a_base_model_is_new_and_told(tmp_path: Path) -> None:
-    base = qfx.quantize(build("bert").bert)
+    base: Any = qfx.quantize(build("bert").bert)
     base.save_pretrained(tmp_path)
     found, info = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert {"classifier.weight", "classifier.bias"} <= set(info["missing_keys"]) and not info["unexpected_keys"]

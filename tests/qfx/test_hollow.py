@@ -32,7 +32,7 @@ def test_shapes_dtypes_and_ties_without_memory() -> None:
     twin = hollow(model, {"head.weight": "table.weight"})
     assert twin.get_parameter("head.weight") is twin.get_parameter("table.weight")
     assert twin.get_parameter("head.bias").dtype == torch.bfloat16 and twin.get_parameter("head.bias").shape == (11,)
-    assert {t.device.type for t in (*twin.parameters(), *twin.buffers(), twin.held)} == {"cpu"}  # type: ignore[arg-type]
+    assert {t.device.type for t in (*twin.parameters(), *twin.buffers(), twin.held)} == {"cpu"}
     assert all(p.untyped_storage().nbytes() <= 4 for p in twin.parameters()) and not twin.training
     assert len({p.data_ptr() for p in twin.parameters()}) == len(list(twin.parameters()))
     assert is_hollow(twin) and not is_hollow(model) and model.head.weight.is_meta and model.training

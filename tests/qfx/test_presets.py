@@ -12,6 +12,10 @@ FIXED = {  # the names that are promised
         "w2a16-gptq",
         "w4a8",
         "w4a8-gptq",
+        "w4a16-learned",
+        "w2a16-learned",
+        "w4a8-rotate",
+        "w4a4-rotate",
         "nf4",
         "fp8",
         "mxfp4",
@@ -57,11 +61,15 @@ def test_parse_by_name(name: str) -> None:
         ("w8a8-smooth", "x=u8 w=i8/ch"),
         ("w8a16", "w=i8/ch"),
         ("w4a16", "w=u4/g128"),
+        ("w4a16-hqq", "w=u4/g128"),
+        ("w4a16-awq", "w=u4/g128"),
         ("w2a16", "w=u2/g64"),
         ("w4a8", "x=i8/tok w=i4/ch"),
         ("w4a16-gptq", "w=u4/g128"),
         ("w3a16-gptq", "w=u3/g128"),
         ("w2a16-gptq", "w=u2/g64"),
+        ("w4a16-learned", "w=u4/g128"),
+        ("w2a16-learned", "w=u2/g64"),
         ("w4a8-gptq", "x=i8/tok w=i4/ch"),
         ("nf4", "w=nf4/g64"),
         ("fp8", "x=f8e4m3/tok w=f8e4m3/ch"),
@@ -78,7 +86,10 @@ def test_embeddings_are_8_bit(name: str) -> None:
     assert {r: str(f) for r, f in presets()[name].formats_for("embedding", "e").items()} == {"w": "i8/ch"}
 
 
-@pytest.mark.parametrize("name", ["w4a16", "w2a16", "w4a16-gptq", "w3a16-gptq", "w2a16-gptq"])
+@pytest.mark.parametrize(
+    "name",
+    ["w4a16", "w2a16", "w4a16-hqq", "w4a16-awq", "w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "w2a16-learned"],
+)
 def test_tied_tables_are_4_bit(name: str) -> None:
     for kind in ("embedding", "linear"):
         tied = presets()[name].formats_for(kind, "e", tied=True)
@@ -87,15 +98,22 @@ def test_tied_tables_are_4_bit(name: str) -> None:
 
 def test_two_bits_are_rounded_with_care_and_no_promise() -> None:
     assert presets()["w2a16"].rounding == "mse"
+    assert presets()["w2a16-gptq"].gptq.clip and not presets()["w2a16-gptq"].gptq.act_order
     assert not presets()["w2a16"].needs_data
     assert "large" in descriptions()["w2a16"]
 
 
 def test_data_is_needed_by_static_formats_and_by_methods_that_look_at_it() -> None:
     static = {"w8a8-static", "w8a8-smooth"}
-    rounded = {name for name, recipe in presets().items() if recipe.rounding == "gptq"}
-    assert {name for name, recipe in presets().items() if recipe.needs_data} == static | rounded
-    assert rounded == {"w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "w4a8-gptq"}
+    rounded = {name for name, recipe in presets().items() if recipe.rounding in ("gptq", "learned")}
+    assert {name for name, recipe in presets().items() if recipe.needs_data} == static | rounded | {"w4a16-awq"}
+    assert rounded == {"w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "w4a8-gptq", "w4a16-learned", "w2a16-learned"}
+
+
+def test_methods_of_four_bits() -> None:
+    assert presets()["w4a16-hqq"].rounding == "hqq"
+    awq = presets()["w4a16-awq"]
+    assert (awq.rewrites, awq.rounding, awq.weighting) == (("awq",), "mse", "covariance")
 
 
 def test_smooth() -> None:
@@ -143,3 +161,10 @@ def test_missing_methods_are_refused(name: str) -> None:
 def test_presets_cannot_be_changed_by_the_caller() -> None:
     presets().clear()
     assert presets()
+
+
+@pytest.mark.parametrize(("name", "x"), [("w4a8-rotate", "i8/tok"), ("w4a4-rotate", "i4/tok")])
+def test_rotated_presets(name: str, x: str) -> None:
+    recipe = presets()[name]
+    assert linear(recipe) == f"x={x} w=i4/ch" and linear(recipe, "model.lm_head") == "x=i8/tok w=i8/ch"
+    assert recipe.rewrites == ("rotate", "rotate-down") and recipe.rounding == "gptq" and recipe.needs_data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 import qfx
@@ -203,6 +206,19 @@ def test_nan_is_named_with_its_source() -> None:
         qfx.plan(model, recipe(), batches())
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_energy_that_is_no_number_in_f32_is_named(tied: bool) -> None:
+    model: Any = Stack(tied=tied)
+    with torch.no_grad():
+        model.norm.bias[4] = 1e25
+    rules = [{"target": "head", "w": "u4/g8"}, {"target": "tied", "w": "u4/g8"}]
+    message = (
+        r"the input of 'head' is NaN, or too large, in batch 1\n.*squares f32 can hold(\n.*)?\n  next step: look at"
+    )
+    with pytest.raises(ValueError, match=message):
+        qfx.plan(model, recipe(rules), batches())
+
+
 def test_data_is_needed() -> None:
     with pytest.raises(ValueError, match="recipe 'w4a16-gptq' needs calibration data"):
         qfx.quantize(Stack(), "w4a16-gptq")
@@ -261,6 +277,25 @@ class TestResume:
         again = self.plan(tmp_path)
         assert rounds == ["layers.1", "layers.2"]
         assert self.same(first, whole) and self.same(again, whole)
+
+    def test_the_bar_counts_what_is_done_now(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        bars: list[Progress] = []
+
+        def bar(shown: bool) -> Progress:
+            console = Console(file=io.StringIO(), force_terminal=True)
+            columns = TextColumn("{task.description}"), TimeRemainingColumn()
+            bars.append(Progress(*columns, console=console, disable=not shown, auto_refresh=False))
+            return bars[-1]
+
+        monkeypatch.setattr(sequential, "_bar", bar)
+        self.plan(tmp_path)
+        (tmp_path / "block-00002.safetensors").unlink()
+        self.plan(tmp_path)
+        whole, rest = (one.tasks[0] for one in bars)
+        assert whole.finished and rest.finished
+        assert whole.description == rest.description == "rounding head"
+        assert rest.total is not None and 0 < rest.total < 0.5 * (whole.total or 0)
+        assert rest.completed == pytest.approx(rest.total)
 
     def test_asymmetric_goes_on_too(self, tmp_path: Path) -> None:
         fields: dict[str, Any] = {"gptq": {"asymmetric": True}}

@@ -62,18 +62,20 @@ def test_all_rewrites_together_keep_the_function(name: str) -> None:
     assert {record["name"] for record in plan.rewrites} >= HAS.get(name, set())
 
 
-def test_the_weights_really_changed() -> None:
-    for rewrite in ("norm-fold", "v-o", "up-down"):
-        model, inputs = ZOO["llama"]()
-        before = copy.deepcopy(model)
-        recipe = Recipe(name="r", rules=FLOAT, rewrites=(rewrite,))
-        model = qfx.quantize(model, recipe, [inputs] if rewrite in DATA else None)
-        name = "model.layers.0.mlp.down_proj" if rewrite == "up-down" else "model.layers.0.self_attn.v_proj"
-        old, new = before.get_submodule(name).weight, model.get_submodule(name).weight
-        assert isinstance(old, Tensor) and isinstance(new, Tensor)
-        assert float((old.detach() - new).abs().max()) > 0.01
-        if rewrite == "norm-fold":
-            assert bool((model.get_parameter("model.layers.0.input_layernorm.weight") == 1).all())
+@pytest.mark.parametrize(
+    "rewrite", ["v-o", *(pytest.param(n, marks=pytest.mark.slow) for n in ("norm-fold", "up-down"))]
+)
+def test_the_weights_really_changed(rewrite: str) -> None:
+    model, inputs = ZOO["llama"]()
+    before = copy.deepcopy(model)
+    recipe = Recipe(name="r", rules=FLOAT, rewrites=(rewrite,))
+    model = qfx.quantize(model, recipe, [inputs] if rewrite in DATA else None)
+    name = "model.layers.0.mlp.down_proj" if rewrite == "up-down" else "model.layers.0.self_attn.v_proj"
+    old, new = before.get_submodule(name).weight, model.get_submodule(name).weight
+    assert isinstance(old, Tensor) and isinstance(new, Tensor)
+    assert float((old.detach() - new).abs().max()) > 0.01
+    if rewrite == "norm-fold":
+        assert bool((model.get_parameter("model.layers.0.input_layernorm.weight") == 1).all())
 
 
 def test_rewrites_without_any_format() -> None:

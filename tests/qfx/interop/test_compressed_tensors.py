@@ -198,7 +198,6 @@ def test_the_library_decompresses_the_same_values(fmt: str, x: str, kind: str, t
     scheme = QuantizationConfig.model_validate(config(tmp_path)).config_groups["group_0"]
     for name, module in linears(model).items():
         found = BaseCompressor.get_value_from_registry(kind).decompress(stored(tmp_path, f"{name}."), scheme)["weight"]
-        wanted = module.weight
         half = module.w_scale.dtype in (torch.float16, torch.bfloat16)  # the library multiplies in the scales' type,
         near = 1e-2 if half or kind == "nvfp4-pack-quantized" else 0.0  # and NVFP4 in bfloat16
         assert torch.allclose(found.float(), module.weight, rtol=near, atol=0), name

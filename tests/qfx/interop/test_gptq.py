@@ -73,16 +73,16 @@ def test_float32_scales_are_rounded_and_told(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*scales are float16:qfx.QfxWarning")
 @pytest.mark.parametrize(
-    ("formats", "reason"),
+    ("fmt", "reason"),
     [
-        ({"up_proj": "i4/g32/f16", "q_proj": "i4/g32/f16", "down_proj": "nf4/g32"}, "no layout for w=nf4/g32"),
-        ({"up_proj": "i4/g32/f16", "q_proj": "i4/g32/f16", "down_proj": "i5/g32/f16"}, "no layout for w=i5/g32"),
-        ({"up_proj": "i4/g32/f16", "q_proj": "i4/g32/f16", "down_proj": "i8/ch/f16"}, "one format, here 4 bits in groups of 32"),
-        ({"up_proj": "i4/g32/f16", "q_proj": "i4/g32/f16", "down_proj": "i4/g16/f16"}, "one format, here 4 bits"),
+        ("nf4/g32", "no layout for w=nf4/g32"),
+        ("i5/g32/f16", "no layout for w=i5/g32"),
+        ("i8/ch/f16", "one format, here 4 bits in groups of 32"),
+        ("i4/g16/f16", "one format, here 4 bits in groups of 32"),
     ],
 )  # fmt: skip
-def test_what_it_cannot_hold_is_written_in_float(formats: dict[str, str], reason: str, tmp_path: Path) -> None:
-    model = pack(llama(), formats)
+def test_what_it_cannot_hold_is_written_in_float(fmt: str, reason: str, tmp_path: Path) -> None:
+    model = pack(llama(), {"up_proj": "i4/g32/f16", "q_proj": "i4/g32/f16", "down_proj": fmt})
     with pytest.warns(QfxWarning, match=f"down_proj and 1 more: .*{reason}"):
         qfx.export_gptq(model, tmp_path)
     found = qfx.import_checkpoint(tmp_path)

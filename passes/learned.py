@@ -1,0 +1,202 @@
+"""Learned rounding: the weights of a block are rounded so that the block's results stay what they were in float.
+
+    %linear: f32[2,4] = aten.linear(%x, @layers.0.fc.weight)  # w=u4/g128
+    ->                       the same graph; the plan holds layers.0.fc/codes, /scale, /zero (see `qfx.rounded`)
+
+Every step rounds all weights of the block with their present offsets and shares of the extremes (`qfx.offsets`), runs
+some batches, and moves the parameters against their gradients; the loss is the squared error of the block's results,
+the inputs are what the blocks rounded before give (Cheng et al. 2023, SignRound / AutoRound). The rate falls linearly
+to 0. Batches come in an order drawn by the seed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qfx.blocks import Block, Part
+from qfx.errors import Note, explain
+from qfx.format import Format
+from qfx.lanes import Env
+from qfx.method_options import LearnedOptions
+from qfx.numerics import QParams
+from qfx.offsets import Offsets
+from qfx.packing import Packed, pack_weight
+from qfx.recipe import Recipe
+from qfx.rounding import round_weight
+from qfx.scales import search
+
+
+def method(recipe: Recipe) -> LearnedRounding:
+    """For `qfx.sequential`."""
+    return LearnedRounding(recipe.learned)
+
+
+@dataclass(frozen=True)
+class LearnedRounding:
+    """Learned rounding as a method of `qfx.sequential`."""
+
+    options: LearnedOptions
+
+    @property
+    def needs_float(self) -> bool:
+        """The results of the float block are what is aimed at."""
+        return True
+
+    def round(self, block: Block) -> list[Note]:
+        """Round every weight of a block. Raises ValueError where its results are NaN or infinite."""
+        parts = [part for site in block.sites for linear in site.linears for part in linear.parts]
+        for part in (part for part in parts if part.format.is_plain):
+            block.put(part, pack_weight(block.weight(part), part.format, name=part.name))
+        parts = [part for part in parts if not part.format.is_plain]
+        if not parts:
+            return []
+        wanted = [_floating(env) for env in block.outputs]
+        if not wanted[0]:
+            return _without_results(block, parts)
+        started = time.perf_counter()
+        full = {part.name: block.weight(part) for part in parts}
+        found = learn(
+            lambda weights, batch: _floating(block.run(batch, {n: w.to(full[n].dtype) for n, w in weights.items()})),
+            {part.name: (full[part.name], part.format) for part in parts},
+            wanted,
+            steps=self.options.steps,
+            batches=-(-self.options.batch // max(1, len(wanted[0][0]))),
+            rate=self.options.learning_rate,
+            optimizer=self.options.optimizer,
+            params={part.name: search(full[part.name].float(), part.format) for part in parts},
+            name=repr(block.name),
+        )
+        seconds = round((time.perf_counter() - started) / len(parts), 3)
+        for part in parts:
+            told = {"clipped": found.clipped[part.name], "seconds": seconds}
+            block.put(part, found.packed[part.name], {**found.told, **told})
+        return []
+
+
+def _floating(env: Env) -> list[Tensor]:
+    """What a block gives that has a gradient, in the order of the graph."""
+    return [value for value in env.values() if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def _without_results(block: Block, parts: Sequence[Part]) -> list[Note]:
+    notes = []
+    for part in parts:
+        block.put(part, round_weight(block.weight(part), part.format, "mse", name=part.name))
+        reason = "its block gives nothing in floating point that could be compared with the float model: rounded by 'mse'"
+        notes.append(Note(part.name, reason, "rounding 'gptq' looks at each layer by itself"))
+    return notes
+
+
+CLIP_RATE = 0.5  # of the rate of offsets: that of the shares of the extremes
+_TOLD = 4  # batches by which errors are told
+Forward = Callable[[Mapping[str, Tensor], int], Sequence[Tensor]]
+"""(weights by name, batch) -> the block's floating results for that batch with these weights in place."""
+
+
+@dataclass
+class Learned:
+    """What `learn` found.
+
+    before, after: squared error of the block's results over some batches, relative to their squares, at the start and
+    in the end. clipped: the share of each weight beyond the range of its codes.
+    """
+
+    packed: dict[str, Packed]
+    before: float
+    after: float
+    clipped: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def told(self) -> dict[str, float]:
+        """The errors, by the names that reports know."""
+        return {"error_before": self.before, "error_after": self.after}
+
+
+def learn(
+    forward: Forward,
+    weights: Mapping[str, tuple[Tensor, Format]],
+    wanted: Sequence[Sequence[Tensor]],
+    *,
+    steps: int = 200,
+    batches: int = 1,
+    rate: float | None = None,
+    optimizer: str = "adam",
+    params: Mapping[str, QParams] | None = None,
+    seed: int = 0,
+    name: str = "the block",
+) -> Learned:
+    """Round the weights [N, K] of a block in their formats so that its results stay near those in `wanted`.
+
+    wanted: for each batch the block's floating results in float. batches: how many a step looks at. rate: of the first
+    step, in steps of the format (None: 2 / steps, with "sign" 1 / steps). optimizer: of `qfx.offsets`. params: scales and zero points, where the search begins (none: from the extremes). With no step it is plain rounding from there. Raises ValueError where the results are NaN or Inf (naming the block).
+    """
+    rate = (2.0 if optimizer == "adam" else 1.0) / max(1, steps) if rate is None else rate
+    found = {key: Offsets(w, fmt, params=(params or {}).get(key), optimizer=optimizer) for key, (w, fmt) in weights.items()}
+    before = _error(forward, found, wanted, name)
+    order = _Order(len(wanted), seed)
+    for done in range(steps):
+        now = rate * (1 - done / steps)
+        for key, slope in _slopes(forward, found, wanted, order.take(batches)).items():
+            found[key].step(slope, now, CLIP_RATE * now)
+    after = _error(forward, found, wanted, name)
+    return Learned({key: o.packed() for key, o in found.items()}, before, after, {k: o.clipped for k, o in found.items()})
+
+
+def _slopes(
+    forward: Forward, found: Mapping[str, Offsets], wanted: Sequence[Sequence[Tensor]], chosen: Sequence[int]
+) -> dict[str, Tensor]:
+    """The gradient of the loss over the chosen batches for each rounded weight."""
+    values = {key: offsets.value().detach().requires_grad_() for key, offsets in found.items()}
+    sums: dict[str, Tensor] = {}
+    for batch in chosen:
+        with torch.enable_grad():
+            loss = squared_error(forward(values, batch), wanted[batch])
+        for key, slope in zip(values, torch.autograd.grad(loss, list(values.values()), allow_unused=True), strict=True):
+            if slope is not None:
+                sums[key] = sums[key] + slope if key in sums else slope
+    return sums
+
+
+def squared_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Sum of the squared differences, scalar f32."""
+    assert len(found) == len(wanted), (len(found), len(wanted))
+    return torch.stack([(f.float() - w.float()).square().sum() for f, w in zip(found, wanted, strict=True)]).sum()
+
+
+@torch.no_grad()
+def _error(forward: Forward, found: Mapping[str, Offsets], wanted: Sequence[Sequence[Tensor]], name: str) -> float:
+    values = {key: offsets.value() for key, offsets in found.items()}
+    wanted = wanted[:_TOLD]
+    total = sum(float(squared_error(forward(values, i), each)) for i, each in enumerate(wanted))
+    energy = sum(float(t.float().square().sum()) for each in wanted for t in each)
+    if not torch.isfinite(torch.tensor(total)):
+        raise ValueError(
+            explain(
+                f"the results of {name} hold NaN or Inf",
+                expected="finite values",
+                next_step="look for a failed load, an overflow in half precision or bad data before quantizing",
+            )
+        )
+    return total / max(energy, 1e-30)
+
+
+class _Order:
+    """Batches in an order drawn by the seed, each once before any comes again."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.left = count, [0] * 0
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def take(self, number: int) -> list[int]:
+        """The next batches, each at most once."""
+        number = min(number, self.count)
+        if len(self.left) < number:
+            again = torch.randperm(self.count, generator=self.generator).tolist()
+            self.left += [i for i in again if i not in self.left]
+        chosen, self.left = self.left[:number], self.left[number:]
+        return chosen
