@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from qfx.errors import explain
+from qfx.spill import beside, rest
 
 _BLOCK = 512  # columns of one product: only those on and above the diagonal are computed
+_ROWS = 64  # that are put in order at once
 _SWAPPED = 1 << 20  # elements that change places at once
 _GROWTH, _LEAST, _MOST = 10.0, 1e-6, 1e6  # of the dampening
 
@@ -24,6 +26,7 @@ class Hessian:
         self.cross = torch.zeros(channels, channels, device=device) if cross else None
         self.rows = 0
         self._whole = True
+        self._diagonal: Tensor | None = None
 
     def add(self, x: Tensor, wanted: Tensor | None = None) -> None:
         """Add rows [.., K]; wanted: the same rows in the float model."""
@@ -49,7 +52,23 @@ class Hessian:
     @property
     def diagonal(self) -> Tensor:
         """Energy of each channel [K]."""
-        return self.matrix.diagonal()
+        return self.matrix.diagonal() if self._diagonal is None else self._diagonal
+
+    def settle(self, weight: Tensor) -> None:
+        """Nothing is added any more. Where the weight lies in a file, H does, too (see `qfx.spill`)."""
+        self.whole()
+        if self._diagonal is None:
+            self._diagonal = self.matrix.diagonal().clone()
+            self.matrix = beside(self.matrix, weight)
+
+    def energy(self, rows: Tensor) -> float:
+        """Sum of squares of what rows [n, K] give for the inputs that were added."""
+        found = 0.0
+        for start in range(0, len(self.matrix), _BLOCK):
+            part = self.matrix[start : start + _BLOCK]
+            found += float(((rows[:, start : start + _BLOCK] @ part) * rows).sum())
+            rest(part)
+        return found
 
     def columns(self, ranges: tuple[tuple[int, int], ...] | None) -> Hessian:
         """That of some of the channels."""
@@ -62,20 +81,25 @@ class Hessian:
         return part
 
 
-def factor(matrix: Tensor, order: Tensor, dampening: float, name: str) -> tuple[Tensor, float]:
+def factor(
+    matrix: Tensor, order: Tensor, dampening: float, name: str, energies: Tensor | None = None
+) -> tuple[Tensor, float]:
     """Upper triangular R [K, K] with R R^T = H + d * mean(diag H) * 1 in this order of the channels, and d.
 
     d is `dampening`, or as much more as lets the factorization succeed. Channels without energy get that of the mean.
-    Everything is done in the memory of R, whose transpose is contiguous.
+    Everything is done in the memory of R, whose transpose is contiguous. energies: the diagonal of H, where it is known.
     Raises ValueError, naming `name`, where no dampening is enough.
     """
     backwards = order.flip(0)
-    energy = matrix.diagonal()[backwards]
+    energy = (matrix.diagonal() if energies is None else energies)[backwards]
     alive = energy > 0
     mean = float(energy[alive].mean()) if bool(alive.any()) else 1.0
     energy[~alive] = mean
     while dampening <= _MOST:
-        held = matrix[backwards.unsqueeze(1), backwards]
+        held = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+        for start in range(0, len(matrix), _ROWS):
+            held[start : start + _ROWS] = matrix[backwards[start : start + _ROWS]][:, backwards]
+            rest(matrix)
         held.diagonal().copy_(energy + dampening * mean)
         lower, info = held.mT, torch.empty((), dtype=torch.int32, device=held.device)
         torch.linalg.cholesky_ex(lower, out=(lower, info))

@@ -33,6 +33,7 @@ from qfx.passes._grid import Grid, scales
 from qfx.passes._hessian import Hessian, factor
 from qfx.recipe import Recipe
 from qfx.rounding import round_weight
+from qfx.spill import rest
 
 _COLUMNS = 128  # whose errors are passed on to the rest together
 _ELEMENTS = 1 << 23  # of the rows that are rounded together
@@ -188,7 +189,10 @@ def _grid(
     scale, zero = nearest
     if options.clip and seen.rows and fmt.by_row:
         rows = matrix.split(max(1, ELEMENTS // matrix.shape[1]))
-        parts = [scales(part.to(torch.float32), fmt, seen.diagonal) for part in rows]
+        parts = []
+        for part in rows:
+            parts.append(scales(part.to(torch.float32), fmt, seen.diagonal))
+            rest(part)
         scale = torch.cat([part[0] for part in parts])
         zeros = [part[1] for part in parts if part[1] is not None]
         zero = torch.cat(zeros) if zeros else None
@@ -222,6 +226,7 @@ def _solve(
     """
     if seen.rows == 0:
         return _unseen(matrix, grid, name), {}
+    seen.settle(matrix)
     work = _Work.of(seen, grid, options, name)
     codes = torch.empty((matrix.shape[1], matrix.shape[0]), dtype=grid.format.code_dtype, device=matrix.device)
     size = max(_ELEMENTS // matrix.shape[1], 1)
@@ -230,10 +235,10 @@ def _solve(
     del work  # with the factor, which is as large as the statistics
     codes, some = codes.T.contiguous(), _some(matrix)
     exact, after = matrix[some].to(torch.float32), _rows_of(codes, grid, some)
-    signal = max(_energy(exact, seen.matrix), 1e-30)
+    signal = max(seen.energy(exact), 1e-30)
     told = {
-        "error_before": _energy(exact - nearest, seen.matrix) / signal,
-        "error_after": _energy(exact - after, seen.matrix) / signal,
+        "error_before": seen.energy(exact - nearest) / signal,
+        "error_after": seen.energy(exact - after) / signal,
         "dampening": dampening,
         "dead": float((seen.diagonal <= 0).double().mean()),
         "clipped": beyond / max(matrix.numel(), 1),
@@ -264,11 +269,6 @@ def _unseen(matrix: Tensor, grid: Grid, name: str) -> Tensor:
     return packed.codes()
 
 
-def _energy(rows: Tensor, hessian: Tensor) -> float:
-    """Sum of squares of what rows [n, K] give for the inputs of the Hessian."""
-    return float((rows @ hessian * rows).sum())
-
-
 @dataclass(frozen=True)
 class _Work:
     """What the columns of a matrix share. columns: their order. lower: R^T in that order. pushed: P, or None."""
@@ -283,12 +283,12 @@ class _Work:
 
     @classmethod
     def of(cls, seen: Hessian, grid: Grid, options: GptqOptions, name: str) -> _Work:
-        whole, energy = seen.whole(), seen.diagonal
+        whole, energy = seen.matrix, seen.diagonal
         if options.act_order:
             columns = energy.argsort(descending=True, stable=True)
         else:
             columns = torch.arange(len(whole), device=whole.device)
-        upper, dampening = factor(whole, columns, options.dampening, name)
+        upper, dampening = factor(whole, columns, options.dampening, name, energy)
         pushed = None if seen.cross is None else _asymmetry(seen.cross[columns][:, columns], upper)
         return cls(grid, columns, upper.T.contiguous(), pushed, energy, dampening, options)
 
@@ -307,6 +307,7 @@ class _Work:
     def round(self, matrix: Tensor, rows: slice, codes: Tensor) -> int:
         """Round some rows of a matrix [N, K] into `codes` [K, N]. Returns how many values lay beyond their codes."""
         target = matrix[rows].to(torch.float32).T[self.columns]
+        rest(matrix[rows])
         errors, reached = torch.empty_like(target), torch.empty_like(target)
         order, scales = self.columns.tolist(), self.lower.diagonal().tolist()
         beyond = 0

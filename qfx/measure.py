@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_PART = 1 << 20  # elements that are in f64 at once
+
 
 def energies(reference: Tensor, other: Tensor) -> tuple[float, float]:
     """(signal, noise): the sums of squares of `reference` and of `reference - other`, of one shape.
@@ -18,8 +20,13 @@ def energies(reference: Tensor, other: Tensor) -> tuple[float, float]:
     Sums of several batches may be added up before `decibel`. Raises ValueError where the shapes differ.
     """
     _same_shape(reference, other)
-    wanted = reference.detach().double()
-    return float(wanted.square().sum()), float((wanted - other.detach().double()).square().sum())
+    signal = noise = 0.0
+    flat = (t.detach().reshape(-1).split(_PART) for t in (reference, other))
+    for wanted, found in zip(*flat, strict=True):  # logits are large, and larger in f64
+        wide = wanted.double()
+        signal += float(wide.square().sum())
+        noise += float((wide - found.double()).square().sum())
+    return signal, noise
 
 
 def decibel(signal: float, noise: float) -> float:

@@ -33,6 +33,8 @@ _SCHEMAS = {
 }
 _INTEGER_GRANULARITY = ("", "tok")
 
+_LARGE = 1 << 24  # elements of a weight
+
 
 @torch.no_grad()
 def linear(
@@ -63,7 +65,7 @@ def linear(
             rows = _rounded_input(rows, Format.parse(x_format), x_scale, x_zero, smooth)
         elif smooth is not None:
             rows = rows / smooth
-        y = rows @ dequantize_codes(codes, wf, w_scale, w_zero).t()
+        y = _multiplied(rows, codes, wf, w_scale, w_zero)
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(x.dtype).reshape(*x.shape[:-1], w.shape[-2])
@@ -93,6 +95,19 @@ def dequantize(
     fmt = Format.parse(w_format)
     values = dequantize_codes(unpack_codes(w, fmt, last_dim), fmt, w_scale, w_zero, dtype)
     return values.clone() if values.data_ptr() == w.data_ptr() else values.contiguous()
+
+
+def _multiplied(rows: Tensor, codes: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """rows [M, K] times codes [N, K] in f32, [M, N]; a very large weight is dequantized part by part."""
+    if codes.numel() <= _LARGE or fmt.is_plain or not fmt.by_row:
+        return rows @ dequantize_codes(codes, fmt, scale, zero).t()
+    found = rows.new_empty(len(rows), len(codes))
+    step = max(1, _LARGE // 4 // codes.shape[-1])
+    for start in range(0, len(codes), step):
+        part = slice(start, start + step)
+        values = dequantize_codes(codes[part], fmt, scale[part], None if zero is None else zero[part])
+        torch.mm(rows, values.t(), out=found[:, part])
+    return found
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:

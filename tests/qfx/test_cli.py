@@ -88,6 +88,27 @@ def test_help_imports_nothing_heavy() -> None:
         assert command in done.stdout
 
 
+def test_weights_stay_on_disk_where_asked_or_where_memory_is_short(
+    language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quantized(out: str, *options: str) -> tuple[Result, bytes]:
+        result = _run("quantize", language_model, "-o", tmp_path / out, *options)
+        assert result.exit_code == 0, result.output
+        return result, (tmp_path / out / "model.safetensors").read_bytes()
+
+    plain, wanted = quantized("plain")
+    asked, found = quantized("asked", "--stream")
+    assert found == wanted and "stay on disk" not in plain.stdout and "done open" in asked.stdout
+    monkeypatch.setattr("qfx.streamed.free_memory", lambda: 10_000)
+    short, found = quantized("short")
+    assert found == wanted and "the weights stay on disk: in float32 they would take 0." in short.stdout
+    assert "done load" in quantized("loaded", "--no-stream")[0].stdout
+    monkeypatch.setattr("qfx.streamed.free_memory", lambda: None)
+    assert "done load" in quantized("unknown")[0].stdout
+    refused = _run("quantize", language_model, "-o", tmp_path / "meta", "--stream", "--device", "meta")
+    assert refused.exit_code == 2 and "--stream runs on the CPU, found --device meta" in refused.stderr
+
+
 @pytest.mark.filterwarnings("ignore::qfx.errors.QfxWarning")  # the groups are wider than this small model
 def test_gptq_goes_on_where_it_stopped(language_model: Path, text: Path, tmp_path: Path) -> None:
     made = []

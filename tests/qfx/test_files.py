@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import stat
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from qfx import files
 
@@ -220,4 +222,30 @@ def test_a_staged_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="stop"):
         write()
+    assert names(tmp_path) == []
+
+
+def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
+    tensors = {
+        name: torch.randint(0, 2, (3, 5)).to(dtype)
+        for name, dtype in files.DTYPES.items()
+        if name not in ("F8_E8M0", "C64", "U64", "U32", "U16")
+    }
+    tensors |= {"empty": torch.zeros(0, 3), "odd": torch.ones(3, dtype=torch.uint8), "strided": torch.arange(6.0)[::2]}
+    files.write_safetensors(tmp_path / "t.safetensors", tensors, {"format": "pt"})
+    with safe_open(tmp_path / "t.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt"} and set(opened.keys()) == set(tensors)
+        for name, tensor in tensors.items():
+            found = opened.get_tensor(name)
+            assert found.dtype == tensor.dtype and torch.equal(found.double(), tensor.double()), name
+    raw = (tmp_path / "t.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    fields = json.loads(raw[8 : 8 + length])
+    places = {n: f["data_offsets"][0] for n, f in fields.items() if n != "__metadata__"}
+    assert length % 8 == 0 and all(place % tensors[n].element_size() == 0 for n, place in places.items()), "aligned"
+
+
+def test_a_dtype_that_safetensors_does_not_know_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no name for torch\.complex128, the dtype of 'z'"):
+        files.write_safetensors(tmp_path / "t.safetensors", {"z": torch.zeros(2, dtype=torch.complex128)})
     assert names(tmp_path) == []

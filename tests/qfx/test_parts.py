@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qfx.format import Format
-from qfx.parts import check_finite, round_in_parts
+from qfx.parts import check_finite, dequantize_in_parts, round_in_parts
 from qfx.rounding import round_weight
 
 
@@ -82,3 +82,29 @@ def test_parts_need_little_memory(fmt: str) -> None:
     with Watch():  # type: ignore[no-untyped-call]
         found = round_in_parts(value, Format.parse(fmt), "rtn", name="w", elements=1 << 14)
     assert most == found.data.nbytes < value.nbytes / 3
+
+
+@pytest.mark.parametrize("fmt", ["i8/ch", "u4/g4", "u3/g8", "nf4/g4", "f4e2m1/g32/e8m0", "f8e4m3/ch", "f16", "i8"])
+@pytest.mark.parametrize("shape", [(9, 6), (3, 5, 6), (1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_comes_back_in_parts_is_the_whole(
+    fmt: str, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qfx.parts.ELEMENTS", 13)
+    packed = round_weight(weight(*shape), Format.parse(fmt), "rtn", name="w")
+    found = dequantize_in_parts(packed, dtype)
+    assert found.dtype == dtype and torch.equal(found, packed.dequantize(dtype))
+
+
+def test_a_value_in_any_part_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qfx.parts.ELEMENTS", 4)
+    value = weight(9, 5)
+    check_finite(value, "w")
+    check_finite(torch.empty(0, 4), "w")
+    for row in range(9):
+        bad = value.clone()
+        bad[row, 3] = torch.inf
+        with pytest.raises(ValueError, match="'w'"):
+            check_finite(bad, "w")
+    with pytest.raises(ValueError, match="'w'"):
+        check_finite(torch.tensor(torch.nan), "w")

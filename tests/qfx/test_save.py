@@ -207,3 +207,25 @@ def test_a_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     model = qfx.quantize(float_model, qfx.Recipe.parse("w8a8").override(ignore=("1",)), [rows(3, 8)])
     with pytest.raises(ValueError, match=r"'1\._extra_state' is no tensor but dict"):
         save(model, tmp_path)
+
+
+def test_weights_over_several_files(tmp_path: Path) -> None:
+    model: Any = qfx.quantize(ZOO["gpt2"]()[0])
+    save(model, tmp_path)
+    whole = (tmp_path / "model.safetensors").stat().st_size
+    save(model, tmp_path, shard_bytes=whole // 3)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(files), "and the one of before is gone"
+    for found in (load(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)):
+        with torch.no_grad():
+            assert torch.equal(found(ids()).logits, model(ids()).logits)
+    save(model, tmp_path)
+    assert not (tmp_path / "model.safetensors.index.json").exists() and load(tmp_path) is not None
+    save(model, tmp_path / "other", shard_bytes=1)
+    (sorted((tmp_path / "other").glob("*.safetensors"))[1]).unlink()
+    with pytest.raises(FileNotFoundError, match="no such safetensors file"):
+        load(tmp_path / "other")
+    with pytest.raises(ValueError, match="1 byte or more, found a limit of 0"):
+        save(model, tmp_path, shard_bytes=0)

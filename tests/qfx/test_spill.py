@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from qfx import spill
-from qfx.spill import LEAST, Spill, give_back
+from qfx.format import Format
+from qfx.packing import pack_weight
+from qfx.spill import LEAST, Resting, Spill, beside, give_back, is_mapped, map_file, rest
 
 DTYPES = [torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64]
 
@@ -115,3 +118,99 @@ def test_memory_is_given_back_now_and_then(tmp_path: Path, monkeypatch: pytest.M
         for _ in range(4):
             place.rest(LEAST)
         assert len(calls) == 4
+
+
+def on_disk(folder: Path, value: Tensor, name: str = "weights") -> Tensor:
+    """The same tensor as a view of a file of its own, 64 bytes from its start."""
+    path = folder / name
+    path.write_bytes(b"x" * 64 + value.numpy().tobytes())
+    held = map_file(path, Spill(folder))
+    return torch.frombuffer(held, dtype=value.dtype, offset=64).reshape(value.shape)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_rest_lets_go_of_what_was_read_and_of_views(tmp_path: Path) -> None:
+    size = 32 << 20
+    value = on_disk(tmp_path, tensor(size // 4096, 4096))
+    whole = value.clone()
+    rest(value)
+    give_back()
+    before = _resident()
+    assert torch.equal(value, whole) and _resident() - before > 0.9 * size
+    rest(value[:: size // 4096 - 1, 1:].t())
+    assert _resident() - before < 0.1 * size, "from the first element of the view to its last"
+    assert torch.equal(value, whole), "it is read again"
+    rest(value[:4])
+    assert _resident() - before > 0.9 * size, "only the view rests"
+
+
+def test_what_lies_nowhere_is_left_alone(tmp_path: Path) -> None:
+    there = on_disk(tmp_path, tensor(10, 10))
+    plain = torch.ones(100_000)
+    others = [plain, torch.empty(3, device="meta"), torch.empty(0), torch.eye(3).to_sparse(), torch.tensor(1.0)]
+    rest(*others)
+    assert torch.equal(plain, torch.ones(100_000)) and not any(map(is_mapped, others)) and is_mapped(there[2:, 3:])
+    assert all(beside(other, other) is other for other in others)
+
+
+def test_a_map_is_forgotten_with_its_last_view(tmp_path: Path) -> None:
+    gc.collect()
+    count = len(spill._REGIONS)
+    view = on_disk(tmp_path, tensor(10, 10))[3:]
+    assert len(spill._REGIONS) == count + 1
+    rest(view)
+    del view
+    gc.collect()
+    assert len(spill._REGIONS) == count
+
+
+def test_what_is_made_of_a_tensor_in_a_file_goes_beside_it(tmp_path: Path) -> None:
+    old, new = on_disk(tmp_path, tensor(400, 400)), tensor(400, 401, seed=1)
+    kept = beside(new, old)
+    assert is_mapped(kept) and same(kept, new) and beside(kept, old) is kept
+    assert is_mapped(beside(tensor(400, 402), kept)), "and what is made of that one"
+    small = tensor(2, 3)
+    assert beside(small, old) is small
+    packed = pack_weight(torch.randn(512, 1024), Format.parse("i8/ch"))
+    assert is_mapped(packed.beside(old).data) and packed.beside(new).data is packed.data
+    assert same(packed.beside(old).dequantize(), packed.dequantize())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="holes in files")
+def test_the_place_of_a_tensor_that_is_gone_is_given_back(tmp_path: Path) -> None:
+    place = Spill(tmp_path)
+    first, second = place.keep(tensor(8 << 20)), place.keep(tensor(4 << 20, seed=1))
+    os.fsync(place._file.fileno())
+    before = os.fstat(place._file.fileno()).st_blocks * 512
+    wanted = second.clone()
+    del first
+    gc.collect()
+    assert before - os.fstat(place._file.fileno()).st_blocks * 512 >= 8 << 20
+    rest(second)
+    assert torch.equal(second, wanted), "others stay"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_a_graph_runs_with_its_weights_at_rest(tmp_path: Path) -> None:
+    class Sums(nn.Module):
+        w0: Tensor
+        w1: Tensor
+        w2: Tensor
+        w3: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            for i in range(4):
+                held = on_disk(tmp_path, tensor(8 << 20, seed=i), f"w{i}")
+                self.register_parameter(f"w{i}", nn.Parameter(held, requires_grad=False))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.w0.sum() + self.w1.view(-1).sum() + self.w2.sum() + self.w3.sum()
+
+    graph = fx.symbolic_trace(Sums())
+    give_back()
+    before = _resident()
+    found = Resting(graph).run(torch.zeros(()))
+    assert _resident() - before < 8 << 20, "less than one of the four"
+    assert fx.Interpreter(graph).run(torch.zeros(())) == found
+    assert _resident() - before > 30 << 20, "the control: all four"
