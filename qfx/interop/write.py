@@ -34,6 +34,8 @@ def write(
     Raises ValueError for a model that qfx did not quantize, that is no model of transformers, or of which the layout
     holds nothing; OSError where the disk does not take it.
     """
+    if shard_bytes < 1:
+        raise ValueError(f"a file of weights has 1 byte or more, found max_shard_bytes={shard_bytes}")
     model = getattr(model, "_orig_mod", model)
     _check(model)
     plain = _float_twin(model)

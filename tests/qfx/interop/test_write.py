@@ -229,6 +229,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"holds 'model.signs', which no float LlamaForCausalLM has(.|\n)*online rotations"
     ):
         export(model, tmp_path / "a")
+    with pytest.raises(ValueError, match="found max_shard_bytes=0"):
+        export(pack(llama(), "i4/g32"), tmp_path / "a", max_shard_bytes=0)
     assert not (tmp_path / "a").exists()
 
 
