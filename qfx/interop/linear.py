@@ -184,10 +184,10 @@ def _more(module: QuantLinear) -> Loss | None:
 
 def float_weight(module: QuantLinear | QuantMixed) -> Tensor:
     """[N, K] in the model's dtype, so that y = x W^T + b does what the module does: its smoothing factors in it."""
-    weight = module.weight
-    if module.smooth is None:
+    weight, smooth = module.weight, module._buffers.get("smooth")
+    if smooth is None:
         return weight
-    inner = rotated(weight.to(torch.float32), module.rotation) / module.smooth
+    inner = rotated(weight.to(torch.float32), module.rotation) / smooth
     return rotated(inner, module.rotation, inverse=True).to(weight.dtype)
 
 
