@@ -193,9 +193,7 @@ def test_override() -> None:
     assert recipe.override() == recipe
     with pytest.raises(ValueError, match="unknown key 'rouding' in Recipe, did you mean 'rounding'"):
         recipe.override(rouding="mse")
-    with pytest.raises(
-        ValueError, match=r"Recipe\.rounding: Input should be 'rtn', .* or 'learned', found 'best'"
-    ):
+    with pytest.raises(ValueError, match=r"Recipe\.rounding: Input should be 'rtn', .* or 'learned', found 'best'"):
         recipe.override(rounding="best")
 
 
