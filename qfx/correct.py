@@ -123,9 +123,7 @@ def _float(lane: Lane, linear: Linear) -> Tensor:
     return weight
 
 
-def _correct(
-    lane: Lane, linear: Linear, site: bias_correction.Site, plan: Plan, wanted: dict[str, Tensor]
-) -> None:
+def _correct(lane: Lane, linear: Linear, site: bias_correction.Site, plan: Plan, wanted: dict[str, Tensor]) -> None:
     node, recipe = linear.node, plan.recipe
     lane.advance(lane.program.position[node])
     full = _float(lane, linear)
