@@ -23,7 +23,7 @@ def size(folder: Path) -> int:
 
 
 def roundtrip(source: str, folder: Path, recipe: str = "w4a16") -> tuple[str, str]:
-    """What the model writes after PROMPT when it is quantized while it loads, and when it was saved and loaded again."""
+    """What the model writes after PROMPT: quantized while it loads, and saved and loaded again."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=qfx.QfxConfig(recipe=recipe))
     model.save_pretrained(folder, max_shard_size="1GB")

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from qfx.errors import explain
 
 # The order of application, whatever order a recipe names them in: first what separates weights and norms, then changes
-# of basis, which need norms whose weight is 1, then factors per channel of that basis, those last for which an input may
-# have to be divided.
+# of basis, which need norms whose weight is 1, then factors per channel of that basis, those last for which an input
+# may have to be divided.
 ORDER: tuple[str, ...] = (
     "untie", "norm-fold", "rotate", "rotate-down", "rotate-qk", "awq", "v-o", "up-down", "smooth",
 )  # fmt: skip

@@ -49,8 +49,8 @@ def correct(
         lane = Lane(program, batches, rounded=True)
         for linear in linears:
             _replace(lane, linear, plan)
-            if (site := sites.get(linear.node)) is not None:
-                _correct(lane, linear, site, plan, wanted)
+            if (own_site := sites.get(linear.node)) is not None:
+                _correct(lane, linear, own_site, plan, wanted)
     return notes
 
 

@@ -168,4 +168,5 @@ def _widths(steps: Tensor, fmt: Format) -> Tensor:
     table = dequantize(codes, plain, torch.ones(()))
     table = table[torch.isfinite(table)].unique()
     at = torch.bucketize(steps.contiguous(), table).clamp(1, table.numel() - 1)
-    return table[at] - table[at - 1]
+    width: Tensor = table[at] - table[at - 1]
+    return width

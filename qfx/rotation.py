@@ -68,7 +68,8 @@ def matrix(size: int, seed: int) -> Tensor:
 def signs(size: int, seed: int) -> Matrix:
     """f64 [size] of 1 and -1."""
     bits = np.unpackbits(np.frombuffer(_stream("signs", size, seed, -(-size // 8)), dtype=np.uint8))[:size]
-    return 1.0 - 2.0 * bits
+    found: Matrix = 1.0 - 2.0 * bits.astype(np.float64)
+    return found
 
 
 @functools.lru_cache(maxsize=64)

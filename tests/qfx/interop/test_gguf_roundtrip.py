@@ -175,7 +175,8 @@ def test_float32_scales_and_float_inputs_are_told(tmp_path: Path) -> None:
 def effective(module: QuantLinear) -> Tensor:
     """By what the inputs are multiplied, seen from outside."""
     with torch.no_grad():
-        return module(torch.eye(module.in_features)).T
+        found: Tensor = module(torch.eye(module.in_features)).T
+        return found
 
 
 @pytest.mark.parametrize(
