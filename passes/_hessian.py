@@ -87,7 +87,7 @@ def factor(
     """Upper triangular R [K, K] with R R^T = H + d * mean(diag H) * 1 in this order of the channels, and d.
 
     d is `dampening`, or as much more as lets the factorization succeed. Channels without energy get that of the mean.
-    Everything is done in the memory of R, whose transpose is contiguous. energies: the diagonal of H, where it is known.
+    All is done in the memory of R, whose transpose is contiguous. energies: the diagonal of H, where it is known.
     Raises ValueError, naming `name`, where no dampening is enough.
     """
     backwards = order.flip(0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from qfx import annotation, graph
-from qfx.annotation import Columns, Formats
+from qfx.annotation import Formats, each
 from qfx.errors import Note, source_line
 from qfx.format import Format
 from qfx.recipe import Recipe
@@ -100,8 +100,7 @@ def _bad_formats(fmt: Formats, role: str, kind: str) -> str | None:
         return _bad_weight_format(fmt) if role == "w" else _bad_activation_format(fmt, kind)
     if role != "w" or kind != "linear":
         return "only the weight of a linear takes several formats"
-    each = fmt.formats if isinstance(fmt, Columns) else fmt
-    return next((reason for one in each if (reason := _bad_weight_format(one))), None)
+    return next((reason for one in each(fmt) if (reason := _bad_weight_format(one))), None)
 
 
 def _bad_weight_format(fmt: Format) -> str | None:

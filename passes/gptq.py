@@ -61,7 +61,11 @@ class Gptq:
         notes: list[Note] = []
         for site in block.sites:
             started = time.perf_counter()
-            seen = _statistics(block, site, cross=self.options.asymmetric)
+            grouped = site.linears[0].grouped  # the float model may send other tokens to an expert
+            seen = _statistics(block, site, cross=self.options.asymmetric and not grouped)
+            if self.options.asymmetric and grouped:
+                reason = "experts are rounded without the asymmetric correction: it needs the float model's same tokens"
+                notes.append(Note(site.linears[0].fqn, reason, "nothing", minor=True))
             share = (time.perf_counter() - started) / len(site.linears)
             for part in (part for linear in site.linears for part in linear.parts):
                 started = time.perf_counter()

@@ -87,12 +87,14 @@ def _without_results(block: Block, parts: Sequence[Part]) -> list[Note]:
     notes = []
     for part in parts:
         block.put(part, round_weight(block.weight(part), part.format, "mse", name=part.name))
-        reason = "its block gives nothing in floating point that could be compared with the float model: rounded by 'mse'"
+        reason = (
+            "its block gives nothing in floating point that could be compared with the float model: rounded by 'mse'"
+        )
         notes.append(Note(part.name, reason, "rounding 'gptq' looks at each layer by itself"))
     return notes
 
 
-CLIP_RATE = 0.5  # of the rate of offsets: that of the shares of the extremes
+CLIP_RATE = 0.15  # of the rate of offsets: that of the shares of the extremes
 _TOLD = 4  # batches by which errors are told
 Forward = Callable[[Mapping[str, Tensor], int], Sequence[Tensor]]
 """(weights by name, batch) -> the block's floating results for that batch with these weights in place."""
@@ -133,10 +135,14 @@ def learn(
     """Round the weights [N, K] of a block in their formats so that its results stay near those in `wanted`.
 
     wanted: for each batch the block's floating results in float. batches: how many a step looks at. rate: of the first
-    step, in steps of the format (None: 2 / steps, with "sign" 1 / steps). optimizer: of `qfx.offsets`. params: scales and zero points, where the search begins (none: from the extremes). With no step it is plain rounding from there. Raises ValueError where the results are NaN or Inf (naming the block).
+    step, in steps of the format (None: 2 / steps, with "sign" 1 / steps). optimizer: of `qfx.offsets`. params: scales
+    and zero points where the search begins (none: from the extremes). With no step it is plain rounding from there.
+    Raises ValueError where the results are NaN or Inf (naming the block).
     """
     rate = (2.0 if optimizer == "adam" else 1.0) / max(1, steps) if rate is None else rate
-    found = {key: Offsets(w, fmt, params=(params or {}).get(key), optimizer=optimizer) for key, (w, fmt) in weights.items()}
+    found = {
+        key: Offsets(w, fmt, params=(params or {}).get(key), optimizer=optimizer) for key, (w, fmt) in weights.items()
+    }
     before = _error(forward, found, wanted, name)
     order = _Order(len(wanted), seed)
     for done in range(steps):
@@ -144,7 +150,9 @@ def learn(
         for key, slope in _slopes(forward, found, wanted, order.take(batches)).items():
             found[key].step(slope, now, CLIP_RATE * now)
     after = _error(forward, found, wanted, name)
-    return Learned({key: o.packed() for key, o in found.items()}, before, after, {k: o.clipped for k, o in found.items()})
+    return Learned(
+        {key: o.packed() for key, o in found.items()}, before, after, {k: o.clipped for k, o in found.items()}
+    )
 
 
 def _slopes(

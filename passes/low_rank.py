@@ -7,8 +7,8 @@
     %linear_3: f32[2,4] = aten.linear(%linear_2, @fc.low_b)
     %linear: f32[2,4] = aten.add(%linear_1, %linear_3)
 
-W ~ W' + B A with A [r, K], B [N, r] of the error's singular vectors (Yao et al. 2023, "ZeroQuant-V2"), weighed by what the
-linear reads: with H = X^T X = R R^T the best r columns of (W - W') R (Zhang et al. 2024, "LQER", "QERA"). Not exact.
+W ~ W' + B A with A [r, K], B [N, r] of the error's singular vectors (Yao et al. 2023, "ZeroQuant-V2"), weighed by what
+the linear reads: with H = X^T X = R R^T the best rank r of (W - W') R (Zhang et al. 2024, "LQER", "QERA"). Not exact.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def factors(error: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def apply(module: nn.Module, site: Site, a: Tensor, b: Tensor) -> None:
-    """Put the two linears beside a graph's, or give the factors to a live module, which hands them on when quantized."""
+    """Put the two linears beside a graph's, or give the factors to a live module, for what will stand in its place."""
     stem = f"{site.linear}.".lstrip(".")
     if not isinstance(module, fx.GraphModule):
         owner = module.get_submodule(site.linear)
@@ -78,7 +78,9 @@ def _beside(gm: fx.GraphModule, node: fx.Node, stem: str, a: Tensor, b: Tensor) 
     held = []
     for leaf, tensor in (("low_a", a), ("low_b", b)):
         known = sites.holds(gm, stem + leaf)
-        held.append(graph.add_tensor(gm, stem + leaf, graph.get_tensor(gm, stem + leaf) if known else tensor.to(dtype), node))
+        held.append(
+            graph.add_tensor(gm, stem + leaf, graph.get_tensor(gm, stem + leaf) if known else tensor.to(dtype), node)
+        )
     with gm.graph.inserting_after(node):
         narrow = call(gm, aten.linear.default, node.args[0], held[0], like=node)
     with gm.graph.inserting_after(narrow):

@@ -294,10 +294,11 @@ def _columns(
     axis = value.meta["val"].dim() - 1
     total: fx.Node | None = None
     for weight, segment in zip(weights, found, strict=True):
-        own = [s if s is None or not s.meta["val"].dim() else _taken(gm, s, 0, segment, node) for s in static]
+        given = (None, None) if segment.float_input else static
+        own = [s if s is None or not s.meta["val"].dim() else _taken(gm, s, 0, segment, node) for s in given]
         bias = _bias(node) if total is None else None
         args = (_taken(gm, value, axis, segment, node), *weight, bias, *own, None)
-        part = _segment(gm, node, args, x, segment.format)
+        part = _segment(gm, node, args, None if segment.float_input else x, segment.format)
         total = part if total is None else _plain(call(gm, aten.add.Tensor, total, part, like=node))
     assert total is not None
     _take_place(node, total)

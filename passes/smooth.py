@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from qfx import annotation, graph
-from qfx.annotation import Columns
 from qfx.errors import Note
 from qfx.format import Format
 from qfx.numerics import fake_quantize, range_qparams
@@ -251,8 +250,8 @@ class Layer:
     def of(cls, gm: fx.GraphModule, node: fx.Node, weight: Weight, observer: str, percentile: float) -> Layer:
         formats: dict[str, Any] = annotation.get(node)
         x, w = formats.get("x"), formats.get("w")
-        if isinstance(w, tuple | Columns):  # of several the one that rounds the most
-            w = min(w.formats if isinstance(w, Columns) else w, key=lambda fmt: fmt.bits)
+        if w is not None and not isinstance(w, Format):  # of several the one that rounds the most
+            w = min(annotation.each(w), key=lambda fmt: fmt.bits)
         value = graph.get_tensor(gm, weight.weight).detach().movedim((weight.out, weight.inp), (-2, -1))
         some = value[..., :: -(-value.shape[-2] // _ROWS), :].to(torch.float32)
         return cls(some, x if isinstance(x, Format) else None, w, observer, percentile)

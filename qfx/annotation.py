@@ -1,7 +1,8 @@
 """The precision asked for on a node: role -> Format, kept as JSON-able texts in `node.meta["custom"]["qfx"]`.
 
 A role may have several formats: a tuple, one for each head or for equal parts of a weight's output rows, or `Columns`,
-for equal parts of a weight's input columns. As JSON they are a list, and {"columns": a list}.
+for equal parts of a weight's input columns, or `Outliers`, for some columns and the rest. As JSON they are a list,
+{"columns": a list} and {"outliers": numbers, "kept": a format, "rest": a format}.
 
 No other file reads or writes that entry. Writes replace the dictionaries instead of changing them, since `fx` copies
 `node.meta` shallowly and copied nodes would otherwise share their annotation.
@@ -46,11 +47,34 @@ class Columns:
         return f"columns[{','.join(map(str, self.formats))}]"
 
 
-Formats = Format | PerHead | Columns
+@dataclass(frozen=True)
+class Outliers:
+    """Some input columns of a weight apart: `kept`, a plain format whose inputs stay float, the others in `rest`.
+
+    columns: their numbers, ascending; empty where there are none. ValueError for anything else.
+    """
+
+    rest: Format
+    kept: Format
+    columns: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.kept.is_plain:
+            raise ValueError(f"outliers are kept in f16, bf16 or f32, found {str(self.kept)!r}")
+        if list(self.columns) != sorted({int(c) for c in self.columns}) or any(c < 0 for c in self.columns):
+            raise ValueError(f"columns of outliers are ascending numbers from 0 on, found {self.columns}")
+
+    def __str__(self) -> str:
+        return f"outliers[{self.kept}:{len(self.columns)},{self.rest}]"
+
+
+Formats = Format | PerHead | Columns | Outliers
 
 
 def each(formats: Formats) -> PerHead:
     """One format, or the several, as a tuple."""
+    if isinstance(formats, Outliers):
+        return (formats.rest, formats.kept)
     return (formats,) if isinstance(formats, Format) else formats.formats if isinstance(formats, Columns) else formats
 
 
@@ -64,7 +88,7 @@ def get(node: Node) -> dict[str, Formats]:
     return {role: _parse(stored[role], role, node) for role in ALL_ROLES if role in stored}
 
 
-def set(node: Node, role: str, fmt: Format | Sequence[Format] | Columns) -> None:  # noqa: A001
+def set(node: Node, role: str, fmt: Format | Sequence[Format] | Columns | Outliers) -> None:  # noqa: A001
     """Write the format of one role, or its several formats. Other roles stay; other nodes never see the change.
 
     Raises ValueError for an unknown role, for what is no Format and for an empty list of heads.
@@ -93,7 +117,9 @@ def show(value: Formats) -> str:
 
 
 def to_json(value: Formats) -> Any:
-    """A format's text, a list of texts, or {"columns": a list of texts}."""
+    """A format's text, a list of texts, {"columns": a list of texts}, or {"outliers": numbers, "kept", "rest"}."""
+    if isinstance(value, Outliers):
+        return {"outliers": list(value.columns), "kept": str(value.kept), "rest": str(value.rest)}
     if isinstance(value, Columns):
         return {"columns": [str(one) for one in value.formats]}
     return str(value) if isinstance(value, Format) else [str(one) for one in value]
@@ -105,6 +131,10 @@ def from_json(value: Any) -> Formats:
         return tuple(Format.parse(one) for one in value)
     if isinstance(value, Mapping) and list(value) == ["columns"] and isinstance(value["columns"], list):
         return Columns(tuple(Format.parse(one) for one in value["columns"]))
+    if isinstance(value, Mapping) and sorted(value) == ["kept", "outliers", "rest"]:
+        if not isinstance(value["outliers"], list) or not all(type(c) is int for c in value["outliers"]):
+            raise ValueError(f"columns of outliers are a list of numbers, found {value['outliers']!r}")
+        return Outliers(Format.parse(value["rest"]), Format.parse(value["kept"]), tuple(value["outliers"]))
     if isinstance(value, str):
         return Format.parse(value)
     raise ValueError(f'a format text, a list of them or {{"columns": a list}} is expected, found {value!r}')
@@ -138,10 +168,10 @@ def _check_roles(roles: Mapping[str, object] | Sequence[str], node: Node) -> Non
             raise ValueError(_message("unknown role", node, f"one of {', '.join(ALL_ROLES)}", found))
 
 
-def _to_json(fmt: Format | Sequence[Format] | Columns, role: str, node: Node) -> Any:
+def _to_json(fmt: Format | Sequence[Format] | Columns | Outliers, role: str, node: Node) -> Any:
     if isinstance(fmt, Format):
         return str(fmt)
-    if isinstance(fmt, Columns):
+    if isinstance(fmt, Columns | Outliers):
         if role == "w":
             return to_json(fmt)
         raise ValueError(_message(f"role {role!r} has no input columns", node, "Format(s)", str(fmt)))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from qfx import annotation, graph, rounded
-from qfx.annotation import Columns, Formats, show
+from qfx.annotation import Formats, show
 from qfx.format import Format
 from qfx.lanes import Env, Lane, Program
 from qfx.packing import Packed
@@ -58,7 +58,7 @@ class Part:
     @property
     def columns(self) -> tuple[tuple[int, int], ...] | None:
         """Ranges of the input channels that the part reads; None where these are all."""
-        return self.segment.ranges if self.segment is not None and isinstance(self.linear.w, Columns) else None
+        return self.segment.ranges if self.segment is not None and along(self.linear.w) else None
 
 
 @dataclass(eq=False)

@@ -49,8 +49,8 @@ def correct(
         lane = Lane(program, batches, rounded=True)
         for linear in linears:
             _replace(lane, linear, plan)
-            if (site := sites.get(linear.node)) is not None:
-                _correct(lane, linear, site, plan, wanted)
+            if (own_site := sites.get(linear.node)) is not None:
+                _correct(lane, linear, own_site, plan, wanted)
     return notes
 
 
@@ -123,9 +123,7 @@ def _float(lane: Lane, linear: Linear) -> Tensor:
     return weight
 
 
-def _correct(
-    lane: Lane, linear: Linear, site: bias_correction.Site, plan: Plan, wanted: dict[str, Tensor]
-) -> None:
+def _correct(lane: Lane, linear: Linear, site: bias_correction.Site, plan: Plan, wanted: dict[str, Tensor]) -> None:
     node, recipe = linear.node, plan.recipe
     lane.advance(lane.program.position[node])
     full = _float(lane, linear)

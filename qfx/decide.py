@@ -19,6 +19,7 @@ from qfx.format import Format
 from qfx.inputs import example_inputs, need_inputs, without_cache
 from qfx.measure import decibel
 from qfx.observers import Observer, create
+from qfx.outliers import keep_outliers
 from qfx.passes.annotate import annotate, kind_of
 from qfx.passes.calibrate import calibrate
 from qfx.passes.observe import insert_observers, remove_observers
@@ -62,6 +63,8 @@ def decide(
         divides = not {"smooth", "rotate-down"}.isdisjoint(recipe.rewrites)
         undivided = _undivided(model, made) if divides else set()
         notes += transform(gm, made, flat, undivided=undivided, progress=progress)
+        if recipe.outliers is not None:
+            notes += keep_outliers(gm, made, flat, skip=_undivided(model, made), progress=progress)
         said = _scales(gm, made, flat, progress=progress) if recipe.needs_data else []
         if recipe.rounding in DATA_ROUNDINGS:
             notes += round_weights(gm, made, flat, progress=progress, resume=resume, memory=memory)

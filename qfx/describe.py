@@ -115,7 +115,10 @@ def _describe(module: Quantized) -> Record:
         "sqnr_db": module.sqnr_db,
     }  # fmt: skip
     if isinstance(module, QuantMixed):
-        parts = [[str(segment.format), [list(r) for r in segment.ranges]] for segment in module.segments]
+        parts = [
+            [str(s.format), [list(r) for r in s.ranges], *(["float_input"] if s.float_input else [])]
+            for s in module.segments
+        ]
         return {**record, "segments": parts, "axis": module.axis, "x": module.x_format, **_rotation(module)}
     record["w"] = module.w_format
     if isinstance(module, QuantEmbedding):

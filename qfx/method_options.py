@@ -32,7 +32,7 @@ class LearnedOptions(Strict):
     optimizer: "adam", or "sign" as AutoRound has it.
     """
 
-    steps: Annotated[int, Field(strict=True, ge=0)] = 200
+    steps: Annotated[int, Field(strict=True, ge=0)] = 150
     batch: Annotated[int, Field(strict=True, ge=1)] = 8
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     optimizer: Literal["adam", "sign"] = "adam"

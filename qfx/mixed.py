@@ -84,10 +84,12 @@ class QuantMixed(PackedModule):
         x = x if self.smooth is None else (x / self.smooth).to(x.dtype)
         total: Tensor | None = None
         for i, segment in enumerate(self.segments):
-            static = [s if s is None or not s.dim() else take(s, segment, 0) for s in (self.x_scale, self.x_zero)]
+            given = (None, None) if segment.float_input else (self.x_scale, self.x_zero)
+            static = [s if s is None or not s.dim() else take(s, segment, 0) for s in given]
+            x_format = "" if segment.float_input else self.x_format
             bias = self.bias if total is None else None
             part: Tensor = torch.ops.qfx.linear(
-                take(x, segment, x.dim() - 1), *self._held(i), bias, *static, None, self.x_format, str(segment.format)
+                take(x, segment, x.dim() - 1), *self._held(i), bias, *static, None, x_format, str(segment.format)
             )
             total = part if total is None else total + part
         assert total is not None

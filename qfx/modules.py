@@ -148,7 +148,8 @@ class QuantLinear(_Quantized):
         return None if a is None or b is None else (a, b)
 
     def _beside(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        x = x if self.smooth is None else x / self.smooth
+        smooth = self._buffers["smooth"]
+        x = x if smooth is None else x / smooth
         return nn.functional.linear(nn.functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
     def _dequantized(self) -> Tensor:

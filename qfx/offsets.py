@@ -47,9 +47,7 @@ class Offsets:
     of OPTIMIZERS.
     """
 
-    def __init__(
-        self, weight: Tensor, fmt: Format, *, params: QParams | None = None, optimizer: str = "adam"
-    ) -> None:
+    def __init__(self, weight: Tensor, fmt: Format, *, params: QParams | None = None, optimizer: str = "adam") -> None:
         assert not fmt.is_plain, f"{fmt} is not rounded to steps"
         assert optimizer in OPTIMIZERS, optimizer
         self.format, self.shape = fmt, tuple(weight.shape)
@@ -142,7 +140,7 @@ class Sign:
 
 
 class Adam:
-    """Adam (Kingma and Ba 2015) for one tensor: it moves by about the rate where its gradients agree, less elsewhere."""
+    """Adam (Kingma and Ba 2015) for one tensor: it moves by about the rate where gradients agree, less elsewhere."""
 
     def __init__(self, first: float = 0.9, second: float = 0.99) -> None:
         self.first, self.second, self.steps = first, second, 0
@@ -170,4 +168,5 @@ def _widths(steps: Tensor, fmt: Format) -> Tensor:
     table = dequantize(codes, plain, torch.ones(()))
     table = table[torch.isfinite(table)].unique()
     at = torch.bucketize(steps.contiguous(), table).clamp(1, table.numel() - 1)
-    return table[at] - table[at - 1]
+    width: Tensor = table[at] - table[at - 1]
+    return width

@@ -40,6 +40,10 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         "w8a8-static after SmoothQuant with searched strength; needs data",
         {"rules": _STATIC, "rewrites": ("smooth",), "smooth_alpha": "search"},
     ),
+    "int8-outliers": (
+        "w8a8, but input channels beyond 6.0 in the data stay in 16 bits (LLM.int8); needs data",
+        {"rules": [*_both("i8/tok", "i8/ch", "linear", "experts"), _EMBEDDING], "outliers": 6.0},
+    ),
     "w8a16": (
         "8-bit weights per channel, float activations",
         {"rules": [*_weights("i8/ch", "linear", "experts", "conv"), _EMBEDDING]},
@@ -75,7 +79,11 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
     ),
     "w3a16-gptq": (
         "3-bit weights in groups of 128 (8-bit embeddings, tied ones 4-bit), rounded by GPTQ; needs data",
-        {"rules": [*_weights("u3/g128", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "gptq"},
+        {
+            "rules": [*_weights("u3/g128", "linear", "experts"), _EMBEDDING, _TIED],
+            "rounding": "gptq",
+            "gptq": {"clip": True},
+        },
     ),
     "w2a16-gptq": (
         "2-bit weights in groups of 64 (8-bit embeddings, tied ones 4-bit), rounded by GPTQ; needs data",
@@ -142,7 +150,6 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
 }
 
 UNAVAILABLE: dict[str, str] = {  # names that are kept free: why they cannot be had
-    "int8-outliers": "splitting off outlier channels (LLM.int8) is missing",
     "heads": "planning bits per attention head is missing",
     "heads-top30": "planning bits per attention head is missing",
     "kv8": "the quantized key-value cache is missing",

@@ -150,7 +150,10 @@ def _module(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
 
 def _mixed(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantMixed:
     axis, shape, packed = record["axis"], record["shape"], []
-    found = [Segment(Format.parse(fmt), tuple((start, stop) for start, stop in r)) for fmt, r in record["segments"]]
+    found = [
+        Segment(Format.parse(fmt), tuple((start, stop) for start, stop in ranges), bool(more))
+        for fmt, ranges, *more in record["segments"]
+    ]
     prefix = f"{fqn}." if fqn else ""
     for number, segment in enumerate(found):
         stem = f"{prefix}{stem_of(axis, number)}"

@@ -32,7 +32,7 @@ import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from qfx import combine
-from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats, each
+from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats
 from qfx.errors import nearest
 from qfx.format import Format
 from qfx.method_options import GptqOptions, LearnedOptions
@@ -153,6 +153,7 @@ class Recipe(Strict):
     rounding: of weights, "rtn" (scale from the extremes), "mse" (scale of the least squared error), "hqq"
     (half-quadratic), "gptq" (layer by layer, by what each reads) or "learned" (gradient descent, block by block); the
     last two need data, and have options in gptq and learned.
+    outliers: input channels of linears that exceed this magnitude in the calibration data stay in 16 bits (LLM.int8).
     weighting: what an error costs for "mse": "uniform", or as the inputs make it, by the "energy" of each channel or
     the "covariance" of those nearby (AWQ's clip search); both need data.
     bias_correction: shift the mean of each linear's error into its bias. low_rank: rank of float linears that carry the
@@ -169,6 +170,7 @@ class Recipe(Strict):
     rotation_block: Annotated[int, Field(strict=True, ge=2)] | Literal["auto"] = "auto"
     rounding: Literal["rtn", "mse", "hqq", "gptq", "learned"] = "rtn"
     gptq: GptqOptions = GptqOptions()
+    outliers: Annotated[float, Field(gt=0)] | None = None
     weighting: Literal["uniform", "energy", "covariance"] = "uniform"
     learned: LearnedOptions = LearnedOptions()
     bias_correction: Annotated[bool, Field(strict=True)] = False
@@ -202,8 +204,7 @@ class Recipe(Strict):
     def _valid_combination(self) -> Self:
         if self.weighting != "uniform" and self.rounding != "mse":
             raise ValueError(f"weighting={self.weighting!r} is for rounding='mse', found rounding={self.rounding!r}")
-        formats = [(r.target, r.formats("w")) for r in self.rules if r.w is not None and r.w != NONE]
-        combine.check(self.rewrites, self.rounding, [(t, one) for t, fmt in formats for one in each(fmt)])
+        combine.check(self.rewrites)
         return self
 
     def formats_for(self, kind: str, fqn: str, *, tied: bool = False) -> dict[str, Formats]:
@@ -231,14 +232,14 @@ class Recipe(Strict):
     @property
     def needs_data(self) -> bool:
         """Calibration data is needed: a static activation format that some rule gives, a rewrite of DATA_REWRITES, a
-        rounding of DATA_ROUNDINGS or weighted by inputs, or a correction.
+        rounding of DATA_ROUNDINGS or weighted by inputs, outliers, or a correction.
 
         A format that a later rule of the same target replaces does not count.
         """
         last = {(rule.target, role): rule for rule in self.rules for role in rule.texts if role != "w"}
         chosen = not set(self.rewrites).isdisjoint(DATA_REWRITES) or self.rounding in DATA_ROUNDINGS
         chosen = chosen or self.bias_correction or bool(self.low_rank)
-        chosen = chosen or self.weighting != "uniform"
+        chosen = chosen or self.weighting != "uniform" or self.outliers is not None
         given = [rule.formats(role) for (_, role), rule in last.items() if rule.texts[role] != NONE]
         return chosen or any(is_static(fmt) for fmt in given if isinstance(fmt, Format))
 

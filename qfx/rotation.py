@@ -68,16 +68,19 @@ def matrix(size: int, seed: int) -> Tensor:
 def signs(size: int, seed: int) -> Matrix:
     """f64 [size] of 1 and -1."""
     bits = np.unpackbits(np.frombuffer(_stream("signs", size, seed, -(-size // 8)), dtype=np.uint8))[:size]
-    return 1.0 - 2.0 * bits
+    found: Matrix = 1.0 - 2.0 * bits.astype(np.float64)
+    return found
 
 
 @functools.lru_cache(maxsize=64)
 def factors(size: int, seed: int) -> tuple[Matrix, ...]:
     """Orthogonal matrices, f64, whose Kronecker product in this order is H, [size, size]."""
-    return tuple(
-        _random(order, seed) if random else hadamard(order) * np.float64(order**-0.5)
-        for order, random in _split(size)[1]
-    )
+    return tuple(_factor(order, seed, random=random) for order, random in _split(size)[1])
+
+
+def _factor(order: int, seed: int, *, random: bool) -> Matrix:
+    found: Matrix = _random(order, seed) if random else hadamard(order)
+    return found if random else np.asarray(found / math.sqrt(order), dtype=np.float64)
 
 
 def random_order(size: int) -> int:

@@ -100,7 +100,7 @@ def graph_rows(gm: fx.GraphModule, kernels: Mapping[str, str], notes: Iterable[N
             parts[row.node].append(segment[2])
             at = max(i for i, r in enumerate(rows) if r.node == row.node)
             joined = _joined(rows[at], row)
-            rows[at] = replace(joined, asked=_asked_of_segments(row, segment[0], parts[row.node]))
+            rows[at] = replace(joined, asked=_asked_of_segments(joined, segment[0], parts[row.node]))
     return rows
 
 

@@ -3,7 +3,7 @@
 A tuple of formats cuts the rows (N) into that many equal parts, `Columns` the columns (K). Neighbouring parts of equal
 format are one segment. So are parts of equal format anywhere, where no scale serves more than one of them (rows with
 scales of their own; columns of whole groups): one product then computes them, and its result (its input) is cut and
-put in order.
+put in order. `Outliers` are a segment of the columns kept apart, whose inputs stay float, beside one of all others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qfx.annotation import Columns, Formats, show
+from qfx.annotation import Columns, Formats, Outliers, show
+from qfx.annotation import each as each_of
 from qfx.errors import explain
 from qfx.format import Format
 
@@ -30,6 +31,7 @@ class Segment:
 
     format: Format
     ranges: tuple[Range, ...]
+    float_input: bool = False  # the input of these columns is not rounded, whatever format the input has
 
     @property
     def size(self) -> int:
@@ -39,7 +41,7 @@ class Segment:
 
 def along(formats: Formats) -> int:
     """The axis of the weight [N, K] that several formats cut: 0 rows, 1 columns."""
-    return 1 if isinstance(formats, Columns) else 0
+    return 1 if isinstance(formats, Columns | Outliers) else 0
 
 
 def stem_of(axis: int | None, number: int) -> str:
@@ -59,8 +61,10 @@ def segments(formats: Formats, shape: Sequence[int], name: str) -> list[Segment]
     Raises ValueError, naming `name`, where the rows or columns cannot be cut into as many equal parts.
     """
     axis = along(formats)
-    each = formats.formats if isinstance(formats, Columns) else (formats,) if isinstance(formats, Format) else formats
     size = int(shape[axis])
+    if isinstance(formats, Outliers):
+        return _apart(formats, size, name)
+    each = each_of(formats)
     if len(shape) != 2 and len(each) > 1:
         raise ValueError(f"the weight of {name!r} has {len(shape)} axes: its formats {show(formats)} cut [N, K] only")
     if size % len(each):
@@ -79,6 +83,24 @@ def segments(formats: Formats, shape: Sequence[int], name: str) -> list[Segment]
         apart = fmt.by_row and (axis == 0 or fmt.is_plain or (fmt.group is not None and width % fmt.group == 0))
         _add(found, fmt, (i * width, (i + 1) * width), apart=apart)
     return found
+
+
+def _apart(formats: Outliers, size: int, name: str) -> list[Segment]:
+    """The columns that are no outliers, then those that are."""
+    if formats.columns and formats.columns[-1] >= size:
+        raise ValueError(f"{name!r} has {size} input columns, no column {formats.columns[-1]} to keep apart")
+    kept, rest = _ranges(formats.columns), _ranges(sorted(set(range(size)).difference(formats.columns)))
+    return [
+        *([Segment(formats.rest, rest)] if rest else []),
+        *([Segment(formats.kept, kept, float_input=True)] if kept else []),
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> tuple[Range, ...]:
+    """Runs of neighbours among ascending numbers."""
+    starts = [i for i, n in enumerate(numbers) if i == 0 or n != numbers[i - 1] + 1]
+    stops = [*starts[1:], len(numbers)][: len(starts)]
+    return tuple((numbers[a], numbers[b - 1] + 1) for a, b in zip(starts, stops, strict=True))
 
 
 def _add(found: list[Segment], fmt: Format, part: Range, *, apart: bool) -> None:

@@ -38,9 +38,7 @@ def skeleton(path: Path, name: str, *, dtype: torch.dtype, implementations: Mapp
     return model
 
 
-def of_config(
-    config: Any, *, dtype: torch.dtype, implementations: Mapping[str, str], name: str = ""
-) -> nn.Module:
+def of_config(config: Any, *, dtype: torch.dtype, implementations: Mapping[str, str], name: str = "") -> nn.Module:
     """The model of a transformers config, its weights without content. ValueError where its class is not known.
 
     name: of the class; "" for the first of the config's architectures.

@@ -101,7 +101,8 @@ def _samples(
 
 def _done(plan: Plan) -> set[str]:
     """Linears whose inputs another weight scales already."""
-    return {record[key]["name"] for record in plan.rewrites for key in ("o", "down") if key in record}
+    scaled = [record for record in plan.rewrites if record["name"] in ("v-o", "up-down")]
+    return {record[key]["name"] for record in scaled for key in ("o", "down") if key in record}
 
 
 def _exact(gm: fx.GraphModule, plan: Plan, name: str) -> list[Note]:

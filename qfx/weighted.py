@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from qfx import annotation, graph, rounded
-from qfx.annotation import Columns, Formats
+from qfx.annotation import Formats
 from qfx.errors import Note
 from qfx.importance import BLOCK, Importance
 from qfx.moments import Moments
@@ -107,7 +107,6 @@ def _cost(packed: Packed, part: Tensor, importance: Importance) -> float:
 
 def _block(w: Formats) -> int:
     """Channels of a block of moments, which no group of the formats may cut."""
-    each = w.formats if isinstance(w, Columns) else w if isinstance(w, tuple) else (w,)
-    sizes = [f.group or (f.block[1] if f.block else 0) for f in each]
+    sizes = [f.group or (f.block[1] if f.block else 0) for f in annotation.each(w)]
     common = math.gcd(*sizes)
     return common if 0 < common <= _GREATEST else math.gcd(common, BLOCK) or BLOCK

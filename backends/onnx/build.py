@@ -201,7 +201,7 @@ class Builder:
         return self._weights[name]
 
     def raw(self, name: str, element: int, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Value:
-        """An initializer of an element type that torch has not (int4, float8); `make` gives its bytes, uint8 [bytes].
+        """An initializer of a type that no Value has (int4, float8, 16-bit floats); `make` gives its bytes, uint8.
 
         Its Value counts as uint8: only operators whose result has another type read it.
         """
@@ -209,7 +209,8 @@ class Builder:
             return self._weights[name]
         count = math.prod(shape)
         four = element in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
-        size = -(-count // 2) if four else count
+        half = element in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+        size = -(-count // 2) if four else count * 2 if half else count
         unique = self._unique(name)
         self.external[unique] = Later(torch.uint8, (size,), lambda: make().reshape(-1))
         self.initializers[unique] = _external(unique, element, shape)

@@ -24,7 +24,7 @@ from qfx.backends.onnx.session import Session, SessionError
 from qfx.backends.onnx.session_options import saturation_notes
 from qfx.backends.onnx.slow_forms import SlowForm
 from qfx.errors import Note, UnsupportedError, explain, source_line
-from qfx.graph import fqn_of, get_tensor, let_go
+from qfx.graph import fqn_of, get_tensor, let_go, schema_name
 from qfx.passes.moe import moe
 
 Slots = dict[fx.Node, Any]
@@ -286,7 +286,9 @@ def _eager_step(gm: fx.GraphModule, stage: Stage) -> Callable[[Slots], None]:
 
 def _half_note(gm: fx.GraphModule) -> list[Note]:
     halves = (torch.float16, torch.bfloat16)
-    fakes = [n.meta.get("val") for n in gm.graph.nodes if n.op in ("placeholder", "get_attr", "call_function")]
+    nodes = [n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr", "call_function")]
+    packed = {n for n in nodes if n.op == "get_attr" and all(schema_name(u).startswith("qfx::") for u in n.users)}
+    fakes = [n.meta.get("val") for n in nodes if n not in packed]
     found = sorted({str(f.dtype) for f in fakes if isinstance(f, Tensor) and f.dtype in halves})
     if not found:
         return []

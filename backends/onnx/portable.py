@@ -45,6 +45,8 @@ def product(b: Builder, x: Value, weight: Value, alpha: float = 1.0) -> Value:
 def unpacked(b: Builder, weight: Weight) -> Value:
     """f32 [.., N, K] from the packed codes by operators that readers evaluate when they load the file."""
     shape = (*weight.data.shape[:-1], weight.k)
+    if weight.format.is_plain:
+        return _plain(b, weight, shape)
     values = _values(b, weight)
     factor = weight.factor()
     group = weight.format.group or (weight.format.block[1] if weight.format.block else None)
@@ -59,6 +61,15 @@ def unpacked(b: Builder, weight: Weight) -> Value:
     if parts * group != weight.k:
         whole = b.op("Slice", whole, b.ints([0]), b.ints([weight.k]), b.ints([-1]))
     return Value(whole.name, torch.float32, shape)
+
+
+def _plain(b: Builder, weight: Weight, shape: tuple[int, ...]) -> Value:
+    """f32 from floats without scales, which stay in their type in the file."""
+    element = {"f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}.get(weight.format.type)
+    if element is None:
+        return b.derived(f"{weight.name}.codes", torch.float32, shape, lambda: weight.data)
+    held = b.raw(f"{weight.name}.codes", element, shape, lambda: weight.data.contiguous().view(torch.uint8))
+    return Value(b.cast(held, torch.float32).name, torch.float32, shape)
 
 
 def _spread_rows(weight: Weight, per_scale: Tensor) -> Tensor:
@@ -99,6 +110,8 @@ def _values(b: Builder, weight: Weight) -> Value:
 
 def columns(b: Builder, weight: Weight) -> Value:
     """f32 [K, N] by DequantizeLinear from integer codes that lie transposed in the file."""
+    if weight.format.is_plain:
+        return b.op("Transpose", _plain(b, weight, (weight.n, weight.k)), perm=[1, 0])
     fmt, n, width = weight.format, weight.n, _padded(weight)
     codes = _integers(b, f"{weight.name}.kn", weight, (width, n), lambda: _filled(weight.codes(), width).t())
     factor = _by_columns(weight, weight.factor())

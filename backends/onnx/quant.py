@@ -23,6 +23,7 @@ from qfx.backends.onnx.values import Value
 from qfx.format import Format
 from qfx.graph import is_call
 from qfx.passes._match import arguments
+from qfx.segments import number_of
 
 
 def linear(
@@ -69,10 +70,11 @@ def product(
                 "none where that is enough; a rule with x='f32' for this node computes them in f32",
             )
         return _nbits(b, rows, weight, layout, bias)
-    b.note(
-        f"the weight is stored as {weight.format}, computed in f32",
-        "none needed for the result; for speed use i8, i4/g32 or i4/g128",
-    )
+    if not (weight.format.is_plain and number_of(weight.name)):  # columns kept apart (outliers) are asked to be float
+        b.note(
+            f"the weight is stored as {weight.format}, computed in f32",
+            "none needed for the result; for speed use i8, i4/g32 or i4/g128",
+        )
     y = portable.product(b, rows, _float(b, weight))
     return y if bias is None else b.op("Add", y, bias)
 

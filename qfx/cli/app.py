@@ -144,6 +144,7 @@ def export_gguf(
     mix: Annotated[
         str, typer.Option("--type", help="Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, Q3_K_M, Q2_K, F16, ...")
     ] = "Q4_K_M",
+    tokenizer: Annotated[bool, typer.Option(help="Write the tokenizer; without it tokens are numbers.")] = True,
     data: Text = None,
     field: Field = "text",
     samples: Annotated[int | None, typer.Option(min=1, help="Samples of the text; left out: 64.")] = None,
@@ -159,7 +160,7 @@ def export_gguf(
         from qfx.cli.models import TextOptions
 
         text = TextOptions(data, field, samples, batch_size, seq_len, seed)
-        command.run(console, model, out, mix, text, strict=strict)
+        command.run(console, model, out, mix, text, tokenizer=tokenizer, strict=strict)
 
 
 @app.command()

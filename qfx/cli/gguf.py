@@ -16,7 +16,7 @@ from qfx.interop.gguf_types import mix_named
 SAMPLES = 64
 
 
-def run(console: Console, model: str, out: Path, mix: str, text: TextOptions, *, strict: bool) -> None:
+def run(console: Console, model: str, out: Path, mix: str, text: TextOptions, *, tokenizer: bool, strict: bool) -> None:
     """A folder that qfx wrote keeps its values where blocks hold them; everything else is rounded into the mix."""
     mix = mix_named(mix)  # before anything is loaded
     if out.is_dir():
@@ -34,7 +34,13 @@ def run(console: Console, model: str, out: Path, mix: str, text: TextOptions, *,
             data = batches(loaded, texts, text, text.samples or SAMPLES)
     with step(console, f"write {out}"):
         done = export_gguf(
-            loaded.model, out, mix, tokenizer=loaded.tokenizer, data=data, strict=strict, name=Path(model).name
+            loaded.model,
+            out,
+            mix,
+            tokenizer=loaded.tokenizer if tokenizer else False,
+            data=data,
+            strict=strict,
+            name=Path(model).name,
         )
     counts = ", ".join(f"{count} {kind}" for kind, count in Counter(done.types.values()).most_common())
     console.print(f"{done.path}: {megabytes(done.nbytes)}, {len(done.types)} tensors ({counts})")

@@ -52,14 +52,14 @@ def export_awq(
 
 def interleaved(values: Tensor) -> Tensor:
     """[.., N] with each 8 columns in the order of a word's nibbles."""
-    found: Tensor = values.unflatten(-1, (-1, 8))[..., list(ORDER)].flatten(-2)  # type: ignore[no-untyped-call]
+    found: Tensor = values.unflatten(-1, (-1, 8))[..., list(ORDER)].flatten(-2)
     return found
 
 
 def straight(values: Tensor) -> Tensor:
     """The inverse of `interleaved`."""
     back = [ORDER.index(i) for i in range(8)]
-    found: Tensor = values.unflatten(-1, (-1, 8))[..., back].flatten(-2)  # type: ignore[no-untyped-call]
+    found: Tensor = values.unflatten(-1, (-1, 8))[..., back].flatten(-2)
     return found
 
 

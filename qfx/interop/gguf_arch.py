@@ -51,6 +51,7 @@ class Architecture:
     """name: in GGUF. kind: transformers' class. top, layer: GGUF stem -> module, of the model or of a layer.
 
     stack: the list of layers. pairs: the rows of q and k are in llama.cpp's order. activations: those it computes.
+    biased: parts of a layer that may have a bias.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Architecture:
     stack: str
     pairs: bool
     activations: tuple[str, ...]
+    biased: tuple[str, ...] = ()
 
     def modules(self, layers: int) -> dict[str, str]:
         """GGUF stem -> FQN of the module, of everything that a model of that many layers may have."""
@@ -78,17 +80,21 @@ class Architecture:
         return {"attn_q": int(config.num_attention_heads), "attn_k": int(kv)}.get(part, 0)
 
 
+_QKV = ("attn_q", "attn_k", "attn_v")
+_LINEARS = (*_QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _SILU = ("silu", "swish")
 ARCHITECTURES = (
     Architecture(
-        "llama", "LlamaForCausalLM", ("llama", "mistral"), _DECODER_TOP, _DECODER, "model.layers", True, _SILU
+        "llama", "LlamaForCausalLM", ("llama", "mistral"), _DECODER_TOP, _DECODER, "model.layers", True, _SILU, _LINEARS
     ),
-    Architecture("qwen2", "Qwen2ForCausalLM", ("qwen2",), _DECODER_TOP, _DECODER, "model.layers", False, _SILU),
+    Architecture("qwen2", "Qwen2ForCausalLM", ("qwen2",), _DECODER_TOP, _DECODER, "model.layers", False, _SILU, _QKV),
     Architecture(
         "qwen3", "Qwen3ForCausalLM", ("qwen3",), _DECODER_TOP, {**_DECODER, **_QK_NORM}, "model.layers", False, _SILU
     ),
-    Architecture("bert", "BertModel", ("bert",), _BERT_TOP, _BERT, "encoder.layer", False, ("gelu",)),
+    Architecture(
+        "bert", "BertModel", ("bert",), _BERT_TOP, _BERT, "encoder.layer", False, ("gelu",), (*_BERT, "token_embd_norm")
+    ),
 )
 
 

@@ -106,6 +106,12 @@ def _half(x: Tensor) -> Tensor:
     return x.clamp(-_F16_MAX, _F16_MAX).to(torch.float16)
 
 
+def _factor(x: Tensor) -> Tensor:
+    """A factor of integer scales as float16 holds it, f32: not 0 where x is not, as smaller integers do as well."""
+    least = torch.where(x == 0, 0.0, torch.copysign(torch.full_like(x, 2.0**-24), x))
+    return torch.where(x.abs() < 2.0**-24, least, _half(x).float())
+
+
 def _codes(steps: Tensor, kind: BlockType) -> Tensor:
     flat = steps.flatten(0, 1)
     if kind.table is not None:
@@ -152,7 +158,7 @@ def _two_scales(x: Tensor, w: Tensor, kind: BlockType) -> Blocks:
     extreme = wanted.gather(-1, wanted.abs().argmax(-1, keepdim=True)).squeeze(-1)
     best_d = best_s = least = None
     for end in (kind.scale_low, kind.scale_high):
-        d = _half(extreme / end).float()
+        d = _factor(extreme / end)
         s = divide(wanted, d).round().clamp(kind.scale_low, kind.scale_high)
         for _ in range(_ROUNDS):
             s, error = _best_scales(x, w, d, s, kind)
@@ -196,7 +202,7 @@ def _two_affine(x: Tensor, w: Tensor, kind: BlockType) -> Blocks:
     """Q2_K, Q4_K, Q5_K: x = d s q - m t."""
     found = fit_affine(x, w, kind, below=True)
     top = kind.scale_high
-    d, m = _half(found.scale.amax(-1) / top).float(), _half((-found.offset).amax(-1) / top).float()
+    d, m = _factor(found.scale.amax(-1) / top), _factor((-found.offset).amax(-1) / top)
     s, t = divide(found.scale, d).round().clamp(0, top), divide(-found.offset, m).round().clamp(0, top)
     best: tuple[Tensor, ...] = ()
     least = torch.zeros(())

@@ -113,6 +113,8 @@ def _placed(file: GgufFile, model: nn.Module, arch: Architecture, config: Any) -
     wanted: dict[str, str] = {}
     for stem, fqn in arch.modules(config.num_hidden_layers).items():
         wanted |= {f"{stem}.{leaf}": f"{fqn}.{leaf}" for leaf in ("weight", "bias") if f"{fqn}.{leaf}" in parameters}
+        if f"{stem}.bias" in file.tensors and stem.rpartition(".")[2] in arch.biased:  # also those that few models have
+            wanted[f"{stem}.bias"] = f"{fqn}.bias"
     if "output.weight" not in file.tensors:
         wanted.pop("output.weight", None)
     rest = [name for name in file.tensors if name not in wanted and name != _FACTORS]
@@ -122,10 +124,22 @@ def _placed(file: GgufFile, model: nn.Module, arch: Architecture, config: Any) -
         found = f"{', '.join(rest[:_SHOWN])}{', ...' if len(rest) > _SHOWN else ''}"
         raise _misfit(file, f"tensors of {arch.kind} only", f"also {found}")
     for name, fqn in wanted.items():
-        own, shape = tuple(parameters[fqn].shape), _shape(file.tensors[name])
+        own, shape = _own_shape(model, fqn), _shape(file.tensors[name])
         if own != shape:
             raise _misfit(file, f"{name!r} of shape {list(own)}", str(list(shape)))
     return wanted
+
+
+def _own_shape(model: nn.Module, fqn: str) -> tuple[int, ...]:
+    """Of a parameter; a bias that the module does not have yet is as long as its weight has rows."""
+    owner, _, leaf = fqn.rpartition(".")
+    parameters = model.get_submodule(owner)._parameters
+    held = parameters.get(leaf)
+    if held is not None:
+        return tuple(held.shape)
+    weight = parameters["weight"]
+    assert weight is not None and leaf == "bias"
+    return (weight.shape[0],)
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:

@@ -17,12 +17,13 @@ from qfx.interop.gguf_blocks import BlockType
 
 # Shares of the extreme value that the end of the codes stands for; below 1 values are clipped.
 _SHARES = {
-    8: (1.0, 0.996, 1.004),
+    8: (1.0, 0.998, 0.996, 0.994, 0.992, 1.002, 1.004),
     6: (1.0, 0.99, 0.98, 0.97, 0.96, 0.94, 0.92, 1.015, 1.03),
     5: (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8, 1.03),
     4: (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.75, 0.7, 0.65, 1.03, 1.07),
     3: (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64, 0.58, 0.52, 0.46, 1.06, 1.12, 1.2),
 }
+_AGAIN = 2  # rounds of codes and scales in turn after the tries
 # Shares of the range that are cut off at either end, by the number of steps.
 _CUTS = {
     3: (0.0, 0.06, 0.12, 0.18, 0.24, 0.3, -0.05),
@@ -72,6 +73,11 @@ def fit_scale(x: Tensor, w: Tensor, kind: BlockType) -> Tensor:
         better = gain > least
         best = torch.where(better, num / den.clamp_min(1e-38), best)
         least = torch.where(better, gain, least)
+    for _ in range(_AGAIN):  # codes for the best scale, and the best scale for these codes
+        q = nearest(divide(x, best), kind)
+        wq = w * q
+        den = (wq * q).sum(-1)
+        best = torch.where(den > 0, (wq * x).sum(-1) / den.clamp_min(1e-38), best)
     return best
 
 
@@ -88,6 +94,12 @@ def fit_affine(x: Tensor, w: Tensor, kind: BlockType, *, below: bool) -> Affine:
     for under, over in itertools.product(_CUTS[kind.high], repeat=2):
         start, scale = low + span * under, span * ((1 - under - over) / kind.high)
         q = divide(x - start[..., None], scale).round_().clamp_(0, kind.high)
+        fit, gain = _solve(x, w, q, sums, below=below)
+        better = gain > least
+        best = Affine(*(torch.where(better, new, old) for new, old in zip(fit, best, strict=True)))
+        least = torch.where(better, gain, least)
+    for _ in range(_AGAIN):
+        q = divide(x - best.offset[..., None], best.scale).round_().clamp_(0, kind.high)
         fit, gain = _solve(x, w, q, sums, below=below)
         better = gain > least
         best = Affine(*(torch.where(better, new, old) for new, old in zip(fit, best, strict=True)))

@@ -12,8 +12,9 @@ from qfx.format import Format
 from qfx.interop.gguf_arch import Architecture
 from qfx.interop.gguf_exact import Exact, as_blocks
 from qfx.mixed import QuantMixed
-from qfx.modules import QuantEmbedding, QuantLinear
+from qfx.modules import QuantEmbedding, QuantLinear, rotated
 from qfx.packing import Packed
+from qfx.permuted import QuantPermuted
 
 _SHOWN = 3
 
@@ -42,7 +43,12 @@ class Source:
         """The weight by which the inputs are multiplied, f32."""
         value: Tensor = getattr(self.module, self.leaf).detach().to(torch.float32)
         smooth = getattr(self.module, "smooth", None)
-        return value if smooth is None or self.leaf != "weight" else value / smooth.to(torch.float32)
+        if smooth is None or self.leaf != "weight":
+            return value
+        smooth, rotation = smooth.to(torch.float32), getattr(self.module, "rotation", None)
+        if isinstance(self.module, QuantPermuted):  # the input is divided in the stored order
+            smooth = smooth[torch.argsort(self.module.columns)]
+        return rotated(rotated(value, rotation) / smooth, rotation, inverse=True)
 
     def exact(self) -> Exact | str | None:
         """Blocks with the values of a packed weight, the reason why there are none, or None for a float one."""
@@ -55,6 +61,12 @@ class Source:
             return None
         if getattr(self.module, "smooth", None) is not None:
             return "its inputs are divided first, which its weight takes over"
+        if getattr(self.module, "rotation", None) is not None:
+            return "its inputs are rotated first, which its weight takes back"
+        if getattr(self.module, "low", None) is not None:
+            return "a part of its weight stands beside the packed one"
+        if isinstance(self.module, QuantPermuted):
+            return "its columns are stored in another order"
         return as_blocks(packed)
 
     def pointer(self) -> int:
@@ -93,10 +105,24 @@ def sources_of(model: nn.Module, arch: Architecture) -> tuple[dict[str, Source],
                 next_step=f"load it as transformers.{arch.kind}",
             )
         )
+    _check_biases(found, arch)
     output, table = found.get("output.weight"), found["token_embd.weight"]
     if output is not None and output.pointer() == table.pointer():
         del found["output.weight"]
     return found, [*_unplaced(model, base, modules), *_activations(found)]
+
+
+def _check_biases(found: dict[str, Source], arch: Architecture) -> None:
+    for name, source in found.items():
+        stem, _, leaf = name.rpartition(".")
+        if leaf == "bias" and stem.rpartition(".")[2] not in arch.biased:
+            raise UnsupportedError(
+                explain(
+                    f"{source.fqn!r} has a bias, for which {arch.name} has no place in GGUF",
+                    expected=f"biases of {', '.join(arch.biased) or 'none'} only",
+                    next_step="leave out bias correction (Recipe.bias_correction)",
+                )
+            )
 
 
 def _base(model: nn.Module, arch: Architecture) -> nn.Module:

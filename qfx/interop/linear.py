@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from qfx.errors import explain
 from qfx.format import Format
-from qfx.modules import QuantLinear
+from qfx.mixed import QuantMixed
+from qfx.modules import QuantLinear, rotated
 from qfx.packing import Packed
 from qfx.permuted import QuantPermuted
 
@@ -25,7 +26,8 @@ Loss = tuple[str, str]  # what is not kept and why, next step
 class Linear:
     """fqn: its name. packed: the weight [N, K]. x: format of the input, "" for float, with its static scales.
 
-    smooth [K]: divides the input. columns [K]: the order in which the input's columns are stored; None is their own.
+    more: what it computes beside y = x W^T + b, which no layout holds. columns [K]: the order in which the input's
+    columns are stored; None is their own.
     head: it gives the logits. transposed: the float class is Conv1D, which holds [K, N]. lost: what was in a file and
     is not here.
     """
@@ -35,7 +37,7 @@ class Linear:
     x: str = ""
     x_scale: Tensor | None = None
     x_zero: Tensor | None = None
-    smooth: Tensor | None = None
+    more: Loss | None = None
     columns: Tensor | None = None
     head: bool = False
     transposed: bool = False
@@ -99,7 +101,8 @@ def of_module(fqn: str, module: nn.Module, *, head: bool = False, transposed: bo
         return None
     assert isinstance(module, QuantLinear)
     packed = Packed(module.w_codes, module.w_scale, module.w_zero, Format.parse(module.w_format), module.shape)
-    rest: dict[str, Any] = {name: module._buffers.get(name) for name in ("x_scale", "x_zero", "smooth", "columns")}
+    rest: dict[str, Any] = {name: module._buffers.get(name) for name in ("x_scale", "x_zero", "columns")}
+    rest["more"] = _more(module)
     return Linear(fqn, packed, module.x_format, head=head, transposed=transposed, **rest)
 
 
@@ -166,14 +169,26 @@ def input_loss(linear: Linear) -> list[Loss]:
     ]
 
 
-def smooth_loss(linear: Linear) -> Loss | None:
-    """That no layout divides an input."""
-    if linear.smooth is None:
+def _more(module: QuantLinear) -> Loss | None:
+    """That a linear does something to its input, or beside its weight, which no layout can say."""
+    if module.rotation is not None:
+        what, step = "its input is rotated while the model runs", "quantize without online rotations"
+    elif module.low is not None:
+        what, step = "a low-rank part stands beside its weight", "quantize without low-rank compensation"
+    elif module.smooth is not None:
+        what, step = "its input is divided by smoothing factors", "fold the smoothing into norms, or leave it out"
+    else:
         return None
-    return (
-        "its input is divided by smoothing factors, which no layout holds: the weight is written in float",
-        "quantize with a recipe whose smoothing is folded into norms, or without smoothing",
-    )
+    return f"{what}, which no layout holds: the weight is written in float", step
+
+
+def float_weight(module: QuantLinear | QuantMixed) -> Tensor:
+    """[N, K] in the model's dtype, so that y = x W^T + b does what the module does: its smoothing factors in it."""
+    weight, smooth = module.weight, module._buffers.get("smooth")
+    if smooth is None:
+        return weight
+    inner = rotated(weight.to(torch.float32), module.rotation) / smooth
+    return rotated(inner, module.rotation, inverse=True).to(weight.dtype)
 
 
 def sorted_groups(g_idx: Tensor, group: int) -> Tensor | None:

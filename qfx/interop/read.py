@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from qfx.errors import Note, explain
-from qfx.interop import awq, bnb, compressed_tensors, gptq
+from qfx.interop import awq, bnb, compressed_tensors, experts, gptq
 from qfx.interop.checkpoint import Checkpoint
 from qfx.interop.linear import Decoder, Dequantized, Linear, Loss
-from qfx.modules import QuantEmbedding, QuantLinear, take_place
+from qfx.modules import QuantEmbedding, QuantLinear, pack_parameter, take_place
 from qfx.permuted import QuantPermuted
 from qfx.pipeline import told
 from qfx.skeleton import GENERATION, of_config
@@ -63,6 +63,7 @@ class _Filler:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
         self.lost: dict[Loss, list[str]] = {}
+        self.experts: dict[str, experts.Leaves] = {}
 
     def fill(self, *, strict: bool) -> nn.Module:
         quantized, plain = self._sorted()
@@ -71,6 +72,8 @@ class _Filler:
         for fqn, leaves in quantized.items():
             tensors = self.checkpoint.tensors(leaves.values())
             found += self._module(fqn, {leaf: tensors[name] for leaf, name in leaves.items()})
+        for fqn, parts in self.experts.items():
+            found += self._experts(fqn, parts)
         if not found:
             raise ValueError(
                 explain(
@@ -89,7 +92,9 @@ class _Filler:
         """Quantized modules: FQN -> leaf -> name in the file; other tensors: name in the model -> name in the file."""
         quantized: dict[str, dict[str, str]] = {}
         plain: dict[str, str] = {}
-        for name, source in _aligned(self.checkpoint.files, self.modules).items():
+        names = _aligned(self.checkpoint.files, self.modules)
+        self.experts = experts.sort_out(names, self.modules)
+        for name, source in names.items():
             owner, leaf = _owner(name, self.modules)
             if leaf != "weight" and leaf in self.decoder.leaves and _shape(self.modules[owner]) is not None:
                 quantized.setdefault(owner, {})[leaf] = source
@@ -135,7 +140,8 @@ class _Filler:
         return name.endswith(".bias") and not bool(self.checkpoint.tensors([source])[source].any())
 
     def _may_be_missing(self, name: str, quantized: Mapping[str, Any]) -> bool:
-        if name.endswith(".weight") and name.removesuffix(".weight") in quantized:
+        owner, _, leaf = name.rpartition(".")
+        if (leaf == "weight" and owner in quantized) or (leaf in experts.PARTS and owner in self.experts):
             return True
         return name in self.tied or _listed(self.model, "_keys_to_ignore_on_load_missing", name)
 
@@ -169,6 +175,48 @@ class _Filler:
                 setattr(self.model.get_submodule(parent), child, new)
                 self.modules[name] = new
         return True
+
+    def _experts(self, fqn: str, leaves: experts.Leaves) -> bool:
+        """Fill a module of experts from those of the file; whether one was quantized."""
+        module, some = self.modules[fqn], False
+        held = module._parameters["down_proj"]
+        assert held is not None
+        for name, kinds in experts.PARTS.items():
+            rows: list[list[Linear | Dequantized | Tensor]] = []
+            for number in range(held.shape[0]):
+                rows.append(
+                    [
+                        self._part(f"{fqn}.{number}.{kind}", module, kind, leaves.get((number, kind), {}))
+                        for kind in kinds
+                    ]
+                )
+                some = some or any(isinstance(part, Linear) for part in rows[-1])
+            value, lost = experts.joined(rows)
+            self._lose(f"{fqn}.{name}", *lost)
+            if isinstance(value, Tensor):
+                self._parameter(f"{fqn}.{name}", value)
+            else:
+                pack_parameter(module, name, value)
+        return some
+
+    def _part(self, fqn: str, module: nn.Module, kind: str, leaves: Mapping[str, str]) -> Linear | Dequantized | Tensor:
+        """A part of one expert, [N, K]. ValueError where it is missing or has another shape."""
+        held = self.checkpoint.tensors(leaves.values())
+        tensors = {leaf: held[name] for leaf, name in leaves.items()}
+        shape = experts.shape_of(module, kind)
+        found = self.decoder.decode(fqn, "Linear", tensors, shape)
+        if found is not None:
+            return found
+        weight = tensors.get("weight")
+        if weight is None or tuple(weight.shape) != shape or not weight.is_floating_point():
+            raise ValueError(
+                explain(
+                    f"the checkpoint lacks the expert {fqn!r}",
+                    expected=f"its tensors, for a weight [{shape[0]}, {shape[1]}]",
+                    found=", ".join(sorted(tensors)) or "none",
+                )
+            )
+        return weight
 
     def _parameter(self, name: str, value: Tensor) -> None:
         owner, _, leaf = name.rpartition(".")

@@ -17,8 +17,9 @@ from qfx.errors import Note, explain
 from qfx.files import staged_folder, write_safetensors, write_text
 from qfx.format import Format
 from qfx.interop.checkpoint import CONFIG, INDEX, SINGLE
-from qfx.interop.linear import Layout, Linear, Loss, of_module, smooth_loss
-from qfx.modules import PackedModule, QuantEmbedding, quantized_parts
+from qfx.interop.linear import Layout, Linear, Loss, float_weight, of_module
+from qfx.mixed import QuantMixed
+from qfx.modules import PackedModule, QuantConv, QuantEmbedding, QuantLinear, quantized_parts
 from qfx.pipeline import told
 from qfx.skeleton import GENERATION
 
@@ -34,6 +35,8 @@ def write(
     Raises ValueError for a model that qfx did not quantize, that is no model of transformers, or of which the layout
     holds nothing; OSError where the disk does not take it.
     """
+    if shard_bytes < 1:
+        raise ValueError(f"a file of weights has 1 byte or more, found max_shard_bytes={shard_bytes}")
     model = getattr(model, "_orig_mod", model)
     _check(model)
     plain = _float_twin(model)
@@ -117,14 +120,12 @@ class _Source:
         """A parameter or buffer in float, shaped as the float class has it."""
         owner, _, leaf = name.rpartition(".")
         module = self.modules[owner]
-        value = getattr(module, leaf)
+        is_linear = leaf == "weight" and isinstance(module, QuantLinear | QuantMixed)
+        value = float_weight(module) if is_linear and not isinstance(module, QuantConv) else getattr(module, leaf)
         assert isinstance(value, Tensor), name
         value = value.detach()
-        if leaf != "weight" or not isinstance(module, PackedModule):
+        if not is_linear:
             return value
-        smooth = module._buffers.get("smooth")
-        if smooth is not None:
-            value = (value.to(torch.float32) / smooth).to(value.dtype)
         return value.t() if _is_transposed(self.plain.get_submodule(owner)) else value
 
     def _ties(self) -> dict[int, list[str]]:
@@ -256,8 +257,8 @@ def _shared_codes(model: nn.Module) -> set[int]:
 
 
 def _refused(layout: Layout, linears: list[Linear]) -> dict[str, Loss]:
-    smooth = {linear.fqn: loss for linear in linears if (loss := smooth_loss(linear)) is not None}
-    return layout.refused([linear for linear in linears if linear.fqn not in smooth]) | smooth
+    more = {linear.fqn: linear.more for linear in linears if linear.more is not None}
+    return layout.refused([linear for linear in linears if linear.fqn not in more]) | more
 
 
 def _notes(layout: Layout, held: list[Linear], refused: Mapping[str, Loss]) -> list[Note]:
@@ -274,11 +275,10 @@ def _notes(layout: Layout, held: list[Linear], refused: Mapping[str, Loss]) -> l
 def _other_notes(model: nn.Module, linears: set[str], layout: Layout) -> list[Note]:
     """Packed weights that are no linears of one format: embeddings, experts, several formats, convolutions."""
     groups: dict[str, list[str]] = {}
+    tables = _shared_codes(model)
     for fqn, module in model.named_modules():
-        if isinstance(module, PackedModule) and fqn not in linears:
-            plain = getattr(module, "w_format", None) is not None and Format.parse(module.w_format).is_plain  # type: ignore[arg-type]
-            if not plain:
-                groups.setdefault(_what(module), []).append(fqn)
+        if isinstance(module, PackedModule) and fqn not in linears and not _is_plain(module):
+            groups.setdefault(_what(module, tables), []).append(fqn)
         for name in getattr(module, "qfx_packed", {}):
             kind = "an embedding" if isinstance(module, nn.Embedding) else "a parameter that its module reads itself"
             groups.setdefault(kind, []).append(f"{fqn}.{name}".lstrip("."))
@@ -289,11 +289,18 @@ def _other_notes(model: nn.Module, linears: set[str], layout: Layout) -> list[No
     ]
 
 
-def _what(module: PackedModule) -> str:
+def _is_plain(module: PackedModule) -> bool:
+    return "w_format" in module.__dict__ and Format.parse(str(module.w_format)).is_plain
+
+
+def _what(module: PackedModule, tables: set[int]) -> str:
     if isinstance(module, QuantEmbedding):
         return "a quantized embedding"
+    codes = module._buffers.get("w_codes")
+    if codes is not None and codes.data_ptr() in tables:
+        return "a linear that shares the table of an embedding"
     kinds = {"QuantMixed": "a weight of several formats", "QuantConv": "a quantized convolution"}
-    return kinds.get(type(module).__name__, "a linear that shares the table of an embedding")
+    return kinds.get(type(module).__name__, f"a {type(module).__name__}")
 
 
 def _named(names: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,10 +56,11 @@ def test_a_graph_without_the_linear_is_left() -> None:
 
 
 def test_biases_that_cannot_be_shifted() -> None:
-    def twice(self: Function, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.w, self.b) + self.b
+    def twice(self: Any, x: Tensor) -> Tensor:
+        found: Tensor = nn.functional.linear(x, self.w, self.b) + self.b
+        return found
 
-    def computed(self: Function, x: Tensor) -> Tensor:
+    def computed(self: Any, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.w, self.b.exp())
 
     for function, reason in ((twice, "its bias b is also used by"), (computed, "its bias is computed in the graph")):

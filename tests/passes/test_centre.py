@@ -63,9 +63,9 @@ def test_before_and_after() -> None:
     after = counts(gm)
     assert before["layer_norm"] == 2 and "layer_norm" not in after
     assert after["rms_norm"] == 2 and after["add"] == before["add"] + 2
-    assert "%rms_norm: f32[1,3,8] = aten.rms_norm(%embedding, [8], @ln.weight, 1e-05)" in text(gm)
+    assert "%rms_norm: f32[1,s0,8] = aten.rms_norm(%embedding, [8], @ln.weight, 1e-05)" in text(gm)
     for part in site.writers:
-        assert float(graph.get_tensor(gm, part.weight).mean(part.axis).abs().max()) < 1e-7
+        assert float(graph.get_tensor(gm, part.weight).detach().mean(part.axis).abs().max()) < 1e-7
     centre.apply(live, site)
     assert type(live.get_submodule("ln")).__name__ == "CentredLayerNorm"
 
@@ -140,8 +140,9 @@ def test_the_live_norm() -> None:
     nn.init.normal_(norm.bias)
     x = torch.randn(3, 8)
     x = x - x.mean(-1, keepdim=True)
-    expected, names = norm(x), list(norm.state_dict())
+    expected, names = norm(x).detach(), list(norm.state_dict())
     other = copy.deepcopy(centred(centred(norm)))
     assert is_centred(other) and isinstance(other, nn.LayerNorm) and list(other.state_dict()) == names
-    torch.testing.assert_close(other(x), expected)
-    assert float((other(x + 1) - nn.LayerNorm.forward(other, x + 1)).abs().max()) > 0.1
+    torch.testing.assert_close(other(x).detach(), expected)
+    away = other(x + 1) - nn.LayerNorm.forward(other, x + 1)
+    assert float(away.detach().abs().max()) > 0.1

@@ -170,7 +170,8 @@ def test_both_doors_take_what_was_learned(tmp_path: Path) -> None:
     plan = qfx.plan(model, asked, data)
     plan.save(tmp_path / "plan")
     held = qfx.quantize(deepcopy(model), Plan.load(tmp_path / "plan"))
-    compiled = torch.compile(model, backend="qfx", options={"plan": plan})
+    options: dict[str, Any] = {"plan": plan}
+    compiled = torch.compile(model, backend="qfx", options=options)
     with torch.no_grad():
         torch.testing.assert_close(compiled(data[0]), held(data[0]), rtol=1e-5, atol=1e-5)
     again = qfx.plan(model, asked, data).tensors
@@ -212,7 +213,7 @@ def test_a_block_that_gives_no_floats_is_rounded_and_told() -> None:
             self.head = nn.Linear(16, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(x).argmax(-1)
+            return self.head(x).argmax(-1)  # type: ignore[no-any-return]
 
     with pytest.warns(QfxWarning, match="head: its block gives nothing in floating point.*next step.*gptq"):
         plan = qfx.plan(Choice().eval(), recipe(), DATA)

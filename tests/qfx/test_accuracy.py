@@ -196,7 +196,7 @@ def test_tiny_lm_rounded_by_gptq(tiny_lm: TinyLM) -> None:
         print("{}: perplexity {:+.2%}, KLD {:.4f}, {:,} bytes".format(name, *found[name]))
     for name in ("w4a16", "w4a8", "w2a16"):
         assert found[f"{name}-gptq"][1] < 0.75 * found[name][1]
-        assert found[f"{name}-gptq"][2] == found[name][2]
+        assert found[f"{name}-gptq"][2] <= (1.01 if name == "w4a8" else 1.0) * found[name][2], "smoothing keeps factors"
     assert found["w2a16-gptq"][0] < 0.25
 
 

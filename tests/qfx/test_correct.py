@@ -79,13 +79,14 @@ def test_both_doors_and_files_take_them(tmp_path: Path) -> None:
     plan.save(tmp_path / "plan")
     held = qfx.quantize(deepcopy(model), Plan.load(tmp_path / "plan"))
     wanted = outputs(held)
-    compiled = torch.compile(model, backend="qfx", options={"plan": plan})
+    options: dict[str, Any] = {"plan": plan}
+    compiled = torch.compile(model, backend="qfx", options=options)
     torch.testing.assert_close(outputs(compiled), wanted, rtol=1e-4, atol=1e-4)
     qfx.save(held, tmp_path / "model")
     again = qfx.load(tmp_path / "model", Stack())
     assert torch.equal(outputs(again), wanted)
     qfx.export_onnx(model, (DATA[0],), tmp_path / "model.onnx", plan=plan)
-    exported = qfx.onnx.load(tmp_path / "model.onnx")
+    exported: Any = qfx.onnx.load(tmp_path / "model.onnx")
     (found,) = exported(x=DATA[0]).values()
     torch.testing.assert_close(found, wanted[:16], rtol=1e-4, atol=1e-4)
 
@@ -118,7 +119,7 @@ def test_the_error_of_each_node_is_that_with_corrections() -> None:
 def test_what_cannot_be_corrected_is_told() -> None:
     class Twice(Stack):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + self.head(x)
+            return super().forward(x) + self.head(x)  # type: ignore[no-any-return]
 
     with pytest.warns(QfxWarning, match="head.*: not corrected: it is called several times"):
         plan = qfx.plan(Twice().eval(), recipe(bias_correction=True), DATA)

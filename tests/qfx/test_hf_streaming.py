@@ -113,7 +113,8 @@ def test_ignored_names_stay_float(tmp_path: Path) -> None:
 def test_rewrites_wait_until_all_is_loaded_and_say_so(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path)
     recipe = qfx.Recipe.parse("w8a8").override(name="folded", rewrites=("norm-fold",))
-    with pytest.warns(QfxWarning, match=r"quantized once all is loaded in float, since recipe 'folded' rewrites weights together"):
+    reason = "quantized once all is loaded in float, since recipe 'folded' rewrites weights together"
+    with pytest.warns(QfxWarning, match=reason):
         found = tf.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config(recipe))
     check_equal(found, qfx.quantize(tf.AutoModelForCausalLM.from_pretrained(tmp_path), recipe))
 

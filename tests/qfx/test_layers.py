@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # Lowest first. A module of qfx that stands nowhere here is in the layer of PIPELINE.
 PIPELINE = "qfx.compile"
 LAYERS = (
-    "qfx.errors qfx.format qfx.spill qfx.files qfx.processor qfx.strict qfx.method_options qfx.hollow",
+    (
+        "qfx.errors qfx.format qfx.spill qfx.files qfx.processor qfx.strict qfx.method_options qfx.hollow qfx.combine"
+        " qfx.centred qfx.rotation"
+    ),
     (
         "qfx.annotation qfx.text qfx.numerics qfx.packing qfx.histogram qfx.importance qfx.scales qfx.hqq qfx.rounding"
         " qfx.ops qfx.float_ops qfx.measure"
@@ -24,9 +27,9 @@ LAYERS = (
         "qfx.cache_ops qfx.parts qfx.rounded"
         " qfx.graph qfx.names qfx.trace qfx.capture qfx.run qfx.verify qfx.plan qfx.recipe qfx.presets"
     ),
-    "qfx.observers qfx.moments qfx.inputs qfx.data qfx.hub qfx.streamed qfx.lanes qfx.blocks",
+    "qfx.observers qfx.moments qfx.inputs qfx.data qfx.hub qfx.streamed qfx.lanes qfx.blocks qfx.offsets",
     "qfx.passes",
-    "qfx.pipeline qfx.transform qfx.resume qfx.sequential",
+    "qfx.pipeline qfx.transform qfx.rotations qfx.resume qfx.sequential qfx.correct",
     "qfx.backends",
     f"{PIPELINE} qfx.quantize qfx.report qfx.save",
     "qfx.compare qfx.cli",

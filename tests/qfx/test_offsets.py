@@ -40,7 +40,9 @@ def test_at_the_start_it_is_rounding_to_nearest(fmt: str) -> None:
     fmt=st.sampled_from(FORMATS), seed=st.integers(0, 99), rows=st.integers(1, 9), columns=st.integers(1, 40),
     rate=st.sampled_from([0.01, 0.2, 1.0]),
 )  # fmt: skip
-def test_what_is_stored_is_the_value_that_was_learned(fmt: str, seed: int, rows: int, columns: int, rate: float) -> None:
+def test_what_is_stored_is_the_value_that_was_learned(
+    fmt: str, seed: int, rows: int, columns: int, rate: float
+) -> None:
     offsets = Offsets(weight(rows, columns, seed=seed), Format.parse(fmt))
     for step in range(3):
         offsets.value()

@@ -67,7 +67,7 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_it_compiles() -> None:
     model = nn.Sequential(permuted("i8/ch", x_format="i8/tok")).eval()
-    compiled = torch.compile(model, backend="qfx")  # type: ignore[call-overload]
+    compiled = torch.compile(model, backend="qfx")
     with torch.no_grad():
         assert torch.allclose(compiled(rows(3, 64)), model(rows(3, 64)), atol=1e-4)
     (row,) = qfx.report(compiled)

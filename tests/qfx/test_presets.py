@@ -59,6 +59,7 @@ def test_parse_by_name(name: str) -> None:
         ("w8a8", "x=i8/tok w=i8/ch"),
         ("w8a8-static", "x=u8 w=i8/ch"),
         ("w8a8-smooth", "x=u8 w=i8/ch"),
+        ("int8-outliers", "x=i8/tok w=i8/ch"),
         ("w8a16", "w=i8/ch"),
         ("w4a16", "w=u4/g128"),
         ("w4a16-hqq", "w=u4/g128"),
@@ -106,8 +107,12 @@ def test_two_bits_are_rounded_with_care_and_no_promise() -> None:
 def test_data_is_needed_by_static_formats_and_by_methods_that_look_at_it() -> None:
     static = {"w8a8-static", "w8a8-smooth"}
     rounded = {name for name, recipe in presets().items() if recipe.rounding in ("gptq", "learned")}
-    assert {name for name, recipe in presets().items() if recipe.needs_data} == static | rounded | {"w4a16-awq"}
-    assert rounded == {"w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "w4a8-gptq", "w4a16-learned", "w2a16-learned"}
+    looking = {"w4a16-awq", "int8-outliers"}
+    assert {name for name, recipe in presets().items() if recipe.needs_data} == static | rounded | looking
+    assert rounded == {
+        *("w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "w4a8-gptq", "w4a8-rotate", "w4a4-rotate"),
+        *("w4a16-learned", "w2a16-learned"),
+    }
 
 
 def test_methods_of_four_bits() -> None:

@@ -8,7 +8,6 @@ from importlib import metadata
 
 import gguf
 import llama_cpp
-import torch
 
 import qfx
 from examples.benchmarks.peers.rounding import RoundingJob, judged, linears, replaced
@@ -33,8 +32,7 @@ def build(job: RoundingJob, option: str) -> Built:
     arch, held = architecture_of(model.config), linears(model)
     names = {fqn: f"{stem}.weight" for stem, fqn in arch.modules(model.config.num_hidden_layers).items()}
     float_file = qfx.import_gguf(target, packed=False)
-    weights = {name: float_file.get_submodule(name).weight.detach() for name in held}
-    assert all(isinstance(weight, torch.Tensor) for weight in weights.values())
+    weights = {name: float_file.get_parameter(f"{name}.weight").detach() for name in held}
     size = sum(read[names[name]].n_bytes for name in held)
     kinds = sorted({read[names[name]].tensor_type.name for name in held})
     return judged(

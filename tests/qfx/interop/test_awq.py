@@ -121,3 +121,17 @@ def test_the_library_dequantizes_the_same_values(fmt: str, tmp_path: Path) -> No
         group = qfx.Format.parse(fmt).group or module.shape[1]
         values = dequantize_gemm(held["qweight"], held["qzeros"], held["scales"], 4, group).t()
         assert torch.allclose(values.float(), module.weight, rtol=1e-3, atol=0), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_loads_the_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("gptqmodel", reason="pip install qfx[interop]")
+    pytest.importorskip("optimum", reason="pip install qfx[interop]")
+    import transformers
+
+    model = pack(llama(), "u4/g32/f16")
+    qfx.export_awq(model, tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu", dtype=torch.float16)
+    assert type(loaded.get_submodule(UP)).__module__.startswith("gptqmodel")
+    wanted = logits(model)  # in float32
+    assert torch.allclose(logits(loaded).float(), wanted, atol=5e-3 * float(wanted.abs().max()))

@@ -20,7 +20,7 @@ def made(folder: Path, *, shards: int = 1, **config: object) -> Path:
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
         return folder
-    index = {}
+    index: dict[str, str] = {}
     for number in range(shards):
         names = list(tensors)[number::shards]
         save_file({name: tensors[name] for name in names}, folder / f"s{number}.safetensors")

@@ -1,4 +1,4 @@
-"""llama.cpp itself opens the files: tokens, logits, texts and embeddings as in torch, the types that it would choose."""
+"""llama.cpp itself opens the files: tokens, logits, texts, embeddings as in torch, and the types that it chooses."""
 
 from __future__ import annotations
 
@@ -139,6 +139,7 @@ def test_rows_in_transformers_order_are_another_model(quiet: Any, tmp_path: Path
     assert relative(logits(opened(tmp_path / "m.gguf", logits_all=True), ids), wanted(model, ids)) > 1e-2
 
 
+@pytest.mark.slow
 def test_weights_quantized_by_qfx(tiny: Any, quiet: Any, tmp_path: Path) -> None:
     """The values are those of qfx; llama.cpp rounds their inputs to 8 bits."""
     model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()

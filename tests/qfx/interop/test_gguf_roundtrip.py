@@ -16,6 +16,7 @@ from qfx.format import Format
 from qfx.interop.gguf_import import read_gguf
 from qfx.modules import QuantEmbedding, QuantLinear
 from qfx.packing import pack_weight
+from qfx.permuted import QuantPermuted
 
 transformers = pytest.importorskip("transformers", reason="the models are transformers models: pip install qfx[hf]")
 gguf = pytest.importorskip("gguf", reason="the container: pip install qfx[interop]")
@@ -171,18 +172,53 @@ def test_float32_scales_and_float_inputs_are_told(tmp_path: Path) -> None:
     assert done.types["blk.0.attn_q.weight"] == "Q8_0"
 
 
-def test_smoothing_factors_go_into_the_weight(tmp_path: Path) -> None:
+def effective(module: QuantLinear) -> Tensor:
+    """By what the inputs are multiplied, seen from outside."""
+    with torch.no_grad():
+        found: Tensor = module(torch.eye(module.in_features)).T
+        return found
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda p: QuantLinear(p, None, smooth=torch.rand(96) + 0.5), "inputs are divided first"),
+        (lambda p: QuantLinear(p, None, rotation=(32, 1)), "inputs are rotated first"),
+        (lambda p: QuantLinear(p, None, rotation=(32, 1), smooth=torch.rand(96) + 0.5), "inputs are divided first"),
+        (lambda p: QuantLinear(p, None, low=(torch.randn(2, 96), torch.randn(64, 2))), "stands beside the packed one"),
+        (lambda p: QuantPermuted(p, None, torch.randperm(96)), "stored in another order"),
+        (lambda p: QuantPermuted(p, None, torch.randperm(96), smooth=torch.rand(96) + 0.5), "inputs are divided first"),
+    ],
+    ids=["smooth", "rotation", "rotation and smooth", "low rank", "permuted", "permuted and smooth"],
+)
+def test_what_stands_before_a_packed_weight_goes_into_it(make: Any, reason: str, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    module = make(pack_weight(torch.randn(64, 96), Format.parse("i8/g32/f16")))
+    wanted = effective(module)
     model = random_model("llama")
-    linear = model.model.layers[0].mlp.down_proj
-    factors = torch.rand(96) + 0.5
-    wanted = linear.weight.detach().clone()
-    packed = pack_weight(wanted * factors, Format.parse("i8/g32/f16"))
-    model.model.layers[0].mlp.down_proj = QuantLinear(packed, None, smooth=factors)
-    with pytest.warns(QfxWarning, match="its inputs are divided first, which its weight takes over"):
+    model.model.layers[0].mlp.down_proj = module
+    with pytest.warns(QfxWarning, match=f"down_proj: .*{reason}.*: its values are rounded anew to Q8_0"):
         qfx.export_gguf(model, tmp_path / "m.gguf", "Q8_0", tokenizer=False)
     back: Any = qfx.import_gguf(tmp_path / "m.gguf", packed=False)
     found = back.model.layers[0].mlp.down_proj.weight.detach()
     assert float((found - wanted).norm() / wanted.norm()) < 0.01
+    assert float((module.w_codes.float() - wanted).norm()) > 1, "which is not what is packed"
+
+
+def test_single_biases(tmp_path: Path) -> None:
+    """Bias correction gives biases to some layers; llama.cpp takes those of Llama, not those of Qwen3."""
+    model = random_model("llama")
+    model.model.layers[1].mlp.down_proj.bias = nn.Parameter(torch.randn(64))
+    for mix in ("F32", "Q8_0"):
+        qfx.export_gguf(model, tmp_path / "m.gguf", mix, tokenizer=False)
+        back: Any = qfx.import_gguf(tmp_path / "m.gguf")
+        assert torch.equal(back.model.layers[1].mlp.down_proj.bias, model.model.layers[1].mlp.down_proj.bias)
+        assert back.model.layers[0].mlp.down_proj.bias is None
+        assert float((run(back) - run(model)).norm() / run(model).norm()) <= (0 if mix == "F32" else 0.02)
+    other = random_model("qwen3")
+    other.model.layers[1].mlp.down_proj.bias = nn.Parameter(torch.randn(64))
+    with pytest.raises(UnsupportedError, match=r"'model.layers.1.mlp.down_proj' has a bias, for which qwen3 has no"):
+        qfx.export_gguf(other, tmp_path / "o.gguf", "F32", tokenizer=False)
 
 
 def test_heads_of_their_own_formats(tmp_path: Path) -> None:

@@ -287,3 +287,17 @@ def test_what_the_library_packs_is_read_exactly(bits: int) -> None:
     found: Any = decoder(settings).decode("a", "Linear", tensors, (n, k))
     weight = found.packed.dequantize()[:, torch.argsort(found.columns)]
     assert torch.equal(weight, (codes - zero[:, order]) * scale.to(torch.float16).float()[:, order])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_loads_the_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("gptqmodel", reason="pip install qfx[interop]")
+    pytest.importorskip("optimum", reason="pip install qfx[interop]")
+    import transformers
+
+    model = pack(llama(), "u4/g32/f16")
+    qfx.export_gptq(model, tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu", dtype=torch.float16)
+    assert type(loaded.get_submodule(UP)).__module__.startswith("gptqmodel")
+    wanted = logits(model)  # in float32
+    assert torch.allclose(logits(loaded).float(), wanted, atol=5e-3 * float(wanted.abs().max()))

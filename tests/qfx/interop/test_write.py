@@ -93,6 +93,22 @@ def test_smoothing_factors_go_into_the_float_weight(writer: Any, tmp_path: Path)
     assert torch.allclose(logits(model), logits(found), atol=2e-2 if writer is not export else 1e-5)
 
 
+def test_rotations_and_factors_go_into_the_float_weight(tmp_path: Path) -> None:
+    model = pack(llama(), "i4/g32")
+    first, second = linears(model)[UP], linears(model)["model.layers.1.mlp.up_proj"]
+    first.rotation, first.smooth = (64, 3), torch.rand(64, generator=torch.Generator().manual_seed(0)) + 0.5
+    packed = pack_weight(second.weight, Format.parse("i4/g32"))
+    low = (torch.randn(2, 64) * 0.1, torch.randn(96, 2) * 0.1)
+    model.set_submodule("model.layers.1.mlp.up_proj", QuantLinear(packed, None, low=low))
+    with (
+        pytest.warns(QfxWarning, match=f"{UP}: its input is rotated while the model runs"),
+        pytest.warns(QfxWarning, match="layers.1.mlp.up_proj: a low-rank part stands beside its weight"),
+    ):
+        export(model, tmp_path)
+    found = qfx.import_checkpoint(tmp_path)
+    assert len(linears(found)) == 12 and torch.allclose(logits(model), logits(found), atol=1e-5)
+
+
 def test_weights_of_several_formats_are_written_in_float(tmp_path: Path) -> None:
     model = pack(llama(), "i4/g32")
     weight = model.get_submodule(UP).weight
@@ -229,6 +245,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"holds 'model.signs', which no float LlamaForCausalLM has(.|\n)*online rotations"
     ):
         export(model, tmp_path / "a")
+    with pytest.raises(ValueError, match="found max_shard_bytes=0"):
+        export(pack(llama(), "i4/g32"), tmp_path / "a", max_shard_bytes=0)
     assert not (tmp_path / "a").exists()
 
 
