@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qfx.format import Format
 from qfx.modules import QuantLinear
 from qfx.packing import pack_weight
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # those of libraries that transformers imports where they are installed
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -25,8 +29,8 @@ UP = "model.layers.0.mlp.up_proj"
 def llama(*, tied: bool = False, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     """A float Llama of two layers, seeded."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied, **more)
-    return transformers.LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    config = LlamaConfig(**SIZES, tie_word_embeddings=tied, **more)
+    return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
 
 
 def ids() -> Tensor:

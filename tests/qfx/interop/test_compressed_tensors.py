@@ -188,6 +188,7 @@ ALL = [*((fmt, "", kind) for fmt, kind in KINDS.items()), *INPUTS]
 
 
 @pytest.mark.parametrize(("fmt", "x", "kind"), ALL)
+@pytest.mark.filterwarnings("ignore")
 def test_the_library_decompresses_the_same_values(fmt: str, x: str, kind: str, tmp_path: Path) -> None:
     library()
     from compressed_tensors.compressors import BaseCompressor
@@ -204,6 +205,7 @@ def test_the_library_decompresses_the_same_values(fmt: str, x: str, kind: str, t
 
 
 @pytest.mark.parametrize(("fmt", "x"), [("i4/g32", ""), ("i8/ch", "i8/tok"), ("f8e4m3/ch", "")])
+@pytest.mark.filterwarnings("ignore")
 def test_transformers_loads_the_checkpoint(fmt: str, x: str, tmp_path: Path) -> None:
     library()
     import transformers
@@ -226,6 +228,7 @@ PRESETS = [
 
 
 @pytest.mark.parametrize(("scheme", "fmt"), PRESETS)
+@pytest.mark.filterwarnings("ignore")
 def test_what_the_library_writes_is_read_exactly(scheme: str, fmt: str, tmp_path: Path) -> None:
     library()
     from compressed_tensors.compressors import ModelCompressor
@@ -258,3 +261,17 @@ def test_what_the_library_writes_is_read_exactly(scheme: str, fmt: str, tmp_path
     assert len(found) == 14 and {m.w_format for m in found.values()} == {fmt}
     for name, module in found.items():
         assert torch.equal(module.weight, wanted[name]), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_dequantizes_zero_points(tmp_path: Path) -> None:
+    """Without `dequantize` its skeleton has them unpacked, so that no checkpoint with zero points loads."""
+    library()
+    import transformers
+
+    model = pack(llama(), "u4/g32")
+    qfx.export_compressed_tensors(model, tmp_path)
+    how = transformers.CompressedTensorsConfig(dequantize=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=how)
+    for name, module in linears(model).items():
+        assert torch.equal(loaded.get_submodule(name).weight, module.weight), name
