@@ -18,8 +18,8 @@ class Two(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.second(self.dropout(self.first(x)))
-        return found
+        y: Tensor = self.second(self.dropout(self.first(x)))
+        return y
 
 
 def test_mean_squares_over_all_tokens() -> None:

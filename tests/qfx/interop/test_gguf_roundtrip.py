@@ -1,8 +1,7 @@
-"""Models to GGUF and back: every architecture, packed weights, refusals. Of llama.cpp: test_gguf_llama_cpp.py."""
+"""Models to GGUF and back: every architecture and packed weights. Of llama.cpp: test_gguf_llama_cpp.py."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +16,10 @@ from qfx.interop.gguf_import import read_gguf
 from qfx.modules import QuantEmbedding, QuantLinear
 from qfx.packing import pack_weight
 from qfx.permuted import QuantPermuted
+from tests.gguf_models import KINDS, SIZES, ids, random_model, randomized, run
 
 transformers = pytest.importorskip("transformers", reason="the models are transformers models: pip install qfx[hf]")
 gguf = pytest.importorskip("gguf", reason="the container: pip install qfx[interop]")
-ROPE3 = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}  # fmt: skip
-SIZES = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 80,
-    "max_position_embeddings": 128,
-}  # fmt: skip
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}),
-    "llama tied": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-    "llama biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama3 rope": ("Llama", {"rope_parameters": ROPE3, "head_dim": 32}),
-    "linear rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
-    "yarn": ("Llama", {"rope_parameters": {
-        "rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}}),
-    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
-    "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
-    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 32}),
-}  # fmt: skip
-
-
-def random_model(kind: str, **more: Any) -> Any:
-    """A model of random weights, norms and biases."""
-    name, options = KINDS[kind]
-    torch.manual_seed(3)
-    made = getattr(transformers, f"{name}Config")(**{**SIZES, **options, **more})
-    model = getattr(transformers, f"{name}ForCausalLM")(made).eval()
-    return randomized(model)
-
-
-def randomized(model: Any) -> Any:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.copy_(torch.randn_like(parameter) * 0.2 + (0 if name.endswith("bias") else 1))
-    return model
-
-
-def ids() -> Tensor:
-    return torch.arange(24).reshape(2, 12) * 3 % 80
-
-
-@torch.no_grad()
-def run(model: Any) -> Tensor:
-    out = model(input_ids=ids())
-    found: Tensor = out.logits if hasattr(out, "logits") else out.last_hidden_state
-    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,7 +128,7 @@ def effective(module: QuantLinear) -> Tensor:
     """By what the inputs are multiplied, seen from outside."""
     with torch.no_grad():
         found: Tensor = module(torch.eye(module.in_features)).T
-        return found
+    return found
 
 
 @pytest.mark.parametrize(
@@ -256,155 +208,3 @@ def test_windows_of_attention_are_told(tmp_path: Path) -> None:
 def test_no_tokenizer_is_told_unless_asked(tmp_path: Path) -> None:
     with pytest.warns(QfxWarning, match="the model comes with no tokenizer: in llama.cpp tokens go in"):
         qfx.export_gguf(random_model("llama"), tmp_path / "m.gguf", "F32")
-
-
-# ------------------------------------------------------------------------------------------------ refusals
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (lambda: nn.Linear(4, 4), r"a model of transformers is needed[\s\S]*found: Linear"),
-        (lambda: 3, r"a model of transformers is needed[\s\S]*found: int"),
-    ],
-)
-def test_what_is_no_model(model: Any, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        qfx.export_gguf(model(), tmp_path / "m.gguf")
-
-
-def test_other_architectures(tmp_path: Path) -> None:
-    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=80)
-    with pytest.raises(UnsupportedError, match=r"expected: llama, mistral, qwen2, qwen3, bert[\s\S]*model type 'gpt2'"):
-        qfx.export_gguf(transformers.GPT2LMHeadModel(config), tmp_path / "m.gguf")
-    with pytest.raises(UnsupportedError, match="found: activation 'gelu'"):
-        qfx.export_gguf(random_model("llama", hidden_act="gelu"), tmp_path / "m.gguf")
-    dynamic = random_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
-    with pytest.raises(UnsupportedError, match="found: rotary embedding 'dynamic'"):
-        qfx.export_gguf(dynamic, tmp_path / "m.gguf", tokenizer=False)
-    with pytest.raises(UnsupportedError, match=r"LlamaModel is no whole LlamaForCausalLM[\s\S]*lm_head|model.embed"):
-        qfx.export_gguf(random_model("llama").model, tmp_path / "m.gguf")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_was_added_to_the_model(tmp_path: Path) -> None:
-    model = random_model("llama")
-    model.model.layers[0].mlp.extra = nn.Linear(4, 4)
-    with pytest.raises(UnsupportedError, match=r"no place in GGUF[\s\S]*model.layers.0.mlp.extra.weight"):
-        qfx.export_gguf(model, tmp_path / "m.gguf", tokenizer=False)
-
-
-def test_nan_is_named_and_leaves_no_file(tmp_path: Path) -> None:
-    model = random_model("llama")
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
-    for mix in ("Q8_0", "F16", "F32"):
-        with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight.*not finite"):
-            qfx.export_gguf(model, tmp_path / "m.gguf", mix, tokenizer=False)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_unknown_type(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown GGUF type 'Q4_X'"):
-        qfx.export_gguf(random_model("llama"), tmp_path / "m.gguf", "Q4_X")
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "m.gguf"
-    qfx.export_gguf(random_model("llama"), path, "Q8_0", tokenizer=False)
-    return path
-
-
-@pytest.mark.parametrize("keep", [2, 40, 900, 0.5, 0.98])
-def test_files_cut_short(file: Path, keep: float) -> None:
-    data = file.read_bytes()
-    file.write_bytes(data[: int(keep if keep >= 1 else keep * len(data))])
-    with pytest.raises(ValueError, match=r"cut short|no GGUF file"):
-        qfx.import_gguf(file)
-
-
-def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        qfx.import_gguf(tmp_path / "none.gguf")
-    (tmp_path / "text.gguf").write_text("hello, this is no such file")
-    with pytest.raises(ValueError, match="is no GGUF file"):
-        qfx.import_gguf(tmp_path / "text.gguf")
-
-
-def rewritten(file: Path, arch: str = "llama", leave_out: str = "", tensors: dict[str, Any] | None = None) -> Path:
-    """The file again with other metadata or tensors."""
-    held = read_gguf(file)
-    out = file.with_name("other.gguf")
-    writer = gguf.GGUFWriter(str(out), arch)
-    for name, value in held.fields.items():
-        if name != leave_out and name.startswith(("llama.", "tokenizer.")):
-            kind = writer.add_string if isinstance(value, str) else writer.add_uint32
-            (writer.add_float32 if isinstance(value, float) else kind)(name, value)
-    for name, tensor in held.tensors.items():
-        if name != leave_out:
-            writer.add_tensor(name, tensor.data, raw_dtype=tensor.tensor_type)
-    for name, value in (tensors or {}).items():
-        writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
-
-
-def test_files_that_do_not_hold_their_model(file: Path) -> None:
-    qfx.import_gguf(rewritten(file))  # the rewriting itself harms nothing
-    with pytest.raises(ValueError, match=r"tensor 'blk.1.ffn_up.weight', for 'model.layers.1.mlp.up_proj.weight'"):
-        qfx.import_gguf(rewritten(file, leave_out="blk.1.ffn_up.weight"))
-    with pytest.raises(ValueError, match=r"not complete[\s\S]*the key 'llama.block_count'"):
-        qfx.import_gguf(rewritten(file, leave_out="llama.block_count"))
-    with pytest.raises(ValueError, match=r"expected: tensors of LlamaForCausalLM only[\s\S]*also blk.0.more.weight"):
-        qfx.import_gguf(rewritten(file, tensors={"blk.0.more.weight": torch.ones(2).numpy()}))
-    with pytest.raises(UnsupportedError, match="of architecture 'gemma' cannot be read"):
-        qfx.import_gguf(rewritten(file, arch="gemma"))
-
-
-def test_rows_of_another_number(file: Path) -> None:
-    wide = rewritten(file, leave_out="output_norm.weight", tensors={"output_norm.weight": torch.ones(3).numpy()})
-    with pytest.raises(ValueError, match=r"'output_norm.weight' of shape \[64\][\s\S]*found: \[3\]"):
-        qfx.import_gguf(wide)
-
-
-def test_types_that_qfx_does_not_read(file: Path) -> None:
-    held = torch.ones(2, 3, dtype=torch.float64).numpy()
-    with pytest.raises(UnsupportedError, match="tensor 'blk.0.more.weight' is of type F64"):
-        qfx.import_gguf(rewritten(file, tensors={"blk.0.more.weight": held}))
-
-
-def test_weights_that_become_float_are_told_once(tmp_path: Path) -> None:
-    model = random_model("llama", hidden_size=256, intermediate_size=256)
-    qfx.export_gguf(model, tmp_path / "m.gguf", "Q4_K_S", tokenizer=False)
-    with pytest.warns(QfxWarning) as told:
-        qfx.import_gguf(tmp_path / "m.gguf")
-    said = [str(w.message).partition(";")[0] for w in told]
-    assert said == [
-        "model.embed_tokens.weight and 12 more: no format has the values of Q4_K blocks: it is float",
-        "model.layers.0.self_attn.v_proj.weight and 1 more: no format has the values of Q5_K blocks: it is float",
-    ]
-    with pytest.raises(UnsupportedError, match="no format has the values of Q4_K"):
-        qfx.import_gguf(tmp_path / "m.gguf", strict=True)
-
-
-def test_an_imported_model_needs_the_file_no_more(file: Path) -> None:
-    model = qfx.import_gguf(file, dtype=torch.float64)
-    wanted = run(model)
-    shutil.rmtree(file.parent)
-    assert torch.equal(run(model), wanted)
-    assert wanted.dtype == torch.float64
-
-
-def test_exports_replace_files_whole(file: Path) -> None:
-    before = file.read_bytes()
-    model = random_model("llama")
-    with torch.no_grad():
-        model.lm_head.weight[0, 0] = torch.inf
-    with pytest.raises(ValueError, match="not finite"):
-        qfx.export_gguf(model, file, "Q8_0", tokenizer=False)
-    assert file.read_bytes() == before
-    assert [p.name for p in file.parent.iterdir()] == [file.name]
