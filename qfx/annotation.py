@@ -78,11 +78,6 @@ def each(formats: Formats) -> PerHead:
     return (formats,) if isinstance(formats, Format) else formats.formats if isinstance(formats, Columns) else formats
 
 
-def each(formats: Formats) -> PerHead:
-    """One format, or the several, as a tuple."""
-    return (formats,) if isinstance(formats, Format) else formats.formats if isinstance(formats, Columns) else formats
-
-
 def get(node: Node) -> dict[str, Formats]:
     """The formats of a node by role, in the order of ALL_ROLES; a tuple or `Columns` where a role has several.
 

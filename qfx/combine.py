@@ -20,6 +20,10 @@ IMPLIED: dict[str, tuple[str, ...]] = {"rotate": ("untie", "norm-fold")}
 # Two rewrites that spoil each other: the reason.
 APART: dict[frozenset[str], str] = {
     **{frozenset({"awq", own}): f"awq chooses the factors of {own} itself" for own in ("smooth", "v-o", "up-down")},
+    frozenset({"awq", "rotate"}): "the rotation mixes the channels that awq scales one by one: "
+    "what the scales gain is lost",
+    frozenset({"awq", "rotate-down"}): "the rotation mixes the channels that awq scales one by one: "
+    "what the scales gain is lost",
     frozenset({"rotate-down", "up-down"}): "the rotation mixes the channels that up-down scales one by one: "
     "what the scales gain is lost",
     frozenset({"rotate", "v-o"}): "the rotation of each value head mixes the channels that v-o scales one by one: "
