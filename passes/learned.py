@@ -8,7 +8,7 @@ some batches, and moves the parameters against their gradients; the loss is the 
 the inputs are what the blocks rounded before give (Cheng et al. 2023, SignRound / AutoRound). The rate falls linearly
 to 0. Batches come in an order drawn by the seed. Scales begin where `qfx.scales.search` finds them.
 
-    python -m pytest -m slow -s tests/qfx/test_accuracy.py -k learned      how it compares with GPTQ, and Adam with signs
+    python -m pytest -m slow -s tests/qfx/test_accuracy.py -k learned      beside GPTQ, and Adam beside signs
 """
 
 from __future__ import annotations
