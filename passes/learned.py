@@ -6,7 +6,9 @@
 Every step rounds all weights of the block with their present offsets and shares of the extremes (`qfx.offsets`), runs
 some batches, and moves the parameters against their gradients; the loss is the squared error of the block's results,
 the inputs are what the blocks rounded before give (Cheng et al. 2023, SignRound / AutoRound). The rate falls linearly
-to 0. Batches come in an order drawn by the seed.
+to 0. Batches come in an order drawn by the seed. Scales begin where `qfx.scales.search` finds them.
+
+    python -m pytest -m slow -s tests/qfx/test_accuracy.py -k learned      beside GPTQ, and Adam beside signs
 """
 
 from __future__ import annotations

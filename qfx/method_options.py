@@ -33,6 +33,6 @@ class LearnedOptions(Strict):
     """
 
     steps: Annotated[int, Field(strict=True, ge=0)] = 150
-    batch: Annotated[int, Field(strict=True, ge=1)] = 8
+    batch: Annotated[int, Field(strict=True, ge=1)] = 4
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     optimizer: Literal["adam", "sign"] = "adam"

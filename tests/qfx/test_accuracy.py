@@ -220,3 +220,37 @@ def test_tiny_lm_ties_its_table_in_four_bits(tiny_lm: TinyLM) -> None:
     assert kld[four] > kld[two] >= 0.98 * kld[affine], "without zero points 4 bits are worse"
     assert kld[eight] < kld[preset] < 0.9 * kld[two]
     assert size[least] < 0.6 * size[preset] and kld[preset] < kld[least] < 0.5
+
+
+def body(w: str, **fields: Any) -> dict[str, Any]:
+    """A recipe for the linears of the layers alone, so that the table, which all share, does not blur the figures."""
+    return {"rules": [{"target": "linear", "w": w}], "ignore": ["lm_head"], **fields}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("w", "most"), [("u4/g128", 0.9), ("u3/g128", 0.75), ("u2/g64", 0.6)])
+def test_tiny_lm_learned_rounding_is_nearer_than_gptq(tiny_lm: TinyLM, w: str, most: float) -> None:
+    """By Adam, and by signs alone as AutoRound goes. Divergence of each relative to GPTQ's is printed."""
+    asked: dict[str, dict[str, Any]] = {
+        name: {"rounding": "learned", "learned": {"steps": 60, "batch": 2, "optimizer": name}}
+        for name in ("sign", "adam")
+    }
+    data = tiny_lm.calibration
+    found = {
+        name: tiny_lm.loss(qfx.quantize(tiny_lm.load(), body(w, **fields), data))[1]
+        for name, fields in {"gptq": {"rounding": "gptq"}, **asked}.items()
+    }
+    print(w, ", ".join(f"{name}: KLD {kld:.4f}, {kld / found['gptq']:.2f}" for name, kld in found.items()))
+    assert max(found["adam"], found["sign"]) < most * found["gptq"]
+    assert found["adam"] < 1.05 * found["sign"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fields", "most"), [({"bias_correction": True}, 1.05), ({"low_rank": 8}, 0.9)])
+def test_tiny_lm_corrections_after_gptq(tiny_lm: TinyLM, fields: dict[str, Any], most: float) -> None:
+    plain, corrected = (
+        tiny_lm.loss(qfx.quantize(tiny_lm.load(), body("u3/g128", rounding="gptq", **more), tiny_lm.calibration))[1]
+        for more in ({}, fields)
+    )
+    print(f"{fields}: KLD {plain:.4f} -> {corrected:.4f}")
+    assert corrected < most * plain
