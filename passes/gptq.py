@@ -168,7 +168,7 @@ def round_by(
     if fmt.is_plain:
         return nearest, {}
     full = weight.detach()
-    before = _rows_of(nearest.codes(), Grid(fmt, nearest.scale, nearest.zero, (0, 0)), _some(full))
+    before = _rows_of(nearest.codes(), fmt, nearest.scale, nearest.zero, _some(full))
     if full.dim() == 2:
         grid = _grid(full, fmt, (nearest.scale, nearest.zero), seen[0], options)
         codes, told = _solve(full, before, seen[0], grid, options, name)
@@ -234,7 +234,7 @@ def _solve(
     dampening = work.dampening
     del work  # with the factor, which is as large as the statistics
     codes, some = codes.T.contiguous(), _some(matrix)
-    exact, after = matrix[some].to(torch.float32), _rows_of(codes, grid, some)
+    exact, after = matrix[some].to(torch.float32), _rows_of(codes, grid.format, grid.scale, grid.zero, some)
     signal = max(seen.energy(exact), 1e-30)
     told = {
         "error_before": seen.energy(exact - nearest) / signal,
@@ -251,13 +251,12 @@ def _some(matrix: Tensor) -> slice:
     return slice(None, None, -(-matrix.shape[-2] // _SAMPLED))
 
 
-def _rows_of(codes: Tensor, grid: Grid, some: slice) -> Tensor:
+def _rows_of(codes: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None, some: slice) -> Tensor:
     """Some rows of codes [.., N, K] as they come back, f32."""
-    if not grid.format.by_row:
-        return dequantize(codes, grid.format, grid.scale, grid.zero)[..., some, :].clone()
-    scale, zero = (t[..., some, :] if t is not None and t.dim() else t for t in (grid.scale, grid.zero))
-    assert scale is not None
-    return dequantize(codes[..., some, :], grid.format, scale, zero)
+    if not fmt.by_row:
+        return dequantize(codes, fmt, scale, zero)[..., some, :].clone()
+    zeros = None if zero is None else zero[..., some, :]
+    return dequantize(codes[..., some, :], fmt, scale[..., some, :], zeros)
 
 
 def _unseen(matrix: Tensor, grid: Grid, name: str) -> Tensor:
