@@ -28,7 +28,7 @@ def _both(x: str, w: str, *kinds: str) -> list[dict[str, str]]:
 _STATIC = [*_both("u8", "i8/ch", "linear", "experts", "conv"), _EMBEDDING]
 
 _HEAD = {"target": "*lm_head", "x": "i8/tok", "w": "i8/ch"}
-_ROTATED = {"rewrites": ("rotate", "rotate-down"), "rounding": "gptq"}
+_ROTATED = {"rewrites": ("rotate", "rotate-down"), "rounding": "gptq", "gptq": {"clip": True}}
 
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people, the fields
     "w8a8": (

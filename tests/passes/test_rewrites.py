@@ -43,6 +43,8 @@ class Block(nn.Module):
         return out
 
 
+# Those that need nothing of another rewrite, and keep the function; the others have tests of their own.
+ALONE = ("untie", "norm-fold", "smooth", "v-o", "up-down")
 IDS = torch.tensor([[0, 8, 3], [1, 1, 7]])
 FACTORS = {"v-o": (4, 4), "up-down": (24,)}
 
@@ -77,13 +79,14 @@ def captured(model: nn.Module) -> fx.GraphModule:
 
 
 def test_every_rewrite_of_recipes_is_here() -> None:
-    assert tuple(MODULES) == REWRITES
+    assert {*REWRITES} - {*MODULES} == {"awq"}, "its records are those of smooth, v-o and up-down"
     for name, module in MODULES.items():
         found = importlib.import_module(module)
-        assert name == found.Site.NAME and callable(found.find) and callable(found.apply_record)
+        assert name == found.Site.NAME and callable(found.apply_record)
+    assert all(callable(importlib.import_module(MODULES[name]).find) for name in ALONE)
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", ALONE)
 @torch.no_grad()
 def test_a_record_keeps_the_function_of_a_graph(name: str) -> None:
     model = Block()
@@ -99,7 +102,7 @@ def test_a_record_keeps_the_function_of_a_graph(name: str) -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "the user's tensors stay"
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "smooth"])
+@pytest.mark.parametrize("name", [name for name in ALONE if name != "smooth"])
 @torch.no_grad()
 def test_a_record_keeps_the_function_of_a_live_model(name: str) -> None:
     model = Block()
@@ -113,7 +116,7 @@ def test_a_record_keeps_the_function_of_a_live_model(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "untie"])
+@pytest.mark.parametrize("name", [name for name in ALONE if name != "untie"])
 def test_a_graph_of_another_part_is_left_alone(name: str) -> None:
     found, tensors = records(name, captured(Block()))
     other = capture(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4))
@@ -128,7 +131,7 @@ def test_a_graph_of_another_part_is_left_alone(name: str) -> None:
     [
         ("norm-flod", "did you mean 'norm-fold'"),
         ("SMOOTH", "did you mean 'smooth'"),
-        ("", "valid: norm-fold"),
+        ("", "valid: bias-correction"),
         (None, "None"),
     ],
 )
@@ -156,7 +159,7 @@ def test_a_factor_of_another_shape_is_refused() -> None:
         apply_record(model, found[0], {key: value[:-1] for key, value in tensors.items()})
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", ALONE)
 def test_a_check_changes_nothing(name: str) -> None:
     model = Block()
     found, tensors = records(name, captured(model))
@@ -166,7 +169,7 @@ def test_a_check_changes_nothing(name: str) -> None:
         assert value.data_ptr() == before[key][0] and torch.equal(value, before[key][1])
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", ALONE)
 def test_a_check_finds_names_that_the_model_does_not_have(name: str) -> None:
     found, tensors = records(name, captured(Block()))
     lacking = Block()

@@ -75,7 +75,7 @@ FORMATS = [
 def test_every_rounding_takes_every_format(rounding: Any, w: str) -> None:
     """After rotations, too: a model of one gated MLP keeps its function to the precision of the format."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 8))
+    model = nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 8))
     x = torch.randn(32, 16)
     wanted = model(x).detach()
     options: dict[str, Any] = {"learned": {"steps": 2}} if rounding == "learned" else {}

@@ -172,4 +172,5 @@ def test_presets_cannot_be_changed_by_the_caller() -> None:
 def test_rotated_presets(name: str, x: str) -> None:
     recipe = presets()[name]
     assert linear(recipe) == f"x={x} w=i4/ch" and linear(recipe, "model.lm_head") == "x=i8/tok w=i8/ch"
-    assert recipe.rewrites == ("rotate", "rotate-down") and recipe.rounding == "gptq" and recipe.needs_data
+    assert recipe.rewrites == ("rotate", "rotate-down") and recipe.needs_data
+    assert recipe.rounding == "gptq" and recipe.gptq.clip
