@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = "qfx.compile"
 LAYERS = (
     (
-        "qfx.errors qfx.format qfx.spill qfx.files qfx.processor qfx.strict qfx.method_options qfx.hollow qfx.combine"
+        "qfx.errors qfx.nested qfx.format qfx.spill qfx.files qfx.processor qfx.strict qfx.method_options qfx.hollow qfx.combine"
         " qfx.centred qfx.rotation"
     ),
     (
