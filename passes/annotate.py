@@ -97,6 +97,8 @@ def _refusal(node: fx.Node, kind: str, formats: dict[str, Formats]) -> tuple[str
 
 def _bad_formats(fmt: Formats, role: str, kind: str) -> str | None:
     if isinstance(fmt, Format):
+        if kind == "experts" and fmt.nested:
+            return "double-quantized scales go across experts"
         return _bad_weight_format(fmt) if role == "w" else _bad_activation_format(fmt, kind)
     if role != "w" or kind != "linear":
         return "only the weight of a linear takes several formats"

@@ -6,7 +6,7 @@ types: i2..i8 (symmetric signed), u2..u8 (affine, with a zero point), nf4, f8e4m
 scale), f16, bf16, f32 (plain: no scale at all). Granularity of the scale: nothing (one for the tensor), `ch` (channel),
 `gN` (groups of N along the last axis), `bMxN` (blocks over the last two axes), `tok` (a row over the last axis, found
 at run time), `head` (axis -3). Scale types: f32 (not printed), f16, bf16, e8m0 (a power of two), e4m3 (with one f32
-scale for the whole tensor on top). `dyn`: the scale is found at run time.
+scale for the whole tensor on top), dq (double quantization, see `qfx.nested`). `dyn`: the scale is found at run time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from functools import lru_cache
 
 import torch
 
+from qfx import nested
 from qfx.errors import nearest
 
 _FLOATS: dict[str, tuple[int, int, torch.dtype]] = {  # type: bits, greatest magnitude, dtype of the codes
@@ -36,6 +37,7 @@ _SCALES: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "e8m0": torch.float8_e8m0fnu,
     "e4m3": torch.float8_e4m3fn,
+    "dq": torch.uint8,
 }
 TYPES: tuple[str, ...] = (*_SIGNED, *_AFFINE, *_FLOATS, *_PLAIN)
 SCALE_TYPES: tuple[str, ...] = tuple(_SCALES)
@@ -82,6 +84,8 @@ class Format:
             return f"{self.type} has no scale; write {self.type!r}"
         if not self.symmetric and self.scale_type == "e4m3":
             return f"e4m3 scales need a type without a zero point; write '{self.type}/{self.granularity or 'g16'}/f16'"
+        if self.nested and (not self.symmetric or self.dynamic or self.granularity in ("", "head")):
+            return "double-quantized scales are those of weights in groups without zero points; write 'nf4/g64/dq'"
         return None
 
     @classmethod
@@ -131,8 +135,13 @@ class Format:
 
     @property
     def has_global_scale(self) -> bool:
-        """One f32 scale for the whole tensor stands above the e4m3 scales; it travels in the zero point's place."""
-        return self.scale_type == "e4m3"
+        """f32 values stand above the scales: one for e4m3, several for dq. They travel in the zero point's place."""
+        return self.scale_type in ("e4m3", "dq")
+
+    @property
+    def nested(self) -> bool:
+        """Double quantization: the scales are 8-bit codes (see `qfx.nested`)."""
+        return self.scale_type == "dq"
 
     @property
     def qmax(self) -> int:
@@ -217,6 +226,8 @@ class Format:
         if self.is_plain:
             return codes
         scales = math.prod(self.scale_shape(shape))
+        if self.nested:
+            return codes + nested.nbytes(scales)
         extra = 4 if self.has_global_scale else 0
         return codes + scales * (self.scale_dtype.itemsize + (1 if self.has_zero else 0)) + extra
 
@@ -284,6 +295,8 @@ def _repair_part(part: str) -> tuple[str | None, str | bool]:
     """What a part after the type was meant to be: (field, value), or (None, "")."""
     if part in _SCALES:
         return "scale_type", part
+    if part in ("double", "doublequant", "nested"):
+        return "scale_type", "dq"
     if _repair_type(part) in _PLAIN:
         return "scale_type", str(_repair_type(part))
     if block := re.fullmatch(r"\D*0*([1-9]\d*)\D+0*([1-9]\d*)", part):

@@ -5,8 +5,9 @@
 
 All arithmetic is f32. A scale that would be zero or subnormal (an all-zero channel) becomes 1, so its codes are 0.
 Scales are shaped by `Format.scale_shape` and stored in `Format.scale_dtype`; the second tensor of `QParams` is the
-uint8 zero point of an affine format, or the f32 scale of the whole tensor, shape (), where scales are e4m3 (NVFP4).
-These exclude each other, so one slot serves both everywhere (`w_zero` in the ops, `Packed.zero`).
+uint8 zero point of an affine format, or the f32 scale of the whole tensor, shape (), where scales are e4m3 (NVFP4), or
+mean and block scales, f32 [1 + blocks], where they are dq (see `qfx.nested`).
+These exclude each other, so one slot serves all everywhere (`w_zero` in the ops, `Packed.zero`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qfx import nested
 from qfx.errors import explain
 from qfx.format import Format
 
@@ -83,6 +85,10 @@ def range_qparams(low: Tensor, high: Tensor, fmt: Format) -> QParams:
         return QParams(scale, zero.to(torch.uint8))
     if fmt.scale_type == "e8m0" and fmt.type != "nf4":
         return QParams(_mx_scale(absmax, fmt), None)
+    if fmt.nested:
+        scale = absmax / fmt.qmax
+        whole = nested.above(scale)
+        return QParams(nested.encode(scale, whole), whole)
     if fmt.has_global_scale:
         total = absmax.amax() if absmax.numel() else absmax.new_zeros(())
         whole = _guard(total / (fmt.qmax * _E4M3_MAX))
@@ -95,6 +101,8 @@ def signed_scale(scale: Tensor, whole: Tensor | None, fmt: Format) -> Tensor:
     """An f32 scale as it is stored, of either sign where the scale type has one. whole: the scale above e4m3 scales."""
     if fmt.has_global_scale:
         assert whole is not None, f"{fmt} needs its global scale"
+        if fmt.nested:
+            return nested.encode(scale, whole)
         scale = scale / whole
     stored = _store_scale(scale.abs(), fmt)
     if fmt.scale_type == "e8m0":
@@ -104,6 +112,10 @@ def signed_scale(scale: Tensor, whole: Tensor | None, fmt: Format) -> Tensor:
 
 def effective_scale(scale: Tensor, zero: Tensor | None, fmt: Format) -> Tensor:
     """The f32 factor of the codes: the stored scale, times the global scale where the format has one."""
+    if fmt.nested:
+        assert zero is not None, f"{fmt} needs what stands above its scales"
+        found = nested.decode(scale, zero)
+        return torch.where(found.abs() < TINY, TINY, found)
     scale = scale.to(torch.float32)
     if fmt.has_global_scale:
         assert zero is not None, f"{fmt} needs its global scale"

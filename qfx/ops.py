@@ -79,6 +79,8 @@ def embedding(
     fmt = Format.parse(w_format)
     flat = ids.reshape(-1)
     codes = unpack_codes(w.index_select(0, flat), fmt, dim)
+    if fmt.nested:  # blocks of scales go across rows
+        w_scale, w_zero, fmt = effective_scale(w_scale, w_zero, fmt), None, Format(fmt.type, fmt.granularity)
     if fmt.block:  # one scale row serves M table rows
         scale, zero = _gather_blocks(w_scale, flat, fmt), _gather_blocks(w_zero, flat, fmt)
         fmt = Format(fmt.type, f"g{fmt.block[1]}", fmt.scale_type)

@@ -62,11 +62,12 @@ class Weight:
 
     def pieces(self, rows: int) -> Iterator[Tensor]:
         """f32 [rows, K] after each other: some rows at a time, since floats need far more memory than codes."""
-        rows = self.n if self.format.block is not None else rows
+        rows = self.n if self.format.block is not None or self.format.nested else rows
         for start in range(0, self.n, rows):
             part = slice(start, start + rows)
-            scale, zero = (t[part] if t is not None and t.dim() else t for t in (self.scale, self.zero))
-            assert scale is not None
+            scale = self.scale[part] if self.scale.dim() else self.scale
+            whole = self.zero is None or self.format.has_global_scale or not self.zero.dim()
+            zero = self.zero if whole or self.zero is None else self.zero[part]
             yield dequantize(unpack_codes(self.data[part], self.format, self.k), self.format, scale, zero)
 
     def dequantized(self, b: Builder) -> Value:

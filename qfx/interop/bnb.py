@@ -35,6 +35,7 @@ from qfx.interop.linear import (
     need,
 )
 from qfx.interop.write import SHARD_BYTES, write
+from qfx.nested import dynamic_map
 from qfx.numerics import NF4_VALUES
 from qfx.packing import Packed
 
@@ -59,20 +60,6 @@ def export_bnb(
     config = functools.partial(_config, double_quant=double_quant)
     layout = Layout(NAME, _refused, input_loss, encode, config)
     write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=max_shard_bytes)
-
-
-def dynamic_map() -> Tensor:
-    """The 256 values of the signed dynamic 8-bit type, ascending, float32.
-
-    0, 1, and for each power of ten 10^-6 to 1 the middles of 2^i equal parts of [0.1, 1], i = 0 to 6, with both signs
-    (8-bit Approximations for Parallelism in Deep Learning, Dettmers 2015, section 2.2).
-    """
-    values = [torch.tensor([0.0, 1.0])]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**i + 1)
-        middles = (edges[:-1] + edges[1:]) / 2.0 * 10.0 ** (i - 6)
-        values += [middles, -middles]
-    return torch.cat(values).sort().values
 
 
 def _refused(linears: Sequence[Linear]) -> dict[str, Loss]:

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = "qfx.compile"
 LAYERS = (
     (
-        "qfx.errors qfx.format qfx.spill qfx.files qfx.processor qfx.strict qfx.method_options qfx.hollow qfx.combine"
-        " qfx.centred qfx.rotation"
+        "qfx.errors qfx.nested qfx.format qfx.spill qfx.files qfx.processor qfx.strict qfx.method_options qfx.hollow"
+        " qfx.combine qfx.centred qfx.rotation"
     ),
     (
         "qfx.annotation qfx.text qfx.numerics qfx.packing qfx.histogram qfx.importance qfx.scales qfx.hqq qfx.rounding"
