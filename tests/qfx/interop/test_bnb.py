@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 import qfx
 from qfx.errors import QfxWarning, UnsupportedError
-from qfx.interop.bnb import decoder, dynamic_map, nested, unnested
+from qfx.interop.bnb import decoder, nested, unnested
 from qfx.interop.linear import Dequantized, Linear
+from qfx.nested import dynamic_map
 from qfx.numerics import NF4_VALUES
 from tests.interop import UP, linears, llama, logits, pack, same, stored
 
