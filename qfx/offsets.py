@@ -92,7 +92,7 @@ class Offsets:
         free = slope * self._inside
         self._ways["offset"](self.offset, free * self._scale, rate)
         self.offset.clamp_(-0.5, 0.5)
-        if clip_rate and fmt.scale_type != "e8m0":  # powers of two take no small steps
+        if clip_rate and fmt.scale_type not in ("e8m0", "e4m3"):  # too coarse for small steps
             self._step_shares(slope, free, clip_rate)
 
     def packed(self) -> Packed:
