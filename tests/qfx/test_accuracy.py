@@ -93,6 +93,7 @@ def test_minilm_compiled_without_data(minilm: MiniLM) -> None:
     assert share <= 0.26
 
 
+@pytest.mark.slow
 def test_minilm_static_with_smoothing(minilm: MiniLM) -> None:
     smooth = minilm.cosine(qfx.quantize(minilm.load(), "w8a8-smooth", minilm.calibration))
     static = minilm.cosine(qfx.quantize(minilm.load(), "w8a8-static", minilm.calibration))

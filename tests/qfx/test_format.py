@@ -27,8 +27,9 @@ def formats(draw: st.DrawFn) -> Format:
         | size.map(lambda n: f"g{n}")
         | st.tuples(size, size).map(lambda mn: f"b{mn[0]}x{mn[1]}")
     )
-    scales = [s for s in SCALE_TYPES if s != "e4m3" or kind[0] != "u"]
-    return Format(kind, granularity, draw(st.sampled_from(scales)), draw(st.booleans()))
+    without = {"e4m3", "dq"} if kind[0] == "u" else {"dq"} if granularity in ("", "tok", "head") else set()
+    scale = draw(st.sampled_from([s for s in SCALE_TYPES if s not in without]))
+    return Format(kind, granularity, scale, scale != "dq" and draw(st.booleans()))
 
 
 @given(formats())

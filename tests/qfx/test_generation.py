@@ -139,6 +139,7 @@ def test_projections_and_rope_are_one_kernel_each_with_attention(tmp_path: Path)
             assert list(node.input[1:3]) == ["", ""]
 
 
+@pytest.mark.slow
 def test_a_prompt_by_integers_costs_little(tmp_path: Path) -> None:
     tokens = prompt()["input_ids"][:1].repeat(1, 4)
     mask = torch.ones_like(tokens)

@@ -223,6 +223,7 @@ def test_quantized_tokens_are_those_of_the_quantized_live_model(folders: Any, na
         assert kinds <= {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
 
 
+@pytest.mark.slow
 def test_weight_only_is_near_the_quantized_live_model(folders: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QfxWarning)
@@ -234,6 +235,7 @@ def test_weight_only_is_near_the_quantized_live_model(folders: Any) -> None:
     assert sqnr(expected, loaded(**given, decoder_input_ids=ids).logits) > 25  # 8-bit activations inside
 
 
+@pytest.mark.slow
 def test_a_plan_with_rewrites_serves_both_files(tmp_path: Path) -> None:
     model: Any = ZOO["bart"]()[0]
     data = [{**reads("bart"), "decoder_input_ids": tokens(3, 5), "use_cache": False}]
@@ -312,6 +314,7 @@ def test_altered_and_missing_files(folders: Any, tmp_path: Path, name: str) -> N
         qfx.onnx.load(broken)
 
 
+@pytest.mark.slow
 def test_weights_beside_the_models(tmp_path: Path) -> None:
     written = export("bart", tmp_path / "m", external_bytes=0)
     assert {file.name for file in written.files} == {
