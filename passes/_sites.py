@@ -66,6 +66,7 @@ class Record:
 
     NAME: ClassVar[str] = ""
     NESTED: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
+    TENSORS: ClassVar[tuple[str, ...]] = ()  # keys of the record that name the tensors which `apply` takes
 
     def to_record(self) -> dict[str, Any]:
         """{"name": of the rewrite, field: value, ...}."""

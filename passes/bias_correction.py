@@ -11,9 +11,8 @@ means that are measured, see `qfx.correct`). A linear without a bias is given on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,6 +27,7 @@ class Site(Record):
     """linear: FQN of a linear. bias: of its bias, None where it has none, in a module of its own."""
 
     NAME: ClassVar[str] = "bias-correction"
+    TENSORS: ClassVar[tuple[str, ...]] = ("factor",)
 
     linear: str
     bias: str | None
@@ -66,13 +66,6 @@ def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
         owner = module.get_submodule(site.linear)
         weight = owner.get_parameter("weight")
         owner.register_parameter("bias", nn.Parameter(factor.to(weight), requires_grad=weight.requires_grad))
-
-
-def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Apply a plan's record. A graph without the linear is left as it is."""
-    site = Site.from_record(record)
-    if site.present(module):
-        apply(module, site, tensors[record["factor"]])
 
 
 def nodes_of(gm: fx.GraphModule, fqn: str) -> list[fx.Node]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from qfx import graph
 from qfx.centred import centred
@@ -67,8 +67,8 @@ def find(gm: fx.GraphModule) -> tuple[list[Site], list[Note]]:
     return found, [*notes, *refusals]
 
 
-def apply(module: nn.Module, site: Site, factor: Tensor | None = None) -> None:
-    """Centre the writers in f64 and change the norms, in a graph or a live model; `factor` is not used."""
+def apply(module: nn.Module, site: Site) -> None:
+    """Centre the writers in f64 and change the norms, in a graph or a live model."""
     for part in site.writers:
         sites.edit(module, part.weight, lambda old, axis=part.axis: old - old.mean(axis, keepdim=True))  # type: ignore[misc]
     if isinstance(module, fx.GraphModule):
@@ -76,13 +76,6 @@ def apply(module: nn.Module, site: Site, factor: Tensor | None = None) -> None:
         return
     for norm in site.norms:
         centred(module.get_submodule(norm.weight.rpartition(".")[0]))
-
-
-def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Apply a plan's record, which needs no tensor. A graph without these layers is left as it is."""
-    site = Site.from_record(record)
-    if site.present(module):
-        apply(module, site)
 
 
 def _is_module(node: fx.Node) -> bool:

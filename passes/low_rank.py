@@ -13,9 +13,8 @@ the linear reads: with H = X^T X = R R^T the best rank r of (W - W') R (Zhang et
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,6 +33,7 @@ class Site(Record):
     """linear: FQN of a linear with a module of its own."""
 
     NAME: ClassVar[str] = "low-rank"
+    TENSORS: ClassVar[tuple[str, ...]] = ("factor", "second")
 
     linear: str
 
@@ -64,13 +64,6 @@ def apply(module: nn.Module, site: Site, a: Tensor, b: Tensor) -> None:
     for node in nodes_of(module, site.linear):
         _beside(module, node, stem, a, b)
     module.recompile()
-
-
-def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Apply a plan's record. A graph without the linear is left as it is."""
-    site = Site.from_record(record)
-    if site.present(module):
-        apply(module, site, tensors[record["factor"]], tensors[record["second"]])
 
 
 def _beside(gm: fx.GraphModule, node: fx.Node, stem: str, a: Tensor, b: Tensor) -> None:

@@ -66,8 +66,8 @@ def _site(gm: fx.GraphModule, node: fx.Node, norm: Norm) -> Site | str:
     return Site(norm, tuple(stored), biases)
 
 
-def apply(module: nn.Module, site: Site, factor: Tensor | None = None) -> None:
-    """Fold the norm, in a graph or a live model. The fold is computed in f64; `factor` is not used."""
+def apply(module: nn.Module, site: Site) -> None:
+    """Fold the norm, in a graph or a live model. The fold is computed in f64."""
     gamma = _gamma(module, site.norm)
     beta = None if site.norm.bias is None else graph.get_tensor(module, site.norm.bias).detach().to(torch.float64)
     for linear in site.linears:
@@ -81,13 +81,6 @@ def apply(module: nn.Module, site: Site, factor: Tensor | None = None) -> None:
         sites.edit(module, site.norm.bias, lambda old: torch.zeros_like(old) if site.biases else old / gamma)
     one = 0.0 if site.norm.plus_one else 1.0
     sites.edit(module, site.norm.weight, lambda old: torch.full_like(old, one))
-
-
-def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Apply a plan's record, which needs no tensor. A graph without these layers is left as it is."""
-    site = Site.from_record(record)
-    if site.present(module):
-        apply(module, site)
 
 
 def _gamma(module: nn.Module, norm: Norm) -> Tensor:

@@ -30,9 +30,13 @@ MODULES = {
 def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Apply one record of `Plan.rewrites` to the module that holds the parameters.
 
-    Raises ValueError for a rewrite or a tensor that is not known.
+    A graph without these layers, being another part of the model, is left as it is. Raises ValueError for a rewrite or
+    a tensor that is not known.
     """
-    _pass_of(record, tensors).apply_record(module, record, tensors)
+    found = _pass_of(record, tensors)
+    site = found.Site.from_record(record)
+    if site.present(module):
+        found.apply(module, site, *(tensors[record[key]] for key in site.TENSORS))
 
 
 def check_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

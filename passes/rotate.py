@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from qfx import graph, rotation
 from qfx.errors import Note
@@ -58,17 +58,10 @@ def find(gm: fx.GraphModule, *, seed: int = 0, block: int | None = None) -> tupl
     return found, [*notes, *refusals]
 
 
-def apply(module: nn.Module, site: Site, factor: Tensor | None = None) -> None:
-    """Rotate readers and writers in f64, in a graph or a live model; `factor` is not used."""
+def apply(module: nn.Module, site: Site) -> None:
+    """Rotate readers and writers in f64, in a graph or a live model."""
     for part in (*site.readers, *site.writers):
         rotate_tensor(module, part.weight, part.axis, site.block, site.seed)
-
-
-def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Apply a plan's record, which needs no tensor. A graph without these layers is left as it is."""
-    site = Site.from_record(record)
-    if site.present(module):
-        apply(module, site)
 
 
 def rotate_tensor(module: nn.Module, fqn: str, axis: int, size: int, seed: int) -> None:

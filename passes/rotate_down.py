@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from qfx import annotation, graph, rotation  # noqa: F401  (rotation registers the op)
 from qfx.errors import Note
@@ -101,8 +101,8 @@ def _is_activated(value: Any) -> bool:
     )
 
 
-def apply(module: nn.Module, site: Site, factor: Tensor | None = None) -> None:
-    """Rotate the weight in f64, in a graph or a live model, and in a graph its input; `factor` is not used.
+def apply(module: nn.Module, site: Site) -> None:
+    """Rotate the weight in f64, in a graph or a live model, and in a graph its input.
 
     In a live model the caller packs the linear with its rotation (see `rotations`).
     """
@@ -113,13 +113,6 @@ def apply(module: nn.Module, site: Site, factor: Tensor | None = None) -> None:
             if sites.is_linear(node) and graph.fqn_of(node) == linear.name:
                 node.replace_input_with(node.args[0], _rotated(module, node.args[0], node, site))
         module.recompile()
-
-
-def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Apply a plan's record, which needs no tensor. A graph without these layers is left as it is."""
-    site = Site.from_record(record)
-    if site.present(module):
-        apply(module, site)
 
 
 def rotations(records: Collection[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:

@@ -7,12 +7,11 @@ The matrix is that of one head, so that heads stay apart. The graph's text stays
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from qfx import rotation
 from qfx.errors import Note
@@ -24,6 +23,7 @@ class Site(v_o.Site):
     """One attention (see `v_o.Site`), rotated in blocks of `block` channels of a head by the matrix of `seed`."""
 
     NAME: ClassVar[str] = "rotate-heads"
+    TENSORS: ClassVar[tuple[str, ...]] = ()
 
     block: int = 0
     seed: int = 0
@@ -40,14 +40,7 @@ def _rotated(site: v_o.Site, seed: int, block: int | None) -> Site:
     return Site(site.v, site.o, site.starts, site.heads, site.head_dim, size, seed)
 
 
-def apply(module: nn.Module, site: Site, factor: Tensor | None = None) -> None:
-    """Rotate values and output projection in f64, in a graph or a live model; `factor` is not used."""
+def apply(module: nn.Module, site: Site) -> None:
+    """Rotate values and output projection in f64, in a graph or a live model."""
     one = rotation.rotate(torch.eye(site.head_dim, dtype=torch.float64), site.block, site.seed).mT
     v_o.apply(module, site, one.expand(len(site.starts), *one.shape))
-
-
-def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Apply a plan's record, which needs no tensor. A graph without these layers is left as it is."""
-    site = Site.from_record(record)
-    if site.present(module):
-        apply(module, site)

@@ -12,12 +12,11 @@ float, where the rotation changes nothing: there it is left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from qfx import annotation, graph, rotation  # noqa: F401  (rotation registers the op)
 from qfx.errors import Note
@@ -59,8 +58,8 @@ def find(gm: fx.GraphModule, *, seed: int = 0) -> tuple[list[Site], list[Note]]:
     return list(found), refusals
 
 
-def apply(module: nn.Module, site: Site, factor: Tensor | None = None) -> None:
-    """Rotate queries and keys in a graph; a live model is left as it is. `factor` is not used."""
+def apply(module: nn.Module, site: Site) -> None:
+    """Rotate queries and keys in a graph; a live model is left as it is."""
     if not isinstance(module, fx.GraphModule):
         return
     for node in list(module.graph.nodes):
@@ -76,8 +75,3 @@ def apply(module: nn.Module, site: Site, factor: Tensor | None = None) -> None:
             annotation.clear(value)
         node.args = (*turned, *rest)
     module.recompile()
-
-
-def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Apply a plan's record, which needs no tensor. A graph without the attention is left as it is."""
-    apply(module, Site.from_record(record))

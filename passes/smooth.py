@@ -44,6 +44,7 @@ class Site(Record):
     """Linears that read one input. norm: the norm that takes the factor, None where the input itself is divided."""
 
     NAME: ClassVar[str] = "smooth"
+    TENSORS: ClassVar[tuple[str, ...]] = ("factor",)
     NESTED: ClassVar[Mapping[str, Callable[..., Any]]] = {"norm": Norm.of, "linears": Weight.of}
 
     norm: Norm | None
@@ -109,13 +110,6 @@ def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
         sites.scale_norm(module, site.norm, 1.0 / factor.to(torch.float64))
     for linear in site.linears:
         sites.scale(module, linear.weight, factor, linear.inp)
-
-
-def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Apply a plan's record; its "factor" is a key of `tensors`. A graph without these layers is left as it is."""
-    site = Site.from_record(record)
-    if site.present(module):
-        apply(module, site, tensors[record["factor"]])
 
 
 def explicit_factors(site: Site, factor: Tensor) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from qfx import graph
 from qfx.errors import Note
@@ -43,6 +43,10 @@ class Site(Record):
             raise ValueError(f"expected a record of {cls.NAME!r}, found {record.get('name')!r}")
         return cls(record["linear"], record["table"], record["weight"])
 
+    def present(self, module: nn.Module) -> bool:
+        """Whether a graph has the table. A live model is asked for it, whatever it holds."""
+        return sites.holds(module, self.table) or not isinstance(module, fx.GraphModule)
+
 
 def find(gm: fx.GraphModule) -> tuple[list[Site], list[Note]]:
     """Every linear whose weight is an embedding's table, and those whose module has no weight of its own to set."""
@@ -61,8 +65,8 @@ def find(gm: fx.GraphModule) -> tuple[list[Site], list[Note]]:
     return found, refusals
 
 
-def apply(module: nn.Module, site: Site, factor: Tensor | None = None) -> None:
-    """Copy the table into a weight of the linear's own, in a graph or a live model; `factor` is not used."""
+def apply(module: nn.Module, site: Site) -> None:
+    """Copy the table into a weight of the linear's own, in a graph or a live model."""
     old = graph.get_tensor(module, site.table)
     copy = beside(old.detach().clone(), old)
     new = nn.Parameter(copy, old.requires_grad) if isinstance(old, nn.Parameter) else copy
@@ -77,13 +81,6 @@ def apply(module: nn.Module, site: Site, factor: Tensor | None = None) -> None:
             node.update_arg(1, graph.add_tensor(module, site.weight, new, node))
     graph.clean(module)
     module.recompile()
-
-
-def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Apply a plan's record, which needs no tensor. A graph without the table is left as it is."""
-    site = Site.from_record(record)
-    if sites.holds(module, site.table) or not isinstance(module, fx.GraphModule):
-        apply(module, site)
 
 
 def _reads(node: fx.Node, table: str) -> bool:

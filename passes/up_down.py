@@ -32,6 +32,7 @@ class Site(Record):
     """One MLP: channel j of down's input is made by row `offset + stride * j` of the (maybe fused) up projection."""
 
     NAME: ClassVar[str] = "up-down"
+    TENSORS: ClassVar[tuple[str, ...]] = ("factor",)
     NESTED: ClassVar[Mapping[str, Callable[..., Any]]] = {"up": Weight.of, "down": Weight.of}
 
     up: Weight
@@ -111,13 +112,6 @@ def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
     if site.up.bias is not None:
         sites.edit(module, site.up.bias, rows)
     sites.scale(module, site.down.weight, factor, site.down.inp)
-
-
-def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Apply a plan's record; its "factor" is a key of `tensors`. A graph without these layers is left as it is."""
-    site = Site.from_record(record)
-    if site.present(module):
-        apply(module, site, tensors[record["factor"]])
 
 
 def smooth(

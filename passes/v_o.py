@@ -38,6 +38,7 @@ class Site(Record):
     """
 
     NAME: ClassVar[str] = "v-o"
+    TENSORS: ClassVar[tuple[str, ...]] = ("factor",)
     NESTED: ClassVar[Mapping[str, Callable[..., Any]]] = {"v": Weight.of, "o": Weight.of}
 
     v: Weight
@@ -145,13 +146,6 @@ def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
     if site.v.bias is not None:
         sites.edit(module, site.v.bias, rows)
     sites.edit(module, site.o.weight, columns)
-
-
-def apply_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Apply a plan's record; its "factor" is a key of `tensors`. A graph without these layers is left as it is."""
-    site = Site.from_record(record)
-    if site.present(module):
-        apply(module, site, tensors[record["factor"]])
 
 
 def smooth(

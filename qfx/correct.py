@@ -20,6 +20,7 @@ from qfx.format import Format
 from qfx.lanes import Lane, Program
 from qfx.passes import bias_correction, low_rank
 from qfx.passes._hessian import Hessian, factor
+from qfx.passes.rewrites import apply_record
 from qfx.plan import Plan
 
 TOLD = "correction"  # in Plan.sensitivities: FQN -> squared error of the mean result before, and what else is told
@@ -165,6 +166,5 @@ def _record(plan: Plan, record: dict[str, Any], tensors: dict[str, Tensor]) -> N
 def apply_to(module: nn.Module, plan: Plan) -> None:
     """Apply the plan's corrections alone, to a graph that has its rewrites."""
     for record in plan.rewrites:
-        for one in (low_rank, bias_correction):
-            if record["name"] == one.Site.NAME:
-                one.apply_record(module, record, plan.tensors)
+        if record["name"] in (low_rank.Site.NAME, bias_correction.Site.NAME):
+            apply_record(module, record, plan.tensors)

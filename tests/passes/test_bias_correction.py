@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qfx.passes.bias_correction import Site, apply, apply_record, nodes_of, site_of
+from qfx.passes.bias_correction import Site, apply, nodes_of, site_of
 from qfx.passes.linear import linear as linear_pass
+from qfx.passes.rewrites import apply_record
 from tests.graphs import Function, after
 
 SHIFT = torch.tensor([1.0, -2.0, 0.5])

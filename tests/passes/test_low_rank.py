@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from qfx import annotation, graph
 from qfx.format import Format
 from qfx.passes.linear import linear as linear_pass
-from qfx.passes.low_rank import Site, apply, apply_record, factors
+from qfx.passes.low_rank import Site, apply, factors
+from qfx.passes.rewrites import apply_record
 from tests.graphs import after
 
 LINEAR = torch.ops.aten.linear.default

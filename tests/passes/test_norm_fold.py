@@ -13,6 +13,7 @@ from qfx.errors import UnsupportedError
 from qfx.passes import norm_fold
 from qfx.passes._sites import Norm, Weight
 from qfx.passes.norm_fold import Site
+from qfx.passes.rewrites import apply_record
 from tests.graphs import Function, capture, text
 from tests.rewriting import Case, check, positive, zoo
 
@@ -159,12 +160,12 @@ def test_a_record_of_other_layers() -> None:
     gm, _ = pre_norm().copies()
     record = norm_fold.find(gm)[0][0].to_record()
     other = zoo("bert").copies()[0]
-    norm_fold.apply_record(other, record, {})
+    apply_record(other, record, {})
     assert zoo("bert").error(other) < 1e-6
     with pytest.raises(UnsupportedError, match=r"'norm-fold' does not fit the model"):
-        norm_fold.apply_record(nn.Linear(3, 3), record, {})
+        apply_record(nn.Linear(3, 3), record, {})
     del gm.b
     with pytest.raises(UnsupportedError, match=r"found: b\.weight, b\.bias missing"):
-        norm_fold.apply_record(gm, record, {})
+        apply_record(gm, record, {})
     with pytest.raises(ValueError, match="expected a record of 'norm-fold', found 'smooth'"):
         Site.from_record({**record, "name": "smooth"})

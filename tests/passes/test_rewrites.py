@@ -82,7 +82,7 @@ def test_every_rewrite_of_recipes_is_here() -> None:
     assert {*REWRITES} - {*MODULES} == {"awq"}, "its records are those of smooth, v-o and up-down"
     for name, module in MODULES.items():
         found = importlib.import_module(module)
-        assert name == found.Site.NAME and callable(found.apply_record)
+        assert name == found.Site.NAME and callable(found.apply)
     assert all(callable(importlib.import_module(MODULES[name]).find) for name in ALONE)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from qfx import graph, rotation
 from qfx.passes import centre, norm_fold, rotate
+from qfx.passes.rewrites import apply_record
 from tests import zoo as models
 from tests.graphs import Function, text
 from tests.rewriting import Case, cleaned, zoo
@@ -40,13 +41,13 @@ def rewritten(case: Case, *, fold: bool = True, untied: bool = True, block: int 
     for module in (norm_fold, centre) if fold else ():
         for site in module.find(gm)[0]:
             for target in (gm, live):
-                module.apply_record(target, json.loads(json.dumps(site.to_record())), {})
+                apply_record(target, json.loads(json.dumps(site.to_record())), {})
     found, refusals = rotate.find(gm, seed=seed, block=block)
     for site in found:
         record = json.loads(json.dumps(site.to_record()))
         assert rotate.Site.from_record(record) == site
         for target in (gm, live):
-            rotate.apply_record(target, record, {})
+            apply_record(target, record, {})
     return gm, live, found, refusals
 
 
@@ -260,5 +261,5 @@ def test_a_graph_without_the_layers_is_left_alone() -> None:
     _, _, (site,), _ = rewritten(zoo("llama"))
     gm = cleaned(nn.Linear(2, 2), torch.randn(1, 2))
     before = graph.get_tensor(gm, "weight").clone()
-    rotate.apply_record(gm, site.to_record(), {})
+    apply_record(gm, site.to_record(), {})
     assert torch.equal(graph.get_tensor(gm, "weight"), before)

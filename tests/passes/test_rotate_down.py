@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qfx import graph, rotation
 from qfx.passes import _sites as sites_of
 from qfx.passes import rotate_down, rotate_heads, rotate_qk, v_o
+from qfx.passes.rewrites import apply_record
 from qfx.passes.rotate import rotate_tensor
 from qfx.passes.rotate_down import rotations
 from tests.graphs import Function, counts, text
@@ -50,9 +51,9 @@ def test_down_in_double_precision(block: int | None, seed: int) -> None:
     gm, live = case.copies()
     (site,), _ = rotate_down.find(gm, block=block, seed=seed)
     record = json.loads(json.dumps(site.to_record()))
-    rotate_down.apply_record(gm, record, {})
+    apply_record(gm, record, {})
     assert case.error(gm) < 1e-14
-    rotate_down.apply_record(live, record, {})
+    apply_record(live, record, {})
     assert case.error(live) > 0.1, "a live model rotates its input in the packed linear"
     down = live.get_submodule("down")
     down.register_forward_pre_hook(lambda _, args: (rotation.rotate(args[0], site.block, seed),))
@@ -172,8 +173,8 @@ def test_queries_and_keys_exact(name: str) -> None:
     gm, live = case.copies()
     before = {key: tensor.clone() for key, tensor in live.state_dict().items()}
     for site in found:
-        rotate_qk.apply_record(gm, site.to_record(), {})
-        rotate_qk.apply_record(live, site.to_record(), {})
+        apply_record(gm, site.to_record(), {})
+        apply_record(live, site.to_record(), {})
     assert counts(gm)["hadamard"] == 4
     assert all(torch.equal(tensor, before[key]) for key, tensor in live.state_dict().items())
 

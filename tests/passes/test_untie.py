@@ -11,6 +11,7 @@ from torch import nn
 from qfx import graph
 from qfx.passes import smooth, untie
 from qfx.passes._sites import Norm, Weight
+from qfx.passes.rewrites import apply_record
 from tests.graphs import Function, capture, text
 from tests.rewriting import check, positive, zoo
 
@@ -46,7 +47,7 @@ def test_the_live_model_is_untied_by_name() -> None:
     model = tied()
     gm = capture(model, torch.ones(2, 3, dtype=torch.int64))
     site = untie.find(gm)[0][0]
-    untie.apply_record(model, site.to_record(), {})
+    apply_record(model, site.to_record(), {})
     held: Any = model
     assert held.lm_head.weight is not held.embed.weight and torch.equal(held.lm_head.weight, held.embed.weight)
     assert isinstance(held.lm_head.weight, nn.Parameter) and held.lm_head.weight.requires_grad
