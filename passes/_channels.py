@@ -75,11 +75,11 @@ def flow(value: fx.Node, numbers: Tensor) -> tuple[dict[fx.Node, Tensor], list[t
         for user in at.users:
             if reads_size(user):
                 continue
-            moved = _moved(user, found[at]) if moves(user) and user.all_input_nodes[0] is at else None
-            if moved is None:
+            carried = moved(user, found[at]) if moves(user) and user.all_input_nodes[0] is at else None
+            if carried is None:
                 ends.append((user, at))
             elif user not in found:
-                found[user] = moved
+                found[user] = carried
                 todo.append(user)
     return found, ends
 
@@ -104,7 +104,8 @@ def numbers_in(value: Any) -> set[int]:
     return set().union(*(numbers_in(v) for v in value))
 
 
-def _moved(node: fx.Node, numbers: Any) -> Any:
+def moved(node: fx.Node, numbers: Any) -> Any:
+    """Channel numbers behind a call that only moves them (see `moves`); None where it cannot be run on them."""
     if node.target in _IDENTITY:
         return numbers
     try:

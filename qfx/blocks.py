@@ -117,7 +117,7 @@ class Cut:
 
 def cuts(program: Program) -> list[Cut]:
     """The blocks of a program in order, without gaps."""
-    keys = [_key(str(node.meta.get("qfx_module") or "")) for node in program.nodes]
+    keys = [layer_of(node) for node in program.nodes]
     runs: list[Cut] = []
     for at, key in enumerate(keys):
         if runs and runs[-1].name == key:
@@ -133,8 +133,9 @@ def cuts(program: Program) -> list[Cut]:
     return [Cut(cut.name or _name(cut, program), cut.start, cut.stop) for cut in found]
 
 
-def _key(module: str) -> str:
-    found = _INDEXED.match(module)
+def layer_of(node: fx.Node) -> str:
+    """The outermost `name.<index>` of a node's module, such as `model.layers.3`; "" beside the layers."""
+    found = _INDEXED.match(str(node.meta.get("qfx_module") or ""))
     return found[0] if found else ""
 
 
