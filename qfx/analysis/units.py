@@ -23,21 +23,21 @@ from qfx.errors import Note
 from qfx.format import Format
 from qfx.passes.annotate import kind_of
 
-Kind = Literal["q", "k", "v", "o", "linear", "embedding", "lm_head", "experts", "conv"]
+KINDS = ("q", "k", "v", "o", "linear", "embedding", "lm_head", "experts", "conv")
 
 
 @dataclass(frozen=True)
 class Unit:
     """Part of one weight [.., N, K] that has one format.
 
-    name: unique. fqn: the weight, as plans name it. kind: what it does. layer: the outermost `name.<index>`, "" beside
+    name: unique. fqn: the weight, as plans name it. kind: one of KINDS. layer: the outermost `name.<index>`, "" beside
     the layers. axis: 0 where it is rows [start, stop) of N, 1 for columns of K, None for the whole weight. shape: of
     the part. head: of the role's heads in the attention `attention`, None for the whole.
     """
 
     name: str
     fqn: str
-    kind: Kind
+    kind: str
     layer: str
     shape: tuple[int, ...]
     axis: int | None = None
@@ -68,7 +68,8 @@ def units(
     cannot be cut into equal parts: their linears are whole.
     """
     attentions, notes = find(gm)
-    left, cut = set(skip), {}
+    left = set(skip)
+    cut: dict[str, list[tuple[str, Projection, str]]] = {}
     for attention in attentions if by == "heads" else ():
         for role, projection in projections(attention):
             if projection.cuts:
@@ -95,7 +96,7 @@ def _of(node: fx.Node, kind: str, cuts: Iterable[tuple[str, Projection, str]]) -
     for role, projection, attention in cuts:
         axis = 1 if role == "o" else 0
         part = (projection.width, shape[1]) if axis == 0 else (shape[0], projection.width)
-        for head, start in enumerate(projection.starts):
+        for start in projection.starts:
             if start not in made:  # heads of k and v that several query heads read
                 number = len([u for u in made.values() if u.kind == role])
                 made[start] = Unit(
