@@ -13,8 +13,20 @@ from torch import fx
 
 from qfx.data import check_batch, telling
 from qfx.errors import Note, QfxWarning, explain
-from qfx.passes.observe import Observers
+from qfx.passes.observe import Make, Observers, insert_observers, remove_observers
 from qfx.spill import Resting
+
+
+def observed(
+    gm: fx.GraphModule, batches: Sequence[Sequence[Any]], make: Make, *, progress: bool = True
+) -> tuple[Observers, list[Note]]:
+    """What the observers that `make` wishes saw of the batches, and notes as `calibrate` gives; `gm` is as before."""
+    observers = insert_observers(gm, make)
+    try:
+        notes = calibrate(gm, batches, observers, total=len(batches), progress=progress) if observers else []
+    finally:
+        remove_observers(gm)
+    return observers, notes
 
 
 def calibrate(

@@ -21,8 +21,7 @@ from qfx.measure import decibel
 from qfx.observers import Observer, create
 from qfx.outliers import keep_outliers
 from qfx.passes.annotate import annotate, kind_of
-from qfx.passes.calibrate import calibrate
-from qfx.passes.observe import insert_observers, remove_observers
+from qfx.passes.calibrate import observed
 from qfx.passes.quantize import quantize, refuse
 from qfx.pipeline import prepare
 from qfx.places import READ, held, is_own_linear, layout_of
@@ -180,11 +179,7 @@ def _scales(gm: fx.GraphModule, made: Plan, flat: Sequence[Sequence[Any]], *, pr
             return None
         return create(recipe.observer, fmt, name=graph.fqn_of(node), percentile=recipe.percentile)
 
-    observers = insert_observers(gm, make)
-    try:
-        notes = calibrate(gm, flat, observers, total=len(flat), progress=progress) if observers else []
-    finally:
-        remove_observers(gm)
+    observers, notes = observed(gm, flat, make, progress=progress)
     for (fqn, role), observer in observers.items():
         fmt = Format.parse(str(made.annotations[fqn][role]))
         found = observer.qparams(fmt)

@@ -22,8 +22,7 @@ from qfx.annotation import Outliers
 from qfx.errors import Note, source_line
 from qfx.format import Format
 from qfx.observers import AbsMax, Observer
-from qfx.passes.calibrate import calibrate
-from qfx.passes.observe import insert_observers, remove_observers
+from qfx.passes.calibrate import observed
 from qfx.passes.quantize import weight_value
 from qfx.plan import Plan
 
@@ -47,11 +46,7 @@ def keep_outliers(
         wanted = role == "x" and "w" in annotation.get(node) and graph.val(node.args[0]).shape
         return AbsMax("ch", graph.fqn_of(node)) if wanted else None
 
-    observers = insert_observers(gm, make)
-    try:
-        notes = calibrate(gm, batches, observers, total=len(batches), progress=progress) if observers else []
-    finally:
-        remove_observers(gm)
+    observers, notes = observed(gm, batches, make, progress=progress)
     told = plan.sensitivities.setdefault("outliers", {})
     for node in gm.graph.nodes:
         seen = observers.found.get((graph.fqn_of(node), "x"))

@@ -12,8 +12,8 @@ from qfx import combine, rotations, run
 from qfx.errors import Note
 from qfx.observers import Sample
 from qfx.passes import awq, smooth, up_down, v_o
-from qfx.passes.calibrate import calibrate
-from qfx.passes.observe import Make, insert_observers, remove_observers
+from qfx.passes.calibrate import observed
+from qfx.passes.observe import Make
 from qfx.passes.rewrites import MODULES
 from qfx.plan import Plan
 from qfx.recipe import DATA_REWRITES
@@ -91,11 +91,7 @@ def _samples(
     gm: fx.GraphModule, batches: Sequence[Sequence[Any]], watch: Make, *, progress: bool
 ) -> tuple[dict[str, Sample], list[Note]]:
     """FQN of a linear -> a sample of its input."""
-    observers = insert_observers(gm, watch)
-    try:
-        notes = calibrate(gm, batches, observers, total=len(batches), progress=progress) if observers else []
-    finally:
-        remove_observers(gm)
+    observers, notes = observed(gm, batches, watch, progress=progress)
     return {fqn: o for (fqn, _), o in observers.items() if isinstance(o, Sample)}, notes
 
 

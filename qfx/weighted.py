@@ -25,8 +25,7 @@ from qfx.observers import Observer
 from qfx.packing import Packed
 from qfx.parts import round_in_parts
 from qfx.passes._sites import is_linear
-from qfx.passes.calibrate import calibrate
-from qfx.passes.observe import insert_observers, remove_observers
+from qfx.passes.calibrate import observed
 from qfx.passes.quantize import weight_value
 from qfx.plan import Plan
 from qfx.segments import along, segments, stem_of, take
@@ -51,11 +50,7 @@ def round_weighted(
         block = _block(annotation.get(node)["w"]) if weighting == "covariance" else None
         return Moments(graph.fqn_of(node), block)
 
-    observers = insert_observers(gm, make)
-    try:
-        notes = calibrate(gm, batches, observers, total=len(batches), progress=progress) if observers else []
-    finally:
-        remove_observers(gm)
+    observers, notes = observed(gm, batches, make, progress=progress)
     found = plan.sensitivities.setdefault("rounding", {})
     for node in gm.graph.nodes:
         seen = observers.found.get((graph.fqn_of(node), "w"))

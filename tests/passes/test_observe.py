@@ -13,7 +13,7 @@ from qfx import annotation, graph
 from qfx.errors import QfxWarning
 from qfx.format import Format
 from qfx.observers import AbsMax, MinMax, Observer
-from qfx.passes.calibrate import calibrate
+from qfx.passes.calibrate import calibrate, observed
 from qfx.passes.observe import Observers, insert_observers, remove_observers
 from qfx.text import dump
 from tests.graphs import Function, capture
@@ -54,6 +54,20 @@ def tiny() -> fx.GraphModule:
 
 def make(node: fx.Node, role: str) -> Observer | None:
     return MinMax() if role == "x" else None
+
+
+def test_observed_gives_the_graph_back() -> None:
+    gm, x = tiny(), torch.randn(2, 4)
+    before = dump(gm)
+    observers, notes = observed(gm, [[x], [2 * x]], make)
+    seen = observers["q", "x"]
+    assert isinstance(seen, MinMax) and notes == [] and dump(gm) == before
+    assert float(seen.qparams(Format("u8")).scale) > 0
+    with pytest.raises(ValueError, match="batch 2"):
+        observed(gm, [[x], [torch.full((2, 4), float("nan"))]], make)
+    assert dump(gm) == before and not hasattr(gm, "qfx_observers")
+    nothing, notes = observed(gm, [[x]], lambda node, role: None)
+    assert not list(nothing) and notes == []
 
 
 def test_golden_text_and_back() -> None:
