@@ -155,7 +155,7 @@ def find(program: Program) -> list[Linear]:
             continue
         source = graph.weight_of(node)
         assert source is not None, node
-        linear = found.setdefault((source.target, _steps(node.args[at]), show(w)), Linear([], w))
+        linear = found.setdefault((source.target, steps_of(node.args[at]), show(w)), Linear([], w))
         linear.readers.append(node)
     for linear in found.values():
         linear.parts += _parts(linear)
@@ -178,11 +178,11 @@ def _parts(linear: Linear) -> list[Part]:
     ]
 
 
-def _steps(operand: Any) -> str:
+def steps_of(operand: Any) -> str:
     """What is done to a parameter before it is a weight operand."""
     if not isinstance(operand, fx.Node) or operand.op == "get_attr":
         return ""
-    return f"{_steps(operand.args[0])}|{operand.target}{operand.args[1:]}"
+    return f"{steps_of(operand.args[0])}|{operand.target}{operand.args[1:]}"
 
 
 class Block:

@@ -23,7 +23,7 @@ from qfx.errors import Note
 from qfx.format import Format
 from qfx.passes.annotate import kind_of
 
-KINDS = ("q", "k", "v", "o", "linear", "embedding", "lm_head", "experts", "conv")
+KINDS = ("q", "k", "v", "o", "linear", "embedding", "lm_head", "experts")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def units(
     found: dict[object, list[Unit]] = {}
     for node in gm.graph.nodes:
         kind, weight = kind_of(node), graph.weight_of(node)
-        if kind in (None, "attention") or weight is None or graph.fqn_of(node) in left:
+        if kind in (None, "attention", "conv") or weight is None or graph.fqn_of(node) in left:
             continue
         held = weight.target
         if held not in found:

@@ -1,0 +1,206 @@
+"""What a model loses when some of its units are quantized, measured by running it.
+
+    measure = Measure(gm, batches, outputs=captured.outputs)
+    measure.kld({"model.layers.0.mlp.up_proj": Format.parse("u3/g64")})      # nats per position
+
+The values at the borders of the layers are kept, so that a change in layer L runs the model from L on only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qfx import annotation
+from qfx.analysis.units import Unit
+from qfx.analysis.units import units as find_units
+from qfx.analysis.weights import Assignment, Weights
+from qfx.blocks import Cut, cuts
+from qfx.data import telling
+from qfx.errors import explain
+from qfx.format import Format
+from qfx.importance import Importance
+from qfx.lanes import Env, Lane, Program
+from qfx.spill import Spill
+
+_ELEMENTS = 1 << 22  # logits that are compared at once
+
+
+class Measure:
+    """Runs a prepared graph on batches with any assignment of formats to its units.
+
+    gm: prepared; its weights are the float ones. batches: its inputs in placeholder order, each. units: those that may
+    have formats (None: all, by heads). tensors: scales of static inputs, as plans hold them. rounding, importance: how
+    weights are rounded, see `Weights`. outputs: names of the graph's outputs, as `Captured.outputs`. memory: bytes of
+    values between two layers that are held, the rest goes to a temporary file; None: no limit.
+
+    Inputs of linears are rounded where the graph's annotations ask for it, whether their weight has a format or not:
+    `kld({})` tells what that alone costs, and is 0 for weights alone. Raises ValueError for batches that do not fit,
+    and where the float model gives NaN or Inf.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, batches: Sequence[Sequence[Any]], *, units: Sequence[Unit] | None = None,
+        tensors: Mapping[str, Tensor] | None = None, rounding: str = "mse",
+        importance: Mapping[str, Importance] | None = None, outputs: Sequence[str] = (), memory: int | None = None,
+    ) -> None:  # fmt: skip
+        if not batches:
+            raise ValueError("there is nothing to measure on: no batch was given")
+        self.program = Program(gm, tensors)
+        self.batches = batches
+        self.units: list[Unit] = list(find_units(gm)[0] if units is None else units)
+        self.weights = Weights(gm, self.units, rounding=rounding, importance=importance)
+        self.output, self._main = main_output(gm, outputs)
+        self.is_kld = self.output == "logits"
+        self.what = "KL divergence, nats per position" if self.is_kld else f"relative squared error of {self.output}"
+        self.rounded = any("x" in annotation.get(node) for node in self.program.nodes)
+        self.measured: dict[str, dict[str, float]] = {}
+        self.evaluations = 0
+        self._cuts = cuts(self.program)
+        self._cut_of = _first_cuts(self.weights, self.program, self._cuts)
+        self._memory, self._spill = memory, None if memory is None else Spill(Path.cwd())
+        floating: Assignment = {}
+        self._anchors = [(floating, self._borders(floating, rounded=self.rounded))]
+        self._kept = [_positions(self.program, batch) for batch in batches]
+        self._wanted = [self._reference(i) for i in range(len(batches))]
+
+    def kld(self, assignment: Assignment) -> float:
+        """Mean KL(float || with these formats) in nats per position of the logits; positions that an attention mask
+        of the batch leaves out do not count. Of a model without logits: squared error of its main output relative to
+        its squares (see `what`). Raises ValueError for names that are no unit's.
+        """
+        total = weight = 0.0
+        for i, found in enumerate(self.outputs(assignment)):
+            kept = self._kept[i]
+            kept = kept if kept is not None and kept.shape == found.shape[:-1] else None
+            difference, size = _distance(self._wanted[i], found, kept, logits=self.is_kld)
+            total, weight = total + difference, weight + size
+        return total / weight if weight else 0.0
+
+    def single(self, unit: str | Unit, fmt: Format) -> float:
+        """`kld` where this unit alone is quantized. Measured once."""
+        name = unit if isinstance(unit, str) else unit.name
+        found = self.measured.setdefault(name, {})
+        if str(fmt) not in found:
+            found[str(fmt)] = self.kld({name: fmt})
+        return found[str(fmt)]
+
+    def outputs(self, assignment: Assignment) -> Iterator[Tensor]:
+        """The main output of each batch with these formats."""
+        self.weights.check(assignment)
+        self.evaluations += 1
+        start, borders = max(
+            ((self._same_until(base, assignment), values) for base, values in self._anchors), key=lambda pair: pair[0]
+        )
+        placed = self.weights.place(assignment)
+        at = self._cuts[start].start if start < len(self._cuts) else len(self.program.nodes)
+        for number, env in enumerate(borders[start], 1):
+            with telling(number), torch.no_grad():
+                last = self.program.run(env, range(at, len(self.program.nodes)), placed, rounded=self.rounded)
+                yield self.program.look(self._main, last)
+
+    def anchor(self, assignment: Assignment) -> None:
+        """Keep the borders of this assignment beside the float ones (in place of an earlier one's): assignments that
+        differ from it in late layers only are then measured from there on."""
+        self.weights.check(assignment)
+        self._anchors[1:] = [(dict(assignment), self._borders(assignment, rounded=self.rounded))]
+
+    def _same_until(self, base: Assignment, other: Assignment) -> int:
+        """The first block in which two assignments differ."""
+        names = {name for name in {*base, *other} if base.get(name) != other.get(name)}
+        return min((self._cut_of[self.weights.units[name].fqn] for name in names), default=len(self._cuts))
+
+    def _borders(self, assignment: Assignment, *, rounded: bool) -> list[list[Env]]:
+        """The values before each block, and at the end, of every batch."""
+        lane = Lane(self.program, self.batches, rounded=rounded, memory=self._memory)
+        lane.weights = self.weights.place(assignment)
+        found = []
+        for cut in self._cuts:
+            lane.advance(cut.start)
+            found.append(list(lane.values))
+        lane.advance(len(self.program.nodes))
+        return [*found, list(lane.values)]
+
+    def _reference(self, number: int) -> Tensor:
+        """What a batch's output is compared with: log probabilities, else the output itself."""
+        if self.rounded:
+            lane = Lane(self.program, self.batches[number : number + 1], rounded=False)
+            lane.advance(len(self.program.nodes))
+            value = lane.value(0, self._main)
+        else:
+            value = self.program.look(self._main, self._anchors[0][1][-1][number])
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                explain(
+                    f"the float model's {self.output} on batch {number + 1} holds NaN or Inf",
+                    expected="finite values",
+                    next_step="look for a failed load, an overflow in half precision or bad data before quantizing",
+                )
+            )
+        value = value.float().log_softmax(-1) if self.is_kld else value.detach().clone()
+        return value if self._spill is None else self._spill.keep(value)
+
+
+def main_output(gm: fx.GraphModule, names: Sequence[str]) -> tuple[str, fx.Node]:
+    """(name, node) of the output by which a graph is compared: `logits`, else `last_hidden_state`, else the first
+    float tensor, called `output`. names: as in `Captured.outputs`, without what the graph writes back.
+
+    Raises ValueError where there is no float output.
+    """
+    result = next(node for node in gm.graph.nodes if node.op == "output").args[0]
+    flat = list(result) if isinstance(result, list | tuple) else [result]
+    flat = flat[len(gm.meta.get("qfx_mutations", ())) :]
+    if len(names) == len(flat):
+        for wanted in ("logits", "last_hidden_state"):
+            if wanted in names and isinstance(node := flat[list(names).index(wanted)], fx.Node):
+                return wanted, node
+    for node in flat:
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
+            return "output", node
+    raise ValueError("the model's output holds no float tensor, so nothing can be compared")
+
+
+def _first_cuts(weights: Weights, program: Program, blocks: Sequence[Cut]) -> dict[str, int]:
+    """FQN -> the number of the first block that reads the weight."""
+    found: dict[str, int] = {}
+    for fqn, operands in weights.readers.items():
+        at = min(program.position[node] for nodes in operands.values() for node in nodes)
+        found[fqn] = next(i for i, cut in enumerate(blocks) if cut.start <= at < cut.stop)
+    return found
+
+
+def _positions(program: Program, batch: Sequence[Any]) -> Tensor | None:
+    """The attention mask [B, T] of a batch as bool, None where it has none."""
+    for node, value in zip(program.inputs, batch, strict=True):
+        if node.meta.get("qfx_name", node.name) == "attention_mask" and isinstance(value, Tensor) and value.dim() == 2:
+            return value != 0
+    return None
+
+
+def _distance(wanted: Tensor, found: Tensor, kept: Tensor | None, *, logits: bool) -> tuple[float, float]:
+    """(sum of differences, what it is to be divided by) of one batch.
+
+    The divergence is summed as p (r - 1 - log r) with r = q / p, whose terms are all positive, so that f32 does for
+    differences as small as those of one unit.
+    """
+    total = size = 0.0
+    rows, others = wanted.reshape(-1, wanted.shape[-1]), found.reshape(-1, found.shape[-1])
+    if kept is not None:
+        at = kept.reshape(-1).nonzero()[:, 0]
+        rows, others = rows[at], others[at]
+    step = max(1, _ELEMENTS // rows.shape[-1])
+    for p, q in zip(rows.split(step), others.split(step), strict=True):
+        if logits:
+            d = q.float().log_softmax(-1) - p
+            total += float((p.exp() * (d.expm1() - d)).sum(-1).double().sum())
+            size += len(p)
+        else:
+            total += float((q.float() - p.float()).square().sum(dtype=torch.float64))
+            size += float(p.float().square().sum(dtype=torch.float64))
+    return (total, size) if not math.isnan(total) else (math.inf, size)

@@ -1,0 +1,157 @@
+"""The weights of a graph, rounded unit by unit as an assignment of formats says, and kept packed for the next time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qfx import graph
+from qfx.analysis.units import Unit
+from qfx.annotation import Columns, Formats
+from qfx.blocks import steps_of
+from qfx.errors import explain, nearest
+from qfx.format import Format
+from qfx.importance import Importance
+from qfx.packing import Packed
+from qfx.parts import dequantize_in_parts, round_in_parts
+from qfx.passes.annotate import kind_of
+from qfx.passes.quantize import weight_value
+from qfx.segments import Segment, along, segments, take
+
+FLOAT = Format("f32")  # of a unit without a format: as it is
+Assignment = Mapping[str, Format]
+_AT = {"embedding": 0}
+
+
+class Weights:
+    """Rounds the weights of a prepared graph.
+
+    units: parts of weights, those of one weight covering it. rounding: "rtn", "mse" or "hqq" (see `qfx.rounding`).
+    importance: FQN -> what errors in each input channel cost, for "mse".
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, units: Iterable[Unit], *, rounding: str = "mse",
+        importance: Mapping[str, Importance] | None = None,
+    ) -> None:  # fmt: skip
+        self.gm, self.rounding, self.importance = gm, rounding, importance or {}
+        self.units = {unit.name: unit for unit in units}
+        self.of: dict[str, list[Unit]] = {}
+        for unit in self.units.values():
+            self.of.setdefault(unit.fqn, []).append(unit)
+        self.readers = _readers(gm, self.of)
+        self._packed: dict[Any, Packed] = {}
+        self._latest: dict[tuple[str, fx.Node], tuple[tuple[Format, ...], Tensor]] = {}
+
+    def check(self, assignment: Assignment) -> None:
+        """Raises ValueError for a name that is no unit's."""
+        if unknown := next((name for name in assignment if name not in self.units), None):
+            raise ValueError(
+                explain(
+                    f"there is no unit {unknown!r}",
+                    expected=f"one of the {len(self.units)} units",
+                    next_step=nearest(unknown, self.units),
+                )
+            )
+
+    def formats(self, fqn: str, assignment: Assignment) -> tuple[Format, ...]:
+        """The formats of the units of a weight in order, `FLOAT` for those that have none."""
+        return tuple(assignment.get(unit.name, FLOAT) for unit in self.of[fqn])
+
+    def place(self, assignment: Assignment) -> dict[fx.Node, Tensor]:
+        """Call -> what stands for its weight, for every weight of which a unit has a format."""
+        found: dict[fx.Node, Tensor] = {}
+        for fqn in dict.fromkeys(self.units[name].fqn for name in assignment):
+            formats = self.formats(fqn, assignment)
+            for operand, nodes in self.readers[fqn].items():
+                value = self._value(fqn, operand, formats)
+                found.update(dict.fromkeys(nodes, value))
+        return found
+
+    def part(self, unit: Unit, fmt: Format) -> tuple[Tensor, Tensor]:
+        """A unit as it is and as a format of its own gives it back, both f32 of `unit.shape`."""
+        operand = next(iter(self.readers[unit.fqn]))
+        segment = Segment(fmt, ((unit.start, unit.stop),))
+        value = weight_value(self.gm, operand)
+        whole = value if unit.axis is None else take(value, segment, unit.axis)
+        axis = None if unit.axis is None else unit.axis
+        return whole.to(torch.float32), self._round(unit.fqn, operand, whole, segment, axis)
+
+    def _value(self, fqn: str, operand: fx.Node, formats: tuple[Format, ...]) -> Tensor:
+        held = self._latest.get((fqn, operand))
+        if held is not None and held[0] == formats:
+            return held[1]
+        value = weight_value(self.gm, operand)
+        own = self.of[fqn]
+        if own[0].axis is None:
+            made = self._round(fqn, operand, value, Segment(formats[0], ((0, 0),)), None).to(value.dtype)
+        else:
+            made = torch.empty_like(value, memory_format=torch.contiguous_format)
+            for segment in _pieces(formats, own, value.shape):
+                part = self._round(fqn, operand, take(value, segment, own[0].axis), segment, own[0].axis)
+                at = 0
+                for start, stop in segment.ranges:
+                    made.narrow(own[0].axis, start, stop - start).copy_(part.narrow(own[0].axis, at, stop - start))
+                    at += stop - start
+        self._latest[fqn, operand] = (formats, made)
+        return made
+
+    def _round(self, fqn: str, operand: fx.Node, value: Tensor, segment: Segment, axis: int | None) -> Tensor:
+        """The part of a weight in a segment's format, back in f32."""
+        if segment.format == FLOAT:
+            return value.to(torch.float32)
+        key = (fqn, operand, segment.format, segment.ranges)
+        if key not in self._packed:
+            importance = self.importance.get(fqn)
+            if importance is not None and axis == 1:
+                importance = importance.columns(segment.ranges)
+            self._packed[key] = round_in_parts(value, segment.format, self.rounding, name=fqn, importance=importance)
+        return dequantize_in_parts(self._packed[key], torch.float32)
+
+
+def formats_of(own: list[Unit], formats: tuple[Format, ...]) -> Formats:
+    """The formats of the units of one weight, as an annotation says them."""
+    if len(own) == 1:
+        return formats[0]
+    return Columns(formats) if own[0].axis == 1 else formats
+
+
+def _pieces(formats: tuple[Format, ...], own: list[Unit], shape: torch.Size) -> list[Segment]:
+    """The segments in which a weight is stored, cut into its units where each can be rounded by itself."""
+    asked = formats_of(own, formats)
+    found: list[Segment] = []
+    for segment in segments(asked, shape, own[0].fqn):
+        fmt, width = segment.format, own[0].stop - own[0].start
+        apart = fmt.by_row and (along(asked) == 0 or fmt.is_plain or (fmt.group is not None and width % fmt.group == 0))
+        if apart:
+            found += [
+                Segment(fmt, ((at, at + width),)) for start, stop in segment.ranges for at in range(start, stop, width)
+            ]
+        else:
+            found.append(segment)
+    return found
+
+
+def _readers(gm: fx.GraphModule, fqns: Iterable[str]) -> dict[str, dict[fx.Node, list[fx.Node]]]:
+    """FQN -> weight operand (one for each way in which a tied weight is read) -> the calls that read it."""
+    held: dict[str, str] = {}
+    names = set(fqns)
+    found: dict[str, dict[fx.Node, list[fx.Node]]] = {name: {} for name in names}
+    steps: dict[tuple[str, str], fx.Node] = {}
+    for node in gm.graph.nodes:
+        kind, weight = kind_of(node), graph.weight_of(node)
+        if weight is None or kind in (None, "attention"):
+            continue
+        target, fqn = str(weight.target), graph.fqn_of(node)
+        if fqn in names:
+            held.setdefault(target, fqn)
+        if target not in held:
+            continue
+        operand = node.args[_AT.get(str(kind), 1)]
+        assert isinstance(operand, fx.Node)
+        operand = steps.setdefault((target, steps_of(operand)), operand)
+        found[held[target]].setdefault(operand, []).append(node)
+    return found

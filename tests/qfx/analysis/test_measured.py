@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import qfx
+from qfx import Format, annotation, measure
+from qfx.analysis.measured import Measure, main_output
+from qfx.annotation import Columns
+from tests.qfx.analysis.models import captured, causal, ids, prepared
+from tests.tiny import build
+
+U4, U2, I8 = (Format.parse(t) for t in ("u4/g16", "u2/g16", "i8/ch"))
+
+
+@torch.no_grad()
+def quantized_kld(model: nn.Module, quantized: nn.Module, batches: list[dict[str, Any]]) -> float:
+    pairs = [(model(**b).logits, quantized(**b).logits) for b in batches]
+    wanted, found = (torch.cat([p[i].flatten(0, 1) for p in pairs]) for i in (0, 1))
+    return measure.kld(wanted, found)
+
+
+def of(kind: str = "llama", **kwargs: Any) -> tuple[Measure, nn.Module, list[dict[str, Any]]]:
+    gm, flat, found = prepared(kind)
+    return Measure(gm, flat, outputs=found.outputs, **kwargs), *causal(kind)
+
+
+@pytest.mark.parametrize(("kind", "fmt"), [("llama", U4), ("tied", I8), ("tied", Format.parse("nf4/g64/dq"))])
+def test_it_is_what_the_quantized_model_loses(kind: str, fmt: Format) -> None:
+    measured, model, batches = of(kind, rounding="mse")
+    found = measured.kld({unit.name: fmt for unit in measured.units})
+    recipe = {"rules": [{"target": t, "w": str(fmt)} for t in ("linear", "embedding", "tied")], "rounding": "mse"}
+    quantized = qfx.quantize(causal(kind)[0], recipe)
+    assert found == pytest.approx(quantized_kld(model, quantized, batches), rel=2e-3, abs=1e-9)
+    assert found > 0
+
+
+@torch.no_grad()
+def test_units_of_one_weight_are_rounded_as_segments_are() -> None:
+    """Rows by heads, and columns of which no group of the format ends where a head ends."""
+    measured, model, batches = of(rounding="rtn")
+    wide = Format.parse("u3/g24")  # heads have 16 channels
+    made = qfx.plan(model, {"rules": [{"target": "*proj", "w": "u4/g16"}], "rounding": "rtn"})
+    for role, formats in (("q", (U4, U2)), ("o", Columns((wide, wide))), ("o", Columns((wide, U2)))):
+        fqn = f"model.layers.0.self_attn.{role}_proj"
+        each = formats.formats if isinstance(formats, Columns) else formats
+        found = measured.kld({f"{fqn}.{role}{i}": fmt for i, fmt in enumerate(each)})
+        one = dataclasses.replace(made, annotations={fqn: {"w": annotation.to_json(formats)}})
+        assert found == pytest.approx(quantized_kld(model, qfx.quantize(causal()[0], one), batches), rel=1e-3)
+
+
+def test_only_what_has_a_format_changes() -> None:
+    measured, _, _ = of()
+    assert measured.kld({}) == 0
+    assert measured.what == "KL divergence, nats per position"
+    plain = {unit.name: Format.parse("f32") for unit in measured.units}
+    assert measured.kld(plain) == 0
+
+
+def test_fewer_bits_cost_more_and_a_single_unit_is_measured_once() -> None:
+    measured, _, _ = of()
+    name = "model.layers.0.mlp.down_proj"
+    two, four, eight = (measured.single(name, fmt) for fmt in (U2, U4, I8))
+    assert two > 5 * four > 25 * eight > 0
+    before = measured.evaluations
+    assert measured.single(name, U2) == two
+    assert measured.evaluations == before
+    assert measured.measured[name] == {"u2/g16": two, "u4/g16": four, "i8/ch": eight}
+
+
+def test_an_anchor_changes_no_result() -> None:
+    measured, _, _ = of()
+    base = {unit.name: U4 for unit in measured.units}
+    change = base | {"lm_head": U2, "model.layers.0.mlp.up_proj": I8}
+    plain = [measured.kld(a) for a in (base, change, {})]
+    measured.anchor(base)
+    assert [measured.kld(a) for a in (base, change, {})] == pytest.approx(plain, rel=1e-5, abs=1e-12)
+
+
+def test_a_change_in_a_late_layer_runs_from_there_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, _, _ = of()
+    ran = []
+    step = measured.program.step
+
+    def counted(node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+        ran.append(node)
+        return step(node, *args, **kwargs)
+
+    monkeypatch.setattr(measured.program, "step", counted)
+    measured.kld({"lm_head": U4})
+    late = len(ran)
+    measured.kld({"model.embed_tokens": U4})
+    assert 0 < late < (len(ran) - late) / 2
+
+
+def test_padding_does_not_count() -> None:
+    """A masked tail of random tokens changes nothing; without the mask it would."""
+    model = build("bert")
+    short = ids(length=6)
+    mask = torch.ones_like(short)
+    mask[:, 4:] = 0
+    batches = [{"input_ids": short, "attention_mask": mask}]
+    gm, flat, found = captured(model, batches)
+    masked = Measure(gm, flat, outputs=found.outputs)
+    assignment = {unit.name: U4 for unit in masked.units}
+    with_tail = masked.kld(assignment)
+    other = torch.where(mask == 0, 5, short)
+    again = Measure(gm, [found.flatten((), {"input_ids": other, "attention_mask": mask})], outputs=found.outputs)
+    assert again.kld(assignment) == pytest.approx(with_tail, rel=1e-4)
+
+
+def test_a_model_without_logits_is_compared_by_its_error() -> None:
+    import transformers as tf
+
+    model = tf.BertModel(build("bert").config).eval()
+    gm, flat, found = captured(model, [{"input_ids": ids()}])
+    measured = Measure(gm, flat, outputs=found.outputs)
+    assert measured.what == "relative squared error of last_hidden_state"
+    few, many = (measured.kld({unit.name: f for unit in measured.units}) for f in (U2, I8))
+    assert 0 < 100 * many < few
+
+
+def test_inputs_are_rounded_where_annotations_ask_for_it() -> None:
+    from qfx.passes.annotate import annotate
+
+    model, batches = causal()
+    gm, flat, found = captured(model, batches)
+    annotate(gm, qfx.Recipe.parse({"rules": [{"target": "linear", "x": "i8/tok", "w": "i8/ch"}]}))
+    measured = Measure(gm, flat, outputs=found.outputs, rounding="rtn")
+    floor = measured.kld({})
+    assert floor > 0
+    linears = {unit.name: I8 for unit in measured.units if unit.kind != "embedding"}
+    recipe = {"rules": [{"target": "linear", "x": "i8/tok", "w": "i8/ch"}]}
+    wanted = quantized_kld(model, qfx.quantize(causal()[0], recipe), batches)
+    assert measured.kld(linears) == pytest.approx(wanted, rel=0.05)
+
+
+def test_values_may_lie_in_a_file() -> None:
+    plain, _, _ = of()
+    spilled, _, _ = of(memory=0)
+    assignment = {unit.name: U4 for unit in plain.units}
+    assert spilled.kld(assignment) == plain.kld(assignment)
+
+
+def test_bad_input() -> None:
+    model, batches = causal()
+    gm, flat, found = captured(model, batches)
+    with pytest.raises(ValueError, match="no batch was given"):
+        Measure(gm, [], outputs=found.outputs)
+    with pytest.raises(ValueError, match="batch 1 does not fit the graph"):
+        Measure(gm, [[*flat[0], torch.ones(1)]], outputs=found.outputs)
+    with pytest.raises(ValueError, match=r"no unit 'lm_heat'(?s:.*)did you mean 'lm_head'"):
+        Measure(gm, flat, outputs=found.outputs).kld({"lm_heat": U4})
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight")[0, 0] = math.nan
+    with pytest.raises(ValueError, match="float model's logits on batch 1 holds NaN or Inf"):
+        Measure(gm, flat, outputs=found.outputs)
+
+
+def test_the_main_output() -> None:
+    model, batches = causal()
+    gm, _, found = captured(model, batches)
+    assert main_output(gm, found.outputs)[0] == "logits"
+    assert main_output(gm, ())[0] == "output"
