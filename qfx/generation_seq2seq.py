@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, GenerationMixin
+from transformers import AutoConfig
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 
 from qfx.backends.onnx.runner import Runner
-from qfx.decoder import PAST, PRESENT
 from qfx.encoder_decoder import (
     CROSS,
     DECODER,
@@ -31,7 +29,8 @@ from qfx.encoder_decoder import (
     whole_mask,
 )
 from qfx.errors import explain
-from qfx.generation import SharedCache
+from qfx.generator import Generator
+from qfx.shared_cache import SharedCache
 
 _ROWS = "rows"  # among the encoder's outputs: which row of which call each of its rows is
 _CALLS = itertools.count()
@@ -40,8 +39,10 @@ _CALLS = itertools.count()
 class CrossCache(SharedCache):
     """A decoder's own keys and values, and those of the encoder's states [B, H, T, D], which stay as they are."""
 
-    def __init__(self, sizes: list[tuple[int, int]], room: int = 0) -> None:
-        super().__init__(sizes, room)
+    def __init__(
+        self, sizes: list[tuple[int, int]], room: int = 0, dtypes: Sequence[torch.dtype] | None = None
+    ) -> None:
+        super().__init__(sizes, room, dtypes)
         self.cross: dict[str, Tensor] = {}
         self._rows = torch.empty(0, dtype=torch.int64)
 
@@ -138,14 +139,11 @@ def refuse_unknown(given: dict[str, Any]) -> None:
         )
 
 
-class OnnxSeq2SeqLM(GenerationMixin):  # type: ignore[misc]
+class OnnxSeq2SeqLM(Generator):
     """An encoder-decoder's folder. `generate()` is that of transformers; calling it takes and gives what its models
     do."""
 
-    main_input_name = "input_ids"
-    base_model_prefix = ""
-    _is_stateful = False
-    _supports_cache_class = True
+    _CACHE = CrossCache
 
     def __init__(
         self,
@@ -156,33 +154,9 @@ class OnnxSeq2SeqLM(GenerationMixin):  # type: ignore[misc]
         threads: int | None = None,
         session_options: Mapping[str, str] | None = None,
     ) -> None:
-        self.config = config
         self.main_input_name = document["main_input"]
-        self.generation_config = (
-            GenerationConfig.from_pretrained(folder)
-            if (folder / "generation_config.json").exists()
-            else GenerationConfig.from_model_config(self.config)
-        )
-        self.encoder = OnnxEncoder(folder / ENCODER, document, self.config, threads, session_options)
-        self._runner = Runner(folder / DECODER, threads, session_options)
-        self.device, self.dtype = torch.device("cpu"), torch.float32
-        shapes = {i.name: i.shape for i in self._runner.session.get_inputs()}
-        keys = [shapes[n] for i in range(len(shapes)) if (n := PAST.format(i, "key")) in shapes]
-        self._sizes = [(int(shape[1]), int(shape[3])) for shape in keys]
-        self._grows_in_place = self._runner.metadata.get("qfx.cache") == "shared"
-
-    def can_generate(self) -> bool:
-        """Yes."""
-        return True
-
-    @classmethod
-    def is_remote_code(cls) -> bool:
-        """No."""
-        return False
-
-    def eval(self) -> OnnxSeq2SeqLM:
-        """Itself: a file does not train."""
-        return self
+        self.encoder = OnnxEncoder(folder / ENCODER, document, config, threads, session_options)
+        self._open(folder, config, Runner(folder / DECODER, threads, session_options))
 
     def get_encoder(self, *_: Any, **__: Any) -> OnnxEncoder:
         """The encoder."""
@@ -209,7 +183,7 @@ class OnnxSeq2SeqLM(GenerationMixin):  # type: ignore[misc]
         """
         if decoder_input_ids is None:
             raise ValueError(explain("decoder_input_ids are needed", next_step="give them, or call generate()"))
-        cache = CrossCache(self._sizes) if past_key_values is None else past_key_values
+        cache = self._new_cache() if past_key_values is None else past_key_values
         reads = {n: kwargs.pop(n) for n in list(kwargs) if n in self.encoder._runner.inputs}
         refuse_unknown(kwargs)
         if encoder_outputs is None and not cache.cross:
@@ -238,36 +212,13 @@ class OnnxSeq2SeqLM(GenerationMixin):  # type: ignore[misc]
     forward = __call__
 
     def _step(self, ids: Tensor, mask: Tensor, places: Tensor, cache: CrossCache, fixed: dict[str, Tensor]) -> Tensor:
-        batch, total = mask.shape
-        cache.reserve(batch, total)
         feeds = {**fixed, IDS: ids, MASK: mask}
         if POSITIONS in self._runner.inputs:
             feeds[POSITIONS] = places
-        into = {}
-        for i, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-            for what, memory in (("key", keys), ("value", values)):
-                feeds[PAST.format(i, what)] = memory if self._grows_in_place else memory[:, :, : cache.length]
-                if self._grows_in_place:
-                    into[PRESENT.format(i, what)] = memory
-        found = self._runner.run(feeds, into)
-        if not self._grows_in_place:
-            for i, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-                keys[:, :, :total] = found[PRESENT.format(i, "key")]
-                values[:, :, :total] = found[PRESENT.format(i, "value")]
-        cache.length = total
-        return found["logits"]
+        return self._run(feeds, cache, *mask.shape)
 
-    def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
-        """There is nothing to set: the file decides how it runs."""
-        return nullcontext()
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
-        max_cache_length: int, *_: Any,
-    ) -> None:  # fmt: skip
-        """The cache of a call of generate(), with room for all that may come."""
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = CrossCache(self._sizes, max_cache_length)
+    def _wants_cache(self, generation_config: Any) -> bool:
+        return generation_config.use_cache is not False
 
 
 class OnnxWhisper(OnnxSeq2SeqLM, WhisperGenerationMixin):  # type: ignore[misc]

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 import qfx
 import qfx.onnx
 from qfx.errors import QfxWarning
-from qfx.generation import OnnxCausalLM, SharedCache
+from qfx.generation import OnnxCausalLM
+from qfx.shared_cache import SharedCache
 from tests.backends.onnx.checks import sqnr
 from tests.zoo import VOCAB, ZOO
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qfx
 import qfx.onnx
 from qfx.errors import QfxWarning, UnsupportedError
-from qfx.generation import SharedCache
+from qfx.shared_cache import SharedCache
 from tests.backends.onnx.checks import sqnr
 from tests.zoo import VOCAB, ZOO
 
