@@ -23,7 +23,8 @@ from qfx.rebuild import Saved, rebuild
 from qfx.recipe import Recipe
 from qfx.skeleton import CONFIG, GENERATION, skeleton
 
-VERSION = 1
+VERSION = 2  # 1: a byte for each zero point
+_READ = (1, VERSION)
 SHARD = 5_000_000_000  # bytes of a file of weights
 _JSON = "qfx.json"
 _KEYS = {
@@ -172,11 +173,11 @@ def _read(file: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(fields, dict) or fields.get("format") != "qfx-model":
         raise ValueError(explain(f"{file} is no qfx model", expected="format 'qfx-model'"))
-    if fields.get("version") != VERSION:
+    if fields.get("version") not in _READ:
         raise ValueError(
             explain(
                 f"{file} comes from another version of qfx",
-                expected=f"version {VERSION}",
+                expected=f"version {VERSION} or earlier",
                 found=fields.get("version"),
                 next_step="install the version that wrote it, or quantize and save the model again",
             )
