@@ -71,8 +71,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = N
         fields["files"] = {name: sha256_file(stage(name)) for name in files}
         fields["sha256"] = _digest(fields)
         stage(_JSON).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-    former = checkpoint.ONE if len(shards) > 1 else checkpoint.INDEX
-    (Path(folder) / former).unlink(missing_ok=True)  # else transformers would read a model that was here before
+    _remove_former(Path(folder), files)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -87,7 +86,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     """
     path = Path(folder)
     recipe: Recipe | None = None
-    if (path / _JSON).is_file() or not (path / CONFIG).is_file():
+    former = (path / CONFIG).is_file() and checkpoint.by_transformers(path)  # qfx.json, should there be one
+    if not former and ((path / _JSON).is_file() or not (path / CONFIG).is_file()):
         fields = _read(path / _JSON)
         for name, sha256 in fields["files"].items():
             if not name.endswith(checkpoint.SUFFIX):
@@ -118,6 +118,13 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         fields["modules"], fields["parameters"], fields["buffers"], fields["tied"], tensors, tuple(fields["centred"])
     )
     return attach(rebuild(model, saved).eval(), recipe)
+
+
+def _remove_former(folder: Path, files: list[str]) -> None:
+    """Remove the weights of a model that was here before, which transformers would read, or which nothing reads."""
+    for path in folder.glob(f"model*{checkpoint.SUFFIX}*"):
+        if path.name not in files and checkpoint.NAMES.fullmatch(path.name):
+            path.unlink()
 
 
 def _from_config(path: Path) -> tuple[Recipe | None, Record | None]:
