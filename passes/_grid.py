@@ -14,7 +14,7 @@ from qfx.scales import search
 class Grid:
     """Format, scales and zero points of a matrix [N, K], to round single columns of it.
 
-    scale, zero: as stored. step, offset: f32 [G, N], those of column j at j // width.
+    scale, zero: as in QParams. step, offset: f32 [G, N], those of column j at j // width.
     """
 
     def __init__(self, fmt: Format, scale: Tensor, zero: Tensor | None, shape: tuple[int, int]) -> None:

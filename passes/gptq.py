@@ -168,14 +168,15 @@ def round_by(
     if fmt.is_plain:
         return nearest, {}
     full = weight.detach()
-    before = _rows_of(nearest.codes(), fmt, nearest.scale, nearest.zero, _some(full))
+    start = nearest.params()
+    before = _rows_of(nearest.codes(), fmt, *start, _some(full))
     if full.dim() == 2:
-        grid = _grid(full, fmt, (nearest.scale, nearest.zero), seen[0], options)
+        grid = _grid(full, fmt, start, seen[0], options)
         codes, told = _solve(full, before, seen[0], grid, options, name)
         return Packed.from_codes(codes, fmt, grid.scale, grid.zero), told
     solved = []
     for i, one in enumerate(seen):
-        scale, zero = (t[i] if t is not None and t.dim() else t for t in (nearest.scale, nearest.zero))
+        scale, zero = (t[i] if t is not None and t.dim() else t for t in start)
         assert scale is not None
         grid = _grid(full[i], fmt, (scale, zero), one, options)
         solved.append((*_solve(full[i], before[i], one, grid, options, name), grid))
@@ -264,7 +265,7 @@ def _unseen(matrix: Tensor, grid: Grid, name: str) -> Tensor:
     if not grid.format.by_row:  # its scales are not its own
         return quantize(matrix, grid.format, grid.scale, grid.zero)
     packed = round_weight(matrix, grid.format, "mse", name=name)
-    grid.scale, grid.zero = packed.scale, packed.zero
+    grid.scale, grid.zero = packed.params()
     return packed.codes()
 
 

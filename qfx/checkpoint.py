@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,12 +24,14 @@ from qfx.errors import explain
 from qfx.spill import rest
 
 ONE, INDEX, SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors"
+NAMES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _SHOWN = 3
+WRITER, SAVE_PRETRAINED = "qfx_writer", "save_pretrained"  # in the metadata of what transformers writes
 _THREADS = 4
 _PART = 1 << 22  # bytes that are hashed at once
 
@@ -67,20 +70,43 @@ def index_text(tensors: Mapping[str, Tensor], files: Mapping[str, Sequence[str]]
 
 
 def files_of(folder: str | os.PathLike[str]) -> list[Path]:
-    """The files that hold the weights of a folder. Raises FileNotFoundError where one is missing (named)."""
+    """The files that hold the weights of a folder. Raises FileNotFoundError where one is missing (named).
+
+    Where there is one file and an index of several, those were saved later if all are there: transformers leaves the
+    one file where it writes several, and removes the several where it writes one.
+    """
     root = Path(folder)
-    names = [ONE]
-    if not (root / ONE).is_file() and (root / INDEX).is_file():
-        try:
-            index = json.loads((root / INDEX).read_bytes())
-            names = sorted({str(name) for name in index["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{root / INDEX} is truncated or altered: {error}; next step: copy it again") from error
-    if missing := [name for name in names if not (root / name).is_file()]:
+    one, several = (root / ONE).is_file(), (root / INDEX).is_file()
+    try:
+        names = _indexed(root / INDEX) if several else [ONE]
+    except ValueError:
+        if not one:
+            raise
+        names = [ONE]
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing and one:
+        return [root / ONE]
+    if missing:
         what = f"{len(missing)} of {len(names)} files with weights are missing: {', '.join(missing[:_SHOWN])}"
         step = "copy the whole folder, every file that model.safetensors.index.json names"
         raise FileNotFoundError(errno.ENOENT, explain(what, next_step=step), str(root))
     return [root / name for name in names]
+
+
+def _indexed(index: Path) -> list[str]:
+    try:
+        return sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is truncated or altered: {error}; next step: copy it again") from error
+
+
+def by_transformers(folder: str | os.PathLike[str]) -> bool:
+    """Whether `save_pretrained` wrote the weights of a folder. False where they are missing or cannot be read."""
+    try:
+        with _opened(files_of(folder)[0]) as handle:
+            return bool((handle.metadata() or {}).get(WRITER) == SAVE_PRETRAINED)
+    except (OSError, ValueError):
+        return False
 
 
 def headers(files: Sequence[Path], expected: Mapping[str, str]) -> dict[str, Tensor]:

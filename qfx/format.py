@@ -201,6 +201,10 @@ class Format:
             return -(-self.padded(last_dim) * self.bits // 8)
         return last_dim * (self.bits // 8)
 
+    def zero_width(self, groups: int) -> int:
+        """Bytes of a row's zero points, of which there are `groups`: as dense as the codes."""
+        return -(-groups * self.bits // 8) if self.has_zero else 0
+
     def scale_shape(self, shape: Sequence[int], *, activation: bool = False) -> tuple[int, ...]:
         """Shape of the scales of such a tensor. `ch` is every leading index, or the last axis of an activation."""
         assert not self.is_plain, f"{self.type} has no scale"
@@ -225,11 +229,12 @@ class Format:
         codes = math.prod(shape[:-1]) * self.row_bytes(shape[-1])
         if self.is_plain:
             return codes
-        scales = math.prod(self.scale_shape(shape))
+        each = self.scale_shape(shape)
+        scales = math.prod(each)
         if self.nested:
             return codes + nested.nbytes(scales)
-        extra = 4 if self.has_global_scale else 0
-        return codes + scales * (self.scale_dtype.itemsize + (1 if self.has_zero else 0)) + extra
+        zeros = math.prod(each[:-1]) * self.zero_width(each[-1] if each else 1)
+        return codes + scales * self.scale_dtype.itemsize + zeros + (4 if self.has_global_scale else 0)
 
 
 def _need_dims(fmt: Format, shape: Sequence[int], dims: int) -> None:

@@ -69,6 +69,7 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self._waiting = (model, [str(file) for file in checkpoint_files or ()])
             return model
         assert config.model is not None
+        _later(checkpoint_files)
         files, expected = [Path(file) for file in checkpoint_files or ()], config.model["tensors"]
         if not files:
             step = "give from_pretrained the folder, or use qfx.load"
@@ -129,7 +130,7 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
         _name_as_they_are(model)
         record = {**describe(model, tied), "tensors": checkpoint.digests(tensors)}
         model.config.quantization_config = QfxConfig.of(self.quantization_config.recipe, record)  # type: ignore[union-attr]
-        return tensors, {}
+        return tensors, {checkpoint.WRITER: checkpoint.SAVE_PRETRAINED}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """A quantized model can be saved."""
@@ -148,6 +149,12 @@ def mark(model: Any, recipe: Recipe | None) -> None:
     model.quantization_method = METHOD
     model.config.quantization_config = config
     _name_as_they_are(model)
+
+
+def _later(files: Any) -> None:
+    """In transformers' list of files: the several of a later save in the place of the one beside them."""
+    if isinstance(files, list) and len(files) == 1 and Path(files[0]).name == checkpoint.ONE:
+        files[:] = map(str, checkpoint.files_of(Path(files[0]).parent))
 
 
 def _name_as_they_are(model: nn.Module) -> None:

@@ -9,10 +9,10 @@ A norm with p < 1 lets a few values be far off where the many get nearer. It is 
     s <- <w - e, q - z> / <q - z, q - z>
     beta <- kappa beta
 
-HQQ itself keeps s and a float z. Here zero points are stored as integers of 8 bits: z is rounded in each step, and s,
-which is refitted to it, takes up what the rounding leaves. Symmetric types have the step of s alone, and start with the
-sign that turns their longer side to the greatest magnitude. The start is that of nearest rounding; for each scale the
-parameters of least mean |w - s (q - z)| that were met are taken, as HQQ stops by it.
+HQQ itself keeps s and a float z. Here zero points are integers that take as many bits as codes: z is rounded in each
+step, and s, which is refitted to it, takes up what the rounding leaves. Symmetric types have the step of s alone, and
+start with the sign that turns their longer side to the greatest magnitude. The start is that of nearest rounding; for
+each scale the parameters of least mean |w - s (q - z)| that were met are taken, as HQQ stops by it.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def quantize(x: Tensor, fmt: Format, scale: Tensor | None = None, zero: Tensor |
         return x.to(fmt.code_dtype)
     assert scale is not None, f"{fmt} needs a scale"
     steps = split(x.to(torch.float32), fmt) / spread(effective_scale(scale, zero, fmt), fmt)
-    return join(_encode(steps, fmt, zero), fmt, x.shape)
+    return join(_encode(steps, fmt, scale, zero), fmt, x.shape)
 
 
 def dequantize(
@@ -148,8 +148,7 @@ def dequantize(
     assert scale is not None, f"{fmt} needs a scale"
     values = split(_decode(codes, fmt), fmt)
     if fmt.has_zero:
-        assert zero is not None, f"{fmt} needs a zero point"
-        values = values - spread(zero.to(torch.float32), fmt)
+        values = values - spread(_one_each(zero, scale, fmt), fmt)
     values = values * spread(effective_scale(scale, zero, fmt), fmt)
     return join(values, fmt, codes.shape).to(dtype)
 
@@ -253,7 +252,7 @@ def _power_of_two(exponent: Tensor, like: Tensor) -> Tensor:
     return codes.to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
-def _encode(steps: Tensor, fmt: Format, zero: Tensor | None) -> Tensor:
+def _encode(steps: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None) -> Tensor:
     """Codes of values already divided by their scale."""
     if fmt.type == "nf4":
         table = torch.tensor(NF4_VALUES, dtype=torch.float64)
@@ -265,9 +264,15 @@ def _encode(steps: Tensor, fmt: Format, zero: Tensor | None) -> Tensor:
         return steps.clamp(fmt.qmin, fmt.qmax).to(fmt.code_dtype)
     codes = torch.round(steps)
     if fmt.has_zero:
-        assert zero is not None, f"{fmt} needs a zero point"
-        codes = codes + spread(zero.to(torch.float32), fmt)
+        codes = codes + spread(_one_each(zero, scale, fmt), fmt)
     return codes.clamp(fmt.qmin, fmt.qmax).to(fmt.code_dtype)
+
+
+def _one_each(zero: Tensor | None, scale: Tensor, fmt: Format) -> Tensor:
+    """Zero points in f32. Packed ones (see `qfx.packing`) could broadcast in silence."""
+    assert zero is not None, f"{fmt} needs a zero point"
+    assert not zero.dim() or zero.shape == scale.shape, f"{fmt}: zero points of {zero.shape}, scales of {scale.shape}"
+    return zero.to(torch.float32)
 
 
 def _encode_f4(steps: Tensor) -> Tensor:

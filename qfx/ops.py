@@ -22,7 +22,7 @@ from qfx.errors import explain
 from qfx.format import Format
 from qfx.numerics import QParams, effective_scale, fake_quantize, quantize, range_qparams, value_range
 from qfx.numerics import dequantize as dequantize_codes
-from qfx.packing import check_storage, unpack_codes
+from qfx.packing import check_storage, unpack_codes, unpack_zeros
 
 _SCHEMAS = {
     "linear": "(Tensor x, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor? bias, Tensor? x_scale, Tensor? x_zero, "
@@ -57,7 +57,7 @@ def linear(
     """
     wf = Format.parse(w_format)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(torch.float32)
-    codes = unpack_codes(w, wf, x.shape[-1])
+    codes, w_zero = unpack_codes(w, wf, x.shape[-1]), unpack_zeros(w_zero, wf, w_scale)
     if x_format and _exact(Format.parse(x_format), wf):
         y = _integer_linear(rows, codes, w_scale, w_zero, x_scale, x_zero, smooth, Format.parse(x_format), wf)
     else:
@@ -86,6 +86,8 @@ def embedding(
         fmt = Format(fmt.type, f"g{fmt.block[1]}", fmt.scale_type)
     else:
         scale, zero = _gather(w_scale, flat), _gather(w_zero, flat)
+    assert scale is not None
+    zero = unpack_zeros(zero, fmt, scale)
     return dequantize_codes(codes, fmt, scale, zero, dtype).reshape(*ids.shape, dim).contiguous()
 
 
@@ -95,7 +97,8 @@ def dequantize(
 ) -> Tensor:
     """A packed weight of any leading dimensions as floats [.., N, last_dim] in `dtype`; never a view of `w`."""
     fmt = Format.parse(w_format)
-    values = dequantize_codes(unpack_codes(w, fmt, last_dim), fmt, w_scale, w_zero, dtype)
+    zero = unpack_zeros(w_zero, fmt, w_scale)
+    values = dequantize_codes(unpack_codes(w, fmt, last_dim), fmt, w_scale, zero, dtype)
     return values.clone() if values.data_ptr() == w.data_ptr() else values.contiguous()
 
 

@@ -4,6 +4,10 @@ Formats of 8 bits and more keep one element per code, `[.., N, K]`. Below 8 bits
 bitstream, uint8 `[.., N, ceil(Kp * bits / 8)]` with Kp = K padded to whole groups: element i holds bits i*bits to
 (i+1)*bits - 1, so with 4 bits the even element is the low nibble. Signed integers are stored with an offset,
 q + 2^(bits-1), so that any stored code is unsigned. Padding decodes to zero; bits after the last element are 0.
+
+Zero points of fewer than 8 bits, one for each scale, lie in the same bitstream, uint8 `[.., ceil(G * bits / 8)]`. Where
+that saves no byte of a row (G = 1), and where one serves the whole tensor, each has a byte of its own, as all had in
+folders of version 1: the width of a row tells which it is.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from torch import Tensor
 
 from qfx.errors import explain
 from qfx.format import Format
-from qfx.numerics import NF4_VALUES, choose_qparams, dequantize, quantize, require_finite
+from qfx.numerics import NF4_VALUES, QParams, choose_qparams, dequantize, quantize, require_finite
 from qfx.spill import beside
 
 
@@ -84,6 +88,36 @@ def unpack_codes(data: Tensor, fmt: Format, last_dim: int) -> Tensor:
     return codes
 
 
+def pack_zeros(zero: Tensor | None, fmt: Format) -> Tensor | None:
+    """Zero points one each, uint8 [.., G], to storage. What else travels in their place stays as it is."""
+    if zero is None or not _zeros_are_dense(fmt, zero.shape):
+        return zero
+    return pack_bits(zero, fmt.bits)
+
+
+def unpack_zeros(zero: Tensor | None, fmt: Format, scale: Tensor) -> Tensor | None:
+    """Zero points one each, uint8 of the scale's shape, from storage; what else travels in their place as it is.
+
+    Raises ValueError for zero points that fit neither the scales nor their dense form.
+    """
+    if zero is None or not fmt.has_zero or zero.shape == scale.shape:
+        return zero
+    lead, groups = scale.shape[:-1], scale.shape[-1] if scale.dim() else 1
+    if zero.dtype != torch.uint8 or zero.shape != (*lead, fmt.zero_width(groups)):
+        raise ValueError(
+            explain(
+                f"zero points do not fit format '{fmt}'",
+                expected=f"uint8, rows of {fmt.zero_width(groups)} bytes for scales of shape {list(scale.shape)}",
+                found=f"{str(zero.dtype).removeprefix('torch.')}, shape {list(zero.shape)}",
+            )
+        )
+    return unpack_bits(zero, fmt.bits, groups)
+
+
+def _zeros_are_dense(fmt: Format, shape: torch.Size) -> bool:
+    return fmt.has_zero and len(shape) > 0 and fmt.zero_width(shape[-1]) < shape[-1]
+
+
 def check_storage(data: Tensor, fmt: Format, last_dim: int) -> None:
     """Raises ValueError where dtype or row width of stored codes are not those of `fmt` for `last_dim` elements."""
     width = fmt.row_bytes(last_dim) if fmt.bits < 8 else last_dim
@@ -104,8 +138,8 @@ class Packed:
     """A weight as it is stored.
 
     data: codes, see the module. scale: `format.scale_shape(shape)` in the stored scale type; ones(()) for a plain
-    format. zero: uint8 zero points of an affine format, the f32 global scale of e4m3 scales, else None. shape: the
-    weight's own.
+    format. zero: zero points of an affine format, packed (see the module), what stands above e4m3 and dq scales, else
+    None. shape: the weight's own.
     """
 
     data: Tensor
@@ -116,7 +150,10 @@ class Packed:
 
     @classmethod
     def from_codes(cls, codes: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None = None) -> Packed:
-        """Pack codes found elsewhere (GPTQ, HQQ, ...): `fmt.code_dtype` [.., N, K] with scales of `fmt.scale_shape`."""
+        """Pack codes found elsewhere (GPTQ, HQQ, ...): `fmt.code_dtype` [.., N, K] with scales of `fmt.scale_shape`.
+
+        zero: as in `qfx.numerics.QParams`, zero points one each.
+        """
         assert codes.dtype == fmt.code_dtype, (codes.dtype, fmt)
         if not fmt.is_plain and tuple(scale.shape) != fmt.scale_shape(codes.shape):
             raise ValueError(
@@ -126,15 +163,20 @@ class Packed:
                     found=f"shape {list(scale.shape)}",
                 )
             )
-        return cls(pack_codes(codes, fmt, zero), scale.to(fmt.scale_dtype), zero, fmt, tuple(codes.shape))
+        data = pack_codes(codes, fmt, zero)
+        return cls(data, scale.to(fmt.scale_dtype), pack_zeros(zero, fmt), fmt, tuple(codes.shape))
 
     def codes(self) -> Tensor:
         """Unpacked codes, `format.code_dtype`, of the weight's shape."""
         return unpack_codes(self.data, self.format, self.shape[-1])
 
+    def params(self) -> QParams:
+        """Scales and zero points (one each) as `qfx.numerics` takes them."""
+        return QParams(self.scale, unpack_zeros(self.zero, self.format, self.scale))
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as it comes back, of the weight's shape."""
-        return dequantize(self.codes(), self.format, self.scale, self.zero, dtype)
+        return dequantize(self.codes(), self.format, *self.params(), dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors to save, by name: data, scale, and zero where there is one."""

@@ -26,7 +26,8 @@ from qfx.recipe import Recipe
 from qfx.spill import rest
 from qfx.text import type_text
 
-VERSION = 1
+VERSION = 2  # 1: a byte for each zero point
+_READ = (1, VERSION)
 _JSON, _TENSORS = "plan.json", "plan.safetensors"
 _HEAD: dict[str, type] = {"format": str, "version": int, "tensor_sha256": str}
 _FIELDS: dict[str, type] = {
@@ -295,9 +296,9 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is truncated or no JSON: {error}") from error
     if not isinstance(fields, dict) or fields.get("format") != "qfx-plan":
         raise ValueError(f'{file} is not a plan of qfx (it lacks "format": "qfx-plan")')
-    if fields.get("version") != VERSION:
+    if fields.get("version") not in _READ:
         raise ValueError(
-            f"{file} has version {fields.get('version')!r}, this qfx reads version {VERSION}\n"
+            f"{file} has version {fields.get('version')!r}, this qfx reads versions up to {VERSION}\n"
             "  next step: install the version of qfx that wrote it, or plan again"
         )
     known = {**_HEAD, **_FIELDS}

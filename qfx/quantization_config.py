@@ -1,6 +1,6 @@
 """The `quantization_config` that config.json of a quantized transformers model carries, as a plain dictionary.
 
-    {"quant_method": "qfx", "version": 1, "qfx": "0.1.0", "recipe": {...}, "model": {...}}
+    {"quant_method": "qfx", "version": 2, "qfx": "0.1.0", "recipe": {...}, "model": {...}}
 
 recipe: what was asked, as `Recipe.to_dict` writes it; None where it is not known. model: the record of `qfx.describe`,
 equal modules told once, and the digest of each tensor (`qfx.checkpoint`); it is there only in files.
@@ -19,7 +19,8 @@ from qfx.errors import explain, nearest
 from qfx.plan import versions
 from qfx.recipe import Recipe
 
-VERSION = 1
+VERSION = 2  # 1: a byte for each zero point
+_READ = (1, VERSION)
 _KEYS = ("quant_method", "version", "qfx", "recipe", "strict", "model")
 _MODEL = {"class", "dtype", "implementations", "modules", "parameters", "tied", "buffers", "centred", "tensors"}
 
@@ -41,11 +42,11 @@ def unwrap(fields: Mapping[str, Any], where: str) -> tuple[Recipe | None, Record
     if fields.get("quant_method") != METHOD:
         raise ValueError(f"{where} is no quantization_config of qfx, found {fields.get('quant_method')!r}")
     wrote = fields.get("qfx", "unknown")
-    if fields.get("version", VERSION) != VERSION:
+    if fields.get("version", VERSION) not in _READ:
         raise ValueError(
             explain(
                 f"{where} comes from another version of qfx",
-                expected=f"version {VERSION}",
+                expected=f"version {VERSION} or earlier",
                 found=f"version {fields['version']}, written by qfx {wrote}",
                 next_step="install the version that wrote it, or quantize and save the model again",
             )

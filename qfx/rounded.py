@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qfx.errors import explain
 from qfx.format import Format
-from qfx.packing import Packed, check_storage
+from qfx.packing import Packed, check_storage, pack_zeros, unpack_zeros
 from qfx.parts import round_in_parts
 
 _LEAVES = {"codes": "data", "scale": "scale", "zero": "zero"}
@@ -60,7 +60,7 @@ def get(tensors: Mapping[str, Tensor], name: str, fmt: Format, shape: tuple[int,
             )
         )
     check_storage(codes, fmt, shape[-1])
-    return Packed(codes, scale, zero, fmt, tuple(shape))
+    return Packed(codes, scale, pack_zeros(unpack_zeros(zero, fmt, scale), fmt), fmt, tuple(shape))
 
 
 def pack(tensors: Mapping[str, Tensor], weight: Tensor, fmt: Format, method: str, *, name: str) -> Packed:

@@ -23,7 +23,8 @@ from qfx.rebuild import Saved, rebuild
 from qfx.recipe import Recipe
 from qfx.skeleton import CONFIG, GENERATION, skeleton
 
-VERSION = 1
+VERSION = 2  # 1: a byte for each zero point
+_READ = (1, VERSION)
 SHARD = 5_000_000_000  # bytes of a file of weights
 _JSON = "qfx.json"
 _KEYS = {
@@ -70,8 +71,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = N
         fields["files"] = {name: sha256_file(stage(name)) for name in files}
         fields["sha256"] = _digest(fields)
         stage(_JSON).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-    former = checkpoint.ONE if len(shards) > 1 else checkpoint.INDEX
-    (Path(folder) / former).unlink(missing_ok=True)  # else transformers would read a model that was here before
+    _remove_former(Path(folder), files)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -86,7 +86,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     """
     path = Path(folder)
     recipe: Recipe | None = None
-    if (path / _JSON).is_file() or not (path / CONFIG).is_file():
+    former = (path / CONFIG).is_file() and checkpoint.by_transformers(path)  # qfx.json, should there be one
+    if not former and ((path / _JSON).is_file() or not (path / CONFIG).is_file()):
         fields = _read(path / _JSON)
         for name, sha256 in fields["files"].items():
             if not name.endswith(checkpoint.SUFFIX):
@@ -117,6 +118,13 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         fields["modules"], fields["parameters"], fields["buffers"], fields["tied"], tensors, tuple(fields["centred"])
     )
     return attach(rebuild(model, saved).eval(), recipe)
+
+
+def _remove_former(folder: Path, files: list[str]) -> None:
+    """Remove the weights of a model that was here before, which transformers would read, or which nothing reads."""
+    for path in folder.glob(f"model*{checkpoint.SUFFIX}*"):
+        if path.name not in files and checkpoint.NAMES.fullmatch(path.name):
+            path.unlink()
 
 
 def _from_config(path: Path) -> tuple[Recipe | None, Record | None]:
@@ -172,11 +180,11 @@ def _read(file: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(fields, dict) or fields.get("format") != "qfx-model":
         raise ValueError(explain(f"{file} is no qfx model", expected="format 'qfx-model'"))
-    if fields.get("version") != VERSION:
+    if fields.get("version") not in _READ:
         raise ValueError(
             explain(
                 f"{file} comes from another version of qfx",
-                expected=f"version {VERSION}",
+                expected=f"version {VERSION} or earlier",
                 found=fields.get("version"),
                 next_step="install the version that wrote it, or quantize and save the model again",
             )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qfx.format import Format
 from qfx.modules import QuantLinear
-from qfx.packing import pack_weight
+from qfx.packing import pack_weight, unpack_zeros
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # those of libraries that transformers imports where they are installed
@@ -58,6 +58,13 @@ def pack(model: nn.Module, formats: str | Mapping[str, str], **more: Any) -> Any
 def linears(model: nn.Module) -> dict[str, QuantLinear]:
     """The quantized linears by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def zero_points(module: QuantLinear) -> Tensor:
+    """Those of an affine weight, one each, uint8 [N, G]."""
+    found = unpack_zeros(module.w_zero, Format.parse(module.w_format), module.w_scale)
+    assert found is not None
+    return found
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:

@@ -13,12 +13,12 @@ from qfx.backends.onnx.build import Builder
 from qfx.backends.onnx.values import Dim, Value
 from qfx.format import Format
 from qfx.numerics import dequantize, effective_scale
-from qfx.packing import unpack_codes
+from qfx.packing import unpack_codes, unpack_zeros
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A packed weight [.., N, K] whose tensors the model holds; `name` is that of its codes."""
+    """A packed weight [.., N, K] whose tensors the model holds; `name` is that of its codes. zero: one each."""
 
     name: str
     data: Tensor
@@ -40,7 +40,8 @@ class Weight:
                 raise NotImplementedError("a packed weight that is computed in the graph")
         data, scale, zero = (b.tensor(node) if isinstance(node, fx.Node) else None for node in nodes)
         assert data is not None and scale is not None, "a packed weight without codes or scale"
-        return cls(str(nodes[0].target), data.detach(), scale.detach(), None if zero is None else zero.detach(), fmt, k)
+        zero = None if zero is None else unpack_zeros(zero.detach(), fmt, scale)
+        return cls(str(nodes[0].target), data.detach(), scale.detach(), zero, fmt, k)
 
     @property
     def n(self) -> int:

@@ -85,30 +85,30 @@ def _lost(linear: Linear) -> list[Loss]:
 
 
 def _encode(linear: Linear) -> dict[str, Tensor]:
-    packed, kind = linear.packed, kind_of(linear.format, linear.x)
+    packed, kind, zero = linear.packed, kind_of(linear.format, linear.x), linear.packed.params().zero
     fmt, shape = packed.format, torch.tensor(packed.shape, dtype=torch.int64)
     if kind == "pack-quantized":
         half = 1 << (fmt.bits - 1)
         codes = packed.codes() if fmt.has_zero else (packed.codes().to(torch.int16) + half).to(torch.uint8)
         found = {"weight_packed": pack_words(codes, fmt.bits), "weight_scale": _scale(packed.scale)}
         found["weight_shape"] = shape
-        if packed.zero is not None:
-            zero = packed.zero.reshape(-1, 1) if packed.zero.dim() == 0 else packed.zero
+        if zero is not None:
+            zero = zero.reshape(-1, 1) if zero.dim() == 0 else zero
             found["weight_zero_point"] = (
                 pack_words(zero.t().contiguous(), fmt.bits).t().contiguous() if fmt.granularity else _signed(zero)
             )
     elif kind == "int-quantized":
         codes = _signed(packed.codes()) if fmt.has_zero else packed.codes()
         found = {"weight": codes, "weight_scale": _scale(packed.scale)}
-        if packed.zero is not None:
-            found["weight_zero_point"] = _scale(_signed(packed.zero))
+        if zero is not None:
+            found["weight_zero_point"] = _scale(_signed(zero))
     elif kind == "float-quantized":
         found = {"weight": packed.codes(), "weight_scale": _scale(packed.scale)}
     else:
         found = {"weight_packed": pack_bits(packed.codes(), 4)}
         if kind == "nvfp4-pack-quantized":
-            assert packed.zero is not None
-            found |= {"weight_scale": packed.scale, "weight_global_scale": packed.zero.reciprocal().reshape(1)}
+            assert zero is not None
+            found |= {"weight_scale": packed.scale, "weight_global_scale": zero.reciprocal().reshape(1)}
         else:
             found["weight_scale"] = packed.scale.view(torch.uint8)
     return found | _encode_input(linear)

@@ -46,8 +46,8 @@ def as_blocks(packed: Packed) -> Exact | str:
     if step % 32:
         return f"{fmt} has a scale for each {step} columns, blocks for 32"
     codes = packed.codes().to(torch.int16)
-    if packed.zero is not None:
-        codes = codes - _over_codes(packed.zero.to(torch.int16), fmt, packed.shape)
+    if (zero := packed.params().zero) is not None:
+        codes = codes - _over_codes(zero.to(torch.int16), fmt, packed.shape)
     low, high = int(codes.min()), int(codes.max())
     for name in _BY_RANGE:
         kind = block_type(name)

@@ -96,7 +96,7 @@ def _refusal(linear: Linear, version: str) -> Loss | None:
         )
     if half_scale(linear.packed.scale)[1] == float("inf"):
         return "its scales are beyond float16: written in float", "export_compressed_tensors, with float32 scales"
-    zero = linear.packed.zero
+    zero = linear.packed.params().zero
     if version == "gptq" and zero is not None and bool((zero == 0).any()):
         return "zero points of 0 have no form in version 'gptq': written in float", "version='gptq_v2'"
     return None

@@ -113,7 +113,7 @@ def unsigned(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
     """
     fmt, half = packed.format, 1 << (packed.format.bits - 1)
     assert fmt.is_integer and (fmt.group or fmt.granularity in ("", "ch")), fmt
-    codes, scale, zero = packed.codes(), packed.scale, packed.zero
+    codes, (scale, zero) = packed.codes(), packed.params()
     if fmt.granularity == "":
         scale = scale.reshape(1, 1).expand(codes.shape[0], 1)
         zero = None if zero is None else zero.reshape(1, 1).expand(codes.shape[0], 1)

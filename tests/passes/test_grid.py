@@ -23,7 +23,7 @@ def weight(rows: int = 10, columns: int = 20) -> Tensor:
 
 def grid_of(w: Tensor, text: str) -> Grid:
     packed = pack_weight(w, Format.parse(text))
-    return Grid(packed.format, packed.scale, packed.zero, (w.shape[0], w.shape[1]))
+    return Grid(packed.format, *packed.params(), (w.shape[0], w.shape[1]))
 
 
 @pytest.mark.parametrize("text", FORMATS)
@@ -60,7 +60,7 @@ def test_scales_of_a_group_are_found_anew(text: str) -> None:
 def test_the_stored_scales_of_others_are_not_changed() -> None:
     packed = pack_weight(weight(), Format.parse("u3/g8"))
     kept = packed.scale.clone()
-    Grid(packed.format, packed.scale, packed.zero, (10, 20)).refit(0, 5 * weight()[:, :8], slice(None), None)
+    Grid(packed.format, *packed.params(), (10, 20)).refit(0, 5 * weight()[:, :8], slice(None), None)
     assert torch.equal(packed.scale, kept)
 
 

@@ -97,6 +97,16 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         files_of(tmp_path)
 
 
+def test_several_files_beside_one_are_later_where_all_are_there(tmp_path: Path) -> None:
+    (one,) = written(tmp_path, files=1)
+    several = written(tmp_path, files=3)
+    assert files_of(tmp_path) == several
+    several[1].unlink()
+    assert files_of(tmp_path) == [one]
+    (tmp_path / INDEX).write_text("{")
+    assert files_of(tmp_path) == [one]
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "{}"])
 def test_a_broken_index_is_told(text: str, tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,40 @@ def test_what_is_written_is_read_bit_for_bit(kind: str, recipe: str, writer: str
         assert quantized_parts(found) == quantized_parts(model)
         assert found.hf_quantizer.quantization_config.recipe.name == recipe
     assert isinstance(loaded.hf_quantizer, QfxHfQuantizer) and loaded.is_quantized
+
+
+WRITERS: dict[str, Callable[[Any, Path], None]] = {
+    "save_pretrained": lambda model, folder: model.save_pretrained(folder),
+    "shards": lambda model, folder: model.save_pretrained(folder, max_shard_size="4KB"),
+    "more shards": lambda model, folder: model.save_pretrained(folder, max_shard_size="3KB"),
+    "qfx.save": qfx.save,
+    "qfx.save shards": lambda model, folder: qfx.save(model, folder, shard_bytes=4000),
+}
+
+
+@pytest.mark.parametrize("later", WRITERS)
+@pytest.mark.parametrize("former", WRITERS)
+def test_the_later_writer_wins(former: str, later: str, tmp_path: Path) -> None:
+    """Whatever lies in the folder, both readers find what was saved last."""
+    WRITERS[former](made("tied", "w4a16"), tmp_path)
+    model = made("tied", "w8a8")
+    WRITERS[later](model, tmp_path)
+    for found in (CLASSES["tied"].from_pretrained(tmp_path), qfx.load(tmp_path)):
+        assert torch.equal(logits(found), logits(model))
+        assert found.hf_quantizer.quantization_config.recipe.name == "w8a8"
+    if later.startswith("qfx"):
+        weights = {name for name in names(tmp_path) if name.endswith(".safetensors")}
+        assert weights <= set(json.loads((tmp_path / "qfx.json").read_text())["files"]), "others are removed"
+
+
+def test_the_same_model_saved_both_ways_is_read(tmp_path: Path) -> None:
+    model = made("tied")
+    qfx.save(model, tmp_path)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(qfx.load(tmp_path)), logits(model))
+    (tmp_path / "model.safetensors").write_bytes(b"no file")
+    with pytest.raises(ValueError, match="altered or is truncated"):
+        qfx.load(tmp_path)
 
 
 def test_tied_tables_are_one_again_and_stored_once(tmp_path: Path) -> None:

@@ -114,8 +114,8 @@ def test_strided_input() -> None:
 def test_integers_accumulate_exactly(x_format: str, w_format: str, m: int, n: int, k: int) -> None:
     packed, x, xf = weight(w_format, n, k, seed=k), torch.randn(m, k), F(x_format)
     sx, zx = choose_qparams(x, xf)
-    qx, qw = quantize(x, xf, sx, zx).long(), packed.codes().long()
-    acc = integer_sums(qx - (0 if zx is None else zx.long()), qw - (0 if packed.zero is None else packed.zero.long()))
+    qx, qw, zw = quantize(x, xf, sx, zx).long(), packed.codes().long(), packed.params().zero
+    acc = integer_sums(qx - (0 if zx is None else zx.long()), qw - (0 if zw is None else zw.long()))
     expected = acc.float() * sx * packed.scale.reshape(1, -1)
     assert torch.equal(linear(x, packed, x_format), expected)
 

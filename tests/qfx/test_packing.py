@@ -13,7 +13,17 @@ from torch import Tensor
 
 from qfx.format import TYPES, Format
 from qfx.numerics import choose_qparams, dequantize, fake_quantize, quantize
-from qfx.packing import Packed, check_storage, pack_bits, pack_codes, pack_weight, unpack_bits, unpack_codes
+from qfx.packing import (
+    Packed,
+    check_storage,
+    pack_bits,
+    pack_codes,
+    pack_weight,
+    pack_zeros,
+    unpack_bits,
+    unpack_codes,
+    unpack_zeros,
+)
 
 F = Format.parse
 PLAIN = ["f16", "bf16", "f32"]
@@ -116,7 +126,7 @@ def test_padding_decodes_to_zero(kind: str, granularity: str) -> None:
     padded = unpack_bits(packed.data, fmt.bits, 16)
     if fmt.is_integer and fmt.symmetric:
         padded = padded.to(torch.int8) - 2 ** (fmt.bits - 1)
-    values = dequantize(padded.to(fmt.code_dtype), fmt, packed.scale, packed.zero)
+    values = dequantize(padded.to(fmt.code_dtype), fmt, *packed.params())
     assert (values[:, 11:] == 0).all()
     assert torch.equal(values[:, :11], packed.dequantize())
 
@@ -217,6 +227,77 @@ def test_experts_are_packed_one_by_one() -> None:
         assert torch.equal(whole.data[i], one.data)
         assert torch.equal(whole.scale[i], one.scale)
         assert torch.equal(whole.zero[i], one.zero)
+
+
+# ---- zero points
+
+
+@given(st.integers(2, 8), st.integers(1, 40), st.integers(1, 3), st.integers(0, 1000))
+def test_zero_points_take_their_own_bits(bits: int, groups: int, rows: int, seed: int) -> None:
+    fmt, zero = F(f"u{bits}/g4"), random_codes((2, rows, groups), bits, seed)
+    scale = torch.ones(2, rows, groups)
+    stored = pack_zeros(zero, fmt)
+    assert stored is not None and stored.dtype == torch.uint8
+    assert stored.shape == (2, rows, math.ceil(groups * bits / 8))
+    found = unpack_zeros(stored, fmt, scale)
+    assert found is not None and torch.equal(found, zero)
+
+
+def test_golden_zero_points() -> None:
+    zero = torch.tensor([[1, 2, 3, 0, 3]], dtype=torch.uint8)
+    stored = pack_zeros(zero, F("u2/g8"))
+    assert stored is not None and stored.tolist() == [[0b00_11_10_01, 0b11]]
+
+
+@given(st.integers(2, 8), st.integers(1, 9))
+def test_a_byte_for_each_is_read_too(bits: int, groups: int) -> None:
+    """As earlier versions stored them, also where the dense form is as wide."""
+    fmt, zero = F(f"u{bits}/g4"), random_codes((3, groups), bits)
+    assert unpack_zeros(zero, fmt, torch.ones(3, groups)) is zero
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("u4/ch", torch.tensor([[3], [15]], dtype=torch.uint8)),
+        ("u4", torch.tensor(7, dtype=torch.uint8)),
+        ("u8/g4", torch.full((2, 5), 200, dtype=torch.uint8)),
+        ("u7/g4", torch.full((2, 3), 100, dtype=torch.uint8)),  # 21 bits need three bytes all the same
+        ("i4/g16/e4m3", torch.tensor(0.5)),
+        ("nf4/g64/dq", torch.rand(3)),
+        ("i4/g4", None),
+    ],
+)
+def test_what_saves_no_byte_stays(text: str, held: Tensor | None) -> None:
+    assert pack_zeros(held, F(text)) is held
+    scale = torch.ones(2, 5) if held is None or held.is_floating_point() else torch.ones(held.shape)
+    assert unpack_zeros(held, F(text), scale) is held
+
+
+@pytest.mark.parametrize("stored", [torch.zeros(3, 4, dtype=torch.uint8), torch.zeros(3, 3), torch.zeros(2, 3).byte()])
+def test_zero_points_that_do_not_fit_are_refused(stored: Tensor) -> None:
+    with pytest.raises(ValueError, match="zero points do not fit format 'u4/g8'") as caught:
+        unpack_zeros(stored, F("u4/g8"), torch.ones(3, 6))
+    assert "expected: uint8, rows of 3 bytes for scales of shape [3, 6]" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["u2/g8", "u3/g4/f16", "u4/b2x8", "u5/g4", "u6/ch", "u7/g4", "u4", "u8/g8"])
+@pytest.mark.parametrize("shape", [(5, 40), (2, 5, 33)])
+def test_a_weight_comes_back_over_packed_zero_points(text: str, shape: tuple[int, ...]) -> None:
+    w, fmt = torch.randn(shape) + 0.5, F(text)
+    packed = pack_weight(w, fmt)
+    scale, zero = choose_qparams(w, fmt)
+    assert zero is not None and packed.zero is not None and torch.equal(packed.params()[1], zero)  # type: ignore[arg-type]
+    assert torch.equal(packed.dequantize(), fake_quantize(w, fmt, scale, zero))
+    assert packed.nbytes == fmt.nbytes(shape)
+
+
+def test_packed_zero_points_are_no_numbers() -> None:
+    """Negative control: one byte a row would broadcast over the groups of it."""
+    packed = pack_weight(torch.randn(5, 16) + 1, F("u2/g8"))
+    assert packed.zero is not None and packed.zero.shape == (5, 1)
+    with pytest.raises(AssertionError, match="zero points of"):
+        dequantize(packed.codes(), packed.format, packed.scale, packed.zero)
 
 
 # ---- refusals

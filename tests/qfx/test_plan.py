@@ -325,7 +325,7 @@ def test_load_finds_one_flipped_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "has version 2, this qfx reads version 1"),
+        ({"version": 3}, "has version 3, this qfx reads versions up to 2"),
         ({"version": None}, "has version None"),
         ({"format": "other"}, "is not a plan of qfx"),
         ({"anotations": {}}, "unknown key 'anotations' in .*, did you mean 'annotations'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,22 @@ def test_what_was_put_is_got(text: str) -> None:
     assert found is not None and torch.equal(found.dequantize(), packed.dequantize())
     assert {name for name in tensors if not name.startswith("a.b/")} == set()
     assert rounded.get(tensors, "a", fmt, (3, 20)) is None, "another name"
+
+
+@pytest.mark.parametrize("text", ["u2/g8", "u4/g8", "u6/g8"])
+def test_a_byte_for_each_zero_point_is_read(text: str) -> None:
+    """As plans of version 1 have them; it is packed on the way."""
+    fmt, tensors = Format.parse(text), dict[str, Tensor]()
+    packed = pack_weight(torch.randn(3, 40), fmt)
+    zero = packed.params().zero
+    assert zero is not None and zero.shape == (3, 5)
+    rounded.put(tensors, "fc", replace(packed, zero=zero))
+    found = rounded.get(tensors, "fc", fmt, (3, 40))
+    assert found is not None and torch.equal(found.dequantize(), packed.dequantize())
+    assert found.nbytes == packed.nbytes == fmt.nbytes((3, 40))
+    tensors["fc/zero"] = torch.zeros(3, 1, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="zero points do not fit format"):
+        rounded.get(tensors, "fc", fmt, (3, 40))
 
 
 def test_putting_again_leaves_nothing_of_the_earlier() -> None:

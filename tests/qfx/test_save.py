@@ -16,6 +16,8 @@ import transformers
 from torch import Tensor, nn
 
 import qfx
+from qfx.modules import QuantLinear
+from qfx.packing import unpack_zeros
 from qfx.save import load, save
 from tests.graphs import Function
 from tests.zoo import ZOO, ids
@@ -144,6 +146,30 @@ def test_the_compiled_model_saves_the_module_within(tmp_path: Path) -> None:
     save(torch.compile(model, backend="qfx"), tmp_path)  # type: ignore[arg-type]
     loaded = load(tmp_path, make(lambda: nn.Sequential(nn.Linear(8, 4)), seed=1))
     assert torch.equal(loaded(rows(3, 8)), model(rows(3, 8)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reader", ["load", "transformers"])
+def test_a_folder_of_version_1_is_read(reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds a byte for each zero point."""
+    model, inputs = ZOO["llama"]()
+    model = qfx.quantize(model, qfx.Recipe(name="r", rules=(qfx.Rule(target="linear", w="u3/g8"),)))
+    wanted = model(**inputs).logits
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            zero = unpack_zeros(module.w_zero, qfx.Format.parse(module.w_format), module.w_scale)
+            assert zero is not None and module.w_zero is not None and zero.shape[-1] > module.w_zero.shape[-1]
+            module.w_zero = zero
+    for name in ("qfx.save", "qfx.quantization_config"):
+        monkeypatch.setattr(sys.modules[name], "VERSION", 1)
+    save(model, tmp_path)
+    assert json.loads((tmp_path / "qfx.json").read_text())["version"] == 1
+    monkeypatch.undo()
+    if reader == "load":
+        loaded = load(tmp_path)
+    else:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**inputs).logits, wanted)
 
 
 def test_a_failed_save_leaves_the_former_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

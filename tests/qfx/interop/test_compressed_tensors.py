@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import qfx
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.permuted import QuantPermuted
-from tests.interop import UP, linears, llama, logits, pack, same, stored
+from tests.interop import UP, linears, llama, logits, pack, same, stored, zero_points
 
 KINDS = {
     "i4/g32": "pack-quantized", "u4/g32": "pack-quantized", "i3/ch": "pack-quantized", "u5/g16": "pack-quantized",
@@ -133,8 +133,7 @@ def test_words_of_before_0_17_are_read(tmp_path: Path) -> None:
             "u3/g32", module.shape[1], torch.float32,
         ).to(torch.int64)  # fmt: skip
         tensors[name] = _padded(codes)
-        assert module.w_zero is not None
-        tensors[f"{stem}weight_zero_point"] = _padded(module.w_zero.t().to(torch.int64)).t().contiguous()
+        tensors[f"{stem}weight_zero_point"] = _padded(zero_points(module).t().to(torch.int64)).t().contiguous()
     save_file(tensors, tmp_path / "model.safetensors")
     fields = json.loads((tmp_path / "config.json").read_text())
     fields["quantization_config"]["version"] = "0.15.0"
