@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import math
 import mmap
 import sys
 import tempfile
 import weakref
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -56,24 +58,35 @@ class Spill:
         """
         if tensor.nbytes < LEAST or tensor.device.type != "cpu":
             return tensor
-        data: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return self.write([tensor.detach()], tuple(tensor.shape))
+
+    def write(self, parts: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:
+        """A tensor [N, ..] of this shape, read from the file, of parts that follow each other along N.
+
+        parts: on the CPU, all of one dtype; each is let go of as it is written. Raises OSError as `keep` does.
+        """
+        size, dtype = 0, torch.float32
         try:
             self._file.seek(self._size)
-            self._file.write(data)
+            for part in parts:
+                data: Any = part.contiguous().reshape(-1).view(torch.uint8).numpy()
+                self._file.write(data)
+                size, dtype = size + part.nbytes, part.dtype
             self._file.flush()
         except OSError as error:
             what = f"a temporary file for packed weights cannot be written, nothing was changed: {error.strerror}"
             raise OSError(error.errno, what, self._where) from error
-        held = mmap.mmap(self._file.fileno(), tensor.nbytes, access=mmap.ACCESS_COPY, offset=self._size)
-        weakref.finalize(held, _punch, self._file, self._size, tensor.nbytes)
+        assert size == math.prod(shape) * dtype.itemsize, (size, shape, dtype)
+        held = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY, offset=self._size)
+        weakref.finalize(held, _punch, self._file, self._size, size)
         self._maps.add(held)
         _REGIONS.add(held, self)
-        self._kept += tensor.nbytes
+        self._kept += size
         if self._kept >= MOST:
             self._kept = 0
             give_back()
-        self._size += -(-tensor.nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        return torch.frombuffer(held, dtype=torch.uint8).view(tensor.dtype).reshape(tensor.shape)
+        self._size += -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        return torch.frombuffer(held, dtype=torch.uint8).view(dtype).reshape(shape)
 
     def rest(self, read: int) -> None:
         """Count bytes that were read; where they are many, let go of the memory of all tensors: the file has them."""
@@ -115,6 +128,13 @@ def beside(new: Tensor, old: Tensor) -> Tensor:
     """`new`, in a temporary file where `old` lies in a file; else `new` itself. Raises OSError as `Spill.keep`."""
     found = _REGIONS.find(old)
     return new if found is None or is_mapped(new) else found[1].keep(new)
+
+
+def write_beside(parts: Iterable[Tensor], shape: tuple[int, ...], old: Tensor) -> Tensor:
+    """Parts of a tensor of this shape (see `Spill.write`) in a temporary file; `old` lies in a file."""
+    found = _REGIONS.find(old)
+    assert found is not None, "the tensor lies in no file"
+    return found[1].write(parts, shape)
 
 
 class Resting(fx.Interpreter):
