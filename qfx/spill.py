@@ -14,7 +14,7 @@ import mmap
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,8 @@ from torch import Tensor, fx
 
 LEAST = 1 << 16  # bytes of a tensor that is worth a place in the file
 MOST = 4 << 20  # bytes that are written or read before memory is let go
+_USED = 64 << 20  # bytes that calls read before free memory is given back
+_LARGE, _PART = 1 << 24, 1 << 22  # elements of a weight that is multiplied part by part, and of a part
 
 
 class Spill:
@@ -124,6 +126,33 @@ def rest(*tensors: Tensor) -> None:
         held.madvise(mmap.MADV_DONTNEED, start, min(at + _extent(tensor), len(held)) - start)
 
 
+def used(*tensors: Tensor) -> None:
+    """`rest` for what a call has read; where that was much, the memory that it freed is given back, too."""
+    if not _REGIONS:
+        return
+    rest(*tensors)
+    _REGIONS.used += sum(tensor.nbytes for tensor in tensors if is_mapped(tensor))
+    if _REGIONS.used >= _USED:
+        _REGIONS.used = 0
+        give_back()
+
+
+def call(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """`target(*args, **kwargs)`; a linear with a very large weight on the CPU in parts, since libraries copy the weight
+    that they are given into an order of their own. For interpreters without gradients."""
+    large = target is torch.ops.aten.linear.default and not kwargs and args[1].numel() > _LARGE
+    if not large or torch.is_grad_enabled() or args[1].device.type != "cpu":
+        return target(*args, **kwargs)
+    x, weight, bias = (*args, None)[:3]
+    found = x.new_empty(*x.shape[:-1], len(weight))
+    step = max(1, _PART // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        found[..., rows] = target(x, weight[rows], None if bias is None else bias[rows])
+        rest(weight[rows])
+    return found
+
+
 def beside(new: Tensor, old: Tensor) -> Tensor:
     """`new`, in a temporary file where `old` lies in a file; else `new` itself. Raises OSError as `Spill.keep`."""
     found = _REGIONS.find(old)
@@ -144,8 +173,12 @@ class Resting(fx.Interpreter):
         """The value of a node."""
         value = super().run_node(n)
         if _REGIONS:
-            rest(*(self.env[a] for a in n.all_input_nodes if isinstance(self.env.get(a), Tensor)))
+            used(*(self.env[a] for a in n.all_input_nodes if isinstance(self.env.get(a), Tensor)))
         return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The value of a call."""
+        return call(target, args, kwargs)
 
 
 def give_back() -> None:
@@ -172,6 +205,7 @@ class _Regions:
     """The mapped files of this process by address. A region goes with its map."""
 
     def __init__(self) -> None:
+        self.used = 0  # bytes that calls read since memory was given back
         self._starts: list[int] = []
         self._held: dict[int, tuple[weakref.ref[mmap.mmap], Spill]] = {}
 
