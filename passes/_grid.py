@@ -33,6 +33,10 @@ class Grid:
             held = held.repeat_interleave(self.format.block[0], 0)[:rows]
         return held.T.contiguous()
 
+    def of(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point, as stored, of some rows; of a format whose scales are those of single rows."""
+        return self.scale[rows], None if self.zero is None else self.zero[rows]
+
     def round(self, column: int, values: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Codes (f32 for integers, else as stored) and rounded values of one column f32 [n] of some rows."""
         group = column // self.width

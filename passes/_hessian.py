@@ -55,11 +55,12 @@ class Hessian:
         return self.matrix.diagonal() if self._diagonal is None else self._diagonal
 
     def settle(self, weight: Tensor) -> None:
-        """Nothing is added any more. Where the weight lies in a file, H does, too (see `qfx.spill`)."""
+        """Nothing is added any more. Where the weight lies in a file, H and D do, too (see `qfx.spill`)."""
         self.whole()
         if self._diagonal is None:
             self._diagonal = self.matrix.diagonal().clone()
             self.matrix = beside(self.matrix, weight)
+            self.cross = None if self.cross is None else beside(self.cross, weight)
 
     def energy(self, rows: Tensor) -> float:
         """Sum of squares of what rows [n, K] give for the inputs that were added."""

@@ -26,17 +26,18 @@ from qfx.blocks import Block, Part, Site
 from qfx.errors import Note, explain
 from qfx.format import Format
 from qfx.method_options import GptqOptions
-from qfx.numerics import dequantize, quantize
+from qfx.numerics import quantize
 from qfx.packing import Packed
-from qfx.parts import ELEMENTS, round_in_parts
+from qfx.parts import ELEMENTS, joined, round_in_parts
 from qfx.passes._grid import Grid, scales
 from qfx.passes._hessian import Hessian, factor
 from qfx.recipe import Recipe
 from qfx.rounding import round_weight
-from qfx.spill import rest
+from qfx.spill import beside, rest
 
 _COLUMNS = 128  # whose errors are passed on to the rest together
 _ELEMENTS = 1 << 23  # of the rows that are rounded together
+_ROWS = 256  # that are put in order at once
 _SAMPLED = 256  # rows by which errors are told
 
 
@@ -168,19 +169,18 @@ def round_by(
     if fmt.is_plain:
         return nearest, {}
     full = weight.detach()
-    start = nearest.params()
-    before = _rows_of(nearest.codes(), fmt, *start, _some(full))
+    before, start = _values(nearest, _some(full)), nearest.params()
+    del nearest  # its codes
     if full.dim() == 2:
         grid = _grid(full, fmt, start, seen[0], options)
-        codes, told = _solve(full, before, seen[0], grid, options, name)
-        return Packed.from_codes(codes, fmt, grid.scale, grid.zero), told
+        return _solve(full, before, seen[0], grid, options, name)
     solved = []
     for i, one in enumerate(seen):
         scale, zero = (t[i] if t is not None and t.dim() else t for t in start)
         assert scale is not None
         grid = _grid(full[i], fmt, (scale, zero), one, options)
-        solved.append((*_solve(full[i], before[i], one, grid, options, name), grid))
-    return _stacked(solved, fmt), _mean([told for _, told, _ in solved if told])
+        solved.append(_solve(full[i], before[i], one, grid, options, name))
+    return _stacked([packed for packed, _ in solved]), _mean([told for _, told in solved if told])
 
 
 def _grid(
@@ -200,14 +200,15 @@ def _grid(
     return Grid(fmt, scale, zero, (matrix.shape[0], matrix.shape[1]))
 
 
-def _stacked(solved: list[tuple[Tensor, dict[str, Any], Grid]], fmt: Format) -> Packed:
-    """The experts' codes, scales and zero points as one weight; what is one for the whole tensor is shared."""
-    first = solved[0][2]
-    scale = torch.stack([grid.scale for *_, grid in solved]) if first.scale.dim() else first.scale
+def _stacked(each: list[Packed]) -> Packed:
+    """The experts as one weight; what is one for the whole tensor is shared."""
+    first = each[0]
+    scale = torch.stack([one.scale for one in each]) if first.scale.dim() else first.scale
     zero = first.zero
     if zero is not None and zero.dim():
-        zero = torch.stack([grid.zero for *_, grid in solved if grid.zero is not None])
-    return Packed.from_codes(torch.stack([codes for codes, *_ in solved]), fmt, scale, zero)
+        zero = torch.stack([one.zero for one in each if one.zero is not None])
+    data = torch.stack([one.data for one in each])
+    return Packed(data, scale, zero, first.format, (len(each), *first.shape))
 
 
 def _mean(told: list[dict[str, Any]]) -> dict[str, Any]:
@@ -220,31 +221,30 @@ def _mean(told: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _solve(
     matrix: Tensor, nearest: Tensor, seen: Hessian, grid: Grid, options: GptqOptions, name: str
-) -> tuple[Tensor, dict[str, Any]]:
-    """Codes [N, K] of one matrix [N, K], and what is told about it; its scales are left in `grid`.
+) -> tuple[Packed, dict[str, Any]]:
+    """One matrix [N, K] rounded, and what is told about it.
 
     nearest: some rows of it (see `_some`) as rounding to nearest gives them.
     """
     if seen.rows == 0:
         return _unseen(matrix, grid, name), {}
     seen.settle(matrix)
-    work = _Work.of(seen, grid, options, name)
-    codes = torch.empty((matrix.shape[1], matrix.shape[0]), dtype=grid.format.code_dtype, device=matrix.device)
-    size = max(_ELEMENTS // matrix.shape[1], 1)
-    beyond = sum(work.round(matrix, slice(at, at + size), codes) for at in range(0, len(matrix), size))
+    work = _Work.of(seen, grid, options, name, matrix)
+    packed, beyond = work.solve(matrix)
     dampening = work.dampening
     del work  # with the factor, which is as large as the statistics
-    codes, some = codes.T.contiguous(), _some(matrix)
-    exact, after = matrix[some].to(torch.float32), _rows_of(codes, grid.format, grid.scale, grid.zero, some)
+    some = _some(matrix)
+    exact = matrix[some].to(torch.float32)
+    rest(matrix)
     signal = max(seen.energy(exact), 1e-30)
     told = {
         "error_before": seen.energy(exact - nearest) / signal,
-        "error_after": seen.energy(exact - after) / signal,
+        "error_after": seen.energy(exact - _values(packed, some)) / signal,
         "dampening": dampening,
         "dead": float((seen.diagonal <= 0).double().mean()),
         "clipped": beyond / max(matrix.numel(), 1),
     }
-    return codes, told
+    return packed, told
 
 
 def _some(matrix: Tensor) -> slice:
@@ -252,21 +252,19 @@ def _some(matrix: Tensor) -> slice:
     return slice(None, None, -(-matrix.shape[-2] // _SAMPLED))
 
 
-def _rows_of(codes: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None, some: slice) -> Tensor:
-    """Some rows of codes [.., N, K] as they come back, f32."""
-    if not fmt.by_row:
-        return dequantize(codes, fmt, scale, zero)[..., some, :].clone()
-    own, offset = (t[..., some, :] if t is not None and t.dim() else t for t in (scale, zero))
-    return dequantize(codes[..., some, :], fmt, own, offset)
+def _values(packed: Packed, some: slice) -> Tensor:
+    """Some rows of a weight [.., N, K] as they come back, f32."""
+    if packed.format.by_row:
+        return packed.part(some).dequantize()
+    return packed.dequantize()[..., some, :].clone()
 
 
-def _unseen(matrix: Tensor, grid: Grid, name: str) -> Tensor:
-    """Codes of an expert that no token reached."""
-    if not grid.format.by_row:  # its scales are not its own
-        return quantize(matrix, grid.format, grid.scale, grid.zero)
-    packed = round_weight(matrix, grid.format, "mse", name=name)
-    grid.scale, grid.zero = packed.params()
-    return packed.codes()
+def _unseen(matrix: Tensor, grid: Grid, name: str) -> Packed:
+    """An expert that no token reached."""
+    if grid.format.by_row:
+        return round_weight(matrix, grid.format, "mse", name=name)
+    codes = quantize(matrix, grid.format, grid.scale, grid.zero)  # its scales are not its own
+    return Packed.from_codes(codes, grid.format, grid.scale, grid.zero)
 
 
 @dataclass(frozen=True)
@@ -282,15 +280,18 @@ class _Work:
     options: GptqOptions
 
     @classmethod
-    def of(cls, seen: Hessian, grid: Grid, options: GptqOptions, name: str) -> _Work:
+    def of(cls, seen: Hessian, grid: Grid, options: GptqOptions, name: str, weight: Tensor) -> _Work:
+        """weight: where it lies in a file, so does the factor as long as P takes its memory."""
         whole, energy = seen.matrix, seen.diagonal
         if options.act_order:
             columns = energy.argsort(descending=True, stable=True)
         else:
             columns = torch.arange(len(whole), device=whole.device)
         upper, dampening = factor(whole, columns, options.dampening, name, energy)
-        pushed = None if seen.cross is None else _asymmetry(seen.cross[columns][:, columns], upper)
-        return cls(grid, columns, upper.T.contiguous(), pushed, energy, dampening, options)
+        if seen.cross is None:
+            return cls(grid, columns, upper.T, None, energy, dampening, options)
+        pushed = _asymmetry(seen.cross, columns, upper)
+        return cls(grid, columns, beside(upper.T, weight), pushed, energy, dampening, options)
 
     @property
     def _size(self) -> int:
@@ -304,42 +305,74 @@ class _Work:
         fmt = self.grid.format
         return fmt.group is not None and fmt.by_row and not self.options.act_order
 
-    def round(self, matrix: Tensor, rows: slice, codes: Tensor) -> int:
-        """Round some rows of a matrix [N, K] into `codes` [K, N]. Returns how many values lay beyond their codes."""
-        target = matrix[rows].to(torch.float32).T[self.columns]
-        rest(matrix[rows])
-        errors, reached = torch.empty_like(target), torch.empty_like(target)
+    def solve(self, matrix: Tensor) -> tuple[Packed, int]:
+        """A matrix [N, K] rounded, some rows after the other, and how many values lay beyond their codes."""
+        fmt, grid, beyond = self.grid.format, self.grid, [0]
+        size = max(_ELEMENTS // matrix.shape[1], 1)
+        spans = [slice(at, min(at + size, len(matrix))) for at in range(0, len(matrix), size)]
+
+        def codes_of(rows: slice) -> Tensor:
+            codes, more = self.round(matrix, rows)
+            beyond[0] += more
+            return codes
+
+        if not fmt.by_row:
+            codes = torch.cat([codes_of(rows) for rows in spans])
+            return Packed.from_codes(codes, fmt, grid.scale, grid.zero), beyond[0]
+        parts = (Packed.from_codes(codes_of(rows), fmt, *grid.of(rows)) for rows in spans)
+        return joined(parts, fmt, tuple(matrix.shape)), beyond[0]
+
+    def round(self, matrix: Tensor, rows: slice) -> tuple[Tensor, int]:
+        """Codes [n, K] of n rows of a matrix [N, K]; and how many values lay beyond their codes."""
+        errors = self._open(matrix[rows])  # [K, n]: weights, and from column j back what is lost in them
+        height = self._size if self.pushed is None else len(errors)
+        codes = torch.empty_like(errors, dtype=self.grid.format.code_dtype)
+        reached = errors.new_empty(min(height, len(errors)), errors.shape[1])
         order, scales = self.columns.tolist(), self.lower.diagonal().tolist()
         beyond = 0
-        for start in range(0, len(target), self._size):
-            stop = min(start + self._size, len(target))
+        for start in range(0, len(errors), self._size):
+            stop = min(start + self._size, len(errors))
             passed = self.lower[start:stop, :start] @ errors[:start]
+            at = start if self.pushed is not None else 0  # in `reached`
             if self.pushed is not None:
-                target[start:stop] += self.pushed[:start, start:stop].T @ reached[:start]
+                errors[start:stop] += self.pushed[:start, start:stop].T @ reached[:start]
             for j in range(start, stop):
                 if self._moving and j % self.grid.width == 0:
-                    self._refit(target, errors, passed, rows, start, j)
+                    self._refit(errors, passed, rows, start, j)
                 if self.pushed is not None:
-                    target[j] += self.pushed[start:j, j] @ reached[start:j]
-                whole = torch.addmv(passed[j - start], errors[start:j].T, self.lower[j, start:j])
-                torch.add(target[j], whole, alpha=1 / scales[j], out=reached[j])
-                found, value = self.grid.round(order[j], reached[j], rows)
-                torch.sub(target[j], value, out=errors[j])
-                codes[order[j], rows] = found
-            beyond += self.grid.beyond(self.columns[start:stop], reached[start:stop], rows)
-        return beyond
+                    errors[j] += self.pushed[start:j, j] @ reached[start:j]
+                whole, now = torch.addmv(passed[j - start], errors[start:j].T, self.lower[j, start:j]), at + j - start
+                torch.add(errors[j], whole, alpha=1 / scales[j], out=reached[now])
+                codes[order[j]], value = self.grid.round(order[j], reached[now], rows)
+                torch.sub(errors[j], value, out=errors[j])
+            beyond += self.grid.beyond(self.columns[start:stop], reached[at : at + stop - start], rows)
+            rest(self.lower)
+        return codes.T.contiguous(), beyond
 
-    def _refit(self, target: Tensor, errors: Tensor, passed: Tensor, rows: slice, start: int, j: int) -> None:
+    def _open(self, part: Tensor) -> Tensor:
+        """Rows [n, K] as columns in order, f32 [K, n]."""
+        found = torch.empty(part.shape[1], len(part), device=part.device)
+        for start in range(0, len(part), _ROWS):
+            few = part[start : start + _ROWS]
+            found[:, start : start + len(few)] = few.to(torch.float32).T[self.columns]
+        rest(part)
+        return found
+
+    def _refit(self, errors: Tensor, passed: Tensor, rows: slice, start: int, j: int) -> None:
         """Scales of the group that begins at column j, from its weights as the errors so far leave them."""
-        stop = min(j + self.grid.width, len(target))
+        stop = min(j + self.grid.width, len(errors))
         whole = passed[j - start : stop - start] + self.lower[j:stop, start:j] @ errors[start:j]
         moved = torch.linalg.solve_triangular(self.lower[j:stop, j:stop], whole, upper=False)
-        values = (target[j:stop] + moved).T
+        values = (errors[j:stop] + moved).T
         self.grid.refit(j, values, rows, self.energy[j:stop] if self.options.clip else None)
 
 
-def _asymmetry(cross: Tensor, upper: Tensor) -> Tensor:
-    """P = triu(D R^-T, 1) R^-1, from D [K, K] and R."""
-    inner = torch.linalg.solve_triangular(upper, cross.T, upper=True).T
-    found: Tensor = torch.linalg.solve_triangular(upper, inner.triu(1), upper=True, left=False)
+def _asymmetry(cross: Tensor, columns: Tensor, upper: Tensor) -> Tensor:
+    """P = triu(D R^-T, 1) R^-1, from D [K, K] and R, both in this order of the columns; some rows after the other."""
+    found = torch.empty_like(upper, memory_format=torch.contiguous_format)
+    for start in range(0, len(cross), _ROWS):
+        rows = columns[start : start + _ROWS]
+        inner = torch.linalg.solve_triangular(upper, cross[rows][:, columns].T, upper=True).T.triu(1 + start)
+        found[start : start + len(rows)] = torch.linalg.solve_triangular(upper, inner, upper=True, left=False)
+        rest(cross)
     return found

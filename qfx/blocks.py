@@ -318,7 +318,8 @@ class Block:
             self.told[part.name] = dict(told)
         parts = part.linear.parts
         if all(self.has(p) for p in parts):
-            whole = beside(part.linear.join([self._now(p) for p in parts]), weight)
+            near = weight if len(parts) == 1 else None
+            whole = beside(part.linear.join([self._now(p, near) for p in parts]), weight)
             self.lane.weights.update(dict.fromkeys(part.linear.readers, whole))
         rest(weight)
         self.on_put(part)
@@ -335,11 +336,11 @@ class Block:
         for node in [n for n in self.lane.weights if self.program.position[n] < self.cut.stop]:
             del self.lane.weights[node]
 
-    def _now(self, part: Part) -> Tensor:
-        """The weight of a part: rounded where it is rounded, else float."""
+    def _now(self, part: Part, near: Tensor | None = None) -> Tensor:
+        """The weight of a part: rounded where it is rounded, else float. near: see `dequantize_in_parts`."""
         weight = self.weight(part)
         found = rounded.get(self.tensors, part.name, part.format, tuple(weight.shape))
-        return weight if found is None else dequantize_in_parts(found, weight.dtype)
+        return weight if found is None else dequantize_in_parts(found, weight.dtype, near)
 
 
 def _sites(linears: list[Linear], program: Program) -> list[Site]:

@@ -22,7 +22,7 @@ from qfx import annotation, graph
 from qfx.data import check_batch, telling
 from qfx.format import Format
 from qfx.numerics import fake_quantize
-from qfx.spill import Spill, rest
+from qfx.spill import Spill, call, used
 
 Env = dict[fx.Node, Any]
 _OPERAND = {"aten::linear": 1, "qfx::grouped_linear": 1, "aten::embedding": 0}  # where the weight stands
@@ -104,8 +104,9 @@ class Program:
         for i, value in replaced.items():
             args[i] = value
         kwargs = fx.map_arg(node.kwargs, lambda n: self.look(n, env))
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
-        rest(*(arg for arg in args if isinstance(arg, Tensor)))
+        assert callable(node.target), node
+        value = call(node.target, args, kwargs)
+        used(*(arg for arg in args if isinstance(arg, Tensor)))
         return value
 
     def run(

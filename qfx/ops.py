@@ -33,7 +33,7 @@ _SCHEMAS = {
 }
 _INTEGER_GRANULARITY = ("", "tok")
 
-_LARGE = 1 << 24  # elements of a weight
+_LARGE = 1 << 22  # elements of a weight
 
 
 @torch.no_grad()
@@ -57,18 +57,20 @@ def linear(
     """
     wf = Format.parse(w_format)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(torch.float32)
-    codes, w_zero = unpack_codes(w, wf, x.shape[-1]), unpack_zeros(w_zero, wf, w_scale)
+    w_zero = unpack_zeros(w_zero, wf, w_scale)
     if x_format and _exact(Format.parse(x_format), wf):
+        codes = unpack_codes(w, wf, x.shape[-1])
         y = _integer_linear(rows, codes, w_scale, w_zero, x_scale, x_zero, smooth, Format.parse(x_format), wf)
     else:
         if x_format:
             rows = _rounded_input(rows, Format.parse(x_format), x_scale, x_zero, smooth)
         elif smooth is not None:
             rows = rows / smooth
-        y = _multiplied(rows, codes, wf, w_scale, w_zero)
-    if bias is not None:
-        y = y + bias.to(torch.float32)
-    return y.to(x.dtype).reshape(*x.shape[:-1], w.shape[-2])
+        if w.shape[-2] * x.shape[-1] > _LARGE and wf.by_row and not wf.is_plain:
+            y = _multiplied(rows, w, wf, w_scale, w_zero, bias, x.dtype)
+            return y.reshape(*x.shape[:-1], w.shape[-2])
+        y = rows @ dequantize_codes(unpack_codes(w, wf, x.shape[-1]), wf, w_scale, w_zero).t()
+    return _finished(y, bias, x.dtype).reshape(*x.shape[:-1], w.shape[-2])
 
 
 @torch.no_grad()
@@ -102,17 +104,23 @@ def dequantize(
     return values.clone() if values.data_ptr() == w.data_ptr() else values.contiguous()
 
 
-def _multiplied(rows: Tensor, codes: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """rows [M, K] times codes [N, K] in f32, [M, N]; a very large weight is dequantized part by part."""
-    if codes.numel() <= _LARGE or fmt.is_plain or not fmt.by_row:
-        return rows @ dequantize_codes(codes, fmt, scale, zero).t()
-    found = rows.new_empty(len(rows), len(codes))
-    step = max(1, _LARGE // 4 // codes.shape[-1])
-    for start in range(0, len(codes), step):
+def _multiplied(
+    rows: Tensor, w: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """rows [M, K] times a very large packed weight [N, K], unpacked part by part: [M, N] in `dtype`."""
+    found = rows.new_empty(len(rows), len(w), dtype=dtype)
+    step = max(1, _LARGE // 4 // rows.shape[1])
+    for start in range(0, len(w), step):
         part = slice(start, start + step)
-        values = dequantize_codes(codes[part], fmt, scale[part], None if zero is None else zero[part])
-        torch.mm(rows, values.t(), out=found[:, part])
+        codes = unpack_codes(w[part], fmt, rows.shape[1])
+        values = dequantize_codes(codes, fmt, scale[part], None if zero is None else zero[part])
+        found[:, part] = _finished(rows @ values.t(), None if bias is None else bias[part], dtype)
     return found
+
+
+def _finished(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Products f32 with the bias, in `dtype`."""
+    return (y if bias is None else y + bias.to(torch.float32)).to(dtype)
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:

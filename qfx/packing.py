@@ -166,6 +166,15 @@ class Packed:
         data = pack_codes(codes, fmt, zero)
         return cls(data, scale.to(fmt.scale_dtype), pack_zeros(zero, fmt), fmt, tuple(codes.shape))
 
+    def part(self, rows: slice) -> Packed:
+        """Some rows of a weight [.., N, K], as views. Only of formats in which rows stand alone (`format.by_row`)."""
+        assert self.format.by_row, self.format
+        data, scale, zero = (
+            t[..., rows, :] if t is not None and t.dim() else t for t in (self.data, self.scale, self.zero)
+        )
+        assert data is not None and scale is not None
+        return Packed(data, scale, zero, self.format, (*data.shape[:-1], self.shape[-1]))
+
     def codes(self) -> Tensor:
         """Unpacked codes, `format.code_dtype`, of the weight's shape."""
         return unpack_codes(self.data, self.format, self.shape[-1])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from qfx.importance import Importance
 from qfx.numerics import require_finite
 from qfx.packing import Packed
 from qfx.rounding import round_weight
-from qfx.spill import rest
+from qfx.spill import beside, is_mapped, rest, write_beside
 
 ELEMENTS = 1 << 18  # of one part
 
@@ -34,30 +35,41 @@ def round_in_parts(
         return packed
     if weight.dim() > 2:
         again = functools.partial(round_in_parts, name=name, elements=elements, importance=importance)
-        return _joined((again(part, fmt, method) for part in weight), fmt, tuple(weight.shape))
+        return joined((again(part, fmt, method) for part in weight), fmt, tuple(weight.shape))
     rows = max(1, elements // max(1, weight.shape[-1]))
     parts = (
         round_in_parts(w, fmt, method, name=name, elements=w.numel(), importance=importance) for w in weight.split(rows)
     )
-    return _joined(parts, fmt, tuple(weight.shape))
+    return joined(parts, fmt, tuple(weight.shape))
 
 
-def dequantize_in_parts(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """`packed.dequantize(dtype)` in the memory of the result and of a part. What lies in a file goes to rest."""
-    fmt, shape = packed.format, packed.shape
-    if len(shape) != 2 or not fmt.by_row or fmt.is_plain:
+def dequantize_in_parts(packed: Packed, dtype: torch.dtype, near: Tensor | None = None) -> Tensor:
+    """`packed.dequantize(dtype)` in the memory of the result and of a part. What lies in a file goes to rest.
+
+    near: a tensor; where it lies in a file, so does the result, which then takes the memory of a part alone.
+    """
+    shape = packed.shape
+    if len(shape) != 2 or not packed.format.by_row or packed.format.is_plain:
         value = packed.dequantize(dtype)
         rest(*packed.tensors().values())
-        return value
+        return value if near is None else beside(value, near)
+    if near is not None and is_mapped(near) and math.prod(shape) > ELEMENTS:
+        return write_beside(_dequantized(packed, dtype), shape, near)
     whole = packed.scale.new_empty(shape, dtype=dtype)
-    step = max(1, ELEMENTS // max(1, shape[-1]))
-    for start in range(0, shape[0], step):
-        rows = slice(start, min(start + step, shape[0]))
-        zero = packed.zero[rows] if packed.zero is not None and packed.zero.dim() else packed.zero
-        part = Packed(packed.data[rows], packed.scale[rows], zero, fmt, (rows.stop - start, shape[1]))
-        whole[rows] = part.dequantize(dtype)
+    at = 0
+    for part in _dequantized(packed, dtype):
+        whole[at : at + len(part)] = part
+        at += len(part)
+    return whole if near is None else beside(whole, near)
+
+
+def _dequantized(packed: Packed, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The values of a weight [N, K], some rows after the other."""
+    step = max(1, ELEMENTS // max(1, packed.shape[-1]))
+    for start in range(0, packed.shape[0], step):
+        part = packed.part(slice(start, start + step))
+        yield part.dequantize(dtype)
         rest(*part.tensors().values())
-    return whole
 
 
 def check_finite(weight: Tensor, name: str) -> None:
@@ -74,7 +86,7 @@ def check_finite(weight: Tensor, name: str) -> None:
     return None
 
 
-def _joined(parts: Iterable[Packed], fmt: Format, shape: tuple[int, ...]) -> Packed:
+def joined(parts: Iterable[Packed], fmt: Format, shape: tuple[int, ...]) -> Packed:
     """The whole of parts along the first dimension, each let go as it is copied."""
     whole: dict[str, Tensor] = {}
     at = 0

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import math
 import mmap
 import sys
 import tempfile
 import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +25,8 @@ from torch import Tensor, fx
 
 LEAST = 1 << 16  # bytes of a tensor that is worth a place in the file
 MOST = 4 << 20  # bytes that are written or read before memory is let go
+_USED = 64 << 20  # bytes that calls read before free memory is given back
+_LARGE, _PART = 1 << 24, 1 << 22  # elements of a weight that is multiplied part by part, and of a part
 
 
 class Spill:
@@ -56,24 +60,35 @@ class Spill:
         """
         if tensor.nbytes < LEAST or tensor.device.type != "cpu":
             return tensor
-        data: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return self.write([tensor.detach()], tuple(tensor.shape))
+
+    def write(self, parts: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:
+        """A tensor [N, ..] of this shape, read from the file, of parts that follow each other along N.
+
+        parts: on the CPU, all of one dtype; each is let go of as it is written. Raises OSError as `keep` does.
+        """
+        size, dtype = 0, torch.float32
         try:
             self._file.seek(self._size)
-            self._file.write(data)
+            for part in parts:
+                data: Any = part.contiguous().reshape(-1).view(torch.uint8).numpy()
+                self._file.write(data)
+                size, dtype = size + part.nbytes, part.dtype
             self._file.flush()
         except OSError as error:
             what = f"a temporary file for packed weights cannot be written, nothing was changed: {error.strerror}"
             raise OSError(error.errno, what, self._where) from error
-        held = mmap.mmap(self._file.fileno(), tensor.nbytes, access=mmap.ACCESS_COPY, offset=self._size)
-        weakref.finalize(held, _punch, self._file, self._size, tensor.nbytes)
+        assert size == math.prod(shape) * dtype.itemsize, (size, shape, dtype)
+        held = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY, offset=self._size)
+        weakref.finalize(held, _punch, self._file, self._size, size)
         self._maps.add(held)
         _REGIONS.add(held, self)
-        self._kept += tensor.nbytes
+        self._kept += size
         if self._kept >= MOST:
             self._kept = 0
             give_back()
-        self._size += -(-tensor.nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        return torch.frombuffer(held, dtype=torch.uint8).view(tensor.dtype).reshape(tensor.shape)
+        self._size += -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        return torch.frombuffer(held, dtype=torch.uint8).view(dtype).reshape(shape)
 
     def rest(self, read: int) -> None:
         """Count bytes that were read; where they are many, let go of the memory of all tensors: the file has them."""
@@ -111,10 +126,44 @@ def rest(*tensors: Tensor) -> None:
         held.madvise(mmap.MADV_DONTNEED, start, min(at + _extent(tensor), len(held)) - start)
 
 
+def used(*tensors: Tensor) -> None:
+    """`rest` for what a call has read; where that was much, the memory that it freed is given back, too."""
+    if not _REGIONS:
+        return
+    rest(*tensors)
+    _REGIONS.used += sum(tensor.nbytes for tensor in tensors if is_mapped(tensor))
+    if _REGIONS.used >= _USED:
+        _REGIONS.used = 0
+        give_back()
+
+
+def call(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """`target(*args, **kwargs)`; a linear with a very large weight on the CPU in parts, since libraries copy the weight
+    that they are given into an order of their own. For interpreters without gradients."""
+    large = target is torch.ops.aten.linear.default and not kwargs and args[1].numel() > _LARGE
+    if not large or torch.is_grad_enabled() or args[1].device.type != "cpu":
+        return target(*args, **kwargs)
+    x, weight, bias = (*args, None)[:3]
+    found = x.new_empty(*x.shape[:-1], len(weight))
+    step = max(1, _PART // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        found[..., rows] = target(x, weight[rows], None if bias is None else bias[rows])
+        rest(weight[rows])
+    return found
+
+
 def beside(new: Tensor, old: Tensor) -> Tensor:
     """`new`, in a temporary file where `old` lies in a file; else `new` itself. Raises OSError as `Spill.keep`."""
     found = _REGIONS.find(old)
     return new if found is None or is_mapped(new) else found[1].keep(new)
+
+
+def write_beside(parts: Iterable[Tensor], shape: tuple[int, ...], old: Tensor) -> Tensor:
+    """Parts of a tensor of this shape (see `Spill.write`) in a temporary file; `old` lies in a file."""
+    found = _REGIONS.find(old)
+    assert found is not None, "the tensor lies in no file"
+    return found[1].write(parts, shape)
 
 
 class Resting(fx.Interpreter):
@@ -124,8 +173,12 @@ class Resting(fx.Interpreter):
         """The value of a node."""
         value = super().run_node(n)
         if _REGIONS:
-            rest(*(self.env[a] for a in n.all_input_nodes if isinstance(self.env.get(a), Tensor)))
+            used(*(self.env[a] for a in n.all_input_nodes if isinstance(self.env.get(a), Tensor)))
         return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The value of a call."""
+        return call(target, args, kwargs)
 
 
 def give_back() -> None:
@@ -152,6 +205,7 @@ class _Regions:
     """The mapped files of this process by address. A region goes with its map."""
 
     def __init__(self) -> None:
+        self.used = 0  # bytes that calls read since memory was given back
         self._starts: list[int] = []
         self._held: dict[int, tuple[weakref.ref[mmap.mmap], Spill]] = {}
 

@@ -168,11 +168,14 @@ def test_clip_lowers_the_error_of_few_bits() -> None:
 
 
 def test_many_rows_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    w, x, fmt = weight(50, 40), data(200, 40), Format.parse("u4/g16")
-    for options in (GptqOptions(), GptqOptions(act_order=False)):
-        whole, told = round_by(w, [seen(x)], fmt, options, name="fc")
+    w, x = weight(50, 40), data(200, 40)
+    each = [("u4/g16", options) for options in (GptqOptions(), GptqOptions(act_order=False))]
+    for text, options in (*each, ("u4/g16", GptqOptions(asymmetric=True)), ("i4", GptqOptions())):
+        fmt, wanted = Format.parse(text), x + 0.3 * data(200, 40, seed=3) if options.asymmetric else None
+        whole, told = round_by(w, [seen(x, wanted)], fmt, options, name="fc")
         monkeypatch.setattr(gptq, "_ELEMENTS", 7 * 40)
-        parts, again = round_by(w, [seen(x)], fmt, options, name="fc")
+        monkeypatch.setattr(gptq, "_ROWS", 3)
+        parts, again = round_by(w, [seen(x, wanted)], fmt, options, name="fc")
         monkeypatch.undo()
         assert (whole.codes() == parts.codes()).double().mean() > 0.99, "all but ties in f32"
         assert torch.allclose(whole.scale, parts.scale, rtol=1e-5)

@@ -16,7 +16,7 @@ from torch import Tensor
 import qfx.ops
 from qfx.format import Format
 from qfx.numerics import choose_qparams, dequantize, fake_quantize, quantize
-from qfx.packing import Packed, pack_weight
+from qfx.packing import Packed, pack_weight, unpack_codes
 
 F = Format.parse
 WEIGHTS = ["i8", "i8/ch", "u8/ch", "i4/g8", "u4/g8/f16", "i3/ch", "u2/ch", "nf4/g8", "f8e4m3/ch", "f4e2m1/g8/e8m0"]
@@ -61,6 +61,26 @@ def test_weight_only(text: str, dtype: torch.dtype) -> None:
     expected = torch.nn.functional.linear(x.float(), packed.dequantize(), bias.float())
     assert (y.dtype, y.shape) == (dtype, (2, 3, 6))
     torch.testing.assert_close(y, expected.to(dtype), rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", WEIGHTS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_large_weight_is_unpacked_in_parts(text: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, x = weight(text, 30), torch.randn(2, 3, 20)
+    given = {"bias": torch.randn(30)} if bias else {}
+    wanted = linear(x, packed, "", **given)
+    sizes: list[int] = []
+
+    def counted(data: Tensor, fmt: Format, last_dim: int) -> Tensor:
+        sizes.append(len(data))
+        return unpack_codes(data, fmt, last_dim)
+
+    monkeypatch.setattr("qfx.ops.unpack_codes", counted)
+    monkeypatch.setattr(qfx.ops, "_LARGE", 560)
+    found = linear(x, packed, "", **given)
+    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    split = packed.format.by_row and not packed.format.is_plain
+    assert sizes == ([7, 7, 7, 7, 2] if split else [30])
 
 
 @pytest.mark.parametrize("w_format", WEIGHTS)

@@ -337,3 +337,20 @@ def test_data_that_does_not_fit_is_refused(text: str, data: Tensor, last_dim: in
 def test_the_refusal_says_what_was_expected() -> None:
     with pytest.raises(ValueError, match=r"expected: torch\.uint8, rows of 6 for 9 elements"):
         check_storage(torch.zeros(3, 4, dtype=torch.uint8), F("i4/g4"), 9)
+
+
+@pytest.mark.parametrize("text", ["i8/ch", "u4/g8", "u3/g16", "nf4/g8", "f4e2m1/g32/e8m0", "f8e4m3/ch", "f16"])
+@pytest.mark.parametrize("shape", [(9, 20), (3, 9, 20)], ids=str)
+def test_rows_of_a_packed_weight(text: str, shape: tuple[int, ...]) -> None:
+    packed = pack_weight(torch.randn(*shape), Format.parse(text))
+    for rows in (slice(2, 5), slice(None, None, 4), slice(7, 40)):
+        part = packed.part(rows)
+        assert part.shape == (*shape[:-2], len(range(9)[rows]), 20)
+        assert torch.equal(part.dequantize(), packed.dequantize()[..., rows, :])
+    assert packed.part(slice(2, 5)).data.untyped_storage().data_ptr() == packed.data.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("text", ["i8", "i4/b4x8", "f4e2m1/g16/e4m3"])
+def test_rows_that_share_their_scales_are_not_taken_apart(text: str) -> None:
+    with pytest.raises(AssertionError, match=text):
+        pack_weight(torch.randn(8, 16), Format.parse(text)).part(slice(0, 4))

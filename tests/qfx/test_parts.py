@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from qfx.format import Format
 from qfx.parts import check_finite, dequantize_in_parts, round_in_parts
 from qfx.rounding import round_weight
+from qfx.spill import Spill, is_mapped, map_file
 
 
 def weight(*shape: int) -> Tensor:
@@ -94,6 +96,21 @@ def test_what_comes_back_in_parts_is_the_whole(
     packed = round_weight(weight(*shape), Format.parse(fmt), "rtn", name="w")
     found = dequantize_in_parts(packed, dtype)
     assert found.dtype == dtype and torch.equal(found, packed.dequantize(dtype))
+
+
+@pytest.mark.parametrize("fmt", ["u4/g8", "i8/ch", "i4/b4x8", "f16"])
+def test_what_comes_back_goes_to_the_file_of_another(fmt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Part by part where it is large; small ones, and those beside what is in memory, stay in memory."""
+    monkeypatch.setattr("qfx.parts.ELEMENTS", 5000)
+    monkeypatch.setattr("qfx.spill.LEAST", 5000)
+    file = tmp_path / "weights"
+    file.write_bytes(b"x" * 4096)
+    near = torch.frombuffer(map_file(file, Spill(tmp_path)), dtype=torch.uint8)
+    for shape, there in (((90, 64), True), (((30, 64)), False)):
+        packed = round_weight(weight(*shape), Format.parse(fmt), "rtn", name="w")
+        found = dequantize_in_parts(packed, torch.bfloat16, near)
+        assert is_mapped(found) == there and torch.equal(found, packed.dequantize(torch.bfloat16))
+        assert not is_mapped(dequantize_in_parts(packed, torch.bfloat16, torch.ones(3)))
 
 
 def test_a_value_in_any_part_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

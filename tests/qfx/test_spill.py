@@ -6,18 +6,22 @@ import gc
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qfx import spill
 from qfx.format import Format
 from qfx.packing import pack_weight
-from qfx.spill import LEAST, Resting, Spill, beside, give_back, is_mapped, map_file, rest
+from qfx.spill import LEAST, Resting, Spill, beside, call, give_back, is_mapped, map_file, rest, used, write_beside
 
 DTYPES = [torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64]
 
@@ -174,6 +178,68 @@ def test_what_is_made_of_a_tensor_in_a_file_goes_beside_it(tmp_path: Path) -> No
     packed = pack_weight(torch.randn(512, 1024), Format.parse("i8/ch"))
     assert is_mapped(packed.beside(old).data) and packed.beside(new).data is packed.data
     assert same(packed.beside(old).dequantize(), packed.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+def test_parts_are_written_one_after_the_other(tmp_path: Path, dtype: torch.dtype) -> None:
+    whole, old = tensor(500, 300, dtype=dtype), on_disk(tmp_path, tensor(10, 10))
+    made: list[int] = []
+
+    def parts() -> Iterator[Tensor]:
+        for start in range(0, 500, 70):
+            made.append(start)
+            yield whole[start : start + 70]
+
+    found = write_beside(parts(), (500, 300), old)
+    assert is_mapped(found) and same(found, whole) and len(made) == 8
+    after = beside(tensor(400, 400, seed=1), old)
+    rest(found, after)
+    assert same(found, whole) and same(after, tensor(400, 400, seed=1)), "each has its place"
+
+
+def test_parts_must_be_the_whole_and_have_a_file(tmp_path: Path) -> None:
+    whole, old = tensor(500, 300), on_disk(tmp_path, tensor(10, 10))
+    with pytest.raises(AssertionError, match=r"\(499, 300\)"):
+        write_beside([whole], (499, 300), old)
+    with pytest.raises(AssertionError, match="lies in no file"):
+        write_beside([whole], (500, 300), whole)
+
+
+def test_what_calls_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, plain = on_disk(tmp_path, tensor(1000, 1000)), tensor(1000, 1000)
+    given: list[int] = []
+    monkeypatch.setattr(spill, "give_back", lambda: given.append(1))
+    monkeypatch.setattr(spill, "_USED", 3_000_000)
+    monkeypatch.setattr(spill._REGIONS, "used", 0)
+    for _ in range(7):
+        used(there, plain)
+    assert len(given) == 2, "after each third million; what is in memory does not count"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_large_linear_is_multiplied_in_parts(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(*shape, generator=random).to(dtype) for shape in ((2, 3, 40), (50, 40), (50,)))
+    args = (x, w, b) if bias else (x, w)
+    seen: list[Tensor] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            seen.extend(t for t in tree_leaves(result) if isinstance(t, Tensor))
+            return result
+
+    linear = torch.ops.aten.linear.default
+    monkeypatch.setattr(spill, "_PART", 280)
+    for large, grad, parts in ((2000, False, False), (1999, False, True), (1999, True, False)):
+        monkeypatch.setattr(spill, "_LARGE", large)
+        seen.clear()
+        with torch.set_grad_enabled(grad), Watch():  # type: ignore[no-untyped-call]
+            found = call(linear, args, {})
+        assert found.dtype == dtype and torch.allclose(found, linear(*args), rtol=1e-2, atol=1e-2)
+        assert any(tuple(t.shape) == (7, 40) for t in seen) == parts
+    assert call(torch.ops.aten.add.Tensor, (torch.ones(2), torch.ones(2)), {"alpha": 2}).tolist() == [3, 3]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="holes in files")
