@@ -86,7 +86,8 @@ def test_the_later_writer_wins(former: str, later: str, tmp_path: Path) -> None:
     WRITERS[later](model, tmp_path)
     for found in (CLASSES["tied"].from_pretrained(tmp_path), qfx.load(tmp_path)):
         assert torch.equal(logits(found), logits(model))
-        assert found.hf_quantizer.quantization_config.recipe.name == "w8a8"
+        quantizer: Any = found.hf_quantizer
+        assert quantizer.quantization_config.recipe.name == "w8a8"
     if later.startswith("qfx"):
         weights = {name for name in names(tmp_path) if name.endswith(".safetensors")}
         assert weights <= set(json.loads((tmp_path / "qfx.json").read_text())["files"]), "others are removed"
