@@ -194,7 +194,8 @@ def trained(
 ) -> tuple[DocClassifier, dict[Side, Batches]]:
     """The classifier in eval mode, and the batches of each side. The head's numbers depend on the seed."""
     loaded = minilm()
-    model = DocClassifier(loaded.model, loaded.model.config.hidden_size, len(found.names)).eval()
+    config: Any = loaded.model.config
+    model = DocClassifier(loaded.model, config.hidden_size, len(found.names)).eval()
     sides = {side: batches(loaded.tokenizer, texts, length=length) for side, texts in found.sides.items()}
     train_head(model, features(model, sides["train"]), labels_of(sides["train"]), epochs=epochs, seed=seed)
     return model, sides
