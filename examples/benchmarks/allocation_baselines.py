@@ -1,0 +1,214 @@
+"""What a planned mix is held against: ways to give formats to weights that need no scores, at most of so many bytes.
+
+Each family is a list of candidates, filled up to the budget; the benchmark takes the best on the calibration text, so
+that a baseline is the best of its kind. Names of weights are those of a Llama.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from qfx.analysis.units import Unit
+from qfx.analysis.weights import formats_of
+from qfx.annotation import Formats, Outliers
+from qfx.format import Format
+from qfx.interop.gguf_types import _more_bits as more_bits
+from qfx.segments import along, segments
+
+Assignment = dict[str, Format]  # unit name -> format
+KEPT = Format("f16")  # of columns apart
+GROUPS = (16, 32, 64)
+NEAR = 0.8  # candidates that use less of the budget before they are filled up are left out
+MOST = 12  # candidates of one family
+
+
+def affine(bits: int, group: int) -> Format:
+    """Unsigned with zero points, scales in 16 bits; 8 bits are symmetric."""
+    return Format.parse(f"{'i8' if bits > 6 else f'u{bits}'}/g{group}/f16")
+
+
+UNIFORM = tuple(affine(b, g) for b in (2, 3, 4, 5, 6, 8) for g in GROUPS)
+
+
+class Weights:
+    """The units of a model, cut by heads, and the bytes of what an assignment stores."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = {unit.name: unit for unit in units}
+        self.of: dict[str, list[Unit]] = defaultdict(list)
+        for unit in units:
+            self.of[unit.fqn].append(unit)
+        self.elements = sum(unit.elements for unit in units)
+        self.layers = len({unit.layer for unit in units if unit.layer})
+        self.order = sorted(self.of, key=lambda fqn: hashlib.sha256(fqn.encode()).digest())
+
+    def shape(self, fqn: str) -> tuple[int, ...]:
+        """Of the whole weight."""
+        first, axis = self.of[fqn][0], self.of[fqn][0].axis
+        whole = {} if axis is None else {axis: sum(unit.shape[axis] for unit in self.of[fqn])}
+        return tuple(whole.get(i, size) for i, size in enumerate(first.shape))
+
+    def formats(self, assignment: Mapping[str, Format]) -> dict[str, Formats]:
+        """FQN -> the formats of its units, as annotations say them; one where all are equal."""
+        found: dict[str, Formats] = {}
+        for fqn, own in self.of.items():
+            each = tuple(assignment[unit.name] for unit in own)
+            found[fqn] = each[0] if len(set(each)) == 1 else formats_of(own, each)
+        return found
+
+    def whole(self, choose: Callable[[str], Format]) -> Assignment:
+        """One format for each weight, by its name."""
+        return {unit.name: choose(unit.fqn) for unit in self.units.values()}
+
+    def nbytes(self, assignment: Mapping[str, Format]) -> int:
+        """As stored: codes, scales, zero points, padding of the segments of all weights."""
+        return sum(self.stored(fqn, formats) for fqn, formats in self.formats(assignment).items())
+
+    def stored(self, fqn: str, formats: Formats) -> int:
+        """Bytes of one weight."""
+        shape, axis = self.shape(fqn), along(formats)
+        return sum(
+            part.format.nbytes((shape[0], part.size) if axis else (part.size, *shape[1:]))
+            for part in segments(formats, shape, fqn)
+        )
+
+    def filled(self, assignment: Assignment, budget: int) -> Assignment:
+        """With one more bit, or smaller groups, for weights in the order of a hash of their names while bytes last."""
+        found, left = dict(assignment), budget - self.nbytes(assignment)
+        for fqn in self.order:
+            own = self.of[fqn]
+            before = self.stored(fqn, self.formats(found)[fqn])
+            for fmt in _richer(found[own[0].name]):
+                more = self.stored(fqn, fmt) - before
+                if 0 < more <= left:
+                    found.update(dict.fromkeys((unit.name for unit in own), fmt))
+                    left -= more
+                    break
+        return found
+
+
+def _richer(fmt: Format) -> list[Format]:
+    group = fmt.group or GROUPS[-1]
+    more = {6: 8}.get(fmt.bits, fmt.bits + 1)
+    wider = [affine(more, group)] if more <= 8 else []
+    return wider + [affine(fmt.bits, g) for g in reversed(GROUPS) if g < group]
+
+
+def _near(weights: Weights, found: Iterable[Assignment], budget: int) -> list[Assignment]:
+    """The candidates that fit and use most of the budget, filled up."""
+    sized = sorted(((weights.nbytes(a), i, a) for i, a in enumerate(found)), reverse=True)
+    fitting = [(size, a) for size, _, a in sized if size <= budget]
+    near = [a for size, a in fitting if size >= NEAR * budget] or [a for _, a in fitting[:1]]
+    return [weights.filled(a, budget) for a in near[:MOST]]
+
+
+def uniform(weights: Weights, budget: int) -> list[Assignment]:
+    """One format for everything."""
+    every = [weights.whole(lambda _, fmt=fmt: fmt) for fmt in UNIFORM]  # type: ignore[misc]
+    return [a for a in every if weights.nbytes(a) <= budget]
+
+
+def uniform_filled(weights: Weights, budget: int) -> list[Assignment]:
+    """One format, and one bit more (or smaller groups) for weights drawn by a hash until the bytes are used."""
+    return _near(weights, uniform(weights, budget), budget)
+
+
+def by_type(weights: Weights, budget: int) -> list[Assignment]:
+    """Attention and the table in at least as many bits as the MLP: a recipe by layer type."""
+    bits = (2, 3, 4, 5, 6, 8)
+
+    def recipe(attention: int, mlp: int, table: int, group: int) -> Assignment:
+        def choose(fqn: str) -> Format:
+            kind = attention if ".self_attn." in fqn else mlp if ".mlp." in fqn else table
+            return affine(kind, group)
+
+        return weights.whole(choose)
+
+    return _near(weights, (recipe(a, m, t, g) for m in bits for a in bits if a >= m for t in bits if t >= m
+                           for g in (32, 64) if a + t > 2 * m), budget)  # fmt: skip
+
+
+def k_mix(weights: Weights, budget: int) -> list[Assignment]:
+    """As llama.cpp's Q4_K_M: v and down in more bits in some layers, the output table (here the input's, too) in more
+    everywhere. Two bits more as there, or one where the budget is small; the table has 6 bits or as many as v."""
+
+    def mix(base: int, lift: int, table: int, group: int) -> Assignment:
+        def choose(fqn: str) -> Format:
+            layer = re.search(r"\.(\d+)\.", fqn)
+            if layer is None:
+                return affine(table, group)
+            better = fqn.endswith(("v_proj", "down_proj")) and more_bits(int(layer[1]), weights.layers)
+            return affine(base + lift if better else base, group)
+
+        return weights.whole(choose)
+
+    return _near(weights, (mix(base, lift, table, group) for base in (2, 3, 4, 5, 6) for lift in (1, 2)
+                           for table in {base + lift, 6, 8} if table >= base for group in (32, 64)), budget)  # fmt: skip
+
+
+def shuffled(weights: Weights, planned: Assignment, seed: int) -> Assignment:
+    """The planned formats, drawn anew among the units of one shape: the same bytes."""
+    generator = random.Random(seed)
+    found: Assignment = {}
+    for names in _alike(weights):
+        formats = [planned[name] for name in names]
+        generator.shuffle(formats)
+        found.update(zip(names, formats, strict=True))
+    return found
+
+
+def inverted(weights: Weights, planned: Assignment) -> Assignment:
+    """Among the units of one shape, who was given most gets least."""
+    found: Assignment = {}
+    for names in _alike(weights):
+        ranked = sorted(names, key=lambda name: weights.units[name].nbytes(planned[name]))
+        found.update(zip(ranked, [planned[name] for name in reversed(ranked)], strict=True))
+    return found
+
+
+def _alike(weights: Weights) -> list[list[str]]:
+    """Unit names of one shape and axis."""
+    found: dict[object, list[str]] = defaultdict(list)
+    for unit in weights.units.values():
+        found[unit.shape, unit.axis].append(unit.name)
+    return list(found.values())
+
+
+def outlier_columns(
+    weights: Weights, budget: int, base: Format, model: nn.Module, energy: Mapping[str, Tensor]
+) -> dict[str, Formats] | None:
+    """`base` for everything, and the most driven columns of the linears in 16 bits, as many as the bytes allow.
+
+    energy: FQN -> mean squares of the input channels. A column counts by these times its squared norm, per row. None
+    where not even `base` fits.
+    """
+    ranked: list[tuple[float, str, int]] = []
+    for fqn, squares in energy.items():
+        weight = model.get_submodule(fqn).weight
+        assert isinstance(weight, Tensor)
+        score = squares * weight.detach().float().square().mean(0)
+        ranked += [(float(value), fqn, column) for column, value in enumerate(score)]
+    ranked.sort(reverse=True)
+
+    def with_columns(count: int) -> dict[str, Formats]:
+        kept: dict[str, list[int]] = defaultdict(list)
+        for _, fqn, column in ranked[:count]:
+            kept[fqn].append(column)
+        return {fqn: Outliers(base, KEPT, tuple(sorted(kept[fqn]))) if fqn in kept else base for fqn in weights.of}
+
+    def size(count: int) -> int:
+        return sum(weights.stored(fqn, formats) for fqn, formats in with_columns(count).items())
+
+    if size(0) > budget:
+        return None
+    low, high = 0, len(ranked)
+    while low < high:  # the greatest number that fits; padding makes the bytes grow in steps, never fall by much
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size(middle) <= budget else (low, middle - 1)
+    return with_columns(low)
