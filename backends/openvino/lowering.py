@@ -10,13 +10,16 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from qfx import graph
 from qfx.backends.onnx import lowering as onnx_lowering
 from qfx.backends.onnx.export import write
 from qfx.backends.onnx.lowering import as_tensor
 from qfx.backends.openvino.session import Session, SessionError
-from qfx.errors import Note, UnsupportedError, explain
+from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.graph import let_go
 
+_X_FORMAT = 8  # among the arguments of qfx::linear
+_FLOATS = ("_f32", "_bf16", "_f16")
 # Operations that carry values from one place to another; what computes is told before them.
 _MOVES = {"Reorder", "Transpose", "Reshape", "Convert", "Const", "Parameter", "Result", "Input", "Output", "Concat"}
 
@@ -62,7 +65,7 @@ class OpenVinoLowered:
         self._outputs = [(n.name, not isinstance(n.meta["val"], Tensor)) for n in built.outputs]
         self._results = [r.name if isinstance(r, fx.Node) else r for r in results]
         self._is_node = [isinstance(r, fx.Node) for r in results]
-        self.notes = [*built.notes, *self._precision()]
+        self.notes = [*built.notes, *self._precision(), *self._in_float(gm)]
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Run. Raises ValueError where the number of inputs differs from the placeholders."""
@@ -97,6 +100,23 @@ class OpenVinoLowered:
             return []
         reason = f"what is not quantized is computed in {kind}, which OpenVINO chooses on this processor"
         return [Note("graph", reason, "backend='onnx' computes it in f32", minor=True)]
+
+    def _in_float(self, gm: fx.GraphModule) -> list[Note]:
+        """Linears with rounded inputs whose products OpenVINO computes in float: the same result, without the speed."""
+        notes = []
+        for node in gm.graph.nodes:
+            if graph.schema_name(node) != "qfx::linear" or not node.args[_X_FORMAT]:
+                continue
+            kernels = [k for k in self.kernels[node.name].removeprefix("OpenVINO ").split(", ") if _is_product(k)]
+            if any(k.lower().endswith(_FLOATS) for k in kernels):
+                reason = f"OpenVINO multiplies its x={node.args[_X_FORMAT]} in float: {kernels[0]}"
+                step = "take fixed scales (w8a8-static, w8a8-smooth), or leave the option 'backend' out"
+                notes.append(Note(graph.fqn_of(node), reason, step, source_line(node) or "", minor=True))
+        return notes
+
+
+def _is_product(kernel: str) -> bool:
+    return kernel.partition(" ")[0] in ("FullyConnected", "MatMul")
 
 
 def _text(info: Any, key: str) -> str:

@@ -47,9 +47,10 @@ class Session:
         self._requests = threading.local()
         try:
             self._model = self._core.read_model(path)
-            self._for_threads(torch.get_num_threads())
+            compiled = self._for_threads(torch.get_num_threads())
         except Exception as error:  # OpenVINO raises RuntimeError and its own kinds
             raise SessionError(error) from error
+        self._outputs = [_known(output) for output in compiled.outputs]
 
     @property
     def executed(self) -> Any:
@@ -69,15 +70,12 @@ class Session:
         kept = [tensor.detach().contiguous() for tensor in inputs]
         for i, tensor in enumerate(kept):
             request.set_input_tensor(i, _shared(tensor))
-        found: list[Tensor | None] = []
-        for i, output in enumerate(compiled.outputs):
-            shape = output.partial_shape
-            if not shape.is_static:
-                found.append(None)
-                continue
-            made = torch.empty(tuple(shape.to_shape()), dtype=_DTYPES[output.element_type.get_type_name()])
-            request.set_output_tensor(i, _shared(made))
-            found.append(made)
+        found: list[Tensor | None] = [None] * len(self._outputs)
+        for i, known in enumerate(self._outputs):
+            if known is not None:
+                shape, dtype = known
+                made = found[i] = torch.empty(shape, dtype=dtype)
+                request.set_output_tensor(i, _shared(made))
         request.infer()
         return [_copied(request.get_output_tensor(i)) if t is None else t for i, t in enumerate(found)]
 
@@ -97,6 +95,12 @@ class Session:
         if getattr(self._requests, "owner", None) is not compiled:
             self._requests.owner, self._requests.request = compiled, compiled.create_infer_request()
         return self._requests.request
+
+
+def _known(output: Any) -> tuple[tuple[int, ...], torch.dtype] | None:
+    """Shape and type of an output whose shape no input changes."""
+    shape = output.partial_shape
+    return (tuple(shape.to_shape()), _DTYPES[output.element_type.get_type_name()]) if shape.is_static else None
 
 
 def _shared(tensor: Tensor) -> Any:

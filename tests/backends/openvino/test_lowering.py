@@ -13,7 +13,10 @@ import qfx
 from qfx.errors import QfxWarning
 from qfx.measure import sqnr_db
 
-pytestmark = pytest.mark.filterwarnings("ignore:graph. what is not quantized is computed in:qfx.errors.QfxWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:graph. what is not quantized is computed in:qfx.errors.QfxWarning"),
+    pytest.mark.filterwarnings("ignore:.*OpenVINO multiplies its x=i8/tok in float:qfx.errors.QfxWarning"),
+]
 
 
 class Block(nn.Module):
@@ -137,3 +140,20 @@ def test_bfloat16_between_the_layers_is_told() -> None:
 
     chosen = Core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
     assert any(f"computed in {chosen}" in note for note in notes) == (chosen != "f32")
+
+
+@torch.no_grad()
+def test_products_in_float_are_told_and_no_error() -> None:
+    """Scales that are found at run time: OpenVINO has no integer kernel for them."""
+    model, xs = block()
+    qfx.quantize(model, "w8a8", xs[:1])
+    fast = compiled(model, strict=True)
+    fast(xs[0])
+    found = [note for note in qfx.report(fast).notes if "in float" in note.reason]
+    assert {note.node for note in found} == {"qkv", "o", "up", "down"}
+    assert all(note.minor and "FullyConnected" in note.reason and "w8a8-static" in note.next_step for note in found)
+    fixed, xs = block()
+    qfx.quantize(fixed, "w8a8-static", xs)
+    fast = compiled(fixed)
+    fast(xs[0])
+    assert not [note for note in qfx.report(fast).notes if "in float" in note.reason], "negative control"
