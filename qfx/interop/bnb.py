@@ -6,7 +6,7 @@
     weight.quant_state.bitsandbytes__nf4 uint8, JSON: quant_type, blocksize, dtype, shape, nested_*
     with double quantization (QLoRA, Dettmers et al. 2023, section 3): absmax uint8, weight.nested_absmax float32
     [blocks / 256], weight.nested_quant_map float32 [256];
-    absmax = nested_quant_map[code] * nested_absmax + nested_offset
+    absmax = nested_quant_map[code] * nested_absmax + nested_offset: the formats nf4/gN/dq, see `qfx.nested`
 
 LLM.int8: weight int8 [N, K], SCB float32 [N]; w = code * SCB / 127.
 """
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qfx import nested
 from qfx.errors import explain
 from qfx.format import Format
 from qfx.interop.linear import (
@@ -35,13 +36,11 @@ from qfx.interop.linear import (
     need,
 )
 from qfx.interop.write import SHARD_BYTES, write
-from qfx.nested import dynamic_map
 from qfx.numerics import NF4_VALUES
 from qfx.packing import Packed
 
 NAME = "bitsandbytes"
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_NESTED = 256
 _STATE = "weight.quant_state.bitsandbytes__"
 _LEAVES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
@@ -52,7 +51,7 @@ def export_bnb(
 ) -> None:  # fmt: skip
     """Write a quantized model of transformers as a bitsandbytes NF4 checkpoint, codes and scales as they are.
 
-    double_quant: the scales are stored in 8 bits, which rounds them. What the layout cannot hold (formats other than
+    Scales of nf4/gN/dq are stored in 8 bits, as they are too. double_quant: so are all others, which rounds them. What the layout cannot hold (formats other than
     nf4, smoothing factors, embeddings, formats of inputs) is written in float, each a QfxWarning; an UnsupportedError
     if strict. Raises ValueError for other models and where nothing can be held, OSError where the disk is full.
     """
@@ -66,7 +65,7 @@ def _refused(linears: Sequence[Linear]) -> dict[str, Loss]:
     found = {}
     for linear in linears:
         fmt, k = linear.format, linear.packed.shape[1]
-        if fmt.type != "nf4" or fmt.scale_type not in ("f32", "f16", "bf16") or linear.group not in BLOCKS:
+        if fmt.type != "nf4" or fmt.scale_type not in ("f32", "f16", "bf16", "dq") or linear.group not in BLOCKS:
             reason = f"{NAME} has no layout for w={fmt}: written in float"
             found[linear.fqn] = (reason, "quantize with nf4/g64 (groups of 32 to 4096, powers of two)")
         elif k % linear.group:
@@ -76,46 +75,36 @@ def _refused(linears: Sequence[Linear]) -> dict[str, Loss]:
 
 
 def _encode(linear: Linear, double_quant: bool) -> dict[str, Tensor]:
-    codes = linear.packed.codes().reshape(-1, 2)
-    absmax = linear.packed.scale.to(torch.float32).reshape(-1)
-    if linear.format.granularity == "":
-        absmax = absmax.expand(linear.packed.shape[0])
+    packed = linear.packed
+    codes, scale, whole = packed.codes().reshape(-1, 2), packed.scale.reshape(-1), packed.zero
     state: dict[str, Any] = {
         "quant_type": "nf4", "blocksize": linear.group, "dtype": "float32", "shape": list(linear.packed.shape)
     }  # fmt: skip
     found = {"weight": (codes[:, 0] << 4 | codes[:, 1]).reshape(-1, 1).contiguous()}
     found["weight.quant_map"] = torch.tensor(NF4_VALUES, dtype=torch.float32)
-    if double_quant:
-        offset = absmax.mean()
-        code, scale, table = nested(absmax - offset)
-        found |= {"weight.absmax": code, "weight.nested_absmax": scale, "weight.nested_quant_map": table}
-        state |= {"nested_blocksize": _NESTED, "nested_dtype": "float32", "nested_offset": float(offset)}
-    else:
-        found["weight.absmax"] = absmax.contiguous()
+    if whole is None:
+        scale = scale.to(torch.float32)
+        scale = scale.expand(packed.shape[0]) if linear.format.granularity == "" else scale
+        if double_quant:
+            whole = nested.above(scale)
+            scale = nested.encode(scale, whole)
+    found["weight.absmax"] = scale.contiguous()
+    if whole is not None:
+        found |= {"weight.nested_absmax": whole[1:].clone(), "weight.nested_quant_map": nested.dynamic_map()}
+        state |= {"nested_blocksize": nested.SIZE, "nested_dtype": "float32", "nested_offset": float(whole[0])}
     text = json.dumps(state).encode()
     found[f"{_STATE}nf4"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return found
 
 
-def nested(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat float32 values in 8 bits: codes uint8, the greatest magnitude of each 256, and the table of values."""
-    table = dynamic_map().to(values.device)
-    blocks = nn.functional.pad(values, (0, -values.numel() % _NESTED)).reshape(-1, _NESTED)
-    scale = blocks.abs().amax(1)
-    steps = blocks / torch.where(scale > 0, scale, torch.ones_like(scale)).unsqueeze(1)
-    middles = (table[1:] + table[:-1]) / 2
-    codes = torch.bucketize(steps.contiguous(), middles).to(torch.uint8)
-    return codes.reshape(-1)[: values.numel()].contiguous(), scale, table
-
-
 def unnested(codes: Tensor, scale: Tensor, table: Tensor, offset: float, block: int) -> Tensor:
-    """The inverse of `nested`, plus the offset: float32, as bitsandbytes computes it."""
+    """Scales f32 of codes under any table and blocks of any size, as bitsandbytes computes them."""
     spread = scale.repeat_interleave(block)[: codes.numel()]
     return table.index_select(0, codes.reshape(-1).to(torch.int64)) * spread + torch.tensor(offset, dtype=torch.float32)
 
 
 def _config(held: Sequence[Linear], floats: Sequence[str], double_quant: bool) -> dict[str, Any]:
-    del held
+    double_quant = double_quant or any(linear.format.nested for linear in held)
     return {
         "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True,
         "_load_in_8bit": False, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double_quant,
@@ -150,19 +139,39 @@ def _decode(fqn: str, kind: str, tensors: Mapping[str, Tensor], shape: tuple[int
     if data.numel() != -(-n * k // 2) or absmax.numel() != -(-n * k // block):
         raise misfit(f"{fqn}.weight", f"{-(-n * k // 2)} bytes, and {-(-n * k // block)} blocks of {block}", weight)
     codes = torch.stack((data >> 4, data & 15), -1).reshape(-1)[: n * k].reshape(n, k)
-    scale = absmax.to(torch.float32)
-    if "weight.nested_absmax" in tensors:
-        inner, values = need(tensors, fqn, "weight.nested_absmax", "weight.nested_quant_map")
-        scale = unnested(absmax, inner, values, float(state["nested_offset"]), int(state["nested_blocksize"]))
     is_nf4 = state["quant_type"] == "nf4" and torch.equal(table.float(), torch.tensor(NF4_VALUES))
+    scale, whole, lost = _scales(fqn, tensors, state, double=is_nf4 and k % block == 0)
     if is_nf4 and k % block == 0:
-        packed = Packed.from_codes(codes.contiguous(), Format("nf4", f"g{block}"), scale.reshape(n, k // block))
-        return Linear(fqn, packed)
+        fmt = Format("nf4", f"g{block}", "f32" if whole is None else "dq")
+        return Linear(fqn, Packed.from_codes(codes.contiguous(), fmt, scale.reshape(n, k // block), whole), lost=lost)
     why = f"blocks of {block} across its rows of {k}" if is_nf4 else f"its type is {state['quant_type']}"
     spread = scale.repeat_interleave(block)[: n * k].reshape(n, k)
     full = table.float().index_select(0, codes.reshape(-1).to(torch.int64)).reshape(n, k) * spread
     step = "quantize the float model with w=nf4/g64" if not is_nf4 else "nothing: the values are the same"
     return Dequantized(fqn, full, ((f"{why}, for which qfx has no format: dequantized", step),))
+
+
+def _scales(
+    fqn: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, double: bool
+) -> tuple[Tensor, Tensor | None, tuple[Loss, ...]]:
+    """The flat scales in float32, or where `double` allows it their codes with what stands above (see `qfx.nested`)."""
+    absmax = tensors["weight.absmax"]
+    if "weight.nested_absmax" not in tensors:
+        return absmax.to(torch.float32), None, ()
+    inner, table = need(tensors, fqn, "weight.nested_absmax", "weight.nested_quant_map")
+    if missing := [key for key in ("nested_offset", "nested_blocksize") if key not in state]:
+        raise ValueError(explain(f"the quant_state of {fqn!r} lacks {missing[0]}", found=", ".join(sorted(state))))
+    offset, block = float(state["nested_offset"]), int(state["nested_blocksize"])
+    if absmax.dtype != torch.uint8 or block < 1 or inner.numel() != -(-absmax.numel() // block):
+        what = f"{-(-absmax.numel() // max(1, block))} scales above the {absmax.numel()} of weight.absmax in uint8"
+        raise misfit(f"{fqn}.weight.nested_absmax", what, inner)
+    inner, table = inner.to(torch.float32).reshape(-1), table.to(torch.float32)
+    known = block == nested.SIZE and torch.equal(table, nested.dynamic_map())
+    if double and known:
+        return absmax, torch.cat([torch.tensor([offset]), inner]), ()
+    reason = f"its scales in 8 bits are in blocks of {block} or under a table of their own: held in float32"
+    lost = (reason, "nothing: the values are the same")
+    return unnested(absmax, inner, table, offset, block), None, () if known else (lost,)
 
 
 def _decode_int8(fqn: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Linear:

@@ -84,7 +84,8 @@ def test_the_later_writer_wins(former: str, later: str, tmp_path: Path) -> None:
     WRITERS[former](made("tied", "w4a16"), tmp_path)
     model = made("tied", "w8a8")
     WRITERS[later](model, tmp_path)
-    for found in (CLASSES["tied"].from_pretrained(tmp_path), qfx.load(tmp_path)):
+    both: list[Any] = [CLASSES["tied"].from_pretrained(tmp_path), qfx.load(tmp_path)]
+    for found in both:
         assert torch.equal(logits(found), logits(model))
         quantizer: Any = found.hf_quantizer
         assert quantizer.quantization_config.recipe.name == "w8a8"

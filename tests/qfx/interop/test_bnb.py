@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 import qfx
 from qfx.errors import QfxWarning, UnsupportedError
-from qfx.interop.bnb import decoder, nested, unnested
+from qfx.interop.bnb import _encode, decoder
 from qfx.interop.linear import Dequantized, Linear
 from qfx.nested import dynamic_map
-from qfx.numerics import NF4_VALUES
+from qfx.numerics import NF4_VALUES, effective_scale
 from tests.interop import UP, linears, llama, logits, pack, same, stored
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -58,9 +58,61 @@ def test_double_quantization_rounds_scales_alone(tmp_path: Path) -> None:
     assert state_of(tmp_path)["nested_blocksize"] == 256
     found = linears(qfx.import_checkpoint(tmp_path))
     for name, module in linears(model).items():
-        assert torch.equal(found[name].w_codes, module.w_codes)
-        change = (found[name].w_scale - module.w_scale).abs().max()
+        assert torch.equal(found[name].w_codes, module.w_codes) and found[name].w_format == "nf4/g32/dq"
+        change = (scales_of(found[name]) - module.w_scale).abs().max()
         assert 0 < change < 0.02 * module.w_scale.max()
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["bnb_4bit_use_double_quant"]
+
+
+def scales_of(module: Any) -> torch.Tensor:
+    """The f32 scales of a linear."""
+    return effective_scale(module.w_scale, module.w_zero, qfx.Format.parse(module.w_format))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_double_quantized_scales_are_kept(double_quant: bool, tmp_path: Path) -> None:
+    model = pack(llama(), {"up_proj": "nf4/g32/dq", "o_proj": "nf4/g64/dq", "q_proj": "nf4/g32"})
+    qfx.export_bnb(model, tmp_path, double_quant=double_quant)
+    held = stored(tmp_path, f"{UP}.")
+    assert held["weight.absmax"].dtype == torch.uint8
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["bnb_4bit_use_double_quant"]
+    found = linears(qfx.import_checkpoint(tmp_path, strict=True))
+    for name, module in linears(model).items():
+        assert torch.equal(found[name].w_codes, module.w_codes)
+        exact = module.w_format.endswith("dq") or not double_quant
+        assert torch.equal(scales_of(found[name]), scales_of(module)) == exact, name
+        assert found[name].w_format == (module.w_format if exact else "nf4/g32/dq")
+
+
+@pytest.mark.parametrize("change", ["block", "table"])
+def test_other_nested_scales_are_read_in_float32(change: str) -> None:
+    tensors, _ = _tensors(4, 64, 32)
+    block, table = (4, dynamic_map()) if change == "block" else (256, dynamic_map().flip(0))
+    inner, codes = torch.rand(-(-8 // block)) + 1, torch.arange(8, dtype=torch.uint8) * 30
+    (leaf,) = [name for name in tensors if "quant_state" in name]
+    state = json.loads(bytes(tensors[leaf].tolist())) | {"nested_blocksize": block, "nested_offset": 3.0}
+    tensors |= {
+        "weight.absmax": codes, "weight.nested_absmax": inner, "weight.nested_quant_map": table,
+        leaf: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+    }  # fmt: skip
+    found = decoder({}).decode("a", "Linear", tensors, (4, 64))
+    assert isinstance(found, Linear) and str(found.format) == "nf4/g32"
+    assert f"blocks of {block} or under a table" in found.lost[0][0]
+    wanted = table[codes.long()] * inner.repeat_interleave(block)[:8] + 3.0
+    assert torch.equal(found.packed.scale.reshape(-1), wanted)
+
+
+def test_nested_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    qfx.export_bnb(pack(llama(), "nf4/g32/dq"), tmp_path)
+    held = {name.removeprefix(f"{UP}."): tensor for name, tensor in stored(tmp_path, f"{UP}.").items()}
+    cut = {**held, "weight.nested_absmax": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"nested_absmax' does not fit(.|\n)*1 scales above the 192"):
+        decoder({}).decode("a", "Linear", cut, (96, 64))
+    state = json.loads(bytes(held[STATE].tolist()))
+    del state["nested_offset"]
+    cut = {**held, STATE: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
+    with pytest.raises(ValueError, match="the quant_state of 'a' lacks nested_offset"):
+        decoder({}).decode("a", "Linear", cut, (96, 64))
 
 
 def test_the_dynamic_map() -> None:
@@ -69,18 +121,6 @@ def test_the_dynamic_map() -> None:
     assert table[-1] == 1.0 and table[0] == -table[-2] and 0.0 in table.tolist()
     assert torch.isclose(table[-2], torch.tensor((1 + 1 - 0.9 / 64) / 2))
     assert torch.isclose(table[table > 0].min(), torch.tensor(0.55e-6))
-
-
-@pytest.mark.parametrize("count", [1, 255, 256, 257, 1000])
-def test_nested_values_are_the_nearest_of_the_table(count: int) -> None:
-    values = torch.randn(count, generator=torch.Generator().manual_seed(0))
-    codes, scale, table = nested(values)
-    assert codes.shape == (count,) and scale.shape == (-(-count // 256),)
-    spread = scale.repeat_interleave(256)[:count]
-    nearest = (values[:, None] / spread[:, None] - table).abs().min(1).values
-    found = unnested(codes, scale, table, 0.5, 256)
-    assert torch.allclose((found - 0.5 - values).abs() / spread, nearest, atol=1e-6)
-    assert torch.equal(nested(torch.zeros(3))[0], torch.full((3,), int((table == 0).nonzero())).to(torch.uint8))
 
 
 @pytest.mark.parametrize(
@@ -168,37 +208,42 @@ def library() -> Any:
 @pytest.mark.filterwarnings("ignore")
 def test_the_tables_are_the_librarys() -> None:
     functional = library().functional
-    assert torch.allclose(dynamic_map(), functional.create_dynamic_map(), rtol=1e-6, atol=0)
+    assert torch.equal(dynamic_map(), functional.create_dynamic_map())
     assert torch.equal(torch.tensor(NF4_VALUES), functional.get_4bit_type("nf4", device="cpu"))
 
 
+@pytest.mark.parametrize("fmt", ["nf4/g32", "nf4/g32/dq"])
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_the_library_dequantizes_the_same_values(double_quant: bool, tmp_path: Path) -> None:
+def test_the_library_dequantizes_the_same_values(double_quant: bool, fmt: str, tmp_path: Path) -> None:
     functional = library().functional
-    model = pack(llama(), "nf4/g32")
+    model = pack(llama(), fmt)
     qfx.export_bnb(model, tmp_path, double_quant=double_quant)
     found = linears(qfx.import_checkpoint(tmp_path))
     for name, module in found.items():
         held = stored(tmp_path, f"{name}.")
         weight = held.pop("weight")
         state = functional.QuantState.from_dict(held, device=torch.device("cpu"))
-        values = functional.dequantize_4bit(weight, state)
-        assert torch.allclose(values, module.weight, rtol=1e-6 if double_quant else 0, atol=0), name
+        assert state.nested == (double_quant or fmt.endswith("dq"))
+        assert torch.equal(functional.dequantize_4bit(weight, state), module.weight), name
 
 
+@pytest.mark.parametrize("shape", [(96, 128), (200, 1024)])
 @pytest.mark.parametrize("block", [32, 64])
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_what_the_library_writes_is_read_exactly(double_quant: bool, block: int) -> None:
+def test_what_the_library_writes_is_read_exactly(double_quant: bool, block: int, shape: tuple[int, int]) -> None:
+    """And written again the same, tensor by tensor."""
     functional = library().functional
-    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     data, state = functional.quantize_4bit(weight, blocksize=block, compress_statistics=double_quant, quant_type="nf4")
     tensors = {"weight": data, **{f"weight.{leaf}": t for leaf, t in state.as_dict(packed=True).items()}}
-    found = decoder({}).decode("a", "Linear", tensors, (96, 128))
-    assert isinstance(found, Linear) and str(found.format) == f"nf4/g{block}"
-    wanted = functional.dequantize_4bit(data, state)
-    assert torch.allclose(found.packed.dequantize(), wanted, rtol=1e-6 if double_quant else 0, atol=0)
+    found = decoder({}).decode("a", "Linear", tensors, shape)
+    assert isinstance(found, Linear) and str(found.format) == f"nf4/g{block}" + ("/dq" if double_quant else "")
+    assert torch.equal(found.packed.dequantize(), functional.dequantize_4bit(data, state))
+    again = _encode(found, double_quant=False)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors if "quant_state" not in name)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
