@@ -37,7 +37,8 @@ class Device:
 
     memory: bytes. bandwidth: bytes/s, by the number of bytes that are read over and over (small ones lie in a cache).
     rates: operations/s (two for a multiply-accumulate) of each kernel, by rows of the input. Kernels: "f32", "f16",
-    "bf16" floats; "w2", "w4", "w8" weights of so many bits and float inputs; "w8a8", "w4a4" integers; "f8".
+    "bf16" floats; "w2", "w4", "w8" weights of so many bits and float inputs; "w8a8", "w4a4" integers; "f8"; "attention" by new tokens,
+    which else counts at the rate of dtype.
     dtype: in which everything runs that is not quantized. overhead: seconds for each call. widths: bits in which
     weight-only kernels hold codes; () as they are stored. source: who says so; measured: by a profile.
     """
@@ -87,11 +88,11 @@ class Device:
 
     def speed(self, count: float) -> float:
         """bytes/s where so many bytes are read over and over."""
-        return _between(self.bandwidth, count)
+        return between(self.bandwidth, count)
 
     def rate(self, kernel: str, rows: float) -> float:
         """Operations/s of a kernel on an input of so many rows."""
-        return _between(self.rates[kernel], rows)
+        return between(self.rates[kernel], rows)
 
     def to_json(self) -> str:
         """JSON text, which `load` reads."""
@@ -160,7 +161,7 @@ def _curve(points: Any) -> Curve:
     return tuple((int(where), float(value)) for where, value in points)
 
 
-def _between(curve: Sequence[tuple[int, float]], at: float) -> float:
+def between(curve: Sequence[tuple[int, float]], at: float) -> float:
     """Linear between the points on logarithmic axes; the first and last value beyond them."""
     if at <= curve[0][0]:
         return curve[0][1]

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
-from qfx.allocation.costs import Asked, Costs, role_formats
+from qfx.allocation.costs import Asked, Costs, NodeCost, role_formats
 from qfx.allocation.devices import Device
 from qfx.allocation.sizes import numbers
 from qfx.annotation import Formats, each
@@ -108,31 +109,35 @@ class Roofline:
         """For each node its kernels, and the share of the products that each computes."""
         found: list[list[tuple[str, float]]] = []
         for node in self.costs.nodes:
-            if node.kind not in _PRODUCTS or node.name not in self.formats:
-                found.append([(self.device.dtype, 1.0)])
-                continue
-            roles = role_formats(self.formats[node.name])
+            roles = self._roles(node)
             x = roles.get("x")
             assert x is None or isinstance(x, Format), node
-            shape = self.costs.stored[node.weight].shape
-            shares = _shares(roles.get("w"), shape, node.name)
-            found.append([(self.device.kernel(fmt, x), share) for fmt, share in shares])
+            if roles:
+                shares = _shares(roles.get("w"), self.costs.stored[node.weight].shape, node.name)
+                found.append([(self.device.kernel(fmt, x), share) for fmt, share in shares])
+            else:
+                own = node.kind if node.kind in self.device.rates else self.device.dtype
+                found.append([(own, 1.0)])
         return found
+
+    def _roles(self, node: NodeCost) -> dict[str, Formats]:
+        """Formats of a product; where its weight is tied and has a format by another name, that one."""
+        if node.kind not in _PRODUCTS or not node.weight:
+            return {}
+        names = (node.name, *self.costs.stored[node.weight].names)
+        return next((role_formats(self.formats[name]) for name in names if name in self.formats), {})
 
     def _notes(self) -> tuple[str, ...]:
         """Kernels of which the device tells no rate."""
-        asked = {
-            (str(w), str(x or ""))
-            for node in self.costs.nodes
-            if node.kind in _PRODUCTS and node.name in self.formats
-            for w in _every(role_formats(self.formats[node.name]).get("w"))
-            for x in (role_formats(self.formats[node.name]).get("x"),)
-            if not w.is_plain and self.device.kernel(w, x if isinstance(x, Format) else None) == self.device.dtype
-        }
-        return tuple(
-            f"{self.device.name} tells no rate for w={w}{f' x={x}' if x else ''}: products count at its {self.device.dtype} rate"
-            for w, x in sorted(asked)
-        )
+        unknown = set()
+        for node in self.costs.nodes:
+            roles = self._roles(node)
+            x = roles.get("x")
+            for w in each(roles["w"]) if "w" in roles else ():
+                if not w.is_plain and self.device.kernel(w, x if isinstance(x, Format) else None) == self.device.dtype:
+                    unknown.add(f"w={w} x={x}" if x is not None else f"w={w}")
+        taken = f"{self.device.name} tells no rate for it, products count at that of {self.device.dtype}"
+        return tuple(f"{text}: {taken}" for text in sorted(unknown))
 
 
 def predict(
@@ -182,22 +187,18 @@ def crossover(
 def sentences(points: Sequence[Point]) -> list[str]:
     """What `crossover` found, a line for each phase and context."""
     lines = []
-    for phase, context in dict.fromkeys((p.phase, p.context) for p in points):
-        row = [p for p in points if (p.phase, p.context) == (phase, context)]
+    for (phase, context), row in groupby(points, lambda p: (p.phase, p.context)):
+        runs = [(verdict, list(run)) for verdict, run in groupby(row, lambda p: p.verdict)]
         where = f"{phase}, {'prompt' if phase == 'prefill' else 'context'} {context}"
-        parts = []
-        for verdict in ("faster", "only smaller", "slower"):
-            batches = [p.batch for p in row if p.verdict == verdict]
-            if batches:
-                ratios = [p.ratio for p in row if p.verdict == verdict]
-                ends = f"{min(ratios):.2f}x to {max(ratios):.2f}x" if len(ratios) > 1 else f"{ratios[0]:.2f}x"
-                parts.append(f"{verdict} at batch {_ranges(batches)} ({ends})")
-        lines.append(f"{where}: {'; '.join(parts)} [predicted]")
+        lines.append(f"{where}: {'; '.join(f'{verdict} at {_span(run)}' for verdict, run in runs)} (predicted)")
     return lines
 
 
-def _ranges(batches: Sequence[int]) -> str:
-    return f"{batches[0]}" if len(batches) == 1 else f"{batches[0]} to {batches[-1]}"
+def _span(run: Sequence[Point]) -> str:
+    """`batch 1 to 16 (2.10x to 3.50x)`."""
+    batches = f"{run[0].batch}" if len(run) == 1 else f"{run[0].batch} to {run[-1].batch}"
+    low, high = (f"{value:.2f}x" for value in (min(p.ratio for p in run), max(p.ratio for p in run)))
+    return f"batch {batches} ({low if low == high else f'{low} to {high}'})"
 
 
 def _shares(formats: Formats | None, shape: tuple[int, ...], name: str) -> list[tuple[Format | None, float]]:
@@ -206,7 +207,3 @@ def _shares(formats: Formats | None, shape: tuple[int, ...], name: str) -> list[
     parts = segments(formats, shape, name)
     whole = shape[along(formats)]
     return [(part.format, part.size / whole) for part in parts]
-
-
-def _every(formats: Formats | None) -> tuple[Format, ...]:
-    return () if formats is None else each(formats)
