@@ -18,6 +18,7 @@ MODULES = {
     "v-o": "qfx.passes.v_o",
     "up-down": "qfx.passes.up_down",
     "centre": "qfx.passes.centre",
+    "permute-heads": "qfx.passes.permute_heads",
     "rotate": "qfx.passes.rotate",
     "rotate-heads": "qfx.passes.rotate_heads",
     "rotate-down": "qfx.passes.rotate_down",

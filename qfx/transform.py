@@ -15,6 +15,7 @@ from qfx.passes import awq, smooth, up_down, v_o
 from qfx.passes.calibrate import observed
 from qfx.passes.observe import Make
 from qfx.passes.rewrites import MODULES
+from qfx.permute import permute
 from qfx.plan import Plan
 from qfx.recipe import DATA_REWRITES
 from qfx.rotations import apply_site
@@ -37,6 +38,8 @@ def transform(
             notes += rotations.rewrite(gm, plan, name, undivided)
         elif name == "awq":
             notes += _awq(gm, plan, batches, progress=progress)
+        elif name == "permute-heads":
+            notes += permute(gm, plan)
         elif name in DATA_REWRITES:
             notes += _smooth(gm, plan, name, batches, undivided, progress=progress)
         else:

@@ -16,7 +16,7 @@ PIPELINE = "qfx.compile"
 LAYERS = (
     (
         "qfx.errors qfx.nested qfx.format qfx.spill qfx.files qfx.processor qfx.strict qfx.method_options qfx.hollow"
-        " qfx.combine qfx.centred qfx.rotation"
+        " qfx.combine qfx.centred qfx.rotation qfx.head_order"
     ),
     (
         "qfx.annotation qfx.text qfx.numerics qfx.packing qfx.histogram qfx.importance qfx.scales qfx.hqq qfx.rounding"
@@ -29,7 +29,10 @@ LAYERS = (
     ),
     "qfx.observers qfx.moments qfx.inputs qfx.data qfx.hub qfx.streamed qfx.lanes qfx.blocks qfx.offsets",
     "qfx.passes",
-    "qfx.pipeline qfx.transform qfx.rotations qfx.resume qfx.sequential qfx.correct",
+    (
+        "qfx.pipeline qfx.transform qfx.rotations qfx.resume qfx.sequential qfx.correct qfx.permute"
+        " qfx.analysis.attentions qfx.analysis.movable"
+    ),
     "qfx.backends",
     f"{PIPELINE} qfx.quantize qfx.report qfx.save",
     "qfx.compare qfx.cli",
