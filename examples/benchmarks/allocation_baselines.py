@@ -141,8 +141,8 @@ def by_type(weights: Weights, budget: int) -> list[Assignment]:
 
 def k_mix(weights: Weights, budget: int) -> list[Assignment]:
     """As llama.cpp's Q4_K_M: v and down in more bits in some layers, the output table (here the input's, too) in more
-    everywhere. Two bits more as there, or one where the budget is small; the table has 6 or 8 bits, as many as v, or, where
-    there are no bytes for that, as the rest."""
+    everywhere. Two bits more as there, or one where the budget is small; the table has 6 or 8 bits, as many as v, or as
+    the rest where there are no bytes for that."""
 
     def mix(base: int, lift: int, table: int, group: int) -> Assignment:
         def choose(fqn: str) -> Format:

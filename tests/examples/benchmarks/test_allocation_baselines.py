@@ -154,7 +154,8 @@ class Layer(nn.Module):
 def test_the_most_driven_columns_are_kept_while_bytes_last() -> None:
     torch.manual_seed(0)
     model = Layer()
-    weights = baselines.Weights([Unit(n, n, "linear", "", tuple(m.weight.shape)) for n, m in model.named_children()])
+    shapes = {"up": (96, 64), "down": (64, 96)}
+    weights = baselines.Weights([Unit(name, name, "linear", "", shape) for name, shape in shapes.items()])
     energy = {"up": torch.ones(64), "down": torch.ones(96)}
     energy["up"][[7, 30]] = 1e4
     base = baselines.affine(4, 32)
