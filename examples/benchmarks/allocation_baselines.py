@@ -7,6 +7,7 @@ that a baseline is the best of its kind. Names of weights are those of a Llama.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import re
 from collections import defaultdict
@@ -18,7 +19,7 @@ from qfx.analysis.units import Unit
 from qfx.analysis.weights import formats_of
 from qfx.annotation import Formats, Outliers
 from qfx.format import Format
-from qfx.interop.gguf_types import _more_bits as more_bits
+from qfx.interop.gguf_types import more_bits
 from qfx.segments import along, segments
 
 Assignment = dict[str, Format]  # unit name -> format
@@ -130,13 +131,18 @@ def by_type(weights: Weights, budget: int) -> list[Assignment]:
 
         return weights.whole(choose)
 
-    return _near(weights, (recipe(a, m, t, g) for m in bits for a in bits if a >= m for t in bits if t >= m
-                           for g in (32, 64) if a + t > 2 * m), budget)  # fmt: skip
+    found = [
+        recipe(attention, mlp, table, group)
+        for mlp, attention, table, group in itertools.product(bits, bits, bits, (32, 64))
+        if attention >= mlp and table >= mlp and attention + table > 2 * mlp
+    ]
+    return _near(weights, found, budget)
 
 
 def k_mix(weights: Weights, budget: int) -> list[Assignment]:
     """As llama.cpp's Q4_K_M: v and down in more bits in some layers, the output table (here the input's, too) in more
-    everywhere. Two bits more as there, or one where the budget is small; the table has 6 bits or as many as v."""
+    everywhere. Two bits more as there, or one where the budget is small; the table has 6 or 8 bits, as many as v, or as
+    the rest where there are no bytes for that."""
 
     def mix(base: int, lift: int, table: int, group: int) -> Assignment:
         def choose(fqn: str) -> Format:
@@ -148,8 +154,15 @@ def k_mix(weights: Weights, budget: int) -> list[Assignment]:
 
         return weights.whole(choose)
 
-    return _near(weights, (mix(base, lift, table, group) for base in (2, 3, 4, 5, 6) for lift in (1, 2)
-                           for table in {base + lift, 6, 8} if table >= base for group in (32, 64)), budget)  # fmt: skip
+    found = [
+        mix(base, lift, table, group)
+        for base in (2, 3, 4, 5, 6)
+        for lift in (1, 2)
+        for table in sorted({base, base + lift, 6, 8})
+        for group in (32, 64)
+        if table >= base
+    ]
+    return _near(weights, found, budget)
 
 
 def shuffled(weights: Weights, planned: Assignment, seed: int) -> Assignment:

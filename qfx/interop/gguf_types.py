@@ -116,7 +116,7 @@ def _of_output(base: str, columns: int) -> str:
     return "Q6_K"
 
 
-def _more_bits(layer: int, layers: int) -> bool:
+def more_bits(layer: int, layers: int) -> bool:
     """The first and last eighth of the layers, and every third between."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
@@ -130,7 +130,7 @@ def _of_values(mix: str, layer: int, facts: Facts) -> str:
         found = "Q5_K" if layer < 2 else "Q4_K"
     elif mix == "Q3_K_L" or (mix == "IQ4_NL" and facts.gqa >= 4):
         found = "Q5_K"
-    elif mix in ("Q4_K_M", "Q5_K_M") and _more_bits(layer, facts.layers):
+    elif mix in ("Q4_K_M", "Q5_K_M") and more_bits(layer, facts.layers):
         found = "Q6_K"
     elif mix == "Q4_K_S" and layer < 4:
         found = "Q5_K"
@@ -147,7 +147,7 @@ def _of_down(mix: str, layer: int, facts: Facts) -> str:
         return "Q5_K" if layer < facts.layers // 16 else "Q4_K"
     if mix == "Q3_K_L":
         return "Q5_K"
-    if mix in ("Q4_K_M", "Q5_K_M") and _more_bits(layer, facts.layers):
+    if mix in ("Q4_K_M", "Q5_K_M") and more_bits(layer, facts.layers):
         return "Q6_K"
     if first and (mix == "Q4_K_S" or (mix == "IQ4_NL" and not facts.weighted)):
         return "Q5_K"

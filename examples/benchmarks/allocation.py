@@ -1,0 +1,300 @@
+"""Bits where they pay: the planned mix beside baselines of the same bytes, on the same tokens.
+
+    python examples/benchmarks/allocation.py --json numbers.json --plot kld.png
+    python examples/benchmarks/allocation.py --budget 3 --budget u4/g64/f16 --seeds 5
+
+A budget is average bits of all weights that have a format (scales, zero points and padding counted), or a uniform
+format's own bytes. Every row is the model quantized for true, by the same rounding ("mse"), within the budget; its
+bytes are those of the report. Candidates of a baseline are chosen, and the plan is made, on calibration text; KL
+divergence to float32 (nats a token), perplexity and the share of equal best tokens are those of other text.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+if __name__ == "__main__":  # import the sibling files as `python -m examples.benchmarks.allocation` does
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import qfx
+from examples.benchmarks import allocation_baselines as baselines
+from examples.benchmarks.peers import table
+from qfx import annotation, measure
+from qfx.analysis.measured import Measure
+from qfx.analysis.units import units
+from qfx.annotation import Formats
+from qfx.capture import capture_export
+from qfx.errors import QfxWarning
+from qfx.format import Format
+from qfx.interop.gguf_energy import input_energy
+from qfx.pipeline import prepare
+from qfx.plan import Plan
+
+TINY = Path(__file__).resolve().parents[2] / "tests" / "assets" / "tiny_lm"
+LENGTH = 512
+BUDGETS = ("2.5", "3", "4", "5", "6", "u3/g64/f16", "u4/g64/f16")
+GOALS = {"3": 0.75, "4": 0.8, "u3/g64/f16": 0.75, "u4/g64/f16": 0.8}  # of the KLD of uniform, at most
+COLUMNS = {"bits": "bits", "size_bytes": "MB", "kld": "KLD", "ratio": "of uniform", "perplexity": "perplexity",
+           "top1": "same best token"}  # fmt: skip
+FAMILIES = {
+    "uniform": baselines.uniform,
+    "uniform, filled up": baselines.uniform_filled,
+    "by layer type": baselines.by_type,
+    "Q4_K_M-style mix": baselines.k_mix,
+}
+PLANNED, LAYERS = "planned, heads", "planned, layers only"
+Row = dict[str, Any]
+
+
+class Bench:
+    """One causal language model, calibration windows and others, its units, and what its float logits are."""
+
+    def __init__(self, folder: Path = TINY, calibration: int = 16, evaluation: int = 8) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=10**9)
+        text = (TINY.parent / "eval.txt").read_text(encoding="utf-8")
+        ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[0]
+        windows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+        if calibration + evaluation > len(windows):
+            raise ValueError(f"the text has {len(windows)} windows of {LENGTH} tokens, asked for {calibration} "
+                             f"and {evaluation} others")  # fmt: skip
+        self.evaluation = windows[-evaluation:]
+        self.data = [{"input_ids": pair, "use_cache": False} for pair in windows[:calibration].split(2)]
+        self.float = self.logits(self.model)
+        captured = capture_export(self.model, (), self.data[0])
+        prepare(captured.gm)
+        self.weights = baselines.Weights(units(captured.gm)[0])
+        batches = [captured.flatten((), batch) for batch in self.data]
+        self.measure = Measure(captured.gm, batches, units=list(self.weights.units.values()), outputs=captured.outputs)
+        linears = [fqn for fqn in self.weights.of if isinstance(self.model.get_submodule(fqn), torch.nn.Linear)]
+        self.energy = input_energy(self.model, linears, self.data)
+        base = Format.parse("u4/g32/f16")
+        targets = [{"target": target, "w": str(base)} for target in ("linear", "embedding", "tied")]
+        self.base = qfx.plan(self.model, {"name": "benchmark", "rules": targets, "rounding": "mse"})
+
+    @torch.no_grad()
+    def logits(self, model: Any) -> Tensor:
+        """f32 [windows, tokens, vocabulary] of the evaluation text."""
+        return torch.cat([model(input_ids=pair, use_cache=False).logits for pair in self.evaluation.split(2)])
+
+    def budget(self, text: str) -> int:
+        """Bytes that a budget stands for. Raises ValueError for what is neither a number nor a format."""
+        try:
+            return math.floor(float(text) * self.weights.elements / 8)
+        except ValueError:
+            fmt = Format.parse(text)
+            return self.weights.nbytes(self.weights.whole(lambda _: fmt))
+
+    def plan_of(self, formats: Mapping[str, Formats]) -> Plan:
+        """A plan with these formats of weights."""
+        made = copy.deepcopy(self.base)
+        for fqn, roles in made.annotations.items():
+            own = fqn if fqn in formats else self._tied(fqn)
+            roles["w"] = annotation.to_json(formats[own])
+        return made
+
+    def _tied(self, fqn: str) -> str:
+        """The name of the weight that the linear `fqn` shares."""
+        held = self.model.get_submodule(fqn).weight
+        return next(other for other in self.weights.of if self.model.get_submodule(other).weight is held)
+
+    def figures(self, plan: Plan) -> Row:
+        """What the model quantized by a plan is worth on the evaluation text."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QfxWarning)
+            model = qfx.quantize(copy.deepcopy(self.model), plan)
+        size = sum(row.bytes_after for row in qfx.report(model) if row.node in self.weights.of)
+        found = self.logits(model)
+        return {
+            "bits": 8 * size / self.weights.elements,
+            "size_bytes": size,
+            "kld": measure.kld(self.float, found),
+            "perplexity": measure.perplexity(found, self.evaluation),
+            "top1": measure.top1_agreement(self.float, found),
+        }
+
+    def best(self, candidates: Sequence[baselines.Assignment]) -> tuple[baselines.Assignment, float] | None:
+        """The candidate of the least divergence on the calibration text, None where there is none."""
+        scored = [(self.measure.kld(a), i) for i, a in enumerate(candidates)]
+        return (candidates[min(scored)[1]], min(scored)[0]) if scored else None
+
+    def outliers(self, budget: int) -> dict[str, Formats] | None:
+        """The best base for columns kept apart."""
+        found: list[tuple[float, int, dict[str, Formats]]] = []
+        for i, base in enumerate(baselines.UNIFORM):
+            formats = baselines.outlier_columns(self.weights, budget, base, self.model, self.energy)
+            size = 0 if formats is None else self.weights.nbytes(self.weights.whole(lambda _, base=base: base))  # type: ignore[misc]
+            if formats is not None and size >= baselines.NEAR * budget:
+                found.append((self._calibration_kld(self.plan_of(formats)), i, formats))
+        return min(found, key=lambda row: row[:2])[2] if found else None
+
+    @torch.no_grad()
+    def _calibration_kld(self, plan: Plan) -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QfxWarning)
+            model = qfx.quantize(copy.deepcopy(self.model), plan)
+        pairs = [measure.kld(self.model(**batch).logits, model(**batch).logits) for batch in self.data[:4]]
+        return statistics.mean(pairs)
+
+
+def planned(bench: Bench, budget: int, by: str) -> Plan:
+    """What qfx plans for at most so many bytes, its units cut by "heads" or whole ("layers")."""
+    recipe = {"name": "planned", "rounding": "mse", "rules": bench.base.recipe.to_dict()["rules"]}
+    return qfx.plan(bench.model, recipe, bench.data, units=by, max_bytes=budget)
+
+
+def assignment_of(weights: baselines.Weights, plan: Plan) -> baselines.Assignment:
+    """Unit name -> its format in a plan."""
+    found: baselines.Assignment = {}
+    for fqn, own in weights.of.items():
+        each = annotation.each(plan.formats(fqn)["w"])
+        assert len(each) in (1, len(own)), (fqn, each)
+        found.update(zip([unit.name for unit in own], each * (len(own) // len(each)), strict=True))
+    return found
+
+
+def rows(bench: Bench, text: str, *, seeds: int = 3, plan: Callable[[Bench, int, str], Plan] = planned) -> list[Row]:
+    """One dict for each way, of one budget. plan: makes the planned ones."""
+    weights, budget = bench.weights, bench.budget(text)
+    found: list[Row] = []
+
+    def add(name: str, made: Plan, **more: Any) -> None:
+        figures = bench.figures(made)
+        if figures["size_bytes"] > budget:
+            raise AssertionError(f"{name} takes {figures['size_bytes']} bytes of {budget}")
+        found.append({"peer": name, **figures, **more})
+
+    plans = {name: plan(bench, budget, by) for name, by in ((LAYERS, "layers"), (PLANNED, "heads"))}
+    for name, made in plans.items():
+        kld = bench.measure.kld(assignment_of(weights, made))
+        add(name, made, calibration=kld, remarks=said({fqn: made.formats(fqn)["w"] for fqn in weights.of}))
+    mix = assignment_of(weights, plans[PLANNED])
+    others = {f"random {seed}": baselines.shuffled(weights, mix, seed) for seed in range(seeds)}
+    for name, other in {**others, "inverted ranking": baselines.inverted(weights, mix)}.items():
+        add(name, bench.plan_of(weights.formats(other)), calibration=bench.measure.kld(other))
+    for name, family in FAMILIES.items():
+        best = bench.best(family(weights, budget))
+        if best is not None:
+            formats = weights.formats(best[0])
+            add(name, bench.plan_of(formats), calibration=best[1], remarks=said(formats))
+    apart = bench.outliers(budget)
+    if apart is not None:
+        add("outlier channels apart", bench.plan_of(apart), remarks=said(apart))
+    return _with_ratio(found[len(plans) :] + found[: len(plans)])
+
+
+def _with_ratio(found: list[Row]) -> list[Row]:
+    """Each row with its KLD as part of that of `uniform`, where there is one."""
+    uniform = next((row["kld"] for row in found if row["peer"] == "uniform"), None)
+    return [{**row, "ratio": row["kld"] / uniform} if uniform else row for row in found]
+
+
+def said(formats: Mapping[str, Formats]) -> str:
+    """How many weights (or parts of equal size) have which format: `u4/g64:30 u3/g64:12`."""
+    counts: dict[str, int] = {}
+    for value in formats.values():
+        for fmt in annotation.each(value):
+            text = str(fmt).removesuffix("/f16")
+            counts[text] = counts.get(text, 0) + 1
+    return " ".join(f"{text}:{count}" for text, count in sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def verdicts(text: str, found: Sequence[Row]) -> list[str]:
+    """What the rows of one budget say about the goals, in words; those missed begin with MISSED."""
+    by = {row["peer"]: row["kld"] for row in found}
+    randoms = [kld for name, kld in by.items() if name.startswith("random")]
+    own = min(by[PLANNED], by[LAYERS])
+    others = {name: kld for name, kld in by.items() if not name.startswith("planned")}
+    nearest = min(others, key=lambda name: others[name])
+    part = own / others[nearest]
+    heads = by[PLANNED] / by[LAYERS]
+    told = [
+        (part < 1, f"the planned mix has {part:.3f} of the KLD of the best baseline ({nearest})"),
+        (heads < 1, f"heads have {heads:.3f} of the KLD of whole layers"),
+    ]
+    if text in GOALS and "uniform" in by:
+        part = own / by["uniform"]
+        told.append((part <= GOALS[text], f"{part:.3f} of uniform's KLD, wanted at most {GOALS[text]}"))
+    if randoms:
+        mean = statistics.mean(randoms)
+        spread = statistics.stdev(randoms) if len(randoms) > 1 else 0.0
+        order = by[PLANNED] < min(randoms) and mean < by["inverted ranking"]
+        figures = f"planned {by[PLANNED]:.5f}, random {mean:.5f} (spread {spread:.5f})"
+        told.append((order, f"{figures}, inverted {by['inverted ranking']:.5f}"))
+    return [f"{'holds' if good else 'MISSED'}: {line}" for good, line in told]
+
+
+def plot(path: Path, runs: Mapping[str, Sequence[Row]]) -> None:
+    """KL divergence over true bits a weight, a line for each way, on a logarithmic axis; random ones as their mean."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for found in runs.values():
+        randoms = [row for row in found if row["peer"].startswith("random")]
+        for row in [row for row in found if row not in randoms]:
+            lines.setdefault(row["peer"], []).append((row["bits"], row["kld"]))
+        if randoms:
+            lines.setdefault("random (mean)", []).append(
+                (randoms[0]["bits"], statistics.mean(row["kld"] for row in randoms))
+            )
+    figure, axis = plt.subplots(figsize=(10, 7))
+    for name, points in lines.items():
+        bits, klds = zip(*sorted(points), strict=True)
+        own = name.startswith("planned")
+        axis.plot(bits, klds, label=name, marker="o" if own else ".", linewidth=2.5 if own else 1.2,
+                  linestyle="-" if own else "--", zorder=3 if own else 2)  # fmt: skip
+    axis.set(yscale="log", xlabel="bits a weight, scales and zero points included",
+             ylabel="KL divergence to float32, nats a token")  # fmt: skip
+    axis.grid(visible=True, which="both", alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of a Llama of transformers.")] = TINY,
+    budget: Annotated[list[str] | None, typer.Option(help="Average bits, or a format whose bytes are it.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Random mixes.")] = 3,
+    calibration: Annotated[int, typer.Option(min=2, help="Windows of 512 tokens.")] = 16,
+    evaluation: Annotated[int, typer.Option(min=2, help="Other windows of 512 tokens.")] = 8,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw KL divergence over bits.")] = None,
+) -> None:
+    """Hold planned mixes against baselines of the same bytes, and print a table for each budget."""
+    torch.set_num_threads(threads)
+    console = table.console()
+    bench = Bench(model, calibration, evaluation)
+    runs: dict[str, list[Row]] = {}
+    for text in budget or BUDGETS:
+        runs[text] = rows(bench, text, seeds=seeds)
+        bits = 8 * bench.budget(text) / bench.weights.elements
+        console.print(table.shown(runs[text], COLUMNS, f"budget {text}: {bits:.3f} bits a weight"))
+        for line in verdicts(text, runs[text]):
+            console.print(line, highlight=False)
+    if json_file is not None:
+        found = {"where": table.place(threads), "model": str(model), "runs": {t: {"rows": r} for t, r in runs.items()}}
+        table.write(json_file, None, found, "", "")
+    if plot_file is not None:
+        plot(plot_file, runs)
+
+
+if __name__ == "__main__":
+    typer.run(main)
