@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from qfx import annotation, graph, run
 from qfx.capture import Captured, capture_export
+from qfx.clipping import clip_inputs
 from qfx.correct import apply_to, correct
 from qfx.data import Call, telling
 from qfx.errors import Note, UnsupportedError, explain
@@ -64,6 +65,8 @@ def decide(
         notes += transform(gm, made, flat, undivided=undivided, progress=progress)
         if recipe.outliers is not None:
             notes += keep_outliers(gm, made, flat, skip=_undivided(model, made), progress=progress)
+        if recipe.clip_inputs:
+            notes += clip_inputs(gm, made, flat, progress=progress)
         said = _scales(gm, made, flat, progress=progress) if recipe.needs_data else []
         if recipe.rounding in DATA_ROUNDINGS:
             notes += round_weights(gm, made, flat, progress=progress, resume=resume, memory=memory)

@@ -23,7 +23,7 @@ from torch.library import Library, register_autograd, register_fake
 
 from qfx import ops
 from qfx.format import Format
-from qfx.numerics import range_qparams, value_range
+from qfx.numerics import run_time_qparams
 
 _SCHEMAS = {
     "rope": "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
@@ -199,7 +199,7 @@ def _whole_range(x: Tensor, fmt: Format) -> tuple[Tensor | None, Tensor | None, 
     """One dynamic scale over the rows of all experts, handed on as a static one."""
     if not fmt.dynamic:
         return None, None, str(fmt)  # qfx::linear says what is missing
-    params = range_qparams(*value_range(x.float(), fmt, activation=True), fmt)
+    params = run_time_qparams(x.float(), fmt)
     return params.scale, params.zero, str(Format.parse(str(fmt).removesuffix("/dyn")))
 
 

@@ -1,12 +1,13 @@
 """Format: how one tensor is stored, as a frozen value with an exact text form.
 
-    <type>[/<granularity>][/<scale type>][/dyn]        i8   i4/g128   u4/g32/f16   i8/tok   nf4/g64   f4e2m1/g32/e8m0
+    <type>[/<granularity>][/<scale type>][/dyn][/cN]   i8   i4/g128   u4/g32/f16   i8/tok   nf4/g64   f4e2m1/g32/e8m0
 
 types: i2..i8 (symmetric signed), u2..u8 (affine, with a zero point), nf4, f8e4m3, f8e5m2, f4e2m1 (floats with a
 scale), f16, bf16, f32 (plain: no scale at all). Granularity of the scale: nothing (one for the tensor), `ch` (channel),
 `gN` (groups of N along the last axis), `bMxN` (blocks over the last two axes), `tok` (a row over the last axis, found
 at run time), `head` (axis -3). Scale types: f32 (not printed), f16, bf16, e8m0 (a power of two), e4m3 (with one f32
 scale for the whole tensor on top), dq (double quantization, see `qfx.nested`). `dyn`: the scale is found at run time.
+`cN`: such a scale is that of N percent of the extremes, and values beyond saturate (`u4/tok/c90`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ _SCALES: dict[str, torch.dtype] = {
 }
 TYPES: tuple[str, ...] = (*_SIGNED, *_AFFINE, *_FLOATS, *_PLAIN)
 SCALE_TYPES: tuple[str, ...] = tuple(_SCALES)
+_CLIP = re.compile(r"c([1-9]\d)")
 _GRANULARITY = re.compile(r"|ch|tok|head|g([1-9]\d*)|b([1-9]\d*)x([1-9]\d*)")
 _ALIASES = {
     "half": "f16",
@@ -59,13 +61,15 @@ class Format:
     """How one tensor is stored. `Format.parse(str(f)) == f`; the fields are the parts of the text.
 
     type: the element type. granularity: "", "ch", "gN", "bMxN", "tok" or "head". scale_type: one of SCALE_TYPES.
-    dynamic: the scale is found at run time ("tok" implies it). Raises ValueError for parts that do not go together.
+    dynamic: the scale is found at run time ("tok" implies it). clip: percent of the extremes that such a scale spans,
+    10 to 100. Raises ValueError for parts that do not go together.
     """
 
     type: str
     granularity: str = ""
     scale_type: str = "f32"
     dynamic: bool = False
+    clip: int = 100
 
     def __post_init__(self) -> None:
         if self.granularity == "tok":
@@ -82,6 +86,10 @@ class Format:
             return f"unknown scale type {self.scale_type!r}, {nearest(self.scale_type, _SCALES)}"
         if self.is_plain and (self.granularity or self.scale_type != "f32" or self.dynamic):
             return f"{self.type} has no scale; write {self.type!r}"
+        if not 10 <= self.clip <= 100:
+            return f"10 to 100 percent of the extremes are kept, found {self.clip}"
+        if self.clip < 100 and not (self.dynamic and self.is_integer):
+            return "only integers whose scale is found at run time are clipped; write 'u4/tok/c90'"
         if not self.symmetric and self.scale_type == "e4m3":
             return f"e4m3 scales need a type without a zero point; write '{self.type}/{self.granularity or 'g16'}/f16'"
         if self.nested and (not self.symmetric or self.dynamic or self.granularity in ("", "head")):
@@ -99,6 +107,8 @@ class Format:
         parts = [self.type, self.granularity, self.scale_type if self.scale_type != "f32" else ""]
         if self.dynamic and self.granularity != "tok":
             parts.append("dyn")
+        if self.clip != 100:
+            parts.append(f"c{self.clip}")
         return "/".join(part for part in parts if part)
 
     @property
@@ -252,18 +262,19 @@ def _parse(text: str) -> Format:
     raise ValueError(f"bad format {text!r}: {_suggestion(text)}")
 
 
-def _fields(parts: list[str]) -> dict[str, str | bool] | None:
+def _fields(parts: list[str]) -> dict[str, str | bool | int] | None:
     """The fields of well-ordered parts, None where a part has no meaning or is out of order."""
     kind, *rest = parts
-    fields: dict[str, str | bool] = {"type": kind}
+    fields: dict[str, str | bool | int] = {"type": kind}
     for name, accepts in (
         ("granularity", lambda part: bool(part) and _GRANULARITY.fullmatch(part) is not None),
         ("scale_type", lambda part: part in _SCALES),
         ("dynamic", lambda part: part == "dyn"),
+        ("clip", lambda part: _CLIP.fullmatch(part) is not None),
     ):
         if rest and accepts(rest[0]):
             part = rest.pop(0)
-            fields[name] = True if name == "dynamic" else part
+            fields[name] = True if name == "dynamic" else int(part[1:]) if name == "clip" else part
     return None if rest or kind not in TYPES else fields
 
 
@@ -273,7 +284,7 @@ def _suggestion(text: str) -> str:
     kind = _repair_type(parts[0]) if parts else None
     if kind is None:
         return nearest(parts[0] if parts else text, TYPES)
-    fields: dict[str, str | bool] = {"type": kind}
+    fields: dict[str, str | bool | int] = {"type": kind}
     for part in parts[1:]:
         name, value = _repair_part(part)
         if name is not None and name not in fields:
@@ -296,8 +307,10 @@ def _repair_type(part: str) -> str | None:
     return short if short in TYPES else None
 
 
-def _repair_part(part: str) -> tuple[str | None, str | bool]:
+def _repair_part(part: str) -> tuple[str | None, str | bool | int]:
     """What a part after the type was meant to be: (field, value), or (None, "")."""
+    if clip := re.fullmatch(r"(?:c|clip)-?(?:0?\.(\d)|0?\.?([1-9]\d)%?)", part):
+        return "clip", int(clip[1]) * 10 if clip[1] else int(clip[2])
     if part in _SCALES:
         return "scale_type", part
     if part in ("double", "doublequant", "nested"):

@@ -97,6 +97,14 @@ def range_qparams(low: Tensor, high: Tensor, fmt: Format) -> QParams:
     return QParams(_store_scale(absmax / fmt.qmax, fmt), None)
 
 
+def run_time_qparams(x: Tensor, fmt: Format, *, activation: bool = True) -> QParams:
+    """Scales and zero points of a dynamic format for the values at hand: of `fmt.clip` percent of their extremes."""
+    low, high = value_range(x, fmt, activation=activation)
+    if fmt.clip != 100:
+        low, high = low * (fmt.clip / 100), high * (fmt.clip / 100)
+    return range_qparams(low, high, fmt)
+
+
 def signed_scale(scale: Tensor, whole: Tensor | None, fmt: Format) -> Tensor:
     """An f32 scale as it is stored, of either sign where the scale type has one. whole: the scale above e4m3 scales."""
     if fmt.has_global_scale:
@@ -160,7 +168,7 @@ def fake_quantize(
     if fmt.is_plain:
         return x.to(fmt.code_dtype).to(x.dtype)
     if scale is None:
-        scale, zero = range_qparams(*value_range(x, fmt, activation=activation), fmt)
+        scale, zero = run_time_qparams(x, fmt, activation=activation)
     return dequantize(quantize(x, fmt, scale, zero), fmt, scale, zero, x.dtype)
 
 

@@ -20,7 +20,7 @@ from torch.library import Library, register_autograd, register_fake
 
 from qfx.errors import explain
 from qfx.format import Format
-from qfx.numerics import QParams, effective_scale, fake_quantize, quantize, range_qparams, value_range
+from qfx.numerics import QParams, effective_scale, fake_quantize, quantize, run_time_qparams
 from qfx.numerics import dequantize as dequantize_codes
 from qfx.packing import check_storage, unpack_codes, unpack_zeros
 
@@ -149,7 +149,7 @@ def _exact(xf: Format, wf: Format) -> bool:
 def _input_params(rows: Tensor, fmt: Format, scale: Tensor | None, zero: Tensor | None) -> QParams:
     """Scale and zero point of the input: found from it where the format is dynamic, else those given."""
     if fmt.dynamic:
-        return range_qparams(*value_range(rows, fmt, activation=True), fmt)
+        return run_time_qparams(rows, fmt)
     if scale is None or (fmt.has_zero and zero is None):
         raise ValueError(
             explain(

@@ -154,6 +154,8 @@ class Recipe(Strict):
     (half-quadratic), "gptq" (layer by layer, by what each reads) or "learned" (gradient descent, block by block); the
     last two need data, and have options in gptq and learned.
     outliers: input channels of linears that exceed this magnitude in the calibration data stay in 16 bits (LLM.int8).
+    clip_inputs: where the scales of a linear's input are found at run time, search on data how much of the extremes they
+    span (formats such as u4/tok/c90 say it themselves).
     weighting: what an error costs for "mse": "uniform", or as the inputs make it, by the "energy" of each channel or
     the "covariance" of those nearby (AWQ's clip search); both need data.
     bias_correction: shift the mean of each linear's error into its bias. low_rank: rank of float linears that carry the
@@ -171,6 +173,7 @@ class Recipe(Strict):
     rounding: Literal["rtn", "mse", "hqq", "gptq", "learned"] = "rtn"
     gptq: GptqOptions = GptqOptions()
     outliers: Annotated[float, Field(gt=0)] | None = None
+    clip_inputs: Annotated[bool, Field(strict=True)] = False
     weighting: Literal["uniform", "energy", "covariance"] = "uniform"
     learned: LearnedOptions = LearnedOptions()
     bias_correction: Annotated[bool, Field(strict=True)] = False
@@ -232,14 +235,14 @@ class Recipe(Strict):
     @property
     def needs_data(self) -> bool:
         """Calibration data is needed: a static activation format that some rule gives, a rewrite of DATA_REWRITES, a
-        rounding of DATA_ROUNDINGS or weighted by inputs, outliers, or a correction.
+        rounding of DATA_ROUNDINGS or weighted by inputs, outliers, clipped inputs, or a correction.
 
         A format that a later rule of the same target replaces does not count.
         """
         last = {(rule.target, role): rule for rule in self.rules for role in rule.texts if role != "w"}
         chosen = not set(self.rewrites).isdisjoint(DATA_REWRITES) or self.rounding in DATA_ROUNDINGS
         chosen = chosen or self.bias_correction or bool(self.low_rank)
-        chosen = chosen or self.weighting != "uniform" or self.outliers is not None
+        chosen = chosen or self.weighting != "uniform" or self.outliers is not None or self.clip_inputs
         given = [rule.formats(role) for (_, role), rule in last.items() if rule.texts[role] != NONE]
         return chosen or any(is_static(fmt) for fmt in given if isinstance(fmt, Format))
 

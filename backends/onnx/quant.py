@@ -102,7 +102,7 @@ def is_integer_pair(x: Format, w: Format) -> bool:
 
 def _is_8bit_dynamic(fmt: Format) -> bool:
     """MatMulNBits rounds its input to 8 bits per block at run time, finer than per token: nothing is rounded before."""
-    return fmt.type == "i8" and fmt.dynamic and fmt.granularity in ("", "tok")
+    return fmt.type == "i8" and fmt.dynamic and fmt.granularity in ("", "tok") and fmt.clip == 100
 
 
 def _integer(
@@ -110,7 +110,7 @@ def _integer(
     smooth: Value | None, fmt: Format,
 ) -> Value:  # fmt: skip
     """Exact integer sums, scaled: MatMulIntegerToFloat, or DynamicQuantizeMatMul where it means the same."""
-    if fmt.type == "u8" and fmt.dynamic and fmt.granularity == "" and smooth is None and not b.standard:
+    if str(fmt) == "u8/dyn" and smooth is None and not b.standard:
         codes, scale, zero = weight.columns(b)
         return b.op("DynamicQuantizeMatMul", x, codes, scale, zero, bias, domain=MICROSOFT, dtype=torch.float32)
     q = quantized_input(b, x, fmt, x_scale, x_zero, smooth)

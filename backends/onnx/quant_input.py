@@ -82,13 +82,15 @@ def _repeated(b: Builder, point: Value, count: Dim) -> Value:
 
 
 def _extreme(b: Builder, op_type: str, x: Value, fmt: Format) -> Value:
-    """Greatest or least of each row [M, 1] or of everything [].
+    """Greatest or least of each row [M, 1] or of everything [], times the share that the format keeps.
 
     The axis is counted from the front: ONNX Runtime reduces empty tensors wrongly along negative ones.
     """
     if fmt.granularity != "tok":
-        return Value(b.op(op_type, x, keepdims=0).name, x.dtype, ())
-    return Value(b.op(op_type, x, b.ints([1]), keepdims=1).name, x.dtype, (x.dims[0], 1))
+        found = Value(b.op(op_type, x, keepdims=0).name, x.dtype, ())
+    else:
+        found = Value(b.op(op_type, x, b.ints([1]), keepdims=1).name, x.dtype, (x.dims[0], 1))
+    return found if fmt.clip == 100 else b.op("Mul", found, b.scalar(fmt.clip / 100, torch.float32))
 
 
 def _symmetric(b: Builder, x: Value, fmt: Format) -> tuple[Value, None]:
@@ -109,7 +111,7 @@ def _affine(b: Builder, x: Value, fmt: Format) -> tuple[Value, Value]:
 
 def _clipped(b: Builder, codes: Value, fmt: Format) -> Value:
     """Codes of fewer than 8 bits in their range: QuantizeLinear itself saturates at 8."""
-    if fmt.bits == 8 or (fmt.dynamic and not fmt.has_zero):  # the greatest value decides a dynamic scale
+    if fmt.clip == 100 and (fmt.bits == 8 or (fmt.dynamic and not fmt.has_zero)):  # the greatest value decides a scale
         return codes
     centre = 0 if fmt.has_zero else _CENTRE
     return b.op("Clip", codes, b.const(centre + fmt.qmin, torch.uint8), b.const(centre + fmt.qmax, torch.uint8))

@@ -3,6 +3,8 @@
     pip install -e ".[demo,bench,interop]" -c constraints.txt
     python examples/benchmarks/accuracy.py --threads 2 --json numbers.json --plot curve.png
     python examples/benchmarks/accuracy.py --only "qfx" --only "GPTQModel" --bits 4
+    python -m venv lc && lc/bin/pip install torch llmcompressor      # it wants an older transformers, so give it its own
+    python examples/benchmarks/accuracy.py --llm-compressor lc/bin/python
 
 Every row rounds the same linear layers (all but the output, which stays float) of the same model, by the same
 calibration text where the method takes data, and is judged on text that none has seen: bits a weight with scales and
@@ -15,6 +17,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +33,7 @@ from examples.benchmarks.peers.race import Entry, Race, Result
 from examples.benchmarks.peers.rounding import RoundingJob, linears
 from qfx import measure
 
+LLM_COMPRESSOR = "llmcompressor_rounding"
 REFERENCE = Entry("float32", "float_rounding")
 PEERS: dict[int, tuple[Entry, ...]] = {
     8: (
@@ -45,6 +49,7 @@ PEERS: dict[int, tuple[Entry, ...]] = {
         Entry("bitsandbytes NF4", "bnb_rounding"),
         Entry("bitsandbytes NF4 double", "bnb_rounding", "double"),
         Entry("GPTQModel 4/64", "gptqmodel_rounding", "4 64"),
+        Entry("llm-compressor 4/64", LLM_COMPRESSOR, "4 64"),
         Entry("AutoRound 4/64", "auto_round_rounding", "4 64"),
         Entry("llama.cpp Q4_0", "llama_cpp_rounding", "Q4_0"),
         Entry("llama.cpp Q4_1", "llama_cpp_rounding", "Q4_1"),
@@ -52,12 +57,14 @@ PEERS: dict[int, tuple[Entry, ...]] = {
     3: (
         Entry("HQQ 3/64", "hqq_rounding", "3 64"),
         Entry("GPTQModel 3/64", "gptqmodel_rounding", "3 64"),
+        Entry("llm-compressor 3/64", LLM_COMPRESSOR, "3 64"),
         Entry("AutoRound 3/64", "auto_round_rounding", "3 64"),
     ),
     2: (
         Entry("quanto qint2", "quanto_rounding", "2"),
         Entry("HQQ 2/64", "hqq_rounding", "2 64"),
         Entry("GPTQModel 2/64", "gptqmodel_rounding", "2 64"),
+        Entry("llm-compressor 2/64", LLM_COMPRESSOR, "2 64"),
         Entry("AutoRound 2/64", "auto_round_rounding", "2 64"),
     ),
 }
@@ -67,8 +74,9 @@ COLUMNS = {"bits": "bits", "weights_bytes": "MB", "kld": "KLD", "perplexity": "p
            "seconds": "s"}  # fmt: skip
 
 
-def entries(bits: Sequence[int], only: Sequence[str]) -> list[Entry]:
-    """The rows to be: peers and qfx's methods at each number of bits. only: by a word of the name."""
+def entries(bits: Sequence[int], only: Sequence[str], llm_compressor: str = "") -> list[Entry]:
+    """The rows to be: peers and qfx's methods at each number of bits. only: by a word of the name. llm_compressor: the
+    interpreter of its environment."""
     found = [REFERENCE]
     for b in bits:
         methods = METHODS if b < 8 else ("rtn", "mse", "gptq")
@@ -76,7 +84,7 @@ def entries(bits: Sequence[int], only: Sequence[str]) -> list[Entry]:
             Entry(f"qfx {m} {f.removesuffix('/f16')}", "qfx_rounding", f"{f} {m}") for f in FORMATS[b] for m in methods
         ]
         found += [e for e in (*PEERS[b], *own) if not only or any(word in e.name for word in only)]
-    return found
+    return [replace(e, python=llm_compressor) if e.module == LLM_COMPRESSOR else e for e in found]
 
 
 def rows(results: Sequence[Result], ids: Tensor, weights: int) -> list[dict[str, Any]]:
@@ -159,6 +167,7 @@ def main(
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples of 512 tokens.")] = 128,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each peer.")] = 2,
     only: Annotated[list[str] | None, typer.Option(help="Rows whose name holds this word; float32 stays.")] = None,
+    llm_compressor: Annotated[str, typer.Option(help="Python of an environment that has it, if not this one.")] = "",
     folder: Annotated[Path | None, typer.Option(help="Keep what the peers write here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
     plot_file: Annotated[
@@ -173,7 +182,7 @@ def main(
     _say(where)
     with tempfile.TemporaryDirectory() as scratch:
         job = RoundingJob(model, samples, threads, str(folder or scratch))
-        with Race(entries(chosen, only or ()), job, job.path, _say, alone=True) as race:
+        with Race(entries(chosen, only or (), llm_compressor), job, job.path, _say, alone=True) as race:
             weights = sum(m.weight.numel() for m in linears(job.module()).values())
             found = rows(race.results, job.evaluation(), weights)
     console.print(table.shown(found, COLUMNS, f"{model}, {samples} x 512 tokens of calibration"))

@@ -160,7 +160,7 @@ def _input_args(x: str) -> dict[str, Any] | None:
     fmt = Format.parse(x)
     if fmt.scale_type != "f32" or (not fmt.is_integer and fmt.type != "f8e4m3") or fmt.bits != 8:
         return None
-    if fmt.granularity not in ("", "tok"):
+    if fmt.granularity not in ("", "tok") or fmt.clip != 100:
         return None
     return {
         "num_bits": fmt.bits, "type": "int" if fmt.is_integer else "float", "symmetric": fmt.symmetric,

@@ -28,11 +28,15 @@ PAUSE = 0.05  # seconds between two peers: threads that spin after a call are as
 
 @dataclass(frozen=True)
 class Entry:
-    """A row to be: its name, the file under peers/ that builds it, and that file's option."""
+    """A row to be: its name, the file under peers/ that builds it, and that file's option.
+
+    python: the interpreter of an environment that it needs for itself ("": this one).
+    """
 
     name: str
     module: str
     option: str = ""
+    python: str = ""
 
 
 @dataclass
@@ -70,7 +74,7 @@ class _Process:
         """Build the peer; `judged`: and keep its outputs for the accuracy."""
         with self.log.open("w" if judged else "a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "examples.benchmarks.peers.worker"],
+                [self.entry.python or sys.executable, "-m", "examples.benchmarks.peers.worker"],
                 cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
         request = {
