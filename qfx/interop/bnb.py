@@ -58,7 +58,7 @@ def export_bnb(
     """
     encode = functools.partial(_encode, double_quant=double_quant)
     config = functools.partial(_config, double_quant=double_quant)
-    layout = Layout(NAME, _refused, input_loss, encode, config, experts=False)
+    layout = Layout(NAME, _refused, input_loss, encode, config)
     write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=max_shard_bytes)
 
 

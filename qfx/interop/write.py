@@ -52,8 +52,9 @@ def write(
     apart = {fqn for fqn, parts in experts.items() if any(part.fqn in held for part in parts)}
     source = _Source(model, plain, layout, held, naming if apart else None, apart)
     source.check()
-    others = _other_notes(model, {linear.fqn for linear in linears}, layout, set(experts))
-    told([*_notes(layout, list(held.values()), refused), *others], strict=strict)
+    notes = _notes(layout, list(held.values()), refused)
+    notes += _other_notes(model, {linear.fqn for linear in linears}, layout, set(experts))
+    told([*notes, *(_told_apart(fqn, layout) for fqn in sorted(apart))], strict=strict)
     floats = [name for name, module in plain.named_modules() if _is_linear(module) and name not in held]
     floats = [source.named(name) for name in [*floats, *routers(plain, sorted(apart))]]
     floats += [
@@ -327,6 +328,11 @@ def _other_notes(model: nn.Module, linears: set[str], layout: Layout, experts: s
         Note(_named(names), f"{layout.name} checkpoints do not hold {kind}: written in float", step)
         for kind, names in groups.items()
     ]
+
+
+def _told_apart(fqn: str, layout: Layout) -> Note:
+    reason = f"{layout.name} checkpoints hold experts one by one, and {layout.without} takes them together only"
+    return Note(fqn, reason, "experts=False, which writes them in float, for that reader", minor=True)
 
 
 def _is_plain(module: PackedModule) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qfx
@@ -24,6 +26,7 @@ from qfx.packing import pack_weight
 from tests.interop import pack, stored
 from tests.zoo import ZOO
 
+ONE_BY_ONE = pytest.mark.filterwarnings("ignore:.*experts one by one")
 NAMES = {"mixtral": ("w1", "w3", "w2"), "qwen3_moe": ("gate_proj", "up_proj", "down_proj")}
 
 
@@ -115,6 +118,17 @@ def packed_experts(name: str, fmt: str, down: str = "", *, sizes: int = 96) -> t
     return model, inputs
 
 
+RUN = """
+import sys, torch, gptqmodel
+from safetensors.torch import load_file, save_file
+folder = sys.argv[1]
+model = gptqmodel.GPTQModel.load(folder, backend=gptqmodel.BACKEND.TORCH, device="cpu", dtype=torch.float16).model
+with torch.no_grad():
+    found = model(**load_file(f"{folder}/inputs.bin")).logits.float()
+save_file({"logits": found.contiguous()}, f"{folder}/logits.safetensors")
+"""
+
+
 def parts_of(folder: Path, leaf: str) -> set[str]:
     return {key.removesuffix(f".{leaf}") for key in stored(folder) if ".experts." in key and key.endswith(leaf)}
 
@@ -125,7 +139,9 @@ def parts_of(folder: Path, leaf: str) -> set[str]:
 @pytest.mark.parametrize("name", list(NAMES))
 def test_experts_are_written_one_by_one(name: str, layout: str, fmt: str, tmp_path: Path) -> None:
     model, inputs = packed_experts(name, fmt)
-    WRITERS[layout](model, tmp_path, strict=True, **({"version": "gptq_v2"} if layout == "gptq" else {}))
+    with pytest.warns(QfxWarning, match=r"experts and 1 more: .* one by one, and transformers") as told:
+        WRITERS[layout](model, tmp_path, strict=True, **({"version": "gptq_v2"} if layout == "gptq" else {}))
+    assert len(told) == 1
     layer = "block_sparse_moe" if name == "mixtral" else "mlp"
     count, layers = model.config.num_local_experts if name == "mixtral" else model.config.num_experts, range(2)
     assert parts_of(tmp_path, LEAF[layout]) == {
@@ -139,11 +155,12 @@ def test_experts_are_written_one_by_one(name: str, layout: str, fmt: str, tmp_pa
             assert other.mlp.experts.qfx_packed[leaf].format.startswith(fmt.removesuffix("/f16"))
             for part in ("codes", "zero"):
                 held = one.mlp.experts._buffers[f"{leaf}_w_{part}"], other.mlp.experts._buffers[f"{leaf}_w_{part}"]
-                assert held[0] is held[1] is None or torch.equal(*held)  # type: ignore[arg-type]
+                assert held[0] is held[1] is None or torch.equal(*held)
     assert torch.equal(found(**inputs).logits, model(**inputs).logits)
 
 
 @torch.no_grad()
+@ONE_BY_ONE
 def test_what_the_layout_does_not_hold_of_experts_is_float(tmp_path: Path) -> None:
     model, inputs = packed_experts("qwen3_moe", "i4/g32/f16", "i4/g32/f16", sizes=48)  # groups do not divide 48
     with pytest.warns(QfxWarning, match=r"experts\.0\.down_proj and 7 more: .* needs whole groups"):
@@ -160,13 +177,15 @@ def test_what_the_layout_does_not_hold_of_experts_is_float(tmp_path: Path) -> No
 @pytest.mark.parametrize("down", ["float", "i8/ch"])
 def test_other_formats_beside(down: str, tmp_path: Path) -> None:
     model, inputs = packed_experts("mixtral", "i4/g32", down)
-    qfx.export_compressed_tensors(model, tmp_path, strict=True)
+    with pytest.warns(QfxWarning, match="one by one"):
+        qfx.export_compressed_tensors(model, tmp_path, strict=True)
     found: Any = qfx.import_checkpoint(tmp_path, strict=True)
     assert torch.equal(found(**inputs).logits, model(**inputs).logits)
     held = {"gate_up_proj"} if down == "float" else {"gate_up_proj", "down_proj"}
     assert set(found.model.layers[0].mlp.experts.qfx_packed) == held
 
 
+@ONE_BY_ONE
 @pytest.mark.parametrize("fmt", ["nf4/g32/dq", "i8/b64x16"])
 def test_scales_across_experts_are_not_cut(fmt: str, tmp_path: Path) -> None:
     """Double quantization has blocks over all experts, and 96 rows are no whole blocks of 64."""
@@ -187,6 +206,32 @@ def test_scales_across_experts_are_not_cut(fmt: str, tmp_path: Path) -> None:
     names = stored(tmp_path)
     assert "model.layers.0.mlp.experts.gate_up_proj" in names, "together, in float"
     assert "model.layers.1.block_sparse_moe.experts.0.w1.weight_packed" in names
+
+
+@pytest.mark.parametrize("layout", list(WRITERS))
+def test_transformers_may_want_them_in_float(layout: str, tmp_path: Path) -> None:
+    model, inputs = packed_experts("qwen3_moe", "i4/g32/f16")
+    with pytest.warns(QfxWarning, match="experts.gate_up_proj and 3 more: .*a parameter that its module reads itself"):
+        WRITERS[layout](model, tmp_path, experts=False)
+    assert not parts_of(tmp_path, LEAF[layout]) and "model.layers.0.mlp.experts.down_proj" in stored(tmp_path)
+    with torch.no_grad():
+        found = qfx.import_checkpoint(tmp_path)(**inputs).logits
+        assert torch.allclose(found, model(**inputs).logits, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_gptqmodel_runs_them(tmp_path: Path) -> None:
+    """In a process of its own: the library changes classes of transformers."""
+    pytest.importorskip("gptqmodel", reason="pip install qfx[interop]")
+    model, inputs = packed_experts("qwen3_moe", "i4/g32/f16", sizes=128)
+    qfx.export_gptq(model, tmp_path)
+    save_file(inputs, tmp_path / "inputs.bin")
+    done = subprocess.run([sys.executable, "-c", RUN, tmp_path], capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = load_file(tmp_path / "logits.safetensors")["logits"]
+    assert torch.allclose(found, model(**inputs).logits, atol=5e-3)
 
 
 @torch.no_grad()
