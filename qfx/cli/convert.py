@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from torch import nn
 from qfx import hub, interop
 from qfx.cli.terminal import megabytes, step
 
-EXPORTS = {
+EXPORTS: dict[str, Callable[..., None]] = {
     "compressed-tensors": interop.export_compressed_tensors,
     "gptq": interop.export_gptq,
     "awq": interop.export_awq,

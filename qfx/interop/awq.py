@@ -38,15 +38,17 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def export_awq(
     model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = None, strict: bool = False,
-    max_shard_bytes: int = SHARD_BYTES,
+    max_shard_bytes: int = SHARD_BYTES, experts: bool = True,
 ) -> None:  # fmt: skip
     """Write a quantized model of transformers as an AWQ checkpoint ("gemm"), codes as they are, scales in float16.
 
     Integer weights of 4 bits are held; the group size of most linears is that of the checkpoint. The rest, the head,
     smoothing factors, embeddings and formats of inputs are written in float, each a QfxWarning; an UnsupportedError if
-    strict. Raises ValueError for other models and where nothing can be held, OSError where the disk does not take it.
+    strict. experts: as for `export_gptq`. Raises ValueError for other models and where nothing can be held, OSError
+    where the disk does not take it.
     """
-    layout = Layout(NAME, _refused, _lost, _encode, _config)
+    without = "transformers' own loader"
+    layout = Layout(NAME, _refused, _lost, _encode, _config, experts=experts, without=without)
     write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=max_shard_bytes)
 
 

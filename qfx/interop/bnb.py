@@ -51,9 +51,10 @@ def export_bnb(
 ) -> None:  # fmt: skip
     """Write a quantized model of transformers as a bitsandbytes NF4 checkpoint, codes and scales as they are.
 
-    Scales of nf4/gN/dq are stored in 8 bits, as they are too. double_quant: so are all others, which rounds them. What the layout cannot hold (formats other than
-    nf4, smoothing factors, embeddings, formats of inputs) is written in float, each a QfxWarning; an UnsupportedError
-    if strict. Raises ValueError for other models and where nothing can be held, OSError where the disk is full.
+    Scales of nf4/gN/dq are stored in 8 bits, as they are too. double_quant: so are all others, which rounds them. What
+    the layout cannot hold (formats other than nf4, smoothing factors, embeddings, formats of inputs) is written in
+    float, each a QfxWarning; an UnsupportedError if strict. Raises ValueError for other models and where nothing can be
+    held, OSError where the disk is full.
     """
     encode = functools.partial(_encode, double_quant=double_quant)
     config = functools.partial(_config, double_quant=double_quant)

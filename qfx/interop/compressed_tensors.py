@@ -36,15 +36,17 @@ _STEP = "quantize these linears with i2..i8 or u2..u8, f8e4m3, f4e2m1/g16/e4m3 o
 
 def export_compressed_tensors(
     model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = None, strict: bool = False,
-    max_shard_bytes: int = SHARD_BYTES,
+    max_shard_bytes: int = SHARD_BYTES, experts: bool = True,
 ) -> None:  # fmt: skip
     """Write a quantized model of transformers as a compressed-tensors checkpoint, codes and scales as they are.
 
     tokenizer: saved beside it. What the layout cannot hold (other formats, smoothing factors, weights of several
-    formats, embeddings, experts) is written in float, each a QfxWarning; an UnsupportedError if strict. Raises
-    ValueError for other models and where nothing can be held, OSError where the disk does not take it.
+    formats, embeddings) is written in float, each a QfxWarning; an UnsupportedError if strict. experts: packed ones are
+    written one by one, as vLLM reads them, and transformers with CompressedTensorsConfig(dequantize=True); False: in
+    float. Raises ValueError for other models and where nothing can be held, OSError where the disk does not take it.
     """
-    layout = Layout(NAME, _refused, _lost, _encode, _config)
+    without = "transformers without CompressedTensorsConfig(dequantize=True)"
+    layout = Layout(NAME, _refused, _lost, _encode, _config, experts=experts, without=without)
     write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=max_shard_bytes)
 
 

@@ -19,24 +19,24 @@ from qfx.interop.linear import Dequantized, Linear, Loss
 from qfx.packing import Packed
 
 PARTS: dict[str, tuple[str, ...]] = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
-_KIND = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
-_NAME = re.compile(rf"(.+\.experts)\.(\d+)\.({'|'.join(_KIND)})\.(.+)$")
-_OLD = (".block_sparse_moe.", ".mlp.")  # how Mixtral's checkpoints call the layer
+KIND = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
+_NAME = re.compile(rf"(.+\.experts)\.(\d+)\.({'|'.join(KIND)})\.(.+)$")
+OLD = (".block_sparse_moe.", ".mlp.")  # how Mixtral's checkpoints call the layer
 
 Leaves = dict[tuple[int, str], dict[str, str]]  # (number of the expert, part) -> leaf -> name in the file
 
 
 def sort_out(names: dict[str, str], modules: Mapping[str, nn.Module]) -> dict[str, Leaves]:
     """Take the experts' tensors out of name -> name in the file; what belongs to which module of experts."""
-    for name in [name for name in names if _OLD[0] in name]:
-        if not any(_OLD[0] in f"{fqn}." for fqn in modules):
-            names[name.replace(*_OLD)] = names.pop(name)
+    for name in [name for name in names if OLD[0] in name]:
+        if not any(OLD[0] in f"{fqn}." for fqn in modules):
+            names[name.replace(*OLD)] = names.pop(name)
     found: dict[str, Leaves] = {}
     for name in list(names):
         match = _NAME.match(name)
         held = modules.get(match[1]) if match else None
         if match and held is not None and all(held._parameters.get(part) is not None for part in PARTS):
-            leaves = found.setdefault(match[1], {}).setdefault((int(match[2]), _KIND[match[3]]), {})
+            leaves = found.setdefault(match[1], {}).setdefault((int(match[2]), KIND[match[3]]), {})
             leaves[match[4]] = names.pop(name)
     return found
 

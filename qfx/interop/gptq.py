@@ -45,14 +45,15 @@ Version = Literal["gptq", "gptq_v2"]
 
 def export_gptq(
     model: nn.Module, folder: str | os.PathLike[str], *, version: Version = "gptq", tokenizer: Any = None,
-    strict: bool = False, max_shard_bytes: int = SHARD_BYTES,
+    strict: bool = False, max_shard_bytes: int = SHARD_BYTES, experts: bool = True,
 ) -> None:  # fmt: skip
     """Write a quantized model of transformers as a GPTQ checkpoint, codes as they are, scales in float16.
 
     version: "gptq" is read by all, "gptq_v2" holds zero points of 0 too. The bits and the group size of most linears
     are those of the checkpoint. What the layout cannot hold (other formats, the head, smoothing factors, embeddings,
-    formats of inputs) is written in float, each a QfxWarning; an UnsupportedError if strict. Raises ValueError for
-    other models and where nothing can be held, OSError where the disk does not take it.
+    formats of inputs) is written in float, each a QfxWarning; an UnsupportedError if strict. experts: packed ones are
+    written one by one, as vLLM and GPTQModel read them; False: in float, as transformers' own loader does. Raises
+    ValueError for other models and where nothing can be held, OSError where the disk does not take it.
     """
     if version not in ("gptq", "gptq_v2"):
         raise ValueError(f"unknown version {version!r} of GPTQ's layout\n  expected: 'gptq' or 'gptq_v2'")
@@ -62,6 +63,8 @@ def export_gptq(
         _lost,
         functools.partial(_encode, version=version),
         functools.partial(_config, version=version),
+        experts=experts,
+        without="transformers' own loader",
     )
     write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=max_shard_bytes)
 

@@ -85,7 +85,8 @@ class Layout:
 
     refused: linears -> FQN -> why the layout cannot hold its weight (it is then written in float). lost: what else of a
     linear is not kept. encode: a linear -> its tensors, by what follows its FQN. config: what is held and FQNs of the
-    float linears -> `quantization_config`.
+    float linears -> `quantization_config`. experts: packed experts are written, one by one. without: a reader of the
+    layout that does not take them so.
     """
 
     name: str
@@ -93,6 +94,8 @@ class Layout:
     lost: Callable[[Linear], list[Loss]]
     encode: Callable[[Linear], dict[str, Tensor]]
     config: Callable[[Sequence[Linear], Sequence[str]], dict[str, Any]]
+    experts: bool = False
+    without: str = ""
 
 
 def of_module(fqn: str, module: nn.Module, *, head: bool = False, transposed: bool = False) -> Linear | None:

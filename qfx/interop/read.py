@@ -203,6 +203,8 @@ class _Filler:
         """A part of one expert, [N, K]. ValueError where it is missing or has another shape."""
         held = self.checkpoint.tensors(leaves.values())
         tensors = {leaf: held[name] for leaf, name in leaves.items()}
+        for leaf, name in leaves.items():
+            fqn = name.removesuffix(f".{leaf}")  # schemes go by the names of the file
         shape = experts.shape_of(module, kind)
         found = self.decoder.decode(fqn, "Linear", tensors, shape)
         if found is not None:

@@ -17,7 +17,9 @@ from qfx.errors import Note, explain
 from qfx.files import staged_folder, write_safetensors, write_text
 from qfx.format import Format
 from qfx.interop.checkpoint import CONFIG, INDEX, SINGLE
+from qfx.interop.experts import PARTS
 from qfx.interop.linear import Layout, Linear, Loss, float_weight, of_module
+from qfx.interop.write_experts import Naming, routers, taken_apart
 from qfx.mixed import QuantMixed
 from qfx.modules import PackedModule, QuantConv, QuantEmbedding, QuantLinear, quantized_parts
 from qfx.pipeline import told
@@ -40,18 +42,26 @@ def write(
     model = getattr(model, "_orig_mod", model)
     _check(model)
     plain = _float_twin(model)
-    linears = _linears(model, plain)
+    naming = Naming.of(plain) if layout.experts else None
+    experts = taken_apart(model, naming) if naming else {}
+    linears = [*_linears(model, plain), *(part for parts in experts.values() for part in parts)]
     refused = _refused(layout, linears)
-    held = [linear for linear in linears if linear.fqn not in refused]
+    held = {linear.fqn: linear for linear in linears if linear.fqn not in refused}
     if not held:
         raise _nothing(layout, refused, linears)
-    notes = [*_notes(layout, held, refused), *_other_notes(model, {linear.fqn for linear in linears}, layout)]
-    source = _Source(model, plain, layout, {linear.fqn: linear for linear in held})
+    apart = {fqn for fqn, parts in experts.items() if any(part.fqn in held for part in parts)}
+    source = _Source(model, plain, layout, held, naming if apart else None, apart)
     source.check()
-    told(notes, strict=strict)
-    floats = [name for name, module in plain.named_modules() if _is_linear(module) and name not in source.held]
+    notes = _notes(layout, list(held.values()), refused)
+    notes += _other_notes(model, {linear.fqn for linear in linears}, layout, set(experts))
+    told([*notes, *(_told_apart(fqn, layout) for fqn in sorted(apart))], strict=strict)
+    floats = [name for name, module in plain.named_modules() if _is_linear(module) and name not in held]
+    floats = [source.named(name) for name in [*floats, *routers(plain, sorted(apart))]]
+    floats += [
+        fqn for owner in sorted(apart) for leaf in PARTS for *_, fqn in source.parts(owner, leaf) if fqn not in held
+    ]
     fields = _config_fields(model, plain, source.untied)
-    fields["quantization_config"] = layout.config(held, floats)
+    fields["quantization_config"] = layout.config(list(held.values()), floats)
     with staged_folder(folder, last=CONFIG) as stage:
         _write_shards(stage, source.tensors(), shard_bytes)
         _refuse_leftovers(Path(folder), stage)
@@ -65,12 +75,14 @@ def write(
 
 @dataclass
 class _Source:
-    """The tensors of a checkpoint, made one after the other."""
+    """The tensors of a checkpoint, made one after the other. apart: modules of experts that it holds one by one."""
 
     model: nn.Module
     plain: nn.Module
     layout: Layout
     held: Mapping[str, Linear]
+    naming: Naming | None
+    apart: set[str]
     untied: bool = False
     _seen: dict[Any, Tensor] = field(default_factory=dict)
 
@@ -112,9 +124,37 @@ class _Source:
             owner, _, leaf = name.rpartition(".")
             linear = self.held.get(owner)
             if linear is not None and leaf == "weight":
-                yield from ((f"{owner}.{part}", tensor) for part, tensor in self.layout.encode(linear).items())
+                yield from self._encoded(linear)
+            elif owner in self.apart and leaf in PARTS:
+                yield from self._experts(owner, leaf)
             else:
-                yield name, self._tensor(name)
+                yield self.named(name), self._tensor(name)
+
+    def named(self, name: str) -> str:
+        """What the checkpoint calls a module or tensor of the float model."""
+        layers = tuple(f"{fqn.rpartition('.')[0]}." for fqn in self.apart)
+        return self.naming.layer(name) if self.naming and name.startswith(layers) else name
+
+    def _encoded(self, linear: Linear) -> Iterator[tuple[str, Tensor]]:
+        return ((f"{linear.fqn}.{part}", tensor) for part, tensor in self.layout.encode(linear).items())
+
+    def _experts(self, owner: str, leaf: str) -> Iterator[tuple[str, Tensor]]:
+        """The parts of the experts of a module, those in float which the layout does not hold."""
+        value: Tensor | None = None
+        for number, i, fqn in self.parts(owner, leaf):
+            if fqn in self.held:
+                yield from self._encoded(self.held[fqn])
+                continue
+            value = self._tensor(f"{owner}.{leaf}") if value is None else value
+            yield f"{fqn}.weight", value[number].chunk(len(PARTS[leaf]))[i]
+
+    def parts(self, owner: str, leaf: str) -> Iterator[tuple[int, int, str]]:
+        """(expert, number of the part, name in the checkpoint) of a parameter of experts."""
+        stacked = self.plain.get_submodule(owner)._parameters[leaf]
+        assert self.naming is not None and stacked is not None
+        for number in range(len(stacked)):
+            for i, kind in enumerate(PARTS[leaf]):
+                yield number, i, self.naming.fqn(owner, number, kind)
 
     def _tensor(self, name: str) -> Tensor:
         """A parameter or buffer in float, shaped as the float class has it."""
@@ -272,14 +312,15 @@ def _notes(layout: Layout, held: list[Linear], refused: Mapping[str, Loss]) -> l
     return [Note(_named(names), reason, step) for (reason, step), names in groups.items()]
 
 
-def _other_notes(model: nn.Module, linears: set[str], layout: Layout) -> list[Note]:
-    """Packed weights that are no linears of one format: embeddings, experts, several formats, convolutions."""
+def _other_notes(model: nn.Module, linears: set[str], layout: Layout, experts: set[str]) -> list[Note]:
+    """Packed weights that are no linears of one format: embeddings, several formats, convolutions, and experts other
+    than those that are taken apart."""
     groups: dict[str, list[str]] = {}
     tables = _shared_codes(model)
     for fqn, module in model.named_modules():
         if isinstance(module, PackedModule) and fqn not in linears and not _is_plain(module):
             groups.setdefault(_what(module, tables), []).append(fqn)
-        for name in getattr(module, "qfx_packed", {}):
+        for name in getattr(module, "qfx_packed", {}) if fqn not in experts else ():
             kind = "an embedding" if isinstance(module, nn.Embedding) else "a parameter that its module reads itself"
             groups.setdefault(kind, []).append(f"{fqn}.{name}".lstrip("."))
     step = "nothing, or a recipe that leaves it in float, so that what was measured is what is written"
@@ -287,6 +328,11 @@ def _other_notes(model: nn.Module, linears: set[str], layout: Layout) -> list[No
         Note(_named(names), f"{layout.name} checkpoints do not hold {kind}: written in float", step)
         for kind, names in groups.items()
     ]
+
+
+def _told_apart(fqn: str, layout: Layout) -> Note:
+    reason = f"{layout.name} checkpoints hold experts one by one, and {layout.without} takes them together only"
+    return Note(fqn, reason, "experts=False, which writes them in float, for that reader", minor=True)
 
 
 def _is_plain(module: PackedModule) -> bool:
