@@ -4,9 +4,9 @@
     python examples/benchmarks/roofline.py --profile cpu.json --model llama-0.1b --json numbers.json
 
 Each model is exported under each recipe and run by `qfx.onnx.load`: a prompt is read in one call, then tokens are
-written one by one. All take a turn in each round; what counts is the fastest, as in the profile. The prediction comes from the symbolic
-costs of the model's graph and from the profile, and has seen none of these times. error: predicted / measured - 1.
-gain: how many times faster than float32, predicted and measured.
+written one by one. All take a turn in each round; what counts is the fastest, as in the profile. The prediction comes
+from the symbolic costs of the model's graph and from the profile, and has seen none of these times.
+error: predicted / measured - 1. gain: how many times faster than float32, predicted and measured.
 """
 
 from __future__ import annotations
@@ -58,18 +58,17 @@ def timed(model: Any, prompt: list[int], tokens: int) -> dict[str, float]:
 def rows(name: str, job: DecoderJob, on: Any, recipes: list[str], rounds: int) -> list[dict[str, Any]]:
     """One dict for each recipe and phase."""
     costs = costs_of(job.module())
-    runs, predicted = {}, {}
+    runs: dict[str, Any] = {}
+    predicted: dict[str, Any] = {}
     for recipe in recipes:
         asked = None if recipe == "float32" else recipe
         at = job.path / f"roofline_{recipe}"
         formats = {} if asked is None else formats_of_plan(qfx.plan(job.module(), asked), costs)
-        predicted[recipe] = predict(
-            costs, formats, on, sequence=job.prompt, context=job.prompt + job.generate // 2
-        )
+        predicted[recipe] = predict(costs, formats, on, sequence=job.prompt, context=job.prompt + job.generate // 2)
         if not at.exists():
-            model = job.module()
-            qfx.export_onnx(model, None, at, recipe=asked)
-            model.config.save_pretrained(at)  # type: ignore[operator, union-attr]
+            module = job.module()
+            qfx.export_onnx(module, None, at, recipe=asked)
+            module.config.save_pretrained(at)  # type: ignore[operator, union-attr]
         runs[recipe] = qfx.onnx.load(at, threads=job.threads)
     prompt = job.tokens(job.prompt)
     times: dict[tuple[str, str], list[float]] = {}
@@ -100,7 +99,7 @@ def rows(name: str, job: DecoderJob, on: Any, recipes: list[str], rounds: int) -
 
 def main(
     model: Annotated[list[str], typer.Option(help=f"Out of {', '.join(MODELS)}.")] = ["tiny_lm", "llama-0.1b"],  # noqa: B006
-    recipe: Annotated[list[str], typer.Option(help="float32 or presets; the first is what gains count from.")] = list(RECIPES),  # noqa: B008
+    recipe: Annotated[list[str] | None, typer.Option(help="float32 or presets; gains count from the first.")] = None,
     profile: Annotated[Path | None, typer.Option(help="A file of `qfx profile`; left out: measured now.")] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 256,
     generate: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 64,
@@ -116,7 +115,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for name in model:
             job = DecoderJob(name, prompt, generate, 2, threads, folder)
-            found += rows(name, job, on, recipe, rounds)
+            found += rows(name, job, on, recipe or list(RECIPES), rounds)
     table = Table(*COLUMNS)
     for row in found:
         times = [f"{row[key] * 1e3:.2f}" for key in ("predicted", "measured")]

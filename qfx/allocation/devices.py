@@ -19,6 +19,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ class Device:
 
     memory: bytes. bandwidth: bytes/s, by the number of bytes that are read over and over (small ones lie in a cache).
     rates: operations/s (two for a multiply-accumulate) of each kernel, by rows of the input. Kernels: "f32", "f16",
-    "bf16" floats; "w2", "w4", "w8" weights of so many bits and float inputs; "w8a8", "w4a4" integers; "f8"; "attention" by new tokens,
-    which else counts at the rate of dtype.
+    "bf16" floats; "w2", "w4", "w8" weights of so many bits and float inputs; "w8a8", "w4a4" integers; "f8";
+    "attention", by new tokens, which else counts at the rate of dtype.
     dtype: in which everything runs that is not quantized. overhead: seconds for each call. widths: bits in which
     weight-only kernels hold codes; () as they are stored. source: who says so; measured: by a profile.
     """
@@ -125,7 +126,9 @@ def load(path: str | os.PathLike[str]) -> Device:
     if not isinstance(fields, dict) or fields.pop("format", None) != _MARK:
         raise ValueError(f'{file} is no profile of a device: it lacks "format": "{_MARK}"')
     if (version := fields.pop("version", None)) != VERSION:
-        raise ValueError(f"{file} has version {version!r}, this qfx reads {VERSION}\n  next step: measure again: qfx profile")
+        raise ValueError(
+            f"{file} has version {version!r}, this qfx reads {VERSION}\n  next step: measure again: qfx profile"
+        )
     for name in {**fields, **_FIELDS}:
         if name not in _FIELDS:
             raise ValueError(f"unknown key {name!r} in {file}, {nearest(name, _FIELDS)}")
@@ -165,10 +168,10 @@ def between(curve: Sequence[tuple[int, float]], at: float) -> float:
     """Linear between the points on logarithmic axes; the first and last value beyond them."""
     if at <= curve[0][0]:
         return curve[0][1]
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(curve):
         if at <= x1:
             part = math.log(at / x0) / math.log(x1 / x0)
-            return y0 * (y1 / y0) ** part
+            return y0 * math.exp(part * math.log(y1 / y0))
     return curve[-1][1]
 
 
@@ -189,6 +192,14 @@ DEVICES: dict[str, Device] = {
     "h100": _published("h100", 80, 3350, "NVIDIA H100 datasheet", f32=67, f16=989, f8=1979, w8a8=1979),
     "h200": _published("h200", 141, 4800, "NVIDIA H200 datasheet", f32=67, f16=989, f8=1979, w8a8=1979),
     "rtx4090": _published(
-        "rtx4090", 24, 1008, "NVIDIA Ada architecture whitepaper", f32=82.6, f16=165.2, f8=330.3, w8a8=660.6, w4a4=1321.2
+        "rtx4090",
+        24,
+        1008,
+        "NVIDIA Ada architecture whitepaper",
+        f32=82.6,
+        f16=165.2,
+        f8=330.3,
+        w8a8=660.6,
+        w4a4=1321.2,
     ),
 }

@@ -37,7 +37,13 @@ from qfx.export import export_onnx
 from qfx.plan import versions
 from qfx.spill import give_back
 
-KERNELS: Mapping[str, str | None] = {"f32": None, "w2": "w2a16", "w4": "w4a16", "w8": "w8a16", "w8a8": "w8a8"}  # recipes
+KERNELS: Mapping[str, str | None] = {
+    "f32": None,
+    "w2": "w2a16",
+    "w4": "w4a16",
+    "w8": "w8a16",
+    "w8a8": "w8a8",
+}  # recipes
 ROWS = (1, 4, 16, 64, 256)
 SIZES = tuple(1 << power for power in (18, 20, 22, 24, 26, 28))  # bytes that are read over and over
 WIDTHS = (2, 4, 8)  # bits in which ONNX Runtime's kernels hold codes
@@ -53,7 +59,7 @@ class Effort:
     width: int = 768
     rows: tuple[int, ...] = ROWS
     sizes: tuple[int, ...] = SIZES
-    seconds: float = 0.1
+    seconds: float = 0.3
 
     def __post_init__(self) -> None:
         if self.width < 128 or self.width % 128:

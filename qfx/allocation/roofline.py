@@ -1,6 +1,6 @@
 """Predicted time of a plan on a device: each call takes as long as its bytes or its products do, whichever is longer.
 
-    time of a call = max(bytes moved / bandwidth, operations / rate of its kernel) + overhead        (Williams et al. 2009)
+    time of a call = max(bytes moved / bandwidth, operations / rate of its kernel) + overhead    (Williams et al. 2009)
 
 prefill reads a prompt of `sequence` tokens into an empty cache; decode adds one token to a cache of `context`. Weights
 and cache are read at the bandwidth of all of them together, activations at that of the call's own. Everything said here
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from qfx.allocation.costs import Asked, Costs, NodeCost, role_formats
+from qfx.allocation.costs import Asked, Costs, role_formats
 from qfx.allocation.devices import Device
+from qfx.allocation.nodes import NodeCost
 from qfx.allocation.sizes import numbers
 from qfx.annotation import Formats, each
 from qfx.format import Format
@@ -90,18 +91,19 @@ class Roofline:
         moved = round(sum(weights) + sum(activations) + sum(caches))
         return Phase(sum(parts.values()), parts, moved, round(sum(macs)))
 
-    def prediction(self, *, batch: int = 1, sequence: int = 128, context: int | None = None, **sizes: int) -> Prediction:
+    def prediction(
+        self, *, batch: int = 1, sequence: int = 128, context: int | None = None, **sizes: int
+    ) -> Prediction:
         """Both phases. context: cached tokens when one more is decoded; left out: `sequence`."""
         context = sequence if context is None else context
         prefill = self.phase(batch=batch, sequence=sequence, **sizes)
         has_cache = bool(self.costs.caches)
         decode = self.phase(batch=batch, sequence=1, context=context, **sizes) if has_cache else None
-        how: dict[str, Any] = {"rest": self.rest}
         given = {"batch": batch, "sequence": 1, "context": context, **sizes}
         cache = round(numbers([self.costs.cache(self.cache)], given)[0]) if has_cache else 0
-        calls = [{**given, "sequence": sequence, "context": 0}, *([given] if has_cache else [])]
-        memory = max(self.costs.memory(self.formats, self.cache, **how, **call) for call in calls)
-        weights = self.costs.weights(self.formats, **how)
+        calls: list[dict[str, Any]] = [{**given, "sequence": sequence, "context": 0}, *([given] if has_cache else [])]
+        memory = max(self.costs.memory(self.formats, self.cache, rest=self.rest, **call) for call in calls)
+        weights = self.costs.weights(self.formats, rest=self.rest)
         fits = memory <= self.device.memory
         return Prediction(self.device.name, prefill, decode, weights, cache, memory, fits, self._notes())
 

@@ -65,9 +65,9 @@ def _pasts(gm: fx.GraphModule) -> frozenset[fx.Node]:
         elif is_call(node, torch.ops.aten.cat.default):
             first = node.args[0][0] if isinstance(node.args[0], list | tuple) and node.args[0] else None
             fake = graph.val(first) if isinstance(first, fx.Node) and first.op == "placeholder" else None
-            if isinstance(fake, Tensor) and fake.dim() == 4 and fake.is_floating_point():
+            if isinstance(first, fx.Node) and isinstance(fake, Tensor) and fake.dim() == 4 and fake.is_floating_point():
                 found.add(first)
-    return frozenset(node for node in found if node is not None)
+    return frozenset(found)
 
 
 def _named(gm: fx.GraphModule, pasts: frozenset[fx.Node]) -> dict[Any, Expr]:

@@ -211,6 +211,20 @@ def compare(
 
 
 @app.command()
+def profile(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .json file for the numbers.")],
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each session; left out: torch's.")] = None,
+    name: Annotated[str | None, typer.Option(help="What to call this device; left out: its processor.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure this CPU, so that speed on it can be predicted. Nothing else should run meanwhile."""
+    with guarded(debug) as console:
+        from qfx.cli import profile as command
+
+        command.run(console, out, threads, name)
+
+
+@app.command()
 def presets(debug: Debug = False) -> None:
     """List the recipes that have a name."""
     with guarded(debug) as console:
