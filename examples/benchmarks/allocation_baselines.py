@@ -12,6 +12,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from qfx.interop.gguf_types import more_bits
 from qfx.segments import along, segments
 
 Assignment = dict[str, Format]  # unit name -> format
+Name = TypeVar("Name")
 KEPT = Format("f16")  # of columns apart
 GROUPS = (16, 32, 64)
 NEAR = 0.8  # candidates that use less of the budget before they are filled up are left out
@@ -168,29 +170,53 @@ def k_mix(weights: Weights, budget: int) -> list[Assignment]:
 def shuffled(weights: Weights, planned: Assignment, seed: int) -> Assignment:
     """The planned formats, drawn anew among the units of one shape: the same bytes."""
     generator = random.Random(seed)
-    found: Assignment = {}
-    for names in _alike(weights):
-        formats = [planned[name] for name in names]
-        generator.shuffle(formats)
-        found.update(zip(names, formats, strict=True))
-    return found
+
+    def drawn(names: Sequence[Name], _: Callable[[Name], float]) -> list[Name]:
+        return generator.sample(names, len(names))
+
+    return _exchanged(weights, planned, drawn)
 
 
 def inverted(weights: Weights, planned: Assignment) -> Assignment:
     """Among the units of one shape, who was given most gets least."""
+
+    def turned(names: Sequence[Name], size: Callable[[Name], float]) -> list[Name]:
+        ranked = sorted(names, key=size)
+        given = dict(zip(ranked, reversed(ranked), strict=True))
+        return [given[name] for name in names]
+
+    return _exchanged(weights, planned, turned)
+
+
+def _exchanged(
+    weights: Weights, planned: Assignment, order: Callable[[Sequence[Any], Callable[[Any], float]], list[Any]]
+) -> Assignment:
+    """Each unit with the format of another one. order: (names, bytes by name) -> whose formats they get.
+
+    Units of rows take those of any unit of their shape. Columns of one format are stored together, so that what they
+    take depends on who stands beside them: whole weights exchange their formats, then the columns within each.
+    """
+
+    def size(name: str) -> float:
+        return weights.units[name].nbytes(planned[name])
+
     found: Assignment = {}
-    for names in _alike(weights):
-        ranked = sorted(names, key=lambda name: weights.units[name].nbytes(planned[name]))
-        found.update(zip(ranked, [planned[name] for name in reversed(ranked)], strict=True))
+    alike: dict[object, list[str]] = defaultdict(list)
+    columns: dict[object, list[str]] = defaultdict(list)
+    for fqn, own in weights.of.items():
+        if own[0].axis == 1:
+            columns[len(own), own[0].shape].append(fqn)
+        else:
+            alike[own[0].shape].extend(unit.name for unit in own)
+    for names in alike.values():
+        found.update({name: planned[other] for name, other in zip(names, order(names, size), strict=True)})
+    for fqns in columns.values():
+        given = order(fqns, lambda fqn: sum(size(unit.name) for unit in weights.of[fqn]))
+        for fqn, other in zip(fqns, given, strict=True):
+            others = [unit.name for unit in weights.of[other]]
+            sources = order(others, size)
+            found.update({u.name: planned[source] for u, source in zip(weights.of[fqn], sources, strict=True)})
     return found
-
-
-def _alike(weights: Weights) -> list[list[str]]:
-    """Unit names of one shape and axis."""
-    found: dict[object, list[str]] = defaultdict(list)
-    for unit in weights.units.values():
-        found[unit.shape, unit.axis].append(unit.name)
-    return list(found.values())
 
 
 def outlier_columns(
