@@ -69,6 +69,7 @@ class Hessian:
             part = self.matrix[start : start + _BLOCK]
             found += float(((rows[:, start : start + _BLOCK] @ part) * rows).sum())
             rest(part)
+        rest(self.matrix)
         return found
 
     def columns(self, ranges: tuple[tuple[int, int], ...] | None) -> Hessian:
@@ -92,6 +93,7 @@ def factor(
     Raises ValueError, naming `name`, where no dampening is enough.
     """
     backwards = order.flip(0)
+    places = backwards.argsort()
     energy = (matrix.diagonal() if energies is None else energies)[backwards]
     alive = energy > 0
     mean = float(energy[alive].mean()) if bool(alive.any()) else 1.0
@@ -99,8 +101,10 @@ def factor(
     while dampening <= _MOST:
         held = torch.empty_like(matrix, memory_format=torch.contiguous_format)
         for start in range(0, len(matrix), _ROWS):
-            held[start : start + _ROWS] = matrix[backwards[start : start + _ROWS]][:, backwards]
-            rest(matrix)
+            rows = slice(start, start + _ROWS)
+            held[places[rows]] = matrix[rows][:, backwards]
+            rest(matrix[rows])
+        rest(matrix)
         held.diagonal().copy_(energy + dampening * mean)
         lower, info = held.mT, torch.empty((), dtype=torch.int32, device=held.device)
         torch.linalg.cholesky_ex(lower, out=(lower, info))

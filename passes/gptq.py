@@ -36,7 +36,7 @@ from qfx.rounding import round_weight
 from qfx.spill import beside, rest
 
 _COLUMNS = 128  # whose errors are passed on to the rest together
-_ELEMENTS = 1 << 23  # of the rows that are rounded together
+_ELEMENTS = 1 << 22  # of the rows that are rounded together
 _ROWS = 256  # that are put in order at once
 _SAMPLED = 256  # rows by which errors are told
 
@@ -370,9 +370,12 @@ class _Work:
 def _asymmetry(cross: Tensor, columns: Tensor, upper: Tensor) -> Tensor:
     """P = triu(D R^-T, 1) R^-1, from D [K, K] and R, both in this order of the columns; some rows after the other."""
     found = torch.empty_like(upper, memory_format=torch.contiguous_format)
+    every, places = torch.arange(len(columns), device=columns.device), columns.argsort()
     for start in range(0, len(cross), _ROWS):
-        rows = columns[start : start + _ROWS]
-        inner = torch.linalg.solve_triangular(upper, cross[rows][:, columns].T, upper=True).T.triu(1 + start)
-        found[start : start + len(rows)] = torch.linalg.solve_triangular(upper, inner, upper=True, left=False)
-        rest(cross)
+        rows = slice(start, start + _ROWS)
+        inner = torch.linalg.solve_triangular(upper, cross[rows][:, columns].T, upper=True).T
+        inner = inner.where(every > places[rows, None], 0.0)
+        found[places[rows]] = torch.linalg.solve_triangular(upper, inner, upper=True, left=False)
+        rest(cross[rows])
+    rest(cross)
     return found

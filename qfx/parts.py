@@ -40,7 +40,9 @@ def round_in_parts(
     parts = (
         round_in_parts(w, fmt, method, name=name, elements=w.numel(), importance=importance) for w in weight.split(rows)
     )
-    return joined(parts, fmt, tuple(weight.shape))
+    packed = joined(parts, fmt, tuple(weight.shape))
+    rest(weight)  # reading a part brings pages of its neighbours back
+    return packed
 
 
 def dequantize_in_parts(packed: Packed, dtype: torch.dtype, near: Tensor | None = None) -> Tensor:
@@ -70,6 +72,7 @@ def _dequantized(packed: Packed, dtype: torch.dtype) -> Iterator[Tensor]:
         part = packed.part(slice(start, start + step))
         yield part.dequantize(dtype)
         rest(*part.tensors().values())
+    rest(*packed.tensors().values())
 
 
 def check_finite(weight: Tensor, name: str) -> None:
@@ -83,6 +86,7 @@ def check_finite(weight: Tensor, name: str) -> None:
         if not torch.isfinite(torch.stack(part.aminmax())).all():
             require_finite(weight.detach(), name)
         rest(part)
+    rest(weight)
     return None
 
 
