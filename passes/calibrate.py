@@ -46,7 +46,7 @@ def calibrate(
     """
     inputs = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     count = 0  # batches are counted from 1
-    with torch.no_grad(), _bar(progress) as bar:
+    with torch.no_grad(), progress_bar(progress) as bar:
         task = bar.add_task("calibrating", total=total)
         for batch in batches:
             count += 1
@@ -71,7 +71,7 @@ def calibrate(
     return notes
 
 
-def _bar(shown: bool) -> Progress:
+def progress_bar(shown: bool) -> Progress:
     """A transient bar on stderr, off where that is no terminal."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

@@ -11,6 +11,8 @@ import torch
 from torch import fx, nn
 
 from qfx import annotation, graph, run
+from qfx.allocation.allocate import allocate
+from qfx.allocation.predict import Scores
 from qfx.capture import Captured, capture_export
 from qfx.clipping import clip_inputs
 from qfx.correct import apply_to, correct
@@ -40,15 +42,17 @@ _HIGHEST = 200.0  # dB: what a node without any error is said to have, since JSO
 
 def decide(
     model: nn.Module, recipe: Recipe, calls: Sequence[Call], *, progress: bool = True,
-    resume: str | os.PathLike[str] | None = None, memory: int | None = None,
+    resume: str | os.PathLike[str] | None = None, memory: int | None = None, scores: Scores | None = None,
 ) -> tuple[Plan, list[Note], list[Note]]:  # fmt: skip
     """(plan, notes about what cannot be had as asked, those of them that were warned about already).
 
     calls: what the model will see, checked; empty where the recipe needs none. The model is in eval mode. resume: a
-    folder for the progress of a rounding that needs data. memory: bytes of activations that it holds.
+    folder for the progress of a rounding that needs data. memory: bytes of activations that it holds. scores: predicted
+    loss of units, for an allocation.
     """
     captured, reason, step = _capture(model, calls)
     if captured is None:
+        _check_walkable(recipe, reason, step)
         made, notes = walk(model, recipe, reason, step)
         return made, [*notes, *_unmatched(recipe, [(kind, fqn) for fqn, kind in _walked(made)])], []
     gm = captured.gm
@@ -68,15 +72,37 @@ def decide(
         if recipe.clip_inputs:
             notes += clip_inputs(gm, made, flat, progress=progress)
         said = _scales(gm, made, flat, progress=progress) if recipe.needs_data else []
-        if recipe.rounding in DATA_ROUNDINGS:
-            notes += round_weights(gm, made, flat, progress=progress, resume=resume, memory=memory)
-        if recipe.weighting != "uniform":
-            notes += round_weighted(gm, made, flat, progress=progress)
-        if recipe.bias_correction or recipe.low_rank:
-            notes += correct(gm, made, flat, skip=_undivided(model, made))
+        if recipe.allocation is not None:
+            count = len(made.rewrites)
+            notes += allocate(gm, made, flat, outputs=captured.outputs, scores=scores, progress=progress)
+            if len(made.rewrites) > count:  # heads were put in another order
+                said = _scales(gm, made, flat, progress=progress)
+        notes += _rounded(model, gm, made, flat, progress=progress, resume=resume, memory=memory)
         if calls:
             made.sensitivities["sqnr_db"] = _errors(gm, made, flat[0])
     return made, [*notes, *said], said
+
+
+def _rounded(
+    model: nn.Module, gm: fx.GraphModule, made: Plan, flat: Sequence[Sequence[Any]], *, progress: bool,
+    resume: str | os.PathLike[str] | None, memory: int | None,
+) -> list[Note]:  # fmt: skip
+    """Round the weights into the plan where that takes data, and correct what the rounding lost."""
+    recipe, notes = made.recipe, list[Note]()
+    if recipe.rounding in DATA_ROUNDINGS:
+        notes += round_weights(gm, made, flat, progress=progress, resume=resume, memory=memory)
+    if recipe.weighting != "uniform":
+        notes += round_weighted(gm, made, flat, progress=progress)
+    if recipe.bias_correction or recipe.low_rank:
+        notes += correct(gm, made, flat, skip=_undivided(model, made))
+    return notes
+
+
+def _check_walkable(recipe: Recipe, reason: str, step: str) -> None:
+    """Raises UnsupportedError where a recipe needs the graph that could not be had."""
+    if recipe.allocation is not None:
+        what = f"formats of units are allocated on the model's graph, which cannot be had: {reason}"
+        raise UnsupportedError(explain(what, next_step=f"{step}; or leave out the budget"))
 
 
 def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, str, str]:

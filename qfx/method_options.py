@@ -1,12 +1,26 @@
-"""Settings of the methods that `Recipe.rounding` names."""
+"""Settings of the methods that a recipe names: of rounding, of allocation."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
+from qfx.format import Format
 from qfx.strict import Strict
+
+BUDGETS = ("avg_bits", "max_bytes", "ratio", "max_loss")
+CANDIDATES = (*(f"u{b}/g{g}/f16" for b in (2, 3, 4, 5, 6) for g in (16, 32, 64)), "i8/g64/f16", "f16")
+
+
+def _candidate(value: object) -> str:
+    fmt = value if isinstance(value, Format) else Format.parse(value)  # type: ignore[arg-type]
+    if fmt.dynamic or fmt.granularity == "head":
+        raise ValueError(f"'{fmt}' is no format of a weight")
+    return str(fmt)
+
+
+CandidateText = Annotated[str, BeforeValidator(_candidate)]
 
 
 class GptqOptions(Strict):
@@ -36,3 +50,49 @@ class LearnedOptions(Strict):
     batch: Annotated[int, Field(strict=True, ge=1)] = 4
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     optimizer: Literal["adam", "sign"] = "adam"
+
+
+class AllocationOptions(Strict):
+    """Which format each unit of a model gets (`qfx.analysis.units`), under one budget.
+
+    avg_bits: of the weights that get formats, scales, zero points and padding counted. max_bytes: of all weights and
+    buffers of the model. ratio: of the bytes that those weights have in 16 bits, from 0 to 1. max_loss: the least bytes
+    with which perplexity on the data rises by no more than this many percent.
+    units: "heads" (rows and columns of each head, other weights whole) or "layers" (weights whole). formats: candidates
+    of linears and experts; embeddings: of tables. method: what tells the loss: "measured" (each unit is measured once,
+    in `probe`; other formats by the error of the weight), or a method of `qfx.analyze`. refine: how many assignments
+    are measured to improve the first one; 0: none. samples: positions of the data on which is measured.
+    ties: "qkv" (all rows of q, k and v of an attention have one format), "groups" (the Q rows, and the O columns, of
+    the query heads of a KV head have one). classes: most different numbers of bits in a layer. tile: rows (columns) of
+    any one format in a weight of heads come in multiples of this. seconds: limit of the exact solver.
+    """
+
+    avg_bits: Annotated[float, Field(gt=0)] | None = None
+    max_bytes: Annotated[int, Field(strict=True, gt=0)] | None = None
+    ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_loss: Annotated[float, Field(gt=0)] | None = None
+    units: Literal["heads", "layers"] = "heads"
+    formats: tuple[CandidateText, ...] = CANDIDATES
+    embeddings: tuple[CandidateText, ...] = CANDIDATES
+    method: Annotated[str, Field(strict=True)] = "measured"
+    probe: CandidateText = "u3/g32/f16"
+    refine: Annotated[int, Field(strict=True, ge=0)] = 300
+    samples: Annotated[int, Field(strict=True, ge=1)] = 2048
+    ties: tuple[Literal["qkv", "groups"], ...] = ()
+    classes: Annotated[int, Field(strict=True, ge=1)] | None = None
+    tile: Annotated[int, Field(strict=True, ge=1)] | None = None
+    seconds: Annotated[float, Field(gt=0)] = 10.0
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        for name in ("formats", "embeddings"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must hold at least one format")
+        if len(given := self.budgets) > 1:
+            raise ValueError(f"one budget is needed, found {' and '.join(f'{k}={v}' for k, v in given.items())}")
+        return self
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """Those that are given, by name."""
+        return {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}

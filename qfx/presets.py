@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+from qfx.method_options import AllocationOptions
 from qfx.recipe import Recipe, Rule
 
 _EMBEDDING = {"target": "embedding", "w": "i8/ch"}
@@ -147,10 +148,17 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
             ]
         },
     ),
+    "heads": (
+        "weights of 2 to 8 bits, each head and layer as it needs, under a budget such as avg_bits=3; needs data",
+        {
+            "rules": _weights("u4/g32/f16", "linear", "experts", "embedding", "tied"),
+            "rounding": "mse",
+            "allocation": AllocationOptions(),
+        },
+    ),
 }
 
 UNAVAILABLE: dict[str, str] = {  # names that are kept free: why they cannot be had
-    "heads": "planning bits per attention head is missing",
     "heads-top30": "planning bits per attention head is missing",
     "kv8": "the quantized key-value cache is missing",
     "kv4": "the quantized key-value cache is missing",

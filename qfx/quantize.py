@@ -6,13 +6,14 @@ import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from qfx import data as batches
 from qfx import streamed
+from qfx.allocation.asked import with_budget
 from qfx.attach import attach
 from qfx.data import Call
 from qfx.decide import decide
@@ -31,7 +32,9 @@ RecipeLike = Any  # a preset name, a Recipe, a mapping or a path: what Recipe.pa
 
 def plan(
     model: ModelLike, recipe: RecipeLike = "w8a8", data: Iterable[Any] | None = None, *, strict: bool = False,
-    progress: bool = True, resume: str | os.PathLike[str] | None = None, memory: int | None = None, **overrides: Any,
+    progress: bool = True, resume: str | os.PathLike[str] | None = None, memory: int | None = None,
+    units: Literal["heads", "layers"] | None = None, avg_bits: float | None = None, max_bytes: int | None = None,
+    ratio: float | None = None, max_loss: float | None = None, **overrides: Any,
 ) -> Plan:  # fmt: skip
     """Decide formats, rewrites and scales for `model`; the model is not changed.
 
@@ -43,12 +46,16 @@ def plan(
     behind the last one, with the same result. memory: bytes of activations that such a rounding holds between two
     blocks, the rest goes to a temporary file. overrides: fields of the recipe to change. strict: what cannot be had
     as asked is an UnsupportedError, no warning.
+    avg_bits, max_bytes, ratio, max_loss: one budget, under which weights that rules for op kinds give a format get each
+    its own (see `Recipe.allocation`); units: whether each head does, or whole weights.
     A model that torch.export does not take is planned by its module types, with a warning, where the recipe allows it.
     Raises ValueError for bad data, recipes and weights.
     """
     model = _opened(model)
     _check_model(model)
     asked = Recipe.parse(recipe).override(**overrides) if overrides else Recipe.parse(recipe)
+    budgets = {"avg_bits": avg_bits, "max_bytes": max_bytes, "ratio": ratio, "max_loss": max_loss}
+    asked = with_budget(asked, units=units, **budgets)
     if asked.needs_data and data is None:
         raise ValueError(
             explain(

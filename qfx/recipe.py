@@ -35,7 +35,7 @@ from qfx import combine
 from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats
 from qfx.errors import nearest
 from qfx.format import Format
-from qfx.method_options import GptqOptions, LearnedOptions
+from qfx.method_options import AllocationOptions, GptqOptions, LearnedOptions
 from qfx.strict import Strict
 
 KINDS: tuple[str, ...] = tuple(ROLES)
@@ -161,6 +161,8 @@ class Recipe(Strict):
     bias_correction: shift the mean of each linear's error into its bias. low_rank: rank of float linears that carry the
     largest part of each linear's error (0: none). Both need data, and are not exact.
     observer, percentile, num_calibration_samples: how scales of static activations are found.
+    allocation: give each part of each weight a format of its own under a budget, instead of what rules for op kinds
+    say; a rule for a name holds, and is counted. Needs data.
     """
 
     name: Annotated[str, Field(strict=True, min_length=1)]
@@ -181,6 +183,7 @@ class Recipe(Strict):
     observer: Literal["absmax", "minmax", "ema", "percentile", "mse", "entropy"] = "minmax"
     percentile: Annotated[float, Field(strict=True, gt=50, le=100)] = 99.99
     num_calibration_samples: Annotated[int, Field(strict=True, ge=1)] = 128
+    allocation: AllocationOptions | None = None
 
     @field_validator("ignore")
     @classmethod
@@ -207,6 +210,8 @@ class Recipe(Strict):
     def _valid_combination(self) -> Self:
         if self.weighting != "uniform" and self.rounding != "mse":
             raise ValueError(f"weighting={self.weighting!r} is for rounding='mse', found rounding={self.rounding!r}")
+        if self.allocation is not None and self.outliers is not None:
+            raise ValueError(f"allocation and outliers={self.outliers} both say how columns are cut: choose one")
         combine.check(self.rewrites)
         return self
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -95,7 +95,7 @@ def _steps(group: Group) -> tuple[int, list[tuple[float, int, int, float]]]:
         hull.append(i)
     return hull[0], [
         (slope(a, b), b, int(group.bytes[b] - group.bytes[a]), float(group.score[a] - group.score[b]))
-        for a, b in zip(hull, hull[1:], strict=False)
+        for a, b in pairwise(hull)
     ]
 
 
@@ -227,9 +227,7 @@ def _tiled(problem: Problem, budget: int) -> Solution | None:
         return None
 
 
-def _exact(
-    problem: Problem, groups: Sequence[Group], budget: int, seconds: float, found: Solution | None
-) -> Solution:
+def _exact(problem: Problem, groups: Sequence[Group], budget: int, seconds: float, found: Solution | None) -> Solution:
     """What scipy's solver finds, or `found` where that is better."""
     from scipy import sparse
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -239,7 +237,7 @@ def _exact(
     size = np.concatenate([group.bytes for group in groups]).astype(np.float64)
     scale = _UNIT / max(abs(found.score if found else score.mean()), 1e-300)
     rows = _Rows(int(starts[-1]))
-    for start, stop in zip(starts, starts[1:], strict=False):
+    for start, stop in pairwise(starts):
         rows.add(dict.fromkeys(range(start, stop), 1.0), 1, 1)
     unit = max(1.0, budget / _UNIT)
     rows.add(dict(enumerate(size / unit)), -np.inf, budget / unit)
@@ -252,14 +250,16 @@ def _exact(
         integrality=np.ones(len(high)),
         bounds=Bounds(np.zeros(len(high)), high),
         constraints=LinearConstraint(
-            sparse.csr_array((rows.values, (rows.row, rows.column)), shape=(len(rows.low), len(high))), rows.low, rows.up
+            sparse.csr_array((rows.values, (rows.row, rows.column)), shape=(len(rows.low), len(high))),
+            rows.low,
+            rows.up,
         ),
         options={"time_limit": seconds, "mip_rel_gap": _CLOSE / 10},
     )
     bound = result.mip_dual_bound / scale if result.mip_dual_bound is not None else -np.inf
     bound = max(bound, found.bound if found is not None else -np.inf)
     if result.x is not None:
-        chosen = [int(result.x[a:b].argmax()) for a, b in zip(starts, starts[1:], strict=False)]
+        chosen = [int(result.x[a:b].argmax()) for a, b in pairwise(starts)]
         own = _solution(groups, chosen, bound)
         if own.bytes <= budget and (found is None or own.score <= found.score):
             return own

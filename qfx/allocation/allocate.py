@@ -1,0 +1,142 @@
+"""Give each unit of an annotated graph the format that a budget allows: predict, solve, refine, write.
+
+    %linear_1: f32[2,9,64] = aten.linear(%x, @layers.0.attn.q.weight)     # w=u4/g32/f16
+    %linear_2: f32[2,9,64] = aten.linear(%y, @layers.0.mlp.down.weight)   # w=u4/g32/f16
+    ->
+    %linear_1: f32[2,9,64] = aten.linear(%x, @layers.0.attn.q.weight)     # w=[u5/g32/f16,u3/g32/f16]
+    %linear_2: f32[2,9,64] = aten.linear(%y, @layers.0.mlp.down.weight)   # w=u4/g16/f16
+
+Of the weights that the recipe gives a format by op kind. One that a rule for its name gives a format keeps that, and it
+is counted. Equal heads are then put side by side (`qfx.permute`), which changes no result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx
+
+from qfx.allocation import assign, predict, sites
+from qfx.allocation.budget import Sizes, least_bytes
+from qfx.allocation.perplexity import Perplexity
+from qfx.allocation.problem import Choice, Problem, Tile, ties_of
+from qfx.allocation.refine import refine
+from qfx.allocation.solve import solve
+from qfx.analysis.measured import Measure
+from qfx.analysis.units import Unit
+from qfx.errors import Note
+from qfx.format import Format
+from qfx.method_options import AllocationOptions
+from qfx.passes.calibrate import progress_bar
+from qfx.permute import permute
+from qfx.plan import Plan
+
+TOLD = "allocation"  # in Plan.sensitivities
+_ROUNDINGS = ("rtn", "mse", "hqq")  # what a unit can be rounded by alone; others are told by "mse"
+
+
+def allocate(
+    gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], *, outputs: Sequence[str] = (),
+    scores: predict.Scores | None = None, progress: bool = True,
+) -> list[Note]:  # fmt: skip
+    """Replace the weight formats of a prepared float graph, and of `plan`, as `plan.recipe.allocation` says.
+
+    batches: the graph's inputs. outputs: names of its outputs, as in `Captured.outputs`. scores: unit -> format ->
+    predicted loss, in place of what `allocation.method` says. `plan.sensitivities["allocation"]` tells the budget, the
+    bytes, what was predicted and measured, and of each unit its format, bytes and score.
+    Returns what did not go as asked. Raises ValueError where the budget cannot be kept, or nothing is to be allocated.
+    """
+    options = plan.recipe.allocation
+    assert options is not None
+    found = sites.find(gm, plan.recipe, options)
+    candidates = {unit.name: sites.candidates(unit, options) for unit in found.units}
+    sizes = found.sizes(candidates)
+    if options.max_loss is None:
+        sizes.budget(options)  # refuses before anything is measured
+    measure = Measure(
+        gm, some(batches, options.samples), units=found.units, tensors=plan.tensors, outputs=outputs,
+        rounding=plan.recipe.rounding if plan.recipe.rounding in _ROUNDINGS else "mse",
+    )  # fmt: skip
+    method = options.method if scores is None else "given"
+    with progress_bar(progress) as bar:
+        if scores is None:
+            task = bar.add_task("measuring units", total=len(found.units))
+            scores = predict.measured(measure, candidates, Format.parse(options.probe), lambda: bar.advance(task))
+        choices = predict.choices(found.units, candidates, scores)
+        problem = problem_of(found.units, choices, options)
+        budget = _budget(sizes, problem, measure, options)
+        solution = solve(problem, budget, seconds=options.seconds)
+        task = bar.add_task("refining", total=options.refine)
+        refined = refine(
+            measure, problem, solution.assignment, budget, evaluations=options.refine, advance=lambda: bar.advance(task)
+        )
+    chosen = assign.fill(found.units, problem, refined.assignment, budget)
+    size = assign.nbytes(found.units, chosen)
+    assert size <= budget, (size, budget)
+    assign.write(plan, assign.formats_of(found.units, chosen), measure.weights.readers)
+    plan.sensitivities[TOLD] = {
+        "budget": {**options.budgets, "bytes": budget + sizes.held},
+        "bytes": size + sizes.held,
+        "average_bits": 8 * (size + sizes.held) / sizes.weights,
+        "method": method,
+        "predicted": problem.value(chosen)[1],
+        "gap": solution.gap,
+        "measured_before": refined.before,
+        "measured": measure.kld(chosen),
+        "what": measure.what,
+        "evaluations": measure.evaluations,
+        "units": _rows(found.units, problem, chosen),
+    }
+    return [*found.notes, *(permute(gm, plan, minor=True) if options.units == "heads" else [])]
+
+
+def problem_of(units: Sequence[Unit], choices: Mapping[str, Sequence[Choice]], options: AllocationOptions) -> Problem:
+    """The choices of units, with the constraints that the options ask for."""
+    tiles = []
+    if options.tile is not None:
+        for own in assign.by_weight(units).values():
+            width = own[0].stop - own[0].start
+            multiple = math.lcm(width, options.tile) // width if width else 1
+            if own[0].axis is not None and multiple > 1:
+                tiles.append(Tile(tuple(unit.name for unit in own), multiple))
+    return Problem(
+        choices, ties_of(units, options.ties), options.classes, {unit.name: unit.layer for unit in units}, tiles
+    )
+
+
+def some(batches: Sequence[Sequence[Any]], samples: int) -> list[Sequence[Any]]:
+    """The first batches that hold so many positions: [B, T] of the largest input of each, at least one batch."""
+    found: list[Sequence[Any]] = []
+    count = 0
+    for batch in batches:
+        if count < samples:
+            found.append(batch)
+        sizes = [math.prod(value.shape[:2]) for value in batch if isinstance(value, Tensor) and value.dim()]
+        count += max(sizes, default=1)
+    return found
+
+
+def _budget(sizes: Sizes, problem: Problem, measure: Measure, options: AllocationOptions) -> int:
+    """Bytes for the units."""
+    if options.max_loss is None:
+        return sizes.budget(options)
+    perplexity = Perplexity(measure)
+    low, high = (sum(int(pick(group.bytes)) for group in problem.groups) for pick in (np.min, np.max))
+    return least_bytes(
+        low, high, lambda size: perplexity.rise(solve(problem, size, exact=False).assignment), options.max_loss
+    )
+
+
+def _rows(units: Sequence[Unit], problem: Problem, chosen: Mapping[str, Format]) -> dict[str, dict[str, Any]]:
+    """unit -> what is told about it."""
+    found = {}
+    for unit in units:
+        choice = next(c for c in problem.choices[unit.name] if c.format == chosen[unit.name])
+        found[unit.name] = {
+            "kind": unit.kind, "layer": unit.layer, "head": unit.head, "format": str(choice.format),
+            "bytes": choice.bytes, "score": choice.score,
+        }  # fmt: skip
+    return found
