@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 # The modules plan, quantize, report and save hold functions of their own names: `qfx.plan` is the function.
+from qfx.analysis.analyze import analyze
+from qfx.analysis.sensitivity import Sensitivity
 from qfx.attach import register_when_loaded as _register_when_loaded
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.export import export_onnx
@@ -55,7 +57,9 @@ __all__ = [
     "Recipe",
     "Report",
     "Rule",
+    "Sensitivity",
     "UnsupportedError",
+    "analyze",
     "export_awq",
     "export_bnb",
     "export_compressed_tensors",

@@ -10,10 +10,10 @@ import pytest
 import qfx
 
 CALLABLES = (
-    "export_awq", "export_bnb", "export_compressed_tensors", "export_gguf", "export_gptq", "import_checkpoint",
-    "import_gguf", "load", "plan", "presets", "quantize", "report", "save",
+    "analyze", "export_awq", "export_bnb", "export_compressed_tensors", "export_gguf", "export_gptq",
+    "import_checkpoint", "import_gguf", "load", "plan", "presets", "quantize", "report", "save",
 )  # fmt: skip
-TYPES = ("Format", "Plan", "QfxWarning", "Recipe", "Report", "UnsupportedError")
+TYPES = ("Format", "Plan", "QfxWarning", "Recipe", "Report", "Sensitivity", "UnsupportedError")
 
 
 def _python(code: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from qfx import annotation
+from qfx.analysis.caches import Cache, CachedProgram
 from qfx.analysis.units import Unit
 from qfx.analysis.units import units as find_units
 from qfx.analysis.weights import Assignment, Weights
@@ -46,14 +47,15 @@ class Measure:
 
     def __init__(
         self, gm: fx.GraphModule, batches: Sequence[Sequence[Any]], *, units: Sequence[Unit] | None = None,
-        tensors: Mapping[str, Tensor] | None = None, rounding: str = "mse",
+        caches: Sequence[Cache] = (), tensors: Mapping[str, Tensor] | None = None, rounding: str = "mse",
         importance: Mapping[str, Importance] | None = None, outputs: Sequence[str] = (), memory: int | None = None,
     ) -> None:  # fmt: skip
         if not batches:
             raise ValueError("there is nothing to measure on: no batch was given")
-        self.program = Program(gm, tensors)
+        self.program = CachedProgram(gm, tensors)
         self.batches = batches
         self.units: list[Unit] = list(find_units(gm)[0] if units is None else units)
+        self.caches = {cache.unit.name: cache for cache in caches}
         self.weights = Weights(gm, self.units, rounding=rounding, importance=importance)
         self.output, self._main = main_output(gm, outputs)
         self.is_kld = self.output == "logits"
@@ -62,11 +64,11 @@ class Measure:
         self.measured: dict[str, dict[str, float]] = {}
         self.evaluations = 0
         self._cuts = cuts(self.program)
-        self._cut_of = _first_cuts(self.weights, self.program, self._cuts)
+        self._cut_of = _first_cuts(self.weights, self.caches, self.program, self._cuts)
         self._memory, self._spill = memory, None if memory is None else Spill(Path.cwd())
         floating: Assignment = {}
         self._anchors = [(floating, self._borders(floating, rounded=self.rounded))]
-        self._kept = [_positions(self.program, batch) for batch in batches]
+        self._kept = [positions(self.program, batch) for batch in batches]
         self._wanted = [self._reference(i) for i in range(len(batches))]
 
     def kld(self, assignment: Assignment) -> float:
@@ -92,33 +94,47 @@ class Measure:
 
     def outputs(self, assignment: Assignment) -> Iterator[Tensor]:
         """The main output of each batch with these formats."""
-        self.weights.check(assignment)
+        self.check(assignment)
         self.evaluations += 1
         start, borders = max(
             ((self._same_until(base, assignment), values) for base, values in self._anchors), key=lambda pair: pair[0]
         )
-        placed = self.weights.place(assignment)
+        placed = self._place(assignment)
         at = self._cuts[start].start if start < len(self._cuts) else len(self.program.nodes)
         for number, env in enumerate(borders[start], 1):
             with telling(number), torch.no_grad():
                 last = self.program.run(env, range(at, len(self.program.nodes)), placed, rounded=self.rounded)
-                yield self.program.look(self._main, last)
+                value = self.program.look(self._main, last)
+            yield value  # outside of no_grad, which would else be the caller's, too
 
     def anchor(self, assignment: Assignment) -> None:
         """Keep the borders of this assignment beside the float ones (in place of an earlier one's): assignments that
         differ from it in late layers only are then measured from there on."""
-        self.weights.check(assignment)
+        self.check(assignment)
         self._anchors[1:] = [(dict(assignment), self._borders(assignment, rounded=self.rounded))]
+
+    def check(self, assignment: Assignment) -> None:
+        """Raises ValueError for a name that is no unit's."""
+        self.weights.check([name for name in assignment if name not in self.caches])
+
+    def _place(self, assignment: Assignment) -> dict[fx.Node, Tensor]:
+        """Weights for calls; formats of caches go to the program, which stands for one assignment at a time."""
+        self.program.formats = {}
+        for name in self.caches.keys() & assignment.keys():
+            cache = self.caches[name]
+            heads = self.program.formats.setdefault(cache.node, {}).setdefault(cache.argument, {})
+            heads[cache.head] = assignment[name]
+        return self.weights.place({name: fmt for name, fmt in assignment.items() if name not in self.caches})
 
     def _same_until(self, base: Assignment, other: Assignment) -> int:
         """The first block in which two assignments differ."""
         names = {name for name in {*base, *other} if base.get(name) != other.get(name)}
-        return min((self._cut_of[self.weights.units[name].fqn] for name in names), default=len(self._cuts))
+        return min((self._cut_of[name] for name in names), default=len(self._cuts))
 
     def _borders(self, assignment: Assignment, *, rounded: bool) -> list[list[Env]]:
         """The values before each block, and at the end, of every batch."""
         lane = Lane(self.program, self.batches, rounded=rounded, memory=self._memory)
-        lane.weights = self.weights.place(assignment)
+        lane.weights = self._place(assignment)
         found = []
         for cut in self._cuts:
             lane.advance(cut.start)
@@ -166,16 +182,22 @@ def main_output(gm: fx.GraphModule, names: Sequence[str]) -> tuple[str, fx.Node]
     raise ValueError("the model's output holds no float tensor, so nothing can be compared")
 
 
-def _first_cuts(weights: Weights, program: Program, blocks: Sequence[Cut]) -> dict[str, int]:
-    """FQN -> the number of the first block that reads the weight."""
-    found: dict[str, int] = {}
+def _first_cuts(
+    weights: Weights, caches: Mapping[str, Cache], program: Program, blocks: Sequence[Cut]
+) -> dict[str, int]:
+    """Unit -> the number of the first block that reads it."""
+    read: dict[str, list[fx.Node]] = {name: [cache.node] for name, cache in caches.items()}
     for fqn, operands in weights.readers.items():
-        at = min(program.position[node] for nodes in operands.values() for node in nodes)
-        found[fqn] = next(i for i, cut in enumerate(blocks) if cut.start <= at < cut.stop)
+        for unit in weights.of[fqn]:
+            read[unit.name] = [node for nodes in operands.values() for node in nodes]
+    found: dict[str, int] = {}
+    for name, nodes in read.items():
+        at = min(program.position[node] for node in nodes)
+        found[name] = next(i for i, cut in enumerate(blocks) if cut.start <= at < cut.stop)
     return found
 
 
-def _positions(program: Program, batch: Sequence[Any]) -> Tensor | None:
+def positions(program: Program, batch: Sequence[Any]) -> Tensor | None:
     """The attention mask [B, T] of a batch as bool, None where it has none."""
     for node, value in zip(program.inputs, batch, strict=True):
         if node.meta.get("qfx_name", node.name) == "attention_mask" and isinstance(value, Tensor) and value.dim() == 2:

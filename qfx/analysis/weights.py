@@ -16,7 +16,7 @@ from qfx.errors import explain, nearest
 from qfx.format import Format
 from qfx.importance import Importance
 from qfx.packing import Packed
-from qfx.parts import dequantize_in_parts, round_in_parts
+from qfx.parts import check_finite, dequantize_in_parts, round_in_parts
 from qfx.passes.annotate import kind_of
 from qfx.passes.quantize import weight_value
 from qfx.segments import Segment, along, segments, take
@@ -46,7 +46,7 @@ class Weights:
         self._packed: dict[Any, Packed] = {}
         self._latest: dict[tuple[str, fx.Node], tuple[tuple[Format, ...], Tensor]] = {}
 
-    def check(self, assignment: Assignment) -> None:
+    def check(self, assignment: Iterable[str]) -> None:
         """Raises ValueError for a name that is no unit's."""
         if unknown := next((name for name in assignment if name not in self.units), None):
             raise ValueError(
@@ -71,14 +71,24 @@ class Weights:
                 found.update(dict.fromkeys(nodes, value))
         return found
 
-    def part(self, unit: Unit, fmt: Format) -> tuple[Tensor, Tensor]:
-        """A unit as it is and as a format of its own gives it back, both f32 of `unit.shape`."""
+    def part(self, unit: Unit, fmt: Format, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A unit as it is and as a format of its own gives it back, both f32 of `unit.shape`; or some of its rows."""
         operand = next(iter(self.readers[unit.fqn]))
         segment = Segment(fmt, ((unit.start, unit.stop),))
         value = weight_value(self.gm, operand)
-        whole = value if unit.axis is None else take(value, segment, unit.axis)
-        axis = None if unit.axis is None else unit.axis
-        return whole.to(torch.float32), self._round(unit.fqn, operand, whole, segment, axis)
+        part = value if unit.axis is None else take(value, segment, unit.axis)
+        if rows is None:
+            return part.to(torch.float32), self._round(unit.fqn, operand, part, segment, unit.axis)
+        part = part[rows].to(torch.float32)
+        own = self._importance(unit.fqn, segment if unit.axis == 1 else None)
+        packed = round_in_parts(part, fmt, self.rounding, name=unit.fqn, importance=own)
+        return part, packed.dequantize()
+
+    def check_finite(self) -> None:
+        """Raises ValueError for NaN or Inf in a weight, naming it."""
+        for fqn, views in self.readers.items():
+            for operand in views:
+                check_finite(weight_value(self.gm, operand), fqn)
 
     def _value(self, fqn: str, operand: fx.Node, formats: tuple[Format, ...]) -> Tensor:
         held = self._latest.get((fqn, operand))
@@ -105,11 +115,13 @@ class Weights:
             return value.to(torch.float32)
         key = (fqn, operand, segment.format, segment.ranges)
         if key not in self._packed:
-            importance = self.importance.get(fqn)
-            if importance is not None and axis == 1:
-                importance = importance.columns(segment.ranges)
+            importance = self._importance(fqn, segment if axis == 1 else None)
             self._packed[key] = round_in_parts(value, segment.format, self.rounding, name=fqn, importance=importance)
         return dequantize_in_parts(self._packed[key], torch.float32)
+
+    def _importance(self, fqn: str, columns: Segment | None) -> Importance | None:
+        found = self.importance.get(fqn)
+        return found if found is None or columns is None else found.columns(columns.ranges)
 
 
 def formats_of(own: list[Unit], formats: tuple[Format, ...]) -> Formats:

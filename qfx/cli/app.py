@@ -210,6 +210,51 @@ def compare(
         command.run(console, quantized, model, text, settings, json_file=json)
 
 
+class Units(StrEnum):
+    """What has one format."""
+
+    heads = "heads"
+    layers = "layers"
+
+
+@app.command()
+def analyze(
+    model: Model,
+    data: Text = None,
+    task: Annotated[
+        str | None, typer.Option(help="causal-lm, classification or embedding; left out: the model's own distribution.")
+    ] = None,
+    label: Annotated[str, typer.Option(help="Name of the label in each line of a .jsonl file.")] = "label",
+    method: Annotated[str, typer.Option(help="How to score, or all.")] = "quant-fisher",
+    units: Annotated[Units, typer.Option(help="Heads, or whole weights.")] = Units.heads,
+    formats: Annotated[list[str] | None, typer.Option("--format", help="A candidate; may stand several times.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="What is left in float, and formats of activations.")] = None,
+    measure: Annotated[int, typer.Option(min=0, help="Units of each kind that are measured.")] = 4,
+    task_weight: Annotated[float, typer.Option(min=0, max=1, help="Share of the task beside the general scores.")] = 1,
+    field: Field = "text",
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples of the text; left out: 64.")] = None,
+    batch_size: BatchSize = 4,
+    seq_len: SeqLen = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where heads cannot be told apart.")] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    rows: Annotated[int, typer.Option(min=1, help="Units that are shown.")] = 20,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Say how much MODEL loses in few bits: each head, layer and cache, by scores and by measurements.
+
+    Without --data the text is the help that comes with Python.
+    """
+    with guarded(debug) as console:
+        from qfx.cli import analyze as command
+        from qfx.cli.models import TextOptions
+
+        text = TextOptions(data, field, samples, batch_size, seq_len, seed)
+        asked = command.Asked(task, label, method, units.value, formats, recipe, measure, task_weight)
+        command.run(console, model, text, asked, device=device, rows=rows, json_file=json, strict=strict)
+
+
 @app.command()
 def profile(
     out: Annotated[Path, typer.Option("--out", "-o", help="The .json file for the numbers.")],

@@ -84,7 +84,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("quantize", "inspect", "compare", "presets"):
+    for command in ("quantize", "inspect", "compare", "analyze", "presets"):
         assert command in done.stdout
 
 

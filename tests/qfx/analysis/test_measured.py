@@ -167,3 +167,10 @@ def test_the_main_output() -> None:
     gm, _, found = captured(model, batches)
     assert main_output(gm, found.outputs)[0] == "logits"
     assert main_output(gm, ())[0] == "output"
+
+
+def test_gradients_stay_on_for_the_caller() -> None:
+    measured, _, _ = of()
+    found = measured.outputs({})
+    next(found)
+    assert torch.is_grad_enabled()

@@ -1,0 +1,161 @@
+"""`qfx.analyze`: where a model is sensitive to few bits, from one pass over data."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from qfx import data as batches
+from qfx import graph
+from qfx.analysis.losses import LABELS, Loss, find
+from qfx.analysis.score import FORMATS, By, Options, score_graph
+from qfx.analysis.sensitivity import Sensitivity
+from qfx.capture import capture_export
+from qfx.data import Call
+from qfx.errors import Note, explain
+from qfx.format import Format
+from qfx.inputs import without_cache
+from qfx.modules import quantized_parts
+from qfx.passes.annotate import annotate, kind_of
+from qfx.passes.quantize import refuse
+from qfx.pipeline import prepare, told
+from qfx.plan import Plan
+from qfx.quantize import evaluating
+from qfx.recipe import Recipe
+
+_ROUNDINGS = ("rtn", "mse", "hqq")
+
+
+def analyze(
+    model: nn.Module, data: Iterable[Any], *, loss: str | Loss | None = None, method: str = "quant-fisher",
+    formats: Iterable[str | Format] | None = None, units: By = "heads", recipe: Any = None, measure: int = 4,
+    task_weight: float = 1.0, samples: int | None = None, seed: int = 0, progress: bool = True, strict: bool = False,
+) -> Sensitivity:  # fmt: skip
+    """How much `model` loses in each candidate format of each unit: heads' rows and columns, other weights, caches.
+
+    data: batches as for `qfx.plan`; samples: how many of it are used (None: all). loss: None for the model's own
+    distribution, which needs no labels; a task: "causal-lm", "classification", "qa", "embedding", or any callable
+    `loss(outputs, batch)` that gives a scalar or one value a sample. A batch's `labels` (`start_positions`,
+    `end_positions`) are for the loss, not for the model; a batch may also be (inputs, labels). task_weight: share of
+    the task's scores beside the general ones. method: see `qfx.analysis.scores`, "all" for each of them. formats:
+    candidates for weights. units: "heads", or "layers" for whole weights. recipe: what is not to be quantized, formats
+    of activations, rounding. measure: units of each kind to be measured, to bring the scores to scale; 0 for none.
+
+    The model is not changed. Raises ValueError for bad data, labels that are missing and losses that are not finite;
+    UnsupportedError where torch.export does not take the model, and under strict where heads cannot be told apart.
+    """
+    _check(model)
+    asked = None if recipe is None else Recipe.parse(recipe)
+    options = Options(
+        method=method, formats=FORMATS if formats is None else tuple(str(f) for f in formats), by=units,
+        measure=measure, task_weight=task_weight, seed=seed,
+        rounding=asked.rounding if asked is not None and asked.rounding in _ROUNDINGS else "mse",
+    )  # fmt: skip
+    if loss is not None:
+        find(loss)
+    given = list(_limited(data, samples))
+    labelled = [_labelled(batch, loss is not None) for batch in given]
+    calls = batches.calls(model, [_inputs(model, batch) for batch in labelled])
+    with evaluating(model):
+        flat, outputs, gm = _prepared(model, calls)
+        notes: list[Note] = []
+        skip: list[str] = []
+        if asked is not None:
+            notes += [*annotate(gm, asked), *refuse(gm)]
+            skip = _left_out(gm, asked)
+        found, more = score_graph(
+            gm, flat, options, outputs=outputs, loss=loss, labelled=labelled, skip=skip, progress=progress
+        )
+    told([*notes, *more], strict=strict)
+    found.provenance.update(_provenance(model, calls, options, loss))
+    return found
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(explain("a model is needed", expected="a torch.nn.Module", found=type(model).__name__))
+    if done := quantized_parts(model):
+        raise ValueError(
+            explain(
+                f"the model is quantized already: {len(done)} parts, the first is {done[0]!r}",
+                next_step="analyze the float model",
+            )
+        )
+
+
+def _limited(data: Iterable[Any], samples: int | None) -> Iterable[Any]:
+    batches._check_iterable(data)
+    seen = 0
+    for batch in data:
+        yield batch
+        first = next((v for v in _leaves(batch) if isinstance(v, Tensor) and v.dim()), None)
+        seen += 1 if first is None else len(first)
+        if samples is not None and seen >= samples:
+            return
+
+
+def _leaves(batch: Any) -> list[Any]:
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    if isinstance(batch, list | tuple):
+        return [leaf for value in batch for leaf in _leaves(value)]
+    return [batch]
+
+
+def _labelled(batch: Any, wanted: bool) -> Any:
+    """A pair (inputs, labels) as a mapping, where there is a loss and the second is one value a sample."""
+    if wanted and isinstance(batch, list | tuple) and len(batch) == 2:
+        inputs, labels = batch
+        if isinstance(labels, Tensor) and (isinstance(inputs, Mapping) or labels.dim() == 1):
+            named = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
+            return {**named, "labels": labels}
+    return batch
+
+
+def _inputs(model: nn.Module, batch: Any) -> Any:
+    """What the model itself is called with: without labels."""
+    if not isinstance(batch, Mapping):
+        return batch
+    if set(batch) == {"inputs", "labels"} and "inputs" not in inspect.signature(model.forward).parameters:
+        return batch["inputs"]
+    return {name: value for name, value in batch.items() if name not in LABELS}
+
+
+def _prepared(model: nn.Module, calls: list[Call]) -> tuple[list[list[Any]], tuple[str, ...], Any]:
+    """(inputs of the graph by batch, names of its outputs, the prepared graph)."""
+    args, kwargs = calls[0]
+    captured = capture_export(model, args, kwargs if args else without_cache(model, kwargs))
+    prepare(captured.gm)
+    flat = [captured.flatten(a, k if a else without_cache(model, k)) for a, k in calls]
+    return flat, captured.outputs, captured.gm
+
+
+def _left_out(gm: Any, recipe: Recipe) -> list[str]:
+    """Weights to which the recipe gives no format."""
+    names = []
+    for node in gm.graph.nodes:
+        kind = kind_of(node)
+        if kind not in (None, "attention") and graph.weight_of(node) is not None:
+            fqn = graph.fqn_of(node)
+            if "w" not in recipe.formats_for(kind, fqn):
+                names.append(fqn)
+    return names
+
+
+def _provenance(model: nn.Module, calls: list[Call], options: Options, loss: str | Loss | None) -> dict[str, Any]:
+    empty = Plan.of(model, Recipe.parse("w8a8"))
+    shapes = [[list(v.shape) for v in _leaves((a, k)) if isinstance(v, Tensor)][:1] for a, k in calls]
+    return {
+        "model": type(model).__name__,
+        "fingerprint": empty.fingerprint,
+        "versions": empty.versions,
+        "batches": len(calls),
+        "shape": shapes[0][0] if shapes[0] else [],
+        "loss": None if loss is None else find(loss)[0],
+        "task_weight": None if loss is None else options.task_weight,
+        "rounding": options.rounding,
+        "seed": options.seed,
+    }
