@@ -113,11 +113,19 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
     ),
     "w4a8-rotate": (
         "w4a8 with rotated channels (QuaRot), so that none is an outlier, and GPTQ; 8-bit lm_head; needs data",
-        {"rules": [*_both("i8/tok", "i4/ch", "linear", "experts"), _EMBEDDING, _HEAD], **_ROTATED},
+        {
+            "rules": [*_both("i8/tok", "i4/ch", "linear", "experts"), _EMBEDDING, _HEAD],
+            **_ROTATED,
+            "gptq": {"clip": True, "asymmetric": True},
+        },
     ),
     "w4a4-rotate": (
         "4-bit weights and activations, rotated channels (QuaRot), GPTQ; 8-bit embeddings and lm_head; needs data",
-        {"rules": [*_both("i4/tok", "i4/ch", "linear", "experts"), _EMBEDDING, _HEAD], **_ROTATED},
+        {
+            "rules": [*_both("u4/tok", "i4/ch", "linear", "experts"), _EMBEDDING, _HEAD],
+            **_ROTATED,
+            "clip_inputs": True,
+        },
     ),
     "nf4": (
         "4-bit normal-float weights in groups of 64 (8-bit embeddings), float activations",

@@ -3,7 +3,7 @@
     pip install -e ".[demo,bench,interop]" -c constraints.txt
     python examples/benchmarks/accuracy.py --threads 2 --json numbers.json --plot curve.png
     python examples/benchmarks/accuracy.py --only "qfx" --only "GPTQModel" --bits 4
-    python -m venv lc && lc/bin/pip install torch llmcompressor      # it wants an older transformers, so give it its own
+    python -m venv lc && lc/bin/pip install torch llmcompressor  # wants an older transformers
     python examples/benchmarks/accuracy.py --llm-compressor lc/bin/python
 
 Every row rounds the same linear layers (all but the output, which stays float) of the same model, by the same

@@ -29,7 +29,9 @@ def formats(draw: st.DrawFn) -> Format:
     )
     without = {"e4m3", "dq"} if kind[0] == "u" else {"dq"} if granularity in ("", "tok", "head") else set()
     scale = draw(st.sampled_from([s for s in SCALE_TYPES if s not in without]))
-    return Format(kind, granularity, scale, scale != "dq" and draw(st.booleans()))
+    dynamic = scale != "dq" and draw(st.booleans())
+    clips = kind[0] in "iu" and (dynamic or granularity == "tok")
+    return Format(kind, granularity, scale, dynamic, draw(st.integers(10, 100)) if clips else 100)
 
 
 @given(formats())
@@ -69,20 +71,22 @@ def test_suggestions_are_valid(fmt: Format, separator: str, upper: bool) -> None
 @pytest.mark.parametrize(
     ("text", "fields"),
     [
-        ("i8", ("i8", "", "f32", False)),
-        ("i4/g128", ("i4", "g128", "f32", False)),
-        ("u4/g32/f16", ("u4", "g32", "f16", False)),
-        ("i8/tok", ("i8", "tok", "f32", True)),
-        ("u8/dyn", ("u8", "", "f32", True)),
-        ("nf4/g64/bf16", ("nf4", "g64", "bf16", False)),
-        ("f4e2m1/g16/e4m3", ("f4e2m1", "g16", "e4m3", False)),
-        ("f8e4m3/b128x128", ("f8e4m3", "b128x128", "f32", False)),
-        ("i4/g32/dyn", ("i4", "g32", "f32", True)),
-        ("i8/head", ("i8", "head", "f32", False)),
-        ("bf16", ("bf16", "", "f32", False)),
+        ("i8", ("i8", "", "f32", False, 100)),
+        ("i4/g128", ("i4", "g128", "f32", False, 100)),
+        ("u4/g32/f16", ("u4", "g32", "f16", False, 100)),
+        ("i8/tok", ("i8", "tok", "f32", True, 100)),
+        ("u8/dyn", ("u8", "", "f32", True, 100)),
+        ("nf4/g64/bf16", ("nf4", "g64", "bf16", False, 100)),
+        ("f4e2m1/g16/e4m3", ("f4e2m1", "g16", "e4m3", False, 100)),
+        ("f8e4m3/b128x128", ("f8e4m3", "b128x128", "f32", False, 100)),
+        ("i4/g32/dyn", ("i4", "g32", "f32", True, 100)),
+        ("i8/head", ("i8", "head", "f32", False, 100)),
+        ("u4/tok/c90", ("u4", "tok", "f32", True, 90)),
+        ("i8/dyn/c85", ("i8", "", "f32", True, 85)),
+        ("bf16", ("bf16", "", "f32", False, 100)),
     ],
 )
-def test_fields(text: str, fields: tuple[str, str, str, bool]) -> None:
+def test_fields(text: str, fields: tuple[str, str, str, bool, int]) -> None:
     fmt = Format.parse(text)
     assert dataclasses.astuple(fmt) == fields
     assert str(fmt) == text
@@ -116,6 +120,10 @@ def test_fields(text: str, fields: tuple[str, str, str, bool]) -> None:
         ("i4/", "i4"),
         ("i4/ch/foo", "i4/ch"),
         ("i4/g32/e8m0/g64", "i4/g32/e8m0"),
+        ("u4/tok/c0.9", "u4/tok/c90"),
+        ("u4/tok/clip85%", "u4/tok/c85"),
+        ("u4/c90/tok", "u4/tok/c90"),
+        ("u4/tok/c100", "u4/tok"),
     ],
 )
 def test_refusal_with_the_right_spelling(text: str, suggestion: str) -> None:
@@ -134,6 +142,9 @@ def test_refusal_with_the_right_spelling(text: str, suggestion: str) -> None:
         ("u4/g16/e4m3", "write 'u4/g16/f16'"),
         ("uint4/g16/e4m3", "write 'u4/g16/f16'"),
         ("fp16/channel", "f16 has no scale; write 'f16'"),
+        ("u4/c90", "only integers whose scale is found at run time are clipped; write 'u4/tok/c90'"),
+        ("f8e4m3/tok/c90", "only integers whose scale is found at run time are clipped"),
+        ("i4/g32/c90", "only integers whose scale"),
     ],
 )
 def test_refusal_with_a_reason(text: str, match: str) -> None:
@@ -147,6 +158,8 @@ def test_refusal_with_a_reason(text: str, match: str) -> None:
         (("i1", "", "f32"), "unknown type 'i1'"),
         (("i8", "g0", "f32"), "unknown granularity 'g0'"),
         (("i8", "", "f64"), "unknown scale type 'f64'"),
+        (("i8", "tok", "f32", True, 9), "10 to 100 percent of the extremes are kept, found 9"),
+        (("i8", "tok", "f32", True, 101), "10 to 100 percent"),
     ],
 )
 def test_constructor_refuses(fields: tuple[str, str, str], match: str) -> None:

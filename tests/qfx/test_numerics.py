@@ -23,6 +23,7 @@ from qfx.numerics import (
     quantize,
     range_qparams,
     require_finite,
+    run_time_qparams,
     split,
     spread,
     value_range,
@@ -199,6 +200,25 @@ def test_token_rows_are_independent() -> None:
     x = torch.randn(4, 8) * torch.tensor([1e-3, 1.0, 1e3, 0.0])[:, None]
     error = (fake_quantize(x, F("i8/tok")) - x).abs().amax(-1)
     assert (error <= x.abs().amax(-1) / 127 * 0.501).all()
+
+
+@pytest.mark.parametrize("text", ["i4/tok", "u4/tok", "i8/dyn", "u3/g4/dyn"])
+def test_a_clipped_scale_is_a_share_of_the_whole_one(text: str) -> None:
+    """Values within the share are rounded with finer steps, those beyond saturate."""
+    x = torch.tensor([[-1.0, -0.6, 0.2, 0.1], [0.3, 0.8, -0.1, 2.0]])
+    whole, part = F(text), F(f"{text}/c50")
+    scale, _ = run_time_qparams(x, whole)
+    clipped, _ = run_time_qparams(x, part)
+    torch.testing.assert_close(clipped, scale / 2)
+    low, high = value_range(x, part, activation=True)
+    step = clipped.reshape(-1, 1) if clipped.dim() else clipped
+    inside = split(x, part).flatten(0, -2)
+    held = split(fake_quantize(x, part, activation=True), part).flatten(0, -2)
+    low, high = (t.reshape(-1, 1) * 0.5 for t in (low, high))
+    cut = inside.clamp(torch.minimum(low, -high) if part.symmetric else low.clamp(max=0), None)
+    cut = torch.minimum(cut, torch.maximum(high, -low) if part.symmetric else high.clamp(min=0))
+    assert ((held - cut).abs() <= step * 1.001).all()
+    assert not torch.equal(held, split(fake_quantize(x, whole, activation=True), whole).flatten(0, -2))
 
 
 def test_empty_tensors() -> None:

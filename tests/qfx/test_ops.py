@@ -15,7 +15,7 @@ from torch import Tensor
 
 import qfx.ops
 from qfx.format import Format
-from qfx.numerics import choose_qparams, dequantize, fake_quantize, quantize
+from qfx.numerics import choose_qparams, dequantize, fake_quantize, quantize, run_time_qparams
 from qfx.packing import Packed, pack_weight, unpack_codes
 
 F = Format.parse
@@ -27,6 +27,9 @@ DYNAMIC = [
     "i8/dyn",
     "u8/dyn",
     "i4/tok",
+    "i4/tok/c90",
+    "u4/tok/c85",
+    "i8/dyn/c60",
     "f8e4m3/tok",
     "f8e5m2/dyn",
     "i8/g8/dyn",
@@ -125,7 +128,9 @@ def test_strided_input() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(["i8/tok", "u8/tok", "i8/dyn", "u8/dyn", "i4/tok", "u3/tok"]),
+    st.sampled_from(
+        ["i8/tok", "u8/tok", "i8/dyn", "u8/dyn", "i4/tok", "u3/tok", "i4/tok/c70", "u4/tok/c90", "i8/dyn/c50"]
+    ),
     st.sampled_from(["i8/ch", "u8/ch", "i8", "u8", "i4/ch", "u4/ch", "i7", "u7/ch", "i2/ch"]),
     st.integers(0, 9),
     st.integers(1, 9),
@@ -133,7 +138,7 @@ def test_strided_input() -> None:
 )
 def test_integers_accumulate_exactly(x_format: str, w_format: str, m: int, n: int, k: int) -> None:
     packed, x, xf = weight(w_format, n, k, seed=k), torch.randn(m, k), F(x_format)
-    sx, zx = choose_qparams(x, xf)
+    sx, zx = run_time_qparams(x, xf)
     qx, qw, zw = quantize(x, xf, sx, zx).long(), packed.codes().long(), packed.params().zero
     acc = integer_sums(qx - (0 if zx is None else zx.long()), qw - (0 if zw is None else zw.long()))
     expected = acc.float() * sx * packed.scale.reshape(1, -1)

@@ -179,6 +179,7 @@ def test_needs_data() -> None:
     assert make(Rule(target="linear", w="i8"), rewrites=("smooth",)).needs_data
     assert make(Rule(target="linear", w="i8"), rewrites=("awq",)).needs_data
     assert make(Rule(target="linear", w="i8"), rounding="mse", weighting="energy").needs_data
+    assert make(Rule(target="linear", x="i8/tok", w="u8"), clip_inputs=True).needs_data
     assert not make(Rule(target="linear", x="i8/tok", w="u8")).needs_data
     assert not make(Rule(target="linear", x="u8/dyn", y="bf16", w="i8"), rewrites=("untie", "norm-fold")).needs_data
     assert not Recipe.parse("w8a8-static+w8a8").needs_data

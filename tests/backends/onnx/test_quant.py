@@ -73,6 +73,7 @@ def inputs() -> Tensor:
 
 WEIGHTS = ["i8/ch", "i8", "u8/ch", "u8", "i4/ch", "u4/ch", "i2", "i3/ch", "u6/ch"]
 INPUTS = ["i8/tok", "i8", "u8", "i8/dyn", "u8/dyn", "u8/tok", "i4/tok", "u4/tok", "i6"]
+INPUTS += ["i4/tok/c80", "u4/tok/c90", "i8/tok/c50", "u8/dyn/c50", "i4/dyn/c70"]  # values beyond saturate
 
 
 @pytest.mark.parametrize(("w_format", "x_format"), list(itertools.product(WEIGHTS, INPUTS)))

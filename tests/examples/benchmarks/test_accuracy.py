@@ -69,6 +69,12 @@ def test_rows_of_chosen_bits_and_names() -> None:
     assert len(every) == len(set(every)) and not any("learned i8" in name for name in every)
 
 
+def test_one_peer_may_have_an_environment_of_its_own() -> None:
+    found = {entry.name: entry.python for entry in accuracy.entries([4], [], "/lc/bin/python")}
+    assert found.pop("llm-compressor 4/64") == "/lc/bin/python"
+    assert set(found.values()) == {""}
+
+
 def test_the_plot_is_written(tmp_path: Path) -> None:
     accuracy.plot(tmp_path / "curve.png", found())
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -121,6 +121,13 @@ def test_an_input_without_a_scheme_is_told(tmp_path: Path) -> None:
     assert {m.x_format for m in linears(qfx.import_checkpoint(tmp_path)).values()} == {""}
 
 
+def test_an_input_that_is_clipped_has_no_scheme(tmp_path: Path) -> None:
+    model = pack(llama(), "i8/ch", x_format="i8/tok/c90")
+    with pytest.warns(QfxWarning, match="no scheme for the input x=i8/tok/c90: it stays float"):
+        qfx.export_compressed_tensors(model, tmp_path)
+    assert {m.x_format for m in linears(qfx.import_checkpoint(tmp_path)).values()} == {""}
+
+
 def test_words_of_before_0_17_are_read(tmp_path: Path) -> None:
     model = pack(llama(), "u3/g32")
     qfx.export_compressed_tensors(model, tmp_path)
