@@ -42,7 +42,8 @@ class Moved:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
         """From its part of a record."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in record.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        return cls(**fields)
 
     def index(self, size: int) -> Tensor:
         """int64 [size]: the channel that comes to each place. ValueError for an order or channels that do not fit."""

@@ -65,11 +65,11 @@ def _sequences(
         return _distance(kv[kinds[a][0]], kv[kinds[b][0]]) + _arranged(pair, query)[0]
 
     for start in range(len(kinds)):
-        order, left = [start], set(range(len(kinds))) - {start}
+        near, left = [start], set(range(len(kinds))) - {start}
         while left:
-            order.append(min(sorted(left), key=lambda kind: apart(order[-1], kind)))
-            left.remove(order[-1])
-        yield [g for kind in order for g in kinds[kind]]
+            near.append(min(sorted(left), key=lambda kind: apart(near[-1], kind)))  # noqa: B023
+            left.remove(near[-1])
+        yield [g for kind in near for g in kinds[kind]]
 
 
 def _arranged(groups: Sequence[Sequence[int]], query: Sequence[Key]) -> tuple[int, list[int]]:

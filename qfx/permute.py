@@ -16,8 +16,7 @@ from typing import Any
 from torch import fx
 
 from qfx import annotation, graph
-from qfx.analysis import attentions
-from qfx.analysis.attentions import Attention, Projection, projections
+from qfx.analysis.attentions import Attention, Projection, find, projections
 from qfx.analysis.movable import movable
 from qfx.annotation import Columns, Formats, Outliers, each
 from qfx.errors import Note
@@ -43,7 +42,7 @@ def permute(gm: fx.GraphModule, plan: Plan, *, minor: bool = False) -> list[Note
         if node.op == "call_function" and annotation.get(node):
             nodes.setdefault(graph.fqn_of(node), []).append(node)
     notes = []
-    for attention in attentions.find(gm)[0]:
+    for attention in find(gm)[0]:
         orders = _orders(attention, nodes)
         if orders is None:
             continue

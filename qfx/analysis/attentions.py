@@ -124,8 +124,10 @@ def _source(value: fx.Node) -> Projection | str:
 
 
 def _keeps_heads(node: fx.Node) -> bool:
-    """RoPE, and norms of the last axis."""
+    """RoPE, rotations of a head's channels, and norms of the last axis."""
     name = graph.schema_name(node)
+    if name == "qfx::hadamard":
+        return node.args[1] == m.shape(node)[-1] and m.rank(node) == 4
     if name in ("aten::rms_norm", "aten::layer_norm"):
         sizes = node.args[1]
         return isinstance(sizes, list | tuple) and len(sizes) == 1 and m.rank(node) == 4

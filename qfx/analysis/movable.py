@@ -1,7 +1,7 @@
 """What moves with the heads of an attention, or why their order is fixed.
 
-Between a projection and the attention each call has to treat all heads alike: moves, RoPE, norms, constants. A norm
-over all heads, sinks, and what a mask holds for each head (slopes, tables of position biases) have to be parameters that
+Between a projection and the attention each call has to treat all heads alike: moves, RoPE, norms, constants. Norms over
+all heads, sinks, and what a mask holds for each head (slopes, tables of position biases) have to be parameters that
 nothing else reads; they then move along.
 """
 
@@ -103,7 +103,7 @@ def _between(value: Any, fqn: str) -> tuple[set[fx.Node], fx.Node | None]:
     todo = [value]
     while todo:
         at = todo.pop()
-        if at in seen:
+        if at in seen or sites.reads_size(at):
             continue
         if sites.is_linear(at):
             linear = at if graph.fqn_of(at) == fqn else linear
@@ -135,10 +135,9 @@ def _treated_alike(along: Along, path: set[fx.Node], linear: fx.Node) -> list[Al
             continue
         if is_call(node, aten.cat.default) and not others and m.is_last(m.arguments(node)["dim"], node):
             continue
-        if graph.schema_name(node) in _NORMS:
-            alike = _normed(node) is not None and m.rank(node) == 4 and along.width % _normed(node) == 0
-        else:
-            alike = graph.schema_name(node) == "qfx::rope" or node.target in _SCALES
+        size = node.args[1] if graph.schema_name(node) == "qfx::hadamard" else _normed(node)
+        alike = graph.schema_name(node) == "qfx::rope" or node.target in _SCALES
+        alike = alike or (isinstance(size, int) and m.rank(node) == 4 and along.width % size == 0)
         if alike and all(_same_for_heads(other, node, along) for other in others):
             continue
         norm = _over_all(node, along, linear, others)
@@ -233,17 +232,7 @@ def _per_head(value: fx.Node, axis: int, heads: int, trail: set[fx.Node]) -> lis
     if value.op == "get_attr":
         made = str(value.target).startswith("lifted_tensor")
         return "a constant made in the forward" if made else [(str(value.target), len(sizes) + axis)]
-    if is_call(value, aten.full.default, aten.zeros.default, aten.ones.default):
-        return []
-    above: list[tuple[Any, int]] | None = None
-    if is_call(value, *_EACH, *m.CASTS, *m.SAME_VALUE):
-        above = [(n, axis) for n in value.all_input_nodes]
-    elif is_call(value, aten.embedding.default) and axis == -1:
-        above = [(value.args[0], -1)]
-    elif channels.moves(value):
-        above = _axis_before(value, axis, heads)
-    elif axis == -1 and sites.keeps_channels(value):
-        above = [(value.args[0], -1)]
+    above = _above(value, axis, heads)
     if above is None:
         return f"computed by %{value.name}"
     found: list[tuple[str, int]] = []
@@ -253,6 +242,19 @@ def _per_head(value: fx.Node, axis: int, heads: int, trail: set[fx.Node]) -> lis
             return further
         found += further
     return found
+
+
+def _above(value: fx.Node, axis: int, heads: int) -> list[tuple[Any, int]] | None:
+    """The values that a call reads, and the axis of each that comes to `axis` of its result; None: not known."""
+    if is_call(value, aten.full.default, aten.zeros.default, aten.ones.default):
+        return []
+    if is_call(value, *_EACH, *m.CASTS, *m.SAME_VALUE):
+        return [(n, axis) for n in value.all_input_nodes]
+    if channels.moves(value):
+        return _axis_before(value, axis, heads)
+    if axis == -1 and (is_call(value, aten.embedding.default) or sites.keeps_channels(value)):
+        return [(value.args[0], -1)]
+    return None
 
 
 def _axis_before(node: fx.Node, axis: int, heads: int) -> list[tuple[Any, int]] | None:
