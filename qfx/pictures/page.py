@@ -26,6 +26,17 @@ details { margin: .8rem 0; } summary { cursor: pointer; color: #2a6f97; } .wide 
 .note { border-left: 3px solid #e07a1f; padding-left: .7rem; }
 """
 
+_HTML = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style></head>
+<body>
+{body}
+</body>
+</html>
+"""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -62,10 +73,7 @@ class Page:
         body = [f"<h1>{escape(self.title)}</h1>", f'<p class="facts">{facts}</p>' if facts else ""]
         body += [f'<p class="note">{escape(note)}</p>' for note in self.notes]
         body += [_picture(part) if isinstance(part, Picture) else _listing(part) for part in self.parts]
-        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(self.title)}</title>'  # fmt: skip
-        return f'<!doctype html>\n<html lang="en">\n<head>{head}\n<style>{_STYLE}</style></head>\n<body>\n' + (
-            "\n".join(line for line in body if line) + "\n</body>\n</html>\n"
-        )
+        return _HTML.format(title=escape(self.title), style=_STYLE, body="\n".join(line for line in body if line))
 
     def write(self, file: Path) -> None:
         """Write the page. Raises OSError."""

@@ -64,7 +64,7 @@ def allocation(plan: Plan, *, points: Sequence[charts.Point] = (), title: str = 
     pictures = [
         Picture("formats", "Which unit has which format", (
             "A row for each layer, a column for each head (rows of q, k and v, columns of o) and each other weight. "
-            "Dark cells have many bits. Heads are counted as the model has them, before equal ones are put side by side."
+            "Dark cells have many bits. Heads stand as in the model, before equal ones are put side by side."
         ), grids.bits(parts, formats, title=f"formats, {bits}")),
         Picture("losses", "What each unit is predicted to lose in its format", (
             "A good allocation spends its bytes so that the next byte gains the same everywhere. Units that still "
@@ -76,9 +76,7 @@ def allocation(plan: Plan, *, points: Sequence[charts.Point] = (), title: str = 
     ]  # fmt: skip
     if points:
         own = charts.Point("this plan", told["bytes"], told["measured"], "this plan")
-        caption = (
-            "Each point is a model: its bytes and how far its outputs are from the float model's. Left and low is best."
-        )
+        caption = "Each point is a model: its bytes, how far its outputs are from the float model's. Least is best."
         made = charts.pareto([*points, own], what=str(told["what"]), title="loss over bytes")
         pictures.append(Picture("pareto", "Loss over bytes", caption, made))
     return Page(title, _facts(told, bits), [*pictures, _by_format(parts), _units(parts)], plan.notes)
