@@ -35,7 +35,9 @@ from qfx.analysis.sensitivity import Sensitivity
 from qfx.errors import QfxWarning
 
 BUDGETS = (2.5, 3.0, 4.0)
-FORMATS = tuple(f"{text}/f16" for text in ("u2/g64", "u2/g32", "u3/g64", "u3/g32", "u4/g64", "u5/g64", "u6/g64", "i8/ch"))
+FORMATS = tuple(
+    f"{text}/f16" for text in ("u2/g64", "u2/g32", "u3/g64", "u3/g32", "u4/g64", "u5/g64", "u6/g64", "i8/ch")
+)
 HEAD = {"hidden": "i8/ch/f16", "output": "i8/ch/f16"}
 COLUMNS = {"bits": "bits", "size_bytes": "MB", "accuracy": "accuracy", "loss": "loss", "kld": "KLD"}
 WAYS = ("general", "own output", "task")
