@@ -153,16 +153,20 @@ class Bench:
 def planned(bench: Bench, budget: int, by: str) -> Plan:
     """What qfx plans for at most so many bytes, its units cut by "heads" or whole ("layers")."""
     recipe = {"name": "planned", "rounding": "mse", "rules": bench.base.recipe.to_dict()["rules"]}
-    return qfx.plan(bench.model, recipe, bench.data, units=by, max_bytes=budget)
+    return qfx.plan(bench.model, recipe, bench.data, units=by, avg_bits=8 * budget / bench.weights.elements)
 
 
 def assignment_of(weights: baselines.Weights, plan: Plan) -> baselines.Assignment:
-    """Unit name -> its format in a plan."""
+    """Unit name -> its format in a plan. Heads that a plan puts side by side are told by their own names."""
+    told = plan.sensitivities.get("allocation", {}).get("units", {})
     found: baselines.Assignment = {}
     for fqn, own in weights.of.items():
-        each = annotation.each(plan.formats(fqn)["w"])
+        names = [unit.name for unit in own]
+        each: Sequence[Format] = annotation.each(plan.formats(fqn)["w"])
+        if all(name in told for name in (names if fqn not in told else [fqn])):
+            each = [Format.parse(told[name]["format"]) for name in (names if fqn not in told else [fqn])]
         assert len(each) in (1, len(own)), (fqn, each)
-        found.update(zip([unit.name for unit in own], each * (len(own) // len(each)), strict=True))
+        found.update(zip(names, list(each) * (len(own) // len(each)), strict=True))
     return found
 
 
@@ -179,8 +183,8 @@ def rows(bench: Bench, text: str, *, seeds: int = 3, plan: Callable[[Bench, int,
 
     plans = {name: plan(bench, budget, by) for name, by in ((LAYERS, "layers"), (PLANNED, "heads"))}
     for name, made in plans.items():
-        kld = bench.measure.kld(assignment_of(weights, made))
-        add(name, made, calibration=kld, remarks=said({fqn: made.formats(fqn)["w"] for fqn in weights.of}))
+        own = assignment_of(weights, made)
+        add(name, made, calibration=bench.measure.kld(own), remarks=said(weights.formats(own)))
     mix = assignment_of(weights, plans[PLANNED])
     others = {f"random {seed}": baselines.shuffled(weights, mix, seed) for seed in range(seeds)}
     for name, other in {**others, "inverted ranking": baselines.inverted(weights, mix)}.items():

@@ -1,0 +1,176 @@
+"""Does an allocation for the task beat one for nothing in particular? A text classifier, equal bytes, held-out texts.
+
+    python examples/benchmarks/task_allocation.py --json numbers.json
+    python examples/benchmarks/task_allocation.py --budget 3 --seeds 1
+
+For each seed a head is trained (`examples/doc_task.py`). "general" scores the encoder by what moves its states on plain
+text; "own output" the classifier by what moves its answers on the texts of the task, without labels; "task" by the
+cross-entropy of labelled texts. All three are solved for the same bytes and rounded alike; the head has 8 bits. What
+counts are accuracy and loss on texts that neither training nor scoring has seen.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+if __name__ == "__main__":  # import the sibling files as `python -m examples.benchmarks.task_allocation` does
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import qfx
+from examples import doc_task
+from examples.benchmarks.peers import table
+from examples.demo import encoder_batches, minilm
+from qfx import data
+from qfx.analysis.sensitivity import Sensitivity
+from qfx.errors import QfxWarning
+
+BUDGETS = (2.5, 3.0, 4.0)
+FORMATS = tuple(
+    f"{text}/f16" for text in ("u2/g64", "u2/g32", "u3/g64", "u3/g32", "u4/g64", "u5/g64", "u6/g64", "i8/ch")
+)
+HEAD = {"hidden": "i8/ch/f16", "output": "i8/ch/f16"}
+COLUMNS = {"bits": "bits", "size_bytes": "MB", "accuracy": "accuracy", "loss": "loss", "kld": "KLD"}
+WAYS = ("general", "own output", "task")
+Row = dict[str, Any]
+
+
+def recipe(weights: str = "u4/g32/f16") -> dict[str, Any]:
+    """All weights in this format, or in what a budget gives them; the head in 8 bits."""
+    rules = [{"target": target, "w": weights} for target in ("linear", "embedding")]
+    rules += [{"target": name, "w": fmt} for name, fmt in HEAD.items()]
+    return {"name": "task", "rounding": "mse", "rules": rules}
+
+
+def general(samples: int = 64) -> Sensitivity:
+    """Scores of the encoder alone, by its states on Python's help topics, under the names of the classifier."""
+    loaded = minilm()
+    batches = encoder_batches(loaded, data.python_help(), samples)
+    return prefixed(qfx.analyze(loaded.model, batches, formats=FORMATS, measure=0), "encoder.")
+
+
+def prefixed(found: Sensitivity, prefix: str) -> Sensitivity:
+    """The scores of a part of a model, under the names that its weights have in the whole."""
+
+    def named(scores: Mapping[str, Any]) -> dict[str, Any]:
+        return {prefix + name: value for name, value in scores.items()}
+
+    units = tuple(replace(unit, name=prefix + unit.name, fqn=prefix + unit.fqn) for unit in found.units)
+    scores = {method: named(own) for method, own in found.scores.items()}
+    return replace(found, units=units, scores=scores, measured=named(found.measured))
+
+
+class Trial:
+    """One seed: the classifier, its texts, and what each way says about its units."""
+
+    def __init__(self, seed: int, encoder: Sensitivity, *, classes: int = 16, most: int = doc_task.MOST) -> None:
+        found = doc_task.task(classes=classes, seed=seed, most=most)
+        self.model, self.sides = doc_task.trained(found, seed=seed)
+        whole = len(self.sides["calibration"][0]["labels"])
+        labelled = [batch for batch in self.sides["calibration"] if len(batch["labels"]) == whole]
+        self.data = [doc_task.inputs(batch) for batch in labelled]
+        settings: dict[str, Any] = {"formats": FORMATS, "measure": 0, "seed": seed}
+        self.scores = {
+            "general": encoder,
+            "own output": qfx.analyze(self.model, self.data, **settings),
+            "task": qfx.analyze(self.model, labelled, loss="classification", **settings),
+        }
+        self.labels = doc_task.labels_of(self.sides["test"])
+        self.float = doc_task.logits(self.model, self.sides["test"])
+
+    def row(self, name: str, plan: qfx.Plan) -> Row:
+        """The quantized classifier on the held-out texts."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QfxWarning)
+            model = qfx.quantize(copy.deepcopy(self.model), plan)
+        report = qfx.report(model)
+        size = sum(row.bytes_after for row in report if row.elements)
+        found = doc_task.logits(model, self.sides["test"])
+        return {
+            "peer": name,
+            "bits": 8 * size / sum(row.elements for row in report),
+            "size_bytes": size,
+            **doc_task.judged(found, self.labels),
+            "kld": qfx.measure.kld(self.float, found),
+        }
+
+    def rows(self, bits: float) -> list[Row]:
+        """The float model, and each way at so many average bits."""
+        made = [{"peer": "float32", "bits": 32.0, **doc_task.judged(self.float, self.labels)}]
+        for way in WAYS:
+            plan = qfx.plan(self.model, recipe(), self.data, avg_bits=bits, sensitivity=self.scores[way])
+            made.append(self.row(way, plan))
+        return made
+
+
+def summary(trials: Sequence[Sequence[Row]]) -> list[Row]:
+    """Mean and spread over seeds of each way, and of the difference to `general`, which is seed by seed."""
+    made = []
+    for rows in zip(*trials, strict=True):
+        row: Row = {"peer": rows[0]["peer"], "bits": rows[0]["bits"], "size_bytes": rows[0].get("size_bytes")}
+        for key in ("accuracy", "loss", "kld"):
+            if key in rows[0]:
+                row[key] = statistics.mean(r[key] for r in rows)
+        said = []
+        for key in ("accuracy", "loss"):
+            gains = [own[key] - _general(trial)[key] for own, trial in zip(rows, trials, strict=True)]
+            row[f"{key}_gains"] = gains
+            if row["peer"] not in ("float32", "general"):
+                spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
+                said.append(f"{key} {statistics.mean(gains):+.4f} (spread {spread:.4f})")
+        row["remarks"] = "against general: " + ", ".join(said) if said else ""
+        made.append(row)
+    return made
+
+
+def _general(trial: Sequence[Row]) -> Row:
+    return next(row for row in trial if row["peer"] == "general")
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Whether the task's allocation is better than the general one, by every seed or on the mean."""
+    task = next(row for row in rows if row["peer"] == "task")
+    told = []
+    for key, sign in (("accuracy", 1), ("loss", -1)):
+        gains = [sign * gain for gain in task[f"{key}_gains"]]
+        better = sum(gain > 0 for gain in gains)
+        word = "holds" if statistics.mean(gains) > 0 else "MISSED"
+        told.append(f"{word}: {key} is better for the task by {better} of {len(gains)} seeds")
+    return "; ".join(told)
+
+
+def main(
+    budget: Annotated[list[float] | None, typer.Option(help="Average bits of all weights.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Splits, heads and scores.")] = 3,
+    classes: Annotated[int, typer.Option(min=2, help="Modules to tell apart.")] = 16,
+    most: Annotated[int, typer.Option(min=10, help="Docstrings of each.")] = doc_task.MOST,
+    samples: Annotated[int, typer.Option(min=4, help="Of plain text, for the general scores.")] = 64,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
+) -> None:
+    """Compare allocations of a classifier, and print a table for each budget."""
+    torch.set_num_threads(threads)
+    console = table.console()
+    encoder = general(samples)
+    trials = [Trial(seed, encoder, classes=classes, most=most) for seed in range(seeds)]
+    runs: dict[str, list[Row]] = {}
+    for bits in budget or BUDGETS:
+        runs[f"{bits:g}"] = found = summary([trial.rows(bits) for trial in trials])
+        console.print(table.shown(found, COLUMNS, f"{bits:g} bits a weight, {seeds} seeds"))
+        console.print(verdict(found), highlight=False)
+    if json_file is not None:
+        where = {"where": table.place(threads), "runs": {name: {"rows": rows} for name, rows in runs.items()}}
+        table.write(json_file, None, where, "", "")
+
+
+if __name__ == "__main__":
+    typer.run(main)
