@@ -124,7 +124,7 @@ from safetensors.torch import load_file, save_file
 folder = sys.argv[1]
 model = gptqmodel.GPTQModel.load(folder, backend=gptqmodel.BACKEND.TORCH, device="cpu", dtype=torch.float16).model
 with torch.no_grad():
-    found = model(**load_file(f"{folder}/inputs.bin")).logits.float()
+    found = model(input_ids=load_file(f"{folder}/inputs.bin")["ids"]).logits.float()
 save_file({"logits": found.contiguous()}, f"{folder}/logits.safetensors")
 """
 
@@ -227,7 +227,7 @@ def test_gptqmodel_runs_them(tmp_path: Path) -> None:
     pytest.importorskip("gptqmodel", reason="pip install qfx[interop]")
     model, inputs = packed_experts("qwen3_moe", "i4/g32/f16", sizes=128)
     qfx.export_gptq(model, tmp_path)
-    save_file(inputs, tmp_path / "inputs.bin")
+    save_file({"ids": inputs["input_ids"]}, tmp_path / "inputs.bin")
     done = subprocess.run([sys.executable, "-c", RUN, tmp_path], capture_output=True, text=True, check=False)  # noqa: S603
     assert done.returncode == 0, done.stderr[-2000:]
     found = load_file(tmp_path / "logits.safetensors")["logits"]
