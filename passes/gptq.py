@@ -33,11 +33,11 @@ from qfx.passes._grid import Grid, scales
 from qfx.passes._hessian import Hessian, factor
 from qfx.recipe import Recipe
 from qfx.rounding import round_weight
-from qfx.spill import beside, rest
+from qfx.spill import beside, give_back, is_mapped, rest
 
 _COLUMNS = 128  # whose errors are passed on to the rest together
 _ELEMENTS = 1 << 22  # of the rows that are rounded together
-_ROWS = 256  # that are put in order at once
+_ROWS = 128  # that are put in order at once
 _SAMPLED = 256  # rows by which errors are told
 
 
@@ -310,9 +310,13 @@ class _Work:
         fmt, grid, beyond = self.grid.format, self.grid, [0]
         size = max(_ELEMENTS // matrix.shape[1], 1)
         spans = [slice(at, min(at + size, len(matrix))) for at in range(0, len(matrix), size)]
+        if is_mapped(matrix):
+            give_back()  # what the statistics and their factor left
+        count = 1 if self.pushed is None else 2
+        rooms = [grid.step.new_empty(matrix.shape[1] * min(size, len(matrix))) for _ in range(count)]
 
         def codes_of(rows: slice) -> Tensor:
-            codes, more = self.round(matrix, rows)
+            codes, more = self.round(matrix, rows, rooms)
             beyond[0] += more
             return codes
 
@@ -322,12 +326,17 @@ class _Work:
         parts = (Packed.from_codes(codes_of(rows), fmt, *grid.of(rows)) for rows in spans)
         return joined(parts, fmt, tuple(matrix.shape)), beyond[0]
 
-    def round(self, matrix: Tensor, rows: slice) -> tuple[Tensor, int]:
-        """Codes [n, K] of n rows of a matrix [N, K]; and how many values lay beyond their codes."""
-        errors = self._open(matrix[rows])  # [K, n]: weights, and from column j back what is lost in them
-        height = self._size if self.pushed is None else len(errors)
+    def round(self, matrix: Tensor, rows: slice, rooms: list[Tensor]) -> tuple[Tensor, int]:
+        """Codes [n, K] of n rows of a matrix [N, K]; and how many values lay beyond their codes.
+
+        rooms: f32 memory of K * n elements, twice where the correction is asymmetric.
+        """
+        errors = self._open(matrix[rows], rooms[0])  # [K, n]: weights, and from column j back what is lost in them
         codes = torch.empty_like(errors, dtype=self.grid.format.code_dtype)
-        reached = errors.new_empty(min(height, len(errors)), errors.shape[1])
+        if self.pushed is None:
+            reached = errors.new_empty(min(self._size, len(errors)), errors.shape[1])
+        else:
+            reached = rooms[1][: errors.numel()].view(errors.shape)
         order, scales = self.columns.tolist(), self.lower.diagonal().tolist()
         beyond = 0
         for start in range(0, len(errors), self._size):
@@ -349,9 +358,9 @@ class _Work:
             rest(self.lower)
         return codes.T.contiguous(), beyond
 
-    def _open(self, part: Tensor) -> Tensor:
-        """Rows [n, K] as columns in order, f32 [K, n]."""
-        found = torch.empty(part.shape[1], len(part), device=part.device)
+    def _open(self, part: Tensor, room: Tensor) -> Tensor:
+        """Rows [n, K] as columns in order, f32 [K, n], in this memory."""
+        found = room[: part.numel()].view(part.shape[1], len(part))
         for start in range(0, len(part), _ROWS):
             few = part[start : start + _ROWS]
             found[:, start : start + len(few)] = few.to(torch.float32).T[self.columns]

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, PythonFunctionalizeAPI
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
 
 from qfx.errors import UnsupportedError
 
@@ -72,7 +72,7 @@ def retrace(
         mode = FunctionalTensorMode(pre_dispatch=True, export=True, _allow_token_discovery=False)
         api = PythonFunctionalizeAPI(mode, pre_dispatch=True)
         wrapped = api.wrap_tensors(args)
-        with mode, torch.fx.traceback.preserve_node_meta():
+        with mode, torch.fx.traceback.preserve_node_meta(), maybe_enable_thunkify():
             out = interpreter.run(*wrapped)
         mutated[:] = [i for i, value in enumerate(wrapped) if _was_mutated(value)]
         news = tuple(wrapped[i] for i in mutated)
