@@ -81,7 +81,7 @@ def by_hand(gm: fx.GraphModule, flat: list[Any], main: fx.Node) -> dict[str, tor
     for node in program.nodes:
         env[node] = program.step(node, env, placed, rounded=False)
     loss, _ = General(0, is_logits=True, masks=[None])([env[main]], 0, 1)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     names = {node: fqn for fqn, views in weights.readers.items() for nodes in views.values() for node in nodes}
     return {names[node]: value.grad for node, value in placed.items() if value.grad is not None}
 
@@ -174,7 +174,8 @@ def test_a_task_weighs_what_its_loss_reads() -> None:
     def loss(outputs: Any, batch: Any) -> torch.Tensor:
         assert set(batch) == {"labels"}
         states: torch.Tensor = outputs.last_hidden_state
-        return states[:, 0].square().sum(-1) + batch["labels"]
+        energy: torch.Tensor = states[:, 0].square().sum(-1) + batch["labels"]
+        return energy
 
     options = Options(formats=TEXTS, measure=0, heads=False, caches=False)
     general, notes = score_graph(gm, flat, options, outputs=found.outputs, progress=False)
@@ -244,7 +245,7 @@ def test_bad_input() -> None:
         ({"formats": ("x4",)}, "bad format 'x4'"),
     ):
         with pytest.raises(ValueError, match=message):
-            Options(**kwargs)  # type: ignore[arg-type]
+            Options(**kwargs)
     with pytest.raises(ValueError, match="a labelled batch for each batch, found 0 for 2"):
         score_graph(gm, flat, outputs=found.outputs, loss="causal-lm", progress=False)
     with pytest.raises(ValueError, match="no weight that could have a format"):
