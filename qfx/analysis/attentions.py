@@ -1,14 +1,16 @@
 """Which rows and columns of which linears belong to the heads of each attention.
 
 A tensor of channel numbers follows the calls that split heads, transpose and slice (see `passes/_channels.py`), so that
-fused projections, grouped queries and interleaved layouts need no special case. RoPE and norms of a head's channels mix
-numbers within a head only, and are passed through.
+fused projections, grouped queries and interleaved layouts need no special case. RoPE (of a part of a head, too), scales
+and norms leave a row's result in its head's channels, and are passed through: what a head's rows lose in few bits is
+still told by that head. `qfx.analysis.movable` says which of them allow another order of heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,8 +21,10 @@ from qfx.passes import _channels as channels
 from qfx.passes import _match as m
 from qfx.passes import _sites as sites
 
+aten = torch.ops.aten
+
 ATTENTION = ("aten::scaled_dot_product_attention", "qfx::attention")
-_PER_HEAD = ("qfx::rope", "aten::rms_norm", "aten::layer_norm")  # of the last axis: heads stay apart
+_PER_HEAD = ("qfx::rope",)
 
 
 @dataclass(frozen=True)
@@ -104,34 +108,83 @@ def _count(value: object) -> int:
 
 def _source(value: fx.Node) -> Projection | str:
     """The linear that gives q, k or v [.., heads, tokens, width], and the rows of each head."""
-    path, at = [value], value
-    while graph.schema_name(at) != "aten::linear":
-        above = at.args[0] if channels.moves(at) or _keeps_heads(at) else None
-        if not isinstance(above, fx.Node):
-            return "it does not come straight from a linear"
-        path.append(above)
-        at = above
-    numbers = channels.numbered(at, (-1,))
-    if numbers is None:
-        return "its sizes are not known"
-    carried: Tensor | None = numbers
-    for node in reversed(path[:-1]):
-        carried = carried if _keeps_heads(node) else channels.moved(node, carried)
-        if not isinstance(carried, Tensor | tuple | list):
-            return "its channels cannot be followed"
-    assert isinstance(carried, Tensor)
-    return _projection(at, list(carried.unbind(-3)), numbers.shape[-1])
+    linears: list[fx.Node] = []
+    carried = _carried(value, linears)
+    if isinstance(carried, str):
+        return carried
+    if not isinstance(carried, Tensor) or carried.dim() < 3 or len(set(linears)) != 1:
+        return "its channels cannot be followed"
+    return _projection(linears[0], list(carried.unbind(-3)), m.known(m.shape(linears[0])[-1]) or 0)
+
+
+def _carried(node: Any, linears: list[fx.Node]) -> Any:
+    """The numbers of a linear's rows at a value that comes from it, moved by the very calls of the graph; what only
+    scales or rotates the channels of a head leaves them. A text says why not. linears: filled with those met."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return "it does not come straight from a linear"
+    if graph.schema_name(node) == "aten::linear":
+        linears.append(node)
+        numbers = channels.numbered(node, (-1,))
+        return "its sizes are not known" if numbers is None else numbers
+    if graph.is_call(node, aten.cat.default):  # the rotated and the other part of a head
+        return _joined(node, [_carried(part, linears) for part in m.arguments(node)["tensors"]])
+    if not (channels.moves(node) or _keeps_heads(node) or _picks(node) or _scales(node)):
+        return "it does not come straight from a linear"
+    above = _carried(node.args[0], linears)
+    if isinstance(above, str) or _keeps_heads(node) or _scales(node):
+        return above
+    found = _picked(node, above) if _picks(node) else channels.moved(node, above)
+    return "its channels cannot be followed" if found is None else found
+
+
+def _joined(node: fx.Node, parts: list[Any]) -> Any:
+    if told := next((part for part in parts if isinstance(part, str)), None):
+        return told
+    dim = m.arguments(node)["dim"]
+    sizes = [part.shape for part in parts if isinstance(part, Tensor)]
+    if len(sizes) != len(parts) or any(len(size) != len(sizes[0]) for size in sizes) or not isinstance(dim, int):
+        return "its channels cannot be followed"
+    return torch.cat(parts, dim)
 
 
 def _keeps_heads(node: fx.Node) -> bool:
-    """RoPE, rotations of a head's channels, and norms of the last axis."""
+    """RoPE, rotations of a head's channels, and norms of the last axis: what a row gives stays with its head."""
     name = graph.schema_name(node)
     if name == "qfx::hadamard":
         return node.args[1] == m.shape(node)[-1] and m.rank(node) == 4
     if name in ("aten::rms_norm", "aten::layer_norm"):
         sizes = node.args[1]
-        return isinstance(sizes, list | tuple) and len(sizes) == 1 and m.rank(node) == 4
+        return isinstance(sizes, list | tuple) and len(sizes) == 1 and m.rank(node) >= 3
     return name in _PER_HEAD
+
+
+def _scales(node: fx.Node) -> bool:
+    """A product, quotient or sum with a number or a parameter, element by element."""
+    if not graph.is_call(node, *m.MUL, *m.DIV, *m.ADD) or m.shape(node) != m.shape(node.args[0]):
+        return False
+    other = m.skip_casts(node.args[1])
+    return not isinstance(other, fx.Node) or other.op == "get_attr"
+
+
+def _picks(node: fx.Node) -> bool:
+    """Indices along one axis that are a constant: x[:, :, [4]]."""
+    if not graph.is_call(node, aten.index.Tensor):
+        return False
+    given = [index for index in node.args[1] if index is not None]  # type: ignore[union-attr]
+    return len(given) == 1 and isinstance(given[0], fx.Node) and given[0].op == "get_attr"
+
+
+def _picked(node: fx.Node, numbers: Any) -> Tensor | None:
+    """Numbers behind `_picks`."""
+    indices: Any = node.args[1]
+    axis = next(i for i, index in enumerate(indices) if index is not None)
+    gm = node.graph.owning_module
+    if not isinstance(numbers, Tensor) or gm is None:
+        return None
+    chosen = graph.get_tensor(gm, str(indices[axis].target))
+    if chosen.dim() != 1 or chosen.dtype.is_floating_point or chosen.dtype == torch.bool:
+        return None
+    return numbers.index_select(axis, chosen.to(torch.int64).cpu() % numbers.shape[axis])
 
 
 def _output(node: fx.Node) -> Projection | str:

@@ -114,7 +114,7 @@ def test_bad_input() -> None:
 
 
 def test_heads_that_cannot_be_told_apart_are_told() -> None:
-    """A query that is doubled after its projection does not come straight from it."""
+    """A query behind an activation does not come straight from its projection."""
 
     class Odd(nn.Module):
         def __init__(self) -> None:
