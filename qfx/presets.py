@@ -159,7 +159,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
     "heads": (
         "weights of 2 to 8 bits, each head and layer as it needs, under a budget such as avg_bits=3; needs data",
         {
-            "rules": _weights("u4/g32/f16", "linear", "experts", "embedding", "tied"),
+            "rules": [*_weights("u4/g32/f16", "linear", "experts"), _EMBEDDING, _TIED],
             "rounding": "mse",
             "allocation": AllocationOptions(),
         },

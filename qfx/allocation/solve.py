@@ -156,7 +156,7 @@ def _with_classes(groups: Sequence[Group], budget: int, classes: int) -> tuple[l
     while found[0] > budget and high < 1e12:
         low, high = high, high * 8
         found = layers.at(high)
-    for _ in range(60 if low else 0):
+    for _ in range(40 if low else 0):
         middle = (low * high) ** 0.5
         tried = layers.at(middle)
         bound = max(bound, tried[1] - middle * budget)
