@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-# The modules plan, quantize, report and save hold functions of their own names: `qfx.plan` is the function.
+# The modules advise, plan, quantize, report and save hold functions of their own names: `qfx.plan` is the function.
+from qfx.advise import advise
 from qfx.attach import register_when_loaded as _register_when_loaded
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.export import export_onnx
@@ -56,6 +57,7 @@ __all__ = [
     "Report",
     "Rule",
     "UnsupportedError",
+    "advise",
     "export_awq",
     "export_bnb",
     "export_compressed_tensors",

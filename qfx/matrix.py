@@ -26,6 +26,7 @@ from qfx.data import Call
 from qfx.errors import UnsupportedError
 from qfx.files import write_text
 from qfx.hub import is_causal_lm
+from qfx.inputs import example_inputs
 from qfx.quantize import evaluating, quantize
 from qfx.recipe import Recipe
 from qfx.save import save
@@ -97,6 +98,7 @@ def compare_recipes(
         raise ValueError(f"the float model runs 'eager' or by 'inductor', found {baseline!r}")
     calls = batches.calls(model, evaluation)
     held = None if data is None else list(data)
+    example = [calls[0][0] or calls[0][1]] if example_inputs(model) is None else None
     runs: dict[str, Callable[..., Any]] = {FLOAT: model if baseline == "eager" else torch.compile(model)}
     modules: dict[str, nn.Module] = {FLOAT: model}
     rows: dict[str, Row] = {}
@@ -104,7 +106,7 @@ def compare_recipes(
         rows[FLOAT] = _sized(Row(FLOAT), model, model)
         for name, recipe in zip(names, recipes, strict=True):
             told(f"quantize by {name}")
-            rows[name], made = _quantized(model, name, recipe, held, budget)
+            rows[name], made = _quantized(model, name, recipe, held, example, budget)
             if made is not None:
                 modules[name], runs[name] = made, torch.compile(made, backend="qfx")
         _measure(rows, modules, runs, calls, repeats=repeats, metric=metric, told=told)
@@ -114,11 +116,12 @@ def compare_recipes(
 
 
 def _quantized(
-    model: nn.Module, name: str, recipe: str | Recipe, data: Any, budget: Budget | None
+    model: nn.Module, name: str, recipe: str | Recipe, data: Any, example: Any, budget: Budget | None
 ) -> tuple[Row, nn.Module | None]:
+    """example: a batch, for a model whose inputs are not known otherwise."""
     try:
         parsed = Recipe.parse(recipe)
-        given = data if parsed.needs_data or _plans(parsed) else None
+        given = data if parsed.needs_data or _plans(parsed) else example
         more = dict(budget or {}) if _plans(parsed) else {}
         started = time.perf_counter()
         made = quantize(copy.deepcopy(model), parsed, given, **more)

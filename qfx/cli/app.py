@@ -236,6 +236,45 @@ def compare(
 
 
 @app.command()
+def advise(
+    model: Model,
+    device: Annotated[
+        str | None, typer.Option(help="a100, h100, h200, rtx4090, or the .json of `qfx profile`; left out: this CPU.")
+    ] = None,
+    max_loss: Annotated[
+        float | None, typer.Option(help="Percent by which perplexity may rise (else noise over signal of the output).")
+    ] = None,
+    ratio: Annotated[float | None, typer.Option(help="At least so many times smaller than in 16 bits.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    context: Annotated[
+        int | None, typer.Option(min=0, help="Cached tokens while one more is decoded; left out: the prompt.")
+    ] = None,
+    recipes: Annotated[
+        str | None, typer.Option(help="Recipes to try, comma between them; left out: the usual.")
+    ] = None,
+    data: Text = None,
+    field: Field = "text",
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples of the text; left out: 64.")] = None,
+    batch_size: BatchSize = 4,
+    seq_len: SeqLen = 128,
+    seed: Seed = 0,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Propose recipes for MODEL: size, predicted speed, and the loss that is measured on --data."""
+    with guarded(debug) as console:
+        from qfx.cli import advise as command
+        from qfx.cli.models import TextOptions
+
+        text = TextOptions(data, field, samples, batch_size, seq_len, seed)
+        command.run(
+            console, model, device, text, recipes, max_loss=max_loss, ratio=ratio, batch=batch, prompt=prompt,
+            context=context, json_file=json,
+        )  # fmt: skip
+
+
+@app.command()
 def profile(
     out: Annotated[Path, typer.Option("--out", "-o", help="The .json file for the numbers.")],
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each session; left out: torch's.")] = None,

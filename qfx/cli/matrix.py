@@ -15,6 +15,7 @@ from qfx.cli.models import TextOptions, batches, check_device
 from qfx.cli.terminal import megabytes, step
 from qfx.data import python_help, read_texts
 from qfx.matrix import Matrix, Row, compare_recipes, error_of, pareto
+from qfx.render import wide
 
 _WIDTH = 130  # columns that the table takes at least: a cut number is worse than a long line
 CALIBRATION = 64  # samples, where the user names no number
@@ -38,7 +39,7 @@ def run(
             loaded.model, names, evaluation, data=data, budget=budget, repeats=settings.repeats,
             baseline=settings.baseline, folder=loaded.folder if settings.memory else None, told=status.update,
         )  # fmt: skip
-    console.print(table(found), width=max(console.width, _WIDTH), crop=False)
+    wide(console, table(found), _WIDTH)
     for row in found.rows:
         if row.failed:
             console.print(Text.assemble((f"{row.recipe}: ", "red"), f"no numbers: {row.failed}"), soft_wrap=True)

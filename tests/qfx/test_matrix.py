@@ -15,6 +15,8 @@ import qfx
 from qfx.compare import Accuracy, Latency
 from qfx.matrix import Matrix, Row, bytes_of, compare_recipes, error_of, pareto
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*MatMulNBits rounds them:qfx.errors.QfxWarning")
+
 
 class _Net(nn.Module):
     def __init__(self) -> None:
