@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-# The modules plan, quantize, report and save hold functions of their own names: `qfx.plan` is the function.
+# The modules advise, plan, quantize, report and save hold functions of their own names: `qfx.plan` is the function.
+from qfx.advise import advise
 from qfx.analysis.analyze import analyze
 from qfx.analysis.sensitivity import Sensitivity
 from qfx.attach import register_when_loaded as _register_when_loaded
@@ -59,6 +60,7 @@ __all__ = [
     "Rule",
     "Sensitivity",
     "UnsupportedError",
+    "advise",
     "analyze",
     "export_awq",
     "export_bnb",

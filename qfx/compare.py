@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from qfx import measure
 from qfx.data import Call
+from qfx.files import write_safetensors
 
 Model = Callable[..., Any]
 
@@ -130,17 +134,18 @@ def latency(models: Mapping[str, Model], call: Call, *, repeats: int = 20) -> di
     """
     if repeats < 1:
         raise ValueError(f"repeats must be 1 or more, found {repeats}")
-    cold = {name: _seconds(model, call) for name, model in models.items()}
+    cold = {name: seconds_of(model, call) for name, model in models.items()}
     warm: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats):
         for name, model in models.items():
             time.sleep(_PAUSE)
-            _seconds(model, call)
-            warm[name].append(_seconds(model, call))
+            seconds_of(model, call)
+            warm[name].append(seconds_of(model, call))
     return {name: Latency(cold[name], statistics.median(warm[name])) for name in models}
 
 
-def _seconds(model: Model, call: Call) -> float:
+def seconds_of(model: Model, call: Call) -> float:
+    """Seconds of one call, a GPU's work included."""
     args, kwargs = call
     _wait(call)
     started = time.perf_counter()
@@ -172,7 +177,21 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if _is_mac() else 1024)
 
 
-def _is_mac() -> bool:
-    import sys
+def peak_of(folder: Path, batch: Mapping[str, Tensor], kind: str, baseline: str, device: str) -> int | None:
+    """Peak memory of a new process that loads the model of a folder ("float" or "quantized") and calls it once.
 
+    baseline: how a float model runs, "eager" or "inductor". Raises RuntimeError where that process fails.
+    """
+    with TemporaryDirectory() as scratch:
+        inputs = Path(scratch) / "batch.safetensors"
+        write_safetensors(inputs, batch)
+        command = [sys.executable, "-m", "qfx.cli.peak", str(folder), str(inputs), kind, baseline, device]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the process that measures memory failed: {done.stderr.strip().splitlines()[-1:]}")
+    last = done.stdout.split()[-1]
+    return None if last == "None" else int(last)
+
+
+def _is_mac() -> bool:
     return sys.platform == "darwin"

@@ -60,6 +60,11 @@ def _table(report: Report, numbers: dict[str, int], width: int, *, all_rows: boo
     return table
 
 
+def wide(console: Console, table: Table, least: int) -> None:
+    """Print a table of numbers in at least so many columns: a long line is better than a number that is cut."""
+    Console(file=console.file, width=max(console.width, least), force_terminal=console.is_terminal).print(table)
+
+
 def main_kernel(kernels: str) -> str:
     """`Abs+ReduceMax+MatMulInteger+Mul` -> `MatMulInteger +3`: the kernel that does the work, how many others."""
     parts = [part.strip() for part in kernels.split("+")]

@@ -10,7 +10,7 @@ import pytest
 import qfx
 
 CALLABLES = (
-    "analyze", "export_awq", "export_bnb", "export_compressed_tensors", "export_gguf", "export_gptq",
+    "advise", "analyze", "export_awq", "export_bnb", "export_compressed_tensors", "export_gguf", "export_gptq",
     "import_checkpoint", "import_gguf", "load", "plan", "presets", "quantize", "report", "save",
 )  # fmt: skip
 TYPES = ("Format", "Plan", "QfxWarning", "Recipe", "Report", "Sensitivity", "UnsupportedError")

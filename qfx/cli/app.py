@@ -182,22 +182,34 @@ def inspect(
 
 @app.command()
 def compare(
-    quantized: Quantized,
-    model: Model,
+    quantized: Annotated[
+        str, typer.Argument(metavar="QUANTIZED|MODEL", help="Folder that `qfx quantize` wrote, or MODEL.")
+    ],
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Its float original; left out with --recipes.")
+    ] = None,
+    recipes: Annotated[
+        str | None, typer.Option(help="Instead: recipes, comma between them; MODEL is quantized by each and measured.")
+    ] = None,
     data: Text = None,
     field: Field = "text",
     samples: Annotated[int, typer.Option(min=1, help="Samples to compare on.")] = 32,
+    calibration: Annotated[
+        int | None, typer.Option(min=1, help="Other samples of the text, for recipes that need data; left out: 64.")
+    ] = None,
     batch_size: BatchSize = 4,
     seq_len: SeqLen = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each model.")] = 20,
     baseline: Annotated[Baseline, typer.Option(help="How the float model runs.")] = Baseline.eager,
     memory: Annotated[bool, typer.Option(help="Measure peak memory, in a process of its own for each model.")] = True,
+    avg_bits: Annotated[float | None, typer.Option(help="Budget of the recipes that plan bits; left out: 4.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     json: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="With --recipes: draw error over size, and times, here.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Compare QUANTIZED with its float original: accuracy, size, latency, memory.
+    """Compare QUANTIZED with its float original, or recipes on one MODEL: accuracy, size, latency, memory.
 
     Without --data the text is the help that comes with Python.
     """
@@ -207,7 +219,59 @@ def compare(
 
         text = TextOptions(data, field, samples, batch_size, seq_len, seed)
         settings = command.Settings(repeats=repeats, baseline=baseline.value, memory=memory, device=device)
-        command.run(console, quantized, model, text, settings, json_file=json)
+        if recipes is None:
+            if model is None:
+                raise ValueError(
+                    "expected QUANTIZED and MODEL, found one of them\n  next step: or MODEL --recipes w8a8,w4a16"
+                )
+            command.run(console, Path(quantized), model, text, settings, json_file=json)
+            return
+        if model is not None:
+            raise ValueError("--recipes takes one MODEL, found two\n  next step: leave QUANTIZED out")
+        from qfx.cli import matrix
+
+        budget = {"avg_bits": 4.0 if avg_bits is None else avg_bits}
+        where = {"calibration": calibration, "json_file": json, "plot_file": plot}
+        matrix.run(console, quantized, recipes, text, settings, budget, **where)
+
+
+@app.command()
+def advise(
+    model: Model,
+    device: Annotated[
+        str | None, typer.Option(help="a100, h100, h200, rtx4090, or the .json of `qfx profile`; left out: this CPU.")
+    ] = None,
+    max_loss: Annotated[
+        float | None, typer.Option(help="Percent by which perplexity may rise (else noise over signal of the output).")
+    ] = None,
+    ratio: Annotated[float | None, typer.Option(help="At least so many times smaller than in 16 bits.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    context: Annotated[
+        int | None, typer.Option(min=0, help="Cached tokens while one more is decoded; left out: the prompt.")
+    ] = None,
+    recipes: Annotated[
+        str | None, typer.Option(help="Recipes to try, comma between them; left out: the usual.")
+    ] = None,
+    data: Text = None,
+    field: Field = "text",
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples of the text; left out: 64.")] = None,
+    batch_size: BatchSize = 4,
+    seq_len: SeqLen = 128,
+    seed: Seed = 0,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Propose recipes for MODEL: size, predicted speed, and the loss that is measured on --data."""
+    with guarded(debug) as console:
+        from qfx.cli import advise as command
+        from qfx.cli.models import TextOptions
+
+        text = TextOptions(data, field, samples, batch_size, seq_len, seed)
+        command.run(
+            console, model, device, text, recipes, max_loss=max_loss, ratio=ratio, batch=batch, prompt=prompt,
+            context=context, json_file=json,
+        )  # fmt: skip
 
 
 class Units(StrEnum):

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,9 +14,9 @@ from torch import Tensor
 from qfx import hub
 from qfx.cli.models import TextOptions, batches, check_device, open_quantized
 from qfx.cli.terminal import megabytes, step
-from qfx.compare import Accuracy, Latency, accuracy, latency
+from qfx.compare import Accuracy, Latency, accuracy, latency, peak_of
 from qfx.data import Call, python_help, read_texts
-from qfx.files import write_safetensors, write_text
+from qfx.files import write_text
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,9 @@ def run(
     memory: tuple[int | None, int | None] = (None, None)
     if settings.memory:
         with step(console, "measure peak memory"):
-            memory = (_peak(big.folder, made[0], settings, "float"), _peak(quantized, made[0], settings, "quantized"))
+            tensors = {name: value for name, value in made[0].items() if isinstance(value, Tensor)}
+            how = (settings.baseline, settings.device)
+            memory = (peak_of(big.folder, tensors, "float", *how), peak_of(quantized, tensors, "quantized", *how))
     found = Found(
         accuracy=near,
         latency=(times["float"], times["quantized"]),
@@ -113,25 +111,3 @@ def table(found: Found) -> Table:
 
 def _times(before: float | None, after: float | None) -> str:
     return f"{before / after:.2f}x" if before and after else ""
-
-
-def _peak(folder: Path, batch: dict[str, Any], settings: Settings, kind: str) -> int | None:
-    """Peak memory of a new process that loads the model, runs it the same way and calls it once."""
-    with TemporaryDirectory() as scratch:
-        inputs = Path(scratch) / "batch.safetensors"
-        write_safetensors(inputs, {name: value for name, value in batch.items() if isinstance(value, Tensor)})
-        command = [
-            sys.executable,
-            "-m",
-            "qfx.cli.peak",
-            str(folder),
-            str(inputs),
-            kind,
-            settings.baseline,
-            settings.device,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the process that measures memory failed: {done.stderr.strip().splitlines()[-1:]}")
-    last = done.stdout.split()[-1]
-    return None if last == "None" else int(last)

@@ -35,7 +35,7 @@ LAYERS = (
     ),
     "qfx.backends",
     f"{PIPELINE} qfx.quantize qfx.report qfx.save",
-    "qfx.compare qfx.cli",
+    "qfx.compare qfx.matrix qfx.advise qfx.render_advice qfx.cli",
 )
 
 

@@ -1,0 +1,369 @@
+"""`qfx.advise`: from what is wanted to recipes, with the reason for each step.
+
+    advice = qfx.advise(model, batches, device="cpu.json", max_loss=5, context=2048)
+    advice.show()
+
+The way of the decision: does the model fit the device at this batch and context, and how much smaller must it be; what
+binds it, memory or products; is there calibration data; how much loss is allowed. Each claim says what it stands on:
+"given" by the user, "counted" on the model, "measured" on the model and its data, "predicted" by a roofline.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from qfx import compare
+from qfx import data as batches
+from qfx.allocation.costs import Asked, Costs
+from qfx.allocation.devices import Device
+from qfx.allocation.devices import device as find_device
+from qfx.allocation.model_costs import costs_of, formats_of_plan
+from qfx.allocation.roofline import GAIN, Prediction, Roofline, crossover, predict, sentences
+from qfx.data import Call
+from qfx.errors import UnsupportedError, explain
+from qfx.format import Format
+from qfx.hub import is_causal_lm
+from qfx.matrix import bytes_of
+from qfx.presets import presets
+from qfx.quantize import evaluating, plan, quantize
+from qfx.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WITHOUT_DATA = ("w8a8", "w8a16", "w4a16-hqq", "nf4")
+WITH_DATA = ("w8a8", "w8a8-smooth", "w4a16-gptq", "w4a16-awq", "w3a16-gptq", "w2a16-gptq")
+PLANNED = "heads"  # bits for each head under a budget, where this version has it
+_BATCHES = (1, 4, 16, 64, 256)
+_CACHE_SHARE = 0.2  # of what a token reads, from which on a smaller cache is worth a word
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence, and what it stands on: "given", "counted", "measured" or "predicted"."""
+
+    text: str
+    basis: str
+
+    def __str__(self) -> str:
+        return f"[{self.basis}] {self.text}"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asks for. max_loss: percent. ratio: at least so many times smaller than in 16 bits."""
+
+    max_loss: float | None
+    ratio: float | None
+    batch: int
+    sequence: int
+    context: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_loss", "ratio"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
+                raise ValueError(f"{name} is a number above 0, found {value!r}")
+        for name, least in (("batch", 1), ("sequence", 1), ("context", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is an integer of {least} or more, found {value!r}")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe that was looked at.
+
+    nbytes: of all parameters and buffers once quantized (counted), before that predicted. ratio: of 16 bits to that.
+    loss: measured, in percent; kld: measured, in nats; both None where nothing was measured. prefill, decode: predicted
+    seconds; gains: how many times faster than in floats. misses: what it does not fulfil; empty for a proposal.
+    """
+
+    recipe: str
+    nbytes: int
+    ratio: float
+    prefill: float
+    decode: float | None
+    gain_prefill: float
+    gain_decode: float | None
+    memory: int
+    loss: float | None = None
+    kld: float | None = None
+    misses: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """Of one token, or of one call of a model that does not decode."""
+        return self.prefill if self.decode is None else self.decode
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A candidate that fulfils all that is wanted, and why it is proposed."""
+
+    candidate: Candidate
+    why: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """claims: the way of the decision. proposals: the best first; candidates: all that were looked at. loss_of: what
+    the loss is a rise of."""
+
+    claims: tuple[Claim, ...]
+    proposals: tuple[Proposal, ...]
+    candidates: tuple[Candidate, ...]
+    device: str
+    loss_of: str
+
+    def to_json(self) -> str:
+        """All of it as JSON text; bytes, seconds, percent, nats."""
+        text = json.dumps(asdict(self))
+        return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1) + "\n"
+
+    def show(self, console: Console | None = None) -> None:
+        """Print it."""
+        from qfx.render_advice import show
+
+        show(self, console)
+
+
+def advise(
+    model: nn.Module, data: Iterable[Any] | None = None, *, device: str | Device, max_loss: float | None = None,
+    ratio: float | None = None, batch: int = 1, sequence: int = 128, context: int | None = None,
+    recipes: Sequence[str | Recipe] | None = None, told: Callable[[str], object] = lambda what: None,
+) -> Advice:  # fmt: skip
+    """Recipes for `model` on a device; the model stays as it is.
+
+    data: batches as for qfx.quantize; the last quarter of them judges, the others calibrate. Without data no loss is
+    measured, and recipes that need data are left out. device: "a100", "h100", "h200", "rtx4090", the .json of `qfx
+    profile`, or a Device. max_loss: percent by which perplexity may rise (for other models: noise over signal of the
+    main output). ratio: at least so many times smaller than in 16 bits. batch, sequence, context: sequences at once,
+    tokens of a prompt, cached tokens while one more is decoded (left out: the prompt). recipes: which to try.
+    Raises ValueError for what makes no sense, and where the data is one batch only.
+    """
+    on = find_device(device)
+    wanted = Wanted(max_loss, ratio, batch, sequence, sequence if context is None else context)
+    calibration, calls = _split(model, data)
+    with evaluating(model):
+        told("costs")
+        costs = costs_of(model, calls[0][1] if calls and calls[0][1] else None)
+        found = _Walk(model, costs, on, wanted, calibration, calls, told)
+        return found.advice(recipes)
+
+
+def _split(model: nn.Module, data: Iterable[Any] | None) -> tuple[list[Any] | None, list[Call]]:
+    """(batches that calibrate, calls that judge)."""
+    if data is None:
+        return None, []
+    held = list(data)
+    checked = batches.calls(model, held)
+    if len(held) < 2:
+        raise ValueError(
+            explain(
+                "one batch cannot both calibrate and judge", expected="two batches or more", found=f"{len(held)}",
+                next_step="give smaller batches, or more of them",
+            )
+        )  # fmt: skip
+    count = max(1, len(held) // 4)
+    return held[:-count], checked[-count:]
+
+
+class _Walk:
+    """One decision, step by step."""
+
+    def __init__(
+        self, model: nn.Module, costs: Costs, device: Device, wanted: Wanted, calibration: list[Any] | None,
+        calls: list[Call], told: Callable[[str], object],
+    ) -> None:  # fmt: skip
+        self.model, self.costs, self.device, self.wanted = model, costs, device, wanted
+        self.calibration, self.calls, self.told = calibration, calls, told
+        self.claims: list[Claim] = []
+        self.sizes = {"batch": wanted.batch, "sequence": wanted.sequence, "context": wanted.context}
+        self.base = self._predict({})
+        self.half = costs.weights(rest=Format("f16"))
+        self.by_perplexity = is_causal_lm(model)
+
+    def advice(self, recipes: Sequence[str | Recipe] | None) -> Advice:
+        self._start()
+        candidates, formats = [], {}
+        for recipe in self._recipes(recipes):
+            candidate, asked = self._looked_at(recipe)
+            if candidate is not None:
+                candidates.append(candidate)
+                formats[candidate.recipe] = asked
+        good = [one for one in candidates if not one.misses]
+        proposals = _proposals(good)
+        self._end(proposals, candidates, formats)
+        loss_of = "perplexity" if self.by_perplexity else "noise over signal of the main output"
+        return Advice(tuple(self.claims), tuple(proposals), tuple(candidates), self.device.name, loss_of)
+
+    def say(self, text: str, basis: str) -> None:
+        self.claims.append(Claim(text, basis))
+
+    def _start(self) -> None:
+        """What is given, whether it fits, and what binds it."""
+        w, base, on = self.wanted, self.base, self.device
+        asks = [f"batch {w.batch}", f"prompt {w.sequence}", f"context {w.context}"]
+        asks += [f"at least {w.ratio:g}x smaller than 16 bits"] if w.ratio else []
+        asks += [f"a loss of at most {w.max_loss:g} %"] if w.max_loss else []
+        self.say(f"{on.name} ({on.source}); {', '.join(asks)}", "given")
+        self.say(f"the weights have {_mega(self.half)} in 16 bits", "counted")
+        fits = "fits" if base.fits else "does not fit"
+        what = f"in {on.dtype} the model needs {_mega(base.memory)}, {_mega(base.cache)} of it cache"
+        self.say(f"{what}: it {fits} the {_mega(on.memory)} of the device", "predicted")
+        if base.decode is not None:
+            self.say(f"a token takes {_time(base.decode.seconds)}, bound by {base.decode.bound}", "predicted")
+        self.say(f"a prompt takes {_time(base.prefill.seconds)}, bound by {base.prefill.bound}", "predicted")
+        if self.calibration is None:
+            self.say("no data: recipes that need it are left out, and no loss is measured", "given")
+        else:
+            count = f"{len(self.calibration)} batches calibrate, {len(self.calls)} others judge"
+            self.say(f"{count}, with {self._what()}", "given")
+
+    def _what(self) -> str:
+        return "the rise of perplexity" if self.by_perplexity else "noise over signal of the main output"
+
+    def _recipes(self, asked: Sequence[str | Recipe] | None) -> list[Recipe]:
+        if asked is not None:
+            if not asked:
+                raise ValueError("recipes holds no recipe\n  next step: leave it out for the usual ones")
+            return [Recipe.parse(one) for one in asked]
+        names = WITHOUT_DATA if self.calibration is None else WITH_DATA
+        planned = (PLANNED,) if PLANNED in presets() and self.calibration is not None else ()
+        return [Recipe.parse(name) for name in (*names, *planned)]
+
+    def _looked_at(self, recipe: Recipe) -> tuple[Candidate | None, Asked]:
+        """A candidate with its predictions and, where these do not rule it out, its measured loss."""
+        asked = self._rules(recipe)
+        plans = getattr(recipe, "allocation", None) is not None
+        if recipe.needs_data and self.calibration is None:
+            self.say(f"{recipe.name} needs calibration data and is left out", "given")
+            return None, {}
+        first = self._candidate(recipe.name, asked, None)
+        if first.misses and not plans:
+            return first, asked
+        try:
+            self.told(f"quantize by {recipe.name}")
+            budget = {"avg_bits": 4.0} if plans else {}
+            given = self.calibration if recipe.needs_data or plans else self._example()
+            made_plan = plan(self.model, recipe, given, progress=False, **budget)
+            made = quantize(copy.deepcopy(self.model), made_plan)
+        except (ValueError, UnsupportedError) as error:
+            self.say(f"{recipe.name} cannot be had: {str(error).splitlines()[0]}", "measured")
+            return None, {}
+        asked = formats_of_plan(made_plan, self.costs)
+        return self._judged(self._candidate(recipe.name, asked, bytes_of(made)), made), asked
+
+    def _example(self) -> list[Any] | None:
+        return None if not self.calls else [self.calls[0][0] or self.calls[0][1]]
+
+    def _rules(self, recipe: Recipe) -> Asked:
+        """Formats by the recipe's rules alone: what it asks for before anything is planned."""
+        kinds: dict[str, set[str]] = {}
+        for node in self.costs.nodes:
+            if node.weight and node.kind in ("linear", "embedding", "experts", "conv"):
+                kinds.setdefault(node.weight, set()).add(node.kind)
+        found = {}
+        for node in self.costs.nodes:
+            if node.weight in kinds and node.kind in kinds[node.weight]:
+                tied = {"linear", "embedding"} <= kinds[node.weight]
+                found[node.name] = recipe.formats_for(node.kind, node.name, tied=tied)
+        return {name: roles for name, roles in found.items() if roles}
+
+    def _candidate(self, name: str, asked: Asked, nbytes: int | None) -> Candidate:
+        told, base = self._predict(asked), self.base
+        size = told.weights if nbytes is None else nbytes
+        ratio = self.half / size
+        misses = []
+        if self.wanted.ratio is not None and ratio < self.wanted.ratio:
+            misses.append(f"{ratio:.2f}x smaller than 16 bits, {self.wanted.ratio:g}x is wanted")
+        if not told.fits:
+            misses.append(f"it needs {_mega(told.memory)}, the device has {_mega(self.device.memory)} (predicted)")
+        both = told.decode is not None and base.decode is not None
+        return Candidate(
+            name, size, ratio, told.prefill.seconds, None if told.decode is None else told.decode.seconds,
+            base.prefill.seconds / told.prefill.seconds,
+            base.decode.seconds / told.decode.seconds if both else None,  # type: ignore[union-attr]
+            told.memory, misses=tuple(misses),
+        )  # fmt: skip
+
+    def _judged(self, candidate: Candidate, made: nn.Module) -> Candidate:
+        if not self.calls:
+            return candidate
+        self.told(f"loss of {candidate.recipe}")
+        near = compare.accuracy(self.model, made, self.calls, next_token=self.by_perplexity)
+        if near.perplexity is not None and near.perplexity_reference is not None:
+            loss = 100 * (near.perplexity / near.perplexity_reference - 1)
+        else:
+            loss = 100 * 10 ** (-near.sqnr_db / 20)
+        misses = candidate.misses
+        if self.wanted.max_loss is not None and not loss <= self.wanted.max_loss:
+            misses = (*misses, f"a loss of {loss:.2f} %, {self.wanted.max_loss:g} % is allowed (measured)")
+        return replace(candidate, loss=loss, kld=near.kld, misses=misses)
+
+    def _predict(self, asked: Asked) -> Prediction:
+        return predict(self.costs, asked, self.device, **self.sizes)
+
+    def _end(self, proposals: Sequence[Proposal], tried: Sequence[Candidate], formats: Mapping[str, Asked]) -> None:
+        """What came out; where the first proposal is faster; and what the cache would give."""
+        if not proposals:
+            closest = min(tried, key=lambda c: (len(c.misses), c.loss or 0.0, c.nbytes), default=None)
+            near = f"; nearest is {closest.recipe}: {'; '.join(closest.misses)}" if closest else ""
+            self.say(f"no recipe fulfils all that is wanted{near}", "measured" if self.calls else "predicted")
+        if self.wanted.max_loss is not None and not self.calls:
+            self.say("whether the loss is allowed is not known: give data", "given")
+        if proposals:
+            best = proposals[0].candidate.recipe
+            contexts = (max(1, self.wanted.context),)
+            for line in sentences(
+                crossover(self.costs, formats[best], self.device, batches=_BATCHES, contexts=contexts)
+            ):
+                self.say(f"{best}: {line.removesuffix(' (predicted)')}", "predicted")
+        self._cache(formats[proposals[0].candidate.recipe] if proposals else {})
+
+    def _cache(self, asked: Asked) -> None:
+        """A word about a smaller cache, where it is a good part of what a token reads."""
+        if not self.costs.caches:
+            return
+        given = {"batch": self.wanted.batch, "context": self.wanted.context}
+        rest = Format(self.device.dtype)
+        whole = self.costs.total(asked, rest, rest=rest).at(**given)
+        share = whole.cache_moved / whole.traffic
+        if share < _CACHE_SHARE:
+            return
+        now, then = (Roofline(self.costs, asked, self.device, f).phase(**given).seconds for f in (None, Format("i8")))
+        gain = f", a token would be {now / then:.2f}x faster" if now / then >= GAIN else ""
+        less = whole.cache - self.costs.total(asked, Format("i8"), rest=rest).at(**given).cache
+        text = f"the cache is {share:.0%} of what a token reads: in 8 bits {_mega(less)} less{gain}"
+        self.say(f"{text}; the loss of that was not measured", "predicted")
+
+
+def _proposals(good: Sequence[Candidate]) -> list[Proposal]:
+    """The fastest, the smallest and the nearest of those that fulfil what is wanted; one may be all three."""
+    why: dict[str, list[str]] = {}
+    picks: list[tuple[str, Callable[[Candidate], tuple[float, float]]]] = [
+        ("the fastest (predicted)", lambda c: (c.seconds, c.nbytes)),
+        ("the smallest", lambda c: (c.nbytes, c.seconds)),
+    ]
+    if any(one.loss is not None for one in good):
+        picks.append(("the least loss (measured)", lambda c: (float("inf") if c.loss is None else c.loss, c.nbytes)))
+    for word, key in picks:
+        if good:
+            why.setdefault(min(good, key=key).recipe, []).append(word)
+    by_name = {one.recipe: one for one in good}
+    return [Proposal(by_name[name], tuple(words)) for name, words in why.items()]
+
+
+def _mega(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
