@@ -59,7 +59,9 @@ def general(samples: int = 64, rounding: str = "mse") -> Sensitivity:
     loaded = minilm()
     batches = encoder_batches(loaded, data.python_help(), samples)
     settings: dict[str, Any] = {"formats": FORMATS, "measure": 0, "recipe": recipe(rounding)}
-    return prefixed(qfx.analyze(loaded.model, batches, **settings), "encoder.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QfxWarning)  # the pooler, which nothing reads
+        return prefixed(qfx.analyze(loaded.model, batches, **settings), "encoder.")
 
 
 def prefixed(found: Sensitivity, prefix: str) -> Sensitivity:
@@ -98,7 +100,8 @@ class Trial:
     def planned(self, way: str, bits: float) -> qfx.Plan:
         """The plan of a way, at so many average bits of the weights that are not FIXED, scales counted."""
         found = self.scores[way]
-        units = [unit for unit in found.units if not unit.kind.startswith("cache") and unit.fqn not in FIXED]
+        free = self.base.annotations.keys() - FIXED.keys()
+        units = [unit for unit in found.units if unit.fqn in free]
         candidates = {unit.name: [Format.parse(text) for text in FORMATS] for unit in units}
         problem = Problem(predict.choices(units, candidates, found.score()))
         budget = int(bits * sum(unit.elements for unit in units) / 8)
