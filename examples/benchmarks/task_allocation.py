@@ -5,8 +5,9 @@
 
 For each seed a head is trained (`examples/doc_task.py`). "general" scores the encoder by what moves its states on plain
 text; "own output" the classifier by what moves its answers on the texts of the task, without labels; "task" by the
-cross-entropy of labelled texts. All three are solved for the same bytes and rounded alike; the head has 8 bits. What
-counts are accuracy and loss on texts that neither training nor scoring has seen.
+cross-entropy of labelled texts. All are solved for the same bytes and rounded alike, without refinement, so that the
+scores alone make the difference; the head and the table of words have formats of their own. What counts are accuracy
+and loss on texts that neither training nor scoring has seen.
 """
 
 from __future__ import annotations
@@ -30,32 +31,37 @@ import qfx
 from examples import doc_task
 from examples.benchmarks.peers import table
 from examples.demo import encoder_batches, minilm
-from qfx import data
+from qfx import annotation, data, measure
+from qfx.allocation import assign, predict
+from qfx.allocation.problem import Problem
+from qfx.allocation.solve import solve
 from qfx.analysis.sensitivity import Sensitivity
 from qfx.errors import QfxWarning
+from qfx.format import Format
 
 BUDGETS = (2.5, 3.0, 4.0)
-FORMATS = tuple(
-    f"{text}/f16" for text in ("u2/g64", "u2/g32", "u3/g64", "u3/g32", "u4/g64", "u5/g64", "u6/g64", "i8/ch")
-)
-HEAD = {"hidden": "i8/ch/f16", "output": "i8/ch/f16"}
+FORMATS = tuple(f"{bits}/g32/f16" for bits in ("u2", "u3", "u4", "u5", "u6", "i8"))
+FIXED = {"hidden": "i8/ch/f16", "output": "i8/ch/f16", "encoder.embeddings.word_embeddings": "u4/g32/f16"}
 COLUMNS = {"bits": "bits", "size_bytes": "MB", "accuracy": "accuracy", "loss": "loss", "kld": "KLD"}
 WAYS = ("general", "own output", "task")
 Row = dict[str, Any]
 
 
-def recipe(weights: str = "u4/g32/f16") -> dict[str, Any]:
-    """All weights in this format, or in what a budget gives them; the head in 8 bits."""
-    rules = [{"target": target, "w": weights} for target in ("linear", "embedding")]
-    rules += [{"target": name, "w": fmt} for name, fmt in HEAD.items()]
-    return {"name": "task", "rounding": "mse", "rules": rules}
+def recipe(rounding: str = "mse") -> dict[str, Any]:
+    """A format for every weight, which a budget replaces except in those of FIXED."""
+    rules = [{"target": target, "w": FORMATS[0]} for target in ("linear", "embedding")]
+    rules += [{"target": name, "w": fmt} for name, fmt in FIXED.items()]
+    return {"name": "task", "rounding": rounding, "rules": rules}
 
 
-def general(samples: int = 64) -> Sensitivity:
+def general(samples: int = 64, rounding: str = "mse") -> Sensitivity:
     """Scores of the encoder alone, by its states on Python's help topics, under the names of the classifier."""
     loaded = minilm()
     batches = encoder_batches(loaded, data.python_help(), samples)
-    return prefixed(qfx.analyze(loaded.model, batches, formats=FORMATS, measure=0), "encoder.")
+    settings: dict[str, Any] = {"formats": FORMATS, "measure": 0, "recipe": recipe(rounding)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QfxWarning)  # the pooler, which nothing reads
+        return prefixed(qfx.analyze(loaded.model, batches, **settings), "encoder.")
 
 
 def prefixed(found: Sensitivity, prefix: str) -> Sensitivity:
@@ -72,44 +78,59 @@ def prefixed(found: Sensitivity, prefix: str) -> Sensitivity:
 class Trial:
     """One seed: the classifier, its texts, and what each way says about its units."""
 
-    def __init__(self, seed: int, encoder: Sensitivity, *, classes: int = 16, most: int = doc_task.MOST) -> None:
+    def __init__(
+        self, seed: int, encoder: Sensitivity, *, classes: int = 16, most: int = doc_task.MOST, rounding: str = "mse",
+        ways: Sequence[str] = WAYS,
+    ) -> None:  # fmt: skip
         found = doc_task.task(classes=classes, seed=seed, most=most)
         self.model, self.sides = doc_task.trained(found, seed=seed)
         whole = len(self.sides["calibration"][0]["labels"])
         labelled = [batch for batch in self.sides["calibration"] if len(batch["labels"]) == whole]
         self.data = [doc_task.inputs(batch) for batch in labelled]
-        settings: dict[str, Any] = {"formats": FORMATS, "measure": 0, "seed": seed}
-        self.scores = {
-            "general": encoder,
-            "own output": qfx.analyze(self.model, self.data, **settings),
-            "task": qfx.analyze(self.model, labelled, loss="classification", **settings),
-        }
+        settings: dict[str, Any] = {"formats": FORMATS, "measure": 0, "seed": seed, "recipe": recipe(rounding)}
+        self.scores = {"general": encoder}
+        if "own output" in ways:
+            self.scores["own output"] = qfx.analyze(self.model, self.data, **settings)
+        if "task" in ways:
+            self.scores["task"] = qfx.analyze(self.model, labelled, loss="classification", **settings)
+        self.base = qfx.plan(self.model, recipe(rounding))
         self.labels = doc_task.labels_of(self.sides["test"])
         self.float = doc_task.logits(self.model, self.sides["test"])
+
+    def planned(self, way: str, bits: float) -> qfx.Plan:
+        """The plan of a way, at so many average bits of the weights that are not FIXED, scales counted."""
+        found = self.scores[way]
+        free = self.base.annotations.keys() - FIXED.keys()
+        units = [unit for unit in found.units if unit.fqn in free]
+        candidates = {unit.name: [Format.parse(text) for text in FORMATS] for unit in units}
+        problem = Problem(predict.choices(units, candidates, found.score()))
+        budget = int(bits * sum(unit.elements for unit in units) / 8)
+        chosen = assign.formats_of(units, solve(problem, budget).assignment)
+        made = copy.deepcopy(self.base)
+        for fqn, formats in chosen.items():
+            made.annotations[fqn]["w"] = annotation.to_json(formats)
+        return made
 
     def row(self, name: str, plan: qfx.Plan) -> Row:
         """The quantized classifier on the held-out texts."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", QfxWarning)
             model = qfx.quantize(copy.deepcopy(self.model), plan)
-        report = qfx.report(model)
-        size = sum(row.bytes_after for row in report if row.elements)
+        weights = [row for row in qfx.report(model) if row.node not in FIXED and row.node in plan.annotations]
+        size = sum(row.bytes_after for row in weights)
         found = doc_task.logits(model, self.sides["test"])
         return {
             "peer": name,
-            "bits": 8 * size / sum(row.elements for row in report),
+            "bits": 8 * size / sum(row.elements for row in weights),
             "size_bytes": size,
             **doc_task.judged(found, self.labels),
-            "kld": qfx.measure.kld(self.float, found),
+            "kld": measure.kld(self.float, found),
         }
 
     def rows(self, bits: float) -> list[Row]:
         """The float model, and each way at so many average bits."""
-        made = [{"peer": "float32", "bits": 32.0, **doc_task.judged(self.float, self.labels)}]
-        for way in WAYS:
-            plan = qfx.plan(self.model, recipe(), self.data, avg_bits=bits, sensitivity=self.scores[way])
-            made.append(self.row(way, plan))
-        return made
+        made: list[Row] = [{"peer": "float32", "bits": 32.0, **doc_task.judged(self.float, self.labels)}]
+        return made + [self.row(way, self.planned(way, bits)) for way in self.scores]
 
 
 def summary(trials: Sequence[Sequence[Row]]) -> list[Row]:
@@ -154,14 +175,18 @@ def main(
     classes: Annotated[int, typer.Option(min=2, help="Modules to tell apart.")] = 16,
     most: Annotated[int, typer.Option(min=10, help="Docstrings of each.")] = doc_task.MOST,
     samples: Annotated[int, typer.Option(min=4, help="Of plain text, for the general scores.")] = 64,
+    rounding: Annotated[str, typer.Option(help="rtn or mse, of scores and weights.")] = "mse",
+    way: Annotated[list[str] | None, typer.Option(help=f"Out of {', '.join(WAYS[1:])}; left out: both.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
 ) -> None:
     """Compare allocations of a classifier, and print a table for each budget."""
     torch.set_num_threads(threads)
     console = table.console()
-    encoder = general(samples)
-    trials = [Trial(seed, encoder, classes=classes, most=most) for seed in range(seeds)]
+    encoder = general(samples, rounding)
+    trials = [
+        Trial(seed, encoder, classes=classes, most=most, rounding=rounding, ways=way or WAYS) for seed in range(seeds)
+    ]
     runs: dict[str, list[Row]] = {}
     for bits in budget or BUDGETS:
         runs[f"{bits:g}"] = found = summary([trial.rows(bits) for trial in trials])

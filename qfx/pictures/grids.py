@@ -64,11 +64,20 @@ def grid(units: Sequence[Placed]) -> tuple[list[str], list[Panel]]:
             panels.append(Panel(role.replace("_", " "), tuple(map(str, heads)), cells))
     rest = [unit for unit in units if unit.head is None or unit.kind not in _ROLES]
     if rest:
-        short = {unit.name: unit.fqn.rpartition(".")[2] for unit in rest}
+        short = _short(rest)
         names = list(dict.fromkeys(short[unit.name] for unit in rest))
         cells = {(row[u.layer or BESIDE], names.index(short[u.name])): u.name for u in rest}
         panels.append(Panel(OTHERS, tuple(names), cells))
     return layers, panels
+
+
+def _short(units: Sequence[Placed]) -> dict[str, str]:
+    """Unit name -> the end of its name, as many parts as tell the units of each layer apart."""
+    for count in range(1, 1 + max(unit.fqn.count(".") for unit in units)):
+        found = {unit.name: ".".join(unit.fqn.split(".")[-count:]) for unit in units}
+        if len({(unit.layer, found[unit.name]) for unit in units}) == len(units):
+            return found
+    return {unit.name: unit.name for unit in units}
 
 
 def values(
