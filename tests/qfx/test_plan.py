@@ -345,6 +345,15 @@ def test_load_of_altered_json(tmp_path: Path, change: dict[str, Any], message: s
         Plan.load(tmp_path)
 
 
+def test_version_1_is_read(tmp_path: Path) -> None:
+    """Its zero points have a byte each, which `qfx.rounded` packs."""
+    full_plan().save(tmp_path)
+    fields = json.loads((tmp_path / "plan.json").read_text())
+    assert fields["version"] == 2
+    (tmp_path / "plan.json").write_text(json.dumps({**fields, "version": 1}))
+    assert Plan.load(tmp_path) == full_plan()
+
+
 def test_load_of_json_that_lacks_a_key(tmp_path: Path) -> None:
     full_plan().save(tmp_path)
     fields = json.loads((tmp_path / "plan.json").read_text())
