@@ -130,8 +130,9 @@ def _without_mask(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], d
     else, is `is_causal`, which computes no products to be hidden. Models make it of data, so a graph cannot tell."""
     mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
     q, k, dropout = args[0], args[1], args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
-    whole = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape[-2:] == (q.shape[-2], k.shape[-2])
-    if not whole or q.shape[-2] != k.shape[-2] or dropout or len(args) > 5:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or dropout or len(args) > 5:
+        return args, kwargs
+    if mask.shape[-2:] != (q.shape[-2], k.shape[-2]) or q.shape[-2] != k.shape[-2]:
         return args, kwargs
     before = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
     if not torch.equal(mask, before.expand(mask.shape)):

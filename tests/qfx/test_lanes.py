@@ -215,11 +215,15 @@ def test_a_mask_that_hides_what_comes_later_is_not_multiplied(
 def test_what_is_no_causal_mask_is_left() -> None:
     q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 6, 8)
     before = torch.ones(4, 4, dtype=torch.bool).tril()
-    for args, kwargs in (
+    left: list[tuple[list[Any], dict[str, Any]]] = [
         ([q, k, k, torch.ones(4, 6, dtype=torch.bool).tril()], {}), ([q, q, q, before.T], {}), ([q, q, q], {}),
         ([q, q, q, before.float()], {}), ([q, q, q, before, 0.5], {}), ([q, q, q, before[:1]], {}),
         ([q, q, q], {"attn_mask": before, "dropout_p": 0.1}), ([q, q, q, before, 0.0, True], {}),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for args, kwargs in left:
         assert lanes._without_mask(list(args), dict(kwargs)) == (args, kwargs)
-    for args, kwargs in (([q, q, q, before], {"scale": 0.5}), ([q, q, q], {"attn_mask": before, "scale": 0.5})):
+    taken: list[tuple[list[Any], dict[str, Any]]] = [
+        ([q, q, q, before], {"scale": 0.5}), ([q, q, q], {"attn_mask": before, "scale": 0.5}),
+    ]  # fmt: skip
+    for args, kwargs in taken:
         assert lanes._without_mask(list(args), dict(kwargs)) == ([q, q, q], {"scale": 0.5, "is_causal": True})
