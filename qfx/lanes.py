@@ -105,6 +105,8 @@ class Program:
             args[i] = value
         kwargs = fx.map_arg(node.kwargs, lambda n: self.look(n, env))
         assert callable(node.target), node
+        if graph.schema_name(node) == "aten::scaled_dot_product_attention":
+            args, kwargs = _without_mask(args, dict(kwargs))
         value = call(node.target, args, kwargs)
         used(*(arg for arg in args if isinstance(arg, Tensor)))
         return value
@@ -121,6 +123,21 @@ class Program:
                 if read in env and self.last_use[read] <= at:
                     del env[read]
         return {node: value for node, value in env.items() if self.last_use[node] >= until}
+
+
+def _without_mask(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of an attention that give the same result, sooner: a mask that hides what comes later, and nothing
+    else, is `is_causal`, which computes no products to be hidden. Models make it of data, so a graph cannot tell."""
+    mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+    q, k, dropout = args[0], args[1], args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or dropout or len(args) > 5:
+        return args, kwargs
+    if mask.shape[-2:] != (q.shape[-2], k.shape[-2]) or q.shape[-2] != k.shape[-2]:
+        return args, kwargs
+    before = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+    if not torch.equal(mask, before.expand(mask.shape)):
+        return args, kwargs
+    return args[:3], {**{name: v for name, v in kwargs.items() if name != "attn_mask"}, "is_causal": True}
 
 
 class Lane:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,6 +71,7 @@ PEERS: dict[int, tuple[Entry, ...]] = {
 }
 METHODS = ("rtn", "mse", "hqq", "gptq", "learned")  # at 8 bits the searches find next to nothing: rtn, mse, gptq
 FORMATS = {8: ("i8/g64/f16",), 4: ("i4/g64/f16", "u4/g64/f16", "u4/g32/f16"), 3: ("u3/g64/f16",), 2: ("u2/g64/f16",)}
+MARKERS = "osD^vP*Xh<>p"
 COLUMNS = {"bits": "bits", "weights_bytes": "MB", "kld": "KLD", "perplexity": "perplexity", "top1": "same best token",
            "seconds": "s"}  # fmt: skip
 
@@ -134,26 +136,46 @@ def verdicts(found: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def series(found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows that did not fail by method, in order of bits: a library, of qfx a way of rounding ("qfx gptq")."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    good = [row for row in found if not row.get("failed") and row["peer"] != REFERENCE.name]
+    for row in sorted(good, key=itemgetter("bits")):
+        words = row["peer"].split(" ")
+        lines.setdefault(" ".join(words[: 2 if words[0] == "qfx" else 1]), []).append(row)
+    return dict(sorted(lines.items(), key=lambda line: (line[0].startswith("qfx"), line[0].lower())))
+
+
 def plot(path: Path, found: Sequence[dict[str, Any]]) -> None:
-    """KL divergence over bits a weight, both as they are, on a logarithmic axis."""
+    """KL divergence over bits a weight, both logarithmic; a line for each method, those of qfx drawn through."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(10, 7))
-    good = [row for row in found if not row.get("failed") and row["peer"] != REFERENCE.name]
-    for own, colour, marker in ((False, "tab:blue", "o"), (True, "tab:orange", "s")):
-        chosen = [row for row in good if row["peer"].startswith("qfx") == own]
-        axis.scatter([r["bits"] for r in chosen], [r["kld"] for r in chosen], c=colour, marker=marker,
-                     label="qfx" if own else "others")  # fmt: skip
-    for row in good:
-        axis.annotate(row["peer"], (row["bits"], row["kld"]), fontsize=7, xytext=(4, 2), textcoords="offset points")
-    axis.set(yscale="log", xlabel="bits a weight, scales included", ylabel="KL divergence to float32, nats a token")
-    axis.grid(visible=True, which="both", alpha=0.3)
-    axis.legend()
+    figure, axis = plt.subplots(figsize=(10, 6.5))
+    lines = series(found)
+    count = {own: sum(name.startswith("qfx") == own for name in lines) for own in (False, True)}
+    drawn = {False: 0, True: 0}
+    for name, rows_ in lines.items():
+        own = name.startswith("qfx")
+        share = drawn[own] / max(count[own] - 1, 1)
+        colour = mpl.colormaps["autumn" if own else "viridis"](0.8 * share)
+        style: dict[str, Any] = {"ls": ":", "lw": 1, "ms": 6, "mfc": "none"}
+        if own:
+            style = {"ls": "-", "lw": 1.8, "ms": 7, "zorder": 3}
+        axis.plot([r["bits"] for r in rows_], [r["kld"] for r in rows_], label=name, color=colour,
+                  marker=MARKERS[drawn[own] % len(MARKERS)], **style)  # fmt: skip
+        drawn[own] += 1
+    ticks = [2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9]
+    axis.set(xscale="log", yscale="log", xlabel="bits a weight, scales and zero points included",
+             ylabel="KL divergence to float32, nats a token")  # fmt: skip
+    axis.set_xticks(ticks, [f"{b:g}" for b in ticks])
+    axis.minorticks_off()
+    axis.grid(visible=True, alpha=0.3)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 

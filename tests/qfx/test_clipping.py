@@ -129,7 +129,7 @@ def test_both_doors_compute_the_same() -> None:
     model: Any = qfx.quantize(Block().eval(), recipe(), [rows()])
     assert isinstance(model.up, QuantLinear) and model.up.x_format.startswith("u4/tok/c")
     wanted = model(rows(5))
-    compiled = torch.compile(model, backend="qfx")
+    compiled: Any = torch.compile(model, backend="qfx")
     assert sqnr_db(wanted, compiled(rows(5))) > 50
 
 
@@ -137,4 +137,5 @@ def test_both_doors_compute_the_same() -> None:
 def test_gptq_sees_the_clipped_inputs() -> None:
     model: Any = qfx.quantize(Block().eval(), recipe(rounding="gptq"), [rows(count=300)])
     assert model.up.x_format == model.gate.x_format != "u4/tok"
-    assert qfx.report(model)
+    report = {row.node: row for row in qfx.report(model)}
+    assert f"x={model.up.x_format}" in report["up"].asked

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qfx import graph
+from qfx import graph, lanes
 from qfx.format import Format
 from qfx.lanes import Lane, Program
 from qfx.numerics import fake_quantize
-from tests.graphs import Function
+from tests.graphs import Function, capture
 from tests.stack import Stack, annotated, batches
 from tests.zoo import ZOO
 
@@ -176,3 +176,54 @@ def test_a_batch_of_another_number_of_inputs() -> None:
     message = re.escape("batch 2 does not fit the graph\n  expected: 1 inputs (ids)\n  found: 2")
     with pytest.raises(ValueError, match=message):
         Lane(Program(gm), [flat[0], (*flat[1], 3)], rounded=False)
+
+
+class Masked(nn.Module):
+    """Attention under a mask that is made of the data."""
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (4, 8)).transpose(1, 2)
+        before = torch.arange(x.shape[1]) <= torch.arange(x.shape[1])[:, None]
+        mask = before & keep[:, None, None, :]
+        return nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
+
+
+@pytest.mark.parametrize(("kept", "causal"), [(12, True), (9, False)])
+def test_a_mask_that_hides_what_comes_later_is_not_multiplied(
+    kept: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is that of the mask, to the bit; a mask that hides more, such as padding, stays."""
+    x, keep = torch.randn(2, 12, 32), torch.arange(12).expand(2, 12) < kept
+    gm = capture(Masked(), x, keep)
+    wanted = Masked()(x, keep)
+    calls: list[bool] = []
+    inner = lanes._without_mask
+
+    def seen(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        found = inner(args, kwargs)
+        calls.append(bool(found[1].get("is_causal")))
+        return found
+
+    monkeypatch.setattr(lanes, "_without_mask", seen)
+    lane = Lane(program := Program(gm), [[x, keep]], rounded=False)
+    lane.advance(len(program.nodes))
+    (found,) = lane.values[0].values()
+    assert calls == [causal]
+    assert torch.equal(found, wanted)
+
+
+def test_what_is_no_causal_mask_is_left() -> None:
+    q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 6, 8)
+    before = torch.ones(4, 4, dtype=torch.bool).tril()
+    left: list[tuple[list[Any], dict[str, Any]]] = [
+        ([q, k, k, torch.ones(4, 6, dtype=torch.bool).tril()], {}), ([q, q, q, before.T], {}), ([q, q, q], {}),
+        ([q, q, q, before.float()], {}), ([q, q, q, before, 0.5], {}), ([q, q, q, before[:1]], {}),
+        ([q, q, q], {"attn_mask": before, "dropout_p": 0.1}), ([q, q, q, before, 0.0, True], {}),
+    ]  # fmt: skip
+    for args, kwargs in left:
+        assert lanes._without_mask(list(args), dict(kwargs)) == (args, kwargs)
+    taken: list[tuple[list[Any], dict[str, Any]]] = [
+        ([q, q, q, before], {"scale": 0.5}), ([q, q, q], {"attn_mask": before, "scale": 0.5}),
+    ]  # fmt: skip
+    for args, kwargs in taken:
+        assert lanes._without_mask(list(args), dict(kwargs)) == ([q, q, q], {"scale": 0.5, "is_causal": True})

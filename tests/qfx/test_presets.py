@@ -168,7 +168,7 @@ def test_presets_cannot_be_changed_by_the_caller() -> None:
     assert presets()
 
 
-@pytest.mark.parametrize(("name", "x"), [("w4a8-rotate", "i8/tok"), ("w4a4-rotate", "i4/tok")])
+@pytest.mark.parametrize(("name", "x"), [("w4a8-rotate", "i8/tok"), ("w4a4-rotate", "u4/tok")])
 def test_rotated_presets(name: str, x: str) -> None:
     recipe = presets()[name]
     assert linear(recipe) == f"x={x} w=i4/ch" and linear(recipe, "model.lm_head") == "x=i8/tok w=i8/ch"

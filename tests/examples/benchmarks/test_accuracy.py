@@ -75,6 +75,23 @@ def test_one_peer_may_have_an_environment_of_its_own() -> None:
     assert set(found.values()) == {""}
 
 
+def test_a_line_of_the_plot_is_a_method() -> None:
+    names = [
+        "qfx gptq u4/g64",
+        "HQQ 4/64",
+        "qfx gptq u2/g64",
+        "float32",
+        "qfx rtn u4/g64",
+        "HQQ 2/64",
+        "llama.cpp Q4_0",
+    ]
+    rows = [{"peer": name, "bits": float(i % 3), "kld": 1.0} for i, name in enumerate(names)]
+    lines = accuracy.series([*rows, {"peer": "AutoRound 4/64", "failed": "no"}])
+    assert list(lines) == ["HQQ", "llama.cpp", "qfx gptq", "qfx rtn"]
+    assert [row["peer"] for row in lines["qfx gptq"]] == ["qfx gptq u4/g64", "qfx gptq u2/g64"]
+    assert [row["bits"] for row in lines["HQQ"]] == [1.0, 2.0]
+
+
 def test_the_plot_is_written(tmp_path: Path) -> None:
     accuracy.plot(tmp_path / "curve.png", found())
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
