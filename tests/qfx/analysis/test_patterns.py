@@ -124,7 +124,7 @@ def test_types(facts: dict[str, float], kind: str) -> None:
 
 def test_repeated_tokens_show_heads_that_look_for_them() -> None:
     """Scores that are made by hand: head 0 sees the former copy, head 1 the token after it."""
-    gm, flat, _ = captured_long()
+    gm, _, _ = captured_long()
     (attention,), _ = find(gm)
     patterns = Patterns([attention])
     size, period = 16, 8

@@ -25,8 +25,8 @@ def units(count: int = 4) -> tuple[Unit, ...]:
 def made(**fields: Any) -> Sensitivity:
     scores = {u.name: {t: (i + 1.0) * 4.0**-n for n, t in enumerate(TEXTS)} for i, u in enumerate(units())}
     return Sensitivity(
-        units=units(), formats=TEXTS, scores={"quant-fisher": scores}, heads=(Head("att", "layers.0", 0, 0, "mixed", 0.5),),
-        provenance={"model": "M"}, notes=("q: a note",), **fields,
+        units=units(), formats=TEXTS, scores={"quant-fisher": scores},
+        heads=(Head("att", "layers.0", 0, 0, "mixed", 0.5),), provenance={"model": "M"}, notes=("q: a note",), **fields,
     )  # fmt: skip
 
 
