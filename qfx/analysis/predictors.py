@@ -45,7 +45,7 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 def _ranks(values: Sequence[float]) -> torch.Tensor:
     x = torch.tensor(values, dtype=torch.float64)
     below, equal = (x[:, None] > x).sum(1), (x[:, None] == x).sum(1)
-    return below + (equal - 1) / 2
+    return below + (equal.double() - 1) / 2
 
 
 def fit(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float, float]:

@@ -27,7 +27,7 @@ from qfx.analysis.units import Unit
 from qfx.analysis.weights import Weights
 from qfx.format import Format
 
-_LARGEST = 1 << 19  # weights of a unit that are rounded for its score
+_LARGEST = 1 << 18  # weights of a unit that are rounded for its score
 Scores = dict[str, dict[str, float]]  # unit -> format -> score
 
 
