@@ -11,8 +11,7 @@ import torch
 from torch import fx, nn
 
 from qfx import annotation, graph, run
-from qfx.allocation.allocate import allocate
-from qfx.allocation.predict import Scores
+from qfx.allocation.allocate import Given, allocate
 from qfx.capture import Captured, capture_export
 from qfx.clipping import clip_inputs
 from qfx.correct import apply_to, correct
@@ -42,13 +41,13 @@ _HIGHEST = 200.0  # dB: what a node without any error is said to have, since JSO
 
 def decide(
     model: nn.Module, recipe: Recipe, calls: Sequence[Call], *, progress: bool = True,
-    resume: str | os.PathLike[str] | None = None, memory: int | None = None, scores: Scores | None = None,
+    resume: str | os.PathLike[str] | None = None, memory: int | None = None, given: Given | None = None,
 ) -> tuple[Plan, list[Note], list[Note]]:  # fmt: skip
     """(plan, notes about what cannot be had as asked, those of them that were warned about already).
 
     calls: what the model will see, checked; empty where the recipe needs none. The model is in eval mode. resume: a
-    folder for the progress of a rounding that needs data. memory: bytes of activations that it holds. scores: predicted
-    loss of units, for an allocation.
+    folder for the progress of a rounding that needs data. memory: bytes of activations that it holds. given: what
+    predicts the loss of units, for an allocation.
     """
     captured, reason, step = _capture(model, calls)
     if captured is None:
@@ -74,7 +73,7 @@ def decide(
         said = _scales(gm, made, flat, progress=progress) if recipe.needs_data else []
         if recipe.allocation is not None:
             count = len(made.rewrites)
-            notes += allocate(gm, made, flat, outputs=captured.outputs, scores=scores, progress=progress)
+            notes += allocate(gm, made, flat, outputs=captured.outputs, given=given, progress=progress)
             if len(made.rewrites) > count:  # heads were put in another order
                 said = _scales(gm, made, flat, progress=progress)
         notes += _rounded(model, gm, made, flat, progress=progress, resume=resume, memory=memory)

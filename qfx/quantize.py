@@ -13,7 +13,10 @@ from torch import nn
 
 from qfx import data as batches
 from qfx import streamed
+from qfx.allocation.allocate import Given
 from qfx.allocation.asked import with_budget
+from qfx.analysis.losses import Loss
+from qfx.analysis.sensitivity import Sensitivity
 from qfx.attach import attach
 from qfx.data import Call
 from qfx.decide import decide
@@ -34,7 +37,8 @@ def plan(
     model: ModelLike, recipe: RecipeLike = "w8a8", data: Iterable[Any] | None = None, *, strict: bool = False,
     progress: bool = True, resume: str | os.PathLike[str] | None = None, memory: int | None = None,
     units: Literal["heads", "layers"] | None = None, avg_bits: float | None = None, max_bytes: int | None = None,
-    ratio: float | None = None, max_loss: float | None = None, **overrides: Any,
+    ratio: float | None = None, max_loss: float | None = None, loss: str | Loss | None = None,
+    sensitivity: Sensitivity | None = None, **overrides: Any,
 ) -> Plan:  # fmt: skip
     """Decide formats, rewrites and scales for `model`; the model is not changed.
 
@@ -47,7 +51,9 @@ def plan(
     blocks, the rest goes to a temporary file. overrides: fields of the recipe to change. strict: what cannot be had
     as asked is an UnsupportedError, no warning.
     avg_bits, max_bytes, ratio, max_loss: one budget, under which weights that rules for op kinds give a format get each
-    its own (see `Recipe.allocation`); units: whether each head does, or whole weights.
+    its own (see `Recipe.allocation`); units: whether each head does, or whole weights. What these lose is told by
+    `allocation.method`, by a `sensitivity` (see `qfx.analyze`), or for a task: by its loss, as `qfx.analyze` takes it,
+    with labels in the batches.
     A model that torch.export does not take is planned by its module types, with a warning, where the recipe allows it.
     Raises ValueError for bad data, recipes and weights.
     """
@@ -66,9 +72,11 @@ def plan(
     if resume is not None and asked.rounding not in DATA_ROUNDINGS:
         what = f"recipe {asked.name!r} has nothing to resume: it does not work block by block"
         raise ValueError(explain(what, expected=f"rounding {' or '.join(map(repr, DATA_ROUNDINGS))}"))
-    calls = batches.calls(model, data, asked.num_calibration_samples) if data is not None else []
+    calls, given = _given(model, asked, data, loss, sensitivity)
     with evaluating(model):
-        return _planned(model, asked, calls, strict=strict, progress=progress, resume=resume, memory=memory)
+        return _planned(
+            model, asked, calls, strict=strict, progress=progress, resume=resume, memory=memory, given=given
+        )
 
 
 def quantize(
@@ -114,14 +122,34 @@ def planned(model: nn.Module, recipe: Recipe) -> tuple[Plan, list[Note]]:
 
 def _planned(
     model: nn.Module, recipe: Recipe, calls: list[Call], *, strict: bool, progress: bool,
-    resume: str | os.PathLike[str] | None, memory: int | None,
+    resume: str | os.PathLike[str] | None, memory: int | None, given: Given | None = None,
 ) -> Plan:  # fmt: skip
-    made, notes, said = decide(model, recipe, calls, progress=progress, resume=resume, memory=memory)
+    made, notes, said = decide(model, recipe, calls, progress=progress, resume=resume, memory=memory, given=given)
     if not made.annotations and not made.rewrites:
         raise _nothing(model, recipe, [str(note) for note in notes])
     told(notes if strict else [n for n in notes if n not in said], strict=strict)
     made.notes = [str(note) for note in notes]
     return made
+
+
+def _given(
+    model: nn.Module, recipe: Recipe, data: Iterable[Any] | None, loss: str | Loss | None,
+    sensitivity: Sensitivity | None,
+) -> tuple[list[Call], Given]:  # fmt: skip
+    """The calls of the model, without labels where there is a loss; and what predicts the loss of units."""
+    if recipe.allocation is None and not (loss is None and sensitivity is None):
+        what = f"a {'loss' if loss is not None else 'sensitivity'} says where bytes are spent, and there is no budget"
+        raise ValueError(explain(what, next_step="give one, such as avg_bits=4"))
+    if loss is not None and sensitivity is not None:
+        raise ValueError("a sensitivity was found for a loss already: give one of them")
+    if data is None:
+        return [], Given(sensitivity)
+    if loss is None:
+        return batches.calls(model, data, recipe.num_calibration_samples), Given(sensitivity)
+    from qfx.analysis.analyze import inputs_of, labelled_batch, limited
+
+    labelled = [labelled_batch(batch, True) for batch in limited(data, recipe.num_calibration_samples)]
+    return batches.calls(model, [inputs_of(model, batch) for batch in labelled]), Given(None, loss, labelled)
 
 
 def _nothing(model: nn.Module, recipe: Recipe, notes: list[str]) -> ValueError:

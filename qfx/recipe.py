@@ -240,7 +240,7 @@ class Recipe(Strict):
     @property
     def needs_data(self) -> bool:
         """Calibration data is needed: a static activation format that some rule gives, a rewrite of DATA_REWRITES, a
-        rounding of DATA_ROUNDINGS or weighted by inputs, outliers, clipped inputs, or a correction.
+        rounding of DATA_ROUNDINGS or weighted by inputs, outliers, clipped inputs, a correction, or allocation.
 
         A format that a later rule of the same target replaces does not count.
         """
@@ -248,6 +248,7 @@ class Recipe(Strict):
         chosen = not set(self.rewrites).isdisjoint(DATA_REWRITES) or self.rounding in DATA_ROUNDINGS
         chosen = chosen or self.bias_correction or bool(self.low_rank)
         chosen = chosen or self.weighting != "uniform" or self.outliers is not None or self.clip_inputs
+        chosen = chosen or self.allocation is not None
         given = [rule.formats(role) for (_, role), rule in last.items() if rule.texts[role] != NONE]
         return chosen or any(is_static(fmt) for fmt in given if isinstance(fmt, Format))
 

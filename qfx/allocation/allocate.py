@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, fx
@@ -25,7 +26,10 @@ from qfx.allocation.perplexity import Perplexity
 from qfx.allocation.problem import Choice, Problem, Tile, ties_of
 from qfx.allocation.refine import refine
 from qfx.allocation.solve import solve
+from qfx.analysis.losses import Loss
 from qfx.analysis.measured import Measure
+from qfx.analysis.score import Options, score_graph
+from qfx.analysis.sensitivity import Sensitivity
 from qfx.analysis.units import Unit
 from qfx.errors import Note
 from qfx.format import Format
@@ -35,24 +39,39 @@ from qfx.permute import permute
 from qfx.plan import Plan
 
 TOLD = "allocation"  # in Plan.sensitivities
+MEASURED = "measured"
 _ROUNDINGS = ("rtn", "mse", "hqq")  # what a unit can be rounded by alone; others are told by "mse"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What predicts the loss, in place of what `allocation.method` says.
+
+    sensitivity: of `qfx.analyze`, for this model. loss, labelled: a task, and what its loss is given beside the outputs
+    for each batch (see `qfx.analysis.losses`); nothing is then refined, since what is measured is no task's loss.
+    """
+
+    sensitivity: Sensitivity | None = None
+    loss: str | Loss | None = None
+    labelled: Sequence[Any] = ()
 
 
 def allocate(
     gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], *, outputs: Sequence[str] = (),
-    scores: predict.Scores | None = None, progress: bool = True,
+    given: Given | None = None, progress: bool = True,
 ) -> list[Note]:  # fmt: skip
     """Replace the weight formats of a prepared float graph, and of `plan`, as `plan.recipe.allocation` says.
 
-    batches: the graph's inputs. outputs: names of its outputs, as in `Captured.outputs`. scores: unit -> format ->
-    predicted loss, in place of what `allocation.method` says. `plan.sensitivities["allocation"]` tells the budget, the
-    bytes, what was predicted and measured, and of each unit its format, bytes and score.
+    batches: the graph's inputs. outputs: names of its outputs, as in `Captured.outputs`. given: see `Given`.
+    `plan.sensitivities["allocation"]` tells the budget, the bytes, what was predicted and measured, and of each unit
+    its format, bytes and score.
     Returns what did not go as asked. Raises ValueError where the budget cannot be kept, or nothing is to be allocated.
     """
     options = plan.recipe.allocation
     assert options is not None
     found = sites.find(gm, plan.recipe, options)
-    candidates = {unit.name: sites.candidates(unit, options) for unit in found.units}
+    given = given or Given()
+    candidates = {unit.name: _scored(sites.candidates(unit, options), unit, given) for unit in found.units}
     sizes = found.sizes(candidates)
     if options.max_loss is None:
         sizes.budget(options)  # refuses before anything is measured
@@ -60,18 +79,24 @@ def allocate(
         gm, some(batches, options.samples), units=found.units, tensors=plan.tensors, outputs=outputs,
         rounding=plan.recipe.rounding if plan.recipe.rounding in _ROUNDINGS else "mse",
     )  # fmt: skip
-    method = options.method if scores is None else "given"
+    method, scores = "sensitivity", cast(predict.Scores | None, None)
+    if given.sensitivity is not None:
+        scores = given.sensitivity.calibrated()
+    if scores is None and (options.method != MEASURED or given.loss is not None):
+        method, scores = _analyzed(gm, plan, found, batches, outputs, given, progress=progress)
     with progress_bar(progress) as bar:
         if scores is None:
             task = bar.add_task("measuring units", total=len(found.units))
             scores = predict.measured(measure, candidates, Format.parse(options.probe), lambda: bar.advance(task))
+            method = MEASURED
         choices = predict.choices(found.units, candidates, scores)
         problem = problem_of(found.units, choices, options)
         budget = _budget(sizes, problem, measure, options)
         solution = solve(problem, budget, seconds=options.seconds)
-        task = bar.add_task("refining", total=options.refine)
+        count = options.refine if given.loss is None else 0  # what is measured is no task's loss
+        task = bar.add_task("refining", total=count)
         refined = refine(
-            measure, problem, solution.assignment, budget, evaluations=options.refine, advance=lambda: bar.advance(task)
+            measure, problem, solution.assignment, budget, evaluations=count, advance=lambda: bar.advance(task)
         )
     chosen = assign.fill(found.units, problem, refined.assignment, budget)
     size = assign.nbytes(found.units, chosen)
@@ -91,6 +116,32 @@ def allocate(
         "units": _rows(found.units, problem, chosen),
     }
     return [*found.notes, *(permute(gm, plan, minor=True) if options.units == "heads" else [])]
+
+
+def _scored(formats: list[Format], unit: Unit, given: Given) -> list[Format]:
+    """Those of the formats in which a given sensitivity knows the unit; all where it knows none, to be refused."""
+    known = {} if given.sensitivity is None else given.sensitivity.score().get(unit.name, {})
+    return [fmt for fmt in formats if str(fmt) in known] or formats
+
+
+def _analyzed(
+    gm: fx.GraphModule, plan: Plan, found: sites.Sites, batches: Sequence[Sequence[Any]], outputs: Sequence[str],
+    given: Given, *, progress: bool,
+) -> tuple[str, predict.Scores]:  # fmt: skip
+    """(method, scores) of `qfx.analysis`, on the scale of what some units were measured to lose."""
+    options = plan.recipe.allocation
+    assert options is not None
+    method = "quant-fisher" if options.method == MEASURED else options.method
+    how = Options(
+        method=method, formats=tuple(dict.fromkeys((*options.formats, *options.embeddings))), by=options.units,
+        task_weight=options.task_weight, heads=False, caches=False,
+    )  # fmt: skip
+    sensitivity, notes = score_graph(
+        gm, batches, how, outputs=outputs, loss=given.loss, labelled=given.labelled, skip=found.skip,
+        tensors=plan.tensors, progress=progress,
+    )  # fmt: skip
+    found.notes += [note for note in notes if note not in found.notes]
+    return method, sensitivity.calibrated()
 
 
 def problem_of(units: Sequence[Unit], choices: Mapping[str, Sequence[Choice]], options: AllocationOptions) -> Problem:

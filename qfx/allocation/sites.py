@@ -25,13 +25,14 @@ _ALLOCATED = ("linear", "embedding", "experts")
 class Sites:
     """units: to be allocated. fixed: FQN -> (elements, bytes) of the others with a format; rules: why, of some of them.
 
-    rest: bytes of everything else that the graph reads.
+    rest: bytes of everything else that the graph reads. skip: FQNs of calls whose weights are not allocated.
     """
 
     units: list[Unit] = field(default_factory=list)
     fixed: dict[str, tuple[int, int]] = field(default_factory=dict)
     rules: dict[str, str] = field(default_factory=dict)
     rest: int = 0
+    skip: list[str] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
 
     def sizes(self, candidates: Mapping[str, Sequence[Format]]) -> Sizes:
@@ -52,13 +53,12 @@ def find(gm: fx.GraphModule, recipe: Recipe, options: AllocationOptions) -> Site
         weight = graph.weight_of(node) if kind_of(node) not in (None, "attention") else None
         if weight is not None:
             readers.setdefault(str(weight.target), []).append(node)
-    skip: list[str] = []
     shapes: dict[str, tuple[str, int, int]] = {}
     for held, nodes in readers.items():
         reason = _kept(nodes, recipe)
         if reason is None:
             continue
-        skip += [graph.fqn_of(node) for node in nodes]
+        found.skip += [graph.fqn_of(node) for node in nodes]
         formats = [(node, w) for node in nodes if (w := annotation.get(node).get("w")) is not None]
         if formats:
             node, w = formats[0]
@@ -68,7 +68,7 @@ def find(gm: fx.GraphModule, recipe: Recipe, options: AllocationOptions) -> Site
             found.rules[fqn] = reason
             if len(formats) < len(nodes):
                 found.notes.append(Note(fqn, reason, "give all that read it a format, or none"))
-    found.units, _, notes = find_units(gm, by=options.units, skip=skip)
+    found.units, _, notes = find_units(gm, by=options.units, skip=found.skip)
     if not found.units:
         raise ValueError(
             explain(

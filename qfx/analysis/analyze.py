@@ -56,9 +56,9 @@ def analyze(
     )  # fmt: skip
     if loss is not None:
         find(loss)
-    given = list(_limited(data, samples))
-    labelled = [_labelled(batch, loss is not None) for batch in given]
-    calls = batches.calls(model, [_inputs(model, batch) for batch in labelled])
+    given = list(limited(data, samples))
+    labelled = [labelled_batch(batch, loss is not None) for batch in given]
+    calls = batches.calls(model, [inputs_of(model, batch) for batch in labelled])
     with evaluating(model):
         flat, outputs, gm = _prepared(model, calls)
         notes: list[Note] = []
@@ -86,7 +86,7 @@ def _check(model: object) -> None:
         )
 
 
-def _limited(data: Iterable[Any], samples: int | None) -> Iterable[Any]:
+def limited(data: Iterable[Any], samples: int | None) -> Iterable[Any]:
     batches._check_iterable(data)
     seen = 0
     for batch in data:
@@ -105,7 +105,7 @@ def _leaves(batch: Any) -> list[Any]:
     return [batch]
 
 
-def _labelled(batch: Any, wanted: bool) -> Any:
+def labelled_batch(batch: Any, wanted: bool) -> Any:
     """A pair (inputs, labels) as a mapping, where there is a loss and the second is one value a sample."""
     if wanted and isinstance(batch, list | tuple) and len(batch) == 2:
         inputs, labels = batch
@@ -115,7 +115,7 @@ def _labelled(batch: Any, wanted: bool) -> Any:
     return batch
 
 
-def _inputs(model: nn.Module, batch: Any) -> Any:
+def inputs_of(model: nn.Module, batch: Any) -> Any:
     """What the model itself is called with: without labels."""
     if not isinstance(batch, Mapping):
         return batch

@@ -76,7 +76,7 @@ def test_every_reader_is_annotated_on_graph_and_plan() -> None:
 def filled(budget: int, **constraints: object) -> dict[str, Format]:
     found, assignment = columns(U3, U3, U3)
     scores = {unit.name: {str(f): 4.0**-f.bits * (1 + i) for f in (U3, U4)} for i, unit in enumerate(found)}
-    problem = Problem(choices(found, dict.fromkeys(assignment, [U3, U4]), scores), **constraints)  # type: ignore[arg-type]
+    problem = Problem(choices(found, {name: [U3, U4] for name in assignment}, scores), **constraints)  # type: ignore[arg-type]
     made = assign.fill(found, problem, assignment, budget)
     assert assign.nbytes(found, made) <= budget
     return made

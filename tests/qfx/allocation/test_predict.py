@@ -49,13 +49,13 @@ def test_errors_of_a_large_unit_are_told_from_some_rows(monkeypatch: pytest.Monk
     assert all(part[fmt] == pytest.approx(whole[fmt], rel=0.5) for fmt in FORMATS)
 
 
-def test_a_weight_without_error_loses_nothing() -> None:
+def test_a_weight_without_error_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     own = measure()
     unit = own.units[0]
-    with torch.no_grad():
-        own.weights.part = lambda unit, fmt: (torch.zeros(4, 32),) * 2  # type: ignore[method-assign]
-        own.units = [unit]
-        assert predict.measured(own, {unit.name: FORMATS}, U3, lambda: None) == {unit.name: dict.fromkeys(map(str, FORMATS), 0.0)}
+    monkeypatch.setattr(own.weights, "part", lambda *_: (torch.zeros(4, 32), torch.zeros(4, 32)))
+    monkeypatch.setattr(own, "units", [unit])
+    found = predict.measured(own, {unit.name: FORMATS}, U3, lambda: None)
+    assert found == {unit.name: dict.fromkeys(map(str, FORMATS), 0.0)}
     assert own.evaluations == 0
 
 

@@ -57,7 +57,8 @@ def test_it_finds_the_optimum(seed: int, share: float, ties: bool) -> None:
     assert exact.score == pytest.approx(wanted, rel=2e-5)
     for solution in (exact, fast):
         size, score = found.value(solution.assignment)
-        assert (size, score) == (solution.bytes, pytest.approx(solution.score))
+        assert size == solution.bytes
+        assert score == pytest.approx(solution.score)
         assert size <= budget
         assert not found.violations(solution.assignment)
         assert solution.bound <= wanted * (1 + 1e-6) <= solution.score * (1 + 1e-5)
@@ -105,7 +106,9 @@ def test_a_budget_below_the_minimum_names_it() -> None:
     found = problem(8)
     least = between(found, 0)
     assert solve(found, least).bytes == least
-    with pytest.raises(ValueError, match=f"a budget of {least - 1:,} bytes is too small\n  expected: at least {least:,}"):
+    with pytest.raises(
+        ValueError, match=f"a budget of {least - 1:,} bytes is too small\n  expected: at least {least:,}"
+    ):
         solve(found, least - 1)
 
 

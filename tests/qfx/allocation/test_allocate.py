@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qfx
+from qfx import measure
+from qfx.allocation.allocate import problem_of, some
+from qfx.allocation.problem import Choice
+from qfx.analysis.units import Unit
+from qfx.annotation import from_json
+from qfx.errors import QfxWarning, UnsupportedError
+from qfx.format import Format
+from qfx.method_options import AllocationOptions
+from tests.qfx.analysis.models import causal
+
+FAST = {"formats": ("u2/g16/f16", "u3/g16/f16", "u4/g16/f16", "i8/ch"), "probe": "u3/g16/f16", "refine": 12}
+FAST |= {"embeddings": FAST["formats"]}
+KINDS = [{"target": t, "w": "u4/g16/f16"} for t in ("linear", "embedding", "tied")]
+
+
+def recipe(**allocation: Any) -> qfx.Recipe:
+    return qfx.Recipe.parse({"name": "mix", "rules": KINDS, "rounding": "mse", "allocation": {**FAST, **allocation}})
+
+
+def stored(model: nn.Module, plan: qfx.Plan) -> int:
+    """Bytes of the weights that have formats in the model quantized by the plan."""
+    report = qfx.report(qfx.quantize(copy.deepcopy(model), plan))
+    return sum(row.bytes_after for row in report if row.quantized)
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+@pytest.mark.parametrize("units", ["heads", "layers"])
+def test_a_plan_keeps_its_budget_and_tells_it(kind: str, units: Any) -> None:
+    model, data = causal(kind)
+    made = qfx.plan(model, recipe(), data, units=units, avg_bits=4)
+    told = made.sensitivities["allocation"]
+    elements = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    assert told["budget"] == {"avg_bits": 4.0, "bytes": elements // 2}
+    assert stored(model, made) == told["bytes"] <= elements // 2
+    assert told["average_bits"] == pytest.approx(8 * told["bytes"] / elements)
+    assert told["bytes"] > 0.9 * elements / 2, "most of it is used"
+    assert len({row["format"] for row in told["units"].values()}) > 1
+    assert any(row["head"] is not None for row in told["units"].values()) == (units == "heads")
+    assert told["measured"] <= told["measured_before"]
+    assert 0 < told["predicted"]
+
+
+def test_what_is_measured_is_what_the_quantized_model_loses() -> None:
+    model, data = causal()
+    made = qfx.plan(model, recipe(samples=10**6), data, avg_bits=3.5)
+    quantized = qfx.quantize(copy.deepcopy(model), made)
+    with torch.no_grad():
+        pairs = [(model(**batch).logits, quantized(**batch).logits) for batch in data]
+    found = measure.kld(*(torch.cat([pair[i].flatten(0, 1) for pair in pairs]) for i in (0, 1)))
+    assert made.sensitivities["allocation"]["measured"] == pytest.approx(found, rel=5e-3)
+
+
+def test_it_is_the_same_each_time_and_survives_a_file(tmp_path: Path) -> None:
+    model, data = causal()
+    first, second = (qfx.plan(model, recipe(), data, avg_bits=4) for _ in range(2))
+    assert first == second
+    first.save(tmp_path)
+    again = qfx.Plan.load(tmp_path)
+    assert again == first
+    assert again.recipe.allocation == AllocationOptions(**FAST, avg_bits=4)
+    outputs = [qfx.quantize(copy.deepcopy(model), plan)(**data[0]).logits for plan in (first, again)]
+    assert torch.equal(*outputs)
+
+
+def test_quantize_takes_a_budget_and_equal_heads_lie_together() -> None:
+    model, data = causal()
+    quantized = qfx.quantize(copy.deepcopy(model), recipe(), data, avg_bits=4)
+    assert qfx.report(quantized).totals["bytes_after"] < 0.3 * qfx.report(quantized).totals["bytes_before"]
+    made = qfx.plan(model, recipe(), data, avg_bits=4)
+    for roles in made.annotations.values():
+        formats = from_json(roles["w"])
+        assert isinstance(formats, Format) or len(set(map(str, getattr(formats, "formats", formats)))) > 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "most"), [({"ratio": 0.25}, 2 * 0.25), ({"max_bytes": 12_000}, None), ({"max_loss": 300}, None)]
+)
+def test_budgets_of_other_kinds(budget: dict[str, Any], most: float | None) -> None:
+    model, data = causal()
+    made = qfx.plan(model, recipe(refine=0), data, **budget)
+    elements = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    size = stored(model, made)
+    if most is not None:
+        assert size <= most * elements
+    if "max_bytes" in budget:
+        report = qfx.report(qfx.quantize(copy.deepcopy(model), made))
+        norms = sum(p.nbytes for p in model.parameters() if p.dim() == 1)
+        assert report.totals["bytes_after"] + norms <= 12_000
+    if "max_loss" in budget:
+        assert size < 2 * elements
+        more = qfx.plan(model, recipe(refine=0), data, max_loss=30)
+        assert stored(model, more) > size, "less loss takes more bytes"
+
+
+def test_a_rule_for_a_name_holds() -> None:
+    model, data = causal()
+    held = recipe().override(
+        rules=(*recipe().rules, qfx.Recipe.parse("w8a16").rules[0].model_copy(update={"target": "lm_head"}))
+    )
+    made = qfx.plan(model, held, data, avg_bits=4.5)
+    assert made.annotations["lm_head"] == {"w": "i8/ch"}
+    assert "lm_head" not in made.sensitivities["allocation"]["units"]
+    assert stored(model, made) == made.sensitivities["allocation"]["bytes"]
+    with pytest.raises(ValueError, match=r"avg_bits=2.9 is too small[\s\S]*the rule for 'lm_head', w=i8/ch, holds"):
+        qfx.plan(model, held, data, avg_bits=2.9)
+
+
+def test_constraints_of_the_options_are_kept() -> None:
+    model, data = causal()
+    made = qfx.plan(model, recipe(ties=("qkv",), classes=2, tile=32), data, avg_bits=4)
+    rows = made.sensitivities["allocation"]["units"].values()
+    assert len({row["format"] for row in rows if row["kind"] in "qkv"}) == 1
+    assert len({Format.parse(row["format"]).bits for row in rows if row["layer"]}) <= 2
+
+
+@pytest.mark.parametrize("method", ["quant-fisher", "weight-error"])
+def test_scores_of_an_analysis(method: str) -> None:
+    model, data = causal()
+    made = qfx.plan(model, recipe(method=method), data, avg_bits=4)
+    assert made.sensitivities["allocation"]["method"] == method
+    assert made.sensitivities["allocation"]["bytes"] <= made.sensitivities["allocation"]["budget"]["bytes"]
+
+
+def test_a_sensitivity_is_taken_with_the_formats_that_it_has() -> None:
+    model, data = causal()
+    found = qfx.analyze(model, data, formats=("u2/g16/f16", "u4/g16/f16"), measure=1, progress=False)
+    made = qfx.plan(model, recipe(), data, avg_bits=4, sensitivity=found)
+    told = made.sensitivities["allocation"]
+    assert told["method"] == "sensitivity"
+    assert {row["format"] for row in told["units"].values()} <= {"u2/g16/f16", "u4/g16/f16"}
+    other = qfx.analyze(model, data, formats=("u2/g16/f16",), units="layers", measure=0, progress=False)
+    with pytest.raises(ValueError, match=r"the sensitivity has no score of 'model.layers.0"):
+        qfx.plan(model, recipe(), data, avg_bits=4, sensitivity=other)
+
+
+def test_a_task_tells_the_loss() -> None:
+    model, data = causal()
+    labelled = [{**batch, "labels": batch["input_ids"]} for batch in data]
+    made = qfx.plan(model, recipe(), labelled, avg_bits=4, loss="causal-lm")
+    told = made.sensitivities["allocation"]
+    assert (told["method"], told["measured_before"]) == ("quant-fisher", None)
+    with pytest.raises(ValueError, match="labels"):
+        qfx.plan(model, recipe(), data, avg_bits=4, loss="causal-lm")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "recipe 'mix' needs a budget"),
+        ({"avg_bits": 1.5}, r"the budget avg_bits=1.5 is too small\n  expected: at least avg_bits=\d"),
+        ({"avg_bits": 16.5}, "avg_bits=16.5 is above what 16 bits"),
+        ({"avg_bits": 4, "ratio": 0.2}, "one budget is needed"),
+    ],
+)
+def test_bad_budgets_are_refused(arguments: dict[str, Any], message: str) -> None:
+    model, data = causal()
+    with pytest.raises(ValueError, match=message):
+        qfx.plan(model, recipe(), data, **arguments)
+
+
+def test_data_and_a_graph_are_needed() -> None:
+    model, data = causal()
+    with pytest.raises(ValueError, match="recipe 'mix' needs calibration data"):
+        qfx.plan(model, recipe(), avg_bits=4)
+    with pytest.raises(ValueError, match="a loss says where bytes are spent, and there is no budget"):
+        qfx.plan(model, "w8a16", data, loss="causal-lm")
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) if x.sum().item() > 0 else self.fc(-x)
+
+    with pytest.raises(UnsupportedError, match="formats of units are allocated on the model's graph"):
+        qfx.plan(Broken(), recipe(), [torch.randn(4, 32)], avg_bits=4)
+
+
+def test_tiles_are_of_weights_that_heads_cut() -> None:
+    units = [Unit(f"q{i}", "q", "q", "", (8, 32), 0, 8 * i, 8 * i + 8, i, "a") for i in range(4)]
+    units.append(Unit("fc", "fc", "linear", "", (8, 8)))
+    choices = {unit.name: [Choice(unit.name, Format("i8", "ch"), 1, 1.0)] for unit in units}
+    (tile,) = problem_of(units, choices, AllocationOptions(avg_bits=4, tile=16)).tiles
+    assert (tile.units, tile.multiple) == (("q0", "q1", "q2", "q3"), 2)
+    assert problem_of(units, choices, AllocationOptions(avg_bits=4, tile=8)).tiles == []
+
+
+def test_some_batches_hold_so_many_positions() -> None:
+    batch = [torch.zeros(2, 9, dtype=torch.int64), None, torch.zeros(2, 9)]
+    assert [len(some([batch] * 5, n)) for n in (1, 18, 19, 1000)] == [1, 1, 2, 5]
+    assert len(some([[torch.zeros(3)]] * 4, 6)) == 2
+
+
+@pytest.mark.filterwarnings("ignore::qfx.errors.QfxWarning")
+def test_strict_refuses_what_a_table_keeps() -> None:
+    model, data = causal("tied")
+    with pytest.raises(UnsupportedError, match="its format is not allocated: lm_head"):
+        qfx.plan(model, recipe().override(ignore=("lm_head",)), data, avg_bits=5, strict=True)
+    assert issubclass(QfxWarning, UserWarning)
