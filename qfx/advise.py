@@ -150,12 +150,15 @@ def advise(
     """
     on = find_device(device)
     wanted = Wanted(max_loss, ratio, batch, sequence, sequence if context is None else context)
+    asked = None if recipes is None else [Recipe.parse(one) for one in recipes]
+    if asked == []:
+        raise ValueError("recipes holds no recipe\n  next step: leave it out for the usual ones")
     calibration, calls = _split(model, data)
     with evaluating(model):
         told("costs")
         costs = costs_of(model, calls[0][1] if calls and calls[0][1] else None)
         found = _Walk(model, costs, on, wanted, calibration, calls, told)
-        return found.advice(recipes)
+        return found.advice(asked)
 
 
 def _split(model: nn.Module, data: Iterable[Any] | None) -> tuple[list[Any] | None, list[Call]]:
@@ -185,15 +188,15 @@ class _Walk:
         self.model, self.costs, self.device, self.wanted = model, costs, device, wanted
         self.calibration, self.calls, self.told = calibration, calls, told
         self.claims: list[Claim] = []
-        self.sizes = {"batch": wanted.batch, "sequence": wanted.sequence, "context": wanted.context}
+        self.sizes: dict[str, Any] = {"batch": wanted.batch, "sequence": wanted.sequence, "context": wanted.context}
         self.base = self._predict({})
         self.half = costs.weights(rest=Format("f16"))
         self.by_perplexity = is_causal_lm(model)
 
-    def advice(self, recipes: Sequence[str | Recipe] | None) -> Advice:
+    def advice(self, recipes: list[Recipe] | None) -> Advice:
         self._start()
         candidates, formats = [], {}
-        for recipe in self._recipes(recipes):
+        for recipe in self._usual() if recipes is None else recipes:
             candidate, asked = self._looked_at(recipe)
             if candidate is not None:
                 candidates.append(candidate)
@@ -230,11 +233,8 @@ class _Walk:
     def _what(self) -> str:
         return "the rise of perplexity" if self.by_perplexity else "noise over signal of the main output"
 
-    def _recipes(self, asked: Sequence[str | Recipe] | None) -> list[Recipe]:
-        if asked is not None:
-            if not asked:
-                raise ValueError("recipes holds no recipe\n  next step: leave it out for the usual ones")
-            return [Recipe.parse(one) for one in asked]
+    def _usual(self) -> list[Recipe]:
+        """What is tried where the user names nothing."""
         names = WITHOUT_DATA if self.calibration is None else WITH_DATA
         planned = (PLANNED,) if PLANNED in presets() and self.calibration is not None else ()
         return [Recipe.parse(name) for name in (*names, *planned)]
@@ -246,12 +246,12 @@ class _Walk:
         if recipe.needs_data and self.calibration is None:
             self.say(f"{recipe.name} needs calibration data and is left out", "given")
             return None, {}
-        first = self._candidate(recipe.name, asked, None)
-        if first.misses and not plans:
-            return first, asked
         try:
+            first = self._candidate(recipe.name, asked, None)
+            if first.misses and not plans:
+                return first, asked
             self.told(f"quantize by {recipe.name}")
-            budget = {"avg_bits": 4.0} if plans else {}
+            budget: dict[str, Any] = {"avg_bits": 4.0} if plans else {}
             given = self.calibration if recipe.needs_data or plans else self._example()
             made_plan = plan(self.model, recipe, given, progress=False, **budget)
             made = quantize(copy.deepcopy(self.model), made_plan)

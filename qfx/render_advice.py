@@ -13,7 +13,7 @@ from qfx.render import wide
 if TYPE_CHECKING:
     from qfx.advise import Advice, Candidate
 
-_WIDTH = 120  # columns that the table takes at least
+_WIDTH = 132  # columns that the table takes at least
 
 
 def show(advice: Advice, console: Console | None = None) -> None:

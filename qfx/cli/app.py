@@ -231,8 +231,9 @@ def compare(
         from qfx.cli import matrix
 
         budget = {"avg_bits": 4.0 if avg_bits is None else avg_bits}
-        where = {"calibration": calibration, "json_file": json, "plot_file": plot}
-        matrix.run(console, quantized, recipes, text, settings, budget, **where)
+        matrix.run(
+            console, quantized, recipes, text, settings, budget, calibration=calibration, json_file=json, plot_file=plot
+        )
 
 
 @app.command()

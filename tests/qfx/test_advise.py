@@ -41,6 +41,7 @@ def advice() -> Advice:
     return made
 
 
+@pytest.mark.slow
 def test_candidates(advice: Advice) -> None:
     found = {one.recipe: one for one in advice.candidates}
     assert set(found) == {"w8a8", "w8a8-static", "w2a16"}
@@ -51,6 +52,7 @@ def test_candidates(advice: Advice) -> None:
     assert found["w8a8"].gain_prefill > 1 and (found["w8a8"].gain_decode or 0) > 1
 
 
+@pytest.mark.slow
 def test_proposals_fulfil_what_is_wanted(advice: Advice) -> None:
     assert advice.proposals
     for proposal in advice.proposals:
@@ -59,6 +61,7 @@ def test_proposals_fulfil_what_is_wanted(advice: Advice) -> None:
     assert sum(len(proposal.why) for proposal in advice.proposals) == 3
 
 
+@pytest.mark.slow
 def test_each_claim_says_what_it_stands_on(advice: Advice) -> None:
     assert {claim.basis for claim in advice.claims} <= {"given", "counted", "measured", "predicted"}
     texts = [str(claim) for claim in advice.claims]
@@ -70,7 +73,8 @@ def test_each_claim_says_what_it_stands_on(advice: Advice) -> None:
     assert speeds and {claim.basis for claim in speeds} == {"predicted"}
 
 
-def test_a_cache_that_is_much_of_the_traffic_is_told(advice: Advice) -> None:
+@pytest.mark.slow
+def test_a_cache_that_is_much_of_the_traffic_is_told() -> None:
     model = ZOO["llama"]()[0]
     far = qfx.advise(model, device=CPU, recipes=["w8a8"], context=100_000)
     told = [claim for claim in far.claims if claim.text.startswith("the cache is")]
@@ -93,6 +97,7 @@ def test_without_data_nothing_is_said_to_be_measured() -> None:
     assert "published peak: NVIDIA H100 datasheet" in texts[0]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_had_is_said() -> None:
     found = qfx.advise(ZOO["llama"]()[0], device=CPU, ratio=20, recipes=["w8a8", "w8a16"])
     assert found.proposals == () and [len(one.misses) for one in found.candidates] == [1, 1]
@@ -112,6 +117,7 @@ def test_a_recipe_that_fails_is_told() -> None:
     assert any(claim.text.startswith("rows cannot be had: ") for claim in found.claims)
 
 
+@pytest.mark.slow
 def test_json_and_show(advice: Advice) -> None:
     read = json.loads(advice.to_json())
     assert [one["recipe"] for one in read["candidates"]] == ["w8a8", "w8a8-static", "w2a16"]

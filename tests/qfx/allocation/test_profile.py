@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,17 +48,18 @@ def test_a_quick_profile(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("threads", [0, -1, True, 1.5])
-def test_threads_are_checked(threads: object) -> None:
+def test_threads_are_checked(threads: Any) -> None:
     with pytest.raises(ValueError, match="threads must be 1 or more, found"):
-        measure(threads=threads)  # type: ignore[arg-type]
+        measure(threads=threads)
 
 
 def test_effort_is_checked() -> None:
     with pytest.raises(ValueError, match="width must be a multiple of 128, found 100"):
         Effort(width=100)
-    for bad in ({"rows": ()}, {"sizes": (0,)}, {"seconds": 0.0}):
+    bads: list[dict[str, Any]] = [{"rows": ()}, {"sizes": (0,)}, {"seconds": 0.0}]
+    for bad in bads:
         with pytest.raises(ValueError, match="are positive and not empty"):
-            Effort(**bad)  # type: ignore[arg-type]
+            Effort(**bad)
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
