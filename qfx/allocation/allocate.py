@@ -35,7 +35,7 @@ from qfx.permute import permute
 from qfx.plan import Plan
 
 TOLD = "allocation"  # in Plan.sensitivities
-_ROUNDINGS = ("rtn", "mse", "hqq")  # what a unit can be rounded by alone; others are told by "mse"
+ROUNDINGS = ("rtn", "mse", "hqq")  # what a unit can be rounded by alone; others are told by "mse"
 
 
 def allocate(
@@ -58,7 +58,7 @@ def allocate(
         sizes.budget(options)  # refuses before anything is measured
     measure = Measure(
         gm, some(batches, options.samples), units=found.units, tensors=plan.tensors, outputs=outputs,
-        rounding=plan.recipe.rounding if plan.recipe.rounding in _ROUNDINGS else "mse",
+        rounding=plan.recipe.rounding if plan.recipe.rounding in ROUNDINGS else "mse",
     )  # fmt: skip
     method = options.method if scores is None else "given"
     with progress_bar(progress) as bar:
