@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from qfx import annotation, graph, run
 from qfx.allocation.allocate import Given, allocate
+from qfx.allocation.simple import lift
 from qfx.capture import Captured, capture_export
 from qfx.clipping import clip_inputs
 from qfx.correct import apply_to, correct
@@ -71,9 +72,13 @@ def decide(
         if recipe.clip_inputs:
             notes += clip_inputs(gm, made, flat, progress=progress)
         said = _scales(gm, made, flat, progress=progress) if recipe.needs_data else []
-        if recipe.allocation is not None:
+        if recipe.allocation is not None or recipe.lift is not None:
             count = len(made.rewrites)
-            notes += allocate(gm, made, flat, outputs=captured.outputs, given=given, progress=progress)
+            if recipe.lift is None:
+                notes += allocate(gm, made, flat, outputs=captured.outputs, given=given, progress=progress)
+            else:
+                scores = None if given is None or given.sensitivity is None else given.sensitivity.calibrated()
+                notes += lift(gm, made, flat, outputs=captured.outputs, scores=scores, progress=progress)
             if len(made.rewrites) > count:  # heads were put in another order
                 said = _scales(gm, made, flat, progress=progress)
         notes += _rounded(model, gm, made, flat, progress=progress, resume=resume, memory=memory)
@@ -99,9 +104,9 @@ def _rounded(
 
 def _check_walkable(recipe: Recipe, reason: str, step: str) -> None:
     """Raises UnsupportedError where a recipe needs the graph that could not be had."""
-    if recipe.allocation is not None:
+    if recipe.allocation is not None or recipe.lift is not None:
         what = f"formats of units are allocated on the model's graph, which cannot be had: {reason}"
-        raise UnsupportedError(explain(what, next_step=f"{step}; or leave out the budget"))
+        raise UnsupportedError(explain(what, next_step=f"{step}; or leave out the budget (lift)"))
 
 
 def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, str, str]:

@@ -52,6 +52,29 @@ class LearnedOptions(Strict):
     optimizer: Literal["adam", "sign"] = "adam"
 
 
+class LiftOptions(Strict):
+    """What is lifted from the formats of a recipe's rules to more bits (see `qfx.allocation.simple`), in one way:
+
+    heads: this share of the attention heads, those first whose quantization costs most. edges: so many layers at either
+    end. max_loss: as few layers, those first that cost most, as let perplexity on the data rise by at most so many
+    percent. format: that of what is lifted. samples: positions of the data on which is measured.
+    """
+
+    heads: Annotated[float, Field(gt=0, le=1)] | None = None
+    edges: Annotated[int, Field(strict=True, ge=1)] | None = None
+    max_loss: Annotated[float, Field(gt=0)] | None = None
+    format: CandidateText = "i8/g32/f16"
+    samples: Annotated[int, Field(strict=True, ge=1)] = 2048
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        given = {name: value for name in ("heads", "edges", "max_loss") if (value := getattr(self, name)) is not None}
+        if len(given) != 1:
+            found = " and ".join(f"{name}={value}" for name, value in given.items()) or "none"
+            raise ValueError(f"one of heads, edges and max_loss says what is lifted, found {found}")
+        return self
+
+
 class AllocationOptions(Strict):
     """Which format each unit of a model gets (`qfx.analysis.units`), under one budget.
 

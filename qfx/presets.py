@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from qfx.method_options import AllocationOptions
+from qfx.method_options import AllocationOptions, LiftOptions
 from qfx.recipe import Recipe, Rule
 
 _EMBEDDING = {"target": "embedding", "w": "i8/ch"}
@@ -28,6 +28,7 @@ def _both(x: str, w: str, *kinds: str) -> list[dict[str, str]]:
 
 _STATIC = [*_both("u8", "i8/ch", "linear", "experts", "conv"), _EMBEDDING]
 
+_LOW = [*_weights("u4/g32/f16", "linear", "experts"), _EMBEDDING, _TIED]
 _HEAD = {"target": "*lm_head", "x": "i8/tok", "w": "i8/ch"}
 _ROTATED = {"rewrites": ("rotate", "rotate-down"), "rounding": "gptq", "gptq": {"clip": True}}
 
@@ -164,10 +165,21 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
             "allocation": AllocationOptions(),
         },
     ),
+    "heads-top30": (
+        "4-bit weights, the 30 % of attention heads whose quantization costs most in 8 bits; needs data",
+        {"rules": _LOW, "rounding": "mse", "lift": LiftOptions(heads=0.3)},
+    ),
+    "w4a16-edges": (
+        "4-bit weights, those of the first and the last layer in 8 bits; needs data",
+        {"rules": _LOW, "rounding": "mse", "lift": LiftOptions(edges=1)},
+    ),
+    "w4a16-lift": (
+        "4-bit weights; where perplexity rises by over 10 %, the layers that cost most in 8 bits; needs data",
+        {"rules": _LOW, "rounding": "mse", "lift": LiftOptions(max_loss=10.0)},
+    ),
 }
 
 UNAVAILABLE: dict[str, str] = {  # names that are kept free: why they cannot be had
-    "heads-top30": "planning bits per attention head is missing",
     "kv8": "the quantized key-value cache is missing",
     "kv4": "the quantized key-value cache is missing",
     "kv-k4v2": "the quantized key-value cache is missing",

@@ -35,7 +35,7 @@ from qfx import combine
 from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats
 from qfx.errors import nearest
 from qfx.format import Format
-from qfx.method_options import AllocationOptions, GptqOptions, LearnedOptions
+from qfx.method_options import AllocationOptions, GptqOptions, LearnedOptions, LiftOptions
 from qfx.strict import Strict
 
 KINDS: tuple[str, ...] = tuple(ROLES)
@@ -162,7 +162,7 @@ class Recipe(Strict):
     largest part of each linear's error (0: none). Both need data, and are not exact.
     observer, percentile, num_calibration_samples: how scales of static activations are found.
     allocation: give each part of each weight a format of its own under a budget, instead of what rules for op kinds
-    say; a rule for a name holds, and is counted. Needs data.
+    say; a rule for a name holds, and is counted. lift: more bits for the heads or layers that cost most. Need data.
     """
 
     name: Annotated[str, Field(strict=True, min_length=1)]
@@ -184,6 +184,7 @@ class Recipe(Strict):
     percentile: Annotated[float, Field(strict=True, gt=50, le=100)] = 99.99
     num_calibration_samples: Annotated[int, Field(strict=True, ge=1)] = 128
     allocation: AllocationOptions | None = None
+    lift: LiftOptions | None = None
 
     @field_validator("ignore")
     @classmethod
@@ -212,6 +213,10 @@ class Recipe(Strict):
             raise ValueError(f"weighting={self.weighting!r} is for rounding='mse', found rounding={self.rounding!r}")
         if self.allocation is not None and self.outliers is not None:
             raise ValueError(f"allocation and outliers={self.outliers} both say how columns are cut: choose one")
+        if self.lift and (self.allocation or self.outliers):
+            raise ValueError(
+                f"lift and {'allocation' if self.allocation else 'outliers'} both change formats: choose one"
+            )
         combine.check(self.rewrites)
         return self
 
@@ -240,15 +245,14 @@ class Recipe(Strict):
     @property
     def needs_data(self) -> bool:
         """Calibration data is needed: a static activation format that some rule gives, a rewrite of DATA_REWRITES, a
-        rounding of DATA_ROUNDINGS or weighted by inputs, outliers, clipped inputs, a correction, or allocation.
+        rounding of DATA_ROUNDINGS or weighted by inputs, outliers, clipped inputs, formats to choose, or a correction.
 
         A format that a later rule of the same target replaces does not count.
         """
         last = {(rule.target, role): rule for rule in self.rules for role in rule.texts if role != "w"}
         chosen = not set(self.rewrites).isdisjoint(DATA_REWRITES) or self.rounding in DATA_ROUNDINGS
-        chosen = chosen or self.bias_correction or bool(self.low_rank)
+        chosen = chosen or self.bias_correction or bool(self.low_rank or self.allocation or self.lift)
         chosen = chosen or self.weighting != "uniform" or self.outliers is not None or self.clip_inputs
-        chosen = chosen or self.allocation is not None
         given = [rule.formats(role) for (_, role), rule in last.items() if rule.texts[role] != NONE]
         return chosen or any(is_static(fmt) for fmt in given if isinstance(fmt, Format))
 

@@ -40,7 +40,7 @@ from qfx.plan import Plan
 
 TOLD = "allocation"  # in Plan.sensitivities
 MEASURED = "measured"
-_ROUNDINGS = ("rtn", "mse", "hqq")  # what a unit can be rounded by alone; others are told by "mse"
+ROUNDINGS = ("rtn", "mse", "hqq")  # what a unit can be rounded by alone; others are told by "mse"
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def allocate(
         sizes.budget(options)  # refuses before anything is measured
     measure = Measure(
         gm, some(batches, options.samples), units=found.units, tensors=plan.tensors, outputs=outputs,
-        rounding=plan.recipe.rounding if plan.recipe.rounding in _ROUNDINGS else "mse",
+        rounding=plan.recipe.rounding if plan.recipe.rounding in ROUNDINGS else "mse",
     )  # fmt: skip
     method, scores = "sensitivity", cast(predict.Scores | None, None)
     if given.sensitivity is not None:
