@@ -212,7 +212,7 @@ def logits(model: Any, data: Batches) -> Tensor:
     return torch.cat([model(**inputs(batch)).logits for batch in data]).float()
 
 
-def judged(found: Tensor, labels: Tensor) -> dict[Literal["accuracy", "loss"], float]:
+def judged(found: Tensor, labels: Tensor) -> dict[str, float]:
     """Share of right answers, and mean cross-entropy in nats."""
     right = (found.argmax(-1) == labels).double().mean()
     return {"accuracy": float(right), "loss": float(functional.cross_entropy(found.double(), labels))}

@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -55,6 +55,7 @@ FAMILIES = {
 }
 PLANNED, LAYERS = "planned, heads", "planned, layers only"
 Row = dict[str, Any]
+By = Literal["heads", "layers"]
 
 
 class Bench:
@@ -150,7 +151,7 @@ class Bench:
         return statistics.mean(pairs)
 
 
-def planned(bench: Bench, budget: int, by: str) -> Plan:
+def planned(bench: Bench, budget: int, by: By) -> Plan:
     """What qfx plans for at most so many bytes, its units cut by "heads" or whole ("layers")."""
     recipe = {"name": "planned", "rounding": "mse", "rules": bench.base.recipe.to_dict()["rules"]}
     return qfx.plan(bench.model, recipe, bench.data, units=by, avg_bits=8 * budget / bench.weights.elements)
@@ -170,7 +171,7 @@ def assignment_of(weights: baselines.Weights, plan: Plan) -> baselines.Assignmen
     return found
 
 
-def rows(bench: Bench, text: str, *, seeds: int = 3, plan: Callable[[Bench, int, str], Plan] = planned) -> list[Row]:
+def rows(bench: Bench, text: str, *, seeds: int = 3, plan: Callable[[Bench, int, By], Plan] = planned) -> list[Row]:
     """One dict for each way, of one budget. plan: makes the planned ones."""
     weights, budget = bench.weights, bench.budget(text)
     found: list[Row] = []
@@ -181,7 +182,7 @@ def rows(bench: Bench, text: str, *, seeds: int = 3, plan: Callable[[Bench, int,
             raise AssertionError(f"{name} takes {figures['size_bytes']} bytes of {budget}")
         found.append({"peer": name, **figures, **more})
 
-    plans = {name: plan(bench, budget, by) for name, by in ((LAYERS, "layers"), (PLANNED, "heads"))}
+    plans = {LAYERS: plan(bench, budget, "layers"), PLANNED: plan(bench, budget, "heads")}
     for name, made in plans.items():
         own = assignment_of(weights, made)
         add(name, made, calibration=bench.measure.kld(own), remarks=said(weights.formats(own)))

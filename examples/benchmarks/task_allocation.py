@@ -93,7 +93,7 @@ class Trial:
             self.scores["own output"] = qfx.analyze(self.model, self.data, **settings)
         if "task" in ways:
             self.scores["task"] = qfx.analyze(self.model, labelled, loss="classification", **settings)
-        self.base = qfx.plan(self.model, recipe(rounding))
+        self.base = qfx.plan(self.model, recipe(rounding), self.data[:1])
         self.labels = doc_task.labels_of(self.sides["test"])
         self.float = doc_task.logits(self.model, self.sides["test"])
 

@@ -188,6 +188,6 @@ def _rows(units: Sequence[Unit], problem: Problem, chosen: Mapping[str, Format])
         choice = next(c for c in problem.choices[unit.name] if c.format == chosen[unit.name])
         found[unit.name] = {
             "kind": unit.kind, "layer": unit.layer, "head": unit.head, "format": str(choice.format),
-            "bytes": choice.bytes, "score": choice.score,
+            "bytes": choice.bytes, "elements": unit.elements, "score": choice.score,
         }  # fmt: skip
     return found

@@ -35,7 +35,7 @@ class Asked:
 
 def run(
     console: Console, model: str, text: TextOptions, asked: Asked, *, device: str, rows: int, json_file: Path | None,
-    strict: bool,
+    html_file: Path | None, strict: bool,
 ) -> None:  # fmt: skip
     """Load, read data, analyze, show; what can be refused without the model is refused first."""
     from qfx.analysis.analyze import analyze
@@ -44,6 +44,10 @@ def run(
 
     Options(method=asked.method, formats=tuple(asked.formats or FORMATS), by=asked.units, measure=asked.measure,  # type: ignore[arg-type]
             task_weight=asked.task_weight)  # fmt: skip
+    if html_file is not None:
+        from qfx.pictures.canvas import figure
+
+        figure(1, 1)  # refuses where there is no matplotlib
     if asked.task is not None:
         find(asked.task)
     if asked.task == "qa":
@@ -69,6 +73,10 @@ def run(
     found.show(console, rows=rows)
     if json_file is not None:
         found.save(json_file)
+    if html_file is not None:
+        from qfx.pictures.report import analysis
+
+        analysis(found, title=f"Sensitivity of {Path(model).name}").write(html_file)
 
 
 def read_labels(file: Path, field: str) -> list[int]:

@@ -29,6 +29,7 @@ SeqLen = Annotated[
 Seed = Annotated[int, typer.Option(help="Which parts of the text are taken.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")]
+Html = Annotated[Path | None, typer.Option("--html", help="Write one page with pictures and tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -305,6 +306,7 @@ def analyze(
     device: Device = "cpu",
     rows: Annotated[int, typer.Option(min=1, help="Units that are shown.")] = 20,
     json: Json = None,
+    html: Html = None,
     debug: Debug = False,
 ) -> None:
     """Say how much MODEL loses in few bits: each head, layer and cache, by scores and by measurements.
@@ -317,7 +319,9 @@ def analyze(
 
         text = TextOptions(data, field, samples, batch_size, seq_len, seed)
         asked = command.Asked(task, label, method, units.value, formats, recipe, measure, task_weight)
-        command.run(console, model, text, asked, device=device, rows=rows, json_file=json, strict=strict)
+        command.run(
+            console, model, text, asked, device=device, rows=rows, json_file=json, html_file=html, strict=strict
+        )
 
 
 @app.command()

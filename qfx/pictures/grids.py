@@ -120,7 +120,7 @@ def _heat(
         image = axis.imshow(table, cmap=shown, norm=norm, aspect="auto", interpolation="nearest")
         _label(axis, panel, layers if number == 0 else None, len(layers))
         if texts and cell > 0.3:
-            _write(axis, panel, texts, lambda place, t=table, i=image: i.cmap(i.norm(t[place])))  # type: ignore[misc]
+            _write(axis, panel, texts, lambda place, t=table, i=image: i.cmap(i.norm(t[place])))
     if image is not None:
         bar = made.colorbar(image, ax=list(axes), pad=0.01, fraction=0.03)
         bar.set_label(label, fontsize=8, color=canvas.INK)
