@@ -63,7 +63,7 @@ _MEMORY = """
 
     torch.set_num_threads(1)
     folder, tiny, recipe, control = sys.argv[1:]
-    data = [{"input_ids": torch.arange(64).reshape(2, 32)}] if recipe == "w8a8-smooth" else None
+    data = [{"input_ids": torch.arange(64).reshape(2, 32)}] if recipe != "w8a8" else None
     qfx.save(qfx.quantize(tiny, recipe, data), tiny + "-out")
     if control == "control":
         spill._REGIONS.find = lambda tensor: None
@@ -89,7 +89,7 @@ def output(code: str, *arguments: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-smooth"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-smooth", "w4a16-gptq"])
 def test_memory_is_bounded(tmp_path: Path, recipe: str) -> None:
     """Of 8 layers no more than some are in memory at once; without rest, which is the control, all of them are."""
     config = LlamaConfig(
