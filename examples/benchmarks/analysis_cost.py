@@ -88,7 +88,7 @@ def timed(model: nn.Module, batches: Batches, rounds: int, measure: int) -> list
             times[name].append(seconds(run))
     middle = {name: statistics.median(each) for name, each in times.items()}
     whole = middle["forward and backward"]
-    return [{"run": name, "seconds": value, "times": value / whole} for name, value in middle.items()]
+    return [{"peer": name, "seconds": value, "times": value / whole} for name, value in middle.items()]
 
 
 def main(
@@ -111,7 +111,7 @@ def main(
     count = sum(p.numel() for p in model.parameters())
     title = f"{count / 1e6:.0f} M parameters, {samples} x {length} tokens"
     console.print(where)
-    console.print(table.shown(found, {"run": "", "seconds": "s", "times": "times the passes"}, title))
+    console.print(table.shown(found, {"seconds": "s", "times": "times the passes"}, title))
     if json_file is not None:
         table.write(json_file, None, {"where": where, "title": title, "rows": found}, "", "")
 

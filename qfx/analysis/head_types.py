@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qfx.analysis.units import Unit
 from qfx.errors import nearest
 
 TYPES = ("positional", "semantic", "mixed", "cross")
@@ -56,6 +57,26 @@ def prior(heads: Iterable[Head], task: str) -> dict[tuple[str, int], int]:
     if task not in PRIORS:
         raise ValueError(f"there is no table of bits for the task {task!r}, {nearest(task, PRIORS)}")
     return {(head.attention, head.head): PRIORS[task][head.type] for head in heads}
+
+
+def prior_of_units(heads: Iterable[Head], units: Iterable[Unit], task: str) -> dict[str, int]:
+    """Unit -> bits that the table of a task gives its head; for keys and values the most of the heads that read them.
+
+    Units that are no head's are missing. Raises ValueError for other tasks.
+    """
+    heads = list(heads)
+    bits = prior(heads, task)
+    found: dict[str, int] = {}
+    for unit in units:
+        role = "kv_head" if unit.kind in ("k", "v", "cache_k", "cache_v") else "head"
+        own = [
+            bits[head.attention, head.head]
+            for head in heads
+            if unit.head is not None and head.attention == unit.attention and getattr(head, role) == unit.head
+        ]
+        if own:
+            found[unit.name] = max(own)
+    return found
 
 
 def type_of(facts: Mapping[str, Any], *, cross: bool = False) -> str:

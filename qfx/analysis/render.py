@@ -61,10 +61,12 @@ def units(found: Sensitivity, rows: int, width: int) -> list[Table]:
 
 
 def _fewer(texts: list[str], most: int) -> list[str]:
-    """As many formats as there is room for: of each number of bits the first, then others."""
-    bits = {Format.parse(text).bits: text for text in reversed(texts)}
-    chosen = [*bits.values(), *texts]
-    kept = set(list(dict.fromkeys(chosen[::-1] if len(bits) > most else chosen))[:most])
+    """As many formats as there is room for: of each number of bits the first (few and many bits first), then others."""
+    first = {Format.parse(text).bits: text for text in reversed(texts)}
+    bits = sorted(first)
+    spread = {bits[round(i * (len(bits) - 1) / max(1, most - 1))] for i in range(most)}
+    chosen = [*(first[b] for b in sorted(spread)), *first.values(), *texts]
+    kept = list(dict.fromkeys(chosen))[:most]
     return [text for text in texts if text in kept]
 
 

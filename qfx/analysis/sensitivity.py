@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qfx.analysis.head_types import Head
+from qfx.analysis.head_types import Head, prior_of_units
 from qfx.analysis.predictors import EVERY, Prediction, compare
 from qfx.analysis.scores import Scores
 from qfx.analysis.units import Unit
@@ -80,6 +80,11 @@ class Sensitivity:
             }
             made[name] = _falling(found)
         return made
+
+    def prior(self, task: str) -> dict[str, int]:
+        """Unit of a head -> bits that the table of a task gives the head's type: "qa", "translation" or
+        "classification". A prior alone: no source shows that types tell bits. Raises ValueError for other tasks."""
+        return prior_of_units(self.heads, self.units, task)
 
     def predictions(self, method: str | None = None) -> list[Prediction]:
         """How well a method (None: each) predicts what was measured."""

@@ -50,7 +50,9 @@ def test_quant_fisher_is_the_divergence_in_nats() -> None:
     assert float(torch.corrcoef(torch.tensor([predicted, real]).log())[0, 1]) > 0.97
 
 
-@pytest.mark.parametrize("name", ["bert", "t5", "gpt2", "mixtral", "falcon"])
+@pytest.mark.parametrize(
+    "name", ["bert", "gpt2", "falcon", *(pytest.param(n, marks=pytest.mark.slow) for n in ("t5", "mixtral", "gpt_oss"))]
+)
 def test_models_of_many_kinds(name: str) -> None:
     """Encoders, encoder-decoders, packed qkv, experts, one key head for all: every unit has a score that falls."""
     gm, flat, found = of_zoo(name)

@@ -104,6 +104,18 @@ def test_files_that_are_no_json(tmp_path: Path) -> None:
         Sensitivity.from_json([])
 
 
+def test_priors_of_units_come_from_the_types_of_their_heads() -> None:
+    """A key head has the most of what its two query heads have."""
+    types = ("positional", "semantic", "mixed", "positional")
+    heads = tuple(Head("att", "layers.0", i, i // 2, kind) for i, kind in enumerate(types))
+    keys = tuple(Unit(f"k.k{i}", "k", "k", "layers.0", (8, 16), 0, 8 * i, 8 * i + 8, i, "att") for i in (0, 1))
+    found = dataclasses.replace(made(), heads=heads, units=(*units(), *keys))
+    assert found.prior("qa") == {"a.q0": 4, "a.q1": 8, "a.q2": 6, "a.q3": 4, "k.k0": 8, "k.k1": 6}
+    assert set(found.prior("classification").values()) == {8}
+    with pytest.raises(ValueError, match="no table of bits for the task 'chat'"):
+        found.prior("chat")
+
+
 def test_a_method_without_scores() -> None:
     with pytest.raises(ValueError, match="no scores of 'tacq'(?s:.*)analyze with method='tacq'"):
         made().score("tacq")
@@ -118,4 +130,6 @@ def test_shown_to_people(width: int) -> None:
     assert "1 mixed" in text and "0.50" in text and "note q: a note" in text
     assert "Types of heads are no measure" in text and "predicted against measured" in text
     assert max(map(len, text.splitlines())) <= width
-    assert "u2/g32" in text and ("u4/g64" in text) == (width == 160), "of each bits the first, where there is no room"
+    heading = next(line for line in text.splitlines() if line.startswith("unit"))
+    shown = {name for name in TEXTS if name in heading}
+    assert shown == (set(TEXTS) if width == 160 else {"u2/g32", "u4/g32", "i8/ch"})
