@@ -159,9 +159,7 @@ def problem_of(units: Sequence[Unit], choices: Mapping[str, Sequence[Choice]], o
                 ties.append(names)  # nothing but the whole would be of whole tiles
             elif len(own) > 1 and multiple > 1:
                 tiles.append(Tile(names, multiple))
-    return Problem(
-        choices, ties, options.classes, {unit.name: unit.layer for unit in units}, tiles
-    )
+    return Problem(choices, ties, options.classes, {unit.name: unit.layer for unit in units}, tiles)
 
 
 def some(batches: Sequence[Sequence[Any]], samples: int) -> list[Sequence[Any]]:
