@@ -82,11 +82,11 @@ class AllocationOptions(Strict):
     buffers of the model. ratio: of the bytes that those weights have in 16 bits, from 0 to 1. max_loss: the least bytes
     with which perplexity on the data rises by no more than this many percent.
     units: "heads" (rows and columns of each head, other weights whole) or "layers" (weights whole). formats: candidates
-    of linears and experts; embeddings: of tables. method: what predicts the loss: "measured" (each unit is measured
-    once, in `probe`; other formats by the error of the weight), or a method of `qfx.analyze`, brought to scale by some
-    measurements; with a task's loss "measured" stands for "quant-fisher". task_weight: share of the task where there is
-    one. refine: how many assignments are measured to improve the first one; 0: none. samples: positions of the data on
-    which is measured.
+    of linears and experts; embeddings: of tables. method: what predicts the loss: a method of `qfx.analyze` (those
+    without the scale of a divergence are brought to it by some measurements), or "measured": each unit is measured
+    once, in `probe`, and its other formats are told by the error of the weight. task_weight: share of the task where
+    there is one. refine: how many assignments are measured to improve the first one; 0: none. samples: positions of
+    the data on which is measured.
     ties: "qkv" (all rows of q, k and v of an attention have one format), "groups" (the Q rows, and the O columns, of
     the query heads of a KV head have one). classes: most different numbers of bits in a layer. tile: rows (columns) of
     any one format in a weight of heads come in multiples of this. seconds: limit of the exact solver.
@@ -99,12 +99,12 @@ class AllocationOptions(Strict):
     units: Literal["heads", "layers"] = "heads"
     formats: tuple[CandidateText, ...] = CANDIDATES
     embeddings: tuple[CandidateText, ...] = CANDIDATES
-    method: Literal["measured", "quant-fisher", "michel", "tacq", "outlier", "activation-norm", "weight-error"] = (
-        "measured"
+    method: Literal["quant-fisher", "measured", "michel", "tacq", "outlier", "activation-norm", "weight-error"] = (
+        "quant-fisher"
     )
     task_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
     probe: CandidateText = "u3/g32/f16"
-    refine: Annotated[int, Field(strict=True, ge=0)] = 100
+    refine: Annotated[int, Field(strict=True, ge=0)] = 60
     samples: Annotated[int, Field(strict=True, ge=1)] = 4096
     ties: tuple[Literal["qkv", "groups"], ...] = ()
     classes: Annotated[int, Field(strict=True, ge=1)] | None = None

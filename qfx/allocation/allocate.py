@@ -31,7 +31,7 @@ from qfx.analysis.measured import Measure
 from qfx.analysis.score import Options, score_graph
 from qfx.analysis.sensitivity import Sensitivity
 from qfx.analysis.units import Unit
-from qfx.errors import Note
+from qfx.errors import Note, explain
 from qfx.format import Format
 from qfx.method_options import AllocationOptions
 from qfx.passes.calibrate import progress_bar
@@ -39,7 +39,7 @@ from qfx.permute import permute
 from qfx.plan import Plan
 
 TOLD = "allocation"  # in Plan.sensitivities
-MEASURED = "measured"
+MEASURED, FISHER = "measured", "quant-fisher"
 ROUNDINGS = ("rtn", "mse", "hqq")  # what a unit can be rounded by alone; others are told by "mse"
 
 
@@ -128,13 +128,16 @@ def _analyzed(
     gm: fx.GraphModule, plan: Plan, found: sites.Sites, batches: Sequence[Sequence[Any]], outputs: Sequence[str],
     given: Given, *, progress: bool,
 ) -> tuple[str, predict.Scores]:  # fmt: skip
-    """(method, scores) of `qfx.analysis`, on the scale of what some units were measured to lose."""
+    """(method, scores) of `qfx.analysis`, on the scale of what some units were measured to lose if on none yet."""
     options = plan.recipe.allocation
     assert options is not None
-    method = "quant-fisher" if options.method == MEASURED else options.method
+    method = options.method
+    if method == MEASURED:
+        what = "method='measured' measures the divergence of the model's output, and a loss was given"
+        raise ValueError(explain(what, next_step="take method='quant-fisher', which sees the loss"))
     how = Options(
         method=method, formats=tuple(dict.fromkeys((*options.formats, *options.embeddings))), by=options.units,
-        task_weight=options.task_weight, heads=False, caches=False,
+        task_weight=options.task_weight, heads=False, caches=False, measure=0 if method == FISHER else 4,
     )  # fmt: skip
     sensitivity, notes = score_graph(
         gm, batches, how, outputs=outputs, loss=given.loss, labelled=given.labelled, skip=found.skip,
@@ -146,16 +149,17 @@ def _analyzed(
 
 def problem_of(units: Sequence[Unit], choices: Mapping[str, Sequence[Choice]], options: AllocationOptions) -> Problem:
     """The choices of units, with the constraints that the options ask for."""
-    tiles = []
+    tiles, ties = [], ties_of(units, options.ties)
     if options.tile is not None:
         for own in assign.by_weight(units).values():
             width = own[0].stop - own[0].start
             multiple = math.lcm(width, options.tile) // width if width else 1
-            if own[0].axis is not None and multiple > 1:
-                tiles.append(Tile(tuple(unit.name for unit in own), multiple))
-    return Problem(
-        choices, ties_of(units, options.ties), options.classes, {unit.name: unit.layer for unit in units}, tiles
-    )
+            names = tuple(unit.name for unit in own)
+            if len(own) > 1 and len(own) % multiple:
+                ties.append(names)  # nothing but the whole would be of whole tiles
+            elif len(own) > 1 and multiple > 1:
+                tiles.append(Tile(names, multiple))
+    return Problem(choices, ties, options.classes, {unit.name: unit.layer for unit in units}, tiles)
 
 
 def some(batches: Sequence[Sequence[Any]], samples: int) -> list[Sequence[Any]]:

@@ -82,7 +82,7 @@ class _Search:
             gains[name][fmt] = self.loss(current | dict.fromkeys(groups[name].units, fmt)) - loss
         charge = 0.0
         for _ in range(min(_TRIES, self.left)):
-            tried = solve(self._of(groups, gains, current, charge), self.budget, seconds=5).assignment
+            tried = solve(self._of(groups, gains, current, charge), self.budget, exact=False).assignment
             if tried == current:
                 return None
             found = self.loss(tried)

@@ -60,6 +60,12 @@ def quantize(
         bool | None,
         typer.Option(help="Leave the weights on disk until they are used; left out: where memory is short."),
     ] = None,
+    avg_bits: Annotated[
+        float | None, typer.Option(help="Budget: average bits of the weights, each head and layer as it needs.")
+    ] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Budget: bytes of all weights.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Budget: share of the bytes in 16 bits.")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Budget: rise of perplexity in percent.")] = None,
     debug: Debug = False,
 ) -> None:
     """Quantize MODEL by a recipe and save it."""
@@ -68,7 +74,10 @@ def quantize(
         from qfx.cli.models import TextOptions
 
         text = TextOptions(data, field, samples, batch_size, seq_len, seed)
-        command.run(console, model, out, recipe, text, strict=strict, device=device, resume=resume, stream=stream)
+        budget = {"avg_bits": avg_bits, "max_bytes": max_bytes, "ratio": ratio, "max_loss": max_loss}
+        command.run(
+            console, model, out, recipe, text, strict=strict, device=device, resume=resume, stream=stream, budget=budget
+        )
 
 
 class Runtime(StrEnum):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from qfx import hub, streamed
+from qfx.allocation.asked import with_budget
 from qfx.cli.models import TextOptions, batches, check_device
 from qfx.cli.terminal import megabytes, step
 from qfx.data import read_texts
@@ -17,13 +20,14 @@ _SHARE = 0.6  # of the free memory that a model may take before it stays on disk
 
 def run(
     console: Console, model: str, out: Path, recipe: str, text: TextOptions, *, strict: bool, device: str,
-    resume: Path | None = None, stream: bool | None = None,
+    resume: Path | None = None, stream: bool | None = None, budget: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Everything that can be refused is refused before the model is loaded.
 
     stream: leave the weights on disk until they are used; None: where they would take too much of the free memory.
+    budget: by name, as `qfx.plan` takes it, None where it is not given.
     """
-    parsed = Recipe.parse(recipe)
+    parsed = with_budget(Recipe.parse(recipe), **(budget or {}))
     place = check_device(device)
     texts = None if text.file is None else read_texts(text.file, text.field)
     if texts is None and parsed.needs_data:

@@ -240,6 +240,17 @@ def test_quantize_and_compare_a_language_model_without_data(language_model: Path
     assert "peak memory" not in compared.stdout
 
 
+@pytest.mark.slow
+def test_quantize_by_heads_under_a_budget(language_model: Path, text: Path, tmp_path: Path) -> None:
+    common = ("quantize", language_model, "-o", tmp_path / "out", "--recipe", "heads", "--data", text, "--samples", 4)
+    refused = _run(*common)
+    assert refused.exit_code == 1
+    assert "recipe 'heads' needs a budget" in refused.output
+    done = _run(*common, "--seq-len", 16, "--avg-bits", 4)
+    assert done.exit_code == 0, done.output
+    assert any('"avg_bits": 4' in file.read_text() for file in (tmp_path / "out").glob("*.json"))
+
+
 def test_data_that_a_recipe_does_not_need_is_told(encoder: Path, text: Path, tmp_path: Path) -> None:
     done = _run("quantize", encoder, "-o", tmp_path / "out", "--data", text)
     assert done.exit_code == 0, done.output

@@ -13,13 +13,17 @@ from qfx import measure
 from qfx.allocation.allocate import problem_of, some
 from qfx.allocation.problem import Choice
 from qfx.analysis.units import Unit
-from qfx.annotation import from_json
+from qfx.annotation import each, from_json
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.format import Format
 from qfx.method_options import AllocationOptions
 from tests.qfx.analysis.models import causal
 
-FAST = {"formats": ("u2/g16/f16", "u3/g16/f16", "u4/g16/f16", "i8/ch"), "probe": "u3/g16/f16", "refine": 12}
+FAST: dict[str, Any] = {
+    "formats": ("u2/g16/f16", "u3/g16/f16", "u4/g16/f16", "i8/ch"),
+    "probe": "u3/g16/f16",
+    "refine": 8,
+}
 FAST |= {"embeddings": FAST["formats"]}
 KINDS = [{"target": t, "w": "u4/g16/f16"} for t in ("linear", "embedding", "tied")]
 
@@ -31,7 +35,7 @@ def recipe(**allocation: Any) -> qfx.Recipe:
 def stored(model: nn.Module, plan: qfx.Plan) -> int:
     """Bytes of the weights that have formats in the model quantized by the plan."""
     report = qfx.report(qfx.quantize(copy.deepcopy(model), plan))
-    return sum(row.bytes_after for row in report if row.quantized)
+    return sum(row.bytes_after for row in report if row.quantized and not row.shared)
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied"])
@@ -48,7 +52,7 @@ def test_a_plan_keeps_its_budget_and_tells_it(kind: str, units: Any) -> None:
     assert len({row["format"] for row in told["units"].values()}) > 1
     assert any(row["head"] is not None for row in told["units"].values()) == (units == "heads")
     assert told["measured"] <= told["measured_before"]
-    assert 0 < told["predicted"]
+    assert told["predicted"] > 0
 
 
 def test_what_is_measured_is_what_the_quantized_model_loses() -> None:
@@ -61,6 +65,7 @@ def test_what_is_measured_is_what_the_quantized_model_loses() -> None:
     assert made.sensitivities["allocation"]["measured"] == pytest.approx(found, rel=5e-3)
 
 
+@pytest.mark.slow
 def test_it_is_the_same_each_time_and_survives_a_file(tmp_path: Path) -> None:
     model, data = causal()
     first, second = (qfx.plan(model, recipe(), data, avg_bits=4) for _ in range(2))
@@ -73,18 +78,19 @@ def test_it_is_the_same_each_time_and_survives_a_file(tmp_path: Path) -> None:
     assert torch.equal(*outputs)
 
 
+@pytest.mark.slow
 def test_quantize_takes_a_budget_and_equal_heads_lie_together() -> None:
     model, data = causal()
     quantized = qfx.quantize(copy.deepcopy(model), recipe(), data, avg_bits=4)
     assert qfx.report(quantized).totals["bytes_after"] < 0.3 * qfx.report(quantized).totals["bytes_before"]
     made = qfx.plan(model, recipe(), data, avg_bits=4)
     for roles in made.annotations.values():
-        formats = from_json(roles["w"])
-        assert isinstance(formats, Format) or len(set(map(str, getattr(formats, "formats", formats)))) > 1
+        assert len(formats := each(from_json(roles["w"]))) == 1 or len(set(formats)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("budget", "most"), [({"ratio": 0.25}, 2 * 0.25), ({"max_bytes": 12_000}, None), ({"max_loss": 300}, None)]
+    ("budget", "most"), [({"ratio": 0.25}, 2 * 0.25), ({"max_bytes": 12_000}, None), ({"max_loss": 2}, None)]
 )
 def test_budgets_of_other_kinds(budget: dict[str, Any], most: float | None) -> None:
     model, data = causal()
@@ -98,9 +104,12 @@ def test_budgets_of_other_kinds(budget: dict[str, Any], most: float | None) -> N
         norms = sum(p.nbytes for p in model.parameters() if p.dim() == 1)
         assert report.totals["bytes_after"] + norms <= 12_000
     if "max_loss" in budget:
-        assert size < 2 * elements
-        more = qfx.plan(model, recipe(refine=0), data, max_loss=30)
-        assert stored(model, more) > size, "less loss takes more bytes"
+        assert size < elements, "no 8 bits for everything are needed"
+        ids = torch.cat([batch["input_ids"] for batch in data])
+        models = model, qfx.quantize(copy.deepcopy(model), made)
+        with torch.no_grad():
+            before, after = (measure.perplexity(torch.cat([m(**b).logits for b in data]), ids) for m in models)
+        assert after / before - 1 <= 0.0201
 
 
 def test_a_rule_for_a_name_holds() -> None:
@@ -124,7 +133,7 @@ def test_constraints_of_the_options_are_kept() -> None:
     assert len({Format.parse(row["format"]).bits for row in rows if row["layer"]}) <= 2
 
 
-@pytest.mark.parametrize("method", ["quant-fisher", "weight-error"])
+@pytest.mark.parametrize("method", ["measured", "weight-error"])
 def test_scores_of_an_analysis(method: str) -> None:
     model, data = causal()
     made = qfx.plan(model, recipe(method=method), data, avg_bits=4)
@@ -132,6 +141,7 @@ def test_scores_of_an_analysis(method: str) -> None:
     assert made.sensitivities["allocation"]["bytes"] <= made.sensitivities["allocation"]["budget"]["bytes"]
 
 
+@pytest.mark.slow
 def test_a_sensitivity_is_taken_with_the_formats_that_it_has() -> None:
     model, data = causal()
     found = qfx.analyze(model, data, formats=("u2/g16/f16", "u4/g16/f16"), measure=1, progress=False)
@@ -150,6 +160,8 @@ def test_a_task_tells_the_loss() -> None:
     made = qfx.plan(model, recipe(), labelled, avg_bits=4, loss="causal-lm")
     told = made.sensitivities["allocation"]
     assert (told["method"], told["measured_before"]) == ("quant-fisher", None)
+    with pytest.raises(ValueError, match="method='measured' measures the divergence"):
+        qfx.plan(model, recipe(method="measured"), labelled, avg_bits=4, loss="causal-lm")
     with pytest.raises(ValueError, match="labels"):
         qfx.plan(model, recipe(), data, avg_bits=4, loss="causal-lm")
 
@@ -182,7 +194,8 @@ def test_data_and_a_graph_are_needed() -> None:
             self.fc = nn.Linear(32, 8)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(x) if x.sum().item() > 0 else self.fc(-x)
+            found: torch.Tensor = self.fc(x) if x.sum().item() > 0 else self.fc(-x)
+            return found
 
     with pytest.raises(UnsupportedError, match="formats of units are allocated on the model's graph"):
         qfx.plan(Broken(), recipe(), [torch.randn(4, 32)], avg_bits=4)
@@ -195,6 +208,8 @@ def test_tiles_are_of_weights_that_heads_cut() -> None:
     (tile,) = problem_of(units, choices, AllocationOptions(avg_bits=4, tile=16)).tiles
     assert (tile.units, tile.multiple) == (("q0", "q1", "q2", "q3"), 2)
     assert problem_of(units, choices, AllocationOptions(avg_bits=4, tile=8)).tiles == []
+    whole = problem_of(units, choices, AllocationOptions(avg_bits=4, tile=24))
+    assert (whole.tiles, whole.ties) == ([], [("q0", "q1", "q2", "q3")]), "four heads are no whole number of tiles"
 
 
 def test_some_batches_hold_so_many_positions() -> None:

@@ -11,7 +11,7 @@ from qfx.analysis.units import Unit, units
 from qfx.analysis.weights import Weights
 from qfx.annotation import Columns
 from qfx.plan import Plan
-from tests.qfx.analysis.models import causal, captured, prepared
+from tests.qfx.analysis.models import captured, causal, prepared
 
 U2, U3, U4, I8 = (Format.parse(text) for text in ("u2/g16/f16", "u3/g16/f16", "u4/g16/f16", "i8/ch"))
 

@@ -27,7 +27,7 @@ def test_rules_for_kinds_are_allocated() -> None:
     model, _ = causal("llama")
     assert {unit.fqn for unit in found.units} >= {"lm_head", "model.embed_tokens", "model.layers.0.self_attn.q_proj"}
     norms = sum(p.nbytes for name, p in model.named_parameters() if "norm" in name)
-    assert found.rest == norms + model.model.rotary_emb.inv_freq.nbytes
+    assert found.rest == norms + model.get_buffer("model.rotary_emb.inv_freq").nbytes
     assert (found.fixed, found.rules, found.skip) == ({}, {}, [])
     assert sum(u.elements for u in found.units) == sum(p.numel() for p in model.parameters() if p.dim() > 1)
 
@@ -35,7 +35,7 @@ def test_rules_for_kinds_are_allocated() -> None:
 def test_a_rule_for_a_name_holds_and_is_counted() -> None:
     found = find("llama", {"target": "lm_head", "w": "i8/ch"})
     assert "lm_head" not in {unit.fqn for unit in found.units}
-    elements = causal("llama")[0].lm_head.weight.numel()
+    elements = causal("llama")[0].get_parameter("lm_head.weight").numel()
     assert found.fixed == {"lm_head": (elements, Format.parse("i8/ch").nbytes((64, 32)))}
     assert found.rules == {"lm_head": "the rule for 'lm_head', w=i8/ch,"}
     sizes = found.sizes({unit.name: [Format.parse("f16")] for unit in found.units})
