@@ -30,7 +30,6 @@ from qfx.errors import UnsupportedError, explain
 from qfx.format import Format
 from qfx.hub import is_causal_lm
 from qfx.matrix import bytes_of
-from qfx.presets import presets
 from qfx.quantize import evaluating, plan, quantize
 from qfx.recipe import Recipe
 
@@ -38,8 +37,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WITHOUT_DATA = ("w8a8", "w8a16", "w4a16-hqq", "nf4")
-WITH_DATA = ("w8a8", "w8a8-smooth", "w4a16-gptq", "w4a16-awq", "w3a16-gptq", "w2a16-gptq")
-PLANNED = "heads"  # bits for each head under a budget, where this version has it
+WITH_DATA = ("w8a8", "w8a8-smooth", "w4a16-gptq", "w4a16-awq", "w3a16-gptq", "w2a16-gptq", "heads")
+_BITS = (4.0, 3.0)  # budgets of recipes that plan bits, where no ratio is wanted
 _BATCHES = (1, 4, 16, 64, 256)
 _CACHE_SHARE = 0.2  # of what a token reads, from which on a smaller cache is worth a word
 
@@ -196,8 +195,9 @@ class _Walk:
     def advice(self, recipes: list[Recipe] | None) -> Advice:
         self._start()
         candidates, formats = [], {}
-        for recipe in self._usual() if recipes is None else recipes:
-            candidate, asked = self._looked_at(recipe)
+        tried = [pair for recipe in recipes or self._usual() for pair in self._budgeted(recipe)]
+        for name, recipe in tried:
+            candidate, asked = self._looked_at(name, recipe)
             if candidate is not None:
                 candidates.append(candidate)
                 formats[candidate.recipe] = asked
@@ -236,30 +236,41 @@ class _Walk:
     def _usual(self) -> list[Recipe]:
         """What is tried where the user names nothing."""
         names = WITHOUT_DATA if self.calibration is None else WITH_DATA
-        planned = (PLANNED,) if PLANNED in presets() and self.calibration is not None else ()
-        return [Recipe.parse(name) for name in (*names, *planned)]
+        return [Recipe.parse(name) for name in names]
 
-    def _looked_at(self, recipe: Recipe) -> tuple[Candidate | None, Asked]:
+    def _budgeted(self, recipe: Recipe) -> list[tuple[str, Recipe]]:
+        """A recipe that plans bits under the budgets that are wanted, by name; others as they are."""
+        planned = recipe.allocation
+        if planned is None or planned.budgets:
+            return [(recipe.name, recipe)]
+        ways: list[dict[str, Any]] = [{"avg_bits": bits} for bits in _BITS]
+        if self.wanted.ratio is not None:
+            ways = [{"max_bytes": int(self.half / self.wanted.ratio)}]
+        return [
+            (f"{recipe.name} {key}={value}", recipe.override(allocation=planned.model_copy(update={key: value})))
+            for way in ways
+            for key, value in way.items()
+        ]
+
+    def _looked_at(self, name: str, recipe: Recipe) -> tuple[Candidate | None, Asked]:
         """A candidate with its predictions and, where these do not rule it out, its measured loss."""
-        asked = self._rules(recipe)
-        plans = getattr(recipe, "allocation", None) is not None
+        asked, plans = self._rules(recipe), recipe.allocation is not None
         if recipe.needs_data and self.calibration is None:
-            self.say(f"{recipe.name} needs calibration data and is left out", "given")
+            self.say(f"{name} needs calibration data and is left out", "given")
             return None, {}
         try:
-            first = self._candidate(recipe.name, asked, None)
+            first = self._candidate(name, asked, None)
             if first.misses and not plans:
                 return first, asked
-            self.told(f"quantize by {recipe.name}")
-            budget: dict[str, Any] = {"avg_bits": 4.0} if plans else {}
+            self.told(f"quantize by {name}")
             given = self.calibration if recipe.needs_data or plans else self._example()
-            made_plan = plan(self.model, recipe, given, progress=False, **budget)
+            made_plan = plan(self.model, recipe, given, progress=False)
             made = quantize(copy.deepcopy(self.model), made_plan)
         except (ValueError, UnsupportedError) as error:
-            self.say(f"{recipe.name} cannot be had: {str(error).splitlines()[0]}", "measured")
+            self.say(f"{name} cannot be had: {str(error).splitlines()[0]}", "measured")
             return None, {}
         asked = formats_of_plan(made_plan, self.costs)
-        return self._judged(self._candidate(recipe.name, asked, bytes_of(made)), made), asked
+        return self._judged(self._candidate(name, asked, bytes_of(made)), made), asked
 
     def _example(self) -> list[Any] | None:
         return None if not self.calls else [self.calls[0][0] or self.calls[0][1]]

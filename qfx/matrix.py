@@ -106,9 +106,10 @@ def compare_recipes(
         rows[FLOAT] = _sized(Row(FLOAT), model, model)
         for name, recipe in zip(names, recipes, strict=True):
             told(f"quantize by {name}")
-            rows[name], made = _quantized(model, name, recipe, held, example, budget)
+            row, made = _quantized(model, name, recipe, held, example, budget)
+            rows[row.recipe] = row
             if made is not None:
-                modules[name], runs[name] = made, torch.compile(made, backend="qfx")
+                modules[row.recipe], runs[row.recipe] = made, torch.compile(made, backend="qfx")
         _measure(rows, modules, runs, calls, repeats=repeats, metric=metric, told=told)
         if folder is not None:
             _memory(rows, modules, calls[0], folder, baseline, told)
@@ -121,19 +122,15 @@ def _quantized(
     """example: a batch, for a model whose inputs are not known otherwise."""
     try:
         parsed = Recipe.parse(recipe)
-        given = data if parsed.needs_data or _plans(parsed) else example
-        more = dict(budget or {}) if _plans(parsed) else {}
+        more = dict(budget or {}) if parsed.allocation is not None and not parsed.allocation.budgets else {}
+        given = data if parsed.needs_data or parsed.allocation is not None else example
+        name = " ".join([name, *(f"{key}={value}" for key, value in more.items())])
         started = time.perf_counter()
         made = quantize(copy.deepcopy(model), parsed, given, **more)
         row = Row(name, seconds=time.perf_counter() - started)
     except (ValueError, UnsupportedError) as error:
         return Row(name, failed=_line(error)), None
     return _sized(row, made, model), made
-
-
-def _plans(recipe: Recipe) -> bool:
-    """Whether it plans bits under a budget."""
-    return getattr(recipe, "allocation", None) is not None
 
 
 def _sized(row: Row, made: nn.Module, model: nn.Module) -> Row:

@@ -17,6 +17,7 @@ import qfx
 from qfx.advise import Advice, Candidate, _proposals
 from qfx.allocation.devices import Device
 from qfx.cli.app import app
+from qfx.format import Format
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.filterwarnings("ignore::qfx.errors.QfxWarning")  # groups are wider than these small models
@@ -179,3 +180,27 @@ def test_the_command(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a.json").read_text())["proposals"][0]["candidate"]["recipe"] == "w8a8"
     refused = CliRunner().invoke(app, ["advise", str(tmp_path / "m"), "--device", "h10"])
     assert refused.exit_code == 2 and "unknown device 'h10'" in refused.output
+
+
+def test_recipes_that_plan_bits_get_the_budget_that_is_wanted() -> None:
+    from qfx.advise import Wanted, _Walk
+    from qfx.allocation.model_costs import costs_of
+    from qfx.recipe import Recipe
+
+    model = ZOO["llama"]()[0]
+    costs = costs_of(model)
+
+    def budgets(ratio: float | None, recipe: Recipe) -> list[tuple[str, dict[str, float]]]:
+        walk = _Walk(model, costs, CPU, Wanted(None, ratio, 1, 8, 8), None, [], lambda what: None)
+        found = walk._budgeted(recipe)
+        return [(name, {} if one.allocation is None else one.allocation.budgets) for name, one in found]
+
+    heads = Recipe.parse("heads")
+    assert heads.allocation is not None
+    usual = [("heads avg_bits=4.0", {"avg_bits": 4.0}), ("heads avg_bits=3.0", {"avg_bits": 3.0})]
+    assert budgets(None, heads) == usual
+    size = int(costs.weights(rest=Format("f16")) / 4)
+    assert budgets(4.0, heads) == [(f"heads max_bytes={size}", {"max_bytes": size})]
+    own = heads.override(allocation=heads.allocation.model_copy(update={"avg_bits": 5.0}))
+    assert budgets(4.0, own) == [("heads", {"avg_bits": 5.0})]
+    assert budgets(None, Recipe.parse("w8a8")) == [("w8a8", {})]

@@ -114,3 +114,10 @@ def test_what_no_other_beats() -> None:
 
 def test_error_without_logits_is_noise_over_signal() -> None:
     assert error_of(Row("x", accuracy=Accuracy("output", 20.0, 0.9))) == pytest.approx(0.1)
+
+
+def test_a_budget_is_for_recipes_that_plan_bits_alone() -> None:
+    given = [torch.randn(4, 128) for _ in range(2)]
+    rows = compare_recipes(_Net(), ["heads", "w8a8"], given[:1], data=given, budget={"avg_bits": 1.0}, repeats=1).rows
+    assert rows[1].recipe == "heads" and rows[1].failed == "the budget avg_bits=1 is too small"
+    assert rows[2].recipe == "w8a8" and not rows[2].failed
