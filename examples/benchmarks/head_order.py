@@ -110,7 +110,8 @@ def run(
     """A row for each form. sizes: query heads, KV heads, channels of a head."""
     heads, kv_heads, head_dim = sizes
     model, x = Attention(heads, kv_heads, head_dim).eval(), torch.randn(2, prompt, heads * head_dim)
-    rows, sessions = [], {}
+    rows: list[dict[str, Any]] = []
+    sessions = {}
     for form in FORMS:
         asked = recipe(form, heads, kv_heads, share, seed)
         path = folder / f"{form.replace(' ', '_')}.onnx"

@@ -23,6 +23,7 @@ from qfx.allocation import assign
 from qfx.allocation.allocate import ROUNDINGS, some
 from qfx.allocation.perplexity import Perplexity
 from qfx.allocation.predict import Scores
+from qfx.allocation.problem import Assignment
 from qfx.analysis.attentions import Attention
 from qfx.analysis.measured import Measure
 from qfx.analysis.units import Unit
@@ -142,7 +143,7 @@ def _edges(names: Sequence[str], count: int) -> list[str]:
         stem, _, number = name.rpartition(".")
         if number.isdigit():
             stacks.setdefault(stem, []).append(name)
-    found = []
+    found: list[str] = []
     for stack in stacks.values():
         ordered = sorted(stack, key=lambda name: int(name.rpartition(".")[2]))
         found += dict.fromkeys(ordered[:count] + ordered[-count:])
@@ -150,7 +151,7 @@ def _edges(names: Sequence[str], count: int) -> list[str]:
 
 
 def _losses(
-    measure: Measure, groups: Groups, low: assign.Assignment, scores: Scores | None, *, progress: bool
+    measure: Measure, groups: Groups, low: Assignment, scores: Scores | None, *, progress: bool
 ) -> dict[str, float]:
     """What it costs to quantize each group alone."""
     if scores is not None:
@@ -165,7 +166,7 @@ def _losses(
 
 
 def _until(
-    perplexity: Perplexity, order: Sequence[str], groups: Groups, low: assign.Assignment, high: Format, limit: float
+    perplexity: Perplexity, order: Sequence[str], groups: Groups, low: Assignment, high: Format, limit: float
 ) -> tuple[list[str], float]:
     """(the fewest groups, in order, with which perplexity rises by at most `limit` percent, the rise); all where none.
 
@@ -189,12 +190,12 @@ def _until(
     return list(order[:over]), found
 
 
-def _chosen(low: assign.Assignment, groups: Groups, lifted: Sequence[str], high: Format) -> assign.Assignment:
+def _chosen(low: Assignment, groups: Groups, lifted: Sequence[str], high: Format) -> Assignment:
     return low | {unit.name: high for name in lifted for unit in groups[name]}
 
 
 def _write(
-    gm: fx.GraphModule, plan: Plan, units: Sequence[Unit], low: assign.Assignment, chosen: assign.Assignment
+    gm: fx.GraphModule, plan: Plan, units: Sequence[Unit], low: Assignment, chosen: Assignment
 ) -> None:
     changed = {unit.fqn for unit in units if chosen[unit.name] != low[unit.name]}
     own = [unit for unit in units if unit.fqn in changed]
