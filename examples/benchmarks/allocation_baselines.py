@@ -16,12 +16,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from qfx.allocation import assign
 from qfx.analysis.units import Unit
-from qfx.analysis.weights import formats_of
 from qfx.annotation import Formats, Outliers
 from qfx.format import Format
 from qfx.interop.gguf_types import more_bits
-from qfx.segments import along, segments
 
 Assignment = dict[str, Format]  # unit name -> format
 Name = TypeVar("Name")
@@ -44,26 +43,18 @@ class Weights:
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self.units = {unit.name: unit for unit in units}
-        self.of: dict[str, list[Unit]] = defaultdict(list)
-        for unit in units:
-            self.of[unit.fqn].append(unit)
+        self.of = assign.by_weight(units)
         self.elements = sum(unit.elements for unit in units)
         self.layers = len({unit.layer for unit in units if unit.layer})
         self.order = sorted(self.of, key=lambda fqn: hashlib.sha256(fqn.encode()).digest())
 
     def shape(self, fqn: str) -> tuple[int, ...]:
         """Of the whole weight."""
-        first, axis = self.of[fqn][0], self.of[fqn][0].axis
-        whole = {} if axis is None else {axis: sum(unit.shape[axis] for unit in self.of[fqn])}
-        return tuple(whole.get(i, size) for i, size in enumerate(first.shape))
+        return assign.shape_of(self.of[fqn])
 
     def formats(self, assignment: Mapping[str, Format]) -> dict[str, Formats]:
         """FQN -> the formats of its units, as annotations say them; one where all are equal."""
-        found: dict[str, Formats] = {}
-        for fqn, own in self.of.items():
-            each = tuple(assignment[unit.name] for unit in own)
-            found[fqn] = each[0] if len(set(each)) == 1 else formats_of(own, each)
-        return found
+        return assign.formats_of(self.units.values(), assignment)
 
     def whole(self, choose: Callable[[str], Format]) -> Assignment:
         """One format for each weight, by its name."""
@@ -75,11 +66,7 @@ class Weights:
 
     def stored(self, fqn: str, formats: Formats) -> int:
         """Bytes of one weight."""
-        shape, axis = self.shape(fqn), along(formats)
-        return sum(
-            part.format.nbytes((shape[0], part.size) if axis else (part.size, *shape[1:]))
-            for part in segments(formats, shape, fqn)
-        )
+        return assign.stored(formats, self.shape(fqn), fqn)
 
     def filled(self, assignment: Assignment, budget: int) -> Assignment:
         """With one more bit, or smaller groups, for weights in the order of a hash of their names while bytes last."""

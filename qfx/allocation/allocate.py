@@ -20,7 +20,7 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor, fx
 
-from qfx.allocation import assign, predict, sites
+from qfx.allocation import assign, predict, sites, whole
 from qfx.allocation.budget import Sizes, least_bytes
 from qfx.allocation.perplexity import Perplexity
 from qfx.allocation.problem import Choice, Problem, Tile, ties_of
@@ -94,6 +94,10 @@ def allocate(
         budget = _budget(sizes, problem, measure, options)
         solution = solve(problem, budget, seconds=options.seconds)
         count = options.refine if given.loss is None else 0  # what is measured is no task's loss
+        if count:
+            problem, solution = whole.better(
+                measure, found.units, choices, problem, solution, budget, seconds=options.seconds
+            )
         task = bar.add_task("refining", total=count)
         refined = refine(
             measure, problem, solution.assignment, budget, evaluations=count, advance=lambda: bar.advance(task)
@@ -192,6 +196,6 @@ def _rows(units: Sequence[Unit], problem: Problem, chosen: Mapping[str, Format])
         choice = next(c for c in problem.choices[unit.name] if c.format == chosen[unit.name])
         found[unit.name] = {
             "kind": unit.kind, "layer": unit.layer, "head": unit.head, "format": str(choice.format),
-            "bytes": choice.bytes, "elements": unit.elements, "score": choice.score,
+            "bytes": unit.nbytes(choice.format), "elements": unit.elements, "score": choice.score,
         }  # fmt: skip
     return found
