@@ -194,9 +194,7 @@ def _chosen(low: Assignment, groups: Groups, lifted: Sequence[str], high: Format
     return low | {unit.name: high for name in lifted for unit in groups[name]}
 
 
-def _write(
-    gm: fx.GraphModule, plan: Plan, units: Sequence[Unit], low: Assignment, chosen: Assignment
-) -> None:
+def _write(gm: fx.GraphModule, plan: Plan, units: Sequence[Unit], low: Assignment, chosen: Assignment) -> None:
     changed = {unit.fqn for unit in units if chosen[unit.name] != low[unit.name]}
     own = [unit for unit in units if unit.fqn in changed]
     assign.write(plan, assign.formats_of(own, chosen), Weights(gm, own).readers)

@@ -60,6 +60,7 @@ def quantize(
         bool | None,
         typer.Option(help="Leave the weights on disk until they are used; left out: where memory is short."),
     ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one page about what each weight gets of a budget.")] = None,
     avg_bits: Annotated[
         float | None, typer.Option(help="Budget: average bits of the weights, each head and layer as it needs.")
     ] = None,
@@ -76,7 +77,17 @@ def quantize(
         text = TextOptions(data, field, samples, batch_size, seq_len, seed)
         budget = {"avg_bits": avg_bits, "max_bytes": max_bytes, "ratio": ratio, "max_loss": max_loss}
         command.run(
-            console, model, out, recipe, text, strict=strict, device=device, resume=resume, stream=stream, budget=budget
+            console,
+            model,
+            out,
+            recipe,
+            text,
+            strict=strict,
+            device=device,
+            resume=resume,
+            stream=stream,
+            budget=budget,
+            html_file=html,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,20 @@ _SHARE = 0.6  # of the free memory that a model may take before it stays on disk
 def run(
     console: Console, model: str, out: Path, recipe: str, text: TextOptions, *, strict: bool, device: str,
     resume: Path | None = None, stream: bool | None = None, budget: Mapping[str, Any] | None = None,
+    html_file: Path | None = None,
 ) -> None:  # fmt: skip
     """Everything that can be refused is refused before the model is loaded.
 
     stream: leave the weights on disk until they are used; None: where they would take too much of the free memory.
-    budget: by name, as `qfx.plan` takes it, None where it is not given.
+    budget: by name, as `qfx.plan` takes it, None where it is not given. html_file: for pictures of what it gives each
+    weight.
     """
     parsed = with_budget(Recipe.parse(recipe), **(budget or {}))
+    if html_file is not None and parsed.allocation is None:
+        raise ValueError(
+            f"--html shows what each weight gets under a budget, and recipe {parsed.name!r} has none\n"
+            "  next step: --recipe heads --avg-bits 4, or leave --html out"
+        )
     place = check_device(device)
     texts = None if text.file is None else read_texts(text.file, text.field)
     if texts is None and parsed.needs_data:
@@ -38,7 +46,7 @@ def run(
     folder = hub.resolve(model)
     if out.exists() and (not out.is_dir() or out.resolve() == folder.resolve()):
         raise ValueError(f"{out} cannot be written to: it is {'the model itself' if out.is_dir() else 'a file'}")
-    from qfx.quantize import quantize
+    from qfx.quantize import plan, quantize
     from qfx.report import report
     from qfx.save import save
 
@@ -58,10 +66,19 @@ def run(
         with step(console, f"read {text.file}"):
             data = batches(loaded, texts, text, samples)
     with step(console, f"quantize by {parsed.name}", spinner=False):
-        quantized = quantize(loaded.model, parsed, data, strict=strict, resume=resume)
+        made = None if html_file is None else plan(loaded.model, parsed, data, strict=strict, resume=resume)
+        gc.collect()  # graphs, which would keep every float weight alive
+        if made is None:
+            quantized = quantize(loaded.model, parsed, data, strict=strict, resume=resume)
+        else:
+            quantized = quantize(loaded.model, made, strict=strict)
     with step(console, f"save to {out}"):
         save(quantized, out, tokenizer=loaded.tokenizer)
     report(quantized).show(console, all_rows=False)
+    if made is not None and html_file is not None:
+        from qfx.pictures.plans import allocation
+
+        allocation(made, title=f"{parsed.name} of {Path(model).name}").write(html_file)
     console.print(f"on disk: {megabytes(hub.bytes_on_disk(folder))} -> {megabytes(hub.bytes_on_disk(out))}")
 
 

@@ -133,6 +133,10 @@ def test_gptq_goes_on_where_it_stopped(language_model: Path, text: Path, tmp_pat
             ["quantize", "MODEL", "-o", "OUT", "--recipe", "w8a8-smooth"],
             "needs calibration data\n  next step: --data FILE",
         ),
+        (
+            ["quantize", "MODEL", "-o", "OUT", "--html", "page.html"],
+            "recipe 'w8a8' has none\n  next step: --recipe heads",
+        ),
         (["quantize", "MODEL", "-o", "OUT", "--recipe", "none.yaml"], "No such file or directory: 'none.yaml'"),
         (["quantize", "MODEL", "-o", "OUT", "--data", "gone.txt"], "No such file or directory: 'gone.txt'"),
         (["quantize", "MODEL", "-o", "MODEL"], "cannot be written to: it is the model itself"),
@@ -241,14 +245,22 @@ def test_quantize_and_compare_a_language_model_without_data(language_model: Path
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::qfx.errors.QfxWarning")  # groups that are wider than this small model
 def test_quantize_by_heads_under_a_budget(language_model: Path, text: Path, tmp_path: Path) -> None:
-    common = ("quantize", language_model, "-o", tmp_path / "out", "--recipe", "heads", "--data", text, "--samples", 4)
-    refused = _run(*common)
-    assert refused.exit_code == 1
+    how = ("quantize", language_model, "--recipe", "heads", "--data", text, "--samples", 4, "--seq-len", 16)
+    refused = _run(*how, "-o", tmp_path / "none")
+    assert refused.exit_code == 2
     assert "recipe 'heads' needs a budget" in refused.output
-    done = _run(*common, "--seq-len", 16, "--avg-bits", 4)
-    assert done.exit_code == 0, done.output
-    assert any('"avg_bits": 4' in file.read_text() for file in (tmp_path / "out").glob("*.json"))
+    sizes = []
+    for bits in (4, 7):
+        out, page = tmp_path / f"out{bits}", tmp_path / f"{bits}.html"
+        done = _run(*how, "-o", out, "--avg-bits", bits, "--html", page)
+        assert done.exit_code == 0, done.output
+        sizes.append(sum(file.stat().st_size for file in out.glob("*.safetensors")))
+        assert page.read_text(encoding="utf-8").count("data:image/png") >= 3
+    assert sizes[0] < sizes[1], "the budget decides"
+    refused = _run(*how, "-o", tmp_path / "few", "--avg-bits", 1)
+    assert refused.exit_code == 2 and "at least avg_bits=2" in refused.stderr
 
 
 def test_data_that_a_recipe_does_not_need_is_told(encoder: Path, text: Path, tmp_path: Path) -> None:
