@@ -5,7 +5,8 @@
 x / s costs nothing at run time: the norm before the linears takes 1 / s (see `smooth`), the value projection for the
 output projection (`v_o`, all query heads of a group alike), the up projection for the down projection (`up_down`).
 Inputs for which none of them can take it are left. The exponent a is that of a grid with which the result of the layers
-on sampled inputs, weights rounded under the formats annotated, has the least error; 0 is no scaling.
+on sampled inputs, weights rounded under the formats annotated, has the least error; 0 is no scaling. Where the
+recipe searches scales ("mse", "gptq"), so does this for each factor: what clipping mends needs none.
 """
 
 from __future__ import annotations
@@ -31,16 +32,18 @@ def watch(node: fx.Node, role: str) -> Observer | None:
 
 
 def choose(
-    gm: fx.GraphModule, linears: Sequence[Weight], inputs: Sequence[Sample], *, tie: Tie = lambda magnitude: magnitude
-) -> Tensor | None:
+    gm: fx.GraphModule, linears: Sequence[Weight], inputs: Sequence[Sample], *, tie: Tie = lambda magnitude: magnitude,
+    searched: bool = False,
+) -> Tensor | None:  # fmt: skip
     """The factor [channels] for linears that read one input, f32; None where none is better than 1.
 
-    tie: makes channels equal that must have one factor. A `smooth.Chooser`.
+    tie: makes channels equal that must have one factor. searched: how weights are rounded to judge a factor, see
+    `smooth.Layer`. A `smooth.Chooser`.
     """
     nodes = {graph.fqn_of(n): n for n in gm.graph.nodes if sites.is_linear(n)}
     if not any("w" in annotation.get(nodes[w.name]) for w in linears):
         return None
-    layers = [Layer.of(gm, nodes[w.name], w, "minmax", 100.0) for w in linears]
+    layers = [Layer.of(gm, nodes[w.name], w, "minmax", 100.0, searched) for w in linears]
     rows = max((i.sample() for i in inputs), key=len)
     ends = rows.amin(0), rows.amax(0)
     size = tie(rows.abs().mean(0))

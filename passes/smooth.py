@@ -24,16 +24,19 @@ from torch import Tensor, fx, nn
 from qfx import annotation, graph
 from qfx.errors import Note
 from qfx.format import Format
+from qfx.importance import Importance
 from qfx.numerics import fake_quantize, range_qparams
 from qfx.observers import Observer, Sample, create
 from qfx.passes import _match as m
 from qfx.passes import _sites as sites
 from qfx.passes._build import call
 from qfx.passes._sites import Norm, Record, Weight
+from qfx.scales import rounded, search
 from qfx.spill import rest
 
 ALPHAS: tuple[float, ...] = tuple(step / 10 for step in range(11))
 _ROWS = 2048  # output channels that the search looks at
+_SEARCHED_ROWS = 512  # the same where scales are searched for each factor
 _LEAST, _GREATEST = 1e-4, 1e4  # of a factor
 
 Tie = Callable[[Tensor], Tensor]
@@ -231,7 +234,8 @@ class Layer:
     """A linear as the search sees it.
 
     weight: f32 [N, K] or [E, N, K], of many output channels only some. x, w: formats. observer, percentile: how the
-    range of its input is found.
+    range of its input is found. searched: the weight is judged with scales that are searched, errors weighted by
+    the energy of its inputs; else with those of its extremes.
     """
 
     weight: Tensor
@@ -239,24 +243,33 @@ class Layer:
     w: Format | None
     observer: str
     percentile: float
+    searched: bool = False
 
     @classmethod
-    def of(cls, gm: fx.GraphModule, node: fx.Node, weight: Weight, observer: str, percentile: float) -> Layer:
+    def of(
+        cls, gm: fx.GraphModule, node: fx.Node, weight: Weight, observer: str, percentile: float, searched: bool = False
+    ) -> Layer:
         formats: dict[str, Any] = annotation.get(node)
         x, w = formats.get("x"), formats.get("w")
         if w is not None and not isinstance(w, Format):  # of several the one that rounds the most
             w = min(annotation.each(w), key=lambda fmt: fmt.bits)
         value = graph.get_tensor(gm, weight.weight).detach().movedim((weight.out, weight.inp), (-2, -1))
-        some = value[..., :: -(-value.shape[-2] // _ROWS), :].to(torch.float32)
-        return cls(some, x if isinstance(x, Format) else None, w, observer, percentile)
+        rows = _SEARCHED_ROWS if searched else _ROWS
+        some = value[..., :: -(-value.shape[-2] // rows), :].to(torch.float32)
+        return cls(some, x if isinstance(x, Format) else None, w, observer, percentile, searched)
 
     def error(self, rows: Tensor, low: Tensor, high: Tensor, factor: Tensor) -> float:
         """Squared error of the quantized result relative to the float one, inputs divided by `factor`."""
         x, weight = rows / factor, self.weight * factor
-        rounded = self._rounded(x, low / factor, high / factor)
-        w = fake_quantize(weight, self.w) if self.w is not None else weight
+        inputs = self._rounded(x, low / factor, high / factor)
+        w = weight if self.w is None else self._as_stored(weight, self.w, inputs)
         exact = rows @ self.weight.mT
-        return float((rounded @ w.mT - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
+        return float((inputs @ w.mT - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
+
+    def _as_stored(self, weight: Tensor, fmt: Format, inputs: Tensor) -> Tensor:
+        if not self.searched or fmt.is_plain:
+            return fake_quantize(weight, fmt)
+        return rounded(weight, fmt, search(weight, fmt, Importance(inputs.square().mean(0))))
 
     def _rounded(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         if self.x is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -79,12 +80,13 @@ def _smooth(
 def _awq(gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], *, progress: bool) -> list[Note]:
     """Activation-aware factors, in the order of the rewrites that take them."""
     stats, notes = _samples(gm, batches, awq.watch, progress=progress)
+    choose = functools.partial(awq.choose, searched=plan.recipe.rounding in ("mse", "gptq"))
     chosen: list[tuple[Any, Any]]
     for rewrite in (v_o, up_down):
-        chosen, _ = rewrite.smooth(gm, stats, chooser=awq.choose)  # whoever is refused may have a norm below
+        chosen, _ = rewrite.smooth(gm, stats, chooser=choose)  # whoever is refused may have a norm below
         for site, factor in chosen:
             apply_site(gm, plan, site, factor)
-    chosen, refusals = smooth.smooth(gm, stats, skip=_done(plan), fold_only=stats, chooser=awq.choose)
+    chosen, refusals = smooth.smooth(gm, stats, skip=_done(plan), fold_only=stats, chooser=choose)
     for site, factor in chosen:
         apply_site(gm, plan, site, factor)
     return notes + refusals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ from torch import Tensor, fx, nn
 import qfx
 from qfx import Recipe, Rule, annotation, graph
 from qfx.format import Format
+from qfx.importance import Importance
+from qfx.numerics import fake_quantize
 from qfx.passes import awq, smooth
 from qfx.passes.calibrate import calibrate
 from qfx.passes.observe import insert_observers, remove_observers
+from qfx.scales import rounded, search
 from tests.graphs import Function
 from tests.quantized import call
 from tests.rewriting import cleaned
@@ -58,28 +62,51 @@ def test_channels_that_carry_much_are_scaled_up() -> None:
     assert float(factor.max() * factor.min()) == pytest.approx(1, rel=1e-4)
 
 
-def test_the_factor_is_the_best_of_the_grid() -> None:
+@pytest.mark.parametrize("searched", [False, True])
+def test_the_factor_is_the_best_of_the_grid(searched: bool) -> None:
     """Against errors computed here: quantized weights, the float inputs."""
     x = rows(64, 32)
     model = layers()
     gm = cleaned(model, x)
     stats = watched(gm, x)
-    ((_, factor),) = smooth.smooth(gm, stats, chooser=awq.choose)[0]
+    ((_, factor),) = smooth.smooth(gm, stats, chooser=functools.partial(awq.choose, searched=searched))[0]
     inputs: Tensor = model.norm(x).detach()
-    from qfx.numerics import fake_quantize
+    fmt = Format.parse("i3/g16")
+
+    def stored(w: Tensor, energy: Tensor) -> Tensor:
+        if not searched:
+            return fake_quantize(w, fmt)
+        return rounded(w, fmt, search(w, fmt, Importance(energy)))
 
     def error(f: Tensor) -> float:
         total = 0.0
         for linear in (model.a, model.b):
             w: Tensor = linear.weight.detach()
             exact = inputs @ w.T
-            found = (inputs / f) @ fake_quantize(w * f, Format.parse("i3/g16")).T
+            found = (inputs / f) @ stored(w * f, (inputs / f).square().mean(0)).T
             total += float((found - exact).square().sum() / exact.square().sum())
         return total
 
     size = inputs.abs().mean(0)
     errors = [error(torch.ones(32)), *(error(awq.factor_of(size, e)) for e in awq.GRID)]
     assert error(factor) == pytest.approx(min(errors), rel=1e-3) and min(errors) < 0.8 * errors[0]
+
+
+def test_the_recipe_says_how_factors_are_judged() -> None:
+    """With scales that are searched other factors are best than with those of the extremes."""
+    x, chosen = rows(64, 32), {}
+    for rounding in ("rtn", "mse"):
+        rule = Rule(target="linear", w="i3/g16")
+        plan = qfx.plan(layers(), Recipe(name="r", rules=(rule,), rewrites=("awq",), rounding=rounding), [x])
+        (record,) = plan.rewrites
+        chosen[rounding] = plan.tensors[record["factor"]]
+    gm = cleaned(layers(), x)
+    stats = watched(gm, x)
+    for rounding, factor in chosen.items():
+        chooser = functools.partial(awq.choose, searched=rounding == "mse")
+        ((_, own),) = smooth.smooth(gm, stats, chooser=chooser)[0]
+        assert torch.allclose(own, factor, rtol=1e-5)
+    assert not torch.equal(chosen["rtn"], chosen["mse"])
 
 
 def test_nothing_is_chosen_where_nothing_helps() -> None:
