@@ -77,7 +77,11 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
     ),
     "w4a16-gptq": (
         "w4a16 with weights rounded layer by layer by what each reads (GPTQ); needs data",
-        {"rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "gptq"},
+        {
+            "rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED],
+            "rounding": "gptq",
+            "gptq": {"clip": True},
+        },
     ),
     "w3a16-gptq": (
         "3-bit weights in groups of 128 (8-bit embeddings, tied ones 4-bit), rounded by GPTQ; needs data",
