@@ -201,6 +201,21 @@ def test_data_and_a_graph_are_needed() -> None:
         qfx.plan(Broken(), recipe(), [torch.randn(4, 32)], avg_bits=4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields", [{"rounding": "gptq"}, {"weighting": "energy"}, {"rounding": "learned", "learned": {"steps": 2}}]
+)
+@pytest.mark.filterwarnings("ignore:.*saw fewer tokens")
+def test_the_mix_is_rounded_by_what_the_layers_read(fields: dict[str, Any]) -> None:
+    """By methods that see data, in the formats that were allocated."""
+    model, data = causal()
+    plain = qfx.plan(model, recipe(refine=0), data, avg_bits=4)
+    made = qfx.plan(model, recipe(refine=0).override(**fields), data, avg_bits=4)
+    assert made.annotations == plain.annotations
+    assert stored(model, made) == stored(model, plain)
+    assert any(key.endswith("codes") for key in made.tensors)
+
+
 def test_tiles_are_of_weights_that_heads_cut() -> None:
     units = [Unit(f"q{i}", "q", "q", "", (8, 32), 0, 8 * i, 8 * i + 8, i, "a") for i in range(4)]
     units.append(Unit("fc", "fc", "linear", "", (8, 8)))
