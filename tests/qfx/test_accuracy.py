@@ -254,9 +254,9 @@ def test_tiny_lm_by_heads_is_nearer_than_one_format(tiny_lm: TinyLM, fmt: str, m
     uniform = qfx.quantize(tiny_lm.load(), {"rules": rules, "rounding": "mse"})
     rows = [row for row in qfx.report(uniform) if row.quantized and not row.shared]
     bits = 8 * sum(row.bytes_after for row in rows) / sum(row.elements for row in rows)
-    options = Recipe.parse("heads").allocation
+    options = qfx.Recipe.parse("heads").allocation
     assert options is not None
-    heads = Recipe.parse("heads").override(allocation=options.model_copy(update={"refine": 0}))
+    heads = qfx.Recipe.parse("heads").override(allocation=options.model_copy(update={"refine": 0}))
     mixed = qfx.quantize(tiny_lm.load(), heads, tiny_lm.calibration, avg_bits=bits)
     one, mix = (tiny_lm.loss(model)[1] for model in (uniform, mixed))
     sizes = [qfx.report(model).totals["bytes_after"] for model in (uniform, mixed)]
