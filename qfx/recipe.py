@@ -211,12 +211,9 @@ class Recipe(Strict):
     def _valid_combination(self) -> Self:
         if self.weighting != "uniform" and self.rounding != "mse":
             raise ValueError(f"weighting={self.weighting!r} is for rounding='mse', found rounding={self.rounding!r}")
-        if self.allocation is not None and self.outliers is not None:
-            raise ValueError(f"allocation and outliers={self.outliers} both say how columns are cut: choose one")
-        if self.lift and (self.allocation or self.outliers):
-            raise ValueError(
-                f"lift and {'allocation' if self.allocation else 'outliers'} both change formats: choose one"
-            )
+        given = [name for name in ("lift", "allocation", "outliers") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} both change formats: choose one")
         combine.check(self.rewrites)
         return self
 

@@ -23,9 +23,9 @@ from torch import Tensor, fx
 from qfx.allocation import assign, predict, sites, whole
 from qfx.allocation.budget import Sizes, least_bytes
 from qfx.allocation.perplexity import Perplexity
-from qfx.allocation.problem import Choice, Problem, Tile, ties_of
-from qfx.allocation.refine import refine
-from qfx.allocation.solve import solve
+from qfx.allocation.problem import Assignment, Choice, Problem, Tile, ties_of
+from qfx.allocation.refine import Refined, refine
+from qfx.allocation.solve import Solution, solve
 from qfx.analysis.losses import Loss
 from qfx.analysis.measured import Measure
 from qfx.analysis.score import Options, score_graph
@@ -111,12 +111,7 @@ def allocate(
         "bytes": size + sizes.held,
         "average_bits": 8 * (size + sizes.held) / sizes.weights,
         "method": method,
-        "predicted": problem.value(chosen)[1],
-        "gap": solution.gap,
-        "measured_before": refined.before,
-        "measured": measure.kld(chosen),
-        "what": measure.what,
-        "evaluations": measure.evaluations,
+        **_measured(measure, problem, solution, refined, chosen),
         "units": _rows(found.units, problem, chosen),
     }
     return [*found.notes, *(permute(gm, plan, minor=True) if options.units == "heads" else [])]
@@ -187,6 +182,16 @@ def _budget(sizes: Sizes, problem: Problem, measure: Measure, options: Allocatio
     return least_bytes(
         low, high, lambda size: perplexity.rise(solve(problem, size, exact=False).assignment), options.max_loss
     )
+
+
+def _measured(
+    measure: Measure, problem: Problem, solution: Solution, refined: Refined, chosen: Assignment
+) -> dict[str, Any]:
+    """What was predicted and measured."""
+    return {
+        "predicted": problem.value(chosen)[1], "gap": solution.gap, "measured_before": refined.before,
+        "measured": measure.kld(chosen), "what": measure.what, "evaluations": measure.evaluations,
+    }  # fmt: skip
 
 
 def _rows(units: Sequence[Unit], problem: Problem, chosen: Mapping[str, Format]) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,8 @@ from qfx.allocation.problem import Assignment, Group, Problem
 from qfx.errors import explain
 from qfx.format import Format
 
-_CLOSE = 1e-4  # a gap that is small enough to leave it at the fast solution
+_CLOSE = 1e-3  # a gap that is small enough to leave it at the fast solution: scores are not as exact
+_EXACT = 1e-5  # a gap at which the exact solver stops
 _BINARIES = 20_000  # above that many choices only what needs the exact solver is given to it
 _UNIT = 1e4  # the scale in which the exact solver sees scores: its tolerances are absolute
 
@@ -45,7 +46,7 @@ def solve(problem: Problem, budget: int, *, exact: bool | None = None, seconds: 
     """The assignment with the least sum of scores of at most `budget` bytes.
 
     exact: whether scipy's solver is used; None: where tiles need it, and where the fast solution may be more than
-    0.01 % from the optimum and there are not too many choices. seconds: after which the best that it found is taken.
+    0.1 % from the optimum and there are not too many choices. seconds: after which the best that it found is taken.
     Raises ValueError for a budget below the fewest bytes, which are named, and where tiles leave no solution.
     """
     groups = problem.groups
@@ -254,7 +255,7 @@ def _exact(problem: Problem, groups: Sequence[Group], budget: int, seconds: floa
             rows.low,
             rows.up,
         ),
-        options={"time_limit": seconds, "mip_rel_gap": _CLOSE / 10},
+        options={"time_limit": seconds, "mip_rel_gap": _EXACT},
     )
     bound = result.mip_dual_bound / scale if result.mip_dual_bound is not None else -np.inf
     bound = max(bound, found.bound if found is not None else -np.inf)

@@ -247,6 +247,25 @@ def test_tiny_lm_learned_rounding_is_nearer_than_gptq(tiny_lm: TinyLM, w: str, m
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("fmt", "most"), [("u3/g64/f16", 0.75), ("u4/g64/f16", 0.8)])
+def test_tiny_lm_by_heads_is_nearer_than_one_format(tiny_lm: TinyLM, fmt: str, most: float) -> None:
+    """In no more bytes and by the same rounding. Divergence relative to that of one format is printed."""
+    rules = [{"target": target, "w": fmt} for target in ("linear", "embedding", "tied")]
+    uniform = qfx.quantize(tiny_lm.load(), {"rules": rules, "rounding": "mse"})
+    rows = [row for row in qfx.report(uniform) if row.quantized and not row.shared]
+    bits = 8 * sum(row.bytes_after for row in rows) / sum(row.elements for row in rows)
+    options = qfx.Recipe.parse("heads").allocation
+    assert options is not None
+    heads = qfx.Recipe.parse("heads").override(allocation=options.model_copy(update={"refine": 0}))
+    mixed = qfx.quantize(tiny_lm.load(), heads, tiny_lm.calibration, avg_bits=bits)
+    one, mix = (tiny_lm.loss(model)[1] for model in (uniform, mixed))
+    sizes = [qfx.report(model).totals["bytes_after"] for model in (uniform, mixed)]
+    print(f"{bits:.3f} bits: KLD {one:.4f} in {fmt}, {mix:.4f} by heads, {mix / one:.2f}; bytes {sizes}")
+    assert mix < most * one
+    assert sizes[1] <= sizes[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("fields", "most"), [({"bias_correction": True}, 1.05), ({"low_rank": 8}, 0.9)])
 def test_tiny_lm_corrections_after_gptq(tiny_lm: TinyLM, fields: dict[str, Any], most: float) -> None:
     plain, corrected = (

@@ -18,6 +18,7 @@ from qfx.errors import QfxWarning, UnsupportedError
 from qfx.format import Format
 from qfx.method_options import AllocationOptions
 from tests.qfx.analysis.models import causal
+from tests.zoo import ZOO
 
 FAST: dict[str, Any] = {
     "formats": ("u2/g16/f16", "u3/g16/f16", "u4/g16/f16", "i8/ch"),
@@ -163,7 +164,7 @@ def test_a_task_tells_the_loss() -> None:
     with pytest.raises(ValueError, match="method='measured' measures the divergence"):
         qfx.plan(model, recipe(method="measured"), labelled, avg_bits=4, loss="causal-lm")
     with pytest.raises(ValueError, match="labels"):
-        qfx.plan(model, recipe(), data, avg_bits=4, loss="causal-lm")
+        qfx.plan(model, recipe(), data, avg_bits=4, loss="classification")
 
 
 @pytest.mark.parametrize(
@@ -199,6 +200,34 @@ def test_data_and_a_graph_are_needed() -> None:
 
     with pytest.raises(UnsupportedError, match="formats of units are allocated on the model's graph"):
         qfx.plan(Broken(), recipe(), [torch.randn(4, 32)], avg_bits=4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:pooler.dense. no gradient")
+@pytest.mark.parametrize("name", ["gpt2", "bert", "mixtral"])
+def test_models_of_other_kinds(name: str) -> None:
+    """One weight for q, k and v; no logits; experts."""
+    model, inputs = ZOO[name]()
+    made = qfx.plan(model, recipe(refine=2), [inputs], avg_bits=5)
+    told = made.sensitivities["allocation"]
+    assert 0.95 * told["budget"]["bytes"] < stored(model, made) == told["bytes"] <= told["budget"]["bytes"]
+    assert 0 < told["measured"] < 0.1
+    assert told["what"].startswith("relative squared error" if name == "bert" else "KL divergence")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields", [{"rounding": "gptq"}, {"weighting": "energy"}, {"rounding": "learned", "learned": {"steps": 2}}]
+)
+@pytest.mark.filterwarnings("ignore:.*saw fewer tokens")
+def test_the_mix_is_rounded_by_what_the_layers_read(fields: dict[str, Any]) -> None:
+    """By methods that see data, in the formats that were allocated."""
+    model, data = causal()
+    plain = qfx.plan(model, recipe(refine=0), data, avg_bits=4)
+    made = qfx.plan(model, recipe(refine=0).override(**fields), data, avg_bits=4)
+    assert made.annotations == plain.annotations
+    assert stored(model, made) == stored(model, plain)
+    assert any(key.endswith("codes") for key in made.tensors)
 
 
 def test_tiles_are_of_weights_that_heads_cut() -> None:

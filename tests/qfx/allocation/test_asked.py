@@ -68,5 +68,5 @@ def test_an_allocation_is_part_of_a_recipe_as_text() -> None:
 
 
 def test_outliers_and_an_allocation_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"allocation and outliers=6.0 both say how columns are cut"):
+    with pytest.raises(ValueError, match=r"allocation and outliers both change formats"):
         Recipe.parse("int8-outliers").override(allocation=AllocationOptions(avg_bits=4))
