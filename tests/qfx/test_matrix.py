@@ -119,5 +119,5 @@ def test_error_without_logits_is_noise_over_signal() -> None:
 def test_a_budget_is_for_recipes_that_plan_bits_alone() -> None:
     given = [torch.randn(4, 128) for _ in range(2)]
     rows = compare_recipes(_Net(), ["heads", "w8a8"], given[:1], data=given, budget={"avg_bits": 1.0}, repeats=1).rows
-    assert rows[1].recipe == "heads" and rows[1].failed == "the budget avg_bits=1 is too small"
+    assert rows[1].recipe == "heads avg_bits=1.0" and rows[1].failed == "the budget avg_bits=1 is too small"
     assert rows[2].recipe == "w8a8" and not rows[2].failed

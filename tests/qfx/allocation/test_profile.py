@@ -71,7 +71,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((how["threads"], how["name"]))
         return CPU
 
-    monkeypatch.setattr("qfx.allocation.profile.measure", measured)
+    monkeypatch.setattr("qfx.cli.profile.measure", measured)
     result = CliRunner().invoke(app, ["profile", "-o", str(tmp_path / "cpu.json"), "--threads", "3", "--name", "box"])
     assert result.exit_code == 0, result.output
     assert asked == [(3, "box")] and load(tmp_path / "cpu.json") == CPU
