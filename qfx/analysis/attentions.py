@@ -128,12 +128,12 @@ def _carried(node: Any, linears: list[fx.Node]) -> Any:
         return "its sizes are not known" if numbers is None else numbers
     if graph.is_call(node, aten.cat.default):  # the rotated and the other part of a head
         return _joined(node, [_carried(part, linears) for part in m.arguments(node)["tensors"]])
-    if not (channels.moves(node) or _keeps_heads(node) or _picks(node) or _scales(node)):
+    if not (channels.moves(node) or _keeps_heads(node) or picks(node) or _scales(node)):
         return "it does not come straight from a linear"
     above = _carried(node.args[0], linears)
     if isinstance(above, str) or _keeps_heads(node) or _scales(node):
         return above
-    found = _picked(node, above) if _picks(node) else channels.moved(node, above)
+    found = _picked(node, above) if picks(node) else channels.moved(node, above)
     return "its channels cannot be followed" if found is None else found
 
 
@@ -166,7 +166,7 @@ def _scales(node: fx.Node) -> bool:
     return not isinstance(other, fx.Node) or other.op == "get_attr"
 
 
-def _picks(node: fx.Node) -> bool:
+def picks(node: fx.Node) -> bool:
     """Indices along one axis that are a constant: x[:, :, [4]]."""
     if not graph.is_call(node, aten.index.Tensor):
         return False

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from qfx import graph
-from qfx.analysis.attentions import Attention, Projection, projections
+from qfx.analysis.attentions import Attention, Projection, picks, projections
 from qfx.graph import is_call
 from qfx.passes import _channels as channels
 from qfx.passes import _match as m
@@ -131,7 +131,7 @@ def _treated_alike(along: Along, path: set[fx.Node], linear: fx.Node) -> list[Al
     further: list[Along] = []
     for node in path:
         others = [n for n in node.all_input_nodes if n not in path and n is not linear]
-        if channels.moves(node) or (node.target in _SCALES and not others):
+        if channels.moves(node) or picks(node) or (node.target in _SCALES and not others):
             continue
         if is_call(node, aten.cat.default) and not others and m.is_last(m.arguments(node)["dim"], node):
             continue
@@ -166,11 +166,16 @@ def _same_for_heads(other: fx.Node, node: fx.Node, along: Along) -> bool:
 
 
 def _over_all(node: fx.Node, along: Along, linear: fx.Node, others: Sequence[fx.Node]) -> list[Along] | None:
-    """Weight and bias of a norm (or its gain) over all channels of the projection, in the order of the rows."""
+    """What a norm, gain or shift over all channels of the projection has for each of them, in the order of the rows."""
     whole = len(along.starts) * along.width
-    source: Any = next(n for n in node.all_input_nodes if n not in others)
-    norm = source if node.target in m.MUL else node
-    if _normed(norm) != whole or m.shape(linear)[-1:] != (whole,) or channels.source(norm.args[0]) is not linear:
+    own: Any = next(n for n in node.all_input_nodes if n not in others)
+    numbers = channels.numbered(linear, (-1,))
+    assert numbers is not None
+    found, _ = channels.flow(linear, numbers)
+    while own not in found and _normed(own) == whole:
+        own = own.args[0]
+    ordered = channels.along(found.get(own), -1) == list(range(whole))
+    if not ordered or _normed(node) not in (None, whole) or not (node.target in _SCALES or _normed(node)):
         return None
     parts = [m.skip_casts(other) for other in others]
     if any(part.op != "get_attr" or m.shape(part) != (whole,) or sites.other_user(part, {node}) for part in parts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -154,6 +155,61 @@ def test_norms_of_each_head_stay() -> None:
     assert len(exact(case(norm_of_each, qn=nn.RMSNorm(DIM), kn=nn.LayerNorm(DIM)))) == 4
 
 
+def over_all(own: Any, x: Tensor) -> Any:
+    """Norms over all heads (OLMo 2), a gain, and a bias of its own."""
+    q, k = split(own.qn(own.q(x)) * own.gain), split(own.kn(own.k(x)) * 0.5)
+    return own.o(join(sdpa(q, k, split(own.v(x) + own.shift))))
+
+
+def test_norms_gains_and_shifts_of_all_heads_move_along() -> None:
+    further: dict[str, Any] = {"qn": nn.RMSNorm(WIDTH), "kn": nn.LayerNorm(WIDTH)}
+    further |= {name: torch.rand(WIDTH) + 0.5 for name in ("gain", "shift")}
+    for norm in (further["qn"], further["kn"]):
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+    one = case(over_all, **further)
+    names = {"qn.weight": "query", "kn.weight": "kv", "kn.bias": "kv", "gain": "query", "shift": "kv"}
+    assert {a.weight: a.of for a in exact(one)[4:]} == names
+    for name in names:
+        if name != "kn.bias":  # the same for all keys: it drops out of the softmax
+            needed(one, name)
+
+
+def partly_turned(own: Any, x: Tensor) -> Any:
+    """A rotary embedding of half of each head (GPT-NeoX)."""
+    turn = torch.arange(TOKENS, dtype=x.dtype)[:, None] * torch.tensor([1.0, 0.1], dtype=x.dtype).repeat(2)
+
+    def turned(value: Tensor) -> Tensor:
+        some, rest = value[..., : DIM // 2], value[..., DIM // 2 :]
+        a, b = some.chunk(2, -1)
+        return torch.cat((some * turn.cos() + torch.cat((-b, a), -1) * turn.sin(), rest), -1)
+
+    return own.o(join(sdpa(turned(split(own.q(x))), turned(split(own.k(x))), split(own.v(x)))))
+
+
+def test_partial_rotary_embeddings() -> None:
+    assert len(exact(case(partly_turned))) == 4
+
+
+def one_key(own: Any, x: Tensor) -> Any:
+    """One KV head among the rows of a fused projection, picked by a constant index (Falcon)."""
+    fused = own.q(x).unflatten(-1, (HEADS, DIM))
+    q, k, v = fused[:, :, :-2].transpose(1, 2), *(fused[:, :, [i]].transpose(1, 2) for i in (-2, -1))
+    return own.back(join(sdpa(q, k, v, enable_gqa=True)))
+
+
+def test_heads_that_are_picked_by_index() -> None:
+    one = case(one_key, back=nn.Linear((HEADS - 2) * DIM, 16))
+    moved = found(one)
+    assert not isinstance(moved, str), moved
+    assert [(a.weight, a.starts) for a in moved] == [
+        ("q.weight", (0, 8)), ("q.weight", (16,)), ("q.weight", (24,)), ("back.weight", (0, 8))
+    ]  # fmt: skip
+    swap = Site("a", tuple(Moved(a.weight, a.bias, a.axis, a.starts, a.width, (1, 0)[-len(a.starts) :]) for a in moved))
+    for module in one.copies():
+        apply(module, dataclasses.replace(swap, moved=tuple(p for p in swap.moved if len(p.starts) > 1)))
+        assert one.error(module) < 1e-14
+
+
 # Refusals
 
 
@@ -182,6 +238,11 @@ def computed(own: Any, x: Tensor) -> Any:
     return own.o(join(sdpa(split(own.q(x)), split(own.k(x)), split(own.v(x)), attn_mask=bias)))
 
 
+def halves(own: Any, x: Tensor) -> Any:
+    q = own.middle(own.q(x).unflatten(-1, (2, -1))).flatten(-2)
+    return own.o(join(sdpa(split(q), split(own.k(x)), split(own.v(x)))))
+
+
 def read_twice(own: Any, x: Tensor) -> Any:
     return biased(own, x), own.slopes * 2
 
@@ -196,11 +257,12 @@ def read_twice(own: Any, x: Tensor) -> Any:
         (read_twice, "its mask differs by head, by slopes, which %mul_1 reads, too"),
         (lambda own, x: (plain(own, x), x @ own.q.weight.t().exp()), "its weight q.weight is also used by %exp"),
         (lambda own, x: plain(own, own.back(plain(own, x))), "also used by"),
+        (halves, "does not treat its heads alike"),
         (shared, "two roles share channels of k.weight"),
     ],
 )
 def test_refusals(forward: Forward, reason: str) -> None:
-    one = case(forward, slopes=torch.randn(HEADS), back=nn.Linear(16, 16))
+    one = case(forward, slopes=torch.randn(HEADS), back=nn.Linear(16, 16), middle=nn.RMSNorm(WIDTH // 2))
     attention = attentions.find(one.copies()[0])[0][0]
     said = movable(attention)
     assert isinstance(said, str) and reason in said, said
