@@ -17,6 +17,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -151,9 +152,13 @@ class Bench:
         return statistics.mean(pairs)
 
 
-def planned(bench: Bench, budget: int, by: By) -> Plan:
-    """What qfx plans for at most so many bytes, its units cut by "heads" or whole ("layers")."""
-    recipe = {"name": "planned", "rounding": "mse", "rules": bench.base.recipe.to_dict()["rules"]}
+def planned(bench: Bench, budget: int, by: By, *, refine: int = 300) -> Plan:
+    """What qfx plans for at most so many bytes, its units cut by "heads" or whole ("layers").
+
+    refine: how many assignments may be measured to improve the first.
+    """
+    rules = bench.base.recipe.to_dict()["rules"]
+    recipe = {"name": "planned", "rounding": "mse", "rules": rules, "allocation": {"refine": refine}}
     return qfx.plan(bench.model, recipe, bench.data, units=by, avg_bits=8 * budget / bench.weights.elements)
 
 
@@ -279,6 +284,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Random mixes.")] = 3,
     calibration: Annotated[int, typer.Option(min=2, help="Windows of 512 tokens.")] = 16,
     evaluation: Annotated[int, typer.Option(min=2, help="Other windows of 512 tokens.")] = 8,
+    refine: Annotated[int, typer.Option(min=0, help="Assignments measured to improve a plan.")] = 300,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw KL divergence over bits.")] = None,
@@ -289,7 +295,7 @@ def main(
     bench = Bench(model, calibration, evaluation)
     runs: dict[str, list[Row]] = {}
     for text in budget or BUDGETS:
-        runs[text] = rows(bench, text, seeds=seeds)
+        runs[text] = rows(bench, text, seeds=seeds, plan=partial(planned, refine=refine))
         bits = 8 * bench.budget(text) / bench.weights.elements
         console.print(table.shown(runs[text], COLUMNS, f"budget {text}: {bits:.3f} bits a weight"))
         for line in verdicts(text, runs[text]):
