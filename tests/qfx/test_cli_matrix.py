@@ -50,7 +50,7 @@ def test_a_matrix_with_plot(model: Path, tmp_path: Path) -> None:
 
 def test_a_short_text_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("w1 w2 w3", encoding="utf-8")
-    result = _run(model, "--recipes", "w8a8", "--data", tmp_path / "short.txt")
+    result = _run(model, "--recipes", "w8a8", "--data", tmp_path / "short.txt", "--seq-len", 16)
     assert result.exit_code == 2 and "cannot be cut into calibration and evaluation" in result.output
 
 

@@ -187,7 +187,7 @@ def test_traffic_of_one_token() -> None:
     assert one.cache_moved == LAYERS * 2 * KV * 4 * (101 + 1)
     assert one.traffic == one.weights_read + one.activations + one.cache_moved
     half = costs.total(rest=F("f16")).at(context=100)
-    assert half.activations * 2 == one.activations and half.weights_read < 0.51 * one.weights_read
+    assert half.activations == pytest.approx(one.activations / 2, abs=1) and half.weights_read < 0.51 * one.weights_read
 
 
 @pytest.mark.slow
