@@ -67,5 +67,5 @@ def test_a_page_without_matplotlib_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr(canvas, "figure", missing)
     monkeypatch.setattr(qfx.hub, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     done = CliRunner().invoke(app, ["analyze", str(ASSETS / "tiny_lm"), "--html", str(tmp_path / "out.html")])
-    assert done.exit_code == 1 and "pictures need matplotlib" in done.output
+    assert done.exit_code == 2 and "pictures need matplotlib" in done.output
     assert not (tmp_path / "out.html").exists()
