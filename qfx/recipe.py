@@ -154,8 +154,7 @@ class Recipe(Strict):
     (half-quadratic), "gptq" (layer by layer, by what each reads) or "learned" (gradient descent, block by block); the
     last two need data, and have options in gptq and learned.
     outliers: input channels of linears that exceed this magnitude in the calibration data stay in 16 bits (LLM.int8).
-    clip_inputs: where scales of a linear's input are found at run time, search on data how much of the extremes they
-    span (formats such as u4/tok/c90 say it themselves).
+    clip_inputs: search on data how much of the extremes scales found at run time span (as u4/tok/c90 says itself).
     weighting: what an error costs for "mse": "uniform", or as the inputs make it, by the "energy" of each channel or
     the "covariance" of those nearby (AWQ's clip search); both need data.
     bias_correction: shift the mean of each linear's error into its bias. low_rank: rank of float linears that carry the

@@ -161,7 +161,10 @@ def by_head(name: str, weight: Tensor, formats: Formats) -> list[tuple[str, tupl
 
 @pytest.mark.parametrize(
     "name",
-    ["gpt2", "llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "phi3", "qwen3", "bart", "gpt_oss"))],
+    [
+        "gpt2",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "phi3", "qwen3", "bart", "gpt_oss", "olmo2")),
+    ],
 )
 def test_zoo(name: str) -> None:
     """Fused, grouped and normed heads, sinks, cross attention."""
@@ -218,6 +221,7 @@ def test_refusals_are_told() -> None:
         qfx.plan(model, asked, [inputs], strict=True)
 
 
+@pytest.mark.slow
 def test_notes_are_minor_where_nobody_asked() -> None:
     one = zoo("bloom")
     name = attentions.find(annotated(one, {})[0])[0][0].o

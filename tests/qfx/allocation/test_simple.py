@@ -53,6 +53,7 @@ def weights(gm: fx.GraphModule) -> dict[str, Any]:
     return {name: fmt for name, fmt in found.items() if fmt is not None}
 
 
+@pytest.mark.slow
 def test_the_heads_that_cost_most() -> None:
     gm, plan, notes = lifted(heads=0.25)
     groups = plan.sensitivities["lift"]["groups"]
