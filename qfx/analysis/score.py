@@ -38,7 +38,7 @@ FORMATS = (
 )  # fmt: skip
 """Candidates where none are asked for."""
 _MEASURED_BITS = (2, 4)  # from 4 bits on a formula's error hardly changes
-_MEASURED_ROWS = 2048  # positions on which units are measured
+_MEASURED_ROWS = 1024  # positions on which units are measured
 By = Literal["heads", "layers"]
 
 

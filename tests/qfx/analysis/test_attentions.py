@@ -41,20 +41,22 @@ def test_grouped_queries() -> None:
     assert first.o == Projection(f"{name}.o_proj", (0, 16, 32, 48), HEAD, 64)
 
 
-def test_one_matrix_for_q_k_and_v() -> None:
-    """GPT-2 puts them side by side, GPT-NeoX head by head, Phi-3 side by side with fewer key heads."""
-    wanted = {
-        "gpt2": ((0, 16, 32, 48), (64, 80, 96, 112), (128, 144, 160, 176), 192),
-        "gpt_neox": ((0, 48, 96, 144), (16, 64, 112, 160), (32, 80, 128, 176), 192),
-        "phi3": ((0, 16, 32, 48), (64, 80), (96, 112), 128),
-    }
-    for name, (q, k, v, size) in wanted.items():
-        (first, *_), notes = find(of_zoo(name)[0])
-        assert not notes
-        for projection, starts in zip((first.q, first.k, first.v), (q, k, v), strict=True):
-            assert projection is not None
-            assert (projection.starts, projection.width, projection.size) == (starts, HEAD, size), name
-        assert len({p.fqn for p in (first.q, first.k, first.v) if p is not None}) == 1
+PACKED = {  # rows of q, k and v, and of all: side by side; head by head; side by side with fewer key heads
+    "gpt2": ((0, 16, 32, 48), (64, 80, 96, 112), (128, 144, 160, 176), 192),
+    "gpt_neox": ((0, 48, 96, 144), (16, 64, 112, 160), (32, 80, 128, 176), 192),
+    "phi3": ((0, 16, 32, 48), (64, 80), (96, 112), 128),
+}
+
+
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("gpt_neox", marks=pytest.mark.slow), "phi3"])
+def test_one_matrix_for_q_k_and_v(name: str) -> None:
+    (first, *_), notes = find(of_zoo(name)[0])
+    assert not notes
+    *rows, size = PACKED[name]
+    for projection, starts in zip((first.q, first.k, first.v), rows, strict=True):
+        assert projection is not None
+        assert (projection.starts, projection.width, projection.size) == (starts, HEAD, size)
+    assert len({p.fqn for p in (first.q, first.k, first.v) if p is not None}) == 1
 
 
 def test_one_key_head_picked_by_an_index() -> None:
@@ -64,6 +66,7 @@ def test_one_key_head_picked_by_an_index() -> None:
     assert (set(first.k.starts), set(first.v.starts), first.k.size) == ({64}, {80}, 96)
 
 
+@pytest.mark.slow
 def test_cross_attention_reads_keys_of_the_encoder() -> None:
     found, _ = find(of_zoo("t5")[0])
     cross = [a for a in found if a.k is not None and "EncDecAttention" in a.k.fqn]
