@@ -234,8 +234,7 @@ def _solve(
     dampening = work.dampening
     del work  # with the factor, which is as large as the statistics
     some = _some(matrix)
-    exact = matrix[some].to(torch.float32)
-    rest(matrix)
+    exact = torch.stack([_row(matrix, at) for at in range(len(matrix))[some]])
     signal = max(seen.energy(exact), 1e-30)
     told = {
         "error_before": seen.energy(exact - nearest) / signal,
@@ -250,6 +249,13 @@ def _solve(
 def _some(matrix: Tensor) -> slice:
     """The rows of [.., N, K] by which errors are told."""
     return slice(None, None, -(-matrix.shape[-2] // _SAMPLED))
+
+
+def _row(matrix: Tensor, at: int) -> Tensor:
+    """A row [K], f32; reading it from a file brings its neighbours, too, which rest again."""
+    row = matrix[at].to(torch.float32, copy=True)
+    rest(matrix[max(at - 16, 0) : at + 16])
+    return row
 
 
 def _values(packed: Packed, some: slice) -> Tensor:
