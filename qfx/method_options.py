@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from qfx.format import Format
 from qfx.strict import Strict
 
-BUDGETS = ("avg_bits", "max_bytes", "ratio", "max_loss")
+BUDGETS = ("avg_bits", "max_bytes", "ratio", "max_loss", "max_memory")
 CANDIDATES = (*(f"u{b}/g{g}/f16" for b in (2, 3, 4, 5, 6) for g in (16, 32, 64)), "i8/g64/f16", "f16")
 
 
@@ -80,7 +80,9 @@ class AllocationOptions(Strict):
 
     avg_bits: of the weights that get formats, scales, zero points and padding counted. max_bytes: of all weights and
     buffers of the model. ratio: of the bytes that those weights have in 16 bits, from 0 to 1. max_loss: the least bytes
-    with which perplexity on the data rises by no more than this many percent.
+    with which perplexity on the data rises by no more than this many percent. max_memory: bytes of a device, for all
+    weights, the caches of `batch` sequences of `context` tokens (`cache`: their format; None: the model's floats) and
+    the activations of one token more (of all `context` tokens, for a model that has no cache).
     units: "heads" (rows and columns of each head, other weights whole) or "layers" (weights whole). formats: candidates
     of linears and experts; embeddings: of tables. method: what predicts the loss: a method of `qfx.analyze` (those
     without the scale of a divergence are brought to it by some measurements), or "measured": each unit is measured
@@ -96,6 +98,10 @@ class AllocationOptions(Strict):
     max_bytes: Annotated[int, Field(strict=True, gt=0)] | None = None
     ratio: Annotated[float, Field(gt=0, le=1)] | None = None
     max_loss: Annotated[float, Field(gt=0)] | None = None
+    max_memory: Annotated[int, Field(strict=True, gt=0)] | None = None
+    batch: Annotated[int, Field(strict=True, ge=1)] = 1
+    context: Annotated[int, Field(strict=True, ge=1)] = 2048
+    cache: CandidateText | None = None
     units: Literal["heads", "layers"] = "heads"
     formats: tuple[CandidateText, ...] = CANDIDATES
     embeddings: tuple[CandidateText, ...] = CANDIDATES

@@ -37,7 +37,8 @@ def plan(
     model: ModelLike, recipe: RecipeLike = "w8a8", data: Iterable[Any] | None = None, *, strict: bool = False,
     progress: bool = True, resume: str | os.PathLike[str] | None = None, memory: int | None = None,
     units: Literal["heads", "layers"] | None = None, avg_bits: float | None = None, max_bytes: int | None = None,
-    ratio: float | None = None, max_loss: float | None = None, loss: str | Loss | None = None,
+    ratio: float | None = None, max_loss: float | None = None, max_memory: int | None = None, batch: int | None = None,
+    context: int | None = None, loss: str | Loss | None = None,
     sensitivity: Sensitivity | None = None, **overrides: Any,
 ) -> Plan:  # fmt: skip
     """Decide formats, rewrites and scales for `model`; the model is not changed.
@@ -50,9 +51,10 @@ def plan(
     behind the last one, with the same result. memory: bytes of activations that such a rounding holds between two
     blocks, the rest goes to a temporary file. overrides: fields of the recipe to change. strict: what cannot be had
     as asked is an UnsupportedError, no warning.
-    avg_bits, max_bytes, ratio, max_loss: one budget, under which weights that rules for op kinds give a format get each
-    its own (see `Recipe.allocation`); units: whether each head does, or whole weights. What these lose is told by
-    `allocation.method`, by a `sensitivity` (see `qfx.analyze`), or for a task: by its loss, as `qfx.analyze` takes it,
+    avg_bits, max_bytes, ratio, max_loss, max_memory (of a device, at `batch` and `context`): one budget, under which
+    weights that rules for op kinds give a format get each its own (see `Recipe.allocation`); units: whether each head
+    does, or whole weights. What these lose is told by `allocation.method`, by a `sensitivity` (see `qfx.analyze`), or
+    for a task: by its loss, as `qfx.analyze` takes it,
     with labels in the batches.
     A model that torch.export does not take is planned by its module types, with a warning, where the recipe allows it.
     Raises ValueError for bad data, recipes and weights.
@@ -60,8 +62,10 @@ def plan(
     model = _opened(model)
     _check_model(model)
     asked = Recipe.parse(recipe).override(**overrides) if overrides else Recipe.parse(recipe)
-    budgets = {"avg_bits": avg_bits, "max_bytes": max_bytes, "ratio": ratio, "max_loss": max_loss}
-    asked = with_budget(asked, units=units, **budgets)
+    asked = with_budget(
+        asked, units=units, batch=batch, context=context, avg_bits=avg_bits, max_bytes=max_bytes, ratio=ratio,
+        max_loss=max_loss, max_memory=max_memory,
+    )  # fmt: skip
     if asked.needs_data and data is None:
         raise ValueError(
             explain(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor, fx
 
 from qfx.allocation import assign, predict, sites, whole
 from qfx.allocation.budget import Sizes, least_bytes
+from qfx.allocation.costs import Costs
 from qfx.allocation.perplexity import Perplexity
 from qfx.allocation.problem import Assignment, Choice, Problem, Tile, ties_of
 from qfx.allocation.refine import Refined, refine
@@ -73,6 +74,8 @@ def allocate(
     given = given or Given()
     candidates = {unit.name: _scored(sites.candidates(unit, options), unit, given) for unit in found.units}
     sizes = found.sizes(candidates)
+    if options.max_memory is not None:
+        sizes = replace(sizes, beside=_beside(gm, options))
     if options.max_loss is None:
         sizes.budget(options)  # refuses before anything is measured
     measure = Measure(
@@ -171,6 +174,14 @@ def some(batches: Sequence[Sequence[Any]], samples: int) -> list[Sequence[Any]]:
         sizes = [math.prod(value.shape[:2]) for value in batch if isinstance(value, Tensor) and value.dim()]
         count += max(sizes, default=1)
     return found
+
+
+def _beside(gm: fx.GraphModule, options: AllocationOptions) -> int:
+    """Bytes of caches and activations at the batch and the context of the options."""
+    costs = Costs.of(gm)
+    new, old = (1, options.context) if costs.caches else (options.context, 0)
+    fmt = None if options.cache is None else Format.parse(options.cache)
+    return costs.memory(cache=fmt, batch=options.batch, sequence=new, context=old) - costs.weights()
 
 
 def _budget(sizes: Sizes, problem: Problem, measure: Measure, options: AllocationOptions) -> int:

@@ -3,6 +3,7 @@
 avg_bits   floor(bits x elements / 8)           of all weights that have formats, scales and zero points counted
 ratio      floor(ratio x 2 x elements)          of the same weights
 max_bytes  less what stays as it is             norms, biases, tables, weights without a format
+max_memory less that, caches and activations    at a batch and a context, see `qfx.allocation.costs`
 max_loss   the least bytes with a rise of perplexity of at most so many percent, by bisection on measured values
 """
 
@@ -13,19 +14,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from qfx.errors import explain
-from qfx.method_options import AllocationOptions
+from qfx.method_options import BUDGETS, AllocationOptions
 
+_OF_BYTES = tuple(name for name in BUDGETS if name != "max_loss")
 _STEPS = 12  # of a bisection: to a 4000th of the span
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What is stored. least: fewest bytes of the units. elements: of the units. fixed: FQN -> (elements, bytes) of
-    weights whose format a rule for their name gives. rules: FQN -> that rule, in words. rest: bytes of all others."""
+    weights whose format a rule for their name gives. rules: FQN -> that rule, in words. rest: bytes of all others.
+    beside: bytes of caches and activations, which a device must have room for, too."""
 
     least: int
     elements: int
     rest: int = 0
+    beside: int = 0
     fixed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     rules: Mapping[str, str] = field(default_factory=dict)
 
@@ -40,24 +44,25 @@ class Sizes:
         return self.elements + sum(count for count, _ in self.fixed.values())
 
     def budget(self, options: AllocationOptions) -> int:
-        """Bytes that the units may take by avg_bits, max_bytes or ratio.
+        """Bytes that the units may take by any budget but max_loss.
 
         Raises ValueError where there is no such budget, where even the smallest formats are above it (it names the
         fewest that would do, and the rules that hold formats), and where 16 bits for everything are below it.
         """
         if len(options.budgets) != 1 or options.max_loss is not None:
-            raise ValueError(f"a budget of bytes is one of avg_bits, max_bytes, ratio, found {options.budgets}")
+            raise ValueError(f"a budget of bytes is one of {', '.join(_OF_BYTES)}, found {options.budgets}")
         ((name, asked),) = options.budgets.items()
         room = math.floor(self._bytes(name, asked) + 1e-6)
-        left, half = room - self.held - (self.rest if name == "max_bytes" else 0), 2 * self.elements
+        left, half = room - self.held - self._others(name), 2 * self.elements
         if left < self.least:
             need = self._amount(name, self.least)
+            beside = f"\n    caches and activations take {self.beside:,} bytes" if name == "max_memory" else ""
             rules = "".join(f"\n    {rule} holds {self.fixed[fqn][1]:,} bytes" for fqn, rule in self.rules.items())
             raise ValueError(
                 explain(
                     f"the budget {name}={_text(asked)} is too small",
                     expected=f"at least {name}={need}: the smallest candidate of every unit",
-                    found=f"{left:,} bytes for units that take at least {self.least:,}{rules}",
+                    found=f"{left:,} bytes for units that take at least {self.least:,}{beside}{rules}",
                     next_step="raise the budget, allow smaller formats"
                     + (", or give up the rules that hold formats by name" if rules else ""),
                 )
@@ -75,11 +80,15 @@ class Sizes:
     def _bytes(self, name: str, asked: float) -> float:
         return {"avg_bits": asked * self.weights / 8, "ratio": asked * 2 * self.weights}.get(name, asked)
 
+    def _others(self, name: str) -> int:
+        """Bytes that a budget of this name counts beside weights that have formats."""
+        return {"max_bytes": self.rest, "max_memory": self.rest + self.beside}.get(name, 0)
+
     def _amount(self, name: str, units: int, *, up: bool = True) -> str:
         """The budget of this name with which the units have so many bytes, rounded up or down to a few digits."""
         size = units + self.held
-        if name == "max_bytes":
-            return str(size + self.rest)
+        if name in ("max_bytes", "max_memory"):
+            return str(size + self._others(name))
         value = 8 * size / self.weights if name == "avg_bits" else size / (2 * self.weights)
         return f"{(math.ceil if up else math.floor)(value * 1e4) / 1e4:g}"
 

@@ -38,7 +38,7 @@ class Sites:
     def sizes(self, candidates: Mapping[str, Sequence[Format]]) -> Sizes:
         """What is stored, with the smallest of the candidates of each unit."""
         least = sum(min(unit.nbytes(fmt) for fmt in candidates[unit.name]) for unit in self.units)
-        return Sizes(least, sum(unit.elements for unit in self.units), self.rest, self.fixed, self.rules)
+        return Sizes(least, sum(unit.elements for unit in self.units), self.rest, fixed=self.fixed, rules=self.rules)
 
 
 def find(gm: fx.GraphModule, recipe: Recipe, options: AllocationOptions) -> Sites:

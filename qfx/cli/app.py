@@ -67,6 +67,9 @@ def quantize(
     max_bytes: Annotated[int | None, typer.Option(help="Budget: bytes of all weights.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Budget: share of the bytes in 16 bits.")] = None,
     max_loss: Annotated[float | None, typer.Option(help="Budget: rise of perplexity in percent.")] = None,
+    max_memory: Annotated[int | None, typer.Option(help="Budget: bytes of a device, for weights and caches.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="With --max-memory: sequences at once; left out: 1.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="With --max-memory: tokens; left out: 2048.")] = None,
     debug: Debug = False,
 ) -> None:
     """Quantize MODEL by a recipe and save it."""
@@ -75,7 +78,10 @@ def quantize(
         from qfx.cli.models import TextOptions
 
         text = TextOptions(data, field, samples, batch_size, seq_len, seed)
-        budget = {"avg_bits": avg_bits, "max_bytes": max_bytes, "ratio": ratio, "max_loss": max_loss}
+        budget = {
+            "avg_bits": avg_bits, "max_bytes": max_bytes, "ratio": ratio, "max_loss": max_loss,
+            "max_memory": max_memory, "batch": batch, "context": context,
+        }  # fmt: skip
         command.run(
             console,
             model,

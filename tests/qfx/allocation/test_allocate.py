@@ -89,6 +89,22 @@ def test_quantize_takes_a_budget_and_equal_heads_lie_together() -> None:
         assert len(formats := each(from_json(roles["w"]))) == 1 or len(set(formats)) > 1
 
 
+def test_memory_of_a_device_leaves_room_for_caches() -> None:
+    """Keys and values of the layers in f32, at the batch and the context; an 8-bit cache leaves more to the weights."""
+    model, data = causal()
+    config: Any = model.config
+    layers, width = config.num_hidden_layers, config.num_key_value_heads * config.head_dim
+    sizes = []
+    for context, fields in ((64, {}), (128, {}), (128, {"cache": "i8/ch"})):
+        asked = recipe(refine=0, **fields)
+        made = qfx.plan(model, asked, data, max_memory=30_000, batch=1, context=context)
+        sizes.append(made.sensitivities["allocation"]["budget"]["bytes"])
+    assert sizes[0] - sizes[1] == 2 * layers * width * 64 * 4
+    assert sizes[2] > sizes[1]
+    with pytest.raises(ValueError, match="max_memory=1000 is too small"):
+        qfx.plan(model, recipe(refine=0), data, max_memory=1000)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("budget", "most"), [({"ratio": 0.25}, 2 * 0.25), ({"max_bytes": 12_000}, None), ({"max_loss": 2}, None)]
@@ -174,6 +190,8 @@ def test_a_task_tells_the_loss() -> None:
         ({"avg_bits": 1.5}, r"the budget avg_bits=1.5 is too small\n  expected: at least avg_bits=\d"),
         ({"avg_bits": 16.5}, "avg_bits=16.5 is above what 16 bits"),
         ({"avg_bits": 4, "ratio": 0.2}, "one budget is needed"),
+        ({"avg_bits": 4, "context": 64}, "batch and context are for the budget max_memory"),
+        ({"max_memory": 20_000, "context": 4096}, r"caches and activations take \d+"),
     ],
 )
 def test_bad_budgets_are_refused(arguments: dict[str, Any], message: str) -> None:

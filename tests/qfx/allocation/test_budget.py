@@ -7,7 +7,10 @@ import pytest
 from qfx.allocation.budget import Sizes, least_bytes
 from qfx.method_options import AllocationOptions
 
-SIZES = Sizes(least=2500, elements=8000, rest=700, fixed={"head": (1000, 1100)}, rules={"head": "the rule for '*head'"})
+SIZES = Sizes(
+    least=2500, elements=8000, rest=700, beside=3000, fixed={"head": (1000, 1100)},
+    rules={"head": "the rule for '*head'"},
+)  # fmt: skip
 
 
 def asked(**fields: float) -> AllocationOptions:
@@ -21,6 +24,7 @@ def asked(**fields: float) -> AllocationOptions:
         ({"avg_bits": 3.3333}, math.floor(9000 * 3.3333 / 8) - 1100),
         ({"ratio": 0.25}, 18000 // 4 - 1100),
         ({"max_bytes": 6000}, 6000 - 700 - 1100),
+        ({"max_memory": 9000}, 9000 - 700 - 1100 - 3000),
     ],
 )
 def test_budgets_are_bytes_of_the_units(budget: dict[str, float], found: int) -> None:
@@ -28,14 +32,19 @@ def test_budgets_are_bytes_of_the_units(budget: dict[str, float], found: int) ->
 
 
 @pytest.mark.parametrize(
-    ("budget", "least"), [({"avg_bits": 2.0}, "3.2"), ({"ratio": 0.1}, "0.2"), ({"max_bytes": 4299}, "4300")]
-)
+    ("budget", "least"),
+    [
+        ({"avg_bits": 2.0}, "3.2"), ({"ratio": 0.1}, "0.2"), ({"max_bytes": 4299}, "4300"),
+        ({"max_memory": 7299}, "7300"),
+    ],
+)  # fmt: skip
 def test_what_is_too_small_names_the_least_and_the_rules(budget: dict[str, float], least: str) -> None:
     ((name, value),) = budget.items()
     with pytest.raises(ValueError, match=f"the budget {name}={value:g} is too small\n  expected: at least") as error:
         SIZES.budget(asked(**budget))
     assert f"at least {name}={least}:" in str(error.value)
     assert "the rule for '*head' holds 1,100 bytes" in str(error.value)
+    assert ("caches and activations take 3,000 bytes" in str(error.value)) == (name == "max_memory")
     assert SIZES.budget(asked(**{name: type(value)(least)})) >= SIZES.least
 
 
@@ -48,7 +57,7 @@ def test_what_is_above_16_bits_is_refused() -> None:
 
 
 def test_one_budget_is_needed() -> None:
-    with pytest.raises(ValueError, match="one of avg_bits, max_bytes, ratio, found {}"):
+    with pytest.raises(ValueError, match="one of avg_bits, max_bytes, ratio, max_memory, found {}"):
         SIZES.budget(asked())
     with pytest.raises(ValueError, match="one budget is needed, found avg_bits=3.0 and ratio=0.5"):
         asked(avg_bits=3, ratio=0.5)
