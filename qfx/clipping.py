@@ -25,8 +25,7 @@ from qfx.format import Format
 from qfx.numerics import fake_quantize
 from qfx.observers import Observer
 from qfx.passes._sites import is_linear
-from qfx.passes.calibrate import calibrate
-from qfx.passes.observe import insert_observers, remove_observers
+from qfx.passes.calibrate import observed
 from qfx.passes.quantize import weight_value
 from qfx.plan import Plan
 
@@ -87,11 +86,10 @@ def clip_inputs(
     if not errors and not notes:
         what = "no linear has an input of integers whose scale is found at run time: there is nothing to clip"
         return [Note("graph", what, "give inputs a format such as 'u4/tok'", minor=True)]
-    observers = insert_observers(gm, lambda node, role: errors.get(node) if role == "x" else None)
-    try:
-        notes += calibrate(gm, batches, observers, total=len(batches), progress=progress) if observers else []
-    finally:
-        remove_observers(gm)
+    observers, more = observed(
+        gm, batches, lambda node, role: errors.get(node) if role == "x" else None, progress=progress
+    )
+    notes += more
     told = plan.sensitivities.setdefault(TOLD, {})
     for (fqn, _), one in observers.items():
         assert isinstance(one, Errors)

@@ -30,7 +30,7 @@ def calls(model: nn.Module, data: Iterable[Any], samples: int | None = None) -> 
     arguments in order) or a mapping (arguments by name). `samples`: stop once that many samples (sizes of the first
     dimension) are there. Raises ValueError for what is no such data, says at which batch.
     """
-    _check_iterable(data)
+    check_iterable(data)
     found: list[Call] = []
     count = 0
     for number, batch in enumerate(data, 1):
@@ -157,7 +157,8 @@ def check_batch(batch: Sequence[Any], inputs: Sequence[str], number: int) -> Non
         )
 
 
-def _check_iterable(data: object) -> None:
+def check_iterable(data: object) -> None:
+    """Raises ValueError for what is one batch, or a name, and no iterable of batches."""
     if isinstance(data, Tensor | Mapping):
         raise ValueError(
             f"an iterable of batches is expected, found one {type(data).__name__}\n"

@@ -60,7 +60,7 @@ def plan(
     Raises ValueError for bad data, recipes and weights.
     """
     model = _opened(model)
-    _check_model(model)
+    check_float(model)
     asked = Recipe.parse(recipe).override(**overrides) if overrides else Recipe.parse(recipe)
     asked = with_budget(
         asked, units=units, batch=batch, context=context, avg_bits=avg_bits, max_bytes=max_bytes, ratio=ratio,
@@ -98,7 +98,7 @@ def quantize(
     """
     model = _opened(model)
     if isinstance(recipe, Plan):
-        _check_model(model)
+        check_float(model)
         if overrides or data is not None or resume is not None or memory is not None:
             raise ValueError("a plan is complete: no data and no recipe fields beside it; next step: leave them out")
         recipe.check(model, strict=strict)
@@ -173,20 +173,16 @@ def _opened(model: ModelLike) -> nn.Module:
     return streamed.load(model).model if isinstance(model, str | os.PathLike) else model
 
 
-def _check_model(model: object) -> None:
+def check_float(model: object, verb: str = "quantize") -> None:
+    """Raises ValueError for what is no float model: compiled ones, quantized ones. verb: what it is needed for."""
     if hasattr(model, "_orig_mod"):
-        raise ValueError(
-            explain("the model is compiled", next_step="quantize the module given to torch.compile, then compile it")
-        )
+        step = f"{verb} the module given to torch.compile, and compile it afterwards"
+        raise ValueError(explain("the model is compiled", next_step=step))
     if not isinstance(model, nn.Module):
         raise ValueError(explain("a model is needed", expected="a torch.nn.Module", found=type(model).__name__))
     if done := quantized_parts(model):
-        raise ValueError(
-            explain(
-                f"the model is quantized already: {len(done)} parts, the first is {done[0]!r}",
-                next_step="quantize the float model; to change a recipe, load the float weights again",
-            )
-        )
+        what = f"the model is quantized already: {len(done)} parts, the first is {done[0]!r}"
+        raise ValueError(explain(what, next_step=f"{verb} the float model: load the float weights again"))
 
 
 @contextmanager

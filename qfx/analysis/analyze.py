@@ -15,15 +15,14 @@ from qfx.analysis.score import FORMATS, By, Options, score_graph
 from qfx.analysis.sensitivity import Sensitivity
 from qfx.capture import capture_export
 from qfx.data import Call
-from qfx.errors import Note, explain
+from qfx.errors import Note
 from qfx.format import Format
 from qfx.inputs import without_cache
-from qfx.modules import quantized_parts
 from qfx.passes.annotate import annotate, kind_of
 from qfx.passes.quantize import refuse
 from qfx.pipeline import prepare, told
 from qfx.plan import Plan
-from qfx.quantize import evaluating
+from qfx.quantize import check_float, evaluating
 from qfx.recipe import Recipe
 
 _ROUNDINGS = ("rtn", "mse", "hqq")
@@ -47,7 +46,7 @@ def analyze(
     The model is not changed. Raises ValueError for bad data, labels that are missing and losses that are not finite;
     UnsupportedError where torch.export does not take the model, and under strict where heads cannot be told apart.
     """
-    _check(model)
+    check_float(model, "analyze")
     asked = None if recipe is None else Recipe.parse(recipe)
     options = Options(
         method=method, formats=FORMATS if formats is None else tuple(str(f) for f in formats), by=units,
@@ -74,20 +73,8 @@ def analyze(
     return found
 
 
-def _check(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(explain("a model is needed", expected="a torch.nn.Module", found=type(model).__name__))
-    if done := quantized_parts(model):
-        raise ValueError(
-            explain(
-                f"the model is quantized already: {len(done)} parts, the first is {done[0]!r}",
-                next_step="analyze the float model",
-            )
-        )
-
-
 def limited(data: Iterable[Any], samples: int | None) -> Iterable[Any]:
-    batches._check_iterable(data)
+    batches.check_iterable(data)
     seen = 0
     for batch in data:
         yield batch
