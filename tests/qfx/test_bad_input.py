@@ -322,7 +322,12 @@ SAVED: list[tuple[str, type[Exception], str, Callable[[Path], object]]] = [
     ("json truncated", ValueError, "truncated or altered", lambda p: cut(p / "qfx.json")),
     ("tensors missing", FileNotFoundError, "model.safetensors", lambda p: (p / "model.safetensors").unlink()),
     ("json missing", FileNotFoundError, "qfx.json is missing", lambda p: (p / "qfx.json").unlink()),
-    ("version", ValueError, "another version.*expected: version 2 or earlier.*found: 99", lambda p: write_json(p, version=99)),
+    (
+        "version",
+        ValueError,
+        "another version.*expected: version 2 or earlier.*found: 99",
+        lambda p: write_json(p, version=99),
+    ),
     ("format", ValueError, "no qfx model", lambda p: write_json(p, format="other")),
     ("key", ValueError, "was altered", lambda p: write_json(p, more=1)),
     ("content", ValueError, "was altered", lambda p: write_json(p, tied={"a": "b"})),

@@ -36,7 +36,7 @@ def test_a_budget_replaces_that_of_the_recipe_and_keeps_the_rest() -> None:
         (PLAIN, {"avg_bits": 0}, "avg_bits: .* greater than 0"),
         (PLAIN, {"avg_bits": float("nan")}, "avg_bits"),
         (PLAIN, {"units": "rows", "avg_bits": 3}, "units: .*'heads' or 'layers'"),
-        (PLAIN, {"bits": 3}, "a budget is one of avg_bits, max_bytes, ratio, max_loss, found 'bits'"),
+        (PLAIN, {"bits": 3}, "a budget is one of avg_bits, max_bytes, ratio, max_loss, max_memory, found 'bits'"),
     ],
 )
 def test_bad_budgets_are_refused(recipe: Recipe, given: dict[str, object], message: str) -> None:
