@@ -9,7 +9,7 @@ put in order. `Outliers` are a segment of the columns kept apart, whose inputs s
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,9 +80,28 @@ def segments(formats: Formats, shape: Sequence[int], name: str) -> list[Segment]
     width = size // len(each)
     found: list[Segment] = []
     for i, fmt in enumerate(each):
-        apart = fmt.by_row and (axis == 0 or fmt.is_plain or (fmt.group is not None and width % fmt.group == 0))
-        _add(found, fmt, (i * width, (i + 1) * width), apart=apart)
+        _add(found, fmt, (i * width, (i + 1) * width), apart=stands_alone(fmt, axis, width))
     return found
+
+
+def stands_alone(fmt: Format, axis: int, width: int) -> bool:
+    """Whether no scale of a part of `width` rows (axis 0) or columns (axis 1) serves another part."""
+    return fmt.by_row and (axis == 0 or fmt.is_plain or (fmt.group is not None and width % fmt.group == 0))
+
+
+def nbytes(formats: Formats, shape: Sequence[int], name: str, held: Callable[[Format], Format] | None = None) -> int:
+    """Bytes of a weight [.., N, K]: codes, scales, zero points and padding of every segment.
+
+    held: the format in which a device holds codes of another. Raises ValueError as `segments` does.
+    """
+    if isinstance(formats, Format):
+        return (formats if held is None else held(formats)).nbytes(shape)
+    axis = along(formats)
+    total = 0
+    for part in segments(formats, shape, name):
+        fmt = part.format if held is None else held(part.format)
+        total += fmt.nbytes((shape[0], part.size) if axis else (part.size, *shape[1:]))
+    return total
 
 
 def _apart(formats: Outliers, size: int, name: str) -> list[Segment]:

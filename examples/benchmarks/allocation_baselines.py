@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from qfx import segments
 from qfx.allocation import assign
-from qfx.analysis.units import Unit
+from qfx.analysis.units import Unit, by_weight
 from qfx.annotation import Formats, Outliers
 from qfx.format import Format
 from qfx.interop.gguf_types import more_bits
@@ -43,7 +44,7 @@ class Weights:
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self.units = {unit.name: unit for unit in units}
-        self.of = assign.by_weight(units)
+        self.of = by_weight(units)
         self.elements = sum(unit.elements for unit in units)
         self.layers = len({unit.layer for unit in units if unit.layer})
         self.order = sorted(self.of, key=lambda fqn: hashlib.sha256(fqn.encode()).digest())
@@ -66,7 +67,7 @@ class Weights:
 
     def stored(self, fqn: str, formats: Formats) -> int:
         """Bytes of one weight."""
-        return assign.stored(formats, self.shape(fqn), fqn)
+        return segments.nbytes(formats, self.shape(fqn), fqn)
 
     def filled(self, assignment: Assignment, budget: int) -> Assignment:
         """With one more bit, or smaller groups, for weights in the order of a hash of their names while bytes last."""

@@ -31,7 +31,7 @@ from qfx.analysis.losses import Loss
 from qfx.analysis.measured import Measure
 from qfx.analysis.score import Options, score_graph
 from qfx.analysis.sensitivity import Sensitivity
-from qfx.analysis.units import Unit
+from qfx.analysis.units import Unit, by_weight
 from qfx.errors import Note, explain
 from qfx.format import Format
 from qfx.method_options import AllocationOptions
@@ -153,7 +153,7 @@ def problem_of(units: Sequence[Unit], choices: Mapping[str, Sequence[Choice]], o
     """The choices of units, with the constraints that the options ask for."""
     tiles, ties = [], ties_of(units, options.ties)
     if options.tile is not None:
-        for own in assign.by_weight(units).values():
+        for own in by_weight(units).values():
             width = own[0].stop - own[0].start
             multiple = math.lcm(width, options.tile) // width if width else 1
             names = tuple(unit.name for unit in own)

@@ -11,22 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
 
-from qfx import annotation, graph
+from qfx import annotation, graph, segments
 from qfx.allocation.problem import Assignment, Problem
-from qfx.analysis.units import Unit
+from qfx.analysis.units import Unit, by_weight
 from qfx.analysis.weights import formats_of as formats_of_weight
 from qfx.annotation import Formats
 from qfx.format import Format
 from qfx.plan import Plan
-from qfx.segments import along, segments
-
-
-def by_weight(units: Iterable[Unit]) -> dict[str, list[Unit]]:
-    """FQN of a weight -> its units, in order."""
-    found: dict[str, list[Unit]] = {}
-    for unit in units:
-        found.setdefault(unit.fqn, []).append(unit)
-    return found
 
 
 def formats_of(units: Iterable[Unit], assignment: Mapping[str, Format]) -> dict[str, Formats]:
@@ -45,22 +36,11 @@ def shape_of(own: Sequence[Unit]) -> tuple[int, ...]:
     return tuple(size if i == axis else n for i, n in enumerate(own[0].shape))
 
 
-def stored(formats: Formats, shape: Sequence[int], fqn: str) -> int:
-    """Bytes of a weight [N, K] in these formats: codes, scales, zero points and padding of every segment."""
-    if isinstance(formats, Format):
-        return formats.nbytes(shape)
-    axis = along(formats)
-    return sum(
-        part.format.nbytes((shape[0], part.size) if axis else (part.size, *shape[1:]))
-        for part in segments(formats, shape, fqn)
-    )
-
-
 def nbytes(units: Iterable[Unit], assignment: Mapping[str, Format]) -> int:
     """Bytes that the weights of the units take in storage; never more than their units take apart."""
     own = by_weight(units)
     found = formats_of([unit for each in own.values() for unit in each], assignment)
-    return sum(stored(formats, shape_of(own[fqn]), fqn) for fqn, formats in found.items())
+    return sum(segments.nbytes(formats, shape_of(own[fqn]), fqn) for fqn, formats in found.items())
 
 
 def write(

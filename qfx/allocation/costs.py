@@ -12,7 +12,7 @@ free. A table of embeddings is read by rows, experts as far as there are rows fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from qfx.allocation.sizes import BATCH, Expr, checked, numbers
 from qfx.annotation import Formats, from_json
 from qfx.errors import Note, nearest
 from qfx.format import Format
-from qfx.segments import along, segments
+from qfx.segments import nbytes
 
 Asked = Mapping[str, Any]  # name of a node -> formats of its weight, or role -> formats
 
@@ -200,17 +200,6 @@ def role_formats(asked: Any) -> dict[str, Formats]:
 def weight_format(asked: Any) -> Formats | None:
     """The formats of a weight out of an entry of `Asked`: itself, or that of role "w"; None where it has none."""
     return role_formats(asked).get("w")
-
-
-def nbytes(formats: Formats, shape: Sequence[int], name: str, held: Any = None) -> int:
-    """Bytes of a weight in a format, or cut into several: rows, columns, outliers. Raises ValueError where it does not
-    fall into equal parts."""
-    give = (lambda fmt: fmt) if held is None else held
-    if isinstance(formats, Format):
-        return int(give(formats).nbytes(shape))
-    axis = along(formats)
-    parts = segments(formats, shape, name)
-    return sum(give(p.format).nbytes((p.size, shape[1]) if axis == 0 else (shape[0], p.size)) for p in parts)
 
 
 def _token_bytes(cache: Cache, formats: Format | Mapping[str, Format] | None, itemsize: int) -> int:

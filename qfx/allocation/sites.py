@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from qfx import annotation, graph
-from qfx.allocation.assign import stored
 from qfx.allocation.budget import Sizes
 from qfx.analysis.units import Unit
 from qfx.analysis.units import units as find_units
@@ -17,6 +16,7 @@ from qfx.format import Format
 from qfx.method_options import AllocationOptions
 from qfx.passes.annotate import kind_of
 from qfx.recipe import KINDS, Recipe, Rule
+from qfx.segments import nbytes
 
 _ALLOCATED = ("linear", "embedding", "experts")
 
@@ -64,7 +64,7 @@ def find(gm: fx.GraphModule, recipe: Recipe, options: AllocationOptions) -> Site
             node, w = formats[0]
             fqn, shape = graph.fqn_of(node), graph.val(node.args[0 if kind_of(node) == "embedding" else 1]).shape
             sizes = [int(size) for size in shape]
-            shapes[held] = (fqn, int(shape.numel()), stored(w, sizes, fqn))
+            shapes[held] = (fqn, int(shape.numel()), nbytes(w, sizes, fqn))
             found.rules[fqn] = reason
             if len(formats) < len(nodes):
                 found.notes.append(Note(fqn, reason, "give all that read it a format, or none"))

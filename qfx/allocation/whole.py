@@ -16,7 +16,8 @@ from qfx.allocation import assign
 from qfx.allocation.problem import Choice, Problem
 from qfx.allocation.solve import Solution, solve
 from qfx.analysis.measured import Measure
-from qfx.analysis.units import Unit
+from qfx.analysis.units import Unit, by_weight
+from qfx.segments import nbytes
 
 
 def joined(units: Sequence[Unit], choices: Mapping[str, Sequence[Choice]], problem: Problem) -> Problem | None:
@@ -27,12 +28,12 @@ def joined(units: Sequence[Unit], choices: Mapping[str, Sequence[Choice]], probl
     """
     found: dict[str, Sequence[Choice]] = {}
     ties = []
-    for fqn, own in assign.by_weight(units).items():
+    for fqn, own in by_weight(units).items():
         shape = assign.shape_of(own)
         width = own[0].shape[1] if own[0].axis == 1 else None
         for number, unit in enumerate(own):
             found[unit.name] = [
-                replace(choice, bytes=0 if number else assign.stored(choice.format, shape, fqn))
+                replace(choice, bytes=0 if number else nbytes(choice.format, shape, fqn))
                 for choice in choices[unit.name]
                 if width is None or (choice.format.group or 0) <= width
             ]

@@ -88,6 +88,14 @@ def units(
     return [unit for each in found.values() for unit in each], attentions, notes
 
 
+def by_weight(units: Iterable[Unit]) -> dict[str, list[Unit]]:
+    """FQN of a weight -> its units, in order."""
+    found: dict[str, list[Unit]] = {}
+    for unit in units:
+        found.setdefault(unit.fqn, []).append(unit)
+    return found
+
+
 def _of(node: fx.Node, kind: str, cuts: Iterable[tuple[str, Projection, str]]) -> list[Unit]:
     fqn, layer = graph.fqn_of(node), layer_of(node)
     operand = node.args[0 if kind == "embedding" else 1]

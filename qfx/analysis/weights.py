@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from qfx import graph
-from qfx.analysis.units import Unit
+from qfx.analysis.units import Unit, by_weight
 from qfx.annotation import Columns, Formats
 from qfx.blocks import steps_of
 from qfx.errors import explain, nearest
@@ -19,7 +19,7 @@ from qfx.packing import Packed
 from qfx.parts import check_finite, dequantize_in_parts, round_in_parts
 from qfx.passes.annotate import kind_of
 from qfx.passes.quantize import weight_value
-from qfx.segments import Segment, along, segments, take
+from qfx.segments import Segment, along, segments, stands_alone, take
 
 FLOAT = Format("f32")  # of a unit without a format: as it is
 Assignment = Mapping[str, Format]
@@ -39,9 +39,7 @@ class Weights:
     ) -> None:  # fmt: skip
         self.gm, self.rounding, self.importance = gm, rounding, importance or {}
         self.units = {unit.name: unit for unit in units}
-        self.of: dict[str, list[Unit]] = {}
-        for unit in self.units.values():
-            self.of.setdefault(unit.fqn, []).append(unit)
+        self.of = by_weight(self.units.values())
         self.readers = _readers(gm, self.of)
         self._packed: dict[Any, Packed] = {}
         self._latest: dict[tuple[str, fx.Node], tuple[tuple[Format, ...], Tensor]] = {}
@@ -137,8 +135,7 @@ def _pieces(formats: tuple[Format, ...], own: list[Unit], shape: torch.Size) -> 
     found: list[Segment] = []
     for segment in segments(asked, shape, own[0].fqn):
         fmt, width = segment.format, own[0].stop - own[0].start
-        apart = fmt.by_row and (along(asked) == 0 or fmt.is_plain or (fmt.group is not None and width % fmt.group == 0))
-        if apart:
+        if stands_alone(fmt, along(asked), width):
             found += [
                 Segment(fmt, ((at, at + width),)) for start, stop in segment.ranges for at in range(start, stop, width)
             ]
