@@ -21,6 +21,7 @@ from qfx.passes import _match as m
 from qfx.spill import beside, rest
 
 aten = torch.ops.aten
+ATTENTION = ("aten::scaled_dot_product_attention", "qfx::attention")
 
 _PART = 1 << 22  # elements in f64 at once
 _SAME = (*m.CASTS, *m.SAME_VALUE)

@@ -25,8 +25,6 @@ from qfx.passes import _sites as sites
 from qfx.passes._build import call
 from qfx.passes._sites import Record
 
-_ATTENTION = ("aten::scaled_dot_product_attention", "qfx::attention")
-
 
 @dataclass(frozen=True)
 class Site(Record):
@@ -48,7 +46,7 @@ def find(gm: fx.GraphModule, *, seed: int = 0) -> tuple[list[Site], list[Note]]:
     found: dict[Site, None] = {}
     refusals = []
     for node in gm.graph.nodes:
-        if graph.schema_name(node) not in _ATTENTION:
+        if graph.schema_name(node) not in sites.ATTENTION:
             continue
         size = m.shape(node.args[0])[-1]
         if isinstance(size, int):
@@ -63,7 +61,7 @@ def apply(module: nn.Module, site: Site) -> None:
     if not isinstance(module, fx.GraphModule):
         return
     for node in list(module.graph.nodes):
-        if graph.schema_name(node) not in _ATTENTION or graph.fqn_of(node) != site.attention:
+        if graph.schema_name(node) not in sites.ATTENTION or graph.fqn_of(node) != site.attention:
             continue
         q, k, *rest = node.args
         with module.graph.inserting_before(node):

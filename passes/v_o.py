@@ -26,8 +26,6 @@ from qfx.passes import _sites as sites
 from qfx.passes._sites import Record, Weight
 from qfx.passes.smooth import Chooser, choose
 
-_ATTENTION = ("aten::scaled_dot_product_attention", "qfx::attention")
-
 
 @dataclass(frozen=True)
 class Site(Record):
@@ -52,7 +50,7 @@ def find(gm: fx.GraphModule) -> tuple[list[Site], list[Note]]:
     """Every attention whose values come from one linear and whose result goes into one, and the others."""
     found, refusals = [], []
     for node in gm.graph.nodes:
-        if graph.schema_name(node) in _ATTENTION:
+        if graph.schema_name(node) in sites.ATTENTION:
             site = _site(node)
             if isinstance(site, Site):
                 found.append(site)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+
+if __name__ == "__main__":  # the repository this file lies in, where qfx is not installed
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from qfx.files import write_text
 from qfx.format import Format

@@ -32,6 +32,7 @@ from qfx.analysis.measured import Measure
 from qfx.analysis.score import Options, score_graph
 from qfx.analysis.sensitivity import Sensitivity
 from qfx.analysis.units import Unit, by_weight
+from qfx.analysis.weights import rounding_of
 from qfx.errors import Note, explain
 from qfx.format import Format
 from qfx.method_options import AllocationOptions
@@ -41,7 +42,6 @@ from qfx.plan import Plan
 
 TOLD = "allocation"  # in Plan.sensitivities
 MEASURED, FISHER = "measured", "quant-fisher"
-ROUNDINGS = ("rtn", "mse", "hqq")  # what a unit can be rounded by alone; others are told by "mse"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def allocate(
         sizes.budget(options)  # refuses before anything is measured
     measure = Measure(
         gm, some(batches, options.samples), units=found.units, tensors=plan.tensors, outputs=outputs,
-        rounding=plan.recipe.rounding if plan.recipe.rounding in ROUNDINGS else "mse",
+        rounding=rounding_of(plan.recipe),
     )  # fmt: skip
     method, scores = "sensitivity", cast(predict.Scores | None, None)
     if given.sensitivity is not None:

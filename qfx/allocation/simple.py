@@ -20,7 +20,7 @@ from torch import fx
 
 from qfx import annotation, graph
 from qfx.allocation import assign
-from qfx.allocation.allocate import ROUNDINGS, some
+from qfx.allocation.allocate import some
 from qfx.allocation.perplexity import Perplexity
 from qfx.allocation.predict import Scores
 from qfx.allocation.problem import Assignment
@@ -28,7 +28,7 @@ from qfx.analysis.attentions import Attention
 from qfx.analysis.measured import Measure
 from qfx.analysis.units import Unit
 from qfx.analysis.units import units as find_units
-from qfx.analysis.weights import Weights
+from qfx.analysis.weights import Weights, rounding_of
 from qfx.errors import Note, explain
 from qfx.format import Format
 from qfx.method_options import LiftOptions
@@ -68,7 +68,7 @@ def lift(
         lifted = _edges(list(groups), options.edges)
         notes += _everything(lifted, groups, options)
     else:
-        method = plan.recipe.rounding if plan.recipe.rounding in ROUNDINGS else "mse"
+        method = rounding_of(plan.recipe)
         measure = Measure(
             gm, some(batches, options.samples), units=units, tensors=plan.tensors, outputs=outputs, rounding=method
         )

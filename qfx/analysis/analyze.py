@@ -13,6 +13,7 @@ from qfx import graph
 from qfx.analysis.losses import LABELS, Loss, find
 from qfx.analysis.score import FORMATS, By, Options, score_graph
 from qfx.analysis.sensitivity import Sensitivity
+from qfx.analysis.weights import rounding_of
 from qfx.capture import capture_export
 from qfx.data import Call
 from qfx.errors import Note
@@ -24,8 +25,6 @@ from qfx.pipeline import prepare, told
 from qfx.plan import Plan
 from qfx.quantize import check_float, evaluating
 from qfx.recipe import Recipe
-
-_ROUNDINGS = ("rtn", "mse", "hqq")
 
 
 def analyze(
@@ -51,7 +50,7 @@ def analyze(
     options = Options(
         method=method, formats=FORMATS if formats is None else tuple(str(f) for f in formats), by=units,
         measure=measure, task_weight=task_weight, seed=seed,
-        rounding=asked.rounding if asked is not None and asked.rounding in _ROUNDINGS else "mse",
+        rounding=rounding_of(asked),
     )  # fmt: skip
     if loss is not None:
         find(loss)

@@ -23,7 +23,6 @@ from qfx.passes import _sites as sites
 
 aten = torch.ops.aten
 
-ATTENTION = ("aten::scaled_dot_product_attention", "qfx::attention")
 _PER_HEAD = ("qfx::rope",)
 
 
@@ -74,7 +73,7 @@ def find(gm: fx.GraphModule) -> tuple[list[Attention], list[Note]]:
     found: list[Attention] = []
     notes: list[Note] = []
     for node in gm.graph.nodes:
-        if graph.schema_name(node) not in ATTENTION:
+        if graph.schema_name(node) not in sites.ATTENTION:
             continue
         heads, kv_heads = _count(node.args[0]), _count(node.args[1])
         if not heads or not kv_heads or heads % kv_heads:

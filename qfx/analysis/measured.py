@@ -59,7 +59,7 @@ class Measure:
         self.weights = Weights(gm, self.units, rounding=rounding, importance=importance)
         self.output, self._main = main_output(gm, outputs)
         self.is_kld = self.output == "logits"
-        self.what = "KL divergence, nats per position" if self.is_kld else f"relative squared error of {self.output}"
+        self.what = what_of(self.output)
         self.rounded = any("x" in annotation.get(node) for node in self.program.nodes)
         self.measured: dict[str, dict[str, float]] = {}
         self.evaluations = 0
@@ -168,9 +168,7 @@ def main_output(gm: fx.GraphModule, names: Sequence[str]) -> tuple[str, fx.Node]
 
     Raises ValueError where there is no float output.
     """
-    result = next(node for node in gm.graph.nodes if node.op == "output").args[0]
-    flat = list(result) if isinstance(result, list | tuple) else [result]
-    flat = flat[len(gm.meta.get("qfx_mutations", ())) :]
+    flat = output_nodes(gm)
     if len(names) == len(flat):
         for wanted in ("logits", "last_hidden_state"):
             if wanted in names and isinstance(node := flat[list(names).index(wanted)], fx.Node):
@@ -180,6 +178,18 @@ def main_output(gm: fx.GraphModule, names: Sequence[str]) -> tuple[str, fx.Node]
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
             return "output", node
     raise ValueError("the model's output holds no float tensor, so nothing can be compared")
+
+
+def output_nodes(gm: fx.GraphModule) -> list[Any]:
+    """The graph's outputs, without what it writes back into its inputs."""
+    result = gm.graph.output_node().args[0]
+    flat = list(result) if isinstance(result, list | tuple) else [result]
+    return flat[len(gm.meta.get("qfx_mutations", ())) :]
+
+
+def what_of(output: str) -> str:
+    """What a loss is, by the name of the output that is compared."""
+    return "KL divergence, nats per position" if output == "logits" else f"relative squared error of {output}"
 
 
 def _first_cuts(

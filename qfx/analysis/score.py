@@ -20,7 +20,7 @@ from qfx.analysis.caches import Cache, CacheScores, caches
 from qfx.analysis.gradients import gather
 from qfx.analysis.head_types import Head
 from qfx.analysis.losses import General, Loss, Objective, Task, find
-from qfx.analysis.measured import Measure, main_output, positions
+from qfx.analysis.measured import Measure, main_output, output_nodes, positions, what_of
 from qfx.analysis.patterns import Patterns
 from qfx.analysis.scores import FIRST_ORDER, METHODS, Scores, scores
 from qfx.analysis.sensitivity import Sensitivity
@@ -128,9 +128,7 @@ class _Job:
         self.caches: list[Cache] = caches(attentions) if options.caches else []
         self.patterns = Patterns(attentions)
         self.name, self.main = main_output(gm, outputs)
-        self.what = (
-            "KL divergence, nats per position" if self.name == "logits" else f"relative squared error of {self.name}"
-        )
+        self.what = what_of(self.name)
 
     def scored(self, loss: str | Loss | None, labelled: Sequence[Any]) -> dict[str, Scores]:
         """method -> unit -> format -> score, of the model's own distribution mixed with the task's."""
@@ -207,13 +205,6 @@ def _some(batches: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
         if total >= _MEASURED_ROWS:
             return batches[:number]
     return batches
-
-
-def output_nodes(gm: fx.GraphModule) -> list[Any]:
-    """The graph's outputs, without what it writes back into its inputs."""
-    result = next(node for node in gm.graph.nodes if node.op == "output").args[0]
-    flat = list(result) if isinstance(result, list | tuple) else [result]
-    return flat[len(gm.meta.get("qfx_mutations", ())) :]
 
 
 def _sample(units: Sequence[Unit], made: Scores, count: int) -> list[tuple[str, str]]:

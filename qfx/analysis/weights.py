@@ -19,9 +19,11 @@ from qfx.packing import Packed
 from qfx.parts import check_finite, dequantize_in_parts, round_in_parts
 from qfx.passes.annotate import kind_of
 from qfx.passes.quantize import weight_value
+from qfx.recipe import Recipe
 from qfx.segments import Segment, along, segments, stands_alone, take
 
 FLOAT = Format("f32")  # of a unit without a format: as it is
+ROUNDINGS = ("rtn", "mse", "hqq")  # what a unit can be rounded by alone
 Assignment = Mapping[str, Format]
 _AT = {"embedding": 0}
 
@@ -120,6 +122,11 @@ class Weights:
     def _importance(self, fqn: str, columns: Segment | None) -> Importance | None:
         found = self.importance.get(fqn)
         return found if found is None or columns is None else found.columns(columns.ranges)
+
+
+def rounding_of(recipe: Recipe | None) -> str:
+    """How a unit alone is rounded to tell what it loses: as the recipe says where that can be, else "mse"."""
+    return recipe.rounding if recipe is not None and recipe.rounding in ROUNDINGS else "mse"
 
 
 def formats_of(own: list[Unit], formats: tuple[Format, ...]) -> Formats:
