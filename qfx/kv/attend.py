@@ -224,7 +224,8 @@ def _five(mask: Tensor | None, groups: int, heads: int) -> Tensor | None:
     mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
     if mask.shape[1] == 1:
         return mask.unsqueeze(2)
-    return mask.unflatten(1, (groups, heads // groups))
+    shaped: Tensor = mask.unflatten(1, (groups, heads // groups))
+    return shaped
 
 
 def _both(mask: Tensor, early: Tensor) -> Tensor:
