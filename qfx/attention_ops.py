@@ -154,7 +154,8 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
         found: Tensor = torch.ops.aten._safe_softmax.default(scores, -1)
         return found
     column = sinks.to(torch.float32).reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)
-    return torch.ops.aten._safe_softmax.default(torch.cat((scores, column), -1), -1)[..., :-1]
+    whole: Tensor = torch.ops.aten._safe_softmax.default(torch.cat((scores, column), -1), -1)
+    return whole[..., :-1]
 
 
 def _product(a: Operand, b: Operand) -> Tensor:

@@ -26,6 +26,7 @@ from qfx.outliers import keep_outliers
 from qfx.passes.annotate import annotate, kind_of
 from qfx.passes.calibrate import observed
 from qfx.passes.quantize import quantize, refuse
+from qfx.passes.quantize_attention import is_attention, way_of
 from qfx.pipeline import prepare
 from qfx.places import READ, held, is_own_linear, layout_of
 from qfx.plan import Plan
@@ -176,7 +177,7 @@ def _record(model: nn.Module, gm: fx.GraphModule, made: Plan) -> list[Note]:
             annotation.clear(node)
             continue
         texts = {role: annotation.to_json(fmt) for role, fmt in formats.items()}
-        layout = layout_of(node) if "w" in formats else None
+        layout = layout_of(node) if "w" in formats else way_of(node) if is_attention(node) else None
         before = made.annotations.get(fqn, {})
         if before.get("w", texts.get("w")) != texts.get("w"):
             notes.append(_two_formats(fqn, before["w"], texts["w"]))
@@ -208,17 +209,18 @@ def _scales(gm: fx.GraphModule, made: Plan, flat: Sequence[Sequence[Any]], *, pr
 
     def make(node: fx.Node, role: str) -> Observer | None:
         fmt = annotation.get(node)[role]
-        if role != "x" or not isinstance(fmt, Format) or not is_static(fmt):
+        if role not in ("x", "q", "k", "v") or not isinstance(fmt, Format) or not is_static(fmt):
             return None
-        return create(recipe.observer, fmt, name=graph.fqn_of(node), percentile=recipe.percentile)
+        name, how = graph.fqn_of(node), {"percentile": recipe.percentile, "centred": role == "k"}
+        return create(recipe.observer, fmt, name=name, **how)
 
     observers, notes = observed(gm, flat, make, progress=progress)
     for (fqn, role), observer in observers.items():
         fmt = Format.parse(str(made.annotations[fqn][role]))
         found = observer.qparams(fmt)
-        made.tensors[f"{fqn}/x_scale"] = found.scale
+        made.tensors[f"{fqn}/{role}_scale"] = found.scale
         if found.zero is not None:
-            made.tensors[f"{fqn}/x_zero"] = found.zero
+            made.tensors[f"{fqn}/{role}_zero"] = found.zero
     return notes
 
 

@@ -90,7 +90,7 @@ def test_centred_keys_do_what_keys_do(formats: str, how: str) -> None:
     shifted = plain(q, without, v, **HOW[how])
     exact = HOW[how].get("softcap") is None and HOW[how].get("sinks") is None
     assert torch.allclose(shifted, plain(q, k, v, **HOW[how]), atol=1e-5) == exact  # negative control: capped, sinks
-    steps = {"k": ([0.04] * (2 if "head" in formats else 1), [])}
+    steps: dict[str, Any] = {"k": ([0.04] * (2 if "head" in formats else 1), [])}
     found = attend(q, k, v, formats=formats, steps=steps, **HOW[how])
     assert sqnr_db(plain(q, k, v, **HOW[how]), found) > 15
     assert torch.allclose(attend(q, k, v, formats=f"k={fmt}", **HOW[how]), plain(q, k, v, **HOW[how]), atol=1e-6)
@@ -154,14 +154,14 @@ def test_sums_of_integers_are_exact() -> None:
     v = torch.full((1, 1, 4096, 1), 127.0)
     v[:, :, ::2] = -126.0
     mask = torch.zeros(1, 1, 1, 4096)
-    steps = {"v": ([1.0], [])}
+    steps: dict[str, Any] = {"v": ([1.0], [])}
     y = attend(q, k, v, formats="v=i8 p=u8/tok", steps=steps, mask=mask)
     assert y.item() == pytest.approx(0.5, abs=1e-7)
 
 
 def test_static_scales_are_taken_as_given() -> None:
     q, k, v = qkv()
-    steps = {}
+    steps: dict[str, Any] = {}
     for role, x, text in (("q", q, "i8/head"), ("k", centre(k)[0], "i8"), ("v", v, "u8")):
         found = choose_qparams(x, Format.parse(text))
         zeros = [] if found.zero is None else found.zero.reshape(-1).tolist()
@@ -184,7 +184,7 @@ def test_halves_come_back_in_their_type(dtype: torch.dtype) -> None:
 def test_gradients_go_straight_through_the_rounding() -> None:
     given = [x.requires_grad_() for x in qkv()]
     weight = seeded(2, 4, 5, 6, seed=8)
-    how = {"mask": KEEP, "softcap": 2.0}
+    how: dict[str, Any] = {"mask": KEEP, "softcap": 2.0}
     found = torch.autograd.grad((attend(*given, formats=INTEGERS, **how) * weight).sum(), given)
     wanted = torch.autograd.grad((plain(*given, **how) * weight).sum(), given)
     for one, other in zip(found, wanted, strict=True):
@@ -198,7 +198,7 @@ OPCHECK = ("test_schema", "test_faketensor", "test_autograd_registration")
 
 def test_torch_approves_of_the_operator() -> None:
     q, k, v = qkv()
-    args = (q, k, v, KEEP, None, [], [], [0.05], [], [0.05], [128], 0.3, False, 0.0, "i8/tok", "i8", "u8", "u8")
+    args: Any = (q, k, v, KEEP, None, [], [], [0.05], [], [0.05], [128], 0.3, False, 0.0, "i8/tok", "i8", "u8", "u8")
     torch.library.opcheck(ops.quantized_attention.default, args, test_utils=OPCHECK)
 
 
