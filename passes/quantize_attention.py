@@ -72,6 +72,7 @@ def quantize_attention(gm: fx.GraphModule, node: fx.Node, tensors: Mapping[str, 
     args = (given["q"], given["k"], given["v"], given["mask"], given["sinks"], *steps, *rest, *texts)
     with gm.graph.inserting_before(node):
         new = call(gm, torch.ops.qfx.quantized_attention.default, *args, like=node)
+    new.meta[graph.CALLED] = graph.op_name(node)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
     new.name = node.name

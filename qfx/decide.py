@@ -177,7 +177,7 @@ def _record(model: nn.Module, gm: fx.GraphModule, made: Plan) -> list[Note]:
             annotation.clear(node)
             continue
         texts = {role: annotation.to_json(fmt) for role, fmt in formats.items()}
-        layout = layout_of(node) if "w" in formats else way_of(node) if is_attention(node) else None
+        layout = layout_of(node) if "w" in formats else None
         before = made.annotations.get(fqn, {})
         if before.get("w", texts.get("w")) != texts.get("w"):
             notes.append(_two_formats(fqn, before["w"], texts["w"]))
@@ -185,6 +185,9 @@ def _record(model: nn.Module, gm: fx.GraphModule, made: Plan) -> list[Note]:
         made.annotations[fqn] = {**texts, **before}
         if layout is not None and made.layouts.get(fqn, READ).endswith(READ):
             made.layouts[fqn] = layout
+    attentions = {graph.fqn_of(node): way_of(node) for node in gm.graph.nodes if is_attention(node)}
+    if not made.annotations.keys().isdisjoint(attentions):
+        made.layouts |= attentions  # a live model has to know of those that stay in float, too
     return notes
 
 

@@ -20,7 +20,6 @@ from qfx.passes.convolution import convolution
 from qfx.passes.fuse_dequantize import fuse_dequantize
 from qfx.passes.normalize import normalize
 from qfx.passes.quantize import quantize, refuse
-from qfx.passes.quantize_attention import is_attention
 from qfx.passes.rewrites import apply_record
 from qfx.plan import Plan
 from qfx.recipe import Recipe
@@ -74,8 +73,7 @@ def annotate_from(gm: fx.GraphModule, plan: Plan) -> list[Note]:
         if node.op != "call_function":
             continue
         for role, fmt in plan.formats(graph.fqn_of(node)).items():
-            if (role in annotation.ROLES["attention"]) == is_attention(node):  # a module may hold both under its name
-                annotation.set(node, role, fmt)
+            annotation.set(node, role, fmt)
     return []
 
 
