@@ -13,7 +13,8 @@ A weight of several formats (see `qfx.segments`) becomes one op for each segment
     %linear: f32[2,4] = aten.cat([%linear_1, %linear_2], 1)
 
 or of columns (`columns0_codes`, ...), each of its slice of the input, whose results are added.
-A weight that several nodes read in one format is packed once. Attention: see `quantize_attention`. `refuse` says beforehand what has no such op.
+A weight that several nodes read in one format is packed once. For attention see `quantize_attention`. `refuse` says
+beforehand what has no such op.
 """
 
 from __future__ import annotations

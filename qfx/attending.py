@@ -138,7 +138,8 @@ class _Caught(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.count += 1
+            if not torch.compiler.is_compiling():
+                self.count += 1
             return _attention(self.spec, func, *args, **kwargs)
         if func is F.multi_head_attention_forward:  # calls it in turn, where this mode is not on
             with self:
@@ -180,7 +181,7 @@ def _class_of(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with _Caught(self.__dict__[HELD]) as caught:
             result = own.forward(self, *args, **kwargs)
-        if not caught.count and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not caught.count:
             _say_float(self.__dict__[HELD])
         return result
 
@@ -197,12 +198,25 @@ def _say_float(spec: Spec) -> None:
     warn(str(Note(spec["name"], reason, _STEP)), stacklevel=3)
 
 
+def _projected(q: Tensor, k: Tensor, v: Tensor, w: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v by the three parts of one weight; torch's own way of it Dynamo cannot trace while a mode is on."""
+    if q is k and k is v:
+        whole = F.linear(q, w, b).chunk(3, -1)
+        return whole[0].contiguous(), whole[1].contiguous(), whole[2].contiguous()
+    weights, biases = w.chunk(3), (None, None, None) if b is None else b.chunk(3)
+    one, other, last = (F.linear(x, part, bias) for x, part, bias in zip((q, k, v), weights, biases, strict=True))
+    return one, other, last
+
+
 # F.multi_head_attention_forward, without its question whether a mode is on, which would hand it back to the mode.
 _MULTI_HEAD = types.FunctionType(
     F.multi_head_attention_forward.__code__,
-    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
+    {
+        **F.multi_head_attention_forward.__globals__,
+        "has_torch_function": lambda _: False,
+        "_in_projection_packed": _projected,
+    },
     "multi_head_attention_forward",
     F.multi_head_attention_forward.__defaults__,
     F.multi_head_attention_forward.__closure__,
 )
-_MULTI_HEAD.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__

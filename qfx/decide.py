@@ -214,8 +214,8 @@ def _scales(gm: fx.GraphModule, made: Plan, flat: Sequence[Sequence[Any]], *, pr
         fmt = annotation.get(node)[role]
         if role not in ("x", "q", "k", "v") or not isinstance(fmt, Format) or not is_static(fmt):
             return None
-        name, how = graph.fqn_of(node), {"percentile": recipe.percentile, "centred": role == "k"}
-        return create(recipe.observer, fmt, name=name, **how)
+        name = graph.fqn_of(node)
+        return create(recipe.observer, fmt, name=name, percentile=recipe.percentile, centred=role == "k")
 
     observers, notes = observed(gm, flat, make, progress=progress)
     for (fqn, role), observer in observers.items():

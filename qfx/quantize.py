@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from qfx import data as batches
 from qfx import attending, streamed
+from qfx import data as batches
 from qfx.allocation.allocate import Given
 from qfx.allocation.asked import with_budget
 from qfx.analysis.losses import Loss

@@ -109,9 +109,7 @@ def _say_float(b: Builder, left: str, one: Format | None, right: str, other: For
 # ---- rounding --------------------------------------------------------------------------------------------------------
 
 
-def _rounding(
-    b: Builder, x: Value, fmt: Format | None, scale: Sequence[float], zero: Sequence[int]
-) -> Rounding | None:
+def _rounding(b: Builder, x: Value, fmt: Format | None, scale: Sequence[float], zero: Sequence[int]) -> Rounding | None:
     """The step of an operand, from its values or as given. None for floats."""
     if fmt is None or fmt.is_plain:
         return None

@@ -1,7 +1,7 @@
 """qfx::quantized_attention in ONNX Runtime: the reference's result for every mask and format; which kernels multiply.
 
-Tolerance: keys are centred and weights found in another order of sums, so that a code on a tie may be one off. 50 dB, and
-nothing further away than 1 % of the greatest value.
+Tolerance: keys are centred and weights found in another order of sums, so that a code on a tie may be one off: 50 dB,
+and nothing further away than 1 % of the greatest value.
 """
 
 from __future__ import annotations
