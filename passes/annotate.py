@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from qfx import annotation, graph
 from qfx.annotation import Formats, each
+from qfx.attention_ops import reason_against
 from qfx.errors import Note, source_line
 from qfx.format import Format
 from qfx.recipe import Recipe
@@ -78,7 +79,7 @@ def _tied(gm: fx.GraphModule) -> set[fx.Node]:
 def _refusal(node: fx.Node, kind: str, formats: dict[str, Formats]) -> tuple[str, str] | None:
     """Why a node cannot have these formats and what to do, or None."""
     for role, fmt in formats.items():
-        reason = _bad_formats(fmt, role, kind)
+        reason = attention_reason(role, fmt) if kind == "attention" else _bad_formats(fmt, role, kind)
         if reason:
             return f"{role}={annotation.show(fmt)} was asked, but {reason}", f"give role {role!r} another format"
     if kind == "attention" or ("w" not in formats and "x" not in formats):
@@ -95,11 +96,18 @@ def _refusal(node: fx.Node, kind: str, formats: dict[str, Formats]) -> tuple[str
     return None
 
 
+def attention_reason(role: str, fmt: Formats) -> str | None:
+    """Why no attention takes this format of an operand, or None."""
+    if not isinstance(fmt, Format):
+        return "attention takes one format for each of q, k, v and p"
+    return reason_against(role, fmt)
+
+
 def _bad_formats(fmt: Formats, role: str, kind: str) -> str | None:
     if isinstance(fmt, Format):
         if kind == "experts" and fmt.nested:
             return "double-quantized scales go across experts"
-        return _bad_weight_format(fmt) if role == "w" else _bad_activation_format(fmt, kind)
+        return _bad_weight_format(fmt) if role == "w" else _bad_activation_format(fmt)
     if role != "w" or kind != "linear":
         return "only the weight of a linear takes several formats"
     return next((reason for one in each(fmt) if (reason := _bad_weight_format(one))), None)
@@ -113,11 +121,11 @@ def _bad_weight_format(fmt: Format) -> str | None:
     return None
 
 
-def _bad_activation_format(fmt: Format, kind: str) -> str | None:
+def _bad_activation_format(fmt: Format) -> str | None:
     if fmt.is_plain or fmt.dynamic:
         return None
     if fmt.group or fmt.block:
         return "an activation in groups needs scales found at run time (`/dyn`)"
-    if fmt.granularity == "head" and kind != "attention":
+    if fmt.granularity == "head":
         return "only attention has an axis of heads"
     return None

@@ -13,7 +13,8 @@ A weight of several formats (see `qfx.segments`) becomes one op for each segment
     %linear: f32[2,4] = aten.cat([%linear_1, %linear_2], 1)
 
 or of columns (`columns0_codes`, ...), each of its slice of the input, whose results are added.
-A weight that several nodes read in one format is packed once. `refuse` says beforehand what has no such op.
+A weight that several nodes read in one format is packed once. For attention see `quantize_attention`. `refuse` says
+beforehand what has no such op.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from qfx.format import Format
 from qfx.packing import Packed
 from qfx.passes._build import call
 from qfx.passes._sites import holds
+from qfx.passes.quantize_attention import is_attention, quantize_attention, reason_against
 from qfx.recipe import is_static
 from qfx.segments import Segment, along, pieces, segments, stem_of, take
 
@@ -61,8 +63,8 @@ def refuse(gm: fx.GraphModule) -> list[Note]:
 def _refusal(node: fx.Node, role: str, fmt: Formats) -> str | None:
     """Why no op serves this role of a node, or None."""
     name = graph.schema_name(node)
-    if "attention" in name:
-        return "attention runs in float"
+    if is_attention(node):
+        return reason_against(node, role, fmt)
     if "conv" in name:
         return "a convolution whose windows overlap in more than one dimension, or are not plain, runs in float"
     if name not in _BUILD or role not in ("w", "x") or (role == "x" and name == "aten::embedding"):
@@ -79,7 +81,7 @@ def _refusal(node: fx.Node, role: str, fmt: Formats) -> str | None:
 def quantize(
     gm: fx.GraphModule, *, tensors: Mapping[str, Tensor], rounding: str = "rtn", pack: Pack | None = None
 ) -> bool:
-    """Put qfx:: ops in place of every node annotated with a weight format.
+    """Put qfx:: ops in place of every attention that is annotated, and every node annotated with a weight format.
 
     tensors: calibrated values by "<FQN>/x_scale", "<FQN>/x_zero" (static activation formats), and weights that were
     rounded beforehand (see `qfx.rounded`). rounding: how the others are rounded ("rtn", "mse"). pack: packs a weight,
@@ -94,6 +96,10 @@ def quantize(
         if node.op != "call_function":
             continue
         formats = annotation.get(node)
+        if formats and is_attention(node):
+            quantize_attention(gm, node, tensors)
+            changed = True
+            continue
         w = formats.get("w")
         build = _BUILD.get(graph.schema_name(node))
         if w is None or build is None:

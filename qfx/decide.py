@@ -26,6 +26,7 @@ from qfx.outliers import keep_outliers
 from qfx.passes.annotate import annotate, kind_of
 from qfx.passes.calibrate import observed
 from qfx.passes.quantize import quantize, refuse
+from qfx.passes.quantize_attention import is_attention, way_of
 from qfx.pipeline import prepare
 from qfx.places import READ, held, is_own_linear, layout_of
 from qfx.plan import Plan
@@ -184,6 +185,9 @@ def _record(model: nn.Module, gm: fx.GraphModule, made: Plan) -> list[Note]:
         made.annotations[fqn] = {**texts, **before}
         if layout is not None and made.layouts.get(fqn, READ).endswith(READ):
             made.layouts[fqn] = layout
+    attentions = {graph.fqn_of(node): way_of(node) for node in gm.graph.nodes if is_attention(node)}
+    if not made.annotations.keys().isdisjoint(attentions):
+        made.layouts |= attentions  # a live model has to know of those that stay in float, too
     return notes
 
 
@@ -208,17 +212,18 @@ def _scales(gm: fx.GraphModule, made: Plan, flat: Sequence[Sequence[Any]], *, pr
 
     def make(node: fx.Node, role: str) -> Observer | None:
         fmt = annotation.get(node)[role]
-        if role != "x" or not isinstance(fmt, Format) or not is_static(fmt):
+        if role not in ("x", "q", "k", "v") or not isinstance(fmt, Format) or not is_static(fmt):
             return None
-        return create(recipe.observer, fmt, name=graph.fqn_of(node), percentile=recipe.percentile)
+        name = graph.fqn_of(node)
+        return create(recipe.observer, fmt, name=name, percentile=recipe.percentile, centred=role == "k")
 
     observers, notes = observed(gm, flat, make, progress=progress)
     for (fqn, role), observer in observers.items():
         fmt = Format.parse(str(made.annotations[fqn][role]))
         found = observer.qparams(fmt)
-        made.tensors[f"{fqn}/x_scale"] = found.scale
+        made.tensors[f"{fqn}/{role}_scale"] = found.scale
         if found.zero is not None:
-            made.tensors[f"{fqn}/x_zero"] = found.zero
+            made.tensors[f"{fqn}/{role}_zero"] = found.zero
     return notes
 
 

@@ -291,7 +291,7 @@ def _formats(gm: fx.GraphModule) -> dict[str, dict[str, str]]:
     return found
 
 
-_ROLES = {role: f"{role}_format" for role in "xwkv"}
+_ROLES = {role: f"{role}_format" for role in "xwqkvp"}
 
 
 def _assert_no_floats(builder: Any, gm: fx.GraphModule) -> None:

@@ -81,7 +81,7 @@ def attention(
     scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
     if softcap > 0:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = _masked(scores, mask, causal)
+    scores = masked(scores, mask, causal)
     if sinks is not None:
         column = sinks.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)
         scores = torch.cat((scores, column), -1)
@@ -91,7 +91,7 @@ def attention(
     return torch.matmul(weights, v.float()).to(q.dtype)
 
 
-def _masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     if causal:
         keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~keep, -torch.inf)
@@ -276,7 +276,7 @@ def _moe_fake(x: Tensor, *others: Any) -> Tensor:
 Kernel = Callable[..., Any]
 
 
-def _gradient_by_replay(kernel: Kernel) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def gradient_by_replay(kernel: Kernel) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(setup_context, backward) that run the kernel once more with gradients on."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -329,7 +329,7 @@ def _register() -> Library | None:
         library.impl(name, kernel, "CompositeExplicitAutograd")
         register_fake(f"qfx::{name}", fake, lib=library)
     for name in ("rope", "attention", "quick_gelu"):
-        setup, backward = _gradient_by_replay(kernels[name][0])
+        setup, backward = gradient_by_replay(kernels[name][0])
         register_autograd(f"qfx::{name}", backward, setup_context=setup, lib=library)
     register_autograd("qfx::grouped_linear", _grouped_backward, setup_context=_grouped_setup, lib=library)
     return library

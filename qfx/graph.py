@@ -214,6 +214,10 @@ def parameter_behind(operand: Any) -> fx.Node | None:
     return operand if isinstance(operand, fx.Node) and operand.op == "get_attr" else None
 
 
+CALLED = "qfx_called"  # in the meta of a node that took the place of another: what that one's operator is called
+_CALLED = {"quantized_attention": "scaled_dot_product_attention"}  # where live modules call it
+
+
 def fqn_of(node: fx.Node) -> str:
     """What a node is called in recipes, plans, reports: its weight's FQN without '.weight', else module and operator.
 
@@ -223,7 +227,7 @@ def fqn_of(node: fx.Node) -> str:
     module = str(node.meta.get("qfx_module", ""))
     weight = weight_of(node)
     if weight is None:
-        return f"{module}.{op_name(node)}" if module else node.name
+        return f"{module}.{node.meta.get(CALLED) or _CALLED.get(op_name(node), op_name(node))}" if module else node.name
     name = _HELD.sub(lambda m: m["packed"] or m["whole"] or "weight", str(weight.target)).removesuffix(".weight")
     if module and not _nested(name, module):
         return module

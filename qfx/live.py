@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from qfx.attending import attention_rows
 from qfx.errors import Note
 from qfx.format import Format
 from qfx.records import GraphRecord
@@ -39,6 +40,7 @@ def live_rows(model: nn.Module, told: Collection[str]) -> Iterator[Row]:
             weight = module._parameters["weight"]
             assert weight is not None
             yield Row(fqn, _kind(module), "", "torch", "", weight.numel(), weight.nbytes, weight.nbytes)
+    yield from attention_rows(model)
 
 
 def packed_rows(fqn: str, module: nn.Module) -> list[Row]:

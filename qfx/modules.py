@@ -363,7 +363,8 @@ def without_fast_paths(model: nn.Module) -> None:
 
 
 def quantized_parts(model: nn.Module) -> list[str]:
-    """Names of the modules and parameters that hold packed weights."""
+    """Names of the modules and parameters that hold packed weights, and of attention with formats."""
     named = list(model.named_modules())
     modules = [fqn or type(m).__name__ for fqn, m in named if isinstance(m, PackedModule)]
-    return modules + [f"{fqn}.{name}".lstrip(".") for fqn, m in named for name in getattr(m, "qfx_packed", {})]
+    modules += [f"{fqn}.{name}".lstrip(".") for fqn, m in named for name in getattr(m, "qfx_packed", {})]
+    return modules + [m.__dict__["qfx_attention"]["name"] for _, m in named if "qfx_attention" in m.__dict__]

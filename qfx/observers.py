@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from qfx.attention_ops import centre
 from qfx.errors import explain, nearest
 from qfx.format import Format
 from qfx.histogram import BINS, ROW_BINS, Histogram, entropy_range, mse_range, percentile_range
@@ -24,7 +25,8 @@ from qfx.numerics import QParams, range_qparams
 class Observer:
     """Base: exact least and greatest value per row (tensor, channel or head), f32 [G]; `range` is theirs.
 
-    seen: values seen so far. low, high: f32 [G] or None before any data. `update` raises ValueError for NaN and Inf
+    seen: values seen so far. low, high: f32 [G] or None before any data. centred: the mean over axis -2 is taken off
+    first, as attention does with keys. `update` raises ValueError for NaN and Inf
     (naming `name` and the batch), for tensors that are no floats and for a changed number of channels.
     """
 
@@ -36,6 +38,7 @@ class Observer:
             )
         self.granularity = granularity
         self.name = name
+        self.centred = False
         self.seen = 0
         self.batches = 0
         self.low: Tensor | None = None
@@ -44,7 +47,7 @@ class Observer:
     @property
     def config(self) -> tuple[Any, ...]:
         """What makes two observers interchangeable: class, granularity, settings."""
-        return (type(self).__name__, self.granularity)
+        return (type(self).__name__, self.granularity, self.centred)
 
     def update(self, x: Tensor, batch: int | None = None) -> None:
         """Take in one batch (f16, bf16, f32 or f64, any shape). An empty one changes nothing."""
@@ -52,7 +55,7 @@ class Observer:
             raise ValueError(f"cannot observe {self.name!r}: expected floats, found {x.dtype}")
         if x.numel() == 0:
             return
-        rows = self._rows(x.detach())
+        rows = self._rows(centre(x.detach())[0] if self.centred else x.detach())
         low, high = rows.amin(1).to(torch.float32), rows.amax(1).to(torch.float32)
         if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
             raise ValueError(self._not_finite(rows, self.batches if batch is None else batch))
@@ -358,14 +361,16 @@ _KINDS: dict[str, Callable[..., Observer]] = {
 }
 
 
-def create(kind: str, fmt: Format | None = None, *, name: str = "tensor", percentile: float = 99.99) -> Observer:
-    """The observer of this kind (a Recipe's `observer`) for a static format.
+def create(
+    kind: str, fmt: Format | None = None, *, name: str = "tensor", percentile: float = 99.99, centred: bool = False
+) -> Observer:
+    """The observer of this kind (a Recipe's `observer`) for a static format. centred: of values without their mean.
 
     Raises ValueError for unknown kinds and for formats that no observer serves (groups and blocks of an activation).
     """
     if kind not in _KINDS:
         raise ValueError(f"unknown observer {kind!r}, {nearest(kind, _KINDS)}")
     granularity = fmt.granularity if fmt is not None else ""
-    if kind == "percentile":
-        return Percentile(granularity, name, percentile)
-    return _KINDS[kind](granularity, name)
+    made = Percentile(granularity, name, percentile) if kind == "percentile" else _KINDS[kind](granularity, name)
+    made.centred = centred
+    return made

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from qfx import attending, streamed
 from qfx import data as batches
-from qfx import streamed
 from qfx.allocation.allocate import Given
 from qfx.allocation.asked import with_budget
 from qfx.analysis.losses import Loss
@@ -110,9 +110,10 @@ def quantize(
         for record in made.rewrites:
             check_record(model, record, made.tensors)
         places, notes = find(model, made)
-        told(notes, strict=strict)
+        attentions, more = attending.find(model, made)
+        told([*notes, *more], strict=strict)
         check_rounded(model, made, places)
-        return attach(write_back(model, made, places), made.recipe)
+        return attach(attending.attend(write_back(model, made, places), attentions), made.recipe)
 
 
 def planned(model: nn.Module, recipe: Recipe) -> tuple[Plan, list[Note]]:

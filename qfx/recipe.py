@@ -245,7 +245,8 @@ class Recipe(Strict):
 
         A format that a later rule of the same target replaces does not count.
         """
-        last = {(rule.target, role): rule for rule in self.rules for role in rule.texts if role != "w"}
+        own = ("w", "p")  # the weights of attention lie between 0 and 1
+        last = {(rule.target, role): rule for rule in self.rules for role in rule.texts if role not in own}
         chosen = not set(self.rewrites).isdisjoint(DATA_REWRITES) or self.rounding in DATA_ROUNDINGS
         chosen = chosen or self.bias_correction or bool(self.low_rank or self.allocation or self.lift)
         chosen = chosen or self.weighting != "uniform" or self.outliers is not None or self.clip_inputs

@@ -129,12 +129,12 @@ def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None)
     for row in live.live_rows(model, set(rows)):
         if row.node in rows:
             rows[row.node] = replace(rows[row.node], sqnr_db=rows[row.node].sqnr_db or row.sqnr_db)
-        elif graphs and not row.quantized:
+        elif graphs and not row.quantized and not row.asked:
             reason = live.why_not(model, row.node, failed, graphs)
             rows[row.node] = replace(row, reason=reason, as_asked=False)
         else:
             rows[row.node] = row
-    if not graphs and not any(row.quantized for row in rows.values()):
+    if not graphs and not any(row.asked for row in rows.values()):
         raise _unseen(model)
     rest = live.other_bytes(model, set(rows))
     return Report(tuple(rows.values()), _notes(graphs), len(graphs), type(model).__name__, rest)

@@ -25,6 +25,7 @@ KINDS = {
     "qfx::grouped_linear_quant": "experts",
     "aten::scaled_dot_product_attention": "attention",
     "qfx::attention": "attention",
+    "qfx::quantized_attention": "attention",
     "aten::conv1d": "conv",
     "aten::conv2d": "conv",
     "aten::conv3d": "conv",
@@ -167,7 +168,7 @@ def asked_of(node: fx.Node) -> str:
     if told or not graph.schema_name(node).startswith("qfx::"):
         return told
     given = {a.name: v for a, v in zip(node.target._schema.arguments, node.args, strict=False)}  # type: ignore[union-attr]
-    pairs = (("x", given.get("x_format")), ("w", given.get("w_format")))
+    pairs = [(role, given.get(f"{role}_format")) for role in annotation.ALL_ROLES]
     return " ".join(f"{role}={fmt}" for role, fmt in pairs if fmt)
 
 

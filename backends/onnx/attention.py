@@ -26,11 +26,11 @@ def sdpa(
     packed = None if b.standard else packed_attention(b, mask, is_causal, scale)
     if packed is not None:
         return packed
-    scores = _scores(b, q, k, scale)
-    bias, keep = _bias(b, scores, mask, is_causal)
+    scores = scores_of(b, q, k, scale)
+    bias, keep = mask_bias(b, scores, mask, is_causal)
     if bias is not None:
-        scores = _like(scores, b.op("Add", scores, bias))
-    y = _weighted(b, b.op("Softmax", scores, axis=-1), scores, v)
+        scores = shaped_like(scores, b.op("Add", scores, bias))
+    y = weighted(b, b.op("Softmax", scores, axis=-1), scores, v)
     return y if keep is None else b.op("Mul", y, keep)
 
 
@@ -39,20 +39,20 @@ def attention(
     softcap: float,
 ) -> Value:  # fmt: skip
     """qfx::attention: SDPA with a soft cap on the scores and sinks (one extra logit per head that takes weight)."""
-    scores = _scores(b, q, k, float(scale))
+    scores = scores_of(b, q, k, float(scale))
     if softcap:
         cap = b.scalar(softcap, scores.dtype)
-        scores = _like(scores, b.op("Mul", b.op("Tanh", b.op("Div", scores, cap)), cap))
-    bias, keep = _bias(b, scores, mask, causal)
+        scores = shaped_like(scores, b.op("Mul", b.op("Tanh", b.op("Div", scores, cap)), cap))
+    bias, keep = mask_bias(b, scores, mask, causal)
     if bias is not None:
-        scores = _like(scores, b.op("Add", scores, bias))
+        scores = shaped_like(scores, b.op("Add", scores, bias))
     if sinks is not None:
-        return _weighted(b, _softmax_with_sinks(b, scores, sinks), scores, v)
-    y = _weighted(b, b.op("Softmax", scores, axis=-1), scores, v)
+        return weighted(b, softmax_with_sinks(b, scores, sinks), scores, v)
+    y = weighted(b, b.op("Softmax", scores, axis=-1), scores, v)
     return y if keep is None else b.op("Mul", y, keep)
 
 
-def _softmax_with_sinks(b: Builder, scores: Value, sinks: Value) -> Value:
+def softmax_with_sinks(b: Builder, scores: Value, sinks: Value) -> Value:
     """Softmax over [scores, sink] with the sink's column cut off; sinks [H] for scores [.., H, L, S]."""
     column = b.op("Unsqueeze", sinks, b.ints([1, 2]))
     column = b.op("Expand", column, b.shape([*scores.dims[:-1], 1]))
@@ -67,24 +67,24 @@ def _scale_of(q: Value) -> float:
     return 1.0 / math.sqrt(width) if width else 1.0
 
 
-def _scores(b: Builder, q: Value, k: Value, scale: float) -> Value:
+def scores_of(b: Builder, q: Value, k: Value, scale: float) -> Value:
     """scale * q @ k^T, [.., H, L, S]. Query heads that share a key head are stacked on its rows; no key is copied."""
-    share = _shared(q, k)
-    rows = b.reshape(q, _grouped(q.dims, k.dims, share)) if share > 1 else q
+    share = share_of(q, k)
+    rows = b.reshape(q, grouped_dims(q.dims, k.dims, share)) if share > 1 else q
     scores = product(b, rows, k, scale)
-    sizes = (*_lead(q, k, share), q.dims[-2], k.dims[-2])
+    sizes = (*lead_dims(q, k, share), q.dims[-2], k.dims[-2])
     return b.reshape(scores, sizes) if share > 1 else Value(scores.name, scores.dtype, sizes)
 
 
-def _weighted(b: Builder, weights: Value, scores: Value, v: Value) -> Value:
-    share = _shared(scores, v)
+def weighted(b: Builder, weights: Value, scores: Value, v: Value) -> Value:
+    share = share_of(scores, v)
     if share == 1:
         return b.op("MatMul", weights, v)
-    y = b.op("MatMul", b.reshape(weights, _grouped(scores.dims, v.dims, share)), v)
+    y = b.op("MatMul", b.reshape(weights, grouped_dims(scores.dims, v.dims, share)), v)
     return b.reshape(y, (*scores.dims[:-1], v.dims[-1]))
 
 
-def _shared(q: Value, k: Value) -> int:
+def share_of(q: Value, k: Value) -> int:
     """How many query heads share a key head."""
     if q.rank < 3 or k.rank < 3:
         return 1
@@ -94,11 +94,11 @@ def _shared(q: Value, k: Value) -> int:
     return heads // own
 
 
-def _grouped(query: tuple[Dim, ...], key: tuple[Dim, ...], share: int) -> tuple[Dim, ...]:
+def grouped_dims(query: tuple[Dim, ...], key: tuple[Dim, ...], share: int) -> tuple[Dim, ...]:
     return (*query[:-3], key[-3], query[-2] * share, query[-1])
 
 
-def _lead(q: Value, k: Value, share: int) -> tuple[Dim, ...]:
+def lead_dims(q: Value, k: Value, share: int) -> tuple[Dim, ...]:
     """The leading dimensions of the scores."""
     left, right = list(q.dims[:-2]), list(k.dims[:-2])
     size = max(len(left), len(right))
@@ -106,7 +106,7 @@ def _lead(q: Value, k: Value, share: int) -> tuple[Dim, ...]:
     return tuple(a if share > 1 or c == 1 else c for a, c in zip(left, right, strict=True))
 
 
-def _bias(b: Builder, scores: Value, mask: Value | None, causal: bool) -> tuple[Value | None, Value | None]:
+def mask_bias(b: Builder, scores: Value, mask: Value | None, causal: bool) -> tuple[Value | None, Value | None]:
     """What is added to scores [.., L, S] (finite), and 1 or 0 for rows that may or may not attend. Once per mask."""
     if mask is None and not causal:
         return None, None
@@ -159,7 +159,7 @@ def _seen(b: Builder, rows: Dim, columns: Dim) -> Value:
     return b.op("GreaterOrEqual", down, across, dtype=torch.bool)
 
 
-def _like(scores: Value, value: Value) -> Value:
+def shaped_like(scores: Value, value: Value) -> Value:
     return Value(value.name, value.dtype, scores.shape)
 
 

@@ -1,0 +1,110 @@
+"""Annotated attention becomes qfx::quantized_attention.
+
+    %y: f32[2,4,5,8] = aten.scaled_dot_product_attention(%q, %k, %v)  # q=i8/tok k=i8 p=u8
+    ->
+    %y: f32[2,4,5,8] = qfx.quantized_attention(%q, %k, %v, None, None, [], [], [0.04], [], [], [], 0.3535, False, 0.0, \
+i8/tok, i8, , u8)  # q=i8/tok k=i8 p=u8
+
+Scales of static formats are found beforehand and become numbers in the call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qfx import annotation, attention_ops, graph
+from qfx.annotation import Formats
+from qfx.attention_ops import ROLES, needs_scale
+from qfx.errors import UnsupportedError, explain
+from qfx.format import Format
+from qfx.passes import _match as m
+from qfx.passes._build import call
+
+aten = torch.ops.aten
+SPELLED_OUT, SDPA = "spelled out", "sdpa"  # how a module computes its attention
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Attention in float."""
+    return graph.is_call(node, aten.scaled_dot_product_attention.default, torch.ops.qfx.attention.default)
+
+
+def way_of(node: fx.Node) -> str:
+    """How the model computes this attention."""
+    return SDPA if graph.is_call(node, aten.scaled_dot_product_attention.default) else SPELLED_OUT
+
+
+def reason_against(node: fx.Node, role: str, fmt: Formats) -> str | None:
+    """Why an attention node cannot have this format of an operand, or None."""
+    given = _operands(node)
+    shapes = [m.shape(given[name]) for name in "qkv"]
+    if role not in ROLES or not isinstance(fmt, Format):
+        return "attention takes one format for each of q, k, v and p"
+    if any(len(shape) != 4 for shape in shapes):
+        return f"attention runs in float where its operands have not 4 dimensions, found {len(shapes[0])}"
+    if given["dropout"] or (given["scale"] is None and not isinstance(m.known(shapes[0][-1]), int)):
+        return "attention with dropout, or with a head size that is not a number, runs in float"
+    return attention_ops.reason_against(role, fmt)
+
+
+def quantize_attention(gm: fx.GraphModule, node: fx.Node, tensors: Mapping[str, Tensor]) -> None:
+    """Put the op in place of one annotated attention node.
+
+    tensors: calibrated values by "<FQN>/k_scale", "<FQN>/k_zero", ... Raises UnsupportedError where one is missing.
+    """
+    given, formats = _operands(node), annotation.get(node)
+    assert all(isinstance(fmt, Format) for fmt in formats.values()), annotation.text(node)
+    steps: list[Any] = []
+    for role in "qkv":
+        fmt = formats.get(role)
+        steps += numbers(tensors, graph.fqn_of(node), role, fmt if isinstance(fmt, Format) else None, node)
+    scale = given["scale"]
+    if scale is None:
+        width = m.shape(given["q"])[-1]
+        scale = 1.0 / math.sqrt(width) if width else 1.0
+    texts = [str(formats.get(role, "")) for role in ROLES]
+    rest = (float(scale), bool(given["causal"]), float(given["softcap"] or 0.0))
+    args = (given["q"], given["k"], given["v"], given["mask"], given["sinks"], *steps, *rest, *texts)
+    with gm.graph.inserting_before(node):
+        new = call(gm, torch.ops.qfx.quantized_attention.default, *args, like=node)
+    new.meta[graph.CALLED] = graph.op_name(node)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+    new.name = node.name
+
+
+def numbers(
+    tensors: Mapping[str, Tensor], fqn: str, role: str, fmt: Format | None, node: fx.Node | None = None
+) -> tuple[list[float], list[int]]:
+    """Scales and zero points of an operand as numbers; empty where its format needs none from data."""
+    if fmt is None or not needs_scale(role, fmt):
+        return [], []
+    scale, zero = (tensors.get(f"{fqn}/{role}_{leaf}") for leaf in ("scale", "zero"))
+    if scale is None or (fmt.has_zero and zero is None):
+        raise UnsupportedError(
+            explain(
+                "a static format of attention needs a calibrated scale",
+                expected=f"{role}_{'scale' if scale is None else 'zero'} of {fqn!r} for format '{fmt}'",
+                found="none",
+                node=node,
+                next_step=f"calibrate with qfx.quantize(model, recipe, data=...), or use '{fmt.type}/tok'",
+            )
+        )
+    points = zero.reshape(-1).tolist() if zero is not None and fmt.has_zero else []
+    return [float(s) for s in scale.to(torch.float32).reshape(-1).tolist()], [int(z) for z in points]
+
+
+def _operands(node: fx.Node) -> dict[str, Any]:
+    """q, k, v, mask, sinks, scale, causal, softcap and dropout of either operator."""
+    given = m.arguments(node)
+    if "q" in given:
+        return {**given, "dropout": 0.0}
+    return {
+        "q": given["query"], "k": given["key"], "v": given["value"], "mask": given["attn_mask"], "sinks": None,
+        "scale": given["scale"], "causal": given["is_causal"], "softcap": 0.0, "dropout": given["dropout_p"],
+    }  # fmt: skip
