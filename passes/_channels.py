@@ -7,12 +7,13 @@ to be recognised. Symbolic sizes have their example values.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from qfx.graph import is_call, val
+from qfx.graph import get_tensor, is_call, val
 from qfx.passes import _match as m
 from qfx.passes._sites import reads_size
 
@@ -43,9 +44,17 @@ _MOVES = (
 
 def moves(node: Any) -> bool:
     """Does a call only move the values of its first argument?"""
-    if not is_call(node, *_IDENTITY, *_MOVES) or not isinstance(node.args[0], fx.Node):
+    if not is_call(node, *_IDENTITY, *_MOVES, aten.index.Tensor) or not isinstance(node.args[0], fx.Node):
         return False
+    if node.target is aten.index.Tensor:
+        return _picks(node)
     return node.target is not aten.dropout.default or node.args[2] is False
+
+
+def _picks(node: fx.Node) -> bool:
+    """Indices along one axis that are a constant: x[:, :, [4]]."""
+    given = [index for index in node.args[1] if index is not None]  # type: ignore[union-attr]
+    return len(given) == 1 and isinstance(given[0], fx.Node) and given[0].op == "get_attr"
 
 
 def source(value: Any) -> Any:
@@ -84,6 +93,42 @@ def flow(value: fx.Node, numbers: Tensor) -> tuple[dict[fx.Node, Tensor], list[t
     return found, ends
 
 
+def carried(
+    value: Any, start: Callable[[fx.Node], Any], through: Callable[[fx.Node], bool], found: dict[fx.Node, Any]
+) -> Any:
+    """The other way: the numbers at a value, from where they start, moved by the very calls of the graph.
+
+    start: the numbers that start at a node, a text why none can, None where it is no start. through: is it a call that
+    leaves the numbers of its first argument? found: filled with every node on the way. A text says why there are none.
+    """
+    if not isinstance(value, fx.Node) or value.op != "call_function":
+        return "it does not come straight from a linear"
+    if value in found:
+        return found[value]
+    numbers = start(value)
+    if numbers is None and is_call(value, aten.cat.default):  # the rotated and the other part of a head
+        given = m.arguments(value)
+        numbers = _joined([carried(part, start, through, found) for part in given["tensors"]], given["dim"])
+    elif numbers is None and (moves(value) or through(value)):
+        numbers = carried(value.args[0], start, through, found)
+        if not isinstance(numbers, str) and not through(value):
+            numbers = moved(value, numbers)
+            numbers = "its channels cannot be followed" if numbers is None else numbers
+    elif numbers is None:
+        return f"it does not come straight from a linear, %{value.name} makes it"
+    found[value] = numbers
+    return numbers
+
+
+def _joined(parts: list[Any], dim: Any) -> Any:
+    if told := next((part for part in parts if isinstance(part, str)), None):
+        return told
+    sizes = [part.shape for part in parts if isinstance(part, Tensor)]
+    if len(sizes) != len(parts) or any(len(size) != len(sizes[0]) for size in sizes) or not isinstance(dim, int):
+        return "its channels cannot be followed"
+    return torch.cat(parts, dim)
+
+
 def along(numbers: Any, *dims: int) -> list[int] | None:
     """The numbers along `dims` (row-major), or None where they differ along another axis."""
     if not isinstance(numbers, Tensor):
@@ -108,6 +153,8 @@ def moved(node: fx.Node, numbers: Any) -> Any:
     """Channel numbers behind a call that only moves them (see `moves`); None where it cannot be run on them."""
     if node.target in _IDENTITY:
         return numbers
+    if node.target is aten.index.Tensor:
+        return _picked(node, numbers)
     try:
         rest = [known(a) for a in node.args[1:]]
         kwargs = {key: known(a) for key, a in node.kwargs.items()}
@@ -115,6 +162,19 @@ def moved(node: fx.Node, numbers: Any) -> Any:
         return target(numbers, *rest, **kwargs)
     except (RuntimeError, TypeError, IndexError):
         return None
+
+
+def _picked(node: fx.Node, numbers: Any) -> Tensor | None:
+    """Numbers behind `_picks`."""
+    indices: Any = node.args[1]
+    axis = next(i for i, index in enumerate(indices) if index is not None)
+    gm = node.graph.owning_module
+    if not isinstance(numbers, Tensor) or gm is None:
+        return None
+    chosen = get_tensor(gm, str(indices[axis].target))
+    if chosen.dim() != 1 or chosen.dtype.is_floating_point or chosen.dtype == torch.bool:
+        return None
+    return numbers.index_select(axis, chosen.to(torch.int64).cpu() % numbers.shape[axis])
 
 
 def known(value: Any) -> Any:

@@ -11,17 +11,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import fx
 
+from qfx import annotation
 from qfx.data import check_batch, telling
 from qfx.errors import Note, QfxWarning, explain
-from qfx.passes.observe import Make, Observers, insert_observers, remove_observers
+from qfx.passes.observe import Make, Observers, Roles, insert_observers, remove_observers
 from qfx.spill import Resting
 
 
 def observed(
-    gm: fx.GraphModule, batches: Sequence[Sequence[Any]], make: Make, *, progress: bool = True
-) -> tuple[Observers, list[Note]]:
+    gm: fx.GraphModule, batches: Sequence[Sequence[Any]], make: Make, *, roles: Roles = annotation.get,
+    progress: bool = True,
+) -> tuple[Observers, list[Note]]:  # fmt: skip
     """What the observers that `make` wishes saw of the batches, and notes as `calibrate` gives; `gm` is as before."""
-    observers = insert_observers(gm, make)
+    observers = insert_observers(gm, make, roles)
     try:
         notes = calibrate(gm, batches, observers, total=len(batches), progress=progress) if observers else []
     finally:

@@ -11,7 +11,7 @@ of all calls of one shared layer, since a layer has one scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
@@ -22,6 +22,7 @@ from qfx.observers import Observer
 
 Key = tuple[str, str]
 Make = Callable[[fx.Node, str], Observer | None]
+Roles = Callable[[fx.Node], Iterable[str]]
 
 _HOLDER = "qfx_observers"
 _OPERAND = {"x": 0, "w": 0, "q": 0, "k": 1, "v": 2}  # role -> position of the value among the node's arguments
@@ -63,19 +64,19 @@ class _Observe(nn.Module):
         self.observer.update(x, self.observers.batch)
 
 
-def insert_observers(gm: fx.GraphModule, make: Make) -> Observers:
+def insert_observers(gm: fx.GraphModule, make: Make, roles: Roles = annotation.get) -> Observers:
     """Watch the value of every (node, role) for which `make` gives an observer.
 
     Roles: x (input), w (what the weight multiplies: the input, too), q, k, v (inputs of attention), y (result), as far
-    as the node is annotated with them. `make` may be asked for several keys of one value: of observers with equal
-    settings the first is used for all.
+    as `roles` names them for the node: left out, those that it is annotated with. `make` may be asked for several keys
+    of one value: of observers with equal settings the first is used for all.
     """
     assert not hasattr(gm, _HOLDER), "the graph has observers already; remove them first"
     observers = Observers()
     shared = _Shared()
     wanted: list[tuple[fx.Node, Key, Observer]] = []
     for node in gm.graph.nodes:
-        for role in annotation.get(node) if node.op == "call_function" else ():
+        for role in roles(node) if node.op == "call_function" else ():
             value = _value(node, role)
             observer = make(node, role) if value is not None else None
             if value is not None and observer is not None:

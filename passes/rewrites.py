@@ -15,6 +15,7 @@ MODULES = {
     "untie": "qfx.passes.untie",
     "norm-fold": "qfx.passes.norm_fold",
     "smooth": "qfx.passes.smooth",
+    "smooth-k": "qfx.passes.smooth_k",
     "v-o": "qfx.passes.v_o",
     "up-down": "qfx.passes.up_down",
     "centre": "qfx.passes.centre",

@@ -12,10 +12,11 @@ from qfx.errors import explain
 
 # The order of application, whatever order a recipe names them in: first what separates weights and norms, then changes
 # of basis, which need norms whose weight is 1, then factors per channel of that basis, those last for which an input
-# may have to be divided. Heads change places at the end: what was done to each of them goes with it. No other rewrite
-# mixes heads, so that their order commutes with all of them.
+# may have to be divided. Factors of key channels come before a rotation that mixes these behind RoPE; no other rewrite
+# touches the rows that they scale. Heads change places at the end: what was done to each of them goes with it. No other
+# rewrite mixes heads, so that their order commutes with all of them.
 ORDER: tuple[str, ...] = (
-    "untie", "norm-fold", "rotate", "rotate-down", "rotate-qk", "awq", "v-o", "up-down", "smooth",
+    "untie", "norm-fold", "smooth-k", "rotate", "rotate-down", "rotate-qk", "awq", "v-o", "up-down", "smooth",
     "permute-heads",
 )  # fmt: skip
 ROTATIONS: tuple[str, ...] = ("rotate", "rotate-down", "rotate-qk")

@@ -41,7 +41,7 @@ from qfx.strict import Strict
 KINDS: tuple[str, ...] = tuple(ROLES)
 REWRITES: tuple[str, ...] = combine.ORDER
 DATA_ROUNDINGS: tuple[str, ...] = ("gptq", "learned")  # round by what each layer reads
-DATA_REWRITES: tuple[str, ...] = ("awq", "smooth", "v-o", "up-down")  # choose their factors by what the linears see
+DATA_REWRITES: tuple[str, ...] = ("awq", "smooth", "smooth-k", "v-o", "up-down")  # choose their factors by data
 OBSERVERS: tuple[str, ...] = ("absmax", "minmax", "ema", "percentile", "mse", "entropy")
 NONE = "none"
 

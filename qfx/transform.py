@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import fx
 
-from qfx import combine, rotations, run
+from qfx import annotation, combine, rotations, run
 from qfx.errors import Note
+from qfx.format import Format
 from qfx.observers import Sample
-from qfx.passes import awq, smooth, up_down, v_o
+from qfx.passes import awq, smooth, smooth_k, up_down, v_o
 from qfx.passes.calibrate import observed
 from qfx.passes.observe import Make
 from qfx.passes.rewrites import MODULES
@@ -39,6 +40,8 @@ def transform(
             notes += rotations.rewrite(gm, plan, name, undivided)
         elif name == "awq":
             notes += _awq(gm, plan, batches, progress=progress)
+        elif name == "smooth-k":
+            notes += _smooth_k(gm, plan, batches, progress=progress)
         elif name == "permute-heads":
             notes += permute(gm, plan)
         elif name in DATA_REWRITES:
@@ -75,6 +78,25 @@ def _smooth(
             for fqn, vector in smooth.explicit_factors(site, factor).items():
                 plan.tensors[f"{fqn}/smooth"] = vector
     return notes + refusals
+
+
+def _smooth_k(gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], *, progress: bool) -> list[Note]:
+    """Factors of key channels, by the keys and queries that attention reads."""
+    recipe = plan.recipe
+    stats, notes = observed(gm, batches, smooth_k.watch, roles=smooth_k.roles, progress=progress)
+    chosen, refusals = smooth_k.smooth(
+        gm, stats, alpha=recipe.smooth_alpha, observer=recipe.observer, percentile=recipe.percentile, formats=_of_keys
+    )
+    for site, factor in chosen:
+        apply_site(gm, plan, site, factor)
+    return notes + refusals
+
+
+def _of_keys(node: fx.Node) -> Format | None:
+    """How an attention's keys are rounded: of several formats that with the fewest bits."""
+    formats = annotation.get(node).get("k")
+    found = [fmt for fmt in annotation.each(formats) if not fmt.is_plain and fmt.dynamic] if formats else []
+    return min(found, key=lambda fmt: fmt.bits, default=None)
 
 
 def _awq(gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], *, progress: bool) -> list[Note]:

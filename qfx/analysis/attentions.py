@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -107,43 +106,22 @@ def _count(value: object) -> int:
 
 def _source(value: fx.Node) -> Projection | str:
     """The linear that gives q, k or v [.., heads, tokens, width], and the rows of each head."""
-    linears: list[fx.Node] = []
-    carried = _carried(value, linears)
-    if isinstance(carried, str):
-        return carried
-    if not isinstance(carried, Tensor) or carried.dim() < 3 or len(set(linears)) != 1:
-        return "its channels cannot be followed"
-    return _projection(linears[0], list(carried.unbind(-3)), m.known(m.shape(linears[0])[-1]) or 0)
+    linears: dict[fx.Node, None] = {}
 
-
-def _carried(node: Any, linears: list[fx.Node]) -> Any:
-    """The numbers of a linear's rows at a value that comes from it, moved by the very calls of the graph; what only
-    scales or rotates the channels of a head leaves them. A text says why not. linears: filled with those met."""
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return "it does not come straight from a linear"
-    if graph.schema_name(node) == "aten::linear":
-        linears.append(node)
+    def start(node: fx.Node) -> Tensor | str | None:
+        if graph.schema_name(node) != "aten::linear":
+            return None
+        linears[node] = None
         numbers = channels.numbered(node, (-1,))
         return "its sizes are not known" if numbers is None else numbers
-    if graph.is_call(node, aten.cat.default):  # the rotated and the other part of a head
-        return _joined(node, [_carried(part, linears) for part in m.arguments(node)["tensors"]])
-    if not (channels.moves(node) or _keeps_heads(node) or picks(node) or _scales(node)):
-        return "it does not come straight from a linear"
-    above = _carried(node.args[0], linears)
-    if isinstance(above, str) or _keeps_heads(node) or _scales(node):
-        return above
-    found = _picked(node, above) if picks(node) else channels.moved(node, above)
-    return "its channels cannot be followed" if found is None else found
 
-
-def _joined(node: fx.Node, parts: list[Any]) -> Any:
-    if told := next((part for part in parts if isinstance(part, str)), None):
-        return told
-    dim = m.arguments(node)["dim"]
-    sizes = [part.shape for part in parts if isinstance(part, Tensor)]
-    if len(sizes) != len(parts) or any(len(size) != len(sizes[0]) for size in sizes) or not isinstance(dim, int):
+    carried = channels.carried(value, start, lambda node: _keeps_heads(node) or _scales(node), {})
+    if isinstance(carried, str):
+        return carried
+    if not isinstance(carried, Tensor) or carried.dim() < 3 or len(linears) != 1:
         return "its channels cannot be followed"
-    return torch.cat(parts, dim)
+    linear = next(iter(linears))
+    return _projection(linear, list(carried.unbind(-3)), m.known(m.shape(linear)[-1]) or 0)
 
 
 def _keeps_heads(node: fx.Node) -> bool:
@@ -163,27 +141,6 @@ def _scales(node: fx.Node) -> bool:
         return False
     other = m.skip_casts(node.args[1])
     return not isinstance(other, fx.Node) or other.op == "get_attr"
-
-
-def picks(node: fx.Node) -> bool:
-    """Indices along one axis that are a constant: x[:, :, [4]]."""
-    if not graph.is_call(node, aten.index.Tensor):
-        return False
-    given = [index for index in node.args[1] if index is not None]  # type: ignore[union-attr]
-    return len(given) == 1 and isinstance(given[0], fx.Node) and given[0].op == "get_attr"
-
-
-def _picked(node: fx.Node, numbers: Any) -> Tensor | None:
-    """Numbers behind `_picks`."""
-    indices: Any = node.args[1]
-    axis = next(i for i, index in enumerate(indices) if index is not None)
-    gm = node.graph.owning_module
-    if not isinstance(numbers, Tensor) or gm is None:
-        return None
-    chosen = graph.get_tensor(gm, str(indices[axis].target))
-    if chosen.dim() != 1 or chosen.dtype.is_floating_point or chosen.dtype == torch.bool:
-        return None
-    return numbers.index_select(axis, chosen.to(torch.int64).cpu() % numbers.shape[axis])
 
 
 def _output(node: fx.Node) -> Projection | str:

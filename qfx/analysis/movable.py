@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from qfx import graph
-from qfx.analysis.attentions import Attention, Projection, picks, projections
+from qfx.analysis.attentions import Attention, Projection, projections
 from qfx.graph import is_call
 from qfx.passes import _channels as channels
 from qfx.passes import _match as m
@@ -131,7 +131,7 @@ def _treated_alike(along: Along, path: set[fx.Node], linear: fx.Node) -> list[Al
     further: list[Along] = []
     for node in path:
         others = [n for n in node.all_input_nodes if n not in path and n is not linear]
-        if channels.moves(node) or picks(node) or (node.target in _SCALES and not others):
+        if channels.moves(node) or (node.target in _SCALES and not others):
             continue
         if is_call(node, aten.cat.default) and not others and m.is_last(m.arguments(node)["dim"], node):
             continue
