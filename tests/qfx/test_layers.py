@@ -24,7 +24,7 @@ LAYERS = (
     ),
     "qfx.segments",
     (
-        "qfx.cache_ops qfx.parts qfx.rounded"
+        "qfx.kv qfx.cache_ops qfx.parts qfx.rounded"
         " qfx.graph qfx.names qfx.trace qfx.capture qfx.run qfx.verify qfx.plan qfx.recipe qfx.presets"
     ),
     "qfx.observers qfx.moments qfx.inputs qfx.data qfx.hub qfx.streamed qfx.lanes qfx.blocks qfx.offsets",

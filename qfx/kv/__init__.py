@@ -1,0 +1,14 @@
+"""Caches of keys and values in few bits: their formats, their memory, and attention that reads it as it lies there.
+
+formats     what a layer's cache stores, and its bytes
+store       one layer's memory: packed codes that only grow
+attend      attention over a store, tile by tile
+states      what a model gets for its keys and values
+cache       `qfx.QuantizedCache`, a cache of transformers
+"""
+
+from __future__ import annotations
+
+from qfx.kv.formats import CacheFormat, cache_formats
+
+__all__ = ["CacheFormat", "cache_formats"]
