@@ -20,6 +20,7 @@ from qfx.data import Call, telling
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
 from qfx.inputs import example_inputs, need_inputs, without_cache
+from qfx.kv.plans import plan_caches
 from qfx.measure import decibel
 from qfx.observers import Observer, create
 from qfx.outliers import keep_outliers
@@ -54,13 +55,16 @@ def decide(
     if captured is None:
         _check_walkable(recipe, reason, step)
         made, notes = walk(model, recipe, reason, step)
-        return made, [*notes, *_unmatched(recipe, [(kind, fqn) for fqn, kind in _walked(made)])], []
+        made.caches, told = plan_caches(model, recipe, calls)
+        return made, [*notes, *told, *_unmatched(recipe, [(kind, fqn) for fqn, kind in _walked(made)])], []
     gm = captured.gm
     prepare(gm)
     notes = [*annotate(gm, recipe), *refuse(gm)]
     notes += _unmatched(recipe, [(k, graph.fqn_of(n)) for n in gm.graph.nodes if (k := kind_of(n)) is not None])
     made = Plan.of(model, recipe)
     notes += _record(model, gm, made)
+    made.caches, told = plan_caches(model, recipe, calls)
+    notes += told
     said: list[Note] = []
     if recipe.rewrites or calls:
         flat = [captured.flatten(a, k if a else without_cache(model, k)) for a, k in calls]

@@ -176,7 +176,7 @@ class Rule(Strict):
 
     def matches(self, kind: str, fqn: str, *, tied: bool = False) -> bool:
         """Whether the rule is for the node of this kind and fully qualified name, whose weight may be a tied table."""
-        return _matches(self.target, kind, fqn, tied=tied)
+        return matches(self.target, kind, fqn, tied=tied)
 
 
 class Recipe(Strict):
@@ -265,7 +265,7 @@ class Recipe(Strict):
         """
         if kind not in ROLES:
             raise ValueError(f"unknown op kind {kind!r}, {nearest(kind, KINDS)}")
-        if any(_matches(target, kind, fqn, tied=tied) for target in self.ignore):
+        if any(matches(target, kind, fqn, tied=tied) for target in self.ignore):
             return {}
         found: dict[str, Rule] = {}
         for rule in self.rules:
@@ -281,7 +281,7 @@ class Recipe(Strict):
     def cache_for(self, fqn: str) -> dict[str, Any]:
         """What rules ask of the cache of the attention of this name: k, v (texts or tuples of them), residual, sinks;
         only what is named, and {} for one that stays as it is."""
-        if any(_matches(target, CACHE, fqn) for target in self.ignore):
+        if any(matches(target, CACHE, fqn) for target in self.ignore):
             return {}
         found: dict[str, Any] = {}
         for rule in self.cache_rules:
@@ -292,10 +292,15 @@ class Recipe(Strict):
         return {**kept, **found} if kept else {}
 
     def unmatched(self, nodes: Iterable[tuple[str, str]]) -> list[str]:
-        """Targets of rules and of `ignore`, op kinds aside, that match none of the (kind, name) pairs: likely typos."""
+        """Targets of rules and of `ignore`, op kinds and caches aside, that match none of the (kind, name) pairs:
+        likely typos."""
         pairs = list(nodes)
         targets = dict.fromkeys([*(rule.target for rule in self.rules), *self.ignore])
-        return [t for t in targets if t not in KINDS and not any(_matches(t, kind, fqn) for kind, fqn in pairs)]
+        return [
+            t
+            for t in targets
+            if t not in KINDS and not is_cache(t) and not any(matches(t, kind, fqn) for kind, fqn in pairs)
+        ]
 
     @property
     def needs_data(self) -> bool:
@@ -352,9 +357,10 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-def _matches(target: str, kind: str, fqn: str, *, tied: bool = False) -> bool:
+def matches(target: str, kind: str, fqn: str, *, tied: bool = False) -> bool:
+    """Whether a target is for the node of this kind and name, whose weight may be a tied table."""
     if is_cache(target) or kind == CACHE:
-        return is_cache(target) and kind == CACHE and (target == CACHE or _matches(names_of(target), "", fqn))
+        return is_cache(target) and kind == CACHE and (target == CACHE or matches(names_of(target), "", fqn))
     if target == "tied":
         return tied
     if target in KINDS:

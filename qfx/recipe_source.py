@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from qfx.errors import nearest
-from qfx.presets import UNAVAILABLE, presets
+from qfx.presets import presets
 from qfx.recipe import Recipe, Rule
 
 _SUFFIXES = (".yaml", ".yml", ".json")
@@ -37,10 +37,7 @@ def _preset(name: str) -> Recipe:
     known = presets()
     if name in known:
         return known[name]
-    available = f"available presets: {', '.join(known)}"
-    if name in UNAVAILABLE:
-        raise ValueError(f"preset {name!r} is not in this version: {UNAVAILABLE[name]}; {available}")
-    raise ValueError(f"unknown preset {name!r}, {nearest(name, known)} ({available})")
+    raise ValueError(f"unknown preset {name!r}, {nearest(name, known)} (available presets: {', '.join(known)})")
 
 
 def combined(recipes: list[Recipe]) -> Recipe:
