@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from qfx import annotation, graph, run
 from qfx.allocation.allocate import Given, allocate
+from qfx.allocation.caches import allocate_caches
 from qfx.allocation.simple import lift
 from qfx.capture import Captured, capture_export
 from qfx.clipping import clip_inputs
@@ -85,6 +86,8 @@ def decide(
                 notes += lift(gm, made, flat, outputs=captured.outputs, scores=scores, progress=progress)
             if len(made.rewrites) > count:  # heads were put in another order
                 said = _scales(gm, made, flat, progress=progress)
+        if recipe.cache_bits is not None and made.caches:
+            notes += allocate_caches(gm, made, flat, outputs=captured.outputs, progress=progress)
         notes += _rounded(model, gm, made, flat, progress=progress, resume=resume, memory=memory)
         if calls:
             made.sensitivities["sqnr_db"] = _errors(gm, made, flat[0])
@@ -108,9 +111,9 @@ def _rounded(
 
 def _check_walkable(recipe: Recipe, reason: str, step: str) -> None:
     """Raises UnsupportedError where a recipe needs the graph that could not be had."""
-    if recipe.allocation is not None or recipe.lift is not None:
+    if recipe.allocation is not None or recipe.lift is not None or recipe.cache_bits is not None:
         what = f"formats of units are allocated on the model's graph, which cannot be had: {reason}"
-        raise UnsupportedError(explain(what, next_step=f"{step}; or leave out the budget (lift)"))
+        raise UnsupportedError(explain(what, next_step=f"{step}; or leave out the budget (lift, cache_bits)"))
 
 
 def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, str, str]:

@@ -222,7 +222,7 @@ class Recipe(Strict):
     num_calibration_samples: Annotated[int, Field(strict=True, ge=1)] = 128
     allocation: AllocationOptions | None = None
     lift: LiftOptions | None = None
-    cache_bits: Annotated[float, Field(ge=2, le=8)] | None = None
+    cache_bits: Annotated[float, Field(ge=2, le=6)] | None = None
 
     @field_validator("ignore")
     @classmethod
@@ -277,6 +277,10 @@ class Recipe(Strict):
     def cache_rules(self) -> tuple[Rule, ...]:
         """Those for caches."""
         return tuple(rule for rule in self.rules if is_cache(rule.target))
+
+    def names_cache(self, fqn: str) -> bool:
+        """Whether a rule names the cache of this attention, not just all caches."""
+        return any(rule.target != CACHE and rule.matches(CACHE, fqn) for rule in self.cache_rules)
 
     def cache_for(self, fqn: str) -> dict[str, Any]:
         """What rules ask of the cache of the attention of this name: k, v (texts or tuples of them), residual, sinks;
