@@ -36,10 +36,15 @@ from qfx.save import load, save
 
 if TYPE_CHECKING:
     from qfx.hf_config import QfxConfig as QfxConfig
+    from qfx.kv.cache import QuantizedCache as QuantizedCache
 else:
 
     def __getattr__(name: str) -> type:
-        """`qfx.QfxConfig` is a class of transformers, which is imported where the name is used."""
+        """`qfx.QfxConfig` and `qfx.QuantizedCache` are of transformers, which is imported where they are used."""
+        if name == "QuantizedCache":
+            from qfx.kv.cache import QuantizedCache
+
+            return QuantizedCache
         if name != "QfxConfig":
             raise AttributeError(f"module 'qfx' has no attribute {name!r}")
         import transformers.quantizers.auto  # noqa: F401  (its import registers qfx)
@@ -80,7 +85,7 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "QfxConfig"])
+    return sorted([*globals(), "QfxConfig", "QuantizedCache"])
 
 
 _register_when_loaded()

@@ -48,6 +48,13 @@ def test_the_config_for_transformers_is_there_where_it_is_asked_for() -> None:
     assert QfxConfig(recipe="w4a16").recipe == qfx.Recipe.parse("w4a16")
 
 
+def test_the_cache_for_transformers_is_there_where_it_is_asked_for() -> None:
+    from qfx import QuantizedCache
+
+    assert "QuantizedCache" in dir(qfx) and QuantizedCache is qfx.QuantizedCache
+    assert QuantizedCache.__doc__
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="quantise"):
         qfx.quantise  # type: ignore[attr-defined]  # noqa: B018

@@ -1,134 +1,177 @@
-"""Which layers of a model keep keys and values, and of what size: seen in one small call."""
+"""The layers of a `QuantizedCache` as transformers calls them: one store each."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
-from qfx.errors import Note, explain
-from qfx.inputs import example_inputs
+from qfx.errors import explain
+from qfx.kv.formats import CacheFormat
+from qfx.kv.states import packed
+from qfx.kv.store import Store
 
-_TOKENS = 2  # of the call
-_IDS = ("input_ids", "decoder_input_ids", "attention_mask", "decoder_attention_mask")
 
+class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer, in the formats of `fmt`.
 
-@dataclass(frozen=True)
-class CacheLayer:
-    """One layer of a model's cache. fqn: of the attention that fills it. index: its number. heads: of keys and values.
-
-    widths: channels of a head's keys and values. window: tokens that are kept; None: all. cross: it holds what an
-    encoder gave, once, instead of growing.
+    expected: (heads, channels of a head) as the model's config says, None where it says nothing. window: tokens that a
+    new one sees, itself included (sliding and chunked attention), of which only those are kept.
     """
 
-    fqn: str
-    index: int
-    heads: int
-    widths: tuple[int, int]
-    window: int | None = None
-    cross: bool = False
+    def __init__(
+        self, fmt: CacheFormat, where: str, *, window: int | None = None, expected: tuple[int, int] | None = None
+    ) -> None:
+        self.fmt, self.where, self.window, self.expected = fmt, where, window, expected
+        self.store: Store | None = None
+        self.record_past = False
+        self.device: torch.device | None = None
+        if window is not None:
+            self.is_sliding = True
 
-    def to_json(self) -> dict[str, Any]:
-        """All but the name."""
-        return {name: list(v) if name == "widths" else v for name, v in asdict(self).items() if name != "fqn"}
+    is_sliding = False
+    supports_early_init = False  # the first keys and values say what is to be made
 
-    @classmethod
-    def from_json(cls, fqn: str, value: Mapping[str, Any]) -> CacheLayer:
-        """What `to_json` gave. Raises ValueError for what is no layer."""
-        try:
-            keys, values = (int(width) for width in value["widths"])
-            window = None if value["window"] is None else int(value["window"])
-            found = cls(fqn, int(value["index"]), int(value["heads"]), (keys, values), window, bool(value["cross"]))
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"the layer {fqn!r} of a cache cannot be read"
-            raise ValueError(explain(what, expected="index, heads, widths, window, cross", found=value)) from error
-        if min(found.index, found.heads - 1, keys - 1, values - 1) < 0:
-            raise ValueError(explain(f"the layer {fqn!r} of a cache has impossible sizes", found=dict(value)))
-        return found
+    @property
+    def is_initialized(self) -> bool:
+        """Something was stored."""
+        return self.store is not None
 
+    @property
+    def is_croppable(self) -> bool:
+        """A crop leaves no trace: each token is stored alone and at once."""
+        return self.fmt.step == 1 and self.fmt.residual == 0 and self.window is None
 
-def cache_layers(model: nn.Module, calls: Sequence[Any] = ()) -> tuple[list[CacheLayer], Note | None]:
-    """The layers in order, those of self-attention first; and, where none was seen, why.
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys as they come back, [B, G, L, D]: a copy in float of all that is held."""
+        return None if self.store is None else self.store.view().dense(0)
 
-    calls: (args, kwargs) of the model, for one whose inputs its configuration does not tell. The model is called once
-    with two tokens; nothing of it changes.
-    """
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        return [], _none(model, "it keeps no keys and values (its forward takes no past_key_values)")
-    if getattr(getattr(model, "config", None), "is_decoder", None) is False and not _generates(model):
-        return [], _none(model, "it keeps no keys and values (it is an encoder)")
-    inputs = _inputs(model, calls)
-    if inputs is None:
-        return [], _none(model, "no example of its inputs is known", "give data=[batch]")
-    seen: dict[tuple[bool, int], CacheLayer] = {}
-    try:
-        _watch(model, inputs, seen)
-    except Exception as error:  # noqa: BLE001  (any model's own code: what it raises is told)
-        what = f"its cache could not be looked at: {type(error).__name__}: {str(error).splitlines()[0]}"
-        return [], _none(model, what)
-    found = [seen[key] for key in sorted(seen)]
-    return found, None if found else _none(model, "it keeps no keys and values (nothing was put into a cache)")
+    @property
+    def values(self) -> Tensor | None:
+        """Values as they come back, [B, G, L, Dv]: a copy in float of all that is held."""
+        return None if self.store is None else self.store.view().dense(1)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, room to grow included."""
+        return 0 if self.store is None else self.store.nbytes
 
-def _generates(model: nn.Module) -> bool:
-    found = getattr(model, "can_generate", None)
-    return bool(found and found())
+    def __getattr__(self, name: str) -> Any:
+        if name == "batch_size" and self.__dict__.get("store") is not None:
+            return self.__dict__["store"].rest[0].shape[0]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the store for keys and values of these sizes. Raises ValueError for heads that the config has not."""
+        self.device = key_states.device
+        if self.expected is not None and (key_states.shape[1], key_states.shape[3]) != self.expected:
+            raise ValueError(
+                explain(
+                    f"keys of another model for the cache of {self.where}",
+                    expected="{} heads of {} channels, as the config says".format(*self.expected),
+                    found=f"{key_states.shape[1]} heads of {key_states.shape[3]}",
+                    next_step="make the cache with the config of the model that uses it",
+                )
+            )
+        self.store = Store(self.fmt, key_states, value_states, where=self.where)
 
-def _none(model: nn.Module, reason: str, step: str = "leave rules for 'cache' out of the recipe") -> Note:
-    return Note(type(model).__name__, reason, step)
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store keys [B, G, n, D] and values [B, G, n, Dv]; returns what this call's attention reads.
 
+        That is the history as it is stored, and the new tokens as they came (where nothing is cached yet: just these).
+        """
+        before = self.get_seq_length()
+        if self.store is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.store is not None
+        seen = self.store.append(key_states, value_states)
+        if self.window is not None and not self.record_past:
+            self.store.drop(keep=self.window - 1)
+        if before == 0:
+            return key_states, value_states
+        length, _offset = self._sizes(before, key_states.shape[2])
+        return packed(seen.narrow(len(seen) - length, len(seen)) if length < len(seen) else seen)
 
-def _inputs(model: nn.Module, calls: Sequence[Any]) -> dict[str, Any] | None:
-    """Keyword arguments of a call of two tokens; those of an encoder are as they are."""
-    found = example_inputs(model)
-    if found is None and calls:
-        args, kwargs = calls[0]
-        found = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-        found |= found.pop("kwargs", {})
-    if found is None:
-        return None
-    config = getattr(model, "config", None)
-    whole = {"input_ids", "attention_mask"} if getattr(config, "is_encoder_decoder", False) else set()
-    return {
-        name: value[:, :_TOKENS] if name in _IDS and name not in whole and isinstance(value, Tensor) else value
-        for name, value in found.items()
-        if name not in ("use_cache", "past_key_values", "labels")
-    }
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(tokens that attention will get with `query_length` new ones, position of the first)."""
+        return self._sizes(self.get_seq_length(), query_length)
 
+    def _sizes(self, before: int, new: int) -> tuple[int, int]:
+        offset = 0 if self.window is None else max(before - self.window + 1, 0)
+        return before - offset + new, offset
 
-def _watch(model: nn.Module, inputs: dict[str, Any], seen: dict[tuple[bool, int], CacheLayer]) -> None:
-    """Call the model with a cache that notes who fills it."""
-    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+    def get_seq_length(self) -> int:
+        """Tokens seen so far."""
+        return 0 if self.store is None else self.store.tokens
 
-    config: Any = model.config
-    inside: list[str] = []
+    def get_max_length(self) -> int:
+        """The window, or -1: it grows."""
+        return -1 if self.window is None else self.window
 
-    class Watched(DynamicCache):  # type: ignore[misc]
-        cross = False
+    def activate_past_recording(self) -> None:
+        """Keep what a window has left behind until the next `crop`."""
+        self.record_past = True
 
-        def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            result = super().update(keys, values, layer_idx, *args, **kwargs)
-            own = self.layers[layer_idx]
-            window = int(own.sliding_window) if getattr(own, "is_sliding", False) else None
-            widths = (int(keys.shape[-1]), int(values.shape[-1]))
-            layer = CacheLayer(inside[-1], layer_idx, int(keys.shape[1]), widths, window, self.cross)
-            seen.setdefault((self.cross, layer_idx), layer)
-            return result
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens; their number is given as a negative one, as transformers does.
 
-    text = config.get_text_config(decoder=True)
-    cache: Any = Watched(config=text)
-    if getattr(config, "is_encoder_decoder", False):
-        other = Watched(config=text)
-        other.cross = True
-        cache = EncoderDecoderCache(cache, other)
-    with ExitStack() as hooks, torch.no_grad():
-        for name, module in model.named_modules():
-            hooks.callback(module.register_forward_pre_hook(lambda *_, name=name: inside.append(name)).remove)
-            hooks.callback(module.register_forward_hook(lambda *_: inside.pop() and None, always_call=True).remove)
-        model(**inputs, past_key_values=cache, use_cache=True)
+        Tokens stored alone are cut exactly. Where a group of keys (/gN) is cut, its tokens that stay become part of the
+        rest, as they come back, and are rounded once more when a group is complete again. Raises ValueError for a
+        positive number, for more tokens than there are, and behind a window that has closed without past recording.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                explain(
+                    f"crop({tokens_to_remove}) of the cache of {self.where}",
+                    expected="a negative number of tokens, those to be removed",
+                    found=tokens_to_remove,
+                    next_step=f"crop(length - {self.get_seq_length()}) keeps `length` tokens",
+                )
+            )
+        if self.store is None:
+            return
+        full = self.window is not None and self.get_seq_length() >= self.window
+        if full and tokens_to_remove and not self.record_past:
+            raise ValueError(
+                explain(
+                    f"cannot crop the cache of {self.where}",
+                    expected=f"fewer tokens than its window of {self.window}, or past recording",
+                    found=f"{self.get_seq_length()} tokens, of which the first are gone",
+                    next_step="call activate_past_recording() before the tokens to be cropped come",
+                )
+            )
+        if tokens_to_remove:
+            self.store.remove(-tokens_to_remove)
+        if self.window is not None:
+            self.store.drop(keep=self.window - 1)
+
+    def reset(self) -> None:
+        """Forget everything, batch and sizes included."""
+        self.store = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the sequences in another order (beam search)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences, in this order."""
+        if self.store is not None:
+            self.store.each(lambda t: t[indices.to(t.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence `repeats` times."""
+        if self.store is not None:
+            self.store.each(lambda t: t.repeat_interleave(repeats, 0))
+
+    def offload(self) -> None:
+        """Move the memory to the CPU; what was handed out stays where it is."""
+        if self.store is not None:
+            self.store.each(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move the memory back to the device of the keys."""
+        if self.store is not None:
+            self.store.each(lambda t: t.to(self.device, non_blocking=True))

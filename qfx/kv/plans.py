@@ -17,7 +17,7 @@ from qfx.errors import Note, explain, nearest
 from qfx.kv.asked import is_cache
 from qfx.kv.formats import CacheFormat, cache_formats
 from qfx.kv.held import Caches
-from qfx.kv.layers import CacheLayer, cache_layers
+from qfx.kv.sites import CacheLayer, cache_layers
 from qfx.recipe import Recipe, matches
 
 PLAIN = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}

@@ -63,7 +63,7 @@ def test_json(kv: Any) -> None:
 
 def test_text() -> None:
     assert str(one("i8")) == "k=i8/tok/f16 v=i8/tok/f16"
-    assert str(one({"k": ["i8", "i4"], "v": "i2"})) == ("k=[i8/tok/f16,u4/g32/f16] v=u2/g32/f16 residual=32 sinks=4")
+    assert str(one({"k": ["i8", "i4"], "v": "i2"})) == "k=[i8/tok/f16,u4/g32/f16] v=u2/g32/f16 residual=32 sinks=4"
 
 
 @pytest.mark.parametrize(

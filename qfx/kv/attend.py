@@ -1,0 +1,239 @@
+"""Attention over a cache as it is stored: tile by tile, so that no float copy of the history is ever made.
+
+    s = q k^T * scale + mask      of all tokens, for as many queries at a time as SCORES allows
+    p = softmax(s)                a row without any token gives 0, as torch's attention does
+    y = p v
+
+A tile of codes is cast to f32 and multiplied at once. The scale c and the zero point z of a token are folded in:
+q (c (k - z))^T = c (q k^T - z sum(q)), and p (c (v - z)) = (p c) v - sum(p c z). The heads of queries that share a head
+of keys are rows of one product, so that nothing is repeated. Scores of a whole row are small beside its keys, which
+makes one softmax over all of them better than the online one (Milakov and Gimelshein 2018), which corrects its sums for
+every tile. Everything is computed in f32; the result has the type of q.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qfx.kv.codes import Codes
+
+TILE = 1 << 19  # elements of a tile, of all heads and sequences
+SCORES = 1 << 22  # scores that exist at a time
+
+
+@dataclass(frozen=True)
+class Part:
+    """Heads of one format: their numbers (None: all heads), and their stored keys and values."""
+
+    heads: Tensor | None
+    keys: Codes
+    values: Codes
+
+
+@dataclass(frozen=True)
+class View:
+    """What attention reads of one layer, in the order of the tokens: sinks, stored tokens, the rest.
+
+    first [B, G, n, D] and rest: (keys, values) in the model's dtype. parts: stored tokens `start` to `end` - 1 of each.
+    """
+
+    first: tuple[Tensor, Tensor]
+    parts: tuple[Part, ...]
+    start: int
+    end: int
+    rest: tuple[Tensor, Tensor]
+
+    def __len__(self) -> int:
+        return self.first[0].shape[2] + self.end - self.start + self.rest[0].shape[2]
+
+    def shape(self, role: int) -> tuple[int, int, int, int]:
+        """[B, G, tokens, D] of keys (0) or values (1)."""
+        batch, heads, _, width = self.rest[role].shape
+        return batch, heads, len(self), width
+
+    def narrow(self, start: int, end: int) -> View:
+        """Tokens start to end - 1 of these."""
+        a, b = self.first[0].shape[2], self.first[0].shape[2] + self.end - self.start
+
+        def cut(pair: tuple[Tensor, Tensor], at: int) -> tuple[Tensor, Tensor]:
+            low, high = max(start - at, 0), max(end - at, 0)
+            return pair[0][:, :, low:high], pair[1][:, :, low:high]
+
+        low = self.start + min(max(start - a, 0), b - a)
+        high = self.start + min(max(end - a, 0), b - a)
+        return replace(self, first=cut(self.first, 0), start=low, end=max(low, high), rest=cut(self.rest, b))
+
+    def dense(self, role: int) -> Tensor:
+        """Keys (0) or values (1) as they come back, [B, G, tokens, D] in the model's dtype."""
+        out = self.rest[role].new_empty(self.shape(role))
+        a, b = self.first[role].shape[2], self.first[role].shape[2] + self.end - self.start
+        out[:, :, :a], out[:, :, b:] = self.first[role], self.rest[role]
+        for part in self.parts if b > a else ():
+            codes = part.values if role else part.keys
+            heads = slice(None) if part.heads is None else part.heads
+            out[:, heads, a:b] = codes.values(self.start, self.end).to(out.dtype)
+        return out
+
+
+def attend(q: Tensor, view: View, mask: Tensor | None, scale: float, *, causal: bool = False) -> Tensor:
+    """Attention of q [B, H, S, D] to the tokens of `view`, [B, H, S, Dv] in the dtype of q.
+
+    H is a multiple of the heads of keys. mask: boolean or additive, broadcast to [B, H, S, L]. causal: query i sees
+    tokens up to i.
+    """
+    batch, heads, queries, _ = q.shape
+    groups, length = view.rest[0].shape[1], len(view)
+    q5 = q.reshape(batch, groups, heads // groups, queries, -1)
+    mask = _five(mask, groups, heads)
+    out = q.new_empty((*q5.shape[:-1], view.rest[1].shape[-1]))
+    rows = max(SCORES // (batch * heads * max(length, 1)), 1)
+    for a in range(0, queries, rows):
+        b = min(a + rows, queries)
+        seen = mask if mask is None or mask.shape[3] == 1 else mask[..., a:b, :]
+        if causal:
+            tokens = torch.arange(length, device=q.device)
+            early = tokens <= torch.arange(a, b, device=q.device)[:, None]
+            seen = early if seen is None else _both(seen, early)
+        for part, of in _of_parts(view, groups):
+            chosen = q5[:, :, :, a:b] if of is None else q5[:, of, :, a:b]
+            s = _scores(chosen, view, part, of, scale)
+            if seen is not None:
+                _masked(s, seen if of is None or seen.dim() < 5 or seen.shape[1] == 1 else seen[:, of])
+            p = torch._safe_softmax(s, -1) if seen is not None else torch.softmax(s, -1)
+            y = _weighted(p, view, part, of)
+            if of is None:
+                out[:, :, :, a:b] = y
+            else:
+                out[:, of, :, a:b] = y.to(out.dtype)
+    return out.reshape(batch, heads, queries, -1)
+
+
+def scores(q: Tensor, view: View) -> Tensor:
+    """q k^T, [B, H, S, L] in the dtype of q [B, H, S, D]."""
+    groups = view.rest[0].shape[1]
+    q5 = q.reshape(q.shape[0], groups, -1, *q.shape[2:])
+    out = q.new_empty((*q5.shape[:-1], len(view)))
+    for part, of in _of_parts(view, groups):
+        found = _scores(q5 if of is None else q5[:, of], view, part, of, 1.0)
+        out[:, slice(None) if of is None else of] = found.to(out.dtype)
+    return out.reshape(*q.shape[:-1], len(view))
+
+
+def weighted(p: Tensor, view: View) -> Tensor:
+    """p v, [B, H, S, Dv] in the dtype of p [B, H, S, L]."""
+    groups = view.rest[1].shape[1]
+    p5 = p.reshape(p.shape[0], groups, -1, *p.shape[2:])
+    out = p.new_empty((*p5.shape[:-1], view.rest[1].shape[-1]))
+    for part, of in _of_parts(view, groups):
+        found = _weighted(p5.float() if of is None else p5[:, of].float(), view, part, of)
+        out[:, slice(None) if of is None else of] = found.to(out.dtype)
+    return out.reshape(*p.shape[:-1], -1)
+
+
+def _of_parts(view: View, groups: int) -> Iterator[tuple[Part | None, Tensor | None]]:
+    """Each part with the numbers of its heads; one without codes where nothing is stored."""
+    if view.end == view.start:
+        yield None, None
+        return
+    for part in view.parts:
+        yield part, part.heads
+
+
+def _scores(q: Tensor, view: View, part: Part | None, of: Tensor | None, scale: float) -> Tensor:
+    """f32 [B, G, n, S, L] of q [B, G, n, S, D], the heads `of` the view."""
+    batch, groups, _, _, width = shape = q.shape
+    rows = (q.float() * scale).reshape(batch * groups, -1, width)
+    out = rows.new_empty((*rows.shape[:2], len(view)))
+    a, b = view.first[0].shape[2], view.first[0].shape[2] + view.end - view.start
+    for keys, where in ((view.first[0], slice(0, a)), (view.rest[0], slice(b, None))):
+        if keys.shape[2]:
+            torch.bmm(rows, _flat(keys, of).transpose(1, 2), out=out[:, :, where])
+    if part is not None:
+        codes = part.keys
+        ordered = rows if codes.order is None else rows.index_select(-1, codes.order)
+        for low, high, tile in _tiles(codes, view):
+            torch.bmm(ordered, tile.transpose(1, 2), out=out[:, :, a + low : a + high])
+        if codes.one_scale:
+            factor, zero = _folded(codes, view)
+            middle = out[:, :, a:b]
+            if zero is not None:
+                middle -= zero * rows.sum(-1, keepdim=True)
+            middle *= factor
+    return out.view(*shape[:-1], len(view))
+
+
+def _weighted(p: Tensor, view: View, part: Part | None, of: Tensor | None) -> Tensor:
+    """f32 [B, G, n, S, Dv] of p f32 [B, G, n, S, L], the heads `of` the view."""
+    batch, groups, many, queries, length = p.shape
+    rows = p.reshape(batch * groups, -1, length)
+    out = rows.new_zeros((*rows.shape[:2], view.rest[1].shape[-1]))
+    a, b = view.first[1].shape[2], view.first[1].shape[2] + view.end - view.start
+    if part is not None:
+        codes, middle, away = part.values, rows[:, :, a:b], None
+        if codes.one_scale:
+            factor, zero = _folded(codes, view)
+            middle = middle * factor
+            away = None if zero is None else (middle * zero).sum(-1, keepdim=True)
+        for low, high, tile in _tiles(codes, view):
+            out.baddbmm_(middle[:, :, low:high], tile)
+        if away is not None:
+            out -= away
+        if codes.order is not None:
+            out = torch.empty_like(out).index_copy_(-1, codes.order, out)
+    for values, where in ((view.first[1], slice(0, a)), (view.rest[1], slice(b, None))):
+        if values.shape[2]:
+            out.baddbmm_(rows[:, :, where], _flat(values, of))
+    return out.view(batch, groups, many, queries, -1)
+
+
+def _tiles(codes: Codes, view: View) -> Iterator[tuple[int, int, Tensor]]:
+    """(first, last + 1, f32 [B * G, tokens, D]), counted from the view's start; the next overwrites it."""
+    batch, groups = codes.data.shape[:2]
+    each = batch * groups * codes.width
+    tokens = max(TILE // each // codes.group, 1) * codes.group
+    room = codes.data.new_empty(each * min(tokens + codes.group, view.end - view.start + 2 * codes.group),
+                                dtype=torch.float32)  # fmt: skip
+    at = view.start
+    while at < view.end:
+        last = min(at // codes.group * codes.group + tokens, view.end)
+        tile = codes.tile(at, last, room)
+        yield at - view.start, last - view.start, tile.reshape(batch * groups, last - at, codes.width)
+        at = last
+
+
+def _flat(x: Tensor, of: Tensor | None) -> Tensor:
+    """[B, G, n, D] as f32 [B * G, n, D], of the heads `of`."""
+    return (x if of is None else x[:, of]).float().flatten(0, 1)
+
+
+def _folded(codes: Codes, view: View) -> tuple[Tensor, Tensor | float | None]:
+    """`Codes.scales` of the view's tokens, [B * G, 1, n]."""
+    scale, zero = codes.scales(view.start, view.end)
+    return scale.flatten(0, 1), zero.flatten(0, 1) if isinstance(zero, Tensor) else zero
+
+
+def _five(mask: Tensor | None, groups: int, heads: int) -> Tensor | None:
+    """A mask of up to four dimensions as [B, G, n, S, L], sizes of 1 left as they are."""
+    if mask is None:
+        return None
+    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    if mask.shape[1] == 1:
+        return mask.unsqueeze(2)
+    shaped: Tensor = mask.unflatten(1, (groups, heads // groups))
+    return shaped
+
+
+def _both(mask: Tensor, early: Tensor) -> Tensor:
+    return mask & early if mask.dtype == torch.bool else mask.masked_fill(~early, -math.inf)
+
+
+def _masked(s: Tensor, mask: Tensor) -> None:
+    if mask.dtype == torch.bool:
+        s.masked_fill_(~mask, -math.inf)
+    else:
+        s += mask

@@ -1,0 +1,113 @@
+"""`qfx.QuantizedCache`: a cache of transformers whose keys and values lie in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DummyLayer, get_layer_types_and_kwargs
+
+from qfx.errors import UnsupportedError, explain
+from qfx.kv.formats import CacheFormat, cache_formats
+from qfx.kv.layers import QuantizedLayer
+
+if TYPE_CHECKING:
+    from qfx.plan import Plan
+
+_FULL = ("full_attention",)
+_WINDOWED = ("sliding_attention", "chunked_attention")
+
+
+class QuantizedCache(Cache):  # type: ignore[misc]
+    """Keys and values in the formats that `formats` asks for (see `qfx.kv.formats.cache_formats`).
+
+        cache = qfx.QuantizedCache(model.config, "i8")
+        model.generate(ids, past_key_values=cache)
+
+    config: of the model that uses the cache. A token is rounded once, when it is stored, and its codes are never
+    written again. The tokens of a call are read by that call as they came, and from the next call on as they come back;
+    a prompt is therefore read in float. Below 8 bits the first tokens and the newest stay in the model's dtype.
+
+    Attention reads the codes tile by tile where the model runs as transformers' sdpa or eager attention; other
+    implementations get floats of the whole history, and a QfxWarning says so (see `qfx.kv.states`). Layers with a
+    window keep what it can see, without sinks. Raises ValueError for formats that no cache can have and for lists that
+    the model does not fit; UnsupportedError for layers that hold other states than keys and values.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        formats: str | Mapping[str, Any] | Sequence[Any] | CacheFormat | Plan = "i8",
+        *,
+        max_length: int | None = None,
+        offloading: bool = False,
+    ) -> None:
+        decoder = config.get_text_config(decoder=True)
+        kinds, options = get_layer_types_and_kwargs(decoder)
+        wanted = cache_formats(formats, len(kinds))
+        layers = []
+        for i, (kind, more, fmt) in enumerate(zip(kinds, options, wanted, strict=True)):
+            layers.append(_layer(i, kind, more, fmt, _sizes(decoder, i)))
+        if max_length is not None:
+            raise NotImplementedError
+        super().__init__(layers=layers, offloading=offloading)
+        self.formats = wanted
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys [B, G, n, D] and values of a layer; returns what attention reads: `QuantizedLayer.update`."""
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                explain(
+                    f"keys of layer {layer_idx} for a cache of {len(self.layers)} layers",
+                    expected=f"layers 0 to {len(self.layers) - 1}",
+                    found=layer_idx,
+                    next_step="make the cache with the config of the model that uses it",
+                )
+            )
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return found
+
+    def nbytes(self) -> int:
+        """Bytes held by all layers: codes, scales, zero points, float tokens, and room to grow."""
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, QuantizedLayer))
+
+    @property
+    def is_compileable(self) -> bool:
+        """Never: it grows."""
+        return False
+
+
+def _layer(
+    index: int, kind: str, options: dict[str, Any], fmt: CacheFormat, sizes: tuple[int, int] | None
+) -> QuantizedLayer | DummyLayer:
+    if kind == "dummy":
+        return DummyLayer()
+    if kind not in (*_FULL, *_WINDOWED):
+        raise UnsupportedError(
+            explain(
+                f"layer {index} is of kind {kind!r}, whose states a quantized cache cannot hold",
+                expected=", ".join((*_FULL, *_WINDOWED)),
+                found=kind,
+                next_step="use transformers' DynamicCache for this model",
+            )
+        )
+    where, window = f"layer {index}", options.get("sliding_window") if kind in _WINDOWED else None
+    if sizes is not None:
+        fmt.check_heads(sizes[0], where)
+    return QuantizedLayer(replace(fmt, sinks=0) if window else fmt, where, window=window, expected=sizes)
+
+
+def _sizes(config: Any, index: int) -> tuple[int, int] | None:
+    """(heads of keys, channels of a head) of a layer, None where the config does not say both."""
+    own = config.per_layer_config[index]
+    heads = getattr(own, "num_key_value_heads", None) or getattr(own, "num_attention_heads", None)
+    width = getattr(own, "head_dim", None)
+    if width is None and getattr(own, "hidden_size", None) and getattr(own, "num_attention_heads", None):
+        width = own.hidden_size // own.num_attention_heads
+    if not isinstance(heads, int) or not isinstance(width, int) or getattr(own, "kv_lora_rank", None):
+        return None
+    return heads, width

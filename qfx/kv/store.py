@@ -1,0 +1,177 @@
+"""Store: the keys and values of one layer, appended and never stored twice.
+
+    | first `sinks` tokens | stored tokens, `CacheFormat.step` at a time | the rest: `residual` and what fills no step |
+      model's dtype          codes                                         model's dtype
+
+Heads of the same two formats share their memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qfx.errors import explain
+from qfx.format import Format
+from qfx.kv.attend import Part, View
+from qfx.kv.codes import Codes
+from qfx.kv.formats import CacheFormat
+from qfx.numerics import require_finite
+
+Pair = tuple[Tensor, Tensor]
+_ROLES = ("keys", "values")
+_SLACK = 256  # tokens behind a window that are kept until they are dropped together
+
+
+class Store:
+    """See the module. Made for the heads, sizes, dtype and batch of the first keys and values that it gets.
+
+    where: the layer's name in messages. window: tokens that a new one sees, itself included (None: all); what lies
+    farther back is dropped, some hundred tokens at a time.
+    """
+
+    def __init__(self, fmt: CacheFormat, keys: Tensor, values: Tensor, *, where: str, window: int | None = None):
+        self.fmt, self.where, self.window = fmt, where, window
+        fmt.check_heads(keys.shape[1], where)
+        self.first: Pair = (keys[:, :, :0], values[:, :, :0])
+        self.rest: Pair = self.first
+        self.stored = 0  # tokens in the codes
+        self.dropped = 0  # tokens before the first in the codes, which the window has left behind
+        self.parts = tuple(
+            Part(heads, *(Codes(f, t, by_tokens=not role) for role, (f, t) in enumerate(zip(two, both, strict=True))))
+            for two, heads in _alike(fmt, keys)
+            for both in [tuple(t if heads is None else t[:, heads] for t in (keys, values))]
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen, those that a window has left behind included."""
+        return self.dropped + self.first[0].shape[2] + self.stored + self.rest[0].shape[2]
+
+    def append(self, keys: Tensor, values: Tensor) -> View:
+        """Take keys [B, G, n, D] and values [B, G, n, Dv]; returns what this call's attention reads.
+
+        The new tokens are in it as they came; as codes they are read from the next call on. Raises ValueError for
+        another batch, other heads, sizes or dtypes than before, and for values that are not finite.
+        """
+        self._check(keys, values)
+        rest = _joined(self.rest, (keys, values))
+        seen = View(self.first, self.parts, 0, self.stored, rest)
+        self._take(rest)
+        return seen
+
+    def view(self) -> View:
+        """All tokens held, as the next call will read them."""
+        return View(self.first, self.parts, 0, self.stored, self.rest)
+
+    def remove(self, tokens: int) -> None:
+        """Forget the newest tokens. Those of a group of keys that is cut stay, as they come back, with the rest.
+
+        Raises ValueError where there are not so many.
+        """
+        held = self.tokens - self.dropped
+        if tokens > held:
+            raise ValueError(
+                explain(
+                    f"cannot crop the cache of {self.where}",
+                    expected=f"at most {held} tokens to be removed",
+                    found=str(tokens),
+                    next_step="`reset()` forgets everything",
+                )
+            )
+        left = len(self.view()) - tokens
+        view = self.view().narrow(0, left)
+        whole = view.end // self.fmt.step * self.fmt.step
+        cut = View(_none(view.first), view.parts, whole, view.end, view.rest)
+        self.rest = (cut.dense(0), cut.dense(1)) if whole < view.end else _kept(view.rest)
+        self.first, self.stored = _kept(view.first), whole
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change every tensor, such as by selecting sequences or moving memory; what reads them now is undisturbed."""
+        self.first, self.rest = ((change(k), change(v)) for k, v in (self.first, self.rest))
+        self.parts = tuple(
+            Part(
+                None if p.heads is None else p.heads.to(self.rest[0].device), p.keys.each(change), p.values.each(change)
+            )
+            for p in self.parts
+        )
+
+    def drop(self, *, keep: int) -> None:
+        """Forget tokens before the newest `keep`, where that frees _SLACK stored tokens at least (and no sinks)."""
+        step = self.fmt.step
+        gone = min(max(len(self.view()) - keep, 0), self.stored) // step * step
+        if gone < _SLACK:
+            return
+        self.parts = tuple(Part(p.heads, p.keys.without(gone), p.values.without(gone)) for p in self.parts)
+        self.stored, self.dropped = self.stored - gone, self.dropped + gone
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, room to grow included."""
+        floats = sum(t.numel() * t.element_size() for t in (*self.first, *self.rest))
+        return floats + sum(part.keys.nbytes + part.values.nbytes for part in self.parts)
+
+    def _take(self, rest: Pair) -> None:
+        """Fill the sinks, then store whole steps of what is left."""
+        missing = self.fmt.sinks - self.first[0].shape[2]
+        if missing > 0 and not self.stored:
+            self.first = _joined(self.first, _cut(rest, 0, missing))
+            rest = _cut(rest, missing, None)
+        ready = max(rest[0].shape[2] - self.fmt.residual, 0) // self.fmt.step * self.fmt.step
+        if ready:
+            for part in self.parts:
+                for codes, of in ((part.keys, rest[0]), (part.values, rest[1])):
+                    codes.write((of if part.heads is None else of[:, part.heads])[:, :, :ready].detach(), self.stored)
+            self.stored += ready
+        self.rest = _kept(_cut(rest, ready, None))
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        for role, new, old in zip(_ROLES, (keys, values), self.rest, strict=True):
+            for what, found, expected in (
+                ("batch", new.shape[0], old.shape[0]),
+                ("number of heads", new.shape[1], old.shape[1]),
+                ("size of a head", new.shape[3], old.shape[3]),
+                ("dtype", new.dtype, old.dtype),
+                ("number of tokens", values.shape[2], keys.shape[2]),
+            ):
+                if found != expected:
+                    raise ValueError(
+                        explain(
+                            f"{role} of another {what} for the cache of {self.where}",
+                            expected=expected,
+                            found=found,
+                            next_step="start with a new cache, or `reset()` this one",
+                        )
+                    )
+            require_finite(new, f"{self.where}, {role}")
+
+
+def _alike(fmt: CacheFormat, keys: Tensor) -> list[tuple[tuple[Format, Format], Tensor | None]]:
+    """The pairs of formats and the numbers of their heads; None where one pair serves all."""
+    found: dict[tuple[Format, Format], list[int]] = {}
+    for head in range(keys.shape[1]):
+        found.setdefault(fmt.of_head(head), []).append(head)
+    if len(found) == 1:
+        return [(two, None) for two in found]
+    return [(two, torch.tensor(heads, device=keys.device)) for two, heads in found.items()]
+
+
+def _joined(a: Pair, b: Pair) -> Pair:
+    if a[0].shape[2] == 0:
+        return b
+    return torch.cat((a[0], b[0]), 2), torch.cat((a[1], b[1]), 2)
+
+
+def _cut(pair: Pair, start: int, end: int | None) -> Pair:
+    return pair[0][:, :, start:end], pair[1][:, :, start:end]
+
+
+def _none(pair: Pair) -> Pair:
+    return _cut(pair, 0, 0)
+
+
+def _kept(pair: Pair) -> Pair:
+    """In memory of their own, that what they were part of can be freed."""
+    return pair[0].detach().clone(), pair[1].detach().clone()
