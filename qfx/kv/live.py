@@ -111,4 +111,4 @@ def _say(model: nn.Module, instead: str) -> None:
         said.add(instead)
         step = "leave that out of generate() for the quantized cache"
         note = Note(type(model).__name__, f"the cache's formats of the plan are set aside: {instead}", step)
-        warnings.warn(str(note), QfxWarning, stacklevel=4)
+        warnings.warn(str(note), QfxWarning, stacklevel=5)  # the caller of generate(), behind its no_grad
