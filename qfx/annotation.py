@@ -26,6 +26,7 @@ ROLES: dict[str, tuple[str, ...]] = {  # op kind: the roles it has
     "attention": ("q", "k", "v", "p"),
     "experts": ("x", "w"),
     "conv": ("x", "w"),
+    "cache": ("k", "v"),  # what is stored of each token's keys and values
     "tied": ("w",),  # an embedding and the linears that read its table (lm_head): a rule gives both one format
 }
 ALL_ROLES: tuple[str, ...] = ("x", "w", "y", "q", "k", "v", "p")

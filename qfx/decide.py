@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from qfx import annotation, graph, run
 from qfx.allocation.allocate import Given, allocate
+from qfx.allocation.caches import allocate_caches
 from qfx.allocation.simple import lift
 from qfx.capture import Captured, capture_export
 from qfx.clipping import clip_inputs
@@ -20,6 +21,7 @@ from qfx.data import Call, telling
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
 from qfx.inputs import example_inputs, need_inputs, without_cache
+from qfx.kv.plans import plan_caches
 from qfx.measure import decibel
 from qfx.observers import Observer, create
 from qfx.outliers import keep_outliers
@@ -55,13 +57,16 @@ def decide(
     if captured is None:
         _check_walkable(recipe, reason, step)
         made, notes = walk(model, recipe, reason, step)
-        return made, [*notes, *_unmatched(recipe, [(kind, fqn) for fqn, kind in _walked(made)])], []
+        made.caches, told = plan_caches(model, recipe, calls)
+        return made, [*notes, *told, *_unmatched(recipe, [(kind, fqn) for fqn, kind in _walked(made)])], []
     gm = captured.gm
     prepare(gm)
     notes = [*annotate(gm, recipe), *refuse(gm)]
     notes += _unmatched(recipe, [(k, graph.fqn_of(n)) for n in gm.graph.nodes if (k := kind_of(n)) is not None])
     made = Plan.of(model, recipe)
     notes += _record(model, gm, made)
+    made.caches, told = plan_caches(model, recipe, calls)
+    notes += told
     said: list[Note] = []
     if recipe.rewrites or calls:
         flat = [captured.flatten(a, k if a else without_cache(model, k)) for a, k in calls]
@@ -82,6 +87,8 @@ def decide(
                 notes += lift(gm, made, flat, outputs=captured.outputs, scores=scores, progress=progress)
             if len(made.rewrites) > count:  # heads were put in another order
                 said = _scales(gm, made, flat, progress=progress)
+        if recipe.cache_bits is not None and made.caches:
+            notes += allocate_caches(gm, made, flat, outputs=captured.outputs, progress=progress)
         notes += _rounded(model, gm, made, flat, progress=progress, resume=resume, memory=memory)
         if calls:
             made.sensitivities["sqnr_db"] = _errors(gm, made, flat[0])
@@ -105,9 +112,9 @@ def _rounded(
 
 def _check_walkable(recipe: Recipe, reason: str, step: str) -> None:
     """Raises UnsupportedError where a recipe needs the graph that could not be had."""
-    if recipe.allocation is not None or recipe.lift is not None:
+    if recipe.allocation is not None or recipe.lift is not None or recipe.cache_bits is not None:
         what = f"formats of units are allocated on the model's graph, which cannot be had: {reason}"
-        raise UnsupportedError(explain(what, next_step=f"{step}; or leave out the budget (lift)"))
+        raise UnsupportedError(explain(what, next_step=f"{step}; or leave out the budget (lift, cache_bits)"))
 
 
 def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, str, str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qfx.centred import is_centred
+from qfx.kv.held import caches_of
 from qfx.mixed import QuantMixed
 from qfx.modules import PackedSpec, QuantConv, QuantEmbedding, QuantLinear
 
@@ -20,13 +21,14 @@ Record = dict[str, Any]
 
 def describe(model: nn.Module, tied: Mapping[str, str]) -> Record:
     """The JSON-able record of a quantized model: class, dtype, implementations, modules, parameters, tied, buffers,
-    centred."""
+    centred, caches."""
     return {
         "class": float_class(model).__name__, "dtype": name_of(_dtype_of(model)),
         "implementations": _implementations(getattr(model, "config", None)), "modules": _modules(model),
         "parameters": _parameters(model), "tied": dict(tied),
         "buffers": {name: name_of(b.dtype) for name, b in passing_buffers(model).items()},
         "centred": [name for name, module in model.named_modules() if is_centred(module)],
+        "caches": caches_of(model),
     }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from qfx.describe import describe, state
 from qfx.errors import explain
 from qfx.hf_config import QfxConfig
 from qfx.hf_saved import Placed
-from qfx.modules import quantized_parts
+from qfx.kv.held import is_quantized
+from qfx.kv.live import with_caches
 from qfx.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if self._placed is not None:
             self._placed.finish(model)
+            with_caches(model, self._placed.caches)
         elif self._streaming is not None:
             self._streaming.finish(model)
         self._placed = self._streaming = None
@@ -118,7 +120,7 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
         Raises ValueError for a model that holds nothing quantized any more.
         """
-        if not quantized_parts(model):
+        if not is_quantized(model):
             raise ValueError(
                 explain(
                     "the model is marked as quantized by qfx, but holds nothing that qfx quantized",

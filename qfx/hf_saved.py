@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from qfx.describe import Record, float_class, name_of
 from qfx.errors import explain
+from qfx.kv.held import Caches
 from qfx.modules import LOADING, PackedModule, tell_shared, without_fast_paths
 from qfx.rebuild import Saved, other_shape, put
 
@@ -26,13 +27,14 @@ class Placed:
     """What is left to do once the tensors are loaded.
 
     ties: name -> the name whose tensor it shares, its place empty until then. modules: the same for whole modules.
-    dtypes: the dtype of each packed buffer. buffers: the dtype of those that are not saved.
+    dtypes: the dtype of each packed buffer. buffers: the dtype of those that are not saved. caches: those of the plan.
     """
 
     ties: dict[str, str]
     modules: dict[str, str]
     dtypes: dict[str, torch.dtype]
     buffers: dict[str, torch.dtype]
+    caches: Caches = field(default_factory=dict)
 
     @classmethod
     def into(cls, model: nn.Module, record: Record, headers: Mapping[str, Tensor], dtype: torch.dtype | None) -> Placed:
@@ -63,6 +65,7 @@ class Placed:
         if asked == saved_dtype:
             named = {local.name(n): getattr(torch, text) for n, text in record["buffers"].items()}
             made.buffers = {name: own for name, own in named.items() if name}
+        made.caches = {local.name(name) or name: one for name, one in record["caches"].items()}
         keep_float_ties(model)
         return made
 

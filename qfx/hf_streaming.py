@@ -20,6 +20,7 @@ from transformers.modeling_utils import load_state_dict
 from qfx.errors import Note, explain, warn
 from qfx.hf_saved import keep_float_ties, shield
 from qfx.hollow import hollow
+from qfx.kv.live import with_caches
 from qfx.modules import tell_shared, without_fast_paths
 from qfx.pipeline import told
 from qfx.places import Place, find
@@ -90,6 +91,7 @@ class Streaming:
             _share(model, one, other)
         shield(model, on=False)
         without_fast_paths(model)
+        with_caches(model, self.plan.caches, strict=self.strict)
 
     def _prepare(self, model: nn.Module, files: Sequence[str]) -> str:
         if self.recipe.rewrites:

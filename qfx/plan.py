@@ -22,12 +22,13 @@ from qfx.annotation import ALL_ROLES, Formats, from_json
 from qfx.errors import QfxWarning, explain, nearest
 from qfx.files import dump_safetensors, read_safetensors, sha256_file, staged
 from qfx.hollow import is_hollow
+from qfx.kv.plans import read as check_caches
 from qfx.recipe import Recipe
 from qfx.spill import rest
 from qfx.text import type_text
 
-VERSION = 2  # 1: a byte for each zero point
-_READ = (1, VERSION)
+VERSION = 3  # 1: a byte for each zero point, 2: no caches
+_READ = (1, 2, VERSION)
 _JSON, _TENSORS = "plan.json", "plan.safetensors"
 _HEAD: dict[str, type] = {"format": str, "version": int, "tensor_sha256": str}
 _FIELDS: dict[str, type] = {
@@ -37,6 +38,7 @@ _FIELDS: dict[str, type] = {
     "versions": dict,
     "annotations": dict,
     "layouts": dict,
+    "caches": dict,
     "rewrites": list,
     "sensitivities": dict,
     "notes": list,
@@ -52,9 +54,10 @@ class Plan:
     recipe: what was asked. fingerprint, signature: of the model (see `fingerprint`, `signature`). versions: of torch,
     qfx, Python. annotations: FQN -> role -> Format text, a list of texts (one per head, or per equal part of a weight's
     rows) or {"columns": a list} (of its columns), as `annotation.to_json` writes them. layouts: FQN -> how the
-    module holds the weight (`qfx.places`). rewrites: JSON-able records in the order of application, such as
-    {"name": "smooth", "norm": {...}, "linears": [...], "factor": key of `tensors`}. tensors: "<FQN>/x_scale",
-    "<FQN>/x_zero", "<FQN>/smooth", ... sensitivities: JSON-able. notes: what was warned of.
+    module holds the weight (`qfx.places`). caches: FQN of an attention -> what the cache of its keys and values stores
+    (`qfx.kv.plans`). rewrites: JSON-able records in the order of application, such as {"name": "smooth", "norm": {...},
+    "linears": [...], "factor": key of `tensors`}. tensors: "<FQN>/x_scale", "<FQN>/x_zero",
+    "<FQN>/smooth", ... sensitivities: JSON-able. notes: what was warned of.
     """
 
     recipe: Recipe
@@ -63,6 +66,7 @@ class Plan:
     versions: dict[str, str] = field(default_factory=lambda: versions())  # noqa: PLW0108 (defined below)
     annotations: dict[str, dict[str, Any]] = field(default_factory=dict)
     layouts: dict[str, str] = field(default_factory=dict)
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)
     rewrites: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     sensitivities: dict[str, Any] = field(default_factory=dict)
@@ -88,6 +92,7 @@ class Plan:
         Raises ValueError for what is not JSON-able or no valid format, OSError where the disk does not take it.
         """
         _check_annotations(self.annotations, "the plan")
+        check_caches(self.caches, "the plan")
         fields = {"format": "qfx-plan", "version": VERSION, "tensor_sha256": ""} | self._fields()
         _to_json(fields)  # refuses before the tensors, which may be large, are written
         with staged(folder) as stage:
@@ -107,6 +112,7 @@ class Plan:
         fields = _read_json(file)
         tensors = read_safetensors(file.parent / _TENSORS, sha256=str(fields["tensor_sha256"]))
         _check_annotations(fields["annotations"], str(file))
+        check_caches(fields["caches"], str(file))
         try:
             recipe = Recipe.parse(fields["recipe"])
         except ValueError as error:
@@ -166,7 +172,7 @@ class Plan:
         rewrites = ", ".join(dict.fromkeys(str(record.get("name")) for record in self.rewrites)) or "none"
         return (
             f"Plan(recipe={self.recipe.name!r}, model={self.fingerprint[:12] or 'any'!r}, "
-            f"annotations={len(self.annotations)}, rewrites={rewrites}, "
+            f"annotations={len(self.annotations)}, caches={len(self.caches)}, rewrites={rewrites}, "
             f"tensors={len(self.tensors)} ({size / 2**20:.2f} MiB), notes={len(self.notes)})"
         )
 
@@ -302,6 +308,8 @@ def _read_json(file: Path) -> dict[str, Any]:
             "  next step: install the version of qfx that wrote it, or plan again"
         )
     known = {**_HEAD, **_FIELDS}
+    if fields["version"] < VERSION:
+        fields.setdefault("caches", {})
     for key in fields:
         if key not in known:
             raise ValueError(f"unknown key {key!r} in {file}, {nearest(key, known)}")

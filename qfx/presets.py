@@ -181,13 +181,22 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         "4-bit weights; where perplexity rises by over 10 %, the layers that cost most in 8 bits; needs data",
         {"rules": _LOW, "rounding": "mse", "lift": LiftOptions(max_loss=10.0)},
     ),
-}
-
-UNAVAILABLE: dict[str, str] = {  # names that are kept free: why they cannot be had
-    "kv8": "the quantized key-value cache is missing",
-    "kv4": "the quantized key-value cache is missing",
-    "kv-k4v2": "the quantized key-value cache is missing",
-    "kv-heads": "the quantized key-value cache is missing",
+    "kv8": (
+        "cache of keys and values in 8 bits per token, weights as they are; needs no data, combines: w4a16+kv8",
+        {"rules": [{"target": "cache", "k": "i8", "v": "i8"}]},
+    ),
+    "kv4": (
+        "cache in 4 bits: keys per channel in groups of 32 tokens, values per token (KIVI); combines",
+        {"rules": [{"target": "cache", "k": "i4", "v": "i4"}]},
+    ),
+    "kv-k4v2": (
+        "cache with 4-bit keys and 2-bit values, as in kv4; combines",
+        {"rules": [{"target": "cache", "k": "i4", "v": "i2"}]},
+    ),
+    "kv-heads": (
+        "cache of 2 to 8 bits, keys and values of each head as they need, 3 on average; needs data, combines",
+        {"rules": [{"target": "cache", "k": "i3", "v": "i3"}], "cache_bits": 3.0},
+    ),
 }
 
 

@@ -1,6 +1,6 @@
 """The `quantization_config` that config.json of a quantized transformers model carries, as a plain dictionary.
 
-    {"quant_method": "qfx", "version": 2, "qfx": "0.1.0", "recipe": {...}, "model": {...}}
+    {"quant_method": "qfx", "version": 3, "qfx": "0.1.0", "recipe": {...}, "model": {...}}
 
 recipe: what was asked, as `Recipe.to_dict` writes it; None where it is not known. model: the record of `qfx.describe`,
 equal modules told once, and the digest of each tensor (`qfx.checkpoint`); it is there only in files.
@@ -19,10 +19,21 @@ from qfx.errors import explain, nearest
 from qfx.plan import versions
 from qfx.recipe import Recipe
 
-VERSION = 2  # 1: a byte for each zero point
-_READ = (1, VERSION)
+VERSION = 3  # 1: a byte for each zero point, 2: no caches
+_READ = (1, 2, VERSION)
 _KEYS = ("quant_method", "version", "qfx", "recipe", "strict", "model")
-_MODEL = {"class", "dtype", "implementations", "modules", "parameters", "tied", "buffers", "centred", "tensors"}
+_MODEL = {
+    "class",
+    "dtype",
+    "implementations",
+    "modules",
+    "parameters",
+    "tied",
+    "buffers",
+    "centred",
+    "tensors",
+    "caches",
+}
 
 
 def wrap(recipe: Recipe | None, record: Record | None) -> dict[str, Any]:
@@ -76,7 +87,9 @@ def _record(model: object, where: str) -> Record | None:
     if model is None:
         return None
     try:
-        assert isinstance(model, Mapping) and set(model) == _MODEL
+        assert isinstance(model, Mapping)
+        model = {"caches": {}, **model}
+        assert set(model) == _MODEL
         modules, parameters = spread(model["modules"], sqnr=True), spread(model["parameters"], sqnr=False)
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         step = "copy config.json again, or quantize and save the model again"

@@ -21,6 +21,8 @@ from qfx.attach import attach
 from qfx.data import Call
 from qfx.decide import decide
 from qfx.errors import Note, explain
+from qfx.kv.live import with_caches
+from qfx.kv.plans import check_model
 from qfx.modules import quantized_parts
 from qfx.passes.rewrites import check_record
 from qfx.pipeline import told
@@ -111,16 +113,18 @@ def quantize(
             check_record(model, record, made.tensors)
         places, notes = find(model, made)
         attentions, more = attending.find(model, made)
+        check_model(model, made.caches)
         told([*notes, *more], strict=strict)
         check_rounded(model, made, places)
-        return attach(attending.attend(write_back(model, made, places), attentions), made.recipe)
+        live = attending.attend(write_back(model, made, places), attentions)
+        return attach(with_caches(live, made.caches, strict=strict), made.recipe)
 
 
 def planned(model: nn.Module, recipe: Recipe) -> tuple[Plan, list[Note]]:
     """The plan of a recipe that needs no data, and notes about what cannot be had; nothing is told yet."""
     with evaluating(model):
         made, notes, _ = decide(model, recipe, [], progress=False)
-    if not made.annotations:
+    if not (made.annotations or made.caches):
         raise _nothing(model, recipe, [str(note) for note in notes])
     return made, notes
 
@@ -130,7 +134,7 @@ def _planned(
     resume: str | os.PathLike[str] | None, memory: int | None, given: Given | None = None,
 ) -> Plan:  # fmt: skip
     made, notes, said = decide(model, recipe, calls, progress=progress, resume=resume, memory=memory, given=given)
-    if not made.annotations and not made.rewrites:
+    if not (made.annotations or made.rewrites or made.caches):
         raise _nothing(model, recipe, [str(note) for note in notes])
     told(notes if strict else [n for n in notes if n not in said], strict=strict)
     made.notes = [str(note) for note in notes]

@@ -15,6 +15,12 @@ along="columns" its input columns (an output projection by heads):
 
     Rule(target="*.q_proj", w=["i8/ch", "i4/g128", "i4/g128", "i4/g128"])
     Rule(target="*.o_proj", w=["i8/ch", "i4/g128", "i4/g128", "i4/g128"], along="columns")
+
+What the cache of keys and values stores (`qfx.kv.formats`) is asked of "cache", or of that of some attentions by their
+names; k and v may be lists, a format for each KV head:
+
+    Rule(target="cache", k="u4/g32/f16", v="u2/g32/f16", residual=32, sinks=4)
+    Rule(target="cache:*.layers.0.*", k="i8/tok/f16", v="i8/tok/f16")
 """
 
 from __future__ import annotations
@@ -25,7 +31,6 @@ import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -35,6 +40,7 @@ from qfx import combine
 from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats
 from qfx.errors import nearest
 from qfx.format import Format
+from qfx.kv.asked import cache_texts, is_cache, names_of
 from qfx.method_options import AllocationOptions, GptqOptions, LearnedOptions, LiftOptions
 from qfx.strict import Strict
 
@@ -44,6 +50,7 @@ DATA_ROUNDINGS: tuple[str, ...] = ("gptq", "learned")  # round by what each laye
 DATA_REWRITES: tuple[str, ...] = ("awq", "smooth", "smooth-k", "v-o", "up-down")  # choose their factors by data
 OBSERVERS: tuple[str, ...] = ("absmax", "minmax", "ema", "percentile", "mse", "entropy")
 NONE = "none"
+CACHE = "cache"  # the op kind; `cache:<name>` are those of some attentions
 
 
 def _format_text(value: object) -> object:
@@ -62,7 +69,10 @@ def _weight_text(value: object) -> object:
 
 
 def _check_target(target: str) -> str:
-    if target.startswith("re:"):
+    if is_cache(target):
+        if target != CACHE:
+            _check_target(names_of(target))
+    elif target.startswith("re:"):
         try:
             re.compile(target[3:])
         except re.error as error:
@@ -71,11 +81,13 @@ def _check_target(target: str) -> str:
         raise ValueError(f"op kinds are written in lower case, did you mean {target.lower()!r}? (found {target!r})")
     elif not target.strip():
         raise ValueError(
-            f"a target is an op kind ({', '.join(KINDS)}), a name, a glob or 're:<regex>', found {target!r}"
+            f"a target is an op kind ({', '.join(KINDS)}), a name, a glob, 're:<regex>' or 'cache:<name>', "
+            f"found {target!r}"
         )
     return target
 
 
+Tokens = Annotated[int, Field(strict=True, ge=0)]
 FormatText = Annotated[str | None, BeforeValidator(_format_text)]
 WeightText = Annotated[str | tuple[str, ...] | list[Any] | None, BeforeValidator(_weight_text)]
 Target = Annotated[str, Field(strict=True)]
@@ -84,10 +96,11 @@ Target = Annotated[str, Field(strict=True)]
 class Rule(Strict):
     """Formats for the nodes that a target matches: an op kind, a name or glob of names, or `re:<regex>`.
 
-    Roles: x input activation, w weight, y output, q k v p of attention (p: the softmax's result). Each is a format
-    text, "none" (leave it in its own precision) or None (say nothing about it). A linear's w may be a list of formats,
-    for equal parts of its rows, or along="columns" of its columns. Raises ValueError for bad formats and targets, and
-    for roles and lists that the op kind does not have.
+    Roles: x input activation, w weight, y output, q k v p of attention (p: the softmax's result), k v of a cache. Each
+    is a format text, "none" (leave it in its own precision) or None (say nothing about it). A linear's w may be a list
+    of formats, for equal parts of its rows, or along="columns" of its columns; a cache's k and v may be lists, for KV
+    heads. residual, sinks: of a cache, the newest and the first tokens that stay as they are. Raises ValueError for bad
+    formats and targets, and for roles, lists and fields that the op kind does not have.
     """
 
     target: Target
@@ -95,10 +108,20 @@ class Rule(Strict):
     w: WeightText = None
     y: FormatText = None
     q: FormatText = None
-    k: FormatText = None
-    v: FormatText = None
+    k: WeightText = None
+    v: WeightText = None
     p: FormatText = None
     along: Literal["rows", "columns"] = "rows"
+    residual: Tokens | None = None
+    sinks: Tokens | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_names(cls, fields: Any) -> Any:
+        """Caches have names of their own for formats ("i4"), and formats that no other role can have."""
+        if isinstance(fields, Mapping) and isinstance(target := fields.get("target"), str) and is_cache(target):
+            return {**fields, **{role: cache_texts(role, fields[role]) for role in ROLES[CACHE] if role in fields}}
+        return fields
 
     @field_validator("target")
     @classmethod
@@ -107,12 +130,18 @@ class Rule(Strict):
 
     @model_validator(mode="after")
     def _valid_roles(self) -> Self:
-        texts = self.texts
-        if not texts:
-            raise ValueError(f"the rule for {self.target!r} names no format; give one of {', '.join(ALL_ROLES)}")
+        texts, kind = self.texts, CACHE if is_cache(self.target) else self.target
+        if not texts and not self.tokens:
+            roles = ", ".join(ROLES.get(kind, ALL_ROLES))
+            raise ValueError(f"the rule for {self.target!r} names no format; give one of {roles}")
         for role in texts:
-            if self.target in ROLES and role not in ROLES[self.target]:
-                raise ValueError(f"{self.target!r} has no role {role!r}, only {', '.join(ROLES[self.target])}")
+            if kind in ROLES and role not in ROLES[kind]:
+                raise ValueError(f"{self.target!r} has no role {role!r}, only {', '.join(ROLES[kind])}")
+        for name in self.tokens if kind != CACHE else ():
+            raise ValueError(f"{name} is a number of tokens of 'cache', which {self.target!r} does not have")
+        for role in "kv" if kind != CACHE else "":
+            if isinstance(texts.get(role), tuple):
+                raise ValueError(f"only a cache takes a list of formats for {role}, not {self.target!r}")
         if isinstance(self.w, tuple):
             if self.target in ROLES and self.target != "linear":
                 raise ValueError(f"only the weight of a linear takes a list of formats, not that of {self.target!r}")
@@ -125,8 +154,14 @@ class Rule(Strict):
         """Role -> format text (w: or several), for the roles that the rule names."""
         return {role: text for role in ALL_ROLES if (text := getattr(self, role)) is not None}
 
+    @property
+    def tokens(self) -> dict[str, int]:
+        """residual and sinks, where the rule names them."""
+        return {name: count for name in ("residual", "sinks") if (count := getattr(self, name)) is not None}
+
     def formats(self, role: str) -> Formats:
-        """The format of a role that the rule names and does not leave alone; w may have several."""
+        """The format of a role that the rule names and does not leave alone; w, and k and v of a cache may have
+        several."""
         text = self.texts[role]
         if isinstance(text, str):
             return Format.parse(text)
@@ -136,11 +171,12 @@ class Rule(Strict):
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary of what the rule says; `Rule(**...)` reads it back."""
         texts = {role: text if isinstance(text, str) else list(text) for role, text in self.texts.items()}
-        return {"target": self.target, **texts, **({"along": self.along} if self.along != "rows" else {})}
+        along = {"along": self.along} if self.along != "rows" else {}
+        return {"target": self.target, **texts, **along, **self.tokens}
 
     def matches(self, kind: str, fqn: str, *, tied: bool = False) -> bool:
         """Whether the rule is for the node of this kind and fully qualified name, whose weight may be a tied table."""
-        return _matches(self.target, kind, fqn, tied=tied)
+        return matches(self.target, kind, fqn, tied=tied)
 
 
 class Recipe(Strict):
@@ -162,6 +198,8 @@ class Recipe(Strict):
     observer, percentile, num_calibration_samples: how scales of static activations are found.
     allocation: give each part of each weight a format of its own under a budget, instead of what rules for op kinds
     say; a rule for a name holds, and is counted. lift: more bits for the heads or layers that cost most. Need data.
+    cache_bits: give keys and values of each head of the caches that rules for "cache" name bits of their own, as many
+    on average: the cache then takes no more bytes than one of so many bits everywhere. Needs data.
     """
 
     name: Annotated[str, Field(strict=True, min_length=1)]
@@ -184,6 +222,7 @@ class Recipe(Strict):
     num_calibration_samples: Annotated[int, Field(strict=True, ge=1)] = 128
     allocation: AllocationOptions | None = None
     lift: LiftOptions | None = None
+    cache_bits: Annotated[float, Field(ge=2, le=6)] | None = None
 
     @field_validator("ignore")
     @classmethod
@@ -214,6 +253,8 @@ class Recipe(Strict):
         if len(given) > 1:
             raise ValueError(f"{given[0]} and {given[1]} both change formats: choose one")
         combine.check(self.rewrites)
+        if self.cache_bits is not None and not any(rule.target == CACHE for rule in self.rules):
+            raise ValueError(f"cache_bits={self.cache_bits:g} is for a rule with the target 'cache', found none")
         return self
 
     def formats_for(self, kind: str, fqn: str, *, tied: bool = False) -> dict[str, Formats]:
@@ -224,7 +265,7 @@ class Recipe(Strict):
         """
         if kind not in ROLES:
             raise ValueError(f"unknown op kind {kind!r}, {nearest(kind, KINDS)}")
-        if any(_matches(target, kind, fqn, tied=tied) for target in self.ignore):
+        if any(matches(target, kind, fqn, tied=tied) for target in self.ignore):
             return {}
         found: dict[str, Rule] = {}
         for rule in self.rules:
@@ -232,11 +273,38 @@ class Recipe(Strict):
                 found.update(dict.fromkeys(rule.texts, rule))
         return {r: found[r].formats(r) for r in ROLES[kind] if r in found and found[r].texts[r] != NONE}
 
+    @property
+    def cache_rules(self) -> tuple[Rule, ...]:
+        """Those for caches."""
+        return tuple(rule for rule in self.rules if is_cache(rule.target))
+
+    def names_cache(self, fqn: str) -> bool:
+        """Whether a rule names the cache of this attention, not just all caches."""
+        return any(rule.target != CACHE and rule.matches(CACHE, fqn) for rule in self.cache_rules)
+
+    def cache_for(self, fqn: str) -> dict[str, Any]:
+        """What rules ask of the cache of the attention of this name: k, v (texts or tuples of them), residual, sinks;
+        only what is named, and {} for one that stays as it is."""
+        if any(matches(target, CACHE, fqn) for target in self.ignore):
+            return {}
+        found: dict[str, Any] = {}
+        for rule in self.cache_rules:
+            if rule.matches(CACHE, fqn):
+                found |= {**rule.texts, **rule.tokens}
+        formats = {role: found.pop(role) for role in "kv" if role in found}
+        kept = {role: text for role, text in formats.items() if text != NONE}
+        return {**kept, **found} if kept else {}
+
     def unmatched(self, nodes: Iterable[tuple[str, str]]) -> list[str]:
-        """Targets of rules and of `ignore`, op kinds aside, that match none of the (kind, name) pairs: likely typos."""
+        """Targets of rules and of `ignore`, op kinds and caches aside, that match none of the (kind, name) pairs:
+        likely typos."""
         pairs = list(nodes)
         targets = dict.fromkeys([*(rule.target for rule in self.rules), *self.ignore])
-        return [t for t in targets if t not in KINDS and not any(_matches(t, kind, fqn) for kind, fqn in pairs)]
+        return [
+            t
+            for t in targets
+            if t not in KINDS and not is_cache(t) and not any(matches(t, kind, fqn) for kind, fqn in pairs)
+        ]
 
     @property
     def needs_data(self) -> bool:
@@ -245,11 +313,13 @@ class Recipe(Strict):
 
         A format that a later rule of the same target replaces does not count.
         """
-        own = ("w", "p")  # the weights of attention lie between 0 and 1
-        last = {(rule.target, role): rule for rule in self.rules for role in rule.texts if role not in own}
+        own = [rule for rule in self.rules if not is_cache(rule.target)]  # a cache finds its scales as tokens come
+        free = ("w", "p")  # the weights of attention lie between 0 and 1
+        last = {(rule.target, role): rule for rule in own for role in rule.texts if role not in free}
         chosen = not set(self.rewrites).isdisjoint(DATA_REWRITES) or self.rounding in DATA_ROUNDINGS
         chosen = chosen or self.bias_correction or bool(self.low_rank or self.allocation or self.lift)
         chosen = chosen or self.weighting != "uniform" or self.outliers is not None or self.clip_inputs
+        chosen = chosen or self.cache_bits is not None
         given = [rule.formats(role) for (_, role), rule in last.items() if rule.texts[role] != NONE]
         return chosen or any(is_static(fmt) for fmt in given if isinstance(fmt, Format))
 
@@ -277,20 +347,9 @@ class Recipe(Strict):
 
         Raises ValueError (FileNotFoundError for a file that is not there) with the nearest valid name.
         """
-        if isinstance(source, Recipe):
-            return source
-        if isinstance(source, Mapping):
-            return _from_mapping(source, "the dictionary")
-        if isinstance(source, os.PathLike) or (isinstance(source, str) and source.endswith(_SUFFIXES)):
-            return _from_file(Path(source))
-        if isinstance(source, str):
-            return _combine([_preset(name.strip()) for name in source.split("+")])
-        raise ValueError(
-            f"a recipe is a preset's name, a path, a dictionary or a Recipe, found {type(source).__name__}: {source!r}"
-        )
+        from qfx.recipe_source import recipe_of  # which makes recipes, so it imports this file
 
-
-_SUFFIXES = (".yaml", ".yml", ".json")
+        return recipe_of(source)
 
 
 def is_static(fmt: Format) -> bool:
@@ -303,7 +362,10 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-def _matches(target: str, kind: str, fqn: str, *, tied: bool = False) -> bool:
+def matches(target: str, kind: str, fqn: str, *, tied: bool = False) -> bool:
+    """Whether a target is for the node of this kind and name, whose weight may be a tied table."""
+    if is_cache(target) or kind == CACHE:
+        return is_cache(target) and kind == CACHE and (target == CACHE or matches(names_of(target), "", fqn))
     if target == "tied":
         return tied
     if target in KINDS:
@@ -311,88 +373,3 @@ def _matches(target: str, kind: str, fqn: str, *, tied: bool = False) -> bool:
     if target.startswith("re:"):
         return _regex(target[3:]).match(fqn) is not None
     return fnmatchcase(fqn, target)
-
-
-def _preset(name: str) -> Recipe:
-    from qfx.presets import UNAVAILABLE, presets  # presets are recipes, so they import this file
-
-    known = presets()
-    if name in known:
-        return known[name]
-    available = f"available presets: {', '.join(known)}"
-    if name in UNAVAILABLE:
-        raise ValueError(f"preset {name!r} is not in this version: {UNAVAILABLE[name]}; {available}")
-    raise ValueError(f"unknown preset {name!r}, {nearest(name, known)} ({available})")
-
-
-def _combine(recipes: list[Recipe]) -> Recipe:
-    """One recipe: rules and ignores in order, rewrites united, of the other fields the last that is no default."""
-    if len(recipes) == 1:
-        return recipes[0]
-    fields: dict[str, Any] = {
-        "name": "+".join(recipe.name for recipe in recipes),
-        "rules": tuple(rule for recipe in recipes for rule in recipe.rules),
-    }
-    for name in ("ignore", "rewrites"):
-        fields[name] = tuple(dict.fromkeys(item for recipe in recipes for item in getattr(recipe, name)))
-    for name, field in Recipe.model_fields.items():
-        if name not in fields:
-            fields[name] = next(
-                (v for r in reversed(recipes) if (v := getattr(r, name)) != field.default), field.default
-            )
-    return Recipe(**fields)
-
-
-def _from_mapping(fields: Mapping[str, Any], where: str) -> Recipe:
-    if bad := [key for key in fields if not isinstance(key, str)]:
-        raise ValueError(f"keys of a recipe are texts, found {bad[0]!r} in {where}")
-    fields = {"name": "custom", **fields}
-    rules = fields.get("rules")
-    if isinstance(rules, list | tuple):  # built here, so that a mistake is told as "in rule 2"
-        fields["rules"] = tuple(_rule(rule, number, where) for number, rule in enumerate(rules, 1))
-    return Recipe(**fields)
-
-
-def _rule(rule: object, number: int, where: str) -> Rule:
-    if isinstance(rule, Rule):
-        return rule
-    if not isinstance(rule, Mapping) or not all(isinstance(key, str) for key in rule):
-        raise ValueError(f"rule {number} in {where} is no dictionary of target and formats, found {rule!r}")
-    try:
-        return Rule(**rule)
-    except ValueError as error:
-        raise ValueError(f"rule {number} in {where}: {error}") from error
-
-
-def _from_file(path: Path) -> Recipe:
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"a recipe file ends in {', '.join(_SUFFIXES)}, found {str(path)!r}")
-    text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".json":
-            fields = json.loads(text, object_pairs_hook=_unique)
-        else:
-            fields = yaml.load(text, _UniqueLoader)  # noqa: S506 (a SafeLoader)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if isinstance(fields, Mapping):
-        return _from_mapping({"name": path.stem, **fields}, str(path))
-    raise ValueError(f"{path} holds no recipe (name, rules, ...), found {type(fields).__name__}")
-
-
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    found: dict[Any, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {key!r} stands twice")
-        found[key] = value
-    return found
-
-
-class _UniqueLoader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key that stands twice instead of taking the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        return _unique(
-            [(self.construct_object(k, deep=True), self.construct_object(v, deep=True)) for k, v in node.value]
-        )

@@ -17,19 +17,21 @@ from qfx.attach import METHOD, attach, is_pretrained
 from qfx.describe import Record, describe, state
 from qfx.errors import explain
 from qfx.files import dump_safetensors, read_safetensors, sha256_file, staged
+from qfx.kv.held import is_quantized
+from qfx.kv.live import with_caches
 from qfx.modules import quantized_parts
 from qfx.quantization_config import recipe_of, unwrap, wrap
 from qfx.rebuild import Saved, rebuild
 from qfx.recipe import Recipe
 from qfx.skeleton import CONFIG, GENERATION, skeleton
 
-VERSION = 2  # 1: a byte for each zero point
-_READ = (1, VERSION)
+VERSION = 3  # 1: a byte for each zero point, 2: no caches
+_READ = (1, 2, VERSION)
 SHARD = 5_000_000_000  # bytes of a file of weights
 _JSON = "qfx.json"
 _KEYS = {
     "format", "version", "sha256", "files", "class", "dtype", "implementations", "modules", "parameters", "tied",
-    "buffers", "centred",
+    "buffers", "centred", "caches",
 }  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = N
     the disk does not take it.
     """
     model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, nn.Module) or not quantized_parts(model):
+    if not isinstance(model, nn.Module) or not is_quantized(model):
         raise ValueError(
             explain(
                 "the model holds nothing that qfx quantized", next_step="call qfx.quantize(model, ...) before qfx.save"
@@ -117,7 +119,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     saved = Saved(
         fields["modules"], fields["parameters"], fields["buffers"], fields["tied"], tensors, tuple(fields["centred"])
     )
-    return attach(rebuild(model, saved).eval(), recipe)
+    return attach(with_caches(rebuild(model, saved).eval(), fields["caches"]), recipe)
 
 
 def _remove_former(folder: Path, files: list[str]) -> None:
@@ -189,6 +191,7 @@ def _read(file: Path) -> dict[str, Any]:
                 next_step="install the version that wrote it, or quantize and save the model again",
             )
         )
-    if fields.get("sha256") != _digest(fields) or set(fields) != _KEYS:
+    known = _KEYS - ({"caches"} if fields["version"] < VERSION else set())
+    if fields.get("sha256") != _digest(fields) or set(fields) != known:
         raise ValueError(explain(f"{file} was altered", next_step="copy it again, or save the model again"))
-    return fields
+    return {"caches": {}, **fields}

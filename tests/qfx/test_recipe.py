@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from qfx.annotation import ALL_ROLES, ROLES, Columns
 from qfx.format import Format
 from qfx.presets import presets
-from qfx.recipe import KINDS, REWRITES, Recipe, Rule, _combine
+from qfx.recipe import KINDS, REWRITES, Recipe, Rule
+from qfx.recipe_source import combined
 
 TEXTS = st.sampled_from(["i8/tok", "i4/g128", "u8", "nf4/g64", "f32", "none", "i8/dyn"])
 TARGETS = st.sampled_from(["linear", "conv", "attention", "*.q_proj", "enc.0.*", "re:.*fc[12]$", "lm_head", "ünï*"])
@@ -169,7 +170,7 @@ def test_combination() -> None:
 def test_combination_of_other_fields() -> None:
     """The last value that is no default wins; a default does not undo what an earlier recipe asked for."""
     recipes = [make(ignore=("a",), percentile=99), make(rounding="mse", percentile=98), make(ignore=("b", "a"))]
-    both = _combine(recipes)
+    both = combined(recipes)
     assert (both.rounding, both.percentile, both.ignore, both.name) == ("mse", 98, ("a", "b"), "t+t+t")
 
 

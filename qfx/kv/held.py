@@ -1,0 +1,23 @@
+"""What a live model says of its caches: the formats of a plan, as an attribute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from qfx.modules import quantized_parts
+
+HELD = "qfx_caches"
+Caches = dict[str, dict[str, Any]]  # FQN of an attention -> what `qfx.kv.plans` writes of its cache
+
+
+def caches_of(model: nn.Module) -> Caches:
+    """The caches that `qfx.kv.live.with_caches` gave a model; {} where there are none."""
+    found: Caches = model.__dict__.get(HELD, {})
+    return found
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether qfx quantized any part of a model, its cache included."""
+    return bool(caches_of(model) or quantized_parts(model))
