@@ -24,7 +24,9 @@ LAYERS = (
     ),
     "qfx.segments",
     (
-        "qfx.kv qfx.cache_ops qfx.attention_ops qfx.parts qfx.rounded"
+        "qfx.kv.formats qfx.kv.codes qfx.kv.attend qfx.kv.store qfx.kv.states qfx.kv.layers qfx.kv.cache"
+        " qfx.kv.plans qfx.kv.asked"
+        " qfx.cache_ops qfx.attention_ops qfx.parts qfx.rounded qfx.recipe_source"
         " qfx.graph qfx.names qfx.trace qfx.capture qfx.run qfx.verify qfx.plan qfx.recipe qfx.presets"
     ),
     "qfx.observers qfx.moments qfx.inputs qfx.data qfx.hub qfx.streamed qfx.lanes qfx.blocks qfx.offsets",
