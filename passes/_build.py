@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from qfx.passes._match import known
 
 # What a node made in place of another inherits from it.
-INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "qfx_module", "custom")
+SPELLED_OUT = "qfx_spelled_out"  # the mark of attention that the model itself computes by products and a softmax
+INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "qfx_module", "custom", SPELLED_OUT)
 
 
 def call(gm: fx.GraphModule, target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:

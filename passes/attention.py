@@ -28,7 +28,7 @@ from torch import fx
 from qfx import float_ops  # noqa: F401  (registers the ops)
 from qfx.graph import is_call
 from qfx.passes import _match as m
-from qfx.passes._build import call, matched, replace, size
+from qfx.passes._build import SPELLED_OUT, call, matched, replace, size
 from qfx.passes.linear import is_parameter, is_transpose
 
 aten = torch.ops.aten
@@ -242,6 +242,7 @@ def _read_fill(node: fx.Node, scores: _Scores) -> Any:
 
 def _attend(gm: fx.GraphModule, node: fx.Node, scores: _Scores, v: Any) -> fx.Node | None:
     """The attention node in place of the product with v."""
+    node.meta[SPELLED_OUT] = True  # what takes its place inherits that
     q, k, scale = _unscaled(gm, node, scores)
     v = m.skip_upcasts(v) if m.dtype(m.skip_upcasts(v)) == m.dtype(m.skip_upcasts(q)) else v
     if m.dtype(v) == m.dtype(m.skip_upcasts(q)) == m.dtype(m.skip_upcasts(k)):
@@ -253,8 +254,7 @@ def _attend(gm: fx.GraphModule, node: fx.Node, scores: _Scores, v: Any) -> fx.No
     if not 3 <= m.rank(q) == m.rank(k) == m.rank(v):
         return None
     mask = _mask(gm, node, scores, q)
-    exact = mask is None or m.dtype(mask) == m.dtype(q)
-    if scores.softcap or scores.sinks is not None or not exact:
+    if scores.softcap or scores.sinks is not None or not (mask is None or m.dtype(mask) == m.dtype(q)):
         if m.rank(q) != 4:
             return None
         k, v, _ = _shared_heads(q, k, v)

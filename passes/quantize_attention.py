@@ -23,20 +23,20 @@ from qfx.attention_ops import ROLES, needs_scale
 from qfx.errors import UnsupportedError, explain
 from qfx.format import Format
 from qfx.passes import _match as m
-from qfx.passes._build import call
+from qfx.passes._build import SPELLED_OUT, call
+from qfx.passes._sites import ATTENTION
 
-aten = torch.ops.aten
-SPELLED_OUT, SDPA = "spelled out", "sdpa"  # how a module computes its attention
+BY_HAND, SDPA = "spelled-out", "sdpa"  # how a module computes its attention
 
 
 def is_attention(node: fx.Node) -> bool:
     """Attention in float."""
-    return graph.is_call(node, aten.scaled_dot_product_attention.default, torch.ops.qfx.attention.default)
+    return graph.schema_name(node) in ATTENTION
 
 
 def way_of(node: fx.Node) -> str:
     """How the model computes this attention."""
-    return SDPA if graph.is_call(node, aten.scaled_dot_product_attention.default) else SPELLED_OUT
+    return BY_HAND if node.meta.get(SPELLED_OUT) else SDPA
 
 
 def reason_against(node: fx.Node, role: str, fmt: Formats) -> str | None:

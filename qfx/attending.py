@@ -24,7 +24,7 @@ from qfx.attention_ops import ROLES
 from qfx.errors import Note, UnsupportedError, explain, warn
 from qfx.format import Format
 from qfx.modules import without_fast_paths
-from qfx.passes.quantize_attention import SPELLED_OUT, numbers
+from qfx.passes.quantize_attention import BY_HAND, SDPA, numbers
 from qfx.plan import Plan
 from qfx.rows import Row
 
@@ -110,19 +110,16 @@ def attention_rows(model: nn.Module) -> Iterable[Row]:
 
 
 def _reason_against(fqn: str, plan: Plan) -> str:
-    if plan.layouts.get(fqn) == SPELLED_OUT:
+    if plan.layouts.get(fqn) == BY_HAND:
         return "its module spells it out (matmul, softmax, matmul), which nothing can take in a live model"
     owner = fqn.rpartition(".")[0]
     prefix = f"{owner}." if owner else ""
-    for other in plan.layouts:
+    for other, layout in plan.layouts.items():
         inner = other.rpartition(".")[0]
-        if other not in plan.annotations and inner != owner and other.startswith(prefix) and _is_attention(other):
+        apart = layout in (BY_HAND, SDPA) and other not in plan.annotations and inner != owner
+        if apart and other.startswith(prefix):
             return f"the module calls {inner!r}, whose attention shall stay as it is"
     return ""
-
-
-def _is_attention(fqn: str) -> bool:
-    return fqn.rpartition(".")[2] in ("scaled_dot_product_attention", "attention")
 
 
 class _Caught(TorchFunctionMode):

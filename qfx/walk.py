@@ -47,7 +47,10 @@ def walk(model: nn.Module, recipe: Recipe, reason: str, next_step: str) -> tuple
     more = f" and {len(unseen) - _SHOWN} more" if len(unseen) > _SHOWN else ""
     rest = f"; not seen: {', '.join(unseen[:_SHOWN])}{more}"
     what = f"{NO_GRAPH} ({reason}), so its layers were found by their types{rest if unseen else ''}"
-    return made, [Note(type(model).__name__, what, next_step)]
+    notes = [Note(type(model).__name__, what, next_step)]
+    if any(recipe.formats_for("attention", rule.target) for rule in recipe.rules):
+        notes.append(Note("attention", f"{NO_GRAPH} ({reason}): attention stays in float", next_step))
+    return made, notes
 
 
 def _tied(model: nn.Module) -> set[int]:

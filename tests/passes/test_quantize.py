@@ -387,7 +387,7 @@ def test_what_no_op_serves_is_told_and_taken_off() -> None:
         ("scaled_dot_product_attention", "q=i8/head p=u8 was asked"),
     ]
     for note, reason in zip(
-        notes, ("overlap", "role 'y'", "only where the weight is", "attention runs in float"), strict=True
+        notes, ("overlap", "role 'y'", "only where the weight is", "have not 4 dimensions"), strict=True
     ):
         assert reason in note.reason and "Recipe.ignore" in note.next_step and note.where
     assert [annotation.text(n) for n in calls(gm) if annotation.get(n)] == ["x=i8/tok w=i8/ch"]
