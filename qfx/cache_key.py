@@ -229,7 +229,7 @@ def _options(options: Options) -> list[Any]:
         fields = {k: v for k, v in plan._fields().items() if k != "tensors"}
         tensors = dict(sorted(plan.tensors.items()))
         told = [fields, list(tensors), digests(dict(enumerate(t.contiguous() for t in tensors.values())), 1)]
-    return [options.recipe.to_json(), told, options.strict, options.backend, options.default]
+    return [options.recipe.to_json(), told, options.strict, options.backend, options.default, options.kv is not None]
 
 
 def _torch_state() -> list[str]:

@@ -20,6 +20,7 @@ from qfx.modules import quantized_parts
 from qfx.names import Translation
 from qfx.options import Options
 from qfx.pipeline import apply_plan, told
+from qfx.recipe import Recipe, Rule
 from qfx.records import GraphRecord, all_records, remember
 from qfx.rows import Row, graph_rows
 from qfx.spill import give_back
@@ -228,9 +229,13 @@ class CompiledGraph:
 
     def _quantize(self, gm: fx.GraphModule, at: Frame) -> list[Note]:
         """By the plan or recipe. A model that qfx.quantize quantized keeps what it left in float, unless asked."""
+        recipe, kv = self._options.recipe, self._options.kv
         if self._options.default and self._is_packed(at):
-            return []
-        return apply_plan(gm, self._options.plan, self._options.recipe, strict=self._options.strict)
+            if kv is None:
+                return []
+            recipe = Recipe(name="kv", rules=(kv,))
+        notes = apply_plan(gm, self._options.plan, recipe, strict=self._options.strict)
+        return [*notes, *_float_cache(gm, kv)]
 
     def _pair(
         self, template: Template, built: Built, args: Sequence[Any]
@@ -305,6 +310,16 @@ def lower(gm: fx.GraphModule, name: str, *, strict: bool, folder: Path | None = 
     from qfx.backends import reference
 
     return reference.lower(gm, strict=strict)
+
+
+def _float_cache(gm: fx.GraphModule, kv: Rule | None) -> list[Note]:
+    """A note on what the option `kv` is not about, where attention in the graph has its formats."""
+    if kv is None or not any(graph.schema_name(n) == "qfx::quantized_attention" for n in gm.graph.nodes):
+        return []
+    asked = " ".join(f"{role}={text}" for role, text in kv.texts.items())
+    reason = f"attention multiplies {asked}; a cache that is handed in, and one that is handed out, stays in float"
+    step = "pass past_key_values=qfx.QuantizedCache(model.config) to store it in few bits"
+    return [Note("kv", reason, step, minor=True)]
 
 
 def _training() -> ValueError:

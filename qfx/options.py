@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qfx.attention_ops import needs_scale, reason_against
 from qfx.errors import explain, nearest
+from qfx.format import Format
 from qfx.plan import Plan
-from qfx.recipe import Recipe
+from qfx.recipe import Recipe, Rule
 
 BACKENDS = ("auto", "onnx", "openvino", "reference")
-KEYS = ("recipe", "plan", "strict", "backend", "cache")
-LATER = {"kv": "a quantized KV cache"}
+KEYS = ("recipe", "plan", "kv", "strict", "backend", "cache")
 CACHE_KEYS = ("folder", "max_bytes")
 
 
@@ -31,6 +32,8 @@ class CacheAt:
 class Options:
     """recipe: what to do with a float model. plan: formats and scales decided before (instead of a recipe).
 
+    kv: the rule for keys and values of attention, which is the last of the recipe, too. It is about what attention
+    computes with; what is cached between calls is the caller's.
     strict: raise where a node does not get what was asked. backend: "auto" (ONNX Runtime on CPU), "onnx",
     "openvino" (where it is installed), "reference".
     default: neither recipe nor plan was given, so that a model quantized before runs as it is. cache: where sessions
@@ -43,6 +46,7 @@ class Options:
     backend: str = "auto"
     default: bool = True
     cache: CacheAt | bool = True
+    kv: Rule | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -60,9 +64,15 @@ class Options:
                 )
             )
         recipe = plan.recipe if plan is not None else _recipe(given.get("recipe", "w8a8"))
+        kv = _kv(given.get("kv"))
+        if kv is not None and plan is not None:
+            step = "leave 'kv' out, and plan with a rule for 'attention'"
+            raise ValueError(explain("options 'plan' and 'kv' were both given: a plan has its own", next_step=step))
+        if kv is not None:
+            recipe = recipe.override(rules=(*recipe.rules, kv))
         default = plan is None and "recipe" not in given
         strict, backend = _flag(given.get("strict", False)), _backend(given.get("backend", "auto"))
-        return cls(recipe, plan, strict, backend, default, _cache(given.get("cache", True)))
+        return cls(recipe, plan, strict, backend, default, _cache(given.get("cache", True)), kv)
 
 
 def _checked(options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -74,11 +84,7 @@ def _checked(options: Mapping[str, Any] | None) -> dict[str, Any]:
         )  # fmt: skip
     given = {key: value for key, value in (options or {}).items() if value is not None}
     for key, value in given.items():
-        if key in LATER and value is not False:
-            raise ValueError(
-                explain(f"option {key!r} ({LATER[key]}) is not in this version", next_step=f"leave {key!r} out")
-            )
-        if key not in KEYS and key not in LATER:
+        if key not in KEYS:
             raise ValueError(
                 explain(
                     f"unknown option {key!r}, {nearest(str(key), KEYS)}",
@@ -114,6 +120,40 @@ def _recipe(given: Any) -> Recipe:
         what = f"recipe {recipe.name!r} needs calibration data, which torch.compile does not have"
         raise ValueError(explain(what, next_step=step))
     return recipe
+
+
+def _kv(given: Any) -> Rule | None:
+    """The rule of "i8", of a format's text, or of {"k": ..., "v": ...}; None for None and False. A type alone, and fp8,
+    has a scale for each token of each head."""
+    if given is None or given is False:
+        return None
+    texts = {"k": given, "v": given} if isinstance(given, str) else given
+    if not isinstance(texts, Mapping) or not texts or not set(texts) <= {"k", "v"}:
+        raise ValueError(
+            explain(
+                "option 'kv' gives keys and values of attention a format",
+                expected='"i8", another format such as "f8e4m3/tok", or {"k": ..., "v": ...}',
+                found=repr(given),
+                next_step="give one of these, or leave it out",
+            )
+        )
+    return Rule(target="attention", **{role: str(_kv_format(role, text)) for role, text in texts.items()})
+
+
+def _kv_format(role: str, text: Any) -> Format:
+    try:
+        fmt = Format.parse("f8e4m3" if text == "fp8" else text)
+    except ValueError as error:
+        raise ValueError(f"option 'kv': {error}") from error
+    if not fmt.is_plain and str(fmt) == fmt.type:
+        fmt = Format(fmt.type, "tok")
+    reason = reason_against(role, fmt)
+    if reason is None and needs_scale(role, fmt):
+        reason = "torch.compile has no data to find its scale from"
+    if reason is not None:
+        step = f"write '{fmt.type}/tok'; qfx.QuantizedCache takes formats in groups"
+        raise ValueError(explain(f"option 'kv': {role}={text} cannot be had: {reason}", next_step=step))
+    return fmt
 
 
 def _flag(strict: object) -> bool:

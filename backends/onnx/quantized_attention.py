@@ -67,7 +67,6 @@ def quantized_attention(
         scores = _integer_scores(b, q, k, one, other, scale)
     else:
         scores = attention.scores_of(b, _rounded(b, q, one, qf), _rounded(b, k, other, kf), scale)
-        _say_float(b, "q", qf, "k", kf)
     if mean is not None and (softcap > 0 or sinks is not None):
         scores = attention.shaped_like(scores, b.op("Add", scores, attention.scores_of(b, q, mean, scale)))
     if softcap > 0:
@@ -85,7 +84,7 @@ def quantized_attention(
     y = _integer_values(b, weights, v, pf, last) if _is_whole(pf, vf) else None
     if y is None:
         y = attention.weighted(b, _rounded_weights(b, weights, pf), weights, _rounded(b, v, last, vf))
-        _say_float(b, "p", pf, "v", vf)
+    _say_floats(b, {"q": qf, "k": kf, "p": pf, "v": vf})
     return y if keep is None else b.op("Mul", y, keep)
 
 
@@ -98,12 +97,15 @@ def _is_whole(p: Format | None, v: Format | None) -> bool:
     return p is not None and p.is_integer and v is not None and _is_symmetric(v) and v.granularity != "tok"
 
 
-def _say_float(b: Builder, left: str, one: Format | None, right: str, other: Format | None) -> None:
-    if not any(fmt is not None and fmt.is_integer for fmt in (one, other)):
-        return
-    asked = " ".join(f"{role}={fmt}" for role, fmt in ((left, one), (right, other)) if fmt is not None)
-    both = "q=i8/tok k=i8/tok" if left == "q" else "p=u8 v=i8 (one scale, or 'head')"
-    b.note(f"{asked}: rounded as asked, multiplied in f32", f"none needed; {both} are multiplied as integers")
+def _say_floats(b: Builder, formats: dict[str, Format | None]) -> None:
+    """What is rounded to integers and multiplied in f32 all the same."""
+    q, k, p, v = formats.values()
+    apart = {} if _is_symmetric(q) and _is_symmetric(k) else {"q": q, "k": k}
+    apart |= {} if _is_whole(p, v) else {"p": p, "v": v}
+    asked = " ".join(f"{role}={fmt}" for role, fmt in apart.items() if fmt is not None and fmt.is_integer)
+    if asked:
+        step = "none needed; q=i8/tok k=i8/tok, and p=u8/tok v=i8/head, are multiplied as integers"
+        b.note(f"{asked}: rounded as asked, multiplied in f32", step)
 
 
 # ---- rounding --------------------------------------------------------------------------------------------------------
