@@ -137,7 +137,8 @@ def _kv(given: Any) -> Rule | None:
                 next_step="give one of these, or leave it out",
             )
         )
-    return Rule(target="attention", **{role: str(_kv_format(role, text)) for role, text in texts.items()})
+    formats: dict[str, Any] = {role: str(_kv_format(role, text)) for role, text in texts.items()}
+    return Rule(target="attention", **formats)
 
 
 def _kv_format(role: str, text: Any) -> Format:

@@ -16,7 +16,7 @@ from qfx.measure import sqnr_db
 from qfx.passes.annotate import annotate
 from qfx.passes.normalize import normalize
 from qfx.passes.quantize import quantize, refuse
-from qfx.passes.quantize_attention import SDPA, BY_HAND, is_attention, numbers, way_of
+from qfx.passes.quantize_attention import BY_HAND, SDPA, is_attention, numbers, way_of
 from qfx.recipe import Recipe
 from tests.graphs import Function, capture, counts, text
 
@@ -24,8 +24,8 @@ BEFORE = """\
 %inputs_0: f32[2,4,5,8] = input
 %inputs_1: f32[2,2,7,8] = input
 %inputs_2: f32[2,2,7,6] = input
-%scaled_dot_product_attention: f32[2,4,5,6] = aten.scaled_dot_product_attention(%inputs_0, %inputs_1, %inputs_2, None, 0.0, True, \
-enable_gqa=True)  # q=i8/tok k=i8 v=u8/head p=u8
+%scaled_dot_product_attention: f32[2,4,5,6] = aten.scaled_dot_product_attention(%inputs_0, %inputs_1, \
+%inputs_2, None, 0.0, True, enable_gqa=True)  # q=i8/tok k=i8 v=u8/head p=u8
 return [%scaled_dot_product_attention]
 """
 AFTER = """\
@@ -33,7 +33,8 @@ AFTER = """\
 %inputs_1: f32[2,2,7,8] = input
 %inputs_2: f32[2,2,7,6] = input
 %quantized_attention: f32[2,4,5,6] = qfx.quantized_attention(%inputs_0, %inputs_1, %inputs_2, None, \
-None, [], [], [0.03125], [], [0.5, 0.25], [128, 7], 0.35355339059327373, True, 0.0, i8/tok, i8, u8/head, u8)  # q=i8/tok k=i8 v=u8/head p=u8
+None, [], [], [0.03125], [], [0.5, 0.25], [128, 7], 0.35355339059327373, True, 0.0, i8/tok, i8, u8/head, \
+u8)  # q=i8/tok k=i8 v=u8/head p=u8
 return [%quantized_attention]
 """
 NAME = "scaled_dot_product_attention"
@@ -143,7 +144,7 @@ def test_formats_that_attention_does_not_take_are_told(name: str) -> None:
 
 
 OTHERS: dict[str, tuple[Any, tuple[Tensor, ...], str]] = {
-    "dropout": (lambda own, *x: F.scaled_dot_product_attention(*x, dropout_p=0.5), QKV[:1] * 3, "dropout"),
+    "dropout": (lambda own, q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5), QKV[:1] * 3, "dropout"),
     "3 dimensions": (lambda own, *x: F.scaled_dot_product_attention(*x), (QKV[0][0],) * 3, "4 dimensions, found 3"),
 }
 
