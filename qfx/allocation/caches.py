@@ -119,7 +119,7 @@ def _units(gm: fx.GraphModule, plan: Plan) -> tuple[dict[str, list[Cache]], list
     known = {attention.name: attention for attention in find(gm)[0]}
     own, notes = {}, []
     for name, one in _by_name(plan).items():
-        if one.layer.cross or plan.recipe.names_cache(name):
+        if one.layer.cross or one.is_plain or plan.recipe.names_cache(name):
             continue
         found = [a for key, a in known.items() if key == name or key.startswith(f"{name}.")]
         if len(found) == 1 and found[0].kv_heads == one.layer.heads:
