@@ -16,7 +16,7 @@ from qfx import frame, graph, names, sqnr
 from qfx.capture import keep_sources, static_names
 from qfx.errors import Note, UnsupportedError, explain, warn
 from qfx.frame import Frame
-from qfx.modules import quantized_parts
+from qfx.kv.held import is_quantized
 from qfx.names import Translation
 from qfx.options import Options
 from qfx.pipeline import apply_plan, told
@@ -224,8 +224,8 @@ class CompiledGraph:
             return lowered, False
 
     def _is_packed(self, at: Frame) -> bool:
-        """Whether the model holds parts that qfx.quantize quantized."""
-        return at.root is not None and bool(quantized_parts(at.root))
+        """Whether the model holds parts that qfx.quantize quantized, or is to have a quantized cache."""
+        return at.root is not None and is_quantized(at.root)
 
     def _quantize(self, gm: fx.GraphModule, at: Frame) -> list[Note]:
         """By the plan or recipe. A model that qfx.quantize quantized keeps what it left in float, unless asked."""
@@ -251,14 +251,22 @@ class CompiledGraph:
         return Translation.between([(fqn, args[i]) for i, fqn in self._statics.items()], known)
 
     def _lacking(self, at: Frame) -> list[Note]:
-        """A note where the plan speaks of nodes that the model cannot have."""
+        """Notes where the plan speaks of nodes that the model cannot have, and where a cache is asked for."""
         if self._options.plan is None or at.root is None:
-            return []
+            return self._caches(at)
         own = {name for names_ in names.index(at.root).values() for name in names_}
         own |= {name for name, _ in at.root.named_modules(remove_duplicate=False)}
         lost = [fqn for fqn in self._options.plan.annotations if fqn not in own]
         what = f"the plan gives formats to {len(lost)} name(s) that the model lacks: {', '.join(lost[:3])}"
-        return [Note("plan", what, "plan again for this model")] if lost else []
+        return [*([Note("plan", what, "plan again for this model")] if lost else []), *self._caches(at)]
+
+    def _caches(self, at: Frame) -> list[Note]:
+        """A note where formats of a cache are asked of a model that has none: whoever calls it makes its cache."""
+        plan, recipe = self._options.plan, self._options.recipe
+        if not (recipe.cache_rules if plan is None else plan.caches) or (at.root is not None and caches_of(at.root)):
+            return []
+        step = "pass past_key_values=qfx.QuantizedCache(model.config, ...), or call qfx.quantize with it before"
+        return [Note("cache", "formats of a cache have no effect here: whoever calls the model makes its cache", step)]
 
     def _untouched(self, args: Sequence[Any], at: Frame, error: Exception) -> Built:
         reason = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])

@@ -22,6 +22,7 @@ from qfx.files import staged_folder
 from qfx.format import Format
 from qfx.hub import is_causal_lm
 from qfx.inputs import example_inputs, need_inputs, without_cache
+from qfx.kv.files import asked_caches, for_file
 from qfx.passes._match import arguments
 from qfx.pipeline import apply_plan, prepare, told
 from qfx.plan import Plan, versions
@@ -78,7 +79,8 @@ def export_onnx(
     prefill: "i8/tok" rounds the input of weight-only linears to 8 bits per token where 16 or more tokens are read at
     once, and computes with integers: prompts are read faster; the session then holds these weights in 8 bits too.
     kv: "i8" or "i4" stores a decoder's cache in 8 or 4 bits, with a fixed scale for each channel of each head, found on
-    `data` (batches of token ids). A prompt still attends in float before it is stored.
+    `data` (batches of token ids). A prompt still attends in float before it is stored. Left out: as near as the file
+    comes to the caches of the plan, the recipe or the model (see `qfx.kv.files`), which a warning says.
     Quantized weights lie in the file as their codes; those of formats without a kernel are unpacked by what reads it,
     which a warning says. What cannot be had as asked is a warning too, under `strict` an UnsupportedError.
     Raises ValueError for bad arguments, UnsupportedError for a model without an ONNX form, OSError where the files
@@ -92,13 +94,25 @@ def export_onnx(
     _check_prefill(prefill, runtime)
     caches = _checked_kv(kv, folder=folder, data=data)
     asked = None if recipe is None else Recipe.parse(recipe)
+    held = asked_caches(model, asked, plan)
+    found, beside = for_file(held, kv, has_cache=folder, data=data is not None)
+    caches = cache_formats(found) if caches is None else caches
     if pair:
         how: Any = {"runtime": runtime, "prefill": prefill is not None, "external_bytes": external_bytes}
+        how["beside"] = beside
         return _pair(model, args, target.parent, recipe=asked, plan=plan, data=data, strict=strict, **how)
     if folder:
         data = list(data) if isinstance(data, Iterator) else data  # the recipe reads it, and the caches
         prepared = functools.partial(
-            _decoder, model, target, recipe=asked, plan=plan, data=data, runtime=runtime, caches=caches
+            _decoder,
+            model,
+            target,
+            recipe=asked,
+            plan=plan,
+            data=data,
+            runtime=runtime,
+            caches=caches,
+            beside=beside,
         )
         return prepared(
             prefill=prefill is not None, strict=strict, all_logits=all_logits, external_bytes=external_bytes
@@ -110,12 +124,13 @@ def export_onnx(
         with Spill(target.parent) as spill:
             captured, notes = _quantized(model, call, asked, plan, spill, dynamic=dynamic, strict=strict)
             how = {"prefill": prefill is not None, "strict": strict, "external_bytes": external_bytes}
-            return _write(captured, notes, target, runtime, spill, **how)
+            return _write(captured, [*beside, *notes], target, runtime, spill, **how)
 
 
 def _decoder(
     model: nn.Module, target: Path, *, recipe: Recipe | None, plan: Plan | None, data: Any, runtime: str, strict: bool,
     all_logits: bool, external_bytes: int | None, prefill: bool, caches: Mapping[str, Format] | None,
+    beside: list[Note],
 ) -> Exported:  # fmt: skip
     """The folder of a decoder; its configuration is written last and makes it complete."""
     from qfx.backends.onnx import genai
@@ -126,7 +141,7 @@ def _decoder(
         if plan is not None:
             plan.check(model, strict=strict)
         captured, names = decoder.capture_decoder(model, last_only=not all_logits)
-        notes = _planned(captured, recipe, plan, spill, strict=strict)
+        notes = [*beside, *_planned(captured, recipe, plan, spill, strict=strict)]
         if not decoder.fuse_cache(captured, names):
             notes.append(_not_shared(model))
         if caches is not None:
@@ -140,7 +155,7 @@ def _decoder(
 
 def _pair(
     model: nn.Module, args: Any, folder: Path, *, recipe: Recipe | None, plan: Plan | None, data: Any, strict: bool,
-    **how: Any,
+    beside: list[Note], **how: Any,
 ) -> Exported:  # fmt: skip
     """The folder of an encoder-decoder: all of its files, or none."""
     at = encoder_decoder.DOCUMENT
@@ -153,7 +168,7 @@ def _pair(
         how["strict"] = strict
         sizes = encoder_decoder.cache_sizes(model, inputs)
         captured, names = encoder_decoder.capture_encoder(model, inputs)
-        notes = [*encoder_decoder.own_generate(model), *_planned(captured, recipe, plan, spill, strict=strict)]
+        notes = [*beside, *encoder_decoder.own_generate(model), *_planned(captured, recipe, plan, spill, strict=strict)]
         encoder = _write(captured, notes, stage / encoder_decoder.ENCODER, spill=spill, **how, inputs=names)
         captured, names, pasts = encoder_decoder.capture_decoder(model, inputs, sizes)
         notes = _planned(captured, recipe, plan, spill, strict=strict)

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qfx.kv.summary import CacheSummary, named
+
 if TYPE_CHECKING:
     from qfx.report import Report
 
@@ -34,6 +36,8 @@ def show(report: Report, console: Console, *, all_rows: bool) -> None:
         f"{t['work_coverage']:.1%} of matmul work; {t['effective_bits']:.2f} bits per weight; "
         f"{_size(t['bytes_before'])} -> {_size(t['bytes_after'])} ({t['compression']:.2f}x); {t['graphs']} graph(s)"
     )
+    if report.cache is not None:
+        _show_cache(report.cache, console)
     for note in report.notes:
         if note.reason not in reasons:
             console.print(f"[yellow]note[/] {escape(str(note))}", highlight=False)
@@ -58,6 +62,24 @@ def _table(report: Report, numbers: dict[str, int], width: int, *, all_rows: boo
         size = _size(row.bytes_after) if row.bytes_after else ""
         table.add_row(escape(row.node), escape(row.asked or "float"), kernel, size, *sqnr)
     return table
+
+
+def _show_cache(cache: CacheSummary, console: Console) -> None:
+    """The cache of keys and values: layers of one format together."""
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    for name in ("cache", "keys and values", "bytes a token", "of f16"):
+        table.add_column(name, overflow="fold", justify="left" if name in ("cache", "keys and values") else "right")
+    for name, rows in named(cache.rows):
+        window = f", a window of {rows[0].window} tokens" if rows[0].window else ""
+        beside = ", of cross-attention" if rows[0].cross else ""
+        size, ratio = f"{rows[0].bytes_per_token:g}", f"{rows[0].ratio:.3f}"
+        table.add_row(escape(name + window + beside), escape(rows[0].asked), size, ratio)
+    console.print(table)
+    context = 1 << 13
+    console.print(
+        f"cache: {cache.bytes_per_token:,.0f} bytes a token, {cache.ratio:.3f} of f16; {context:,} tokens "
+        f"of a sequence take {_size(cache.nbytes(context))}"
+    )
 
 
 def wide(console: Console, table: Table, least: int) -> None:

@@ -16,6 +16,7 @@ from qfx import live, names, records, render, sqnr
 from qfx.data import calls
 from qfx.errors import Note, explain
 from qfx.frame import asked_with, unknown, unwrapped
+from qfx.kv.summary import CacheSummary, summary
 from qfx.records import GraphRecord
 from qfx.rows import Row
 
@@ -27,7 +28,7 @@ class Report:
     """Rows, notes and totals of one model. `rows` holds every linear-like node, embedding, convolution and attention.
 
     graphs: how many compiled graphs the rows come from. other_bytes: of parameters and buffers that no row counts
-    (norms, biases, tables).
+    (norms, biases, tables). cache: what the model's cache of keys and values stores, where qfx quantized it.
     """
 
     rows: tuple[Row, ...]
@@ -35,12 +36,14 @@ class Report:
     graphs: int = 0
     title: str = ""
     other_bytes: int = 0
+    cache: CacheSummary | None = None
 
     @property
     def totals(self) -> dict[str, Any]:
         """graphs; linear: products with a weight, of all kinds; linear_quantized: those with a quantized weight;
         weight_coverage, work_coverage: the quantized share of weight bytes and of multiply-accumulates;
-        effective_bits: per weight, scales included; bytes_before, bytes_after, compression: of everything.
+        effective_bits: per weight, scales included; bytes_before, bytes_after, compression: of all parameters.
+        Where the cache is quantized: cache_bytes_per_token, of a sequence; cache_ratio: to 16 bits.
         """
         weights = [r for r in self.rows if r.bytes_before and not r.shared]
         matmuls = [r for r in self.rows if r.op in _MATMULS]
@@ -57,15 +60,33 @@ class Report:
             "bytes_before": before + self.other_bytes,
             "bytes_after": after + self.other_bytes,
             "compression": (before + self.other_bytes) / max(1, after + self.other_bytes),
+            **self._of_cache(),
         }
+
+    def max_context(self, memory: Any, batch: Any = 1) -> Any:
+        """Tokens of each of `batch` sequences for which `memory` bytes hold the parameters and the quantized cache.
+
+        Ints, or symbols of sympy, of which the result is an expression. Activations are not counted. Raises ValueError
+        for a model without a quantized cache, and for too little memory.
+        """
+        if self.cache is None:
+            step = "quantize with cache rules, such as qfx.quantize(model, 'w8a8+kv8')"
+            raise ValueError(explain("the model has no quantized cache", next_step=step))
+        return self.cache.max_context(memory - self.totals["bytes_after"], batch)
+
+    def _of_cache(self) -> dict[str, Any]:
+        if self.cache is None:
+            return {}
+        return {"cache_bytes_per_token": self.cache.bytes_per_token, "cache_ratio": self.cache.ratio}
 
     def to_json(self) -> str:
         """The report as JSON text: title, totals, rows, notes. An SQNR without noise is null, as one not measured."""
         rows = [asdict(r) | {"sqnr_db": r.sqnr_db if _finite(r.sqnr_db) else None} for r in self.rows]
         notes = [asdict(n) for n in self.notes]
-        return json.dumps(
-            {"title": self.title, "totals": self.totals, "rows": rows, "notes": notes}, indent=1, allow_nan=False
-        )
+        fields = {"title": self.title, "totals": self.totals, "rows": rows, "notes": notes}
+        if self.cache is not None:
+            fields["caches"] = [asdict(row) | {"ratio": row.ratio} for row in self.cache.rows]
+        return json.dumps(fields, indent=1, allow_nan=False)
 
     def show(self, console: Console | None = None, *, all_rows: bool = True) -> None:
         """Print the report to the terminal. all_rows=False: only the rows of what is not quantized."""
@@ -134,10 +155,11 @@ def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None)
             rows[row.node] = replace(row, reason=reason, as_asked=False)
         else:
             rows[row.node] = row
-    if not graphs and not any(row.asked for row in rows.values()):
+    cache = summary(model)
+    if not graphs and not any(row.asked for row in rows.values()) and cache is None:
         raise _unseen(model)
     rest = live.other_bytes(model, set(rows))
-    return Report(tuple(rows.values()), _notes(graphs), len(graphs), type(model).__name__, rest)
+    return Report(tuple(rows.values()), _notes(graphs), len(graphs), type(model).__name__, rest, cache)
 
 
 def _graphs_of(model: nn.Module, options: Any, collector: sqnr.Collector | None) -> list[GraphRecord]:

@@ -32,7 +32,6 @@ from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
 from qfx.kv.formats import CacheFormat
 from qfx.kv.plans import Cached, read
-from qfx.lanes import Program
 from qfx.passes.calibrate import progress_bar
 from qfx.plan import Plan
 
@@ -107,10 +106,10 @@ def _scores(
     formats: Sequence[Format],
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """unit -> format -> Quant-Fisher of the model's own distribution."""
-    program = Program(gm)
+    scores = CacheScores(units, formats)
+    program = scores.program(gm)
     name, main = main_output(gm, outputs)
     objective = General(0, name == "logits", [positions(program, batch) for batch in batches])
-    scores = CacheScores(units, formats)
     found = gather(Weights(gm, []), program, batches, [main], objective, values=scores.hooks)
     return scores.scores(objective.factor, found.weight)
 
@@ -120,11 +119,11 @@ def _units(gm: fx.GraphModule, plan: Plan) -> tuple[dict[str, list[Cache]], list
     known = {attention.name: attention for attention in find(gm)[0]}
     own, notes = {}, []
     for name, one in _by_name(plan).items():
-        if one.layer.cross or plan.recipe.names_cache(name):
+        if one.layer.cross or one.is_plain or plan.recipe.names_cache(name):
             continue
         found = [a for key, a in known.items() if key == name or key.startswith(f"{name}.")]
         if len(found) == 1 and found[0].kv_heads == one.layer.heads:
-            own[name] = caches(found, one.format.sinks)
+            own[name] = caches(found, one.format)
         else:
             reason = f"its heads are not found in the graph: its cache has {one.format} in all of them"
             notes.append(Note(name, reason, "give it formats by a rule for its name"))

@@ -56,7 +56,7 @@ class Measure:
         self.batches = batches
         self.units: list[Unit] = list(find_units(gm)[0] if units is None else units)
         self.caches = {cache.unit.name: cache for cache in caches}
-        self.program.sinks = {cache.node: cache.sinks for cache in caches}
+        self.program.kept = {cache.node: cache.kept for cache in caches if cache.kept is not None}
         self.weights = Weights(gm, self.units, rounding=rounding, importance=importance)
         self.output, self._main = main_output(gm, outputs)
         self.is_kld = self.output == "logits"

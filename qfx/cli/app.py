@@ -45,6 +45,9 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the quantized model.")],
     recipe: Annotated[str, typer.Option(help="Preset, presets joined by +, or a .yaml or .json file.")] = "w8a8",
+    kv: Annotated[
+        str | None, typer.Option(help="The cache of keys and values too: i8, i4, i2, fp8, or two: i4,i2.")
+    ] = None,
     data: Text = None,
     field: Field = "text",
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples; left out: the recipe's.")] = None,
@@ -94,6 +97,7 @@ def quantize(
             stream=stream,
             budget=budget,
             html_file=html,
+            kv=kv,
         )
 
 

@@ -14,6 +14,7 @@ from qfx.cli.models import TextOptions, batches, open_quantized
 from qfx.cli.terminal import megabytes, step
 from qfx.data import read_texts
 from qfx.encoder_decoder import is_encoder_decoder
+from qfx.kv.held import caches_of
 from qfx.recipe import Recipe
 
 
@@ -31,6 +32,7 @@ def run(
         parsed = Recipe.parse("w8a8")
     cache_formats(kv)  # before anything is loaded
     static = parsed is not None and parsed.needs_data
+    cached = kv is not None or bool(parsed is not None and parsed.cache_rules)
     texts = None if text.file is None else read_texts(text.file, text.field)
     if texts is None and parsed is not None and static:
         raise ValueError(f"recipe {parsed.name!r} needs calibration data\n  next step: --data FILE")
@@ -41,7 +43,7 @@ def run(
     with step(console, f"load {model}"):
         loaded = open_quantized(Path(model)) if saved else hub.load(hub.resolve(model))
     data = None
-    if texts is not None and (static or kv is not None):
+    if texts is not None and (static or cached or caches_of(loaded.model)):
         samples = text.samples or (parsed.num_calibration_samples if parsed is not None else SAMPLES)
         with step(console, f"read {text.file}"):
             data = batches(loaded, texts, text, samples)

@@ -14,7 +14,7 @@ from qfx.allocation.asked import with_budget
 from qfx.cli.models import TextOptions, batches, check_device
 from qfx.cli.terminal import megabytes, step
 from qfx.data import read_texts
-from qfx.recipe import Recipe
+from qfx.recipe import Recipe, Rule
 
 _SHARE = 0.6  # of the free memory that a model may take before it stays on disk
 
@@ -22,15 +22,15 @@ _SHARE = 0.6  # of the free memory that a model may take before it stays on disk
 def run(
     console: Console, model: str, out: Path, recipe: str, text: TextOptions, *, strict: bool, device: str,
     resume: Path | None = None, stream: bool | None = None, budget: Mapping[str, Any] | None = None,
-    html_file: Path | None = None,
+    html_file: Path | None = None, kv: str | None = None,
 ) -> None:  # fmt: skip
     """Everything that can be refused is refused before the model is loaded.
 
     stream: leave the weights on disk until they are used; None: where they would take too much of the free memory.
     budget: by name, as `qfx.plan` takes it, None where it is not given. html_file: for pictures of what it gives each
-    weight.
+    weight. kv: formats of the cache (of keys and of values, comma between them), beside what the recipe says.
     """
-    parsed = with_budget(Recipe.parse(recipe), **(budget or {}))
+    parsed = with_budget(with_cache(Recipe.parse(recipe), kv), **(budget or {}))
     if html_file is not None and parsed.allocation is None:
         raise ValueError(
             f"--html shows what each weight gets under a budget, and recipe {parsed.name!r} has none\n"
@@ -80,6 +80,17 @@ def run(
 
         allocation(made, title=f"{parsed.name} of {Path(model).name}").write(html_file)
     console.print(f"on disk: {megabytes(hub.bytes_on_disk(folder))} -> {megabytes(hub.bytes_on_disk(out))}")
+
+
+def with_cache(recipe: Recipe, kv: str | None) -> Recipe:
+    """The recipe with a rule for the cache. Raises ValueError for formats that no cache can have."""
+    if kv is None:
+        return recipe
+    keys, *values = kv.split(",")
+    if len(values) > 1:
+        raise ValueError(f"--kv takes one format, or those of keys and of values, found {kv!r}")
+    rule = Rule(target="cache", k=keys, v=values[0] if values else keys)
+    return recipe.override(name=f"{recipe.name}+kv={kv}", rules=(*recipe.rules, rule), cache_bits=None)
 
 
 def _is_tight(console: Console, folder: Path) -> bool:

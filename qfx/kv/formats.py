@@ -149,9 +149,9 @@ def cache_formats(kv: str | Mapping[str, Any] | Sequence[Any] | CacheFormat | Pl
     """The format of each of `layers` layers that `kv` asks for.
 
     kv: "i8", "i4", "i3", "i2" or "fp8"; any text of a Format (for keys and values); {"k": ..., "v": ..., "residual":
-    tokens, "sinks": tokens}, where k and v may be lists, one format a head; a CacheFormat; a list of any of these,
-    one for each layer; or a Plan, whose layers without a format stay float. Below 8 bits RESIDUAL and SINKS hold where
-    nothing is said. Raises ValueError for anything else.
+    tokens, "sinks": tokens}, where k and v may be lists, one format for each head; a CacheFormat; a list of any of
+    these, one for each layer; or a Plan, whose layers without a format stay float. Below 8 bits RESIDUAL and SINKS hold
+    where nothing is said. Raises ValueError for anything else.
     """
     if hasattr(kv, "caches"):
         from qfx.kv.plans import layer_formats  # which imports this file

@@ -10,12 +10,11 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from qfx.errors import Note, QfxWarning
 from qfx.kv.held import HELD, caches_of
-from qfx.kv.plans import PLAIN, check_model, layer_formats, read
+from qfx.kv.plans import PLAIN, check_model, dtype_of, layer_formats, read
 from qfx.pipeline import told
 
 _SAID = "qfx_caches_said"
@@ -54,12 +53,12 @@ def new_cache(model: nn.Module) -> Any:
 
     whole: Any = model.config
     config, caches = whole.get_text_config(decoder=True), caches_of(model)
-    plain = PLAIN.get(next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32), "f32")
+    plain = PLAIN.get(dtype_of(model), "f32")
     made = QuantizedCache(config, layer_formats(caches, config.num_hidden_layers, plain=plain))
     if not getattr(whole, "is_encoder_decoder", False):
         return made
     other: Any = DynamicCache(config=config)
-    if any(one.layer.cross for one in read(caches)):
+    if any(one.layer.cross and not one.is_plain for one in read(caches)):
         other = QuantizedCache(config, layer_formats(caches, config.num_hidden_layers, cross=True, plain=plain))
     return EncoderDecoderCache(made, other)
 

@@ -30,6 +30,11 @@ class Cached:
     layer: CacheLayer
     format: CacheFormat
 
+    @property
+    def is_plain(self) -> bool:
+        """Nothing is quantized."""
+        return all(fmt.is_plain for fmt in (*self.format.keys, *self.format.values))
+
     def to_json(self) -> dict[str, Any]:
         """JSON-able, without the name."""
         return {**self.layer.to_json(), "format": self.format.to_json()}
@@ -69,7 +74,8 @@ def read(caches: Mapping[str, Any], where: str = "the plan") -> list[Cached]:
 
 
 def plan_caches(model: nn.Module, recipe: Recipe, calls: Sequence[Any] = ()) -> tuple[Caches, list[Note]]:
-    """What a recipe's rules give the layers of a model's cache, and notes about rules that cannot be had.
+    """What a recipe's rules give the layers of a model's cache, and notes about rules that cannot be had. Layers that
+    no rule names stay in the dtype of the model; without any that is named there is nothing.
 
     Raises ValueError for lists of formats that are not of the model's heads.
     """
@@ -78,14 +84,16 @@ def plan_caches(model: nn.Module, recipe: Recipe, calls: Sequence[Any] = ()) -> 
     layers, missing = cache_layers(model, calls)
     if missing is not None:
         return {}, [missing]
-    plain = PLAIN.get(_dtype(model), "f32")
+    plain = PLAIN.get(dtype_of(model), "f32")
     found: Caches = {}
+    some = False
     for layer in layers:
-        if asked := recipe.cache_for(layer.fqn):
-            fmt = cache_formats({"k": plain, "v": plain, **asked}, 1)[0]
-            fmt.check_heads(layer.heads, layer.fqn)
-            found[layer.fqn] = Cached(layer, fmt).to_json()
-    return found, _unmatched(recipe, layers)
+        asked = recipe.cache_for(layer.fqn)
+        fmt = cache_formats({"k": plain, "v": plain, **asked}, 1)[0]
+        fmt.check_heads(layer.heads, layer.fqn)
+        found[layer.fqn] = Cached(layer, fmt).to_json()
+        some = some or bool(asked)
+    return found if some else {}, _unmatched(recipe, layers)
 
 
 def check_model(model: nn.Module, caches: Mapping[str, Any]) -> None:
@@ -122,5 +130,6 @@ def _unmatched(recipe: Recipe, layers: Sequence[CacheLayer]) -> list[Note]:
     return [Note(repr(target), "this target of the recipe matches no cache of the model", step) for target in missing]
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's floats, as its first parameter has it."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

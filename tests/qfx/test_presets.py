@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qfx.presets import UNAVAILABLE, descriptions, presets
+from qfx.presets import descriptions, presets
 from qfx.recipe import Recipe
 
 FIXED = {  # the names that are promised
@@ -36,9 +36,8 @@ def linear(recipe: Recipe, fqn: str = "fc") -> str:
     return " ".join(f"{role}={fmt}" for role, fmt in recipe.formats_for("linear", fqn).items())
 
 
-def test_every_promised_name_is_a_preset_or_refused_by_name() -> None:
-    assert set(presets()) | set(UNAVAILABLE) == FIXED
-    assert not set(presets()) & set(UNAVAILABLE)
+def test_every_promised_name_is_a_preset() -> None:
+    assert set(presets()) == FIXED
 
 
 def test_each_has_one_line() -> None:
@@ -155,15 +154,6 @@ def test_mixed_attention_and_the_rest(fqn: str) -> None:
 
 def test_mixed_leaves_embeddings() -> None:
     assert presets()["mixed"].formats_for("embedding", "model.embed_tokens") == {}
-
-
-@pytest.mark.parametrize("name", sorted(UNAVAILABLE))
-def test_missing_methods_are_refused(name: str) -> None:
-    for text in (name, f"w8a8+{name}"):
-        with pytest.raises(
-            ValueError, match=rf"preset '{name}' is not in this version: .* is missing; available.*w4a16"
-        ):
-            Recipe.parse(text)
 
 
 def test_presets_cannot_be_changed_by_the_caller() -> None:
