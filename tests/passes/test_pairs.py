@@ -42,7 +42,7 @@ def test_channels_that_rope_leaves_are_free() -> None:
 def test_norms_take_one_factor_for_all_heads_or_one_for_each() -> None:
     shared, whole = of("norms"), of("wide norms")
     assert shared.of_keys.tolist() == [[0, 1, 2, 3] * 2] * 2 and shared.keys[0].weight == "k_norm.weight"
-    assert whole.count == KV * DIM // 2 and [len(p.runs) for p in (*whole.keys, *whole.queries)] == [3, 8]
+    assert whole.count == KV * DIM // 2 and [len(p.runs) for p in (*whole.keys, *whole.queries)] == [3, 7]
 
 
 def test_records_are_read_back() -> None:

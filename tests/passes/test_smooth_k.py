@@ -187,7 +187,7 @@ def tied(own: Any, x: Tensor) -> Any:
 def shared(own: Any, x: Tensor) -> Any:
     """Keys of one layer that the next one reads, too."""
     k = own.k(x)
-    return sdpa(own.q(sdpa(own.q(x), k, x)), k, x)
+    return sdpa(sdpa(own.q(x), k, x), k, x)
 
 
 def unknown(own: Any, x: Tensor) -> Any:
@@ -208,11 +208,11 @@ def normed(own: Any, x: Tensor) -> Any:
         (lambda own, x: (y := own.k(x), sdpa(own.q(x), y, y))[1], "reads them, too"),
         (lambda own, x: (sdpa(own.q(x), y := own.k(x), x), y), "output reads them, too"),
         (lambda own, x: (y := own.k(x), sdpa(own.q(x), y * y.sum(-1, keepdim=True), x))[1], "reads them, too"),
-        (shared, "also used by"),
+        (shared, "reads them, too"),
         (unknown, "keys: it does not come straight from a linear, %add makes it"),
         (normed, "queries: the norm has no weight"),
         (lambda own, x: sdpa(own.q(x), x, x), "keys: it does not come straight from a linear"),
-        (lambda own, x: sdpa(sdpa(own.q(x), own.k(x), x), own.k(x), x), "k.weight is also used by"),
+        (lambda own, x: sdpa(sdpa(own.q(x), own.k(x), x), own.k(x.exp()), x), "k.weight is also used by"),
     ],
 )
 def test_refusals(forward: Any, reason: str) -> None:
@@ -259,6 +259,17 @@ def test_the_formula() -> None:
     assert found[5] == pytest.approx(float(most_k**0.3 / most_q**0.7))
 
 
+class Rounding(nn.Module):
+    """Each token of each head rounded by itself."""
+
+    def __init__(self, fmt: Format) -> None:
+        super().__init__()
+        self.fmt = fmt
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.fmt, activation=True)
+
+
 def test_rounded_keys_lose_less() -> None:
     """What attention gives for keys in 8 and 4 bits, each token by itself: by the factors much closer to the float's."""
     held = case("halves", outlier=30.0)
@@ -269,9 +280,10 @@ def test_rounded_keys_lose_less() -> None:
             if smoothed:
                 smooth_k.apply(gm, *smooth_k.smooth(gm, stats(held, gm), alpha="search")[0][0])
             node = attention(gm)
+            keys: Any = node.args[1]
+            gm.rounding = Rounding(Format.parse(fmt))
             with gm.graph.inserting_before(node):
-                rounded = gm.graph.call_function(fake_quantize, (node.args[1], Format.parse(fmt)), {"activation": True})
-            node.replace_input_with(node.args[1], rounded)
+                node.replace_input_with(keys, gm.graph.call_module("rounding", (keys,)))
             errors[fmt, smoothed] = held.error(gm)
     print(errors)
     assert all(errors[fmt, True] < 0.2 * errors[fmt, False] for fmt in ("i8/tok", "u4/tok"))
@@ -294,6 +306,7 @@ def test_two_attentions_of_one_name_are_refused() -> None:
     node = attention(gm)
     with gm.graph.inserting_before(node):
         other = gm.graph.node_copy(node)
+    node.meta["qfx_module"] = "attn"
     other.meta = dict(node.meta)
     _, refusals = smooth_k.find(gm)
-    assert len(refusals) == 2 and "2 attentions are called" in refusals[0].reason
+    assert len(refusals) == 2 and "2 attentions are called attn.scaled_dot_product_attention" in refusals[0].reason
