@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -179,7 +178,7 @@ class _Sides:
         """The tensors that make these channels."""
         for node, (start, held) in self.origins.items():
             size = self.way[node].shape[-1]
-            runs = _runs([(n - start, factor[n]) for n in range(start, start + size) if n in own])
+            runs = _runs({n - start: factor[n] for n in range(start, start + size) if n in own})
             if runs and isinstance(held, Norm):
                 yield Part(held.weight, held.bias, 0, runs, held.plus_one)
             elif runs:
@@ -202,18 +201,15 @@ def _components(count: int, joined: Sequence[tuple[Sequence[int], Sequence[int]]
     return torch.from_numpy(connected_components(edges, directed=False)[1].astype(np.int64))
 
 
-def _runs(pairs: Sequence[tuple[int, int]]) -> tuple[Run, ...]:
-    """(channel, factor) in order as runs; a step of 2 where neighbours are pairs of RoPE."""
-    neighbours = any(a[1] == b[1] for a, b in pairwise(pairs) if a[0] + 1 == b[0])
-    found: list[Run] = []
-    for first in (0, 1) if neighbours else (0,):
-        step = 2 if neighbours else 1
-        for channel, factor in pairs:
-            if neighbours and channel % 2 != first:
-                continue
-            last = found[-1] if found else None
-            if last and channel == last[0] + step * last[2] and factor == last[3] + last[2]:
-                found[-1] = (last[0], step, last[2] + 1, last[3])
-            else:
-                found.append((channel, step, 1, factor))
+def _runs(pairs: Mapping[int, int]) -> tuple[Run, ...]:
+    """channel -> factor as runs of every channel, or every other one (where neighbours are pairs of RoPE)."""
+    left, found = dict(pairs), list[Run]()
+    while left:
+        first, at = next(iter(left.items()))
+        step = 2 if left.get(first + 1) != at + 1 and left.get(first + 2) == at + 1 else 1
+        count = 0
+        while left.get(first + step * count) == at + count:
+            del left[first + step * count]
+            count += 1
+        found.append((first, step, count, at))
     return tuple(found)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
-from qfx import annotation, combine, rotations, run
+from qfx import annotation, combine, graph, rotations, run
 from qfx.errors import Note
 from qfx.format import Format
+from qfx.kv.plans import read
 from qfx.observers import Sample
 from qfx.passes import awq, smooth, smooth_k, up_down, v_o
 from qfx.passes.calibrate import observed
@@ -85,18 +86,22 @@ def _smooth_k(gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], 
     recipe = plan.recipe
     stats, notes = observed(gm, batches, smooth_k.watch, roles=smooth_k.roles, progress=progress)
     chosen, refusals = smooth_k.smooth(
-        gm, stats, alpha=recipe.smooth_alpha, observer=recipe.observer, percentile=recipe.percentile, formats=_of_keys
-    )
+        gm, stats, alpha=recipe.smooth_alpha, observer=recipe.observer, percentile=recipe.percentile,
+        formats=functools.partial(_of_keys, {one.layer.fqn: one.format.keys for one in read(plan.caches)}),
+    )  # fmt: skip
     for site, factor in chosen:
         apply_site(gm, plan, site, factor)
     return notes + refusals
 
 
-def _of_keys(node: fx.Node) -> Format | None:
-    """How an attention's keys are rounded: of several formats that with the fewest bits."""
-    formats = annotation.get(node).get("k")
-    found = [fmt for fmt in annotation.each(formats) if not fmt.is_plain and fmt.dynamic] if formats else []
-    return min(found, key=lambda fmt: fmt.bits, default=None)
+def _of_keys(cached: Mapping[str, Sequence[Format]], node: fx.Node) -> Format | None:
+    """How an attention's keys are rounded, there or in its cache: of several formats that with the fewest bits, where
+    there are some, of those that have a scale for each token."""
+    found = [*annotation.each(annotation.get(node).get("k") or ())]
+    name = graph.fqn_of(node)
+    found += [fmt for fqn, formats in cached.items() if name == fqn or name.startswith(f"{fqn}.") for fmt in formats]
+    coarse = [fmt for fmt in found if not fmt.is_plain]
+    return min(coarse, key=lambda fmt: (fmt.group is not None, fmt.bits), default=None)
 
 
 def _awq(gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], *, progress: bool) -> list[Note]:

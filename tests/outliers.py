@@ -40,3 +40,16 @@ def norm_outliers(llama: Any, factor: float = 100.0, count: int = 8, seed: int =
             [layer.post_attention_layernorm.weight], [mlp.gate_proj.weight, mlp.up_proj.weight], channels, factor
         )  # fmt: skip
     scale_channels([model.norm.weight], [llama.lm_head.weight], channels, factor)
+
+
+def key_outliers(llama: Any, factor: float = 30.0, channel: int = 3) -> None:
+    """In every attention of a Llama: a RoPE pair of each key head `factor` times as large, undone by its queries."""
+    config = llama.config
+    size, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    pair = torch.tensor([channel, channel + size // 2])
+    keys = (torch.arange(config.num_key_value_heads)[:, None] * size + pair).flatten()
+    queries = (torch.arange(config.num_attention_heads)[:, None] * size + pair).flatten()
+    assert len(queries) == group * len(keys)
+    for layer in llama.model.layers:
+        scale_channels([layer.self_attn.k_proj.weight], [], keys, factor)
+        scale_channels([layer.self_attn.q_proj.weight], [], queries, 1 / factor)

@@ -44,9 +44,9 @@ class Block(nn.Module):
 
 
 # Those that need nothing of another rewrite, and keep the function; the others have tests of their own.
-ALONE = ("untie", "norm-fold", "smooth", "v-o", "up-down")
+ALONE = ("untie", "norm-fold", "smooth", "smooth-k", "v-o", "up-down")
 IDS = torch.tensor([[0, 8, 3], [1, 1, 7]])
-FACTORS = {"v-o": (4, 4), "up-down": (24,)}
+FACTORS = {"smooth-k": (16,), "v-o": (4, 4), "up-down": (24,)}
 
 
 def records(name: str, gm: fx.GraphModule) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -173,7 +173,7 @@ def test_a_check_changes_nothing(name: str) -> None:
 def test_a_check_finds_names_that_the_model_does_not_have(name: str) -> None:
     found, tensors = records(name, captured(Block()))
     lacking = Block()
-    for missing in ("embed", "up", "v", "norm", "ln"):
+    for missing in ("embed", "up", "k", "v", "norm", "ln"):
         delattr(lacking, missing)
     with pytest.raises((ValueError, UnsupportedError), match=f"the plan's rewrite '{name}'"):
         check_all(lacking, found, tensors)

@@ -30,6 +30,7 @@ def test_order() -> None:
     assert in_order(["smooth", "rotate", "untie", "norm-fold"]) == ["untie", "norm-fold", "rotate", "smooth"]
     scales = {"awq", "v-o", "up-down", "smooth"}  # in the basis that the rotations give
     assert min(map(ORDER.index, scales)) > max(map(ORDER.index, ROTATIONS))
+    assert in_order(["rotate-qk", "smooth-k"]) == ["smooth-k", "rotate-qk"], "the rotation mixes the channels"
     assert in_order([]) == []
     check(ORDER[:3])
 

@@ -17,8 +17,8 @@ from tests.zoo import ZOO, Inputs
 FLOAT = tuple(
     Rule(target=kind, x="f32", w="f32") for kind in ("linear", "experts")
 )  # annotated, and exact all the same
-ALL = ("untie", "norm-fold", "smooth", "v-o", "up-down")
-DATA = {"smooth", "v-o", "up-down"}
+ALL = ("untie", "norm-fold", "smooth", "smooth-k", "v-o", "up-down")
+DATA = {"smooth", "smooth-k", "v-o", "up-down"}
 
 pytestmark = pytest.mark.filterwarnings("ignore::qfx.QfxWarning")
 
@@ -39,9 +39,9 @@ def rewritten(name: str, *rewrites: str) -> tuple[nn.Module, Plan, float]:
 
 # Rewrites that each architecture has sites for.
 HAS = {
-    "llama": {"norm-fold", "smooth", "v-o", "up-down"},
-    "gpt2": {"untie", "norm-fold", "smooth", "v-o"},
-    "bert": {"smooth", "v-o"},
+    "llama": {"norm-fold", "smooth", "smooth-k", "v-o", "up-down"},
+    "gpt2": {"untie", "norm-fold", "smooth", "smooth-k", "v-o"},
+    "bert": {"smooth", "smooth-k", "v-o"},
 }
 
 
