@@ -29,6 +29,7 @@ from qfx.interop import (
 )
 from qfx.plan import Plan
 from qfx.presets import presets
+from qfx.qat import convert, prepare_qat
 from qfx.quantize import plan, quantize
 from qfx.recipe import Recipe, Rule
 from qfx.report import Report, report
@@ -62,6 +63,7 @@ __all__ = [
     "UnsupportedError",
     "advise",
     "analyze",
+    "convert",
     "export_awq",
     "export_bnb",
     "export_compressed_tensors",
@@ -72,6 +74,7 @@ __all__ = [
     "import_gguf",
     "load",
     "plan",
+    "prepare_qat",
     "presets",
     "quantize",
     "report",

@@ -367,3 +367,11 @@ def quantized_parts(model: nn.Module) -> list[str]:
     named = list(model.named_modules())
     modules = [fqn or type(m).__name__ for fqn, m in named if isinstance(m, PackedModule)]
     return modules + [f"{fqn}.{name}".lstrip(".") for fqn, m in named for name in getattr(m, "qfx_packed", {})]
+
+
+PREPARED = "qfx_prepared_class"  # on the classes of modules that `qfx.prepare_qat` changed: what they were before
+
+
+def prepared_parts(model: nn.Module) -> list[str]:
+    """Names of the modules that train with fake quantization."""
+    return [fqn or type(m).__name__ for fqn, m in model.named_modules() if hasattr(type(m), PREPARED)]
