@@ -15,6 +15,7 @@ from qfx.advise import advise
 from qfx.analysis.analyze import analyze
 from qfx.analysis.sensitivity import Sensitivity
 from qfx.attach import register_when_loaded as _register_when_loaded
+from qfx.distillation import distillation_loss
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.export import export_onnx
 from qfx.format import Format
@@ -64,6 +65,7 @@ __all__ = [
     "advise",
     "analyze",
     "convert",
+    "distillation_loss",
     "export_awq",
     "export_bnb",
     "export_compressed_tensors",

@@ -277,3 +277,21 @@ def _check_finite(model: nn.Module) -> None:
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     """The quantizers with scales of their own, by name: of weights, and of inputs with static formats."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
+
+
+def check_loss(loss: Tensor, step: int, model: nn.Module) -> None:
+    """Raises ValueError that names the step where a loss is NaN or infinite, and the first parameter that is.
+
+    loss: of one value. It waits for the device, so call it where the loss is read anyway.
+    """
+    if bool(torch.isfinite(loss.detach()).all()):
+        return
+    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    raise ValueError(
+        explain(
+            f"the loss of step {step} is {float(loss.detach())}",
+            expected="a finite loss",
+            found=f"{bad[0]!r} holds NaN or Inf, {len(bad)} parameters in all" if bad else "all parameters are finite",
+            next_step="load the last good checkpoint, and train at a lower rate or with gradients clipped",
+        )
+    )
