@@ -15,6 +15,7 @@ from qfx.advise import advise
 from qfx.analysis.analyze import analyze
 from qfx.analysis.sensitivity import Sensitivity
 from qfx.attach import register_when_loaded as _register_when_loaded
+from qfx.distillation import distillation_loss
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.export import export_onnx
 from qfx.format import Format
@@ -29,6 +30,7 @@ from qfx.interop import (
 )
 from qfx.plan import Plan
 from qfx.presets import presets
+from qfx.qat import convert, prepare_qat
 from qfx.quantize import plan, quantize
 from qfx.recipe import Recipe, Rule
 from qfx.report import Report, report
@@ -67,6 +69,8 @@ __all__ = [
     "UnsupportedError",
     "advise",
     "analyze",
+    "convert",
+    "distillation_loss",
     "export_awq",
     "export_bnb",
     "export_compressed_tensors",
@@ -77,6 +81,7 @@ __all__ = [
     "import_gguf",
     "load",
     "plan",
+    "prepare_qat",
     "presets",
     "quantize",
     "report",

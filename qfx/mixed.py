@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qfx.modules import PackedModule, rotated
 from qfx.packing import Packed
 from qfx.rows import Row
-from qfx.segments import Segment, asked, pieces, stem_of, take
+from qfx.segments import Segment, asked, in_order, stem_of, take
 
 
 class QuantMixed(PackedModule):
@@ -65,7 +65,7 @@ class QuantMixed(PackedModule):
             last = segment.size if self.axis else self.in_features
             held = self._held(number)
             parts.append(torch.ops.qfx.dequantize(*held, str(segment.format), last, self.dtype))
-        return rotated(self._in_order(parts, self.axis), self.rotation, inverse=True)
+        return rotated(in_order(parts, self.segments, self.axis), self.rotation, inverse=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x.dtype."""
@@ -77,7 +77,7 @@ class QuantMixed(PackedModule):
             torch.ops.qfx.linear(x, *self._held(i), None, *static, str(segment.format))
             for i, segment in enumerate(self.segments)
         ]
-        y = self._in_order(parts, -1)
+        y = in_order(parts, self.segments, -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _columns(self, x: Tensor) -> Tensor:
@@ -98,10 +98,6 @@ class QuantMixed(PackedModule):
     def _held(self, number: int) -> list[Tensor | None]:
         stem = stem_of(self.axis, number)
         return [self._buffers[f"{stem}_{part}"] for part in ("codes", "scale", "zero")]
-
-    def _in_order(self, parts: Sequence[Tensor], axis: int) -> Tensor:
-        cut = [parts[i].narrow(axis, start, stop - start) for i, start, stop in pieces(self.segments)]
-        return torch.cat(cut, axis)
 
     def _asked(self) -> str:
         w = asked([(segment.format, segment.size) for segment in self.segments], self.axis)

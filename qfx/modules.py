@@ -368,3 +368,11 @@ def quantized_parts(model: nn.Module) -> list[str]:
     modules = [fqn or type(m).__name__ for fqn, m in named if isinstance(m, PackedModule)]
     modules += [f"{fqn}.{name}".lstrip(".") for fqn, m in named for name in getattr(m, "qfx_packed", {})]
     return modules + [m.__dict__["qfx_attention"]["name"] for _, m in named if "qfx_attention" in m.__dict__]
+
+
+PREPARED = "qfx_prepared_class"  # on the classes of modules that `qfx.prepare_qat` changed: what they were before
+
+
+def prepared_parts(model: nn.Module) -> list[str]:
+    """Names of the modules that train with fake quantization."""
+    return [fqn or type(m).__name__ for fqn, m in model.named_modules() if hasattr(type(m), PREPARED)]

@@ -23,10 +23,10 @@ from qfx.decide import decide
 from qfx.errors import Note, explain
 from qfx.kv.live import with_caches
 from qfx.kv.plans import check_model
-from qfx.modules import quantized_parts
+from qfx.modules import prepared_parts, quantized_parts
 from qfx.passes.rewrites import check_record
 from qfx.pipeline import told
-from qfx.places import find
+from qfx.places import Place, find
 from qfx.plan import Plan
 from qfx.recipe import DATA_ROUNDINGS, Recipe
 from qfx.writeback import check_rounded, write_back
@@ -99,25 +99,40 @@ def quantize(
     arguments.
     """
     model = _opened(model)
-    if isinstance(recipe, Plan):
-        check_float(model)
-        if overrides or data is not None or resume is not None or memory is not None:
-            raise ValueError("a plan is complete: no data and no recipe fields beside it; next step: leave them out")
-        recipe.check(model, strict=strict)
-        made = recipe
-    else:
-        made = plan(model, recipe, data, strict=strict, resume=resume, memory=memory, **overrides)
-        gc.collect()  # the graphs are cycles, which would keep every float weight alive
+    made = made_for(model, recipe, data, strict=strict, resume=resume, memory=memory, **overrides)
     with torch.no_grad():
-        for record in made.rewrites:
-            check_record(model, record, made.tensors)
-        places, notes = find(model, made)
-        attentions, more = attending.find(model, made)
+        places = checked_places(model, made, strict=strict)
+        attentions, notes = attending.find(model, made)
         check_model(model, made.caches)
-        told([*notes, *more], strict=strict)
-        check_rounded(model, made, places)
+        told(notes, strict=strict)
         live = attending.attend(write_back(model, made, places), attentions)
         return attach(with_caches(live, made.caches, strict=strict), made.recipe)
+
+
+def made_for(
+    model: nn.Module, recipe: RecipeLike | Plan, data: Iterable[Any] | None = None, *, strict: bool = False,
+    resume: str | os.PathLike[str] | None = None, memory: int | None = None, **overrides: Any,
+) -> Plan:  # fmt: skip
+    """The plan that is given, checked against the model, or one made now. See `plan` for the arguments."""
+    if not isinstance(recipe, Plan):
+        made = plan(model, recipe, data, strict=strict, resume=resume, memory=memory, **overrides)
+        gc.collect()  # the graphs are cycles, which would keep every float weight alive
+        return made
+    check_float(model)
+    if overrides or data is not None or resume is not None or memory is not None:
+        raise ValueError("a plan is complete: no data and no recipe fields beside it; next step: leave them out")
+    recipe.check(model, strict=strict)
+    return recipe
+
+
+def checked_places(model: nn.Module, made: Plan, *, strict: bool = False) -> list[Place]:
+    """Where the plan's weights lie in the model, with every error that writing them could raise; nothing is changed."""
+    for record in made.rewrites:
+        check_record(model, record, made.tensors)
+    places, notes = find(model, made)
+    told(notes, strict=strict)
+    check_rounded(model, made, places)
+    return places
 
 
 def planned(model: nn.Module, recipe: Recipe) -> tuple[Plan, list[Note]]:
@@ -188,6 +203,9 @@ def check_float(model: object, verb: str = "quantize") -> None:
     if done := quantized_parts(model):
         what = f"the model is quantized already: {len(done)} parts, the first is {done[0]!r}"
         raise ValueError(explain(what, next_step=f"{verb} the float model: load the float weights again"))
+    if ready := prepared_parts(model):
+        what = f"the model is prepared for training: {len(ready)} parts, the first is {ready[0]!r}"
+        raise ValueError(explain(what, next_step="qfx.convert(model) makes a quantized model of it"))
 
 
 @contextmanager

@@ -151,6 +151,12 @@ def pieces(found: Sequence[Segment]) -> list[tuple[int, int, int]]:
     return [piece[1:] for piece in sorted(placed)]
 
 
+def in_order(parts: Sequence[Tensor], found: Sequence[Segment], axis: int) -> Tensor:
+    """What each segment gave, put together along `axis` in the order of the whole."""
+    cut = [parts[i].narrow(axis, start, stop - start) for i, start, stop in pieces(found)]
+    return cut[0] if len(cut) == 1 else torch.cat(cut, axis)
+
+
 def asked(found: Sequence[tuple[object, int]], axis: int) -> str:
     """The formats of (format, size) for reports: `[i4/g128:3072,i8/ch:1024]`, with `columns` before it."""
     return f"{('', 'columns')[axis]}[{','.join(f'{fmt}:{size}' for fmt, size in found)}]"

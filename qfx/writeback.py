@@ -40,22 +40,27 @@ def write_back(model: nn.Module, plan: Plan, places: list[Place]) -> nn.Module:
     as soon as it is packed, so that no more than one layer exists twice; the packed form of one in a file lies in a
     file, too (see `qfx.spill`).
     """
+    rewrite(model, plan)
+    return Writer(model, plan).write(places)
+
+
+def rewrite(model: nn.Module, plan: Plan) -> None:
+    """Apply the plan's rewrites to the live model, in their order."""
     for record in plan.rewrites:
         apply_record(model, record, plan.tensors)
         if record["name"] == "untie":
             _untied(model)
-    return Writer(model, plan).write(places)
 
 
 def check_rounded(model: nn.Module, plan: Plan, places: list[Place]) -> None:
     """Raises ValueError where a weight that the plan carries rounded does not fit its place."""
     for place in places:
-        value = _oriented(model.get_submodule(place.owner).get_parameter(place.leaf), place)
-        for part, fmt, name in _cut(value, place):
+        value = oriented(model.get_submodule(place.owner).get_parameter(place.leaf), place)
+        for part, fmt, name in cut(value, place):
             rounded.get(plan.tensors, name, fmt, tuple(part.shape))
 
 
-def _cut(value: Tensor, place: Place) -> Iterator[tuple[Tensor, Format, str]]:
+def cut(value: Tensor, place: Place) -> Iterator[tuple[Tensor, Format, str]]:
     """The parts of a weight [N, K] with a format each, and their names; one where there is one format."""
     if isinstance(place.w, Format):
         yield value, place.w, place.fqn
@@ -91,7 +96,7 @@ class Writer:
                 self.parents.setdefault(id(child), []).append((path, name))
             for leaf, parameter in module._parameters.items():
                 if parameter is not None:
-                    self.twins.setdefault(_pointer(parameter), []).append((path, leaf))
+                    self.twins.setdefault(pointer_of(parameter), []).append((path, leaf))
 
     def write(self, places: list[Place]) -> nn.Module:
         """Write all places; the model, or what stands in its place."""
@@ -106,7 +111,7 @@ class Writer:
         """
         for owner, leaf in names:
             self.model.get_submodule(owner)._parameters[leaf] = weight
-        self.twins = {_pointer(weight): names}
+        self.twins = {pointer_of(weight): names}
         self._write(places)
         self.twins, self.packed = {}, {}
         self.used.clear()
@@ -118,7 +123,7 @@ class Writer:
             weight = module._parameters.get(place.leaf)
             if weight is None:
                 continue  # a module under two names, written already
-            pointer = _pointer(weight)
+            pointer = pointer_of(weight)
             packed = self._pack(place, weight)
             del weight
             self._put(place, module, packed)
@@ -129,10 +134,10 @@ class Writer:
                     self._put_twin(owner, leaf, place, packed[0])
 
     def _pack(self, place: Place, weight: Tensor) -> Parts:
-        key = (*_pointer(weight), show(place.w), place.transposed)
+        key = (*pointer_of(weight), show(place.w), place.transposed)
         if key not in self.packed:
             tensors, method = self.plan.tensors, self.plan.recipe.rounding
-            parts = _cut(_oriented(weight.detach(), place), place)
+            parts = cut(oriented(weight.detach(), place), place)
             self.packed[key] = [
                 rounded.pack(tensors, value, fmt, method, name=name).beside(weight) for value, fmt, name in parts
             ]
@@ -163,7 +168,7 @@ class Writer:
             else:
                 held = module._parameters["weight"]
                 assert held is not None
-                found = segments(place.w, _oriented(held, place).shape, place.fqn)
+                found = segments(place.w, oriented(held, place).shape, place.fqn)
                 new = QuantMixed(parts, found, along(place.w), bias, **formats)
         new.sqnr_db = self.sqnr.get(place.fqn)
         self._replace(module, new)
@@ -197,13 +202,13 @@ class Writer:
             setattr(self.model.get_submodule(path), name, new)
 
 
-def _oriented(weight: Tensor, place: Place) -> Tensor:
+def oriented(weight: Tensor, place: Place) -> Tensor:
     """The weight as [.., N, K]; a view."""
     if place.transposed:
         return weight.transpose(-2, -1)
     return weight.flatten(1) if place.layout.startswith("patch") else weight
 
 
-def _pointer(weight: Tensor) -> Key:
+def pointer_of(weight: Tensor) -> Key:
     """What tensors of the same values in the same memory have in common."""
     return (weight.data_ptr() or id(weight), weight.dtype, weight.shape, weight.stride())

@@ -1,0 +1,216 @@
+"""Fake quantizers with scales of their own: learned (LSQ, LSQ+) as parameters, or observed (moving average) as buffers.
+
+    scale = initial_scale * exp(log_scale)                 log_scale f32, 0 at first
+    zero  = round(initial_zero + qmax * zero_shift)        zero_shift f32, 0 at first, for affine types
+
+So a scale stays positive (of the sign that it began with) whatever an optimizer does, a step of Adam moves it relative
+to itself, weight decay pulls it back to where it began (the logarithm: Jain et al. 2020, "TQT"), and a cast of the
+training parameters to half precision loses next to nothing of it. Scales that a format stores in fewer bits are rounded
+to those in the forward, straight-through in the backward.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qfx.backends.qat.fake_quant import fake_cast, fake_quantize, fake_quantize_run_time, gradient_factor
+from qfx.format import Format
+from qfx.numerics import TINY, QParams, effective_scale, quantize, range_qparams, signed_scale, value_range
+from qfx.packing import Packed
+
+Scales = Literal["learned", "observed"]
+
+
+class Quantizer(nn.Module):
+    """Scale and zero point of one tensor. Tensors are f32 and stay so when the model is cast to another dtype.
+
+    fmt: not plain, not dynamic. scale, zero: as in QParams, what training begins with. decay, freeze_after: of
+    observed scales: the share of the moving average that stays at each step, and the steps (forwards in train mode)
+    after which it does not move any more (None: it always does). Scales of a whole tensor have shape [1] here.
+    """
+
+    initial_scale: Tensor
+    initial_zero: Tensor | None
+    whole: Tensor | None
+    log_scale: Tensor
+    zero_shift: Tensor | None
+    steps: Tensor
+
+    def __init__(
+        self, fmt: Format, params: QParams, scales: Scales, *, decay: float = 0.99, freeze_after: int | None = None
+    ) -> None:
+        super().__init__()
+        self.format, self.scales, self.decay, self.freeze_after = fmt, scales, decay, freeze_after
+        self.shape = tuple(params.scale.shape)
+        first = effective_scale(*params, fmt).reshape(self.shape or (1,)).clone()
+        zero = params.zero.to(torch.float32).reshape(first.shape).clone() if fmt.has_zero and params.zero is not None else None
+        self.register_buffer("initial_scale", first)
+        self.register_buffer("initial_zero", zero)
+        self.register_buffer("whole", params.zero.clone() if fmt.has_global_scale and params.zero is not None else None)
+        if scales == "learned":
+            self.log_scale = nn.Parameter(torch.zeros_like(first))
+            self.zero_shift = None if zero is None else nn.Parameter(torch.zeros_like(first))
+        else:
+            self.register_buffer("log_scale", torch.zeros_like(first))
+            self.register_buffer("zero_shift", None if zero is None else torch.zeros_like(first))
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=first.device))
+
+    def current(self) -> tuple[Tensor, Tensor | None]:
+        """The f32 factor of the codes and the zero points (whole numbers in f32), of the format's scale shape."""
+        scale = self.initial_scale * torch.exp(self.log_scale)
+        with torch.no_grad():
+            stored = self._stored(scale)
+            rounded = effective_scale(stored, self.whole, self.format).reshape(scale.shape)
+        scale = rounded + (scale - scale.detach())
+        if self.initial_zero is None or self.zero_shift is None:
+            return scale.reshape(self.shape), None
+        zero = self.initial_zero + self.format.qmax * self.zero_shift
+        zero = zero.detach().round().clamp(0, self.format.qmax) + (zero - zero.detach())
+        return scale.reshape(self.shape), zero.reshape(self.shape)
+
+    @torch.no_grad()
+    def qparams(self) -> QParams:
+        """What `numerics.quantize` takes: scales in their stored type, zero points (or what stands above scales)."""
+        scale = self._stored(self.initial_scale * torch.exp(self.log_scale)).reshape(self.shape)
+        zero = self.current()[1]
+        return QParams(scale, self.whole if zero is None else zero.to(torch.uint8))
+
+    def _stored(self, scale: Tensor) -> Tensor:
+        """An f32 scale as the format stores it; powers of two are the nearest, so that a small step is a small one."""
+        scale = torch.where(scale.abs() < TINY, self.initial_scale.sign() * TINY, scale)
+        if self.format.scale_type == "e8m0":
+            scale = torch.exp2(torch.round(torch.log2(scale.abs())))
+        return signed_scale(scale, self.whole, self.format)
+
+    def _watching(self) -> bool:
+        """Whether this forward moves an average: not in eval mode, and not where a checkpoint runs it once more."""
+        if self.scales == "learned" or not self.training:
+            return False
+        return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+
+    def _moved(self, held: Tensor, new: Tensor) -> None:
+        """Take `new` into the average `held`, unless it is frozen."""
+        share = torch.full((), 1 - self.decay, device=held.device)
+        if self.freeze_after is not None:
+            share = torch.where(self.steps < self.freeze_after, share, 0.0)
+        held.lerp_(new.reshape(held.shape).to(held.dtype), share)
+
+    def _apply(self, fn: object, recurse: bool = True) -> Quantizer:
+        """Moves to another device; casts to another floating dtype are left out."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            found: Tensor = fn(tensor)  # type: ignore[operator]
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        frozen = "" if self.freeze_after is None else f", freeze_after={self.freeze_after}"
+        return f"{self.format}, {self.scales}{frozen if self.scales == 'observed' else ''}"
+
+
+class WeightQuantizer(Quantizer):
+    """Fake quantization of a weight [.., N, K]. It begins with what `packed` has: the same scales, the same result.
+
+    Observed scales follow the greatest magnitude that shares each: the ratio of the two stays what it was.
+    """
+
+    extent: Tensor
+
+    def __init__(self, weight: Tensor, packed: Packed, scales: Scales, *, freeze_after: int | None = None) -> None:
+        super().__init__(packed.format, packed.params(), scales, decay=0.9, freeze_after=freeze_after)
+        self.factor = gradient_factor(weight.numel() // max(1, self.initial_scale.numel()), packed.format)
+        if scales == "observed":
+            self.register_buffer("extent", self._extent(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight as it comes back from its format, in its dtype."""
+        if self._watching():
+            self._observe(weight)
+        return fake_quantize(weight, self.format, *self.current(), factor=self.factor)
+
+    def rows(self, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
+        """Rows `ids` of a table [V, D]: [.., D]. Only of formats whose scales are those of single rows."""
+        if self._watching():
+            self._observe(weight)
+        scale, zero = self.current()
+        found = F.embedding(ids, weight, padding_idx)
+        zeros = None if zero is None else F.embedding(ids, zero)
+        return fake_quantize(found, self.format, F.embedding(ids, scale), zeros, factor=self.factor)
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> Packed:
+        """The weight packed: `dequantize` gives bit for bit what `forward` does."""
+        params = self.qparams()
+        return Packed.from_codes(quantize(weight, self.format, *params), self.format, *params)
+
+    @torch.no_grad()
+    def _observe(self, weight: Tensor) -> None:
+        extent = self._extent(weight)
+        known = (extent > 0) & (self.extent > 0)
+        self._moved(self.log_scale, torch.where(known, (extent / self.extent.clamp(min=TINY)).log(), self.log_scale))
+        self.steps += 1
+
+    def _extent(self, weight: Tensor) -> Tensor:
+        low, high = value_range(weight, self.format)
+        return torch.maximum(-low, high).reshape(self.initial_scale.shape)
+
+
+class InputQuantizer(Quantizer):
+    """Fake quantization of an activation with a static format.
+
+    Observed scales come from moving averages of each batch's least and greatest value, which begin as the range that
+    the calibrated scale spans.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, fmt: Format, params: QParams, scales: Scales, *, freeze_after: int | None = None) -> None:
+        super().__init__(fmt, params, scales, freeze_after=freeze_after)
+        if scales == "observed":
+            zero = 0.0 if self.initial_zero is None else self.initial_zero
+            least = -fmt.qmax if self.initial_zero is None else 0
+            self.register_buffer("low", (least - zero) * self.initial_scale)
+            self.register_buffer("high", (fmt.qmax - zero) * self.initial_scale)
+
+    def forward(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        """x [.., K] as it comes back from the format. columns: the channels that x holds; None for all."""
+        if self._watching() and x.numel():
+            self._observe(x)
+        scale, zero = self.current()
+        if columns is not None and scale.dim():
+            scale, zero = scale[columns], None if zero is None else zero[columns]
+        features = x[:1].numel() if not scale.dim() else x[:1].numel() // x.shape[-1]
+        return fake_quantize(x, self.format, scale, zero, factor=gradient_factor(features, self.format))
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor) -> None:
+        low, high = value_range(x, self.format, activation=True)
+        self._moved(self.low, low)
+        self._moved(self.high, high)
+        self.steps += 1
+        scale, zero = range_qparams(self.low, self.high, self.format)
+        self.log_scale.copy_((effective_scale(scale, zero, self.format) / self.initial_scale).log())
+        if self.zero_shift is not None and self.initial_zero is not None and zero is not None:
+            self.zero_shift.copy_((zero.to(torch.float32) - self.initial_zero) / self.format.qmax)
+
+
+class RunTimeInput(nn.Module):
+    """Fake quantization of an activation whose scale is found at run time, or that is only cast. It has no state."""
+
+    def __init__(self, fmt: Format) -> None:
+        super().__init__()
+        self.format = fmt
+
+    def forward(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        """x [.., K] as it comes back from the format."""
+        return fake_cast(x, self.format) if self.format.is_plain else fake_quantize_run_time(x, self.format)
+
+    def extra_repr(self) -> str:
+        return str(self.format)

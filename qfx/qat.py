@@ -1,0 +1,297 @@
+"""`qfx.prepare_qat` and `qfx.convert`: training with fake quantization, and what was trained, quantized.
+
+    model = qfx.prepare_qat(model, "w4a8")       # the same plan as qfx.quantize would make, weights stay float
+    ...                                          # any training loop
+    model = qfx.convert(model)                   # packed modules, as qfx.quantize gives them
+
+The weights of a prepared model are its own parameters, and so are the scales (`scales="learned"`); a state_dict holds
+both, and is loaded into a model prepared with the same recipe or plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from qfx import rounded
+from qfx.annotation import show
+from qfx.attach import attach
+from qfx.backends.qat.quantizers import InputQuantizer, Quantizer, RunTimeInput, Scales, WeightQuantizer
+from qfx.errors import explain
+from qfx.fake_modules import (
+    FakeLinear,
+    FakeWeight,
+    pass_no_fast_path,
+    prepare_module,
+    prepare_parameter,
+    restore,
+    weight_of,
+)
+from qfx.format import Format
+from qfx.modules import PREPARED, prepared_parts
+from qfx.numerics import QParams, dequantize, effective_scale, split, spread
+from qfx.packing import Packed
+from qfx.passes.rotate_down import rotations
+from qfx.places import READ, Place
+from qfx.plan import Plan
+from qfx.quantize import RecipeLike, check_float, checked_places, made_for
+from qfx.recipe import DATA_ROUNDINGS, is_static
+from qfx.segments import along, in_order, segments
+from qfx.writeback import Writer, cut, oriented, pointer_of, rewrite
+
+Train = Literal["all", "scales"]
+_KEPT = "qfx_training"  # the attribute of a prepared model
+_CELL = 0.45  # of a step: how far a weight may begin from the code that a plan gave it
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a prepared model was prepared by."""
+
+    plan: Plan
+    places: tuple[Place, ...]
+    scales: Scales
+    train: Train
+    freeze_after: int | None
+
+
+def prepare_qat(
+    model: nn.Module, recipe: RecipeLike | Plan, data: Iterable[Any] | None = None, *, scales: Scales = "learned",
+    train: Train = "all", freeze_after: int | None = None, strict: bool = False, **overrides: Any,
+) -> nn.Module:  # fmt: skip
+    """Let `model` compute, in place, with the formats that `qfx.quantize` would give it, and train so; returns it.
+
+    recipe, data, strict, overrides: as for `qfx.quantize`; the recipe's rewrites are applied and its rounding says
+    where training begins: the prepared model gives what the quantized one would.
+    scales: "learned" with the weights (LSQ, LSQ+), or "observed": moving averages of ranges, which in train mode move
+    with each forward, for `freeze_after` of them where that is given. Those of formats found at run time are found anew
+    in each forward. train: "all", or "scales" alone (the weights are frozen).
+    Raises ValueError for a model that is prepared, quantized or compiled already, for frozen weights that should learn,
+    and whatever `qfx.quantize` raises.
+    """
+    _check_options(scales, train, freeze_after)
+    check_float(model, "prepare")
+    plan = made_for(model, recipe, data, strict=strict, **overrides)
+    with torch.no_grad():
+        places = checked_places(model, plan, strict=strict)
+        _check_trainable(model, places, train)
+        rewrite(model, plan)
+        _Preparation(model, Training(plan, tuple(places), scales, train, freeze_after)).run()
+    pass_no_fast_path(model)
+    return model
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """The quantized model that a prepared one trained: weights packed with the trained scales, in place.
+
+    What it gives is what the prepared model gives in eval mode. `qfx.save`, `qfx.export_onnx` and
+    torch.compile(backend="qfx") take it. Raises ValueError for a model that is not prepared, and for weights or scales
+    that became NaN or infinite, before anything is changed.
+    """
+    training = _training_of(model)
+    with torch.no_grad():
+        _check_finite(model)
+        plan = replace(training.plan, tensors=dict(training.plan.tensors), sensitivities={})
+        changed = [module for module in model.modules() if hasattr(type(module), PREPARED)]
+        for place in training.places:
+            _trained(model, place, plan)
+        for module in changed:
+            restore(module)
+        delattr(model, _KEPT)
+        if training.train == "scales":
+            for place in training.places:
+                model.get_submodule(place.owner).get_parameter(place.leaf).requires_grad_(True)
+        return attach(Writer(model, plan).write(list(training.places)), plan.recipe)
+
+
+class _Preparation:
+    """Prepares one place after the other; a weight that several modules share has one quantizer."""
+
+    def __init__(self, model: nn.Module, training: Training) -> None:
+        self.model, self.training, self.plan = model, training, training.plan
+        self.rotations = rotations(self.plan.rewrites)
+        self.weights: dict[Any, FakeWeight] = {}
+
+    def run(self) -> None:
+        """Prepare all places."""
+        for place in self.training.places:
+            module = self.model.get_submodule(place.owner)
+            if hasattr(type(module), PREPARED) and (place.leaf in getattr(type(module), "qfx_fake_names", ("weight",))):
+                continue  # a module under two names
+            weight = module._parameters[place.leaf]
+            assert weight is not None
+            key = (*pointer_of(weight), show(place.w), place.transposed)
+            shared = key in self.weights
+            if not shared:
+                self.weights[key] = self._weight(place, weight)
+            if self.training.train == "scales":
+                weight.requires_grad_(False)
+            self._put(place, module, self.weights[key], shared=shared)
+        setattr(self.model, _KEPT, self.training)
+
+    def _put(self, place: Place, module: nn.Module, fake: FakeWeight, *, shared: bool) -> None:
+        if place.kind == "parameter" or place.layout.endswith(READ):
+            prepare_parameter(module, place.leaf, fake, shared=shared)
+            return
+        own = FakeLinear(
+            fake, self._inputs(place), shared=shared, smooth=self.plan.tensors.get(f"{place.fqn}/smooth"),
+            rotation=self.rotations.get(place.fqn),
+        )  # fmt: skip
+        prepare_module(module, place.kind, own.train(module.training))
+
+    def _inputs(self, place: Place) -> InputQuantizer | RunTimeInput | None:
+        if place.x is None:
+            return None
+        if not is_static(place.x):
+            return RunTimeInput(place.x)
+        scale, zero = (self.plan.tensors.get(f"{place.fqn}/{leaf}") for leaf in ("x_scale", "x_zero"))
+        assert scale is not None
+        return InputQuantizer(
+            place.x, QParams(scale, zero), self.training.scales, freeze_after=self.training.freeze_after
+        )
+
+    def _weight(self, place: Place, weight: nn.Parameter) -> FakeWeight:
+        """Quantizers that begin as the plan rounds the weight; the weight itself moves into the cells of its codes."""
+        plan, value = self.plan, oriented(weight.detach(), place)
+        packed = [
+            (part, rounded.pack(plan.tensors, part, fmt, plan.recipe.rounding, name=name))
+            for part, fmt, name in cut(value, place)
+        ]
+        parts: list[nn.Module] = [self._quantizer(part, found) for part, found in packed]
+        flat = place.layout.startswith("patch")
+        if isinstance(place.w, Format):
+            pieces = [_started(part, found) if self._planned else part for part, found in packed]
+            value.copy_(pieces[0])
+            return FakeWeight(parts, transposed=place.transposed, flat=flat)
+        axis, found = along(place.w), segments(place.w, value.shape, place.fqn)
+        if self._planned:
+            value.copy_(in_order([_started(part, one) for part, one in packed], found, axis))
+        return FakeWeight(parts, segments=found, axis=axis, transposed=place.transposed)
+
+    @property
+    def _planned(self) -> bool:
+        """The plan's codes are not those of the nearest values."""
+        return self.plan.recipe.rounding in DATA_ROUNDINGS
+
+    def _quantizer(self, part: Tensor, packed: Packed) -> nn.Module:
+        if packed.format.is_plain:
+            return RunTimeInput(packed.format)
+        return WeightQuantizer(part, packed, self.training.scales, freeze_after=self.training.freeze_after)
+
+
+def _started(weight: Tensor, packed: Packed) -> Tensor:
+    """The value nearest to each weight that rounds to the code in `packed`."""
+    fmt = packed.format
+    if fmt.is_plain or not fmt.is_integer:
+        return packed.dequantize(weight.dtype)
+    params = packed.params()
+    scale = spread(effective_scale(*params, fmt), fmt)
+    middle = split(dequantize(packed.codes(), fmt, *params), fmt)
+    room = _CELL * scale.abs()
+    found = split(weight.to(torch.float32), fmt).clamp(middle - room, middle + room)
+    return (found.flatten(-2)[..., : weight.shape[-1]] if fmt.group else found.reshape(weight.shape)).to(weight.dtype)
+
+
+def _trained(model: nn.Module, place: Place, plan: Plan) -> None:
+    """Put the codes and scales of one place into the plan."""
+    module = model.get_submodule(place.owner)
+    weight = module._parameters[place.leaf]
+    assert weight is not None
+    fake = weight_of(module, place.leaf)
+    for part, (value, _, name) in zip(fake.parts, cut(oriented(weight.detach(), place), place), strict=True):
+        for leaf in ("codes", "scale", "zero"):
+            plan.tensors.pop(f"{name}/{leaf}", None)
+        if isinstance(part, WeightQuantizer):
+            rounded.put(plan.tensors, name, part.pack(value))
+    inputs = getattr(module._modules.get("fake_quant"), "inputs", None)
+    if isinstance(inputs, InputQuantizer):
+        scale, zero = inputs.qparams()
+        plan.tensors[f"{place.fqn}/x_scale"] = scale
+        if zero is not None:
+            plan.tensors[f"{place.fqn}/x_zero"] = zero
+
+
+def _training_of(model: object) -> Training:
+    if not isinstance(model, nn.Module):
+        raise ValueError(explain("a model is needed", expected="a torch.nn.Module", found=type(model).__name__))
+    found = model.__dict__.get(_KEPT)
+    if isinstance(found, Training):
+        return found
+    inner = next((name for name, m in model.named_modules() if _KEPT in m.__dict__), None)
+    if inner is not None:
+        what = f"the prepared model lies inside {type(model).__name__}, under {inner!r}"
+        raise ValueError(explain(what, next_step=f"qfx.convert(model.{inner})"))
+    parts = prepared_parts(model)
+    what = f"{type(model).__name__} is not prepared for training"
+    if parts:
+        what = f"{type(model).__name__} is a part of a prepared model"
+    raise ValueError(explain(what, next_step="qfx.prepare_qat(model, recipe), train, and convert that model"))
+
+
+def _check_options(scales: object, train: object, freeze_after: object) -> None:
+    for name, value, known in (("scales", scales, get_args(Scales)), ("train", train, get_args(Train))):
+        if value not in known:
+            raise ValueError(f"{name} is {' or '.join(map(repr, known))}, found {value!r}")
+    if freeze_after is None:
+        return
+    if scales == "learned":
+        raise ValueError(
+            "freeze_after is for scales='observed'; next step: learned scales are frozen by requires_grad_(False)"
+        )
+    if isinstance(freeze_after, bool) or not isinstance(freeze_after, int) or freeze_after < 0:
+        raise ValueError(f"freeze_after is a number of forwards, 0 or more, found {freeze_after!r}")
+    if train == "scales":
+        raise ValueError("observed scales have nothing to train; next step: scales='learned'")
+
+
+def _check_trainable(model: nn.Module, places: list[Place], train: Train) -> None:
+    frozen = [p.fqn for p in places if not model.get_submodule(p.owner).get_parameter(p.leaf).requires_grad]
+    if frozen and train == "all":
+        more = f", and {len(frozen) - 3} more" if len(frozen) > 3 else ""
+        raise ValueError(
+            explain(
+                f"weights that should learn are frozen: {', '.join(frozen[:3])}{more}",
+                expected="requires_grad=True",
+                next_step="unfreeze them, put them into the recipe's ignore list, or train='scales' alone",
+            )
+        )
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raises ValueError naming the first parameter that is not finite."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(
+                explain(
+                    f"{name!r} holds NaN or Inf: the training went wrong",
+                    expected="finite weights and scales",
+                    next_step="load the last good checkpoint, and train at a lower rate or with gradients clipped",
+                )
+            )
+
+
+def quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """The quantizers with scales of their own, by name: of weights, and of inputs with static formats."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
+
+
+def check_loss(loss: Tensor, step: int, model: nn.Module) -> None:
+    """Raises ValueError that names the step where a loss is NaN or infinite, and the first parameter that is.
+
+    loss: of one value. It waits for the device, so call it where the loss is read anyway.
+    """
+    if bool(torch.isfinite(loss.detach()).all()):
+        return
+    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    raise ValueError(
+        explain(
+            f"the loss of step {step} is {float(loss.detach())}",
+            expected="a finite loss",
+            found=f"{bad[0]!r} holds NaN or Inf, {len(bad)} parameters in all" if bad else "all parameters are finite",
+            next_step="load the last good checkpoint, and train at a lower rate or with gradients clipped",
+        )
+    )
