@@ -4,9 +4,10 @@
     scale  [B, G, room / N, D]   keys in groups of N tokens; else [B, G, room, scales of a token]
     zero   as scale              signed, of affine formats (see `qfx.kv.formats`)
 
-A tile is read as floats of the codes alone. Where a token has one scale, that is left to the reader, who folds it into
-scores or probabilities; else it is put in. To save a pass over a tile, its channels come plane by plane: the first
-codes of all bytes, then the second, as `order` says.
+A tile is read as floats of the codes, (code + offset) for signed types below 8 bits. A scale that serves a whole token
+is left to the reader, who folds it into scores or probabilities; others are put in. What is to be taken off a code is
+always the reader's. To save a pass over a tile, its channels come plane by plane: the first codes of all bytes, then
+the second, as `order` says.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from qfx.numerics import QParams
 from qfx.packing import pack_bits, unpack_bits
 
 ROOM = 256  # tokens by which the memory grows
+_E4M3 = 256.0  # between the biases of a half's exponent and of an f8e4m3's
 _LARGEST = {torch.int8: 127, torch.int16: 32767}
 
 
@@ -51,11 +53,14 @@ class Codes:
 
     def write(self, x: Tensor, at: int) -> None:
         """Store x [B, G, n, D] as tokens at, at + 1, ...; both whole groups."""
-        end = at + x.shape[2]
+        self.put(*encode(x, self.fmt, by_tokens=self.by_tokens), at)
+
+    def put(self, data: Tensor, params: QParams | None, at: int) -> None:
+        """Store what `encode` gave."""
+        end = at + data.shape[2]
         assert at % self.group == 0 and end % self.group == 0, (at, end, self.group)
         if end > self.data.shape[2]:
             self._grow(end, at)
-        data, params = encode(x, self.fmt, by_tokens=self.by_tokens)
         self.data[:, :, at:end] = data
         if params is not None:
             rows = slice(at // self.group, end // self.group)
@@ -65,37 +70,52 @@ class Codes:
                 self.zero[:, :, rows] = params.zero
 
     def tile(self, start: int, end: int, out: Tensor) -> Tensor:
-        """Tokens start to end - 1 as f32 [B, G, end - start, D], channels in `order`; scaled unless `one_scale`.
+        """Tokens start to end - 1 as f32 [B, G, end - start, D]: codes, channels in `order`, scaled unless `one_scale`.
 
         out: f32 of at least as many elements as the whole groups of these tokens have; it is written over.
         """
-        first = start // self.group * self.group
-        last = -(-end // self.group) * self.group
+        first, last = start // self.group * self.group, -(-end // self.group) * self.group
         shape = (*self.data.shape[:2], last - first, self.width)
-        found = out.view(-1)[: math.prod(shape)].view(shape)
+        found = out[: math.prod(shape)].view(shape)
         self._decode(self.data[:, :, first:last], found)
         if not self.fmt.is_plain and not self.one_scale:
-            self._scaled(found, first, last)
-        return found[:, :, start - first : end - first]
+            view, shaped = self._by_scale(found)
+            view.mul_(shaped(self._float_scale(first // self.group, last // self.group)))
+        return found if (first, last) == (start, end) else found[:, :, start - first : end - first]
 
-    def scales(self, start: int, end: int) -> tuple[Tensor, Tensor | float | None]:
-        """Scale f32 [B, G, 1, n] of each token and what is to be taken off its codes before (one each, or for all)."""
+    def scales(self, start: int, end: int) -> Tensor:
+        """The scale of each token, f32 [B, G, 1, n], where there is one."""
         assert self.one_scale
-        scale = self._float_scale(start, end).transpose(-1, -2)
-        if self.zero is not None:
-            return scale, self.zero[:, :, start:end].to(torch.float32).transpose(-1, -2)
-        return scale, self._middle
+        return self._float_scale(start, end).transpose(-1, -2)
+
+    def zeros(self, start: int, end: int) -> Tensor | None:
+        """zero * scale of the groups that hold these tokens, f32, shaped as `scale`; None: nothing is to be taken off.
+
+        Where `one_scale`, the zero alone.
+        """
+        if self.zero is None and self.middle is None:
+            return None
+        rows = start // self.group, -(-end // self.group)
+        scale = self._float_scale(*rows)
+        if self.zero is None:
+            zero = torch.full_like(scale, self.middle or 0.0)
+        else:
+            zero = self.zero[:, :, slice(*rows)].to(torch.float32)
+        return zero if self.one_scale else scale * zero
 
     def values(self, start: int, end: int) -> Tensor:
         """Tokens start to end - 1 as they come back, f32 [B, G, end - start, D]."""
+        batch, heads = self.data.shape[:2]
         first, last = start // self.group * self.group, -(-end // self.group) * self.group
-        room = self.data.new_empty(math.prod(self.data.shape[:2]) * (last - first) * self.width, dtype=torch.float32)
-        found = self.tile(start, end, room)
+        room = self.data.new_empty(batch * heads * (last - first) * self.width, dtype=torch.float32)
+        found = self.tile(first, last, room)
+        zeros = self.zeros(first, last)
+        if zeros is not None:
+            view, shaped = self._by_scale(found)
+            view -= shaped(zeros)
         if self.one_scale:
-            scale, zero = self.scales(start, end)
-            if zero is not None:
-                found = found - (zero.transpose(-1, -2) if isinstance(zero, Tensor) else zero)
-            found = found * scale.transpose(-1, -2)
+            found *= self.scales(start, end).transpose(-1, -2)
+        found = found[:, :, start - first : end - first]
         return found if self.order is None else torch.empty_like(found).index_copy_(-1, self.order, found)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Codes:
@@ -120,7 +140,7 @@ class Codes:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @property
-    def _middle(self) -> float | None:
+    def middle(self) -> float | None:
         """What stored codes of signed types below 8 bits are above the codes."""
         fmt = self.fmt
         return float(1 << (fmt.bits - 1)) if fmt.is_integer and fmt.symmetric and fmt.bits < 8 else None
@@ -139,7 +159,8 @@ class Codes:
         self.zero = None if self.zero is None else longer(self.zero, self.group)
 
     def _float_scale(self, start: int, end: int) -> Tensor:
-        return self.scale[:, :, start:end].view(self.fmt.scale_dtype).to(torch.float32)
+        scale = self.scale[:, :, start:end].view(self.fmt.scale_dtype).to(torch.float32)
+        return scale * _E4M3 if self.fmt.type == "f8e4m3" else scale
 
     def _decode(self, data: Tensor, out: Tensor) -> None:
         """Codes as floats, planes one after the other, written to `out`."""
@@ -157,22 +178,11 @@ class Codes:
         else:
             _odd_bits(data, fmt.bits, out)
 
-    def _scaled(self, found: Tensor, first: int, last: int) -> None:
-        """found * scale - zero * scale, in place, for groups of tokens or of channels."""
-        rows = (first // self.group, last // self.group)
-        scale = self._float_scale(*rows)
-        away = self._middle if self.zero is None else self.zero[:, :, slice(*rows)].to(torch.float32)
-        view, shaped = self._by_scale(found)
-        if away is None:
-            view.mul_(shaped(scale))
-        else:
-            torch.addcmul(shaped(scale * -away), view, shaped(scale), out=view)
-
     def _by_scale(self, found: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """A tile with axes for its groups, and what gives scales axes to go with it."""
         if self.by_tokens:
             return found.unflatten(2, (-1, self.group)), lambda t: self._in_order(t).unsqueeze(3)
-        part = (self.fmt.group or self.width) // self.planes
+        part = min(self.fmt.group or self.width, self.width) // self.planes
         if self.width % (part * self.planes):  # the last group is shorter
             return found, lambda t: t.repeat_interleave(part, -1)[..., : self.width]
         return found.unflatten(-1, (self.planes, -1, part)), lambda t: t.unsqueeze(-2).unsqueeze(-1)
@@ -188,8 +198,10 @@ def encode(x: Tensor, fmt: Format, *, by_tokens: bool) -> tuple[Tensor, QParams 
     """
     if fmt.is_plain:
         return x.to(fmt.code_dtype), None
+    if fmt.type == "i8" and str(fmt) == "i8/tok/f16":
+        return _bytes(x)
     rows = x.transpose(-1, -2) if by_tokens else x
-    params = _params(rows.to(torch.float32), fmt)
+    params = _params(rows, fmt)
     codes = numerics.quantize(rows, fmt, *params)
     if by_tokens:
         codes = codes.transpose(-1, -2)
@@ -199,6 +211,13 @@ def encode(x: Tensor, fmt: Format, *, by_tokens: bool) -> tuple[Tensor, QParams 
     if fmt.is_integer and fmt.symmetric:
         codes = codes + (1 << (fmt.bits - 1))
     return pack_bits(codes, fmt.bits), params
+
+
+def _bytes(x: Tensor) -> tuple[Tensor, QParams]:
+    """i8/tok/f16 as `numerics` rounds it, in few steps, for it is done for every token."""
+    scale = (x.abs().amax(-1, keepdim=True).to(torch.float32) / 127).clamp_(2.0**-24, 65504).to(torch.float16)
+    codes = (x / scale.to(torch.float32)).round_().clamp_(-127, 127)
+    return codes.to(torch.int8), QParams(scale, None)
 
 
 def _params(rows: Tensor, fmt: Format) -> QParams:
@@ -241,10 +260,10 @@ def _order(width: int, planes: int, device: torch.device) -> Tensor:
 
 
 def _wide(data: Tensor, fmt: Format, out: Tensor) -> None:
-    """Codes of 8 bits and more. The bits of an 8-bit float are those of a half, up to a power of two."""
+    """Codes of 8 bits and more. The bits of an 8-bit float are those of a half, up to the factor _E4M3."""
     if fmt.type == "f8e4m3":
         halves = (data.view(torch.int8).to(torch.int16) << 7) & -0x4001
-        torch.mul(halves.view(torch.float16), 256.0, out=out)
+        out.copy_(halves.view(torch.float16))
     elif fmt.type == "f8e5m2":
         out.copy_((data.to(torch.int16) << 8).view(torch.float16))
     else:
@@ -252,11 +271,10 @@ def _wide(data: Tensor, fmt: Format, out: Tensor) -> None:
 
 
 def _odd_bits(data: Tensor, bits: int, out: Tensor) -> None:
-    """Eight codes in `bits` bytes (3, 5, 6 or 7), plane by plane."""
+    """Eight codes in `bits` bytes (3, 5, 6 or 7), plane by plane, each octet as one whole number."""
     octets, part = data.unflatten(-1, (-1, bits)), out.shape[-1] // 8
+    word = octets[..., 0].to(torch.int32 if bits == 3 else torch.int64)
+    for byte in range(1, bits):
+        word = word | (octets[..., byte].to(word.dtype) << 8 * byte)
     for i in range(8):
-        byte, shift = divmod(i * bits, 8)
-        code = octets[..., byte] >> shift
-        if shift + bits > 8:
-            code = code | (octets[..., byte + 1] << (8 - shift))
-        out[..., i * part : (i + 1) * part] = code & ((1 << bits) - 1)
+        out[..., i * part : (i + 1) * part] = (word >> i * bits) & ((1 << bits) - 1)

@@ -32,7 +32,7 @@ SHORT = {  # what a type alone stands for
     "i2": "u2/g32/f16",
     "fp8": "f8e4m3/tok/f16",
 }
-RESIDUAL, SINKS = 32, 4  # of caches below 8 bits, unless said otherwise
+RESIDUAL, SINKS = 16, 4  # of caches below 8 bits, unless said otherwise
 _WHAT = {"k": "keys", "v": "values"}
 _KEYS = ("k", "v", "residual", "sinks")
 _SCALES = ("f32", "f16", "bf16", "e8m0")
