@@ -18,12 +18,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qfx.kv.codes import Codes
 
 TILE = 1 << 19  # elements of a tile, of all heads and sequences
 SCORES = 1 << 22  # scores that exist at a time
+FEW = 64  # rows of a product that waits for its tile
 
 
 @dataclass(frozen=True)
@@ -167,21 +169,23 @@ def _scores(q: Tensor, view: View, part: Part | None, of: Tensor | None, scale: 
 
 def _stored_scores(rows: Tensor, codes: Codes, view: View, out: Tensor) -> None:
     """Scores of the stored tokens, [B * G, rows, tokens], written to `out`."""
-    ordered = rows if codes.order is None else rows.index_select(-1, codes.order)
-    for low, high, tile in _tiles(codes, view):
-        torch.bmm(ordered, tile.transpose(1, 2), out=out[:, :, low:high])
+    for first, last, tile in _tiles(codes, view, scaled=True):
+        low, high = max(first, view.start), min(last, view.end)
+        where = out[:, :, low - view.start : high - view.start]
+        if codes.planes == 1 and (low, high) == (first, last):
+            torch.bmm(rows, tile.transpose(1, 2), out=where)
+        else:
+            s = torch.bmm(rows, tile.transpose(1, 2)).unflatten(-1, (codes.planes, -1))
+            where.copy_(s.transpose(2, 3).flatten(2)[:, :, low - first : high - first])
     zeros = codes.zeros(view.start, view.end)
     if zeros is not None:
-        zeros = zeros.flatten(0, 1)
-        if codes.one_scale:
-            out -= rows.sum(-1, keepdim=True) * zeros.transpose(1, 2)
-        elif codes.by_tokens:
+        zeros = zeros.flatten(0, 1).transpose(1, 2)
+        if codes.by_tokens:
             skipped = view.start % codes.group
-            off = torch.bmm(rows, zeros.transpose(1, 2)).repeat_interleave(codes.group, -1)
+            off = torch.bmm(rows, zeros).repeat_interleave(codes.group, -1)
             out -= off[:, :, skipped : skipped + out.shape[2]]
         else:
-            off = torch.bmm(_summed(rows, codes), zeros.transpose(1, 2))
-            out -= off
+            out -= torch.bmm(_sums(rows, codes), zeros)
     if codes.one_scale:
         out *= codes.scales(view.start, view.end).flatten(0, 1)
 
@@ -202,50 +206,62 @@ def _weighted(p: Tensor, view: View, part: Part | None, of: Tensor | None) -> Te
 
 
 def _stored_sums(rows: Tensor, codes: Codes, view: View) -> Tensor:
-    """Values of the stored tokens weighted by rows [B * G, rows, tokens]: f32 [B * G, rows, Dv]."""
-    if codes.one_scale:
-        rows = rows * codes.scales(view.start, view.end).flatten(0, 1)
+    """Values of the stored tokens weighted by rows [B * G, rows, tokens]: f32 [B * G, rows, Dv].
+
+    Where a token has several scales and rows are few, there are as many rows for each scale, of which each is right
+    for the channels of one: the product takes hardly longer, for it waits for the tile.
+    """
+    count, groups = rows.shape[1], codes.scale.shape[-1]
+    apart = groups > 1 and codes.width % groups == 0 and count * groups <= FEW
+    p = rows
+    if codes.one_scale or apart:
+        factor = codes.scales(view.start, view.end).flatten(0, 1)
+        p = (rows.unsqueeze(1) * factor.unsqueeze(2)).flatten(1, 2)
     out: Tensor | None = None
-    for low, high, tile in _tiles(codes, view):
-        p = rows[:, :, low:high]
-        out = torch.bmm(p, tile) if out is None else out.baddbmm_(p, tile)
+    for first, last, tile in _tiles(codes, view, scaled=not apart):
+        low, high = max(first, view.start), min(last, view.end)
+        weights = p[:, :, low - view.start : high - view.start]
+        if (low, high) != (first, last):
+            weights = F.pad(weights, (low - first, last - high))
+        if codes.planes > 1:
+            weights = weights.unflatten(-1, (-1, codes.planes)).transpose(2, 3).flatten(2)
+        out = torch.bmm(weights, tile) if out is None else out.baddbmm_(weights, tile)
     assert out is not None
-    if codes.order is not None:
-        out = torch.empty_like(out).index_copy_(-1, codes.order, out)
+    if apart:
+        blocks = out.view(-1, groups, count, groups, codes.width // groups)
+        out = blocks.diagonal(dim1=1, dim2=3).transpose(2, 3).flatten(2)
     zeros = codes.zeros(view.start, view.end)
     if zeros is not None:
-        off = torch.bmm(rows, zeros.flatten(0, 1))
-        out -= off if off.shape[-1] == 1 else _spread(off, codes)
+        off = torch.bmm(p if codes.one_scale else rows, zeros.flatten(0, 1))
+        out = out - _each_channel(off, codes)
     return out
 
 
-def _spread(x: Tensor, codes: Codes) -> Tensor:
+def _each_channel(x: Tensor, codes: Codes) -> Tensor:
     """One number for each group of channels, as one for each channel."""
+    if x.shape[-1] == 1:
+        return x
     each: Tensor = x.repeat_interleave(codes.fmt.group or 1, -1)
     return each[..., : codes.width]
 
 
-def _summed(rows: Tensor, codes: Codes) -> Tensor:
-    """Sums over the groups of channels."""
-    group = codes.fmt.group or codes.width
-    missing = -codes.width % group
-    whole: Tensor = torch.nn.functional.pad(rows, (0, missing)).unflatten(-1, (-1, group))
+def _sums(rows: Tensor, codes: Codes) -> Tensor:
+    """Sums over the channels that share a scale."""
+    group = min(codes.fmt.group or codes.width, codes.width)
+    whole: Tensor = F.pad(rows, (0, -codes.width % group)).unflatten(-1, (-1, group))
     return whole.sum(-1)
 
 
-def _tiles(codes: Codes, view: View) -> Iterator[tuple[int, int, Tensor]]:
-    """(first, last + 1, f32 [B * G, tokens, D]), counted from the view's start; the next overwrites it."""
+def _tiles(codes: Codes, view: View, *, scaled: bool) -> Iterator[tuple[int, int, Tensor]]:
+    """(first, last + 1, f32 [B * G, tokens, D]) of whole units that hold the view; the next one overwrites it."""
     batch, groups = codes.data.shape[:2]
     each = batch * groups * codes.width
-    tokens = max(TILE // each // codes.group, 1) * codes.group
-    room = codes.data.new_empty(each * min(tokens + codes.group, view.end - view.start + 2 * codes.group),
-                                dtype=torch.float32)  # fmt: skip
-    at = view.start
-    while at < view.end:
-        last = min(at // codes.group * codes.group + tokens, view.end)
-        tile = codes.tile(at, last, room)
-        yield at - view.start, last - view.start, tile.reshape(batch * groups, last - at, codes.width)
-        at = last
+    begin, end = codes.around(view.start, view.end)
+    tokens = max(TILE // each // codes.unit, 1) * codes.unit
+    room = codes.data.new_empty(each * min(tokens, end - begin), dtype=torch.float32)
+    for at in range(begin, end, tokens):
+        last = min(at + tokens, end)
+        yield at, last, codes.tile(at, last, room, scaled=scaled).view(batch * groups, last - at, codes.width)
 
 
 def _flat(x: Tensor, of: Tensor | None) -> Tensor:

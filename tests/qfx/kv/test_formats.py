@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qfx.format import Format
-from qfx.kv.formats import SHORT, CacheFormat, cache_formats, row_bytes, scales_of_token, zero_dtype
+from qfx.kv.formats import SHORT, CacheFormat, cache_formats, planes_of, scales_of_token, zero_dtype
 
 
 def one(kv: Any) -> CacheFormat:
@@ -131,8 +131,9 @@ def test_what_is_stored_ends_a_group_and_leaves_the_residual(tokens: int, residu
 
 
 def test_parts_of_a_row() -> None:
-    assert row_bytes(Format.parse("u3/g32"), 20) == 8
-    assert row_bytes(Format.parse("f16"), 20) == 40
+    assert [planes_of(Format.parse(text)) for text in ("u2/g32", "u3/g32", "nf4/g32", "i5/tok", "i8/tok", "f16")] == [
+        *(4, 8, 2, 8, 1, 1)
+    ]
     assert scales_of_token(Format.parse("u3/g32"), 80) == 3
     assert scales_of_token(Format.parse("i8/tok"), 80) == 1
     assert scales_of_token(Format.parse("f16"), 80) == 0
