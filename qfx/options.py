@@ -83,7 +83,7 @@ def _checked(options: Mapping[str, Any] | None) -> dict[str, Any]:
                     next_step='for example options={"recipe": "w4a16"}')
         )  # fmt: skip
     given = {key: value for key, value in (options or {}).items() if value is not None}
-    for key, value in given.items():
+    for key in given:
         if key not in KEYS:
             raise ValueError(
                 explain(
