@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qfx.attending import specs_of
 from qfx.centred import is_centred
 from qfx.kv.held import caches_of
 from qfx.mixed import QuantMixed
@@ -21,7 +22,7 @@ Record = dict[str, Any]
 
 def describe(model: nn.Module, tied: Mapping[str, str]) -> Record:
     """The JSON-able record of a quantized model: class, dtype, implementations, modules, parameters, tied, buffers,
-    centred, caches."""
+    centred, caches, attention."""
     return {
         "class": float_class(model).__name__, "dtype": name_of(_dtype_of(model)),
         "implementations": _implementations(getattr(model, "config", None)), "modules": _modules(model),
@@ -29,6 +30,7 @@ def describe(model: nn.Module, tied: Mapping[str, str]) -> Record:
         "buffers": {name: name_of(b.dtype) for name, b in passing_buffers(model).items()},
         "centred": [name for name, module in model.named_modules() if is_centred(module)],
         "caches": caches_of(model),
+        "attention": specs_of(model),
     }  # fmt: skip
 
 

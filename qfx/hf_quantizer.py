@@ -12,6 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from qfx import checkpoint
 from qfx.attach import METHOD, register_when_loaded
+from qfx.attending import attend
 from qfx.describe import describe, state
 from qfx.errors import explain
 from qfx.hf_config import QfxConfig
@@ -84,7 +85,7 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if self._placed is not None:
             self._placed.finish(model)
-            with_caches(model, self._placed.caches)
+            with_caches(attend(model, self._placed.attention), self._placed.caches)
         elif self._streaming is not None:
             self._streaming.finish(model)
         self._placed = self._streaming = None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from qfx.attending import Spec
 from qfx.describe import Record, float_class, name_of
 from qfx.errors import explain
 from qfx.kv.held import Caches
@@ -28,6 +29,7 @@ class Placed:
 
     ties: name -> the name whose tensor it shares, its place empty until then. modules: the same for whole modules.
     dtypes: the dtype of each packed buffer. buffers: the dtype of those that are not saved. caches: those of the plan.
+    attention: what `qfx.attending.attend` takes.
     """
 
     ties: dict[str, str]
@@ -35,6 +37,7 @@ class Placed:
     dtypes: dict[str, torch.dtype]
     buffers: dict[str, torch.dtype]
     caches: Caches = field(default_factory=dict)
+    attention: dict[str, Spec] = field(default_factory=dict)
 
     @classmethod
     def into(cls, model: nn.Module, record: Record, headers: Mapping[str, Tensor], dtype: torch.dtype | None) -> Placed:
@@ -66,6 +69,9 @@ class Placed:
             named = {local.name(n): getattr(torch, text) for n, text in record["buffers"].items()}
             made.buffers = {name: own for name, own in named.items() if name}
         made.caches = {local.name(name) or name: one for name, one in record["caches"].items()}
+        for name, spec in record["attention"].items():
+            if owner := local.name(name):
+                made.attention[owner] = {**spec, "name": f"{owner}.{spec['name'].rpartition('.')[2]}"}
         keep_float_ties(model)
         return made
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.modeling_utils import load_state_dict
 
+from qfx import attending
 from qfx.errors import Note, explain, warn
 from qfx.hf_saved import keep_float_ties, shield
 from qfx.hollow import hollow
@@ -91,7 +92,7 @@ class Streaming:
             _share(model, one, other)
         shield(model, on=False)
         without_fast_paths(model)
-        with_caches(model, self.plan.caches, strict=self.strict)
+        with_caches(attending.attend(model, self.attentions), self.plan.caches, strict=self.strict)
 
     def _prepare(self, model: nn.Module, files: Sequence[str]) -> str:
         if self.recipe.rewrites:
@@ -103,7 +104,8 @@ class Streaming:
             return f"its graph cannot be had without its weights: {notes[-1].reason}"
         told(notes, strict=self.strict)
         places, more = find(twin, made)
-        told(more, strict=self.strict)
+        self.attentions, apart = attending.find(twin, made)
+        told([*more, *apart], strict=self.strict)
         self.plan: Plan = made
         self.writer = Writer(model, made)
         for place in places:

@@ -19,7 +19,7 @@ from qfx.errors import explain, nearest
 from qfx.plan import versions
 from qfx.recipe import Recipe
 
-VERSION = 3  # 1: a byte for each zero point, 2: no caches
+VERSION = 3  # 1: a byte for each zero point, 2: no caches, no attention
 _READ = (1, 2, VERSION)
 _KEYS = ("quant_method", "version", "qfx", "recipe", "strict", "model")
 _MODEL = {
@@ -33,6 +33,7 @@ _MODEL = {
     "centred",
     "tensors",
     "caches",
+    "attention",
 }
 
 
@@ -88,7 +89,7 @@ def _record(model: object, where: str) -> Record | None:
         return None
     try:
         assert isinstance(model, Mapping)
-        model = {"caches": {}, **model}
+        model = {"caches": {}, "attention": {}, **model}
         assert set(model) == _MODEL
         modules, parameters = spread(model["modules"], sqnr=True), spread(model["parameters"], sqnr=False)
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:

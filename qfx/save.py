@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qfx import checkpoint
 from qfx.attach import METHOD, attach, is_pretrained
+from qfx.attending import attend
 from qfx.describe import Record, describe, state
 from qfx.errors import explain
 from qfx.files import dump_safetensors, read_safetensors, sha256_file, staged
@@ -25,13 +26,13 @@ from qfx.rebuild import Saved, rebuild
 from qfx.recipe import Recipe
 from qfx.skeleton import CONFIG, GENERATION, skeleton
 
-VERSION = 3  # 1: a byte for each zero point, 2: no caches
+VERSION = 3  # 1: a byte for each zero point, 2: no caches, no attention
 _READ = (1, 2, VERSION)
 SHARD = 5_000_000_000  # bytes of a file of weights
 _JSON = "qfx.json"
 _KEYS = {
     "format", "version", "sha256", "files", "class", "dtype", "implementations", "modules", "parameters", "tied",
-    "buffers", "centred", "caches",
+    "buffers", "centred", "caches", "attention",
 }  # fmt: skip
 
 
@@ -119,7 +120,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     saved = Saved(
         fields["modules"], fields["parameters"], fields["buffers"], fields["tied"], tensors, tuple(fields["centred"])
     )
-    return attach(with_caches(rebuild(model, saved).eval(), fields["caches"]), recipe)
+    live = attend(rebuild(model, saved).eval(), fields["attention"])
+    return attach(with_caches(live, fields["caches"]), recipe)
 
 
 def _remove_former(folder: Path, files: list[str]) -> None:
@@ -191,7 +193,7 @@ def _read(file: Path) -> dict[str, Any]:
                 next_step="install the version that wrote it, or quantize and save the model again",
             )
         )
-    known = _KEYS - ({"caches"} if fields["version"] < VERSION else set())
+    known = _KEYS - ({"caches", "attention"} if fields["version"] < VERSION else set())
     if fields.get("sha256") != _digest(fields) or set(fields) != known:
         raise ValueError(explain(f"{file} was altered", next_step="copy it again, or save the model again"))
-    return {"caches": {}, **fields}
+    return {"caches": {}, "attention": {}, **fields}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 import qfx
@@ -247,3 +248,37 @@ def test_transformers() -> None:
     assert 25 < sqnr_db(wanted, tiny.logits(model)) < 80
     tokens = model.generate(tiny.ids()[:, :4], max_new_tokens=4, do_sample=False)
     assert tokens.shape[1] == 8
+
+
+@pytest.mark.parametrize("rule", [STATIC, DYNAMIC], ids=["static", "dynamic"])
+def test_saved_and_loaded(rule: dict[str, Any], tmp_path: Path) -> None:
+    model = qfx.quantize(Net().eval(), recipe(rule, WEIGHTS), data=[X])
+    qfx.save(model, tmp_path)
+    found = qfx.load(tmp_path, Net())
+    assert attending.specs_of(found) == attending.specs_of(model)
+    assert torch.equal(ran(found, X), ran(model, X))
+
+
+def test_attention_alone_can_be_saved(tmp_path: Path) -> None:
+    model = qfx.quantize(Net().eval(), recipe(DYNAMIC), data=[X])
+    qfx.save(model, tmp_path)
+    assert torch.equal(ran(qfx.load(tmp_path, Net()), X), ran(model, X))
+
+
+@pytest.mark.slow
+def test_transformers_save_and_load_it(tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    model.save_pretrained(tmp_path / "float")
+    qfx.quantize(model, recipe(DYNAMIC, WEIGHTS))
+    model.save_pretrained(tmp_path / "packed")
+    wanted = tiny.logits(model)
+    assert torch.equal(tiny.logits(qfx.load(tmp_path / "packed")), wanted)
+    again = type(model).from_pretrained(tmp_path / "packed")
+    assert torch.equal(tiny.logits(again.eval()), wanted)
+    base = transformers.AutoModel.from_pretrained(tmp_path / "packed")
+    assert [spec["name"] for spec in attending.specs_of(base).values()] == [
+        "layers.0.self_attn.scaled_dot_product_attention"
+    ]
+    asked = qfx.QfxConfig(recipe={"rules": [DYNAMIC, WEIGHTS]})
+    streamed = type(model).from_pretrained(tmp_path / "float", quantization_config=asked)
+    assert torch.equal(tiny.logits(streamed.eval()), wanted)
