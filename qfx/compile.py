@@ -16,7 +16,7 @@ from qfx import frame, graph, names, sqnr
 from qfx.capture import keep_sources, static_names
 from qfx.errors import Note, UnsupportedError, explain, warn
 from qfx.frame import Frame
-from qfx.kv.held import is_quantized
+from qfx.kv.held import caches_of, is_quantized
 from qfx.names import Translation
 from qfx.options import Options
 from qfx.pipeline import apply_plan, told
