@@ -81,8 +81,8 @@ class AllocationOptions(Strict):
     avg_bits: of the weights that get formats, scales, zero points and padding counted. max_bytes: of all weights and
     buffers of the model. ratio: of the bytes that those weights have in 16 bits, from 0 to 1. max_loss: the least bytes
     with which perplexity on the data rises by no more than this many percent. max_memory: bytes of a device, for all
-    weights, the caches of `batch` sequences of `context` tokens (`cache`: their format; None: the model's floats) and
-    the activations of one token more (of all `context` tokens, for a model that has no cache).
+    weights, the caches of `batch` sequences of `context` tokens (`cache`: their format; None: that of rules for
+    "cache") and the activations of one token more (of all `context` tokens, for a model that has no cache).
     units: "heads" (rows and columns of each head, other weights whole) or "layers" (weights whole). formats: candidates
     of linears and experts; embeddings: of tables. method: what predicts the loss: a method of `qfx.analyze` (those
     without the scale of a divergence are brought to it by some measurements), or "measured": each unit is measured

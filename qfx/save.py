@@ -193,7 +193,7 @@ def _read(file: Path) -> dict[str, Any]:
                 next_step="install the version that wrote it, or quantize and save the model again",
             )
         )
-    known = _KEYS - ({"caches", "attention"} if fields["version"] < VERSION else set())
-    if fields.get("sha256") != _digest(fields) or set(fields) != known:
+    found = set(fields) | ({"caches", "attention"} if fields["version"] < VERSION else set())
+    if fields.get("sha256") != _digest(fields) or found != _KEYS:
         raise ValueError(explain(f"{file} was altered", next_step="copy it again, or save the model again"))
     return {"caches": {}, "attention": {}, **fields}

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from qfx.allocation import assign, predict, sites, whole
 from qfx.allocation.budget import Sizes, least_bytes
-from qfx.allocation.costs import Costs
+from qfx.allocation.costs import CacheFormats, Costs
 from qfx.allocation.perplexity import Perplexity
 from qfx.allocation.problem import Assignment, Choice, Problem, Tile, ties_of
 from qfx.allocation.refine import Refined, refine
@@ -35,6 +35,7 @@ from qfx.analysis.units import Unit, by_weight
 from qfx.analysis.weights import rounding_of
 from qfx.errors import Note, explain
 from qfx.format import Format
+from qfx.kv.plans import read
 from qfx.method_options import AllocationOptions
 from qfx.passes.calibrate import progress_bar
 from qfx.permute import permute
@@ -75,7 +76,7 @@ def allocate(
     candidates = {unit.name: _scored(sites.candidates(unit, options), unit, given) for unit in found.units}
     sizes = found.sizes(candidates)
     if options.max_memory is not None:
-        sizes = replace(sizes, beside=_beside(gm, options))
+        sizes = replace(sizes, beside=_beside(gm, options, plan))
     if options.max_loss is None:
         sizes.budget(options)  # refuses before anything is measured
     measure = Measure(
@@ -176,11 +177,15 @@ def some(batches: Sequence[Sequence[Any]], samples: int) -> list[Sequence[Any]]:
     return found
 
 
-def _beside(gm: fx.GraphModule, options: AllocationOptions) -> int:
-    """Bytes of caches and activations at the batch and the context of the options."""
+def _beside(gm: fx.GraphModule, options: AllocationOptions, plan: Plan) -> int:
+    """Bytes of caches, in the format of the options or those of the plan, and of activations at the batch and the
+    context of the options."""
     costs = Costs.of(gm)
     new, old = (1, options.context) if costs.caches else (options.context, 0)
-    fmt = None if options.cache is None else Format.parse(options.cache)
+    fmt: CacheFormats = None if options.cache is None else Format.parse(options.cache)
+    own = [one.format for one in read(plan.caches) if not one.layer.cross]
+    if fmt is None and own and len(own) == sum(cache.new != 0 for cache in costs.caches):
+        fmt = own
     return costs.memory(cache=fmt, batch=options.batch, sequence=new, context=old) - costs.weights()
 
 

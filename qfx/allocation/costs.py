@@ -12,11 +12,12 @@ free. A table of embeddings is read by rows, experts as far as there are rows fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
+import torch
 from torch import fx
 
 from qfx.allocation.nodes import Cache, NodeCost, Stored, read
@@ -24,8 +25,10 @@ from qfx.allocation.sizes import BATCH, Expr, checked, numbers
 from qfx.annotation import Formats, from_json
 from qfx.errors import Note, nearest
 from qfx.format import Format
+from qfx.kv.formats import CacheFormat
 from qfx.segments import nbytes
 
+CacheFormats = Format | Mapping[str, Format] | CacheFormat | Sequence[CacheFormat] | None
 Asked = Mapping[str, Any]  # name of a node -> formats of its weight, or role -> formats
 
 
@@ -91,15 +94,27 @@ class Costs:
         chosen = self._chosen(formats, rest)
         return sum(self._bytes(key, chosen, rest) for key in self.stored)
 
-    def cache(self, formats: Format | Mapping[str, Format] | None = None) -> Expr:
-        """Bytes of the cache of all layers after a call: of one format, or of "k" and "v"; None is the graph's floats.
+    def cache(self, formats: CacheFormats = None) -> Expr:
+        """Bytes of the cache of all layers after a call: of one format, of "k" and "v", of a `CacheFormat` or one for
+        each layer, whose first and newest tokens are counted as floats; None is the graph's floats.
 
-        0 for a graph without causal attention.
+        0 for a graph without causal attention. Raises ValueError for a list of another length.
         """
-        return sympy.Add(*(BATCH * c.length * _token_bytes(c, formats, self.itemsize) for c in self.caches))
+        each = self._each(formats)
+        return sympy.Add(*(_held(c, c.length, own, self.itemsize) for c, own in zip(self.caches, each, strict=True)))
+
+    def _each(self, formats: CacheFormats) -> list[Any]:
+        """The format of each of `caches`. A list is of those that grow."""
+        if not isinstance(formats, list | tuple):
+            return [formats] * len(self.caches)
+        grown = sum(c.new != 0 for c in self.caches)
+        if len(formats) != grown:
+            raise ValueError(f"the graph has {grown} caches that grow, and there are {len(formats)} formats for them")
+        left = iter(formats)
+        return [next(left) if c.new != 0 else None for c in self.caches]
 
     def total(
-        self, formats: Asked | None = None, cache: Format | Mapping[str, Format] | None = None, *,
+        self, formats: Asked | None = None, cache: CacheFormats = None, *,
         rest: Format | None = None,
     ) -> Totals:  # fmt: skip
         """All of one call together."""
@@ -118,7 +133,7 @@ class Costs:
         return self.total().at(batch=batch, sequence=sequence, context=context, **sizes)
 
     def moved(
-        self, formats: Asked | None = None, cache: Format | Mapping[str, Format] | None = None, *,
+        self, formats: Asked | None = None, cache: CacheFormats = None, *,
         rest: Format | None = None, held: Any = None,
     ) -> list[tuple[Expr, Expr, Expr]]:  # fmt: skip
         """For each node the bytes of (weights, activations, cache) that it moves.
@@ -127,10 +142,10 @@ class Costs:
         """
         chosen = self._chosen(formats, rest)
         size = self.itemsize if rest is None else rest.bits // 8
-        found = []
+        found, own = [], iter(self._each(cache))
         for node in self.nodes:
             weights = self._read(node, chosen, rest, held)
-            moved = 0 if node.cache is None else _cache_moved(node.cache, cache, size)
+            moved = 0 if node.cache is None else _cache_moved(node.cache, next(own), size)
             found.append((weights, (node.read + node.written) * sympy.Rational(size, self.itemsize), moved))
         return found
 
@@ -149,7 +164,7 @@ class Costs:
         return round(most)
 
     def memory(
-        self, formats: Asked | None = None, cache: Format | Mapping[str, Format] | None = None, *,
+        self, formats: Asked | None = None, cache: CacheFormats = None, *,
         rest: Format | None = None, batch: int = 1, sequence: int = 1, context: int = 0, **sizes: int,
     ) -> int:  # fmt: skip
         """Bytes that a device must have: weights, cache after the call, and activations at their peak."""
@@ -216,6 +231,17 @@ def _token_bytes(cache: Cache, formats: Format | Mapping[str, Format] | None, it
     return found
 
 
-def _cache_moved(cache: Cache, formats: Format | Mapping[str, Format] | None, itemsize: int) -> Expr:
+def _held(cache: Cache, length: Expr, formats: Any, itemsize: int) -> Expr:
+    """Bytes of the keys and values of so many tokens of each sequence."""
+    if isinstance(formats, CacheFormat):
+        dtype = torch.float16 if itemsize == 2 else torch.float32
+        return BATCH * formats.nbytes(cache.heads, cache.widths, length, dtype=dtype)
+    return BATCH * length * _token_bytes(cache, formats, itemsize)
+
+
+def _cache_moved(cache: Cache, formats: Any, itemsize: int) -> Expr:
     """All of it is read, the new part is written."""
-    return BATCH * (cache.length + cache.new) * _token_bytes(cache, formats, itemsize)
+    if isinstance(formats, CacheFormat):
+        new = BATCH * cache.new * cache.heads * sum(cache.widths) * itemsize  # as it came, codes later
+        return _held(cache, cache.length, formats, itemsize) + new
+    return _held(cache, cache.length + cache.new, formats, itemsize)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from qfx.allocation.costs import Asked, Costs, role_formats
+from qfx.allocation.costs import Asked, CacheFormats, Costs, role_formats
 from qfx.allocation.devices import Device
 from qfx.allocation.nodes import NodeCost
 from qfx.allocation.sizes import numbers
@@ -26,7 +26,6 @@ GAIN = 1.05  # a plan that is this much faster is called faster; one that is as 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (128, 1024, 8192)
 
-CacheFormats = Format | Mapping[str, Format] | None
 _PRODUCTS = ("linear", "experts", "conv", "matmul")
 
 

@@ -146,7 +146,7 @@ def test_default_fields_are_not_shared() -> None:
 def test_repr_is_short() -> None:
     text = repr(full_plan())
     assert text.startswith("Plan(recipe='w8a8', model='")
-    assert "annotations=3, rewrites=smooth, tensors=3 (0.00 MiB), notes=1)" in text
+    assert "annotations=3, caches=0, rewrites=smooth, tensors=3 (0.00 MiB), notes=1)" in text
     assert "model='any'" in repr(Plan(W8A8))
 
 
@@ -325,7 +325,7 @@ def test_load_finds_one_flipped_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 3}, "has version 3, this qfx reads versions up to 2"),
+        ({"version": 4}, "has version 4, this qfx reads versions up to 3"),
         ({"version": None}, "has version None"),
         ({"format": "other"}, "is not a plan of qfx"),
         ({"anotations": {}}, "unknown key 'anotations' in .*, did you mean 'annotations'"),
@@ -349,7 +349,7 @@ def test_version_1_is_read(tmp_path: Path) -> None:
     """Its zero points have a byte each, which `qfx.rounded` packs."""
     full_plan().save(tmp_path)
     fields = json.loads((tmp_path / "plan.json").read_text())
-    assert fields["version"] == 2
+    assert fields["version"] == 3
     (tmp_path / "plan.json").write_text(json.dumps({**fields, "version": 1}))
     assert Plan.load(tmp_path) == full_plan()
 

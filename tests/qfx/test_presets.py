@@ -83,7 +83,9 @@ def test_formats_of_linears(name: str, formats: str) -> None:
     assert linear(presets()[name]) == formats
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("mixed", "heads")])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name not in ("mixed", "heads") and not name.startswith("kv")]
+)
 def test_embeddings_are_8_bit(name: str) -> None:
     assert {r: str(f) for r, f in presets()[name].formats_for("embedding", "e").items()} == {"w": "i8/ch"}
 
@@ -109,7 +111,7 @@ def test_data_is_needed_by_static_formats_and_by_methods_that_look_at_it() -> No
     static = {"w8a8-static", "w8a8-smooth"}
     rounded = {name for name, recipe in presets().items() if recipe.rounding in ("gptq", "learned")}
     looking = {"w4a16-awq", "int8-outliers"}
-    choosing = {"heads", "heads-top30", "w4a16-edges", "w4a16-lift"}
+    choosing = {"heads", "heads-top30", "w4a16-edges", "w4a16-lift", "kv-heads"}
     assert {name for name, recipe in presets().items() if recipe.needs_data} == static | rounded | looking | choosing
     assert rounded == {
         *("w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "w4a8-gptq", "w4a8-rotate", "w4a4-rotate"),
