@@ -14,6 +14,7 @@ row that says why.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
@@ -82,7 +83,9 @@ def _by_heads(model: Any) -> Any:
 ENTRIES = (
     Entry(FLOAT, _dynamic),
     *(Entry(f"qfx {kv}", _own(kv)) for kv in ("i8", "fp8", "i4", "i3", "i2")),
-    Entry("qfx u8", _own("u8/tok/f16")),
+    Entry("qfx i8 r32", _own({"k": "i8", "v": "i8", "residual": 32, "sinks": 4})),
+    Entry("qfx i4 r16", _own({"k": "i4", "v": "i4", "residual": 16})),
+    Entry("qfx i2 r16", _own({"k": "i2", "v": "i2", "residual": 16})),
     Entry("qfx k4v2", _own({"k": "i4", "v": "i2"})),
     Entry("qfx k2v4", _own({"k": "i2", "v": "i4"})),
     Entry("qfx kv-heads", _by_heads),
@@ -191,7 +194,7 @@ def sizes_and_times(model: Any, entries: Sequence[Entry], tokens: int, rounds: i
     return found
 
 
-def agreement(model: Any, entries: Sequence[Entry], prompts: int) -> Numbers:
+def agreement(model: Any, entries: Sequence[Entry], prompts: int, new: int = NEW) -> Numbers:
     """(share of prompts, share of tokens) whose greedy continuation is the float cache's, by name."""
     ids = text(prompts, PROMPT)
     wanted: Tensor | None = None
@@ -200,7 +203,7 @@ def agreement(model: Any, entries: Sequence[Entry], prompts: int) -> Numbers:
         rows = [
             model.generate(
                 row[None], attention_mask=torch.ones_like(row)[None], past_key_values=entry.make(model),
-                max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
+                max_new_tokens=new, min_new_tokens=new, do_sample=False,
             )[0, PROMPT:]
             for row in ids
         ]  # fmt: skip
@@ -261,7 +264,8 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         times = [key for key in row if key.endswith("_ms")]
         faster = ", ".join(f"{row[key] / best[key]:.1f}x at {key.split('_')[1]}" for key in times)
         named = [f"{one['peer']} ({one['bytes']:.0f} bytes, KLD {one['kld']:.6f})" for one in (row, best)]
-        share = f"has {best['kld'] / row['kld']:.3f} of it" + (f" and is {faster}" if faster else "")
+        part = best["kld"] / row["kld"] if row["kld"] else math.nan
+        share = f"has {part:.3f} of it" + (f" and is {faster}" if faster else "")
         lines.append(f"{named[0]}: {named[1]} {share}")
     return lines
 
