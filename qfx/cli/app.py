@@ -355,6 +355,37 @@ def analyze(
 
 
 @app.command()
+def kv(
+    model: Model,
+    formats: Annotated[
+        str, typer.Option(help="i8, i4, i3, i2, fp8, a preset, a format or KEYS:VALUES, comma between them.")
+    ] = "i8,i4,kv-k4v2,i2",
+    memory: Annotated[str, typer.Option(help="Of the device: 8GiB, 16GB or bytes.")] = "8GiB",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens at which caches are compared; left out: what MODEL takes, at most 8192."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="f32, f16 or bf16: what the model runs in; left out: what its config says.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Formats of the weights; left out: float.")] = None,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Say what caches of MODEL take: bytes per token, and the longest context that a memory has room for.
+
+    Weights and activations are counted. Of MODEL only the configuration is read.
+    """
+    with guarded(debug) as console:
+        from qfx.cli import kv as command
+
+        command.run(
+            console, model, formats, memory, batch=batch, context=context, dtype=dtype, recipe=recipe, json_file=json
+        )
+
+
+@app.command()
 def profile(
     out: Annotated[Path, typer.Option("--out", "-o", help="The .json file for the numbers.")],
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each session; left out: torch's.")] = None,

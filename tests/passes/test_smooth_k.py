@@ -271,7 +271,7 @@ class Rounding(nn.Module):
 
 
 def test_rounded_keys_lose_less() -> None:
-    """What attention gives for keys in 8 and 4 bits, each token by itself: by the factors much closer to the float's."""
+    """What attention gives for keys in 8 and 4 bits, token by token: factors bring it much nearer."""
     held = case("halves", outlier=30.0)
     errors: dict[tuple[str, bool], float] = {}
     for fmt in ("i8/tok", "u4/tok"):
