@@ -212,7 +212,7 @@ def _stored_sums(rows: Tensor, codes: Codes, view: View) -> Tensor:
     for the channels of one: the product takes hardly longer, for it waits for the tile.
     """
     count, groups = rows.shape[1], codes.scale.shape[-1]
-    apart = groups > 1 and codes.width % groups == 0 and count * groups <= FEW
+    apart = groups > 1 and groups * (codes.fmt.group or 0) == codes.width and count * groups <= FEW
     p = rows
     if codes.one_scale or apart:
         factor = codes.scales(view.start, view.end).flatten(0, 1)

@@ -119,7 +119,7 @@ class Store:
         """Fill the sinks, then store whole steps of what is left."""
         missing = self.fmt.sinks - self.first[0].shape[2]
         if missing > 0 and not self.stored:
-            self.first = _joined(self.first, _cut(rest, 0, missing))
+            self.first = _kept(_joined(self.first, _cut(rest, 0, missing)))
             rest = _cut(rest, missing, None)
         ready = max(rest[0].shape[2] - self.fmt.residual, 0) // self.fmt.step * self.fmt.step
         for part in self.parts if ready else ():
