@@ -282,3 +282,15 @@ def test_transformers_save_and_load_it(tmp_path: Path) -> None:
     asked = qfx.QfxConfig(recipe={"rules": [DYNAMIC, WEIGHTS]})
     streamed = type(model).from_pretrained(tmp_path / "float", quantization_config=asked)
     assert torch.equal(tiny.logits(streamed.eval()), wanted)
+
+
+def test_a_step_over_a_quantized_cache_reads_what_it_stores() -> None:
+    model = tiny.build("llama")
+    cache = qfx.QuantizedCache(model.config, "i8")
+    with torch.no_grad():
+        model(tiny.ids(), past_key_values=cache)
+        wanted = model(tiny.ids()[:, :1], past_key_values=copy.deepcopy(cache)).logits
+        coarse = recipe({"target": "attention", "q": "i2/tok", "k": "i2/tok", "v": "i2/tok", "p": "u2/tok"})
+        qfx.quantize(model, coarse)
+        assert torch.equal(model(tiny.ids()[:, :1], past_key_values=cache).logits, wanted)
+        assert sqnr_db(tiny.logits(tiny.build("llama")), tiny.logits(model)) < 30
