@@ -12,6 +12,7 @@ import functools
 import math
 import types
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from qfx.format import Format
 from qfx.modules import without_fast_paths
 from qfx.passes.quantize_attention import BY_HAND, SDPA, numbers
 from qfx.plan import Plan
+from qfx.recipe import Recipe
 from qfx.rows import Row
 
 HELD = "qfx_attention"
@@ -68,6 +70,21 @@ def planned(plan: Plan) -> dict[str, dict[str, Format]]:
         if formats:
             found[fqn] = formats
     return found
+
+
+def without(recipe: Recipe | None, plan: Plan | None) -> tuple[Recipe | None, Plan | None, list[Note]]:
+    """Recipe and plan without formats of attention, for a file whose cache has formats; a note where there were any."""
+    asked = plan is not None and bool(planned(plan))
+    if plan is None and recipe is not None:
+        asked = any(recipe.formats_for("attention", rule.target) for rule in recipe.rules)
+    if not asked:
+        return recipe, plan, []
+    if plan is not None:
+        plan = replace(plan, annotations={f: roles for f, roles in plan.annotations.items() if f not in planned(plan)})
+    elif recipe is not None:
+        recipe = recipe.override(ignore=(*recipe.ignore, "attention"))
+    reason = "formats of attention were asked beside those of the cache, which hold: attention itself runs in float"
+    return recipe, plan, [Note("attention", reason, "leave out kv=, or the formats of attention")]
 
 
 def check(model: nn.Module, specs: Mapping[str, Any]) -> None:

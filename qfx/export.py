@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from qfx import data as batches
 from qfx import decoder, encoder_decoder, graph
+from qfx.attending import without
 from qfx.cache_scales import cache_formats, cache_scales, need_data
 from qfx.capture import Captured, capture_export
 from qfx.data import Call
@@ -141,9 +142,10 @@ def _decoder(
         if plan is not None:
             plan.check(model, strict=strict)
         captured, names = decoder.capture_decoder(model, last_only=not all_logits)
-        notes = [*beside, *_planned(captured, recipe, plan, spill, strict=strict)]
+        recipe, plan, left = (recipe, plan, []) if caches is None else without(recipe, plan)
+        notes = [*beside, *left, *_planned(captured, recipe, plan, spill, strict=strict)]
         if not decoder.fuse_cache(captured, names):
-            notes.append(_not_shared(model))
+            notes.append(_not_shared(model, captured))
         if caches is not None:
             notes += decoder.quantize_cache(captured, names, caches, cache_scales(model, data, caches))
         how: Any = {"prefill": prefill, "strict": strict, "external_bytes": external_bytes}
@@ -173,7 +175,7 @@ def _pair(
         captured, names, pasts = encoder_decoder.capture_decoder(model, inputs, sizes)
         notes = _planned(captured, recipe, plan, spill, strict=strict)
         if not encoder_decoder.fuse_cache(captured, pasts):
-            notes.append(_not_shared(model))
+            notes.append(_not_shared(model, captured))
         written = _write(captured, notes, stage / encoder_decoder.DECODER, spill=spill, **how, inputs=names)
         encoder_decoder.write_document(model, stage, sorted(inputs.keys() - set(encoder.inputs)))
     return Exported(
@@ -242,8 +244,10 @@ def _pasts(inputs: Mapping[str, str] | None) -> list[str]:
     return [name for name in (inputs or {}).values() if name.startswith("past_key_values.")]
 
 
-def _not_shared(model: nn.Module) -> Note:
-    reason = "its cache is read by more than attention: it grows by a copy for each token"
+def _not_shared(model: nn.Module, captured: Captured) -> Note:
+    own = any(graph.schema_name(n) == "qfx::quantized_attention" for n in captured.gm.graph.nodes)
+    why = "attention in formats of its own reads its cache in float" if own else "its cache is read by more than attention"
+    reason = f"{why}: it grows by a copy for each token"
     return Note(type(model).__name__, reason, "none needed for the result", minor=True)
 
 

@@ -16,6 +16,7 @@ from qfx.backends.onnx.export import write
 from qfx.backends.onnx.lowering import as_tensor
 from qfx.backends.openvino.session import Session, SessionError
 from qfx.errors import Note, UnsupportedError, explain, source_line
+from qfx.format import Format
 from qfx.graph import let_go
 
 _X_FORMAT = 8  # among the arguments of qfx::linear
@@ -102,17 +103,31 @@ class OpenVinoLowered:
         return [Note("graph", reason, "backend='onnx' computes it in f32", minor=True)]
 
     def _in_float(self, gm: fx.GraphModule) -> list[Note]:
-        """Linears with rounded inputs whose products OpenVINO computes in float: the same result, without the speed."""
+        """Products of rounded operands that OpenVINO computes in float: the same result, without the speed."""
         notes = []
         for node in gm.graph.nodes:
-            if graph.schema_name(node) != "qfx::linear" or not node.args[_X_FORMAT]:
+            asked = _integers(node)
+            if not asked:
                 continue
             kernels = [k for k in self.kernels[node.name].removeprefix("OpenVINO ").split(", ") if _is_product(k)]
             if any(k.lower().endswith(_FLOATS) for k in kernels):
-                reason = f"OpenVINO multiplies its x={node.args[_X_FORMAT]} in float: {kernels[0]}"
+                reason = f"OpenVINO multiplies its {asked} in float: {kernels[0]}"
                 step = "take fixed scales (w8a8-static, w8a8-smooth), or leave the option 'backend' out"
+                step = step if asked.startswith("x=") else "leave the option 'backend' out"
                 notes.append(Note(graph.fqn_of(node), reason, step, source_line(node) or "", minor=True))
         return notes
+
+
+def _integers(node: fx.Node) -> str:
+    """The formats of rounded operands whose products are meant to be of integers; "" where there are none."""
+    name = graph.schema_name(node)
+    if name == "qfx::linear" and node.args[_X_FORMAT]:
+        return f"x={node.args[_X_FORMAT]}"
+    if name != "qfx::quantized_attention":
+        return ""
+    texts = {role: str(text) for role, text in zip("qkvp", node.args[-4:], strict=True)}
+    pairs = [(a, b) for a, b in ("qk", "pv") if all(t and Format.parse(t).is_integer for t in (texts[a], texts[b]))]
+    return " ".join(f"{role}={texts[role]}" for pair in pairs for role in pair)
 
 
 def _is_product(kernel: str) -> bool:

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 import qfx
+import qfx.onnx
 from qfx import attending
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.measure import sqnr_db
@@ -282,3 +283,46 @@ def test_transformers_save_and_load_it(tmp_path: Path) -> None:
     asked = qfx.QfxConfig(recipe={"rules": [DYNAMIC, WEIGHTS]})
     streamed = type(model).from_pretrained(tmp_path / "float", quantization_config=asked)
     assert torch.equal(tiny.logits(streamed.eval()), wanted)
+
+
+def test_a_file_with_a_quantized_cache_has_attention_in_float() -> None:
+    asked = qfx.Recipe.parse(recipe(DYNAMIC, WEIGHTS))
+    left, plan, (note,) = attending.without(asked, None)
+    assert left is not None and plan is None
+    assert not left.formats_for("attention", "x") and left.formats_for("linear", "x") == asked.formats_for(
+        "linear", "x"
+    )
+    assert "beside those of the cache" in note.reason and "kv=" in note.next_step
+    made = qfx.Plan(recipe=asked, annotations={"a.x": {"k": "i8/tok"}, "b": {"w": "i8/ch"}})
+    _, kept, (note,) = attending.without(None, made)
+    assert kept is not None and kept.annotations == {"b": {"w": "i8/ch"}} and len(made.annotations) == 2
+    plain = qfx.Recipe.parse("w8a8")
+    assert attending.without(plain, None) == (plain, None, [])
+
+
+@pytest.mark.slow
+def test_exported_decoders_have_it(tmp_path: Path) -> None:
+    model, how = tiny.build("llama"), {"max_new_tokens": 3, "do_sample": False}
+    with pytest.warns(QfxWarning, match="attention in formats of its own reads its cache in float"):
+        written = qfx.export_onnx(model, None, tmp_path / "a", recipe=recipe(DYNAMIC))
+    name = "model.layers.0.self_attn.scaled_dot_product_attention"
+    assert written.formats == {name: {r: DYNAMIC[r] for r in "qkvp"}}
+    found = qfx.onnx.load(tmp_path / "a").generate(tiny.ids()[:1], **how)
+    assert torch.equal(found, qfx.quantize(tiny.build("llama"), recipe(DYNAMIC)).generate(tiny.ids()[:1], **how))
+    with pytest.warns(QfxWarning, match="formats of attention were asked beside those of the cache"):
+        written = qfx.export_onnx(
+            model, None, tmp_path / "b", recipe=recipe(DYNAMIC), kv="i8", data=[{"input_ids": tiny.ids()}]
+        )
+    assert list(written.formats.values()) == [{"k": "i8/ch", "v": "i8/ch"}]
+
+
+def test_a_step_over_a_quantized_cache_reads_what_it_stores() -> None:
+    model = tiny.build("llama")
+    cache = qfx.QuantizedCache(model.config, "i8")
+    with torch.no_grad():
+        model(tiny.ids(), past_key_values=cache)
+        wanted = model(tiny.ids()[:, :1], past_key_values=copy.deepcopy(cache)).logits
+        coarse = recipe({"target": "attention", "q": "i2/tok", "k": "i2/tok", "v": "i2/tok", "p": "u2/tok"})
+        qfx.quantize(model, coarse)
+        assert torch.equal(model(tiny.ids()[:, :1], past_key_values=cache).logits, wanted)
+        assert sqnr_db(tiny.logits(tiny.build("llama")), tiny.logits(model)) < 30

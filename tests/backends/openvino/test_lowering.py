@@ -157,3 +157,18 @@ def test_products_in_float_are_told_and_no_error() -> None:
     fast = compiled(fixed)
     fast(xs[0])
     assert not [note for note in qfx.report(fast).notes if "in float" in note.reason], "negative control"
+
+
+@pytest.mark.parametrize("formats", ["q=i8/tok k=i8/tok v=i8/head/dyn p=u8/tok", "q=i8 k=i8/head v=i8 p=u8"])
+def test_attention_of_rounded_operands(formats: str) -> None:
+    from qfx.backends import openvino
+    from tests.backends.onnx.checks import sqnr, traced
+    from tests.backends.onnx.test_quantized_attention import call
+    from tests.qfx.test_attention_ops import qkv
+
+    function, given = call(formats, causal=True), qkv(9, 12)
+    lowered = openvino.lower(traced(function, given))
+    assert sqnr(function(*given), lowered(*given)[0]) > 30  # what is not quantized may be in bf16
+    told = [note for note in lowered.notes if "OpenVINO multiplies its" in note.reason]
+    assert all(note.minor and "its q=i8" in note.reason and " p=u8" in note.reason for note in told)
+    assert bool(told) == any("MatMul" in k and "f32" in k for k in lowered.kernels.values())
