@@ -53,6 +53,10 @@ def decide(
     folder for the progress of a rounding that needs data. memory: bytes of activations that it holds. given: what
     predicts the loss of units, for an allocation.
     """
+    if recipe.only_caches:
+        made = Plan.of(model, recipe)
+        made.caches, notes = plan_caches(model, recipe, calls)
+        return made, notes, []
     captured, reason, step = _capture(model, calls)
     if captured is None:
         _check_walkable(recipe, reason, step)
