@@ -53,6 +53,10 @@ def decide(
     folder for the progress of a rounding that needs data. memory: bytes of activations that it holds. given: what
     predicts the loss of units, for an allocation.
     """
+    if recipe.only_caches:
+        made = Plan.of(model, recipe)
+        made.caches, notes = plan_caches(model, recipe, calls)
+        return made, notes, []
     captured, reason, step = _capture(model, calls)
     if captured is None:
         _check_walkable(recipe, reason, step)
@@ -78,21 +82,30 @@ def decide(
         if recipe.clip_inputs:
             notes += clip_inputs(gm, made, flat, progress=progress)
         said = _scales(gm, made, flat, progress=progress) if recipe.needs_data else []
-        if recipe.allocation is not None or recipe.lift is not None:
-            count = len(made.rewrites)
-            if recipe.lift is None:
-                notes += allocate(gm, made, flat, outputs=captured.outputs, given=given, progress=progress)
-            else:
-                scores = None if given is None or given.sensitivity is None else given.sensitivity.calibrated()
-                notes += lift(gm, made, flat, outputs=captured.outputs, scores=scores, progress=progress)
-            if len(made.rewrites) > count:  # heads were put in another order
-                said = _scales(gm, made, flat, progress=progress)
-        if recipe.cache_bits is not None and made.caches:
-            notes += allocate_caches(gm, made, flat, outputs=captured.outputs, progress=progress)
+        count = len(made.rewrites)
+        notes += _allocated(gm, made, flat, captured.outputs, given, progress=progress)
+        if len(made.rewrites) > count:  # heads were put in another order
+            said = _scales(gm, made, flat, progress=progress)
         notes += _rounded(model, gm, made, flat, progress=progress, resume=resume, memory=memory)
         if calls:
             made.sensitivities["sqnr_db"] = _errors(gm, made, flat[0])
     return made, [*notes, *said], said
+
+
+def _allocated(
+    gm: fx.GraphModule, made: Plan, flat: Sequence[Sequence[Any]], outputs: Sequence[str], given: Given | None, *,
+    progress: bool,
+) -> list[Note]:  # fmt: skip
+    """Give units of weights, and heads of caches, formats of their own where the recipe asks for that."""
+    recipe, notes = made.recipe, list[Note]()
+    if recipe.allocation is not None:
+        notes += allocate(gm, made, flat, outputs=outputs, given=given, progress=progress)
+    elif recipe.lift is not None:
+        scores = None if given is None or given.sensitivity is None else given.sensitivity.calibrated()
+        notes += lift(gm, made, flat, outputs=outputs, scores=scores, progress=progress)
+    if recipe.cache_bits is not None and made.caches:  # last: heads are in their final order
+        notes += allocate_caches(gm, made, flat, outputs=outputs, progress=progress)
+    return notes
 
 
 def _rounded(

@@ -278,6 +278,12 @@ class Recipe(Strict):
         """Those for caches."""
         return tuple(rule for rule in self.rules if is_cache(rule.target))
 
+    @property
+    def only_caches(self) -> bool:
+        """Nothing but formats of caches is asked for, which no data can change."""
+        same = all(getattr(self, name) == Recipe.model_fields[name].default for name in ("rewrites", "rounding"))
+        return same and not self.needs_data and len(self.cache_rules) == len(self.rules) > 0
+
     def names_cache(self, fqn: str) -> bool:
         """Whether a rule names the cache of this attention, not just all caches."""
         return any(rule.target != CACHE and rule.matches(CACHE, fqn) for rule in self.cache_rules)

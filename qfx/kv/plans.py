@@ -77,10 +77,11 @@ def plan_caches(model: nn.Module, recipe: Recipe, calls: Sequence[Any] = ()) -> 
     """What a recipe's rules give the layers of a model's cache, and notes about rules that cannot be had. Layers that
     no rule names stay in the dtype of the model; without any that is named there is nothing.
 
-    Raises ValueError for lists of formats that are not of the model's heads.
+    Raises ValueError for lists of formats that are not of the model's heads, or of heads that change places.
     """
     if not recipe.cache_rules:
         return {}, []
+    _check_order(recipe)
     layers, missing = cache_layers(model, calls)
     if missing is not None:
         return {}, [missing]
@@ -120,6 +121,18 @@ def layer_formats(caches: Mapping[str, Any], count: int, *, cross: bool = False,
     whole = CacheFormat.from_json({"k": plain, "v": plain})
     own = {one.layer.index: one.format for one in read(caches) if one.layer.cross is cross}
     return [own.get(index, whole) for index in range(count)]
+
+
+def _check_order(recipe: Recipe) -> None:
+    """Raises ValueError for formats by heads beside what gives heads another order."""
+    planned = recipe.allocation is not None and recipe.allocation.units == "heads"
+    if not planned and "permute-heads" not in recipe.rewrites:
+        return
+    for rule in recipe.cache_rules:
+        if any(isinstance(text, tuple) for text in rule.texts.values()):
+            what = f"the rule for {rule.target!r} lists formats by heads, and the recipe gives heads another order"
+            step = "leave out 'permute-heads', plan units='layers', or take cache_bits, which sees the final order"
+            raise ValueError(explain(what, next_step=step))
 
 
 def _unmatched(recipe: Recipe, layers: Sequence[CacheLayer]) -> list[Note]:
