@@ -18,12 +18,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qfx.kv.codes import Codes
 
 TILE = 1 << 19  # elements of a tile, of all heads and sequences
 SCORES = 1 << 22  # scores that exist at a time
+FEW = 64  # rows of a product that waits for its tile
 
 
 @dataclass(frozen=True)
@@ -90,27 +92,34 @@ def attend(q: Tensor, view: View, mask: Tensor | None, scale: float, *, causal: 
     groups, length = view.rest[0].shape[1], len(view)
     q5 = q.reshape(batch, groups, heads // groups, queries, -1)
     mask = _five(mask, groups, heads)
-    out = q.new_empty((*q5.shape[:-1], view.rest[1].shape[-1]))
     rows = max(SCORES // (batch * heads * max(length, 1)), 1)
-    for a in range(0, queries, rows):
-        b = min(a + rows, queries)
-        seen = mask if mask is None or mask.shape[3] == 1 else mask[..., a:b, :]
+    found = []
+    for at in range(0, queries, rows):
+        block = slice(at, at + rows)
+        seen = mask if mask is None or mask.shape[3] == 1 else mask[..., block, :]
         if causal:
-            tokens = torch.arange(length, device=q.device)
-            early = tokens <= torch.arange(a, b, device=q.device)[:, None]
+            places = torch.arange(max(queries, length), device=q.device)
+            early = places[:length] <= places[:queries, None][block]
             seen = early if seen is None else _both(seen, early)
-        for part, of in _of_parts(view, groups):
-            chosen = q5[:, :, :, a:b] if of is None else q5[:, of, :, a:b]
-            s = _scores(chosen, view, part, of, scale)
-            if seen is not None:
-                _masked(s, seen if of is None or seen.dim() < 5 or seen.shape[1] == 1 else seen[:, of])
-            p = torch._safe_softmax(s, -1) if seen is not None else torch.softmax(s, -1)
-            y = _weighted(p, view, part, of)
-            if of is None:
-                out[:, :, :, a:b] = y
-            else:
-                out[:, of, :, a:b] = y.to(out.dtype)
-    return out.reshape(batch, heads, queries, -1)
+        found.append(_block(q5[..., block, :], view, seen, scale))
+    out = found[0] if len(found) == 1 else torch.cat(found, 3)
+    return out.reshape(batch, heads, queries, -1).to(q.dtype)
+
+
+def _block(q: Tensor, view: View, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of some queries [B, G, n, S, D], f32 [B, G, n, S, Dv]."""
+    out: Tensor | None = None
+    for part, of in _of_parts(view, q.shape[1]):
+        s = _scores(q if of is None else q[:, of], view, part, of, scale)
+        if mask is not None:
+            _masked(s, mask if of is None or mask.dim() < 5 or mask.shape[1] == 1 else mask[:, of])
+        y = _weighted(torch.softmax(s, -1) if mask is None else torch._safe_softmax(s, -1), view, part, of)
+        if of is None:
+            return y
+        out = q.new_empty((*q.shape[:-1], y.shape[-1]), dtype=torch.float32) if out is None else out
+        out[:, of] = y
+    assert out is not None
+    return out
 
 
 def scores(q: Tensor, view: View) -> Tensor:
@@ -154,67 +163,110 @@ def _scores(q: Tensor, view: View, part: Part | None, of: Tensor | None, scale: 
         if keys.shape[2]:
             torch.bmm(rows, _flat(keys, of).transpose(1, 2), out=out[:, :, where])
     if part is not None:
-        codes = part.keys
-        ordered = rows if codes.order is None else rows.index_select(-1, codes.order)
-        for low, high, tile in _tiles(codes, view):
-            torch.bmm(ordered, tile.transpose(1, 2), out=out[:, :, a + low : a + high])
-        if codes.one_scale:
-            factor, zero = _folded(codes, view)
-            middle = out[:, :, a:b]
-            if zero is not None:
-                middle -= zero * rows.sum(-1, keepdim=True)
-            middle *= factor
+        _stored_scores(rows, part.keys, view, out[:, :, a:b])
     return out.view(*shape[:-1], len(view))
+
+
+def _stored_scores(rows: Tensor, codes: Codes, view: View, out: Tensor) -> None:
+    """Scores of the stored tokens, [B * G, rows, tokens], written to `out`."""
+    for first, last, tile in _tiles(codes, view, scaled=True):
+        low, high = max(first, view.start), min(last, view.end)
+        where = out[:, :, low - view.start : high - view.start]
+        if codes.planes == 1 and (low, high) == (first, last):
+            torch.bmm(rows, tile.transpose(1, 2), out=where)
+        else:
+            s = torch.bmm(rows, tile.transpose(1, 2)).unflatten(-1, (codes.planes, -1))
+            where.copy_(s.transpose(2, 3).flatten(2)[:, :, low - first : high - first])
+    zeros = codes.zeros(view.start, view.end)
+    if zeros is not None:
+        zeros = zeros.flatten(0, 1).transpose(1, 2)
+        if codes.by_tokens:
+            skipped = view.start % codes.group
+            off = torch.bmm(rows, zeros).repeat_interleave(codes.group, -1)
+            out -= off[:, :, skipped : skipped + out.shape[2]]
+        else:
+            out -= torch.bmm(_sums(rows, codes), zeros)
+    if codes.one_scale:
+        out *= codes.scales(view.start, view.end).flatten(0, 1)
 
 
 def _weighted(p: Tensor, view: View, part: Part | None, of: Tensor | None) -> Tensor:
     """f32 [B, G, n, S, Dv] of p f32 [B, G, n, S, L], the heads `of` the view."""
     batch, groups, many, queries, length = p.shape
     rows = p.reshape(batch * groups, -1, length)
-    out = rows.new_zeros((*rows.shape[:2], view.rest[1].shape[-1]))
     a, b = view.first[1].shape[2], view.first[1].shape[2] + view.end - view.start
-    if part is not None:
-        codes, middle, away = part.values, rows[:, :, a:b], None
-        if codes.one_scale:
-            factor, zero = _folded(codes, view)
-            middle = middle * factor
-            away = None if zero is None else (middle * zero).sum(-1, keepdim=True)
-        for low, high, tile in _tiles(codes, view):
-            out.baddbmm_(middle[:, :, low:high], tile)
-        if away is not None:
-            out -= away
-        if codes.order is not None:
-            out = torch.empty_like(out).index_copy_(-1, codes.order, out)
+    out = None if part is None else _stored_sums(rows[:, :, a:b], part.values, view)
     for values, where in ((view.first[1], slice(0, a)), (view.rest[1], slice(b, None))):
         if values.shape[2]:
-            out.baddbmm_(rows[:, :, where], _flat(values, of))
+            flat = _flat(values, of)
+            out = torch.bmm(rows[:, :, where], flat) if out is None else out.baddbmm_(rows[:, :, where], flat)
+    if out is None:
+        out = rows.new_zeros((*rows.shape[:2], view.rest[1].shape[-1]))
     return out.view(batch, groups, many, queries, -1)
 
 
-def _tiles(codes: Codes, view: View) -> Iterator[tuple[int, int, Tensor]]:
-    """(first, last + 1, f32 [B * G, tokens, D]), counted from the view's start; the next overwrites it."""
+def _stored_sums(rows: Tensor, codes: Codes, view: View) -> Tensor:
+    """Values of the stored tokens weighted by rows [B * G, rows, tokens]: f32 [B * G, rows, Dv].
+
+    Where a token has several scales and rows are few, there are as many rows for each scale, of which each is right
+    for the channels of one: the product takes hardly longer, for it waits for the tile.
+    """
+    count, groups = rows.shape[1], codes.scale.shape[-1]
+    apart = groups > 1 and groups * (codes.fmt.group or 0) == codes.width and count * groups <= FEW
+    p = rows
+    if codes.one_scale or apart:
+        factor = codes.scales(view.start, view.end).flatten(0, 1)
+        p = (rows.unsqueeze(1) * factor.unsqueeze(2)).flatten(1, 2)
+    out: Tensor | None = None
+    for first, last, tile in _tiles(codes, view, scaled=not apart):
+        low, high = max(first, view.start), min(last, view.end)
+        weights = p[:, :, low - view.start : high - view.start]
+        if (low, high) != (first, last):
+            weights = F.pad(weights, (low - first, last - high))
+        if codes.planes > 1:
+            weights = weights.unflatten(-1, (-1, codes.planes)).transpose(2, 3).flatten(2)
+        out = torch.bmm(weights, tile) if out is None else out.baddbmm_(weights, tile)
+    assert out is not None
+    if apart:
+        blocks = out.view(-1, groups, count, groups, codes.width // groups)
+        out = blocks.diagonal(dim1=1, dim2=3).transpose(2, 3).flatten(2)
+    zeros = codes.zeros(view.start, view.end)
+    if zeros is not None:
+        off = torch.bmm(p if codes.one_scale else rows, zeros.flatten(0, 1))
+        out = out - _each_channel(off, codes)
+    return out
+
+
+def _each_channel(x: Tensor, codes: Codes) -> Tensor:
+    """One number for each group of channels, as one for each channel."""
+    if x.shape[-1] == 1:
+        return x
+    each: Tensor = x.repeat_interleave(codes.fmt.group or 1, -1)
+    return each[..., : codes.width]
+
+
+def _sums(rows: Tensor, codes: Codes) -> Tensor:
+    """Sums over the channels that share a scale."""
+    group = min(codes.fmt.group or codes.width, codes.width)
+    whole: Tensor = F.pad(rows, (0, -codes.width % group)).unflatten(-1, (-1, group))
+    return whole.sum(-1)
+
+
+def _tiles(codes: Codes, view: View, *, scaled: bool) -> Iterator[tuple[int, int, Tensor]]:
+    """(first, last + 1, f32 [B * G, tokens, D]) of whole units that hold the view; the next one overwrites it."""
     batch, groups = codes.data.shape[:2]
     each = batch * groups * codes.width
-    tokens = max(TILE // each // codes.group, 1) * codes.group
-    room = codes.data.new_empty(each * min(tokens + codes.group, view.end - view.start + 2 * codes.group),
-                                dtype=torch.float32)  # fmt: skip
-    at = view.start
-    while at < view.end:
-        last = min(at // codes.group * codes.group + tokens, view.end)
-        tile = codes.tile(at, last, room)
-        yield at - view.start, last - view.start, tile.reshape(batch * groups, last - at, codes.width)
-        at = last
+    begin, end = codes.around(view.start, view.end)
+    tokens = max(TILE // each // codes.unit, 1) * codes.unit
+    room = codes.data.new_empty(each * min(tokens, end - begin), dtype=torch.float32)
+    for at in range(begin, end, tokens):
+        last = min(at + tokens, end)
+        yield at, last, codes.tile(at, last, room, scaled=scaled).view(batch * groups, last - at, codes.width)
 
 
 def _flat(x: Tensor, of: Tensor | None) -> Tensor:
     """[B, G, n, D] as f32 [B * G, n, D], of the heads `of`."""
     return (x if of is None else x[:, of]).float().flatten(0, 1)
-
-
-def _folded(codes: Codes, view: View) -> tuple[Tensor, Tensor | float | None]:
-    """`Codes.scales` of the view's tokens, [B * G, 1, n]."""
-    scale, zero = codes.scales(view.start, view.end)
-    return scale.flatten(0, 1), zero.flatten(0, 1) if isinstance(zero, Tensor) else zero
 
 
 def _five(mask: Tensor | None, groups: int, heads: int) -> Tensor | None:

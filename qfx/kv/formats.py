@@ -32,7 +32,7 @@ SHORT = {  # what a type alone stands for
     "i2": "u2/g32/f16",
     "fp8": "f8e4m3/tok/f16",
 }
-RESIDUAL, SINKS = 32, 4  # of caches below 8 bits, unless said otherwise
+RESIDUAL, SINKS = 16, 4  # of caches below 8 bits, unless said otherwise
 _WHAT = {"k": "keys", "v": "values"}
 _KEYS = ("k", "v", "residual", "sinks")
 _SCALES = ("f32", "f16", "bf16", "e8m0")
@@ -78,8 +78,9 @@ class CacheFormat:
 
     @property
     def step(self) -> int:
-        """Tokens that are stored at once: the least number that ends a group of each head."""
-        return math.lcm(*(fmt.group or 1 for fmt in self.keys))
+        """Tokens that are stored at once: the least number that ends a group, and a byte, of each head."""
+        groups = [fmt.group or 1 for fmt in self.keys]
+        return math.lcm(*groups, *(planes_of(fmt) for fmt in (*self.keys, *self.values)))
 
     def of_head(self, head: int) -> tuple[Format, Format]:
         """Formats of a head's keys and values."""
@@ -121,7 +122,7 @@ class CacheFormat:
         for head in range(heads):
             k, v = self.of_head(head)
             group = k.group or 1
-            total += stored * (row_bytes(k, k_dim) + row_bytes(v, v_dim))
+            total += stored * (k_dim * k.bits + v_dim * v.bits) // 8
             total += stored // group * (_scale_bytes(k) * (k_dim if k.group else 1))
             total += stored * (_scale_bytes(v) * scales_of_token(v, v_dim))
         return batch * total
@@ -171,9 +172,9 @@ def cache_formats(kv: str | Mapping[str, Any] | Sequence[Any] | CacheFormat | Pl
     return [_one(kv)] * layers
 
 
-def row_bytes(fmt: Format, width: int) -> int:
-    """Bytes of the codes of one token of one head: dense bits below 8 bits, whole elements else."""
-    return -(-width * fmt.bits // 8) if fmt.bits < 8 else width * (fmt.bits // 8)
+def planes_of(fmt: Format) -> int:
+    """Tokens whose codes share whole bytes: 2 of 4 bits, 4 of 2 bits, 8 of any other number below 8."""
+    return {2: 4, 4: 2}.get(fmt.bits, 8) if fmt.bits < 8 else 1
 
 
 def scales_of_token(fmt: Format, width: int) -> int:

@@ -198,7 +198,7 @@ def _repeat_interleave(x: Any, repeats: Any, dim: int | None = None) -> Any:
 
 
 def _to(x: Any, *args: Any, **kwargs: Any) -> Any:
-    same = all(a in (x.dtype, x.device) or isinstance(a, bool) for a in (*args, *kwargs.values()))
+    same = all(a in (x.dtype, x.device, str(x.device)) or isinstance(a, bool) for a in (*args, *kwargs.values()))
     return x if same else NotImplemented
 
 

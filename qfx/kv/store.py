@@ -8,6 +8,7 @@ Heads of the same two formats share their memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor
 from qfx.errors import explain
 from qfx.format import Format
 from qfx.kv.attend import Part, View
-from qfx.kv.codes import Codes
+from qfx.kv.codes import Codes, encode
 from qfx.kv.formats import CacheFormat
-from qfx.numerics import require_finite
+from qfx.numerics import QParams, require_finite
 
 Pair = tuple[Tensor, Tensor]
 _ROLES = ("keys", "values")
+_FACTS = ("batch", "number of heads", "size of a head", "dtype")
 _SLACK = 256  # tokens behind a window that are kept until they are dropped together
 
 
@@ -35,8 +37,8 @@ class Store:
     def __init__(self, fmt: CacheFormat, keys: Tensor, values: Tensor, *, where: str, window: int | None = None):
         self.fmt, self.where, self.window = fmt, where, window
         fmt.check_heads(keys.shape[1], where)
-        self.first: Pair = (keys[:, :, :0], values[:, :, :0])
-        self.rest: Pair = self.first
+        self.empty: Pair = _kept((keys[:, :, :0], values[:, :, :0]))
+        self.first, self.rest = self.empty, self.empty
         self.stored = 0  # tokens in the codes
         self.dropped = 0  # tokens before the first in the codes, which the window has left behind
         self.parts = tuple(
@@ -90,7 +92,7 @@ class Store:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change every tensor, such as by selecting sequences or moving memory; what reads them now is undisturbed."""
-        self.first, self.rest = ((change(k), change(v)) for k, v in (self.first, self.rest))
+        self.empty, self.first, self.rest = ((change(k), change(v)) for k, v in (self.empty, self.first, self.rest))
         self.parts = tuple(
             Part(
                 None if p.heads is None else p.heads.to(self.rest[0].device), p.keys.each(change), p.values.each(change)
@@ -117,35 +119,55 @@ class Store:
         """Fill the sinks, then store whole steps of what is left."""
         missing = self.fmt.sinks - self.first[0].shape[2]
         if missing > 0 and not self.stored:
-            self.first = _joined(self.first, _cut(rest, 0, missing))
+            self.first = _kept(_joined(self.first, _cut(rest, 0, missing)))
             rest = _cut(rest, missing, None)
         ready = max(rest[0].shape[2] - self.fmt.residual, 0) // self.fmt.step * self.fmt.step
-        if ready:
-            for part in self.parts:
-                for codes, of in ((part.keys, rest[0]), (part.values, rest[1])):
-                    codes.write((of if part.heads is None else of[:, part.heads])[:, :, :ready].detach(), self.stored)
-            self.stored += ready
-        self.rest = _kept(_cut(rest, ready, None))
+        for part in self.parts if ready else ():
+            keys, values = (t if part.heads is None else t[:, part.heads] for t in _cut(rest, 0, ready))
+            _write(part, keys.detach(), values.detach(), self.stored)
+        self.stored += ready
+        self.rest = self.empty if ready == rest[0].shape[2] else _kept(_cut(rest, ready, None))
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
-        for role, new, old in zip(_ROLES, (keys, values), self.rest, strict=True):
-            for what, found, expected in (
-                ("batch", new.shape[0], old.shape[0]),
-                ("number of heads", new.shape[1], old.shape[1]),
-                ("size of a head", new.shape[3], old.shape[3]),
-                ("dtype", new.dtype, old.dtype),
-                ("number of tokens", values.shape[2], keys.shape[2]),
-            ):
-                if found != expected:
-                    raise ValueError(
-                        explain(
-                            f"{role} of another {what} for the cache of {self.where}",
-                            expected=expected,
-                            found=found,
-                            next_step="start with a new cache, or `reset()` this one",
-                        )
-                    )
-            require_finite(new, f"{self.where}, {role}")
+        if _facts(keys) != _facts(self.rest[0]) or _facts(values) != _facts(self.rest[1]):
+            for role, new, old in zip(_ROLES, (keys, values), self.rest, strict=True):
+                for what, found, expected in zip(_FACTS, _facts(new), _facts(old), strict=True):
+                    if found != expected:
+                        raise ValueError(_another(what, role, self.where, expected, found))
+        if keys.shape[2] != values.shape[2]:
+            raise ValueError(_another("number of tokens", "values", self.where, keys.shape[2], values.shape[2]))
+        total = keys.detach().sum(dtype=torch.float32) + values.detach().sum(dtype=torch.float32)
+        if not math.isfinite(total.item()):  # one look at the device; large values may sum up to Inf
+            for role, new in zip(_ROLES, (keys, values), strict=True):
+                require_finite(new, f"{self.where}, {role}")
+
+
+def _facts(x: Tensor) -> tuple[object, ...]:
+    return x.shape[0], x.shape[1], x.shape[3], x.dtype
+
+
+def _another(what: str, role: str, where: str, expected: object, found: object) -> str:
+    return explain(
+        f"{role} of another {what} for the cache of {where}",
+        expected=expected,
+        found=found,
+        next_step="start with a new cache, or `reset()` this one",
+    )
+
+
+def _write(part: Part, keys: Tensor, values: Tensor, at: int) -> None:
+    """Store keys and values of the part's heads; where both are rounded alike, at once."""
+    k, v = part.keys, part.values
+    if k.by_tokens or k.fmt != v.fmt or k.width != v.width or k.fmt.is_plain:
+        k.write(keys, at)
+        v.write(values, at)
+        return
+    data, params = encode(torch.cat((keys, values), 1), k.fmt, by_tokens=False)
+    assert params is not None
+    heads = keys.shape[1]
+    for codes, where in ((k, slice(heads)), (v, slice(heads, None))):
+        zero = None if params.zero is None else params.zero[:, where]
+        codes.put(data[:, where], QParams(params.scale[:, where], zero), at)
 
 
 def _alike(fmt: CacheFormat, keys: Tensor) -> list[tuple[tuple[Format, Format], Tensor | None]]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qfx.format import Format
-from qfx.kv.formats import SHORT, CacheFormat, cache_formats, row_bytes, scales_of_token, zero_dtype
+from qfx.kv.formats import SHORT, CacheFormat, cache_formats, planes_of, scales_of_token, zero_dtype
 
 
 def one(kv: Any) -> CacheFormat:
@@ -23,14 +23,14 @@ def one(kv: Any) -> CacheFormat:
 def test_short_names(name: str) -> None:
     got = one(name)
     assert got.keys == got.values == (Format.parse(SHORT[name]),)
-    assert (got.residual, got.sinks) == ((0, 0) if name in ("i8", "fp8") else (32, 4))
+    assert (got.residual, got.sinks) == ((0, 0) if name in ("i8", "fp8") else (16, 4))
     assert one({"k": name, "v": name}) == one(SHORT[name]) == one(Format.parse(SHORT[name])) == got
 
 
 def test_residual_and_sinks_are_as_said() -> None:
     got = one({"k": "u4/g32/f16", "v": "i8", "residual": 0, "sinks": 7})
     assert (got.residual, got.sinks) == (0, 7)
-    assert one({"k": "i8", "v": "u2/g32/f16"}).residual == 32, "one of them below 8 bits is enough"
+    assert one({"k": "i8", "v": "u2/g32/f16"}).residual == 16, "one of them below 8 bits is enough"
 
 
 def test_one_for_each_layer_or_one_for_all() -> None:
@@ -63,7 +63,7 @@ def test_json(kv: Any) -> None:
 
 def test_text() -> None:
     assert str(one("i8")) == "k=i8/tok/f16 v=i8/tok/f16"
-    assert str(one({"k": ["i8", "i4"], "v": "i2"})) == "k=[i8/tok/f16,u4/g32/f16] v=u2/g32/f16 residual=32 sinks=4"
+    assert str(one({"k": ["i8", "i4"], "v": "i2"})) == "k=[i8/tok/f16,u4/g32/f16] v=u2/g32/f16 residual=16 sinks=4"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_refused(kv: Any, message: str) -> None:
 def test_bytes_by_hand() -> None:
     assert one("i8").nbytes(2, 64, 100) == 100 * 2 * 2 * (64 + 2)
     assert one("f16").nbytes(2, 64, 100, batch=3) == 3 * 100 * 2 * 2 * 64 * 2
-    # 100 tokens: 4 sinks, 2 groups of 32, 32 float; of keys 1.5 + 3 bytes a channel and group, of values a token
+    # 100 tokens: 4 sinks, 2 groups of 32, 16 + 16 float; of keys 1.5 + 3 bytes a channel and group, of values a token
     keys = 64 * 16 + 2 * 32 * 3
     values = 64 * (16 + 3)
     assert one("i4").nbytes(1, 32, 100) == keys + values + 36 * 64 * 2
@@ -131,8 +131,9 @@ def test_what_is_stored_ends_a_group_and_leaves_the_residual(tokens: int, residu
 
 
 def test_parts_of_a_row() -> None:
-    assert row_bytes(Format.parse("u3/g32"), 20) == 8
-    assert row_bytes(Format.parse("f16"), 20) == 40
+    assert [planes_of(Format.parse(text)) for text in ("u2/g32", "u3/g32", "nf4/g32", "i5/tok", "i8/tok", "f16")] == [
+        *(4, 8, 2, 8, 1, 1)
+    ]
     assert scales_of_token(Format.parse("u3/g32"), 80) == 3
     assert scales_of_token(Format.parse("i8/tok"), 80) == 1
     assert scales_of_token(Format.parse("f16"), 80) == 0
