@@ -68,7 +68,7 @@ class Memory:
         real = hollow(model, {}) if on_meta else model
         layers, missing = cache_layers(model)
         if missing is not None and on_meta:
-            layers, missing = cache_layers(real)
+            layers, missing = cache_layers(_looping(hollow(model, {})))
         if missing is not None:
             raise ValueError(explain(f"the memory of {type(model).__name__}: {missing.reason}", expected="a decoder"))
         notes = []
@@ -172,21 +172,38 @@ class Memory:
         return [Cached(layer, fmt) for layer, fmt in zip(self.layers, formats, strict=True)]
 
 
+def _looping(model: Any) -> nn.Module:
+    """The same with experts one after another, since their grouped products need weights that lie densely."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    found: nn.Module = model
+    return found
+
+
 def _rest(
     model: nn.Module, weights: Recipe | Plan | None, dtype: torch.dtype
 ) -> tuple[int, Expr, tuple[Note, ...]]:  # fmt: skip
     """(bytes of weights, activations, notes). Without a graph the parameters are counted, and no activations."""
+    name = type(model).__name__
     try:
         costs = costs_of(model)
     except (UnsupportedError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
         if weights is not None:
-            raise
-        reason = f"its activations are not counted: {str(error).splitlines()[0]}"
+            what = f"formats of the weights of {name} are counted on its graph, which cannot be had: {first}"
+            raise UnsupportedError(explain(what, next_step="leave the formats of the weights out")) from error
         unique = {id(p): p for p in model.parameters()}
         stored = sum(p.numel() * p.element_size() for p in unique.values())
-        return stored, sympy.Integer(0), (Note(type(model).__name__, reason, "keep some memory free"),)
+        return stored, sympy.Integer(0), (_uncounted(name, f"the graph cannot be had ({first})"),)
     asked = None if weights is None else _asked(model, weights, costs)
-    return costs.weights(asked, rest=Format(PLAIN.get(dtype, "f32"))), peak(costs.lives), costs.notes
+    stored, most, notes = costs.weights(asked, rest=Format(PLAIN.get(dtype, "f32"))), peak(costs.lives), costs.notes
+    if others := sorted(str(s) for s in most.free_symbols - {BATCH, SEQUENCE, CONTEXT}):
+        most, notes = sympy.Integer(0), (*notes, _uncounted(name, f"they depend on {', '.join(others)}"))
+    return stored, most, notes
+
+
+def _uncounted(name: str, why: str) -> Note:
+    return Note(name, f"its activations are not counted: {why}", "keep some memory free for them")
 
 
 def _asked(model: nn.Module, weights: Recipe | Plan, costs: Costs) -> Asked:
