@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sympy  # type: ignore[import-untyped]
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qfx.allocation.costs import Costs
@@ -20,6 +20,7 @@ SIZES = (
     st.lists(st.tuples(st.sampled_from(SIZES), st.integers(0, 6), st.integers(0, 4)), max_size=8),
     st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(0, 50)),
 )
+@settings(max_examples=40, deadline=None)
 def test_the_expression_is_the_greatest_sum(spans: list[tuple[sympy.Expr, int, int]], at: tuple[int, int, int]) -> None:
     lives = [(size, start, start + length) for size, start, length in spans]
     put = dict(zip((BATCH, SEQUENCE, CONTEXT), at, strict=True))

@@ -1,4 +1,4 @@
-"""qfx.kv.memory: bytes are those of caches that really hold so many tokens; the longest context is the last that fits."""
+"""qfx.kv.memory: bytes are those of caches that hold so many tokens; the longest context is the last that fits."""
 
 from __future__ import annotations
 
@@ -42,14 +42,17 @@ def tokens(count: int, batch: int = 2) -> Tensor:
 
 
 @pytest.mark.parametrize("kv", KV)
-@pytest.mark.parametrize("count", [1, 70])
 @torch.no_grad()
-def test_a_cache_takes_what_is_said(kv: str, count: int) -> None:
+def test_a_cache_takes_what_is_said(kv: str) -> None:
+    """With as many tokens as its memory, which grows by 256, has room for; with some more at most one such part."""
     model = tiny.build("llama")
     formats = memory().formats(kv)
-    held = qfx.QuantizedCache(model.config, formats)
-    model(input_ids=tokens(count), past_key_values=held)
-    assert memory().cache_bytes(formats, batch=2, context=count) == held.nbytes()
+    kept = formats[0].residual + formats[0].sinks
+    for count, room in ((256 + kept, 0), (300 + kept, 256)):
+        held = qfx.QuantizedCache(model.config, formats)
+        model(input_ids=tokens(count), past_key_values=held)
+        said = memory().cache_bytes(formats, batch=2, context=count)
+        assert said <= held.nbytes() <= said + 2 * room * memory().token_bytes(formats)
 
 
 @torch.no_grad()
@@ -63,7 +66,7 @@ def test_a_float_cache_takes_what_is_said() -> None:
 
 @pytest.mark.parametrize("kv", KV)
 @given(st.integers(0, 300), st.integers(1, 5))
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 def test_expressions_agree_with_numbers(kv: str, count: int, batch: int) -> None:
     held = by_hand()
     formats = held.formats(kv)
@@ -74,7 +77,7 @@ def test_expressions_agree_with_numbers(kv: str, count: int, batch: int) -> None
 
 
 @given(st.integers(1, 40_000), st.sampled_from([None, *KV]), st.integers(1, 3))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_the_longest_context_is_the_last_that_fits(room: int, kv: str | None, batch: int) -> None:
     held = by_hand()
     formats = None if kv is None else held.formats(kv)
@@ -88,9 +91,8 @@ def test_windows_that_are_full_take_no_more() -> None:
     held = by_hand()
     assert held.token_bytes() == 64, "2 heads, 16 channels, 2 bytes, of the layer without a window"
     assert held.cache_bytes(context=1000) == 64 * (1000 + 16)
-    assert held.token_bytes(held.formats("i4")) == Fraction(2 * (4 + 4 + 8 * 3) + 2 * 32 * 3, 32) + 2 * 0 + Fraction(
-        2 * 31 * 8, 32
-    )
+    keys, values = 32 * 4 + 8 * 3, 32 * (4 + 3)  # of 32 tokens of a head: codes, a scale and a zero for each group
+    assert held.token_bytes(held.formats("i4")) == Fraction(2 * (keys + values), 32)
     only = by_hand(layers=held.layers[1:], activations=sympy.Integer(0))
     assert only.longest(None, 10_000) is None and only.longest(None, 1000) == 0
 
@@ -137,18 +139,27 @@ def test_a_config_is_enough() -> None:
     """The same of a live model and of its configuration."""
     live = Memory.of(tiny.build("llama"))
     assert live == memory() and live.positions == 32 and live.notes == ()
+
+
+@pytest.mark.slow
+def test_in_half_precision() -> None:
+    live = memory()
     half = Memory.of_config(tiny.config("llama"), dtype=torch.float16)
     assert 2 * half.weights == live.weights and 2 * half.token_bytes() == live.token_bytes()
 
 
+@pytest.mark.slow
 def test_weights_in_the_formats_of_a_recipe() -> None:
     model = tiny.build("llama")
     found = Memory.of_config(model.config, weights=Recipe.parse("w8a16"))
     quantized = qfx.quantize(model, "w8a16")
     held = {t.data_ptr(): t.nbytes for t in (*quantized.parameters(), *quantized.buffers())}
     assert found.weights < 0.4 * memory().weights and abs(found.weights / sum(held.values()) - 1) < 0.02
+
+
+def test_a_recipe_that_needs_data_needs_a_plan() -> None:
     with pytest.raises(ValueError, match="recipe 'w4a16-gptq' chooses its formats by data"):
-        Memory.of_config(model.config, weights=Recipe.parse("w4a16-gptq"))
+        Memory.of_config(tiny.config("llama"), weights=Recipe.parse("w4a16-gptq"))
 
 
 def test_an_encoder_has_no_cache() -> None:
