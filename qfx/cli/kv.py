@@ -14,7 +14,7 @@ from rich.table import Table
 from qfx import hub
 from qfx.cli.terminal import step
 from qfx.files import write_text
-from qfx.kv.memory import Formats, Memory, parse_bytes
+from qfx.kv.memory import Formats, Memory, formats_of, parse_bytes
 from qfx.recipe import Recipe
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -42,6 +42,8 @@ def run(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"--dtype is {', '.join(_DTYPES)}, found {dtype!r}")
     names = [name.strip() for name in formats.split(",") if name.strip()]
+    for name in names:
+        formats_of(name, (), torch.float16)
     weights = None if recipe is None else Recipe.parse(recipe)
     folder = hub.resolve(model)
     _, config = hub.class_of(folder)

@@ -6,8 +6,9 @@
     memory.longest(formats, 8 * 2**30, batch=1)           tokens of each sequence
 
 formats: one `CacheFormat` for each layer, None for keys and values as the model makes them. A layer with a sliding
-window keeps no more than that. Activations are those of a call that reads one new token, at their peak, as
-`qfx.allocation.costs` counts them. Runtimes and fragments of their memory come on top.
+window keeps no more than that. A `QuantizedCache` grows by 256 tokens, for which it holds room ahead. Activations are
+those of a call that reads one new token, at their peak, as `qfx.allocation.costs` counts them. What a runtime takes for
+itself comes on top.
 """
 
 from __future__ import annotations
@@ -64,11 +65,18 @@ class Memory:
 
         Raises ValueError for a model without a cache and for a recipe that needs data (a plan of it does).
         """
+        if isinstance(weights, Recipe) and weights.needs_data:
+            raise ValueError(
+                explain(
+                    f"recipe {weights.name!r} chooses its formats by data",
+                    next_step="plan the model by qfx.plan(model, recipe, data), and give that plan",
+                )
+            )
         on_meta = any(parameter.is_meta for parameter in model.parameters())
         real = hollow(model, {}) if on_meta else model
         layers, missing = cache_layers(model)
         if missing is not None and on_meta:
-            layers, missing = cache_layers(real)
+            layers, missing = cache_layers(_looping(hollow(model, {})))
         if missing is not None:
             raise ValueError(explain(f"the memory of {type(model).__name__}: {missing.reason}", expected="a decoder"))
         notes = []
@@ -141,26 +149,8 @@ class Memory:
         return low
 
     def formats(self, kv: Any) -> list[CacheFormat]:
-        """What `kv` gives each layer: a preset or Recipe with rules for caches, a Plan, or what `cache_formats` takes.
-
-        "keys:values" are two formats. Raises ValueError for anything else.
-        """
-        if isinstance(kv, str) and kv not in SHORT and all(part in presets() for part in kv.split("+")):
-            kv = Recipe.parse(kv)
-        plain = PLAIN.get(self.dtype, "f32")
-        if isinstance(kv, Plan):
-            held = {one.layer.fqn: one.format for one in read(kv.caches)}
-            whole = cache_formats({"k": plain, "v": plain}, 1)[0]
-            return [held.get(layer.fqn, whole) for layer in self.layers]
-        if isinstance(kv, Recipe):
-            if not kv.cache_rules:
-                raise ValueError(explain(f"recipe {kv.name!r} says nothing of caches", expected="rules for 'cache'"))
-            asked = [{"k": plain, "v": plain, **kv.cache_for(layer.fqn)} for layer in self.layers]
-            return cache_formats(asked, len(self.layers))
-        if isinstance(kv, str) and kv.count(":") == 1:
-            keys, values = kv.split(":")
-            kv = {"k": keys, "v": values}
-        return cache_formats(kv, len(self.layers))
+        """`formats_of` for this model."""
+        return formats_of(kv, self.layers, self.dtype)
 
     def _cached(self, formats: Formats) -> list[Cached]:
         if formats is None:
@@ -172,37 +162,67 @@ class Memory:
         return [Cached(layer, fmt) for layer, fmt in zip(self.layers, formats, strict=True)]
 
 
+def formats_of(kv: Any, layers: Sequence[CacheLayer], dtype: torch.dtype) -> list[CacheFormat]:
+    """What `kv` gives each layer: a preset or Recipe with rules for caches, a Plan, or what `cache_formats` takes.
+
+    "keys:values" are two formats. dtype: of what nothing is said about. Raises ValueError for anything else.
+    """
+    if isinstance(kv, str) and kv not in SHORT and all(part in presets() for part in kv.split("+")):
+        kv = Recipe.parse(kv)
+    plain = PLAIN.get(dtype, "f32")
+    if isinstance(kv, Plan):
+        held = {one.layer.fqn: one.format for one in read(kv.caches)}
+        whole = cache_formats({"k": plain, "v": plain}, 1)[0]
+        return [held.get(layer.fqn, whole) for layer in layers]
+    if isinstance(kv, Recipe):
+        if not kv.cache_rules:
+            raise ValueError(explain(f"recipe {kv.name!r} says nothing of caches", expected="rules for 'cache'"))
+        return cache_formats([{"k": plain, "v": plain, **kv.cache_for(layer.fqn)} for layer in layers], len(layers))
+    if isinstance(kv, str) and kv.count(":") == 1:
+        keys, values = kv.split(":")
+        kv = {"k": keys, "v": values}
+    return cache_formats(kv, len(layers))
+
+
+def _looping(model: Any) -> nn.Module:
+    """The same with experts one after another, since their grouped products need weights that lie densely."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    found: nn.Module = model
+    return found
+
+
 def _rest(
     model: nn.Module, weights: Recipe | Plan | None, dtype: torch.dtype
 ) -> tuple[int, Expr, tuple[Note, ...]]:  # fmt: skip
     """(bytes of weights, activations, notes). Without a graph the parameters are counted, and no activations."""
+    name = type(model).__name__
     try:
         costs = costs_of(model)
     except (UnsupportedError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
         if weights is not None:
-            raise
-        reason = f"its activations are not counted: {str(error).splitlines()[0]}"
+            what = f"formats of the weights of {name} are counted on its graph, which cannot be had: {first}"
+            raise UnsupportedError(explain(what, next_step="leave the formats of the weights out")) from error
         unique = {id(p): p for p in model.parameters()}
         stored = sum(p.numel() * p.element_size() for p in unique.values())
-        return stored, sympy.Integer(0), (Note(type(model).__name__, reason, "keep some memory free"),)
+        return stored, sympy.Integer(0), (_uncounted(name, f"the graph cannot be had ({first})"),)
     asked = None if weights is None else _asked(model, weights, costs)
-    return costs.weights(asked, rest=Format(PLAIN.get(dtype, "f32"))), peak(costs.lives), costs.notes
+    stored, most, notes = costs.weights(asked, rest=Format(PLAIN.get(dtype, "f32"))), peak(costs.lives), costs.notes
+    if others := sorted(str(s) for s in most.free_symbols - {BATCH, SEQUENCE, CONTEXT}):
+        most, notes = sympy.Integer(0), (*notes, _uncounted(name, f"they depend on {', '.join(others)}"))
+    return stored, most, notes
+
+
+def _uncounted(name: str, why: str) -> Note:
+    return Note(name, f"its activations are not counted: {why}", "keep some memory free for them")
 
 
 def _asked(model: nn.Module, weights: Recipe | Plan, costs: Costs) -> Asked:
     """Formats of weights by name."""
     from qfx.quantize import plan
 
-    if isinstance(weights, Recipe):
-        if weights.needs_data:
-            raise ValueError(
-                explain(
-                    f"recipe {weights.name!r} chooses its formats by data",
-                    next_step="plan the model by qfx.plan(model, recipe, data), and give that plan",
-                )
-            )
-        weights = plan(model, weights)
-    return formats_of_plan(weights, costs)
+    return formats_of_plan(plan(model, weights) if isinstance(weights, Recipe) else weights, costs)
 
 
 def parse_bytes(text: str) -> int:

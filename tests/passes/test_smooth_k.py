@@ -106,7 +106,8 @@ def case(rope: str, dtype: torch.dtype = torch.float32, outlier: float = 1.0) ->
 
 
 def attention(gm: fx.GraphModule) -> fx.Node:
-    return next(n for n in gm.graph.nodes if graph.schema_name(n) in sites_of.ATTENTION)
+    found: fx.Node = next(n for n in gm.graph.nodes if graph.schema_name(n) in sites_of.ATTENTION)
+    return found
 
 
 def factor(site: Site) -> Tensor:
@@ -148,11 +149,11 @@ def broken(rope: str, keys: Any, queries: Any = None) -> float:
     held = case(rope)
     gm, _ = held.copies()
     site = smooth_k.find(gm)[0][0]
-    parts = [
+    k, q = (
         tuple(dataclasses.replace(part, runs=part.runs if runs is None else runs) for part in own)
         for own, runs in ((site.keys, keys), (site.queries, queries))
-    ]
-    smooth_k.apply(gm, Site(site.attention, *parts, factors=16), positive(16))
+    )
+    smooth_k.apply(gm, Site(site.attention, k, q, 16), positive(16))
     return held.error(gm)
 
 
