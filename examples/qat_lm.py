@@ -93,6 +93,13 @@ class Data:
         """`steps` batches of ids [B, T]."""
         return islice(batches(self.stream, settings.batch, settings.seed), settings.steps)
 
+    def calibration(self, recipe: Any) -> list[dict[str, Tensor]] | None:
+        """32 samples of 512 tokens of the training text, where the recipe needs data."""
+        if not qfx.Recipe.parse(recipe).needs_data:
+            return None
+        pieces = self.stream[: 32 * 512 * 8].view(-1, 512)[::8]
+        return [{"input_ids": pieces[i : i + 4]} for i in range(0, len(pieces), 4)]
+
     def judge(self, model: Any) -> float:
         """Perplexity on the held-out text."""
         return perplexity(model.eval(), self.held_out)
@@ -133,7 +140,7 @@ def trained(data: Data, recipe: str | dict[str, Any] | None, settings: Settings,
     """A row of QAT, judged after `qfx.convert`; recipe None trains the float model."""
     model = data.model()
     if recipe is not None:
-        model = qfx.prepare_qat(model, recipe, scales=scales)
+        model = qfx.prepare_qat(model, recipe, data.calibration(recipe), scales=scales)
     row, started = Row(name, "", math.nan), time.perf_counter()
     row.curve.append((0, data.judge(model)))
 

@@ -236,6 +236,8 @@ def _check_options(scales: object, train: object, freeze_after: object) -> None:
     for name, value, known in (("scales", scales, get_args(Scales)), ("train", train, get_args(Train))):
         if value not in known:
             raise ValueError(f"{name} is {' or '.join(map(repr, known))}, found {value!r}")
+    if scales == "observed" and train == "scales":
+        raise ValueError("observed scales have nothing to train; next step: scales='learned'")
     if freeze_after is None:
         return
     if scales == "learned":
@@ -244,8 +246,6 @@ def _check_options(scales: object, train: object, freeze_after: object) -> None:
         )
     if isinstance(freeze_after, bool) or not isinstance(freeze_after, int) or freeze_after < 0:
         raise ValueError(f"freeze_after is a number of forwards, 0 or more, found {freeze_after!r}")
-    if train == "scales":
-        raise ValueError("observed scales have nothing to train; next step: scales='learned'")
 
 
 def _check_trainable(model: nn.Module, places: list[Place], train: Train) -> None:

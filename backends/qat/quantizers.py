@@ -1,12 +1,13 @@
 """Fake quantizers with scales of their own: learned (LSQ, LSQ+) as parameters, or observed (moving average) as buffers.
 
-    scale = initial_scale * exp(log_scale)                 log_scale f32, 0 at first
-    zero  = round(initial_zero + qmax * zero_shift)        zero_shift f32, 0 at first, for affine types
+    scale = initial_scale * exp(RATE * log_scale)              log_scale f32, 0 at first
+    zero  = round(initial_zero + RATE * qmax * zero_shift)     zero_shift f32, 0 at first, for affine types
 
-So a scale stays positive (of the sign that it began with) whatever an optimizer does, a step of Adam moves it relative
-to itself, weight decay pulls it back to where it began (the logarithm: Jain et al. 2020, "TQT"), and a cast of the
-training parameters to half precision loses next to nothing of it. Scales that a format stores in fewer bits are rounded
-to those in the forward, straight-through in the backward.
+So a scale stays positive (of the sign that it began with) whatever an optimizer does, weight decay pulls it back to
+where it began (the logarithm: Jain et al. 2020, "TQT"), and a cast of the training parameters to half precision loses
+next to nothing of it. A step of Adam at the rate of the weights moves a scale by RATE times that rate, relative to
+itself, so that one rate serves both. Scales that a format stores in fewer bits are rounded to those in the forward,
+straight-through in the backward.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from qfx.numerics import TINY, QParams, effective_scale, quantize, range_qparams
 from qfx.packing import Packed
 
 Scales = Literal["learned", "observed"]
+RATE = 10.0
+_FAR = 60.0  # e^60 is 1e26: beyond it scales stand still
 
 
 class Quantizer(nn.Module):
@@ -61,23 +64,26 @@ class Quantizer(nn.Module):
 
     def current(self) -> tuple[Tensor, Tensor | None]:
         """The f32 factor of the codes and the zero points (whole numbers in f32), of the format's scale shape."""
-        scale = self.initial_scale * torch.exp(self.log_scale)
+        scale = self._unrounded()
         with torch.no_grad():
             stored = self._stored(scale)
             rounded = effective_scale(stored, self.whole, self.format).reshape(scale.shape)
         scale = rounded + (scale - scale.detach())
         if self.initial_zero is None or self.zero_shift is None:
             return scale.reshape(self.shape), None
-        zero = self.initial_zero + self.format.qmax * self.zero_shift
+        zero = self.initial_zero + RATE * self.format.qmax * self.zero_shift
         zero = zero.detach().round().clamp(0, self.format.qmax) + (zero - zero.detach())
         return scale.reshape(self.shape), zero.reshape(self.shape)
 
     @torch.no_grad()
     def qparams(self) -> QParams:
         """What `numerics.quantize` takes: scales in their stored type, zero points (or what stands above scales)."""
-        scale = self._stored(self.initial_scale * torch.exp(self.log_scale)).reshape(self.shape)
+        scale = self._stored(self._unrounded()).reshape(self.shape)
         zero = self.current()[1]
         return QParams(scale, self.whole if zero is None else zero.to(torch.uint8))
+
+    def _unrounded(self) -> Tensor:
+        return self.initial_scale * torch.exp((RATE * self.log_scale).clamp(-_FAR, _FAR))
 
     def _stored(self, scale: Tensor) -> Tensor:
         """An f32 scale as the format stores it; powers of two are the nearest, so that a small step is a small one."""
@@ -152,8 +158,8 @@ class WeightQuantizer(Quantizer):
     @torch.no_grad()
     def _observe(self, weight: Tensor) -> None:
         extent = self._extent(weight)
-        known = (extent > 0) & (self.extent > 0)
-        self._moved(self.log_scale, torch.where(known, (extent / self.extent.clamp(min=TINY)).log(), self.log_scale))
+        known, ratio = (extent > 0) & (self.extent > 0), extent / self.extent.clamp(min=TINY)
+        self._moved(self.log_scale, torch.where(known, ratio.log() / RATE, self.log_scale))
         self.steps += 1
 
     def _extent(self, weight: Tensor) -> Tensor:
@@ -196,9 +202,9 @@ class InputQuantizer(Quantizer):
         self._moved(self.high, high)
         self.steps += 1
         scale, zero = range_qparams(self.low, self.high, self.format)
-        self.log_scale.copy_((effective_scale(scale, zero, self.format) / self.initial_scale).log())
+        self.log_scale.copy_((effective_scale(scale, zero, self.format) / self.initial_scale).log() / RATE)
         if self.zero_shift is not None and self.initial_zero is not None and zero is not None:
-            self.zero_shift.copy_((zero.to(torch.float32) - self.initial_zero) / self.format.qmax)
+            self.zero_shift.copy_((zero.to(torch.float32) - self.initial_zero) / (RATE * self.format.qmax))
 
 
 class RunTimeInput(nn.Module):

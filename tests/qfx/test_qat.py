@@ -1,0 +1,475 @@
+"""prepare, train, convert: begins as what qfx.quantize gives, and ends as what was trained."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qfx
+from qfx.backends.qat import InputQuantizer, WeightQuantizer
+from qfx.modules import quantized_parts
+from qfx.qat import check_loss, quantizers
+
+VOCAB, WIDTH = 24, 32
+Rules = list[dict[str, Any]]
+
+
+class Net(nn.Module):
+    """A table, two linears of biases, a norm, and an output that may be tied to the table."""
+
+    def __init__(self, *, tied: bool = False) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, WIDTH, padding_idx=0)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 48)
+        self.down = nn.Linear(48, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        y: Tensor = self.head(x + self.down(torch.relu(self.up(self.norm(x)))))
+        return y
+
+
+def net(**fields: bool) -> Net:
+    torch.manual_seed(0)
+    model = Net(**fields)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return model
+
+
+def ids(seed: int = 1) -> Tensor:
+    return torch.randint(0, VOCAB, (4, 6), generator=torch.Generator().manual_seed(seed))
+
+
+DATA = [{"ids": ids(seed)} for seed in (2, 3)]
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 1) -> Tensor:
+    model.train()
+    batch = ids(seed)
+    loss = nn.functional.cross_entropy(model(batch).flatten(0, 1), batch.roll(1, 1).flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+@torch.no_grad()
+def out(model: nn.Module) -> Tensor:
+    y: Tensor = model.eval()(ids(9))
+    return y
+
+
+def both(w: str, x: str = "none", table: str = "i8/ch", **fields: Any) -> dict[str, Any]:
+    return {"rules": [{"target": "linear", "x": x, "w": w}, {"target": "embedding", "w": table}], **fields}
+
+
+RECIPES: dict[str, Any] = {
+    **{w: both(w) for w in (
+        "i2/g8", "i3/ch", "i4/g16/f16", "i8", "u2/g8", "u3/ch", "u4/g24", "u8/b4x8", "nf4/g16", "f8e4m3/ch",
+        "f4e2m1/g32/e8m0", "f4e2m1/g16/e4m3", "nf4/g16/dq",
+    )},
+    "bf16": both("bf16", table="bf16"),
+    "i8/tok": both("i4/ch", "i8/tok"),
+    "u8/tok": both("u4/g16", "u8/tok", "u4/g8"),
+    "i4/g8/dyn": both("i4/g16", "i4/g8/dyn"),
+    "fp8": both("f8e4m3/ch", "f8e4m3/tok"),
+    "bf16 input": both("i4/g16", "bf16"),
+    "static": both("i8/ch", "u8"),
+    "static i8": both("i8/ch", "i8"),
+    "mse": both("i4/g16", rounding="mse"),
+    "hqq": both("u3/g16", rounding="hqq"),
+    "gptq": both("u3/g16", rounding="gptq"),
+    "gptq nf4": both("nf4/g16", rounding="gptq"),
+    "learned": both("u2/g16", rounding="learned", learned={"steps": 4}),
+    "smooth": both("i8/ch", "u8", rewrites=("smooth",)),
+    "low rank": both("u2/g16", low_rank=2),
+    "heads": {"rules": [{"target": "up", "x": "i8/tok", "w": ["i8/ch", "u2/g16", "i8/ch", "i4/g8"]}]},
+    "columns": {"rules": [{"target": "down", "x": "u8", "w": ["i8/ch", "i4/g8", "i8/ch"], "along": "columns"}]},
+    "columns by token": {"rules": [{"target": "down", "x": "i8/tok", "w": ["i4/ch", "i8/ch"], "along": "columns"}]},
+    "outliers": both("i8/ch", "i8/tok", outliers=2.0),
+}  # fmt: skip
+
+
+def near(found: Tensor, wanted: Tensor, recipe: Any, most: float = 2e-2) -> None:
+    """Equal where weights alone are rounded; with inputs, a last bit of a sum may move an input by one code."""
+    rounds_inputs = any(rule.x not in (None, "none") for rule in qfx.Recipe.parse(recipe).rules)
+    if rounds_inputs:
+        assert float((found - wanted).norm() / wanted.norm()) < most
+    else:
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*(samples|calibration|outliers|rank).*:qfx.QfxWarning")
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_training_begins_at_what_quantize_gives_and_ends_at_what_convert_gives(name: str) -> None:
+    recipe = RECIPES[name]
+    plan = qfx.plan(net(), recipe, DATA)
+    model = qfx.prepare_qat(net(), plan)
+    near(out(model), out(qfx.quantize(net(), plan)), recipe)
+    optimizer, before = adam(model), {n: p.detach().clone() for n, p in model.named_parameters()}
+    for _ in range(3):
+        step(model, optimizer)
+    assert all(p.grad is not None for p in model.parameters()), "everything learns"
+    moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+    assert any("log_scale" in n for n in moved) != (name == "bf16")
+    trained = out(model)
+    weights = {n: m.fake_quant.weight(m.weight) for n, m in model.named_modules() if hasattr(m, "fake_quant")}
+    converted = qfx.convert(model)
+    assert converted is model and quantized_parts(model) and not any("fake" in n for n in model.state_dict())
+    near(out(converted), trained, recipe)
+    assert weights
+    if name not in ("smooth", "low rank"):
+        for fqn, wanted in weights.items():
+            assert torch.equal(model.get_submodule(fqn).weight, wanted), f"{fqn}: not bit for bit"
+    assert float((trained - out(qfx.quantize(net(), plan))).abs().max()) > 1e-3, "training changed it"
+
+
+@pytest.mark.parametrize("name", ["i4/g16/f16", "u2/g8", "static", "f8e4m3/ch", "heads"])
+def test_observed_scales_are_buffers_that_follow_the_ranges(name: str) -> None:
+    recipe = RECIPES[name]
+    model = qfx.prepare_qat(net(), recipe, DATA, scales="observed")
+    assert not any("fake_quant" in n for n, _ in model.named_parameters())
+    first = {n: q.qparams().scale.clone() for n, q in quantizers(model).items()}
+    with torch.no_grad():
+        model.up.weight.mul_(2)  # type: ignore[union-attr, operator]
+    with torch.no_grad():
+        for _ in range(80):
+            model.train()(ids())
+    for fqn, quantizer in quantizers(model).items():
+        if isinstance(quantizer, WeightQuantizer):
+            grown = 2.0 if fqn.startswith("up.") else 1.0
+            wanted = first[fqn].float() * grown
+            assert torch.allclose(quantizer.qparams().scale.float(), wanted, rtol=2e-3), fqn
+    trained = out(model)
+    near(out(qfx.convert(model)), trained, recipe)
+
+
+def test_observed_input_ranges_are_those_of_the_data() -> None:
+    model = qfx.prepare_qat(net(), RECIPES["static"], DATA, scales="observed")
+    seen: list[Tensor] = []
+    model.up.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))  # type: ignore[union-attr, operator]
+    quantizer = quantizers(model)["up.fake_quant.inputs"]
+    assert isinstance(quantizer, InputQuantizer)
+    quantizer.decay = 0.5
+    with torch.no_grad():
+        for _ in range(30):
+            model.train()(ids(1))
+    scale, zero = quantizer.qparams()
+    span = float(seen[-1].max() - seen[-1].min())
+    assert float(scale) == pytest.approx(span / 255, rel=1e-3)
+    assert zero is not None and int(zero) == round(-float(seen[-1].min()) / float(scale))
+
+
+def test_observed_scales_stand_still_in_eval_mode_and_once_they_are_frozen() -> None:
+    model = qfx.prepare_qat(net(), "w8a16", DATA, scales="observed", freeze_after=2)
+    model.up.weight.data.mul_(3)  # type: ignore[union-attr, operator]
+    quantizer = quantizers(model)["up.fake_quant.weight.parts.0"]
+    moves = []
+    for training in (False, True, False, True, True, True):
+        model.train(training)(ids())
+        moves.append(float(quantizer.log_scale.max()))
+    assert moves[0] == 0 < moves[1] == moves[2] < moves[3] == moves[4] == moves[5]
+
+
+def test_recomputed_forwards_of_checkpoints_do_not_observe_twice() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = qfx.prepare_qat(net(), "w8a16", DATA, scales="observed").train()
+    x = torch.randn(3, WIDTH, requires_grad=True)
+    checkpoint(model.up, x, use_reentrant=False).sum().backward()  # type: ignore[no-untyped-call]
+    assert int(quantizers(model)["up.fake_quant.weight.parts.0"].steps) == 1
+
+
+def test_gradients_of_checkpoints_are_the_same() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    found = []
+    for run in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
+        model = qfx.prepare_qat(net(), "w4a8", DATA).train()
+        run(model, ids()).square().sum().backward()  # type: ignore[no-untyped-call]
+        found.append([p.grad for p in model.parameters()])
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_tied_weights_have_one_quantizer_and_are_stored_once() -> None:
+    recipe = {"rules": [{"target": "linear", "w": "u4/g16"}, {"target": "tied", "w": "u4/g16"}]}
+    model = qfx.prepare_qat(net(tied=True), recipe, DATA)
+    assert model.head.weight is model.table.weight  # type: ignore[union-attr]
+    fakes = [model.get_submodule(n).fake_quant.weight for n in ("table", "head")]
+    assert fakes[0] is fakes[1]
+    assert sum("log_scale" in n for n in model.state_dict()) == 3
+    copied = copy.deepcopy(model)
+    assert copied.table.fake_quant.weight is copied.head.fake_quant.weight is not fakes[0]  # type: ignore[union-attr]
+    optimizer = adam(model)
+    for _ in range(2):
+        step(model, optimizer)
+    trained = out(model)
+    qfx.convert(model)
+    assert model.head.w_codes is model.table.w_codes  # type: ignore[union-attr]
+    assert torch.allclose(out(model), trained, atol=1e-5)
+
+
+def test_a_tied_weight_of_two_formats_trains_with_both() -> None:
+    recipe = {"rules": [{"target": "linear", "w": "u4/g16"}, {"target": "embedding", "w": "i8/ch"}]}
+    with pytest.warns(qfx.QfxWarning, match="stored twice"):
+        model = qfx.prepare_qat(net(tied=True), recipe, DATA, strict=False)
+    step(model, adam(model))
+    trained = out(model)
+    assert torch.allclose(out(qfx.convert(model)), trained, atol=1e-5)
+
+
+@pytest.mark.parametrize("scales", ["learned", "observed"])
+def test_training_resumed_from_a_state_dict_goes_on_exactly(scales: Any) -> None:
+    recipe = RECIPES["static"]
+    plan = qfx.plan(net(), recipe, DATA)
+
+    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = qfx.prepare_qat(net(), plan, scales=scales)
+        return model, adam(model)
+
+    model, optimizer = start()
+    losses = [step(model, optimizer, seed) for seed in range(6)]
+    model, optimizer = start()
+    for seed in range(3):
+        step(model, optimizer, seed)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    kept = torch.load(file, weights_only=True)
+    model, optimizer = start()
+    model.load_state_dict(kept["model"])
+    optimizer.load_state_dict(kept["optimizer"])
+    assert torch.equal(torch.stack([step(model, optimizer, seed) for seed in range(3, 6)]), torch.stack(losses[3:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_stay_in_float32_when_the_model_is_cast(dtype: torch.dtype) -> None:
+    model = net()
+    model.up.weight.data.mul_(1e-6)  # scales of 1e-9, zero in half precision
+    model = qfx.prepare_qat(model, "w8a16", DATA).to(dtype)
+    assert model.up.weight.dtype == dtype  # type: ignore[union-attr]
+    for quantizer in quantizers(model).values():
+        assert quantizer.log_scale.dtype == quantizer.initial_scale.dtype == torch.float32
+        assert bool((quantizer.qparams().scale > 0).all())
+    assert out(model).dtype == dtype
+
+
+def test_scales_stay_positive_under_any_step() -> None:
+    model = qfx.prepare_qat(net(), "w8a16", DATA)
+    quantizer = quantizers(model)["up.fake_quant.weight.parts.0"]
+    for value in (-300.0, -20.0, 20.0):
+        quantizer.log_scale.data.fill_(value)
+        scale = quantizer.qparams().scale
+        assert bool((scale > 0).all() and torch.isfinite(scale).all())
+
+
+def test_autocast_and_backward_in_bfloat16() -> None:
+    model = qfx.prepare_qat(net(), "w4a8", DATA).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(ids())
+    assert y.dtype == torch.bfloat16
+    y.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    with torch.no_grad():
+        plain = model(ids())
+    assert float((plain - y.detach().float()).norm() / plain.norm()) < 0.05
+
+
+def test_a_copy_trains_apart_and_converts() -> None:
+    model = qfx.prepare_qat(net(), "w4a8", DATA)
+    average = copy.deepcopy(model)
+    step(model, adam(model))
+    assert not torch.equal(out(model), out(average))
+    assert torch.allclose(out(qfx.convert(average)), out(qfx.quantize(net(), "w4a8", DATA)), atol=0.05)
+    assert not quantized_parts(model)
+
+
+def test_scales_alone_can_be_trained() -> None:
+    model = qfx.prepare_qat(net(), "w2a16", DATA, train="scales")
+    weight = model.up.weight.detach().clone()  # type: ignore[union-attr, operator]
+    optimizer = adam(model)
+    first, last = step(model, optimizer), torch.zeros(())
+    for _ in range(20):
+        last = step(model, optimizer)
+    assert last < first and torch.equal(model.up.weight, weight)  # type: ignore[union-attr]
+    trained = out(model)
+    assert torch.allclose(out(qfx.convert(model)), trained, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*MatMulNBits rounds them:qfx.QfxWarning")
+def test_what_is_converted_is_saved_loaded_and_exported(tmp_path: Path) -> None:
+    model = qfx.prepare_qat(net(), both("u4/g16"), DATA)
+    step(model, adam(model))
+    trained = out(model)
+    qfx.convert(model)
+    qfx.save(model, tmp_path / "saved")
+    assert torch.equal(out(qfx.load(tmp_path / "saved", net())), out(model))
+    qfx.export_onnx(model, (ids(9),), tmp_path / "m.onnx")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: ids(9).numpy()})
+    assert float((torch.from_numpy(found) - trained).norm() / trained.norm()) < 1e-2
+    assert {row.asked for row in qfx.report(model) if row.op == "linear"} == {"w=u4/g16"}
+
+
+class Attention(nn.Module):
+    """Weights that other forwards read: of nn.MultiheadAttention, in an encoder layer with a fused kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y
+
+
+def test_weights_that_other_forwards_read() -> None:
+    torch.manual_seed(0)
+    recipe, x = both("i4/g8"), torch.randn(2, 5, 16)
+    model = Attention()
+    plan = qfx.plan(copy.deepcopy(model).eval(), recipe, [x])
+    quantized = qfx.quantize(copy.deepcopy(model).eval(), plan)
+    model = qfx.prepare_qat(model.eval(), plan)  # type: ignore[assignment]
+    with torch.no_grad():
+        assert torch.allclose(model(x), quantized(x), atol=1e-5)
+    optimizer = adam(model)
+    model.train()(x).square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for n, p in model.named_parameters() if "weight" in n)
+    optimizer.step()
+    with torch.no_grad():
+        trained = model.eval()(x)
+        assert torch.allclose(qfx.convert(model)(x), trained, atol=1e-5)
+
+
+class Patches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 4, stride=4)
+        self.wide = nn.Conv1d(16, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.wide(self.patch(x).flatten(2))
+        return y
+
+
+@pytest.mark.parametrize("x_format", ["none", "i8/tok", "u8"])
+def test_convolutions(x_format: str) -> None:
+    torch.manual_seed(0)
+    recipe = {"rules": [{"target": "linear", "x": x_format, "w": "i8/ch"}]}
+    model, x = Patches().eval(), torch.randn(2, 3, 8, 12)
+    data = [(x,)]
+    plan = qfx.plan(model, recipe, data)
+    quantized = qfx.quantize(copy.deepcopy(model), plan)
+    model = qfx.prepare_qat(model, plan)  # type: ignore[assignment]
+    with torch.no_grad():
+        assert torch.allclose(model(x), quantized(x), atol=0.03)
+    model.train()(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with torch.no_grad():
+        trained = model.eval()(x)
+        assert torch.allclose(qfx.convert(model)(x), trained, atol=0.03)
+
+
+def test_a_bare_linear() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 16)
+    model = qfx.prepare_qat(nn.Linear(16, 8), both("i4/ch"), [x])
+    with torch.no_grad():
+        wanted = model.eval()(x)
+        assert torch.equal(qfx.convert(model)(x), wanted)
+
+
+def test_hooks_and_modes_stay() -> None:
+    model, calls = net(), []
+    model.up.register_forward_hook(lambda *_: calls.append(1))
+    model.train()
+    model.norm.eval()
+    modes = {n: m.training for n, m in model.named_modules()}
+    qfx.prepare_qat(model, "w8a16", DATA)
+    assert {n: m.training for n, m in model.named_modules() if n in modes} == modes
+    assert isinstance(model.up, nn.Linear) and model.up.fake_quant.training
+    model(ids())
+    assert calls
+
+
+def test_bad_input_is_refused_before_anything_changes() -> None:
+    model = net()
+    model.up.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="(?s)frozen: up.*train='scales'"):
+        qfx.prepare_qat(model, "w8a16", DATA)
+    assert type(model.up) is nn.Linear and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    qfx.prepare_qat(model, "w8a16", DATA, train="scales")
+    with pytest.raises(ValueError, match="(?s)prepared for training: 4 parts.*qfx.convert"):
+        qfx.prepare_qat(model, "w8a16", DATA)
+    with pytest.raises(ValueError, match="prepared for training"):
+        qfx.quantize(model, "w8a16")
+    qfx.convert(model)
+    with pytest.raises(ValueError, match="quantized already"):
+        qfx.prepare_qat(model, "w8a16", DATA)
+    with pytest.raises(ValueError, match="(?s)Net is not prepared.*prepare_qat"):
+        qfx.convert(model)
+    with pytest.raises(ValueError, match="torch.nn.Module"):
+        qfx.convert("model")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scales": "learnt"}, "'learned' or 'observed', found 'learnt'"),
+        ({"train": "weights"}, "'all' or 'scales'"),
+        ({"freeze_after": 3}, "scales='observed'"),
+        ({"scales": "observed", "freeze_after": -1}, "0 or more"),
+        ({"scales": "observed", "freeze_after": True}, "0 or more"),
+        ({"scales": "observed", "train": "scales"}, "nothing to train"),
+        ({"roundin": "mse"}, "roundin"),
+    ],
+)
+def test_bad_options(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        qfx.prepare_qat(net(), "w8a16", DATA, **fields)
+
+
+def test_a_recipe_that_names_nothing() -> None:
+    with pytest.raises(ValueError, match="(?s)gives no format to anything.*nowhere.*qfx.presets"):
+        qfx.prepare_qat(net(), {"rules": [{"target": "*.nowhere", "w": "i8/ch"}]}, DATA)
+
+
+def test_a_wrapped_or_partial_model_names_what_to_convert() -> None:
+    model = qfx.prepare_qat(net(), "w8a16", DATA)
+    with pytest.raises(ValueError, match=r"(?s)inside Sequential, under '0'.*convert\(model.0\)"):
+        qfx.convert(nn.Sequential(model))
+    with pytest.raises(ValueError, match="FakeLinear is a part of a prepared model"):
+        qfx.convert(model.up)  # type: ignore[arg-type]
+
+
+def test_what_became_nan_is_named() -> None:
+    model = qfx.prepare_qat(net(), "w8a16", DATA)
+    quantizers(model)["up.fake_quant.weight.parts.0"].log_scale.data[3] = torch.nan
+    loss = model(ids()).sum()
+    with pytest.raises(ValueError, match=r"(?s)loss of step 7 is nan.*'up.fake_quant.weight.parts.0.log_scale'.*rate"):
+        check_loss(loss, 7, model)
+    with pytest.raises(ValueError, match=r"(?s)'up.fake_quant.weight.parts.0.log_scale' holds NaN.*checkpoint"):
+        qfx.convert(model)
+    assert not quantized_parts(model), "nothing is changed"
+    check_loss(torch.ones(()), 1, model)
+    with pytest.raises(ValueError, match="(?s)step 2 is inf.*all parameters are finite"):
+        check_loss(torch.tensor(torch.inf), 2, net())
