@@ -56,7 +56,7 @@ def _quantized(
         codes = b.op("QuantizeLinear", rows, step, point, dtype=torch.uint8)
         return Codes(_clipped(b, codes, fmt), step, point)
     count = rows.dims[0]
-    points = b.reshape(point, (count,)) if offset is not None else _repeated(b, point, count)
+    points = b.reshape(point, (count,)) if offset is not None else repeated(b, point, count)
     if b.standard:
         codes = _by_arithmetic(b, rows, step, offset)
     else:
@@ -72,7 +72,7 @@ def _by_arithmetic(b: Builder, rows: Value, step: Value, offset: Value | None) -
     return b.cast(b.op("Clip", shifted, b.scalar(0.0, torch.float32), b.scalar(255.0, torch.float32)), torch.uint8)
 
 
-def _repeated(b: Builder, point: Value, count: Dim) -> Value:
+def repeated(b: Builder, point: Value, count: Dim) -> Value:
     """One zero point for each row."""
     key = ("points", point.name, count)
     if key not in b.memo:

@@ -11,6 +11,7 @@ Sums are 32-bit: weights in u8/tok of more than 66,000 tokens that all count ali
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from qfx.attention_ops import is_centred
 from qfx.backends.onnx import attention
 from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.math import Emit
+from qfx.backends.onnx.quant_input import repeated
 from qfx.backends.onnx.values import Dim, Value
 from qfx.format import Format
 from qfx.numerics import TINY
@@ -143,7 +145,7 @@ def _steps(b: Builder, x: Value, how: Rounding) -> Value:
     """x / step, within the codes' range where the step does not see to that."""
     steps = b.op("Div", x, how.step)
     fmt = how.format
-    if fmt.dynamic and fmt.clip == 100 and not fmt.has_zero:
+    if fmt.dynamic and fmt.clip == 100:
         return steps
     return b.op("Clip", steps, b.scalar(float(fmt.qmin), _F32), b.scalar(float(fmt.qmax), _F32))
 
@@ -170,8 +172,19 @@ def _rounded(b: Builder, x: Value, how: Rounding | None, fmt: Format | None) -> 
 def _codes(b: Builder, x: Value, how: Rounding, dtype: torch.dtype) -> tuple[Value, Value]:
     """Symmetric codes as u8 around 128 or as s8, with their zero point."""
     point = b.const(_CENTRE if dtype == torch.uint8 else 0, dtype)
-    codes = b.op("QuantizeLinear", _steps(b, x, how), b.scalar(1.0, _F32), point, dtype=dtype)
-    return Value(codes.name, dtype, x.dims), point
+    return _quantized(b, x, how, point), point
+
+
+def _quantized(b: Builder, x: Value, how: Rounding, point: Value) -> Value:
+    """Codes of x around a zero point. Steps of rows are QuantizeLinear's own, where a reader is known to take them."""
+    fmt = how.format
+    if how.by_token and fmt.clip == 100 and not b.standard:
+        count = math.prod(x.dims[:-1])
+        rows, steps = b.reshape(x, (count, x.dims[-1])), b.reshape(how.step, (count,))
+        codes = b.op("QuantizeLinear", rows, steps, repeated(b, point, count), dtype=point.dtype, axis=0)
+        return b.reshape(Value(codes.name, point.dtype, (count, x.dims[-1])), x.dims)
+    codes = b.op("QuantizeLinear", _steps(b, x, how), b.scalar(1.0, _F32), point, dtype=point.dtype)
+    return Value(codes.name, point.dtype, x.dims)
 
 
 def _second(b: Builder) -> torch.dtype:
@@ -183,17 +196,17 @@ def _second(b: Builder) -> torch.dtype:
 
 
 def _integer_product(
-    b: Builder, left: tuple[Value, Value], right: tuple[Value, Value], sizes: tuple[Dim, ...], factor: Value | None
-) -> Value:
-    """factor * (codes a @ codes b), f32 of these sizes. factor: []"""
+    b: Builder, left: tuple[Value, Value], right: tuple[Value, Value], sizes: tuple[Dim, ...], factor: Value,
+    columns: Value | None = None,
+) -> Value:  # fmt: skip
+    """factor * columns * (codes a @ codes b), f32 of these sizes. factor: []; columns: [.., 1, N]"""
     (a, a_zero), (c, c_zero) = left, right
     if b.standard:
-        y = b.cast(b.op("MatMulInteger", a, c, a_zero, c_zero, dtype=torch.int32), _F32)
-        y = y if factor is None else b.op("Mul", y, factor)
+        y = b.op("Mul", b.cast(b.op("MatMulInteger", a, c, a_zero, c_zero, dtype=torch.int32), _F32), factor)
+        y = y if columns is None else b.op("Mul", y, columns)
     else:
-        one = b.scalar(1.0, _F32)
-        operands = (a, c, one if factor is None else factor, one, a_zero, c_zero)
-        y = b.op("MatMulIntegerToFloat", *operands, domain=MICROSOFT, dtype=_F32)
+        steps = b.scalar(1.0, _F32) if columns is None else columns
+        y = b.op("MatMulIntegerToFloat", a, c, factor, steps, a_zero, c_zero, domain=MICROSOFT, dtype=_F32)
     return Value(y.name, _F32, sizes)
 
 
@@ -209,17 +222,17 @@ def _integer_scores(b: Builder, q: Value, k: Value, one: Rounding, other: Roundi
     keys, key_zero = _codes(b, k, other, _second(b))
     rows = _stacked(b, codes, k)
     turned = b.op("Transpose", keys, perm=[0, 1, 3, 2])
-    steps = [s for s in (one.step, other.step) if s.dims == ()]
     factor = b.scalar(scale, _F32)
-    for step in steps:
+    for step in (s for s in (one.step, other.step) if s.dims == ()):
         factor = Value(b.op("Mul", factor, step).name, _F32, ())
-    scores = _integer_product(b, (rows, zero), (turned, key_zero), (*rows.dims[:3], k.dims[2]), factor)
+    columns = None
     if other.by_token:
         columns = b.op("Transpose", other.step, perm=[0, 1, 3, 2])
-        scores = attention.shaped_like(scores, b.op("Mul", scores, columns))
+    elif other.step.dims:
+        columns = b.op("Expand", other.step, b.shape([1, 1, 1, k.dims[2]]))
+    whole = (*rows.dims[:3], k.dims[2])
+    scores = _integer_product(b, (rows, zero), (turned, key_zero), whole, factor, columns)
     sizes = (*attention.lead_dims(q, k, attention.share_of(q, k)), q.dims[2], k.dims[2])
-    if other.step.dims and not other.by_token:
-        scores = _by_head(b, scores, other.step, rows)
     scores = b.reshape(scores, sizes) if rows is not codes else Value(scores.name, _F32, sizes)
     return scores if not one.step.dims else attention.shaped_like(scores, b.op("Mul", scores, one.step))
 
@@ -230,20 +243,13 @@ def _integer_values(b: Builder, weights: Value, v: Value, fmt: Format | None, ho
     codes, zero, step = _weight_codes(b, weights, fmt)
     rows = _stacked(b, codes, v)
     values = _codes(b, v, how, _second(b))
-    factor = how.step if how.step.dims == () else None
-    if step.dims == ():
-        factor = step if factor is None else Value(b.op("Mul", factor, step).name, _F32, ())
-    y = _integer_product(b, (rows, zero), values, (*rows.dims[:3], v.dims[3]), factor)
-    if how.step.dims:
-        y = _by_head(b, y, how.step, rows)
+    factor = b.scalar(1.0, _F32)
+    for one in (s for s in (step, how.step) if s.dims == ()):
+        factor = Value(b.op("Mul", factor, one).name, _F32, ())
+    columns = b.op("Expand", how.step, b.shape([1, 1, 1, v.dims[3]])) if how.step.dims else None
+    y = _integer_product(b, (rows, zero), values, (*rows.dims[:3], v.dims[3]), factor, columns)
     y = b.reshape(y, (*weights.dims[:3], v.dims[3])) if rows is not codes else y
     return y if step.dims == () else b.op("Mul", y, step)
-
-
-def _by_head(b: Builder, y: Value, step: Value, rows: Value) -> Value:
-    """Times a step for each head of k or v, where rows lie as `_stacked` leaves them."""
-    assert step.dims[1] in (1, rows.dims[1]), (step, rows)
-    return attention.shaped_like(y, b.op("Mul", y, step))
 
 
 def _weight_step(b: Builder, weights: Value, fmt: Format) -> Value:
@@ -258,12 +264,8 @@ def _weight_codes(b: Builder, weights: Value, fmt: Format) -> tuple[Value, Value
     """The weights as u8 codes from 0 on, their zero point and step."""
     step, zero = _weight_step(b, weights, fmt), b.const(0, torch.uint8)
     if fmt.dynamic:
-        steps = b.op("Div", weights, step)
-        if fmt.clip != 100:
-            steps = b.op("Clip", steps, b.scalar(0.0, _F32), b.scalar(float(fmt.qmax), _F32))
-        codes = b.op("QuantizeLinear", steps, b.scalar(1.0, _F32), zero, dtype=torch.uint8)
-    else:
-        codes = b.op("QuantizeLinear", weights, step, zero, dtype=torch.uint8)
+        return _quantized(b, weights, Rounding(fmt, step), zero), zero, step
+    codes = b.op("QuantizeLinear", weights, step, zero, dtype=torch.uint8)
     return Value(codes.name, torch.uint8, weights.dims), zero, step
 
 

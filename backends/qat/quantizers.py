@@ -50,7 +50,11 @@ class Quantizer(nn.Module):
         self.format, self.scales, self.decay, self.freeze_after = fmt, scales, decay, freeze_after
         self.shape = tuple(params.scale.shape)
         first = effective_scale(*params, fmt).reshape(self.shape or (1,)).clone()
-        zero = params.zero.to(torch.float32).reshape(first.shape).clone() if fmt.has_zero and params.zero is not None else None
+        zero = (
+            params.zero.to(torch.float32).reshape(first.shape).clone()
+            if fmt.has_zero and params.zero is not None
+            else None
+        )
         self.register_buffer("initial_scale", first)
         self.register_buffer("initial_zero", zero)
         self.register_buffer("whole", params.zero.clone() if fmt.has_global_scale and params.zero is not None else None)
