@@ -303,3 +303,22 @@ def test_tiny_lm_of_four_bits_everywhere_after_rotation(tiny_lm: TinyLM, outlier
     assert rotated <= (0.01 if outliers else 0.36) * solved
     assert rotated < 0.97 * whole
     assert rotated <= 0.03
+
+
+ATTENTION = {  # formats of q, k, v, p: the least and the most nats that they may cost at 512 tokens
+    "q=i8/tok k=i8/tok v=i8/head/dyn p=u8/tok": (1e-6, 3e-4),
+    "k=i8/tok v=i8/tok": (1e-6, 1e-4),
+    "q=f8e4m3/tok k=f8e4m3/tok v=f8e4m3/tok p=f8e4m3/tok": (1e-4, 3e-3),
+    "p=u8": (2e-3, 1e-1),  # a negative control: one step of 1/255 for weights of hundreds of tokens
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", ATTENTION)
+def test_tiny_lm_attention_of_rounded_operands(tiny_lm: TinyLM, formats: str) -> None:
+    rule = {"target": "attention", **dict(word.split("=") for word in formats.split())}
+    model = qfx.quantize(tiny_lm.load(), {"rules": [rule]})
+    worse, divergence = tiny_lm.loss(model)
+    print(f"{formats}: perplexity {100 * worse:+.3f} %, {divergence:.1e} nats")
+    least, most = ATTENTION[formats]
+    assert least < divergence < most
