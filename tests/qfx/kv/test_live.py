@@ -146,7 +146,7 @@ def test_a_compiled_model_generates_with_it(fresh_dynamo: None) -> None:
 
 def test_a_compiled_model_leaves_the_cache_to_its_caller(fresh_dynamo: None) -> None:
     model = models.build()
-    rule = {"rules": [{"target": "cache", "k": "i8", "v": "i8"}, {"target": "lm_head", "w": "i8/ch"}]}
+    rule = {"rules": [{"target": "cache", "k": "i8", "v": "i8"}, {"target": "lm_head", "x": "i8/tok", "w": "i8/ch"}]}
     model.compile(backend="qfx", options={"recipe": rule})
     with torch.no_grad(), pytest.warns(qfx.QfxWarning, match=r"formats of a cache have no effect here.*QuantizedCache"):
         model(models.ids(), use_cache=False)
