@@ -53,7 +53,9 @@ def stored(x: Tensor, fmt: Format, *, keys: bool, kept: CacheFormat | None = Non
         return x
     rows = x.reshape(-1, 1, *x.shape[-2:])
     codes = Codes(fmt, rows, by_tokens=keys)
-    codes.write(rows[:, :, sinks : sinks + count], 0)
+    own = rows[:, :, sinks : sinks + count]
+    beyond = -count % codes.unit  # whole units are written: more tokens, which change no other's
+    codes.write(torch.cat([own, own[:, :, -1:].expand(-1, -1, beyond, -1)], 2) if beyond else own, 0)
     found = codes.values(0, count).to(x.dtype)
     return torch.cat([rows[:, :, :sinks], found, rows[:, :, sinks + count :]], 2).reshape(x.shape)
 

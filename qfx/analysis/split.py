@@ -33,7 +33,7 @@ def split(given: Mapping[str, Any], far: tuple[Tensor, Tensor], fmt: CacheFormat
 
     given: arguments by name of aten.scaled_dot_product_attention, or of qfx.attention.
     """
-    names = {short: name if name in given else short for short, name in _NAMES.items()}
+    names = _NAMES if "query" in given else {name: name for name in _NAMES}
     q, k, v = (given[names[role]] for role in "qkv")
     tokens = k.shape[-2]
     if q.shape[-2] != tokens:

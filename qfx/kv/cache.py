@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer, get_layer_types_and_kwargs
 
@@ -55,6 +56,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         super().__init__(layers=layers, offloading=offloading)
         self.formats = wanted
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # no graph stands for memory that grows
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

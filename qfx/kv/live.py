@@ -59,7 +59,9 @@ def new_cache(model: nn.Module) -> Any:
         return made
     other: Any = DynamicCache(config=config)
     if any(one.layer.cross and not one.is_plain for one in read(caches)):
-        other = QuantizedCache(config, layer_formats(caches, config.num_hidden_layers, cross=True, plain=plain))
+        from qfx.kv.cross import cross_cache
+
+        other = cross_cache(config, layer_formats(caches, config.num_hidden_layers, cross=True, plain=plain))
     return EncoderDecoderCache(made, other)
 
 

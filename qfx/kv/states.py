@@ -21,12 +21,18 @@ import torch
 from torch import Tensor
 
 from qfx.errors import explain, warn
-from qfx.kv.attend import View, attend, scores, weighted
+from qfx.kv import attend as reading
+from qfx.kv.attend import View
 
 _ATTRIBUTES = (
     *("__get__", "size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "element_size"),
     *("get_device", "__len__", "__hash__", "is_contiguous", "stride", "storage_offset"),
 )
+
+# Loops over tiles, whose number changes with every token: a compiler leaves them as they are.
+attend = torch.compiler.disable(reading.attend)
+scores = torch.compiler.disable(reading.scores)
+weighted = torch.compiler.disable(reading.weighted)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class PackedStates(Tensor):
         made.what = what
         return made
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def dense(self) -> Tensor:
         """The states as they come back, of this shape and dtype."""
         what = self.what

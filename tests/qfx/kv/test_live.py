@@ -91,7 +91,7 @@ def test_copies_keep_it_and_do_not_share() -> None:
     assert str(new_cache(other).formats[0]) != str(new_cache(model).formats[0])
 
 
-@pytest.mark.parametrize("recipe", ["kv-k4v2", "w8a16+kv8"])
+@pytest.mark.parametrize("recipe", ["kv-k4v2", pytest.param("w8a16+kv8", marks=pytest.mark.slow)])
 def test_saved_and_loaded_in_every_way(tmp_path: Path, recipe: str) -> None:
     model = qfx.quantize(models.build(), recipe)
     wanted = models.generated(model)
@@ -107,11 +107,11 @@ def test_saved_and_loaded_in_every_way(tmp_path: Path, recipe: str) -> None:
     assert '"LlamaForCausalLM"' in (tmp_path / "b" / "config.json").read_text()
 
 
-def test_from_pretrained_quantizes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["kv8", pytest.param("w8a16+kv8", marks=pytest.mark.slow)])
+def test_from_pretrained_quantizes_it(tmp_path: Path, recipe: str) -> None:
     models.build().save_pretrained(tmp_path)
-    config = qfx.QfxConfig("w8a16+kv8")
-    found = tf.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
-    assert caches_of(found) == caches_of(qfx.quantize(models.build(), "w8a16+kv8"))
+    found = tf.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=qfx.QfxConfig(recipe))
+    assert caches_of(found) == caches_of(qfx.quantize(models.build(), "kv8"))
     assert isinstance(models.generated(found).past_key_values, QuantizedCache)
 
 
@@ -132,6 +132,24 @@ def test_models_without_a_cache_are_told_and_refused_under_strict() -> None:
         qfx.quantize(tiny.build("bert"), "w8a16+kv8", strict=True)
     with pytest.raises(ValueError, match="recipe 'kv8' gives no format to anything in BertForMaskedLM"):
         qfx.quantize(tiny.build("bert"), "kv8")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_generates_with_it(fresh_dynamo: None) -> None:
+    model = qfx.quantize(models.build(), "w8a8+kv8")
+    wanted = models.generated(model).sequences
+    model.compile(backend="qfx")
+    found = models.generated(model)
+    assert isinstance(found.past_key_values, QuantizedCache)
+    assert (found.sequences == wanted).float().mean() >= 0.9
+
+
+def test_a_compiled_model_leaves_the_cache_to_its_caller(fresh_dynamo: None) -> None:
+    model = models.build()
+    rule = {"rules": [{"target": "cache", "k": "i8", "v": "i8"}, {"target": "lm_head", "x": "i8/tok", "w": "i8/ch"}]}
+    model.compile(backend="qfx", options={"recipe": rule})
+    with torch.no_grad(), pytest.warns(qfx.QfxWarning, match=r"formats of a cache have no effect here.*QuantizedCache"):
+        model(models.ids(), use_cache=False)
 
 
 def test_a_plan_of_other_heads_is_refused_before_anything_changes() -> None:

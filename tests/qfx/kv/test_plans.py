@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 import qfx
-from qfx.kv.formats import CacheFormat, cache_formats
+from qfx.kv.formats import RESIDUAL, SINKS, CacheFormat, cache_formats
 from qfx.kv.plans import Cached, check_model, layer_formats, plan_caches, read
 from qfx.kv.sites import CacheLayer
 from qfx.recipe import Recipe, Rule
 from tests.qfx.kv import models
+
+LOW = f"residual={RESIDUAL} sinks={SINKS}"  # below 8 bits
 
 
 def asked(*rules: Rule, **fields: Any) -> Recipe:
@@ -28,7 +30,7 @@ def formats(caches: dict[str, Any]) -> list[str]:
 def test_every_layer_is_in_the_plan_and_those_without_a_rule_stay_as_they_are() -> None:
     found, notes = plan_caches(models.build(), asked(Rule(target=f"cache:{models.NAMES[1]}", k="i8", v="i4")))
     assert notes == []
-    assert formats(found) == ["k=f32 v=f32", "k=i8/tok/f16 v=u4/g32/f16 residual=32 sinks=4"]
+    assert formats(found) == ["k=f32 v=f32", f"k=i8/tok/f16 v=u4/g32/f16 {LOW}"]
 
 
 def test_without_rules_there_is_nothing() -> None:
@@ -44,7 +46,7 @@ def test_one_role_may_stay_as_it_is() -> None:
 
 def test_lists_are_those_of_the_models_heads() -> None:
     found, _ = plan_caches(models.build(), asked(Rule(target="cache", k=["i8", "i4"], v="i2")))
-    assert formats(found)[0] == "k=[i8/tok/f16,u4/g32/f16] v=u2/g32/f16 residual=32 sinks=4"
+    assert formats(found)[0] == f"k=[i8/tok/f16,u4/g32/f16] v=u2/g32/f16 {LOW}"
     with pytest.raises(ValueError, match=r"the cache of model.layers.0.self_attn has formats for other heads"):
         plan_caches(models.build(), asked(Rule(target="cache", k=["i8", "i4", "i4"], v="i2")))
 
@@ -57,11 +59,11 @@ def test_a_target_that_matches_nothing_is_told() -> None:
 
 
 def test_a_plan_is_saved_with_its_caches_and_old_ones_have_none(tmp_path: Path) -> None:
-    made = qfx.plan(models.build(), "w8a16+kv-k4v2")
+    made = qfx.plan(models.build(), "kv-k4v2")
     assert list(made.caches) == list(models.NAMES) and "caches=2" in repr(made)
     made.save(tmp_path)
     assert qfx.Plan.load(tmp_path) == made
-    other = qfx.plan(models.build(), "w8a16+kv8")
+    other = qfx.plan(models.build(), "kv8")
     assert any(line.startswith("caches['model.layers.0.self_attn']") for line in made.diff(other))
     file = tmp_path / "plan.json"
     fields = json.loads(file.read_text())
