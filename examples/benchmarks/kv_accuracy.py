@@ -200,14 +200,10 @@ def agreement(model: Any, entries: Sequence[Entry], prompts: int, new: int = NEW
     wanted: Tensor | None = None
     found: Numbers = {}
     for entry in entries:
-        rows = [
-            model.generate(
-                row[None], attention_mask=torch.ones_like(row)[None], past_key_values=entry.make(model),
-                max_new_tokens=new, min_new_tokens=new, do_sample=False,
-            )[0, PROMPT:]
-            for row in ids
-        ]  # fmt: skip
-        made = torch.stack(rows)
+        made: Tensor = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=entry.make(model), max_new_tokens=new,
+            min_new_tokens=new, do_sample=False,
+        )[:, PROMPT:]  # fmt: skip
         wanted = made if wanted is None else wanted
         same = made == wanted
         found[entry.name] = float(same.all(1).double().mean()), float(same.double().mean())
