@@ -154,7 +154,7 @@ def test_the_first_layers_tell_the_activations(name: str) -> None:
         beside = (one.total(context=context, batch=2) for one in (whole, found))
         few, most = next(beside), next(beside)
         assert few <= most <= few + 2 * 3 * 256, (
-            "new keys and values of three layers, at every call instead of the last"
+            "new keys and values of three layers"
         )
 
 
