@@ -13,6 +13,7 @@ itself comes on top.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,11 @@ class Memory:
 
         Raises ValueError for a model without a cache and for a recipe that needs data (a plan of it does).
         """
+        return cls._of(model, model, weights)
+
+    @classmethod
+    def _of(cls, model: nn.Module, shown: nn.Module, weights: Recipe | Plan | None) -> Memory:
+        """shown: whose graph is looked at, the model itself or its first layers."""
         if isinstance(weights, Recipe) and weights.needs_data:
             raise ValueError(
                 explain(
@@ -73,7 +79,6 @@ class Memory:
                 )
             )
         on_meta = any(parameter.is_meta for parameter in model.parameters())
-        real = hollow(model, {}) if on_meta else model
         layers, missing = cache_layers(model)
         if missing is not None and on_meta:
             layers, missing = cache_layers(_looping(hollow(model, {})))
@@ -84,25 +89,31 @@ class Memory:
             reason = "keys and values of the encoder's tokens are not counted: they do not grow"
             notes.append(Note(type(model).__name__, reason, "nothing"))
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        stored, activations, told = _rest(real, weights, dtype)
+        stored, activations, told = _rest(hollow(shown, {}) if on_meta else shown, weights, dtype)
+        if weights is None:
+            stored = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+        own = tuple(layer for layer in layers if not layer.cross)
+        if shown is not model:
+            held: Any = shown.config
+            left = [layer for layer in own if layer.index >= held.num_hidden_layers]
+            values = sum(layer.heads * sum(layer.widths) for layer in left)
+            activations += BATCH * SEQUENCE * values * dtype.itemsize  # new keys and values, which live to the end
         config: Any = model.config  # a model with a cache of transformers has one
         positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-        own = tuple(layer for layer in layers if not layer.cross)
         return cls(own, stored, activations, dtype, positions, (*notes, *told))
 
     @classmethod
     def of_config(
         cls, config: Any, *, dtype: torch.dtype | None = None, weights: Recipe | Plan | None = None
     ) -> Memory:
-        """Of a configuration of transformers: the model is made without its weights. dtype: None is the config's own,
-        f32 where it has none."""
-        import transformers
+        """Of a configuration of transformers: the model is made without its weights.
 
-        names = config.architectures or ()
-        kind = getattr(transformers, names[0], None) if names else None
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config) if kind is None else kind(config)
-        return cls.of(model.to(dtype or config.dtype or torch.float32).eval(), weights)
+        dtype: None is the config's own, f32 where it has none. Activations are told by the first layers, one of each
+        kind (`layer_types`) and two at least, unless formats of weights ask for the graph of all.
+        """
+        model = _empty(config, dtype)
+        few = _few(config) if weights is None else None
+        return cls._of(model, model if few is None else _empty(few, dtype), weights)
 
     def cache(self, formats: Formats = None) -> Expr:
         """Bytes of the cache, in batch and context (tokens that each sequence has in it)."""
@@ -184,6 +195,30 @@ def formats_of(kv: Any, layers: Sequence[CacheLayer], dtype: torch.dtype) -> lis
     return cache_formats(kv, len(layers))
 
 
+def _empty(config: Any, dtype: torch.dtype | None) -> nn.Module:
+    """The model of a configuration on the meta device."""
+    import transformers
+
+    names = config.architectures or ()
+    kind = getattr(transformers, names[0], None) if names else None
+    with torch.device("meta"):
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config) if kind is None else kind(config)
+    return model.to(dtype or config.dtype or torch.float32).eval()
+
+
+def _few(config: Any) -> Any:
+    """The configuration of its first layers; None where it does not say how many it has, or has few."""
+    kinds, count = getattr(config, "layer_types", None), getattr(config, "num_hidden_layers", None)
+    first = max(2, *(kinds.index(kind) + 1 for kind in set(kinds))) if kinds else 2
+    if not isinstance(count, int) or first >= count or config.get_text_config() is not config:
+        return None
+    found = copy.deepcopy(config)
+    found.num_hidden_layers = first
+    if kinds:
+        found.layer_types = kinds[:first]
+    return found
+
+
 def _looping(model: Any) -> nn.Module:
     """The same with experts one after another, since their grouped products need weights that lie densely."""
     if hasattr(model, "set_experts_implementation"):
@@ -195,7 +230,7 @@ def _looping(model: Any) -> nn.Module:
 def _rest(
     model: nn.Module, weights: Recipe | Plan | None, dtype: torch.dtype
 ) -> tuple[int, Expr, tuple[Note, ...]]:  # fmt: skip
-    """(bytes of weights, activations, notes). Without a graph the parameters are counted, and no activations."""
+    """(bytes of weights, activations, notes). Without a graph nothing is counted."""
     name = type(model).__name__
     try:
         costs = costs_of(model)
@@ -204,9 +239,7 @@ def _rest(
         if weights is not None:
             what = f"formats of the weights of {name} are counted on its graph, which cannot be had: {first}"
             raise UnsupportedError(explain(what, next_step="leave the formats of the weights out")) from error
-        unique = {id(p): p for p in model.parameters()}
-        stored = sum(p.numel() * p.element_size() for p in unique.values())
-        return stored, sympy.Integer(0), (_uncounted(name, f"the graph cannot be had ({first})"),)
+        return 0, sympy.Integer(0), (_uncounted(name, f"the graph cannot be had ({first})"),)
     asked = None if weights is None else _asked(model, weights, costs)
     stored, most, notes = costs.weights(asked, rest=Format(PLAIN.get(dtype, "f32"))), peak(costs.lives), costs.notes
     if others := sorted(str(s) for s in most.free_symbols - {BATCH, SEQUENCE, CONTEXT}):

@@ -38,6 +38,7 @@ def test_the_table(folder: Path, tmp_path: Path) -> None:
     assert f"{eight['longest']:,}" in result.output
 
 
+@pytest.mark.slow
 def test_no_room(folder: Path) -> None:
     result = _run("kv", folder, "--formats", "i8", "--memory", "9kB", "--batch", "2", "--context", "100")
     assert result.exit_code == 0 and result.output.count("no room") == 2 and "2 sequences" in result.output

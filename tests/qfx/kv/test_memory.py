@@ -142,6 +142,23 @@ def test_a_config_is_enough() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_the_first_layers_tell_the_activations(name: str) -> None:
+    model: Any = ZOO[name]()[0]
+    config = type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 5, "layer_types": None})
+    found, whole = Memory.of_config(config), Memory.of(type(model)(config).eval())
+    assert len(found.layers) == 5 and dataclasses.replace(found, activations=0) == dataclasses.replace(
+        whole, activations=0
+    )
+    for context in (0, 7, 5000):
+        beside = (one.total(context=context, batch=2) for one in (whole, found))
+        few, most = next(beside), next(beside)
+        assert few <= most <= few + 2 * 3 * 256, (
+            "new keys and values of three layers"
+        )
+
+
+@pytest.mark.slow
 def test_in_half_precision() -> None:
     live = memory()
     half = Memory.of_config(tiny.config("llama"), dtype=torch.float16)
