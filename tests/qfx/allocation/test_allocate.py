@@ -60,7 +60,7 @@ def test_heads_begin_where_whole_weights_end() -> None:
     """What `judged` compares: the plan of whole weights, and the same with weights cut by heads. Here on other data."""
     model, data = causal(batches=4)
     few = recipe(samples=36)
-    heads, layers = (qfx.plan(model, few, data, units=units, avg_bits=3.5) for units in ("heads", "layers"))  # type: ignore[arg-type]
+    heads, layers = (qfx.plan(model, few, data, units=units, avg_bits=3.5) for units in ("heads", "layers"))
     judged = heads.sensitivities["allocation"]["judged"]
     assert judged["on"] == "data kept apart"
     assert {fqn: layers.annotations[fqn]["w"] for fqn in judged["whole"]} == judged["whole"]
