@@ -52,7 +52,8 @@ def recipe(rounding: str = "mse", fixed: Mapping[str, str] = FIXED) -> dict[str,
     """A format for every weight, which a budget replaces except in those of `fixed`."""
     rules = [{"target": target, "w": FORMATS[0]} for target in ("linear", "embedding")]
     rules += [{"target": name, "w": fmt} for name, fmt in fixed.items()]
-    return {"name": "task", "rounding": rounding, "rules": rules, "ignore": ["*pooler*"]}
+    unread = () if fixed is FIXED else ("*pooler*",)  # of the encoder alone
+    return {"name": "task", "rounding": rounding, "rules": rules, "ignore": unread}
 
 
 def allocated(
@@ -65,7 +66,7 @@ def allocated(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QfxWarning)  # the pooler, which nothing reads
         bare = qfx.plan(model, recipe(rounding, fixed), [doc_task.inputs(batches[0])])
-        shapes = {fqn: model.get_submodule(fqn).weight.shape for fqn in bare.annotations}  # type: ignore[union-attr]
+        shapes = {fqn: model.get_parameter(f"{fqn}.weight").shape for fqn in bare.annotations}
         held = sum(Format.parse(fmt).nbytes(shapes[fqn]) for fqn, fmt in fixed.items())
         free = sum(shape.numel() for fqn, shape in shapes.items() if fqn not in fixed)
         average = 8 * (int(bits * free / 8) + held) / sum(shape.numel() for shape in shapes.values())

@@ -29,7 +29,7 @@ class Question:
 
 
 def read_questions(file: Path) -> list[Question]:
-    """The questions of a .jsonl file. Raises ValueError for a line without one, and answers that are not in their text."""
+    """The questions of a .jsonl file. Raises ValueError for lines without one, and answers not in their text."""
     found = []
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
