@@ -201,10 +201,14 @@ def _budget(stored: Stored, problem: Problem, measure: Measure, options: Allocat
 def _rows(units: Sequence[Unit], problem: Problem, chosen: Mapping[str, Format]) -> dict[str, dict[str, Any]]:
     """unit -> what is told about it."""
     found = {}
-    for unit in units:
-        choice = next(c for c in problem.choices[unit.name] if c.format == chosen[unit.name])
-        found[unit.name] = {
-            "kind": unit.kind, "layer": unit.layer, "head": unit.head, "format": str(choice.format),
-            "bytes": unit.nbytes(choice.format), "elements": unit.elements, "score": choice.score,
-        }  # fmt: skip
+    for own in by_weight(units).values():
+        size = assign.nbytes(own, chosen)
+        apart = sum(unit.nbytes(chosen[unit.name]) for unit in own)  # neighbours share groups and padding
+        for unit in own:
+            choice = next(c for c in problem.choices[unit.name] if c.format == chosen[unit.name])
+            found[unit.name] = {
+                "kind": unit.kind, "layer": unit.layer, "head": unit.head, "format": str(choice.format),
+                "bytes": round(unit.nbytes(choice.format) * size / apart), "elements": unit.elements,
+                "score": choice.score,
+            }  # fmt: skip
     return found

@@ -193,13 +193,19 @@ def test_a_task_tells_the_loss() -> None:
     assert told["method"] == "quant-fisher"
     assert told["what"] == "causal-lm: half the mean squared change of a sample's loss"
     assert told["measured"] <= told["measured_before"]
-    mixed = qfx.plan(model, recipe(task_weight=0.5), labelled, avg_bits=4, loss="causal-lm")
-    what = mixed.sensitivities["allocation"]["what"]
-    assert what.startswith("0.5 of causal-lm") and what.endswith("0.5 of KL divergence, nats per position")
     with pytest.raises(ValueError, match="method='measured' measures the divergence"):
         qfx.plan(model, recipe(method="measured"), labelled, avg_bits=4, loss="causal-lm")
     with pytest.raises(ValueError, match="labels"):
         qfx.plan(model, recipe(), data, avg_bits=4, loss="classification")
+
+
+@pytest.mark.slow
+def test_a_share_of_a_task_and_the_general_rest() -> None:
+    model, data = causal()
+    labelled = [{**batch, "labels": batch["input_ids"]} for batch in data]
+    mixed = qfx.plan(model, recipe(task_weight=0.5), labelled, avg_bits=4, loss="causal-lm")
+    what = mixed.sensitivities["allocation"]["what"]
+    assert what.startswith("0.5 of causal-lm") and what.endswith("0.5 of KL divergence, nats per position")
 
 
 @pytest.mark.parametrize(
