@@ -146,7 +146,10 @@ def trained(data: Data, recipe: str | dict[str, Any] | None, settings: Settings,
 
     def check(step: int) -> None:
         row.curve.append((step, data.judge(model)))
-        print(f"    {name} {scales} step {step}: {row.curve[-1][1]:.3f} ({time.perf_counter() - started:.0f} s)", flush=True)
+        print(
+            f"    {name} {scales} step {step}: {row.curve[-1][1]:.3f} ({time.perf_counter() - started:.0f} s)",
+            flush=True,
+        )
 
     train(model, data, settings, check, data.model() if settings.distill else None)
     row.seconds = time.perf_counter() - started

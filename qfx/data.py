@@ -46,6 +46,16 @@ def calls(model: nn.Module, data: Iterable[Any], samples: int | None = None) -> 
     return found
 
 
+def roomiest(found: Sequence[Call]) -> Call:
+    """The call to trace a graph with: sizes of 1 are fixed in it, so that with the fewest of them, then the largest."""
+
+    def room(call: Call) -> tuple[int, int]:
+        tensors = [v for v in pytree.tree_leaves(call) if isinstance(v, Tensor)]
+        return -sum(size == 1 for t in tensors for size in t.shape), sum(t.numel() for t in tensors)
+
+    return max(found, key=room)
+
+
 def read_texts(path: str | os.PathLike[str], field: str = "text") -> list[str]:
     """The texts of a file: of a .jsonl or .ndjson file the values of `field`, line by line; else the whole file.
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from qfx import annotation, graph, run
@@ -17,7 +16,7 @@ from qfx.allocation.simple import lift
 from qfx.capture import Captured, capture_export
 from qfx.clipping import clip_inputs
 from qfx.correct import apply_to, correct
-from qfx.data import Call, telling
+from qfx.data import Call, roomiest, telling
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
 from qfx.inputs import example_inputs, need_inputs, without_cache
@@ -135,7 +134,7 @@ def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, 
 
     Raises ValueError where the model itself does not take the first call.
     """
-    args, kwargs = max(calls, key=_roominess) if calls else ((), example_inputs(model))
+    args, kwargs = roomiest(calls) if calls else ((), example_inputs(model))
     if kwargs is None:
         return None, "no example of its inputs is known", str(need_inputs(model).args[0]).partition("next step: ")[2]
     kwargs = kwargs if args else without_cache(model, kwargs)
@@ -147,12 +146,6 @@ def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, 
         reason = str(error).removeprefix("expected a model that torch.export captures as one graph, found ")
         step = "torch.compile(model, backend='qfx') takes models in several graphs"
         return None, f"torch.export: {reason.partition('; next step')[0]}", step
-
-
-def _roominess(call: Call) -> tuple[int, int]:
-    """A graph traced at a size of 1 is fixed to it: the best example has the fewest of them, and is large."""
-    tensors = [v for v in torch.utils._pytree.tree_leaves(call) if isinstance(v, torch.Tensor)]
-    return -sum(size == 1 for t in tensors for size in t.shape), sum(t.numel() for t in tensors)
 
 
 def _try(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:

@@ -162,6 +162,12 @@ def planned(bench: Bench, budget: int, by: By, *, refine: int = 300) -> Plan:
     return qfx.plan(bench.model, recipe, bench.data, units=by, avg_bits=8 * budget / bench.weights.elements)
 
 
+def whole_of(plan: Plan) -> dict[str, Formats]:
+    """The formats of whole weights from which a plan by heads set out: those of units="layers"; empty where unknown."""
+    judged = plan.sensitivities.get("allocation", {}).get("judged", {})
+    return {fqn: Format.parse(text) for fqn, text in judged.get("whole", {}).items()}
+
+
 def assignment_of(weights: baselines.Weights, plan: Plan) -> baselines.Assignment:
     """Unit name -> its format in a plan. Heads that a plan puts side by side are told by their own names."""
     told = plan.sensitivities.get("allocation", {}).get("units", {})
@@ -187,7 +193,9 @@ def rows(bench: Bench, text: str, *, seeds: int = 3, plan: Callable[[Bench, int,
             raise AssertionError(f"{name} takes {figures['size_bytes']} bytes of {budget}")
         found.append({"peer": name, **figures, **more})
 
-    plans = {LAYERS: plan(bench, budget, "layers"), PLANNED: plan(bench, budget, "heads")}
+    heads = plan(bench, budget, "heads")
+    whole = whole_of(heads)
+    plans = {LAYERS: bench.plan_of(whole) if whole else plan(bench, budget, "layers"), PLANNED: heads}
     for name, made in plans.items():
         own = assignment_of(weights, made)
         add(name, made, calibration=bench.measure.kld(own), remarks=said(weights.formats(own)))
@@ -233,7 +241,7 @@ def verdicts(text: str, found: Sequence[Row]) -> list[str]:
     heads = by[PLANNED] / by[LAYERS]
     told = [
         (part < 1, f"the planned mix has {part:.3f} of the KLD of the best baseline ({nearest})"),
-        (heads < 1, f"heads have {heads:.3f} of the KLD of whole layers"),
+        (heads <= 1, f"heads have {heads:.3f} of the KLD of whole layers"),
     ]
     if text in GOALS and "uniform" in by:
         part = own / by["uniform"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qfx import segments
 from qfx.allocation import assign
-from qfx.analysis.units import Unit, by_weight
+from qfx.analysis.units import Unit, by_weight, shape_of
 from qfx.annotation import Formats, Outliers
 from qfx.format import Format
 from qfx.interop.gguf_types import more_bits
@@ -51,7 +51,7 @@ class Weights:
 
     def shape(self, fqn: str) -> tuple[int, ...]:
         """Of the whole weight."""
-        return assign.shape_of(self.of[fqn])
+        return shape_of(self.of[fqn])
 
     def formats(self, assignment: Mapping[str, Format]) -> dict[str, Formats]:
         """FQN -> the formats of its units, as annotations say them; one where all are equal."""

@@ -1,13 +1,13 @@
 """Does an allocation for the task beat one for nothing in particular? A text classifier, equal bytes, held-out texts.
 
     python examples/benchmarks/task_allocation.py --json numbers.json
-    python examples/benchmarks/task_allocation.py --budget 3 --seeds 1
+    python examples/benchmarks/task_allocation.py --budget 3 --seeds 1 --refine 60
 
 For each seed a head is trained (`examples/doc_task.py`). "general" scores the encoder by what moves its states on plain
 text; "own output" the classifier by what moves its answers on the texts of the task, without labels; "task" by the
-cross-entropy of labelled texts. All are solved for the same bytes and rounded alike, without refinement, so that the
-scores alone make the difference; the head and the table of words have formats of their own. What counts are accuracy
-and loss on texts that neither training nor scoring has seen.
+cross-entropy of labelled texts. All are solved for the same bytes and rounded alike. Without --refine the scores alone
+make the difference; with it each way measures what it scores by. The head and the table of words have formats of their
+own. What counts are accuracy and loss on texts that neither training nor scoring has seen.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,11 +48,31 @@ WAYS = ("general", "own output", "task")
 Row = dict[str, Any]
 
 
-def recipe(rounding: str = "mse") -> dict[str, Any]:
-    """A format for every weight, which a budget replaces except in those of FIXED."""
+def recipe(rounding: str = "mse", fixed: Mapping[str, str] = FIXED) -> dict[str, Any]:
+    """A format for every weight, which a budget replaces except in those of `fixed`."""
     rules = [{"target": target, "w": FORMATS[0]} for target in ("linear", "embedding")]
-    rules += [{"target": name, "w": fmt} for name, fmt in FIXED.items()]
-    return {"name": "task", "rounding": rounding, "rules": rules}
+    rules += [{"target": name, "w": fmt} for name, fmt in fixed.items()]
+    unread = () if fixed is FIXED else ("*pooler*",)  # of the encoder alone
+    return {"name": "task", "rounding": rounding, "rules": rules, "ignore": unread}
+
+
+def allocated(
+    model: torch.nn.Module, batches: Sequence[Any], bits: float, *, refine: int, rounding: str = "mse",
+    fixed: Mapping[str, str] = FIXED, loss: str | None = None,
+) -> dict[str, Format]:  # fmt: skip
+    """Unit -> the format that `qfx.plan` gives it, at so many average bits of the weights that are not `fixed`."""
+    options = {"formats": FORMATS, "embeddings": FORMATS, "refine": refine}
+    asked = {**recipe(rounding, fixed), "allocation": options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QfxWarning)  # the pooler, which nothing reads
+        bare = qfx.plan(model, recipe(rounding, fixed), [doc_task.inputs(batches[0])])
+        shapes = {fqn: model.get_parameter(f"{fqn}.weight").shape for fqn in bare.annotations}
+        held = sum(Format.parse(fmt).nbytes(shapes[fqn]) for fqn, fmt in fixed.items())
+        free = sum(shape.numel() for fqn, shape in shapes.items() if fqn not in fixed)
+        average = 8 * (int(bits * free / 8) + held) / sum(shape.numel() for shape in shapes.values())
+        made = qfx.plan(model, asked, batches, avg_bits=average, loss=loss)
+    told = made.sensitivities["allocation"]["units"]
+    return {name: Format.parse(row["format"]) for name, row in told.items()}
 
 
 def general(samples: int = 64, rounding: str = "mse") -> Sensitivity:
@@ -62,6 +83,16 @@ def general(samples: int = 64, rounding: str = "mse") -> Sensitivity:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QfxWarning)  # the pooler, which nothing reads
         return prefixed(qfx.analyze(loaded.model, batches, **settings), "encoder.")
+
+
+@cache
+def encoder_formats(bits: float, samples: int, refine: int, rounding: str) -> dict[str, Format]:
+    """Unit of the classifier's encoder -> its format, planned for its states on Python's help topics."""
+    loaded = minilm()
+    own = {name.removeprefix("encoder."): fmt for name, fmt in FIXED.items() if name.startswith("encoder.")}
+    batches = encoder_batches(loaded, data.python_help(), samples)
+    found = allocated(loaded.model, batches, bits, refine=refine, rounding=rounding, fixed=own)
+    return {f"encoder.{name}": fmt for name, fmt in found.items()}
 
 
 def prefixed(found: Sensitivity, prefix: str) -> Sensitivity:
@@ -80,19 +111,20 @@ class Trial:
 
     def __init__(
         self, seed: int, encoder: Sensitivity, *, classes: int = 16, most: int = doc_task.MOST, rounding: str = "mse",
-        ways: Sequence[str] = WAYS,
+        ways: Sequence[str] = WAYS, refine: int = 0, samples: int = 64,
     ) -> None:  # fmt: skip
         found = doc_task.task(classes=classes, seed=seed, most=most)
         self.model, self.sides = doc_task.trained(found, seed=seed)
         whole = len(self.sides["calibration"][0]["labels"])
-        labelled = [batch for batch in self.sides["calibration"] if len(batch["labels"]) == whole]
-        self.data = [doc_task.inputs(batch) for batch in labelled]
+        self.labelled = [batch for batch in self.sides["calibration"] if len(batch["labels"]) == whole]
+        self.data = [doc_task.inputs(batch) for batch in self.labelled]
+        self.refine, self.samples, self.rounding = refine, samples, rounding
         settings: dict[str, Any] = {"formats": FORMATS, "measure": 0, "seed": seed, "recipe": recipe(rounding)}
-        self.scores = {"general": encoder}
-        if "own output" in ways:
+        self.scores = dict.fromkeys(("general", *(way for way in WAYS[1:] if way in ways)), encoder)
+        if "own output" in ways and not refine:  # else each plan is scored anew
             self.scores["own output"] = qfx.analyze(self.model, self.data, **settings)
-        if "task" in ways:
-            self.scores["task"] = qfx.analyze(self.model, labelled, loss="classification", **settings)
+        if "task" in ways and not refine:
+            self.scores["task"] = qfx.analyze(self.model, self.labelled, loss="classification", **settings)
         self.base = qfx.plan(self.model, recipe(rounding), self.data[:1])
         self.labels = doc_task.labels_of(self.sides["test"])
         self.float = doc_task.logits(self.model, self.sides["test"])
@@ -103,13 +135,23 @@ class Trial:
         free = self.base.annotations.keys() - FIXED.keys()
         units = [unit for unit in found.units if unit.fqn in free]
         candidates = {unit.name: [Format.parse(text) for text in FORMATS] for unit in units}
-        problem = Problem(predict.choices(units, candidates, found.score()))
-        budget = int(bits * sum(unit.elements for unit in units) / 8)
-        chosen = assign.formats_of(units, solve(problem, budget).assignment)
+        if self.refine:
+            assignment = self._refined(way, bits)
+        else:
+            problem = Problem(predict.choices(units, candidates, found.score()))
+            assignment = solve(problem, int(bits * sum(unit.elements for unit in units) / 8)).assignment
+        chosen = assign.formats_of(units, assignment)
         made = copy.deepcopy(self.base)
         for fqn, formats in chosen.items():
             made.annotations[fqn]["w"] = annotation.to_json(formats)
         return made
+
+    def _refined(self, way: str, bits: float) -> dict[str, Format]:
+        """Unit -> its format, each way refined by measuring what it scores by."""
+        if way == "general":
+            return encoder_formats(bits, self.samples, self.refine, self.rounding)
+        loss, batches = (None, self.data) if way == "own output" else ("classification", self.labelled)
+        return allocated(self.model, batches, bits, refine=self.refine, rounding=self.rounding, loss=loss)
 
     def row(self, name: str, plan: qfx.Plan) -> Row:
         """The quantized classifier on the held-out texts."""
@@ -177,16 +219,21 @@ def main(
     samples: Annotated[int, typer.Option(min=4, help="Of plain text, for the general scores.")] = 64,
     rounding: Annotated[str, typer.Option(help="rtn or mse, of scores and weights.")] = "mse",
     way: Annotated[list[str] | None, typer.Option(help=f"Out of {', '.join(WAYS[1:])}; left out: both.")] = None,
+    refine: Annotated[int, typer.Option(min=0, help="Assignments measured to improve a plan.")] = 0,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
 ) -> None:
     """Compare allocations of a classifier, and print a table for each budget."""
     torch.set_num_threads(threads)
     console = table.console()
-    encoder = general(samples, rounding)
+    encoder = general(4 if refine else samples, rounding)  # with --refine for the names of its units alone
     trials = [
-        Trial(seed, encoder, classes=classes, most=most, rounding=rounding, ways=way or WAYS) for seed in range(seeds)
-    ]
+        Trial(
+            seed, encoder, classes=classes, most=most, rounding=rounding, ways=way or WAYS, refine=refine,
+            samples=samples,
+        )
+        for seed in range(seeds)
+    ]  # fmt: skip
     runs: dict[str, list[Row]] = {}
     for bits in budget or BUDGETS:
         runs[f"{bits:g}"] = found = summary([trial.rows(bits) for trial in trials])

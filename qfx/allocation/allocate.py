@@ -18,19 +18,20 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
-from torch import Tensor, fx
+from torch import fx
 
 from qfx.allocation import assign, predict, sites, whole
-from qfx.allocation.budget import Sizes, least_bytes
+from qfx.allocation.budget import Stored, least_bytes
 from qfx.allocation.costs import CacheFormats, Costs
 from qfx.allocation.perplexity import Perplexity
-from qfx.allocation.problem import Assignment, Choice, Problem, Tile, ties_of
-from qfx.allocation.refine import Refined, refine
-from qfx.allocation.solve import Solution, solve
+from qfx.allocation.problem import Choice, Measured, Problem, Tile, ties_of
+from qfx.allocation.search import Job, search
+from qfx.allocation.solve import solve
 from qfx.analysis.losses import Loss
-from qfx.analysis.measured import Measure
+from qfx.analysis.measured import Measure, some
 from qfx.analysis.score import Options, score_graph
 from qfx.analysis.sensitivity import Sensitivity
+from qfx.analysis.task import TaskMeasure
 from qfx.analysis.units import Unit, by_weight
 from qfx.analysis.weights import rounding_of
 from qfx.errors import Note, explain
@@ -50,7 +51,7 @@ class Given:
     """What predicts the loss, in place of what `allocation.method` says.
 
     sensitivity: of `qfx.analyze`, for this model. loss, labelled: a task, and what its loss is given beside the outputs
-    for each batch (see `qfx.analysis.losses`); nothing is then refined, since what is measured is no task's loss.
+    for each batch (see `qfx.analysis.losses`); it is measured, too, as `TaskMeasure` says.
     """
 
     sensitivity: Sensitivity | None = None
@@ -74,15 +75,13 @@ def allocate(
     found = sites.find(gm, plan.recipe, options)
     given = given or Given()
     candidates = {unit.name: _scored(sites.candidates(unit, options), unit, given) for unit in found.units}
-    sizes = found.sizes(candidates)
+    stored = found.stored(candidates)
     if options.max_memory is not None:
-        sizes = replace(sizes, beside=_beside(gm, options, plan))
+        stored = replace(stored, beside=_beside(gm, options, plan))
     if options.max_loss is None:
-        sizes.budget(options)  # refuses before anything is measured
-    measure = Measure(
-        gm, some(batches, options.samples), units=found.units, tensors=plan.tensors, outputs=outputs,
-        rounding=rounding_of(plan.recipe),
-    )  # fmt: skip
+        stored.budget(options)  # refuses before anything is measured
+    used = some(batches, options.samples)
+    measure = _measure(gm, plan, found, used, outputs)
     method, scores = "sensitivity", cast(predict.Scores | None, None)
     if given.sensitivity is not None:
         scores = given.sensitivity.calibrated()
@@ -93,32 +92,47 @@ def allocate(
             task = bar.add_task("measuring units", total=len(found.units))
             scores = predict.measured(measure, candidates, Format.parse(options.probe), lambda: bar.advance(task))
             method = MEASURED
-        choices = predict.choices(found.units, candidates, scores)
-        problem = problem_of(found.units, choices, options)
-        budget = _budget(sizes, problem, measure, options)
-        solution = solve(problem, budget, seconds=options.seconds)
-        count = options.refine if given.loss is None else 0  # what is measured is no task's loss
-        if count:
-            problem, solution = whole.better(
-                measure, found.units, choices, problem, solution, budget, seconds=options.seconds
-            )
-        task = bar.add_task("refining", total=count)
-        refined = refine(
-            measure, problem, solution.assignment, budget, evaluations=count, advance=lambda: bar.advance(task)
-        )
-    chosen = assign.fill(found.units, problem, refined.assignment, budget)
+        heads = problem_of(found.units, predict.choices(found.units, candidates, scores), options)
+        scores = whole.told(measure.weights, found.units, candidates, scores)
+        layers = whole.joined(found.units, candidates, scores, heads)
+        budget = _budget(stored, layers or heads, measure, options)
+        rest = some(batches[len(used) :], options.samples)
+        judge = _measure(gm, plan, found, rest, outputs) if rest and layers and options.refine else None
+        job = Job(
+            _of_task(measure, options, given, given.labelled, outputs),
+            judge and _of_task(judge, options, given, given.labelled[len(used) :], outputs),
+            found.units, heads, layers,
+        )  # fmt: skip
+        result = search(job, budget, options, bar)
+    chosen = result.assignment
     size = assign.nbytes(found.units, chosen)
     assert size <= budget, (size, budget)
     assign.write(plan, assign.formats_of(found.units, chosen), measure.weights.readers)
     plan.sensitivities[TOLD] = {
-        "budget": {**options.budgets, "bytes": budget + sizes.held},
-        "bytes": size + sizes.held,
-        "average_bits": 8 * (size + sizes.held) / sizes.weights,
+        "budget": {**options.budgets, "bytes": budget + stored.held},
+        "bytes": size + stored.held,
+        "average_bits": 8 * (size + stored.held) / stored.weights,
         "method": method,
-        **_measured(measure, problem, solution, refined, chosen),
-        "units": _rows(found.units, problem, chosen),
+        **result.told,
+        "units": _rows(found.units, heads, chosen),
     }
     return [*found.notes, *(permute(gm, plan, minor=True) if options.units == "heads" else [])]
+
+
+def _measure(
+    gm: fx.GraphModule, plan: Plan, found: sites.Sites, batches: Sequence[Sequence[Any]], outputs: Sequence[str]
+) -> Measure:
+    rounding = rounding_of(plan.recipe)
+    return Measure(gm, batches, units=found.units, tensors=plan.tensors, outputs=outputs, rounding=rounding)
+
+
+def _of_task(
+    measure: Measure, options: AllocationOptions, given: Given, labelled: Sequence[Any], outputs: Sequence[str]
+) -> Measured:
+    """What refinement measures: the task's loss where there is one, and something is refined."""
+    if given.loss is None or not options.refine or not options.task_weight:
+        return measure
+    return TaskMeasure(measure, given.loss, labelled, outputs, options.task_weight)
 
 
 def _scored(formats: list[Format], unit: Unit, given: Given) -> list[Format]:
@@ -140,7 +154,8 @@ def _analyzed(
         raise ValueError(explain(what, next_step="take method='quant-fisher', which sees the loss"))
     how = Options(
         method=method, formats=tuple(dict.fromkeys((*options.formats, *options.embeddings))), by=options.units,
-        task_weight=options.task_weight, heads=False, caches=False, measure=0 if method == FISHER else 4,
+        task_weight=options.task_weight, heads=False, caches=False, wholes=options.units == "heads",
+        measure=0 if method == FISHER else 4,
     )  # fmt: skip
     sensitivity, notes = score_graph(
         gm, batches, how, outputs=outputs, loss=given.loss, labelled=given.labelled, skip=found.skip,
@@ -165,18 +180,6 @@ def problem_of(units: Sequence[Unit], choices: Mapping[str, Sequence[Choice]], o
     return Problem(choices, ties, options.classes, {unit.name: unit.layer for unit in units}, tiles)
 
 
-def some(batches: Sequence[Sequence[Any]], samples: int) -> list[Sequence[Any]]:
-    """The first batches that hold so many positions: [B, T] of the largest input of each, at least one batch."""
-    found: list[Sequence[Any]] = []
-    count = 0
-    for batch in batches:
-        if count < samples:
-            found.append(batch)
-        sizes = [math.prod(value.shape[:2]) for value in batch if isinstance(value, Tensor) and value.dim()]
-        count += max(sizes, default=1)
-    return found
-
-
 def _beside(gm: fx.GraphModule, options: AllocationOptions, plan: Plan) -> int:
     """Bytes of caches, in the format of the options or those of the plan, and of activations at the batch and the
     context of the options."""
@@ -189,10 +192,10 @@ def _beside(gm: fx.GraphModule, options: AllocationOptions, plan: Plan) -> int:
     return costs.memory(cache=fmt, batch=options.batch, sequence=new, context=old) - costs.weights()
 
 
-def _budget(sizes: Sizes, problem: Problem, measure: Measure, options: AllocationOptions) -> int:
+def _budget(stored: Stored, problem: Problem, measure: Measure, options: AllocationOptions) -> int:
     """Bytes for the units."""
     if options.max_loss is None:
-        return sizes.budget(options)
+        return stored.budget(options)
     perplexity = Perplexity(measure)
     low, high = (sum(int(pick(group.bytes)) for group in problem.groups) for pick in (np.min, np.max))
     return least_bytes(
@@ -200,23 +203,17 @@ def _budget(sizes: Sizes, problem: Problem, measure: Measure, options: Allocatio
     )
 
 
-def _measured(
-    measure: Measure, problem: Problem, solution: Solution, refined: Refined, chosen: Assignment
-) -> dict[str, Any]:
-    """What was predicted and measured."""
-    return {
-        "predicted": problem.value(chosen)[1], "gap": solution.gap, "measured_before": refined.before,
-        "measured": measure.kld(chosen), "what": measure.what, "evaluations": measure.evaluations,
-    }  # fmt: skip
-
-
 def _rows(units: Sequence[Unit], problem: Problem, chosen: Mapping[str, Format]) -> dict[str, dict[str, Any]]:
     """unit -> what is told about it."""
     found = {}
-    for unit in units:
-        choice = next(c for c in problem.choices[unit.name] if c.format == chosen[unit.name])
-        found[unit.name] = {
-            "kind": unit.kind, "layer": unit.layer, "head": unit.head, "format": str(choice.format),
-            "bytes": unit.nbytes(choice.format), "elements": unit.elements, "score": choice.score,
-        }  # fmt: skip
+    for own in by_weight(units).values():
+        size = assign.nbytes(own, chosen)
+        apart = sum(unit.nbytes(chosen[unit.name]) for unit in own)  # neighbours share groups and padding
+        for unit in own:
+            choice = next(c for c in problem.choices[unit.name] if c.format == chosen[unit.name])
+            found[unit.name] = {
+                "kind": unit.kind, "layer": unit.layer, "head": unit.head, "format": str(choice.format),
+                "bytes": round(unit.nbytes(choice.format) * size / apart), "elements": unit.elements,
+                "score": choice.score,
+            }  # fmt: skip
     return found

@@ -13,7 +13,7 @@ from torch import fx
 
 from qfx import annotation, graph, segments
 from qfx.allocation.problem import Assignment, Problem
-from qfx.analysis.units import Unit, by_weight
+from qfx.analysis.units import Unit, by_weight, shape_of
 from qfx.analysis.weights import formats_of as formats_of_weight
 from qfx.annotation import Formats
 from qfx.format import Format
@@ -27,13 +27,6 @@ def formats_of(units: Iterable[Unit], assignment: Mapping[str, Format]) -> dict[
         each = tuple(assignment[unit.name] for unit in own)
         found[fqn] = each[0] if len(set(each)) == 1 else formats_of_weight(own, each)
     return found
-
-
-def shape_of(own: Sequence[Unit]) -> tuple[int, ...]:
-    """The shape of the whole weight of which these are the units."""
-    axis = own[0].axis
-    size = 0 if axis is None else sum(unit.shape[axis] for unit in own)
-    return tuple(size if i == axis else n for i, n in enumerate(own[0].shape))
 
 
 def nbytes(units: Iterable[Unit], assignment: Mapping[str, Format]) -> int:

@@ -21,7 +21,7 @@ _STEPS = 12  # of a bisection: to a 4000th of the span
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Stored:
     """What is stored. least: fewest bytes of the units. elements: of the units. fixed: FQN -> (elements, bytes) of
     weights whose format a rule for their name gives. rules: FQN -> that rule, in words. rest: bytes of all others.
     beside: bytes of caches and activations, which a device must have room for, too."""

@@ -18,7 +18,6 @@ from typing import Any
 
 from torch import fx
 
-from qfx.allocation.allocate import some
 from qfx.allocation.problem import Assignment, Choice, Problem
 from qfx.allocation.refine import refine
 from qfx.allocation.solve import solve
@@ -26,7 +25,7 @@ from qfx.analysis.attentions import find
 from qfx.analysis.caches import Cache, CacheScores, caches
 from qfx.analysis.gradients import gather
 from qfx.analysis.losses import General
-from qfx.analysis.measured import Measure, main_output, positions
+from qfx.analysis.measured import Measure, main_output, positions, some
 from qfx.analysis.weights import Weights
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +17,19 @@ from qfx.errors import explain
 from qfx.format import Format
 
 Assignment = dict[str, Format]  # unit -> format
+
+
+class Measured(Protocol):
+    """A `Measure`, or a `TaskMeasure`: what tells the loss of an assignment."""
+
+    what: str
+
+    @property
+    def evaluations(self) -> int: ...
+
+    def kld(self, assignment: Assignment) -> float: ...
+
+    def anchor(self, assignment: Assignment) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,11 @@ class Problem:
         for name in self.choices:
             members.setdefault(top(name), []).append(name)
         return [self._group(tuple(names)) for names in members.values()]
+
+    @property
+    def least(self) -> int:
+        """The fewest bytes: the smallest choice of every group."""
+        return sum(int(group.bytes.min()) for group in self.groups)
 
     def _group(self, names: tuple[str, ...]) -> Group:
         of = [{choice.format: choice for choice in self.choices[name]} for name in names]

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qfx.allocation.problem import Assignment, Choice, Group, Problem
-from qfx.allocation.solve import solve
-from qfx.analysis.measured import Measure
+from qfx.allocation.problem import Assignment, Choice, Group, Measured, Problem
+from qfx.allocation.solve import price, solve
 from qfx.format import Format
 
 _TRIES = 5  # charges in a round
@@ -33,7 +32,7 @@ class Refined:
 
 
 def refine(
-    measure: Measure, problem: Problem, start: Assignment, budget: int, *, evaluations: int,
+    measure: Measured, problem: Problem, start: Assignment, budget: int, *, evaluations: int,
     advance: Callable[[], None] = lambda: None,
 ) -> Refined:  # fmt: skip
     """Change `start` within the budget and the constraints of `problem`; what is measured never gets worse.
@@ -62,7 +61,7 @@ def refine(
 
 class _Search:
     def __init__(
-        self, measure: Measure, problem: Problem, budget: int, evaluations: int, advance: Callable[[], None]
+        self, measure: Measured, problem: Problem, budget: int, evaluations: int, advance: Callable[[], None]
     ) -> None:
         self.measure, self.problem, self.budget = measure, problem, budget
         self.left, self.advance = evaluations, advance
@@ -94,26 +93,17 @@ class _Search:
     def _changes(self, current: Assignment, count: int) -> list[tuple[str, Format]]:
         """Changes of a group's format, those first that cost the least at the price that a byte has; late layers
         first among those that are chosen, which are measured soonest."""
-        price = self._price()
+        dear = price(self.problem, self.budget)
         found: list[tuple[float, int, Format]] = []
         groups = self.problem.groups
         for number, group in enumerate(groups):
             at = group.formats.index(current[group.units[0]])
-            cost = (group.score - group.score[at]) + price * (group.bytes - group.bytes[at])
+            cost = (group.score - group.score[at]) + dear * (group.bytes - group.bytes[at])
             order = [i for i in cost.argsort(kind="stable") if i != at][:_EACH]
             found += [(float(cost[i]), number, group.formats[i]) for i in order]
         found.sort(key=lambda change: change[:2])
         chosen = sorted(found[:count], key=lambda change: -change[1])
         return [(groups[number].units[0], fmt) for _, number, fmt in chosen]
-
-    def _price(self) -> float:
-        """Predicted loss that a byte saves at this budget."""
-        least = sum(int(group.bytes.min()) for group in self.problem.groups)
-        below = max(least, round(0.99 * self.budget))
-        if below >= self.budget:
-            return 0.0
-        low, high = (solve(self.problem, size, exact=False).score for size in (below, self.budget))
-        return max(0.0, (low - high) / (self.budget - below))
 
     def _of(
         self, groups: dict[str, Group], gains: dict[str, dict[Format, float]], current: Assignment, charge: float

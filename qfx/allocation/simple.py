@@ -20,12 +20,11 @@ from torch import fx
 
 from qfx import annotation, graph
 from qfx.allocation import assign
-from qfx.allocation.allocate import some
 from qfx.allocation.perplexity import Perplexity
 from qfx.allocation.predict import Scores
 from qfx.allocation.problem import Assignment
 from qfx.analysis.attentions import Attention
-from qfx.analysis.measured import Measure
+from qfx.analysis.measured import Measure, some
 from qfx.analysis.units import Unit
 from qfx.analysis.units import units as find_units
 from qfx.analysis.weights import Weights, rounding_of

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from qfx import annotation, graph
-from qfx.allocation.budget import Sizes
-from qfx.analysis.units import Unit
+from qfx.allocation.budget import Stored
+from qfx.analysis.units import Unit, by_weight, shape_of
 from qfx.analysis.units import units as find_units
 from qfx.errors import Note, explain
 from qfx.format import Format
@@ -35,10 +35,14 @@ class Sites:
     skip: list[str] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
 
-    def sizes(self, candidates: Mapping[str, Sequence[Format]]) -> Sizes:
-        """What is stored, with the smallest of the candidates of each unit."""
-        least = sum(min(unit.nbytes(fmt) for fmt in candidates[unit.name]) for unit in self.units)
-        return Sizes(least, sum(unit.elements for unit in self.units), self.rest, fixed=self.fixed, rules=self.rules)
+    def stored(self, candidates: Mapping[str, Sequence[Format]]) -> Stored:
+        """What is stored, with the smallest of the candidates of each unit, or of the whole weight."""
+        least = 0
+        for fqn, own in by_weight(self.units).items():
+            apart = sum(min(unit.nbytes(fmt) for fmt in candidates[unit.name]) for unit in own)
+            common = [fmt for fmt in candidates[own[0].name] if all(fmt in candidates[unit.name] for unit in own)]
+            least += min([apart, *(nbytes(fmt, shape_of(own), fqn) for fmt in common)])
+        return Stored(least, sum(unit.elements for unit in self.units), self.rest, fixed=self.fixed, rules=self.rules)
 
 
 def find(gm: fx.GraphModule, recipe: Recipe, options: AllocationOptions) -> Sites:

@@ -50,7 +50,7 @@ def solve(problem: Problem, budget: int, *, exact: bool | None = None, seconds: 
     Raises ValueError for a budget below the fewest bytes, which are named, and where tiles leave no solution.
     """
     groups = problem.groups
-    least = sum(int(group.bytes.min()) for group in groups)
+    least = problem.least
     if budget < least:
         raise ValueError(
             explain(
@@ -64,13 +64,28 @@ def solve(problem: Problem, budget: int, *, exact: bool | None = None, seconds: 
     kept, bound = groups, None
     if problem.classes is not None:
         kept, bound = _with_classes(groups, budget, problem.classes)
-    chosen, relaxed = _hull(kept, budget)
-    _spend(kept, chosen, budget)
-    found = _solution(kept, chosen, relaxed if bound is None else bound)
+    chosen, lower = relaxed(kept, budget)
+    found = _solution(kept, chosen, lower if bound is None else bound)
     small = sum(len(group.formats) for group in groups) <= _BINARIES
     if exact or (exact is None and small and found.gap > _CLOSE):
         return _exact(problem, groups, budget, seconds, found)
     return found
+
+
+def price(problem: Problem, budget: int) -> float:
+    """Predicted loss that a byte saves at this budget."""
+    below = max(problem.least, round(0.99 * budget))
+    if below >= budget:
+        return 0.0
+    low, high = (solve(problem, size, exact=False).score for size in (below, budget))
+    return max(0.0, (low - high) / (budget - below))
+
+
+def relaxed(groups: Sequence[Group], budget: int) -> tuple[list[int], float]:
+    """(the choice of each group, by the fast way; a bound on the score). The smallest choices are within the budget."""
+    chosen, bound = _hull(groups, budget)
+    _spend(groups, chosen, budget)
+    return chosen, bound
 
 
 def _solution(groups: Sequence[Group], chosen: Sequence[int], bound: float) -> Solution:
@@ -82,7 +97,7 @@ def _solution(groups: Sequence[Group], chosen: Sequence[int], bound: float) -> S
 
 def _steps(group: Group) -> tuple[int, list[tuple[float, int, int, float]]]:
     """The smallest choice, and the steps along the lower hull: (score gained per byte, choice, bytes, score gained)."""
-    order = sorted(range(len(group.formats)), key=lambda i: (group.bytes[i], group.score[i]))
+    order = sorted(range(len(group.bytes)), key=lambda i: (group.bytes[i], group.score[i]))
     hull = [order[0]]
 
     def slope(a: int, b: int) -> float:
@@ -240,7 +255,7 @@ def _exact(problem: Problem, groups: Sequence[Group], budget: int, seconds: floa
     rows = _Rows(int(starts[-1]))
     for start, stop in pairwise(starts):
         rows.add(dict.fromkeys(range(start, stop), 1.0), 1, 1)
-    unit = max(1.0, budget / _UNIT)
+    unit = float(size.max()) or 1.0  # no entry above 1: rows are kept to an absolute 1e-6
     rows.add(dict(enumerate(size / unit)), -np.inf, budget / unit)
     if problem.classes is not None:
         _class_rows(rows, groups, starts, problem.classes)

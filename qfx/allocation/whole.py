@@ -1,60 +1,64 @@
-"""Heads of one format, as a place to start from: where a model gains nothing from mixed heads, it shall lose nothing.
+"""Each weight in one format, as a place to start from: a model that gains nothing from mixed heads loses nothing.
 
-    q_proj.q0: u3   q_proj.q1: u2   o_proj.o0: u4  ...       each head by itself: more choices, more bytes of padding
-    q_proj.q*: u3                   o_proj.o*: u3  ...       each weight whole
+    q_proj.q0: u3/g64   q_proj.q1: u3/g64   o_proj.o0: u2/g64   o_proj.o1: u2/g64
 
-Errors in the predicted losses of many small units add up in what is chosen by them, and columns that are stored apart
-pad their scales and zero points. Both are measured, and refinement goes on from the better.
+The bytes are those of whole weights: columns of neighbouring heads share groups, and their zero points share bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
-from qfx.allocation import assign
+from qfx.allocation.predict import Scores, errors
 from qfx.allocation.problem import Choice, Problem
-from qfx.allocation.solve import Solution, solve
-from qfx.analysis.measured import Measure
-from qfx.analysis.units import Unit, by_weight
+from qfx.analysis.units import Unit, by_weight, shape_of, wholes
+from qfx.analysis.weights import Weights
+from qfx.format import Format
 from qfx.segments import nbytes
 
 
-def joined(units: Sequence[Unit], choices: Mapping[str, Sequence[Choice]], problem: Problem) -> Problem | None:
-    """`problem` with all units of a weight tied, and the bytes of the whole weight, which its first unit carries.
-
-    Without formats of which a group is wider than a head's columns: their loss over several heads is not known. None
-    where no unit is part of a weight, or a weight has no other format.
-    """
+def joined(
+    units: Sequence[Unit], candidates: Mapping[str, Sequence[Format]], scores: Scores, problem: Problem
+) -> Problem | None:
+    """`problem` with all units of a weight tied, with the bytes and scores of the whole weight, which its first unit
+    carries. scores: of units, and of whole weights by their names. None where no unit is part of a weight."""
     found: dict[str, Sequence[Choice]] = {}
     ties = []
     for fqn, own in by_weight(units).items():
-        shape = assign.shape_of(own)
-        width = own[0].shape[1] if own[0].axis == 1 else None
+        if own[0].axis is None:
+            found[own[0].name] = problem.choices[own[0].name]
+            continue
+        shape, score = shape_of(own), scores[fqn]
         for number, unit in enumerate(own):
-            found[unit.name] = [
-                replace(choice, bytes=0 if number else nbytes(choice.format, shape, fqn))
-                for choice in choices[unit.name]
-                if width is None or (choice.format.group or 0) <= width
-            ]
-            if not found[unit.name]:
-                return None
-        if len(own) > 1:
-            ties.append(tuple(unit.name for unit in own))
+            known = [fmt for fmt in candidates[unit.name] if str(fmt) in score]
+            figures = [(0, 0.0) if number else (nbytes(fmt, shape, fqn), score[str(fmt)]) for fmt in known]
+            found[unit.name] = [Choice(unit.name, fmt, *two) for fmt, two in zip(known, figures, strict=True)]
+        ties.append(tuple(unit.name for unit in own))
     if not ties:
         return None
     return Problem(found, (*problem.ties, *ties), problem.classes, problem.layers)
 
 
-def better(
-    measure: Measure, units: Sequence[Unit], choices: Mapping[str, Sequence[Choice]], problem: Problem,
-    solution: Solution, budget: int, *, seconds: float,
-) -> tuple[Problem, Solution]:  # fmt: skip
-    """(problem, solution) as they are, or those of whole weights, whichever the model loses less by."""
-    other = joined(units, choices, problem)
-    if other is None:
-        return problem, solution
-    found = solve(other, budget, seconds=seconds)
-    if measure.kld(found.assignment) < measure.kld(solution.assignment):
-        return other, found
-    return problem, solution
+def told(weights: Weights, units: Sequence[Unit], candidates: Mapping[str, Sequence[Format]], scores: Scores) -> Scores:
+    """`scores`, with those of whole weights that are missing told by their units'.
+
+    The sum over units, times the error of the whole weight over the sum of theirs: where a group is wider than a head,
+    heads that are stored together have fewer scales than apart.
+    """
+    found = dict(scores)
+    own = by_weight(units)
+    for whole in wholes(units):
+        if whole.name in found:
+            continue
+        parts = own[whole.fqn]
+        formats = dict.fromkeys(candidates[parts[0].name])
+        total = {str(fmt): sum(scores[unit.name][str(fmt)] for unit in parts) for fmt in formats}
+        if parts[0].axis == 1:
+            each = [errors(weights, unit, formats) for unit in parts]
+            joint = errors(weights, whole, formats)
+            total = {
+                str(fmt): total[str(fmt)] * len(parts) * joint[fmt] / (sum(error[fmt] for error in each) or 1.0)
+                for fmt in formats
+            }
+        found[whole.name] = total
+    return found

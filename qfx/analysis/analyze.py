@@ -112,7 +112,7 @@ def inputs_of(model: nn.Module, batch: Any) -> Any:
 
 def _prepared(model: nn.Module, calls: list[Call]) -> tuple[list[list[Any]], tuple[str, ...], Any]:
     """(inputs of the graph by batch, names of its outputs, the prepared graph)."""
-    args, kwargs = calls[0]
+    args, kwargs = batches.roomiest(calls)
     captured = capture_export(model, args, kwargs if args else without_cache(model, kwargs))
     prepare(captured.gm)
     flat = [captured.flatten(a, k if a else without_cache(model, k)) for a, k in calls]

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from qfx import graph
 from qfx.analysis.losses import Objective
 from qfx.analysis.patterns import arguments
-from qfx.analysis.units import Unit
+from qfx.analysis.units import Unit, by_weight
 from qfx.analysis.weights import Weights
 from qfx.data import check_batch, telling
 from qfx.errors import explain
@@ -51,16 +51,18 @@ class Gathered:
 
 def gather(
     weights: Weights, program: Program, batches: Sequence[Sequence[Any]], outputs: Sequence[Any],
-    objective: Objective, *, first_order: bool = False, watch: Watch | None = None,
+    objective: Objective, *, more: Iterable[Unit] = (), first_order: bool = False, watch: Watch | None = None,
     values: dict[fx.Node, Callable[[Tensor, Tensor], None]] | None = None, bar: Progress | None = None,
 ) -> Gathered:  # fmt: skip
     """Run every batch forward and backward.
 
-    outputs: the nodes that the objective is given the values of. first_order: gather `gradient` and `taylor`, too.
-    watch: called with each attention and its arguments. values: node -> called with its value and gradient.
+    outputs: the nodes that the objective is given the values of. more: units beside those of `weights`. first_order:
+    gather `gradient` and `taylor`, too. watch: called with each attention and its arguments. values: node -> called
+    with its value and gradient.
     Raises ValueError, naming the batch, where the graph does not run on it or the loss is NaN or infinite.
     """
     run = _Run(weights, program, first_order, watch, values or {})
+    run.of = by_weight([*weights.units.values(), *more])
     names = [node.name for node in program.inputs]
     task = bar.add_task("gradients", total=len(batches)) if bar is not None else None
     for number, batch in enumerate(batches):
@@ -83,7 +85,7 @@ class _Run:
         values: dict[fx.Node, Callable[[Tensor, Tensor], None]],
     ) -> None:  # fmt: skip
         self.weights, self.program, self.watch, self.values = weights, program, watch, values
-        self.first_order = first_order
+        self.first_order, self.of = first_order, weights.of
         self.found = Gathered()
         self.fqns = {node: fqn for fqn, views in weights.readers.items() for node in next(iter(views.values()), [])}
         self.samples = 1
@@ -180,7 +182,7 @@ class _Run:
         if self.first_order:
             self._sum(self.found.gradient[fqn], slope, at)
             product = slope * (weight if at is None else weight[at])
-            for unit in self.weights.of[fqn]:
+            for unit in self.of[fqn]:
                 change = abs(float(cut(product, unit).sum()))
                 self.found.taylor[unit.name] = self.found.taylor.get(unit.name, 0.0) + change
 

@@ -85,9 +85,7 @@ class Task:
     factor: float = field(default=0.5, init=False)
 
     def __call__(self, outputs: Sequence[Any], number: int, samples: int) -> tuple[Tensor, float]:
-        alone = len(outputs) == 1 and tuple(self.names) in ((), ("output",))
-        given = outputs[0] if alone else Outputs(zip(self.names, outputs, strict=True))
-        value = self.loss(given, self.batches[number])
+        value = self.value(outputs, number)
         if not isinstance(value, Tensor) or value.dim() > 1 or not value.requires_grad:
             found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
@@ -98,6 +96,11 @@ class Task:
                 )
             )
         return (value.sum() if value.dim() else value * samples), samples
+
+    def value(self, outputs: Sequence[Any], number: int) -> Tensor:
+        """What the loss gives for batch `number`."""
+        alone = len(outputs) == 1 and tuple(self.names) in ((), ("output",))
+        return self.loss(outputs[0] if alone else Outputs(zip(self.names, outputs, strict=True)), self.batches[number])
 
 
 def find(loss: str | Loss) -> tuple[str, Loss]:

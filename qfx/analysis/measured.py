@@ -58,7 +58,7 @@ class Measure:
         self.caches = {cache.unit.name: cache for cache in caches}
         self.program.kept = {cache.node: cache.kept for cache in caches if cache.kept is not None}
         self.weights = Weights(gm, self.units, rounding=rounding, importance=importance)
-        self.output, self._main = main_output(gm, outputs)
+        self.output, self.main = main_output(gm, outputs)
         self.is_kld = self.output == "logits"
         self.what = what_of(self.output)
         self.rounded = any("x" in annotation.get(node) for node in self.program.nodes)
@@ -78,12 +78,16 @@ class Measure:
         its squares (see `what`). Raises ValueError for names that are no unit's.
         """
         total = weight = 0.0
-        for i, found in enumerate(self.outputs(assignment)):
-            kept = self._kept[i]
-            kept = kept if kept is not None and kept.shape == found.shape[:-1] else None
-            difference, size = _distance(self._wanted[i], found, kept, logits=self.is_kld)
+        for number, found in enumerate(self.outputs(assignment)):
+            difference, size = self.distance(number, found)
             total, weight = total + difference, weight + size
         return total / weight if weight else 0.0
+
+    def distance(self, number: int, found: Tensor) -> tuple[float, float]:
+        """(sum of differences, what it is to be divided by) of the main output of batch `number`, counted from 0."""
+        kept = self._kept[number]
+        kept = kept if kept is not None and kept.shape == found.shape[:-1] else None
+        return _distance(self._wanted[number], found, kept, logits=self.is_kld)
 
     def single(self, unit: str | Unit, fmt: Format) -> float:
         """`kld` where this unit alone is quantized. Measured once."""
@@ -95,6 +99,11 @@ class Measure:
 
     def outputs(self, assignment: Assignment) -> Iterator[Tensor]:
         """The main output of each batch with these formats."""
+        for (value,) in self.values(assignment, [self.main]):
+            yield value
+
+    def values(self, assignment: Assignment, nodes: Sequence[Any]) -> Iterator[list[Any]]:
+        """What these outputs of the graph are, for each batch, with these formats; what is no node stays."""
         self.check(assignment)
         self.evaluations += 1
         start, borders = max(
@@ -105,8 +114,8 @@ class Measure:
         for number, env in enumerate(borders[start], 1):
             with telling(number), torch.no_grad():
                 last = self.program.run(env, range(at, len(self.program.nodes)), placed, rounded=self.rounded)
-                value = self.program.look(self._main, last)
-            yield value  # outside of no_grad, which would else be the caller's, too
+                found = [self.program.look(node, last) if isinstance(node, fx.Node) else node for node in nodes]
+            yield found  # outside of no_grad, which would else be the caller's, too
 
     def anchor(self, assignment: Assignment) -> None:
         """Keep the borders of this assignment beside the float ones (in place of an earlier one's): assignments that
@@ -148,9 +157,9 @@ class Measure:
         if self.rounded:
             lane = Lane(self.program, self.batches[number : number + 1], rounded=False)
             lane.advance(len(self.program.nodes))
-            value = lane.value(0, self._main)
+            value = lane.value(0, self.main)
         else:
-            value = self.program.look(self._main, self._anchors[0][1][-1][number])
+            value = self.program.look(self.main, self._anchors[0][1][-1][number])
         if not torch.isfinite(value).all():
             raise ValueError(
                 explain(
@@ -214,6 +223,19 @@ def positions(program: Program, batch: Sequence[Any]) -> Tensor | None:
         if node.meta.get("qfx_name", node.name) == "attention_mask" and isinstance(value, Tensor) and value.dim() == 2:
             return value != 0
     return None
+
+
+def some(batches: Sequence[Sequence[Any]], count: int) -> list[Sequence[Any]]:
+    """The first batches that hold `count` positions ([B, T] of the largest input of each), at least one batch."""
+    found: list[Sequence[Any]] = []
+    seen = 0
+    for batch in batches:
+        if found and seen >= count:
+            break
+        found.append(batch)
+        sizes = [math.prod(value.shape[:2]) for value in batch if isinstance(value, Tensor) and value.dim()]
+        seen += max(sizes, default=1)
+    return found
 
 
 def _distance(wanted: Tensor, found: Tensor, kept: Tensor | None, *, logits: bool) -> tuple[float, float]:

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from torch import Tensor, fx
 
 from qfx.analysis.attentions import Attention
@@ -20,17 +19,18 @@ from qfx.analysis.caches import Cache, CacheScores, caches
 from qfx.analysis.gradients import gather
 from qfx.analysis.head_types import Head
 from qfx.analysis.losses import General, Loss, Objective, Task, find
-from qfx.analysis.measured import Measure, main_output, output_nodes, positions, what_of
+from qfx.analysis.measured import Measure, main_output, output_nodes, positions, some, what_of
 from qfx.analysis.patterns import Patterns
 from qfx.analysis.scores import FIRST_ORDER, METHODS, Scores, scores
 from qfx.analysis.sensitivity import Sensitivity
-from qfx.analysis.units import Unit
+from qfx.analysis.units import Unit, wholes
 from qfx.analysis.units import units as find_units
 from qfx.analysis.weights import Weights
 from qfx.blocks import layer_of
 from qfx.errors import Note, nearest
 from qfx.format import Format
 from qfx.lanes import Program
+from qfx.passes.calibrate import progress_bar
 
 FORMATS = (
     "u2/g64/f16", "u2/g32/f16", "u3/g64/f16", "u3/g32/f16", "u4/g128/f16", "u4/g64/f16", "u4/g32/f16", "u5/g64/f16",
@@ -47,7 +47,8 @@ class Options:
     """How to analyze. method: one of METHODS, or "all". measure: units of each kind that are measured, 0: none.
 
     task_weight: share of the task's scores where there is a task, the rest is the general ones'. seed: of drawn labels.
-    rounding: of weights, see `qfx.rounding`. heads: tell the types of heads. caches: score the key-value cache.
+    rounding: of weights, see `qfx.rounding`. heads: tell the types of heads. caches: score the key-value cache. wholes:
+    score each weight that heads cut as one unit, too.
     """
 
     method: str = "quant-fisher"
@@ -59,6 +60,7 @@ class Options:
     seed: int = 0
     heads: bool = True
     caches: bool = True
+    wholes: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in (*METHODS, "all"):
@@ -98,13 +100,13 @@ def score_graph(
     found, attentions, notes = find_units(gm, by=options.by, skip=skip)
     if not found:
         raise ValueError("the model has no weight that could have a format, so there is nothing to analyze")
-    with _bar(progress) as bar:
+    with progress_bar(progress) as bar:
         job = _Job(gm, batches, options, found, attentions, list(outputs), bar)
         made = job.scored(loss, labelled)
         notes += _without_loss(found, made)
         heads, missing = job.heads() if options.heads and attentions else ((), [])
         sensitivity = Sensitivity(
-            units=(*found, *(cache.unit for cache in job.caches)),
+            units=(*found, *job.wholes, *(cache.unit for cache in job.caches)),
             formats=(*options.formats, *(CACHE_FORMATS if job.caches else ())),
             scores=made, heads=tuple(heads), what=job.what, notes=tuple(map(str, [*notes, *missing])),
         )  # fmt: skip
@@ -122,6 +124,7 @@ class _Job:
     ) -> None:  # fmt: skip
         self.gm, self.batches, self.options, self.units, self.bar = gm, batches, options, units, bar
         self.attentions, self.outputs = attentions, outputs
+        self.wholes = wholes(units) if options.wholes else []
         self.weights = Weights(gm, units, rounding=options.rounding)
         self.weights.check_finite()
         self.program = Program(gm)
@@ -150,14 +153,15 @@ class _Job:
         fresh = not self.patterns.seen
         watched = (self.options.heads or "outlier" in methods) and fresh
         found = gather(
-            self.weights, self.program, self.batches, nodes, objective,
+            self.weights, self.program, self.batches, nodes, objective, more=self.wholes,
             first_order=not set(FIRST_ORDER).isdisjoint(methods), watch=self.patterns.watch if watched else None,
             values=of_caches.hooks, bar=self.bar,
         )  # fmt: skip
         outliers = _of_units(self.patterns.outliers(), self.units, self.attentions)
         made = scores(
-            self.weights, self.units, formats, methods, found, factor=objective.factor, outliers=outliers, bar=self.bar
-        )
+            self.weights, [*self.units, *self.wholes], formats, methods, found, factor=objective.factor,
+            outliers=outliers, bar=self.bar,
+        )  # fmt: skip
         if "quant-fisher" in made:
             made["quant-fisher"] |= of_caches.scores(objective.factor, found.weight)
         return made
@@ -173,7 +177,7 @@ class _Job:
     def measured(self, made: dict[str, Scores], tensors: dict[str, Tensor] | None) -> Scores:
         """Losses of some units of each kind, at some bits: those at even steps of the scores."""
         measure = Measure(
-            self.gm, _some(self.batches), units=self.units, caches=self.caches, tensors=tensors,
+            self.gm, some(self.batches, _MEASURED_ROWS), units=self.units, caches=self.caches, tensors=tensors,
             rounding=self.options.rounding, outputs=self.outputs,
         )  # fmt: skip
         first = next(iter(made.values()))
@@ -194,17 +198,6 @@ def _without_loss(units: Sequence[Unit], made: dict[str, Scores]) -> list[Note]:
         Note(fqn, reason, "leave it out by a recipe that ignores it, or give a loss", minor=True)
         for fqn in sorted(idle)
     ]
-
-
-def _some(batches: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
-    """The first batches, as many as have enough positions."""
-    total = 0
-    for number, batch in enumerate(batches, 1):
-        first = next((value for value in batch if isinstance(value, Tensor) and value.dim()), None)
-        total += 0 if first is None else first[..., 0].numel() if first.dim() > 2 else first.numel()
-        if total >= _MEASURED_ROWS:
-            return batches[:number]
-    return batches
 
 
 def _sample(units: Sequence[Unit], made: Scores, count: int) -> list[tuple[str, str]]:
@@ -253,10 +246,3 @@ def _of_units(
         if values:
             found[unit.name] = sum(values) / len(values)
     return found
-
-
-def _bar(progress: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(), console=Console(stderr=True), disable=not progress, transient=True,
-    )  # fmt: skip

@@ -10,7 +10,7 @@ each table. units="layers": each weight is one unit. A weight that several calls
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,6 +94,22 @@ def by_weight(units: Iterable[Unit]) -> dict[str, list[Unit]]:
     for unit in units:
         found.setdefault(unit.fqn, []).append(unit)
     return found
+
+
+def wholes(units: Iterable[Unit]) -> list[Unit]:
+    """The whole of each weight that is cut, as one unit that has the weight's name."""
+    return [
+        Unit(fqn, fqn, "linear", own[0].layer, shape_of(own))
+        for fqn, own in by_weight(units).items()
+        if own[0].axis is not None
+    ]
+
+
+def shape_of(own: Sequence[Unit]) -> tuple[int, ...]:
+    """The shape of the whole weight of which these are the units."""
+    axis = own[0].axis
+    size = 0 if axis is None else sum(unit.shape[axis] for unit in own)
+    return tuple(size if i == axis else n for i, n in enumerate(own[0].shape))
 
 
 def _of(node: fx.Node, kind: str, cuts: Iterable[tuple[str, Projection, str]]) -> list[Unit]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ from rich.console import Console
 
 from qfx import hub
 from qfx.cli.models import DEFAULT_LENGTH, TextOptions, batches, check_device
+from qfx.cli.questions import question_batches, read_questions
 from qfx.cli.terminal import step
 from qfx.data import fitting, python_help, read_texts
 
-_LABELLED = ("classification", "embedding")
+_FIELDS = {
+    "classification": "{text!r} and {label!r}", "embedding": "{text!r} and {label!r}",
+    "qa": "'question', 'context' and 'answer'",
+}  # fmt: skip
 _SAMPLES = 64
 
 
@@ -50,21 +55,18 @@ def run(
         figure(1, 1)  # refuses where there is no matplotlib
     if asked.task is not None:
         find(asked.task)
-    if asked.task == "qa":
-        raise ValueError("questions are not read from files\n  next step: qfx.analyze(model, batches, loss='qa')")
     place = check_device(device)
-    labelled = asked.task in _LABELLED
+    labelled = asked.task in _FIELDS
     if labelled and (text.file is None or text.file.suffix.lower() not in (".jsonl", ".ndjson")):
         raise ValueError(
-            f"the task {asked.task!r} needs labels\n  expected: --data FILE.jsonl with fields {text.field!r} and "
-            f"{asked.label!r} in each line\n  found: {text.file or 'no data'}"
+            f"the task {asked.task!r} needs labels\n  expected: --data FILE.jsonl with fields "
+            f"{_FIELDS[str(asked.task)].format(text=text.field, label=asked.label)} in each line\n"
+            f"  found: {text.file or 'no data'}"
         )
-    texts = python_help() if text.file is None else read_texts(text.file, text.field)
-    labels = read_labels(text.file, asked.label) if labelled and text.file is not None else None
+    read = _reader(text, asked)
     with step(console, f"load {model}"):
         loaded = hub.load(model, device=place)
-    samples = text.samples or _SAMPLES
-    made = batches(loaded, texts, text, samples) if labels is None else pairs(loaded, texts, labels, text, samples)
+    made = read(loaded)
     with step(console, f"analyze {len(made)} batches", spinner=False):
         found = analyze(
             loaded.model, made, loss=asked.task, method=asked.method, formats=asked.formats, units=asked.units,  # type: ignore[arg-type]
@@ -77,6 +79,19 @@ def run(
         from qfx.pictures.report import analysis
 
         analysis(found, title=f"Sensitivity of {Path(model).name}").write(html_file)
+
+
+def _reader(text: TextOptions, asked: Asked) -> Callable[[hub.Loaded], list[dict[str, Any]]]:
+    """What makes batches for a model; the file is read before the model is."""
+    samples = text.samples or _SAMPLES
+    if text.file is not None and asked.task == "qa":
+        questions = read_questions(text.file)
+        return lambda loaded: question_batches(loaded, questions, text, samples)
+    texts = python_help() if text.file is None else read_texts(text.file, text.field)
+    if text.file is None or asked.task not in _FIELDS:
+        return lambda loaded: batches(loaded, texts, text, samples)
+    labels = read_labels(text.file, asked.label)
+    return lambda loaded: pairs(loaded, texts, labels, text, samples)
 
 
 def read_labels(file: Path, field: str) -> list[int]:

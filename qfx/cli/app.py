@@ -318,7 +318,7 @@ def analyze(
     model: Model,
     data: Text = None,
     task: Annotated[
-        str | None, typer.Option(help="causal-lm, classification or embedding; left out: the model's own distribution.")
+        str | None, typer.Option(help="causal-lm, classification, qa or embedding; left out: the model's own output.")
     ] = None,
     label: Annotated[str, typer.Option(help="Name of the label in each line of a .jsonl file.")] = "label",
     method: Annotated[str, typer.Option(help="How to score, or all.")] = "quant-fisher",

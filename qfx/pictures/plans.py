@@ -88,6 +88,12 @@ def _facts(told: Mapping[str, Any], bits: str) -> dict[str, str]:
     facts["predicted loss"] = number(told["predicted"])
     if told.get("measured_before") is not None:
         facts["measured before refinement"] = number(told["measured_before"])
+    if judged := told.get("judged"):
+        other = f"cut by heads {number(judged['heads'])}" if judged["heads"] is not None else "no cut by heads"
+        facts["whole weights or heads"] = (
+            f"{'heads' if judged['better'] == 'heads' else 'whole weights'}: {other}, whole weights "
+            f"{number(judged['layers'])}, measured on {judged['on']}"
+        )
     return {**facts, "measured": f"{number(told['measured'])} {told['what']}"}
 
 

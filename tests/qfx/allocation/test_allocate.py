@@ -10,7 +10,7 @@ from torch import nn
 
 import qfx
 from qfx import measure
-from qfx.allocation.allocate import problem_of, some
+from qfx.allocation.allocate import problem_of
 from qfx.allocation.problem import Choice
 from qfx.analysis.units import Unit
 from qfx.annotation import each, from_json
@@ -54,6 +54,20 @@ def test_a_plan_keeps_its_budget_and_tells_it(kind: str, units: Any) -> None:
     assert any(row["head"] is not None for row in told["units"].values()) == (units == "heads")
     assert told["measured"] <= told["measured_before"]
     assert told["predicted"] > 0
+
+
+def test_heads_begin_where_whole_weights_end() -> None:
+    """What `judged` compares: the plan of whole weights, and the same with weights cut by heads. Here on other data."""
+    model, data = causal(batches=4)
+    few = recipe(samples=36)
+    heads, layers = (qfx.plan(model, few, data, units=units, avg_bits=3.5) for units in ("heads", "layers"))
+    judged = heads.sensitivities["allocation"]["judged"]
+    assert judged["on"] == "data kept apart"
+    assert {fqn: layers.annotations[fqn]["w"] for fqn in judged["whole"]} == judged["whole"]
+    cut = any(isinstance(roles["w"], list | dict) for roles in heads.annotations.values())
+    assert cut == (judged["better"] == "heads")
+    assert not cut or judged["heads"] < judged["layers"]
+    assert "judged" not in layers.sensitivities["allocation"]
 
 
 def test_what_is_measured_is_what_the_quantized_model_loses() -> None:
@@ -176,11 +190,22 @@ def test_a_task_tells_the_loss() -> None:
     labelled = [{**batch, "labels": batch["input_ids"]} for batch in data]
     made = qfx.plan(model, recipe(), labelled, avg_bits=4, loss="causal-lm")
     told = made.sensitivities["allocation"]
-    assert (told["method"], told["measured_before"]) == ("quant-fisher", None)
+    assert told["method"] == "quant-fisher"
+    assert told["what"] == "causal-lm: half the mean squared change of a sample's loss"
+    assert told["measured"] <= told["measured_before"]
     with pytest.raises(ValueError, match="method='measured' measures the divergence"):
         qfx.plan(model, recipe(method="measured"), labelled, avg_bits=4, loss="causal-lm")
     with pytest.raises(ValueError, match="labels"):
         qfx.plan(model, recipe(), data, avg_bits=4, loss="classification")
+
+
+@pytest.mark.slow
+def test_a_share_of_a_task_and_the_general_rest() -> None:
+    model, data = causal()
+    labelled = [{**batch, "labels": batch["input_ids"]} for batch in data]
+    mixed = qfx.plan(model, recipe(task_weight=0.5), labelled, avg_bits=4, loss="causal-lm")
+    what = mixed.sensitivities["allocation"]["what"]
+    assert what.startswith("0.5 of causal-lm") and what.endswith("0.5 of KL divergence, nats per position")
 
 
 @pytest.mark.parametrize(
@@ -257,12 +282,6 @@ def test_tiles_are_of_weights_that_heads_cut() -> None:
     assert problem_of(units, choices, AllocationOptions(avg_bits=4, tile=8)).tiles == []
     whole = problem_of(units, choices, AllocationOptions(avg_bits=4, tile=24))
     assert (whole.tiles, whole.ties) == ([], [("q0", "q1", "q2", "q3")]), "four heads are no whole number of tiles"
-
-
-def test_some_batches_hold_so_many_positions() -> None:
-    batch = [torch.zeros(2, 9, dtype=torch.int64), None, torch.zeros(2, 9)]
-    assert [len(some([batch] * 5, n)) for n in (1, 18, 19, 1000)] == [1, 1, 2, 5]
-    assert len(some([[torch.zeros(3)]] * 4, 6)) == 2
 
 
 @pytest.mark.filterwarnings("ignore::qfx.errors.QfxWarning")

@@ -7,7 +7,7 @@ from qfx import Format, annotation, graph
 from qfx.allocation import assign
 from qfx.allocation.predict import choices
 from qfx.allocation.problem import Problem
-from qfx.analysis.units import Unit, units
+from qfx.analysis.units import Unit, shape_of, units
 from qfx.analysis.weights import Weights
 from qfx.annotation import Columns
 from qfx.plan import Plan
@@ -36,9 +36,9 @@ def test_formats_are_those_of_annotations() -> None:
 
 
 def test_shape_of_the_whole() -> None:
-    assert assign.shape_of(rows(U4, U4, U4)[0]) == (24, 32)
-    assert assign.shape_of(columns(U4, U4)[0]) == (8, 48)
-    assert assign.shape_of([Unit("e", "e", "experts", "", (4, 9, 6))]) == (4, 9, 6)
+    assert shape_of(rows(U4, U4, U4)[0]) == (24, 32)
+    assert shape_of(columns(U4, U4)[0]) == (8, 48)
+    assert shape_of([Unit("e", "e", "experts", "", (4, 9, 6))]) == (4, 9, 6)
 
 
 def test_bytes_are_those_of_what_is_stored() -> None:

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from qfx.allocation.budget import Sizes, least_bytes
+from qfx.allocation.budget import Stored, least_bytes
 from qfx.method_options import AllocationOptions
 
-SIZES = Sizes(
+STORED = Stored(
     least=2500, elements=8000, rest=700, beside=3000, fixed={"head": (1000, 1100)},
     rules={"head": "the rule for '*head'"},
 )  # fmt: skip
@@ -28,7 +28,7 @@ def asked(**fields: float) -> AllocationOptions:
     ],
 )
 def test_budgets_are_bytes_of_the_units(budget: dict[str, float], found: int) -> None:
-    assert SIZES.budget(asked(**budget)) == found
+    assert STORED.budget(asked(**budget)) == found
 
 
 @pytest.mark.parametrize(
@@ -41,24 +41,24 @@ def test_budgets_are_bytes_of_the_units(budget: dict[str, float], found: int) ->
 def test_what_is_too_small_names_the_least_and_the_rules(budget: dict[str, float], least: str) -> None:
     ((name, value),) = budget.items()
     with pytest.raises(ValueError, match=f"the budget {name}={value:g} is too small\n  expected: at least") as error:
-        SIZES.budget(asked(**budget))
+        STORED.budget(asked(**budget))
     assert f"at least {name}={least}:" in str(error.value)
     assert "the rule for '*head' holds 1,100 bytes" in str(error.value)
     assert ("caches and activations take 3,000 bytes" in str(error.value)) == (name == "max_memory")
-    assert SIZES.budget(asked(**{name: type(value)(least)})) >= SIZES.least
+    assert STORED.budget(asked(**{name: type(value)(least)})) >= STORED.least
 
 
 def test_what_is_above_16_bits_is_refused() -> None:
-    assert SIZES.budget(asked(max_bytes=16000 + 1800)) == 16000
+    assert STORED.budget(asked(max_bytes=16000 + 1800)) == 16000
     with pytest.raises(ValueError, match=r"max_bytes=17801 is above what 16 bits for every weight take \(17800\)"):
-        SIZES.budget(asked(max_bytes=17801))
+        STORED.budget(asked(max_bytes=17801))
     with pytest.raises(ValueError, match=r"avg_bits=17 is above what 16 bits"):
-        SIZES.budget(asked(avg_bits=17))
+        STORED.budget(asked(avg_bits=17))
 
 
 def test_one_budget_is_needed() -> None:
     with pytest.raises(ValueError, match="one of avg_bits, max_bytes, ratio, max_memory, found {}"):
-        SIZES.budget(asked())
+        STORED.budget(asked())
     with pytest.raises(ValueError, match="one budget is needed, found avg_bits=3.0 and ratio=0.5"):
         asked(avg_bits=3, ratio=0.5)
 

@@ -38,7 +38,7 @@ def test_a_rule_for_a_name_holds_and_is_counted() -> None:
     elements = causal("llama")[0].get_parameter("lm_head.weight").numel()
     assert found.fixed == {"lm_head": (elements, Format.parse("i8/ch").nbytes((64, 32)))}
     assert found.rules == {"lm_head": "the rule for 'lm_head', w=i8/ch,"}
-    sizes = found.sizes({unit.name: [Format.parse("f16")] for unit in found.units})
+    sizes = found.stored({unit.name: [Format.parse("f16")] for unit in found.units})
     assert sizes.least == 2 * sizes.elements
     assert sizes.weights == sizes.elements + elements
 

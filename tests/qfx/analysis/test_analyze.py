@@ -168,7 +168,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     [
         (["--task", "classification"], "needs labels"),
         (["--task", "summary"], "there is no loss 'summary'"),
-        (["--task", "qa"], "questions are not read from files"),
+        (["--task", "qa"], "'question', 'context' and 'answer'"),
         (["--method", "magic"], "there is no method 'magic'"),
         (["--format", "i4/tok"], "no format of a weight"),
         (["--data", "gone.txt"], "gone.txt"),

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 import qfx
 from qfx import Format, annotation, measure
-from qfx.analysis.measured import Measure, main_output
+from qfx.analysis.measured import Measure, main_output, some
 from qfx.annotation import Columns
 from tests.qfx.analysis.models import captured, causal, ids, prepared
 from tests.tiny import build
@@ -174,3 +174,9 @@ def test_gradients_stay_on_for_the_caller() -> None:
     found = measured.outputs({})
     next(found)
     assert torch.is_grad_enabled()
+
+
+def test_some_batches_hold_so_many_positions() -> None:
+    batch = [torch.zeros(2, 9, dtype=torch.int64), None, torch.zeros(2, 9)]
+    assert [len(some([batch] * 5, n)) for n in (1, 18, 19, 1000)] == [1, 1, 2, 5]
+    assert len(some([[torch.zeros(3)]] * 4, 6)) == 2

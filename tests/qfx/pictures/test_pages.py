@@ -103,6 +103,23 @@ def test_the_page_of_a_plan() -> None:
     assert len(found.images) == 4
 
 
+@pytest.mark.parametrize(
+    ("heads", "better", "told"),
+    [
+        (0.0195, "heads", "heads: cut by heads 1.95e-02, whole weights 2.00e-02, measured on data kept apart"),
+        (0.021, "layers", "whole weights: cut by heads 2.10e-02, whole weights 2.00e-02"),
+        (None, "layers", "whole weights: no cut by heads, whole weights 2.00e-02"),
+    ],
+)
+def test_the_page_says_whether_heads_are_better(heads: float | None, better: str, told: str) -> None:
+    plan = some.plan()
+    assert "whole weights or heads" not in plans.allocation(plan).facts
+    plan.sensitivities["allocation"]["judged"] = {
+        "on": "data kept apart", "layers": 0.02, "heads": heads, "better": better, "whole": {},
+    }  # fmt: skip
+    assert plans.allocation(plan).facts["whole weights or heads"].startswith(told)
+
+
 def test_units_of_heads_are_of_their_weight() -> None:
     parts = {part.name: part for part in plans.parts_of(some.plan())}
     assert parts["layers.0.q_proj.q1"].fqn == "layers.0.q_proj" and parts["layers.0.up"].fqn == "layers.0.up"
