@@ -29,7 +29,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
 
     config: of the model that uses the cache. A token is rounded once, when it is stored, and its codes are never
     written again. The tokens of a call are read by that call as they came, and from the next call on as they come back;
-    a prompt is therefore read in float. Below 8 bits the first tokens and the newest stay in the model's dtype.
+    a prompt is therefore read in float. The newest tokens, and below 8 bits the first, stay in the model's dtype.
 
     Attention reads the codes tile by tile where the model runs as transformers' sdpa or eager attention; other
     implementations get floats of the whole history, and a QfxWarning says so (see `qfx.kv.states`). Layers with a

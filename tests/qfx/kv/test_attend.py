@@ -140,11 +140,11 @@ def test_no_float_copy_of_the_history_is_made(monkeypatch: pytest.MonkeyPatch) -
         view, q = filled(kv, 4096, batch=1, width=64), random(1, 6, 1, 64)
         history = 3 * 4096 * 64
         made.clear()
-        with torch.no_grad(), Sizes():
+        with torch.no_grad(), Sizes():  # type: ignore[no-untyped-call]
             attend(q, view, None, 0.3)
             scores(q, view)
         assert 0 < max(made) < history / 8
-        with Sizes():
+        with Sizes():  # type: ignore[no-untyped-call]
             view.dense(0)
         assert max(made) >= history, "the way of counting sees a copy"
 

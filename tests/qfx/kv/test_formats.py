@@ -23,14 +23,15 @@ def one(kv: Any) -> CacheFormat:
 def test_short_names(name: str) -> None:
     got = one(name)
     assert got.keys == got.values == (Format.parse(SHORT[name]),)
-    assert (got.residual, got.sinks) == ((0, 0) if name in ("i8", "fp8") else (16, 4))
+    assert (got.residual, got.sinks) == (16, 0 if name in ("i8", "fp8") else 4)
     assert one({"k": name, "v": name}) == one(SHORT[name]) == one(Format.parse(SHORT[name])) == got
 
 
 def test_residual_and_sinks_are_as_said() -> None:
     got = one({"k": "u4/g32/f16", "v": "i8", "residual": 0, "sinks": 7})
     assert (got.residual, got.sinks) == (0, 7)
-    assert one({"k": "i8", "v": "u2/g32/f16"}).residual == 16, "one of them below 8 bits is enough"
+    assert one({"k": "i8", "v": "u2/g32/f16"}).sinks == 4, "one of them below 8 bits is enough"
+    assert (one("f16").residual, one("f16").sinks) == (0, 0)
 
 
 def test_one_for_each_layer_or_one_for_all() -> None:
@@ -62,7 +63,8 @@ def test_json(kv: Any) -> None:
 
 
 def test_text() -> None:
-    assert str(one("i8")) == "k=i8/tok/f16 v=i8/tok/f16"
+    assert str(one("i8")) == "k=i8/tok/f16 v=i8/tok/f16 residual=16"
+    assert str(one("f16")) == "k=f16 v=f16"
     assert str(one({"k": ["i8", "i4"], "v": "i2"})) == "k=[i8/tok/f16,u4/g32/f16] v=u2/g32/f16 residual=16 sinks=4"
 
 
@@ -94,14 +96,14 @@ def test_refused(kv: Any, message: str) -> None:
 
 
 def test_bytes_by_hand() -> None:
-    assert one("i8").nbytes(2, 64, 100) == 100 * 2 * 2 * (64 + 2)
+    assert one("i8").nbytes(2, 64, 100) == 2 * 2 * (84 * (64 + 2) + 16 * 128)
     assert one("f16").nbytes(2, 64, 100, batch=3) == 3 * 100 * 2 * 2 * 64 * 2
     # 100 tokens: 4 sinks, 2 groups of 32, 16 + 16 float; of keys 1.5 + 3 bytes a channel and group, of values a token
     keys = 64 * 16 + 2 * 32 * 3
     values = 64 * (16 + 3)
     assert one("i4").nbytes(1, 32, 100) == keys + values + 36 * 64 * 2
     assert one("i4").nbytes(1, 32, 100, dtype=torch.float32) == keys + values + 36 * 64 * 4
-    assert one({"k": ["i8", "f16"], "v": "f16"}).nbytes(2, (64, 32), 10) == 10 * (66 + 128 + 2 * 64)
+    assert one({"k": ["i8", "f16"], "v": "f16", "residual": 0}).nbytes(2, (64, 32), 10) == 10 * (66 + 128 + 2 * 64)
 
 
 def test_bytes_against_half_precision() -> None:

@@ -202,7 +202,7 @@ def test_heads_that_the_formats_do_not_know_are_refused() -> None:
 
 
 def test_heads_of_the_same_formats_share_memory() -> None:
-    keys, values = pair(9, heads=4)
+    keys, values = pair(40, heads=4)
     store = made({"k": ["i8", "fp8", "i8", "i8"], "v": ["i8", "fp8", "i8", "i8"]}, (keys, values))
     store.append(keys, values)
     assert [part.heads.tolist() for part in store.parts if part.heads is not None] == [[0, 2, 3], [1]]

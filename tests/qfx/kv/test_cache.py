@@ -1,0 +1,263 @@
+"""`qfx.QuantizedCache` under unmodified models of transformers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import qfx
+from qfx.errors import QfxWarning
+from tests.zoo import randomize
+
+tf = pytest.importorskip("transformers", reason="the cache is one of transformers: pip install qfx[hf]")
+KINDS: tuple[Any, ...] = ("i8", "i4", {"k": "u4/g8/f16", "v": "u4/g8/f16", "residual": 0, "sinks": 1})
+
+
+def small(kind: str = "llama", **more: Any) -> Any:
+    """A decoder of two layers, 4 heads of queries and 2 of keys, with seeded weights."""
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": None, "attn_implementation": "sdpa", **more,
+    }  # fmt: skip
+    config = {"llama": tf.LlamaConfig, "mistral": tf.MistralConfig, "gemma3": tf.Gemma3TextConfig}[kind](**sizes)
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=sizes["attn_implementation"]).eval()
+    randomize(model, 0)
+    return model
+
+
+def ids(length: int = 40, batch: int = 2, seed: int = 0) -> Tensor:
+    return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: Tensor, cache: Any, sizes: tuple[int, ...] = (), **how: Any) -> Tensor:
+    """Of all tokens, in calls of `sizes` tokens, then of what is left."""
+    found, at = [], 0
+    for n in (*sizes, tokens.shape[1] - sum(sizes)):
+        found.append(model(input_ids=tokens[:, at : at + n], past_key_values=cache, **how).logits)
+        at += n
+    return torch.cat(found, 1)
+
+
+def drift(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("kv", "most"), [("f32", 1e-5), ("i8", 0.02), ("fp8", 0.08), ("i4", 0.15)])
+def test_logits_are_near_those_of_float(attention: str, kv: str, most: float) -> None:
+    model, tokens = small(attn_implementation=attention), ids(80)
+    expected = logits(model, tokens, tf.DynamicCache(config=model.config), (64, 3, 1, 1))
+    found = logits(model, tokens, qfx.QuantizedCache(model.config, kv), (64, 3, 1, 1))
+    assert torch.allclose(found[:, :64], expected[:, :64], atol=1e-5), "a prompt is read in float"
+    assert (0 if kv == "f32" else 1e-6) <= drift(found[:, 64:], expected[:, 64:]) <= most
+
+
+@pytest.mark.parametrize("kv", KINDS, ids=str)
+def test_sdpa_and_eager_agree(kv: Any) -> None:
+    found = [
+        logits(small(attn_implementation=a), ids(60), qfx.QuantizedCache(small().config, kv), (40, 7, 1, 1))
+        for a in ("sdpa", "eager")
+    ]
+    assert drift(*found) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"do_sample": True, "top_k": 20}, {"num_beams": 3, "early_stopping": True}], ids=str
+)
+def test_generate(how: dict[str, Any]) -> None:
+    model = small()
+    found = []
+    for cache in (tf.DynamicCache(config=model.config), qfx.QuantizedCache(model.config, "f32")):
+        torch.manual_seed(0)
+        found.append(model.generate(ids(20), past_key_values=cache, max_new_tokens=24, **{"do_sample": False, **how}))
+    assert torch.equal(*found)
+    cache = qfx.QuantizedCache(model.config, "i8")
+    out = model.generate(ids(20), past_key_values=cache, max_new_tokens=24, **{"do_sample": False, **how})
+    assert out.shape == found[0].shape and cache.get_seq_length() == out.shape[1] - 1
+
+
+def test_left_padding_changes_nothing() -> None:
+    model, kv = small(), "i8"
+    short, long = ids(21, 1), ids(40, 1, seed=1)
+    padded = torch.cat([torch.cat([torch.zeros(1, 19, dtype=torch.long), short], 1), long])
+    mask = (padded != 0).long()
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    both, alone = qfx.QuantizedCache(model.config, kv), qfx.QuantizedCache(model.config, kv)
+    with torch.no_grad():
+        model(input_ids=padded, attention_mask=mask, position_ids=places, past_key_values=both)
+        model(input_ids=short, past_key_values=alone)
+        for n in range(30):
+            new = ids(1, 1, seed=n)
+            mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+            a = model(input_ids=new.expand(2, 1), attention_mask=mask, position_ids=mask.sum(1)[:, None] - 1,
+                      past_key_values=both).logits[:1]  # fmt: skip
+            b = model(input_ids=new, past_key_values=alone).logits
+            assert drift(a, b) < 2e-4, n
+
+
+@pytest.mark.parametrize("kv", KINDS, ids=str)
+def test_sequences_selected_reordered_and_repeated(kv: Any) -> None:
+    model, tokens = small(), ids(50, 3)
+    order = torch.tensor([2, 0, 0])
+    cache, other = qfx.QuantizedCache(model.config, kv), qfx.QuantizedCache(model.config, kv)
+    logits(model, tokens, cache, (40,))
+    logits(model, tokens[order], other, (40,))
+    cache.reorder_cache(order)
+    assert drift(logits(model, ids(3, 3), cache), logits(model, ids(3, 3), other)) < 1e-5
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(3)
+    assert cache.batch_size == 3
+    found = logits(model, ids(2, 1).expand(3, 2), cache)
+    assert drift(found[0], found[2]) == 0
+
+
+@pytest.mark.parametrize("kv", KINDS, ids=str)
+def test_crop_and_go_on(kv: Any) -> None:
+    model, tokens = small(), ids(60)
+    cache = qfx.QuantizedCache(model.config, kv)
+    logits(model, tokens, cache, (50,))
+    before = cache.layers[1].values
+    cache.crop(-13)
+    assert cache.get_seq_length() == 47 and torch.equal(cache.layers[1].values, before[:, :, :47])
+    assert cache.get_mask_sizes(3, 0) == (50, 0)
+    again = logits(model, tokens[:, 47:], cache)
+    assert drift(again, logits(model, tokens, tf.DynamicCache(config=model.config))[:, 47:]) < 0.2
+    cache.crop(0)
+    assert cache.get_seq_length() == 60
+
+
+def test_crop_refuses() -> None:
+    model = small()
+    cache = qfx.QuantizedCache(model.config, "i8")
+    cache.crop(-3)
+    logits(model, ids(9), cache)
+    with pytest.raises(ValueError, match=r"(?s)crop\(4\).*expected: a negative number.*crop\(length - 9\)"):
+        cache.crop(4)
+    with pytest.raises(ValueError, match=r"(?s)cannot crop the cache of layer 0.*at most 9 tokens.*found: 10"):
+        cache.crop(-10)
+    assert not cache.is_croppable
+    assert qfx.QuantizedCache(model.config, {"k": "i8", "v": "i8", "residual": 0}).is_croppable
+
+
+def test_a_prompt_is_used_again() -> None:
+    model, prompt = small(), ids(40, 1)
+    first = qfx.QuantizedCache(model.config, "i4")
+    logits(model, prompt, first)
+    outs = []
+    for seed in (1, 2, 1):
+        cache = copy.deepcopy(first)
+        outs.append(model.generate(torch.cat([prompt, ids(5, 1, seed)], 1), past_key_values=cache, max_new_tokens=12,
+                                   do_sample=False))  # fmt: skip
+    assert torch.equal(outs[0], outs[2]) and not torch.equal(outs[0][:, 45:], outs[1][:, 45:])
+    assert first.get_seq_length() == 40
+
+
+def test_reset() -> None:
+    model = small()
+    cache = qfx.QuantizedCache(model.config, "i4")
+    expected = logits(model, ids(50), cache, (40, 1))
+    assert cache.nbytes() > 0 and cache.get_max_length() == -1 and not cache.is_compileable and len(cache) == 2
+    cache.reset()
+    assert (cache.nbytes(), cache.get_seq_length(), cache.layers[0].keys) == (0, 0, None)
+    assert torch.equal(logits(model, ids(50), cache, (40, 1)), expected)
+    cache.reset()
+    logits(model, ids(9, 5), cache)
+    assert cache.batch_size == 5
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
+@pytest.mark.parametrize("sizes", [(1,) * 50, (30, 1, 4, 9), (3, 40)], ids=["single", "mixed", "long"])
+def test_windows(kind: str, sizes: tuple[int, ...]) -> None:
+    more = {"sliding_window": 16} | ({"sliding_window_pattern": 2} if kind == "gemma3" else {})
+    model, tokens = small(kind, **more), ids(60)
+    expected = logits(model, tokens, tf.DynamicCache(config=model.config), sizes)
+    cache = qfx.QuantizedCache(model.config, "f32")
+    assert drift(logits(model, tokens, cache, sizes), expected) < 1e-5
+    assert drift(logits(model, tokens, qfx.QuantizedCache(model.config, "i8"), sizes), expected) < 0.05
+    assert drift(logits(model, tokens, qfx.QuantizedCache(model.config, "i4"), sizes), expected) < 0.3
+    assert cache.is_sliding[0] and cache.layers[0].get_max_length() == 16
+
+
+def test_memory_of_a_window_is_bounded() -> None:
+    model = small("mistral", sliding_window=16)
+    cache = qfx.QuantizedCache(model.config, "i8")
+    logits(model, ids(1200), cache, (200,) * 5)
+    full = qfx.QuantizedCache(small().config, "i8")
+    logits(small(), ids(1200), full, (200,) * 5)
+    assert cache.nbytes() < 0.7 * full.nbytes() and cache.get_seq_length() == 1200
+
+
+def test_a_window_is_cropped_where_its_past_was_recorded() -> None:
+    model, tokens = small("mistral", sliding_window=16), ids(60)
+    cache = qfx.QuantizedCache(model.config, "f32")
+    logits(model, tokens[:, :40], cache)
+    with pytest.raises(ValueError, match=r"(?s)cannot crop.*its window of 16.*activate_past_recording"):
+        cache.crop(-2)
+    cache.activate_past_recording()
+    logits(model, tokens[:, 40:48], cache, (3,))
+    cache.crop(-5)
+    expected = logits(model, tokens, tf.DynamicCache(config=model.config), (40, 3))
+    assert drift(logits(model, tokens[:, 43:], cache), expected[:, 43:]) < 1e-5
+
+
+def test_heads_have_formats_of_their_own() -> None:
+    model, tokens = small(), ids(60)
+    layers = [{"k": ["i8", "i4"], "v": ["u2/g16/f16", "i8"]}, {"k": "i8", "v": ["i4", "f32"]}]
+    cache = qfx.QuantizedCache(model.config, layers)
+    found = logits(model, tokens, cache, (40, 3))
+    assert drift(found, logits(model, tokens, tf.DynamicCache(config=model.config), (40, 3))) < 0.3
+    with pytest.raises(ValueError, match=r"(?s)layer 0 has formats for other heads.*2 heads.*found: 3"):
+        qfx.QuantizedCache(model.config, {"k": ["i8"] * 3, "v": "i8"})
+    with pytest.raises(ValueError, match=r"(?s)expected: 2, one for each layer.*found: 3"):
+        qfx.QuantizedCache(model.config, ["i8"] * 3)
+
+
+def test_other_attention_gets_floats_and_a_warning() -> None:
+    model = small(attn_implementation="sdpa")
+    cache = qfx.QuantizedCache(model.config, "i8")
+    logits(model, ids(40), cache)
+    keys, _ = cache.update(torch.ones(2, 2, 1, 16), torch.ones(2, 2, 1, 16), 0)
+    with pytest.warns(QfxWarning, match="'softmax' does not read a quantized cache"):
+        assert torch.softmax(keys, -1).shape == (2, 2, 41, 16)
+
+
+def test_another_model_is_refused() -> None:
+    cache = qfx.QuantizedCache(small().config, "i8")
+    with pytest.raises(ValueError, match=r"(?s)keys of another model.*layer 0.*2 heads of 16 channels.*4 heads of 16"):
+        logits(small(num_key_value_heads=4), ids(), cache)
+    with pytest.raises(ValueError, match=r"(?s)keys of another model.*2 heads of 8"):
+        logits(small(head_dim=8), ids(), cache)
+    with pytest.raises(ValueError, match=r"(?s)keys of layer 2 for a cache of 2 layers"):
+        logits(small(num_hidden_layers=3), ids(), cache)
+    cache.reset()
+    logits(small(), ids(), cache)
+    with pytest.raises(ValueError, match=r"(?s)keys of another dtype.*layer 0.*float32.*float16"):
+        cache.update(*(torch.ones(2, 2, 1, 16, dtype=torch.float16),) * 2, 0)
+    with pytest.raises(ValueError, match=r"(?s)keys of another batch.*expected: 2.*found: 3"):
+        cache.update(*(torch.ones(3, 2, 1, 16),) * 2, 1)
+
+
+def test_keys_that_are_not_finite_name_the_layer() -> None:
+    model = small()
+    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="layer 1, keys.*not finite"):
+        logits(model, ids(), qfx.QuantizedCache(model.config, "i4"))
+
+
+def test_layers_with_other_states_are_refused() -> None:
+    config = tf.Qwen3NextConfig(num_hidden_layers=4, layer_types=["linear_attention"] * 3 + ["full_attention"])
+    with pytest.raises(qfx.UnsupportedError, match=r"(?s)layer 0 is of kind 'linear_attention'.*DynamicCache"):
+        qfx.QuantizedCache(config)
+
+
+def test_half_precision_models() -> None:
+    model, tokens = small().to(torch.bfloat16), ids(60)
+    expected = logits(model, tokens, tf.DynamicCache(config=model.config), (50, 3)).float()
+    found = logits(model, tokens, qfx.QuantizedCache(model.config, "i8"), (50, 3))
+    assert found.dtype == torch.bfloat16 and drift(found.float(), expected) < 0.05
