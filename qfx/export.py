@@ -246,7 +246,11 @@ def _pasts(inputs: Mapping[str, str] | None) -> list[str]:
 
 def _not_shared(model: nn.Module, captured: Captured) -> Note:
     own = any(graph.schema_name(n) == "qfx::quantized_attention" for n in captured.gm.graph.nodes)
-    why = "attention in formats of its own reads its cache in float" if own else "its cache is read by more than attention"
+    why = (
+        "attention in formats of its own reads its cache in float"
+        if own
+        else "its cache is read by more than attention"
+    )
     reason = f"{why}: it grows by a copy for each token"
     return Note(type(model).__name__, reason, "none needed for the result", minor=True)
 
