@@ -327,14 +327,12 @@ def test_export_a_language_model_with_a_quantized_cache(language_model: Path, te
 def test_quantize_with_a_quantized_cache(language_model: Path, tmp_path: Path) -> None:
     refused = _run("quantize", language_model, "-o", tmp_path / "no", "--kv", "i8/ch")
     assert refused.exit_code != 0 and "a cache cannot store keys as 'i8/ch'" in refused.output
-    assert (
-        "takes one format, or those of keys"
-        in _run("quantize", language_model, "-o", tmp_path, "--kv", "i8,i4,i2").output
-    )
-    result = _run("quantize", language_model, "-o", tmp_path / "q", "--recipe", "w8a16", "--kv", "i4,i2")
+    refused = _run("quantize", language_model, "-o", tmp_path / "no", "--kv", "i8,i4,i2")
+    assert refused.exit_code != 0 and "takes one format, or those of keys" in refused.output
+    result = _run("quantize", language_model, "-o", tmp_path / "q", "--recipe", "kv8", "--kv", "i4,i2")
     assert result.exit_code == 0, result.output
     assert "of f16" in result.output and "bytes a token" in result.output
-    assert "w8a16+kv=i4,i2" in (tmp_path / "q" / "config.json").read_text()
+    assert "kv8+kv=i4,i2" in (tmp_path / "q" / "config.json").read_text()
     assert "kv-k4v2" in _run("presets").output
 
 

@@ -77,6 +77,7 @@ def data() -> list[Any]:
     return [{"input_ids": models.ids(16)}]
 
 
+@pytest.mark.slow
 def test_a_model_with_a_quantized_cache_is_exported_with_one(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     model = qfx.quantize(models.build(), "kv8")
