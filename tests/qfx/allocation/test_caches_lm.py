@@ -37,10 +37,5 @@ def test_bits_by_heads_lose_no_more_than_as_many_bytes_everywhere() -> None:
     for name, one in found.items():
         print(f"{name}: {one.kld:.3g} nats, perplexity {one.change:+.3%}, {sum(sizes[name]):,} bytes")
     print(f"{found['kv-heads'].kld / found['i3'].kld:.2f} of the divergence")
-    keys, values = (
-        [fmt.bits for one in read(plan.caches) for h in range(2) for fmt in [one.format.of_head(h)[at]]]
-        for at in (0, 1)
-    )
-    print(f"bits of keys {sum(keys) / len(keys):.2f}, of values {sum(values) / len(values):.2f}")
     assert sum(sizes["kv-heads"]) <= sum(sizes["i3"])
     assert found["kv-heads"].kld <= found["i3"].kld
