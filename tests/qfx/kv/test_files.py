@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qfx
-from qfx.kv.files import asked_caches, for_file
+from qfx.kv.files import asked_caches, for_file, left_out
 from qfx.kv.plans import Caches, plan_caches
 from qfx.recipe import Recipe
 from tests.qfx.kv import models
@@ -62,6 +62,12 @@ def test_layers_that_differ_are_told_as_such() -> None:
 
 def test_without_a_quantized_cache_there_is_nothing_to_say() -> None:
     assert for_file({}, None, has_cache=True, data=False) == (None, [])
+
+
+def test_files_of_weights_alone_say_what_they_leave_out() -> None:
+    assert left_out(models.build()) == []
+    (note,) = left_out(qfx.quantize(models.build(), "kv8"))
+    assert note.minor and "the formats of its cache are not written" in note.reason
 
 
 def test_whose_caches_are_asked_for() -> None:

@@ -153,9 +153,7 @@ def test_the_first_layers_tell_the_activations(name: str) -> None:
     for context in (0, 7, 5000):
         beside = (one.total(context=context, batch=2) for one in (whole, found))
         few, most = next(beside), next(beside)
-        assert few <= most <= few + 2 * 3 * 256, (
-            "new keys and values of three layers"
-        )
+        assert few <= most <= few + 2 * 3 * 256, "new keys and values of three layers"
 
 
 @pytest.mark.slow
