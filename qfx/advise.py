@@ -352,7 +352,7 @@ class _Walk:
         now, then = (Roofline(self.costs, asked, self.device, f).phase(**given).seconds for f in (None, Format("i8")))
         gain = f", a token would be {now / then:.2f}x faster" if now / then >= GAIN else ""
         less = whole.cache - self.costs.total(asked, Format("i8"), rest=rest).at(**given).cache
-        text = f"the cache is {share:.0%} of what a token reads: in 8 bits {_mega(less)} less{gain}"
+        text = f"the cache is {share:.0%} of what a token reads: in 8 bits (+kv8) {_mega(less)} less{gain}"
         self.say(f"{text}; the loss of that was not measured", "predicted")
 
 

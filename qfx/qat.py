@@ -32,6 +32,7 @@ from qfx.fake_modules import (
     weight_of,
 )
 from qfx.format import Format
+from qfx.kv.live import with_caches
 from qfx.modules import PREPARED, prepared_parts
 from qfx.numerics import QParams, dequantize, effective_scale, split, spread
 from qfx.packing import Packed
@@ -105,7 +106,7 @@ def convert(model: nn.Module) -> nn.Module:
         if training.train == "scales":
             for place in training.places:
                 model.get_submodule(place.owner).get_parameter(place.leaf).requires_grad_(True)
-        return attach(Writer(model, plan).write(list(training.places)), plan.recipe)
+        return attach(with_caches(Writer(model, plan).write(list(training.places)), plan.caches), plan.recipe)
 
 
 class _Preparation:

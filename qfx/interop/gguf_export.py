@@ -26,6 +26,7 @@ from qfx.interop.gguf_energy import input_energy
 from qfx.interop.gguf_exact import Exact
 from qfx.interop.gguf_source import Source, sources_of
 from qfx.interop.gguf_types import MIXES, Facts, fallback_notes, fitting, mix_named, type_of
+from qfx.kv.files import left_out
 from qfx.numerics import require_finite
 from qfx.pipeline import told
 
@@ -85,6 +86,7 @@ def export_gguf(
         linears = [s.fqn for n, s in job.sources.items() if s.is_linear and n not in job.exact]
         job.energy = input_energy(model, linears, data)
         job.notes += _unreached(job, linears)
+    job.notes += left_out(model)
     told(job.notes, strict=strict)
     target = Path(path)
     with torch.no_grad(), staged(target.parent) as stage:

@@ -20,6 +20,7 @@ from qfx.interop.checkpoint import CONFIG, INDEX, SINGLE
 from qfx.interop.experts import PARTS
 from qfx.interop.linear import Layout, Linear, Loss, float_weight, of_module
 from qfx.interop.write_experts import Naming, routers, taken_apart
+from qfx.kv.files import left_out
 from qfx.mixed import QuantMixed
 from qfx.modules import PackedModule, QuantConv, QuantEmbedding, QuantLinear, quantized_parts
 from qfx.pipeline import told
@@ -54,7 +55,7 @@ def write(
     source.check()
     notes = _notes(layout, list(held.values()), refused)
     notes += _other_notes(model, {linear.fqn for linear in linears}, layout, set(experts))
-    told([*notes, *(_told_apart(fqn, layout) for fqn in sorted(apart))], strict=strict)
+    told([*notes, *left_out(model), *(_told_apart(fqn, layout) for fqn in sorted(apart))], strict=strict)
     floats = [name for name, module in plain.named_modules() if _is_linear(module) and name not in held]
     floats = [source.named(name) for name in [*floats, *routers(plain, sorted(apart))]]
     floats += [

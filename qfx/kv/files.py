@@ -54,6 +54,14 @@ def for_file(
     return found, [_note(own, reason, f"kv={found!r} asks for just that")]
 
 
+def left_out(model: nn.Module) -> list[Note]:
+    """A note for a file of weights alone, which holds no formats of a cache."""
+    own = [one for one in read(caches_of(model)) if not one.is_plain]
+    reason = "the formats of its cache are not written: the file holds weights, and what runs it makes the cache"
+    step = "qfx.save keeps them; else ask for a quantized cache where the file is run"
+    return [_note(own, reason, step, minor=True)] if own else []
+
+
 def _note(own: list[Cached], reason: str, step: str, *, minor: bool = False) -> Note:
     more = f" and {len(own) - 1} more" if len(own) > 1 else ""
     return Note(f"{own[0].layer.fqn}{more}", reason, step, minor=minor)

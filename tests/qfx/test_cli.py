@@ -324,6 +324,18 @@ def test_export_a_language_model_with_a_quantized_cache(language_model: Path, te
     assert loaded(torch.tensor([[3, 4, 5]])).past_key_values.keys[0].dtype == torch.int8
 
 
+def test_quantize_with_a_quantized_cache(language_model: Path, tmp_path: Path) -> None:
+    refused = _run("quantize", language_model, "-o", tmp_path / "no", "--kv", "i8/ch")
+    assert refused.exit_code != 0 and "a cache cannot store keys as 'i8/ch'" in refused.output
+    refused = _run("quantize", language_model, "-o", tmp_path / "no", "--kv", "i8,i4,i2")
+    assert refused.exit_code != 0 and "takes one format, or those of keys" in refused.output
+    result = _run("quantize", language_model, "-o", tmp_path / "q", "--recipe", "kv8", "--kv", "i4,i2")
+    assert result.exit_code == 0, result.output
+    assert "of f16" in result.output and "bytes a token" in result.output
+    assert "kv8+kv=i4,i2" in (tmp_path / "q" / "config.json").read_text()
+    assert "kv-k4v2" in _run("presets").output
+
+
 def test_export_needs_data_for_a_static_recipe(encoder: Path, tmp_path: Path) -> None:
     result = _run("export", encoder, "-o", tmp_path / "m.onnx", "--recipe", "w8a8-static")
     assert result.exit_code != 0

@@ -21,6 +21,7 @@ from qfx.annotation import Columns, Outliers
 from qfx.capture import capture_export
 from qfx.format import Format
 from qfx.inputs import without_cache
+from qfx.kv.formats import CacheFormat
 from qfx.pipeline import prepare
 from qfx.quantize import plan
 from qfx.segments import nbytes
@@ -250,3 +251,20 @@ class _Nameless(nn.Module):
 def test_a_model_whose_inputs_are_not_known() -> None:
     with pytest.raises(ValueError, match="_Nameless must be traced, and no example of its inputs is known"):
         costs_of(_Nameless())
+
+
+def test_caches_of_true_bytes(llama: Any) -> None:
+    """Those of a `CacheFormat`: the first and the newest tokens as floats, scales by groups of tokens."""
+    costs, one = llama[2], CacheFormat.from_json({"k": "u4/g8/f16", "v": "u4/g8/f16", "residual": 4, "sinks": 2})
+    plain = CacheFormat.from_json({"k": "f32", "v": "f32"})
+    heads, widths = costs.caches[0].heads, costs.caches[0].widths
+    at = {BATCH: 3, SEQUENCE: 1, CONTEXT: 40}
+    first, rest = one.nbytes(heads, widths, 41, dtype=torch.float32), 41 * 2 * KV * 4
+    each = [one, *[plain] * (LAYERS - 1)]
+    for formats, wanted in ((one, LAYERS * first), (each, first + (LAYERS - 1) * rest)):
+        assert costs.cache(formats).subs(at) == 3 * wanted
+        new = 3 * LAYERS * 2 * KV * 4  # written as it came
+        assert costs.total(cache=formats).cache_moved.subs(at) == 3 * wanted + new
+    assert costs.memory(cache=one, context=400) < costs.memory(context=400)
+    with pytest.raises(ValueError, match=f"{LAYERS} caches that grow, and there are 1 formats"):
+        costs.cache([one])
