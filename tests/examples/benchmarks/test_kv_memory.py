@@ -61,6 +61,7 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert [row["peer"] for row in rows] == ["live i8", "file i8"]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
     (row,) = kv_memory.rows("nothing", "live", ("i8",), 1024, tmp_path)
     assert "nothing" in row["failed"]
