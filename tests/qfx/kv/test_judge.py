@@ -95,7 +95,10 @@ def test_padding_does_not_count(left: bool, step: int) -> None:
     ids = tokens(1, 12)
     alone = judge(model(), ids, Noise(0.5), step=12)
     pad, ones = torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 12, dtype=torch.int64)
-    order = (lambda a, b: torch.cat((a, b), 1)) if left else (lambda a, b: torch.cat((b, a), 1))
+
+    def order(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat((a, b) if left else (b, a), 1)
+
     found = judge(model(), order(pad, ids), Noise(0.5), step=step, mask=order(pad, ones))
     assert found.tokens == 12
     assert found.kld == pytest.approx(alone.kld, rel=1e-3)
