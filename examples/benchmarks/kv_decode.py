@@ -102,8 +102,7 @@ def attention_run(
     values = random.standard_normal((1, g, tokens, d)).astype(np.float32)
     step = np.float32(4 / (7 if bits == 4 else 127))
     codes = np.clip(np.round(values / step), *((-8, 7) if bits == 4 else (-128, 127)))
-    stored = {0: values, 8: codes.astype(np.int8), 4: _pairs(codes + 8) if bits == 4 else None}[bits]
-    assert stored is not None
+    stored: np.ndarray = _pairs(codes + 8) if bits == 4 else codes.astype(np.int8) if bits else values
     plain = {
         "rows": random.standard_normal((1, 1, (h + 2 * g) * d)).astype(np.float32),
         "last": np.array([tokens - 1], np.int32),
@@ -183,7 +182,7 @@ def exported(job: DecoderJob, recipe: str, kv: str) -> Path:
         return path
     module: Any = job.module()
     data = [{"input_ids": torch.tensor([job.tokens(256)])}]
-    asked = {"recipe": None if recipe == "float32" else recipe}
+    asked: Any = {"recipe": None if recipe == "float32" else recipe}
     with decoding.made(path) as folder:
         if kv == "float32":
             qfx.export_onnx(module, None, folder, **asked)

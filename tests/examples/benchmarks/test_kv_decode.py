@@ -27,7 +27,7 @@ def test_every_cache_gives_the_same_attention(masked: bool) -> None:
     }
     wanted = torch.from_numpy(found["float32"][0])
     assert wanted.shape == (1, 1, TINY[0] * TINY[2])
-    assert all(np.array_equal(*pair) for pair in found.values()), "every layer has the same cache"
+    assert all(np.array_equal(one, two) for one, two in found.values()), "every layer has the same cache"
     assert cosine(wanted, torch.from_numpy(found["i8"][0])) > 0.999
     assert 0.9 < cosine(wanted, torch.from_numpy(found["i4"][0])) < 0.9999
 

@@ -15,7 +15,7 @@ from qfx import measure
 from qfx.kv.judge import Judgement, judge, judge_each
 from tests import tiny
 
-transformers = pytest.importorskip("transformers", reason="caches are transformers caches: pip install qfx[hf]")
+DynamicCache: Any = pytest.importorskip("transformers", reason="caches are of transformers").DynamicCache
 
 
 @cache
@@ -33,7 +33,7 @@ def coarse() -> Any:
     return qfx.QuantizedCache(model().config, fmt)
 
 
-class Noise(transformers.DynamicCache):  # type: ignore[misc]
+class Noise(DynamicCache):  # type: ignore[misc]
     """A float cache whose values come back `by` times as large."""
 
     def __init__(self, by: float) -> None:
@@ -47,7 +47,7 @@ class Noise(transformers.DynamicCache):  # type: ignore[misc]
 
 @pytest.mark.parametrize("step", [1, 5, 24, 100])
 def test_a_float_cache_costs_nothing(step: int) -> None:
-    found = judge(model(), tokens(), transformers.DynamicCache(), step=step)
+    found = judge(model(), tokens(), DynamicCache(), step=step)
     assert found.kld == 0 and found.change == 0 and found.top1 == 1
     assert found.tokens == 48 and found.nbytes is None
     assert [start for start, _ in found.curve] == list(range(0, 24, step))
@@ -95,7 +95,10 @@ def test_padding_does_not_count(left: bool, step: int) -> None:
     ids = tokens(1, 12)
     alone = judge(model(), ids, Noise(0.5), step=12)
     pad, ones = torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 12, dtype=torch.int64)
-    order = (lambda a, b: torch.cat((a, b), 1)) if left else (lambda a, b: torch.cat((b, a), 1))
+
+    def order(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat((a, b) if left else (b, a), 1)
+
     found = judge(model(), order(pad, ids), Noise(0.5), step=step, mask=order(pad, ones))
     assert found.tokens == 12
     assert found.kld == pytest.approx(alone.kld, rel=1e-3)
@@ -106,7 +109,7 @@ def test_padding_does_not_count(left: bool, step: int) -> None:
 def test_the_model_is_left_as_it_was() -> None:
     trained = tiny.build("llama").train()
     trained.model.norm.eval()
-    judge(trained, tokens(1, 4), transformers.DynamicCache(), step=2)
+    judge(trained, tokens(1, 4), DynamicCache(), step=2)
     assert trained.training and not trained.model.norm.training
 
 
@@ -121,7 +124,7 @@ def test_the_reference_may_be_another_cache() -> None:
 
 
 def used() -> Any:
-    found = transformers.DynamicCache()
+    found = DynamicCache()
     with torch.no_grad():
         model()(input_ids=tokens(), past_key_values=found)
     return found
@@ -155,4 +158,4 @@ def test_logits_of_the_last_token_alone_are_refused() -> None:
         return model()(**given, logits_to_keep=1)
 
     with pytest.raises(ValueError, match="one row for each token"):
-        judge(last, tokens(), transformers.DynamicCache(), step=3)
+        judge(last, tokens(), DynamicCache(), step=3)
