@@ -109,6 +109,8 @@ def carried(
     if numbers is None and is_call(value, aten.cat.default):  # the rotated and the other part of a head
         given = m.arguments(value)
         numbers = _joined([carried(part, start, through, found) for part in given["tensors"]], given["dim"])
+    elif numbers is None and is_call(value, aten.slice_scatter.default):
+        numbers = _written(value, start, through, found)
     elif numbers is None and (moves(value) or through(value)):
         numbers = carried(value.args[0], start, through, found)
         if not isinstance(numbers, str) and not through(value):
@@ -118,6 +120,28 @@ def carried(
         return f"it does not come straight from a linear, %{value.name} makes it"
     found[value] = numbers
     return numbers
+
+
+def _written(
+    node: fx.Node, start: Callable[[fx.Node], Any], through: Callable[[fx.Node], bool], found: dict[fx.Node, Any]
+) -> Any:
+    """Numbers of a tensor of which a part was written: x[..., :16] = y. Those of an empty one are -1."""
+    base, part = node.args[:2]
+    whole: Any = torch.full([known(size) for size in m.shape(base)], -1, dtype=torch.int32)
+    if not is_call(base, aten.new_empty.default, aten.empty.memory_format):
+        whole = carried(base, start, through, found)
+    is_copy = is_call(part, aten.copy.default)
+    numbers = carried(part.args[1] if is_copy else part, start, through, found)  # type: ignore[union-attr]
+    if told := next((one for one in (whole, numbers) if isinstance(one, str)), None):
+        return told
+    if is_copy:
+        assert isinstance(part, fx.Node)
+        found[part] = found[part.args[0]] = numbers  # type: ignore[index]  # what is written over is not read
+    try:
+        numbers = numbers.expand([known(size) for size in m.shape(part)]).to(whole.dtype)
+        return aten.slice_scatter.default(whole, numbers, *(known(a) for a in node.args[2:]))
+    except (RuntimeError, TypeError):
+        return "its channels cannot be followed"
 
 
 def _joined(parts: list[Any], dim: Any) -> Any:

@@ -98,7 +98,7 @@ class _Sides:
             if isinstance(numbers, str):
                 return f"{what}: {numbers}"
             listed = channels.along(numbers, -3, -1)
-            if listed is None or numbers.dim() != 4:
+            if listed is None or numbers.dim() != 4 or min(listed) < 0:
                 return f"{what}: their channels cannot be followed"
             sides.append(torch.tensor(listed).reshape(numbers.shape[-3], -1))
         q, k = sides
@@ -159,7 +159,7 @@ class _Sides:
 
     def _twice(self, node: fx.Node) -> bool:
         """Does a call read these channels by an argument that was not followed, too?"""
-        if is_call(node, aten.cat.default):
+        if is_call(node, aten.cat.default, aten.copy.default, aten.slice_scatter.default):
             return False
         followed = node.args[:2] if node is self.node else node.args[:1]
         given = [*node.args, *node.kwargs.values()]

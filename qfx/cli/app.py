@@ -86,19 +86,9 @@ def quantize(
             "max_memory": max_memory, "batch": batch, "context": context,
         }  # fmt: skip
         command.run(
-            console,
-            model,
-            out,
-            recipe,
-            text,
-            strict=strict,
-            device=device,
-            resume=resume,
-            stream=stream,
-            budget=budget,
-            html_file=html,
-            kv=kv,
-        )
+            console, model, out, recipe, text, strict=strict, device=device, resume=resume, stream=stream,
+            budget=budget, html_file=html, kv=kv,
+        )  # fmt: skip
 
 
 class Runtime(StrEnum):

@@ -32,7 +32,7 @@ from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
 from qfx.hollow import hollow
 from qfx.kv.formats import SHORT, CacheFormat, cache_formats
-from qfx.kv.plans import PLAIN, Cached, read
+from qfx.kv.plans import PLAIN, Cached, dtype_of, read
 from qfx.kv.sites import CacheLayer, cache_layers
 from qfx.plan import Plan
 from qfx.presets import presets
@@ -88,7 +88,7 @@ class Memory:
         if any(layer.cross for layer in layers):
             reason = "keys and values of the encoder's tokens are not counted: they do not grow"
             notes.append(Note(type(model).__name__, reason, "nothing"))
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        dtype = dtype_of(model)
         stored, activations, told = _rest(hollow(shown, {}) if on_meta else shown, weights, dtype)
         if weights is None:
             stored = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())

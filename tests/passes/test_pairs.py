@@ -35,6 +35,7 @@ def test_neighbours_are_pairs() -> None:
 
 def test_channels_that_rope_leaves_are_free() -> None:
     assert of("part").of_keys.tolist() == [[0, 1, 0, 1, 2, 3, 4, 5], [6, 7, 6, 7, 8, 9, 10, 11]]
+    assert of("written").of_keys.tolist() == [[0, 1, 2, 3, 4, 5, 4, 5], [6, 7, 8, 9, 10, 11, 10, 11]]
     assert of("none").of_keys.tolist() == [[*range(8)], [*range(8, 16)]]
     assert of("none").keys[0].runs == ((0, 1, 16, 0),)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, fx, nn
 
 from qfx import graph
@@ -20,9 +21,10 @@ from qfx.passes.calibrate import observed
 from qfx.passes.smooth_k import Site
 from tests.graphs import Function, text
 from tests.rewriting import Case, check, cleaned, positive, zoo
+from tests.zoo import randomize
 
 HEADS, KV, DIM, TOKENS, WIDTH = 4, 2, 8, 6, 16
-ROPE = ("halves", "neighbours", "part", "none", "norms", "wide norms", "unit norms", "fused")
+ROPE = ("halves", "neighbours", "part", "none", "norms", "wide norms", "unit norms", "fused", "written")
 
 
 def rotated(x: Tensor, neighbours: bool = False) -> Tensor:
@@ -54,6 +56,14 @@ def split(x: Tensor) -> Tensor:
     return parted.transpose(1, 2)
 
 
+def written(x: Tensor) -> Tensor:
+    """The second half of each head rotated, both halves written into an empty tensor (DeepSeek)."""
+    found = x.new_empty(x.shape)
+    found[..., :4] = x[..., :4]
+    found[..., 4:] = rotated(x[..., 4:])
+    return found
+
+
 def forward(own: Any, x: Tensor) -> Any:
     if own.rope == "fused":
         q, k, v = own.qkv(x).split([HEADS * DIM, KV * DIM, KV * DIM], -1)
@@ -66,6 +76,8 @@ def forward(own: Any, x: Tensor) -> Any:
         q, k = own.q_norm(q), own.k_norm(k)
     if own.rope == "part":
         q, k = (torch.cat((rotated(t[..., :4]), t[..., 4:]), -1) for t in (q, k))
+    elif own.rope == "written":
+        q, k = written(q), written(k)
     elif own.rope != "none":
         q, k = (rotated(t, own.rope == "neighbours") for t in (q, k))
     k, v = (t.repeat_interleave(HEADS // KV, 1) for t in (k, v))
@@ -137,6 +149,21 @@ def test_exact_on_models(name: str) -> None:
     assert len(sites) == (6 if name in ("t5", "whisper") else 2) and refusals == []
 
 
+@pytest.mark.slow
+def test_exact_on_latent_attention() -> None:
+    """DeepSeek: keys are a part of each head and a rotated part that all heads share, from two projections."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ranks = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    config = transformers.DeepseekV3Config(
+        **sizes, **ranks, num_key_value_heads=4, vocab_size=64, first_k_dense_replace=1, max_position_embeddings=32
+    )
+    model = transformers.DeepseekV3ForCausalLM(config)
+    randomize(model, 0)
+    held = Case(model, (), {"input_ids": torch.arange(3, 13).reshape(2, 5), "use_cache": False})
+    ((site,), refusals) = check(held, smooth_k, factor)
+    assert refusals == [] and [len(parts) for parts in (site.keys, site.queries)] == [2, 1]
+
+
 def test_the_text_stays() -> None:
     gm, _ = case("halves").copies()
     before = text(gm)
@@ -191,6 +218,13 @@ def shared(own: Any, x: Tensor) -> Any:
     return sdpa(sdpa(own.q(x), k, x), k, x)
 
 
+def unwritten(own: Any, x: Tensor) -> Any:
+    """Keys of which a part was never written."""
+    k = x.new_zeros(x.shape)
+    k[..., :4] = own.k(x)[..., :4]
+    return sdpa(own.q(x), k, x)
+
+
 def unknown(own: Any, x: Tensor) -> Any:
     """A rotation that is none of RoPE's."""
     k = own.k(x)
@@ -210,6 +244,7 @@ def normed(own: Any, x: Tensor) -> Any:
         (lambda own, x: (sdpa(own.q(x), y := own.k(x), x), y), "output reads them, too"),
         (lambda own, x: (y := own.k(x), sdpa(own.q(x), y * y.sum(-1, keepdim=True), x))[1], "reads them, too"),
         (shared, "reads them, too"),
+        (unwritten, "keys: it does not come straight from a linear, %new_zeros makes it"),
         (unknown, "keys: it does not come straight from a linear, %add makes it"),
         (normed, "queries: the norm has no weight"),
         (lambda own, x: sdpa(own.q(x), x, x), "keys: it does not come straight from a linear"),
