@@ -23,7 +23,7 @@ from qfx.allocation.split import chosen, cuts, joined, split
 from qfx.analysis.units import Unit, by_weight
 from qfx.method_options import AllocationOptions
 
-_APART, _SAME = 1e-3, 1e-2  # the share of the loss that cuts have to gain, on data kept apart and on the same data
+_APART, _SAME = 5e-3, 2e-2  # the share of the loss that cuts have to gain, on data kept apart and on the same data
 
 
 @dataclass(frozen=True)
