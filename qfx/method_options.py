@@ -83,12 +83,14 @@ class AllocationOptions(Strict):
     with which perplexity on the data rises by no more than this many percent. max_memory: bytes of a device, for all
     weights, the caches of `batch` sequences of `context` tokens (`cache`: their format; None: that of rules for
     "cache") and the activations of one token more (of all `context` tokens, for a model that has no cache).
-    units: "heads" (rows and columns of each head, other weights whole) or "layers" (weights whole). formats: candidates
-    of linears and experts; embeddings: of tables. method: what predicts the loss: a method of `qfx.analyze` (those
-    without the scale of a divergence are brought to it by some measurements), or "measured": each unit is measured
-    once, in `probe`, and its other formats are told by the error of the weight. task_weight: share of the task where
-    there is one. refine: how many assignments are measured to improve the first one; 0: none. samples: positions of
-    the data on which is measured.
+    units: "layers" (weights whole), or "heads": of these the weights of attentions are cut into the rows and columns of
+    each head where that loses less on data that nothing else was measured on. formats: candidates of linears and
+    experts; embeddings: of tables. method: what predicts the loss: a method of `qfx.analyze` (those without the scale
+    of a divergence are brought to it by some measurements), or "measured": each unit is measured once, in `probe`, and
+    its other formats are told by the error of the weight. task_weight: share of the task where there is one, in what
+    is predicted and in what is measured. refine: how many assignments are measured to improve the first one, and up to
+    half as many again for cuts by heads; 0: none. samples: positions of the data on which is measured; as many behind
+    them, where there are, are kept apart.
     ties: "qkv" (all rows of q, k and v of an attention have one format), "groups" (the Q rows, and the O columns, of
     the query heads of a KV head have one). classes: most different numbers of bits in a layer. tile: rows (columns) of
     any one format in a weight of heads come in multiples of this. seconds: limit of the exact solver.

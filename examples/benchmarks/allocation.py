@@ -33,6 +33,7 @@ from examples.benchmarks import allocation_baselines as baselines
 from examples.benchmarks.peers import table
 from qfx import annotation, measure
 from qfx.analysis.measured import Measure
+from qfx.analysis.score import Options, score_graph
 from qfx.analysis.units import units
 from qfx.annotation import Formats
 from qfx.capture import capture_export
@@ -80,6 +81,9 @@ class Bench:
         prepare(captured.gm)
         self.weights = baselines.Weights(units(captured.gm)[0])
         batches = [captured.flatten((), batch) for batch in self.data]
+        formats = Options(formats=("u3/g32/f16",), heads=False, caches=False, measure=0)
+        scores, _ = score_graph(captured.gm, batches, formats, outputs=captured.outputs, progress=False)
+        self.losses = {name: row["u3/g32/f16"] for name, row in scores.score().items()}
         self.measure = Measure(captured.gm, batches, units=list(self.weights.units.values()), outputs=captured.outputs)
         linears = [fqn for fqn in self.weights.of if isinstance(self.model.get_submodule(fqn), torch.nn.Linear)]
         self.energy = input_energy(self.model, linears, self.data)
@@ -201,7 +205,7 @@ def rows(bench: Bench, text: str, *, seeds: int = 3, plan: Callable[[Bench, int,
         add(name, made, calibration=bench.measure.kld(own), remarks=said(weights.formats(own)))
     mix = assignment_of(weights, plans[PLANNED])
     others = {f"random {seed}": baselines.shuffled(weights, mix, seed) for seed in range(seeds)}
-    for name, other in {**others, "inverted ranking": baselines.inverted(weights, mix)}.items():
+    for name, other in {**others, "inverted ranking": baselines.inverted(weights, mix, bench.losses)}.items():
         add(name, bench.plan_of(weights.formats(other)), calibration=bench.measure.kld(other))
     for name, family in FAMILIES.items():
         best = bench.best(family(weights, budget))

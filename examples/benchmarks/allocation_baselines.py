@@ -165,12 +165,14 @@ def shuffled(weights: Weights, planned: Assignment, seed: int) -> Assignment:
     return _exchanged(weights, planned, drawn)
 
 
-def inverted(weights: Weights, planned: Assignment) -> Assignment:
-    """Among the units of one shape, who was given most gets least."""
+def inverted(weights: Weights, planned: Assignment, losses: Mapping[str, float]) -> Assignment:
+    """Among the units of one shape, who is predicted to lose most gets least. losses: of units in one format."""
+
+    def loss(name: str) -> float:
+        return sum(losses[unit.name] for unit in weights.of[name]) if name in weights.of else losses[name]
 
     def turned(names: Sequence[Name], size: Callable[[Name], float]) -> list[Name]:
-        ranked = sorted(names, key=size)
-        given = dict(zip(ranked, reversed(ranked), strict=True))
+        given = dict(zip(sorted(names, key=lambda name: loss(str(name))), sorted(names, key=size)[::-1], strict=True))
         return [given[name] for name in names]
 
     return _exchanged(weights, planned, turned)

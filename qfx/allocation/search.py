@@ -19,11 +19,11 @@ from qfx.allocation import assign
 from qfx.allocation.problem import Assignment, Measured, Problem
 from qfx.allocation.refine import refine
 from qfx.allocation.solve import solve
-from qfx.allocation.split import split
+from qfx.allocation.split import chosen, cuts, joined, split
 from qfx.analysis.units import Unit, by_weight
 from qfx.method_options import AllocationOptions
 
-_APART, _SAME = 1e-3, 1e-2  # the share of the loss that cuts have to gain, on data kept apart and on the same data
+_APART, _SAME = 5e-3, 2e-2  # the share of the loss that cuts have to gain, on data kept apart and on the same data
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,16 @@ def search(job: Job, budget: int, options: AllocationOptions, bar: Progress) -> 
     """The formats of the units in at most `budget` bytes. Without `options.refine` by what is predicted alone."""
     problem = job.layers or job.heads
     solution = solve(problem, budget, seconds=options.seconds)
-    if not options.refine and job.layers is not None and job.heads.least <= budget:
-        other = solve(job.heads, budget, seconds=options.seconds)
-        if other.score < solution.score:
-            problem, solution = job.heads, other
     task = bar.add_task("refining", total=options.refine)
     refined = refine(
         job.measure, problem, solution.assignment, budget, evaluations=options.refine,
         advance=lambda: bar.advance(task),
     )  # fmt: skip
     found = Found(assign.fill(job.units, problem, refined.assignment, budget), {})
-    if options.refine and job.layers is not None:
+    if job.layers is not None and options.refine:
         found = _cut(job, job.layers, found.assignment, budget, options.refine // 2, bar)
+    elif job.layers is not None:
+        found = Found(_predicted(job, job.layers, found.assignment, budget, options), {})
     found.told = {
         "predicted": job.score(found.assignment), "gap": solution.gap, "measured_before": refined.before,
         "measured": job.measure.kld(found.assignment), "what": job.measure.what,
@@ -86,7 +84,6 @@ def _cut(job: Job, layers: Problem, start: Assignment, budget: int, evaluations:
         job.measure, job.units, job.heads, layers, start, budget, evaluations=evaluations,
         advance=lambda: bar.advance(task),
     )  # fmt: skip
-    tried = [assign.fill(job.units, job.heads, made, budget) for made in tried]
     judge, gain = (job.measure, _SAME) if job.judge is None else (job.judge, _APART)
     loss, own = judge.kld(start), job.measure.kld(start)
     judged = [(judge.kld(made), number) for number, made in enumerate(tried) if job.measure.kld(made) < own]
@@ -98,3 +95,13 @@ def _cut(job: Job, layers: Problem, start: Assignment, budget: int, evaluations:
         "whole": {unit.fqn: str(start[unit.name]) for unit in job.units},
     }}  # fmt: skip
     return Found(tried[number] if better else start, told)
+
+
+def _predicted(job: Job, layers: Problem, start: Assignment, budget: int, options: AllocationOptions) -> Assignment:
+    """Of whole weights, the same with cuts by heads, and heads each by itself that which is predicted to lose least."""
+    left = budget - assign.nbytes(job.units, start)
+    tried = [start, joined(start, chosen(cuts(job.units, job.heads, layers, start), left, _APART * job.score(start)))]
+    if job.heads.least <= budget:
+        apart = solve(job.heads, budget, seconds=options.seconds).assignment
+        tried.append(assign.fill(job.units, job.heads, apart, budget))
+    return min((made for made in tried if not job.heads.violations(made)), key=job.score)

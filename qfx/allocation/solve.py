@@ -4,8 +4,8 @@
 
 The fast way goes down the lower convex hulls of the groups' choices, steepest step first (Sinha and Zoltners 1979: the
 optimum of the linear relaxation, one group aside), then spends what is left on single changes. The bound of the
-relaxation tells how far from the optimum that can be. Where it could be far, or where constraints bind several groups,
-`scipy.optimize.milp` solves the problem itself.
+relaxation tells how far from the optimum that can be. Where it could be far, dynamic programming closes the rest (see
+`qfx.allocation.knapsack`); where constraints bind several groups, or that does not, `scipy.optimize.milp` does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
+from qfx.allocation.knapsack import improved
 from qfx.allocation.problem import Assignment, Group, Problem
 from qfx.errors import explain
 from qfx.format import Format
@@ -45,8 +46,8 @@ class Solution:
 def solve(problem: Problem, budget: int, *, exact: bool | None = None, seconds: float = 10.0) -> Solution:
     """The assignment with the least sum of scores of at most `budget` bytes.
 
-    exact: whether scipy's solver is used; None: where tiles need it, and where the fast solution may be more than
-    0.1 % from the optimum and there are not too many choices. seconds: after which the best that it found is taken.
+    exact: whether the optimum is looked for; None: where tiles need it, and where the fast solution may be more than
+    0.1 % from it. seconds: after which scipy's solver stops at the best that it found.
     Raises ValueError for a budget below the fewest bytes, which are named, and where tiles leave no solution.
     """
     groups = problem.groups
@@ -66,10 +67,15 @@ def solve(problem: Problem, budget: int, *, exact: bool | None = None, seconds: 
         kept, bound = _with_classes(groups, budget, problem.classes)
     chosen, lower = relaxed(kept, budget)
     found = _solution(kept, chosen, lower if bound is None else bound)
+    if not (exact or (exact is None and found.gap > _CLOSE)):
+        return found
+    if problem.classes is None:
+        chosen, proven = improved(kept, chosen, budget, *_hull(kept, budget)[1:])
+        found = _solution(kept, chosen, np.inf if proven else found.bound)
+        if proven:
+            return found
     small = sum(len(group.formats) for group in groups) <= _BINARIES
-    if exact or (exact is None and small and found.gap > _CLOSE):
-        return _exact(problem, groups, budget, seconds, found)
-    return found
+    return _exact(problem, groups, budget, seconds, found) if exact or small else found
 
 
 def price(problem: Problem, budget: int) -> float:
@@ -83,7 +89,7 @@ def price(problem: Problem, budget: int) -> float:
 
 def relaxed(groups: Sequence[Group], budget: int) -> tuple[list[int], float]:
     """(the choice of each group, by the fast way; a bound on the score). The smallest choices are within the budget."""
-    chosen, bound = _hull(groups, budget)
+    chosen, bound, _ = _hull(groups, budget)
     _spend(groups, chosen, budget)
     return chosen, bound
 
@@ -115,8 +121,8 @@ def _steps(group: Group) -> tuple[int, list[tuple[float, int, int, float]]]:
     ]
 
 
-def _hull(groups: Sequence[Group], budget: int) -> tuple[list[int], float]:
-    """Choices along the hulls, steepest first, while they fit; and the optimum of the relaxation."""
+def _hull(groups: Sequence[Group], budget: int) -> tuple[list[int], float, float]:
+    """Choices along the hulls, steepest first, while they fit; the optimum of the relaxation; its price of a byte."""
     chosen, todo = [], []
     left, score = budget, 0.0
     for number, group in enumerate(groups):
@@ -125,15 +131,15 @@ def _hull(groups: Sequence[Group], budget: int) -> tuple[list[int], float]:
         left, score = left - int(group.bytes[start]), score + float(group.score[start])
         todo += [(-s[0], number, rank, *s[1:]) for rank, s in enumerate(steps)]
     todo.sort()
-    bound, stopped = None, set()
+    bound, price, stopped = None, 0.0, set()
     for slope, number, _, choice, size, gain in todo:
         if size > left and bound is None:
-            bound = score + slope * left  # part of this step: the optimum of the relaxation
+            bound, price = score + slope * left, -slope  # part of this step: the optimum of the relaxation
         if size > left or number in stopped:
             stopped.add(number)
             continue
         chosen[number], left, score = choice, left - size, score - gain
-    return chosen, score if bound is None else bound
+    return chosen, score if bound is None else bound, price
 
 
 def _spend(groups: Sequence[Group], chosen: list[int], budget: int) -> None:

@@ -55,8 +55,13 @@ def split(
         advance()
     left = budget - assign.nbytes(units, start)
     sets = [chosen(measured, left, charge * loss) for charge in _CHARGES]
-    made = [start | {name: fmt for cut in own for name, fmt in cut.units.items()} for own in sets if own]
+    made = [joined(start, own) for own in sets if own]
     return [a for i, a in enumerate(made) if a not in made[:i] and not problem.violations(a)]
+
+
+def joined(start: Assignment, found: Sequence[Cut]) -> Assignment:
+    """`start` with these cuts."""
+    return start | {name: fmt for cut in found for name, fmt in cut.units.items()}
 
 
 def cuts(units: Sequence[Unit], problem: Problem, whole: Problem, start: Assignment) -> list[Cut]:

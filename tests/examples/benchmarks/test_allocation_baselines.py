@@ -137,17 +137,21 @@ def test_filling_up_leaves_little_and_takes_nothing() -> None:
 def test_random_and_inverted_mixes_have_the_bytes_of_the_plan(seed: int) -> None:
     mix = some_mix(seed)
     other, again = (baselines.shuffled(WEIGHTS, mix, 5) for _ in range(2))
-    inverted = baselines.inverted(WEIGHTS, mix)
+    losses = {name: float(number % 7) for number, name in enumerate(WEIGHTS.units)}
+    inverted = baselines.inverted(WEIGHTS, mix, losses)
     assert other == again != mix
     assert WEIGHTS.nbytes(other) == WEIGHTS.nbytes(inverted) == WEIGHTS.nbytes(mix)
-    assert baselines.inverted(WEIGHTS, inverted) != inverted
+    assert baselines.inverted(WEIGHTS, mix, {name: -loss for name, loss in losses.items()}) != inverted
 
 
-def test_inverting_gives_least_to_who_had_most() -> None:
+def test_inverting_gives_least_to_who_loses_most() -> None:
     names = [f"model.layers.0.self_attn.q_proj.q{h}" for h in range(3)]
     mix = WEIGHTS.whole(lambda _: FORMATS[1]) | dict(zip(names, FORMATS, strict=True))
-    inverted = baselines.inverted(WEIGHTS, mix)
-    assert inverted[names[0]] == FORMATS[2] and inverted[names[2]] == FORMATS[0]
+    losses = dict.fromkeys(WEIGHTS.units, 1.0) | {names[0]: 0.1, names[2]: 10.0}
+    inverted = baselines.inverted(WEIGHTS, mix, losses)
+    sizes = [WEIGHTS.units[name].nbytes(inverted[name]) for name in names]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[2]
+    assert {inverted[names[0]], inverted[names[2]]} == {FORMATS[0], FORMATS[2]}
 
 
 class Layer(nn.Module):
