@@ -115,7 +115,8 @@ class FakeLinear(nn.Module):
 def prepare_module(module: nn.Module, kind: str, fake: FakeLinear) -> None:
     """Let a linear, table or convolution ("linear", "table", "conv") compute with fake quantization."""
     module.fake_quant = fake
-    module.__class__ = _class_of(type(module), kind)
+    base: Any = type(module)
+    module.__class__ = _class_of(base, kind)
 
 
 def prepare_parameter(module: nn.Module, name: str, fake: FakeWeight, *, shared: bool = False) -> None:
@@ -125,7 +126,7 @@ def prepare_parameter(module: nn.Module, name: str, fake: FakeWeight, *, shared:
         module.__dict__[child] = fake
     else:
         setattr(module, child, fake)
-    base = getattr(type(module), PREPARED, type(module))
+    base: Any = getattr(type(module), PREPARED, type(module))
     names = tuple(dict.fromkeys([*getattr(type(module), "qfx_fake_names", ()), name]))
     module.__class__ = _reading_class(base, names)
 

@@ -10,8 +10,9 @@ import pytest
 import qfx
 
 CALLABLES = (
-    "advise", "analyze", "export_awq", "export_bnb", "export_compressed_tensors", "export_gguf", "export_gptq",
-    "import_checkpoint", "import_gguf", "load", "plan", "presets", "quantize", "report", "save",
+    "advise", "analyze", "convert", "distillation_loss", "export_awq", "export_bnb", "export_compressed_tensors",
+    "export_gguf", "export_gptq", "import_checkpoint", "import_gguf", "load", "plan", "prepare_qat", "presets",
+    "quantize", "report", "save",
 )  # fmt: skip
 TYPES = ("Format", "Plan", "QfxWarning", "Recipe", "Report", "Sensitivity", "UnsupportedError")
 

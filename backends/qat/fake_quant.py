@@ -30,12 +30,12 @@ def fake_quantize(x: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None = N
     scale: f32 factor of the codes (`numerics.effective_scale`, whatever type they are stored in), of
     `fmt.scale_shape`. zero: whole f32 numbers of the same shape for affine formats, else None. factor: k above.
     """
-    found: Tensor = _FakeQuantize.apply(x, scale, zero, _unscaled(fmt), factor)
+    found: Tensor = _FakeQuantize.apply(x, scale, zero, _unscaled(fmt), factor)  # type: ignore[no-untyped-call]
     return found
 
 
 def fake_quantize_run_time(x: Tensor, fmt: Format) -> Tensor:
-    """x as a format whose scale is found at run time (`i8/tok`, `u8/dyn`, ...) gives it back; scales get no gradient."""
+    """x as a format whose scale is found at run time (`i8/tok`, `u8/dyn`, ...) gives it back; scales get none."""
     with torch.no_grad():
         scale, zero = run_time_qparams(x, fmt)
         scale = effective_scale(scale, zero, fmt)
@@ -71,7 +71,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, scale, zero, output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero, y = ctx.saved_tensors
         fmt, factor = ctx.fmt, ctx.factor
         g, wide, s = split(grad.to(torch.float32), fmt), split(x.to(torch.float32), fmt), spread(scale, fmt)

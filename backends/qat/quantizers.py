@@ -24,7 +24,7 @@ from qfx.numerics import TINY, QParams, effective_scale, quantize, range_qparams
 from qfx.packing import Packed
 
 Scales = Literal["learned", "observed"]
-RATE = 10.0
+RATE = 3.0
 _FAR = 60.0  # e^60 is 1e26: beyond it scales stand still
 
 

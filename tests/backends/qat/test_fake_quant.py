@@ -161,7 +161,7 @@ def test_compiled_forward_and_backward_are_those_of_eager(text: str) -> None:
     found = []
     for run in (loss, torch.compile(loss, fullgraph=True)):
         inputs = [x.clone().requires_grad_(), scale.clone().requires_grad_()]
-        value = run(*inputs, zero)
+        value: Tensor = run(inputs[0], inputs[1], zero)
         value.backward()
         found.append([value.detach(), *(i.grad for i in inputs)])
     torch._dynamo.reset()
