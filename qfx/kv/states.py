@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from qfx.errors import explain, warn
-from qfx.kv import attend as reading
 from qfx.kv.attend import View
+from qfx.kv.attend import attend as _attend
+from qfx.kv.attend import scores as _scores
+from qfx.kv.attend import weighted as _weighted
 
 _ATTRIBUTES = (
     *("__get__", "size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "element_size"),
@@ -30,9 +32,9 @@ _ATTRIBUTES = (
 )
 
 # Loops over tiles, whose number changes with every token: a compiler leaves them as they are.
-attend = torch.compiler.disable(reading.attend)
-scores = torch.compiler.disable(reading.scores)
-weighted = torch.compiler.disable(reading.weighted)
+attend = torch.compiler.disable(_attend)
+scores = torch.compiler.disable(_scores)
+weighted = torch.compiler.disable(_weighted)
 
 
 @dataclass(frozen=True)
