@@ -61,7 +61,7 @@ class Store:
         self._check(keys, values)
         rest = _joined(self.rest, (keys, values))
         seen = View(self.first, self.parts, 0, self.stored, rest)
-        self._take(rest)
+        self._take(rest, own=rest[0] is not keys)
         return seen
 
     def view(self) -> View:
@@ -115,8 +115,8 @@ class Store:
         floats = sum(t.numel() * t.element_size() for t in (*self.first, *self.rest))
         return floats + sum(part.keys.nbytes + part.values.nbytes for part in self.parts)
 
-    def _take(self, rest: Pair) -> None:
-        """Fill the sinks, then store whole steps of what is left."""
+    def _take(self, rest: Pair, *, own: bool) -> None:
+        """Fill the sinks, then store whole steps of what is left. own: nobody else has `rest`."""
         missing = self.fmt.sinks - self.first[0].shape[2]
         if missing > 0 and not self.stored:
             self.first = _kept(_joined(self.first, _cut(rest, 0, missing)))
@@ -126,7 +126,12 @@ class Store:
             keys, values = (t if part.heads is None else t[:, part.heads] for t in _cut(rest, 0, ready))
             _write(part, keys.detach(), values.detach(), self.stored)
         self.stored += ready
-        self.rest = self.empty if ready == rest[0].shape[2] else _kept(_cut(rest, ready, None))
+        left = _cut(rest, ready, None)
+        if ready == rest[0].shape[2]:
+            left = self.empty
+        elif not own or 2 * left[0].shape[2] < rest[0].shape[2]:
+            left = _kept(left)
+        self.rest = left
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         for role, new, old in zip(_ROLES, (keys, values), self.rest, strict=True):
