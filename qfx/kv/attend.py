@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,23 @@ from qfx.kv.codes import Codes
 TILE = 1 << 19  # elements of a tile, of all heads and sequences
 SCORES = 1 << 22  # scores that exist at a time
 FEW = 64  # rows of a product that waits for its tile
+
+
+class Scratch:
+    """Memory for tiles, at most about TILE floats, used again by each tile of every layer that shares it.
+
+    Memory that is asked for anew comes as pages that the system clears, which takes longer than what is written there.
+    """
+
+    def __init__(self) -> None:
+        self.room = torch.empty(0, dtype=torch.float32)
+
+    def floats(self, count: int, device: torch.device) -> Tensor:
+        """f32 of at least `count` elements; it is what was given out last."""
+        if self.room.numel() < count or self.room.device != device:
+            with torch.inference_mode(False):  # it may be written to without inference mode later
+                self.room = torch.empty(count, dtype=torch.float32, device=device)
+        return self.room
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,7 @@ class View:
     start: int
     end: int
     rest: tuple[Tensor, Tensor]
+    scratch: Scratch = field(default_factory=Scratch)
 
     def __len__(self) -> int:
         return self.first[0].shape[2] + self.end - self.start + self.rest[0].shape[2]
@@ -258,7 +276,7 @@ def _tiles(codes: Codes, view: View, *, scaled: bool) -> Iterator[tuple[int, int
     each = batch * groups * codes.width
     begin, end = codes.around(view.start, view.end)
     tokens = max(TILE // each // codes.unit, 1) * codes.unit
-    room = codes.data.new_empty(each * min(tokens, end - begin), dtype=torch.float32)
+    room = view.scratch.floats(each * min(tokens, end - begin), codes.data.device)
     for at in range(begin, end, tokens):
         last = min(at + tokens, end)
         yield at, last, codes.tile(at, last, room, scaled=scaled).view(batch * groups, last - at, codes.width)

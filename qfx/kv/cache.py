@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer, get_layer_types_and_kwargs
 
 from qfx.errors import UnsupportedError, explain
+from qfx.kv.attend import Scratch
 from qfx.kv.formats import CacheFormat, cache_formats
 from qfx.kv.layers import QuantizedLayer
 from qfx.kv.static import StaticQuantizedLayer
@@ -56,6 +57,10 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         layers = []
         for i, (kind, more, fmt) in enumerate(zip(kinds, options, wanted, strict=True)):
             layers.append(_layer(i, kind, more, fmt, _sizes(decoder, i), max_length))
+        scratch = Scratch()
+        for layer in layers:
+            if isinstance(layer, QuantizedLayer):
+                layer.scratch = scratch
         super().__init__(layers=layers, offloading=offloading)
         self.formats = wanted
 
@@ -76,7 +81,10 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         return found
 
     def nbytes(self) -> int:
-        """Bytes held by all layers: codes, scales, zero points, float tokens, and room to grow."""
+        """Bytes held by all layers: codes, scales, zero points, float tokens, and room to grow.
+
+        Not what one call needs: floats of a tile, of at most about two million bytes for the whole cache.
+        """
         return sum(layer.nbytes for layer in self.layers if not isinstance(layer, DummyLayer))
 
 

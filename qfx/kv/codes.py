@@ -140,8 +140,9 @@ class Codes:
         """The same with every tensor changed, such as sequences selected or memory moved."""
         other = object.__new__(Codes)
         other.__dict__.update(self.__dict__)
-        other.data, other.scale = change(self.data), change(self.scale)
-        other.zero = None if self.zero is None else change(self.zero)
+        with torch.inference_mode(False):
+            other.data, other.scale = change(self.data), change(self.scale)
+            other.zero = None if self.zero is None else change(self.zero)
         return other
 
     def without(self, tokens: int) -> Codes:
@@ -165,9 +166,10 @@ class Codes:
             new[:, :, :kept] = old[:, :, :kept]
             return new
 
-        self.data = longer(self.data, self._rows(room), self._rows(used))
-        self.scale = longer(self.scale, room // self.group, used // self.group)
-        self.zero = None if self.zero is None else longer(self.zero, room // self.group, used // self.group)
+        with torch.inference_mode(False):  # it may be written to without inference mode later
+            self.data = longer(self.data, self._rows(room), self._rows(used))
+            self.scale = longer(self.scale, room // self.group, used // self.group)
+            self.zero = None if self.zero is None else longer(self.zero, room // self.group, used // self.group)
 
     def _float_scale(self, start: int, end: int) -> Tensor:
         """Scales of the groups that hold these tokens."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from qfx.errors import explain
+from qfx.kv.attend import Scratch
 from qfx.kv.formats import CacheFormat
 from qfx.kv.states import packed
 from qfx.kv.store import Store, of_other_heads
@@ -26,6 +27,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     ) -> None:
         self.fmt, self.where, self.window, self.expected = fmt, where, window, expected
         self.store: Store | None = None
+        self.scratch = Scratch()
         self.record_past = False
         self.device: torch.device | None = None
         if window is not None:
@@ -68,7 +70,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Make the store for keys and values of these sizes. Raises ValueError for heads that the config has not."""
         self.device = key_states.device
         of_other_heads(key_states, self.expected, self.where)
-        self.store = Store(self.fmt, key_states, value_states, where=self.where)
+        self.store = Store(self.fmt, key_states, value_states, where=self.where, scratch=self.scratch)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # no graph stands for memory that grows
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qfx.errors import explain
 from qfx.format import Format
-from qfx.kv.attend import Part, View
+from qfx.kv.attend import Part, Scratch, View
 from qfx.kv.codes import Codes, encode
 from qfx.kv.formats import CacheFormat
 from qfx.numerics import QParams, require_finite
@@ -30,12 +30,13 @@ _SLACK = 256  # tokens behind a window that are kept until they are dropped toge
 class Store:
     """See the module. Made for the heads, sizes, dtype and batch of the first keys and values that it gets.
 
-    where: the layer's name in messages. window: tokens that a new one sees, itself included (None: all); what lies
-    farther back is dropped, some hundred tokens at a time.
+    where: the layer's name in messages. scratch: memory for tiles that other layers use, too.
     """
 
-    def __init__(self, fmt: CacheFormat, keys: Tensor, values: Tensor, *, where: str, window: int | None = None):
-        self.fmt, self.where, self.window = fmt, where, window
+    def __init__(
+        self, fmt: CacheFormat, keys: Tensor, values: Tensor, *, where: str, scratch: Scratch | None = None
+    ) -> None:
+        self.fmt, self.where, self.scratch = fmt, where, scratch or Scratch()
         fmt.check_heads(keys.shape[1], where)
         self.empty: Pair = _kept((keys[:, :, :0], values[:, :, :0]))
         self.first, self.rest = self.empty, self.empty
@@ -60,13 +61,13 @@ class Store:
         """
         self._check(keys, values)
         rest = _joined(self.rest, (keys, values))
-        seen = View(self.first, self.parts, 0, self.stored, rest)
+        seen = View(self.first, self.parts, 0, self.stored, rest, self.scratch)
         self._take(rest, own=rest[0] is not keys)
         return seen
 
     def view(self) -> View:
         """All tokens held, as the next call will read them."""
-        return View(self.first, self.parts, 0, self.stored, self.rest)
+        return View(self.first, self.parts, 0, self.stored, self.rest, self.scratch)
 
     def remove(self, tokens: int) -> None:
         """Forget the newest tokens. Those of a group of keys that is cut stay, as they come back, with the rest.

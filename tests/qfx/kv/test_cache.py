@@ -250,6 +250,18 @@ def test_keys_that_are_not_finite_name_the_layer() -> None:
         logits(model, ids(), qfx.QuantizedCache(model.config, "i4"))
 
 
+@pytest.mark.parametrize("kv", ["i8", "i4"])
+def test_inference_mode_for_some_calls_alone(kv: str) -> None:
+    model, tokens = small(), ids(60)
+    expected = logits(model, tokens, qfx.QuantizedCache(model.config, kv), (40, 5, 5))
+    cache = qfx.QuantizedCache(model.config, kv)
+    with torch.inference_mode():
+        found = [logits(model, tokens[:, :45], cache, (40,))]
+        cache.reorder_cache(torch.tensor([0, 1]))
+    found.append(logits(model, tokens[:, 45:], cache, (5,)))
+    assert torch.equal(torch.cat(found, 1), expected)
+
+
 def test_layers_with_other_states_are_refused() -> None:
     config = tf.Qwen3NextConfig(num_hidden_layers=4, layer_types=["linear_attention"] * 3 + ["full_attention"])
     with pytest.raises(qfx.UnsupportedError, match=r"(?s)layer 0 is of kind 'linear_attention'.*DynamicCache"):
