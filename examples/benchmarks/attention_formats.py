@@ -78,9 +78,8 @@ class Module(nn.Module):
 
 def measured(forms: dict[str, Call], given: tuple[Tensor, Tensor, Tensor], rounds: int) -> dict[str, float]:
     """Seconds of one call in ONNX Runtime, the median over rounds in which all take turns."""
-    lowered = {
-        name: onnx.lower(capture_export(Module(call), given, {}).gm, strict=True) for name, call in forms.items()
-    }
+    graphs = {name: capture_export(Module(call), given, {}, dynamic=False).gm for name, call in forms.items()}
+    lowered = {name: onnx.lower(gm, strict=True) for name, gm in graphs.items()}
     taken: dict[str, list[float]] = {name: [] for name in forms}
     for number in range(rounds + 1):
         for name, one in lowered.items():
