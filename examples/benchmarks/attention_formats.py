@@ -4,7 +4,8 @@
 
 Normal random q, k and v; then the same with one channel of the keys far from zero, as trained models have it, and with
 such keys rounded as they are instead of centred over the tokens. SQNR of the result, 6 dB a bit. Then the forms take
-turns in ONNX Runtime, over a causal prompt and for a single query over as many keys. Times are medians, relative to f32.
+turns in ONNX Runtime, over a causal prompt and for a single query over as many keys. Times are medians, relative to
+those of f32.
 """
 
 from __future__ import annotations
