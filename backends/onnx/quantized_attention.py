@@ -57,6 +57,8 @@ def quantized_attention(
     p_format: str,
 ) -> Value:  # fmt: skip
     """Attention [B, H, S, Dv] between operands rounded to their formats."""
+    if any(x.dims[1] != q.dims[1] and not isinstance(d, int) for x in (k, v) for d in (x.dims[1], q.dims[1])):
+        raise NotImplementedError("attention of grouped heads whose number is not fixed")
     q, k, v = (b.cast(x, _F32) for x in (q, k, v))
     qf, kf, vf, pf = (Format.parse(text) if text else None for text in (q_format, k_format, v_format, p_format))
     mean = None
@@ -100,13 +102,13 @@ def _is_whole(p: Format | None, v: Format | None) -> bool:
 
 
 def _say_floats(b: Builder, formats: dict[str, Format | None]) -> None:
-    """What is rounded to integers and multiplied in f32 all the same."""
+    """What is rounded and multiplied in f32 all the same."""
     q, k, p, v = formats.values()
     apart = {} if _is_symmetric(q) and _is_symmetric(k) else {"q": q, "k": k}
     apart |= {} if _is_whole(p, v) else {"p": p, "v": v}
-    asked = " ".join(f"{role}={fmt}" for role, fmt in apart.items() if fmt is not None and fmt.is_integer)
+    asked = " ".join(f"{role}={fmt}" for role, fmt in apart.items() if fmt is not None and not fmt.is_plain)
     if asked:
-        step = "none needed; q=i8/tok k=i8/tok, and p=u8/tok v=i8/head, are multiplied as integers"
+        step = "none needed for the result; q=i8/tok k=i8/tok, and p=u8/tok v=i8/head, are multiplied as integers"
         b.note(f"{asked}: rounded as asked, multiplied in f32", step)
 
 

@@ -4,7 +4,8 @@
 
 Normal random q, k and v; then the same with one channel of the keys far from zero, as trained models have it, and with
 such keys rounded as they are instead of centred over the tokens. SQNR of the result, 6 dB a bit. Then the forms take
-turns in ONNX Runtime, over a causal prompt and for a single query over as many keys. Times are medians, relative to f32.
+turns in ONNX Runtime, over a causal prompt and for a single query over as many keys. Times are medians, relative to
+those of f32.
 """
 
 from __future__ import annotations
@@ -78,9 +79,8 @@ class Module(nn.Module):
 
 def measured(forms: dict[str, Call], given: tuple[Tensor, Tensor, Tensor], rounds: int) -> dict[str, float]:
     """Seconds of one call in ONNX Runtime, the median over rounds in which all take turns."""
-    lowered = {
-        name: onnx.lower(capture_export(Module(call), given, {}).gm, strict=True) for name, call in forms.items()
-    }
+    graphs = {name: capture_export(Module(call), given, {}, dynamic=False).gm for name, call in forms.items()}
+    lowered = {name: onnx.lower(gm, strict=True) for name, gm in graphs.items()}
     taken: dict[str, list[float]] = {name: [] for name in forms}
     for number in range(rounds + 1):
         for name, one in lowered.items():

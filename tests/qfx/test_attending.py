@@ -307,8 +307,9 @@ def test_exported_decoders_have_it(tmp_path: Path) -> None:
         written = qfx.export_onnx(model, None, tmp_path / "a", recipe=recipe(DYNAMIC))
     name = "model.layers.0.self_attn.scaled_dot_product_attention"
     assert written.formats == {name: {r: DYNAMIC[r] for r in "qkvp"}}
-    found = qfx.onnx.load(tmp_path / "a").generate(tiny.ids()[:1], **how)
-    assert torch.equal(found, qfx.quantize(tiny.build("llama"), recipe(DYNAMIC)).generate(tiny.ids()[:1], **how))
+    loaded: Any = qfx.onnx.load(tmp_path / "a")
+    live: Any = qfx.quantize(tiny.build("llama"), recipe(DYNAMIC))
+    assert torch.equal(loaded.generate(tiny.ids()[:1], **how), live.generate(tiny.ids()[:1], **how))
     with pytest.warns(QfxWarning, match="formats of attention were asked beside those of the cache"):
         written = qfx.export_onnx(
             model, None, tmp_path / "b", recipe=recipe(DYNAMIC), kv="i8", data=[{"input_ids": tiny.ids()}]

@@ -16,6 +16,7 @@ from torch import Tensor
 from qfx import processor
 from qfx.backends.onnx import lower
 from qfx.backends.onnx.lowering import build
+from qfx.errors import UnsupportedError
 from tests.backends.onnx.checks import floats, sqnr, traced
 from tests.qfx.test_attention_ops import ALIBI, HOW, INTEGERS, attend, qkv
 
@@ -96,6 +97,15 @@ def test_sizes_may_change(formats: str) -> None:
         near(lowered(*given)[0], function(*given))
 
 
+def test_grouped_heads_whose_number_may_change_run_in_torch() -> None:
+    function, given = call(INTEGERS), qkv(own=2)
+    other = [torch.cat((x, x), 1) for x in given]
+    gm = traced(function, given, other)
+    with pytest.raises(UnsupportedError, match="grouped heads whose number is not fixed"):
+        lower(gm, strict=True)
+    near(lower(gm)(*other)[0], function(*other))
+
+
 def test_halves_are_computed_in_f32() -> None:
     function = call(INTEGERS, mask=ALIBI.half())
     given = [x.half() for x in qkv()]
@@ -114,7 +124,9 @@ def test_products_of_floats_are_told() -> None:
     assert [n.minor for n in lowered.notes] == [True]
     assert "k=i8/tok v=i8/tok: rounded as asked, multiplied in f32" in str(lowered.notes[0])
     assert not any("Integer" in kernel for kernel in lowered.kernels.values())
-    assert lower(traced(call("q=f8e4m3/tok k=f8e4m3/tok"), qkv()), strict=True).notes == []
+    (note,) = lower(traced(call("q=f8e4m3/tok k=f8e4m3/tok"), qkv()), strict=True).notes
+    assert note.minor and "q=f8e4m3/tok k=f8e4m3/tok: rounded" in note.reason
+    assert lower(traced(call("q=bf16"), qkv()), strict=True).notes == []
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "standard"])
