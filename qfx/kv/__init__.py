@@ -4,6 +4,8 @@ formats     what a layer's cache stores, and its bytes
 store       one layer's memory: packed codes that only grow
 attend      attention over a store, tile by tile
 states      what a model gets for its keys and values
+layers      one layer as transformers calls it
+static      the same in memory that never moves, for compiled decoding
 cache       `qfx.QuantizedCache`, a cache of transformers
 """
 

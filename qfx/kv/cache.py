@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer, get_layer_types_and_kwargs
 
 from qfx.errors import UnsupportedError, explain
 from qfx.kv.formats import CacheFormat, cache_formats
 from qfx.kv.layers import QuantizedLayer
+from qfx.kv.static import StaticQuantizedLayer
 
 if TYPE_CHECKING:
     from qfx.plan import Plan
@@ -33,8 +33,13 @@ class QuantizedCache(Cache):  # type: ignore[misc]
 
     Attention reads the codes tile by tile where the model runs as transformers' sdpa or eager attention; other
     implementations get floats of the whole history, and a QfxWarning says so (see `qfx.kv.states`). Layers with a
-    window keep what it can see, without sinks. Raises ValueError for formats that no cache can have and for lists that
-    the model does not fit; UnsupportedError for layers that hold other states than keys and values.
+    window keep what it can see, without sinks.
+
+    max_length: memory for so many tokens that never moves, for compiled decoding (see `qfx.kv.static`); every token is
+    stored in its format at once, without residual and sinks.
+
+    Raises ValueError for formats that no cache can have and for lists that the model does not fit; UnsupportedError for
+    layers that hold other states than keys and values.
     """
 
     def __init__(
@@ -50,13 +55,10 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         wanted = cache_formats(formats, len(kinds))
         layers = []
         for i, (kind, more, fmt) in enumerate(zip(kinds, options, wanted, strict=True)):
-            layers.append(_layer(i, kind, more, fmt, _sizes(decoder, i)))
-        if max_length is not None:
-            raise NotImplementedError
+            layers.append(_layer(i, kind, more, fmt, _sizes(decoder, i), max_length))
         super().__init__(layers=layers, offloading=offloading)
         self.formats = wanted
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # no graph stands for memory that grows
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -75,17 +77,17 @@ class QuantizedCache(Cache):  # type: ignore[misc]
 
     def nbytes(self) -> int:
         """Bytes held by all layers: codes, scales, zero points, float tokens, and room to grow."""
-        return sum(layer.nbytes for layer in self.layers if isinstance(layer, QuantizedLayer))
-
-    @property
-    def is_compileable(self) -> bool:
-        """Never: it grows."""
-        return False
+        return sum(layer.nbytes for layer in self.layers if not isinstance(layer, DummyLayer))
 
 
 def _layer(
-    index: int, kind: str, options: dict[str, Any], fmt: CacheFormat, sizes: tuple[int, int] | None
-) -> QuantizedLayer | DummyLayer:
+    index: int,
+    kind: str,
+    options: dict[str, Any],
+    fmt: CacheFormat,
+    sizes: tuple[int, int] | None,
+    max_length: int | None,
+) -> QuantizedLayer | StaticQuantizedLayer | DummyLayer:
     if kind == "dummy":
         return DummyLayer()
     if kind not in (*_FULL, *_WINDOWED):
@@ -100,6 +102,8 @@ def _layer(
     where, window = f"layer {index}", options.get("sliding_window") if kind in _WINDOWED else None
     if sizes is not None:
         fmt.check_heads(sizes[0], where)
+    if max_length is not None:
+        return StaticQuantizedLayer(replace(fmt, sinks=0, residual=0), where, max_length, expected=sizes)
     return QuantizedLayer(replace(fmt, sinks=0) if window else fmt, where, window=window, expected=sizes)
 
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from qfx.errors import explain
 from qfx.kv.formats import CacheFormat
 from qfx.kv.states import packed
-from qfx.kv.store import Store
+from qfx.kv.store import Store, of_other_heads
 
 
 class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -67,17 +67,10 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the store for keys and values of these sizes. Raises ValueError for heads that the config has not."""
         self.device = key_states.device
-        if self.expected is not None and (key_states.shape[1], key_states.shape[3]) != self.expected:
-            raise ValueError(
-                explain(
-                    f"keys of another model for the cache of {self.where}",
-                    expected="{} heads of {} channels, as the config says".format(*self.expected),
-                    found=f"{key_states.shape[1]} heads of {key_states.shape[3]}",
-                    next_step="make the cache with the config of the model that uses it",
-                )
-            )
+        of_other_heads(key_states, self.expected, self.where)
         self.store = Store(self.fmt, key_states, value_states, where=self.where)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # no graph stands for memory that grows
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store keys [B, G, n, D] and values [B, G, n, Dv]; returns what this call's attention reads.
 

@@ -129,30 +129,48 @@ class Store:
         self.rest = self.empty if ready == rest[0].shape[2] else _kept(_cut(rest, ready, None))
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
-        if _facts(keys) != _facts(self.rest[0]) or _facts(values) != _facts(self.rest[1]):
-            for role, new, old in zip(_ROLES, (keys, values), self.rest, strict=True):
-                for what, found, expected in zip(_FACTS, _facts(new), _facts(old), strict=True):
-                    if found != expected:
-                        raise ValueError(_another(what, role, self.where, expected, found))
-        if keys.shape[2] != values.shape[2]:
-            raise ValueError(_another("number of tokens", "values", self.where, keys.shape[2], values.shape[2]))
+        for role, new, old in zip(_ROLES, (keys, values), self.rest, strict=True):
+            another(role, facts(new), facts(old), self.where)
+        another("values", (values.shape[2],), (keys.shape[2],), self.where, ("number of tokens",))
         total = keys.detach().sum(dtype=torch.float32) + values.detach().sum(dtype=torch.float32)
         if not math.isfinite(total.item()):  # one look at the device; large values may sum up to Inf
             for role, new in zip(_ROLES, (keys, values), strict=True):
                 require_finite(new, f"{self.where}, {role}")
 
 
-def _facts(x: Tensor) -> tuple[object, ...]:
+def facts(x: Tensor) -> tuple[object, ...]:
+    """Batch, heads, channels and dtype of states [B, G, n, D]."""
     return x.shape[0], x.shape[1], x.shape[3], x.dtype
 
 
-def _another(what: str, role: str, where: str, expected: object, found: object) -> str:
-    return explain(
-        f"{role} of another {what} for the cache of {where}",
-        expected=expected,
-        found=found,
-        next_step="start with a new cache, or `reset()` this one",
+def another(
+    role: str, found: tuple[object, ...], expected: tuple[object, ...], where: str, names: tuple[str, ...] = _FACTS
+) -> None:
+    """Raises ValueError, naming the layer, for the first fact that is another."""
+    if found == expected:
+        return
+    what, new, old = next(three for three in zip(names, found, expected, strict=True) if three[1] != three[2])
+    raise ValueError(
+        explain(
+            f"{role} of another {what} for the cache of {where}",
+            expected=old,
+            found=new,
+            next_step="start with a new cache, or `reset()` this one",
+        )
     )
+
+
+def of_other_heads(keys: Tensor, expected: tuple[int, int] | None, where: str) -> None:
+    """Raises ValueError for keys of other (heads, channels) than a config says."""
+    if expected is not None and (keys.shape[1], keys.shape[3]) != expected:
+        raise ValueError(
+            explain(
+                f"keys of another model for the cache of {where}",
+                expected="{} heads of {} channels, as the config says".format(*expected),
+                found=f"{keys.shape[1]} heads of {keys.shape[3]}",
+                next_step="make the cache with the config of the model that uses it",
+            )
+        )
 
 
 def _write(part: Part, keys: Tensor, values: Tensor, at: int) -> None:

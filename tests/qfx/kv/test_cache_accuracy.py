@@ -35,7 +35,7 @@ def text() -> Tensor:
     return ids_of(ASSETS / "tiny_lm")
 
 
-def loss(model: Any, rows: Tensor, kv: Any, step: int = 32) -> tuple[float, float, float]:
+def loss(model: Any, rows: Tensor, kv: Any, step: int = 64) -> tuple[float, float, float]:
     """KLD, rise of perplexity, bytes of half precision's."""
     cache = qfx.QuantizedCache(model.config, kv)
     expected = teacher_forced(model, rows, tf.DynamicCache(config=model.config))

@@ -41,7 +41,7 @@ def test_without_rules_there_is_nothing() -> None:
 
 def test_one_role_may_stay_as_it_is() -> None:
     found, _ = plan_caches(models.build().to(torch.bfloat16), asked(Rule(target="cache", k="i8")))
-    assert formats(found) == ["k=i8/tok/f16 v=bf16"] * 2
+    assert formats(found) == [f"k=i8/tok/f16 v=bf16 residual={RESIDUAL}"] * 2
 
 
 def test_lists_are_those_of_the_models_heads() -> None:

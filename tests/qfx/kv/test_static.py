@@ -1,0 +1,127 @@
+"""Caches of fixed length: what they store, and decoding in one compiled graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import qfx
+from tests.qfx.kv.test_cache import drift, ids, logits, small
+
+tf = pytest.importorskip("transformers", reason="the cache is one of transformers: pip install qfx[hf]")
+KINDS: tuple[Any, ...] = ("i8", "fp8", {"k": "u8/tok/f16", "v": "i8/g8/f16"}, {"k": ["i8", "f16"], "v": ["fp8", "i8"]})
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def fixed(model: Any, kv: Any = "i8", length: int = 96) -> Any:
+    return qfx.QuantizedCache(model.config, kv, max_length=length)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kv", ["f32", *KINDS], ids=str)
+def test_it_reads_as_the_growing_cache_without_a_residual(kv: Any, attention: str) -> None:
+    model, tokens = small(attn_implementation=attention), ids(70)
+    grows = {"k": kv, "v": kv} if isinstance(kv, str) else kv
+    expected = logits(model, tokens, qfx.QuantizedCache(model.config, {**grows, "residual": 0}), (50, 3, 1, 1))
+    cache = fixed(model, kv)
+    found = logits(model, tokens, cache, (50, 3, 1, 1))
+    assert drift(found, expected) < 1e-5
+    assert int(cache.get_seq_length()) == 70 and cache.get_max_length() == 96 and cache.is_compileable
+    assert cache.get_mask_sizes(1, 0) == (96, 0)
+
+
+def test_memory_is_made_once() -> None:
+    model = small()
+    cache = fixed(model)
+    logits(model, ids(10), cache)
+    kept = [t.data_ptr() for t in cache.layers[0]._tensors()]
+    logits(model, ids(30), cache, (1,) * 20)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.reset()
+    assert [t.data_ptr() for t in cache.layers[0]._tensors()] == kept
+    assert cache.nbytes() == 2 * 2 * 2 * 2 * 96 * (16 + 2), "two layers, keys and values, two sequences, two heads"
+    assert drift(logits(model, ids(40), cache, (30,)), logits(model, ids(40), fixed(model), (30,))) == 0
+
+
+@pytest.mark.parametrize(
+    ("backend", "kv"),
+    [("aot_eager", "i8"), *(pytest.param("aot_eager", kv, marks=pytest.mark.slow, id=str(kv)) for kv in KINDS[1:])],
+)
+def test_one_graph_serves_every_step(backend: str, kv: Any) -> None:
+    model, tokens = small(), ids(60)
+    expected = logits(model, tokens, fixed(model, kv), (50, *(1,) * 9))
+    cache = fixed(model, kv)
+    found = [logits(model, tokens[:, :50], cache)]
+    counter = CompileCounterWithBackend(backend)
+    step = torch.compile(model, backend=counter, fullgraph=True)
+    found += [logits(step, tokens[:, at : at + 1], cache) for at in range(50, 60)]
+    assert drift(torch.cat(found, 1), expected) < 1e-5
+    assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore::qfx.errors.QfxWarning")
+def test_the_qfx_backend_runs_it() -> None:
+    model, tokens = small(), ids(60, 1)
+    expected = logits(model, tokens, fixed(model), (50, *(1,) * 9))
+    cache = fixed(model)
+    found = [logits(model, tokens[:, :50], cache)]
+    step = torch.compile(model, backend="qfx", options={"recipe": "w8a16", "backend": "reference"}, fullgraph=True)
+    found += [logits(step, tokens[:, at : at + 1], cache) for at in range(50, 60)]
+    assert int(cache.get_seq_length()) == 60
+    assert drift(torch.cat(found, 1), expected) < 0.05
+
+
+def test_generate_and_crop() -> None:
+    model, prompt = small(), ids(20)
+    outs = [
+        model.generate(prompt, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        for cache in (tf.DynamicCache(config=model.config), fixed(model, "f32"))
+    ]
+    assert torch.equal(*outs)
+    cache = fixed(model)
+    whole = logits(model, ids(30), cache, (25,))
+    cache.crop(-5)
+    assert torch.equal(logits(model, ids(30)[:, 25:], cache), whole[:, 25:])
+    for wrong in (3, -31):
+        with pytest.raises(ValueError, match=r"(?s)crop\(-?\d+\) of the cache of layer 0.*at most the 30"):
+            cache.crop(wrong)
+
+
+def test_windows() -> None:
+    model, tokens = small("mistral", sliding_window=16), ids(60)
+    expected = logits(model, tokens, tf.DynamicCache(config=model.config), (30, 1, 4))
+    assert drift(logits(model, tokens, fixed(model, "f32"), (30, 1, 4)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kv", ["i4", "i8/g32/f16", {"k": "i8", "v": "u3/g8"}], ids=str)
+def test_formats_of_several_tokens_are_refused(kv: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"(?s)a cache of fixed length cannot store.*leave max_length out, or use 'i8'"
+    ):
+        fixed(small(), kv)
+
+
+def test_bad_input() -> None:
+    model = small()
+    cache = fixed(model, length=20)
+    with pytest.raises(ValueError, match=r"(?s)layer 0 is full.*at most 20 tokens.*found: 21"):
+        logits(model, ids(21), cache, (20,))
+    with pytest.raises(ValueError, match=r"(?s)keys of another model.*layer 1.*2 heads of 16"):
+        fixed(model).update(*(torch.ones(2, 3, 1, 16),) * 2, 1)
+    bad: Tensor = torch.full((2, 2, 1, 16), float("nan"))
+    cache.reset()
+    with pytest.raises(ValueError, match="layer 0, keys.*not finite"):
+        cache.update(bad, bad, 0)
+    with pytest.raises(ValueError, match=r"(?s)keys of another batch.*expected: 2.*found: 1"):
+        cache.update(bad[:1], bad[:1], 0)
