@@ -20,7 +20,7 @@ from torch import nn
 
 from qfx import compare
 from qfx import data as batches
-from qfx.allocation.costs import Asked, Costs
+from qfx.allocation.costs import Asked, CacheFormats, Costs
 from qfx.allocation.devices import Device
 from qfx.allocation.devices import device as find_device
 from qfx.allocation.model_costs import costs_of, formats_of_plan
@@ -29,6 +29,7 @@ from qfx.data import Call
 from qfx.errors import UnsupportedError, explain
 from qfx.format import Format
 from qfx.hub import is_causal_lm
+from qfx.kv.plans import grown_formats, plan_caches
 from qfx.matrix import bytes_of
 from qfx.quantize import evaluating, plan, quantize
 from qfx.recipe import Recipe
@@ -259,7 +260,8 @@ class _Walk:
             self.say(f"{name} needs calibration data and is left out", "given")
             return None, {}
         try:
-            first = self._candidate(name, asked, None)
+            kv = grown_formats(plan_caches(self.model, recipe)[0], self.costs.grown)
+            first = self._candidate(name, asked, None, kv)
             if first.misses and not plans:
                 return first, asked
             self.told(f"quantize by {name}")
@@ -270,7 +272,9 @@ class _Walk:
             self.say(f"{name} cannot be had: {str(error).splitlines()[0]}", "measured")
             return None, {}
         asked = formats_of_plan(made_plan, self.costs)
-        return self._judged(self._candidate(name, asked, bytes_of(made)), made), asked
+        if kv is not None:
+            self.say(f"{name}: its cache is counted in memory and time; the loss of that was not measured", "predicted")
+        return self._judged(self._candidate(name, asked, bytes_of(made), kv), made), asked
 
     def _example(self) -> list[Any] | None:
         return None if not self.calls else [self.calls[0][0] or self.calls[0][1]]
@@ -288,8 +292,8 @@ class _Walk:
                 found[node.name] = recipe.formats_for(node.kind, node.name, tied=tied)
         return {name: roles for name, roles in found.items() if roles}
 
-    def _candidate(self, name: str, asked: Asked, nbytes: int | None) -> Candidate:
-        told, base = self._predict(asked), self.base
+    def _candidate(self, name: str, asked: Asked, nbytes: int | None, kv: CacheFormats) -> Candidate:
+        told, base = self._predict(asked, kv), self.base
         size = told.weights if nbytes is None else nbytes
         ratio = self.half / size
         misses = []
@@ -319,8 +323,8 @@ class _Walk:
             misses = (*misses, f"a loss of {loss:.2f} %, {self.wanted.max_loss:g} % is allowed (measured)")
         return replace(candidate, loss=loss, kld=near.kld, misses=misses)
 
-    def _predict(self, asked: Asked) -> Prediction:
-        return predict(self.costs, asked, self.device, **self.sizes)
+    def _predict(self, asked: Asked, kv: CacheFormats = None) -> Prediction:
+        return predict(self.costs, asked, self.device, cache=kv, **self.sizes)
 
     def _end(self, proposals: Sequence[Proposal], tried: Sequence[Candidate], formats: Mapping[str, Asked]) -> None:
         """What came out; where the first proposal is faster; and what the cache would give."""

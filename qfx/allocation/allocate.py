@@ -36,7 +36,7 @@ from qfx.analysis.units import Unit, by_weight
 from qfx.analysis.weights import rounding_of
 from qfx.errors import Note, explain
 from qfx.format import Format
-from qfx.kv.plans import read
+from qfx.kv.plans import grown_formats
 from qfx.method_options import AllocationOptions
 from qfx.passes.calibrate import progress_bar
 from qfx.permute import permute
@@ -186,9 +186,8 @@ def _beside(gm: fx.GraphModule, options: AllocationOptions, plan: Plan) -> int:
     costs = Costs.of(gm)
     new, old = (1, options.context) if costs.caches else (options.context, 0)
     fmt: CacheFormats = None if options.cache is None else Format.parse(options.cache)
-    own = [one.format for one in read(plan.caches) if not one.layer.cross]
-    if fmt is None and own and len(own) == sum(cache.new != 0 for cache in costs.caches):
-        fmt = own
+    if fmt is None:
+        fmt = grown_formats(plan.caches, costs.grown)
     return costs.memory(cache=fmt, batch=options.batch, sequence=new, context=old) - costs.weights()
 
 

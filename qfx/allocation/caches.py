@@ -38,7 +38,7 @@ TOLD = "cache"  # in Plan.sensitivities
 CANDIDATES = tuple(f"u{bits}/g32/f16" for bits in (2, 3, 4, 5, 6))
 _PLAIN = (Format("f16"),)
 _TOKENS = 1024  # of which bytes are counted; none of them left as it is
-_SCORED, _MEASURED = 16384, 4096  # positions of the data
+_SCORED, _MEASURED = 16384, 8192  # positions of the data
 _REFINE = 48  # assignments that are measured
 
 

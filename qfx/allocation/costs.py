@@ -85,6 +85,11 @@ class Costs:
         """Of each attention that has one."""
         return tuple(node.cache for node in self.nodes if node.cache is not None)
 
+    @property
+    def grown(self) -> int:
+        """Number of `caches` to which each call adds."""
+        return sum(c.new != 0 for c in self.caches)
+
     def weights(self, formats: Asked | None = None, *, rest: Format | None = None) -> int:
         """Bytes of all parameters: those named in these formats (see `formats_of`), scales and padding included.
 
@@ -107,9 +112,10 @@ class Costs:
         """The format of each of `caches`. A list is of those that grow."""
         if not isinstance(formats, list | tuple):
             return [formats] * len(self.caches)
-        grown = sum(c.new != 0 for c in self.caches)
-        if len(formats) != grown:
-            raise ValueError(f"the graph has {grown} caches that grow, and there are {len(formats)} formats for them")
+        if len(formats) != self.grown:
+            raise ValueError(
+                f"the graph has {self.grown} caches that grow, and there are {len(formats)} formats for them"
+            )
         left = iter(formats)
         return [next(left) if c.new != 0 else None for c in self.caches]
 

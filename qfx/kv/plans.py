@@ -123,6 +123,12 @@ def layer_formats(caches: Mapping[str, Any], count: int, *, cross: bool = False,
     return [own.get(index, whole) for index in range(count)]
 
 
+def grown_formats(caches: Mapping[str, Any], count: int) -> list[CacheFormat] | None:
+    """The formats of the caches that grow, in order, where the plan knows so many of them."""
+    own = [one.format for one in read(caches) if not one.layer.cross]
+    return own if own and len(own) == count else None
+
+
 def _check_order(recipe: Recipe) -> None:
     """Raises ValueError for formats by heads beside what gives heads another order."""
     planned = recipe.allocation is not None and recipe.allocation.units == "heads"

@@ -54,6 +54,18 @@ def test_candidates(advice: Advice) -> None:
 
 
 @pytest.mark.slow
+def test_a_quantized_cache_counts_in_memory_and_time() -> None:
+    """Its loss is not measured, which is said."""
+    recipes = ["w8a8", "w8a8+kv8"]
+    made = qfx.advise(ZOO["llama"]()[0], device=CPU, batch=64, context=4096, recipes=recipes)
+    plain, cached = made.candidates
+    assert cached.memory < plain.memory and (cached.decode or 9) < (plain.decode or 0)
+    assert cached.nbytes == plain.nbytes
+    assert any("w8a8+kv8: its cache is counted" in claim.text for claim in made.claims)
+    assert not any("w8a8: its cache" in claim.text for claim in made.claims)
+
+
+@pytest.mark.slow
 def test_proposals_fulfil_what_is_wanted(advice: Advice) -> None:
     assert advice.proposals
     for proposal in advice.proposals:

@@ -117,7 +117,7 @@ def test_memory_of_a_device_leaves_room_for_caches() -> None:
     assert sizes[2] > sizes[1]
     heads, head = config.num_key_value_heads, config.head_dim
     asked = recipe(refine=0)
-    asked = asked.override(rules=(*asked.rules, qfx.Rule(target="cache", k="i8", v="i8")))
+    asked = asked.override(rules=(*asked.rules, qfx.Rule(target="cache", k="i8", v="i8", residual=0)))
     made = qfx.plan(model, asked, data, max_memory=26_000, batch=1, context=128)
     less = layers * heads * 129 * 2 * (4 * head - (head + 2))  # one token more, its scale in f16
     assert made.sensitivities["allocation"]["budget"]["bytes"] - sizes[1] == less

@@ -124,12 +124,16 @@ def test_a_base_model_keeps_the_formats_and_says_what_to_do(tmp_path: Path) -> N
         with_caches(models.build().model, dict(caches_of(base)), strict=True)
 
 
+@pytest.mark.slow
 def test_models_without_a_cache_are_told_and_refused_under_strict() -> None:
     with pytest.warns(qfx.QfxWarning, match=r"BertForMaskedLM: it keeps no keys and values.*leave rules for 'cache'"):
         made = qfx.quantize(tiny.build("bert"), "w8a16+kv8")
     assert caches_of(made) == {}
     with pytest.raises(qfx.UnsupportedError, match="keeps no keys and values"):
         qfx.quantize(tiny.build("bert"), "w8a16+kv8", strict=True)
+
+
+def test_a_recipe_for_caches_alone_needs_one() -> None:
     with pytest.raises(ValueError, match="recipe 'kv8' gives no format to anything in BertForMaskedLM"):
         qfx.quantize(tiny.build("bert"), "kv8")
 
