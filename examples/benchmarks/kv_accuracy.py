@@ -2,7 +2,7 @@
 
     pip install -e ".[demo,bench]" -c constraints.txt && pip install optimum-quanto hqq
     python examples/benchmarks/kv_accuracy.py --threads 1 --json numbers.json --plot curve.png
-    python examples/benchmarks/kv_accuracy.py --only qfx --only float --agree 50
+    python examples/benchmarks/kv_accuracy.py --tokens 32 --texts 1 --step 32 --agree 0 --timed llama-0.1b --at 8192
 
 Divergence and perplexity: the tiny language model reads held-out text, all caches the same tokens in the same steps
 (one token a step unless `--step` says otherwise), each against the float cache. Bytes: of a token, codes, scales, zero
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ if __name__ == "__main__":  # import the sibling files as `python -m examples.be
 
 import qfx
 from examples.benchmarks.peers import table
+from examples.benchmarks.peers.decoding import SHAPES, DecoderJob
 from qfx import data
 from qfx.kv.judge import Judgement, judge_each
 
@@ -83,9 +85,8 @@ def _by_heads(model: Any) -> Any:
 ENTRIES = (
     Entry(FLOAT, _dynamic),
     *(Entry(f"qfx {kv}", _own(kv)) for kv in ("i8", "fp8", "i4", "i3", "i2")),
-    Entry("qfx i8 r32", _own({"k": "i8", "v": "i8", "residual": 32, "sinks": 4})),
-    Entry("qfx i4 r16", _own({"k": "i4", "v": "i4", "residual": 16})),
-    Entry("qfx i2 r16", _own({"k": "i2", "v": "i2", "residual": 16})),
+    Entry("qfx i8 r32", _own({"k": "i8", "v": "i8", "residual": 32})),
+    Entry("qfx i8/g32", _own({"k": "i8/g32/f16", "v": "i8"})),
     Entry("qfx k4v2", _own({"k": "i4", "v": "i2"})),
     Entry("qfx k2v4", _own({"k": "i2", "v": "i4"})),
     Entry("qfx kv-heads", _by_heads),
@@ -194,6 +195,15 @@ def sizes_and_times(model: Any, entries: Sequence[Entry], tokens: int, rounds: i
     return found
 
 
+def timings(model: Any, name: str, entries: Sequence[Entry], lengths: Sequence[int], rounds: int) -> dict[int, Numbers]:
+    """`sizes_and_times` by length, of `model` or of a random one of another shape."""
+    if name == "tiny_lm":
+        return {length: sizes_and_times(model, entries, length, rounds) for length in lengths}
+    with tempfile.TemporaryDirectory() as folder:
+        other = DecoderJob(name, 2, 1, 2, torch.get_num_threads(), folder).module()
+        return {length: sizes_and_times(other, entries, length, rounds) for length in lengths}
+
+
 def agreement(model: Any, entries: Sequence[Entry], prompts: int, new: int = NEW) -> Numbers:
     """(share of prompts, share of tokens) whose greedy continuation is the float cache's, by name."""
     ids = text(prompts, PROMPT)
@@ -299,6 +309,7 @@ def main(
     texts: Annotated[int, typer.Option(min=1, help="Texts that are read side by side.")] = 4,
     step: Annotated[int, typer.Option(min=1, help="Tokens that are read at once.")] = 1,
     at: Annotated[list[int] | None, typer.Option(help="Tokens before those that are timed; 0: none.")] = None,
+    timed: Annotated[str, typer.Option(help=f"Times of tiny_lm, or of random {', '.join(SHAPES)}.")] = "tiny_lm",
     agree: Annotated[int, typer.Option(help="Prompts of the greedy comparison.")] = 50,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 2,
@@ -307,6 +318,8 @@ def main(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw divergence over bytes into it.")] = None,
 ) -> None:
     """Read a text with every cache there is, and print a table."""
+    if timed not in (*SHAPES, "tiny_lm"):
+        raise typer.BadParameter(f"{timed} is none of {', '.join(SHAPES)}, tiny_lm", param_hint="--timed")
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     model, where, console = load(), table.place(threads), table.console()
@@ -314,8 +327,8 @@ def main(
     good, failed = usable(model, chosen)
     judged = judge_each(model, text(texts, tokens), {e.name: e.make(model) for e in good}, step=step)
     lengths = [length for length in (at or [1024, 2048, 8192]) if length > WINDOW]
-    times = {length: sizes_and_times(model, good, length, rounds) for length in lengths}
-    sizes = times.get(tokens) or sizes_and_times(model, good, max(tokens, WINDOW + FIRST))
+    sizes = sizes_and_times(model, good, max(tokens, WINDOW + FIRST))
+    times = timings(model, timed, good, lengths, rounds)
     same = agreement(model, good, agree) if agree else {}
     rows = rows_of(chosen, failed, judged, sizes, times, same)
     columns = COLUMNS | {f"at_{length}_ms": f"ms at {length}" for length in lengths}

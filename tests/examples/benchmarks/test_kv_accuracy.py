@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from transformers import DynamicCache
 
 import qfx
@@ -45,7 +46,7 @@ def test_bytes_are_those_of_tensors_counted_once(model: Any) -> None:
 
 def test_bytes_of_qfx_are_those_of_its_format(model: Any) -> None:
     """int8 of heads of 32 with a 16-bit scale: 34 bytes where float16 has 64."""
-    cache = entry("qfx i8").make(model)
+    cache = qfx.QuantizedCache(model.config, {"k": "i8", "v": "i8", "residual": 0})
     kv_accuracy.fill(model, cache, 64)
     assert kv_accuracy.size_of(cache, model.config) == pytest.approx(64 * per_token(model) * 34 / 64)
     assert cache.nbytes() >= kv_accuracy.size_of(cache, model.config), "it holds room to grow too"
@@ -62,6 +63,13 @@ def test_steps_and_sizes_of_every_cache(model: Any) -> None:
     assert found["float"][0] == pytest.approx(per_token(model))
     assert 0.2 * per_token(model) < found["qfx i2"][0] < 0.8 * per_token(model)
     assert all(0 < ms < 10_000 for _, ms in found.values())
+
+
+def test_times_of_another_shape(model: Any) -> None:
+    (found,) = kv_accuracy.timings(model, "tiny", [entry("qfx i8")], [WINDOW + 32], 1).values()
+    assert found["qfx i8"][1] > 0
+    with pytest.raises(typer.BadParameter, match="gpt is none of llama-1b"):
+        kv_accuracy.main(timed="gpt")
 
 
 def test_a_cache_that_fails_is_told(model: Any) -> None:
