@@ -169,3 +169,11 @@ def test_fitting_keeps_what_forward_takes() -> None:
     ids = torch.ones(1)
     assert data.fitting(Named(), {"input_ids": ids, "token_type_ids": ids}) == {"input_ids": ids, "use_cache": False}
     assert data.fitting(Open(), {"x": ids}) == {"x": ids}
+
+
+def test_the_roomiest_call_has_fewest_sizes_of_one_then_most_elements() -> None:
+    one, small, large = (((torch.zeros(*shape),), {}) for shape in ((1, 99), (2, 9), (3, 9)))
+    assert data.roomiest([one, small, large]) is large
+    assert data.roomiest([one]) is one
+    named: data.Call = ((), {"x": torch.zeros(3, 9), "mask": torch.zeros(3, 1)})
+    assert data.roomiest([named, small]) is small

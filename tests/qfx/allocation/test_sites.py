@@ -6,7 +6,7 @@ import pytest
 
 from qfx import Format, Recipe
 from qfx.allocation import sites
-from qfx.analysis.units import Unit
+from qfx.analysis.units import Unit, units
 from qfx.method_options import AllocationOptions
 from qfx.passes.annotate import annotate
 from tests.qfx.analysis.models import captured, causal
@@ -84,3 +84,12 @@ def test_candidates_of_kinds() -> None:
         "linear": ["nf4/g64/dq", "u3/g32"], "embedding": ["i8/ch"], "experts": ["u3/g32"],
         "lm_head": ["nf4/g64/dq", "u3/g32"],
     }  # fmt: skip
+
+
+def test_the_least_is_that_of_whole_weights_where_heads_pad() -> None:
+    found = find("llama")
+    fmt = Format.parse("u3/g32")  # heads have 16 channels: a group of their columns is half empty
+    least = found.stored({unit.name: [fmt] for unit in found.units}).least
+    assert least < sum(unit.nbytes(fmt) for unit in found.units)
+    shapes = {unit.fqn: unit for unit in units(captured(*causal("llama"))[0], by="layers")[0]}
+    assert least == sum(unit.nbytes(fmt) for unit in shapes.values())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qfx import Format
-from qfx.analysis.units import KINDS, Unit, units
+from qfx.analysis.units import KINDS, Unit, units, wholes
 from tests.qfx.analysis.models import captured, causal, of_zoo, prepared
 
 TINY = {"embedding": 1, "q": 2, "k": 1, "v": 1, "o": 2, "linear": 3, "lm_head": 1}
@@ -132,3 +132,12 @@ def test_no_unit_for_what_no_operator_serves() -> None:
 def test_causal_models_of_the_helpers_are_seeded() -> None:
     a, b = (causal()[0] for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_wholes_are_the_weights_that_heads_cut() -> None:
+    gm, _, _ = prepared()
+    heads, layers = units(gm)[0], units(gm, by="layers")[0]
+    found = {unit.name: unit for unit in wholes(heads)}
+    assert set(found) == {unit.fqn for unit in heads if unit.axis is not None} and found
+    assert all(found[unit.name].shape == unit.shape for unit in layers if unit.name in found)
+    assert wholes(layers) == []
