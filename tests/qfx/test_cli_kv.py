@@ -32,7 +32,8 @@ def test_the_table(folder: Path, tmp_path: Path) -> None:
     assert names == ["float", "i8", "kv-k4v2", "i8:u2/g8/f16"]
     assert all(name in result.output for name in names)
     plain, eight = found["caches"][:2]
-    assert (plain["token_bytes"], eight["token_bytes"]) == (128, 36) and eight["ratio"] == 36 / 128
+    assert (plain["token_bytes"], eight["token_bytes"]) == (128, 36)
+    assert 36 / 128 <= eight["ratio"] == eight["cache_bytes"] / plain["cache_bytes"] < 1
     assert found["context"] == 32 and plain["cache_bytes"] == 32 * 128
     assert plain["longest"] < eight["longest"] < 2**20 / 36
     assert f"{eight['longest']:,}" in result.output
