@@ -9,6 +9,9 @@ q (c (k - z))^T = c (q k^T - z sum(q)), and p (c (v - z)) = (p c) v - sum(p c z)
 of keys are rows of one product, so that nothing is repeated. Scores of a whole row are small beside its keys, which
 makes one softmax over all of them better than the online one (Milakov and Gimelshein 2018), which corrects its sums for
 every tile. Everything is computed in f32; the result has the type of q.
+
+Part of a long prompt (MANY queries or more) reads floats of one head of keys and values at a time instead, with torch's
+fused attention, which makes no scores.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from qfx.kv.codes import Codes
 TILE = 1 << 19  # elements of a tile, of all heads and sequences
 SCORES = 1 << 22  # scores that exist at a time
 FEW = 64  # rows of a product that waits for its tile
+MANY = 64  # queries from which torch's attention is faster, over floats of one head of keys at a time
 
 
 class Scratch:
@@ -88,6 +92,15 @@ class View:
         high = self.start + min(max(end - a, 0), b - a)
         return replace(self, first=cut(self.first, 0), start=low, end=max(low, high), rest=cut(self.rest, b))
 
+    def of_head(self, part: Part, at: int, head: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one head, [B, 1, tokens, D]: the `at`-th of a part, number `head` of the layer."""
+        found = []
+        for role, codes in enumerate((part.keys, part.values)):
+            one = codes.each(lambda t: t[:, at : at + 1]).values(self.start, self.end)
+            ends = (self.first[role][:, head : head + 1], self.rest[role][:, head : head + 1])
+            found.append(torch.cat((ends[0], one.to(ends[0].dtype), ends[1]), 2))
+        return found[0], found[1]
+
     def dense(self, role: int) -> Tensor:
         """Keys (0) or values (1) as they come back, [B, G, tokens, D] in the model's dtype."""
         out = self.rest[role].new_empty(self.shape(role))
@@ -110,6 +123,8 @@ def attend(q: Tensor, view: View, mask: Tensor | None, scale: float, *, causal: 
     groups, length = view.rest[0].shape[1], len(view)
     q5 = q.reshape(batch, groups, heads // groups, queries, -1)
     mask = _five(mask, groups, heads)
+    if queries >= MANY and view.end > view.start:
+        return _head_by_head(q5, view, mask, scale, causal=causal).reshape(batch, heads, queries, -1)
     rows = max(SCORES // (batch * heads * max(length, 1)), 1)
     found = []
     for at in range(0, queries, rows):
@@ -122,6 +137,25 @@ def attend(q: Tensor, view: View, mask: Tensor | None, scale: float, *, causal: 
         found.append(_block(q5[..., block, :], view, seen, scale))
     out = found[0] if len(found) == 1 else torch.cat(found, 3)
     return out.reshape(batch, heads, queries, -1).to(q.dtype)
+
+
+def _head_by_head(q: Tensor, view: View, mask: Tensor | None, scale: float, *, causal: bool) -> Tensor:
+    """Attention of q [B, G, n, S, D] by torch's own, [B, G, n, S, Dv] in the dtype of q."""
+    if causal and mask is not None:
+        places = torch.arange(max(q.shape[3], len(view)), device=q.device)
+        mask, causal = _both(mask, places[: len(view)] <= places[: q.shape[3], None]), False
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    out = q.new_empty((*q.shape[:-1], view.rest[1].shape[-1]))
+    for part in view.parts:
+        numbers = range(q.shape[1]) if part.heads is None else part.heads.tolist()
+        for at, head in enumerate(numbers):
+            keys, values = (x.to(q.dtype).expand(-1, q.shape[2], -1, -1) for x in view.of_head(part, at, head))
+            seen = mask if mask is None else mask[:, head if mask.shape[1] > 1 else 0]
+            out[:, head] = F.scaled_dot_product_attention(
+                q[:, head], keys, values, seen, is_causal=causal, scale=scale
+            )  # fmt: skip
+    return out
 
 
 def _block(q: Tensor, view: View, mask: Tensor | None, scale: float) -> Tensor:

@@ -72,6 +72,25 @@ def test_many_queries_take_other_products(kv: Any) -> None:
     assert close(attend(q, view, None, 0.3), reference(q, view))
 
 
+@pytest.mark.parametrize("kv", ["i8", "i4", FORMATS[-1]], ids=str)
+@pytest.mark.parametrize("shape", [None, (2, 1, 70, 150), (2, 6, 70, 150), (1, 1, 1, 150)], ids=str)
+def test_part_of_a_long_prompt_reads_head_by_head(kv: Any, shape: tuple[int, ...] | None) -> None:
+    view, q = filled(kv), random(2, 6, 70, 24)
+    mask = None if shape is None else random(*shape, seed=5) > -0.5
+    if mask is not None and len(mask[0, 0]) > 1:
+        mask[:, :, 3] = False
+    assert close(attend(q, view, mask, 0.3), reference(q, view, mask))
+    if mask is not None:
+        bias = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+        assert close(attend(q, view, bias, 0.3), reference(q, view, mask))
+    early = torch.ones(70, 150).tril().bool()
+    assert close(attend(q, view, mask, 0.3, causal=True), reference(q, view, early if mask is None else mask & early))
+    window = view.narrow(40, 150)
+    assert close(attend(q, window, None, 0.3), reference(q, window))
+    half = filled(kv, dtype=torch.bfloat16)
+    assert close(attend(q.bfloat16(), half, mask, 0.3), reference(q, half, mask), 0.05)
+
+
 MASKS = {
     "keys alone": (1, 1, 1, 150), "queries and keys": (5, 150), "for each sequence": (2, 1, 5, 150),
     "for each head": (1, 6, 5, 150), "three axes": (6, 5, 150), "all": (2, 6, 5, 150), "queries": (1, 1, 5, 1),
