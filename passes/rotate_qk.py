@@ -6,8 +6,8 @@
     %hadamard_1: f32[2,2,7,16] = qfx.hadamard(%rope_1, 16, 0, False)
     %sdpa = aten.scaled_dot_product_attention(%hadamard, %hadamard_1, %v)
 
-It comes after the rotary embedding, which no weight could pass. A live model keeps its own attention, which runs in
-float, where the rotation changes nothing: there it is left out.
+It comes after the rotary embedding, which no weight could pass. In a live model it is part of attention with formats
+(`qfx.attending`); attention that runs in float is left as it is, where the rotation would change nothing.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def find(gm: fx.GraphModule, *, seed: int = 0) -> tuple[list[Site], list[Note]]:
 
 
 def apply(module: nn.Module, site: Site) -> None:
-    """Rotate queries and keys in a graph; a live model is left as it is."""
+    """Rotate queries and keys in a graph; a live model is left as it is (see the module)."""
     if not isinstance(module, fx.GraphModule):
         return
     for node in list(module.graph.nodes):

@@ -26,12 +26,14 @@ from qfx.errors import Note, UnsupportedError, explain, warn
 from qfx.format import Format
 from qfx.modules import without_fast_paths
 from qfx.passes.quantize_attention import BY_HAND, SDPA, numbers
+from qfx.passes.rotate_qk import Site
 from qfx.plan import Plan
 from qfx.recipe import Recipe
 from qfx.rows import Row
 
 HELD = "qfx_attention"
-Spec = dict[str, Any]  # name: the FQN; formats: role -> text; scales, zeros: role -> numbers; sqnr_db: number or None
+# name: the FQN; formats: role -> text; scales, zeros: role -> numbers; rotation: of q and k, [block, seed]; sqnr_db: dB
+Spec = dict[str, Any]
 _CACHES = "qfx.kv"  # the package of handles on quantized caches
 _STEP = "load the model with attn_implementation='sdpa'; a compiled or exported model has it as it is"
 
@@ -43,6 +45,7 @@ def find(model: nn.Module, plan: Plan) -> tuple[dict[str, Spec], list[Note]]:
     """
     found: dict[str, Spec] = {}
     notes = []
+    turned = {r["attention"]: [r["block"], r["seed"]] for r in plan.rewrites if r["name"] == Site.NAME}
     for fqn, formats in planned(plan).items():
         owner = fqn.rpartition(".")[0]
         reason = _reason_against(fqn, plan)
@@ -56,6 +59,7 @@ def find(model: nn.Module, plan: Plan) -> tuple[dict[str, Spec], list[Note]]:
             "formats": {role: str(fmt) for role, fmt in formats.items()},
             "scales": {role: scales for role, (scales, _) in steps.items() if scales},
             "zeros": {role: zeros for role, (_, zeros) in steps.items() if zeros},
+            "rotation": turned.get(fqn),
             "sqnr_db": plan.sensitivities.get("sqnr_db", {}).get(fqn),
         }
     check(model, found)
@@ -175,6 +179,8 @@ def _attention(
         what = "dropout" if dropout_p > 0 else f"operands of {query.dim()} dimensions"
         step = "call model.eval() first" if dropout_p > 0 else "give it operands [B, H, S, D]"
         raise UnsupportedError(explain(f"attention {spec['name']!r} in {spec['formats']} has {what}", next_step=step))
+    if spec["rotation"] is not None:
+        query, key = (torch.ops.qfx.hadamard(x, *spec["rotation"], False) for x in (query, key))
     steps: list[Any] = []
     for role in "qkv":
         steps += [spec["scales"].get(role, []), spec["zeros"].get(role, [])]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qfx import frame, graph, names, sqnr
+from qfx import attending, frame, graph, names, sqnr
 from qfx.capture import keep_sources, static_names
 from qfx.errors import Note, UnsupportedError, explain, warn
 from qfx.frame import Frame
@@ -256,7 +256,9 @@ class CompiledGraph:
             return self._caches(at)
         own = {name for names_ in names.index(at.root).values() for name in names_}
         own |= {name for name, _ in at.root.named_modules(remove_duplicate=False)}
-        lost = [fqn for fqn in self._options.plan.annotations if fqn not in own]
+        attentions = attending.planned(self._options.plan)  # called by their module and operator
+        named = {fqn: fqn.rpartition(".")[0] if fqn in attentions else fqn for fqn in self._options.plan.annotations}
+        lost = [fqn for fqn, name in named.items() if name not in own]
         what = f"the plan gives formats to {len(lost)} name(s) that the model lacks: {', '.join(lost[:3])}"
         return [*([Note("plan", what, "plan again for this model")] if lost else []), *self._caches(at)]
 

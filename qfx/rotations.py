@@ -33,9 +33,11 @@ def rewrite(gm: fx.GraphModule, plan: Plan, name: str, fixed: Collection[str] = 
         wanted = [site for site in found if site.linears[0].name in quantized]
         return _applied(gm, plan, wanted) + [note for note in notes if note.node in quantized]
     qk, notes = rotate_qk.find(gm, seed=plan.recipe.rotation_seed)
-    if qk and plan.fingerprint:
-        reason = "'rotate-qk' is left out of live models, whose attention runs in float: it would change nothing"
-        notes.append(Note(qk[0].attention, reason, "nothing; compiled and exported graphs have it", minor=True))
+    rounded = {graph.fqn_of(n) for n in gm.graph.nodes if not {"q", "k"}.isdisjoint(annotation.get(n))}
+    plain = [site.attention for site in qk if site.attention not in rounded]
+    if plain and plan.fingerprint:
+        reason = "'rotate-qk' is left out of live models where attention runs in float: it would change nothing"
+        notes.append(Note(plain[0], reason, "nothing; compiled and exported graphs have it", minor=True))
     return _applied(gm, plan, qk) + notes
 
 

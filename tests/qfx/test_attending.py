@@ -105,6 +105,18 @@ def test_copies_and_plans_carry_it(tmp_path: Path) -> None:
         qfx.quantize(model, "w8a8")
 
 
+@pytest.mark.parametrize("rule", [STATIC, DYNAMIC], ids=["static", "dynamic"])
+def test_queries_and_keys_are_rotated_before_they_are_rounded(rule: dict[str, Any]) -> None:
+    """As a compiled graph does by the same plan."""
+    plan = qfx.plan(Net().eval(), {**recipe(rule), "rewrites": ["rotate-qk"]}, data=[X])
+    turned = qfx.quantize(Net().eval(), plan)
+    assert attending.specs_of(turned)["layers.0"]["rotation"] == [8, 0]
+    compiled = torch.compile(Net().eval(), backend="qfx", options={"plan": plan}, fullgraph=True)
+    found = ran(turned, X)
+    plain = ran(qfx.quantize(Net().eval(), recipe(rule), data=[X]), X)  # negative control: other codes
+    assert sqnr_db(found, ran(compiled, X)) > max(60, sqnr_db(found, plain) + 10)
+
+
 def test_other_calls_run_in_float() -> None:
     model = qfx.quantize(Net().eval(), recipe(DYNAMIC), data=[X])
     q = torch.randn(1, 2, 3, 8)
@@ -180,7 +192,7 @@ def test_attention_that_turns_to_other_ways_is_told() -> None:
 def test_dropout_is_refused() -> None:
     model = nn.MultiheadAttention(32, 4, dropout=0.5, batch_first=True)
     holder = nn.ModuleDict({"inner": model})
-    spec = {"name": "inner.x", "formats": {"k": "i8/tok"}, "scales": {}, "zeros": {}, "sqnr_db": None}
+    spec = {"name": "inner.x", "formats": {"k": "i8/tok"}, "scales": {}, "zeros": {}, "rotation": None, "sqnr_db": None}
     attending.attend(holder, {"inner": spec})
     assert model.eval()(X, X, X, need_weights=False)[0].shape == X.shape
     with pytest.raises(UnsupportedError, match=r"(?s)attention 'inner.x'.*dropout.*model\.eval"):
@@ -219,7 +231,7 @@ def test_a_quantized_cache_keeps_its_formats() -> None:
     layer = Attention().eval()
     holder = nn.ModuleList([layer])
     wanted = ran(layer, X)
-    spec = {"name": "0.x", "formats": {"k": "i2/tok"}, "scales": {}, "zeros": {}, "sqnr_db": None}
+    spec = {"name": "0.x", "formats": {"k": "i2/tok"}, "scales": {}, "zeros": {}, "rotation": None, "sqnr_db": None}
     attending.attend(holder, {"0": spec})
     with torch.no_grad():
         assert sqnr_db(wanted, layer(X)) < 30

@@ -210,7 +210,7 @@ def test_a_plan_that_rotates_what_the_model_cannot() -> None:
 
 
 def test_queries_and_keys_are_rotated_in_graphs_alone() -> None:
-    with pytest.warns(QfxWarning, match="left out of live models, whose attention runs in float"):
+    with pytest.warns(QfxWarning, match="left out of live models where attention runs in float"):
         model, inputs, plan = planned("llama", ("rotate-qk",))
     wanted = call(model, inputs)
     assert [record["name"] for record in plan.rewrites] == ["rotate-qk"] * 2
