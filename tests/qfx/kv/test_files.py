@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import qfx
+import qfx.onnx
 from qfx.kv.files import asked_caches, for_file, left_out
-from qfx.kv.plans import Caches, plan_caches
+from qfx.kv.held import Caches
+from qfx.kv.plans import plan_caches
 from qfx.recipe import Recipe
 from tests.qfx.kv import models
 

@@ -35,7 +35,7 @@ def test_generate_starts_with_a_cache_of_the_plans_formats() -> None:
 
 
 def test_each_call_has_a_cache_of_its_own_and_one_may_go_on() -> None:
-    model = qfx.quantize(models.build(), "kv8")
+    model: Any = qfx.quantize(models.build(), "kv8")
     one, other = models.generated(model), models.generated(model)
     assert one.past_key_values is not other.past_key_values
     how: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "attention_mask": torch.ones_like(one.sequences)}
@@ -56,7 +56,7 @@ def test_each_call_has_a_cache_of_its_own_and_one_may_go_on() -> None:
     ids=["off", "named", "given"],
 )
 def test_what_the_caller_says_holds_and_is_said_once(how: dict[str, Any], why: str) -> None:
-    model = qfx.quantize(models.build(), "kv4")
+    model: Any = qfx.quantize(models.build(), "kv4")
     plain = models.generated(models.build())
     found = []
     for _ in range(2):
@@ -71,7 +71,7 @@ def test_what_the_caller_says_holds_and_is_said_once(how: dict[str, Any], why: s
 
 
 def test_beams_sampling_and_lookup_run_over_it() -> None:
-    model = qfx.quantize(models.build(), "kv8")
+    model: Any = qfx.quantize(models.build(), "kv8")
     greedy = models.generated(model).sequences
     assert models.generated(model, num_beams=2).sequences.shape == greedy.shape
     one = model.generate(
@@ -82,7 +82,7 @@ def test_beams_sampling_and_lookup_run_over_it() -> None:
 
 
 def test_copies_keep_it_and_do_not_share() -> None:
-    model = qfx.quantize(models.build(), "kv8")
+    model: Any = qfx.quantize(models.build(), "kv8")
     other = copy.deepcopy(model)
     assert caches_of(other) == caches_of(model) and caches_of(other) is not caches_of(model)
     assert torch.equal(models.generated(other).sequences, models.generated(model).sequences)
@@ -93,7 +93,7 @@ def test_copies_keep_it_and_do_not_share() -> None:
 
 @pytest.mark.parametrize("recipe", ["kv-k4v2", pytest.param("w8a16+kv8", marks=pytest.mark.slow)])
 def test_saved_and_loaded_in_every_way(tmp_path: Path, recipe: str) -> None:
-    model = qfx.quantize(models.build(), recipe)
+    model: Any = qfx.quantize(models.build(), recipe)
     wanted = models.generated(model)
     qfx.save(model, tmp_path / "a")
     model.save_pretrained(tmp_path / "b")
@@ -116,7 +116,8 @@ def test_from_pretrained_quantizes_it(tmp_path: Path, recipe: str) -> None:
 
 
 def test_a_base_model_keeps_the_formats_and_says_what_to_do(tmp_path: Path) -> None:
-    qfx.quantize(models.build(), "kv8").save_pretrained(tmp_path)
+    made: Any = qfx.quantize(models.build(), "kv8")
+    made.save_pretrained(tmp_path)
     with pytest.warns(qfx.QfxWarning, match=r"LlamaModel: its forward makes its own cache.*qfx.QuantizedCache"):
         base = tf.AutoModel.from_pretrained(tmp_path)
     assert list(caches_of(base)) == ["layers.0.self_attn", "layers.1.self_attn"]
@@ -140,7 +141,7 @@ def test_a_recipe_for_caches_alone_needs_one() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_model_generates_with_it(fresh_dynamo: None) -> None:
-    model = qfx.quantize(models.build(), "w8a8+kv8")
+    model: Any = qfx.quantize(models.build(), "w8a8+kv8")
     wanted = models.generated(model).sequences
     model.compile(backend="qfx")
     found = models.generated(model)
