@@ -201,7 +201,8 @@ def timings(model: Any, name: str, entries: Sequence[Entry], lengths: Sequence[i
         return {length: sizes_and_times(model, entries, length, rounds) for length in lengths}
     with tempfile.TemporaryDirectory() as folder:
         other = DecoderJob(name, 2, 1, 2, torch.get_num_threads(), folder).module()
-        return {length: sizes_and_times(other, entries, length, rounds) for length in lengths}
+        good, _ = usable(other, entries)  # not those that are planned for one model
+        return {length: sizes_and_times(other, good, length, rounds) for length in lengths}
 
 
 def agreement(model: Any, entries: Sequence[Entry], prompts: int, new: int = NEW) -> Numbers:
@@ -229,7 +230,8 @@ def usable(model: Any, entries: Sequence[Entry]) -> tuple[list[Entry], dict[str,
             fill(model, first, 65)
             made = entry.make
             if isinstance(first, qfx.QuantizedCache):
-                made = _own(first.formats)
+                alike = len(set(first.formats)) == 1
+                made = _own(first.formats[0] if alike else first.formats)
             good.append(Entry(entry.name, made))
         except Exception as error:  # whatever a library raises is the row's reason
             failed[entry.name] = f"{type(error).__name__}: {error}"
@@ -247,7 +249,7 @@ def rows_of(entries: Sequence[Entry], failed: dict[str, str], judged: dict[str, 
         one, size = judged[entry.name], sizes[entry.name][0]
         row: Row = {"peer": entry.name, "bytes": size, "ratio": size / sizes[FLOAT][0]}
         row |= {"kld": one.kld, "change": one.change, "top1": one.top1, "curve": one.curve}
-        row |= {f"at_{length}_ms": found[entry.name][1] for length, found in times.items()}
+        row |= {f"at_{length}_ms": found[entry.name][1] for length, found in times.items() if entry.name in found}
         if entry.name in same:
             row |= {"same_prompts": same[entry.name][0], "same_tokens": same[entry.name][1]}
         rows.append(row)
@@ -267,7 +269,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
             lines.append(f"{row['peer']}: no cache of qfx has as few bytes")
             continue
         best = min(fitting, key=lambda own: own["kld"])
-        times = [key for key in row if key.endswith("_ms")]
+        times = [key for key in row if key.endswith("_ms") and key in best]
         faster = ", ".join(f"{row[key] / best[key]:.1f}x at {key.split('_')[1]}" for key in times)
         named = [f"{one['peer']} ({one['bytes']:.0f} bytes, KLD {one['kld']:.6f})" for one in (row, best)]
         part = best["kld"] / row["kld"] if row["kld"] else math.nan

@@ -114,7 +114,10 @@ def test_prompts_and_tokens_take_different_ways(bits: int) -> None:
     }
     assert "kv_cache_bit_width" not in attributes["then_branch"]
     assert "kv_cache_bit_width" in attributes["else_branch"]
-    assert len(ways["else_branch"]) == 1
+    (fused,) = [n for n in ways["else_branch"] if n.op_type == "GroupQueryAttention"]
+    types = {a.s.decode() for a in fused.attribute if a.name.endswith("quant_type")}
+    around = sorted(n.op_type for n in ways["else_branch"] if n is not fused)
+    assert (types, around) == (({"PER_TENSOR"}, ["Div", "Div", "Mul", "Mul"]) if bits == 8 else ({"PER_CHANNEL"}, []))
 
 
 @pytest.mark.parametrize("bits", [8, 4])

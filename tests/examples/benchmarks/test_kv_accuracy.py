@@ -66,8 +66,10 @@ def test_steps_and_sizes_of_every_cache(model: Any) -> None:
 
 
 def test_times_of_another_shape(model: Any) -> None:
-    (found,) = kv_accuracy.timings(model, "tiny", [entry("qfx i8")], [WINDOW + 32], 1).values()
-    assert found["qfx i8"][1] > 0
+    mixed = Entry("mixed", lambda m: qfx.QuantizedCache(m.config, ["i8", "i4"] * 3))
+    chosen = kv_accuracy.usable(model, [entry("qfx i8"), mixed])[0]
+    (found,) = kv_accuracy.timings(model, "tiny", chosen, [WINDOW + 32], 1).values()
+    assert found["qfx i8"][1] > 0 and "mixed" not in found, "its layers are those of one model"
     with pytest.raises(typer.BadParameter, match="gpt is none of llama-1b"):
         kv_accuracy.main(timed="gpt")
 
