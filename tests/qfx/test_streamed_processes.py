@@ -89,9 +89,10 @@ def output(code: str, *arguments: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-smooth", "w4a16-gptq"])
-def test_memory_is_bounded(tmp_path: Path, recipe: str) -> None:
-    """Of 8 layers no more than some are in memory at once; without rest, which is the control, all of them are."""
+@pytest.mark.parametrize(("recipe", "most"), [("w8a8", 0.5), ("w8a8-smooth", 0.5), ("w4a16-gptq", 0.75)])
+def test_memory_is_bounded(tmp_path: Path, recipe: str, most: float) -> None:
+    """Of 8 layers no more than some are in memory at once; without rest, which is the control, all of them are. GPTQ
+    has a layer in f32, a quarter of the model, and of its widest linear 2 x 2816^2 x 4 bytes, a third."""
     config = LlamaConfig(
         hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4,
         vocab_size=320, tie_word_embeddings=False,
@@ -102,7 +103,7 @@ def test_memory_is_bounded(tmp_path: Path, recipe: str) -> None:
     del big
     grown = int(output(_MEMORY, str(folder), str(tiny), recipe, "").split()[-1])
     control = int(output(_MEMORY, str(folder), str(tiny), recipe, "control").split()[-1])
-    assert grown < 0.5 * size < 0.9 * size < control, (grown / size, control / size)
+    assert grown < most * size < 0.9 * size < control, (grown / size, control / size)
 
 
 _KILLED = """
