@@ -50,7 +50,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = N
     if not isinstance(model, nn.Module) or not is_quantized(model):
         raise ValueError(
             explain(
-                "the model holds nothing that qfx quantized", next_step="call qfx.quantize(model, ...) before qfx.save"
+                "the model holds nothing that qfx quantized",
+                next_step="call qfx.quantize(model, ...) before qfx.save, or qfx.convert(model) after training",
             )
         )
     tensors, tied = state(model, _first(model))

@@ -300,6 +300,20 @@ def test_autocast_and_backward_in_bfloat16() -> None:
     assert float((plain - y.detach().float()).norm() / plain.norm()) < 0.05
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of Dynamo, on any such function
+@pytest.mark.parametrize("scales", ["learned", "observed"])
+def test_a_training_step_is_one_graph(scales: Any, fresh_dynamo: None) -> None:
+    """Compiled whole, forward and backward, it gives the gradients and moves the averages of the eager one."""
+    plan = qfx.plan(net(), both("u4/g16", "u8"), DATA)
+    found = []
+    for compiled in (False, True):
+        model = prepared(net(), plan, scales=scales).train()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        run(ids()).square().mean().backward()
+        found.append([*(p.grad for p in model.parameters()), *model.buffers()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
 def test_a_copy_trains_apart_and_converts() -> None:
     model = prepared(net(), "w4a8", DATA)
     average = copy.deepcopy(model)
@@ -424,7 +438,7 @@ def test_hooks_and_modes_stay() -> None:
     assert calls
 
 
-def test_bad_input_is_refused_before_anything_changes() -> None:
+def test_bad_input_is_refused_before_anything_changes(tmp_path: Path) -> None:
     model: Any = net()
     model.up.weight.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
@@ -436,6 +450,8 @@ def test_bad_input_is_refused_before_anything_changes() -> None:
         prepared(model, "w8a16", DATA)
     with pytest.raises(ValueError, match="prepared for training"):
         qfx.quantize(model, "w8a16")
+    with pytest.raises(ValueError, match="(?s)nothing that qfx quantized.*qfx.convert"):
+        qfx.save(model, tmp_path / "folder")
     qfx.convert(model)
     with pytest.raises(ValueError, match="quantized already"):
         prepared(model, "w8a16", DATA)
