@@ -29,7 +29,8 @@ from qfx.data import Call
 from qfx.errors import UnsupportedError, explain
 from qfx.format import Format
 from qfx.hub import is_causal_lm
-from qfx.kv.plans import grown_formats, plan_caches
+from qfx.kv.planning import plan_caches
+from qfx.kv.plans import grown_formats
 from qfx.matrix import bytes_of
 from qfx.quantize import evaluating, plan, quantize
 from qfx.recipe import Recipe

@@ -20,7 +20,7 @@ from qfx.data import Call, roomiest, telling
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
 from qfx.inputs import example_inputs, need_inputs, without_cache
-from qfx.kv.plans import plan_caches
+from qfx.kv.planning import plan_caches
 from qfx.measure import decibel
 from qfx.observers import Observer, create
 from qfx.outliers import keep_outliers

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qfx.attending import Spec
 from qfx.describe import Record, float_class, name_of
 from qfx.errors import explain
-from qfx.kv.held import Caches
+from qfx.kv.plans import Caches
 from qfx.modules import LOADING, PackedModule, tell_shared, without_fast_paths
 from qfx.rebuild import Saved, other_shape, put
 

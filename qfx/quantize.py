@@ -22,7 +22,7 @@ from qfx.data import Call
 from qfx.decide import decide
 from qfx.errors import Note, explain
 from qfx.kv.live import with_caches
-from qfx.kv.plans import check_model
+from qfx.kv.planning import check_model
 from qfx.modules import prepared_parts, quantized_parts
 from qfx.passes.rewrites import check_record
 from qfx.pipeline import told

@@ -12,7 +12,8 @@ from torch import nn
 
 from qfx.errors import Note
 from qfx.kv.held import caches_of
-from qfx.kv.plans import Cached, plan_caches, read
+from qfx.kv.planning import plan_caches
+from qfx.kv.plans import Cached, read
 from qfx.plan import Plan
 from qfx.recipe import Recipe
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
+from qfx.kv.plans import Caches
 from qfx.modules import quantized_parts
 
 HELD = "qfx_caches"
-Caches = dict[str, dict[str, Any]]  # FQN of an attention -> what `qfx.kv.plans` writes of its cache
 
 
 def caches_of(model: nn.Module) -> Caches:

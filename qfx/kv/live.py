@@ -14,7 +14,8 @@ from torch import nn
 
 from qfx.errors import Note, QfxWarning
 from qfx.kv.held import HELD, caches_of
-from qfx.kv.plans import PLAIN, check_model, dtype_of, layer_formats, read
+from qfx.kv.planning import check_model, dtype_of
+from qfx.kv.plans import PLAIN, layer_formats, read
 from qfx.pipeline import told
 
 _SAID = "qfx_caches_said"

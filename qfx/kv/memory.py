@@ -32,8 +32,9 @@ from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
 from qfx.hollow import hollow
 from qfx.kv.formats import SHORT, CacheFormat, cache_formats
-from qfx.kv.plans import PLAIN, Cached, dtype_of, read
-from qfx.kv.sites import CacheLayer, cache_layers
+from qfx.kv.planning import dtype_of
+from qfx.kv.plans import PLAIN, Cached, CacheLayer, read
+from qfx.kv.sites import cache_layers
 from qfx.plan import Plan
 from qfx.presets import presets
 from qfx.recipe import Recipe

@@ -3,53 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import Note, explain
+from qfx.errors import Note
 from qfx.inputs import example_inputs
+from qfx.kv.plans import CacheLayer
 
 _TOKENS = 2  # of the call
 _IDS = ("input_ids", "decoder_input_ids", "attention_mask", "decoder_attention_mask")
-
-
-@dataclass(frozen=True)
-class CacheLayer:
-    """One layer of a model's cache. fqn: of the attention that fills it. index: its number. heads: of keys and values.
-
-    widths: channels of a head's keys and values. window: tokens that are kept; None: all. cross: it holds what an
-    encoder gave, once, instead of growing.
-    """
-
-    fqn: str
-    index: int
-    heads: int
-    widths: tuple[int, int]
-    window: int | None = None
-    cross: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """All but the name."""
-        return {name: list(v) if name == "widths" else v for name, v in asdict(self).items() if name != "fqn"}
-
-    @classmethod
-    def from_json(cls, fqn: str, value: Mapping[str, Any]) -> CacheLayer:
-        """What `to_json` gave. Raises ValueError for what is no layer."""
-        try:
-            keys, values = (int(width) for width in value["widths"])
-            window = None if value["window"] is None else int(value["window"])
-            found = cls(fqn, int(value["index"]), int(value["heads"]), (keys, values), window, bool(value["cross"]))
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"the layer {fqn!r} of a cache cannot be read"
-            raise ValueError(explain(what, expected="index, heads, widths, window, cross", found=value)) from error
-        if min(found.index, found.heads - 1, keys - 1, values - 1) < 0:
-            raise ValueError(explain(f"the layer {fqn!r} of a cache has impossible sizes", found=dict(value)))
-        return found
 
 
 def cache_layers(model: nn.Module, calls: Sequence[Any] = ()) -> tuple[list[CacheLayer], Note | None]:

@@ -16,7 +16,8 @@ from torch import nn
 
 from qfx.errors import explain
 from qfx.kv.held import caches_of
-from qfx.kv.plans import Cached, dtype_of, read
+from qfx.kv.planning import dtype_of
+from qfx.kv.plans import Cached, read
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,8 @@ def test_fitting_keeps_what_forward_takes() -> None:
 
 
 def test_the_roomiest_call_has_fewest_sizes_of_one_then_most_elements() -> None:
-    one, small, large = (((torch.zeros(*shape),), {}) for shape in ((1, 99), (2, 9), (3, 9)))
+    shapes = ((1, 99), (2, 9), (3, 9))
+    one, small, large = [((torch.zeros(*shape),), dict[str, Tensor]()) for shape in shapes]
     assert data.roomiest([one, small, large]) is large
     assert data.roomiest([one]) is one
     named: data.Call = ((), {"x": torch.zeros(3, 9), "mask": torch.zeros(3, 1)})

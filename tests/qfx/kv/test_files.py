@@ -10,8 +10,8 @@ import torch
 import qfx
 import qfx.onnx
 from qfx.kv.files import asked_caches, for_file, left_out
-from qfx.kv.held import Caches
-from qfx.kv.plans import plan_caches
+from qfx.kv.planning import plan_caches
+from qfx.kv.plans import Caches
 from qfx.recipe import Recipe
 from tests.qfx.kv import models
 

@@ -18,7 +18,7 @@ import qfx
 from qfx import Recipe, Rule
 from qfx.allocation.sizes import BATCH, CONTEXT
 from qfx.kv.memory import Memory, parse_bytes
-from qfx.kv.sites import CacheLayer
+from qfx.kv.plans import CacheLayer
 from tests import tiny
 from tests.zoo import ZOO
 

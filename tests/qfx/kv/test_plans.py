@@ -11,8 +11,8 @@ from torch import nn
 
 import qfx
 from qfx.kv.formats import RESIDUAL, SINKS, CacheFormat, cache_formats
-from qfx.kv.plans import Cached, check_model, layer_formats, plan_caches, read
-from qfx.kv.sites import CacheLayer
+from qfx.kv.planning import check_model, plan_caches
+from qfx.kv.plans import Cached, CacheLayer, layer_formats, read
 from qfx.recipe import Recipe, Rule
 from tests.qfx.kv import models
 

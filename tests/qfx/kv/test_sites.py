@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qfx.kv.sites import CacheLayer, cache_layers
+from qfx.kv.plans import CacheLayer
+from qfx.kv.sites import cache_layers
 from tests import tiny
 from tests.qfx.kv import models
 

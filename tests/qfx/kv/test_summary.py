@@ -13,8 +13,7 @@ from rich.console import Console
 
 import qfx
 from qfx.kv.formats import RESIDUAL, SINKS, CacheFormat
-from qfx.kv.plans import Cached
-from qfx.kv.sites import CacheLayer
+from qfx.kv.plans import Cached, CacheLayer
 from qfx.kv.summary import CacheSummary, named, rate, summary
 from tests.qfx.kv import models
 
