@@ -178,7 +178,7 @@ def test_half_precision(dtype: torch.dtype, kv: Any) -> None:
     assert close(out, reference(q, view, mask), 0.02)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), kv=st.sampled_from(FORMATS))
 def test_any_part_of_the_tokens(data: st.DataObject, kv: Any) -> None:
     view = filled(kv, 90)

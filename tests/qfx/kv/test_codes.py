@@ -93,7 +93,7 @@ def test_clipped_scales_serve_less_than_the_extremes() -> None:
     assert torch.allclose(clipped._float_scale(0, 8), 0.8 * full._float_scale(0, 8), rtol=2e-3)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     kind=st.sampled_from(TYPES), group=st.sampled_from(["tok", "g4", "g7", "g8", "g100"]), by_tokens=st.booleans(),
     parts=st.lists(st.integers(1, 3), min_size=1, max_size=5), width=st.integers(1, 20), data=st.data(),

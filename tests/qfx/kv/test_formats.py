@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import sympy  # type: ignore[import-untyped]
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qfx.format import Format
@@ -113,6 +113,7 @@ def test_bytes_against_half_precision() -> None:
     assert one("i2").nbytes(3, 64, 8192) <= 0.2 * half
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     tokens=st.integers(0, 500),
     kv=st.sampled_from(["i8", "i4", "i3", {"k": ["i8", "u4/g16/f16"], "v": ["u2/g8", "f16"], "residual": 3}]),
@@ -123,6 +124,7 @@ def test_symbolic_bytes_are_those_of_numbers(tokens: int, kv: Any) -> None:
     assert int(expression.subs(length, tokens)) == one(kv).nbytes(2, 40, tokens, batch=2)
 
 
+@settings(max_examples=40, deadline=None)
 @given(tokens=st.integers(0, 300), residual=st.integers(0, 40), sinks=st.integers(0, 9))
 def test_what_is_stored_ends_a_group_and_leaves_the_residual(tokens: int, residual: int, sinks: int) -> None:
     got = one({"k": ["u4/g24", "u4/g16"], "v": "i8", "residual": residual, "sinks": sinks})

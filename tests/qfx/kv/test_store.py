@@ -36,7 +36,7 @@ def filled(kv: Any, tokens: int, **how: Any) -> Store:
     return store
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(kv=st.sampled_from(FORMATS), calls=st.lists(st.integers(1, 40), min_size=1, max_size=6))
 def test_it_does_not_matter_in_how_many_calls_tokens_come(kv: Any, calls: list[int]) -> None:
     keys, values = pair(sum(calls))
@@ -95,7 +95,7 @@ def test_memory_is_that_of_the_format_but_for_room_to_grow() -> None:
         assert exact <= store.nbytes <= room
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(kv=st.sampled_from(FORMATS), tokens=st.integers(1, 90), data=st.data())
 def test_the_newest_can_be_removed(kv: Any, tokens: int, data: st.DataObject) -> None:
     gone = data.draw(st.integers(0, tokens))
