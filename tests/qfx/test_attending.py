@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +111,8 @@ def test_queries_and_keys_are_rotated_before_they_are_rounded(rule: dict[str, An
     plan = qfx.plan(Net().eval(), {**recipe(rule), "rewrites": ["rotate-qk"]}, data=[X])
     turned = qfx.quantize(Net().eval(), plan)
     assert attending.specs_of(turned)["layers.0"]["rotation"] == [8, 0]
-    compiled = torch.compile(Net().eval(), backend="qfx", options=cast("Any", {"plan": plan}), fullgraph=True)
+    options: Any = {"plan": plan}
+    compiled = torch.compile(Net().eval(), backend="qfx", options=options, fullgraph=True)
     found = ran(turned, X)
     plain = ran(qfx.quantize(Net().eval(), recipe(rule), data=[X]), X)  # negative control: other codes
     assert sqnr_db(found, ran(compiled, X)) > max(60, sqnr_db(found, plain) + 10)
