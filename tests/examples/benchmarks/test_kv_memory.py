@@ -40,25 +40,14 @@ def test_unknown_caches_are_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the export
-def test_rows_of_live_models_and_of_files(tmp_path: Path) -> None:
-    tokens = 4096
-    live = {row["peer"]: row for row in kv_memory.rows("tiny", "live", ("float16", "i8"), tokens, tmp_path)}
-    file = {row["peer"]: row for row in kv_memory.rows("tiny", "file", ("float32", "i4"), tokens, tmp_path)}
-    half = kv_memory.half("tiny", tokens)
-    assert not [row for row in (*live.values(), *file.values()) if row.get("failed")]
-    assert live["live float16"]["cache_bytes"] == half
-    assert live["live i8"]["cache_bytes"] < 0.6 * half and file["file i4"]["cache_bytes"] < 0.3 * half
-    assert file["file float32"]["cache_bytes"] == 2 * half
-    assert all(row["peak_bytes"] > 0 for row in live.values())
-
-
-@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
-    kv_memory.main("tiny", 1024, ["i8"], "", None, numbers)
-    rows = json.loads(numbers.read_text(encoding="utf-8"))["rows"]
-    assert [row["peer"] for row in rows] == ["live i8", "file i8"]
+    kv_memory.main("tiny", 4096, ["i8"], "", None, numbers)
+    live, file = json.loads(numbers.read_text(encoding="utf-8"))["rows"]
+    half = kv_memory.half("tiny", 4096)
+    assert (live["peer"], file["peer"]) == ("live i8", "file i8")
+    assert 0.5 * half <= file["cache_bytes"] < 0.55 * half and 0.5 * half < live["cache_bytes"] < 0.6 * half
+    assert min(live["held_bytes"], live["peak_bytes"], file["held_bytes"]) > 0.4 * half
 
 
 @pytest.mark.slow
