@@ -1,0 +1,222 @@
+"""A prepared model in training: resuming, modes, precision, compilation, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qfx
+from qfx.modules import quantized_parts
+from qfx.qat import check_loss, quantizers
+from tests.qat_nets import DATA, WIDTH, adam, both, ids, net, out, prepared, step
+
+
+def test_observed_scales_stand_still_in_eval_mode_and_once_they_are_frozen() -> None:
+    model = prepared(net(), "w8a16", DATA, scales="observed", freeze_after=2)
+    model.up.weight.data.mul_(3)
+    quantizer = quantizers(model)["up.fake_quant.weight.parts.0"]
+    moves = []
+    for training in (False, True, False, True, True, True):
+        model.train(training)(ids())
+        moves.append(float(quantizer.log_scale.max()))
+    assert moves[0] == 0 < moves[1] == moves[2] < moves[3] == moves[4] == moves[5]
+
+
+def test_recomputed_forwards_of_checkpoints_do_not_observe_twice() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = prepared(net(), "w8a16", DATA, scales="observed").train()
+    x = torch.randn(3, WIDTH, requires_grad=True)
+    checkpoint(model.up, x, use_reentrant=False).sum().backward()
+    assert int(quantizers(model)["up.fake_quant.weight.parts.0"].steps) == 1
+
+
+def test_gradients_of_checkpoints_are_the_same() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    found = []
+    for run in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
+        model = prepared(net(), "w4a8", DATA).train()
+        run(model, ids()).square().sum().backward()  # type: ignore[no-untyped-call]
+        found.append([p.grad for p in model.parameters()])
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("scales", ["learned", "observed"])
+def test_training_resumed_from_a_state_dict_goes_on_exactly(scales: Any) -> None:
+    recipe = both("i8/ch", "u8")
+    plan = qfx.plan(net(), recipe, DATA)
+
+    def start() -> tuple[Any, torch.optim.Optimizer]:
+        model = prepared(net(), plan, scales=scales)
+        return model, adam(model)
+
+    model, optimizer = start()
+    losses = [step(model, optimizer, seed) for seed in range(6)]
+    model, optimizer = start()
+    for seed in range(3):
+        step(model, optimizer, seed)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    kept = torch.load(file, weights_only=True)
+    model, optimizer = start()
+    model.load_state_dict(kept["model"])
+    optimizer.load_state_dict(kept["optimizer"])
+    assert torch.equal(torch.stack([step(model, optimizer, seed) for seed in range(3, 6)]), torch.stack(losses[3:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_stay_in_float32_when_the_model_is_cast(dtype: torch.dtype) -> None:
+    model: Any = net()
+    model.up.weight.data.mul_(1e-6)  # scales of 1e-9, zero in half precision
+    model = prepared(model, "w8a16", DATA).to(dtype)
+    assert model.up.weight.dtype == dtype
+    for quantizer in quantizers(model).values():
+        assert quantizer.log_scale.dtype == quantizer.initial_scale.dtype == torch.float32
+        assert bool((quantizer.qparams().scale > 0).all())
+    assert out(model).dtype == dtype
+
+
+def test_scales_stay_positive_under_any_step() -> None:
+    model = prepared(net(), "w8a16", DATA)
+    quantizer = quantizers(model)["up.fake_quant.weight.parts.0"]
+    for value in (-300.0, -20.0, 20.0):
+        quantizer.log_scale.data.fill_(value)
+        scale = quantizer.qparams().scale
+        assert bool((scale > 0).all() and torch.isfinite(scale).all())
+
+
+def test_autocast_and_backward_in_bfloat16() -> None:
+    model = prepared(net(), "w4a8", DATA).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(ids())
+    assert y.dtype == torch.bfloat16
+    y.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    with torch.no_grad():
+        plain = model(ids())
+    assert float((plain - y.detach().float()).norm() / plain.norm()) < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of Dynamo, on any such function
+@pytest.mark.parametrize("scales", ["learned", "observed"])
+def test_a_training_step_is_one_graph(scales: Any, fresh_dynamo: None) -> None:
+    """Compiled whole, forward and backward, it gives the gradients and moves the averages of the eager one."""
+    plan = qfx.plan(net(), both("u4/g16", "u8"), DATA)
+    found = []
+    for compiled in (False, True):
+        model = prepared(net(), plan, scales=scales).train()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        run(ids()).square().mean().backward()
+        found.append([*(p.grad for p in model.parameters()), *model.buffers()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
+def test_a_copy_trains_apart_and_converts() -> None:
+    model = prepared(net(), "w4a8", DATA)
+    average = copy.deepcopy(model)
+    step(model, adam(model))
+    assert not torch.equal(out(model), out(average))
+    assert torch.allclose(out(qfx.convert(average)), out(qfx.quantize(net(), "w4a8", DATA)), atol=0.05)
+    assert not quantized_parts(model)
+
+
+def test_scales_alone_can_be_trained() -> None:
+    model = prepared(net(), "w2a16", DATA, train="scales")
+    weight = model.up.weight.detach().clone()
+    optimizer = adam(model)
+    first, last = step(model, optimizer), torch.zeros(())
+    for _ in range(20):
+        last = step(model, optimizer)
+    assert last < first and torch.equal(model.up.weight, weight)
+    trained = out(model)
+    assert torch.allclose(out(qfx.convert(model)), trained, atol=1e-5)
+
+
+def test_hooks_and_modes_stay() -> None:
+    model: Any = net()
+    calls: list[int] = []
+    model.up.register_forward_hook(lambda *_: calls.append(1))
+    model.train()
+    model.norm.eval()
+    modes = {n: m.training for n, m in model.named_modules()}
+    prepared(model, "w8a16", DATA)
+    assert {n: m.training for n, m in model.named_modules() if n in modes} == modes
+    assert isinstance(model.up, nn.Linear)
+    assert model.get_submodule("up.fake_quant").training
+    model(ids())
+    assert calls
+
+
+def test_bad_input_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    model: Any = net()
+    model.up.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="(?s)frozen: up.*train='scales'"):
+        prepared(model, "w8a16", DATA)
+    assert type(model.up) is nn.Linear and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    prepared(model, "w8a16", DATA, train="scales")
+    with pytest.raises(ValueError, match="(?s)prepared for training: 4 parts.*qfx.convert"):
+        prepared(model, "w8a16", DATA)
+    with pytest.raises(ValueError, match="prepared for training"):
+        qfx.quantize(model, "w8a16")
+    with pytest.raises(ValueError, match="(?s)nothing that qfx quantized.*qfx.convert"):
+        qfx.save(model, tmp_path / "folder")
+    qfx.convert(model)
+    with pytest.raises(ValueError, match="quantized already"):
+        prepared(model, "w8a16", DATA)
+    with pytest.raises(ValueError, match="(?s)Net is not prepared.*prepare_qat"):
+        qfx.convert(model)
+    with pytest.raises(ValueError, match="torch.nn.Module"):
+        qfx.convert("model")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scales": "learnt"}, "'learned' or 'observed', found 'learnt'"),
+        ({"train": "weights"}, "'all' or 'scales'"),
+        ({"freeze_after": 3}, "scales='observed'"),
+        ({"scales": "observed", "freeze_after": -1}, "0 or more"),
+        ({"scales": "observed", "freeze_after": True}, "0 or more"),
+        ({"scales": "observed", "train": "scales"}, "nothing to train"),
+        ({"roundin": "mse"}, "roundin"),
+    ],
+)
+def test_bad_options(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepared(net(), "w8a16", DATA, **fields)
+
+
+def test_a_recipe_that_names_nothing() -> None:
+    with pytest.raises(ValueError, match="(?s)gives no format to anything.*nowhere.*qfx.presets"):
+        prepared(net(), {"rules": [{"target": "*.nowhere", "w": "i8/ch"}]}, DATA)
+
+
+def test_a_wrapped_or_partial_model_names_what_to_convert() -> None:
+    model = prepared(net(), "w8a16", DATA)
+    with pytest.raises(ValueError, match=r"(?s)inside Sequential, under '0'.*convert\(model.0\)"):
+        qfx.convert(nn.Sequential(model))
+    with pytest.raises(ValueError, match="FakeLinear is a part of a prepared model"):
+        qfx.convert(model.up)
+
+
+def test_what_became_nan_is_named() -> None:
+    model = prepared(net(), "w8a16", DATA)
+    quantizers(model)["up.fake_quant.weight.parts.0"].log_scale.data[3] = torch.nan
+    loss = model(ids()).sum()
+    with pytest.raises(ValueError, match=r"(?s)loss of step 7 is nan.*'up.fake_quant.weight.parts.0.log_scale'.*rate"):
+        check_loss(loss, 7, model)
+    with pytest.raises(ValueError, match=r"(?s)'up.fake_quant.weight.parts.0.log_scale' holds NaN.*checkpoint"):
+        qfx.convert(model)
+    assert not quantized_parts(model), "nothing is changed"
+    check_loss(torch.ones(()), 1, model)
+    with pytest.raises(ValueError, match="(?s)step 2 is inf.*all parameters are finite"):
+        check_loss(torch.tensor(torch.inf), 2, net())
