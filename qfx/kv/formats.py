@@ -32,7 +32,8 @@ SHORT = {  # what a type alone stands for
     "i2": "u2/g32/f16",
     "fp8": "f8e4m3/tok/f16",
 }
-RESIDUAL, SINKS = 16, 4  # unless said otherwise: the newest tokens weigh most; sinks are kept below 8 bits
+RESIDUAL, SINKS = 16, 4  # below 8 bits, unless said otherwise: the newest tokens weigh most
+RESIDUAL_8 = 32  # of 8 bits
 _WHAT = {"k": "keys", "v": "values"}
 _KEYS = ("k", "v", "residual", "sinks")
 _SCALES = ("f32", "f16", "bf16", "e8m0")
@@ -151,8 +152,8 @@ def cache_formats(kv: str | Mapping[str, Any] | Sequence[Any] | CacheFormat | Pl
 
     kv: "i8", "i4", "i3", "i2" or "fp8"; any text of a Format (for keys and values); {"k": ..., "v": ..., "residual":
     tokens, "sinks": tokens}, where k and v may be lists, one format for each head; a CacheFormat; a list of any of
-    these, one for each layer; or a Plan, whose layers without a format stay float. RESIDUAL, and below 8 bits SINKS,
-    hold where nothing is said. Raises ValueError for anything else.
+    these, one for each layer; or a Plan, whose layers without a format stay float. RESIDUAL_8, below 8 bits RESIDUAL
+    and SINKS, hold where nothing is said. Raises ValueError for anything else.
     """
     if hasattr(kv, "caches"):
         from qfx.kv.plans import layer_formats  # which imports this file
@@ -221,7 +222,7 @@ def _one(kv: Any) -> CacheFormat:
         )
     keys, values = _several("k", kv["k"]), _several("v", kv["v"])
     least = min(fmt.bits for fmt in (*keys, *values))
-    residual = kv.get("residual", 0 if least > 8 else RESIDUAL)
+    residual = kv.get("residual", 0 if least > 8 else RESIDUAL_8 if least == 8 else RESIDUAL)
     return CacheFormat(keys, values, residual, kv.get("sinks", SINKS if least < 8 else 0))
 
 

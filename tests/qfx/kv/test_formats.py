@@ -23,7 +23,7 @@ def one(kv: Any) -> CacheFormat:
 def test_short_names(name: str) -> None:
     got = one(name)
     assert got.keys == got.values == (Format.parse(SHORT[name]),)
-    assert (got.residual, got.sinks) == (16, 0 if name in ("i8", "fp8") else 4)
+    assert (got.residual, got.sinks) == ((32, 0) if name in ("i8", "fp8") else (16, 4))
     assert one({"k": name, "v": name}) == one(SHORT[name]) == one(Format.parse(SHORT[name])) == got
 
 
@@ -63,7 +63,7 @@ def test_json(kv: Any) -> None:
 
 
 def test_text() -> None:
-    assert str(one("i8")) == "k=i8/tok/f16 v=i8/tok/f16 residual=16"
+    assert str(one("i8")) == "k=i8/tok/f16 v=i8/tok/f16 residual=32"
     assert str(one("f16")) == "k=f16 v=f16"
     assert str(one({"k": ["i8", "i4"], "v": "i2"})) == "k=[i8/tok/f16,u4/g32/f16] v=u2/g32/f16 residual=16 sinks=4"
 
@@ -96,7 +96,7 @@ def test_refused(kv: Any, message: str) -> None:
 
 
 def test_bytes_by_hand() -> None:
-    assert one("i8").nbytes(2, 64, 100) == 2 * 2 * (84 * (64 + 2) + 16 * 128)
+    assert one("i8").nbytes(2, 64, 100) == 2 * 2 * (68 * (64 + 2) + 32 * 128)
     assert one("f16").nbytes(2, 64, 100, batch=3) == 3 * 100 * 2 * 2 * 64 * 2
     # 100 tokens: 4 sinks, 2 groups of 32, 16 + 16 float; of keys 1.5 + 3 bytes a channel and group, of values a token
     keys = 64 * 16 + 2 * 32 * 3

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import qfx
-from qfx.kv.formats import RESIDUAL, SINKS, CacheFormat, cache_formats
+from qfx.kv.formats import RESIDUAL, RESIDUAL_8, SINKS, CacheFormat, cache_formats
 from qfx.kv.planning import check_model, plan_caches
 from qfx.kv.plans import Cached, CacheLayer, layer_formats, read
 from qfx.recipe import Recipe, Rule
@@ -41,7 +41,7 @@ def test_without_rules_there_is_nothing() -> None:
 
 def test_one_role_may_stay_as_it_is() -> None:
     found, _ = plan_caches(models.build().to(torch.bfloat16), asked(Rule(target="cache", k="i8")))
-    assert formats(found) == [f"k=i8/tok/f16 v=bf16 residual={RESIDUAL}"] * 2
+    assert formats(found) == [f"k=i8/tok/f16 v=bf16 residual={RESIDUAL_8}"] * 2
 
 
 def test_lists_are_those_of_the_models_heads() -> None:
