@@ -214,7 +214,6 @@ CASES = [
          run("w8a8-static", [IDS, IDS + 90])),
     Case("unknown recipe", ValueError, "unknown preset 'w8a9', did you mean 'w8a8'?", run("w8a9")),
     Case("unknown part", ValueError, "unknown preset 'kv9'", run("w8a8+kv9")),
-    Case("preset of later", ValueError, "key-value cache is missing", run("kv8")),
     Case("unknown key", ValueError, first("unknown key 'roundin'", "did you mean 'rounding'?"), run(roundin="mse")),
     Case("recipe with unknown key", ValueError, first("unknown key 'rule'", "'rules'"), run({"rule": []})),
     Case("bad format", ValueError, "i9", run({"rules": [{"target": "linear", "w": "i9"}]})),

@@ -103,6 +103,7 @@ def test_quantize_takes_a_budget_and_equal_heads_lie_together() -> None:
         assert len(formats := each(from_json(roles["w"]))) == 1 or len(set(formats)) > 1
 
 
+@pytest.mark.slow
 def test_memory_of_a_device_leaves_room_for_caches() -> None:
     """Keys and values of the layers in f32, at the batch and the context; an 8-bit cache leaves more to the weights."""
     model, data = causal()

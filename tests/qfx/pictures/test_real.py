@@ -28,6 +28,7 @@ def tiny_llama() -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::qfx.QfxWarning")
 def test_the_page_of_a_planned_model(tmp_path: Path) -> None:
     model = tiny_llama()
