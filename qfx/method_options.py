@@ -46,7 +46,7 @@ class LearnedOptions(Strict):
     optimizer: "adam", or "sign" as AutoRound has it.
     """
 
-    steps: Annotated[int, Field(strict=True, ge=0)] = 150
+    steps: Annotated[int, Field(strict=True, ge=0)] = 100
     batch: Annotated[int, Field(strict=True, ge=1)] = 4
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     optimizer: Literal["adam", "sign"] = "adam"

@@ -139,6 +139,7 @@ def notes_of(model: nn.Module, recipe: Recipe) -> list[str]:
     return [str(w.message) for w in caught if issubclass(w.category, QfxWarning)]
 
 
+@pytest.mark.slow
 def test_post_norm_models_are_told_and_refused_under_strict() -> None:
     model, _ = ZOO["gemma3"]()
     recipe = Recipe(name="r", rules=FLOAT, rewrites=("rotate",))

@@ -224,7 +224,7 @@ class TestQuantize:
         ("recipe", "data", "fields"),
         [
             ("w4a16", None, {}),
-            ("w8a8", None, {"rounding": "mse"}),
+            pytest.param("w8a8", None, {"rounding": "mse"}, marks=pytest.mark.slow),
             ("w8a8-smooth", BATCHES, {}),
             ("w4a16", BATCHES, {"rounding": "gptq"}),
         ],

@@ -56,6 +56,7 @@ def test_a_plan_keeps_its_budget_and_tells_it(kind: str, units: Any) -> None:
     assert told["predicted"] > 0
 
 
+@pytest.mark.slow
 def test_heads_begin_where_whole_weights_end() -> None:
     """What `judged` compares: the plan of whole weights, and the same with weights cut by heads. Here on other data."""
     model, data = causal(batches=4)
