@@ -41,7 +41,7 @@ class Codes:
         self.planes = planes_of(fmt)
         self.unit = math.lcm(self.group, self.planes)  # tokens that are written and read together
         batch, heads = like.shape[:2]
-        self.data = like.new_empty((batch, heads, 0, self.width), dtype=_stored_dtype(fmt))
+        self.data = like.new_empty((batch, heads, 0, self.width), dtype=stored_dtype(fmt))
         each = 0 if fmt.is_plain else self.width if self.by_tokens else scales_of_token(fmt, self.width)
         self.scale = like.new_empty((batch, heads, 0, each), dtype=_raw(fmt.scale_dtype))
         self.zero = like.new_empty((batch, heads, 0, each), dtype=zero_dtype(fmt)) if fmt.has_zero else None
@@ -237,7 +237,7 @@ def encode(x: Tensor, fmt: Format, *, by_tokens: bool) -> tuple[Tensor, QParams 
     if by_tokens:
         params = QParams(*(None if t is None else t.transpose(-1, -2) for t in params))  # type: ignore[arg-type]
     if fmt.bits >= 8:
-        return (codes.transpose(-1, -2) if by_tokens else codes).view(_stored_dtype(fmt)), params
+        return (codes.transpose(-1, -2) if by_tokens else codes).view(stored_dtype(fmt)), params
     if fmt.is_integer and fmt.symmetric:
         codes = codes + (1 << (fmt.bits - 1))
     packed = pack_bits(codes if by_tokens else codes.transpose(-1, -2), fmt.bits)
@@ -266,7 +266,8 @@ def _params(rows: Tensor, fmt: Format) -> QParams:
     return QParams(scale, zero.to(dtype))
 
 
-def _stored_dtype(fmt: Format) -> torch.dtype:
+def stored_dtype(fmt: Format) -> torch.dtype:
+    """dtype of the memory that holds the codes: bytes below 8 bits and for 8-bit floats."""
     return torch.uint8 if fmt.bits < 8 or fmt.is_float else fmt.code_dtype
 
 

@@ -20,7 +20,7 @@ from transformers.cache_utils import CacheLayerMixin
 from qfx import numerics
 from qfx.errors import explain
 from qfx.format import Format
-from qfx.kv.codes import encode
+from qfx.kv.codes import encode, stored_dtype
 from qfx.kv.formats import CacheFormat, planes_of, scales_of_token, zero_dtype
 from qfx.kv.store import another, facts, of_other_heads
 
@@ -37,11 +37,10 @@ class _Fixed:
     @classmethod
     def of(cls, fmt: Format, like: Tensor, length: int) -> _Fixed:
         batch, heads, _, width = like.shape
-        dtype = torch.uint8 if fmt.is_float else fmt.code_dtype
         each, shape = scales_of_token(fmt, width), (batch, heads, length)
         return cls(
             fmt,
-            like.new_zeros((*shape, width), dtype=dtype),
+            like.new_zeros((*shape, width), dtype=stored_dtype(fmt)),
             None if fmt.is_plain else like.new_zeros((*shape, each), dtype=fmt.scale_dtype),
             like.new_zeros((*shape, each), dtype=zero_dtype(fmt)) if fmt.has_zero else None,
         )
