@@ -126,13 +126,8 @@ class Memory:
 
     def token_bytes(self, formats: Formats = None) -> Fraction:
         """Bytes that each further token of one sequence takes in a long context, whose windows are full."""
-        found = Fraction(0)
-        for one in self._cached(formats):
-            if one.layer.window is None:
-                first, step = one.format.sinks + one.format.residual, one.format.step
-                grown = one.nbytes(first + 2 * step, dtype=self.dtype) - one.nbytes(first + step, dtype=self.dtype)
-                found += Fraction(grown, step)
-        return found
+        grown = (one.token_bytes for one in self._cached(formats) if one.layer.window is None)
+        return sum(grown, Fraction(0))
 
     def total(self, formats: Formats = None, *, batch: int = 1, context: int) -> int:
         """Bytes of everything while one more token of each sequence is read."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -76,6 +77,13 @@ class Cached:
     def float_bytes(self, tokens: Any, *, batch: int = 1, itemsize: int = 2) -> Any:
         """The same without a format."""
         return batch * self._kept(tokens) * self.layer.heads * sum(self.layer.widths) * itemsize
+
+    @property
+    def token_bytes(self) -> Fraction:
+        """Bytes of a stored token, those of its share of a group's scales included; a window is not looked at."""
+        first, step = self.format.sinks + self.format.residual, self.format.step
+        before, after = (self.format.nbytes(self.layer.heads, self.layer.widths, first + n * step) for n in (1, 2))
+        return Fraction(after - before, step)
 
     def _kept(self, tokens: Any) -> Any:
         if self.layer.window is None:

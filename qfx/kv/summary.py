@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ class CacheSummary:
         """One for each layer, those of self-attention first."""
         return tuple(
             CacheRow(
-                one.layer.fqn, str(one.format), one.layer.heads, rate(one), one.float_bytes(1), one.layer.window,
-                one.layer.cross,
+                one.layer.fqn, str(one.format), one.layer.heads, float(one.token_bytes), one.float_bytes(1),
+                one.layer.window, one.layer.cross,
             )
             for one in self.caches
         )  # fmt: skip
@@ -60,7 +60,7 @@ class CacheSummary:
     @property
     def bytes_per_token(self) -> float:
         """Of all layers that grow; those with a window, and those of cross-attention, do not."""
-        return sum(rate(one) for one in self._grown)
+        return sum(float(one.token_bytes) for one in self._grown)
 
     @property
     def ratio(self) -> float:
@@ -111,15 +111,8 @@ class CacheSummary:
                 most = one.layer.window
                 total += max(one.nbytes(n, dtype=self.dtype) for n in range(max(1, most - one.format.step), most + 1))
             else:
-                total += max(0.0, one.nbytes(most, dtype=self.dtype) - most * rate(one))
+                total += max(0.0, one.nbytes(most, dtype=self.dtype) - most * float(one.token_bytes))
         return total
-
-
-def rate(one: Cached) -> float:
-    """Bytes of a stored token, those of its share of a group's scales included."""
-    first, step = one.format.sinks + one.format.residual, one.format.step
-    whole = replace(one, layer=replace(one.layer, window=None))
-    return float(whole.nbytes(first + 2 * step) - whole.nbytes(first + step)) / step
 
 
 def summary(model: nn.Module | Mapping[str, Any], dtype: torch.dtype | None = None) -> CacheSummary | None:

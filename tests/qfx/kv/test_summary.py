@@ -15,7 +15,7 @@ from rich.console import Console
 import qfx
 from qfx.kv.formats import RESIDUAL, RESIDUAL_8, SINKS, CacheFormat
 from qfx.kv.plans import Cached, CacheLayer
-from qfx.kv.summary import CacheSummary, named, rate, summary
+from qfx.kv.summary import CacheSummary, named, summary
 from tests.qfx.kv import models
 
 FORMATS = st.sampled_from(["i8", "i4", "u3/g16/f16", "f16", "f8e4m3/tok/f16"])
@@ -64,10 +64,10 @@ def test_symbols_give_the_numbers(told: CacheSummary, context: int, batch: int) 
 def test_bytes_of_a_token() -> None:
     layer = CacheLayer("a", 0, 2, (32, 32))
     one = Cached(layer, CacheFormat.from_json({"k": "i8", "v": "i8"}))
-    assert rate(one) == 2 * 2 * (32 + 2)
+    assert one.token_bytes == 2 * 2 * (32 + 2)
     kivi = Cached(layer, CacheFormat.from_json({"k": "i4", "v": "i2"}))
-    assert rate(kivi) == 2 * ((16 + 32 * 3 / 32) + (8 + 3))
-    assert CacheSummary((one, kivi)).bytes_per_token == rate(one) + rate(kivi)
+    assert kivi.token_bytes == 2 * ((16 + 32 * 3 / 32) + (8 + 3))
+    assert CacheSummary((one, kivi)).bytes_per_token == one.token_bytes + kivi.token_bytes
     assert CacheSummary((one,)).ratio == pytest.approx(34 / 64)
 
 
