@@ -70,6 +70,12 @@ def replace(old: fx.Node, new: fx.Node) -> None:
     old.graph.erase_node(old)
 
 
+def take_place(old: fx.Node, new: fx.Node) -> None:
+    """`replace`, and `new` gets the name of `old`."""
+    replace(old, new)
+    new.name = old.name
+
+
 def matched(gm: fx.GraphModule, name: str, count: int) -> bool:
     """Note in `gm.meta["qfx_matches"]` how often a pass matched; returns whether it did."""
     matches: dict[str, int] = gm.meta.setdefault("qfx_matches", {})

@@ -33,7 +33,7 @@ from qfx.annotation import Formats
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.format import Format
 from qfx.packing import Packed
-from qfx.passes._build import call
+from qfx.passes._build import call, take_place
 from qfx.passes._sites import holds
 from qfx.passes.quantize_attention import is_attention, quantize_attention, reason_against
 from qfx.recipe import is_static
@@ -224,13 +224,7 @@ def _replace(gm: fx.GraphModule, node: fx.Node, target: Any, args: tuple[Any, ..
     with gm.graph.inserting_before(node):
         new = gm.graph.call_function(target, args)
     new.meta = dict(node.meta)
-    _take_place(node, new)
-
-
-def _take_place(node: fx.Node, new: fx.Node) -> None:
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
-    new.name = node.name
+    take_place(node, new)
 
 
 def _static(
@@ -287,7 +281,7 @@ def _rows(
     ]
     whole = _plain(call(gm, aten.cat.default, cut, axis, like=node))
     bias = _bias(node)
-    _take_place(node, whole if bias is None else _plain(call(gm, aten.add.Tensor, whole, bias, like=node)))
+    take_place(node, whole if bias is None else _plain(call(gm, aten.add.Tensor, whole, bias, like=node)))
 
 
 def _columns(
@@ -307,7 +301,7 @@ def _columns(
         part = _segment(gm, node, args, None if segment.float_input else x, segment.format)
         total = part if total is None else _plain(call(gm, aten.add.Tensor, total, part, like=node))
     assert total is not None
-    _take_place(node, total)
+    take_place(node, total)
 
 
 def _segment(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], x: Format | None, w: Format) -> fx.Node:

@@ -23,7 +23,7 @@ from qfx.attention_ops import ROLES, needs_scale
 from qfx.errors import UnsupportedError, explain
 from qfx.format import Format
 from qfx.passes import _match as m
-from qfx.passes._build import SPELLED_OUT, call
+from qfx.passes._build import SPELLED_OUT, call, take_place
 from qfx.passes._sites import ATTENTION
 
 BY_HAND, SDPA = "spelled-out", "sdpa"  # how a module computes its attention
@@ -73,9 +73,7 @@ def quantize_attention(gm: fx.GraphModule, node: fx.Node, tensors: Mapping[str, 
     with gm.graph.inserting_before(node):
         new = call(gm, torch.ops.qfx.quantized_attention.default, *args, like=node)
     new.meta[graph.CALLED] = graph.op_name(node)
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
-    new.name = node.name
+    take_place(node, new)
 
 
 def numbers(
