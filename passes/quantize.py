@@ -34,6 +34,7 @@ from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.format import Format
 from qfx.packing import Packed
 from qfx.passes._build import call, take_place
+from qfx.passes._calibrated import calibrated
 from qfx.passes._sites import holds
 from qfx.passes.quantize_attention import is_attention, quantize_attention, reason_against
 from qfx.recipe import is_static
@@ -234,17 +235,8 @@ def _static(
     if x is None or not is_static(x):
         return None, None
     fqn, base = graph.fqn_of(node), base_name(node)
-    scale, zero = (tensors.get(f"{fqn}/{leaf}") for leaf in ("x_scale", "x_zero"))
-    if scale is None or (x.has_zero and zero is None):
-        raise UnsupportedError(
-            explain(
-                "a static activation format needs a calibrated scale",
-                expected=f"{'x_scale' if scale is None else 'x_zero'} of {fqn!r} for format '{x}'",
-                found="none",
-                node=node,
-                next_step="calibrate with qfx.quantize(model, recipe, data=...) or use a dynamic format such as i8/tok",
-            )
-        )
+    what, instead = "a static activation format", " or use a dynamic format such as i8/tok"
+    scale, zero = calibrated(tensors, fqn, "x", x, node, what=what, instead=instead)
     return _held(gm, f"{base}x_scale", scale, node), _held(gm, f"{base}x_zero", zero, node)
 
 

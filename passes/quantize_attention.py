@@ -20,10 +20,10 @@ from torch import Tensor, fx
 from qfx import annotation, attention_ops, graph
 from qfx.annotation import Formats
 from qfx.attention_ops import ROLES, needs_scale
-from qfx.errors import UnsupportedError, explain
 from qfx.format import Format
 from qfx.passes import _match as m
 from qfx.passes._build import SPELLED_OUT, call, take_place
+from qfx.passes._calibrated import calibrated
 from qfx.passes._sites import ATTENTION
 
 BY_HAND, SDPA = "spelled-out", "sdpa"  # how a module computes its attention
@@ -82,18 +82,9 @@ def numbers(
     """Scales and zero points of an operand as numbers; empty where its format needs none from data."""
     if fmt is None or not needs_scale(role, fmt):
         return [], []
-    scale, zero = (tensors.get(f"{fqn}/{role}_{leaf}") for leaf in ("scale", "zero"))
-    if scale is None or (fmt.has_zero and zero is None):
-        raise UnsupportedError(
-            explain(
-                "a static format of attention needs a calibrated scale",
-                expected=f"{role}_{'scale' if scale is None else 'zero'} of {fqn!r} for format '{fmt}'",
-                found="none",
-                node=node,
-                next_step=f"calibrate with qfx.quantize(model, recipe, data=...), or use '{fmt.type}/tok'",
-            )
-        )
-    points = zero.reshape(-1).tolist() if zero is not None and fmt.has_zero else []
+    what, instead = "a static format of attention", f", or use '{fmt.type}/tok'"
+    scale, zero = calibrated(tensors, fqn, role, fmt, node, what=what, instead=instead)
+    points = [] if zero is None else zero.reshape(-1).tolist()
     return [float(s) for s in scale.to(torch.float32).reshape(-1).tolist()], [int(z) for z in points]
 
 
