@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from qfx.errors import explain
-from qfx.float_ops import gradient_by_replay, masked
+from qfx.float_ops import gradient_by_replay, masked, softmax
 from qfx.format import Format
 from qfx.numerics import QParams, dequantize, quantize, range_qparams, run_time_qparams
 
@@ -135,7 +135,7 @@ def _attend(
         scores = scores + _product(Operand(q.to(torch.float32)), Operand(mean.transpose(-1, -2))) * scale
     if softcap > 0:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = Operand(_softmax(masked(scores, mask, causal), sinks))
+    weights = Operand(softmax(masked(scores, mask, causal), sinks))
     if ps.format is not None:
         weights = how(weights.values, ps.format, _of_weights(weights.values, ps.format))
     return _values(weights, _operand(how, v, vs), q)
@@ -147,15 +147,6 @@ def _values(weights: Operand, v: Operand, q: Tensor) -> Tensor:
         v = Operand(v.values * v.step)
     y = _scaled(_product(weights, v), weights.step)
     return (y if v.step is None else y * _spread(v.step, q)).to(q.dtype)
-
-
-def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    if sinks is None:
-        found: Tensor = torch.ops.aten._safe_softmax.default(scores, -1)
-        return found
-    column = sinks.to(torch.float32).reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)
-    whole: Tensor = torch.ops.aten._safe_softmax.default(torch.cat((scores, column), -1), -1)
-    return whole[..., :-1]
 
 
 def _product(a: Operand, b: Operand) -> Tensor:

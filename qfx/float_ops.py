@@ -81,23 +81,33 @@ def attention(
     scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
     if softcap > 0:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = masked(scores, mask, causal)
-    if sinks is not None:
-        column = sinks.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)
-        scores = torch.cat((scores, column), -1)
-    weights = torch.ops.aten._safe_softmax.default(scores, -1)
-    if sinks is not None:
-        weights = weights[..., :-1]
+    weights = softmax(masked(scores, mask, causal), sinks)
     return torch.matmul(weights, v.float()).to(q.dtype)
 
 
 def masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Scores f32 [B, H, S, L] with -inf where a row may not look, and with the mask added where it is floats.
+
+    mask: additive floats or booleans that keep, broadcast to the scores. causal: keep columns up to the row.
+    """
     if causal:
         keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~keep, -torch.inf)
     if mask is None:
         return scores
     return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+
+
+def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Weights of scores f32 [B, H, S, L], zeros in rows of nothing but -inf.
+
+    sinks [H]: one more score per head that takes part and is dropped (gpt-oss), so that a row sums to less than 1.
+    """
+    if sinks is not None:
+        column = sinks.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)
+        scores = torch.cat((scores, column), -1)
+    weights: Tensor = torch.ops.aten._safe_softmax.default(scores, -1)
+    return weights if sinks is None else weights[..., :-1]
 
 
 def cached_attention(
