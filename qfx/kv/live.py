@@ -15,7 +15,7 @@ from torch import nn
 from qfx.errors import Note, QfxWarning
 from qfx.kv.held import HELD, caches_of
 from qfx.kv.planning import check_model, dtype_of
-from qfx.kv.plans import PLAIN, layer_formats, read
+from qfx.kv.plans import layer_formats, plain_of, read
 from qfx.pipeline import told
 
 _SAID = "qfx_caches_said"
@@ -54,7 +54,7 @@ def new_cache(model: nn.Module) -> Any:
 
     whole: Any = model.config
     config, caches = whole.get_text_config(decoder=True), caches_of(model)
-    plain = PLAIN.get(dtype_of(model), "f32")
+    plain = plain_of(dtype_of(model))
     made = QuantizedCache(config, layer_formats(caches, config.num_hidden_layers, plain=plain))
     if not getattr(whole, "is_encoder_decoder", False):
         return made

@@ -33,7 +33,7 @@ from qfx.format import Format
 from qfx.hollow import hollow
 from qfx.kv.formats import SHORT, CacheFormat, cache_formats
 from qfx.kv.planning import dtype_of
-from qfx.kv.plans import PLAIN, Cached, CacheLayer, read
+from qfx.kv.plans import Cached, CacheLayer, asked_format, plain_of, read
 from qfx.kv.sites import cache_layers
 from qfx.plan import Plan
 from qfx.presets import presets
@@ -161,7 +161,7 @@ class Memory:
 
     def _cached(self, formats: Formats) -> list[Cached]:
         if formats is None:
-            formats = self.formats(PLAIN.get(self.dtype, "f32"))
+            formats = self.formats(plain_of(self.dtype))
         if len(formats) != len(self.layers):
             raise ValueError(
                 explain("formats of a cache", expected=f"{len(self.layers)}, one for each layer", found=len(formats))
@@ -176,15 +176,14 @@ def formats_of(kv: Any, layers: Sequence[CacheLayer], dtype: torch.dtype) -> lis
     """
     if isinstance(kv, str) and kv not in SHORT and all(part in presets() for part in kv.split("+")):
         kv = Recipe.parse(kv)
-    plain = PLAIN.get(dtype, "f32")
     if isinstance(kv, Plan):
         held = {one.layer.fqn: one.format for one in read(kv.caches)}
-        whole = cache_formats({"k": plain, "v": plain}, 1)[0]
+        whole = asked_format({}, dtype)
         return [held.get(layer.fqn, whole) for layer in layers]
     if isinstance(kv, Recipe):
         if not kv.cache_rules:
             raise ValueError(explain(f"recipe {kv.name!r} says nothing of caches", expected="rules for 'cache'"))
-        return cache_formats([{"k": plain, "v": plain, **kv.cache_for(layer.fqn)} for layer in layers], len(layers))
+        return [asked_format(kv.cache_for(layer.fqn), dtype) for layer in layers]
     if isinstance(kv, str) and kv.count(":") == 1:
         keys, values = kv.split(":")
         kv = {"k": keys, "v": values}
@@ -237,7 +236,7 @@ def _rest(
             raise UnsupportedError(explain(what, next_step="leave the formats of the weights out")) from error
         return 0, sympy.Integer(0), (_uncounted(name, f"the graph cannot be had ({first})"),)
     asked = None if weights is None else _asked(model, weights, costs)
-    stored, most, notes = costs.weights(asked, rest=Format(PLAIN.get(dtype, "f32"))), peak(costs.lives), costs.notes
+    stored, most, notes = costs.weights(asked, rest=Format(plain_of(dtype))), peak(costs.lives), costs.notes
     if others := sorted(str(s) for s in most.free_symbols - {BATCH, SEQUENCE, CONTEXT}):
         most, notes = sympy.Integer(0), (*notes, _uncounted(name, f"they depend on {', '.join(others)}"))
     return stored, most, notes

@@ -10,8 +10,7 @@ from torch import nn
 
 from qfx.errors import Note, explain, nearest
 from qfx.kv.asked import is_cache
-from qfx.kv.formats import cache_formats
-from qfx.kv.plans import PLAIN, Cached, CacheLayer, Caches, read
+from qfx.kv.plans import Cached, CacheLayer, Caches, asked_format, read
 from qfx.kv.sites import cache_layers
 from qfx.recipe import Recipe, matches
 
@@ -28,12 +27,11 @@ def plan_caches(model: nn.Module, recipe: Recipe, calls: Sequence[Any] = ()) -> 
     layers, missing = cache_layers(model, calls)
     if missing is not None:
         return {}, [missing]
-    plain = PLAIN.get(dtype_of(model), "f32")
     found: Caches = {}
     some = False
     for layer in layers:
         asked = recipe.cache_for(layer.fqn)
-        fmt = cache_formats({"k": plain, "v": plain, **asked}, 1)[0]
+        fmt = asked_format(asked, dtype_of(model))
         fmt.check_heads(layer.heads, layer.fqn)
         found[layer.fqn] = Cached(layer, fmt).to_json()
         some = some or bool(asked)

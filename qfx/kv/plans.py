@@ -17,7 +17,18 @@ from qfx.errors import explain
 from qfx.kv.formats import CacheFormat
 
 Caches = dict[str, dict[str, Any]]  # FQN of an attention -> what stands above
-PLAIN = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_PLAIN = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def plain_of(dtype: torch.dtype) -> str:
+    """The format that keeps floats of this dtype as they are; f32 for any other dtype."""
+    return _PLAIN.get(dtype, "f32")
+
+
+def asked_format(asked: Mapping[str, Any], dtype: torch.dtype) -> CacheFormat:
+    """The format of a layer of whose keys ("k") and values ("v") something is asked; the rest stays in `dtype`."""
+    plain = plain_of(dtype)
+    return CacheFormat.from_json({"k": plain, "v": plain, **asked})
 
 
 @dataclass(frozen=True)
