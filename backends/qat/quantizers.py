@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -87,7 +88,7 @@ class Quantizer(nn.Module):
         return QParams(scale, self.whole if zero is None else zero.to(torch.uint8))
 
     def _unrounded(self) -> Tensor:
-        return self.initial_scale * torch.exp((RATE * self.log_scale).clamp(-_FAR, _FAR))
+        return self.initial_scale * torch.exp((RATE * self.log_scale.to(torch.float32)).clamp(-_FAR, _FAR))
 
     def _stored(self, scale: Tensor) -> Tensor:
         """An f32 scale as the format stores it; powers of two are the nearest, so that a small step is a small one."""
@@ -175,7 +176,8 @@ class InputQuantizer(Quantizer):
     """Fake quantization of an activation with a static format.
 
     Observed scales come from moving averages of each batch's least and greatest value, which begin as the range that
-    the calibrated scale spans.
+    the calibrated scale spans. Where torch.distributed runs several processes the batch is that of all of them, so that
+    every process must call the module as often as the others in train mode.
     """
 
     low: Tensor
@@ -191,7 +193,7 @@ class InputQuantizer(Quantizer):
 
     def forward(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
         """x [.., K] as it comes back from the format. columns: the channels that x holds; None for all."""
-        if self._watching() and x.numel():
+        if self._watching() and (x.numel() or _processes() > 1):
             self._observe(x)
         scale, zero = self.current()
         if columns is not None and scale.dim():
@@ -201,7 +203,7 @@ class InputQuantizer(Quantizer):
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
-        low, high = value_range(x, self.format, activation=True)
+        low, high = _of_all_processes(*value_range(x, self.format, activation=True))
         self._moved(self.low, low)
         self._moved(self.high, high)
         self.steps += 1
@@ -209,6 +211,19 @@ class InputQuantizer(Quantizer):
         self.log_scale.copy_((effective_scale(scale, zero, self.format) / self.initial_scale).log() / RATE)
         if self.zero_shift is not None and self.initial_zero is not None and zero is not None:
             self.zero_shift.copy_((zero.to(torch.float32) - self.initial_zero) / (RATE * self.format.qmax))
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _of_all_processes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest value that any process has seen."""
+    if _processes() == 1:
+        return low, high
+    both = torch.stack((-low, high))
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    return -both[0], both[1]
 
 
 class RunTimeInput(nn.Module):
