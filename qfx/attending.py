@@ -30,6 +30,7 @@ from qfx.passes.rotate_qk import Site
 from qfx.plan import Plan
 from qfx.recipe import Recipe
 from qfx.rows import Row
+from qfx.subclass import subclass
 
 HELD = "qfx_attention"
 # name: the FQN; formats: role -> text; scales, zeros: role -> numbers; rotation: of q and k, [block, seed]; sqnr_db: dB
@@ -205,11 +206,7 @@ def _class_of(base: type[nn.Module]) -> type[nn.Module]:
             _say_float(self.__dict__[HELD])
         return result
 
-    fields: dict[str, Any] = {
-        "forward": forward, "qfx_attending": base, "__module__": base.__module__, "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }  # fmt: skip
-    return type(base.__name__, (base,), fields)
+    return subclass(base, {"forward": forward, "qfx_attending": base})
 
 
 def _say_float(spec: Spec) -> None:

@@ -25,7 +25,6 @@ from qfx.errors import explain
 from qfx.fake_modules import (
     FakeLinear,
     FakeWeight,
-    pass_no_fast_path,
     prepare_module,
     prepare_parameter,
     restore,
@@ -33,7 +32,7 @@ from qfx.fake_modules import (
 )
 from qfx.format import Format
 from qfx.kv.live import with_caches
-from qfx.modules import PREPARED, prepared_parts
+from qfx.modules import PREPARED, prepared_parts, without_fast_paths
 from qfx.numerics import QParams, dequantize, effective_scale, split, spread
 from qfx.packing import Packed
 from qfx.passes.rotate_down import rotations
@@ -82,7 +81,7 @@ def prepare_qat(
         _check_trainable(model, places, train)
         rewrite(model, plan)
         _Preparation(model, Training(plan, tuple(places), scales, train, freeze_after)).run()
-    pass_no_fast_path(model)
+    without_fast_paths(model)
     return model
 
 

@@ -16,7 +16,7 @@ PIPELINE = "qfx.compile"
 LAYERS = (
     (
         "qfx.errors qfx.nested qfx.format qfx.spill qfx.files qfx.processor qfx.strict qfx.method_options qfx.hollow"
-        " qfx.combine qfx.centred qfx.rotation qfx.head_order"
+        " qfx.combine qfx.subclass qfx.centred qfx.rotation qfx.head_order"
     ),
     (
         "qfx.annotation qfx.text qfx.numerics qfx.packing qfx.histogram qfx.importance qfx.scales qfx.hqq qfx.rounding"
