@@ -25,7 +25,7 @@ LAYERS = (
     "qfx.segments",
     (
         "qfx.kv.formats qfx.kv.codes qfx.kv.attend qfx.kv.store qfx.kv.states qfx.kv.layers qfx.kv.static qfx.kv.cache"
-        " qfx.kv.plans qfx.kv.asked"
+        " qfx.kv.plans qfx.kv.asked qfx.kv.as_stored"
         " qfx.cache_ops qfx.attention_ops qfx.parts qfx.rounded qfx.recipe_source"
         " qfx.graph qfx.names qfx.trace qfx.capture qfx.run qfx.verify qfx.plan qfx.recipe qfx.presets"
     ),
