@@ -15,6 +15,7 @@ from qfx.advise import advise
 from qfx.analysis.analyze import analyze
 from qfx.analysis.sensitivity import Sensitivity
 from qfx.attach import register_when_loaded as _register_when_loaded
+from qfx.convert import convert
 from qfx.distillation import distillation_loss
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.export import export_onnx
@@ -30,7 +31,7 @@ from qfx.interop import (
 )
 from qfx.plan import Plan
 from qfx.presets import presets
-from qfx.qat import convert, prepare_qat
+from qfx.qat import prepare_qat
 from qfx.quantize import plan, quantize
 from qfx.recipe import Recipe, Rule
 from qfx.report import Report, report

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,12 +30,13 @@ from qfx.passes.rotate_qk import Site
 from qfx.plan import Plan
 from qfx.recipe import Recipe
 from qfx.rows import Row
+from qfx.subclass import subclass
 
 HELD = "qfx_attention"
 # name: the FQN; formats: role -> text; scales, zeros: role -> numbers; rotation: of q and k, [block, seed]; sqnr_db: dB
 Spec = dict[str, Any]
 _CACHES = "qfx.kv"  # the package of handles on quantized caches
-_STEP = "load the model with attn_implementation='sdpa'; a compiled or exported model has it as it is"
+STEP = "load the model with attn_implementation='sdpa'; a compiled or exported model has it as it is"
 
 
 def find(model: nn.Module, plan: Plan) -> tuple[dict[str, Spec], list[Note]]:
@@ -51,7 +52,7 @@ def find(model: nn.Module, plan: Plan) -> tuple[dict[str, Spec], list[Note]]:
         reason = _reason_against(fqn, plan)
         if reason:
             asked = " ".join(f"{role}={fmt}" for role, fmt in formats.items())
-            notes.append(Note(fqn, f"{asked} was asked, but {reason}: stays in float", _STEP))
+            notes.append(Note(fqn, f"{asked} was asked, but {reason}: stays in float", STEP))
             continue
         steps = {role: numbers(plan.tensors, fqn, role, fmt) for role, fmt in formats.items()}
         found[owner] = {
@@ -144,11 +145,11 @@ def _reason_against(fqn: str, plan: Plan) -> str:
 
 
 class _Caught(TorchFunctionMode):
-    """Takes F.scaled_dot_product_attention. count: how often it was called."""
+    """Takes F.scaled_dot_product_attention: `take` is called with it and its arguments. count: how often it was."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, take: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.spec = spec
+        self.take = take
         self.count = 0
 
     def __torch_function__(
@@ -158,7 +159,7 @@ class _Caught(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             if not torch.compiler.is_compiling():
                 self.count += 1
-            return _attention(self.spec, func, *args, **kwargs)
+            return self.take(func, *args, **kwargs)
         if func is F.multi_head_attention_forward:  # calls it in turn, where this mode is not on
             with self:
                 return _MULTI_HEAD(*args, **kwargs)
@@ -169,7 +170,7 @@ def _attention(
     spec: Spec, func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    if type(key).__module__.startswith(_CACHES) or type(value).__module__.startswith(_CACHES):
+    if of_cache(key, value):
         plain: Tensor = func(
             query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
             enable_gqa=enable_gqa,
@@ -193,29 +194,46 @@ def _attention(
     return y
 
 
-@functools.cache
-def _class_of(base: type[nn.Module]) -> type[nn.Module]:
+def of_cache(*states: Tensor) -> bool:
+    """Whether any of these is a handle on a quantized cache."""
+    return any(type(one).__module__.startswith(_CACHES) for one in states)
+
+
+def catching(
+    base: type[nn.Module], taker: Callable[[Any], Callable[..., Tensor]], say: Callable[[Any], None]
+) -> Callable[..., Any]:
+    """The forward of a class, in which `taker(module)` is called in the place of F.scaled_dot_product_attention.
+
+    It gets that function and its arguments. say: is called with a module whose forward did not call it.
+    """
     own: Any = base
 
     @functools.wraps(own.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _Caught(self.__dict__[HELD]) as caught:
+        with _Caught(taker(self)) as caught:
             result = own.forward(self, *args, **kwargs)
         if not torch.compiler.is_compiling() and not caught.count:
-            _say_float(self.__dict__[HELD])
+            say(self)
         return result
 
-    fields: dict[str, Any] = {
-        "forward": forward, "qfx_attending": base, "__module__": base.__module__, "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }  # fmt: skip
-    return type(base.__name__, (base,), fields)
+    return forward
 
 
-def _say_float(spec: Spec) -> None:
-    asked = " ".join(f"{role}={text}" for role, text in spec["formats"].items())
+@functools.cache
+def _class_of(base: type[nn.Module]) -> type[nn.Module]:
+    def say(module: nn.Module) -> None:
+        spec = module.__dict__[HELD]
+        say_float(spec["name"], spec["formats"])
+
+    forward = catching(base, lambda self: functools.partial(_attention, self.__dict__[HELD]), say)
+    return subclass(base, {"forward": forward, "qfx_attending": base})
+
+
+def say_float(name: str, formats: Mapping[str, str]) -> None:
+    """Warn that the formats of an attention were not had."""
+    asked = " ".join(f"{role}={text}" for role, text in formats.items())
     reason = f"{asked} was asked, but its forward did not call F.scaled_dot_product_attention: ran in float"
-    warn(str(Note(spec["name"], reason, _STEP)), stacklevel=3)
+    warn(str(Note(name, reason, STEP)), stacklevel=4)
 
 
 def _projected(q: Tensor, k: Tensor, v: Tensor, w: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

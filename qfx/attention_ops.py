@@ -15,6 +15,7 @@ scores are capped, or a sink stands beside them, q.mean is added again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -89,6 +90,23 @@ class _Static(NamedTuple):
 Round = Callable[[Tensor, Format, QParams], Operand]
 
 
+class Rounders(NamedTuple):
+    """How q, k, v and the weights p become operands."""
+
+    q: Callable[[Tensor], Operand]
+    k: Callable[[Tensor], Operand]
+    v: Callable[[Tensor], Operand]
+    p: Callable[[Tensor], Operand]
+
+
+class Stored(NamedTuple):
+    """Keys and values [B, G, L, D] as a cache gives them back. read: bool [S, L], by which queries."""
+
+    keys: Tensor
+    values: Tensor
+    read: Tensor
+
+
 def quantized_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, q_scale: Sequence[float],
     q_zero: Sequence[int], k_scale: Sequence[float], k_zero: Sequence[int], v_scale: Sequence[float],
@@ -123,22 +141,49 @@ def _attend(
     scale: float, causal: bool, softcap: float, formats: Sequence[str],
 ) -> Tensor:  # fmt: skip
     qs, ks, vs, ps = _checked(q, k, v, given, formats)
-    mean = None
-    if is_centred(ks.format):
-        k, mean = centre(k)
-    one, other = _operand(how, q, qs), _operand(how, k, ks)
+
+    def weights(p: Tensor) -> Operand:
+        return Operand(p) if ps.format is None else how(p, ps.format, of_weights(p, ps.format))
+
+    of_q, of_k, of_v = (functools.partial(_operand, how, given=one) for one in (qs, ks, vs))
+    each = Rounders(of_q, of_k, of_v, weights)
+    return attend(each, q, k, v, mask, sinks, scale, causal, softcap, centred=is_centred(ks.format))
+
+
+def attend(
+    each: Rounders, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float,
+    causal: bool, softcap: float, *, centred: bool, dropout: float = 0.0, stored: Stored | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention between operands that `each` rounds, [B, H, S, Dv] in q.dtype; the arguments of qfx::attention.
+
+    centred: keys are centred before they are rounded. dropout: share of the weights that is dropped behind their
+    rounding. stored: what some queries read in the place of keys and values, in float.
+    """
+    float_k, float_q, mean = k, q.to(torch.float32), None
+    if centred:
+        k, mean = centre(float_k)
+    one, other = each.q(q), each.k(k)
     scores = _scaled(_product(one, Operand(other.values.transpose(-1, -2), None, other.reach)), one.step)
     if other.step is not None:
         scores = scores * _spread(other.step.transpose(-1, -2) if other.step.dim() else other.step, q)
     scores = scores * scale
-    if mean is not None and (softcap > 0 or sinks is not None):
-        scores = scores + _product(Operand(q.to(torch.float32)), Operand(mean.transpose(-1, -2))) * scale
+    if mean is not None and (softcap > 0 or sinks is not None or stored is not None):
+        scores = scores + _product(Operand(float_q), Operand(mean.transpose(-1, -2))) * scale
+    if stored is not None:
+        keys = stored.keys.to(torch.float32).transpose(-1, -2)
+        scores = torch.where(stored.read, _product(Operand(float_q), Operand(keys)) * scale, scores)
     if softcap > 0:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = Operand(softmax(masked(scores, mask, causal), sinks))
-    if ps.format is not None:
-        weights = how(weights.values, ps.format, _of_weights(weights.values, ps.format))
-    return _values(weights, _operand(how, v, vs), q)
+    weights = softmax(masked(scores, mask, causal), sinks)
+    rounded = each.p(weights)
+    if dropout > 0:
+        kept = torch.nn.functional.dropout(torch.ones_like(weights), dropout)
+        weights, rounded = weights * kept, rounded._replace(values=rounded.values * kept, reach=0)
+    if stored is None:
+        return _values(rounded, each.v(v), q)
+    fresh = rounded._replace(values=rounded.values.masked_fill(stored.read, 0.0))
+    held = _product(Operand(weights * stored.read), Operand(stored.values.to(torch.float32)))
+    return (_values(fresh, each.v(v), q).to(torch.float32) + held).to(q.dtype)
 
 
 def _values(weights: Operand, v: Operand, q: Tensor) -> Tensor:
@@ -193,8 +238,8 @@ def _params(x: Tensor, given: _Static, fmt: Format) -> QParams:
     return QParams(scale, zero)
 
 
-def _of_weights(p: Tensor, fmt: Format) -> QParams:
-    """Of the range from 0 to 1, or of each row at run time."""
+def of_weights(p: Tensor, fmt: Format) -> QParams:
+    """Scales of weights p: of the range from 0 to 1, or of each row at run time."""
     if fmt.is_plain or fmt.dynamic:
         return _params(p, _Static(fmt), fmt)
     return range_qparams(p.new_zeros(()), p.new_ones(()), fmt)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qfx.errors import UnsupportedError, explain
+from qfx.subclass import subclass
 
 
 def centred(module: nn.Module) -> nn.Module:
@@ -49,5 +50,4 @@ def _class_of(base: type[nn.Module]) -> type[nn.Module]:
         y = F.rms_norm(input, self.normalized_shape, self.weight, self.eps)
         return y if self.bias is None else y + self.bias
 
-    fields: dict[str, Any] = {"forward": forward, "qfx_centred": base, "__module__": base.__module__}
-    return type(f"Centred{base.__name__}", (base,), {**fields, "__doc__": base.__doc__})
+    return subclass(base, {"forward": forward, "qfx_centred": base}, "Centred")

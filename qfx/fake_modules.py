@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qfx.backends.qat.quantizers import InputQuantizer, RunTimeInput, WeightQuantizer
 from qfx.modules import PREPARED, QuantConv, rotated
 from qfx.segments import Segment, in_order, take
+from qfx.subclass import subclass
 
 
 class FakeWeight(nn.Module):
@@ -146,13 +147,6 @@ def weight_of(module: nn.Module, name: str) -> FakeWeight:
     return found
 
 
-def pass_no_fast_path(model: nn.Module) -> None:
-    """Let nn.TransformerEncoderLayer call its sub-modules: its fused kernel would read their weights past them."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-
-
 def _size(segments: Sequence[Segment]) -> int:
     return sum(segment.size for segment in segments)
 
@@ -181,8 +175,7 @@ _FORWARDS = {"linear": _linear, "table": _table, "conv": _conv}
 
 @functools.cache
 def _class_of(base: type[nn.Module], kind: str) -> type[nn.Module]:
-    fields: dict[str, Any] = {"forward": _FORWARDS[kind], PREPARED: base, "__module__": base.__module__}
-    return type(f"Fake{base.__name__}", (base,), {**fields, "__doc__": base.__doc__})
+    return subclass(base, {"forward": _FORWARDS[kind], PREPARED: base}, "Fake")
 
 
 @functools.cache
@@ -190,6 +183,5 @@ def _reading_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
     def reader(name: str) -> property:
         return property(lambda self: getattr(self, f"fake_quant_{name}").read(self._parameters[name]))
 
-    fields: dict[str, Any] = {name: reader(name) for name in names}
-    fields |= {PREPARED: base, "qfx_fake_names": names, "__module__": base.__module__, "__doc__": base.__doc__}
-    return type(f"Fake{base.__name__}", (base,), fields)
+    readers = {name: reader(name) for name in names}
+    return subclass(base, {**readers, PREPARED: base, "qfx_fake_names": names}, "Fake")

@@ -358,7 +358,7 @@ def tell_shared(module: nn.Module, *names: str) -> None:
 def without_fast_paths(model: nn.Module) -> None:
     """Let nn.TransformerEncoderLayer call its sub-modules: its fused kernel would read their weights past them."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and quantized_parts(module):
+        if isinstance(module, nn.TransformerEncoderLayer) and (quantized_parts(module) or prepared_parts(module)):
             module.activation_relu_or_gelu = 0
 
 

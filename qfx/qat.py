@@ -1,4 +1,4 @@
-"""`qfx.prepare_qat` and `qfx.convert`: training with fake quantization, and what was trained, quantized.
+"""`qfx.prepare_qat`: training with fake quantization; `qfx.convert` then gives what was trained, quantized.
 
     model = qfx.prepare_qat(model, "w4a8")       # the same plan as qfx.quantize would make, weights stay float
     ...                                          # any training loop
@@ -10,42 +10,38 @@ both, and is loaded into a model prepared with the same recipe or plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from qfx import rounded
+from qfx import fake_attention, rounded
 from qfx.annotation import show
-from qfx.attach import attach
+from qfx.attending import Spec
 from qfx.backends.qat.quantizers import InputQuantizer, Quantizer, RunTimeInput, Scales, WeightQuantizer
 from qfx.errors import explain
-from qfx.fake_modules import (
-    FakeLinear,
-    FakeWeight,
-    pass_no_fast_path,
-    prepare_module,
-    prepare_parameter,
-    restore,
-    weight_of,
-)
+from qfx.fake_attention import FakeAttention, prepare_attention
+from qfx.fake_modules import FakeLinear, FakeWeight, prepare_module, prepare_parameter
 from qfx.format import Format
 from qfx.kv.live import with_caches
-from qfx.modules import PREPARED, prepared_parts
+from qfx.kv.planning import check_model
+from qfx.kv.plans import Cached
+from qfx.modules import PREPARED, without_fast_paths
 from qfx.numerics import QParams, dequantize, effective_scale, split, spread
 from qfx.packing import Packed
 from qfx.passes.rotate_down import rotations
+from qfx.pipeline import told
 from qfx.places import READ, Place
 from qfx.plan import Plan
 from qfx.quantize import RecipeLike, check_float, checked_places, made_for
 from qfx.recipe import DATA_ROUNDINGS, is_static
 from qfx.segments import along, in_order, segments
-from qfx.writeback import Writer, cut, oriented, pointer_of, rewrite
+from qfx.writeback import cut, oriented, pointer_of, rewrite
 
 Train = Literal["all", "scales"]
-_KEPT = "qfx_training"  # the attribute of a prepared model
+KEPT = "qfx_training"  # the attribute of a prepared model
 _CELL = 0.45  # of a step: how far a weight may begin from the code that a plan gave it
 
 
@@ -80,33 +76,13 @@ def prepare_qat(
     with torch.no_grad():
         places = checked_places(model, plan, strict=strict)
         _check_trainable(model, places, train)
+        attentions, notes = fake_attention.find(model, plan)
+        check_model(model, plan.caches)
+        told(notes, strict=strict)
         rewrite(model, plan)
-        _Preparation(model, Training(plan, tuple(places), scales, train, freeze_after)).run()
-    pass_no_fast_path(model)
-    return model
-
-
-def convert(model: nn.Module) -> nn.Module:
-    """The quantized model that a prepared one trained: weights packed with the trained scales, in place.
-
-    What it gives is what the prepared model gives in eval mode. `qfx.save`, `qfx.export_onnx` and
-    torch.compile(backend="qfx") take it. Raises ValueError for a model that is not prepared, and for weights or scales
-    that became NaN or infinite, before anything is changed.
-    """
-    training = _training_of(model)
-    with torch.no_grad():
-        _check_finite(model)
-        plan = replace(training.plan, tensors=dict(training.plan.tensors), sensitivities={})
-        changed = [module for module in model.modules() if hasattr(type(module), PREPARED)]
-        for place in training.places:
-            _trained(model, place, plan)
-        for module in changed:
-            restore(module)
-        delattr(model, _KEPT)
-        if training.train == "scales":
-            for place in training.places:
-                model.get_submodule(place.owner).get_parameter(place.leaf).requires_grad_(True)
-        return attach(with_caches(Writer(model, plan).write(list(training.places)), plan.caches), plan.recipe)
+        _Preparation(model, Training(plan, tuple(places), scales, train, freeze_after)).run(attentions)
+    without_fast_paths(model)
+    return with_caches(model, plan.caches, strict=strict)
 
 
 class _Preparation:
@@ -117,8 +93,8 @@ class _Preparation:
         self.rotations = rotations(self.plan.rewrites)
         self.weights: dict[Any, FakeWeight] = {}
 
-    def run(self) -> None:
-        """Prepare all places."""
+    def run(self, attentions: Mapping[str, tuple[Spec, Cached | None]]) -> None:
+        """Prepare all places, and the attention of the modules of these names."""
         for place in self.training.places:
             module = self.model.get_submodule(place.owner)
             if hasattr(type(module), PREPARED) and (place.leaf in getattr(type(module), "qfx_fake_names", ("weight",))):
@@ -132,7 +108,11 @@ class _Preparation:
             if self.training.train == "scales":
                 weight.requires_grad_(False)
             self._put(place, module, self.weights[key], shared=shared)
-        setattr(self.model, _KEPT, self.training)
+        given = self.training
+        for owner, (spec, cached) in attentions.items():
+            fake = FakeAttention(spec, cached, self.plan, given.scales, given.freeze_after)
+            prepare_attention(self.model.get_submodule(owner), fake)
+        setattr(self.model, KEPT, given)
 
     def _put(self, place: Place, module: nn.Module, fake: FakeWeight, *, shared: bool) -> None:
         if place.kind == "parameter" or place.layout.endswith(READ):
@@ -197,42 +177,6 @@ def _started(weight: Tensor, packed: Packed) -> Tensor:
     return (found.flatten(-2)[..., : weight.shape[-1]] if fmt.group else found.reshape(weight.shape)).to(weight.dtype)
 
 
-def _trained(model: nn.Module, place: Place, plan: Plan) -> None:
-    """Put the codes and scales of one place into the plan."""
-    module = model.get_submodule(place.owner)
-    weight = module._parameters[place.leaf]
-    assert weight is not None
-    fake = weight_of(module, place.leaf)
-    for part, (value, _, name) in zip(fake.parts, cut(oriented(weight.detach(), place), place), strict=True):
-        for leaf in ("codes", "scale", "zero"):
-            plan.tensors.pop(f"{name}/{leaf}", None)
-        if isinstance(part, WeightQuantizer):
-            rounded.put(plan.tensors, name, part.pack(value))
-    inputs = getattr(module._modules.get("fake_quant"), "inputs", None)
-    if isinstance(inputs, InputQuantizer):
-        scale, zero = inputs.qparams()
-        plan.tensors[f"{place.fqn}/x_scale"] = scale
-        if zero is not None:
-            plan.tensors[f"{place.fqn}/x_zero"] = zero
-
-
-def _training_of(model: object) -> Training:
-    if not isinstance(model, nn.Module):
-        raise ValueError(explain("a model is needed", expected="a torch.nn.Module", found=type(model).__name__))
-    found = model.__dict__.get(_KEPT)
-    if isinstance(found, Training):
-        return found
-    inner = next((name for name, m in model.named_modules() if _KEPT in m.__dict__), None)
-    if inner is not None:
-        what = f"the prepared model lies inside {type(model).__name__}, under {inner!r}"
-        raise ValueError(explain(what, next_step=f"qfx.convert(model.{inner})"))
-    parts = prepared_parts(model)
-    what = f"{type(model).__name__} is not prepared for training"
-    if parts:
-        what = f"{type(model).__name__} is a part of a prepared model"
-    raise ValueError(explain(what, next_step="qfx.prepare_qat(model, recipe), train, and convert that model"))
-
-
 def _check_options(scales: object, train: object, freeze_after: object) -> None:
     for name, value, known in (("scales", scales, get_args(Scales)), ("train", train, get_args(Train))):
         if value not in known:
@@ -260,19 +204,6 @@ def _check_trainable(model: nn.Module, places: list[Place], train: Train) -> Non
                 next_step="unfreeze them, put them into the recipe's ignore list, or train='scales' alone",
             )
         )
-
-
-def _check_finite(model: nn.Module) -> None:
-    """Raises ValueError naming the first parameter that is not finite."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ValueError(
-                explain(
-                    f"{name!r} holds NaN or Inf: the training went wrong",
-                    expected="finite weights and scales",
-                    next_step="load the last good checkpoint, and train at a lower rate or with gradients clipped",
-                )
-            )
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:

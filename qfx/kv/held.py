@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from qfx.kv.plans import Caches
-from qfx.modules import quantized_parts
+from qfx.modules import prepared_parts, quantized_parts
 
 HELD = "qfx_caches"
 
@@ -17,5 +17,5 @@ def caches_of(model: nn.Module) -> Caches:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether qfx quantized any part of a model, its cache included."""
-    return bool(caches_of(model) or quantized_parts(model))
+    """Whether qfx quantized any part of a model, its cache included; one that is prepared for training is not."""
+    return bool((caches_of(model) and not prepared_parts(model)) or quantized_parts(model))

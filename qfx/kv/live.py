@@ -17,6 +17,7 @@ from qfx.kv.held import HELD, caches_of
 from qfx.kv.planning import check_model, dtype_of
 from qfx.kv.plans import layer_formats, plain_of, read
 from qfx.pipeline import told
+from qfx.subclass import subclass
 
 _SAID = "qfx_caches_said"
 
@@ -85,11 +86,7 @@ def _class_of(base: type[nn.Module]) -> type[nn.Module]:
             model_kwargs["past_key_values"] = made
         return result
 
-    fields: dict[str, Any] = {
-        "_prepare_cache_for_generation": _prepare_cache_for_generation, "qfx_caching": base,
-        "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
-    }  # fmt: skip
-    return type(base.__name__, (base,), fields)
+    return subclass(base, {"_prepare_cache_for_generation": _prepare_cache_for_generation, "qfx_caching": base})
 
 
 def _instead(config: Any, kwargs: Mapping[str, Any], given: Any) -> str:

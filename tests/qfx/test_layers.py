@@ -16,7 +16,7 @@ PIPELINE = "qfx.compile"
 LAYERS = (
     (
         "qfx.errors qfx.nested qfx.format qfx.spill qfx.files qfx.processor qfx.strict qfx.method_options qfx.hollow"
-        " qfx.combine qfx.centred qfx.rotation qfx.head_order"
+        " qfx.combine qfx.subclass qfx.centred qfx.rotation qfx.head_order"
     ),
     (
         "qfx.annotation qfx.text qfx.numerics qfx.packing qfx.histogram qfx.importance qfx.scales qfx.hqq qfx.rounding"
@@ -25,7 +25,7 @@ LAYERS = (
     "qfx.segments",
     (
         "qfx.kv.formats qfx.kv.codes qfx.kv.attend qfx.kv.store qfx.kv.states qfx.kv.layers qfx.kv.static qfx.kv.cache"
-        " qfx.kv.plans qfx.kv.asked"
+        " qfx.kv.plans qfx.kv.asked qfx.kv.as_stored"
         " qfx.cache_ops qfx.attention_ops qfx.parts qfx.rounded qfx.recipe_source"
         " qfx.graph qfx.names qfx.trace qfx.capture qfx.run qfx.verify qfx.plan qfx.recipe qfx.presets"
     ),

@@ -1,0 +1,98 @@
+"""`qfx.convert`: the quantized model that a prepared one trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from qfx import attending, rounded
+from qfx.attach import attach
+from qfx.backends.qat.quantizers import InputQuantizer, WeightQuantizer
+from qfx.errors import explain
+from qfx.fake_attention import CHILD, put_trained
+from qfx.fake_modules import restore, weight_of
+from qfx.kv.live import with_caches
+from qfx.modules import PREPARED, prepared_parts
+from qfx.places import Place
+from qfx.plan import Plan
+from qfx.qat import KEPT, Training
+from qfx.writeback import Writer, cut, oriented
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """The quantized model that a prepared one trained: weights packed with the trained scales, in place.
+
+    What it gives is what the prepared model gives in eval mode. `qfx.save`, `qfx.export_onnx` and
+    torch.compile(backend="qfx") take it. Raises ValueError for a model that is not prepared, and for weights or scales
+    that became NaN or infinite, before anything is changed.
+    """
+    training = training_of(model)
+    with torch.no_grad():
+        _check_finite(model)
+        plan = replace(training.plan, tensors=dict(training.plan.tensors), sensitivities={})
+        changed = [module for module in model.modules() if hasattr(type(module), PREPARED)]
+        for place in training.places:
+            _trained(model, place, plan)
+        for module in changed:
+            if CHILD in module._modules:
+                put_trained(plan, module)
+            restore(module)
+        delattr(model, KEPT)
+        if training.train == "scales":
+            for place in training.places:
+                model.get_submodule(place.owner).get_parameter(place.leaf).requires_grad_(True)
+        attentions = attending.find(model, plan)[0]
+        live = attending.attend(Writer(model, plan).write(list(training.places)), attentions)
+        return attach(with_caches(live, plan.caches), plan.recipe)
+
+
+def _trained(model: nn.Module, place: Place, plan: Plan) -> None:
+    """Put the codes and scales of one place into the plan."""
+    module = model.get_submodule(place.owner)
+    weight = module._parameters[place.leaf]
+    assert weight is not None
+    fake = weight_of(module, place.leaf)
+    for part, (value, _, name) in zip(fake.parts, cut(oriented(weight.detach(), place), place), strict=True):
+        for leaf in ("codes", "scale", "zero"):
+            plan.tensors.pop(f"{name}/{leaf}", None)
+        if isinstance(part, WeightQuantizer):
+            rounded.put(plan.tensors, name, part.pack(value))
+    inputs = getattr(module._modules.get("fake_quant"), "inputs", None)
+    if isinstance(inputs, InputQuantizer):
+        scale, zero = inputs.qparams()
+        plan.tensors[f"{place.fqn}/x_scale"] = scale
+        if zero is not None:
+            plan.tensors[f"{place.fqn}/x_zero"] = zero
+
+
+def training_of(model: object) -> Training:
+    """What a model was prepared by. Raises ValueError for one that is not prepared, and for parts of one that is."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(explain("a model is needed", expected="a torch.nn.Module", found=type(model).__name__))
+    found = model.__dict__.get(KEPT)
+    if isinstance(found, Training):
+        return found
+    inner = next((name for name, m in model.named_modules() if KEPT in m.__dict__), None)
+    if inner is not None:
+        what = f"the prepared model lies inside {type(model).__name__}, under {inner!r}"
+        raise ValueError(explain(what, next_step=f"qfx.convert(model.{inner})"))
+    parts = prepared_parts(model)
+    what = f"{type(model).__name__} is not prepared for training"
+    if parts:
+        what = f"{type(model).__name__} is a part of a prepared model"
+    raise ValueError(explain(what, next_step="qfx.prepare_qat(model, recipe), train, and convert that model"))
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raises ValueError naming the first parameter that is not finite."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(
+                explain(
+                    f"{name!r} holds NaN or Inf: the training went wrong",
+                    expected="finite weights and scales",
+                    next_step="load the last good checkpoint, and train at a lower rate or with gradients clipped",
+                )
+            )
