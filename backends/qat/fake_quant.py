@@ -35,11 +35,16 @@ def fake_quantize(x: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None = N
 
 
 def fake_quantize_run_time(x: Tensor, fmt: Format) -> Tensor:
-    """x as a format whose scale is found at run time (`i8/tok`, `u8/dyn`, ...) gives it back; scales get none."""
+    """x as a format whose scale is found at run time (`i8/tok`, `u8/dyn`, ...) gives it back; scales get none.
+
+    Where such a scale spans all values, the gradient is that of the identity, and nothing is kept for the backward.
+    """
+    if _spans_all(fmt):
+        found: Tensor = _RoundedAtRunTime.apply(x, fmt)  # type: ignore[no-untyped-call]
+        return found
     with torch.no_grad():
-        scale, zero = run_time_qparams(x, fmt)
-        scale = effective_scale(scale, zero, fmt)
-    return fake_quantize(x, fmt, scale, zero if fmt.has_zero else None)
+        scale, zero = _run_time_scale(x, fmt)
+    return fake_quantize(x, fmt, scale, zero)
 
 
 def fake_cast(x: Tensor, fmt: Format) -> Tensor:
@@ -58,12 +63,53 @@ def _unscaled(fmt: Format) -> Format:
     return Format(fmt.type, fmt.granularity, dynamic=fmt.dynamic)
 
 
+def _spans_all(fmt: Format) -> bool:
+    """A scale found at run time leaves no value beyond the codes but for the rounding of the scale itself."""
+    return fmt.clip == 100 and fmt.scale_type in ("f32", "f16", "bf16")
+
+
+def _run_time_scale(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
+    """The f32 factor of the codes of x, and zero points in f32."""
+    scale, zero = run_time_qparams(x, fmt)
+    return effective_scale(scale, zero, fmt), zero.to(torch.float32) if fmt.has_zero and zero is not None else None
+
+
+def _values(x: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """dequantize(quantize(x)), in x.dtype. Codes of integers stay f32 numbers, so that NaN stays NaN."""
+    if not fmt.is_integer:
+        return dequantize(quantize(x, fmt, scale, zero), fmt, scale, zero, x.dtype)
+    s = spread(scale, fmt)
+    codes = torch.round(split(x.to(torch.float32), fmt) / s)
+    if zero is None:
+        codes = codes.clamp(fmt.qmin, fmt.qmax)
+    else:
+        z = spread(zero, fmt)
+        codes = (codes + z).clamp(fmt.qmin, fmt.qmax) - z
+    return join(codes * s, fmt, x.shape).to(x.dtype)
+
+
+class _RoundedAtRunTime(torch.autograd.Function):
+    """Values of a format whose scales are those of x, with the gradient of the identity."""
+
+    @staticmethod
+    def forward(x: Tensor, fmt: Format) -> Tensor:
+        return _values(x, _unscaled(fmt), *_run_time_scale(x, fmt))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class _FakeQuantize(torch.autograd.Function):
     """See the module. The result is kept for the backward: the product that reads it keeps it as well."""
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: Format, factor: float) -> Tensor:
-        return dequantize(quantize(x, fmt, scale, zero), fmt, scale, zero, x.dtype)
+        return _values(x, fmt, scale, zero)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

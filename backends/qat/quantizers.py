@@ -70,10 +70,11 @@ class Quantizer(nn.Module):
     def current(self) -> tuple[Tensor, Tensor | None]:
         """The f32 factor of the codes and the zero points (whole numbers in f32), of the format's scale shape."""
         scale = self._unrounded()
-        with torch.no_grad():
-            stored = self._stored(scale)
-            rounded = effective_scale(stored, self.whole, self.format).reshape(scale.shape)
-        scale = rounded + (scale - scale.detach())
+        if self.format.scale_type != "f32":
+            with torch.no_grad():
+                stored = self._stored(scale)
+                rounded = effective_scale(stored, self.whole, self.format).reshape(scale.shape)
+            scale = rounded + (scale - scale.detach())
         if self.initial_zero is None or self.zero_shift is None:
             return scale.reshape(self.shape), None
         zero = self.initial_zero + RATE * self.format.qmax * self.zero_shift
@@ -88,11 +89,11 @@ class Quantizer(nn.Module):
         return QParams(scale, self.whole if zero is None else zero.to(torch.uint8))
 
     def _unrounded(self) -> Tensor:
-        return self.initial_scale * torch.exp((RATE * self.log_scale.to(torch.float32)).clamp(-_FAR, _FAR))
+        scale = self.initial_scale * torch.exp((RATE * self.log_scale.to(torch.float32)).clamp(-_FAR, _FAR))
+        return torch.where(scale.abs() < TINY, self.initial_scale.sign() * TINY, scale)
 
     def _stored(self, scale: Tensor) -> Tensor:
         """An f32 scale as the format stores it; powers of two are the nearest, so that a small step is a small one."""
-        scale = torch.where(scale.abs() < TINY, self.initial_scale.sign() * TINY, scale)
         if self.format.scale_type == "e8m0":
             scale = torch.exp2(torch.round(torch.log2(scale.abs())))
         return signed_scale(scale, self.whole, self.format)
