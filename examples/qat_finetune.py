@@ -141,7 +141,9 @@ class Maker:
         def check(step: int) -> None:
             row.curve.append((step, self.trial.accuracy(model, "calibration")))
             seconds = time.perf_counter() - started
-            self.say(f"seed {row.seed}, {row.recipe} {row.method}: step {step}, {row.curve[-1][1]:.1f} %, {seconds:.0f} s")
+            self.say(
+                f"seed {row.seed}, {row.recipe} {row.method}: step {step}, {row.curve[-1][1]:.1f} %, {seconds:.0f} s"
+            )
 
         train(model, self.trial, settings, check, wanted)
         row.seconds = time.perf_counter() - started
@@ -161,7 +163,9 @@ class Maker:
             warnings.simplefilter("ignore", QfxWarning)  # the table of positions has a format, but nothing to win
             rounded = qfx.quantize(copy.deepcopy(self.model), asked, data)
             model = qfx.prepare_qat(copy.deepcopy(self.model), asked, data)
-        self.rows.append(Row(name, PTQ, self.trial.accuracy(rounded, "test"), self.trial.seed))
+        row = Row(name, PTQ, self.trial.accuracy(rounded, "test"), self.trial.seed)
+        row.curve.append((0, self.trial.accuracy(rounded, "calibration")))
+        self.rows.append(row)
         how = "QAT" + (f", distilled {settings.distill:g}" if settings.distill else "")
         row = Row(name, how, 0.0, self.trial.seed)
         self._run(model, settings, row, self.wanted)
@@ -196,7 +200,9 @@ def main(
     rate: Annotated[float, typer.Option(help="Highest rate of AdamW, of the weights.")] = 2e-4,
     float_rate: Annotated[float, typer.Option(help="The same, of the float model.")] = 1e-4,
     distill: Annotated[float, typer.Option(min=0, max=1, help="Share of the teacher's loss.")] = 1.0,
-    seed: Annotated[list[int] | None, typer.Option(help="Sides of the texts, head, order; several for a spread.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Sides of the texts, head, order; several for a spread.")
+    ] = None,
     classes: Annotated[int, typer.Option(min=2, help="Modules to tell apart.")] = 16,
     length: Annotated[int, typer.Option(min=8, help="Tokens; longer texts are cut.")] = 48,
     threads: Annotated[int, typer.Option(min=1)] = 2,
@@ -226,7 +232,9 @@ def main(
         for name, model in models.items():
             assert first is not None
             accuracy, same = exported(model, first, (out or Path(folder)) / f"{name}.onnx")
-            console.print(f"{name} in ONNX Runtime: accuracy {accuracy:.1f} %, the answer of torch to {same:.1f} % of texts")
+            console.print(
+                f"{name} in ONNX Runtime: accuracy {accuracy:.1f} %, the answer of torch to {same:.1f} % of texts"
+            )
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     if plot_file is not None:

@@ -30,7 +30,7 @@ class Row:
 
 
 def with_recovered(rows: Sequence[Row]) -> None:
-    """Fill in what share of the loss of PTQ, against the float model, each row of the same recipe and seed gives back."""
+    """Fill in what share of the loss of PTQ, against the float model, a row of the same recipe and seed gives back."""
     for row in rows:
         if row.method == PTQ or row.recipe == FLOAT:
             continue
@@ -75,7 +75,7 @@ def by_method(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def mean_and_spread(values: Sequence[float], form: str) -> str:
-    """"31.20 ± 0.11": the mean and, of several values, the standard deviation."""
+    """ "31.20 ± 0.11": the mean and, of several values, the standard deviation."""
     if not values:
         return ""
     mean = format(statistics.mean(values), form)
@@ -104,7 +104,7 @@ def plot(path: Path, rows: Sequence[Row], score: str) -> None:
     figure, axes = plt.subplots(1, len(recipes), figsize=(6 * len(recipes), 4.5), squeeze=False)
     for axis, asked in zip(axes[0], recipes, strict=True):
         for (recipe, method), own in by_method(rows).items():
-            scores = [row.score for row in own]
+            scores = [row.curve[-1][1] if row.curve else row.score for row in own]  # what the curves are of
             if recipe == FLOAT and not method:
                 axis.axhline(statistics.mean(scores), color="grey", ls="--", label=FLOAT)
             elif recipe == asked and method == PTQ:
