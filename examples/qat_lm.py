@@ -53,6 +53,7 @@ W3: dict[str, Any] = {
 }
 RATES = {"w4a8": 1e-4, "w3a16": 2e-4, "w2a16": 3e-4}  # of the recipes that are asked for by default, and of others
 OTHER_RATE = 2e-4
+HIDDEN = 4.0
 Recipe = str | dict[str, Any] | qfx.Plan | None
 Text = Literal["eval", "validation"]
 Start = Literal["gptq", "learned", "nearest"]
@@ -61,7 +62,8 @@ Start = Literal["gptq", "learned", "nearest"]
 @dataclass(frozen=True)
 class Settings:
     """One training run. batch: windows of 1,024 tokens a step; rate, ratio: the highest of weights, and how many times
-    that scales have; distill: the share of the teacher's loss, 0 to 1; autocast: products in bfloat16."""
+    that scales have; distill: the share of the teacher's loss, 0 to 1; hidden: what its hidden states weigh beside its
+    logits; autocast: products in bfloat16."""
 
     steps: int = 140
     rate: float = 3e-4
@@ -69,6 +71,7 @@ class Settings:
     seed: int = 0
     batch: int = 2
     distill: float = 0.0
+    hidden: float = 0.0
     checks: int = 4
     start: Start = "nearest"
     autocast: bool = True
@@ -118,13 +121,18 @@ def train(model: Any, data: Data, settings: Settings, on_check: Callable[[int], 
     for step, ids in enumerate(data.batches(settings)):
         model.train()
         set_rate(optimizer, rate_at(step, settings.steps, settings.rate))
+        states = settings.distill > 0 and settings.hidden > 0
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
-            logits = model(ids, use_cache=False).logits
+            found = model(ids, use_cache=False, output_hidden_states=states)
             with torch.no_grad():
-                wanted = None if teacher is None else teacher(ids, use_cache=False).logits
-        loss = next_token_loss(logits, ids) * (1 - settings.distill)
+                wanted = None if teacher is None else teacher(ids, use_cache=False, output_hidden_states=states)
+        loss = next_token_loss(found.logits, ids) * (1 - settings.distill)
         if wanted is not None:
-            loss = loss + settings.distill * qfx.distillation_loss(logits, wanted)
+            followed = qfx.distillation_loss(found.logits, wanted.logits)
+            if states:  # the first is that of the table
+                own = qfx.hidden_state_loss(found.hidden_states[1:], wanted.hidden_states[1:])
+                followed = followed + settings.hidden * own
+            loss = loss + settings.distill * followed
         check_loss(loss, step, model)
         optimizer.zero_grad()
         loss.backward()
@@ -152,6 +160,7 @@ def trained(data: Data, recipe: Recipe, settings: Settings, scales: Scales, say:
     how = f"QAT, {scales}" if recipe is not None else "trained on"
     how += f", from {settings.start}" if recipe is not None and not isinstance(recipe, qfx.Plan) else ""
     how += f", distilled {settings.distill:g}" if settings.distill else ""
+    how += f", hidden {settings.hidden:g}" if settings.distill and settings.hidden else ""
     row, started = Row(name_of(recipe), how, math.nan, seed=settings.seed), time.perf_counter()
     row.curve.append((0, data.judge(model)))
 
@@ -199,6 +208,7 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Windows of 1,024 tokens a step.")] = 2,
     seed: Annotated[list[int] | None, typer.Option(help="Order of the text; several for mean and spread.")] = None,
     distill: Annotated[list[float] | None, typer.Option(help="Shares of the teacher's loss; left out: 1.")] = None,
+    hidden: Annotated[float, typer.Option(min=0, help="What the teacher's hidden states weigh in it.")] = HIDDEN,
     floating: Annotated[bool, typer.Option("--float", help="Train the float model, too.")] = False,
     text: Annotated[str, typer.Option(help="eval or validation: what judges.")] = "eval",
     tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of it; left out: all.")] = None,
@@ -213,8 +223,8 @@ def main(
     disable_progress_bar()
     torch.set_num_threads(threads)
     kinds = [_one_of(kind, Scales, "--scales") for kind in scales or ["learned"]]
-    first = Settings(steps, ratio=ratio, batch=batch, checks=checks, start=_one_of(start, Start, "--start"),
-                     autocast=autocast)  # fmt: skip
+    first = Settings(steps, ratio=ratio, batch=batch, checks=checks, hidden=hidden,
+                     start=_one_of(start, Start, "--start"), autocast=autocast)  # fmt: skip
     data = Data(model, tokens, _one_of(text, Text, "--text"))
     rows = [Row(FLOAT, "", data.judge(data.model()))]
     recipes: list[Recipe] = [W3 if name == W3["name"] else name for name in recipe or ["w4a8", "w2a16"]]

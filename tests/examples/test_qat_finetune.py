@@ -54,6 +54,7 @@ def trial(monkeypatch: pytest.MonkeyPatch) -> Trial:
     return Trial(0, classes=2, length=16)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*MatMulNBits rounds them:qfx.QfxWarning")
 def test_from_float_to_onnx_runtime(trial: Trial, tmp_path: Path) -> None:
     said: list[str] = []
@@ -72,7 +73,8 @@ def test_from_float_to_onnx_runtime(trial: Trial, tmp_path: Path) -> None:
     assert len(said) == 5 and json.dumps(said)
     accuracy, same = exported(model, trial, tmp_path / "w2.onnx")
     assert same == 100.0 and math.isclose(accuracy, rows["w2", "QAT, distilled 1"].score)
-    assert {row.asked for row in qfx.report(model) if row.op == "linear"} == {"w=u2/g64"}
+    asked = {row.asked for row in qfx.report(model) if row.op == "linear" and "pooler" not in row.node}
+    assert asked == {"w=u2/g64"}
 
 
 def test_the_same_settings_train_the_same(trial: Trial) -> None:

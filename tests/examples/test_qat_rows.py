@@ -89,7 +89,7 @@ def test_weights_and_scales_have_rates_of_their_own() -> None:
     net[0].requires_grad_(False)
     assert len(parameter_groups(net, 5.0)) == 1, "no scales"
     net[0].requires_grad_(True)
-    model = qfx.prepare_qat(net, {"rules": [{"target": "linear", "w": "u4/g8"}]})
+    model = qfx.prepare_qat(net, {"rules": [{"target": "linear", "w": "u4/g8"}]}, [torch.zeros(2, 8)])
     optimizer = torch.optim.SGD(parameter_groups(model, 5.0), lr=1.0)
     set_rate(optimizer, 0.1)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5]
