@@ -214,7 +214,7 @@ def main(
     console = Console()
     torch.set_num_threads(threads)
     rows: list[Row] = []
-    first: Trial | None = None
+    trials: list[Trial] = []
     models: dict[str, nn.Module] = {}
     for number in seed or [0]:
         trial = Trial(number, classes=classes, length=length)
@@ -224,14 +224,13 @@ def main(
             model = maker.recipe(name, Settings(steps, rate, distill=distill, seed=number))
             models.setdefault(name, model)
         rows += maker.rows
-        first = first or trial
+        trials.append(trial)
     with_recovered(rows)
-    labels = len(doc_task.labels_of(trial.sides["test"]))
+    labels = len(doc_task.labels_of(trials[0].sides["test"]))
     console.print(shown(rows, "accuracy, %", f"MiniLM, {classes} modules, {labels} texts, {steps} steps", ".1f"))
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():
-            assert first is not None
-            accuracy, same = exported(model, first, (out or Path(folder)) / f"{name}.onnx")
+            accuracy, same = exported(model, trials[0], (out or Path(folder)) / f"{name}.onnx")
             console.print(
                 f"{name} in ONNX Runtime: accuracy {accuracy:.1f} %, the answer of torch to {same:.1f} % of texts"
             )

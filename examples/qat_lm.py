@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, product
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import typer
@@ -54,7 +54,7 @@ W3: dict[str, Any] = {
 RATES = {"w4a8": 1e-4, "w3a16": 2e-4, "w2a16": 3e-4}  # of the recipes that are asked for by default, and of others
 OTHER_RATE = 2e-4
 HIDDEN = 4.0
-Recipe = str | dict[str, Any] | qfx.Plan | None
+Recipe = str | dict[str, Any] | qfx.Plan
 Text = Literal["eval", "validation"]
 Start = Literal["gptq", "learned", "nearest"]
 
@@ -142,26 +142,29 @@ def train(model: Any, data: Data, settings: Settings, on_check: Callable[[int], 
             on_check(step + 1)
 
 
-def prepared(data: Data, recipe: Recipe, start: Start, scales: Scales) -> Any:
-    """The float model, ready for training with quantization, which begins at what `start` rounds."""
-    if isinstance(recipe, qfx.Plan):  # has its rounding
-        return qfx.prepare_qat(data.model(), recipe, scales=scales)
-    assert recipe is not None
-    if start == "nearest":
-        asked = qfx.Recipe.parse(recipe)
-        return qfx.prepare_qat(data.model(), asked, data.calibration() if asked.needs_data else None, scales=scales)
-    options: dict[str, Any] = {"gptq": {"clip": True, "act_order": False}} if start == "gptq" else {}
-    return qfx.prepare_qat(data.model(), recipe, data.calibration(), scales=scales, rounding=start, **options)
+def begun(data: Data, recipe: Recipe, start: Start) -> qfx.Plan:
+    """What `start` rounds, with the formats of a recipe: a plan from which training begins."""
+    if isinstance(recipe, qfx.Plan):
+        return recipe
+    asked = qfx.Recipe.parse(recipe)
+    fields: dict[str, Any] = {} if start == "nearest" else {"rounding": start}
+    if start == "gptq":
+        fields["gptq"] = {"clip": True, "act_order": False}
+    return qfx.plan(data.model(), asked, data.calibration() if fields or asked.needs_data else None, **fields)
 
 
-def trained(data: Data, recipe: Recipe, settings: Settings, scales: Scales, say: Callable[[str], None]) -> Row:
-    """A row of QAT, judged after `qfx.convert`. recipe None trains the float model."""
-    model = data.model() if recipe is None else prepared(data, recipe, settings.start, scales)
-    how = f"QAT, {scales}" if recipe is not None else "trained on"
-    how += f", from {settings.start}" if recipe is not None and not isinstance(recipe, qfx.Plan) else ""
-    how += f", distilled {settings.distill:g}" if settings.distill else ""
+def trained(data: Data, plan: qfx.Plan | None, settings: Settings, scales: Scales, say: Callable[[str], None]) -> Row:
+    """A row of QAT, judged after `qfx.convert`. plan: where training begins; None trains the float model."""
+    model = data.model()
+    how = f"QAT from {plan.recipe.rounding}, {scales} scales" if plan is not None else "trained on"
+    how += f", distilled {settings.distill:g}" if settings.distill else ", plain loss"
     how += f", hidden {settings.hidden:g}" if settings.distill and settings.hidden else ""
-    row, started = Row(name_of(recipe), how, math.nan, seed=settings.seed), time.perf_counter()
+    if plan is not None:
+        model = qfx.prepare_qat(model, plan, scales=scales)
+    row, started = (
+        Row(FLOAT if plan is None else plan.recipe.name, how, math.nan, seed=settings.seed),
+        time.perf_counter(),
+    )
     row.curve.append((0, data.judge(model)))
 
     def check(step: int) -> None:
@@ -171,14 +174,14 @@ def trained(data: Data, recipe: Recipe, settings: Settings, scales: Scales, say:
 
     train(model, data, settings, check, data.model() if settings.distill else None)
     row.seconds = time.perf_counter() - started
-    row.score = data.judge(qfx.convert(model) if recipe is not None else model)
+    row.score = data.judge(model if plan is None else qfx.convert(model))
     return row
 
 
 def rounded(data: Data, recipe: Recipe) -> Row:
     """A row of post-training quantization."""
-    needs = not isinstance(recipe, qfx.Plan) and qfx.Recipe.parse(cast(Any, recipe)).needs_data
-    model = qfx.quantize(data.model(), cast(Any, recipe), data.calibration() if needs else None)
+    needs = not isinstance(recipe, qfx.Plan) and qfx.Recipe.parse(recipe).needs_data
+    model = qfx.quantize(data.model(), recipe, data.calibration() if needs else None)
     return Row(name_of(recipe), PTQ, data.judge(model))
 
 
@@ -191,9 +194,7 @@ def planned(data: Data, bits: float, refine: int = 60) -> qfx.Plan:
 
 def name_of(recipe: Recipe) -> str:
     """What a row is called."""
-    if isinstance(recipe, qfx.Plan):
-        return recipe.recipe.name
-    return FLOAT if recipe is None else qfx.Recipe.parse(recipe).name
+    return recipe.recipe.name if isinstance(recipe, qfx.Plan) else qfx.Recipe.parse(recipe).name
 
 
 def main(
@@ -231,6 +232,7 @@ def main(
     if plan_bits is not None:
         recipes.append(planned(data, plan_bits))
     rows += [rounded(data, asked) for asked in recipes]
+    plans = [begun(data, asked, first.start) for asked in recipes]
 
     def say(line: str) -> None:
         console.print(line, highlight=False)
@@ -239,9 +241,9 @@ def main(
         settings = replace(first, seed=number, distill=share, rate=rate or OTHER_RATE)
         if floating:
             rows.append(trained(data, None, settings, "learned", say))
-        for asked, kind in product(recipes, kinds):
-            own = replace(settings, rate=rate or RATES.get(name_of(asked), OTHER_RATE))
-            rows.append(trained(data, asked, own, kind, say))
+        for plan, kind in product(plans, kinds):
+            own = replace(settings, rate=rate or RATES.get(plan.recipe.name, OTHER_RATE))
+            rows.append(trained(data, plan, own, kind, say))
     with_recovered(rows)
     console.print(shown(rows, "perplexity", f"{model.name}, {text}, {steps} steps of {batch * 1024:,} tokens"))
     if json_file is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_the_same_settings_train_the_same(trial: Trial) -> None:
     """Dropout and order come from the seed, and the generator of the caller is left as it was."""
     found = []
     for seed in (3, 3, 4):
-        model = qat_finetune.copy.deepcopy(trial.model)
+        model = copy.deepcopy(trial.model)
         before = torch.random.get_rng_state()
         qat_finetune.train(model, trial, Settings(steps=2, rate=1e-3, texts=8, seed=seed), lambda _: None)
         assert torch.equal(torch.random.get_rng_state(), before) and not model.training

@@ -12,7 +12,7 @@ from typer import BadParameter
 
 import qfx
 from examples import qat_lm
-from examples.qat_lm import Data, Settings, planned, prepared, rounded, trained
+from examples.qat_lm import Data, Settings, begun, planned, rounded, trained
 from examples.qat_rows import FLOAT, Row, with_recovered
 
 FOLDER = qat_lm.ASSETS / "tiny_lm"
@@ -56,7 +56,11 @@ def test_a_few_distilled_steps_recover_a_part(data: Data, scales: Any) -> None:
     reference = data.judge(data.model())
     settings = Settings(steps=6, rate=5e-4, batch=1, distill=1.0, checks=2, autocast=False)
     said: list[str] = []
-    rows = [Row(FLOAT, "", reference), rounded(data, "w2a16"), trained(data, "w2a16", settings, scales, said.append)]
+    rows = [
+        Row(FLOAT, "", reference),
+        rounded(data, "w2a16"),
+        trained(data, begun(data, "w2a16", "nearest"), settings, scales, said.append),
+    ]
     with_recovered(rows)
     print(scales, f"PTQ {rows[1].score:.2f}, QAT {rows[2].score:.2f}, fp32 {reference:.2f}")
     assert rows[2].recovered is not None and rows[2].recovered > 0.2
@@ -69,26 +73,26 @@ def test_a_few_distilled_steps_recover_a_part(data: Data, scales: Any) -> None:
 @pytest.mark.slow
 def test_training_begins_where_gptq_ends(data: Data) -> None:
     """Its start has the formats of the recipe, and costs less than rounding to nearest."""
-    model, nearest = prepared(data, "w2a16", "gptq", "learned"), rounded(data, "w2a16").score
-    begun = data.judge(model)
-    assert begun < 0.95 * nearest
+    model, nearest = qfx.prepare_qat(data.model(), begun(data, "w2a16", "gptq")), rounded(data, "w2a16").score
+    first = data.judge(model)
+    assert first < 0.95 * nearest
     asked = {row.asked for row in qfx.report(qfx.convert(model)) if row.op == "linear"}
     assert asked == {row.asked for row in qfx.report(qfx.quantize(data.model(), "w2a16")) if row.op == "linear"}
-    assert math.isclose(data.judge(model), begun, rel_tol=1e-4)
+    assert math.isclose(data.judge(model), first, rel_tol=1e-4)
 
 
 @pytest.mark.slow
 def test_a_plan_for_heads_is_trained(data: Data) -> None:
     plan = planned(data, 3.0, refine=0)
-    model = prepared(data, plan, "gptq", "learned")
+    model = qfx.prepare_qat(data.model(), begun(data, plan, "gptq"))
     assert math.isclose(data.judge(model), rounded(data, plan).score, rel_tol=1e-4)
     assert any(isinstance(formats["w"], tuple) for formats in map(plan.formats, plan.annotations)), "no heads in it"
     row = trained(data, plan, Settings(steps=2, rate=2e-4, batch=1, distill=1.0, checks=1), "learned", print)
-    assert (row.recipe, row.method) == ("planned, 3 bits", "QAT, learned, distilled 1")
+    assert (row.recipe, row.method) == ("planned, 3 bits", "QAT from mse, learned scales, distilled 1")
     assert row.score < row.curve[0][1]
 
 
 def test_the_recipes_with_rates_of_their_own() -> None:
     """The inline recipe is one that qfx reads, and the rates are of recipes that there are."""
-    assert qat_lm.name_of(qat_lm.W3) == "w3a16" and qat_lm.name_of(None) == FLOAT
+    assert qat_lm.name_of(qat_lm.W3) == "w3a16"
     assert all(name in qfx.presets() for name in qat_lm.RATES if name != "w3a16")

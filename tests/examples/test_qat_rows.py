@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_weights_and_scales_have_rates_of_their_own() -> None:
 def test_the_picture_shows_what_the_curves_are_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines of the float model and of PTQ lie where their curves end, else at their scores; bands span the seeds."""
     plt = pytest.importorskip("matplotlib.pyplot")
-    kept = []
+    kept: list[Any] = []
     monkeypatch.setattr(plt, "close", kept.append)
     found = [*rows()[1:], Row(FLOAT, "", 10.0, curve=[(0, 20.0), (5, 9.5)])]
     plot(tmp_path / "p.png", found, "perplexity")
