@@ -1,8 +1,10 @@
-"""Knowledge distillation: a quantized student follows the float model's distribution."""
+"""Knowledge distillation: a quantized student follows the float model's distribution, and the states behind it."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
+
+from torch import Tensor, stack
 from torch.nn import functional
 
 from qfx.errors import explain
@@ -25,10 +27,39 @@ def distillation_loss(
     found = functional.log_softmax(student.float() / temperature, -1)
     wanted = functional.log_softmax(teacher.detach().float() / temperature, -1)
     each = functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+    each = _counted(each, mask)
+    return each.mean() * temperature**2
+
+
+def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, mask: Tensor | None = None) -> Tensor:
+    """The mean over layers of |s - t|^2 / |t|^2, of states s and t [..., D] of one layer each; f32, shape ().
+
+    student, teacher: as `model(..., output_hidden_states=True).hidden_states` gives them; leave out the first, which no
+    layer has changed, and layers that need not follow. mask: bool [...], the positions that count (None: all). The
+    teacher gets no gradient. The intermediate loss of Jiao et al. 2020 ("TinyBERT", equation 8), each layer's error
+    relative to its states, so that layers count alike. A rewrite that rotates the residual stream gives the student
+    states in another basis: there this loss says nothing.
+    Raises ValueError where numbers of layers or shapes differ, for no layer and a mask that leaves nothing.
+    """
+    if len(student) != len(teacher) or not student:
+        raise ValueError(f"states of the same layers are needed, found {len(student)} and {len(teacher)}")
+    found = []
+    for i, (own, wanted) in enumerate(zip(student, teacher, strict=True)):
+        if own.shape != wanted.shape or own.dim() == 0:
+            shapes = f"student {list(own.shape)} and teacher {list(wanted.shape)}"
+            raise ValueError(f"states of one shape are needed, found {shapes} in layer {i}")
+        t = wanted.detach().float()
+        error, size = (own.float() - t).square().sum(-1), t.square().sum(-1)
+        found.append(_counted(error, mask).mean() / _counted(size, mask).mean().clamp(min=1e-12))
+    return stack(found).mean()
+
+
+def _counted(each: Tensor, mask: Tensor | None) -> Tensor:
+    """The values [...] of the positions that count."""
     if mask is not None:
         if mask.shape != each.shape:
             raise ValueError(f"a mask of shape {list(each.shape)} is needed, found {list(mask.shape)}")
         each = each[mask.bool()]
     if each.numel() == 0:
         raise ValueError(explain("no position counts", next_step="a mask with at least one true value"))
-    return each.mean() * temperature**2
+    return each

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from qfx import distillation_loss, measure
+from qfx import distillation_loss, hidden_state_loss, measure
 
 
 def logits(seed: int, *shape: int) -> Tensor:
@@ -58,3 +60,45 @@ def test_bad_input(fields: dict[str, Tensor], message: str) -> None:
     given = {"teacher": logits(1, 2, 3), **fields}
     with pytest.raises(ValueError, match=message):
         distillation_loss(logits(0, 2, 3), **given)  # type: ignore[arg-type]
+
+
+def test_states_are_compared_layer_by_layer() -> None:
+    """An error of a tenth of the states costs a hundredth, however large a layer's states are."""
+    teacher = [logits(0, 2, 3, 8), 1000 * logits(1, 2, 3, 8)]
+    student = [1.1 * teacher[0], teacher[1].clone()]
+    assert float(hidden_state_loss(student, teacher)) == pytest.approx(0.01 / 2, rel=1e-4)
+    student[1] *= 0.9
+    assert float(hidden_state_loss(student, teacher)) == pytest.approx(0.01, rel=1e-4)
+    assert float(hidden_state_loss(teacher, teacher)) == 0
+
+
+def test_masked_states_have_no_part() -> None:
+    teacher, mask = [logits(0, 2, 3, 8)], torch.tensor([[True, False, True], [False, False, True]])
+    student = [teacher[0] + 5.0 * ~mask[..., None]]
+    assert float(hidden_state_loss(student, teacher)) > 1
+    assert float(hidden_state_loss(student, teacher, mask=mask)) == 0
+
+
+def test_states_of_half_precision_have_a_gradient_and_the_teacher_has_none() -> None:
+    student, teacher = logits(0, 4, 8).bfloat16().requires_grad_(), logits(1, 4, 8).bfloat16().requires_grad_()
+    loss = hidden_state_loss([student], [teacher])
+    loss.backward()
+    assert loss.dtype == torch.float32 and teacher.grad is None and student.grad is not None
+    s, t = student.detach().float(), teacher.detach().float()
+    assert torch.allclose(student.grad.float(), 2 * (s - t) / t.square().sum(), rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "options", "message"),
+    [
+        ([], [], {}, "found 0 and 0"),
+        ([(2, 3)], [(2, 3), (2, 3)], {}, "found 1 and 2"),
+        ([(2, 3), (2, 3)], [(2, 3), (2, 4)], {}, r"student \[2, 3\] and teacher \[2, 4\] in layer 1"),
+        ([(2, 3)], [(2, 3)], {"mask": torch.ones(3)}, r"mask of shape \[2\] is needed, found \[3\]"),
+        ([(2, 3)], [(2, 3)], {"mask": torch.zeros(2)}, "no position counts"),
+    ],
+)
+def test_states_that_cannot_be_compared(student: Any, teacher: Any, options: dict[str, Tensor], message: str) -> None:
+    first, second = ([logits(0, *shape) for shape in shapes] for shapes in (student, teacher))
+    with pytest.raises(ValueError, match=message):
+        hidden_state_loss(first, second, **options)
