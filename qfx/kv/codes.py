@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class Codes:
         each = 0 if fmt.is_plain else self.width if self.by_tokens else scales_of_token(fmt, self.width)
         self.scale = like.new_empty((batch, heads, 0, each), dtype=_raw(fmt.scale_dtype))
         self.zero = like.new_empty((batch, heads, 0, each), dtype=zero_dtype(fmt)) if fmt.has_zero else None
+        self.native: tuple[Tensor, Tensor, Any] | None = None  # what `qfx.kv.native` made of this memory
 
     @property
     def one_scale(self) -> bool:
