@@ -80,6 +80,12 @@ float half(uint16_t h) {
   return bits_to_float(sign | float_to_bits(bits_to_float((h & 0x7fffu) << 13) * 0x1p112f));
 }
 
+uint16_t to_half(float value) {  // of 2^-24 to 65504, to the nearest, ties to even
+  const uint32_t bits = float_to_bits(value);
+  if (value < 0x1p-14f) return static_cast<uint16_t>((value * 0x1p24f + 12582912.0f) - 12582912.0f);
+  return static_cast<uint16_t>((bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1)) >> 13);
+}
+
 float scale_at(const Codes& c, int64_t i) {
   if (c.scale_type == kF32) return reinterpret_cast<const float*>(c.scale)[i];
   if (c.scale_type == kE8M0) return bits_to_float(c.scale[i] ? static_cast<uint32_t>(c.scale[i]) << 23 : 0x400000u);
@@ -470,6 +476,33 @@ int qfx_take(const Floats* x, const Floats* to, int64_t batch, int64_t heads, in
         }
       }
   return !bad;
+}
+
+// Store x [B, G, n, D] as i8/tok/f16, tokens at .. at + n - 1.
+void qfx_encode(const Floats* x, const Codes* to, int64_t batch, int64_t heads, int64_t at) {
+  const int64_t width = to->width;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t t = 0; t < x->count; ++t) {
+        const float* from = x->data + b * x->batch + h * x->head + t * x->token;
+        int8_t* codes = reinterpret_cast<int8_t*>(const_cast<uint8_t*>(to->data)) + b * to->data_batch +
+                        h * to->data_head + (at + t) * width;
+        uint16_t* scales = reinterpret_cast<uint16_t*>(const_cast<uint8_t*>(to->scale));
+        float most = 0;
+#pragma omp simd reduction(max : most)
+        for (int64_t ch = 0; ch < width; ++ch) most = std::fabs(from[ch]) > most ? std::fabs(from[ch]) : most;
+        most = most / 127.0f;
+        most = most < 0x1p-24f ? 0x1p-24f : most > 65504.0f ? 65504.0f : most;
+        const uint16_t raw = to_half(most);
+        const float step = half(raw);
+        scales[b * to->scale_batch + h * to->scale_head + at + t] = raw;
+#pragma omp simd
+        for (int64_t ch = 0; ch < width; ++ch) {
+          float code = from[ch] / step;
+          code = code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code;
+          codes[ch] = static_cast<int8_t>((code + 12582912.0f) - 12582912.0f);
+        }
+      }
 }
 
 }  // extern "C"

@@ -94,6 +94,8 @@ def library() -> Any:
     made.qfx_attend.argtypes = [POINTER(_Layer), c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64]
     made.qfx_attend.restype = None
     made.qfx_take.argtypes = [POINTER(_Floats), POINTER(_Floats), c_int64, c_int64, c_int64]
+    made.qfx_encode.argtypes = [POINTER(_Floats), POINTER(_Codes), c_int64, c_int64, c_int64]
+    made.qfx_encode.restype = None
     return made
 
 
@@ -167,6 +169,39 @@ def attend(q: Tensor, view: View, mask: Tensor | None, scale: float) -> Tensor |
     return out
 
 
+def take(new: tuple[Tensor, Tensor], to: tuple[Tensor, Tensor]) -> bool | None:
+    """Copy keys and values [B, G, n, D] to tensors of the same shape; whether all is finite. None: torch must do it."""
+    if not all(_plain(x) for x in (*new, *to)):
+        return None
+    made = library()
+    if made is None:
+        return None
+    fine = True
+    for x, place in zip(new, to, strict=True):
+        batch, heads, _, width = x.shape
+        fine &= bool(made.qfx_take(byref(floats_of(x)), byref(floats_of(place)), batch, heads, width))
+    return fine
+
+
+def encode(x: Tensor, codes: Codes, at: int) -> bool:
+    """Store x [B, G, n, D] as tokens at, at + 1, ... of codes, as `Codes.write` does; False: torch must do it."""
+    if codes.kind != "i8/tok/f16" or x.shape[2] > ROWS or not _plain(x):
+        return False
+    made = library()
+    if made is None:
+        return False
+    codes.reserve(at + x.shape[2], at)
+    struct = codes_of(codes)
+    if struct is None:
+        return False
+    made.qfx_encode(byref(floats_of(x)), byref(struct), x.shape[0], x.shape[1], at)
+    return True
+
+
+def _plain(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(3) == 1
+
+
 def _layer(part: Part, view: View, q: Tensor) -> tuple[_Layer, list[Tensor]] | None:
     """The struct, and tensors that must live as long."""
     codes = [codes_of(part.keys), codes_of(part.values)]
@@ -177,8 +212,7 @@ def _layer(part: Part, view: View, q: Tensor) -> tuple[_Layer, list[Tensor]] | N
     made.stored[0], made.stored[1] = codes
     for ends, floats in ((made.first, view.first), (made.rest, view.rest)):
         for role, given in enumerate(floats):
-            whole = given.dtype == torch.float32 and given.stride(3) == 1
-            x = given if whole else given.to(torch.float32).contiguous()
+            x = given if _plain(given) else given.to(torch.float32).contiguous()
             kept.append(x)
             ends[role] = floats_of(x)
     if part.heads is not None:
@@ -207,10 +241,10 @@ def codes_of(codes: Codes) -> _Codes | None:
 
 def _struct(codes: Codes) -> _Codes | None:
     fmt, data, scale, zero = codes.fmt, codes.data, codes.scale, codes.zero
-    last = (codes.width, 1)
-    if fmt.is_plain or fmt.bits > 8 or scale.dtype not in _SCALES or data.stride()[2:] != last:
+    if fmt.is_plain or fmt.bits > 8 or scale.dtype not in _SCALES:
         return None
-    if scale.stride()[2:] != (scale.shape[3], 1) or (zero is not None and zero.stride() != scale.stride()):
+    rows = data.stride()[2:] == (codes.width, 1) and scale.stride()[2:] == (scale.shape[3], 1)
+    if data.numel() and not (rows and (zero is None or zero.stride() == scale.stride())):
         return None
     table = _table(fmt.type) if fmt.is_float else None
     channels = (fmt.group or codes.width) if not codes.by_tokens else 1
