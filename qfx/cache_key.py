@@ -266,14 +266,4 @@ def _sources() -> str:
 
 def _processor() -> list[str]:
     """What decides which kernels run: instruction sets as torch and ONNX Runtime find them, the model of the chip."""
-    return [torch.backends.cpu.get_cpu_capability(), *processor.instruction_sets(), _flags()]
-
-
-def _flags() -> str:
-    """What the processor can do, as the system tells it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n", 1)[0]
-    except OSError:
-        return platform.processor()
-    lines = [line for line in text.splitlines() if line.startswith(("flags", "Features", "model name", "CPU part"))]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return [torch.backends.cpu.get_cpu_capability(), *processor.instruction_sets(), processor.flags()]

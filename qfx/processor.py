@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +20,28 @@ def capabilities() -> Mapping[str, Any]:
     return found
 
 
+def is_x86() -> bool:
+    """Whether the processor is one of Intel's and AMD's kind."""
+    return str(capabilities().get("architecture", "")).lower() in _X86
+
+
 def saturates() -> bool:
     """Whether sums of two products of u8 and s8 are cut off at 16 bits: x86 without VNNI. On ARM they are exact."""
     found = capabilities()
-    return str(found.get("architecture", "")).lower() in _X86 and not any(found.get(name) for name in _VNNI)
+    return is_x86() and not any(found.get(name) for name in _VNNI)
 
 
 def instruction_sets() -> list[str]:
     """Architecture and instruction sets: equal lists, equal kernels."""
     found = capabilities()
     return [str(found.get("architecture", "")), *sorted(name for name, has in found.items() if has is True)]
+
+
+def flags() -> str:
+    """What the processor can do, as the system tells it: equal texts, equal processors."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n", 1)[0]
+    except OSError:
+        return platform.processor()
+    lines = [line for line in text.splitlines() if line.startswith(("flags", "Features", "model name", "CPU part"))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -22,6 +22,7 @@ from torch import fx
 from qfx.cache_key import NoKeyError, key_of
 from qfx.capture import example_of, source_of
 from qfx.errors import Note, UnsupportedError, warn
+from qfx.folders import default_folder
 from qfx.names import Translation
 from qfx.options import CacheAt, Options
 from qfx.rows import Row
@@ -167,7 +168,7 @@ class Storing:
 
 def cache_of(options: Options) -> Cache | None:
     """The cache that the options ask for; None where it is off, and for the reference, which has no sessions."""
-    from qfx.backends.onnx.cache import MOST_BYTES, Cache, default_folder
+    from qfx.backends.onnx.cache import MOST_BYTES, Cache
 
     asked = options.cache
     if asked is False or options.backend == "reference":

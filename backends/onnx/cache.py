@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -31,19 +30,6 @@ _ENTRY = "entry.json"
 _PART = 16 << 20
 _STALE = 3600.0  # seconds after which a temporary folder belongs to a process that died
 _GONE = (FileNotFoundError, NotADirectoryError)
-
-
-def default_folder() -> Path | None:
-    """QFX_CACHE_DIR where it is set (None where it is empty), else the platform's place for caches."""
-    given = os.environ.get("QFX_CACHE_DIR")
-    if given is not None:
-        return Path(given).expanduser() if given else None
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "qfx" / "Cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "qfx"
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "qfx"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qfx.kv import native
 from qfx.kv.codes import Codes
 
 TILE = 1 << 19  # elements of a tile, of all heads and sequences
@@ -160,7 +161,9 @@ def _head_by_head(q: Tensor, view: View, mask: Tensor | None, scale: float, *, c
 
 def _block(q: Tensor, view: View, mask: Tensor | None, scale: float) -> Tensor:
     """Attention of some queries [B, G, n, S, D], f32 [B, G, n, S, Dv]."""
-    out: Tensor | None = None
+    out = native.attend(q, view, mask, scale)
+    if out is not None:
+        return out
     for part, of in _of_parts(view, q.shape[1]):
         s = _scores(q if of is None else q[:, of], view, part, of, scale)
         if mask is not None:

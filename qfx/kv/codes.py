@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Codes:
 
     def __init__(self, fmt: Format, like: Tensor, *, by_tokens: bool) -> None:
         """like: [B, G, *, D], whose batch, heads, channels and device are those of what comes."""
-        self.fmt, self.width = fmt, like.shape[-1]
+        self.fmt, self.width, self.kind = fmt, like.shape[-1], str(fmt)
         self.group = (fmt.group or 1) if by_tokens else 1
         self.by_tokens = self.group > 1
         self.planes = planes_of(fmt)
@@ -45,6 +46,7 @@ class Codes:
         each = 0 if fmt.is_plain else self.width if self.by_tokens else scales_of_token(fmt, self.width)
         self.scale = like.new_empty((batch, heads, 0, each), dtype=_raw(fmt.scale_dtype))
         self.zero = like.new_empty((batch, heads, 0, each), dtype=zero_dtype(fmt)) if fmt.has_zero else None
+        self.native: tuple[Tensor, Tensor, Any] | None = None  # what `qfx.kv.native` made of this memory
 
     @property
     def one_scale(self) -> bool:
@@ -76,8 +78,7 @@ class Codes:
         """Store what `encode` gave."""
         end = at + self._tokens(data.shape[2])
         assert at % self.unit == 0 and end % self.unit == 0, (at, end, self.unit)
-        if end > self.room:
-            self._grow(end, at)
+        self.reserve(end, at)
         self.data[:, :, self._rows(at) : self._rows(end)] = data
         if params is not None:
             rows = slice(at // self.group, end // self.group)
@@ -85,6 +86,11 @@ class Codes:
             if self.zero is not None:
                 assert params.zero is not None
                 self.zero[:, :, rows] = params.zero
+
+    def reserve(self, end: int, used: int) -> None:
+        """Have memory for tokens up to `end`, of which `used` are there."""
+        if end > self.room:
+            self._grow(end, used)
 
     def tile(self, start: int, end: int, out: Tensor, *, scaled: bool = True) -> Tensor:
         """Codes of tokens start to end - 1, whole units, as f32 [B, G, planes, (end - start) / planes, D].

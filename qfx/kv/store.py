@@ -8,7 +8,6 @@ Heads of the same two formats share their memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -16,12 +15,13 @@ from torch import Tensor
 
 from qfx.errors import explain
 from qfx.format import Format
+from qfx.kv import native
 from qfx.kv.attend import Part, Scratch, View
 from qfx.kv.codes import Codes, encode
 from qfx.kv.formats import CacheFormat
+from qfx.kv.tail import SLACK, Pair, Tail, finite
 from qfx.numerics import QParams, require_finite
 
-Pair = tuple[Tensor, Tensor]
 _ROLES = ("keys", "values")
 _FACTS = ("batch", "number of heads", "size of a head", "dtype")
 _SLACK = 256  # tokens behind a window that are kept until they are dropped together
@@ -36,10 +36,10 @@ class Store:
     def __init__(
         self, fmt: CacheFormat, keys: Tensor, values: Tensor, *, where: str, scratch: Scratch | None = None
     ) -> None:
-        self.fmt, self.where, self.scratch = fmt, where, scratch or Scratch()
+        self.fmt, self.where, self.scratch, self.step = fmt, where, scratch or Scratch(), fmt.step
         fmt.check_heads(keys.shape[1], where)
         self.empty: Pair = _kept((keys[:, :, :0], values[:, :, :0]))
-        self.first, self.rest = self.empty, self.empty
+        self.first, self.tail = self.empty, Tail(self.empty)
         self.stored = 0  # tokens in the codes
         self.dropped = 0  # tokens before the first in the codes, which the window has left behind
         self.parts = tuple(
@@ -51,7 +51,12 @@ class Store:
     @property
     def tokens(self) -> int:
         """Tokens seen, those that a window has left behind included."""
-        return self.dropped + self.first[0].shape[2] + self.stored + self.rest[0].shape[2]
+        return self.dropped + self.first[0].shape[2] + self.stored + self.tail.end - self.tail.start
+
+    @property
+    def rest(self) -> Pair:
+        """The newest tokens, as they came."""
+        return self.tail.pair
 
     def append(self, keys: Tensor, values: Tensor) -> View:
         """Take keys [B, G, n, D] and values [B, G, n, Dv]; returns what this call's attention reads.
@@ -60,9 +65,16 @@ class Store:
         another batch, other heads, sizes or dtypes than before, and for values that are not finite.
         """
         self._check(keys, values)
-        rest = _joined(self.rest, (keys, values))
+        few = keys.shape[2] <= SLACK and self.first[0].shape[2] >= self.fmt.sinks
+        if not (self.tail.push(keys, values) if few else finite(keys, values)):
+            for role, new in zip(_ROLES, (keys, values), strict=True):
+                require_finite(new, f"{self.where}, {role}")
+        rest = self.rest if few else _joined(self.rest, (keys, values))
         seen = View(self.first, self.parts, 0, self.stored, rest, self.scratch)
-        self._take(rest, own=rest[0] is not keys)
+        if few:
+            self.tail.skip(self._store(rest))
+        else:
+            self._take(rest, own=rest[0] is not keys)
         return seen
 
     def view(self) -> View:
@@ -88,15 +100,16 @@ class Store:
         view = self.view().narrow(0, left)
         whole = view.end // self.fmt.step * self.fmt.step
         cut = View(_none(view.first), view.parts, whole, view.end, view.rest)
-        self.rest = (cut.dense(0), cut.dense(1)) if whole < view.end else _kept(view.rest)
+        self.tail = Tail((cut.dense(0), cut.dense(1)) if whole < view.end else _kept(view.rest))
         self.first, self.stored = _kept(view.first), whole
 
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change every tensor, such as by selecting sequences or moving memory; what reads them now is undisturbed."""
-        self.empty, self.first, self.rest = ((change(k), change(v)) for k, v in (self.empty, self.first, self.rest))
+        self.empty, self.first = ((change(k), change(v)) for k, v in (self.empty, self.first))
+        self.tail = self.tail.each(change)
         self.parts = tuple(
             Part(
-                None if p.heads is None else p.heads.to(self.rest[0].device), p.keys.each(change), p.values.each(change)
+                None if p.heads is None else p.heads.to(self.empty[0].device), p.keys.each(change), p.values.each(change)
             )
             for p in self.parts
         )
@@ -113,8 +126,8 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Bytes held, room to grow included."""
-        floats = sum(t.numel() * t.element_size() for t in (*self.first, *self.rest))
-        return floats + sum(part.keys.nbytes + part.values.nbytes for part in self.parts)
+        floats = sum(t.numel() * t.element_size() for t in self.first)
+        return floats + self.tail.nbytes + sum(part.keys.nbytes + part.values.nbytes for part in self.parts)
 
     def _take(self, rest: Pair, *, own: bool) -> None:
         """Fill the sinks, then store whole steps of what is left. own: nobody else has `rest`."""
@@ -122,26 +135,27 @@ class Store:
         if missing > 0 and not self.stored:
             self.first = _kept(_joined(self.first, _cut(rest, 0, missing)))
             rest = _cut(rest, missing, None)
-        ready = max(rest[0].shape[2] - self.fmt.residual, 0) // self.fmt.step * self.fmt.step
-        for part in self.parts if ready else ():
-            keys, values = (t if part.heads is None else t[:, part.heads] for t in _cut(rest, 0, ready))
-            _write(part, keys.detach(), values.detach(), self.stored)
-        self.stored += ready
+        ready = self._store(rest)
         left = _cut(rest, ready, None)
         if ready == rest[0].shape[2]:
             left = self.empty
         elif not own or 2 * left[0].shape[2] < rest[0].shape[2]:
             left = _kept(left)
-        self.rest = left
+        self.tail = Tail(left)
+
+    def _store(self, rest: Pair) -> int:
+        """Store whole steps of what is beyond the residual, and return how many tokens."""
+        ready = max(rest[0].shape[2] - self.fmt.residual, 0) // self.step * self.step
+        for part in self.parts if ready else ():
+            keys, values = (t if part.heads is None else t[:, part.heads] for t in _cut(rest, 0, ready))
+            _write(part, keys.detach(), values.detach(), self.stored)
+        self.stored += ready
+        return ready
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
-        for role, new, old in zip(_ROLES, (keys, values), self.rest, strict=True):
+        for role, new, old in zip(_ROLES, (keys, values), self.empty, strict=True):
             another(role, facts(new), facts(old), self.where)
         another("values", (values.shape[2],), (keys.shape[2],), self.where, ("number of tokens",))
-        total = keys.detach().sum(dtype=torch.float32) + values.detach().sum(dtype=torch.float32)
-        if not math.isfinite(total.item()):  # one look at the device; large values may sum up to Inf
-            for role, new in zip(_ROLES, (keys, values), strict=True):
-                require_finite(new, f"{self.where}, {role}")
 
 
 def facts(x: Tensor) -> tuple[object, ...]:
@@ -182,6 +196,8 @@ def of_other_heads(keys: Tensor, expected: tuple[int, int] | None, where: str) -
 def _write(part: Part, keys: Tensor, values: Tensor, at: int) -> None:
     """Store keys and values of the part's heads; where both are rounded alike, at once."""
     k, v = part.keys, part.values
+    if native.encode(keys, k, at) and native.encode(values, v, at):
+        return
     if k.by_tokens or k.fmt != v.fmt or k.width != v.width or k.fmt.is_plain:
         k.write(keys, at)
         v.write(values, at)
