@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qfx import rounded
 from qfx.annotation import show
-from qfx.attach import attach
+from qfx.attach import attach, mark_training
 from qfx.backends.qat.quantizers import InputQuantizer, Quantizer, RunTimeInput, Scales, WeightQuantizer
 from qfx.errors import explain
 from qfx.fake_modules import (
@@ -42,6 +42,7 @@ from qfx.plan import Plan
 from qfx.quantize import RecipeLike, check_float, checked_places, made_for
 from qfx.recipe import DATA_ROUNDINGS, is_static
 from qfx.segments import along, in_order, segments
+from qfx.wrapped import check_unwrapped
 from qfx.writeback import Writer, cut, oriented, pointer_of, rewrite
 
 Train = Literal["all", "scales"]
@@ -83,6 +84,7 @@ def prepare_qat(
         rewrite(model, plan)
         _Preparation(model, Training(plan, tuple(places), scales, train, freeze_after)).run()
     pass_no_fast_path(model)
+    mark_training(model, plan.recipe)
     return model
 
 
@@ -90,10 +92,11 @@ def convert(model: nn.Module) -> nn.Module:
     """The quantized model that a prepared one trained: weights packed with the trained scales, in place.
 
     What it gives is what the prepared model gives in eval mode. `qfx.save`, `qfx.export_onnx` and
-    torch.compile(backend="qfx") take it. Raises ValueError for a model that is not prepared, and for weights or scales
-    that became NaN or infinite, before anything is changed.
+    torch.compile(backend="qfx") take it. Raises ValueError for a model that is not prepared or sharded over processes,
+    and for weights or scales that became NaN or infinite, before anything is changed.
     """
     training = _training_of(model)
+    check_unwrapped(model)
     with torch.no_grad():
         _check_finite(model)
         plan = replace(training.plan, tensors=dict(training.plan.tensors), sensitivities={})
