@@ -14,7 +14,7 @@ CALLABLES = (
     "export_gguf", "export_gptq", "import_checkpoint", "import_gguf", "load", "plan", "prepare_qat", "presets",
     "quantize", "report", "save",
 )  # fmt: skip
-TYPES = ("Format", "Plan", "QfxWarning", "Recipe", "Report", "Sensitivity", "UnsupportedError")
+TYPES = ("Format", "Plan", "QATSchedule", "QfxWarning", "Recipe", "Report", "Sensitivity", "UnsupportedError")
 
 
 def _python(code: str) -> str:
