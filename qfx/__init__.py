@@ -16,7 +16,7 @@ from qfx.analysis.analyze import analyze
 from qfx.analysis.sensitivity import Sensitivity
 from qfx.attach import register_when_loaded as _register_when_loaded
 from qfx.convert import convert
-from qfx.distillation import distillation_loss
+from qfx.distillation import distillation_loss, hidden_state_loss
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.export import export_onnx
 from qfx.format import Format
@@ -80,6 +80,7 @@ __all__ = [
     "export_gguf",
     "export_gptq",
     "export_onnx",
+    "hidden_state_loss",
     "import_checkpoint",
     "import_gguf",
     "load",

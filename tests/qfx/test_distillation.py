@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qfx import distillation_loss, measure
+from qfx import distillation_loss, hidden_state_loss, measure
 
 
 def logits(seed: int, *shape: int) -> Tensor:
@@ -58,3 +58,36 @@ def test_bad_input(fields: dict[str, Tensor], message: str) -> None:
     given = {"teacher": logits(1, 2, 3), **fields}
     with pytest.raises(ValueError, match=message):
         distillation_loss(logits(0, 2, 3), **given)  # type: ignore[arg-type]
+
+
+def test_hidden_states_count_alike_whatever_their_size() -> None:
+    teacher = [logits(layer, 2, 4, 6) * 100.0**layer for layer in (0, 1)]
+    student = [(state * 1.1).requires_grad_() for state in teacher]
+    loss = hidden_state_loss(student, teacher)
+    assert float(loss.detach()) == pytest.approx(0.01, rel=1e-4)
+    loss.backward()
+    wanted = 0.5 * 2 * 0.1 * teacher[0] / teacher[0].square().sum()
+    assert student[0].grad is not None and torch.allclose(student[0].grad, wanted, rtol=1e-4)
+    assert float(hidden_state_loss(teacher, teacher)) == 0
+
+
+def test_hidden_states_of_some_positions() -> None:
+    teacher, mask = logits(0, 2, 3, 5), torch.tensor([[1, 0, 0], [1, 1, 0]])
+    student = torch.where(mask.bool()[..., None], 2 * teacher, torch.full_like(teacher, torch.nan))
+    assert float(hidden_state_loss([student], [teacher], mask=mask)) == pytest.approx(1)
+    assert hidden_state_loss([teacher.half()], [teacher.half()]).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "mask", "message"),
+    [
+        ([], [], None, "output_hidden_states"),
+        ([torch.ones(2, 3)], [torch.ones(2, 3)] * 2, None, r"student \[\[2, 3\]\] and teacher \[\[2, 3\], \[2, 3\]\]"),
+        ([torch.ones(2, 3)], [torch.ones(2, 4)], None, "same layers and shapes"),
+        ([torch.ones(2, 3)], [torch.ones(2, 3)], torch.ones(3), r"mask of shape \[2\]"),
+        ([torch.ones(2, 3)], [torch.ones(2, 3)], torch.zeros(2), "at least one true"),
+    ],
+)
+def test_bad_hidden_states(student: list[Tensor], teacher: list[Tensor], mask: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hidden_state_loss(student, teacher, mask=mask)
