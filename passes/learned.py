@@ -70,6 +70,7 @@ class LearnedRounding:
             batches=-(-self.options.batch // max(1, len(wanted[0][0]))),
             rate=self.options.learning_rate,
             optimizer=self.options.optimizer,
+            reach=self.options.reach,
             params={part.name: search(full[part.name].float(), part.format) for part in parts},
             name=repr(block.name),
         )
@@ -130,6 +131,7 @@ def learn(
     batches: int = 1,
     rate: float | None = None,
     optimizer: str = "adam",
+    reach: float = 0.5,
     params: Mapping[str, QParams] | None = None,
     seed: int = 0,
     name: str = "the block",
@@ -137,13 +139,14 @@ def learn(
     """Round the weights [N, K] of a block in their formats so that its results stay near those in `wanted`.
 
     wanted: for each batch the block's floating results in float. batches: how many a step looks at. rate: of the first
-    step, in steps of the format (None: 2 / steps, with "sign" 1 / steps). optimizer: of `qfx.offsets`. params: scales
-    and zero points where the search begins (none: from the extremes). With no step it is plain rounding from there.
+    step, in steps of the format (None: 2 / steps, with "sign" 1 / steps). optimizer, reach: of `qfx.offsets`. params:
+    scales and zero points where the search begins (none: from the extremes). With no step it is plain rounding.
     Raises ValueError where the results are NaN or Inf (naming the block).
     """
     rate = (2.0 if optimizer == "adam" else 1.0) / max(1, steps) if rate is None else rate
     found = {
-        key: Offsets(w, fmt, params=(params or {}).get(key), optimizer=optimizer) for key, (w, fmt) in weights.items()
+        key: Offsets(w, fmt, params=(params or {}).get(key), optimizer=optimizer, reach=reach)
+        for key, (w, fmt) in weights.items()
     }
     before = _error(forward, found, wanted, name)
     order = _Order(len(wanted), seed)

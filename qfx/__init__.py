@@ -37,6 +37,7 @@ from qfx.quantize import plan, quantize
 from qfx.recipe import Recipe, Rule
 from qfx.report import Report, report
 from qfx.save import load, save
+from qfx.schedule import QATSchedule
 
 if TYPE_CHECKING:
     from qfx.hf_config import QfxConfig as QfxConfig
@@ -63,6 +64,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Format",
     "Plan",
+    "QATSchedule",
     "QfxWarning",
     "Recipe",
     "Report",

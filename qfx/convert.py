@@ -14,10 +14,11 @@ from qfx.errors import explain
 from qfx.fake_attention import CHILD, put_trained
 from qfx.fake_modules import restore, weight_of
 from qfx.kv.live import with_caches
-from qfx.modules import PREPARED, prepared_parts
+from qfx.modules import PREPARED
 from qfx.places import Place
 from qfx.plan import Plan
-from qfx.qat import KEPT, Training
+from qfx.qat import KEPT, training_of
+from qfx.schedule import check_finished
 from qfx.wrapped import check_unwrapped
 from qfx.writeback import Writer, cut, oriented
 
@@ -33,6 +34,7 @@ def convert(model: nn.Module) -> nn.Module:
     check_unwrapped(model)
     with torch.no_grad():
         _check_finite(model)
+        check_finished(model)
         plan = replace(training.plan, tensors=dict(training.plan.tensors), sensitivities={})
         changed = [module for module in model.modules() if hasattr(type(module), PREPARED)]
         for place in training.places:
@@ -67,24 +69,6 @@ def _trained(model: nn.Module, place: Place, plan: Plan) -> None:
         plan.tensors[f"{place.fqn}/x_scale"] = scale
         if zero is not None:
             plan.tensors[f"{place.fqn}/x_zero"] = zero
-
-
-def training_of(model: object) -> Training:
-    """What a model was prepared by. Raises ValueError for one that is not prepared, and for parts of one that is."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(explain("a model is needed", expected="a torch.nn.Module", found=type(model).__name__))
-    found = model.__dict__.get(KEPT)
-    if isinstance(found, Training):
-        return found
-    inner = next((name for name, m in model.named_modules() if KEPT in m.__dict__), None)
-    if inner is not None:
-        what = f"the prepared model lies inside {type(model).__name__}, under {inner!r}"
-        raise ValueError(explain(what, next_step=f"qfx.convert(model.{inner})"))
-    parts = prepared_parts(model)
-    what = f"{type(model).__name__} is not prepared for training"
-    if parts:
-        what = f"{type(model).__name__} is a part of a prepared model"
-    raise ValueError(explain(what, next_step="qfx.prepare_qat(model, recipe), train, and convert that model"))
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -53,8 +53,11 @@ class FixedWeights(nn.Module):
 class FakeAttention(nn.Module):
     """What the attention of one module computes with. spec: as `attending.find` gives it; cached: None without a cache.
 
-    Quantizers are children q, k, v, p, where they have a format.
+    Quantizers are children q, k, v, p, where they have a format. on: where it is False (see `qfx.schedule`) attention
+    is that of the float model.
     """
+
+    on = True
 
     def __init__(self, spec: Spec, cached: Cached | None, plan: Plan, scales: Scales, freeze_after: int | None) -> None:
         super().__init__()
@@ -80,7 +83,7 @@ class FakeAttention(nn.Module):
         plain = functools.partial(
             func, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        if attending.of_cache(key, value) or (cached is None and not self.spec["formats"]):
+        if not self.on or attending.of_cache(key, value) or (cached is None and not self.spec["formats"]):
             return plain(query, key, value)
         if query.dim() != 4:
             what = f"attention {self.spec['name']!r} has operands of {query.dim()} dimensions"

@@ -26,8 +26,11 @@ class FakeWeight(nn.Module):
     """Fake quantization of a weight [.., N, K] as its module holds it.
 
     parts: a quantizer for each segment, one where `segments` is None (None for a plain format, which is cast). axis: of
-    the segments. transposed: the module holds [.., K, N]. flat: it holds a convolution's kernel.
+    the segments. transposed: the module holds [.., K, N]. flat: it holds a convolution's kernel. on: where it is
+    False (see `qfx.schedule`) nothing is rounded.
     """
+
+    on = True
 
     def __init__(
         self, parts: Sequence[nn.Module], *, segments: Sequence[Segment] | None = None, axis: int = 0,
@@ -40,6 +43,8 @@ class FakeWeight(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The weight, as the module holds it (a kernel as a matrix) -> [.., N, K] as it comes back from its format."""
         weight = self.oriented(weight)
+        if not self.on:
+            return weight
         if self.segments is None:
             found: Tensor = self.parts[0](weight)
             return found
@@ -65,6 +70,7 @@ class FakeLinear(nn.Module):
     quantizer serves too is registered there only, so that a state_dict holds its scales once.
     """
 
+    on = True
     smooth: Tensor | None
 
     def __init__(
@@ -99,7 +105,7 @@ class FakeLinear(nn.Module):
         """The input as the product reads it."""
         if self.smooth is not None:
             x = (x / self.smooth).to(x.dtype)
-        if self.inputs is None:
+        if self.inputs is None or not self.on:
             return x
         segments = self.weight.segments
         if self.columns is None or segments is None:
@@ -158,7 +164,7 @@ def _linear(self: Any, x: Tensor) -> Tensor:
 def _table(self: Any, input: Tensor) -> Tensor:  # noqa: A002  (nn.Embedding's own name)
     fake: FakeWeight = self.fake_quant.weight
     part = fake.parts[0]
-    if isinstance(part, WeightQuantizer) and part.format.by_row:
+    if fake.on and isinstance(part, WeightQuantizer) and part.format.by_row:
         return part.rows(self.weight, input, self.padding_idx)
     return F.embedding(input, fake(self.weight), self.padding_idx)
 

@@ -2,7 +2,8 @@
 
     u = W / s + V        q = clamp(round(u) + z)        W' = s (q - z)        s, z of the range (a low, b high)
 
-V moves a value by at most half a step away from where it started, so that it can take either neighbour. Table types
+V moves a value by at most half a step away from where it started, so that it can take either neighbour; with a greater
+reach it is the weight itself that learns (block-wise training: Chen et al. 2024, EfficientQAT, "Block-AP"). Table types
 (nf4, f4e2m1, f8) are treated alike: a step is the distance of the two values of the type around W / s. Gradients pass
 the rounding as if it were not there (straight-through estimator), so those of all parameters follow from that of W':
 
@@ -44,13 +45,16 @@ class Offsets:
     """A weight [.., N, K] in a format with scales, its offsets and shares, and what gradient descent does to them.
 
     weight: f32. params: scales and zero points from which the search starts (None: from the extremes). optimizer: one
-    of OPTIMIZERS.
+    of OPTIMIZERS. reach: how far a value may move, in steps.
     """
 
-    def __init__(self, weight: Tensor, fmt: Format, *, params: QParams | None = None, optimizer: str = "adam") -> None:
+    def __init__(
+        self, weight: Tensor, fmt: Format, *, params: QParams | None = None, optimizer: str = "adam",
+        reach: float = 0.5,
+    ) -> None:  # fmt: skip
         assert not fmt.is_plain, f"{fmt} is not rounded to steps"
         assert optimizer in OPTIMIZERS, optimizer
-        self.format, self.shape = fmt, tuple(weight.shape)
+        self.format, self.shape, self.reach = fmt, tuple(weight.shape), reach
         self._ways = {key: OPTIMIZERS[optimizer]() for key in ("offset", "lower", "upper")}
         self.weight = weight.detach().to(torch.float32)
         first = choose_qparams(self.weight, fmt) if params is None else params
@@ -91,7 +95,7 @@ class Offsets:
         slope = split(gradient.to(torch.float32), fmt)
         free = slope * self._inside
         self._ways["offset"](self.offset, free * self._scale, rate)
-        self.offset.clamp_(-0.5, 0.5)
+        self.offset.clamp_(-self.reach, self.reach)
         if clip_rate and fmt.scale_type not in ("e8m0", "e4m3"):  # too coarse for small steps
             self._step_shares(slope, free, clip_rate)
 

@@ -29,7 +29,7 @@ from qfx.format import Format
 from qfx.kv.live import with_caches
 from qfx.kv.planning import check_model
 from qfx.kv.plans import Cached
-from qfx.modules import PREPARED, without_fast_paths
+from qfx.modules import PREPARED, prepared_parts, without_fast_paths
 from qfx.numerics import QParams, dequantize, effective_scale, split, spread
 from qfx.packing import Packed
 from qfx.passes.rotate_down import rotations
@@ -177,6 +177,24 @@ def _started(weight: Tensor, packed: Packed) -> Tensor:
     room = _CELL * scale.abs()
     found = split(weight.to(torch.float32), fmt).clamp(middle - room, middle + room)
     return (found.flatten(-2)[..., : weight.shape[-1]] if fmt.group else found.reshape(weight.shape)).to(weight.dtype)
+
+
+def training_of(model: object) -> Training:
+    """What a model was prepared by. Raises ValueError for one that is not prepared, and for parts of one that is."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(explain("a model is needed", expected="a torch.nn.Module", found=type(model).__name__))
+    found = model.__dict__.get(KEPT)
+    if isinstance(found, Training):
+        return found
+    inner = next((name for name, m in model.named_modules() if KEPT in m.__dict__), None)
+    if inner is not None:
+        what = f"the prepared model lies inside {type(model).__name__}, under {inner!r}"
+        raise ValueError(explain(what, next_step=f"qfx.convert(model.{inner})"))
+    parts = prepared_parts(model)
+    what = f"{type(model).__name__} is not prepared for training"
+    if parts:
+        what = f"{type(model).__name__} is a part of a prepared model"
+    raise ValueError(explain(what, next_step="qfx.prepare_qat(model, recipe), train, and convert that model"))
 
 
 def _check_options(scales: object, train: object, freeze_after: object) -> None:

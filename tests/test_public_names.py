@@ -11,10 +11,10 @@ import qfx
 
 CALLABLES = (
     "add_adapters", "advise", "analyze", "convert", "distillation_loss", "export_awq", "export_bnb",
-    "export_compressed_tensors", "export_gguf", "export_gptq", "import_checkpoint", "import_gguf", "load",
-    "load_adapters", "merge_adapters", "plan", "prepare_qat", "presets", "quantize", "report", "save",
+    "export_compressed_tensors", "export_gguf", "export_gptq", "hidden_state_loss", "import_checkpoint", "import_gguf",
+    "load", "load_adapters", "merge_adapters", "plan", "prepare_qat", "presets", "quantize", "report", "save",
 )  # fmt: skip
-TYPES = ("Format", "Plan", "QfxWarning", "Recipe", "Report", "Sensitivity", "UnsupportedError")
+TYPES = ("Format", "Plan", "QATSchedule", "QfxWarning", "Recipe", "Report", "Sensitivity", "UnsupportedError")
 
 
 def _python(code: str) -> str:
