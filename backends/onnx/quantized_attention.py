@@ -57,8 +57,7 @@ def quantized_attention(
     p_format: str,
 ) -> Value:  # fmt: skip
     """Attention [B, H, S, Dv] between operands rounded to their formats."""
-    if any(x.dims[1] != q.dims[1] and not isinstance(d, int) for x in (k, v) for d in (x.dims[1], q.dims[1])):
-        raise NotImplementedError("attention of grouped heads whose number is not fixed")
+    attention.need_fixed_heads(q, k, v)
     q, k, v = (b.cast(x, _F32) for x in (q, k, v))
     asked = [attention_heads.read(text) for text in (q_format, k_format, v_format, p_format)]
     numbers = (q_scale, q_zero, k_scale, k_zero, v_scale, v_zero)
