@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from qfx import annotation, graph
+from qfx import annotation, attention_heads, graph
 from qfx.annotation import Formats, each
 from qfx.attention_ops import reason_against
 from qfx.errors import Note, source_line
@@ -82,6 +82,8 @@ def _refusal(node: fx.Node, kind: str, formats: dict[str, Formats]) -> tuple[str
         reason = attention_reason(role, fmt) if kind == "attention" else _bad_formats(fmt, role, kind)
         if reason:
             return f"{role}={annotation.show(fmt)} was asked, but {reason}", f"give role {role!r} another format"
+    if kind == "attention" and (reason := attention_heads.reason_against(formats)):
+        return reason, "give each operand a format that goes with the others"
     if kind == "attention" or ("w" not in formats and "x" not in formats):
         return None
     weight = graph.weight_of(node)
@@ -98,9 +100,9 @@ def _refusal(node: fx.Node, kind: str, formats: dict[str, Formats]) -> tuple[str
 
 def attention_reason(role: str, fmt: Formats) -> str | None:
     """Why no attention takes this format of an operand, or None."""
-    if not isinstance(fmt, Format):
-        return "attention takes one format for each of q, k, v and p"
-    return reason_against(role, fmt)
+    if not isinstance(fmt, Format | tuple):
+        return "attention has no columns"
+    return next((reason for one in each(fmt) if (reason := reason_against(role, one))), None)
 
 
 def _bad_formats(fmt: Formats, role: str, kind: str) -> str | None:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qfx import annotation, attention_ops, graph
-from qfx.annotation import Formats
-from qfx.attention_ops import ROLES, needs_scale
+from qfx import annotation, attention_heads, attention_ops, graph
+from qfx.annotation import Formats, each, show
+from qfx.attention_heads import ROLES
+from qfx.attention_ops import needs_scale
 from qfx.format import Format
 from qfx.passes import _match as m
 from qfx.passes._build import SPELLED_OUT, call, take_place
@@ -40,16 +41,21 @@ def way_of(node: fx.Node) -> str:
 
 
 def reason_against(node: fx.Node, role: str, fmt: Formats) -> str | None:
-    """Why an attention node cannot have this format of an operand, or None."""
+    """Why attention cannot have these formats of an operand, or None. ValueError: those of other heads."""
     given = _operands(node)
     shapes = [m.shape(given[name]) for name in "qkv"]
-    if role not in ROLES or not isinstance(fmt, Format):
-        return "attention takes one format for each of q, k, v and p"
+    if role not in ROLES or not isinstance(fmt, Format | tuple):
+        return "attention takes formats for q, k, v and p, one for all heads or one for each"
     if any(len(shape) != 4 for shape in shapes):
         return f"attention runs in float where its operands have not 4 dimensions, found {len(shapes[0])}"
     if given["dropout"] or (given["scale"] is None and not isinstance(m.known(shapes[0][-1]), int)):
         return "attention with dropout, or with a head size that is not a number, runs in float"
-    return attention_ops.reason_against(role, fmt)
+    if isinstance(fmt, tuple):
+        heads, own = (m.known(shape[1]) for shape in shapes[:2])
+        if not isinstance(heads, int) or not isinstance(own, int):
+            return "formats by heads need a number of heads that is fixed"
+        attention_heads.check({role: fmt}, heads, own, graph.fqn_of(node))
+    return next((reason for one in each(fmt) if (reason := attention_ops.reason_against(role, one))), None)
 
 
 def quantize_attention(gm: fx.GraphModule, node: fx.Node, tensors: Mapping[str, Tensor]) -> None:
@@ -58,16 +64,14 @@ def quantize_attention(gm: fx.GraphModule, node: fx.Node, tensors: Mapping[str, 
     tensors: calibrated values by "<FQN>/k_scale", "<FQN>/k_zero", ... Raises UnsupportedError where one is missing.
     """
     given, formats = _operands(node), annotation.get(node)
-    assert all(isinstance(fmt, Format) for fmt in formats.values()), annotation.text(node)
     steps: list[Any] = []
     for role in "qkv":
-        fmt = formats.get(role)
-        steps += numbers(tensors, graph.fqn_of(node), role, fmt if isinstance(fmt, Format) else None, node)
+        steps += numbers(tensors, graph.fqn_of(node), role, formats.get(role), node)
     scale = given["scale"]
     if scale is None:
         width = m.shape(given["q"])[-1]
         scale = 1.0 / math.sqrt(width) if width else 1.0
-    texts = [str(formats.get(role, "")) for role in ROLES]
+    texts = [show(formats[role]) if role in formats else "" for role in ROLES]
     rest = (float(scale), bool(given["causal"]), float(given["softcap"] or 0.0))
     args = (given["q"], given["k"], given["v"], given["mask"], given["sinks"], *steps, *rest, *texts)
     with gm.graph.inserting_before(node):
@@ -77,13 +81,13 @@ def quantize_attention(gm: fx.GraphModule, node: fx.Node, tensors: Mapping[str, 
 
 
 def numbers(
-    tensors: Mapping[str, Tensor], fqn: str, role: str, fmt: Format | None, node: fx.Node | None = None
+    tensors: Mapping[str, Tensor], fqn: str, role: str, formats: Formats | None, node: fx.Node | None = None
 ) -> tuple[list[float], list[int]]:
     """Scales and zero points of an operand as numbers; empty where its format needs none from data."""
-    if fmt is None or not needs_scale(role, fmt):
+    if formats is None or not needs_scale(role, formats):
         return [], []
-    what, instead = "a static format of attention", f", or use '{fmt.type}/tok'"
-    scale, zero = calibrated(tensors, fqn, role, fmt, node, what=what, instead=instead)
+    what, instead = "a static format of attention", f", or use '{each(formats)[0].type}/tok'"
+    scale, zero = calibrated(tensors, fqn, role, formats, node, what=what, instead=instead)
     points = [] if zero is None else zero.reshape(-1).tolist()
     return [float(s) for s in scale.to(torch.float32).reshape(-1).tolist()], [int(z) for z in points]
 

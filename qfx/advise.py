@@ -29,6 +29,7 @@ from qfx.data import Call
 from qfx.errors import UnsupportedError, explain
 from qfx.format import Format
 from qfx.hub import is_causal_lm
+from qfx.kv.judge import over_cache
 from qfx.kv.planning import plan_caches
 from qfx.kv.plans import grown_formats
 from qfx.matrix import bytes_of
@@ -220,9 +221,9 @@ class _Walk:
         asks += [f"a loss of at most {w.max_loss:g} %"] if w.max_loss else []
         self.say(f"{on.name} ({on.source}); {', '.join(asks)}", "given")
         self.say(f"the weights have {_mega(self.half)} in 16 bits", "counted")
-        fits = "fits" if base.fits else "does not fit"
         what = f"in {on.dtype} the model needs {_mega(base.memory)}, {_mega(base.cache)} of it cache"
-        self.say(f"{what}: it {fits} the {_mega(on.memory)} of the device", "predicted")
+        what = f"{what}: it {'fits' if base.fits else 'does not fit'} the {_mega(on.memory)} of the device"
+        self.say(what, "predicted")
         if base.decode is not None:
             self.say(f"a token takes {_time(base.decode.seconds)}, bound by {base.decode.bound}", "predicted")
         self.say(f"a prompt takes {_time(base.prefill.seconds)}, bound by {base.prefill.bound}", "predicted")
@@ -266,19 +267,29 @@ class _Walk:
             if first.misses and not plans:
                 return first, asked
             self.told(f"quantize by {name}")
-            given = self.calibration if recipe.needs_data or plans else self._example()
+            example = [args or kwargs for args, kwargs in self.calls[:1]] or None
+            given = self.calibration if recipe.needs_data or plans else example
             made_plan = plan(self.model, recipe, given, progress=False)
             made = quantize(copy.deepcopy(self.model), made_plan)
         except (ValueError, UnsupportedError) as error:
             self.say(f"{name} cannot be had: {str(error).splitlines()[0]}", "measured")
             return None, {}
         asked = formats_of_plan(made_plan, self.costs)
-        if kv is not None:
-            self.say(f"{name}: its cache is counted in memory and time; the loss of that was not measured", "predicted")
-        return self._judged(self._candidate(name, asked, bytes_of(made), kv), made), asked
+        candidate = self._candidate(name, asked, bytes_of(made), kv)
+        if kv is None:
+            return self._judged(candidate, made), asked
+        over, why = self._over_cache(made, made_plan)
+        text = "its loss is that of its weights and its cache, read back in steps"
+        text = text if over else f"its cache is counted in memory and time; its loss is not measured{why}"
+        self.say(f"{name}: {text}", "measured" if over else "predicted")
+        return self._judged(candidate, over or made), asked
 
-    def _example(self) -> list[Any] | None:
-        return None if not self.calls else [self.calls[0][0] or self.calls[0][1]]
+    def _over_cache(self, model: nn.Module, kv: Any) -> tuple[compare.Model | None, str]:
+        """The model with that cache; None and the reason where the calls show nothing of it."""
+        try:
+            return (over_cache(model, kv, self.calls), "") if self.by_perplexity else (None, "")
+        except ValueError as error:
+            return None, f": {error}".splitlines()[0]
 
     def _rules(self, recipe: Recipe) -> Asked:
         """Formats by the recipe's rules alone: what it asks for before anything is planned."""
@@ -310,7 +321,7 @@ class _Walk:
             told.memory, misses=tuple(misses),
         )  # fmt: skip
 
-    def _judged(self, candidate: Candidate, made: nn.Module) -> Candidate:
+    def _judged(self, candidate: Candidate, made: compare.Model) -> Candidate:
         if not self.calls:
             return candidate
         self.told(f"loss of {candidate.recipe}")
@@ -338,9 +349,8 @@ class _Walk:
         if proposals:
             best = proposals[0].candidate.recipe
             contexts = (max(1, self.wanted.context),)
-            for line in sentences(
-                crossover(self.costs, formats[best], self.device, batches=_BATCHES, contexts=contexts)
-            ):
+            crossings = crossover(self.costs, formats[best], self.device, batches=_BATCHES, contexts=contexts)
+            for line in sentences(crossings):
                 self.say(f"{best}: {line.removesuffix(' (predicted)')}", "predicted")
         self._cache(formats[proposals[0].candidate.recipe] if proposals else {})
 
@@ -348,8 +358,7 @@ class _Walk:
         """A word about a smaller cache, where it is a good part of what a token reads."""
         if not self.costs.caches:
             return
-        given = {"batch": self.wanted.batch, "context": self.wanted.context}
-        rest = Format(self.device.dtype)
+        given, rest = {"batch": self.wanted.batch, "context": self.wanted.context}, Format(self.device.dtype)
         whole = self.costs.total(asked, rest, rest=rest).at(**given)
         share = whole.cache_moved / whole.traffic
         if share < _CACHE_SHARE:
@@ -357,8 +366,14 @@ class _Walk:
         now, then = (Roofline(self.costs, asked, self.device, f).phase(**given).seconds for f in (None, Format("i8")))
         gain = f", a token would be {now / then:.2f}x faster" if now / then >= GAIN else ""
         less = whole.cache - self.costs.total(asked, Format("i8"), rest=rest).at(**given).cache
-        text = f"the cache is {share:.0%} of what a token reads: in 8 bits (+kv8) {_mega(less)} less{gain}"
-        self.say(f"{text}; the loss of that was not measured", "predicted")
+        self.say(
+            f"the cache is {share:.0%} of what a token reads: in 8 bits (+kv8) {_mega(less)} less{gain}", "predicted"
+        )
+        over, why = self._over_cache(self.model, "i8")
+        near = None if over is None else compare.accuracy(self.model, over, self.calls, next_token=True).kld
+        text = f"what a cache in 8 bits loses is not measured{why}"
+        text = text if near is None else f"the cache in 8 bits alone costs {near:.2g} nats"
+        self.say(text, "given" if near is None else "measured")
 
 
 def _proposals(good: Sequence[Candidate]) -> list[Proposal]:

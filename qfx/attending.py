@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qfx import attention_ops
-from qfx.attention_ops import ROLES
+from qfx.annotation import Formats, each, show
+from qfx.attention_heads import ROLES, read
 from qfx.errors import Note, UnsupportedError, explain, warn
-from qfx.format import Format
 from qfx.modules import without_fast_paths
 from qfx.passes.quantize_attention import BY_HAND, SDPA, numbers
 from qfx.passes.rotate_qk import Site
@@ -51,13 +51,13 @@ def find(model: nn.Module, plan: Plan) -> tuple[dict[str, Spec], list[Note]]:
         owner = fqn.rpartition(".")[0]
         reason = _reason_against(fqn, plan)
         if reason:
-            asked = " ".join(f"{role}={fmt}" for role, fmt in formats.items())
+            asked = " ".join(f"{role}={show(fmt)}" for role, fmt in formats.items())
             notes.append(Note(fqn, f"{asked} was asked, but {reason}: stays in float", STEP))
             continue
         steps = {role: numbers(plan.tensors, fqn, role, fmt) for role, fmt in formats.items()}
         found[owner] = {
             "name": fqn,
-            "formats": {role: str(fmt) for role, fmt in formats.items()},
+            "formats": {role: show(fmt) for role, fmt in formats.items()},
             "scales": {role: scales for role, (scales, _) in steps.items() if scales},
             "zeros": {role: zeros for role, (_, zeros) in steps.items() if zeros},
             "rotation": turned.get(fqn),
@@ -67,11 +67,11 @@ def find(model: nn.Module, plan: Plan) -> tuple[dict[str, Spec], list[Note]]:
     return found, notes
 
 
-def planned(plan: Plan) -> dict[str, dict[str, Format]]:
-    """Name of each attention that the plan gives formats to -> role -> format."""
+def planned(plan: Plan) -> dict[str, dict[str, Formats]]:
+    """Name of each attention that the plan gives formats to -> role -> format, or formats of its heads."""
     found = {}
     for fqn in plan.annotations:
-        formats = {r: fmt for r, fmt in plan.formats(fqn).items() if r in ROLES and isinstance(fmt, Format)}
+        formats = {r: fmt for r, fmt in plan.formats(fqn).items() if r in ROLES}
         if formats:
             found[fqn] = formats
     return found
@@ -101,7 +101,8 @@ def check(model: nn.Module, specs: Mapping[str, Any]) -> None:
             found = f"no module {owner!r} in {type(model).__name__}"
             raise ValueError(explain(what, found=found, next_step="plan again for this model"))
         for role, text in spec["formats"].items():
-            reason = attention_ops.reason_against(role, Format.parse(text))
+            reasons = (attention_ops.reason_against(role, fmt) for fmt in each(read(text) or ()))
+            reason = next((reason for reason in reasons if reason), None)
             if role not in ROLES or reason:
                 raise ValueError(f"attention {spec['name']!r} cannot have {role}={text}: {reason or 'no such role'}")
 

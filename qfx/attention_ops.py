@@ -3,8 +3,9 @@
     qfx::quantized_attention(q, k, v, mask?, sinks?, q_scale, q_zero, k_scale, k_zero, v_scale, v_zero,
                              scale, causal, softcap, q_format, k_format, v_format, p_format) -> Tensor
 
-p are the weights, the softmax of the scores. A format "" leaves its operand in float. Scales of static formats are
-numbers, one for the tensor or one for each head of the operand; [] where the scale is found at run time.
+p are the weights, the softmax of the scores. A format "" leaves its operand in float; "[i8,f16]" are those of its heads
+(`qfx.attention_heads`). Scales of static formats are numbers, one for the tensor or one for each head of the operand;
+[] where the scale is found at run time.
 
 Keys that are rounded are centred first: the mean over their tokens is taken off each channel, which moves all scores of
 a row by the same q.mean and so leaves the softmax as it was (SageAttention, Zhang et al. 2024, section 4.2). Where the
@@ -23,12 +24,14 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
+from qfx import attention_heads
+from qfx.annotation import Formats, each, show
+from qfx.attention_heads import ROLES, Given, Static
 from qfx.errors import explain
 from qfx.float_ops import gradient_by_replay, masked, softmax
 from qfx.format import Format
 from qfx.numerics import QParams, dequantize, quantize, range_qparams, run_time_qparams
 
-ROLES = ("q", "k", "v", "p")
 _SCHEMA = (
     "quantized_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float[] q_scale, int[] q_zero, "
     "float[] k_scale, int[] k_zero, float[] v_scale, int[] v_zero, float scale, bool causal, float softcap, "
@@ -54,9 +57,9 @@ def reason_against(role: str, fmt: Format) -> str | None:
     return None
 
 
-def needs_scale(role: str, fmt: Format) -> bool:
-    """Whether the scale of an operand is found from data beforehand."""
-    return role != "p" and not fmt.is_plain and not fmt.dynamic
+def needs_scale(role: str, formats: Formats) -> bool:
+    """Whether the scale of an operand, or of one of its heads, is found from data beforehand."""
+    return role != "p" and any(not fmt.is_plain and not fmt.dynamic for fmt in each(formats))
 
 
 def is_centred(fmt: Format | None) -> bool:
@@ -77,14 +80,6 @@ class Operand(NamedTuple):
     values: Tensor
     step: Tensor | None = None
     reach: int = 0
-
-
-class _Static(NamedTuple):
-    """What stands in the call for one operand."""
-
-    format: Format | None
-    scale: Sequence[float] = ()
-    zero: Sequence[int] = ()
 
 
 Round = Callable[[Tensor, Format, QParams], Operand]
@@ -140,14 +135,33 @@ def _attend(
     how: Round, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, given: Sequence[Any],
     scale: float, causal: bool, softcap: float, formats: Sequence[str],
 ) -> Tensor:  # fmt: skip
-    qs, ks, vs, ps = _checked(q, k, v, given, formats)
+    asked = _checked(q, k, v, given, formats)
+    rest = (scale, causal, softcap)
+    if alone := attention_heads.whole(asked, given):
+        return _share(how, q, k, v, mask, sinks, alone, *rest)
+    parts, order = [], list[int]()
+    for share in attention_heads.shares(asked, q.shape[1], k.shape[1]):
+        heads, own = share.of("q"), share.of("k")
+        some = mask if mask is None or mask.dim() < 3 or mask.shape[-3] == 1 else mask[..., heads, :, :]
+        few = None if sinks is None else sinks[heads]
+        parts.append(_share(how, q[:, heads], k[:, own], v[:, own], some, few, share.static(asked, given), *rest))
+        order += heads
+    return torch.cat(parts, 1)[:, sorted(range(len(order)), key=order.__getitem__)]
+
+
+def _share(
+    how: Round, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, given: Sequence[Static],
+    scale: float, causal: bool, softcap: float,
+) -> Tensor:  # fmt: skip
+    """Heads whose formats are the same."""
+    qs, ks, vs, ps = given
 
     def weights(p: Tensor) -> Operand:
         return Operand(p) if ps.format is None else how(p, ps.format, of_weights(p, ps.format))
 
     of_q, of_k, of_v = (functools.partial(_operand, how, given=one) for one in (qs, ks, vs))
-    each = Rounders(of_q, of_k, of_v, weights)
-    return attend(each, q, k, v, mask, sinks, scale, causal, softcap, centred=is_centred(ks.format))
+    rounders = Rounders(of_q, of_k, of_v, weights)
+    return attend(rounders, q, k, v, mask, sinks, scale, causal, softcap, centred=is_centred(ks.format))
 
 
 def attend(
@@ -221,13 +235,13 @@ def _spread(step: Tensor, q: Tensor) -> Tensor:
     return step.repeat_interleave(q.shape[1] // step.shape[-3], -3)
 
 
-def _operand(how: Round, x: Tensor, given: _Static) -> Operand:
+def _operand(how: Round, x: Tensor, given: Static) -> Operand:
     if given.format is None:
         return Operand(x.to(torch.float32))
     return how(x, given.format, _params(x, given, given.format))
 
 
-def _params(x: Tensor, given: _Static, fmt: Format) -> QParams:
+def _params(x: Tensor, given: Static, fmt: Format) -> QParams:
     if fmt.is_plain:
         return QParams(x.new_ones((), dtype=torch.float32), None)
     if fmt.dynamic:
@@ -241,7 +255,7 @@ def _params(x: Tensor, given: _Static, fmt: Format) -> QParams:
 def of_weights(p: Tensor, fmt: Format) -> QParams:
     """Scales of weights p: of the range from 0 to 1, or of each row at run time."""
     if fmt.is_plain or fmt.dynamic:
-        return _params(p, _Static(fmt), fmt)
+        return _params(p, Static(fmt), fmt)
     return range_qparams(p.new_zeros(()), p.new_ones(()), fmt)
 
 
@@ -265,8 +279,8 @@ def _through(x: Tensor, fmt: Format, params: QParams) -> Operand:
     return Operand(wide + difference)
 
 
-def _checked(q: Tensor, k: Tensor, v: Tensor, given: Sequence[Any], formats: Sequence[str]) -> list[_Static]:
-    """Formats and scales of q, k, v and p. Raises ValueError for what does not fit."""
+def _checked(q: Tensor, k: Tensor, v: Tensor, given: Sequence[Any], formats: Sequence[str]) -> list[Given]:
+    """Formats of q, k, v and p. Raises ValueError for what does not fit."""
     if any(x.dim() != 4 or not x.is_floating_point() for x in (q, k, v)) or q.shape[1] % max(1, k.shape[1]):
         raise ValueError(
             explain(
@@ -275,29 +289,31 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, given: Sequence[Any], formats: Seq
                 found=", ".join(f"{x.dtype} {list(x.shape)}" for x in (q, k, v)),
             )
         )
-    found = []
-    for i, (role, text) in enumerate(zip(ROLES, formats, strict=True)):
-        fmt = Format.parse(text) if text else None
-        if fmt is not None and (reason := reason_against(role, fmt)):
-            raise ValueError(explain(f"qfx::quantized_attention: {role}={fmt}: {reason}", next_step="give another"))
-        scale, zero = (given[2 * i], given[2 * i + 1]) if role != "p" else ((), ())
-        if fmt is not None and needs_scale(role, fmt):
-            _check_scale(role, fmt, scale, zero, (q, k, v)[i].shape[1])
-        found.append(_Static(fmt, scale, zero))
-    return found
+    asked = {role: attention_heads.read(text) for role, text in zip(ROLES, formats, strict=True)}
+    attention_heads.check(asked, q.shape[1], k.shape[1], "qfx::quantized_attention")
+    for i, (role, formats_) in enumerate(asked.items()):
+        for fmt in () if formats_ is None else each(formats_):
+            if reason := reason_against(role, fmt):
+                raise ValueError(explain(f"qfx::quantized_attention: {role}={fmt}: {reason}", next_step="give another"))
+        if formats_ is not None and needs_scale(role, formats_):
+            _check_scale(role, formats_, given[2 * i], given[2 * i + 1], (q, k, v)[i].shape[1])
+    if reason := attention_heads.reason_against(asked):
+        raise ValueError(f"qfx::quantized_attention: {reason}")
+    return list(asked.values())
 
 
-def _check_scale(role: str, fmt: Format, scale: Sequence[float], zero: Sequence[int], heads: Any) -> None:
-    count = heads if fmt.granularity == "head" else 1
-    if len(scale) == count and (not fmt.has_zero or len(zero) == count):
+def _check_scale(role: str, formats: Formats, scale: Sequence[float], zero: Sequence[int], heads: Any) -> None:
+    by_head = isinstance(formats, tuple) or any(fmt.granularity == "head" for fmt in each(formats))
+    count, has_zero = heads if by_head else 1, any(fmt.has_zero for fmt in each(formats))
+    if len(scale) == count and (not has_zero or len(zero) == count):
         return
-    points = f", {len(zero)} zero point(s)" if fmt.has_zero else ""
+    points = f", {len(zero)} zero point(s)" if has_zero else ""
     raise ValueError(
         explain(
-            f"qfx::quantized_attention: the static format {role}={fmt} has not the scales that it needs",
-            expected=f"{count} scale(s){' and zero points' if fmt.has_zero else ''}",
+            f"qfx::quantized_attention: the static format {role}={show(formats)} has not the scales that it needs",
+            expected=f"{count} scale(s){' and zero points' if has_zero else ''}",
             found=f"{len(scale)}{points}",
-            next_step=f"calibrate it, or use '{fmt.type}/tok' to find scales at run time",
+            next_step=f"calibrate it, or use '{each(formats)[0].type}/tok' to find scales at run time",
         )
     )
 

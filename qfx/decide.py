@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 
-from qfx import annotation, graph, run
+from qfx import annotation, attention_heads, graph, run
 from qfx.allocation.allocate import Given, allocate
 from qfx.allocation.caches import allocate_caches
 from qfx.allocation.simple import lift
@@ -18,7 +19,6 @@ from qfx.clipping import clip_inputs
 from qfx.correct import apply_to, correct
 from qfx.data import Call, roomiest, telling
 from qfx.errors import Note, UnsupportedError, explain
-from qfx.format import Format
 from qfx.inputs import example_inputs, need_inputs, without_cache
 from qfx.kv.planning import plan_caches
 from qfx.measure import decibel
@@ -224,16 +224,21 @@ def _scales(gm: fx.GraphModule, made: Plan, flat: Sequence[Sequence[Any]], *, pr
     recipe = made.recipe
 
     def make(node: fx.Node, role: str) -> Observer | None:
-        fmt = annotation.get(node)[role]
-        if role not in ("x", "q", "k", "v") or not isinstance(fmt, Format) or not is_static(fmt):
+        formats = annotation.get(node)[role]
+        static = [fmt for fmt in annotation.each(formats) if is_static(fmt)]
+        if role not in ("x", "q", "k", "v") or not static:
             return None
         name = graph.fqn_of(node)
+        fmt = replace(static[0], granularity="head") if isinstance(formats, tuple) else static[0]
         return create(recipe.observer, fmt, name=name, percentile=recipe.percentile, centred=role == "k")
 
     observers, notes = observed(gm, flat, make, progress=progress)
     for (fqn, role), observer in observers.items():
-        fmt = Format.parse(str(made.annotations[fqn][role]))
-        found = observer.qparams(fmt)
+        formats = annotation.from_json(made.annotations[fqn][role])
+        if isinstance(formats, tuple):
+            found = attention_heads.qparams(role, formats, observer.range)
+        else:
+            found = observer.qparams(annotation.each(formats)[0])
         made.tensors[f"{fqn}/{role}_scale"] = found.scale
         if found.zero is not None:
             made.tensors[f"{fqn}/{role}_zero"] = found.zero

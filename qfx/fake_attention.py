@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from qfx import attending
 from qfx.attending import Spec
-from qfx.attention_ops import ROLES, Operand, Rounders, attend, is_centred, needs_scale, of_weights
+from qfx.attention_heads import ROLES
+from qfx.attention_ops import Operand, Rounders, attend, is_centred, needs_scale, of_weights
 from qfx.backends.qat.fake_quant import fake_quantize
 from qfx.backends.qat.quantizers import InputQuantizer, RunTimeInput, Scales
 from qfx.errors import Note, UnsupportedError, explain
@@ -129,9 +130,14 @@ class FakeAttention(nn.Module):
 def find(model: nn.Module, plan: Plan) -> tuple[dict[str, tuple[Spec, Cached | None]], list[Note]]:
     """Name of each module -> the formats of its attention and of its cache, and notes about what stays in float.
 
-    Raises what `attending.find` does.
+    Raises what `attending.find` does, and UnsupportedError for formats by heads.
     """
     specs, notes = attending.find(model, plan)
+    for spec in specs.values():
+        if by_heads := [f"{role}={text}" for role, text in spec["formats"].items() if text.startswith("[")]:
+            what = f"attention {spec['name']!r} cannot be trained with formats by heads"
+            step = "give it one format for each of q, k, v and p; its heads can be quantized after training"
+            raise UnsupportedError(explain(what, found=" ".join(by_heads), next_step=step))
     found: dict[str, tuple[Spec, Cached | None]] = {owner: (spec, None) for owner, spec in specs.items()}
     by_hand = {fqn.rpartition(".")[0] for fqn, layout in plan.layouts.items() if layout == BY_HAND}
     for cached in read(plan.caches):

@@ -37,7 +37,7 @@ import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from qfx import combine
-from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats
+from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats, each
 from qfx.errors import nearest
 from qfx.format import Format
 from qfx.kv.asked import cache_texts, is_cache, names_of
@@ -98,19 +98,20 @@ class Rule(Strict):
 
     Roles: x input activation, w weight, y output, q k v p of attention (p: the softmax's result), k v of a cache. Each
     is a format text, "none" (leave it in its own precision) or None (say nothing about it). A linear's w may be a list
-    of formats, for equal parts of its rows, or along="columns" of its columns; a cache's k and v may be lists, for KV
-    heads. residual, sinks: of a cache, the newest and the first tokens that stay as they are. Raises ValueError for bad
-    formats and targets, and for roles, lists and fields that the op kind does not have.
+    of formats, for equal parts of its rows, or along="columns" of its columns; q, k, v and p may be lists, for heads
+    (of keys and values; q and p: of queries, too). residual, sinks: of a cache, the newest and the first tokens that
+    stay as they are. Raises ValueError for bad formats and targets, and for roles, lists and fields that the op kind
+    does not have.
     """
 
     target: Target
     x: FormatText = None
     w: WeightText = None
     y: FormatText = None
-    q: FormatText = None
+    q: WeightText = None
     k: WeightText = None
     v: WeightText = None
-    p: FormatText = None
+    p: WeightText = None
     along: Literal["rows", "columns"] = "rows"
     residual: Tokens | None = None
     sinks: Tokens | None = None
@@ -139,9 +140,6 @@ class Rule(Strict):
                 raise ValueError(f"{self.target!r} has no role {role!r}, only {', '.join(ROLES[kind])}")
         for name in self.tokens if kind != CACHE else ():
             raise ValueError(f"{name} is a number of tokens of 'cache', which {self.target!r} does not have")
-        for role in "kv" if kind != CACHE else "":
-            if isinstance(texts.get(role), tuple):
-                raise ValueError(f"only a cache takes a list of formats for {role}, not {self.target!r}")
         if isinstance(self.w, tuple):
             if self.target in ROLES and self.target != "linear":
                 raise ValueError(f"only the weight of a linear takes a list of formats, not that of {self.target!r}")
@@ -160,13 +158,13 @@ class Rule(Strict):
         return {name: count for name in ("residual", "sinks") if (count := getattr(self, name)) is not None}
 
     def formats(self, role: str) -> Formats:
-        """The format of a role that the rule names and does not leave alone; w, and k and v of a cache may have
+        """The format of a role that the rule names and does not leave alone; all but x and y may have
         several."""
         text = self.texts[role]
         if isinstance(text, str):
             return Format.parse(text)
-        each = tuple(Format.parse(one) for one in text)
-        return Columns(each) if self.along == "columns" else each
+        found = tuple(Format.parse(one) for one in text)
+        return Columns(found) if self.along == "columns" and role == "w" else found
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary of what the rule says; `Rule(**...)` reads it back."""
@@ -327,7 +325,7 @@ class Recipe(Strict):
         chosen = chosen or self.weighting != "uniform" or self.outliers is not None or self.clip_inputs
         chosen = chosen or self.cache_bits is not None
         given = [rule.formats(role) for (_, role), rule in last.items() if rule.texts[role] != NONE]
-        return chosen or any(is_static(fmt) for fmt in given if isinstance(fmt, Format))
+        return chosen or any(is_static(fmt) for formats in given for fmt in each(formats))
 
     def override(self, **fields: Any) -> Recipe:
         """The recipe with other values in some fields, checked as in the constructor. Raises ValueError."""

@@ -26,6 +26,8 @@ def sdpa(
     packed = None if b.standard else packed_attention(b, mask, is_causal, scale)
     if packed is not None:
         return packed
+    if enable_gqa:
+        need_fixed_heads(q, k, v)
     scores = scores_of(b, q, k, scale)
     bias, keep = mask_bias(b, scores, mask, is_causal)
     if bias is not None:
@@ -39,6 +41,7 @@ def attention(
     softcap: float,
 ) -> Value:  # fmt: skip
     """qfx::attention: SDPA with a soft cap on the scores and sinks (one extra logit per head that takes weight)."""
+    need_fixed_heads(q, k, v)
     scores = scores_of(b, q, k, float(scale))
     if softcap:
         cap = b.scalar(softcap, scores.dtype)
@@ -50,6 +53,12 @@ def attention(
         return weighted(b, softmax_with_sinks(b, scores, sinks), scores, v)
     y = weighted(b, b.op("Softmax", scores, axis=-1), scores, v)
     return y if keep is None else b.op("Mul", y, keep)
+
+
+def need_fixed_heads(q: Value, k: Value, v: Value) -> None:
+    """Raises NotImplementedError for query heads that share heads of k and v, and how many is not known."""
+    if any(x.dims[-3] != q.dims[-3] and not isinstance(d, int) for x in (k, v) for d in (x.dims[-3], q.dims[-3])):
+        raise NotImplementedError("attention of grouped heads whose number is not fixed")
 
 
 def softmax_with_sinks(b: Builder, scores: Value, sinks: Value) -> Value:

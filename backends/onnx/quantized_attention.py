@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from onnx import TensorProto
 
-from qfx import processor
+from qfx import attention_heads, processor
+from qfx.attention_heads import Static
 from qfx.attention_ops import is_centred
 from qfx.backends.onnx import attention
 from qfx.backends.onnx.build import MICROSOFT, Builder
@@ -29,7 +29,7 @@ from qfx.format import Format
 from qfx.numerics import TINY
 
 _CENTRE = 128
-_FLOAT8 = {"f8e4m3": TensorProto.FLOAT8E4M3FN, "f8e5m2": TensorProto.FLOAT8E5M2}
+_FLOAT8 = {"f8e4m3": (4, -6), "f8e5m2": (3, -14)}  # significant bits, exponent of the least normal number
 _F32 = torch.float32
 
 
@@ -57,15 +57,49 @@ def quantized_attention(
     p_format: str,
 ) -> Value:  # fmt: skip
     """Attention [B, H, S, Dv] between operands rounded to their formats."""
-    if any(x.dims[1] != q.dims[1] and not isinstance(d, int) for x in (k, v) for d in (x.dims[1], q.dims[1])):
-        raise NotImplementedError("attention of grouped heads whose number is not fixed")
+    attention.need_fixed_heads(q, k, v)
     q, k, v = (b.cast(x, _F32) for x in (q, k, v))
-    qf, kf, vf, pf = (Format.parse(text) if text else None for text in (q_format, k_format, v_format, p_format))
+    asked = [attention_heads.read(text) for text in (q_format, k_format, v_format, p_format)]
+    numbers = (q_scale, q_zero, k_scale, k_zero, v_scale, v_zero)
+    rest = (scale, causal, softcap)
+    if alone := attention_heads.whole(asked, numbers):
+        return _share(b, q, k, v, mask, sinks, alone, *rest)
+    heads, own = q.dims[1], k.dims[1]
+    if not isinstance(heads, int) or not isinstance(own, int):
+        raise NotImplementedError("attention with formats by heads whose number is not fixed")
+    parts, order = [], list[int]()
+    for share in attention_heads.shares(asked, heads, own):
+        some, of_keys = share.of("q"), share.of("k")
+        operands = (_some(b, q, some, 1), _some(b, k, of_keys, 1), _some(b, v, of_keys, 1))
+        by_head = mask is not None and mask.rank > 2 and mask.dims[-3] != 1
+        bias = _some(b, mask, some, mask.rank - 3) if mask is not None and by_head else mask
+        few = None if sinks is None else _some(b, sinks, some, 0)
+        parts.append(_share(b, *operands, bias, few, share.static(asked, numbers), *rest))
+        order += some
+    joined = Value(b.op("Concat", *parts, axis=1).name, _F32, (*q.dims[:3], v.dims[3]))
+    return _some(b, joined, sorted(range(heads), key=order.__getitem__), 1)
+
+
+def _some(b: Builder, x: Value, places: list[int], axis: int) -> Value:
+    """Some entries of an axis, in this order."""
+    if places == list(range(len(places))) and x.dims[axis] == len(places):
+        return x
+    found = b.op("Gather", x, b.ints(places), axis=axis)
+    return Value(found.name, x.dtype, (*x.dims[:axis], len(places), *x.dims[axis + 1 :]))
+
+
+def _share(
+    b: Builder, q: Value, k: Value, v: Value, mask: Value | None, sinks: Value | None, given: Sequence[Static],
+    scale: float, causal: bool, softcap: float,
+) -> Value:  # fmt: skip
+    """Heads whose formats are the same."""
+    qs, ks, vs, _ = given
+    qf, kf, vf, pf = (one.format for one in given)
     mean = None
     if is_centred(kf):
         mean = Value(b.op("ReduceMean", k, b.ints([2]), keepdims=1).name, _F32, (*k.dims[:2], 1, k.dims[3]))
         k = Value(b.op("Sub", k, mean).name, _F32, k.dims)
-    one, other = _rounding(b, q, qf, q_scale, q_zero), _rounding(b, k, kf, k_scale, k_zero)
+    one, other = _rounding(b, q, qs), _rounding(b, k, ks)
     if _is_symmetric(qf) and _is_symmetric(kf):
         assert one is not None and other is not None
         scores = _integer_scores(b, q, k, one, other, scale)
@@ -84,7 +118,7 @@ def quantized_attention(
     else:
         weights = b.op("Softmax", scores, axis=-1)
     weights = attention.shaped_like(scores, weights)
-    last = _rounding(b, v, vf, v_scale, v_zero)
+    last = _rounding(b, v, vs)
     y = _integer_values(b, weights, v, pf, last) if _is_whole(pf, vf) else None
     if y is None:
         y = attention.weighted(b, _rounded_weights(b, weights, pf), weights, _rounded(b, v, last, vf))
@@ -115,8 +149,9 @@ def _say_floats(b: Builder, formats: dict[str, Format | None]) -> None:
 # ---- rounding --------------------------------------------------------------------------------------------------------
 
 
-def _rounding(b: Builder, x: Value, fmt: Format | None, scale: Sequence[float], zero: Sequence[int]) -> Rounding | None:
+def _rounding(b: Builder, x: Value, given: Static) -> Rounding | None:
     """The step of an operand, from its values or as given. None for floats."""
+    fmt, scale, zero = given
     if fmt is None or fmt.is_plain:
         return None
     if not fmt.dynamic:
@@ -160,8 +195,7 @@ def _rounded(b: Builder, x: Value, how: Rounding | None, fmt: Format | None) -> 
         return Value(b.cast(b.cast(x, fmt.code_dtype), _F32).name, _F32, x.dims)
     fmt = how.format
     if fmt.is_float:
-        codes = b.ops("Cast", _steps(b, x, how), dtypes=[torch.uint8], to=_FLOAT8[fmt.type])[0]
-        values = b.ops("Cast", codes, dtypes=[_F32], to=TensorProto.FLOAT)[0]
+        values = _float8(b, _steps(b, x, how), fmt)
     elif how.offset is None:
         values = b.op("Round", _steps(b, x, how))
     else:
@@ -169,6 +203,19 @@ def _rounded(b: Builder, x: Value, how: Rounding | None, fmt: Format | None) -> 
         shifted = b.op("Clip", shifted, b.scalar(0.0, _F32), b.scalar(float(fmt.qmax), _F32))
         values = b.op("Sub", shifted, how.offset)
     return Value(b.op("Mul", values, how.step).name, _F32, x.dims)
+
+
+def _float8(b: Builder, x: Value, fmt: Format) -> Value:
+    """Values within the range of an 8-bit float, rounded to it, half to even, exactly.
+
+    c - (c - x) with c = x + 2^(24 - bits) max(|x|, 1.5 * least normal): the sum keeps as many bits of x as the type has
+    (Dekker 1971, here with subnormals). Casts to the type and back are scalar code in ONNX Runtime, and far slower.
+    """
+    bits, least = _FLOAT8[fmt.type]
+    size = b.op("Max", b.op("Abs", x), b.scalar(1.5 * 2.0**least, _F32))
+    shift = b.op("Mul", size, b.scalar(2.0 ** (24 - bits), _F32))
+    whole = b.op("Add", x, shift)
+    return b.op("Sub", whole, b.op("Sub", whole, x))
 
 
 def _codes(b: Builder, x: Value, how: Rounding, dtype: torch.dtype) -> tuple[Value, Value]:

@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor, fx
 
 from qfx import graph
+from qfx.annotation import each
+from qfx.attention_heads import read
 from qfx.backends.onnx import lowering as onnx_lowering
 from qfx.backends.onnx.export import write
 from qfx.backends.onnx.lowering import as_tensor
 from qfx.backends.openvino.session import Session, SessionError
 from qfx.errors import Note, UnsupportedError, explain, source_line
-from qfx.format import Format
 from qfx.graph import let_go
 
 _X_FORMAT = 8  # among the arguments of qfx::linear
@@ -126,8 +127,14 @@ def _integers(node: fx.Node) -> str:
     if name != "qfx::quantized_attention":
         return ""
     texts = {role: str(text) for role, text in zip("qkvp", node.args[-4:], strict=True)}
-    pairs = [(a, b) for a, b in ("qk", "pv") if all(t and Format.parse(t).is_integer for t in (texts[a], texts[b]))]
+    pairs = [(a, b) for a, b in ("qk", "pv") if all(_of_integers(texts[role]) for role in (a, b))]
     return " ".join(f"{role}={texts[role]}" for pair in pairs for role in pair)
+
+
+def _of_integers(text: str) -> bool:
+    """Whether the format, or that of each head, is one of integers."""
+    formats = read(text)
+    return formats is not None and all(fmt.is_integer for fmt in each(formats))
 
 
 def _is_product(kernel: str) -> bool:

@@ -36,6 +36,8 @@ class QuantizedCache(Cache):  # type: ignore[misc]
     implementations get floats of the whole history, and a QfxWarning says so (see `qfx.kv.states`). Layers with a
     window keep what it can see, without sinks.
 
+    offloading: layers rest in the CPU's memory and come back to the GPU ahead of their turn, as transformers does it.
+
     max_length: memory for so many tokens that never moves, for compiled decoding (see `qfx.kv.static`); every token is
     stored in its format at once, without residual and sinks.
 
@@ -51,6 +53,9 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         max_length: int | None = None,
         offloading: bool = False,
     ) -> None:
+        if offloading and max_length is not None:
+            what = f"a cache of fixed length (max_length={max_length}) cannot be offloaded: its memory never moves"
+            raise ValueError(explain(what, next_step="leave one of max_length and offloading out"))
         decoder = config.get_text_config(decoder=True)
         kinds, options = get_layer_types_and_kwargs(decoder)
         wanted = cache_formats(formats, len(kinds))
@@ -75,6 +80,15 @@ class QuantizedCache(Cache):  # type: ignore[misc]
                     expected=f"layers 0 to {len(self.layers) - 1}",
                     found=layer_idx,
                     next_step="make the cache with the config of the model that uses it",
+                )
+            )
+        if self.offloading and key_states.device.type != "cuda":
+            raise ValueError(
+                explain(
+                    "offloading moves keys and values from a GPU to the CPU's memory",
+                    expected="a model on a CUDA device",
+                    found=f"keys on {key_states.device}",
+                    next_step="leave offloading out",
                 )
             )
         found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)

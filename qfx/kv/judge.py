@@ -10,7 +10,7 @@ what a cache stores is read back from it by all later steps:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qfx import measure
+from qfx.data import Call
 from qfx.errors import explain
 
 FLOAT = "float"
+_STEPS, _STEP = 32, 16  # of what `over_cache` reads: steps, and the most tokens of one
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,39 @@ def judge_each(
                 last[name] = logits[:, -1:]
     plain = sums[FLOAT]
     return {name: sums[f"={name}"].result(plain, cache) for name, cache in caches.items()}
+
+
+def over_cache(model: Any, kv: Any, calls: Sequence[Call]) -> Callable[..., Any]:
+    """A causal language model whose calls read their tokens over an empty `QuantizedCache` of formats `kv`.
+
+    Called with input_ids [B, T] (alone or by name) and perhaps an attention_mask [B, T], it gives an object with the
+    logits [B, T, V] of all tokens, read in steps of a 32nd of them, at most 16: what a step stores is read back by the
+    later ones. calls: what it will be called with. Raises ValueError where there is none, or none with so many tokens
+    that some are read back in these formats.
+    """
+    from transformers.modeling_outputs import CausalLMOutput
+
+    from qfx.kv.cache import QuantizedCache  # which imports much
+
+    texts = [kwargs["input_ids"] if "input_ids" in kwargs else args[0] for args, kwargs in calls]
+    longest = max((ids.shape[1] for ids in texts), default=0)
+    formats = QuantizedCache(model.config, kv).formats
+    if not any(fmt.stored(longest - _step_of(longest)) for fmt in formats):
+        what = f"no text is so long that tokens are read back from the cache ({longest} tokens, {formats[0]})"
+        raise ValueError(explain(what, next_step="give longer batches"))
+
+    def call(input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:
+        count, cache = input_ids.shape[1], QuantizedCache(model.config, kv)
+        step = _step_of(count)
+        mask = None if attention_mask is None else attention_mask.bool()
+        parts = [slice(start, start + step) for start in range(0, count, step)]
+        return CausalLMOutput(logits=torch.cat([_logits(model, input_ids, mask, part, cache) for part in parts], 1))
+
+    return call
+
+
+def _step_of(tokens: int) -> int:
+    return max(1, min(_STEP, tokens // _STEPS))
 
 
 class _Sum:

@@ -21,9 +21,9 @@ def plan_caches(model: nn.Module, recipe: Recipe, calls: Sequence[Any] = ()) -> 
 
     Raises ValueError for lists of formats that are not of the model's heads, or of heads that change places.
     """
+    _check_order(recipe)
     if not recipe.cache_rules:
         return {}, []
-    _check_order(recipe)
     layers, missing = cache_layers(model, calls)
     if missing is not None:
         return {}, [missing]
@@ -62,10 +62,11 @@ def _check_order(recipe: Recipe) -> None:
     planned = recipe.allocation is not None and recipe.allocation.units == "heads"
     if not planned and "permute-heads" not in recipe.rewrites:
         return
-    for rule in recipe.cache_rules:
-        if any(isinstance(text, tuple) for text in rule.texts.values()):
+    for rule in recipe.rules:
+        if any(isinstance(text, tuple) for role, text in rule.texts.items() if role in "qkvp"):
             what = f"the rule for {rule.target!r} lists formats by heads, and the recipe gives heads another order"
             step = "leave out 'permute-heads', plan units='layers', or take cache_bits, which sees the final order"
+            step = step if is_cache(rule.target) else step.rpartition(",")[0].replace(", ", " or ")
             raise ValueError(explain(what, next_step=step))
 
 

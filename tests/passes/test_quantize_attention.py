@@ -159,9 +159,9 @@ def test_attention_of_another_kind_is_told(name: str) -> None:
     assert counts(gm) == {NAME: 1} and not any(annotation.get(n) for n in gm.graph.nodes)
 
 
-def test_several_formats_of_an_operand_are_refused() -> None:
+def test_columns_of_an_operand_are_refused() -> None:
     gm = capture(Function(sdpa), *QKV)
     (node,) = [n for n in gm.graph.nodes if is_attention(n)]
-    annotation.set(node, "k", [Format.parse("i8"), Format.parse("i4")])
+    node.meta["custom"] = {"qfx": {"k": {"columns": ["i8", "i4"]}}}
     (note,) = refuse(gm)
-    assert "k=[i8,i4] was asked, but attention takes one format for each" in note.reason
+    assert "k=columns[i8,i4] was asked, but attention takes formats for q, k, v and p" in note.reason

@@ -18,6 +18,7 @@ from qfx.advise import Advice, Candidate, _proposals
 from qfx.allocation.devices import Device
 from qfx.cli.app import app
 from qfx.format import Format
+from qfx.kv.judge import judge
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.filterwarnings("ignore::qfx.errors.QfxWarning")  # groups are wider than these small models
@@ -55,7 +56,7 @@ def test_candidates(advice: Advice) -> None:
 
 @pytest.mark.slow
 def test_a_quantized_cache_counts_in_memory_and_time() -> None:
-    """Its loss is not measured, which is said."""
+    """Without data its loss is not measured, which is said; nor with texts so short that nothing is stored."""
     recipes = ["w8a8", "w8a8+kv8"]
     made = qfx.advise(ZOO["llama"]()[0], device=CPU, batch=64, context=4096, recipes=recipes)
     plain, cached = made.candidates
@@ -63,6 +64,26 @@ def test_a_quantized_cache_counts_in_memory_and_time() -> None:
     assert cached.nbytes == plain.nbytes
     assert any("w8a8+kv8: its cache is counted" in claim.text for claim in made.claims)
     assert not any("w8a8: its cache" in claim.text for claim in made.claims)
+    short = qfx.advise(ZOO["llama"]()[0], _data(2), device=CPU, recipes=["kv8"])
+    said = [str(claim) for claim in short.claims if claim.text.startswith("kv8: its cache is counted")]
+    assert len(said) == 1 and "[predicted]" in said[0] and "no text is so long" in said[0] and "16 tokens" in said[0]
+    assert short.candidates[0].loss == 0
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_cache_is_measured() -> None:
+    """Recipes that differ in nothing but their caches: the coarser one loses more, and it is what a judge says."""
+    model, ids = ZOO["llama"]()[0], torch.randint(3, 128, (2, 96), generator=torch.Generator().manual_seed(1))
+    coarse = {"name": "coarse", "rules": [{"target": "cache", "k": "u2/g8/f16", "v": "u2/g8/f16", "residual": 0}]}
+    found = qfx.advise(model, [{"input_ids": ids}] * 2, device=CPU, context=100_000, recipes=["kv8", coarse])  # type: ignore[list-item]
+    fine, rough = found.candidates
+    assert 0 < (fine.kld or 0) < (rough.kld or 0) / 20
+    with torch.no_grad():
+        judged = judge(model, ids, qfx.QuantizedCache(model.config, "i8"), step=3)  # a 32nd of 96 tokens
+    assert fine.kld == pytest.approx(judged.kld, rel=1e-3)
+    said = [str(claim) for claim in found.claims]
+    assert "[measured] kv8: its loss is that of its weights and its cache, read back in steps" in said
+    assert [text for text in said if text.startswith("[measured] the cache in 8 bits alone costs")]
 
 
 @pytest.mark.slow
@@ -91,7 +112,8 @@ def test_a_cache_that_is_much_of_the_traffic_is_told() -> None:
     model = ZOO["llama"]()[0]
     far = qfx.advise(model, device=CPU, recipes=["w8a8"], context=100_000)
     told = [claim for claim in far.claims if claim.text.startswith("the cache is")]
-    assert len(told) == 1 and told[0].basis == "predicted" and "was not measured" in told[0].text
+    assert len(told) == 1 and told[0].basis == "predicted"
+    assert "[given] what a cache in 8 bits loses is not measured: no text" in " ".join(map(str, far.claims))
     assert "a token would be" in told[0].text and "x faster" in told[0].text
     near = qfx.advise(model, device=CPU, recipes=["w8a8"], context=1)
     assert not [claim for claim in near.claims if claim.text.startswith("the cache is")]

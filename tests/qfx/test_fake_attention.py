@@ -210,3 +210,9 @@ def test_formats_that_attention_cannot_have_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="calibrated scale"):
         qfx.prepare_qat(model, plan)
     assert prepared_parts(model) == [] and type(model.layers[0]) is Attention
+
+
+def test_formats_by_heads_are_refused() -> None:
+    rule = {"target": "attention", "k": ["i8/tok", "f16", "i8/tok", "i8/tok"]}
+    with pytest.raises(UnsupportedError, match=r"(?s)cannot be trained with formats by heads.*k=\[i8/tok,f16"):
+        qfx.prepare_qat(Net().eval(), recipe(rule), data=[X])

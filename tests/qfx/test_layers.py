@@ -26,7 +26,7 @@ LAYERS = (
     (
         "qfx.kv.formats qfx.kv.codes qfx.kv.attend qfx.kv.store qfx.kv.states qfx.kv.layers qfx.kv.static qfx.kv.cache"
         " qfx.kv.plans qfx.kv.asked qfx.kv.as_stored"
-        " qfx.cache_ops qfx.attention_ops qfx.parts qfx.rounded qfx.recipe_source"
+        " qfx.cache_ops qfx.attention_heads qfx.attention_ops qfx.parts qfx.rounded qfx.recipe_source"
         " qfx.graph qfx.names qfx.trace qfx.capture qfx.run qfx.verify qfx.plan qfx.recipe qfx.presets"
     ),
     "qfx.observers qfx.moments qfx.inputs qfx.data qfx.hub qfx.streamed qfx.lanes qfx.blocks qfx.offsets",

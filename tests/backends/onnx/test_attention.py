@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import qfx.float_ops  # registers qfx::rope and qfx::attention
-from tests.backends.onnx.checks import Case, check, floats
+from qfx.backends.onnx import lower
+from qfx.errors import UnsupportedError
+from tests.backends.onnx.checks import Case, check, floats, same, traced
 
 assert qfx.float_ops.rope is not None
 sdpa = F.scaled_dot_product_attention
@@ -108,6 +110,28 @@ OWN: list[Case] = [
 @pytest.mark.parametrize(("function", "make"), [c[1:] for c in OWN], ids=[c[0] for c in OWN])
 def test_own_attention_matches_the_reference(function: Any, make: Any, dynamic: bool) -> None:
     check(function, make, dynamic=dynamic)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["attention", "sdpa"])
+def test_grouped_heads_with_sizes_that_vary(own: bool) -> None:
+    """Batch and both lengths may vary; of heads whose number varies, too, our own attention is told to run in torch."""
+
+    def make(batch: int, new: int, old: int, times: int = 1) -> list[Tensor]:
+        sizes = ((batch, 4 * times, new, 8), (batch, 2 * times, old, 8), (batch, 2 * times, old, 6))
+        return [floats(*size, seed=i) for i, size in enumerate(sizes)]
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, softcap=2.0) if own else sdpa(q, k, v, enable_gqa=True)
+
+    lowered = lower(traced(function, make(2, 5, 7), make(3, 6, 9)), strict=True)
+    for sizes in ((2, 5, 7), (1, 1, 33), (4, 8, 8)):
+        same(lowered(*make(*sizes))[0], function(*make(*sizes)))
+    heads = traced(function, make(2, 5, 7), make(2, 5, 7, times=2))
+    if own:
+        with pytest.raises(UnsupportedError, match="grouped heads whose number is not fixed"):
+            lower(heads, strict=True)
+    given = make(2, 5, 7, times=3)
+    same(lower(heads)(*given)[0], function(*given))
 
 
 def test_a_mask_is_prepared_once_for_all_layers() -> None:

@@ -17,6 +17,7 @@ from qfx import processor
 from qfx.backends.onnx import lower
 from qfx.backends.onnx.lowering import build
 from qfx.errors import UnsupportedError
+from qfx.format import Format
 from tests.backends.onnx.checks import floats, sqnr, traced
 from tests.qfx.test_attention_ops import ALIBI, HOW, INTEGERS, attend, qkv
 
@@ -34,6 +35,7 @@ TABLE = [
     "q=f8e4m3/tok k=f8e4m3 v=f8e4m3/head/dyn p=f8e4m3",
     "q=f8e5m2/dyn k=f8e5m2/tok v=f8e5m2/tok p=f8e4m3/tok",
     "q=f16 k=bf16 v=f32 p=bf16",
+    "q=[i8/tok,f16,i8/tok,i8/tok] k=[i8/tok,f8e4m3/tok] v=[i8/head/dyn,f32] p=[u8,u8/tok]",
     "p=u8",
 ]
 STEPS = {
@@ -77,6 +79,24 @@ def test_every_mask_gives_the_reference(how: str, own: int) -> None:
     function, given = call(INTEGERS, **HOW[how]), qkv(own=own)
     lowered = lower(traced(function, given), strict=True)
     near(lowered(*given)[0], function(*given))
+
+
+@pytest.mark.parametrize("fmt", ["f8e4m3", "f8e5m2"])
+def test_eight_bit_floats_are_rounded_as_torch_rounds_them(fmt: str) -> None:
+    """Every code, every tie, their neighbours and subnormals; products with 1 show what is left of v."""
+    dtype = Format(fmt).code_dtype
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    codes = codes[codes.isfinite()].sort()[0]
+    near = torch.cat((codes, (codes[1:] + codes[:-1]) / 2))
+    up, down = near, near
+    for _ in range(4):
+        up, down = (torch.nextafter(x, torch.tensor(end)) for x, end in ((up, torch.inf), (down, -torch.inf)))
+        near = torch.cat((near, up, down))
+    top = codes.abs().max().item()
+    v = torch.cat((near, torch.randn(999) * 2.0 ** torch.arange(-20, 13).float().repeat(31)[:999])).clamp(-top, top)
+    given = [torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4), v.reshape(1, 1, 1, -1)]
+    found = lower(traced(lambda q, k, v: attend(q, k, v, formats=f"v={fmt}", steps={"v": ([1.0], [])}), given))(*given)
+    assert torch.equal(found[0].flatten(), v.to(dtype).float())
 
 
 def test_rows_that_see_nothing_are_zero() -> None:

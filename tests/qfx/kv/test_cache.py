@@ -218,6 +218,41 @@ def test_heads_have_formats_of_their_own() -> None:
         qfx.QuantizedCache(model.config, ["i8"] * 3)
 
 
+@pytest.mark.parametrize("kv", KINDS, ids=str)
+def test_layers_move_and_come_back(kv: Any) -> None:
+    """What `offloading` does with each layer; what was handed out before stays readable."""
+    model, tokens = small(), ids(60)
+    cache, other = qfx.QuantizedCache(model.config, kv), qfx.QuantizedCache(model.config, kv)
+    for one in (cache, other):
+        logits(model, tokens, one, (50,))
+    zeros = [torch.zeros(2, 2, 1, 16) for _ in "kv"]
+    handed, *_ = (layer.update(*zeros)[0] for one in (cache, other) for layer in one.layers)
+    before = torch.ones(2, 2, 1, 16) @ handed.transpose(2, 3)
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    assert torch.equal(torch.ones(2, 2, 1, 16) @ handed.transpose(2, 3), before)
+    assert torch.equal(logits(model, ids(3), cache), logits(model, ids(3), other))
+
+
+def test_offloading_needs_a_gpu() -> None:
+    model = small()
+    with pytest.raises(ValueError, match=r"(?s)offloading moves.*a CUDA device.*keys on cpu.*leave offloading"):
+        logits(model, ids(9), qfx.QuantizedCache(model.config, "i8", offloading=True))
+    with pytest.raises(ValueError, match=r"(?s)max_length=30\) cannot be offloaded"):
+        qfx.QuantizedCache(model.config, "i8", max_length=30, offloading=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading is from a GPU")
+def test_offloaded_layers_give_what_others_give() -> None:
+    model = small().cuda()
+    found = [
+        model.generate(ids(40).cuda(), past_key_values=cache, max_new_tokens=24, do_sample=False)
+        for cache in (qfx.QuantizedCache(model.config, "i8", offloading=off) for off in (False, True))
+    ]
+    assert torch.equal(*found)
+
+
 def test_other_attention_gets_floats_and_a_warning() -> None:
     model = small(attn_implementation="sdpa")
     cache = qfx.QuantizedCache(model.config, "i8")
