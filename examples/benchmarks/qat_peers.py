@@ -1,13 +1,12 @@
 """Quantization-aware training by qfx and by torchao: held-out perplexity of the tiny language model after equal steps.
 
-    python examples/benchmarks/qat_peers.py --steps 100 --rate 1e-4 --rate 3e-4 --rate 1e-3 --json numbers.json
-    python examples/benchmarks/qat_peers.py --method torchao --distill 0 --seed 0 --seed 1
+    python examples/benchmarks/qat_peers.py --rate 1e-4 --rate 3e-4 --rate 1e-3 --text validation    # to choose rates
+    python examples/benchmarks/qat_peers.py --method torchao --rate 3e-4 --seed 0 --seed 1 --json numbers.json
 
 All train one format, torchao's int8-dynamic-activation int4-weight: the weights of all linears in 4 bits in groups of
 32, their inputs in 8 bits per token with zero points. Model, batches, optimizer, schedule, loss (`--distill`: the share
 of the float model's logits in it) and rates are the same; they come from `examples/qat_lm.py`. A row is judged after
-the conversion, on the held-out text; "recovered" is the share of what the same library's rounding alone costs. The best
-rate of each method is chosen on that text, for all alike.
+the conversion; "recovered" is the share of what the same library's rounding alone costs.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import torch
 import typer
@@ -33,7 +32,8 @@ if __name__ == "__main__":  # import the sibling files as `python -m examples.be
 import qfx
 from examples.benchmarks.peers import table
 from examples.benchmarks.peers.training import INT8_INT4
-from examples.qat_lm import ASSETS, Data, Row, Settings, shown, train, with_recovered
+from examples.qat_lm import ASSETS, Data, Settings, Text, train
+from examples.qat_rows import FLOAT, PTQ, Row, by_method, mean_and_spread, shown, with_recovered
 from qfx.backends.qat import Scales
 from qfx.files import write_text
 
@@ -77,7 +77,7 @@ def rounded(method: str, model: Any) -> Any:
 def run(data: Data, method: str, settings: Settings, say: Callable[[str], None]) -> Row:
     """Train by one method, convert and judge."""
     model = prepared(method, data.model())
-    row, started = Row(method, f"QAT, rate {settings.rate:g}", math.nan, seed=settings.seed), time.perf_counter()
+    row, started = Row(method, f"rate {settings.rate:g}", math.nan, seed=settings.seed), time.perf_counter()
 
     def check(step: int) -> None:
         row.curve.append((step, data.judge(model)))
@@ -85,21 +85,18 @@ def run(data: Data, method: str, settings: Settings, say: Callable[[str], None])
 
     train(model, data, settings, check, data.model() if settings.distill else None)
     row.seconds = time.perf_counter() - started
-    row.perplexity = data.judge(converted(method, model))
+    row.score = data.judge(converted(method, model))
     return row
 
 
 def best(rows: Sequence[Row]) -> list[str]:
-    """A line for each method: the rate that is best in the mean over seeds, that mean, and its extremes."""
+    """A line for each method: the rate that is best in the mean over seeds, and that mean."""
+    ways = [(recipe, method, [row.score for row in own]) for (recipe, method), own in by_method(rows).items()]
     lines = []
-    for method in dict.fromkeys(row.recipe for row in rows if row.method.startswith("QAT")):
-        by_rate: dict[str, list[float]] = {}
-        for row in rows:
-            if row.recipe == method and row.method.startswith("QAT"):
-                by_rate.setdefault(row.method.removeprefix("QAT, "), []).append(row.perplexity)
-        rate, found = min(by_rate.items(), key=lambda item: sum(item[1]) / len(item[1]))
-        mean, low, high = sum(found) / len(found), min(found), max(found)
-        lines.append(f"{method}: {mean:.3f} ({low:.3f} to {high:.3f}, {len(found)} seeds) at its best, {rate}")
+    for name in dict.fromkeys(row.recipe for row in rows if row.method not in ("", PTQ)):
+        own = [(sum(scores) / len(scores), method, scores) for recipe, method, scores in ways if recipe == name]
+        _, method, scores = min(way for way in own if way[1] != PTQ)
+        lines.append(f"{name}: {mean_and_spread(scores, '.3f')} at its best, {method}")
     return lines
 
 
@@ -110,6 +107,7 @@ def main(
     seed: Annotated[list[int] | None, typer.Option(help="Orders of the text; left out: 0.")] = None,
     distill: Annotated[float, typer.Option(min=0, max=1, help="The share of the teacher's loss.")] = 1.0,
     batch: Annotated[int, typer.Option(min=1, help="Windows of 1,024 tokens a step.")] = 2,
+    text: Annotated[str, typer.Option(help="eval or validation: what judges.")] = "eval",
     tokens: Annotated[int | None, typer.Option(min=2, help="Held-out tokens; left out: all.")] = None,
     checks: Annotated[int, typer.Option(min=1, help="Points of the curve.")] = 1,
     threads: Annotated[int, typer.Option(min=1)] = 2,
@@ -118,20 +116,22 @@ def main(
     """Train by each method, and print a table."""
     if unknown := [one for one in method or () if one not in METHODS]:
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(METHODS)}", param_hint="--method")
+    if text not in get_args(Text):
+        raise typer.BadParameter(f"{text!r} is none of {', '.join(get_args(Text))}", param_hint="--text")
     warnings.filterwarnings("ignore", message="(lm_head|model.embed_tokens). ")  # their table is tied
     console = table.console()
     disable_progress_bar()
     torch.set_num_threads(threads)
-    data = Data(ASSETS / "tiny_lm", tokens)
-    reference = data.judge(data.model())
-    rows = [Row("fp32", "", reference)]
+    data = Data(ASSETS / "tiny_lm", tokens, cast(Text, text))
+    rows = [Row(FLOAT, "", data.judge(data.model()))]
+    first = Settings(steps, batch=batch, distill=distill, checks=checks, autocast=False)
     for name in method or METHODS:
-        rows.append(Row(name, "PTQ", data.judge(rounded(name, data.model()))))
+        rows.append(Row(name, PTQ, data.judge(rounded(name, data.model()))))
         for number, one in product(seed or [0], rate or [1e-4, 3e-4, 1e-3]):
-            settings = Settings(steps, one, number, batch, distill, checks)
+            settings = replace(first, rate=one, seed=number)
             rows.append(run(data, name, settings, lambda text: console.print(text, highlight=False)))
-    with_recovered(rows, reference)
-    console.print(shown(rows, f"{steps} steps of {batch * 1024:,} tokens, distilled {distill:g}"))
+    with_recovered(rows)
+    console.print(shown(rows, "perplexity", f"{steps} steps of {batch * 1024:,} tokens, distilled {distill:g}"))
     for line in best(rows):
         console.print(line, highlight=False)
     if json_file is not None:

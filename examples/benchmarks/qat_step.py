@@ -6,10 +6,10 @@
     python examples/benchmarks/qat_step.py --quick
 
 A step is loss, gradients and AdamW. Each row is a model in a process of its own; then all take one step in turn, round
-after round. A row shows the median of its steps by the clock and in processor time (of all threads; it holds also where other
-processes keep the machine busy), the peak of memory (all that stays, and what a step needs beside it), and all over
-the float model's of the same mode: under torch.compile (one graph, Inductor), or eager. Tokens are random: their loss
-says that the rows do the same, and nothing of their accuracy.
+after round. A row shows the median of its steps by the clock and in processor time (of all threads; that holds where
+other processes keep the machine busy, too), the peak of memory (all that stays, and what a step needs beside it), and
+all over the float model's of the same mode: under torch.compile (one graph, Inductor), or eager. Tokens are random:
+their loss says that the rows do the same, and nothing of their accuracy.
 """
 
 from __future__ import annotations
