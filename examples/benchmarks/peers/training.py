@@ -73,9 +73,9 @@ def built(job: TrainJob, model: nn.Module, *, compiled: bool, version: str) -> B
     facts["peak_bytes"] = stays(model, optimizer) + grown(step)
 
     def timed() -> dict[str, float]:
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         step()
-        return {"step": time.perf_counter() - started}
+        return {"step": time.perf_counter() - started, "processor": time.process_time() - busy}
 
     return Built(timed, None, stays(model), version, facts, warm=lambda: None)
 

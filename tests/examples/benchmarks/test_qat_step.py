@@ -19,7 +19,8 @@ from examples.benchmarks.peers.training import stays
 
 def result(name: str, seconds: float, peak: int) -> Result:
     facts = {"loss": 1.0, "first_step_s": 2.0, "peak_bytes": peak}
-    return Result(name, {"step": seconds}, {"step": seconds / 2}, facts=facts)
+    seconds_by_part = {"step": seconds, "processor": 4 * seconds}
+    return Result(name, seconds_by_part, {"step": seconds / 2}, facts=facts)
 
 
 def test_rows_are_relative_to_the_float_model_of_their_mode() -> None:
@@ -31,6 +32,7 @@ def test_rows_are_relative_to_the_float_model_of_their_mode() -> None:
     ]
     rows = qat_step.rows(results)
     assert [row.get("ratio") for row in rows] == [1.0, 1.5, None, None]
+    assert [row.get("processor_ratio") for row in rows] == [1.0, 1.5, None, None] and rows[0]["processor_ms"] == 8000
     assert [row.get("memory_ratio") for row in rows] == [1.0, 1.1, None, None]
     assert rows[1]["step_ms"] == 3000 and rows[1]["best_ms"] == 1500 and rows[3]["failed"] == "it is not here"
 
