@@ -85,7 +85,8 @@ def _by_heads(model: Any) -> Any:
 ENTRIES = (
     Entry(FLOAT, _dynamic),
     *(Entry(f"qfx {kv}", _own(kv)) for kv in ("i8", "fp8", "i4", "i3", "i2")),
-    Entry("qfx i8 r32", _own({"k": "i8", "v": "i8", "residual": 32})),
+    Entry("qfx i4/g64", _own({"k": "u4/g64/f16", "v": "u4/g64/f16"})),
+    Entry("qfx i2/g64", _own({"k": "u2/g64/f16", "v": "u2/g64/f16"})),
     Entry("qfx i8/g32", _own({"k": "i8/g32/f16", "v": "i8"})),
     Entry("qfx k4v2", _own({"k": "i4", "v": "i2"})),
     Entry("qfx k2v4", _own({"k": "i2", "v": "i4"})),

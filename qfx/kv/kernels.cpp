@@ -1,52 +1,19 @@
 // Attention over the codes of a cache, in one pass over its memory, and what takes new tokens.
 //
-// qfx/kv/native.py builds and calls it; qfx/kv/attend.py and qfx/kv/codes.py are what it must equal, and tell the
-// layout of the memory. Tokens are decoded into a tile of floats that stays in the first cache, whatever their format.
-// No option of the compiler may change how floats are rounded elsewhere in the process (no -ffast-math).
+// qfx/kv/native.py builds and calls it; qfx/kv/attend.py is what it must equal. Tokens are decoded into a tile of floats
+// that stays in the first cache; scales and zero points are folded into queries and scores, or into weights. No option
+// of the compiler may change how floats are rounded elsewhere in the process (no -ffast-math).
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
+
+#include "codes.h"
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-namespace {
-
-constexpr int64_t kTile = 4096;  // floats of a tile, where a unit of tokens is no larger
-enum Kind { kSigned, kUnsigned, kTable };
-enum ScaleType { kF32, kF16, kBF16, kE8M0 };
-
-float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-}  // namespace
-
 extern "C" {
-
-// Keys or values of some heads; see `Codes` in qfx/kv/codes.py.
-struct Codes {
-  const uint8_t* data;
-  const uint8_t* scale;
-  const uint8_t* zero;  // null: nothing is taken off, but the middle of signed codes below 8 bits
-  const float* table;   // what codes of floating types stand for
-  int64_t data_batch, data_head;    // bytes from one sequence and from one head to the next
-  int64_t scale_batch, scale_head;  // elements of scale and zero
-  int64_t width, scales;            // channels; scales of a group (0: none)
-  int64_t group, channels;          // tokens, and channels, that share a scale
-  int32_t bits, kind, scale_type, zero_bytes;
-};
 
 // Tokens in f32, [B, G, count, width] with consecutive channels.
 struct Floats {
@@ -75,117 +42,25 @@ struct Layer {
 
 namespace {
 
-float half(uint16_t h) {
-  const uint32_t sign = (h & 0x8000u) << 16;
-  return bits_to_float(sign | float_to_bits(bits_to_float((h & 0x7fffu) << 13) * 0x1p112f));
-}
+using Lanes = float __attribute__((vector_size(64), aligned(4), may_alias));
 
-uint16_t to_half(float value) {  // of 2^-24 to 65504, to the nearest, ties to even
-  const uint32_t bits = float_to_bits(value);
-  if (value < 0x1p-14f) return static_cast<uint16_t>((value * 0x1p24f + 12582912.0f) - 12582912.0f);
-  return static_cast<uint16_t>((bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1)) >> 13);
-}
+#define QFX_HALVES(a, b, d)                                                                                    \
+  (__builtin_shufflevector(a, b, d(0, 0), d(0, 1), d(0, 2), d(0, 3), d(0, 4), d(0, 5), d(0, 6), d(0, 7),        \
+                           d(0, 8), d(0, 9), d(0, 10), d(0, 11), d(0, 12), d(0, 13), d(0, 14), d(0, 15)) +      \
+   __builtin_shufflevector(a, b, d(1, 0), d(1, 1), d(1, 2), d(1, 3), d(1, 4), d(1, 5), d(1, 6), d(1, 7),        \
+                           d(1, 8), d(1, 9), d(1, 10), d(1, 11), d(1, 12), d(1, 13), d(1, 14), d(1, 15)))
+// The i-th of 16 lanes out of the lower (0) or upper (1) halves of runs of 2 * size lanes of two vectors.
+#define QFX_RUN8(upper, i) ((i) / 8 * 16 + (i) % 8 + 8 * (upper))
+#define QFX_RUN4(upper, i) ((i) / 4 * 8 + (i) % 4 + 4 * (upper))
+#define QFX_RUN2(upper, i) ((i) / 2 * 4 + (i) % 2 + 2 * (upper))
+#define QFX_RUN1(upper, i) ((i) * 2 + (upper))
 
-float scale_at(const Codes& c, int64_t i) {
-  if (c.scale_type == kF32) return reinterpret_cast<const float*>(c.scale)[i];
-  if (c.scale_type == kE8M0) return bits_to_float(c.scale[i] ? static_cast<uint32_t>(c.scale[i]) << 23 : 0x400000u);
-  const uint16_t raw = reinterpret_cast<const uint16_t*>(c.scale)[i];
-  return c.scale_type == kF16 ? half(raw) : bits_to_float(static_cast<uint32_t>(raw) << 16);
-}
-
-float zero_at(const Codes& c, int64_t i) {
-  if (!c.zero) return c.kind == kSigned && c.bits < 8 ? static_cast<float>(1 << (c.bits - 1)) : 0.0f;
-  return c.zero_bytes == 1 ? reinterpret_cast<const int8_t*>(c.zero)[i] : reinterpret_cast<const int16_t*>(c.zero)[i];
-}
-
-int64_t planes_of(const Codes& c) { return c.bits == 8 ? 1 : c.bits == 4 ? 2 : c.bits == 2 ? 4 : 8; }
-
-int64_t unit_of(const Codes& c) {  // both are powers of two, or one divides the other's multiple that we take
-  int64_t unit = c.group;
-  while (unit % planes_of(c)) unit += c.group;
-  return unit;
-}
-
-bool one_scale(const Codes& c) { return c.scales == 1 && c.group == 1; }
-
-template <int kBits>
-void unpack(const uint8_t* data, int64_t units, int64_t width, const float* table, float* out) {
-  constexpr int kPlanes = kBits == 4 ? 2 : kBits == 2 ? 4 : 8, kRows = kPlanes * kBits / 8;
-  for (int64_t u = 0; u < units; ++u, data += kRows * width) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kPlanes; ++i, out += width) {
-      const int shift = i * kBits % 8;
-      const uint8_t* low = data + i * kBits / 8 * width;
-      const uint8_t* high = shift + kBits > 8 ? low + width : low;
-      const int left = shift + kBits > 8 ? 8 - shift : 0;
-      if (table) {
-        for (int64_t ch = 0; ch < width; ++ch)
-          out[ch] = table[((low[ch] >> shift) | (left ? high[ch] << left : 0)) & ((1 << kBits) - 1)];
-      } else {
-#pragma omp simd
-        for (int64_t ch = 0; ch < width; ++ch)
-          out[ch] = static_cast<float>(((low[ch] >> shift) | (left ? high[ch] << left : 0)) & ((1 << kBits) - 1));
-      }
-    }
-  }
-}
-
-void decode(const Codes& c, const uint8_t* head, int64_t at, int64_t n, float* out) {
-  const int64_t units = n / planes_of(c), count = n * c.width;
-  const float* table = c.kind == kTable ? c.table : nullptr;
-  const uint8_t* data = head + at * c.width * c.bits / 8;
-  switch (c.bits) {
-    case 2: return unpack<2>(data, units, c.width, table, out);
-    case 3: return unpack<3>(data, units, c.width, table, out);
-    case 4: return unpack<4>(data, units, c.width, table, out);
-    case 5: return unpack<5>(data, units, c.width, table, out);
-    case 6: return unpack<6>(data, units, c.width, table, out);
-    case 7: return unpack<7>(data, units, c.width, table, out);
-    default: break;
-  }
-  if (c.kind == kSigned) {
-    const int8_t* codes = reinterpret_cast<const int8_t*>(data);
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(codes[i]);
-  } else if (c.kind == kUnsigned) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(data[i]);
-  } else {
-    for (int64_t i = 0; i < count; ++i) out[i] = table[data[i]];
-  }
-}
-
-// Scales and zero points from the i-th on.
-void steps_of(const Codes& c, int64_t i, int64_t n, float* steps, float* zeros) {
-  if (c.scale_type == kF16) {
-    const uint16_t* raw = reinterpret_cast<const uint16_t*>(c.scale) + i;
-#pragma omp simd
-    for (int64_t t = 0; t < n; ++t) steps[t] = half(raw[t]);
-  } else {
-    for (int64_t t = 0; t < n; ++t) steps[t] = scale_at(c, i + t);
-  }
-  for (int64_t t = 0; t < n; ++t) zeros[t] = zero_at(c, i + t);
-}
-
-// Decoded tokens at .. at + n - 1, whole units, times their scales.
-void rescale(const Codes& c, int64_t base, int64_t at, int64_t n, float* out, float* steps, float* offs) {
-  const int64_t width = c.width;
-  for (int64_t g = 0; g < n / c.group; ++g) {
-    const int64_t row = base + (at / c.group + g) * c.scales;
-    if (c.scales == width) steps_of(c, row, width, steps, offs);
-    for (int64_t ch = 0, i = 0; i < c.scales && c.scales < width; ++i) {
-      const float step = scale_at(c, row + i), zero = zero_at(c, row + i);
-      for (int64_t last = ch + c.channels < width ? ch + c.channels : width; ch < last; ++ch) {
-        steps[ch] = step;
-        offs[ch] = zero;
-      }
-    }
-    for (int64_t ch = 0; ch < width; ++ch) offs[ch] *= steps[ch];
-    for (int64_t t = 0; t < c.group; ++t, out += width) {
-#pragma omp simd
-      for (int64_t ch = 0; ch < width; ++ch) out[ch] = out[ch] * steps[ch] - offs[ch];
-    }
-  }
+// Sums of the lanes of 16 vectors, of which it overwrites the first ones.
+Lanes sums_of_lanes(Lanes* v) {
+  for (int i = 0; i < 8; ++i) v[i] = QFX_HALVES(v[2 * i], v[2 * i + 1], QFX_RUN8);
+  for (int i = 0; i < 4; ++i) v[i] = QFX_HALVES(v[2 * i], v[2 * i + 1], QFX_RUN4);
+  for (int i = 0; i < 2; ++i) v[i] = QFX_HALVES(v[2 * i], v[2 * i + 1], QFX_RUN2);
+  return QFX_HALVES(v[0], v[1], QFX_RUN1);
 }
 
 // out[r][t] = q[r] . x[t]; kWidth 0: any width.
@@ -195,20 +70,18 @@ void dots(const float* q, int64_t rows, const float* x, int64_t stride, int64_t 
   const int64_t width = kWidth ? kWidth : w;
   for (int64_t r = 0; r < rows; ++r, q += width, out += length) {
     int64_t t = 0;
-    for (; t + 4 <= n; t += 4) {
-      const float *a = x + t * stride, *b = a + stride, *c = b + stride, *d = c + stride;
-      float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-      for (int64_t ch = 0; ch < width; ++ch) {
-        s0 += q[ch] * a[ch];
-        s1 += q[ch] * b[ch];
-        s2 += q[ch] * c[ch];
-        s3 += q[ch] * d[ch];
+    for (; kWidth && t + 16 <= n; t += 16) {
+      Lanes found[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        const float* row = x + (t + i) * stride;
+        Lanes sum = *reinterpret_cast<const Lanes*>(q) * *reinterpret_cast<const Lanes*>(row);
+#pragma GCC unroll 8
+        for (int ch = 16; ch < kWidth; ch += 16)
+          sum += *reinterpret_cast<const Lanes*>(q + ch) * *reinterpret_cast<const Lanes*>(row + ch);
+        found[i] = sum;
       }
-      out[t] = s0;
-      out[t + 1] = s1;
-      out[t + 2] = s2;
-      out[t + 3] = s3;
+      *reinterpret_cast<Lanes*>(out + t) = sums_of_lanes(found);
     }
     for (; t < n; ++t) {
       float s = 0;
@@ -248,6 +121,7 @@ void sums(const float* p, int64_t length, int64_t rows, const float* x, int64_t 
 
 void dots_of(const float* q, int64_t rows, const float* x, int64_t stride, int64_t n, int64_t w, float* out,
              int64_t length) {
+  if (w == 16) return dots<16>(q, rows, x, stride, n, w, out, length);
   if (w == 32) return dots<32>(q, rows, x, stride, n, w, out, length);
   if (w == 64) return dots<64>(q, rows, x, stride, n, w, out, length);
   if (w == 128) return dots<128>(q, rows, x, stride, n, w, out, length);
@@ -256,62 +130,66 @@ void dots_of(const float* q, int64_t rows, const float* x, int64_t stride, int64
 
 void sums_of(const float* p, int64_t length, int64_t rows, const float* x, int64_t stride, int64_t n, int64_t w,
              float* out) {
+  if (w == 16) return sums<16>(p, length, rows, x, stride, n, w, out);
   if (w == 32) return sums<32>(p, length, rows, x, stride, n, w, out);
   if (w == 64) return sums<64>(p, length, rows, x, stride, n, w, out);
   if (w == 128) return sums<128>(p, length, rows, x, stride, n, w, out);
   sums<0>(p, length, rows, x, stride, n, w, out);
 }
 
-// Dots with codes to dots with values: out[r][t] = (out[r][t] - zeros[t] * sum(q[r])) * steps[t].
-void scale_dots(const float* q, int64_t rows, int64_t width, int64_t n, const float* steps, const float* zeros, float* out,
-                int64_t length) {
-  for (int64_t r = 0; r < rows; ++r, q += width, out += length) {
-    float sum = 0;
+// Scores of the tokens first .. first + n - 1, of which x holds the codes, with q [rows][width]: out[r][t].
+void score(const Codes& c, int64_t base, const float* x, int64_t first, int64_t n, const float* q, int64_t rows,
+           const Room& room, float* out, int64_t length) {
+  const int64_t width = c.width;
+  if (one_scale(c)) {
+    steps_of(c, base + first, n, room.steps, room.zeros);
+    dots_of(q, rows, x, width, n, width, out, length);
+    for (int64_t r = 0; r < rows; ++r, q += width, out += length) {
+      float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t ch = 0; ch < width; ++ch) sum += q[ch];
+      for (int64_t ch = 0; ch < width; ++ch) sum += q[ch];
 #pragma omp simd
-    for (int64_t t = 0; t < n; ++t) out[t] = (out[t] - zeros[t] * sum) * steps[t];
+      for (int64_t t = 0; t < n; ++t) out[t] = (out[t] - room.zeros[t] * sum) * room.steps[t];
+    }
+    return;
   }
-}
-
-// Weights of values to weights of codes, in place; what their zero points come to is taken off out [rows][width].
-void scale_weights(float* p, int64_t length, int64_t rows, int64_t n, const float* steps, const float* zeros, float* out,
-                   int64_t width) {
-  for (int64_t r = 0; r < rows; ++r, p += length, out += width) {
-    float off = 0;
+  for (int64_t at = first, end = first + n; at < end;) {  // each group's scales go into the queries
+    const int64_t g = at / c.group, last = (g + 1) * c.group < end ? (g + 1) * c.group : end;
+    steps_of(c, base + g * c.scales, width, room.steps, room.zeros);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* own = q + r * width;
+      float *scaled = room.queries + r * width, off = 0;
 #pragma omp simd reduction(+ : off)
-    for (int64_t t = 0; t < n; ++t) {
-      p[t] *= steps[t];
-      off += p[t] * zeros[t];
+      for (int64_t ch = 0; ch < width; ++ch) {
+        scaled[ch] = own[ch] * room.steps[ch];
+        off += scaled[ch] * room.zeros[ch];
+      }
+      float* here = out + r * length + at - first;
+      dots_of(scaled, 1, x + (at - first) * width, width, last - at, width, here, length);
+      for (int64_t t = 0; t < last - at; ++t) here[t] -= off;
     }
-    for (int64_t ch = 0; ch < width; ++ch) out[ch] -= off;
+    at = last;
   }
 }
 
-int64_t tokens_of(const Codes& c) {  // of a tile
-  const int64_t unit = unit_of(c), tokens = kTile / c.width / unit * unit;
-  return tokens ? tokens : unit;
-}
-
-// Floats that a tile needs: its tokens, and two for each channel or token.
-int64_t tile_room(const Codes& c) { return tokens_of(c) * c.width + 2 * (tokens_of(c) + c.width); }
-
-// Calls what(tokens [n][width] of these, first, n, steps, zeros) for the stored tokens low .. high - 1. Where a token has
-// one scale, the tokens are codes: to be taken off zeros[t], and times steps[t].
-template <typename What>
-void each_tile(const Codes& c, int64_t b, int64_t h, int64_t low, int64_t high, float* room, What what) {
-  const int64_t unit = unit_of(c), most = tokens_of(c), base = b * c.scale_batch + h * c.scale_head;
-  float *steps = room, *zeros = room + most + c.width, *x = zeros + most + c.width;
-  for (int64_t at = low / unit * unit; at < high; at += most) {
-    const int64_t left = (high - at + unit - 1) / unit * unit, n = most < left ? most : left;
-    decode(c, c.data + b * c.data_batch + h * c.data_head, at, n, x);
-    if (one_scale(c)) {
-      steps_of(c, base + at, n, steps, zeros);
-    } else {
-      rescale(c, base, at, n, x, steps, zeros);
+// Adds to out [rows][width] the tokens first .. first + n - 1, of which x holds the codes, weighted by p[r][t].
+void weigh(const Codes& c, int64_t base, const float* x, int64_t first, int64_t n, const float* p, int64_t length,
+           int64_t rows, const Room& room, float* out) {
+  steps_of(c, base + first * c.scales, n * c.scales, room.steps, room.zeros);
+  for (int64_t i = 0; i < c.scales; ++i) {
+    const int64_t ch = i * c.channels, many = ch + c.channels < c.width ? c.channels : c.width - ch;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* own = p + r * length;
+      float off = 0;
+#pragma omp simd reduction(+ : off)
+      for (int64_t t = 0; t < n; ++t) {
+        room.weights[t] = own[t] * room.steps[t * c.scales + i];
+        off += room.weights[t] * room.zeros[t * c.scales + i];
+      }
+      float* y = out + r * c.width + ch;
+      sums_of(room.weights, n, 1, x + ch, c.width, n, many, y);
+      for (int64_t k = 0; k < many; ++k) y[k] -= off;
     }
-    const int64_t first = at < low ? low : at, last = at + n < high ? at + n : high, cut = first - at;
-    what(x + cut * c.width, first, last - first, steps + cut, zeros + cut);
   }
 }
 
@@ -388,7 +266,8 @@ extern "C" {
 // Floats that `qfx_attend` needs for its own use.
 int64_t qfx_room(const Layer* l, int64_t pieces, int64_t threads) {
   const int64_t rows = l->many * l->queries, length = l->first[0].count + l->end - l->start + l->rest[0].count;
-  const int64_t keys = tile_room(l->stored[0]), values = tile_room(l->stored[1]), each = keys > values ? keys : values;
+  const int64_t keys = Room::size(l->stored[0], rows), values = Room::size(l->stored[1], rows);
+  const int64_t each = keys > values ? keys : values;
   const int64_t heads = l->batch * l->parts_heads;
   return heads * rows * length + threads * each + heads * pieces * rows * l->stored[1].width;
 }
@@ -418,10 +297,10 @@ void qfx_attend(const Layer* layer, const float* q, const Mask* mask, float* roo
       const Floats &first = l.first[0], &rest = l.rest[0];
       if (p.begins) dots_of(mq, rows, of_head(first, p), first.token, first.count, keys.width, s, length);
       if (p.ends) dots_of(mq, rows, of_head(rest, p), rest.token, rest.count, keys.width, s + b, length);
-      each_tile(keys, p.b, p.h, p.low, p.high, mine, [&](auto x, int64_t at, int64_t n, auto steps, auto zeros) {
-        float* here = s + a + at - l.start;
-        dots_of(mq, rows, x, keys.width, n, keys.width, here, length);
-        if (one_scale(keys)) scale_dots(mq, rows, keys.width, n, steps, zeros, here, length);
+      const Room own_room(keys, mine, rows);
+      const int64_t base = p.b * keys.scale_batch + p.h * keys.scale_head;
+      each_tile(keys, p.b, p.h, p.low, p.high, own_room, [&](const float* x, int64_t at, int64_t n) {
+        score(keys, base, x, at, n, mq, rows, own_room, s + a + at - l.start, length);
       });
     }
 #pragma omp for
@@ -435,16 +314,16 @@ void qfx_attend(const Layer* layer, const float* q, const Mask* mask, float* roo
 #pragma omp for
     for (int64_t item = 0; item < items; ++item) {
       const Piece p = piece_of(l, item, pieces);
-      float* s = scores + (p.b * l.parts_heads + p.h) * rows * length;
+      const float* s = scores + (p.b * l.parts_heads + p.h) * rows * length;
       float* y = found + item * rows * values.width;
       std::memset(y, 0, sizeof(float) * rows * values.width);
       const Floats &first = l.first[1], &rest = l.rest[1];
       if (p.begins) sums_of(s, length, rows, of_head(first, p), first.token, first.count, values.width, y);
       if (p.ends) sums_of(s + b, length, rows, of_head(rest, p), rest.token, rest.count, values.width, y);
-      each_tile(values, p.b, p.h, p.low, p.high, mine, [&](auto x, int64_t at, int64_t n, auto steps, auto zeros) {
-        float* here = s + a + at - l.start;
-        if (one_scale(values)) scale_weights(here, length, rows, n, steps, zeros, y, values.width);
-        sums_of(here, length, rows, x, values.width, n, values.width, y);
+      const Room own_room(values, mine, rows);
+      const int64_t base = p.b * values.scale_batch + p.h * values.scale_head;
+      each_tile(values, p.b, p.h, p.low, p.high, own_room, [&](const float* x, int64_t at, int64_t n) {
+        weigh(values, base, x, at, n, s + a + at - l.start, length, rows, own_room, y);
       });
     }
 #pragma omp for

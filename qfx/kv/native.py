@@ -34,13 +34,14 @@ if TYPE_CHECKING:
     from qfx.kv.attend import Part, View
     from qfx.kv.codes import Codes
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "codes.h"))
 ROWS = 64  # queries of one head of keys from which torch's products are faster
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-march=native")
 _X86 = ("-mprefer-vector-width=512",)  # where there are such vectors
 _THREADS = ("-fopenmp", "-fopenmp-simd")  # the second where there is no OpenMP to link: one thread
 _SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+_E4M3 = "f8e4m3"
 _LOG = logging.getLogger("qfx.kv")
 
 
@@ -106,7 +107,7 @@ def _loaded() -> ctypes.CDLL:
     if compiler is None:
         raise FileNotFoundError(f"no C++ compiler is there ({named or ', '.join(_COMPILERS)})")
     stat = Path(compiler).resolve().stat()
-    parts = (SOURCE.read_bytes(), compiler, stat.st_size, stat.st_mtime_ns, processor.flags(), _FLAGS, _X86)
+    parts = (*(path.read_bytes() for path in SOURCES), compiler, stat.st_size, stat.st_mtime_ns, processor.flags(), _FLAGS, _X86)
     name = f"kernels-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.so"
     folder = default_folder()
     if folder is not None:
@@ -131,7 +132,7 @@ def _build(compiler: str, path: Path) -> None:
     try:
         own = _X86 if processor.is_x86() else ()
         for threads in _THREADS:
-            command = [compiler, *_FLAGS, *own, threads, str(SOURCE), "-o", str(scratch)]
+            command = [compiler, *_FLAGS, *own, threads, str(SOURCES[0]), "-o", str(scratch)]
             done = subprocess.run(command, capture_output=True, check=threads == _THREADS[-1])  # noqa: S603
             if done.returncode == 0:
                 break
@@ -246,13 +247,13 @@ def _struct(codes: Codes) -> _Codes | None:
     rows = data.stride()[2:] == (codes.width, 1) and scale.stride()[2:] == (scale.shape[3], 1)
     if data.numel() and not (rows and (zero is None or zero.stride() == scale.stride())):
         return None
-    table = _table(fmt.type) if fmt.is_float else None
+    table = _table(fmt.type) if fmt.is_float and fmt.type != _E4M3 else None
     channels = (fmt.group or codes.width) if not codes.by_tokens else 1
     return _Codes(
         data.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr(),
         None if table is None else table.data_ptr(), *data.stride()[:2], *scale.stride()[:2],
         codes.width, scale.shape[3], codes.group, min(channels, codes.width), fmt.bits,
-        2 if table is not None else 0 if fmt.symmetric else 1, _SCALES[scale.dtype],
+        3 if fmt.type == _E4M3 else 2 if table is not None else 0 if fmt.symmetric else 1, _SCALES[scale.dtype],
         0 if zero is None else zero.element_size(),
     )  # fmt: skip
 
