@@ -14,7 +14,10 @@ from qfx import observers
 from qfx.data import Call
 from qfx.errors import explain
 from qfx.format import Format
+from qfx.kv.asked import is_cache
+from qfx.kv.formats import SHORT
 from qfx.observers import Observer
+from qfx.presets import presets
 
 WHAT = {"k": "key", "v": "value"}
 TYPES = ("i8", "i4")
@@ -40,7 +43,7 @@ def cache_formats(kv: str | Mapping[str, str] | None) -> dict[str, Format] | Non
                 next_step="name one format for keys and one for values",
             )
         )
-    formats = {what: _checked(what, Format.parse(text)) for what, text in asked.items()}
+    formats = {what: _checked(what, text) for what, text in asked.items()}
     if formats["k"] != formats["v"]:
         raise ValueError(
             explain(
@@ -53,15 +56,28 @@ def cache_formats(kv: str | Mapping[str, str] | None) -> dict[str, Format] | Non
     return formats
 
 
-def _checked(what: str, fmt: Format) -> Format:
+def _checked(what: str, text: Any) -> Format:
+    if isinstance(text, list | tuple):
+        raise ValueError(
+            explain(
+                f"a cache of {WHAT[what]}s in a file has one format for all heads",
+                expected="i8 or i4",
+                found=repr(text),
+                next_step="kv='i8' or kv='i4'; qfx.QuantizedCache has formats by heads, in a live model",
+            )
+        )
+    if text in presets() and any(is_cache(rule.target) for rule in presets()[text].rules):
+        step = f"give recipe={text!r} (with what else it shall do), or kv='i8' or kv='i4'"
+        raise ValueError(explain(f"kv={text!r} is a recipe", expected="the format of a file's cache", next_step=step))
+    fmt = Format.parse(SHORT.get(text, text) if text not in TYPES else text)
     if fmt.type in TYPES and fmt.granularity in ("", "ch") and fmt.scale_type == "f32" and not fmt.dynamic:
         return Format(fmt.type, "ch")
     raise ValueError(
         explain(
-            f"no cache of {WHAT[what]}s can have the format '{fmt}'",
+            f"no cache of {WHAT[what]}s in a file can have the format '{text}'",
             expected="i8 or i4, with one fixed scale for each channel (/ch)",
-            found=str(fmt),
-            next_step=f"kv={'i4' if fmt.bits <= 4 else 'i8'!r}",
+            found=str(text),
+            next_step=f"kv={'i4' if fmt.bits <= 4 else 'i8'!r}; other formats: qfx.QuantizedCache, in a live model",
         )
     )
 

@@ -337,6 +337,9 @@ def _call(model: nn.Module, args: Any) -> Call:
             raise need_inputs(model)
         return (), found
     (call,) = batches.calls(model, [args])
+    if any(type(value).__module__ == "qfx.kv.cache" for value in (*call[0], *call[1].values())):
+        step = "export to a folder, with kv='i8' or kv='i4' and data: the file then has a cache of its own"
+        raise UnsupportedError(explain("a QuantizedCache is no input of a file", next_step=step))
     return call
 
 

@@ -317,7 +317,7 @@ def test_export_a_language_model_with_a_quantized_cache(language_model: Path, te
     refused = _run(*asked, "i8")
     assert refused.exit_code != 0
     assert "--kv i8 needs calibration data" in refused.output
-    assert "no cache of keys can have the format 'i8/tok'" in _run(*asked, "i8/tok", "--data", text).output
+    assert "no cache of keys in a file can have the format 'i8/tok'" in _run(*asked, "i8/tok", "--data", text).output
     assert not (tmp_path / "lm").exists()
     result = _run(*asked, "i8", "--data", text, "--samples", 4, "--seq-len", 16)
     assert result.exit_code == 0, result.output

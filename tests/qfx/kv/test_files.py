@@ -30,6 +30,9 @@ def rules(**fields: Any) -> dict[str, Any]:
         ("kv8", "i8", "its cache is i8/ch: a file has fixed scales for each channel, not k=i8/tok/f16 v=i8/tok/f16"),
         ("kv4", "i4", "its cache is i4/ch"),
         (rules(k="i8", v="u8/tok"), "i8", "i8/ch"),
+        (rules(k="i4/tok/f16", v="i4/tok/f16"), "i4", "its cache is i4/ch"),
+        (rules(k="i2", v="i2"), None, "alike, not k=u2/g32/f16"),
+        (rules(k="i3", v="i3"), None, "alike, not k=u3/g32/f16"),
         ("kv-k4v2", None, "stays in float: a file stores i8 or i4 for keys and values alike"),
         (rules(k="fp8", v="fp8"), None, "stays in float"),
         (rules(k="i8"), None, "stays in float"),
@@ -52,6 +55,14 @@ def test_without_data_or_a_cache_in_the_file_it_stays_in_float() -> None:
     assert found is None and not note.minor and "take calibration data" in note.reason and "data=" in note.next_step
     found, (note,) = for_file(caches("kv8"), None, has_cache=False, data=True)
     assert found is None and note.minor and "the file has no cache" in note.reason
+
+
+def test_a_live_cache_is_no_input_of_a_file(tmp_path: Path) -> None:
+    model = models.build()
+    given = {"input_ids": models.ids(4), "past_key_values": qfx.QuantizedCache(model.config, "i4")}
+    with pytest.raises(qfx.UnsupportedError, match=r"(?s)QuantizedCache is no input of a file.*kv='i8'"):
+        qfx.export_onnx(model, given, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_layers_that_differ_are_told_as_such() -> None:
