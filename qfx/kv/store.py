@@ -109,7 +109,9 @@ class Store:
         self.tail = self.tail.each(change)
         self.parts = tuple(
             Part(
-                None if p.heads is None else p.heads.to(self.empty[0].device), p.keys.each(change), p.values.each(change)
+                None if p.heads is None else p.heads.to(self.empty[0].device),
+                p.keys.each(change),
+                p.values.each(change),
             )
             for p in self.parts
         )
