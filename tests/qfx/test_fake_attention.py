@@ -14,11 +14,14 @@ from torch import Tensor, nn
 import qfx
 from qfx import attending
 from qfx.errors import QfxWarning, UnsupportedError
-from qfx.fake_attention import CHILD
+from qfx.fake_attention import CHILD, FakeAttention
 from qfx.kv.cache import QuantizedCache
+from qfx.kv.live import new_cache
 from qfx.measure import sqnr_db
 from qfx.modules import prepared_parts, quantized_parts
+from tests import tiny
 from tests.qfx.kv import models
+from tests.qfx.kv.test_cross import bart
 from tests.qfx.test_attending import DYNAMIC, STATIC, WEIGHTS, Attention, Net, X, recipe
 
 NO_P = {"target": "attention", "q": "i8/tok", "k": "u8/head", "v": "f8e4m3/tok"}
@@ -216,3 +219,24 @@ def test_formats_by_heads_are_refused() -> None:
     rule = {"target": "attention", "k": ["i8/tok", "f16", "i8/tok", "i8/tok"]}
     with pytest.raises(UnsupportedError, match=r"(?s)cannot be trained with formats by heads.*k=\[i8/tok,f16"):
         qfx.prepare_qat(Net().eval(), recipe(rule), data=[X])
+
+
+@pytest.mark.slow
+def test_cross_attention_reads_what_the_encoder_gave_as_it_is_stored() -> None:
+    """From the second token on, as decoding does."""
+    kv = {"target": "cache", "k": "u4/g4/f16", "v": "i4/g8/f16", "residual": 2, "sinks": 1}
+    ids, words = tiny.ids(), torch.randint(3, tiny.VOCAB, (tiny.ids().shape[0], 20))
+    plan = qfx.plan(bart(), recipe(kv))
+    quantized, model = qfx.quantize(bart(), plan), qfx.prepare_qat(bart(), plan)
+    for module in model.modules():
+        module.training = isinstance(module, FakeAttention)  # no dropout
+    cache, rows = new_cache(quantized), []
+    with torch.no_grad():
+        encoded = quantized.model.encoder(ids)
+        for i in range(words.shape[1]):
+            step = {"decoder_input_ids": words[:, i : i + 1], "past_key_values": cache, "use_cache": True}
+            rows.append(quantized(encoder_outputs=encoded, **step).logits)
+        wanted, found = torch.cat(rows, 1), model(ids, decoder_input_ids=words, use_cache=False).logits
+        plain = bart()(ids, decoder_input_ids=words, use_cache=False).logits
+    assert len([name for name in prepared_parts(model) if "encoder_attn" in name]) == 2
+    assert sqnr_db(wanted, found) > 80 > sqnr_db(plain, wanted) + 20
