@@ -32,6 +32,7 @@ from qfx.recipe import DATA_ROUNDINGS, Recipe
 from qfx.writeback import check_rounded, write_back
 
 ModelLike = nn.Module | str | os.PathLike[str]
+COLLECTED_BYTES = 2**26  # weights that are worth a full garbage collection, half a second or more in a large process
 RecipeLike = Any  # a preset name, a Recipe, a mapping or a path: what Recipe.parse takes
 
 
@@ -116,7 +117,8 @@ def made_for(
     """The plan that is given, checked against the model, or one made now. See `plan` for the arguments."""
     if not isinstance(recipe, Plan):
         made = plan(model, recipe, data, strict=strict, resume=resume, memory=memory, **overrides)
-        gc.collect()  # the graphs are cycles, which would keep every float weight alive
+        if sum(p.nbytes for p in model.parameters()) >= COLLECTED_BYTES:
+            gc.collect()  # the graphs are cycles, which would keep every float weight alive
         return made
     check_float(model)
     if overrides or data is not None or resume is not None or memory is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -116,10 +117,18 @@ def test_modes_are_those_of_the_modules_replaced() -> None:
     assert not any(m.training for m in found.modules())
 
 
-def test_nothing_keeps_the_float_weights() -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_nothing_keeps_the_float_weights(monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    nbytes = sum(p.nbytes for p in model.parameters())
+    monkeypatch.setattr(import_module("qfx.quantize"), "COLLECTED_BYTES", nbytes if at_once else nbytes + 1)
     held = [weakref.ref(p) for n, p in model.named_parameters() if n.endswith("weight")]
-    found = quantized(model, rows(3, 64))
+    gc.disable()
+    try:
+        found = quantized(model, rows(3, 64))
+        assert [ref() is None for ref in held] == [at_once, at_once]
+    finally:
+        gc.enable()
     gc.collect()
     assert [ref() for ref in held] == [None, None]
     assert sum(p.numel() for p in found.parameters()) == 72
