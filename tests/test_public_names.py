@@ -11,7 +11,7 @@ import qfx
 
 CALLABLES = (
     "advise", "analyze", "convert", "distillation_loss", "export_awq", "export_bnb", "export_compressed_tensors",
-    "export_gguf", "export_gptq", "import_checkpoint", "import_gguf", "load", "plan", "prepare_qat", "presets",
+    "export_gguf", "export_gptq", "hidden_state_loss", "import_checkpoint", "import_gguf", "load", "plan", "prepare_qat", "presets",
     "quantize", "report", "save",
 )  # fmt: skip
 TYPES = ("Format", "Plan", "QfxWarning", "Recipe", "Report", "Sensitivity", "UnsupportedError")
