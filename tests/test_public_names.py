@@ -11,8 +11,8 @@ import qfx
 
 CALLABLES = (
     "advise", "analyze", "convert", "distillation_loss", "export_awq", "export_bnb", "export_compressed_tensors",
-    "export_gguf", "export_gptq", "hidden_state_loss", "import_checkpoint", "import_gguf", "load", "plan", "prepare_qat",
-    "presets", "quantize", "report", "save",
+    "export_gguf", "export_gptq", "hidden_state_loss", "import_checkpoint", "import_gguf", "load", "plan",
+    "prepare_qat", "presets", "quantize", "report", "save",
 )  # fmt: skip
 TYPES = ("Format", "Plan", "QfxWarning", "Recipe", "Report", "Sensitivity", "UnsupportedError")
 
