@@ -51,21 +51,23 @@ UNREAD = ("*pooler*",)  # nothing reads it
 
 @dataclass(frozen=True)
 class Settings:
-    """One training run. texts: a step's; distill: the share of the teacher's loss, 0 to 1; ratio: of scales' rates."""
+    """One training run. texts: a step's; rate: the highest; ratio: how many times that scales have; distill: the share
+    of the teacher's loss, 0 to 1; autocast: products in bfloat16."""
 
-    steps: int = 100
+    steps: int = 66
     rate: float = 1e-4
     texts: int = 32
     distill: float = 0.0
     ratio: float = 1.0
     seed: int = 0
-    checks: int = 4
+    checks: int = 3
+    autocast: bool = True
 
 
 class Trial:
     """The task of one seed, the float classifier with a trained head, and its texts."""
 
-    def __init__(self, seed: int, *, classes: int = 16, most: int = doc_task.MOST, length: int = 48) -> None:
+    def __init__(self, seed: int, *, classes: int = 16, most: int = doc_task.MOST, length: int = 32) -> None:
         self.seed = seed
         found = doc_task.task(classes=classes, seed=seed, most=most)
         self.model, self.sides = doc_task.trained(found, seed=seed, length=length)
@@ -110,7 +112,8 @@ def train(
                 model.train()
                 set_rate(optimizer, rate_at(step, settings.steps, settings.rate))
                 batch = _trim({name: value[rows] for name, value in trial.texts.items()})
-                logits = model(**doc_task.inputs(batch)).logits
+                with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
+                    logits = model(**doc_task.inputs(batch)).logits.float()
                 loss = functional.cross_entropy(logits, batch["labels"]) * (1 - settings.distill)
                 if wanted is not None and settings.distill:
                     loss = loss + settings.distill * qfx.distillation_loss(logits, wanted[rows])
@@ -195,8 +198,8 @@ def exported(model: nn.Module, trial: Trial, path: Path) -> tuple[float, float]:
 
 def main(
     recipe: Annotated[list[str] | None, typer.Option(help="w4a8, w3, w2 or presets; left out: w4a8 and w2.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Of training with quantization.")] = 100,
-    float_steps: Annotated[int, typer.Option(min=1, help="Of fine-tuning the float model before.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Of training with quantization.")] = 66,
+    float_steps: Annotated[int, typer.Option(min=1, help="Of fine-tuning the float model before.")] = 66,
     rate: Annotated[float, typer.Option(help="Highest rate of AdamW, of the weights.")] = 2e-4,
     float_rate: Annotated[float, typer.Option(help="The same, of the float model.")] = 1e-4,
     distill: Annotated[float, typer.Option(min=0, max=1, help="Share of the teacher's loss.")] = 1.0,
@@ -204,7 +207,8 @@ def main(
         list[int] | None, typer.Option(help="Sides of the texts, head, order; several for a spread.")
     ] = None,
     classes: Annotated[int, typer.Option(min=2, help="Modules to tell apart.")] = 16,
-    length: Annotated[int, typer.Option(min=8, help="Tokens; longer texts are cut.")] = 48,
+    length: Annotated[int, typer.Option(min=8, help="Tokens; longer texts are cut.")] = 32,
+    autocast: Annotated[bool, typer.Option("--bf16/--f32", help="Products of the training.")] = True,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     out: Annotated[Path | None, typer.Option(help="Folder for the ONNX files; left out: they are not kept.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file, too.")] = None,
@@ -219,15 +223,18 @@ def main(
     for number in seed or [0]:
         trial = Trial(number, classes=classes, length=length)
         maker = Maker(trial, lambda text: console.print(text, highlight=False))
-        maker.floating(Settings(float_steps, float_rate, seed=number))
+        maker.floating(Settings(float_steps, float_rate, seed=number, autocast=autocast))
         for name in recipe or ("w4a8", "w2"):
-            model = maker.recipe(name, Settings(steps, rate, distill=distill, seed=number))
+            own = Settings(steps, rate, distill=distill, seed=number, autocast=autocast)
+            model = maker.recipe(name, own)
             models.setdefault(name, model)
         rows += maker.rows
         trials.append(trial)
     with_recovered(rows)
     labels = len(doc_task.labels_of(trials[0].sides["test"]))
     console.print(shown(rows, "accuracy, %", f"MiniLM, {classes} modules, {labels} texts, {steps} steps", ".1f"))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():
             accuracy, same = exported(model, trials[0], (out or Path(folder)) / f"{name}.onnx")

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -93,6 +94,15 @@ def shown(rows: Sequence[Row], score: str, title: str, form: str = ".3f") -> Tab
     return table
 
 
+def _draw(axis: Any, label: str, own: Sequence[Row]) -> None:
+    """The curves of the several seeds of one way."""
+    steps = [step for step, _ in own[0].curve]
+    found = list(zip(*([value for _, value in row.curve] for row in own), strict=True))
+    (line,) = axis.plot(steps, [statistics.mean(values) for values in found], marker="o", ms=3, label=label)
+    low, high = [min(values) for values in found], [max(values) for values in found]
+    axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, lw=0)
+
+
 def plot(path: Path, rows: Sequence[Row], score: str) -> None:
     """Scores over steps, a picture for each recipe: the mean over seeds as a line, their range as a band."""
     import matplotlib as mpl
@@ -107,14 +117,11 @@ def plot(path: Path, rows: Sequence[Row], score: str) -> None:
             scores = [row.curve[-1][1] if row.curve else row.score for row in own]  # what the curves are of
             if recipe == FLOAT and not method:
                 axis.axhline(statistics.mean(scores), color="grey", ls="--", label=FLOAT)
-            elif recipe == asked and method == PTQ:
-                axis.axhline(statistics.mean(scores), color="black", ls=":", label=PTQ)
+            elif recipe == asked and len(own[0].curve) < 2:  # nothing was trained
+                style = ":" if method == PTQ else "-."
+                axis.axhline(statistics.mean(scores), color="black", ls=style, label=method)
             elif recipe == asked:
-                steps = [step for step, _ in own[0].curve]
-                found = list(zip(*([value for _, value in row.curve] for row in own), strict=True))
-                (line,) = axis.plot(steps, [statistics.mean(f) for f in found], marker="o", ms=3, label=method)
-                axis.fill_between(steps, *zip(*((min(f), max(f)) for f in found), strict=True),
-                                  color=line.get_color(), alpha=0.2, lw=0)  # fmt: skip
+                _draw(axis, method, own)
         axis.set(title=asked, xlabel="step", ylabel=score)
         axis.grid(visible=True, alpha=0.3)
         axis.legend(fontsize=8)

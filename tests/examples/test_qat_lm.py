@@ -58,7 +58,7 @@ def test_a_few_distilled_steps_recover_a_part(data: Data, scales: Any) -> None:
     said: list[str] = []
     rows = [
         Row(FLOAT, "", reference),
-        rounded(data, "w2a16"),
+        rounded(data, begun(data, "w2a16", "nearest")),
         trained(data, begun(data, "w2a16", "nearest"), settings, scales, said.append),
     ]
     with_recovered(rows)
@@ -73,7 +73,10 @@ def test_a_few_distilled_steps_recover_a_part(data: Data, scales: Any) -> None:
 @pytest.mark.slow
 def test_training_begins_where_gptq_ends(data: Data) -> None:
     """Its start has the formats of the recipe, and costs less than rounding to nearest."""
-    model, nearest = qfx.prepare_qat(data.model(), begun(data, "w2a16", "gptq")), rounded(data, "w2a16").score
+    model, nearest = (
+        qfx.prepare_qat(data.model(), begun(data, "w2a16", "gptq")),
+        rounded(data, begun(data, "w2a16", "nearest")).score,
+    )
     first = data.judge(model)
     assert first < 0.95 * nearest
     asked = {row.asked for row in qfx.report(qfx.convert(model)) if row.op == "linear"}
@@ -93,6 +96,5 @@ def test_a_plan_for_heads_is_trained(data: Data) -> None:
 
 
 def test_the_recipes_with_rates_of_their_own() -> None:
-    """The inline recipe is one that qfx reads, and the rates are of recipes that there are."""
-    assert qat_lm.name_of(qat_lm.W3) == "w3a16"
+    assert qfx.Recipe.parse(qat_lm.W3).name == "w3a16"
     assert all(name in qfx.presets() for name in qat_lm.RATES if name != "w3a16")

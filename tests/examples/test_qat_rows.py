@@ -105,12 +105,12 @@ def test_the_picture_shows_what_the_curves_are_of(tmp_path: Path, monkeypatch: p
     plt = pytest.importorskip("matplotlib.pyplot")
     kept: list[Any] = []
     monkeypatch.setattr(plt, "close", kept.append)
-    found = [*rows()[1:], Row(FLOAT, "", 10.0, curve=[(0, 20.0), (5, 9.5)])]
+    found = [*rows()[1:], Row("a", "PTQ by gptq", 12.5), Row(FLOAT, "", 10.0, curve=[(0, 20.0), (5, 9.5)])]
     plot(tmp_path / "p.png", found, "perplexity")
     assert (tmp_path / "p.png").stat().st_size > 1000
     first, second = kept[0].axes
     lines = {line.get_label(): list(line.get_ydata()) for line in first.lines}
-    assert lines == {PTQ: [14.0, 14.0], "QAT": [14.0, 11.5], FLOAT: [9.5, 9.5]}
+    assert lines == {PTQ: [14.0, 14.0], "PTQ by gptq": [12.5, 12.5], "QAT": [14.0, 11.5], FLOAT: [9.5, 9.5]}
     assert first.get_title() == "a" and second.get_title() == "b"
     assert first.collections[0].get_datalim(first.transData).bounds[1::2] == pytest.approx((11.0, 3.0))
     monkeypatch.undo()
