@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 # The modules advise, plan, quantize, report and save hold functions of their own names: `qfx.plan` is the function.
+from qfx.adapters import add_adapters, load_adapters, merge_adapters
 from qfx.advise import advise
 from qfx.analysis.analyze import analyze
 from qfx.analysis.sensitivity import Sensitivity
@@ -68,6 +69,7 @@ __all__ = [
     "Rule",
     "Sensitivity",
     "UnsupportedError",
+    "add_adapters",
     "advise",
     "analyze",
     "convert",
@@ -82,6 +84,8 @@ __all__ = [
     "import_checkpoint",
     "import_gguf",
     "load",
+    "load_adapters",
+    "merge_adapters",
     "plan",
     "prepare_qat",
     "presets",

@@ -53,6 +53,17 @@ def attach(model: nn.Module, recipe: Recipe | None) -> nn.Module:
     return model
 
 
+def mark_training(model: nn.Module, recipe: Recipe | None) -> None:
+    """Let the config.json of a prepared transformers model's checkpoints say what they are, and tensors keep their
+    names in them."""
+    if is_pretrained(model) and getattr(model, "hf_quantizer", None) is None:
+        from qfx.quantization_config import wrap_training
+
+        held: Any = model
+        held.config.quantization_config = wrap_training(recipe)
+        held._weight_conversions = []
+
+
 def _register(table: Any) -> None:
     """Put qfx into transformers' table. A transformers that does not fit is a QfxWarning: it goes on without qfx."""
     started = sys.modules.get("qfx.hf_quantizer")

@@ -18,6 +18,7 @@ from qfx.modules import PREPARED, prepared_parts
 from qfx.places import Place
 from qfx.plan import Plan
 from qfx.qat import KEPT, Training
+from qfx.wrapped import check_unwrapped
 from qfx.writeback import Writer, cut, oriented
 
 
@@ -25,10 +26,11 @@ def convert(model: nn.Module) -> nn.Module:
     """The quantized model that a prepared one trained: weights packed with the trained scales, in place.
 
     What it gives is what the prepared model gives in eval mode. `qfx.save`, `qfx.export_onnx` and
-    torch.compile(backend="qfx") take it. Raises ValueError for a model that is not prepared, and for weights or scales
-    that became NaN or infinite, before anything is changed.
+    torch.compile(backend="qfx") take it. Raises ValueError for a model that is not prepared or sharded over processes,
+    and for weights or scales that became NaN or infinite, before anything is changed.
     """
     training = training_of(model)
+    check_unwrapped(model)
     with torch.no_grad():
         _check_finite(model)
         plan = replace(training.plan, tensors=dict(training.plan.tensors), sensitivities={})

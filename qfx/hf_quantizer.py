@@ -141,8 +141,8 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights have no gradient."""
-        return False
+        """Adapters train above packed weights, which have no gradient themselves (see `qfx.adapters`)."""
+        return True
 
 
 def mark(model: Any, recipe: Recipe | None) -> None:

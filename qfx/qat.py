@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qfx import fake_attention, rounded
 from qfx.annotation import show
+from qfx.attach import mark_training
 from qfx.attending import Spec
 from qfx.backends.qat.quantizers import InputQuantizer, Quantizer, RunTimeInput, Scales, WeightQuantizer
 from qfx.errors import explain
@@ -82,6 +83,7 @@ def prepare_qat(
         rewrite(model, plan)
         _Preparation(model, Training(plan, tuple(places), scales, train, freeze_after)).run(attentions)
     without_fast_paths(model)
+    mark_training(model, plan.recipe)
     return with_caches(model, plan.caches, strict=strict)
 
 

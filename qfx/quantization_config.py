@@ -3,7 +3,8 @@
     {"quant_method": "qfx", "version": 3, "qfx": "0.1.0", "recipe": {...}, "model": {...}}
 
 recipe: what was asked, as `Recipe.to_dict` writes it; None where it is not known. model: the record of `qfx.describe`,
-equal modules told once, and the digest of each tensor (`qfx.checkpoint`); it is there only in files.
+equal modules told once, and the digest of each tensor (`qfx.checkpoint`); it is there only in files. A checkpoint of a
+model that trains with fake quantization has `"training": true`; it is loaded into a model prepared likewise.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from qfx.recipe import Recipe
 
 VERSION = 3  # 1: a byte for each zero point, 2: no caches, no attention
 _READ = (1, 2, VERSION)
-_KEYS = ("quant_method", "version", "qfx", "recipe", "strict", "model")
+_KEYS = ("quant_method", "version", "qfx", "recipe", "strict", "model", "training")
 _MODEL = {
     "class",
     "dtype",
@@ -50,7 +51,8 @@ def wrap(recipe: Recipe | None, record: Record | None) -> dict[str, Any]:
 
 
 def unwrap(fields: Mapping[str, Any], where: str) -> tuple[Recipe | None, Record | None]:
-    """(recipe, record) of what `wrap` gave. Raises ValueError for another version, unknown keys and altered fields."""
+    """(recipe, record) of what `wrap` gave. Raises ValueError for another version, unknown keys, altered fields, and a
+    model that is in training."""
     if fields.get("quant_method") != METHOD:
         raise ValueError(f"{where} is no quantization_config of qfx, found {fields.get('quant_method')!r}")
     wrote = fields.get("qfx", "unknown")
@@ -74,7 +76,25 @@ def unwrap(fields: Mapping[str, Any], where: str) -> tuple[Recipe | None, Record
             raise
         hint = f"it was written by qfx {wrote}, this is qfx {own}: install that version"
         raise ValueError(explain(f"the recipe in {where} cannot be read: {error}", next_step=hint)) from error
+    if fields.get("training"):
+        raise ValueError(_in_training(recipe, where))
     return recipe, _record(fields.get("model"), where)
+
+
+def wrap_training(recipe: Recipe | None) -> dict[str, Any]:
+    """The dictionary for a model that `prepare_qat` prepared by `recipe`."""
+    return {**wrap(recipe, None), "training": True}
+
+
+def _in_training(recipe: Recipe | None, where: str) -> str:
+    asked = "the same recipe" if recipe is None else repr(recipe.name or "the same recipe")
+    return explain(
+        "a checkpoint of a model that qfx.prepare_qat prepared: float weights, and the scales of its fake quantization",
+        found=f"'training' in {where}",
+        next_step=f"model = qfx.prepare_qat(float_model, {asked}, data), then trainer.train(resume_from_checkpoint="
+        "folder) or model.load_state_dict(safetensors.torch.load_file(file)); qfx.convert(model) makes the quantized "
+        "model of it, which save_pretrained writes for loading",
+    )
 
 
 def recipe_of(model: nn.Module) -> Recipe | None:

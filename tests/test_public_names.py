@@ -10,9 +10,9 @@ import pytest
 import qfx
 
 CALLABLES = (
-    "advise", "analyze", "convert", "distillation_loss", "export_awq", "export_bnb", "export_compressed_tensors",
-    "export_gguf", "export_gptq", "import_checkpoint", "import_gguf", "load", "plan", "prepare_qat", "presets",
-    "quantize", "report", "save",
+    "add_adapters", "advise", "analyze", "convert", "distillation_loss", "export_awq", "export_bnb",
+    "export_compressed_tensors", "export_gguf", "export_gptq", "import_checkpoint", "import_gguf", "load",
+    "load_adapters", "merge_adapters", "plan", "prepare_qat", "presets", "quantize", "report", "save",
 )  # fmt: skip
 TYPES = ("Format", "Plan", "QfxWarning", "Recipe", "Report", "Sensitivity", "UnsupportedError")
 

@@ -50,7 +50,7 @@ def test_as_json_and_back(strict: bool) -> None:
 def test_it_leads_to_the_quantizer() -> None:
     found = AutoHfQuantizer.from_config(QfxConfig("w4a16"), pre_quantized=False)
     assert type(found) is QfxHfQuantizer and not found.pre_quantized
-    assert found.is_serializable() and not found.is_trainable and not found.requires_calibration
+    assert found.is_serializable() and found.is_trainable and not found.requires_calibration
 
 
 def test_an_unknown_key_is_refused() -> None:
