@@ -5,8 +5,8 @@
 
 Trains the adapters on the text on which the model was trained (see `qat_lm.py`), packed weights and everything else
 frozen, and judges by perplexity on the held-out `eval.txt`. "recovered" is the share of what quantization costs that a
-row gives back. Merging rounds the weights again: to the nearest codes of the best scales ("mse"), or by GPTQ on 32 x 512
-tokens of the training text; "low-rank" keeps the adapters as float factors beside the codes.
+row gives back. Merging rounds the weights again: to the nearest codes of the best scales ("mse"), or by GPTQ on
+32 x 512 tokens of the training text; "low-rank" keeps the adapters as float factors beside the codes.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from qfx.mixed import QuantMixed
 from qfx.modules import PackedModule, QuantConv, QuantLinear
 
 _ALL = "all-linear"  # peft's word
+_HEADED = ("SEQ_CLS", "TOKEN_CLS")
 
 
 def add_adapters(model: nn.Module, config: Any, name: str = "default") -> Any:
@@ -72,13 +73,15 @@ def lora_config(model: nn.Module, config: Any) -> Any:
 def _check_whole(config: Any, packed: Mapping[str, nn.Module]) -> None:
     """What peft would train or change in the weight itself has to be float."""
     asked = [*(config.modules_to_save or ()), *(config.target_parameters or ())]
+    if str(getattr(config.task_type, "value", config.task_type)) in _HEADED:
+        asked += ["classifier", "score"]  # peft trains them whole without being asked
     tokens = config.trainable_token_indices
     asked += list(tokens) if isinstance(tokens, Mapping) else ["embed_tokens"] if tokens else []
     for name in asked:
         owners = (name, name.rpartition(".")[0])
         for fqn in packed:
             if any(owner and (fqn == owner or fqn.endswith(f".{owner}")) for owner in owners):
-                step = "quantize with a recipe that leaves it in float (ignore), or leave it out of the LoraConfig"
+                step = f"quantize with ignore=[{name!r}], or leave it out of the LoraConfig"
                 raise ValueError(explain(f"{name!r} should learn, but its weight is packed", node=fqn, next_step=step))
 
 

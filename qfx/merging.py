@@ -121,8 +121,8 @@ def _unloaded(model: Any) -> nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*embeddings are no longer tied after merging", UserWarning)
         merged: nn.Module = model.merge_and_unload()
-    if tied and config is not None:
-        ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    ends = (base.get_input_embeddings(), base.get_output_embeddings()) if tied else ()
+    if config is not None and ends and None not in ends:
         held = [end._buffers.get("w_codes", end._parameters.get("weight")) for end in ends]
         config.tie_word_embeddings = held[0] is held[1]
     return merged
