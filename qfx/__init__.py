@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 # The modules advise, plan, quantize, report and save hold functions of their own names: `qfx.plan` is the function.
-from qfx.adapters import add_adapters, load_adapters, merge_adapters
+from qfx.adapters import add_adapters, load_adapters
 from qfx.advise import advise
 from qfx.analysis.analyze import analyze
 from qfx.analysis.sensitivity import Sensitivity
@@ -30,6 +30,7 @@ from qfx.interop import (
     import_checkpoint,
     import_gguf,
 )
+from qfx.merging import merge_adapters
 from qfx.plan import Plan
 from qfx.presets import presets
 from qfx.qat import prepare_qat

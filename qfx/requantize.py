@@ -10,12 +10,15 @@ from torch import Tensor
 
 from qfx.format import Format
 from qfx.measure import energies
+from qfx.method_options import GptqOptions
 from qfx.mixed import QuantMixed
 from qfx.modules import QuantLinear, rotated
 from qfx.numerics import quantize
 from qfx.packing import Packed
 from qfx.parts import round_in_parts
-from qfx.segments import in_order, stem_of, take
+from qfx.passes._hessian import Hessian
+from qfx.passes.gptq import round_by
+from qfx.segments import stem_of, take
 
 Base = QuantLinear | QuantMixed
 
@@ -33,19 +36,21 @@ class Change:
     noise: float
 
 
-def rounded_again(base: Base, delta: Tensor, method: str, *, name: str) -> Change:
+def rounded_again(base: Base, delta: Tensor, method: str, *, name: str, seen: Hessian | None = None) -> Change:
     """The weight of `base` with `delta` f32 [N, K], which acts on the linear's own input, in the formats that it has.
 
-    Of the scales that `method` finds (see `qfx.rounding.round_weight`) and those that the weight has, the ones with the
-    smaller squared error are taken, part by part. Raises ValueError for NaN and Inf, naming `name`.
+    Of what `method` finds (see `qfx.rounding.round_weight`; with `seen`, inputs as `read_by` gives them, by GPTQ) and
+    the nearest values at the scales that the weight has, what loses less is taken, part by part: squared error of the
+    weight, with `seen` of the output. Raises ValueError for NaN and Inf, naming `name`.
     """
     held = parts_of(base)
     cut = _cut(base, as_packed(base, delta))
     buffers: dict[str, Tensor] = {}
     signal = moved = noise = 0.0
-    for (stem, packed), part in zip(held.items(), cut, strict=True):
+    for i, ((stem, packed), part) in enumerate(zip(held.items(), cut, strict=True)):
         wanted = packed.dequantize() + part
-        found = _nearer(wanted, packed, round_in_parts(wanted, packed.format, method, name=name))
+        ranges = base.segments[i].ranges if isinstance(base, QuantMixed) and base.axis else None
+        found = _found(wanted, packed, method, name, None if seen is None else seen.columns(ranges))
         buffers |= {f"{stem}_codes": found.data, f"{stem}_scale": found.scale}
         if found.zero is not None:
             buffers[f"{stem}_zero"] = found.zero
@@ -84,17 +89,17 @@ def parts_of(base: Base) -> dict[str, Packed]:
     return found
 
 
-def weight_of(base: Base) -> Tensor:
-    """The packed weight f32 [N, K], in its own basis: inputs come to it rotated and divided by `smooth`."""
-    found = [packed.dequantize() for packed in parts_of(base).values()]
-    return in_order(found, base.segments, base.axis) if isinstance(base, QuantMixed) else found[0]
-
-
 def as_packed(base: Base, delta: Tensor) -> Tensor:
     """A change [N, K] of what is multiplied with the linear's input, in the basis of the packed weight."""
     delta = rotated(delta.to(torch.float32), base.rotation)
     smooth = base._buffers["smooth"]
     return delta if smooth is None else delta * smooth
+
+
+def read_by(base: Base, x: Tensor) -> Tensor:
+    """What the packed weight is multiplied with, before it is rounded, for an input x [.., K] of the linear."""
+    x, smooth = rotated(x, base.rotation), base._buffers["smooth"]
+    return x if smooth is None else x / smooth
 
 
 def with_buffers(base: Base, buffers: dict[str, Tensor]) -> Base:
@@ -110,12 +115,20 @@ def _cut(base: Base, delta: Tensor) -> list[Tensor]:
     return [delta]
 
 
-def _nearer(wanted: Tensor, before: Packed, found: Packed) -> Packed:
-    """Of `found` and the same weight with the scales that it had, the one with the smaller error."""
+def _found(wanted: Tensor, before: Packed, method: str, name: str, seen: Hessian | None) -> Packed:
+    """Of what `method` finds and the nearest values at the scales of before, what loses less."""
     fmt = before.format
     if fmt.is_plain:
-        return found
+        return round_in_parts(wanted, fmt, "rtn", name=name)
+    if seen is None:
+        found = round_in_parts(wanted, fmt, method, name=name)
+    else:
+        found = round_by(wanted, [seen], fmt, GptqOptions(clip=True), name=name)[0]
     params = before.params()
     kept = Packed.from_codes(quantize(wanted, fmt, *params), fmt, *params)
-    errors = [energies(wanted, packed.dequantize())[1] for packed in (kept, found)]
-    return kept if errors[0] <= errors[1] else found
+    kept_loss, found_loss = (_loss(wanted - packed.dequantize(), seen) for packed in (kept, found))
+    return kept if kept_loss <= found_loss else found
+
+
+def _loss(error: Tensor, seen: Hessian | None) -> float:
+    return float(error.double().square().sum()) if seen is None or not seen.rows else seen.energy(error)

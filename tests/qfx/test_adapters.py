@@ -169,6 +169,20 @@ def test_a_small_change_is_told_to_be_lost() -> None:
     assert all(row.moved >= row.lost > 0.9 * row.moved for row in merged.rows), "never worse than dropping it"
 
 
+def test_data_says_how_to_round_again() -> None:
+    """GPTQ loses less of what each linear gives than the scales of least error do, on data that it has not seen."""
+    lost = []
+    for rounding in ("mse", "gptq"):
+        model = adapted("i4", size=0.05)
+        batches = [{"ids": ids(seed)} for seed in range(20, 36)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", qfx.QfxWarning)
+            rows = qfx.merge_adapters(copy.deepcopy(model), batches, rounding=rounding).rows  # type: ignore[arg-type]
+            packed_by = qfx.merge_adapters(copy.deepcopy(model), batches, rounding=rounding).model  # type: ignore[arg-type]
+        lost.append((sum(row.output_lost or 0.0 for row in rows), float((out(packed_by) - out(model)).norm())))
+    assert lost[1][0] < 0.8 * lost[0][0] and lost[1][1] < lost[0][1]
+
+
 def test_peft_merges_and_unmerges_by_itself() -> None:
     model = adapted("nf4", size=0.3)
     before, codes = out(model), model.get_base_model().up.base.w_codes
@@ -221,7 +235,8 @@ def test_a_language_model_with_one_table_is_merged_saved_and_loaded(tmp_path: Pa
     ("fields", "message"),
     [
         ({"target_modules": ["table"]}, "(?s)no linear cannot have an adapter.*QuantEmbedding"),
-        ({"modules_to_save": ["head"]}, "(?s)'head' should learn, but its weight is packed.*ignore"),
+        ({"modules_to_save": ["head"]}, "(?s)'head' should learn, but its weight is packed.*ignore=.'head'"),
+        ({"trainable_token_indices": {"table": [1]}}, "'table' should learn"),
         ({"init_lora_weights": "pissa"}, "(?s)'pissa' changes the base's weight.*low_rank"),
         ({"use_dora": True}, "variant"),
         ({"target_modules": ["nowhere"]}, "nowhere"),
@@ -244,6 +259,8 @@ def test_bad_input() -> None:
     model = adapted("i4", size=0.3)
     with pytest.raises(ValueError, match="'weight' or 'low-rank', found 'weigth'"):
         qfx.merge_adapters(model, into="weigth")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'gptq' needs data"):
+        qfx.merge_adapters(model, rounding="gptq")
     model.merge_adapter()
     with pytest.raises(ValueError, match="(?s)merged already.*unmerge_adapter"):
         qfx.merge_adapters(model)

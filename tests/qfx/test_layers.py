@@ -37,7 +37,7 @@ LAYERS = (
     ),
     "qfx.backends",
     f"{PIPELINE} qfx.quantize qfx.report qfx.save",
-    "qfx.compare qfx.adapters qfx.matrix qfx.advise qfx.render_advice qfx.cli",
+    "qfx.compare qfx.merging qfx.matrix qfx.advise qfx.render_advice qfx.cli",
 )
 
 
