@@ -101,18 +101,18 @@ def cache_scales(model: nn.Module, data: Iterable[Any], formats: Mapping[str, Fo
     Raises ValueError where the data is none, or gives values that are not finite.
     """
     found: list[dict[str, Observer]] = []
-    heads: list[tuple[int, int]] = []  # number and size
+    heads: list[int] = []
     for call in batches.calls(model, data, SAMPLES):
         layers, mask = _cached(model, call)
         for i, layer in enumerate(layers):
             if i == len(found):
-                heads.append((int(layer.keys.shape[1]), int(layer.keys.shape[3])))
+                heads.append(int(layer.keys.shape[1]))
                 found.append({role: _observer(formats[what], f"layer {i}, {role}s") for what, role in WHAT.items()})
             for role, observer in found[i].items():
                 observer.update(_rows(getattr(layer, f"{role}s"), mask))
     return [
-        {role: layer[role].qparams(formats[what]).scale.reshape(sizes) for what, role in WHAT.items()}
-        for layer, sizes in zip(found, heads, strict=True)
+        {role: layer[role].qparams(formats[what]).scale.reshape(count, -1) for what, role in WHAT.items()}
+        for layer, count in zip(found, heads, strict=True)
     ]
 
 

@@ -58,7 +58,7 @@ def capture_decoder(model: nn.Module, *, last_only: bool) -> tuple[Captured, dic
 
     Raises UnsupportedError for a model that keeps no plain cache of keys and values.
     """
-    sizes = cache_sizes(model)
+    layers = _layers(model)
     example: dict[str, Any] = {
         IDS: torch.arange(_BATCH * _NEW).reshape(_BATCH, _NEW) + 3,
         MASK: torch.ones(_BATCH, _OLD + _NEW, dtype=torch.int64),
@@ -67,8 +67,8 @@ def capture_decoder(model: nn.Module, *, last_only: bool) -> tuple[Captured, dic
     if wrapped._positions:
         example[POSITIONS] = torch.arange(_OLD, _OLD + _NEW).expand(_BATCH, -1).contiguous()
     past, names = {}, {}
-    for i, (heads, width) in enumerate(sizes):
-        for what in ("key", "value"):
+    for i, layer in enumerate(layers):
+        for what, (heads, width) in zip(("key", "value"), layer, strict=True):
             past[f"{i}_{what}"] = torch.zeros(_BATCH, heads, _OLD, width)
             names[f"past_{i}_{what}"] = PAST.format(i, what)
     example["past"] = past
@@ -119,15 +119,21 @@ def stored_sizes(captured: Captured, names: Mapping[str, str]) -> list[tuple[int
 
 
 def cache_sizes(model: nn.Module) -> list[tuple[int, int]]:
-    """(key heads, head size) of each layer's cache, found by a call with two tokens.
+    """(key heads, size of a key) of each layer's cache, found by a call with two tokens.
 
     Raises UnsupportedError where the model gives no such cache.
     """
+    return [keys for keys, _ in _layers(model)]
+
+
+def _layers(model: nn.Module) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """(heads, size of a head) of keys and of values in each layer's cache."""
     with torch.no_grad():
         found = model(input_ids=torch.tensor([[3, 4]]), use_cache=True)
     layers = getattr(getattr(found, "past_key_values", None), "layers", None)
-    keys = [getattr(layer, "keys", None) for layer in layers or ()]
-    if not keys or any(not isinstance(k, Tensor) or k.dim() != 4 for k in keys):
+    held = [getattr(layer, what, None) for layer in layers or () for what in ("keys", "values")]
+    sizes = [(int(x.shape[1]), int(x.shape[3])) for x in held if isinstance(x, Tensor) and x.dim() == 4]
+    if not held or len(sizes) < len(held):
         raise UnsupportedError(
             explain(
                 f"{type(model).__name__} keeps no plain cache of keys and values",
@@ -136,4 +142,4 @@ def cache_sizes(model: nn.Module) -> list[tuple[int, int]]:
                 next_step="export it without a cache: give a path that ends in .onnx",
             )
         )
-    return [(int(k.shape[1]), int(k.shape[3])) for k in keys if isinstance(k, Tensor)]
+    return list(zip(sizes[::2], sizes[1::2], strict=True))

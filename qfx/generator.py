@@ -33,7 +33,10 @@ class Generator(GenerationMixin):  # type: ignore[misc]
         self.device, self.dtype = torch.device("cpu"), torch.float32
         shapes = {i.name: i.shape for i in runner.session.get_inputs()}
         keys = [name for i in range(len(shapes)) if (name := PAST.format(i, "key")) in shapes]
-        self._sizes = [(int(shapes[name][1]), int(shapes[name][3])) for name in keys]
+        values = [PAST.format(i, "value") for i in range(len(keys))]
+        self._sizes = [
+            (*(int(shapes[k][at]) for at in (1, 3)), int(shapes[v][3])) for k, v in zip(keys, values, strict=True)
+        ]
         self._dtypes = [runner.inputs[name] for name in keys]
         self._grows_in_place = runner.metadata.get("qfx.cache") == "shared"
 

@@ -17,12 +17,12 @@ _STEP = 256  # tokens by which a cache's memory grows at least
 class SharedCache(Cache):  # type: ignore[misc]
     """Keys and values [B, H, room, D] of every layer, of which the first `length` tokens are used.
 
-    sizes: (heads, elements of a head) of each layer; dtypes: of each layer, float32 where not given. Quantized caches
-    hold int8, or two codes of 4 bits in each uint8.
+    sizes: (heads, elements of a head) of each layer, or (heads, those of keys, those of values); dtypes: of each layer,
+    float32 where not given. Quantized caches hold int8, or two codes of 4 bits in each uint8.
     """
 
     def __init__(
-        self, sizes: list[tuple[int, int]], room: int = 0, dtypes: Sequence[torch.dtype] | None = None
+        self, sizes: Sequence[tuple[int, ...]], room: int = 0, dtypes: Sequence[torch.dtype] | None = None
     ) -> None:
         super().__init__(layers=[])
         self._sizes, self._room = sizes, room
@@ -49,7 +49,7 @@ class SharedCache(Cache):  # type: ignore[misc]
         old = (self.keys, self.values)
         kinds = list(zip(self._sizes, self._dtypes, strict=True))
         self.keys, self.values = (
-            [torch.zeros(batch, h, room, d, dtype=dtype) for (h, d), dtype in kinds] for _ in range(2)
+            [torch.zeros(batch, size[0], room, size[at], dtype=dtype) for size, dtype in kinds] for at in (1, -1)
         )
         for grown, before in zip((self.keys, self.values), old, strict=True):
             for new, past in zip(grown, before, strict=False):

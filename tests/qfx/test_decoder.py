@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import qfx
+import qfx.onnx
 from qfx import graph
 from qfx.decoder import cache_sizes, capture_decoder, fuse_cache, is_shared, quantize_cache, stored_sizes
 from qfx.errors import UnsupportedError
 from qfx.format import Format
 from qfx.pipeline import prepare
 from tests.graphs import counts
+from tests.qfx.kv.test_cache import latent
 from tests.zoo import ZOO
 
 
@@ -101,6 +105,20 @@ def test_heads_of_odd_size_have_no_pairs_of_codes() -> None:
     fmt = Format.parse("i4/ch")
     with pytest.raises(ValueError, match=r"heads of even size\n  found: 15\n  next step: kv='i8'"):
         quantize_cache(captured, names, {"k": fmt, "v": fmt}, [{"key": torch.ones(2, 15), "value": torch.ones(2, 15)}])
+
+
+@pytest.mark.slow
+def test_keys_and_values_of_other_widths(tmp_path: Path) -> None:
+    """Latent attention: a file with its cache, which more than attention reads: it stays in float, as is told."""
+    model, tokens = latent(), torch.arange(3, 43).reshape(2, 20)
+    with pytest.warns(qfx.QfxWarning, match="its cache stays in float: more than attention reads it"):
+        qfx.export_onnx(model, None, tmp_path / "m", kv="i8", data=[tokens], all_logits=True)
+    loaded: Any = qfx.onnx.load(tmp_path / "m")
+    first = loaded(tokens[:, :12])
+    found = loaded(tokens[:, 12:], past_key_values=first.past_key_values).logits
+    assert [x[0].shape[-1] for x in (first.past_key_values.keys, first.past_key_values.values)] == [16, 8]
+    with torch.no_grad():
+        assert torch.allclose(found, model(tokens).logits[:, 12:], atol=1e-4)
 
 
 def test_an_encoder_has_no_cache() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -26,6 +27,20 @@ def small(kind: str = "llama", **more: Any) -> Any:
     }  # fmt: skip
     config = {"llama": tf.LlamaConfig, "mistral": tf.MistralConfig, "gemma3": tf.Gemma3TextConfig}[kind](**sizes)
     model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=sizes["attn_implementation"]).eval()
+    randomize(model, 0)
+    return model
+
+
+def latent(attention: str = "sdpa") -> Any:
+    """A decoder of two layers with multi-head latent attention (DeepSeek-V3)."""
+    config = tf.DeepseekV3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, first_k_dense_replace=2, q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=16,
+        qk_rope_head_dim=8, v_head_dim=24, max_position_embeddings=256, pad_token_id=0, bos_token_id=1,
+        eos_token_id=None,
+    )  # fmt: skip
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     randomize(model, 0)
     return model
 
@@ -56,6 +71,30 @@ def test_logits_are_near_those_of_float(attention: str, kv: str, most: float) ->
     found = logits(model, tokens, qfx.QuantizedCache(model.config, kv), (64, 3, 1, 1))
     assert torch.allclose(found[:, :64], expected[:, :64], atol=1e-5), "a prompt is read in float"
     assert (0 if kv == "f32" else 1e-6) <= drift(found[:, 64:], expected[:, 64:]) <= most
+
+
+@pytest.mark.parametrize(("width", "heads"), [(80, 2), (96, 4), (72, 1)])
+@pytest.mark.parametrize(("kv", "most"), [("f32", 1e-5), ("i8", 0.02), ("fp8", 0.08), ("i4", 0.15)])
+def test_heads_that_groups_do_not_divide(width: int, heads: int, kv: str, most: float) -> None:
+    """Groups of 32 channels in heads of 80 and 72; a single head of keys for all queries."""
+    model, tokens = small(head_dim=width, num_key_value_heads=heads), ids(80)
+    expected = logits(model, tokens, tf.DynamicCache(config=model.config), (64, 3, 1, 1))
+    found = logits(model, tokens, qfx.QuantizedCache(model.config, kv), (64, 3, 1, 1))
+    assert (0 if kv == "f32" else 1e-6) <= drift(found[:, 64:], expected[:, 64:]) <= most
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_keys_and_values_of_other_widths(attention: str) -> None:
+    """Multi-head latent attention: one head of 16 and of 8 channels is cached for all, which a linear then reads."""
+    model = latent(attention)
+    expected = logits(model, ids(60), tf.DynamicCache(config=model.config), (40, 7, 1, 1))
+    cache = qfx.QuantizedCache(model.config, {"k": "u4/g8/f16", "v": "i8", "residual": 4})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = logits(model, ids(60), cache, (40, 7, 1, 1))
+    assert any("'linear' does not read a quantized cache" in str(one.message) for one in said)
+    assert [cache.layers[0].keys.shape[-1], cache.layers[0].values.shape[-1]] == [16, 8]
+    assert 1e-6 < drift(found[:, 40:], expected[:, 40:]) < 0.15
 
 
 @pytest.mark.parametrize("kv", KINDS, ids=str)
