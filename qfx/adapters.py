@@ -31,7 +31,7 @@ _HEADED = ("SEQ_CLS", "TOKEN_CLS")
 
 
 def add_adapters(model: nn.Module, config: Any, name: str = "default") -> Any:
-    """peft's model: adapters as `config` (a LoraConfig) says on a packed or prepared `model`, whose linears are wrapped.
+    """peft's model: adapters as `config` (a LoraConfig) says, on a packed or prepared `model`; linears are wrapped.
 
     What `peft.get_peft_model` gives, with qfx's layers on quantized linears. Everything but the adapters is frozen.
     Raises ValueError for a float model, for adapters on packed tables and the like, and for modules to be trained whole

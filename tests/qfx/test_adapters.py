@@ -177,7 +177,7 @@ def test_data_says_how_to_round_again() -> None:
         batches = [{"ids": ids(seed)} for seed in range(20, 28)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", qfx.QfxWarning)
-            merged = qfx.merge_adapters(copy.deepcopy(model), batches, rounding=rounding)  # type: ignore[arg-type]
+            merged = qfx.merge_adapters(copy.deepcopy(model), batches, rounding=rounding)
         rows = merged.rows
         lost.append((sum(row.output_lost or 0.0 for row in rows), float((out(merged.model) - out(model)).norm())))
     assert lost[1][0] < 0.8 * lost[0][0] and lost[1][1] < lost[0][1]
