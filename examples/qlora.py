@@ -33,6 +33,7 @@ import qfx
 from examples.qat_lm import ASSETS, Data, Settings, train
 from examples.qat_rows import FLOAT, PTQ, Row, shown, with_recovered
 
+Asked = str | dict[str, Any]
 MERGES: dict[str, dict[str, Any]] = {
     "merged, mse": {"rounding": "mse"},
     "merged, gptq": {"rounding": "gptq"},
@@ -40,7 +41,7 @@ MERGES: dict[str, dict[str, Any]] = {
 }
 
 
-def adapted(data: Data, recipe: str, rank: int, settings: Settings) -> tuple[Any, list[Row]]:
+def adapted(data: Data, recipe: Asked, rank: int, settings: Settings) -> tuple[Any, list[Row]]:
     """A packed model with trained adapters, and its rows: packed alone, and with adapters."""
     asked = qfx.Recipe.parse(recipe)
     model: Any = qfx.quantize(data.model(), asked, data.calibration() if asked.needs_data else None)
@@ -58,7 +59,7 @@ def adapted(data: Data, recipe: str, rank: int, settings: Settings) -> tuple[Any
     return model, [*rows, row]
 
 
-def merged(data: Data, model: Any, recipe: str, seed: int) -> list[Row]:
+def merged(data: Data, model: Any, recipe: Asked, seed: int) -> list[Row]:
     """A row for each way of merging; `model` stays as it is."""
     rows = []
     for how, fields in MERGES.items():
@@ -68,7 +69,7 @@ def merged(data: Data, model: Any, recipe: str, seed: int) -> list[Row]:
     return rows
 
 
-def run(data: Data, recipes: Sequence[str], rank: int, settings: Settings) -> list[Row]:
+def run(data: Data, recipes: Sequence[Asked], rank: int, settings: Settings) -> list[Row]:
     """All rows, those of the float model first."""
     rows = [Row(FLOAT, "", data.judge(data.model()))]
     for recipe in recipes:

@@ -26,7 +26,7 @@ from qfx.blocks import Block, Part, Site
 from qfx.errors import Note, explain
 from qfx.format import Format
 from qfx.method_options import GptqOptions
-from qfx.numerics import quantize
+from qfx.numerics import QParams, quantize
 from qfx.packing import Packed
 from qfx.parts import ELEMENTS, joined, round_in_parts
 from qfx.passes._grid import Grid, scales
@@ -157,9 +157,11 @@ def _notes(part: Part, seen: list[Hessian], weight: Tensor) -> Iterator[Note]:
 
 
 def round_by(
-    weight: Tensor, seen: list[Hessian], fmt: Format, options: GptqOptions, *, name: str
+    weight: Tensor, seen: list[Hessian], fmt: Format, options: GptqOptions, *, name: str, kept: QParams | None = None
 ) -> tuple[Packed, dict[str, Any]]:
     """A weight [N, K] (one Hessian) or [E, N, K] (E Hessians) rounded in `fmt`, and what is told about it.
+
+    kept: scales and zero points of a weight [N, K] that are taken as they are (with options.act_order).
 
     told: error_before, error_after (squared error of the result relative to it, on some rows; rounded to nearest, and
     by GPTQ), dampening (the greatest used), dead (share of channels without energy), clipped (share of weights beyond
@@ -173,6 +175,8 @@ def round_by(
     del nearest  # its codes
     if full.dim() == 2:
         grid = _grid(full, fmt, start, seen[0], options)
+        if kept is not None:
+            grid = Grid(fmt, *kept, (full.shape[0], full.shape[1]))
         return _solve(full, before, seen[0], grid, options, name)
     solved = []
     for i, one in enumerate(seen):

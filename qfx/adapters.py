@@ -7,6 +7,9 @@
     model = qfx.load_adapters(packed_model, folder)
     merged = qfx.merge_adapters(model, data)                        # merged.model, and what rounding again loses
 
+On a model of `qfx.prepare_qat` adapters train inside the fake quantization: `qfx.convert(model.merge_and_unload())` is
+what was trained.
+
 Dettmers et al. 2023, "QLoRA". peft is imported where it is used; nothing of it is changed: qfx's layer stands in the
 LoraConfig of the one model.
 """
@@ -21,25 +24,26 @@ from torch import nn
 
 from qfx.errors import explain
 from qfx.mixed import QuantMixed
-from qfx.modules import PackedModule, QuantConv, QuantLinear
+from qfx.modules import PREPARED, PackedModule, QuantConv, QuantLinear
 
 _ALL = "all-linear"  # peft's word
 _HEADED = ("SEQ_CLS", "TOKEN_CLS")
 
 
 def add_adapters(model: nn.Module, config: Any, name: str = "default") -> Any:
-    """peft's model, adapters as `config` (a LoraConfig) says: `model` itself, its linears wrapped, packed as before.
+    """peft's model: adapters as `config` (a LoraConfig) says, on a packed or prepared `model`; linears are wrapped.
 
-    What `peft.get_peft_model` gives, with qfx's layer on packed linears. Everything but the adapters is frozen.
-    Raises ValueError for a model that holds nothing packed, for adapters on packed tables and the like, and for modules
-    to be trained whole (`modules_to_save`) that are packed; ImportError without peft.
+    What `peft.get_peft_model` gives, with qfx's layers on quantized linears. Everything but the adapters is frozen.
+    Raises ValueError for a float model, for adapters on packed tables and the like, and for modules to be trained whole
+    (`modules_to_save`) that are packed; ImportError without peft.
     """
     peft = _peft()
     return peft.get_peft_model(model, lora_config(model, config), adapter_name=name)
 
 
 def load_adapters(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bool = False) -> Any:
-    """Adapters that peft's `save_pretrained` wrote, on a packed model. trainable: to train them on. Raises as above."""
+    """Adapters that peft's `save_pretrained` wrote, on a quantized model. trainable: to go on training them. Raises
+    ValueError as `add_adapters` does."""
     peft = _peft()
     config = lora_config(model, peft.PeftConfig.from_pretrained(os.fspath(folder)))
     return peft.PeftModel.from_pretrained(model, os.fspath(folder), config=config, is_trainable=trainable)
@@ -52,21 +56,24 @@ def lora_config(model: nn.Module, config: Any) -> Any:
     _peft()
     from peft import LoraConfig
 
-    from qfx.lora import PackedLoraLinear, Refused
+    from qfx.lora import FakeLoraLinear, PackedLoraLinear, Refused
 
     if not isinstance(config, LoraConfig):
         raise ValueError(
             explain("adapters on packed linears are LoRA", expected="a LoraConfig", found=type(config).__name__)
         )
     packed = {fqn: m for fqn, m in model.named_modules() if isinstance(m, PackedModule) or hasattr(m, "qfx_packed")}
-    if not packed:
-        step = "qfx.quantize(model, 'nf4') first; peft.get_peft_model takes float and prepared models"
-        raise ValueError(explain("the model holds nothing packed", next_step=step))
+    fake = {type(m): FakeLoraLinear if _is_linear(m) else Refused for m in model.modules() if _is_fake(m)}
+    if not packed and not fake:
+        step = (
+            "qfx.quantize(model, 'nf4') or qfx.prepare_qat(model, recipe) first; peft.get_peft_model takes float models"
+        )
+        raise ValueError(explain("nothing in the model is quantized", next_step=step))
     _check_whole(config, packed)
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == _ALL:
+    if packed and isinstance(config.target_modules, str) and config.target_modules.lower() == _ALL:
         config.target_modules = _linears(model)
     refused: dict[type, type] = {type(m): Refused for m in packed.values() if not _takes_adapter(m)}
-    config._register_custom_module({**refused, QuantLinear: PackedLoraLinear, QuantMixed: PackedLoraLinear})
+    config._register_custom_module({**fake, **refused, QuantLinear: PackedLoraLinear, QuantMixed: PackedLoraLinear})
     return config
 
 
@@ -83,6 +90,19 @@ def _check_whole(config: Any, packed: Mapping[str, nn.Module]) -> None:
             if any(owner and (fqn == owner or fqn.endswith(f".{owner}")) for owner in owners):
                 step = f"quantize with ignore=[{name!r}], or leave it out of the LoraConfig"
                 raise ValueError(explain(f"{name!r} should learn, but its weight is packed", node=fqn, next_step=step))
+
+
+def _is_fake(module: nn.Module) -> bool:
+    """Whether adapters beside a prepared module would be lost or would not be rounded: linears, and weights that other
+    forwards read."""
+    kind = type(module)
+    return hasattr(kind, PREPARED) and (hasattr(kind, "qfx_fake_names") or _is_linear(module))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return (
+        "fake_quant" in module._modules and not isinstance(module, nn.Embedding) and not hasattr(module, "kernel_size")
+    )
 
 
 def _takes_adapter(module: nn.Module) -> bool:

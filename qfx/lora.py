@@ -1,9 +1,10 @@
-"""LoRA of peft on packed linears: what `qfx.adapters` registers in a LoraConfig. Importing this imports peft.
+"""LoRA of peft on packed and on prepared linears: what `qfx.adapters` registers in a LoraConfig. This imports peft.
 
-    y = base(x) + scaling * B(A(x))         the base packed and frozen (QLoRA: Dettmers et al. 2023)
+    packed      y = base(x) + scaling * B(A(x))             the base frozen (QLoRA: Dettmers et al. 2023)
+    prepared    y = fake_quantize(W + scaling * B A) x      W frozen; what is merged and converted is what was trained
 
-Merging puts the change into the packed weight, which rounds it again; the buffers of before are kept until the layer
-is taken out, so that unmerging gives them back bit for bit.
+Merging into a packed weight rounds it again; the buffers of before are kept until the layer is taken out, so that
+unmerging gives them back bit for bit.
 """
 
 from __future__ import annotations
@@ -29,16 +30,7 @@ class PackedLoraLinear(Linear):  # type: ignore[misc]
     and first values that are taken out of the base's weight (PiSSA, OLoRA, LoftQ, ...)."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
-        start = config.init_lora_weights
-        if not isinstance(start, bool) and start not in _PLAIN_STARTS:
-            raise ValueError(
-                explain(
-                    f"init_lora_weights={start!r} changes the base's weight, which is packed",
-                    expected=", ".join(map(repr, _PLAIN_STARTS)),
-                    node=str(kwargs.get("target_name", "")),
-                    next_step="init_lora_weights=True; the recipe's low_rank keeps a part of the weight in float",
-                )
-            )
+        _check_start(config, str(kwargs.get("target_name", "")))
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.fan_in_fan_out = False  # a packed weight is [N, K], whatever the float module held
         self.merged_adapters: list[str] = []
@@ -105,14 +97,66 @@ class PackedLoraLinear(Linear):  # type: ignore[misc]
                 self.base.bias.data += sign * self.scaling[name] * self.lora_B[name].bias
 
 
+class FakeLoraLinear(Linear):  # type: ignore[misc]
+    """LoRA inside the fake quantization of a linear that `qfx.prepare_qat` prepared, in the basis of its weight (inputs
+    come to it rotated and smoothed). Raises ValueError for variants, for dropout, which a sum of weights has not, and
+    for first values that are taken out of the weight."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        node = str(kwargs.get("target_name", ""))
+        _check_start(config, node)
+        if config.lora_dropout:
+            what = "adapters inside fake quantization change the weight, of which nothing can be dropped"
+            found = f"lora_dropout={config.lora_dropout}"
+            raise ValueError(explain(what, found=found, node=node, next_step="lora_dropout=0.0"))
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        base: Any = self.get_base_layer()
+        self.fan_in_fan_out = base.fake_quant.weight.transposed
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], None]:
+        """Only plain LoRA."""
+        return {(): None}
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [.., K] -> [.., N], by the weight with the active adapters as it comes back from its format."""
+        self._check_forward_args(x, *args, **kwargs)
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError("adapters inside fake quantization are the same for the whole batch, found adapter_names")
+        base: Any = self.get_base_layer()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [] if self.disable_adapters or self.merged else self.active_adapters
+        weight, bias = base.weight, None
+        for name in (name for name in names if name in self.lora_A):
+            weight = weight + self.get_delta_weight(name).to(weight.dtype)
+            if self.lora_bias[name]:
+                bias = self.scaling[name] * self.lora_B[name].bias + (0.0 if bias is None else bias)
+        y: Tensor = base.fake_quant.linear(base, x, weight)
+        return y if bias is None else y + bias.to(y.dtype)
+
+
+def _check_start(config: LoraConfig, node: str) -> None:
+    start = config.init_lora_weights
+    if not isinstance(start, bool) and start not in _PLAIN_STARTS:
+        raise ValueError(
+            explain(
+                f"init_lora_weights={start!r} changes the base's weight, which is quantized",
+                expected=", ".join(map(repr, _PLAIN_STARTS)),
+                node=node,
+                next_step="init_lora_weights=True; the recipe's low_rank keeps a part of the weight in float",
+            )
+        )
+
+
 class Refused:
-    """Stands for packed modules that have no LoRA: raises ValueError where peft would put an adapter on one."""
+    """Stands for quantized modules that have no LoRA: raises ValueError where peft would put an adapter on one."""
 
     def __init__(self, target: nn.Module, *args: Any, target_name: str = "", **kwargs: Any) -> None:
         raise ValueError(
             explain(
-                "a packed module that is no linear cannot have an adapter",
-                expected="a packed linear (QuantLinear, QuantMixed), or a float module",
+                "a quantized module that is no linear cannot have an adapter",
+                expected="a quantized linear, or a float module",
                 found=type(target).__name__,
                 node=target_name,
                 next_step="leave it out of target_modules, or quantize with a recipe that leaves it in float (ignore)",

@@ -116,18 +116,17 @@ def _cut(base: Base, delta: Tensor) -> list[Tensor]:
 
 
 def _found(wanted: Tensor, before: Packed, method: str, name: str, seen: Hessian | None) -> Packed:
-    """Of what `method` finds and the nearest values at the scales of before, what loses less."""
-    fmt = before.format
+    """Of what `method` finds and what the scales of before allow, what loses least."""
+    fmt, params = before.format, before.params()
     if fmt.is_plain:
         return round_in_parts(wanted, fmt, "rtn", name=name)
+    found = [Packed.from_codes(quantize(wanted, fmt, *params), fmt, *params)]
     if seen is None:
-        found = round_in_parts(wanted, fmt, method, name=name)
+        found.append(round_in_parts(wanted, fmt, method, name=name))
     else:
-        found = round_by(wanted, [seen], fmt, GptqOptions(clip=True), name=name)[0]
-    params = before.params()
-    kept = Packed.from_codes(quantize(wanted, fmt, *params), fmt, *params)
-    kept_loss, found_loss = (_loss(wanted - packed.dequantize(), seen) for packed in (kept, found))
-    return kept if kept_loss <= found_loss else found
+        given = [(GptqOptions(), params), (GptqOptions(clip=True), None)]
+        found += [round_by(wanted, [seen], fmt, options, name=name, kept=kept)[0] for options, kept in given]
+    return min(found, key=lambda packed: _loss(wanted - packed.dequantize(), seen))
 
 
 def _loss(error: Tensor, seen: Hessian | None) -> float:

@@ -71,6 +71,28 @@ def test_ddp_and_fsdp_of_one_process_train_as_the_model_itself(plan: qfx.Plan, s
         assert all(torch.allclose(t, other[n], rtol=1e-4, atol=1e-6) for n, t in states[0].items())
 
 
+def test_fsdp_in_bfloat16_computes_scales_in_float32(plan: qfx.Plan, one_process: None) -> None:
+    """The policy casts every parameter in the forward; a scale is near to what it is in float32 all the same."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = prepared(net(), plan)
+    quantizer = quantizers(model)["up.fake_quant.weight.parts.0"]
+    quantizer.log_scale.data.fill_(0.1 + 1e-4)
+    wanted, seen = quantizer.current()[0].detach().clone(), []
+    quantizer.register_forward_hook(
+        lambda module, *_: seen.append((module.log_scale.dtype, module.current()[0].detach()))
+    )
+    policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+    optimizer = adam(model)
+    losses = [float(step(model, optimizer)) for _ in range(6)]
+    assert losses[-1] < 0.7 * losses[0]
+    dtype, scale = seen[0]
+    assert dtype == torch.bfloat16 and scale.dtype == torch.float32
+    assert torch.allclose(scale, wanted, rtol=3e-3)  # bfloat16 has 0.4 % of 0.1, thrice that in the exponent: 0.1 %
+
+
 def _run(processes: int, *arguments: str) -> dict[str, Any]:
     """What the script prints on process 0, run by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
