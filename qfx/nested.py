@@ -8,22 +8,22 @@ one f32 tensor [1 + blocks]: the mean, then the blocks.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 SIZE = 256  # scales of a block
 
 
-@lru_cache(maxsize=1)
 def _dynamic() -> Tensor:
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], device="cpu")]
     for i in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**i + 1)
+        edges = torch.linspace(0.1, 1.0, 2**i + 1, device="cpu")
         middles = (edges[:-1] + edges[1:]) / 2.0 * 10.0 ** (i - 6)
         values += [middles, -middles]
     return torch.cat(values).sort().values
+
+
+_TABLE = _dynamic()  # made here, not when it is first needed: Dynamo would trace its making into the graph
 
 
 def dynamic_map() -> Tensor:
@@ -32,7 +32,7 @@ def dynamic_map() -> Tensor:
     0, 1, and for each power of ten 10^-6 to 1 the middles of 2^i equal parts of [0.1, 1], i = 0 to 6, with both signs
     (8-bit Approximations for Parallelism in Deep Learning, Dettmers 2015, section 2.2).
     """
-    return _dynamic().clone()
+    return _TABLE.clone()
 
 
 def above(scale: Tensor) -> Tensor:
@@ -47,13 +47,13 @@ def encode(scale: Tensor, whole: Tensor) -> Tensor:
     """The codes, uint8 of the same shape, nearest to f32 scales under `above`."""
     spread = _spread(whole, scale.shape)
     steps = (scale - whole[0]) / torch.where(spread > 0, spread, torch.ones_like(spread))
-    table = _dynamic().to(scale.device)
+    table = _TABLE.to(scale.device)
     return torch.bucketize(steps.contiguous(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
 
 
 def decode(codes: Tensor, whole: Tensor) -> Tensor:
     """The f32 scales of codes."""
-    table = _dynamic().to(codes.device)
+    table = _TABLE.to(codes.device)
     values = table.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
     return values * _spread(whole, codes.shape) + whole[0]
 

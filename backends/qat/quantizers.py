@@ -166,7 +166,7 @@ class WeightQuantizer(Quantizer):
         extent = self._extent(weight)
         known, ratio = (extent > 0) & (self.extent > 0), extent / self.extent.clamp(min=TINY)
         self._moved(self.log_scale, torch.where(known, ratio.log() / RATE, self.log_scale))
-        self.steps += 1
+        self.steps.add_(1)
 
     def _extent(self, weight: Tensor) -> Tensor:
         low, high = value_range(weight, self.format)
@@ -207,7 +207,7 @@ class InputQuantizer(Quantizer):
         low, high = _of_all_processes(*value_range(x, self.format, activation=True))
         self._moved(self.low, low)
         self._moved(self.high, high)
-        self.steps += 1
+        self.steps.add_(1)
         scale, zero = range_qparams(self.low, self.high, self.format)
         self.log_scale.copy_((effective_scale(scale, zero, self.format) / self.initial_scale).log() / RATE)
         if self.zero_shift is not None and self.initial_zero is not None and zero is not None:
