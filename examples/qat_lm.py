@@ -155,9 +155,8 @@ def begun(data: Data, recipe: Recipe, start: Start) -> qfx.Plan:
 def trained(data: Data, plan: qfx.Plan | None, settings: Settings, scales: Scales, say: Callable[[str], None]) -> Row:
     """A row of QAT, judged after `qfx.convert`. plan: where training begins; None trains the float model."""
     model = data.model()
-    how = f"QAT from {plan.recipe.rounding}, {scales} scales" if plan is not None else "trained on"
-    how += f", distilled {settings.distill:g}" if settings.distill else ", plain loss"
-    how += f", hidden {settings.hidden:g}" if settings.distill and settings.hidden else ""
+    how = f"QAT, {scales} scales" if plan is not None else "trained on"
+    how += f", {loss_of(settings)}"
     if plan is not None:
         model = qfx.prepare_qat(model, plan, scales=scales)
     row, started = (
@@ -175,6 +174,14 @@ def trained(data: Data, plan: qfx.Plan | None, settings: Settings, scales: Scale
     row.seconds = time.perf_counter() - started
     row.score = data.judge(model if plan is None else qfx.convert(model))
     return row
+
+
+def loss_of(settings: Settings) -> str:
+    """What a run is trained by, in words."""
+    if not settings.distill:
+        return "plain loss"
+    share = "" if settings.distill == 1 else f" {settings.distill:g}"
+    return f"distilled{share}" + ("" if settings.hidden else " by logits alone")
 
 
 def rounded(data: Data, plan: qfx.Plan, method: str = PTQ) -> Row:
@@ -241,6 +248,7 @@ def main(
             own = replace(settings, rate=rate or RATES.get(plan.recipe.name, OTHER_RATE))
             rows.append(trained(data, plan, own, kind, say))
     with_recovered(rows)
+    rows.sort(key=[row.recipe for row in rows].index)
     console.print(shown(rows, "perplexity", f"{model.name}, {text}, {steps} steps of {batch * 1024:,} tokens"))
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")

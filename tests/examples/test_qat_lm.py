@@ -89,10 +89,18 @@ def test_a_plan_for_heads_is_trained(data: Data) -> None:
     plan = planned(data, 3.0, refine=0)
     model = qfx.prepare_qat(data.model(), begun(data, plan, "gptq"))
     assert math.isclose(data.judge(model), rounded(data, plan).score, rel_tol=1e-4)
-    assert any(isinstance(formats["w"], tuple) for formats in map(plan.formats, plan.annotations)), "no heads in it"
+    assert len({str(plan.formats(fqn)["w"]) for fqn in plan.annotations}) > 1, "nothing was planned"
     row = trained(data, plan, Settings(steps=2, rate=2e-4, batch=1, distill=1.0, checks=1), "learned", print)
-    assert (row.recipe, row.method) == ("planned, 3 bits", "QAT from mse, learned scales, distilled 1")
+    assert (row.recipe, row.method) == ("planned, 3 bits", "QAT, learned scales, distilled by logits alone")
     assert row.score < row.curve[0][1]
+
+
+@pytest.mark.parametrize(
+    ("distill", "hidden", "said"),
+    [(0.0, 4.0, "plain loss"), (1.0, 4.0, "distilled"), (0.5, 0.0, "distilled 0.5 by logits alone")],
+)
+def test_rows_say_their_loss(distill: float, hidden: float, said: str) -> None:
+    assert qat_lm.loss_of(Settings(distill=distill, hidden=hidden)) == said
 
 
 def test_the_recipes_with_rates_of_their_own() -> None:
