@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from qfx.backends.qat.fake_quant import gradient_factor
 from qfx.backends.qat.quantizers import InputQuantizer, Quantizer, RunTimeInput, WeightQuantizer
 from qfx.errors import explain, nearest
-from qfx.fake_attention import FakeAttention, FixedWeights
+from qfx.fake_attention import FakeAttention
 from qfx.fake_modules import FakeLinear, FakeWeight, weight_of
+from qfx.fake_operands import FixedWeights
 from qfx.format import Format
 from qfx.numerics import QParams, range_qparams
 from qfx.qat import Training, training_of
