@@ -111,7 +111,7 @@ def _pairs(numbers: Sequence[Sequence[Any]]) -> list[tuple[Sequence[Any], Sequen
 
 def shares(formats: Sequence[Given], heads: int, own: int) -> list[Share]:
     """The heads of q in groups of equal formats; formats: of q, k, v and p, lists as `check` lets them pass."""
-    columns = [_of_rows(role, given, heads) for role, given in zip(ROLES, formats, strict=True)]
+    columns = [of_rows(role, given, heads) for role, given in zip(ROLES, formats, strict=True)]
     groups: dict[tuple[Format | None, ...], list[int]] = {}
     for head, chosen in enumerate(zip(*columns, strict=True)):
         groups.setdefault(chosen, []).append(head)
@@ -131,7 +131,7 @@ def qparams(role: str, given: PerHead, ends: Callable[[Format], tuple[Tensor, Te
     """
     rows = ends(given[0])[0].shape[0]
     scale, zero = torch.ones(rows, 1, 1), torch.zeros(rows, 1, 1, dtype=torch.uint8)
-    for head, fmt in enumerate(_of_rows(role, given, rows)):
+    for head, fmt in enumerate(of_rows(role, given, rows)):
         if fmt is None or fmt.is_plain or fmt.dynamic:
             continue
         low, high = (end[head] for end in ends(fmt))
@@ -142,14 +142,14 @@ def qparams(role: str, given: PerHead, ends: Callable[[Format], tuple[Tensor, Te
     return QParams(scale, zero if any(fmt.has_zero for fmt in given) else None)
 
 
-def _of_rows(role: str, given: Given, rows: int) -> list[Format | None]:
+def of_rows(role: str, given: Given, rows: int) -> list[Format | None]:
     """The format of each of an operand's heads."""
     if not isinstance(given, tuple):
         return [given] * rows
-    alone = [_alone(role, fmt) for fmt in given]
-    return [alone[row * len(alone) // rows] for row in range(rows)]
+    found = [alone(role, fmt) for fmt in given]
+    return [found[row * len(found) // rows] for row in range(rows)]
 
 
-def _alone(role: str, fmt: Format) -> Format:
+def alone(role: str, fmt: Format) -> Format:
     """One head's format; a scale of the whole tensor is the head's own. Weights have a fixed one."""
     return fmt if fmt.granularity or fmt.is_plain or role == "p" else replace(fmt, granularity="head")

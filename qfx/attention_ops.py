@@ -67,10 +67,15 @@ def is_centred(fmt: Format | None) -> bool:
     return fmt is not None and not fmt.is_plain
 
 
-def centre(k: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys [.., L, D] in f32 without their mean over the tokens, and that mean [.., 1, D]."""
+def centre(k: Tensor, chosen: bool | Tensor = True) -> tuple[Tensor, Tensor]:
+    """Keys [.., L, D] in f32 without their mean over the tokens, and that mean [.., 1, D].
+
+    chosen: where it is a tensor, which heads: f32 [H, 1, 1], 1 or 0; the mean of the others counts as 0.
+    """
     wide = k.to(torch.float32)
     mean = wide.mean(-2, keepdim=True)
+    if isinstance(chosen, Tensor):
+        mean = mean * chosen
     return wide - mean, mean
 
 
@@ -166,16 +171,15 @@ def _share(
 
 def attend(
     each: Rounders, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float,
-    causal: bool, softcap: float, *, centred: bool, dropout: float = 0.0, stored: Stored | None = None,
+    causal: bool, softcap: float, *, centred: bool | Tensor, dropout: float = 0.0, stored: Stored | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention between operands that `each` rounds, [B, H, S, Dv] in q.dtype; the arguments of qfx::attention.
 
-    centred: keys are centred before they are rounded. dropout: share of the weights that is dropped behind their
-    rounding. stored: what some queries read in the place of keys and values, in float.
+    centred: whether keys are centred before they are rounded, or which (see `centre`). dropout: share of the weights
+    that is dropped behind their rounding. stored: what some queries read in the place of keys and values, in float.
     """
-    float_k, float_q, mean = k, q.to(torch.float32), None
-    if centred:
-        k, mean = centre(float_k)
+    float_q = q.to(torch.float32)
+    k, mean = (k, None) if centred is False else centre(k, centred)
     one, other = each.q(q), each.k(k)
     scores = _scaled(_product(one, Operand(other.values.transpose(-1, -2), None, other.reach)), one.step)
     if other.step is not None:

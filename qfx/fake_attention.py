@@ -1,7 +1,7 @@
 """Attention that trains with fake quantization: F.scaled_dot_product_attention, taken as `qfx.attending` takes it.
 
-    q, k, v, p      rounded as qfx::quantized_attention rounds them, straight through inside the range of their codes;
-                    scales of static formats are learned or observed, as those of inputs of linears are
+    q, k, v, p      rounded as qfx::quantized_attention rounds them, of all heads alike or head by head, straight
+                    through inside the range of their codes; scales of static formats are learned or observed
     keys, values    in train mode what a query would read of the plan's cache, were the tokens given one by one
 
 In eval mode keys and values are read as they come, as a quantized model reads its prompt.
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx import attending
+from qfx import attending, attention_heads
 from qfx.attending import Spec
 from qfx.attention_heads import ROLES
-from qfx.attention_ops import Operand, Rounders, attend, is_centred, needs_scale, of_weights
-from qfx.backends.qat.fake_quant import fake_quantize
-from qfx.backends.qat.quantizers import InputQuantizer, RunTimeInput, Scales
+from qfx.attention_ops import Operand, Rounders, attend, centre, is_centred
+from qfx.backends.qat.quantizers import InputQuantizer, Scales
 from qfx.errors import Note, UnsupportedError, explain
+from qfx.fake_operands import ByHeads, operand
 from qfx.format import Format
 from qfx.kv.as_stored import stored
 from qfx.kv.plans import Cached, read
@@ -33,22 +33,6 @@ from qfx.plan import Plan
 from qfx.subclass import subclass
 
 CHILD = "fake_quant_attention"
-
-
-class FixedWeights(nn.Module):
-    """Fake quantization of attention weights by the range from 0 to 1. It has no state."""
-
-    def __init__(self, fmt: Format) -> None:
-        super().__init__()
-        self.format = fmt
-
-    def forward(self, p: Tensor) -> Tensor:
-        """p [B, H, S, L] f32 as it comes back from the format."""
-        scale, zero = of_weights(p, self.format)
-        return fake_quantize(p, self.format, scale, None if zero is None else zero.to(torch.float32))
-
-    def extra_repr(self) -> str:
-        return str(self.format)
 
 
 class FakeAttention(nn.Module):
@@ -63,17 +47,14 @@ class FakeAttention(nn.Module):
     def __init__(self, spec: Spec, cached: Cached | None, plan: Plan, scales: Scales, freeze_after: int | None) -> None:
         super().__init__()
         self.spec, self.cached = spec, cached
-        formats = {role: Format.parse(text) for role, text in spec["formats"].items()}
-        self.centred = is_centred(formats.get("k"))
-        for role, fmt in formats.items():
-            made: nn.Module = RunTimeInput(fmt)
-            if needs_scale(role, fmt):
-                scale, zero = (plan.tensors.get(f"{spec['name']}/{role}_{leaf}") for leaf in ("scale", "zero"))
-                assert scale is not None, f"attending.find looked for it: {spec['name']} {role}"
-                made = InputQuantizer(fmt, QParams(scale, zero), scales, freeze_after=freeze_after)
-            elif role == "p" and not fmt.is_plain and not fmt.dynamic:
-                made = FixedWeights(fmt)
-            self.add_module(role, made)
+        formats = {role: attention_heads.read(text) for role, text in spec["formats"].items()}
+        keys = formats.get("k")
+        self.centred = isinstance(keys, Format) and is_centred(keys)
+        for role, given in formats.items():
+            assert given is not None
+            scale, zero = (plan.tensors.get(f"{spec['name']}/{role}_{leaf}") for leaf in ("scale", "zero"))
+            params = None if scale is None else QParams(scale, zero)
+            self.add_module(role, operand(role, given, params, scales, freeze_after))
 
     def forward(
         self, func: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
@@ -93,22 +74,32 @@ class FakeAttention(nn.Module):
         if self.spec["rotation"] is not None:
             query, key = (torch.ops.qfx.hadamard(x, *self.spec["rotation"], False) for x in (query, key))
             held = None if held is None else held._replace(keys=self._turned(held.keys))
+        centred = self._centred(key)
         if held is None and "p" not in self.spec["formats"]:
-            key = key - key.mean(-2, keepdim=True) if self.centred else key
+            key = key if centred is False else centre(key, centred)[0]
             return plain(
                 *(self._rounded(role, x).to(x.dtype) for role, x in zip("qkv", (query, key, value), strict=True))
             )
         each = Rounders(*(functools.partial(self._operand, role) for role in ROLES))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return attend(
-            each, query, key, value, attn_mask, None, scale, is_causal, 0.0, centred=self.centred, dropout=dropout_p,
+            each, query, key, value, attn_mask, None, scale, is_causal, 0.0, centred=centred, dropout=dropout_p,
             stored=held,
         )  # fmt: skip
 
     def qparams(self) -> dict[str, QParams]:
         """Role -> scale and zero point of each static format, as a plan holds them."""
         found = {role: self._modules.get(role) for role in ROLES}
-        return {role: one.qparams() for role, one in found.items() if isinstance(one, InputQuantizer)}
+        return {
+            role: one.qparams()
+            for role, one in found.items()
+            if isinstance(one, InputQuantizer) or (isinstance(one, ByHeads) and one.params is not None)
+        }
+
+    def _centred(self, key: Tensor) -> bool | Tensor:
+        """What `attention_ops.centre` takes for the keys."""
+        own = self._modules.get("k")
+        return own.centred(key) if isinstance(own, ByHeads) else self.centred
 
     def _turned(self, x: Tensor) -> Tensor:
         found: Tensor = torch.ops.qfx.hadamard(x, *self.spec["rotation"], False)
@@ -130,14 +121,9 @@ class FakeAttention(nn.Module):
 def find(model: nn.Module, plan: Plan) -> tuple[dict[str, tuple[Spec, Cached | None]], list[Note]]:
     """Name of each module -> the formats of its attention and of its cache, and notes about what stays in float.
 
-    Raises what `attending.find` does, and UnsupportedError for formats by heads.
+    Raises what `attending.find` does.
     """
     specs, notes = attending.find(model, plan)
-    for spec in specs.values():
-        if by_heads := [f"{role}={text}" for role, text in spec["formats"].items() if text.startswith("[")]:
-            what = f"attention {spec['name']!r} cannot be trained with formats by heads"
-            step = "give it one format for each of q, k, v and p; its heads can be quantized after training"
-            raise UnsupportedError(explain(what, found=" ".join(by_heads), next_step=step))
     found: dict[str, tuple[Spec, Cached | None]] = {owner: (spec, None) for owner, spec in specs.items()}
     by_hand = {fqn.rpartition(".")[0] for fqn, layout in plan.layouts.items() if layout == BY_HAND}
     for cached in read(plan.caches):

@@ -1,6 +1,8 @@
-"""For transformers' Trainer: a callback that stops where the training went wrong. Importing this imports transformers.
+"""For transformers' Trainer: callbacks that stop where the training went wrong, and that step a schedule.
 
-Trainer(model, args, train_dataset=..., callbacks=[StopAtNaN()])
+Trainer(model, args, train_dataset=..., callbacks=[StopAtNaN(), Scheduled(start_after=50, bits={0: 8, 100: 4})])
+
+Importing this imports transformers.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from qfx.errors import explain
+from qfx.schedule import QATSchedule
 
 
 class StopAtNaN(TrainerCallback):  # type: ignore[misc]
@@ -33,6 +36,23 @@ class StopAtNaN(TrainerCallback):  # type: ignore[misc]
         if args.fp16:
             model: nn.Module = kwargs["model"]
             _check({n: p for n, p in model.named_parameters() if p.requires_grad}, "value", state.global_step)
+
+
+class Scheduled(TrainerCallback):  # type: ignore[misc]
+    """A `qfx.QATSchedule` of these fields, from the step on at which the Trainer begins or resumes."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.fields = fields
+        self.schedule: QATSchedule | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make the schedule; a checkpoint has been loaded by now."""
+        self.schedule = QATSchedule(kwargs["model"], **self.fields, steps=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The optimizer has stepped."""
+        assert self.schedule is not None
+        self.schedule.step()
 
 
 @torch.no_grad()

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from qfx.backends.qat.fake_quant import gradient_factor
 from qfx.backends.qat.quantizers import InputQuantizer, Quantizer, RunTimeInput, WeightQuantizer
 from qfx.errors import explain, nearest
-from qfx.fake_attention import FakeAttention, FixedWeights
+from qfx.fake_attention import FakeAttention
 from qfx.fake_modules import FakeLinear, FakeWeight, weight_of
+from qfx.fake_operands import FixedWeights
 from qfx.format import Format
 from qfx.numerics import QParams, range_qparams
 from qfx.qat import Training, training_of
@@ -36,8 +37,9 @@ class QATSchedule:
 
     start_after: steps that train in float. bits: step -> bits, falling, of all integer formats that have fewer in the
     plan, in which they stay at last; caches keep theirs. freeze: step -> names of parameters or of modules, or globs of
-    these, that stand still from then on. Where fake quantization begins, and where bits change, scales of weights are
-    searched anew (`qfx.scales.search`) and those of inputs span the range that they spanned.
+    these, that stand still from then on. steps: done before, by a model whose state was loaded already.
+    Where fake quantization begins, and where bits change, scales of weights are searched anew (`qfx.scales.search`) and
+    those of inputs span the range that they spanned.
     A switch costs torch.compile one compilation; other steps cost nothing. DistributedDataParallel has to be told
     find_unused_parameters=True, for scales and frozen parameters get no gradient. To resume, make the schedule, then
     load the state_dict of the model, the optimizer and the schedule. `qfx.convert` refuses a model whose schedule has
@@ -47,17 +49,17 @@ class QATSchedule:
 
     def __init__(
         self, model: nn.Module, *, start_after: int = 0, bits: Mapping[int, int] | None = None,
-        freeze: Mapping[int, str | Sequence[str]] | None = None,
+        freeze: Mapping[int, str | Sequence[str]] | None = None, steps: int = 0,
     ) -> None:  # fmt: skip
         self.training = training_of(model)
-        self.model, self.steps, self.start_after = model, 0, start_after
+        self.model, self.steps, self.start_after = model, steps, start_after
         self.bits, self.freeze = dict(sorted((bits or {}).items())), dict(sorted((freeze or {}).items()))
-        _check_steps(start_after, self.bits, self.freeze)
+        _check_steps(start_after, self.bits, self.freeze, steps)
         self._learning = {name: p.requires_grad for name, p in model.named_parameters()}
         self._frozen = {step: _named(self._learning, names) for step, names in self.freeze.items()}
         if self.bits:
             _check_bits(self.bits, [_planned(m) for m in _with_formats(model)])
-        self._apply(began=True)
+        self._apply(began=True, scales=steps == 0)
 
     def step(self) -> None:
         """One step of the optimizer is done."""
@@ -194,8 +196,9 @@ def _with_parents(name: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
-def _check_steps(start_after: object, bits: Mapping[int, int], freeze: Mapping[int, Any]) -> None:
-    for what, step in [("start_after", start_after), *(("bits", s) for s in bits), *(("freeze", s) for s in freeze)]:
+def _check_steps(start_after: object, bits: Mapping[int, int], freeze: Mapping[int, Any], steps: object) -> None:
+    given = {"start_after": [start_after], "bits": bits, "freeze": freeze, "steps": [steps]}
+    for what, step in ((what, step) for what, found in given.items() for step in found):
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"a step of {what} is a whole number, 0 or more, found {step!r}")
 

@@ -54,10 +54,14 @@ def planned(name: str, kv: bool = False) -> qfx.Plan:
     return qfx.plan(Net().eval(), recipe(RULES[name], WEIGHTS), data=[X, 2 * X])
 
 
-RULES = {"static": STATIC, "dynamic": DYNAMIC, "without p": NO_P}
+BY_HEADS = {
+    "target": "attention", "q": ["i8/tok", "f16", "i8/tok", "i8/tok"], "k": ["u8", "f16", "u8", "i4/tok"],
+    "v": ["i8/tok", "i8", "i4", "f16"], "p": ["u8", "u8/tok", "u8", "f16"],
+}  # fmt: skip
+RULES: dict[str, dict[str, Any]] = {"static": STATIC, "dynamic": DYNAMIC, "without p": NO_P, "heads": BY_HEADS}
 
 
-@pytest.mark.parametrize("name", ["static", pytest.param("dynamic", marks=pytest.mark.slow), "without p"])
+@pytest.mark.parametrize("name", ["static", pytest.param("dynamic", marks=pytest.mark.slow), "without p", "heads"])
 def test_it_begins_as_quantize_gives_it_and_ends_as_convert_gives_it(name: str) -> None:
     plan, rule = planned(name), RULES[name]
     quantized, model = qfx.quantize(Net().eval(), plan), qfx.prepare_qat(Net().eval(), plan)
@@ -65,15 +69,17 @@ def test_it_begins_as_quantize_gives_it_and_ends_as_convert_gives_it(name: str) 
     assert sqnr_db(first, run(model, X)) > 60 > sqnr_db(run(Net().eval(), X), first)
     assert not quantized_parts(model) and "layers.0" in prepared_parts(model)
     static = [r for r in "qkv" if r in rule and "/tok" not in rule[r] and "dyn" not in rule[r]]
+    static = ["k", "v"] if name == "heads" else static
     scales = [n for n, _ in model.named_parameters() if f"layers.0.{CHILD}" in n and "log_scale" in n]
-    assert scales == [f"layers.0.{CHILD}.{role}.log_scale" for role in static]
+    assert list(dict.fromkeys(n.split(".")[3] for n in scales)) == static
     step(model)
     trained = run(model.eval(), X)
     converted = qfx.convert(copy.deepcopy(model))
     assert sqnr_db(run(converted, X), trained) > 60 > sqnr_db(first, trained)
     assert not any("fake" in n for n in converted.state_dict())
     spec = attending.specs_of(converted)["layers.0"]
-    assert {r: f for r, f in rule.items() if r != "target"} == spec["formats"]
+    asked = {r: f if isinstance(f, str) else f"[{','.join(f)}]" for r, f in rule.items() if r != "target"}
+    assert asked == spec["formats"]
     before = attending.specs_of(quantized)["layers.0"]["scales"]
     assert all(spec["scales"][role] != before[role] for role in static), "learned scales are those that are kept"
 
@@ -215,10 +221,15 @@ def test_formats_that_attention_cannot_have_are_refused() -> None:
     assert prepared_parts(model) == [] and type(model.layers[0]) is Attention
 
 
-def test_formats_by_heads_are_refused() -> None:
-    rule = {"target": "attention", "k": ["i8/tok", "f16", "i8/tok", "i8/tok"]}
-    with pytest.raises(UnsupportedError, match=r"(?s)cannot be trained with formats by heads.*k=\[i8/tok,f16"):
-        qfx.prepare_qat(Net().eval(), recipe(rule), data=[X])
+def test_a_scale_of_one_head_is_learned_and_kept() -> None:
+    model: Any = qfx.prepare_qat(Net(), planned("heads"))
+    keys = model.get_submodule(f"layers.0.{CHILD}.k")
+    assert [str(fmt) for fmt in keys.kinds] == ["u8/head", "f16", "i4/tok"]
+    before = keys.qparams()
+    assert before.scale[1] == before.scale[3] == 1 and before.zero is not None and before.zero[1] == 0
+    keys.parts[0].log_scale.data += 0.1
+    after = keys.qparams().scale / before.scale
+    assert torch.allclose(after.flatten(), torch.tensor([1.35, 1, 1.35, 1]), atol=1e-3)
 
 
 @pytest.mark.slow
@@ -227,7 +238,8 @@ def test_cross_attention_reads_what_the_encoder_gave_as_it_is_stored() -> None:
     kv = {"target": "cache", "k": "u4/g4/f16", "v": "i4/g8/f16", "residual": 2, "sinks": 1}
     ids, words = tiny.ids(), torch.randint(3, tiny.VOCAB, (tiny.ids().shape[0], 20))
     plan = qfx.plan(bart(), recipe(kv))
-    quantized, model = qfx.quantize(bart(), plan), qfx.prepare_qat(bart(), plan)
+    quantized: Any = qfx.quantize(bart(), plan)
+    model = qfx.prepare_qat(bart(), plan)
     for module in model.modules():
         module.training = isinstance(module, FakeAttention)  # no dropout
     cache, rows = new_cache(quantized), []

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import qfx
-from qfx.hf_training import StopAtNaN
+from qfx.hf_training import Scheduled, StopAtNaN
+from qfx.qat import quantizers
 from tests import tiny
 from tests.qat_nets import DATA, VOCAB, Net, both
 
@@ -93,6 +94,23 @@ def test_a_module_of_no_library_trains_and_resumes(scales: Any, tmp_path: Path) 
             (m.eval()(Text()[0]["input_ids"][None])["logits"]) for m in (trainer.model, qfx.convert(again))
         )
     assert torch.allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_schedule_is_stepped_and_resumed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start = Scored()
+    plan = qfx.plan(start, both("u4/g16", "u8"), [{"input_ids": batch["ids"]} for batch in DATA])
+    callback = Scheduled(start_after=1, bits={0: 8, 1: 6, 3: 4}, freeze={3: "norm"})
+    trainer = goes_on_exactly(
+        lambda: qfx.prepare_qat(copy.deepcopy(start), plan), tmp_path, activation_checkpointing=False,
+        callbacks=[callback],
+    )  # fmt: skip
+    assert callback.schedule is not None and callback.schedule.steps == 4
+    model: Any = trainer.model
+    assert not model.norm.weight.requires_grad
+    assert {str(q.format) for n, q in quantizers(model).items() if "weight" in n and "table" not in n} == {"u4/g16"}
+    qfx.convert(model)
 
 
 @pytest.mark.slow

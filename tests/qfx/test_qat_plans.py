@@ -66,8 +66,10 @@ def test_heads_have_formats_of_their_own_in_another_order() -> None:
     assert [record["name"] for record in plan.rewrites] == ["permute-heads"] * 2
     model = qfx.prepare_qat(build(), plan)
     own: Any = model.get_submodule("model.layers.0.self_attn")
-    kinds = {name: [str(p.format) for p in own.get_submodule(f"{name}_proj").fake_quant.weight.parts] for name in "qko"}
-    assert kinds == {"q": ["i8/g16", "i4/g16"], "k": ["i8/g16", "i4/g16"], "o": ["i8/g16", "i4/g16"]}
+    fakes = {name: own.get_submodule(f"{name}_proj").fake_quant.weight for name in "qko"}
+    kinds = {name: [str(part.format) for part in fake.parts] for name, fake in fakes.items()}
+    assert all(sorted(found) == ["i4/g16", "i8/g16"] for found in kinds.values())
+    assert sorted(len(s.ranges) for s in fakes["q"].segments) == [1, 2], "two of a kind side by side"
     before = build().get_submodule("model.layers.0.self_attn.q_proj").weight
     assert not torch.equal(own.q_proj.weight, before), "heads have changed places"
     assert torch.equal(own.q_proj.weight.sort(0).values, before.sort(0).values), "and nothing else has"
@@ -80,6 +82,7 @@ def test_heads_have_formats_of_their_own_in_another_order() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*groups of 128 are wider:qfx.QfxWarning")
 @pytest.mark.parametrize(
     ("recipe", "most"),
     [
@@ -97,6 +100,7 @@ def test_presets_begin_where_their_method_ends(recipe: str, most: float) -> None
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_weights_of_a_plan_are_trained_with_the_plans_scales() -> None:
     """GPTQ's: its scales, and codes that are not those of the nearest values."""
     plan = qfx.plan(build(), {"rules": [{"target": "*.up_proj", "w": "u3/g32"}], "rounding": "gptq"}, DATA)
@@ -107,8 +111,6 @@ def test_weights_of_a_plan_are_trained_with_the_plans_scales() -> None:
     assert isinstance(part, WeightQuantizer)
     assert torch.equal(part.qparams().scale, plan.tensors[f"{name}/scale"])
     assert torch.equal(part.pack(module.weight).data, plan.tensors[f"{name}/codes"])
-    plain = qfx.prepare_qat(build(), {"rules": [{"target": "*.up_proj", "w": "u3/g32"}]})
-    assert not torch.equal(
-        plain.get_submodule(name).fake_quant.weight.parts[0].pack(build().get_submodule(name).weight).data,  # type: ignore[union-attr, operator]
-        plan.tensors[f"{name}/codes"],
-    ), "negative control"
+    plain: Any = qfx.prepare_qat(build(), {"rules": [{"target": "*.up_proj", "w": "u3/g32"}]})
+    nearest = plain.get_submodule(name).fake_quant.weight.parts[0].pack(plain.get_submodule(name).weight)
+    assert not torch.equal(nearest.data, plan.tensors[f"{name}/codes"]), "negative control"

@@ -110,12 +110,14 @@ def test_what_is_frozen_stands_still() -> None:
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == ups
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["schedule first", "schedule last"])
 @pytest.mark.parametrize("at", [2, 5], ids=["in float", "at six bits"])
-def test_resumed_training_goes_on_exactly(at: int) -> None:
-    def start() -> tuple[Any, torch.optim.Optimizer, qfx.QATSchedule]:
+def test_resumed_training_goes_on_exactly(at: int, later: bool) -> None:
+    fields: dict[str, Any] = {"start_after": 3, "bits": {0: 8, 4: 6, 7: 4}, "freeze": {6: "norm"}}
+
+    def start() -> list[Any]:
         model = prepared(net(), planned())
-        schedule = qfx.QATSchedule(model, start_after=3, bits={0: 8, 4: 6, 7: 4}, freeze={6: "norm"})
-        return model, torch.optim.Adam(model.parameters(), lr=1e-2), schedule
+        return [model, torch.optim.Adam(model.parameters(), lr=1e-2), qfx.QATSchedule(model, **fields)]
 
     def train(parts: Any, seeds: range) -> list[Tensor]:
         losses = []
@@ -131,9 +133,14 @@ def test_resumed_training_goes_on_exactly(at: int) -> None:
     file = io.BytesIO()
     torch.save([part.state_dict() for part in first], file)
     file.seek(0)
-    again = start()
-    for part, state in zip(again, torch.load(file, weights_only=True), strict=True):
+    again, states = start(), torch.load(file, weights_only=True)
+    for part, state in zip(again, states, strict=True):
         part.load_state_dict(state)
+    if later:
+        again[:2] = start()[:2]
+        for part, state in zip(again[:2], states[:2], strict=True):
+            part.load_state_dict(state)
+        again[2] = qfx.QATSchedule(again[0], **fields, steps=states[2]["steps"])
     assert torch.equal(torch.stack(train(again, range(at, 9))), torch.stack(losses[at:]))
     assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), again[0].parameters(), strict=True))
 
@@ -166,6 +173,7 @@ def _prepared() -> Any:
     [
         ({"start_after": -1}, "step of start_after is a whole number, 0 or more, found -1"),
         ({"start_after": True}, "found True"),
+        ({"steps": -2}, "step of steps.*-2"),
         ({"bits": {0.5: 8}}, "step of bits"),
         ({"freeze": {"a": "up"}}, "step of freeze.*'a'"),
         ({"bits": {0: 9, 1: 4}}, "2 to 8"),
