@@ -13,7 +13,8 @@ from qfx.errors import UnsupportedError, explain
 from qfx.kv.attend import Scratch
 from qfx.kv.formats import CacheFormat, cache_formats
 from qfx.kv.layers import QuantizedLayer
-from qfx.kv.static import StaticQuantizedLayer
+from qfx.kv.static import StaticLayer, StaticQuantizedLayer, stores_alone
+from qfx.kv.static_packed import PackedStaticLayer
 
 if TYPE_CHECKING:
     from qfx.plan import Plan
@@ -38,8 +39,9 @@ class QuantizedCache(Cache):  # type: ignore[misc]
 
     offloading: layers rest in the CPU's memory and come back to the GPU ahead of their turn, as transformers does it.
 
-    max_length: memory for so many tokens that never moves, for compiled decoding (see `qfx.kv.static`); every token is
-    stored in its format at once, without residual and sinks.
+    max_length: memory for so many tokens that never moves, for compiled decoding: `torch.compile(fullgraph=True)` makes
+    one graph for all steps. In 8 bits every token is stored at once, without residual and sinks, and read as floats
+    (see `qfx.kv.static`); below, it reads as the growing cache does (see `qfx.kv.static_packed`).
 
     Raises ValueError for formats that no cache can have and for lists that the model does not fit; UnsupportedError for
     layers that hold other states than keys and values.
@@ -109,7 +111,7 @@ def _layer(
     fmt: CacheFormat,
     sizes: tuple[int, int] | None,
     max_length: int | None,
-) -> QuantizedLayer | StaticQuantizedLayer | DummyLayer:
+) -> QuantizedLayer | StaticLayer | DummyLayer:
     if kind == "dummy":
         return DummyLayer()
     if kind not in (*_FULL, *_WINDOWED):
@@ -125,6 +127,8 @@ def _layer(
     if sizes is not None:
         fmt.check_heads(sizes[0], where)
     if max_length is not None:
+        if not stores_alone(fmt):
+            return PackedStaticLayer(fmt, where, max_length, expected=sizes)
         return StaticQuantizedLayer(replace(fmt, sinks=0, residual=0), where, max_length, expected=sizes)
     return QuantizedLayer(replace(fmt, sinks=0) if window else fmt, where, window=window, expected=sizes)
 

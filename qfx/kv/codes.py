@@ -144,11 +144,15 @@ class Codes:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Codes:
         """The same with every tensor changed, such as sequences selected or memory moved."""
+        with torch.inference_mode(False):
+            zero = None if self.zero is None else change(self.zero)
+            return self.of(change(self.data), change(self.scale), zero)
+
+    def of(self, data: Tensor, scale: Tensor, zero: Tensor | None) -> Codes:
+        """The same format in other memory."""
         other = object.__new__(Codes)
         other.__dict__.update(self.__dict__)
-        with torch.inference_mode(False):
-            other.data, other.scale = change(self.data), change(self.scale)
-            other.zero = None if self.zero is None else change(self.zero)
+        other.data, other.scale, other.zero = data, scale, zero
         return other
 
     def without(self, tokens: int) -> Codes:

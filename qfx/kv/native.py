@@ -107,7 +107,15 @@ def _loaded() -> ctypes.CDLL:
     if compiler is None:
         raise FileNotFoundError(f"no C++ compiler is there ({named or ', '.join(_COMPILERS)})")
     stat = Path(compiler).resolve().stat()
-    parts = (*(path.read_bytes() for path in SOURCES), compiler, stat.st_size, stat.st_mtime_ns, processor.flags(), _FLAGS, _X86)
+    parts = (
+        *(path.read_bytes() for path in SOURCES),
+        compiler,
+        stat.st_size,
+        stat.st_mtime_ns,
+        processor.flags(),
+        _FLAGS,
+        _X86,
+    )
     name = f"kernels-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.so"
     folder = default_folder()
     if folder is not None:

@@ -62,11 +62,8 @@ class _Fixed:
         return numerics.dequantize(codes, self.fmt, self.scale, self.zero, dtype)
 
 
-class StaticQuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one layer, of at most `max_length` tokens. Layers with a window keep all tokens, too.
-
-    Raises ValueError for formats in which tokens are not stored one by one: below 8 bits, and groups of keys.
-    """
+class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer, of at most `max_length` tokens. Layers with a window keep all tokens, too."""
 
     is_compileable = True
     is_croppable = True
@@ -76,20 +73,25 @@ class StaticQuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(
         self, fmt: CacheFormat, where: str, max_length: int, *, expected: tuple[int, int] | None = None
     ) -> None:
-        for one in (*fmt.keys, *fmt.values):
-            if planes_of(one) > 1 or (one in fmt.keys and (one.group or 1) > 1):
-                raise ValueError(
-                    explain(
-                        f"a cache of fixed length cannot store '{one}'",
-                        expected="formats that store each token alone: /tok in 8 bits, or f16, bf16, f32",
-                        found=f"'{one}', in which several tokens share a byte or a scale",
-                        next_step="leave max_length out, or use 'i8' or 'fp8'",
-                    )
-                )
         self.fmt, self.where, self.max_cache_len, self.expected = fmt, where, max_length, expected
         self.is_initialized = False
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
-        self.parts: list[list[_Fixed]] = [[], []]
+
+    def allocate(self, keys: Tensor, values: Tensor) -> None:
+        """Make the memory for keys [B, G, *, D] and values [B, G, *, Dv]."""
+        raise NotImplementedError
+
+    def put(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new tokens, count them, and give what attention reads."""
+        raise NotImplementedError
+
+    def read(self, role: int) -> Tensor:
+        """Floats [B, G, max_length, D] of keys (0) or values (1)."""
+        raise NotImplementedError
+
+    def tensors(self) -> list[Tensor]:
+        """All memory."""
+        raise NotImplementedError
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for keys and values of these sizes. Raises ValueError for heads that the config has not."""
@@ -98,31 +100,26 @@ class StaticQuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.facts = [facts(x) for x in (key_states, value_states)]
         self.batch_size, self.device = key_states.shape[0], key_states.device
         self.cumulative_length = self.cumulative_length.to(self.device)
-        for role, x in enumerate((key_states, value_states)):
-            formats = [self.fmt.of_head(head)[role] for head in range(x.shape[1])]
-            runs = [formats[:1]]
-            for fmt in formats[1:]:
-                runs[-1].append(fmt) if fmt == runs[-1][0] else runs.append([fmt])
-            self.parts[role] = [_Fixed.of(run[0], x[:, : len(run)], self.max_cache_len) for run in runs]
+        self.allocate(key_states, value_states)
         if not torch.compiler.is_compiling():
-            for tensor in [self.cumulative_length, *self._tensors()]:
+            for tensor in [self.cumulative_length, *self.tensors()]:
                 torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
     @property
     def keys(self) -> Tensor | None:
         """Keys as they come back, [B, G, max_length, D]: a copy in float."""
-        return self._read(0) if self.is_initialized else None
+        return self.read(0) if self.is_initialized else None
 
     @property
     def values(self) -> Tensor | None:
         """Values as they come back, [B, G, max_length, Dv]: a copy in float."""
-        return self._read(1) if self.is_initialized else None
+        return self.read(1) if self.is_initialized else None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(t.numel() * t.element_size() for t in self._tensors())
+        return sum(t.numel() * t.element_size() for t in self.tensors())
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store keys [B, G, n, D] and values; returns both with max_length tokens, the new ones as they came.
@@ -134,18 +131,7 @@ class StaticQuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         if not torch.compiler.is_compiling():
             self._check(key_states, value_states)
-        new = key_states.shape[2]
-        places = torch.arange(new, device=key_states.device) + self.cumulative_length
-        self.cumulative_length.add_(new)
-        found = []
-        for role, x in enumerate((key_states, value_states)):
-            at = 0
-            for part in self.parts[role]:
-                heads = part.data.shape[1]
-                part.write(x[:, at : at + heads], places)
-                at += heads
-            found.append(self._read(role).index_copy(2, places, x))
-        return found[0], found[1]
+        return self.put(key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(max_length, 0): attention gets all places, of which the mask leaves out those without a token."""
@@ -178,7 +164,7 @@ class StaticQuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the sequences in another order (beam search)."""
-        for tensor in self._tensors():
+        for tensor in self.tensors():
             tensor.copy_(tensor[beam_idx.to(tensor.device)])
 
     def offload(self) -> None:
@@ -186,14 +172,6 @@ class StaticQuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def prefetch(self) -> None:
         """Nothing, see `offload`."""
-
-    def _read(self, role: int) -> Tensor:
-        dtype: Any = self.facts[role][3]
-        found = [part.read(dtype) for part in self.parts[role]]
-        return found[0] if len(found) == 1 else torch.cat(found, 1)
-
-    def _tensors(self) -> list[Tensor]:
-        return [t for parts in self.parts for part in parts for t in part.tensors]
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         for role, x, old in zip(("keys", "values"), (keys, values), self.facts, strict=True):
@@ -209,3 +187,49 @@ class StaticQuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
                     next_step="make the cache with a greater max_length, or without",
                 )
             )
+
+
+def stores_alone(fmt: CacheFormat) -> bool:
+    """Whether each token is stored by itself: no byte and no scale is shared."""
+    return all(planes_of(one) == 1 for one in (*fmt.keys, *fmt.values)) and all((k.group or 1) == 1 for k in fmt.keys)
+
+
+class StaticQuantizedLayer(StaticLayer):
+    """Tokens in formats that store each alone (`stores_alone`), without residual and sinks."""
+
+    def allocate(self, keys: Tensor, values: Tensor) -> None:
+        """Make the memory: heads of one format after the other."""
+        self.parts: list[list[_Fixed]] = [[], []]
+        for role, x in enumerate((keys, values)):
+            formats = [self.fmt.of_head(head)[role] for head in range(x.shape[1])]
+            runs = [formats[:1]]
+            for fmt in formats[1:]:
+                runs[-1].append(fmt) if fmt == runs[-1][0] else runs.append([fmt])
+            self.parts[role] = [_Fixed.of(run[0], x[:, : len(run)], self.max_cache_len) for run in runs]
+
+    def put(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store each token; floats of all places, the new ones as they came."""
+        new = keys.shape[2]
+        places = torch.arange(new, device=keys.device) + self.cumulative_length
+        self.cumulative_length.add_(new)
+        found = []
+        for role, x in enumerate((keys, values)):
+            at = 0
+            for part in self.parts[role]:
+                heads = part.data.shape[1]
+                part.write(x[:, at : at + heads], places)
+                at += heads
+            found.append(self.read(role).index_copy(2, places, x))
+        return found[0], found[1]
+
+    def read(self, role: int) -> Tensor:
+        """Floats of all places."""
+        dtype: Any = self.facts[role][3]
+        found = [part.read(dtype) for part in self.parts[role]]
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+    def tensors(self) -> list[Tensor]:
+        """Codes, scales and zero points."""
+        if not self.is_initialized and not hasattr(self, "parts"):
+            return []
+        return [t for parts in self.parts for part in parts for t in part.tensors]

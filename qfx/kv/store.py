@@ -44,7 +44,7 @@ class Store:
         self.dropped = 0  # tokens before the first in the codes, which the window has left behind
         self.parts = tuple(
             Part(heads, *(Codes(f, t, by_tokens=not role) for role, (f, t) in enumerate(zip(two, both, strict=True))))
-            for two, heads in _alike(fmt, keys)
+            for two, heads in alike(fmt, keys)
             for both in [tuple(t if heads is None else t[:, heads] for t in (keys, values))]
         )
 
@@ -107,12 +107,9 @@ class Store:
         """Change every tensor, such as by selecting sequences or moving memory; what reads them now is undisturbed."""
         self.empty, self.first = ((change(k), change(v)) for k, v in (self.empty, self.first))
         self.tail = self.tail.each(change)
+        to = self.empty[0].device
         self.parts = tuple(
-            Part(
-                None if p.heads is None else p.heads.to(self.empty[0].device),
-                p.keys.each(change),
-                p.values.each(change),
-            )
+            Part(None if p.heads is None else p.heads.to(to), p.keys.each(change), p.values.each(change))
             for p in self.parts
         )
 
@@ -150,7 +147,7 @@ class Store:
         ready = max(rest[0].shape[2] - self.fmt.residual, 0) // self.step * self.step
         for part in self.parts if ready else ():
             keys, values = (t if part.heads is None else t[:, part.heads] for t in _cut(rest, 0, ready))
-            _write(part, keys.detach(), values.detach(), self.stored)
+            write(part, keys.detach(), values.detach(), self.stored)
         self.stored += ready
         return ready
 
@@ -195,7 +192,7 @@ def of_other_heads(keys: Tensor, expected: tuple[int, int] | None, where: str) -
         )
 
 
-def _write(part: Part, keys: Tensor, values: Tensor, at: int) -> None:
+def write(part: Part, keys: Tensor, values: Tensor, at: int) -> None:
     """Store keys and values of the part's heads; where both are rounded alike, at once."""
     k, v = part.keys, part.values
     if native.encode(keys, k, at) and native.encode(values, v, at):
@@ -212,7 +209,7 @@ def _write(part: Part, keys: Tensor, values: Tensor, at: int) -> None:
         codes.put(data[:, where], QParams(params.scale[:, where], zero), at)
 
 
-def _alike(fmt: CacheFormat, keys: Tensor) -> list[tuple[tuple[Format, Format], Tensor | None]]:
+def alike(fmt: CacheFormat, keys: Tensor) -> list[tuple[tuple[Format, Format], Tensor | None]]:
     """The pairs of formats and the numbers of their heads; None where one pair serves all."""
     found: dict[tuple[Format, Format], list[int]] = {}
     for head in range(keys.shape[1]):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qfx.kv import attend as module
+from qfx.kv import native
 from qfx.kv.attend import View, attend, scores, weighted
 from qfx.kv.formats import cache_formats
 from qfx.kv.store import Store
@@ -36,6 +37,14 @@ def filled(kv: Any, tokens: int = 150, *, batch: int = 2, heads: int = 3, width:
     return store.append(keys[:, :, -5:], values[:, :, -5:])
 
 
+@pytest.fixture(params=["kernels", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of attention: by kernels, or by torch's operators."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "attend", lambda *_: None)
+    return str(request.param)
+
+
 def reference(q: Tensor, view: View, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
     repeats = q.shape[1] // view.shape(0)[1]
     keys, values = (view.dense(role).float().repeat_interleave(repeats, 1) for role in (0, 1))
@@ -49,7 +58,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> bool:
 
 @pytest.mark.parametrize("kv", FORMATS, ids=str)
 @pytest.mark.parametrize("queries", [1, 5])
-def test_attention_is_that_over_the_values(kv: Any, queries: int) -> None:
+def test_attention_is_that_over_the_values(kv: Any, queries: int, way: str) -> None:
     view, q = filled(kv), random(2, 6, queries, 24)
     assert close(attend(q, view, None, 0.3), reference(q, view))
 
@@ -100,7 +109,7 @@ MASKS = {
 @pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS.keys())
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("kv", ["i8", FORMATS[-1]], ids=str)
-def test_masks(shape: tuple[int, ...], additive: bool, kv: Any) -> None:
+def test_masks(shape: tuple[int, ...], additive: bool, kv: Any, way: str) -> None:
     view, q = filled(kv), random(2, 6, 5, 24)
     mask = random(*shape, seed=5) > -0.5
     given_mask = torch.where(mask, random(*shape, seed=6), float("-inf")) if additive else mask
@@ -120,7 +129,7 @@ def test_causal_starts_at_the_upper_left() -> None:
     )
 
 
-def test_rows_without_any_token_give_zero() -> None:
+def test_rows_without_any_token_give_zero(way: str) -> None:
     view, q = filled("i8"), random(2, 6, 5, 24)
     mask = torch.ones(5, 150, dtype=torch.bool)
     mask[2] = False
@@ -133,6 +142,7 @@ def test_rows_without_any_token_give_zero() -> None:
 def test_small_tiles_and_blocks_change_nothing(kv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     view, q = filled(kv), random(2, 6, 5, 24)
     mask = random(2, 1, 5, 150, seed=5) > -0.5
+    monkeypatch.setattr(native, "attend", lambda *_: None)
     whole = attend(q, view, mask, 0.3)
     causal = attend(q, view, None, 0.3, causal=True)
     monkeypatch.setattr(module, "TILE", 1)
@@ -155,6 +165,7 @@ def test_no_float_copy_of_the_history_is_made(monkeypatch: pytest.MonkeyPatch) -
             return out
 
     monkeypatch.setattr(module, "TILE", 1 << 15)
+    monkeypatch.setattr(native, "attend", lambda *_: None)
     for kv in ("i8", "i4", "i2"):
         view, q = filled(kv, 4096, batch=1, width=64), random(1, 6, 1, 64)
         history = 3 * 4096 * 64
