@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason="the model is a transformers model: p
 
 from examples.benchmarks import allocation
 from examples.benchmarks import allocation_baselines as baselines
-from examples.benchmarks.allocation import LAYERS, PLANNED
+from examples.benchmarks.allocation import BY_GAIN, BY_LOSS, LAYERS, PLANNED
 from qfx import measure
 from qfx.format import Format
 
@@ -23,18 +23,19 @@ def row(peer: str, kld: float, bits: float = 3.0, size: int = 1000) -> dict[str,
 
 
 def found(
-    planned: float = 0.5, layers: float = 0.6, random_: float = 0.9, inverted: float = 1.5
+    planned: float = 0.5, layers: float = 0.6, random_: float = 0.9, inverted: float = 1.5, predicted: float = 1.6
 ) -> list[dict[str, Any]]:
     others = [row("uniform", 1.0), row("by layer type", 0.8), row("random 0", random_), row("random 1", random_ + 0.1)]
-    return [*others, row("inverted ranking", inverted), row(LAYERS, layers), row(PLANNED, planned)]
+    return [*others, row(BY_GAIN, inverted), row(BY_LOSS, predicted), row(LAYERS, layers), row(PLANNED, planned)]
 
 
 def test_goals_that_hold() -> None:
     told = allocation.verdicts("3", found())
-    assert [line.partition(":")[0] for line in told] == ["holds"] * 4
+    assert [line.partition(":")[0] for line in told] == ["holds"] * 5
     assert "0.625 of the KLD of the best baseline (by layer type)" in told[0]
     assert "heads have 0.833" in told[1] and "0.500 of uniform's KLD" in told[2]
-    assert "random 0.95000 (spread 0.07071), inverted 1.50000" in told[3]
+    assert "random 0.95000 (spread 0.07071), inverted, measured gain 1.50000" in told[3]
+    assert "inverted, predicted loss 1.60000" in told[4]
 
 
 @pytest.mark.parametrize(
@@ -42,8 +43,9 @@ def test_goals_that_hold() -> None:
     [
         ({"planned": 0.85, "layers": 0.86}, [0, 2]),  # by layer type is better, and uniform is too near
         ({"layers": 0.4}, [1]),
-        ({"planned": 0.7, "layers": 0.71, "random_": 0.65}, [0, 3]),  # random is better
+        ({"planned": 0.7, "layers": 0.71, "random_": 0.65}, [0, 3, 4]),  # random is better
         ({"inverted": 0.7}, [3]),
+        ({"predicted": 0.9}, [4]),
     ],
 )
 def test_goals_that_are_missed_are_told(figures: dict[str, float], missed: list[int]) -> None:
@@ -52,9 +54,9 @@ def test_goals_that_are_missed_are_told(figures: dict[str, float], missed: list[
 
 
 def test_budgets_without_a_goal_or_a_uniform_format() -> None:
-    assert len(allocation.verdicts("5", found())) == 3
+    assert len(allocation.verdicts("5", found())) == 4
     rows = [each for each in found() if each["peer"] != "uniform"]
-    assert len(allocation.verdicts("3", rows)) == 3
+    assert len(allocation.verdicts("3", rows)) == 4
 
 
 def test_the_plot_is_written(tmp_path: Path) -> None:
@@ -114,13 +116,13 @@ def test_rows_of_one_budget(bench: allocation.Bench) -> None:
     made = bench.plan_of(bench.weights.formats(mix))
     rows = allocation.rows(bench, "4.9", seeds=2, plan=lambda *_: made)
     assert [r["peer"] for r in rows] == [
-        "random 0", "random 1", "inverted ranking", "uniform", "uniform, filled up", "by layer type",
+        "random 0", "random 1", BY_GAIN, BY_LOSS, "uniform", "uniform, filled up", "by layer type",
         "Q4_K_M-style mix", "outlier channels apart", LAYERS, PLANNED,
     ]  # fmt: skip
     assert all(r["size_bytes"] <= bench.budget("4.9") and r["kld"] > 0 for r in rows)
-    assert rows[3]["ratio"] == 1.0
+    assert rows[4]["ratio"] == 1.0
     assert rows[-1]["kld"] == rows[-2]["kld"]
-    assert len({r["size_bytes"] for r in [*rows[:3], *rows[-2:]]}) == 1
+    assert len({r["size_bytes"] for r in [*rows[:4], *rows[-2:]]}) == 1
     with pytest.raises(AssertionError, match=f"{LAYERS} takes [0-9]+ bytes of"):
         allocation.rows(bench, "3", seeds=1, plan=lambda *_: made)
 
