@@ -332,7 +332,7 @@ def _float_cache(gm: fx.GraphModule, kv: Rule | None) -> list[Note]:
         reason = f"{asked} was asked, but attention reads the codes of a qfx.QuantizedCache, whose own formats hold"
         notes.append(Note("kv", reason, "leave the option kv out, or give the cache these formats"))
     if "qfx::quantized_attention" in names:
-        own = "a cache that is handed in, and one that is handed out, stays as it is (in float, if it is no quantized one)"
+        own = "a cache that is handed in, and one that is handed out, stays as it is (float, if it is no quantized one)"
         step = "pass past_key_values=qfx.QuantizedCache(model.config) to store it in few bits"
         notes.append(Note("kv", f"attention multiplies {asked}; {own}", step, minor=True))
     return notes
