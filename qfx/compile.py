@@ -323,13 +323,19 @@ def lower(gm: fx.GraphModule, name: str, *, strict: bool, folder: Path | None = 
 
 
 def _float_cache(gm: fx.GraphModule, kv: Rule | None) -> list[Note]:
-    """A note on what the option `kv` is not about, where attention in the graph has its formats."""
-    if kv is None or not any(graph.schema_name(n) == "qfx::quantized_attention" for n in gm.graph.nodes):
+    """Notes on what the option `kv` is not about: what is cached, and attention that reads a cache of packed codes."""
+    if kv is None:
         return []
-    asked = " ".join(f"{role}={text}" for role, text in kv.texts.items())
-    reason = f"attention multiplies {asked}; a cache that is handed in, and one that is handed out, stays in float"
-    step = "pass past_key_values=qfx.QuantizedCache(model.config) to store it in few bits"
-    return [Note("kv", reason, step, minor=True)]
+    names = [graph.schema_name(n) for n in gm.graph.nodes]
+    asked, notes = " ".join(f"{role}={text}" for role, text in kv.texts.items()), []
+    if "qfx::cache_attention" in names:
+        reason = f"{asked} was asked, but attention reads the codes of a qfx.QuantizedCache, whose own formats hold"
+        notes.append(Note("kv", reason, "leave the option kv out, or give the cache these formats"))
+    if "qfx::quantized_attention" in names:
+        own = "a cache that is handed in, and one that is handed out, stays as it is (float, if it is no quantized one)"
+        step = "pass past_key_values=qfx.QuantizedCache(model.config) to store it in few bits"
+        notes.append(Note("kv", f"attention multiplies {asked}; {own}", step, minor=True))
+    return notes
 
 
 def _training() -> ValueError:

@@ -10,6 +10,8 @@ of keys are rows of one product, so that nothing is repeated. Scores of a whole 
 makes one softmax over all of them better than the online one (Milakov and Gimelshein 2018), which corrects its sums for
 every tile. Everything is computed in f32; the result has the type of q.
 
+Few queries on a CPU go to the kernels of `qfx.kv.native` where there are any, which do the same in one pass.
+
 Part of a long prompt (MANY queries or more) reads floats of one head of keys and values at a time instead, with torch's
 fused attention, which makes no scores.
 """

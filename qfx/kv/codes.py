@@ -155,6 +155,11 @@ class Codes:
         other.data, other.scale, other.zero = data, scale, zero
         return other
 
+    def fixed(self, tokens: int) -> list[Tensor]:
+        """New memory for exactly so many tokens, whole units: what `of` takes, without a zero point that is None."""
+        pairs = [(self.data, self._rows(tokens)), (self.scale, tokens // self.group), (self.zero, tokens // self.group)]
+        return [t.new_zeros((*t.shape[:2], rows, t.shape[3])) for t, rows in pairs if t is not None]
+
     def without(self, tokens: int) -> Codes:
         """The same without the first tokens, whole units, in other memory: what reads this one is undisturbed."""
         assert tokens % self.unit == 0, (tokens, self.unit)

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "codes.h"))
 ROWS = 64  # queries of one head of keys from which torch's products are faster
 _COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-march=native")
-_X86 = ("-mprefer-vector-width=512",)  # where there are such vectors
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
+_X86, _OTHERS = ("-march=native", "-mprefer-vector-width=512"), ("-mcpu=native",)
 _THREADS = ("-fopenmp", "-fopenmp-simd")  # the second where there is no OpenMP to link: one thread
 _SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 _E4M3 = "f8e4m3"
@@ -138,7 +138,7 @@ def _build(compiler: str, path: Path) -> None:
     started = time.perf_counter()
     scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
-        own = _X86 if processor.is_x86() else ()
+        own = _X86 if processor.is_x86() else _OTHERS
         for threads in _THREADS:
             command = [compiler, *_FLAGS, *own, threads, str(SOURCES[0]), "-o", str(scratch)]
             done = subprocess.run(command, capture_output=True, check=threads == _THREADS[-1])  # noqa: S603

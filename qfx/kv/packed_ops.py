@@ -31,9 +31,10 @@ from qfx.kv.formats import CacheFormat
 from qfx.kv.store import alike, write
 
 FEW = 32  # new tokens for which the newest have room; more are read as floats of all places
+_ATTENTION = "Tensor q, Tensor[] memory, Tensor length, Tensor? mask, float scale, bool causal, str spec"
 _SCHEMAS = (
     "cache_append(Tensor(a!)[] memory, Tensor k, Tensor v, Tensor length, str spec) -> ()",
-    "cache_attention(Tensor q, Tensor[] memory, Tensor length, Tensor? mask, float scale, bool causal, str spec)->Tensor",
+    f"cache_attention({_ATTENTION}) -> Tensor",
     "cache_read(Tensor[] memory, Tensor length, str spec) -> (Tensor, Tensor)",
 )
 
@@ -101,8 +102,7 @@ def allocate(fmt: CacheFormat, keys: Tensor, values: Tensor, length: int) -> lis
     for two, heads in alike(fmt, keys):
         for role, (one, x) in enumerate(zip(two, (keys, values), strict=True)):
             codes = Codes(one, x if heads is None else x[:, heads], by_tokens=not role)
-            codes.reserve(room, 0)
-            found += [t.zero_() for t in (codes.data, codes.scale, codes.zero) if t is not None]
+            found += codes.fixed(room)
     return found
 
 

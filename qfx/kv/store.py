@@ -65,7 +65,8 @@ class Store:
         another batch, other heads, sizes or dtypes than before, and for values that are not finite.
         """
         self._check(keys, values)
-        few = keys.shape[2] <= SLACK and self.first[0].shape[2] >= self.fmt.sinks
+        tracked = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
+        few = keys.shape[2] <= SLACK and self.first[0].shape[2] >= self.fmt.sinks and not tracked
         if not (self.tail.push(keys, values) if few else finite(keys, values)):
             for role, new in zip(_ROLES, (keys, values), strict=True):
                 require_finite(new, f"{self.where}, {role}")
@@ -140,7 +141,7 @@ class Store:
             left = self.empty
         elif not own or 2 * left[0].shape[2] < rest[0].shape[2]:
             left = _kept(left)
-        self.tail = Tail(left)
+        self.tail = Tail((left[0].detach(), left[1].detach()))
 
     def _store(self, rest: Pair) -> int:
         """Store whole steps of what is beyond the residual, and return how many tokens."""

@@ -44,9 +44,9 @@ def test_without_a_compiler_torch_does_it_and_one_warning_says_so(
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
     with pytest.warns(QfxWarning, match=rf"(?s)slower: .*{reason}.*QFX_KERNELS=torch") as caught:
-        view, q = filled("i4"), random(2, 6, 1, 24)
-        found = attend(q, view, None, 0.3)
-    assert len(caught) == 1 and close(found, reference(q, view))
+        view = filled("i4")
+    q = random(2, 6, 1, 24)
+    assert len(caught) == 1 and close(attend(q, view, None, 0.3), reference(q, view))
 
 
 def test_torch_may_be_asked_for(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,16 +71,27 @@ def test_one_graph_serves_every_step(backend: str, kv: Any) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize(
+    ("kv", "told"),
+    [
+        ("i8", "attention multiplies k=i8/tok v=i8/tok; a cache that is handed in.*stays as it is"),
+        pytest.param("i4", "asked, but attention reads the codes.*own formats hold", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::qfx.errors.QfxWarning")
-def test_the_qfx_backend_runs_it() -> None:
+def test_the_qfx_backend_decodes_with_it(kv: str, told: str) -> None:
     model, tokens = small(), ids(60, 1)
-    expected = logits(model, tokens, fixed(model), (50, *(1,) * 9))
-    cache = fixed(model)
+    expected = logits(model, tokens, fixed(model, kv), (50, *(1,) * 9))
+    cache = fixed(model, kv)
     found = [logits(model, tokens[:, :50], cache)]
-    step = torch.compile(model, backend="qfx", options={"recipe": "w8a16", "backend": "reference"}, fullgraph=True)
+    asked = {"recipe": "w8a16", "backend": "reference", "kv": "i8"}
+    step = torch.compile(model, backend="qfx", options=asked, fullgraph=True)
     found += [logits(step, tokens[:, at : at + 1], cache) for at in range(50, 60)]
     assert int(cache.get_seq_length()) == 60
     assert drift(torch.cat(found, 1), expected) < 0.05
+    codes = [t for t in cache.layers[0].tensors() if t.dtype in (torch.int8, torch.uint8)]
+    assert any(t.any() for t in codes), "it holds codes"
+    assert any(re.search(told, str(note)) for note in qfx.report(step).notes)
 
 
 def test_generate_and_crop() -> None:

@@ -218,3 +218,13 @@ def test_memory_of_a_prompt_is_freed() -> None:
     store.append(keys, values)
     for kept in (*store.first, *store.rest):
         assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
+
+
+def test_new_tokens_keep_their_gradients_and_what_is_held_has_none() -> None:
+    store, (keys, values) = filled("i8", 40), pair(2, seed=1)
+    seen = store.append(keys.requires_grad_(), values)
+    seen.dense(0)[:, :, -2:].sum().backward()
+    assert keys.grad is not None and bool((keys.grad == 1).all())
+    assert not any(t.requires_grad for t in store.rest)
+    store.append(*pair(1, seed=2))
+    assert torch.equal(store.view().dense(0)[:, :, -3:-1], keys)
