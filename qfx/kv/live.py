@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from qfx.errors import Note, QfxWarning
+from qfx.kv.formats import CacheFormat
 from qfx.kv.held import HELD, caches_of
 from qfx.kv.planning import check_model, dtype_of
 from qfx.kv.plans import layer_formats, plain_of, read
@@ -76,7 +77,7 @@ def _class_of(base: type[nn.Module]) -> type[nn.Module]:
     ) -> Any:
         given = model_kwargs.get("past_key_values")
         result = own._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
-        instead = _instead(generation_config, model_kwargs, given)
+        instead = _instead(self, generation_config, model_kwargs, given)
         if instead:
             _say(self, instead)
         elif given is None:
@@ -89,18 +90,29 @@ def _class_of(base: type[nn.Module]) -> type[nn.Module]:
     return subclass(base, {"_prepare_cache_for_generation": _prepare_cache_for_generation, "qfx_caching": base})
 
 
-def _instead(config: Any, kwargs: Mapping[str, Any], given: Any) -> str:
+def _instead(model: nn.Module, config: Any, kwargs: Mapping[str, Any], given: Any) -> str:
     """What a call says that sets the plan's caches aside, in words; "" where nothing does."""
     from qfx.kv.cache import QuantizedCache
 
     if given is not None:
         parts = (given, getattr(given, "self_attention_cache", None))
-        return "" if any(isinstance(part, QuantizedCache) for part in parts) else f"a {type(given).__name__} was given"
+        own = next((part for part in parts if isinstance(part, QuantizedCache)), None)
+        return f"a {type(given).__name__} was given" if own is None else _others(model, own.formats)
     if config.use_cache is False:
         return "use_cache=False"
     if config.cache_implementation is not None:
         return f"cache_implementation={config.cache_implementation!r}"
     return "" if kwargs.get("past_key_values") is not None else "the model makes a cache of its own"
+
+
+def _others(model: nn.Module, given: Sequence[CacheFormat]) -> str:
+    """That a cache of other formats than the plan's was given; layers that are plain in both are alike."""
+    planned = layer_formats(caches_of(model), len(given))
+    for index, (one, other) in enumerate(zip(given, planned, strict=True)):
+        plain = all(fmt.is_plain for f in (one, other) for fmt in (*f.keys, *f.values))
+        if not plain and (one.keys, one.values) != (other.keys, other.values):
+            return f"a QuantizedCache of other formats was given, layer {index} in {one} instead of {other}"
+    return ""
 
 
 def _say(model: nn.Module, instead: str) -> None:
