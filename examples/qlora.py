@@ -6,7 +6,8 @@
 Trains the adapters on the text on which the model was trained (see `qat_lm.py`), packed weights and everything else
 frozen, and judges by perplexity on the held-out `eval.txt`. "recovered" is the share of what quantization costs that a
 row gives back. Merging rounds the weights again: to the nearest codes of the best scales ("mse"), or by GPTQ on
-32 x 512 tokens of the training text; "low-rank" keeps the adapters as float factors beside the codes.
+32 x 512 tokens of the training text; "low-rank" keeps the adapters as float factors beside the codes. "adapters inside"
+train within the fake quantization of a prepared model, so that nothing is lost where they are merged.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import qfx
 from examples.qat_lm import ASSETS, Data, Settings, train
 from examples.qat_rows import FLOAT, PTQ, Row, shown, with_recovered
 
+INSIDE = "adapters inside, converted"
 Asked = str | dict[str, Any]
 MERGES: dict[str, dict[str, Any]] = {
     "merged, mse": {"rounding": "mse"},
@@ -47,8 +49,7 @@ def adapted(data: Data, recipe: Asked, rank: int, settings: Settings) -> tuple[A
     model: Any = qfx.quantize(data.model(), asked, data.calibration() if asked.needs_data else None)
     rows = [Row(asked.name, PTQ, data.judge(model))]
     torch.manual_seed(settings.seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model, started = qfx.add_adapters(model, config), time.perf_counter()
+    model, started = qfx.add_adapters(model, config_of(rank)), time.perf_counter()
     row = Row(asked.name, f"adapters, rank {rank}", 0.0, settings.seed)
 
     def check(step: int) -> None:
@@ -57,6 +58,24 @@ def adapted(data: Data, recipe: Asked, rank: int, settings: Settings) -> tuple[A
     train(model, data, settings, check)
     row.seconds, row.score = time.perf_counter() - started, row.curve[-1][1]
     return model, [*rows, row]
+
+
+def inside(data: Data, recipe: Asked, rank: int, settings: Settings) -> Row:
+    """A row of adapters inside fake quantization, merged and converted: that loses nothing."""
+    asked = qfx.Recipe.parse(recipe)
+    model: Any = qfx.prepare_qat(data.model(), asked, data.calibration() if asked.needs_data else None)
+    torch.manual_seed(settings.seed)
+    model, started = qfx.add_adapters(model, config_of(rank)), time.perf_counter()
+    row = Row(asked.name, INSIDE, 0.0, settings.seed)
+    train(model, data, settings, lambda step: row.curve.append((step, data.judge(model))))
+    row.seconds = time.perf_counter() - started
+    row.score = data.judge(qfx.convert(model.merge_and_unload()))
+    return row
+
+
+def config_of(rank: int) -> LoraConfig:
+    """Adapters on all linears but the head."""
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def merged(data: Data, model: Any, recipe: Asked, seed: int) -> list[Row]:
@@ -74,7 +93,7 @@ def run(data: Data, recipes: Sequence[Asked], rank: int, settings: Settings) -> 
     rows = [Row(FLOAT, "", data.judge(data.model()))]
     for recipe in recipes:
         model, own = adapted(data, recipe, rank, settings)
-        rows += [*own, *merged(data, model, recipe, settings.seed)]
+        rows += [*own, *merged(data, model, recipe, settings.seed), inside(data, recipe, rank, settings)]
     with_recovered(rows)
     return rows
 

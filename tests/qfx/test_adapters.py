@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 
 import qfx
+from qfx.adapters import lora_config
 from qfx.measure import sqnr_db
 from qfx.modules import QuantEmbedding, quantized_parts
 from qfx.qat import quantizers
@@ -238,6 +239,31 @@ def test_a_language_model_with_one_table_is_merged_saved_and_loaded(tmp_path: Pa
     assert float((tiny.logits(merged) - with_adapters).norm() / with_adapters.norm()) < 0.3
     merged.save_pretrained(tmp_path)
     assert torch.equal(tiny.logits(tiny.CLASSES["tied"].from_pretrained(tmp_path)), tiny.logits(merged))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
+def test_other_doors_of_peft_and_transformers(tmp_path: Path) -> None:
+    """`prepare_model_for_kbit_training`, `add_adapter`, `save_pretrained` and `load_adapter`; autocast, generate."""
+    batch = {"input_ids": tiny.ids(), "labels": tiny.ids()}
+    model: Any = prepare_model_for_kbit_training(qfx.quantize(tiny.build("llama"), "nf4"))
+    model.add_adapter(lora_config(model, LoraConfig(target_modules="all-linear")))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.train()(**batch).loss
+    loss.backward()
+    assert sum(p.grad is not None for p in model.parameters()) == 14
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.eval().save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.glob("*.safetensors")} == {"adapter_model.safetensors"}
+    again: Any = qfx.quantize(tiny.build("llama"), "nf4")
+    again.load_adapter(str(tmp_path), peft_config=lora_config(again, LoraConfig.from_pretrained(tmp_path)))
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
+    assert again.generate(tiny.ids(), max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (2, 9)
+    with pytest.raises(ValueError, match="model of peft is needed"):
+        qfx.merge_adapters(again)
 
 
 @pytest.mark.parametrize(
