@@ -71,7 +71,7 @@ def test_weights_that_may_move_further_fit_better() -> None:
     print(f"{errors[0]:.2e} -> {errors[1]:.2e}")
     assert errors[1] < 0.85 * errors[0]
     with pytest.raises(ValueError, match="LearnedOptions.reach"):
-        Recipe(name="r", rules=(), learned={"reach": 0.4})
+        Recipe.parse({"rules": [], "learned": {"reach": 0.4}})
 
 
 @pytest.mark.parametrize("fmt", ["u2/g16", "i3/ch", "u4/g8", "i4/g16", "nf4/g16", "f4e2m1/g16/e8m0", "f4e2m1/g16/e4m3"])
