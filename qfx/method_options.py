@@ -44,8 +44,8 @@ class LearnedOptions(Strict):
     steps: of gradient descent for each block. batch: samples that a step looks at, in whole batches of the data.
     learning_rate: of the first step, in steps of the format; it falls to 0 (None: 2 / steps; signs: 1 / steps).
     optimizer: "adam", or "sign" as AutoRound has it. reach: how far a weight may move from where it was, in steps of
-    the format: by 0.5 it takes either neighbour, by more it is trained, block by block (EfficientQAT's first phase; the
-    second is `qfx.prepare_qat` with train="scales").
+    the format: by 0.5 it takes either neighbour, by 1 and more it is trained, block by block, for which more steps, a
+    higher rate and more data pay (EfficientQAT's first phase; the second is `qfx.prepare_qat` with train="scales").
     """
 
     steps: Annotated[int, Field(strict=True, ge=0)] = 100

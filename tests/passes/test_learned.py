@@ -57,6 +57,23 @@ class TwoLayers:
         return {n: round_weight(w, Format.parse(fmt), method, name=n).dequantize() for n, w in self.weights.items()}
 
 
+def test_weights_that_may_move_further_fit_better() -> None:
+    """Block-wise training, on data that was not trained on, too; by half a step it is rounding."""
+    block, other = TwoLayers(8), TwoLayers()
+    other.inputs = [rows(2, 16, 32, seed=100 + i) for i in range(4)]
+    other.wanted = [other.forward(other.weights, i) for i in range(4)]
+    fmt = Format.parse("u2/g16")
+    params = {name: search(w, fmt) for name, w in block.weights.items()}
+    errors = []
+    for reach in (0.5, 1.0):
+        found = block.learn(str(fmt), steps=150, rate=0.05, batches=2, reach=reach, params=params)
+        errors.append(other.error({name: packed.dequantize() for name, packed in found.packed.items()}))
+    print(f"{errors[0]:.2e} -> {errors[1]:.2e}")
+    assert errors[1] < 0.85 * errors[0]
+    with pytest.raises(ValueError, match="LearnedOptions.reach"):
+        Recipe.parse({"rules": [], "learned": {"reach": 0.4}})
+
+
 @pytest.mark.parametrize("fmt", ["u2/g16", "i3/ch", "u4/g8", "i4/g16", "nf4/g16", "f4e2m1/g16/e8m0", "f4e2m1/g16/e4m3"])
 def test_error_is_well_below_rounding_by_itself(fmt: str) -> None:
     block = TwoLayers()
