@@ -31,9 +31,16 @@ def test_sizes_of_the_cache() -> None:
     assert cache_sizes(llama()) == [(config.num_key_value_heads, width)] * config.num_hidden_layers
 
 
-def test_parameters_keep_the_models_names() -> None:
+@pytest.fixture(scope="module")
+def whole() -> Any:
+    """(model, names and identities of its modules before, the capture, its names); not to be changed."""
     model = llama()
-    captured, _ = capture_decoder(model, last_only=True)
+    before = [(name, id(module)) for name, module in model.named_modules()]
+    return model, before, *capture_decoder(model, last_only=True)
+
+
+def test_parameters_keep_the_models_names(whole: Any) -> None:
+    model, _, captured, _ = whole
     targets = {str(n.target) for n in captured.gm.graph.nodes if n.op == "get_attr"}
     found = {name for name in targets if not name.startswith("lifted_tensor")}  # constants of the trace
     own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
@@ -41,15 +48,13 @@ def test_parameters_keep_the_models_names() -> None:
     assert {"model.layers.0.self_attn.q_proj.weight", "lm_head.weight"} & found
 
 
-def test_the_model_is_as_before() -> None:
-    model = llama()
-    before = [(name, id(module)) for name, module in model.named_modules()]
-    capture_decoder(model, last_only=True)
+def test_the_model_is_as_before(whole: Any) -> None:
+    model, before, _, _ = whole
     assert [(name, id(module)) for name, module in model.named_modules()] == before
 
 
-def test_names_of_inputs_and_outputs() -> None:
-    captured, names = capture_decoder(llama(), last_only=True)
+def test_names_of_inputs_and_outputs(whole: Any) -> None:
+    _, _, captured, names = whole
     placeholders = [n.name for n in captured.gm.graph.nodes if n.op == "placeholder"]
     assert placeholders[:3] == ["input_ids", "attention_mask", "position_ids"] or set(placeholders) >= set(names)
     assert names["past_0_key"] == "past_key_values.0.key"
@@ -57,8 +62,8 @@ def test_names_of_inputs_and_outputs() -> None:
 
 
 @pytest.mark.parametrize("last_only", [True, False])
-def test_logits_of_the_last_token_or_of_all(last_only: bool) -> None:
-    captured, _ = capture_decoder(llama(), last_only=last_only)
+def test_logits_of_the_last_token_or_of_all(whole: Any, last_only: bool) -> None:
+    captured = whole[2] if last_only else capture_decoder(llama(), last_only=False)[0]
     results: Any = captured.gm.graph.output_node().args[0]
     length = results[0].meta["val"].shape[1]
     assert isinstance(length, int) == last_only

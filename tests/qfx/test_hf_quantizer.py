@@ -46,7 +46,10 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("writer", ["save_pretrained", "shards", "qfx.save"])
-@pytest.mark.parametrize(("kind", "recipe"), [("tied", "w8a8"), ("tied", "w4a16"), ("bert", "w8a8"), ("t5", "w4a16")])
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [("tied", "w8a8"), pytest.param("tied", "w4a16", marks=pytest.mark.slow), ("bert", "w8a8"), ("t5", "w4a16")],
+)
 def test_what_is_written_is_read_bit_for_bit(kind: str, recipe: str, writer: str, tmp_path: Path) -> None:
     model = made(kind, recipe)
     if writer == "qfx.save":

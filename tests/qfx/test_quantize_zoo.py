@@ -65,7 +65,7 @@ def test_the_reference_gives_exactly_what_eager_gives(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 @pytest.mark.filterwarnings("ignore:(.|\n)*(MatMulNBits|QMoE) rounds them:qfx.QfxWarning")
-@pytest.mark.parametrize("recipe", ["w8a8-static", "w8a8-smooth"])
+@pytest.mark.parametrize("recipe", [pytest.param("w8a8-static", marks=pytest.mark.slow), "w8a8-smooth"])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "gpt2" else pytest.mark.slow) for n in STATIC])
 def test_static_recipes(name: str, recipe: str) -> None:
     found = quantized(name, recipe)

@@ -65,9 +65,17 @@ MODELS: list[tuple[str, Callable[[], nn.Module], Tensor]] = [
 ]
 
 
+# Every recipe on the encoder, every model in one recipe.
+BOTH = [
+    pytest.param(*model, recipe, id=f"{model[0]}-{recipe}", marks=[] if quick else pytest.mark.slow)
+    for model in MODELS
+    for recipe in ("w8a8", "w8a8-smooth", "w4a16", "nf4")
+    for quick in [model[0] == "encoder" or recipe == ("w4a16" if model[0] == "layer" else "w8a8")]
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-smooth", "w4a16", "nf4"])
-@pytest.mark.parametrize(("name", "build", "x"), MODELS, ids=[m[0] for m in MODELS])
+@pytest.mark.parametrize(("name", "build", "x", "recipe"), BOTH)
 def test_plain_models_come_back(
     name: str, build: Callable[[], nn.Module], x: Tensor, recipe: str, tmp_path: Path
 ) -> None:
@@ -99,8 +107,15 @@ def test_what_was_one_is_one_again(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").stat().st_size < stored + 4000
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama", torch.bfloat16),
+        ("gpt2", torch.float16),
+        pytest.param("llama", torch.float16, marks=pytest.mark.slow),
+        pytest.param("gpt2", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_casts_survive(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, inputs = ZOO[name]()
     model = qfx.quantize(model).to(dtype)

@@ -107,7 +107,9 @@ def test_a_plan_can_be_kept(tmp_path: Path) -> None:
     assert qfx.Plan.load(tmp_path) == plan
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "mixtral", "vit", "t5", "whisper"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "mixtral", "vit", "t5", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "whisper"))]
+)
 def test_the_zoo(name: str) -> None:
     """Transposed weights, experts, patch convolutions, encoders and decoders: all their linears are rounded so."""
     model, inputs = ZOO[name]()
