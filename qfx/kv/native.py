@@ -242,7 +242,8 @@ def codes_of(codes: Codes) -> _Codes | None:
     """The struct of codes, made where their memory is new; None for what the kernels do not know."""
     known = codes.native
     if known is not None and known[0] is codes.data and known[1] is codes.scale:
-        return known[2]
+        kept: _Codes | None = known[2]
+        return kept
     made = _struct(codes)
     codes.native = (codes.data, codes.scale, made)
     return made

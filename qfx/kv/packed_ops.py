@@ -70,7 +70,8 @@ class Memory:
             held, new = before[0].shape[2], _cut(new, 0, 0)
             ready = self._ready(held)
         for part in self.parts if ready else ():
-            write(part, *(t if part.heads is None else t[:, part.heads] for t in _cut(before, 0, ready)), stored)
+            keys, values = (t if part.heads is None else t[:, part.heads] for t in _cut(before, 0, ready))
+            write(part, keys, values, stored)
         if ready:
             self.stored.fill_(stored + ready)
         for to, old, x in zip(self.newest, before, new, strict=True):

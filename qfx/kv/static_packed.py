@@ -108,8 +108,7 @@ class PackedStaticLayer(StaticLayer):
         if new <= FEW:
             torch.ops.qfx.cache_append(self.memory, keys, values, length, self.spec)
             length.add_(new)
-            k, v = (x.as_subclass(kind) for x, kind in zip(self.blank, self.kinds, strict=True))
-            return k, v
+            return self.blank[0].as_subclass(self.kinds[0]), self.blank[1].as_subclass(self.kinds[1])
         places = torch.arange(new, device=keys.device) + length
         before = torch.ops.qfx.cache_read(self.memory, length, self.spec)
         k, v = (x.index_copy(2, places, one) for x, one in zip(before, (keys, values), strict=True))

@@ -84,7 +84,7 @@ def test_the_qfx_backend_decodes_with_it(kv: str, told: str) -> None:
     expected = logits(model, tokens, fixed(model, kv), (50, *(1,) * 9))
     cache = fixed(model, kv)
     found = [logits(model, tokens[:, :50], cache)]
-    asked = {"recipe": "w8a16", "backend": "reference", "kv": "i8"}
+    asked: dict[str, Any] = {"recipe": "w8a16", "backend": "reference", "kv": "i8"}
     step = torch.compile(model, backend="qfx", options=asked, fullgraph=True)
     found += [logits(step, tokens[:, at : at + 1], cache) for at in range(50, 60)]
     assert int(cache.get_seq_length()) == 60
