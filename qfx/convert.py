@@ -26,7 +26,8 @@ from qfx.writeback import Writer, cut, oriented
 def convert(model: nn.Module) -> nn.Module:
     """The quantized model that a prepared one trained: weights packed with the trained scales, in place.
 
-    What it gives is what the prepared model gives in eval mode. `qfx.save`, `qfx.export_onnx` and
+    What each layer gives is what it gave in the prepared model in eval mode: from equal weights and codes, but for the
+    last bits of sums, which decide a few codes of the layers after it. `qfx.save`, `qfx.export_onnx` and
     torch.compile(backend="qfx") take it. Raises ValueError for a model that is not prepared or sharded over processes,
     and for weights or scales that became NaN or infinite, before anything is changed.
     """
