@@ -248,7 +248,6 @@ def main(
             own = replace(settings, rate=rate or RATES.get(plan.recipe.name, OTHER_RATE))
             rows.append(trained(data, plan, own, kind, say))
     with_recovered(rows)
-    rows.sort(key=[row.recipe for row in rows].index)
     console.print(shown(rows, "perplexity", f"{model.name}, {text}, {steps} steps of {batch * 1024:,} tokens"))
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
