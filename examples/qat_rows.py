@@ -68,7 +68,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def by_method(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """The rows of the several seeds of each way; those of a recipe follow one another, else in the order of the first."""
+    """The rows of the several seeds of each way; those of a recipe follow one another."""
     found: dict[str, dict[tuple[str, str], list[Row]]] = {}
     for row in rows:
         found.setdefault(row.recipe, {}).setdefault((row.recipe, row.method), []).append(row)
