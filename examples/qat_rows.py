@@ -68,11 +68,11 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def by_method(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """The rows of the several seeds of each way, in the order of their first."""
-    found: dict[tuple[str, str], list[Row]] = {}
+    """The rows of the several seeds of each way; those of a recipe follow one another."""
+    found: dict[str, dict[tuple[str, str], list[Row]]] = {}
     for row in rows:
-        found.setdefault((row.recipe, row.method), []).append(row)
-    return found
+        found.setdefault(row.recipe, {}).setdefault((row.recipe, row.method), []).append(row)
+    return {key: own for ways in found.values() for key, own in ways.items()}
 
 
 def mean_and_spread(values: Sequence[float], form: str) -> str:

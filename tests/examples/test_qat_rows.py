@@ -17,6 +17,7 @@ from examples.qat_rows import (
     FLOAT,
     PTQ,
     Row,
+    by_method,
     mean_and_spread,
     parameter_groups,
     plot,
@@ -83,6 +84,12 @@ def test_the_table_has_a_line_for_each_way() -> None:
     text = console.export_text()
     assert [line.split()[1] for line in text.splitlines() if line.startswith("│")] == ["fp32", "a", "a", "b"]
     assert "11.500 ± 0.707" in text and "62% ± 18%" in text and "0 1" in text
+
+
+def test_the_ways_of_a_recipe_follow_one_another() -> None:
+    found = by_method([*rows(), Row("a", "other", 1.0), Row("b", PTQ, 2.0)])
+    assert list(found) == [(FLOAT, ""), ("a", PTQ), ("a", "QAT"), ("a", "other"), ("b", "QAT"), ("b", PTQ)]
+    assert [row.seed for row in found["a", "QAT"]] == [0, 1]
 
 
 def test_weights_and_scales_have_rates_of_their_own() -> None:
