@@ -29,7 +29,7 @@ pytestmark = [
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+    return float((found - wanted).detach().norm() / wanted.detach().norm())
 
 
 def trained(model: nn.Module, x: str, w: str, inputs: list[Tensor]) -> Any:
@@ -103,10 +103,10 @@ def test_convolutions(x_format: str, tmp_path: Path) -> None:
 
 
 def test_the_tolerance_would_notice_coarser_inputs() -> None:
-    """Negative control: inputs of 6 bits are further from those of 8 than what is let pass."""
+    """Negative control: inputs of 5 bits are further from those of 8 than what is let pass."""
     torch.manual_seed(0)
     linear, x = nn.Linear(32, 24).eval(), torch.randn(7, 32)
-    fine, coarse = (prepared(copy.deepcopy(linear), both("i8/ch", bits), [(x,)])(x) for bits in ("i8/tok", "i6/tok"))
+    fine, coarse = (prepared(copy.deepcopy(linear), both("i8/ch", bits), [(x,)])(x) for bits in ("i8/tok", "i5/tok"))
     assert relative(coarse, fine) > 2 * ROUNDED
 
 
@@ -118,8 +118,8 @@ def decibels(found: Tensor, wanted: Tensor) -> float:
 def test_a_deep_model_is_as_near_as_it_is_to_itself() -> None:
     """The last bit of one layer's sums decides a code of the next: what is 1e-7 there may be 1e-3 at the end.
 
-    Given the same input each linear gives the same; and the quantized model, its table moved by 1e-7 of itself, gets
-    as far from itself as the prepared model is from it.
+    Given the same input each linear gives the same; and the quantized model, the results of its linears moved by 2e-7
+    of themselves, gets about as far from itself as the prepared model is from it.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -142,10 +142,12 @@ def test_a_deep_model_is_as_near_as_it_is_to_itself() -> None:
         for name, (x, y) in given.items():
             assert decibels(quantized.get_submodule(name)(x), y) > 110, name
         after = [quantized(ids).logits for ids in batches]
-        quantized.transformer.wte.register_forward_hook(lambda *a: a[2] * (1 + 1e-7 * torch.randn_like(a[2])))
+        for name in given:
+            module = quantized.get_submodule(name)
+            module.register_forward_hook(lambda *a: a[2] * (1 + 2e-7 * torch.randn_like(a[2])))
         moved = [quantized(ids).logits for ids in batches]
     far, control = (min(map(decibels, found, after)) for found in (before, moved))
-    print(f"prepared and quantized: {far:.1f} dB; quantized and moved by 1e-7: {control:.1f} dB")
+    print(f"prepared and quantized: {far:.1f} dB; quantized and moved by 2e-7: {control:.1f} dB")
     assert control < 80, "codes change, or the test shows nothing"
     assert far > control - 10
 
