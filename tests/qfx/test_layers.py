@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 import tomllib
 from pathlib import Path
@@ -25,7 +26,8 @@ LAYERS = (
     "qfx.segments",
     (
         "qfx.kv.formats qfx.kv.codes qfx.kv.attend qfx.kv.store qfx.kv.states qfx.kv.layers qfx.kv.static qfx.kv.cache"
-        " qfx.kv.plans qfx.kv.asked qfx.kv.as_stored"
+        " qfx.kv.plans qfx.kv.asked qfx.kv.as_stored qfx.kv.native qfx.kv.tail qfx.kv.static_packed qfx.kv.packed_ops"
+        " qfx.folders"
         " qfx.cache_ops qfx.attention_heads qfx.attention_ops qfx.parts qfx.rounded qfx.recipe_source"
         " qfx.graph qfx.names qfx.trace qfx.capture qfx.run qfx.verify qfx.plan qfx.recipe qfx.presets"
     ),
@@ -51,15 +53,21 @@ def _sources() -> dict[str, Path]:
     return found
 
 
+@functools.cache
+def _modules() -> frozenset[str]:
+    return frozenset(_sources())
+
+
 def _imported(tree: ast.AST) -> set[str]:
-    """Names of the modules that the code imports; `from a import b` counts as a and as a.b."""
+    """Names of the modules that the code imports; `from a import b` counts as a and as a.b, or, a module, as that."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import of {node.module!r}: write the full name"
-            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+            found = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= found if found <= _modules() else {node.module or ""} | found
     return names
 
 
