@@ -139,8 +139,9 @@ def test_multi_head_attention_of_torch_with_dropout() -> None:
     assert sqnr_db(run(qfx.convert(model), X), trained) > 40
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of Dynamo, on any such function
-@pytest.mark.parametrize("name", ["static", pytest.param("groups", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["static", "groups"])
 def test_a_training_step_is_one_graph(name: str, fresh_dynamo: None) -> None:
     kv = name in CACHES
     x = models.ids(48, 1) if kv else X

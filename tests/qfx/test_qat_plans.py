@@ -57,6 +57,7 @@ def trained(plan: qfx.Plan, most: float) -> tuple[Any, Any]:
     return quantized, converted
 
 
+@pytest.mark.slow
 def test_heads_have_formats_of_their_own_in_another_order() -> None:
     """The plan moves heads of equal formats side by side; so they are trained, and so they are packed."""
     parts = ["i8/g16", "i4/g16", "i8/g16", "i4/g16"]
