@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from qfx.backends.qat import fake_quantize
 from qfx.format import Format
@@ -41,7 +42,7 @@ class Graphs:
         def keep(kept: list[fx.GraphModule]) -> Callable[..., Any]:
             def compiler(found: fx.GraphModule, _: Any) -> Any:
                 kept.append(found)
-                return torch._functorch.aot_autograd.make_boxed_func(found.forward)
+                return make_boxed_func(found.forward)
 
             return compiler
 
@@ -66,8 +67,9 @@ def test_steps_and_modes_compile_once_each(scales: Any) -> None:
     """Many steps of an optimizer: one graph. The first evaluation: one more. Back and forth: none."""
     graphs = Graphs()
     model = prepared(net(), RULES["static"], DATA, scales=scales)
-    run = torch.compile(model, backend=graphs, fullgraph=True)
+    run: Any = torch.compile(model, backend=graphs, fullgraph=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    evaluated = torch.empty(0)
     for _ in range(2):
         for _ in range(3):
             model.train()
@@ -97,7 +99,7 @@ def test_other_shapes_compile_once_more(scales: Any) -> None:
     graphs = Graphs()
     eager = prepared(net(), RULES["static"], DATA, scales=scales).train()
     model = copy.deepcopy(eager)
-    run = torch.compile(model, backend=graphs, fullgraph=True)
+    run: Any = torch.compile(model, backend=graphs, fullgraph=True)
     for rows in (4, 3, 5):
         for each in (model, eager):
             each.zero_grad()
@@ -114,7 +116,8 @@ def test_the_compiler_sees_plain_operations(name: str) -> None:
     """No operator of qfx and no Python function is left in what AOTAutograd hands to Inductor."""
     graphs = Graphs()
     model = prepared(net(), RULES[name], DATA).train()
-    torch.compile(model, backend=graphs, fullgraph=True)(tokens(4, 6)).square().mean().backward()
+    run: Any = torch.compile(model, backend=graphs, fullgraph=True)
+    run(tokens(4, 6)).square().mean().backward()
     called = [n.target for gm in (*graphs.forward, *graphs.backward) for n in gm.graph.nodes if n.op == "call_function"]
     foreign = {str(t) for t in called if not str(t).startswith(("aten.", "prims.", "<built-in function getitem>"))}
     assert called and not foreign
@@ -123,7 +126,8 @@ def test_the_compiler_sees_plain_operations(name: str) -> None:
 def saved(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
     """What the compiled forward makes for the backward beside its inputs and its output."""
     graphs = Graphs()
-    torch.compile(model, backend=graphs, fullgraph=True)(*inputs).square().mean().backward()
+    run: Any = torch.compile(model, backend=graphs, fullgraph=True)
+    run(*inputs).square().mean().backward()
     (gm,) = graphs.forward
     (returned,) = gm.graph.output_node().args
     assert isinstance(returned, tuple | list)
@@ -154,7 +158,7 @@ def test_a_checkpointed_model_compiles(scales: Any, most: float) -> None:
     model = copy.deepcopy(eager)
 
     def run(ids: Tensor) -> Tensor:
-        found: Tensor = checkpoint(model, ids, use_reentrant=False)  # type: ignore[no-untyped-call]
+        found: Tensor = checkpoint(model, ids, use_reentrant=False)
         return found
 
     eager(ids).square().mean().backward()

@@ -57,7 +57,7 @@ def check(model: Any, x: Tensor, folder: Path, most: float) -> None:
     with torch.no_grad():
         wanted = model(x)
         weight = model.fake_quant.weight(model.weight)
-        converted = qfx.convert(model)
+        converted: Any = qfx.convert(model)
         assert torch.equal(converted.weight.reshape(weight.shape), weight), "not bit for bit"
         assert relative(converted(x), wanted) < SAME
     assert relative(on_onnxruntime(converted, x, folder), wanted) < most

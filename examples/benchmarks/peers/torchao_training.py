@@ -12,6 +12,8 @@ from torchao.quantization.qat import QATConfig
 from examples.benchmarks.peers.training import TrainJob, built
 from examples.benchmarks.peers.worker import Built
 
+BITS, GROUP = 4, 32
+
 
 def build(job: TrainJob, option: str) -> Built:
     """option: "compiled" or "eager"."""
@@ -20,7 +22,8 @@ def build(job: TrainJob, option: str) -> Built:
 
 def config() -> Any:
     """The format: weights int4 without zero points in groups of 32, activations int8 per token with zero points."""
-    return Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32))
+    dtype = getattr(torch, f"int{BITS}")
+    return Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=PerGroup(GROUP))
 
 
 def prepared(model: Any) -> Any:
