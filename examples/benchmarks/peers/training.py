@@ -17,7 +17,7 @@ from examples.lm_eval import next_token_loss
 
 TINY_LM = Path(__file__).resolve().parents[3] / "tests" / "assets" / "tiny_lm"
 # int8-dynamic-activation int4-weight: weights in groups of 32 without, activations per token with zero points. torchao
-# divides ranges by 7.5 steps and clips; here training begins at scales of least squared error, not at those of extremes.
+# divides ranges by 7.5 steps and clips; here training begins at scales of least squared error, not of extremes.
 INT8_INT4 = {"name": "int8-int4", "rounding": "mse", "rules": [{"target": "linear", "x": "u8/tok", "w": "i4/g32"}]}
 
 
