@@ -95,7 +95,8 @@ def test_no_value_is_far_off(name: str, seed: int, shift: float, spread: float) 
     w = torch.randn(2, 256, generator=generator) * spread + shift
     found = decoded(encode(w, name), name)
     assert bool(torch.isfinite(found).all())
-    assert float((found - w).norm()) <= 0.6 * float(w.norm()) + 1e-6
+    held = 1e-4  # 512 values of 4e-6: the largest whose scale is 0 in float16
+    assert float((found - w).norm()) <= 0.6 * float(w.norm()) + held
 
 
 def test_rows_do_not_depend_on_each_other() -> None:
