@@ -10,6 +10,7 @@ So a call makes floats of one layer's history at a time, which a compiler may fu
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +100,10 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
         self.fmt.check_heads(key_states.shape[1], self.where)
         self.facts = [facts(x) for x in (key_states, value_states)]
         self.batch_size, self.device = key_states.shape[0], key_states.device
-        self.cumulative_length = self.cumulative_length.to(self.device)
-        self.allocate(key_states, value_states)
+        anywhere = nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
+        with anywhere:  # it may be written to without inference mode later
+            self.cumulative_length = torch.zeros_like(self.cumulative_length, device=self.device)
+            self.allocate(key_states, value_states)
         if not torch.compiler.is_compiling():
             for tensor in [self.cumulative_length, *self.tensors()]:
                 torch._dynamo.mark_static_address(tensor)

@@ -179,7 +179,7 @@ def test_copies_read_their_own_memory() -> None:
 def test_more_tokens_than_there_is_memory_for_raise_inside_of_a_graph() -> None:
     model, tokens = small(), ids(20)
     cache = fixed(model, length=18)
-    step = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    step: Any = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
     logits(model, tokens[:, :17], cache)
     with torch.no_grad():
         step(tokens[:, 17:18], past_key_values=cache)
