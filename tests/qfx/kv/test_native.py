@@ -18,6 +18,8 @@ from qfx.format import Format
 from qfx.kv import native
 from qfx.kv.attend import attend
 from qfx.kv.codes import Codes, encode
+from qfx.kv.formats import cache_formats
+from qfx.kv.store import Store
 from tests.qfx.kv.test_attend import close, filled, random, reference
 
 I8 = Format.parse("i8/tok/f16")
@@ -142,3 +144,18 @@ def test_copies_of_codes_have_their_own_memory() -> None:
 def test_queries_of_other_sizes_are_refused_as_torch_refuses_them(shape: tuple[int, ...]) -> None:
     with pytest.raises(RuntimeError):
         attend(random(*shape), filled("i8"), None, 0.3)
+
+
+@pytest.mark.parametrize("kv", ["i8", "fp8"])
+def test_small_numbers_count_where_the_process_flushes_subnormal_ones(kv: str) -> None:
+    x, q = random(2, 3, 150, 24) * 10.0 ** torch.linspace(-6, -2, 24), random(2, 6, 1, 24)
+    store = Store(cache_formats(kv, 1)[0], x, x, where="layer 0")
+    store.append(x, x)
+    view = store.view()
+    expected = attend(q, view, None, 0.3)
+    try:
+        torch.set_flush_denormal(True)
+        found = attend(q, view, None, 0.3)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found, expected)
