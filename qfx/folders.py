@@ -8,7 +8,17 @@ from pathlib import Path
 
 
 def default_folder() -> Path | None:
-    """QFX_CACHE_DIR where it is set (None where it is empty), else the platform's place for caches."""
+    """QFX_CACHE_DIR where it is set (None where it is empty), else the platform's place for caches.
+
+    None, too, where nobody knows the user's home, such as in a container under a number without a name.
+    """
+    try:
+        return _default()
+    except RuntimeError:  # of Path.home and expanduser
+        return None
+
+
+def _default() -> Path | None:
     given = os.environ.get("QFX_CACHE_DIR")
     if given is not None:
         return Path(given).expanduser() if given else None

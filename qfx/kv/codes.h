@@ -44,10 +44,21 @@ struct Codes {
 
 namespace {
 
-float half(uint16_t h) {
-  const uint32_t sign = (h & 0x8000u) << 16;
-  return bits_to_float(sign | float_to_bits(bits_to_float((h & 0x7fffu) << 13) * 0x1p112f));
+// A small float without sign, of which kFraction bits stand behind the exponent, as a float. No step of it is a
+// subnormal float, which a process may have told the processor to take for 0 (torch.set_flush_denormal).
+template <int kFraction, int kBias>
+uint32_t widened(uint32_t code) {
+  const uint32_t small = code < 1u << kFraction;  // 1 + fraction, less 1
+  const float whole = bits_to_float((code << (23 - kFraction)) + ((127u - kBias + small) << 23));
+  return float_to_bits(whole - bits_to_float((128u - kBias) << 23 & (0u - small)));
 }
+
+bool flushes() {  // whether this thread takes subnormal floats for 0
+  volatile float least = 0x1p-149f;
+  return least * 0x1p126f == 0.0f;
+}
+
+float half(uint16_t h) { return bits_to_float((h & 0x8000u) << 16 | widened<10, 15>(h & 0x7fffu)); }
 
 uint16_t to_half(float value) {  // of 2^-24 to 65504, to the nearest, ties to even
   const uint32_t bits = float_to_bits(value);
@@ -119,11 +130,17 @@ void decode(const Codes& c, const uint8_t* head, int64_t at, int64_t n, float* o
   } else if (c.kind == kUnsigned) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(data[i]);
-  } else if (c.kind == kE4M3) {  // a float's exponent is 120 more; no code is NaN
+  } else if (c.kind == kE4M3 && !flushes()) {  // a float's exponent is 120 more; no code is NaN
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       const uint32_t code = data[i];
       out[i] = bits_to_float((code & 0x80u) << 24 | (code & 0x7fu) << 20) * 0x1p120f;
+    }
+  } else if (c.kind == kE4M3) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t code = data[i];
+      out[i] = bits_to_float((code & 0x80u) << 24 | widened<3, 7>(code & 0x7fu));
     }
   } else {
     for (int64_t i = 0; i < count; ++i) out[i] = table[data[i]];

@@ -48,6 +48,10 @@ class Codes:
         self.zero = like.new_empty((batch, heads, 0, each), dtype=zero_dtype(fmt)) if fmt.has_zero else None
         self.native: tuple[Tensor, Tensor, Any] | None = None  # what `qfx.kv.native` made of this memory
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what knows addresses of this memory, which a copy and another process have not."""
+        return {**self.__dict__, "native": None}
+
     @property
     def one_scale(self) -> bool:
         """A token has one scale, which `scales` gives and `tile` leaves out."""

@@ -113,8 +113,7 @@ def _loaded() -> ctypes.CDLL:
         stat.st_size,
         stat.st_mtime_ns,
         processor.flags(),
-        _FLAGS,
-        _X86,
+        *(_FLAGS, _X86, _OTHERS, _THREADS),
     )
     name = f"kernels-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.so"
     folder = default_folder()
@@ -155,6 +154,9 @@ def attend(q: Tensor, view: View, mask: Tensor | None, scale: float) -> Tensor |
     batch, groups, many, queries, width = q.shape
     if q.device.type != "cpu" or many * queries > ROWS or (mask is not None and mask.device.type != "cpu"):
         return None
+    keys = view.rest[0]
+    if (batch, groups, width) != (keys.shape[0], keys.shape[1], keys.shape[3]) or not batch:
+        return None  # torch says what is wrong
     made = library()
     if made is None:
         return None
@@ -251,7 +253,7 @@ def codes_of(codes: Codes) -> _Codes | None:
 
 def _struct(codes: Codes) -> _Codes | None:
     fmt, data, scale, zero = codes.fmt, codes.data, codes.scale, codes.zero
-    if fmt.is_plain or fmt.bits > 8 or scale.dtype not in _SCALES:
+    if data.device.type != "cpu" or fmt.is_plain or fmt.bits > 8 or scale.dtype not in _SCALES:
         return None
     rows = data.stride()[2:] == (codes.width, 1) and scale.stride()[2:] == (scale.shape[3], 1)
     if data.numel() and not (rows and (zero is None or zero.stride() == scale.stride())):

@@ -28,6 +28,7 @@ from torch.library import Library, register_fake
 from qfx.kv.attend import Part, View, attend
 from qfx.kv.codes import Codes
 from qfx.kv.formats import CacheFormat
+from qfx.kv.static import full
 from qfx.kv.store import alike, write
 
 FEW = 32  # new tokens for which the newest have room; more are read as floats of all places
@@ -57,7 +58,12 @@ class Memory:
         return View(_cut(self.first, 0, sinks), self.parts, 0, stored, _cut(self.newest, 0, rest))
 
     def append(self, k: Tensor, v: Tensor, length: int) -> None:
-        """Store whole steps of what came before, then take new tokens behind the first `length`."""
+        """Store whole steps of what came before, then take new tokens behind the first `length`.
+
+        Raises ValueError where there is no memory for them.
+        """
+        if length + k.shape[2] > self.length:
+            raise ValueError(full(self.length, length + k.shape[2]))
         fmt, stored, new = self.fmt, int(self.stored), (k.detach(), v.detach())
         missing = min(max(fmt.sinks - length, 0), k.shape[2])
         for to, x in zip(self.first, new, strict=True):

@@ -134,9 +134,11 @@ def _sdpa(
     query: Any, key: Any, value: Any, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
-    if not _are_states(key, value) or isinstance(query, PackedStates) or dropout_p or _tracked(query):
+    if not _are_states(key, value) or isinstance(query, PackedStates) or dropout_p:
         return NotImplemented
     k, v = key.what, value.what
+    if _tracked(query, attn_mask, *k.view.rest, *v.view.rest):
+        return NotImplemented
     if (k.view is not v.view and len(k.view) != len(v.view)) or (k.role, v.role, k.form, v.form) != (0, 1, "", ""):
         return NotImplemented
     if query.dim() != 4 or query.shape[0] != key.shape[0] or not _divides(query.shape[1], k, v, grouped=enable_gqa):
@@ -146,12 +148,12 @@ def _sdpa(
 
 
 def _matmul(a: Any, b: Any) -> Any:
-    if isinstance(a, PackedStates) or not isinstance(b, PackedStates) or _tracked(a):
+    if isinstance(a, PackedStates) or not isinstance(b, PackedStates):
         return NotImplemented
     what = b.what
     if a.dim() != 4 or a.shape[:2] != b.shape[:2] or what.form != ("" if what.role else "t"):
         return NotImplemented
-    if a.shape[3] != b.shape[2]:
+    if a.shape[3] != b.shape[2] or _tracked(a, what.view.rest[what.role]):
         return NotImplemented
     return weighted(a, what.view) if what.role else scores(a, what.view)
 
@@ -224,9 +226,9 @@ def _divides(heads: int, k: _What, v: _What, *, grouped: bool) -> bool:
     return k.repeat == v.repeat and (heads == own or (grouped and heads % own == 0))
 
 
-def _tracked(x: Any) -> bool:
+def _tracked(*values: Tensor | None) -> bool:
     """Gradients go through dequantized states."""
-    return torch.is_grad_enabled() and bool(x.requires_grad)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in values)
 
 
 def _but(x: PackedStates, **changes: Any) -> PackedStates:

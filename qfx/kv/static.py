@@ -10,6 +10,7 @@ So a call makes floats of one layer's history at a time, which a compiler may fu
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +100,10 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
         self.fmt.check_heads(key_states.shape[1], self.where)
         self.facts = [facts(x) for x in (key_states, value_states)]
         self.batch_size, self.device = key_states.shape[0], key_states.device
-        self.cumulative_length = self.cumulative_length.to(self.device)
-        self.allocate(key_states, value_states)
+        anywhere = nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
+        with anywhere:  # it may be written to without inference mode later
+            self.cumulative_length = torch.zeros_like(self.cumulative_length, device=self.device)
+            self.allocate(key_states, value_states)
         if not torch.compiler.is_compiling():
             for tensor in [self.cumulative_length, *self.tensors()]:
                 torch._dynamo.mark_static_address(tensor)
@@ -125,7 +128,7 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
         """Store keys [B, G, n, D] and values; returns both with max_length tokens, the new ones as they came.
 
         Raises ValueError, outside of compiled graphs, for another batch, other heads, sizes or dtypes than before, for
-        values that are not finite and for more tokens than `max_length`.
+        values that are not finite and for more tokens than `max_length`; inside, memory that is full raises an error.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -179,14 +182,17 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
             numerics.require_finite(x, f"{self.where}, {role}")
         longer = int(self.cumulative_length) + keys.shape[2]
         if longer > self.max_cache_len:
-            raise ValueError(
-                explain(
-                    f"the cache of {self.where} is full",
-                    expected=f"at most {self.max_cache_len} tokens (max_length)",
-                    found=str(longer),
-                    next_step="make the cache with a greater max_length, or without",
-                )
-            )
+            raise ValueError(full(self.max_cache_len, longer, f"the cache of {self.where}"))
+
+
+def full(most: int, tokens: int, what: str = "a cache of fixed length") -> str:
+    """That a cache has no memory for so many tokens."""
+    return explain(
+        f"{what} is full",
+        expected=f"at most {most} tokens (max_length)",
+        found=str(tokens),
+        next_step="make the cache with a greater max_length, or without",
+    )
 
 
 def stores_alone(fmt: CacheFormat) -> bool:

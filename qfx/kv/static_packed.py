@@ -99,8 +99,20 @@ class PackedStaticLayer(StaticLayer):
         """Make the memory."""
         self.memory = allocate(self.fmt, keys, values, self.max_cache_len)
         self.spec = spec_of(self.fmt, keys, values, self.max_cache_len)
-        self.kinds = [type("Handle", (Handle,), {"layer": self, "role": role}) for role in (0, 1)]
+        self.kinds = self._kinds()
         self.blank = [x.new_zeros(()).expand(*x.shape[:2], self.max_cache_len, x.shape[3]) for x in (keys, values)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the handles' classes: those of a copy must read its own memory."""
+        return {name: value for name, value in self.__dict__.items() if name != "kinds"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.is_initialized:
+            self.kinds = self._kinds()
+
+    def _kinds(self) -> list[type[Handle]]:
+        return [type("Handle", (Handle,), {"layer": self, "role": role}) for role in (0, 1)]
 
     def put(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store and give what attention reads, see `StaticLayer.update`."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from qfx.format import Format
 from qfx.kv import native
 from qfx.kv.attend import attend
 from qfx.kv.codes import Codes, encode
+from qfx.kv.formats import cache_formats
+from qfx.kv.store import Store
 from tests.qfx.kv.test_attend import close, filled, random, reference
 
 I8 = Format.parse("i8/tok/f16")
@@ -123,3 +127,35 @@ def test_large_scores_do_not_overflow() -> None:
     view, q = filled("i8"), random(2, 6, 1, 24) * 1e4
     out = attend(q, view, None, 1.0)
     assert out.isfinite().all() and out.abs().max() < 10
+
+
+def test_copies_of_codes_have_their_own_memory() -> None:
+    view, q = filled("i4", 200), random(2, 6, 1, 24)
+    expected = attend(q, view, None, 0.3)
+    assert all(codes.native is not None for part in view.parts for codes in (part.keys, part.values))
+    copies = [copy.deepcopy(view), pickle.loads(pickle.dumps(view))]  # noqa: S301
+    for part in view.parts:
+        part.keys.data.zero_()
+    assert all(torch.equal(attend(q, other, None, 0.3), expected) for other in copies)
+    assert not torch.equal(attend(q, view, None, 0.3), expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 1, 24), (2, 6, 1, 48), (2, 4, 1, 12), (2, 9, 2, 16)], ids=str)
+def test_queries_of_other_sizes_are_refused_as_torch_refuses_them(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError):
+        attend(random(*shape), filled("i8"), None, 0.3)
+
+
+@pytest.mark.parametrize("kv", ["i8", "fp8"])
+def test_small_numbers_count_where_the_process_flushes_subnormal_ones(kv: str) -> None:
+    x, q = random(2, 3, 150, 24) * 10.0 ** torch.linspace(-6, -2, 24), random(2, 6, 1, 24)
+    store = Store(cache_formats(kv, 1)[0], x, x, where="layer 0")
+    store.append(x, x)
+    view = store.view()
+    expected = attend(q, view, None, 0.3)
+    try:
+        torch.set_flush_denormal(True)
+        found = attend(q, view, None, 0.3)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found, expected)

@@ -153,3 +153,20 @@ def test_operations_below_python_get_floats_too() -> None:
     with torch._C.DisableTorchFunctionSubclass(), pytest.warns(QfxWarning, match=r"aten.mul"):
         found = torch.mul(keys, 2)
     assert torch.equal(found, keys.dense() * 2)
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*dequantized as a whole")
+@pytest.mark.parametrize("tracked", range(4))
+def test_gradients_reach_whatever_wants_them(tracked: int) -> None:
+    old, given = random(2, HEADS, 45, WIDTH), [random(2, HEADS, 3, WIDTH, seed=s) for s in range(3)]
+    store = Store(cache_formats("i8", 1)[0], old, old, where="layer 0")
+    store.append(old, old)
+    leaf = [*given, mask := random(3, 48)][tracked].requires_grad_()
+    query, keys, values = given
+    k, v = packed(store.append(keys, values))
+    F.scaled_dot_product_attention(query, k, v, mask).square().sum().backward()
+    found, leaf.grad = leaf.grad, None
+    keys, values = (torch.cat((x.dense().detach()[:, :, :45], new), 2) for x, new in ((k, keys), (v, values)))
+    F.scaled_dot_product_attention(query, keys, values, mask).square().sum().backward()
+    assert found is not None and leaf.grad is not None
+    torch.testing.assert_close(found, leaf.grad)

@@ -129,3 +129,13 @@ def test_bad_input() -> None:
         cache.update(bad, bad, 0)
     with pytest.raises(ValueError, match=r"(?s)keys of another batch.*expected: 2.*found: 1"):
         cache.update(bad[:1], bad[:1], 0)
+
+
+@pytest.mark.parametrize("kv", ["i8", "i4"])
+def test_memory_made_in_inference_mode_is_written_to_without_it(kv: str) -> None:
+    model, tokens = small(), ids(50)
+    expected = logits(model, tokens, qfx.QuantizedCache(model.config, kv, max_length=64), (40, 5))
+    with torch.inference_mode():
+        cache = qfx.QuantizedCache(model.config, kv, max_length=64)
+        logits(model, tokens[:, :45], cache, (40,))
+    assert torch.equal(logits(model, tokens[:, 45:], cache), expected[:, 45:])

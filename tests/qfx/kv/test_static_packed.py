@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -161,3 +163,25 @@ def test_bad_input() -> None:
         fixed(model, {"k": ["i4"] * 3, "v": "i4"})
     with pytest.raises(ValueError, match=r"(?s)crop\(-31\).*at most the 0"):
         cache.crop(-31)
+
+
+def test_copies_read_their_own_memory() -> None:
+    model, tokens = small(), ids(60)
+    cache = fixed(model)
+    logits(model, tokens[:, :50], cache, (40,))
+    copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]  # noqa: S301
+    expected = logits(model, tokens[:, 50:], copy.deepcopy(cache), (1,) * 9)
+    cache.reset()
+    logits(model, ids(70, seed=5), cache, (40, *(1,) * 29))
+    assert all(torch.equal(logits(model, tokens[:, 50:], other, (1,) * 9), expected) for other in copies)
+
+
+def test_more_tokens_than_there_is_memory_for_raise_inside_of_a_graph() -> None:
+    model, tokens = small(), ids(20)
+    cache = fixed(model, length=18)
+    step: Any = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    logits(model, tokens[:, :17], cache)
+    with torch.no_grad():
+        step(tokens[:, 17:18], past_key_values=cache)
+        with pytest.raises(ValueError, match=r"(?s)is full.*at most 18 tokens.*found: 19"):
+            step(tokens[:, 18:19], past_key_values=cache)
