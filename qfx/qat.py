@@ -186,7 +186,7 @@ def training_of(model: object) -> Training:
         raise ValueError(explain("a model is needed", expected="a torch.nn.Module", found=type(model).__name__))
     found = model.__dict__.get(KEPT)
     if isinstance(found, Training):
-        _check_own(model, found)
+        check_own(model, found)
         return found
     inner = next((name for name, m in model.named_modules() if KEPT in m.__dict__), None)
     if inner is not None:
@@ -200,7 +200,7 @@ def training_of(model: object) -> Training:
     raise ValueError(explain(what, next_step="qfx.prepare_qat(model, recipe), train, and convert that model"))
 
 
-def _check_own(model: nn.Module, training: Training) -> None:
+def check_own(model: nn.Module, training: Training) -> None:
     """Raises ValueError where something else stands in the place of a prepared module."""
     for place in training.places:
         module = model.get_submodule(place.owner)

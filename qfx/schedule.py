@@ -24,7 +24,7 @@ from qfx.fake_modules import FakeLinear, FakeWeight, weight_of
 from qfx.fake_operands import FixedWeights
 from qfx.format import Format
 from qfx.numerics import QParams, range_qparams
-from qfx.qat import Training, quantizers, training_of
+from qfx.qat import Training, check_own, quantizers, training_of
 from qfx.scales import search
 from qfx.writeback import cut, oriented
 
@@ -91,6 +91,7 @@ class QATSchedule:
 
     def _apply(self, *, began: bool, scales: bool = True) -> None:
         """Make the model what it is at this step. scales: find those anew of what begins or changes."""
+        check_own(self.model, self.training)
         began = began and self.steps == self.start_after > 0
         for module in self.model.modules():
             if isinstance(module, FakeWeight | FakeLinear | FakeAttention):

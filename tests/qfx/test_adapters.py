@@ -333,7 +333,11 @@ def test_what_would_not_train_inside_fake_quantization_is_refused(fields: dict[s
 
 
 def test_adapters_that_are_not_merged_are_told() -> None:
-    model = qfx.add_adapters(prepared(net(), plan("i4")), LoraConfig(target_modules=["up"]))
+    model = prepared(net(), plan("i4"))
+    schedule = qfx.QATSchedule(model, start_after=1)
+    model = qfx.add_adapters(model, LoraConfig(target_modules=["up"]))
+    with pytest.raises(ValueError, match="(?s)stands around.*node: up"):
+        schedule.step()
     with pytest.raises(ValueError, match="(?s)lies inside PeftModel.*merge_and_unload"):
         qfx.convert(model)
     for take in (qfx.convert, qfx.QATSchedule):
