@@ -46,8 +46,8 @@ class Scheduled(TrainerCallback):  # type: ignore[misc]
         self.schedule: QATSchedule | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make the schedule; a checkpoint has been loaded by now. What an earlier training froze learns again."""
-        if self.schedule is not None:
+        """Make the schedule; a checkpoint has been loaded by now. What an earlier training of it froze learns again."""
+        if self.schedule is not None and self.schedule.model is kwargs["model"]:
             self.schedule.unfreeze()
         self.schedule = QATSchedule(kwargs["model"], **self.fields, steps=state.global_step)
 
