@@ -16,8 +16,9 @@ LoraConfig of the one model.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -34,8 +35,9 @@ def add_adapters(model: nn.Module, config: Any, name: str = "default") -> Any:
     """peft's model: adapters as `config` (a LoraConfig) says, on a packed or prepared `model`; linears are wrapped.
 
     What `peft.get_peft_model` gives, with qfx's layers on quantized linears. Everything but the adapters is frozen.
-    Raises ValueError for a float model, for adapters on packed tables and the like, and for modules to be trained whole
-    (`modules_to_save`) that are packed; ImportError without peft.
+    Raises ValueError for a float model, for adapters on quantized tables and the like and on a prepared linear whose
+    weight another module has, too, and for modules to be trained whole (`modules_to_save`) that are packed; ImportError
+    without peft.
     """
     peft = _peft()
     return peft.get_peft_model(model, lora_config(model, config), adapter_name=name)
@@ -63,13 +65,18 @@ def lora_config(model: nn.Module, config: Any) -> Any:
             explain("adapters on packed linears are LoRA", expected="a LoraConfig", found=type(config).__name__)
         )
     packed = {fqn: m for fqn, m in model.named_modules() if isinstance(m, PackedModule) or hasattr(m, "qfx_packed")}
-    fake = {type(m): FakeLoraLinear if _is_linear(m) else Refused for m in model.modules() if _is_fake(m)}
+    shared = _shared(model)
+    fake: dict[type, Any] = {
+        type(m): functools.partial(FakeLoraLinear, shared=shared) if _is_linear(m) else Refused
+        for m in model.modules()
+        if _is_fake(m)
+    }
     if not packed and not fake:
         step = (
             "qfx.quantize(model, 'nf4') or qfx.prepare_qat(model, recipe) first; peft.get_peft_model takes float models"
         )
         raise ValueError(explain("nothing in the model is quantized", next_step=step))
-    _check_whole(config, packed)
+    _check_whole(config, packed, [fqn for fqn, m in model.named_modules() if _is_fake(m)])
     if packed and isinstance(config.target_modules, str) and config.target_modules.lower() == _ALL:
         config.target_modules = _linears(model)
     refused: dict[type, type] = {type(m): Refused for m in packed.values() if not _takes_adapter(m)}
@@ -77,26 +84,45 @@ def lora_config(model: nn.Module, config: Any) -> Any:
     return config
 
 
-def _check_whole(config: Any, packed: Mapping[str, nn.Module]) -> None:
-    """What peft would train or change in the weight itself has to be float."""
+def _check_whole(config: Any, packed: Iterable[str], fake: Iterable[str]) -> None:
+    """What peft would train or change in the weight itself must not be packed, and tables of which it trains single
+    rows must not be prepared. packed, fake: names of modules."""
     asked = [*(config.modules_to_save or ()), *(config.target_parameters or ())]
     if str(getattr(config.task_type, "value", config.task_type)) in _HEADED:
         asked += ["classifier", "score"]  # peft trains them whole without being asked
-    tokens = config.trainable_token_indices
-    asked += list(tokens) if isinstance(tokens, Mapping) else ["embed_tokens"] if tokens else []
+    indices = config.trainable_token_indices
+    tokens = list(indices) if isinstance(indices, Mapping) else ["embed_tokens"] if indices else []
+    asked += tokens
     for name in asked:
-        owners = (name, name.rpartition(".")[0])
         for fqn in packed:
-            if any(owner and (fqn == owner or fqn.endswith(f".{owner}")) for owner in owners):
+            if _is_called(fqn, name) or _is_called(fqn, name.rpartition(".")[0]):
                 step = f"quantize with ignore=[{name!r}], or leave it out of the LoraConfig"
                 raise ValueError(explain(f"{name!r} should learn, but its weight is packed", node=fqn, next_step=step))
+    for name in tokens:
+        for fqn in fake:
+            if _is_called(fqn, name):
+                what = f"single rows of {name!r} should learn, which peft reads as they are, without fake quantization"
+                step = f"modules_to_save=[{name!r}] trains the whole table"
+                raise ValueError(explain(what, node=fqn, next_step=step))
+
+
+def _is_called(fqn: str, name: str) -> bool:
+    return bool(name) and (fqn == name or fqn.endswith(f".{name}"))
 
 
 def _is_fake(module: nn.Module) -> bool:
-    """Whether adapters beside a prepared module would be lost or would not be rounded: linears, and weights that other
-    forwards read."""
+    """Whether adapters beside a prepared module would be lost or would not be rounded: all but attention alone."""
     kind = type(module)
-    return hasattr(kind, PREPARED) and (hasattr(kind, "qfx_fake_names") or _is_linear(module))
+    return hasattr(kind, PREPARED) and (hasattr(kind, "qfx_fake_names") or "fake_quant" in module._modules)
+
+
+def _shared(model: nn.Module) -> dict[str, str]:
+    """Name of each module whose weight another one has, too -> the name of the other."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.endswith(".weight"):
+            owners.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+    return {name: next(n for n in names if n != name) for names in owners.values() if len(names) > 1 for name in names}
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from qfx.kv.live import with_caches
 from qfx.modules import PREPARED
 from qfx.places import Place
 from qfx.plan import Plan
-from qfx.qat import KEPT, training_of
+from qfx.qat import KEPT, quantizers, training_of
 from qfx.schedule import check_finished
 from qfx.wrapped import check_unwrapped
 from qfx.writeback import Writer, cut, oriented
@@ -73,9 +73,10 @@ def _trained(model: nn.Module, place: Place, plan: Plan) -> None:
 
 
 def _check_finite(model: nn.Module) -> None:
-    """Raises ValueError naming the first parameter that is not finite."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+    """Raises ValueError naming the first parameter or observed scale that is not finite."""
+    scales = ((f"{name}.{leaf}", b) for name, q in quantizers(model).items() for leaf, b in q.named_buffers())
+    for name, tensor in (*model.named_parameters(), *scales):
+        if not bool(torch.isfinite(tensor).all()):
             raise ValueError(
                 explain(
                     f"{name!r} holds NaN or Inf: the training went wrong",

@@ -46,7 +46,9 @@ class Scheduled(TrainerCallback):  # type: ignore[misc]
         self.schedule: QATSchedule | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make the schedule; a checkpoint has been loaded by now."""
+        """Make the schedule; a checkpoint has been loaded by now. What an earlier training of it froze learns again."""
+        if self.schedule is not None and self.schedule.model is kwargs["model"]:
+            self.schedule.unfreeze()
         self.schedule = QATSchedule(kwargs["model"], **self.fields, steps=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -57,7 +59,7 @@ class Scheduled(TrainerCallback):  # type: ignore[misc]
 
 @torch.no_grad()
 def _check(tensors: dict[str, torch.Tensor], what: str, step: int) -> None:
-    norms = torch._foreach_norm(list(tensors.values()))
+    norms = torch._foreach_norm(list(tensors.values())) if tensors else []
     if not norms or bool(torch.isfinite(torch.stack([norm.float().cpu() for norm in norms])).all()):
         return
     bad = [name for name, norm in zip(tensors, norms, strict=True) if not bool(torch.isfinite(norm))]

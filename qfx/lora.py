@@ -9,6 +9,7 @@ unmerging gives them back bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class PackedLoraLinear(Linear):  # type: ignore[misc]
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.fan_in_fan_out = False  # a packed weight is [N, K], whatever the float module held
         self.merged_adapters: list[str] = []
-        self.kept: dict[str, Tensor | None] | None = None
+        self.kept: tuple[dict[str, Tensor | None], Tensor | None] | None = None  # buffers and bias
         self.change: Change | None = None
 
     @property
@@ -53,16 +54,35 @@ class PackedLoraLinear(Linear):  # type: ignore[misc]
         assert isinstance(found, QuantLinear | QuantMixed), type(found)
         return found
 
+    def active(self) -> list[str]:
+        """The active adapters that this linear has."""
+        return [name for name in self.active_adapters if name in self.lora_A]
+
     @torch.no_grad()
     def delta(self, names: list[str] | None = None) -> Tensor:
         """The change of the weight by the adapters of these names (None: the active ones), f32 [N, K]."""
         base = self.base
         total = torch.zeros(base.out_features, base.in_features, device=next(base.buffers()).device)
-        for name in self.active_adapters if names is None else names:
-            if name in self.lora_A:
-                a, b = self.lora_A[name].weight.float(), self.lora_B[name].weight.float()
-                total += b @ a * self.scaling[name]
+        for name in self.active() if names is None else names:
+            a, b = self.lora_A[name].weight.float(), self.lora_B[name].weight.float()
+            total += b @ a * self.scaling[name]
         return total
+
+    @torch.no_grad()
+    def bias_delta(self, names: list[str] | None = None) -> Tensor:
+        """The change of the bias by the adapters of these names (None: the active ones), [N], or 0 of none: []."""
+        total = torch.zeros((), device=next(self.base.buffers()).device)
+        for name in self.active() if names is None else names:
+            if self.lora_bias[name]:
+                total = total + self.scaling[name] * self.lora_B[name].bias
+        return total
+
+    def check_bias(self, names: list[str], node: str = "") -> None:
+        """Raises ValueError where one of these adapters has a bias (`lora_bias`), and the packed linear has none."""
+        for name in names:
+            if self.lora_bias[name] and self.base.bias is None:
+                what = f"the bias of adapter {name!r} has no bias of the packed linear to be added to"
+                raise ValueError(explain(what, node=node or None, next_step="train with lora_bias=False"))
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -71,13 +91,15 @@ class PackedLoraLinear(Linear):  # type: ignore[misc]
         if not names:
             return
         base = self.base
+        self.check_bias(names)
         change, self.change = self.change, None
         if change is None:
             change = rounded_again(base, self.delta(names), "mse", name=f"the merged adapters {', '.join(names)}")
         if self.kept is None:
-            self.kept = dict(base._buffers)
+            self.kept = dict(base._buffers), None if base.bias is None else base.bias.detach().clone()
         base._buffers.update(change.buffers)
-        self._add_bias(names, 1.0)
+        if base.bias is not None:
+            base.bias.add_(self.bias_delta(names).to(base.bias.dtype))
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -85,26 +107,26 @@ class PackedLoraLinear(Linear):  # type: ignore[misc]
         """The base as it was before any merge."""
         if self.kept is None:
             return
-        self.base.__dict__["_buffers"] = self.kept
-        self._add_bias(self.merged_adapters, -1.0)
+        self.base.__dict__["_buffers"], bias = self.kept
+        if self.base.bias is not None and bias is not None:
+            self.base.bias.copy_(bias)
         self.kept, self.merged_adapters = None, []
-
-    def _add_bias(self, names: list[str], sign: float) -> None:
-        for name in names:
-            if self.lora_bias[name]:
-                if self.base.bias is None:
-                    raise ValueError(f"the bias of adapter {name!r} has no bias of the base to be added to")
-                self.base.bias.data += sign * self.scaling[name] * self.lora_B[name].bias
 
 
 class FakeLoraLinear(Linear):  # type: ignore[misc]
     """LoRA inside the fake quantization of a linear that `qfx.prepare_qat` prepared, in the basis of its weight (inputs
-    come to it rotated and smoothed). Raises ValueError for variants, for dropout, which a sum of weights has not, and
-    for first values that are taken out of the weight."""
+    come to it rotated and smoothed). Raises ValueError for variants, for dropout, which a sum of weights has not,
+    for first values that are taken out of the weight, and for a weight that another module has, too (shared: name of
+    each such module -> of the other): merged, the adapter would change both."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, *, shared: Mapping[str, str], **kwargs: Any
+    ) -> None:
         node = str(kwargs.get("target_name", ""))
         _check_start(config, node)
+        if node in shared:
+            what = f"merged adapters would change {shared[node]!r}, too, which has the same weight"
+            raise ValueError(explain(what, node=node, next_step="leave it out of target_modules, or untie the weights"))
         if config.lora_dropout:
             what = "adapters inside fake quantization change the weight, of which nothing can be dropped"
             found = f"lora_dropout={config.lora_dropout}"

@@ -36,7 +36,8 @@ _HALF = 0.5
 class MergedLinear:
     """What merging did to one linear. moved, lost: the norms of the adapters' change and of what rounding loses of the
     merged weight, both as shares of the merged weight's norm. sqnr_db: of the merged weight. The last two are of the
-    linear's output on data, the shares of its energy as norms: what the adapters change, and what is lost.
+    linear's output on data, the shares of its energy as norms: what the adapters change, and what is lost; None without
+    data that reaches the linear.
     """
 
     node: str
@@ -53,15 +54,21 @@ class MergedLinear:
 
     @property
     def output_sqnr_db(self) -> float | None:
-        """Signal to noise of the output on data, in dB; None without data."""
+        """Signal to noise of the output on data, in dB; None without data that reaches the linear."""
         return None if self.output_lost is None else decibel(1.0, self.output_lost**2)
 
     @property
     def worse(self) -> bool:
         """Whether more than half of what the adapters changed is lost: of the output with data, else of the weight."""
-        if self.output_lost is not None and self.output_moved is not None:
-            return self.output_lost > _HALF * self.output_moved
-        return self.lost > _HALF * self.moved
+        _, moved, lost = self.judged
+        return lost > _HALF * moved
+
+    @property
+    def judged(self) -> tuple[str, float, float]:
+        """("output", moved, lost) where data reaches the linear, else ("weight", moved, lost)."""
+        if self.output_lost is None or self.output_moved is None:
+            return "weight", self.moved, self.lost
+        return "output", self.output_moved, self.output_lost
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ def _change(fqn: str, layer: PackedLoraLinear, into: Into, rounding: Rounding, s
     if not isinstance(base, QuantLinear):
         step = "into='weight', or a recipe with one format for the whole weight"
         raise ValueError(explain("a weight of several formats has no factors beside it", node=fqn, next_step=step))
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    names = layer.active()
     a = torch.cat([layer.lora_A[name].weight.float() for name in names])
     b = torch.cat([layer.scaling[name] * layer.lora_B[name].weight.float() for name in names], 1)
     return beside(base, a, b)
@@ -151,15 +158,16 @@ def _measured(
     model: Any, layers: Mapping[str, PackedLoraLinear], changes: Mapping[str, Change],
     rows: Mapping[str, MergedLinear], given: Sequence[Call],
 ) -> dict[str, MergedLinear]:  # fmt: skip
-    """The rows with what each linear gives on what it reads in the model with adapters: before, after, without them."""
+    """The rows with what each linear gives on what it reads in the model with adapters: before, after, without them.
+    Those that read nothing stay as they are."""
     sums = {fqn: [0.0, 0.0, 0.0] for fqn in layers}  # signal, moved, noise
 
     def look(fqn: str) -> Callable[[Tensor, Tensor], None]:
         base, total = layers[fqn].base, sums[fqn]
-        after = with_buffers(base, changes[fqn].buffers)
+        after, bias = with_buffers(base, changes[fqn].buffers), layers[fqn].bias_delta()
 
         def compare(x: Tensor, y: Tensor) -> None:
-            signal, noise = energies(y, after(x))
+            signal, noise = energies(y, after(x) + bias)
             total[:] = total[0] + signal, total[1] + energies(y, base(x))[1], total[2] + noise
 
         return compare
@@ -167,11 +175,11 @@ def _measured(
     with _watching(layers, look):
         for args, kwargs in given:
             model(*args, **kwargs)
-    found = {}
+    found = dict(rows)
     for fqn, row in rows.items():
         signal, moved, noise = (math.sqrt(value) for value in sums[fqn])
-        size = signal or 1.0
-        found[fqn] = replace(row, output_moved=moved / size, output_lost=noise / size)
+        if signal:
+            found[fqn] = replace(row, output_moved=moved / signal, output_lost=noise / signal)
     return found
 
 
@@ -225,12 +233,10 @@ class _Swapped:
 
 def _tell(rows: Sequence[MergedLinear], into: Into, *, strict: bool) -> None:
     """One warning, or with strict the error, that names the linears that lose the most of what the adapters changed."""
-    worse = sorted((row for row in rows if row.worse), key=lambda row: row.moved / (row.lost or 1.0))
+    worse = sorted((row for row in rows if row.worse), key=lambda row: row.judged[1] / row.judged[2])
     if into != "weight" or not worse:
         return
-    named = [
-        f"{row.node} ({row.formats}: lost {row.lost:.2%}, adapters {row.moved:.2%} of the weight)" for row in worse
-    ]
+    named = [_lost(row) for row in worse]
     more = f", and {len(named) - 3} more" if len(named) > 3 else ""
     what = (
         f"{len(worse)} of {len(rows)} merged weights lose more than half of the adapters' change by being rounded "
@@ -244,23 +250,24 @@ def _tell(rows: Sequence[MergedLinear], into: Into, *, strict: bool) -> None:
 
 def _lost(row: MergedLinear) -> str:
     """`up (w=u4/g16: lost 3.10%, adapters 4.00% of the output)`."""
-    of, moved, lost = "weight", row.moved, row.lost
-    if row.output_moved is not None and row.output_lost is not None:
-        of, moved, lost = "output", row.output_moved, row.output_lost
+    of, moved, lost = row.judged
     return f"{row.node} ({row.formats}: lost {lost:.2%}, adapters {moved:.2%} of the {of})"
 
 
 def _layers(model: Any) -> dict[str, PackedLoraLinear]:
-    """The adapters on packed linears, by the name of the linear."""
+    """The active adapters on packed linears, by the name of the linear."""
     if not hasattr(model, "merge_and_unload"):
         step = "merge what qfx.add_adapters, qfx.load_adapters or peft.get_peft_model returned"
         raise ValueError(explain("a model of peft is needed", found=type(model).__name__, next_step=step))
     from qfx.lora import PackedLoraLinear
 
     base = model.get_base_model()
-    found = {fqn: m for fqn, m in base.named_modules() if isinstance(m, PackedLoraLinear)}
-    if not found:
+    every = {fqn: m for fqn, m in base.named_modules() if isinstance(m, PackedLoraLinear)}
+    if not every:
         raise ValueError(explain("no packed linear has adapters", next_step="model.merge_and_unload() of peft"))
+    found = {fqn: m for fqn, m in every.items() if m.active()}
+    if not found:
+        raise ValueError(explain("no packed linear has an active adapter", next_step="model.set_adapter(name)"))
     return found
 
 
@@ -279,6 +286,7 @@ def _check_options(
         if not bool(torch.isfinite(layer.delta()).all()):
             step = "load the last good checkpoint of the adapters, and train at a lower rate"
             raise ValueError(explain("an adapter holds NaN or Inf: the training went wrong", node=fqn, next_step=step))
+        layer.check_bias(layer.active(), fqn)
 
 
 def _table(merged: Merged) -> Table:
@@ -288,7 +296,7 @@ def _table(merged: Merged) -> Table:
         table.add_column(name, justify="left" if name in ("linear", "formats") else "right")
     for row in merged.rows:
         cells = [escape(row.node), row.formats, f"{row.moved:.2%}", f"{row.lost:.2%}", f"{row.sqnr_db:.1f}"]
-        if measured:
+        if measured and row.output_moved is not None:
             cells += [f"{row.output_moved:.2%}", f"{row.output_lost:.2%}", f"{row.output_sqnr_db:.1f}"]
         table.add_row(*cells, style="yellow" if row.worse else None)
     if merged.output is not None:

@@ -180,21 +180,34 @@ def _started(weight: Tensor, packed: Packed) -> Tensor:
 
 
 def training_of(model: object) -> Training:
-    """What a model was prepared by. Raises ValueError for one that is not prepared, and for parts of one that is."""
+    """What a model was prepared by. Raises ValueError for one that is not prepared, for parts of one that is,
+    and where adapters or wrappers stand around its modules."""
     if not isinstance(model, nn.Module):
         raise ValueError(explain("a model is needed", expected="a torch.nn.Module", found=type(model).__name__))
     found = model.__dict__.get(KEPT)
     if isinstance(found, Training):
+        check_own(model, found)
         return found
     inner = next((name for name, m in model.named_modules() if KEPT in m.__dict__), None)
     if inner is not None:
         what = f"the prepared model lies inside {type(model).__name__}, under {inner!r}"
-        raise ValueError(explain(what, next_step=f"qfx.convert(model.{inner})"))
+        part = "merge_and_unload()" if hasattr(model, "merge_and_unload") else inner
+        raise ValueError(explain(what, next_step=f"qfx.convert(model.{part})"))
     parts = prepared_parts(model)
     what = f"{type(model).__name__} is not prepared for training"
     if parts:
         what = f"{type(model).__name__} is a part of a prepared model"
     raise ValueError(explain(what, next_step="qfx.prepare_qat(model, recipe), train, and convert that model"))
+
+
+def check_own(model: nn.Module, training: Training) -> None:
+    """Raises ValueError where something else stands in the place of a prepared module."""
+    for place in training.places:
+        module = model.get_submodule(place.owner)
+        if not hasattr(type(module), PREPARED):
+            step = "adapters: model = peft_model.merge_and_unload(); another wrapper: put the module itself back"
+            what = "something stands around a prepared module"
+            raise ValueError(explain(what, found=type(module).__name__, node=place.owner, next_step=step))
 
 
 def _check_options(scales: object, train: object, freeze_after: object) -> None:

@@ -24,12 +24,13 @@ from qfx.fake_modules import FakeLinear, FakeWeight, weight_of
 from qfx.fake_operands import FixedWeights
 from qfx.format import Format
 from qfx.numerics import QParams, range_qparams
-from qfx.qat import Training, training_of
+from qfx.qat import Training, check_own, quantizers, training_of
 from qfx.scales import search
 from qfx.writeback import cut, oriented
 
 PLANNED = "planned"  # the attribute of what has another format than the plan's for a while
 _LEAST, _MOST = 2, 8
+_WITH_FORMATS = (Quantizer, RunTimeInput, FixedWeights)
 
 
 class QATSchedule:
@@ -37,7 +38,8 @@ class QATSchedule:
 
     start_after: steps that train in float. bits: step -> bits, falling, of all integer formats that have fewer in the
     plan, in which they stay at last; caches keep theirs. freeze: step -> names of parameters or of modules, or globs of
-    these, that stand still from then on. steps: done before, by a model whose state was loaded already.
+    these, that stand still from then on, with the observed ranges in these modules. steps: done before, by a model
+    whose state was loaded already.
     Where fake quantization begins, and where bits change, scales of weights are searched anew (`qfx.scales.search`) and
     those of inputs span the range that they spanned.
     A switch costs torch.compile one compilation; other steps cost nothing. DistributedDataParallel has to be told
@@ -56,7 +58,8 @@ class QATSchedule:
         self.bits, self.freeze = dict(sorted((bits or {}).items())), dict(sorted((freeze or {}).items()))
         _check_steps(start_after, self.bits, self.freeze, steps)
         self._learning = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._frozen = {step: _named(self._learning, names) for step, names in self.freeze.items()}
+        observed = [name for name, q in quantizers(model).items() if q.scales == "observed"]
+        self._frozen = {step: _named(self._learning, observed, names) for step, names in self.freeze.items()}
         if self.bits:
             _check_bits(self.bits, [_planned(m) for m in _with_formats(model)])
         self._apply(began=True, scales=steps == 0)
@@ -79,8 +82,16 @@ class QATSchedule:
         self.steps = steps
         self._apply(began=False, scales=False)
 
+    def unfreeze(self) -> None:
+        """Let all learn again that did when the schedule was made."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._learning[name])
+        for quantizer in quantizers(self.model).values():
+            quantizer.still = False
+
     def _apply(self, *, began: bool, scales: bool = True) -> None:
         """Make the model what it is at this step. scales: find those anew of what begins or changes."""
+        check_own(self.model, self.training)
         began = began and self.steps == self.start_after > 0
         for module in self.model.modules():
             if isinstance(module, FakeWeight | FakeLinear | FakeAttention):
@@ -102,22 +113,24 @@ class QATSchedule:
             parameter.requires_grad_(self._learning[name] and name not in frozen)
             if name in frozen:
                 parameter.grad = None
+        for name, quantizer in quantizers(self.model).items():
+            quantizer.still = name in frozen
 
 
 def check_finished(model: nn.Module) -> None:
     """Raises ValueError for a model that a schedule has not brought to the formats of its plan."""
     for name, module in model.named_modules():
         what = ""
-        if getattr(module, "on", True) is False:
+        if isinstance(module, FakeWeight | FakeLinear | FakeAttention) and not module.on:
             what = "fake quantization has not begun"
-        elif getattr(module, PLANNED, None) not in (None, getattr(module, "format", None)):
-            what = f"{name!r} trains in {module.format}, and the plan says {module.planned}"
+        elif isinstance(module, _WITH_FORMATS) and _planned(module) != module.format:
+            what = f"{name!r} trains in {module.format}, and the plan says {_planned(module)}"
         if what:
             raise ValueError(explain(what, next_step="train on until the schedule has come to its end, then convert"))
 
 
 def _with_formats(model: nn.Module) -> Iterator[Any]:
-    return (m for m in model.modules() if isinstance(m, Quantizer | RunTimeInput | FixedWeights))
+    return (m for m in model.modules() if isinstance(m, _WITH_FORMATS))
 
 
 def _planned(module: Any) -> Format:
@@ -176,9 +189,11 @@ def _same_range(quantizer: InputQuantizer, old: Format) -> QParams:
     return range_qparams(low, low + (old.qmax if zero is not None else 2 * old.qmax) * scale, new)
 
 
-def _named(known: Mapping[str, bool], names: str | Sequence[str]) -> list[str]:
-    """Parameters of these names, or in modules of these names. Raises ValueError for a name of none."""
+def _named(known: Mapping[str, bool], observed: Sequence[str], names: str | Sequence[str]) -> list[str]:
+    """Parameters and observed quantizers of these names, or in modules of these names. known: parameter -> whether it
+    learns. Raises ValueError for a name of none."""
     found: dict[str, None] = {}
+    known = {**known, **dict.fromkeys(observed, True)}
     for pattern in [names] if isinstance(names, str) else names:
         own = [name for name in known if any(fnmatchcase(each, pattern) for each in _with_parents(name))]
         if not own:

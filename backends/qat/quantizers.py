@@ -35,9 +35,11 @@ class Quantizer(nn.Module):
     fmt: not plain, not dynamic. scale, zero: as in QParams, what training begins with. decay, freeze_after: of
     observed scales: the share of the moving average that stays at each step, and the steps (forwards in train mode)
     after which it does not move any more (None: it always does); where torch.compile recomputes a checkpointed part, it
-    reads the averages as they are after the step. Scales of a whole tensor have shape [1] here.
+    reads the averages as they are after the step. still: as if frozen (see `qfx.schedule`). Scales of a whole tensor
+    have shape [1] here.
     """
 
+    still = False
     initial_scale: Tensor
     initial_zero: Tensor | None
     whole: Tensor | None
@@ -101,7 +103,7 @@ class Quantizer(nn.Module):
 
     def _watching(self) -> bool:
         """Whether this forward moves an average: not in eval mode, and not where a checkpoint runs it once more."""
-        if self.scales == "learned" or not self.training:
+        if self.scales == "learned" or self.still or not self.training:
             return False
         return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 

@@ -216,6 +216,39 @@ def test_adapters_inside_fake_quantization_are_converted_as_they_were_trained(na
     assert torch.allclose(out(qfx.convert(merged)), trained, atol=1e-4) and quantized_parts(merged)
 
 
+@pytest.mark.filterwarnings("ignore:.*lose more than half of the adapters:qfx.QfxWarning")
+@pytest.mark.parametrize("into", ["weight", "low-rank"])
+def test_only_active_adapters_are_merged(into: Any) -> None:
+    model = adapted("i4", target_modules=["up"])
+    model.add_adapter("other", lora_config(model.get_base_model(), LoraConfig(target_modules=["down"])))
+    assert [row.node for row in qfx.merge_adapters(model, into=into).rows] == ["up"]
+
+
+def test_a_linear_that_data_does_not_reach_is_judged_by_its_weight() -> None:
+    model = adapted("i4", size=0.002, target_modules=["up", "down"])
+    net_ = model.get_base_model()
+    net_.forward = lambda ids: net_.head(net_.down(torch.relu(net_.table(ids)).repeat(1, 1, 2)[..., :48]))
+    with pytest.warns(qfx.QfxWarning, match=r"(?s)up \(w=u4/g16: lost .* of the weight\)") as told:
+        merged = qfx.merge_adapters(model, [{"ids": ids()}], rounding="mse")
+    assert "of the output)" in str(told[0].message)
+    rows = {row.node: row for row in merged.rows}
+    assert rows["up"].output_lost is None and rows["up"].worse and rows["down"].output_lost is not None
+    merged.show()
+
+
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed:UserWarning")
+def test_biases_of_adapters() -> None:
+    model = adapted("i4", size=0.3, lora_bias=True, target_modules=["up", "down"])
+    before = out(model)
+    merged = qfx.merge_adapters(copy.deepcopy(model), DATA)
+    assert all(row.output_lost is not None and row.output_lost < 0.15 for row in merged.rows), "biases are not lost"
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(out(model), before), "bit for bit"
+    with pytest.raises(ValueError, match="(?s)'default' has no bias.*node: head.*lora_bias=False"):
+        qfx.merge_adapters(adapted("i4", lora_bias=True, target_modules=["head"]))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
 @pytest.mark.filterwarnings("ignore:Model with .tie_word_embeddings:UserWarning")
@@ -280,6 +313,36 @@ def test_other_doors_of_peft_and_transformers(tmp_path: Path) -> None:
 def test_what_cannot_learn_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         adapted("i4", **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": ["table"]}, "(?s)no linear cannot have an adapter.*FakeEmbedding"),
+        ({"target_modules": ["head"]}, "(?s)would change 'table', too.*node: head"),
+        (
+            {"target_modules": ["up"], "trainable_token_indices": {"table": [1]}},
+            "(?s)single rows of 'table'.*whole",
+        ),
+    ],
+)
+def test_what_would_not_train_inside_fake_quantization_is_refused(fields: dict[str, Any], message: str) -> None:
+    rules = [{"target": "linear", "w": "i8/ch"}, {"target": "tied", "w": "i8/ch"}]
+    with pytest.raises(ValueError, match=message):
+        qfx.add_adapters(prepared(net(tied=True), {"rules": rules}, DATA), LoraConfig(**fields))
+
+
+def test_adapters_that_are_not_merged_are_told() -> None:
+    model = prepared(net(), plan("i4"))
+    schedule = qfx.QATSchedule(model, start_after=1)
+    model = qfx.add_adapters(model, LoraConfig(target_modules=["up"]))
+    with pytest.raises(ValueError, match="(?s)stands around.*node: up"):
+        schedule.step()
+    with pytest.raises(ValueError, match="(?s)lies inside PeftModel.*merge_and_unload"):
+        qfx.convert(model)
+    for take in (qfx.convert, qfx.QATSchedule):
+        with pytest.raises(ValueError, match="(?s)found: FakeLoraLinear.*node: up.*merge_and_unload"):
+            take(model.get_base_model())
 
 
 def test_bad_input() -> None:

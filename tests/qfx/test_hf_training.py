@@ -11,8 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import qfx
 from qfx.hf_training import Scheduled, StopAtNaN
@@ -94,6 +94,17 @@ def test_a_module_of_no_library_trains_and_resumes(scales: Any, tmp_path: Path) 
             (m.eval()(Text()[0]["input_ids"][None])["logits"]) for m in (trainer.model, qfx.convert(again))
         )
     assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_a_second_training_begins_with_nothing_frozen() -> None:
+    model = qfx.prepare_qat(Scored(), both("u4/g16"), [{"input_ids": batch["ids"]} for batch in DATA])
+    callback, state = Scheduled(freeze={1: "norm"}), TrainerState()
+    for at in (0, 0, 1, 1):
+        state.global_step = at
+        callback.on_train_begin(None, state, None, model=model)
+        assert model.get_parameter("norm.weight").requires_grad == (at == 0)
+        if not at:
+            callback.on_step_end(None, state, None)
 
 
 @pytest.mark.slow
@@ -190,4 +201,5 @@ def test_nan_stops_the_training_and_names_the_step(tmp_path: Path) -> None:
     for p in itertools.islice(model.parameters(), 2):
         p.grad = torch.full_like(p, torch.inf)
     StopAtNaN().on_pre_optimizer_step(arguments, state, None, model=model)  # the scaler's own
+    StopAtNaN().on_step_end(arguments, state, None, model=nn.ReLU())  # without parameters
     StopAtNaN().on_step_end(arguments, state, None, model=model)

@@ -208,6 +208,15 @@ def test_a_wrapped_or_partial_model_names_what_to_convert() -> None:
         qfx.convert(model.up)
 
 
+def test_an_observed_scale_that_became_nan_is_named() -> None:
+    model = prepared(net(), both("u4/g16", "u8"), DATA, scales="observed")
+    handle = model.norm.register_forward_hook(lambda *given: given[-1] * torch.nan)
+    model.train()(ids())
+    handle.remove()
+    with pytest.raises(ValueError, match=r"(?s)'up.fake_quant.inputs.log_scale' holds NaN.*checkpoint"):
+        qfx.convert(model)
+
+
 def test_what_became_nan_is_named() -> None:
     model = prepared(net(), "w8a16", DATA)
     quantizers(model)["up.fake_quant.weight.parts.0"].log_scale.data[3] = torch.nan

@@ -110,6 +110,25 @@ def test_what_is_frozen_stands_still() -> None:
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == ups
 
 
+def test_observed_ranges_of_what_is_frozen_stand_still() -> None:
+    model = prepared(net(), planned(), scales="observed")
+    schedule = qfx.QATSchedule(model, freeze={0: "up", 1: "down.*.inputs"})
+    optimizer = adam(model)
+
+    def moved(seed: int) -> set[str]:
+        before = {n: q.log_scale.clone() for n, q in quantizers(model).items()}
+        step(model, optimizer, seed)
+        schedule.step()
+        return {n for n, q in quantizers(model).items() if not torch.equal(q.log_scale, before[n])}
+
+    moved(0)
+    found = moved(1)
+    assert not {n for n in found if n.startswith("up.")} and "down.fake_quant.weight.parts.0" in found
+    assert "head.fake_quant.inputs" in found and "down.fake_quant.inputs" not in found
+    schedule.unfreeze()
+    assert {"up.fake_quant.inputs", "down.fake_quant.inputs"} <= moved(2) and model.up.weight.requires_grad
+
+
 @pytest.mark.parametrize("later", [False, True], ids=["schedule first", "schedule last"])
 @pytest.mark.parametrize("at", [2, 5], ids=["in float", "at six bits"])
 def test_resumed_training_goes_on_exactly(at: int, later: bool) -> None:
@@ -190,6 +209,12 @@ def test_bad_schedules(fields: dict[str, Any], message: str) -> None:
     model.down.bias.requires_grad_(False)
     with pytest.raises(ValueError, match=message):
         qfx.QATSchedule(model, **fields)
+
+
+def test_attributes_of_the_users_modules_say_nothing() -> None:
+    model = prepared(net(), planned())
+    model.norm.on, model.norm.planned = False, "soon"
+    assert model is qfx.convert(model)
 
 
 def test_other_models_and_states_are_refused() -> None:
