@@ -14,7 +14,6 @@ row that says why.
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
 import time
@@ -273,9 +272,8 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         times = [key for key in row if key.endswith("_ms") and key in best]
         faster = ", ".join(f"{row[key] / best[key]:.1f}x at {key.split('_')[1]}" for key in times)
         named = [f"{one['peer']} ({one['bytes']:.0f} bytes, KLD {one['kld']:.6f})" for one in (row, best)]
-        part = best["kld"] / row["kld"] if row["kld"] else math.nan
-        share = f"has {part:.3f} of it" + (f" and is {faster}" if faster else "")
-        lines.append(f"{named[0]}: {named[1]} {share}")
+        share = [f"has {best['kld'] / row['kld']:.3f} of it"] if row["kld"] else []
+        lines.append(f"{named[0]}: {named[1]} {' and '.join([*share, *([f'is {faster}'] if faster else [])])}".rstrip())
     return lines
 
 
