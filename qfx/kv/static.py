@@ -236,6 +236,4 @@ class StaticQuantizedLayer(StaticLayer):
 
     def tensors(self) -> list[Tensor]:
         """Codes, scales and zero points."""
-        if not self.is_initialized and not hasattr(self, "parts"):
-            return []
-        return [t for parts in self.parts for part in parts for t in part.tensors]
+        return [t for parts in getattr(self, "parts", ()) for part in parts for t in part.tensors]
