@@ -1,0 +1,84 @@
+"""Compilation ahead of time: launches that were recorded (see `launch`) to PTX and their use of the chip.
+
+Needs no GPU; Triton's own assembler is in its wheel. Not in a process in which Triton interprets.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qfx.backends.triton.device import Device
+from qfx.backends.triton.launch import Launch
+
+_TYPES = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8",
+    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e5m2: "*fp8e5", torch.bool: "*i1",
+}  # fmt: skip
+_USAGE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+) LOCAL:(?P<local>\d+)")
+_OUTSIDE_INT32 = 2**31
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One variant. registers: of a thread. shared: bytes of a program. spilled: bytes of a thread in memory."""
+
+    kernel: str
+    ptx: str
+    registers: int
+    shared: int
+    spilled: int
+
+
+def compile_launch(launched: Launch, device: Device) -> Compiled:
+    """Compile one recorded launch for the capability of `device`."""
+    signature, constants, aligned = {}, {}, {}
+    for i, parameter in enumerate(launched.kernel.params):
+        value = launched.arguments.get(parameter.name)
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        else:
+            signature[parameter.name] = _type_of(value)
+            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+                aligned[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(launched.kernel, signature, constants, aligned)
+    target = GPUTarget("cuda", device.capability[0] * 10 + device.capability[1], 32)
+    built = triton.compile(source, target=target, options={**launched.options, "enable_fp_fusion": True})
+    usage = _usage(built.asm["cubin"])
+    spilled = usage["stack"] + usage["local"]
+    return Compiled(launched.kernel.fn.__name__, built.asm["ptx"], usage["registers"], built.metadata.shared, spilled)
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    assert isinstance(value, int), value
+    return "i32" if abs(value) < _OUTSIDE_INT32 else "i64"
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack, shared and local bytes, as cuobjdump tells them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = _USAGE.search(said)
+    assert found is not None, (said, sys.version)
+    return {key: int(value) for key, value in found.groupdict().items()}

@@ -1,0 +1,86 @@
+"""Launching a kernel: on the GPU, in Triton's interpreter, or into a list from which it is compiled ahead of time.
+
+Every kernel of this backend is started by `launch`, so that a list of launches, taken while the ops run on tensors
+without data (device "meta"), holds exactly the variants that the dispatch would choose on that device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qfx.backends.triton import device
+from qfx.backends.triton.device import Device
+
+Config = Mapping[str, int]  # constexprs of a kernel, with num_warps and num_stages
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as it would be started. arguments: by name, tensors without data. options: num_warps, num_stages."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+@dataclass
+class _Recording:
+    device: Device
+    launches: list[Launch]
+
+
+_RECORDING: ContextVar[_Recording | None] = ContextVar("qfx_triton_recording", default=None)
+
+
+@contextmanager
+def recorded(on: Device) -> Iterator[list[Launch]]:
+    """Within it nothing runs: launches of ops called with meta tensors go to the list, as they would be on `on`."""
+    recording = _Recording(on, [])
+    token = _RECORDING.set(recording)
+    try:
+        yield recording.launches
+    finally:
+        _RECORDING.reset(token)
+
+
+def device_of(x: Tensor) -> Device:
+    """The device for which a launch with `x` is chosen."""
+    recording = _RECORDING.get()
+    return device.of(x) if recording is None else recording.device
+
+
+def launch(kernel: Any, grid: Sequence[int], *arguments: Any, config: Config | None = None, **constants: Any) -> None:
+    """Start `kernel` with positional arguments, then constexprs by name; those of `config` are added.
+
+    Nothing is started for an empty grid. Raises UnsupportedError for tensors on a device that has no kernels.
+    """
+    settings = {**constants, **(config or {})}
+    if 0 in grid:
+        return
+    recording = _RECORDING.get()
+    if recording is not None:
+        options: dict[str, int] = {key: settings.pop(key) for key in ("num_warps", "num_stages") if key in settings}
+        named = dict(zip(kernel.arg_names, arguments, strict=False))
+        recording.launches.append(Launch(kernel, tuple(grid), {**named, **settings}, options))
+        return
+    first = next(a for a in arguments if isinstance(a, Tensor))
+    if device.of(first).interpreted:
+        kernel[tuple(grid)](*arguments, **settings)
+        return
+    with torch.cuda.device(first.device):
+        kernel[tuple(grid)](*arguments, **settings)
+
+
+def dot_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what floats of `dtype` are multiplied: themselves on a GPU, f32 in the interpreter, which has no bf16."""
+    if dtype == torch.bfloat16 and _RECORDING.get() is None and device.interpreting():
+        return torch.float32
+    return dtype

@@ -1,0 +1,26 @@
+"""Registering the ops of this backend, torch.ops.qfx_triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.library import Library, register_fake
+
+NAME = "qfx_triton"
+
+
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Library | None:
+    """Register an op: its schema ("name(Tensor x, ...) -> Tensor"), what runs it and what gives the shapes.
+
+    The library is to be kept. None where another copy of the module registered the op before.
+    """
+    name = schema.partition("(")[0]
+    if hasattr(getattr(torch.ops, NAME), name):
+        return None
+    library = Library(NAME, "FRAGMENT")
+    library.define(schema)
+    library.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
+    register_fake(f"{NAME}::{name}", fake, lib=library)
+    return library
