@@ -76,7 +76,7 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, config: Config | N
         kernel[tuple(grid)](*arguments, **settings)
         return
     with torch.cuda.device(first.device):
-        kernel[tuple(grid)](*arguments, **settings)
+        kernel[tuple(grid)](*arguments, **settings, enable_fp_fusion=True)  # said, since Triton's default is to change
 
 
 def dot_dtype(dtype: torch.dtype) -> torch.dtype:
