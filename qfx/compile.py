@@ -39,13 +39,12 @@ def backend(
 ) -> Callable[..., Any]:
     """The Dynamo backend. Takes Dynamo's graph and example inputs, returns what runs instead.
 
-    options: see `qfx.options.Options`. mode: only None and "default" (Inductor's modes have no meaning here).
-    Raises ValueError for unknown options and for a model in train() mode. Where a graph cannot be quantized or lowered
-    the untouched graph runs, with a QfxWarning that names the cause; with strict=True that is an error.
+    options: see `qfx.options.Options`. mode: one of Inductor's where Triton runs the graph ("reduce-overhead" is CUDA
+    graphs); on the CPU only None and "default".
+    Raises ValueError for unknown options and modes, and for a model in train() mode. Where a graph cannot be quantized
+    or lowered the untouched graph runs, with a QfxWarning that names the cause; with strict=True that is an error.
     """
-    if mode not in (None, "default"):
-        raise ValueError(explain(f"mode {mode!r} is Inductor's", expected="no mode", next_step="leave mode= out"))
-    parsed = Options.parse(options)
+    parsed = Options.parse(options, _mode(mode, example_inputs))
     at = frame.at_compile()
     if at.training or any(_drops(node) for node in gm.graph.nodes):
         raise _training()
@@ -211,15 +210,15 @@ class CompiledGraph:
 
     def _lowered(self, gm: fx.GraphModule, storing: Storing | None) -> tuple[Any, bool]:
         """Lowered, and whether its models are saved; where the disk refuses them, it is lowered all the same."""
-        name, strict = self._options.backend, self._options.strict
+        name, strict, mode = self._options.backend, self._options.strict, self._options.mode
         if storing is None:
-            return lower(gm, name, strict=strict), False
+            return lower(gm, name, strict=strict, mode=mode), False
         try:
-            return lower(gm, name, strict=strict, folder=storing.folder), True
+            return lower(gm, name, strict=strict, mode=mode, folder=storing.folder), True
         except RuntimeError as error:
             if isinstance(error, UnsupportedError):
                 raise
-            lowered = lower(gm, name, strict=strict)
+            lowered = lower(gm, name, strict=strict, mode=mode)
             storing.cache.unusable(error)
             return lowered, False
 
@@ -292,26 +291,27 @@ class CompiledGraph:
         told([n for n in notes if n not in said], strict=self._options.strict)
 
 
-def lower(gm: fx.GraphModule, name: str, *, strict: bool, folder: Path | None = None) -> Any:
-    """Lower a quantized graph with the backend of that name; "auto" is ONNX Runtime for graphs on the CPU.
+def lower(gm: fx.GraphModule, name: str, *, strict: bool, mode: str | None = None, folder: Path | None = None) -> Any:
+    """Lower a quantized graph with the backend of that name; "auto" is ONNX Runtime for graphs on the CPU, else Triton.
 
-    folder: where ONNX Runtime saves its models.
+    mode: Inductor's, for Triton. folder: where ONNX Runtime saves its models.
     """
-    if name == "auto":
-        devices = {v.device.type for v in map(graph.val, gm.graph.nodes) if isinstance(v, Tensor)}
-        name = "onnx" if devices <= {"cpu", "meta"} else "reference"
-    if name == "openvino":
-        from qfx.backends import openvino
-
+    devices = {v.device.type for v in map(graph.val, gm.graph.nodes) if isinstance(v, Tensor)}
+    usual = "onnx" if devices <= {"cpu", "meta"} else "triton"
+    name = usual if name == "auto" else name
+    if name in ("openvino", "triton"):
         try:
-            return openvino.lower(gm)
+            return _lower(gm, name, mode)
         except UnsupportedError as error:
             if strict:
                 raise
-            lowered = lower(gm, "onnx", strict=strict, folder=folder)
+            instead = "onnx" if usual == "onnx" else "reference"
+            lowered = lower(gm, instead, strict=strict, folder=folder)
+            title, other = _TITLES[name], _TITLES[instead]
             step = "leave the option 'backend' out, or rewrite this part of the model"
-            reason = f"runs in ONNX Runtime, since OpenVINO does not take it: {error}"
-            lowered.notes.append(Note("graph", reason, step))
+            if name == usual:
+                step = "see the cause; the results are as asked, their computation is slow"
+            lowered.notes.append(Note("graph", f"runs in {other}, since {title} does not take it: {error}", step))
             return lowered
     if name == "onnx":
         from qfx.backends import onnx
@@ -320,6 +320,34 @@ def lower(gm: fx.GraphModule, name: str, *, strict: bool, folder: Path | None = 
     from qfx.backends import reference
 
     return reference.lower(gm, strict=strict)
+
+
+_TITLES = {"openvino": "OpenVINO", "triton": "Triton", "onnx": "ONNX Runtime", "reference": "torch's reference kernels"}
+
+
+def _lower(gm: fx.GraphModule, name: str, mode: str | None) -> Any:
+    """With one of the backends that may not be there, or not take every graph."""
+    if name == "openvino":
+        from qfx.backends import openvino
+
+        return openvino.lower(gm)
+    from qfx.backends import triton
+
+    return triton.lower(gm, mode=mode)
+
+
+def _mode(mode: str | None, example_inputs: Sequence[Any]) -> str | None:
+    """One of Inductor's modes, checked; None for the default one."""
+    if mode in (None, "default"):
+        return None
+    if not any(isinstance(x, Tensor) and x.device.type == "cuda" for x in example_inputs):
+        raise ValueError(explain(f"mode {mode!r} is Inductor's", expected="no mode", next_step="leave mode= out"))
+    from torch._inductor import list_mode_options
+
+    if mode not in list_mode_options():
+        valid = ", ".join(list_mode_options())
+        raise ValueError(explain(f"unknown mode {mode!r}", expected=f"one of {valid}", next_step="leave mode= out"))
+    return mode
 
 
 def _float_cache(gm: fx.GraphModule, kv: Rule | None) -> list[Note]:

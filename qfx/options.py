@@ -15,7 +15,7 @@ from qfx.format import Format
 from qfx.plan import Plan
 from qfx.recipe import Recipe, Rule
 
-BACKENDS = ("auto", "onnx", "openvino", "reference")
+BACKENDS = ("auto", "onnx", "openvino", "reference", "triton")
 KEYS = ("recipe", "plan", "kv", "strict", "backend", "cache")
 CACHE_KEYS = ("folder", "max_bytes")
 
@@ -34,10 +34,10 @@ class Options:
 
     kv: the rule for keys and values of attention, which is the last of the recipe, too. It is about what attention
     computes with; what is cached between calls is the caller's.
-    strict: raise where a node does not get what was asked. backend: "auto" (ONNX Runtime on CPU), "onnx",
-    "openvino" (where it is installed), "reference".
+    strict: raise where a node does not get what was asked. backend: "auto" (ONNX Runtime on CPU, Triton on a GPU),
+    "onnx", "openvino" and "triton" (where they are installed), "reference".
     default: neither recipe nor plan was given, so that a model quantized before runs as it is. cache: where sessions
-    are kept for the next process; True is the default place, False is nowhere.
+    are kept for the next process; True is the default place, False is nowhere. mode: Inductor's, for Triton.
     """
 
     recipe: Recipe
@@ -47,10 +47,11 @@ class Options:
     default: bool = True
     cache: CacheAt | bool = True
     kv: Rule | None = None
+    mode: str | None = None
 
     @classmethod
-    def parse(cls, options: Mapping[str, Any] | None) -> Options:
-        """Read `options=` of torch.compile. A key whose value is None counts as left out.
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+        """Read `options=` of torch.compile, and keep its `mode=`. A key whose value is None counts as left out.
 
         Raises ValueError for an unknown key (with the nearest valid one), a wrong type, both a recipe and a plan, and a
         recipe that needs data; FileNotFoundError for a plan that is not there.
@@ -72,7 +73,7 @@ class Options:
             recipe = recipe.override(rules=(*recipe.rules, kv))
         default = plan is None and "recipe" not in given
         strict, backend = _flag(given.get("strict", False)), _backend(given.get("backend", "auto"))
-        return cls(recipe, plan, strict, backend, default, _cache(given.get("cache", True)), kv)
+        return cls(recipe, plan, strict, backend, default, _cache(given.get("cache", True)), kv, mode)
 
 
 def _checked(options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -174,8 +175,8 @@ def _backend(name: object) -> str:
                 next_step="correct the name, or leave it out",
             )
         )
-    if name == "openvino" and importlib.util.find_spec("openvino") is None:
-        raise ValueError(explain("the backend 'openvino' is not installed", next_step="pip install openvino"))
+    if name in ("openvino", "triton") and importlib.util.find_spec(str(name)) is None:
+        raise ValueError(explain(f"the backend '{name}' is not installed", next_step=f"pip install {name}"))
     return str(name)
 
 

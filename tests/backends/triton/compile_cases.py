@@ -1,6 +1,7 @@
-"""Compile the variants of one family ahead of time and print what they use.
+"""Compile the variants of kernels ahead of time and print what they use of the chip.
 
-    python -m tests.backends.triton.compile_cases quantize_rows
+    python -m tests.backends.triton.compile_cases quantize_rows      one family
+    python -m tests.backends.triton.compile_cases --write            all, into tests/assets/triton_resources.json
 
 A process of its own, since Triton either interprets or compiles. Prints {case: {capability: {kernel: figures}}}.
 """
@@ -11,39 +12,62 @@ import importlib
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from qfx.backends.triton.device import A100, H100
 from qfx.backends.triton.launch import recorded
 
+HERE = Path(__file__).parent
+GOLDEN = HERE.parents[1] / "assets" / "triton_resources.json"
+FAMILIES = sorted(path.stem.removeprefix("aot_") for path in HERE.glob("aot_*.py"))
 
-def main(family: str, names: list[str]) -> int:
-    """Compile cases of `tests.backends.triton.aot_<family>`; those named, or all."""
+
+def compiled(family: str) -> dict[str, Any]:
+    """The figures of all cases of `tests.backends.triton.aot_<family>`, a row for each launch."""
     from qfx.backends.triton.ahead import compile_launch
 
     found: dict[str, Any] = {}
     for case in importlib.import_module(f"tests.backends.triton.aot_{family}").CASES:
-        if names and case.name not in names:
-            continue
+        assert case.name not in found, f"two cases are called {case.name!r}"
         for device in (A100, H100):
             capability = device.capability[0] * 10 + device.capability[1]
             with recorded(device) as launches:
                 case.run()
             row = found.setdefault(case.name, {}).setdefault(str(capability), {})
+            expectations = case.expect.get(capability, {})
             for launch in launches:
                 built = compile_launch(launch, device)
-                expected = case.expect.get(capability, {}).get(built.kernel, "")
-                row[built.kernel] = {
-                    "registers": built.registers,
-                    "shared": built.shared,
-                    "spilled": built.spilled,
-                    "fits": built.shared <= device.shared,
-                    "has": bool(re.search(expected, built.ptx)),
-                    "expected": expected,
-                }
-    json.dump(found, sys.stdout, indent=1)
+                figures = {"registers": built.registers, "shared": built.shared, "spilled": built.spilled}
+                faults = []
+                if built.spilled:
+                    faults.append(f"spills {built.spilled} bytes")
+                if built.shared > device.shared:
+                    faults.append(f"needs {built.shared} bytes of shared memory, there are {device.shared}")
+                expected = expectations.get(built.kernel)
+                if expected is not None and not re.search(expected, built.ptx):
+                    faults.append(f"no instruction {expected!r}")
+                row.setdefault(built.kernel, []).append({**figures, "faults": faults})
+            missing = set(expectations) - set(row)
+            assert not missing, f"{case.name}: expected kernels that were not launched on {capability}: {missing}"
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """The command above."""
+    if arguments == ["--write"]:
+        table = {"triton": _version(), "families": {family: compiled(family) for family in FAMILIES}}
+        GOLDEN.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        return 0
+    json.dump({"triton": _version(), "cases": {family: compiled(family) for family in arguments}}, sys.stdout, indent=1)
     return 0
 
 
+def _version() -> str:
+    import triton
+
+    return str(triton.__version__)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    sys.exit(main(sys.argv[1:]))

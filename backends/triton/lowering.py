@@ -1,0 +1,173 @@
+"""`lower`: a quantized graph in normal form to a graph of this backend's ops, the rest compiled by Inductor.
+
+    %linear: f16[1,64] = qfx.linear(%x, @q.w_codes, @q.w_scale, @q.w_zero, ..., , u4/g128)
+    ->
+    %linear: f16[1,64] = qfx_triton.linear_weight_only(%x, [@triton.0, @triton.1, ...], ...)
+
+Weights are brought into the layout of their kernel once, here. Inputs that the graph changes are written where they lie
+(Inductor then updates a static cache in place), so that no byte of the rest of a cache moves.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from qfx import graph
+from qfx.backends.triton import device, tuning
+from qfx.backends.triton.device import Device
+from qfx.backends.triton.rules import RULES, Site
+from qfx.errors import Note, UnsupportedError, explain, source_line
+from qfx.passes._build import call
+
+_LOG = logging.getLogger("qfx.triton")
+_aten = torch.ops.aten
+_STEP = "leave it out of the recipe, or give it another format"
+
+
+class Lowered:
+    """A lowered graph: called with the placeholders' values in order, it returns the outputs as a flat tuple.
+
+    kernels: what executes each node, by name. notes: what does not run as asked. first_call: seconds that the first
+    call took (compilation), None before it.
+    """
+
+    def __init__(self, gm: fx.GraphModule, kernels: dict[str, str], notes: list[Note], mode: str | None) -> None:
+        self.kernels, self.notes = kernels, notes
+        self.first_call: float | None = None
+        self._changed = _written_in_place(gm)
+        self._count = len(gm.graph.output_node().args[0]) + len(self._changed)  # type: ignore[arg-type]
+        self._copied = mode is not None and "cudagraphs" not in mode  # graphs of CUDA reuse the memory of outputs
+        gm.recompile()
+        self._run: Callable[..., Any] = gm if mode == "eager" else _compiled(gm, mode)
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        """Run; inputs that the graph changes are changed, and stand among the outputs."""
+        started = time.perf_counter() if self.first_call is None else 0.0
+        with torch.no_grad():
+            found = iter(self._run(*inputs))
+            outputs = tuple(inputs[self._changed[i]] if i in self._changed else next(found) for i in range(self._count))
+            if self._copied and self._on_device(inputs):
+                outputs = tuple(
+                    o if i in self._changed or not isinstance(o, Tensor) else o.clone() for i, o in enumerate(outputs)
+                )
+        if self.first_call is None:
+            self.first_call = time.perf_counter() - started
+            _LOG.info("the first call of a graph of %d nodes took %.1f s", len(self.kernels), self.first_call)
+        return outputs
+
+    @staticmethod
+    def _on_device(inputs: tuple[Any, ...]) -> bool:
+        return any(isinstance(x, Tensor) and x.device.type == "cuda" for x in inputs)
+
+
+def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Lowered:
+    """Lower a quantized graph in normal form; `gm` stays as it is.
+
+    mode: one of Inductor's ("reduce-overhead" runs CUDA graphs), None for its default; "eager" runs the ops one after
+    the other, as the interpreter always does. Raises UnsupportedError where the device has no kernels.
+    """
+    where = _device_of(gm)
+    found = device.find(where)
+    own = graph.copy(gm)
+    kernels = {
+        n.name: f"{graph.schema_name(n) or graph.op_name(n)} (torch)"
+        for n in own.graph.nodes
+        if n.op == "call_function"
+    }
+    notes = [] if found.interpreted or tuning.has_any(found) else [_untuned(found)]
+    for node in list(own.graph.nodes):
+        rule = RULES.get(graph.schema_name(node)) if node.op == "call_function" else None
+        if rule is None:
+            continue
+        name = node.name
+        told = rule(Site(own, node, found))
+        if isinstance(told, str):
+            kernels[name] = f"{graph.schema_name(node)} (torch)"
+            reason = f"runs in torch's reference arithmetic, which is slow: {told}"
+            notes.append(Note(graph.fqn_of(node), reason, _STEP, source_line(node) or ""))
+        else:
+            kernels[name] = told.kernel
+    graph.clean(own)
+    return Lowered(own, kernels, notes, "eager" if found.interpreted and mode is None else mode)
+
+
+def _device_of(gm: fx.GraphModule) -> torch.device:
+    """The one device of a graph's tensors."""
+    values = [v for n in gm.graph.nodes for v in pytree.tree_leaves(graph.val(n)) if isinstance(v, Tensor)]
+    found = {v.device for v in values if v.dim() and v.device.type != "meta"}
+    others = found - {torch.device("cpu")}
+    if len(others) > 1:
+        raise UnsupportedError(
+            explain(
+                "a graph on several devices cannot be lowered to Triton",
+                expected="one GPU",
+                found=", ".join(sorted(map(str, others))),
+                next_step="put the model on one GPU, or compile its parts one by one",
+            )
+        )
+    return next(iter(others)) if others else torch.device("cpu")
+
+
+def _untuned(found: Device) -> Note:
+    reason = f"no measured configurations for {found.name}: kernels run with those of a heuristic"
+    return Note("graph", reason, "run `qfx tune MODEL` once on this GPU", minor=True)
+
+
+def _written_in_place(gm: fx.GraphModule) -> dict[int, int]:
+    """Let the graph copy changed inputs into themselves, and not return them: {output: input} of those."""
+    output = gm.graph.output_node()
+    results = list(output.args[0])  # type: ignore[arg-type]
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    names = [n.name for n in placeholders]
+    changed = {place: names.index(name) for place, name in gm.meta.get("qfx_mutations", {}).items() if name in names}
+    if not changed:
+        return {}
+    targets = {placeholders[i] for i in changed.values()}
+    with gm.graph.inserting_before(output):
+        for place, result in enumerate(results):
+            if place not in changed and isinstance(result, fx.Node) and _is_view_of(result, targets):
+                results[place] = call(gm, _aten.clone.default, result, like=result)
+        for place, i in changed.items():
+            call(gm, _aten.copy_.default, placeholders[i], results[place], like=output)
+    output.args = ([r for place, r in enumerate(results) if place not in changed],)
+    return changed
+
+
+def _is_view_of(node: fx.Node, targets: set[fx.Node]) -> bool:
+    """Whether a value may share memory with an input that changes."""
+    while node not in targets:
+        schema = getattr(node.target, "_schema", None)
+        aliases = schema is not None and any(a.alias_info is not None for a in schema.arguments)
+        if not aliases and not (
+            schema is not None and node.target in (_aten.reshape.default, _aten.contiguous.default)
+        ):
+            return False
+        first = node.args[0] if node.args else None
+        if not isinstance(first, fx.Node):
+            return False
+        node = first
+    return True
+
+
+def _compiled(gm: fx.GraphModule, mode: str | None) -> Callable[..., Any]:
+    """The graph compiled by Inductor. Its tensors never change, so that no guard looks at them."""
+    from torch._inductor import list_mode_options
+
+    symbols = any(isinstance(s, torch.SymInt) for n in gm.graph.nodes for s in _sizes(n))
+    options = {**list_mode_options(mode or "default"), "guard_filter_fn": _only_of_inputs}
+    return torch.compile(gm, fullgraph=True, dynamic=bool(symbols), options=options)
+
+
+def _only_of_inputs(guards: Any) -> list[bool]:
+    return list(torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards))
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    return [s for v in pytree.tree_leaves(graph.val(node)) if isinstance(v, Tensor) for s in v.shape]

@@ -1,0 +1,87 @@
+"""Every variant compiles ahead of time for sm_80 and sm_90: the instructions that are due, shared memory, no spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.backends.triton.compile_cases import FAMILIES, GOLDEN
+
+PROGRAM = "tests.backends.triton.compile_cases"
+
+
+def run(*arguments: str) -> Any:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", PROGRAM, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_variants_compile_as_they_should(family: str) -> None:
+    found = run(family)
+    faults = [
+        f"{case} sm_{capability} {kernel}: {fault}"
+        for case, by_capability in found["cases"][family].items()
+        for capability, kernels in by_capability.items()
+        for kernel, rows in kernels.items()
+        for row in rows
+        for fault in row["faults"]
+    ]
+    assert not faults
+    golden = json.loads(GOLDEN.read_text())
+    if golden["triton"] == found["triton"]:
+        again = f"python -m {PROGRAM} --write"
+        assert found["cases"][family] == golden["families"][family], f"if that is meant: {again}"
+
+
+KERNELS = """
+import torch, triton, triton.language as tl
+from qfx.backends.triton import ahead, launch
+from qfx.backends.triton.device import A100
+
+@triton.jit
+def product(a, b, c, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    at = i[:, None] * BLOCK + i[None, :]
+    tl.store(c + at, tl.dot(tl.load(a + at), tl.load(b + at)).to(tl.float16))
+
+@triton.jit
+def hoard(a, c, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    at = i[:, None] * BLOCK + i[None, :]
+    x = tl.load(a + at)
+    tl.store(c + at, tl.dot(x, tl.trans(x)).to(tl.float16) + x * tl.sum(x, 0)[None, :])
+
+half = torch.empty(128, 128, dtype=torch.float16, device="meta")
+with launch.recorded(A100) as found:
+    launch.launch(product, (1,), half, half, half, BLOCK=128, config={"num_warps": 4})
+    launch.launch(hoard, (1,), half, half, BLOCK=128, config={"num_warps": 1})
+plain, spilling = (ahead.compile_launch(x, A100) for x in found)
+assert "mma.sync" in plain.ptx and "m16n8k32" not in plain.ptx
+assert plain.spilled == 0 and plain.shared >= 128 * 128 * 2, plain
+assert spilling.spilled > 0, spilling
+"""
+
+
+def test_a_gate_sees_spills_and_a_missing_instruction(tmp_path: Path) -> None:
+    program = tmp_path / "kernels.py"
+    program.write_text(KERNELS)
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for processes in which Triton interprets")
+def test_an_interpreting_process_is_no_place_to_compile() -> None:
+    import triton
+
+    assert triton.knobs.runtime.interpret
