@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -206,7 +207,7 @@ class CompiledGraph:
                 lowered = (found and self._warm.reopen(found)) or lowered
                 graph.let_go(gm)
                 give_back()
-        return Built(lowered, self._record(args, at, rows, all_notes), translation)
+        return Built(lowered, self._record(args, at, rows, all_notes, lowered=lowered), translation)
 
     def _lowered(self, gm: fx.GraphModule, storing: Storing | None) -> tuple[Any, bool]:
         """Lowered, and whether its models are saved; where the disk refuses them, it is lowered all the same."""
@@ -278,11 +279,18 @@ class CompiledGraph:
         return Built(None, record, Translation())
 
     def _record(
-        self, args: Sequence[Any], at: Frame, rows: Sequence[Row], notes: Sequence[Note], failed: str = ""
+        self,
+        args: Sequence[Any],
+        at: Frame,
+        rows: Sequence[Row],
+        notes: Sequence[Note],
+        failed: str = "",
+        lowered: Any = None,
     ) -> GraphRecord:
         translation = self._translation(args, at)
         weights = tuple((translation(fqn), weakref.ref(args[i])) for i, fqn in self._statics.items())
-        return remember(GraphRecord(tuple(rows), tuple(notes), weights, at, self._asked, failed))
+        first_call = functools.partial(getattr, lowered, "first_call", None)
+        return remember(GraphRecord(tuple(rows), tuple(notes), weights, at, self._asked, failed, first_call))
 
     def _tell(self, notes: Sequence[Note], at: Frame) -> None:
         """Say what no graph of the same model has said before: a graph for other shapes has the same to say."""

@@ -22,7 +22,8 @@ class GraphRecord:
     """One graph, compiled for one set of weights.
 
     rows: by the names that the compiled model has. weights: name in the graph -> the user's tensor, weakly. options: as
-    given to torch.compile. failed: why the untouched graph runs, else "".
+    given to torch.compile. failed: why the untouched graph runs, else "". first_call: seconds that the first call took
+    where a compiler works at that time (Triton), else None.
     """
 
     rows: tuple[Row, ...]
@@ -31,6 +32,7 @@ class GraphRecord:
     frame: Frame
     options: Any = None
     failed: str = ""
+    first_call: Callable[[], float | None] = lambda: None
     serial: int = field(default_factory=itertools.count().__next__)
 
     def named(self, names: dict[int, list[str]]) -> GraphRecord | None:

@@ -31,10 +31,12 @@ def show(report: Report, console: Console, *, all_rows: bool) -> None:
             f"[yellow]\\[{numbers[reason]}][/] {escape(_shortened(nodes))}: {escape(reason)}", highlight=False
         )
     t = report.totals
+    first = "" if report.first_calls is None else f", first calls {report.first_calls:.1f} s"
     console.print(
         f"{t['linear_quantized']} of {t['linear']} linear nodes quantized, {t['weight_coverage']:.1%} of weight bytes, "
         f"{t['work_coverage']:.1%} of matmul work; {t['effective_bits']:.2f} bits per weight; "
-        f"{_size(t['bytes_before'])} -> {_size(t['bytes_after'])} ({t['compression']:.2f}x); {t['graphs']} graph(s)"
+        f"{_size(t['bytes_before'])} -> {_size(t['bytes_after'])} ({t['compression']:.2f}x); "
+        f"{t['graphs']} graph(s){first}"
     )
     if report.cache is not None:
         _show_cache(report.cache, console)

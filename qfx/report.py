@@ -29,6 +29,7 @@ class Report:
 
     graphs: how many compiled graphs the rows come from. other_bytes: of parameters and buffers that no row counts
     (norms, biases, tables). cache: what the model's cache of keys and values stores, where qfx quantized it.
+    first_calls: seconds that the first calls of graphs for a GPU took, compilation included; None without such graphs.
     """
 
     rows: tuple[Row, ...]
@@ -37,6 +38,7 @@ class Report:
     title: str = ""
     other_bytes: int = 0
     cache: CacheSummary | None = None
+    first_calls: float | None = None
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -83,7 +85,9 @@ class Report:
         """The report as JSON text: title, totals, rows, notes. An SQNR without noise is null, as one not measured."""
         rows = [asdict(r) | {"sqnr_db": r.sqnr_db if _finite(r.sqnr_db) else None} for r in self.rows]
         notes = [asdict(n) for n in self.notes]
-        fields = {"title": self.title, "totals": self.totals, "rows": rows, "notes": notes}
+        fields: dict[str, Any] = {"title": self.title, "totals": self.totals, "rows": rows, "notes": notes}
+        if self.first_calls is not None:
+            fields["first_calls"] = self.first_calls
         if self.cache is not None:
             fields["caches"] = [asdict(row) | {"ratio": row.ratio} for row in self.cache.rows]
         return json.dumps(fields, indent=1, allow_nan=False)
@@ -116,7 +120,8 @@ def report(model: Any, data: Any = None) -> Report:
         graphs = [_with_sqnr(r, collector) for r in _asked(records.of_function(target), options)]
         if not graphs:
             raise _unseen(model)
-        found = Report(_merged(graphs), _notes(graphs), len(graphs), getattr(target, "__name__", "compiled function"))
+        title = getattr(target, "__name__", "compiled function")
+        found = Report(_merged(graphs), _notes(graphs), len(graphs), title, first_calls=_first_calls(graphs))
     return found if collector is None else _checked(found, collector)
 
 
@@ -159,7 +164,8 @@ def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None)
     if not graphs and not any(row.asked for row in rows.values()) and cache is None:
         raise _unseen(model)
     rest = live.other_bytes(model, set(rows))
-    return Report(tuple(rows.values()), _notes(graphs), len(graphs), type(model).__name__, rest, cache)
+    name, first = type(model).__name__, _first_calls(graphs)
+    return Report(tuple(rows.values()), _notes(graphs), len(graphs), name, rest, cache, first)
 
 
 def _graphs_of(model: nn.Module, options: Any, collector: sqnr.Collector | None) -> list[GraphRecord]:
@@ -196,6 +202,11 @@ def _merged(graphs: Sequence[GraphRecord]) -> tuple[Row, ...]:
             measured = [r.sqnr_db for r in (before, row) if r.sqnr_db is not None]
             rows[row.node] = replace(chosen, sqnr_db=min(measured, default=None))
     return tuple(rows.values())
+
+
+def _first_calls(graphs: Sequence[GraphRecord]) -> float | None:
+    seconds = [s for s in (record.first_call() for record in graphs) if s is not None]
+    return sum(seconds) if seconds else None
 
 
 def _notes(graphs: Sequence[GraphRecord]) -> tuple[Note, ...]:
