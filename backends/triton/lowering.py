@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from qfx import graph
 from qfx.backends.triton import device, tuning
 from qfx.backends.triton.device import Device
+from qfx.backends.triton.passes.write_in_place import write_in_place
 from qfx.backends.triton.rules import RULES, Site
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.passes._build import call
@@ -51,6 +52,8 @@ class Lowered:
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Run; inputs that the graph changes are changed, and stand among the outputs."""
         started = time.perf_counter() if self.first_call is None else 0.0
+        if self._copied:
+            self._mark(inputs)
         with torch.no_grad():
             found = iter(self._run(*inputs))
             outputs = tuple(inputs[self._changed[i]] if i in self._changed else next(found) for i in range(self._count))
@@ -62,6 +65,12 @@ class Lowered:
             self.first_call = time.perf_counter() - started
             _LOG.info("the first call of a graph of %d nodes took %.1f s", len(self.kernels), self.first_call)
         return outputs
+
+    def _mark(self, inputs: tuple[Any, ...]) -> None:
+        """What the graph writes into stays where it is (caches): graphs of CUDA need no copy of it."""
+        for i in self._changed.values():
+            if isinstance(inputs[i], Tensor) and not hasattr(inputs[i], "_dynamo_static_input_type"):
+                torch._dynamo.mark_static_address(inputs[i], guard=False)
 
     @staticmethod
     def _on_device(inputs: tuple[Any, ...]) -> bool:
@@ -82,6 +91,7 @@ def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Lowered:
         for n in own.graph.nodes
         if n.op == "call_function"
     }
+    write_in_place(own)
     notes = [] if found.interpreted or tuning.has_any(found) else [_untuned(found)]
     for node in list(own.graph.nodes):
         rule = RULES.get(graph.schema_name(node)) if node.op == "call_function" else None
@@ -96,6 +106,7 @@ def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Lowered:
         else:
             kernels[name] = told.kernel
     graph.clean(own)
+    own = graph.copy(own)  # without the tensors that no node reads any more
     return Lowered(own, kernels, notes, "eager" if found.interpreted and mode is None else mode)
 
 
@@ -136,7 +147,8 @@ def _written_in_place(gm: fx.GraphModule) -> dict[int, int]:
             if place not in changed and isinstance(result, fx.Node) and _is_view_of(result, targets):
                 results[place] = call(gm, _aten.clone.default, result, like=result)
         for place, i in changed.items():
-            call(gm, _aten.copy_.default, placeholders[i], results[place], like=output)
+            if results[place] is not placeholders[i]:
+                call(gm, _aten.copy_.default, placeholders[i], results[place], like=output)
     output.args = ([r for place, r in enumerate(results) if place not in changed],)
     return changed
 

@@ -116,7 +116,16 @@ def allocate(fmt: CacheFormat, keys: Tensor, values: Tensor, length: int) -> lis
 def spec_of(fmt: CacheFormat, keys: Tensor, values: Tensor, length: int) -> str:
     """What `memory_of` needs beside the tensors, as text."""
     sizes = {"heads": keys.shape[1], "widths": [keys.shape[3], values.shape[3]], "length": length}
-    return json.dumps({**fmt.to_json(), **sizes}, sort_keys=True)
+    return _json({**fmt.to_json(), **sizes})
+
+
+def _json(value: Any) -> str:
+    """Numbers and plain texts as JSON. Compilers trace this, and not the module json."""
+    if isinstance(value, dict):
+        return "{" + ", ".join([f'"{key}": {_json(value[key])}' for key in sorted(value)]) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join([_json(one) for one in value]) + "]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qfx.errors import UnsupportedError, explain
+from qfx.kv.formats import CacheFormat
 from qfx.kv.packed_ops import FEW, allocate, memory_of, spec_of
 from qfx.kv.static import StaticLayer
 
@@ -95,11 +96,16 @@ class PackedStaticLayer(StaticLayer):
 
     is_croppable = False
 
+    def __init__(
+        self, fmt: CacheFormat, where: str, max_length: int, *, expected: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__(fmt, where, max_length, expected=expected)
+        self.kinds = self._kinds()  # not with the memory: a compiler that traces the first call makes no classes
+
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """Make the memory."""
         self.memory = allocate(self.fmt, keys, values, self.max_cache_len)
         self.spec = spec_of(self.fmt, keys, values, self.max_cache_len)
-        self.kinds = self._kinds()
         self.blank = [x.new_zeros(()).expand(*x.shape[:2], self.max_cache_len, x.shape[3]) for x in (keys, values)]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,8 +114,7 @@ class PackedStaticLayer(StaticLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.is_initialized:
-            self.kinds = self._kinds()
+        self.kinds = self._kinds()
 
     def _kinds(self) -> list[type[Handle]]:
         return [type("Handle", (Handle,), {"layer": self, "role": role}) for role in (0, 1)]
@@ -135,7 +140,7 @@ class PackedStaticLayer(StaticLayer):
 
     def tensors(self) -> list[Tensor]:
         """The memory."""
-        return self.memory if self.is_initialized else []
+        return list(getattr(self, "memory", ()))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens, a negative number of them; those of a group that is cut stay, as they come back.

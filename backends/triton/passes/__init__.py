@@ -1,0 +1,1 @@
+"""Passes over graphs of this backend's ops, one idea a file."""

@@ -1,0 +1,145 @@
+"""Rules of qfx::linear and qfx::embedding.
+
+    %y = qfx.linear(%x, ..., i8/tok, i8/ch)
+    ->
+    %q = qfx_triton.quantize_dynamic(%x, smooth, i8/tok)
+    %y = qfx_triton.gemm8(%q[0], %q[1], %q[2], [...], bias, None, i8/tok, i8/ch, "", f16)
+
+    %y = qfx.linear(%x, ..., , u4/g128)
+    ->
+    %y = qfx_triton.linear_weight_only(%x, [...], bias, smooth, u4/g128, n)
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qfx import graph
+from qfx.backends.triton import gemm8, weight_only
+from qfx.backends.triton.library import define
+from qfx.backends.triton.rules import Site, Taken, once
+from qfx.format import Format
+from qfx.ops import _rounded_input
+from qfx.passes._build import call, take_place
+
+_DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+qfx_triton = torch.ops.qfx_triton
+
+
+def linear(site: Site) -> Taken | str:
+    """qfx::linear by the kernel that takes its formats, see the module."""
+    given = site.given
+    x_format, w_format = given["x_format"], given["w_format"]
+    k = graph.val(given["x"]).shape[-1]
+    if graph.val(given["w"]).dim() != 2 or not isinstance(k, int):
+        return "its weight is no matrix of a known width"
+    if not x_format:
+        return _weight_only(site, given, k)
+    reason = gemm8.reason_against(x_format, w_format, site.device, k)
+    return _gemm8(site, given, k) if reason is None else _of_rounded(site, given, k)
+
+
+def _gemm8(site: Site, given: dict[str, Any], k: int) -> Taken:
+    x_format, w_format = given["x_format"], given["w_format"]
+    weight = _packed(site, given, "gemm8", lambda *w: gemm8.pack_gemm8(*w, w_format, k))
+    with site.gm.graph.inserting_before(site.node):
+        codes, scale, zero = quantized(site, given["x"], given["smooth"], given["x_scale"], given["x_zero"], x_format)
+        dtype = _DTYPES[graph.val(given["x"]).dtype]
+        rest = (weight, given["bias"], None, x_format, w_format, "", dtype)
+        new = call(site.gm, qfx_triton.gemm8.default, codes, scale, zero, *rest, like=site.node)
+    take_place(site.node, new)
+    return Taken(f"gemm8 {x_format} x {w_format} (Triton)")
+
+
+def quantized(
+    site: Site, x: fx.Node, smooth: Any, scale: Any, zero: Any, x_format: str
+) -> tuple[fx.Node, Any, Any]:
+    """Nodes of an activation's codes, scale and zero points; inserted where the graph is being inserted."""
+    if not Format.parse(x_format).dynamic:
+        codes = call(
+            site.gm, qfx_triton.quantize_static.default, x, smooth, scale, zero, x_format, like=site.node
+        )
+        return codes, scale, zero
+    whole = call(site.gm, qfx_triton.quantize_dynamic.default, x, smooth, x_format, like=site.node)
+    codes, scale, zero = (call(site.gm, operator.getitem, whole, i, like=site.node) for i in range(3))
+    return codes, scale, zero
+
+
+def _weight_only(site: Site, given: dict[str, Any], k: int) -> Taken | str:
+    w_format = given["w_format"]
+    if reason := weight_only.reason_against("", w_format, site.device):
+        return reason
+    weight, now = _only(site, given, k)
+    n = graph.val(given["w"]).shape[0]
+    arguments = (given["x"], weight, given["bias"], given["smooth"], now, n)
+    return site.put(
+        qfx_triton.linear_weight_only.default, *arguments, kernel=f"linear_weight_only {w_format} (Triton)"
+    )
+
+
+def _of_rounded(site: Site, given: dict[str, Any], k: int) -> Taken | str:
+    """Formats whose product no tensor core has: the input is rounded by itself, the product is one of floats."""
+    w_format = given["w_format"]
+    if reason := weight_only.reason_against("", w_format, site.device):
+        return reason
+    weight, now = _only(site, given, k)
+    n, x = graph.val(given["w"]).shape[0], given["x"]
+    with site.gm.graph.inserting_before(site.node):
+        rounded = call(
+            site.gm, qfx_triton.rounded_input.default, x, given["x_scale"], given["x_zero"], given["smooth"],
+            given["x_format"], like=site.node,
+        )  # fmt: skip
+        y = call(
+            site.gm, qfx_triton.linear_weight_only.default, rounded, weight, given["bias"], None, now, n,
+            like=site.node,
+        )  # fmt: skip
+        dtype = graph.val(x).dtype
+        if dtype != torch.float32:
+            y = call(site.gm, torch.ops.aten._to_copy.default, y, dtype=dtype, like=site.node)
+    take_place(site.node, y)
+    return Taken(f"linear_weight_only {w_format} of an input rounded to {given['x_format']} (Triton)")
+
+
+def _only(site: Site, given: dict[str, Any], k: int) -> tuple[list[Any], str]:
+    texts: dict[str, str] = site.gm.meta.setdefault("qfx_triton_formats", {})
+    key = f"{given['w'].target}"
+
+    def pack(w: Tensor, scale: Tensor, zero: Tensor | None) -> list[Tensor]:
+        tensors, texts[key] = weight_only.pack_weight_only(w, scale, zero, given["w_format"], k)
+        return tensors
+
+    return _packed(site, given, "weight_only", pack), texts[key]
+
+
+def _packed(site: Site, given: dict[str, Any], family: str, pack: Any) -> list[Any]:
+    tensors = (site.tensor(given["w"]), site.tensor(given["w_scale"]), site.tensor(given["w_zero"]))
+    return once(site, f"{family} {given['w'].target} {given['w_format']}", lambda: pack(*tensors))
+
+
+def embedding(site: Site) -> Taken | str:
+    """qfx::embedding by its kernel, which reads the weight as it is stored."""
+    given = site.given
+    return site.put(
+        qfx_triton.embedding.default,
+        *(given[name] for name in ("ids", "w", "w_scale", "w_zero", "w_format", "dim", "dtype")),
+        kernel=f"embedding {given['w_format']} (Triton)",
+    )
+
+
+def rounded_input(
+    x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, smooth: Tensor | None, x_format: str
+) -> Tensor:
+    """x [.., K] as it comes back from its format, f32, as `qfx.ops.linear` rounds it."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(torch.float32)
+    return _rounded_input(rows, Format.parse(x_format), x_scale, x_zero, smooth).reshape(x.shape).contiguous()
+
+
+_LIBRARY = define(
+    "rounded_input(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor? smooth, str x_format) -> Tensor",
+    rounded_input,
+    lambda x, *rest: x.new_empty(x.shape, dtype=torch.float32),
+) or globals().get("_LIBRARY")
