@@ -1,0 +1,116 @@
+"""PTX that turns four bytes of packed codes into pairs of 16-bit floats, for the kernels' inline assembly.
+
+Integers become mantissas: in f16, 0x6400 | q is 1024 + q, in bf16, 0x4300 | q is 128 + q, for two codes at once (Kim et
+al. 2022, "Who Says Elephants Can't Run", section 3.2); one fused multiply-add takes the constant and the offset away
+and brings codes down that lie higher in the byte. Values of a table of 16 are picked bytewise by `prmt` from registers
+that hold the table. All results are exact, values of the table rounded to the type.
+
+Operands: the outputs, two registers for each code of a byte in turn, then the bytes and, of three bits, their upper
+plane and a byte each that tells how far it is to be shifted, 0 or 1, the same for all four.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+
+import torch
+
+from qfx.format import Format
+from qfx.numerics import F4_VALUES, NF4_VALUES
+
+TABLES = {"nf4": NF4_VALUES, "f4e2m1": F4_VALUES}
+_EXPAND = ("0x4140", "0x4342")  # the first and last two bytes into the low halves of 16-bit lanes, the rest from zero
+_AND_OR, _SELECT = "0xEA", "0xCA"  # lop3: (a & b) | c; a ? b : c
+
+
+@functools.cache
+def decode_asm(fmt: Format, dtype: torch.dtype) -> str:
+    """The block for weights of `fmt` to values less their constant offset in `dtype`; "" where there is none.
+
+    There is none for 8-bit floats, which a device converts itself, for integers above 4 bits to bf16, whose mantissa
+    has 7 bits, and for float32.
+    """
+    half = dtype == torch.float16
+    if dtype == torch.float32 or fmt.type in ("f8e4m3", "f8e5m2"):
+        return ""
+    if fmt.type in TABLES:
+        return _from_table(TABLES[fmt.type], dtype)
+    bits = fmt.bits if fmt.bits <= 4 else 8
+    if bits == 8 and not half:
+        return ""
+    return _block(_from_integers(bits, 1 << (bits - 1) if fmt.symmetric else 0, half=half))
+
+
+def _from_integers(bits: int, offset: int, *, half: bool) -> list[str]:
+    step = 2 if bits == 3 else bits
+    parts = 8 // step
+    magic, one, kept = (0x6400, 1024, 10) if half else (0x4300, 128, 7)
+    data, upper, odd = (f"${2 * parts + i}" for i in range(3))
+    # bits of a neighbouring byte that the shift brings along are not read
+    lines = [f"and.b32 u1, {odd}, 1;", f"shr.b32 u1, {upper}, u1;"] if bits == 3 else []
+    for lane, order in enumerate(_EXPAND):
+        lines += [f"prmt.b32 t{lane}, {data}, 0, {order};"]
+        if bits == 3:
+            lines += [f"prmt.b32 u{lane}, u1, 0, {order};", f"shl.b32 u{lane}, u{lane}, 2;"]
+    down = 0
+    for part in range(parts):
+        if part * step - down + bits > kept:  # the mantissa does not reach so high
+            further = part * step - down
+            for name in ("t0", "t1", "u0", "u1") if bits == 3 else ("t0", "t1"):
+                lines += [f"shr.b32 {name}, {name}, {further};"]
+            down += further
+        at = part * step - down
+        for lane in range(2):
+            out = f"${2 * part + lane}"
+            lines += [_lop3(out, f"t{lane}", _twice(((1 << step) - 1) << at), _twice(magic), _AND_OR)]
+            if bits == 3:
+                lines += [_lop3(out, f"u{lane}", _twice(4 << at), out, _AND_OR)]
+            factor, less = 2.0**-at, -(one * 2.0**-at + offset)
+            kind = "f16x2" if half else "bf16x2"
+            lines += [f"fma.rn.{kind} {out}, {out}, {_twice(_pattern(factor, half))}, {_twice(_pattern(less, half))};"]
+    return lines
+
+
+def _from_table(values: tuple[float, ...], dtype: torch.dtype) -> str:
+    patterns = [int(p) & 0xFFFF for p in torch.tensor(values).to(dtype).view(torch.int16).tolist()]
+    words = {
+        name: [
+            sum(((pattern >> shift) & 255) << 8 * i for i, pattern in enumerate(patterns[first : first + 4]))
+            for first in (0, 4, 8, 12)
+        ]
+        for name, shift in (("l", 0), ("h", 8))
+    }
+    lines = ["shr.b32 v, $4, 16;"]  # inputs are read before an output is written
+    for name, four in words.items():
+        lines += [f"mov.b32 {name}{i}, {word:#010x};" for i, word in enumerate(four)]
+    for lane in range(2):  # the selector reads four codes, those of two bytes
+        source = "$4" if lane == 0 else "v"
+        lines += [f"and.b32 s, {source}, 0x7777;", f"shr.b32 m, {source}, 3;", "and.b32 m, m, 0x1111;"]
+        lines += ["prmt.b32 m, 0xFF00, 0, m;"]  # a byte of ones where the code's upper bit is set
+        for name in words:
+            lines += [f"prmt.b32 a, {name}0, {name}1, s;", f"prmt.b32 b, {name}2, {name}3, s;"]
+            lines += [_lop3(f"{name}r", "m", "b", "a", _SELECT)]
+        lines += [f"prmt.b32 ${lane}, lr, hr, 0x6240;", f"prmt.b32 ${2 + lane}, lr, hr, 0x7351;"]
+    return _block(lines, "l0, l1, l2, l3, h0, h1, h2, h3, lr, hr, a, b, s, m, v")
+
+
+def _block(lines: list[str], registers: str = "t0, t1, u0, u1") -> str:
+    return "\n".join(["{", f".reg .b32 {registers};", *lines, "}"])
+
+
+def _lop3(out: str, a: str, b: str, c: str, table: str) -> str:
+    return f"lop3.b32 {out}, {a}, {b}, {c}, {table};"
+
+
+def _twice(pattern: int) -> str:
+    return f"{pattern << 16 | pattern:#010x}"
+
+
+def _pattern(value: float, half: bool) -> int:
+    """The bits of a value that the type holds exactly."""
+    if half:
+        return int(struct.unpack("<H", struct.pack("<e", value))[0])
+    bits = int(struct.unpack("<I", struct.pack("<f", value))[0])
+    assert bits & 0xFFFF == 0, value
+    return bits >> 16

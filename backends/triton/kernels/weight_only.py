@@ -1,0 +1,151 @@
+"""Floats times packed weights on tensor cores, the sum of parts of K, and packed weights back to floats.
+
+Arguments and modes: see `qfx.backends.triton.kernels.weight_only_gemv`.
+"""
+
+import triton
+import triton.language as tl
+
+from qfx.backends.triton.kernels.decode import exact, four_values, load_scale, one_value, two_values, value
+
+
+@triton.jit
+def _values(w, upper, odd, table_ptr, OFFSET: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
+            ASM: tl.constexpr, TO: tl.constexpr):  # fmt: skip
+    """The values of all codes of a byte, less OFFSET, one tile in the type TO for each."""
+    if ASM != "":
+        if BITS == 8:
+            return (one_value(w, ASM, TO),)
+        if BITS == 4:
+            return two_values(w, ASM, TO)
+        return four_values(w, upper, odd, BITS, ASM, TO)
+    first = value(w, upper, odd, table_ptr, 0, OFFSET, BITS, KIND, NATIVE, TO)
+    if BITS == 8:
+        return (first,)
+    second = value(w, upper, odd, table_ptr, 1, OFFSET, BITS, KIND, NATIVE, TO)
+    if BITS == 4:
+        return first, second
+    third = value(w, upper, odd, table_ptr, 2, OFFSET, BITS, KIND, NATIVE, TO)
+    return first, second, third, value(w, upper, odd, table_ptr, 3, OFFSET, BITS, KIND, NATIVE, TO)
+
+
+@triton.jit
+def _spread(groups, PART: tl.constexpr):
+    """One value a group [BN, groups] to one a column [BN, PART]."""
+    rows: tl.constexpr = groups.shape[0]
+    wide = groups[:, :, None].broadcast_to(rows, groups.shape[1], PART // groups.shape[1])
+    return wide.reshape(rows, PART)
+
+
+@triton.jit
+def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, m, n, k, x_stride,
+              w_stride, upper_stride, scale_stride, each, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
+              GROUP: tl.constexpr, OFFSET: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
+              TO: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr,
+              BN: tl.constexpr):  # fmt: skip
+    """x [m, k] to out [m, n] = x @ w^T + bias, or, with SPLITS, to f32 [SPLITS, m, n], `each` units of K in each.
+
+    Weights are the left operand, in the type TO: the sum over a unit is scaled in f32 where groups are whole units,
+    else weights are scaled before. EVEN: k is a multiple of 128.
+    """
+    PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
+    PART: tl.constexpr = 128 // PARTS
+    PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
+    by_m = tl.cdiv(m, BM)
+    by_n = tl.cdiv(n, BN)
+    pid = tl.program_id(0)
+    first = pid // (8 * by_n) * 8
+    height = tl.minimum(by_m - first, 8)
+    tokens = (first + pid % (8 * by_n) % height) * BM + tl.arange(0, BM)
+    rows = pid % (8 * by_n) // height * BN + tl.arange(0, BN)
+    x_rows = x_ptr + tl.minimum(tokens, m - 1).to(tl.int64) * x_stride
+    held = tl.minimum(rows, n - 1).to(tl.int64)
+    byte = tl.arange(0, PART)
+    here = (rows < n)[:, None]
+    acc = tl.zeros([BN, BM], tl.float32)
+    start = tl.program_id(1) * each
+    for u in range(start, tl.minimum(start + each, tl.cdiv(k, 128))):
+        w = tl.load(w_ptr + held[:, None] * w_stride + u * PART + byte[None, :])
+        upper = w
+        if BITS == 3:
+            upper = tl.load(upper_ptr + held[:, None] * upper_stride + u // 2 * 32 + byte[None, :])
+        odd = tl.full([1, 1], u % 2, tl.int32)
+        values = _values(w, upper, odd, table_ptr, OFFSET, BITS, KIND, NATIVE, ASM, TO)
+        part = tl.zeros([BN, BM], tl.float32)
+        for i in tl.static_range(PARTS):
+            columns = u * 128 + i * PART + byte
+            if EVEN:
+                x = tl.load(x_rows[:, None] + columns[None, :])
+            else:
+                x = tl.load(x_rows[:, None] + columns[None, :], mask=(columns < k)[None, :], other=0.0)
+            a = values[i]
+            if GROUP == 0 or GROUP >= PART:
+                at = held[:, None] * scale_stride
+                if GROUP > 0:
+                    at += (u * 128 + i * PART) // GROUP
+                if zero_ptr is not None:
+                    a -= tl.load(zero_ptr + at).to(tl.float32).to(TO)
+                if GROUP > 0 and GROUP < 128:
+                    a *= (load_scale(scale_ptr + at, here, SCALE) * tl.load(whole_ptr + 1)).to(TO)
+            else:
+                at = held[:, None] * scale_stride + (u * 128 + i * PART) // GROUP + tl.arange(0, PART // GROUP)[None, :]
+                if zero_ptr is not None:
+                    a -= _spread(tl.load(zero_ptr + at).to(tl.float32).to(TO), PART)
+                a *= _spread((load_scale(scale_ptr + at, here, SCALE) * tl.load(whole_ptr + 1)).to(TO), PART)
+            if GROUP > 0 and GROUP % 128 == 0:
+                part = tl.dot(a, tl.trans(x.to(TO)), part, input_precision=PRECISION)
+            else:
+                acc = tl.dot(a, tl.trans(x.to(TO)), acc, input_precision=PRECISION)
+        if GROUP > 0 and GROUP % 128 == 0:
+            acc += part * load_scale(scale_ptr + held[:, None] * scale_stride + u * 128 // GROUP, here, SCALE)
+    if GROUP > 0 and GROUP < 128:
+        acc *= tl.load(whole_ptr) / tl.load(whole_ptr + 1)
+    else:
+        acc *= tl.load(whole_ptr)
+    if GROUP == 0:
+        acc *= load_scale(scale_ptr + held[:, None] * scale_stride, here, SCALE)
+    if bias_ptr is not None and SPLITS == 1:
+        acc += tl.load(bias_ptr + held).to(tl.float32)[:, None]
+    at = tokens.to(tl.int64)[None, :] * n + rows[:, None]
+    at += tl.program_id(1).to(tl.int64) * m * n
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=here & (tokens < m)[None, :])
+
+
+@triton.jit
+def sum_splits(parts_ptr, bias_ptr, out_ptr, size, n, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """f32 [SPLITS, size] added up in this order, plus bias [n] for size = m * n: out [size]."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(SPLITS):
+        total += tl.load(parts_ptr + i * size + at, mask=inside, other=0.0)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + at % n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dequantize(w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, out_ptr, n, k, w_stride, upper_stride,
+               scale_stride, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr,
+               OFFSET: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """BN rows of a unit of packed weights to out [n, k], computed in f32 and rounded once."""
+    PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
+    PART: tl.constexpr = 128 // PARTS
+    rows = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
+    here = rows < n
+    u = tl.program_id(0)
+    byte = tl.arange(0, PART)[None, :]
+    w = tl.load(w_ptr + rows * w_stride + u * PART + byte, mask=here, other=0)
+    upper = w
+    if BITS == 3:
+        upper = tl.load(upper_ptr + rows * upper_stride + u // 2 * 32 + byte, mask=here, other=0)
+    odd = tl.full([1, 1], u % 2, tl.int32)
+    for i in tl.static_range(PARTS):
+        columns = u * 128 + i * PART + byte
+        inside = here & (columns < k)
+        at = rows * scale_stride + (columns // GROUP if GROUP > 0 else columns * 0)
+        found = exact(w, upper, odd, table_ptr, i, BITS, KIND) - OFFSET
+        if zero_ptr is not None:
+            found -= tl.load(zero_ptr + at, mask=inside, other=0).to(tl.float32)
+        found *= load_scale(scale_ptr + at, inside, SCALE) * tl.load(whole_ptr)
+        tl.store(out_ptr + rows * k + columns, found.to(out_ptr.dtype.element_ty), mask=inside)

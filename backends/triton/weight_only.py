@@ -1,0 +1,239 @@
+"""Linear layers whose weights alone are quantized.
+
+qfx_triton::linear_weight_only(Tensor x, Tensor[] w, Tensor? bias, Tensor? smooth, str w_format, int n) -> Tensor
+
+By the number M of rows of x: up to 4, a product of vectors that reads weights once (`gemv`); then tensor cores on
+unpacked tiles, below 64 rows with K split between programs and the parts added in a fixed order (`dot`); for many rows
+the weight is written out in x.dtype and multiplied by torch (`dequantize`). w and w_format come from
+`qfx.backends.triton.weight_only_pack`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qfx.backends.triton import tuning
+from qfx.backends.triton.decode_asm import TABLES, decode_asm
+from qfx.backends.triton.device import Device
+from qfx.backends.triton.kernels import weight_only as kernels
+from qfx.backends.triton.kernels.weight_only_gemv import gemv
+from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
+from qfx.backends.triton.layout import UNIT_THREE, padded
+from qfx.backends.triton.library import define
+from qfx.backends.triton.weight_only_pack import group_of, reason_against_weight, stored_bits
+from qfx.errors import UnsupportedError, explain
+from qfx.format import Format
+
+GEMV, DOT, DEQUANTIZE = 0, 1, 2  # what a configuration's PATH says
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_UNIT = 128
+_MOST_GEMV = 4
+_FEWEST_DEQUANTIZE = 1024
+_BLOCK = 1024
+_LANGUAGE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """The tensors of a packed weight by name, and what the kernels are told of its format."""
+
+    codes: Tensor
+    upper: Tensor
+    scale: Tensor
+    whole: Tensor
+    zero: Tensor | None
+    table: Tensor | None
+    fmt: Format
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        fmt, bits = self.fmt, stored_bits(self.fmt)
+        kinds = {"nf4": "lut", "f4e2m1": "lut", "f8e4m3": "e4m3", "f8e5m2": "e5m2"}
+        return {
+            "BITS": bits,
+            "KIND": kinds.get(fmt.type, "int"),
+            "SCALE": fmt.scale_type if fmt.scale_dtype.itemsize == 1 else "",
+            "GROUP": group_of(fmt),
+            "OFFSET": 1 << (bits - 1) if fmt.is_integer and fmt.symmetric else 0,
+        }
+
+
+def reason_against(x_format: str, w_format: str, device: Device) -> str | None:  # noqa: ARG001
+    """Why this family does not take such a layer on `device`, or None."""
+    if x_format:
+        return f"its input is quantized to '{x_format}'"
+    return reason_against_weight(w_format)
+
+
+def linear_weight_only(
+    x: Tensor, w: list[Tensor], bias: Tensor | None, smooth: Tensor | None, w_format: str, n: int
+) -> Tensor:
+    """x [.., K] float16, bfloat16 or float32 times a packed weight [n, K]: [.., n] in x.dtype.
+
+    smooth f32 [K] divides x first, rounded to x.dtype. Products of float32 are those of three tf32 terms on tensor
+    cores, else sums are f32 and weights exact or, in groups below 128 columns, rounded to x.dtype. Raises ValueError
+    for other dtypes, sizes that do not fit and tensors on different devices.
+    """
+    weight = _named(w, Format.parse(w_format))
+    _check(x, weight, bias, smooth, n)
+    if smooth is not None:
+        x = (x.to(torch.float32) / smooth).to(x.dtype)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    m, k = rows.shape
+    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    config = dict(choose(device_of(x), weight.fmt, m, n, k, x.dtype))
+    path = config.pop("PATH")
+    if k == 0 or m == 0:
+        out = out.zero_() if bias is None else out.copy_(bias.expand(m, n))
+    elif path == GEMV:
+        _gemv(rows, weight, bias, out, config)
+    elif path == DOT:
+        _dot(rows, weight, bias, out, config)
+    else:
+        full = _dequantized(weight, n, k, x.dtype)
+        out = torch.nn.functional.linear(rows, full, None if bias is None else bias.to(x.dtype))
+    return out.reshape(*x.shape[:-1], n)
+
+
+def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
+    """The configuration of a call: the measured one of this device, else by rule."""
+    problem = f"{fmt} n={n} k={k} {str(dtype).removeprefix('torch.')}"
+    return tuning.tuned(device, "weight_only", problem, m) or heuristic(device, fmt, m, n, k)
+
+
+def heuristic(device: Device, fmt: Format, m: int, n: int, k: int) -> Config:
+    """A configuration by rule: bytes in flight for few rows, one wave of programs below 64, large tiles above."""
+    units = -(-k // _UNIT)
+    if m <= _MOST_GEMV:
+        chunks = max(8, min(128, triton.next_power_of_2(-(-k * stored_bits(fmt) // 128))))
+        rows = 8 if n >= 8 * 8 * device.processors else 4 if n >= 4 * 4 * device.processors else 2
+        return {"PATH": GEMV, "BN": rows, "CHUNKS": chunks, "num_warps": 4, "num_stages": 1}
+    if m >= _FEWEST_DEQUANTIZE:
+        return {"PATH": DEQUANTIZE}
+    if m <= 32:
+        tile, splits = {"BM": 16 if m <= 16 else 32, "BN": 64, "num_warps": 4, "num_stages": 4}, 2
+    elif m < 64:
+        tile, splits = {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 4}, 2
+    else:
+        tile, splits = {"BM": 64 if m <= 64 else 128, "BN": 128, "num_warps": 8, "num_stages": 3}, 1
+    tiles = -(-n // tile["BN"]) * -(-m // tile["BM"])
+    wanted = max(1, min(splits * device.processors // tiles, units // 4, 16))
+    return {"PATH": DOT, **tile, "SPLITS": wanted}
+
+
+def candidates(fmt: Format, m: int, n: int, k: int) -> list[Config]:  # noqa: ARG001
+    """Configurations worth measuring for M rows, at most 20."""
+    if m <= _MOST_GEMV:
+        found: list[Config] = [
+            {"PATH": GEMV, "BN": rows, "CHUNKS": 32 * warps, "num_warps": warps, "num_stages": 1}
+            for rows in (2, 4, 8, 16)
+            for warps in (2, 4, 8)
+        ]
+    else:
+        found = []
+    height = min(max(16, triton.next_power_of_2(m)), 128)
+    for width in (64, 128):
+        for splits in (1, 2, 4, 8) if m < 64 else (1, 2):
+            if splits <= -(-k // _UNIT):
+                found.append({"PATH": DOT, "BM": height, "BN": width, "num_warps": width // 16,
+                              "num_stages": 3 if height == 128 else 4, "SPLITS": splits})  # fmt: skip
+    if m >= 64:
+        found.append({"PATH": DEQUANTIZE})
+    return found[:20]
+
+
+def _gemv(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
+    device, (m, k), n = device_of(x), x.shape, out.shape[1]
+    exact = x.dtype == torch.float32
+    asm = "" if exact or device.interpreted or w.table is None else decode_asm(w.fmt, torch.float16)
+    launch(gemv, (triton.cdiv(n, config["BN"]),), x, w.codes, w.upper, w.scale, w.zero, w.whole, w.table, bias, out,
+           n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0), M=m, **w.constants,
+           NATIVE=device.has_fp8 and not device.interpreted, EXACT=exact, ASM=asm, config=config)  # fmt: skip
+
+
+def _dot(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
+    device, (m, k), n = device_of(x), x.shape, out.shape[1]
+    splits, height, width = config["SPLITS"], config["BM"], config["BN"]
+    to = dot_dtype(x.dtype)
+    asm = "" if device.interpreted else decode_asm(w.fmt, to)
+    parts = torch.empty((splits, m, n), dtype=torch.float32, device=x.device) if splits > 1 else out
+    each = triton.cdiv(triton.cdiv(k, _UNIT), splits)
+    launch(kernels.dot_tiles, (triton.cdiv(n, width) * triton.cdiv(m, height), splits), x, w.codes, w.upper, w.scale,
+           w.zero, w.whole, w.table, bias, parts, m, n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0),
+           w.scale.stride(0), each, **w.constants, NATIVE=device.has_fp8 and not device.interpreted,
+           EXACT=to == torch.float32, ASM=asm, TO=_LANGUAGE[to], EVEN=k % _UNIT == 0, config=config)  # fmt: skip
+    if splits > 1:
+        launch(kernels.sum_splits, (triton.cdiv(m * n, _BLOCK),), parts, bias, out, m * n, n, SPLITS=splits,
+               BLOCK=_BLOCK, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+
+
+def _dequantized(w: _Weight, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """The weight [n, k] in `dtype`."""
+    full = torch.empty((n, k), dtype=dtype, device=w.codes.device)
+    rows = 16
+    launch(kernels.dequantize, (triton.cdiv(k, _UNIT), triton.cdiv(n, rows)), w.codes, w.upper, w.scale, w.zero,
+           w.whole, w.table, full, n, k, w.codes.stride(0), w.upper.stride(0), w.scale.stride(0), **w.constants,
+           BN=rows, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+    return full
+
+
+def _named(w: list[Tensor], fmt: Format) -> _Weight:
+    """The tensors of `pack_weight_only` by name."""
+    count = 3 + (fmt.bits == 3) + fmt.has_zero + (fmt.type in TABLES)
+    if reason := reason_against_weight(str(fmt)):
+        raise UnsupportedError(explain(f"qfx_triton::linear_weight_only: {reason}", found=str(fmt)))
+    if len(w) != count:
+        raise ValueError(
+            explain(
+                f"the tensors are not those of a packed weight in the format '{fmt}'",
+                expected=f"{count} tensors",
+                found=f"{len(w)} tensors",
+                next_step="pass both results of pack_weight_only",
+            )
+        )
+    codes, *rest = w
+    upper = rest.pop(0) if fmt.bits == 3 else codes
+    scale, whole, *rest = rest
+    zero = rest.pop(0) if fmt.has_zero else None
+    return _Weight(codes, upper, scale, whole, zero, rest[0] if rest else None, fmt)
+
+
+def _check(x: Tensor, w: _Weight, bias: Tensor | None, smooth: Tensor | None, n: int) -> None:
+    """Raises ValueError for an input that the kernels cannot read."""
+    k = x.shape[-1] if x.dim() else 0
+    unit = UNIT_THREE if w.fmt.bits == 3 else _UNIT
+    bits = 2 if w.fmt.bits == 3 else stored_bits(w.fmt)
+    expected = (n, padded(k, unit) * bits // 8)
+    fits = [
+        ("x", x.dtype in DTYPES and x.dim() > 0, ", ".join(map(str, DTYPES)), x.dtype),
+        ("the packed weight", w.codes.shape == expected, f"codes {list(expected)} for K = {k}", list(w.codes.shape)),
+        ("bias", bias is None or bias.shape == (n,), f"shape [{n}]", bias),
+        ("smooth", smooth is None or smooth.shape == (k,), f"shape [{k}]", smooth),
+    ]
+    for name, good, due, found in fits:
+        if not good:
+            shown = list(found.shape) if isinstance(found, Tensor) else found
+            raise ValueError(explain(f"qfx_triton::linear_weight_only: {name} does not fit", expected=due, found=shown))
+    given = [t for t in (x, w.codes, w.scale, w.whole, bias, smooth) if t is not None]
+    if len({t.device for t in given}) > 1:
+        places = ", ".join(sorted({str(t.device) for t in given}))
+        raise ValueError(explain("qfx_triton::linear_weight_only: tensors lie on several devices", found=places,
+                                 next_step="move input, weight and bias to one GPU"))  # fmt: skip
+
+
+def _fake(x: Tensor, w: list[Tensor], bias: Tensor | None, smooth: Tensor | None, w_format: str, n: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+_LIBRARY = define(
+    "linear_weight_only(Tensor x, Tensor[] w, Tensor? bias, Tensor? smooth, str w_format, int n) -> Tensor",
+    linear_weight_only,
+    _fake,
+) or globals().get("_LIBRARY")

@@ -1,0 +1,55 @@
+"""Variants of linear_weight_only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from qfx.backends.triton.weight_only import linear_weight_only
+from qfx.backends.triton.weight_only_pack import pack_weight_only
+from qfx.format import Format
+from tests.backends.triton.cases import Case, meta
+
+MMA: Mapping[int, Mapping[str, str]] = {
+    80: {"dot_tiles": r"mma\.sync\.aligned\.m16n8k16"},
+    90: {"dot_tiles": r"wgmma\.mma_async"},
+}
+VECTORS: Mapping[int, Mapping[str, str]] = {
+    capability: {"gemv": r"ld\.global(\.\S+)?\.v4\.b32"} for capability in (80, 90)
+}
+
+
+def case(text: str, m: int, n: int, k: int, dtype: torch.dtype = torch.float16, *, bias: bool = False) -> Case:
+    """A layer [n, k] for m rows."""
+
+    def run() -> object:
+        fmt = Format.parse(text)
+        width = fmt.row_bytes(k) if fmt.bits < 8 else k
+        codes = meta(n, width, dtype=torch.uint8 if fmt.bits < 8 else fmt.code_dtype)
+        scale = meta(*fmt.scale_shape((n, k)), dtype=fmt.scale_dtype)
+        zero = meta(*scale.shape, dtype=torch.uint8) if fmt.has_zero else meta(dtype=torch.float32)
+        w, packed = pack_weight_only(codes, scale, zero if fmt.has_zero or fmt.has_global_scale else None, text, k)
+        return linear_weight_only(meta(m, k, dtype=dtype), w, meta(n, dtype=dtype) if bias else None, None, packed, n)
+
+    name = f"{text} m={m} n={n} k={k} {str(dtype).removeprefix('torch.')}"
+    return Case(name, run, VECTORS if m <= 4 else MMA if m < 1024 and dtype != torch.float32 else {})
+
+
+CASES = [
+    case("i4/g128/f16", 1, 8192, 8192),
+    case("u4/g128/f16", 1, 4096, 11008, torch.bfloat16, bias=True),
+    case("i8/ch", 1, 8192, 8192),
+    case("i3/g128/f16", 1, 8192, 8192),
+    case("i2/g128/f16", 1, 8192, 8192),
+    case("nf4/g64", 1, 4096, 4096, torch.bfloat16),
+    case("f8e4m3/ch", 4, 4096, 4096),
+    case("i4/g32", 1, 777, 999, torch.float32),
+    case("i4/g128/f16", 16, 8192, 8192),
+    case("i4/g128/f16", 256, 4096, 4096, torch.bfloat16),
+    case("u4/g32/f16", 64, 4096, 4096),
+    case("i3/g128/f16", 16, 4096, 4096, torch.bfloat16),
+    case("i8/ch", 128, 11008, 4096),
+    case("f4e2m1/g16/e4m3", 16, 4096, 4096, torch.bfloat16),
+    case("i4/g128", 2048, 4096, 4096),
+]

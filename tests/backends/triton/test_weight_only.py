@@ -1,0 +1,153 @@
+"""linear_weight_only: the reference's results, for every format, number of rows, type of activation and odd shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qfx.backends.triton import weight_only
+from qfx.backends.triton.device import H100
+from qfx.backends.triton.weight_only import (
+    DEQUANTIZE,
+    DOT,
+    GEMV,
+    candidates,
+    choose,
+    linear_weight_only,
+    reason_against,
+)
+from qfx.backends.triton.weight_only_pack import pack_weight_only
+from qfx.errors import UnsupportedError
+from qfx.format import Format
+from qfx.ops import linear
+from qfx.packing import Packed, pack_weight
+from tests.backends.triton.cases import DEVICE
+
+FORMATS = (
+    *("i8/ch", "u8/ch", "i4/ch", "i4/g128", "i4/g32", "u4/g128", "u4/g16/f16", "i4/g64/bf16", "u4/g256"),
+    *("i3/g128", "u3/g64", "i3/g32", "i2/g128", "u2/g16", "i2/g64", "i6/ch", "i8", "u8/g32", "i8/b128x64"),
+    *("nf4/g64", "nf4/g64/dq", "f4e2m1/g32/e8m0", "f4e2m1/g16/e4m3", "f8e4m3/ch", "f8e4m3/b128x128", "f8e5m2/g32"),
+    *("i4/g96", "u3/ch", "i4/g128/e8m0"),
+)
+# of the sum of |x w|: bf16 is truncated in the interpreter; weights in small groups are rounded to the type
+STEP = {torch.float32: 2.0**-19, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-6.5}
+
+
+def run(x: Tensor, packed: Packed, bias: Tensor | None = None, smooth: Tensor | None = None) -> Tensor:
+    w, text = pack_weight_only(packed.data, packed.scale, packed.zero, str(packed.format), x.shape[-1])
+    found = torch.ops.qfx_triton.linear_weight_only(x, w, bias, smooth, text, packed.shape[0])
+    assert isinstance(found, Tensor)
+    return found
+
+
+def error(x: Tensor, packed: Packed, bias: Tensor | None = None, smooth: Tensor | None = None) -> float:
+    """The greatest difference to the reference, against the sum of |x w| + |bias| + |y|."""
+    due = linear(x.float(), packed.data, packed.scale, packed.zero, bias, None, None, smooth, "", str(packed.format))
+    got = run(x, packed, bias, smooth)
+    assert got.dtype == x.dtype and got.shape == due.shape
+    size = (x.float() if smooth is None else x.float() / smooth).abs() @ packed.dequantize().abs().t() + due.abs()
+    if bias is not None:
+        size += bias.float().abs()
+    return float(((got.float() - due).abs() / size.clamp(min=1e-30)).max()) if got.numel() else 0.0
+
+
+def weight(n: int, k: int, text: str) -> Packed:
+    fmt = Format.parse(text)
+    return pack_weight(torch.randn(n, k, device=DEVICE) / k**0.5 + 0.01, fmt)
+
+
+@pytest.mark.parametrize("text", FORMATS)
+@pytest.mark.parametrize("m", [1, 6])
+def test_every_format(text: str, m: int) -> None:
+    torch.manual_seed(m)
+    packed = weight(19, 300, text)
+    for dtype in (torch.float16,) if m == 6 else STEP:
+        x = torch.randn(m, 300, device=DEVICE).to(dtype)
+        assert error(x, packed, torch.randn(19, device=DEVICE)) < STEP[dtype]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    m=st.integers(0, 5) | st.integers(5, 300), n=st.integers(1, 70), k=st.integers(1, 400),
+    text=st.sampled_from(FORMATS), dtype=st.sampled_from(list(STEP)), seed=st.integers(0, 99),
+    extras=st.booleans(),
+)  # fmt: skip
+def test_every_shape(m: int, n: int, k: int, text: str, dtype: torch.dtype, seed: int, extras: bool) -> None:
+    torch.manual_seed(seed)
+    packed = weight(n, k, text)
+    x = torch.randn(m, k + 3, device=DEVICE).to(dtype)[:, 3:]
+    bias = torch.randn(n, device=DEVICE).to(dtype) if extras else None
+    smooth = torch.rand(k, device=DEVICE) + 0.5 if extras else None
+    assert error(x, packed, bias, smooth) < (1 if smooth is None else 2) * STEP[dtype]
+
+
+@pytest.mark.parametrize("text", ["i4/g128", "u3/g64", "nf4/g64/dq", "i8/ch", "f4e2m1/g16/e4m3"])
+@pytest.mark.parametrize(("path", "m"), [(DOT, 3), (DOT, 70), (DEQUANTIZE, 5)])
+def test_every_path(text: str, path: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"PATH": path, "BM": 16, "BN": 32, "SPLITS": 3, "num_warps": 4, "num_stages": 2}
+    kept = config if path == DOT else {"PATH": path}
+    monkeypatch.setattr(weight_only, "heuristic", lambda *_: kept)
+    torch.manual_seed(0)
+    packed = weight(45, 520, text)
+    for dtype, step in STEP.items():
+        x = torch.randn(m, 520, device=DEVICE).to(dtype)
+        assert error(x, packed, torch.randn(45, device=DEVICE)) < step
+
+
+def test_a_wrong_scale_or_zero_point_shows() -> None:
+    torch.manual_seed(0)
+    packed = weight(19, 300, "u4/g32")
+    x = torch.randn(2, 300, device=DEVICE)
+    w, text = pack_weight_only(packed.data, packed.scale, packed.zero, "u4/g32", 300)
+    due = linear(x, packed.data, packed.scale, packed.zero, None, None, None, None, "", "u4/g32")
+    for which in (0, 1, 3):
+        changed = [t.clone() for t in w]
+        changed[which][7, 2] += 1
+        got = linear_weight_only(x, changed, None, None, text, 19)
+        assert (got - due)[:, 7].abs().min() > 1e-3
+        assert torch.allclose(got[:, :7], due[:, :7], atol=1e-5)
+
+
+def test_nothing_leaks_from_beyond_the_input() -> None:
+    packed = weight(9, 100, "i4/g32")
+    wide = torch.full((3, 128), float("nan"), device=DEVICE)
+    wide[:, :100] = 1.0
+    for m in (1, 3):
+        assert run(wide[:m, :100], packed).isfinite().all()
+
+
+def test_batches_and_empty_ones() -> None:
+    packed = weight(9, 64, "i8/ch")
+    x = torch.randn(2, 3, 64, device=DEVICE)
+    assert torch.equal(run(x, packed), run(x.reshape(6, 64), packed).reshape(2, 3, 9))
+    assert run(x[:0], packed).shape == (0, 3, 9)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    packed = weight(9, 64, "i4/g32")
+    w, text = pack_weight_only(packed.data, packed.scale, packed.zero, "i4/g32", 64)
+    x = torch.randn(2, 64, device=DEVICE)
+    with pytest.raises(ValueError, match="x does not fit"):
+        linear_weight_only(x.double(), w, None, None, text, 9)
+    with pytest.raises(ValueError, match="codes \\[9, 128\\] for K = 200"):
+        linear_weight_only(torch.randn(2, 200, device=DEVICE), w, None, None, text, 9)
+    with pytest.raises(ValueError, match="bias does not fit"):
+        linear_weight_only(x, w, x[0], None, text, 9)
+    with pytest.raises(ValueError, match="3 tensors"):
+        linear_weight_only(x, w[:2], None, None, text, 9)
+    with pytest.raises(UnsupportedError, match="no multiples of 16"):
+        pack_weight_only(packed.data, packed.scale, None, "i4/g24", 64)
+    assert "no multiples" in str(reason_against("", "i4/g24", H100))
+    assert "input is quantized" in str(reason_against("i8/tok", "i4/g32", H100))
+    assert reason_against("", "i4/g48", H100) is None
+
+
+def test_paths_by_the_number_of_rows() -> None:
+    fmt = Format.parse("i4/g128")
+    paths = [choose(H100, fmt, m, 4096, 4096, torch.float16)["PATH"] for m in (1, 4, 5, 63, 64, 512, 4096)]
+    assert paths == [GEMV, GEMV, DOT, DOT, DOT, DOT, DEQUANTIZE]
+    for m in (1, 16, 64, 4096):
+        assert 1 < len(candidates(fmt, m, 4096, 4096)) <= 20
