@@ -32,7 +32,7 @@ from qfx.float_ops import gradient_by_replay, masked, softmax
 from qfx.format import Format
 from qfx.numerics import QParams, dequantize, quantize, range_qparams, run_time_qparams
 
-_SCHEMA = (
+SCHEMA = (
     "quantized_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float[] q_scale, int[] q_zero, "
     "float[] k_scale, int[] k_zero, float[] v_scale, int[] v_zero, float scale, bool causal, float softcap, "
     "str q_format, str k_format, str v_format, str p_format) -> Tensor"
@@ -140,7 +140,7 @@ def _attend(
     how: Round, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, given: Sequence[Any],
     scale: float, causal: bool, softcap: float, formats: Sequence[str],
 ) -> Tensor:  # fmt: skip
-    asked = _checked(q, k, v, given, formats)
+    asked = checked(q, k, v, given, formats)
     rest = (scale, causal, softcap)
     if alone := attention_heads.whole(asked, given):
         return _share(how, q, k, v, mask, sinks, alone, *rest)
@@ -283,7 +283,7 @@ def _through(x: Tensor, fmt: Format, params: QParams) -> Operand:
     return Operand(wide + difference)
 
 
-def _checked(q: Tensor, k: Tensor, v: Tensor, given: Sequence[Any], formats: Sequence[str]) -> list[Given]:
+def checked(q: Tensor, k: Tensor, v: Tensor, given: Sequence[Any], formats: Sequence[str]) -> list[Given]:
     """Formats of q, k, v and p. Raises ValueError for what does not fit."""
     if any(x.dim() != 4 or not x.is_floating_point() for x in (q, k, v)) or q.shape[1] % max(1, k.shape[1]):
         raise ValueError(
@@ -323,7 +323,7 @@ def _check_scale(role: str, formats: Formats, scale: Sequence[float], zero: Sequ
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, *rest: Any) -> Tensor:
-    _checked(q, k, v, rest[:6], rest[9:])
+    checked(q, k, v, rest[:6], rest[9:])
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
@@ -333,7 +333,7 @@ def _register() -> Library | None:
         return None
     library = Library("qfx", "FRAGMENT")
     kernel: Callable[..., Any] = torch.no_grad()(quantized_attention)
-    library.define(_SCHEMA)
+    library.define(SCHEMA)
     library.impl("quantized_attention", kernel, "CompositeExplicitAutograd")
     register_fake("qfx::quantized_attention", _fake, lib=library)
     setup, backward = gradient_by_replay(_straight)

@@ -1,0 +1,230 @@
+"""Attention over rounded operands, a block of queries at a time, without the scores in memory.
+
+After FlashAttention-2 (Dao 2023): softmax found while the blocks of keys pass; with integers in q.k as in
+SageAttention (Zhang et al. 2024). Scores are kept in powers of two.
+"""
+
+import triton
+import triton.language as tl
+
+from qfx.backends.triton.kernels.attention_operands import round_mantissa
+from qfx.backends.triton.kernels.rounding import guarded, round_even
+
+_LEAST = tl.constexpr(-3.4028234663852886e38)  # below it are only scores that take no part
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length, softcap, rows, CAUSAL: tl.constexpr,
+            FAST: tl.constexpr, BOOL: tl.constexpr, EDGE: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Scores f32 [BLOCK_M, BLOCK_N] of the keys from `start` on, -inf where a row may not look.
+
+    FAST: still to be multiplied by the row's step. EDGE: some of the columns are beyond the keys, or beyond the row.
+    """
+    column = start + tl.arange(0, BLOCK_N)
+    if EDGE:
+        k = tl.load(k_at, mask=(column < length)[:, None], other=0.0)
+    else:
+        k = tl.load(k_at)
+    if q.dtype == tl.int8:
+        s = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32)
+    else:
+        s = tl.dot(q, tl.trans(k))
+    if k_step_at is not None:
+        if EDGE:
+            s = s * tl.load(k_step_at + column, mask=column < length, other=1.0)[None, :]
+        else:
+            s = s * tl.load(k_step_at + column)[None, :]
+    if not FAST:
+        s = s * step[:, None]
+        if bias is not None:
+            s = s + bias[:, None]
+        if softcap is not None:  # tanh x = 2 sigmoid(2 x) - 1
+            s = (tl.sigmoid(s * (2.0 / softcap)) * 2.0 - 1.0) * softcap
+    if mask_at is not None:
+        if EDGE:
+            given = tl.load(mask_at + (start + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :] * mask_n,
+                            mask=(row < rows)[:, None] & (column < length)[None, :], other=0)  # fmt: skip
+        else:
+            given = tl.load(mask_at + column.to(tl.int64)[None, :] * mask_n, mask=(row < rows)[:, None], other=0)
+        if BOOL:
+            s = tl.where(given != 0, s, float("-inf"))
+        else:
+            given = given.to(tl.float32)
+            s = s + tl.where(given == float("-inf"), given, tl.maximum(tl.maximum(given, _LEAST / _LOG2E) * _LOG2E, _LEAST))
+    if EDGE:
+        keep = (column < length)[None, :]
+        if CAUSAL:
+            keep = keep & (column[None, :] <= row[:, None])
+        s = tl.where(keep, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _weights(s, step, most, FAST: tl.constexpr):
+    """2^(scores - most)."""
+    if FAST:
+        return tl.exp2(s * step[:, None] - most[:, None])
+    return tl.exp2(s - most[:, None])
+
+
+@triton.jit
+def _most(s, step, FAST: tl.constexpr):
+    """The greatest score of each row."""
+    if FAST:
+        return tl.max(s, 1) * step
+    return tl.max(s, 1)
+
+
+@triton.jit
+def _value_tile(v_at, start, length, EDGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    if EDGE:
+        inside = (start + tl.arange(0, BLOCK_N)) < length
+        return tl.load(v_at, mask=inside[:, None], other=0.0)
+    return tl.load(v_at)
+
+
+@triton.jit
+def _bounds(first, length, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the keys end that all rows of the block from `first` on see, in whole blocks, and where the last ends."""
+    if CAUSAL:
+        return tl.minimum(first + 1, length) // BLOCK_N * BLOCK_N, tl.minimum(first + BLOCK_M, length)
+    return length // BLOCK_N * BLOCK_N, length
+
+
+@triton.jit
+def _store(acc, v_step_ptr, v_step_h, out_ptr, batch, own, outer, row, rows, all_heads, DV: tl.constexpr,
+           VALUE_WIDTH: tl.constexpr):  # fmt: skip
+    if v_step_ptr is not None:
+        acc = acc * tl.load(v_step_ptr + own * v_step_h)
+    wide = tl.arange(0, VALUE_WIDTH)
+    at = (batch.to(tl.int64) * all_heads + outer) * rows + row.to(tl.int64)
+    inside = (row < rows)[:, None] & (wide < DV)[None, :]
+    tl.store(out_ptr + at[:, None] * DV + wide[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum(most, total, s, step, FAST: tl.constexpr):
+    """(greatest score, sum of the weights, weights of this block, by what the earlier ones shrink)."""
+    more = tl.maximum(most, _most(s, step, FAST))
+    p = _weights(s, step, more, FAST)
+    kept = tl.exp2(most - more)
+    return more, total * kept + tl.sum(p, 1), p, kept
+
+
+@triton.jit
+def _add(acc, most, total, times, s, step, v, FAST: tl.constexpr, ROUNDED: tl.constexpr, INTEGER: tl.constexpr,
+         BITS: tl.constexpr, LEAST: tl.constexpr, QMAX: tl.constexpr):  # fmt: skip
+    """The sums with one more block of keys. ROUNDED: `most` is final, and weights times `times` become codes."""
+    if ROUNDED:
+        p = tl.minimum(_weights(s, step, most, FAST) * times[:, None], QMAX)
+        p = round_even(p) if INTEGER else round_mantissa(p, BITS, LEAST)
+        return tl.dot(p.to(v.dtype), v, acc), most, total
+    most, total, p, kept = _sum(most, total, s, step, FAST)
+    return tl.dot(p.to(v.dtype), v, acc * kept[:, None]), most, total
+
+
+@triton.jit
+def _weight_steps(most, best, total, QMAX: tl.constexpr, CLIP: tl.constexpr, BY_ROW: tl.constexpr):
+    """(what 2^(score - most) is multiplied by to be the weight in steps, the step) f32 [rows].
+
+    A step is a QMAX-th of 1, or, BY_ROW, of the greatest weight of the row, whose score is `best`.
+    """
+    inverse = _inverse(total)
+    if BY_ROW:
+        step = guarded(tl.exp2(best - most) * inverse * (CLIP / QMAX))
+        return inverse / step, step
+    return inverse * QMAX, tl.full(inverse.shape, 1.0 / QMAX, tl.float32)
+
+
+@triton.jit
+def _inverse(total):
+    """1 / total, 0 for a row that sees nothing."""
+    return tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+
+
+@triton.jit
+def attention(q_ptr, k_ptr, v_ptr, q_step_ptr, k_step_ptr, v_step_ptr, bias_ptr, mask_ptr, sinks_ptr, heads_ptr,
+              out_ptr, rows, length, heads, all_heads, v_b, v_g, v_l, v_step_h, mask_b, mask_h, mask_m, mask_n, softcap,
+              SHARE: tl.constexpr, CAUSAL: tl.constexpr, FAST: tl.constexpr, BOOL: tl.constexpr, WIDTH: tl.constexpr,
+              VALUE_WIDTH: tl.constexpr, DV: tl.constexpr, ROUNDED: tl.constexpr, INTEGER: tl.constexpr,
+              BITS: tl.constexpr, LEAST: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr, BY_ROW: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """One block of queries of one head, in one pass over the keys; in two where the weights are ROUNDED.
+
+    q codes [B, heads, rows, WIDTH], k codes [B, heads / SHARE, length, WIDTH], v [B, heads / SHARE, length, VALUE_WIDTH]
+    with strides; steps f32: of q [B, heads, rows] (times scale and log2 e), of k [B, heads / SHARE, length], of v one
+    with the stride v_step_h. bias f32 [B, heads, rows] and softcap: in powers of two. mask: broadcast by strides. heads
+    [heads]: where a head stands in out [B, all_heads, rows, DV], in mask and in sinks.
+    """
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    block = tl.program_id(0)
+    if CAUSAL:
+        block = tl.num_programs(0) - 1 - block  # the longest first
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < rows
+    at = (batch.to(tl.int64) * heads + head) * rows
+    own = batch.to(tl.int64) * (heads // SHARE) + head // SHARE
+    outer = head
+    if heads_ptr is not None:
+        outer = tl.load(heads_ptr + head).to(tl.int32)
+    wide, tall = tl.arange(0, WIDTH), tl.arange(0, BLOCK_N)
+    q = tl.load(q_ptr + (at + row.to(tl.int64))[:, None] * WIDTH + wide[None, :], mask=inside[:, None], other=0.0)
+    step = tl.load(q_step_ptr + at + row, mask=inside, other=1.0)
+    if FAST:
+        step = tl.maximum(step, 1e-37)  # times -inf it must be -inf
+    bias, k_step_at, mask_at = None, None, None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + at + row, mask=inside, other=0.0)
+    if k_step_ptr is not None:
+        k_step_at = k_step_ptr + own * length
+    if mask_ptr is not None:
+        mask_at = mask_ptr + batch.to(tl.int64) * mask_b + outer.to(tl.int64) * mask_h
+        mask_at = mask_at + row.to(tl.int64)[:, None] * mask_m
+    k_first = k_ptr + own * length * WIDTH + tall[:, None] * WIDTH + wide[None, :]
+    v_at = v_ptr + batch.to(tl.int64) * v_b + (head // SHARE).to(tl.int64) * v_g
+    v_at = v_at + tall.to(tl.int64)[:, None] * v_l + tl.arange(0, VALUE_WIDTH)[None, :]
+    v_next = tl.cast(v_l, tl.int64) * BLOCK_N
+    whole, end = _bounds(block * BLOCK_M, length, CAUSAL, BLOCK_M, BLOCK_N)
+    most = tl.full((BLOCK_M,), _LEAST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    times = total
+    if ROUNDED:
+        k_at = k_first
+        for start in range(0, whole, BLOCK_N):
+            s = _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length, softcap, rows, CAUSAL,
+                        FAST, BOOL, False, BLOCK_N)  # fmt: skip
+            most, total, _, _ = _sum(most, total, s, step, FAST)
+            k_at += BLOCK_N * WIDTH
+        for start in range(whole, end, BLOCK_N):
+            s = _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length, softcap, rows, CAUSAL,
+                        FAST, BOOL, True, BLOCK_N)  # fmt: skip
+            most, total, _, _ = _sum(most, total, s, step, FAST)
+            k_at += BLOCK_N * WIDTH
+    best = most
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + outer).to(tl.float32) * _LOG2E
+        most = tl.maximum(most, sink)
+        total = total * tl.exp2(best - most) + tl.exp2(sink - most)
+    if ROUNDED:
+        times, weight_step = _weight_steps(most, best, total, QMAX, CLIP, BY_ROW)
+    acc = tl.zeros((BLOCK_M, VALUE_WIDTH), tl.float32)
+    k_at = k_first
+    for start in range(0, whole, BLOCK_N):
+        s = _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length, softcap, rows, CAUSAL, FAST,
+                    BOOL, False, BLOCK_N)  # fmt: skip
+        v = _value_tile(v_at, start, length, False, BLOCK_N)
+        acc, most, total = _add(acc, most, total, times, s, step, v, FAST, ROUNDED, INTEGER, BITS, LEAST, QMAX)
+        k_at += BLOCK_N * WIDTH
+        v_at += v_next
+    for start in range(whole, end, BLOCK_N):
+        s = _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length, softcap, rows, CAUSAL, FAST,
+                    BOOL, True, BLOCK_N)  # fmt: skip
+        v = _value_tile(v_at, start, length, True, BLOCK_N)
+        acc, most, total = _add(acc, most, total, times, s, step, v, FAST, ROUNDED, INTEGER, BITS, LEAST, QMAX)
+        k_at += BLOCK_N * WIDTH
+        v_at += v_next
+    if not ROUNDED:
+        weight_step = _inverse(total)
+    acc = acc * weight_step[:, None]
+    _store(acc, v_step_ptr, v_step_h, out_ptr, batch, head // SHARE, outer, row, rows, all_heads, DV, VALUE_WIDTH)

@@ -1,0 +1,202 @@
+"""qfx::quantized_attention for many queries at once (prefill): int8 q.k where both are integers, f16 p.v.
+
+qfx_triton::quantized_attention, with the arguments of `qfx.attention_ops`. It computes what the reference does: codes
+and scales are the same, sums are f32. What differs is the order of sums; the weights p of a row, which are f16 or bf16
+where p has no format (f32 operands: tf32); values with scales by token, which are rounded to the same types. Where p
+has a format its codes are those of the finished softmax, so keys are passed twice.
+
+Scores are found block by block and never stored (FlashAttention-2, Dao 2023; SageAttention, Zhang et al. 2024).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from qfx import attention_heads, attention_ops
+from qfx.attention_heads import Static
+from qfx.backends.triton import tuning
+from qfx.backends.triton.attention_operands import Laid, Steps, common, constants, holding, indices, lay, steps_of
+from qfx.backends.triton.device import Device
+from qfx.backends.triton.kernels.quantized_attention import attention
+from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
+from qfx.backends.triton.library import define
+from qfx.errors import explain
+from qfx.format import Format
+
+WIDEST = 256
+_LOG2E = math.log2(math.e)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_KERNEL = "quantized_attention"
+
+
+def reason_against(width: int, value_width: int, dtype: torch.dtype, device: Device) -> str | None:
+    """Why no kernel computes attention of this head size and dtype, or None. Formats are taken as the op takes them."""
+    if not 0 < max(width, value_width) <= WIDEST or min(width, value_width) == 0:
+        return f"heads of 1 to {WIDEST} channels have kernels, not of {width} and {value_width}"
+    return None if dtype in _DTYPES else f"operands in f16, bf16 or f32 have kernels, not in {dtype}"
+
+
+def quantized_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, q_scale: Sequence[float],
+    q_zero: Sequence[int], k_scale: Sequence[float], k_zero: Sequence[int], v_scale: Sequence[float],
+    v_zero: Sequence[int], scale: float, causal: bool, softcap: float, q_format: str, k_format: str, v_format: str,
+    p_format: str,
+) -> Tensor:  # fmt: skip
+    """Attention between rounded operands, [B, H, S, Dv] in q.dtype; arguments as `qfx.attention_ops` has them.
+
+    q [B, H, S, D], k [B, G, L, D], v [B, G, L, Dv] of one dtype (f16, bf16, f32), any strides; mask booleans that keep or
+    added floats, broadcast to [B, H, S, L]. Raises ValueError for other shapes, dtypes, devices and formats.
+    """
+    given = (q_scale, q_zero, k_scale, k_zero, v_scale, v_zero)
+    asked = attention_ops.checked(q, k, v, given, (q_format, k_format, v_format, p_format))
+    device = _checked(q, k, v, mask, sinks)
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+    rest = (mask, sinks, scale, causal, softcap)
+    if 0 in out.shape:
+        return out
+    if k.shape[2] == 0:
+        return out.zero_()
+    if alone := attention_heads.whole(asked, given):
+        _share(out, None, q, k, v, *rest, alone, device)
+        return out
+    for share in attention_heads.shares(asked, q.shape[1], k.shape[1]):
+        heads, own = (indices(tuple(share.of(role)), q.device) for role in "qk")
+        parts = (q.index_select(1, heads), k.index_select(1, own), v.index_select(1, own))
+        _share(out, heads, *parts, *rest, share.static(asked, given), device)
+    return out
+
+
+def _share(
+    out: Tensor, heads: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None,
+    scale: float, causal: bool, softcap: float, given: Sequence[Static], device: Device,
+) -> None:  # fmt: skip
+    """Heads whose formats are the same, into their place in `out`; heads: which of its heads they are, None for all."""
+    (qs, ks, vs, ps), share = given, q.shape[1] // k.shape[1]
+    centred = attention_ops.is_centred(ks.format)
+    mean = k.mean(-2, keepdim=True, dtype=torch.float32) if centred else None
+    dtype = common(holding(qs.format, q.dtype, device), holding(ks.format, k.dtype, device))
+    width = max(32, triton.next_power_of_2(q.shape[-1]))
+    k_steps = steps_of(k, ks, mean)
+    by_token = ks.format is not None and ks.format.granularity == "tok"
+    keys = lay(k, ks.format, k_steps, dtype, width, mean=mean, centred=centred, stepped=by_token)
+    biased = mean is not None and (softcap > 0 or sinks is not None)
+    queries = lay(q, qs.format, steps_of(q, qs, None), dtype, width, mean=mean, stepped=True, factor=scale * _LOG2E,
+                  times=k_steps, share=share, biased=biased)  # fmt: skip
+    values, v_steps = _values(v, vs)
+    spread = None if mask is None else mask.expand(*q.shape[:1], out.shape[1], q.shape[2], k.shape[2])
+    _start(out, heads, queries, keys, values, v_steps, spread, sinks, scale, causal, softcap, ps.format, q.shape[-1],
+           device)  # fmt: skip
+
+
+def _values(v: Tensor, given: Static) -> tuple[Tensor, Steps]:
+    """Values [B, G, L, width] as factors of the weights, and what the product is still to be multiplied by.
+
+    Codes are exact in f16. A scale of each token is inside the sum: its values are multiplied, in the dtype of v.
+    """
+    fmt, width = given.format, max(16, triton.next_power_of_2(v.shape[-1]))
+    if fmt is None and v.shape[-1] == width and v.stride(-1) == 1 and v.dtype == dot_dtype(v.dtype):
+        return v, Steps()
+    steps = steps_of(v, given, None)
+    multiplied = fmt is not None and fmt.granularity == "tok"
+    if fmt is None or multiplied:
+        dtype = v.dtype
+    else:
+        dtype = {"f32": v.dtype}.get(fmt.type, fmt.code_dtype) if fmt.is_plain else torch.float16
+    return lay(v, fmt, steps, dot_dtype(dtype), width, multiplied=multiplied).codes, steps
+
+
+def _start(
+    out: Tensor, heads: Tensor | None, q: Laid, k: Laid, v: Tensor, v_steps: Steps, mask: Tensor | None,
+    sinks: Tensor | None, scale: float, causal: bool, softcap: float, p_format: Format | None, depth: int,
+    device: Device,
+) -> None:  # fmt: skip
+    """Launch the kernel that the operands need."""
+    batch, count, rows, width = q.codes.shape
+    fast = scale > 0 and not softcap > 0 and q.bias is None and (mask is None or mask.dtype == torch.bool)
+    config = configuration(rows, width, v.shape[-1], q.codes.dtype, v.dtype, causal, device)
+    masked = mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+    launch(attention, (triton.cdiv(rows, config["BLOCK_M"]), batch * count), q.codes, k.codes, v, q.step, k.step,
+           v_steps.scale, q.bias, masked, sinks, heads, out, rows, k.codes.shape[2], count, out.shape[1],
+           *v.stride()[:3], v_steps.stride, *((0, 0, 0, 0) if mask is None else mask.stride()),
+           softcap * _LOG2E if softcap > 0 else None, SHARE=count // k.codes.shape[1], CAUSAL=causal, FAST=fast,
+           BOOL=mask is not None and mask.dtype == torch.bool, WIDTH=width, VALUE_WIDTH=v.shape[-1],
+           DV=out.shape[-1], **_of_weights(p_format), config=config)  # fmt: skip
+
+
+def _of_weights(fmt: Format | None) -> dict[str, Any]:
+    """How weights, between 0 and 1, become codes: constants of the kernel."""
+    found = constants(fmt)
+    kept = ("INTEGER", "BITS", "LEAST", "QMAX", "CLIP", "BY_ROW")
+    return {"ROUNDED": found["SCALED"], **{key: found[key] for key in kept}}
+
+
+def configuration(
+    rows: int, width: int, value_width: int, dtype: torch.dtype, v_dtype: torch.dtype, causal: bool, device: Device
+) -> Config:
+    """The measured configuration for a problem, else the heuristic one. dtype: of the codes of q and k."""
+    problem = f"d={width} dv={value_width} {str(dtype)[6:]} {str(v_dtype)[6:]}{' causal' if causal else ''}"
+    return tuning.tuned(device, _KERNEL, problem, rows) or _heuristic(rows, width, value_width, dtype, v_dtype)
+
+
+def _heuristic(rows: int, width: int, value_width: int, dtype: torch.dtype, v_dtype: torch.dtype) -> Config:
+    block = min(max(triton.next_power_of_2(rows), 16), 128)
+    wide = max(width * dtype.itemsize, value_width * v_dtype.itemsize)
+    columns = 64 if wide >= 256 else 128
+    if wide > 512:
+        block, columns = min(block, 64), 32
+    warps = 4 if block < 128 or (value_width <= 64 and v_dtype.itemsize == 2) else 8
+    return {"BLOCK_M": block, "BLOCK_N": columns, "num_warps": warps, "num_stages": 2}
+
+
+def candidates(
+    rows: int, width: int, value_width: int, dtype: torch.dtype, v_dtype: torch.dtype
+) -> list[Config]:
+    """Configurations to measure, the heuristic one first."""
+    first = _heuristic(rows, width, value_width, dtype, v_dtype)
+    choices = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))
+    others = [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), one, strict=True)) for one in choices]
+    fitting = [
+        one for one in others
+        if one["BLOCK_N"] * (width * dtype.itemsize + value_width * v_dtype.itemsize) * one["num_stages"] <= 131072
+        and (one["num_warps"] == 4) >= (one["BLOCK_M"] == 64) and one != first
+    ]  # fmt: skip
+    return [first, *fitting][:20]
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Device:
+    """Raises ValueError for what the kernels do not take, UnsupportedError where the device has none."""
+    device = device_of(q)
+    reason = reason_against(q.shape[-1], v.shape[-1], q.dtype, device)
+    shapes = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in (q, k, v))
+    if reason is not None:
+        raise ValueError(
+            explain(f"qfx_triton::quantized_attention: {reason}", found=shapes,
+                    next_step="use torch.ops.qfx.quantized_attention")  # fmt: skip
+        )
+    fits = (q.shape[0], k.shape[2], q.shape[3]) == (k.shape[0], v.shape[2], k.shape[3]) and k.shape[:2] == v.shape[:2]
+    others = [x for x in (k, v, mask, sinks) if x is not None]
+    if not fits or any(x.dtype != q.dtype for x in (k, v)) or any(x.device != q.device for x in others):
+        raise ValueError(
+            explain(
+                "qfx_triton::quantized_attention: the operands do not fit",
+                expected="q [B, H, S, D], k [B, G, L, D], v [B, G, L, Dv] of one dtype, all on one device",
+                found=shapes + "".join(f", {x.dtype} {list(x.shape)} on {x.device}" for x in others[2:]),
+                next_step="bring them to one dtype and device",
+            )
+        )
+    return device
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, *rest: Any) -> Tensor:
+    attention_ops.checked(q, k, v, rest[:6], rest[9:])
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+_LIBRARY = define(attention_ops.SCHEMA, quantized_attention, _fake) or globals().get("_LIBRARY")
