@@ -20,6 +20,7 @@ PLAIN, BY_TOKEN, BY_TOKENS, BY_CHANNELS = range(4)  # which values share a scale
 _KINDS = {"i8": 1, "f8e4m3": 2, "f8e5m2": 3}
 _WIDEST = 256
 _HEADS = 64
+REFERENCE = "take another format, or the reference, qfx::cache_attention and qfx::cache_append"
 
 
 @dataclass(frozen=True)
