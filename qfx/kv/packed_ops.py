@@ -129,7 +129,7 @@ def _json(value: Any) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _template(spec: str) -> tuple[CacheFormat, int, tuple[Part, ...]]:
+def layout(spec: str) -> tuple[CacheFormat, int, tuple[Part, ...]]:
     """Format, length and empty parts."""
     facts = json.loads(spec)
     heads, widths, length = facts.pop("heads"), facts.pop("widths"), facts.pop("length")
@@ -144,7 +144,7 @@ def _template(spec: str) -> tuple[CacheFormat, int, tuple[Part, ...]]:
 
 def memory_of(tensors: Sequence[Tensor], spec: str) -> Memory:
     """The memory that these tensors are."""
-    fmt, length, empty = _template(spec)
+    fmt, length, empty = layout(spec)
     stored, *floats = tensors[:5]
     left = iter(tensors[5:])
     parts = []

@@ -1,0 +1,192 @@
+"""Attention of few queries to a packed cache of fixed length: qfx_triton::cache_attention, as qfx::cache_attention.
+
+    split_attention   sums, maximum and total of each split of the stored tokens, and of the tokens in float
+    join_splits       y = sum of e^(maximum - greatest) sums / the same of the totals
+
+How many tokens there are is read on the device, so that neither a graph of CUDA nor a compiled graph is made anew for
+the next token. A split takes its share of those that there are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qfx.backends.triton import cache_layout, tuning
+from qfx.backends.triton.cache_layout import Held, Layout, Role
+from qfx.backends.triton.device import Device
+from qfx.backends.triton.kernels.cache_attention import join_splits, split_attention
+from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
+from qfx.backends.triton.library import define
+from qfx.errors import explain
+
+_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_SPLITS = 128  # at most: as many partial results are put together at once
+_ROWS = 64  # rows of queries of a program, at most
+_OUT = 32  # channels that a program of the last step puts together
+
+
+def cache_attention(
+    q: Tensor, memory: list[Tensor], length: Tensor, mask: Tensor | None, scale: float, causal: bool, spec: str
+) -> Tensor:
+    """y [B, H, S, Dv] of q [B, H, S, D], see `qfx.kv.packed_ops`; length i64 [], on the device of q.
+
+    f32 sums; codes are multiplied as f16, exactly, floats as they are held. The mask may have one place or at least as
+    many as there are tokens. Raises ValueError for a q that does not fit the memory and for formats that are not taken.
+    """
+    found = _checked(q, memory, spec)
+    batch, heads, queries, _ = q.shape
+    y = torch.empty((batch, heads, queries, found.widths[1]), dtype=q.dtype, device=q.device)
+    rows = heads // found.groups * queries
+    if not y.numel():
+        return y
+    config = dict(_config(found, q, rows))
+    splits = config.pop("SPLITS")
+    room = (batch, found.groups, splits + 1, rows)
+    sums = torch.empty((*room, found.widths[1]), dtype=torch.float32, device=q.device)
+    most, total = (torch.empty(room, dtype=torch.float32, device=q.device) for _ in range(2))
+    q = q.contiguous()
+    arguments = (q, sums, most, total, length, *memory[:5])
+    for part, tensors in zip(found.parts, found.tensors(memory), strict=True):
+        _split(arguments, found, part, tensors, mask, scale, causal, splits, config)
+    grid = (batch * found.groups * rows, triton.cdiv(found.widths[1], _OUT))
+    launch(join_splits, grid, sums, most, total, y, rows, splits + 1, DV=found.widths[1],
+           SPLITS=triton.next_power_of_2(splits + 1), BLOCK=_OUT, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+    return y
+
+
+def _split(
+    arguments: tuple[Tensor, ...], found: Layout, part: Held, tensors: list[list[Tensor | None]], mask: Tensor | None,
+    scale: float, causal: bool, splits: int, config: Config,
+) -> None:  # fmt: skip
+    q = arguments[0]
+    batch, heads, queries, _ = q.shape
+    many = heads // found.groups
+    rows_of = [_rows(tensors[role][i]) for role in (0, 1) for i in (0, 1)]
+    seen, strides, each = _mask(mask, (batch, heads, queries), many)
+    block = config["BLOCK_M"]
+    grid = (batch * part.count * triton.cdiv(many * queries, block), splits + 1)
+    plain = dot_dtype(torch.bfloat16) != torch.bfloat16  # interpreted
+    dots = [_dot(role, q.dtype, plain) for role in (part.keys, part.values)]
+    fast = {f"{n}_FAST": r.in_half and dot == tl.float16 for n, r, dot in zip("KV", (part.keys, part.values), dots, strict=True)}
+    launch(
+        split_attention, grid, *arguments, *tensors[0], *tensors[1], seen, cache_layout.signed(part.heads), part.count,
+        queries, found.groups, float(scale), *rows_of, *strides, splits,
+        MANY=many, D=found.widths[0], DV=found.widths[1], SINKS=found.fmt.sinks, ROOM=arguments[8].shape[2],
+        U=math.lcm(part.keys.planes, part.values.planes), **part.keys.constants("K"), **part.values.constants("V"),
+        K_DOT=dots[0], V_DOT=dots[1], **fast, Q_DOT=tl.float32 if plain else _DTYPES[q.dtype],
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", ALL=part.heads is None,
+        MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2, EACH_ROW=each, CAUSAL=causal,
+        BLOCK_D=_block(found.widths[0]), BLOCK_V=_block(found.widths[1]), config=config,
+    )  # fmt: skip
+
+
+def _dot(role: Role, dtype: torch.dtype, plain: bool) -> tl.dtype:
+    """In what a role's tiles are multiplied."""
+    if plain or dtype == torch.float32:
+        return tl.float32
+    return tl.float16 if role.in_half else _DTYPES[dtype]
+
+
+def _block(width: int) -> int:
+    return max(triton.next_power_of_2(width), 16)
+
+
+def _rows(x: Tensor | None) -> int:
+    assert x is not None
+    return x.shape[2]
+
+
+def _mask(
+    mask: Tensor | None, shape: tuple[int, int, int], many: int
+) -> tuple[Tensor | None, tuple[int, int, int, int], bool]:
+    """The mask as it is read, its strides, and whether the rows of a head of keys see different tokens."""
+    if mask is None:
+        return None, (0, 0, 0, 0), False
+    batch, heads, queries, place = mask.expand(*shape, mask.shape[-1]).stride()
+    place = 0 if mask.shape[-1] == 1 else place
+    each = (queries != 0 and shape[2] > 1) or (heads != 0 and many > 1)
+    return mask, (batch, heads, queries, place), each
+
+
+def candidates(found: Layout, rows: int) -> list[Config]:
+    """Configurations worth a measurement. PER: programs for each processor of the GPU."""
+    block = min(max(triton.next_power_of_2(rows), 16), _ROWS)
+    return [
+        {"BLOCK_M": block, "BLOCK_R": units, "FLOATS": 32, "PER": per, "num_warps": warps, "num_stages": stages}
+        for units in _units(found)
+        for warps, stages in ((4, 2), (4, 3), (8, 3))
+        for per in (2, 4)
+    ]
+
+
+def problem(found: Layout, many: int) -> str:
+    """The key of a problem in the tables of measured configurations."""
+    return f"{found.fmt} d={found.widths[0]} dv={found.widths[1]} n={many}"
+
+
+def _units(found: Layout) -> tuple[int, ...]:
+    """Units of a tile: about 4 to 16 kB of codes."""
+    longest = max(math.lcm(p.keys.planes, p.values.planes) for p in found.parts)
+    return (16, 32) if longest == 8 else (32, 64) if longest > 1 else (64, 128)
+
+
+def heuristic(found: Layout, rows: int) -> Config:
+    """What is taken where nothing was measured."""
+    block = min(max(triton.next_power_of_2(rows), 16), _ROWS)
+    wide = max(found.widths) > 128
+    return {"BLOCK_M": block, "BLOCK_R": _units(found)[0], "FLOATS": 16 if wide else 32, "PER": 2 if wide else 4,
+            "num_warps": 4, "num_stages": 2 if wide or block > 32 else 3}  # fmt: skip
+
+
+def _config(found: Layout, q: Tensor, rows: int) -> Config:
+    """With SPLITS: as many as fill the GPU, and as there can be blocks."""
+    device = device_of(q)
+    many = q.shape[1] // found.groups
+    known = tuning.tuned(device, "cache_attention", problem(found, many), rows) or heuristic(found, rows)
+    config = dict(known)
+    programs = q.shape[0] * found.groups * triton.cdiv(rows, config["BLOCK_M"])
+    least = config["BLOCK_R"] * min(math.lcm(p.keys.planes, p.values.planes) for p in found.parts)
+    wanted = triton.cdiv(device.processors * config.pop("PER"), programs)
+    config["SPLITS"] = max(min(wanted, triton.cdiv(found.length, least), _SPLITS - 1), 1)
+    return config
+
+
+def _checked(q: Tensor, memory: list[Tensor], spec: str) -> Layout:
+    found, device = cache_layout.of(spec), device_of(q)
+    if reason := cache_layout.reason_against(spec, device):
+        raise ValueError(
+            explain(
+                f"the kernels do not take this cache: {reason}",
+                next_step="take another format, or qfx::cache_attention, the reference",
+            )
+        )
+    keys = memory[3]
+    expected = f"[{keys.shape[0]}, a multiple of {found.groups}, queries, {found.widths[0]}]"
+    fits = q.dim() == 4 and q.shape[0] == keys.shape[0] and q.shape[3] == found.widths[0]
+    if not fits or q.shape[1] % found.groups or q.dtype not in _DTYPES:
+        raise ValueError(
+            explain(
+                "queries do not fit the cache",
+                expected=f"{expected}, f16, bf16 or f32",
+                found=f"{list(q.shape)}, {q.dtype}",
+                next_step="make the cache with the config of the model that uses it",
+            )
+        )
+    return found
+
+
+def _fake(q: Tensor, memory: list[Tensor], *_: object) -> Tensor:
+    return q.new_empty((*q.shape[:3], memory[4].shape[3]))
+
+
+_LIBRARY = define(
+    "cache_attention(Tensor q, Tensor[] memory, Tensor length, Tensor? mask, float scale, bool causal, str spec) "
+    "-> Tensor",
+    cache_attention,
+    _fake,
+) or globals().get("_LIBRARY")
