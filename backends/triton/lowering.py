@@ -24,7 +24,8 @@ from qfx import graph
 from qfx.backends.triton import device, tuning
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.passes.write_in_place import write_in_place
-from qfx.backends.triton.rules import RULES, Site
+from qfx.backends.triton.rules import RULES
+from qfx.backends.triton.site import Site
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.passes._build import call
 

@@ -1,13 +1,13 @@
 """Rules of qfx::linear and qfx::embedding.
 
-    %y = qfx.linear(%x, ..., i8/tok, i8/ch)
-    ->
-    %q = qfx_triton.quantize_dynamic(%x, smooth, i8/tok)
-    %y = qfx_triton.gemm8(%q[0], %q[1], %q[2], [...], bias, None, i8/tok, i8/ch, "", f16)
+%y = qfx.linear(%x, ..., i8/tok, i8/ch)
+->
+%q = qfx_triton.quantize_dynamic(%x, smooth, i8/tok)
+%y = qfx_triton.gemm8(%q[0], %q[1], %q[2], [...], bias, None, i8/tok, i8/ch, "", f16)
 
-    %y = qfx.linear(%x, ..., , u4/g128)
-    ->
-    %y = qfx_triton.linear_weight_only(%x, [...], bias, smooth, u4/g128, n)
+%y = qfx.linear(%x, ..., , u4/g128)
+->
+%y = qfx_triton.linear_weight_only(%x, [...], bias, smooth, u4/g128, n)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from qfx import graph
 from qfx.backends.triton import gemm8, weight_only
 from qfx.backends.triton.library import define
-from qfx.backends.triton.rules import Site, Taken, once
+from qfx.backends.triton.site import Site, Taken, once
 from qfx.format import Format
 from qfx.ops import _rounded_input
 from qfx.passes._build import call, take_place
@@ -55,14 +55,10 @@ def _gemm8(site: Site, given: dict[str, Any], k: int) -> Taken:
     return Taken(f"gemm8 {x_format} x {w_format} (Triton)")
 
 
-def quantized(
-    site: Site, x: fx.Node, smooth: Any, scale: Any, zero: Any, x_format: str
-) -> tuple[fx.Node, Any, Any]:
+def quantized(site: Site, x: fx.Node, smooth: Any, scale: Any, zero: Any, x_format: str) -> tuple[fx.Node, Any, Any]:
     """Nodes of an activation's codes, scale and zero points; inserted where the graph is being inserted."""
     if not Format.parse(x_format).dynamic:
-        codes = call(
-            site.gm, qfx_triton.quantize_static.default, x, smooth, scale, zero, x_format, like=site.node
-        )
+        codes = call(site.gm, qfx_triton.quantize_static.default, x, smooth, scale, zero, x_format, like=site.node)
         return codes, scale, zero
     whole = call(site.gm, qfx_triton.quantize_dynamic.default, x, smooth, x_format, like=site.node)
     codes, scale, zero = (call(site.gm, operator.getitem, whole, i, like=site.node) for i in range(3))
@@ -76,9 +72,7 @@ def _weight_only(site: Site, given: dict[str, Any], k: int) -> Taken | str:
     weight, now = _only(site, given, k)
     n = graph.val(given["w"]).shape[0]
     arguments = (given["x"], weight, given["bias"], given["smooth"], now, n)
-    return site.put(
-        qfx_triton.linear_weight_only.default, *arguments, kernel=f"linear_weight_only {w_format} (Triton)"
-    )
+    return site.put(qfx_triton.linear_weight_only.default, *arguments, kernel=f"linear_weight_only {w_format} (Triton)")
 
 
 def _of_rounded(site: Site, given: dict[str, Any], k: int) -> Taken | str:

@@ -5,7 +5,7 @@
     %scale_1 = getitem(%new, 2)
     %y = qfx.cache_attention(%q, [%data_1, %scale_1], ...)
     ->
-    qfx_triton.cache_append([%data, %scale], %k, %v, %n, ...)
+    qfx.cache_append([%data, %scale], %k, %v, %n, ...)
     %y = qfx.cache_attention(%q, [%data, %scale], ...)
 
 The functional form copies the whole memory. Where something later in the graph still reads the memory as it was, the
@@ -51,7 +51,7 @@ def _rewritten(gm: fx.GraphModule, node: fx.Node) -> bool:
         own = [call(gm, torch.ops.aten.clone.default, b, like=node) if _is_read(b, node, order) else b for b in bases]
         memory = [own[given[f"_memory_{i}_base_index"]] for i in range(given["_memory_length"])]
         operands = (given[name] for name in ("k", "v", "length", "spec"))
-        call(gm, torch.ops.qfx_triton.cache_append.default, memory, *operands, like=node)
+        call(gm, torch.ops.qfx.cache_append.default, memory, *operands, like=node)
     for user in list(node.users):
         assert is_call(user, operator.getitem), user
         user.replace_all_uses_with(own[int(user.args[1]) - 1])  # type: ignore[arg-type]

@@ -1,0 +1,36 @@
+"""Rules of attention between rounded operands, and of caches that hold packed codes."""
+
+from __future__ import annotations
+
+import torch
+
+from qfx import graph
+from qfx.backends.triton import cache_append as _append  # noqa: F401  (registers the op)
+from qfx.backends.triton import cache_attention as _attention  # noqa: F401  (registers the op)
+from qfx.backends.triton import cache_layout
+from qfx.backends.triton import quantized_attention as rounded
+from qfx.backends.triton.site import Site, Taken
+
+qfx_triton = torch.ops.qfx_triton
+
+
+def quantized_attention(site: Site) -> Taken | str:
+    """qfx::quantized_attention, in one pass over the keys (two where the weights have a format)."""
+    q, v = graph.val(site.given["q"]), graph.val(site.given["v"])
+    if reason := rounded.reason_against(q.shape[-1], v.shape[-1], q.dtype, site.device):
+        return reason
+    return site.put(qfx_triton.quantized_attention.default, *site.given.values(), kernel="quantized_attention (Triton)")
+
+
+def cache_attention(site: Site) -> Taken | str:
+    """qfx::cache_attention over the codes as they lie."""
+    if reason := cache_layout.reason_against(site.given["spec"], site.device):
+        return reason
+    return site.put(qfx_triton.cache_attention.default, *site.given.values(), kernel="cache_attention (Triton)")
+
+
+def cache_append(site: Site) -> Taken | str:
+    """qfx::cache_append, in place (see `write_in_place`)."""
+    if reason := cache_layout.reason_against(site.given["spec"], site.device):
+        return reason
+    return site.put(qfx_triton.cache_append.default, *site.given.values(), kernel="cache_append (Triton)")

@@ -1,0 +1,138 @@
+"""Lowering: what is written in place, what is told, and where the backend is not to be had."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qfx
+from qfx.backends.triton import device, lower
+from qfx.backends.triton.device import Device
+from qfx.errors import QfxWarning, UnsupportedError
+from qfx.pipeline import apply_plan, prepare
+from qfx.recipe import Recipe
+from tests.backends.triton.cases import DEVICE
+from tests.graphs import capture
+
+
+class Cache(nn.Module):
+    """Writes new rows into a cache and reads it; also gives a view of what was there before."""
+
+    def forward(self, cache: Tensor, at: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        before = cache.clone()[0]
+        cache.index_copy_(1, at, new)
+        return cache.sum(-1), before
+
+
+def given() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return (
+        torch.randn(2, 8, 4, device=DEVICE),
+        torch.tensor([3, 5], device=DEVICE),
+        torch.randn(2, 2, 4, device=DEVICE),
+    )
+
+
+@pytest.mark.parametrize("mode", [None, pytest.param("default", marks=pytest.mark.slow)])
+def test_changed_inputs_are_written_where_they_lie(mode: str | None) -> None:
+    lowered = lower(capture(Cache(), *given()), mode=mode)
+    for _ in range(2):
+        cache, at, new = given()
+        changed = cache.index_copy(1, at, new)
+        out, total, before = lowered(cache, at, new)
+        assert out is cache
+        assert torch.equal(cache, changed)
+        torch.testing.assert_close(total, changed.sum(-1))
+        assert torch.equal(before, given()[0][0])
+
+
+def quantized(model: nn.Module, recipe: str, *inputs: Any) -> Any:
+    gm = capture(model, *inputs)
+    prepare(gm)
+    apply_plan(gm, None, Recipe.parse(recipe))
+    return gm
+
+
+def test_what_the_graph_holds_is_left_as_it_was() -> None:
+    x = torch.randn(3, 40, device=DEVICE)
+    gm = quantized(nn.Linear(40, 24, device=DEVICE), "w8a8", x)
+    before = str(gm.graph)
+    lowered = lower(gm)
+    assert str(gm.graph) == before
+    (expected,), (found,) = gm(x), lowered(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert lowered.kernels["linear"] == "gemm8 i8/tok x i8/ch (Triton)"
+    assert lowered.first_call is not None and lowered.first_call >= 0
+
+
+def test_a_node_without_a_kernel_is_told_and_refused_when_strict() -> None:
+    model = nn.Linear(40, 24, device=DEVICE).eval()
+    options = {"recipe": Recipe.parse("w8a8").override(rules=({"target": "*", "w": "i4/g10"},)), "backend": "triton"}
+    x = torch.randn(3, 40, device=DEVICE)
+    with torch.no_grad():
+        with pytest.warns(QfxWarning, match=r"torch's reference arithmetic, which is slow: .*i4/g10"):
+            found = torch.compile(model, backend="qfx", options={**options, "cache": False})(x)
+        torch._dynamo.reset()
+        assert found.shape == (3, 24)
+        with pytest.raises(Exception, match=r"strict=True and not everything") as caught:
+            torch.compile(model, backend="qfx", options={**options, "strict": True, "cache": False})(x)
+    assert isinstance(caught.value.__cause__ or caught.value, UnsupportedError | RuntimeError)
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_without_a_gpu_onnx_runtime_runs_it_and_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "interpreting", lambda: False)
+    model, x = nn.Linear(40, 24).eval(), torch.randn(3, 40)
+    with torch.no_grad(), pytest.warns(QfxWarning, match=r"runs in ONNX Runtime, since Triton does not take it.*no GPU"):
+        compiled = torch.compile(model, backend="qfx", options={"backend": "triton", "cache": False})
+        assert compiled(x).shape == (3, 24)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "reason"), [((7, 5), None, "capability is 7.5"), ((9, 0), "6.0", "no NVIDIA")]
+)
+def test_gpus_that_have_no_kernels(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, reason: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with pytest.raises(UnsupportedError, match=re.escape(reason)):
+        device.find(torch.device("cuda"))
+
+
+def test_triton_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match="pip install triton"):
+        lower(capture(Cache(), *given()))
+    with pytest.raises(ValueError, match="'triton' is not installed"):
+        qfx.options.Options.parse({"backend": "triton"})
+
+
+def test_the_mode_is_for_graphs_on_a_gpu() -> None:
+    with pytest.raises(Exception, match="mode 'reduce-overhead' is Inductor's"):
+        torch.compile(nn.Linear(4, 4).eval(), backend="qfx", mode="reduce-overhead")(torch.ones(1, 4))
+    torch._dynamo.reset()
+
+
+def test_a_device_knows_whether_it_multiplies_8_bit_floats() -> None:
+    assert not device.A100.has_fp8 and device.H200.has_fp8
+    assert not Device("", (8, 6), 1, 1).has_fp8
+
+
+def test_nothing_is_said_where_all_runs_as_asked() -> None:
+    model, x = nn.Linear(40, 24, device=DEVICE).eval(), torch.randn(3, 40, device=DEVICE)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        compiled = torch.compile(model, backend="qfx", options={"backend": "triton", "cache": False, "strict": True})
+        compiled(x)
+    report = qfx.report(compiled)
+    assert [row.kernel for row in report] == ["gemm8 i8/tok x i8/ch (Triton)"]
+    assert report.first_calls is not None and not report.notes
+    torch._dynamo.reset()
