@@ -1,0 +1,256 @@
+"""Linears of 8-bit activations and 8-bit weights on the tensor cores: integers exactly, e4m3 with f32 sums.
+
+    qfx_triton::gemm8(codes, x_scale, x_zero?, weight[], bias?, residual?, x_format, w_format, activation, dtype) -> y
+    qfx_triton::linear_w8a8(x, weight[], bias?, residual?, x_scale?, x_zero?, smooth?, x_format, w_format, activation)
+
+y = activation(x w^T + bias) + residual in `dtype` ("f16", "bf16", "f32"), activation "", "gelu", "gelu_tanh" or "silu".
+`gemm8` takes what `quantize_rows` or a producer that quantizes gives; `linear_w8a8` quantizes first and is
+`qfx.ops.linear` for these formats. `weight` is what `pack_gemm8` makes of a weight.
+
+Integer weights of 2 to 8 bits, per channel or for the tensor, are held as int8. e4m3 weights have scales per channel,
+for the tensor, in blocks or groups (`f8e4m3/b128x128` with `f8e4m3/g128/dyn`, as in DeepSeek-V3, arXiv 2412.19437).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qfx.backends.triton.device import Device
+from qfx.backends.triton.gemm8_config import Problem, configuration
+from qfx.backends.triton.kernels import gemm8 as kernels
+from qfx.backends.triton.launch import Config, device_of, launch
+from qfx.backends.triton.library import define
+from qfx.backends.triton.quantize_rows import aligned, quantize_dynamic, quantize_static, shift_of
+from qfx.backends.triton.quantize_rows import reason_against as reason_against_input
+from qfx.errors import explain
+from qfx.format import Format
+from qfx.packing import unpack_codes, unpack_zeros
+
+ACTIVATIONS = ("", "gelu", "gelu_tanh", "silu")
+DTYPES = ("f16", "bf16", "f32")
+_LEAST_GROUP = 32
+
+
+def reason_against(x_format: str, w_format: str, device: Device, k: int = 1) -> str | None:
+    """Why a linear of these formats over k has no kernel here, or None. Every device of `device.LEAST` takes all."""
+    if not x_format:
+        return "the activation is not quantized"
+    xf, wf = Format.parse(x_format), Format.parse(w_format)
+    if reason := reason_against_input(xf):
+        return reason
+    if xf.is_integer != wf.is_integer or (wf.is_float and wf.type != "f8e4m3") or wf.is_plain:
+        return f"'{x_format}' and '{w_format}' have no product of 8 bits: both are integers, or both f8e4m3"
+    if wf.has_global_scale or wf.dynamic or wf.granularity in ("tok", "head"):
+        return f"weights of '{w_format}' have no kernel of 8 bits"
+    if wf.is_integer:
+        if wf.granularity not in ("", "ch"):
+            return f"'{w_format}': integer products take weights with a scale for the tensor or per channel"
+        if k * _reach(xf) * _reach(wf) >= 2**31:
+            return f"sums over {k} products of '{x_format}' and '{w_format}' pass 32 bits"
+        return None
+    for fmt in (xf, wf):
+        group = _group(fmt)
+        if group and (group & (group - 1) or group < _LEAST_GROUP):
+            return f"'{fmt}': groups of a product are powers of two from {_LEAST_GROUP} on"
+    return None
+
+
+def pack_gemm8(w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str, k: int) -> list[Tensor]:
+    """The tensors of a packed weight [N, K] (see `qfx.packing`) as `gemm8` takes them, on the same device.
+
+    Integers: codes int8 [N, aligned(K)], scale f32 [N], sums of codes less zero points int32 [N] and, with zero points,
+    these int32 [N]. e4m3: codes [N, aligned(K)] and scale f32 [N], or [N / R, K / G] of blocks or groups.
+    """
+    fmt = Format.parse(w_format)
+    codes = unpack_codes(w, fmt, k)
+    zero = unpack_zeros(w_zero, fmt, w_scale)
+    n, width = codes.shape[0], aligned(k)
+    scale = w_scale.to(torch.float32)
+    if not _group(fmt):
+        scale = scale.reshape(-1).expand(n)
+    scale = scale.contiguous()
+    if fmt.is_float:
+        padded = codes.new_zeros(n, width)
+        padded[:, :k] = codes
+        return [padded, scale]
+    shift = shift_of(fmt)
+    padded = torch.zeros(n, width, dtype=torch.int8, device=w.device)
+    padded[:, :k] = (codes.to(torch.int16) - shift).to(torch.int8)
+    sums = padded.sum(-1, dtype=torch.int32)
+    if zero is None:
+        return [padded, scale, sums]
+    shifted = (zero.to(torch.int32) - shift).reshape(-1).expand(n).contiguous()
+    return [padded, scale, sums - k * shifted, shifted]
+
+
+def gemm8(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    x_format: str,
+    w_format: str,
+    activation: str,
+    dtype: str,
+) -> Tensor:
+    """codes [.., K or aligned(K)] int8 (u8 less 128) or e4m3 times a weight of `pack_gemm8`: [.., N] in `dtype`.
+
+    x_scale: f32 [.., 1] per token, one value for the tensor, [.., G] in groups; x_zero: uint8, as the reference's.
+    Raises ValueError for formats without a kernel and for tensors that do not fit.
+    """
+    xf, wf = Format.parse(x_format), Format.parse(w_format)
+    w, w_scale = weight[:2]
+    n, k = w.shape
+    device = device_of(codes)
+    _check(codes, x_scale, x_zero, weight, bias, residual, xf, wf, activation, dtype, device)
+    rows = _operand(codes, k)
+    m = rows.shape[0]
+    y = torch.empty(m, n, dtype=Format.parse(dtype).code_dtype, device=rows.device)
+    groups, by_hand = (_group(xf), _group(wf)), wf.is_float and device.by_hand
+    problem = Problem(n, k, wf.is_float, min((g for g in groups if g), default=0), by_hand)
+    config = configuration(device, problem, m)
+    x_sums = rows.sum(-1, dtype=torch.int32) if wf.has_zero else None
+    ends = (x_scale.to(torch.float32).contiguous(), x_zero if xf.has_zero else None, x_sums, w_scale,
+            weight[3] if wf.has_zero else None, weight[2] if xf.has_zero else None,
+            bias, None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
+    constants = {
+        "X_SHIFT": shift_of(xf), "X_PER_ROW": xf.granularity == "tok", "X_GROUP": groups[0], "W_GROUP": groups[1],
+        "ACTIVATION": activation,
+    }  # fmt: skip
+    inner = {"W_ROWS": wf.block[0] if wf.block else 1, "FLOAT": wf.is_float, "BY_HAND": by_hand}
+    widths = (x_scale.shape[-1] if groups[0] else 0, w_scale.shape[-1] if groups[1] else 0)
+    if by_hand:
+        rows, w = rows.view(torch.uint8), w.view(torch.uint8)
+    _started(rows, w, y, ends, widths, config, constants, inner, device)
+    return y.reshape(*codes.shape[:-1], n)
+
+
+def linear_w8a8(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero: Tensor | None,
+    smooth: Tensor | None,
+    x_format: str,
+    w_format: str,
+    activation: str,
+) -> Tensor:
+    """x [.., K] float, divided by smooth [K], quantized and multiplied: `qfx.ops.linear`, then activation and residual.
+
+    x_scale, x_zero: of a static x_format. Returns [.., N] in x.dtype.
+    """
+    fmt = Format.parse(x_format)
+    if fmt.dynamic:
+        codes, x_scale, x_zero = quantize_dynamic(x, smooth, x_format)
+    elif x_scale is None:
+        raise _bad(f"the static format '{x_format}' has no scale", "x_scale, and x_zero for u2..u8", "None")
+    else:
+        codes = quantize_static(x, smooth, x_scale, x_zero, x_format)
+    dtype = {torch.float16: "f16", torch.bfloat16: "bf16"}.get(x.dtype, "f32")
+    return gemm8(codes, x_scale, x_zero, weight, bias, residual, x_format, w_format, activation, dtype)
+
+
+def _started(
+    rows: Tensor, w: Tensor, y: Tensor, ends: tuple[Tensor | None, ...], widths: tuple[int, int], config: Config,
+    constants: dict[str, int | str], inner: dict[str, int], device: Device,
+) -> None:  # fmt: skip
+    """Launch the product, and the sum of its parts where k is split. `ends`: what the epilogue reads."""
+    (m, n), k = y.shape, w.shape[1]
+    split = config["SPLIT"]
+    tiles = -(-m // config["BLOCK_M"]) * -(-n // config["BLOCK_N"])
+    programs = min(tiles, device.processors) if config["PERSISTENT"] else tiles
+    kind = torch.float32 if w.is_floating_point() or w.dtype == torch.uint8 else torch.int32
+    out = y if split == 1 else torch.empty(split, m, n, dtype=kind, device=y.device)
+    launch(kernels.gemm8, (programs, split), rows, w, out, *ends, m, n, k, rows.stride(0), *widths, **constants,
+           **inner, EVEN_K=k % config["BLOCK_K"] == 0, config=config)  # fmt: skip
+    if split > 1:
+        height = min(16, 1 << max(m - 1, 0).bit_length())
+        launch(kernels.reduce8, (-(-m // height), -(-n // 128)), out, y, *ends, m, n, **constants, SPLIT=split,
+               BLOCK_M=height, BLOCK_N=128, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+
+
+def _operand(codes: Tensor, k: int) -> Tensor:
+    """codes as [M, k] in rows that begin at multiples of 16 bytes."""
+    rows = codes.reshape(codes.shape[:-1].numel(), codes.shape[-1])
+    if rows.shape[1] == k and rows.stride(1) == 1 and rows.stride(0) % 16 == 0 and rows.storage_offset() % 16 == 0:
+        return rows
+    padded = torch.zeros(rows.shape[0], k, dtype=rows.dtype, device=rows.device)
+    padded[:, : rows.shape[1]] = rows
+    return padded
+
+
+def _group(fmt: Format) -> int:
+    """How many k share a scale, 0 where all of a row do."""
+    return fmt.group or (fmt.block[1] if fmt.block else 0)
+
+
+def _reach(fmt: Format) -> int:
+    return fmt.qmax if fmt.has_zero else -fmt.qmin
+
+
+def _check(
+    codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: list[Tensor], bias: Tensor | None,
+    residual: Tensor | None, xf: Format, wf: Format, activation: str, dtype: str, device: Device,
+) -> None:  # fmt: skip
+    (n, k), lead = weight[0].shape, codes.shape[:-1]
+    if reason := reason_against(str(xf), str(wf), device, k):
+        raise _bad(f"there is no kernel: {reason}", "see the module's formats", f"'{xf}' times '{wf}'")
+    if activation not in ACTIVATIONS or dtype not in DTYPES:
+        raise _bad("unknown activation or dtype", f"one of {ACTIVATIONS}, one of {DTYPES}", (activation, dtype))
+    expected = torch.float8_e4m3fn if xf.is_float else torch.int8
+    if codes.dtype != expected or not k - 15 <= codes.shape[-1] <= k:
+        raise _bad("codes do not fit the weight", f"{expected}, rows of {k}", f"{codes.dtype}, {list(codes.shape)}")
+    if len(weight) != (2 if wf.is_float else 4 if wf.has_zero else 3):
+        raise _bad(f"the weight is not packed as '{wf}'", "the tensors of pack_gemm8", f"{len(weight)} tensors")
+    values = -(-codes.shape[-1] // xf.group) if xf.group else 1
+    scales = values * (lead.numel() if xf.granularity else 1)
+    if x_scale.numel() != scales or (xf.has_zero and (x_zero is None or x_zero.numel() != scales)):
+        found = f"{x_scale.numel()} and {'no' if x_zero is None else x_zero.numel()}"
+        raise _bad("scales or zero points do not fit the codes", f"{scales} of each that '{xf}' has", found)
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise _bad("the bias does not fit", f"shape [{n}]", list(bias.shape))
+    if residual is not None and tuple(residual.shape) != (*lead, n):
+        raise _bad("the residual does not fit", f"shape {[*lead, n]}", list(residual.shape))
+    for tensor in (x_scale, x_zero, *weight, bias, residual):
+        if tensor is not None and tensor.device != codes.device:
+            raise _bad("tensors lie on several devices", f"all on {codes.device}", tensor.device)
+
+
+def _bad(what: str, expected: object, found: object) -> ValueError:
+    return ValueError(explain(f"qfx_triton::gemm8: {what}", expected=expected, found=found))
+
+
+def _fake_gemm8(
+    codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: list[Tensor], bias: Tensor | None,
+    residual: Tensor | None, x_format: str, w_format: str, activation: str, dtype: str,
+) -> Tensor:  # fmt: skip
+    return codes.new_empty((*codes.shape[:-1], weight[0].shape[0]), dtype=Format.parse(dtype).code_dtype)
+
+
+def _fake_linear(
+    x: Tensor, weight: list[Tensor], bias: Tensor | None, residual: Tensor | None, x_scale: Tensor | None,
+    x_zero: Tensor | None, smooth: Tensor | None, x_format: str, w_format: str, activation: str,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], weight[0].shape[0]))
+
+
+_LIBRARIES = [
+    define(
+        "gemm8(Tensor codes, Tensor x_scale, Tensor? x_zero, Tensor[] weight, Tensor? bias, Tensor? residual, "
+        "str x_format, str w_format, str activation, str dtype) -> Tensor",
+        gemm8,
+        _fake_gemm8,
+    ),
+    define(
+        "linear_w8a8(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, Tensor? x_scale, Tensor? x_zero, "
+        "Tensor? smooth, str x_format, str w_format, str activation) -> Tensor",
+        linear_w8a8,
+        _fake_linear,
+    ),
+    *globals().get("_LIBRARIES", []),
+]
