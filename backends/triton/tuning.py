@@ -2,7 +2,9 @@
 
     tuned/NVIDIA_H200.json   {"int8_gemm": {"n=4096 k=4096 f16": {"16": {"BLOCK_M": 16, ..., "num_warps": 4}}}}
 
-The last key is a bucket of M: the least power of two that is not below it, at most 8192. Nothing is measured here.
+The last key is a bucket of M: the least power of two that is not below it, at most 8192. Files are looked for in the
+package, in the user's folder ("tuned" in that of qfx's caches) and in the folder that QFX_TUNED_DIR names; the later
+wins. Nothing is measured here: `qfx.backends.triton.tune` does that, and learns by `watched` what there is to choose.
 """
 
 from __future__ import annotations
@@ -11,35 +13,76 @@ import functools
 import json
 import os
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Config
 from qfx.errors import explain
+from qfx.files import write_text
+from qfx.folders import default_folder
 
-_LARGEST = 8192
-_SHIPPED = Path(__file__).parent / "tuned"
+LARGEST = 8192
+SHIPPED = Path(__file__).parent / "tuned"
+
+Choice = tuple[str, str, str]  # kernel, problem, bucket of M
+_WATCHED: ContextVar[dict[Choice, list[Config]] | None] = ContextVar("qfx_triton_watched", default=None)
+_TRIED: ContextVar[tuple[Choice, Config] | None] = ContextVar("qfx_triton_tried", default=None)
 
 
 def bucket(m: int) -> int:
     """The bucket of M rows."""
-    return min(1 << max(m - 1, 0).bit_length(), _LARGEST)
+    return min(1 << max(m - 1, 0).bit_length(), LARGEST)
 
 
-def tuned(device: Device, kernel: str, problem: str, m: int) -> Config | None:
-    """What was measured to be best for this kernel, problem and bucket of M on this GPU, or None."""
-    found: Config | None = _of_device(device.name, os.environ.get("QFX_TUNED_DIR", ""))
-    for key in (kernel, problem, str(bucket(m))):
+def tuned(
+    device: Device, kernel: str, problem: str, m: int, candidates: Callable[[], Sequence[Config]] | None = None
+) -> Config | None:
+    """What was measured to be best for this kernel, problem and bucket of M on this GPU, or None.
+
+    candidates: what would be worth a measurement here; only called while one is made.
+    """
+    choice = (kernel, problem, str(bucket(m)))
+    watched_now, tried = _WATCHED.get(), _TRIED.get()
+    if watched_now is not None and candidates is not None:
+        watched_now.setdefault(choice, list(candidates()))
+    if tried is not None and tried[0] == choice:
+        return tried[1]
+    found: Config | None = _of_device(device.name, *_named())
+    for key in choice:
         if found is None:
             return None
         found = found.get(key)  # type: ignore[assignment]
     return found
 
 
+@contextmanager
+def watched() -> Iterator[dict[Choice, list[Config]]]:
+    """Collects the choices that are made within it, and between what."""
+    found: dict[Choice, list[Config]] = {}
+    token = _WATCHED.set(found)
+    try:
+        yield found
+    finally:
+        _WATCHED.reset(token)
+
+
+@contextmanager
+def trying(choice: Choice, config: Config) -> Iterator[None]:
+    """Within it one choice is made for this configuration."""
+    token = _TRIED.set((choice, config))
+    try:
+        yield
+    finally:
+        _TRIED.reset(token)
+
+
 def has_any(device: Device) -> bool:
     """Whether anything was measured for this GPU."""
-    return bool(_of_device(device.name, os.environ.get("QFX_TUNED_DIR", "")))
+    return bool(_of_device(device.name, *_named()))
 
 
 def file_of(folder: Path, device: Device) -> Path:
@@ -47,11 +90,45 @@ def file_of(folder: Path, device: Device) -> Path:
     return folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', device.name).strip('_')}.json"
 
 
+def own_folder() -> Path | None:
+    """Where this user's configurations are written: QFX_TUNED_DIR, else "tuned" in the folder of caches.
+
+    None where there is no such folder (QFX_CACHE_DIR is empty).
+    """
+    named, base = os.environ.get("QFX_TUNED_DIR", ""), default_folder()
+    if named:
+        return Path(named)
+    return None if base is None else base / "tuned"
+
+
+def write(folder: Path, device: Device, found: Mapping[Choice, Config]) -> Path:
+    """Add configurations to the file of a GPU and return its path; what else it holds stays.
+
+    The file is whole at any time. Raises OSError where it cannot be written, ValueError where what is there is no JSON.
+    """
+    path = file_of(folder, device)
+    kept = _read(path) if path.exists() else {}
+    for (kernel, problem, rows), config in found.items():
+        kept.setdefault(kernel, {}).setdefault(problem, {})[rows] = dict(config)
+    for problems in kept.values():
+        for problem, buckets in problems.items():
+            problems[problem] = dict(sorted(buckets.items(), key=lambda item: int(item[0])))
+    write_text(path, json.dumps(kept, indent=1, sort_keys=False) + "\n")
+    _of_device.cache_clear()
+    return path
+
+
+def _named() -> tuple[str, str]:
+    """What says where folders are."""
+    return os.environ.get("QFX_TUNED_DIR", ""), os.environ.get("QFX_CACHE_DIR", "-")
+
+
 @functools.cache
-def _of_device(name: str, folder: str) -> dict[str, Any]:
-    """Shipped ones, and over them those of the folder that QFX_TUNED_DIR names."""
+def _of_device(name: str, folder: str, _: str) -> dict[str, Any]:
+    """The configurations of all folders, the later over the earlier ones."""
+    base = default_folder()
     merged: dict[str, Any] = {}
-    for place in (_SHIPPED, Path(folder) if folder else None):
+    for place in (SHIPPED, None if base is None else base / "tuned", Path(folder) if folder else None):
         if place is None:
             continue
         path = file_of(place, Device(name, (0, 0), 0, 0))
@@ -64,11 +141,11 @@ def _of_device(name: str, folder: str) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    step = "run `qfx tune` again, or remove the file"
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
-            explain(f"{path} is no JSON: {error}", next_step="run `qfx tune` again, or remove the file")
-        ) from error
-    assert isinstance(found, dict), path
+        raise ValueError(explain(f"{path} is no JSON: {error}", next_step=step)) from error
+    if not isinstance(found, dict):
+        raise ValueError(explain(f"{path} holds no configurations", found=type(found).__name__, next_step=step))
     return found

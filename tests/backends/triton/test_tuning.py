@@ -1,0 +1,85 @@
+"""Measured configurations: buckets, files, which of them wins, and choices that are watched and tried."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qfx.backends.triton import tuning
+from qfx.backends.triton.device import Device
+
+GPU = Device("NVIDIA Test (1)", (9, 0), 132, 232448)
+BEST = {"BLOCK_M": 64, "num_warps": 8}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QFX_TUNED_DIR", str(tmp_path / "own"))
+    return tmp_path / "own"
+
+
+@given(st.integers(0, 20000))
+def test_a_bucket_is_the_next_power_of_two(m: int) -> None:
+    found = tuning.bucket(m)
+    assert found == 8192 if m > 8192 else m <= found < max(2 * m, 2)
+
+
+def test_what_is_written_is_found_and_the_rest_stays(folder: Path) -> None:
+    assert tuning.tuned(GPU, "gemm", "n=8 k=8", 5) is None and not tuning.has_any(GPU)
+    path = tuning.write(folder, GPU, {("gemm", "n=8 k=8", "8"): BEST, ("gemm", "n=8 k=8", "16"): {"BLOCK_M": 16}})
+    assert path == folder / "NVIDIA_Test_1.json" == tuning.file_of(folder, GPU)
+    assert tuning.tuned(GPU, "gemm", "n=8 k=8", 5) == BEST and tuning.has_any(GPU)
+    tuning.write(folder, GPU, {("gemm", "n=8 k=8", "16"): {"BLOCK_M": 32}, ("gemv", "n=8 k=8", "1"): {"SPLIT": 2}})
+    assert json.loads(path.read_text()) == {
+        "gemm": {"n=8 k=8": {"8": BEST, "16": {"BLOCK_M": 32}}},
+        "gemv": {"n=8 k=8": {"1": {"SPLIT": 2}}},
+    }
+    assert [tuning.tuned(GPU, "gemm", "n=8 k=8", m) for m in (4, 8, 9, 17)] == [None, BEST, {"BLOCK_M": 32}, None]
+    assert tuning.tuned(Device("other", (9, 0), 1, 1), "gemm", "n=8 k=8", 8) is None
+
+
+def test_the_named_folder_wins_over_the_users_own_over_the_package(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QFX_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    user = tmp_path / "cache" / "tuned"
+    for place, buckets in ((tuning.SHIPPED, "124"), (user, "24"), (folder, "4")):
+        tuning.write(place, GPU, {("gemm", "p", b): {"FROM": len(place.parts) + len(place.name)} for b in buckets})
+    sources = [tuning.tuned(GPU, "gemm", "p", int(b)) for b in "124"]
+    assert sources == [{"FROM": len(p.parts) + len(p.name)} for p in (tuning.SHIPPED, user, folder)]
+    assert tuning.own_folder() == folder
+    monkeypatch.delenv("QFX_TUNED_DIR")
+    assert tuning.own_folder() == user
+    assert tuning.tuned(GPU, "gemm", "p", 4) == tuning.tuned(GPU, "gemm", "p", 2)
+    monkeypatch.setenv("QFX_CACHE_DIR", "")
+    assert tuning.own_folder() is None and tuning.tuned(GPU, "gemm", "p", 1) is not None
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is no JSON"), ("[]", "holds no configurations")])
+def test_a_damaged_file_is_told(folder: Path, text: str, message: str) -> None:
+    folder.mkdir()
+    tuning.file_of(folder, GPU).write_text(text)
+    tuning._of_device.cache_clear()
+    with pytest.raises(ValueError, match=message):
+        tuning.tuned(GPU, "gemm", "p", 1)
+    with pytest.raises(ValueError, match=message):
+        tuning.write(folder, GPU, {})
+
+
+def test_choices_are_watched_and_tried() -> None:
+    def choose() -> object:
+        return tuning.tuned(GPU, "gemm", "p", 3, lambda: [BEST, {}])
+
+    with tuning.watched() as choices:
+        assert choose() is None
+        assert tuning.tuned(GPU, "norm", "p", 3) is None
+    assert choices == {("gemm", "p", "4"): [BEST, {}]}
+    with tuning.trying(("gemm", "p", "4"), BEST):
+        assert choose() == BEST
+        assert tuning.tuned(GPU, "gemm", "other", 3) is None
+    assert choose() is None
