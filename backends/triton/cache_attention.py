@@ -72,7 +72,10 @@ def _split(
     grid = (batch * part.count * triton.cdiv(many * queries, block), splits + 1)
     plain = dot_dtype(torch.bfloat16) != torch.bfloat16  # interpreted
     dots = [_dot(role, q.dtype, plain) for role in (part.keys, part.values)]
-    fast = {f"{n}_FAST": r.in_half and dot == tl.float16 for n, r, dot in zip("KV", (part.keys, part.values), dots, strict=True)}
+    fast = {
+        f"{n}_FAST": r.in_half and dot == tl.float16
+        for n, r, dot in zip("KV", (part.keys, part.values), dots, strict=True)
+    }
     launch(
         split_attention, grid, *arguments, *tensors[0], *tensors[1], seen, cache_layout.signed(part.heads), part.count,
         queries, found.groups, float(scale), *rows_of, *strides, splits,

@@ -155,9 +155,7 @@ def _heuristic(rows: int, width: int, value_width: int, dtype: torch.dtype, v_dt
     return {"BLOCK_M": block, "BLOCK_N": columns, "num_warps": warps, "num_stages": 2}
 
 
-def candidates(
-    rows: int, width: int, value_width: int, dtype: torch.dtype, v_dtype: torch.dtype
-) -> list[Config]:
+def candidates(rows: int, width: int, value_width: int, dtype: torch.dtype, v_dtype: torch.dtype) -> list[Config]:
     """Configurations to measure, the heuristic one first."""
     first = _heuristic(rows, width, value_width, dtype, v_dtype)
     choices = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))
@@ -177,8 +175,11 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor
     shapes = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in (q, k, v))
     if reason is not None:
         raise ValueError(
-            explain(f"qfx_triton::quantized_attention: {reason}", found=shapes,
-                    next_step="use torch.ops.qfx.quantized_attention")  # fmt: skip
+            explain(
+                f"qfx_triton::quantized_attention: {reason}",
+                found=shapes,
+                next_step="use torch.ops.qfx.quantized_attention",
+            )  # fmt: skip
         )
     fits = (q.shape[0], k.shape[2], q.shape[3]) == (k.shape[0], v.shape[2], k.shape[3]) and k.shape[:2] == v.shape[:2]
     others = [x for x in (k, v, mask, sinks) if x is not None]

@@ -22,6 +22,7 @@ from qfx import graph
 from qfx.backends.triton import gemm8, weight_only
 from qfx.backends.triton.library import define
 from qfx.backends.triton.site import Site, Taken, once
+from qfx.backends.triton.weight_only_pack import pack_weight_only
 from qfx.format import Format
 from qfx.ops import _rounded_input
 from qfx.passes._build import call, take_place
@@ -103,7 +104,7 @@ def _only(site: Site, given: dict[str, Any], k: int) -> tuple[list[Any], str]:
     key = f"{given['w'].target}"
 
     def pack(w: Tensor, scale: Tensor, zero: Tensor | None) -> list[Tensor]:
-        tensors, texts[key] = weight_only.pack_weight_only(w, scale, zero, given["w_format"], k)
+        tensors, texts[key] = pack_weight_only(w, scale, zero, given["w_format"], k)
         return tensors
 
     return _packed(site, given, "weight_only", pack), texts[key]

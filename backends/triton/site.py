@@ -78,5 +78,3 @@ def once(site: Site, key: str, make: Callable[[], Sequence[Tensor | None]]) -> l
 
 def _stands_after(node: fx.Node, other: fx.Node) -> bool:
     return next(n for n in node.graph.nodes if n is node or n is other) is other
-
-

@@ -45,9 +45,7 @@ def _halves(low, high, factor, zero, BITS: tl.constexpr, SHIFT: tl.constexpr, MI
             "{ .reg .b32 t, a, b, c; shr.b32 t, $2, " + _DIGIT[SHIFT] + "; and.b32 t, t, " + _MASK[BITS] + "; "
         )
     body: tl.constexpr = head + _HALVES
-    fixed: tl.constexpr = (
-        body + "mov.b32 c, " + _MIDDLE[MIDDLE] + "; sub.f16x2 a, a, c; sub.f16x2 b, b, c; "
-    )
+    fixed: tl.constexpr = body + "mov.b32 c, " + _MIDDLE[MIDDLE] + "; sub.f16x2 a, a, c; sub.f16x2 b, b, c; "
     if AFFINE:
         return tl.inline_asm_elementwise(
             body + "sub.f16x2 a, a, $6; sub.f16x2 b, b, $7; mul.f16x2 $0, a, $4; mul.f16x2 $1, b, $5; }",

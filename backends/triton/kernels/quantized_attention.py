@@ -51,7 +51,9 @@ def _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length,
             s = tl.where(given != 0, s, float("-inf"))
         else:
             given = given.to(tl.float32)
-            s = s + tl.where(given == float("-inf"), given, tl.maximum(tl.maximum(given, _LEAST / _LOG2E) * _LOG2E, _LEAST))
+            s = s + tl.where(
+                given == float("-inf"), given, tl.maximum(tl.maximum(given, _LEAST / _LOG2E) * _LOG2E, _LEAST)
+            )
     if EDGE:
         keep = (column < length)[None, :]
         if CAUSAL:

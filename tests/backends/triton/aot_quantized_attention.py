@@ -41,7 +41,10 @@ CASES = [
     Case("q=f8e4m3/tok k=f8e4m3/tok", partial(_call, "q=f8e4m3/tok k=f8e4m3/tok", 128, causal=True), _FP8),
     Case("k=i8/tok", partial(_call, "k=i8/tok", 128, causal=True), _F16),
     Case("mask bool", partial(_call, _TOKENS, 128, mask=torch.bool), _INT8),
-    Case("mask and softcap and sinks",
-         partial(_call, _TOKENS, 128, mask=torch.float16, softcap=30.0, sinks=True, causal=True), _INT8),  # fmt: skip
+    Case(
+        "mask and softcap and sinks",
+        partial(_call, _TOKENS, 128, mask=torch.float16, softcap=30.0, sinks=True, causal=True),
+        _INT8,
+    ),  # fmt: skip
     Case("odd", partial(_call, _TOKENS, 80, rows=777, value=72, causal=True), _INT8),
 ]

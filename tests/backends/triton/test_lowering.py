@@ -89,7 +89,10 @@ def test_a_node_without_a_kernel_is_told_and_refused_when_strict() -> None:
 def test_without_a_gpu_onnx_runtime_runs_it_and_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "interpreting", lambda: False)
     model, x = nn.Linear(40, 24).eval(), torch.randn(3, 40)
-    with torch.no_grad(), pytest.warns(QfxWarning, match=r"runs in ONNX Runtime, since Triton does not take it.*no GPU"):
+    with (
+        torch.no_grad(),
+        pytest.warns(QfxWarning, match=r"runs in ONNX Runtime, since Triton does not take it.*no GPU"),
+    ):
         compiled = torch.compile(model, backend="qfx", options={"backend": "triton", "cache": False})
         assert compiled(x).shape == (3, 24)
     torch._dynamo.reset()
@@ -127,7 +130,7 @@ def test_a_device_knows_whether_it_multiplies_8_bit_floats() -> None:
 
 
 def test_nothing_is_said_where_all_runs_as_asked() -> None:
-    model, x = nn.Linear(40, 24, device=DEVICE).eval(), torch.randn(3, 40, device=DEVICE)
+    model, x = nn.Sequential(nn.Linear(40, 24, device=DEVICE)).eval(), torch.randn(3, 40, device=DEVICE)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
         compiled = torch.compile(model, backend="qfx", options={"backend": "triton", "cache": False, "strict": True})
