@@ -1,4 +1,5 @@
-"""What was trained is what runs: each operator as the prepared model computes it in eval mode, converted, and in files.
+"""What was trained is what runs: each operator as the prepared model computes it in eval mode, converted, in Triton, and
+in files.
 
 Weights are equal bit for bit. Products are those of equal codes: their sums differ in the last bits alone, but where a
 kernel of ONNX Runtime rounds float inputs to 8 bits itself (a warning says so), or static codes by the reciprocal of
@@ -17,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import qfx
+from qfx.pipeline import prepare
 from qfx.qat import quantizers
+from tests.backends.triton.cases import DEVICE
+from tests.graphs import capture
 from tests.qat_nets import DATA, adam, both, ids, net, prepared
 
 SAME, ROUNDED = 1e-5, 1e-2
@@ -52,14 +56,29 @@ def on_onnxruntime(model: nn.Module, x: Tensor, folder: Path) -> Tensor:
     return torch.from_numpy(found)
 
 
+def on_triton(model: nn.Module, x: Tensor) -> Tensor:
+    from qfx.backends import triton
+
+    gm = capture(model.to(DEVICE), x.to(DEVICE))
+    prepare(gm)
+    lowered = triton.lower(gm)
+    assert not [note for note in lowered.notes if not note.minor]
+    assert any("(Triton)" in kernel for kernel in lowered.kernels.values())
+    (found,) = lowered(x.to(DEVICE))
+    model.cpu()
+    result: Tensor = found.cpu()
+    return result
+
+
 def check(model: Any, x: Tensor, folder: Path, most: float) -> None:
-    """Prepared, converted and written to a file: one function."""
+    """Prepared, converted, in Triton and written to a file: one function."""
     with torch.no_grad():
         wanted = model(x)
         weight = model.fake_quant.weight(model.weight)
         converted: Any = qfx.convert(model)
         assert torch.equal(converted.weight.reshape(weight.shape), weight), "not bit for bit"
         assert relative(converted(x), wanted) < SAME
+        assert relative(on_triton(converted, x), wanted) < SAME
     assert relative(on_onnxruntime(converted, x, folder), wanted) < most
 
 
