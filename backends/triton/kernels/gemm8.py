@@ -153,7 +153,8 @@ def gemm8(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr,
 
     x [m, k] of rows x_stride apart, w [n, k]: int8, or e4m3 (FLOAT; as bytes where BY_HAND). x_scale f32 [m]
     (X_PER_ROW) or [1], or [m, x_groups]; w_scale f32 [n], or [n / W_ROWS, w_groups]; x_zero uint8, as many as
-    x_scale, less X_SHIFT; x_sums int32 [m] of codes; w_zero int32 [n]; w_sums int32 [n] of codes less w_zero; bias [n]; residual [m, n].
+    x_scale, less X_SHIFT; x_sums int32 [m] of codes; w_zero int32 [n]; w_sums int32 [n] of codes less w_zero; bias [n];
+    residual [m, n].
     y: activation(x w^T + bias) + residual. SPLIT > 1: y int32 or f32 [SPLIT, m, n], sums of parts of k for `reduce8`.
     """
     if PERSISTENT:
