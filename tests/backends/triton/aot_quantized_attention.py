@@ -15,7 +15,8 @@ _FP8 = {80: {"attention": r"mma\.sync\S*\.f16"}, 90: {"attention": r"wgmma\S*\.e
 
 
 def _call(formats: str, width: int, *, rows: int = 4096, causal: bool = False, mask: torch.dtype | None = None,
-          dtype: torch.dtype = torch.float16, softcap: float = 0.0, sinks: bool = False, value: int = 0) -> object:  # fmt: skip
+          dtype: torch.dtype = torch.float16, softcap: float = 0.0, sinks: bool = False, value: int = 0
+          ) -> object:  # fmt: skip
     given = dict(word.split("=") for word in formats.split())
     texts = [given.get(role, "") for role in "qkvp"]
     q = meta(1, 32, rows, width, dtype=dtype)
@@ -41,7 +42,10 @@ CASES = [
     Case("q=f8e4m3/tok k=f8e4m3/tok", partial(_call, "q=f8e4m3/tok k=f8e4m3/tok", 128, causal=True), _FP8),
     Case("k=i8/tok", partial(_call, "k=i8/tok", 128, causal=True), _F16),
     Case("mask bool", partial(_call, _TOKENS, 128, mask=torch.bool), _INT8),
-    Case("mask and softcap and sinks",
-         partial(_call, _TOKENS, 128, mask=torch.float16, softcap=30.0, sinks=True, causal=True), _INT8),  # fmt: skip
+    Case(
+        "mask and softcap and sinks",
+        partial(_call, _TOKENS, 128, mask=torch.float16, softcap=30.0, sinks=True, causal=True),
+        _INT8,
+    ),
     Case("odd", partial(_call, _TOKENS, 80, rows=777, value=72, causal=True), _INT8),
 ]
