@@ -118,9 +118,9 @@ def lay(
 ) -> Laid:  # fmt: skip
     """x [B, H, rows, D] float, rounded to `fmt`, as codes of `dtype`, `width` a row.
 
-    mean f32 [B, H / share, 1, D]: of the keys, taken off x where `centred`. stepped: the scale of each row times `factor`
-    and `times` (scales of H / share heads) is returned. biased: so is x mean * factor. multiplied: codes are multiplied
-    by their scale.
+    mean f32 [B, H / share, 1, D]: of the keys, taken off x where `centred`. stepped: the scale of each row, times
+    `factor` and `times` (scales of H / share heads), is returned. biased: so is x mean * factor. multiplied: codes are
+    multiplied by their scale.
     """
     batch, heads, rows, depth = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()

@@ -10,7 +10,6 @@ Scores are found block by block and never stored (FlashAttention-2, Dao 2023; Sa
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +32,7 @@ from qfx.format import Format
 WIDEST = 256
 _LOG2E = math.log2(math.e)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_KERNEL = "quantized_attention"
+KERNEL = "quantized_attention"
 
 
 def reason_against(width: int, value_width: int, dtype: torch.dtype, device: Device) -> str | None:
@@ -51,34 +50,37 @@ def quantized_attention(
 ) -> Tensor:  # fmt: skip
     """Attention between rounded operands, [B, H, S, Dv] in q.dtype; arguments as `qfx.attention_ops` has them.
 
-    q [B, H, S, D], k [B, G, L, D], v [B, G, L, Dv] of one dtype (f16, bf16, f32), any strides; mask booleans that keep or
-    added floats, broadcast to [B, H, S, L]. Raises ValueError for other shapes, dtypes, devices and formats.
+    q [B, H, S, D], k [B, G, L, D], v [B, G, L, Dv] of one dtype (f16, bf16, f32), any strides; mask booleans that
+    keep or added floats, broadcast to [B, H, S, L]. Raises ValueError for other shapes, dtypes, devices and formats.
     """
     given = (q_scale, q_zero, k_scale, k_zero, v_scale, v_zero)
     asked = attention_ops.checked(q, k, v, given, (q_format, k_format, v_format, p_format))
     device = _checked(q, k, v, mask, sinks)
     out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-    rest = (mask, sinks, scale, causal, softcap)
     if 0 in out.shape:
         return out
     if k.shape[2] == 0:
         return out.zero_()
     if alone := attention_heads.whole(asked, given):
-        _share(out, None, q, k, v, *rest, alone, device)
+        _share(out, None, (q, k, v), mask, sinks, (scale, causal, softcap), alone, device)
         return out
     for share in attention_heads.shares(asked, q.shape[1], k.shape[1]):
         heads, own = (indices(tuple(share.of(role)), q.device) for role in "qk")
         parts = (q.index_select(1, heads), k.index_select(1, own), v.index_select(1, own))
-        _share(out, heads, *parts, *rest, share.static(asked, given), device)
+        _share(out, heads, parts, mask, sinks, (scale, causal, softcap), share.static(asked, given), device)
     return out
 
 
 def _share(
-    out: Tensor, heads: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None,
-    scale: float, causal: bool, softcap: float, given: Sequence[Static], device: Device,
+    out: Tensor, heads: Tensor | None, operands: tuple[Tensor, Tensor, Tensor], mask: Tensor | None,
+    sinks: Tensor | None, how: tuple[float, bool, float], given: Sequence[Static], device: Device,
 ) -> None:  # fmt: skip
-    """Heads whose formats are the same, into their place in `out`; heads: which of its heads they are, None for all."""
-    (qs, ks, vs, ps), share = given, q.shape[1] // k.shape[1]
+    """Heads whose formats are the same, into their place in `out`. heads: which of its heads they are, None for all.
+
+    operands: q, k, v. how: scale, causal, softcap.
+    """
+    (q, k, v), (qs, ks, vs, ps), (scale, causal, softcap) = operands, given, how
+    share = q.shape[1] // k.shape[1]
     centred = attention_ops.is_centred(ks.format)
     mean = k.mean(-2, keepdim=True, dtype=torch.float32) if centred else None
     dtype = common(holding(qs.format, q.dtype, device), holding(ks.format, k.dtype, device))
@@ -142,30 +144,37 @@ def configuration(
 ) -> Config:
     """The measured configuration for a problem, else the heuristic one. dtype: of the codes of q and k."""
     problem = f"d={width} dv={value_width} {str(dtype)[6:]} {str(v_dtype)[6:]}{' causal' if causal else ''}"
-    return tuning.tuned(device, _KERNEL, problem, rows) or _heuristic(rows, width, value_width, dtype, v_dtype)
+    found = tuning.tuned(device, KERNEL, problem, rows)
+    return found or _heuristic(rows, max(width * dtype.itemsize, value_width * v_dtype.itemsize), device)
 
 
-def _heuristic(rows: int, width: int, value_width: int, dtype: torch.dtype, v_dtype: torch.dtype) -> Config:
-    block = min(max(triton.next_power_of_2(rows), 16), 128)
-    wide = max(width * dtype.itemsize, value_width * v_dtype.itemsize)
-    columns = 64 if wide >= 256 else 128
-    if wide > 512:
-        block, columns = min(block, 64), 32
-    warps = 4 if block < 128 or (value_width <= 64 and v_dtype.itemsize == 2) else 8
-    return {"BLOCK_M": block, "BLOCK_N": columns, "num_warps": warps, "num_stages": 2}
+def _heuristic(rows: int, wide: int, device: Device) -> Config:
+    """wide: bytes of a row of keys or values, the greater. Chosen so that no variant spills."""
+    hopper = device.capability >= (9, 0)
+    if wide <= 128:
+        block, columns, warps, stages = 128, 64, 8, 3
+    elif wide <= 256:
+        block, columns, warps, stages = 128, 64, 8, 3 if hopper else 4
+    elif wide <= 512:
+        block, columns, warps, stages = (128, 64, 8, 2) if hopper else (64, 64, 8, 2)
+    else:
+        block, columns, warps, stages = 64, 32, 8, 2
+    least = min(max(triton.next_power_of_2(rows), 16), block)
+    return {"BLOCK_M": least, "BLOCK_N": columns, "num_warps": min(warps, max(4, least // 8)), "num_stages": stages}
 
 
-def candidates(rows: int, width: int, value_width: int, dtype: torch.dtype, v_dtype: torch.dtype) -> list[Config]:
-    """Configurations to measure, the heuristic one first."""
-    first = _heuristic(rows, width, value_width, dtype, v_dtype)
-    choices = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))
-    others = [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), one, strict=True)) for one in choices]
-    fitting = [
-        one for one in others
-        if one["BLOCK_N"] * (width * dtype.itemsize + value_width * v_dtype.itemsize) * one["num_stages"] <= 131072
-        and (one["num_warps"] == 4) >= (one["BLOCK_M"] == 64) and one != first
-    ]  # fmt: skip
-    return [first, *fitting][:20]
+def candidates(rows: int, wide: int, device: Device) -> list[Config]:
+    """Configurations to measure, the heuristic one first. wide: bytes of a row of keys or values, the greater."""
+    first = _heuristic(rows, wide, device)
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    choices = [(128, 64, 4, 2), (128, 64, 4, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (64, 128, 4, 3),
+               (128, 32, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (64, 32, 4, 3),
+               (64, 64, 8, 2), (64, 32, 8, 3)]  # fmt: skip
+    others = [dict(zip(names, one, strict=True)) for one in choices]
+    return [
+        first,
+        *(one for one in others if one != first and 2 * one["BLOCK_N"] * one["num_stages"] * wide <= device.shared),
+    ]
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Device:
@@ -179,7 +188,7 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor
                 f"qfx_triton::quantized_attention: {reason}",
                 found=shapes,
                 next_step="use torch.ops.qfx.quantized_attention",
-            )  # fmt: skip
+            )
         )
     fits = (q.shape[0], k.shape[2], q.shape[3]) == (k.shape[0], v.shape[2], k.shape[3]) and k.shape[:2] == v.shape[:2]
     others = [x for x in (k, v, mask, sinks) if x is not None]

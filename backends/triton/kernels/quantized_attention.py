@@ -12,6 +12,7 @@ from qfx.backends.triton.kernels.rounding import guarded, round_even
 
 _LEAST = tl.constexpr(-3.4028234663852886e38)  # below it are only scores that take no part
 _LOG2E = tl.constexpr(1.4426950408889634)
+_LEAST_ADDED = tl.constexpr(-2.3586e38)  # times log2 e it is not infinite
 
 
 @triton.jit
@@ -51,9 +52,7 @@ def _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length,
             s = tl.where(given != 0, s, float("-inf"))
         else:
             given = given.to(tl.float32)
-            s = s + tl.where(
-                given == float("-inf"), given, tl.maximum(tl.maximum(given, _LEAST / _LOG2E) * _LOG2E, _LEAST)
-            )
+            s = s + tl.where(given == float("-inf"), given, tl.maximum(given, _LEAST_ADDED) * _LOG2E)
     if EDGE:
         keep = (column < length)[None, :]
         if CAUSAL:
@@ -146,6 +145,35 @@ def _inverse(total):
 
 
 @triton.jit
+def _passed(q, k_at, k_step_at, mask_at, mask_n, step, bias, most, total, row, first, last, length, softcap, rows,
+            CAUSAL: tl.constexpr, FAST: tl.constexpr, BOOL: tl.constexpr, EDGE: tl.constexpr, WIDTH: tl.constexpr,
+            BLOCK_N: tl.constexpr):  # fmt: skip
+    """(greatest score, sum of the weights, where the next keys are) after the keys from first to last."""
+    for start in range(first, last, BLOCK_N):
+        s = _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length, softcap, rows, CAUSAL, FAST,
+                    BOOL, EDGE, BLOCK_N)  # fmt: skip
+        most, total, _, _ = _sum(most, total, s, step, FAST)
+        k_at += BLOCK_N * WIDTH
+    return most, total, k_at
+
+
+@triton.jit
+def _added(acc, q, k_at, k_step_at, v_at, v_next, mask_at, mask_n, step, bias, most, total, times, row, first, last,
+           length, softcap, rows, CAUSAL: tl.constexpr, FAST: tl.constexpr, BOOL: tl.constexpr, EDGE: tl.constexpr,
+           ROUNDED: tl.constexpr, INTEGER: tl.constexpr, BITS: tl.constexpr, LEAST: tl.constexpr, QMAX: tl.constexpr,
+           WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """(weighted values, greatest score, sum, where the next keys and values are) after the keys from first to last."""
+    for start in range(first, last, BLOCK_N):
+        s = _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length, softcap, rows, CAUSAL, FAST,
+                    BOOL, EDGE, BLOCK_N)  # fmt: skip
+        v = _value_tile(v_at, start, length, EDGE, BLOCK_N)
+        acc, most, total = _add(acc, most, total, times, s, step, v, FAST, ROUNDED, INTEGER, BITS, LEAST, QMAX)
+        k_at += BLOCK_N * WIDTH
+        v_at += v_next
+    return acc, most, total, k_at, v_at
+
+
+@triton.jit
 def attention(q_ptr, k_ptr, v_ptr, q_step_ptr, k_step_ptr, v_step_ptr, bias_ptr, mask_ptr, sinks_ptr, heads_ptr,
               out_ptr, rows, length, heads, all_heads, v_b, v_g, v_l, v_step_h, mask_b, mask_h, mask_m, mask_n, softcap,
               SHARE: tl.constexpr, CAUSAL: tl.constexpr, FAST: tl.constexpr, BOOL: tl.constexpr, WIDTH: tl.constexpr,
@@ -154,8 +182,8 @@ def attention(q_ptr, k_ptr, v_ptr, q_step_ptr, k_step_ptr, v_step_ptr, bias_ptr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """One block of queries of one head, in one pass over the keys; in two where the weights are ROUNDED.
 
-    q codes [B, heads, rows, WIDTH], k codes [B, heads / SHARE, length, WIDTH], v [B, heads / SHARE, length, VALUE_WIDTH]
-    with strides; steps f32: of q [B, heads, rows] (times scale and log2 e), of k [B, heads / SHARE, length], of v one
+    q codes [B, heads, rows, WIDTH], k codes [B, heads / SHARE, length, WIDTH], v [.., VALUE_WIDTH] as many, by strides;
+    steps f32: of q [B, heads, rows] (times scale and log2 e), of k [B, heads / SHARE, length], of v one
     with the stride v_step_h. bias f32 [B, heads, rows] and softcap: in powers of two. mask: broadcast by strides. heads
     [heads]: where a head stands in out [B, all_heads, rows, DV], in mask and in sinks.
     """
@@ -192,17 +220,10 @@ def attention(q_ptr, k_ptr, v_ptr, q_step_ptr, k_step_ptr, v_step_ptr, bias_ptr,
     total = tl.zeros((BLOCK_M,), tl.float32)
     times = total
     if ROUNDED:
-        k_at = k_first
-        for start in range(0, whole, BLOCK_N):
-            s = _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length, softcap, rows, CAUSAL,
-                        FAST, BOOL, False, BLOCK_N)  # fmt: skip
-            most, total, _, _ = _sum(most, total, s, step, FAST)
-            k_at += BLOCK_N * WIDTH
-        for start in range(whole, end, BLOCK_N):
-            s = _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length, softcap, rows, CAUSAL,
-                        FAST, BOOL, True, BLOCK_N)  # fmt: skip
-            most, total, _, _ = _sum(most, total, s, step, FAST)
-            k_at += BLOCK_N * WIDTH
+        most, total, k_at = _passed(q, k_first, k_step_at, mask_at, mask_n, step, bias, most, total, row, 0, whole,
+                                    length, softcap, rows, CAUSAL, FAST, BOOL, False, WIDTH, BLOCK_N)  # fmt: skip
+        most, total, _ = _passed(q, k_at, k_step_at, mask_at, mask_n, step, bias, most, total, row, whole, end, length,
+                                 softcap, rows, CAUSAL, FAST, BOOL, True, WIDTH, BLOCK_N)  # fmt: skip
     best = most
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + outer).to(tl.float32) * _LOG2E
@@ -211,21 +232,14 @@ def attention(q_ptr, k_ptr, v_ptr, q_step_ptr, k_step_ptr, v_step_ptr, bias_ptr,
     if ROUNDED:
         times, weight_step = _weight_steps(most, best, total, QMAX, CLIP, BY_ROW)
     acc = tl.zeros((BLOCK_M, VALUE_WIDTH), tl.float32)
-    k_at = k_first
-    for start in range(0, whole, BLOCK_N):
-        s = _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length, softcap, rows, CAUSAL, FAST,
-                    BOOL, False, BLOCK_N)  # fmt: skip
-        v = _value_tile(v_at, start, length, False, BLOCK_N)
-        acc, most, total = _add(acc, most, total, times, s, step, v, FAST, ROUNDED, INTEGER, BITS, LEAST, QMAX)
-        k_at += BLOCK_N * WIDTH
-        v_at += v_next
-    for start in range(whole, end, BLOCK_N):
-        s = _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length, softcap, rows, CAUSAL, FAST,
-                    BOOL, True, BLOCK_N)  # fmt: skip
-        v = _value_tile(v_at, start, length, True, BLOCK_N)
-        acc, most, total = _add(acc, most, total, times, s, step, v, FAST, ROUNDED, INTEGER, BITS, LEAST, QMAX)
-        k_at += BLOCK_N * WIDTH
-        v_at += v_next
+    acc, most, total, k_at, v_at = _added(
+        acc, q, k_first, k_step_at, v_at, v_next, mask_at, mask_n, step, bias, most, total, times, row, 0, whole,
+        length, softcap, rows, CAUSAL, FAST, BOOL, False, ROUNDED, INTEGER, BITS, LEAST, QMAX, WIDTH, BLOCK_N
+    )  # fmt: skip
+    acc, most, total, _, _ = _added(
+        acc, q, k_at, k_step_at, v_at, v_next, mask_at, mask_n, step, bias, most, total, times, row, whole, end,
+        length, softcap, rows, CAUSAL, FAST, BOOL, True, ROUNDED, INTEGER, BITS, LEAST, QMAX, WIDTH, BLOCK_N
+    )  # fmt: skip
     if not ROUNDED:
         weight_step = _inverse(total)
     acc = acc * weight_step[:, None]

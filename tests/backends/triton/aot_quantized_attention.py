@@ -15,7 +15,8 @@ _FP8 = {80: {"attention": r"mma\.sync\S*\.f16"}, 90: {"attention": r"wgmma\S*\.e
 
 
 def _call(formats: str, width: int, *, rows: int = 4096, causal: bool = False, mask: torch.dtype | None = None,
-          dtype: torch.dtype = torch.float16, softcap: float = 0.0, sinks: bool = False, value: int = 0) -> object:  # fmt: skip
+          dtype: torch.dtype = torch.float16, softcap: float = 0.0, sinks: bool = False, value: int = 0
+          ) -> object:  # fmt: skip
     given = dict(word.split("=") for word in formats.split())
     texts = [given.get(role, "") for role in "qkvp"]
     q = meta(1, 32, rows, width, dtype=dtype)
@@ -45,6 +46,6 @@ CASES = [
         "mask and softcap and sinks",
         partial(_call, _TOKENS, 128, mask=torch.float16, softcap=30.0, sinks=True, causal=True),
         _INT8,
-    ),  # fmt: skip
+    ),
     Case("odd", partial(_call, _TOKENS, 80, rows=777, value=72, causal=True), _INT8),
 ]
