@@ -142,7 +142,8 @@ def configuration(
 ) -> Config:
     """The measured configuration for a problem, else the heuristic one. dtype: of the codes of q and k."""
     problem = f"d={width} dv={value_width} {str(dtype)[6:]} {str(v_dtype)[6:]}{' causal' if causal else ''}"
-    return tuning.tuned(device, _KERNEL, problem, rows) or _heuristic(rows, width, value_width, dtype, v_dtype)
+    given = (rows, width, value_width, dtype, v_dtype)
+    return tuning.tuned(device, _KERNEL, problem, rows, lambda: candidates(*given)) or _heuristic(*given)
 
 
 def _heuristic(rows: int, width: int, value_width: int, dtype: torch.dtype, v_dtype: torch.dtype) -> Config:
