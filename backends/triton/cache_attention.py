@@ -150,8 +150,8 @@ def _config(found: Layout, q: Tensor, rows: int) -> Config:
     """With SPLITS: as many as fill the GPU, and as there can be blocks."""
     device = device_of(q)
     many = q.shape[1] // found.groups
-    known = tuning.tuned(device, "cache_attention", problem(found, many), rows) or heuristic(found, rows)
-    config = dict(known)
+    known = tuning.tuned(device, "cache_attention", problem(found, many), rows, lambda: candidates(found, rows))
+    config = dict(known or heuristic(found, rows))
     programs = q.shape[0] * found.groups * triton.cdiv(rows, config["BLOCK_M"])
     least = config["BLOCK_R"] * min(math.lcm(p.keys.planes, p.values.planes) for p in found.parts)
     wanted = triton.cdiv(device.processors * config.pop("PER"), programs)

@@ -41,7 +41,8 @@ class Problem:
 
 def configuration(device: Device, problem: Problem, m: int) -> Config:
     """The configuration for m rows."""
-    return tuned(device, KERNEL, str(problem), m) or heuristic(device, problem, m)
+    found = tuned(device, KERNEL, str(problem), m, lambda: candidates(device, problem, m))
+    return found or heuristic(device, problem, m)
 
 
 def heuristic(device: Device, problem: Problem, m: int) -> Config:

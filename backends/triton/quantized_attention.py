@@ -144,8 +144,8 @@ def configuration(
 ) -> Config:
     """The measured configuration for a problem, else the heuristic one. dtype: of the codes of q and k."""
     problem = f"d={width} dv={value_width} {str(dtype)[6:]} {str(v_dtype)[6:]}{' causal' if causal else ''}"
-    found = tuning.tuned(device, KERNEL, problem, rows)
-    return found or _heuristic(rows, max(width * dtype.itemsize, value_width * v_dtype.itemsize), device)
+    given = (rows, width, value_width, dtype, v_dtype)
+    return tuning.tuned(device, _KERNEL, problem, rows, lambda: candidates(*given)) or _heuristic(*given)
 
 
 def _heuristic(rows: int, wide: int, device: Device) -> Config:

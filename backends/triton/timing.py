@@ -114,7 +114,7 @@ def poisoned() -> Iterator[None]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected| in f64 (Frobenius); NaN or infinite where one of `found` is; 0 for no elements."""
+    """|found - expected| / |expected| in f64 (Frobenius); not finite where `found` is not; 0 for no elements."""
     a, b = found.to(torch.float64), expected.to(torch.float64)
     size = torch.linalg.vector_norm(b)
     wrong = torch.linalg.vector_norm(a - b)

@@ -105,7 +105,8 @@ def linear_weight_only(
 def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """The configuration of a call: the measured one of this device, else by rule."""
     problem = f"{fmt} n={n} k={k} {str(dtype).removeprefix('torch.')}"
-    return tuning.tuned(device, "weight_only", problem, m) or heuristic(device, fmt, m, n, k)
+    found = tuning.tuned(device, "weight_only", problem, m, lambda: candidates(fmt, m, n, k))
+    return found or heuristic(device, fmt, m, n, k)
 
 
 def heuristic(device: Device, fmt: Format, m: int, n: int, k: int) -> Config:

@@ -8,6 +8,20 @@ from typing import Annotated
 
 import typer
 
+from qfx.cli import machine
+from qfx.cli.arguments import (
+    BatchSize,
+    Debug,
+    Device,
+    Field,
+    Html,
+    Json,
+    Model,
+    Quantized,
+    Seed,
+    SeqLen,
+    Text,
+)
 from qfx.cli.terminal import guarded
 
 app = typer.Typer(
@@ -17,20 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a transformers model, or its hub name.")]
-Quantized = Annotated[Path, typer.Argument(metavar="QUANTIZED", help="Folder that `qfx quantize` wrote.")]
-Text = Annotated[Path | None, typer.Option("--data", help="Text file, or .jsonl with one text a line.")]
-Field = Annotated[str, typer.Option(help="Name of the text in each line of a .jsonl file.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Samples run at once.")]
-SeqLen = Annotated[
-    int | None, typer.Option(min=1, help="Tokens a sample; left out: what the model takes, at most 512.")
-]
-Seed = Annotated[int, typer.Option(help="Which parts of the text are taken.")]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")]
-Html = Annotated[Path | None, typer.Option("--html", help="Write one page with pictures and tables.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 class Baseline(StrEnum):
@@ -375,18 +375,8 @@ def kv(
         )
 
 
-@app.command()
-def profile(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .json file for the numbers.")],
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each session; left out: torch's.")] = None,
-    name: Annotated[str | None, typer.Option(help="What to call this device; left out: its processor.")] = None,
-    debug: Debug = False,
-) -> None:
-    """Measure this CPU, so that speed on it can be predicted. Nothing else should run meanwhile."""
-    with guarded(debug) as console:
-        from qfx.cli import profile as command
-
-        command.run(console, out, threads, name)
+app.command()(machine.profile)
+app.command()(machine.tune)
 
 
 @app.command()

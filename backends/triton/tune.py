@@ -1,0 +1,216 @@
+"""Measuring the configurations of kernels, for `qfx tune`.
+
+A `Work` is a module whose eager forward is the reference. It is lowered as any graph is and called with rows of random
+data: the kernels that are launched say between what configurations they choose (`tuning.watched`). Each of these is
+tried, its result compared with the reference, its time measured with copies of the weights that pass the L2 cache, and
+the fastest goes to the file of the GPU where it beats what runs without one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qfx.backends.triton import device, lowering, timing, tuning
+from qfx.backends.triton.launch import Config
+from qfx.backends.triton.tuning import Choice
+from qfx.capture import capture_export
+from qfx.errors import explain
+from qfx.format import Format
+from qfx.modules import QuantLinear
+from qfx.packing import pack_weight
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+ERRORS = {torch.float16: 5e-3, torch.bfloat16: 2e-2, torch.float32: 5e-3}  # relative, Frobenius; f32 may run in tf32
+SIZES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336), (8192, 8192))  # N, K of usual models
+FORMATS = (("", "u4/g128/f16"), ("i8/tok", "i8/ch"), ("", "i8/ch"), ("f8e4m3/tok", "f8e4m3/ch"), ("i8/tok", "i4/g128"))
+_WORTH = 0.98  # of the time without a file that a configuration must not pass, so that noise writes nothing
+
+Measure = Callable[[Sequence[timing.Call]], float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is tuned. module: quantized, on its device. width: of the rows [M, width] that it takes, in `dtype`."""
+
+    name: str
+    module: nn.Module
+    width: int
+    dtype: torch.dtype = torch.float16
+
+    @property
+    def where(self) -> torch.device:
+        """The device of the weights."""
+        return next(itertools.chain(self.module.parameters(), self.module.buffers())).device
+
+    @property
+    def read(self) -> int:
+        """Bytes of all that a call reads beside its rows."""
+        return sum(t.nbytes for t in itertools.chain(self.module.parameters(), self.module.buffers()))
+
+
+@dataclass
+class Tuned:
+    """What came of one choice. before: seconds without a file. seconds: of the fastest. dropped: config -> why not."""
+
+    work: str
+    choice: Choice
+    tried: int = 0
+    before: float | None = None
+    seconds: float | None = None
+    best: Config | None = None
+    dropped: list[tuple[Config, str]] = field(default_factory=list)
+
+
+class Beside(nn.Module):
+    """Linear layers that read the same input, as those of queries, keys and values do: y of each."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x [M, K] -> [[M, N of a layer], ...]."""
+        return [layer(x) for layer in self.layers]
+
+
+def works_of(model: nn.Module) -> list[Work]:
+    """The distinct quantized linear layers of a model, and those of one parent that read rows of one width together.
+
+    Raises ValueError for a model that has none.
+    """
+    found: dict[Any, Work] = {}
+    for fqn, parent in model.named_modules():
+        children = {n: m for n, m in parent.named_children() if isinstance(m, QuantLinear)}
+        for name, layer in children.items():
+            key = _kind(layer)
+            found.setdefault(key, Work(f"{fqn}.{name}".lstrip("."), layer, layer.in_features, layer.dtype))
+        for together in _together(children):
+            layers = [children[n] for n in together]
+            key = tuple(_kind(layer) for layer in layers)
+            title = f"{fqn}.({'+'.join(together)})".lstrip(".")
+            found.setdefault(key, Work(title, Beside(layers).eval(), layers[0].in_features, layers[0].dtype))
+    if not found:
+        raise ValueError(
+            explain(
+                "there is nothing to tune: the model has no quantized linear layers",
+                next_step="give --recipe, or the folder that `qfx quantize` wrote",
+            )
+        )
+    return list(found.values())
+
+
+def works_of_usual_models(where: torch.device, dtype: torch.dtype = torch.float16) -> Iterator[Work]:
+    """Random layers of the sizes and formats that models usually have, made one after the other."""
+    for (n, k), (x_format, w_format) in itertools.product(SIZES, FORMATS):
+        yield random_work(n, k, x_format, w_format, where, dtype)
+
+
+def random_work(
+    n: int, k: int, x_format: str, w_format: str, where: torch.device, dtype: torch.dtype = torch.float16
+) -> Work:
+    """A layer [n, k] of random weights."""
+    weight = torch.randn(n, k, device=where, dtype=torch.float32) / k**0.5
+    packed = pack_weight(weight, Format.parse(w_format))
+    layer = QuantLinear(packed, None, x_format=x_format, dtype=dtype).eval()
+    return Work(f"{n} x {k} x={x_format or 'float'} w={w_format}", layer, k, dtype)
+
+
+def _kind(layer: QuantLinear) -> tuple[Any, ...]:
+    low = None if layer.low is None else layer.low[0].shape
+    return layer.shape, layer.x_format, layer.w_format, layer.dtype, layer.rotation, layer.bias is None, low
+
+
+def _together(children: dict[str, QuantLinear]) -> list[list[str]]:
+    """Names of those that differ in their output alone, and so may become one."""
+    groups: dict[Any, list[str]] = {}
+    for name, layer in children.items():
+        key = layer.in_features, layer.x_format, layer.w_format, layer.dtype, layer.rotation
+        groups.setdefault(key, []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def tune(work: Work, rows: int, measure: Measure | None = None, *, seed: int = 0) -> Iterator[Tuned]:
+    """Measure every choice that a work makes for a number of rows; yields each as it is done.
+
+    measure: seconds of a call out of several that take turns; left out, `timing.seconds`. Raises UnsupportedError where
+    the device has no kernels, ValueError where what runs without a file is wrong already.
+    """
+    found = device.find(work.where)
+    x = _random_rows(rows, work, seed)
+    with torch.no_grad():
+        expected = _flat(work.module(x))
+        gm = capture_export(work.module, (x,), dynamic=False).gm
+        lowered = lowering.lower(gm, mode="eager")
+        with tuning.watched() as choices:
+            error = _error(lowered, x, expected)
+        if not error <= ERRORS[work.dtype]:
+            raise ValueError(
+                explain(
+                    f"the kernels of {work.name} give a wrong result for {rows} rows on {found.name}",
+                    expected=f"a relative error of at most {ERRORS[work.dtype]:g}",
+                    found=f"{error:.2e}",
+                    next_step="this is a fault of qfx: report the layer, its formats and the GPU",
+                )
+            )
+        count = timing.copies(work.read, timing.cache_bytes(work.where))
+        others = (lowering.lower(gm, mode="eager") for _ in range(count - 1))  # each packs the weights for itself
+        calls = [_call(one, x) for one in (lowered, *others)]
+        for choice, configs in choices.items():
+            yield _best(work, choice, configs, calls, expected, measure or timing.seconds)
+
+
+def _best(
+    work: Work, choice: Choice, configs: Sequence[Config], calls: Sequence[timing.Call], expected: list[Tensor],
+    measure: Measure,
+) -> Tuned:  # fmt: skip
+    told = Tuned(work.name, choice, len(configs), measure(calls))
+    for config in configs:
+        with tuning.trying(choice, config):
+            try:
+                with timing.poisoned():
+                    error = max(map(timing.relative_error, _flat(calls[0]()), expected), default=0.0)
+                if not error <= ERRORS[work.dtype]:
+                    told.dropped.append((config, f"wrong result: relative error {error:.2e}"))
+                    continue
+                took = measure(calls)
+            except Exception as failed:  # of Triton's compiler, or of the device: any kind
+                if "CUDA error" in str(failed):
+                    raise  # nothing runs in this process any more
+                told.dropped.append((config, f"{type(failed).__name__}: {str(failed).strip().splitlines()[0][:120]}"))
+                continue
+        if told.seconds is None or took < told.seconds:
+            told.seconds, told.best = took, config
+    if told.before is not None and told.seconds is not None and told.seconds > _WORTH * told.before:
+        told.best = None
+    return told
+
+
+def _random_rows(rows: int, work: Work, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, work.width, generator=generator).to(work.where, work.dtype)
+
+
+def _call(lowered: Callable[..., Any], x: Tensor) -> timing.Call:
+    return lambda: lowered(x)
+
+
+def _flat(y: Any) -> list[Tensor]:
+    return [y] if isinstance(y, Tensor) else list(y)
+
+
+def _error(lowered: Callable[..., Any], x: Tensor, expected: list[Tensor]) -> float:
+    with timing.poisoned():
+        found = _flat(lowered(x))
+    assert len(found) == len(expected), (len(found), len(expected))
+    return max(map(timing.relative_error, found, expected), default=0.0)
+
+
+def table_of(found: Iterable[Tuned]) -> dict[Choice, Config]:
+    """What is to be written: choices for which something was found that is faster."""
+    return {one.choice: one.best for one in found if one.best is not None}

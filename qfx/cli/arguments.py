@@ -1,0 +1,22 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a transformers model, or its hub name.")]
+Quantized = Annotated[Path, typer.Argument(metavar="QUANTIZED", help="Folder that `qfx quantize` wrote.")]
+Text = Annotated[Path | None, typer.Option("--data", help="Text file, or .jsonl with one text a line.")]
+Field = Annotated[str, typer.Option(help="Name of the text in each line of a .jsonl file.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples run at once.")]
+SeqLen = Annotated[
+    int | None, typer.Option(min=1, help="Tokens a sample; left out: what the model takes, at most 512.")
+]
+Seed = Annotated[int, typer.Option(help="Which parts of the text are taken.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")]
+Html = Annotated[Path | None, typer.Option("--html", help="Write one page with pictures and tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
