@@ -21,20 +21,21 @@ QUICK_GELU = tl.constexpr(3)
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 87.0)))  # beyond lies infinity, of which the interpreter warns
 
 
 @triton.jit
 def activated(x, ACT: tl.constexpr):
     """The activation function ACT of x, f32."""
     if ACT == SILU:
-        return x * _sigmoid(x)
-    if ACT == GELU:
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    if ACT == QUICK_GELU:
-        return x * _sigmoid(1.702 * x)
-    # 0.5 (1 + tanh u) = sigmoid(2 u)
-    return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        y = x * _sigmoid(x)
+    elif ACT == GELU:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == QUICK_GELU:
+        y = x * _sigmoid(1.702 * x)
+    else:  # 0.5 (1 + tanh u) = sigmoid(2 u)
+        y = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return y
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def _acted(x_ptr, up_ptr, row, column, live, x_stride, up_stride, ACT: tl.conste
 @triton.jit
 def act_quantize(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, scale_ptr, zero_ptr, act_ptr, m, k,
                  x_stride, up_stride, ACT: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr,
-                 FLOAT8: tl.constexpr, SIGNED: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr,
+                 SIGNED: tl.constexpr, FP8: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr,
                  BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Tiles of ROWS whole rows of x and up [m, k], k <= BLOCK. act_ptr: where the float result is kept, or None."""
     column = tl.arange(0, BLOCK)[None, :]
@@ -64,13 +65,13 @@ def act_quantize(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, 
         if act_ptr is not None:
             tl.store(act_ptr + row * k + column, y.to(x_ptr.dtype.element_ty), mask=live)
         encode_rows(y, row, column, live, inside, m, k, codes_ptr, scale_ptr, zero_ptr, smooth_ptr, x_scale_ptr,
-                    x_zero_ptr, QMIN, QMAX, CLIP, FLOAT8, SIGNED)  # fmt: skip
+                    x_zero_ptr, QMIN, QMAX, CLIP, SIGNED, FP8)  # fmt: skip
 
 
 @triton.jit
 def act_quantize_long(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, scale_ptr, zero_ptr, act_ptr, m, k,
                       x_stride, up_stride, ACT: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
-                      CLIP: tl.constexpr, FLOAT8: tl.constexpr, SIGNED: tl.constexpr, BY_HAND: tl.constexpr,
+                      CLIP: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr, BY_HAND: tl.constexpr,
                       BLOCK: tl.constexpr):  # fmt: skip
     """The same for rows that no program holds: one a program, walked through in blocks twice."""
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1, 1], tl.int64)
@@ -84,7 +85,7 @@ def act_quantize_long(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_
             tl.store(act_ptr + row * k + start + at, y.to(x_ptr.dtype.element_ty), mask=live)
         if x_scale_ptr is not None:
             encode_given(y, row, start + at, live, live, k, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr,
-                         QMIN, QMAX, FLOAT8, SIGNED)  # fmt: skip
+                         QMIN, QMAX, SIGNED, FP8)  # fmt: skip
         else:
             least, greatest = row_extremes(smoothed(y, smooth_ptr, start + at, live), SIGNED)
             low, high = tl.minimum(low, least), tl.maximum(high, greatest)
@@ -95,7 +96,7 @@ def act_quantize_long(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_
             live = start + at < k
             y = _acted(x_ptr, up_ptr, row, start + at, live, x_stride, up_stride, ACT, BY_HAND)
             y = smoothed(y, smooth_ptr, start + at, live)
-            codes = row_codes(y, scale, zero, QMIN, QMAX, codes_ptr.dtype.element_ty, FLOAT8, SIGNED)
+            codes = row_codes(y, scale, zero, QMIN, QMAX, SIGNED, FP8)
             tl.store(codes_ptr + row * k + start + at, codes, mask=live)
         tl.store(scale_ptr + row, scale)
         if zero_ptr is not None:

@@ -18,10 +18,10 @@ from qfx.backends.triton.kernels.row_codes import (
 def _summed(x_ptr, residual_ptr, row, column, live, x_stride, residual_stride, BY_HAND: tl.constexpr):
     """x, or x + residual rounded to x's type, as f32 [R, B]; zero beyond the row."""
     x = tl.load(x_ptr + row * x_stride + column, mask=live, other=0.0).to(tl.float32)
-    if residual_ptr is None:
-        return x
-    residual = tl.load(residual_ptr + row * residual_stride + column, mask=live, other=0.0).to(tl.float32)
-    return rounded_to(x + residual, x_ptr.dtype.element_ty, BY_HAND)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row * residual_stride + column, mask=live, other=0.0).to(tl.float32)
+        x = rounded_to(x + residual, x_ptr.dtype.element_ty, BY_HAND)
+    return x
 
 
 @triton.jit
@@ -39,8 +39,8 @@ def _gains(weight_ptr, bias_ptr, column, inside):
 @triton.jit
 def norm_quantize(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, scale_ptr,
                   zero_ptr, norm_ptr, sum_ptr, m, k, x_stride, residual_stride, eps, LAYER: tl.constexpr,
-                  QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr, FLOAT8: tl.constexpr,
-                  SIGNED: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                  QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr, SIGNED: tl.constexpr,
+                  FP8: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                   STAGES: tl.constexpr):  # fmt: skip
     """Tiles of ROWS whole rows of x [m, k], k <= BLOCK, one after the other; weight and bias are read once.
 
@@ -63,14 +63,14 @@ def norm_quantize(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_scale
         if norm_ptr is not None:
             tl.store(norm_ptr + row * k + column, y.to(to), mask=live)
         encode_rows(y, row, column, live, inside, m, k, codes_ptr, scale_ptr, zero_ptr, smooth_ptr, x_scale_ptr,
-                    x_zero_ptr, QMIN, QMAX, CLIP, FLOAT8, SIGNED)  # fmt: skip
+                    x_zero_ptr, QMIN, QMAX, CLIP, SIGNED, FP8)  # fmt: skip
 
 
 @triton.jit
 def norm_quantize_long(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr,
                        scale_ptr, zero_ptr, norm_ptr, sum_ptr, m, k, x_stride, residual_stride, eps,
                        LAYER: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr,
-                       FLOAT8: tl.constexpr, SIGNED: tl.constexpr, BY_HAND: tl.constexpr,
+                       SIGNED: tl.constexpr, FP8: tl.constexpr, BY_HAND: tl.constexpr,
                        BLOCK: tl.constexpr):  # fmt: skip
     """The same for rows that no program holds: one a program, walked through in blocks once for each statistic."""
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1, 1], tl.int64)
@@ -104,7 +104,7 @@ def norm_quantize_long(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_
             tl.store(norm_ptr + row * k + start + at, y.to(to), mask=live)
         if x_scale_ptr is not None:
             encode_given(y, row, start + at, live, live, k, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr,
-                         QMIN, QMAX, FLOAT8, SIGNED)  # fmt: skip
+                         QMIN, QMAX, SIGNED, FP8)  # fmt: skip
         else:
             least, greatest = row_extremes(smoothed(y, smooth_ptr, start + at, live), SIGNED)
             low, high = tl.minimum(low, least), tl.maximum(high, greatest)
@@ -117,7 +117,7 @@ def norm_quantize_long(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_
             x = _summed(x_ptr, residual_ptr, row, start + at, live, x_stride, residual_stride, BY_HAND)
             y = rounded_to((x - mean) * rstd * weight + bias, to, BY_HAND)
             y = smoothed(y, smooth_ptr, start + at, live)
-            codes = row_codes(y, scale, zero, QMIN, QMAX, codes_ptr.dtype.element_ty, FLOAT8, SIGNED)
+            codes = row_codes(y, scale, zero, QMIN, QMAX, SIGNED, FP8)
             tl.store(codes_ptr + row * k + start + at, codes, mask=live)
         tl.store(scale_ptr + row, scale)
         if zero_ptr is not None:

@@ -1,0 +1,149 @@
+"""What ops whose result goes straight to codes share: formats, outputs, configurations. See `kernels/row_codes.py`.
+
+Such an op returns a list: codes [.., K]; for a format whose scale is found at run time the scales f32 [.., 1], and
+where it has zero points those, uint8 [.., 1]; then the float results that were asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from qfx.backends.triton.device import Device
+from qfx.backends.triton.launch import Config
+from qfx.backends.triton.tuning import tuned
+from qfx.errors import explain
+from qfx.format import Format
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+WHOLE = 16384  # elements of a row that a program holds
+_LONG_BLOCK = 8192
+_TILE = 2048  # elements that a program with several short rows holds
+_A_THREAD = 16  # elements
+
+
+def reason_against(x_format: str, device: Device) -> str | None:
+    """Why rows are not rounded to a format, or None. device: every one has the formats that any has."""
+    fmt = Format.parse(x_format)
+    if fmt.type != "f8e4m3" and not fmt.is_integer:
+        return f"rows are rounded to integers and to f8e4m3, not to {fmt.type}"
+    if fmt.granularity not in ("", "tok") or (fmt.dynamic and fmt.granularity != "tok"):
+        return "rows have one scale each, found at run time (/tok), or a fixed one for all"
+    return None if fmt.scale_type == "f32" else f"scales of rows are f32, not {fmt.scale_type}"
+
+
+def outputs(x: Tensor, fmt: Format) -> list[Tensor]:
+    """Codes of x, and room for what is found at run time, without values."""
+    made = [torch.empty(x.shape, dtype=fmt.code_dtype, device=x.device)]
+    if fmt.dynamic:
+        made.append(torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device))
+        if fmt.has_zero:
+            made.append(torch.empty((*x.shape[:-1], 1), dtype=torch.uint8, device=x.device))
+    return made
+
+
+def slots(made: list[Tensor]) -> list[Tensor | None]:
+    """(codes, scale, zero) as kernels take them, of a list by `outputs`: float codes as their bits."""
+    codes = made[0].view(torch.uint8) if made[0].is_floating_point() else made[0]
+    return [codes, *made[1:], *[None] * (3 - len(made))]
+
+
+def constants(fmt: Format, device: Device) -> dict[str, Any]:
+    """The constexprs of a format."""
+    fp8 = 0 if fmt.is_integer else 1 if device.has_fp8 and not device.interpreted else 2
+    return {
+        "QMIN": fmt.qmin, "QMAX": fmt.qmax, "CLIP": fmt.clip / 100, "SIGNED": fmt.symmetric, "FP8": fp8,
+        "BY_HAND": device.interpreted,
+    }  # fmt: skip
+
+
+def flat(x: Tensor) -> Tensor:
+    """x [.., K] as rows [M, K] whose elements lie side by side; a copy only where that needs one."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def settings(device: Device, kernel: str, rows: Tensor) -> tuple[int, dict[str, int]]:
+    """(programs, configuration of the kernel) for rows [M, K]. Without STAGES it is one of the kernel for long rows."""
+    m, k = rows.shape
+    if k > WHOLE:
+        return m, {"BLOCK": _LONG_BLOCK, "num_warps": _warps(_LONG_BLOCK), "num_stages": 1}
+    problem = f"k={k} {str(rows.dtype).removeprefix('torch.')}"
+    found = dict(tuned(device, kernel, problem, m) or heuristic(device, m, k))
+    tiles = triton.cdiv(m, found["ROWS"])
+    resident = found.pop("PROGRAMS")
+    return min(tiles, resident * device.processors) if resident else tiles, found
+
+
+def heuristic(device: Device, m: int, k: int) -> Config:
+    """What is taken where nothing was measured.
+
+    ROWS: rows of a tile. PROGRAMS: that walk over the tiles, for each processor; 0 is one for each tile. STAGES: tiles
+    on their way from memory.
+    """
+    block = triton.next_power_of_2(max(k, 1))
+    rows = max(1, _TILE // block)
+    while rows > 1 and triton.cdiv(m, rows) < 2 * device.processors and not device.interpreted:
+        rows //= 2
+    warps = _warps(rows * block)
+    resident = max(1, 1024 // (32 * warps))
+    walks = triton.cdiv(m, rows) > 2 * resident * device.processors
+    return _config(rows, block, resident if walks else 0, warps)
+
+
+def candidates(m: int, k: int) -> list[Config]:
+    """What is worth measuring for M rows of K elements; [] for rows that no program holds."""
+    if k > WHOLE:
+        return []
+    block = triton.next_power_of_2(max(k, 1))
+    found = []
+    for rows in sorted({1, max(1, _TILE // block)}):
+        for warps in sorted({max(1, _warps(rows * block) // 2), _warps(rows * block), min(32, 2 * _warps(rows * block))}):
+            programs = [0, *(n for n in (2, 4, 8) if n * warps <= 64 and m > 1)]
+            found += [_config(rows, block, n, warps) for n in programs]
+    return found[:20]
+
+
+def _config(rows: int, block: int, resident: int, warps: int) -> Config:
+    return {"ROWS": rows, "BLOCK": block, "PROGRAMS": resident, "STAGES": 3 if resident else 1, "num_warps": warps,
+            "num_stages": 1}  # fmt: skip
+
+
+def _warps(elements: int) -> int:
+    return min(max(elements // (32 * _A_THREAD), 1), 32)
+
+
+def check(op: str, x: Tensor, fmt: Format, device: Device, *, alike: Mapping[str, Tensor | None],
+          vectors: Mapping[str, Tensor | None], static: tuple[Tensor | None, Tensor | None]) -> None:  # fmt: skip
+    """Raises ValueError where an op cannot take these tensors.
+
+    alike: of x's shape and dtype. vectors: of one value for each column. static: scale and zero point.
+    """
+    if x.dtype not in FLOATS or x.dim() < 1:
+        raise ValueError(explain(f"{op} takes no such x", expected="f16, bf16 or f32, [.., K]", found=_told(x)))
+    if reason := reason_against(str(fmt), device):
+        raise ValueError(explain(f"{op}: {reason}", found=str(fmt), next_step="write 'i8/tok', 'u8/tok' or 'f8e4m3/tok'"))
+    for name, other in alike.items():
+        if other is not None and (other.shape != x.shape or other.dtype != x.dtype or other.device != x.device):
+            raise ValueError(explain(f"{op}: {name} does not fit x", expected=_told(x), found=_told(other)))
+    for name, vector in vectors.items():
+        if vector is not None and (vector.shape != x.shape[-1:] or vector.device != x.device):
+            expected = f"shape [{x.shape[-1]}] on {x.device}"
+            raise ValueError(explain(f"{op}: {name} does not fit x", expected=expected, found=_told(vector)))
+    missing = static[0] is None or (fmt.has_zero and static[1] is None)
+    if not fmt.dynamic and missing:
+        what = "scale" if static[0] is None else "zero point"
+        step = f"calibrate the layer, or use '{fmt.type}/tok' to find the scale at run time"
+        raise ValueError(explain(f"{op}: static format '{fmt}' has no {what}", found="None", next_step=step))
+    for value in static:
+        if value is not None and (value.numel() != 1 or value.device != x.device):
+            expected = f"one value on {x.device}"
+            raise ValueError(explain(f"{op}: a static scale is one for all rows", expected=expected, found=_told(value)))
+
+
+def _told(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
