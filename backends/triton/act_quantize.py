@@ -26,7 +26,7 @@ def act_quantize(
     x: Tensor, up: Tensor | None, act: str, x_scale: Tensor | None, x_zero: Tensor | None, smooth: Tensor | None,
     format: str, keep: bool,  # noqa: A002
 ) -> list[Tensor]:  # fmt: skip
-    """y = act(x) * up; codes of y [.., K] (divided by smooth) in `format`. act: one of ACTS.
+    """y = act(x) * up; y [.., K] (divided by smooth) as an operand in `format`. act: one of ACTS.
 
     act(x) and y are rounded to x.dtype, as single operators have them, and the codes are exactly those of that y:
     those of `qfx.numerics`. x and up may be parts of one tensor. Returns what `row_codes` says; then y where `keep`.
@@ -36,14 +36,14 @@ def act_quantize(
     if act not in ACTS:
         raise ValueError(explain(f"act_quantize: unknown function, {nearest(act, ACTS)}", found=repr(act)))
     static = (None, None) if fmt.dynamic else (x_scale, x_zero if fmt.has_zero else None)
-    row_codes.check("act_quantize", x, fmt, device, alike={"up": up}, vectors={"smooth": smooth}, static=static)
+    row_codes.check("act_quantize", x, fmt, alike={"up": up}, vectors={"smooth": smooth}, static=static)
     rows, more = row_codes.flat(x), None if up is None else row_codes.flat(up)
     made = row_codes.outputs(x, fmt)
     kept = torch.empty(x.shape, dtype=x.dtype, device=x.device) if keep else None
     programs, config = row_codes.settings(device, "act_quantize", rows)
     kernel = kernels.act_quantize if "STAGES" in config else kernels.act_quantize_long
     launch(kernel, (programs,), rows, more, None if smooth is None else smooth.contiguous(), *static,
-           *row_codes.slots(made), kept, *rows.shape, rows.stride(0), 0 if more is None else more.stride(0),
+           *row_codes.slots(made, fmt), kept, *rows.shape, made[0].shape[-1], rows.stride(0), 0 if more is None else more.stride(0),
            config=config, ACT=ACTS[act], **row_codes.constants(fmt, device))  # fmt: skip
     return [*made, *(t for t in (kept,) if t is not None)]
 

@@ -20,7 +20,7 @@ def norm_quantize(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, layer: bool,
     x_scale: Tensor | None, x_zero: Tensor | None, smooth: Tensor | None, format: str, keep: bool,  # noqa: A002
 ) -> list[Tensor]:  # fmt: skip
-    """s = x + residual, y = norm(s) * weight + bias; codes of y [.., K] (divided by smooth) in `format`.
+    """s = x + residual, y = norm(s) * weight + bias; y [.., K] (divided by smooth) as an operand in `format`.
 
     layer: (s - mean) / sqrt(variance + eps), else s / sqrt(mean square + eps). s and y are rounded to x.dtype, as
     single operators have them, and the codes are exactly those of that y: those of `qfx.numerics`. Returns what
@@ -30,7 +30,7 @@ def norm_quantize(
     fmt, device = Format.parse(format), device_of(x)
     static = (None, None) if fmt.dynamic else (x_scale, x_zero if fmt.has_zero else None)
     vectors = {"weight": weight, "bias": bias, "smooth": smooth}
-    row_codes.check("norm_quantize", x, fmt, device, alike={"residual": residual}, vectors=vectors, static=static)
+    row_codes.check("norm_quantize", x, fmt, alike={"residual": residual}, vectors=vectors, static=static)
     rows, more = row_codes.flat(x), None if residual is None else row_codes.flat(residual)
     made = row_codes.outputs(x, fmt)
     norm = torch.empty(x.shape, dtype=x.dtype, device=x.device) if keep else None
@@ -38,8 +38,8 @@ def norm_quantize(
     weight, bias, smooth = (None if v is None else v.contiguous() for v in (weight, bias, smooth))
     programs, config = row_codes.settings(device, "norm_quantize", rows)
     kernel = kernels.norm_quantize if "STAGES" in config else kernels.norm_quantize_long
-    launch(kernel, (programs,), rows, more, weight, bias, smooth, *static, *row_codes.slots(made), norm, total,
-           *rows.shape, rows.stride(0), 0 if more is None else more.stride(0), eps,
+    launch(kernel, (programs,), rows, more, weight, bias, smooth, *static, *row_codes.slots(made, fmt), norm, total,
+           *rows.shape, made[0].shape[-1], rows.stride(0), 0 if more is None else more.stride(0), eps,
            config=config, LAYER=layer, **row_codes.constants(fmt, device))  # fmt: skip
     return [*made, *(t for t in (norm, total) if t is not None)]
 

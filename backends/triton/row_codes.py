@@ -1,7 +1,7 @@
 """What ops whose result goes straight to codes share: formats, outputs, configurations. See `kernels/row_codes.py`.
 
-Such an op returns a list: codes [.., K]; for a format whose scale is found at run time the scales f32 [.., 1], and
-where it has zero points those, uint8 [.., 1]; then the float results that were asked for.
+Such an op returns a list: the operand, just as `quantize_rows.quantize_dynamic` gives it (codes [.., aligned(K)], scale
+f32 [.., 1], zero uint8 [.., 1] or [0]), or `quantize_static` (codes alone); then the float results that were asked for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from qfx.backends.triton import quantize_rows
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Config
 from qfx.backends.triton.tuning import tuned
@@ -26,37 +27,38 @@ _TILE = 2048  # elements that a program with several short rows holds
 _A_THREAD = 16  # elements
 
 
-def reason_against(x_format: str, device: Device) -> str | None:
-    """Why rows are not rounded to a format, or None. device: every one has the formats that any has."""
-    fmt = Format.parse(x_format)
-    if fmt.type != "f8e4m3" and not fmt.is_integer:
-        return f"rows are rounded to integers and to f8e4m3, not to {fmt.type}"
-    if fmt.granularity not in ("", "tok") or (fmt.dynamic and fmt.granularity != "tok"):
-        return "rows have one scale each, found at run time (/tok), or a fixed one for all"
-    return None if fmt.scale_type == "f32" else f"scales of rows are f32, not {fmt.scale_type}"
+def reason_against(fmt: Format) -> str | None:
+    """Why such an op does not round to a format, or None."""
+    if reason := quantize_rows.reason_against(fmt):
+        return reason
+    if fmt.granularity != ("tok" if fmt.dynamic else ""):
+        return f"'{fmt}': a row has one scale of its own, found at run time (/tok), or one fixed for all rows"
+    return None
 
 
 def outputs(x: Tensor, fmt: Format) -> list[Tensor]:
-    """Codes of x, and room for what is found at run time, without values."""
-    made = [torch.empty(x.shape, dtype=fmt.code_dtype, device=x.device)]
+    """The tensors of an operand, without values."""
+    dtype = fmt.code_dtype if fmt.is_float else torch.int8
+    made = [x.new_empty((*x.shape[:-1], quantize_rows.aligned(x.shape[-1])), dtype=dtype)]
     if fmt.dynamic:
-        made.append(torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device))
-        if fmt.has_zero:
-            made.append(torch.empty((*x.shape[:-1], 1), dtype=torch.uint8, device=x.device))
+        one = (*x.shape[:-1], 1)
+        made += [x.new_empty(one, dtype=torch.float32), x.new_empty(one if fmt.has_zero else (0,), dtype=torch.uint8)]
     return made
 
 
-def slots(made: list[Tensor]) -> list[Tensor | None]:
+def slots(made: list[Tensor], fmt: Format) -> list[Tensor | None]:
     """(codes, scale, zero) as kernels take them, of a list by `outputs`: float codes as their bits."""
-    codes = made[0].view(torch.uint8) if made[0].is_floating_point() else made[0]
-    return [codes, *made[1:], *[None] * (3 - len(made))]
+    codes = made[0].view(torch.uint8) if fmt.is_float else made[0]
+    if not fmt.dynamic:
+        return [codes, None, None]
+    return [codes, made[1], made[2] if fmt.has_zero else None]
 
 
 def constants(fmt: Format, device: Device) -> dict[str, Any]:
     """The constexprs of a format."""
-    fp8 = 0 if fmt.is_integer else 1 if device.has_fp8 and not device.interpreted else 2
     return {
-        "QMIN": fmt.qmin, "QMAX": fmt.qmax, "CLIP": fmt.clip / 100, "SIGNED": fmt.symmetric, "FP8": fp8,
+        "QMIN": fmt.qmin, "QMAX": fmt.qmax, "CLIP": fmt.clip / 100, "SHIFT": quantize_rows.shift_of(fmt),
+        "SIGNED": fmt.symmetric, "FP8": 0 if fmt.is_integer else 2 if device.by_hand else 1,
         "BY_HAND": device.interpreted,
     }  # fmt: skip
 
@@ -85,7 +87,7 @@ def heuristic(device: Device, m: int, k: int) -> Config:
     ROWS: rows of a tile. PROGRAMS: that walk over the tiles, for each processor; 0 is one for each tile. STAGES: tiles
     on their way from memory.
     """
-    block = triton.next_power_of_2(max(k, 1))
+    block = triton.next_power_of_2(max(quantize_rows.aligned(k), 1))
     rows = max(1, _TILE // block)
     while rows > 1 and triton.cdiv(m, rows) < 2 * device.processors and not device.interpreted:
         rows //= 2
@@ -99,10 +101,11 @@ def candidates(m: int, k: int) -> list[Config]:
     """What is worth measuring for M rows of K elements; [] for rows that no program holds."""
     if k > WHOLE:
         return []
-    block = triton.next_power_of_2(max(k, 1))
+    block = triton.next_power_of_2(max(quantize_rows.aligned(k), 1))
     found = []
     for rows in sorted({1, max(1, _TILE // block)}):
-        for warps in sorted({max(1, _warps(rows * block) // 2), _warps(rows * block), min(32, 2 * _warps(rows * block))}):
+        usual = _warps(rows * block)
+        for warps in sorted({max(1, usual // 2), usual, min(32, 2 * usual)}):
             programs = [0, *(n for n in (2, 4, 8) if n * warps <= 64 and m > 1)]
             found += [_config(rows, block, n, warps) for n in programs]
     return found[:20]
@@ -117,7 +120,7 @@ def _warps(elements: int) -> int:
     return min(max(elements // (32 * _A_THREAD), 1), 32)
 
 
-def check(op: str, x: Tensor, fmt: Format, device: Device, *, alike: Mapping[str, Tensor | None],
+def check(op: str, x: Tensor, fmt: Format, *, alike: Mapping[str, Tensor | None],
           vectors: Mapping[str, Tensor | None], static: tuple[Tensor | None, Tensor | None]) -> None:  # fmt: skip
     """Raises ValueError where an op cannot take these tensors.
 
@@ -125,8 +128,9 @@ def check(op: str, x: Tensor, fmt: Format, device: Device, *, alike: Mapping[str
     """
     if x.dtype not in FLOATS or x.dim() < 1:
         raise ValueError(explain(f"{op} takes no such x", expected="f16, bf16 or f32, [.., K]", found=_told(x)))
-    if reason := reason_against(str(fmt), device):
-        raise ValueError(explain(f"{op}: {reason}", found=str(fmt), next_step="write 'i8/tok', 'u8/tok' or 'f8e4m3/tok'"))
+    if reason := reason_against(fmt):
+        step = "write 'i8/tok', 'u8/tok' or 'f8e4m3/tok'"
+        raise ValueError(explain(f"{op}: {reason}", found=str(fmt), next_step=step))
     for name, other in alike.items():
         if other is not None and (other.shape != x.shape or other.dtype != x.dtype or other.device != x.device):
             raise ValueError(explain(f"{op}: {name} does not fit x", expected=_told(x), found=_told(other)))

@@ -7,10 +7,10 @@ from qfx.backends.triton.kernels.row_codes import (
     encode_given,
     encode_rows,
     rounded_to,
-    row_codes,
     row_extremes,
     row_scale,
     smoothed,
+    store_codes,
 )
 
 
@@ -38,10 +38,10 @@ def _gains(weight_ptr, bias_ptr, column, inside):
 
 @triton.jit
 def norm_quantize(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, scale_ptr,
-                  zero_ptr, norm_ptr, sum_ptr, m, k, x_stride, residual_stride, eps, LAYER: tl.constexpr,
-                  QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr, SIGNED: tl.constexpr,
-                  FP8: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                  STAGES: tl.constexpr):  # fmt: skip
+                  zero_ptr, norm_ptr, sum_ptr, m, k, width, x_stride, residual_stride, eps, LAYER: tl.constexpr,
+                  QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr, SHIFT: tl.constexpr,
+                  SIGNED: tl.constexpr, FP8: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr,
+                  BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Tiles of ROWS whole rows of x [m, k], k <= BLOCK, one after the other; weight and bias are read once.
 
     norm_ptr, sum_ptr: where the norm's result and the sum are kept in float as well, or None.
@@ -62,22 +62,22 @@ def norm_quantize(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_scale
         y = rounded_to(x * rstd * weight + bias, to, BY_HAND)
         if norm_ptr is not None:
             tl.store(norm_ptr + row * k + column, y.to(to), mask=live)
-        encode_rows(y, row, column, live, inside, m, k, codes_ptr, scale_ptr, zero_ptr, smooth_ptr, x_scale_ptr,
-                    x_zero_ptr, QMIN, QMAX, CLIP, SIGNED, FP8)  # fmt: skip
+        encode_rows(y, codes_ptr, scale_ptr, zero_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column, m, k, width,
+                    QMIN, QMAX, CLIP, SHIFT, SIGNED, FP8)  # fmt: skip
 
 
 @triton.jit
 def norm_quantize_long(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr,
-                       scale_ptr, zero_ptr, norm_ptr, sum_ptr, m, k, x_stride, residual_stride, eps,
+                       scale_ptr, zero_ptr, norm_ptr, sum_ptr, m, k, width, x_stride, residual_stride, eps,
                        LAYER: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr,
-                       SIGNED: tl.constexpr, FP8: tl.constexpr, BY_HAND: tl.constexpr,
+                       SHIFT: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr, BY_HAND: tl.constexpr,
                        BLOCK: tl.constexpr):  # fmt: skip
     """The same for rows that no program holds: one a program, walked through in blocks once for each statistic."""
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1, 1], tl.int64)
     to: tl.constexpr = x_ptr.dtype.element_ty
     at = tl.arange(0, BLOCK)[None, :]
     total = tl.zeros([1, BLOCK], tl.float32)
-    for start in tl.range(0, k, BLOCK):
+    for start in tl.range(0, width, BLOCK):
         live = start + at < k
         x = _summed(x_ptr, residual_ptr, row, start + at, live, x_stride, residual_stride, BY_HAND)
         if sum_ptr is not None:
@@ -87,7 +87,7 @@ def norm_quantize_long(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_
     if LAYER:
         mean = (tl.sum(total, axis=1) / k)[:, None]
         total = tl.zeros([1, BLOCK], tl.float32)
-        for start in tl.range(0, k, BLOCK):
+        for start in tl.range(0, width, BLOCK):
             live = start + at < k
             x = _summed(x_ptr, residual_ptr, row, start + at, live, x_stride, residual_stride, BY_HAND)
             x = tl.where(live, x - mean, 0.0)
@@ -95,7 +95,7 @@ def norm_quantize_long(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_
     rstd = tl.rsqrt(tl.sum(total, axis=1) / k + eps)[:, None]
     low = tl.zeros([1], tl.float32)
     high = tl.zeros([1], tl.float32)
-    for start in tl.range(0, k, BLOCK):
+    for start in tl.range(0, width, BLOCK):
         live = start + at < k
         weight, bias = _gains(weight_ptr, bias_ptr, start + at, live)
         x = _summed(x_ptr, residual_ptr, row, start + at, live, x_stride, residual_stride, BY_HAND)
@@ -103,22 +103,22 @@ def norm_quantize_long(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_
         if norm_ptr is not None:
             tl.store(norm_ptr + row * k + start + at, y.to(to), mask=live)
         if x_scale_ptr is not None:
-            encode_given(y, row, start + at, live, live, k, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr,
-                         QMIN, QMAX, SIGNED, FP8)  # fmt: skip
+            encode_given(y, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, start + at, live,
+                         start + at < width, live, width, QMIN, QMAX, SHIFT, SIGNED, FP8)  # fmt: skip
         else:
             least, greatest = row_extremes(smoothed(y, smooth_ptr, start + at, live), SIGNED)
             low, high = tl.minimum(low, least), tl.maximum(high, greatest)
     if x_scale_ptr is None:
         scale, zero = row_scale(low, high, QMAX, CLIP, SIGNED)
         scale, zero = scale[:, None], zero[:, None]
-        for start in tl.range(0, k, BLOCK):
+        for start in tl.range(0, width, BLOCK):
             live = start + at < k
             weight, bias = _gains(weight_ptr, bias_ptr, start + at, live)
             x = _summed(x_ptr, residual_ptr, row, start + at, live, x_stride, residual_stride, BY_HAND)
             y = rounded_to((x - mean) * rstd * weight + bias, to, BY_HAND)
             y = smoothed(y, smooth_ptr, start + at, live)
-            codes = row_codes(y, scale, zero, QMIN, QMAX, SIGNED, FP8)
-            tl.store(codes_ptr + row * k + start + at, codes, mask=live)
+            store_codes(y, scale, zero, codes_ptr, row, start + at, live, start + at < width, width,
+                        QMIN, QMAX, SHIFT, SIGNED, FP8)  # fmt: skip
         tl.store(scale_ptr + row, scale)
         if zero_ptr is not None:
             tl.store(zero_ptr + row, zero.to(tl.uint8))

@@ -46,10 +46,11 @@ def row_scale(low, high, QMAX: tl.constexpr, CLIP: tl.constexpr, SIGNED: tl.cons
 
 
 @triton.jit
-def row_codes(x, scale, zero, QMIN: tl.constexpr, QMAX: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr):
-    """Codes of x [R, B]: int8, uint8, or the bits of e4m3 where FP8 is not 0. scale and zero broadcast against x.
+def store_codes(x, scale, zero, codes_ptr, row, column, live, within, width, QMIN: tl.constexpr, QMAX: tl.constexpr,
+                SHIFT: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr):  # fmt: skip
+    """Store codes of x [R, B]: int8 less SHIFT, or the bits of e4m3 where FP8 is not 0 (1 by instruction, 2 by hand).
 
-    FP8: 1 by instruction, 2 by hand.
+    scale and zero broadcast against x. live: what exists; within: what is stored, zero where it does not exist.
     """
     scale = tl.broadcast_to(scale, x.shape)
     if FP8:
@@ -57,8 +58,8 @@ def row_codes(x, scale, zero, QMIN: tl.constexpr, QMAX: tl.constexpr, SIGNED: tl
     elif SIGNED:
         codes = codes_of(x, scale, QMIN, QMAX).to(tl.int8)
     else:
-        codes = affine_codes_of(x, scale, zero, QMAX).to(tl.uint8)
-    return codes
+        codes = (affine_codes_of(x, scale, zero, QMAX) - SHIFT).to(tl.int8)
+    tl.store(codes_ptr + row * width + column, tl.where(live, codes, tl.zeros_like(codes)), mask=within)
 
 
 @triton.jit
@@ -80,35 +81,37 @@ def smoothed(x, smooth_ptr, column, inside):
 
 
 @triton.jit
-def encode_given(x, row, column, live, inside, k, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr,
-                 QMIN: tl.constexpr, QMAX: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr):  # fmt: skip
+def encode_given(x, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column, live, within, inside, width,
+                 QMIN: tl.constexpr, QMAX: tl.constexpr, SHIFT: tl.constexpr, SIGNED: tl.constexpr,
+                 FP8: tl.constexpr):  # fmt: skip
     """Store codes of x [R, B] with a static scale, which smooth multiplies."""
     scale, zero = given(x_scale_ptr, x_zero_ptr)
     divisor = tl.zeros_like(x) + scale
     if smooth_ptr is not None:
         divisor = divisor * tl.load(smooth_ptr + column, mask=inside, other=1.0).to(tl.float32)
-    codes = row_codes(x, divisor, zero, QMIN, QMAX, SIGNED, FP8)
-    tl.store(codes_ptr + row * k + column, codes, mask=live)
+    store_codes(x, divisor, zero, codes_ptr, row, column, live, within, width, QMIN, QMAX, SHIFT, SIGNED, FP8)
 
 
 @triton.jit
-def encode_rows(x, row, column, live, inside, m, k, codes_ptr, scale_ptr, zero_ptr, smooth_ptr, x_scale_ptr,
-                x_zero_ptr, QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr, SIGNED: tl.constexpr,
-                FP8: tl.constexpr):  # fmt: skip
-    """Store codes of whole rows x [R, B], zeros beyond column k, and what was found: their scales and zero points.
+def encode_rows(x, codes_ptr, scale_ptr, zero_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column, m, k, width,
+                QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr, SHIFT: tl.constexpr,
+                SIGNED: tl.constexpr, FP8: tl.constexpr):  # fmt: skip
+    """Store codes of whole rows x [R, B], zeros from column k on, and what was found: their scales and zero points.
 
-    row int64 [R, 1], column [1, B], live = which of them exist, inside = which columns do.
+    row int64 [R, 1], column [1, B]; m, k: how many there are; width: of a row of codes.
     """
+    inside = column < k
+    live = (row < m) & inside
+    within = (row < m) & (column < width)
     if x_scale_ptr is not None:
-        encode_given(x, row, column, live, inside, k, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr,
-                     QMIN, QMAX, SIGNED, FP8)  # fmt: skip
+        encode_given(x, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column, live, within, inside, width,
+                     QMIN, QMAX, SHIFT, SIGNED, FP8)  # fmt: skip
     else:
         x = smoothed(x, smooth_ptr, column, inside)
         low, high = row_extremes(x, SIGNED)
         scale, zero = row_scale(low, high, QMAX, CLIP, SIGNED)
         scale, zero = scale[:, None], zero[:, None]
-        codes = row_codes(x, scale, zero, QMIN, QMAX, SIGNED, FP8)
-        tl.store(codes_ptr + row * k + column, codes, mask=live)
+        store_codes(x, scale, zero, codes_ptr, row, column, live, within, width, QMIN, QMAX, SHIFT, SIGNED, FP8)
         tl.store(scale_ptr + row, scale, mask=row < m)
         if zero_ptr is not None:
             tl.store(zero_ptr + row, zero.to(tl.uint8), mask=row < m)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qfx.backends.triton.quantize_rows import quantize_dynamic, quantize_static
 from qfx.format import Format
-from qfx.numerics import quantize, run_time_qparams
 from tests.backends.triton.cases import DEVICE
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -30,18 +30,13 @@ def static_of(y: Tensor, fmt: Format) -> tuple[Tensor | None, Tensor | None]:
     return scale, torch.tensor(9, dtype=torch.uint8, device=y.device) if fmt.has_zero else None
 
 
-def expected_codes(y: Tensor, fmt: Format, smooth: Tensor | None, static: tuple[Tensor | None, ...]) -> list[Tensor]:
-    """What the reference makes of y: codes, and of a run-time format scale and zero point."""
-    wide = y.float()
-    if not fmt.dynamic:
-        scale, zero = static
-        assert scale is not None
-        divisor = scale if smooth is None else scale * smooth.float()
-        return [quantize(wide, Format(fmt.type), divisor, zero)]
-    wide = wide if smooth is None else wide / smooth.float()
-    params = run_time_qparams(wide, fmt)
-    codes = quantize(wide, fmt, params.scale, params.zero)
-    return [codes, params.scale, *(t for t in (params.zero,) if t is not None)]
+def expected_codes(y: Tensor, text: str, smooth: Tensor | None, static: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """The operand that is made of y by the op that does nothing else."""
+    if Format.parse(text).dynamic:
+        return list(quantize_dynamic(y, smooth, text))
+    scale, zero = static
+    assert scale is not None
+    return [quantize_static(y, smooth, scale, zero, text)]
 
 
 def same(found: list[Tensor], wanted: list[Tensor]) -> bool:

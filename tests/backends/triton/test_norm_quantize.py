@@ -35,7 +35,7 @@ def test_codes_are_those_of_the_rounded_norm(
     static = static_of(reference, fmt)
     args = (x, residual if summed else None, weight, bias, 1e-5, layer, *static, smooth if smoothed else None, text)
     *made, y, s = [*norm_quantize(*args, True), *([] if summed else [x])]
-    assert same(made, expected_codes(y, fmt, smooth if smoothed else None, static))
+    assert same(made, expected_codes(y, text, smooth if smoothed else None, static))
     assert same(norm_quantize(*args, False)[: len(made)], made), "keeping the float result changes the codes"
     assert torch.equal(s, total)
     torch.testing.assert_close(y.float(), reference.float(), rtol=STEP[dtype], atol=8 * STEP[dtype])
@@ -60,7 +60,7 @@ def test_rows_that_no_program_holds(monkeypatch: pytest.MonkeyPatch, layer: bool
     monkeypatch.setattr(row_codes, "WHOLE", 128)
     monkeypatch.setattr(row_codes, "_LONG_BLOCK", 128)
     *made, y, s = norm_quantize(*args)
-    assert same(made, expected_codes(y, fmt, smooth, static))
+    assert same(made, expected_codes(y, text, smooth, static))
     assert torch.equal(s, whole[-1])
     torch.testing.assert_close(y.float(), whole[-2].float(), rtol=STEP[x.dtype], atol=STEP[x.dtype])
 
@@ -80,16 +80,16 @@ def test_rows_need_not_lie_side_by_side() -> None:
     args = (weight[:40], None, 1e-6, False, None, None, None, "i8/tok", True)
     found = norm_quantize(*held, *args)
     assert same(found, norm_quantize(*(t.contiguous() for t in held), *args))
-    assert found[0].shape == (2, 12, 40) and found[1].shape == (2, 12, 1)
+    assert found[0].shape == (2, 12, 48) and found[1].shape == (2, 12, 1)
 
 
 def test_a_zero_row_has_the_scale_1_and_a_wrong_scale_is_found() -> None:
     x = torch.zeros(2, 8, device=DEVICE)
-    codes, scale = norm_quantize(x, None, None, None, 1e-6, False, None, None, None, "i8/tok", False)
+    codes, scale, _ = norm_quantize(x, None, None, None, 1e-6, False, None, None, None, "i8/tok", False)
     assert not codes.any() and scale.flatten().tolist() == [1.0, 1.0]
     x, _, weight, _, _ = drawn(4, 32, torch.float32, 3)
-    codes, scale, y = norm_quantize(x, None, weight, None, 1e-6, False, None, None, None, "i8/tok", True)
-    assert not torch.equal(codes, quantize(y, Format.parse("i8/tok"), scale * 1.05))
+    codes, scale, _, y = norm_quantize(x, None, weight, None, 1e-6, False, None, None, None, "i8/tok", True)
+    assert not torch.equal(codes[:, : y.shape[1]], quantize(y, Format.parse("i8/tok"), scale * 1.05))
     other = norm_quantize(x, None, weight, None, 1.0, False, None, None, None, "i8/tok", False)
     assert not torch.equal(scale, other[1]), "eps has no effect"
 
@@ -105,7 +105,7 @@ def test_refusals() -> None:
         norm_quantize(x.double(), None, None, None, *rest)
     with pytest.raises(ValueError, match="static format 'u8' has no zero point"):
         norm_quantize(x, None, None, None, 1e-6, False, torch.ones((), device=DEVICE), None, None, "u8", False)
-    with pytest.raises(ValueError, match="rows have one scale each"):
+    with pytest.raises(ValueError, match="a scale for the tensor or for each token|in groups"):
         norm_quantize(x, None, None, None, 1e-6, False, None, None, None, "i8/g32", False)
 
 
