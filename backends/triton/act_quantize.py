@@ -40,11 +40,12 @@ def act_quantize(
     rows, more = row_codes.flat(x), None if up is None else row_codes.flat(up)
     made = row_codes.outputs(x, fmt)
     kept = torch.empty(x.shape, dtype=x.dtype, device=x.device) if keep else None
-    programs, config = row_codes.settings(device, "act_quantize", rows)
+    programs, config = row_codes.settings(device, "act_quantize", rows, 1 if up is None else 2)
     kernel = kernels.act_quantize if "STAGES" in config else kernels.act_quantize_long
     launch(kernel, (programs,), rows, more, None if smooth is None else smooth.contiguous(), *static,
-           *row_codes.slots(made, fmt), kept, *rows.shape, made[0].shape[-1], rows.stride(0), 0 if more is None else more.stride(0),
-           config=config, ACT=ACTS[act], **row_codes.constants(fmt, device))  # fmt: skip
+           *row_codes.slots(made, fmt), kept, *rows.shape, made[0].shape[-1], rows.stride(0),
+           0 if more is None else more.stride(0),
+           config=config, ACT=ACTS[act], **row_codes.constants(x, smooth, fmt, device))  # fmt: skip
     return [*made, *(t for t in (kept,) if t is not None)]
 
 

@@ -25,6 +25,7 @@ WHOLE = 16384  # elements of a row that a program holds
 _LONG_BLOCK = 8192
 _TILE = 2048  # elements that a program with several short rows holds
 _A_THREAD = 16  # elements
+_WARPS = 16  # that a processor holds with as many registers as a thread may have, halved
 
 
 def reason_against(fmt: Format) -> str | None:
@@ -54,12 +55,12 @@ def slots(made: list[Tensor], fmt: Format) -> list[Tensor | None]:
     return [codes, made[1], made[2] if fmt.has_zero else None]
 
 
-def constants(fmt: Format, device: Device) -> dict[str, Any]:
-    """The constexprs of a format."""
+def constants(x: Tensor, smooth: Tensor | None, fmt: Format, device: Device) -> dict[str, Any]:
+    """The constexprs of a format, for the results in x.dtype that smooth divides."""
     return {
         "QMIN": fmt.qmin, "QMAX": fmt.qmax, "CLIP": fmt.clip / 100, "SHIFT": quantize_rows.shift_of(fmt),
         "SIGNED": fmt.symmetric, "FP8": 0 if fmt.is_integer else 2 if device.by_hand else 1,
-        "BY_HAND": device.interpreted,
+        "BY_HAND": device.interpreted, "TWICE": x.dtype == torch.float32 or smooth is not None,
     }  # fmt: skip
 
 
@@ -69,46 +70,63 @@ def flat(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def settings(device: Device, kernel: str, rows: Tensor) -> tuple[int, dict[str, int]]:
-    """(programs, configuration of the kernel) for rows [M, K]. Without STAGES it is one of the kernel for long rows."""
+def settings(device: Device, kernel: str, rows: Tensor, inputs: int) -> tuple[int, dict[str, int]]:
+    """(programs, configuration of the kernel) for `inputs` tensors of rows [M, K].
+
+    Without STAGES it is one of the kernel for long rows.
+    """
     m, k = rows.shape
     if k > WHOLE:
         return m, {"BLOCK": _LONG_BLOCK, "num_warps": _warps(_LONG_BLOCK), "num_stages": 1}
-    problem = f"k={k} {str(rows.dtype).removeprefix('torch.')}"
-    found = dict(tuned(device, kernel, problem, m) or heuristic(device, m, k))
+    problem = f"k={k} {str(rows.dtype).removeprefix('torch.')} {inputs}"
+    found = dict(tuned(device, kernel, problem, m) or heuristic(device, m, k, inputs * rows.dtype.itemsize))
     tiles = triton.cdiv(m, found["ROWS"])
     resident = found.pop("PROGRAMS")
     return min(tiles, resident * device.processors) if resident else tiles, found
 
 
-def heuristic(device: Device, m: int, k: int) -> Config:
-    """What is taken where nothing was measured.
+def heuristic(device: Device, m: int, k: int, width: int) -> Config:
+    """What is taken for M rows of K elements where nothing was measured. width: bytes of an element of all inputs.
 
-    ROWS: rows of a tile. PROGRAMS: that walk over the tiles, for each processor; 0 is one for each tile. STAGES: tiles
-    on their way from memory.
+    ROWS: rows of a tile. PROGRAMS: that walk over the tiles, for each processor, all at work at once; 0 is one for each
+    tile. STAGES: tiles of a program, one at work and the others on their way from memory.
     """
-    block = triton.next_power_of_2(max(quantize_rows.aligned(k), 1))
+    block = _block(k)
     rows = max(1, _TILE // block)
     while rows > 1 and triton.cdiv(m, rows) < 2 * device.processors and not device.interpreted:
         rows //= 2
-    warps = _warps(rows * block)
-    resident = max(1, 1024 // (32 * warps))
-    walks = triton.cdiv(m, rows) > 2 * resident * device.processors
-    return _config(rows, block, resident if walks else 0, warps)
+    walking = _warps(rows * block)
+    if walking < _WARPS * 2:
+        walking = max(1, walking // 2)  # fewer threads have less to do for each row, and registers are there
+    resident = _resident(device, rows * block * width, walking)
+    if resident and triton.cdiv(m, rows) > 2 * resident * device.processors:
+        return _config(rows, block, resident, walking)
+    return _config(rows, block, 0, _warps(rows * block))
 
 
-def candidates(m: int, k: int) -> list[Config]:
-    """What is worth measuring for M rows of K elements; [] for rows that no program holds."""
+def candidates(device: Device, m: int, k: int, width: int) -> list[Config]:
+    """What is worth measuring for M rows of K elements, see `heuristic`; [] for rows that no program holds."""
     if k > WHOLE:
         return []
-    block = triton.next_power_of_2(max(quantize_rows.aligned(k), 1))
-    found = []
+    block = _block(k)
+    found: dict[str, Config] = {}
     for rows in sorted({1, max(1, _TILE // block)}):
         usual = _warps(rows * block)
         for warps in sorted({max(1, usual // 2), usual, min(32, 2 * usual)}):
-            programs = [0, *(n for n in (2, 4, 8) if n * warps <= 64 and m > 1)]
-            found += [_config(rows, block, n, warps) for n in programs]
-    return found[:20]
+            most = _resident(device, rows * block * width, warps)
+            for resident in (0, most, most // 2):
+                config = _config(rows, block, resident, warps)
+                found.setdefault(str(config), config)
+    return list(found.values())[:20]
+
+
+def _block(k: int) -> int:
+    return max(int(triton.next_power_of_2(quantize_rows.aligned(k))), quantize_rows.ALIGNMENT)
+
+
+def _resident(device: Device, tile: int, warps: int) -> int:
+    """How many programs a processor surely holds at once with two tiles of so many bytes on their way each."""
+    return int(min(max(_WARPS // warps, 1), device.shared // (2 * tile + 1024)))
 
 
 def _config(rows: int, block: int, resident: int, warps: int) -> Config:
@@ -146,7 +164,9 @@ def check(op: str, x: Tensor, fmt: Format, *, alike: Mapping[str, Tensor | None]
     for value in static:
         if value is not None and (value.numel() != 1 or value.device != x.device):
             expected = f"one value on {x.device}"
-            raise ValueError(explain(f"{op}: a static scale is one for all rows", expected=expected, found=_told(value)))
+            raise ValueError(
+                explain(f"{op}: a static scale is one for all rows", expected=expected, found=_told(value))
+            )
 
 
 def _told(x: Tensor) -> str:

@@ -54,7 +54,8 @@ def _acted(x_ptr, up_ptr, row, column, live, x_stride, up_stride, ACT: tl.conste
 def act_quantize(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, scale_ptr, zero_ptr, act_ptr, m, k,
                  width, x_stride, up_stride, ACT: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
                  CLIP: tl.constexpr, SHIFT: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr,
-                 BY_HAND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                 BY_HAND: tl.constexpr, TWICE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                 STAGES: tl.constexpr):  # fmt: skip
     """Tiles of ROWS whole rows of x and up [m, k], k <= BLOCK. act_ptr: where the float result is kept, or None."""
     column = tl.arange(0, BLOCK)[None, :]
     inside = column < k
@@ -65,14 +66,14 @@ def act_quantize(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, 
         if act_ptr is not None:
             tl.store(act_ptr + row * k + column, y.to(x_ptr.dtype.element_ty), mask=live)
         encode_rows(y, codes_ptr, scale_ptr, zero_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column, m, k, width,
-                    QMIN, QMAX, CLIP, SHIFT, SIGNED, FP8)  # fmt: skip
+                    QMIN, QMAX, CLIP, SHIFT, SIGNED, FP8, BY_HAND, TWICE)  # fmt: skip
 
 
 @triton.jit
 def act_quantize_long(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, scale_ptr, zero_ptr, act_ptr, m, k,
                       width, x_stride, up_stride, ACT: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
                       CLIP: tl.constexpr, SHIFT: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr,
-                      BY_HAND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                      BY_HAND: tl.constexpr, TWICE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The same for rows that no program holds: one a program, walked through in blocks twice."""
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1, 1], tl.int64)
     at = tl.arange(0, BLOCK)[None, :]
@@ -85,9 +86,9 @@ def act_quantize_long(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_
             tl.store(act_ptr + row * k + start + at, y.to(x_ptr.dtype.element_ty), mask=live)
         if x_scale_ptr is not None:
             encode_given(y, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, start + at, live,
-                         start + at < width, live, width, QMIN, QMAX, SHIFT, SIGNED, FP8)  # fmt: skip
+                         start + at < width, live, width, QMIN, QMAX, SHIFT, SIGNED, FP8, BY_HAND)  # fmt: skip
         else:
-            least, greatest = row_extremes(smoothed(y, smooth_ptr, start + at, live), SIGNED)
+            least, greatest = row_extremes(smoothed(y, smooth_ptr, start + at, live, BY_HAND), SIGNED)
             low, high = tl.minimum(low, least), tl.maximum(high, greatest)
     if x_scale_ptr is None:
         scale, zero = row_scale(low, high, QMAX, CLIP, SIGNED)
@@ -95,9 +96,9 @@ def act_quantize_long(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_
         for start in tl.range(0, width, BLOCK):
             live = start + at < k
             y = _acted(x_ptr, up_ptr, row, start + at, live, x_stride, up_stride, ACT, BY_HAND)
-            y = smoothed(y, smooth_ptr, start + at, live)
+            y = smoothed(y, smooth_ptr, start + at, live, BY_HAND)
             store_codes(y, scale, zero, codes_ptr, row, start + at, live, start + at < width, width,
-                        QMIN, QMAX, SHIFT, SIGNED, FP8)  # fmt: skip
+                        QMIN, QMAX, SHIFT, SIGNED, FP8, BY_HAND, TWICE, CLIP == 1.0)  # fmt: skip
         tl.store(scale_ptr + row, scale)
         if zero_ptr is not None:
             tl.store(zero_ptr + row, zero.to(tl.uint8))

@@ -40,8 +40,8 @@ def _gains(weight_ptr, bias_ptr, column, inside):
 def norm_quantize(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, scale_ptr,
                   zero_ptr, norm_ptr, sum_ptr, m, k, width, x_stride, residual_stride, eps, LAYER: tl.constexpr,
                   QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr, SHIFT: tl.constexpr,
-                  SIGNED: tl.constexpr, FP8: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr,
-                  BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                  SIGNED: tl.constexpr, FP8: tl.constexpr, BY_HAND: tl.constexpr, TWICE: tl.constexpr,
+                  ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Tiles of ROWS whole rows of x [m, k], k <= BLOCK, one after the other; weight and bias are read once.
 
     norm_ptr, sum_ptr: where the norm's result and the sum are kept in float as well, or None.
@@ -63,7 +63,7 @@ def norm_quantize(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_scale
         if norm_ptr is not None:
             tl.store(norm_ptr + row * k + column, y.to(to), mask=live)
         encode_rows(y, codes_ptr, scale_ptr, zero_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column, m, k, width,
-                    QMIN, QMAX, CLIP, SHIFT, SIGNED, FP8)  # fmt: skip
+                    QMIN, QMAX, CLIP, SHIFT, SIGNED, FP8, BY_HAND, TWICE)  # fmt: skip
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def norm_quantize_long(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_
                        scale_ptr, zero_ptr, norm_ptr, sum_ptr, m, k, width, x_stride, residual_stride, eps,
                        LAYER: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr,
                        SHIFT: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr, BY_HAND: tl.constexpr,
-                       BLOCK: tl.constexpr):  # fmt: skip
+                       TWICE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The same for rows that no program holds: one a program, walked through in blocks once for each statistic."""
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1, 1], tl.int64)
     to: tl.constexpr = x_ptr.dtype.element_ty
@@ -104,9 +104,9 @@ def norm_quantize_long(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_
             tl.store(norm_ptr + row * k + start + at, y.to(to), mask=live)
         if x_scale_ptr is not None:
             encode_given(y, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, start + at, live,
-                         start + at < width, live, width, QMIN, QMAX, SHIFT, SIGNED, FP8)  # fmt: skip
+                         start + at < width, live, width, QMIN, QMAX, SHIFT, SIGNED, FP8, BY_HAND)  # fmt: skip
         else:
-            least, greatest = row_extremes(smoothed(y, smooth_ptr, start + at, live), SIGNED)
+            least, greatest = row_extremes(smoothed(y, smooth_ptr, start + at, live, BY_HAND), SIGNED)
             low, high = tl.minimum(low, least), tl.maximum(high, greatest)
     if x_scale_ptr is None:
         scale, zero = row_scale(low, high, QMAX, CLIP, SIGNED)
@@ -116,9 +116,9 @@ def norm_quantize_long(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_
             weight, bias = _gains(weight_ptr, bias_ptr, start + at, live)
             x = _summed(x_ptr, residual_ptr, row, start + at, live, x_stride, residual_stride, BY_HAND)
             y = rounded_to((x - mean) * rstd * weight + bias, to, BY_HAND)
-            y = smoothed(y, smooth_ptr, start + at, live)
+            y = smoothed(y, smooth_ptr, start + at, live, BY_HAND)
             store_codes(y, scale, zero, codes_ptr, row, start + at, live, start + at < width, width,
-                        QMIN, QMAX, SHIFT, SIGNED, FP8)  # fmt: skip
+                        QMIN, QMAX, SHIFT, SIGNED, FP8, BY_HAND, TWICE, CLIP == 1.0)  # fmt: skip
         tl.store(scale_ptr + row, scale)
         if zero_ptr is not None:
             tl.store(zero_ptr + row, zero.to(tl.uint8))

@@ -19,7 +19,7 @@ def _case(m: int, k: int, fmt: str, expect: Any, *, dtype: torch.dtype = torch.b
           residual: bool = False) -> Case:  # fmt: skip
     x, w = meta(m, k, dtype=dtype), meta(k, dtype=dtype)
     more = meta(m, k, dtype=dtype) if residual else None
-    run = partial(norm_quantize, x, more, w, w if layer else None, 1e-5, layer, None, None, None, fmt, False)
+    run = partial(norm_quantize, x, more, w, w if layer else None, 1e-5, layer, None, None, None, fmt, False, residual)
     name = f"{'layer' if layer else 'rms'}{' sum' if residual else ''} {fmt} {str(dtype)[6:]} m={m} k={k}"
     return Case(name, run, expect)
 
