@@ -49,15 +49,22 @@ def unpack_halves(data: Tensor, bits: int, k: int, unit: int = UNIT) -> Tensor:
 def pack_three(codes: Tensor) -> tuple[Tensor, Tensor]:
     """Unsigned codes uint8 [.., K] below 8 to the lower two bits [.., Kp / 4] and the upper bit [.., Kp / 8].
 
-    Kp = K padded to 256. Byte j of the upper plane's unit, 32 bytes, holds in bits 0..3 the upper bits of the codes in
-    byte j of the first of the lower plane's two units, in bits 4..7 those of the second.
+    Kp = K padded to 256. Byte j of the upper plane's unit, 32 bytes, holds the upper bits of the four codes in byte j
+    of the lower plane's first unit in bits 0, 2, 4, 6, and those of its second unit in bits 1, 3, 5, 7: shifted as a
+    whole they lie above the lower two.
     """
     full = torch.nn.functional.pad(codes, (0, padded(codes.shape[-1], UNIT_THREE) - codes.shape[-1]))
-    return pack_halves(full & 3, 2), pack_halves(full >> 2, 1, UNIT_THREE)
+    return pack_halves(full & 3, 2), pack_halves(_interleaved(full >> 2, 2, 4), 1, UNIT_THREE)
 
 
 def unpack_three(lower: Tensor, upper: Tensor, k: int) -> Tensor:
     """The codes uint8 [.., k] of `pack_three`."""
     full = padded(k, UNIT_THREE)
-    codes = unpack_halves(lower, 2, full) | (unpack_halves(upper, 1, full, UNIT_THREE) << 2)
-    return codes[..., :k].contiguous()
+    above = _interleaved(unpack_halves(upper, 1, full, UNIT_THREE), 4, 2)
+    return (unpack_halves(lower, 2, full) | (above << 2))[..., :k].contiguous()
+
+
+def _interleaved(codes: Tensor, a: int, b: int) -> Tensor:
+    """Within units of 256, a x b parts of 32 columns in the order b x a."""
+    parts = codes.reshape(*codes.shape[:-1], codes.shape[-1] // UNIT_THREE, a, b, 32)
+    return parts.transpose(-3, -2).reshape(codes.shape)

@@ -44,4 +44,4 @@ def test_the_upper_of_three_bits_lies_beside_the_lower_two() -> None:
         codes[0, column] = 7
         lower, upper = (plane.nonzero()[0, 1].item() for plane in pack_three(codes))
         assert lower // 64 == upper // 32 and lower % 32 == upper % 32  # a 256-unit; 32 bytes for each 128
-        assert int(pack_three(codes)[1].max()) == 1 << (column // 32 % 8)
+        assert int(pack_three(codes)[1].max()) == 1 << (column % 128 // 32 * 2 + column // 128 % 2)
