@@ -32,6 +32,11 @@ class Device:
         """Whether 8-bit floats exist in its instructions."""
         return self.capability >= (8, 9)
 
+    @property
+    def by_hand(self) -> bool:
+        """Whether kernels have to do without them: no instructions, or an interpreter that rounds wrongly."""
+        return self.interpreted or not self.has_fp8
+
 
 A100 = Device("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166912)
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 132, 232448)

@@ -5,6 +5,9 @@ import triton.language as tl
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds f32 to integers, half to even
 _TINY = tl.constexpr(1.1754943508222875e-38)
+_E4M3_MAX = tl.constexpr(448.0)
+_E4M3_NORMAL = tl.constexpr(0.015625)  # 2^-6, the least normal number
+_E4M3_SHIFT = tl.constexpr(16384.0)  # 2^14: f32 from here on has steps of 2^-9, as e4m3 has below its normal numbers
 
 
 @triton.jit
@@ -24,3 +27,38 @@ def codes_of(x, scale, QMIN: tl.constexpr, QMAX: tl.constexpr):
     """Integers of x / scale as f32, saturated; true division, as the reference has it."""
     steps = tl.div_rn(x, scale)
     return round_even(tl.minimum(tl.maximum(steps, QMIN), QMAX))
+
+
+@triton.jit
+def affine_codes_of(x, scale, zero, QMAX: tl.constexpr):
+    """Integers of x / scale + zero as f32, saturated at 0 and QMAX; zero: f32, a whole number from 0 to QMAX."""
+    steps = codes_of(x, scale, -QMAX, QMAX)
+    return tl.minimum(tl.maximum(steps + zero, 0.0), QMAX)
+
+
+@triton.jit
+def e4m3_of(x, BY_HAND: tl.constexpr):
+    """f32 to the bits of e4m3 (uint8): half to even, saturated at 448, NaN kept.
+
+    BY_HAND: by arithmetic on the bits, where there is no instruction, and in the interpreter, whose cast is wrong.
+    """
+    held = tl.minimum(tl.maximum(x, -_E4M3_MAX), _E4M3_MAX)
+    nan = (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) > 0x7F800000
+    if BY_HAND:
+        bits = held.to(tl.uint32, bitcast=True)
+        size = bits & 0x7FFFFFFF
+        # 20 of 23 bits of the mantissa go; half of the last kept step, less one where that is even, carries over
+        normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)  # 127 - 7: the exponents' biases
+        small = (tl.abs(held) + _E4M3_SHIFT).to(tl.uint32, bitcast=True) & 0xFF
+        found = tl.where(tl.abs(held) < _E4M3_NORMAL, small, normal) | ((bits >> 24) & 0x80)
+        codes = tl.where(nan, 0x7F, found).to(tl.uint8)
+    else:
+        codes = tl.where(nan, x, held).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    return codes
+
+
+@triton.jit
+def f16_of_e4m3(bits):
+    """Bits of e4m3 (uint8) to their value / 256 as f16, exactly: the exponents' biases are 7 and 15."""
+    wide = bits.to(tl.uint16)
+    return (((wide & 0x7F) << 7) | ((wide & 0x80) << 8)).to(tl.float16, bitcast=True)
