@@ -1,6 +1,12 @@
-"""Rows of an activation to int8 or fp8 with one scale each: the format `i8/tok` and `f8e4m3/tok`.
+"""Activations to the 8-bit codes that matrix products take.
 
-qfx_triton::quantize_rows(Tensor x, Tensor? smooth, str format) -> (Tensor codes, Tensor scale)
+    qfx_triton::quantize_rows(x, smooth?, format) -> (codes, scale)               i8/tok, f8e4m3/tok: rows of K codes
+    qfx_triton::quantize_dynamic(x, smooth?, format) -> (codes, scale, zero)      every format with a scale at run time
+    qfx_triton::quantize_static(x, smooth?, scale, zero?, format) -> codes        formats with one known scale
+
+The last two give operands: rows of `aligned(K)` codes, zero behind K, so that each begins at a multiple of 16 bytes.
+Codes of integers are int8 there, those of u8 less 128; zero points are the reference's (uint8), empty where the format
+has none. Formats: integers of 2 to 8 bits or f8e4m3, per tensor or per token; `f8e4m3/gN/dyn` with N a power of two.
 """
 
 from __future__ import annotations
@@ -9,10 +15,40 @@ import torch
 import triton
 from torch import Tensor
 
-from qfx.backends.triton.kernels.quantize_rows import quantize_rows as kernel
-from qfx.backends.triton.launch import launch
+from qfx.backends.triton.kernels import quantize_rows as kernels
+from qfx.backends.triton.launch import device_of, launch
 from qfx.backends.triton.library import define
+from qfx.errors import explain
 from qfx.format import Format
+
+ALIGNMENT = 16  # bytes
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def aligned(k: int) -> int:
+    """K rounded up to whole units of 16 bytes of 8-bit codes."""
+    return -(-k // ALIGNMENT) * ALIGNMENT
+
+
+def reason_against(fmt: Format) -> str | None:
+    """Why activations of this format have no kernel here, or None."""
+    if not (fmt.is_integer or fmt.type == "f8e4m3"):
+        return f"the codes of '{fmt}' are neither integers nor f8e4m3"
+    if fmt.group is not None:
+        if not fmt.dynamic or fmt.is_integer:
+            return f"'{fmt}': scales in groups of an activation are for f8e4m3, and found at run time"
+        if fmt.group & (fmt.group - 1) or not 32 <= fmt.group <= 4096:
+            return f"'{fmt}': groups of activations are powers of two from 32 to 4096"
+    elif fmt.granularity not in ("", "tok"):
+        return f"'{fmt}': activations have a scale for the tensor or for each token"
+    if fmt.scale_type != "f32" and fmt.dynamic:
+        return f"'{fmt}': scales found at run time are f32"
+    return f"'{fmt}': a scale above others has no kernel" if fmt.has_global_scale else None
+
+
+def shift_of(fmt: Format) -> int:
+    """What is taken from the codes of a format, and from its zero points, to fit int8."""
+    return 128 if fmt.has_zero and fmt.bits == 8 else 0
 
 
 def quantize_rows(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Tensor, Tensor]:  # noqa: A002
@@ -20,23 +56,151 @@ def quantize_rows(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Tensor
 
     The same codes as `qfx.numerics.quantize` with the scale of the row; an all-zero row has the scale 1.
     """
-    fmt = Format.parse(format)
+    fmt = _checked(x, smooth, format, dynamic=True)
+    if fmt.has_zero or fmt.granularity != "tok":
+        raise _bad(f"quantize_rows does not take '{fmt}'", "a format without zero points, per token", format)
+    codes, scale, _ = _by_row(_rows(x), smooth, fmt, x.shape[-1])
+    return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
+
+
+def quantize_dynamic(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Tensor, Tensor, Tensor]:  # noqa: A002
+    """x [.., K] float, divided by smooth [K], to an operand: codes [.., aligned(K)], scale f32, zero uint8.
+
+    scale: [.., 1] per token, [.., G] in groups, () for the tensor; zero likewise, or [0]. See `run_time_qparams`.
+    """
+    fmt = _checked(x, smooth, format, dynamic=True)
+    rows, width = _rows(x), aligned(x.shape[-1])
+    if fmt.group:
+        codes, scale, zero = _by_group(rows, smooth, fmt, width)
+    elif fmt.granularity == "tok":
+        codes, scale, zero = _by_row(rows, smooth, fmt, width)
+    else:
+        scale, zero = _of_tensor(rows, smooth, fmt)
+        divided = rows if smooth is None else rows / smooth.to(torch.float32)  # x / (scale * smooth) rounds otherwise
+        codes = _launched(divided, None, scale, zero, fmt, width, static=True)
+    codes, scale = codes.reshape(*x.shape[:-1], width), scale.reshape(_scale_shape(x, fmt))
+    return codes, scale, zero.reshape(scale.shape) if fmt.has_zero else zero
+
+
+def quantize_static(x: Tensor, smooth: Tensor | None, scale: Tensor, zero: Tensor | None, format: str) -> Tensor:  # noqa: A002
+    """x [.., K] float to the codes [.., aligned(K)] of an operand, with a known scale (one value) and zero (uint8).
+
+    smooth [K] multiplies the scale, as in `qfx.ops.linear`.
+    """
+    fmt = _checked(x, smooth, format, dynamic=False)
+    if scale.numel() != 1 or (fmt.has_zero and (zero is None or zero.numel() != 1)):
+        found = f"{scale.numel()} scales, {'no' if zero is None else zero.numel()} zero points"
+        raise _bad("one scale of the whole tensor is needed", "one value, and one zero point for u2..u8", found)
+    width = aligned(x.shape[-1])
+    codes = _launched(_rows(x), smooth, scale.to(torch.float32), zero, fmt, width, static=True)
+    return codes.reshape(*x.shape[:-1], width)
+
+
+def _by_row(rows: Tensor, smooth: Tensor | None, fmt: Format, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    scale = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
+    zero = torch.empty(rows.shape[0] if fmt.has_zero else 0, dtype=torch.uint8, device=rows.device)
+    return _launched(rows, smooth, scale, zero, fmt, width, static=False), scale, zero
+
+
+def _launched(
+    rows: Tensor, smooth: Tensor | None, scale: Tensor, zero: Tensor | None, fmt: Format, width: int, *, static: bool
+) -> Tensor:
+    codes = torch.empty(rows.shape[0], width, dtype=_operand_dtype(fmt), device=rows.device)
+    block = triton.next_power_of_2(max(width, 1))
+    launch(kernels.quantize_rows, (rows.shape[0],), rows, smooth, codes.view(torch.uint8) if fmt.is_float else codes,
+           scale, zero, rows.shape[1], rows.stride(0), width, CLIP=fmt.clip / 100, QMAX=fmt.qmax, QMIN=fmt.qmin,
+           SHIFT=shift_of(fmt), AFFINE=fmt.has_zero, FLOAT=fmt.is_float, STATIC=static,
+           BY_HAND=device_of(rows).by_hand, BLOCK=block, config=_config(block))  # fmt: skip
+    return codes
+
+
+def _by_group(rows: Tensor, smooth: Tensor | None, fmt: Format, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    assert fmt.group is not None
+    groups = -(-rows.shape[1] // fmt.group)
+    codes = torch.empty(rows.shape[0], width, dtype=fmt.code_dtype, device=rows.device)
+    scale = torch.empty(rows.shape[0], groups, dtype=torch.float32, device=rows.device)
+    block = min(triton.next_power_of_2(max(groups, 1)), max(4096 // fmt.group, 1))
+    launch(kernels.quantize_groups, (rows.shape[0], -(-groups // block)), rows, smooth, codes.view(torch.uint8), scale,
+           rows.shape[1], rows.stride(0), width, groups, QMAX=fmt.qmax, BY_HAND=device_of(rows).by_hand,
+           GROUP=fmt.group, BLOCK=block, config=_config(block * fmt.group))  # fmt: skip
+    return codes, scale, torch.empty(0, dtype=torch.uint8, device=rows.device)
+
+
+def _of_tensor(rows: Tensor, smooth: Tensor | None, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of all rows, shape [1]."""
+    m, k = rows.shape
+    low, high = torch.empty(2, m, dtype=torch.float32, device=rows.device).unbind()
+    block = triton.next_power_of_2(max(k, 1))
+    launch(kernels.row_ranges, (m,), rows, smooth, low, high, k, rows.stride(0), BLOCK=block, config=_config(block))
+    scale = torch.empty(1, dtype=torch.float32, device=rows.device)
+    zero = torch.empty(1 if fmt.has_zero else 0, dtype=torch.uint8, device=rows.device)
+    launch(kernels.tensor_params, (1,), low, high, scale, zero, m, CLIP=fmt.clip / 100, QMAX=fmt.qmax,
+           AFFINE=fmt.has_zero, BLOCK=1024, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+    return scale, zero
+
+
+def _config(block: int) -> dict[str, int]:
+    return {"num_warps": min(max(block // 512, 1), 16), "num_stages": 1}
+
+
+def _rows(x: Tensor) -> Tensor:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    codes = torch.empty(x.shape, dtype=fmt.code_dtype, device=x.device)
-    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(max(rows.shape[1], 1))
-    warps = min(max(block // 512, 1), 16)
-    launch(kernel, (rows.shape[0],), rows, smooth, codes, scale, rows.shape[1], rows.stride(0),
-           QMAX=fmt.qmax, QMIN=fmt.qmin, BLOCK=block, config={"num_warps": warps, "num_stages": 1})  # fmt: skip
-    return codes, scale
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _fake(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Tensor, Tensor]:  # noqa: A002
+def _operand_dtype(fmt: Format) -> torch.dtype:
+    return fmt.code_dtype if fmt.is_float else torch.int8
+
+
+def _scale_shape(x: Tensor, fmt: Format) -> tuple[int, ...]:
+    return fmt.scale_shape(x.shape)
+
+
+def _checked(x: Tensor, smooth: Tensor | None, text: str, *, dynamic: bool) -> Format:
+    fmt = Format.parse(text)
+    if reason := reason_against(fmt):
+        raise _bad(f"an activation cannot be quantized here: {reason}", "see the module's formats", text)
+    if fmt.dynamic != dynamic:
+        found = f"'{text}' has {'a scale found at run time' if fmt.dynamic else 'a known scale'}"
+        raise _bad("the op does not fit the format", "quantize_dynamic for the former, else quantize_static", found)
+    if x.dtype not in _FLOATS:
+        raise _bad("activations are floats", "float16, bfloat16 or float32", x.dtype)
+    if smooth is not None and smooth.shape != x.shape[-1:]:
+        raise _bad("smooth does not fit", f"shape [{x.shape[-1]}]", list(smooth.shape))
+    return fmt
+
+
+def _bad(what: str, expected: object, found: object) -> ValueError:
+    return ValueError(explain(f"qfx_triton: {what}", expected=expected, found=found))
+
+
+def _fake_rows(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Tensor, Tensor]:  # noqa: A002
     codes = torch.empty(x.shape, dtype=Format.parse(format).code_dtype, device=x.device)
     return codes, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
 
 
-_LIBRARY = define(
-    "quantize_rows(Tensor x, Tensor? smooth, str format) -> (Tensor, Tensor)", quantize_rows, _fake
-) or globals().get("_LIBRARY")
+def _fake_static(x: Tensor, smooth: Tensor | None, scale: Tensor, zero: Tensor | None, format: str) -> Tensor:  # noqa: A002
+    return x.new_empty((*x.shape[:-1], aligned(x.shape[-1])), dtype=_operand_dtype(Format.parse(format)))
+
+
+def _fake_dynamic(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Tensor, Tensor, Tensor]:  # noqa: A002
+    fmt = Format.parse(format)
+    scale = x.new_empty(_scale_shape(x, fmt), dtype=torch.float32)
+    zero = x.new_empty(scale.shape if fmt.has_zero else (0,), dtype=torch.uint8)
+    return _fake_static(x, None, scale, None, format), scale, zero
+
+
+_LIBRARIES = [
+    define("quantize_rows(Tensor x, Tensor? smooth, str format) -> (Tensor, Tensor)", quantize_rows, _fake_rows),
+    define(
+        "quantize_dynamic(Tensor x, Tensor? smooth, str format) -> (Tensor, Tensor, Tensor)",
+        quantize_dynamic,
+        _fake_dynamic,
+    ),
+    define(
+        "quantize_static(Tensor x, Tensor? smooth, Tensor scale, Tensor? zero, str format) -> Tensor",
+        quantize_static,
+        _fake_static,
+    ),
+    *globals().get("_LIBRARIES", []),
+]
