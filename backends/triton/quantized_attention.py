@@ -145,7 +145,7 @@ def configuration(
     """The measured configuration for a problem, else the heuristic one. dtype: of the codes of q and k."""
     problem = f"d={width} dv={value_width} {str(dtype)[6:]} {str(v_dtype)[6:]}{' causal' if causal else ''}"
     given = (rows, width, value_width, dtype, v_dtype)
-    return tuning.tuned(device, _KERNEL, problem, rows, lambda: candidates(*given)) or _heuristic(*given)
+    return tuning.tuned(device, KERNEL, problem, rows, lambda: candidates(*given)) or _heuristic(*given)
 
 
 def _heuristic(rows: int, wide: int, device: Device) -> Config:
