@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from qfx.attention_heads import Static
 from qfx.backends.triton import tuning
 from qfx.backends.triton.attention_operands import Laid, Steps, common, constants, holding, indices, lay, steps_of
 from qfx.backends.triton.device import Device
-from qfx.backends.triton.kernels.quantized_attention import attention
+from qfx.backends.triton.kernels.quantized_attention import attention, mask_bounds
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.library import define
 from qfx.errors import explain
@@ -32,6 +33,7 @@ from qfx.format import Format
 WIDEST = 256
 _LOG2E = math.log2(math.e)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_ALIGNED = 16
 KERNEL = "quantized_attention"
 
 
@@ -92,9 +94,7 @@ def _share(
     queries = lay(q, qs.format, steps_of(q, qs, None), dtype, width, mean=mean, stepped=True, factor=scale * _LOG2E,
                   times=k_steps, share=share, biased=biased)  # fmt: skip
     values, v_steps = _values(v, vs)
-    spread = None if mask is None else mask.expand(*q.shape[:1], out.shape[1], q.shape[2], k.shape[2])
-    _start(out, heads, queries, keys, values, v_steps, spread, sinks, scale, causal, softcap, ps.format, q.shape[-1],
-           device)  # fmt: skip
+    _start(out, heads, queries, keys, values, v_steps, mask, sinks, scale, causal, softcap, ps.format, device)
 
 
 def _values(v: Tensor, given: Static) -> tuple[Tensor, Steps]:
@@ -116,20 +116,35 @@ def _values(v: Tensor, given: Static) -> tuple[Tensor, Steps]:
 
 def _start(
     out: Tensor, heads: Tensor | None, q: Laid, k: Laid, v: Tensor, v_steps: Steps, mask: Tensor | None,
-    sinks: Tensor | None, scale: float, causal: bool, softcap: float, p_format: Format | None, depth: int,
-    device: Device,
+    sinks: Tensor | None, scale: float, causal: bool, softcap: float, p_format: Format | None, device: Device,
 ) -> None:  # fmt: skip
     """Launch the kernel that the operands need."""
     batch, count, rows, width = q.codes.shape
     fast = scale > 0 and not softcap > 0 and q.bias is None and (mask is None or mask.dtype == torch.bool)
     config = configuration(rows, width, v.shape[-1], q.codes.dtype, v.dtype, causal, device)
-    masked = mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+    spread, bounds = (None, None) if mask is None else _masks(mask, out.shape[:3], k.codes.shape[2], config)
     launch(attention, (triton.cdiv(rows, config["BLOCK_M"]), batch * count), q.codes, k.codes, v, q.step, k.step,
-           v_steps.scale, q.bias, masked, sinks, heads, out, rows, k.codes.shape[2], count, out.shape[1],
-           *v.stride()[:3], v_steps.stride, *((0, 0, 0, 0) if mask is None else mask.stride()),
+           v_steps.scale, q.bias, spread, bounds, sinks, heads, out, rows, k.codes.shape[2], count, out.shape[1],
+           *v.stride()[:3], v_steps.stride, *((0, 0, 0, 0) if spread is None else spread.stride()),
+           *((0, 0) if bounds is None else bounds.expand(batch, out.shape[1], -1, -1).stride()[:2]),
            softcap * _LOG2E if softcap > 0 else None, SHARE=count // k.codes.shape[1], CAUSAL=causal, FAST=fast,
            BOOL=mask is not None and mask.dtype == torch.bool, WIDTH=width, VALUE_WIDTH=v.shape[-1],
            DV=out.shape[-1], **_of_weights(p_format), config=config)  # fmt: skip
+
+
+def _masks(mask: Tensor, shape: torch.Size, length: int, config: Config) -> tuple[Tensor, Tensor]:
+    """The mask [B, H, S, L], booleans as bytes, and which keys it leaves for each block of rows; shape: B, H, S."""
+    found = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    found = found[(None,) * (4 - found.dim())]
+    if found.stride(-2) % _ALIGNED or found.stride(-1) > 1 or found.data_ptr() % _ALIGNED:  # would be read one by one
+        found = F.pad(found, (0, -found.shape[-1] % _ALIGNED))[..., : found.shape[-1]]
+    own = found.expand(-1, -1, shape[2], length)
+    blocks = triton.cdiv(shape[2], config["BLOCK_M"])
+    bounds = torch.empty((*own.shape[:2], blocks, 3), dtype=torch.int32, device=mask.device)
+    launch(mask_bounds, (blocks, own.shape[1], own.shape[0]), own, bounds, shape[2], length, *own.stride(),
+           BOOL=mask.dtype == torch.bool, BLOCK_M=config["BLOCK_M"], BLOCK_N=config["BLOCK_N"],
+           config={"num_warps": 8, "num_stages": 1})  # fmt: skip
+    return own.expand(*shape, length), bounds
 
 
 def _of_weights(fmt: Format | None) -> dict[str, Any]:

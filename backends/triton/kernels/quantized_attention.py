@@ -20,7 +20,7 @@ def _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length,
             FAST: tl.constexpr, BOOL: tl.constexpr, EDGE: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Scores f32 [BLOCK_M, BLOCK_N] of the keys from `start` on, -inf where a row may not look.
 
-    FAST: still to be multiplied by the row's step. EDGE: some of the columns are beyond the keys, or beyond the row.
+    FAST: still to be multiplied by the row's step. EDGE: some are masked, or beyond the keys, or beyond the row.
     """
     column = start + tl.arange(0, BLOCK_N)
     if EDGE:
@@ -42,18 +42,15 @@ def _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length,
             s = s + bias[:, None]
         if softcap is not None:  # tanh x = 2 sigmoid(2 x) - 1
             s = (tl.sigmoid(s * (2.0 / softcap)) * 2.0 - 1.0) * softcap
-    if mask_at is not None:
-        if EDGE:
-            given = tl.load(mask_at + (start + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :] * mask_n,
-                            mask=(row < rows)[:, None] & (column < length)[None, :], other=0)  # fmt: skip
-        else:
-            given = tl.load(mask_at + column.to(tl.int64)[None, :] * mask_n, mask=(row < rows)[:, None], other=0)
-        if BOOL:
-            s = tl.where(given != 0, s, float("-inf"))
-        else:
-            given = given.to(tl.float32)
-            s = s + tl.where(given == float("-inf"), given, tl.maximum(given, _LEAST_ADDED) * _LOG2E)
     if EDGE:
+        if mask_at is not None:
+            given = tl.load(mask_at + column.to(tl.int64)[None, :] * mask_n,
+                            mask=(row < rows)[:, None] & (column < length)[None, :], other=0)  # fmt: skip
+            if BOOL:
+                s = tl.where(given != 0, s, float("-inf"))
+            else:
+                given = given.to(tl.float32)
+                s = s + tl.where(given == float("-inf"), given, tl.maximum(given, _LEAST_ADDED) * _LOG2E)
         keep = (column < length)[None, :]
         if CAUSAL:
             keep = keep & (column[None, :] <= row[:, None])
@@ -87,10 +84,43 @@ def _value_tile(v_at, start, length, EDGE: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _bounds(first, length, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where the keys end that all rows of the block from `first` on see, in whole blocks, and where the last ends."""
+    """How many blocks of keys all rows of the block from `first` on see, and where the last key ends that one sees."""
     if CAUSAL:
-        return tl.minimum(first + 1, length) // BLOCK_N * BLOCK_N, tl.minimum(first + BLOCK_M, length)
-    return length // BLOCK_N * BLOCK_N, length
+        return tl.minimum(first + 1, length) // BLOCK_N, tl.minimum(first + BLOCK_M, length)
+    return length // BLOCK_N, length
+
+
+@triton.jit
+def mask_bounds(mask_ptr, bounds_ptr, rows, length, mask_b, mask_h, mask_m, mask_n, BOOL: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """For each block of rows of a mask [B, H, rows, length] which blocks of keys it leaves: int32 [B, H, blocks, 3].
+
+    They are the number of the first block of which something is kept; of that with which those from there on end of
+    which everything is kept as it is; and of that behind the last of which something is kept.
+    """
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_at = mask_ptr + tl.program_id(2).to(tl.int64) * mask_b + tl.program_id(1).to(tl.int64) * mask_h
+    mask_at = mask_at + row.to(tl.int64)[:, None] * mask_m
+    first, whole, end = length * 0 - 1, length * 0, length * 0
+    for block in range(tl.cdiv(length, BLOCK_N)):
+        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (row < rows)[:, None] & (column < length)[None, :]
+        given = tl.load(mask_at + column.to(tl.int64)[None, :] * mask_n, mask=inside, other=0)
+        if BOOL:
+            kept, free = given != 0, given != 0
+        else:
+            kept, free = given.to(tl.float32) > float("-inf"), given.to(tl.float32) == 0.0
+        some = tl.max(tl.max((kept & inside).to(tl.int32), 1), 0) > 0
+        every = tl.min(tl.min((free | (row >= rows)[:, None]).to(tl.int32), 1), 0) > 0
+        every = every & (block * BLOCK_N + BLOCK_N <= length)
+        whole = tl.where(some & (first < 0), block, whole)
+        first = tl.where(some & (first < 0), block, first)
+        whole = tl.where(every & (first >= 0) & (whole == block), block + 1, whole)
+        end = tl.where(some, block + 1, end)
+    at = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(bounds_ptr + at * 3, tl.maximum(first, 0))
+    tl.store(bounds_ptr + at * 3 + 1, whole)
+    tl.store(bounds_ptr + at * 3 + 2, end)
 
 
 @triton.jit
@@ -174,18 +204,19 @@ def _added(acc, q, k_at, k_step_at, v_at, v_next, mask_at, mask_n, step, bias, m
 
 
 @triton.jit
-def attention(q_ptr, k_ptr, v_ptr, q_step_ptr, k_step_ptr, v_step_ptr, bias_ptr, mask_ptr, sinks_ptr, heads_ptr,
-              out_ptr, rows, length, heads, all_heads, v_b, v_g, v_l, v_step_h, mask_b, mask_h, mask_m, mask_n, softcap,
-              SHARE: tl.constexpr, CAUSAL: tl.constexpr, FAST: tl.constexpr, BOOL: tl.constexpr, WIDTH: tl.constexpr,
-              VALUE_WIDTH: tl.constexpr, DV: tl.constexpr, ROUNDED: tl.constexpr, INTEGER: tl.constexpr,
-              BITS: tl.constexpr, LEAST: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr, BY_ROW: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def attention(q_ptr, k_ptr, v_ptr, q_step_ptr, k_step_ptr, v_step_ptr, bias_ptr, mask_ptr, bounds_ptr, sinks_ptr,
+              heads_ptr, out_ptr, rows, length, heads, all_heads, v_b, v_g, v_l, v_step_h, mask_b, mask_h, mask_m,
+              mask_n, bounds_b, bounds_h, softcap, SHARE: tl.constexpr, CAUSAL: tl.constexpr, FAST: tl.constexpr,
+              BOOL: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DV: tl.constexpr,
+              ROUNDED: tl.constexpr, INTEGER: tl.constexpr, BITS: tl.constexpr, LEAST: tl.constexpr,
+              QMAX: tl.constexpr, CLIP: tl.constexpr, BY_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_N: tl.constexpr):  # fmt: skip
     """One block of queries of one head, in one pass over the keys; in two where the weights are ROUNDED.
 
     q codes [B, heads, rows, WIDTH], k codes [B, heads / SHARE, length, WIDTH], v [.., VALUE_WIDTH] as many, by strides;
-    steps f32: of q [B, heads, rows] (times scale and log2 e), of k [B, heads / SHARE, length], of v one
-    with the stride v_step_h. bias f32 [B, heads, rows] and softcap: in powers of two. mask: broadcast by strides. heads
-    [heads]: where a head stands in out [B, all_heads, rows, DV], in mask and in sinks.
+    steps f32: of q [B, heads, rows] (times scale and log2 e), of k [B, heads / SHARE, length], of v one with the stride
+    v_step_h. bias f32 [B, heads, rows] and softcap: in powers of two. mask: broadcast by strides; bounds as
+    `mask_bounds` finds them. heads [heads]: where a head stands in out [B, all_heads, rows, DV], in mask and in sinks.
     """
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     block = tl.program_id(0)
@@ -216,12 +247,23 @@ def attention(q_ptr, k_ptr, v_ptr, q_step_ptr, k_step_ptr, v_step_ptr, bias_ptr,
     v_at = v_at + tall.to(tl.int64)[:, None] * v_l + tl.arange(0, VALUE_WIDTH)[None, :]
     v_next = tl.cast(v_l, tl.int64) * BLOCK_N
     whole, end = _bounds(block * BLOCK_M, length, CAUSAL, BLOCK_M, BLOCK_N)
+    first = 0
+    if mask_ptr is not None:
+        bounds_at = bounds_ptr + batch * bounds_b + outer * bounds_h + block * 3
+        first = tl.load(bounds_at)
+        whole = tl.maximum(tl.minimum(whole, tl.load(bounds_at + 1)), first)
+        end = tl.minimum(end, tl.load(bounds_at + 2) * BLOCK_N)
+        k_first += tl.cast(first, tl.int64) * (BLOCK_N * WIDTH)
+        v_at += first * v_next
+        first = first * BLOCK_N  # a product, so that the compiler knows what divides it
+    whole = whole * BLOCK_N
     most = tl.full((BLOCK_M,), _LEAST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     times = total
     if ROUNDED:
-        most, total, k_at = _passed(q, k_first, k_step_at, mask_at, mask_n, step, bias, most, total, row, 0, whole,
-                                    length, softcap, rows, CAUSAL, FAST, BOOL, False, WIDTH, BLOCK_N)  # fmt: skip
+        most, total, k_at = _passed(q, k_first, k_step_at, mask_at, mask_n, step, bias, most, total, row,
+                                    first, whole, length, softcap, rows, CAUSAL, FAST, BOOL, False, WIDTH,
+                                    BLOCK_N)  # fmt: skip
         most, total, _ = _passed(q, k_at, k_step_at, mask_at, mask_n, step, bias, most, total, row, whole, end, length,
                                  softcap, rows, CAUSAL, FAST, BOOL, True, WIDTH, BLOCK_N)  # fmt: skip
     best = most
@@ -233,7 +275,7 @@ def attention(q_ptr, k_ptr, v_ptr, q_step_ptr, k_step_ptr, v_step_ptr, bias_ptr,
         times, weight_step = _weight_steps(most, best, total, QMAX, CLIP, BY_ROW)
     acc = tl.zeros((BLOCK_M, VALUE_WIDTH), tl.float32)
     acc, most, total, k_at, v_at = _added(
-        acc, q, k_first, k_step_at, v_at, v_next, mask_at, mask_n, step, bias, most, total, times, row, 0, whole,
+        acc, q, k_first, k_step_at, v_at, v_next, mask_at, mask_n, step, bias, most, total, times, row, first, whole,
         length, softcap, rows, CAUSAL, FAST, BOOL, False, ROUNDED, INTEGER, BITS, LEAST, QMAX, WIDTH, BLOCK_N
     )  # fmt: skip
     acc, most, total, _, _ = _added(

@@ -47,5 +47,5 @@ CASES = [
         partial(_call, _TOKENS, 128, mask=torch.float16, softcap=30.0, sinks=True, causal=True),
         _INT8,
     ),
-    Case("odd", partial(_call, _TOKENS, 80, rows=777, value=72, causal=True), _INT8),
+    Case("odd", partial(_call, _TOKENS, 80, rows=777, value=72, mask=torch.bool), _INT8),
 ]

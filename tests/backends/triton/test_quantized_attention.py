@@ -62,6 +62,10 @@ HOW: dict[str, dict[str, Any]] = {
     "mask of the least number": {"mask": torch.where(KEEP, 0.0, LEAST).expand(-1, 4, -1, -1)},
     "soft cap": {"softcap": 1.5},
     "sinks": {"sinks": SINKS},
+    "a mask of the past": {"mask": torch.ones(37, 70, dtype=torch.bool, device=DEVICE).tril(30)},
+    "a window by heads": {
+        "mask": torch.where(torch.ones(2, 4, 37, 70, device=DEVICE).tril(33).triu(25) > 0, 0.0, -torch.inf)
+    },
     "everything": {"mask": KEEP, "sinks": SINKS, "softcap": 2.0, "causal": True},
     "negative scale": {"scale": -0.3, "mask": KEEP},
     "no scale": {"scale": 0.0, "causal": True},
