@@ -159,7 +159,7 @@ def configuration(
 ) -> Config:
     """The measured configuration for a problem, else the heuristic one. dtype: of the codes of q and k."""
     problem = f"d={width} dv={value_width} {str(dtype)[6:]} {str(v_dtype)[6:]}{' causal' if causal else ''}"
-    given = (rows, width, value_width, dtype, v_dtype)
+    given = (rows, max(width * dtype.itemsize, value_width * v_dtype.itemsize), device)
     return tuning.tuned(device, KERNEL, problem, rows, lambda: candidates(*given)) or _heuristic(*given)
 
 
