@@ -40,8 +40,8 @@ class QuantizedCache(Cache):  # type: ignore[misc]
     offloading: layers rest in the CPU's memory and come back to the GPU ahead of their turn, as transformers does it.
 
     max_length: memory for so many tokens that never moves, for compiled decoding: `torch.compile(fullgraph=True)` makes
-    one graph for all steps. In 8 bits every token is stored at once, without residual and sinks, and read as floats
-    (see `qfx.kv.static`); below, it reads as the growing cache does (see `qfx.kv.static_packed`).
+    one graph for all steps. In 8 bits every token is stored at once, without residual and sinks, and on the CPU read as
+    floats (see `qfx.kv.static`); below, it reads as the growing cache does (see `qfx.kv.static_packed`).
 
     Raises ValueError for formats that no cache can have and for lists that the model does not fit; UnsupportedError for
     layers that hold other states than keys and values.
@@ -93,6 +93,11 @@ class QuantizedCache(Cache):  # type: ignore[misc]
                     next_step="leave offloading out",
                 )
             )
+        layer = self.layers[layer_idx]
+        if isinstance(layer, StaticQuantizedLayer) and not layer.is_initialized and _reads_codes(key_states):
+            self.layers[layer_idx] = PackedStaticLayer(
+                layer.fmt, layer.where, layer.max_cache_len, expected=layer.expected
+            )
         found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return found
 
@@ -102,6 +107,11 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         Not what one call needs: floats of a tile, of at most about two million bytes for the whole cache.
         """
         return sum(layer.nbytes for layer in self.layers if not isinstance(layer, DummyLayer))
+
+
+def _reads_codes(keys: Tensor) -> bool:
+    """Whether attention has kernels there that read codes faster than a compiler's floats of them."""
+    return keys.device.type == "cuda"
 
 
 def _layer(

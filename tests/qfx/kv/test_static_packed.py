@@ -14,6 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import qfx
 from qfx.kv.packed_ops import FEW
+from qfx.kv.static import StaticQuantizedLayer
+from qfx.kv.static_packed import PackedStaticLayer
 from tests.qfx.kv.test_cache import drift, ids, logits, small
 
 tf = pytest.importorskip("transformers", reason="the cache is one of transformers: pip install qfx[hf]")
@@ -185,3 +187,17 @@ def test_more_tokens_than_there_is_memory_for_raise_inside_of_a_graph() -> None:
         step(tokens[:, 17:18], past_key_values=cache)
         with pytest.raises(ValueError, match=r"(?s)is full.*at most 18 tokens.*found: 19"):
             step(tokens[:, 18:19], past_key_values=cache)
+
+
+@pytest.mark.parametrize("kv", ["i8", "fp8"])
+def test_caches_of_8_bits_are_packed_where_kernels_read_codes(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = small(), ids(60)
+    expected = logits(model, tokens, fixed(model, kv), (50, 3, 1, 1))
+    monkeypatch.setattr("qfx.kv.cache._reads_codes", lambda _: True)
+    cache = fixed(model, kv)
+    assert drift(logits(model, tokens, cache, (50, 3, 1, 1)), expected) < 1e-5
+    assert all(type(layer) is PackedStaticLayer for layer in cache.layers)
+    plain = fixed(model, kv)
+    monkeypatch.undo()
+    logits(model, tokens, plain, (50, 3, 1, 1))
+    assert all(type(layer) is StaticQuantizedLayer for layer in plain.layers)
