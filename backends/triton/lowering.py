@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from qfx import graph
 from qfx.backends.triton import device, tuning
 from qfx.backends.triton.device import Device
+from qfx.backends.triton.passes.fold_groups import fold_groups
 from qfx.backends.triton.passes.write_in_place import write_in_place
 from qfx.backends.triton.rules import RULES
 from qfx.backends.triton.site import Site
@@ -93,6 +94,7 @@ def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Lowered:
         if n.op == "call_function"
     }
     write_in_place(own)
+    fold_groups(own)
     notes = [] if found.interpreted or tuning.has_any(found) else [_untuned(found)]
     for node in list(own.graph.nodes):
         rule = RULES.get(graph.schema_name(node)) if node.op == "call_function" else None

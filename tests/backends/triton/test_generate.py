@@ -1,0 +1,94 @@
+"""generate() through Triton: as many graphs as there are kinds of steps, the tokens of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import qfx
+import qfx.compile
+from qfx.backends.triton import lowering
+from tests.backends.triton.cases import DEVICE
+
+tf = pytest.importorskip("transformers", reason="pip install qfx[hf]")
+TOKENS = 6
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def lowered(monkeypatch: pytest.MonkeyPatch) -> list[lowering.Lowered]:
+    """Every graph that is lowered during the test."""
+    found: list[lowering.Lowered] = []
+    lower = lowering.lower
+
+    def kept(gm: Any, *, mode: str | None = None) -> lowering.Lowered:
+        found.append(lower(gm, mode=mode or MODE[0]))
+        return found[-1]
+
+    monkeypatch.setattr(lowering, "lower", kept)
+    return found
+
+
+MODE: list[str | None] = [None]
+
+
+def small() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 90}
+    config = tf.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+    return tf.LlamaForCausalLM(config).eval().to(DEVICE)
+
+
+def generated(backend: str, recipe: str, kv: Any) -> Tensor:
+    model = small()
+    model.forward = torch.compile(
+        model.forward, backend="qfx", options={"recipe": recipe, "backend": backend, "cache": False}
+    )
+    cache = None if kv is None else qfx.QuantizedCache(model.config, kv, max_length=64)
+    how = {"cache_implementation": "static"} if kv is None else {"past_key_values": cache}
+    ids = torch.randint(90, (1, 21), device=DEVICE)
+    found: Tensor = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, **how)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kv"),
+    [
+        ("w8a8", None),
+        ("w4a16", "i4"),
+        pytest.param("w4a8", {"k": ["i8", "i3"], "v": "fp8"}, marks=pytest.mark.slow),
+        pytest.param("fp8", "i8", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_one_graph_serves_every_step(recipe: str, kv: Any, lowered: list[lowering.Lowered]) -> None:
+    torch.manual_seed(1)
+    found = generated("triton", recipe, kv)
+    assert len(lowered) == 2, "one for the prompt, one for each token after it"
+    kernels = set(lowered[1].kernels.values())
+    assert kv is None or {"cache_attention (Triton)", "cache_append (Triton)"} <= kernels
+    assert not [note for graph in lowered for note in graph.notes if not note.minor]
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    assert torch.equal(found, generated("reference", recipe, kv))
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor(lowered: list[lowering.Lowered], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    monkeypatch.setitem(globals(), "MODE", ["default"])
+    found = generated("triton", "w4a16", "i4")
+    assert len(lowered) == 2
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    assert torch.equal(found, generated("reference", "w4a16", "i4"))
