@@ -162,7 +162,7 @@ def _started(
     """Launch the product, and the sum of its parts where k is split. `ends`: what the epilogue reads."""
     (m, n), k = y.shape, w.shape[1]
     split = config["SPLIT"]
-    tiles = -(-m // config["BLOCK_M"]) * -(-n // config["BLOCK_N"])
+    tiles = -(-m // config["BLOCK_M"]) * -(-n // (config["BLOCK_N"] * config["HALVES"]))
     programs = min(tiles, device.processors) if config["PERSISTENT"] else tiles
     kind = torch.float32 if w.is_floating_point() or w.dtype == torch.uint8 else torch.int32
     out = y if split == 1 else torch.empty(split, m, n, dtype=kind, device=y.device)

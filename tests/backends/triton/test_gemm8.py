@@ -117,16 +117,19 @@ def test_epilogue_activates_and_adds(act: str, m: int) -> None:
 
 @pytest.mark.parametrize("formats", [("i8/tok", "i8/ch"), ("f8e4m3/g32/dyn", "f8e4m3/b32x64")])
 @pytest.mark.parametrize("swap", [0, 1])
-@pytest.mark.parametrize(("split", "persistent"), [(1, 0), (1, 1), (3, 0)])
+@pytest.mark.parametrize(
+    ("split", "persistent", "columns", "halves"), [(1, 0, 32, 1), (1, 1, 32, 2), (1, 1, 128, 2), (3, 0, 32, 2)]
+)
 def test_every_way_of_dispatch(
-    monkeypatch: pytest.MonkeyPatch, formats: tuple[str, str], swap: int, split: int, persistent: int
-) -> None:
+    monkeypatch: pytest.MonkeyPatch, formats: tuple[str, str], swap: int, split: int, persistent: int, columns: int,
+    halves: int,
+) -> None:  # fmt: skip
     config: Config = {
-        "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP": 2, "SPLIT": split, "SWAP": swap,
+        "BLOCK_M": 16, "BLOCK_N": columns, "BLOCK_K": 32, "HALVES": halves, "GROUP": 2, "SPLIT": split, "SWAP": swap,
         "PERSISTENT": persistent, "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
     monkeypatch.setattr("qfx.backends.triton.gemm8.configuration", lambda *_: config)
-    layer = Layer(70, 150, *formats)
+    layer = Layer(150, 150, *formats)
     x = layer.x(50)
     tolerance = TOLERANCE[torch.float32] if DEVICE == "cpu" else 2e-3
     assert error(layer(x), layer.reference(x)) <= tolerance
