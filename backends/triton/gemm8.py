@@ -113,10 +113,11 @@ def gemm8(
     problem = Problem(n, k, wf.is_float, min((g for g in groups if g), default=0), by_hand)
     config = configuration(device, problem, m)
     x_sums = rows.sum(-1, dtype=torch.int32) if wf.has_zero else None
-    ends = (x_scale.to(torch.float32).contiguous(), x_zero if xf.has_zero else None, x_sums, w_scale,
-            weight[3] if wf.has_zero else None, weight[2] if xf.has_zero else None,
-            bias, None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
-    constants = {
+    zero = x_zero.contiguous() if x_zero is not None and xf.has_zero else None
+    ends = (x_scale.to(torch.float32).contiguous(), zero, x_sums, w_scale, weight[3] if wf.has_zero else None,
+            weight[2] if zero is not None else None, None if bias is None else bias.contiguous(),
+            None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
+    constants: dict[str, int | str] = {
         "X_SHIFT": shift_of(xf), "X_PER_ROW": xf.granularity == "tok", "X_GROUP": groups[0], "W_GROUP": groups[1],
         "ACTIVATION": activation,
     }  # fmt: skip

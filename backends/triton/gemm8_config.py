@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import triton
-
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Config
 from qfx.backends.triton.tuning import tuned
@@ -48,7 +46,7 @@ def configuration(device: Device, problem: Problem, m: int) -> Config:
 def heuristic(device: Device, problem: Problem, m: int) -> Config:
     """Without measurements."""
     if device.interpreted:
-        return _config(device, problem, (32 if m > 16 else 16, 32, 1), swap=m <= 16, split=2 if problem.k > 256 else 1)
+        return _config(device, problem, (64 if m > 16 else 16, 64, 1), swap=m <= 16, split=2 if problem.k > 256 else 1)
     if m <= _FEW:
         return _streaming(device, problem, m)
     options = [_config(device, problem, tile, split=split) for tile in _tiles(device, problem) for split in (1, 2, 4)]
@@ -60,14 +58,18 @@ def candidates(device: Device, problem: Problem, m: int) -> list[Config]:
     found = [heuristic(device, problem, m)]
     if m <= _FEW:
         rows = _rows_of(m)
-        for columns, block_k in ((64, 128), (64, 256), (128, 128)):
-            found += [_config(device, problem, (rows, columns, 1), block_k, swap=True, split=s) for s in (1, 2, 4)]
-        found += [_config(device, problem, (rows, 64, 1), 256, swap=True, split=s, stages=6) for s in (1, 2, 3)]
+        for columns, block_k, stages in ((64, 128, 6), (64, 256, 4), (64, 256, 6), (64, 512, 4), (128, 128, 4)):
+            found += [
+                _config(device, problem, (rows, columns, 1), block_k, swap=True, split=split, stages=stages)
+                for split in (1, 2, 3, 4)
+            ]
     else:
         for tile in _tiles(device, problem):
             found += [_config(device, problem, tile, stages=stages) for stages in (3, 4)]
             found += [_config(device, problem, tile, stages=3, persistent=False)]
         found += [_config(device, problem, (128, 128, 1), split=split) for split in (2, 4)]
+        if _large(device) and not problem.is_float:
+            found += [_config(device, problem, (128, 256, 1), stages=3, persistent=on) for on in (True, False)]
     fitting = [config for config in found if _shared(problem, config) <= device.shared]
     return [config for i, config in enumerate(fitting) if config not in fitting[:i]][:20]
 
@@ -76,26 +78,27 @@ def _streaming(device: Device, problem: Problem, m: int) -> Config:
     """Few rows: the split with the least bytes, counting those that wait for the last processors."""
     rows = _rows_of(m)
     columns, block_k = (64, 256) if rows == 16 else (64, 128) if rows == 32 else (128, 128)
-    tiles = triton.cdiv(problem.n, columns)
+    tiles = _count(problem.n, columns)
 
     def cost(split: int) -> float:
-        rounds = triton.cdiv(tiles * split, device.processors)
+        rounds = _count(tiles * split, device.processors)
         moved = problem.n * problem.k * rounds * device.processors / (tiles * split)
         return moved + (split > 1) * (_SECOND_LAUNCH + 4 * split * m * problem.n)
 
-    most = max(triton.cdiv(problem.k, block_k) // 4, 1)
+    most = max(_count(problem.k, block_k) // 4, 1)
     split = min((s for s in _SPLITS if s <= most), key=cost)
-    return _config(device, problem, (rows, columns, 1), block_k, swap=True, split=split)
+    alone = tiles * split <= device.processors  # then one program has to keep a processor's share of reads in flight
+    return _config(device, problem, (rows, columns, 1), block_k, swap=True, split=split, stages=6 if alone else 4)
 
 
 def _cost(device: Device, problem: Problem, m: int, config: Config) -> float:
     """Rounds of tiles, each of as many products as one processor does in it, and what a second launch is worth."""
     rows, columns, split = config["BLOCK_M"], config["BLOCK_N"] * config["HALVES"], config["SPLIT"]
-    programs = triton.cdiv(m, rows) * triton.cdiv(problem.n, columns) * split
+    programs = _count(m, rows) * _count(problem.n, columns) * split
     worth = {128 * 256: 1.0, 128 * 128: 1.15, 64 * 128: 1.5}[rows * columns]  # small tiles read more for a product
     tile = rows * columns * problem.k / split * worth
     written = (split > 1) * (split * m * problem.n * 512 / device.processors + 8e6)
-    return triton.cdiv(programs, device.processors) * tile + written
+    return _count(programs, device.processors) * tile + written
 
 
 def _tiles(device: Device, problem: Problem) -> tuple[tuple[int, int, int], ...]:
@@ -109,8 +112,13 @@ def _large(device: Device) -> bool:
     return device.capability >= (9, 0)
 
 
+def _count(size: int, block: int) -> int:
+    """Blocks that hold `size`."""
+    return -(-size // block)
+
+
 def _rows_of(m: int) -> int:
-    return max(16, triton.next_power_of_2(m))
+    return max(16, 1 << (m - 1).bit_length()) if m else 16
 
 
 def _config(

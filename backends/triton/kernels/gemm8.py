@@ -39,7 +39,10 @@ def _loaded(at, rows, left, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _added(acc, x, w, SWAP: tl.constexpr, PROMOTE: tl.constexpr):
-    """acc + x w^T, or acc + w x^T (SWAP). PROMOTE: of how many products of e4m3 the tensor core's own sum is."""
+    """acc + x w^T, or acc + w x^T (SWAP).
+
+    PROMOTE: after how many products of e4m3 the tensor core's own sum goes to acc; None: at the end.
+    """
     if SWAP:
         acc = tl.dot(w, tl.trans(x), acc, max_num_imprecise_acc=PROMOTE)
     else:
@@ -60,9 +63,9 @@ def int8_sums(x_at, w_at, v_at, rows, k, begin, end, BLOCK_M: tl.constexpr, BLOC
     other = acc
     for step in range(begin, end):
         x = _loaded(x_at, rows, k - step * BLOCK_K, EVEN_K, BLOCK_K)
-        acc = _added(acc, x, _loaded(w_at, None, k - step * BLOCK_K, EVEN_K, BLOCK_K), SWAP, 0)
+        acc = _added(acc, x, _loaded(w_at, None, k - step * BLOCK_K, EVEN_K, BLOCK_K), SWAP, None)
         if HALVES == 2:
-            other = _added(other, x, _loaded(v_at, None, k - step * BLOCK_K, EVEN_K, BLOCK_K), SWAP, 0)
+            other = _added(other, x, _loaded(v_at, None, k - step * BLOCK_K, EVEN_K, BLOCK_K), SWAP, None)
             v_at += BLOCK_K
         x_at += BLOCK_K
         w_at += BLOCK_K
@@ -76,7 +79,7 @@ def _e4m3_added(acc, x, w, x_scale_at, w_scale_at, start, SWAP: tl.constexpr, X_
                 W_GROUP: tl.constexpr, W_WHOLE: tl.constexpr, PROMOTE: tl.constexpr):  # fmt: skip
     """As `_added`, with the scales of the products from `start` on; W_WHOLE: one serves the whole tile of w."""
     if X_GROUP or W_GROUP:
-        part = _added(tl.zeros_like(acc), x, w, SWAP, 0 if PROMOTE == 0 else x.shape[1])
+        part = _added(tl.zeros_like(acc), x, w, SWAP, None)  # of at most 128 of k: no need to promote within
         if X_GROUP:
             scale = tl.load(x_scale_at + start // X_GROUP)
             part *= scale[None, :] if SWAP else scale[:, None]
@@ -102,7 +105,7 @@ def e4m3_sums(x_at, w_at, v_at, x_scale_at, w_scale_at, v_scale_at, rows, k, beg
     X_GROUP, W_GROUP: of how many k a scale is, or 0; such scales multiply those sums. x_scale_at [BLOCK_M]: pointers
     of the first; w_scale_at, v_scale_at [BLOCK_N], or one (W_WHOLE). BY_HAND: the operands are bytes, decoded to f16.
     """
-    PROMOTE: tl.constexpr = 0 if BY_HAND else (128 if BLOCK_K >= 128 else BLOCK_K)
+    PROMOTE: tl.constexpr = None if BY_HAND else (128 if BLOCK_K >= 128 else BLOCK_K)
     acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
     other = acc
     for step in range(begin, end):
