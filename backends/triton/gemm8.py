@@ -113,10 +113,11 @@ def gemm8(
     problem = Problem(n, k, wf.is_float, min((g for g in groups if g), default=0), by_hand)
     config = configuration(device, problem, m)
     x_sums = rows.sum(-1, dtype=torch.int32) if wf.has_zero else None
-    ends = (x_scale.to(torch.float32).contiguous(), x_zero if xf.has_zero else None, x_sums, w_scale,
-            weight[3] if wf.has_zero else None, weight[2] if xf.has_zero else None,
-            bias, None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
-    constants = {
+    zero = x_zero.contiguous() if x_zero is not None and xf.has_zero else None
+    ends = (x_scale.to(torch.float32).contiguous(), zero, x_sums, w_scale, weight[3] if wf.has_zero else None,
+            weight[2] if zero is not None else None, None if bias is None else bias.contiguous(),
+            None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
+    constants: dict[str, int | str] = {
         "X_SHIFT": shift_of(xf), "X_PER_ROW": xf.granularity == "tok", "X_GROUP": groups[0], "W_GROUP": groups[1],
         "ACTIVATION": activation,
     }  # fmt: skip
@@ -162,7 +163,7 @@ def _started(
     """Launch the product, and the sum of its parts where k is split. `ends`: what the epilogue reads."""
     (m, n), k = y.shape, w.shape[1]
     split = config["SPLIT"]
-    tiles = -(-m // config["BLOCK_M"]) * -(-n // config["BLOCK_N"])
+    tiles = -(-m // config["BLOCK_M"]) * -(-n // (config["BLOCK_N"] * config["HALVES"]))
     programs = min(tiles, device.processors) if config["PERSISTENT"] else tiles
     kind = torch.float32 if w.is_floating_point() or w.dtype == torch.uint8 else torch.int32
     out = y if split == 1 else torch.empty(split, m, n, dtype=kind, device=y.device)

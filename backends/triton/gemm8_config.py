@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import triton
-
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Config
 from qfx.backends.triton.tuning import tuned
@@ -48,10 +46,10 @@ def configuration(device: Device, problem: Problem, m: int) -> Config:
 def heuristic(device: Device, problem: Problem, m: int) -> Config:
     """Without measurements."""
     if device.interpreted:
-        return _config(device, problem, 32 if m > 16 else 16, 32, 64, swap=m <= 16, split=2 if problem.k > 256 else 1)
+        return _config(device, problem, (64 if m > 16 else 16, 64, 1), swap=m <= 16, split=2 if problem.k > 256 else 1)
     if m <= _FEW:
         return _streaming(device, problem, m)
-    options = [_config(device, problem, bm, bn, split=split) for bm, bn in _tiles(problem) for split in (1, 2, 4)]
+    options = [_config(device, problem, tile, split=split) for tile in _tiles(device, problem) for split in (1, 2, 4)]
     return min(options, key=lambda config: _cost(device, problem, m, config))
 
 
@@ -59,66 +57,83 @@ def candidates(device: Device, problem: Problem, m: int) -> list[Config]:
     """What is worth measuring for m rows, at most 20."""
     found = [heuristic(device, problem, m)]
     if m <= _FEW:
-        block = _rows_of(m)
-        for block_n, block_k in ((64, 128), (64, 256), (128, 128)):
-            found += [_config(device, problem, block, block_n, block_k, swap=True, split=s) for s in (1, 2, 4)]
-        found += [_config(device, problem, block, 64, 256, swap=True, split=s, stages=6) for s in (1, 2, 3)]
+        rows = _rows_of(m)
+        for columns, block_k, stages in ((64, 128, 6), (64, 256, 4), (64, 256, 6), (64, 512, 4), (128, 128, 4)):
+            found += [
+                _config(device, problem, (rows, columns, 1), block_k, swap=True, split=split, stages=stages)
+                for split in (1, 2, 3, 4)
+            ]
     else:
-        for block_m, block_n in _tiles(problem):
-            found += [_config(device, problem, block_m, block_n, stages=stages) for stages in (3, 4)]
-            found += [_config(device, problem, block_m, block_n, persistent=False)]
-        found += [_config(device, problem, 128, 128, split=split) for split in (2, 4)]
+        for tile in _tiles(device, problem):
+            found += [_config(device, problem, tile, stages=stages) for stages in (3, 4)]
+            found += [_config(device, problem, tile, stages=3, persistent=False)]
+        found += [_config(device, problem, (128, 128, 1), split=split) for split in (2, 4)]
+        if _large(device) and not problem.is_float:
+            found += [_config(device, problem, (128, 256, 1), stages=3, persistent=on) for on in (True, False)]
     fitting = [config for config in found if _shared(problem, config) <= device.shared]
     return [config for i, config in enumerate(fitting) if config not in fitting[:i]][:20]
 
 
 def _streaming(device: Device, problem: Problem, m: int) -> Config:
     """Few rows: the split with the least bytes, counting those that wait for the last processors."""
-    block_m = _rows_of(m)
-    block_n, block_k = (64, 256) if block_m == 16 else (64, 128) if block_m == 32 else (128, 128)
-    tiles = triton.cdiv(problem.n, block_n)
+    rows = _rows_of(m)
+    columns, block_k = (64, 256) if rows == 16 else (64, 128) if rows == 32 else (128, 128)
+    tiles = _count(problem.n, columns)
 
     def cost(split: int) -> float:
-        rounds = triton.cdiv(tiles * split, device.processors)
+        rounds = _count(tiles * split, device.processors)
         moved = problem.n * problem.k * rounds * device.processors / (tiles * split)
         return moved + (split > 1) * (_SECOND_LAUNCH + 4 * split * m * problem.n)
 
-    most = max(triton.cdiv(problem.k, block_k) // 4, 1)
+    most = max(_count(problem.k, block_k) // 4, 1)
     split = min((s for s in _SPLITS if s <= most), key=cost)
-    return _config(device, problem, block_m, block_n, block_k, swap=True, split=split)
+    alone = tiles * split <= device.processors  # then one program has to keep a processor's share of reads in flight
+    return _config(device, problem, (rows, columns, 1), block_k, swap=True, split=split, stages=6 if alone else 4)
 
 
 def _cost(device: Device, problem: Problem, m: int, config: Config) -> float:
-    """Time of a round of tiles, in products of one processor, times their number."""
-    block_m, block_n, split = config["BLOCK_M"], config["BLOCK_N"], config["SPLIT"]
-    programs = triton.cdiv(m, block_m) * triton.cdiv(problem.n, block_n) * split
-    worth = {128 * 256: 1.0, 128 * 128: 1.15, 64 * 128: 1.5}[block_m * block_n]  # small tiles read more for a product
-    tile = block_m * block_n * problem.k / split * worth
-    written = (split > 1) * (split * m * problem.n * 8 / device.processors * 64 + 8e6)
-    return triton.cdiv(programs, device.processors) * tile + written
+    """Rounds of tiles, each of as many products as one processor does in it, and what a second launch is worth."""
+    rows, columns, split = config["BLOCK_M"], config["BLOCK_N"] * config["HALVES"], config["SPLIT"]
+    programs = _count(m, rows) * _count(problem.n, columns) * split
+    worth = {128 * 256: 1.0, 128 * 128: 1.15, 64 * 128: 1.5}[rows * columns]  # small tiles read more for a product
+    tile = rows * columns * problem.k / split * worth
+    written = (split > 1) * (split * m * problem.n * 512 / device.processors + 8e6)
+    return _count(programs, device.processors) * tile + written
 
 
-def _tiles(problem: Problem) -> tuple[tuple[int, int], ...]:
-    """Of many rows. The partial sums of e4m3 take as many registers again, so that no tile of 128 by 256 fits."""
-    return ((128, 128), (64, 128)) if problem.is_float else ((128, 256), (128, 128), (64, 128))
+def _tiles(device: Device, problem: Problem) -> tuple[tuple[int, int, int], ...]:
+    """Of many rows: rows, columns, and how many times these. Two times where the registers hold the sums of both."""
+    small = ((128, 128, 1), (64, 128, 1))
+    return small if problem.group or not _large(device) else ((128, 128, 2), *small)
+
+
+def _large(device: Device) -> bool:
+    """Whether the tensor cores read their operands from shared memory (wgmma), not from registers."""
+    return device.capability >= (9, 0)
+
+
+def _count(size: int, block: int) -> int:
+    """Blocks that hold `size`."""
+    return -(-size // block)
 
 
 def _rows_of(m: int) -> int:
-    return max(16, triton.next_power_of_2(m))
+    return max(16, 1 << (m - 1).bit_length()) if m else 16
 
 
 def _config(
-    device: Device, problem: Problem, block_m: int, block_n: int, block_k: int = 128, *, swap: bool = False,
+    device: Device, problem: Problem, tile: tuple[int, int, int], block_k: int = 128, *, swap: bool = False,
     split: int = 1, stages: int = 4, persistent: bool = True,
 ) -> Config:  # fmt: skip
+    rows, columns, halves = tile
     if problem.group:
         block_k = min(block_k, problem.group, 128)
-    if problem.by_hand and not device.interpreted:
-        block_k = min(block_k, 64)  # f16 operands are twice as large
+    if not device.interpreted and not _large(device) and (problem.by_hand or not swap):
+        block_k = min(block_k, 64)  # fragments of more do not fit the registers
     config = {
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": _GROUP, "SPLIT": split, "SWAP": int(swap),
-        "PERSISTENT": int(persistent and not swap and split == 1),
-        "num_warps": 8 if block_m * block_n >= 128 * 128 else 4, "num_stages": stages,
+        "BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": block_k, "HALVES": halves, "GROUP": _GROUP, "SPLIT": split,
+        "SWAP": int(swap), "PERSISTENT": int(persistent and _large(device) and not swap and split == 1),
+        "num_warps": 8 if rows * columns >= 128 * 128 else 4, "num_stages": stages,
     }  # fmt: skip
     while _shared(problem, config) > device.shared and config["num_stages"] > 2:
         config["num_stages"] -= 1
@@ -126,8 +141,7 @@ def _config(
 
 
 def _shared(problem: Problem, config: Config) -> int:
-    """Bytes of the operands of all stages, and the tile that goes through it to memory."""
-    operands = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] * config["num_stages"]
-    decoded = 2 * (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] if problem.by_hand else 0
-    tile = config["BLOCK_M"] * config["BLOCK_N"] * 4 if config["PERSISTENT"] else 0
-    return operands + max(decoded, tile // 2)
+    """Bytes of the operands of all stages, decoded ones, and what goes to memory while the next tile is read."""
+    both = (config["BLOCK_M"] + config["BLOCK_N"] * config["HALVES"]) * config["BLOCK_K"]
+    ended = config["BLOCK_M"] * 64 * 4 if config["PERSISTENT"] else 0
+    return both * (config["num_stages"] + 2 * problem.by_hand) + ended

@@ -23,68 +23,112 @@ def tile_at(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.
 
 
 @triton.jit
-def int8_sums(x_at, w_at, k, begin, end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-              SWAP: tl.constexpr, EVEN_K: tl.constexpr):  # fmt: skip
-    """Steps begin to end of BLOCK_K over k: int32 [BLOCK_M, BLOCK_N]. x_at, w_at: pointers of the first tiles.
-
-    SWAP: w is the left operand, so that few rows of x fill an instruction.
-    """
-    acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.int32)
-    for step in range(begin, end):
+def _loaded(at, rows, left, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile of an operand; zero where fewer than BLOCK_K of k are left. rows: those that are read, None for all."""
+    if rows is not None:
         if EVEN_K:
-            x, w = tl.load(x_at), tl.load(w_at)
+            tile = tl.load(at, mask=rows[:, None], other=0.0)
         else:
-            inside = (tl.arange(0, BLOCK_K) < k - step * BLOCK_K)[None, :]
-            x, w = tl.load(x_at, mask=inside, other=0), tl.load(w_at, mask=inside, other=0)
-        if SWAP:
-            acc = tl.dot(w, tl.trans(x), acc)
-        else:
-            acc = tl.dot(x, tl.trans(w), acc)
-        x_at += BLOCK_K
-        w_at += BLOCK_K
-    return tl.trans(acc) if SWAP else acc
+            tile = tl.load(at, mask=rows[:, None] & (tl.arange(0, BLOCK_K) < left)[None, :], other=0.0)
+    elif EVEN_K:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=(tl.arange(0, BLOCK_K) < left)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
-def e4m3_sums(x_at, w_at, x_scale_at, w_scale_at, k, begin, end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-              BLOCK_K: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr, X_GROUP: tl.constexpr,
-              W_GROUP: tl.constexpr, W_ROWS: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
+def _added(acc, x, w, SWAP: tl.constexpr, PROMOTE: tl.constexpr):
+    """acc + x w^T, or acc + w x^T (SWAP).
+
+    PROMOTE: after how many products of e4m3 the tensor core's own sum goes to acc; None: at the end.
+    """
+    if SWAP:
+        acc = tl.dot(w, tl.trans(x), acc, max_num_imprecise_acc=PROMOTE)
+    else:
+        acc = tl.dot(x, tl.trans(w), acc, max_num_imprecise_acc=PROMOTE)
+    return acc
+
+
+@triton.jit
+def int8_sums(x_at, w_at, v_at, rows, k, begin, end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+              BLOCK_K: tl.constexpr, HALVES: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr):  # fmt: skip
+    """Steps begin to end of BLOCK_K over k: int32 [BLOCK_M, BLOCK_N], twice. x_at, w_at: pointers of the first tiles.
+
+    rows [BLOCK_M]: those of x that are read, or None. SWAP: w is the left operand, so that few rows of x fill an
+    instruction. HALVES 2: v_at points to a second tile of w,
+    whose sums are the second result; both tiles then share what is read of x.
+    """
+    acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.int32)
+    other = acc
+    for step in range(begin, end):
+        x = _loaded(x_at, rows, k - step * BLOCK_K, EVEN_K, BLOCK_K)
+        acc = _added(acc, x, _loaded(w_at, None, k - step * BLOCK_K, EVEN_K, BLOCK_K), SWAP, None)
+        if HALVES == 2:
+            other = _added(other, x, _loaded(v_at, None, k - step * BLOCK_K, EVEN_K, BLOCK_K), SWAP, None)
+            v_at += BLOCK_K
+        x_at += BLOCK_K
+        w_at += BLOCK_K
+    if SWAP:
+        acc, other = tl.trans(acc), tl.trans(other)
+    return acc, other
+
+
+@triton.jit
+def _e4m3_added(acc, x, w, x_scale_at, w_scale_at, start, SWAP: tl.constexpr, X_GROUP: tl.constexpr,
+                W_GROUP: tl.constexpr, W_WHOLE: tl.constexpr, PROMOTE: tl.constexpr):  # fmt: skip
+    """As `_added`, with the scales of the products from `start` on; W_WHOLE: one serves the whole tile of w."""
+    if X_GROUP or W_GROUP:
+        part = _added(tl.zeros_like(acc), x, w, SWAP, None)  # of at most 128 of k: no need to promote within
+        if X_GROUP:
+            scale = tl.load(x_scale_at + start // X_GROUP)
+            part *= scale[None, :] if SWAP else scale[:, None]
+        if W_GROUP:
+            scale = tl.load(w_scale_at + start // W_GROUP)
+            if W_WHOLE:
+                part *= scale
+            else:
+                part *= scale[:, None] if SWAP else scale[None, :]
+        acc += part
+    else:
+        acc = _added(acc, x, w, SWAP, PROMOTE)
+    return acc
+
+
+@triton.jit
+def e4m3_sums(x_at, w_at, v_at, x_scale_at, w_scale_at, v_scale_at, rows, k, begin, end, BLOCK_M: tl.constexpr,
+              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr, SWAP: tl.constexpr,
+              EVEN_K: tl.constexpr, X_GROUP: tl.constexpr, W_GROUP: tl.constexpr, W_WHOLE: tl.constexpr,
+              BY_HAND: tl.constexpr):  # fmt: skip
     """As `int8_sums`, f32. The tensor core's own sums, which lose bits, go to f32 every 128 of k or more often.
 
     X_GROUP, W_GROUP: of how many k a scale is, or 0; such scales multiply those sums. x_scale_at [BLOCK_M]: pointers
-    of the first; w_scale_at [BLOCK_N], or one where a block of W_ROWS holds the tile. BY_HAND: the operands are bytes,
-    decoded to f16.
+    of the first; w_scale_at, v_scale_at [BLOCK_N], or one (W_WHOLE). BY_HAND: the operands are bytes, decoded to f16.
     """
-    PROMOTE: tl.constexpr = 128 if BLOCK_K >= 128 else BLOCK_K
+    PROMOTE: tl.constexpr = None if BY_HAND else (128 if BLOCK_K >= 128 else BLOCK_K)
     acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
+    other = acc
     for step in range(begin, end):
-        if EVEN_K:
-            x, w = tl.load(x_at), tl.load(w_at)
-        else:
-            inside = (tl.arange(0, BLOCK_K) < k - step * BLOCK_K)[None, :]
-            x, w = tl.load(x_at, mask=inside, other=0.0), tl.load(w_at, mask=inside, other=0.0)
+        x = _loaded(x_at, rows, k - step * BLOCK_K, EVEN_K, BLOCK_K)
+        w = _loaded(w_at, None, k - step * BLOCK_K, EVEN_K, BLOCK_K)
         if BY_HAND:
             x, w = f16_of_e4m3(x), f16_of_e4m3(w)
-        a, b = (w, tl.trans(x)) if SWAP else (x, tl.trans(w))
-        if X_GROUP or W_GROUP:
-            part = tl.dot(a, b)
-            if X_GROUP:
-                scale = tl.load(x_scale_at + step * BLOCK_K // X_GROUP)
-                part *= scale[None, :] if SWAP else scale[:, None]
-            if W_GROUP:
-                scale = tl.load(w_scale_at + step * BLOCK_K // W_GROUP)
-                if W_ROWS % BLOCK_N == 0:
-                    part *= scale
-                else:
-                    part *= scale[:, None] if SWAP else scale[None, :]
-            acc += part
-        else:
-            acc = tl.dot(a, b, acc, max_num_imprecise_acc=0 if BY_HAND else PROMOTE)
+        acc = _e4m3_added(acc, x, w, x_scale_at, w_scale_at, step * BLOCK_K, SWAP, X_GROUP, W_GROUP, W_WHOLE, PROMOTE)
+        if HALVES == 2:
+            v = _loaded(v_at, None, k - step * BLOCK_K, EVEN_K, BLOCK_K)
+            if BY_HAND:
+                v = f16_of_e4m3(v)
+            other = _e4m3_added(other, x, v, x_scale_at, v_scale_at, step * BLOCK_K, SWAP, X_GROUP, W_GROUP, W_WHOLE,
+                                PROMOTE)  # fmt: skip
+            v_at += BLOCK_K
         x_at += BLOCK_K
         w_at += BLOCK_K
     if BY_HAND:
         acc *= _E4M3_SQUARED
-    return tl.trans(acc) if SWAP else acc
+        other *= _E4M3_SQUARED
+    if SWAP:
+        acc, other = tl.trans(acc), tl.trans(other)
+    return acc, other
 
 
 @triton.jit
@@ -106,36 +150,24 @@ def scaled(acc, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_
 
 
 @triton.jit
-def _tile(tile, split, x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
-          bias_ptr, residual_ptr, m, n, k, x_stride, x_groups, w_groups, X_SHIFT: tl.constexpr, X_PER_ROW: tl.constexpr,
-          X_GROUP: tl.constexpr, W_GROUP: tl.constexpr, W_ROWS: tl.constexpr, FLOAT: tl.constexpr,
-          BY_HAND: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr,
-          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-          SWAP: tl.constexpr):  # fmt: skip
-    tile_row, tile_column = tile_at(tile, m, n, BLOCK_M, BLOCK_N, GROUP)
-    row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tile_column * BLOCK_N + tl.arange(0, BLOCK_N)
-    steps = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLIT)
-    begin = split * steps
-    end = tl.minimum(begin + steps, tl.cdiv(k, BLOCK_K))
-    near_row, near_column = tl.minimum(row, m - 1).to(tl.int64), tl.minimum(column, n - 1).to(tl.int64)
-    at_k = begin * BLOCK_K + tl.arange(0, BLOCK_K)
-    x_at = x_ptr + near_row[:, None] * x_stride + at_k[None, :]
-    w_at = w_ptr + near_column[:, None] * k + at_k[None, :]
-    if FLOAT:
-        x_scale_at = x_scale_ptr + tl.minimum(row, m - 1) * x_groups
-        if W_ROWS % BLOCK_N == 0:
-            w_scale_at = w_scale_ptr + tile_column * BLOCK_N // W_ROWS * w_groups
-        else:
-            w_scale_at = w_scale_ptr + tl.minimum(column, n - 1) // W_ROWS * w_groups
-        acc = e4m3_sums(x_at, w_at, x_scale_at, w_scale_at, k, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, EVEN_K,
-                        X_GROUP, W_GROUP, W_ROWS, BY_HAND)  # fmt: skip
-    else:
-        acc = int8_sums(x_at, w_at, k, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, EVEN_K)
+def _ended(acc, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
+           residual_ptr, split, row, first, m, n, X_SHIFT: tl.constexpr, X_PER_ROW: tl.constexpr,
+           X_GROUP: tl.constexpr, W_GROUP: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+    """The sums of a tile from column `first` on to y, or as they are to the part `split` of the workspace y."""
+    WIDTH: tl.constexpr = acc.shape[1]
+    column = first + tl.arange(0, WIDTH)
     if SPLIT > 1:
         inside = (row < m)[:, None] & (column < n)[None, :]
         part = y_ptr + split.to(tl.int64) * m * n
         tl.store(part + row.to(tl.int64)[:, None] * n + column[None, :], acc, mask=inside)
+    elif WIDTH >= 128:  # in two parts, so that what is read for the columns fits the registers
+        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, WIDTH // 2)), (0, 2, 1)))
+        _ended(left, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
+               residual_ptr, split, row, first, m, n, X_SHIFT, X_PER_ROW, X_GROUP, W_GROUP, ACTIVATION,
+               SPLIT)  # fmt: skip
+        _ended(right, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
+               residual_ptr, split, row, first + WIDTH // 2, m, n, X_SHIFT, X_PER_ROW, X_GROUP, W_GROUP, ACTIVATION,
+               SPLIT)  # fmt: skip
     else:
         y = scaled(acc, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, row, column, m, n,
                    X_SHIFT, X_PER_ROW, X_GROUP, W_GROUP)  # fmt: skip
@@ -143,13 +175,53 @@ def _tile(tile, split, x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr,
 
 
 @triton.jit
+def _tile(tile, split, x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
+          bias_ptr, residual_ptr, m, n, k, x_stride, x_groups, w_groups, X_SHIFT: tl.constexpr, X_PER_ROW: tl.constexpr,
+          X_GROUP: tl.constexpr, W_GROUP: tl.constexpr, W_ROWS: tl.constexpr, FLOAT: tl.constexpr,
+          BY_HAND: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr,
+          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+          SWAP: tl.constexpr):  # fmt: skip
+    tile_row, tile_column = tile_at(tile, m, n, BLOCK_M, BLOCK_N * HALVES, GROUP)
+    row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tile_column * BLOCK_N * HALVES
+    column = first + tl.arange(0, BLOCK_N)
+    steps = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLIT)
+    begin = split * steps
+    end = tl.minimum(begin + steps, tl.cdiv(k, BLOCK_K))
+    at_k = (begin * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+    near, far = tl.minimum(column, n - 1), tl.minimum(column + BLOCK_N, n - 1)
+    x_at = x_ptr + tl.minimum(row, m - 1).to(tl.int64)[:, None] * x_stride + at_k
+    w_at = w_ptr + near.to(tl.int64)[:, None] * k + at_k
+    v_at = w_ptr + far.to(tl.int64)[:, None] * k + at_k
+    rows = row < m if SWAP else None  # of many rows the last tile reads one again
+    if FLOAT:
+        W_WHOLE: tl.constexpr = W_ROWS % BLOCK_N == 0
+        if W_WHOLE:
+            near, far = first, tl.minimum(first + BLOCK_N, n - 1)
+        acc, other = e4m3_sums(x_at, w_at, v_at, x_scale_ptr + tl.minimum(row, m - 1) * x_groups,
+                               w_scale_ptr + near // W_ROWS * w_groups, w_scale_ptr + far // W_ROWS * w_groups, rows, k,
+                               begin, end, BLOCK_M, BLOCK_N, BLOCK_K, HALVES, SWAP, EVEN_K, X_GROUP, W_GROUP, W_WHOLE,
+                               BY_HAND)  # fmt: skip
+    else:
+        acc, other = int8_sums(x_at, w_at, v_at, rows, k, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, HALVES, SWAP, EVEN_K)
+    _ended(acc, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
+           residual_ptr, split, row, first, m, n, X_SHIFT, X_PER_ROW, X_GROUP, W_GROUP, ACTIVATION, SPLIT)  # fmt: skip
+    if HALVES == 2:
+        _ended(other, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
+               residual_ptr, split, row, first + BLOCK_N, m, n, X_SHIFT, X_PER_ROW, X_GROUP, W_GROUP, ACTIVATION,
+               SPLIT)  # fmt: skip
+
+
+@triton.jit
 def gemm8(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
           residual_ptr, m, n, k, x_stride, x_groups, w_groups, X_SHIFT: tl.constexpr, X_PER_ROW: tl.constexpr,
           X_GROUP: tl.constexpr, W_GROUP: tl.constexpr, W_ROWS: tl.constexpr, FLOAT: tl.constexpr,
           BY_HAND: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr,
-          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr,
-          PERSISTENT: tl.constexpr):  # fmt: skip
+          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+          SWAP: tl.constexpr, PERSISTENT: tl.constexpr):  # fmt: skip
     """Grid (tiles, SPLIT), or (programs, 1) where PERSISTENT: each goes through every programs-th tile.
+
+    A tile has BLOCK_M rows and HALVES times BLOCK_N columns.
 
     x [m, k] of rows x_stride apart, w [n, k]: int8, or e4m3 (FLOAT; as bytes where BY_HAND). x_scale f32 [m]
     (X_PER_ROW) or [1], or [m, x_groups]; w_scale f32 [n], or [n / W_ROWS, w_groups]; x_zero uint8, as many as
@@ -158,17 +230,17 @@ def gemm8(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr,
     y: activation(x w^T + bias) + residual. SPLIT > 1: y int32 or f32 [SPLIT, m, n], sums of parts of k for `reduce8`.
     """
     if PERSISTENT:
-        tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
+        tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N * HALVES)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _tile(tile, 0, x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr,
                   w_sums_ptr, bias_ptr, residual_ptr, m, n, k, x_stride, x_groups, w_groups, X_SHIFT, X_PER_ROW,
-                  X_GROUP, W_GROUP, W_ROWS, FLOAT, BY_HAND, ACTIVATION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
-                  SPLIT, SWAP)  # fmt: skip
+                  X_GROUP, W_GROUP, W_ROWS, FLOAT, BY_HAND, ACTIVATION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+                  HALVES, GROUP, SPLIT, SWAP)  # fmt: skip
     else:
         _tile(tl.program_id(0), tl.program_id(1), x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr,
               w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr, residual_ptr, m, n, k, x_stride, x_groups, w_groups,
               X_SHIFT, X_PER_ROW, X_GROUP, W_GROUP, W_ROWS, FLOAT, BY_HAND, ACTIVATION, EVEN_K, BLOCK_M, BLOCK_N,
-              BLOCK_K, GROUP, SPLIT, SWAP)  # fmt: skip
+              BLOCK_K, HALVES, GROUP, SPLIT, SWAP)  # fmt: skip
 
 
 @triton.jit
