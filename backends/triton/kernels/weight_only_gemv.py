@@ -25,35 +25,58 @@ def _floats(x_ptr, start, k, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _scaled(acc, x, w, at, there, scale_ptr, zero_ptr, PARTS: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr,
-            OFFSET: tl.constexpr, BITS: tl.constexpr, BIASED: tl.constexpr):  # fmt: skip
-    """acc [CHUNKS] plus the scaled sums of tiles x times tiles w; at [CHUNKS]: places of the first codes' scales."""
-    SHARED: tl.constexpr = GROUP == 0 or GROUP % 128 == 0  # all codes of a byte have one scale
-    if SHARED:
-        products = x[0] * w[0]
-        for i in tl.static_range(1, PARTS):
+def _wide(tiles, COUNT: tl.constexpr):
+    """Tiles as f32."""
+    found = ()
+    for i in tl.static_range(COUNT):
+        found = found + (tiles[i].to(tl.float32),)
+    return found
+
+
+@triton.jit
+def _per_group(pointer, at, there, COUNT: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr):
+    """Scales (or zero points) [CHUNKS] f32 of COUNT codes of a byte, which lie STEP columns apart."""
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        tiles = tiles + (load_scale(pointer + at + (i * STEP // GROUP if GROUP > 0 else 0), there, SCALE),)
+    return tiles
+
+
+@triton.jit
+def _scaled(acc, x, w, factor, zero, PARTS: tl.constexpr, COUNT: tl.constexpr, SCALED: tl.constexpr,
+            ZERO: tl.constexpr, OFFSET: tl.constexpr, BITS: tl.constexpr, BIASED: tl.constexpr):  # fmt: skip
+    """acc [CHUNKS] plus the scaled sums of x times w, tile by tile; a byte's codes have COUNT scales, one or PARTS."""
+    for c in tl.static_range(COUNT):
+        products = x[c] * w[c]
+        for i in tl.static_range(1, PARTS // COUNT):
             products += x[i] * w[i]
         found = tl.sum(products, axis=1)
-        if BIASED:
-            for i in tl.static_range(PARTS):
-                found -= tl.sum(x[i], axis=1) * (bias(i, BITS) + OFFSET)
-        if zero_ptr is not None:
-            zero = tl.load(zero_ptr + at, mask=there, other=0).to(tl.float32)
-            for i in tl.static_range(PARTS):
-                found -= tl.sum(x[i], axis=1) * zero
-        if GROUP > 0:
-            found *= load_scale(scale_ptr + at, there, SCALE)
-        acc += found
-    else:
-        for i in tl.static_range(PARTS):
-            found = tl.sum(x[i] * w[i], axis=1)
+        for i in tl.static_range(PARTS // COUNT):
             if BIASED:
-                found -= tl.sum(x[i], axis=1) * (bias(i, BITS) + OFFSET)
-            place = at + i * (128 // PARTS) // GROUP
-            if zero_ptr is not None:
-                found -= tl.sum(x[i], axis=1) * tl.load(zero_ptr + place, mask=there, other=0).to(tl.float32)
-            acc += found * load_scale(scale_ptr + place, there, SCALE)
+                found -= tl.sum(x[c + i], axis=1) * (bias(c + i, BITS) + OFFSET)
+            if ZERO:
+                found -= tl.sum(x[c + i], axis=1) * zero[c]
+        acc += found * factor[c] if SCALED else found
     return acc
+
+
+@triton.jit
+def _row(accs, xs, data, upper, odd, factor, zero, table_ptr, M: tl.constexpr, PARTS: tl.constexpr,
+         COUNT: tl.constexpr, SCALED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BITS: tl.constexpr,
+         KIND: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """The sums accs of one row of weights, with another tile of its bytes."""
+    BIASED: tl.constexpr = KIND == "int" and not EXACT
+    TO: tl.constexpr = tl.float32 if EXACT else tl.float16
+    if BIASED:
+        w = biased(data, upper, odd, BITS, ASM)
+    else:
+        w = _wide(values(data, upper, odd, table_ptr, OFFSET, BITS, KIND, NATIVE, ASM, TO), PARTS)
+    found = ()
+    for m in tl.static_range(M):
+        found = found + (_scaled(accs[m], xs[m], w, factor, zero, PARTS, COUNT, SCALED, ZERO, OFFSET, BITS, BIASED),)
+    if M == 3:
+        found = found + (accs[3],)
+    return found
 
 
 @triton.jit
@@ -80,13 +103,12 @@ def gemv(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bia
     error below 2^-15 of the sum of |x| times a step.
     """
     PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
-    BIASED: tl.constexpr = KIND == "int" and not EXACT
-    TO: tl.constexpr = tl.float32 if EXACT else tl.float16
+    COUNT: tl.constexpr = 1 if GROUP == 0 or GROUP % 128 == 0 else PARTS  # scales for the codes of a byte
     first = tl.program_id(0) * BN
     byte = tl.arange(0, 16)[None, :]
-    slots: tl.constexpr = BN * (4 if M == 3 else M)
+    SLOTS: tl.constexpr = 4 if M == 3 else M  # sums of a row
     accs = ()
-    for _ in tl.static_range(slots):
+    for _ in tl.static_range(BN * SLOTS):
         accs = accs + (tl.zeros([CHUNKS], tl.float32),)
     for block in range(0, w_stride // 16, CHUNKS):
         chunks = block + tl.arange(0, CHUNKS)
@@ -95,42 +117,41 @@ def gemv(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bia
         start = chunks * 16 // (128 // PARTS) * 128 + chunks * 16 % (128 // PARTS)
         tiles = ()
         uppers = ()
+        factors = ()
+        zeros = ()
         for r in tl.static_range(BN):
             row = (first + r).to(tl.int64)
             there = within & (chunks * 0 + first + r < n)
             w = tl.load(w_ptr + row * w_stride + (chunks * 16)[:, None] + byte, mask=there[:, None], other=0)
             tiles = tiles + (w,)
             if BITS == 3:
-                at = (chunks // 4 * 32 + chunks % 2 * 16)[:, None] + byte
-                uppers = uppers + (tl.load(upper_ptr + row * upper_stride + at, mask=there[:, None], other=0),)
-        if BITS != 3:
-            uppers = tiles
+                above = (chunks // 4 * 32 + chunks % 2 * 16)[:, None] + byte
+                w = tl.load(upper_ptr + row * upper_stride + above, mask=there[:, None], other=0)
+            uppers = uppers + (w,)
+            at = row * scale_stride + (start // GROUP if GROUP > 0 else chunks * 0)
+            if GROUP > 0:
+                factors = factors + (_per_group(scale_ptr, at, there, COUNT, 128 // PARTS, GROUP, SCALE),)
+            else:
+                factors = factors + ((),)
+            if zero_ptr is not None:
+                zeros = zeros + (_per_group(zero_ptr, at, there, COUNT, 128 // PARTS, GROUP, ""),)
+            else:
+                zeros = zeros + ((),)
         xs = ()
         for m in tl.static_range(M):
             xs = xs + (_floats(x_ptr + m * x_stride, start, k, PARTS),)
         updated = ()
         for r in tl.static_range(BN):
-            row = (first + r).to(tl.int64)
-            there = within & (chunks * 0 + first + r < n)
-            if BIASED:
-                decoded = biased(tiles[r], uppers[r], odd, BITS, ASM)
-            else:
-                decoded = values(tiles[r], uppers[r], odd, table_ptr, OFFSET, BITS, KIND, NATIVE, ASM, TO)
-            w = ()
-            for i in tl.static_range(PARTS):
-                w = w + (decoded[i].to(tl.float32),)
-            at = row * scale_stride + (start // GROUP if GROUP > 0 else tl.zeros_like(start))
-            for m in tl.static_range(M):
-                acc = _scaled(accs[r * (slots // BN) + m], xs[m], w, at, there, scale_ptr, zero_ptr, PARTS, SCALE,
-                              GROUP, OFFSET, BITS, BIASED)  # fmt: skip
-                updated = updated + (acc,)
-            if M == 3:
-                updated = updated + (accs[r * 4 + 3],)
+            found = accs[r * SLOTS : r * SLOTS + SLOTS]
+            if first + r < n:  # a block of its own, or rows would be computed side by side in too many registers
+                found = _row(found, xs, tiles[r], uppers[r], odd, factors[r], zeros[r], table_ptr, M, PARTS, COUNT,
+                             GROUP > 0, zero_ptr is not None, OFFSET, BITS, KIND, NATIVE, EXACT, ASM)  # fmt: skip
+            updated = updated + found
         accs = updated
-    total = tl.sum(_stacked(accs, slots), axis=0)  # [BN, M], M of 3 as 4
-    slot = tl.arange(0, slots)
-    rows = (first + slot // (slots // BN)).to(tl.int64)
-    tokens = slot % (slots // BN)
+    total = tl.sum(_stacked(accs, BN * SLOTS), axis=0)  # [BN, M], M of 3 as 4
+    slot = tl.arange(0, BN * SLOTS)
+    rows = (first + slot // SLOTS).to(tl.int64)
+    tokens = slot % SLOTS
     here = (rows < n) & (tokens < M)
     total *= tl.load(whole_ptr)
     if GROUP == 0:

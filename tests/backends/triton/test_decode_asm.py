@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -36,6 +37,16 @@ def _lop3(a: int, b: int, c: int, table: int) -> int:
     return found
 
 
+_STEPS: dict[str, Callable[..., int]] = {
+    "prmt": _prmt,
+    "lop3": _lop3,
+    "mov": lambda a: a,
+    "and": lambda a, b: a & b,
+    "shr": lambda a, b: a >> b,
+    "shl": lambda a, b: a << b & 0xFFFFFFFF,
+}
+
+
 def run(asm: str, inputs: list[int], outputs: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """The output registers as pairs of floats."""
     return [_floats(word, dtype) for word in words(asm, inputs, outputs, dtype)]
@@ -57,10 +68,7 @@ def words(asm: str, inputs: list[int], outputs: int, dtype: torch.dtype) -> list
             low, high = (int(v) & 0xFFFF for v in (a * b + c).to(dtype).view(torch.int16).tolist())
             registers[to] = low | high << 16
         else:
-            registers[to] = {
-                "prmt": _prmt, "lop3": _lop3, "mov": lambda a: a, "and": lambda a, b: a & b,
-                "shr": lambda a, b: a >> b, "shl": lambda a, b: a << b & 0xFFFFFFFF,
-            }[op](*args)  # fmt: skip
+            registers[to] = _STEPS[op](*args)
     return [registers[f"${i}"] for i in range(outputs)]
 
 
