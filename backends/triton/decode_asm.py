@@ -42,6 +42,40 @@ def decode_asm(fmt: Format, dtype: torch.dtype) -> str:
     return _block(_from_integers(bits, 1 << (bits - 1) if fmt.symmetric else 0, half=half))
 
 
+@functools.cache
+def biased_asm(bits: int) -> str:
+    """The block for integers of 2, 3, 4 or 8 bits to f32: code i of a byte, its offset kept, plus `bias(bits, i)`.
+
+    Codes become mantissas of powers of two, one shift for a byte; who sums them takes the bias away. Four registers for
+    each code of a byte.
+    """
+    step, base = (2, 14) if bits == 3 else (bits, 15)
+    parts = 8 // step
+    data, upper, odd = (f"${4 * parts + i}" for i in range(3))
+    lines = [f"and.b32 u, {odd}, 1;", f"shr.b32 u, {upper}, u;"] if bits == 3 else []
+    lines += [_shifted(f"t{byte}", data, base - 8 * byte) for byte in range(4)]
+    if bits == 3:
+        lines += [_shifted(f"u{byte}", "u", 16 - 8 * byte) for byte in range(4)]
+    for part in range(parts):
+        at = base + step * part
+        for byte in range(4):
+            out = f"${4 * part + byte}"
+            exponent = 127 + bias(bits, part).bit_length() - 1
+            lines += [_lop3(out, f"t{byte}", hex(((1 << step) - 1) << at), hex(exponent << 23), _AND_OR)]
+            if bits == 3:
+                lines += [_lop3(out, f"u{byte}", hex(4 << at), out, _AND_OR)]
+    return _block(lines, "t0, t1, t2, t3, u, u0, u1, u2, u3")
+
+
+def bias(bits: int, part: int) -> int:
+    """What stands before code `part` of a byte in `biased_asm`: the power of two whose mantissa has it so high."""
+    return 1 << (9 - 2 * part) if bits == 3 else 1 << (8 - bits * part)
+
+
+def _shifted(out: str, source: str, left: int) -> str:
+    return f"shl.b32 {out}, {source}, {left};" if left >= 0 else f"shr.b32 {out}, {source}, {-left};"
+
+
 def _from_integers(bits: int, offset: int, *, half: bool) -> list[str]:
     step = 2 if bits == 3 else bits
     parts = 8 // step
@@ -68,7 +102,10 @@ def _from_integers(bits: int, offset: int, *, half: bool) -> list[str]:
                 lines += [_lop3(out, f"u{lane}", _twice(4 << at), out, _AND_OR)]
             factor, less = 2.0**-at, -(one * 2.0**-at + offset)
             kind = "f16x2" if half else "bf16x2"
-            lines += [f"fma.rn.{kind} {out}, {out}, {_twice(_pattern(factor, half))}, {_twice(_pattern(less, half))};"]
+            if lane == 0:
+                lines += [f"mov.b32 f, {_twice(_pattern(factor, half))};"]
+                lines += [f"mov.b32 g, {_twice(_pattern(less, half))};"]
+            lines += [f"fma.rn.{kind} {out}, {out}, f, g;"]
     return lines
 
 
@@ -95,7 +132,7 @@ def _from_table(values: tuple[float, ...], dtype: torch.dtype) -> str:
     return _block(lines, "l0, l1, l2, l3, h0, h1, h2, h3, lr, hr, a, b, s, m, v")
 
 
-def _block(lines: list[str], registers: str = "t0, t1, u0, u1") -> str:
+def _block(lines: list[str], registers: str = "t0, t1, u0, u1, f, g") -> str:
     return "\n".join(["{", f".reg .b32 {registers};", *lines, "}"])
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qfx.backends.triton import tuning
-from qfx.backends.triton.decode_asm import TABLES, decode_asm
+from qfx.backends.triton.decode_asm import TABLES, biased_asm, decode_asm
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels import weight_only as kernels
 from qfx.backends.triton.kernels.weight_only_gemv import gemv
@@ -153,10 +153,14 @@ def candidates(fmt: Format, m: int, n: int, k: int) -> list[Config]:  # noqa: AR
 def _gemv(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
     device, (m, k), n = device_of(x), x.shape, out.shape[1]
     exact = x.dtype == torch.float32
-    asm = "" if exact or device.interpreted or w.table is None else decode_asm(w.fmt, torch.float16)
+    asm = "" if exact or device.interpreted else _gemv_asm(w.fmt)
     launch(gemv, (triton.cdiv(n, config["BN"]),), x, w.codes, w.upper, w.scale, w.zero, w.whole, w.table, bias, out,
            n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0), M=m, **w.constants,
            NATIVE=device.has_fp8 and not device.interpreted, EXACT=exact, ASM=asm, config=config)  # fmt: skip
+
+
+def _gemv_asm(fmt: Format) -> str:
+    return biased_asm(stored_bits(fmt)) if fmt.is_integer else decode_asm(fmt, torch.float16)
 
 
 def _dot(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:

@@ -6,27 +6,7 @@ Arguments and modes: see `qfx.backends.triton.kernels.weight_only_gemv`.
 import triton
 import triton.language as tl
 
-from qfx.backends.triton.kernels.decode import exact, four_values, load_scale, one_value, two_values, value
-
-
-@triton.jit
-def _values(w, upper, odd, table_ptr, OFFSET: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
-            ASM: tl.constexpr, TO: tl.constexpr):  # fmt: skip
-    """The values of all codes of a byte, less OFFSET, one tile in the type TO for each."""
-    if ASM != "":
-        if BITS == 8:
-            return (one_value(w, ASM, TO),)
-        if BITS == 4:
-            return two_values(w, ASM, TO)
-        return four_values(w, upper, odd, BITS, ASM, TO)
-    first = value(w, upper, odd, table_ptr, 0, OFFSET, BITS, KIND, NATIVE, TO)
-    if BITS == 8:
-        return (first,)
-    second = value(w, upper, odd, table_ptr, 1, OFFSET, BITS, KIND, NATIVE, TO)
-    if BITS == 4:
-        return first, second
-    third = value(w, upper, odd, table_ptr, 2, OFFSET, BITS, KIND, NATIVE, TO)
-    return first, second, third, value(w, upper, odd, table_ptr, 3, OFFSET, BITS, KIND, NATIVE, TO)
+from qfx.backends.triton.kernels.decode import exact, load_scale, values
 
 
 @triton.jit
@@ -69,8 +49,8 @@ def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
         upper = w
         if BITS == 3:
             upper = tl.load(upper_ptr + held[:, None] * upper_stride + u // 2 * 32 + byte[None, :])
-        odd = tl.full([1, 1], u % 2, tl.int32)
-        values = _values(w, upper, odd, table_ptr, OFFSET, BITS, KIND, NATIVE, ASM, TO)
+        odd = tl.full([1, 1], u % 2, tl.uint8)
+        tiles = values(w, upper, odd, table_ptr, OFFSET, BITS, KIND, NATIVE, ASM, TO)
         part = tl.zeros([BN, BM], tl.float32)
         for i in tl.static_range(PARTS):
             columns = u * 128 + i * PART + byte
@@ -78,7 +58,7 @@ def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
                 x = tl.load(x_rows[:, None] + columns[None, :])
             else:
                 x = tl.load(x_rows[:, None] + columns[None, :], mask=(columns < k)[None, :], other=0.0)
-            a = values[i]
+            a = tiles[i]
             if GROUP == 0 or GROUP >= PART:
                 at = held[:, None] * scale_stride
                 if GROUP > 0:
@@ -139,7 +119,7 @@ def dequantize(w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, out_
     upper = w
     if BITS == 3:
         upper = tl.load(upper_ptr + rows * upper_stride + u // 2 * 32 + byte, mask=here, other=0)
-    odd = tl.full([1, 1], u % 2, tl.int32)
+    odd = tl.full([1, 1], u % 2, tl.uint8)
     for i in tl.static_range(PARTS):
         columns = u * 128 + i * PART + byte
         inside = here & (columns < k)

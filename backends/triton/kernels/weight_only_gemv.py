@@ -1,4 +1,4 @@
-"""Floats times packed weights, a few rows of x: kernels that multiply as they read, without tensor cores.
+"""Floats times packed weights, a few rows of x: a kernel that multiplies as it reads, without tensor cores.
 
 Shared arguments of this and `weight_only`. w [N, row bytes] uint8 and, of three bits, upper [N, half of it] in the
 layout of `qfx.backends.triton.layout`, units of 128 columns. scale [N, groups], GROUP columns each, a multiple of 16;
@@ -6,55 +6,89 @@ GROUP 0: one for each row. zero uint8 like scale, or None; symmetric codes have 
 [2]: a factor of all scales, and a power of two that brings scales into the range of f16. table f32 [16]: the values of
 "lut" codes.
 """
+# ruff: noqa: RUF005, SIM300 (Triton's language has no starred tuples)
 
 import triton
 import triton.language as tl
 
-from qfx.backends.triton.kernels.decode import bias, biased, exact, load_scale, two_values, value
+from qfx.backends.triton.kernels.decode import bias, biased, load_scale, values
 
 
 @triton.jit
-def _sums(x, w, upper, odd, table_ptr, i: tl.constexpr, OFFSET: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
-          NATIVE: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """Sums [BN, CHUNKS] over the bytes of x [CHUNKS, 16] times value i of w [BN, CHUNKS, 16], less OFFSET."""
-    if KIND == "int" and not EXACT:
-        found = tl.sum(biased(w, upper, odd, i, BITS) * x[None, :, :], axis=2)
-        return found - (tl.sum(x, axis=1) * (bias(i, BITS) + OFFSET))[None, :]
-    if EXACT:
-        values = exact(w, upper, odd, table_ptr, i, BITS, KIND) - OFFSET
-    elif ASM != "":
-        values = two_values(w, ASM, tl.float16)[i].to(tl.float32)
-    else:
-        values = value(w, upper, odd, table_ptr, i, OFFSET, BITS, KIND, NATIVE, tl.float16).to(tl.float32)
-    return tl.sum(values * x[None, :, :], axis=2)
-
-
-@triton.jit
-def _row(acc, x_ptr, unit, rows, there, w, upper, odd, scale_ptr, zero_ptr, table_ptr, k, scale_stride, PARTS: tl.constexpr,
-         BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
-         NATIVE: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """acc [BN, CHUNKS] plus scaled sums of a row of x over a tile of weights whose first columns are unit [CHUNKS]."""
-    SHARED: tl.constexpr = GROUP == 0 or GROUP % 128 == 0  # all codes of a byte have one scale
-    part = tl.zeros_like(acc)
-    total = tl.zeros([1, acc.shape[1]], tl.float32)
+def _floats(x_ptr, start, k, PARTS: tl.constexpr):
+    """The columns of x that meet the codes of chunks of 16 bytes: a tile [CHUNKS, 16] f32 for each code of a byte."""
+    tiles = ()
     for i in tl.static_range(PARTS):
-        columns = (unit + i * (128 // PARTS))[:, None] + tl.arange(0, 16)[None, :]
-        x = tl.load(x_ptr + columns, mask=columns < k, other=0.0).to(tl.float32)
-        part += _sums(x, w, upper, odd, table_ptr, i, OFFSET, BITS, KIND, NATIVE, EXACT, ASM)
-        if zero_ptr is not None:
-            total += tl.sum(x, axis=1)[None, :]
-        if not SHARED or i == PARTS - 1:
-            at = rows[:, None] * scale_stride
-            if GROUP > 0:
-                at += ((unit + i * (128 // PARTS)) // GROUP)[None, :]
-            if zero_ptr is not None:
-                part -= tl.load(zero_ptr + at, mask=there, other=0).to(tl.float32) * total
-            if GROUP > 0:
-                part *= load_scale(scale_ptr + at, there, SCALE)
-            acc += part
-            part = tl.zeros_like(acc)
-            total = tl.zeros([1, acc.shape[1]], tl.float32)
+        columns = start[:, None] + (i * (128 // PARTS) + tl.arange(0, 16))[None, :]
+        tiles = tiles + (tl.load(x_ptr + columns, mask=columns < k, other=0.0).to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _wide(tiles, COUNT: tl.constexpr):
+    """Tiles as f32."""
+    found = ()
+    for i in tl.static_range(COUNT):
+        found = found + (tiles[i].to(tl.float32),)
+    return found
+
+
+@triton.jit
+def _per_group(pointer, at, there, COUNT: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr):
+    """Scales (or zero points) [CHUNKS] f32 of COUNT codes of a byte, which lie STEP columns apart."""
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        tiles = tiles + (load_scale(pointer + at + (i * STEP // GROUP if GROUP > 0 else 0), there, SCALE),)
+    return tiles
+
+
+@triton.jit
+def _scaled(acc, x, w, factor, zero, PARTS: tl.constexpr, COUNT: tl.constexpr, SCALED: tl.constexpr,
+            ZERO: tl.constexpr, OFFSET: tl.constexpr, BITS: tl.constexpr, BIASED: tl.constexpr):  # fmt: skip
+    """acc [CHUNKS] plus the scaled sums of x times w, tile by tile; a byte's codes have COUNT scales, one or PARTS."""
+    for c in tl.static_range(COUNT):
+        products = x[c] * w[c]
+        for i in tl.static_range(1, PARTS // COUNT):
+            products += x[i] * w[i]
+        found = tl.sum(products, axis=1)
+        for i in tl.static_range(PARTS // COUNT):
+            if BIASED:
+                found -= tl.sum(x[c + i], axis=1) * (bias(c + i, BITS) + OFFSET)
+            if ZERO:
+                found -= tl.sum(x[c + i], axis=1) * zero[c]
+        acc += found * factor[c] if SCALED else found
     return acc
+
+
+@triton.jit
+def _row(accs, xs, data, upper, odd, factor, zero, table_ptr, M: tl.constexpr, PARTS: tl.constexpr,
+         COUNT: tl.constexpr, SCALED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BITS: tl.constexpr,
+         KIND: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """The sums accs of one row of weights, with another tile of its bytes."""
+    BIASED: tl.constexpr = KIND == "int" and not EXACT
+    TO: tl.constexpr = tl.float32 if EXACT else tl.float16
+    if BIASED:
+        w = biased(data, upper, odd, BITS, ASM)
+    else:
+        w = _wide(values(data, upper, odd, table_ptr, OFFSET, BITS, KIND, NATIVE, ASM, TO), PARTS)
+    found = ()
+    for m in tl.static_range(M):
+        found = found + (_scaled(accs[m], xs[m], w, factor, zero, PARTS, COUNT, SCALED, ZERO, OFFSET, BITS, BIASED),)
+    if M == 3:
+        found = found + (accs[3],)
+    return found
+
+
+@triton.jit
+def _stacked(tiles, COUNT: tl.constexpr):
+    """COUNT tensors [CHUNKS] as one [CHUNKS, COUNT]."""
+    if COUNT == 1:
+        found = tiles[0][:, None]
+    else:
+        low = _stacked(tiles[: COUNT // 2], COUNT // 2)
+        high = _stacked(tiles[COUNT // 2 :], COUNT // 2)
+        found = tl.join(low, high).permute(0, 2, 1).reshape(low.shape[0], COUNT)
+    return found
 
 
 @triton.jit
@@ -64,49 +98,64 @@ def gemv(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bia
          ASM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
     """x [M, k], M from 1 to 4, to out [M, n] = x @ w^T + bias; one program for BN columns of out.
 
-    A thread has 16 bytes of a row, which share their scales; products and sums are f32. EXACT: codes become f32 one by
-    one. Otherwise integers are read as mantissas of powers of two, whose sum over x is taken away: an error below
-    2^-15 of the sum of |x| times a step.
+    A thread has 16 bytes of each of the BN rows, which share their scales; products and sums are f32. EXACT: codes
+    become f32 one by one. Otherwise integers are read as mantissas of powers of two, whose sum over x is taken away: an
+    error below 2^-15 of the sum of |x| times a step.
     """
     PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
-    rows = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
-    here = rows < n
-    acc0 = tl.zeros([BN, CHUNKS], tl.float32)
-    acc1 = tl.zeros([BN, CHUNKS], tl.float32)
-    acc2 = tl.zeros([BN, CHUNKS], tl.float32)
-    acc3 = tl.zeros([BN, CHUNKS], tl.float32)
-    for first in range(0, w_stride // 16, CHUNKS):
-        chunks = first + tl.arange(0, CHUNKS)
-        there = here[:, None] & (chunks < w_stride // 16)[None, :]
-        byte = tl.arange(0, 16)[None, None, :]
-        at = rows[:, None, None] * w_stride + (chunks * 16)[None, :, None] + byte
-        w = tl.load(w_ptr + at, mask=there[:, :, None], other=0)
-        upper = w
-        if BITS == 3:
-            above = (chunks // 4 * 32 + chunks % 2 * 16)[None, :, None] + byte
-            upper = tl.load(upper_ptr + rows[:, None, None] * upper_stride + above, mask=there[:, :, None], other=0)
-        odd = (chunks // 2 % 2)[None, :, None]
-        unit = chunks * 16 // (128 // PARTS) * 128 + chunks * 16 % (128 // PARTS)
-        acc0 = _row(acc0, x_ptr, unit, rows, there, w, upper, odd, scale_ptr, zero_ptr, table_ptr, k, scale_stride,
-                    PARTS, BITS, KIND, SCALE, GROUP, OFFSET, NATIVE, EXACT, ASM)  # fmt: skip
-        if M > 1:
-            acc1 = _row(acc1, x_ptr + x_stride, unit, rows, there, w, upper, odd, scale_ptr, zero_ptr, table_ptr, k,
-                        scale_stride, PARTS, BITS, KIND, SCALE, GROUP, OFFSET, NATIVE, EXACT, ASM)  # fmt: skip
-        if M > 2:
-            acc2 = _row(acc2, x_ptr + 2 * x_stride, unit, rows, there, w, upper, odd, scale_ptr, zero_ptr, table_ptr, k,
-                        scale_stride, PARTS, BITS, KIND, SCALE, GROUP, OFFSET, NATIVE, EXACT, ASM)  # fmt: skip
-        if M > 3:
-            acc3 = _row(acc3, x_ptr + 3 * x_stride, unit, rows, there, w, upper, odd, scale_ptr, zero_ptr, table_ptr, k,
-                        scale_stride, PARTS, BITS, KIND, SCALE, GROUP, OFFSET, NATIVE, EXACT, ASM)  # fmt: skip
-    factor = tl.load(whole_ptr)
+    COUNT: tl.constexpr = 1 if GROUP == 0 or GROUP % 128 == 0 else PARTS  # scales for the codes of a byte
+    first = tl.program_id(0) * BN
+    byte = tl.arange(0, 16)[None, :]
+    SLOTS: tl.constexpr = 4 if M == 3 else M  # sums of a row
+    accs = ()
+    for _ in tl.static_range(BN * SLOTS):
+        accs = accs + (tl.zeros([CHUNKS], tl.float32),)
+    for block in range(0, w_stride // 16, CHUNKS):
+        chunks = block + tl.arange(0, CHUNKS)
+        within = chunks < w_stride // 16
+        odd = (chunks // 2 % 2).to(tl.uint8)[:, None]
+        start = chunks * 16 // (128 // PARTS) * 128 + chunks * 16 % (128 // PARTS)
+        tiles = ()
+        uppers = ()
+        factors = ()
+        zeros = ()
+        for r in tl.static_range(BN):
+            row = (first + r).to(tl.int64)
+            there = within & (chunks * 0 + first + r < n)
+            w = tl.load(w_ptr + row * w_stride + (chunks * 16)[:, None] + byte, mask=there[:, None], other=0)
+            tiles = tiles + (w,)
+            if BITS == 3:
+                above = (chunks // 4 * 32 + chunks % 2 * 16)[:, None] + byte
+                w = tl.load(upper_ptr + row * upper_stride + above, mask=there[:, None], other=0)
+            uppers = uppers + (w,)
+            at = row * scale_stride + (start // GROUP if GROUP > 0 else chunks * 0)
+            if GROUP > 0:
+                factors = factors + (_per_group(scale_ptr, at, there, COUNT, 128 // PARTS, GROUP, SCALE),)
+            else:
+                factors = factors + ((),)
+            if zero_ptr is not None:
+                zeros = zeros + (_per_group(zero_ptr, at, there, COUNT, 128 // PARTS, GROUP, ""),)
+            else:
+                zeros = zeros + ((),)
+        xs = ()
+        for m in tl.static_range(M):
+            xs = xs + (_floats(x_ptr + m * x_stride, start, k, PARTS),)
+        updated = ()
+        for r in tl.static_range(BN):
+            found = accs[r * SLOTS : r * SLOTS + SLOTS]
+            if first + r < n:  # a block of its own, or rows would be computed side by side in too many registers
+                found = _row(found, xs, tiles[r], uppers[r], odd, factors[r], zeros[r], table_ptr, M, PARTS, COUNT,
+                             GROUP > 0, zero_ptr is not None, OFFSET, BITS, KIND, NATIVE, EXACT, ASM)  # fmt: skip
+            updated = updated + found
+        accs = updated
+    total = tl.sum(_stacked(accs, BN * SLOTS), axis=0)  # [BN, M], M of 3 as 4
+    slot = tl.arange(0, BN * SLOTS)
+    rows = (first + slot // SLOTS).to(tl.int64)
+    tokens = slot % SLOTS
+    here = (rows < n) & (tokens < M)
+    total *= tl.load(whole_ptr)
     if GROUP == 0:
-        factor = factor * load_scale(scale_ptr + rows * scale_stride, here, SCALE)
-    added = tl.load(bias_ptr + rows, mask=here, other=0.0).to(tl.float32) if bias_ptr is not None else 0.0
-    to = out_ptr.dtype.element_ty
-    tl.store(out_ptr + rows, (tl.sum(acc0, axis=1) * factor + added).to(to), mask=here)
-    if M > 1:
-        tl.store(out_ptr + n + rows, (tl.sum(acc1, axis=1) * factor + added).to(to), mask=here)
-    if M > 2:
-        tl.store(out_ptr + 2 * n + rows, (tl.sum(acc2, axis=1) * factor + added).to(to), mask=here)
-    if M > 3:
-        tl.store(out_ptr + 3 * n + rows, (tl.sum(acc3, axis=1) * factor + added).to(to), mask=here)
+        total *= load_scale(scale_ptr + rows * scale_stride, here, SCALE)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + rows, mask=here, other=0.0).to(tl.float32)
+    tl.store(out_ptr + tokens.to(tl.int64) * n + rows, total.to(out_ptr.dtype.element_ty), mask=here)
