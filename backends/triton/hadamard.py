@@ -137,7 +137,7 @@ def candidates(size: int, rows: int, device: Device) -> list[Config]:
 
 def _config(size: int, rows: int, dtype: torch.dtype, device: Device) -> Config:
     problem = f"size={size} {str(dtype).removeprefix('torch.')}"
-    if (found := tuned(device, "hadamard", problem, rows)) is not None:
+    if (found := tuned(device, "hadamard", problem, rows, lambda: candidates(size, rows, device))) is not None:
         return found
     shape = layout(size)
     r = 1 if shape.a > 1 else (64 if rows >= 64 * device.processors else 16)

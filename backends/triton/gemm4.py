@@ -1,0 +1,311 @@
+"""Linears of 8-bit activations and weights of 2, 4 or 8 bits on the tensor cores for int8.
+
+    qfx_triton::gemm4(codes, x_scale, x_zero?, weight[], bias?, residual?, x_format, w_format, k, activation, dtype)
+    qfx_triton::linear_w4a8(x, weight[], bias?, residual?, x_scale?, x_zero?, smooth?, x_format, w_format, activation)
+
+As `gemm8` and `linear_w8a8`, for integer weights per channel, with one scale, or in groups (or blocks) of whole
+multiples of 32 columns. Weights of 3 bits are held as 4, those of 5 to 7 as 8. Sums are exact: over all of k where a
+channel has one scale, then equal to `qfx.ops.linear`; over a group otherwise, and f32 across groups.
+`weight` is what `pack_w4a8` makes of a weight.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qfx.backends.triton import layout
+from qfx.backends.triton.device import Device
+from qfx.backends.triton.gemm4_config import FEW, Problem, configuration
+from qfx.backends.triton.gemm8 import ACTIVATIONS, DTYPES
+from qfx.backends.triton.kernels import gemm4 as kernels
+from qfx.backends.triton.kernels.gemm8 import reduce8
+from qfx.backends.triton.launch import Config, device_of, launch
+from qfx.backends.triton.library import define
+from qfx.backends.triton.quantize_rows import ALIGNMENT, quantize_dynamic, quantize_static, shift_of
+from qfx.backends.triton.quantize_rows import reason_against as reason_against_input
+from qfx.errors import explain
+from qfx.format import Format
+from qfx.numerics import dequantize, effective_scale
+from qfx.packing import unpack_codes, unpack_zeros
+
+_LEAST = 32  # columns of an instruction
+_SUB = 128  # columns that one shift gives
+_REACH = 128 * 128  # of a product of an input's code and a weight's, in the upper bits of its byte
+
+
+def container(bits: int) -> int:
+    """Bits in which codes of `bits` are held."""
+    return 2 if bits <= 2 else 4 if bits <= 4 else 8
+
+
+def columns_of(w_format: str) -> int:
+    """Columns of x that one shift of a unit of bytes serves: a power of two that divides the groups, at most 128."""
+    group = _group(Format.parse(w_format))
+    return min(group & -group, _SUB) if group else _SUB
+
+
+def reason_against(x_format: str, w_format: str, device: Device, k: int = 1) -> str | None:
+    """Why a linear of these formats over k has no kernel here, or None. Every device of `device.LEAST` takes all."""
+    if not x_format:
+        return "the activation is not quantized"
+    xf, wf = Format.parse(x_format), Format.parse(w_format)
+    if reason := reason_against_input(xf):
+        return reason
+    if not (xf.is_integer and wf.is_integer) or xf.group:
+        return f"'{x_format}' and '{w_format}': activations are integers with a scale per token, weights are integers"
+    if wf.dynamic or wf.granularity in ("tok", "head"):
+        return f"weights of '{w_format}' have no kernel"
+    if columns_of(w_format) < _LEAST:
+        return f"'{w_format}': groups are whole multiples of {_LEAST} columns"
+    if not _group(wf) and k * _REACH >= 2**31:
+        return f"sums over {k} products of '{x_format}' and '{w_format}' pass 32 bits"
+    return None
+
+
+def pack_w4a8(w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str, k: int) -> list[Tensor]:
+    """The tensors of a packed weight [N, K] (see `qfx.packing`) as `gemm4` takes them, on the same device.
+
+    Codes in units (see `layout.pack_halves`), uint8 [N, bytes]. Then per channel scale f32 [N], sums of codes less zero
+    points int32 [N] and, with zero points, these int32 [N]; in groups scale [G, N], sums of values f32 [N], zero points
+    int8 [G, N]. Zero points are less 2^(bits-1), as the codes are.
+    """
+    fmt = Format.parse(w_format)
+    codes, zero = unpack_codes(w, fmt, k), unpack_zeros(w_zero, fmt, w_scale)
+    n, held, sub = codes.shape[0], container(fmt.bits), columns_of(w_format)
+    shift = 1 << (fmt.bits - 1) if fmt.has_zero else 0
+    signed = (codes.to(torch.int16) - shift).to(torch.int8)
+    unit = sub * 8 // held
+    data = layout.pack_halves(signed.view(torch.uint8) & ((1 << held) - 1), held, unit)
+    shifted = None if zero is None or not fmt.has_zero else zero.to(torch.int32) - shift
+    if not _group(fmt):
+        scale = effective_scale(w_scale, zero, fmt).reshape(-1).expand(n).contiguous()
+        sums = signed.sum(-1, dtype=torch.int32)
+        if shifted is None:
+            return [data, scale, sums]
+        shifted = shifted.reshape(-1).expand(n).contiguous()
+        return [data, scale, sums - k * shifted, shifted]
+    values = dequantize(codes, fmt, w_scale, zero).sum(-1, dtype=torch.float64).to(torch.float32)
+    plain = w_scale.dtype in (torch.float16, torch.bfloat16, torch.float32) and not fmt.has_global_scale
+    scale = w_scale if plain else effective_scale(w_scale, zero, fmt)
+    groups = -(-layout.padded(k, unit) // _group(fmt))
+    packed = [data, _by_group(scale, fmt, n, groups), values]
+    return packed if shifted is None else [*packed, _by_group(shifted.to(torch.int8), fmt, n, groups)]
+
+
+def _by_group(values: Tensor, fmt: Format, n: int, groups: int) -> Tensor:
+    """[N, G] (or of blocks) to [groups, N], zero behind G."""
+    if fmt.block:
+        values = values.repeat_interleave(fmt.block[0], 0)[:n]
+    found = values.new_zeros(groups, n)
+    found[: values.shape[1]] = values.t()
+    return found
+
+
+def gemm4(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    x_format: str,
+    w_format: str,
+    k: int,
+    activation: str,
+    dtype: str,
+) -> Tensor:
+    """codes int8 [.., k or more] (u8 less 128) times a weight [N, k] of `pack_w4a8`: [.., N] in `dtype`.
+
+    x_scale: f32 [.., 1] per token, or one value; x_zero: uint8, as the reference's. Columns from k on are not read.
+    Raises ValueError for formats without a kernel and for tensors that do not fit.
+    """
+    xf, wf = Format.parse(x_format), Format.parse(w_format)
+    _check(codes, x_scale, x_zero, weight, bias, residual, xf, wf, k, activation, dtype)
+    rows = codes.reshape(codes.shape[:-1].numel(), codes.shape[-1])
+    if rows.stride(1) != 1 or rows.stride(0) % ALIGNMENT or rows.storage_offset() % ALIGNMENT:
+        rows = _aligned(rows)
+    m, n, group, sub = rows.shape[0], weight[0].shape[0], _group(wf), columns_of(w_format)
+    y = torch.empty(m, n, dtype=Format.parse(dtype).code_dtype, device=rows.device)
+    inside = m <= FEW or not wf.has_zero
+    x_sums = None if inside else _sums(rows, k, sub * 8 // container(wf.bits), sub if group else 0)
+    ends = (x_scale.to(torch.float32).contiguous(), x_zero if xf.has_zero else None, x_sums, weight[1],
+            weight[3] if wf.has_zero else None, weight[2] if xf.has_zero else None,
+            bias, None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
+    constants: dict[str, int | str] = {
+        "X_SHIFT": shift_of(xf),
+        "X_PER_ROW": xf.granularity == "tok",
+        "ACTIVATION": activation,
+    }
+    problem = Problem(n, k, container(wf.bits), sub, group, wf.has_zero)
+    config = configuration(device_of(rows), problem, m)
+    _started(rows, weight[0], y, ends, problem, config, constants)
+    return y.reshape(*codes.shape[:-1], n)
+
+
+def linear_w4a8(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero: Tensor | None,
+    smooth: Tensor | None,
+    x_format: str,
+    w_format: str,
+    activation: str,
+) -> Tensor:
+    """x [.., K] float, divided by smooth [K], quantized and multiplied: `qfx.ops.linear`, then activation and residual.
+
+    x_scale, x_zero: of a static x_format. Returns [.., N] in x.dtype.
+    """
+    codes, x_scale, x_zero = quantized_input(x, x_scale, x_zero, smooth, x_format)
+    dtype = {torch.float16: "f16", torch.bfloat16: "bf16"}.get(x.dtype, "f32")
+    k = x.shape[-1]
+    return gemm4(codes, x_scale, x_zero, weight, bias, residual, x_format, w_format, k, activation, dtype)
+
+
+def constants_of(xf: Format, activation: str) -> dict[str, int | str]:
+    """What an epilogue is told."""
+    return {"X_SHIFT": shift_of(xf), "X_PER_ROW": xf.granularity == "tok", "ACTIVATION": activation}
+
+
+def quantized_input(
+    x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, smooth: Tensor | None, x_format: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes of an operand with their scale and zero point: found at run time, or those given."""
+    if Format.parse(x_format).dynamic:
+        return quantize_dynamic(x, smooth, x_format)
+    if x_scale is None:
+        raise _bad(f"the static format '{x_format}' has no scale", "x_scale, and x_zero for u2..u8", "None")
+    return quantize_static(x, smooth, x_scale, x_zero, x_format), x_scale, x_zero
+
+
+def _started(
+    rows: Tensor, w: Tensor, y: Tensor, ends: tuple[Tensor | None, ...], problem: Problem, config: Config,
+    constants: dict[str, int | str],
+) -> None:  # fmt: skip
+    """Launch the product, and the sum of its parts where k is split. `ends`: what the epilogue reads."""
+    (m, n), split = y.shape, config["SPLIT"]
+    tiles = -(-m // config["BLOCK_M"]) * -(-n // config["BLOCK_N"])
+    kind = torch.float32 if problem.group else torch.int32
+    out = y if split == 1 else torch.empty(split, m, n, dtype=kind, device=y.device)
+    launch(kernels.gemm4, (tiles, split), rows, w, out, *ends, m, n, problem.k, rows.stride(0), w.stride(0),
+           BITS=problem.bits, SUB=problem.sub, GROUP=problem.group, EVEN_K=problem.k % problem.unit == 0,
+           ASM=not device_of(rows).interpreted, **constants, config=config)  # fmt: skip
+    if split > 1:
+        if problem.group or ends[2] is None:  # zero points of the weight are taken off already
+            ends = (*ends[:2], None, ends[3], None, *ends[5:])
+        reduce_parts(out, y, ends, problem.group, constants)
+
+
+def reduce_parts(
+    parts: Tensor, y: Tensor, ends: tuple[Tensor | None, ...], group: int, constants: dict[str, int | str]
+) -> None:
+    """The sum over k of parts [SPLIT, m, n], in their order, and the epilogue."""
+    (split, m, n) = parts.shape
+    height = min(16, 1 << max(m - 1, 0).bit_length())
+    launch(reduce8, (-(-m // height), -(-n // 128)), parts, y, *ends, m, n, X_GROUP=0, W_GROUP=group, **constants,
+           SPLIT=split, BLOCK_M=height, BLOCK_N=128, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+
+
+def _sums(rows: Tensor, k: int, unit: int, sub: int) -> Tensor:
+    """Sums of the codes of x: int32 [m], or of `sub` columns each, as many as there are in whole units, [parts, m]."""
+    if not sub:
+        return rows[:, :k].sum(-1, dtype=torch.int32)
+    m, parts = rows.shape[0], layout.padded(k, unit) // sub
+    found = torch.empty(parts, m, dtype=torch.int32, device=rows.device)
+    block = min(1 << (parts - 1).bit_length(), 2048 // sub)
+    launch(kernels.part_sums, (m, -(-parts // block)), rows, found, m, k, rows.stride(0), parts, SUB=sub, BLOCK=block,
+           config={"num_warps": 2, "num_stages": 1})  # fmt: skip
+    return found
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """A copy whose rows begin at multiples of 16 bytes."""
+    width = -(-rows.shape[1] // ALIGNMENT) * ALIGNMENT
+    padded = torch.zeros(rows.shape[0], width, dtype=rows.dtype, device=rows.device)
+    padded[:, : rows.shape[1]] = rows
+    return padded
+
+
+def _group(fmt: Format) -> int:
+    """How many k share a scale, 0 where all of a row do."""
+    return fmt.group or (fmt.block[1] if fmt.block else 0)
+
+
+def _check(
+    codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: list[Tensor], bias: Tensor | None,
+    residual: Tensor | None, xf: Format, wf: Format, k: int, activation: str, dtype: str,
+) -> None:  # fmt: skip
+    if reason := reason_against(str(xf), str(wf), device_of(codes), k):
+        raise _bad(f"there is no kernel: {reason}", "see the module's formats", f"'{xf}' times '{wf}'")
+    n, lead, bits = weight[0].shape[0], codes.shape[:-1], container(wf.bits)
+    width = layout.padded(k, columns_of(str(wf)) * 8 // bits) * bits // 8
+    if len(weight) != (4 if wf.has_zero else 3) or tuple(weight[0].shape) != (n, width):
+        found = f"{len(weight)} tensors, codes {list(weight[0].shape)}"
+        raise _bad(f"the weight is not packed as '{wf}' for k={k}", f"pack_w4a8: [N, {width}] bytes", found)
+    check_input(codes, x_scale, x_zero, xf, k)
+    check_ends(n, lead, bias, residual, activation, dtype)
+    for tensor in (x_scale, x_zero, *weight, bias, residual):
+        if tensor is not None and tensor.device != codes.device:
+            raise _bad("tensors lie on several devices", f"all on {codes.device}", tensor.device)
+
+
+def check_input(codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, xf: Format, k: int) -> None:
+    """Raises ValueError where codes are not int8 [.., k or more] with as many scales as their format has."""
+    if codes.dtype != torch.int8 or codes.shape[-1] < k:
+        raise _bad("codes do not fit the weight", f"int8, rows of {k} or more", f"{codes.dtype}, {list(codes.shape)}")
+    scales = math.prod(codes.shape[:-1]) if xf.granularity else 1
+    if x_scale.numel() != scales or (xf.has_zero and (x_zero is None or x_zero.numel() != scales)):
+        found = f"{x_scale.numel()} and {'no' if x_zero is None else x_zero.numel()}"
+        raise _bad("scales or zero points do not fit the codes", f"{scales} of each that '{xf}' has", found)
+
+
+def check_ends(
+    n: int, lead: torch.Size, bias: Tensor | None, residual: Tensor | None, activation: str, dtype: str
+) -> None:
+    """Raises ValueError for what an epilogue cannot do."""
+    if activation not in ACTIVATIONS or dtype not in DTYPES:
+        raise _bad("unknown activation or dtype", f"one of {ACTIVATIONS}, one of {DTYPES}", (activation, dtype))
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise _bad("the bias does not fit", f"shape [{n}]", list(bias.shape))
+    if residual is not None and tuple(residual.shape) != (*lead, n):
+        raise _bad("the residual does not fit", f"shape {[*lead, n]}", list(residual.shape))
+
+
+def _bad(what: str, expected: object, found: object) -> ValueError:
+    return ValueError(explain(f"qfx_triton: {what}", expected=expected, found=found))
+
+
+def _fake_gemm4(
+    codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: list[Tensor], bias: Tensor | None,
+    residual: Tensor | None, x_format: str, w_format: str, k: int, activation: str, dtype: str,
+) -> Tensor:  # fmt: skip
+    return codes.new_empty((*codes.shape[:-1], weight[0].shape[0]), dtype=Format.parse(dtype).code_dtype)
+
+
+def _fake_linear(
+    x: Tensor, weight: list[Tensor], bias: Tensor | None, residual: Tensor | None, x_scale: Tensor | None,
+    x_zero: Tensor | None, smooth: Tensor | None, x_format: str, w_format: str, activation: str,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], weight[0].shape[0]))
+
+
+_LIBRARIES = [
+    define(
+        "gemm4(Tensor codes, Tensor x_scale, Tensor? x_zero, Tensor[] weight, Tensor? bias, Tensor? residual, "
+        "str x_format, str w_format, int k, str activation, str dtype) -> Tensor",
+        gemm4,
+        _fake_gemm4,
+    ),
+    define(
+        "linear_w4a8(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, Tensor? x_scale, Tensor? x_zero, "
+        "Tensor? smooth, str x_format, str w_format, str activation) -> Tensor",
+        linear_w4a8,
+        _fake_linear,
+    ),
+    *globals().get("_LIBRARIES", []),
+]
