@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qfx import graph
+from qfx import annotation, graph
 from qfx.backends.triton import quantize_rows, row_codes
 from qfx.format import Format
 from qfx.graph import is_call
@@ -63,7 +63,7 @@ class Quantize:
         """Let the readers of this node's results read those of a fused op, which begin with the same, and erase it."""
         if is_call(self.node, _OPS.quantize_static.default):
             with gm.graph.inserting_after(fused):
-                codes = call(gm, operator.getitem, fused, 0, like=self.node)
+                codes = plain(call(gm, operator.getitem, fused, 0, like=self.node))
             self.node.replace_all_uses_with(codes)
         else:
             self.node.replace_all_uses_with(fused)
@@ -102,8 +102,14 @@ def bring_before(order: dict[fx.Node, int], inputs: Iterable[fx.Node], place: fx
 def take(gm: fx.GraphModule, old: fx.Node, fused: fx.Node, index: int) -> None:
     """Let the readers of `old` read result number `index` of a fused op."""
     with gm.graph.inserting_after(fused):
-        part = call(gm, operator.getitem, fused, index, like=old)
+        part = plain(call(gm, operator.getitem, fused, index, like=old))
     old.replace_all_uses_with(part)
+
+
+def plain(node: fx.Node) -> fx.Node:
+    """The node without the annotation of that which it was made like."""
+    annotation.clear(node)
+    return node
 
 
 def computed(node: fx.Node) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from qfx import graph
-from qfx.backends.triton.passes._nodes import bring_before, note_computed, same
+from qfx.backends.triton.passes._nodes import bring_before, note_computed, plain, same
 from qfx.format import Format
 from qfx.graph import is_call
 from qfx.passes import _match as m
@@ -92,7 +92,7 @@ def _merge(gm: fx.GraphModule, group: list[fx.Node]) -> None:
     axis, start = m.rank(whole) - 1, 0
     for node, size in zip(group, sizes, strict=True):
         with gm.graph.inserting_before(node):
-            cut = call(gm, aten.slice.Tensor, whole, axis, start, start + size, like=node)
+            cut = plain(call(gm, aten.slice.Tensor, whole, axis, start, start + size, like=node))
         take_place(node, cut)
         start += size
 
@@ -131,4 +131,3 @@ def _bias(gm: fx.GraphModule, given: list[dict[str, Any]], sizes: list[int]) -> 
     if not there:
         return None
     return torch.cat([there[0].new_zeros(n) if t is None else t for t, n in zip(found, sizes, strict=True)])
-
