@@ -19,7 +19,6 @@ from qfx.passes._match import arguments, known
 
 _COMPUTES = "qfx_triton_computes"
 _OPS = torch.ops.qfx_triton
-assert quantize_rows  # registers the ops
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import fx
 
+import qfx.backends.triton.act_quantize  # noqa: F401  (registers torch.ops.qfx_triton.act_quantize)
 from qfx import float_ops, graph
-from qfx.backends.triton import act_quantize
 from qfx.backends.triton.passes._nodes import Quantize, bring_before, note_computed, position, take
 from qfx.graph import is_call
 from qfx.passes import _match as m
 from qfx.passes._build import call, matched
 
 aten = torch.ops.aten
-assert act_quantize  # registers the op
 
 
 def fuse_act_quantize(gm: fx.GraphModule) -> bool:

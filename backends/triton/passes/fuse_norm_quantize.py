@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import fx
 
+import qfx.backends.triton.norm_quantize  # noqa: F401  (registers torch.ops.qfx_triton.norm_quantize)
 from qfx import graph
-from qfx.backends.triton import norm_quantize
 from qfx.backends.triton.passes._nodes import (
     Quantize,
     bring_before,
@@ -35,7 +35,6 @@ from qfx.passes import _match as m
 from qfx.passes._build import call, matched
 
 aten = torch.ops.aten
-assert norm_quantize  # registers the op
 
 
 @dataclass(frozen=True)

@@ -70,14 +70,13 @@ def linears(scales: tuple[float, ...], smooth: tuple[float, ...] = (), bias: int
         held |= {f"m{i}": torch.full((K,), smooth[i])} if smooth else {}
         held |= {f"b{i}": torch.randn(8 + i)} if i < bias else {}
 
+    def one(own: Any, x: Tensor, i: int) -> Tensor:
+        w, scale, static, smooth, own_bias = (getattr(own, f"{name}{i}", None) for name in "wsxmb")
+        y: Tensor = torch.ops.qfx.linear(x, w, scale, None, own_bias, static, None, smooth, "i8", "i8/ch")
+        return y
+
     def run(own: Any, x: Tensor) -> Any:
-        at = lambda name, i: getattr(own, f"{name}{i}", None)  # noqa: E731
-        return tuple(
-            torch.ops.qfx.linear(
-                x, at("w", i), at("s", i), None, at("b", i), at("x", i), None, at("m", i), "i8", "i8/ch"
-            )
-            for i in range(len(scales))
-        )
+        return tuple(one(own, x, i) for i in range(len(scales)))
 
     model = Function(run)
     for name, tensor in held.items():
