@@ -23,7 +23,9 @@ from torch.utils import _pytree as pytree
 from qfx import graph
 from qfx.backends.triton import device, tuning
 from qfx.backends.triton.device import Device
-from qfx.backends.triton.passes.fold_groups import fold_groups
+from qfx.backends.triton.passes._nodes import computed
+from qfx.backends.triton.passes.fuse import fuse
+from qfx.backends.triton.passes.merge_siblings import merge_siblings
 from qfx.backends.triton.passes.write_in_place import write_in_place
 from qfx.backends.triton.rules import RULES
 from qfx.backends.triton.site import Site
@@ -93,22 +95,24 @@ def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Lowered:
         for n in own.graph.nodes
         if n.op == "call_function"
     }
+    fqns = {n.name: graph.fqn_of(n) for n in own.graph.nodes if n.op == "call_function"}
     write_in_place(own)
-    fold_groups(own)
+    merge_siblings(own)
     notes = [] if found.interpreted or tuning.has_any(found) else [_untuned(found)]
     for node in list(own.graph.nodes):
         rule = RULES.get(graph.schema_name(node)) if node.op == "call_function" else None
         if rule is None:
             continue
-        name = node.name
+        names = computed(node)
         told = rule(Site(own, node, found))
         if isinstance(told, str):
-            kernels[name] = f"{graph.schema_name(node)} (torch)"
+            kernels.update(dict.fromkeys(names, f"{graph.schema_name(node)} (torch)"))
             reason = f"runs in torch's reference arithmetic, which is slow: {told}"
-            notes.append(Note(graph.fqn_of(node), reason, _STEP, source_line(node) or ""))
+            notes += [Note(fqns[name], reason, _STEP, source_line(node) or "") for name in names]
         else:
-            kernels[name] = told.kernel
+            kernels.update(dict.fromkeys(names, told.kernel))
     graph.clean(own)
+    fuse(own, kernels)
     own = graph.copy(own)  # without the tensors that no node reads any more
     return Lowered(own, kernels, notes, "eager" if found.interpreted and mode is None else mode)
 

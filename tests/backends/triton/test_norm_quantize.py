@@ -42,9 +42,9 @@ def test_codes_are_those_of_the_rounded_norm(
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, layer: bool) -> Tensor:
     """The norm in f64, rounded once."""
-    wide = [None if t is None else t.double() for t in (weight, bias)]
+    w, b = (None if t is None else t.double() for t in (weight, bias))
     shape = [x.shape[-1]]
-    y = F.layer_norm(x.double(), shape, *wide, 1e-5) if layer else F.rms_norm(x.double(), shape, wide[0], 1e-5)
+    y = F.layer_norm(x.double(), shape, w, b, 1e-5) if layer else F.rms_norm(x.double(), shape, w, 1e-5)
     return y.to(x.dtype)
 
 
@@ -75,10 +75,10 @@ def test_programs_that_walk_over_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_need_not_lie_side_by_side() -> None:
     x, residual, weight, _, _ = drawn(24, 80, torch.float16, 2)
-    held = (x.reshape(2, 12, 80)[:, :, :40], residual.reshape(2, 12, 80)[:, 1::2].repeat(1, 2, 1)[:, :, 20:60])
-    args = (weight[:40], None, 1e-6, False, None, None, None, "i8/tok", True, True)
-    found = norm_quantize(*held, *args)
-    assert same(found, norm_quantize(*(t.contiguous() for t in held), *args))
+    x, residual = x.reshape(2, 12, 80)[:, :, :40], residual.reshape(2, 12, 80)[:, 1::2].repeat(1, 2, 1)[:, :, 20:60]
+    rest = (weight[:40], None, 1e-6, False, None, None, None, "i8/tok", True, True)
+    found = norm_quantize(x, residual, *rest)
+    assert same(found, norm_quantize(x.contiguous(), residual.contiguous(), *rest))
     assert found[0].shape == (2, 12, 48) and found[1].shape == (2, 12, 1)
 
 

@@ -1,0 +1,130 @@
+"""What the passes share: quantizing nodes, equal operands, and which nodes of the graph before a node computes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qfx import annotation, graph
+from qfx.backends.triton import quantize_rows, row_codes
+from qfx.format import Format
+from qfx.graph import is_call
+from qfx.passes._build import call
+from qfx.passes._match import arguments, known
+
+_COMPUTES = "qfx_triton_computes"
+_OPS = torch.ops.qfx_triton
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """A node that makes codes of x. scale, zero: of a static format, else None."""
+
+    node: fx.Node
+    x: fx.Node
+    smooth: fx.Node | None
+    scale: fx.Node | None
+    zero: fx.Node | None
+    format: Format
+
+    @classmethod
+    def of(cls, node: Any) -> Quantize | None:
+        """The parts of a call of quantize_rows, quantize_dynamic or quantize_static; None for other nodes."""
+        if not is_call(node, _OPS.quantize_rows.default, _OPS.quantize_dynamic.default, _OPS.quantize_static.default):
+            return None
+        given = arguments(node)
+        static = (given.get("scale"), given.get("zero"))
+        return cls(node, given["x"], given["smooth"], *static, Format.parse(given["format"]))
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """What it reads besides x."""
+        return [n for n in (self.smooth, self.scale, self.zero) if n is not None]
+
+    def reason_against_fusing(self) -> str | None:
+        """Why no op makes its codes together with x, or None."""
+        value = graph.val(self.x)
+        k = known(value.shape[-1]) if value.dim() else None
+        if not isinstance(k, int):
+            return "x has no known width"
+        if value.dtype not in row_codes.FLOATS:
+            return f"x is {value.dtype}"
+        if is_call(self.node, _OPS.quantize_rows.default) and quantize_rows.aligned(k) != k:
+            return "the codes are not those of an operand"
+        return row_codes.reason_against(self.format)
+
+    def read_from(self, gm: fx.GraphModule, fused: fx.Node) -> None:
+        """Let the readers of this node's results read those of a fused op, which begin with the same, and erase it."""
+        if is_call(self.node, _OPS.quantize_static.default):
+            with gm.graph.inserting_after(fused):
+                codes = plain(call(gm, operator.getitem, fused, 0, like=self.node))
+            self.node.replace_all_uses_with(codes)
+        else:
+            self.node.replace_all_uses_with(fused)
+        gm.graph.erase_node(self.node)
+
+
+def same(gm: fx.GraphModule, one: Any, other: Any) -> bool:
+    """Are two operands the same: one node, or constants of equal values (torch.equal)?"""
+    if one is other or not (isinstance(one, fx.Node) and isinstance(other, fx.Node)):
+        return bool(one is other or one == other)
+    if not one.op == other.op == "get_attr":
+        return False
+    a, b = (graph.get_tensor(gm, str(n.target)) for n in (one, other))
+    if a is b:
+        return True
+    if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device or a.device.type == "meta":
+        return False
+    return torch.equal(a, b)
+
+
+def position(order: dict[fx.Node, int], inputs: Iterable[fx.Node], readers: Iterable[fx.Node]) -> fx.Node | None:
+    """The first reader, before which a node with these inputs can stand; None where an input comes after it."""
+    first = min(readers, key=order.__getitem__, default=None)
+    if first is None or any(n.op != "get_attr" and order[n] >= order[first] for n in inputs):
+        return None
+    return first
+
+
+def bring_before(order: dict[fx.Node, int], inputs: Iterable[fx.Node], place: fx.Node) -> None:
+    """Move the constants among these inputs before `place` where they stand after it."""
+    for node in dict.fromkeys(inputs):
+        if node.op == "get_attr" and order[node] > order[place]:
+            place.prepend(node)
+
+
+def take(gm: fx.GraphModule, old: fx.Node, fused: fx.Node, index: int) -> None:
+    """Let the readers of `old` read result number `index` of a fused op."""
+    with gm.graph.inserting_after(fused):
+        part = plain(call(gm, operator.getitem, fused, index, like=old))
+    old.replace_all_uses_with(part)
+
+
+def plain(node: fx.Node) -> fx.Node:
+    """The node without the annotation of that which it was made like."""
+    annotation.clear(node)
+    return node
+
+
+def computed(node: fx.Node) -> tuple[str, ...]:
+    """Names of the nodes of the graph before any of these passes that a node computes: its own where nothing is noted.
+
+    For the report: what executes the node executes them.
+    """
+    return tuple(node.meta.get(_COMPUTES, (node.name,)))
+
+
+def note_computed(node: fx.Node, *old: fx.Node) -> None:
+    """Note that a new node computes what these did."""
+    node.meta[_COMPUTES] = tuple(dict.fromkeys(name for n in old for name in computed(n)))
+
+
+def is_row_vector(node: Any, x: fx.Node) -> bool:
+    """Is it None or a tensor [K] for x [.., K]?"""
+    value = graph.val(node)
+    return node is None or (isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] == graph.val(x).shape[-1])
