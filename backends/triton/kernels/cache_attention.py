@@ -133,16 +133,16 @@ def split_attention(
     total = tl.zeros([BLOCK_M], tl.float32)
     if split == splits:
         sinks = tl.minimum(tokens, SINKS)
-        q = q.to(tl.float32).to(Q_DOT)
+        given = q.to(tl.float32).to(Q_DOT)
         if SINKS > 0:
             sums, most, total = _floats_of(
-                first_k + both * SINKS * D, first_v + both * SINKS * DV, q, sinks, 0, tokens, sums, most, total,
+                first_k + both * SINKS * D, first_v + both * SINKS * DV, given, sinks, 0, tokens, sums, most, total,
                 mask_ptr, row_at, mask_place, known, query, scale, D, DV, SINKS, BLOCK_D, BLOCK_V, 16, Q_DOT,
                 PRECISION, MASK, CAUSAL, EACH_ROW,
             )  # fmt: skip
         rest = tl.minimum(tl.maximum(tokens - sinks - stored, 0), ROOM)
         sums, most, total = _floats_of(
-            newest_k + both * ROOM * D, newest_v + both * ROOM * DV, q, rest, sinks + stored, tokens, sums, most,
+            newest_k + both * ROOM * D, newest_v + both * ROOM * DV, given, rest, sinks + stored, tokens, sums, most,
             total, mask_ptr, row_at, mask_place, known, query, scale, D, DV, ROOM, BLOCK_D, BLOCK_V, FLOATS,
             Q_DOT, PRECISION, MASK, CAUSAL, EACH_ROW,
         )  # fmt: skip
@@ -151,15 +151,15 @@ def split_attention(
         blocks = tl.cdiv(units, BLOCK_R)
         first = blocks * split // splits
         last = blocks * (split + 1) // splits
-        q = q.to(tl.float32)
+        wide = q.to(tl.float32)
         factor = tl.full([BLOCK_M], _LOG2E, tl.float32) * scale
         if K_DOT == tl.float16 and Q_DOT != tl.float16:  # rows to at most 1, by a power of two
-            up = tl.max(tl.abs(q), 1).to(tl.int32, bitcast=True) & 0x7F800000
+            up = tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) & 0x7F800000
             up = tl.minimum(tl.maximum(up, 0x01000000), 0x7E000000)
-            q = q * (0x7F000000 - up).to(tl.float32, bitcast=True)[:, None]
+            wide = wide * (0x7F000000 - up).to(tl.float32, bitcast=True)[:, None]
             factor = factor * up.to(tl.float32, bitcast=True)
-        q = q.to(K_DOT)
-        whole = tl.sum(q.to(tl.float32), 1)
+        rows = wide.to(K_DOT)
+        whole = tl.sum(rows.to(tl.float32), 1)
         off = tl.zeros([BLOCK_M], tl.float32)
         k_data += own * k_rows * D
         v_data += own * v_rows * DV
@@ -177,8 +177,8 @@ def split_attention(
             for J in tl.static_range(U):
                 token = unit * U + J
                 k = tile(k_data, k_scale, k_zero, block * BLOCK_R, units, D, K_SCALES, K_MODE, K_KIND, K_BITS,
-                         K_MIDDLE, K_GROUP, U, J, BLOCK_R, BLOCK_D, K_DOT, K_FAST)  # fmt: skip
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                         K_MIDDLE, K_GROUP, U, J, BLOCK_R, BLOCK_D, K_DOT, K_FAST, False)  # fmt: skip
+                s = tl.dot(rows, tl.trans(k), input_precision=PRECISION)
                 if K_MODE == 1:
                     step = scale_of(tl.load(k_scale + token, mask=inside, other=1))
                     if K_KIND == 2:
@@ -190,7 +190,7 @@ def split_attention(
                 place = tl.where(inside, token + SINKS, tokens)
                 s = _seen(s, mask_ptr, row_at, place, mask_place, known, query, tokens, MASK, CAUSAL, EACH_ROW)
                 v = tile(v_data, v_scale, v_zero, block * BLOCK_R, units, DV, V_SCALES, V_MODE, V_KIND, V_BITS,
-                         V_MIDDLE, V_GROUP, U, J, BLOCK_R, BLOCK_V, V_DOT, V_FAST)  # fmt: skip
+                         V_MIDDLE, V_GROUP, U, J, BLOCK_R, BLOCK_V, V_DOT, V_FAST, True)  # fmt: skip
                 if V_MODE == 1:
                     step = scale_of(tl.load(v_scale + token, mask=inside, other=1))
                     if V_KIND == 2:
