@@ -18,7 +18,6 @@ from torch import Tensor
 
 from qfx.backends.triton import cache_layout, tuning
 from qfx.backends.triton.cache_layout import Held, Layout, Role
-from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels.cache_attention import join_splits, split_attention
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.library import define
@@ -71,10 +70,11 @@ def _split(
     block = config["BLOCK_M"]
     grid = (batch * part.count * triton.cdiv(many * queries, block), splits + 1)
     plain = dot_dtype(torch.bfloat16) != torch.bfloat16  # interpreted
-    dots = [_dot(role, q.dtype, plain) for role in (part.keys, part.values)]
+    roles = (part.keys, part.values)
+    dots = [_dot(role, q.dtype, plain) for role in roles]
     fast = {
         f"{n}_FAST": r.in_half and dot == tl.float16
-        for n, r, dot in zip("KV", (part.keys, part.values), dots, strict=True)
+        for n, r, dot in zip("KV", roles, dots, strict=True)
     }
     launch(
         split_attention, grid, *arguments, *tensors[0], *tensors[1], seen, cache_layout.signed(part.heads), part.count,
@@ -82,7 +82,7 @@ def _split(
         MANY=many, D=found.widths[0], DV=found.widths[1], SINKS=found.fmt.sinks, ROOM=arguments[8].shape[2],
         U=math.lcm(part.keys.planes, part.values.planes), **part.keys.constants("K"), **part.values.constants("V"),
         K_DOT=dots[0], V_DOT=dots[1], **fast, Q_DOT=tl.float32 if plain else _DTYPES[q.dtype],
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", ALL=part.heads is None,
+        PRECISION="ieee", ALL=part.heads is None,
         MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2, EACH_ROW=each, CAUSAL=causal,
         BLOCK_D=_block(found.widths[0]), BLOCK_V=_block(found.widths[1]), config=config,
     )  # fmt: skip
@@ -96,7 +96,7 @@ def _dot(role: Role, dtype: torch.dtype, plain: bool) -> tl.dtype:
 
 
 def _block(width: int) -> int:
-    return max(triton.next_power_of_2(width), 16)
+    return 1 << max((width - 1).bit_length(), 4)
 
 
 def _rows(x: Tensor | None) -> int:
@@ -154,8 +154,8 @@ def _config(found: Layout, q: Tensor, rows: int) -> Config:
     """With SPLITS: as many as fill the GPU, and as there can be blocks."""
     device = device_of(q)
     many = q.shape[1] // found.groups
-    known = (
-        tuning.tuned(device, "cache_attention", problem(found, many, q.dtype), rows) or heuristic(found, rows, q.dtype)
+    known = tuning.tuned(device, "cache_attention", problem(found, many, q.dtype), rows) or heuristic(
+        found, rows, q.dtype
     )
     config = dict(known)
     programs = q.shape[0] * found.groups * triton.cdiv(rows, config["BLOCK_M"])
@@ -166,14 +166,9 @@ def _config(found: Layout, q: Tensor, rows: int) -> Config:
 
 
 def _checked(q: Tensor, memory: list[Tensor], spec: str) -> Layout:
-    found, device = cache_layout.of(spec), device_of(q)
-    if reason := cache_layout.reason_against(spec, device):
-        raise ValueError(
-            explain(
-                f"the kernels do not take this cache: {reason}",
-                next_step="take another format, or qfx::cache_attention, the reference",
-            )
-        )
+    found = cache_layout.of(spec)
+    if reason := cache_layout.reason_against(spec):
+        raise ValueError(explain(f"the kernels do not take this cache: {reason}", next_step=cache_layout.REFERENCE))
     keys = memory[3]
     expected = f"[{keys.shape[0]}, a multiple of {found.groups}, queries, {found.widths[0]}]"
     fits = q.dim() == 4 and q.shape[0] == keys.shape[0] and q.shape[3] == found.widths[0]

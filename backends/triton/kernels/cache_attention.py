@@ -39,7 +39,7 @@ def _seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, KIND: tl.c
             s = tl.where(found != 0, s, -float("inf"))
         else:
             added = found.to(tl.float32)
-            s += tl.where(added == -float("inf"), added, tl.maximum(added * _LOG2E, -3e38))
+            s += tl.where(added == -float("inf"), added, tl.maximum(added, -2e38) * _LOG2E)
     if CAUSAL:
         s = tl.where(place[None, :] <= query[:, None], s, -float("inf"))
     return tl.where(inside[None, :], s, -float("inf"))

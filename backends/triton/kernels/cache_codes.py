@@ -19,7 +19,9 @@ _MASK = tl.constexpr(("", "0x01010101", "0x03030303", "0x07070707", "0x0f0f0f0f"
 _MIDDLE = tl.constexpr(("0x64006400", "", "0x64026402", "0x64046404", "0x64086408", "0x64106410", "0x64206420",
                         "0x64406440", "0x64806480"))  # fmt: skip
 _HALVES = tl.constexpr("prmt.b32 a, t, 0x64646464, 0x4140; prmt.b32 b, t, 0x64646464, 0x4342; ")
-_AFFINE = tl.constexpr("or.b32 t, t, 0x80808080; prmt.b32 a, t, 0x66666666, 0x4140; prmt.b32 b, t, 0x66666666, 0x4342; ")
+_AFFINE = tl.constexpr(
+    "or.b32 t, t, 0x80808080; prmt.b32 a, t, 0x66666666, 0x4140; prmt.b32 b, t, 0x66666666, 0x4342; "
+)
 _ZEROS = tl.constexpr(
     "{ .reg .b32 t; xor.b32 t, $2, 0x80808080; prmt.b32 $0, t, 0x66666666, 0x4140; prmt.b32 $1, t, 0x66666666, 0x4342; }"
 )
@@ -48,9 +50,7 @@ def _halves(low, high, factor, zero, BITS: tl.constexpr, SHIFT: tl.constexpr, MI
         head: tl.constexpr = (
             "{ .reg .b32 t, a, b, c; shr.b32 t, $2, " + _DIGIT[SHIFT] + "; and.b32 t, t, " + _MASK[BITS] + "; "
         )
-    fixed: tl.constexpr = (
-        head + _HALVES + "mov.b32 c, " + _MIDDLE[MIDDLE] + "; sub.f16x2 a, a, c; sub.f16x2 b, b, c; "
-    )
+    fixed: tl.constexpr = head + _HALVES + "mov.b32 c, " + _MIDDLE[MIDDLE] + "; sub.f16x2 a, a, c; sub.f16x2 b, b, c; "
     if AFFINE:
         return tl.inline_asm_elementwise(
             head + _AFFINE + "sub.f16x2 a, a, $6; sub.f16x2 b, b, $7; mul.f16x2 $0, a, $4; mul.f16x2 $1, b, $5; }",
@@ -150,7 +150,9 @@ def tile(data_ptr, scale_ptr, zero_ptr, first, units, WIDTH: tl.constexpr, SCALE
         elif FAST and KIND == 3:
             found = tl.inline_asm_elementwise(_E5M2, "=r,=r,r", [low], dtype=tl.float16, is_pure=not BY_ROWS, pack=4)
         elif FAST:
-            found = _halves(low, high, low, low, BITS, SHIFT, 8 if KIND == 1 else BITS if MIDDLE else 0, False, False, not BY_ROWS)
+            found = _halves(
+                low, high, low, low, BITS, SHIFT, 8 if KIND == 1 else BITS if MIDDLE else 0, False, False, not BY_ROWS
+            )
         else:
             found = _floats(low, high, KIND, BITS, SHIFT, MIDDLE).to(DOT)
     else:
