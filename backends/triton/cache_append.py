@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 
 from qfx.backends.triton import cache_layout
-from qfx.backends.triton.cache_layout import BY_CHANNELS, BY_TOKEN, BY_TOKENS, Layout, Role
-from qfx.backends.triton.device import Device
+from qfx.backends.triton.cache_layout import BY_TOKENS, Layout, Role
 from qfx.backends.triton.kernels.cache_append import append_codes, append_newest
 from qfx.backends.triton.launch import device_of, launch
 from qfx.backends.triton.library import define
@@ -37,7 +35,7 @@ def cache_append(memory: list[Tensor], k: Tensor, v: Tensor, length: Tensor, spe
     interprets, for more tokens than there is room for.
     """
     device = device_of(k)
-    found = _checked(memory, k, v, spec, device)
+    found = _checked(memory, k, v, spec)
     if device.interpreted and not k.is_meta and int(length) + k.shape[2] > found.length:
         raise ValueError(full(found.length, int(length) + k.shape[2]))
     if not k.numel() and not v.numel():
@@ -91,9 +89,9 @@ def _constants(role: Role, prefix: str) -> tuple[dict[str, Any], dict[str, int]]
     return constants, {"_TOKENS": own["TOKENS"], "_CHUNKS": triton.cdiv(role.width, whole)}
 
 
-def _checked(memory: list[Tensor], k: Tensor, v: Tensor, spec: str, device: Device) -> Layout:
+def _checked(memory: list[Tensor], k: Tensor, v: Tensor, spec: str) -> Layout:
     found = cache_layout.of(spec)
-    if reason := cache_layout.reason_against(spec, device):
+    if reason := cache_layout.reason_against(spec):
         raise ValueError(explain(f"the kernels do not take this cache: {reason}", next_step=cache_layout.REFERENCE))
     for role, (x, held) in enumerate(zip((k, v), memory[3:5], strict=True)):
         expected = (*held.shape[:2], k.shape[2], held.shape[3])

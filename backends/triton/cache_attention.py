@@ -18,7 +18,6 @@ from torch import Tensor
 
 from qfx.backends.triton import cache_layout, tuning
 from qfx.backends.triton.cache_layout import Held, Layout, Role
-from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels.cache_attention import join_splits, split_attention
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.library import define
@@ -71,10 +70,11 @@ def _split(
     block = config["BLOCK_M"]
     grid = (batch * part.count * triton.cdiv(many * queries, block), splits + 1)
     plain = dot_dtype(torch.bfloat16) != torch.bfloat16  # interpreted
-    dots = [_dot(role, q.dtype, plain) for role in (part.keys, part.values)]
+    roles = (part.keys, part.values)
+    dots = [_dot(role, q.dtype, plain) for role in roles]
     fast = {
         f"{n}_FAST": r.in_half and dot == tl.float16
-        for n, r, dot in zip("KV", (part.keys, part.values), dots, strict=True)
+        for n, r, dot in zip("KV", roles, dots, strict=True)
     }
     launch(
         split_attention, grid, *arguments, *tensors[0], *tensors[1], seen, cache_layout.signed(part.heads), part.count,
@@ -82,7 +82,7 @@ def _split(
         MANY=many, D=found.widths[0], DV=found.widths[1], SINKS=found.fmt.sinks, ROOM=arguments[8].shape[2],
         U=math.lcm(part.keys.planes, part.values.planes), **part.keys.constants("K"), **part.values.constants("V"),
         K_DOT=dots[0], V_DOT=dots[1], **fast, Q_DOT=tl.float32 if plain else _DTYPES[q.dtype],
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", ALL=part.heads is None,
+        PRECISION="ieee", ALL=part.heads is None,
         MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2, EACH_ROW=each, CAUSAL=causal,
         BLOCK_D=_block(found.widths[0]), BLOCK_V=_block(found.widths[1]), config=config,
     )  # fmt: skip
@@ -96,7 +96,7 @@ def _dot(role: Role, dtype: torch.dtype, plain: bool) -> tl.dtype:
 
 
 def _block(width: int) -> int:
-    return max(triton.next_power_of_2(width), 16)
+    return 1 << max((width - 1).bit_length(), 4)
 
 
 def _rows(x: Tensor | None) -> int:
@@ -116,42 +116,48 @@ def _mask(
     return mask, (batch, heads, queries, place), each
 
 
-def candidates(found: Layout, rows: int) -> list[Config]:
-    """Configurations worth a measurement. PER: programs for each processor of the GPU."""
-    block = min(max(triton.next_power_of_2(rows), 16), _ROWS)
-    return [
-        {"BLOCK_M": block, "BLOCK_R": units, "FLOATS": 32, "PER": per, "num_warps": warps, "num_stages": stages}
-        for units in _units(found)
-        for warps, stages in ((4, 2), (4, 3), (8, 3))
-        for per in (2, 4)
-    ]
+def candidates(found: Layout, rows: int, dtype: torch.dtype) -> list[Config]:
+    """Configurations worth a measurement. PER: programs for each processor of the GPU, which splits shall make."""
+    first = heuristic(found, rows, dtype)
+    units, warps, stages, per = (first[key] for key in ("BLOCK_R", "num_warps", "num_stages", "PER"))
+    others = (
+        (units, warps, stages, 2 * per), (units, warps, stages, max(per // 2, 1)), (units, warps, stages + 1, per),
+        (units, warps, 2, per), (units, 8, stages, per), (units, 8, stages, 2 * per), (2 * units, 8, stages, per),
+        (2 * units, 4, 2, 2), (max(units // 2, 16), 4, stages, per), (max(units // 2, 16), 2, stages, 2 * per),
+        (max(units // 2, 16), 4, 4, 2 * per),
+    )  # fmt: skip
+    names = ("BLOCK_R", "num_warps", "num_stages", "PER")
+    return [first, *({**first, **dict(zip(names, other, strict=True))} for other in others)]
 
 
-def problem(found: Layout, many: int) -> str:
+def problem(found: Layout, many: int, dtype: torch.dtype) -> str:
     """The key of a problem in the tables of measured configurations."""
-    return f"{found.fmt} d={found.widths[0]} dv={found.widths[1]} n={many}"
+    return f"{found.fmt} d={found.widths[0]} dv={found.widths[1]} n={many} {str(dtype).removeprefix('torch.')}"
 
 
-def _units(found: Layout) -> tuple[int, ...]:
-    """Units of a tile: about 4 to 16 kB of codes."""
-    longest = max(math.lcm(p.keys.planes, p.values.planes) for p in found.parts)
-    return (16, 32) if longest == 8 else (32, 64) if longest > 1 else (64, 128)
-
-
-def heuristic(found: Layout, rows: int) -> Config:
-    """What is taken where nothing was measured."""
+def heuristic(found: Layout, rows: int, dtype: torch.dtype) -> Config:
+    """What is taken where nothing was measured: a tile of at most 16 kB that stays in registers."""
     block = min(max(triton.next_power_of_2(rows), 16), _ROWS)
-    wide = max(found.widths) > 128
-    return {"BLOCK_M": block, "BLOCK_R": _units(found)[0], "FLOATS": 16 if wide else 32, "PER": 2 if wide else 4,
-            "num_warps": 4, "num_stages": 2 if wide or block > 32 else 3}  # fmt: skip
+    roles = [role for part in found.parts for role in (part.keys, part.values)]
+    tokens = max(math.lcm(p.keys.planes, p.values.planes) for p in found.parts)
+    units = {1: 64, 2: 64, 4: 32}.get(tokens, 16)
+    wide, single = max(found.widths) > 128, dtype == torch.float32
+    slow = not all(role.in_half for role in roles)
+    if wide or single or slow:
+        units = 16 if single or tokens > 1 else 32
+    heavy = wide or single or slow or block > 16
+    return {"BLOCK_M": block, "BLOCK_R": units, "FLOATS": 16 if wide or single else 32, "PER": 4 if tokens == 1 else 2,
+            "num_warps": 8 if heavy else 4, "num_stages": 2 if wide or single else 3}  # fmt: skip
 
 
 def _config(found: Layout, q: Tensor, rows: int) -> Config:
     """With SPLITS: as many as fill the GPU, and as there can be blocks."""
     device = device_of(q)
     many = q.shape[1] // found.groups
-    known = tuning.tuned(device, "cache_attention", problem(found, many), rows, lambda: candidates(found, rows))
-    config = dict(known or heuristic(found, rows))
+    known = tuning.tuned(device, "cache_attention", problem(found, many, q.dtype), rows) or heuristic(
+        found, rows, q.dtype
+    )
+    config = dict(known)
     programs = q.shape[0] * found.groups * triton.cdiv(rows, config["BLOCK_M"])
     least = config["BLOCK_R"] * min(math.lcm(p.keys.planes, p.values.planes) for p in found.parts)
     wanted = triton.cdiv(device.processors * config.pop("PER"), programs)
@@ -160,14 +166,9 @@ def _config(found: Layout, q: Tensor, rows: int) -> Config:
 
 
 def _checked(q: Tensor, memory: list[Tensor], spec: str) -> Layout:
-    found, device = cache_layout.of(spec), device_of(q)
-    if reason := cache_layout.reason_against(spec, device):
-        raise ValueError(
-            explain(
-                f"the kernels do not take this cache: {reason}",
-                next_step="take another format, or qfx::cache_attention, the reference",
-            )
-        )
+    found = cache_layout.of(spec)
+    if reason := cache_layout.reason_against(spec):
+        raise ValueError(explain(f"the kernels do not take this cache: {reason}", next_step=cache_layout.REFERENCE))
     keys = memory[3]
     expected = f"[{keys.shape[0]}, a multiple of {found.groups}, queries, {found.widths[0]}]"
     fits = q.dim() == 4 and q.shape[0] == keys.shape[0] and q.shape[3] == found.widths[0]

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from qfx.backends.triton.device import Device
 from qfx.format import Format
 from qfx.kv.codes import Codes
 from qfx.kv.formats import CacheFormat
@@ -107,8 +105,8 @@ def of(spec: str) -> Layout:
     return Layout(fmt, length, groups, widths, tuple(found))
 
 
-def reason_against(spec: str, device: Device) -> str | None:
-    """Why the kernels do not take such a cache, or None."""
+def reason_against(spec: str) -> str | None:
+    """Why the kernels do not take such a cache, on any device that has kernels, or None."""
     found = of(spec)
     if max(found.widths) > _WIDEST:
         return f"heads of {max(found.widths)} channels, of at most {_WIDEST} that a tile has room for"
@@ -129,11 +127,3 @@ def signed(heads: int | None) -> int:
     """Bits of heads as an int64."""
     bits = heads or 0
     return bits - (1 << 64) if bits >> 63 else bits
-
-
-def check(memory: Sequence[Tensor], spec: str, expected: int = 0) -> None:
-    """Development aid: the tensors are as many as the layout says."""
-    found = of(spec)
-    count = 5 + sum(3 if r.fmt.has_zero else 2 for part in found.parts for r in (part.keys, part.values))
-    assert len(memory) == count, (len(memory), count)
-    assert memory[0].dtype == torch.int64

@@ -242,7 +242,8 @@ def _take(first_ptr, newest_ptr, new_ptr, chunk, new, stride, length, missing, h
 def append_newest(length_ptr, stored_ptr, first_k, first_v, newest_k, newest_v, k_ptr, v_ptr, groups, new, k_batch,
                   k_head, k_token, v_batch, v_head, v_token, k_chunks, D: tl.constexpr, DV: tl.constexpr,
                   SINKS: tl.constexpr, RESIDUAL: tl.constexpr, STEP: tl.constexpr, ROOM: tl.constexpr,
-                  LENGTH: tl.constexpr, SINKS_BLOCK: tl.constexpr, TOKENS: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
+                  LENGTH: tl.constexpr,
+                  SINKS_BLOCK: tl.constexpr, TOKENS: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
     """Program (head of a sequence, chunk of channels of keys, then of values): what stays in float.
 
     The last program to end counts the tokens that were stored: until then all read the old number.

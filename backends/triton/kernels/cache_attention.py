@@ -1,7 +1,8 @@
 """Attention of few queries to a cache as it is stored: split over its tokens, then put together (flash decoding).
 
 The queries that share a head of keys are the rows of a tile. Scales of whole tokens go into scores and into weights:
-with t = s + ln(scale of the value), the weights exp(t - max t) are at most 1 in whatever range the scales are.
+a weight is 2^(s - m) times its value's scale, with m the maximum of s + log2(scale) rounded down, and so at most 2 in
+whatever range the scales are.
 """
 
 import triton
@@ -23,7 +24,10 @@ def head_of(at, heads):
 @triton.jit
 def _seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, KIND: tl.constexpr, CAUSAL: tl.constexpr,
           EACH_ROW: tl.constexpr):  # fmt: skip
-    """Scores [M, R] with what is not seen at -inf: a bool mask (KIND 1), an additive one (2), causality, the end."""
+    """Scores [M, R] with what is not seen at -inf: a bool mask (KIND 1), an additive one (2), causality, the end.
+
+    Scores are those of 2^s; the least finite number that a mask adds stays finite.
+    """
     inside = place < tokens
     if KIND != 0:
         if EACH_ROW:
@@ -34,7 +38,8 @@ def _seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, KIND: tl.c
         if KIND == 1:
             s = tl.where(found != 0, s, -float("inf"))
         else:
-            s += found.to(tl.float32)
+            added = found.to(tl.float32)
+            s += tl.where(added == -float("inf"), added, tl.maximum(added, -2e38) * _LOG2E)
     if CAUSAL:
         s = tl.where(place[None, :] <= query[:, None], s, -float("inf"))
     return tl.where(inside[None, :], s, -float("inf"))
@@ -42,23 +47,26 @@ def _seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, KIND: tl.c
 
 @triton.jit
 def _step(s, factor, most, total):
-    """Scores to weights: (weights, what the old sums are to be times, the new maximum, the new total)."""
-    t = s
-    if factor is not None:
-        t += tl.log(factor)[None, :]
-    new = tl.maximum(most, tl.max(t, 1))
-    safe = tl.where(new == -float("inf"), 0.0, new)
-    p = tl.exp2((t - safe[:, None]) * _LOG2E)
-    old = tl.exp2((most - safe) * _LOG2E)
-    if factor is not None:
-        total = total * old + tl.sum(p * (1.0 / factor)[None, :], 1)
+    """Scores to weights: (weights, what the old sums are to be times, the new maximum, the new total).
+
+    factor: of the values, of which the weights get theirs; the maximum is that of s + the factor's exponent.
+    """
+    if factor is None:
+        new = tl.maximum(most, tl.max(s, 1))
     else:
-        total = total * old + tl.sum(p, 1)
+        exponent = ((factor.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
+        new = tl.maximum(most, tl.max(s + exponent[None, :], 1))
+    safe = tl.where(new == -float("inf"), 0.0, new)
+    p = tl.exp2(s - safe[:, None])
+    old = tl.exp2(most - safe)
+    total = total * old + tl.sum(p, 1)
+    if factor is not None:
+        p *= factor[None, :]
     return p, old, new, total
 
 
 @triton.jit
-def _floats_of(keys_ptr, values_ptr, q, count, at, tokens, sums, most, total, off, mask_ptr, row_at, mask_place, row,
+def _floats_of(keys_ptr, values_ptr, q, count, at, tokens, sums, most, total, mask_ptr, row_at, mask_place, row,
                query, scale, D: tl.constexpr, DV: tl.constexpr, ROOM: tl.constexpr, BLOCK_D: tl.constexpr,
                BLOCK_V: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
                MASK: tl.constexpr, CAUSAL: tl.constexpr, EACH_ROW: tl.constexpr):  # fmt: skip
@@ -70,7 +78,7 @@ def _floats_of(keys_ptr, values_ptr, q, count, at, tokens, sums, most, total, of
         inside = token < count
         k = tl.load(keys_ptr + token[:, None] * D + channel[None, :], mask=inside[:, None] & (channel < D)[None, :],
                     other=0.0).to(DOT)  # fmt: skip
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E)
         place = tl.where(inside, token + at, tokens)
         s = _seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, MASK, CAUSAL, EACH_ROW)
         p, old, most, total = _step(s, None, most, total)
@@ -125,17 +133,17 @@ def split_attention(
     total = tl.zeros([BLOCK_M], tl.float32)
     if split == splits:
         sinks = tl.minimum(tokens, SINKS)
-        q = q.to(tl.float32).to(Q_DOT)
+        given = q.to(tl.float32).to(Q_DOT)
         if SINKS > 0:
             sums, most, total = _floats_of(
-                first_k + both * SINKS * D, first_v + both * SINKS * DV, q, sinks, 0, tokens, sums, most, total, 0.0,
+                first_k + both * SINKS * D, first_v + both * SINKS * DV, given, sinks, 0, tokens, sums, most, total,
                 mask_ptr, row_at, mask_place, known, query, scale, D, DV, SINKS, BLOCK_D, BLOCK_V, 16, Q_DOT,
                 PRECISION, MASK, CAUSAL, EACH_ROW,
             )  # fmt: skip
         rest = tl.minimum(tl.maximum(tokens - sinks - stored, 0), ROOM)
         sums, most, total = _floats_of(
-            newest_k + both * ROOM * D, newest_v + both * ROOM * DV, q, rest, sinks + stored, tokens, sums, most,
-            total, 0.0, mask_ptr, row_at, mask_place, known, query, scale, D, DV, ROOM, BLOCK_D, BLOCK_V, FLOATS,
+            newest_k + both * ROOM * D, newest_v + both * ROOM * DV, given, rest, sinks + stored, tokens, sums, most,
+            total, mask_ptr, row_at, mask_place, known, query, scale, D, DV, ROOM, BLOCK_D, BLOCK_V, FLOATS,
             Q_DOT, PRECISION, MASK, CAUSAL, EACH_ROW,
         )  # fmt: skip
     else:
@@ -143,15 +151,15 @@ def split_attention(
         blocks = tl.cdiv(units, BLOCK_R)
         first = blocks * split // splits
         last = blocks * (split + 1) // splits
-        q = q.to(tl.float32)
-        factor = tl.full([BLOCK_M], 1.0, tl.float32) * scale
+        wide = q.to(tl.float32)
+        factor = tl.full([BLOCK_M], _LOG2E, tl.float32) * scale
         if K_DOT == tl.float16 and Q_DOT != tl.float16:  # rows to at most 1, by a power of two
-            up = tl.max(tl.abs(q), 1).to(tl.int32, bitcast=True) & 0x7F800000
+            up = tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) & 0x7F800000
             up = tl.minimum(tl.maximum(up, 0x01000000), 0x7E000000)
-            q = q * (0x7F000000 - up).to(tl.float32, bitcast=True)[:, None]
+            wide = wide * (0x7F000000 - up).to(tl.float32, bitcast=True)[:, None]
             factor = factor * up.to(tl.float32, bitcast=True)
-        q = q.to(K_DOT)
-        whole = tl.sum(q.to(tl.float32), 1)
+        rows = wide.to(K_DOT)
+        whole = tl.sum(rows.to(tl.float32), 1)
         off = tl.zeros([BLOCK_M], tl.float32)
         k_data += own * k_rows * D
         v_data += own * v_rows * DV
@@ -169,8 +177,8 @@ def split_attention(
             for J in tl.static_range(U):
                 token = unit * U + J
                 k = tile(k_data, k_scale, k_zero, block * BLOCK_R, units, D, K_SCALES, K_MODE, K_KIND, K_BITS,
-                         K_MIDDLE, K_GROUP, U, J, BLOCK_R, BLOCK_D, K_DOT, K_FAST)  # fmt: skip
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                         K_MIDDLE, K_GROUP, U, J, BLOCK_R, BLOCK_D, K_DOT, K_FAST, False)  # fmt: skip
+                s = tl.dot(rows, tl.trans(k), input_precision=PRECISION)
                 if K_MODE == 1:
                     step = scale_of(tl.load(k_scale + token, mask=inside, other=1))
                     if K_KIND == 2:
@@ -182,7 +190,7 @@ def split_attention(
                 place = tl.where(inside, token + SINKS, tokens)
                 s = _seen(s, mask_ptr, row_at, place, mask_place, known, query, tokens, MASK, CAUSAL, EACH_ROW)
                 v = tile(v_data, v_scale, v_zero, block * BLOCK_R, units, DV, V_SCALES, V_MODE, V_KIND, V_BITS,
-                         V_MIDDLE, V_GROUP, U, J, BLOCK_R, BLOCK_V, V_DOT, V_FAST)  # fmt: skip
+                         V_MIDDLE, V_GROUP, U, J, BLOCK_R, BLOCK_V, V_DOT, V_FAST, True)  # fmt: skip
                 if V_MODE == 1:
                     step = scale_of(tl.load(v_scale + token, mask=inside, other=1))
                     if V_KIND == 2:
@@ -216,7 +224,7 @@ def join_splits(sums_ptr, most_ptr, total_ptr, y_ptr, rows, splits, DV: tl.const
     most = tl.load(most_ptr + at, mask=split < splits, other=-float("inf"))
     total = tl.load(total_ptr + at, mask=split < splits, other=0.0)
     all_most = tl.max(most, 0)
-    weight = tl.exp2((most - tl.where(all_most == -float("inf"), 0.0, all_most)) * _LOG2E)
+    weight = tl.exp2(most - tl.where(all_most == -float("inf"), 0.0, all_most))
     held = total != 0.0
     sums = tl.load(sums_ptr + at[:, None] * DV + column[None, :], mask=held[:, None] & (column < DV)[None, :],
                    other=0.0)  # fmt: skip

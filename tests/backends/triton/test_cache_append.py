@@ -25,24 +25,75 @@ def states(batch: int, groups: int, tokens: int, width: int, seed: int, dtype: t
     return x.to(dtype).transpose(1, 2).to(DEVICE)
 
 
-def same(kv: Any, sizes: tuple[int, ...], widths: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> None:
+def same(kv: Any, sizes: tuple[int, ...], widths: tuple[int, int], dtype: torch.dtype, *, batch: int = 1) -> None:
+    """Both appends leave the same, each time."""
     fmt = cache_formats(kv, 1)[0]
     groups = fmt.heads or 2
-    like = [torch.empty(2, groups, 0, w, dtype=dtype, device=DEVICE) for w in widths]
-    spec = spec_of(fmt, *like, 400)
-    mine, theirs = allocate(fmt, *like, 400), allocate(fmt, *like, 400)
+    like = [torch.empty(batch, groups, 0, w, dtype=dtype, device=DEVICE) for w in widths]
+    spec = spec_of(fmt, like[0], like[1], 200)
+    mine, theirs = (allocate(fmt, like[0], like[1], 200) for _ in range(2))
     length = torch.tensor(0, device=DEVICE)
     for i, count in enumerate(sizes):
-        k, v = (states(2, groups, count, w, seed + 7 * i + w, dtype) for w in widths)
+        k, v = (states(batch, groups, count, w, 7 * i + w, dtype) for w in widths)
         cache_append(mine, k, v, length, spec)
         reference(theirs, k, v, length, spec)
         length += count
         held = max(int(length) - fmt.sinks - int(theirs[0]), 0)
         for j, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-            cut = slice(held) if j in (3, 4) else slice(None)  # beyond them lies what was there before
-            assert a.dim() == 1 and torch.equal(a, b) or torch.equal(a[:, :, cut], b[:, :, cut]), (i, j)
+            if j in (3, 4):  # behind those held lies what was there before
+                a, b = a[:, :, :held], b[:, :, :held]
+            assert torch.equal(a, b), (i, j)
 
 
-@pytest.mark.parametrize("kv", KINDS, ids=str)
+@pytest.mark.parametrize("kv", (*KINDS, {"k": "u4/g32/e8m0", "v": "u5/g8/bf16"}), ids=str)
 def test_every_format(kv: Any) -> None:
-    same(kv, (3, 70, 1, FEW, 40, 30, 1, 1), (40, 24), torch.float32)
+    same(kv, (75, 1, 30), (40, 24), torch.float32)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    sizes=st.lists(st.one_of(st.integers(1, 3), st.integers(1, 60)), min_size=1, max_size=4).filter(
+        lambda sizes: sum(sizes) <= 200
+    ),
+    kv=st.sampled_from(("i4", {"k": "i3", "v": "i2"}, {"k": "i4", "v": "i4", "residual": 0, "sinks": 7})),
+    batch=st.integers(1, 2),
+)
+def test_any_sizes(sizes: list[int], kv: Any, batch: int) -> None:
+    same(kv, tuple(sizes), (16, 16), torch.float32, batch=batch)
+
+
+def test_a_token_at_a_time() -> None:
+    same("i4", (50, *(1,) * 40), (32, 32), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves(dtype: torch.dtype) -> None:
+    same({"k": "i4", "v": "i8"}, (75, FEW), (32, 32), dtype)
+
+
+def test_constant_tokens_have_the_codes_of_the_reference() -> None:
+    for value in (0.0, 5.0, -3e-9, 6e4):
+        fmt = cache_formats({"k": "i4", "v": "i8"}, 1)[0]
+        x = torch.full((1, 1, 80, 16), value, device=DEVICE)
+        spec, length = spec_of(fmt, x, x, 200), torch.tensor(0, device=DEVICE)
+        mine, theirs = (allocate(fmt, x, x, 200) for _ in range(2))
+        cache_append(mine, x, x, length, spec)
+        reference(theirs, x, x, length, spec)
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)), value
+
+
+def test_bad_input() -> None:
+    fmt = cache_formats("i4", 1)[0]
+    x = torch.ones(1, 2, 9, 16, device=DEVICE)
+    memory, spec, length = allocate(fmt, x, x, 20), spec_of(fmt, x, x, 20), torch.tensor(12, device=DEVICE)
+    with pytest.raises(ValueError, match=r"(?s)new values do not fit the cache.*expected: \[1, 2, 9, 16\]"):
+        cache_append(memory, x, x[:, :, :3], length, spec)
+    with pytest.raises(ValueError, match="new keys do not fit"):
+        cache_append(memory, x.half(), x.half(), length, spec)
+    before = [t.clone() for t in memory]
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match=r"(?s)is full.*at most 20 tokens.*found: 21"):
+            cache_append(memory, x, x, length, spec)
+    assert all(torch.equal(a, b) for a, b in zip(memory, before, strict=True))
+    torch.ops.qfx_triton.cache_append(memory, x[:, :, :8], x[:, :, :8], length, spec)
+    assert not torch.equal(memory[3], before[3])
