@@ -199,15 +199,20 @@ def test_models_that_were_trained_with_fake_quantization(rule: dict[str, Any]) -
     assert sqnr_db(wanted, found) > 45
 
 
+def test_operands_of_several_types() -> None:
+    q, k, v = operands()
+    wanted, found = both((q.half(), k, v.bfloat16()), TOKENS)
+    assert found.dtype == torch.float16
+    assert sqnr_db(wanted.float(), found.float()) > NEAR[torch.bfloat16]
+
+
 def test_what_is_refused() -> None:
     q, k, v = operands()
-    with pytest.raises(ValueError, match=r"of one dtype, all on one device(.|\n)*next step: bring them to one dtype"):
-        both((q, k.half(), v), TOKENS)
+    rest: Any = (None, None, *([] for _ in range(6)), 1.0, False, 0.0, "i8/tok", "i8/tok", "", "")
+    with pytest.raises(ValueError, match=r"v \[B, G, L, Dv\], all on one device(.|\n)*next step: bring them"):
+        torch.ops.qfx_triton.quantized_attention(q, k, v[:, :, 1:], *rest)
     with pytest.raises(ValueError, match="heads of 1 to 256 channels have kernels, not of 300 and 20"):
-        torch.ops.qfx_triton.quantized_attention(
-            seeded(1, 1, 2, 300), seeded(1, 1, 2, 300), v[:1, :1, :2], None, None, *([[]] * 6), 1.0, False, 0.0,
-            "i8/tok", "i8/tok", "", "",
-        )  # fmt: skip
+        torch.ops.qfx_triton.quantized_attention(*operands(width=300), *rest)
     with pytest.raises(ValueError, match="has not the scales that it needs"):
         both((q, k, v), "q=i8")
     assert (
