@@ -10,6 +10,7 @@ Scores are found block by block and never stored (FlashAttention-2, Dao 2023; Sa
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +23,17 @@ from torch import Tensor
 from qfx import attention_heads, attention_ops
 from qfx.attention_heads import Static
 from qfx.backends.triton import tuning
-from qfx.backends.triton.attention_operands import Laid, Steps, common, constants, holding, indices, lay, steps_of
+from qfx.backends.triton.attention_operands import (
+    Laid,
+    Steps,
+    common,
+    constants,
+    fixed,
+    holding,
+    indices,
+    lay,
+    steps_of,
+)
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels.quantized_attention import attention, mask_bounds
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
@@ -71,6 +82,23 @@ def quantized_attention(
         parts = (q.index_select(1, heads), k.index_select(1, own), v.index_select(1, own))
         _share(out, heads, parts, mask, sinks, (scale, causal, softcap), share.static(asked, given), device)
     return out
+
+
+def prepare(given: Sequence[Sequence[Any]], formats: Sequence[str], heads: int, own: int, where: torch.device) -> None:
+    """Bring what calls with these scales and formats look up to the device, once: a CUDA graph cannot capture copies.
+
+    given: scales of q, its zero points, those of k and of v. heads, own: how many q and k have.
+    """
+    asked = [attention_heads.read(text) for text in formats]
+    alone = attention_heads.whole(asked, given)
+    statics = [] if alone is None else [alone]
+    for share in attention_heads.shares(asked, heads, own) if alone is None else ():
+        for role in "qk":
+            indices(tuple(share.of(role)), where)
+        statics.append(share.static(asked, given))
+    for one in itertools.chain.from_iterable(each[:3] for each in statics):
+        if one.format is not None and not one.format.is_plain and not one.format.dynamic:
+            fixed(one.format, one, where)
 
 
 def _share(

@@ -14,12 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qfx
 from qfx.backends.triton.device import A100, H200
-from qfx.backends.triton.quantized_attention import candidates, reason_against
+from qfx.backends.triton.launch import recorded
+from qfx.backends.triton.quantized_attention import candidates, prepare, quantized_attention, reason_against
 from qfx.format import Format
 from qfx.measure import sqnr_db
 from qfx.numerics import fake_quantize
 from tests.backends.triton.cases import DEVICE
 from tests.qfx.test_attending import WEIGHTS, Net, X, recipe
+from tests.qfx.test_capturable import through_host
 
 NEAR = {torch.float32: 90, torch.float16: 55, torch.bfloat16: 40}  # dB; the interpreter truncates f32 to bf16
 if DEVICE == "cuda":
@@ -141,6 +143,16 @@ def test_strides_of_the_caller_and_nothing_at_all() -> None:
     for new, old in ((0, 5), (5, 0)):
         wanted, found = both(operands(new, old), "v=i8/tok p=u8/tok")
         assert found.shape == wanted.shape and found.eq(0).all()
+
+
+def test_a_prepared_call_copies_nothing_from_the_host() -> None:
+    formats = ("[i8,f16,u8,i8/tok]", "i8/head", "", "u8")
+    steps: Any = ([0.5, 1.0, 0.25, 1.0], [0, 0, 120, 0], [0.5, 0.125], [], [], [])
+    prepare(steps, formats, 4, 2, torch.device("meta"))
+    args: Any = (*(x.to("meta") for x in operands()), KEEP.to("meta"), None, *steps, 0.3, True, 0.0, *formats)
+    with recorded(H200) as launches:
+        assert through_host(lambda: quantized_attention(*args)) == set()
+    assert [one.kernel.fn.__name__ for one in launches].count("attention") == 4
 
 
 def test_other_scales_give_another_result() -> None:
