@@ -13,14 +13,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qfx
+from qfx.backends.triton import lower
 from qfx.backends.triton.device import A100, H200
 from qfx.backends.triton.launch import recorded
 from qfx.backends.triton.quantized_attention import candidates, prepare, quantized_attention, reason_against
 from qfx.format import Format
 from qfx.measure import sqnr_db
 from qfx.numerics import fake_quantize
+from qfx.pipeline import apply_plan
+from qfx.pipeline import prepare as prepare_graph
+from qfx.recipe import Recipe
 from tests.backends.triton.cases import DEVICE
-from tests.qfx.test_attending import WEIGHTS, Net, X, recipe
+from tests.graphs import capture
+from tests.qfx.test_attending import DYNAMIC, WEIGHTS, Net, X, recipe
 from tests.qfx.test_capturable import through_host
 
 NEAR = {torch.float32: 90, torch.float16: 55, torch.bfloat16: 40}  # dB; the interpreter truncates f32 to bf16
@@ -209,6 +214,16 @@ def test_models_that_were_trained_with_fake_quantization(rule: dict[str, Any]) -
             found = converted(X.to(DEVICE))
     assert kernels.calls == 2
     assert sqnr_db(wanted, found) > 45
+
+
+@pytest.mark.parametrize("q", ["i8/tok", ["i8/tok", "f16", "i8/tok", "i8/tok"]])
+def test_a_model_is_lowered_to_the_kernels(q: Any) -> None:
+    gm = capture(Net().eval().to(DEVICE), X.to(DEVICE))
+    prepare_graph(gm)
+    apply_plan(gm, None, Recipe.parse(recipe({**DYNAMIC, "q": q})))
+    lowered = lower(gm)
+    assert list(lowered.kernels.values()).count("quantized_attention (Triton)") == 2
+    assert sqnr_db(gm(X.to(DEVICE))[0], lowered(X.to(DEVICE))[0]) > 45
 
 
 def test_operands_of_several_types() -> None:
