@@ -86,8 +86,13 @@ def steps_of(x: Tensor, given: Static, mean: Tensor | None) -> Steps:
         found = run_time_qparams(x if mean is None else x.to(torch.float32) - mean, fmt)
         zero = None if found.zero is None else found.zero.to(torch.float32).reshape(-1)
         return Steps(found.scale.reshape(-1), zero)
-    zero = numbers(tuple(map(float, given.zero)), x.device) if fmt.has_zero else None
-    return Steps(numbers(tuple(given.scale), x.device), zero)
+    return fixed(fmt, given, x.device)
+
+
+def fixed(fmt: Format, given: Static, where: torch.device) -> Steps:
+    """The scales of a static format."""
+    zero = numbers(tuple(map(float, given.zero)), where) if fmt.has_zero else None
+    return Steps(numbers(tuple(map(float, given.scale)), where), zero)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -10,6 +10,7 @@ Scores are found block by block and never stored (FlashAttention-2, Dao 2023; Sa
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +23,17 @@ from torch import Tensor
 from qfx import attention_heads, attention_ops
 from qfx.attention_heads import Static
 from qfx.backends.triton import tuning
-from qfx.backends.triton.attention_operands import Laid, Steps, common, constants, holding, indices, lay, steps_of
+from qfx.backends.triton.attention_operands import (
+    Laid,
+    Steps,
+    common,
+    constants,
+    fixed,
+    holding,
+    indices,
+    lay,
+    steps_of,
+)
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels.quantized_attention import attention, mask_bounds
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
@@ -52,8 +63,8 @@ def quantized_attention(
 ) -> Tensor:  # fmt: skip
     """Attention between rounded operands, [B, H, S, Dv] in q.dtype; arguments as `qfx.attention_ops` has them.
 
-    q [B, H, S, D], k [B, G, L, D], v [B, G, L, Dv] of one dtype (f16, bf16, f32), any strides; mask booleans that
-    keep or added floats, broadcast to [B, H, S, L]. Raises ValueError for other shapes, dtypes, devices and formats.
+    q [B, H, S, D], k [B, G, L, D], v [B, G, L, Dv] in f16, bf16 or f32, any strides; mask booleans that keep or
+    added floats, broadcast to [B, H, S, L]. Raises ValueError for other shapes, dtypes, devices and formats.
     """
     given = (q_scale, q_zero, k_scale, k_zero, v_scale, v_zero)
     asked = attention_ops.checked(q, k, v, given, (q_format, k_format, v_format, p_format))
@@ -71,6 +82,23 @@ def quantized_attention(
         parts = (q.index_select(1, heads), k.index_select(1, own), v.index_select(1, own))
         _share(out, heads, parts, mask, sinks, (scale, causal, softcap), share.static(asked, given), device)
     return out
+
+
+def prepare(given: Sequence[Sequence[Any]], formats: Sequence[str], heads: int, own: int, where: torch.device) -> None:
+    """Bring what calls with these scales and formats look up to the device, once: a CUDA graph cannot capture copies.
+
+    given: scales of q, its zero points, those of k and of v. heads, own: how many q and k have.
+    """
+    asked = [attention_heads.read(text) for text in formats]
+    alone = attention_heads.whole(asked, given)
+    statics = [] if alone is None else [alone]
+    for share in attention_heads.shares(asked, heads, own) if alone is None else ():
+        for role in "qk":
+            indices(tuple(share.of(role)), where)
+        statics.append(share.static(asked, given))
+    for one in itertools.chain.from_iterable(each[:3] for each in statics):
+        if one.format is not None and not one.format.is_plain and not one.format.dynamic:
+            fixed(one.format, one, where)
 
 
 def _share(
@@ -121,7 +149,9 @@ def _start(
     """Launch the kernel that the operands need."""
     batch, count, rows, width = q.codes.shape
     fast = scale > 0 and not softcap > 0 and q.bias is None and (mask is None or mask.dtype == torch.bool)
-    config = configuration(rows, width, v.shape[-1], q.codes.dtype, v.dtype, causal, device)
+    weights = _of_weights(p_format)
+    traits = {"causal": causal, "mask": mask is not None, "capped": not fast, "p": weights["ROUNDED"]}
+    config = configuration(q, v, [name for name, has in traits.items() if has], device)
     spread, bounds = (None, None) if mask is None else _masks(mask, out.shape[:3], k.codes.shape[2], config)
     launch(attention, (triton.cdiv(rows, config["BLOCK_M"]), batch * count), q.codes, k.codes, v, q.step, k.step,
            v_steps.scale, q.bias, spread, bounds, sinks, heads, out, rows, k.codes.shape[2], count, out.shape[1],
@@ -129,7 +159,7 @@ def _start(
            *((0, 0) if bounds is None else bounds.expand(batch, out.shape[1], -1, -1).stride()[:2]),
            softcap * _LOG2E if softcap > 0 else None, SHARE=count // k.codes.shape[1], CAUSAL=causal, FAST=fast,
            BOOL=mask is not None and mask.dtype == torch.bool, WIDTH=width, VALUE_WIDTH=v.shape[-1],
-           DV=out.shape[-1], **_of_weights(p_format), config=config)  # fmt: skip
+           DV=out.shape[-1], **weights, config=config)  # fmt: skip
 
 
 def _masks(mask: Tensor, shape: torch.Size, length: int, config: Config) -> tuple[Tensor, Tensor]:
@@ -154,12 +184,11 @@ def _of_weights(fmt: Format | None) -> dict[str, Any]:
     return {"ROUNDED": found["SCALED"], **{key: found[key] for key in kept}}
 
 
-def configuration(
-    rows: int, width: int, value_width: int, dtype: torch.dtype, v_dtype: torch.dtype, causal: bool, device: Device
-) -> Config:
-    """The measured configuration for a problem, else the heuristic one. dtype: of the codes of q and k."""
-    problem = f"d={width} dv={value_width} {str(dtype)[6:]} {str(v_dtype)[6:]}{' causal' if causal else ''}"
-    given = (rows, max(width * dtype.itemsize, value_width * v_dtype.itemsize), device)
+def configuration(q: Laid, v: Tensor, kind: Sequence[str], device: Device) -> Config:
+    """The measured configuration for a problem, else the heuristic one. kind: what makes another variant of it."""
+    rows, width, dtype = q.codes.shape[2], q.codes.shape[3], q.codes.dtype
+    problem = " ".join([f"d={width} dv={v.shape[-1]} {str(dtype)[6:]} {str(v.dtype)[6:]}", *kind])
+    given = (rows, max(width * dtype.itemsize, v.shape[-1] * v.dtype.itemsize), device)
     return tuning.tuned(device, KERNEL, problem, rows, lambda: candidates(*given)) or _heuristic(*given)
 
 
@@ -195,7 +224,8 @@ def candidates(rows: int, wide: int, device: Device) -> list[Config]:
 def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Device:
     """Raises ValueError for what the kernels do not take, UnsupportedError where the device has none."""
     device = device_of(q)
-    reason = reason_against(q.shape[-1], v.shape[-1], q.dtype, device)
+    reasons = [reason_against(q.shape[-1], v.shape[-1], x.dtype, device) for x in (q, k, v)]
+    reason = next((reason for reason in reasons if reason), None)
     shapes = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in (q, k, v))
     if reason is not None:
         raise ValueError(
@@ -207,13 +237,13 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor
         )
     fits = (q.shape[0], k.shape[2], q.shape[3]) == (k.shape[0], v.shape[2], k.shape[3]) and k.shape[:2] == v.shape[:2]
     others = [x for x in (k, v, mask, sinks) if x is not None]
-    if not fits or any(x.dtype != q.dtype for x in (k, v)) or any(x.device != q.device for x in others):
+    if not fits or any(x.device != q.device for x in others):
         raise ValueError(
             explain(
                 "qfx_triton::quantized_attention: the operands do not fit",
-                expected="q [B, H, S, D], k [B, G, L, D], v [B, G, L, Dv] of one dtype, all on one device",
+                expected="q [B, H, S, D], k [B, G, L, D], v [B, G, L, Dv], all on one device",
                 found=shapes + "".join(f", {x.dtype} {list(x.shape)} on {x.device}" for x in others[2:]),
-                next_step="bring them to one dtype and device",
+                next_step="bring them to one device, with as many keys as values",
             )
         )
     return device

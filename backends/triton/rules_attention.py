@@ -19,6 +19,10 @@ def quantized_attention(site: Site) -> Taken | str:
     q, v = graph.val(site.given["q"]), graph.val(site.given["v"])
     if reason := rounded.reason_against(q.shape[-1], v.shape[-1], q.dtype, site.device):
         return reason
+    numbers = [value for name, value in site.given.items() if name[1:] in ("_scale", "_zero")]
+    formats = [value for name, value in site.given.items() if name.endswith("_format")]
+    heads, own = (graph.val(site.given[name]).shape[1] for name in "qk")
+    rounded.prepare(numbers, formats, heads, own, q.device)
     return site.put(qfx_triton.quantized_attention.default, *site.given.values(), kernel="quantized_attention (Triton)")
 
 

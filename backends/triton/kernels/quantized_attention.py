@@ -234,7 +234,9 @@ def attention(q_ptr, k_ptr, v_ptr, q_step_ptr, k_step_ptr, v_step_ptr, bias_ptr,
     step = tl.load(q_step_ptr + at + row, mask=inside, other=1.0)
     if FAST:
         step = tl.maximum(step, 1e-37)  # times -inf it must be -inf
-    bias, k_step_at, mask_at = None, None, None
+    bias = None
+    k_step_at = None
+    mask_at = None
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + at + row, mask=inside, other=0.0)
     if k_step_ptr is not None:

@@ -13,13 +13,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qfx
+from qfx.backends.triton import lower
 from qfx.backends.triton.device import A100, H200
-from qfx.backends.triton.quantized_attention import candidates, reason_against
+from qfx.backends.triton.launch import recorded
+from qfx.backends.triton.quantized_attention import candidates, prepare, quantized_attention, reason_against
 from qfx.format import Format
 from qfx.measure import sqnr_db
 from qfx.numerics import fake_quantize
+from qfx.pipeline import apply_plan
+from qfx.pipeline import prepare as prepare_graph
+from qfx.recipe import Recipe
 from tests.backends.triton.cases import DEVICE
-from tests.qfx.test_attending import WEIGHTS, Net, X, recipe
+from tests.graphs import capture
+from tests.qfx.test_attending import DYNAMIC, WEIGHTS, Net, X, recipe
+from tests.qfx.test_capturable import through_host
 
 NEAR = {torch.float32: 90, torch.float16: 55, torch.bfloat16: 40}  # dB; the interpreter truncates f32 to bf16
 if DEVICE == "cuda":
@@ -143,6 +150,16 @@ def test_strides_of_the_caller_and_nothing_at_all() -> None:
         assert found.shape == wanted.shape and found.eq(0).all()
 
 
+def test_a_prepared_call_copies_nothing_from_the_host() -> None:
+    formats = ("[i8,f16,u8,i8/tok]", "i8/head", "", "u8")
+    steps: Any = ([0.5, 1.0, 0.25, 1.0], [0, 0, 120, 0], [0.5, 0.125], [], [], [])
+    prepare(steps, formats, 4, 2, torch.device("meta"))
+    args: Any = (*(x.to("meta") for x in operands()), KEEP.to("meta"), None, *steps, 0.3, True, 0.0, *formats)
+    with recorded(H200) as launches:
+        assert through_host(lambda: quantized_attention(*args)) == set()
+    assert [one.kernel.fn.__name__ for one in launches].count("attention") == 4
+
+
 def test_other_scales_give_another_result() -> None:
     """Negative control."""
     formats, twice = "q=i8/head k=i8 v=u8", {**STEPS, "q": ([2 * s for s in STEPS["q"][0]], [])}
@@ -199,15 +216,30 @@ def test_models_that_were_trained_with_fake_quantization(rule: dict[str, Any]) -
     assert sqnr_db(wanted, found) > 45
 
 
+@pytest.mark.parametrize("q", ["i8/tok", ["i8/tok", "f16", "i8/tok", "i8/tok"]])
+def test_a_model_is_lowered_to_the_kernels(q: Any) -> None:
+    gm = capture(Net().eval().to(DEVICE), X.to(DEVICE))
+    prepare_graph(gm)
+    apply_plan(gm, None, Recipe.parse(recipe({**DYNAMIC, "q": q})))
+    lowered = lower(gm)
+    assert list(lowered.kernels.values()).count("quantized_attention (Triton)") == 2
+    assert sqnr_db(gm(X.to(DEVICE))[0], lowered(X.to(DEVICE))[0]) > 45
+
+
+def test_operands_of_several_types() -> None:
+    q, k, v = operands()
+    wanted, found = both((q.half(), k, v.bfloat16()), TOKENS)
+    assert found.dtype == torch.float16
+    assert sqnr_db(wanted.float(), found.float()) > NEAR[torch.bfloat16]
+
+
 def test_what_is_refused() -> None:
     q, k, v = operands()
-    with pytest.raises(ValueError, match=r"of one dtype, all on one device(.|\n)*next step: bring them to one dtype"):
-        both((q, k.half(), v), TOKENS)
+    rest: Any = (None, None, *([] for _ in range(6)), 1.0, False, 0.0, "i8/tok", "i8/tok", "", "")
+    with pytest.raises(ValueError, match=r"v \[B, G, L, Dv\], all on one device(.|\n)*next step: bring them"):
+        torch.ops.qfx_triton.quantized_attention(q, k, v[:, :, 1:], *rest)
     with pytest.raises(ValueError, match="heads of 1 to 256 channels have kernels, not of 300 and 20"):
-        torch.ops.qfx_triton.quantized_attention(
-            seeded(1, 1, 2, 300), seeded(1, 1, 2, 300), v[:1, :1, :2], None, None, *([[]] * 6), 1.0, False, 0.0,
-            "i8/tok", "i8/tok", "", "",
-        )  # fmt: skip
+        torch.ops.qfx_triton.quantized_attention(*operands(width=300), *rest)
     with pytest.raises(ValueError, match="has not the scales that it needs"):
         both((q, k, v), "q=i8")
     assert (
