@@ -29,7 +29,7 @@ from qfx.packing import pack_weight
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 ERRORS = {torch.float16: 5e-3, torch.bfloat16: 2e-2, torch.float32: 5e-3}  # relative, Frobenius; f32 may run in tf32
 SIZES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336), (8192, 8192))  # N, K of usual models
-FORMATS = (("", "u4/g128/f16"), ("i8/tok", "i8/ch"), ("", "i8/ch"), ("f8e4m3/tok", "f8e4m3/ch"), ("i8/tok", "i4/g128"))
+FORMATS = (("", "u4/g128"), ("", "i8/ch"), ("i8/tok", "i8/ch"), ("f8e4m3/tok", "f8e4m3/ch"), ("i8/tok", "i4/ch"))
 _SAME_INPUT = (re.compile(r"(q|k|v|query|key|value)(_proj|_lin)?"), re.compile(r"(gate|up)_proj|w[13]"))
 _WORTH = 0.98  # of the time without a file that a configuration must not pass, so that noise writes nothing
 
