@@ -9,7 +9,8 @@ the fastest goes to the file of the GPU where it beats what runs without one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,8 @@ from qfx.packing import pack_weight
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 ERRORS = {torch.float16: 5e-3, torch.bfloat16: 2e-2, torch.float32: 5e-3}  # relative, Frobenius; f32 may run in tf32
 SIZES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336), (8192, 8192))  # N, K of usual models
-FORMATS = (("", "u4/g128/f16"), ("i8/tok", "i8/ch"), ("", "i8/ch"), ("f8e4m3/tok", "f8e4m3/ch"), ("i8/tok", "i4/g128"))
+FORMATS = (("", "u4/g128"), ("", "i8/ch"), ("i8/tok", "i8/ch"), ("f8e4m3/tok", "f8e4m3/ch"), ("i8/tok", "i4/ch"))
+_SAME_INPUT = (re.compile(r"(q|k|v|query|key|value)(_proj|_lin)?"), re.compile(r"(gate|up)_proj|w[13]"))
 _WORTH = 0.98  # of the time without a file that a configuration must not pass, so that noise writes nothing
 
 Measure = Callable[[Sequence[timing.Call]], float]
@@ -127,16 +129,20 @@ def _kind(layer: QuantLinear) -> tuple[Any, ...]:
 
 
 def _together(children: dict[str, QuantLinear]) -> list[list[str]]:
-    """Names of those that differ in their output alone, and so may become one."""
+    """Names of those that read the same input, as models call them, and differ in their output alone."""
     groups: dict[Any, list[str]] = {}
     for name, layer in children.items():
-        key = layer.in_features, layer.x_format, layer.w_format, layer.dtype, layer.rotation
-        groups.setdefault(key, []).append(name)
+        for kind in _SAME_INPUT:
+            if kind.fullmatch(name):
+                key = kind, layer.in_features, layer.x_format, layer.w_format, layer.dtype, layer.rotation
+                groups.setdefault(key, []).append(name)
     return [names for names in groups.values() if len(names) > 1]
 
 
-def tune(work: Work, rows: int, measure: Measure | None = None, *, seed: int = 0) -> Iterator[Tuned]:
-    """Measure every choice that a work makes for a number of rows; yields each as it is done.
+def tune(
+    work: Work, rows: int, measure: Measure | None = None, *, known: Collection[Choice] = (), seed: int = 0
+) -> Iterator[Tuned]:
+    """Measure every choice that a work makes for a number of rows, but those `known`; yields each as it is done.
 
     measure: seconds of a call out of several that take turns; left out, `timing.seconds`. Raises UnsupportedError where
     the device has no kernels, ValueError where what runs without a file is wrong already.
@@ -158,7 +164,8 @@ def tune(work: Work, rows: int, measure: Measure | None = None, *, seed: int = 0
                     next_step="this is a fault of qfx: report the layer, its formats and the GPU",
                 )
             )
-        count = timing.copies(work.read, timing.cache_bytes(work.where))
+        choices = {choice: configs for choice, configs in choices.items() if choice not in known}
+        count = timing.copies(work.read, timing.cache_bytes(work.where)) if choices else 1
         others = (lowering.lower(gm, mode="eager") for _ in range(count - 1))  # each packs the weights for itself
         calls = [_call(one, x) for one in (lowered, *others)]
         for choice, configs in choices.items():

@@ -51,7 +51,7 @@ def run(
         for work in works:
             for count in counts:
                 progress.update(bar, description=f"{work.name}, {count} rows", advance=1)
-                done = list(tune.tune(work, count, measure))
+                done = list(tune.tune(work, count, measure, known={one.choice for one in results}))
                 results += done
                 if table := tune.table_of(done):
                     path = tuning.write(folder, found, table)

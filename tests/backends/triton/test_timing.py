@@ -29,7 +29,7 @@ class Fake:
 def test_the_median_of_replays_by_call_and_each_copy_in_turn() -> None:
     seen: list[int] = []
     watch = Fake(9.0, 1.0, 1.0, 2.0, 30.0, 2.0, 3.0)
-    calls = [lambda i=i: seen.append(i) for i in range(3)]  # type: ignore[misc]
+    calls = [lambda i=i: seen.append(i) for i in range(3)]
     assert timing.seconds(calls, watch) == 2.0 / 21  # 7 turns of three calls; 2 runs before, 5 that count
     assert watch.runs == 7 and seen == [0, 1, 2] * 7 * 7
 

@@ -1,0 +1,216 @@
+"""Tuning: what is fastest and right is written, found again, and launched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import qfx
+from qfx.backends.triton import device, gemm8_config, launch, lowering, timing, tune, tuning
+from qfx.backends.triton.gemm8 import linear_w8a8, pack_gemm8
+from qfx.cli import tune as command
+from qfx.modules import QuantLinear
+from tests import tiny
+from tests.backends.triton.cases import DEVICE
+from tests.qfx.test_cli import _run
+
+HERE = device.find(torch.device(DEVICE))
+
+
+def work(n: int = 24, k: int = 40) -> tune.Work:
+    return tune.random_work(n, k, "i8/tok", "i8/ch", torch.device(DEVICE))
+
+
+def timer(*times: float) -> Callable[[Sequence[timing.Call]], float]:
+    """Runs each call once and says these times one after the other, then the last again."""
+    left = list(times)
+
+    def measure(calls: Sequence[timing.Call]) -> float:
+        for call in calls:
+            call()
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    return measure
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QFX_TUNED_DIR", str(tmp_path))
+    return tmp_path
+
+
+def launched(layer: QuantLinear, rows: int) -> launch.Launch:
+    """The product that the op would start now."""
+    packed = pack_gemm8(layer.w_codes, layer.w_scale, layer.w_zero, layer.w_format, layer.in_features)
+    x = torch.randn(rows, layer.in_features, dtype=torch.float16, device=DEVICE)
+    with launch.recorded(HERE) as found:
+        linear_w8a8(x, packed, None, None, None, None, None, layer.x_format, layer.w_format, "")
+    return next(one for one in found if "BLOCK_N" in one.arguments and "GROUP" in one.arguments)
+
+
+def test_the_fastest_is_written_found_and_launched(folder: Path) -> None:
+    one = work()
+    assert isinstance(one.module, QuantLinear)
+    (found,) = tune.tune(one, 3, timer(10.0, 9.0, 3.0, 8.0))
+    choice = ("gemm8", "n=24 k=40 i8" if "k=40" in found.choice[1] else found.choice[1], "4")
+    assert found.choice == choice and found.tried > 3 and not found.dropped
+    options = gemm8_config.candidates(HERE, gemm8_config.Problem(24, int(choice[1].split()[1][2:])), 3)
+    assert found.best == options[1] != options[0] and (found.before, found.seconds) == (10.0, 3.0)
+    path = tuning.write(folder, HERE, tune.table_of([found]))
+    assert json.loads(path.read_text()) == {"gemm8": {choice[1]: {"4": options[1]}}}
+    assert tuning.tuned(HERE, *choice[:2], 3) == options[1]
+    started = launched(one.module, 3)
+    assert options[1].items() <= {**started.arguments, **started.options, **_of_the_host(options[1])}.items()
+    assert started.arguments["BLOCK_N"] == options[1]["BLOCK_N"]
+    assert launched(one.module, 5).arguments["BLOCK_N"] != options[1]["BLOCK_N"], "another bucket"
+
+
+def _of_the_host(config: launch.Config) -> dict[str, int]:
+    """What only the host reads."""
+    return {key: config[key] for key in ("SPLIT", "SWAP", "PERSISTENT") if key in config}
+
+
+def test_what_is_known_is_not_measured_again() -> None:
+    one = work()
+    (found,) = tune.tune(one, 3, timer(1.0))
+    assert list(tune.tune(one, 3, timer(1.0), known={found.choice})) == []
+
+
+def test_noise_writes_nothing() -> None:
+    (found,) = tune.tune(work(), 3, timer(10.0, 9.9))
+    assert found.best is None and found.seconds == 9.9 and tune.table_of([found]) == {}
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, results: Sequence[Any]) -> None:
+    """A lowered layer whose one kernel has a configuration for each of these results."""
+
+    def lower(gm: Any, **_: object) -> Callable[[Tensor], list[Tensor]]:
+        def run(x: Tensor) -> list[Tensor]:
+            options = [{"RESULT": i} for i in range(len(results))]
+            config = tuning.tuned(HERE, "pretended", "p", len(x), lambda: options) or {"RESULT": 0}
+            result = results[config["RESULT"]]
+            if isinstance(result, Exception):
+                raise result
+            return [result * gm(x)[0]]
+
+        return run
+
+    monkeypatch.setattr(lowering, "lower", lower)
+
+
+def test_what_fails_or_is_wrong_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = RuntimeError("out of resource: shared memory\nmore")
+    _pretend(monkeypatch, [1.0, 1.1, float("nan"), failed, 1.0, float("inf")])
+    (found,) = tune.tune(work(), 3, timer(10.0, 5.0, 4.0))
+    assert found.best == {"RESULT": 4} and found.tried == 6
+    assert [config["RESULT"] for config, _ in found.dropped] == [1, 2, 3, 5]
+    assert float(found.dropped[0][1].split()[-1]) == pytest.approx(0.1, rel=0.02) and "nan" in found.dropped[1][1]
+    assert found.dropped[2][1] == "RuntimeError: out of resource: shared memory"
+
+
+def test_a_wrong_result_without_a_file_stops_and_so_does_a_lost_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch, [1.2, 1.0])
+    with pytest.raises(ValueError, match=r"give a wrong result for 3 rows(.|\n)*found: (2.0|1.9)"):
+        list(tune.tune(work(), 3, timer(1.0)))
+    _pretend(monkeypatch, [1.0, RuntimeError("CUDA error: an illegal memory access was encountered")])
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        list(tune.tune(work(), 3, timer(1.0)))
+
+
+def test_copies_of_the_weights_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = work(16, 32)
+    monkeypatch.setattr(timing, "cache_bytes", lambda where: one.read)
+    seen: list[int] = []
+
+    def measure(calls: Sequence[timing.Call]) -> float:
+        seen.append(len(calls))
+        assert torch.equal(*(call()[0] for call in calls))  # type: ignore[index]
+        return 1.0
+
+    list(tune.tune(one, 2, measure))
+    assert set(seen) == {2}
+
+
+def test_layers_of_a_model_once_each_and_those_that_read_the_same_together() -> None:
+    model = qfx.quantize(tiny.build("llama"), "w8a8").to(torch.float16)
+    found = tune.works_of(model)
+    names = [one.name.rpartition("layers.0.")[2] for one in found]
+    assert "self_attn.(q_proj+k_proj+v_proj)" in names and "mlp.(gate_proj+up_proj)" in names
+    assert not any("layers.1." in one.name for one in found), "the same shapes and formats again"
+    assert all(one.dtype == torch.float16 for one in found)
+    with pytest.raises(ValueError, match="nothing to tune"):
+        tune.works_of(nn.Linear(3, 3))
+
+
+def test_the_command_writes_and_shows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = work(16, 32)
+    monkeypatch.setattr(tune, "works_of_usual_models", lambda place, dtype: [one])
+    console = Console(record=True, width=200)
+    command.run(
+        console, None, recipe=None, rows="2", dtype="f16", device=DEVICE, out=None, shipped=False,
+        json_file=folder / "all.json", measure=timer(10.0, 9.0, 3.0, 8.0),
+    )  # fmt: skip
+    text = console.export_text()
+    path = tuning.file_of(folder, HERE)
+    assert "1 of 1 choices are faster" in text and path.name in text and "3000000.0" in text
+    (told,) = json.loads((folder / "all.json").read_text())
+    kernel, problem, rows = told["choice"]
+    assert json.loads(path.read_text())[kernel][problem][rows] == told["best"]
+    assert tuning.tuned(HERE, kernel, problem, int(rows)) == told["best"]
+
+
+@pytest.mark.slow
+def test_the_command_takes_a_model(folder: Path) -> None:
+    model = folder / "model"
+    tiny.build("llama").save_pretrained(model)
+    command.run(
+        Console(), str(model), recipe="w8a8", rows="2", dtype="f16", device=DEVICE, out=folder / "out", shipped=False,
+        json_file=None, measure=timer(10.0, 9.0, 3.0, 8.0),
+    )  # fmt: skip
+    assert "gemm8" in json.loads(tuning.file_of(folder / "out", HERE).read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rows", "many"), "--rows are counts"),
+        (("--rows", "0"), "--rows are counts"),
+        (("--dtype", "i8"), "--dtype of activations"),
+        (("--shipped", "--out", "x"), "found --out too"),
+        (("--recipe", "w8a8"), "--recipe is for a MODEL"),
+        (("nowhere",), "nowhere"),
+    ],
+)
+def test_mistakes_are_short_messages(folder: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = _run("tune", "--device", DEVICE, *arguments)
+    assert result.exit_code == 2 and message in result.output, result.output
+
+
+def test_a_recipe_that_needs_data_is_refused(folder: Path) -> None:
+    model = folder / "model"
+    tiny.config("llama").save_pretrained(model)
+    result = _run("tune", str(model), "--device", DEVICE, "--recipe", "w4a16-gptq")
+    assert result.exit_code == 2 and "needs calibration data" in result.output, result.output
+
+
+def test_without_a_folder_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QFX_TUNED_DIR", raising=False)
+    monkeypatch.setenv("QFX_CACHE_DIR", "")
+    result = _run("tune", "--device", DEVICE)
+    assert result.exit_code == 2 and "QFX_TUNED_DIR" in result.output, result.output
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = _run("tune")
+    assert result.exit_code == 2 and "there is no device 'cuda' here" in result.output, result.output
+    monkeypatch.setattr(device, "interpreting", lambda: False)
+    result = _run("tune", "--device", "cpu")
+    assert result.exit_code == 2 and "Triton kernels cannot run on the device 'cpu'" in result.output, result.output
