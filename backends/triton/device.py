@@ -41,7 +41,7 @@ class Device:
 A100 = Device("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166912)
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 132, 232448)
 H200 = Device("NVIDIA H200", (9, 0), 132, 232448)
-INTERPRETER = Device("interpreter", (9, 0), 132, 232448, interpreted=True)
+INTERPRETER = Device("interpreter", (9, 0), 2, 232448, interpreted=True)  # few programs: they run one by one
 
 
 def interpreting() -> bool:

@@ -24,6 +24,7 @@ from qfx import graph
 from qfx.backends.triton import device, tuning
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.passes._nodes import computed
+from qfx.backends.triton.passes.fold_groups import fold_groups
 from qfx.backends.triton.passes.fuse import fuse
 from qfx.backends.triton.passes.merge_siblings import merge_siblings
 from qfx.backends.triton.passes.write_in_place import write_in_place
@@ -97,6 +98,7 @@ def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Lowered:
     }
     fqns = {n.name: graph.fqn_of(n) for n in own.graph.nodes if n.op == "call_function"}
     write_in_place(own)
+    fold_groups(own)
     merge_siblings(own)
     notes = [] if found.interpreted or tuning.has_any(found) else [_untuned(found)]
     for node in list(own.graph.nodes):

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from qfx import graph
-from qfx.backends.triton import gemm8, weight_only
+from qfx.backends.triton import embedding as tables
+from qfx.backends.triton import gemm4, gemm8, weight_only
 from qfx.backends.triton.library import define
 from qfx.backends.triton.site import Site, Taken, once
 from qfx.backends.triton.weight_only_pack import pack_weight_only
@@ -40,20 +41,33 @@ def linear(site: Site) -> Taken | str:
         return "its weight is no matrix of a known width"
     if not x_format:
         return _weight_only(site, given, k)
-    reason = gemm8.reason_against(x_format, w_format, site.device, k)
-    return _gemm8(site, given, k) if reason is None else _of_rounded(site, given, k)
+    for name, family in (("gemm4", gemm4), ("gemm8", gemm8)):
+        if _fits(name, w_format) and family.reason_against(x_format, w_format, site.device, k) is None:
+            return _rounded(site, given, k, name)
+    return _of_rounded(site, given, k)
 
 
-def _gemm8(site: Site, given: dict[str, Any], k: int) -> Taken:
+def _fits(name: str, w_format: str) -> bool:
+    """Whether integers of fewer bits, and those in groups, or others are what a family is for."""
+    fmt = Format.parse(w_format)
+    return (name == "gemm4") == (fmt.is_integer and (fmt.bits < 8 or fmt.granularity not in ("", "ch")))
+
+
+def _rounded(site: Site, given: dict[str, Any], k: int, name: str) -> Taken:
+    """Both operands in few bits, on the tensor cores."""
     x_format, w_format = given["x_format"], given["w_format"]
-    weight = _packed(site, given, "gemm8", lambda *w: gemm8.pack_gemm8(*w, w_format, k))
+    pack = gemm4.pack_w4a8 if name == "gemm4" else gemm8.pack_gemm8
+    weight = _packed(site, given, name, lambda *w: pack(*w, w_format, k))
+    dtype = _DTYPES[graph.val(given["x"]).dtype]
     with site.gm.graph.inserting_before(site.node):
         codes, scale, zero = quantized(site, given["x"], given["smooth"], given["x_scale"], given["x_zero"], x_format)
-        dtype = _DTYPES[graph.val(given["x"]).dtype]
-        rest = (weight, given["bias"], None, x_format, w_format, "", dtype)
-        new = call(site.gm, qfx_triton.gemm8.default, codes, scale, zero, *rest, like=site.node)
+        first = (codes, scale, zero, weight, given["bias"], None, x_format, w_format)
+        if name == "gemm4":
+            new = call(site.gm, qfx_triton.gemm4.default, *first, k, "", dtype, like=site.node)
+        else:
+            new = call(site.gm, qfx_triton.gemm8.default, *first, "", dtype, like=site.node)
     take_place(site.node, new)
-    return Taken(f"gemm8 {x_format} x {w_format} (Triton)")
+    return Taken(f"{name} {x_format} x {w_format} (Triton)")
 
 
 def quantized(site: Site, x: fx.Node, smooth: Any, scale: Any, zero: Any, x_format: str) -> tuple[fx.Node, Any, Any]:
@@ -116,13 +130,16 @@ def _packed(site: Site, given: dict[str, Any], family: str, pack: Any) -> list[A
 
 
 def embedding(site: Site) -> Taken | str:
-    """qfx::embedding by its kernel, which reads the weight as it is stored."""
+    """qfx::embedding by its kernel, which reads the table as it is stored."""
     given = site.given
-    return site.put(
-        qfx_triton.embedding.default,
-        *(given[name] for name in ("ids", "w", "w_scale", "w_zero", "w_format", "dim", "dtype")),
-        kernel=f"embedding {given['w_format']} (Triton)",
-    )
+    w_format, dim, dtype = given["w_format"], given["dim"], _DTYPES.get(given["dtype"])
+    if dtype is None:
+        return f"its result is {given['dtype']}"
+    if reason := tables.reason_against(w_format, site.device):
+        return reason
+    table = _packed(site, given, "embedding", lambda *w: tables.pack_embedding(*w, w_format, dim))
+    arguments = (given["ids"], table, w_format, dim, dtype)
+    return site.put(qfx_triton.embedding.default, *arguments, kernel=f"embedding {w_format} (Triton)")
 
 
 def rounded_input(

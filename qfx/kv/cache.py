@@ -95,9 +95,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
             )
         layer = self.layers[layer_idx]
         if isinstance(layer, StaticQuantizedLayer) and not layer.is_initialized and _reads_codes(key_states):
-            self.layers[layer_idx] = PackedStaticLayer(
-                layer.fmt, layer.where, layer.max_cache_len, expected=layer.expected
-            )
+            self.layers[layer_idx] = layer.packed
         found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return found
 
@@ -139,7 +137,9 @@ def _layer(
     if max_length is not None:
         if not stores_alone(fmt):
             return PackedStaticLayer(fmt, where, max_length, expected=sizes)
-        return StaticQuantizedLayer(replace(fmt, sinks=0, residual=0), where, max_length, expected=sizes)
+        fmt = replace(fmt, sinks=0, residual=0)
+        packed = PackedStaticLayer(fmt, where, max_length, expected=sizes)
+        return StaticQuantizedLayer(fmt, where, max_length, expected=sizes, packed=packed)
     return QuantizedLayer(replace(fmt, sinks=0) if window else fmt, where, window=window, expected=sizes)
 
 

@@ -201,7 +201,23 @@ def stores_alone(fmt: CacheFormat) -> bool:
 
 
 class StaticQuantizedLayer(StaticLayer):
-    """Tokens in formats that store each alone (`stores_alone`), without residual and sinks."""
+    """Tokens in formats that store each alone (`stores_alone`), without residual and sinks.
+
+    packed: the layer that takes its place on a device whose kernels read codes; made here, since no compiler that
+    traces the first call can make it.
+    """
+
+    def __init__(
+        self,
+        fmt: CacheFormat,
+        where: str,
+        max_length: int,
+        *,
+        expected: tuple[int, int] | None = None,
+        packed: StaticLayer,
+    ) -> None:
+        super().__init__(fmt, where, max_length, expected=expected)
+        self.packed = packed
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """Make the memory: heads of one format after the other."""
