@@ -162,17 +162,30 @@ def _started(
 ) -> None:  # fmt: skip
     """Launch the product, and the sum of its parts where k is split. `ends`: what the epilogue reads."""
     (m, n), k = y.shape, w.shape[1]
-    split = config["SPLIT"]
-    tiles = -(-m // config["BLOCK_M"]) * -(-n // (config["BLOCK_N"] * config["HALVES"]))
-    programs = min(tiles, device.processors) if config["PERSISTENT"] else tiles
-    kind = torch.float32 if w.is_floating_point() or w.dtype == torch.uint8 else torch.int32
-    out = y if split == 1 else torch.empty(split, m, n, dtype=kind, device=y.device)
-    launch(kernels.gemm8, (programs, split), rows, w, out, *ends, m, n, k, rows.stride(0), *widths, **constants,
-           **inner, EVEN_K=k % config["BLOCK_K"] == 0, config=config)  # fmt: skip
-    if split > 1:
+    if config.get("LIBRARY"):
+        parts, split = _product(rows, w), 1
+    else:
+        split = config["SPLIT"]
+        tiles = -(-m // config["BLOCK_M"]) * -(-n // (config["BLOCK_N"] * config["HALVES"]))
+        programs = min(tiles, device.processors) if config["PERSISTENT"] else tiles
+        kind = torch.float32 if inner["FLOAT"] else torch.int32
+        parts = y if split == 1 else torch.empty(split, m, n, dtype=kind, device=y.device)
+        launch(kernels.gemm8, (programs, split), rows, w, parts, *ends, m, n, k, rows.stride(0), *widths, **constants,
+               **inner, EVEN_K=k % config["BLOCK_K"] == 0, config=config)  # fmt: skip
+    if parts is not y:
         height = min(16, 1 << max(m - 1, 0).bit_length())
-        launch(kernels.reduce8, (-(-m // height), -(-n // 128)), out, y, *ends, m, n, **constants, SPLIT=split,
+        launch(kernels.reduce8, (-(-m // height), -(-n // 128)), parts, y, *ends, m, n, **constants, SPLIT=split,
                BLOCK_M=height, BLOCK_N=128, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+
+
+def _product(rows: Tensor, w: Tensor) -> Tensor:
+    """Sums of the products by cuBLAS: int32, or f32 with its own promotion of partial sums."""
+    if w.dtype == torch.int8:
+        return torch._int_mm(rows, w.t())
+    one = torch.ones((), dtype=torch.float32, device=w.device)
+    a, b = rows.view(torch.float8_e4m3fn), w.view(torch.float8_e4m3fn)
+    product: Tensor = torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
+    return product
 
 
 def _operand(codes: Tensor, k: int) -> Tensor:

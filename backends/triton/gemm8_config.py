@@ -1,7 +1,8 @@
 """Which configuration of `gemm8` runs a problem of m rows: measured ones (see `tuning`), else by a model of its cost.
 
 Few rows: w is the left operand and streams through once, k is split until every processor has its share. Many rows:
-the tile that leaves the fewest processors idle in the last round.
+the tile that leaves the fewest processors idle in the last round. A configuration {"LIBRARY": 1} leaves the product
+to cuBLAS, and only what follows it to a kernel: one of the candidates for many rows, never the heuristic's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ KERNEL = "gemm8"
 _FEW = 64  # rows up to which operands are swapped
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _SECOND_LAUNCH = 4 << 20  # bytes that the memory moves in the time of one
+_PRODUCTS = 200  # of a processor in the time in which its share of the bandwidth moves a byte
 _GROUP = 8
 
 
@@ -70,7 +72,9 @@ def candidates(device: Device, problem: Problem, m: int) -> list[Config]:
         found += [_config(device, problem, (128, 128, 1), split=split) for split in (2, 4)]
         if _large(device) and not problem.is_float:
             found += [_config(device, problem, (128, 256, 1), stages=3, persistent=on) for on in (True, False)]
-    fitting = [config for config in found if _shared(problem, config) <= device.shared]
+        if problem.n % 16 == 0 and not problem.group and not problem.by_hand:
+            found.append({"LIBRARY": 1})
+    fitting = [config for config in found if "LIBRARY" in config or _shared(problem, config) <= device.shared]
     return [config for i, config in enumerate(fitting) if config not in fitting[:i]][:20]
 
 
@@ -83,7 +87,7 @@ def _streaming(device: Device, problem: Problem, m: int) -> Config:
     def cost(split: int) -> float:
         rounds = _count(tiles * split, device.processors)
         moved = problem.n * problem.k * rounds * device.processors / (tiles * split)
-        return moved + (split > 1) * (_SECOND_LAUNCH + 4 * split * m * problem.n)
+        return moved + (split > 1) * (_SECOND_LAUNCH + 6 * split * m * problem.n)
 
     most = max(_count(problem.k, block_k) // 4, 1)
     split = min((s for s in _SPLITS if s <= most), key=cost)
@@ -92,13 +96,14 @@ def _streaming(device: Device, problem: Problem, m: int) -> Config:
 
 
 def _cost(device: Device, problem: Problem, m: int, config: Config) -> float:
-    """Rounds of tiles, each of as many products as one processor does in it, and what a second launch is worth."""
+    """Time, in products of one processor: of its tiles or of reading w, whichever is longer, and of a second launch."""
     rows, columns, split = config["BLOCK_M"], config["BLOCK_N"] * config["HALVES"], config["SPLIT"]
     programs = _count(m, rows) * _count(problem.n, columns) * split
     worth = {128 * 256: 1.0, 128 * 128: 1.15, 64 * 128: 1.5}[rows * columns]  # small tiles read more for a product
-    tile = rows * columns * problem.k / split * worth
-    written = (split > 1) * (split * m * problem.n * 512 / device.processors + 8e6)
-    return _count(programs, device.processors) * tile + written
+    tiles = _count(programs, device.processors) * rows * columns * problem.k / split * worth
+    read = problem.n * problem.k * _PRODUCTS / device.processors
+    written = (split > 1) * (4 * split * m * problem.n + _SECOND_LAUNCH) * _PRODUCTS / device.processors
+    return max(tiles, read) + written
 
 
 def _tiles(device: Device, problem: Problem) -> tuple[tuple[int, int, int], ...]:
