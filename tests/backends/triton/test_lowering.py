@@ -90,10 +90,7 @@ def test_without_a_gpu_onnx_runtime_runs_it_and_that_is_told(monkeypatch: pytest
     monkeypatch.setattr(device, "interpreting", lambda: False)
     model, x = nn.Linear(40, 24).eval(), torch.randn(3, 40)
     compiled = torch.compile(model, backend="qfx", options={"backend": "triton", "cache": False})
-    with (
-        torch.no_grad(),
-        pytest.warns(QfxWarning, match=r"runs in ONNX Runtime, since Triton does not take it.*no GPU"),
-    ):
+    with torch.no_grad(), pytest.warns(QfxWarning, match=r"runs in ONNX Runtime, since Triton does not take it.*no GPU"):
         assert compiled(x).shape == (3, 24)
     torch._dynamo.reset()
 
