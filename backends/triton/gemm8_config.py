@@ -34,6 +34,11 @@ class Problem:
     group: int = 0
     by_hand: bool = False
 
+    @property
+    def aligned(self) -> bool:
+        """Rows of y are written in whole vectors. Element by element it takes twice the registers."""
+        return self.n % 16 == 0
+
     def __str__(self) -> str:
         kind = "f8e4m3" if self.is_float else "i8"
         return f"n={self.n} k={self.k} {kind}" + (f" g{self.group}" if self.group else "")
@@ -68,11 +73,10 @@ def candidates(device: Device, problem: Problem, m: int) -> list[Config]:
     else:
         for tile in _tiles(device, problem):
             found += [_config(device, problem, tile, stages=stages) for stages in (3, 4)]
-            found += [_config(device, problem, tile, stages=3, persistent=False)]
+            found += [_config(device, problem, tile, stages=stages, persistent=False) for stages in (3, 4)]
+            found += [_config(device, problem, tile, 256, stages=2)]
         found += [_config(device, problem, (128, 128, 1), split=split) for split in (2, 4)]
-        if _large(device) and not problem.is_float:
-            found += [_config(device, problem, (128, 256, 1), stages=3, persistent=on) for on in (True, False)]
-        if problem.n % 16 == 0 and not problem.group and not problem.by_hand:
+        if problem.aligned and not problem.group and not problem.by_hand:
             found.append({"LIBRARY": 1})
     fitting = [config for config in found if "LIBRARY" in config or _shared(problem, config) <= device.shared]
     return [config for i, config in enumerate(fitting) if config not in fitting[:i]][:20]
@@ -107,9 +111,15 @@ def _cost(device: Device, problem: Problem, m: int, config: Config) -> float:
 
 
 def _tiles(device: Device, problem: Problem) -> tuple[tuple[int, int, int], ...]:
-    """Of many rows: rows, columns, and how many times these. Two times where the registers hold the sums of both."""
+    """Of many rows: rows, columns, and how many times these.
+
+    The greatest is the one that reads least for a product. e4m3 has it in halves: the partial sums, which are added to
+    those of all k, take as many registers again, and each half needs them only for a while.
+    """
     small = ((128, 128, 1), (64, 128, 1))
-    return small if problem.group or not _large(device) else ((128, 128, 2), *small)
+    if problem.group or not problem.aligned or not _large(device):
+        return small
+    return ((128, 128, 2) if problem.is_float else (128, 256, 1), *small)
 
 
 def _large(device: Device) -> bool:
@@ -137,7 +147,8 @@ def _config(
         block_k = min(block_k, 64)  # fragments of more do not fit the registers
     config = {
         "BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": block_k, "HALVES": halves, "GROUP": _GROUP, "SPLIT": split,
-        "SWAP": int(swap), "PERSISTENT": int(persistent and _large(device) and not swap and split == 1),
+        "SWAP": int(swap),
+        "PERSISTENT": int(persistent and problem.aligned and _large(device) and not swap and split == 1),
         "num_warps": 8 if rows * columns >= 128 * 128 else 4, "num_stages": stages,
     }  # fmt: skip
     while _shared(problem, config) > device.shared and config["num_stages"] > 2:
