@@ -64,11 +64,13 @@ def candidates(device: Device, problem: Problem, m: int) -> list[Config]:
     """What is worth measuring for m rows, at most 20."""
     found = [heuristic(device, problem, m)]
     if m <= _FEW:
-        rows = _rows_of(m)
-        for columns, block_k, stages in ((64, 128, 6), (64, 256, 4), (64, 256, 6), (64, 512, 4), (128, 128, 4)):
+        rows, shapes = _rows_of(m), [(64, 128, 6), (64, 256, 4), (64, 256, 6), (64, 512, 4), (128, 128, 4)]
+        if _narrow(device, problem, rows):
+            shapes.append((32, 256, 6))
+        for columns, block_k, stages in shapes:
             found += [
                 _config(device, problem, (rows, columns, 1), block_k, swap=True, split=split, stages=stages)
-                for split in (1, 2, 3, 4)
+                for split in (1, 2, 4)
             ]
     else:
         for tile in _tiles(device, problem):
@@ -83,20 +85,29 @@ def candidates(device: Device, problem: Problem, m: int) -> list[Config]:
 
 
 def _streaming(device: Device, problem: Problem, m: int) -> Config:
-    """Few rows: the split with the least bytes, counting those that wait for the last processors."""
+    """Few rows: the tiles and the split with the least bytes, counting those that wait for the last processors."""
     rows = _rows_of(m)
-    columns, block_k = (64, 256) if rows == 16 else (64, 128) if rows == 32 else (128, 128)
-    tiles = _count(problem.n, columns)
+    shapes = [(64, 256) if rows == 16 else (64, 128) if rows == 32 else (128, 128)]
+    if _narrow(device, problem, rows):
+        shapes.append((32, 256))
 
-    def cost(split: int) -> float:
-        rounds = _count(tiles * split, device.processors)
-        moved = problem.n * problem.k * rounds * device.processors / (tiles * split)
+    def cost(choice: tuple[tuple[int, int], int]) -> float:
+        (columns, _), split = choice
+        programs = _count(problem.n, columns) * split
+        waiting = _count(programs, device.processors) * device.processors / programs
+        moved = problem.n * problem.k * waiting * (1 + rows / columns / 10)  # x is read again, from the L2
         return moved + (split > 1) * (_SECOND_LAUNCH + 6 * split * m * problem.n)
 
-    most = max(_count(problem.k, block_k) // 4, 1)
-    split = min((s for s in _SPLITS if s <= most), key=cost)
-    alone = tiles * split <= device.processors  # then one program has to keep a processor's share of reads in flight
-    return _config(device, problem, (rows, columns, 1), block_k, swap=True, split=split, stages=6 if alone else 4)
+    choices = [(shape, split) for shape in shapes for split in _SPLITS if split <= max(problem.k // shape[1] // 4, 1)]
+    (columns, block_k), split = min(choices, key=cost)
+    # a program that has a processor alone has to keep all of its reads in flight
+    stages = 6 if _count(problem.n, columns) * split <= device.processors else 4
+    return _config(device, problem, (rows, columns, 1), block_k, swap=True, split=split, stages=stages)
+
+
+def _narrow(device: Device, problem: Problem, rows: int) -> bool:
+    """Whether tiles of 32 columns are worth it: for few rows, and not for e4m3, which stays as it is from 64 on only."""
+    return rows == 16 and (problem.by_hand or not (problem.is_float and _large(device)))
 
 
 def _cost(device: Device, problem: Problem, m: int, config: Config) -> float:

@@ -12,6 +12,7 @@ from qfx.backends.triton.quantize_rows import aligned
 from tests.backends.triton.cases import Case, meta
 
 _INT8 = {80: {"gemm8": r"mma\.sync\S*\.s8\.s8"}, 90: {"gemm8": r"wgmma\.mma_async\S*\.s8\.s8"}}
+_FEW = {80: _INT8[80], 90: {"gemm8": r"(wgmma\.mma_async|mma\.sync)\S*\.s8\.s8"}}  # tiles of 32 columns need no wgmma
 _E4M3 = {80: {"gemm8": r"mma\.sync\S*\.f32\.f16\.f16"}, 90: {"gemm8": r"wgmma\.mma_async\S*\.e4m3\.e4m3"}}
 
 
@@ -24,7 +25,7 @@ def int8(m: int, n: int, k: int, x_format: str, w_format: str, activation: str =
     codes, scale = meta(m, aligned(k), dtype=torch.int8), meta(rows, 1, dtype=torch.float32)
     residual = meta(m, n) if activation else None
     run = partial(gemm8, codes, scale, zero, weight, meta(n), residual, x_format, w_format, activation, dtype)
-    return Case(f"{x_format} {w_format} {m}x{n}x{k} {activation}{dtype}", run, _INT8)
+    return Case(f"{x_format} {w_format} {m}x{n}x{k} {activation}{dtype}", run, _INT8 if m > 16 else _FEW)
 
 
 def e4m3(m: int, n: int, k: int, x_format: str, w_format: str) -> Case:
