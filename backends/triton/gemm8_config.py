@@ -106,7 +106,7 @@ def _streaming(device: Device, problem: Problem, m: int) -> Config:
 
 
 def _narrow(device: Device, problem: Problem, rows: int) -> bool:
-    """Whether tiles of 32 columns are worth it: for few rows, and not for e4m3, which stays as it is from 64 on only."""
+    """Whether tiles of 32 columns are worth it: for few rows; not for e4m3, which stays as it is only from 64 on."""
     return rows == 16 and (problem.by_hand or not (problem.is_float and _large(device)))
 
 
