@@ -156,8 +156,12 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_paths_by_the_number_of_rows() -> None:
-    fmt = Format.parse("i4/g128")
-    paths = [choose(H100, fmt, m, 4096, 4096, torch.float16)["PATH"] for m in (1, 4, 5, 63, 64, 512, 4096)]
-    assert paths == [GEMV, GEMV, DOT, DOT, DOT, DOT, DEQUANTIZE]
-    for m in (1, 16, 64, 4096):
-        assert 1 < len(candidates(fmt, m, 4096, 4096)) <= 20
+    def paths(text: str) -> list[int]:
+        fmt = Format.parse(text)
+        return [choose(H100, fmt, m, 4096, 4096, torch.float16)["PATH"] for m in (1, 2, 4, 5, 63, 64, 512, 4096)]
+
+    assert paths("i4/g128") == [GEMV, GEMV, DOT, DOT, DOT, DOT, DOT, DEQUANTIZE]
+    assert paths("i8/ch") == [GEMV, GEMV, GEMV, DOT, DOT, DOT, DOT, DEQUANTIZE]
+    for m in (1, 4, 16, 64, 4096):
+        found = candidates(m, 4096, 4096)
+        assert 1 < len(found) <= 20 and len({tuple(c.items()) for c in found}) == len(found)
