@@ -27,7 +27,7 @@ from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.layout import UNIT_THREE, padded
 from qfx.backends.triton.library import define
 from qfx.backends.triton.weight_only_pack import group_of, reason_against_weight, stored_bits
-from qfx.errors import UnsupportedError, explain
+from qfx.errors import UnsupportedError, explain, warn
 from qfx.format import Format
 
 GEMV, DOT, DEQUANTIZE = 0, 1, 2  # what a configuration's PATH says
@@ -97,8 +97,7 @@ def linear_weight_only(
     elif path == DOT:
         _dot(rows, weight, bias, out, config)
     else:
-        full = _dequantized(weight, n, k, x.dtype)
-        out = torch.nn.functional.linear(rows, full, None if bias is None else bias.to(x.dtype))
+        out = _multiplied(rows, weight, bias, out)
     return out.reshape(*x.shape[:-1], n)
 
 
@@ -180,6 +179,26 @@ def _dot(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor, config: Config
     if splits > 1:
         launch(kernels.sum_splits, (triton.cdiv(m * n, _BLOCK),), parts, bias, out, m * n, n, SPLITS=splits,
                BLOCK=_BLOCK, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+
+
+def _multiplied(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor) -> Tensor:
+    """By torch, with the weight written out; by tiles where there is no memory for that, which is told."""
+    n = out.shape[1]
+    try:
+        full = _dequantized(w, n, x.shape[1], x.dtype)
+    except torch.OutOfMemoryError as error:
+        warn(
+            explain(
+                f"no memory for a weight [{n}, {x.shape[1]}] in {x.dtype}: it is unpacked by tiles, which is slower",
+                found=str(error).partition("\n")[0],
+                next_step="leave more memory free, or call with fewer rows at a time",
+            )
+        )
+        config = dict(heuristic(device_of(x), w.fmt, _FEWEST_DEQUANTIZE - 1, n, x.shape[1]))
+        config.pop("PATH")
+        _dot(x, w, bias, out, config)
+        return out
+    return torch.nn.functional.linear(x, full, None if bias is None else bias.to(x.dtype))
 
 
 def _dequantized(w: _Weight, n: int, k: int, dtype: torch.dtype) -> Tensor:

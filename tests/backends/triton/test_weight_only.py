@@ -20,7 +20,7 @@ from qfx.backends.triton.weight_only import (
     reason_against,
 )
 from qfx.backends.triton.weight_only_pack import pack_weight_only
-from qfx.errors import UnsupportedError
+from qfx.errors import QfxWarning, UnsupportedError
 from qfx.format import Format
 from qfx.ops import linear
 from qfx.packing import Packed, pack_weight
@@ -134,6 +134,17 @@ def test_batches_and_empty_ones() -> None:
     x = torch.randn(2, 3, 64, device=DEVICE)
     assert torch.equal(run(x, packed), run(x.reshape(6, 64), packed).reshape(2, 3, 9))
     assert run(x[:0], packed).shape == (0, 3, 9)
+
+
+def test_without_memory_for_the_weight_it_is_unpacked_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(weight_only, "_FEWEST_DEQUANTIZE", 9)
+    monkeypatch.setattr(weight_only, "_dequantized", fail)
+    packed = weight(9, 64, "i4/g32")
+    with pytest.warns(QfxWarning, match="no memory for a weight"):
+        assert error(torch.randn(9, 64, device=DEVICE), packed) < STEP[torch.float32]
 
 
 def test_what_does_not_fit_is_refused() -> None:
