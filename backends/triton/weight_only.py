@@ -105,14 +105,14 @@ def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dty
     """The configuration of a call: the measured one of this device, else by rule."""
     problem = f"{fmt} n={n} k={k} {str(dtype).removeprefix('torch.')}"
     found = tuning.tuned(device, "weight_only", problem, m, lambda: candidates(m, n, k))
-    return found or heuristic(device, fmt, m, n, k)
+    return found or heuristic(device, fmt, m, n, k, dtype)
 
 
-def heuristic(device: Device, fmt: Format, m: int, n: int, k: int) -> Config:
+def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """A configuration by rule: bytes in flight for few rows, several programs a processor below 64, large tiles above.
 
     Vectors for up to 4 rows of 8-bit weights, 2 of smaller ones: then unpacking on the way to tensor cores takes fewer
-    instructions than products do without them.
+    instructions than products do without them. Tiles of float32 do not fit registers: such rows go to torch early.
     """
     units = -(-k // _UNIT)
     if m <= (_MOST_GEMV if stored_bits(fmt) == 8 else _MOST_GEMV // 2):
@@ -120,11 +120,12 @@ def heuristic(device: Device, fmt: Format, m: int, n: int, k: int) -> Config:
         rows = 8 if n >= 64 * device.processors else 4 if n >= 16 * device.processors else 2
         rows = rows if stored_bits(fmt) in (4, 8) else min(rows, 4)
         return {"PATH": GEMV, "BN": rows, "CHUNKS": chunks, "num_warps": 4, "num_stages": 1}
-    if m >= _FEWEST_DEQUANTIZE:
+    if m >= (64 if dtype == torch.float32 else _FEWEST_DEQUANTIZE):
         return {"PATH": DEQUANTIZE}
     if m < 64:
-        height = max(8, triton.next_power_of_2(m))
-        tile = {"BM": height, "BN": 64, "num_warps": 4, "num_stages": 5 if height <= 16 else 4}
+        height, wide = max(8, triton.next_power_of_2(m)), dtype == torch.float32
+        height = min(height, 16) if wide else height
+        tile = {"BM": height, "BN": 64, "num_warps": 8 if wide else 4, "num_stages": 5 if height <= 16 else 4}
         programs = device.processors * (4 if height <= 16 else 3 if height == 32 else 2)
     else:
         height = 64 if m == 64 or device.capability < (9, 0) else 128  # mma.sync holds both operands in registers
@@ -194,9 +195,9 @@ def _multiplied(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor) -> Tens
                 next_step="leave more memory free, or call with fewer rows at a time",
             )
         )
-        config = dict(heuristic(device_of(x), w.fmt, _FEWEST_DEQUANTIZE - 1, n, x.shape[1]))
-        config.pop("PATH")
-        _dot(x, w, bias, out, config)
+        fewer = (64 if x.dtype == torch.float32 else _FEWEST_DEQUANTIZE) - 1  # rows for which tiles are chosen
+        config = heuristic(device_of(x), w.fmt, fewer, n, x.shape[1], x.dtype)
+        _dot(x, w, bias, out, {key: 1 if key == "SPLITS" else value for key, value in config.items() if key != "PATH"})
         return out
     return torch.nn.functional.linear(x, full, None if bias is None else bias.to(x.dtype))
 
