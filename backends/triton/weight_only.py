@@ -116,10 +116,11 @@ def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.
     """
     units = -(-k // _UNIT)
     if m <= (_MOST_GEMV if stored_bits(fmt) == 8 else _MOST_GEMV // 2):
-        chunks = max(8, min(128, triton.next_power_of_2(-(-k * stored_bits(fmt) // 128))))
+        bits = 2 if fmt.bits == 3 else stored_bits(fmt)  # of the plane in which a thread has 16 bytes
+        chunks = max(32, min(128, triton.next_power_of_2(-(-k * bits // 128))))
         rows = 8 if n >= 64 * device.processors else 4 if n >= 16 * device.processors else 2
-        rows = rows if stored_bits(fmt) in (4, 8) else min(rows, 4)
-        return {"PATH": GEMV, "BN": rows, "CHUNKS": chunks, "num_warps": 4, "num_stages": 1}
+        rows = rows if bits > 2 else min(rows, 4)
+        return {"PATH": GEMV, "BN": rows, "CHUNKS": chunks, "num_warps": chunks // 32, "num_stages": 1}
     if m >= (64 if dtype == torch.float32 else _FEWEST_DEQUANTIZE):
         return {"PATH": DEQUANTIZE}
     if m < 64:
