@@ -1,11 +1,13 @@
 """Rows of a quantized table.
 
-qfx_triton::embedding(Tensor ids, Tensor[] w, str w_format, int dim, str dtype) -> Tensor
+qfx_triton::embedding(ids, w, w_scale, w_zero?, w_format, dim, dtype) -> Tensor
 
 The table stays as `qfx::embedding` has it: the kernel reads rows of the stored bitstream, only those that are asked.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -21,7 +23,7 @@ from qfx.format import Format
 from qfx.nested import dynamic_map
 from qfx.packing import check_storage
 
-DTYPES = ("f16", "bf16", "f32")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BLOCK = 1024
 _KINDS = {"nf4": "lut", "f4e2m1": "lut", "f8e4m3": "e4m3", "f8e5m2": "e5m2"}
 
@@ -34,36 +36,20 @@ def reason_against(w_format: str, device: Device) -> str | None:  # noqa: ARG001
     return None
 
 
-def pack_embedding(w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str, dim: int) -> list[Tensor]:
-    """The tensors of a table [V, dim] for `embedding`: those that it has, then what the kernel looks values up in.
-
-    w_scale and w_zero are as in `qfx::embedding`. Raises ValueError for codes that do not fit the format.
-    """
-    fmt = Format.parse(w_format)
-    check_storage(w, fmt, dim)
-    found = [w.contiguous(), w_scale.contiguous()]
-    if w_zero is not None:
-        found.append(w_zero.contiguous())
-    if fmt.type in TABLES:
-        found.append(torch.tensor(TABLES[fmt.type], dtype=torch.float32, device=w.device))
-    if fmt.nested:
-        found.append(dynamic_map().to(w.device))
-    return found
-
-
-def embedding(ids: Tensor, w: list[Tensor], w_format: str, dim: int, dtype: str) -> Tensor:
-    """Rows `ids` (int32 or int64, any shape) of a table [V, dim]: [.., dim] in `dtype`, one of DTYPES.
+def embedding(
+    ids: Tensor, w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str, dim: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows `ids` (int32 or int64, any shape) of a packed table [V, dim]: [.., dim] in `dtype`, one of DTYPES.
 
     The values of `qfx::embedding`, bit for bit before the cast. An id that is no row gives a row of NaN, since nothing
-    here waits for the device to find out. Raises ValueError for other types of ids or results.
+    here waits for the device to find out. Raises ValueError for other types of ids or results, and for a table that
+    does not fit its format.
     """
     fmt = Format.parse(w_format)
-    _check(ids, w, fmt, dtype)
-    codes, scale, *rest = (_raw(t) for t in w)
-    above = rest.pop(0) if fmt.has_zero or fmt.has_global_scale else None
-    table = rest.pop(0) if fmt.type in TABLES else None
-    mapped = rest.pop(0) if fmt.nested else None
-    out = torch.empty((*ids.shape, dim), dtype=Format.parse(dtype).code_dtype, device=ids.device)
+    _check(ids, w, w_zero, fmt, dim, dtype)
+    codes, scale, above = (None if t is None else _raw(t) for t in (w, w_scale, w_zero))
+    assert codes is not None and scale is not None
+    out = torch.empty((*ids.shape, dim), dtype=dtype, device=ids.device)
     flat = ids.reshape(-1).contiguous()
     dense = fmt.has_zero and above is not None and above.shape != scale.shape
     rows, columns = fmt.block or (0 if fmt.is_plain or fmt.granularity == "" else 1, fmt.group or 0)
@@ -71,7 +57,9 @@ def embedding(ids: Tensor, w: list[Tensor], w_format: str, dim: int, dtype: str)
     kind = "plain" if fmt.is_plain else "signed" if signed and fmt.bits == 8 else _KINDS.get(fmt.type, "int")
     launch(
         kernel, (flat.numel(), triton.cdiv(dim, _BLOCK)), flat, codes, scale, above if fmt.has_zero else None, above,
-        table, mapped, out, codes.shape[0], dim, codes.stride(0), scale.shape[-1] if scale.dim() else 1,
+        _values(fmt.type, ids.device) if fmt.type in TABLES else None,
+        _values("dq", ids.device) if fmt.nested else None,
+        out, codes.shape[0], dim, codes.stride(0), scale.shape[-1] if scale.dim() else 1,
         above.shape[-1] if fmt.has_zero and above is not None and above.dim() else 1,
         BITS=fmt.bits, KIND=kind, SCALE="" if fmt.scale_dtype.itemsize > 1 else fmt.scale_type, ROWS=rows,
         COLUMNS=columns, OFFSET=1 << (fmt.bits - 1) if signed else 0, ZERO_BITS=fmt.bits if dense else 8,
@@ -80,34 +68,44 @@ def embedding(ids: Tensor, w: list[Tensor], w_format: str, dim: int, dtype: str)
     return out
 
 
+@functools.cache
+def _values(name: str, device: torch.device) -> Tensor:
+    """What codes are looked up in, on a device: values of a type, or the 256 of nested scales. f32.
+
+    Copied there at the first call, which a CUDA graph must not record.
+    """
+    values = dynamic_map() if name == "dq" else torch.tensor(TABLES[name], dtype=torch.float32)
+    return values.to(device)
+
+
 def _raw(tensor: Tensor) -> Tensor:
-    """8-bit floats and signed codes as bytes."""
+    """8-bit floats and signed codes as bytes, rows side by side."""
+    tensor = tensor.contiguous()
     return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
-def _check(ids: Tensor, w: list[Tensor], fmt: Format, dtype: str) -> None:
-    due = 2 + (fmt.has_zero or fmt.has_global_scale) + (fmt.type in TABLES) + fmt.nested
+def _check(ids: Tensor, w: Tensor, w_zero: Tensor | None, fmt: Format, dim: int, dtype: torch.dtype) -> None:
+    check_storage(w, fmt, dim)
+    names = ", ".join(map(str, DTYPES))
     for good, what, expected, found in (
-        (ids.dtype in (torch.int32, torch.int64), "ids", "int32 or int64", ids.dtype),
-        (dtype in DTYPES, "the type of the result", ", ".join(DTYPES), dtype),
-        (len(w) == due, "the table", f"the {due} tensors of pack_embedding for '{fmt}'", f"{len(w)} tensors"),
+        (ids.dtype in (torch.int32, torch.int64), "the type of the ids", "int32 or int64", ids.dtype),
+        (dtype in DTYPES, "the type of the result", names, dtype),
+        (w_zero is not None or not (fmt.has_zero or fmt.has_global_scale), "the table", f"w_zero for '{fmt}'", None),
+        (w.device == ids.device, "the device of the table", ids.device, w.device),
     ):
         if not good:
             raise ValueError(explain(f"qfx_triton::embedding: {what} does not fit", expected=expected, found=found))
-    if w[0].device != ids.device:
-        raise ValueError(
-            explain(
-                "qfx_triton::embedding: ids and table lie on different devices",
-                found=f"{ids.device} and {w[0].device}",
-                next_step="move both to one GPU",
-            )
-        )
 
 
-def _fake(ids: Tensor, w: list[Tensor], w_format: str, dim: int, dtype: str) -> Tensor:
-    return ids.new_empty((*ids.shape, dim), dtype=Format.parse(dtype).code_dtype)
+def _fake(
+    ids: Tensor, w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str, dim: int, dtype: torch.dtype
+) -> Tensor:
+    return ids.new_empty((*ids.shape, dim), dtype=dtype)
 
 
 _LIBRARY = define(
-    "embedding(Tensor ids, Tensor[] w, str w_format, int dim, str dtype) -> Tensor", embedding, _fake
+    "embedding(Tensor ids, Tensor w, Tensor w_scale, Tensor? w_zero, str w_format, int dim, ScalarType dtype) "
+    "-> Tensor",
+    embedding,
+    _fake,
 ) or globals().get("_LIBRARY")

@@ -27,7 +27,7 @@ from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.layout import UNIT_THREE, padded
 from qfx.backends.triton.library import define
 from qfx.backends.triton.weight_only_pack import group_of, reason_against_weight, stored_bits
-from qfx.errors import UnsupportedError, explain
+from qfx.errors import UnsupportedError, explain, warn
 from qfx.format import Format
 
 GEMV, DOT, DEQUANTIZE = 0, 1, 2  # what a configuration's PATH says
@@ -97,57 +97,61 @@ def linear_weight_only(
     elif path == DOT:
         _dot(rows, weight, bias, out, config)
     else:
-        full = _dequantized(weight, n, k, x.dtype)
-        out = torch.nn.functional.linear(rows, full, None if bias is None else bias.to(x.dtype))
+        out = _multiplied(rows, weight, bias, out)
     return out.reshape(*x.shape[:-1], n)
 
 
 def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """The configuration of a call: the measured one of this device, else by rule."""
     problem = f"{fmt} n={n} k={k} {str(dtype).removeprefix('torch.')}"
-    found = tuning.tuned(device, "weight_only", problem, m, lambda: candidates(fmt, m, n, k))
-    return found or heuristic(device, fmt, m, n, k)
+    found = tuning.tuned(device, "weight_only", problem, m, lambda: candidates(m, n, k))
+    return found or heuristic(device, fmt, m, n, k, dtype)
 
 
-def heuristic(device: Device, fmt: Format, m: int, n: int, k: int) -> Config:
-    """A configuration by rule: bytes in flight for few rows, one wave of programs below 64, large tiles above."""
+def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
+    """A configuration by rule: bytes in flight for few rows, several programs a processor below 64, large tiles above.
+
+    Vectors for up to 4 rows of 8-bit weights, 2 of smaller ones: then unpacking on the way to tensor cores takes fewer
+    instructions than products do without them. Tiles of float32 do not fit registers: such rows go to torch early.
+    """
     units = -(-k // _UNIT)
-    if m <= _MOST_GEMV:
-        chunks = max(8, min(128, triton.next_power_of_2(-(-k * stored_bits(fmt) // 128))))
-        rows = 8 if n >= 8 * 8 * device.processors else 4 if n >= 4 * 4 * device.processors else 2
-        return {"PATH": GEMV, "BN": rows, "CHUNKS": chunks, "num_warps": 4, "num_stages": 1}
-    if m >= _FEWEST_DEQUANTIZE:
+    if m <= (_MOST_GEMV if stored_bits(fmt) == 8 else _MOST_GEMV // 2):
+        bits = 2 if fmt.bits == 3 else stored_bits(fmt)  # of the plane in which a thread has 16 bytes
+        chunks = max(32, min(128, triton.next_power_of_2(-(-k * bits // 128))))
+        rows = 8 if n >= 64 * device.processors else 4 if n >= 16 * device.processors else 2
+        rows = rows if bits > 2 else min(rows, 4)
+        return {"PATH": GEMV, "BN": rows, "CHUNKS": chunks, "num_warps": chunks // 32, "num_stages": 1}
+    if m >= (64 if dtype == torch.float32 else _FEWEST_DEQUANTIZE):
         return {"PATH": DEQUANTIZE}
-    if m <= 32:
-        tile, splits = {"BM": 16 if m <= 16 else 32, "BN": 64, "num_warps": 4, "num_stages": 4}, 2
-    elif m < 64:
-        tile, splits = {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 4}, 2
+    if m < 64:
+        height, wide = max(8, triton.next_power_of_2(m)), dtype == torch.float32
+        height = min(height, 16) if wide else height
+        tile = {"BM": height, "BN": 64, "num_warps": 8 if wide else 4, "num_stages": 5 if height <= 16 else 4}
+        programs = device.processors * (4 if height <= 16 else 3 if height == 32 else 2)
     else:
-        tile, splits = {"BM": 64 if m <= 64 else 128, "BN": 128, "num_warps": 8, "num_stages": 3}, 1
+        height = 64 if m == 64 or device.capability < (9, 0) else 128  # mma.sync holds both operands in registers
+        tile = {"BM": height, "BN": 128, "num_warps": 8, "num_stages": 3}
+        programs = device.processors
     tiles = -(-n // tile["BN"]) * -(-m // tile["BM"])
-    wanted = max(1, min(splits * device.processors // tiles, units // 4, 16))
-    return {"PATH": DOT, **tile, "SPLITS": wanted}
+    return {"PATH": DOT, **tile, "SPLITS": max(1, min(programs // tiles, units // 4, 16))}
 
 
-def candidates(fmt: Format, m: int, n: int, k: int) -> list[Config]:  # noqa: ARG001
+def candidates(m: int, n: int, k: int) -> list[Config]:
     """Configurations worth measuring for M rows, at most 20."""
+    found: list[Config] = []
     if m <= _MOST_GEMV:
-        found: list[Config] = [
+        found += [
             {"PATH": GEMV, "BN": rows, "CHUNKS": 32 * warps, "num_warps": warps, "num_stages": 1}
-            for rows in (2, 4, 8, 16)
+            for rows in (2, 4, 8)
             for warps in (2, 4, 8)
         ]
-    else:
-        found = []
-    height = min(max(16, triton.next_power_of_2(m)), 128)
-    for width in (64, 128):
-        for splits in (1, 2, 4, 8) if m < 64 else (1, 2):
-            if splits <= -(-k // _UNIT):
-                found.append({"PATH": DOT, "BM": height, "BN": width, "num_warps": width // 16,
-                              "num_stages": 3 if height == 128 else 4, "SPLITS": splits})  # fmt: skip
-    if m >= 64:
-        found.append({"PATH": DEQUANTIZE})
-    return found[:20]
+    height = min(max(8, triton.next_power_of_2(m)), 128)
+    for width, splits in ((64, 1), (64, 2), (64, 4), (64, 8), (128, 1), (128, 2), (128, 4)):
+        for stages in (3, 4, 5) if _MOST_GEMV < m <= 64 else (3,) if height == 128 else (4,):
+            if splits <= -(-k // _UNIT) and (splits == 1 or splits * n * m <= 8 * n * 64):
+                found.append({"PATH": DOT, "BM": height, "BN": width, "num_warps": width // 16, "num_stages": stages,
+                              "SPLITS": splits})  # fmt: skip
+    return [*found[:19], {"PATH": DEQUANTIZE}] if m >= 64 else found[:20]
 
 
 def _gemv(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
@@ -179,10 +183,30 @@ def _dot(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor, config: Config
                BLOCK=_BLOCK, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
 
 
+def _multiplied(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor) -> Tensor:
+    """By torch, with the weight written out; by tiles where there is no memory for that, which is told."""
+    n = out.shape[1]
+    try:
+        full = _dequantized(w, n, x.shape[1], x.dtype)
+    except torch.OutOfMemoryError as error:
+        warn(
+            explain(
+                f"no memory for a weight [{n}, {x.shape[1]}] in {x.dtype}: it is unpacked by tiles, which is slower",
+                found=str(error).partition("\n")[0],
+                next_step="leave more memory free, or call with fewer rows at a time",
+            )
+        )
+        fewer = (64 if x.dtype == torch.float32 else _FEWEST_DEQUANTIZE) - 1  # rows for which tiles are chosen
+        config = heuristic(device_of(x), w.fmt, fewer, n, x.shape[1], x.dtype)
+        _dot(x, w, bias, out, {key: 1 if key == "SPLITS" else value for key, value in config.items() if key != "PATH"})
+        return out
+    return torch.nn.functional.linear(x, full, None if bias is None else bias.to(x.dtype))
+
+
 def _dequantized(w: _Weight, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """The weight [n, k] in `dtype`."""
     full = torch.empty((n, k), dtype=dtype, device=w.codes.device)
-    rows = 16
+    rows = 32
     launch(kernels.dequantize, (triton.cdiv(k, _UNIT), triton.cdiv(n, rows)), w.codes, w.upper, w.scale, w.zero,
            w.whole, w.table, full, n, k, w.codes.stride(0), w.upper.stride(0), w.scale.stride(0), **w.constants,
            BN=rows, config={"num_warps": 4, "num_stages": 1})  # fmt: skip

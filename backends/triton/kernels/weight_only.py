@@ -10,11 +10,26 @@ from qfx.backends.triton.kernels.decode import exact, load_scale, values
 
 
 @triton.jit
-def _spread(groups, PART: tl.constexpr):
-    """One value a group [BN, groups] to one a column [BN, PART]."""
-    rows: tl.constexpr = groups.shape[0]
-    wide = groups[:, :, None].broadcast_to(rows, groups.shape[1], PART // groups.shape[1])
-    return wide.reshape(rows, PART)
+def _adjusted(a, rows, here, column, scale_ptr, zero_ptr, factor, scale_stride, SCALE: tl.constexpr,
+              GROUP: tl.constexpr, SCALED: tl.constexpr, TO: tl.constexpr):  # fmt: skip
+    """A tile of weights [BN, PART] less their zero points and, if SCALED, times scales times factor, in the type TO.
+
+    Its first column is `column`. Scales are read once a group.
+    """
+    BN: tl.constexpr = a.shape[0]
+    PART: tl.constexpr = a.shape[1]
+    EACH: tl.constexpr = GROUP if GROUP > 0 and GROUP < PART else PART  # columns of the tile under one scale
+    if zero_ptr is not None or SCALED:
+        at = rows * scale_stride + tl.arange(0, PART // EACH)[None, :]
+        if GROUP > 0:
+            at += column // GROUP
+        wide = a.reshape(BN, PART // EACH, EACH)
+        if zero_ptr is not None:
+            wide -= tl.load(zero_ptr + at, mask=here, other=0).to(tl.float32).to(TO)[:, :, None]
+        if SCALED:
+            wide *= (load_scale(scale_ptr + at, here, SCALE) * factor).to(TO)[:, :, None]
+        a = wide.reshape(BN, PART)
+    return a
 
 
 @triton.jit
@@ -43,6 +58,7 @@ def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
     byte = tl.arange(0, PART)
     here = (rows < n)[:, None]
     acc = tl.zeros([BN, BM], tl.float32)
+    near = tl.load(whole_ptr + 1)
     start = tl.program_id(1) * each
     for u in range(start, tl.minimum(start + each, tl.cdiv(k, 128))):
         w = tl.load(w_ptr + held[:, None] * w_stride + u * PART + byte[None, :])
@@ -58,20 +74,8 @@ def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
                 x = tl.load(x_rows[:, None] + columns[None, :])
             else:
                 x = tl.load(x_rows[:, None] + columns[None, :], mask=(columns < k)[None, :], other=0.0)
-            a = tiles[i]
-            if GROUP == 0 or GROUP >= PART:
-                at = held[:, None] * scale_stride
-                if GROUP > 0:
-                    at += (u * 128 + i * PART) // GROUP
-                if zero_ptr is not None:
-                    a -= tl.load(zero_ptr + at).to(tl.float32).to(TO)
-                if GROUP > 0 and GROUP < 128:
-                    a *= (load_scale(scale_ptr + at, here, SCALE) * tl.load(whole_ptr + 1)).to(TO)
-            else:
-                at = held[:, None] * scale_stride + (u * 128 + i * PART) // GROUP + tl.arange(0, PART // GROUP)[None, :]
-                if zero_ptr is not None:
-                    a -= _spread(tl.load(zero_ptr + at).to(tl.float32).to(TO), PART)
-                a *= _spread((load_scale(scale_ptr + at, here, SCALE) * tl.load(whole_ptr + 1)).to(TO), PART)
+            a = _adjusted(tiles[i], held[:, None], here, u * 128 + i * PART, scale_ptr, zero_ptr, near, scale_stride,
+                          SCALE, GROUP, GROUP > 0 and GROUP < 128, TO)  # fmt: skip
             if GROUP > 0 and GROUP % 128 == 0:
                 part = tl.dot(a, tl.trans(x.to(TO)), part, input_precision=PRECISION)
             else:
@@ -79,7 +83,7 @@ def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
         if GROUP > 0 and GROUP % 128 == 0:
             acc += part * load_scale(scale_ptr + held[:, None] * scale_stride + u * 128 // GROUP, here, SCALE)
     if GROUP > 0 and GROUP < 128:
-        acc *= tl.load(whole_ptr) / tl.load(whole_ptr + 1)
+        acc *= tl.load(whole_ptr) / near
     else:
         acc *= tl.load(whole_ptr)
     if GROUP == 0:
@@ -94,7 +98,7 @@ def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
 @triton.jit
 def sum_splits(parts_ptr, bias_ptr, out_ptr, size, n, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """f32 [SPLITS, size] added up in this order, plus bias [n] for size = m * n: out [size]."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(SPLITS):
@@ -122,10 +126,7 @@ def dequantize(w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, out_
     odd = tl.full([1, 1], u % 2, tl.uint8)
     for i in tl.static_range(PARTS):
         columns = u * 128 + i * PART + byte
-        inside = here & (columns < k)
-        at = rows * scale_stride + (columns // GROUP if GROUP > 0 else columns * 0)
         found = exact(w, upper, odd, table_ptr, i, BITS, KIND) - OFFSET
-        if zero_ptr is not None:
-            found -= tl.load(zero_ptr + at, mask=inside, other=0).to(tl.float32)
-        found *= load_scale(scale_ptr + at, inside, SCALE) * tl.load(whole_ptr)
-        tl.store(out_ptr + rows * k + columns, found.to(out_ptr.dtype.element_ty), mask=inside)
+        found = _adjusted(found, rows, here, u * 128 + i * PART, scale_ptr, zero_ptr, tl.load(whole_ptr), scale_stride,
+                          SCALE, GROUP, True, tl.float32)  # fmt: skip
+        tl.store(out_ptr + rows * k + columns, found.to(out_ptr.dtype.element_ty), mask=here & (columns < k))

@@ -43,40 +43,45 @@ def _per_group(pointer, at, there, COUNT: tl.constexpr, STEP: tl.constexpr, GROU
 
 
 @triton.jit
-def _scaled(acc, x, w, factor, zero, PARTS: tl.constexpr, COUNT: tl.constexpr, SCALED: tl.constexpr,
-            ZERO: tl.constexpr, OFFSET: tl.constexpr, BITS: tl.constexpr, BIASED: tl.constexpr):  # fmt: skip
-    """acc [CHUNKS] plus the scaled sums of x times w, tile by tile; a byte's codes have COUNT scales, one or PARTS."""
+def _totals(x, PARTS: tl.constexpr, COUNT: tl.constexpr, WEIGHTED: tl.constexpr, OFFSET: tl.constexpr,
+            BITS: tl.constexpr):  # fmt: skip
+    """Sums [CHUNKS] of tiles x, one for each of COUNT scales; WEIGHTED: times what stands before each code."""
+    found = ()
     for c in tl.static_range(COUNT):
-        products = x[c] * w[c]
-        for i in tl.static_range(1, PARTS // COUNT):
-            products += x[i] * w[i]
-        found = tl.sum(products, axis=1)
+        total = tl.zeros([x[0].shape[0]], tl.float32)
         for i in tl.static_range(PARTS // COUNT):
-            if BIASED:
-                found -= tl.sum(x[c + i], axis=1) * (bias(c + i, BITS) + OFFSET)
-            if ZERO:
-                found -= tl.sum(x[c + i], axis=1) * zero[c]
-        acc += found * factor[c] if SCALED else found
-    return acc
+            total += tl.sum(x[c + i], axis=1) * (bias(c + i, BITS) + OFFSET if WEIGHTED else 1)
+        found = found + (total,)
+    return found
 
 
 @triton.jit
-def _row(accs, xs, data, upper, odd, factor, zero, table_ptr, M: tl.constexpr, PARTS: tl.constexpr,
+def _row(accs, xs, before, totals, data, upper, odd, factor, zero, table_ptr, M: tl.constexpr, PARTS: tl.constexpr,
          COUNT: tl.constexpr, SCALED: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, BITS: tl.constexpr,
          KIND: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """The sums accs of one row of weights, with another tile of its bytes."""
-    BIASED: tl.constexpr = KIND == "int" and not EXACT
-    TO: tl.constexpr = tl.float32 if EXACT else tl.float16
-    if BIASED:
+    """The sums accs of a row of weights with another tile of its bytes, whose codes have COUNT scales: 1 or PARTS."""
+    if KIND == "int" and not EXACT:
         w = biased(data, upper, odd, BITS, ASM)
     else:
+        TO: tl.constexpr = tl.float32 if EXACT else tl.float16
         w = _wide(values(data, upper, odd, table_ptr, OFFSET, BITS, KIND, NATIVE, ASM, TO), PARTS)
-    found = ()
+    result = ()
     for m in tl.static_range(M):
-        found = found + (_scaled(accs[m], xs[m], w, factor, zero, PARTS, COUNT, SCALED, ZERO, OFFSET, BITS, BIASED),)
+        acc = accs[m]
+        for c in tl.static_range(COUNT):
+            products = xs[m][c] * w[c]
+            for i in tl.static_range(1, PARTS // COUNT):
+                products += xs[m][i] * w[i]
+            found = tl.sum(products, axis=1)
+            if KIND == "int" and not EXACT:
+                found -= before[m][c]
+            if ZERO:
+                found -= totals[m][c] * zero[c]
+            acc += found * factor[c] if SCALED else found
+        result = result + (acc,)
     if M == 3:
-        found = found + (accs[3],)
-    return found
+        result = result + (accs[3],)
+    return result
 
 
 @triton.jit
@@ -138,14 +143,20 @@ def gemv(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bia
             else:
                 zeros = zeros + ((),)
         xs = ()
+        before = ()
+        totals = ()
         for m in tl.static_range(M):
-            xs = xs + (_floats(x_ptr + m * x_stride, start, k, PARTS),)
+            x = _floats(x_ptr + m * x_stride, start, k, PARTS)
+            xs = xs + (x,)
+            before = before + (_totals(x, PARTS, COUNT, True, OFFSET, BITS),)
+            totals = totals + (_totals(x, PARTS, COUNT, False, OFFSET, BITS),)
         updated = ()
         for r in tl.static_range(BN):
             found = accs[r * SLOTS : r * SLOTS + SLOTS]
             if first + r < n:  # a block of its own, or rows would be computed side by side in too many registers
-                found = _row(found, xs, tiles[r], uppers[r], odd, factors[r], zeros[r], table_ptr, M, PARTS, COUNT,
-                             GROUP > 0, zero_ptr is not None, OFFSET, BITS, KIND, NATIVE, EXACT, ASM)  # fmt: skip
+                found = _row(found, xs, before, totals, tiles[r], uppers[r], odd, factors[r], zeros[r], table_ptr, M,
+                             PARTS, COUNT, GROUP > 0, zero_ptr is not None, OFFSET, BITS, KIND, NATIVE, EXACT,
+                             ASM)  # fmt: skip
             updated = updated + found
         accs = updated
     total = tl.sum(_stacked(accs, BN * SLOTS), axis=0)  # [BN, M], M of 3 as 4

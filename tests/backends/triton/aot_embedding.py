@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qfx.backends.triton.embedding import embedding, pack_embedding
+from qfx.backends.triton.embedding import embedding
 from qfx.format import Format
 from tests.backends.triton.cases import Case, meta
 
@@ -22,8 +22,7 @@ def case(text: str, dim: int, dtype: str) -> Case:
             zero = meta(*scale.shape[:-1], fmt.zero_width(scale.shape[-1]), dtype=torch.uint8)
         elif fmt.has_global_scale:
             zero = meta(*((1 + -(-scale.numel() // 256),) if fmt.nested else ()), dtype=torch.float32)
-        w = pack_embedding(codes, scale, zero, text, dim)
-        return embedding(meta(7, dtype=torch.int64), w, text, dim, dtype)
+        return embedding(meta(7, dtype=torch.int64), codes, scale, zero, text, dim, Format.parse(dtype).code_dtype)
 
     return Case(f"{text} dim={dim} {dtype}", run)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qfx import ops
 from qfx.backends.triton.device import H100
-from qfx.backends.triton.embedding import embedding, pack_embedding, reason_against
+from qfx.backends.triton.embedding import embedding, reason_against
 from qfx.format import TYPES, Format
 from qfx.packing import Packed, pack_weight
 from tests.backends.triton.cases import DEVICE
@@ -21,24 +21,21 @@ FORMATS = (
     *("i4/b4x16/dq", "f4e2m1/g32/e8m0", "f4e2m1/g16/e4m3", "f8e4m3/ch", "f8e4m3/g16/e4m3", "f8e5m2/g32/bf16"),
     *("i4/g128/e8m0", "f8e4m3"),
 )
-NAMES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
 def table(rows: int, dim: int, text: str) -> Packed:
     return pack_weight(torch.randn(rows, dim, device=DEVICE) + 0.1, Format.parse(text))
 
 
-def run(ids: Tensor, packed: Packed, dtype: str = "f32") -> Tensor:
-    text, dim = str(packed.format), packed.shape[1]
-    w = pack_embedding(packed.data, packed.scale, packed.zero, text, dim)
-    found = torch.ops.qfx_triton.embedding(ids, w, text, dim, dtype)
+def run(ids: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    given = ids, packed.data, packed.scale, packed.zero, str(packed.format), packed.shape[1], dtype
+    found = torch.ops.qfx_triton.embedding(*given)
     assert isinstance(found, Tensor)
     return found
 
 
-def reference(ids: Tensor, packed: Packed, dtype: str = "f32") -> Tensor:
-    text, dim = str(packed.format), packed.shape[1]
-    return ops.embedding(ids, packed.data, packed.scale, packed.zero, text, dim, NAMES[dtype])
+def reference(ids: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    return ops.embedding(ids, packed.data, packed.scale, packed.zero, str(packed.format), packed.shape[1], dtype)
 
 
 def test_all_types_are_among_the_formats() -> None:
@@ -51,9 +48,11 @@ def test_every_format(text: str) -> None:
     packed = table(21, 75, text)
     ids = torch.tensor([[0, 20, 7], [7, 13, 1]], device=DEVICE)
     assert torch.equal(run(ids, packed), reference(ids, packed))
-    assert torch.equal(run(ids.to(torch.int32), packed, "f16"), reference(ids, packed, "f16"))
+    assert torch.equal(run(ids.to(torch.int32), packed, torch.float16), reference(ids, packed, torch.float16))
     step = 2.0**-7  # the interpreter truncates f32 to bf16
-    assert torch.allclose(run(ids, packed, "bf16").float(), reference(ids, packed).float(), rtol=step, atol=1e-30)
+    assert torch.allclose(
+        run(ids, packed, torch.bfloat16).float(), reference(ids, packed).float(), rtol=step, atol=1e-30
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -83,16 +82,16 @@ def test_ids_that_are_no_rows_give_nan() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    packed = table(9, 64, "i4/g32")
-    w = pack_embedding(packed.data, packed.scale, packed.zero, "i4/g32", 64)
+    packed = table(9, 64, "u4/g32")
+    w, scale, zero = packed.data, packed.scale, packed.zero
     ids = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="int32 or int64"):
-        embedding(ids.float(), w, "i4/g32", 64, "f32")
-    with pytest.raises(ValueError, match="f16, bf16, f32"):
-        embedding(ids, w, "i4/g32", 64, "f64")
-    with pytest.raises(ValueError, match="the 2 tensors"):
-        embedding(ids, w[:1], "i4/g32", 64, "f32")
+        embedding(ids.float(), w, scale, zero, "u4/g32", 64, torch.float32)
+    with pytest.raises(ValueError, match="the type of the result"):
+        embedding(ids, w, scale, zero, "u4/g32", 64, torch.float64)
+    with pytest.raises(ValueError, match="w_zero for 'u4/g32'"):
+        embedding(ids, w, scale, None, "u4/g32", 64, torch.float32)
     with pytest.raises(ValueError, match="does not fit format"):
-        pack_embedding(packed.data, packed.scale, None, "i4/g32", 128)
+        embedding(ids, w, scale, zero, "u4/g32", 128, torch.float32)
     assert "run time" in str(reason_against("i4/tok", H100))
     assert reason_against("nf4/g64/dq", H100) is None

@@ -20,7 +20,7 @@ from qfx.backends.triton.weight_only import (
     reason_against,
 )
 from qfx.backends.triton.weight_only_pack import pack_weight_only
-from qfx.errors import UnsupportedError
+from qfx.errors import QfxWarning, UnsupportedError
 from qfx.format import Format
 from qfx.ops import linear
 from qfx.packing import Packed, pack_weight
@@ -96,10 +96,14 @@ def test_every_shape(m: int, n: int, k: int, text: str, dtype: torch.dtype, seed
 @pytest.mark.parametrize(
     ("text", "dtype"), [("i4/g128", torch.float16), ("u3/g64", torch.float32), ("f4e2m1/g16/e4m3", torch.bfloat16)]
 )
-@pytest.mark.parametrize(("path", "m"), [(DOT, 3), (DOT, 20), (DEQUANTIZE, 5)])
+@pytest.mark.parametrize(("path", "m"), [(GEMV, 3), (GEMV, 4), (DOT, 3), (DOT, 20), (DEQUANTIZE, 5)])
 def test_every_path(text: str, dtype: torch.dtype, path: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = {"PATH": path, "BM": 16, "BN": 32, "SPLITS": 3, "num_warps": 4, "num_stages": 2}
-    kept = config if path == DOT else {"PATH": path}
+    config = {
+        GEMV: {"BN": 4, "CHUNKS": 16, "num_warps": 4, "num_stages": 1},
+        DOT: {"BM": 16, "BN": 32, "SPLITS": 3, "num_warps": 4, "num_stages": 2},
+        DEQUANTIZE: {},
+    }[path]
+    kept = {"PATH": path, **config}
     monkeypatch.setattr(weight_only, "heuristic", lambda *_: kept)
     torch.manual_seed(0)
     packed = weight(33, 520, text)
@@ -136,6 +140,16 @@ def test_batches_and_empty_ones() -> None:
     assert run(x[:0], packed).shape == (0, 3, 9)
 
 
+def test_without_memory_for_the_weight_it_is_unpacked_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(weight_only, "_dequantized", fail)
+    packed = weight(9, 64, "i4/g32")
+    with pytest.warns(QfxWarning, match="no memory for a weight"):
+        assert error(torch.randn(70, 64, device=DEVICE), packed) < STEP[torch.float32]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     packed = weight(9, 64, "i4/g32")
     w, text = pack_weight_only(packed.data, packed.scale, packed.zero, "i4/g32", 64)
@@ -156,8 +170,13 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_paths_by_the_number_of_rows() -> None:
-    fmt = Format.parse("i4/g128")
-    paths = [choose(H100, fmt, m, 4096, 4096, torch.float16)["PATH"] for m in (1, 4, 5, 63, 64, 512, 4096)]
-    assert paths == [GEMV, GEMV, DOT, DOT, DOT, DOT, DEQUANTIZE]
-    for m in (1, 16, 64, 4096):
-        assert 1 < len(candidates(fmt, m, 4096, 4096)) <= 20
+    def paths(text: str, dtype: torch.dtype = torch.float16) -> list[int]:
+        fmt = Format.parse(text)
+        return [choose(H100, fmt, m, 4096, 4096, dtype)["PATH"] for m in (1, 2, 4, 5, 63, 64, 512, 4096)]
+
+    assert paths("i4/g128") == [GEMV, GEMV, DOT, DOT, DOT, DOT, DOT, DEQUANTIZE]
+    assert paths("i8/ch") == [GEMV, GEMV, GEMV, DOT, DOT, DOT, DOT, DEQUANTIZE]
+    assert paths("i4/g128", torch.float32) == [GEMV, GEMV, DOT, DOT, DOT, DEQUANTIZE, DEQUANTIZE, DEQUANTIZE]
+    for m in (1, 4, 16, 64, 4096):
+        found = candidates(m, 4096, 4096)
+        assert 1 < len(found) <= 20 and len({tuple(c.items()) for c in found}) == len(found)
