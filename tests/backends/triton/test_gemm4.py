@@ -58,14 +58,14 @@ def relative(found: Tensor, expected: Tensor) -> float:
 SHAPES = {"m": st.sampled_from([1, 2, 17, 40]) | st.integers(1, 70), "n": st.integers(1, 70), "k": st.integers(1, 600)}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(**SHAPES, w=st.sampled_from(WHOLE), x=st.sampled_from(INPUTS), seed=st.integers(0, 99))
 def test_channels_are_exact(m: int, n: int, k: int, w: str, x: str, seed: int) -> None:
     found, expected = both(*inputs(m, n, k, w, x, seed), x)
     assert torch.equal(found, expected) if DEVICE == "cpu" else relative(found, expected) < F32
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(**SHAPES, w=st.sampled_from(GROUPS), x=st.sampled_from(INPUTS), seed=st.integers(0, 99))
 def test_groups_err_by_sums_of_floats_alone(m: int, n: int, k: int, w: str, x: str, seed: int) -> None:
     found, expected = both(*inputs(m, n, k, w, x, seed), x)
