@@ -5,6 +5,10 @@
 %q = qfx_triton.quantize_dynamic(%x, smooth, i8/tok)
 %y = qfx_triton.gemm8(%q[0], %q[1], %q[2], [...], bias, None, i8/tok, i8/ch, "", f16)
 
+%y = qfx.linear(%x, ..., i8/tok, i4/g128)
+->
+%y = qfx_triton.gemm4(%q[0], %q[1], %q[2], [...], bias, None, i8/tok, i4/g128, k, "", f16)
+
 %y = qfx.linear(%x, ..., , u4/g128)
 ->
 %y = qfx_triton.linear_weight_only(%x, [...], bias, smooth, u4/g128, n)
@@ -19,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from qfx import graph
-from qfx.backends.triton import gemm8, weight_only
+from qfx.backends.triton import gemm4, gemm8, weight_only
 from qfx.backends.triton.library import define
 from qfx.backends.triton.site import Site, Taken, once
 from qfx.backends.triton.weight_only_pack import pack_weight_only
@@ -40,20 +44,24 @@ def linear(site: Site) -> Taken | str:
         return "its weight is no matrix of a known width"
     if not x_format:
         return _weight_only(site, given, k)
-    reason = gemm8.reason_against(x_format, w_format, site.device, k)
-    return _gemm8(site, given, k) if reason is None else _of_rounded(site, given, k)
+    eight, narrow = (family.reason_against(x_format, w_format, site.device, k) for family in (gemm8, gemm4))
+    if narrow is None and (eight is not None or Format.parse(w_format).bits <= 4):
+        return _product(site, given, k, "gemm4", gemm4.pack_w4a8)
+    return _product(site, given, k, "gemm8", gemm8.pack_gemm8) if eight is None else _of_rounded(site, given, k)
 
 
-def _gemm8(site: Site, given: dict[str, Any], k: int) -> Taken:
+def _product(site: Site, given: dict[str, Any], k: int, family: str, pack: Any) -> Taken:
+    """Codes of the input, then gemm4 (which is told k) or gemm8."""
     x_format, w_format = given["x_format"], given["w_format"]
-    weight = _packed(site, given, "gemm8", lambda *w: gemm8.pack_gemm8(*w, w_format, k))
+    weight = _packed(site, given, family, lambda *w: pack(*w, w_format, k))
     with site.gm.graph.inserting_before(site.node):
         codes, scale, zero = quantized(site, given["x"], given["smooth"], given["x_scale"], given["x_zero"], x_format)
-        dtype = _DTYPES[graph.val(given["x"]).dtype]
-        rest = (weight, given["bias"], None, x_format, w_format, "", dtype)
-        new = call(site.gm, qfx_triton.gemm8.default, codes, scale, zero, *rest, like=site.node)
+        sizes = (k,) if family == "gemm4" else ()
+        rest = (weight, given["bias"], None, x_format, w_format, *sizes, "", _DTYPES[graph.val(given["x"]).dtype])
+        op = getattr(qfx_triton, family).default
+        new = call(site.gm, op, codes, scale, zero, *rest, like=site.node)
     take_place(site.node, new)
-    return Taken(f"gemm8 {x_format} x {w_format} (Triton)")
+    return Taken(f"{family} {x_format} x {w_format} (Triton)")
 
 
 def quantized(site: Site, x: fx.Node, smooth: Any, scale: Any, zero: Any, x_format: str) -> tuple[fx.Node, Any, Any]:
