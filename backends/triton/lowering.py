@@ -25,6 +25,7 @@ from qfx.backends.triton import device, tuning
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.passes._nodes import computed
 from qfx.backends.triton.passes.fuse import fuse
+from qfx.backends.triton.passes.join_rows import join_rows
 from qfx.backends.triton.passes.merge_siblings import merge_siblings
 from qfx.backends.triton.passes.write_in_place import write_in_place
 from qfx.backends.triton.rules import RULES
@@ -98,6 +99,7 @@ def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Lowered:
     fqns = {n.name: graph.fqn_of(n) for n in own.graph.nodes if n.op == "call_function"}
     write_in_place(own)
     merge_siblings(own)
+    join_rows(own, found, kernels)
     notes = [] if found.interpreted or tuning.has_any(found) else [_untuned(found)]
     for node in list(own.graph.nodes):
         rule = RULES.get(graph.schema_name(node)) if node.op == "call_function" else None

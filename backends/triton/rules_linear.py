@@ -31,7 +31,7 @@ from qfx.format import Format
 from qfx.ops import _rounded_input
 from qfx.passes._build import call, take_place
 
-_DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 qfx_triton = torch.ops.qfx_triton
 
 
@@ -57,7 +57,7 @@ def _product(site: Site, given: dict[str, Any], k: int, family: str, pack: Any) 
     with site.gm.graph.inserting_before(site.node):
         codes, scale, zero = quantized(site, given["x"], given["smooth"], given["x_scale"], given["x_zero"], x_format)
         sizes = (k,) if family == "gemm4" else ()
-        rest = (weight, given["bias"], None, x_format, w_format, *sizes, "", _DTYPES[graph.val(given["x"]).dtype])
+        rest = (weight, given["bias"], None, x_format, w_format, *sizes, "", DTYPES[graph.val(given["x"]).dtype])
         op = getattr(qfx_triton, family).default
         new = call(site.gm, op, codes, scale, zero, *rest, like=site.node)
     take_place(site.node, new)
