@@ -32,7 +32,7 @@ from qfx.numerics import dequantize, effective_scale
 from qfx.packing import unpack_codes, unpack_zeros
 
 _LEAST = 32  # columns of an instruction
-_SUB = 128  # columns that one shift gives
+SUB = 128  # columns that one shift gives
 _REACH = 128 * 128  # of a product of an input's code and a weight's, in the upper bits of its byte
 
 
@@ -43,8 +43,8 @@ def container(bits: int) -> int:
 
 def columns_of(w_format: str) -> int:
     """Columns of x that one shift of a unit of bytes serves: a power of two that divides the groups, at most 128."""
-    group = _group(Format.parse(w_format))
-    return min(group & -group, _SUB) if group else _SUB
+    group = group_of(Format.parse(w_format))
+    return min(group & -group, SUB) if group else SUB
 
 
 def reason_against(x_format: str, w_format: str, device: Device, k: int = 1) -> str | None:
@@ -60,7 +60,7 @@ def reason_against(x_format: str, w_format: str, device: Device, k: int = 1) -> 
         return f"weights of '{w_format}' have no kernel"
     if columns_of(w_format) < _LEAST:
         return f"'{w_format}': groups are whole multiples of {_LEAST} columns"
-    if not _group(wf) and k * _REACH >= 2**31:
+    if not group_of(wf) and k * _REACH >= 2**31:
         return f"sums over {k} products of '{x_format}' and '{w_format}' pass 32 bits"
     return None
 
@@ -80,7 +80,7 @@ def pack_w4a8(w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str, 
     unit = sub * 8 // held
     data = layout.pack_halves(signed.view(torch.uint8) & ((1 << held) - 1), held, unit)
     shifted = None if zero is None or not fmt.has_zero else zero.to(torch.int32) - shift
-    if not _group(fmt):
+    if not group_of(fmt):
         scale = effective_scale(w_scale, zero, fmt).reshape(-1).expand(n).contiguous()
         sums = signed.sum(-1, dtype=torch.int32)
         if shifted is None:
@@ -90,12 +90,12 @@ def pack_w4a8(w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str, 
     values = dequantize(codes, fmt, w_scale, zero).sum(-1, dtype=torch.float64).to(torch.float32)
     plain = w_scale.dtype in (torch.float16, torch.bfloat16, torch.float32) and not fmt.has_global_scale
     scale = w_scale if plain else effective_scale(w_scale, zero, fmt)
-    groups = -(-layout.padded(k, unit) // _group(fmt))
-    packed = [data, _by_group(scale, fmt, n, groups), values]
-    return packed if shifted is None else [*packed, _by_group(shifted.to(torch.int8), fmt, n, groups)]
+    groups = -(-layout.padded(k, unit) // group_of(fmt))
+    packed = [data, _bygroup_of(scale, fmt, n, groups), values]
+    return packed if shifted is None else [*packed, _bygroup_of(shifted.to(torch.int8), fmt, n, groups)]
 
 
-def _by_group(values: Tensor, fmt: Format, n: int, groups: int) -> Tensor:
+def _bygroup_of(values: Tensor, fmt: Format, n: int, groups: int) -> Tensor:
     """[N, G] (or of blocks) to [groups, N], zero behind G."""
     if fmt.block:
         values = values.repeat_interleave(fmt.block[0], 0)[:n]
@@ -124,13 +124,11 @@ def gemm4(
     """
     xf, wf = Format.parse(x_format), Format.parse(w_format)
     _check(codes, x_scale, x_zero, weight, bias, residual, xf, wf, k, activation, dtype)
-    rows = codes.reshape(codes.shape[:-1].numel(), codes.shape[-1])
-    if rows.stride(1) != 1 or rows.stride(0) % ALIGNMENT or rows.storage_offset() % ALIGNMENT:
-        rows = _aligned(rows)
-    m, n, group, sub = rows.shape[0], weight[0].shape[0], _group(wf), columns_of(w_format)
+    rows = aligned_rows(codes.reshape(codes.shape[:-1].numel(), codes.shape[-1]))
+    m, n, group, sub = rows.shape[0], weight[0].shape[0], group_of(wf), columns_of(w_format)
     y = torch.empty(m, n, dtype=Format.parse(dtype).code_dtype, device=rows.device)
     inside = m <= FEW or not wf.has_zero
-    x_sums = None if inside else _sums(rows, k, sub * 8 // container(wf.bits), sub if group else 0)
+    x_sums = None if inside else sums_of(rows, k, sub * 8 // container(wf.bits), sub if group else 0)
     ends = (x_scale.to(torch.float32).contiguous(), x_zero if xf.has_zero else None, x_sums, weight[1],
             weight[3] if wf.has_zero else None, weight[2] if xf.has_zero else None,
             bias, None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
@@ -196,9 +194,12 @@ def _started(
            BITS=problem.bits, SUB=problem.sub, GROUP=problem.group, EVEN_K=problem.k % problem.unit == 0,
            ASM=not device_of(rows).interpreted, **constants, config=config)  # fmt: skip
     if split > 1:
-        if problem.group or ends[2] is None:  # zero points of the weight are taken off already
-            ends = (*ends[:2], None, ends[3], None, *ends[5:])
-        reduce_parts(out, y, ends, problem.group, constants)
+        reduce_parts(out, y, ends_of_parts(ends, problem.group), problem.group, constants)
+
+
+def ends_of_parts(ends: tuple[Tensor | None, ...], group: int) -> tuple[Tensor | None, ...]:
+    """What is left for parts of k: zero points of the weight are taken off already, but where sums of x are given."""
+    return (*ends[:2], None, ends[3], None, *ends[5:]) if group or ends[2] is None else ends
 
 
 def reduce_parts(
@@ -211,7 +212,7 @@ def reduce_parts(
            SPLIT=split, BLOCK_M=height, BLOCK_N=128, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
 
 
-def _sums(rows: Tensor, k: int, unit: int, sub: int) -> Tensor:
+def sums_of(rows: Tensor, k: int, unit: int, sub: int) -> Tensor:
     """Sums of the codes of x: int32 [m], or of `sub` columns each, as many as there are in whole units, [parts, m]."""
     if not sub:
         return rows[:, :k].sum(-1, dtype=torch.int32)
@@ -223,15 +224,17 @@ def _sums(rows: Tensor, k: int, unit: int, sub: int) -> Tensor:
     return found
 
 
-def _aligned(rows: Tensor) -> Tensor:
-    """A copy whose rows begin at multiples of 16 bytes."""
+def aligned_rows(rows: Tensor) -> Tensor:
+    """Rows that begin at multiples of 16 bytes: these, or a copy."""
+    if rows.stride(1) == 1 and rows.stride(0) % ALIGNMENT == 0 and rows.storage_offset() % ALIGNMENT == 0:
+        return rows
     width = -(-rows.shape[1] // ALIGNMENT) * ALIGNMENT
     padded = torch.zeros(rows.shape[0], width, dtype=rows.dtype, device=rows.device)
     padded[:, : rows.shape[1]] = rows
     return padded
 
 
-def _group(fmt: Format) -> int:
+def group_of(fmt: Format) -> int:
     """How many k share a scale, 0 where all of a row do."""
     return fmt.group or (fmt.block[1] if fmt.block else 0)
 

@@ -1,7 +1,7 @@
 """Rotations of activations at run time: what qfx::hadamard computes (see `qfx.rotation`), on tensor cores.
 
 qfx_triton::hadamard(Tensor x, Tensor[] packed, int size, bool inverse) -> Tensor
-qfx_triton::hadamard_quantize(Tensor x, Tensor[] packed, int size, bool inverse, str format) -> (Tensor, Tensor)
+qfx_triton::hadamard_quantize(Tensor x, Tensor[] packed, int size, bool inverse, str format) -> (codes, scale, zero)
 
 A block of channels is a matrix that is multiplied by a small matrix from each side. Products of f16 and bf16 inputs
 with 1 and -1 are exact; what the second product takes goes as two terms of bf16, so that it errs by 2^-17 of a value.
@@ -22,7 +22,7 @@ from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels import hadamard as kernels
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.library import define
-from qfx.backends.triton.quantize_rows import quantize_rows
+from qfx.backends.triton.quantize_rows import aligned, quantize_dynamic
 from qfx.backends.triton.tuning import tuned
 from qfx.errors import explain
 from qfx.format import Format
@@ -31,6 +31,7 @@ _SYLVESTER = (2, 4, 8, 16, 32)
 _DENSE = 256  # a block of so many channels is one matrix
 _CHUNK = 128  # rows and columns of a matrix that a program holds at once
 _STEP = 64  # rows of a larger matrix that it takes at a time
+IN_ONE_LAUNCH = (Format.parse("i8/tok"), Format.parse("f8e4m3/tok"))
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TL = {torch.float16: triton.language.float16, torch.bfloat16: triton.language.bfloat16,
        torch.float32: triton.language.float32}  # fmt: skip
@@ -169,15 +170,16 @@ def hadamard_quantize(
     size: int,
     inverse: bool,
     format: str,  # noqa: A002
-) -> tuple[Tensor, Tensor]:
-    """`hadamard`, rounded to x's dtype, then `quantize_rows` in the format i8/tok or f8e4m3/tok.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`hadamard`, rounded to x's dtype, then `quantize_dynamic`, whose results it has.
 
-    Returns codes [.., K] and scales f32 [.., 1]. One launch where the matrix over b fits a program, else two.
+    One launch for i8/tok and f8e4m3/tok where K needs no padding and the matrix over b fits a program, else two.
     """
     fmt = Format.parse(format)
     rows, shape = _checked(x, packed, size)
-    if shape.chunk > _held(x, packed) or fmt.type not in ("i8", "f8e4m3") or fmt.granularity != "tok":
-        return quantize_rows(hadamard(x, packed, size, inverse), None, format)
+    fits = shape.chunk <= _held(x, packed) and aligned(x.shape[-1]) == x.shape[-1]
+    if not fits or fmt not in IN_ONE_LAUNCH:
+        return quantize_dynamic(hadamard(x, packed, size, inverse), None, format)
     codes, scale = _codes_like(x, fmt)
     blocks = x.shape[-1] // size
     config = _config(size, len(rows), x.dtype, device_of(x))
@@ -186,7 +188,7 @@ def hadamard_quantize(
            packed[0], packed[1], len(rows), blocks, rows.stride(0), _factor(size), BK=shape.chunk, QMIN=fmt.qmin,
            QMAX=fmt.qmax, FLOAT=fmt.is_float, BY_HAND=device_of(x).by_hand, ONE=blocks == 1,
            **_constants(x, packed, size, shape, inverse), config=config)  # fmt: skip
-    return codes, scale
+    return codes, scale, torch.empty(0, dtype=torch.uint8, device=x.device)
 
 
 def _constants(x: Tensor, packed: list[Tensor], size: int, shape: Layout, inverse: bool) -> dict[str, Any]:
@@ -254,15 +256,16 @@ def _fake_quantize(
     size: int,
     inverse: bool,
     format: str,  # noqa: A002
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     rotation.check(x.shape[-1], size)
-    return _codes_like(x, Format.parse(format))
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.qfx_triton.quantize_dynamic(x, None, format)
+    return found
 
 
 _LIBRARY = define(
     "hadamard(Tensor x, Tensor[] packed, int size, bool inverse) -> Tensor", hadamard, _fake
 ) or globals().get("_LIBRARY")
 _LIBRARY_QUANTIZE = define(
-    "hadamard_quantize(Tensor x, Tensor[] packed, int size, bool inverse, str format) -> (Tensor, Tensor)",
+    "hadamard_quantize(Tensor x, Tensor[] packed, int size, bool inverse, str format) -> (Tensor, Tensor, Tensor)",
     hadamard_quantize, _fake_quantize,
 ) or globals().get("_LIBRARY_QUANTIZE")  # fmt: skip

@@ -26,6 +26,7 @@ from qfx.backends.triton.device import Device
 from qfx.backends.triton.passes._nodes import computed
 from qfx.backends.triton.passes.fold_groups import fold_groups
 from qfx.backends.triton.passes.fuse import fuse
+from qfx.backends.triton.passes.join_rows import join_rows
 from qfx.backends.triton.passes.merge_siblings import merge_siblings
 from qfx.backends.triton.passes.write_in_place import write_in_place
 from qfx.backends.triton.rules import RULES
@@ -100,6 +101,7 @@ def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Lowered:
     write_in_place(own)
     fold_groups(own)
     merge_siblings(own)
+    join_rows(own, found, kernels)
     notes = [] if found.interpreted or tuning.has_any(found) else [_untuned(found)]
     for node in list(own.graph.nodes):
         rule = RULES.get(graph.schema_name(node)) if node.op == "call_function" else None

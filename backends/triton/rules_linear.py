@@ -5,6 +5,10 @@
 %q = qfx_triton.quantize_dynamic(%x, smooth, i8/tok)
 %y = qfx_triton.gemm8(%q[0], %q[1], %q[2], [...], bias, None, i8/tok, i8/ch, "", f16)
 
+%y = qfx.linear(%x, ..., i8/tok, i4/g128)
+->
+%y = qfx_triton.gemm4(%q[0], %q[1], %q[2], [...], bias, None, i8/tok, i4/g128, k, "", f16)
+
 %y = qfx.linear(%x, ..., , u4/g128)
 ->
 %y = qfx_triton.linear_weight_only(%x, [...], bias, smooth, u4/g128, n)
@@ -19,7 +23,6 @@ import torch
 from torch import Tensor, fx
 
 from qfx import graph
-from qfx.backends.triton import embedding as tables
 from qfx.backends.triton import gemm4, gemm8, weight_only
 from qfx.backends.triton.library import define
 from qfx.backends.triton.site import Site, Taken, once
@@ -28,7 +31,7 @@ from qfx.format import Format
 from qfx.ops import _rounded_input
 from qfx.passes._build import call, take_place
 
-_DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 qfx_triton = torch.ops.qfx_triton
 
 
@@ -41,33 +44,24 @@ def linear(site: Site) -> Taken | str:
         return "its weight is no matrix of a known width"
     if not x_format:
         return _weight_only(site, given, k)
-    for name, family in (("gemm4", gemm4), ("gemm8", gemm8)):
-        if _fits(name, w_format) and family.reason_against(x_format, w_format, site.device, k) is None:
-            return _rounded(site, given, k, name)
-    return _of_rounded(site, given, k)
+    eight, narrow = (family.reason_against(x_format, w_format, site.device, k) for family in (gemm8, gemm4))
+    if narrow is None and (eight is not None or Format.parse(w_format).bits <= 4):
+        return _product(site, given, k, "gemm4", gemm4.pack_w4a8)
+    return _product(site, given, k, "gemm8", gemm8.pack_gemm8) if eight is None else _of_rounded(site, given, k)
 
 
-def _fits(name: str, w_format: str) -> bool:
-    """Whether integers of fewer bits, and those in groups, or others are what a family is for."""
-    fmt = Format.parse(w_format)
-    return (name == "gemm4") == (fmt.is_integer and (fmt.bits < 8 or fmt.granularity not in ("", "ch")))
-
-
-def _rounded(site: Site, given: dict[str, Any], k: int, name: str) -> Taken:
-    """Both operands in few bits, on the tensor cores."""
+def _product(site: Site, given: dict[str, Any], k: int, family: str, pack: Any) -> Taken:
+    """Codes of the input, then gemm4 (which is told k) or gemm8."""
     x_format, w_format = given["x_format"], given["w_format"]
-    pack = gemm4.pack_w4a8 if name == "gemm4" else gemm8.pack_gemm8
-    weight = _packed(site, given, name, lambda *w: pack(*w, w_format, k))
-    dtype = _DTYPES[graph.val(given["x"]).dtype]
+    weight = _packed(site, given, family, lambda *w: pack(*w, w_format, k))
     with site.gm.graph.inserting_before(site.node):
         codes, scale, zero = quantized(site, given["x"], given["smooth"], given["x_scale"], given["x_zero"], x_format)
-        first = (codes, scale, zero, weight, given["bias"], None, x_format, w_format)
-        if name == "gemm4":
-            new = call(site.gm, qfx_triton.gemm4.default, *first, k, "", dtype, like=site.node)
-        else:
-            new = call(site.gm, qfx_triton.gemm8.default, *first, "", dtype, like=site.node)
+        sizes = (k,) if family == "gemm4" else ()
+        rest = (weight, given["bias"], None, x_format, w_format, *sizes, "", DTYPES[graph.val(given["x"]).dtype])
+        op = getattr(qfx_triton, family).default
+        new = call(site.gm, op, codes, scale, zero, *rest, like=site.node)
     take_place(site.node, new)
-    return Taken(f"{name} {x_format} x {w_format} (Triton)")
+    return Taken(f"{family} {x_format} x {w_format} (Triton)")
 
 
 def quantized(site: Site, x: fx.Node, smooth: Any, scale: Any, zero: Any, x_format: str) -> tuple[fx.Node, Any, Any]:

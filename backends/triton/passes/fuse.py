@@ -7,15 +7,16 @@ from torch import fx
 from qfx import graph
 from qfx.backends.triton.passes._nodes import computed
 from qfx.backends.triton.passes.fuse_act_quantize import fuse_act_quantize
+from qfx.backends.triton.passes.fuse_hadamard_quantize import fuse_hadamard_quantize
 from qfx.backends.triton.passes.fuse_norm_quantize import fuse_norm_quantize
 from qfx.backends.triton.passes.share_quantize import share_quantize
 
-_FUSED = ("qfx_triton::norm_quantize", "qfx_triton::act_quantize")
+_FUSED = ("qfx_triton::norm_quantize", "qfx_triton::act_quantize", "qfx_triton::hadamard_quantize")
 
 
 def fuse(gm: fx.GraphModule, kernels: dict[str, str]) -> bool:
     """Share and fuse the quantization of activations. kernels: by node name, told of the nodes that are fused away."""
-    changed = [share_quantize(gm), fuse_norm_quantize(gm), fuse_act_quantize(gm)]
+    changed = [share_quantize(gm), fuse_norm_quantize(gm), fuse_act_quantize(gm), fuse_hadamard_quantize(gm)]
     for node in gm.graph.nodes:
         if graph.schema_name(node) in _FUSED:
             kernels.update({name: f"{graph.op_name(node)} (Triton)" for name in computed(node) if name in kernels})

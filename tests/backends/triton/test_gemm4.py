@@ -11,13 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qfx import ops
+from qfx.backends.triton import lower
 from qfx.backends.triton.device import A100, H100, Device
 from qfx.backends.triton.gemm4 import gemm4, linear_w4a8, pack_w4a8, reason_against
 from qfx.backends.triton.gemm4_config import Problem, candidates, heuristic, shared
 from qfx.backends.triton.quantize_rows import quantize_dynamic
 from qfx.format import Format
 from qfx.packing import Packed, pack_weight
+from qfx.pipeline import apply_plan, prepare
+from qfx.recipe import Recipe
 from tests.backends.triton.cases import BF16_STEP, DEVICE
+from tests.graphs import capture
 
 WHOLE = ("i4/ch", "u4/ch", "i2/ch", "u3/ch", "i5/ch", "u8/ch", "i4")
 GROUPS = ("i4/g128", "u4/g128/f16", "u4/g64", "i4/g32", "i3/g256", "u2/g64", "i8/g64", "u8/g32", "u4/g96", "i4/b32x64",
@@ -58,14 +62,14 @@ def relative(found: Tensor, expected: Tensor) -> float:
 SHAPES = {"m": st.sampled_from([1, 2, 17, 40]) | st.integers(1, 70), "n": st.integers(1, 70), "k": st.integers(1, 600)}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(**SHAPES, w=st.sampled_from(WHOLE), x=st.sampled_from(INPUTS), seed=st.integers(0, 99))
 def test_channels_are_exact(m: int, n: int, k: int, w: str, x: str, seed: int) -> None:
     found, expected = both(*inputs(m, n, k, w, x, seed), x)
     assert torch.equal(found, expected) if DEVICE == "cpu" else relative(found, expected) < F32
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(**SHAPES, w=st.sampled_from(GROUPS), x=st.sampled_from(INPUTS), seed=st.integers(0, 99))
 def test_groups_err_by_sums_of_floats_alone(m: int, n: int, k: int, w: str, x: str, seed: int) -> None:
     found, expected = both(*inputs(m, n, k, w, x, seed), x)
@@ -167,3 +171,18 @@ def test_configurations_fit_the_device(device: Device, m: int) -> None:
             assert 0 < len(found) <= 20
             assert found[0] == heuristic(device, problem, m)
             assert all(shared(problem, config) <= device.shared for config in found)
+
+
+@pytest.mark.parametrize(
+    ("w", "kernel"),
+    [("i4/g32", "gemm4"), ("u4/ch", "gemm4"), ("i8/g32", "gemm4"), ("i8/ch", "gemm8"), ("i6/ch", "gemm8")],
+)
+def test_which_weights_are_lowered_to_it(w: str, kernel: str) -> None:
+    x = torch.randn(3, 40, device=DEVICE)
+    gm = capture(torch.nn.Linear(40, 24, device=DEVICE), x)
+    prepare(gm)
+    apply_plan(gm, None, Recipe.parse({"rules": [{"target": "linear", "w": w, "x": "i8/tok"}]}))
+    lowered = lower(gm)
+    assert lowered.kernels["linear"] == f"{kernel} i8/tok x {w} (Triton)"
+    with torch.no_grad():
+        assert relative(lowered(x)[0], gm(x)[0]) < 5 * F32

@@ -67,7 +67,7 @@ def test_rotating_back_gives_the_input_whatever_its_strides() -> None:
 def test_codes_are_those_of_the_rounded_result(fmt: str, size: int, blocks: int) -> None:
     x = torch.randn(19, size * blocks, device=DEVICE).to(torch.float16)
     packed = pack_hadamard(size, 4, device=DEVICE)
-    codes, scale = torch.ops.qfx_triton.hadamard_quantize(x, packed, size, False, fmt)
+    codes, scale, _ = torch.ops.qfx_triton.hadamard_quantize(x, packed, size, False, fmt)
     y = hadamard(x, packed, size, False)
     parsed = Format.parse(fmt)
     assert torch.equal(scale, (y.float().abs().amax(-1, keepdim=True) / parsed.qmax))
@@ -78,7 +78,7 @@ def test_codes_are_those_of_the_rounded_result(fmt: str, size: int, blocks: int)
 
 def test_rows_of_zeros_have_the_scale_1() -> None:
     x = torch.zeros(2, 512, dtype=torch.float16, device=DEVICE)
-    codes, scale = hadamard_quantize(x, pack_hadamard(512, 0, device=DEVICE), 512, False, "i8/tok")
+    codes, scale, _ = hadamard_quantize(x, pack_hadamard(512, 0, device=DEVICE), 512, False, "i8/tok")
     assert not codes.any()
     assert scale.flatten().tolist() == [1.0, 1.0]
 

@@ -1,0 +1,104 @@
+"""join_rows: the segments of a weight of several formats are one product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qfx import graph
+from qfx.backends.triton import lower
+from qfx.backends.triton.device import INTERPRETER
+from qfx.backends.triton.passes.join_rows import join_rows
+from qfx.pipeline import apply_plan, prepare
+from qfx.recipe import Recipe
+from tests.backends.triton.passes.lowered import inputs, outputs
+from tests.graphs import capture, text
+
+aten = torch.ops.aten
+AFTER = """\
+%input_1: f32[5,32] = input
+%quantize_dynamic: (i8[5,32], f32[5,1], u8[0]) = qfx_triton.quantize_dynamic(%input_1, None, i8/tok)
+%getitem: i8[5,32] = getitem(%quantize_dynamic, 0)
+%getitem_1: f32[5,1] = getitem(%quantize_dynamic, 1)
+%getitem_2: u8[0] = getitem(%quantize_dynamic, 2)
+%gemm_mixed: f32[5,24] = qfx_triton.gemm_mixed(%getitem, %getitem_1, %getitem_2, [@triton.t0, @triton.t1, @triton.t2, \
+@triton.t3, @triton.t4, @triton.t5], @bias, None, i8/tok, i8/ch,i4/ch, 32, , f32)
+return [%gemm_mixed]
+"""
+
+
+def of(model: nn.Module, x: Tensor, w: list[str], x_format: str) -> Any:
+    """The quantized graph of a model whose linears have rows of several formats."""
+    gm = capture(model, x)
+    prepare(gm)
+    rule = {"target": "linear", "w": w, **({"x": x_format} if x_format else {})}
+    apply_plan(gm, None, Recipe.parse({"rules": [rule]}))
+    graph.rename(gm)
+    return gm
+
+
+def joined(gm: Any) -> tuple[Any, dict[str, str]]:
+    own, kernels = graph.copy(gm), dict.fromkeys([n.name for n in gm.graph.nodes], "")
+    join_rows(own, INTERPRETER, kernels)
+    return own, kernels
+
+
+def linear(bias: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(32, 24, bias=bias)
+
+
+def test_golden_text() -> None:
+    gm = of(linear(), inputs(rows=5), ["i8/ch", "i4/ch", "i8/ch"], "i8/tok")
+    found, kernels = joined(gm)
+    assert text(found) == AFTER
+    named = [name for name, kernel in kernels.items() if kernel == "gemm_mixed i8/tok of i8/ch,i4/ch (Triton)"]
+    assert named == ["linear", "linear_1", "slice_1", "slice_2", "cat", "add"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("x_format", ["i8/tok", "u8/tok", ""])
+@pytest.mark.parametrize("w", [["i8/ch", "i4/ch", "i8/ch"], ["u4/g32", "i8/ch"], ["i2/ch", "u3/ch", "u4/ch", "i8/ch"]])
+def test_results_are_those_of_the_reference(bias: bool, x_format: str, w: list[str]) -> None:
+    x = inputs(rows=5)
+    gm = of(linear(bias), x, w, x_format)
+    found, _ = joined(gm)
+    assert "mixed" in text(found)
+    (expected,), (y,) = outputs(gm, x), outputs(found, x)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+class Twice(nn.Module):
+    """Reads the segments' results in another way, too, or joins what is no segment."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.one, self.two, self.what = linear(), linear(bias=what == "biased"), what
+
+    def forward(self, x: Tensor) -> Any:
+        a = self.one(x)
+        return torch.cat([a, self.two(x + 1)], -1) if self.what != "axis" else torch.cat([a, self.two(x)], 0)
+
+
+@pytest.mark.parametrize("what", ["inputs", "axis", "biased"])
+def test_other_joins_stay(what: str) -> None:
+    gm = of(Twice(what), inputs(rows=5), ["i8/ch"], "i8/tok")
+    found, _ = joined(gm)
+    assert text(found) == text(gm)
+
+
+def test_a_segment_without_a_kernel_leaves_all_as_they_are() -> None:
+    gm = of(linear(), inputs(rows=5), ["i8/ch", "nf4/g32"], "")
+    assert text(joined(gm)[0]) == text(gm)
+
+
+def test_it_is_part_of_lowering() -> None:
+    x = inputs(rows=5)
+    gm = of(linear(), x, ["i8/ch", "i4/ch", "i8/ch"], "i8/tok")
+    found = lower(gm)
+    assert set(found.kernels.values()) == {"gemm_mixed i8/tok of i8/ch,i4/ch (Triton)"}
+    with torch.no_grad():
+        assert torch.equal(found(x)[0], gm(x)[0])
