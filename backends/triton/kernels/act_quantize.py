@@ -1,4 +1,4 @@
-"""An activation function, perhaps gated, whose rounded result goes straight to codes."""
+"""Rows to codes: as they are, or an activation function of them, perhaps gated, rounded before."""
 
 import triton
 import triton.language as tl
@@ -17,6 +17,7 @@ SILU = tl.constexpr(0)
 GELU = tl.constexpr(1)
 GELU_TANH = tl.constexpr(2)
 QUICK_GELU = tl.constexpr(3)
+PLAIN = tl.constexpr(4)  # x itself
 
 
 @triton.jit
@@ -43,7 +44,9 @@ def _acted(x_ptr, up_ptr, row, column, live, x_stride, up_stride, ACT: tl.conste
     """act(x) * up, each rounded to x's type as two operators have it, as f32 [R, B]; zero beyond the row."""
     to: tl.constexpr = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + row * x_stride + column, mask=live, other=0.0).to(tl.float32)
-    y = rounded_to(activated(x, ACT), to, BY_HAND)
+    y = x
+    if ACT != PLAIN:
+        y = rounded_to(activated(x, ACT), to, BY_HAND)
     if up_ptr is not None:
         up = tl.load(up_ptr + row * up_stride + column, mask=live, other=0.0).to(tl.float32)
         y = rounded_to(y * up, to, BY_HAND)
