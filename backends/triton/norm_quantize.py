@@ -37,7 +37,7 @@ def norm_quantize(
     norm = torch.empty(x.shape, dtype=x.dtype, device=x.device) if keep_norm else None
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device) if keep_sum else None
     weight, bias, smooth = (None if v is None else v.contiguous() for v in (weight, bias, smooth))
-    programs, config = row_codes.settings(device, "norm_quantize", rows, more, smooth)
+    programs, config = row_codes.settings(device, "norm_quantize", rows, more, smooth, 1 if bias is None else 2)
     kernel = kernels.norm_quantize if "STAGES" in config else kernels.norm_quantize_long
     launch(kernel, (programs,), rows, more, weight, bias, smooth, *static, *row_codes.slots(made, fmt), norm, total,
            *rows.shape, made[0].shape[-1], rows.stride(0), 0 if more is None else more.stride(0), eps,

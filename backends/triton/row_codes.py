@@ -25,6 +25,7 @@ WHOLE = 16384  # elements of a row that a program holds
 _LONG_BLOCK = 8192
 _TILE = 2048  # elements that a program with several short rows holds
 _A_THREAD = 16  # elements
+_LEAST_PART = 128  # columns
 _WARPS = 16  # that a processor holds with as many registers as a thread may have, halved
 
 
@@ -104,9 +105,11 @@ def flat(x: Tensor) -> Tensor:
 
 
 def settings(
-    device: Device, kernel: str, rows: Tensor, other: Tensor | None, smooth: Tensor | None
+    device: Device, kernel: str, rows: Tensor, other: Tensor | None, smooth: Tensor | None, held: int = 0
 ) -> tuple[int, dict[str, int]]:
     """(programs, configuration of the kernel) for rows [M, K], perhaps with others like them, and smooth [K].
+
+    held: how many vectors [K] a program holds while it walks.
 
     Without STAGES it is one of the kernel for long rows.
     """
@@ -117,50 +120,54 @@ def settings(
     problem = f"k={k} {str(rows.dtype).removeprefix('torch.')}"
     problem += ("" if other is None else " two") + ("" if smooth is None else " smooth")
     sizes = (device, m, k, sum(dtype.itemsize for dtype in read))
-    found = dict(tuned(device, kernel, problem, m, lambda: candidates(*sizes)) or heuristic(*sizes))
+    found = dict(tuned(device, kernel, problem, m, lambda: candidates(*sizes)) or heuristic(*sizes, held))
     tiles = triton.cdiv(m, found["ROWS"])
     resident = found.pop("PROGRAMS")
     return min(tiles, resident * device.processors) if resident else tiles, found
 
 
-def heuristic(device: Device, m: int, k: int, width: int) -> Config:
-    """What is taken for M rows of K elements where nothing was measured. width: bytes of an element of all that is
-    read.
+def heuristic(device: Device, m: int, k: int, width: int, held: int = 0) -> Config:
+    """What is taken for M rows of K elements where nothing was measured. width: bytes of an element of all inputs.
 
-    ROWS: rows of a tile. PROGRAMS: that walk over the tiles, for each processor, all at work at once; 0 is one for each
-    tile. STAGES: tiles of a program, one at work and the others on their way from memory.
+    ROWS: rows of a tile, each in PARTS of BLOCK columns. PROGRAMS: that walk over the tiles, for each processor, all at
+    work at once; 0 is one for each tile. STAGES: tiles of a program, one at work and the others on their way from
+    memory.
     """
-    block = _block(k)
-    rows = max(1, _TILE // block)
+    block, parts = _blocks(k)
+    rows = _power(_TILE // (block * parts))
     while rows > 1 and triton.cdiv(m, rows) < 2 * device.processors and not device.interpreted:
         rows //= 2
-    walking = _warps(rows * block)
-    if walking < _WARPS * 2:
+    tile = rows * block * parts
+    walking = _warps(tile)
+    if walking < _WARPS * 2 and parts == 1 and held < 2:
         walking = max(1, walking // 2)  # fewer threads have less to do for each row, and registers are there
-    resident = _resident(device, rows * block * width, walking)
+    resident = _resident(device, tile * width, walking)
     if resident and triton.cdiv(m, rows) > 2 * resident * device.processors:
-        return _config(rows, block, resident, walking)
-    return _config(rows, block, 0, _warps(rows * block))
+        return _config(rows, block, parts, resident, walking)
+    return _config(rows, block, parts, 0, _warps(tile))
 
 
 def candidates(device: Device, m: int, k: int, width: int) -> list[Config]:
     """What is worth measuring for M rows of K elements, see `heuristic`; [] for rows that no program holds."""
     if k > WHOLE:
         return []
-    block = _block(k)
+    block, parts = _blocks(k)
     found: dict[str, Config] = {}
-    for rows in sorted({1, max(1, _TILE // block)}):
-        usual = _warps(rows * block)
+    for rows in sorted({1, _power(_TILE // (block * parts))}):
+        usual = _warps(rows * block * parts)
         for warps in sorted({max(1, usual // 2), usual, min(32, 2 * usual)}):
-            most = _resident(device, rows * block * width, warps)
+            most = _resident(device, rows * block * parts * width, warps)
             for resident in (0, most, most // 2):
-                config = _config(rows, block, resident, warps)
+                config = _config(rows, block, parts, resident, warps)
                 found.setdefault(str(config), config)
     return list(found.values())[:20]
 
 
-def _block(k: int) -> int:
-    return max(int(triton.next_power_of_2(aligned(k))), ALIGNMENT)
+def _blocks(k: int) -> tuple[int, int]:
+    """(columns of a block, blocks) of which a row of codes is made: a power of two, once or three times."""
+    width = max(aligned(k), ALIGNMENT)
+    whole = int(triton.next_power_of_2(width))
+    return (whole // 4, 3) if width <= whole // 4 * 3 and whole >= 4 * _LEAST_PART else (whole, 1)
 
 
 def _resident(device: Device, tile: int, warps: int) -> int:
@@ -168,13 +175,18 @@ def _resident(device: Device, tile: int, warps: int) -> int:
     return int(min(max(_WARPS // warps, 1), device.shared // (2 * tile + 1024)))
 
 
-def _config(rows: int, block: int, resident: int, warps: int) -> Config:
-    return {"ROWS": rows, "BLOCK": block, "PROGRAMS": resident, "STAGES": 3 if resident else 1, "num_warps": warps,
-            "num_stages": 1}  # fmt: skip
+def _config(rows: int, block: int, parts: int, resident: int, warps: int) -> Config:
+    return {"ROWS": rows, "BLOCK": block, "PARTS": parts, "PROGRAMS": resident, "STAGES": 3 if resident else 1,
+            "num_warps": warps, "num_stages": 1}  # fmt: skip
 
 
 def _warps(elements: int) -> int:
-    return min(max(elements // (32 * _A_THREAD), 1), 32)
+    return min(_power(elements // (32 * _A_THREAD)), 32)
+
+
+def _power(n: int) -> int:
+    """The greatest power of two that is not above n; 1 below it."""
+    return 1 << max(n.bit_length() - 1, 0)
 
 
 def check(op: str, x: Tensor, fmt: Format, *, alike: Mapping[str, Tensor | None],
