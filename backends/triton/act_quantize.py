@@ -35,12 +35,12 @@ def act_quantize(
     fmt, device = Format.parse(format), device_of(x)
     if act not in ACTS:
         raise ValueError(explain(f"act_quantize: unknown function, {nearest(act, ACTS)}", found=repr(act)))
-    static = (None, None) if fmt.dynamic else (x_scale, x_zero if fmt.has_zero else None)
+    static = row_codes.known_scale(fmt, x_scale, x_zero)
     row_codes.check("act_quantize", x, fmt, alike={"up": up}, vectors={"smooth": smooth}, static=static)
     rows, more = row_codes.flat(x), None if up is None else row_codes.flat(up)
     made = row_codes.outputs(x, fmt)
     kept = torch.empty(x.shape, dtype=x.dtype, device=x.device) if keep else None
-    programs, config = row_codes.settings(device, "act_quantize", rows, 1 if up is None else 2)
+    programs, config = row_codes.settings(device, "act_quantize", rows, more, smooth)
     kernel = kernels.act_quantize if "STAGES" in config else kernels.act_quantize_long
     launch(kernel, (programs,), rows, more, None if smooth is None else smooth.contiguous(), *static,
            *row_codes.slots(made, fmt), kept, *rows.shape, made[0].shape[-1], rows.stride(0),

@@ -29,7 +29,7 @@ def norm_quantize(
     Raises ValueError for tensors that do not fit each other, and for a format that rows cannot have.
     """
     fmt, device = Format.parse(format), device_of(x)
-    static = (None, None) if fmt.dynamic else (x_scale, x_zero if fmt.has_zero else None)
+    static = row_codes.known_scale(fmt, x_scale, x_zero)
     vectors = {"weight": weight, "bias": bias, "smooth": smooth}
     row_codes.check("norm_quantize", x, fmt, alike={"residual": residual}, vectors=vectors, static=static)
     rows, more = row_codes.flat(x), None if residual is None else row_codes.flat(residual)
@@ -37,7 +37,7 @@ def norm_quantize(
     norm = torch.empty(x.shape, dtype=x.dtype, device=x.device) if keep_norm else None
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device) if keep_sum else None
     weight, bias, smooth = (None if v is None else v.contiguous() for v in (weight, bias, smooth))
-    programs, config = row_codes.settings(device, "norm_quantize", rows, 1 if residual is None else 2)
+    programs, config = row_codes.settings(device, "norm_quantize", rows, more, smooth, 1 if bias is None else 2)
     kernel = kernels.norm_quantize if "STAGES" in config else kernels.norm_quantize_long
     launch(kernel, (programs,), rows, more, weight, bias, smooth, *static, *row_codes.slots(made, fmt), norm, total,
            *rows.shape, made[0].shape[-1], rows.stride(0), 0 if more is None else more.stride(0), eps,

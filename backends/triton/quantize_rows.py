@@ -15,40 +15,16 @@ import torch
 import triton
 from torch import Tensor
 
+from qfx.backends.triton import row_codes
+from qfx.backends.triton.kernels import act_quantize as act_kernels
 from qfx.backends.triton.kernels import quantize_rows as kernels
 from qfx.backends.triton.launch import device_of, launch
 from qfx.backends.triton.library import define
+from qfx.backends.triton.row_codes import ALIGNMENT, aligned, reason_against, shift_of
 from qfx.errors import explain
 from qfx.format import Format
 
-ALIGNMENT = 16  # bytes
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def aligned(k: int) -> int:
-    """K rounded up to whole units of 16 bytes of 8-bit codes."""
-    return -(-k // ALIGNMENT) * ALIGNMENT
-
-
-def reason_against(fmt: Format) -> str | None:
-    """Why activations of this format have no kernel here, or None."""
-    if not (fmt.is_integer or fmt.type == "f8e4m3"):
-        return f"the codes of '{fmt}' are neither integers nor f8e4m3"
-    if fmt.group is not None:
-        if not fmt.dynamic or fmt.is_integer:
-            return f"'{fmt}': scales in groups of an activation are for f8e4m3, and found at run time"
-        if fmt.group & (fmt.group - 1) or not 32 <= fmt.group <= 4096:
-            return f"'{fmt}': groups of activations are powers of two from 32 to 4096"
-    elif fmt.granularity not in ("", "tok"):
-        return f"'{fmt}': activations have a scale for the tensor or for each token"
-    if fmt.scale_type != "f32" and fmt.dynamic:
-        return f"'{fmt}': scales found at run time are f32"
-    return f"'{fmt}': a scale above others has no kernel" if fmt.has_global_scale else None
-
-
-def shift_of(fmt: Format) -> int:
-    """What is taken from the codes of a format, and from its zero points, to fit int8."""
-    return 128 if fmt.has_zero and fmt.bits == 8 else 0
+__all__ = ["ALIGNMENT", "aligned", "quantize_dynamic", "quantize_rows", "quantize_static", "reason_against", "shift_of"]
 
 
 def quantize_rows(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Tensor, Tensor]:  # noqa: A002
@@ -59,7 +35,7 @@ def quantize_rows(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Tensor
     fmt = _checked(x, smooth, format, dynamic=True)
     if fmt.has_zero or fmt.granularity != "tok":
         raise _bad(f"quantize_rows does not take '{fmt}'", "a format without zero points, per token", format)
-    codes, scale, _ = _by_row(_rows(x), smooth, fmt, x.shape[-1])
+    codes, scale, _ = _by_row(row_codes.flat(x), smooth, fmt, x.shape[-1])
     return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
 
 
@@ -69,7 +45,7 @@ def quantize_dynamic(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Ten
     scale: [.., 1] per token, [.., G] in groups, () for the tensor; zero likewise, or [0]. See `run_time_qparams`.
     """
     fmt = _checked(x, smooth, format, dynamic=True)
-    rows, width = _rows(x), aligned(x.shape[-1])
+    rows, width = row_codes.flat(x), aligned(x.shape[-1])
     if fmt.group:
         codes, scale, zero = _by_group(rows, smooth, fmt, width)
     elif fmt.granularity == "tok":
@@ -92,7 +68,7 @@ def quantize_static(x: Tensor, smooth: Tensor | None, scale: Tensor, zero: Tenso
         found = f"{scale.numel()} scales, {'no' if zero is None else zero.numel()} zero points"
         raise _bad("one scale of the whole tensor is needed", "one value, and one zero point for u2..u8", found)
     width = aligned(x.shape[-1])
-    codes = _launched(_rows(x), smooth, scale.to(torch.float32), zero, fmt, width, static=True)
+    codes = _launched(row_codes.flat(x), smooth, scale.to(torch.float32), zero, fmt, width, static=True)
     return codes.reshape(*x.shape[:-1], width)
 
 
@@ -106,11 +82,14 @@ def _launched(
     rows: Tensor, smooth: Tensor | None, scale: Tensor, zero: Tensor | None, fmt: Format, width: int, *, static: bool
 ) -> Tensor:
     codes = torch.empty(rows.shape[0], width, dtype=_operand_dtype(fmt), device=rows.device)
-    block = triton.next_power_of_2(max(width, 1))
-    launch(kernels.quantize_rows, (rows.shape[0],), rows, smooth, codes.view(torch.uint8) if fmt.is_float else codes,
-           scale, zero, rows.shape[1], rows.stride(0), width, CLIP=fmt.clip / 100, QMAX=fmt.qmax, QMIN=fmt.qmin,
-           SHIFT=shift_of(fmt), AFFINE=fmt.has_zero, FLOAT=fmt.is_float, STATIC=static,
-           BY_HAND=device_of(rows).by_hand, BLOCK=block, config=_config(block))  # fmt: skip
+    known = (scale, zero if fmt.has_zero else None)
+    given, found = (known, (None, None)) if static else ((None, None), known)
+    device = device_of(rows)
+    programs, config = row_codes.settings(device, "quantize_rows", rows, None, smooth)
+    kernel = act_kernels.act_quantize if "STAGES" in config else act_kernels.act_quantize_long
+    launch(kernel, (programs,), rows, None, smooth, *given, codes.view(torch.uint8) if fmt.is_float else codes, *found,
+           None, *rows.shape, width, rows.stride(0), 0,
+           config=config, ACT=act_kernels.PLAIN.value, **row_codes.constants(rows, smooth, fmt, device))  # fmt: skip
     return codes
 
 
@@ -135,17 +114,12 @@ def _of_tensor(rows: Tensor, smooth: Tensor | None, fmt: Format) -> tuple[Tensor
     scale = torch.empty(1, dtype=torch.float32, device=rows.device)
     zero = torch.empty(1 if fmt.has_zero else 0, dtype=torch.uint8, device=rows.device)
     launch(kernels.tensor_params, (1,), low, high, scale, zero, m, CLIP=fmt.clip / 100, QMAX=fmt.qmax,
-           AFFINE=fmt.has_zero, BLOCK=1024, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+           SIGNED=fmt.symmetric, BLOCK=1024, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
     return scale, zero
 
 
 def _config(block: int) -> dict[str, int]:
     return {"num_warps": min(max(block // 512, 1), 16), "num_stages": 1}
-
-
-def _rows(x: Tensor) -> Tensor:
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _operand_dtype(fmt: Format) -> torch.dtype:
@@ -163,7 +137,7 @@ def _checked(x: Tensor, smooth: Tensor | None, text: str, *, dynamic: bool) -> F
     if fmt.dynamic != dynamic:
         found = f"'{text}' has {'a scale found at run time' if fmt.dynamic else 'a known scale'}"
         raise _bad("the op does not fit the format", "quantize_dynamic for the former, else quantize_static", found)
-    if x.dtype not in _FLOATS:
+    if x.dtype not in row_codes.FLOATS:
         raise _bad("activations are floats", "float16, bfloat16 or float32", x.dtype)
     if smooth is not None and smooth.shape != x.shape[-1:]:
         raise _bad("smooth does not fit", f"shape [{x.shape[-1]}]", list(smooth.shape))

@@ -1,4 +1,4 @@
-"""An activation function, perhaps gated, whose rounded result goes straight to codes."""
+"""Rows to codes: as they are, or an activation function of them, perhaps gated, rounded before."""
 
 import triton
 import triton.language as tl
@@ -17,24 +17,34 @@ SILU = tl.constexpr(0)
 GELU = tl.constexpr(1)
 GELU_TANH = tl.constexpr(2)
 QUICK_GELU = tl.constexpr(3)
+PLAIN = tl.constexpr(4)  # x itself
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 87.0)))  # beyond lies infinity, of which the interpreter warns
+def _sigmoid(x, BY_HAND: tl.constexpr):
+    """1 / (1 + 2^(-x log2 e)) by the approximations of a GPU, relative error about 2^-21. BY_HAND: without them."""
+    if BY_HAND:
+        y = 1.0 / (1.0 + tl.exp(tl.minimum(-x, 87.0)))  # beyond lies infinity, of which the interpreter warns
+    else:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000;"
+            " rcp.approx.ftz.f32 $0, t; }",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return y
 
 
 @triton.jit
-def activated(x, ACT: tl.constexpr):
+def activated(x, ACT: tl.constexpr, BY_HAND: tl.constexpr):
     """The activation function ACT of x, f32."""
     if ACT == SILU:
-        y = x * _sigmoid(x)
+        y = x * _sigmoid(x, BY_HAND)
     elif ACT == GELU:
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACT == QUICK_GELU:
-        y = x * _sigmoid(1.702 * x)
+        y = x * _sigmoid(1.702 * x, BY_HAND)
     else:  # 0.5 (1 + tanh u) = sigmoid(2 u)
-        y = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        y = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), BY_HAND)
     return y
 
 
@@ -43,10 +53,22 @@ def _acted(x_ptr, up_ptr, row, column, live, x_stride, up_stride, ACT: tl.conste
     """act(x) * up, each rounded to x's type as two operators have it, as f32 [R, B]; zero beyond the row."""
     to: tl.constexpr = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + row * x_stride + column, mask=live, other=0.0).to(tl.float32)
-    y = rounded_to(activated(x, ACT), to, BY_HAND)
+    y = x
+    if ACT != PLAIN:
+        y = rounded_to(activated(x, ACT, BY_HAND), to, BY_HAND)
     if up_ptr is not None:
         up = tl.load(up_ptr + row * up_stride + column, mask=live, other=0.0).to(tl.float32)
         y = rounded_to(y * up, to, BY_HAND)
+    return y
+
+
+@triton.jit
+def _kept(x_ptr, up_ptr, act_ptr, row, column, m, k, x_stride, up_stride, ACT: tl.constexpr, BY_HAND: tl.constexpr):
+    """The result of `_acted`, stored at act_ptr where there is one."""
+    live = (row < m) & (column < k)
+    y = _acted(x_ptr, up_ptr, row, column, live, x_stride, up_stride, ACT, BY_HAND)
+    if act_ptr is not None:
+        tl.store(act_ptr + row * k + column, y.to(x_ptr.dtype.element_ty), mask=live)
     return y
 
 
@@ -55,18 +77,21 @@ def act_quantize(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, 
                  width, x_stride, up_stride, ACT: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
                  CLIP: tl.constexpr, SHIFT: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr,
                  BY_HAND: tl.constexpr, TWICE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                 STAGES: tl.constexpr):  # fmt: skip
-    """Tiles of ROWS whole rows of x and up [m, k], k <= BLOCK. act_ptr: where the float result is kept, or None."""
+                 PARTS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Tiles of ROWS whole rows of x and up [m, k]. act_ptr: where the float result is kept, or None.
+
+    A row lies in PARTS (1 or 3) of BLOCK columns, k <= BLOCK * PARTS.
+    """
     column = tl.arange(0, BLOCK)[None, :]
-    inside = column < k
     for tile in tl.range(tl.program_id(0), tl.cdiv(m, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        live = (row < m) & inside
-        y = _acted(x_ptr, up_ptr, row, column, live, x_stride, up_stride, ACT, BY_HAND)
-        if act_ptr is not None:
-            tl.store(act_ptr + row * k + column, y.to(x_ptr.dtype.element_ty), mask=live)
-        encode_rows(y, codes_ptr, scale_ptr, zero_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column, m, k, width,
-                    QMIN, QMAX, CLIP, SHIFT, SIGNED, FP8, BY_HAND, TWICE)  # fmt: skip
+        y = _kept(x_ptr, up_ptr, act_ptr, row, column, m, k, x_stride, up_stride, ACT, BY_HAND)
+        y1, y2 = y, y
+        if PARTS == 3:
+            y1 = _kept(x_ptr, up_ptr, act_ptr, row, column + BLOCK, m, k, x_stride, up_stride, ACT, BY_HAND)
+            y2 = _kept(x_ptr, up_ptr, act_ptr, row, column + 2 * BLOCK, m, k, x_stride, up_stride, ACT, BY_HAND)
+        encode_rows(y, y1, y2, codes_ptr, scale_ptr, zero_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column, m, k,
+                    width, QMIN, QMAX, CLIP, SHIFT, SIGNED, FP8, BY_HAND, TWICE, BLOCK, PARTS)  # fmt: skip
 
 
 @triton.jit
@@ -85,8 +110,8 @@ def act_quantize_long(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_
         if act_ptr is not None:
             tl.store(act_ptr + row * k + start + at, y.to(x_ptr.dtype.element_ty), mask=live)
         if x_scale_ptr is not None:
-            encode_given(y, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, start + at, live,
-                         start + at < width, live, width, QMIN, QMAX, SHIFT, SIGNED, FP8, BY_HAND)  # fmt: skip
+            encode_given(y, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, start + at, m, k, width,
+                         QMIN, QMAX, SHIFT, SIGNED, FP8, BY_HAND)  # fmt: skip
         else:
             least, greatest = row_extremes(smoothed(y, smooth_ptr, start + at, live, BY_HAND), SIGNED)
             low, high = tl.minimum(low, least), tl.maximum(high, greatest)
@@ -97,8 +122,8 @@ def act_quantize_long(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_
             live = start + at < k
             y = _acted(x_ptr, up_ptr, row, start + at, live, x_stride, up_stride, ACT, BY_HAND)
             y = smoothed(y, smooth_ptr, start + at, live, BY_HAND)
-            store_codes(y, scale, zero, codes_ptr, row, start + at, live, start + at < width, width,
-                        QMIN, QMAX, SHIFT, SIGNED, FP8, BY_HAND, TWICE, CLIP == 1.0)  # fmt: skip
+            store_codes(y, scale, zero, codes_ptr, row, start + at, m, k, width, QMIN, QMAX, SHIFT, SIGNED, FP8,
+                        BY_HAND, TWICE, CLIP == 1.0)  # fmt: skip
         tl.store(scale_ptr + row, scale)
         if zero_ptr is not None:
             tl.store(zero_ptr + row, zero.to(tl.uint8))

@@ -25,6 +25,25 @@ def _summed(x_ptr, residual_ptr, row, column, live, x_stride, residual_stride, B
 
 
 @triton.jit
+def _kept_sum(x_ptr, residual_ptr, sum_ptr, row, column, m, k, x_stride, residual_stride, BY_HAND: tl.constexpr):
+    """The sum of `_summed`, stored at sum_ptr where there is one."""
+    live = (row < m) & (column < k)
+    x = _summed(x_ptr, residual_ptr, row, column, live, x_stride, residual_stride, BY_HAND)
+    if sum_ptr is not None:
+        tl.store(sum_ptr + row * k + column, x.to(x_ptr.dtype.element_ty), mask=live)
+    return x
+
+
+@triton.jit
+def _kept_norm(y, x_ptr, norm_ptr, row, column, m, k, BY_HAND: tl.constexpr):
+    """y rounded to x's type, stored at norm_ptr where there is one."""
+    y = rounded_to(y, x_ptr.dtype.element_ty, BY_HAND)
+    if norm_ptr is not None:
+        tl.store(norm_ptr + row * k + column, y.to(x_ptr.dtype.element_ty), mask=(row < m) & (column < k))
+    return y
+
+
+@triton.jit
 def _gains(weight_ptr, bias_ptr, column, inside):
     """weight and bias [1, B] as f32; ones and zeros where there are none, zeros beyond the row."""
     weight = tl.where(inside, 1.0, 0.0)
@@ -41,29 +60,43 @@ def norm_quantize(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_scale
                   zero_ptr, norm_ptr, sum_ptr, m, k, width, x_stride, residual_stride, eps, LAYER: tl.constexpr,
                   QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr, SHIFT: tl.constexpr,
                   SIGNED: tl.constexpr, FP8: tl.constexpr, BY_HAND: tl.constexpr, TWICE: tl.constexpr,
-                  ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Tiles of ROWS whole rows of x [m, k], k <= BLOCK, one after the other; weight and bias are read once.
+                  ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Tiles of ROWS whole rows of x [m, k], one after the other; weight and bias are read once.
 
-    norm_ptr, sum_ptr: where the norm's result and the sum are kept in float as well, or None.
+    A row lies in PARTS (1 or 3) of BLOCK columns, k <= BLOCK * PARTS. norm_ptr, sum_ptr: where the norm's result and
+    the sum are kept in float as well, or None.
     """
     column = tl.arange(0, BLOCK)[None, :]
-    inside = column < k
-    weight, bias = _gains(weight_ptr, bias_ptr, column, inside)
-    to: tl.constexpr = x_ptr.dtype.element_ty
+    weight, bias = _gains(weight_ptr, bias_ptr, column, column < k)
+    if PARTS == 3:
+        weight1, bias1 = _gains(weight_ptr, bias_ptr, column + BLOCK, column + BLOCK < k)
+        weight2, bias2 = _gains(weight_ptr, bias_ptr, column + 2 * BLOCK, column + 2 * BLOCK < k)
     for tile in tl.range(tl.program_id(0), tl.cdiv(m, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        live = (row < m) & inside
-        x = _summed(x_ptr, residual_ptr, row, column, live, x_stride, residual_stride, BY_HAND)
-        if sum_ptr is not None:
-            tl.store(sum_ptr + row * k + column, x.to(to), mask=live)
+        x = _kept_sum(x_ptr, residual_ptr, sum_ptr, row, column, m, k, x_stride, residual_stride, BY_HAND)
+        total = tl.sum(x, axis=1)
+        if PARTS == 3:
+            x1 = _kept_sum(x_ptr, residual_ptr, sum_ptr, row, column + BLOCK, m, k, x_stride, residual_stride, BY_HAND)
+            x2 = _kept_sum(x_ptr, residual_ptr, sum_ptr, row, column + 2 * BLOCK, m, k, x_stride, residual_stride,
+                           BY_HAND)  # fmt: skip
+            total += tl.sum(x1, axis=1) + tl.sum(x2, axis=1)
         if LAYER:
-            x = tl.where(inside, x - (tl.sum(x, axis=1) / k)[:, None], 0.0)
-        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / k + eps)[:, None]
-        y = rounded_to(x * rstd * weight + bias, to, BY_HAND)
-        if norm_ptr is not None:
-            tl.store(norm_ptr + row * k + column, y.to(to), mask=live)
-        encode_rows(y, codes_ptr, scale_ptr, zero_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column, m, k, width,
-                    QMIN, QMAX, CLIP, SHIFT, SIGNED, FP8, BY_HAND, TWICE)  # fmt: skip
+            mean = (total / k)[:, None]
+            x = tl.where(column < k, x - mean, 0.0)
+            if PARTS == 3:
+                x1 = tl.where(column + BLOCK < k, x1 - mean, 0.0)
+                x2 = tl.where(column + 2 * BLOCK < k, x2 - mean, 0.0)
+        square = tl.sum(x * x, axis=1)
+        if PARTS == 3:
+            square += tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
+        rstd = tl.rsqrt(square / k + eps)[:, None]
+        y = _kept_norm(x * rstd * weight + bias, x_ptr, norm_ptr, row, column, m, k, BY_HAND)
+        y1, y2 = y, y
+        if PARTS == 3:
+            y1 = _kept_norm(x1 * rstd * weight1 + bias1, x_ptr, norm_ptr, row, column + BLOCK, m, k, BY_HAND)
+            y2 = _kept_norm(x2 * rstd * weight2 + bias2, x_ptr, norm_ptr, row, column + 2 * BLOCK, m, k, BY_HAND)
+        encode_rows(y, y1, y2, codes_ptr, scale_ptr, zero_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column, m, k,
+                    width, QMIN, QMAX, CLIP, SHIFT, SIGNED, FP8, BY_HAND, TWICE, BLOCK, PARTS)  # fmt: skip
 
 
 @triton.jit
@@ -103,8 +136,8 @@ def norm_quantize_long(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_
         if norm_ptr is not None:
             tl.store(norm_ptr + row * k + start + at, y.to(to), mask=live)
         if x_scale_ptr is not None:
-            encode_given(y, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, start + at, live,
-                         start + at < width, live, width, QMIN, QMAX, SHIFT, SIGNED, FP8, BY_HAND)  # fmt: skip
+            encode_given(y, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, start + at, m, k, width,
+                         QMIN, QMAX, SHIFT, SIGNED, FP8, BY_HAND)  # fmt: skip
         else:
             least, greatest = row_extremes(smoothed(y, smooth_ptr, start + at, live, BY_HAND), SIGNED)
             low, high = tl.minimum(low, least), tl.maximum(high, greatest)
@@ -117,8 +150,8 @@ def norm_quantize_long(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_
             x = _summed(x_ptr, residual_ptr, row, start + at, live, x_stride, residual_stride, BY_HAND)
             y = rounded_to((x - mean) * rstd * weight + bias, to, BY_HAND)
             y = smoothed(y, smooth_ptr, start + at, live, BY_HAND)
-            store_codes(y, scale, zero, codes_ptr, row, start + at, live, start + at < width, width,
-                        QMIN, QMAX, SHIFT, SIGNED, FP8, BY_HAND, TWICE, CLIP == 1.0)  # fmt: skip
+            store_codes(y, scale, zero, codes_ptr, row, start + at, m, k, width, QMIN, QMAX, SHIFT, SIGNED, FP8,
+                        BY_HAND, TWICE, CLIP == 1.0)  # fmt: skip
         tl.store(scale_ptr + row, scale)
         if zero_ptr is not None:
             tl.store(zero_ptr + row, zero.to(tl.uint8))

@@ -30,13 +30,6 @@ def codes_of(x, scale, QMIN: tl.constexpr, QMAX: tl.constexpr):
 
 
 @triton.jit
-def affine_codes_of(x, scale, zero, QMAX: tl.constexpr):
-    """Integers of x / scale + zero as f32, saturated at 0 and QMAX; zero: f32, a whole number from 0 to QMAX."""
-    steps = codes_of(x, scale, -QMAX, QMAX)
-    return tl.minimum(tl.maximum(steps + zero, 0.0), QMAX)
-
-
-@triton.jit
 def e4m3_of(x, BY_HAND: tl.constexpr):
     """f32 to the bits of e4m3 (uint8): half to even, saturated at 448, NaN kept.
 

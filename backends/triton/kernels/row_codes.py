@@ -49,6 +49,16 @@ def row_scale(low, high, QMAX: tl.constexpr, CLIP: tl.constexpr, SIGNED: tl.cons
 
 
 @triton.jit
+def inverse_of(divisor):
+    """1 / divisor rounded to nearest, of normal f32, by a GPU's approximation and two corrections."""
+    asm: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
+    y = tl.inline_asm_elementwise(asm, "=f,f", [divisor], dtype=tl.float32, is_pure=True, pack=1)
+    one = tl.full(divisor.shape, 1.0, tl.float32)
+    y = tl.fma(tl.fma(-y, divisor, one), y, y)
+    return tl.fma(tl.fma(-y, divisor, one), y, y)
+
+
+@triton.jit
 def quotient(x, divisor, BY_HAND: tl.constexpr, TWICE: tl.constexpr):
     """x [R, B] / divisor (which broadcasts), as division rounded to nearest has it, for 3 or 5 operations a value.
 
@@ -63,7 +73,7 @@ def quotient(x, divisor, BY_HAND: tl.constexpr, TWICE: tl.constexpr):
     if BY_HAND:
         q = tl.div_rn(x, wide)
     else:
-        inverse = tl.broadcast_to(tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor), x.shape)
+        inverse = tl.broadcast_to(inverse_of(divisor), x.shape)
         q = x * inverse
         q = tl.fma(tl.fma(-q, wide, x), inverse, q)
         if TWICE:
@@ -72,13 +82,13 @@ def quotient(x, divisor, BY_HAND: tl.constexpr, TWICE: tl.constexpr):
 
 
 @triton.jit
-def store_codes(x, scale, zero, codes_ptr, row, column, live, within, width, QMIN: tl.constexpr, QMAX: tl.constexpr,
+def store_codes(x, scale, zero, codes_ptr, row, column, m, k, width, QMIN: tl.constexpr, QMAX: tl.constexpr,
                 SHIFT: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr, BY_HAND: tl.constexpr,
                 TWICE: tl.constexpr, WITHIN: tl.constexpr):  # fmt: skip
     """Store codes of x [R, B]: int8 less SHIFT, or the bits of e4m3 where FP8 is not 0 (1 by instruction, 2 by hand).
 
-    scale and zero broadcast against x. live: what exists, x is zero elsewhere; within: what is stored, as zero where it
-    does not exist.
+    scale and zero broadcast against x. m, k: rows and columns that exist, x is zero elsewhere; width: columns that are
+    stored, as zero where they do not exist.
     BY_HAND, TWICE: see `quotient`. WITHIN: the scale is that of x's greatest value, so that nothing saturates.
     """
     steps = quotient(x, scale, BY_HAND, TWICE)
@@ -95,8 +105,8 @@ def store_codes(x, scale, zero, codes_ptr, row, column, live, within, width, QMI
             codes = tl.minimum(tl.maximum(codes, QMIN), QMAX) - SHIFT
         codes = (codes & 0xFF).to(tl.uint8).to(tl.int8, bitcast=True)
     if not SIGNED:  # else zeros give zeros
-        codes = tl.where(live, codes, tl.zeros_like(codes))
-    tl.store(codes_ptr + row * width + column, codes, mask=within)
+        codes = tl.where(column < k, codes, tl.zeros_like(codes))
+    tl.store(codes_ptr + row * width + column, codes, mask=(row < m) & (column < width))
 
 
 @triton.jit
@@ -118,39 +128,55 @@ def smoothed(x, smooth_ptr, column, inside, BY_HAND: tl.constexpr):
 
 
 @triton.jit
-def encode_given(x, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column, live, within, inside, width,
+def encode_given(x, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column, m, k, width,
                  QMIN: tl.constexpr, QMAX: tl.constexpr, SHIFT: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr,
                  BY_HAND: tl.constexpr):  # fmt: skip
     """Store codes of x [R, B] with a static scale, which smooth multiplies."""
     scale, zero = given(x_scale_ptr, x_zero_ptr)
     divisor = tl.full([1, 1], 1.0, tl.float32) * scale
     if smooth_ptr is not None:
-        divisor = divisor * tl.load(smooth_ptr + column, mask=inside, other=1.0).to(tl.float32)
-    store_codes(x, divisor, zero, codes_ptr, row, column, live, within, width, QMIN, QMAX, SHIFT, SIGNED, FP8,
+        divisor = divisor * tl.load(smooth_ptr + column, mask=column < k, other=1.0).to(tl.float32)
+    store_codes(x, divisor, zero, codes_ptr, row, column, m, k, width, QMIN, QMAX, SHIFT, SIGNED, FP8,
                 BY_HAND, True, False)  # fmt: skip
 
 
 @triton.jit
-def encode_rows(x, codes_ptr, scale_ptr, zero_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column, m, k, width,
-                QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr, SHIFT: tl.constexpr,
-                SIGNED: tl.constexpr, FP8: tl.constexpr, BY_HAND: tl.constexpr, TWICE: tl.constexpr):  # fmt: skip
-    """Store codes of whole rows x [R, B], zeros from column k on, and what was found: their scales and zero points.
+def encode_rows(x, x1, x2, codes_ptr, scale_ptr, zero_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column, m, k,
+                width, QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr, SHIFT: tl.constexpr,
+                SIGNED: tl.constexpr, FP8: tl.constexpr, BY_HAND: tl.constexpr, TWICE: tl.constexpr,
+                BLOCK: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Store codes of whole rows, zeros from column k on, and what was found: their scales and zero points.
 
-    row int64 [R, 1], column [1, B]; m, k: how many there are; width: of a row of codes.
+    x, and where PARTS is 3 also x1 and x2, [R, BLOCK]: what lies side by side in a row. row int64 [R, 1]; column
+    [1, BLOCK]: those of x; m, k: how many there are; width: of a row of codes.
     """
-    inside = column < k
-    live = (row < m) & inside
-    within = (row < m) & (column < width)
     if x_scale_ptr is not None:
-        encode_given(x, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column, live, within, inside, width,
+        encode_given(x, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column, m, k, width,
                      QMIN, QMAX, SHIFT, SIGNED, FP8, BY_HAND)  # fmt: skip
+        if PARTS == 3:
+            encode_given(x1, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column + BLOCK, m, k, width,
+                         QMIN, QMAX, SHIFT, SIGNED, FP8, BY_HAND)  # fmt: skip
+            encode_given(x2, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, column + 2 * BLOCK, m, k, width,
+                         QMIN, QMAX, SHIFT, SIGNED, FP8, BY_HAND)  # fmt: skip
     else:
-        x = smoothed(x, smooth_ptr, column, inside, BY_HAND)
+        x = smoothed(x, smooth_ptr, column, column < k, BY_HAND)
         low, high = row_extremes(x, SIGNED)
+        if PARTS == 3:
+            x1 = smoothed(x1, smooth_ptr, column + BLOCK, column + BLOCK < k, BY_HAND)
+            x2 = smoothed(x2, smooth_ptr, column + 2 * BLOCK, column + 2 * BLOCK < k, BY_HAND)
+            low1, high1 = row_extremes(x1, SIGNED)
+            low2, high2 = row_extremes(x2, SIGNED)
+            low = tl.minimum(low, tl.minimum(low1, low2))
+            high = tl.maximum(high, tl.maximum(high1, high2))
         scale, zero = row_scale(low, high, QMAX, CLIP, SIGNED)
         scale, zero = scale[:, None], zero[:, None]
-        store_codes(x, scale, zero, codes_ptr, row, column, live, within, width, QMIN, QMAX, SHIFT, SIGNED, FP8,
+        store_codes(x, scale, zero, codes_ptr, row, column, m, k, width, QMIN, QMAX, SHIFT, SIGNED, FP8,
                     BY_HAND, TWICE, CLIP == 1.0)  # fmt: skip
+        if PARTS == 3:
+            store_codes(x1, scale, zero, codes_ptr, row, column + BLOCK, m, k, width, QMIN, QMAX, SHIFT, SIGNED, FP8,
+                        BY_HAND, TWICE, CLIP == 1.0)  # fmt: skip
+            store_codes(x2, scale, zero, codes_ptr, row, column + 2 * BLOCK, m, k, width, QMIN, QMAX, SHIFT, SIGNED,
+                        FP8, BY_HAND, TWICE, CLIP == 1.0)  # fmt: skip
         tl.store(scale_ptr + row, scale, mask=row < m)
         if zero_ptr is not None:
             tl.store(zero_ptr + row, zero.to(tl.uint8), mask=row < m)

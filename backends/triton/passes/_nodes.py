@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import qfx.backends.triton.quantize_rows  # noqa: F401  (registers the ops)
 from qfx import annotation, graph
-from qfx.backends.triton import quantize_rows, row_codes
+from qfx.backends.triton import row_codes
 from qfx.format import Format
 from qfx.graph import is_call
 from qfx.passes._build import call
@@ -54,9 +55,9 @@ class Quantize:
             return "x has no known width"
         if value.dtype not in row_codes.FLOATS:
             return f"x is {value.dtype}"
-        if is_call(self.node, _OPS.quantize_rows.default) and quantize_rows.aligned(k) != k:
+        if is_call(self.node, _OPS.quantize_rows.default) and row_codes.aligned(k) != k:
             return "the codes are not those of an operand"
-        return row_codes.reason_against(self.format)
+        return row_codes.reason_against_rows(self.format)
 
     def read_from(self, gm: fx.GraphModule, fused: fx.Node) -> None:
         """Let the readers of this node's results read those of a fused op, which begin with the same, and erase it."""

@@ -68,7 +68,7 @@ def test_programs_that_walk_over_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     x, residual, weight, _, _ = drawn(37, 100, torch.float16, 1)
     args = (x, residual, weight, None, 1e-6, False, None, None, None, "i8/tok", True, True)
     alone = norm_quantize(*args)
-    walked = {"ROWS": 2, "BLOCK": 128, "STAGES": 3, "num_warps": 1, "num_stages": 1}
+    walked = {"ROWS": 2, "BLOCK": 128, "PARTS": 1, "STAGES": 3, "num_warps": 1, "num_stages": 1}
     monkeypatch.setattr(row_codes, "settings", lambda *_: (5, walked))
     assert same(norm_quantize(*args), alone)
 
