@@ -72,10 +72,7 @@ def _split(
     plain = dot_dtype(torch.bfloat16) != torch.bfloat16  # interpreted
     roles = (part.keys, part.values)
     dots = [_dot(role, q.dtype, plain) for role in roles]
-    fast = {
-        f"{n}_FAST": r.in_half and dot == tl.float16
-        for n, r, dot in zip("KV", roles, dots, strict=True)
-    }
+    fast = {f"{n}_FAST": r.in_half and dot == tl.float16 for n, r, dot in zip("KV", roles, dots, strict=True)}
     launch(
         split_attention, grid, *arguments, *tensors[0], *tensors[1], seen, cache_layout.signed(part.heads), part.count,
         queries, found.groups, float(scale), *rows_of, *strides, splits,
@@ -167,7 +164,7 @@ def _config(found: Layout, q: Tensor, rows: int) -> Config:
 
 def _checked(q: Tensor, memory: list[Tensor], spec: str) -> Layout:
     found = cache_layout.of(spec)
-    if reason := cache_layout.reason_against(spec):
+    if reason := cache_layout.reason_against(spec, device_of(q)):
         raise ValueError(explain(f"the kernels do not take this cache: {reason}", next_step=cache_layout.REFERENCE))
     keys = memory[3]
     expected = f"[{keys.shape[0]}, a multiple of {found.groups}, queries, {found.widths[0]}]"

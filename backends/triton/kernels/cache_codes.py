@@ -12,7 +12,7 @@ import triton.language as tl
 
 from qfx.backends.triton.kernels.rounding import f16_of_e4m3
 
-# Four bytes in a register to four halves in two: a byte below 0x64 is the half 1024 + byte, with 0x66 it is 1536 + byte.
+# Four bytes in a register to four halves in two: below 0x64 a byte makes the half 1024 + byte, below 0x66 1536 + byte.
 _DIGIT = tl.constexpr(("0", "1", "2", "3", "4", "5", "6", "7", "8"))
 _MASK = tl.constexpr(("", "0x01010101", "0x03030303", "0x07070707", "0x0f0f0f0f", "0x1f1f1f1f", "0x3f3f3f3f",
                       "0x7f7f7f7f"))  # fmt: skip
@@ -23,7 +23,8 @@ _AFFINE = tl.constexpr(
     "or.b32 t, t, 0x80808080; prmt.b32 a, t, 0x66666666, 0x4140; prmt.b32 b, t, 0x66666666, 0x4342; "
 )
 _ZEROS = tl.constexpr(
-    "{ .reg .b32 t; xor.b32 t, $2, 0x80808080; prmt.b32 $0, t, 0x66666666, 0x4140; prmt.b32 $1, t, 0x66666666, 0x4342; }"
+    "{ .reg .b32 t; xor.b32 t, $2, 0x80808080; "
+    "prmt.b32 $0, t, 0x66666666, 0x4140; prmt.b32 $1, t, 0x66666666, 0x4342; }"
 )
 _E4M3 = tl.constexpr(
     "{ .reg .b32 a, b, c, d; prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424; shr.b32 c, a, 1; shr.b32 d, b, 1; "
