@@ -157,7 +157,7 @@ def _config(found: Layout, q: Tensor, rows: int) -> Config:
     config = dict(known)
     programs = q.shape[0] * found.groups * triton.cdiv(rows, config["BLOCK_M"])
     least = config["BLOCK_R"] * min(math.lcm(p.keys.planes, p.values.planes) for p in found.parts)
-    wanted = triton.cdiv(device.processors * config.pop("PER"), programs)
+    wanted = device.processors * config.pop("PER") // programs - 1  # all run at once, with those of the floats
     config["SPLITS"] = max(min(wanted, triton.cdiv(found.length, least), _SPLITS - 1), 1)
     return config
 
