@@ -142,9 +142,9 @@ def heuristic(found: Layout, rows: int, dtype: torch.dtype) -> Config:
     slow = not all(role.in_half for role in roles)
     if wide or single or slow:
         units = 16 if single or tokens > 1 else 32
-    heavy = wide or single or slow or block > 16
+    heavy = wide or single or slow or block > 16 or tokens == 8
     return {"BLOCK_M": block, "BLOCK_R": units, "FLOATS": 16 if wide or single else 32, "PER": 4 if tokens == 1 else 2,
-            "num_warps": 8 if heavy else 4, "num_stages": 2 if wide or single else 3}  # fmt: skip
+            "num_warps": 8 if heavy else 4, "num_stages": 2 if wide or single or tokens == 1 else 3}  # fmt: skip
 
 
 def _config(found: Layout, q: Tensor, rows: int) -> Config:

@@ -42,7 +42,8 @@ def _bytes_of(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     """prmt: four of the eight bytes of b, a."""
     whole = a.astype(np.uint64) | (np.uint64(b) << np.uint64(32))
     picked = [(whole >> np.uint64(8 * ((int(selector) >> 4 * i) & 15))) & np.uint64(255) for i in range(4)]
-    return picked[0] | picked[1] << np.uint64(8) | picked[2] << np.uint64(16) | picked[3] << np.uint64(24)
+    found: np.ndarray = picked[0] | picked[1] << np.uint64(8) | picked[2] << np.uint64(16) | picked[3] << np.uint64(24)
+    return found
 
 
 def _halves(op: np.ufunc) -> Callable[..., np.ndarray]:
