@@ -163,9 +163,8 @@ def _config(found: Layout, q: Tensor, rows: int) -> Config:
 
 
 def _checked(q: Tensor, memory: list[Tensor], spec: str) -> Layout:
+    cache_layout.require(spec, device_of(q))
     found = cache_layout.of(spec)
-    if reason := cache_layout.reason_against(spec, device_of(q)):
-        raise ValueError(explain(f"the kernels do not take this cache: {reason}", next_step=cache_layout.REFERENCE))
     keys = memory[3]
     expected = f"[{keys.shape[0]}, a multiple of {found.groups}, queries, {found.widths[0]}]"
     fits = q.dim() == 4 and q.shape[0] == keys.shape[0] and q.shape[3] == found.widths[0]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from qfx.backends.triton.device import Device
+from qfx.errors import explain
 from qfx.format import Format
 from qfx.kv.codes import Codes
 from qfx.kv.formats import CacheFormat
@@ -20,7 +21,6 @@ _KINDS = {"i8": 1, "f8e4m3": 2, "f8e5m2": 3}
 _WIDEST = 256
 _HEADS = 64
 _SHARED = 1 << 16
-REFERENCE = "take another format, or the reference, qfx::cache_attention and qfx::cache_append"
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,17 @@ def reason_against(spec: str, device: Device) -> str | None:
             if role.mode == BY_TOKENS and role.group % role.planes:
                 return f"groups of {role.group} tokens, of which {role.planes} share bytes ({role.fmt})"
     return None
+
+
+def require(spec: str, device: Device) -> None:
+    """Raises ValueError for a cache that the kernels do not take."""
+    if reason := reason_against(spec, device):
+        raise ValueError(
+            explain(
+                f"the kernels do not take this cache: {reason}",
+                next_step="take another format, or the reference, qfx::cache_attention and qfx::cache_append",
+            )
+        )
 
 
 def signed(heads: int | None) -> int:
