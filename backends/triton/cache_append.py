@@ -90,9 +90,8 @@ def _constants(role: Role, prefix: str) -> tuple[dict[str, Any], dict[str, int]]
 
 
 def _checked(memory: list[Tensor], k: Tensor, v: Tensor, spec: str) -> Layout:
+    cache_layout.require(spec, device_of(k))
     found = cache_layout.of(spec)
-    if reason := cache_layout.reason_against(spec):
-        raise ValueError(explain(f"the kernels do not take this cache: {reason}", next_step=cache_layout.REFERENCE))
     for role, (x, held) in enumerate(zip((k, v), memory[3:5], strict=True)):
         expected = (*held.shape[:2], k.shape[2], held.shape[3])
         if tuple(x.shape) != expected or x.dtype != held.dtype or x.device != held.device:

@@ -72,10 +72,7 @@ def _split(
     plain = dot_dtype(torch.bfloat16) != torch.bfloat16  # interpreted
     roles = (part.keys, part.values)
     dots = [_dot(role, q.dtype, plain) for role in roles]
-    fast = {
-        f"{n}_FAST": r.in_half and dot == tl.float16
-        for n, r, dot in zip("KV", roles, dots, strict=True)
-    }
+    fast = {f"{n}_FAST": r.in_half and dot == tl.float16 for n, r, dot in zip("KV", roles, dots, strict=True)}
     launch(
         split_attention, grid, *arguments, *tensors[0], *tensors[1], seen, cache_layout.signed(part.heads), part.count,
         queries, found.groups, float(scale), *rows_of, *strides, splits,
@@ -145,9 +142,9 @@ def heuristic(found: Layout, rows: int, dtype: torch.dtype) -> Config:
     slow = not all(role.in_half for role in roles)
     if wide or single or slow:
         units = 16 if single or tokens > 1 else 32
-    heavy = wide or single or slow or block > 16
+    heavy = wide or single or slow or block > 16 or tokens == 8
     return {"BLOCK_M": block, "BLOCK_R": units, "FLOATS": 16 if wide or single else 32, "PER": 4 if tokens == 1 else 2,
-            "num_warps": 8 if heavy else 4, "num_stages": 2 if wide or single else 3}  # fmt: skip
+            "num_warps": 8 if heavy else 4, "num_stages": 2 if wide or single or tokens == 1 else 3}  # fmt: skip
 
 
 def _config(found: Layout, q: Tensor, rows: int) -> Config:
@@ -160,15 +157,14 @@ def _config(found: Layout, q: Tensor, rows: int) -> Config:
     config = dict(known)
     programs = q.shape[0] * found.groups * triton.cdiv(rows, config["BLOCK_M"])
     least = config["BLOCK_R"] * min(math.lcm(p.keys.planes, p.values.planes) for p in found.parts)
-    wanted = triton.cdiv(device.processors * config.pop("PER"), programs)
+    wanted = device.processors * config.pop("PER") // programs - 1  # all run at once, with those of the floats
     config["SPLITS"] = max(min(wanted, triton.cdiv(found.length, least), _SPLITS - 1), 1)
     return config
 
 
 def _checked(q: Tensor, memory: list[Tensor], spec: str) -> Layout:
+    cache_layout.require(spec, device_of(q))
     found = cache_layout.of(spec)
-    if reason := cache_layout.reason_against(spec):
-        raise ValueError(explain(f"the kernels do not take this cache: {reason}", next_step=cache_layout.REFERENCE))
     keys = memory[3]
     expected = f"[{keys.shape[0]}, a multiple of {found.groups}, queries, {found.widths[0]}]"
     fits = q.dim() == 4 and q.shape[0] == keys.shape[0] and q.shape[3] == found.widths[0]

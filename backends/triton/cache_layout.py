@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from qfx.backends.triton.device import Device
+from qfx.errors import explain
 from qfx.format import Format
 from qfx.kv.codes import Codes
 from qfx.kv.formats import CacheFormat
@@ -18,7 +20,7 @@ PLAIN, BY_TOKEN, BY_TOKENS, BY_CHANNELS = range(4)  # which values share a scale
 _KINDS = {"i8": 1, "f8e4m3": 2, "f8e5m2": 3}
 _WIDEST = 256
 _HEADS = 64
-REFERENCE = "take another format, or the reference, qfx::cache_attention and qfx::cache_append"
+_SHARED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,11 @@ def of(spec: str) -> Layout:
     return Layout(fmt, length, groups, widths, tuple(found))
 
 
-def reason_against(spec: str) -> str | None:
-    """Why the kernels do not take such a cache, on any device that has kernels, or None."""
+def reason_against(spec: str, device: Device) -> str | None:
+    """Why the kernels do not take such a cache there, or None."""
     found = of(spec)
+    if device.shared < _SHARED:
+        return f"{device.name} gives a program {device.shared} bytes of shared memory, of {_SHARED} that tiles need"
     if max(found.widths) > _WIDEST:
         return f"heads of {max(found.widths)} channels, of at most {_WIDEST} that a tile has room for"
     if len(found.parts) > 1 and found.groups > _HEADS:
@@ -121,6 +125,17 @@ def reason_against(spec: str) -> str | None:
             if role.mode == BY_TOKENS and role.group % role.planes:
                 return f"groups of {role.group} tokens, of which {role.planes} share bytes ({role.fmt})"
     return None
+
+
+def require(spec: str, device: Device) -> None:
+    """Raises ValueError for a cache that the kernels do not take."""
+    if reason := reason_against(spec, device):
+        raise ValueError(
+            explain(
+                f"the kernels do not take this cache: {reason}",
+                next_step="take another format, or the reference, qfx::cache_attention and qfx::cache_append",
+            )
+        )
 
 
 def signed(heads: int | None) -> int:

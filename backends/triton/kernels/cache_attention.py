@@ -102,7 +102,7 @@ def split_attention(
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, FLOATS: tl.constexpr,
 ):  # fmt: skip
     """Program (head of a sequence and tile of its rows, split): sums f32 [B, G, splits + 1, rows, DV], their maximum
-    and total [B, G, splits + 1, rows]; the last split is that of the tokens in float.
+    and total [B, G, splits + 1, rows]; the first split is that of the tokens in float.
 
     q [B, H, S, D] contiguous, rows: MANY * S; memory of the part's own heads, whose numbers are the bits of `heads`.
     """
@@ -131,7 +131,7 @@ def split_attention(
     sums = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     most = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    if split == splits:
+    if split == 0:
         sinks = tl.minimum(tokens, SINKS)
         given = q.to(tl.float32).to(Q_DOT)
         if SINKS > 0:
@@ -149,8 +149,8 @@ def split_attention(
     else:
         units = stored // U
         blocks = tl.cdiv(units, BLOCK_R)
-        first = blocks * split // splits
-        last = blocks * (split + 1) // splits
+        first = blocks * (split - 1) // splits
+        last = blocks * split // splits
         wide = q.to(tl.float32)
         factor = tl.full([BLOCK_M], _LOG2E, tl.float32) * scale
         if K_DOT == tl.float16 and Q_DOT != tl.float16:  # rows to at most 1, by a power of two

@@ -12,58 +12,78 @@ import triton.language as tl
 
 from qfx.backends.triton.kernels.rounding import f16_of_e4m3
 
-# Four bytes in a register to four halves in two: a byte below 0x64 is the half 1024 + byte, with 0x66 it is 1536 + byte.
-_DIGIT = tl.constexpr(("0", "1", "2", "3", "4", "5", "6", "7", "8"))
-_MASK = tl.constexpr(("", "0x01010101", "0x03030303", "0x07070707", "0x0f0f0f0f", "0x1f1f1f1f", "0x3f3f3f3f",
-                      "0x7f7f7f7f"))  # fmt: skip
-_MIDDLE = tl.constexpr(("0x64006400", "", "0x64026402", "0x64046404", "0x64086408", "0x64106410", "0x64206420",
-                        "0x64406440", "0x64806480"))  # fmt: skip
-_HALVES = tl.constexpr("prmt.b32 a, t, 0x64646464, 0x4140; prmt.b32 b, t, 0x64646464, 0x4342; ")
-_AFFINE = tl.constexpr(
-    "or.b32 t, t, 0x80808080; prmt.b32 a, t, 0x66666666, 0x4140; prmt.b32 b, t, 0x66666666, 0x4342; "
+BARE, SCALED, AFFINE = range(3)  # codes less the middle; times a factor; less a zero point, times a factor
+
+
+def instructions(bits: int, shift: int, form: int, middle: bool) -> str:
+    """PTX that makes four halves, in the registers $0 and $1, of codes in the four bytes of $2.
+
+    Below 0x64 a byte makes the half 1024 + byte, below 0x66 1536 + byte. shift: of the code in its byte; what goes
+    beyond lies in the bytes of $3. The factor is in $4 and $5, 1664 + the zero point in $6 and $7.
+    """
+    low, mask = min(bits, 8 - shift), (1 << bits) - 1
+    lines = [".reg .b32 t, a, b, c"]
+    if bits == 8:
+        lines.append("xor.b32 t, $2, 0x80808080")
+    else:
+        lines += [f"shr.b32 t, $2, {shift}", f"and.b32 t, t, {_each((1 << low) - 1)}"]
+    if low < bits:
+        high = _each(mask & ~((1 << low) - 1))
+        lines += [f"shl.b32 a, $3, {low}", f"and.b32 a, a, {high}", "or.b32 t, t, a"]
+    top = "0x64646464"
+    if form == AFFINE:
+        lines.append("or.b32 t, t, 0x80808080")
+        top = "0x66666666"
+    lines += [f"prmt.b32 a, t, {top}, 0x4140", f"prmt.b32 b, t, {top}, 0x4342"]
+    if form == AFFINE:
+        lines += ["sub.f16x2 a, a, $6", "sub.f16x2 b, b, $7"]
+    else:
+        half = f"0x{(0x6400 + (1 << (bits - 1) if middle else 0)) * 0x10001:08x}"
+        lines += [f"mov.b32 c, {half}", "sub.f16x2 a, a, c", "sub.f16x2 b, b, c"]
+    lines += [f"{'mov.b32' if form == BARE else 'mul.f16x2'} ${i}, {r}" + ("" if form == BARE else f", ${4 + i}")
+              for i, r in enumerate("ab")]  # fmt: skip
+    return "{ " + "".join(f"{line}; " for line in lines) + "}"
+
+
+def _each(byte: int) -> str:
+    return f"0x{byte * 0x01010101:08x}"
+
+
+PROGRAMS = tuple(
+    instructions(bits, shift, form, middle)
+    for bits in range(2, 9) for shift in range(8) for form in range(3) for middle in (False, True)
+)  # fmt: skip
+_PROGRAMS = tl.constexpr(PROGRAMS)
+ZEROS = (
+    "{ .reg .b32 t; xor.b32 t, $2, 0x80808080; "
+    "prmt.b32 $0, t, 0x66666666, 0x4140; prmt.b32 $1, t, 0x66666666, 0x4342; }"
 )
-_ZEROS = tl.constexpr(
-    "{ .reg .b32 t; xor.b32 t, $2, 0x80808080; prmt.b32 $0, t, 0x66666666, 0x4140; prmt.b32 $1, t, 0x66666666, 0x4342; }"
-)
-_E4M3 = tl.constexpr(
+_ZEROS = tl.constexpr(ZEROS)
+E4M3 = (
     "{ .reg .b32 a, b, c, d; prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424; shr.b32 c, a, 1; shr.b32 d, b, 1; "
     "and.b32 a, a, 0x80008000; and.b32 b, b, 0x80008000; and.b32 c, c, 0x3f803f80; and.b32 d, d, 0x3f803f80; "
     "or.b32 $0, a, c; or.b32 $1, b, d; }"
 )
-_E5M2 = tl.constexpr("{ prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424; }")
+E5M2 = "{ prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424; }"
+_E4M3, _E5M2 = tl.constexpr(E4M3), tl.constexpr(E5M2)
 
 
 @triton.jit
 def _halves(low, high, factor, zero, BITS: tl.constexpr, SHIFT: tl.constexpr, MIDDLE: tl.constexpr,
-            SCALED: tl.constexpr, AFFINE: tl.constexpr, PURE: tl.constexpr):  # fmt: skip
-    """f16 of codes in bytes: (code - middle) or (code - zero), times factor; zero is given as 1664 + zero."""
-    SPANS: tl.constexpr = SHIFT + BITS > 8
-    if BITS == 8:
-        head: tl.constexpr = "{ .reg .b32 t, a, b, c; xor.b32 t, $2, 0x80808080; "
-    elif SPANS:
-        head: tl.constexpr = (
-            "{ .reg .b32 t, a, b, c; shr.b32 t, $2, " + _DIGIT[SHIFT] + "; and.b32 t, t, " + _MASK[8 - SHIFT]
-            + "; shl.b32 a, $3, " + _DIGIT[8 - SHIFT] + "; and.b32 a, a, " + _MASK[BITS] + "; not.b32 b, "
-            + _MASK[8 - SHIFT] + "; and.b32 a, a, b; or.b32 t, t, a; "
-        )  # fmt: skip
-    else:
-        head: tl.constexpr = (
-            "{ .reg .b32 t, a, b, c; shr.b32 t, $2, " + _DIGIT[SHIFT] + "; and.b32 t, t, " + _MASK[BITS] + "; "
+            FORM: tl.constexpr, PURE: tl.constexpr):  # fmt: skip
+    """f16 of codes in bytes, see `instructions`."""
+    AT: tl.constexpr = (((BITS - 2) * 8 + SHIFT) * 3 + FORM) * 2 + (1 if MIDDLE else 0)
+    if FORM == 2:
+        return tl.inline_asm_elementwise(
+            _PROGRAMS[AT], "=r,=r,r,r,r,r,r,r", [low, high, factor, zero], dtype=tl.float16, is_pure=PURE, pack=4
         )
-    fixed: tl.constexpr = head + _HALVES + "mov.b32 c, " + _MIDDLE[MIDDLE] + "; sub.f16x2 a, a, c; sub.f16x2 b, b, c; "
-    if AFFINE:
+    elif FORM == 1:
         return tl.inline_asm_elementwise(
-            head + _AFFINE + "sub.f16x2 a, a, $6; sub.f16x2 b, b, $7; mul.f16x2 $0, a, $4; mul.f16x2 $1, b, $5; }",
-            "=r,=r,r,r,r,r,r,r", [low, high, factor, zero], dtype=tl.float16, is_pure=PURE, pack=4,
-        )  # fmt: skip
-    elif SCALED:
-        return tl.inline_asm_elementwise(
-            fixed + "mul.f16x2 $0, a, $4; mul.f16x2 $1, b, $5; }", "=r,=r,r,r,r,r", [low, high, factor],
-            dtype=tl.float16, is_pure=PURE, pack=4,
-        )  # fmt: skip
+            _PROGRAMS[AT], "=r,=r,r,r,r,r", [low, high, factor], dtype=tl.float16, is_pure=PURE, pack=4
+        )
     else:
         return tl.inline_asm_elementwise(
-            fixed + "mov.b32 $0, a; mov.b32 $1, b; }", "=r,=r,r,r", [low, high], dtype=tl.float16, is_pure=PURE, pack=4
+            _PROGRAMS[AT], "=r,=r,r,r", [low, high], dtype=tl.float16, is_pure=PURE, pack=4
         )
 
 
@@ -150,9 +170,7 @@ def tile(data_ptr, scale_ptr, zero_ptr, first, units, WIDTH: tl.constexpr, SCALE
         elif FAST and KIND == 3:
             found = tl.inline_asm_elementwise(_E5M2, "=r,=r,r", [low], dtype=tl.float16, is_pure=not BY_ROWS, pack=4)
         elif FAST:
-            found = _halves(
-                low, high, low, low, BITS, SHIFT, 8 if KIND == 1 else BITS if MIDDLE else 0, False, False, not BY_ROWS
-            )
+            found = _halves(low, high, low, low, BITS, SHIFT, KIND == 1 or MIDDLE != 0, 0, not BY_ROWS)
         else:
             found = _floats(low, high, KIND, BITS, SHIFT, MIDDLE).to(DOT)
     else:
@@ -162,9 +180,9 @@ def tile(data_ptr, scale_ptr, zero_ptr, first, units, WIDTH: tl.constexpr, SCALE
             if zero_ptr is not None:
                 zero = tl.inline_asm_elementwise(_ZEROS, "=r,=r,r", [tl.load(zero_ptr + at, mask=known, other=0)],
                                                  dtype=tl.float16, is_pure=True, pack=4)  # fmt: skip
-                found = _halves(low, high, stored, zero, BITS, SHIFT, 0, True, True, not BY_ROWS)
+                found = _halves(low, high, stored, zero, BITS, SHIFT, False, 2, not BY_ROWS)
             else:
-                found = _halves(low, high, stored, stored, BITS, SHIFT, BITS, True, False, not BY_ROWS)
+                found = _halves(low, high, stored, stored, BITS, SHIFT, True, 1, not BY_ROWS)
         else:
             found = _floats(low, high, KIND, BITS, SHIFT, MIDDLE)
             if zero_ptr is not None:

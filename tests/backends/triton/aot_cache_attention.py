@@ -37,5 +37,5 @@ CASES = [
     case("i4", heads=(14, 2), width=64),
     case("i4", heads=(32, 32), width=80),
     case({"k": ["i8", "i4"], "v": ["i4", "i4"]}, heads=(8, 2), width=256),
-    case("i4", dtype=torch.float32),
+    case("i8", dtype=torch.float32),
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qfx.backends.triton import cache_layout
 from qfx.backends.triton.cache_attention import cache_attention
+from qfx.backends.triton.device import H200, Device
 from qfx.kv.formats import CacheFormat, cache_formats
 from qfx.kv.packed_ops import allocate, cache_append, spec_of
 from qfx.kv.packed_ops import cache_attention as reference
@@ -138,8 +139,9 @@ def test_the_op_is_registered() -> None:
 )
 def test_refusals(kv: Any, width: int, reason: str) -> None:
     memory, spec, length = filled(kv, (), widths=(width, width), length=24)
-    found = cache_layout.reason_against(spec)
+    found = cache_layout.reason_against(spec, H200)
     assert found is not None and reason in found
+    assert "shared memory" in str(cache_layout.reason_against(spec, Device("small", (8, 6), 28, 49152)))
     with pytest.raises(ValueError, match=reason):
         cache_attention(torch.zeros(1, 2, 1, width, device=DEVICE), memory, length, None, 1.0, False, spec)
 
