@@ -188,37 +188,38 @@ def configuration(q: Laid, v: Tensor, kind: Sequence[str], device: Device) -> Co
     """The measured configuration for a problem, else the heuristic one. kind: what makes another variant of it."""
     rows, width, dtype = q.codes.shape[2], q.codes.shape[3], q.codes.dtype
     problem = " ".join([f"d={width} dv={v.shape[-1]} {str(dtype)[6:]} {str(v.dtype)[6:]}", *kind])
-    given = (rows, max(width * dtype.itemsize, v.shape[-1] * v.dtype.itemsize), device)
+    lean = dtype == torch.int8 and not set(kind) - {"causal"}
+    given = (rows, max(width * dtype.itemsize, v.shape[-1] * v.dtype.itemsize), lean, device)
     return tuning.tuned(device, KERNEL, problem, rows, lambda: candidates(*given)) or _heuristic(*given)
 
 
-def _heuristic(rows: int, wide: int, device: Device) -> Config:
-    """wide: bytes of a row of keys or values, the greater. Chosen so that no variant spills."""
+def _heuristic(rows: int, wide: int, lean: bool, device: Device) -> Config:
+    """wide: bytes of a row of keys or values, the greater. lean: integers, no mask, cap or p. No variant spills."""
     hopper = device.capability >= (9, 0)
     if wide <= 128:
-        block, columns, warps, stages = 128, 64, 8, 3
+        block, columns, stages = 128, 64, 3
+    elif wide <= 256 and (lean or hopper):
+        block, columns, stages = 128, 64, 2 if not lean else 3 if hopper else 4
     elif wide <= 256:
-        block, columns, warps, stages = 128, 64, 8, 3 if hopper else 4
+        block, columns, stages = 64, 64, 3
     elif wide <= 512:
-        block, columns, warps, stages = (128, 64, 8, 2) if hopper else (64, 64, 8, 2)
+        block, columns, stages = 128 if lean and hopper else 64, 64 if lean else 32, 2
     else:
-        block, columns, warps, stages = 64, 32, 8, 2
+        block, columns, stages = 64, 16, 2
     least = min(max(triton.next_power_of_2(rows), 16), block)
-    return {"BLOCK_M": least, "BLOCK_N": columns, "num_warps": min(warps, max(4, least // 8)), "num_stages": stages}
+    return {"BLOCK_M": least, "BLOCK_N": columns, "num_warps": min(8, max(4, least // 8)), "num_stages": stages}
 
 
-def candidates(rows: int, wide: int, device: Device) -> list[Config]:
-    """Configurations to measure, the heuristic one first. wide: bytes of a row of keys or values, the greater."""
-    first = _heuristic(rows, wide, device)
+def candidates(rows: int, wide: int, lean: bool, device: Device) -> list[Config]:
+    """Configurations to measure, the heuristic one first; arguments as it has them."""
+    first = _heuristic(rows, wide, lean, device)
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     choices = [(128, 64, 4, 2), (128, 64, 4, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (64, 128, 4, 3),
                (128, 32, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (64, 32, 4, 3),
                (64, 64, 8, 2), (64, 32, 8, 3)]  # fmt: skip
     others = [dict(zip(names, one, strict=True)) for one in choices]
-    return [
-        first,
-        *(one for one in others if one != first and 2 * one["BLOCK_N"] * one["num_stages"] * wide <= device.shared),
-    ]
+    fits = [one for one in others if 2 * one["BLOCK_N"] * one["num_stages"] * wide <= device.shared]
+    return [first, *(one for one in fits if one != first)]
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -250,8 +251,8 @@ def test_what_is_refused() -> None:
 
 def test_configurations_to_measure() -> None:
     for device in (A100, H200):
-        for wide in (64, 128, 256, 512, 1024):
-            found = candidates(4096, wide, device)
+        for wide, lean in itertools.product((64, 128, 256, 512, 1024), (False, True)):
+            found = candidates(4096, wide, lean, device)
             assert 0 < len(found) <= 20 and len({tuple(one.items()) for one in found}) == len(found)
 
 
