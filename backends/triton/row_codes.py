@@ -79,7 +79,9 @@ def settings(device: Device, kernel: str, rows: Tensor, inputs: int) -> tuple[in
     if k > WHOLE:
         return m, {"BLOCK": _LONG_BLOCK, "num_warps": _warps(_LONG_BLOCK), "num_stages": 1}
     problem = f"k={k} {str(rows.dtype).removeprefix('torch.')} {inputs}"
-    found = dict(tuned(device, kernel, problem, m) or heuristic(device, m, k, inputs * rows.dtype.itemsize))
+    width = inputs * rows.dtype.itemsize
+    known = tuned(device, kernel, problem, m, lambda: candidates(device, m, k, width))
+    found = dict(known or heuristic(device, m, k, width))
     tiles = triton.cdiv(m, found["ROWS"])
     resident = found.pop("PROGRAMS")
     return min(tiles, resident * device.processors) if resident else tiles, found
