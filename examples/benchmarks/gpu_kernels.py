@@ -22,6 +22,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,9 +49,8 @@ COPIED = 1 << 30  # bytes
 
 def limits(where: torch.device) -> dict[str, float]:
     """bandwidth: bytes a second of a copy, read and written. bf16, 8 bit: products and sums a second."""
-    source, target = (torch.empty(COPIED, dtype=torch.uint8, device=where) for _ in range(2))
-    bandwidth = 2 * COPIED / timing.seconds([lambda: target.copy_(source)])
-    del source, target
+    ends = [torch.empty(COPIED, dtype=torch.uint8, device=where) for _ in range(2)]
+    bandwidth = 2 * COPIED / timing.seconds([partial(ends[0].copy_, ends[1])])
     rate = 2 * SIDE**3 / timing.seconds(gpu_peers.cublas(SIDE, SIDE, SIDE, where), budget=0.5)
     return {"bandwidth": bandwidth, "bf16": rate, "8 bit": 2 * rate}
 
