@@ -7,8 +7,8 @@
 A decoder of Llama's structure with random weights is made on the device. Decoding: batch 1, a static cache of 1,024
 places of which 256 are filled; both models are compiled with CUDA graphs (mode "reduce-overhead"); time on the host of
 64 steps, each of which feeds its token to the next. Prompts: 2,048 tokens in one call, no cache. Every linear layer has
-the recipe's formats; what a compiled quantized model gives is compared with its reference arithmetic before it is timed.
-Exit code 1 where a result is wrong, 2 without a GPU.
+the recipe's formats; what a compiled quantized model gives is compared with its reference arithmetic, then timed. Exit
+code 1 where a result is wrong, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -241,7 +241,9 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
         if "goal" in row:
             state = "reached" if row["ratio"] >= row["goal"] else "missed"
             what = f"{row['model']} {row['phase']}, {row['by']}: times torch.compile"
-            console.print(f"goal: {what} >= {row['goal']:g}: {row['ratio']:.3f}, {state}", markup=False, highlight=False)
+            console.print(
+                f"goal: {what} >= {row['goal']:g}: {row['ratio']:.3f}, {state}", markup=False, highlight=False
+            )
 
 
 def profiled(name: str, layers: int | None, phase: str, where: torch.device, sizes: Sizes) -> str:

@@ -107,11 +107,15 @@ def _names() -> tuple[str, ...]:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+def test_without_a_gpu_it_says_so() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "needs an NVIDIA GPU" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_the_script_checks(tmp_path: Path) -> None:
     file = tmp_path / "numbers.json"
     command = [sys.executable, str(SCRIPT), "--check", "--only", "norm", "--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(file.read_text())["device"] == device.INTERPRETER.name
+    assert json.loads(file.read_text())["device"] == device.find(torch.device(DEVICE)).name

@@ -29,7 +29,8 @@ def test_a_model_runs_by_the_kernels_and_is_right(phase: str) -> None:
     assert second["ratio"] == first["seconds"] / second["seconds"] and second["goal"] > 1
     console = Console(record=True, width=150)
     gpu_models.show(console, [first, {**second, "ratio": 2.6}])
-    assert f"goal: tiny {phase}" in console.export_text() and "reached" in console.export_text(clear=False)
+    text = console.export_text()
+    assert f"goal: tiny {phase}" in text and "reached" in text
 
 
 def test_every_linear_layer_is_packed() -> None:
@@ -38,7 +39,6 @@ def test_every_linear_layer_is_packed() -> None:
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     assert len(layers) == 3 * 7 + 1 and all(layer.w_codes.device.type == DEVICE for layer in layers)
     assert not [m for m in model.modules() if type(m) is torch.nn.Linear]
-
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
