@@ -15,6 +15,7 @@ each the kernel is. Exit code 1 where a kernel failed or gave a wrong result, 2 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -115,6 +116,8 @@ def show(console: Console, rows: Sequence[dict[str, Any]], title: str) -> None:
 
 def run(console: Console, where: torch.device, only: Sequence[str], *, check: bool) -> dict[str, Any]:
     """Check all, then, unless `check`, time. The rows of both, the limits, the goals."""
+    gc.collect()
+    gc.freeze()  # a CUDA graph begins with a collection
     interpreted = device.find(where).interpreted
     first = [case for case in gpu_cases.checks(interpreted) if case.family in only]
     found: dict[str, Any] = {"device": device.find(where).name, "torch": torch.__version__, "checks": [], "rows": []}
@@ -133,6 +136,7 @@ def run(console: Console, where: torch.device, only: Sequence[str], *, check: bo
             if "failed" not in row:
                 measured(row, case, found["limits"], known)
             row.pop("made", None)
+            gc.collect()  # graphs hold their weights in cycles
             torch.cuda.empty_cache()
     show(console, found["rows"], f"{found['device']}, copies that pass the L2 cache, CUDA graphs")
     units = (("bandwidth", 1e9, "GB/s"), ("bf16", 1e12, "TFLOP/s"), ("8 bit", 1e12, "Top/s"))
