@@ -31,6 +31,9 @@ ERRORS = {torch.float16: 5e-3, torch.bfloat16: 2e-2, torch.float32: 5e-3}  # rel
 SIZES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336), (8192, 8192))  # N, K of usual models
 FORMATS = (("", "u4/g128"), ("", "i8/ch"), ("i8/tok", "i8/ch"), ("f8e4m3/tok", "f8e4m3/ch"), ("i8/tok", "i4/ch"))
 _SAME_INPUT = (re.compile(r"(q|k|v|query|key|value)(_proj|_lin)?"), re.compile(r"(gate|up)_proj|w[13]"))
+HEADS = 16
+WIDTHS = (64, 128)
+ATTENTION = (("i8/tok", "i8/tok", "", ""), ("f8e4m3/tok", "f8e4m3/tok", "", ""))
 _WORTH = 0.98  # of the time without a file that a configuration must not pass, so that noise writes nothing
 
 Measure = Callable[[Sequence[timing.Call]], float]
@@ -81,6 +84,34 @@ class Beside(nn.Module):
         return [layer(x) for layer in self.layers]
 
 
+class Attention(nn.Module):
+    """Attention of a prompt with rounded operands, as many heads of keys as of queries; formats: of q, k, v and p."""
+
+    def __init__(self, width: int, causal: bool, formats: Sequence[str], where: torch.device) -> None:
+        super().__init__()
+        self.width, self.causal, self.formats = width, causal, formats
+        self.register_buffer("place", torch.zeros(1, device=where))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [M, 3 * HEADS * width], queries, keys and values of M tokens -> [1, HEADS, M, width]."""
+        q, k, v = (part.unflatten(-1, (HEADS, self.width)).transpose(0, 1)[None] for part in x.chunk(3, -1))
+        steps: list[list[float]] = [[]] * 6
+        y: Tensor = torch.ops.qfx.quantized_attention(
+            q, k, v, None, None, *steps, self.width**-0.5, self.causal, 0.0, *self.formats
+        )
+        return y
+
+
+@dataclass(frozen=True)
+class OfAttention(Work):
+    """Attention. Its keys are read again and again, from the cache: no copies to pass that are wanted."""
+
+    @property
+    def read(self) -> int:
+        """More than any cache holds."""
+        return 1 << 40
+
+
 def works_of(model: nn.Module) -> list[Work]:
     """The distinct quantized linear layers of a model, and those of one parent that read rows of one width together.
 
@@ -111,6 +142,18 @@ def works_of_usual_models(where: torch.device, dtype: torch.dtype = torch.float1
     """Random layers of the sizes and formats that models usually have, made one after the other."""
     for (n, k), (x_format, w_format) in itertools.product(SIZES, FORMATS):
         yield random_work(n, k, x_format, w_format, where, dtype)
+    for width, causal, formats in itertools.product(WIDTHS, (True, False), ATTENTION):
+        yield attention_work(width, causal, formats, where, dtype)
+
+
+def attention_work(
+    width: int, causal: bool, formats: Sequence[str], where: torch.device, dtype: torch.dtype = torch.float16
+) -> Work:
+    """Attention with heads of `width` channels; formats: of q, k, v and p."""
+    named = " ".join(f"{role}={text}" for role, text in zip("qkvp", formats, strict=True) if text)
+    title = f"attention {width} {'causal ' if causal else ''}{named}"
+    module = Attention(width, causal, formats, where).eval()
+    return OfAttention(title, module, 3 * HEADS * width, dtype)
 
 
 def random_work(

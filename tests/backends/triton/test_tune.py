@@ -138,6 +138,14 @@ def test_copies_of_the_weights_take_turns(monkeypatch: pytest.MonkeyPatch) -> No
     assert set(seen) == {2}
 
 
+def test_attention_is_tuned() -> None:
+    one = tune.attention_work(16, True, ("i8/tok", "i8/tok", "", ""), torch.device(DEVICE))
+    (found,) = tune.tune(one, 20, timer(10.0, 5.0, 4.0, 9.0))
+    assert found.choice == ("quantized_attention", "d=32 dv=16 int8 float16 causal", "32")
+    assert not found.dropped and found.seconds == 4.0
+    assert found.best is not None and found.tried > 5
+
+
 def test_layers_of_a_model_once_each_and_those_that_read_the_same_together() -> None:
     model = qfx.quantize(tiny.build("llama"), "w8a8").to(torch.float16)
     found = tune.works_of(model)
