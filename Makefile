@@ -7,7 +7,7 @@ PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -n $(JOBS) --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint format clean
+.PHONY: help demo test test-all bench bench-gpu lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -26,6 +26,10 @@ bench: $(VENV)/.dev ## the benchmarks (nothing else should run meanwhile)
 	$(VENV)/bin/python examples/benchmarks/cpu_decoder.py --model tiny_lm --model llama-0.1b
 	$(VENV)/bin/python examples/benchmarks/quantize_cost.py
 	$(VENV)/bin/python examples/benchmarks/memory.py --model minilm --model llama-0.1b
+
+bench-gpu: $(VENV)/.dev ## the benchmarks on a GPU (nothing else should run on it meanwhile)
+	$(VENV)/bin/python examples/benchmarks/gpu_kernels.py
+	$(VENV)/bin/python examples/benchmarks/gpu_models.py
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(VENV)/bin/ruff check .

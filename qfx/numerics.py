@@ -80,21 +80,21 @@ def range_qparams(low: Tensor, high: Tensor, fmt: Format) -> QParams:
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     absmax = torch.maximum(-low, high)
     if fmt.has_zero:
-        scale = _store_scale(high / fmt.qmax - low / fmt.qmax, fmt)
+        scale = _store_scale(divided(high, fmt.qmax) - divided(low, fmt.qmax), fmt)
         zero = torch.round(-low / scale.to(torch.float32)).clamp(0, fmt.qmax)
         return QParams(scale, zero.to(torch.uint8))
     if fmt.scale_type == "e8m0" and fmt.type != "nf4":
         return QParams(_mx_scale(absmax, fmt), None)
     if fmt.nested:
-        scale = absmax / fmt.qmax
+        scale = divided(absmax, fmt.qmax)
         whole = nested.above(scale)
         return QParams(nested.encode(scale, whole), whole)
     if fmt.has_global_scale:
         total = absmax.amax() if absmax.numel() else absmax.new_zeros(())
-        whole = _guard(total / (fmt.qmax * _E4M3_MAX))
-        local = _store_scale(absmax / fmt.qmax / whole, fmt)
+        whole = _guard(divided(total, fmt.qmax * _E4M3_MAX))
+        local = _store_scale(divided(absmax, fmt.qmax) / whole, fmt)
         return QParams(local, whole)
-    return QParams(_store_scale(absmax / fmt.qmax, fmt), None)
+    return QParams(_store_scale(divided(absmax, fmt.qmax), fmt), None)
 
 
 def run_time_qparams(x: Tensor, fmt: Format, *, activation: bool = True) -> QParams:
@@ -230,6 +230,11 @@ def _pad(x: Tensor, size: int, dim: int) -> Tensor:
 def _guard(scale: Tensor) -> Tensor:
     """1 where the scale is zero or subnormal; NaN and Inf stay."""
     return torch.where(scale < TINY, torch.ones_like(scale), scale)
+
+
+def divided(x: Tensor, number: float) -> Tensor:
+    """x / number rounded once on every device: on a GPU torch multiplies by the reciprocal of a Python number."""
+    return x / (x.new_full((), number) if x.device.type == "cuda" else number)
 
 
 def _store_scale(scale: Tensor, fmt: Format) -> Tensor:

@@ -51,7 +51,8 @@ class Lowered:
         self.first_call: float | None = None
         self._changed = _written_in_place(gm)
         self._count = len(gm.graph.output_node().args[0]) + len(self._changed)  # type: ignore[arg-type]
-        self._copied = mode is not None and "cudagraphs" not in mode  # graphs of CUDA reuse the memory of outputs
+        graphs = mode not in (None, "eager") and "cudagraphs" not in str(mode)
+        self._copied = graphs  # graphs of CUDA reuse the memory of outputs
         gm.recompile()
         self._run: Callable[..., Any] = gm if mode == "eager" else _compiled(gm, mode)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -45,6 +46,8 @@ def run(
     folder = _folder(out, shipped)
     works: Sequence[Work] | Iterable[Work] = _works(console, model, recipe, torch.device(device), _DTYPES[dtype])
     results: list[Tuned] = []
+    gc.collect()
+    gc.freeze()  # what is there stays; a CUDA graph begins with a collection
     path = tuning.file_of(folder, found)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("tune", total=None if model is None else len(list(works)) * len(counts))
@@ -53,6 +56,7 @@ def run(
                 progress.update(bar, description=f"{work.name}, {count} rows", advance=1)
                 done = list(tune.tune(work, count, measure, known={one.choice for one in results}))
                 results += done
+                gc.collect()  # graphs hold their weights in cycles
                 if table := tune.table_of(done):
                     path = tuning.write(folder, found, table)
     _show(console, results)

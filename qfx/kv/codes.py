@@ -265,7 +265,8 @@ def encode(x: Tensor, fmt: Format, *, by_tokens: bool) -> tuple[Tensor, QParams 
 
 def _bytes(x: Tensor) -> tuple[Tensor, QParams]:
     """i8/tok/f16 as `numerics` rounds it, in few steps, for it is done for every token."""
-    scale = (x.abs().amax(-1, keepdim=True).to(torch.float32) / 127).clamp_(2.0**-24, 65504).to(torch.float16)
+    scale = numerics.divided(x.abs().amax(-1, keepdim=True).to(torch.float32), 127)
+    scale = scale.clamp_(2.0**-24, 65504).to(torch.float16)
     codes = (x / scale.to(torch.float32)).round_().clamp_(-127, 127)
     return codes.to(torch.int8), QParams(scale, None)
 
@@ -279,7 +280,7 @@ def _params(rows: Tensor, fmt: Format) -> QParams:
     middle, half = (high + low) / 2, (high - low) / 2 * share
     low, high = middle - half, middle + half
     dtype = zero_dtype(fmt)
-    step = torch.maximum((high - low) / fmt.qmax, low.abs() / _LARGEST[dtype])
+    step = torch.maximum(numerics.divided(high - low, fmt.qmax), numerics.divided(low.abs(), _LARGEST[dtype]))
     scale = numerics.range_qparams(torch.zeros_like(step), step * fmt.qmax, fmt).scale
     zero = torch.round(-low / scale.to(torch.float32)).clamp(-_LARGEST[dtype], _LARGEST[dtype])
     return QParams(scale, zero.to(dtype))

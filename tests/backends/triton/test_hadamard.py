@@ -12,7 +12,7 @@ from qfx.backends.triton.device import A100, H100
 from qfx.backends.triton.hadamard import candidates, hadamard, hadamard_quantize, layout, pack_hadamard, reason_against
 from qfx.backends.triton.launch import recorded
 from qfx.format import Format
-from qfx.numerics import dequantize, quantize
+from qfx.numerics import dequantize, quantize, run_time_qparams
 from tests.backends.triton.cases import BF16_STEP, DEVICE, meta
 
 DTYPES = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 2 * BF16_STEP}
@@ -70,7 +70,7 @@ def test_codes_are_those_of_the_rounded_result(fmt: str, size: int, blocks: int)
     codes, scale, _ = torch.ops.qfx_triton.hadamard_quantize(x, packed, size, False, fmt)
     y = hadamard(x, packed, size, False)
     parsed = Format.parse(fmt)
-    assert torch.equal(scale, (y.float().abs().amax(-1, keepdim=True) / parsed.qmax))
+    assert torch.equal(scale, run_time_qparams(y, parsed).scale)
     expected = quantize(y, parsed, scale)
     assert torch.equal(codes.float(), expected.float())
     assert relative(dequantize(codes, parsed, scale), y) < (0.02 if fmt == "i8/tok" else 0.04)

@@ -134,5 +134,5 @@ def test_nothing_is_said_where_all_runs_as_asked() -> None:
         compiled(x)
     report = qfx.report(compiled)
     assert [row.kernel for row in report] == ["gemm8 i8/tok x i8/ch (Triton)"]
-    assert report.first_calls is not None and not report.notes
+    assert report.first_calls is not None and not [note for note in report.notes if not note.minor]
     torch._dynamo.reset()

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qfx import graph, run
-from qfx.backends.triton.device import INTERPRETER
+from qfx.backends.triton import device
 from qfx.backends.triton.rules_linear import linear
 from qfx.backends.triton.site import Site
 from qfx.pipeline import apply_plan, prepare
 from qfx.recipe import Recipe
+from tests.backends.triton.cases import DEVICE
 from tests.graphs import capture
 
 K = 32
@@ -21,7 +22,7 @@ K = 32
 
 def inputs(dtype: torch.dtype = torch.float32, rows: int = 3) -> Tensor:
     """x [rows, K]."""
-    return torch.randn(rows, K, generator=torch.Generator().manual_seed(3)).to(dtype)
+    return torch.randn(rows, K, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
 
 
 class Gated(nn.Module):
@@ -35,7 +36,7 @@ class Gated(nn.Module):
         self.first = nn.Linear(K, K, bias=False)
         self.gate, self.up = nn.Linear(K, 48), nn.Linear(K, 48, bias=False)
         self.down = nn.Linear(48, K)
-        self.to(dtype)
+        self.to(DEVICE, dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         total = x + self.first(x)
@@ -59,7 +60,7 @@ def lowered(gm: fx.GraphModule) -> fx.GraphModule:
     own = graph.copy(gm)
     for node in list(own.graph.nodes):
         if graph.schema_name(node) == "qfx::linear":
-            assert not isinstance(linear(Site(own, node, INTERPRETER)), str)
+            assert not isinstance(linear(Site(own, node, device.find(torch.device(DEVICE)))), str)
     run.settle(own)
     return own
 

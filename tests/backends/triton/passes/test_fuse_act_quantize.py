@@ -44,7 +44,7 @@ def gated(own: Any, x: Tensor, y: Tensor) -> Any:
 
 def test_golden_text() -> None:
     x = inputs(torch.float16)
-    gm = capture(Function(gated, s=torch.rand(32) + 0.5), x, x.flip(0))
+    gm = capture(Function(gated, s=torch.rand(32) + 0.5).to(x.device), x, x.flip(0))
     assert text(gm) == BEFORE
     found = ran(gm, fuse_act_quantize)
     assert text(found) == AFTER

@@ -14,6 +14,7 @@ from qfx.backends.triton.passes._nodes import computed
 from qfx.backends.triton.passes.merge_siblings import merge_siblings
 from qfx.format import Format
 from qfx.packing import pack_weight
+from tests.backends.triton.cases import DEVICE
 from tests.backends.triton.passes.lowered import Gated, K, inputs, outputs, quantized, ran
 from tests.graphs import Function, after, counts, error, text
 
@@ -81,7 +82,7 @@ def linears(scales: tuple[float, ...], smooth: tuple[float, ...] = (), bias: int
     model = Function(run)
     for name, tensor in held.items():
         model.register_buffer(name, tensor)
-    return model
+    return model.to(DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_fixed_scales_and_factors_have_to_be_equal(model: nn.Module, groups: int
 
 
 def test_one_weight_read_twice_is_not_laid_below_itself() -> None:
-    layer = nn.Linear(K, 8)
+    layer = nn.Linear(K, 8, device=DEVICE)
     model = Function(lambda own, x: (own.fc(x), own.fc(x) + 1), fc=layer)
     gm = quantized(model, inputs())
     assert counts(ran(gm, merge_siblings)) == counts(gm)

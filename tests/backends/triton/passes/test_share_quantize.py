@@ -61,7 +61,7 @@ def test_fixed_scales_are_the_same_where_their_values_are() -> None:
         return tuple(torch.ops.qfx_triton.quantize_static(x, None, scale, None, "i8") for scale in args)
 
     scales = {"s": torch.tensor(0.5), "t": torch.tensor(0.5), "u": torch.tensor(0.25)}
-    assert same(share_quantize, Function(static, **scales), inputs(), limit=0.0) == 1
+    assert same(share_quantize, Function(static, **scales).to(DEVICE), inputs(), limit=0.0) == 1
 
 
 def test_gate_and_up_share_their_codes() -> None:

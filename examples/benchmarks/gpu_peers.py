@@ -1,0 +1,67 @@
+"""What the kernels of `gpu_kernels.py` are compared with: calls on copies of the weights, random data."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from qfx.backends.triton import timing
+
+Calls = list[timing.Call]
+CUBLAS, SDPA = "cuBLAS bf16", "SDPA"
+INT_MM, SCALED_MM = "torch._int_mm", "torch._scaled_mm"
+
+
+def copies(read: int, where: torch.device) -> int:
+    """So many of `read` bytes pass the L2 cache twice."""
+    return timing.copies(read, timing.cache_bytes(where))
+
+
+def cublas(n: int, k: int, rows: int, where: torch.device) -> Calls:
+    """x [rows, k] times a weight [n, k] of bf16."""
+    x = torch.randn(rows, k, device=where, dtype=torch.bfloat16)
+    weights = [torch.randn(n, k, device=where, dtype=torch.bfloat16) for _ in range(copies(2 * n * k, where))]
+    return [partial(nn.functional.linear, x, w) for w in weights]
+
+
+def int_mm(n: int, k: int, rows: int, where: torch.device) -> Calls:
+    """Codes times codes, int32 results."""
+    x = torch.randint(-127, 128, (rows, k), device=where, dtype=torch.int8)
+    weights = [torch.randint(-127, 128, (n, k), device=where, dtype=torch.int8) for _ in range(copies(n * k, where))]
+    return [partial(torch._int_mm, x, w.t()) for w in weights]
+
+
+def scaled_mm(n: int, k: int, rows: int, where: torch.device) -> Calls:
+    """e4m3 times e4m3 with scales of rows and of columns."""
+    x = torch.randn(rows, k, device=where).to(torch.float8_e4m3fn)
+    weights = [torch.randn(n, k, device=where).to(torch.float8_e4m3fn) for _ in range(copies(n * k, where))]
+    scales = {"scale_a": torch.ones(rows, 1, device=where), "scale_b": torch.ones(1, n, device=where)}
+    return [partial(torch._scaled_mm, x, w.t(), **scales, out_dtype=torch.bfloat16) for w in weights]
+
+
+def torchao(n: int, k: int, rows: int, w_format: str, where: torch.device) -> Calls:
+    """torchao's weight-only layer of 8 or 4 bits."""
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    x = torch.randn(rows, k, device=where, dtype=torch.bfloat16)
+    layers = [nn.Linear(k, n, bias=False, device=where, dtype=torch.bfloat16) for _ in range(copies(n * k // 2, where))]
+    for layer in layers:
+        quantize_(layer, Int8WeightOnlyConfig() if w_format == "i8/ch" else Int4WeightOnlyConfig(group_size=128))
+    return [partial(layer, x) for layer in layers]
+
+
+def sdpa(
+    batch: int, heads: tuple[int, int], queries: int, tokens: int, width: int, dtype: torch.dtype, causal: bool,
+    where: torch.device,
+) -> Calls:  # fmt: skip
+    """torch's attention over floats; heads: of queries, and of keys and values."""
+    read = 2 * batch * heads[1] * tokens * width * dtype.itemsize
+    q = torch.randn(batch, heads[0], queries, width, device=where, dtype=dtype)
+    pairs = [
+        [torch.randn(batch, heads[1], tokens, width, device=where, dtype=dtype) for _ in range(2)]
+        for _ in range(copies(read, where))
+    ]
+    run = nn.functional.scaled_dot_product_attention
+    return [partial(run, q, *pair, is_causal=causal, enable_gqa=True) for pair in pairs]

@@ -1,0 +1,242 @@
+"""What each case of `gpu_cases.py` runs: a kernel on random data, its reference in f32, its peers.
+
+A function gives calls of the kernel on as many copies of what it reads as pass the L2 cache twice, the result of the
+reference, the least bytes and the arithmetic of a call, and calls of the peers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from examples.benchmarks import gpu_peers
+from examples.benchmarks.gpu_peers import CUBLAS, INT_MM, SCALED_MM, SDPA, Calls, copies
+from qfx.backends.triton import cache_append as _append  # noqa: F401  (each registers its ops)
+from qfx.backends.triton import cache_attention as _cache  # noqa: F401
+from qfx.backends.triton import gemm8, hadamard, lowering, timing, tune
+from qfx.backends.triton import quantized_attention as _attention  # noqa: F401
+from qfx.backends.triton.act_quantize import act_quantize
+from qfx.backends.triton.norm_quantize import norm_quantize
+from qfx.capture import capture_export
+from qfx.format import Format
+from qfx.kv.formats import cache_formats
+from qfx.kv.packed_ops import allocate, spec_of
+from qfx.modules import QuantEmbedding, QuantLinear
+from qfx.numerics import dequantize, quantize, run_time_qparams
+from qfx.packing import pack_weight
+
+own, reference = torch.ops.qfx_triton, torch.ops.qfx
+
+
+def _listed(made: Any) -> list[Tensor]:
+    return [made] if isinstance(made, Tensor) else list(made)
+
+
+@dataclass
+class Made:
+    """calls: of the kernel, on copies. expected: of the first. bytes, products: the least of one call.
+
+    shown: what a call gives, in the form of `expected`.
+    """
+
+    kernel: str
+    calls: Calls
+    expected: Callable[[], list[Tensor]]
+    bytes: int
+    products: int = 0
+    peers: dict[str, Callable[[], Calls]] = field(default_factory=dict)
+    shown: Callable[[Any], list[Tensor]] = _listed
+
+    def error(self) -> float:
+        """The greatest relative error of what the first call gives into poisoned memory."""
+        with timing.poisoned():
+            found = self.shown(self.calls[0]())
+        return max(timing.relative_error(a, b) for a, b in zip(found, self.expected(), strict=True))
+
+
+def _lowered(module: nn.Module, x: Tensor, count: int) -> tuple[Calls, str]:
+    """A module lowered so many times, each with weights of its own, and what its kernel is called."""
+    gm = capture_export(module, (x,), dynamic=False).gm
+    made = [lowering.lower(gm, mode="eager") for _ in range(count)]
+    names = [name for name in made[0].kernels.values() if "(Triton)" in name]
+    if not names:
+        raise ValueError(f"no kernel of Triton: {'; '.join(note.reason for note in made[0].notes)}")
+    return [partial(run, x) for run in made], names[-1]
+
+
+def linear(n: int, k: int, rows: int, x_format: str, w_format: str, dtype: torch.dtype, where: torch.device) -> Made:
+    """A linear layer as a compiled model runs it: rows are quantized, then multiplied."""
+    work = tune.random_work(n, k, x_format, w_format, where, dtype)
+    x = torch.randn(rows, k, device=where).to(dtype)
+    calls, kernel = _lowered(work.module, x, copies(work.read, where))
+    peers = _peers_of_linear(n, k, rows, x_format, where)
+    if not x_format and w_format in ("u4/g128", "i8/ch") and importlib.util.find_spec("torchao") is not None:
+        peers["torchao"] = partial(gpu_peers.torchao, n, k, rows, w_format, where)
+    moved = work.read + x.nbytes + rows * n * dtype.itemsize
+    return Made(kernel, calls, lambda: [work.module(x.float())], moved, 2 * rows * n * k, peers)
+
+
+def product(n: int, k: int, rows: int, x_format: str, w_format: str, where: torch.device) -> Made:
+    """Codes times codes alone, of rows that are quantized already."""
+    work = tune.random_work(n, k, x_format, w_format, where, torch.bfloat16)
+    layer = work.module
+    assert isinstance(layer, QuantLinear)
+    x = torch.randn(rows, k, device=where).to(torch.bfloat16)
+    codes, scale, zero = own.quantize_dynamic(x, None, x_format)
+    packed = (layer.w_codes, layer.w_scale, layer.w_zero, w_format, k)
+    weights = [gemm8.pack_gemm8(*packed) for _ in range(copies(work.read, where))]
+    rest = (None, None, x_format, w_format, "", "bf16")
+    calls: Calls = [partial(own.gemm8, codes, scale, zero, w, *rest) for w in weights]
+    peers = _peers_of_linear(n, k, rows, x_format, where)
+    moved = work.read + codes.nbytes + rows * n * 2
+    return Made("gemm8", calls, lambda: [layer(x.float())], moved, 2 * rows * n * k, peers)
+
+
+def _peers_of_linear(n: int, k: int, rows: int, x_format: str, where: torch.device) -> dict[str, Callable[[], Calls]]:
+    found: dict[str, Callable[[], Calls]] = {CUBLAS: partial(gpu_peers.cublas, n, k, rows, where)}
+    if x_format.startswith("i8") and rows > 16:
+        found[INT_MM] = partial(gpu_peers.int_mm, n, k, rows, where)
+    if x_format.startswith("f8") and rows > 16:
+        found[SCALED_MM] = partial(gpu_peers.scaled_mm, n, k, rows, where)
+    return found
+
+
+def _values(made: Sequence[Tensor], fmt: Format, k: int) -> list[Tensor]:
+    """The rows that codes [M, k or more] and scales stand for; then the rest of what an op gave, but zero points."""
+    codes, scale, _, *rest = made
+    return [dequantize(codes[..., :k], fmt, scale, None), *rest]
+
+
+def _rounded(y: Tensor, fmt: Format) -> Tensor:
+    scale = run_time_qparams(y, fmt).scale
+    return dequantize(quantize(y, fmt, scale), fmt, scale, None)
+
+
+def norm(rows: int, k: int, text: str, dtype: torch.dtype, where: torch.device) -> Made:
+    """x + residual, RMSNorm, codes of the rows; the sum stays."""
+    fmt, weight = Format.parse(text), torch.rand(k, device=where).to(dtype)
+    count = copies(4 * rows * k, where)
+    pairs = [[torch.randn(rows, k, device=where).to(dtype) for _ in range(2)] for _ in range(count)]
+    rest = (weight, None, 1e-6, False, None, None, None, text, False, True)
+
+    def expected() -> list[Tensor]:
+        total = (pairs[0][0] + pairs[0][1]).float()
+        mean = total.square().mean(-1, keepdim=True)
+        y = (total * torch.rsqrt(mean + 1e-6) * weight.float()).to(dtype)
+        return [_rounded(y.float(), fmt), total]
+
+    calls: Calls = [partial(norm_quantize, *pair, *rest) for pair in pairs]
+    moved = rows * k * (3 * dtype.itemsize + 1) + 4 * rows
+    return Made("norm_quantize", calls, expected, moved, shown=partial(_values, fmt=fmt, k=k))
+
+
+def activation(rows: int, k: int, text: str, dtype: torch.dtype, where: torch.device) -> Made:
+    """silu(x) * up, codes of the rows; both are halves of one tensor."""
+    fmt, count = Format.parse(text), copies(4 * rows * k, where)
+    inputs = [torch.randn(rows, 2 * k, device=where).to(dtype) for _ in range(count)]
+
+    def expected() -> list[Tensor]:
+        x = inputs[0]
+        return [_rounded((nn.functional.silu(x[:, :k]) * x[:, k:]).float(), fmt)]
+
+    calls: Calls = [partial(act_quantize, x[:, :k], x[:, k:], "silu", None, None, None, text, False) for x in inputs]
+    moved = rows * k * (2 * dtype.itemsize + 1) + 4 * rows
+    return Made("act_quantize", calls, expected, moved, shown=partial(_values, fmt=fmt, k=k))
+
+
+def alone(rows: int, k: int, text: str, dtype: torch.dtype, where: torch.device) -> Made:
+    """Codes of rows."""
+    fmt, count = Format.parse(text), copies(2 * rows * k, where)
+    inputs = [torch.randn(rows, k, device=where).to(dtype) for _ in range(count)]
+    calls: Calls = [partial(own.quantize_dynamic, x, None, text) for x in inputs]
+    moved = rows * k * (dtype.itemsize + 1) + 4 * rows
+    return Made("quantize_dynamic", calls, lambda: [_rounded(inputs[0].float(), fmt)], moved,
+                shown=partial(_values, fmt=fmt, k=k))  # fmt: skip
+
+
+def rotation(rows: int, k: int, size: int, dtype: torch.dtype, where: torch.device) -> Made:
+    """Blocks of channels rotated."""
+    inputs = [torch.randn(rows, k, device=where).to(dtype) for _ in range(copies(2 * rows * k, where))]
+    packed = hadamard.pack_hadamard(size, 1, device=where)
+    calls: Calls = [partial(own.hadamard, x, packed, size, False) for x in inputs]
+    moved = 2 * rows * k * dtype.itemsize
+    return Made("hadamard", calls, lambda: [reference.hadamard(inputs[0].float(), size, 1, False)], moved)
+
+
+def embedding(table: int, k: int, rows: int, w_format: str, dtype: torch.dtype, where: torch.device) -> Made:
+    """Rows of a packed table."""
+    packed = pack_weight(torch.randn(table, k, device=where), Format.parse(w_format))
+    module = QuantEmbedding(packed, None, dtype=dtype).eval()
+    ids = torch.randint(0, table, (rows,), device=where)
+    calls, kernel = _lowered(module, ids, 1)
+    moved = rows * (Format.parse(w_format).row_bytes(k) + dtype.itemsize * k)
+    return Made(kernel, calls, lambda: [module(ids)], moved)
+
+
+def decode(
+    batch: int, tokens: int, kv: Any, heads: tuple[int, int], width: int, dtype: torch.dtype, where: torch.device
+) -> Made:
+    """One query of each sequence over a cache of few bits."""
+    fmt = cache_formats(kv, 1)[0]
+    k, v = (torch.randn(batch, heads[1], tokens, width, device=where).to(dtype) for _ in range(2))
+    like, one = k[:, :, :0], torch.tensor(tokens, device=where)
+    memory, spec = allocate(fmt, like, like, tokens + 1), spec_of(fmt, like, like, tokens + 1)
+    own.cache_append(memory, k, v, torch.zeros_like(one), spec)
+    own.cache_append(memory, k[:, :, :1], v[:, :, :1], one, spec)  # what came before is rounded now
+    q, read = torch.randn(batch, heads[0], 1, width, device=where).to(dtype), sum(t.nbytes for t in memory)
+    memories = [memory, *([t.clone() for t in memory] for _ in range(copies(read, where) - 1))]
+    rest = (one + 1, None, width**-0.5, False, spec)
+    wide = [t.float() if t.dtype == dtype else t for t in memory]
+    peer = partial(gpu_peers.sdpa, batch, heads, 1, tokens + 1, width, torch.bfloat16, False, where)
+    return Made(
+        f"cache_attention {kv}", [partial(own.cache_attention, q, m, *rest) for m in memories],
+        lambda: [reference.cache_attention(q.float(), wide, *rest)], read, 4 * batch * heads[0] * tokens * width,
+        {SDPA: peer},
+    )  # fmt: skip
+
+
+def append(tokens: int, kv: Any, where: torch.device) -> Made:
+    """Tokens stored in few bits, as they are read again."""
+    fmt, length = cache_formats(kv, 1)[0], 2 * tokens + 1
+    k, v = (torch.randn(1, 2, length, 64, device=where) for _ in range(2))
+    like = k[:, :, :0]
+    spec = spec_of(fmt, like, like, length)
+
+    def stored(ops: Any) -> list[Tensor]:
+        memory, at = allocate(fmt, like, like, length), 0
+        for count in (tokens, 1, tokens):
+            part = slice(at, at + count)
+            ops.cache_append(memory, k[:, :, part], v[:, :, part], torch.tensor(at, device=where), spec)
+            at += count
+        return [t.float() for t in reference.cache_read(memory, torch.tensor(length, device=where), spec)]
+
+    return Made(f"cache_append {kv}", [partial(stored, own)], partial(stored, reference), 0)
+
+
+def prefill(
+    tokens: int, heads: tuple[int, int], width: int, q_format: str, k_format: str, causal: bool, where: torch.device
+) -> Made:
+    """Attention of a prompt, queries and keys rounded, keys without their mean."""
+    q, k, v = (torch.randn(1, h, tokens, width, device=where).half() for h in (heads[0], heads[1], heads[1]))
+    rest = (None, None, *([] for _ in range(6)), width**-0.5, causal, 0.0, q_format, k_format, "", "")
+    share = heads[0] // heads[1]
+
+    def expected() -> list[Tensor]:  # head by head: the reference holds all weights of a head
+        parts = []
+        for h in range(heads[0]):
+            g = h // share
+            part = (x.float() for x in (q[:, h : h + 1], k[:, g : g + 1], v[:, g : g + 1]))
+            parts.append(reference.quantized_attention(*part, *rest).half())
+        return [torch.cat(parts, 1)]
+
+    products = 4 * heads[0] * tokens * tokens * width // (2 if causal else 1)
+    peer = partial(gpu_peers.sdpa, 1, heads, tokens, tokens, width, torch.float16, causal, where)
+    moved = 2 * q.nbytes + k.nbytes + v.nbytes
+    return Made("quantized_attention", [partial(own.quantized_attention, q, k, v, *rest)], expected, moved, products,
+                {f"{SDPA} f16": peer})  # fmt: skip
