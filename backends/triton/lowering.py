@@ -114,8 +114,11 @@ def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Lowered:
             kernels.update(dict.fromkeys(names, f"{graph.schema_name(node)} (torch)"))
             reason = f"runs in torch's reference arithmetic, which is slow: {told}"
             notes += [Note(fqns[name], reason, _STEP, source_line(node) or "") for name in names]
-        else:
-            kernels.update(dict.fromkeys(names, told.kernel))
+            continue
+        kernels.update(dict.fromkeys(names, told.kernel))
+        if told.told:
+            step = "give both formats integers, per token and per channel or in groups of 32 columns"
+            notes += [Note(fqns[name], told.told, step, source_line(node) or "", minor=True) for name in names]
     graph.clean(own)
     fuse(own, kernels)
     own = graph.copy(own)  # without the tensors that no node reads any more

@@ -7,7 +7,7 @@ from typing import Any
 
 from qfx import float_ops, graph
 from qfx.backends.triton.rules_attention import cache_append, cache_attention, quantized_attention
-from qfx.backends.triton.rules_linear import linear
+from qfx.backends.triton.rules_linear import embedding, linear
 from qfx.backends.triton.rules_rotation import hadamard
 from qfx.backends.triton.site import Rule, Site, Taken
 
@@ -29,7 +29,7 @@ def _without(what: str) -> Rule:
 
 RULES: dict[str, Rule] = {
     "qfx::linear": linear,
-    "qfx::embedding": _without("embeddings, yet"),
+    "qfx::embedding": embedding,
     "qfx::hadamard": hadamard,
     "qfx::quantized_attention": quantized_attention,
     "qfx::cache_attention": cache_attention,

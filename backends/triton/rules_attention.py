@@ -28,13 +28,13 @@ def quantized_attention(site: Site) -> Taken | str:
 
 def cache_attention(site: Site) -> Taken | str:
     """qfx::cache_attention over the codes as they lie."""
-    if reason := cache_layout.reason_against(site.given["spec"]):
+    if reason := cache_layout.reason_against(site.given["spec"], site.device):
         return reason
     return site.put(qfx_triton.cache_attention.default, *site.given.values(), kernel="cache_attention (Triton)")
 
 
 def cache_append(site: Site) -> Taken | str:
     """qfx::cache_append, in place (see `write_in_place`)."""
-    if reason := cache_layout.reason_against(site.given["spec"]):
+    if reason := cache_layout.reason_against(site.given["spec"], site.device):
         return reason
     return site.put(qfx_triton.cache_append.default, *site.given.values(), kernel="cache_append (Triton)")

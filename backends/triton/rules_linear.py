@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from qfx import graph
+from qfx.backends.triton import embedding as tables
 from qfx.backends.triton import gemm4, gemm8, weight_only
 from qfx.backends.triton.library import define
 from qfx.backends.triton.site import Site, Taken, once
@@ -104,7 +105,11 @@ def _of_rounded(site: Site, given: dict[str, Any], k: int) -> Taken | str:
         if dtype != torch.float32:
             y = call(site.gm, torch.ops.aten._to_copy.default, y, dtype=dtype, like=site.node)
     take_place(site.node, y)
-    return Taken(f"linear_weight_only {w_format} of an input rounded to {given['x_format']} (Triton)")
+    told = (
+        f"no tensor core multiplies x={given['x_format']} by w={w_format}: x is rounded by itself, and the product is"
+    )
+    told += " one of floats, without the speed of integers"
+    return Taken(f"linear_weight_only {w_format} of an input rounded to {given['x_format']} (Triton)", told)
 
 
 def _only(site: Site, given: dict[str, Any], k: int) -> tuple[list[Any], str]:
@@ -126,14 +131,13 @@ def _packed(site: Site, given: dict[str, Any], family: str, pack: Any) -> list[A
 def embedding(site: Site) -> Taken | str:
     """qfx::embedding by its kernel, which reads the table as it is stored."""
     given = site.given
-    w_format, dim, dtype = given["w_format"], given["dim"], _DTYPES.get(given["dtype"])
-    if dtype is None:
+    if given["dtype"] not in tables.DTYPES:
         return f"its result is {given['dtype']}"
-    if reason := tables.reason_against(w_format, site.device):
+    if reason := tables.reason_against(given["w_format"], site.device):
         return reason
-    table = _packed(site, given, "embedding", lambda *w: tables.pack_embedding(*w, w_format, dim))
-    arguments = (given["ids"], table, w_format, dim, dtype)
-    return site.put(qfx_triton.embedding.default, *arguments, kernel=f"embedding {w_format} (Triton)")
+    names = ("ids", "w", "w_scale", "w_zero", "w_format", "dim", "dtype")
+    kernel = f"embedding {given['w_format']} (Triton)"
+    return site.put(qfx_triton.embedding.default, *(given[name] for name in names), kernel=kernel)
 
 
 def rounded_input(

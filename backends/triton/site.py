@@ -22,9 +22,10 @@ PREFIX = "triton"
 
 @dataclass(frozen=True)
 class Taken:
-    """A node was replaced. kernel: for the report."""
+    """A node was replaced. kernel: for the report. told: how its computation is not what one might expect, else ""."""
 
     kernel: str
+    told: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What was trained is what runs: each operator as the prepared model computes it in eval mode, converted, in Triton, and
+"""What was trained is what runs: each operator as the prepared model computes it in eval mode, converted, in Triton and
 in files.
 
 Weights are equal bit for bit. Products are those of equal codes: their sums differ in the last bits alone, but where a

@@ -14,6 +14,7 @@ import qfx
 from qfx.backends.triton import device, lower
 from qfx.backends.triton.device import Device
 from qfx.errors import QfxWarning, UnsupportedError
+from qfx.options import Options
 from qfx.pipeline import apply_plan, prepare
 from qfx.recipe import Recipe
 from tests.backends.triton.cases import DEVICE
@@ -72,7 +73,7 @@ def test_what_the_graph_holds_is_left_as_it_was() -> None:
 
 def test_a_node_without_a_kernel_is_told_and_refused_when_strict() -> None:
     model = nn.Linear(40, 24, device=DEVICE).eval()
-    options = {"recipe": Recipe.parse("w8a8").override(rules=({"target": "*", "w": "i4/g10"},)), "backend": "triton"}
+    options: dict[str, Any] = {"recipe": Recipe.parse("w8a8").override(rules=({"target": "*", "w": "i4/g10"},)), "backend": "triton"}
     x = torch.randn(3, 40, device=DEVICE)
     with torch.no_grad():
         with pytest.warns(QfxWarning, match=r"torch's reference arithmetic, which is slow: .*i4/g10"):
@@ -90,7 +91,10 @@ def test_without_a_gpu_onnx_runtime_runs_it_and_that_is_told(monkeypatch: pytest
     monkeypatch.setattr(device, "interpreting", lambda: False)
     model, x = nn.Linear(40, 24).eval(), torch.randn(3, 40)
     compiled = torch.compile(model, backend="qfx", options={"backend": "triton", "cache": False})
-    with torch.no_grad(), pytest.warns(QfxWarning, match=r"runs in ONNX Runtime, since Triton does not take it.*no GPU"):
+    with (
+        torch.no_grad(),
+        pytest.warns(QfxWarning, match=r"runs in ONNX Runtime, since Triton does not take it.*no GPU"),
+    ):
         assert compiled(x).shape == (3, 24)
     torch._dynamo.reset()
 
@@ -112,7 +116,7 @@ def test_triton_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match="pip install triton"):
         lower(capture(Cache(), *given()))
     with pytest.raises(ValueError, match="'triton' is not installed"):
-        qfx.options.Options.parse({"backend": "triton"})
+        Options.parse({"backend": "triton"})
 
 
 def test_the_mode_is_for_graphs_on_a_gpu() -> None:

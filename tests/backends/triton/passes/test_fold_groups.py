@@ -45,7 +45,8 @@ def test_one_query_reads_the_keys_once() -> None:
 %v: f32[2,2,5,4] = input
 %mask: b1[2,1,1,5] = input
 %reshape: f32[2,2,3,8] = aten.reshape(%q, [2, 2, 3, 8])
-%scaled_dot_product_attention: f32[2,2,3,4] = aten.scaled_dot_product_attention(%reshape, %k, %v, %mask, 0.0, False, scale=0.3)
+%scaled_dot_product_attention: f32[2,2,3,4] = \
+aten.scaled_dot_product_attention(%reshape, %k, %v, %mask, 0.0, False, scale=0.3)
 %reshape_1: f32[2,6,1,4] = aten.reshape(%scaled_dot_product_attention, [2, 6, 1, 4])
 return [%reshape_1]
 """
