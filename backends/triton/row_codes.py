@@ -116,10 +116,12 @@ def settings(
     m, k = rows.shape
     if k > WHOLE:
         return m, {"BLOCK": _LONG_BLOCK, "num_warps": _warps(_LONG_BLOCK), "num_stages": 1}
-    problem = f"k={k} {str(rows.dtype).removeprefix('torch.')} {inputs}"
-    width = inputs * rows.dtype.itemsize
+    read = [t.dtype for t in (rows, other, smooth) if t is not None]  # tiles of each are on their way together
+    problem = f"k={k} {str(rows.dtype).removeprefix('torch.')}"
+    problem += ("" if other is None else " two") + ("" if smooth is None else " smooth")
+    width = sum(dtype.itemsize for dtype in read)
     known = tuned(device, kernel, problem, m, lambda: candidates(device, m, k, width))
-    found = dict(known or heuristic(device, m, k, width))
+    found = dict(known or heuristic(device, m, k, width, held))
     tiles = triton.cdiv(m, found["ROWS"])
     resident = found.pop("PROGRAMS")
     return min(tiles, resident * device.processors) if resident else tiles, found
