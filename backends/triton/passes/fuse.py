@@ -17,7 +17,8 @@ _FUSED = ("qfx_triton::norm_quantize", "qfx_triton::act_quantize", "qfx_triton::
 
 def fuse(gm: fx.GraphModule, kernels: dict[str, str]) -> bool:
     """Share and fuse the quantization of activations. kernels: by node name, told of the nodes that are fused away."""
-    changed = [run(gm) for run in (share_quantize, fuse_residual, fuse_norm_quantize, fuse_act_quantize)]
+    passes = (share_quantize, fuse_residual, fuse_norm_quantize, fuse_act_quantize, fuse_hadamard_quantize)
+    changed = [run(gm) for run in passes]
     for node in gm.graph.nodes:
         names = [name for name in computed(node) if name in kernels]
         if graph.schema_name(node) in _FUSED:
