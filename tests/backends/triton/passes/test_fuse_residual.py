@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qfx.backends.triton.passes._nodes import computed
 from qfx.backends.triton.passes.fuse_residual import fuse_residual
+from tests.backends.triton.cases import DEVICE
 from tests.backends.triton.passes.lowered import Gated, inputs, lowered, outputs, quantized, ran
 from tests.graphs import Function, counts, error, text
 
@@ -29,7 +30,7 @@ return [%gemm8]
 def product(function: Any, *, bias: bool = True) -> Any:
     """The lowered graph of a function of a linear `fc` [32, 32] and x."""
     torch.manual_seed(0)
-    return lowered(quantized(Function(function, fc=nn.Linear(32, 32, bias=bias)), inputs()))
+    return lowered(quantized(Function(function, fc=nn.Linear(32, 32, bias=bias, device=DEVICE)), inputs()))
 
 
 def test_golden_text() -> None:

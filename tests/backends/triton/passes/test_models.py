@@ -63,7 +63,7 @@ def test_the_report_of_a_compiled_model_has_a_row_for_each_linear() -> None:
     recipe = {"rules": [{"target": "linear", "x": "i8/tok", "w": "i8/ch"}]}
     options: dict[str, Any] = {"recipe": recipe, "backend": "triton", "cache": False}
     with torch.no_grad():
-        compiled = torch.compile(model, backend="qfx", options=options)
+        compiled: Any = torch.compile(model, backend="qfx", options=options)
         compiled(ids().to(DEVICE))
     rows = {row.node: row.kernel for row in qfx.report(compiled) if row.op == "linear"}
     torch._dynamo.reset()
