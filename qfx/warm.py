@@ -167,11 +167,11 @@ class Storing:
 
 
 def cache_of(options: Options) -> Cache | None:
-    """The cache that the options ask for; None where it is off, and for the reference, which has no sessions."""
+    """The cache that the options ask for; None where it is off, and for backends without sessions."""
     from qfx.backends.onnx.cache import MOST_BYTES, Cache
 
     asked = options.cache
-    if asked is False or options.backend == "reference":
+    if asked is False or options.backend in ("reference", "triton"):
         return None
     at = asked if isinstance(asked, CacheAt) else CacheAt()
     folder = at.folder or default_folder()
