@@ -133,7 +133,8 @@ def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.
         tile = {"BM": height, "BN": 128, "num_warps": 8, "num_stages": 3}
         programs = device.processors
     tiles = -(-n // tile["BN"]) * -(-m // tile["BM"])
-    return {"PATH": DOT, **tile, "SPLITS": max(1, min(programs // tiles, units // 4, 16))}
+    splits = max(1, min(programs // tiles, units // 4, 16))
+    return {"PATH": DOT, **tile, "SPLITS": splits, "FIRST": 0}
 
 
 def candidates(m: int, n: int, k: int) -> list[Config]:
@@ -146,12 +147,19 @@ def candidates(m: int, n: int, k: int) -> list[Config]:
             for warps in (2, 4, 8)
         ]
     height = min(max(8, triton.next_power_of_2(m)), 128)
-    for width, splits in ((64, 1), (64, 2), (64, 4), (64, 8), (128, 1), (128, 2), (128, 4)):
-        for stages in (3, 4, 5) if _MOST_GEMV < m <= 64 else (3,) if height == 128 else (4,):
-            if splits <= -(-k // _UNIT) and (splits == 1 or splits * n * m <= 8 * n * 64):
-                found.append({"PATH": DOT, "BM": height, "BN": width, "num_warps": width // 16, "num_stages": stages,
-                              "SPLITS": splits})  # fmt: skip
+    few = [(64, 1), (64, 2), (64, 4), (64, 8), (128, 1), (128, 2), (128, 4)]
+    for width, splits in few if m <= 64 else [(64, 1), (128, 1), (128, 2), (128, 4)]:
+        for stages in (3, 4, 5) if _MOST_GEMV < m <= 64 else (3, 4):
+            if splits <= -(-k // _UNIT):
+                found.append(_tile(height, width, stages, splits, 0))
+    if m > 64:
+        found += [_tile(height, width, 3, 1, 1) for height in (128, 256) for width in (64, 128)]
     return [*found[:19], {"PATH": DEQUANTIZE}] if m >= 64 else found[:20]
+
+
+def _tile(height: int, width: int, stages: int, splits: int, first: int) -> Config:
+    return {"PATH": DOT, "BM": height, "BN": width, "num_warps": max(width // 16, height // 32), "num_stages": stages,
+            "SPLITS": splits, "FIRST": first}  # fmt: skip
 
 
 def _gemv(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:

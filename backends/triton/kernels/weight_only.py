@@ -36,13 +36,15 @@ def _adjusted(a, rows, here, column, scale_ptr, zero_ptr, factor, scale_stride, 
 def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, m, n, k, x_stride,
               w_stride, upper_stride, scale_stride, each, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
               GROUP: tl.constexpr, OFFSET: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
-              TO: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr,
-              BN: tl.constexpr):  # fmt: skip
+              TO: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr, FIRST: tl.constexpr,
+              BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """x [m, k] to out [m, n] = x @ w^T + bias, or, with SPLITS, to f32 [SPLITS, m, n], `each` units of K in each.
 
     Weights are the left operand, in the type TO: the sum over a unit is scaled in f32 where groups are whole units,
-    else weights are scaled before. EVEN: k is a multiple of 128.
+    else, or with FIRST, weights are scaled before, which takes fewer registers. EVEN: k is a multiple of 128.
     """
+    UNITS: tl.constexpr = GROUP > 0 and GROUP % 128 == 0 and not FIRST
+    EARLY: tl.constexpr = GROUP > 0 and not UNITS
     PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
     PART: tl.constexpr = 128 // PARTS
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
@@ -75,14 +77,14 @@ def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
             else:
                 x = tl.load(x_rows[:, None] + columns[None, :], mask=(columns < k)[None, :], other=0.0)
             a = _adjusted(tiles[i], held[:, None], here, u * 128 + i * PART, scale_ptr, zero_ptr, near, scale_stride,
-                          SCALE, GROUP, GROUP > 0 and GROUP < 128, TO)  # fmt: skip
-            if GROUP > 0 and GROUP % 128 == 0:
+                          SCALE, GROUP, EARLY, TO)  # fmt: skip
+            if UNITS:
                 part = tl.dot(a, tl.trans(x.to(TO)), part, input_precision=PRECISION)
             else:
                 acc = tl.dot(a, tl.trans(x.to(TO)), acc, input_precision=PRECISION)
-        if GROUP > 0 and GROUP % 128 == 0:
+        if UNITS:
             acc += part * load_scale(scale_ptr + held[:, None] * scale_stride + u * 128 // GROUP, here, SCALE)
-    if GROUP > 0 and GROUP < 128:
+    if EARLY:
         acc *= tl.load(whole_ptr) / near
     else:
         acc *= tl.load(whole_ptr)
