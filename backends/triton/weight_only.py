@@ -179,13 +179,15 @@ def _dot(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor, config: Config
     device, (m, k), n = device_of(x), x.shape, out.shape[1]
     splits, height, width = config["SPLITS"], config["BM"], config["BN"]
     to = dot_dtype(x.dtype)
-    asm = "" if device.interpreted else decode_asm(w.fmt, to)
+    asm, odd = ("", "") if device.interpreted else (decode_asm(w.fmt, to), decode_asm(w.fmt, to, 1))
     parts = torch.empty((splits, m, n), dtype=torch.float32, device=x.device) if splits > 1 else out
-    each = triton.cdiv(triton.cdiv(k, _UNIT), splits)
+    unit = UNIT_THREE if w.fmt.bits == 3 else _UNIT
+    each = triton.cdiv(triton.cdiv(k, unit), splits)
     launch(kernels.dot_tiles, (triton.cdiv(n, width) * triton.cdiv(m, height), splits), x, w.codes, w.upper, w.scale,
            w.zero, w.whole, w.table, bias, parts, m, n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0),
            w.scale.stride(0), each, **w.constants, NATIVE=device.has_fp8 and not device.interpreted,
-           EXACT=to == torch.float32, ASM=asm, TO=_LANGUAGE[to], EVEN=k % _UNIT == 0, config=config)  # fmt: skip
+           EXACT=to == torch.float32, ASM=asm, ASM_ODD=odd, TO=_LANGUAGE[to], EVEN=k % unit == 0,
+           config=config)  # fmt: skip
     if splits > 1:
         launch(kernels.sum_splits, (triton.cdiv(m * n, _BLOCK),), parts, bias, out, m * n, n, SPLITS=splits,
                BLOCK=_BLOCK, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
