@@ -18,17 +18,20 @@ def _adjusted(a, rows, here, column, scale_ptr, zero_ptr, factor, scale_stride, 
     """
     BN: tl.constexpr = a.shape[0]
     PART: tl.constexpr = a.shape[1]
-    EACH: tl.constexpr = GROUP if GROUP > 0 and GROUP < PART else PART  # columns of the tile under one scale
-    if zero_ptr is not None or SCALED:
-        at = rows * scale_stride + tl.arange(0, PART // EACH)[None, :]
+    EACH: tl.constexpr = GROUP if GROUP > 0 and GROUP < PART // 2 else PART // 2  # columns read under one scale
+    at = rows * scale_stride
+    if SCALED:  # apart by EACH columns: so most tiles stay in the registers in which tensor cores read them
+        group = column + tl.arange(0, PART // EACH) * EACH
+        at += (group // GROUP if GROUP > 0 else group * 0)[None, :]
+        a = a.reshape(BN, PART // EACH, EACH)
+        if zero_ptr is not None:
+            a -= tl.load(zero_ptr + at, mask=here, other=0).to(tl.float32).to(TO)[:, :, None]
+        a *= (load_scale(scale_ptr + at, here, SCALE) * factor).to(TO)[:, :, None]
+        a = a.reshape(BN, PART)
+    elif zero_ptr is not None:
         if GROUP > 0:
             at += column // GROUP
-        wide = a.reshape(BN, PART // EACH, EACH)
-        if zero_ptr is not None:
-            wide -= tl.load(zero_ptr + at, mask=here, other=0).to(tl.float32).to(TO)[:, :, None]
-        if SCALED:
-            wide *= (load_scale(scale_ptr + at, here, SCALE) * factor).to(TO)[:, :, None]
-        a = wide.reshape(BN, PART)
+        a -= tl.load(zero_ptr + at, mask=here, other=0).to(tl.float32).to(TO)
     return a
 
 
