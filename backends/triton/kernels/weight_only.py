@@ -14,7 +14,7 @@ def _adjusted(a, rows, here, column, scale_ptr, zero_ptr, factor, scale_stride, 
               GROUP: tl.constexpr, SCALED: tl.constexpr, TO: tl.constexpr):  # fmt: skip
     """A tile of weights [BN, PART] less their zero points and, if SCALED, times scales times factor, in the type TO.
 
-    Its first column is `column`. Scales are read once a group.
+    Its first column is `column`. Scales are read by group, not by column.
     """
     BN: tl.constexpr = a.shape[0]
     PART: tl.constexpr = a.shape[1]
