@@ -6,7 +6,7 @@ and brings codes down that lie higher in the byte. Values of a table of 16 are p
 that hold the table. All results are exact, values of the table rounded to the type.
 
 Operands: the outputs, two registers for each code of a byte in turn, then the bytes and, of three bits, their upper
-plane and a byte each that tells how far it is to be shifted, 0 or 1, the same for all four.
+plane.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _AND_OR, _SELECT = "0xEA", "0xCA"  # lop3: (a & b) | c; a ? b : c
 
 
 @functools.cache
-def decode_asm(fmt: Format, dtype: torch.dtype) -> str:
+def decode_asm(fmt: Format, dtype: torch.dtype, odd: int = 0) -> str:
     """The block for weights of `fmt` to values less their constant offset in `dtype`; "" where there is none.
 
-    There is none for 8-bit floats, which a device converts itself, for integers above 4 bits to bf16, whose mantissa
-    has 7 bits, and for float32.
+    odd: of three bits, which bits of the upper plane, see `layout`. There is none for 8-bit floats, which a device
+    converts itself, for integers above 4 bits to bf16, whose mantissa has 7 bits, and for float32.
     """
     half = dtype == torch.float16
     if dtype == torch.float32 or fmt.type in ("f8e4m3", "f8e5m2"):
@@ -39,7 +39,7 @@ def decode_asm(fmt: Format, dtype: torch.dtype) -> str:
     bits = fmt.bits if fmt.bits <= 4 else 8
     if bits == 8 and not half:
         return ""
-    return _block(_from_integers(bits, 1 << (bits - 1) if fmt.symmetric else 0, half=half))
+    return _block(_from_integers(bits, 1 << (bits - 1) if fmt.symmetric else 0, odd, half=half))
 
 
 @functools.cache
@@ -47,7 +47,7 @@ def biased_asm(bits: int) -> str:
     """The block for integers of 2, 3, 4 or 8 bits to f32: code i of a byte, its offset kept, plus `bias(bits, i)`.
 
     Codes become mantissas of powers of two, one shift for a byte; who sums them takes the bias away. Four registers for
-    each code of a byte.
+    each code of a byte. Of three bits, a third operand says which bits of the upper plane: bytes 0 or 1, all the same.
     """
     step, base = (2, 14) if bits == 3 else (bits, 15)
     parts = 8 // step
@@ -76,13 +76,13 @@ def _shifted(out: str, source: str, left: int) -> str:
     return f"shl.b32 {out}, {source}, {left};" if left >= 0 else f"shr.b32 {out}, {source}, {-left};"
 
 
-def _from_integers(bits: int, offset: int, *, half: bool) -> list[str]:
+def _from_integers(bits: int, offset: int, odd: int, *, half: bool) -> list[str]:
     step = 2 if bits == 3 else bits
     parts = 8 // step
     magic, one, kept = (0x6400, 1024, 10) if half else (0x4300, 128, 7)
-    data, upper, odd = (f"${2 * parts + i}" for i in range(3))
+    data, upper = (f"${2 * parts + i}" for i in range(2))
     # bits of a neighbouring byte that the shift brings along are not read
-    lines = [f"and.b32 u1, {odd}, 1;", f"shr.b32 u1, {upper}, u1;"] if bits == 3 else []
+    lines = [f"shr.b32 u1, {upper}, {odd};"] if bits == 3 else []
     for lane, order in enumerate(_EXPAND):
         lines += [f"prmt.b32 t{lane}, {data}, 0, {order};"]
         if bits == 3:

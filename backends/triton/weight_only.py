@@ -133,7 +133,8 @@ def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.
         tile = {"BM": height, "BN": 128, "num_warps": 8, "num_stages": 3}
         programs = device.processors
     tiles = -(-n // tile["BN"]) * -(-m // tile["BM"])
-    return {"PATH": DOT, **tile, "SPLITS": max(1, min(programs // tiles, units // 4, 16))}
+    splits = max(1, min(programs // tiles, units // 4, 16))
+    return {"PATH": DOT, **tile, "SPLITS": splits, "FIRST": 0}
 
 
 def candidates(m: int, n: int, k: int) -> list[Config]:
@@ -146,12 +147,19 @@ def candidates(m: int, n: int, k: int) -> list[Config]:
             for warps in (2, 4, 8)
         ]
     height = min(max(8, triton.next_power_of_2(m)), 128)
-    for width, splits in ((64, 1), (64, 2), (64, 4), (64, 8), (128, 1), (128, 2), (128, 4)):
-        for stages in (3, 4, 5) if _MOST_GEMV < m <= 64 else (3,) if height == 128 else (4,):
-            if splits <= -(-k // _UNIT) and (splits == 1 or splits * n * m <= 8 * n * 64):
-                found.append({"PATH": DOT, "BM": height, "BN": width, "num_warps": width // 16, "num_stages": stages,
-                              "SPLITS": splits})  # fmt: skip
+    few = [(64, 1), (64, 2), (64, 4), (64, 8), (128, 1), (128, 2), (128, 4)]
+    for width, splits in few if m <= 64 else [(64, 1), (128, 1), (128, 2), (128, 4)]:
+        for stages in (3, 4, 5) if _MOST_GEMV < m <= 64 else (3, 4):
+            if splits <= -(-k // _UNIT):
+                found.append(_tile(height, width, stages, splits, 0))
+    if m > 64:
+        found += [_tile(height, width, 3, 1, 1) for height in (128, 256) for width in (64, 128)]
     return [*found[:19], {"PATH": DEQUANTIZE}] if m >= 64 else found[:20]
+
+
+def _tile(height: int, width: int, stages: int, splits: int, first: int) -> Config:
+    return {"PATH": DOT, "BM": height, "BN": width, "num_warps": max(width // 16, height // 32), "num_stages": stages,
+            "SPLITS": splits, "FIRST": first}  # fmt: skip
 
 
 def _gemv(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
@@ -171,13 +179,15 @@ def _dot(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor, config: Config
     device, (m, k), n = device_of(x), x.shape, out.shape[1]
     splits, height, width = config["SPLITS"], config["BM"], config["BN"]
     to = dot_dtype(x.dtype)
-    asm = "" if device.interpreted else decode_asm(w.fmt, to)
+    asm, odd = ("", "") if device.interpreted else (decode_asm(w.fmt, to), decode_asm(w.fmt, to, 1))
     parts = torch.empty((splits, m, n), dtype=torch.float32, device=x.device) if splits > 1 else out
-    each = triton.cdiv(triton.cdiv(k, _UNIT), splits)
+    unit = UNIT_THREE if w.fmt.bits == 3 else _UNIT
+    each = triton.cdiv(triton.cdiv(k, unit), splits)
     launch(kernels.dot_tiles, (triton.cdiv(n, width) * triton.cdiv(m, height), splits), x, w.codes, w.upper, w.scale,
            w.zero, w.whole, w.table, bias, parts, m, n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0),
            w.scale.stride(0), each, **w.constants, NATIVE=device.has_fp8 and not device.interpreted,
-           EXACT=to == torch.float32, ASM=asm, TO=_LANGUAGE[to], EVEN=k % _UNIT == 0, config=config)  # fmt: skip
+           EXACT=to == torch.float32, ASM=asm, ASM_ODD=odd, TO=_LANGUAGE[to], EVEN=k % unit == 0,
+           config=config)  # fmt: skip
     if splits > 1:
         launch(kernels.sum_splits, (triton.cdiv(m * n, _BLOCK),), parts, bias, out, m * n, n, SPLITS=splits,
                BLOCK=_BLOCK, config={"num_warps": 4, "num_stages": 1})  # fmt: skip

@@ -1,8 +1,8 @@
 """Bytes of packed weights to floats. Layout and order of the codes: see `qfx.backends.triton.layout`.
 
 KIND: "int" (codes below 2^BITS), "lut" (two 4-bit codes, values from a table of 16), "e4m3", "e5m2". Three bits are a
-tile of the lower two, `data`, and one of the upper bit, `upper`, with that of code i at bit 2 i + odd; `odd`, uint8, is
-0 or 1 and broadcasts.
+tile of the lower two, `data`, and one of the upper bit, `upper`, with that of code i at bit 2 i + odd. odd: 0 or 1, or
+a tile of them in uint8, but for the blocks of `values`, which know it.
 
 ASM is a block for four bytes (see `qfx.backends.triton.decode_asm`), or "" for the same steps in Triton's language.
 What differs at compile time stands in if and else: after a return in the first the compiler would go on.
@@ -89,8 +89,8 @@ def values(data, upper, odd, table_ptr, OFFSET: tl.constexpr, BITS: tl.constexpr
             )  # fmt: skip
         else:
             raw = tl.inline_asm_elementwise(
-                ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r", [data, upper, tl.zeros_like(data) + odd],
-                dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=4,
+                ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [data, upper], dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
+                is_pure=True, pack=4,
             )  # fmt: skip
         for i in tl.static_range(PARTS):
             tiles = tiles + (raw[i].to(TO, bitcast=True),)

@@ -14,21 +14,24 @@ def _adjusted(a, rows, here, column, scale_ptr, zero_ptr, factor, scale_stride, 
               GROUP: tl.constexpr, SCALED: tl.constexpr, TO: tl.constexpr):  # fmt: skip
     """A tile of weights [BN, PART] less their zero points and, if SCALED, times scales times factor, in the type TO.
 
-    Its first column is `column`. Scales are read once a group.
+    Its first column is `column`. Scales are read by group, not by column.
     """
     BN: tl.constexpr = a.shape[0]
     PART: tl.constexpr = a.shape[1]
-    EACH: tl.constexpr = GROUP if GROUP > 0 and GROUP < PART else PART  # columns of the tile under one scale
-    if zero_ptr is not None or SCALED:
-        at = rows * scale_stride + tl.arange(0, PART // EACH)[None, :]
+    EACH: tl.constexpr = GROUP if GROUP > 0 and GROUP < PART // 2 else PART // 2  # columns read under one scale
+    at = rows * scale_stride
+    if SCALED:  # apart by EACH columns: so most tiles stay in the registers in which tensor cores read them
+        group = column + tl.arange(0, PART // EACH) * EACH
+        at += (group // GROUP if GROUP > 0 else group * 0)[None, :]
+        a = a.reshape(BN, PART // EACH, EACH)
+        if zero_ptr is not None:
+            a -= tl.load(zero_ptr + at, mask=here, other=0).to(tl.float32).to(TO)[:, :, None]
+        a *= (load_scale(scale_ptr + at, here, SCALE) * factor).to(TO)[:, :, None]
+        a = a.reshape(BN, PART)
+    elif zero_ptr is not None:
         if GROUP > 0:
             at += column // GROUP
-        wide = a.reshape(BN, PART // EACH, EACH)
-        if zero_ptr is not None:
-            wide -= tl.load(zero_ptr + at, mask=here, other=0).to(tl.float32).to(TO)[:, :, None]
-        if SCALED:
-            wide *= (load_scale(scale_ptr + at, here, SCALE) * factor).to(TO)[:, :, None]
-        a = wide.reshape(BN, PART)
+        a -= tl.load(zero_ptr + at, mask=here, other=0).to(tl.float32).to(TO)
     return a
 
 
@@ -36,15 +39,19 @@ def _adjusted(a, rows, here, column, scale_ptr, zero_ptr, factor, scale_stride, 
 def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, m, n, k, x_stride,
               w_stride, upper_stride, scale_stride, each, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
               GROUP: tl.constexpr, OFFSET: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
-              TO: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr,
-              BN: tl.constexpr):  # fmt: skip
+              ASM_ODD: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr, FIRST: tl.constexpr,
+              BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """x [m, k] to out [m, n] = x @ w^T + bias, or, with SPLITS, to f32 [SPLITS, m, n], `each` units of K in each.
 
     Weights are the left operand, in the type TO: the sum over a unit is scaled in f32 where groups are whole units,
-    else weights are scaled before. EVEN: k is a multiple of 128.
+    else, or with FIRST, weights are scaled before, which takes fewer registers. Three bits: ASM_ODD serves units of odd
+    number, and `each` counts pairs of units. EVEN: k is a multiple of what `each` counts.
     """
+    UNITS: tl.constexpr = GROUP > 0 and GROUP % 128 == 0 and not FIRST
+    EARLY: tl.constexpr = GROUP > 0 and not UNITS
     PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
     PART: tl.constexpr = 128 // PARTS
+    HALVES: tl.constexpr = 2 if BITS == 3 else 1
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     by_m = tl.cdiv(m, BM)
     by_n = tl.cdiv(n, BN)
@@ -60,29 +67,30 @@ def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
     acc = tl.zeros([BN, BM], tl.float32)
     near = tl.load(whole_ptr + 1)
     start = tl.program_id(1) * each
-    for u in range(start, tl.minimum(start + each, tl.cdiv(k, 128))):
-        w = tl.load(w_ptr + held[:, None] * w_stride + u * PART + byte[None, :])
-        upper = w
-        if BITS == 3:
-            upper = tl.load(upper_ptr + held[:, None] * upper_stride + u // 2 * 32 + byte[None, :])
-        odd = tl.full([1, 1], u % 2, tl.uint8)
-        tiles = values(w, upper, odd, table_ptr, OFFSET, BITS, KIND, NATIVE, ASM, TO)
-        part = tl.zeros([BN, BM], tl.float32)
-        for i in tl.static_range(PARTS):
-            columns = u * 128 + i * PART + byte
-            if EVEN:
-                x = tl.load(x_rows[:, None] + columns[None, :])
-            else:
-                x = tl.load(x_rows[:, None] + columns[None, :], mask=(columns < k)[None, :], other=0.0)
-            a = _adjusted(tiles[i], held[:, None], here, u * 128 + i * PART, scale_ptr, zero_ptr, near, scale_stride,
-                          SCALE, GROUP, GROUP > 0 and GROUP < 128, TO)  # fmt: skip
-            if GROUP > 0 and GROUP % 128 == 0:
-                part = tl.dot(a, tl.trans(x.to(TO)), part, input_precision=PRECISION)
-            else:
-                acc = tl.dot(a, tl.trans(x.to(TO)), acc, input_precision=PRECISION)
-        if GROUP > 0 and GROUP % 128 == 0:
-            acc += part * load_scale(scale_ptr + held[:, None] * scale_stride + u * 128 // GROUP, here, SCALE)
-    if GROUP > 0 and GROUP < 128:
+    for v in range(start, tl.minimum(start + each, tl.cdiv(k, 128 * HALVES))):
+        for h in tl.static_range(HALVES):  # of three bits, two units share the bytes of the upper one
+            u = v * HALVES + h
+            w = tl.load(w_ptr + held[:, None] * w_stride + u * PART + byte[None, :])
+            upper = w
+            if BITS == 3:
+                upper = tl.load(upper_ptr + held[:, None] * upper_stride + v * PART + byte[None, :])
+            tiles = values(w, upper, h, table_ptr, OFFSET, BITS, KIND, NATIVE, ASM_ODD if h else ASM, TO)
+            part = tl.zeros([BN, BM], tl.float32)
+            for i in tl.static_range(PARTS):
+                columns = u * 128 + i * PART + byte
+                if EVEN:
+                    x = tl.load(x_rows[:, None] + columns[None, :])
+                else:
+                    x = tl.load(x_rows[:, None] + columns[None, :], mask=(columns < k)[None, :], other=0.0)
+                a = _adjusted(tiles[i], held[:, None], here, u * 128 + i * PART, scale_ptr, zero_ptr, near,
+                              scale_stride, SCALE, GROUP, EARLY, TO)  # fmt: skip
+                if UNITS:
+                    part = tl.dot(a, tl.trans(x.to(TO)), part, input_precision=PRECISION)
+                else:
+                    acc = tl.dot(a, tl.trans(x.to(TO)), acc, input_precision=PRECISION)
+            if UNITS:
+                acc += part * load_scale(scale_ptr + held[:, None] * scale_stride + u * 128 // GROUP, here, SCALE)
+    if EARLY:
         acc *= tl.load(whole_ptr) / near
     else:
         acc *= tl.load(whole_ptr)

@@ -52,6 +52,7 @@ CASES = [
     case("i3/g128/f16", 16, 4096, 4096, torch.bfloat16),
     case("i8/ch", 128, 11008, 4096),
     case("f4e2m1/g16/e4m3", 16, 4096, 4096, torch.bfloat16),
+    case("u4/g128/f16", 512, 11008, 4096, torch.bfloat16),
     case("i4/g32", 20, 4096, 4096, torch.float32),
     case("i4/g128", 2048, 4096, 4096),
 ]

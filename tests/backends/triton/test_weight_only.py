@@ -100,7 +100,7 @@ def test_every_shape(m: int, n: int, k: int, text: str, dtype: torch.dtype, seed
 def test_every_path(text: str, dtype: torch.dtype, path: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {
         GEMV: {"BN": 4, "CHUNKS": 16, "num_warps": 4, "num_stages": 1},
-        DOT: {"BM": 16, "BN": 32, "SPLITS": 3, "num_warps": 4, "num_stages": 2},
+        DOT: {"BM": 16, "BN": 32, "SPLITS": 3, "FIRST": int(m > 16), "num_warps": 4, "num_stages": 2},
         DEQUANTIZE: {},
     }[path]
     kept = {"PATH": path, **config}
