@@ -19,7 +19,7 @@ def _product(x, h, acc, DOT: tl.constexpr, IEEE: tl.constexpr):
     """acc + x @ h, x f32 [M, K] holding values of DOT, h [K, N] of DOT. f32 goes as two TF32 terms, exact for h of 1
     and -1.
     """
-    if tl.float32 != DOT:
+    if DOT != tl.float32:
         acc = tl.dot(x.to(DOT), h, acc)
     elif IEEE:
         acc = tl.dot(x, h, acc, input_precision="ieee")
@@ -33,7 +33,7 @@ def _product(x, h, acc, DOT: tl.constexpr, IEEE: tl.constexpr):
 @triton.jit
 def _left_product(left, x, TERM: tl.constexpr):
     """left @ x for left of 1 and -1 in TERM and x f32, which goes as two terms of bf16, or of TF32."""
-    if tl.float32 == TERM:
+    if TERM == tl.float32:
         high = (x.to(tl.int32, bitcast=True) & _HIGH_BITS).to(tl.float32, bitcast=True)
         acc = tl.dot(left, high, input_precision="tf32")
         acc = tl.dot(left, x - high, acc, input_precision="tf32")

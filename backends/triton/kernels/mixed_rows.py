@@ -81,7 +81,7 @@ def _float_sums(x_at, w_ptr, row, stride, scale_at, zero_at, n, k, split, BLOCK_
                 EVEN_K: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """The same for floats: f32 [BLOCK_N, BLOCK_M] of codes less zero points, which TO holds exactly, times scales."""
     PARTS: tl.constexpr = 8 // BITS
-    PRECISION: tl.constexpr = "tf32x3" if tl.float32 == TO else "tf32"
+    PRECISION: tl.constexpr = "tf32x3" if TO == tl.float32 else "tf32"
     units = tl.cdiv(k, PARTS * SUB)
     steps = tl.cdiv(units, SPLIT)
     begin, end = split * steps, tl.minimum(split * steps + steps, units)
