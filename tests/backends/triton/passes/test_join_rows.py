@@ -102,3 +102,25 @@ def test_it_is_part_of_lowering() -> None:
     assert set(found.kernels.values()) == {"gemm_mixed i8/tok of i8/ch,i4/ch (Triton)"}
     with torch.no_grad():
         assert torch.equal(found(x)[0], gm(x)[0])
+
+
+class Residual(nn.Module):
+    """What stands around a linear is added to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.linear(x)
+        return y
+
+
+def test_a_residual_is_added_in_the_product() -> None:
+    x = inputs(rows=5)
+    gm = of(Residual(), x, ["i8/ch", "i4/ch"], "i8/tok")
+    found = lower(gm)
+    assert set(found.kernels.values()) == {"gemm_mixed i8/tok of i8/ch,i4/ch (Triton)"}
+    with torch.no_grad():
+        torch.testing.assert_close(found(x)[0], gm(x)[0])
