@@ -133,7 +133,8 @@ def test_one_product_is_launched_for_all_segments() -> None:
     packed, x = [part.to("meta") for part in weight.packed], torch.empty(512, 256, device="meta")
     with recorded(H100) as launches:
         linear_mixed(x, packed, None, None, None, None, None, "i8/tok", weight.formats, "")
-    assert [launch.kernel.fn.__name__ for launch in launches] == ["quantize_rows", "mixed_integer"]
+    assert len(launches) == 2  # the first quantizes x
+    assert launches[1].kernel.fn.__name__ == "mixed_integer"
 
 
 def test_refusals() -> None:
