@@ -30,6 +30,7 @@ from qfx.format import Format
 _SYLVESTER = (2, 4, 8, 16, 32)
 _DENSE = 256  # a block of so many channels is one matrix
 _CHUNK = 128  # rows and columns of a matrix that a program holds at once
+_LEAST_WIDTH = 16
 _STEP = 64  # rows of a larger matrix that it takes at a time
 IN_ONE_LAUNCH = (Format.parse("i8/tok"), Format.parse("f8e4m3/tok"))
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -157,7 +158,10 @@ def hadamard(x: Tensor, packed: list[Tensor], size: int, inverse: bool) -> Tenso
     units = x.shape[:-1].numel() * blocks
     config = _config(size, units, x.dtype, device_of(x))
     held = _held(x, packed)
-    settings = {"BJ": min(shape.chunk, held), "BK": shape.chunk if shape.chunk <= held else _STEP}
+    width = min(shape.chunk, held)
+    while width > _LEAST_WIDTH and 2 * units * -(-shape.b // width) <= device_of(x).processors:
+        width //= 2  # few rows: more programs, each with fewer columns
+    settings = {"BJ": width, "BK": shape.chunk if shape.chunk <= held else _STEP}
     grid = (_programs(units, config, device_of(x)), -(-shape.b // settings["BJ"]))
     launch(kernels.hadamard, grid, x, y, packed[2], packed[0], packed[1], units, blocks, *axes,
            _factor(size), **settings, **_constants(x, packed, size, shape, inverse), config=config)  # fmt: skip
