@@ -15,6 +15,7 @@ KERNEL = "gemm4"
 FEW = 32  # rows up to which the sums of x are found with the products
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _SECOND_LAUNCH = 4 << 20  # bytes that the memory moves in the time of one
+_IN_FLIGHT = 40_000  # bytes that a processor waits for where the memory is busy: its bandwidth times its latency
 _TILES = 8  # tile rows that go along the columns together
 
 
@@ -91,6 +92,9 @@ def _cost(device: Device, problem: Problem, m: int, config: Config) -> float:
     rounds = -(-programs // device.processors)
     share = problem.k / split * rounds * device.processors  # columns that a processor goes through, times their number
     moved = share * (block_n * problem.bits / 8 + block_m / 4)  # x comes from the L2
+    resident = max(1, min(rounds, device.shared // shared(problem, config)))
+    waiting = resident * (config["num_stages"] - 1) * block_n * problem.sub
+    moved *= max(1.0, _IN_FLIGHT / waiting)
     products = share * block_m * block_n / 100 * (1.0 if block_m >= 128 else 1.3)
     return max(moved, products) + (split > 1) * (_SECOND_LAUNCH + 4 * split * m * problem.n)
 
@@ -104,9 +108,10 @@ def _config(
 ) -> Config:
     wide = 64 * 128 if problem.group else 128 * 128
     warps = warps or (8 if block_m * block_n >= wide else 4)
+    few = block_m * block_n <= 64 * 64  # the memory limits these, and stages of narrow groups hold little
     config = {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "TILES": _TILES, "SPLIT": split, "num_warps": warps,
-        "num_stages": stages or (8 if block_m == 16 else 5),
+        "num_stages": stages or min((8 if block_m == 16 else 5) * (128 // problem.sub if few else 1), 16),
     }  # fmt: skip
     while shared(problem, config) > device.shared and config["num_stages"] > 2:
         config["num_stages"] -= 1

@@ -30,6 +30,7 @@ from qfx.format import Format
 _SYLVESTER = (2, 4, 8, 16, 32)
 _DENSE = 256  # a block of so many channels is one matrix
 _CHUNK = 128  # rows and columns of a matrix that a program holds at once
+_LEAST_WIDTH = 16
 _STEP = 64  # rows of a larger matrix that it takes at a time
 IN_ONE_LAUNCH = (Format.parse("i8/tok"), Format.parse("f8e4m3/tok"))
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -151,15 +152,18 @@ def hadamard(x: Tensor, packed: list[Tensor], size: int, inverse: bool) -> Tenso
 
     packed: of `pack_hadamard` with the same size and `inverse`. Raises ValueError where they do not fit x.
     """
-    rows, shape = _checked(x, packed, size)
+    (x, axes), shape = _checked(x, packed, size)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     blocks = x.shape[-1] // size
-    units = len(rows) * blocks
+    units = x.shape[:-1].numel() * blocks
     config = _config(size, units, x.dtype, device_of(x))
     held = _held(x, packed)
-    settings = {"BJ": min(shape.chunk, held), "BK": shape.chunk if shape.chunk <= held else _STEP}
+    width = min(shape.chunk, held)
+    while width > _LEAST_WIDTH and 2 * units * -(-shape.b // width) <= device_of(x).processors:
+        width //= 2  # few rows: more programs, each with fewer columns
+    settings = {"BJ": width, "BK": shape.chunk if shape.chunk <= held else _STEP}
     grid = (_programs(units, config, device_of(x)), -(-shape.b // settings["BJ"]))
-    launch(kernels.hadamard, grid, rows, y, packed[2], packed[0], packed[1], units, blocks, rows.stride(0),
+    launch(kernels.hadamard, grid, x, y, packed[2], packed[0], packed[1], units, blocks, *axes,
            _factor(size), **settings, **_constants(x, packed, size, shape, inverse), config=config)  # fmt: skip
     return y
 
@@ -176,16 +180,17 @@ def hadamard_quantize(
     One launch for i8/tok and f8e4m3/tok where K needs no padding and the matrix over b fits a program, else two.
     """
     fmt = Format.parse(format)
-    rows, shape = _checked(x, packed, size)
+    (x, axes), shape = _checked(x, packed, size)
     fits = shape.chunk <= _held(x, packed) and aligned(x.shape[-1]) == x.shape[-1]
     if not fits or fmt not in IN_ONE_LAUNCH:
         return quantize_dynamic(hadamard(x, packed, size, inverse), None, format)
     codes, scale = _codes_like(x, fmt)
     blocks = x.shape[-1] // size
-    config = _config(size, len(rows), x.dtype, device_of(x))
-    grid = (_programs(len(rows), config, device_of(x)),)
-    launch(kernels.hadamard_quantize, grid, rows, codes.view(torch.uint8) if fmt.is_float else codes, scale, packed[2],
-           packed[0], packed[1], len(rows), blocks, rows.stride(0), _factor(size), BK=shape.chunk, QMIN=fmt.qmin,
+    rows = x.shape[:-1].numel()
+    config = _config(size, rows, x.dtype, device_of(x))
+    grid = (_programs(rows, config, device_of(x)),)
+    launch(kernels.hadamard_quantize, grid, x, codes.view(torch.uint8) if fmt.is_float else codes, scale, packed[2],
+           packed[0], packed[1], rows, blocks, *axes, _factor(size), BK=shape.chunk, QMIN=fmt.qmin,
            QMAX=fmt.qmax, FLOAT=fmt.is_float, BY_HAND=device_of(x).by_hand, ONE=blocks == 1,
            **_constants(x, packed, size, shape, inverse), config=config)  # fmt: skip
     return codes, scale, torch.empty(0, dtype=torch.uint8, device=x.device)
@@ -213,8 +218,8 @@ def _programs(tiles_of: int, config: Config, device: Device) -> int:
     return min(-(-tiles_of // config["R"]), 8 * device.processors)
 
 
-def _checked(x: Tensor, packed: list[Tensor], size: int) -> tuple[Tensor, Layout]:
-    """x as rows whose last axis is dense, and the layout."""
+def _checked(x: Tensor, packed: list[Tensor], size: int) -> tuple[tuple[Tensor, tuple[int, ...]], Layout]:
+    """x with its axes, and the layout."""
     rotation.check(x.shape[-1], size)
     shape = layout(size)
     found = [tuple(part.shape) for part in packed]
@@ -236,8 +241,23 @@ def _checked(x: Tensor, packed: list[Tensor], size: int) -> tuple[Tensor, Layout
                 next_step="pack_hadamard(.., device=x.device)",
             )
         )
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return (rows if rows.stride(-1) == 1 else rows.contiguous()), shape
+    return _axes(x), shape
+
+
+def _axes(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """x, or a copy of it, and sizes (inner, last) and strides (outer, inner, last) of its rows as three axes."""
+    joined: list[tuple[int, int]] = []
+    if x.numel() == 0:
+        return x, (1, 1, 0, 0, 0)
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if joined and joined[-1][1] == size * stride:
+            joined[-1] = (joined[-1][0] * size, stride)
+        elif size != 1:
+            joined.append((size, stride))
+    if len(joined) > 3 or x.stride(-1) != 1:
+        return _axes(x.clone(memory_format=torch.contiguous_format))
+    axes = [*[(1, 0)] * (3 - len(joined)), *joined]
+    return x, (axes[1][0], axes[2][0], axes[0][1], axes[1][1], axes[2][1])
 
 
 def _codes_like(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,8 @@ from qfx.packing import unpack_codes, unpack_zeros
 ROWS = 128  # rows of one width are padded to whole multiples, which tiles divide
 WIDTHS = (8, 4, 2)
 _SUB_OF_FLOATS = 64  # columns of x that a tile of bytes serves: 128 bytes of 16 bits
+DEQUANTIZE = "DEQUANTIZE"  # in a configuration of float inputs: the weight is written out, torch multiplies
+_MANY = 1024  # rows from which that is the rule
 _LANGUAGE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 Stored = tuple[Tensor, Tensor, Tensor | None, str]  # codes, scale, zero point and format of a segment
@@ -205,7 +207,11 @@ def _of_floats(
     (m, k), n, device, sub = rows.shape, y.shape[1], device_of(rows), columns_at_once(group, floats=True)
     to = dot_dtype(rows.dtype)
     blocks = ["" if device.interpreted else decode_asm(Format(f"i{bits}"), to) for bits in WIDTHS]
-    config = _of_float_rows(device, weight, m, k, group, rows.dtype, parts=not activation and residual is None)
+    config = _of_float_rows(device, weight, m, k, group, rows.dtype, plain=not activation and residual is None)
+    if DEQUANTIZE in config:
+        full = _dequantized(weight, rows, n, group)
+        torch.mm(rows, full.t(), out=y) if bias is None else torch.addmm(bias.to(y.dtype), rows, full.t(), out=y)
+        return
     split = config["SPLIT"]
     out = y if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=y.device)
     launch(kernels.mixed_float, _grid(order, m, config), rows, *_held(data), order, out, scale,
@@ -218,6 +224,18 @@ def _of_floats(
                config={"num_warps": 4, "num_stages": 1})  # fmt: skip
 
 
+def _dequantized(weight: list[Tensor], rows: Tensor, n: int, group: int) -> Tensor:
+    """The weight [n, K] in the dtype of rows [m, K]."""
+    order, *data, scale, _ = weight[:6]
+    zero = weight[6] if len(weight) > 6 else None
+    k, sub = rows.shape[1], columns_at_once(group, floats=True)
+    full = torch.empty(n, k, dtype=rows.dtype, device=rows.device)
+    launch(kernels.mixed_dequantize, (-(-k // sub), len(order) // 16), *_held(data), order, scale, zero,
+           full, n, k, *_sizes(data), *(part.stride(0) for part in data), SUB=sub, GROUP=group, BLOCK_N=16,
+           config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+    return full
+
+
 def _configuration(device: Device, weight: list[Tensor], m: int, k: int, group: int) -> Config:
     problem = _problem(weight, k, group, columns_at_once(group))
     found = tuned(device, "gemm_mixed", _text(weight, problem), m, lambda: candidates(device, problem, m))
@@ -225,14 +243,18 @@ def _configuration(device: Device, weight: list[Tensor], m: int, k: int, group: 
 
 
 def _of_float_rows(
-    device: Device, weight: list[Tensor], m: int, k: int, group: int, dtype: torch.dtype, *, parts: bool
+    device: Device, weight: list[Tensor], m: int, k: int, group: int, dtype: torch.dtype, *, plain: bool
 ) -> Config:
-    """Of float inputs. parts: k may be split."""
+    """Of float inputs. plain: k may be split, and the product may be torch's."""
     problem = _problem(weight, k, group, columns_at_once(group, floats=True))
     text = f"{_text(weight, problem)} {str(dtype).removeprefix('torch.')}"
     found = tuned(device, "linear_mixed", text, m, lambda: float_candidates(device, problem, m, dtype))
     config = dict(found or float_candidates(device, problem, m, dtype)[0])
-    return config if parts else {**config, "SPLIT": 1}
+    if plain:
+        return config
+    if DEQUANTIZE in config:
+        config = dict(next(c for c in float_candidates(device, problem, m, dtype) if DEQUANTIZE not in c))
+    return {**config, "SPLIT": 1}
 
 
 def float_candidates(device: Device, problem: Problem, m: int, dtype: torch.dtype) -> list[Config]:
@@ -254,6 +276,8 @@ def float_candidates(device: Device, problem: Problem, m: int, dtype: torch.dtyp
         warps = 8 if block_m * block_n >= 64 * 128 else 4
         one = {"BLOCK_M": block_m, "BLOCK_N": block_n, "TILES": 8, "num_warps": warps, "num_stages": stages}
         found += [{**one, "SPLIT": split} for split in (sorted({fitting, 1}, reverse=True) if m <= 64 else (1,))]
+    if m > 64:
+        found.insert(0 if m >= _MANY else len(found), {DEQUANTIZE: 1})
     return found
 
 

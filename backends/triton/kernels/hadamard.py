@@ -19,7 +19,7 @@ def _product(x, h, acc, DOT: tl.constexpr, IEEE: tl.constexpr):
     """acc + x @ h, x f32 [M, K] holding values of DOT, h [K, N] of DOT. f32 goes as two TF32 terms, exact for h of 1
     and -1.
     """
-    if tl.float32 != DOT:
+    if DOT != tl.float32:
         acc = tl.dot(x.to(DOT), h, acc)
     elif IEEE:
         acc = tl.dot(x, h, acc, input_precision="ieee")
@@ -33,7 +33,7 @@ def _product(x, h, acc, DOT: tl.constexpr, IEEE: tl.constexpr):
 @triton.jit
 def _left_product(left, x, TERM: tl.constexpr):
     """left @ x for left of 1 and -1 in TERM and x f32, which goes as two terms of bf16, or of TF32."""
-    if tl.float32 == TERM:
+    if TERM == tl.float32:
         high = (x.to(tl.int32, bitcast=True) & _HIGH_BITS).to(tl.float32, bitcast=True)
         acc = tl.dot(left, high, input_precision="tf32")
         acc = tl.dot(left, x - high, acc, input_precision="tf32")
@@ -84,11 +84,19 @@ def _rotated(x_ptr, sign_ptr, right_ptr, base, lead, inside, left, right, column
 
 
 @triton.jit
-def hadamard(x_ptr, y_ptr, sign_ptr, left_ptr, right_ptr, units, blocks, stride, scale, SIZE: tl.constexpr,
+def _row_at(row, inner, last, outer_stride, inner_stride, last_stride):
+    """Offset of a row of x [outer, inner, last, K], whose axes have these strides."""
+    found = (row // (inner * last)).to(tl.int64) * outer_stride + (row // last % inner).to(tl.int64) * inner_stride
+    return found + (row % last).to(tl.int64) * last_stride
+
+
+@triton.jit
+def hadamard(x_ptr, y_ptr, sign_ptr, left_ptr, right_ptr, units, blocks, inner, last, outer_stride, inner_stride,
+             last_stride, scale, SIZE: tl.constexpr,
              A: tl.constexpr, AP: tl.constexpr, B: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
              R: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, DOT: tl.constexpr, TERM: tl.constexpr,
              IEEE: tl.constexpr, INVERSE: tl.constexpr):  # fmt: skip
-    """A program goes over tiles of R blocks: x [rows, blocks * SIZE] of this row stride -> y, contiguous.
+    """A program goes over tiles of R blocks: x [outer, inner, last, blocks * SIZE] of these strides -> y, contiguous.
 
     units: rows * blocks. left [A, A], right [B, B], sign [SIZE]: int8, right f32 where a factor is random.
     """
@@ -100,7 +108,7 @@ def hadamard(x_ptr, y_ptr, sign_ptr, left_ptr, right_ptr, units, blocks, stride,
     for tile in range(tl.program_id(0), tl.cdiv(units, R), tl.num_programs(0)):
         unit = tile * R + t // AP
         inside = (unit < units) & (t % AP < A)
-        base = (unit // blocks).to(tl.int64) * stride + unit % blocks * SIZE
+        base = _row_at(unit // blocks, inner, last, outer_stride, inner_stride, last_stride) + unit % blocks * SIZE
         y = _rotated(x_ptr, sign_ptr, right_ptr, base, lead, inside, left, right, column, scale, B, HIGH, LOW, A, BK,
                      DOT, TERM, IEEE, INVERSE)  # fmt: skip
         place = lead[:, None] + _places(column, HIGH, LOW)[None, :]
@@ -120,11 +128,12 @@ def _rounded(y, step, QMIN: tl.constexpr, QMAX: tl.constexpr, FLOAT: tl.constexp
 
 
 @triton.jit
-def hadamard_quantize(x_ptr, codes_ptr, scale_ptr, sign_ptr, left_ptr, right_ptr, rows, blocks, stride, scale,
-                      SIZE: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, B: tl.constexpr, HIGH: tl.constexpr,
-                      LOW: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, TERM: tl.constexpr,
-                      IEEE: tl.constexpr, INVERSE: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
-                      FLOAT: tl.constexpr, BY_HAND: tl.constexpr, ONE: tl.constexpr):  # fmt: skip
+def hadamard_quantize(x_ptr, codes_ptr, scale_ptr, sign_ptr, left_ptr, right_ptr, rows, blocks, inner, last,
+                      outer_stride, inner_stride, last_stride, scale, SIZE: tl.constexpr, A: tl.constexpr,
+                      AP: tl.constexpr, B: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, R: tl.constexpr,
+                      BK: tl.constexpr, DOT: tl.constexpr, TERM: tl.constexpr, IEEE: tl.constexpr,
+                      INVERSE: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FLOAT: tl.constexpr,
+                      BY_HAND: tl.constexpr, ONE: tl.constexpr):  # fmt: skip
     """The same with B <= BK, then codes [rows, blocks * SIZE] and the scale of each row, f32 [rows].
 
     Codes are int8, or the bits of e4m3 (FLOAT).
@@ -140,7 +149,7 @@ def hadamard_quantize(x_ptr, codes_ptr, scale_ptr, sign_ptr, left_ptr, right_ptr
     for tile in range(tl.program_id(0), tl.cdiv(rows, R), tl.num_programs(0)):
         row = tile * R + t // AP
         inside = (row < rows) & (t % AP < A)
-        base, out = row.to(tl.int64) * stride, row.to(tl.int64) * (blocks * SIZE)
+        base, out = _row_at(row, inner, last, outer_stride, inner_stride, last_stride), row.to(tl.int64) * blocks * SIZE
         given = inside[:, None] & (column < B)[None, :]
         top = tl.zeros([R * AP], tl.float32)
         for block in range(1 if ONE else blocks):

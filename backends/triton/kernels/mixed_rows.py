@@ -81,7 +81,7 @@ def _float_sums(x_at, w_ptr, row, stride, scale_at, zero_at, n, k, split, BLOCK_
                 EVEN_K: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """The same for floats: f32 [BLOCK_N, BLOCK_M] of codes less zero points, which TO holds exactly, times scales."""
     PARTS: tl.constexpr = 8 // BITS
-    PRECISION: tl.constexpr = "tf32x3" if tl.float32 == TO else "tf32"
+    PRECISION: tl.constexpr = "tf32x3" if TO == tl.float32 else "tf32"
     units = tl.cdiv(k, PARTS * SUB)
     steps = tl.cdiv(units, SPLIT)
     begin, end = split * steps, tl.minimum(split * steps + steps, units)
@@ -147,3 +147,45 @@ def mixed_float(x_ptr, w8_ptr, w4_ptr, w2_ptr, order_ptr, y_ptr, w_scale_ptr, w_
         tl.store(part + row.to(tl.int64)[:, None] * n + column[None, :], acc, mask=there)
     else:
         finish(acc, y_ptr, bias_ptr, residual_ptr, row, column, m, n, ACTIVATION)
+
+
+@triton.jit
+def _write_floats(w_ptr, row, stride, unit, column, scale_at, zero_at, out_ptr, n, k, SUB: tl.constexpr,
+                  BITS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    PARTS: tl.constexpr = 8 // BITS
+    if unit * PARTS * SUB < k:
+        data = tl.load(w_ptr + row.to(tl.int64)[:, None] * stride + (unit * SUB + tl.arange(0, SUB))[None, :])
+        codes = values(data, data, data, None, 1 << (BITS - 1), BITS, "int", False, "", tl.float32)
+        for part in tl.static_range(PARTS):
+            first = (unit * PARTS + part) * SUB
+            group = (first // GROUP).to(tl.int64) * n if GROUP else 0
+            a = codes[part]
+            if zero_at is not None:
+                a -= tl.load(zero_at + group).to(tl.float32)[:, None]
+            a *= tl.load(scale_at + group).to(tl.float32)[:, None]
+            at = first + tl.arange(0, SUB)
+            out = out_ptr + column.to(tl.int64)[:, None] * k + at[None, :]
+            tl.store(out, a.to(out_ptr.dtype.element_ty), mask=(column < n)[:, None] & (at < k)[None, :])
+
+
+@triton.jit
+def mixed_dequantize(w8_ptr, w4_ptr, w2_ptr, order_ptr, w_scale_ptr, w_zero_ptr, out_ptr, n, k, rows8, rows4, w8_stride,
+                     w4_stride, w2_stride, SUB: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Grid (units of SUB columns, tiles of rows): the weight of `mixed_float` as floats [n, k], rounded once."""
+    first = tl.program_id(1) * BLOCK_N
+    place = first + tl.arange(0, BLOCK_N)
+    column, unit = tl.load(order_ptr + place), tl.program_id(0)
+    near = tl.minimum(column, n - 1).to(tl.int64)
+    zero_at = None if w_zero_ptr is None else w_zero_ptr + near
+    if w8_ptr is not None:
+        if first < rows8:
+            _write_floats(w8_ptr, place, w8_stride, unit, column, w_scale_ptr + near, zero_at, out_ptr, n, k, SUB, 8,
+                          GROUP)  # fmt: skip
+    if w4_ptr is not None:
+        if (first >= rows8) & (first < rows8 + rows4):
+            _write_floats(w4_ptr, place - rows8, w4_stride, unit, column, w_scale_ptr + near, zero_at, out_ptr, n, k,
+                          SUB, 4, GROUP)  # fmt: skip
+    if w2_ptr is not None:
+        if first >= rows8 + rows4:
+            _write_floats(w2_ptr, place - rows8 - rows4, w2_stride, unit, column, w_scale_ptr + near, zero_at, out_ptr,
+                          n, k, SUB, 2, GROUP)  # fmt: skip

@@ -19,7 +19,7 @@ from qfx.backends.triton.passes._nodes import note_computed
 from qfx.passes import _match as m
 from qfx.passes._build import call, matched, take_place
 
-_PRODUCTS = ("qfx_triton::gemm8", "qfx_triton::gemm4")
+_PRODUCTS = ("qfx_triton::gemm8", "qfx_triton::gemm4", "qfx_triton::gemm_mixed")
 
 
 def fuse_residual(gm: fx.GraphModule) -> bool:

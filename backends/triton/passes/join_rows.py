@@ -10,12 +10,15 @@
     %quantize_dynamic = qfx_triton.quantize_dynamic(%x, None, i8/tok)
     %linear: f16[2,192] = qfx_triton.gemm_mixed(%quantize_dynamic[0], ..., @fc.bias, None, i8/tok, i4/ch,i8/ch, ...)
 
-Runs before the rules, on all segments or none. Sums of channels stay the same bit for bit; the bias is added before the
+Runs before the rules, on all segments or none. Several such weights that read one input (q, k and v) become one
+product, whose result is cut. Sums of channels stay the same bit for bit; the bias is added before the
 result is rounded to its dtype.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +27,7 @@ from torch import Tensor, fx
 from qfx import graph
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.mixed_rows import Piece, pack_mixed, reason_against
-from qfx.backends.triton.passes._nodes import computed, note_computed
+from qfx.backends.triton.passes._nodes import bring_before, computed, note_computed, plain
 from qfx.backends.triton.rules_linear import DTYPES, quantized
 from qfx.backends.triton.site import Site, once
 from qfx.graph import is_call
@@ -36,28 +39,65 @@ _OPS = torch.ops.qfx_triton
 _ALIKE = ("x", "x_scale", "x_zero", "smooth", "x_format")
 
 
+@dataclass(frozen=True)
+class _Join:
+    """Linears whose results, cut into pieces, `node` joins, and the addition of a constant bias, or the node itself."""
+
+    linears: list[fx.Node]
+    pieces: list[Piece]
+    node: fx.Node
+    end: fx.Node
+
+    @property
+    def given(self) -> list[dict[str, Any]]:
+        """The arguments of the linears."""
+        return [m.arguments(linear) for linear in self.linears]
+
+    @property
+    def bias(self) -> Any:
+        """The node of the bias, or None."""
+        return None if self.end is self.node else self.end.args[1]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all that it takes the place of."""
+        old = (*self.linears, *self.node.all_input_nodes, self.node, self.end)
+        return [name for n in old for name in computed(n)]
+
+
 def join_rows(gm: fx.GraphModule, device: Device, kernels: dict[str, str]) -> bool:
     """See the module. kernels: by node name, told of the nodes that are joined."""
-    count = 0
-    for node in list(gm.graph.nodes):
+    groups: dict[tuple[Any, ...], list[_Join]] = {}
+    for node in gm.graph.nodes:
         found = _segments(node)
-        if found is None:
-            continue
-        linears, pieces = found
-        given = [m.arguments(linear) for linear in linears]
-        k = graph.val(given[0]["x"]).shape[-1]
-        formats = [one["w_format"] for one in given]
-        fixed = all(n.op == "get_attr" for one in given for n in (one["w"], one["w_scale"], one["w_zero"]) if n)
-        if not fixed or not isinstance(k, int) or reason_against(given[0]["x_format"], formats, device, k):
-            continue
-        end = _with_bias(node) or node
-        names = [name for n in (*linears, *node.all_input_nodes, node, end) for name in computed(n)]
-        kernel = f"{_put(Site(gm, end, device), given, pieces, k)} of {','.join(formats)} (Triton)"
-        kernels.update(dict.fromkeys(names, kernel))
-        count += 1
+        if found is not None and _reason(join := _Join(*found, node, _with_bias(node) or node), device) is None:
+            groups.setdefault(tuple(join.given[0][name] for name in _ALIKE), []).append(join)
+    count = 0
+    for group in groups.values():
+        whole = len(group) > 1 and _reason(group[0], device, group) is None
+        for joins in [group] if whole else [[join] for join in group]:
+            names, formats = [n for join in joins for n in join.names], ",".join(_formats(joins))
+            kernels.update(dict.fromkeys(names, f"{_put(gm, device, joins)} of {formats} (Triton)"))
+            count += 1
     if count:
         graph.clean(gm)
     return matched(gm, "join_rows", count)
+
+
+def _reason(join: _Join, device: Device, joins: Sequence[_Join] = ()) -> str | None:
+    """Why the kernel does not take a join, or several at once; None."""
+    given = join.given
+    k = graph.val(given[0]["x"]).shape[-1]
+    if not isinstance(k, int):
+        return "its width is not known"
+    held = (one[name] for one in given for name in ("w", "w_scale", "w_zero") if one[name] is not None)
+    if any(n.op != "get_attr" for n in held):
+        return "a weight is computed"
+    return reason_against(given[0]["x_format"], _formats(joins or [join]), device, k)
+
+
+def _formats(joins: Sequence[_Join]) -> list[str]:
+    return [one["w_format"] for join in joins for one in join.given]
 
 
 def _segments(node: fx.Node) -> tuple[list[fx.Node], list[Piece]] | None:
@@ -110,29 +150,60 @@ def _with_bias(node: fx.Node) -> fx.Node | None:
     return user if fits else None
 
 
-def _put(site: Site, given: list[dict[str, Any]], pieces: list[Piece], k: int) -> str:
-    """The product in place of the site's node; its name."""
-    first, gm = given[0], site.gm
-    x_format, formats = first["x_format"], ",".join(one["w_format"] for one in given)
-    rest: tuple[Any, ...]
+def _put(gm: fx.GraphModule, device: Device, joins: list[_Join]) -> str:
+    """One product in place of joins that read one input, whose result is cut where there are several; its name."""
+    end, given = joins[0].end, [one for join in joins for one in join.given]
+    first, site = given[0], Site(gm, end, device)
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    bring_before(order, [n for n in (first["x_scale"], first["x_zero"], first["smooth"], joins[0].bias) if n], end)
+    offset, pieces = 0, []
+    for join in joins:
+        pieces += [(offset + i, start, stop) for i, start, stop in join.pieces]
+        offset += len(join.linears)
+    x_format, k = first["x_format"], graph.val(first["x"]).shape[-1]
     weight = once(
         site,
         f"mixed {[str(one['w'].target) for one in given]} {pieces} {bool(x_format)}",
         lambda: pack_mixed([_stored(site, one) for one in given], pieces, k, floats=not x_format),
     )
-    bias = site.node.args[1] if is_call(site.node, _aten.add.Tensor) else None
-    with gm.graph.inserting_before(site.node):
+    bias = joins[0].bias if len(joins) == 1 else site.constant(_biases(site, joins))
+    rest: tuple[Any, ...]
+    formats = ",".join(_formats(joins))
+    with gm.graph.inserting_before(end):
         if x_format:
             codes = quantized(site, first["x"], first["smooth"], first["x_scale"], first["x_zero"], x_format)
-            dtype = DTYPES[graph.val(first["x"]).dtype]
-            rest = (weight, bias, None, x_format, formats, k, "", dtype)
-            new = call(gm, _OPS.gemm_mixed.default, *codes, *rest, like=site.node)
+            rest = (weight, bias, None, x_format, formats, k, "", DTYPES[graph.val(first["x"]).dtype])
+            new = call(gm, _OPS.gemm_mixed.default, *codes, *rest, like=end)
         else:
             rest = (weight, bias, None, None, None, first["smooth"], "", formats, "")
-            new = call(gm, _OPS.linear_mixed.default, first["x"], *rest, like=site.node)
-    note_computed(new, site.node)
-    take_place(site.node, new)
+            new = call(gm, _OPS.linear_mixed.default, first["x"], *rest, like=end)
+    note_computed(new, *(join.end for join in joins))
+    _cut_up(gm, new, joins)
     return f"gemm_mixed {x_format}" if x_format else "linear_mixed"
+
+
+def _cut_up(gm: fx.GraphModule, new: fx.Node, joins: list[_Join]) -> None:
+    """Each join reads its part of the product."""
+    if len(joins) == 1:
+        take_place(joins[0].end, new)
+        return
+    start, axis = 0, m.rank(new) - 1
+    for join in joins:
+        stop = start + m.shape(join.node)[-1]
+        with gm.graph.inserting_before(join.end):
+            cut = plain(call(gm, _aten.slice.Tensor, new, axis, start, stop, like=join.end))
+        take_place(join.end, cut)
+        start = stop
+
+
+def _biases(site: Site, joins: list[_Join]) -> Tensor | None:
+    """The biases of all, zeros where one has none; None where none has any."""
+    found = [site.tensor(join.bias) for join in joins]
+    there = next((bias for bias in found if bias is not None), None)
+    if there is None:
+        return None
+    sizes = [int(m.shape(join.node)[-1]) for join in joins]
+    return torch.cat([there.new_zeros(n) if bias is None else bias for bias, n in zip(found, sizes, strict=True)])
 
 
 def _stored(site: Site, given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, str]:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from qfx.backends.triton import gemm4, layout
-from qfx.backends.triton.mixed_rows import WIDTHS, columns_at_once, linear_mixed
+from qfx.backends.triton.mixed_rows import WIDTHS, columns_at_once, gemm_mixed, linear_mixed
 from qfx.format import Format
 from tests.backends.triton.cases import Case, meta
 
@@ -26,7 +26,13 @@ def _run(m: int, k: int, rows: tuple[int, int, int], x_format: str, w_formats: s
     if any(fmt.has_zero for fmt in parsed):
         ends.append(meta(*shape, dtype=kinds[1]))
     weight = [meta(n, dtype=torch.int32), *data, *ends]
-    linear_mixed(meta(m, k, dtype=dtype), weight, None, None, None, None, None, x_format, w_formats, "")
+    if not x_format:
+        linear_mixed(meta(m, k, dtype=dtype), weight, None, None, None, None, None, "", w_formats, "")
+        return
+    codes, scale = meta(m, k, dtype=torch.int8), meta(m, 1, dtype=torch.float32)
+    zero = meta(m, 1, dtype=torch.uint8) if x_format == "u8/tok" else None
+    text = {torch.float16: "f16", torch.bfloat16: "bf16"}[dtype]
+    gemm_mixed(codes, scale, zero, weight, None, None, x_format, w_formats, k, "", text)
 
 
 _INTEGER = {
@@ -48,7 +54,8 @@ CASES = [
         (16, 4096, (1024, 3072, 0), "", "u8/ch,u4/g128", torch.float16, _HALF),
         (16, 4096, (1024, 3072, 0), "", "u8/ch,u4/ch", torch.bfloat16, {}),
         (512, 4096, (1024, 3072, 0), "", "i8/ch,i4/ch", torch.float16, _HALF),
-        (2048, 4096, (0, 3072, 1024), "", "i4/g128,i2/g128", torch.bfloat16, {}),
+        (512, 4096, (0, 3072, 1024), "", "i4/g128,i2/g128", torch.bfloat16, {}),
+        (2048, 4096, (1024, 3072, 0), "", "i8/ch,u4/g128", torch.bfloat16, {}),
         (7, 777, (128, 256, 0), "", "i8/ch,u4/ch", torch.float32, {}),
     )
 ]

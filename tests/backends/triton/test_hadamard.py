@@ -62,6 +62,20 @@ def test_rotating_back_gives_the_input_whatever_its_strides() -> None:
     assert hadamard(x[:0], pack_hadamard(512, 3, device=DEVICE), 512, False).shape == (0, 4, 512)
 
 
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3), (1, 2, 0, 3), (0, 1, 3, 2)])
+@pytest.mark.parametrize("quantize_too", [False, True])
+def test_heads_are_read_where_they_lie(order: tuple[int, ...], quantize_too: bool) -> None:
+    x = torch.randn(2, 3, 64, 64, device=DEVICE)[:, :, :32, :].permute(order)
+    x = x[..., :32] if order[-1] == 3 else x
+    packed = pack_hadamard(32, 1, device=DEVICE)
+    expected = rotation.rotate(x.cpu(), 32, 1).to(DEVICE)
+    if quantize_too:
+        codes, scale, _ = hadamard_quantize(x, packed, 32, False, "i8/tok")
+        assert relative(codes * scale, expected) < 0.02
+    else:
+        assert relative(hadamard(x, packed, 32, False), expected) < 2e-6
+
+
 @pytest.mark.parametrize("fmt", ["i8/tok", "f8e4m3/tok"])
 @pytest.mark.parametrize(("size", "blocks"), [(128, 3), (512, 1), (96, 2), (1024, 2)])
 def test_codes_are_those_of_the_rounded_result(fmt: str, size: int, blocks: int) -> None:

@@ -96,6 +96,17 @@ def test_float_inputs(m: int, head: int, k: int, seed: int, formats: tuple[str, 
     assert float((found - expected).abs().max()) < step * max(float(expected.abs().max()), 1.0)
 
 
+@pytest.mark.parametrize("formats", [("u8/ch", "i4/ch", "u2/ch"), ("i8/ch", "u4/g64")])
+def test_many_float_rows_are_multiplied_by_torch(formats: tuple[str, ...]) -> None:
+    weight = Mixed(formats, 20, 200, floats=True)
+    x = torch.randn(1030, 200, device=DEVICE)
+    found, expected = (run(x, None, None, None, "") for run in (weight.run, weight.expected))
+    assert relative(found, expected) < 1e-6
+    bias, weight.bias = weight.bias, torch.zeros_like(weight.bias)
+    without = linear_mixed(x.half(), weight.packed, None, None, None, None, None, "", weight.formats, "")
+    assert relative(without, expected - bias) < 2e-3
+
+
 def test_rows_are_padded_to_tiles_and_put_back() -> None:
     weight = Mixed(("i8/ch", "i4/ch", "i8/ch"), 48, 256, floats=False)
     order, eight, four, two, *_ = weight.packed
@@ -133,7 +144,8 @@ def test_one_product_is_launched_for_all_segments() -> None:
     packed, x = [part.to("meta") for part in weight.packed], torch.empty(512, 256, device="meta")
     with recorded(H100) as launches:
         linear_mixed(x, packed, None, None, None, None, None, "i8/tok", weight.formats, "")
-    assert [launch.kernel.fn.__name__ for launch in launches] == ["quantize_rows", "mixed_integer"]
+    assert len(launches) == 2  # the first quantizes x
+    assert launches[1].kernel.fn.__name__ == "mixed_integer"
 
 
 def test_refusals() -> None:
@@ -159,4 +171,4 @@ def test_configurations_of_float_inputs_divide_the_padding(m: int) -> None:
         for dtype in (torch.float16, torch.float32):
             found = float_candidates(A100, Problem(4096, 4096, 4, 64, group), m, dtype)
             assert 0 < len(found) <= 20
-            assert all(ROWS % config["BLOCK_N"] == 0 for config in found)
+            assert all(ROWS % config.get("BLOCK_N", 1) == 0 for config in found)

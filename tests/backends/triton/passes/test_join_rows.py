@@ -102,3 +102,52 @@ def test_it_is_part_of_lowering() -> None:
     assert set(found.kernels.values()) == {"gemm_mixed i8/tok of i8/ch,i4/ch (Triton)"}
     with torch.no_grad():
         assert torch.equal(found(x)[0], gm(x)[0])
+
+
+class Residual(nn.Module):
+    """What stands around a linear is added to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.linear(x)
+        return y
+
+
+def test_a_residual_is_added_in_the_product() -> None:
+    x = inputs(rows=5)
+    gm = of(Residual(), x, ["i8/ch", "i4/ch"], "i8/tok")
+    found = lower(gm)
+    assert set(found.kernels.values()) == {"gemm_mixed i8/tok of i8/ch,i4/ch (Triton)"}
+    with torch.no_grad():
+        torch.testing.assert_close(found(x)[0], gm(x)[0])
+
+
+class Siblings(nn.Module):
+    """Three linears of one input; the second reads another, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = nn.Linear(32, 24), nn.Linear(32, 16, bias=False), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.q(x), self.k(x) * 2, self.v(x), self.v(x + 1)
+
+
+@pytest.mark.parametrize("x_format", ["i8/tok", ""])
+def test_siblings_are_one_product(x_format: str) -> None:
+    x = inputs(rows=5)
+    gm = of(Siblings(), x, ["i8/ch", "i4/ch"], x_format)
+    found, kernels = joined(gm)
+    assert text(found).count("_mixed(") == 2  # one for each input
+    assert text(found).count("aten.slice") == 3
+    name = "gemm_mixed i8/tok" if x_format else "linear_mixed"
+    assert {kernel for node, kernel in kernels.items() if node.startswith("cat")} <= {
+        f"{name} of {','.join(['i8/ch,i4/ch'] * n)} (Triton)" for n in (1, 3)
+    }
+    for expected, y in zip(outputs(gm, x), outputs(found, x), strict=True):
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
