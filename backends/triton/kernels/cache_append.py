@@ -64,17 +64,20 @@ def _chosen(low, high, QMAX: tl.constexpr, AFFINE: tl.constexpr, LARGEST: tl.con
         step = tl.maximum(_over(high - low, QMAX), _over(tl.abs(low), LARGEST))
         scale, stored = _kept(_over(tl.maximum(step * QMAX, 0.0), QMAX), AS)
         zero = tl.minimum(tl.maximum(round_even(_over(-low, scale)), -LARGEST), LARGEST)
-        return scale, stored, zero
-    most = tl.maximum(-tl.minimum(low, 0.0), tl.maximum(high, 0.0))
-    if AS == 3:  # 2^(floor(log2 most) - EMAX)
-        exponent = ((most.to(tl.int32, bitcast=True) >> 23) & 255) - EMAX
-        byte = tl.minimum(tl.maximum(tl.where(most < _TINY, 127, exponent), 1), 254)
-        return (byte << 23).to(tl.float32, bitcast=True), byte.to(tl.uint8), low * 0.0
-    if LEAST:
-        stored = tl.minimum(tl.maximum(_over(most, QMAX), 5.960464477539063e-08), 65504.0).to(tl.float16)
-        return stored.to(tl.float32), stored, low * 0.0
-    scale, stored = _kept(_over(most, QMAX), AS)
-    return scale, stored, low * 0.0
+    else:
+        zero = low * 0.0
+        most = tl.maximum(-tl.minimum(low, 0.0), tl.maximum(high, 0.0))
+        if AS == 3:  # 2^(floor(log2 most) - EMAX)
+            exponent = ((most.to(tl.int32, bitcast=True) >> 23) & 255) - EMAX
+            byte = tl.minimum(tl.maximum(tl.where(most < _TINY, 127, exponent), 1), 254)
+            scale = (byte << 23).to(tl.float32, bitcast=True)
+            stored = byte.to(tl.uint8)
+        elif LEAST:
+            stored = tl.minimum(tl.maximum(_over(most, QMAX), 5.960464477539063e-08), 65504.0).to(tl.float16)
+            scale = stored.to(tl.float32)
+        else:
+            scale, stored = _kept(_over(most, QMAX), AS)
+    return scale, stored, zero
 
 
 @triton.jit
