@@ -87,6 +87,7 @@ def _constants(role: Role, prefix: str) -> tuple[dict[str, Any], int, int]:
         "LARGEST": 127 if fmt.bits < 8 else 32767, "AS": 0 if plain else _SCALES[fmt.scale_type],
         "EMAX": _EMAX.get(fmt.type, fmt.bits - 2), "LEAST": str(fmt) == "i8/tok/f16",
         "TOKENS": tokens, "SPAN": span,
+        "PADDED": triton.next_power_of_2(max(tokens // role.planes, 1)),
     }  # fmt: skip
     constants = role.constants(prefix) | {f"{prefix}_{name}": value for name, value in own.items()}
     return constants, tokens, triton.cdiv(role.width, whole)

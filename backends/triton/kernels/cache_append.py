@@ -94,12 +94,14 @@ def encode(data_ptr, scale_ptr, zero_ptr, newest_ptr, new_ptr, block, chunk, sto
            WIDTH: tl.constexpr, SCALES: tl.constexpr, MODE: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
            MIDDLE: tl.constexpr, GROUP: tl.constexpr, GROUPED: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
            LARGEST: tl.constexpr, AS: tl.constexpr, EMAX: tl.constexpr, LEAST: tl.constexpr, TOKENS: tl.constexpr,
-           SPAN: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
-    """Codes of TOKENS tokens and of SPAN channels of a head, whole groups of both; pointers are of the head."""
+           SPAN: tl.constexpr, PADDED: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
+    """Codes of TOKENS tokens and of SPAN channels of a head, whole groups of both; pointers are of the head.
+
+    PADDED: units of tokens that share bytes, up to a power of two.
+    """
     PLANES: tl.constexpr = 1 if BITS >= 8 else 8 // BITS if 8 % BITS == 0 else 8
     LONG: tl.constexpr = TOKENS // PLANES
     ROWS: tl.constexpr = 1 if BITS >= 8 else PLANES * BITS // 8
-    PADDED: tl.constexpr = triton.next_power_of_2(LONG)
     unit = tl.arange(0, PADDED)[:, None, None]
     plane = tl.arange(0, PLANES)[None, :, None]
     channel = tl.arange(0, SPAN)[None, None, :]
@@ -217,21 +219,21 @@ def _append(first_ptr, newest_ptr, new_ptr, data_ptr, scale_ptr, zero_ptr, chunk
             ready, stride, WIDTH: tl.constexpr, SCALES: tl.constexpr, MODE: tl.constexpr, KIND: tl.constexpr,
             BITS: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr, GROUPED: tl.constexpr, QMIN: tl.constexpr,
             QMAX: tl.constexpr, LARGEST: tl.constexpr, AS: tl.constexpr, EMAX: tl.constexpr, LEAST: tl.constexpr,
-            TOKENS: tl.constexpr, SPAN: tl.constexpr, BY_HAND: tl.constexpr, FEW: tl.constexpr, SINKS: tl.constexpr,
-            SINKS_BLOCK: tl.constexpr, TAKEN: tl.constexpr):  # fmt: skip
+            TOKENS: tl.constexpr, SPAN: tl.constexpr, PADDED: tl.constexpr, BY_HAND: tl.constexpr, FEW: tl.constexpr,
+            SINKS: tl.constexpr, SINKS_BLOCK: tl.constexpr, TAKEN: tl.constexpr):  # fmt: skip
     """Keys or values of a head, some channels: one block of codes, or, of FEW new tokens, all that is to be done."""
     if FEW:
         for block in range(tl.cdiv(ready, TOKENS)):
             encode(data_ptr, scale_ptr, zero_ptr, newest_ptr, new_ptr, block, chunk, stored, held, missing, ready,
                    stride, WIDTH, SCALES, MODE, KIND, BITS, MIDDLE, GROUP, GROUPED, QMIN, QMAX, LARGEST, AS, EMAX,
-                   LEAST, TOKENS, SPAN, BY_HAND)  # fmt: skip
+                   LEAST, TOKENS, SPAN, PADDED, BY_HAND)  # fmt: skip
         WHOLE: tl.constexpr = SPAN if MODE == 2 or MODE == 0 else GROUP if GROUP < WIDTH else WIDTH
         _take(first_ptr, newest_ptr, new_ptr, chunk, new, stride, length, missing, held, ready, WIDTH, SINKS,
               SINKS_BLOCK, TAKEN, WHOLE, SPAN)  # fmt: skip
     elif tl.program_id(1) * TOKENS < ready:
         encode(data_ptr, scale_ptr, zero_ptr, newest_ptr, new_ptr, tl.program_id(1), chunk, stored, held, missing,
                ready, stride, WIDTH, SCALES, MODE, KIND, BITS, MIDDLE, GROUP, GROUPED, QMIN, QMAX, LARGEST, AS, EMAX,
-               LEAST, TOKENS, SPAN, BY_HAND)  # fmt: skip
+               LEAST, TOKENS, SPAN, PADDED, BY_HAND)  # fmt: skip
 
 
 @triton.jit
@@ -244,10 +246,10 @@ def append_codes(
     K_SCALES: tl.constexpr, K_MODE: tl.constexpr, K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_MIDDLE: tl.constexpr,
     K_GROUP: tl.constexpr, K_GROUPED: tl.constexpr, K_QMIN: tl.constexpr, K_QMAX: tl.constexpr,
     K_LARGEST: tl.constexpr, K_AS: tl.constexpr, K_EMAX: tl.constexpr, K_LEAST: tl.constexpr, K_TOKENS: tl.constexpr,
-    K_SPAN: tl.constexpr, V_SCALES: tl.constexpr, V_MODE: tl.constexpr, V_KIND: tl.constexpr, V_BITS: tl.constexpr,
-    V_MIDDLE: tl.constexpr, V_GROUP: tl.constexpr, V_GROUPED: tl.constexpr, V_QMIN: tl.constexpr,
+    K_SPAN: tl.constexpr, K_PADDED: tl.constexpr, V_SCALES: tl.constexpr, V_MODE: tl.constexpr, V_KIND: tl.constexpr,
+    V_BITS: tl.constexpr, V_MIDDLE: tl.constexpr, V_GROUP: tl.constexpr, V_GROUPED: tl.constexpr, V_QMIN: tl.constexpr,
     V_QMAX: tl.constexpr, V_LARGEST: tl.constexpr, V_AS: tl.constexpr, V_EMAX: tl.constexpr, V_LEAST: tl.constexpr,
-    V_TOKENS: tl.constexpr, V_SPAN: tl.constexpr,
+    V_TOKENS: tl.constexpr, V_SPAN: tl.constexpr, V_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Program (head of a sequence, block of tokens, chunk of channels of keys, then of values) of a part.
 
@@ -269,15 +271,15 @@ def append_codes(
                     k_data + own * k_rows * D, k_scale + own * k_scale_rows * K_SCALES,
                     None if k_zero is None else k_zero + own * k_scale_rows * K_SCALES, chunk, new, length, stored,
                     missing, held, ready, k_token, D, K_SCALES, K_MODE, K_KIND, K_BITS, K_MIDDLE, K_GROUP, K_GROUPED,
-                    K_QMIN, K_QMAX, K_LARGEST, K_AS, K_EMAX, K_LEAST, K_TOKENS, K_SPAN, BY_HAND, FEW, SINKS,
+                    K_QMIN, K_QMAX, K_LARGEST, K_AS, K_EMAX, K_LEAST, K_TOKENS, K_SPAN, K_PADDED, BY_HAND, FEW, SINKS,
                     SINKS_BLOCK, TAKEN)  # fmt: skip
         else:
             _append(first_v + both * SINKS * DV, newest_v + both * ROOM * DV, v_ptr + batch * v_batch + g * v_head,
                     v_data + own * v_rows * DV, v_scale + own * v_scale_rows * V_SCALES,
                     None if v_zero is None else v_zero + own * v_scale_rows * V_SCALES, chunk - k_chunks, new, length,
                     stored, missing, held, ready, v_token, DV, V_SCALES, V_MODE, V_KIND, V_BITS, V_MIDDLE, V_GROUP,
-                    V_GROUPED, V_QMIN, V_QMAX, V_LARGEST, V_AS, V_EMAX, V_LEAST, V_TOKENS, V_SPAN, BY_HAND, FEW,
-                    SINKS, SINKS_BLOCK, TAKEN)  # fmt: skip
+                    V_GROUPED, V_QMIN, V_QMAX, V_LARGEST, V_AS, V_EMAX, V_LEAST, V_TOKENS, V_SPAN, V_PADDED, BY_HAND,
+                    FEW, SINKS, SINKS_BLOCK, TAKEN)  # fmt: skip
         if FEW:
             _count(stored_ptr, stored, ready, programs)
 
