@@ -1,6 +1,7 @@
 """Quantize-on-append for packed caches of fixed length: qfx_triton::cache_append, as qfx::cache_append.
 
-    append_codes    whole groups of the newest tokens to codes and scales, bit for bit those of the reference
+    append_codes    whole groups of the newest tokens to codes and scales, bit for bit those of the reference; for a few
+                    new tokens (FEW) also what append_newest does, in the same launch
     append_newest   what is left moves to the front, and new tokens come behind
 
 How many tokens there are is read on the device: nothing waits for the host. On a GPU memory that is full is a
@@ -26,6 +27,7 @@ from qfx.kv.static import full
 _SCALES = {"f32": 0, "f16": 1, "bf16": 2, "e8m0": 3}
 _EMAX = {"f8e4m3": 8, "f8e5m2": 15}
 _TOKENS, _CHANNELS = 32, 64  # of a program
+_CONFIG = {"num_warps": 4, "num_stages": 1}
 
 
 def cache_append(memory: list[Tensor], k: Tensor, v: Tensor, length: Tensor, spec: str) -> None:
@@ -41,35 +43,36 @@ def cache_append(memory: list[Tensor], k: Tensor, v: Tensor, length: Tensor, spe
     if not k.numel() and not v.numel():
         return
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
-    stored, first_k, first_v, newest_k, newest_v = memory[:5]
-    new, fmt, room = k.shape[2], found.fmt, newest_k.shape[2]
-    strides = (*k.stride()[:3], *v.stride()[:3])
+    new, fmt, room = k.shape[2], found.fmt, memory[3].shape[2]
+    few, strides = new <= FEW, (*k.stride()[:3], *v.stride()[:3])
     sizes = {"D": found.widths[0], "DV": found.widths[1], "SINKS": fmt.sinks, "RESIDUAL": fmt.residual,
-             "STEP": fmt.step, "ROOM": room, "LENGTH": found.length}  # fmt: skip
-    most = room - fmt.residual + (new if new > FEW else 0)  # tokens that can be stored by this call
-    for part, (keys, values) in zip(found.parts, found.tensors(memory), strict=True):
-        constants, counts = zip(*(_constants(r, n) for r, n in ((part.keys, "K"), (part.values, "V"))), strict=True)
-        blocks = max(triton.cdiv(most, each["_TOKENS"]) for each in counts)
-        chunks = [each["_CHUNKS"] for each in counts]
-        rows = [t.shape[2] for two in (keys, values) for t in two[:2] if t is not None]
+             "STEP": fmt.step, "ROOM": room, "LENGTH": found.length, "TAKEN": _TOKENS,
+             "SINKS_BLOCK": triton.next_power_of_2(max(fmt.sinks, 1))}  # fmt: skip
+    arguments = (length, *memory[:5], k, v)
+    parts = [(part, _constants(part.keys, "K"), _constants(part.values, "V")) for part in found.parts]
+    programs = sum(k.shape[0] * part.count * (keys[2] + values[2]) for part, keys, values in parts)
+    for (part, keys, values), tensors in zip(parts, found.tensors(memory), strict=True):
+        # at most so many tokens can be stored by this call
+        blocks = 1 if few else max(triton.cdiv(room - fmt.residual + new, each[1]) for each in (keys, values))
+        rows = [t.shape[2] for two in tensors for t in two[:2] if t is not None]
         launch(
-            append_codes, (k.shape[0] * part.count, blocks, sum(chunks)), length, stored, newest_k, newest_v, k, v,
-            *keys, *values, cache_layout.signed(part.heads), part.count, found.groups, new, *strides, *rows, chunks[0],
-            **sizes, ALL=part.heads is None, BY_HAND=device.interpreted or not device.has_fp8,
-            **constants[0], **constants[1], config={"num_warps": 4, "num_stages": 1},
+            append_codes, (k.shape[0] * part.count, blocks, keys[2] + values[2]), *arguments, *tensors[0], *tensors[1],
+            cache_layout.signed(part.heads), part.count, found.groups, new, *strides, *rows, keys[2], programs,
+            **sizes, ALL=part.heads is None, FEW=few, BY_HAND=device.interpreted or not device.has_fp8,
+            debug=True, sanitize_overflow=False,  # so that the kernel's assertion is compiled
+            **keys[0], **values[0], config=_CONFIG,
         )  # fmt: skip
-    chunks = [triton.cdiv(width, _CHANNELS) for width in found.widths]
-    launch(
-        append_newest, (k.shape[0] * found.groups, sum(chunks)), length, stored, first_k, first_v, newest_k, newest_v,
-        k, v, found.groups, new, *strides, chunks[0], **sizes,
-        SINKS_BLOCK=triton.next_power_of_2(max(fmt.sinks, 1)), TOKENS=_TOKENS, SPAN=_CHANNELS,
-        debug=True, sanitize_overflow=False,  # so that the kernel's assertion is compiled
-        config={"num_warps": 4, "num_stages": 1},
-    )  # fmt: skip
+    if not few:
+        chunks = [triton.cdiv(width, _CHANNELS) for width in found.widths]
+        count = k.shape[0] * found.groups
+        launch(
+            append_newest, (count, sum(chunks)), *arguments, found.groups, new, *strides, chunks[0],
+            count * sum(chunks), **sizes, SPAN=_CHANNELS, config=_CONFIG,
+        )  # fmt: skip
 
 
-def _constants(role: Role, prefix: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """What `encode` must know of keys or values, and tokens and chunks of its programs."""
+def _constants(role: Role, prefix: str) -> tuple[dict[str, Any], int, int]:
+    """What `encode` must know of keys or values, the tokens of a block, and how many chunks of channels there are."""
     fmt = role.fmt
     by_tokens = role.mode == BY_TOKENS
     if by_tokens or role.mode == cache_layout.PLAIN:
@@ -78,15 +81,16 @@ def _constants(role: Role, prefix: str) -> tuple[dict[str, Any], dict[str, int]]
     else:
         whole = min(role.group, role.width)
         span = triton.next_power_of_2(whole)
-    plain = fmt.is_plain
+    plain, tokens = fmt.is_plain, role.group if by_tokens else _TOKENS
     own = {
         "GROUPED": fmt.group is not None, "QMIN": 0 if plain else fmt.qmin, "QMAX": 0 if plain else fmt.qmax,
         "LARGEST": 127 if fmt.bits < 8 else 32767, "AS": 0 if plain else _SCALES[fmt.scale_type],
         "EMAX": _EMAX.get(fmt.type, fmt.bits - 2), "LEAST": str(fmt) == "i8/tok/f16",
-        "TOKENS": role.group if by_tokens else _TOKENS, "SPAN": span,
+        "TOKENS": tokens, "SPAN": span,
+        "PADDED": triton.next_power_of_2(max(tokens // role.planes, 1)),
     }  # fmt: skip
     constants = role.constants(prefix) | {f"{prefix}_{name}": value for name, value in own.items()}
-    return constants, {"_TOKENS": own["TOKENS"], "_CHUNKS": triton.cdiv(role.width, whole)}
+    return constants, tokens, triton.cdiv(role.width, whole)
 
 
 def _checked(memory: list[Tensor], k: Tensor, v: Tensor, spec: str) -> Layout:

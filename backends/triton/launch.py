@@ -19,11 +19,12 @@ from qfx.backends.triton import device
 from qfx.backends.triton.device import Device
 
 Config = Mapping[str, int]  # constexprs of a kernel, with num_warps and num_stages
+_OPTIONS = ("num_warps", "num_stages", "debug", "sanitize_overflow")  # of the compiler
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as it would be started. arguments: by name, tensors without data. options: num_warps, num_stages."""
+    """A kernel as it would be started. arguments: by name, tensors without data. options: those of _OPTIONS."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -67,7 +68,7 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, config: Config | N
         return
     recording = _RECORDING.get()
     if recording is not None:
-        options: dict[str, int] = {key: settings.pop(key) for key in ("num_warps", "num_stages") if key in settings}
+        options: dict[str, int] = {key: settings.pop(key) for key in _OPTIONS if key in settings}
         named = dict(zip(kernel.arg_names, arguments, strict=False))
         recording.launches.append(Launch(kernel, tuple(grid), {**named, **settings}, options))
         return

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qfx import float_ops, graph
-from qfx.backends.triton.rules_attention import cache_append, cache_attention, quantized_attention
+from qfx.backends.triton.rules_attention import cache_append, cache_attention, cache_read, quantized_attention
 from qfx.backends.triton.rules_linear import embedding, linear
 from qfx.backends.triton.rules_rotation import hadamard
 from qfx.backends.triton.site import Rule, Site, Taken
@@ -34,6 +34,7 @@ RULES: dict[str, Rule] = {
     "qfx::quantized_attention": quantized_attention,
     "qfx::cache_attention": cache_attention,
     "qfx::cache_append": cache_append,
+    "qfx::cache_read": cache_read,
     "qfx::quantized_cached_attention": _without("attention over a cache that grows in codes"),
     "qfx::rope": _inlined(float_ops.rope),
     "qfx::attention": _inlined(float_ops.attention),

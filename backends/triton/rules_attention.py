@@ -8,6 +8,7 @@ from qfx import graph
 from qfx.backends.triton import cache_append as _append  # noqa: F401  (registers the op)
 from qfx.backends.triton import cache_attention as _attention  # noqa: F401  (registers the op)
 from qfx.backends.triton import cache_layout
+from qfx.backends.triton import cache_read as _read  # noqa: F401  (registers the op)
 from qfx.backends.triton import quantized_attention as rounded
 from qfx.backends.triton.site import Site, Taken
 
@@ -38,3 +39,10 @@ def cache_append(site: Site) -> Taken | str:
     if reason := cache_layout.reason_against(site.given["spec"], site.device):
         return reason
     return site.put(qfx_triton.cache_append.default, *site.given.values(), kernel="cache_append (Triton)")
+
+
+def cache_read(site: Site) -> Taken | str:
+    """qfx::cache_read, floats of what is held before a prompt."""
+    if reason := cache_layout.reason_against(site.given["spec"], site.device):
+        return reason
+    return site.put(qfx_triton.cache_read.default, *site.given.values(), kernel="cache_read (Triton)")

@@ -64,17 +64,20 @@ def _chosen(low, high, QMAX: tl.constexpr, AFFINE: tl.constexpr, LARGEST: tl.con
         step = tl.maximum(_over(high - low, QMAX), _over(tl.abs(low), LARGEST))
         scale, stored = _kept(_over(tl.maximum(step * QMAX, 0.0), QMAX), AS)
         zero = tl.minimum(tl.maximum(round_even(_over(-low, scale)), -LARGEST), LARGEST)
-        return scale, stored, zero
-    most = tl.maximum(-tl.minimum(low, 0.0), tl.maximum(high, 0.0))
-    if AS == 3:  # 2^(floor(log2 most) - EMAX)
-        exponent = ((most.to(tl.int32, bitcast=True) >> 23) & 255) - EMAX
-        byte = tl.minimum(tl.maximum(tl.where(most < _TINY, 127, exponent), 1), 254)
-        return (byte << 23).to(tl.float32, bitcast=True), byte.to(tl.uint8), low * 0.0
-    if LEAST:
-        stored = tl.minimum(tl.maximum(_over(most, QMAX), 5.960464477539063e-08), 65504.0).to(tl.float16)
-        return stored.to(tl.float32), stored, low * 0.0
-    scale, stored = _kept(_over(most, QMAX), AS)
-    return scale, stored, low * 0.0
+    else:
+        zero = low * 0.0
+        most = tl.maximum(-tl.minimum(low, 0.0), tl.maximum(high, 0.0))
+        if AS == 3:  # 2^(floor(log2 most) - EMAX)
+            exponent = ((most.to(tl.int32, bitcast=True) >> 23) & 255) - EMAX
+            byte = tl.minimum(tl.maximum(tl.where(most < _TINY, 127, exponent), 1), 254)
+            scale = (byte << 23).to(tl.float32, bitcast=True)
+            stored = byte.to(tl.uint8)
+        elif LEAST:
+            stored = tl.minimum(tl.maximum(_over(most, QMAX), 5.960464477539063e-08), 65504.0).to(tl.float16)
+            scale = stored.to(tl.float32)
+        else:
+            scale, stored = _kept(_over(most, QMAX), AS)
+    return scale, stored, zero
 
 
 @triton.jit
@@ -91,12 +94,14 @@ def encode(data_ptr, scale_ptr, zero_ptr, newest_ptr, new_ptr, block, chunk, sto
            WIDTH: tl.constexpr, SCALES: tl.constexpr, MODE: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
            MIDDLE: tl.constexpr, GROUP: tl.constexpr, GROUPED: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
            LARGEST: tl.constexpr, AS: tl.constexpr, EMAX: tl.constexpr, LEAST: tl.constexpr, TOKENS: tl.constexpr,
-           SPAN: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
-    """Codes of TOKENS tokens and of SPAN channels of a head, whole groups of both; pointers are of the head."""
+           SPAN: tl.constexpr, PADDED: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
+    """Codes of TOKENS tokens and of SPAN channels of a head, whole groups of both; pointers are of the head.
+
+    PADDED: units of tokens that share bytes, up to a power of two.
+    """
     PLANES: tl.constexpr = 1 if BITS >= 8 else 8 // BITS if 8 % BITS == 0 else 8
     LONG: tl.constexpr = TOKENS // PLANES
     ROWS: tl.constexpr = 1 if BITS >= 8 else PLANES * BITS // 8
-    PADDED: tl.constexpr = triton.next_power_of_2(LONG)
     unit = tl.arange(0, PADDED)[:, None, None]
     plane = tl.arange(0, PLANES)[None, :, None]
     channel = tl.arange(0, SPAN)[None, None, :]
@@ -168,22 +173,90 @@ def _e5m2_of(x):
 
 
 @triton.jit
+def _sinks(first_ptr, new_ptr, column, known, stride, length, missing, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The first `missing` new tokens to place `length` on."""
+    i = tl.arange(0, BLOCK)[:, None]
+    inside = (i < missing) & known
+    x = tl.load(new_ptr + i.to(tl.int64) * stride + column, mask=inside, other=0.0)
+    tl.store(first_ptr + (length + i) * WIDTH + column, x, mask=inside)
+
+
+@triton.jit
+def _take(first_ptr, newest_ptr, new_ptr, chunk, new, stride, length, missing, held, ready, WIDTH: tl.constexpr,
+          SINKS: tl.constexpr, SINKS_BLOCK: tl.constexpr, TOKENS: tl.constexpr, WHOLE: tl.constexpr,
+          SPAN: tl.constexpr):  # fmt: skip
+    """Sinks and newest tokens of WHOLE channels of a head."""
+    channel = tl.arange(0, SPAN)[None, :]
+    column = chunk * WHOLE + channel
+    known = (channel < WHOLE) & (column < WIDTH)
+    if SINKS > 0:
+        _sinks(first_ptr, new_ptr, column, known, stride, length, missing, WIDTH, SINKS_BLOCK)
+    left = held + new - missing - ready
+    start = tl.where(ready == 0, held // TOKENS * TOKENS, 0)
+    for at in range(start, left, TOKENS):  # upwards, and what is read lies at or above what is written
+        i = at + tl.arange(0, TOKENS)[:, None]
+        token = i + ready
+        inside = (i < left) & known
+        old = tl.load(newest_ptr + token * WIDTH + column, mask=inside & (token < held), other=0.0)
+        more = (missing + token - held).to(tl.int64) * stride + column
+        x = tl.load(new_ptr + more, mask=inside & (token >= held), other=0.0)
+        x = tl.where(token < held, old, x.to(old.dtype))
+        tl.debug_barrier()
+        tl.store(newest_ptr + i * WIDTH + column, x, mask=inside)
+
+
+@triton.jit
+def _count(stored_ptr, stored, ready, programs):
+    """The last program of `programs` to end counts the tokens that were stored: until then all read the old number."""
+    if ready > 0:
+        ended = tl.atomic_add(stored_ptr, _TICKET) // _TICKET
+        if ended == programs - 1:
+            tl.store(stored_ptr, (stored + ready).to(tl.int64))
+
+
+@triton.jit
+def _append(first_ptr, newest_ptr, new_ptr, data_ptr, scale_ptr, zero_ptr, chunk, new, length, stored, missing, held,
+            ready, stride, WIDTH: tl.constexpr, SCALES: tl.constexpr, MODE: tl.constexpr, KIND: tl.constexpr,
+            BITS: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr, GROUPED: tl.constexpr, QMIN: tl.constexpr,
+            QMAX: tl.constexpr, LARGEST: tl.constexpr, AS: tl.constexpr, EMAX: tl.constexpr, LEAST: tl.constexpr,
+            TOKENS: tl.constexpr, SPAN: tl.constexpr, PADDED: tl.constexpr, BY_HAND: tl.constexpr, FEW: tl.constexpr,
+            SINKS: tl.constexpr, SINKS_BLOCK: tl.constexpr, TAKEN: tl.constexpr):  # fmt: skip
+    """Keys or values of a head, some channels: one block of codes, or, of FEW new tokens, all that is to be done."""
+    if FEW:
+        for block in range(tl.cdiv(ready, TOKENS)):
+            encode(data_ptr, scale_ptr, zero_ptr, newest_ptr, new_ptr, block, chunk, stored, held, missing, ready,
+                   stride, WIDTH, SCALES, MODE, KIND, BITS, MIDDLE, GROUP, GROUPED, QMIN, QMAX, LARGEST, AS, EMAX,
+                   LEAST, TOKENS, SPAN, PADDED, BY_HAND)  # fmt: skip
+        WHOLE: tl.constexpr = SPAN if MODE == 2 or MODE == 0 else GROUP if GROUP < WIDTH else WIDTH
+        _take(first_ptr, newest_ptr, new_ptr, chunk, new, stride, length, missing, held, ready, WIDTH, SINKS,
+              SINKS_BLOCK, TAKEN, WHOLE, SPAN)  # fmt: skip
+    elif tl.program_id(1) * TOKENS < ready:
+        encode(data_ptr, scale_ptr, zero_ptr, newest_ptr, new_ptr, tl.program_id(1), chunk, stored, held, missing,
+               ready, stride, WIDTH, SCALES, MODE, KIND, BITS, MIDDLE, GROUP, GROUPED, QMIN, QMAX, LARGEST, AS, EMAX,
+               LEAST, TOKENS, SPAN, PADDED, BY_HAND)  # fmt: skip
+
+
+@triton.jit
 def append_codes(
-    length_ptr, stored_ptr, newest_k, newest_v, k_ptr, v_ptr, k_data, k_scale, k_zero, v_data, v_scale, v_zero,
-    heads, own_heads, groups, new, k_batch, k_head, k_token, v_batch, v_head, v_token, k_rows, k_scale_rows, v_rows,
-    v_scale_rows, k_chunks, D: tl.constexpr, DV: tl.constexpr, SINKS: tl.constexpr, RESIDUAL: tl.constexpr,
-    STEP: tl.constexpr, ROOM: tl.constexpr, LENGTH: tl.constexpr, ALL: tl.constexpr, BY_HAND: tl.constexpr,
+    length_ptr, stored_ptr, first_k, first_v, newest_k, newest_v, k_ptr, v_ptr, k_data, k_scale, k_zero, v_data,
+    v_scale, v_zero, heads, own_heads, groups, new, k_batch, k_head, k_token, v_batch, v_head, v_token, k_rows,
+    k_scale_rows, v_rows, v_scale_rows, k_chunks, programs, D: tl.constexpr, DV: tl.constexpr, SINKS: tl.constexpr,
+    RESIDUAL: tl.constexpr, STEP: tl.constexpr, ROOM: tl.constexpr, LENGTH: tl.constexpr, SINKS_BLOCK: tl.constexpr,
+    TAKEN: tl.constexpr, ALL: tl.constexpr, FEW: tl.constexpr, BY_HAND: tl.constexpr,
     K_SCALES: tl.constexpr, K_MODE: tl.constexpr, K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_MIDDLE: tl.constexpr,
     K_GROUP: tl.constexpr, K_GROUPED: tl.constexpr, K_QMIN: tl.constexpr, K_QMAX: tl.constexpr,
     K_LARGEST: tl.constexpr, K_AS: tl.constexpr, K_EMAX: tl.constexpr, K_LEAST: tl.constexpr, K_TOKENS: tl.constexpr,
-    K_SPAN: tl.constexpr, V_SCALES: tl.constexpr, V_MODE: tl.constexpr, V_KIND: tl.constexpr, V_BITS: tl.constexpr,
-    V_MIDDLE: tl.constexpr, V_GROUP: tl.constexpr, V_GROUPED: tl.constexpr, V_QMIN: tl.constexpr,
+    K_SPAN: tl.constexpr, K_PADDED: tl.constexpr, V_SCALES: tl.constexpr, V_MODE: tl.constexpr, V_KIND: tl.constexpr,
+    V_BITS: tl.constexpr, V_MIDDLE: tl.constexpr, V_GROUP: tl.constexpr, V_GROUPED: tl.constexpr, V_QMIN: tl.constexpr,
     V_QMAX: tl.constexpr, V_LARGEST: tl.constexpr, V_AS: tl.constexpr, V_EMAX: tl.constexpr, V_LEAST: tl.constexpr,
-    V_TOKENS: tl.constexpr, V_SPAN: tl.constexpr,
+    V_TOKENS: tl.constexpr, V_SPAN: tl.constexpr, V_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Program (head of a sequence, block of tokens, chunk of channels of keys, then of values) of a part."""
+    """Program (head of a sequence, block of tokens, chunk of channels of keys, then of values) of a part.
+
+    FEW: there is one block; what stays in float is done here, too. programs: those of all parts.
+    """
     length, stored, missing, held, ready = counts(length_ptr, stored_ptr, new, SINKS, RESIDUAL, STEP, ROOM)
-    block = tl.program_id(1)
+    tl.device_assert(length + new <= LENGTH, "a cache of fixed length is full: make it with a greater max_length")
     chunk = tl.program_id(2)
     batch = (tl.program_id(0) // own_heads).to(tl.int64)
     at = tl.program_id(0) % own_heads
@@ -194,62 +267,31 @@ def append_codes(
     both = batch * groups + g
     if length + new <= LENGTH:
         if chunk < k_chunks:
-            if block * K_TOKENS < ready:
-                encode(k_data + own * k_rows * D, k_scale + own * k_scale_rows * K_SCALES,
-                       None if k_zero is None else k_zero + own * k_scale_rows * K_SCALES,
-                       newest_k + both * ROOM * D, k_ptr + batch * k_batch + g * k_head, block, chunk, stored, held,
-                       missing, ready, k_token, D, K_SCALES, K_MODE, K_KIND, K_BITS, K_MIDDLE, K_GROUP, K_GROUPED,
-                       K_QMIN, K_QMAX, K_LARGEST, K_AS, K_EMAX, K_LEAST, K_TOKENS, K_SPAN, BY_HAND)  # fmt: skip
-        elif block * V_TOKENS < ready:
-            encode(v_data + own * v_rows * DV, v_scale + own * v_scale_rows * V_SCALES,
-                   None if v_zero is None else v_zero + own * v_scale_rows * V_SCALES,
-                   newest_v + both * ROOM * DV, v_ptr + batch * v_batch + g * v_head, block, chunk - k_chunks, stored,
-                   held, missing, ready, v_token, DV, V_SCALES, V_MODE, V_KIND, V_BITS, V_MIDDLE, V_GROUP, V_GROUPED,
-                   V_QMIN, V_QMAX, V_LARGEST, V_AS, V_EMAX, V_LEAST, V_TOKENS, V_SPAN, BY_HAND)  # fmt: skip
-
-
-@triton.jit
-def _sinks(first_ptr, new_ptr, column, stride, length, missing, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The first `missing` new tokens to place `length` on."""
-    i = tl.arange(0, BLOCK)[:, None]
-    inside = (i < missing) & (column < WIDTH)
-    x = tl.load(new_ptr + i.to(tl.int64) * stride + column, mask=inside, other=0.0)
-    tl.store(first_ptr + (length + i) * WIDTH + column, x, mask=inside)
-
-
-@triton.jit
-def _take(first_ptr, newest_ptr, new_ptr, chunk, new, stride, length, missing, held, ready, WIDTH: tl.constexpr,
-          SINKS: tl.constexpr, SINKS_BLOCK: tl.constexpr, TOKENS: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
-    """Sinks and newest tokens of some channels of a head."""
-    column = chunk * SPAN + tl.arange(0, SPAN)[None, :]
-    if SINKS > 0:
-        _sinks(first_ptr, new_ptr, column, stride, length, missing, WIDTH, SINKS_BLOCK)
-    left = held + new - missing - ready
-    start = tl.where(ready == 0, held // TOKENS * TOKENS, 0)
-    for at in range(start, left, TOKENS):  # upwards, and what is read lies at or above what is written
-        i = at + tl.arange(0, TOKENS)[:, None]
-        token = i + ready
-        inside = (i < left) & (column < WIDTH)
-        old = tl.load(newest_ptr + token * WIDTH + column, mask=inside & (token < held), other=0.0)
-        more = (missing + token - held).to(tl.int64) * stride + column
-        x = tl.load(new_ptr + more, mask=inside & (token >= held), other=0.0)
-        x = tl.where(token < held, old, x.to(old.dtype))
-        tl.debug_barrier()
-        tl.store(newest_ptr + i * WIDTH + column, x, mask=inside)
+            _append(first_k + both * SINKS * D, newest_k + both * ROOM * D, k_ptr + batch * k_batch + g * k_head,
+                    k_data + own * k_rows * D, k_scale + own * k_scale_rows * K_SCALES,
+                    None if k_zero is None else k_zero + own * k_scale_rows * K_SCALES, chunk, new, length, stored,
+                    missing, held, ready, k_token, D, K_SCALES, K_MODE, K_KIND, K_BITS, K_MIDDLE, K_GROUP, K_GROUPED,
+                    K_QMIN, K_QMAX, K_LARGEST, K_AS, K_EMAX, K_LEAST, K_TOKENS, K_SPAN, K_PADDED, BY_HAND, FEW, SINKS,
+                    SINKS_BLOCK, TAKEN)  # fmt: skip
+        else:
+            _append(first_v + both * SINKS * DV, newest_v + both * ROOM * DV, v_ptr + batch * v_batch + g * v_head,
+                    v_data + own * v_rows * DV, v_scale + own * v_scale_rows * V_SCALES,
+                    None if v_zero is None else v_zero + own * v_scale_rows * V_SCALES, chunk - k_chunks, new, length,
+                    stored, missing, held, ready, v_token, DV, V_SCALES, V_MODE, V_KIND, V_BITS, V_MIDDLE, V_GROUP,
+                    V_GROUPED, V_QMIN, V_QMAX, V_LARGEST, V_AS, V_EMAX, V_LEAST, V_TOKENS, V_SPAN, V_PADDED, BY_HAND,
+                    FEW, SINKS, SINKS_BLOCK, TAKEN)  # fmt: skip
+        if FEW:
+            _count(stored_ptr, stored, ready, programs)
 
 
 @triton.jit
 def append_newest(length_ptr, stored_ptr, first_k, first_v, newest_k, newest_v, k_ptr, v_ptr, groups, new, k_batch,
-                  k_head, k_token, v_batch, v_head, v_token, k_chunks, D: tl.constexpr, DV: tl.constexpr,
+                  k_head, k_token, v_batch, v_head, v_token, k_chunks, programs, D: tl.constexpr, DV: tl.constexpr,
                   SINKS: tl.constexpr, RESIDUAL: tl.constexpr, STEP: tl.constexpr, ROOM: tl.constexpr,
-                  LENGTH: tl.constexpr,
-                  SINKS_BLOCK: tl.constexpr, TOKENS: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
-    """Program (head of a sequence, chunk of channels of keys, then of values): what stays in float.
-
-    The last program to end counts the tokens that were stored: until then all read the old number.
-    """
+                  LENGTH: tl.constexpr, SINKS_BLOCK: tl.constexpr, TAKEN: tl.constexpr,
+                  SPAN: tl.constexpr):  # fmt: skip
+    """Program (head of a sequence, chunk of channels of keys, then of values): what stays in float."""
     length, stored, missing, held, ready = counts(length_ptr, stored_ptr, new, SINKS, RESIDUAL, STEP, ROOM)
-    tl.device_assert(length + new <= LENGTH, "a cache of fixed length is full: make it with a greater max_length")
     if length + new <= LENGTH:
         both = tl.program_id(0).to(tl.int64)
         batch = both // groups
@@ -257,12 +299,9 @@ def append_newest(length_ptr, stored_ptr, first_k, first_v, newest_k, newest_v, 
         chunk = tl.program_id(1)
         if chunk < k_chunks:
             _take(first_k + both * SINKS * D, newest_k + both * ROOM * D, k_ptr + batch * k_batch + g * k_head, chunk,
-                  new, k_token, length, missing, held, ready, D, SINKS, SINKS_BLOCK, TOKENS, SPAN)  # fmt: skip
+                  new, k_token, length, missing, held, ready, D, SINKS, SINKS_BLOCK, TAKEN, SPAN, SPAN)  # fmt: skip
         else:
             _take(first_v + both * SINKS * DV, newest_v + both * ROOM * DV, v_ptr + batch * v_batch + g * v_head,
-                  chunk - k_chunks, new, v_token, length, missing, held, ready, DV, SINKS, SINKS_BLOCK, TOKENS,
+                  chunk - k_chunks, new, v_token, length, missing, held, ready, DV, SINKS, SINKS_BLOCK, TAKEN, SPAN,
                   SPAN)  # fmt: skip
-        if ready > 0:
-            ended = tl.atomic_add(stored_ptr, _TICKET) // _TICKET
-            if ended == tl.num_programs(0) * tl.num_programs(1) - 1:
-                tl.store(stored_ptr, (stored + ready).to(tl.int64))
+        _count(stored_ptr, stored, ready, programs)

@@ -1,114 +1,60 @@
-"""The instructions that make halves of codes, run by a small interpreter of PTX: the kernels' own need a GPU."""
+"""The instructions that make halves of codes, carried out one by one: the kernels' own need a GPU."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-
-import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from qfx.backends.triton.kernels.cache_codes import (
-    AFFINE,
-    BARE,
-    E4M3,
-    E5M2,
-    PROGRAMS,
-    SCALED,
-    ZEROS,
-    instructions,
-)
-
-_LINE = re.compile(r"(?P<op>[a-z]+)\.(?P<kind>\w+) (?P<to>\S+), (?P<args>.+)")
+from qfx.backends.triton.kernels.cache_codes import AFFINE, BARE, E4M3, E5M2, PROGRAMS, SCALED, ZEROS, instructions
+from tests.backends.triton.test_decode_asm import words
 
 
-def run(program: str, *inputs: np.ndarray) -> np.ndarray:
-    """Halves that a program makes of registers (uint32 arrays), [n, 4]."""
-    known = {f"${i + 2}": x.astype(np.uint32) for i, x in enumerate(inputs)}
-    assert program.startswith("{ ") and program.endswith("; }")
-    for line in program[2:-3].split("; "):
-        if line.startswith(".reg"):
-            continue
-        found = _LINE.fullmatch(line)
-        assert found is not None, line
-        args = [known[a] if a in known else np.uint32(int(a, 0)) for a in found["args"].split(", ")]
-        assert found["kind"] == ("f16x2" if found["op"] in ("sub", "mul") else "b32")
-        known[found["to"]] = np.broadcast_to(OPS[found["op"]](*args), inputs[0].shape).astype(np.uint32)
-    both = np.stack([known["$0"], known["$1"]], 1)
-    return np.ascontiguousarray(both).view(np.float16)
+def run(program: str, *inputs: Tensor) -> Tensor:
+    """f16 [n, 4] that a program makes of registers, each a tensor of 4 bytes' [n, 4] or of 2 halves' [n, 2]."""
+    registers = [(x.contiguous().view(torch.int32)[:, 0].long() & 0xFFFFFFFF).tolist() for x in inputs]
+    found = [words(program, list(given), 2, torch.float16) for given in zip(*registers, strict=True)]
+    return torch.tensor(found).to(torch.int32).view(torch.float16)
 
 
-def _bytes_of(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    """prmt: four of the eight bytes of b, a."""
-    whole = a.astype(np.uint64) | (np.uint64(b) << np.uint64(32))
-    picked = [(whole >> np.uint64(8 * ((int(selector) >> 4 * i) & 15))) & np.uint64(255) for i in range(4)]
-    found: np.ndarray = picked[0] | picked[1] << np.uint64(8) | picked[2] << np.uint64(16) | picked[3] << np.uint64(24)
-    return found
-
-
-def _halves(op: np.ufunc) -> Callable[..., np.ndarray]:
-    def both(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        a, b = np.broadcast_arrays(a, b)
-        x, y = (np.ascontiguousarray(t, np.uint32)[:, None].view(np.float16) for t in (a, b))
-        return np.ascontiguousarray(op(x, y)).view(np.uint32)[:, 0]
-
-    return both
-
-
-OPS: dict[str, Callable[..., np.ndarray]] = {
-    "mov": lambda a: a, "xor": np.bitwise_xor, "and": np.bitwise_and, "or": np.bitwise_or, "shr": np.right_shift,
-    "shl": np.left_shift, "prmt": _bytes_of, "sub": _halves(np.subtract), "mul": _halves(np.multiply),
-}  # fmt: skip
-G = np.random.default_rng(0)
-
-
-def registers(x: np.ndarray) -> np.ndarray:
-    """[n, 4] bytes, or [n, 2] halves, as uint32 [n]."""
-    return np.ascontiguousarray(x).view(np.uint32)[:, 0]
+def some(bytes_of: torch.dtype, seed: int) -> Tensor:
+    return torch.randint(0, 256, (48, 4), generator=torch.Generator().manual_seed(seed)).to(torch.uint8).view(bytes_of)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("form", [BARE, SCALED, AFFINE])
 def test_codes(bits: int, form: int) -> None:
-    planes = 1 if bits == 8 else 8 // bits if 8 % bits == 0 else 8
-    low, high = (G.integers(0, 256, (64, 4), dtype=np.uint8) for _ in range(2))
-    factor = G.uniform(0.01, 2, (64, 4)).astype(np.float16)
-    zero = G.integers(-127, 128, (64, 4)).astype(np.int8)
-    for plane in range(planes):
+    low, high, zero = some(torch.uint8, 0), some(torch.uint8, 1), some(torch.int8, 2)
+    factor = torch.linspace(0.01, 2, 192).reshape(48, 4).half()
+    zeros = run(ZEROS, zero)
+    for plane in range({2: 4, 4: 2, 8: 1}.get(bits, 8)):
         shift = plane * bits % 8
-        code = ((low.astype(int) | high.astype(int) << 8) >> shift) & ((1 << bits) - 1)
+        code = ((low.int() | high.int() << 8) >> shift) & ((1 << bits) - 1)
         for middle in (False, True):
             if bits == 8 and (form == AFFINE or not middle):
                 continue  # those are read as f32
-            if bits == 8:
-                expected = low.view(np.int8).astype(int)
-            else:
-                expected = code - (zero.astype(int) if form == AFFINE else (1 << (bits - 1)) * middle)
-            at = (((bits - 2) * 8 + shift) * 3 + form) * 2 + middle
-            assert PROGRAMS[at] == instructions(bits, shift, form, middle)
-            zeros = run(ZEROS, registers(zero))
-            found = run(
-                PROGRAMS[at], registers(low), registers(high), registers(factor[:, :2]), registers(factor[:, 2:]),
-                registers(zeros[:, :2]), registers(zeros[:, 2:]),
-            )  # fmt: skip
-            values = expected.astype(np.float16)
-            assert np.array_equal(found, values if form == BARE else values * factor), (shift, middle)
+            off = zero.int() if form == AFFINE else (1 << (bits - 1)) * middle
+            values = (low.view(torch.int8).int() if bits == 8 else code - off).half()
+            program = PROGRAMS[(((bits - 2) * 8 + shift) * 3 + form) * 2 + middle]
+            assert program == instructions(bits, shift, form, middle)
+            found = run(program, low, high, factor[:, :2], factor[:, 2:], zeros[:, :2], zeros[:, 2:])
+            assert torch.equal(found, values if form == BARE else values * factor), (shift, middle)
 
 
 def test_floats_of_8_bits() -> None:
-    codes = np.arange(256, dtype=np.uint8).reshape(64, 4)
-    plain = codes.astype(int)
-    expected = ((plain & 0x7F) << 7 | (plain & 0x80) << 8).astype(np.uint16).view(np.float16)
-    assert np.array_equal(run(E4M3, registers(codes)), expected)
-    wide = (plain << 8).astype(np.uint16).view(np.float16)
-    assert np.array_equal(run(E5M2, registers(codes)), wide, equal_nan=True)
+    codes = torch.arange(256, dtype=torch.uint8).reshape(64, 4)
+    expected = torch.where(codes.int() & 0x7F == 0x7F, 480.0, codes.view(torch.float8_e4m3fn).float().abs()) / 256
+    found = run(E4M3, codes)
+    assert torch.equal(found.float().abs(), expected)
+    assert torch.equal(torch.signbit(found), codes >= 128)
+    assert torch.equal(run(E5M2, codes).view(torch.int16), codes.short() << 8)
 
 
 def test_zero_points() -> None:
-    zero = np.arange(-128, 128).astype(np.int8).reshape(64, 4)
-    assert np.array_equal(run(ZEROS, registers(zero)), 1664 + zero.astype(np.float16))
+    zero = torch.arange(-128, 128).to(torch.int8).reshape(64, 4)
+    assert torch.equal(run(ZEROS, zero), 1664 + zero.half())
 
 
 def test_a_wrong_shift_is_seen() -> None:
-    low = registers(G.integers(0, 256, (64, 4), dtype=np.uint8))
-    assert not np.array_equal(run(instructions(4, 0, BARE, False), low), run(instructions(4, 4, BARE, False), low))
+    low = some(torch.uint8, 0)
+    assert not torch.equal(run(instructions(4, 0, BARE, False), low), run(instructions(4, 4, BARE, False), low))

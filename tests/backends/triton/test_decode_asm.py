@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -37,11 +38,21 @@ def _lop3(a: int, b: int, c: int, table: int) -> int:
     return found
 
 
+def _lanes(op: Callable[..., torch.Tensor], a: int, b: int) -> int:
+    """An operation of two pairs of halves."""
+    low, high = (int(v) & 0xFFFF for v in op(*(_floats(x, torch.float16) for x in (a, b))).view(torch.int16).tolist())
+    return low | high << 16
+
+
 _STEPS: dict[str, Callable[..., int]] = {
     "prmt": _prmt,
     "lop3": _lop3,
     "mov": lambda a: a,
     "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
+    "xor": lambda a, b: a ^ b,
+    "sub": partial(_lanes, torch.sub),
+    "mul": partial(_lanes, torch.mul),
     "shr": lambda a, b: a >> b,
     "shl": lambda a, b: a << b & 0xFFFFFFFF,
 }
