@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from examples.benchmarks import gpu_peers
 from examples.benchmarks.gpu_peers import CUBLAS, INT_MM, SCALED_MM, SDPA, Calls, copies
-from qfx.backends.triton import cache_append as _append  # noqa: F401  (each registers its ops)
+from qfx.backends.triton import act_quantize as _act  # noqa: F401  (each registers its ops)
+from qfx.backends.triton import cache_append as _append  # noqa: F401
 from qfx.backends.triton import cache_attention as _cache  # noqa: F401
 from qfx.backends.triton import gemm8, hadamard, lowering, timing, tune
+from qfx.backends.triton import norm_quantize as _norm  # noqa: F401
 from qfx.backends.triton import quantized_attention as _attention  # noqa: F401
-from qfx.backends.triton.act_quantize import act_quantize
-from qfx.backends.triton.norm_quantize import norm_quantize
 from qfx.capture import capture_export
 from qfx.format import Format
 from qfx.kv.formats import cache_formats
@@ -131,7 +131,7 @@ def norm(rows: int, k: int, text: str, dtype: torch.dtype, where: torch.device) 
         y = (total * torch.rsqrt(mean + 1e-6) * weight.float()).to(dtype)
         return [_rounded(y.float(), fmt), total]
 
-    calls: Calls = [partial(norm_quantize, *pair, *rest) for pair in pairs]
+    calls: Calls = [partial(own.norm_quantize, *pair, *rest) for pair in pairs]
     moved = rows * k * (3 * dtype.itemsize + 1) + 4 * rows
     return Made("norm_quantize", calls, expected, moved, shown=partial(_values, fmt=fmt, k=k))
 
@@ -145,7 +145,9 @@ def activation(rows: int, k: int, text: str, dtype: torch.dtype, where: torch.de
         x = inputs[0]
         return [_rounded((nn.functional.silu(x[:, :k]) * x[:, k:]).float(), fmt)]
 
-    calls: Calls = [partial(act_quantize, x[:, :k], x[:, k:], "silu", None, None, None, text, False) for x in inputs]
+    calls: Calls = [
+        partial(own.act_quantize, x[:, :k], x[:, k:], "silu", None, None, None, text, False) for x in inputs
+    ]
     moved = rows * k * (2 * dtype.itemsize + 1) + 4 * rows
     return Made("act_quantize", calls, expected, moved, shown=partial(_values, fmt=fmt, k=k))
 
