@@ -43,7 +43,7 @@ from qfx.backends.triton import device, timing
 from qfx.errors import UnsupportedError
 from qfx.files import write_text
 
-FAMILIES = ("weight-only", "w8a8", "fp8", "w4a8", "norm", "hadamard", "embedding", "decode", "prefill")
+FAMILIES = ("weight-only", "w8a8", "fp8", "w4a8", "mixed", "norm", "hadamard", "embedding", "decode", "prefill")
 SIDE = 8192  # of the product that says what the peak is
 COPIED = 1 << 30  # bytes
 
@@ -87,7 +87,7 @@ def measured(row: dict[str, Any], case: Case, limit: dict[str, float], known: di
     for name, make in made.peers.items():
         key = (
             name,
-            case.facts[-2:] if case.facts and case.facts[0] in ("linear", "product") else case.title,
+            case.facts[-2:] if case.facts and case.facts[0] in ("linear", "product", "mixed") else case.title,
             case.rows,
         )
         try:

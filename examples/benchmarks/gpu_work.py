@@ -27,9 +27,11 @@ from qfx.capture import capture_export
 from qfx.format import Format
 from qfx.kv.formats import cache_formats
 from qfx.kv.packed_ops import allocate, spec_of
+from qfx.mixed import QuantMixed
 from qfx.modules import QuantEmbedding, QuantLinear
 from qfx.numerics import dequantize, quantize, run_time_qparams
 from qfx.packing import pack_weight
+from qfx.segments import segments, take
 
 own, reference = torch.ops.qfx_triton, torch.ops.qfx
 
@@ -80,6 +82,22 @@ def linear(n: int, k: int, rows: int, x_format: str, w_format: str, dtype: torch
         peers["torchao"] = partial(gpu_peers.torchao, n, k, rows, w_format, where)
     moved = work.read + x.nbytes + rows * n * dtype.itemsize
     return Made(kernel, calls, lambda: [work.module(x.float())], moved, 2 * rows * n * k, peers)
+
+
+def mixed(
+    n: int, k: int, rows: int, x_format: str, w_formats: Sequence[str], dtype: torch.dtype, where: torch.device
+) -> Made:
+    """A linear layer whose weight has rows of several formats, in equal parts."""
+    formats = tuple(map(Format.parse, w_formats))
+    parts = segments(formats, (n, k), "weight")
+    weight = torch.randn(n, k, device=where) / k**0.5
+    packed = [pack_weight(take(weight, part, 0), part.format) for part in parts]
+    module = QuantMixed(packed, parts, 0, None, x_format=x_format, dtype=dtype).eval()
+    x, read = torch.randn(rows, k, device=where).to(dtype), sum(b.nbytes for b in module.buffers())
+    calls, kernel = _lowered(module, x, copies(read, where))
+    moved = read + x.nbytes + rows * n * dtype.itemsize
+    peers = _peers_of_linear(n, k, rows, "", where)
+    return Made(kernel, calls, lambda: [module(x.float())], moved, 2 * rows * n * k, peers)
 
 
 def product(n: int, k: int, rows: int, x_format: str, w_format: str, where: torch.device) -> Made:
