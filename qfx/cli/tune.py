@@ -52,7 +52,7 @@ def run(
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("tune", total=None if model is None else len(list(works)) * len(counts))
         for work in works:
-            for count in counts:
+            for count in [count for count in counts if count <= work.most]:
                 progress.update(bar, description=f"{work.name}, {count} rows", advance=1)
                 done = list(tune.tune(work, count, measure, known={one.choice for one in results}))
                 results += done
