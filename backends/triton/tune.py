@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ PRODUCED = {False: (4096, 8192), True: (11008, 14336, 28672)}
 HEADS = 16
 WIDTHS = (64, 128)
 ATTENTION = (("i8/tok", "i8/tok", "", ""), ("f8e4m3/tok", "f8e4m3/tok", "", ""))
+_BUDGET = 0.05  # seconds of replays of one configuration
 _WORTH = 0.98  # of the time without a file that a configuration must not pass, so that noise writes nothing
 
 Measure = Callable[[Sequence[timing.Call]], float]
@@ -286,7 +288,7 @@ def tune(
         others = (lowering.lower(gm, mode="eager") for _ in range(count - 1))  # each packs the weights for itself
         calls = [_call(one, x) for one in (lowered, *others)]
         for choice, configs in choices.items():
-            yield _best(work, choice, configs, calls, expected, measure or timing.seconds)
+            yield _best(work, choice, configs, calls, expected, measure or partial(timing.seconds, budget=_BUDGET))
 
 
 def _best(

@@ -189,6 +189,37 @@ def test_the_command_writes_and_shows(folder: Path, monkeypatch: pytest.MonkeyPa
     assert tuning.tuned(HERE, kernel, problem, int(rows)) == told["best"]
 
 
+def test_a_layer_whose_result_is_wrong_does_not_keep_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "works_of_usual_models", lambda place, dtype: [work(), work(16, 32)])
+    own, calls = tune.tune, []
+
+    def first_fails(one: tune.Work, *args: Any, **more: Any) -> Any:
+        calls.append(one)
+        if len(calls) == 1:
+            raise ValueError("give a wrong result")
+        return own(one, *args, **more)
+
+    monkeypatch.setattr(tune, "tune", first_fails)
+    console = Console(record=True, width=200)
+    with pytest.raises(ValueError, match="1 layers were not measured, for their results are wrong: 24 x 40"):
+        command.run(
+            console, None, recipe=None, rows="2", dtype="f16", device=DEVICE, out=None, shipped=False, json_file=None,
+            kernels="gemm8", measure=timer(1.0),
+        )  # fmt: skip
+    assert "0 of 1 choices" in console.export_text() and calls[1].only == ("gemm8",)
+
+
+def test_when_the_time_is_over_no_layer_is_begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "works_of_usual_models", lambda place, dtype: [work(), work()])
+    console = Console(record=True, width=200)
+    command.run(
+        console, None, recipe=None, rows="2,4", dtype="f16", device=DEVICE, out=None, shipped=False, json_file=None,
+        minutes=1e-9, measure=timer(1.0),
+    )  # fmt: skip
+    text = console.export_text()
+    assert "minutes are over before 24 x 40" in text and "0 of 0 choices" in text
+
+
 @pytest.mark.slow
 def test_the_command_takes_a_model(folder: Path) -> None:
     model = folder / "model"
