@@ -94,6 +94,22 @@ def cache_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
 
 
+def said(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether a GPU runs nothing of this process any more, as after an access to memory that is not there."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+        return float(torch.ones(1, device=device).sum()) != 1.0
+    except RuntimeError:
+        return True
+
+
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Within it memory that an op allocates holds NaN, or the greatest integer, until it is written.

@@ -306,9 +306,9 @@ def _best(
                     continue
                 took = measure(calls)
             except Exception as failed:  # of Triton's compiler, or of the device: any kind
-                if "CUDA error" in str(failed):
-                    raise  # nothing runs in this process any more
-                told.dropped.append((config, f"{type(failed).__name__}: {str(failed).strip().splitlines()[0][:120]}"))
+                if timing.is_lost(work.where):
+                    raise
+                told.dropped.append((config, timing.said(failed)))
                 continue
         if told.seconds is None or took < told.seconds:
             told.seconds, told.best = took, config

@@ -22,7 +22,8 @@ SCRIPT = Path(gpu_kernels.__file__)
 
 @pytest.mark.parametrize("family", gpu_kernels.FAMILIES)
 def test_every_kernel_is_right(family: str) -> None:
-    found = gpu_kernels.run(Console(quiet=True), torch.device(DEVICE), [family], check=True)
+    found: dict[str, Any] = {}
+    gpu_kernels.run(Console(quiet=True), torch.device(DEVICE), [family], found, check=True)
     assert found["checks"] and not [row for row in found["checks"] if "failed" in row]
     assert all(row["error"] < 5e-3 for row in found["checks"])
 
@@ -49,7 +50,7 @@ def test_a_case_is_timed_beside_its_peers(monkeypatch: pytest.MonkeyPatch) -> No
     row = gpu_kernels.checked(case, torch.device(DEVICE))
     row["made"].peers = {"good": list, "bad": lambda: 1 / 0}
     limit = {"bandwidth": 1e9, "bf16": 1e12, "8 bit": float(row["made"].products)}
-    gpu_kernels.measured(row, case, limit, {})
+    gpu_kernels.measured(row, case, torch.device(DEVICE), limit, {})
     assert row["share"] == 0.5 and row["peers"] == {"good": 6.0}
     assert row["without"] == {"bad": "ZeroDivisionError: division by zero"}
     gpu_kernels.show(Console(quiet=True), [row], "table")
@@ -66,7 +67,8 @@ def test_a_whole_run_has_limits_rows_and_goals(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(gpu_cases, "checks", lambda tiny: some[:1])
     monkeypatch.setattr(gpu_cases, "timed", lambda: some)
     console = Console(record=True, width=170)
-    found = gpu_kernels.run(console, torch.device(DEVICE), ["w8a8"], check=False)
+    found: dict[str, Any] = {}
+    gpu_kernels.run(console, torch.device(DEVICE), ["w8a8"], found, check=False)
     assert found["limits"] == {"bandwidth": 128.0, "bf16": 2.0 * 16**3, "8 bit": 4.0 * 16**3}
     assert len(found["rows"]) == len(some) > 1 and all(row["seconds"] == 1.0 for row in found["rows"])
     assert all(row["peers"][gpu_peers.CUBLAS] == 1.0 for row in found["rows"])
