@@ -151,9 +151,9 @@ def _config(found: Layout, q: Tensor, rows: int) -> Config:
     """With SPLITS: as many as fill the GPU, and as there can be blocks."""
     device = device_of(q)
     many = q.shape[1] // found.groups
-    known = tuning.tuned(device, "cache_attention", problem(found, many, q.dtype), rows) or heuristic(
-        found, rows, q.dtype
-    )
+    given = (found, rows, q.dtype)
+    key = problem(found, many, q.dtype)
+    known = tuning.tuned(device, "cache_attention", key, rows, lambda: candidates(*given)) or heuristic(*given)
     config = dict(known)
     programs = q.shape[0] * found.groups * triton.cdiv(rows, config["BLOCK_M"])
     least = config["BLOCK_R"] * min(math.lcm(p.keys.planes, p.values.planes) for p in found.parts)

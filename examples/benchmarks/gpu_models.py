@@ -288,10 +288,14 @@ def main(
         for name, phase in itertools.product(names, phases):
             print(profiled(name, layers, phase, where, sizes))
         return
-    rows = [row for name in names for row in rows_of(name, layers, phases, where, sizes)]
-    show(console, rows)
+    rows: list[dict[str, Any]] = []
     folder = os.environ.get("OUT")
-    for path in (json_file, Path(folder) / "gpu_models.json" if folder and json_file is None else None):
+    path = json_file or (Path(folder) / "gpu_models.json" if folder else None)
+    try:
+        for name in names:
+            rows.extend(rows_of(name, layers, phases, where, sizes))
+    finally:  # what was measured before one fails, too
+        show(console, rows)
         if path is not None:
             write_text(path, json.dumps(rows, indent=1) + "\n")
     wrong = [row for row in rows if not row.get("error", 0.0) <= WRONG]
