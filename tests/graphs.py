@@ -28,7 +28,9 @@ class Function(nn.Module):
 
 
 def capture(model: nn.Module, *inputs: Any, dynamic: bool = False, **kwargs: Any) -> fx.GraphModule:
-    """The model's graph in normal form, before any pass."""
+    """The model's graph in normal form, before any pass. The model moves to the device of its inputs."""
+    for x in tensors(inputs)[:1]:
+        model.to(x.device)
     captured = capture_export(model.eval(), inputs, kwargs, dynamic=dynamic)
     captured.gm.meta["used_inputs"] = captured.inputs
     return captured.gm

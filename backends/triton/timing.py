@@ -11,7 +11,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -94,6 +94,22 @@ def cache_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
 
 
+def said(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether a GPU runs nothing of this process any more, as after an access to memory that is not there."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+        return float(torch.ones(1, device=device).sum()) != 1.0
+    except RuntimeError:
+        return True
+
+
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Within it memory that an op allocates holds NaN, or the greatest integer, until it is written.
@@ -101,15 +117,16 @@ def poisoned() -> Iterator[None]:
     An element that a kernel forgets can then not be right by what lay there before.
     """
     on, only_warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*deterministic", category=UserWarning)  # of cuBLAS
             yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        memory.fill_uninitialized_memory = fills
         torch.use_deterministic_algorithms(on, warn_only=only_warn)
 
 

@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 
 from qfx.backends.triton import device, lowering, timing, tuning
 from qfx.backends.triton.launch import Config
-from qfx.backends.triton.tuning import Choice
+from qfx.backends.triton.tuning import LARGEST, Choice
 from qfx.capture import capture_export
 from qfx.errors import explain
 from qfx.format import Format
+from qfx.kv.formats import cache_formats
+from qfx.kv.packed_ops import FEW, allocate, spec_of
 from qfx.modules import QuantLinear
 from qfx.packing import pack_weight
 
@@ -31,9 +34,12 @@ ERRORS = {torch.float16: 5e-3, torch.bfloat16: 2e-2, torch.float32: 5e-3}  # rel
 SIZES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336), (8192, 8192))  # N, K of usual models
 FORMATS = (("", "u4/g128"), ("", "i8/ch"), ("i8/tok", "i8/ch"), ("f8e4m3/tok", "f8e4m3/ch"), ("i8/tok", "i4/ch"))
 _SAME_INPUT = (re.compile(r"(q|k|v|query|key|value)(_proj|_lin)?"), re.compile(r"(gate|up)_proj|w[13]"))
+CACHES, CACHED, TOKENS = ("i8", "fp8", "i4"), ((32, 8), (32, 32), (64, 8)), 8192
+PRODUCED = {False: (4096, 8192), True: (11008, 14336, 28672)}
 HEADS = 16
 WIDTHS = (64, 128)
 ATTENTION = (("i8/tok", "i8/tok", "", ""), ("f8e4m3/tok", "f8e4m3/tok", "", ""))
+_BUDGET = 0.05  # seconds of replays of one configuration
 _WORTH = 0.98  # of the time without a file that a configuration must not pass, so that noise writes nothing
 
 Measure = Callable[[Sequence[timing.Call]], float]
@@ -41,12 +47,17 @@ Measure = Callable[[Sequence[timing.Call]], float]
 
 @dataclass(frozen=True)
 class Work:
-    """What is tuned. module: quantized, on its device. width: of the rows [M, width] that it takes, in `dtype`."""
+    """What is tuned. module: quantized, on its device. width: of the rows [M, width] that it takes, in `dtype`.
+
+    most: rows that it takes. only: the kernels whose choices are measured, all of them where it is empty.
+    """
 
     name: str
     module: nn.Module
     width: int
     dtype: torch.dtype = torch.float16
+    most: int = LARGEST
+    only: tuple[str, ...] = ()
 
     @property
     def where(self) -> torch.device:
@@ -102,6 +113,48 @@ class Attention(nn.Module):
         return y
 
 
+class Cached(nn.Module):
+    """Attention over a cache that holds codes of random tokens; heads: of queries, of keys and values."""
+
+    def __init__(
+        self, kv: str, heads: tuple[int, int], width: int, tokens: int, where: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        fmt, self.heads, self.width = cache_formats(kv, 1)[0], heads[0], width
+        k, v = (torch.randn(1, heads[1], tokens, width, device=where).to(dtype) for _ in range(2))
+        memory, self.spec = allocate(fmt, k[:, :, :0], v[:, :, :0], tokens), spec_of(fmt, k, v, tokens)
+        torch.ops.qfx.cache_append(memory, k, v, torch.zeros((), dtype=torch.long, device=where), self.spec)
+        for i, part in enumerate(memory):
+            self.register_buffer(f"memory{i}", part)
+        self.register_buffer("length", torch.full((), tokens, device=where))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [M, heads * width], queries of the last M tokens -> [1, heads, M, width]."""
+        q = x.unflatten(-1, (self.heads, self.width)).transpose(0, 1)[None]
+        memory = [part for name, part in self.named_buffers() if name != "length"]
+        y: Tensor = torch.ops.qfx.cache_attention(q, memory, self.length, None, self.width**-0.5, True, self.spec)
+        return y
+
+
+class Produced(nn.Module):
+    """A linear layer that reads what a norm gives, or (act) what a gated activation function does."""
+
+    def __init__(self, layer: nn.Module, width: int, where: torch.device, dtype: torch.dtype, *, act: bool) -> None:
+        super().__init__()
+        self.layer, self.act = layer, act
+        self.norm = nn.RMSNorm(width, eps=1e-6, device=where, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [M, K], or [M, 2 K] of which the first half goes through silu -> [M, N of the layer]."""
+        if self.act:
+            gate, up = x.chunk(2, -1)
+            x = nn.functional.silu(gate) * up
+        else:
+            x = self.norm(x)
+        y: Tensor = self.layer(x)
+        return y
+
+
 @dataclass(frozen=True)
 class OfAttention(Work):
     """Attention. Its keys are read again and again, from the cache: no copies to pass that are wanted."""
@@ -144,6 +197,28 @@ def works_of_usual_models(where: torch.device, dtype: torch.dtype = torch.float1
         yield random_work(n, k, x_format, w_format, where, dtype)
     for width, causal, formats in itertools.product(WIDTHS, (True, False), ATTENTION):
         yield attention_work(width, causal, formats, where, dtype)
+    for kv, heads in itertools.product(CACHES, CACHED):
+        yield cache_work(kv, heads, 128, TOKENS, where, dtype)
+    for act, (x_format, w_format) in itertools.product((False, True), FORMATS[2:4]):
+        for width in PRODUCED[act]:
+            yield produced_work(width, x_format, w_format, where, dtype, act=act)
+
+
+def cache_work(
+    kv: str, heads: tuple[int, int], width: int, tokens: int, where: torch.device, dtype: torch.dtype = torch.float16
+) -> Work:
+    """Attention of few queries over a cache of so many tokens in few bits."""
+    module = Cached(kv, heads, width, tokens, where, dtype).eval()
+    return Work(f"cache {kv} {heads[0]}/{heads[1]} heads of {width}", module, heads[0] * width, dtype, most=FEW)
+
+
+def produced_work(
+    k: int, x_format: str, w_format: str, where: torch.device, dtype: torch.dtype = torch.float16, *, act: bool
+) -> Work:
+    """The rows of codes that a norm, or a gated activation function, gives a linear layer."""
+    layer = random_work(16, k, x_format, w_format, where, dtype).module
+    module, kernel = Produced(layer, k, where, dtype, act=act).eval(), "act_quantize" if act else "norm_quantize"
+    return Work(f"{kernel} {k} {x_format}", module, (1 + act) * k, dtype, only=(kernel,))
 
 
 def attention_work(
@@ -207,12 +282,13 @@ def tune(
                     next_step="this is a fault of qfx: report the layer, its formats and the GPU",
                 )
             )
-        choices = {choice: configs for choice, configs in choices.items() if choice not in known}
+        asked = {choice: configs for choice, configs in choices.items() if not work.only or choice[0] in work.only}
+        choices = {choice: configs for choice, configs in asked.items() if choice not in known}
         count = timing.copies(work.read, timing.cache_bytes(work.where)) if choices else 1
         others = (lowering.lower(gm, mode="eager") for _ in range(count - 1))  # each packs the weights for itself
         calls = [_call(one, x) for one in (lowered, *others)]
         for choice, configs in choices.items():
-            yield _best(work, choice, configs, calls, expected, measure or timing.seconds)
+            yield _best(work, choice, configs, calls, expected, measure or partial(timing.seconds, budget=_BUDGET))
 
 
 def _best(
@@ -230,9 +306,9 @@ def _best(
                     continue
                 took = measure(calls)
             except Exception as failed:  # of Triton's compiler, or of the device: any kind
-                if "CUDA error" in str(failed):
-                    raise  # nothing runs in this process any more
-                told.dropped.append((config, f"{type(failed).__name__}: {str(failed).strip().splitlines()[0][:120]}"))
+                if timing.is_lost(work.where):
+                    raise
+                told.dropped.append((config, timing.said(failed)))
                 continue
         if told.seconds is None or took < told.seconds:
             told.seconds, told.best = took, config

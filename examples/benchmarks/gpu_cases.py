@@ -16,6 +16,7 @@ from examples.benchmarks.gpu_work import Made
 FLOATING = ("i8/ch", "u4/g128", "nf4/g64", "u3/g128", "u2/g64")
 EIGHT = (("i8/tok", "i8/ch"), ("f8e4m3/tok", "f8e4m3/ch"))
 FOUR = ("i8/tok", "i4/ch")
+MIXED = ("i8/ch", "i4/ch", "i4/ch", "i8/ch")
 CACHES = ("i8", "fp8", "i4")
 LARGE = (8192, 8192)
 
@@ -80,6 +81,14 @@ def _products(n: int, k: int, rows: Sequence[int]) -> list[Case]:
     ]  # fmt: skip
 
 
+def _mixed(n: int, k: int, rows: Sequence[int], x_formats: Sequence[str], dtype: torch.dtype) -> list[Case]:
+    return [
+        Case("mixed", f"x={x or 'float'} w={','.join(MIXED)} {n}x{k}", m,
+             partial(work.mixed, n, k, m, x, MIXED, dtype), "8 bit" if x else "bf16", facts=("mixed", n, k))
+        for x, m in itertools.product(x_formats, rows)
+    ]  # fmt: skip
+
+
 def _others(sizes: Sizes) -> list[Case]:
     """Every kernel that is no linear layer."""
     dtype, found = sizes.dtype, []
@@ -117,11 +126,13 @@ def checks(tiny: bool) -> list[Case]:
     appends = [Case("decode", f"append kv={kv}", 81, partial(work.append, 40, kv)) for kv in CACHES]
     if tiny:
         sizes = Sizes([(3, 72)], [(3, 64, 32)], (50, 72), 7, [(1, 70)], [(40, True)], ((4, 2), 64), torch.float16)
-        return [*_linears(40, 264, (1, 20), formats, (torch.float16,)), *_others(sizes), *appends]
+        linears = _linears(40, 264, (1, 20), formats, (torch.float16,))
+        return [*linears, *_mixed(40, 264, (1, 20), ("", "i8/tok"), torch.float16), *_others(sizes), *appends]
     sizes = Sizes([(67, 1000)], [(67, 4096, 4096), (67, 2560, 128)], (1000, 520), 77, [(2, 777)],
                   [(777, True), (777, False)])  # fmt: skip
-    linears = _linears(264, 520, (1, 3, 17, 65, 300), formats, (torch.float16, torch.bfloat16))
-    return [*linears, *_others(sizes), *appends]
+    linears = _linears(264, 520, (3, 300), formats, (torch.float16,))
+    linears += _linears(264, 520, (1, 17, 65), formats, (torch.bfloat16,))
+    return [*linears, *_mixed(264, 520, (1, 17, 300), ("", "i8/tok"), torch.bfloat16), *_others(sizes), *appends]
 
 
 def timed() -> list[Case]:
@@ -136,6 +147,7 @@ def timed() -> list[Case]:
         *_linears(*LARGE, (16, 4096), [("", "i8/ch")], dtypes),
         *_linears(*LARGE, (1, 16, 128, 4096), EIGHT, dtypes),
         *_linears(*LARGE, (1, 16, 4096), [FOUR], dtypes),
+        *_mixed(*LARGE, (1, 16, 4096), ("i8/tok",), torch.bfloat16),
         *_products(*LARGE, (4096, 8192)),
         *_others(sizes),
     ]

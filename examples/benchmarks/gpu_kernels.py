@@ -43,7 +43,7 @@ from qfx.backends.triton import device, timing
 from qfx.errors import UnsupportedError
 from qfx.files import write_text
 
-FAMILIES = ("weight-only", "w8a8", "fp8", "w4a8", "norm", "hadamard", "embedding", "decode", "prefill")
+FAMILIES = ("weight-only", "w8a8", "fp8", "w4a8", "mixed", "norm", "hadamard", "embedding", "decode", "prefill")
 SIDE = 8192  # of the product that says what the peak is
 COPIED = 1 << 30  # bytes
 
@@ -68,18 +68,26 @@ def checked(case: Case, where: torch.device) -> dict[str, Any]:
             row["failed"] = f"wrong result: relative error {row['error']:.2e}, at most {case.tolerance:g}"
         row["made"] = made
     except Exception as error:  # noqa: BLE001  (one kernel that fails shall not hide the others)
-        if "CUDA error" in str(error):
-            raise  # nothing runs on the device any more
-        row["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        if timing.is_lost(where):
+            raise
+        row["failed"] = timing.said(error)
         if not isinstance(error, ValueError | UnsupportedError):
             traceback.print_exc(limit=-4)
     return row
 
 
-def measured(row: dict[str, Any], case: Case, limit: dict[str, float], known: dict[Any, float]) -> None:
+def measured(
+    row: dict[str, Any], case: Case, where: torch.device, limit: dict[str, float], known: dict[Any, float]
+) -> None:
     """Add times, and how near they are to a limit. known: times of peers that were measured for other cases."""
     made: Made = row["made"]
-    row["seconds"] = timing.seconds(made.calls)
+    try:
+        row["seconds"] = timing.seconds(made.calls)
+    except Exception as error:  # noqa: BLE001  (a call that no CUDA graph can hold)
+        if timing.is_lost(where):
+            raise
+        row["failed"] = timing.said(error)
+        return
     floor = made.bytes / limit["bandwidth"]
     if case.unit:
         floor = max(floor, made.products / limit[case.unit])
@@ -87,7 +95,7 @@ def measured(row: dict[str, Any], case: Case, limit: dict[str, float], known: di
     for name, make in made.peers.items():
         key = (
             name,
-            case.facts[-2:] if case.facts and case.facts[0] in ("linear", "product") else case.title,
+            case.facts[-2:] if case.facts and case.facts[0] in ("linear", "product", "mixed") else case.title,
             case.rows,
         )
         try:
@@ -95,9 +103,9 @@ def measured(row: dict[str, Any], case: Case, limit: dict[str, float], known: di
                 known[key] = timing.seconds(make())
             row["peers"][name] = known[key]
         except Exception as error:  # noqa: BLE001  (a peer that does not take this case)
-            if "CUDA error" in str(error):
+            if timing.is_lost(where):
                 raise
-            row.setdefault("without", {})[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+            row.setdefault("without", {})[name] = timing.said(error)
 
 
 def show(console: Console, rows: Sequence[dict[str, Any]], title: str) -> None:
@@ -114,27 +122,27 @@ def show(console: Console, rows: Sequence[dict[str, Any]], title: str) -> None:
     console.print(table)
 
 
-def run(console: Console, where: torch.device, only: Sequence[str], *, check: bool) -> dict[str, Any]:
-    """Check all, then, unless `check`, time. The rows of both, the limits, the goals."""
+def run(console: Console, where: torch.device, only: Sequence[str], found: dict[str, Any], *, check: bool) -> None:
+    """Check all, then, unless `check`, time. The rows of both, the limits and the goals go to `found` one by one."""
     gc.collect()
     gc.freeze()  # a CUDA graph begins with a collection
     interpreted = device.find(where).interpreted
     first = [case for case in gpu_cases.checks(interpreted) if case.family in only]
-    found: dict[str, Any] = {"device": device.find(where).name, "torch": torch.__version__, "checks": [], "rows": []}
+    found.update(device=device.find(where).name, torch=torch.__version__, checks=[], rows=[])
     with torch.no_grad():
         for case in first:
             found["checks"].append(checked(case, where))
             found["checks"][-1].pop("made", None)
         show(console, found["checks"], "results at odd shapes")
         if check:
-            return found
+            return
         found["limits"] = limits(where)
         known: dict[Any, float] = {}
         for case in [case for case in gpu_cases.timed() if case.family in only]:
             row = checked(case, where)
             found["rows"].append(row)
             if "failed" not in row:
-                measured(row, case, found["limits"], known)
+                measured(row, case, where, found["limits"], known)
             row.pop("made", None)
             gc.collect()  # graphs hold their weights in cycles
             torch.cuda.empty_cache()
@@ -147,7 +155,6 @@ def run(console: Console, where: torch.device, only: Sequence[str], *, check: bo
     ]
     for goal in reached:
         console.print(str(goal), soft_wrap=True, markup=False, highlight=False)
-    return found
 
 
 def place(check: bool) -> torch.device:
@@ -176,13 +183,16 @@ def main(
     torch.manual_seed(0)
     started = time.perf_counter()
     console = Console(width=170)
-    found = run(console, where, only or FAMILIES, check=check)
-    found["took"] = time.perf_counter() - started
-    console.print(f"all in {found['took']:.0f} s")
+    found: dict[str, Any] = {}
     folder = os.environ.get("OUT")
-    for path in (json_file, Path(folder) / "gpu_kernels.json" if folder and json_file is None else None):
+    path = json_file or (Path(folder) / "gpu_kernels.json" if folder else None)
+    try:
+        run(console, where, only or FAMILIES, found, check=check)
+    finally:  # what was measured before a device is lost, too
+        found["took"] = time.perf_counter() - started
         if path is not None:
-            write_text(path, json.dumps(found, indent=1) + "\n")
+            write_text(path, json.dumps(found, indent=1, default=str) + "\n")
+    console.print(f"all in {found['took']:.0f} s")
     failed = [row for row in (*found["checks"], *found["rows"]) if "failed" in row]
     if failed:
         console.print(f"{len(failed)} failed", style="red")

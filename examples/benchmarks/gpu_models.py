@@ -143,17 +143,28 @@ def _wall(call: Callable[[], object], count: int) -> float:
     return (time.perf_counter() - started) / count
 
 
-def prompts(model: Any, run: Callable[..., Any], sizes: Sizes) -> Callable[[], Tensor]:
-    """Logits [1, V] behind a prompt."""
-    where = next(itertools.chain(model.parameters(), model.buffers())).device
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(model.config.vocab_size, (1, sizes.prompt), generator=generator).to(where)
+class Prompt:
+    """Prompts that a model reads. run: what is called in the place of the model."""
 
-    def call() -> Tensor:
-        logits: Tensor = run(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+    def __init__(self, model: Any, run: Callable[..., Any], sizes: Sizes) -> None:
+        where = next(itertools.chain(model.parameters(), model.buffers())).device
+        self.run, self.sizes = run, sizes
+        generator = torch.Generator().manual_seed(2)
+        self.ids = torch.randint(model.config.vocab_size, (1, sizes.prompt), generator=generator).to(where)
+
+    def step(self) -> Tensor:
+        """Logits [1, V] behind the prompt."""
+        logits: Tensor = self.run(input_ids=self.ids, use_cache=False, logits_to_keep=1).logits[:, -1]
         return logits
 
-    return call
+    def first(self) -> Tensor:
+        """The same, of a call that compiles."""
+        return self.step().clone()
+
+    def seconds(self) -> float:
+        """Of a prompt."""
+        self.step()
+        return _wall(self.step, 10 if self.ids.device.type == "cuda" else 1)
 
 
 def compiled(model: Any, *, own: bool, graphs: bool) -> Callable[..., Any]:
@@ -174,25 +185,15 @@ def measured(model: Any, phase: str, sizes: Sizes, *, own: bool) -> dict[str, An
     """Seconds of a step or of a prompt; of a quantized model also the error against its reference, and its kernels."""
     torch._dynamo.reset()
     run = compiled(model, own=own, graphs=phase == "decode")
-    row: dict[str, Any] = {}
+    make = Decoding if phase == "decode" else Prompt
     started = time.perf_counter()
-    if phase == "decode":
-        decoding = Decoding(model, run, sizes)
-        found = decoding.first()
-        expected = Decoding(model, model, sizes).first() if own else found
-    else:
-        call = prompts(model, run, sizes)
-        found = call().clone()
-        expected = prompts(model, model, sizes)() if own else found
-    row["first"] = time.perf_counter() - started
+    timed = make(model, run, sizes)
+    found = timed.first()
+    row: dict[str, Any] = {"first": time.perf_counter() - started}
     if own:
-        row["error"] = timing.relative_error(found, expected)
+        row["error"] = timing.relative_error(found, make(model, model, sizes).first())
         row["kernels"] = counted(model)
-    if phase == "decode":
-        row["seconds"] = decoding.seconds()
-    else:
-        call()
-        row["seconds"] = _wall(call, 10 if found.device.type == "cuda" else 1)
+    row["seconds"] = timed.seconds()
     return row
 
 
@@ -255,9 +256,7 @@ def profiled(name: str, layers: int | None, phase: str, where: torch.device, siz
     with torch.no_grad():
         torch._dynamo.reset()
         run = compiled(model, own=True, graphs=phase == "decode")
-        call: Callable[[], object] = (
-            Decoding(model, run, sizes).step if phase == "decode" else prompts(model, run, sizes)
-        )
+        call = (Decoding if phase == "decode" else Prompt)(model, run, sizes).step
         for _ in range(5):
             call()
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
@@ -276,8 +275,8 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
 ) -> None:
     """Measure, print."""
-    for name, known in ((model, MODELS), (only, GOALS)):
-        if unknown := set(name or ()) - set(known):
+    for asked, known in ((model, MODELS), (only, GOALS)):
+        if unknown := set(asked or ()) - set(known):
             raise typer.BadParameter(f"unknown: {', '.join(sorted(unknown))}; expected {', '.join(known)}")
     where = place(check)
     warnings.simplefilter("ignore")
@@ -289,10 +288,14 @@ def main(
         for name, phase in itertools.product(names, phases):
             print(profiled(name, layers, phase, where, sizes))
         return
-    rows = [row for name in names for row in rows_of(name, layers, phases, where, sizes)]
-    show(console, rows)
+    rows: list[dict[str, Any]] = []
     folder = os.environ.get("OUT")
-    for path in (json_file, Path(folder) / "gpu_models.json" if folder and json_file is None else None):
+    path = json_file or (Path(folder) / "gpu_models.json" if folder else None)
+    try:
+        for name in names:
+            rows.extend(rows_of(name, layers, phases, where, sizes))
+    finally:  # what was measured before one fails, too
+        show(console, rows)
         if path is not None:
             write_text(path, json.dumps(rows, indent=1) + "\n")
     wrong = [row for row in rows if not row.get("error", 0.0) <= WRONG]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ def scaled_mm(n: int, k: int, rows: int, where: torch.device) -> Calls:
     """e4m3 times e4m3 with scales of rows and of columns."""
     x = torch.randn(rows, k, device=where).to(torch.float8_e4m3fn)
     weights = [torch.randn(n, k, device=where).to(torch.float8_e4m3fn) for _ in range(copies(n * k, where))]
-    scales = {"scale_a": torch.ones(rows, 1, device=where), "scale_b": torch.ones(1, n, device=where)}
+    scales: dict[str, Any] = {"scale_a": torch.ones(rows, 1, device=where), "scale_b": torch.ones(1, n, device=where)}
     return [partial(torch._scaled_mm, x, w.t(), **scales, out_dtype=torch.bfloat16) for w in weights]
 
 
@@ -63,5 +64,5 @@ def sdpa(
         [torch.randn(batch, heads[1], tokens, width, device=where, dtype=dtype) for _ in range(2)]
         for _ in range(copies(read, where))
     ]
-    run = nn.functional.scaled_dot_product_attention
+    run: Any = nn.functional.scaled_dot_product_attention
     return [partial(run, q, *pair, is_causal=causal, enable_gqa=True) for pair in pairs]

@@ -17,19 +17,21 @@ from torch import Tensor, nn
 
 from examples.benchmarks import gpu_peers
 from examples.benchmarks.gpu_peers import CUBLAS, INT_MM, SCALED_MM, SDPA, Calls, copies
-from qfx.backends.triton import cache_append as _append  # noqa: F401  (each registers its ops)
+from qfx.backends.triton import act_quantize as _act  # noqa: F401  (each registers its ops)
+from qfx.backends.triton import cache_append as _append  # noqa: F401
 from qfx.backends.triton import cache_attention as _cache  # noqa: F401
 from qfx.backends.triton import gemm8, hadamard, lowering, timing, tune
+from qfx.backends.triton import norm_quantize as _norm  # noqa: F401
 from qfx.backends.triton import quantized_attention as _attention  # noqa: F401
-from qfx.backends.triton.act_quantize import act_quantize
-from qfx.backends.triton.norm_quantize import norm_quantize
 from qfx.capture import capture_export
 from qfx.format import Format
 from qfx.kv.formats import cache_formats
 from qfx.kv.packed_ops import allocate, spec_of
+from qfx.mixed import QuantMixed
 from qfx.modules import QuantEmbedding, QuantLinear
 from qfx.numerics import dequantize, quantize, run_time_qparams
 from qfx.packing import pack_weight
+from qfx.segments import segments, take
 
 own, reference = torch.ops.qfx_triton, torch.ops.qfx
 
@@ -82,6 +84,22 @@ def linear(n: int, k: int, rows: int, x_format: str, w_format: str, dtype: torch
     return Made(kernel, calls, lambda: [work.module(x.float())], moved, 2 * rows * n * k, peers)
 
 
+def mixed(
+    n: int, k: int, rows: int, x_format: str, w_formats: Sequence[str], dtype: torch.dtype, where: torch.device
+) -> Made:
+    """A linear layer whose weight has rows of several formats, in equal parts."""
+    formats = tuple(map(Format.parse, w_formats))
+    parts = segments(formats, (n, k), "weight")
+    weight = torch.randn(n, k, device=where) / k**0.5
+    packed = [pack_weight(take(weight, part, 0), part.format) for part in parts]
+    module = QuantMixed(packed, parts, 0, None, x_format=x_format, dtype=dtype).eval()
+    x, read = torch.randn(rows, k, device=where).to(dtype), sum(b.nbytes for b in module.buffers())
+    calls, kernel = _lowered(module, x, copies(read, where))
+    moved = read + x.nbytes + rows * n * dtype.itemsize
+    peers = _peers_of_linear(n, k, rows, "", where)
+    return Made(kernel, calls, lambda: [module(x.float())], moved, 2 * rows * n * k, peers)
+
+
 def product(n: int, k: int, rows: int, x_format: str, w_format: str, where: torch.device) -> Made:
     """Codes times codes alone, of rows that are quantized already."""
     work = tune.random_work(n, k, x_format, w_format, where, torch.bfloat16)
@@ -131,7 +149,7 @@ def norm(rows: int, k: int, text: str, dtype: torch.dtype, where: torch.device) 
         y = (total * torch.rsqrt(mean + 1e-6) * weight.float()).to(dtype)
         return [_rounded(y.float(), fmt), total]
 
-    calls: Calls = [partial(norm_quantize, *pair, *rest) for pair in pairs]
+    calls: Calls = [partial(own.norm_quantize, *pair, *rest) for pair in pairs]
     moved = rows * k * (3 * dtype.itemsize + 1) + 4 * rows
     return Made("norm_quantize", calls, expected, moved, shown=partial(_values, fmt=fmt, k=k))
 
@@ -145,7 +163,9 @@ def activation(rows: int, k: int, text: str, dtype: torch.dtype, where: torch.de
         x = inputs[0]
         return [_rounded((nn.functional.silu(x[:, :k]) * x[:, k:]).float(), fmt)]
 
-    calls: Calls = [partial(act_quantize, x[:, :k], x[:, k:], "silu", None, None, None, text, False) for x in inputs]
+    calls: Calls = [
+        partial(own.act_quantize, x[:, :k], x[:, k:], "silu", None, None, None, text, False) for x in inputs
+    ]
     moved = rows * k * (2 * dtype.itemsize + 1) + 4 * rows
     return Made("act_quantize", calls, expected, moved, shown=partial(_values, fmt=fmt, k=k))
 

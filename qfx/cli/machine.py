@@ -38,6 +38,10 @@ def tune(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the file; left out: QFX_TUNED_DIR, or the user's own.")
     ] = None,
+    kernels: Annotated[
+        str | None, typer.Option(help="Only these: gemm8, weight_only, ..., comma between them.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="After which no other layer is begun.")] = None,
     shipped: Annotated[bool, typer.Option("--shipped", help="Write into the package, for its maintainers.")] = False,
     json: Json = None,
     debug: Debug = False,
@@ -48,5 +52,5 @@ def tune(
 
         command.run(
             console, model, recipe=recipe, rows=rows, dtype=dtype, device=device, out=out, shipped=shipped,
-            json_file=json,
+            json_file=json, minutes=minutes, kernels=kernels,
         )  # fmt: skip

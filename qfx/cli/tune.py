@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,10 +33,12 @@ _SHOWN = 20
 
 def run(
     console: Console, model: str | None, *, recipe: str | None, rows: str | None, dtype: str, device: str,
-    out: Path | None, shipped: bool, json_file: Path | None, measure: Measure | None = None,
+    out: Path | None, shipped: bool, json_file: Path | None, minutes: float | None = None,
+    kernels: str | None = None, measure: Measure | None = None,
 ) -> None:  # fmt: skip
     """Tune, and write what is faster after each layer, so that an interrupt loses one. measure: None for the GPU.
 
+    minutes: after which no other layer is begun. kernels: those whose choices are measured, comma between them.
     Everything that can be refused is refused before the model is loaded.
     """
     if dtype not in _DTYPES:
@@ -46,24 +50,35 @@ def run(
     folder = _folder(out, shipped)
     works: Sequence[Work] | Iterable[Work] = _works(console, model, recipe, torch.device(device), _DTYPES[dtype])
     results: list[Tuned] = []
+    wrong: list[str] = []
     gc.collect()
     gc.freeze()  # what is there stays; a CUDA graph begins with a collection
-    path = tuning.file_of(folder, found)
+    path, until = tuning.file_of(folder, found), time.monotonic() + 60 * (minutes or math.inf)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("tune", total=None if model is None else len(list(works)) * len(counts))
-        for work in works:
-            for count in counts:
-                progress.update(bar, description=f"{work.name}, {count} rows", advance=1)
-                done = list(tune.tune(work, count, measure, known={one.choice for one in results}))
-                results += done
-                gc.collect()  # graphs hold their weights in cycles
-                if table := tune.table_of(done):
-                    path = tuning.write(folder, found, table)
+        for work, count in ((work, count) for work in works for count in counts if count <= work.most):
+            if time.monotonic() > until:
+                console.print(f"{minutes:g} minutes are over before {work.name}, {count} rows", style="yellow")
+                break
+            progress.update(bar, description=f"{work.name}, {count} rows", advance=1)
+            asked = work if kernels is None else replace(work, only=tuple(kernels.split(",")))
+            try:
+                done = list(tune.tune(asked, count, measure, known={one.choice for one in results}))
+            except ValueError as error:  # a wrong result: the others are measured all the same
+                console.print(str(error), style="red", soft_wrap=True, markup=False)
+                wrong.append(work.name)
+                continue
+            results += done
+            gc.collect()  # graphs hold their weights in cycles
+            if table := tune.table_of(done):
+                path = tuning.write(folder, found, table)
     _show(console, results)
     faster = sum(one.best is not None for one in results)
     console.print(f"{found.name}: {faster} of {len(results)} choices are faster than without them: {path}")
     if json_file is not None:
         write_text(json_file, json.dumps([asdict(one) for one in results], indent=1) + "\n")
+    if wrong:
+        raise ValueError(f"{len(wrong)} layers were not measured, for their results are wrong: {', '.join(wrong)}")
 
 
 def _kernels_of(device: str) -> Device:

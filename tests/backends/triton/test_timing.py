@@ -72,6 +72,10 @@ def test_errors() -> None:
     assert timing.relative_error(x[:0], x[:0]) == 0
 
 
+def test_a_device_that_answers_is_not_lost() -> None:
+    assert not timing.is_lost(torch.device(DEVICE))
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_a_copy_takes_about_as_long_as_its_bytes_do() -> None:
     x, y = (torch.empty(1 << 28, dtype=torch.uint8, device=DEVICE) for _ in range(2))

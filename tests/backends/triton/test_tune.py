@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import qfx
 from qfx.backends.triton import device, gemm8_config, launch, lowering, timing, tune, tuning
 from qfx.backends.triton.gemm8 import linear_w8a8, pack_gemm8
+from qfx.backends.triton.quantize_rows import aligned
 from qfx.cli import tune as command
 from qfx.modules import QuantLinear
 from tests import tiny
@@ -25,7 +27,8 @@ HERE = device.find(torch.device(DEVICE))
 
 
 def work(n: int = 24, k: int = 40) -> tune.Work:
-    return tune.random_work(n, k, "i8/tok", "i8/ch", torch.device(DEVICE))
+    made = tune.random_work(n, k, "i8/tok", "i8/ch", torch.device(DEVICE))
+    return replace(made, only=("gemm8", "pretended"))  # and not the quantization of the rows
 
 
 def timer(*times: float) -> Callable[[Sequence[timing.Call]], float]:
@@ -58,23 +61,21 @@ def launched(layer: QuantLinear, rows: int) -> launch.Launch:
 def test_the_fastest_is_written_found_and_launched(folder: Path) -> None:
     one = work()
     assert isinstance(one.module, QuantLinear)
-    (found,) = tune.tune(one, 3, timer(10.0, 9.0, 3.0, 8.0))
-    choice = ("gemm8", "n=24 k=40 i8" if "k=40" in found.choice[1] else found.choice[1], "4")
-    assert found.choice == choice and found.tried > 3 and not found.dropped
-    options = gemm8_config.candidates(HERE, gemm8_config.Problem(24, int(choice[1].split()[1][2:])), 3)
-    assert found.best == options[1] != options[0] and (found.before, found.seconds) == (10.0, 3.0)
+    options = gemm8_config.candidates(HERE, gemm8_config.Problem(24, aligned(40)), 3)
+    best = next(i for i, option in enumerate(options) if tile(option) != tile(options[0]))
+    (found,) = tune.tune(one, 3, timer(10.0, *(9.0,) * best, 3.0, 8.0))
+    kernel, problem, rows = found.choice
+    assert (kernel, rows) == ("gemm8", "4") and found.tried == len(options) and not found.dropped
+    assert found.best == options[best] and (found.before, found.seconds) == (10.0, 3.0)
     path = tuning.write(folder, HERE, tune.table_of([found]))
-    assert json.loads(path.read_text()) == {"gemm8": {choice[1]: {"4": options[1]}}}
-    assert tuning.tuned(HERE, *choice[:2], 3) == options[1]
-    started = launched(one.module, 3)
-    assert options[1].items() <= {**started.arguments, **started.options, **_of_the_host(options[1])}.items()
-    assert started.arguments["BLOCK_N"] == options[1]["BLOCK_N"]
-    assert launched(one.module, 5).arguments["BLOCK_N"] != options[1]["BLOCK_N"], "another bucket"
+    assert json.loads(path.read_text()) == {"gemm8": {problem: {"4": options[best]}}}
+    assert tuning.tuned(HERE, kernel, problem, 3) == options[best]
+    assert tile(launched(one.module, 3).arguments) == tile(options[best])
+    assert tile(launched(one.module, 5).arguments) != tile(options[best]), "another bucket"
 
 
-def _of_the_host(config: launch.Config) -> dict[str, int]:
-    """What only the host reads."""
-    return {key: config[key] for key in ("SPLIT", "SWAP", "PERSISTENT") if key in config}
+def tile(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
 
 
 def test_what_is_known_is_not_measured_again() -> None:
@@ -120,6 +121,7 @@ def test_a_wrong_result_without_a_file_stops_and_so_does_a_lost_device(monkeypat
     with pytest.raises(ValueError, match=r"give a wrong result for 3 rows(.|\n)*found: (2.0|1.9)"):
         list(tune.tune(work(), 3, timer(1.0)))
     _pretend(monkeypatch, [1.0, RuntimeError("CUDA error: an illegal memory access was encountered")])
+    monkeypatch.setattr(timing, "is_lost", lambda where: True)
     with pytest.raises(RuntimeError, match="illegal memory"):
         list(tune.tune(work(), 3, timer(1.0)))
 
@@ -136,6 +138,20 @@ def test_copies_of_the_weights_take_turns(monkeypatch: pytest.MonkeyPatch) -> No
 
     list(tune.tune(one, 2, measure))
     assert set(seen) == {2}
+
+
+def test_attention_over_a_cache_is_tuned() -> None:
+    one = tune.cache_work("i4", (4, 2), 64, 40, torch.device(DEVICE))
+    (found,) = tune.tune(one, 2, timer(10.0, 5.0, 4.0, 9.0))
+    assert found.choice[0] == "cache_attention" and found.choice[2] == "4" and one.most == 32
+    assert not found.dropped and found.seconds == 4.0 and found.best is not None
+
+
+@pytest.mark.parametrize(("act", "kernel"), [(False, "norm_quantize"), (True, "act_quantize")])
+def test_rows_of_codes_are_tuned(act: bool, kernel: str) -> None:
+    one = tune.produced_work(96, "i8/tok", "i8/ch", torch.device(DEVICE), act=act)
+    (found,) = tune.tune(one, 3, timer(10.0, 5.0, 4.0, 9.0))
+    assert found.choice[0] == kernel and found.best is not None and not found.dropped
 
 
 def test_attention_is_tuned() -> None:
@@ -172,6 +188,37 @@ def test_the_command_writes_and_shows(folder: Path, monkeypatch: pytest.MonkeyPa
     kernel, problem, rows = told["choice"]
     assert json.loads(path.read_text())[kernel][problem][rows] == told["best"]
     assert tuning.tuned(HERE, kernel, problem, int(rows)) == told["best"]
+
+
+def test_a_layer_whose_result_is_wrong_does_not_keep_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "works_of_usual_models", lambda place, dtype: [work(), work(16, 32)])
+    own, calls = tune.tune, []
+
+    def first_fails(one: tune.Work, *args: Any, **more: Any) -> Any:
+        calls.append(one)
+        if len(calls) == 1:
+            raise ValueError("give a wrong result")
+        return own(one, *args, **more)
+
+    monkeypatch.setattr(tune, "tune", first_fails)
+    console = Console(record=True, width=200)
+    with pytest.raises(ValueError, match="1 layers were not measured, for their results are wrong: 24 x 40"):
+        command.run(
+            console, None, recipe=None, rows="2", dtype="f16", device=DEVICE, out=None, shipped=False, json_file=None,
+            kernels="gemm8", measure=timer(1.0),
+        )  # fmt: skip
+    assert "0 of 1 choices" in console.export_text() and calls[1].only == ("gemm8",)
+
+
+def test_when_the_time_is_over_no_layer_is_begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "works_of_usual_models", lambda place, dtype: [work(), work()])
+    console = Console(record=True, width=200)
+    command.run(
+        console, None, recipe=None, rows="2,4", dtype="f16", device=DEVICE, out=None, shipped=False, json_file=None,
+        minutes=1e-9, measure=timer(1.0),
+    )  # fmt: skip
+    text = console.export_text()
+    assert "minutes are over before 24 x 40" in text and "0 of 0 choices" in text
 
 
 @pytest.mark.slow

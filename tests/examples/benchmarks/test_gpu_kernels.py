@@ -22,7 +22,8 @@ SCRIPT = Path(gpu_kernels.__file__)
 
 @pytest.mark.parametrize("family", gpu_kernels.FAMILIES)
 def test_every_kernel_is_right(family: str) -> None:
-    found = gpu_kernels.run(Console(quiet=True), torch.device(DEVICE), [family], check=True)
+    found: dict[str, Any] = {}
+    gpu_kernels.run(Console(quiet=True), torch.device(DEVICE), [family], found, check=True)
     assert found["checks"] and not [row for row in found["checks"] if "failed" in row]
     assert all(row["error"] < 5e-3 for row in found["checks"])
 
@@ -49,10 +50,30 @@ def test_a_case_is_timed_beside_its_peers(monkeypatch: pytest.MonkeyPatch) -> No
     row = gpu_kernels.checked(case, torch.device(DEVICE))
     row["made"].peers = {"good": list, "bad": lambda: 1 / 0}
     limit = {"bandwidth": 1e9, "bf16": 1e12, "8 bit": float(row["made"].products)}
-    gpu_kernels.measured(row, case, limit, {})
+    gpu_kernels.measured(row, case, torch.device(DEVICE), limit, {})
     assert row["share"] == 0.5 and row["peers"] == {"good": 6.0}
     assert row["without"] == {"bad": "ZeroDivisionError: division by zero"}
     gpu_kernels.show(Console(quiet=True), [row], "table")
+
+
+def test_a_whole_run_has_limits_rows_and_goals(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(calls: Any, **more: Any) -> float:
+        return float(calls[0]() is not None)
+
+    monkeypatch.setattr(timing, "seconds", seconds)
+    monkeypatch.setattr(gpu_kernels, "SIDE", 16)
+    monkeypatch.setattr(gpu_kernels, "COPIED", 64)
+    some = [case for case in gpu_cases.checks(tiny=True) if case.family == "w8a8"]
+    monkeypatch.setattr(gpu_cases, "checks", lambda tiny: some[:1])
+    monkeypatch.setattr(gpu_cases, "timed", lambda: some)
+    console = Console(record=True, width=170)
+    found: dict[str, Any] = {}
+    gpu_kernels.run(console, torch.device(DEVICE), ["w8a8"], found, check=False)
+    assert found["limits"] == {"bandwidth": 128.0, "bf16": 2.0 * 16**3, "8 bit": 4.0 * 16**3}
+    assert len(found["rows"]) == len(some) > 1 and all(row["seconds"] == 1.0 for row in found["rows"])
+    assert all(row["peers"][gpu_peers.CUBLAS] == 1.0 for row in found["rows"])
+    assert len(found["goals"]) == 15 and "goal: " in console.export_text()
+    json.dumps(found)
 
 
 def test_peers_compute_what_they_should() -> None:
@@ -79,7 +100,7 @@ def test_goals_are_the_least_of_their_rows() -> None:
         row("decode", ["i8", 8192], 1, 0.7, SDPA=1.0),
         row("decode", ["i4", 8192], 1, 0.1, SDPA=0.5),
     ]
-    found = {goal.what: (goal.found, goal.state) for goal in goals(rows)}
+    found: dict[str, Any] = {goal.what: (goal.found, goal.state) for goal in goals(rows)}
     assert found["W4A16 (u4/g128), one row: share of the memory's bandwidth"] == (0.6, "missed")
     assert found["W4A16, one row, 8192x8192: times cuBLAS bf16"] == (3.0, "reached")
     assert found["W4A16 keeps of that, up to 32 rows"] == (pytest.approx(0.9), "reached")
