@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qfx.backends.triton import cache_layout, tuning
-from qfx.backends.triton.cache_layout import Held, Layout, Role
+from qfx.backends.triton.cache_layout import PLAIN, Held, Layout, Role
 from qfx.backends.triton.kernels.cache_attention import join_splits, split_attention
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.library import define
@@ -134,17 +134,20 @@ def problem(found: Layout, many: int, dtype: torch.dtype) -> str:
 
 def heuristic(found: Layout, rows: int, dtype: torch.dtype) -> Config:
     """What is taken where nothing was measured: a tile of at most 16 kB that stays in registers."""
-    block = min(max(triton.next_power_of_2(rows), 16), _ROWS)
     roles = [role for part in found.parts for role in (part.keys, part.values)]
     tokens = max(math.lcm(p.keys.planes, p.values.planes) for p in found.parts)
-    units = {1: 64, 2: 64, 4: 32}.get(tokens, 16)
     wide, single = max(found.widths) > 128, dtype == torch.float32
-    slow = not all(role.in_half for role in roles)
-    if wide or single or slow:
+    slow = wide or single or not all(role.in_half or role.mode == PLAIN for role in roles)
+    block = min(max(triton.next_power_of_2(rows), 16), 16 if single else _ROWS)
+    units = {1: 64, 2: 64, 4: 32}.get(tokens, 16)
+    if slow:
         units = 16 if single or tokens > 1 else 32
-    heavy = wide or single or slow or block > 16 or tokens == 8
+    elif block > 32 or any(role.mode == PLAIN for role in roles):
+        units = min(units, 32)
+    heavy = slow or block > 16 or tokens == 8
     return {"BLOCK_M": block, "BLOCK_R": units, "FLOATS": 16 if wide or single else 32, "PER": 4 if tokens == 1 else 2,
-            "num_warps": 8 if heavy else 4, "num_stages": 2 if wide or single or tokens == 1 else 3}  # fmt: skip
+            "num_warps": 8 if heavy else 4,
+            "num_stages": 2 if wide or single or tokens == 1 or block > 32 else 3}  # fmt: skip
 
 
 def _config(found: Layout, q: Tensor, rows: int) -> Config:

@@ -86,6 +86,16 @@ def test_any_length_heads_and_mask(
     assert difference(found, expected) < 1e-5 or float((found - expected).abs().max()) < 1e-6
 
 
+def test_many_rows_and_heads_of_several_formats() -> None:
+    kv = {"k": ["i8", "i4", "i8"], "v": ["i4", "i4", "i2"]}
+    memory, spec, length = filled(kv, (100, 20), batch=2, groups=3)
+    q = torch.randn(2, 15, 20, 64, device=DEVICE)
+    mask = torch.rand(2, 15, 20, 200, device=DEVICE) < 0.5
+    arguments = (q, memory, length, mask, 0.125, True, spec)
+    assert difference(cache_attention(*arguments), reference(*arguments)) < 1e-5
+    assert difference(cache_attention(q, memory, length, ~mask, *arguments[4:]), reference(*arguments)) > 0.1
+
+
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 2e-3), (torch.bfloat16, 2 * BF16_STEP)])
 @pytest.mark.parametrize("kv", ["i8", "i4"])
 def test_halves(kv: str, dtype: torch.dtype, most: float) -> None:
