@@ -87,10 +87,9 @@ def test_any_length_heads_and_mask(
 
 
 def test_many_rows_and_heads_of_several_formats() -> None:
-    kv = {"k": ["i8", "i4", "i8"], "v": ["i4", "i4", "i2"]}
-    memory, spec, length = filled(kv, (100, 20), batch=2, groups=3)
-    q = torch.randn(2, 15, 20, 64, device=DEVICE)
-    mask = torch.rand(2, 15, 20, 200, device=DEVICE) < 0.5
+    memory, spec, length = filled({"k": ["i8", "i4"], "v": "i4"}, (100, 20), widths=(16, 16))
+    q = torch.randn(1, 18, 8, 16, device=DEVICE)
+    mask = torch.rand(1, 18, 8, 200, device=DEVICE) < 0.5
     arguments = (q, memory, length, mask, 0.125, True, spec)
     assert difference(cache_attention(*arguments), reference(*arguments)) < 1e-5
     assert difference(cache_attention(q, memory, length, ~mask, *arguments[4:]), reference(*arguments)) > 0.1
