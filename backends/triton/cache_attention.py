@@ -25,6 +25,7 @@ from qfx.errors import explain
 
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _SPLITS = 128  # at most: as many partial results are put together at once
+_SEVERAL = 8  # splits, of which one less costs little
 _ROWS = 64  # rows of queries of a program, at most
 _OUT = 32  # channels that a program of the last step puts together
 
@@ -160,7 +161,8 @@ def _config(found: Layout, q: Tensor, rows: int) -> Config:
     config = dict(known)
     programs = q.shape[0] * found.groups * triton.cdiv(rows, config["BLOCK_M"])
     least = config["BLOCK_R"] * min(math.lcm(p.keys.planes, p.values.planes) for p in found.parts)
-    wanted = device.processors * config.pop("PER") // programs - 1  # all run at once, with those of the floats
+    wanted = device.processors * config.pop("PER") // programs  # all run at once
+    wanted -= wanted >= _SEVERAL  # with those of the floats, which are soon done
     config["SPLITS"] = max(min(wanted, triton.cdiv(found.length, least), _SPLITS - 1), 1)
     return config
 
