@@ -38,7 +38,7 @@ def cache_attention(
     f32 sums; codes are multiplied as f16, exactly, floats as they are held. The mask may have one place or at least as
     many as there are tokens. Raises ValueError for a q that does not fit the memory and for formats that are not taken.
     """
-    found = _checked(q, memory, spec)
+    found = _checked(q, memory, length, spec)
     batch, heads, queries, _ = q.shape
     y = torch.empty((batch, heads, queries, found.widths[1]), dtype=q.dtype, device=q.device)
     rows = heads // found.groups * queries
@@ -167,9 +167,8 @@ def _config(found: Layout, q: Tensor, rows: int) -> Config:
     return config
 
 
-def _checked(q: Tensor, memory: list[Tensor], spec: str) -> Layout:
-    cache_layout.require(spec, device_of(q))
-    found = cache_layout.of(spec)
+def _checked(q: Tensor, memory: list[Tensor], length: Tensor, spec: str) -> Layout:
+    found = cache_layout.require(spec, memory, length, device_of(q))
     keys = memory[3]
     expected = f"[{keys.shape[0]}, a multiple of {found.groups}, queries, {found.widths[0]}]"
     fits = q.dim() == 4 and q.shape[0] == keys.shape[0] and q.shape[3] == found.widths[0]

@@ -157,6 +157,10 @@ def test_refusals(kv: Any, width: int, reason: str) -> None:
 
 def test_queries_that_do_not_fit() -> None:
     memory, spec, length = filled("i4", ())
+    with pytest.raises(
+        ValueError, match=r"(?s)how many tokens a cache holds.*one number, int64.*found: \[\], torch.int32"
+    ):
+        cache_attention(torch.zeros(1, 2, 1, 64, device=DEVICE), memory, length.int(), None, 1.0, False, spec)
     for q in (
         torch.zeros(1, 3, 1, 64),
         torch.zeros(2, 2, 1, 64),
