@@ -10,6 +10,7 @@ device-side assertion, as it is where torch writes beyond a tensor; nothing is w
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import triton
@@ -71,6 +72,7 @@ def cache_append(memory: list[Tensor], k: Tensor, v: Tensor, length: Tensor, spe
         )  # fmt: skip
 
 
+@functools.cache
 def _constants(role: Role, prefix: str) -> tuple[dict[str, Any], int, int]:
     """What `encode` must know of keys or values, the tokens of a block, and how many chunks of channels there are."""
     fmt = role.fmt
