@@ -10,6 +10,7 @@ device-side assertion, as it is where torch writes beyond a tensor; nothing is w
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import triton
@@ -37,7 +38,7 @@ def cache_append(memory: list[Tensor], k: Tensor, v: Tensor, length: Tensor, spe
     interprets, for more tokens than there is room for.
     """
     device = device_of(k)
-    found = _checked(memory, k, v, spec)
+    found = _checked(memory, k, v, length, spec)
     if device.interpreted and not k.is_meta and int(length) + k.shape[2] > found.length:
         raise ValueError(full(found.length, int(length) + k.shape[2]))
     if not k.numel() and not v.numel():
@@ -71,6 +72,7 @@ def cache_append(memory: list[Tensor], k: Tensor, v: Tensor, length: Tensor, spe
         )  # fmt: skip
 
 
+@functools.cache
 def _constants(role: Role, prefix: str) -> tuple[dict[str, Any], int, int]:
     """What `encode` must know of keys or values, the tokens of a block, and how many chunks of channels there are."""
     fmt = role.fmt
@@ -93,9 +95,8 @@ def _constants(role: Role, prefix: str) -> tuple[dict[str, Any], int, int]:
     return constants, tokens, triton.cdiv(role.width, whole)
 
 
-def _checked(memory: list[Tensor], k: Tensor, v: Tensor, spec: str) -> Layout:
-    cache_layout.require(spec, device_of(k))
-    found = cache_layout.of(spec)
+def _checked(memory: list[Tensor], k: Tensor, v: Tensor, length: Tensor, spec: str) -> Layout:
+    found = cache_layout.require(spec, memory, length, device_of(k))
     for role, (x, held) in enumerate(zip((k, v), memory[3:5], strict=True)):
         expected = (*held.shape[:2], k.shape[2], held.shape[3])
         if tuple(x.shape) != expected or x.dtype != held.dtype or x.device != held.device:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qfx.backends.triton import cache_layout, tuning
-from qfx.backends.triton.cache_layout import Held, Layout, Role
+from qfx.backends.triton.cache_layout import PLAIN, Held, Layout, Role
 from qfx.backends.triton.kernels.cache_attention import join_splits, split_attention
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.library import define
@@ -25,6 +25,7 @@ from qfx.errors import explain
 
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _SPLITS = 128  # at most: as many partial results are put together at once
+_SEVERAL = 8  # splits, of which one less costs little
 _ROWS = 64  # rows of queries of a program, at most
 _OUT = 32  # channels that a program of the last step puts together
 
@@ -37,7 +38,7 @@ def cache_attention(
     f32 sums; codes are multiplied as f16, exactly, floats as they are held. The mask may have one place or at least as
     many as there are tokens. Raises ValueError for a q that does not fit the memory and for formats that are not taken.
     """
-    found = _checked(q, memory, spec)
+    found = _checked(q, memory, length, spec)
     batch, heads, queries, _ = q.shape
     y = torch.empty((batch, heads, queries, found.widths[1]), dtype=q.dtype, device=q.device)
     rows = heads // found.groups * queries
@@ -134,17 +135,20 @@ def problem(found: Layout, many: int, dtype: torch.dtype) -> str:
 
 def heuristic(found: Layout, rows: int, dtype: torch.dtype) -> Config:
     """What is taken where nothing was measured: a tile of at most 16 kB that stays in registers."""
-    block = min(max(triton.next_power_of_2(rows), 16), _ROWS)
     roles = [role for part in found.parts for role in (part.keys, part.values)]
     tokens = max(math.lcm(p.keys.planes, p.values.planes) for p in found.parts)
-    units = {1: 64, 2: 64, 4: 32}.get(tokens, 16)
     wide, single = max(found.widths) > 128, dtype == torch.float32
-    slow = not all(role.in_half for role in roles)
-    if wide or single or slow:
+    slow = wide or single or not all(role.in_half or role.mode == PLAIN for role in roles)
+    block = min(max(triton.next_power_of_2(rows), 16), 16 if single else _ROWS)
+    units = {1: 64, 2: 64, 4: 32}.get(tokens, 16)
+    if slow:
         units = 16 if single or tokens > 1 else 32
-    heavy = wide or single or slow or block > 16 or tokens == 8
+    elif block > 32 or any(role.mode == PLAIN for role in roles):
+        units = min(units, 32)
+    heavy = slow or block > 16 or tokens == 8
     return {"BLOCK_M": block, "BLOCK_R": units, "FLOATS": 16 if wide or single else 32, "PER": 4 if tokens == 1 else 2,
-            "num_warps": 8 if heavy else 4, "num_stages": 2 if wide or single or tokens == 1 else 3}  # fmt: skip
+            "num_warps": 8 if heavy else 4,
+            "num_stages": 2 if wide or single or tokens == 1 or block > 32 else 3}  # fmt: skip
 
 
 def _config(found: Layout, q: Tensor, rows: int) -> Config:
@@ -157,14 +161,14 @@ def _config(found: Layout, q: Tensor, rows: int) -> Config:
     config = dict(known)
     programs = q.shape[0] * found.groups * triton.cdiv(rows, config["BLOCK_M"])
     least = config["BLOCK_R"] * min(math.lcm(p.keys.planes, p.values.planes) for p in found.parts)
-    wanted = device.processors * config.pop("PER") // programs - 1  # all run at once, with those of the floats
+    wanted = device.processors * config.pop("PER") // programs  # all run at once
+    wanted -= wanted >= _SEVERAL  # with those of the floats, which are soon done
     config["SPLITS"] = max(min(wanted, triton.cdiv(found.length, least), _SPLITS - 1), 1)
     return config
 
 
-def _checked(q: Tensor, memory: list[Tensor], spec: str) -> Layout:
-    cache_layout.require(spec, device_of(q))
-    found = cache_layout.of(spec)
+def _checked(q: Tensor, memory: list[Tensor], length: Tensor, spec: str) -> Layout:
+    found = cache_layout.require(spec, memory, length, device_of(q))
     keys = memory[3]
     expected = f"[{keys.shape[0]}, a multiple of {found.groups}, queries, {found.widths[0]}]"
     fits = q.dim() == 4 and q.shape[0] == keys.shape[0] and q.shape[3] == found.widths[0]

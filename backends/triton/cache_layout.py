@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qfx.backends.triton.device import Device
@@ -127,8 +128,18 @@ def reason_against(spec: str, device: Device) -> str | None:
     return None
 
 
-def require(spec: str, device: Device) -> None:
-    """Raises ValueError for a cache that the kernels do not take."""
+def require(spec: str, memory: Sequence[Tensor], length: Tensor, device: Device) -> Layout:
+    """The layout. Raises ValueError for a cache that the kernels do not take, and for a length of another kind."""
+    where = memory[0].device
+    if length.dtype != torch.int64 or length.numel() != 1 or length.device != where:
+        raise ValueError(
+            explain(
+                "how many tokens a cache holds is read where its memory is",
+                expected=f"one number, int64, on {where}",
+                found=f"{list(length.shape)}, {length.dtype}, on {length.device}",
+                next_step="give the cache's own count, or move it there",
+            )
+        )
     if reason := reason_against(spec, device):
         raise ValueError(
             explain(
@@ -136,6 +147,7 @@ def require(spec: str, device: Device) -> None:
                 next_step="take another format, or the reference, qfx::cache_attention and qfx::cache_append",
             )
         )
+    return of(spec)
 
 
 def signed(heads: int | None) -> int:

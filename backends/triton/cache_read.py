@@ -19,8 +19,7 @@ def cache_read(memory: list[Tensor], length: Tensor, spec: str) -> tuple[Tensor,
 
     length i64 [] is read on the device. Raises ValueError for formats that are not taken.
     """
-    cache_layout.require(spec, device_of(memory[3]))
-    found = cache_layout.of(spec)
+    found = cache_layout.require(spec, memory, length, device_of(memory[3]))
     outs = _empty(memory, found.length)
     for part, both in zip(found.parts, found.tensors(memory), strict=True):
         for i, (role, tensors, out) in enumerate(zip((part.keys, part.values), both, outs, strict=True)):

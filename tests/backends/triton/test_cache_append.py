@@ -1,4 +1,7 @@
-"""cache_append: the memory that qfx::cache_append leaves, bit for bit."""
+"""cache_append: the memory that qfx::cache_append leaves on a CPU, bit for bit.
+
+On a GPU torch multiplies by the reciprocal of a number where the reference divides by it.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +34,16 @@ def same(kv: Any, sizes: tuple[int, ...], widths: tuple[int, int], dtype: torch.
     groups = fmt.heads or 2
     like = [torch.empty(batch, groups, 0, w, dtype=dtype, device=DEVICE) for w in widths]
     spec = spec_of(fmt, like[0], like[1], 200)
-    mine, theirs = (allocate(fmt, like[0], like[1], 200) for _ in range(2))
-    length = torch.tensor(0, device=DEVICE)
+    mine, theirs = allocate(fmt, like[0], like[1], 200), allocate(fmt, like[0].cpu(), like[1].cpu(), 200)
+    length = torch.tensor(0)
     for i, count in enumerate(sizes):
         k, v = (states(batch, groups, count, w, 7 * i + w, dtype) for w in widths)
-        cache_append(mine, k, v, length, spec)
-        reference(theirs, k, v, length, spec)
+        cache_append(mine, k, v, length.to(DEVICE), spec)
+        reference(theirs, k.cpu(), v.cpu(), length, spec)
         length += count
         held = max(int(length) - fmt.sinks - int(theirs[0]), 0)
         for j, both in enumerate(zip(mine, theirs, strict=True)):  # behind the newest lies what was there before
-            assert torch.equal(*(t[:, :, :held] if j in (3, 4) else t for t in both)), (i, j)
+            assert torch.equal(*(t[:, :, :held].cpu() if j in (3, 4) else t.cpu() for t in both)), (i, j)
 
 
 @pytest.mark.parametrize("kv", [*KINDS, {"k": "u4/g32/e8m0", "v": "u5/g8/bf16"}], ids=str)
@@ -72,12 +75,12 @@ def test_halves(dtype: torch.dtype) -> None:
 def test_constant_tokens_have_the_codes_of_the_reference() -> None:
     for value in (0.0, 5.0, -3e-9, 6e4):
         fmt = cache_formats({"k": "i4", "v": "i8"}, 1)[0]
-        x = torch.full((1, 1, 80, 16), value, device=DEVICE)
-        spec, length = spec_of(fmt, x, x, 200), torch.tensor(0, device=DEVICE)
-        mine, theirs = (allocate(fmt, x, x, 200) for _ in range(2))
-        cache_append(mine, x, x, length, spec)
+        x = torch.full((1, 1, 80, 16), value)
+        spec, length, own = spec_of(fmt, x, x, 200), torch.tensor(0), x.to(DEVICE)
+        mine, theirs = allocate(fmt, own, own, 200), allocate(fmt, x, x, 200)
+        cache_append(mine, own, own, length.to(DEVICE), spec)
         reference(theirs, x, x, length, spec)
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)), value
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(mine, theirs, strict=True)), value
 
 
 def test_bad_input() -> None:

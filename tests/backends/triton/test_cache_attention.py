@@ -86,9 +86,18 @@ def test_any_length_heads_and_mask(
     assert difference(found, expected) < 1e-5 or float((found - expected).abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 2e-3), (torch.bfloat16, 2 * BF16_STEP)])
-@pytest.mark.parametrize("kv", ["i8", "i4"])
-def test_halves(kv: str, dtype: torch.dtype, most: float) -> None:
+def test_many_rows_and_heads_of_several_formats() -> None:
+    memory, spec, length = filled({"k": ["i8", "i4"], "v": "i4"}, (100, 20), widths=(16, 16))
+    q = torch.randn(1, 18, 8, 16, device=DEVICE)
+    mask = torch.rand(1, 18, 8, 200, device=DEVICE) < 0.5
+    arguments = (q, memory, length, mask, 0.125, True, spec)
+    assert difference(cache_attention(*arguments), reference(*arguments)) < 1e-5
+    assert difference(cache_attention(q, memory, length, ~mask, *arguments[4:]), reference(*arguments)) > 0.1
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 3e-3), (torch.bfloat16, 2 * BF16_STEP)])
+@pytest.mark.parametrize("kv", KINDS if DEVICE == "cuda" else ["i8", "i4"], ids=str)
+def test_halves(kv: Any, dtype: torch.dtype, most: float) -> None:
     memory, spec, length = filled(kv, (100, 20), dtype=dtype)
     q = torch.randn(1, 4, 1, 64, dtype=dtype, device=DEVICE)
     expected = reference(q, memory, length, None, 0.125, False, spec)
@@ -148,6 +157,10 @@ def test_refusals(kv: Any, width: int, reason: str) -> None:
 
 def test_queries_that_do_not_fit() -> None:
     memory, spec, length = filled("i4", ())
+    with pytest.raises(
+        ValueError, match=r"(?s)how many tokens a cache holds.*one number, int64.*found: \[\], torch.int32"
+    ):
+        cache_attention(torch.zeros(1, 2, 1, 64, device=DEVICE), memory, length.int(), None, 1.0, False, spec)
     for q in (
         torch.zeros(1, 3, 1, 64),
         torch.zeros(2, 2, 1, 64),
