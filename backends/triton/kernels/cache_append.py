@@ -209,6 +209,7 @@ def _take(first_ptr, newest_ptr, new_ptr, chunk, new, stride, length, missing, h
 def _count(stored_ptr, stored, ready, programs):
     """The last program of `programs` to end counts the tokens that were stored: until then all read the old number."""
     if ready > 0:
+        tl.debug_barrier()  # every warp has read what the last program overwrites
         ended = tl.atomic_add(stored_ptr, _TICKET) // _TICKET
         if ended == programs - 1:
             tl.store(stored_ptr, (stored + ready).to(tl.int64))

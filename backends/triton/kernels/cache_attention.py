@@ -17,7 +17,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 def head_of(at, heads):
     """The number of the at-th bit that is set."""
     number = tl.arange(0, 64)
-    bit = (heads >> number) & 1
+    bit = (tl.cast(heads, tl.int64) >> number) & 1  # shifts of an int32 end at 31
     return tl.sum(tl.where((bit == 1) & (tl.cumsum(bit, 0) == at + 1), number, 0), 0)
 
 

@@ -19,7 +19,8 @@ def instructions(bits: int, shift: int, form: int, middle: bool) -> str:
     """PTX that makes four halves, in the registers $0 and $1, of codes in the four bytes of $2.
 
     Below 0x64 a byte makes the half 1024 + byte, below 0x66 1536 + byte. shift: of the code in its byte; what goes
-    beyond lies in the bytes of $3. The factor is in $4 and $5, 1664 + the zero point in $6 and $7.
+    beyond lies in the bytes of $3. The factor is in $4 and $5, 1664 + the zero point in $6 and $7. Outputs are written
+    before all inputs are read, which their constraint (=&r) says.
     """
     low, mask = min(bits, 8 - shift), (1 << bits) - 1
     lines = [".reg .b32 t, a, b, c"]
@@ -75,15 +76,15 @@ def _halves(low, high, factor, zero, BITS: tl.constexpr, SHIFT: tl.constexpr, MI
     AT: tl.constexpr = (((BITS - 2) * 8 + SHIFT) * 3 + FORM) * 2 + (1 if MIDDLE else 0)
     if FORM == 2:
         return tl.inline_asm_elementwise(
-            _PROGRAMS[AT], "=r,=r,r,r,r,r,r,r", [low, high, factor, zero], dtype=tl.float16, is_pure=PURE, pack=4
+            _PROGRAMS[AT], "=&r,=&r,r,r,r,r,r,r", [low, high, factor, zero], dtype=tl.float16, is_pure=PURE, pack=4
         )
     elif FORM == 1:
         return tl.inline_asm_elementwise(
-            _PROGRAMS[AT], "=r,=r,r,r,r,r", [low, high, factor], dtype=tl.float16, is_pure=PURE, pack=4
+            _PROGRAMS[AT], "=&r,=&r,r,r,r,r", [low, high, factor], dtype=tl.float16, is_pure=PURE, pack=4
         )
     else:
         return tl.inline_asm_elementwise(
-            _PROGRAMS[AT], "=r,=r,r,r", [low, high], dtype=tl.float16, is_pure=PURE, pack=4
+            _PROGRAMS[AT], "=&r,=&r,r,r", [low, high], dtype=tl.float16, is_pure=PURE, pack=4
         )
 
 
@@ -166,9 +167,9 @@ def tile(data_ptr, scale_ptr, zero_ptr, first, units, WIDTH: tl.constexpr, SCALE
     elif MODE == 1:
         low, high = _bytes(data_ptr, unit, column, inside, WIDTH, BITS, U, J)
         if FAST and KIND == 2:
-            found = tl.inline_asm_elementwise(_E4M3, "=r,=r,r", [low], dtype=tl.float16, is_pure=not BY_ROWS, pack=4)
+            found = tl.inline_asm_elementwise(_E4M3, "=&r,=&r,r", [low], dtype=tl.float16, is_pure=not BY_ROWS, pack=4)
         elif FAST and KIND == 3:
-            found = tl.inline_asm_elementwise(_E5M2, "=r,=r,r", [low], dtype=tl.float16, is_pure=not BY_ROWS, pack=4)
+            found = tl.inline_asm_elementwise(_E5M2, "=&r,=&r,r", [low], dtype=tl.float16, is_pure=not BY_ROWS, pack=4)
         elif FAST:
             found = _halves(low, high, low, low, BITS, SHIFT, KIND == 1 or MIDDLE != 0, 0, not BY_ROWS)
         else:
@@ -178,7 +179,7 @@ def tile(data_ptr, scale_ptr, zero_ptr, first, units, WIDTH: tl.constexpr, SCALE
         stored = tl.load(scale_ptr + at, mask=known, other=0)
         if FAST:
             if zero_ptr is not None:
-                zero = tl.inline_asm_elementwise(_ZEROS, "=r,=r,r", [tl.load(zero_ptr + at, mask=known, other=0)],
+                zero = tl.inline_asm_elementwise(_ZEROS, "=&r,=&r,r", [tl.load(zero_ptr + at, mask=known, other=0)],
                                                  dtype=tl.float16, is_pure=True, pack=4)  # fmt: skip
                 found = _halves(low, high, stored, zero, BITS, SHIFT, False, 2, not BY_ROWS)
             else:

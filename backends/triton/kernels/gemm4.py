@@ -69,9 +69,9 @@ def whole_sums(x_at, w_at, zero_at, k, begin, end, BLOCK_M: tl.constexpr, BLOCK_
         data = tl.load(w_at)
         for part in tl.static_range(PARTS):
             x = input_tile(x_at, (unit * PARTS + part) * SUB, k, SUB, EVEN_K)
-            acc = tl.dot(raised(data, part, BITS, ASM), tl.trans(x), acc)
+            acc = tl.dot(raised(data, part, BITS, ASM), tl.trans(x), acc, out_dtype=tl.int32)
             if zero_at is not None:
-                sums = tl.dot(ones, tl.trans(x), sums)
+                sums = tl.dot(ones, tl.trans(x), sums, out_dtype=tl.int32)
         w_at += SUB
     acc = acc >> (8 - BITS)
     if zero_at is not None:

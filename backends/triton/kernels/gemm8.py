@@ -44,9 +44,9 @@ def _added(acc, x, w, SWAP: tl.constexpr, PROMOTE: tl.constexpr):
     PROMOTE: after how many products of e4m3 the tensor core's own sum goes to acc; None: at the end.
     """
     if SWAP:
-        acc = tl.dot(w, tl.trans(x), acc, max_num_imprecise_acc=PROMOTE)
+        acc = tl.dot(w, tl.trans(x), acc, max_num_imprecise_acc=PROMOTE, out_dtype=acc.dtype)
     else:
-        acc = tl.dot(x, tl.trans(w), acc, max_num_imprecise_acc=PROMOTE)
+        acc = tl.dot(x, tl.trans(w), acc, max_num_imprecise_acc=PROMOTE, out_dtype=acc.dtype)
     return acc
 
 
