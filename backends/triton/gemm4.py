@@ -11,22 +11,29 @@ channel has one scale, then equal to `qfx.ops.linear`; over a group otherwise, a
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from qfx.backends.triton import layout
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.gemm4_config import FEW, Problem, configuration
-from qfx.backends.triton.gemm8 import ACTIVATIONS, DTYPES
 from qfx.backends.triton.kernels import gemm4 as kernels
 from qfx.backends.triton.kernels.gemm8 import reduce8
 from qfx.backends.triton.launch import Config, device_of, launch
 from qfx.backends.triton.library import define
-from qfx.backends.triton.quantize_rows import ALIGNMENT, quantize_dynamic, quantize_static, shift_of
+from qfx.backends.triton.products import (
+    aligned_rows,
+    bad,
+    check_devices,
+    check_ends,
+    check_scales,
+    constants_of,
+    dtype_name,
+    group_of,
+    linear_fake,
+    quantized_input,
+)
 from qfx.backends.triton.quantize_rows import reason_against as reason_against_input
-from qfx.errors import explain
 from qfx.format import Format
 from qfx.numerics import dequantize, effective_scale
 from qfx.packing import unpack_codes, unpack_zeros
@@ -132,11 +139,7 @@ def gemm4(
     ends = (x_scale.to(torch.float32).contiguous(), x_zero if xf.has_zero else None, x_sums, weight[1],
             weight[3] if wf.has_zero else None, weight[2] if xf.has_zero else None,
             bias, None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
-    constants: dict[str, int | str] = {
-        "X_SHIFT": shift_of(xf),
-        "X_PER_ROW": xf.granularity == "tok",
-        "ACTIVATION": activation,
-    }
+    constants = constants_of(xf, activation)
     problem = Problem(n, k, container(wf.bits), sub, group, wf.has_zero)
     config = configuration(device_of(rows), problem, m)
     _started(rows, weight[0], y, ends, problem, config, constants)
@@ -160,25 +163,8 @@ def linear_w4a8(
     x_scale, x_zero: of a static x_format. Returns [.., N] in x.dtype.
     """
     codes, x_scale, x_zero = quantized_input(x, x_scale, x_zero, smooth, x_format)
-    dtype = {torch.float16: "f16", torch.bfloat16: "bf16"}.get(x.dtype, "f32")
-    k = x.shape[-1]
+    dtype, k = dtype_name(x.dtype), x.shape[-1]
     return gemm4(codes, x_scale, x_zero, weight, bias, residual, x_format, w_format, k, activation, dtype)
-
-
-def constants_of(xf: Format, activation: str) -> dict[str, int | str]:
-    """What an epilogue is told."""
-    return {"X_SHIFT": shift_of(xf), "X_PER_ROW": xf.granularity == "tok", "ACTIVATION": activation}
-
-
-def quantized_input(
-    x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, smooth: Tensor | None, x_format: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes of an operand with their scale and zero point: found at run time, or those given."""
-    if Format.parse(x_format).dynamic:
-        return quantize_dynamic(x, smooth, x_format)
-    if x_scale is None:
-        raise _bad(f"the static format '{x_format}' has no scale", "x_scale, and x_zero for u2..u8", "None")
-    return quantize_static(x, smooth, x_scale, x_zero, x_format), x_scale, x_zero
 
 
 def _started(
@@ -224,63 +210,27 @@ def sums_of(rows: Tensor, k: int, unit: int, sub: int) -> Tensor:
     return found
 
 
-def aligned_rows(rows: Tensor) -> Tensor:
-    """Rows that begin at multiples of 16 bytes: these, or a copy."""
-    if rows.stride(1) == 1 and rows.stride(0) % ALIGNMENT == 0 and rows.storage_offset() % ALIGNMENT == 0:
-        return rows
-    width = -(-rows.shape[1] // ALIGNMENT) * ALIGNMENT
-    padded = torch.zeros(rows.shape[0], width, dtype=rows.dtype, device=rows.device)
-    padded[:, : rows.shape[1]] = rows
-    return padded
-
-
-def group_of(fmt: Format) -> int:
-    """How many k share a scale, 0 where all of a row do."""
-    return fmt.group or (fmt.block[1] if fmt.block else 0)
-
-
 def _check(
     codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: list[Tensor], bias: Tensor | None,
     residual: Tensor | None, xf: Format, wf: Format, k: int, activation: str, dtype: str,
 ) -> None:  # fmt: skip
     if reason := reason_against(str(xf), str(wf), device_of(codes), k):
-        raise _bad(f"there is no kernel: {reason}", "see the module's formats", f"'{xf}' times '{wf}'")
-    n, lead, bits = weight[0].shape[0], codes.shape[:-1], container(wf.bits)
+        raise bad(f"there is no kernel: {reason}", "see the module's formats", f"'{xf}' times '{wf}'")
+    n, bits = weight[0].shape[0], container(wf.bits)
     width = layout.padded(k, columns_of(str(wf)) * 8 // bits) * bits // 8
     if len(weight) != (4 if wf.has_zero else 3) or tuple(weight[0].shape) != (n, width):
         found = f"{len(weight)} tensors, codes {list(weight[0].shape)}"
-        raise _bad(f"the weight is not packed as '{wf}' for k={k}", f"pack_w4a8: [N, {width}] bytes", found)
+        raise bad(f"the weight is not packed as '{wf}' for k={k}", f"pack_w4a8: [N, {width}] bytes", found)
     check_input(codes, x_scale, x_zero, xf, k)
-    check_ends(n, lead, bias, residual, activation, dtype)
-    for tensor in (x_scale, x_zero, *weight, bias, residual):
-        if tensor is not None and tensor.device != codes.device:
-            raise _bad("tensors lie on several devices", f"all on {codes.device}", tensor.device)
+    check_ends(n, codes.shape[:-1], bias, residual, activation, dtype)
+    check_devices(codes.device, (x_scale, x_zero, *weight, bias, residual))
 
 
 def check_input(codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, xf: Format, k: int) -> None:
     """Raises ValueError where codes are not int8 [.., k or more] with as many scales as their format has."""
     if codes.dtype != torch.int8 or codes.shape[-1] < k:
-        raise _bad("codes do not fit the weight", f"int8, rows of {k} or more", f"{codes.dtype}, {list(codes.shape)}")
-    scales = math.prod(codes.shape[:-1]) if xf.granularity else 1
-    if x_scale.numel() != scales or (xf.has_zero and (x_zero is None or x_zero.numel() != scales)):
-        found = f"{x_scale.numel()} and {'no' if x_zero is None else x_zero.numel()}"
-        raise _bad("scales or zero points do not fit the codes", f"{scales} of each that '{xf}' has", found)
-
-
-def check_ends(
-    n: int, lead: torch.Size, bias: Tensor | None, residual: Tensor | None, activation: str, dtype: str
-) -> None:
-    """Raises ValueError for what an epilogue cannot do."""
-    if activation not in ACTIVATIONS or dtype not in DTYPES:
-        raise _bad("unknown activation or dtype", f"one of {ACTIVATIONS}, one of {DTYPES}", (activation, dtype))
-    if bias is not None and tuple(bias.shape) != (n,):
-        raise _bad("the bias does not fit", f"shape [{n}]", list(bias.shape))
-    if residual is not None and tuple(residual.shape) != (*lead, n):
-        raise _bad("the residual does not fit", f"shape {[*lead, n]}", list(residual.shape))
-
-
-def _bad(what: str, expected: object, found: object) -> ValueError:
-    return ValueError(explain(f"qfx_triton: {what}", expected=expected, found=found))
+        raise bad("codes do not fit the weight", f"int8, rows of {k} or more", f"{codes.dtype}, {list(codes.shape)}")
+    check_scales(codes, x_scale, x_zero, xf)
 
 
 def _fake_gemm4(
@@ -288,13 +238,6 @@ def _fake_gemm4(
     residual: Tensor | None, x_format: str, w_format: str, k: int, activation: str, dtype: str,
 ) -> Tensor:  # fmt: skip
     return codes.new_empty((*codes.shape[:-1], weight[0].shape[0]), dtype=Format.parse(dtype).code_dtype)
-
-
-def _fake_linear(
-    x: Tensor, weight: list[Tensor], bias: Tensor | None, residual: Tensor | None, x_scale: Tensor | None,
-    x_zero: Tensor | None, smooth: Tensor | None, x_format: str, w_format: str, activation: str,
-) -> Tensor:  # fmt: skip
-    return x.new_empty((*x.shape[:-1], weight[0].shape[0]))
 
 
 _LIBRARIES = [
@@ -308,7 +251,7 @@ _LIBRARIES = [
         "linear_w4a8(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, Tensor? x_scale, Tensor? x_zero, "
         "Tensor? smooth, str x_format, str w_format, str activation) -> Tensor",
         linear_w4a8,
-        _fake_linear,
+        linear_fake,
     ),
     *globals().get("_LIBRARIES", []),
 ]

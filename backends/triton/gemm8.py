@@ -21,14 +21,22 @@ from qfx.backends.triton.gemm8_config import Problem, configuration
 from qfx.backends.triton.kernels import gemm8 as kernels
 from qfx.backends.triton.launch import Config, device_of, launch
 from qfx.backends.triton.library import define
-from qfx.backends.triton.quantize_rows import aligned, quantize_dynamic, quantize_static, shift_of
+from qfx.backends.triton.products import (
+    aligned_rows,
+    bad,
+    check_devices,
+    check_ends,
+    check_scales,
+    dtype_name,
+    group_of,
+    linear_fake,
+    quantized_input,
+)
+from qfx.backends.triton.quantize_rows import aligned, shift_of
 from qfx.backends.triton.quantize_rows import reason_against as reason_against_input
-from qfx.errors import explain
 from qfx.format import Format
 from qfx.packing import unpack_codes, unpack_zeros
 
-ACTIVATIONS = ("", "gelu", "gelu_tanh", "silu")
-DTYPES = ("f16", "bf16", "f32")
 _LEAST_GROUP = 32
 
 
@@ -50,7 +58,7 @@ def reason_against(x_format: str, w_format: str, device: Device, k: int = 1) -> 
             return f"sums over {k} products of '{x_format}' and '{w_format}' pass 32 bits"
         return None
     for fmt in (xf, wf):
-        group = _group(fmt)
+        group = group_of(fmt)
         if group and (group & (group - 1) or group < _LEAST_GROUP):
             return f"'{fmt}': groups of a product are powers of two from {_LEAST_GROUP} on"
     return None
@@ -67,7 +75,7 @@ def pack_gemm8(w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str,
     zero = unpack_zeros(w_zero, fmt, w_scale)
     n, width = codes.shape[0], aligned(k)
     scale = w_scale.to(torch.float32)
-    if not _group(fmt):
+    if not group_of(fmt):
         scale = scale.reshape(-1).expand(n)
     scale = scale.contiguous()
     if fmt.is_float:
@@ -106,10 +114,10 @@ def gemm8(
     n, k = w.shape
     device = device_of(codes)
     _check(codes, x_scale, x_zero, weight, bias, residual, xf, wf, activation, dtype, device)
-    rows = _operand(codes, k)
+    rows = aligned_rows(codes.reshape(codes.shape[:-1].numel(), codes.shape[-1]), k)
     m = rows.shape[0]
     y = torch.empty(m, n, dtype=Format.parse(dtype).code_dtype, device=rows.device)
-    groups, by_hand = (_group(xf), _group(wf)), wf.is_float and device.by_hand
+    groups, by_hand = (group_of(xf), group_of(wf)), wf.is_float and device.by_hand
     problem = Problem(n, k, wf.is_float, min((g for g in groups if g), default=0), by_hand)
     config = configuration(device, problem, m)
     x_sums = rows.sum(-1, dtype=torch.int32) if wf.has_zero else None
@@ -145,14 +153,8 @@ def linear_w8a8(
 
     x_scale, x_zero: of a static x_format. Returns [.., N] in x.dtype.
     """
-    fmt = Format.parse(x_format)
-    if fmt.dynamic:
-        codes, x_scale, x_zero = quantize_dynamic(x, smooth, x_format)
-    elif x_scale is None:
-        raise _bad(f"the static format '{x_format}' has no scale", "x_scale, and x_zero for u2..u8", "None")
-    else:
-        codes = quantize_static(x, smooth, x_scale, x_zero, x_format)
-    dtype = {torch.float16: "f16", torch.bfloat16: "bf16"}.get(x.dtype, "f32")
+    codes, x_scale, x_zero = quantized_input(x, x_scale, x_zero, smooth, x_format)
+    dtype = dtype_name(x.dtype)
     return gemm8(codes, x_scale, x_zero, weight, bias, residual, x_format, w_format, activation, dtype)
 
 
@@ -188,21 +190,6 @@ def _product(rows: Tensor, w: Tensor) -> Tensor:
     return product
 
 
-def _operand(codes: Tensor, k: int) -> Tensor:
-    """codes as [M, k] in rows that begin at multiples of 16 bytes."""
-    rows = codes.reshape(codes.shape[:-1].numel(), codes.shape[-1])
-    if rows.shape[1] == k and rows.stride(1) == 1 and rows.stride(0) % 16 == 0 and rows.storage_offset() % 16 == 0:
-        return rows
-    padded = torch.zeros(rows.shape[0], k, dtype=rows.dtype, device=rows.device)
-    padded[:, : rows.shape[1]] = rows
-    return padded
-
-
-def _group(fmt: Format) -> int:
-    """How many k share a scale, 0 where all of a row do."""
-    return fmt.group or (fmt.block[1] if fmt.block else 0)
-
-
 def _reach(fmt: Format) -> int:
     return fmt.qmax if fmt.has_zero else -fmt.qmin
 
@@ -211,32 +198,17 @@ def _check(
     codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: list[Tensor], bias: Tensor | None,
     residual: Tensor | None, xf: Format, wf: Format, activation: str, dtype: str, device: Device,
 ) -> None:  # fmt: skip
-    (n, k), lead = weight[0].shape, codes.shape[:-1]
+    n, k = weight[0].shape
     if reason := reason_against(str(xf), str(wf), device, k):
-        raise _bad(f"there is no kernel: {reason}", "see the module's formats", f"'{xf}' times '{wf}'")
-    if activation not in ACTIVATIONS or dtype not in DTYPES:
-        raise _bad("unknown activation or dtype", f"one of {ACTIVATIONS}, one of {DTYPES}", (activation, dtype))
+        raise bad(f"there is no kernel: {reason}", "see the module's formats", f"'{xf}' times '{wf}'")
     expected = torch.float8_e4m3fn if xf.is_float else torch.int8
     if codes.dtype != expected or not k - 15 <= codes.shape[-1] <= k:
-        raise _bad("codes do not fit the weight", f"{expected}, rows of {k}", f"{codes.dtype}, {list(codes.shape)}")
+        raise bad("codes do not fit the weight", f"{expected}, rows of {k}", f"{codes.dtype}, {list(codes.shape)}")
     if len(weight) != (2 if wf.is_float else 4 if wf.has_zero else 3):
-        raise _bad(f"the weight is not packed as '{wf}'", "the tensors of pack_gemm8", f"{len(weight)} tensors")
-    values = -(-codes.shape[-1] // xf.group) if xf.group else 1
-    scales = values * (lead.numel() if xf.granularity else 1)
-    if x_scale.numel() != scales or (xf.has_zero and (x_zero is None or x_zero.numel() != scales)):
-        found = f"{x_scale.numel()} and {'no' if x_zero is None else x_zero.numel()}"
-        raise _bad("scales or zero points do not fit the codes", f"{scales} of each that '{xf}' has", found)
-    if bias is not None and tuple(bias.shape) != (n,):
-        raise _bad("the bias does not fit", f"shape [{n}]", list(bias.shape))
-    if residual is not None and tuple(residual.shape) != (*lead, n):
-        raise _bad("the residual does not fit", f"shape {[*lead, n]}", list(residual.shape))
-    for tensor in (x_scale, x_zero, *weight, bias, residual):
-        if tensor is not None and tensor.device != codes.device:
-            raise _bad("tensors lie on several devices", f"all on {codes.device}", tensor.device)
-
-
-def _bad(what: str, expected: object, found: object) -> ValueError:
-    return ValueError(explain(f"qfx_triton::gemm8: {what}", expected=expected, found=found))
+        raise bad(f"the weight is not packed as '{wf}'", "the tensors of pack_gemm8", f"{len(weight)} tensors")
+    check_scales(codes, x_scale, x_zero, xf)
+    check_ends(n, codes.shape[:-1], bias, residual, activation, dtype)
+    check_devices(codes.device, (x_scale, x_zero, *weight, bias, residual))
 
 
 def _fake_gemm8(
@@ -244,13 +216,6 @@ def _fake_gemm8(
     residual: Tensor | None, x_format: str, w_format: str, activation: str, dtype: str,
 ) -> Tensor:  # fmt: skip
     return codes.new_empty((*codes.shape[:-1], weight[0].shape[0]), dtype=Format.parse(dtype).code_dtype)
-
-
-def _fake_linear(
-    x: Tensor, weight: list[Tensor], bias: Tensor | None, residual: Tensor | None, x_scale: Tensor | None,
-    x_zero: Tensor | None, smooth: Tensor | None, x_format: str, w_format: str, activation: str,
-) -> Tensor:  # fmt: skip
-    return x.new_empty((*x.shape[:-1], weight[0].shape[0]))
 
 
 _LIBRARIES = [
@@ -264,7 +229,7 @@ _LIBRARIES = [
         "linear_w8a8(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, Tensor? x_scale, Tensor? x_zero, "
         "Tensor? smooth, str x_format, str w_format, str activation) -> Tensor",
         linear_w8a8,
-        _fake_linear,
+        linear_fake,
     ),
     *globals().get("_LIBRARIES", []),
 ]

@@ -25,8 +25,17 @@ from qfx.backends.triton.kernels import mixed_rows as kernels
 from qfx.backends.triton.kernels.weight_only import sum_splits
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.library import define
+from qfx.backends.triton.products import (
+    aligned_rows,
+    bad,
+    check_devices,
+    check_ends,
+    constants_of,
+    dtype_name,
+    group_of,
+    quantized_input,
+)
 from qfx.backends.triton.tuning import tuned
-from qfx.errors import explain
 from qfx.format import Format
 from qfx.numerics import dequantize, effective_scale
 from qfx.packing import unpack_codes, unpack_zeros
@@ -47,7 +56,7 @@ def reason_against(x_format: str, w_formats: Sequence[str], device: Device, k: i
     for text in w_formats:
         if reason := gemm4.reason_against(x_format or "i8/tok", text, device, k):
             return reason
-    found = {gemm4.group_of(Format.parse(text)) for text in w_formats} - {0}
+    found = {group_of(Format.parse(text)) for text in w_formats} - {0}
     return f"the segments have groups of {' and '.join(map(str, sorted(found)))}" if len(found) > 1 else None
 
 
@@ -59,7 +68,7 @@ def pack_mixed(segments: Sequence[Stored], pieces: Sequence[Piece], k: int, *, f
     int32 [n] and, with zero points, these [n]; in groups scale [G, n], sums of values f32 [n], zero points int8 [G, n].
     """
     formats = [Format.parse(stored[3]) for stored in segments]
-    group = max(map(gemm4.group_of, formats))
+    group = max(map(group_of, formats))
     parts = [_segment(stored, k, group) for stored in segments]
     begun, offset = [], 0
     for codes, *_ in parts:
@@ -114,7 +123,7 @@ def _spread(values: Tensor, fmt: Format, n: int, k: int, group: int) -> Tensor:
         values = values.repeat_interleave(fmt.block[0], 0)[:n]
     count = -(-k // group)
     found = values.new_zeros(n, -(-layout.padded(k, 4 * columns_at_once(group)) // group))
-    found[:, :count] = values if gemm4.group_of(fmt) else values.reshape(-1, 1)
+    found[:, :count] = values if group_of(fmt) else values.reshape(-1, 1)
     return found
 
 
@@ -138,12 +147,10 @@ def gemm_mixed(
     dtype: str,
 ) -> Tensor:
     """As `gemm4`, for a weight of `pack_mixed`: codes int8 [.., k or more] to [.., n] in `dtype`."""
-    xf, group = (
-        Format.parse(x_format),
-        _checked(codes, weight, bias, residual, x_format, w_formats, k, activation, dtype),
-    )
+    xf = Format.parse(x_format)
+    group = _checked(codes, weight, bias, residual, x_format, w_formats, k, activation, dtype)
     gemm4.check_input(codes, x_scale, x_zero, xf, k)
-    rows = gemm4.aligned_rows(codes.reshape(codes.shape[:-1].numel(), codes.shape[-1]))
+    rows = aligned_rows(codes.reshape(codes.shape[:-1].numel(), codes.shape[-1]))
     order, *data, scale, sums = weight[:6]
     zero = weight[6] if len(weight) > 6 else None
     m, n, sub = rows.shape[0], scale.shape[-1], columns_at_once(group)
@@ -153,7 +160,7 @@ def gemm_mixed(
     ends = (x_scale.to(torch.float32).contiguous(), x_zero if xf.has_zero else None, x_sums, scale, zero,
             sums if xf.has_zero else None, bias,
             None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
-    constants = gemm4.constants_of(xf, activation)
+    constants = constants_of(xf, activation)
     config = _configuration(device_of(rows), weight, m, k, group)
     split, out = config["SPLIT"], y
     if split > 1:
@@ -182,10 +189,9 @@ def linear_mixed(
 
     x_format "": x stays in float, codes less zero points are exact in its type, sums are f32.
     """
-    dtype = {torch.float16: "f16", torch.bfloat16: "bf16"}.get(x.dtype, "f32")
-    k = x.shape[-1]
+    dtype, k = dtype_name(x.dtype), x.shape[-1]
     if x_format:
-        codes, x_scale, x_zero = gemm4.quantized_input(x, x_scale, x_zero, smooth, x_format)
+        codes, x_scale, x_zero = quantized_input(x, x_scale, x_zero, smooth, x_format)
         rest = (bias, residual, x_format, w_formats, k, activation, dtype)
         return gemm_mixed(codes, x_scale, x_zero, weight, *rest)
     group = _checked(x, weight, bias, residual, "", w_formats, k, activation, dtype)
@@ -315,26 +321,20 @@ def _checked(
     """The size of groups. Raises ValueError for what does not fit."""
     formats = w_formats.split(",")
     if reason := reason_against(x_format, formats, device_of(x), k):
-        raise _bad(f"there is no kernel: {reason}", "see the module's formats", f"'{x_format}' times {w_formats}")
+        raise bad(f"there is no kernel: {reason}", "see the module's formats", f"'{x_format}' times {w_formats}")
     parsed = [Format.parse(text) for text in formats]
-    group = max(map(gemm4.group_of, parsed))
+    group = max(map(group_of, parsed))
     sub = columns_at_once(group, floats=not x_format)
     count = 7 if any(fmt.has_zero for fmt in parsed) else 6
     widths = [layout.padded(k, sub * 8 // bits) * bits // 8 for bits in WIDTHS]
     if len(weight) != count or [part.shape[1] for part in weight[1:4]] != widths:
         found = f"{len(weight)} tensors, rows of {[part.shape[-1] for part in weight[1:4]]} bytes"
-        raise _bad(f"the weight is not packed as '{w_formats}' for k={k}", f"{count}, rows of {widths}", found)
-    gemm4.check_ends(weight[4].shape[-1], x.shape[:-1], bias, residual, activation, dtype)
+        raise bad(f"the weight is not packed as '{w_formats}' for k={k}", f"{count}, rows of {widths}", found)
+    check_ends(weight[4].shape[-1], x.shape[:-1], bias, residual, activation, dtype)
     if not x_format and x.dtype not in _LANGUAGE:
-        raise _bad("activations are floats", "float16, bfloat16 or float32", x.dtype)
-    for tensor in (*weight, bias, residual):
-        if tensor is not None and tensor.device != x.device:
-            raise _bad("tensors lie on several devices", f"all on {x.device}", tensor.device)
+        raise bad("activations are floats", "float16, bfloat16 or float32", x.dtype)
+    check_devices(x.device, (*weight, bias, residual))
     return group
-
-
-def _bad(what: str, expected: object, found: object) -> ValueError:
-    return ValueError(explain(f"qfx_triton, rows of several formats: {what}", expected=expected, found=found))
 
 
 def _fake_gemm(

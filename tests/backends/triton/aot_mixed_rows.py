@@ -6,15 +6,16 @@ from functools import partial
 
 import torch
 
-from qfx.backends.triton import gemm4, layout
+from qfx.backends.triton import layout
 from qfx.backends.triton.mixed_rows import WIDTHS, columns_at_once, gemm_mixed, linear_mixed
+from qfx.backends.triton.products import group_of
 from qfx.format import Format
 from tests.backends.triton.cases import Case, meta
 
 
 def _run(m: int, k: int, rows: tuple[int, int, int], x_format: str, w_formats: str, dtype: torch.dtype) -> None:
     parsed, n = [Format.parse(text) for text in w_formats.split(",")], sum(rows)
-    group = max(map(gemm4.group_of, parsed))
+    group = max(map(group_of, parsed))
     sub = columns_at_once(group, floats=not x_format)
     data = [
         meta(count, layout.padded(k, sub * 8 // bits) * bits // 8, dtype=torch.uint8)

@@ -1,0 +1,93 @@
+"""What products of operands in few bits share: their inputs, what the epilogue reads, and what is checked.
+
+y = activation(x w^T + bias) + residual in `dtype` (one of DTYPES), activation one of ACTIVATIONS.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qfx.backends.triton.quantize_rows import ALIGNMENT, aligned, quantize_dynamic, quantize_static, shift_of
+from qfx.errors import explain
+from qfx.format import Format
+
+ACTIVATIONS = ("", "gelu", "gelu_tanh", "silu")
+DTYPES = ("f16", "bf16", "f32")
+
+
+def group_of(fmt: Format) -> int:
+    """How many k share a scale, 0 where all of a row do."""
+    return fmt.group or (fmt.block[1] if fmt.block else 0)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The one of DTYPES in which a linear of such an input gives its result."""
+    return {torch.float16: "f16", torch.bfloat16: "bf16"}.get(dtype, "f32")
+
+
+def quantized_input(
+    x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, smooth: Tensor | None, x_format: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes of an operand with their scale and zero point: found at run time, or those given."""
+    if Format.parse(x_format).dynamic:
+        return quantize_dynamic(x, smooth, x_format)
+    if x_scale is None:
+        raise bad(f"the static format '{x_format}' has no scale", "x_scale, and x_zero for u2..u8", "None")
+    return quantize_static(x, smooth, x_scale, x_zero, x_format), x_scale, x_zero
+
+
+def aligned_rows(rows: Tensor, width: int | None = None) -> Tensor:
+    """Rows [M, K] that begin at multiples of 16 bytes, of `width` columns where that is said: these, or a copy."""
+    fits = width is None or rows.shape[1] == width
+    if fits and rows.stride(1) == 1 and rows.stride(0) % ALIGNMENT == 0 and rows.storage_offset() % ALIGNMENT == 0:
+        return rows
+    padded = torch.zeros(rows.shape[0], width or aligned(rows.shape[1]), dtype=rows.dtype, device=rows.device)
+    padded[:, : rows.shape[1]] = rows
+    return padded
+
+
+def constants_of(xf: Format, activation: str) -> dict[str, int | str]:
+    """What an epilogue is told."""
+    return {"X_SHIFT": shift_of(xf), "X_PER_ROW": xf.granularity == "tok", "ACTIVATION": activation}
+
+
+def check_scales(codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, xf: Format) -> None:
+    """Raises ValueError where there are not as many scales, or zero points, as the format of codes [.., K] has."""
+    groups = -(-codes.shape[-1] // xf.group) if xf.group else 1
+    scales = groups * (math.prod(codes.shape[:-1]) if xf.granularity else 1)
+    if x_scale.numel() != scales or (xf.has_zero and (x_zero is None or x_zero.numel() != scales)):
+        found = f"{x_scale.numel()} and {'no' if x_zero is None else x_zero.numel()}"
+        raise bad("scales or zero points do not fit the codes", f"{scales} of each that '{xf}' has", found)
+
+
+def check_ends(
+    n: int, lead: Sequence[int], bias: Tensor | None, residual: Tensor | None, activation: str, dtype: str
+) -> None:
+    """Raises ValueError for what an epilogue cannot do with [*lead, n]."""
+    if activation not in ACTIVATIONS or dtype not in DTYPES:
+        raise bad("unknown activation or dtype", f"one of {ACTIVATIONS}, one of {DTYPES}", (activation, dtype))
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise bad("the bias does not fit", f"shape [{n}]", list(bias.shape))
+    if residual is not None and tuple(residual.shape) != (*lead, n):
+        raise bad("the residual does not fit", f"shape {[*lead, n]}", list(residual.shape))
+
+
+def check_devices(device: torch.device, tensors: Sequence[Tensor | None]) -> None:
+    """Raises ValueError where one of the tensors lies elsewhere."""
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            raise bad("tensors lie on several devices", f"all on {device}", tensor.device)
+
+
+def bad(what: str, expected: object, found: object) -> ValueError:
+    """The error for operands that do not fit."""
+    return ValueError(explain(f"qfx_triton: {what}", expected=expected, found=found))
+
+
+def linear_fake(x: Tensor, weight: list[Tensor], *_: object) -> Tensor:
+    """The shape of a linear of x [.., K] and a weight whose first tensor has N rows: [.., N] in x.dtype."""
+    return x.new_empty((*x.shape[:-1], weight[0].shape[0]))
