@@ -26,6 +26,7 @@ from qfx.backends.triton.launch import Config, device_of, launch
 from qfx.backends.triton.library import define
 from qfx.backends.triton.quantize_rows import ALIGNMENT, quantize_dynamic, quantize_static, shift_of
 from qfx.backends.triton.quantize_rows import reason_against as reason_against_input
+from qfx.backends.triton.row_codes import dense
 from qfx.errors import explain
 from qfx.format import Format
 from qfx.numerics import dequantize, effective_scale
@@ -129,9 +130,9 @@ def gemm4(
     y = torch.empty(m, n, dtype=Format.parse(dtype).code_dtype, device=rows.device)
     inside = m <= FEW or not wf.has_zero
     x_sums = None if inside else sums_of(rows, k, sub * 8 // container(wf.bits), sub if group else 0)
-    ends = (x_scale.to(torch.float32).contiguous(), x_zero if xf.has_zero else None, x_sums, weight[1],
+    ends = (x_scale.to(torch.float32).contiguous(), dense(x_zero) if xf.has_zero else None, x_sums, weight[1],
             weight[3] if wf.has_zero else None, weight[2] if xf.has_zero else None,
-            bias, None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
+            dense(bias), None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
     constants: dict[str, int | str] = {
         "X_SHIFT": shift_of(xf),
         "X_PER_ROW": xf.granularity == "tok",
