@@ -31,6 +31,7 @@ from qfx.errors import explain
 from qfx.float_ops import gradient_by_replay, masked, softmax
 from qfx.format import Format
 from qfx.numerics import QParams, dequantize, quantize, range_qparams, run_time_qparams
+from qfx.op_tags import UNSAFE
 
 SCHEMA = (
     "quantized_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float[] q_scale, int[] q_zero, "
@@ -333,7 +334,7 @@ def _register() -> Library | None:
         return None
     library = Library("qfx", "FRAGMENT")
     kernel: Callable[..., Any] = torch.no_grad()(quantized_attention)
-    library.define(SCHEMA)
+    library.define(SCHEMA, tags=UNSAFE)
     library.impl("quantized_attention", kernel, "CompositeExplicitAutograd")
     register_fake("qfx::quantized_attention", _fake, lib=library)
     setup, backward = gradient_by_replay(_straight)

@@ -19,6 +19,7 @@ from torch.library import Library, register_fake
 from qfx import float_ops
 from qfx.format import Format
 from qfx.numerics import dequantize
+from qfx.op_tags import UNSAFE
 from qfx.packing import pack_codes, unpack_codes
 
 PROMPT = 32  # new tokens from which float attention over the dequantized cache is faster
@@ -82,7 +83,7 @@ def _register() -> Library | None:
         return None
     library = Library("qfx", "FRAGMENT")
     kernel: Callable[..., Any] = quantized_cached_attention
-    library.define(_SCHEMA)
+    library.define(_SCHEMA, tags=UNSAFE)
     library.impl("quantized_cached_attention", kernel, "CompositeExplicitAutograd")
     register_fake("qfx::quantized_cached_attention", _fake, lib=library)
     return library

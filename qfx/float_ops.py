@@ -24,6 +24,7 @@ from torch.library import Library, register_autograd, register_fake
 from qfx import ops
 from qfx.format import Format
 from qfx.numerics import run_time_qparams
+from qfx.op_tags import UNSAFE
 
 _SCHEMAS = {
     "rope": "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
@@ -335,7 +336,7 @@ def _register() -> Library | None:
         "grouped_outer": (grouped_outer, _grouped_outer_fake),
     }
     for name, (kernel, fake) in kernels.items():
-        library.define(name + _SCHEMAS[name])
+        library.define(name + _SCHEMAS[name], tags=UNSAFE if name in ("grouped_linear_quant", "moe") else ())
         library.impl(name, kernel, "CompositeExplicitAutograd")
         register_fake(f"qfx::{name}", fake, lib=library)
     for name in ("rope", "attention", "quick_gelu"):

@@ -22,6 +22,7 @@ from qfx.errors import explain
 from qfx.format import Format
 from qfx.numerics import QParams, effective_scale, fake_quantize, quantize, run_time_qparams
 from qfx.numerics import dequantize as dequantize_codes
+from qfx.op_tags import UNSAFE
 from qfx.packing import check_storage, unpack_codes, unpack_zeros
 
 _SCHEMAS = {
@@ -322,7 +323,7 @@ def _register() -> Library | None:
         "dequantize": (dequantize, _dequantize_fake),
     }
     for name, (kernel, fake) in kernels.items():
-        library.define(name + _SCHEMAS[name])
+        library.define(name + _SCHEMAS[name], tags=UNSAFE)
         library.impl(name, kernel, "CompositeExplicitAutograd")
         register_fake(f"qfx::{name}", fake, lib=library)
     register_autograd("qfx::linear", _linear_backward, setup_context=_save_for_backward, lib=library)

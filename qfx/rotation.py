@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from qfx.errors import explain
+from qfx.op_tags import UNSAFE
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -239,7 +240,7 @@ def _register() -> Library | None:
     if hasattr(torch.ops.qfx, "hadamard"):
         return None
     library = Library("qfx", "FRAGMENT")
-    library.define("hadamard(Tensor x, int size, int seed, bool inverse) -> Tensor")
+    library.define("hadamard(Tensor x, int size, int seed, bool inverse) -> Tensor", tags=UNSAFE)
     library.impl("hadamard", _kernel, "CompositeExplicitAutograd")
     register_fake("qfx::hadamard", _fake, lib=library)
     register_autograd("qfx::hadamard", _backward, setup_context=_save, lib=library)

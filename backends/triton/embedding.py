@@ -68,11 +68,19 @@ def embedding(
     return out
 
 
+def prepare(w_format: str, where: torch.device) -> None:
+    """Bring what rows of this format look up to the device, once: neither a CUDA graph nor its memory may hold it."""
+    fmt = Format.parse(w_format)
+    for name in (fmt.type if fmt.type in TABLES else "", "dq" if fmt.nested else ""):
+        if name:
+            _values(name, where)
+
+
 @functools.cache
 def _values(name: str, device: torch.device) -> Tensor:
     """What codes are looked up in, on a device: values of a type, or the 256 of nested scales. f32.
 
-    Copied there at the first call, which a CUDA graph must not record.
+    Copied there at the first call, which a CUDA graph must not record: see `prepare`.
     """
     values = dynamic_map() if name == "dq" else torch.tensor(TABLES[name], dtype=torch.float32)
     return values.to(device)

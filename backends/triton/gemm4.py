@@ -34,6 +34,7 @@ from qfx.backends.triton.products import (
     quantized_input,
 )
 from qfx.backends.triton.quantize_rows import reason_against as reason_against_input
+from qfx.backends.triton.row_codes import dense
 from qfx.format import Format
 from qfx.numerics import dequantize, effective_scale
 from qfx.packing import unpack_codes, unpack_zeros
@@ -136,9 +137,9 @@ def gemm4(
     y = torch.empty(m, n, dtype=Format.parse(dtype).code_dtype, device=rows.device)
     inside = m <= FEW or not wf.has_zero
     x_sums = None if inside else sums_of(rows, k, sub * 8 // container(wf.bits), sub if group else 0)
-    ends = (x_scale.to(torch.float32).contiguous(), x_zero if xf.has_zero else None, x_sums, weight[1],
+    ends = (x_scale.to(torch.float32).contiguous(), dense(x_zero) if xf.has_zero else None, x_sums, weight[1],
             weight[3] if wf.has_zero else None, weight[2] if xf.has_zero else None,
-            bias, None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
+            dense(bias), None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
     constants = constants_of(xf, activation)
     problem = Problem(n, k, container(wf.bits), sub, group, wf.has_zero)
     config = configuration(device_of(rows), problem, m)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch.library import Library, register_fake
 NAME = "qfx_triton"
 
 
-def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Library | None:
+def define(
+    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], tags: Sequence[torch.Tag] = ()
+) -> Library | None:
     """Register an op: its schema ("name(Tensor x, ...) -> Tensor"), what runs it and what gives the shapes.
 
     The library is to be kept. None where another copy of the module registered the op before.
@@ -20,7 +22,7 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     if hasattr(getattr(torch.ops, NAME), name):
         return None
     library = Library(NAME, "FRAGMENT")
-    library.define(schema)
+    library.define(schema, tags=tuple(tags))
     library.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
     register_fake(f"{NAME}::{name}", fake, lib=library)
     return library

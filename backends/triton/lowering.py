@@ -36,6 +36,10 @@ from qfx.passes._build import call
 
 _LOG = logging.getLogger("qfx.triton")
 _aten = torch.ops.aten
+_NO_MEMORY = (
+    "qfx: beside activations, kernels take memory for partial sums, and from 1,024 tokens a call on for one weight in "
+    "floats; next step: fewer tokens a call, or a smaller batch"
+)
 _STEP = "leave it out of the recipe, or give it another format"
 
 
@@ -62,7 +66,7 @@ class Lowered:
         if self._copied:
             self._mark(inputs)
         with torch.no_grad():
-            found = iter(self._run(*inputs))
+            found = iter(self._called(inputs))
             outputs = tuple(inputs[self._changed[i]] if i in self._changed else next(found) for i in range(self._count))
             if self._copied and self._on_device(inputs):
                 outputs = tuple(
@@ -72,6 +76,13 @@ class Lowered:
             self.first_call = time.perf_counter() - started
             _LOG.info("the first call of a graph of %d nodes took %.1f s", len(self.kernels), self.first_call)
         return outputs
+
+    def _called(self, inputs: tuple[Any, ...]) -> Any:
+        try:
+            return self._run(*inputs)
+        except torch.OutOfMemoryError as error:
+            error.add_note(_NO_MEMORY)
+            raise
 
     def _mark(self, inputs: tuple[Any, ...]) -> None:
         """What the graph writes into stays where it is (caches): graphs of CUDA need no copy of it."""

@@ -35,6 +35,7 @@ from qfx.backends.triton.products import (
     group_of,
     quantized_input,
 )
+from qfx.backends.triton.row_codes import dense
 from qfx.backends.triton.tuning import tuned
 from qfx.format import Format
 from qfx.numerics import dequantize, effective_scale
@@ -157,8 +158,8 @@ def gemm_mixed(
     y = torch.empty(m, n, dtype=Format.parse(dtype).code_dtype, device=rows.device)
     inside = zero is None or m <= FEW
     x_sums = None if inside else gemm4.sums_of(rows, k, 4 * sub, sub if group else 0)
-    ends = (x_scale.to(torch.float32).contiguous(), x_zero if xf.has_zero else None, x_sums, scale, zero,
-            sums if xf.has_zero else None, bias,
+    ends = (x_scale.to(torch.float32).contiguous(), dense(x_zero) if xf.has_zero else None, x_sums, scale, zero,
+            sums if xf.has_zero else None, dense(bias),
             None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
     constants = constants_of(xf, activation)
     config = _configuration(device_of(rows), weight, m, k, group)
@@ -201,7 +202,7 @@ def linear_mixed(
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     n = weight[4].shape[-1]
     y = torch.empty(len(rows), n, dtype=x.dtype, device=x.device)
-    _of_floats(rows, weight, bias, None if residual is None else residual.reshape(y.shape), y, group, activation)
+    _of_floats(rows, weight, dense(bias), None if residual is None else residual.reshape(y.shape), y, group, activation)
     return y.reshape(*x.shape[:-1], n)
 
 

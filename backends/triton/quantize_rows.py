@@ -35,7 +35,7 @@ def quantize_rows(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Tensor
     fmt = _checked(x, smooth, format, dynamic=True)
     if fmt.has_zero or fmt.granularity != "tok":
         raise _bad(f"quantize_rows does not take '{fmt}'", "a format without zero points, per token", format)
-    codes, scale, _ = _by_row(row_codes.flat(x), smooth, fmt, x.shape[-1])
+    codes, scale, _ = _by_row(row_codes.flat(x), row_codes.dense(smooth), fmt, x.shape[-1])
     return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
 
 
@@ -45,7 +45,7 @@ def quantize_dynamic(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Ten
     scale: [.., 1] per token, [.., G] in groups, () for the tensor; zero likewise, or [0]. See `run_time_qparams`.
     """
     fmt = _checked(x, smooth, format, dynamic=True)
-    rows, width = row_codes.flat(x), aligned(x.shape[-1])
+    rows, width, smooth = row_codes.flat(x), aligned(x.shape[-1]), row_codes.dense(smooth)
     if fmt.group:
         codes, scale, zero = _by_group(rows, smooth, fmt, width)
     elif fmt.granularity == "tok":
@@ -68,7 +68,8 @@ def quantize_static(x: Tensor, smooth: Tensor | None, scale: Tensor, zero: Tenso
         found = f"{scale.numel()} scales, {'no' if zero is None else zero.numel()} zero points"
         raise _bad("one scale of the whole tensor is needed", "one value, and one zero point for u2..u8", found)
     width = aligned(x.shape[-1])
-    codes = _launched(row_codes.flat(x), smooth, scale.to(torch.float32), zero, fmt, width, static=True)
+    rows, smooth = row_codes.flat(x), row_codes.dense(smooth)
+    codes = _launched(rows, smooth, scale.to(torch.float32), zero, fmt, width, static=True)
     return codes.reshape(*x.shape[:-1], width)
 
 

@@ -38,6 +38,7 @@ from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels.quantized_attention import attention, mask_bounds
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.library import define
+from qfx.backends.triton.row_codes import dense
 from qfx.errors import explain
 from qfx.format import Format
 
@@ -154,7 +155,7 @@ def _start(
     config = configuration(q, v, [name for name, has in traits.items() if has], device)
     spread, bounds = (None, None) if mask is None else _masks(mask, out.shape[:3], k.codes.shape[2], config)
     launch(attention, (triton.cdiv(rows, config["BLOCK_M"]) * batch * count,), q.codes, k.codes, v, q.step, k.step,
-           v_steps.scale, q.bias, spread, bounds, sinks, heads, out, rows, k.codes.shape[2], count, out.shape[1],
+           v_steps.scale, q.bias, spread, bounds, dense(sinks), heads, out, rows, k.codes.shape[2], count, out.shape[1],
            *v.stride()[:3], v_steps.stride, *((0, 0, 0, 0) if spread is None else spread.stride()),
            *((0, 0) if bounds is None else bounds.expand(batch, out.shape[1], -1, -1).stride()[:2]),
            softcap * _LOG2E if softcap > 0 else None, SHARE=count // k.codes.shape[1], CAUSAL=causal, FAST=fast,

@@ -104,6 +104,11 @@ def flat(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+def dense(vector: Tensor | None) -> Tensor | None:
+    """A vector whose elements lie side by side, as kernels read it."""
+    return None if vector is None else vector.contiguous()
+
+
 def settings(
     device: Device, kernel: str, rows: Tensor, other: Tensor | None, smooth: Tensor | None, held: int = 0
 ) -> tuple[int, dict[str, int]]:

@@ -29,6 +29,7 @@ from qfx.backends.triton.library import define
 from qfx.backends.triton.site import Site, Taken, once
 from qfx.backends.triton.weight_only_pack import pack_weight_only
 from qfx.format import Format
+from qfx.op_tags import UNSAFE
 from qfx.ops import _rounded_input
 from qfx.passes._build import call, take_place
 
@@ -135,6 +136,7 @@ def embedding(site: Site) -> Taken | str:
         return f"its result is {given['dtype']}"
     if reason := tables.reason_against(given["w_format"], site.device):
         return reason
+    tables.prepare(given["w_format"], graph.val(given["ids"]).device)
     names = ("ids", "w", "w_scale", "w_zero", "w_format", "dim", "dtype")
     kernel = f"embedding {given['w_format']} (Triton)"
     return site.put(qfx_triton.embedding.default, *(given[name] for name in names), kernel=kernel)
@@ -145,11 +147,13 @@ def rounded_input(
 ) -> Tensor:
     """x [.., K] as it comes back from its format, f32, as `qfx.ops.linear` rounds it."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(torch.float32)
-    return _rounded_input(rows, Format.parse(x_format), x_scale, x_zero, smooth).reshape(x.shape).contiguous()
+    found = _rounded_input(rows, Format.parse(x_format), x_scale, x_zero, smooth).reshape(x.shape).contiguous()
+    return found.clone() if found.data_ptr() == x.data_ptr() else found  # no op gives its input back
 
 
 _LIBRARY = define(
     "rounded_input(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor? smooth, str x_format) -> Tensor",
     rounded_input,
     lambda x, *rest: x.new_empty(x.shape, dtype=torch.float32),
+    tags=UNSAFE,
 ) or globals().get("_LIBRARY")

@@ -26,6 +26,7 @@ from qfx.backends.triton.kernels.weight_only_gemv import gemv
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.layout import UNIT_THREE, padded
 from qfx.backends.triton.library import define
+from qfx.backends.triton.row_codes import dense
 from qfx.backends.triton.weight_only_pack import group_of, reason_against_weight, stored_bits
 from qfx.errors import UnsupportedError, explain, warn
 from qfx.format import Format
@@ -82,6 +83,7 @@ def linear_weight_only(
     """
     weight = _named(w, Format.parse(w_format))
     _check(x, weight, bias, smooth, n)
+    bias = dense(bias)
     if smooth is not None:
         x = (x.to(torch.float32) / smooth).to(x.dtype)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -30,6 +30,7 @@ from qfx.kv.codes import Codes
 from qfx.kv.formats import CacheFormat
 from qfx.kv.static import full
 from qfx.kv.store import alike, write
+from qfx.op_tags import UNSAFE
 
 FEW = 32  # new tokens for which the newest have room; more are read as floats of all places
 _ATTENTION = "Tensor q, Tensor[] memory, Tensor length, Tensor? mask, float scale, bool causal, str spec"
@@ -211,7 +212,7 @@ def _register() -> Library | None:
         (cache_append, _fake_append), (cache_attention, _fake_attention), (cache_read, _fake_read),
     )  # fmt: skip
     for schema, (kernel, fake) in zip(_SCHEMAS, ways, strict=True):
-        library.define(schema)
+        library.define(schema, tags=UNSAFE)
         library.impl(kernel.__name__, kernel, "CompositeExplicitAutograd")
         register_fake(f"qfx::{kernel.__name__}", fake, lib=library)
     return library

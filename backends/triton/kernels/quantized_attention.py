@@ -178,13 +178,13 @@ def _inverse(total):
 def _passed(q, k_at, k_step_at, mask_at, mask_n, step, bias, most, total, row, first, last, length, softcap, rows,
             CAUSAL: tl.constexpr, FAST: tl.constexpr, BOOL: tl.constexpr, EDGE: tl.constexpr, WIDTH: tl.constexpr,
             BLOCK_N: tl.constexpr):  # fmt: skip
-    """(greatest score, sum of the weights, where the next keys are) after the keys from first to last."""
+    """(greatest score, sum of the weights) after the keys from first to last. k_at: pointers of those at first."""
     for start in range(first, last, BLOCK_N):
         s = _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length, softcap, rows, CAUSAL, FAST,
                     BOOL, EDGE, BLOCK_N)  # fmt: skip
         most, total, _, _ = _sum(most, total, s, step, FAST)
         k_at += BLOCK_N * WIDTH
-    return most, total, k_at
+    return most, total
 
 
 @triton.jit
@@ -192,7 +192,10 @@ def _added(acc, q, k_at, k_step_at, v_at, v_next, mask_at, mask_n, step, bias, m
            length, softcap, rows, CAUSAL: tl.constexpr, FAST: tl.constexpr, BOOL: tl.constexpr, EDGE: tl.constexpr,
            ROUNDED: tl.constexpr, INTEGER: tl.constexpr, BITS: tl.constexpr, LEAST: tl.constexpr, QMAX: tl.constexpr,
            WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """(weighted values, greatest score, sum, where the next keys and values are) after the keys from first to last."""
+    """(weighted values, greatest score, sum) after the keys from first to last. k_at, v_at: pointers of those at first.
+
+    The pointers behind the last are no result: Triton before 3.8 would hold them in a layout that takes all registers.
+    """
     for start in range(first, last, BLOCK_N):
         s = _scores(q, k_at, k_step_at, mask_at, mask_n, step, bias, row, start, length, softcap, rows, CAUSAL, FAST,
                     BOOL, EDGE, BLOCK_N)  # fmt: skip
@@ -200,7 +203,7 @@ def _added(acc, q, k_at, k_step_at, v_at, v_next, mask_at, mask_n, step, bias, m
         acc, most, total = _add(acc, most, total, times, s, step, v, FAST, ROUNDED, INTEGER, BITS, LEAST, QMAX)
         k_at += BLOCK_N * WIDTH
         v_at += v_next
-    return acc, most, total, k_at, v_at
+    return acc, most, total
 
 
 @triton.jit
@@ -260,15 +263,16 @@ def attention(q_ptr, k_ptr, v_ptr, q_step_ptr, k_step_ptr, v_step_ptr, bias_ptr,
         v_at += first * v_next
         first = first * BLOCK_N  # a product, so that the compiler knows what divides it
     whole = whole * BLOCK_N
+    k_rest = k_first + tl.cast(whole - first, tl.int64) * WIDTH
+    v_rest = v_at + tl.cast(whole - first, tl.int64) * v_l
     most = tl.full((BLOCK_M,), _LEAST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     times = total
     if ROUNDED:
-        most, total, k_at = _passed(q, k_first, k_step_at, mask_at, mask_n, step, bias, most, total, row,
-                                    first, whole, length, softcap, rows, CAUSAL, FAST, BOOL, False, WIDTH,
-                                    BLOCK_N)  # fmt: skip
-        most, total, _ = _passed(q, k_at, k_step_at, mask_at, mask_n, step, bias, most, total, row, whole, end, length,
-                                 softcap, rows, CAUSAL, FAST, BOOL, True, WIDTH, BLOCK_N)  # fmt: skip
+        most, total = _passed(q, k_first, k_step_at, mask_at, mask_n, step, bias, most, total, row, first, whole,
+                              length, softcap, rows, CAUSAL, FAST, BOOL, False, WIDTH, BLOCK_N)  # fmt: skip
+        most, total = _passed(q, k_rest, k_step_at, mask_at, mask_n, step, bias, most, total, row, whole, end, length,
+                              softcap, rows, CAUSAL, FAST, BOOL, True, WIDTH, BLOCK_N)  # fmt: skip
     best = most
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + outer).to(tl.float32) * _LOG2E
@@ -277,12 +281,12 @@ def attention(q_ptr, k_ptr, v_ptr, q_step_ptr, k_step_ptr, v_step_ptr, bias_ptr,
     if ROUNDED:
         times, weight_step = _weight_steps(most, best, total, QMAX, CLIP, BY_ROW)
     acc = tl.zeros((BLOCK_M, VALUE_WIDTH), tl.float32)
-    acc, most, total, k_at, v_at = _added(
+    acc, most, total = _added(
         acc, q, k_first, k_step_at, v_at, v_next, mask_at, mask_n, step, bias, most, total, times, row, first, whole,
         length, softcap, rows, CAUSAL, FAST, BOOL, False, ROUNDED, INTEGER, BITS, LEAST, QMAX, WIDTH, BLOCK_N
     )  # fmt: skip
-    acc, most, total, _, _ = _added(
-        acc, q, k_at, k_step_at, v_at, v_next, mask_at, mask_n, step, bias, most, total, times, row, whole, end,
+    acc, most, total = _added(
+        acc, q, k_rest, k_step_at, v_rest, v_next, mask_at, mask_n, step, bias, most, total, times, row, whole, end,
         length, softcap, rows, CAUSAL, FAST, BOOL, True, ROUNDED, INTEGER, BITS, LEAST, QMAX, WIDTH, BLOCK_N
     )  # fmt: skip
     if not ROUNDED:

@@ -141,3 +141,16 @@ def test_nothing_is_said_where_all_runs_as_asked() -> None:
     assert [row.kernel for row in report] == ["gemm8 i8/tok x i8/ch (Triton)"]
     assert report.first_calls is not None and not [note for note in report.notes if not note.minor]
     torch._dynamo.reset()
+
+
+def test_a_lack_of_memory_says_what_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 40, device=DEVICE)
+    lowered = lower(quantized(nn.Linear(40, 24, device=DEVICE), "w8a8", x))
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(lowered, "_run", full)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        lowered(x)
+    assert any("fewer tokens a call" in note for note in caught.value.__notes__)

@@ -1,0 +1,214 @@
+"""Every op's fake says what the op gives: sizes, dtypes and strides; no result is an input. Inductor relies on it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._pytree import tree_map
+
+import qfx.backends.triton
+from qfx.backends.triton import gemm4, gemm8
+from qfx.backends.triton.hadamard import pack_hadamard
+from qfx.backends.triton.mixed_rows import pack_mixed
+from qfx.backends.triton.weight_only_pack import pack_weight_only
+from qfx.format import Format
+from qfx.kv.formats import cache_formats
+from qfx.kv.packed_ops import allocate, spec_of
+from qfx.op_tags import UNSAFE
+from qfx.packing import pack_weight
+from tests.backends.triton.cases import DEVICE
+
+for _path in Path(qfx.backends.triton.__file__).parent.glob("*.py"):  # registers the ops
+    importlib.import_module(f"qfx.backends.triton.{_path.stem}".removesuffix(".__init__"))
+OPS = torch.ops.qfx_triton
+K = 40
+_G = torch.Generator().manual_seed(0)
+
+
+def floats(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.randn(shape, generator=_G).to(DEVICE, dtype)
+
+
+def merged(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """A part of a wider tensor, as a linear of several merged ones gives it."""
+    return floats(*shape[:-1], shape[-1] + 24, dtype=dtype)[..., 8 : 8 + shape[-1]]
+
+
+def stored(n: int, text: str, k: int = K) -> tuple[Tensor, Tensor, Tensor | None]:
+    packed = pack_weight(floats(n, k, dtype=torch.float32), Format.parse(text))
+    return packed.data, packed.scale, packed.zero
+
+
+def operand(text: str) -> tuple[Tensor, Tensor, Tensor]:
+    found: tuple[Tensor, Tensor, Tensor] = OPS.quantize_dynamic(merged(2, 3, K), None, text)
+    return found
+
+
+def one(value: float = 0.02) -> Tensor:
+    return torch.tensor(value, device=DEVICE)
+
+
+def zero(value: int = 99) -> Tensor:
+    return torch.tensor(value, dtype=torch.uint8, device=DEVICE)
+
+
+def mixed(*, whole: bool) -> list[Tensor]:
+    segments = [(*stored(8, "i4/ch"), "i4/ch"), (*stored(8, "i8/ch"), "i8/ch")]
+    return pack_mixed(segments, [(0, 0, 8), (1, 0, 8)], K, floats=not whole)
+
+
+def cache(kv: Any, groups: int = 2) -> tuple[list[Tensor], str]:
+    fmt = cache_formats(kv, 1)[0]
+    like = floats(1, groups, 0, 32)
+    return allocate(fmt, like, like, 64), spec_of(fmt, like, like, 64)
+
+
+def heads(count: int, tokens: int = 3) -> Tensor:
+    return floats(1, tokens, count, 32).transpose(1, 2)
+
+
+def length(tokens: int = 0) -> Tensor:
+    return torch.tensor(tokens, device=DEVICE)
+
+
+def _cached(op: str, *first: Tensor, kv: Any = "i4") -> tuple[Any, ...]:
+    memory, spec = cache(kv)
+    return {
+        "cache_append": (memory, *first, length(), spec),
+        "cache_attention": (*first, memory, length(), None, 0.2, False, spec),
+        "cache_read": (memory, length(), spec),
+    }[op]
+
+
+Call = tuple[str, Callable[[], tuple[Any, ...]]]
+
+
+def _w8(text: str) -> list[Tensor]:
+    return gemm8.pack_gemm8(*stored(24, text), text, K)
+
+
+def _w4(text: str) -> list[Tensor]:
+    return gemm4.pack_w4a8(*stored(24, text), text, K)
+
+
+_ATTENTION = ([], [], [], [], [], [], 0.2, True, 0.0)
+CALLS: tuple[Call, ...] = (
+    *(("quantize_rows", lambda d=d: (merged(2, 3, K, dtype=d), None, "i8/tok"))
+      for d in (torch.float16, torch.float32)),
+    *(("quantize_dynamic", lambda t=t: (merged(2, 3, K), floats(K).abs() + 1, t))
+      for t in ("i8/tok", "u8/tok", "i8/dyn", "u8/dyn", "f8e4m3/tok", "f8e4m3/g32/dyn")),
+    ("quantize_static", lambda: (merged(2, 3, K), None, one(), zero(), "u8")),
+    ("quantize_static", lambda: (merged(3, K), None, one(), None, "f8e4m3")),
+    ("act_quantize", lambda: (merged(2, 3, K), merged(2, 3, K), "silu", None, None, None, "u8/tok", True)),
+    ("act_quantize", lambda: (merged(3, K), None, "gelu", one(), None, None, "i8", False)),
+    ("norm_quantize", lambda: (merged(2, 3, K), merged(2, 3, K), floats(K), None, 1e-5, False, None, None, None,
+                               "i8/tok", True, True)),
+    ("norm_quantize", lambda: (merged(3, K), None, floats(K), floats(K), 1e-5, True, one(), None, None, "i8", False,
+                               True)),
+    *(("gemm8", lambda x=x, w=w: (*operand(x), _w8(w), floats(24), merged(2, 3, 24), x, w, "silu", "f16"))
+      for x, w in (("i8/tok", "i8/ch"), ("u8/tok", "u8/ch"), ("f8e4m3/tok", "f8e4m3/ch"))),
+    ("linear_w8a8", lambda: (merged(2, 3, K), _w8("i8/ch"), None, None, None, None, None, "i8/tok", "i8/ch", "")),
+    *(("gemm4", lambda x=x, w=w: (*operand(x), _w4(w), floats(24), merged(2, 3, 24), x, w, K, "", "bf16"))
+      for x, w in (("i8/tok", "i4/ch"), ("u8/tok", "u4/g32"))),
+    ("linear_w4a8", lambda: (merged(2, 3, K), _w4("i4/ch"), None, None, None, None, None, "i8/tok", "i4/ch", "")),
+    ("gemm_mixed", lambda: (*operand("i8/tok"), mixed(whole=True), None, merged(2, 3, 16), "i8/tok", "i4/ch,i8/ch", K,
+                            "", "f16")),
+    ("linear_mixed", lambda: (merged(2, 3, K), mixed(whole=False), floats(16), None, None, None, None, "",
+                              "i4/ch,i8/ch", "")),
+    *(("linear_weight_only", lambda m=m, d=d: (merged(m, K, dtype=d), *_only("u4/g32"), 24))
+      for m, d in ((1, torch.float16), (9, torch.float16), (65, torch.float32))),
+    *(("rounded_input", lambda t=t: (floats(2, 3, K, dtype=torch.float32), None, None, None, t))
+      for t in ("f32", "f16", "f8e5m2/tok", "nf4/tok")),
+    ("embedding", lambda: (torch.arange(6, device=DEVICE).view(2, 3).t(), *stored(9, "nf4/g16/dq"), "nf4/g16/dq", K,
+                           torch.float16)),
+    ("hadamard", lambda: (merged(2, 3, 64).transpose(0, 1), pack_hadamard(64, 0, device=DEVICE), 64, False)),
+    *(("hadamard_quantize", lambda t=t: (merged(2, 3, 64), pack_hadamard(64, 0, device=DEVICE), 64, False, t))
+      for t in ("i8/tok", "u8/tok")),
+    ("quantized_attention", lambda: (heads(4), heads(2), heads(2), None, None, *_ATTENTION, "i8/tok", "i8/tok", "",
+                                     "")),
+    ("cache_append", lambda: _cached("cache_append", heads(2), heads(2))),
+    ("cache_attention", lambda: _cached("cache_attention", heads(4))),
+    ("cache_read", lambda: _cached("cache_read")),
+)  # fmt: skip
+
+
+def _only(text: str) -> tuple[list[Tensor], Tensor, None, str]:
+    tensors, now = pack_weight_only(*stored(24, text), text, K)
+    return tensors, floats(24), None, now
+
+
+def test_every_op_is_among_the_calls() -> None:
+    registered = {
+        s.name.partition("::")[2] for s in torch._C._jit_get_all_schemas() if s.name.startswith("qfx_triton::")
+    }
+    assert registered == {name for name, _ in CALLS}
+
+
+@pytest.mark.parametrize(("name", "given"), CALLS, ids=[f"{i}-{name}" for i, (name, _) in enumerate(CALLS)])
+def test_the_fake_and_the_op_give_the_same(name: str, given: Callable[[], tuple[Any, ...]]) -> None:
+    call = given()
+    plain = not any(isinstance(x, Tensor) and x.dtype == torch.float8_e4m3fn for x in call)  # torch cannot compare them
+    tests = ("test_schema", "test_faketensor") if plain else ("test_faketensor",)
+    torch.library.opcheck(getattr(OPS, name).default, call, test_utils=tests)
+
+
+@pytest.mark.parametrize(("name", "given"), CALLS, ids=[f"{i}-{name}" for i, (name, _) in enumerate(CALLS)])
+def test_the_fake_leaves_the_number_of_rows_open(name: str, given: Callable[[], tuple[Any, ...]]) -> None:
+    if name.startswith("cache_"):
+        pytest.skip("the memory of a cache has fixed sizes")
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=True), allow_non_fake_inputs=True)
+
+    def fake(x: Any, first: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        rows = x.dim() > 0 and x.shape[:-1] == first.shape[:-1] and name not in ("quantized_attention",)
+        kinds = [DimDynamic.DUCK if rows and i < x.dim() - 1 else DimDynamic.STATIC for i in range(x.dim())]
+        if name == "quantized_attention":
+            kinds[2] = DimDynamic.DUCK
+        if name == "embedding" and x is first:
+            kinds = [DimDynamic.DUCK] * 2
+        return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
+
+    call = given()
+    with mode:
+        found = getattr(OPS, name).default(*tree_map(lambda x: fake(x, call[0]), call))
+    out = found if isinstance(found, Tensor) else found[0]
+    open_ = [isinstance(s, torch.SymInt) and s.node.maybe_as_int() is None for s in out.shape[:-1]]
+    one = call[0].shape[0] == 1
+    assert any(open_) or (one and len(open_) == 1), out.shape
+
+
+@pytest.mark.parametrize("text", ["i8/tok", "i8/dyn", "f8e4m3/g32/dyn", "i8"])
+def test_a_smoothing_vector_of_any_strides(text: str) -> None:
+    x, smooth = floats(3, K), (floats(2 * K).abs() + 1)[::2]
+    more = (one(), None) if text == "i8" else ()
+    op = OPS.quantize_static if text == "i8" else OPS.quantize_dynamic
+    found, expected = (op(x, s, *more, text) for s in (smooth, smooth.clone()))
+    codes = [t if isinstance(t, Tensor) else t[0] for t in (found, expected)]
+    assert torch.equal(*(t.view(torch.uint8) for t in codes))
+
+
+@pytest.mark.parametrize("name", ["gemm8", "gemm4", "gemm_mixed", "linear_mixed", "linear_weight_only"])
+def test_a_bias_of_any_strides(name: str) -> None:
+    call = list(dict(CALLS)[name]())
+    place = [a.name for a in getattr(OPS, name).default._schema.arguments].index("bias")
+    bias = floats(2 * (16 if "mixed" in name else 24))[::2]
+    found, expected = (
+        [*call[:place], b, *call[place + 1 :]] for b in (bias, bias.clone(memory_format=torch.contiguous_format))
+    )
+    assert torch.equal(getattr(OPS, name)(*found), getattr(OPS, name)(*expected))
+
+
+def test_no_op_with_values_from_the_device_is_recorded_in_a_graph_of_cuda() -> None:
+    for name in ("linear", "embedding", "moe", "grouped_linear_quant", "quantized_attention", "cache_append"):
+        assert set(UNSAFE) <= set(getattr(torch.ops.qfx, name).default.tags), name
+    assert set(UNSAFE) <= set(OPS.rounded_input.default.tags)
+    assert not set(UNSAFE) & set(OPS.gemm8.default.tags)
