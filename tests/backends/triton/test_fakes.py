@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._pytree import tree_map
 
 import qfx.backends.triton
+from qfx.backends.triton import embedding as tables
 from qfx.backends.triton import gemm4, gemm8
 from qfx.backends.triton.hadamard import pack_hadamard
 from qfx.backends.triton.mixed_rows import pack_mixed
@@ -99,7 +100,7 @@ def _w4(text: str) -> list[Tensor]:
     return gemm4.pack_w4a8(*stored(24, text), text, K)
 
 
-_ATTENTION = ([], [], [], [], [], [], 0.2, True, 0.0)
+_ATTENTION: tuple[Any, ...] = ([], [], [], [], [], [], 0.2, True, 0.0)
 CALLS: tuple[Call, ...] = (
     *(("quantize_rows", lambda d=d: (merged(2, 3, K, dtype=d), None, "i8/tok"))
       for d in (torch.float16, torch.float32)),
@@ -212,3 +213,14 @@ def test_no_op_with_values_from_the_device_is_recorded_in_a_graph_of_cuda() -> N
         assert set(UNSAFE) <= set(getattr(torch.ops.qfx, name).default.tags), name
     assert set(UNSAFE) <= set(OPS.rounded_input.default.tags)
     assert not set(UNSAFE) & set(OPS.gemm8.default.tags)
+
+
+def test_what_an_embedding_looks_up_is_there_before_its_first_call() -> None:
+    """Made by the call it would lie in the memory of a CUDA graph, and be copied from the host while that records."""
+    name, given = next(call for call in CALLS if call[0] == "embedding")
+    tables._values.cache_clear()
+    call = given()
+    tables.prepare(call[4], call[0].device)
+    made = tables._values.cache_info().misses
+    getattr(OPS, name)(*call)
+    assert made == tables._values.cache_info().misses == 2
