@@ -15,7 +15,8 @@ MMA: Mapping[int, Mapping[str, str]] = {
     80: {"dot_tiles": r"mma\.sync\.aligned\.m16n8k16"},
     90: {"dot_tiles": r"wgmma\.mma_async"},
 }
-EITHER = {80: MMA[80], 90: {"dot_tiles": f"{MMA[80]['dot_tiles']}|{MMA[90]['dot_tiles']}"}}  # for 8 rows: from Triton 3.8
+# Of 8 rows Triton makes wgmma from 3.8 on.
+EITHER = {80: MMA[80], 90: {"dot_tiles": f"{MMA[80]['dot_tiles']}|{MMA[90]['dot_tiles']}"}}
 VECTORS: Mapping[int, Mapping[str, str]] = {
     capability: {"gemv": r"ld\.global(\.\S+)?\.v4\.b32"} for capability in (80, 90)
 }
@@ -34,7 +35,8 @@ def case(text: str, m: int, n: int, k: int, dtype: torch.dtype = torch.float16, 
         return linear_weight_only(meta(m, k, dtype=dtype), w, meta(n, dtype=dtype) if bias else None, None, packed, n)
 
     name = f"{text} m={m} n={n} k={k} {str(dtype).removeprefix('torch.')}"
-    return Case(name, run, VECTORS if m <= 4 else EITHER if m <= 8 else MMA if m < 1024 and dtype != torch.float32 else {})
+    tiles = EITHER if m <= 8 else MMA if m < 1024 and dtype != torch.float32 else {}
+    return Case(name, run, VECTORS if m <= 4 else tiles)
 
 
 CASES = [
