@@ -40,7 +40,13 @@ def pre_norm(bias: bool = True, dtype: torch.dtype = torch.float32) -> Case:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("gpt2", 5), ("llama", 5), ("gemma3", 5), ("t5", 10), ("mixtral", 5), ("vit", 5), ("falcon", 3)]
+    ("name", "count"),
+    [
+        ("gpt2", 5),
+        ("gemma3", 5),
+        ("falcon", 3),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("llama", 5), ("t5", 10), ("mixtral", 5), ("vit", 5))),
+    ],
 )
 def test_exact(name: str, count: int) -> None:
     sites, _ = check(zoo(name), norm_fold, nothing, untied=True)

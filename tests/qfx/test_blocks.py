@@ -49,13 +49,13 @@ def test_cuts_by_the_outermost_index() -> None:
 @pytest.mark.parametrize(
     ("name", "indexed"),
     [
-        ("bert", ["encoder.layer.0", "encoder.layer.1"]),
+        pytest.param("bert", ["encoder.layer.0", "encoder.layer.1"], marks=pytest.mark.slow),
         ("llama", ["model.layers.0", "model.layers.1"]),
-        ("gpt2", ["transformer.h.0", "transformer.h.1"]),
+        pytest.param("gpt2", ["transformer.h.0", "transformer.h.1"], marks=pytest.mark.slow),
         ("t5", [f"{side}.block.{i}" for side in ("encoder", "decoder") for i in (0, 1)]),
-        ("mixtral", ["model.layers.0", "model.layers.1"]),
+        pytest.param("mixtral", ["model.layers.0", "model.layers.1"], marks=pytest.mark.slow),
         ("vit", None),
-        ("whisper", None),
+        pytest.param("whisper", None, marks=pytest.mark.slow),
     ],
 )
 def test_cuts_of_the_zoo(name: str, indexed: list[str] | None) -> None:

@@ -55,7 +55,7 @@ def test_shares_are_found_and_recorded(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("x", ["u4/tok", "i4/tok", "i3/dyn"])
+@pytest.mark.parametrize("x", ["u4/tok", *(pytest.param(x, marks=pytest.mark.slow) for x in ("i4/tok", "i3/dyn"))])
 def test_the_error_is_less_on_other_data(x: str) -> None:
     wanted, unseen = Block().eval()(rows(9)), rows(9)
     clipped = qfx.quantize(Block().eval(), recipe(x), [rows(0), rows(1)])

@@ -26,7 +26,7 @@ def tokens(model: Any, count: int, cache: str | None) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("cache", [pytest.param(None, marks=pytest.mark.slow), "static"])
 def test_greedy_tokens_are_the_references_and_steps_compile_nothing(
     cache: str | None, counts: Counts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,7 +53,7 @@ def test_greedy_tokens_are_the_references_and_steps_compile_nothing(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("cache", [None, pytest.param("static", marks=pytest.mark.slow)])
 def test_generation_starts_warm_and_steps_compile_nothing(
     cache: str | None, counts: Counts, cache_folder: Path
 ) -> None:

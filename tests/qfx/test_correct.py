@@ -45,8 +45,14 @@ def noise(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).square().sum() / wanted.square().sum())
 
 
-@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
-@pytest.mark.parametrize("rule", [QUIET, {"target": "linear", "w": "u2/g32", "x": "i8/tok"}], ids=["float", "x"])
+@pytest.mark.parametrize(
+    ("rule", "rounding"),
+    [
+        pytest.param(rule, rounding, id=f"{name}-{rounding}", marks=[] if quick else pytest.mark.slow)
+        for name, rule in (("float", QUIET), ("x", {"target": "linear", "w": "u2/g32", "x": "i8/tok"}))
+        for rounding, quick in (("rtn", name == "float"), ("gptq", name == "x"))
+    ],
+)
 def test_the_mean_of_the_result_is_that_of_float(rounding: str, rule: dict[str, Any]) -> None:
     model = Stack().eval()
     wanted = outputs(model)

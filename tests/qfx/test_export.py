@@ -27,7 +27,7 @@ from tests.backends.onnx.checks import sqnr
 from tests.zoo import ZOO
 
 QUICK = {
-    *(("onnxruntime", name) for name in ("bert", "llama", "mixtral", "vit")),
+    *(("onnxruntime", name) for name in ("bert", "mixtral")),
     ("standard", "llama"),
 }
 PAIRS = [

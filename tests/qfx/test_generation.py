@@ -32,8 +32,8 @@ DECODERS = [
 ]
 # RoPE by halves over whole heads is a kernel; parts of heads, pairs of neighbours and other tables are spelled out
 ROTATED = {"falcon", "llama", "mistral", "qwen3", "gemma2", "phi3", "olmo2", "mixtral", "qwen3_moe"}
-# ALiBi; grouped heads; soft-capped and sliding, by the kernel and spelled out
-QUICK = {("bloom", "onnxruntime"), ("llama", "onnxruntime"), ("gemma2", "onnxruntime"), ("gemma2", "standard")}
+# ALiBi; grouped heads, soft-capped and sliding, by the kernel and spelled out
+QUICK = {("bloom", "onnxruntime"), ("gemma2", "onnxruntime"), ("gemma2", "standard")}
 BOTH = [
     pytest.param(name, runtime, marks=[] if (name, runtime) in QUICK else pytest.mark.slow)
     for name in DECODERS

@@ -23,7 +23,7 @@ from tests.backends.onnx.checks import sqnr
 from tests.zoo import HIDDEN, LAYERS, VOCAB, ZOO, noise
 
 RUNTIMES = ["onnxruntime", "standard"]
-QUICK = {("t5", "onnxruntime"), ("t5", "standard"), ("whisper", "onnxruntime")}
+QUICK = {("t5", "standard"), ("whisper", "onnxruntime")}
 BOTH = [
     pytest.param(name, runtime, marks=[] if (name, runtime) in QUICK else pytest.mark.slow)
     for name in ("t5", "bart", "whisper")

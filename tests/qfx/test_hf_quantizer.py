@@ -45,10 +45,20 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("writer", ["save_pretrained", "shards", "qfx.save"])
+QUICK = {  # each model, each writer, the tied one by all
+    *(("tied", "w8a8", writer) for writer in ("save_pretrained", "shards", "qfx.save")),
+    ("bert", "w8a8", "save_pretrained"),
+    ("t5", "w4a16", "shards"),
+}
+
+
 @pytest.mark.parametrize(
-    ("kind", "recipe"),
-    [("tied", "w8a8"), pytest.param("tied", "w4a16", marks=pytest.mark.slow), ("bert", "w8a8"), ("t5", "w4a16")],
+    ("kind", "recipe", "writer"),
+    [
+        pytest.param(*model, writer, marks=[] if (*model, writer) in QUICK else pytest.mark.slow)
+        for model in (("tied", "w8a8"), ("tied", "w4a16"), ("bert", "w8a8"), ("t5", "w4a16"))
+        for writer in ("save_pretrained", "shards", "qfx.save")
+    ],
 )
 def test_what_is_written_is_read_bit_for_bit(kind: str, recipe: str, writer: str, tmp_path: Path) -> None:
     model = made(kind, recipe)

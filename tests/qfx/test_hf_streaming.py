@@ -45,7 +45,12 @@ def shared(state: dict[str, torch.Tensor]) -> set[tuple[str, ...]]:
 @pytest.mark.filterwarnings("ignore::qfx.QfxWarning")
 @pytest.mark.parametrize(
     ("kind", "recipe"),
-    [("tied", "w4a16"), pytest.param("tied", "w8a8", marks=pytest.mark.slow), ("bert", "mixed"), ("t5", "w8a8")],
+    [
+        ("tied", "w4a16"),
+        pytest.param("tied", "w8a8", marks=pytest.mark.slow),
+        ("bert", "mixed"),
+        pytest.param("t5", "w8a8", marks=pytest.mark.slow),
+    ],
 )
 def test_as_if_loaded_first(kind: str, recipe: str, tmp_path: Path) -> None:
     build(kind).save_pretrained(tmp_path, max_shard_size="8KB")

@@ -49,7 +49,10 @@ def test_every_stop_has_the_values_of_the_model() -> None:
     assert lane.at == len(lane.program.nodes) - 1
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5", "mixtral", "whisper", "vit"])
+@pytest.mark.parametrize(
+    "name",
+    ["bert", "t5", "mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "gpt2", "whisper", "vit"))],
+)
 @torch.no_grad()
 def test_in_steps_as_in_one_go(name: str) -> None:
     from qfx.capture import capture_export

@@ -21,7 +21,13 @@ def made(name: str = "gpt2", recipe: str = "w8a8") -> tuple[Recipe, dict[str, An
     return Recipe.parse(recipe), {**describe(model, tied), "tensors": digests(tensors)}
 
 
-@pytest.mark.parametrize(("name", "recipe"), [("gpt2", "w8a8"), ("mixtral", "w8a8"), ("bert", "w8a8-smooth")])
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("mixtral", "w8a8"),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("gpt2", "w8a8"), ("bert", "w8a8-smooth"))),
+    ],
+)
 def test_there_and_back(name: str, recipe: str) -> None:
     asked, record = made(name, recipe)
     fields = json.loads(json.dumps(wrap(asked, record)))

@@ -168,7 +168,7 @@ def test_modes_come_back() -> None:
     assert torch.equal(out(found.eval()), out(qfx.quantize(Net().eval(), "w8a8", DATA))), "dropout was off meanwhile"
 
 
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow), "t5"])
+@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "t5"))])
 def test_generation_goes_on(name: str) -> None:
     settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     model: Any = ZOO[name]()[0]

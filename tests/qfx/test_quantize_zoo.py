@@ -78,7 +78,9 @@ def test_static_recipes(name: str, recipe: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*values are computed in float32:qfx.QfxWarning")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=["bf16", "f16"]
+)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "gpt2" else pytest.mark.slow) for n in STATIC])
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     found = quantized(name, dtype=dtype)

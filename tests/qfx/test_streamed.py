@@ -225,7 +225,7 @@ class TestQuantize:
         [
             ("w4a16", None, {}),
             pytest.param("w8a8", None, {"rounding": "mse"}, marks=pytest.mark.slow),
-            ("w8a8-smooth", BATCHES, {}),
+            pytest.param("w8a8-smooth", BATCHES, {}, marks=pytest.mark.slow),
             ("w4a16", BATCHES, {"rounding": "gptq"}),
         ],
         ids=["rtn", "mse", "smooth", "gptq"],

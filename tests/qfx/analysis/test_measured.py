@@ -30,7 +30,10 @@ def of(kind: str = "llama", **kwargs: Any) -> tuple[Measure, nn.Module, list[dic
     return Measure(gm, flat, outputs=found.outputs, **kwargs), *causal(kind)
 
 
-@pytest.mark.parametrize(("kind", "fmt"), [("llama", U4), ("tied", I8), ("tied", Format.parse("nf4/g64/dq"))])
+@pytest.mark.parametrize(
+    ("kind", "fmt"),
+    [("llama", U4), pytest.param("tied", I8, marks=pytest.mark.slow), ("tied", Format.parse("nf4/g64/dq"))],
+)
 def test_it_is_what_the_quantized_model_loses(kind: str, fmt: Format) -> None:
     measured, model, batches = of(kind, rounding="mse")
     found = measured.kld({unit.name: fmt for unit in measured.units})
