@@ -51,6 +51,11 @@ class Compiled:
 
 def compile_launch(launched: Launch, device: Device) -> Compiled:
     """Compile one recorded launch for the capability of `device`."""
+    return compile_source(source_of(launched), launched, device)
+
+
+def source_of(launched: Launch) -> ASTSource:
+    """The kernel with its types and constants: what, with the options and the device, makes the code."""
     signature, constants, aligned = {}, {}, {}
     for i, parameter in enumerate(launched.kernel.params):
         value = launched.arguments.get(parameter.name)
@@ -61,7 +66,11 @@ def compile_launch(launched: Launch, device: Device) -> Compiled:
             signature[parameter.name] = _type_of(value)
             if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
                 aligned[i,] = [["tt.divisibility", 16]]
-    source = ASTSource(launched.kernel, signature, constants, aligned)
+    return ASTSource(launched.kernel, signature, constants, aligned)
+
+
+def compile_source(source: ASTSource, launched: Launch, device: Device) -> Compiled:
+    """Compile what `source_of(launched)` gave."""
     target = GPUTarget("cuda", device.capability[0] * 10 + device.capability[1], 32)
     built = triton.compile(source, target=target, options={**launched.options, "enable_fp_fusion": True})
     usage = _usage(built.asm["cubin"])

@@ -1,6 +1,7 @@
 """Compile the variants of kernels ahead of time and print what they use of the chip.
 
-    python -m tests.backends.triton.compile_cases quantize_rows      one family
+    python -m tests.backends.triton.compile_cases quantize_rows      one family, or several
+    python -m tests.backends.triton.compile_cases --quick gemm4      without its slow cases
     python -m tests.backends.triton.compile_cases --write            all, into tests/assets/triton_resources.json
 
 A process of its own, since Triton either interprets or compiles. Prints {case: {capability: {kernel: figures}}}.
@@ -15,20 +16,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qfx.backends.triton.device import A100, H100
-from qfx.backends.triton.launch import recorded
+from qfx.backends.triton.device import A100, H100, Device
+from qfx.backends.triton.launch import Launch, recorded
+from tests.backends.triton.cases import Case
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parents[1] / "assets" / "triton_resources.json"
 FAMILIES = sorted(path.stem.removeprefix("aot_") for path in HERE.glob("aot_*.py"))
 
 
-def compiled(family: str) -> dict[str, Any]:
-    """The figures of all cases of `tests.backends.triton.aot_<family>`, a row for each launch."""
-    from qfx.backends.triton.ahead import compile_launch
+_KNOWN: dict[Any, Any] = {}  # what was compiled in this process
 
+
+def compiled(family: str, *, quick: bool = False) -> dict[str, Any]:
+    """The figures of the cases of a family, a row for each launch. quick: without the slow ones."""
     found: dict[str, Any] = {}
-    for case in importlib.import_module(f"tests.backends.triton.aot_{family}").CASES:
+    for case in cases_of(family, quick=quick):
         assert case.name not in found, f"two cases are called {case.name!r}"
         for device in (A100, H100):
             capability = device.capability[0] * 10 + device.capability[1]
@@ -37,7 +40,7 @@ def compiled(family: str) -> dict[str, Any]:
             row = found.setdefault(case.name, {}).setdefault(str(capability), {})
             expectations = case.expect.get(capability, {})
             for launch in launches:
-                built = compile_launch(launch, device)
+                built = _built(launch, device)
                 figures = {"registers": built.registers, "shared": built.shared, "spilled": built.spilled}
                 faults = []
                 if built.spilled:
@@ -53,13 +56,38 @@ def compiled(family: str) -> dict[str, Any]:
     return found
 
 
+def cases_of(family: str, *, quick: bool = False) -> list[Case]:
+    """The cases of `tests.backends.triton.aot_<family>`. quick: without those that it calls SLOW.
+
+    Of these, other cases have each format, mask, epilogue and kind of tile, if not all of them at once.
+    """
+    module = importlib.import_module(f"tests.backends.triton.aot_{family}")
+    left_out: set[str] = getattr(module, "SLOW", set())
+    cases: list[Case] = module.CASES
+    assert left_out <= {case.name for case in cases}, left_out
+    return [case for case in cases if not quick or case.name not in left_out]
+
+
+def _built(launch: Launch, device: Device) -> Any:
+    """The launch compiled, once for all those that Triton cannot tell apart."""
+    from qfx.backends.triton import ahead
+
+    source = ahead.source_of(launch)
+    key = (source.hash(), device.capability, *sorted(launch.options.items()))
+    if key not in _KNOWN:
+        _KNOWN[key] = ahead.compile_source(source, launch, device)
+    return _KNOWN[key]
+
+
 def main(arguments: list[str]) -> int:
     """The command above."""
     if arguments == ["--write"]:
         table = {"triton": _version(), "families": {family: compiled(family) for family in FAMILIES}}
         GOLDEN.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
         return 0
-    json.dump({"triton": _version(), "cases": {family: compiled(family) for family in arguments}}, sys.stdout, indent=1)
+    quick, families = "--quick" in arguments, [word for word in arguments if word != "--quick"]
+    cases = {family: compiled(family, quick=quick) for family in families}
+    json.dump({"triton": _version(), "cases": cases}, sys.stdout, indent=1)
     return 0
 
 
