@@ -41,7 +41,7 @@ def tokens() -> Tensor:
     return found
 
 
-@pytest.fixture(scope="module", params=["i8", "i4"])
+@pytest.fixture(scope="module", params=[pytest.param("i8", marks=pytest.mark.slow), "i4"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made: Path = tmp_path_factory.mktemp(request.param) / request.param
     qfx.export_onnx(
@@ -172,7 +172,7 @@ def test_the_file_says_what_it_holds(folder: Path) -> None:
     assert caches == {onnx.TensorProto.INT8 if folder.name == "i8" else onnx.TensorProto.UINT8}
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("standard", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture(tmp_path: Path, name: str, runtime: str) -> None:
     model: Any = ZOO[name]()[0]

@@ -111,9 +111,8 @@ def test_what_was_one_is_one_again(tmp_path: Path) -> None:
     ("name", "dtype"),
     [
         ("llama", torch.bfloat16),
-        ("gpt2", torch.float16),
+        *(pytest.param("gpt2", dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.bfloat16)),
         pytest.param("llama", torch.float16, marks=pytest.mark.slow),
-        pytest.param("gpt2", torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
 def test_casts_survive(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -211,7 +210,7 @@ def test_a_second_save_replaces_the_first(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path, make(build))(rows(3, 8)), other(rows(3, 8)))
 
 
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("file", ["config.json", pytest.param("generation_config.json", marks=pytest.mark.slow)])
 def test_altered_and_missing_configs_are_refused(file: str, tmp_path: Path) -> None:
     save(qfx.quantize(ZOO["gpt2"]()[0]), tmp_path)
     text = (tmp_path / file).read_text()

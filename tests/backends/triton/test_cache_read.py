@@ -10,10 +10,10 @@ import torch
 from qfx.backends.triton.cache_read import cache_read
 from qfx.kv.packed_ops import cache_read as reference
 from tests.backends.triton.cases import DEVICE
-from tests.backends.triton.test_cache_attention import KINDS, filled
+from tests.backends.triton.test_cache_attention import EVERY, filled
 
 
-@pytest.mark.parametrize("kv", KINDS, ids=str)
+@pytest.mark.parametrize("kv", EVERY, ids=str)
 def test_every_format(kv: Any) -> None:
     memory, spec, length = filled(kv, (60, 20, 1), widths=(40, 24), length=90)
     for found, expected in zip(cache_read(memory, length, spec), reference(memory, length, spec), strict=True):

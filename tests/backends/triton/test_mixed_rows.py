@@ -60,7 +60,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(**SHAPES, formats=st.sampled_from(CHANNELS), x_format=st.sampled_from(["i8/tok", "u8/tok", "i8"]))
 def test_channels_are_exact(m: int, head: int, k: int, seed: int, formats: tuple[str, ...], x_format: str) -> None:
     torch.manual_seed(seed)
@@ -71,7 +71,7 @@ def test_channels_are_exact(m: int, head: int, k: int, seed: int, formats: tuple
     assert torch.equal(found, expected) if DEVICE == "cpu" else relative(found, expected) < 1e-6
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(**SHAPES, formats=st.sampled_from(GROUPS), x_format=st.sampled_from(["i8/tok", "u8/tok"]))
 def test_groups_err_by_sums_of_floats_alone(
     m: int, head: int, k: int, seed: int, formats: tuple[str, ...], x_format: str
@@ -82,7 +82,7 @@ def test_groups_err_by_sums_of_floats_alone(
     assert float((found - expected).abs().max()) < 2e-5 * max(float(expected.abs().max()), 1.0)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     **SHAPES, formats=st.sampled_from(CHANNELS + GROUPS),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),

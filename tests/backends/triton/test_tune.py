@@ -154,7 +154,8 @@ def test_rows_of_codes_are_tuned(act: bool, kernel: str) -> None:
     assert found.choice[0] == kernel and found.best is not None and not found.dropped
 
 
-def test_attention_is_tuned() -> None:
+def test_attention_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "HEADS", 2)
     one = tune.attention_work(16, True, ("i8/tok", "i8/tok", "", ""), torch.device(DEVICE))
     (found,) = tune.tune(one, 20, timer(10.0, 5.0, 4.0, 9.0))
     assert found.choice == ("quantized_attention", "d=32 dv=16 int8 float16 causal", "32")
