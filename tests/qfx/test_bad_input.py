@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -335,12 +336,20 @@ SAVED: list[tuple[str, type[Exception], str, Callable[[Path], object]]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that can be loaded, not to be changed."""
+    folder = tmp_path_factory.mktemp("sound")
+    qfx.save(qfx.quantize(Net().eval(), "w8a8", [IDS]), folder)
+    loaded(folder)
+    return folder
+
+
 @pytest.mark.parametrize(("name", "error", "message", "spoil"), SAVED, ids=[case[0] for case in SAVED])
 def test_spoiled_folders_are_refused(
-    name: str, error: type[Exception], message: str, spoil: Callable[[Path], object], tmp_path: Path
+    name: str, error: type[Exception], message: str, spoil: Callable[[Path], object], tmp_path: Path, sound: Path
 ) -> None:
-    qfx.save(qfx.quantize(Net().eval(), "w8a8", [IDS]), tmp_path)
-    loaded(tmp_path)
+    shutil.copytree(sound, tmp_path, dirs_exist_ok=True)
     spoil(tmp_path)
     with pytest.raises(error, match=re.compile(message, re.DOTALL)):
         loaded(tmp_path)

@@ -17,7 +17,7 @@ from tests.backends.triton.cases import DEVICE
 from tests.backends.triton.row_codes import DTYPES, FORMATS, STEP, drawn, expected_codes, same, static_of
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     m=st.integers(0, 300), k=st.integers(1, 300), seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES),
     text=st.sampled_from(FORMATS), layer=st.booleans(), summed=st.booleans(), smoothed=st.booleans(),
