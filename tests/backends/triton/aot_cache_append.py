@@ -29,6 +29,3 @@ CASES = [
     case({"k": ["i8"] * 4 + ["i4"] * 4, "v": "i4"}),
     case("i4", dtype=torch.float32),
 ]
-SLOW = {
-    "{'k': 'i4', 'v': 'i2'} torch.float16 n=1 d=128",
-}

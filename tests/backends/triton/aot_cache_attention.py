@@ -40,7 +40,3 @@ CASES = [
     case({"k": ["i8", "i4"], "v": ["i4", "i4"]}, heads=(8, 2), width=256),
     case("i8", dtype=torch.float32),
 ]
-SLOW = {
-    "{'k': 'i4', 'v': 'i2'} torch.float16 32/8 d=128 s=1",
-    "i4 torch.bfloat16 32/8 d=128 s=1 mask",
-}

@@ -48,7 +48,3 @@ CASES = [
         for k, size in ((4096, 4096), (4096, 128), (8192, 8192))
     ),
 ]  # fmt: skip
-SLOW = {
-    "size=5120 torch.float16 m=1",
-    "size=11008 torch.bfloat16 m=128",
-}

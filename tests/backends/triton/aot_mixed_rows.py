@@ -60,7 +60,3 @@ CASES = [
         (7, 777, (128, 256, 0), "", "i8/ch,u4/ch", torch.float32, {}),
     )
 ]
-SLOW = {
-    "i8/tok i8/ch,i4/ch rows=(1024, 3072, 0) m=1 k=4096",
-    "i8/tok i8/ch,i4/ch rows=(1024, 3072, 0) m=2048 k=4096",
-}

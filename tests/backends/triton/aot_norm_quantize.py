@@ -50,7 +50,3 @@ CASES = [
     _case(64, 32768, "i8/tok", _both("norm_quantize_long", _VECTORS), residual=True),
     _case(64, 20001, "f8e4m3/tok", {}, layer=True),
 ]
-SLOW = {
-    "rms sum i8/tok bfloat16 m=8192 k=8192",
-    "rms sum i8/tok bfloat16 m=8192 k=5120",
-}

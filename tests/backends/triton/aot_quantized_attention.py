@@ -49,9 +49,3 @@ CASES = [
     ),
     Case("odd", partial(_call, _TOKENS, 80, rows=777, value=72, mask=torch.bool), _INT8),
 ]
-SLOW = {
-    "q=i8/tok k=i8/tok d=64",
-    "q=i8/tok k=i8/tok d=256",
-    "mask bool",
-    "q=i8/tok k=i8/tok f32",
-}

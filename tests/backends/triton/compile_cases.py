@@ -1,7 +1,6 @@
 """Compile the variants of kernels ahead of time and print what they use of the chip.
 
     python -m tests.backends.triton.compile_cases quantize_rows      one family, or several
-    python -m tests.backends.triton.compile_cases --quick gemm4      without its slow cases
     python -m tests.backends.triton.compile_cases --write            all, into tests/assets/triton_resources.json
 
 A process of its own, since Triton either interprets or compiles. Prints {case: {capability: {kernel: figures}}}.
@@ -28,10 +27,10 @@ FAMILIES = sorted(path.stem.removeprefix("aot_") for path in HERE.glob("aot_*.py
 _KNOWN: dict[Any, Any] = {}  # what was compiled in this process
 
 
-def compiled(family: str, *, quick: bool = False) -> dict[str, Any]:
-    """The figures of the cases of a family, a row for each launch. quick: without the slow ones."""
+def compiled(family: str) -> dict[str, Any]:
+    """The figures of the cases of a family, a row for each launch."""
     found: dict[str, Any] = {}
-    for case in cases_of(family, quick=quick):
+    for case in cases_of(family):
         assert case.name not in found, f"two cases are called {case.name!r}"
         for device in (A100, H100):
             capability = device.capability[0] * 10 + device.capability[1]
@@ -56,16 +55,10 @@ def compiled(family: str, *, quick: bool = False) -> dict[str, Any]:
     return found
 
 
-def cases_of(family: str, *, quick: bool = False) -> list[Case]:
-    """The cases of `tests.backends.triton.aot_<family>`. quick: without those that it calls SLOW.
-
-    Of these, other cases have each format, mask, epilogue and kind of tile, if not all of them at once.
-    """
-    module = importlib.import_module(f"tests.backends.triton.aot_{family}")
-    left_out: set[str] = getattr(module, "SLOW", set())
-    cases: list[Case] = module.CASES
-    assert left_out <= {case.name for case in cases}, left_out
-    return [case for case in cases if not quick or case.name not in left_out]
+def cases_of(family: str) -> list[Case]:
+    """The cases of `tests.backends.triton.aot_<family>`."""
+    cases: list[Case] = importlib.import_module(f"tests.backends.triton.aot_{family}").CASES
+    return cases
 
 
 def _built(launch: Launch, device: Device) -> Any:
@@ -85,8 +78,7 @@ def main(arguments: list[str]) -> int:
         table = {"triton": _version(), "families": {family: compiled(family) for family in FAMILIES}}
         GOLDEN.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
         return 0
-    quick, families = "--quick" in arguments, [word for word in arguments if word != "--quick"]
-    cases = {family: compiled(family, quick=quick) for family in families}
+    cases = {family: compiled(family) for family in arguments}
     json.dump({"triton": _version(), "cases": cases}, sys.stdout, indent=1)
     return 0
 
