@@ -175,7 +175,7 @@ def _put(gm: fx.GraphModule, device: Device, joins: list[_Join]) -> str:
             rest = (weight, bias, None, x_format, formats, k, "", DTYPES[graph.val(first["x"]).dtype])
             new = call(gm, _OPS.gemm_mixed.default, *codes, *rest, like=end)
         else:
-            rest = (weight, bias, None, None, None, first["smooth"], "", formats, "")
+            rest = (weight, bias, None, first["smooth"], formats, "")
             new = call(gm, _OPS.linear_mixed.default, first["x"], *rest, like=end)
     note_computed(new, *(join.end for join in joins))
     _cut_up(gm, new, joins)
