@@ -44,6 +44,8 @@ def linear(site: Site) -> Taken | str:
     k = graph.val(given["x"]).shape[-1]
     if graph.val(given["w"]).dim() != 2 or not isinstance(k, int):
         return "its weight is no matrix of a known width"
+    if graph.val(given["x"]).dtype not in DTYPES:
+        return f"its input is {graph.val(given['x']).dtype}"
     if not x_format:
         return _weight_only(site, given, k)
     eight, narrow = (family.reason_against(x_format, w_format, site.device, k) for family in (gemm8, gemm4))

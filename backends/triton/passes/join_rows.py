@@ -90,6 +90,8 @@ def _reason(join: _Join, device: Device, joins: Sequence[_Join] = ()) -> str | N
     k = graph.val(given[0]["x"]).shape[-1]
     if not isinstance(k, int):
         return "its width is not known"
+    if graph.val(given[0]["x"]).dtype not in DTYPES:
+        return "its input is of another dtype"
     held = (one[name] for one in given for name in ("w", "w_scale", "w_zero") if one[name] is not None)
     if any(n.op != "get_attr" for n in held):
         return "a weight is computed"

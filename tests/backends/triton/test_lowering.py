@@ -107,6 +107,19 @@ def test_a_pair_without_a_product_of_8_bits_is_told(x_format: str, w_format: str
     torch.testing.assert_close(lowered(x), gm(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("weight", ["i8/ch", ["i8/ch", "i4/ch"]], ids=str)
+@pytest.mark.parametrize("x_format", ["i8/tok", "none"])
+def test_a_dtype_without_kernels_runs_in_the_reference_and_is_told(x_format: str, weight: Any) -> None:
+    x = torch.randn(3, 64, device=DEVICE, dtype=torch.float64)
+    gm = capture(nn.Linear(64, 24, device=DEVICE, dtype=torch.float64), x)
+    prepare(gm)
+    apply_plan(gm, None, Recipe.parse("w8a8").override(rules=({"target": "*", "x": x_format, "w": weight},)))
+    lowered = lower(gm)
+    assert {note.reason.partition(": ")[2] for note in lowered.notes} == {"its input is torch.float64"}
+    assert not any(note.minor for note in lowered.notes)
+    torch.testing.assert_close(lowered(x), gm(x))
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_without_a_gpu_onnx_runtime_runs_it_and_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "interpreting", lambda: False)
