@@ -53,8 +53,9 @@ class Options:
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
         """Read `options=` of torch.compile, and keep its `mode=`. A key whose value is None counts as left out.
 
-        Raises ValueError for an unknown key (with the nearest valid one), a wrong type, both a recipe and a plan, and a
-        recipe that needs data; FileNotFoundError for a plan that is not there.
+        Raises ValueError for an unknown key (with the nearest valid one), a wrong type, both a recipe and a plan, a
+        mode that the backend does not have, and a recipe that needs data; FileNotFoundError for a plan that is not
+        there.
         """
         given = _checked(options)
         plan = _plan(given.get("plan"))
@@ -73,6 +74,9 @@ class Options:
             recipe = recipe.override(rules=(*recipe.rules, kv))
         default = plan is None and "recipe" not in given
         strict, backend = _flag(given.get("strict", False)), _backend(given.get("backend", "auto"))
+        if mode is not None and backend not in ("auto", "triton"):
+            what, step = f"mode {mode!r} is for the backend 'triton'", "leave mode= out, or the option 'backend'"
+            raise ValueError(explain(what, found=f"backend '{backend}'", next_step=step))
         return cls(recipe, plan, strict, backend, default, _cache(given.get("cache", True)), kv, mode)
 
 

@@ -1,9 +1,8 @@
 """Linears of 8-bit activations and weights of 2, 4 or 8 bits on the tensor cores for int8.
 
     qfx_triton::gemm4(codes, x_scale, x_zero?, weight[], bias?, residual?, x_format, w_format, k, activation, dtype)
-    qfx_triton::linear_w4a8(x, weight[], bias?, residual?, x_scale?, x_zero?, smooth?, x_format, w_format, activation)
 
-As `gemm8` and `linear_w8a8`, for integer weights per channel, with one scale, or in groups (or blocks) of whole
+As `gemm8`, for integer weights per channel, with one scale, or in groups (or blocks) of whole
 multiples of 32 columns. Weights of 3 bits are held as 4, those of 5 to 7 as 8. Sums are exact: over all of k where a
 channel has one scale, then equal to `qfx.ops.linear`; over a group otherwise, and f32 across groups.
 `weight` is what `pack_w4a8` makes of a weight.
@@ -28,10 +27,7 @@ from qfx.backends.triton.products import (
     check_ends,
     check_scales,
     constants_of,
-    dtype_name,
     group_of,
-    linear_fake,
-    quantized_input,
 )
 from qfx.backends.triton.quantize_rows import reason_against as reason_against_input
 from qfx.backends.triton.row_codes import dense
@@ -147,27 +143,6 @@ def gemm4(
     return y.reshape(*codes.shape[:-1], n)
 
 
-def linear_w4a8(
-    x: Tensor,
-    weight: list[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    x_scale: Tensor | None,
-    x_zero: Tensor | None,
-    smooth: Tensor | None,
-    x_format: str,
-    w_format: str,
-    activation: str,
-) -> Tensor:
-    """x [.., K] float, divided by smooth [K], quantized and multiplied: `qfx.ops.linear`, then activation and residual.
-
-    x_scale, x_zero: of a static x_format. Returns [.., N] in x.dtype.
-    """
-    codes, x_scale, x_zero = quantized_input(x, x_scale, x_zero, smooth, x_format)
-    dtype, k = dtype_name(x.dtype), x.shape[-1]
-    return gemm4(codes, x_scale, x_zero, weight, bias, residual, x_format, w_format, k, activation, dtype)
-
-
 def _started(
     rows: Tensor, w: Tensor, y: Tensor, ends: tuple[Tensor | None, ...], problem: Problem, config: Config,
     constants: dict[str, int | str],
@@ -241,18 +216,9 @@ def _fake_gemm4(
     return codes.new_empty((*codes.shape[:-1], weight[0].shape[0]), dtype=Format.parse(dtype).code_dtype)
 
 
-_LIBRARIES = [
-    define(
-        "gemm4(Tensor codes, Tensor x_scale, Tensor? x_zero, Tensor[] weight, Tensor? bias, Tensor? residual, "
-        "str x_format, str w_format, int k, str activation, str dtype) -> Tensor",
-        gemm4,
-        _fake_gemm4,
-    ),
-    define(
-        "linear_w4a8(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, Tensor? x_scale, Tensor? x_zero, "
-        "Tensor? smooth, str x_format, str w_format, str activation) -> Tensor",
-        linear_w4a8,
-        linear_fake,
-    ),
-    *globals().get("_LIBRARIES", []),
-]
+_LIBRARY = define(
+    "gemm4(Tensor codes, Tensor x_scale, Tensor? x_zero, Tensor[] weight, Tensor? bias, Tensor? residual, "
+    "str x_format, str w_format, int k, str activation, str dtype) -> Tensor",
+    gemm4,
+    _fake_gemm4,
+) or globals().get("_LIBRARY")

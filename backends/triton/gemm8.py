@@ -1,11 +1,10 @@
 """Linears of 8-bit activations and 8-bit weights on the tensor cores: integers exactly, e4m3 with f32 sums.
 
     qfx_triton::gemm8(codes, x_scale, x_zero?, weight[], bias?, residual?, x_format, w_format, activation, dtype) -> y
-    qfx_triton::linear_w8a8(x, weight[], bias?, residual?, x_scale?, x_zero?, smooth?, x_format, w_format, activation)
 
 y = activation(x w^T + bias) + residual in `dtype` ("f16", "bf16", "f32"), activation "", "gelu", "gelu_tanh" or "silu".
-`gemm8` takes what `quantize_rows` or a producer that quantizes gives; `linear_w8a8` quantizes first and is
-`qfx.ops.linear` for these formats. `weight` is what `pack_gemm8` makes of a weight.
+`gemm8` takes what `quantize_rows` or a producer that quantizes gives: with x rounded it is `qfx.ops.linear` for these
+formats. `weight` is what `pack_gemm8` makes of a weight.
 
 Integer weights of 2 to 8 bits, per channel or for the tensor, are held as int8. e4m3 weights have scales per channel,
 for the tensor, in blocks or groups (`f8e4m3/b128x128` with `f8e4m3/g128/dyn`, as in DeepSeek-V3, arXiv 2412.19437).
@@ -27,10 +26,7 @@ from qfx.backends.triton.products import (
     check_devices,
     check_ends,
     check_scales,
-    dtype_name,
     group_of,
-    linear_fake,
-    quantized_input,
 )
 from qfx.backends.triton.quantize_rows import aligned, shift_of
 from qfx.backends.triton.quantize_rows import reason_against as reason_against_input
@@ -137,27 +133,6 @@ def gemm8(
     return y.reshape(*codes.shape[:-1], n)
 
 
-def linear_w8a8(
-    x: Tensor,
-    weight: list[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    x_scale: Tensor | None,
-    x_zero: Tensor | None,
-    smooth: Tensor | None,
-    x_format: str,
-    w_format: str,
-    activation: str,
-) -> Tensor:
-    """x [.., K] float, divided by smooth [K], quantized and multiplied: `qfx.ops.linear`, then activation and residual.
-
-    x_scale, x_zero: of a static x_format. Returns [.., N] in x.dtype.
-    """
-    codes, x_scale, x_zero = quantized_input(x, x_scale, x_zero, smooth, x_format)
-    dtype = dtype_name(x.dtype)
-    return gemm8(codes, x_scale, x_zero, weight, bias, residual, x_format, w_format, activation, dtype)
-
-
 def _started(
     rows: Tensor, w: Tensor, y: Tensor, ends: tuple[Tensor | None, ...], widths: tuple[int, int], config: Config,
     constants: dict[str, int | str], inner: dict[str, int], device: Device,
@@ -218,18 +193,9 @@ def _fake_gemm8(
     return codes.new_empty((*codes.shape[:-1], weight[0].shape[0]), dtype=Format.parse(dtype).code_dtype)
 
 
-_LIBRARIES = [
-    define(
-        "gemm8(Tensor codes, Tensor x_scale, Tensor? x_zero, Tensor[] weight, Tensor? bias, Tensor? residual, "
-        "str x_format, str w_format, str activation, str dtype) -> Tensor",
-        gemm8,
-        _fake_gemm8,
-    ),
-    define(
-        "linear_w8a8(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, Tensor? x_scale, Tensor? x_zero, "
-        "Tensor? smooth, str x_format, str w_format, str activation) -> Tensor",
-        linear_w8a8,
-        linear_fake,
-    ),
-    *globals().get("_LIBRARIES", []),
-]
+_LIBRARY = define(
+    "gemm8(Tensor codes, Tensor x_scale, Tensor? x_zero, Tensor[] weight, Tensor? bias, Tensor? residual, "
+    "str x_format, str w_format, str activation, str dtype) -> Tensor",
+    gemm8,
+    _fake_gemm8,
+) or globals().get("_LIBRARY")

@@ -129,7 +129,7 @@ def reason_against(dtype: torch.dtype, device: Device) -> str | None:
     return None if dtype in _DTYPES else f"it rotates f16, bf16 and f32, not {str(dtype).removeprefix('torch.')}"
 
 
-def candidates(size: int, rows: int, device: Device) -> list[Config]:
+def candidates(size: int) -> list[Config]:
     """Configurations that are worth measuring for blocks of this size."""
     shape = layout(size)
     tiles = (16, 32, 64, 128) if shape.a == 1 else (1,)
@@ -139,7 +139,7 @@ def candidates(size: int, rows: int, device: Device) -> list[Config]:
 
 def _config(size: int, rows: int, dtype: torch.dtype, device: Device) -> Config:
     problem = f"size={size} {str(dtype).removeprefix('torch.')}"
-    if (found := tuned(device, "hadamard", problem, rows, lambda: candidates(size, rows, device))) is not None:
+    if (found := tuned(device, "hadamard", problem, rows, lambda: candidates(size))) is not None:
         return found
     shape = layout(size)
     r = 1 if shape.a > 1 else (64 if rows >= 64 * device.processors else 16)

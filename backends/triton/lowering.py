@@ -41,6 +41,7 @@ _NO_MEMORY = (
     "floats; next step: fewer tokens a call, or a smaller batch"
 )
 _STEP = "leave it out of the recipe, or give it another format"
+_PAIRS = "take integers for both (x per token, w per channel or in groups of whole multiples of 32), or f8e4m3 for both"
 
 
 class Lowered:
@@ -128,8 +129,7 @@ def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Lowered:
             continue
         kernels.update(dict.fromkeys(names, told.kernel))
         if told.told:
-            step = "give both formats integers, per token and per channel or in groups of 32 columns"
-            notes += [Note(fqns[name], told.told, step, source_line(node) or "", minor=True) for name in names]
+            notes += [Note(fqns[name], told.told, _PAIRS, source_line(node) or "", minor=True) for name in names]
     graph.clean(own)
     fuse(own, kernels)
     own = graph.copy(own)  # without the tensors that no node reads any more

@@ -2,10 +2,10 @@
 
     qfx_triton::gemm_mixed(codes, x_scale, x_zero?, weight[], bias?, residual?, x_format, w_formats, k, activation,
                            dtype)
-    qfx_triton::linear_mixed(x, weight[], bias?, residual?, x_scale?, x_zero?, smooth?, x_format, w_formats, activation)
+    qfx_triton::linear_mixed(x, weight[], bias?, residual?, smooth?, w_formats, activation)      x stays in float
 
 w_formats: the formats of the segments, joined by commas, integers of 2 to 8 bits per channel or in groups of one size
-(a channel's scale then serves all of its groups). Rows are held as 2, 4 or 8 bits. x_format "" leaves x in float.
+(a channel's scale then serves all of its groups). Rows are held as 2, 4 or 8 bits.
 Integer inputs: sums as in `gemm4`, so those of channels equal `qfx.ops.linear`.
 """
 
@@ -31,9 +31,7 @@ from qfx.backends.triton.products import (
     check_devices,
     check_ends,
     constants_of,
-    dtype_name,
     group_of,
-    quantized_input,
 )
 from qfx.backends.triton.row_codes import dense
 from qfx.backends.triton.tuning import tuned
@@ -179,23 +177,16 @@ def linear_mixed(
     weight: list[Tensor],
     bias: Tensor | None,
     residual: Tensor | None,
-    x_scale: Tensor | None,
-    x_zero: Tensor | None,
     smooth: Tensor | None,
-    x_format: str,
     w_formats: str,
     activation: str,
 ) -> Tensor:
     """x [.., K] float, divided by smooth [K], times a weight of `pack_mixed`; activation and residual. In x.dtype.
 
-    x_format "": x stays in float, codes less zero points are exact in its type, sums are f32.
+    Codes less zero points are exact in x.dtype, sums are f32.
     """
-    dtype, k = dtype_name(x.dtype), x.shape[-1]
-    if x_format:
-        codes, x_scale, x_zero = quantized_input(x, x_scale, x_zero, smooth, x_format)
-        rest = (bias, residual, x_format, w_formats, k, activation, dtype)
-        return gemm_mixed(codes, x_scale, x_zero, weight, *rest)
-    group = _checked(x, weight, bias, residual, "", w_formats, k, activation, dtype)
+    k = x.shape[-1]
+    group = _checked(x, weight, bias, residual, "", w_formats, k, activation, "f32")
     if smooth is not None:
         x = (x.to(torch.float32) / smooth).to(x.dtype)
     rows = x.reshape(x.shape[:-1].numel(), k)
@@ -346,8 +337,8 @@ def _fake_gemm(
 
 
 def _fake_linear(
-    x: Tensor, weight: list[Tensor], bias: Tensor | None, residual: Tensor | None, x_scale: Tensor | None,
-    x_zero: Tensor | None, smooth: Tensor | None, x_format: str, w_formats: str, activation: str,
+    x: Tensor, weight: list[Tensor], bias: Tensor | None, residual: Tensor | None, smooth: Tensor | None,
+    w_formats: str, activation: str,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], weight[4].shape[-1]))
 
@@ -360,8 +351,8 @@ _LIBRARIES = [
         _fake_gemm,
     ),
     define(
-        "linear_mixed(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, Tensor? x_scale, Tensor? x_zero, "
-        "Tensor? smooth, str x_format, str w_formats, str activation) -> Tensor",
+        "linear_mixed(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, Tensor? smooth, str w_formats, "
+        "str activation) -> Tensor",
         linear_mixed,
         _fake_linear,
     ),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qfx.backends.triton.quantize_rows import ALIGNMENT, aligned, quantize_dynamic, quantize_static, shift_of
+from qfx.backends.triton.quantize_rows import ALIGNMENT, aligned, shift_of
 from qfx.errors import explain
 from qfx.format import Format
 
@@ -22,22 +22,6 @@ DTYPES = ("f16", "bf16", "f32")
 def group_of(fmt: Format) -> int:
     """How many k share a scale, 0 where all of a row do."""
     return fmt.group or (fmt.block[1] if fmt.block else 0)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The one of DTYPES in which a linear of such an input gives its result."""
-    return {torch.float16: "f16", torch.bfloat16: "bf16"}.get(dtype, "f32")
-
-
-def quantized_input(
-    x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, smooth: Tensor | None, x_format: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes of an operand with their scale and zero point: found at run time, or those given."""
-    if Format.parse(x_format).dynamic:
-        return quantize_dynamic(x, smooth, x_format)
-    if x_scale is None:
-        raise bad(f"the static format '{x_format}' has no scale", "x_scale, and x_zero for u2..u8", "None")
-    return quantize_static(x, smooth, x_scale, x_zero, x_format), x_scale, x_zero
 
 
 def aligned_rows(rows: Tensor, width: int | None = None) -> Tensor:
@@ -86,8 +70,3 @@ def check_devices(device: torch.device, tensors: Sequence[Tensor | None]) -> Non
 def bad(what: str, expected: object, found: object) -> ValueError:
     """The error for operands that do not fit."""
     return ValueError(explain(f"qfx_triton: {what}", expected=expected, found=found))
-
-
-def linear_fake(x: Tensor, weight: list[Tensor], *_: object) -> Tensor:
-    """The shape of a linear of x [.., K] and a weight whose first tensor has N rows: [.., N] in x.dtype."""
-    return x.new_empty((*x.shape[:-1], weight[0].shape[0]))

@@ -114,9 +114,7 @@ def settings(
 ) -> tuple[int, dict[str, int]]:
     """(programs, configuration of the kernel) for rows [M, K], perhaps with others like them, and smooth [K].
 
-    held: how many vectors [K] a program holds while it walks.
-
-    Without STAGES it is one of the kernel for long rows.
+    held: how many vectors [K] a program holds while it walks. Without STAGES it is one of the kernel for long rows.
     """
     m, k = rows.shape
     if k > WHOLE:
@@ -125,7 +123,7 @@ def settings(
     problem = f"k={k} {str(rows.dtype).removeprefix('torch.')}"
     problem += ("" if other is None else " two") + ("" if smooth is None else " smooth")
     width = sum(dtype.itemsize for dtype in read)
-    known = tuned(device, kernel, problem, m, lambda: candidates(device, m, k, width))
+    known = tuned(device, kernel, problem, m, lambda: candidates(device, k, width))
     found = dict(known or heuristic(device, m, k, width, held))
     tiles = triton.cdiv(m, found["ROWS"])
     resident = found.pop("PROGRAMS")
@@ -153,8 +151,8 @@ def heuristic(device: Device, m: int, k: int, width: int, held: int = 0) -> Conf
     return _config(rows, block, parts, 0, _warps(tile))
 
 
-def candidates(device: Device, m: int, k: int, width: int) -> list[Config]:
-    """What is worth measuring for M rows of K elements, see `heuristic`; [] for rows that no program holds."""
+def candidates(device: Device, k: int, width: int) -> list[Config]:
+    """What is worth measuring for rows of K elements, see `heuristic`; [] for rows that no program holds."""
     if k > WHOLE:
         return []
     block, parts = _blocks(k)

@@ -44,12 +44,16 @@ def linear(site: Site) -> Taken | str:
     k = graph.val(given["x"]).shape[-1]
     if graph.val(given["w"]).dim() != 2 or not isinstance(k, int):
         return "its weight is no matrix of a known width"
+    if graph.val(given["x"]).dtype not in DTYPES:
+        return f"its input is {graph.val(given['x']).dtype}"
     if not x_format:
         return _weight_only(site, given, k)
     eight, narrow = (family.reason_against(x_format, w_format, site.device, k) for family in (gemm8, gemm4))
     if narrow is None and (eight is not None or Format.parse(w_format).bits <= 4):
         return _product(site, given, k, "gemm4", gemm4.pack_w4a8)
-    return _product(site, given, k, "gemm8", gemm8.pack_gemm8) if eight is None else _of_rounded(site, given, k)
+    if eight is None:
+        return _product(site, given, k, "gemm8", gemm8.pack_gemm8)
+    return _of_rounded(site, given, k, narrow if Format.parse(w_format).is_integer and narrow else eight)
 
 
 def _product(site: Site, given: dict[str, Any], k: int, family: str, pack: Any) -> Taken:
@@ -86,8 +90,8 @@ def _weight_only(site: Site, given: dict[str, Any], k: int) -> Taken | str:
     return site.put(qfx_triton.linear_weight_only.default, *arguments, kernel=f"linear_weight_only {w_format} (Triton)")
 
 
-def _of_rounded(site: Site, given: dict[str, Any], k: int) -> Taken | str:
-    """Formats whose product no tensor core has: the input is rounded by itself, the product is one of floats."""
+def _of_rounded(site: Site, given: dict[str, Any], k: int, why: str) -> Taken | str:
+    """Formats whose product has no kernel: torch rounds the input, the product is one of floats."""
     w_format = given["w_format"]
     if reason := weight_only.reason_against("", w_format, site.device):
         return reason
@@ -106,11 +110,8 @@ def _of_rounded(site: Site, given: dict[str, Any], k: int) -> Taken | str:
         if dtype != torch.float32:
             y = call(site.gm, torch.ops.aten._to_copy.default, y, dtype=dtype, like=site.node)
     take_place(site.node, y)
-    told = (
-        f"no tensor core multiplies x={given['x_format']} by w={w_format}: x is rounded by itself, and the product is"
-    )
-    told += " one of floats, without the speed of integers"
-    return Taken(f"linear_weight_only {w_format} of an input rounded to {given['x_format']} (Triton)", told)
+    told = f"torch rounds the input and the product is one of floats, without the speed of 8 bits: {why}"
+    return Taken(f"linear_weight_only {w_format} (Triton) of an input rounded to {given['x_format']} (torch)", told)
 
 
 def _only(site: Site, given: dict[str, Any], k: int) -> tuple[list[Any], str]:

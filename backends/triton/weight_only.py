@@ -2,10 +2,10 @@
 
 qfx_triton::linear_weight_only(Tensor x, Tensor[] w, Tensor? bias, Tensor? smooth, str w_format, int n) -> Tensor
 
-By the number M of rows of x: up to 4, a product of vectors that reads weights once (`gemv`); then tensor cores on
-unpacked tiles, below 64 rows with K split between programs and the parts added in a fixed order (`dot`); for many rows
-the weight is written out in x.dtype and multiplied by torch (`dequantize`). w and w_format come from
-`qfx.backends.triton.weight_only_pack`.
+By the number M of rows of x: for a few a product of vectors that reads weights once (`gemv`); then tensor cores on
+unpacked tiles, where these are few with K split between programs and the parts added in a fixed order (`dot_tiles`);
+for many rows the weight is written out in x.dtype and multiplied by torch (`dequantize`). `heuristic` has the numbers.
+w and w_format come from `qfx.backends.triton.weight_only_pack`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def linear_weight_only(
 def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """The configuration of a call: the measured one of this device, else by rule."""
     problem = f"{fmt} n={n} k={k} {str(dtype).removeprefix('torch.')}"
-    found = tuning.tuned(device, "weight_only", problem, m, lambda: candidates(m, n, k))
+    found = tuning.tuned(device, "weight_only", problem, m, lambda: candidates(m, k))
     return found or heuristic(device, fmt, m, n, k, dtype)
 
 
@@ -139,7 +139,7 @@ def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.
     return {"PATH": DOT, **tile, "SPLITS": splits, "FIRST": 0}
 
 
-def candidates(m: int, n: int, k: int) -> list[Config]:
+def candidates(m: int, k: int) -> list[Config]:
     """Configurations worth measuring for M rows, at most 20."""
     found: list[Config] = []
     if m <= _MOST_GEMV:

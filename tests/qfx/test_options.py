@@ -99,6 +99,15 @@ def test_refusals_say_what_to_do(options: Any, message: str) -> None:
         Options.parse(options)
 
 
+@pytest.mark.parametrize("backend", ["reference", "onnx"])
+def test_a_mode_that_nothing_would_heed_is_refused(backend: str) -> None:
+    assert Options.parse(None, "reduce-overhead").mode == "reduce-overhead"
+    with pytest.raises(
+        ValueError, match=rf"'reduce-overhead' is for the backend 'triton'\n  found: backend '{backend}'"
+    ):
+        Options.parse({"backend": backend}, "reduce-overhead")
+
+
 def test_a_plan_or_its_folder_brings_its_recipe(tmp_path: Path) -> None:
     plan = Plan(recipe=Recipe.parse("w8a8-static"), annotations={"fc": {"x": "u8", "w": "i8/ch"}})
     assert Options.parse({"plan": plan}).recipe.name == "w8a8-static"

@@ -90,6 +90,8 @@ def _reason(join: _Join, device: Device, joins: Sequence[_Join] = ()) -> str | N
     k = graph.val(given[0]["x"]).shape[-1]
     if not isinstance(k, int):
         return "its width is not known"
+    if graph.val(given[0]["x"]).dtype not in DTYPES:
+        return "its input is of another dtype"
     held = (one[name] for one in given for name in ("w", "w_scale", "w_zero") if one[name] is not None)
     if any(n.op != "get_attr" for n in held):
         return "a weight is computed"
@@ -175,7 +177,7 @@ def _put(gm: fx.GraphModule, device: Device, joins: list[_Join]) -> str:
             rest = (weight, bias, None, x_format, formats, k, "", DTYPES[graph.val(first["x"]).dtype])
             new = call(gm, _OPS.gemm_mixed.default, *codes, *rest, like=end)
         else:
-            rest = (weight, bias, None, None, None, first["smooth"], "", formats, "")
+            rest = (weight, bias, None, first["smooth"], formats, "")
             new = call(gm, _OPS.linear_mixed.default, first["x"], *rest, like=end)
     note_computed(new, *(join.end for join in joins))
     _cut_up(gm, new, joins)

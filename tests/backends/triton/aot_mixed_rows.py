@@ -28,7 +28,7 @@ def _run(m: int, k: int, rows: tuple[int, int, int], x_format: str, w_formats: s
         ends.append(meta(*shape, dtype=kinds[1]))
     weight = [meta(n, dtype=torch.int32), *data, *ends]
     if not x_format:
-        linear_mixed(meta(m, k, dtype=dtype), weight, None, None, None, None, None, "", w_formats, "")
+        linear_mixed(meta(m, k, dtype=dtype), weight, None, None, None, w_formats, "")
         return
     codes, scale = meta(m, k, dtype=torch.int8), meta(m, 1, dtype=torch.float32)
     zero = meta(m, 1, dtype=torch.uint8) if x_format == "u8/tok" else None

@@ -116,13 +116,11 @@ CALLS: tuple[Call, ...] = (
                                True)),
     *(("gemm8", lambda x=x, w=w: (*operand(x), _w8(w), floats(24), merged(2, 3, 24), x, w, "silu", "f16"))
       for x, w in (("i8/tok", "i8/ch"), ("u8/tok", "u8/ch"), ("f8e4m3/tok", "f8e4m3/ch"))),
-    ("linear_w8a8", lambda: (merged(2, 3, K), _w8("i8/ch"), None, None, None, None, None, "i8/tok", "i8/ch", "")),
     *(("gemm4", lambda x=x, w=w: (*operand(x), _w4(w), floats(24), merged(2, 3, 24), x, w, K, "", "bf16"))
       for x, w in (("i8/tok", "i4/ch"), ("u8/tok", "u4/g32"))),
-    ("linear_w4a8", lambda: (merged(2, 3, K), _w4("i4/ch"), None, None, None, None, None, "i8/tok", "i4/ch", "")),
     ("gemm_mixed", lambda: (*operand("i8/tok"), mixed(whole=True), None, merged(2, 3, 16), "i8/tok", "i4/ch,i8/ch", K,
                             "", "f16")),
-    ("linear_mixed", lambda: (merged(2, 3, K), mixed(whole=False), floats(16), None, None, None, None, "",
+    ("linear_mixed", lambda: (merged(2, 3, K), mixed(whole=False), floats(16), None, None,
                               "i4/ch,i8/ch", "")),
     *(("linear_weight_only", lambda m=m, d=d: (merged(m, K, dtype=d), *_only("u4/g32"), 24))
       for m, d in ((1, torch.float16), (9, torch.float16), (65, torch.float32))),

@@ -1,4 +1,4 @@
-"""gemm8 and linear_w8a8: the linears of the reference, integers exactly."""
+"""gemm8: the linears of the reference, integers exactly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qfx.backends.triton import gemm8_config
 from qfx.backends.triton.device import A100, H200
-from qfx.backends.triton.gemm8 import gemm8, linear_w8a8, pack_gemm8, reason_against
+from qfx.backends.triton.gemm8 import gemm8, pack_gemm8, reason_against
 from qfx.backends.triton.gemm8_config import Problem
 from qfx.backends.triton.launch import Config
 from qfx.backends.triton.quantize_rows import quantize_dynamic
@@ -19,6 +19,7 @@ from qfx.format import Format
 from qfx.ops import linear
 from qfx.packing import Packed, pack_weight
 from tests.backends.triton.cases import BF16_STEP, DEVICE
+from tests.backends.triton.linears import linear_w8a8, rounded
 
 X_INT = ["i8/tok", "u8/tok", "i8", "u8", "i8/dyn", "u8/dyn/c90", "u4/tok/c80", "i6/tok"]
 W_INT = ["i8/ch", "u8/ch", "i8", "u8", "i4/ch", "u3/ch", "i8/ch/f16"]
@@ -52,10 +53,7 @@ class Layer:
         self, x: Tensor, smooth: Tensor | None = None, residual: Tensor | None = None, act: str = ""
     ) -> Tensor:
         known = (self.scale, self.zero, smooth)
-        found: Tensor = torch.ops.qfx_triton.linear_w8a8(
-            x, self.weight, self.bias, residual, *known, *self.formats, act
-        )
-        return found
+        return linear_w8a8(x, self.weight, self.bias, residual, *known, *self.formats, act)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -223,15 +221,14 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         gemm8(codes, scale, None, layer.weight, None, torch.zeros(6, 3, device=DEVICE), *call[3:])
     with pytest.raises(ValueError, match="unknown activation"):
         gemm8(codes, scale, None, *call[:-2], "relu", "f16")
-    with pytest.raises(ValueError, match="has no scale"):
-        linear_w8a8(layer.x(2), layer.weight, None, None, None, None, None, "i8", "i8/ch", "")
 
 
 @pytest.mark.parametrize("formats", [("u8/tok", "u8/ch"), ("f8e4m3/g128/dyn", "f8e4m3/b128x128")])
 def test_fakes_have_the_shapes_of_the_real_ones(formats: tuple[str, str]) -> None:
     layer = Layer(40, 70, *formats)
-    arguments = (layer.x(6).reshape(2, 3, 70), layer.weight, layer.bias, None, None, None, None, *formats, "silu")
-    torch.library.opcheck(torch.ops.qfx_triton.linear_w8a8.default, arguments, test_utils="test_faketensor")
+    codes = rounded(layer.x(6).reshape(2, 3, 70), None, None, None, formats[0])
+    arguments = (*codes, layer.weight, layer.bias, None, *formats, "silu", "f32")
+    torch.library.opcheck(torch.ops.qfx_triton.gemm8.default, arguments, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("device", [A100, H200])

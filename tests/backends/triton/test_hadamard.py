@@ -130,4 +130,4 @@ def test_refusals() -> None:
         hadamard(torch.randn(2, 64, dtype=torch.float64, device=DEVICE), packed, 64, False)
     assert reason_against(torch.float64, A100) == "it rotates f16, bf16 and f32, not float64"
     assert reason_against(torch.bfloat16, A100) is None
-    assert 0 < len(candidates(128, 64, H100)) <= 20
+    assert 0 < len(candidates(128)) <= 20

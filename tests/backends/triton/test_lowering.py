@@ -87,6 +87,39 @@ def test_a_node_without_a_kernel_is_told_and_refused_when_strict() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(
+    ("x_format", "w_format", "why"),
+    [
+        ("i8/tok", "u4/g16", "groups are whole multiples of 32 columns"),
+        ("i8/tok", "nf4/g32", "both are integers, or both f8e4m3"),
+        ("f8e5m2/tok", "i8/ch", "neither integers nor f8e4m3"),
+    ],
+)
+def test_a_pair_without_a_product_of_8_bits_is_told(x_format: str, w_format: str, why: str) -> None:
+    x = torch.randn(3, 64, device=DEVICE)
+    gm = capture(nn.Linear(64, 24, device=DEVICE), x)
+    prepare(gm)
+    apply_plan(gm, None, Recipe.parse("w8a8").override(rules=({"target": "*", "x": x_format, "w": w_format},)))
+    lowered = lower(gm)
+    assert lowered.kernels["linear"].endswith(f" (Triton) of an input rounded to {x_format} (torch)")
+    (note,) = lowered.notes
+    assert note.minor and "torch rounds the input" in note.reason and why in note.reason
+    torch.testing.assert_close(lowered(x), gm(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", ["i8/ch", ["i8/ch", "i4/ch"]], ids=str)
+@pytest.mark.parametrize("x_format", ["i8/tok", "none"])
+def test_a_dtype_without_kernels_runs_in_the_reference_and_is_told(x_format: str, weight: Any) -> None:
+    x = torch.randn(3, 64, device=DEVICE, dtype=torch.float64)
+    gm = capture(nn.Linear(64, 24, device=DEVICE, dtype=torch.float64), x)
+    prepare(gm)
+    apply_plan(gm, None, Recipe.parse("w8a8").override(rules=({"target": "*", "x": x_format, "w": weight},)))
+    lowered = lower(gm)
+    assert {note.reason.partition(": ")[2] for note in lowered.notes} == {"its input is torch.float64"}
+    assert not any(note.minor for note in lowered.notes)
+    torch.testing.assert_close(lowered(x), gm(x))
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_without_a_gpu_onnx_runtime_runs_it_and_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "interpreting", lambda: False)

@@ -12,11 +12,12 @@ from qfx import ops
 from qfx.backends.triton.device import A100, H100
 from qfx.backends.triton.gemm4_config import Problem
 from qfx.backends.triton.launch import recorded
-from qfx.backends.triton.mixed_rows import ROWS, float_candidates, linear_mixed, pack_mixed, reason_against
+from qfx.backends.triton.mixed_rows import ROWS, float_candidates, pack_mixed, reason_against
 from qfx.format import Format
 from qfx.packing import Packed, pack_weight
 from qfx.segments import Segment, in_order, pieces, segments, take
 from tests.backends.triton.cases import BF16_STEP, DEVICE
+from tests.backends.triton.linears import linear_mixed
 
 CHANNELS = (("i8/ch", "i4/ch", "i8/ch", "i2/ch"), ("i4/ch", "u4/ch", "u8/ch"), ("u3/ch", "i6/ch"), ("i4/ch",))
 GROUPS = (("i8/ch", "i4/g64", "u4/g64"), ("i8/g32", "i4/g32"), ("u4/g128", "i8/ch", "u4/g128/f16"))
@@ -37,8 +38,7 @@ class Mixed:
 
     def run(self, x: Tensor, scale: Tensor | None, zero: Tensor | None, smooth: Tensor | None, fmt: str) -> Tensor:
         given_x = (scale, zero, smooth, fmt)
-        found: Tensor = torch.ops.qfx_triton.linear_mixed(x, self.packed, self.bias, None, *given_x, self.formats, "")
-        return found
+        return linear_mixed(x, self.packed, self.bias, None, *given_x, self.formats, "")
 
     def expected(self, x: Tensor, scale: Tensor | None, zero: Tensor | None, smooth: Tensor | None, fmt: str) -> Tensor:
         """In f32."""

@@ -15,7 +15,7 @@ from qfx.backends.triton.device import A100, H200, Device
 @pytest.mark.parametrize("m", [1, 33, 8192])
 def test_configurations_hold_whole_rows_and_fit(m: int, k: int, device: Device) -> None:
     for width in (2, 4, 8):
-        found = row_codes.candidates(device, m, k, width)
+        found = row_codes.candidates(device, k, width)
         assert len(found) <= 20 and bool(found) == (k <= row_codes.WHOLE)
         for config in [*found, row_codes.heuristic(device, m, k, width)] if found else []:
             assert config["BLOCK"] * config["PARTS"] >= k and 1 <= config["num_warps"] <= 32

@@ -178,5 +178,5 @@ def test_paths_by_the_number_of_rows() -> None:
     assert paths("i8/ch") == [GEMV, GEMV, GEMV, DOT, DOT, DOT, DOT, DEQUANTIZE]
     assert paths("i4/g128", torch.float32) == [GEMV, GEMV, DOT, DOT, DOT, DEQUANTIZE, DEQUANTIZE, DEQUANTIZE]
     for m in (1, 4, 16, 64, 4096):
-        found = candidates(m, 4096, 4096)
+        found = candidates(m, 4096)
         assert 1 < len(found) <= 20 and len({tuple(c.items()) for c in found}) == len(found)
