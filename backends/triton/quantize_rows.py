@@ -1,10 +1,9 @@
 """Activations to the 8-bit codes that matrix products take.
 
-    qfx_triton::quantize_rows(x, smooth?, format) -> (codes, scale)               i8/tok, f8e4m3/tok: rows of K codes
     qfx_triton::quantize_dynamic(x, smooth?, format) -> (codes, scale, zero)      every format with a scale at run time
     qfx_triton::quantize_static(x, smooth?, scale, zero?, format) -> codes        formats with one known scale
 
-The last two give operands: rows of `aligned(K)` codes, zero behind K, so that each begins at a multiple of 16 bytes.
+They give operands: rows of `aligned(K)` codes, zero behind K, so that each begins at a multiple of 16 bytes.
 Codes of integers are int8 there, those of u8 less 128; zero points are the reference's (uint8), empty where the format
 has none. Formats: integers of 2 to 8 bits or f8e4m3, per tensor or per token; `f8e4m3/gN/dyn` with N a power of two.
 """
@@ -24,19 +23,7 @@ from qfx.backends.triton.row_codes import ALIGNMENT, aligned, reason_against, sh
 from qfx.errors import explain
 from qfx.format import Format
 
-__all__ = ["ALIGNMENT", "aligned", "quantize_dynamic", "quantize_rows", "quantize_static", "reason_against", "shift_of"]
-
-
-def quantize_rows(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Tensor, Tensor]:  # noqa: A002
-    """x [.., K] float (divided by smooth [K]) to codes [.., K] of the format's code dtype and scales f32 [.., 1].
-
-    The same codes as `qfx.numerics.quantize` with the scale of the row; an all-zero row has the scale 1.
-    """
-    fmt = _checked(x, smooth, format, dynamic=True)
-    if fmt.has_zero or fmt.granularity != "tok":
-        raise _bad(f"quantize_rows does not take '{fmt}'", "a format without zero points, per token", format)
-    codes, scale, _ = _by_row(row_codes.flat(x), row_codes.dense(smooth), fmt, x.shape[-1])
-    return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
+__all__ = ["ALIGNMENT", "aligned", "quantize_dynamic", "quantize_static", "reason_against", "shift_of"]
 
 
 def quantize_dynamic(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Tensor, Tensor, Tensor]:  # noqa: A002
@@ -149,11 +136,6 @@ def _bad(what: str, expected: object, found: object) -> ValueError:
     return ValueError(explain(f"qfx_triton: {what}", expected=expected, found=found))
 
 
-def _fake_rows(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Tensor, Tensor]:  # noqa: A002
-    codes = torch.empty(x.shape, dtype=Format.parse(format).code_dtype, device=x.device)
-    return codes, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-
-
 def _fake_static(x: Tensor, smooth: Tensor | None, scale: Tensor, zero: Tensor | None, format: str) -> Tensor:  # noqa: A002
     return x.new_empty((*x.shape[:-1], aligned(x.shape[-1])), dtype=_operand_dtype(Format.parse(format)))
 
@@ -166,7 +148,6 @@ def _fake_dynamic(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Tensor
 
 
 _LIBRARIES = [
-    define("quantize_rows(Tensor x, Tensor? smooth, str format) -> (Tensor, Tensor)", quantize_rows, _fake_rows),
     define(
         "quantize_dynamic(Tensor x, Tensor? smooth, str format) -> (Tensor, Tensor, Tensor)",
         quantize_dynamic,

@@ -35,8 +35,8 @@ class Quantize:
 
     @classmethod
     def of(cls, node: Any) -> Quantize | None:
-        """The parts of a call of quantize_rows, quantize_dynamic or quantize_static; None for other nodes."""
-        if not is_call(node, _OPS.quantize_rows.default, _OPS.quantize_dynamic.default, _OPS.quantize_static.default):
+        """The parts of a call of quantize_dynamic or quantize_static; None for other nodes."""
+        if not is_call(node, _OPS.quantize_dynamic.default, _OPS.quantize_static.default):
             return None
         given = arguments(node)
         static = (given.get("scale"), given.get("zero"))
@@ -55,8 +55,6 @@ class Quantize:
             return "x has no known width"
         if value.dtype not in row_codes.FLOATS:
             return f"x is {value.dtype}"
-        if is_call(self.node, _OPS.quantize_rows.default) and row_codes.aligned(k) != k:
-            return "the codes are not those of an operand"
         return row_codes.reason_against_rows(self.format)
 
     def read_from(self, gm: fx.GraphModule, fused: fx.Node) -> None:

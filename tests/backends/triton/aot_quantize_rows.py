@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from qfx.backends.triton.quantize_rows import quantize_dynamic, quantize_rows, quantize_static
+from qfx.backends.triton.quantize_rows import quantize_dynamic, quantize_static
 from tests.backends.triton.cases import Case, meta
 
 _VECTORS = {capability: {"act_quantize": r"ld\.global[.\w:]*\.v4\.b32"} for capability in (80, 90)}
@@ -19,10 +19,10 @@ def _e4m3(kernel: str) -> dict[int, dict[str, str]]:
 
 CASES = [
     *(
-        Case(f"i8/tok {dtype}", partial(quantize_rows, meta(7, 4096, dtype=dtype), None, "i8/tok"), _VECTORS)
+        Case(f"i8/tok {dtype}", partial(quantize_dynamic, meta(7, 4096, dtype=dtype), None, "i8/tok"), _VECTORS)
         for dtype in (torch.float16, torch.bfloat16, torch.float32)
     ),
-    Case("i8/tok, an odd width", partial(quantize_rows, meta(7, 777), None, "i8/tok")),
+    Case("i8/tok, an odd width", partial(quantize_dynamic, meta(7, 777), None, "i8/tok")),
     Case("i8/tok, many rows", partial(quantize_dynamic, meta(8192, 4096), None, "i8/tok"), _AHEAD),
     Case("u8/tok, many rows, smooth", partial(quantize_dynamic, meta(8192, 11008), meta(11008), "u8/tok"), _AHEAD),
     Case("i8/dyn", partial(quantize_dynamic, meta(7, 4096), None, "i8/dyn")),

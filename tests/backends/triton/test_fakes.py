@@ -102,8 +102,7 @@ def _w4(text: str) -> list[Tensor]:
 
 _ATTENTION: tuple[Any, ...] = ([], [], [], [], [], [], 0.2, True, 0.0)
 CALLS: tuple[Call, ...] = (
-    *(("quantize_rows", lambda d=d: (merged(2, 3, K, dtype=d), None, "i8/tok"))
-      for d in (torch.float16, torch.float32)),
+    ("quantize_dynamic", lambda: (merged(2, 3, K, dtype=torch.float16), None, "i8/tok")),
     *(("quantize_dynamic", lambda t=t: (merged(2, 3, K), floats(K).abs() + 1, t))
       for t in ("i8/tok", "u8/tok", "i8/dyn", "u8/dyn", "f8e4m3/tok", "f8e4m3/g32/dyn")),
     ("quantize_static", lambda: (merged(2, 3, K), None, one(), zero(), "u8")),
