@@ -10,6 +10,7 @@ from qfx.backends.triton import cache_attention as _attention  # noqa: F401  (re
 from qfx.backends.triton import cache_layout
 from qfx.backends.triton import cache_read as _read  # noqa: F401  (registers the op)
 from qfx.backends.triton import quantized_attention as rounded
+from qfx.backends.triton.row_codes import FLOATS as DTYPES
 from qfx.backends.triton.site import Site, Taken
 
 qfx_triton = torch.ops.qfx_triton
@@ -29,6 +30,8 @@ def quantized_attention(site: Site) -> Taken | str:
 
 def cache_attention(site: Site) -> Taken | str:
     """qfx::cache_attention over the codes as they lie."""
+    if reason := _of_dtype(site, "q"):
+        return reason
     if reason := cache_layout.reason_against(site.given["spec"], site.device):
         return reason
     return site.put(qfx_triton.cache_attention.default, *site.given.values(), kernel="cache_attention (Triton)")
@@ -36,6 +39,8 @@ def cache_attention(site: Site) -> Taken | str:
 
 def cache_append(site: Site) -> Taken | str:
     """qfx::cache_append, in place (see `write_in_place`)."""
+    if reason := _of_dtype(site, "k"):
+        return reason
     if reason := cache_layout.reason_against(site.given["spec"], site.device):
         return reason
     return site.put(qfx_triton.cache_append.default, *site.given.values(), kernel="cache_append (Triton)")
@@ -46,3 +51,8 @@ def cache_read(site: Site) -> Taken | str:
     if reason := cache_layout.reason_against(site.given["spec"], site.device):
         return reason
     return site.put(qfx_triton.cache_read.default, *site.given.values(), kernel="cache_read (Triton)")
+
+
+def _of_dtype(site: Site, name: str) -> str | None:
+    dtype = graph.val(site.given[name]).dtype
+    return None if dtype in DTYPES else f"operands in f16, bf16 or f32 have kernels, not in {dtype}"

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qfx.backends.triton.passes._nodes import note_computed
 from qfx.graph import is_call
 from qfx.passes._build import call
 
@@ -51,7 +52,7 @@ def _rewritten(gm: fx.GraphModule, node: fx.Node) -> bool:
         own = [call(gm, torch.ops.aten.clone.default, b, like=node) if _is_read(b, node, order) else b for b in bases]
         memory = [own[given[f"_memory_{i}_base_index"]] for i in range(given["_memory_length"])]
         operands = (given[name] for name in ("k", "v", "length", "spec"))
-        call(gm, torch.ops.qfx.cache_append.default, memory, *operands, like=node)
+        note_computed(call(gm, torch.ops.qfx.cache_append.default, memory, *operands, like=node), node)
     for user in list(node.users):
         assert is_call(user, operator.getitem), user
         user.replace_all_uses_with(own[int(user.args[1]) - 1])  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from torch import Tensor
 import qfx
 import qfx.compile
 from qfx.backends.triton import lowering
+from qfx.errors import QfxWarning
 from tests.backends.triton.cases import DEVICE
 
 tf = pytest.importorskip("transformers", reason="pip install qfx[hf]")
@@ -82,6 +83,18 @@ def test_one_graph_serves_every_step(recipe: str, kv: Any, lowered: list[lowerin
     torch._dynamo.reset()
     torch.manual_seed(1)
     assert torch.equal(found, generated("reference", recipe, kv))
+
+
+def test_a_cache_that_no_kernel_takes_is_told(lowered: list[lowering.Lowered], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qfx.backends.triton.cache_layout.reason_against", lambda *_: "heads of 512 channels")
+    with pytest.warns(QfxWarning, match="torch's reference arithmetic, which is slow: heads of 512 channels"):
+        generated("triton", "w4a16", "i8")
+    kernels = set(lowered[1].kernels.values())
+    assert {
+        "qfx::cache_attention (torch)",
+        "qfx::cache_append (torch)",
+        "linear_weight_only u4/g128 (Triton)",
+    } <= kernels
 
 
 @pytest.mark.slow
