@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM
-from transformers.utils.logging import is_progress_bar_enabled
+from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
 from qfx import hub
 from qfx.errors import QfxWarning
@@ -24,6 +24,7 @@ def _bert(folder: Path) -> BertModel:
 
 def test_a_folder_gives_the_class_its_config_names_in_float32(tmp_path: Path) -> None:
     saved = _bert(tmp_path)
+    enable_progress_bar()  # an example that ran before in this process may have turned it off
     loaded = hub.load(tmp_path)
     assert type(loaded.model) is BertModel and not loaded.model.training
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}

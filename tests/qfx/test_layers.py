@@ -16,7 +16,7 @@ PIPELINE = "qfx.compile"
 LAYERS = (
     (
         "qfx.errors qfx.nested qfx.format qfx.spill qfx.files qfx.folders qfx.processor qfx.strict qfx.method_options"
-        " qfx.hollow qfx.combine qfx.subclass qfx.centred qfx.rotation qfx.head_order"
+        " qfx.op_tags qfx.hollow qfx.combine qfx.subclass qfx.centred qfx.rotation qfx.head_order"
     ),
     (
         "qfx.annotation qfx.text qfx.numerics qfx.packing qfx.histogram qfx.importance qfx.scales qfx.hqq qfx.rounding"
@@ -27,7 +27,8 @@ LAYERS = (
         "qfx.kv.formats qfx.kv.codes qfx.kv.attend qfx.kv.store qfx.kv.states qfx.kv.layers qfx.kv.static qfx.kv.cache"
         " qfx.kv.native qfx.kv.tail qfx.kv.packed_ops qfx.kv.static_packed qfx.kv.plans qfx.kv.asked qfx.kv.as_stored"
         " qfx.cache_ops qfx.attention_heads qfx.attention_ops qfx.parts qfx.rounded qfx.recipe_source"
-        " qfx.graph qfx.names qfx.trace qfx.capture qfx.run qfx.verify qfx.plan qfx.recipe qfx.presets"
+        " qfx.graph qfx.rows qfx.modules qfx.names qfx.trace qfx.capture qfx.run qfx.verify qfx.plan qfx.recipe"
+        " qfx.presets"
     ),
     "qfx.observers qfx.moments qfx.inputs qfx.data qfx.hub qfx.streamed qfx.lanes qfx.blocks qfx.offsets",
     "qfx.passes",
