@@ -73,7 +73,10 @@ def test_what_the_graph_holds_is_left_as_it_was() -> None:
 
 def test_a_node_without_a_kernel_is_told_and_refused_when_strict() -> None:
     model = nn.Linear(40, 24, device=DEVICE).eval()
-    options: dict[str, Any] = {"recipe": Recipe.parse("w8a8").override(rules=({"target": "*", "w": "i4/g10"},)), "backend": "triton"}
+    options: dict[str, Any] = {
+        "recipe": Recipe.parse("w8a8").override(rules=({"target": "*", "w": "i4/g10"},)),
+        "backend": "triton",
+    }
     x = torch.randn(3, 40, device=DEVICE)
     with torch.no_grad():
         with pytest.warns(QfxWarning, match=r"torch's reference arithmetic, which is slow: .*i4/g10"):
