@@ -19,7 +19,7 @@ from qfx.errors import Note, UnsupportedError, explain, warn
 from qfx.frame import Frame
 from qfx.kv.held import caches_of, is_quantized
 from qfx.names import Translation
-from qfx.options import Options
+from qfx.options import Options, checked_mode
 from qfx.pipeline import apply_plan, told
 from qfx.recipe import Recipe, Rule
 from qfx.records import GraphRecord, all_records, remember
@@ -45,7 +45,7 @@ def backend(
     Raises ValueError for unknown options and modes, and for a model in train() mode. Where a graph cannot be quantized
     or lowered the untouched graph runs, with a QfxWarning that names the cause; with strict=True that is an error.
     """
-    parsed = Options.parse(options, _mode(mode, example_inputs))
+    parsed = Options.parse(options, checked_mode(mode, example_inputs))
     at = frame.at_compile()
     if at.training or any(_drops(node) for node in gm.graph.nodes):
         raise _training()
@@ -342,20 +342,6 @@ def _lower(gm: fx.GraphModule, name: str, mode: str | None) -> Any:
     from qfx.backends import triton
 
     return triton.lower(gm, mode=mode)
-
-
-def _mode(mode: str | None, example_inputs: Sequence[Any]) -> str | None:
-    """One of Inductor's modes, checked; None for the default one."""
-    if mode in (None, "default"):
-        return None
-    if not any(isinstance(x, Tensor) and x.device.type == "cuda" for x in example_inputs):
-        raise ValueError(explain(f"mode {mode!r} is Inductor's", expected="no mode", next_step="leave mode= out"))
-    from torch._inductor import list_mode_options
-
-    if mode not in list_mode_options():
-        valid = ", ".join(list_mode_options())
-        raise ValueError(explain(f"unknown mode {mode!r}", expected=f"one of {valid}", next_step="leave mode= out"))
-    return mode
 
 
 def _float_cache(gm: fx.GraphModule, kv: Rule | None) -> list[Note]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from qfx.attention_ops import needs_scale, reason_against
 from qfx.errors import explain, nearest
@@ -78,6 +80,20 @@ class Options:
             what, step = f"mode {mode!r} is for the backend 'triton'", "leave mode= out, or the option 'backend'"
             raise ValueError(explain(what, found=f"backend '{backend}'", next_step=step))
         return cls(recipe, plan, strict, backend, default, _cache(given.get("cache", True)), kv, mode)
+
+
+def checked_mode(mode: str | None, example_inputs: Sequence[Any]) -> str | None:
+    """One of Inductor's modes, checked; None for the default one."""
+    if mode in (None, "default"):
+        return None
+    if not any(isinstance(x, Tensor) and x.device.type == "cuda" for x in example_inputs):
+        raise ValueError(explain(f"mode {mode!r} is Inductor's", expected="no mode", next_step="leave mode= out"))
+    from torch._inductor import list_mode_options
+
+    if mode not in list_mode_options():
+        valid = ", ".join(list_mode_options())
+        raise ValueError(explain(f"unknown mode {mode!r}", expected=f"one of {valid}", next_step="leave mode= out"))
+    return mode
 
 
 def _checked(options: Mapping[str, Any] | None) -> dict[str, Any]:

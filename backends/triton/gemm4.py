@@ -28,6 +28,7 @@ from qfx.backends.triton.products import (
     check_scales,
     constants_of,
     group_of,
+    product_fake,
 )
 from qfx.backends.triton.quantize_rows import reason_against as reason_against_input
 from qfx.backends.triton.row_codes import dense
@@ -209,16 +210,9 @@ def check_input(codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, xf: Forma
     check_scales(codes, x_scale, x_zero, xf)
 
 
-def _fake_gemm4(
-    codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: list[Tensor], bias: Tensor | None,
-    residual: Tensor | None, x_format: str, w_format: str, k: int, activation: str, dtype: str,
-) -> Tensor:  # fmt: skip
-    return codes.new_empty((*codes.shape[:-1], weight[0].shape[0]), dtype=Format.parse(dtype).code_dtype)
-
-
 _LIBRARY = define(
     "gemm4(Tensor codes, Tensor x_scale, Tensor? x_zero, Tensor[] weight, Tensor? bias, Tensor? residual, "
     "str x_format, str w_format, int k, str activation, str dtype) -> Tensor",
     gemm4,
-    _fake_gemm4,
+    product_fake,
 ) or globals().get("_LIBRARY")

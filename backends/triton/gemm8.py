@@ -26,7 +26,9 @@ from qfx.backends.triton.products import (
     check_devices,
     check_ends,
     check_scales,
+    constants_of,
     group_of,
+    product_fake,
 )
 from qfx.backends.triton.quantize_rows import aligned, shift_of
 from qfx.backends.triton.quantize_rows import reason_against as reason_against_input
@@ -121,10 +123,7 @@ def gemm8(
     ends = (x_scale.to(torch.float32).contiguous(), zero, x_sums, w_scale, weight[3] if wf.has_zero else None,
             weight[2] if zero is not None else None, None if bias is None else bias.contiguous(),
             None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
-    constants: dict[str, int | str] = {
-        "X_SHIFT": shift_of(xf), "X_PER_ROW": xf.granularity == "tok", "X_GROUP": groups[0], "W_GROUP": groups[1],
-        "ACTIVATION": activation,
-    }  # fmt: skip
+    constants = {**constants_of(xf, activation), "X_GROUP": groups[0], "W_GROUP": groups[1]}
     inner = {"W_ROWS": wf.block[0] if wf.block else 1, "FLOAT": wf.is_float, "BY_HAND": by_hand}
     widths = (x_scale.shape[-1] if groups[0] else 0, w_scale.shape[-1] if groups[1] else 0)
     if by_hand:
@@ -186,16 +185,9 @@ def _check(
     check_devices(codes.device, (x_scale, x_zero, *weight, bias, residual))
 
 
-def _fake_gemm8(
-    codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: list[Tensor], bias: Tensor | None,
-    residual: Tensor | None, x_format: str, w_format: str, activation: str, dtype: str,
-) -> Tensor:  # fmt: skip
-    return codes.new_empty((*codes.shape[:-1], weight[0].shape[0]), dtype=Format.parse(dtype).code_dtype)
-
-
 _LIBRARY = define(
     "gemm8(Tensor codes, Tensor x_scale, Tensor? x_zero, Tensor[] weight, Tensor? bias, Tensor? residual, "
     "str x_format, str w_format, str activation, str dtype) -> Tensor",
     gemm8,
-    _fake_gemm8,
+    product_fake,
 ) or globals().get("_LIBRARY")

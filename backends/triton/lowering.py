@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._inductor import list_mode_options
 from torch.utils import _pytree as pytree
 
 from qfx import graph
@@ -56,20 +57,20 @@ class Lowered:
         self.first_call: float | None = None
         self._changed = _written_in_place(gm)
         self._count = len(gm.graph.output_node().args[0]) + len(self._changed)  # type: ignore[arg-type]
-        graphs = mode not in (None, "eager") and "cudagraphs" not in str(mode)
-        self._copied = graphs  # graphs of CUDA reuse the memory of outputs
+        options = {} if mode == "eager" else list_mode_options(mode or "default")
+        self._graphs = bool(options.get("triton.cudagraphs"))  # graphs of CUDA, which reuse the memory of outputs
         gm.recompile()
-        self._run: Callable[..., Any] = gm if mode == "eager" else _compiled(gm, mode)
+        self._run: Callable[..., Any] = gm if mode == "eager" else _compiled(gm, options)
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Run; inputs that the graph changes are changed, and stand among the outputs."""
         started = time.perf_counter() if self.first_call is None else 0.0
-        if self._copied:
+        if self._graphs:
             self._mark(inputs)
         with torch.no_grad():
             found = iter(self._called(inputs))
             outputs = tuple(inputs[self._changed[i]] if i in self._changed else next(found) for i in range(self._count))
-            if self._copied and self._on_device(inputs):
+            if self._graphs:
                 outputs = tuple(
                     o if i in self._changed or not isinstance(o, Tensor) else o.clone() for i, o in enumerate(outputs)
                 )
@@ -90,10 +91,6 @@ class Lowered:
         for i in self._changed.values():
             if isinstance(inputs[i], Tensor) and not hasattr(inputs[i], "_dynamo_static_input_type"):
                 torch._dynamo.mark_static_address(inputs[i], guard=False)
-
-    @staticmethod
-    def _on_device(inputs: tuple[Any, ...]) -> bool:
-        return any(isinstance(x, Tensor) and x.device.type == "cuda" for x in inputs)
 
 
 def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Lowered:
@@ -195,12 +192,10 @@ def _is_view_of(node: fx.Node, targets: set[fx.Node]) -> bool:
     return True
 
 
-def _compiled(gm: fx.GraphModule, mode: str | None) -> Callable[..., Any]:
+def _compiled(gm: fx.GraphModule, options: dict[str, Any]) -> Callable[..., Any]:
     """The graph compiled by Inductor. Its tensors never change, so that no guard looks at them."""
-    from torch._inductor import list_mode_options
-
     symbols = any(isinstance(s, torch.SymInt) for n in gm.graph.nodes for s in _sizes(n))
-    options = {**list_mode_options(mode or "default"), "guard_filter_fn": _only_of_inputs}
+    options = {**options, "guard_filter_fn": _only_of_inputs}
 
     def run(*inputs: Any) -> Any:
         return gm(*inputs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,3 +71,8 @@ def check_devices(device: torch.device, tensors: Sequence[Tensor | None]) -> Non
 def bad(what: str, expected: object, found: object) -> ValueError:
     """The error for operands that do not fit."""
     return ValueError(explain(f"qfx_triton: {what}", expected=expected, found=found))
+
+
+def product_fake(codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: list[Tensor], *given: Any) -> Tensor:
+    """The result's shape and type: [.., N] for a weight whose first tensor has N rows, in the dtype that comes last."""
+    return codes.new_empty((*codes.shape[:-1], weight[0].shape[0]), dtype=Format.parse(given[-1]).code_dtype)

@@ -47,10 +47,11 @@ class Site:
 
     def constant(self, tensor: Tensor | None) -> fx.Node | None:
         """A node that holds a tensor."""
-        if tensor is None:
-            return None
-        held = self.gm.meta.setdefault("qfx_triton_constants", itertools.count())
-        return graph.add_tensor(self.gm, f"{PREFIX}.t{next(held)}", tensor, self.node)
+        return None if tensor is None else graph.add_tensor(self.gm, self.name(), tensor, self.node)
+
+    def name(self) -> str:
+        """A name that no constant of the graph has yet."""
+        return f"{PREFIX}.t{next(self.gm.meta.setdefault('qfx_triton_constants', itertools.count()))}"
 
     def put(self, target: Any, *args: Any, kernel: str) -> Taken:
         """Replace the node by a call."""
@@ -65,17 +66,7 @@ Rule = Callable[[Site], Taken | str]
 
 def once(site: Site, key: str, make: Callable[[], Sequence[Tensor | None]]) -> list[fx.Node | None]:
     """Constants made for a key (a weight and its layout): the first call makes them, others share them."""
-    made: dict[str, list[Tensor | None]] = site.gm.meta.setdefault("qfx_triton_made", {})
-    names: dict[str, list[fx.Node | None]] = site.gm.meta.setdefault("qfx_triton_nodes", {})
+    made: dict[str, list[tuple[str, Tensor] | None]] = site.gm.meta.setdefault("qfx_triton_made", {})
     if key not in made:
-        made[key] = list(make())
-        names[key] = [site.constant(t) for t in made[key]]
-    nodes = names[key]
-    for node in nodes:
-        if node is not None and _stands_after(node, site.node):
-            site.node.prepend(node)
-    return nodes
-
-
-def _stands_after(node: fx.Node, other: fx.Node) -> bool:
-    return next(n for n in node.graph.nodes if n is node or n is other) is other
+        made[key] = [None if t is None else (site.name(), t) for t in make()]
+    return [None if one is None else graph.add_tensor(site.gm, *one, site.node) for one in made[key]]
