@@ -10,34 +10,35 @@ from typing import Any
 
 from torch import fx, nn
 
-from qfx import annotation, attention_heads, graph, run
+from qfx import annotation, graph, run
 from qfx.allocation.allocate import Given, allocate
 from qfx.allocation.caches import allocate_caches
 from qfx.allocation.simple import lift
+from qfx.calibration.clipping import clip_inputs
+from qfx.calibration.observers import Observer, create
 from qfx.capture import Captured, capture_export
-from qfx.clipping import clip_inputs
-from qfx.correct import apply_to, correct
 from qfx.data import Call, roomiest, telling
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.inputs import example_inputs, need_inputs, without_cache
 from qfx.kv.planning import plan_caches
-from qfx.measure import decibel
-from qfx.observers import Observer, create
-from qfx.outliers import keep_outliers
+from qfx.live.places import READ, held, is_own_linear, layout_of
+from qfx.live.walk import walk
+from qfx.measuring.measure import decibel
+from qfx.ops import heads as attention_heads
 from qfx.passes.annotate import annotate, kind_of
 from qfx.passes.calibrate import observed
 from qfx.passes.quantize import quantize, refuse
 from qfx.passes.quantize_attention import is_attention, way_of
 from qfx.pipeline import prepare
-from qfx.places import READ, held, is_own_linear, layout_of
 from qfx.plan import Plan
 from qfx.presets import presets
 from qfx.recipe import DATA_ROUNDINGS, Recipe, is_static
-from qfx.sequential import round_weights
-from qfx.sqnr import compare
-from qfx.transform import transform
-from qfx.walk import walk
-from qfx.weighted import round_weighted
+from qfx.reporting.sqnr import compare
+from qfx.rewrites.transform import transform
+from qfx.rounding.correct import apply_to, correct
+from qfx.rounding.outliers import keep_outliers
+from qfx.rounding.sequential import round_weights
+from qfx.rounding.weighted import round_weighted
 
 _HIGHEST = 200.0  # dB: what a node without any error is said to have, since JSON has no infinity
 

@@ -12,13 +12,16 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from qfx import live, names, records, render, sqnr
+from qfx import names
+from qfx.compiled import records
+from qfx.compiled.frame import asked_with, unknown, unwrapped
+from qfx.compiled.records import GraphRecord
 from qfx.data import calls
 from qfx.errors import Note, explain
-from qfx.frame import asked_with, unknown, unwrapped
 from qfx.kv.summary import CacheSummary, summary
-from qfx.records import GraphRecord
-from qfx.rows import Row
+from qfx.reporting import live_rows as live
+from qfx.reporting import render, sqnr
+from qfx.reporting.rows import Row
 
 _MATMULS = ("linear", "experts", "conv", "matmul")
 

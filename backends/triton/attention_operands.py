@@ -15,12 +15,12 @@ import torch
 import triton
 from torch import Tensor
 
-from qfx.attention_heads import Static
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels.attention_operands import round_operand
 from qfx.backends.triton.launch import dot_dtype, launch
 from qfx.format import Format
 from qfx.numerics import run_time_qparams
+from qfx.ops.heads import Static
 
 _ORDER = (torch.int8, torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32)
 _FLOATS = {torch.float16: _ORDER[2:3] + _ORDER[4:], torch.bfloat16: _ORDER[3:], torch.float32: _ORDER[4:]}

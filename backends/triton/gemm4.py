@@ -4,7 +4,7 @@
 
 As `gemm8`, for integer weights per channel, with one scale, or in groups (or blocks) of whole
 multiples of 32 columns. Weights of 3 bits are held as 4, those of 5 to 7 as 8. Sums are exact: over all of k where a
-channel has one scale, then equal to `qfx.ops.linear`; over a group otherwise, and f32 across groups.
+channel has one scale, then equal to `qfx.ops.packed.linear`; over a group otherwise, and f32 across groups.
 `weight` is what `pack_w4a8` makes of a weight.
 """
 

@@ -3,8 +3,8 @@
     qfx_triton::gemm8(codes, x_scale, x_zero?, weight[], bias?, residual?, x_format, w_format, activation, dtype) -> y
 
 y = activation(x w^T + bias) + residual in `dtype` ("f16", "bf16", "f32"), activation "", "gelu", "gelu_tanh" or "silu".
-`gemm8` takes what `quantize_dynamic` or a producer that quantizes gives: with x rounded it is `qfx.ops.linear` for
-these formats. `weight` is what `pack_gemm8` makes of a weight.
+`gemm8` takes what `quantize_dynamic` or a producer that quantizes gives: with x rounded it is `qfx.ops.packed.linear`
+for these formats. `weight` is what `pack_gemm8` makes of a weight.
 
 Integer weights of 2 to 8 bits, per channel or for the tensor, are held as int8. e4m3 weights have scales per channel,
 for the tensor, in blocks or groups (`f8e4m3/b128x128` with `f8e4m3/g128/dyn`, as in DeepSeek-V3, arXiv 2412.19437).

@@ -1,6 +1,6 @@
 """qfx::quantized_attention for many queries at once (prefill): int8 q.k where both are integers, f16 p.v.
 
-qfx_triton::quantized_attention, with the arguments of `qfx.attention_ops`. It computes what the reference does: codes
+qfx_triton::quantized_attention, with the arguments of `qfx.ops.attention`. It computes what the reference does: codes
 and scales are the same, sums are f32. What differs is the order of sums; the weights p of a row, which are f16 or bf16
 where p has no format (f32 operands: tf32); values with scales by token, which are rounded to the same types. Where p
 has a format its codes are those of the finished softmax, so keys are passed twice.
@@ -20,8 +20,6 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from qfx import attention_heads, attention_ops
-from qfx.attention_heads import Static
 from qfx.backends.triton import tuning
 from qfx.backends.triton.attention_operands import (
     Laid,
@@ -41,6 +39,9 @@ from qfx.backends.triton.library import define
 from qfx.backends.triton.row_codes import dense
 from qfx.errors import explain
 from qfx.format import Format
+from qfx.ops import attention as attention_ops
+from qfx.ops import heads as attention_heads
+from qfx.ops.heads import Static
 
 WIDEST = 256
 _LOG2E = math.log2(math.e)
@@ -62,7 +63,7 @@ def quantized_attention(
     v_zero: Sequence[int], scale: float, causal: bool, softcap: float, q_format: str, k_format: str, v_format: str,
     p_format: str,
 ) -> Tensor:  # fmt: skip
-    """Attention between rounded operands, [B, H, S, Dv] in q.dtype; arguments as `qfx.attention_ops` has them.
+    """Attention between rounded operands, [B, H, S, Dv] in q.dtype; arguments as `qfx.ops.attention` has them.
 
     q [B, H, S, D], k [B, G, L, D], v [B, G, L, Dv] in f16, bf16 or f32, any strides; mask booleans that keep or
     added floats, broadcast to [B, H, S, L]. Raises ValueError for other shapes, dtypes, devices and formats.

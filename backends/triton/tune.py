@@ -26,7 +26,7 @@ from qfx.errors import explain
 from qfx.format import Format
 from qfx.kv.formats import cache_formats
 from qfx.kv.packed_ops import FEW, allocate, spec_of
-from qfx.modules import QuantLinear
+from qfx.live.modules import QuantLinear
 from qfx.packing import pack_weight
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)

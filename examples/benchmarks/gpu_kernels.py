@@ -41,7 +41,7 @@ from examples.benchmarks.gpu_goals import goals, ratio
 from examples.benchmarks.gpu_work import Made
 from qfx.backends.triton import device, timing
 from qfx.errors import UnsupportedError
-from qfx.files import write_text
+from qfx.storage.files import write_text
 
 FAMILIES = ("weight-only", "w8a8", "fp8", "w4a8", "mixed", "norm", "hadamard", "embedding", "decode", "prefill")
 SIDE = 8192  # of the product that says what the peak is

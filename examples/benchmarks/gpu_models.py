@@ -38,10 +38,10 @@ import qfx
 from examples.benchmarks.gpu_kernels import place
 from qfx.backends.triton import timing
 from qfx.compile import backend
-from qfx.files import write_text
 from qfx.format import Format
-from qfx.modules import QuantLinear
+from qfx.live.modules import QuantLinear
 from qfx.packing import pack_weight
+from qfx.storage.files import write_text
 
 MODELS = {  # layers, hidden size, its inner size, heads, heads of keys and values, rows of the tables
     "llama-2-7b": (32, 4096, 11008, 32, 32, 32000),

@@ -27,11 +27,11 @@ from qfx.capture import capture_export
 from qfx.format import Format
 from qfx.kv.formats import cache_formats
 from qfx.kv.packed_ops import allocate, spec_of
-from qfx.mixed import QuantMixed
-from qfx.modules import QuantEmbedding, QuantLinear
+from qfx.live.mixed import QuantMixed
+from qfx.live.modules import QuantEmbedding, QuantLinear
+from qfx.live.segments import segments, take
 from qfx.numerics import dequantize, quantize, run_time_qparams
 from qfx.packing import pack_weight
-from qfx.segments import segments, take
 
 own, reference = torch.ops.qfx_triton, torch.ops.qfx
 

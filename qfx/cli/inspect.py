@@ -9,9 +9,9 @@ from rich.console import Console
 
 from qfx.cli.models import open_quantized
 from qfx.cli.terminal import step
-from qfx.files import write_text
 from qfx.inputs import example_inputs
 from qfx.report import report
+from qfx.storage.files import write_text
 
 
 def run(console: Console, folder: Path, *, call: bool, only_float: bool, json_file: Path | None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import qfx
 from qfx.errors import QfxWarning
-from qfx.measure import sqnr_db
+from qfx.measuring.measure import sqnr_db
 from tests.qfx.conftest import Counts
 from tests.zoo import ZOO, ids
 

@@ -18,7 +18,7 @@ import pytest
 from qfx.backends.onnx import cache as module
 from qfx.backends.onnx.cache import Cache, digest, each
 from qfx.errors import QfxWarning
-from qfx.folders import default_folder
+from qfx.storage.folders import default_folder
 
 KEY, OTHER = "ab" + "0" * 62, "cd" + "1" * 62
 

@@ -16,7 +16,7 @@ from qfx.backends.triton.gemm8_config import Problem
 from qfx.backends.triton.launch import Config
 from qfx.backends.triton.quantize_rows import quantize_dynamic
 from qfx.format import Format
-from qfx.ops import linear
+from qfx.ops.packed import linear
 from qfx.packing import Packed, pack_weight
 from tests.backends.triton.cases import BF16_STEP, DEVICE
 from tests.backends.triton.linears import linear_w8a8, rounded

@@ -19,14 +19,14 @@ from qfx.backends.triton.device import A100, H200
 from qfx.backends.triton.launch import recorded
 from qfx.backends.triton.quantized_attention import candidates, prepare, quantized_attention, reason_against
 from qfx.format import Format
-from qfx.measure import sqnr_db
+from qfx.measuring.measure import sqnr_db
 from qfx.numerics import fake_quantize
 from qfx.pipeline import apply_plan
 from qfx.pipeline import prepare as prepare_graph
 from qfx.recipe import Recipe
 from tests.backends.triton.cases import DEVICE
 from tests.graphs import capture
-from tests.qfx.test_attending import DYNAMIC, WEIGHTS, Net, X, recipe
+from tests.qfx.live.test_attending import DYNAMIC, WEIGHTS, Net, X, recipe
 from tests.qfx.test_capturable import through_host
 
 NEAR = {torch.float32: 90, torch.float16: 55, torch.bfloat16: 40}  # dB; the interpreter truncates f32 to bf16

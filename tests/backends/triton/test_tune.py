@@ -18,7 +18,7 @@ from qfx.backends.triton import device, gemm8_config, launch, lowering, timing, 
 from qfx.backends.triton.gemm8 import pack_gemm8
 from qfx.backends.triton.quantize_rows import aligned
 from qfx.cli import tune as command
-from qfx.modules import QuantLinear
+from qfx.live.modules import QuantLinear
 from tests import tiny
 from tests.backends.triton.cases import DEVICE
 from tests.backends.triton.linears import linear_w8a8

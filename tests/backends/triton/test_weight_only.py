@@ -22,7 +22,7 @@ from qfx.backends.triton.weight_only import (
 from qfx.backends.triton.weight_only_pack import pack_weight_only
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.format import Format
-from qfx.ops import linear
+from qfx.ops.packed import linear
 from qfx.packing import Packed, pack_weight
 from tests.backends.triton.cases import DEVICE
 

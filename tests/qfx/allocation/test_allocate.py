@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 import qfx
-from qfx import measure
 from qfx.allocation.allocate import problem_of
 from qfx.allocation.problem import Choice
 from qfx.analysis.units import Unit
 from qfx.annotation import each, from_json
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.format import Format
-from qfx.method_options import AllocationOptions
+from qfx.measuring import measure
+from qfx.rounding.method_options import AllocationOptions
 from tests.qfx.analysis.models import causal
 from tests.zoo import ZOO
 

@@ -13,18 +13,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from qfx import decoder, quantize
+from qfx import quantize
 from qfx.allocation.costs import Costs, role_formats
 from qfx.allocation.model_costs import costs_of, formats_of_plan
 from qfx.allocation.sizes import BATCH, CONTEXT, SEQUENCE
 from qfx.annotation import Columns, Outliers
 from qfx.capture import capture_export
+from qfx.decoding import decoder
 from qfx.format import Format
 from qfx.inputs import without_cache
 from qfx.kv.formats import CacheFormat
+from qfx.live.segments import nbytes
 from qfx.pipeline import prepare
 from qfx.quantize import plan
-from qfx.segments import nbytes
 from tests.zoo import HEADS, HIDDEN, LAYERS, VOCAB, WIDE, ZOO
 
 F = Format.parse

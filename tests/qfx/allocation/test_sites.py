@@ -7,8 +7,8 @@ import pytest
 from qfx import Format, Recipe
 from qfx.allocation import sites
 from qfx.analysis.units import Unit, units
-from qfx.method_options import AllocationOptions
 from qfx.passes.annotate import annotate
+from qfx.rounding.method_options import AllocationOptions
 from tests.qfx.analysis.models import captured, causal
 
 OPTIONS = AllocationOptions(avg_bits=4)
