@@ -115,7 +115,8 @@ def test_name_with_a_folder_is_our_bug(tmp_path: Path) -> None:
 
 def limited(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run code in a process whose files cannot grow over 64 KiB."""
-    script = "import resource, sys, torch\nfrom pathlib import Path\nfrom qfx.storage import files\nfolder = Path(sys.argv[1])\n"
+    script = "import resource, sys, torch\nfrom pathlib import Path\nfrom qfx.storage import files\n"
+    script += "folder = Path(sys.argv[1])\n"
     script += "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n" + textwrap.dedent(code)
     return subprocess.run(
         [sys.executable, "-c", script, str(folder)],
