@@ -68,8 +68,8 @@ def capture_decoder(model: nn.Module, *, last_only: bool) -> tuple[Captured, dic
         example[POSITIONS] = torch.arange(_OLD, _OLD + _NEW).expand(_BATCH, -1).contiguous()
     past, names = {}, {}
     for i, layer in enumerate(layers):
-        for what, (heads, width) in zip(("key", "value"), layer, strict=True):
-            past[f"{i}_{what}"] = torch.zeros(_BATCH, heads, _OLD, width)
+        for what, held in zip(("key", "value"), layer, strict=True):
+            past[f"{i}_{what}"] = held.new_zeros(_BATCH, held.shape[1], _OLD, held.shape[3])
             names[f"past_{i}_{what}"] = PAST.format(i, what)
     example["past"] = past
     return capture_export(wrapped, (), example), names
@@ -123,17 +123,17 @@ def cache_sizes(model: nn.Module) -> list[tuple[int, int]]:
 
     Raises UnsupportedError where the model gives no such cache.
     """
-    return [keys for keys, _ in _layers(model)]
+    return [(int(keys.shape[1]), int(keys.shape[3])) for keys, _ in _layers(model)]
 
 
-def _layers(model: nn.Module) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """(heads, size of a head) of keys and of values in each layer's cache."""
+def _layers(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values [1, H, 2, D] of each layer's cache after two tokens, in the dtype that the model gives them."""
     with torch.no_grad():
         found = model(input_ids=torch.tensor([[3, 4]]), use_cache=True)
     layers = getattr(getattr(found, "past_key_values", None), "layers", None)
     held = [getattr(layer, what, None) for layer in layers or () for what in ("keys", "values")]
-    sizes = [(int(x.shape[1]), int(x.shape[3])) for x in held if isinstance(x, Tensor) and x.dim() == 4]
-    if not held or len(sizes) < len(held):
+    plain = [x for x in held if isinstance(x, Tensor) and x.dim() == 4]
+    if not held or len(plain) < len(held):
         raise UnsupportedError(
             explain(
                 f"{type(model).__name__} keeps no plain cache of keys and values",
@@ -142,4 +142,4 @@ def _layers(model: nn.Module) -> list[tuple[tuple[int, int], tuple[int, int]]]:
                 next_step="export it without a cache: give a path that ends in .onnx",
             )
         )
-    return list(zip(sizes[::2], sizes[1::2], strict=True))
+    return list(zip(plain[::2], plain[1::2], strict=True))

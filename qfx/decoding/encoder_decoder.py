@@ -29,12 +29,16 @@ _NEW, _OLD = 3, 5  # sizes of the decoder's example: different ones, none of the
 
 @dataclass(frozen=True)
 class Sizes:
-    """(heads, head size) of each layer's cache of past and of cross-attention keys; the encoder's length and width."""
+    """(heads, head size) of each layer's cache of past and of cross-attention keys; the encoder's length and width.
+
+    dtype: in which the model keeps them.
+    """
 
     past: list[tuple[int, int]]
     cross: list[tuple[int, int]]
     length: int
     width: int
+    dtype: torch.dtype = torch.float32
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -68,7 +72,9 @@ def encoder_inputs(model: nn.Module, args: Any) -> dict[str, Tensor]:
     else:
         ((given, named),) = batches.calls(model, [args])
         found = {**dict(zip(accepted, given, strict=False)), **named}
-    inputs = {n: t for n, t in found.items() if isinstance(t, Tensor) and not n.startswith("decoder_")}
+    floats = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    tensors = {n: t for n, t in found.items() if isinstance(t, Tensor) and not n.startswith("decoder_")}
+    inputs = {n: t.to(floats) if t.is_floating_point() else t for n, t in tensors.items()}
     main = main_input(model)
     if main not in inputs:
         raise ValueError(
@@ -202,7 +208,8 @@ def cache_sizes(model: nn.Module, inputs: Mapping[str, Tensor]) -> Sizes:
             )
         )
     past, cross = ([(int(k.shape[1]), int(k.shape[3])) for k in one if k is not None] for one in keys)
-    return Sizes(past, cross, int(keys[1][0].shape[2]), int(found.encoder_last_hidden_state.shape[-1]))  # type: ignore[union-attr]
+    first: Tensor = keys[1][0]  # type: ignore[assignment]
+    return Sizes(past, cross, int(first.shape[2]), int(found.encoder_last_hidden_state.shape[-1]), first.dtype)
 
 
 def capture_encoder(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Captured, dict[str, str]]:
@@ -243,8 +250,8 @@ def capture_decoder(
     example: dict[str, Any] = {
         IDS: torch.arange(batch * _NEW).reshape(batch, _NEW) % 5 + 3,
         MASK: torch.ones(batch, _OLD + _NEW, dtype=torch.int64),
-        "cross": _zeros(batch, sizes.cross, sizes.length),
-        "past": _zeros(batch, sizes.past, _OLD),
+        "cross": _zeros(batch, sizes.cross, sizes.length, sizes.dtype),
+        "past": _zeros(batch, sizes.past, _OLD, sizes.dtype),
     }
     if "attention_mask" in inputs:
         example[ENCODER_MASK] = inputs["attention_mask"]
@@ -266,9 +273,9 @@ def fuse_cache(captured: Captured, pasts: list[str]) -> bool:
     return is_shared(captured, dict.fromkeys(pasts, ""))
 
 
-def _zeros(batch: int, sizes: list[tuple[int, int]], length: int) -> dict[str, Tensor]:
+def _zeros(batch: int, sizes: list[tuple[int, int]], length: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {
-        f"{i}_{what}": torch.zeros(batch, heads, length, width)
+        f"{i}_{what}": torch.zeros(batch, heads, length, width, dtype=dtype)
         for i, (heads, width) in enumerate(sizes)
         for what in ("key", "value")
     }

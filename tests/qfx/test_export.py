@@ -244,3 +244,22 @@ def test_strict_refuses_what_is_not_as_asked(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError):
         qfx.export_onnx(model, inputs, tmp_path / "m.onnx", recipe="w8a8-static", data=[inputs], strict=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Its file takes and gives f32, in which it computes: numpy knows no bf16. Else it is the model's."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 8)).to(dtype).eval()
+    x = torch.randn(4, 32).to(dtype)
+    with pytest.warns(
+        QfxWarning, match=f"{dtype} values are computed in float32, which inputs and outputs of the file"
+    ):
+        written = qfx.export_onnx(net, x, tmp_path / "m.onnx")
+    assert any("computed in float32" in note.reason for note in written.notes)
+    given = {name: x.float() for name in written.inputs}
+    (y,) = run(written.path, given)
+    with torch.no_grad():
+        wanted = copy.deepcopy(net).float()(x.float())
+    assert y.dtype == torch.float32 and sqnr(wanted, y) > 80
+    assert next(net.parameters()).dtype == dtype

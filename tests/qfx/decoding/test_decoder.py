@@ -15,6 +15,7 @@ from qfx import graph
 from qfx.decoding.decoder import cache_sizes, capture_decoder, fuse_cache, is_shared, quantize_cache, stored_sizes
 from qfx.errors import UnsupportedError
 from qfx.format import Format
+from qfx.measuring.measure import sqnr_db
 from qfx.pipeline import prepare
 from tests.graphs import counts
 from tests.qfx.kv.test_cache import latent
@@ -136,3 +137,22 @@ def test_an_encoder_has_no_cache() -> None:
     model.forward = lambda **_: torch.zeros(1)
     with pytest.raises(UnsupportedError, match="keeps no plain cache"):
         cache_sizes(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    """The cache is captured in the model's dtype; in the file all is f32, as programs that feed it have it."""
+    torch.manual_seed(0)
+    model = llama().to(dtype)
+    ids = torch.randint(3, model.config.vocab_size, (1, 9))
+    with pytest.warns(qfx.QfxWarning, match="computed in float32"):
+        written = qfx.export_onnx(model, None, tmp_path / "out", all_logits=True)
+    assert written.shared_cache
+    opened: Any = qfx.onnx.load(tmp_path / "out")
+    assert opened._dtypes == [torch.float32] * len(opened._dtypes)
+    first = opened(ids[:, :6])
+    second = opened(ids[:, 6:], past_key_values=first.past_key_values)
+    found = torch.cat((first.logits, second.logits), 1)
+    with torch.no_grad():
+        wanted = model.float()(ids).logits
+    assert sqnr_db(wanted, found) > 60

@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import qfx
+import qfx.onnx
 from qfx.capture import Captured
 from qfx.decoding import encoder_decoder as pair
 from qfx.errors import UnsupportedError
+from qfx.measuring.measure import sqnr_db
 from qfx.pipeline import prepare
 from tests.graphs import counts
 from tests.zoo import HEADS, HIDDEN, LAYERS, ZOO
@@ -174,3 +177,21 @@ def test_a_document_that_is_none(tmp_path: Path, text: str) -> None:
     (written(tmp_path) / pair.DOCUMENT).write_text(text)
     with pytest.raises(ValueError, match="holds no encoder-decoder"):
         pair.read_document(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["t5", pytest.param("whisper", marks=pytest.mark.slow)])
+def test_a_model_in_half_precision(tmp_path: Path, name: str) -> None:
+    """Inputs in f32, as processors give them, meet a model in bf16; its files are in f32."""
+    torch.manual_seed(0)
+    model, given = ZOO[name]()
+    model = model.to(torch.bfloat16)
+    read = {n: t for n, t in given.items() if not n.startswith("decoder_")}
+    assert pair.cache_sizes(model, pair.encoder_inputs(model, read)).dtype == torch.bfloat16
+    with pytest.warns(qfx.QfxWarning, match="computed in float32"):
+        qfx.export_onnx(model, read, tmp_path / "out")
+    opened: Any = qfx.onnx.load(tmp_path / "out")
+    ids = torch.tensor([[3, 4, 5]]).expand(next(iter(read.values())).shape[0], -1)
+    found = opened(**read, decoder_input_ids=ids).logits
+    with torch.no_grad():
+        wanted = model.float()(**read, decoder_input_ids=ids).logits
+    assert sqnr_db(wanted, found) > 45
