@@ -79,7 +79,7 @@ def candidates(device: Device, problem: Problem, m: int) -> list[Config]:
 
 def _large(device: Device, problem: Problem) -> list[tuple[int, int]]:
     """(BLOCK_M, BLOCK_N) of many rows. Sums of groups take as many registers again as those across them."""
-    hopper = device.capability >= (9, 0)
+    hopper = device.from_shared
     if problem.group:
         return [(64, 128), (128, 128)] if hopper and not problem.affine and problem.bits > 2 else [(64, 128)]
     return [(64, 128), (128, 128), (256, 128)] if hopper else [(64, 128), (128, 128)]

@@ -135,7 +135,7 @@ def _tiles(device: Device, problem: Problem) -> tuple[tuple[int, int, int], ...]
 
 def _large(device: Device) -> bool:
     """Whether the tensor cores read their operands from shared memory (wgmma), not from registers."""
-    return device.capability >= (9, 0)
+    return device.from_shared
 
 
 def _count(size: int, block: int) -> int:

@@ -196,7 +196,7 @@ def configuration(q: Laid, v: Tensor, kind: Sequence[str], device: Device) -> Co
 
 def _heuristic(rows: int, wide: int, lean: bool, device: Device) -> Config:
     """wide: bytes of a row of keys or values, the greater. lean: integers, no mask, cap or p. No variant spills."""
-    hopper = device.capability >= (9, 0)
+    hopper = device.capability[0] == 9  # later ones multiply integers from registers
     if wide <= 128:
         block, columns, stages = 128, 64, 3
     elif wide <= 256 and (lean or hopper):

@@ -131,7 +131,7 @@ def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.
         tile = {"BM": height, "BN": 64, "num_warps": 8 if wide else 4, "num_stages": 5 if height <= 16 else 4}
         programs = device.processors * (4 if height <= 16 else 3 if height == 32 else 2)
     else:
-        height = 64 if m == 64 or device.capability < (9, 0) else 128  # mma.sync holds both operands in registers
+        height = 64 if m == 64 or not device.from_shared else 128  # mma.sync holds both operands in registers
         tile = {"BM": height, "BN": 128, "num_warps": 8, "num_stages": 3}
         programs = device.processors
     tiles = -(-n // tile["BN"]) * -(-m // tile["BM"])
