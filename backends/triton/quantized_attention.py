@@ -152,7 +152,7 @@ def _start(
     fast = scale > 0 and not softcap > 0 and q.bias is None and (mask is None or mask.dtype == torch.bool)
     weights = _of_weights(p_format)
     traits = {"causal": causal, "mask": mask is not None, "capped": not fast, "p": weights["ROUNDED"]}
-    config = configuration(q, v, [name for name, has in traits.items() if has], device)
+    config = configuration(q, v, [name for name, has in traits.items() if has], device, mask)
     spread, bounds = (None, None) if mask is None else _masks(mask, out.shape[:3], k.codes.shape[2], config)
     launch(attention, (triton.cdiv(rows, config["BLOCK_M"]) * batch * count,), q.codes, k.codes, v, q.step, k.step,
            v_steps.scale, q.bias, spread, bounds, dense(sinks), heads, out, rows, k.codes.shape[2], count, out.shape[1],
@@ -185,13 +185,38 @@ def _of_weights(fmt: Format | None) -> dict[str, Any]:
     return {"ROUNDED": found["SCALED"], **{key: found[key] for key in kept}}
 
 
-def configuration(q: Laid, v: Tensor, kind: Sequence[str], device: Device) -> Config:
+def configuration(q: Laid, v: Tensor, kind: Sequence[str], device: Device, mask: Tensor | None = None) -> Config:
     """The measured configuration for a problem, else the heuristic one. kind: what makes another variant of it."""
     rows, width, dtype = q.codes.shape[2], q.codes.shape[3], q.codes.dtype
     problem = " ".join([f"d={width} dv={v.shape[-1]} {str(dtype)[6:]} {str(v.dtype)[6:]}", *kind])
     lean = dtype == torch.int8 and not set(kind) - {"causal"}
     given = (rows, max(width * dtype.itemsize, v.shape[-1] * v.dtype.itemsize), lean, device)
-    return tuning.tuned(device, KERNEL, problem, rows, lambda: candidates(*given)) or _heuristic(*given)
+    found = tuning.tuned(device, KERNEL, problem, rows, lambda: candidates(*given)) or _heuristic(*given)
+    row = width * dtype.itemsize
+    queries = row if device.from_shared or dtype == torch.float32 else 0  # else they are held in registers
+    both, each = row + v.shape[-1] * v.dtype.itemsize, 0 if mask is None else mask.dtype.itemsize
+    return fitted(found, queries, both, each, device)
+
+
+def fitted(config: Config, q: int, both: int, mask: int, device: Device) -> Config:
+    """A configuration with as many stages, then rows, as there is shared memory for.
+
+    q: bytes there of a row of queries. both: of one of keys with one of values. mask: of one of its elements, of which
+    tiles are on their way, too.
+    """
+    found = dict(config)
+
+    def held() -> int:
+        tiles = found["BLOCK_N"] * (both * found["num_stages"] + found["BLOCK_M"] * mask * (found["num_stages"] - 1))
+        return tiles + found["BLOCK_M"] * q
+
+    while held() > device.shared and (found["num_stages"] > 2 or found["BLOCK_M"] > 16):
+        if found["num_stages"] > 2:
+            found["num_stages"] -= 1
+        else:
+            found["BLOCK_M"] //= 2
+            found["num_warps"] = max(4, found["num_warps"] // 2)
+    return found
 
 
 def _heuristic(rows: int, wide: int, lean: bool, device: Device) -> Config:

@@ -81,8 +81,8 @@ def _stream(device: int) -> torch.cuda.Stream:
 def seconds(calls: Sequence[Call], on: Stopwatch | None = None, *, budget: float = 0.2) -> float:
     """Seconds that one of `calls` takes, the median of replays of a graph in which they take turns.
 
-    calls: the same work on copies of its weights (see `copies`). on: left out, CUDA graphs on the current device. budget: about how many
-    seconds of replays there are, within 5 to 100 of them.
+    calls: the same work on copies of its weights (see `copies`). on: left out, CUDA graphs on the current device.
+    budget: about how many seconds of replays there are, within 5 to 100 of them.
     """
     assert calls, "nothing to measure"
     watch = CudaGraphs() if on is None else on
