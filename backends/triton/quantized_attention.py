@@ -46,6 +46,7 @@ WIDEST = 256
 _LOG2E = math.log2(math.e)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ALIGNED = 16
+_BESIDE = 1024  # bytes of shared memory for what else there is
 KERNEL = "quantized_attention"
 
 
@@ -194,21 +195,22 @@ def configuration(q: Laid, v: Tensor, kind: Sequence[str], device: Device, mask:
     found = tuning.tuned(device, KERNEL, problem, rows, lambda: candidates(*given)) or _heuristic(*given)
     row = width * dtype.itemsize
     queries = row if device.from_shared or dtype == torch.float32 else 0  # else they are held in registers
-    both, each = row + v.shape[-1] * v.dtype.itemsize, 0 if mask is None else mask.dtype.itemsize
-    return fitted(found, queries, both, each, device)
+    sizes = (queries, row, v.shape[-1] * v.dtype.itemsize, 0 if mask is None else mask.dtype.itemsize)
+    return fitted(found, sizes, device)
 
 
-def fitted(config: Config, q: int, both: int, mask: int, device: Device) -> Config:
+def fitted(config: Config, sizes: tuple[int, int, int, int], device: Device) -> Config:
     """A configuration with as many stages, then rows, as there is shared memory for.
 
-    q: bytes there of a row of queries. both: of one of keys with one of values. mask: of one of its elements, of which
-    tiles are on their way, too.
+    sizes: bytes of a row of queries (0: not held there), of keys and of values, and of an element of the mask.
     """
-    found = dict(config)
+    found, (q, k, v, mask) = dict(config), sizes
 
     def held() -> int:
-        tiles = found["BLOCK_N"] * (both * found["num_stages"] + found["BLOCK_M"] * mask * (found["num_stages"] - 1))
-        return tiles + found["BLOCK_M"] * q
+        stages, rows = found["num_stages"], found["BLOCK_M"]
+        # Triton has a tile of keys more on its way than of values, or as many of both
+        tiles = max((k + v) * stages, k * (stages + 1) + v * (stages - 1)) + rows * mask * (stages - 1)
+        return found["BLOCK_N"] * tiles + rows * q + _BESIDE
 
     while held() > device.shared and (found["num_stages"] > 2 or found["BLOCK_M"] > 16):
         if found["num_stages"] > 2:

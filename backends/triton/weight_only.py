@@ -136,9 +136,21 @@ def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.
         height = 64 if m == 64 or not device.from_shared else 128  # mma.sync holds both operands in registers
         tile = {"BM": height, "BN": 128, "num_warps": 8, "num_stages": 3}
         programs = device.processors
+    while (tile["num_stages"] - 1) * _each(tile, fmt, dtype) > device.shared and tile["num_stages"] > 2:
+        tile["num_stages"] -= 1
     tiles = -(-n // tile["BN"]) * -(-m // tile["BM"])
     splits = max(1, min(programs // tiles, units // 4, 16))
     return {"PATH": DOT, **tile, "SPLITS": splits, "FIRST": 0}
+
+
+def _each(tile: Config, fmt: Format, dtype: torch.dtype) -> int:
+    """Bytes of shared memory for what is on its way for one step over K: of x, of codes, of what a table gives in f32.
+
+    (In other types the table lies in registers.)
+    """
+    unit = UNIT_THREE if fmt.bits == 3 else _UNIT
+    looked_up = 4 * unit if fmt.type in TABLES and dtype == torch.float32 else 0
+    return tile["BM"] * unit * dtype.itemsize + tile["BN"] * (unit * stored_bits(fmt) // 8 + looked_up)
 
 
 def candidates(m: int, k: int) -> list[Config]:
