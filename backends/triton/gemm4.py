@@ -10,6 +10,8 @@ channel has one scale, then equal to `qfx.ops.packed.linear`; over a group other
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,7 @@ def columns_of(w_format: str) -> int:
     return min(group & -group, SUB) if group else SUB
 
 
+@functools.lru_cache(maxsize=4096)
 def reason_against(x_format: str, w_format: str, device: Device, k: int = 1) -> str | None:
     """Why a linear of these formats over k has no kernel here, or None. Every device of `device.LEAST` takes all."""
     if not x_format:

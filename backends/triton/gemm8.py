@@ -12,6 +12,8 @@ for the tensor, in blocks or groups (`f8e4m3/b128x128` with `f8e4m3/g128/dyn`, a
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,7 @@ from qfx.packing import unpack_codes, unpack_zeros
 _LEAST_GROUP = 32
 
 
+@functools.lru_cache(maxsize=4096)
 def reason_against(x_format: str, w_format: str, device: Device, k: int = 1) -> str | None:
     """Why a linear of these formats over k has no kernel here, or None. Every device of `device.LEAST` takes all."""
     if not x_format:

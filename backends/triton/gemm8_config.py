@@ -7,6 +7,7 @@ to cuBLAS, and only what follows it to a kernel: one of the candidates for many 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from qfx.backends.triton.device import Device
@@ -50,6 +51,7 @@ def configuration(device: Device, problem: Problem, m: int) -> Config:
     return found or heuristic(device, problem, m)
 
 
+@functools.lru_cache(maxsize=4096)
 def heuristic(device: Device, problem: Problem, m: int) -> Config:
     """Without measurements."""
     if device.interpreted:
@@ -135,7 +137,7 @@ def _tiles(device: Device, problem: Problem) -> tuple[tuple[int, int, int], ...]
 
 def _large(device: Device) -> bool:
     """Whether the tensor cores read their operands from shared memory (wgmma), not from registers."""
-    return device.capability >= (9, 0)
+    return device.from_shared
 
 
 def _count(size: int, block: int) -> int:

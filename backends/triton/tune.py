@@ -287,8 +287,9 @@ def tune(
         count = timing.copies(work.read, timing.cache_bytes(work.where)) if choices else 1
         others = (lowering.lower(gm, mode="eager") for _ in range(count - 1))  # each packs the weights for itself
         calls = [_call(one, x) for one in (lowered, *others)]
+        measure = measure or partial(timing.seconds, on=timing.CudaGraphs(work.where), budget=_BUDGET)
         for choice, configs in choices.items():
-            yield _best(work, choice, configs, calls, expected, measure or partial(timing.seconds, budget=_BUDGET))
+            yield _best(work, choice, configs, calls, expected, measure)
 
 
 def _best(

@@ -10,6 +10,7 @@ w and w_format come from `qfx.backends.triton.weight_only_pack`.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,7 @@ def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dty
     return found or heuristic(device, fmt, m, n, k, dtype)
 
 
+@functools.lru_cache(maxsize=4096)
 def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """A configuration by rule: bytes in flight for few rows, several programs a processor below 64, large tiles above.
 
@@ -131,12 +133,24 @@ def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.
         tile = {"BM": height, "BN": 64, "num_warps": 8 if wide else 4, "num_stages": 5 if height <= 16 else 4}
         programs = device.processors * (4 if height <= 16 else 3 if height == 32 else 2)
     else:
-        height = 64 if m == 64 or device.capability < (9, 0) else 128  # mma.sync holds both operands in registers
+        height = 64 if m == 64 or not device.from_shared else 128  # mma.sync holds both operands in registers
         tile = {"BM": height, "BN": 128, "num_warps": 8, "num_stages": 3}
         programs = device.processors
+    while (tile["num_stages"] - 1) * _each(tile, fmt, dtype) > device.shared and tile["num_stages"] > 2:
+        tile["num_stages"] -= 1
     tiles = -(-n // tile["BN"]) * -(-m // tile["BM"])
     splits = max(1, min(programs // tiles, units // 4, 16))
     return {"PATH": DOT, **tile, "SPLITS": splits, "FIRST": 0}
+
+
+def _each(tile: Config, fmt: Format, dtype: torch.dtype) -> int:
+    """Bytes of shared memory for what is on its way for one step over K: of x, of codes, of what a table gives in f32.
+
+    (In other types the table lies in registers.)
+    """
+    unit = UNIT_THREE if fmt.bits == 3 else _UNIT
+    looked_up = 4 * unit if fmt.type in TABLES and dtype == torch.float32 else 0
+    return tile["BM"] * unit * dtype.itemsize + tile["BN"] * (unit * stored_bits(fmt) // 8 + looked_up)
 
 
 def candidates(m: int, k: int) -> list[Config]:

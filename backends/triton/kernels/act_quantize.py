@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from qfx.backends.triton.kernels.rounding import greater
 from qfx.backends.triton.kernels.row_codes import (
     encode_given,
     encode_rows,
@@ -113,8 +114,8 @@ def act_quantize_long(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_
             encode_given(y, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, start + at, m, k, width,
                          QMIN, QMAX, SHIFT, SIGNED, FP8, BY_HAND)  # fmt: skip
         else:
-            least, greatest = row_extremes(smoothed(y, smooth_ptr, start + at, live, BY_HAND), SIGNED)
-            low, high = tl.minimum(low, least), tl.maximum(high, greatest)
+            least, most = row_extremes(smoothed(y, smooth_ptr, start + at, live, BY_HAND), SIGNED)
+            low, high = tl.minimum(low, least), greater(high, most)
     if x_scale_ptr is None:
         scale, zero = row_scale(low, high, QMAX, CLIP, SIGNED)
         scale, zero = scale[:, None], zero[:, None]
