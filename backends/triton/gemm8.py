@@ -179,7 +179,7 @@ def _described(
     tiles = -(-y.shape[0] // height) * -(-y.shape[1] // (width * config["HALVES"]))
     programs = min(tiles, device.processors * config["PERSISTENT"]) if config["PERSISTENT"] else tiles
     given = {key: value for key, value in config.items() if key not in ("DESCRIPTORS", "PROMOTE")}
-    promote = None if constants["BY_HAND"] else config["PROMOTE"] or None
+    promote = None if constants["BY_HAND"] or not config["PROMOTE"] else min(config["PROMOTE"], depth)
     launch(gemm8_described, (programs,), descriptors.described(rows, height, depth),
            descriptors.described(w, width, depth), y, *ends, *y.shape, w.shape[1], *widths, **constants,
            PROMOTE=promote, config=given)  # fmt: skip

@@ -4,12 +4,13 @@ Few rows: w is the left operand and streams through once, k is split until every
 the tile that leaves the fewest processors idle in the last round. A configuration {"LIBRARY": 1} leaves the product
 to cuBLAS, and only what follows it to a kernel: one of the candidates for many rows, never the heuristic's.
 
-{"DESCRIPTORS": 1, ...} reads operands by tensor descriptors (see `kernels.gemm8_described`): candidates, too. Nothing
-of it was measured on a GPU. What compilation for capability 9.0 shows (Triton 3.6 and 3.9, 8192x8192, 128 x 256 of y):
-177 registers a thread instead of 242 for int8, and no instructions for addresses and copies in the loop. What it does
-not change: Triton waits for every product of int8 before it asks for the next (its pass for wgmma leaves products in
-flight only where sums are f32), and for every 128 of k of e4m3, whose sums go to f32 then. Only e4m3 that is not
-promoted (PROMOTE 0, 14 bits or so in the sums, which is not offered) keeps one product in flight.
+{"DESCRIPTORS": 1, ...} reads operands by tensor descriptors (see `kernels.gemm8_described`): candidates from 1024 rows
+on, never the heuristic's, since no GPU has measured it. Compiled code for capability 9.0 (Triton 3.9, tiles of 128 x
+256) shows for int8: a step of k asks for its 48 KB by 2 instructions of one thread instead of 12 of each of 256, all of
+them between the end of a product and the begin of the next, and a thread needs 177 registers instead of 242. What it
+does not change: a product of int8 ends before the next begins, since Triton (3.6 to 3.9) lets products of a loop
+overlap only where sums are f32 ("wgmma.wait_group 0"), and so does one of 128 of k of e4m3, whose sums go to f32 then.
+e4m3 without that ("PROMOTE": 0, only measured by examples/benchmarks/gpu_kernels.py) keeps one product in flight.
 """
 
 from __future__ import annotations

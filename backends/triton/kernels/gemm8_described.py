@@ -1,7 +1,7 @@
 """The products of `gemm8` whose operands come by tensor descriptors: the copies of tiles run beside the tensor cores.
 
 One thread asks for a tile, the memory unit lays it into shared memory as wgmma reads it and fills zeros beyond the
-edges, so that nothing is computed for addresses and no register waits. For compute capability 9.0; of many rows.
+edges. For compute capability 9.0; of many rows.
 """
 
 import triton
