@@ -61,7 +61,7 @@ def configuration(device: Device, problem: Problem, m: int) -> Config:
 
 
 def heuristic(device: Device, problem: Problem, m: int) -> Config:
-    """Without measurements."""
+    """Without measurements: by pointers, also from 1024 rows on with capability 9.0, until descriptors are measured."""
     if device.interpreted:
         return _config(device, problem, (64 if m > 16 else 16, 64, 1), swap=m <= 16, split=2 if problem.k > 256 else 1)
     if m <= _FEW:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qfx.backends.triton import descriptors, gemm8_config, launch, tuning
+from qfx.backends.triton import descriptors, gemm8_config, launch, tune, tuning
 from qfx.backends.triton import gemm8 as module
 from qfx.backends.triton.device import A100, H100, H200, INTERPRETER, Device
 from qfx.backends.triton.gemm8_config import Problem
@@ -22,6 +23,7 @@ from qfx.backends.triton.quantize_rows import quantize_dynamic
 from tests.backends.triton.aot_gemm8 import e4m3, int8
 from tests.backends.triton.cases import DEVICE
 from tests.backends.triton.test_gemm8 import TOLERANCE, W_FLOAT, W_INT, X_FLOAT, X_INT, Layer, error
+from tests.backends.triton.test_tune import timer
 
 FORMATS = [("i8/tok", "i8/ch"), ("u8/tok", "u8/ch"), ("f8e4m3/tok", "f8e4m3/ch"), ("f8e4m3/g32/dyn", "f8e4m3/b32x64")]
 EXACT = TOLERANCE[torch.float32] if DEVICE == "cpu" else 2e-3  # of e4m3; integers are equal
@@ -211,3 +213,11 @@ def test_only_devices_that_have_descriptors_take_them(floating: bool) -> None:
     assert found.kernel.fn.__name__ == "gemm8_described" and found.grid == (132,)
     x, w = found.arguments["x"], found.arguments["w"]
     assert (x.shape, x.block_shape) == ([4096, 4096], [128, 128]) and w.shape == [8192, 4096]
+
+
+def test_tuning_checks_and_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm8_config, "candidates", lambda *_: [form(), form(halves=2)])
+    work = replace(tune.random_work(24, 40, "i8/tok", "i8/ch", torch.device(DEVICE)), only=("gemm8",))
+    (found,) = tune.tune(work, 20, timer(10.0, 3.0, 2.0))
+    assert found.best == form(halves=2) and not found.dropped
+    assert tune.table_of([found]) == {("gemm8", "n=24 k=48 i8", "32"): form(halves=2)}
