@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Launch
@@ -81,6 +82,8 @@ def compile_source(source: ASTSource, launched: Launch, device: Device) -> Compi
 def _type_of(value: Any) -> str:
     if isinstance(value, Tensor):
         return _TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype].removeprefix('*')}{list(value.block_shape)}>"
     if isinstance(value, float):
         return "fp32"
     assert isinstance(value, int), value

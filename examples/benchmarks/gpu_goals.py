@@ -37,6 +37,12 @@ def _least(rows: Iterable[Row], number: Callable[[Row], float | None]) -> float 
     return min(found, default=None)
 
 
+def _least_best(groups: Iterable[Iterable[Row]], number: Callable[[Row], float | None]) -> float | None:
+    """The least number of the best rows of groups."""
+    best = [max((x for x in map(number, rows) if x is not None), default=None) for rows in groups]
+    return min((x for x in best if x is not None), default=None)
+
+
 def ratio(row: Row, peer: str) -> float | None:
     """How many times faster than a peer; 0 of a kernel that failed or gave a wrong result."""
     if "failed" in row:
@@ -93,6 +99,17 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
         found += [
             Goal(f"{name} product, 4096 rows and more: share of twice cuBLAS bf16's rate", 0.6, _least(many, share)),
             Goal(f"{name} product, 4096 rows and more: times cuBLAS bf16", 1.6, _least(many, to_cublas)),
+        ]
+        forms = [_linear(rows, x, (m,), "form") for m in (4096, 8192)]
+        found += [
+            Goal(
+                f"{name} product, the best form with descriptors: share of twice cuBLAS bf16's rate",
+                0.6,
+                _least_best(forms, share),
+            ),
+            Goal(
+                f"{name} product, the best form with descriptors: times cuBLAS bf16", 1.6, _least_best(forms, to_cublas)
+            ),
         ]
     caches = [row for row in rows if row["family"] == "decode" and row["facts"][0] in ("i8", "fp8")]
     found += [

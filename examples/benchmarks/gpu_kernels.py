@@ -119,13 +119,18 @@ def show(console: Console, rows: Sequence[dict[str, Any]], title: str) -> None:
     console.print(table)
 
 
+def _here(cases: Sequence[Case], only: Sequence[str], here: device.Device) -> list[Case]:
+    """Of the families asked for, those that the device has."""
+    return [case for case in cases if case.family in only and case.least <= here.capability]
+
+
 def run(console: Console, where: torch.device, only: Sequence[str], found: dict[str, Any], *, check: bool) -> None:
     """Check all, then, unless `check`, time. The rows of both, the limits and the goals go to `found` one by one."""
     gc.collect()
     gc.freeze()  # a CUDA graph begins with a collection
-    interpreted = device.find(where).interpreted
-    first = [case for case in gpu_cases.checks(interpreted) if case.family in only]
-    found.update(device=device.find(where).name, torch=torch.__version__, checks=[], rows=[])
+    here = device.find(where)
+    first = _here(gpu_cases.checks(here.interpreted), only, here)
+    found.update(device=here.name, torch=torch.__version__, checks=[], rows=[])
     with torch.no_grad():
         for case in first:
             found["checks"].append(checked(case, where))
@@ -135,7 +140,7 @@ def run(console: Console, where: torch.device, only: Sequence[str], found: dict[
             return
         found["limits"] = limits(where)
         known: dict[Any, float] = {}
-        for case in [case for case in gpu_cases.timed() if case.family in only]:
+        for case in _here(gpu_cases.timed(), only, here):
             row = checked(case, where)
             found["rows"].append(row)
             if "failed" not in row:

@@ -20,9 +20,11 @@ from examples.benchmarks.gpu_peers import CUBLAS, INT_MM, SCALED_MM, SDPA, Calls
 from qfx.backends.triton import act_quantize as _act  # noqa: F401  (each registers its ops)
 from qfx.backends.triton import cache_append as _append  # noqa: F401
 from qfx.backends.triton import cache_attention as _cache  # noqa: F401
-from qfx.backends.triton import gemm8, hadamard, lowering, timing, tune
+from qfx.backends.triton import gemm8, hadamard, lowering, timing, tune, tuning
 from qfx.backends.triton import norm_quantize as _norm  # noqa: F401
 from qfx.backends.triton import quantized_attention as _attention  # noqa: F401
+from qfx.backends.triton.gemm8_config import KERNEL, Problem
+from qfx.backends.triton.launch import Config
 from qfx.capture import capture_export
 from qfx.format import Format
 from qfx.kv.formats import CacheFormat, cache_formats
@@ -100,8 +102,10 @@ def mixed(
     return Made(kernel, calls, lambda: [module(x.float())], moved, 2 * rows * n * k, peers)
 
 
-def product(n: int, k: int, rows: int, x_format: str, w_format: str, where: torch.device) -> Made:
-    """Codes times codes alone, of rows that are quantized already."""
+def product(
+    n: int, k: int, rows: int, x_format: str, w_format: str, where: torch.device, config: Config | None = None
+) -> Made:
+    """Codes times codes alone, of rows that are quantized already; config: with descriptors, as if tuned."""
     work = tune.random_work(n, k, x_format, w_format, where, torch.bfloat16)
     layer = work.module
     assert isinstance(layer, QuantLinear)
@@ -111,9 +115,19 @@ def product(n: int, k: int, rows: int, x_format: str, w_format: str, where: torc
     weights = [gemm8.pack_gemm8(*packed) for _ in range(copies(work.read, where))]
     rest = (None, None, x_format, w_format, "", "bf16")
     calls: Calls = [partial(own.gemm8, codes, scale, zero, w, *rest) for w in weights]
+    if config is not None:
+        problem = Problem(n, weights[0][0].shape[1], codes.dtype != torch.int8)
+        choice = (KERNEL, str(problem), str(tuning.bucket(rows)))
+        calls = [partial(_tried, choice, config, call) for call in calls]
     peers = _peers_of_linear(n, k, rows, x_format, where)
     moved = work.read + codes.nbytes + rows * n * 2
-    return Made("gemm8", calls, lambda: [layer(x.float())], moved, 2 * rows * n * k, peers)
+    kernel = "gemm8" if config is None else "gemm8_described"
+    return Made(kernel, calls, lambda: [layer(x.float())], moved, 2 * rows * n * k, peers)
+
+
+def _tried(choice: tuning.Choice, config: Config, call: timing.Call) -> object:
+    with tuning.trying(choice, config):
+        return call()
 
 
 def _peers_of_linear(n: int, k: int, rows: int, x_format: str, where: torch.device) -> dict[str, Callable[[], Calls]]:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from examples.benchmarks import gpu_cases, gpu_kernels, gpu_peers, gpu_work
 from examples.benchmarks.gpu_goals import goals
-from qfx.backends.triton import device, timing
+from qfx.backends.triton import device, launch, timing
 from qfx.kv.formats import cache_formats
 from qfx.kv.packed_ops import allocate, spec_of
 from tests.backends.triton.cases import DEVICE
@@ -75,7 +75,7 @@ def test_a_whole_run_has_limits_rows_and_goals(monkeypatch: pytest.MonkeyPatch) 
     assert found["limits"] == {"bandwidth": 128.0, "bf16": 2.0 * 16**3, "8 bit": 4.0 * 16**3}
     assert len(found["rows"]) == len(some) > 1 and all(row["seconds"] == 1.0 for row in found["rows"])
     assert all(row["peers"][gpu_peers.CUBLAS] == 1.0 for row in found["rows"])
-    assert len(found["goals"]) == 15 and "goal: " in console.export_text()
+    assert len(found["goals"]) == 19 and "goal: " in console.export_text()
     json.dumps(found)
 
 
@@ -142,6 +142,11 @@ def test_goals_are_the_least_of_their_rows() -> None:
         row("weight-only", ["linear", "", "u4/g128", 8192, 8192], 16, 0.5, **{cublas: 2.7}),
         row("w8a8", int8, 4096, 0.7, **{cublas: 1.6}),
         row("w8a8", int8, 8192, 0.6, **{cublas: 1.7}),
+        *(
+            row("w8a8", ["form", *int8[1:]], m, share, **{cublas: times})
+            for m, share, times in ((4096, 0.5, 1.5), (4096, 0.65, 1.8), (8192, 0.61, 1.4), (8192, 0.1, 1.7))
+        ),
+        row("fp8", ["form not promoted", "f8e4m3/tok", "f8e4m3/ch", 8192, 8192], 4096, 0.9, **{cublas: 2.0}),
         row("prefill", [True], 8192, 0.3, **{"SDPA f16": 1.0}),
         row("decode", ["i8", 8192], 1, 0.7, SDPA=1.0),
         row("decode", ["i4", 8192], 1, 0.1, SDPA=0.5),
@@ -152,6 +157,12 @@ def test_goals_are_the_least_of_their_rows() -> None:
     assert found["W4A16 keeps of that, up to 32 rows"] == (pytest.approx(0.9), "reached")
     assert found["INT8 product, 4096 rows and more: share of twice cuBLAS bf16's rate"] == (0.6, "reached")
     assert found["INT8 product, 4096 rows and more: times cuBLAS bf16"] == (1.6, "reached")
+    assert found["INT8 product, the best form with descriptors: share of twice cuBLAS bf16's rate"] == (0.61, "reached")
+    assert found["INT8 product, the best form with descriptors: times cuBLAS bf16"] == (1.7, "reached")
+    assert found["FP8 product, the best form with descriptors: share of twice cuBLAS bf16's rate"] == (
+        None,
+        "not measured",
+    )
     assert found["FP8 product, 4096 rows and more: times cuBLAS bf16"] == (None, "not measured")
     assert found["attention over i8 and fp8 caches: times SDPA bf16"] == (1.0, "reached")
     assert found["attention of prompts with int8 q.k: times SDPA f16"] == (1.0, "missed"), "faster is asked"
@@ -161,7 +172,33 @@ def test_goals_are_the_least_of_their_rows() -> None:
     assert again["INT8 product, 4096 rows and more: times cuBLAS bf16"] == (0.0, "missed")
     several = {goal.what: goal.found for goal in goals([row("decode", ["i8", 1], 1, 0.7, SDPA=3.0, **{"SDPA b": 2.0})])}
     assert several["attention over i8 and fp8 caches: times SDPA bf16"] == 2.0
-    assert len(goals([])) == 15 and {goal.state for goal in goals([])} == {"not measured"}
+    assert len(goals([])) == 19 and {goal.state for goal in goals([])} == {"not measured"}
+
+
+def test_forms_by_descriptors_are_for_devices_that_have_them() -> None:
+    titles = {
+        name: [case.title for case in gpu_kernels._here(gpu_cases.timed(), ("w8a8", "fp8"), one)]
+        for name, one in (("old", device.A100), ("new", device.H200))
+    }
+    extra = set(titles["new"]) - set(titles["old"])
+    assert extra and all(title.startswith("by descriptors") for title in extra)
+    assert any("NOT PROMOTED" in title for title in extra) and set(titles["old"]) < set(titles["new"])
+
+
+def test_a_form_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    real = launch.launch
+
+    def kept(kernel: Any, *given: Any, **more: Any) -> None:
+        started.append(kernel.fn.__name__)
+        real(kernel, *given, **more)
+
+    monkeypatch.setattr("qfx.backends.triton.gemm8.launch", kept)
+    cases = [case for case in gpu_cases.checks(tiny=True) if case.facts[:1] == ("form",)]
+    assert {case.family for case in cases} == {"w8a8", "fp8"}
+    for case in cases[:1]:
+        assert case.make(torch.device(DEVICE)).error() < 5e-3
+    assert started == ["gemm8_described"]
 
 
 def test_every_goal_has_cases() -> None:
