@@ -38,13 +38,21 @@ def pack_experts(w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: st
     w_scale, w_zero, fmt = alone(w_scale, w_zero, Format.parse(w_format))
     made, text = [], ""
     for e in range(w.shape[0]):
-        scale = w_scale[e] if w_scale.dim() else w_scale
-        zero = w_zero[e] if w_zero is not None and w_zero.dim() else w_zero
-        tensors, text = pack_weight_only(w[e], scale, zero, str(fmt), k)
+        tensors, text = pack_weight_only(w[e], *of_expert(w_scale, w_zero, e), str(fmt), k)
         made.append(tensors)
-    last = [made[0][-1]] if named(made[0], Format.parse(text)).table is not None else []
-    stacked = zip(*(tensors[: len(tensors) - len(last)] for tensors in made), strict=True)
-    return [*map(torch.stack, stacked), *last], text
+    if named(made[0], Format.parse(text)).table is None:
+        return stacked(made), text
+    return [*stacked([tensors[:-1] for tensors in made]), made[0][-1]], text
+
+
+def of_expert(scale: Tensor, zero: Tensor | None, e: int) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of an expert's packed weight; one value is that of all."""
+    return scale[e] if scale.dim() else scale, zero[e] if zero is not None and zero.dim() else zero
+
+
+def stacked(made: list[list[Tensor]]) -> list[Tensor]:
+    """The tensors of each expert as tensors of all experts."""
+    return [torch.stack(list(each)) for each in zip(*made, strict=True)]
 
 
 def grouped_weight_only(x: Tensor, w: list[Tensor], offs: Tensor, w_format: str, n: int) -> Tensor:
@@ -125,24 +133,40 @@ def _tiles(x: Tensor, w: Weight, offs: Tensor, out: Tensor, config: Config) -> N
     to = dot_dtype(x.dtype)
     asm, odd = ("", "") if device.interpreted else (decode_asm(w.fmt, to), decode_asm(w.fmt, to, 1))
     unit = UNIT_THREE if w.fmt.bits == 3 else UNIT
-    tiles = t // config["BM"] + experts + 1
+    tiles, by_row = tiles_of(t, experts, config["BM"])
     launch(kernels.grouped_tiles, (tiles * triton.cdiv(n, config["BN"]),), x, w.codes, w.upper, w.scale, w.zero,
            w.whole, w.table, offs, out, t, n, k, experts, tiles, x.stride(0), w.codes.stride(-2), w.upper.stride(-2),
            w.scale.stride(-2), **w.constants, NATIVE=device.has_fp8 and not device.interpreted,
            EXACT=to == torch.float32, ASM=asm, ASM_ODD=odd, TO=LANGUAGE[to], EVEN=k % unit == 0,
-           EXPERTS=triton.next_power_of_2(experts + 1), config=config)  # fmt: skip
+           BY_ROW=by_row, EXPERTS=triton.next_power_of_2(experts + 1), config=config)  # fmt: skip
+
+
+def tiles_of(t: int, experts: int, height: int) -> tuple[int, bool]:
+    """How many tiles of `height` rows of one expert there are at most, for any ends; and whether one begins each row.
+
+    Both ways to count them are those of `kernels/experts.py`.
+    """
+    tiles = t // height + experts + 1
+    return (t, True) if t < tiles else (tiles, False)
+
+
+def checked_ends(offs: Tensor, weight: Tensor) -> None:
+    """Raises ValueError where offs are not as many integers as weight [E, ..] has experts."""
+    if offs.dtype not in (torch.int32, torch.int64) or tuple(offs.shape) != tuple(weight.shape[:1]):
+        found = f"{offs.dtype}, {list(offs.shape)}"
+        raise bad("offs says where the rows of each expert end", f"integers [{weight.shape[0]}]", found)
 
 
 def _check(x: Tensor, w: Weight, offs: Tensor, n: int) -> None:
     """Raises ValueError for an input that the kernels cannot read."""
     if x.dim() != 2 or x.dtype not in DTYPES:
         raise bad("x is no matrix of floats", f"[T, K] in {', '.join(map(str, DTYPES))}", f"{x.dtype}, {list(x.shape)}")
-    if offs.dim() != 1 or offs.dtype not in (torch.int32, torch.int64):
-        raise bad("offs says where the rows of each expert end", "integers [E]", f"{offs.dtype}, {list(offs.shape)}")
     unit, bits = (UNIT_THREE, 2) if w.fmt.bits == 3 else (UNIT, stored_bits(w.fmt))
-    expected = (offs.shape[0], n, padded(x.shape[1], unit) * bits // 8)
-    if tuple(w.codes.shape) != expected:
-        raise bad("the packed weight does not fit", f"codes {list(expected)} for K = {x.shape[1]}", list(w.codes.shape))
+    expected = (n, padded(x.shape[1], unit) * bits // 8)
+    if w.codes.dim() != 3 or tuple(w.codes.shape[1:]) != expected:
+        due = f"codes [E, {expected[0]}, {expected[1]}] for K = {x.shape[1]}"
+        raise bad("the packed weight does not fit", due, list(w.codes.shape))
+    checked_ends(offs, w.codes)
     check_devices(x.device, (w.codes, w.scale, w.whole, offs))
 
 

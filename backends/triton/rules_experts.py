@@ -1,5 +1,10 @@
 """Rules of qfx::grouped_linear_quant.
 
+%y = qfx.grouped_linear_quant(%x, ..., %offs, i8/tok, i4/g128)
+->
+%q = qfx_triton.quantize_dynamic(%x, None, i8/tok)
+%y = qfx_triton.grouped_gemm(%q[0], %q[1], %q[2], [...], %offs, i8/tok, i4/g128, k, f16)
+
 %y = qfx.grouped_linear_quant(%x, ..., %offs, , u4/g128)
 ->
 %y = qfx_triton.grouped_weight_only(%x, [...], %offs, u4/g128, n)
@@ -13,8 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from qfx import graph
-from qfx.backends.triton import experts
-from qfx.backends.triton.rules_linear import DTYPES
+from qfx.backends.triton import experts, experts_gemm
+from qfx.backends.triton.rules_linear import DTYPES, quantized
 from qfx.backends.triton.site import Site, Taken, once
 from qfx.backends.triton.weight_only import reason_against
 from qfx.passes._build import call, take_place
@@ -31,13 +36,28 @@ def grouped_linear_quant(site: Site) -> Taken | str:
         return "its weight has no known width"
     if graph.val(x).dtype not in DTYPES:
         return f"its input is {graph.val(x).dtype}"
+    why = experts_gemm.reason_against(x_format, w_format, site.device, k) if x_format else None
+    if x_format and why is None:
+        return _product(site, given, k)
     if reason := reason_against("", w_format, site.device):
         return reason
-    if not x_format:
-        args = _weight_only(site, given, x, k)
-        op, kernel = qfx_triton.grouped_weight_only.default, f"grouped_weight_only {w_format} (Triton)"
-        return site.put(op, *args, kernel=kernel)
-    return _of_rounded(site, given, k, "experts have no product of 8 bits")
+    if why is not None:
+        return _of_rounded(site, given, k, why)
+    args = _weight_only(site, given, x, k)
+    kernel = f"grouped_weight_only {w_format} (Triton)"
+    return site.put(qfx_triton.grouped_weight_only.default, *args, kernel=kernel)
+
+
+def _product(site: Site, given: dict[str, Any], k: int) -> Taken:
+    """Codes of the input, then their product."""
+    x, x_format = given["x"], given["x_format"]
+    weight, w_format = _packed(site, given, "grouped_gemm", experts_gemm.pack_grouped, k)
+    with site.gm.graph.inserting_before(site.node):
+        codes = quantized(site, x, None, None, None, x_format)
+        rest = (weight, given["offs"], x_format, w_format, k, DTYPES[graph.val(x).dtype])
+        new = call(site.gm, qfx_triton.grouped_gemm.default, *codes, *rest, like=site.node)
+    take_place(site.node, new)
+    return Taken(f"grouped_gemm {x_format} x {given['w_format']} (Triton)")
 
 
 def _of_rounded(site: Site, given: dict[str, Any], k: int, why: str) -> Taken:
@@ -56,14 +76,18 @@ def _of_rounded(site: Site, given: dict[str, Any], k: int, why: str) -> Taken:
 
 def _weight_only(site: Site, given: dict[str, Any], x: fx.Node, k: int) -> tuple[Any, ...]:
     """The arguments of grouped_weight_only."""
+    weight, text = _packed(site, given, "grouped_weight_only", experts.pack_experts, k)
+    return x, weight, given["offs"], text, graph.val(given["w"]).shape[1]
+
+
+def _packed(site: Site, given: dict[str, Any], family: str, pack: Any, k: int) -> tuple[list[Any], str]:
+    """Nodes of a weight in the layout of a kernel, and the format that it has then."""
     texts: dict[str, str] = site.gm.meta.setdefault("qfx_triton_formats", {})
-    key = f"{given['w'].target}"
+    key = f"{family} {given['w'].target} {given['w_format']}"
 
-    def pack() -> list[Tensor]:
-        w, scale, zero = (site.tensor(given[name]) for name in ("w", "w_scale", "w_zero"))
-        assert w is not None and scale is not None
-        tensors, texts[key] = experts.pack_experts(w, scale, zero, given["w_format"], k)
-        return tensors
+    def made() -> list[Tensor]:
+        tensors, texts[key] = pack(*(site.tensor(given[n]) for n in ("w", "w_scale", "w_zero")), given["w_format"], k)
+        found: list[Tensor] = tensors
+        return found
 
-    weight = once(site, f"grouped_weight_only {key} {given['w_format']}", pack)
-    return x, weight, given["offs"], texts[key], graph.val(given["w"]).shape[1]
+    return once(site, key, made), texts[key]

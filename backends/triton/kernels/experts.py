@@ -49,6 +49,17 @@ def of_tile(offs_ptr, tile, t, experts, BM: tl.constexpr, EXPERTS: tl.constexpr)
 
 
 @triton.jit
+def rows_of_tile(offs_ptr, tile, t, experts, BM: tl.constexpr, BY_ROW: tl.constexpr, EXPERTS: tl.constexpr):
+    """(expert, first row, end) of a tile as `of_tile`, or, BY_ROW, of t tiles, where those of most rows have none."""
+    if BY_ROW:
+        e, first, end = of_row(offs_ptr, tile, t, experts, EXPERTS)
+        row = tl.where((tile - first) % BM == 0, tile, end)
+    else:
+        e, row, end = of_tile(offs_ptr, tile, t, experts, BM, EXPERTS)
+    return e, row, end
+
+
+@triton.jit
 def tile_of_grid(tiles, n, BN: tl.constexpr):
     """(tile of rows, first column of a tile of BN): 8 tiles of rows go along the columns together, see `dot_tiles`."""
     by_n = tl.cdiv(n, BN)
@@ -98,11 +109,11 @@ def grouped_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
                   KIND: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
                   NATIVE: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr, ASM_ODD: tl.constexpr,
                   TO: tl.constexpr, EVEN: tl.constexpr, FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                  EXPERTS: tl.constexpr):  # fmt: skip
-    """x [t, k] to out [t, n], grid (tiles * cdiv(n, BN),), tiles = t // BM + experts + 1: as `dot_tiles`."""
+                  BY_ROW: tl.constexpr, EXPERTS: tl.constexpr):  # fmt: skip
+    """x [t, k] to out [t, n], grid (tiles * cdiv(n, BN),), multiplied as in `dot_tiles`."""
     UNIT: tl.constexpr = 256 if BITS == 3 else 128
     tile, column = tile_of_grid(tiles, n, BN)
-    e, row, end = of_tile(offs_ptr, tile, t, experts, BM, EXPERTS)
+    e, row, end = rows_of_tile(offs_ptr, tile, t, experts, BM, BY_ROW, EXPERTS)
     if row < end:
         units = tl.where(e < experts, tl.cdiv(k, UNIT), 0)
         held = tl.minimum(e, experts - 1).to(tl.int64)

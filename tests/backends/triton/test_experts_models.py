@@ -33,15 +33,24 @@ def compiled(name: str, backend: str, recipe: str) -> tuple[Tensor, list[Any]]:
     options: dict[str, Any] = {"backend": backend, "recipe": recipe, "cache": False, "strict": backend == "triton"}
     run = torch.compile(model, backend="qfx", options=options)
     logits: Tensor = run(**given).logits
+    rows = [row for row in qfx.report(run) if "experts" in row.node]
     torch._dynamo.reset()
-    return logits, [row for row in qfx.report(run) if "experts" in row.fqn]
+    return logits, rows
 
 
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    [("mixtral", "w4a16"), ("gpt_oss", "w4a16"), pytest.param("qwen3_moe", "nf4", marks=pytest.mark.slow)],
+    [
+        ("mixtral", "w4a16"),
+        ("gpt_oss", "w4a16"),
+        ("qwen3_moe", "w8a8"),
+        pytest.param("qwen3_moe", "nf4", marks=pytest.mark.slow),
+        pytest.param("mixtral", "w4a8", marks=pytest.mark.slow),
+        pytest.param("mixtral", "fp8", marks=pytest.mark.slow),
+    ],
 )
 def test_logits_are_those_of_the_reference(name: str, recipe: str) -> None:
     found, rows = compiled(name, "triton", recipe)
-    assert {row.kernel.partition(" ")[0] for row in rows} == {"grouped_weight_only"} and len(rows) == 4
+    kernel = "grouped_weight_only" if recipe in ("w4a16", "nf4") else "grouped_gemm"
+    assert {row.kernel.partition(" ")[0] for row in rows} == {kernel} and len(rows) == 4
     assert error(compiled(name, "reference", recipe)[0], found) < 1e-5

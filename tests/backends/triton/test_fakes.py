@@ -18,6 +18,7 @@ import qfx.backends.triton
 from qfx.backends.triton import embedding as tables
 from qfx.backends.triton import gemm4, gemm8
 from qfx.backends.triton.experts import pack_experts
+from qfx.backends.triton.experts_gemm import pack_grouped
 from qfx.backends.triton.hadamard import pack_hadamard
 from qfx.backends.triton.mixed_rows import pack_mixed
 from qfx.backends.triton.weight_only_pack import pack_weight_only
@@ -126,6 +127,8 @@ CALLS: tuple[Call, ...] = (
       for m, d in ((1, torch.float16), (9, torch.float16), (65, torch.float32))),
     *(("grouped_weight_only", lambda t=t, d=d: (merged(t, K, dtype=d), *_experts("u4/g16"), 8))
       for t, d in ((2, torch.float16), (9, torch.float32))),
+    *(("grouped_gemm", lambda x=x, w=w: (*OPS.quantize_dynamic(merged(5, K), None, x), *_grouped(w), x, w, K, "bf16"))
+      for x, w in (("u8/tok", "u4/g32"), ("f8e4m3/tok", "f8e4m3/ch"))),
     *(("rounded_input", lambda t=t: (floats(2, 3, K, dtype=torch.float32), None, None, None, t))
       for t in ("f32", "f16", "f8e5m2/tok", "nf4/tok")),
     ("embedding", lambda: (torch.arange(6, device=DEVICE).view(2, 3).t(), *stored(9, "nf4/g16/dq"), "nf4/g16/dq", K,
@@ -150,6 +153,12 @@ def _experts(text: str) -> tuple[list[Tensor], Tensor, str]:
     packed = pack_weight(floats(3, 8, K, dtype=torch.float32), Format.parse(text))
     tensors, now = pack_experts(packed.data, packed.scale, packed.zero, text, K)
     return tensors, torch.tensor([1, 1, 2], dtype=torch.int32, device=DEVICE), now
+
+
+def _grouped(text: str) -> tuple[list[Tensor], Tensor]:
+    packed = pack_weight(floats(3, 8, K, dtype=torch.float32), Format.parse(text))
+    tensors, _ = pack_grouped(packed.data, packed.scale, packed.zero, text, K)
+    return tensors, torch.tensor([1, 1, 2], dtype=torch.int32, device=DEVICE)
 
 
 def test_every_op_is_among_the_calls() -> None:
@@ -218,7 +227,7 @@ def test_no_op_with_values_from_the_device_is_recorded_in_a_graph_of_cuda() -> N
     for name in ("linear", "embedding", "moe", "grouped_linear_quant", "quantized_attention", "cache_append"):
         assert set(UNSAFE) <= set(getattr(torch.ops.qfx, name).default.tags), name
     assert set(UNSAFE) <= set(OPS.rounded_input.default.tags)
-    for name in ("gemm8", "grouped_weight_only"):
+    for name in ("gemm8", "grouped_weight_only", "grouped_gemm"):
         assert not set(UNSAFE) & set(getattr(OPS, name).default.tags), name
 
 
