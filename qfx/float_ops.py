@@ -347,7 +347,7 @@ def _register() -> Library | None:
         "grouped_outer": (grouped_outer, _grouped_outer_fake),
     }
     for name, (kernel, fake) in kernels.items():
-        library.define(name + _SCHEMAS[name], tags=UNSAFE if name in ("grouped_linear_quant", "moe") else ())
+        library.define(name + _SCHEMAS[name], tags=UNSAFE if name.startswith("grouped") or name == "moe" else ())
         library.impl(name, kernel, "CompositeExplicitAutograd")
         register_fake(f"qfx::{name}", fake, lib=library)
     for name in ("rope", "attention", "quick_gelu"):

@@ -1,4 +1,4 @@
-"""Rules of qfx::grouped_linear_quant.
+"""Rules of qfx::grouped_linear_quant and qfx::grouped_linear.
 
 %y = qfx.grouped_linear_quant(%x, ..., %offs, i8/tok, i4/g128)
 ->
@@ -8,6 +8,10 @@
 %y = qfx.grouped_linear_quant(%x, ..., %offs, , u4/g128)
 ->
 %y = qfx_triton.grouped_weight_only(%x, [...], %offs, u4/g128, n)
+
+%y = qfx.grouped_linear(%x, %w, %offs)
+->
+%y = qfx_triton.grouped_floats(%x, %w, %offs)
 """
 
 from __future__ import annotations
@@ -18,12 +22,13 @@ import torch
 from torch import Tensor, fx
 
 from qfx import graph
-from qfx.backends.triton import experts, experts_gemm
+from qfx.backends.triton import experts, experts_float, experts_gemm
 from qfx.backends.triton.rules_linear import DTYPES, quantized
 from qfx.backends.triton.site import Site, Taken, once
 from qfx.backends.triton.weight_only import reason_against
 from qfx.passes._build import call, take_place
 
+assert experts_float.grouped_floats is not None  # registers its op
 qfx_triton = torch.ops.qfx_triton
 
 
@@ -46,6 +51,14 @@ def grouped_linear_quant(site: Site) -> Taken | str:
     args = _weight_only(site, given, x, k)
     kernel = f"grouped_weight_only {w_format} (Triton)"
     return site.put(qfx_triton.grouped_weight_only.default, *args, kernel=kernel)
+
+
+def grouped_linear(site: Site) -> Taken | str:
+    """qfx::grouped_linear, experts in float, by a kernel that does not wait for the host."""
+    x, w, offs = (site.given[name] for name in ("x", "w", "offs"))
+    if graph.val(x).dtype not in DTYPES or graph.val(w).dtype != graph.val(x).dtype:
+        return f"its input is {graph.val(x).dtype}, its weight {graph.val(w).dtype}"
+    return site.put(qfx_triton.grouped_floats.default, x, w, offs, kernel="grouped_floats (Triton)")
 
 
 def _product(site: Site, given: dict[str, Any], k: int) -> Taken:

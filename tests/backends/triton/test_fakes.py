@@ -129,6 +129,8 @@ CALLS: tuple[Call, ...] = (
       for t, d in ((2, torch.float16), (9, torch.float32))),
     *(("grouped_gemm", lambda x=x, w=w: (*OPS.quantize_dynamic(merged(5, K), None, x), *_grouped(w), x, w, K, "bf16"))
       for x, w in (("u8/tok", "u4/g32"), ("f8e4m3/tok", "f8e4m3/ch"))),
+    ("grouped_floats", lambda: (merged(5, K), merged(3, 8, K), torch.tensor([1, 1, 2], device=DEVICE))),
+    ("grouped_floats", lambda: (merged(50, K), merged(2, K, 8).mT, torch.tensor([1, 49], device=DEVICE))),
     *(("rounded_input", lambda t=t: (floats(2, 3, K, dtype=torch.float32), None, None, None, t))
       for t in ("f32", "f16", "f8e5m2/tok", "nf4/tok")),
     ("embedding", lambda: (torch.arange(6, device=DEVICE).view(2, 3).t(), *stored(9, "nf4/g16/dq"), "nf4/g16/dq", K,
@@ -224,10 +226,11 @@ def test_a_bias_of_any_strides(name: str) -> None:
 
 
 def test_no_op_with_values_from_the_device_is_recorded_in_a_graph_of_cuda() -> None:
-    for name in ("linear", "embedding", "moe", "grouped_linear_quant", "quantized_attention", "cache_append"):
+    grouped = ("moe", "grouped_linear", "grouped_linear_quant")
+    for name in ("linear", "embedding", *grouped, "quantized_attention", "cache_append"):
         assert set(UNSAFE) <= set(getattr(torch.ops.qfx, name).default.tags), name
     assert set(UNSAFE) <= set(OPS.rounded_input.default.tags)
-    for name in ("gemm8", "grouped_weight_only", "grouped_gemm"):
+    for name in ("gemm8", "grouped_weight_only", "grouped_gemm", "grouped_floats"):
         assert not set(UNSAFE) & set(getattr(OPS, name).default.tags), name
 
 
