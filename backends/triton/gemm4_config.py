@@ -79,6 +79,15 @@ def candidates(device: Device, problem: Problem, m: int) -> list[Config]:
     return [config for i, config in enumerate(fitting) if config not in fitting[:i]][:20]
 
 
+def unsplit(device: Device, problem: Problem, m: int) -> Config:
+    """A tile for about m rows of each of several weights: there are enough tiles without parts of k."""
+    if m <= FEW:
+        return _config(device, problem, _rows_of(m), 64)
+    if problem.n % 16:  # scales are read and y is written element by element, which takes registers
+        return _config(device, problem, 32, 64, stages=4)
+    return _config(device, problem, *max(shape for shape in _large(device, problem) if shape[0] <= max(m, 64)))
+
+
 def _large(device: Device, problem: Problem) -> list[tuple[int, int]]:
     """(BLOCK_M, BLOCK_N) of many rows. Sums of groups take as many registers again as those across them."""
     hopper = device.from_shared

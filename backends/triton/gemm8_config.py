@@ -119,6 +119,15 @@ def described(device: Device, problem: Problem, m: int, *, promoted: bool = True
     return [config for config in forms if _shared(problem, config) <= device.shared]
 
 
+def unsplit(device: Device, problem: Problem, m: int) -> Config:
+    """A tile for about m rows of each of several weights: there are enough tiles without parts of k."""
+    if m <= _FEW:
+        rows = _rows_of(m)
+        columns, block_k = (64, 256) if rows == 16 else (64, 128) if rows == 32 else (128, 128)
+        return _config(device, problem, (rows, columns, 1), block_k, swap=True)
+    return _config(device, problem, (128 if m > 96 else 64, 128, 1), persistent=False)
+
+
 def _streaming(device: Device, problem: Problem, m: int) -> Config:
     """Few rows: the tiles and the split with the least bytes, counting those that wait for the last processors."""
     rows = _rows_of(m)

@@ -37,7 +37,7 @@ from examples.benchmarks.gpu_cases import Case
 from examples.benchmarks.gpu_work import Made
 from qfx.backends.triton import device
 from qfx.backends.triton.descriptors import LEAST
-from qfx.files import write_text
+from qfx.storage.files import write_text
 
 BLOCK_M, BLOCK_N, BLOCK_K, WARPS, GROUP = 128, 256, 128, 8, 8
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from qfx.format import Format
-from qfx.numerics import run_time_qparams
+from qfx.numerics import effective_scale, run_time_qparams
 from qfx.ops import packed as ops
 from qfx.ops.tags import UNSAFE
 
@@ -158,6 +158,7 @@ def grouped_linear_quant(
 
     w_scale and w_zero [E, ..], or [] for one scale. x_format "" is weight-only; its scales are found at run time.
     """
+    w_scale, w_zero, wf = alone(w_scale, w_zero, Format.parse(w_format))
     x_scale = x_zero = None
     if x_format and Format.parse(x_format).granularity == "":
         x_scale, x_zero, x_format = _whole_range(x, Format.parse(x_format))
@@ -172,7 +173,7 @@ def grouped_linear_quant(
             x_zero,
             None,
             x_format,
-            w_format,
+            str(wf),
         )
         for e, start, end in _spans(offs)
         if end > start
@@ -212,6 +213,16 @@ def _whole_range(x: Tensor, fmt: Format) -> tuple[Tensor | None, Tensor | None, 
         return None, None, str(fmt)  # qfx::linear says what is missing
     params = run_time_qparams(x.float(), fmt)
     return params.scale, params.zero, str(Format.parse(str(fmt).removesuffix("/dyn")))
+
+
+def alone(scale: Tensor, zero: Tensor | None, fmt: Format) -> tuple[Tensor, Tensor | None, Format]:
+    """Scale, zero and format of packed weights [E, N, ..] from which one expert's can be taken.
+
+    Nested scales, whose blocks go across experts, are written out.
+    """
+    if not fmt.nested:
+        return scale, zero, fmt
+    return effective_scale(scale, zero, fmt), None, Format(fmt.type, fmt.granularity)
 
 
 def _of_expert(per_expert: Tensor, e: int) -> Tensor:
@@ -336,7 +347,7 @@ def _register() -> Library | None:
         "grouped_outer": (grouped_outer, _grouped_outer_fake),
     }
     for name, (kernel, fake) in kernels.items():
-        library.define(name + _SCHEMAS[name], tags=UNSAFE if name in ("grouped_linear_quant", "moe") else ())
+        library.define(name + _SCHEMAS[name], tags=UNSAFE if name.startswith("grouped") or name == "moe" else ())
         library.impl(name, kernel, "CompositeExplicitAutograd")
         register_fake(f"qfx::{name}", fake, lib=library)
     for name in ("rope", "attention", "quick_gelu"):
