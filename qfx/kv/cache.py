@@ -115,7 +115,7 @@ def _reads_codes(keys: Tensor) -> bool:
 def _kinds(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
     """The kind of each layer that keeps keys and values, and what it is made with.
 
-    Older releases of transformers give one dictionary for all layers, and leave out layers that read the keys of others.
+    Older releases of transformers give one dictionary for all, and leave out layers that read the keys of others.
     """
     kinds, options = get_layer_types_and_kwargs(config)
     return kinds, [options] * len(kinds) if isinstance(options, dict) else options

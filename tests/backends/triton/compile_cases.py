@@ -94,7 +94,7 @@ class _Driver:
 
 
 def front_end(families: list[str]) -> dict[str, Any]:
-    """Each launch bound as on a GPU, up to the compiler: types, constants, alignment and options are those of `ahead`."""
+    """Each launch as on a GPU, up to the compiler: are types, constants, alignment and options those of `ahead`?"""
     from triton.compiler.compiler import make_backend
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
