@@ -7,6 +7,7 @@ to cuBLAS, and only what follows it to a kernel: one of the candidates for many 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from qfx.backends.triton.device import Device
@@ -50,6 +51,7 @@ def configuration(device: Device, problem: Problem, m: int) -> Config:
     return found or heuristic(device, problem, m)
 
 
+@functools.lru_cache(4096)  # a call of the op asks for it
 def heuristic(device: Device, problem: Problem, m: int) -> Config:
     """Without measurements."""
     if device.interpreted:

@@ -6,6 +6,7 @@ f32 [.., 1], zero uint8 [.., 1] or [0]), or `quantize_static` (codes alone); the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -130,6 +131,7 @@ def settings(
     return min(tiles, resident * device.processors) if resident else tiles, found
 
 
+@functools.lru_cache(4096)  # a call of the op asks for it
 def heuristic(device: Device, m: int, k: int, width: int, held: int = 0) -> Config:
     """What is taken for M rows of K elements where nothing was measured. width: bytes of an element of all inputs.
 

@@ -10,6 +10,7 @@ w and w_format come from `qfx.backends.triton.weight_only_pack`.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,7 @@ def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dty
     return found or heuristic(device, fmt, m, n, k, dtype)
 
 
+@functools.lru_cache(4096)  # a call of the op asks for it
 def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """A configuration by rule: bytes in flight for few rows, several programs a processor below 64, large tiles above.
 
