@@ -7,7 +7,8 @@ other than the installed one from a folder of its own (pip install --no-deps --t
 
     PYTHONPATH=FOLDER TRITON_DEFAULT_FP_FUSION=1 python -m tests.backends.triton.compile_cases FAMILY
 
-3.7.1 and 3.9.0 spill nothing; 3.6.0 spills 8 bytes a thread in four variants, 3.8.0 in one.
+3.7.1 and 3.9.0 spill nothing; 3.6.0 spills 8 bytes a thread in four variants, 3.8.0 in one. What is compiled is what a
+launch on that device would compile: the tests ask Triton's own front end (compile_cases --front-end).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from qfx.backends.triton.launch import Launch
 _TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8",
     torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.float8_e4m3fn: "*fp8e4nv",
-    torch.float8_e5m2: "*fp8e5", torch.bool: "*i1",
+    torch.float8_e5m2: "*fp8e5", torch.bool: "*u1",
 }  # fmt: skip
 _USAGE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+) LOCAL:(?P<local>\d+)")
 _OUTSIDE_INT32 = 2**31
@@ -65,7 +66,8 @@ def source_of(launched: Launch) -> ASTSource:
             constants[parameter.name] = value
         else:
             signature[parameter.name] = _type_of(value)
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            place = value.data_ptr() if isinstance(value, Tensor) else value  # that of a meta tensor begins at 0
+            if isinstance(place, int) and place % 16 == 0:
                 aligned[i,] = [["tt.divisibility", 16]]
     return ASTSource(launched.kernel, signature, constants, aligned)
 

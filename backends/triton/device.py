@@ -63,7 +63,13 @@ def interpreting() -> bool:
 
 def of(x: Tensor) -> Device:
     """The device of a tensor. Raises UnsupportedError where kernels cannot run on it."""
-    return find(x.device)
+    return _of_gpu(x.device.index) if x.is_cuda else find(x.device)
+
+
+@functools.cache
+def _of_gpu(index: int) -> Device:
+    """Asked once a process, since every launch asks."""
+    return find(torch.device("cuda", index))
 
 
 def find(device: torch.device) -> Device:

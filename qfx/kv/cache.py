@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DummyLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from qfx.errors import UnsupportedError, explain
 from qfx.kv.attend import Scratch
@@ -59,7 +59,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
             what = f"a cache of fixed length (max_length={max_length}) cannot be offloaded: its memory never moves"
             raise ValueError(explain(what, next_step="leave one of max_length and offloading out"))
         decoder = config.get_text_config(decoder=True)
-        kinds, options = get_layer_types_and_kwargs(decoder)
+        kinds, options = _kinds(decoder)
         wanted = cache_formats(formats, len(kinds))
         layers = []
         for i, (kind, more, fmt) in enumerate(zip(kinds, options, wanted, strict=True)):
@@ -104,12 +104,21 @@ class QuantizedCache(Cache):  # type: ignore[misc]
 
         Not what one call needs: floats of a tile, of at most about two million bytes for the whole cache.
         """
-        return sum(layer.nbytes for layer in self.layers if not isinstance(layer, DummyLayer))
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, QuantizedLayer | StaticLayer))
 
 
 def _reads_codes(keys: Tensor) -> bool:
     """Whether attention has kernels there that read codes faster than a compiler's floats of them."""
     return keys.device.type == "cuda"
+
+
+def _kinds(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
+    """The kind of each layer that keeps keys and values, and what it is made with.
+
+    Older releases of transformers give one dictionary for all, and leave out layers that read the keys of others.
+    """
+    kinds, options = get_layer_types_and_kwargs(config)
+    return kinds, [options] * len(kinds) if isinstance(options, dict) else options
 
 
 def _layer(
@@ -119,8 +128,10 @@ def _layer(
     fmt: CacheFormat,
     sizes: tuple[int, int] | None,
     max_length: int | None,
-) -> QuantizedLayer | StaticLayer | DummyLayer:
+) -> Any:
     if kind == "dummy":
+        from transformers.cache_utils import DummyLayer  # releases that name this kind have it
+
         return DummyLayer()
     if kind not in (*_FULL, *_WINDOWED):
         raise UnsupportedError(

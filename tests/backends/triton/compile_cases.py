@@ -2,13 +2,16 @@
 
     python -m tests.backends.triton.compile_cases quantize_rows      one family, or several
     python -m tests.backends.triton.compile_cases --write            all, into tests/assets/triton_resources.json
+    python -m tests.backends.triton.compile_cases --front-end        none: only what Triton would compile for a launch
 
-A process of its own, since Triton either interprets or compiles. Prints {case: {capability: {kernel: figures}}}.
+A process of its own, since Triton either interprets or compiles. Prints {case: {capability: {kernel: figures}}}, for
+the last {"launches": how many, "differ": [those for which Triton's own front end would compile something else]}.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import sys
@@ -72,11 +75,69 @@ def _built(launch: Launch, device: Device) -> Any:
     return _KNOWN[key]
 
 
+class _Driver:
+    """What Triton asks of a GPU before it compiles; there is none."""
+
+    def __init__(self, device: Device) -> None:
+        self.capability = device.capability[0] * 10 + device.capability[1]
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels of one are not those of another
+
+    def get_current_stream(self, device: int) -> int:  # noqa: ARG002
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def front_end(families: list[str]) -> dict[str, Any]:
+    """Each launch as on a GPU, up to the compiler: are types, constants, alignment and options those of `ahead`?"""
+    from triton.compiler.compiler import make_backend
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from qfx.backends.triton import ahead
+
+    bound: list[tuple[Any, ...]] = []
+
+    def compiled_never(*asked: Any) -> None:
+        _, _, signature, _, constants, options, attrs, _ = asked
+        bound.append((dict(signature), dict(constants), {k: v for k, v in attrs.items() if v}, vars(options)))
+
+    JITFunction._do_compile = compiled_never
+    count, differ = 0, []
+    for family, device in itertools.product(families, (A100, H100)):
+        on = _Driver(device)
+        driver.set_active(on)
+        for case in cases_of(family):
+            with recorded(device) as launches:
+                case.run()
+            for launch in launches:
+                options = {**launch.options, "enable_fp_fusion": True}
+                bound.clear()
+                launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments, **options)
+                source, count = ahead.source_of(launch), count + 1
+                settled = vars(make_backend(on.get_current_target()).parse_options(options))
+                expected = (dict(source.signature), source.constants, source.attrs, settled)
+                differ += [
+                    f"{family}, {case.name}, {launch.kernel.fn.__name__}: {left} is not {right}"
+                    for left, right in zip(bound[0], expected, strict=True)
+                    if left != right
+                ]
+    return {"launches": count, "differ": differ}
+
+
 def main(arguments: list[str]) -> int:
     """The command above."""
     if arguments == ["--write"]:
         table = {"triton": _version(), "families": {family: compiled(family) for family in FAMILIES}}
         GOLDEN.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        return 0
+    if arguments == ["--front-end"]:
+        json.dump(front_end(FAMILIES), sys.stdout)
         return 0
     cases = {family: compiled(family) for family in arguments}
     json.dump({"triton": _version(), "cases": cases}, sys.stdout, indent=1)

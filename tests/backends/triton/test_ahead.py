@@ -25,6 +25,15 @@ def run(*arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
+# Release of Triton: variants in which its assembler spills two registers. Which ones is another matter in each release.
+KNOWN = {
+    "3.6.0": {
+        "cache_attention {'k': 'i4', 'v': 'i2'} torch.float16 32/8 d=128 s=1 sm_90 split_attention: spills 8 bytes",
+        "hadamard random factor sm_80 hadamard: spills 8 bytes",
+        "mixed_rows i8/tok i8/ch,u4/g128 rows=(1024, 3072, 0) m=2048 k=4096 sm_80 mixed_integer: spills 8 bytes",
+        "quantize_rows u8/tok, many rows, smooth sm_80 act_quantize: spills 8 bytes",
+    }
+}
 GROUPS = [FAMILIES[i::4] for i in range(4)]  # a process for each
 
 
@@ -41,11 +50,17 @@ def test_variants_compile_as_they_should(families: list[str]) -> None:
         for row in rows
         for fault in row["faults"]
     ]
-    assert not faults
+    assert not set(faults) - KNOWN.get(found["triton"], set())
     golden = json.loads(GOLDEN.read_text())
     if golden["triton"] == found["triton"]:
         again = f"if that is meant: python -m {PROGRAM} --write"
         assert found["cases"] == {family: golden["families"][family] for family in families}, again
+
+
+def test_what_is_compiled_is_what_a_launch_would_compile() -> None:
+    found = run("--front-end")
+    assert found["launches"] > 400
+    assert not found["differ"]
 
 
 KERNELS = """
