@@ -201,8 +201,8 @@ print(codes)
 
 
 def test_several_processes_at_once(tmp_path: Path) -> None:
-    warned = ["-W", "error", "-W", "ignore:This process:DeprecationWarning"]  # Python's, of fork beside a library's threads
-    command = [sys.executable, *warned, "-c", _WRITERS, str(tmp_path)]
+    forked = "ignore:This process:DeprecationWarning"  # Python 3.12 warns where a library has threads
+    command = [sys.executable, "-W", "error", "-W", forked, "-c", _WRITERS, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and done.stdout.split("\n")[-2] == "[0, 0, 0]", done.stderr
     left = Cache(tmp_path, max_bytes=30_000)
