@@ -133,6 +133,7 @@ def _check_walkable(recipe: Recipe, reason: str, step: str) -> None:
 def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, str, str]:
     """The graph; where it cannot be had, None, the reason and what to do.
 
+    Without calls it is looked at and never run, so that its sizes need not vary, which makes most of tracing's time.
     Raises ValueError where the model itself does not take the first call.
     """
     args, kwargs = roomiest(calls) if calls else ((), example_inputs(model))
@@ -140,7 +141,7 @@ def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, 
         return None, "no example of its inputs is known", str(need_inputs(model).args[0]).partition("next step: ")[2]
     kwargs = kwargs if args else without_cache(model, kwargs)
     try:
-        return capture_export(model, args, kwargs), "", ""
+        return capture_export(model, args, kwargs, dynamic=bool(calls)), "", ""
     except UnsupportedError as error:
         if calls:
             _try(model, args, kwargs)

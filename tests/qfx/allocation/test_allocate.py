@@ -39,8 +39,13 @@ def stored(model: nn.Module, plan: qfx.Plan) -> int:
     return sum(row.bytes_after for row in report if row.quantized and not row.shared)
 
 
-@pytest.mark.parametrize("kind", ["llama", "tied"])
-@pytest.mark.parametrize("units", ["heads", "layers"])
+@pytest.mark.parametrize(
+    ("kind", "units"),
+    [
+        *(("tied", "heads"), ("llama", "layers")),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("llama", "heads"), ("tied", "layers"))),
+    ],
+)
 def test_a_plan_keeps_its_budget_and_tells_it(kind: str, units: Any) -> None:
     model, data = causal(kind)
     made = qfx.plan(model, recipe(), data, units=units, avg_bits=4)

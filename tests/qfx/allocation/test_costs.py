@@ -44,6 +44,12 @@ def _plain(name: str) -> tuple[nn.Module, dict[str, Tensor], Costs]:
     return model, inputs, Costs.of(gm)
 
 
+@functools.cache
+def _of_model(name: str) -> tuple[nn.Module, Costs]:
+    model = ZOO[name]()[0]
+    return model, costs_of(model)
+
+
 @pytest.fixture(scope="module")
 def llama() -> tuple[nn.Module, dict[str, Tensor], Costs]:
     return _plain("llama")
@@ -182,7 +188,7 @@ def test_keys_of_an_encoder_are_kept_once() -> None:
 
 
 def test_traffic_of_one_token() -> None:
-    costs = costs_of(ZOO["llama"]()[0])
+    costs = _of_model("llama")[1]
     one = costs.at(context=100)
     table = next(s for s in costs.stored.values() if "model.embed_tokens" in s.names)
     rows = 0 if "lm_head" in table.names else table.elements * 4 - HIDDEN * 4
@@ -237,8 +243,7 @@ def test_costs_only_grow(batch: int, sequence: int, context: int) -> None:
 
 
 def test_formats_of_a_plan() -> None:
-    model = ZOO["llama"]()[0]
-    costs = costs_of(model)
+    model, costs = _of_model("llama")
     asked = formats_of_plan(plan(model, "w8a8"), costs)
     assert asked["model.layers.0.mlp.up_proj"] == {"x": F("i8/tok"), "w": F("i8/ch")}
     assert costs.weights(asked) < 0.3 * costs.weights()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import qfx
 import qfx.onnx
 from qfx import graph
+from qfx.capture import Captured
 from qfx.decoding.decoder import cache_sizes, capture_decoder, fuse_cache, is_shared, quantize_cache, stored_sizes
 from qfx.errors import UnsupportedError
 from qfx.format import Format
@@ -38,6 +40,13 @@ def whole() -> Any:
     model = llama()
     before = [(name, id(module)) for name, module in model.named_modules()]
     return model, before, *capture_decoder(model, last_only=True)
+
+
+@pytest.fixture
+def decoder(whole: Any) -> tuple[Any, Captured, dict[str, str]]:
+    """(model, the capture, its names), the capture's graph to be changed."""
+    model, _, captured, names = whole
+    return model, dataclasses.replace(captured, gm=graph.copy(captured.gm)), names
 
 
 def test_parameters_keep_the_models_names(whole: Any) -> None:
@@ -70,9 +79,8 @@ def test_logits_of_the_last_token_or_of_all(whole: Any, last_only: bool) -> None
     assert isinstance(length, int) == last_only
 
 
-def test_every_layer_is_fused() -> None:
-    model = llama()
-    captured, names = capture_decoder(model, last_only=True)
+def test_every_layer_is_fused(decoder: Any) -> None:
+    model, captured, names = decoder
     assert not is_shared(captured, names)
     prepare(captured.gm)
     assert fuse_cache(captured, names)
@@ -82,9 +90,8 @@ def test_every_layer_is_fused() -> None:
 
 
 @pytest.mark.parametrize(("kv", "dtype"), [("i8", torch.int8), ("i4", torch.uint8)])
-def test_caches_are_stored_in_the_format_asked_for(kv: str, dtype: torch.dtype) -> None:
-    model = llama()
-    captured, names = capture_decoder(model, last_only=True)
+def test_caches_are_stored_in_the_format_asked_for(decoder: Any, kv: str, dtype: torch.dtype) -> None:
+    model, captured, names = decoder
     prepare(captured.gm)
     fuse_cache(captured, names)
     fmt, sizes = Format.parse(f"{kv}/ch"), cache_sizes(model)
@@ -97,9 +104,8 @@ def test_caches_are_stored_in_the_format_asked_for(kv: str, dtype: torch.dtype) 
     assert is_shared(captured, names)
 
 
-def test_caches_that_are_not_fused_are_told() -> None:
-    model = llama()
-    captured, names = capture_decoder(model, last_only=True)
+def test_caches_that_are_not_fused_are_told(decoder: Any) -> None:
+    model, captured, names = decoder
     fmt = Format.parse("i8/ch")
     scales = [{what: torch.ones(size) for what in ("key", "value")} for size in cache_sizes(model)]
     notes = quantize_cache(captured, names, {"k": fmt, "v": fmt}, scales)
@@ -107,8 +113,8 @@ def test_caches_that_are_not_fused_are_told() -> None:
     assert not any(note.minor for note in notes)
 
 
-def test_heads_of_odd_size_have_no_pairs_of_codes() -> None:
-    captured, names = capture_decoder(llama(), last_only=True)
+def test_heads_of_odd_size_have_no_pairs_of_codes(decoder: Any) -> None:
+    _, captured, names = decoder
     fmt = Format.parse("i4/ch")
     with pytest.raises(ValueError, match=r"heads of even size\n  found: 15\n  next step: kv='i8'"):
         quantize_cache(captured, names, {"k": fmt, "v": fmt}, [{"key": torch.ones(2, 15), "value": torch.ones(2, 15)}])

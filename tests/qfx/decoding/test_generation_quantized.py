@@ -18,6 +18,7 @@ import qfx
 import qfx.onnx
 from qfx.decoding.shared_cache import SharedCache
 from qfx.errors import QfxWarning, UnsupportedError
+from tests import tiny as tiny_model
 from tests.backends.onnx.checks import sqnr
 from tests.zoo import VOCAB, ZOO
 
@@ -188,7 +189,7 @@ def test_every_architecture(tmp_path: Path, name: str, runtime: str) -> None:
 
 
 def test_data_read_once_serves_recipe_and_cache(tmp_path: Path) -> None:
-    model: Any = ZOO["llama"]()[0]
+    model = tiny_model.build("llama")
     batches = ({"input_ids": torch.arange(3, 15).reshape(2, 6) + i, "use_cache": False} for i in range(2))
     written = qfx.export_onnx(model, None, tmp_path / "m", recipe="w8a8-static", kv="i8", data=batches)
     assert sum("k" in roles for roles in written.formats.values()) == model.config.num_hidden_layers

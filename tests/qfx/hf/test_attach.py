@@ -38,24 +38,19 @@ def test_transformers_knows_qfx_in_every_order_of_imports(order: str) -> None:
     assert run(f"{order}\n{ASK}") == KNOWN
 
 
-def test_nothing_is_loaded_and_the_finder_leaves() -> None:
+def test_nothing_is_loaded_other_modules_are_found_as_ever_and_the_finder_leaves() -> None:
     code = (
         "import sys\nbefore = list(sys.meta_path)\nimport torch\nmiddle = list(sys.meta_path)\nimport qfx\n"
         "import qfx.hf.attach\nqfx.hf.attach.register_when_loaded()\nassert 'transformers' not in sys.modules\n"
         "assert [f for f in sys.meta_path if f not in middle] == sys.meta_path[:1]\n"
+        "import importlib.util\n"
+        "assert importlib.util.find_spec('transformers.quantizers_of_others') is None\nimport colorsys\n"
+        "print(type(colorsys.__spec__.loader).__name__, [f for f in sys.meta_path if f not in middle] != [])\n"
         f"import {TABLE}\n"
         "print([type(f).__name__ for f in sys.meta_path if f not in middle and type(f).__module__.startswith('qfx')])\n"
         f"print(sys.modules['{TABLE}'].__spec__.loader.__class__.__name__)\n{ASK}"
     )
-    assert run(code) == f"[]\nSourceFileLoader\n{KNOWN}"
-
-
-def test_other_modules_are_found_as_ever() -> None:
-    code = (
-        "import qfx, importlib.util\nassert importlib.util.find_spec('transformers.quantizers_of_others') is None\n"
-        "import colorsys\nprint(type(colorsys.__spec__.loader).__name__)"
-    )
-    assert run(code) == "SourceFileLoader"
+    assert run(code) == f"SourceFileLoader True\n[]\nSourceFileLoader\n{KNOWN}"
 
 
 def test_registering_twice_is_once() -> None:
