@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -9,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from qfx.kv.summary import CacheSummary, named
+from qfx.reporting.fold import Folded, fold
+from qfx.reporting.rows import Row
 
 if TYPE_CHECKING:
     from qfx.report import Report
@@ -16,16 +19,23 @@ if TYPE_CHECKING:
 # Of the kernels that compute a node the one that does the work: the first of these that is there.
 _MAIN = ("MatMulInteger", "MatMulNBits", "DynamicQuantizeMatMul", "Attention", "MoE", "Conv", "Gemm", "MatMul")
 _WIDEST = {"asked": 18, "runs as": 30, "bytes": 8, "SQNR": 5}  # columns; the node's name takes the rest
+_NAME = 24  # columns that a name has at least; what runs gives way
 
 
-def show(report: Report, console: Console, *, all_rows: bool) -> None:
-    """Print a report. Reasons stand under the table, each once with all its nodes."""
+def show(report: Report, console: Console, *, all_rows: bool, folded: bool = True) -> None:
+    """Print a report. Reasons stand under the table, each once with all its nodes. folded: layers alike are one row."""
     reasons: dict[str, list[str]] = {}
     for row in report.rows:
         if row.reason:
             reasons.setdefault(row.reason, []).append(row.node)
     numbers = {reason: number for number, reason in enumerate(reasons, 1)}
-    console.print(_table(report, numbers, console.width, all_rows=all_rows))
+    rows = [row for row in report.rows if all_rows or not row.quantized]
+    lines = fold(rows, _looks) if folded else [Folded(row.node, (row,)) for row in rows]
+    console.print(_table(report.title, lines, numbers, console.width))
+    if len(lines) < len(rows):
+        console.print(
+            "[dim]a row of several nodes: the bytes of all, the least SQNR; each by itself: fold=False, --each[/]"
+        )
     for reason, nodes in reasons.items():
         console.print(
             f"[yellow]\\[{numbers[reason]}][/] {escape(_shortened(nodes))}: {escape(reason)}", highlight=False
@@ -45,24 +55,31 @@ def show(report: Report, console: Console, *, all_rows: bool) -> None:
             console.print(f"[yellow]note[/] {escape(str(note))}", highlight=False)
 
 
-def _table(report: Report, numbers: dict[str, int], width: int, *, all_rows: bool) -> Table:
-    title = escape(report.title or "qfx report")
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", padding=(0, 1, 0, 0))
-    measured = any(row.sqnr_db is not None for row in report.rows)
+def _looks(row: Row) -> tuple[str, str, str, str]:
+    """What the table shows of a row beside its name and numbers."""
+    return row.op, row.asked, main_kernel(row.kernel), row.reason
+
+
+def _table(title: str, lines: Sequence[Folded], numbers: dict[str, int], width: int) -> Table:
+    table = Table(
+        title=escape(title or "qfx report"), title_justify="left", box=None, header_style="bold", padding=(0, 1, 0, 0)
+    )
+    measured = any(line.sqnr_db is not None for line in lines)
     widths = {name: most for name, most in _WIDEST.items() if measured or name != "SQNR"}
-    table.add_column("node", overflow="fold", width=max(24, width - sum(widths.values()) - len(widths) - 1))
+    left = width - sum(widths.values()) - len(widths) - 1
+    widths["runs as"] -= min(max(_NAME - left, 0), widths["runs as"] // 2)
+    table.add_column("node", overflow="fold", width=max(_NAME, left))
     for name, most in widths.items():
         number = name in ("bytes", "SQNR")
         table.add_column(name, overflow="fold", width=most, justify="right" if number else "left", no_wrap=number)
-    for row in report.rows:
-        if row.quantized and not all_rows:
-            continue
+    for line in lines:
+        row = line.rows[0]
         kernel = escape(main_kernel(row.kernel) or "-")
         if row.reason:
             kernel += f" [yellow]\\[{numbers[row.reason]}][/]"
-        sqnr = [] if not measured else ["" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"]
-        size = _size(row.bytes_after) if row.bytes_after else ""
-        table.add_row(escape(row.node), escape(row.asked or "float"), kernel, size, *sqnr)
+        sqnr = [] if not measured else ["" if line.sqnr_db is None else f"{line.sqnr_db:.1f}"]
+        size = _size(line.nbytes) if line.nbytes else ""
+        table.add_row(escape(line.name), escape(row.asked or "float"), kernel, size, *sqnr)
     return table
 
 

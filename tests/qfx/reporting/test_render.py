@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -21,9 +23,9 @@ FLOAT = Row("model.[odd].name", "linear", "", "torch", "excluded [by hand]: runs
 NOTE = Note("model.other", "runs in torch: no [such] kernel", "write one", "model.py:3, in forward: x[0]")
 
 
-def shown(report: Report, *, all_rows: bool = True, width: int = 100) -> str:
+def shown(report: Report, *, all_rows: bool = True, width: int = 100, fold: bool = True) -> str:
     file = io.StringIO()
-    report.show(Console(file=file, width=width), all_rows=all_rows)
+    report.show(Console(file=file, width=width), all_rows=all_rows, fold=fold)
     return file.getvalue()
 
 
@@ -81,3 +83,38 @@ def test_the_kernel_that_does_the_work(kernels: str, main: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(999, "999 B"), (4352, "4.4 KB"), (5.2e6, "5.2 MB"), (7.04e9, "7.0 GB")])
 def test_sizes(count: int, text: str) -> None:
     assert f" {text} " in shown(Report((Row("a", "linear", bytes_before=int(count), bytes_after=int(count)),)))
+
+
+@pytest.mark.parametrize("width", [80, 76])
+def test_nothing_is_cut_on_a_narrow_terminal(width: int) -> None:
+    text = shown(Report((QUANTIZED, ATTENTION, FLOAT)), width=width)
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert max(map(len, lines)) <= width
+    assert lines[1].split() == ["node", "asked", "runs", "as", "bytes", "SQNR"]
+    row = next(line for line in lines if line.startswith("model.layers.0.self_attn"))
+    assert row.split()[-3:] == ["4.4", "KB", "40.1"]
+
+
+def _layers(sqnr: list[float]) -> tuple[Row, ...]:
+    return tuple(
+        replace(QUANTIZED, node=f"model.layers.{i}.mlp.{name}", sqnr_db=db)
+        for i, db in enumerate(sqnr)
+        for name in ("up", "down")
+    )
+
+
+def test_layers_alike_are_one_row() -> None:
+    report = Report((*_layers([30.0, 20.0, 40.0]), ATTENTION))
+    text = shown(report)
+    (line,) = [line for line in text.splitlines() if "mlp.up" in line]
+    assert line.split()[0] == "model.layers.0-2.mlp.up" and line.split()[-3:] == ["13.1", "KB", "20.0"]
+    assert "a row of several nodes" in text and "6 of 6 linear nodes" in text
+    each = shown(report, fold=False)
+    assert each.count("mlp.up") == 3 and "several nodes" not in each
+    assert len(json.loads(report.to_json())["rows"]) == 7
+
+
+def test_what_differs_in_kernel_or_reason_keeps_a_row() -> None:
+    first, second, third = (replace(QUANTIZED, node=f"a.{i}.q") for i in range(3))
+    text = shown(Report((first, replace(second, reason="too odd"), replace(third, kernel="torch"))))
+    assert all(f"a.{i}.q" in text for i in range(3)) and "several nodes" not in text
