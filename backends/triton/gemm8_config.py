@@ -8,9 +8,9 @@ to cuBLAS, and only what follows it to a kernel: one of the candidates for many 
 on, never the heuristic's, since no GPU has measured it. Compiled code for capability 9.0 (Triton 3.9, tiles of 128 x
 256) shows for int8: a step of k asks for its 48 KB by 2 instructions of one thread instead of 12 of each of 256, all of
 them between the end of a product and the begin of the next, and a thread needs 177 registers instead of 242. What it
-does not change: a product of int8 ends before the next begins, since Triton (3.6 to 3.9) lets products of a loop
-overlap only where sums are f32 ("wgmma.wait_group 0"), and so does one of 128 of k of e4m3, whose sums go to f32 then.
-e4m3 without that ("PROMOTE": 0, only measured by examples/benchmarks/gpu_kernels.py) keeps one product in flight.
+does not change: a product of int8 ends before the next begins ("wgmma.wait_group 0"), since Triton (3.6 to 3.9) lets
+products of a loop overlap only where sums are f32, and so does one of 128 of k of e4m3, whose sums are added to f32
+then. Without that ("PROMOTE": 0, which only examples/benchmarks/gpu_kernels.py measures) e4m3 keeps one in flight.
 """
 
 from __future__ import annotations
@@ -85,11 +85,12 @@ def candidates(device: Device, problem: Problem, m: int) -> list[Config]:
                 for split in (1, 2, 4)
             ]
     else:
-        found += described(device, problem, m)
+        ahead = described(device, problem, m)
+        found += ahead
         for tile in _tiles(device, problem):
             found += [_config(device, problem, tile, stages=stages) for stages in (3, 4)]
             found += [_config(device, problem, tile, stages=stages, persistent=False) for stages in (3, 4)]
-            if m < _MANY:  # a processor's second program has to hide that two stages copy nothing during a product
+            if not ahead:  # two stages copy nothing while the only program of a processor multiplies
                 found += [_config(device, problem, tile, 256, stages=2)]
         found += [_config(device, problem, (128, 128, 1), split=split) for split in (2, 4)]
         if problem.aligned and not problem.group and not problem.by_hand:

@@ -14,9 +14,11 @@ Results at odd shapes are checked first, then it is timed beside the forms of `g
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,30 +86,35 @@ def cases() -> tuple[list[Case], list[Case]]:
     return checks, [*others, *(case(*gpu_cases.LARGE, rows, stages) for rows in (4096, 8192) for stages in (4, 3))]
 
 
-def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
-) -> None:
+def run(console: Console, where: torch.device, checks: Sequence[Case], timed: Sequence[Case]) -> list[dict[str, Any]]:
+    """The rows of both; nothing is timed after a wrong result."""
+    known: dict[Any, float] = {}
+    rows = [gpu_kernels.checked(one, where) for one in checks]
+    if not any("failed" in row for row in rows):
+        limit = gpu_kernels.limits(where)
+        console.print(f"limit: {limit['8 bit'] / 1e12:.0f} Top/s (twice cuBLAS bf16)")
+        for one in timed:
+            rows.append(gpu_kernels.checked(one, where))
+            if "failed" not in rows[-1]:
+                gpu_kernels.measured(rows[-1], one, where, limit, known)
+            rows[-1].pop("made", None)
+            gc.collect()  # graphs hold their weights in cycles
+            torch.cuda.empty_cache()
+    for row in rows:
+        row.pop("made", None)
+    gpu_kernels.show(console, rows, "int8 products")
+    return rows
+
+
+def main(json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers there.")] = None) -> None:
     """Check, time, print."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != LEAST[0]:
         sys.stderr.write("this needs a GPU of compute capability 9.0 (H100, H200)\n")
         raise typer.Exit(2)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    where, console, known = torch.device("cuda"), Console(width=170), dict[Any, float]()
-    checks, timed = cases()
-    rows = [gpu_kernels.checked(one, where) for one in checks]
-    if not any("failed" in row for row in rows):
-        limit = gpu_kernels.limits(where)
-        for one in timed:
-            rows.append(gpu_kernels.checked(one, where))
-            if "failed" not in rows[-1]:
-                gpu_kernels.measured(rows[-1], one, where, limit, known)
-            rows[-1].pop("made", None)
-            torch.cuda.empty_cache()
-        console.print(f"limit: {limit['8 bit'] / 1e12:.0f} Top/s (twice cuBLAS bf16)")
-    for row in rows:
-        row.pop("made", None)
-    gpu_kernels.show(console, rows, torch.cuda.get_device_name())
+    with torch.no_grad():
+        rows = run(Console(width=170), torch.device("cuda"), *cases())
     if json_file is not None:
         write_text(json_file, json.dumps(rows, indent=1, default=str) + "\n")
     if any("failed" in row for row in rows):

@@ -101,7 +101,7 @@ def _forms(n: int, k: int, rows: Sequence[int], *, many: int | None = None) -> l
             found.append(
                 Case(
                     _family(x, w), f"{title}{'' if promoted else ' NOT PROMOTED'} x={x} w={w} {n}x{k}", m,
-                    partial(work.product, n, k, m, x, w, config=config), "8 bit",
+                    partial(work.product, n, k, m, x, w, config=config), "8 bit", 1e-2 if promoted else 2e-2,
                     facts=("form" if promoted else "form not promoted", x, w, n, k), least=DESCRIBED,
                 )
             )  # fmt: skip

@@ -34,16 +34,17 @@ def _e4m3_sums(x, w, row, column, x_scale_at, w_scale_at, v_scale_at, k, BLOCK_M
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     other = acc
     for step in range(tl.cdiv(k, BLOCK_K)):
+        if HALVES == 2:  # first, so that nothing is waited for between the halves
+            more = w.load([column + BLOCK_N, step * BLOCK_K])
         codes, half = x.load([row, step * BLOCK_K]), w.load([column, step * BLOCK_K])
         if BY_HAND:
             codes, half = f16_of_e4m3(codes), f16_of_e4m3(half)
         acc = e4m3_added(acc, codes, half, x_scale_at, w_scale_at, step * BLOCK_K, False, X_GROUP, W_GROUP, W_WHOLE,
                          PROMOTE)  # fmt: skip
         if HALVES == 2:
-            half = w.load([column + BLOCK_N, step * BLOCK_K])
             if BY_HAND:
-                half = f16_of_e4m3(half)
-            other = e4m3_added(other, codes, half, x_scale_at, v_scale_at, step * BLOCK_K, False, X_GROUP, W_GROUP,
+                more = f16_of_e4m3(more)
+            other = e4m3_added(other, codes, more, x_scale_at, v_scale_at, step * BLOCK_K, False, X_GROUP, W_GROUP,
                                W_WHOLE, PROMOTE)  # fmt: skip
     if BY_HAND:
         acc *= E4M3_SQUARED

@@ -7,6 +7,7 @@ and overwrites nothing too early on a GPU, in whatever order it works.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from examples.benchmarks import gluon_int8, gluon_int8_kernel
+from examples.benchmarks import gluon_int8, gluon_int8_kernel, gpu_kernels, gpu_peers
+from qfx.backends.triton import timing
 from tests.backends.triton.cases import DEVICE
 
 SCRIPT = Path(gluon_int8.__file__)
@@ -236,6 +239,25 @@ def test_its_cases_are_the_products_that_the_other_benchmark_times() -> None:
     checks, timed = gluon_int8.cases()
     assert {case.rows for case in timed if case.title.startswith("gluon")} == {4096, 8192}
     assert {case.facts[0] for case in timed} == {"product", "form"} and len(checks) == 8
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_a_run_checks_then_times(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    def product(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, stages: int) -> Tensor:
+        return (factor * (x.double() @ w.double().T) * x_scale[:, None] * w_scale[None, :]).bfloat16()
+
+    monkeypatch.setattr(gluon_int8, "product", product)
+    monkeypatch.setattr(timing, "seconds", lambda calls, **_: float(len(calls)))
+    monkeypatch.setattr(gpu_kernels, "SIDE", 16)
+    monkeypatch.setattr(gpu_kernels, "COPIED", 64)
+    some = [gluon_int8.case(32, 48, rows, 3) for rows in (5, 7)]
+    rows = gluon_int8.run(Console(quiet=True), torch.device("cpu"), some[:1], some[1:])
+    if factor == 1.0:
+        assert [row["rows"] for row in rows] == [5, 7] and rows[1]["peers"] == {gpu_peers.CUBLAS: 1.0}
+        assert "share" in rows[1] and not any("failed" in row for row in rows)
+    else:
+        assert len(rows) == 1 and rows[0]["failed"].startswith("wrong result: relative error 1.0")
+    json.dumps(rows)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
