@@ -182,6 +182,8 @@ def _gemv(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor, config: Confi
     device, (m, k), n = device_of(x), x.shape, out.shape[1]
     exact = x.dtype == torch.float32
     asm = "" if exact or device.interpreted else _gemv_asm(w.fmt)
+    if w.fmt.bits == 3 and (w.codes.data_ptr() | w.upper.data_ptr()) % 16:
+        asm = ""  # it takes four bytes for those of one row, as they are where a thread reads 16
     launch(gemv, (triton.cdiv(n, config["BN"]),), x, w.codes, w.upper, w.scale, w.zero, w.whole, w.table, bias, out,
            n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0), M=m, **w.constants,
            NATIVE=device.has_fp8 and not device.interpreted, EXACT=exact, ASM=asm, config=config)  # fmt: skip
