@@ -81,7 +81,7 @@ def test_a_whole_run_has_limits_rows_and_goals(monkeypatch: pytest.MonkeyPatch) 
 
 def test_rows_are_kept_one_by_one_and_no_case_begins_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
-    monkeypatch.setattr(gpu_kernels.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("examples.benchmarks.gpu_kernels.time.monotonic", lambda: next(clock))
     some = [case for case in gpu_cases.checks(tiny=True) if case.family == "norm"][:4]
     monkeypatch.setattr(gpu_cases, "checks", lambda tiny: some)
     found: dict[str, Any] = {}
