@@ -121,7 +121,7 @@ def candidates(t: int, experts: int) -> list[Config]:
 def _vectors(x: Tensor, w: Weight, offs: Tensor, out: Tensor, config: Config) -> None:
     device, (t, k), n, experts = device_of(x), x.shape, out.shape[1], offs.shape[0]
     exact = x.dtype == torch.float32
-    asm = "" if exact or device.interpreted else gemv_asm(w.fmt)
+    asm = "" if exact or device.interpreted else gemv_asm(w)
     launch(kernels.grouped_vectors, (triton.cdiv(n, config["BN"]), t), x, w.codes, w.upper, w.scale, w.zero, w.whole,
            w.table, offs, out, t, n, k, experts, x.stride(0), w.codes.stride(-2), w.upper.stride(-2),
            w.scale.stride(-2), **w.constants, NATIVE=device.has_fp8 and not device.interpreted, EXACT=exact, ASM=asm,

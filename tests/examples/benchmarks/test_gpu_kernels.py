@@ -79,6 +79,19 @@ def test_a_whole_run_has_limits_rows_and_goals(monkeypatch: pytest.MonkeyPatch) 
     json.dumps(found)
 
 
+def test_rows_are_kept_one_by_one_and_no_case_begins_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr("examples.benchmarks.gpu_kernels.time.monotonic", lambda: next(clock))
+    some = [case for case in gpu_cases.checks(tiny=True) if case.family == "norm"][:4]
+    monkeypatch.setattr(gpu_cases, "checks", lambda tiny: some)
+    found: dict[str, Any] = {}
+    kept: list[int] = []
+    keep = lambda: kept.append(len(found["checks"]))  # noqa: E731
+    gpu_kernels.run(Console(quiet=True), torch.device(DEVICE), ["norm"], found, check=True, keep=keep, until=3)
+    assert kept == [1, 2, 3] and len(found["checks"]) == 3
+    assert found["left"] == [f"norm {some[3].title}, {some[3].rows} rows"]
+
+
 def test_peers_compute_what_they_should() -> None:
     where = torch.device(DEVICE)
     assert gpu_peers.cublas(4, 8, 2, where)[0]().shape == (2, 4)  # type: ignore[attr-defined]
