@@ -189,7 +189,7 @@ def place(check: bool) -> torch.device:
     if check and device.reason_against(cpu) is None:
         return cpu
     reason = device.reason_against(torch.device("cuda")) if torch.cuda.is_available() else "there is no GPU here"
-    hint = "" if check else "; TRITON_INTERPRET=1 with --check runs the kernels' results without one"
+    hint = "; TRITON_INTERPRET=1 with --check runs the kernels' results without one"
     sys.stderr.write(f"this needs an NVIDIA GPU of compute capability 8.0 or later: {reason}{hint}\n")
     raise typer.Exit(2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -227,9 +228,12 @@ def _names() -> tuple[str, ...]:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
-def test_without_a_gpu_it_says_so() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "needs an NVIDIA GPU" in done.stderr, done.stderr
+@pytest.mark.parametrize("more", [[], ["--check"]], ids=str)
+def test_without_a_gpu_it_says_so(more: list[str]) -> None:
+    environment, command = {**os.environ, "TRITON_INTERPRET": "0"}, [sys.executable, str(SCRIPT), *more]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("this needs an NVIDIA GPU") and "TRITON_INTERPRET=1 with --check" in done.stderr
 
 
 @pytest.mark.slow
