@@ -59,6 +59,36 @@ def test_logits_are_those_of_the_reference(name: str, recipe: str) -> None:
     assert error(compiled(name, "reference", recipe)[0], found) < 1e-5
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_generated_tokens_are_those_of_the_reference() -> None:
+    tokens = []
+    for backend in ("triton", "reference"):
+        model: Any = ZOO["mixtral"]()[0].to(DEVICE)
+        options: dict[str, Any] = {"backend": backend, "recipe": "w8a8", "cache": False}
+        model.forward = torch.compile(model.forward, backend="qfx", options=options)
+        ids = torch.randint(60, (1, 7), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        tokens.append(model.generate(ids, max_new_tokens=3, do_sample=False, cache_implementation="static"))
+        torch._dynamo.reset()
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_experts_that_were_quantized_before_are_read_packed() -> None:
+    model, inputs = ZOO["qwen3_moe"]()
+    model = qfx.quantize(model.to(DEVICE), "w4a16")
+    given = {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    found, kernels = {}, {}
+    for backend in ("reference", "triton"):
+        run = torch.compile(model, backend="qfx", options={"backend": backend, "cache": False})
+        found[backend] = run(**given).logits
+        kernels[backend] = {row.kernel for row in qfx.report(run) if "experts" in row.node}
+        torch._dynamo.reset()
+    assert kernels["triton"] == {"grouped_weight_only u4/g128 (Triton)"}
+    assert error(found["reference"], found["triton"]) < 1e-5
+
+
 class Experts(nn.Module):
     """Rows sorted by expert times the experts' matrices, [E, K, N] as some models have them or turned."""
 
@@ -74,7 +104,7 @@ class Experts(nn.Module):
         return y
 
 
-def lowered(dtype: torch.dtype = torch.float32, *, turned: bool = False, **formats: str) -> tuple[Any, float]:
+def lowered(formats: dict[str, str], dtype: torch.dtype = torch.float32, *, turned: bool = False) -> tuple[Any, float]:
     """A layer of experts as it is lowered, and its error against the graph before."""
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     offs = torch.tensor([2, 2, 8], dtype=torch.int32, device=DEVICE)
@@ -97,7 +127,7 @@ def lowered(dtype: torch.dtype = torch.float32, *, turned: bool = False, **forma
     ids=str,
 )
 def test_experts_are_lowered(formats: dict[str, str], kernel: str, turned: bool) -> None:
-    found, wrong = lowered(turned=turned, **formats)
+    found, wrong = lowered(formats, turned=turned)
     assert [k for k in found.kernels.values() if "grouped" in k] == [kernel]
     assert wrong < 1e-5 and not found.notes
 
@@ -112,7 +142,7 @@ def test_experts_are_lowered(formats: dict[str, str], kernel: str, turned: bool)
     ids=str,
 )
 def test_a_pair_without_a_product_of_8_bits_is_told(formats: dict[str, str], why: str) -> None:
-    found, wrong = lowered(**formats)
+    found, wrong = lowered(formats)
     assert f"grouped_weight_only {formats['w']} (Triton) of an input rounded to {formats['x']} (torch)" in set(
         found.kernels.values()
     )
@@ -133,7 +163,7 @@ def test_a_pair_without_a_product_of_8_bits_is_told(formats: dict[str, str], why
 def test_what_has_no_kernel_runs_in_the_reference_and_is_told(
     dtype: torch.dtype, formats: dict[str, str], why: str
 ) -> None:
-    found, wrong = lowered(dtype, **formats)
+    found, wrong = lowered(formats, dtype)
     assert any(kernel.startswith("qfx::grouped_linear") for kernel in found.kernels.values())
     (note,) = found.notes
     assert not note.minor and "torch's reference arithmetic" in note.reason and why in note.reason
