@@ -26,9 +26,11 @@ from qfx.backends.triton import experts, experts_float, experts_gemm
 from qfx.backends.triton.rules_linear import DTYPES, quantized
 from qfx.backends.triton.site import Site, Taken, once
 from qfx.backends.triton.weight_only import reason_against
+from qfx.format import Format
 from qfx.passes._build import call, take_place
 
 assert experts_float.grouped_floats is not None  # registers its op
+aten = torch.ops.aten
 qfx_triton = torch.ops.qfx_triton
 
 
@@ -66,11 +68,27 @@ def _product(site: Site, given: dict[str, Any], k: int) -> Taken:
     x, x_format = given["x"], given["x_format"]
     weight, w_format = _packed(site, given, "grouped_gemm", experts_gemm.pack_grouped, k)
     with site.gm.graph.inserting_before(site.node):
-        codes = quantized(site, x, None, None, None, x_format)
+        codes = _codes(site, x, x_format)
         rest = (weight, given["offs"], x_format, w_format, k, DTYPES[graph.val(x).dtype])
         new = call(site.gm, qfx_triton.grouped_gemm.default, *codes, *rest, like=site.node)
     take_place(site.node, new)
     return Taken(f"grouped_gemm {x_format} x {given['w_format']} (Triton)")
+
+
+def _codes(site: Site, x: fx.Node, x_format: str) -> list[Any]:
+    """Nodes of codes, scale and zero points of x [T, K].
+
+    Rows that are picked from others, `y[places]`, several times each for as many experts: y is rounded, once, and the
+    codes are picked. Its codes may then be those that another reader of y has, or that the norm before it gives.
+    """
+    fmt = Format.parse(x_format)
+    y, places = x.args[:2] if graph.is_call(x, aten.index.Tensor) else (None, ())
+    picked = isinstance(y, fx.Node) and graph.val(y).dim() == 2 and len(places) == 1 and graph.val(places[0]).dim() == 1
+    if not picked or not fmt.is_integer or fmt.granularity != "tok" or graph.val(places[0]).dtype == torch.bool:
+        return list(quantized(site, x, None, None, None, x_format))
+    codes, scale, zero = quantized(site, y, None, None, None, x_format)
+    made = [call(site.gm, aten.index.Tensor, each, [places[0]], like=site.node) for each in (codes, scale)]
+    return [*made, call(site.gm, aten.index.Tensor, zero, [places[0]], like=site.node) if fmt.has_zero else zero]
 
 
 def _of_rounded(site: Site, given: dict[str, Any], k: int, why: str) -> Taken:

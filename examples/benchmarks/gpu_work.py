@@ -118,7 +118,7 @@ def experts(
         moved, kernel, expected = floats.nbytes * busy // count, "grouped_floats", lambda: [_grouped(x, floats, offs)]
         calls = [partial(own.grouped_floats, x, floats.clone(), offs) for _ in range(copies(moved, where))]
     moved += x.nbytes + rows * n * dtype.itemsize
-    peers = {GROUPED_MM: partial(gpu_peers.grouped_mm, sizes, rows, where)}
+    peers: dict[str, Callable[[], Calls]] = {GROUPED_MM: partial(gpu_peers.grouped_mm, sizes, rows, where)}
     return Made(kernel, calls, expected, moved, 2 * rows * n * k, peers)
 
 
