@@ -28,6 +28,7 @@ from qfx.backends.triton.site import Site, Taken, once
 from qfx.backends.triton.weight_only import reason_against
 from qfx.format import Format
 from qfx.passes._build import call, take_place
+from qfx.passes._match import arguments
 
 assert experts_float.grouped_floats is not None  # registers its op
 aten = torch.ops.aten
@@ -82,13 +83,23 @@ def _codes(site: Site, x: fx.Node, x_format: str) -> list[Any]:
     codes are picked. Its codes may then be those that another reader of y has, or that the norm before it gives.
     """
     fmt = Format.parse(x_format)
-    y, places = x.args[:2] if graph.is_call(x, aten.index.Tensor) else (None, ())
-    picked = isinstance(y, fx.Node) and graph.val(y).dim() == 2 and len(places) == 1 and graph.val(places[0]).dim() == 1
-    if not picked or not fmt.is_integer or fmt.granularity != "tok" or graph.val(places[0]).dtype == torch.bool:
+    picked = _picked(x) if fmt.is_integer and fmt.granularity == "tok" else None
+    if picked is None:
         return list(quantized(site, x, None, None, None, x_format))
+    y, places = picked
     codes, scale, zero = quantized(site, y, None, None, None, x_format)
-    made = [call(site.gm, aten.index.Tensor, each, [places[0]], like=site.node) for each in (codes, scale)]
-    return [*made, call(site.gm, aten.index.Tensor, zero, [places[0]], like=site.node) if fmt.has_zero else zero]
+    made = [call(site.gm, aten.index.Tensor, each, [places], like=site.node) for each in (codes, scale)]
+    return [*made, call(site.gm, aten.index.Tensor, zero, [places], like=site.node) if fmt.has_zero else zero]
+
+
+def _picked(x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(y [M, K], places [T]) of `y[places]`."""
+    if not graph.is_call(x, aten.index.Tensor):
+        return None
+    given = arguments(x)
+    y, (places, *more) = given["self"], given["indices"]
+    fits = not more and graph.val(y).dim() == 2 and graph.val(places).dim() == 1
+    return (y, places) if fits and graph.val(places).dtype != torch.bool else None
 
 
 def _of_rounded(site: Site, given: dict[str, Any], k: int, why: str) -> Taken:
