@@ -16,6 +16,7 @@ from qfx.passes.masks import masks
 from qfx.passes.patch_embedding import patch_embedding
 from qfx.passes.rms_norm import rms_norm
 from qfx.passes.rope import rope
+from qfx.passes.sentinels import sentinels
 
 NORMALIZE: tuple[run.Pass, ...] = (
     cleanup,
@@ -23,6 +24,7 @@ NORMALIZE: tuple[run.Pass, ...] = (
     cleanup,
     linear,
     patch_embedding,
+    sentinels,
     experts,
     rms_norm,
     rope,

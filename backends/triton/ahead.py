@@ -7,7 +7,8 @@ other than the installed one from a folder of its own (pip install --no-deps --t
 
     PYTHONPATH=FOLDER TRITON_DEFAULT_FP_FUSION=1 python -m tests.backends.triton.compile_cases FAMILY
 
-3.7.1 and 3.9.0 spill nothing; 3.6.0 spills 8 bytes a thread in four variants, 3.8.0 in one.
+3.7.1 and 3.9.0 spill nothing; 3.6.0 spills 8 bytes a thread in four variants, 3.8.0 in one. What is compiled is what a
+launch on that device would compile: the tests ask Triton's own front end (compile_cases --front-end).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Launch
@@ -32,7 +34,7 @@ from qfx.backends.triton.launch import Launch
 _TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8",
     torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.float8_e4m3fn: "*fp8e4nv",
-    torch.float8_e5m2: "*fp8e5", torch.bool: "*i1",
+    torch.float8_e5m2: "*fp8e5", torch.bool: "*u1",
 }  # fmt: skip
 _USAGE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+) LOCAL:(?P<local>\d+)")
 _OUTSIDE_INT32 = 2**31
@@ -55,16 +57,22 @@ def compile_launch(launched: Launch, device: Device) -> Compiled:
 
 
 def source_of(launched: Launch) -> ASTSource:
-    """The kernel with its types and constants: what, with the options and the device, makes the code."""
+    """The kernel with its types and constants: what, with the options and the device, makes the code.
+
+    Triton makes a variant for an integer that is 1 and for one that 16 divides, where a kernel does not forbid it.
+    """
     signature, constants, aligned = {}, {}, {}
     for i, parameter in enumerate(launched.kernel.params):
         value = launched.arguments.get(parameter.name)
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
         else:
             signature[parameter.name] = _type_of(value)
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            free = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+            place = value.data_ptr() if isinstance(value, Tensor) else value  # that of a meta tensor begins at 0
+            if isinstance(place, int) and place % 16 == 0 and not free:
                 aligned[i,] = [["tt.divisibility", 16]]
     return ASTSource(launched.kernel, signature, constants, aligned)
 
@@ -81,6 +89,8 @@ def compile_source(source: ASTSource, launched: Launch, device: Device) -> Compi
 def _type_of(value: Any) -> str:
     if isinstance(value, Tensor):
         return _TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype].removeprefix('*')}{list(value.block_shape)}>"
     if isinstance(value, float):
         return "fp32"
     assert isinstance(value, int), value

@@ -23,8 +23,8 @@ from qfx.backends.triton.library import define
 from qfx.backends.triton.products import bad, check_devices
 from qfx.backends.triton.weight_only import DTYPES, LANGUAGE, UNIT, Weight, gemv_asm, named
 from qfx.backends.triton.weight_only_pack import pack_weight_only, stored_bits
-from qfx.float_ops import alone
 from qfx.format import Format
+from qfx.ops.floats import alone
 
 VECTORS, TILES = 0, 1  # what a configuration's PATH says
 _MOST_ROWS = 65535  # programs along the second axis of a grid
@@ -98,8 +98,8 @@ def heuristic(device: Device, fmt: Format, t: int, experts: int, n: int, k: int,
         columns = min(config["BN"], 8 if stored_bits(fmt) == 8 else 4)  # more of few bits spill registers
         return {**config, "PATH": VECTORS, "ROWS": rows, "BN": max(columns // rows, 2)}
     rows = max(16, -(-t // experts))
-    rows = min(rows, 63) if stored_bits(fmt) == 8 and device.capability < (9, 0) else rows
-    return {"PATH": TILES, **weight_only.tile_of(device, rows, dtype), "FIRST": 0}
+    rows = min(rows, 63) if stored_bits(fmt) == 8 and not device.from_shared else rows
+    return {"PATH": TILES, **weight_only.tile_of(device, fmt, rows, dtype), "FIRST": 0}
 
 
 def candidates(t: int, experts: int) -> list[Config]:
@@ -124,7 +124,7 @@ def candidates(t: int, experts: int) -> list[Config]:
 def _vectors(x: Tensor, w: Weight, offs: Tensor, out: Tensor, config: Config) -> None:
     device, (t, k), n, experts = device_of(x), x.shape, out.shape[1], offs.shape[0]
     exact = x.dtype == torch.float32
-    asm = "" if exact or device.interpreted else gemv_asm(w.fmt)
+    asm = "" if exact or device.interpreted else gemv_asm(w)
     launch(kernels.grouped_vectors, (triton.cdiv(n, config["BN"]), t), x, w.codes, w.upper, w.scale, w.zero, w.whole,
            w.table, offs, out, t, n, k, experts, x.stride(0), w.codes.stride(-2), w.upper.stride(-2),
            w.scale.stride(-2), **w.constants, NATIVE=device.has_fp8 and not device.interpreted, EXACT=exact, ASM=asm,

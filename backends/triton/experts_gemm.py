@@ -23,8 +23,8 @@ from qfx.backends.triton.launch import Config, device_of, launch
 from qfx.backends.triton.library import define
 from qfx.backends.triton.products import DTYPES, aligned_rows, bad, check_devices, check_scales, constants_of, group_of
 from qfx.backends.triton.row_codes import dense
-from qfx.float_ops import alone
 from qfx.format import Format
+from qfx.ops.floats import alone
 
 _TUNED = "experts_gemm"
 _OF_ONE = ("TILES", "SPLIT", "HALVES", "GROUP", "PERSISTENT")  # constants of a configuration

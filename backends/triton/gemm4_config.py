@@ -5,6 +5,7 @@ The weight streams through once for every BLOCK_M rows; k is split until every p
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from qfx.backends.triton.device import Device
@@ -50,6 +51,7 @@ def configuration(device: Device, problem: Problem, m: int) -> Config:
     return found or heuristic(device, problem, m)
 
 
+@functools.lru_cache(maxsize=4096)
 def heuristic(device: Device, problem: Problem, m: int) -> Config:
     """Without measurements."""
     if device.interpreted:
@@ -102,7 +104,7 @@ def _fitting(device: Device, problem: Problem, found: list[Config]) -> list[Conf
 
 def _large(device: Device, problem: Problem) -> list[tuple[int, int]]:
     """(BLOCK_M, BLOCK_N) of many rows. Sums of groups take as many registers again as those across them."""
-    hopper = device.capability >= (9, 0)
+    hopper = device.from_shared
     if problem.group:
         return [(64, 128), (128, 128)] if hopper and not problem.affine and problem.bits > 2 else [(64, 128)]
     return [(64, 128), (128, 128), (256, 128)] if hopper else [(64, 128), (128, 128)]

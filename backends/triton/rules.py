@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from qfx import float_ops, graph
+from qfx import graph
 from qfx.backends.triton.rules_attention import cache_append, cache_attention, cache_read, quantized_attention
 from qfx.backends.triton.rules_experts import grouped_linear, grouped_linear_quant
 from qfx.backends.triton.rules_linear import embedding, linear
 from qfx.backends.triton.rules_rotation import hadamard
 from qfx.backends.triton.site import Rule, Site, Taken
+from qfx.ops import floats as float_ops
 
 
 def _inlined(function: Callable[..., Any]) -> Rule:

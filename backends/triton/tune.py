@@ -26,7 +26,7 @@ from qfx.errors import explain
 from qfx.format import Format
 from qfx.kv.formats import cache_formats
 from qfx.kv.packed_ops import FEW, allocate, spec_of
-from qfx.modules import PackedSpec, QuantLinear
+from qfx.live.modules import PackedSpec, QuantLinear
 from qfx.packing import Packed, pack_weight
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -330,8 +330,9 @@ def tune(
         count = timing.copies(work.read, timing.cache_bytes(work.where)) if choices else 1
         others = (lowering.lower(gm, mode="eager") for _ in range(count - 1))  # each packs the weights for itself
         calls = [_call(one, x) for one in (lowered, *others)]
+        measure = measure or partial(timing.seconds, on=timing.CudaGraphs(work.where), budget=_BUDGET)
         for choice, configs in choices.items():
-            yield _best(work, choice, configs, calls, expected, measure or partial(timing.seconds, budget=_BUDGET))
+            yield _best(work, choice, configs, calls, expected, measure)
 
 
 def _best(

@@ -10,6 +10,7 @@ w and w_format come from `qfx.backends.triton.weight_only_pack`.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,7 @@ def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dty
     return found or heuristic(device, fmt, m, n, k, dtype)
 
 
+@functools.lru_cache(maxsize=4096)
 def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """A configuration by rule: bytes in flight for few rows, several programs a processor below 64, large tiles above.
 
@@ -121,7 +123,7 @@ def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.
         return {"PATH": GEMV, **vectors_of(device, fmt, n, k)}
     if m >= (64 if dtype == torch.float32 else _FEWEST_DEQUANTIZE):
         return {"PATH": DEQUANTIZE}
-    tile = tile_of(device, m, dtype)
+    tile = tile_of(device, fmt, m, dtype)
     height = tile["BM"]
     programs = device.processors * (1 if m >= 64 else 4 if height <= 16 else 3 if height == 32 else 2)
     tiles = -(-n // tile["BN"]) * -(-m // tile["BM"])
@@ -138,14 +140,28 @@ def vectors_of(device: Device, fmt: Format, n: int, k: int) -> Config:
     return {"BN": rows, "CHUNKS": chunks, "num_warps": chunks // 32, "num_stages": 1}
 
 
-def tile_of(device: Device, m: int, dtype: torch.dtype) -> Config:
+def tile_of(device: Device, fmt: Format, m: int, dtype: torch.dtype) -> Config:
     """The tile of `dot_tiles` for m rows, those of float32 at most 16 high."""
     if m < 64 or dtype == torch.float32:
         height, wide = max(8, triton.next_power_of_2(m)), dtype == torch.float32
         height = min(height, 16) if wide else height
-        return {"BM": height, "BN": 64, "num_warps": 8 if wide else 4, "num_stages": 5 if height <= 16 else 4}
-    height = 64 if m == 64 or device.capability < (9, 0) else 128  # mma.sync holds both operands in registers
-    return {"BM": height, "BN": 128, "num_warps": 8, "num_stages": 3}
+        tile = {"BM": height, "BN": 64, "num_warps": 8 if wide else 4, "num_stages": 5 if height <= 16 else 4}
+    else:
+        height = 64 if m == 64 or not device.from_shared else 128  # mma.sync holds both operands in registers
+        tile = {"BM": height, "BN": 128, "num_warps": 8, "num_stages": 3}
+    while (tile["num_stages"] - 1) * _each(tile, fmt, dtype) > device.shared and tile["num_stages"] > 2:
+        tile["num_stages"] -= 1
+    return tile
+
+
+def _each(tile: Config, fmt: Format, dtype: torch.dtype) -> int:
+    """Bytes of shared memory for what is on its way for one step over K: of x, of codes, of what a table gives in f32.
+
+    (In other types the table lies in registers.)
+    """
+    unit = UNIT_THREE if fmt.bits == 3 else UNIT
+    looked_up = 4 * unit if fmt.type in TABLES and dtype == torch.float32 else 0
+    return tile["BM"] * unit * dtype.itemsize + tile["BN"] * (unit * stored_bits(fmt) // 8 + looked_up)
 
 
 def candidates(m: int, k: int) -> list[Config]:
@@ -176,13 +192,20 @@ def _tile(height: int, width: int, stages: int, splits: int, first: int) -> Conf
 def _gemv(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
     device, (m, k), n = device_of(x), x.shape, out.shape[1]
     exact = x.dtype == torch.float32
-    asm = "" if exact or device.interpreted else gemv_asm(w.fmt)
+    asm = "" if exact or device.interpreted else gemv_asm(w)
     launch(gemv, (triton.cdiv(n, config["BN"]),), x, w.codes, w.upper, w.scale, w.zero, w.whole, w.table, bias, out,
            n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0), M=m, **w.constants,
            NATIVE=device.has_fp8 and not device.interpreted, EXACT=exact, ASM=asm, config=config)  # fmt: skip
 
 
-def gemv_asm(fmt: Format) -> str:
+def gemv_asm(w: Weight) -> str:
+    if w.fmt.bits == 3 and (w.codes.data_ptr() | w.upper.data_ptr()) % 16:
+        return ""  # it takes four bytes for those of one row, as they are where a thread reads 16
+    return _gemv_asm(w.fmt)
+
+
+@functools.cache
+def _gemv_asm(fmt: Format) -> str:
     return biased_asm(stored_bits(fmt)) if fmt.is_integer else decode_asm(fmt, torch.float16)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DummyLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from qfx.errors import UnsupportedError, explain
 from qfx.kv.attend import Scratch
@@ -58,8 +59,10 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         if offloading and max_length is not None:
             what = f"a cache of fixed length (max_length={max_length}) cannot be offloaded: its memory never moves"
             raise ValueError(explain(what, next_step="leave one of max_length and offloading out"))
+        if offloading and not torch.cuda.is_available():
+            raise _nothing_to_offload("no GPU")
         decoder = config.get_text_config(decoder=True)
-        kinds, options = get_layer_types_and_kwargs(decoder)
+        kinds, options = _kinds(decoder)
         wanted = cache_formats(formats, len(kinds))
         layers = []
         for i, (kind, more, fmt) in enumerate(zip(kinds, options, wanted, strict=True)):
@@ -85,14 +88,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
                 )
             )
         if self.offloading and key_states.device.type != "cuda":
-            raise ValueError(
-                explain(
-                    "offloading moves keys and values from a GPU to the CPU's memory",
-                    expected="a model on a CUDA device",
-                    found=f"keys on {key_states.device}",
-                    next_step="leave offloading out",
-                )
-            )
+            raise _nothing_to_offload(f"keys on {key_states.device}")
         layer = self.layers[layer_idx]
         if isinstance(layer, StaticQuantizedLayer) and not layer.is_initialized and _reads_codes(key_states):
             self.layers[layer_idx] = layer.packed
@@ -104,12 +100,26 @@ class QuantizedCache(Cache):  # type: ignore[misc]
 
         Not what one call needs: floats of a tile, of at most about two million bytes for the whole cache.
         """
-        return sum(layer.nbytes for layer in self.layers if not isinstance(layer, DummyLayer))
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, QuantizedLayer | StaticLayer))
+
+
+def _nothing_to_offload(found: str) -> ValueError:
+    what = "offloading moves keys and values from a GPU to the CPU's memory"
+    return ValueError(explain(what, expected="a model on a CUDA device", found=found, next_step="leave offloading out"))
 
 
 def _reads_codes(keys: Tensor) -> bool:
     """Whether attention has kernels there that read codes faster than a compiler's floats of them."""
     return keys.device.type == "cuda"
+
+
+def _kinds(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
+    """The kind of each layer that keeps keys and values, and what it is made with.
+
+    Older releases of transformers give one dictionary for all, and leave out layers that read the keys of others.
+    """
+    kinds, options = get_layer_types_and_kwargs(config)
+    return kinds, [options] * len(kinds) if isinstance(options, dict) else options
 
 
 def _layer(
@@ -119,8 +129,10 @@ def _layer(
     fmt: CacheFormat,
     sizes: tuple[int, int] | None,
     max_length: int | None,
-) -> QuantizedLayer | StaticLayer | DummyLayer:
+) -> Any:
     if kind == "dummy":
+        from transformers.cache_utils import DummyLayer  # releases that name this kind have it
+
         return DummyLayer()
     if kind not in (*_FULL, *_WINDOWED):
         raise UnsupportedError(

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qfx import float_ops
 from qfx.backends.triton import experts
 from qfx.backends.triton.device import A100, H100, Device
 from qfx.backends.triton.experts import TILES, VECTORS, candidates, choose, grouped_weight_only, pack_experts
 from qfx.backends.triton.launch import recorded
 from qfx.errors import UnsupportedError
 from qfx.format import Format
+from qfx.ops import floats as float_ops
 from qfx.packing import Packed, pack_weight
 from tests.backends.triton.cases import DEVICE, meta
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qfx import float_ops
 from qfx.backends.triton.device import H100
 from qfx.backends.triton.experts_float import candidates, grouped_floats
 from qfx.backends.triton.launch import recorded
+from qfx.ops import floats as float_ops
 from tests.backends.triton.cases import DEVICE, meta
 from tests.backends.triton.test_experts import ends
 

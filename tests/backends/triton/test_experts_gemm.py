@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qfx import float_ops
 from qfx.backends.triton.device import A100, H100
 from qfx.backends.triton.experts_gemm import grouped_gemm, pack_grouped, reason_against
 from qfx.backends.triton.launch import recorded
 from qfx.backends.triton.quantize_rows import quantize_dynamic
 from qfx.format import Format
+from qfx.ops import floats as float_ops
 from qfx.packing import Packed, pack_weight
 from tests.backends.triton.cases import DEVICE, meta
 from tests.backends.triton.test_experts import ends, weight

@@ -19,7 +19,7 @@ from qfx.backends.triton.gemm8 import pack_gemm8
 from qfx.backends.triton.quantize_rows import aligned
 from qfx.cli import tune as command
 from qfx.format import Format
-from qfx.modules import QuantLinear
+from qfx.live.modules import QuantLinear
 from qfx.packing import pack_weight
 from tests import tiny
 from tests.backends.triton.cases import DEVICE
@@ -303,3 +303,15 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "interpreting", lambda: False)
     result = _run("tune", "--device", "cpu")
     assert result.exit_code == 2 and "Triton kernels cannot run on the device 'cpu'" in result.output, result.output
+
+
+def test_times_are_taken_on_the_device_of_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def seconds(calls: Sequence[timing.Call], on: timing.CudaGraphs, *, budget: float) -> float:
+        asked.append(on.device)
+        return budget
+
+    monkeypatch.setattr(timing, "seconds", seconds)
+    one = work()
+    assert list(tune.tune(one, 3)) and set(asked) == {one.where}
