@@ -45,7 +45,8 @@ from qfx.backends.triton import device, timing
 from qfx.errors import UnsupportedError
 from qfx.storage.files import write_text
 
-FAMILIES = ("weight-only", "w8a8", "fp8", "w4a8", "mixed", "norm", "hadamard", "embedding", "decode", "prefill")
+LAYERS = ("weight-only", "w8a8", "fp8", "w4a8", "mixed", "experts")
+FAMILIES = (*LAYERS, "norm", "hadamard", "embedding", "decode", "prefill")
 SIDE = 8192  # of the product that says what the peak is
 COPIED = 1 << 30  # bytes
 

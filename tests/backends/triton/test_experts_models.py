@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import qfx
-from qfx.backends.triton import lower
+from qfx.backends.triton import lower, lowering
 from qfx.pipeline import apply_plan, prepare
 from qfx.recipe import Recipe
 from tests.backends.triton.cases import DEVICE
-from tests.graphs import capture, error
+from tests.graphs import Function, capture, counts, error
 from tests.zoo import ZOO
 
 pytest.importorskip("transformers", reason="pip install qfx[hf]")
@@ -130,6 +130,30 @@ def test_experts_are_lowered(formats: dict[str, str], kernel: str, turned: bool)
     found, wrong = lowered(formats, turned=turned)
     assert [k for k in found.kernels.values() if "grouped" in k] == [kernel]
     assert wrong < 1e-5 and not found.notes
+
+
+def routed(own: Any, x: Tensor, offs: Tensor) -> tuple[Tensor, Tensor]:
+    """A router's linear, and a row for each of two experts of a token."""
+    picked = x[torch.arange(2 * x.shape[0], device=x.device) // 2]
+    return nn.functional.linear(x, own.router), torch.ops.qfx.grouped_linear(picked, own.w, offs)
+
+
+@pytest.mark.parametrize(
+    ("x_format", "w_format", "count"), [("u8/tok", "u8/ch", 1), ("i8/tok", "i4/g32", 1), ("i8/dyn", "i8/ch", 2)]
+)
+def test_rows_that_are_picked_are_rounded_once(x_format: str, w_format: str, count: int) -> None:
+    torch.manual_seed(0)
+    model = Function(routed, w=torch.randn(3, 24, 64), router=torch.randn(3, 64))
+    x, offs = torch.randn(5, 64, device=DEVICE), torch.tensor([3, 3, 9], dtype=torch.int32, device=DEVICE)
+    gm = capture(model, x, offs)
+    prepare(gm)
+    apply_plan(gm, None, Recipe.parse({"name": "all", "rules": [{"target": "*", "x": x_format, "w": w_format}]}))
+    calls: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowering.Lowered, "__init__", lambda self, own, *rest: calls.append(counts(own)))
+        lower(gm)
+    assert calls[0]["quantize_dynamic"] == count and calls[0]["grouped_gemm"] == 1
+    assert error(gm(x, offs), lower(gm)(x, offs)) < 1e-5
 
 
 @pytest.mark.parametrize(
