@@ -10,6 +10,7 @@
     %sdpa = aten.scaled_dot_product_attention(%q, %k, %v, %unsqueeze)
 
 A mask of padding then is seen to be one: no row of it differs from another, and nothing of size s1 x s1 is computed.
+Attention whose mask is true everywhere has none.
 """
 
 from __future__ import annotations
@@ -75,13 +76,16 @@ def _size(gm: fx.GraphModule, node: fx.Node, dim: int) -> int | fx.Node:
 
 
 def _narrow_mask(node: fx.Node) -> bool:
-    """Attention spreads its mask by itself."""
+    """Attention spreads its mask by itself, but for the last axis: kernels on GPUs read rows that lie side by side."""
     mask = node.args[3] if len(node.args) > 3 else None
+    if always_true(mask):
+        node.update_arg(3, None)
+        return True
     if not isinstance(mask, fx.Node) or not is_call(mask, aten.expand.default):
         return False
     source = mask.args[0]
     assert isinstance(source, fx.Node)
-    if val(source).dim() < 2:
+    if val(source).dim() < 2 or not m.same_size(m.shape(source)[-1], m.shape(mask)[-1]):
         return False
     node.update_arg(3, source)
     return True

@@ -58,6 +58,22 @@ def small_heap() -> Iterator[None]:
     FakeTensorMode.cache_clear()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def tuned_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of a GPU that nobody tuned every compiled model says so; here it has a file, of a choice that no kernel makes."""
+    from qfx.backends.triton import device, tuning
+
+    gpu = torch.device("cuda")
+    if not torch.cuda.is_available() or device.reason_against(gpu):
+        yield
+        return
+    folder = tmp_path_factory.mktemp("tuned")
+    tuning.write(folder, device.find(gpu), {("none", "none", "1"): {}})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("QFX_TUNED_DIR", str(folder))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_cache_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that another test or run compiled is found; a test of the cache asks for `cache_folder`."""

@@ -57,17 +57,22 @@ def compile_launch(launched: Launch, device: Device) -> Compiled:
 
 
 def source_of(launched: Launch) -> ASTSource:
-    """The kernel with its types and constants: what, with the options and the device, makes the code."""
+    """The kernel with its types and constants: what, with the options and the device, makes the code.
+
+    Triton makes a variant for an integer that is 1 and for one that 16 divides, where a kernel does not forbid it.
+    """
     signature, constants, aligned = {}, {}, {}
     for i, parameter in enumerate(launched.kernel.params):
         value = launched.arguments.get(parameter.name)
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
         else:
             signature[parameter.name] = _type_of(value)
+            free = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
             place = value.data_ptr() if isinstance(value, Tensor) else value  # that of a meta tensor begins at 0
-            if isinstance(place, int) and place % 16 == 0:
+            if isinstance(place, int) and place % 16 == 0 and not free:
                 aligned[i,] = [["tt.divisibility", 16]]
     return ASTSource(launched.kernel, signature, constants, aligned)
 

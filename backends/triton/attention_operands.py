@@ -95,15 +95,18 @@ def fixed(fmt: Format, given: Static, where: torch.device) -> Steps:
     return Steps(numbers(tuple(map(float, given.scale)), where), zero)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache
 def numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """f32 numbers on a device, copied there once: copies from the host cannot be captured in a CUDA graph."""
+    """f32 numbers on a device, copied there once: copies from the host cannot be captured in a CUDA graph.
+
+    They stay as long as the process: a graph that was captured knows their address, and nothing of who holds them.
+    """
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache
 def indices(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 numbers on a device, copied there once."""
+    """int64 numbers on a device, copied there once, as `numbers`."""
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 

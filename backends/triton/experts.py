@@ -28,6 +28,7 @@ from qfx.ops.floats import alone
 
 VECTORS, TILES = 0, 1  # what a configuration's PATH says
 _MOST_ROWS = 65535  # programs along the second axis of a grid
+_INTERPRETED = 256  # elements of a result
 
 
 def pack_experts(w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str, k: int) -> tuple[list[Tensor], str]:
@@ -88,9 +89,11 @@ def heuristic(device: Device, fmt: Format, t: int, experts: int, n: int, k: int,
 
     Vectors up to as many rows as experts: most of these then have one row or two. A program takes two only where that
     is to be expected: both take twice the registers of one. Tiles are as high as an expert has rows, of float32 at most
-    16, which fit the registers, and of 8 bits on mma.sync below 64.
+    16, which fit the registers, and of 8 bits on mma.sync below 64. The interpreter takes vectors one after the other:
+    only few.
     """
-    if t <= max(experts, 2) and t <= _MOST_ROWS:
+    few = t <= max(experts, 2) and (t * n <= _INTERPRETED if device.interpreted else t <= _MOST_ROWS)
+    if few:
         config, rows = weight_only.vectors_of(device, fmt, n * min(t, experts), k), 1 if 4 * t <= experts else 2
         columns = min(config["BN"], 8 if stored_bits(fmt) == 8 else 4)  # more of few bits spill registers
         return {**config, "PATH": VECTORS, "ROWS": rows, "BN": max(columns // rows, 2)}
@@ -121,7 +124,7 @@ def candidates(t: int, experts: int) -> list[Config]:
 def _vectors(x: Tensor, w: Weight, offs: Tensor, out: Tensor, config: Config) -> None:
     device, (t, k), n, experts = device_of(x), x.shape, out.shape[1], offs.shape[0]
     exact = x.dtype == torch.float32
-    asm = "" if exact or device.interpreted else gemv_asm(w.fmt)
+    asm = "" if exact or device.interpreted else gemv_asm(w)
     launch(kernels.grouped_vectors, (triton.cdiv(n, config["BN"]), t), x, w.codes, w.upper, w.scale, w.zero, w.whole,
            w.table, offs, out, t, n, k, experts, x.stride(0), w.codes.stride(-2), w.upper.stride(-2),
            w.scale.stride(-2), **w.constants, NATIVE=device.has_fp8 and not device.interpreted, EXACT=exact, ASM=asm,

@@ -52,19 +52,23 @@ def grouped_floats(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
 def choose(device: Device, t: int, experts: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """The configuration of a call: the measured one of this device, else the least tile for an expert's share."""
     problem = f"e={experts} n={n} k={k} {str(dtype).removeprefix('torch.')}"
-    found = tuning.tuned(device, "experts_float", problem, t, lambda: candidates(t, experts, dtype))
-    return found or heuristic(t, experts, dtype)
+    found = tuning.tuned(device, "experts_float", problem, t, lambda: candidates(t, experts, k, dtype))
+    return found or heuristic(t, experts, k, dtype)
 
 
-def heuristic(t: int, experts: int, dtype: torch.dtype) -> Config:
-    """The tile that holds the rows of an expert, were they spread evenly, or the largest."""
+def heuristic(t: int, experts: int, k: int, dtype: torch.dtype) -> Config:
+    """The tile that holds the rows of an expert, were they spread evenly, or the largest.
+
+    Where rows begin anywhere, they are read element by element, which takes registers: then less of k at a time.
+    """
     shapes = _EXACT if dtype == torch.float32 else _SHAPES
-    return _config(next((shape for shape in shapes if shape[0] * experts >= t), shapes[-1]))
+    config = _config(next((shape for shape in shapes if shape[0] * experts >= t), shapes[-1]))
+    return config if k % 16 == 0 else {**config, "BK": 32}
 
 
-def candidates(t: int, experts: int, dtype: torch.dtype) -> list[Config]:
+def candidates(t: int, experts: int, k: int, dtype: torch.dtype) -> list[Config]:
     """Configurations worth measuring for `t` rows."""
-    found = [heuristic(t, experts, dtype), *map(_config, _EXACT if dtype == torch.float32 else _SHAPES)]
+    found = [heuristic(t, experts, k, dtype), *map(_config, _EXACT if dtype == torch.float32 else _SHAPES)]
     if dtype != torch.float32:
         found += [_config(shape) for shape in ((16, 32, 128, 2, 5), (16, 128, 64, 4, 4), (64, 64, 64, 4, 4))]
         found += [_config((128, 128, 64, 8, stages)) for stages in (2, 4)]

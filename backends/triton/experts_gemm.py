@@ -9,6 +9,8 @@ bits, per channel or in groups of whole multiples of 32; e4m3 as `gemm8` does. T
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -25,6 +27,7 @@ from qfx.format import Format
 from qfx.ops.floats import alone
 
 _TUNED = "experts_gemm"
+_OF_ONE = ("TILES", "SPLIT", "HALVES", "GROUP", "PERSISTENT")  # constants of a configuration
 
 
 def reason_against(x_format: str, w_format: str, device: Device, k: int = 1) -> str | None:
@@ -80,8 +83,7 @@ def _integers(
     (t, n), experts, group = y.shape, len(offs), group_of(wf)
     bits, sub = gemm4.container(wf.bits), gemm4.columns_of(str(wf))
     problem = gemm4_config.Problem(n, k, bits, sub, group, wf.has_zero)
-    each = -(-t // experts)
-    config = _configuration(device, f"e={experts} {problem}", t, gemm4_config.unsplit(device, problem, each))
+    config = _configuration(device, gemm4_config, problem, t, experts)
     x_sums = None
     if wf.has_zero and config["BLOCK_M"] > gemm4_config.FEW:
         x_sums = gemm4.sums_of(rows, k, problem.unit, sub if group else 0)
@@ -101,10 +103,7 @@ def _e4m3(
     device, (t, n), experts, k = device_of(codes), y.shape, len(offs), w.shape[2]
     rows, groups = aligned_rows(codes, k), (group_of(xf), group_of(wf))
     problem = gemm8_config.Problem(n, k, True, min((g for g in groups if g), default=0), device.by_hand)
-    config = _configuration(
-        device, f"e={experts} {problem}", t, gemm8_config.unsplit(device, problem, -(-t // experts))
-    )
-    config = {key: value for key, value in config.items() if key not in ("HALVES", "GROUP", "SPLIT", "PERSISTENT")}
+    config = _configuration(device, gemm8_config, problem, t, experts)
     tiles, by_row = tiles_of(t, experts, config["BLOCK_M"])
     if device.by_hand:
         rows, w = rows.view(torch.uint8), w.view(torch.uint8)
@@ -116,10 +115,20 @@ def _e4m3(
            config=config)  # fmt: skip
 
 
-def _configuration(device: Device, problem: str, t: int, by_rule: Config) -> Config:
-    """The measured configuration, else the one by rule, without what only `gemm4` has."""
-    found = tuning.tuned(device, _TUNED, problem, t) or by_rule
-    return {key: value for key, value in found.items() if key not in ("TILES", "SPLIT")}
+def _configuration(device: Device, family: Any, problem: object, t: int, experts: int) -> Config:
+    """The measured configuration of `t` rows, else by the rule of gemm4_config or gemm8_config for an even share."""
+    each = -(-t // experts)
+
+    def candidates() -> list[Config]:
+        return [_kept(config) for config in family.unsplit_candidates(device, problem, each)]
+
+    found = tuning.tuned(device, _TUNED, f"e={experts} {problem}", t, candidates)
+    return found or _kept(family.unsplit(device, problem, each))
+
+
+def _kept(config: Config) -> Config:
+    """Without what only the products of one weight have."""
+    return {key: value for key, value in config.items() if key not in _OF_ONE}
 
 
 def _check(

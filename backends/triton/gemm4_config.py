@@ -75,8 +75,7 @@ def candidates(device: Device, problem: Problem, m: int) -> list[Config]:
         for block_m, block_n in ((64, 64), *_large(device, problem)):
             found += [_config(device, problem, block_m, block_n, stages=stages) for stages in (3, 4, 5)]
             found.append(_config(device, problem, block_m, block_n, split=2))
-    fitting = [config for config in found if shared(problem, config) <= device.shared]
-    return [config for i, config in enumerate(fitting) if config not in fitting[:i]][:20]
+    return _fitting(device, problem, found)[:20]
 
 
 def unsplit(device: Device, problem: Problem, m: int) -> Config:
@@ -86,6 +85,21 @@ def unsplit(device: Device, problem: Problem, m: int) -> Config:
     if problem.n % 16:  # scales are read and y is written element by element, which takes registers
         return _config(device, problem, 32, 64, stages=4)
     return _config(device, problem, *max(shape for shape in _large(device, problem) if shape[0] <= max(m, 64)))
+
+
+def unsplit_candidates(device: Device, problem: Problem, m: int) -> list[Config]:
+    """What is worth measuring beside `unsplit`, at most 12: tiles of the height of an expert's rows and twice that."""
+    found = [unsplit(device, problem, m)]
+    for block_m in sorted({_rows_of(m), _rows_of(2 * m)}):
+        for block_n, stages in ((32, 4), (64, 3), (64, 5), (128, 3), (128, 4)):
+            found.append(_config(device, problem, block_m, block_n, stages=stages))
+    return _fitting(device, problem, found)
+
+
+def _fitting(device: Device, problem: Problem, found: list[Config]) -> list[Config]:
+    """Those, each once, that the memory of a processor holds."""
+    fitting = [config for config in found if shared(problem, config) <= device.shared]
+    return [config for i, config in enumerate(fitting) if config not in fitting[:i]]
 
 
 def _large(device: Device, problem: Problem) -> list[tuple[int, int]]:

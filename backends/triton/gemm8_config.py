@@ -16,6 +16,7 @@ then. Without that ("PROMOTE": 0, which only examples/benchmarks/gpu_kernels.py 
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 from qfx.backends.triton.descriptors import has_descriptors
@@ -127,6 +128,20 @@ def unsplit(device: Device, problem: Problem, m: int) -> Config:
         columns, block_k = (64, 256) if rows == 16 else (64, 128) if rows == 32 else (128, 128)
         return _config(device, problem, (rows, columns, 1), block_k, swap=True)
     return _config(device, problem, (128 if m > 96 else 64, 128, 1), persistent=False)
+
+
+def unsplit_candidates(device: Device, problem: Problem, m: int) -> list[Config]:
+    """What is worth measuring beside `unsplit`, at most 12."""
+    found = [unsplit(device, problem, m)]
+    if m <= _FEW:
+        for rows in sorted({_rows_of(m), min(_rows_of(2 * m), 64)}):
+            for columns, block_k, stages in ((64, 128, 4), (64, 128, 6), (64, 256, 4), (128, 128, 3), (128, 128, 4)):
+                found.append(_config(device, problem, (rows, columns, 1), block_k, swap=True, stages=stages))
+    else:
+        tiles = itertools.product((64, 128), (2, 3, 4))
+        found += [_config(device, problem, (rows, 128, 1), stages=s, persistent=False) for rows, s in tiles]
+    fitting = [config for config in found if _shared(problem, config) <= device.shared]
+    return [config for i, config in enumerate(fitting) if config not in fitting[:i]]
 
 
 def _streaming(device: Device, problem: Problem, m: int) -> Config:

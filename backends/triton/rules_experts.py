@@ -26,9 +26,12 @@ from qfx.backends.triton import experts, experts_float, experts_gemm
 from qfx.backends.triton.rules_linear import DTYPES, quantized
 from qfx.backends.triton.site import Site, Taken, once
 from qfx.backends.triton.weight_only import reason_against
+from qfx.format import Format
 from qfx.passes._build import call, take_place
+from qfx.passes._match import arguments
 
 assert experts_float.grouped_floats is not None  # registers its op
+aten = torch.ops.aten
 qfx_triton = torch.ops.qfx_triton
 
 
@@ -66,11 +69,37 @@ def _product(site: Site, given: dict[str, Any], k: int) -> Taken:
     x, x_format = given["x"], given["x_format"]
     weight, w_format = _packed(site, given, "grouped_gemm", experts_gemm.pack_grouped, k)
     with site.gm.graph.inserting_before(site.node):
-        codes = quantized(site, x, None, None, None, x_format)
+        codes = _codes(site, x, x_format)
         rest = (weight, given["offs"], x_format, w_format, k, DTYPES[graph.val(x).dtype])
         new = call(site.gm, qfx_triton.grouped_gemm.default, *codes, *rest, like=site.node)
     take_place(site.node, new)
     return Taken(f"grouped_gemm {x_format} x {given['w_format']} (Triton)")
+
+
+def _codes(site: Site, x: fx.Node, x_format: str) -> list[Any]:
+    """Nodes of codes, scale and zero points of x [T, K].
+
+    Rows that are picked from others, `y[places]`, several times each for as many experts: y is rounded, once, and the
+    codes are picked. Its codes may then be those that another reader of y has, or that the norm before it gives.
+    """
+    fmt = Format.parse(x_format)
+    picked = _picked(x) if fmt.is_integer and fmt.granularity == "tok" else None
+    if picked is None:
+        return list(quantized(site, x, None, None, None, x_format))
+    y, places = picked
+    codes, scale, zero = quantized(site, y, None, None, None, x_format)
+    made = [call(site.gm, aten.index.Tensor, each, [places], like=site.node) for each in (codes, scale)]
+    return [*made, call(site.gm, aten.index.Tensor, zero, [places], like=site.node) if fmt.has_zero else zero]
+
+
+def _picked(x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(y [M, K], places [T]) of `y[places]`."""
+    if not graph.is_call(x, aten.index.Tensor):
+        return None
+    given = arguments(x)
+    y, (places, *more) = given["self"], given["indices"]
+    fits = not more and graph.val(y).dim() == 2 and graph.val(places).dim() == 1
+    return (y, places) if fits and graph.val(places).dtype != torch.bool else None
 
 
 def _of_rounded(site: Site, given: dict[str, Any], k: int, why: str) -> Taken:

@@ -192,13 +192,20 @@ def _tile(height: int, width: int, stages: int, splits: int, first: int) -> Conf
 def _gemv(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
     device, (m, k), n = device_of(x), x.shape, out.shape[1]
     exact = x.dtype == torch.float32
-    asm = "" if exact or device.interpreted else gemv_asm(w.fmt)
+    asm = "" if exact or device.interpreted else gemv_asm(w)
     launch(gemv, (triton.cdiv(n, config["BN"]),), x, w.codes, w.upper, w.scale, w.zero, w.whole, w.table, bias, out,
            n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0), M=m, **w.constants,
            NATIVE=device.has_fp8 and not device.interpreted, EXACT=exact, ASM=asm, config=config)  # fmt: skip
 
 
-def gemv_asm(fmt: Format) -> str:
+def gemv_asm(w: Weight) -> str:
+    if w.fmt.bits == 3 and (w.codes.data_ptr() | w.upper.data_ptr()) % 16:
+        return ""  # it takes four bytes for those of one row, as they are where a thread reads 16
+    return _gemv_asm(w.fmt)
+
+
+@functools.cache
+def _gemv_asm(fmt: Format) -> str:
     return biased_asm(stored_bits(fmt)) if fmt.is_integer else decode_asm(fmt, torch.float16)
 
 

@@ -21,6 +21,7 @@ EIGHT = (("i8/tok", "i8/ch"), ("f8e4m3/tok", "f8e4m3/ch"))
 FOUR = ("i8/tok", "i4/ch")
 MIXED = ("i8/ch", "i4/ch", "i4/ch", "i8/ch")
 CACHES = ("i8", "fp8", "i4")
+ROUTED = (("", ""), ("", "u4/g128"), ("", "i8/ch"), *EIGHT, ("i8/tok", "i4/g128"))
 LARGE = (8192, 8192)
 
 
@@ -116,6 +117,17 @@ def _mixed(n: int, k: int, rows: Sequence[int], x_formats: Sequence[str], dtype:
     ]  # fmt: skip
 
 
+def _experts(
+    sizes: tuple[int, int, int], rows: Sequence[int], formats: Sequence[tuple[str, str]], dtype: torch.dtype
+) -> list[Case]:
+    count, n, k = sizes
+    return [
+        Case("experts", f"x={x or 'float'} w={w or 'float'} {count} x {n}x{k}", m,
+             partial(work.experts, sizes, m, x, w, dtype), "8 bit" if x else "bf16", facts=("experts", x, w, *sizes))
+        for (x, w), m in itertools.product(formats, rows)
+    ]  # fmt: skip
+
+
 def _others(sizes: Sizes) -> list[Case]:
     """Every kernel that is no linear layer."""
     dtype, found = sizes.dtype, []
@@ -154,12 +166,14 @@ def checks(tiny: bool) -> list[Case]:
     if tiny:
         sizes = Sizes([(3, 72)], [(3, 64, 32)], (50, 72), 7, [(1, 70)], [(40, True)], ((4, 2), 64), torch.float16)
         linears = _linears(40, 264, (1, 20), formats, (torch.float16,))
+        linears += _experts((3, 24, 264), (2, 20), [*ROUTED, ("u8/tok", "u4/g32")], torch.float16)
         mixed = _mixed(40, 264, (1, 20), ("", "i8/tok"), torch.float16)
         return [*linears, *mixed, *_others(sizes), *appends, *_forms(48, 272, (20,), many=4096)]
     sizes = Sizes([(67, 1000)], [(67, 4096, 4096), (67, 2560, 128)], (1000, 520), 77, [(2, 777)],
                   [(777, True), (777, False)])  # fmt: skip
     linears = _linears(264, 520, (3, 300), formats, (torch.float16,))
     linears += _linears(264, 520, (1, 17, 65), formats, (torch.bfloat16,))
+    linears += _experts((5, 264, 520), (1, 5, 30, 900), [*ROUTED, ("u8/tok", "u4/g32"), ("", "i3/g64")], torch.bfloat16)
     mixed = _mixed(264, 520, (1, 17, 300), ("", "i8/tok"), torch.bfloat16)
     return [*linears, *mixed, *_others(sizes), *appends, *_forms(272, 528, (300,), many=4096)]
 
@@ -177,6 +191,8 @@ def timed() -> list[Case]:
         *_linears(*LARGE, (1, 16, 128, 4096), EIGHT, dtypes),
         *_linears(*LARGE, (1, 16, 4096), [FOUR], dtypes),
         *_mixed(*LARGE, (1, 16, 4096), ("i8/tok",), torch.bfloat16),
+        *_experts((128, 1536, 2048), (8, 64, 512, 32768), ROUTED, torch.bfloat16),
+        *_experts((8, 28672, 4096), (2, 16, 4096), ROUTED, torch.bfloat16),
         *_products(*LARGE, (4096, 8192)),
         *_forms(*LARGE, (4096, 8192)),
         *_others(sizes),

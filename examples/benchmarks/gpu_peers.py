@@ -13,7 +13,7 @@ from qfx.backends.triton import timing
 
 Calls = list[timing.Call]
 CUBLAS, SDPA = "cuBLAS bf16", "SDPA"
-INT_MM, SCALED_MM = "torch._int_mm", "torch._scaled_mm"
+INT_MM, SCALED_MM, GROUPED_MM = "torch._int_mm", "torch._scaled_mm", "torch._grouped_mm"
 
 
 def copies(read: int, where: torch.device) -> int:
@@ -41,6 +41,16 @@ def scaled_mm(n: int, k: int, rows: int, where: torch.device) -> Calls:
     weights = [torch.randn(n, k, device=where).to(torch.float8_e4m3fn) for _ in range(copies(n * k, where))]
     scales: dict[str, Any] = {"scale_a": torch.ones(rows, 1, device=where), "scale_b": torch.ones(1, n, device=where)}
     return [partial(torch._scaled_mm, x, w.t(), **scales, out_dtype=torch.bfloat16) for w in weights]
+
+
+def grouped_mm(sizes: tuple[int, int, int], rows: int, where: torch.device) -> Calls:
+    """Rows in equal parts times matrices (E, n, k) of bf16: before capability 9.0 it waits for the host."""
+    count, n, k = sizes
+    x = torch.randn(rows, k, device=where, dtype=torch.bfloat16)
+    offs = (torch.arange(1, count + 1, device=where) * rows // count).to(torch.int32)
+    made = copies(2 * min(count, rows) * n * k, where)
+    weights = [torch.randn(sizes, device=where, dtype=torch.bfloat16) for _ in range(made)]
+    return [partial(torch._grouped_mm, x, w.mT, offs=offs) for w in weights]
 
 
 def torchao(n: int, k: int, rows: int, w_format: str, where: torch.device) -> Calls:

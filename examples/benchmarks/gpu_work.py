@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.benchmarks import gpu_peers
-from examples.benchmarks.gpu_peers import CUBLAS, INT_MM, SCALED_MM, SDPA, Calls, copies
+from examples.benchmarks.gpu_peers import CUBLAS, GROUPED_MM, INT_MM, SCALED_MM, SDPA, Calls, copies
 from qfx.backends.triton import act_quantize as _act  # noqa: F401  (each registers its ops)
 from qfx.backends.triton import cache_append as _append  # noqa: F401
 from qfx.backends.triton import cache_attention as _cache  # noqa: F401
@@ -100,6 +100,33 @@ def mixed(
     moved = read + x.nbytes + rows * n * dtype.itemsize
     peers = _peers_of_linear(n, k, rows, "", where)
     return Made(kernel, calls, lambda: [module(x.float())], moved, 2 * rows * n * k, peers)
+
+
+def experts(
+    sizes: tuple[int, int, int], rows: int, x_format: str, w_format: str, dtype: torch.dtype, where: torch.device
+) -> Made:
+    """Matrices [E, n, k] of sizes (E, n, k), in floats where w_format is "", times rows that go to them evenly."""
+    count, n, k = sizes
+    x, weight = torch.randn(rows, k, device=where).to(dtype), torch.randn(sizes, device=where) / k**0.5
+    busy = min(count, rows)  # experts that have rows
+    offs = (torch.arange(1, count + 1, device=where) * rows // count).to(torch.int32)
+    if w_format:
+        module = tune.Experts(pack_weight(weight, Format.parse(w_format)), x_format).eval()
+        read = sum(b.nbytes for b in module.buffers()) * busy // count
+        calls, kernel = _lowered(module, x, copies(read, where))
+        moved, expected = read, lambda: [module(x.float())]
+    else:
+        floats = weight.to(dtype)
+        moved, kernel, expected = floats.nbytes * busy // count, "grouped_floats", lambda: [_grouped(x, floats, offs)]
+        calls = [partial(own.grouped_floats, x, floats.clone(), offs) for _ in range(copies(moved, where))]
+    moved += x.nbytes + rows * n * dtype.itemsize
+    peers: dict[str, Callable[[], Calls]] = {GROUPED_MM: partial(gpu_peers.grouped_mm, sizes, rows, where)}
+    return Made(kernel, calls, expected, moved, 2 * rows * n * k, peers)
+
+
+def _grouped(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    y: Tensor = reference.grouped_linear(x.float(), w.float(), offs)
+    return y
 
 
 def product(

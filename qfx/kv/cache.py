@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
@@ -58,6 +59,8 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         if offloading and max_length is not None:
             what = f"a cache of fixed length (max_length={max_length}) cannot be offloaded: its memory never moves"
             raise ValueError(explain(what, next_step="leave one of max_length and offloading out"))
+        if offloading and not torch.cuda.is_available():
+            raise _nothing_to_offload("no GPU")
         decoder = config.get_text_config(decoder=True)
         kinds, options = _kinds(decoder)
         wanted = cache_formats(formats, len(kinds))
@@ -85,14 +88,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
                 )
             )
         if self.offloading and key_states.device.type != "cuda":
-            raise ValueError(
-                explain(
-                    "offloading moves keys and values from a GPU to the CPU's memory",
-                    expected="a model on a CUDA device",
-                    found=f"keys on {key_states.device}",
-                    next_step="leave offloading out",
-                )
-            )
+            raise _nothing_to_offload(f"keys on {key_states.device}")
         layer = self.layers[layer_idx]
         if isinstance(layer, StaticQuantizedLayer) and not layer.is_initialized and _reads_codes(key_states):
             self.layers[layer_idx] = layer.packed
@@ -105,6 +101,11 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         Not what one call needs: floats of a tile, of at most about two million bytes for the whole cache.
         """
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, QuantizedLayer | StaticLayer))
+
+
+def _nothing_to_offload(found: str) -> ValueError:
+    what = "offloading moves keys and values from a GPU to the CPU's memory"
+    return ValueError(explain(what, expected="a model on a CUDA device", found=found, next_step="leave offloading out"))
 
 
 def _reads_codes(keys: Tensor) -> bool:

@@ -135,3 +135,27 @@ def test_a_mask_of_rank_one_keeps_its_expand() -> None:
         return F.scaled_dot_product_attention(x, x, x, keep.expand(3, 3))
 
     assert same(masks, Function(flat), torch.randn(2, 4, 3, 8), torch.tensor([True, False, True])) == 0
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_mask_of_nothing_goes(dynamic: bool) -> None:
+    def unpadded(_: Any, x: Tensor) -> Tensor:
+        batch, length = x.shape[0], x.shape[2]
+        places = torch.arange(length)[None, None, :, None]
+        return F.scaled_dot_product_attention(x, x, x, (places >= 0).expand(batch, 1, length, length))
+
+    gm, count = after(masks, Function(unpadded), inputs()[0], dynamic=dynamic)
+    assert count == 1 and not {"ge", "expand", "arange"} & set(counts(gm)), text(gm)
+    assert same(masks, Function(unpadded), inputs()[0], dynamic=dynamic) == 1
+
+
+def test_a_row_of_a_mask_is_spread_before_attention() -> None:
+    """Kernels on GPUs refuse a mask whose last axis repeats one element."""
+
+    def by_query(_: Any, x: Tensor, keep: Tensor) -> Tensor:
+        length = x.shape[2]
+        return F.scaled_dot_product_attention(x, x, x, keep[:, None, :, None].expand(-1, 1, length, length))
+
+    x, keep = inputs()
+    gm, count = after(masks, Function(by_query), x, keep)
+    assert count == 0 and counts(gm)["expand"] == 1

@@ -73,7 +73,7 @@ def _kept(x_ptr, up_ptr, act_ptr, row, column, m, k, x_stride, up_stride, ACT: t
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def act_quantize(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, scale_ptr, zero_ptr, act_ptr, m, k,
                  width, x_stride, up_stride, ACT: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
                  CLIP: tl.constexpr, SHIFT: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr,
@@ -95,7 +95,7 @@ def act_quantize(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, 
                     width, QMIN, QMAX, CLIP, SHIFT, SIGNED, FP8, BY_HAND, TWICE, BLOCK, PARTS)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def act_quantize_long(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, scale_ptr, zero_ptr, act_ptr, m, k,
                       width, x_stride, up_stride, ACT: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
                       CLIP: tl.constexpr, SHIFT: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr,

@@ -260,8 +260,8 @@ def _append(first_ptr, newest_ptr, new_ptr, data_ptr, scale_ptr, zero_ptr, chunk
 def append_codes(
     length_ptr, stored_ptr, first_k, first_v, newest_k, newest_v, k_ptr, v_ptr, k_data, k_scale, k_zero, v_data,
     v_scale, v_zero, heads, own_heads, groups, new, k_batch, k_head, k_token, v_batch, v_head, v_token, k_rows,
-    k_scale_rows, v_rows, v_scale_rows, k_chunks, programs, D: tl.constexpr, DV: tl.constexpr, SINKS: tl.constexpr,
-    RESIDUAL: tl.constexpr, STEP: tl.constexpr, ROOM: tl.constexpr, LENGTH: tl.constexpr, SINKS_BLOCK: tl.constexpr,
+    k_scale_rows, v_rows, v_scale_rows, k_chunks, programs, places, D: tl.constexpr, DV: tl.constexpr,
+    SINKS: tl.constexpr, RESIDUAL: tl.constexpr, STEP: tl.constexpr, ROOM: tl.constexpr, SINKS_BLOCK: tl.constexpr,
     TAKEN: tl.constexpr, ALL: tl.constexpr, FEW: tl.constexpr, BY_HAND: tl.constexpr,
     K_SCALES: tl.constexpr, K_MODE: tl.constexpr, K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_MIDDLE: tl.constexpr,
     K_GROUP: tl.constexpr, K_GROUPED: tl.constexpr, K_QMIN: tl.constexpr, K_QMAX: tl.constexpr,
@@ -273,10 +273,11 @@ def append_codes(
 ):  # fmt: skip
     """Program (head of a sequence, block of tokens, chunk of channels of keys, then of values) of a part.
 
-    FEW: there is one block; what stays in float is done here, too. programs: those of all parts.
+    FEW: there is one block; what stays in float is done here, too. programs: those of all parts. places: how many
+    tokens the memory is for, no constant, since every length of a cache would have a kernel of its own.
     """
     length, stored, missing, held, ready = counts(length_ptr, stored_ptr, new, SINKS, RESIDUAL, STEP, ROOM)
-    tl.device_assert(length + new <= LENGTH, "a cache of fixed length is full: make it with a greater max_length")
+    tl.device_assert(length + new <= places, "a cache of fixed length is full: make it with a greater max_length")
     chunk = tl.program_id(2)
     batch = (tl.program_id(0) // own_heads).to(tl.int64)
     at = tl.program_id(0) % own_heads
@@ -285,7 +286,7 @@ def append_codes(
     if not ALL:
         g = head_of(at, heads).to(tl.int64)
     both = batch * groups + g
-    if length + new <= LENGTH:
+    if length + new <= places:
         if chunk < k_chunks:
             _append(first_k + both * SINKS * D, newest_k + both * ROOM * D, k_ptr + batch * k_batch + g * k_head,
                     k_data + own * k_rows * D, k_scale + own * k_scale_rows * K_SCALES,
@@ -306,13 +307,13 @@ def append_codes(
 
 @triton.jit
 def append_newest(length_ptr, stored_ptr, first_k, first_v, newest_k, newest_v, k_ptr, v_ptr, groups, new, k_batch,
-                  k_head, k_token, v_batch, v_head, v_token, k_chunks, programs, D: tl.constexpr, DV: tl.constexpr,
-                  SINKS: tl.constexpr, RESIDUAL: tl.constexpr, STEP: tl.constexpr, ROOM: tl.constexpr,
-                  LENGTH: tl.constexpr, SINKS_BLOCK: tl.constexpr, TAKEN: tl.constexpr,
+                  k_head, k_token, v_batch, v_head, v_token, k_chunks, programs, places, D: tl.constexpr,
+                  DV: tl.constexpr, SINKS: tl.constexpr, RESIDUAL: tl.constexpr, STEP: tl.constexpr, ROOM: tl.constexpr,
+                  SINKS_BLOCK: tl.constexpr, TAKEN: tl.constexpr,
                   SPAN: tl.constexpr):  # fmt: skip
     """Program (head of a sequence, chunk of channels of keys, then of values): what stays in float."""
     length, stored, missing, held, ready = counts(length_ptr, stored_ptr, new, SINKS, RESIDUAL, STEP, ROOM)
-    if length + new <= LENGTH:
+    if length + new <= places:
         both = tl.program_id(0).to(tl.int64)
         batch = both // groups
         g = both % groups

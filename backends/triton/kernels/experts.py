@@ -69,7 +69,7 @@ def tile_of_grid(tiles, n, BN: tl.constexpr):
     return start + pid % (8 * by_n) % height, pid % (8 * by_n) // height * BN
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["t"])
 def grouped_vectors(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, offs_ptr, out_ptr, t, n, k,
                     experts, x_stride, w_stride, upper_stride, scale_stride, BITS: tl.constexpr, KIND: tl.constexpr,
                     SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, NATIVE: tl.constexpr,
@@ -103,7 +103,7 @@ def grouped_vectors(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, tab
                     EXACT, ASM, BN, CHUNKS)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["t", "tiles"])
 def grouped_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, offs_ptr, out_ptr, t, n, k,
                   experts, tiles, x_stride, w_stride, upper_stride, scale_stride, BITS: tl.constexpr,
                   KIND: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,

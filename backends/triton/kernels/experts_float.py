@@ -6,7 +6,7 @@ import triton.language as tl
 from qfx.backends.triton.kernels.experts import rows_of_tile, tile_of_grid
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["t", "tiles"])
 def grouped_floats(x_ptr, w_ptr, offs_ptr, out_ptr, t, n, k, experts, tiles, x_stride, e_stride, n_stride, k_stride,
                    EXACT: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr, TURNED: tl.constexpr, BM: tl.constexpr,
                    BN: tl.constexpr, BK: tl.constexpr, BY_ROW: tl.constexpr, EXPERTS: tl.constexpr):  # fmt: skip

@@ -13,7 +13,7 @@ from qfx.backends.triton.kernels.gemm4 import group_sums, whole_sums
 from qfx.backends.triton.kernels.gemm8 import e4m3_sums, scaled
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["t", "tiles"])
 def grouped_integers(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
                      offs_ptr, t, n, k, experts, tiles, x_stride, w_stride, groups, X_SHIFT: tl.constexpr,
                      X_PER_ROW: tl.constexpr, BITS: tl.constexpr, SUB: tl.constexpr, GROUP: tl.constexpr,
@@ -49,7 +49,7 @@ def grouped_integers(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w
         finish(y, y_ptr, None, None, row, column, end, n, "")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["t", "tiles"])
 def grouped_e4m3(x_ptr, w_ptr, y_ptr, x_scale_ptr, w_scale_ptr, offs_ptr, t, n, k, experts, tiles, x_stride, x_groups,
                  w_groups, w_scales, X_PER_ROW: tl.constexpr, X_GROUP: tl.constexpr, W_GROUP: tl.constexpr,
                  W_ROWS: tl.constexpr, BY_HAND: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr,

@@ -212,7 +212,7 @@ def _tile(tile, split, x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr,
                SPLIT)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def gemm8(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
           residual_ptr, m, n, k, x_stride, x_groups, w_groups, X_SHIFT: tl.constexpr, X_PER_ROW: tl.constexpr,
           X_GROUP: tl.constexpr, W_GROUP: tl.constexpr, W_ROWS: tl.constexpr, FLOAT: tl.constexpr,
@@ -243,7 +243,7 @@ def gemm8(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr,
               BLOCK_K, HALVES, GROUP, SPLIT, SWAP)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def reduce8(parts_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
             residual_ptr, m, n, X_SHIFT: tl.constexpr, X_PER_ROW: tl.constexpr, X_GROUP: tl.constexpr,
             W_GROUP: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,

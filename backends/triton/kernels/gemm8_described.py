@@ -79,7 +79,7 @@ def _tile(tile, x, w, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w
               1)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def gemm8_described(x, w, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
                     residual_ptr, m, n, k, x_groups, w_groups, X_SHIFT: tl.constexpr, X_PER_ROW: tl.constexpr,
                     X_GROUP: tl.constexpr, W_GROUP: tl.constexpr, W_ROWS: tl.constexpr, FLOAT: tl.constexpr,

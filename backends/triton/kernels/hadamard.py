@@ -90,7 +90,7 @@ def _row_at(row, inner, last, outer_stride, inner_stride, last_stride):
     return found + (row % last).to(tl.int64) * last_stride
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["units"])
 def hadamard(x_ptr, y_ptr, sign_ptr, left_ptr, right_ptr, units, blocks, inner, last, outer_stride, inner_stride,
              last_stride, scale, SIZE: tl.constexpr,
              A: tl.constexpr, AP: tl.constexpr, B: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
@@ -127,7 +127,7 @@ def _rounded(y, step, QMIN: tl.constexpr, QMAX: tl.constexpr, FLOAT: tl.constexp
     return codes
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def hadamard_quantize(x_ptr, codes_ptr, scale_ptr, sign_ptr, left_ptr, right_ptr, rows, blocks, inner, last,
                       outer_stride, inner_stride, last_stride, scale, SIZE: tl.constexpr, A: tl.constexpr,
                       AP: tl.constexpr, B: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, R: tl.constexpr,

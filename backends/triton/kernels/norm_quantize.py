@@ -56,7 +56,7 @@ def _gains(weight_ptr, bias_ptr, column, inside):
     return weight, bias
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def norm_quantize(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, scale_ptr,
                   zero_ptr, norm_ptr, sum_ptr, m, k, width, x_stride, residual_stride, eps, LAYER: tl.constexpr,
                   QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr, SHIFT: tl.constexpr,
@@ -100,7 +100,7 @@ def norm_quantize(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_scale
                     width, QMIN, QMAX, CLIP, SHIFT, SIGNED, FP8, BY_HAND, TWICE, BLOCK, PARTS)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def norm_quantize_long(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr,
                        scale_ptr, zero_ptr, norm_ptr, sum_ptr, m, k, width, x_stride, residual_stride, eps,
                        LAYER: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr,

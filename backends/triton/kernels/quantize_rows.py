@@ -20,7 +20,7 @@ def row_ranges(x_ptr, smooth_ptr, low_ptr, high_ptr, k, stride, BLOCK: tl.conste
     tl.store(high_ptr + row, high)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def tensor_params(low_ptr, high_ptr, scale_ptr, zero_ptr, m, CLIP: tl.constexpr, QMAX: tl.constexpr,
                   SIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One program: the ranges of rows, f32 [m], to the scale f32 [1] and zero point uint8 [1] of all."""

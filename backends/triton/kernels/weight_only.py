@@ -91,7 +91,7 @@ def product(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, 
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=here & (tokens < m)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, m, n, k, x_stride,
               w_stride, upper_stride, scale_stride, each, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
               GROUP: tl.constexpr, OFFSET: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
@@ -122,8 +122,10 @@ def sum_splits(parts_ptr, bias_ptr, out_ptr, size, n, SPLITS: tl.constexpr, BLOC
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.zeros([BLOCK], tl.float32)
-    for i in tl.static_range(SPLITS):
-        total += tl.load(parts_ptr + i * size + at, mask=inside, other=0.0)
+    part = parts_ptr + at
+    for _ in tl.static_range(SPLITS):
+        total += tl.load(part, mask=inside, other=0.0)
+        part += tl.cast(size, tl.int64)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + at % n, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)

@@ -33,6 +33,7 @@ CASES = [
     case(4, 32, 5760, 2880, turned=True),
     case(2048, 32, 5760, 2880, turned=True),
     case(100, 8, 777, 999),
+    case(4000, 8, 777, 999),
     case(40, 8, 1536, 2048, torch.float32),
     case(4000, 8, 1536, 2048, torch.float32),
 ]

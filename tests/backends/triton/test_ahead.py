@@ -119,6 +119,52 @@ def test_a_gate_sees_spills_and_a_missing_instruction(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+SERVING = """
+import torch, triton, triton.language as tl
+from qfx.backends.triton import ahead, cache_append, cache_read, gemm8, launch
+from qfx.backends.triton.device import H100
+from qfx.kv.formats import cache_formats
+from qfx.kv.packed_ops import allocate, spec_of
+from tests.backends.triton.aot_gemm8 import int8
+from tests.backends.triton.cases import meta
+
+@triton.jit(do_not_specialize=["free"], do_not_specialize_on_alignment=["m"])
+def kernel(a, m, n, free):
+    tl.store(a + m * n + free, 1.0)
+
+def variants(run):
+    with launch.recorded(H100) as found:
+        run()
+    return [ahead.source_of(one).hash() for one in found]
+
+def of(m, n, free):
+    return variants(lambda: launch.launch(kernel, (1,), meta(4), m, n, free))
+
+assert of(32, 32, 32) == of(33, 32, 33) == of(33, 32, 1) != of(1, 32, 32)
+assert of(33, 32, 1) != of(33, 33, 1)
+
+def cached(tokens, new):
+    fmt, like = cache_formats("i4", 1)[0], meta(1, 8, 0, 128)
+    memory, spec = allocate(fmt, like, like, tokens), spec_of(fmt, like, like, tokens)
+    k, length = meta(1, 8, new, 128), meta(dtype=torch.long)
+    found = variants(lambda: cache_append.cache_append(memory, k, k, length, spec))
+    return found + variants(lambda: cache_read.cache_read(memory, length, spec))
+
+for new in (1, 2048):
+    assert cached(4096, new) == cached(8192, new), "a cache of another length has no kernels of its own"
+rows = [variants(int8(m, 4096, 4096, "i8/tok", "i8/ch").run) for m in (2000, 2001)]
+assert rows[0] == rows[1] and len(rows[0]) == 1, "nor has another number of rows"
+"""
+
+
+def test_serving_compiles_nothing_for_another_length_or_number_of_rows(tmp_path: Path) -> None:
+    program = tmp_path / "serving.py"
+    program.write_text(SERVING)
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for processes in which Triton interprets")
 def test_an_interpreting_process_is_no_place_to_compile() -> None:
     import triton

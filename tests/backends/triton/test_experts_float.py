@@ -58,7 +58,7 @@ def test_the_host_reads_no_value(t: int) -> None:
     with recorded(H100) as launches:
         grouped_floats(meta(t, 64), meta(4, 8, 64), meta(4, dtype=torch.int32))
     assert len(launches) == 1
-    assert 1 < len(candidates(t, 4, torch.float16)) <= 20
+    assert 1 < len(candidates(t, 4, 64, torch.float16)) <= 20
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import qfx
-from qfx.backends.triton import device, lower
+from qfx.backends.triton import device, lower, tuning
 from qfx.backends.triton.device import Device
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.options import Options
@@ -174,6 +175,17 @@ def test_nothing_is_said_where_all_runs_as_asked() -> None:
     assert [row.kernel for row in report] == ["gemm8 i8/tok x i8/ch (Triton)"]
     assert report.first_calls is not None and not [note for note in report.notes if not note.minor]
     torch._dynamo.reset()
+
+
+def test_a_gpu_that_nobody_tuned_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QFX_TUNED_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(device, "find", lambda _: device.H100)
+    gm = quantized(nn.Linear(40, 24, device=DEVICE), "w8a8", torch.randn(3, 40, device=DEVICE))
+    (note,) = lower(gm, mode="eager").notes
+    assert note.minor and "no measured configurations for NVIDIA H100" in note.reason and "qfx tune" in note.next_step
+    tuning.write(tmp_path, device.H100, {("gemm8", "a problem", "1"): {}})
+    assert not lower(gm, mode="eager").notes
 
 
 def test_a_lack_of_memory_says_what_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:

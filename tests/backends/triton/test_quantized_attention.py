@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qfx
 from qfx.backends.triton import lower
+from qfx.backends.triton.attention_operands import indices, numbers
 from qfx.backends.triton.device import A100, H200
 from qfx.backends.triton.launch import recorded
 from qfx.backends.triton.quantized_attention import candidates, prepare, quantized_attention, reason_against
@@ -277,3 +278,12 @@ def test_torch_approves_of_the_operator() -> None:
     q, k, v = operands()
     args: Any = (q, k, v, KEEP, None, [], [], [0.05], [], [0.05], [128], 0.3, False, 0.0, "i8/tok", "i8", "u8", "u8")
     torch.library.opcheck(torch.ops.qfx_triton.quantized_attention, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_what_a_graph_of_cuda_read_is_never_let_go() -> None:
+    first = [look((1,), torch.device(DEVICE)) for look in (numbers, indices)]
+    for i in range(2, 5000):
+        numbers((float(i),), torch.device(DEVICE))
+        indices((i,), torch.device(DEVICE))
+    again = [look((1,), torch.device(DEVICE)) for look in (numbers, indices)]
+    assert all(a is b for a, b in zip(first, again, strict=True))

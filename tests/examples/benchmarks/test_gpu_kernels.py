@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -77,6 +78,19 @@ def test_a_whole_run_has_limits_rows_and_goals(monkeypatch: pytest.MonkeyPatch) 
     assert all(row["peers"][gpu_peers.CUBLAS] == 1.0 for row in found["rows"])
     assert len(found["goals"]) == 19 and "goal: " in console.export_text()
     json.dumps(found)
+
+
+def test_rows_are_kept_one_by_one_and_no_case_begins_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr("examples.benchmarks.gpu_kernels.time.monotonic", lambda: next(clock))
+    some = [case for case in gpu_cases.checks(tiny=True) if case.family == "norm"][:4]
+    monkeypatch.setattr(gpu_cases, "checks", lambda tiny: some)
+    found: dict[str, Any] = {}
+    kept: list[int] = []
+    keep = lambda: kept.append(len(found["checks"]))  # noqa: E731
+    gpu_kernels.run(Console(quiet=True), torch.device(DEVICE), ["norm"], found, check=True, keep=keep, until=3)
+    assert kept == [1, 2, 3] and len(found["checks"]) == 3
+    assert found["left"] == [f"norm {some[3].title}, {some[3].rows} rows"]
 
 
 def test_peers_compute_what_they_should() -> None:
@@ -214,9 +228,12 @@ def _names() -> tuple[str, ...]:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
-def test_without_a_gpu_it_says_so() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "needs an NVIDIA GPU" in done.stderr, done.stderr
+@pytest.mark.parametrize("more", [[], ["--check"]], ids=str)
+def test_without_a_gpu_it_says_so(more: list[str]) -> None:
+    environment, command = {**os.environ, "TRITON_INTERPRET": "0"}, [sys.executable, str(SCRIPT), *more]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("this needs an NVIDIA GPU") and "TRITON_INTERPRET=1 with --check" in done.stderr
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from qfx.quantize import plan
 from tests.zoo import HEADS, HIDDEN, LAYERS, VOCAB, WIDE, ZOO
 
 F = Format.parse
+ANGLES = HIDDEN // HEADS // 2  # of rotary positions of one token: releases of transformers multiply or use a product
 KV = 2 * (HIDDEN // HEADS)  # elements of the keys of one token in one layer of the zoo's decoders
 
 
@@ -60,7 +61,7 @@ def test_expressions_of_a_decoder(llama: Any) -> None:
     total = llama[2].total()
     head = BATCH * SEQUENCE * HIDDEN * VOCAB
     wanted = LAYERS * (BATCH * SEQUENCE * linears + 2 * BATCH * SEQUENCE * (SEQUENCE + CONTEXT) * HIDDEN) + head
-    assert sympy.expand(total.macs - wanted) == 0
+    assert sympy.expand(total.macs - wanted) in (0, ANGLES * SEQUENCE)
     assert sympy.expand(total.cache - LAYERS * 2 * KV * 4 * BATCH * (SEQUENCE + CONTEXT)) == 0
 
 
@@ -146,8 +147,10 @@ def test_a_graph_with_its_cache_costs_what_one_without_says(name: str) -> None:
     fused = Costs.of(captured.gm)
     for sizes in ({"batch": 1, "sequence": 1, "context": 40}, {"batch": 3, "sequence": 8, "context": 0}):
         totals = [costs.at(**sizes) for costs in (plain, unfused, fused)]
-        for what in ("cache", "macs", "cache_moved"):
+        for what in ("cache", "cache_moved"):
             assert len({getattr(total, what) for total in totals}) == 1, what
+        macs = [total.macs for total in totals]
+        assert max(macs) - min(macs) <= ANGLES * sizes["batch"] * sizes["sequence"], "positions may differ by sequence"
         assert totals[2].weights_read == pytest.approx(totals[0].weights_read, rel=0.02), "rows of position tables"
         assert totals[2].activations == pytest.approx(totals[0].activations, rel=0.2)
 
@@ -192,7 +195,8 @@ def test_traffic_of_one_token() -> None:
     one = costs.at(context=100)
     table = next(s for s in costs.stored.values() if "model.embed_tokens" in s.names)
     rows = 0 if "lm_head" in table.names else table.elements * 4 - HIDDEN * 4
-    assert one.weights_read == one.weights - rows, "one row of the table, all other weights"
+    unread = one.weights - rows - one.weights_read
+    assert unread in (0, 4 * ANGLES), "one row of the table, all other weights; frequencies of a product are no weights"
     assert one.cache_moved == LAYERS * 2 * KV * 4 * (101 + 1)
     assert one.traffic == one.weights_read + one.activations + one.cache_moved
     half = costs.total(rest=F("f16")).at(context=100)

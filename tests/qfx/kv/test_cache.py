@@ -274,10 +274,16 @@ def test_layers_move_and_come_back(kv: Any) -> None:
     assert torch.equal(logits(model, ids(3), cache), logits(model, ids(3), other))
 
 
-def test_offloading_needs_a_gpu() -> None:
+def test_offloading_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small()
-    with pytest.raises(ValueError, match=r"(?s)offloading moves.*a CUDA device.*keys on cpu.*leave offloading"):
-        logits(model, ids(9), qfx.QuantizedCache(model.config, "i8", offloading=True))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ValueError, match=r"(?s)offloading moves.*a CUDA device.*no GPU.*leave offloading"):
+            qfx.QuantizedCache(model.config, "i8", offloading=True)
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        patched.setattr(torch, "Stream", object)
+        with pytest.raises(ValueError, match=r"(?s)offloading moves.*a CUDA device.*keys on cpu.*leave offloading"):
+            logits(model, ids(9), qfx.QuantizedCache(model.config, "i8", offloading=True))
     with pytest.raises(ValueError, match=r"(?s)max_length=30\) cannot be offloaded"):
         qfx.QuantizedCache(model.config, "i8", max_length=30, offloading=True)
 

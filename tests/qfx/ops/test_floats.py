@@ -113,6 +113,13 @@ def test_grouped_linear_quant_is_qfx_linear_for_each_expert(x_format: str, w_for
         assert torch.equal(y[:2], ops.linear(x[:2], *one))
 
 
+def test_scales_of_two_levels_go_across_experts() -> None:
+    packed = round_weight(seeded(3, 8, 32), Format.parse("nf4/g16/dq"), "rtn", name="w")
+    x = seeded(7, 32, seed=1)
+    y = ops.grouped_linear_quant(x, packed.data, packed.scale, packed.zero, OFFS, "", "nf4/g16/dq")
+    assert torch.allclose(y, ops.grouped_linear(x, packed.dequantize(), OFFS), atol=1e-5)
+
+
 def test_one_dynamic_scale_is_that_of_all_rows() -> None:
     w, x = seeded(3, 8, 32), seeded(6, 32, seed=1)
     x[0] *= 100
