@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import qfx
-from qfx import compare, data, hub
+from qfx import data
 from qfx.cli.terminal import guarded
+from qfx.hf import hub
+from qfx.measuring import compare
 
 ASSETS = Path(__file__).resolve().parents[1] / "tests" / "assets"
 QUESTION = "How do I store a model in fewer bytes?"

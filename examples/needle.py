@@ -36,7 +36,7 @@ if __name__ == "__main__":  # import the sibling files as `python -m examples.ne
 
 import qfx
 from examples.train_tiny_lm import learning_rate, optimizers_for
-from qfx.files import write_text
+from qfx.storage.files import write_text
 
 CHUNK = 64  # tokens of a text that are read at once
 BINS = 8  # of the depth

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qfx.calibration.importance import Importance
 from qfx.format import Format
-from qfx.importance import Importance
 from qfx.numerics import QParams, choose_qparams, dequantize, effective_scale, quantize
-from qfx.scales import search
+from qfx.rounding.scales import search
 
 
 class Grid:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qfx.errors import explain
-from qfx.spill import beside, rest
+from qfx.storage.spill import beside, rest
 
 _BLOCK = 512  # columns of one product: only those on and above the diagonal are computed
 _ROWS = 64  # that are put in order at once
@@ -55,7 +55,7 @@ class Hessian:
         return self.matrix.diagonal() if self._diagonal is None else self._diagonal
 
     def settle(self, weight: Tensor) -> None:
-        """Nothing is added any more. Where the weight lies in a file, H and D do, too (see `qfx.spill`)."""
+        """Nothing is added any more. Where the weight lies in a file, H and D do, too (see `qfx.storage.spill`)."""
         self.whole()
         if self._diagonal is None:
             self._diagonal = self.matrix.diagonal().clone()

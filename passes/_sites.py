@@ -18,7 +18,7 @@ from qfx import graph
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.graph import is_call
 from qfx.passes import _match as m
-from qfx.spill import beside, rest
+from qfx.storage.spill import beside, rest
 
 aten = torch.ops.aten
 ATTENTION = ("aten::scaled_dot_product_attention", "qfx::attention")
@@ -303,7 +303,7 @@ def edit(module: nn.Module, fqn: str, change: Callable[[Tensor], Tensor]) -> Non
 def put(module: nn.Module, fqn: str, new: Tensor) -> None:
     """Let every name of the tensor `fqn` hold `new`, a parameter where that is one. The order of parameters stays.
 
-    Where the old tensor lies in a file, the new one does, too (see `qfx.spill`).
+    Where the old tensor lies in a file, the new one does, too (see `qfx.storage.spill`).
     """
     old = graph.get_tensor(module, fqn)
     new = beside(new.detach(), old)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from qfx import annotation, attention_heads, graph
+from qfx import annotation, graph
 from qfx.annotation import Formats, each
-from qfx.attention_ops import reason_against
 from qfx.errors import Note, source_line
 from qfx.format import Format
+from qfx.live.segments import segments
+from qfx.ops import heads as attention_heads
+from qfx.ops.attention import reason_against
 from qfx.recipe import Recipe
-from qfx.segments import segments
 
 KIND_OF = {
     "aten::linear": "linear",

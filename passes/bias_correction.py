@@ -6,7 +6,7 @@
 
 b <- b + E[W x] - E[W' x'], the means over all tokens of the data; x' is what comes behind what is rounded and corrected
 already (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.2, with
-means that are measured, see `qfx.correct`). A linear without a bias is given one.
+means that are measured, see `qfx.rounding.correct`). A linear without a bias is given one.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from qfx import annotation
 from qfx.data import check_batch, telling
 from qfx.errors import Note, QfxWarning, explain
 from qfx.passes.observe import Make, Observers, Roles, insert_observers, remove_observers
-from qfx.spill import Resting
+from qfx.storage.spill import Resting
 
 
 def observed(

@@ -20,7 +20,6 @@ import torch
 from torch import fx, nn
 
 from qfx import graph
-from qfx.centred import centred
 from qfx.errors import Note
 from qfx.passes import _match as m
 from qfx.passes import _sites as sites
@@ -28,6 +27,7 @@ from qfx.passes import _stream as streams
 from qfx.passes._build import call
 from qfx.passes._sites import Norm, Record
 from qfx.passes._stream import Part
+from qfx.rewrites.centred import centred
 
 aten = torch.ops.aten
 

@@ -22,18 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qfx.blocks import Block, Part, Site
 from qfx.errors import Note, explain
 from qfx.format import Format
-from qfx.method_options import GptqOptions
 from qfx.numerics import QParams, quantize
 from qfx.packing import Packed
-from qfx.parts import ELEMENTS, joined, round_in_parts
 from qfx.passes._grid import Grid, scales
 from qfx.passes._hessian import Hessian, factor
 from qfx.recipe import Recipe
-from qfx.rounding import round_weight
-from qfx.spill import beside, give_back, is_mapped, rest
+from qfx.rounding.blocks import Block, Part, Site
+from qfx.rounding.method_options import GptqOptions
+from qfx.rounding.nearest import round_weight
+from qfx.rounding.parts import ELEMENTS, joined, round_in_parts
+from qfx.storage.spill import beside, give_back, is_mapped, rest
 
 _COLUMNS = 128  # whose errors are passed on to the rest together
 _ELEMENTS = 1 << 22  # of the rows that are rounded together
@@ -42,13 +42,13 @@ _SAMPLED = 256  # rows by which errors are told
 
 
 def method(recipe: Recipe) -> Gptq:
-    """For `qfx.sequential`."""
+    """For `qfx.rounding.sequential`."""
     return Gptq(recipe.gptq)
 
 
 @dataclass(frozen=True)
 class Gptq:
-    """GPTQ as a method of `qfx.sequential`."""
+    """GPTQ as a method of `qfx.rounding.sequential`."""
 
     options: GptqOptions
 

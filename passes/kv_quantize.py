@@ -19,9 +19,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from qfx import cache_ops
 from qfx.format import Format
 from qfx.graph import add_tensor, is_call
+from qfx.ops import cached as cache_ops
 from qfx.passes import _match as m
 from qfx.passes._build import matched, value_of
 

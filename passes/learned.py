@@ -1,12 +1,14 @@
 """Learned rounding: the weights of a block are rounded so that the block's results stay what they were in float.
 
     %linear: f32[2,4] = aten.linear(%x, @layers.0.fc.weight)  # w=u4/g128
-    ->                       the same graph; the plan holds layers.0.fc/codes, /scale, /zero (see `qfx.rounded`)
+    ->                       the same graph; the plan holds layers.0.fc/codes, /scale, /zero (see
+    `qfx.rounding.rounded`)
 
-Every step rounds all weights of the block with their present offsets and shares of the extremes (`qfx.offsets`), runs
-some batches, and moves the parameters against their gradients; the loss is the squared error of the block's results,
-the inputs are what the blocks rounded before give (Cheng et al. 2023, SignRound / AutoRound). The rate falls linearly
-to 0. Batches come in an order drawn by the seed. Scales begin where `qfx.scales.search` finds them.
+Every step rounds all weights of the block with their present offsets and shares of the extremes
+(`qfx.rounding.offsets`), runs some batches, and moves the parameters against their gradients; the loss is the squared
+error of the block's results, the inputs are what the blocks rounded before give (Cheng et al. 2023, SignRound /
+AutoRound). The rate falls linearly to 0. Batches come in an order drawn by the seed. Scales begin where
+`qfx.rounding.scales.search` finds them.
 
     python -m pytest -m slow -s tests/qfx/test_accuracy.py -k learned      beside GPTQ, and Adam beside signs
 """
@@ -20,27 +22,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qfx.blocks import Block, Part
 from qfx.errors import Note, explain
 from qfx.format import Format
-from qfx.lanes import Env
-from qfx.method_options import LearnedOptions
 from qfx.numerics import QParams
-from qfx.offsets import Offsets
 from qfx.packing import Packed, pack_weight
 from qfx.recipe import Recipe
-from qfx.rounding import round_weight
-from qfx.scales import search
+from qfx.rounding.blocks import Block, Part
+from qfx.rounding.lanes import Env
+from qfx.rounding.method_options import LearnedOptions
+from qfx.rounding.nearest import round_weight
+from qfx.rounding.offsets import Offsets
+from qfx.rounding.scales import search
 
 
 def method(recipe: Recipe) -> LearnedRounding:
-    """For `qfx.sequential`."""
+    """For `qfx.rounding.sequential`."""
     return LearnedRounding(recipe.learned)
 
 
 @dataclass(frozen=True)
 class LearnedRounding:
-    """Learned rounding as a method of `qfx.sequential`."""
+    """Learned rounding as a method of `qfx.rounding.sequential`."""
 
     options: LearnedOptions
 
@@ -139,8 +141,8 @@ def learn(
     """Round the weights [N, K] of a block in their formats so that its results stay near those in `wanted`.
 
     wanted: for each batch the block's floating results in float. batches: how many a step looks at. rate: of the first
-    step, in steps of the format (None: 2 / steps, with "sign" 1 / steps). optimizer, reach: of `qfx.offsets`. params:
-    scales and zero points where the search begins (none: from the extremes). With no step it is plain rounding.
+    step, in steps of the format (None: 2 / steps, with "sign" 1 / steps). optimizer, reach: of `qfx.rounding.offsets`.
+    params: scales and zero points where the search begins (none: from the extremes). With no step it is plain rounding.
     Raises ValueError where the results are NaN or Inf (naming the block).
     """
     rate = (2.0 if optimizer == "adam" else 1.0) / max(1, steps) if rate is None else rate

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from qfx import float_ops
 from qfx.graph import fqn_of, is_call
+from qfx.ops import floats as float_ops
 from qfx.passes import _match as m
 from qfx.passes._build import call, matched, replace
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx, nn
 
 from qfx import annotation, graph
+from qfx.calibration.observers import Observer
 from qfx.errors import Note
-from qfx.observers import Observer
 
 Key = tuple[str, str]
 Make = Callable[[fx.Node, str], Observer | None]

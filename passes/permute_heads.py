@@ -7,7 +7,7 @@
 KV heads take their query heads with them, whose order within the group is free. Biases, norms over all heads, sinks,
 slopes and tables of position biases go along (`qfx.analysis.movable` finds them). Cached keys and values have the new
 order, too: a cache that was filled before is no longer valid. The graph's text stays as it is.
-`qfx.permute` chooses the order by the formats of the heads, so that equal ones lie together.
+`qfx.rewrites.permute` chooses the order by the formats of the heads, so that equal ones lie together.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
     ->
     %linear: f32[2,3] = qfx.linear(%x, @fc.w_codes, @fc.w_scale, None, @fc.bias, None, None, None, i8/tok, i8/ch)
 
-A weight of several formats (see `qfx.segments`) becomes one op for each segment: of rows, whose results are joined,
+A weight of several formats (see `qfx.live.segments`) becomes one op for each segment: of rows, whose results are
+joined,
 
     %linear: f32[2,4] = aten.linear(%x, @fc.weight)  # w=[i4/ch,i8/ch]
     ->
@@ -26,19 +27,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import qfx.float_ops
-import qfx.ops  # noqa: F401  (registers torch.ops.qfx)
-from qfx import annotation, graph, rounded
+import qfx.ops.floats
+import qfx.ops.packed  # noqa: F401  (registers torch.ops.qfx)
+from qfx import annotation, graph
 from qfx.annotation import Formats
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.format import Format
+from qfx.live.segments import Segment, along, pieces, segments, stem_of, take
 from qfx.packing import Packed
 from qfx.passes._build import call, take_place
 from qfx.passes._calibrated import calibrated
 from qfx.passes._sites import holds
 from qfx.passes.quantize_attention import is_attention, quantize_attention, reason_against
 from qfx.recipe import is_static
-from qfx.segments import Segment, along, pieces, segments, stem_of, take
+from qfx.rounding import rounded
 
 aten = torch.ops.aten
 Pack = Callable[[Tensor, Format, str], Packed]
@@ -85,8 +87,8 @@ def quantize(
     """Put qfx:: ops in place of every attention that is annotated, and every node annotated with a weight format.
 
     tensors: calibrated values by "<FQN>/x_scale", "<FQN>/x_zero" (static activation formats), and weights that were
-    rounded beforehand (see `qfx.rounded`). rounding: how the others are rounded ("rtn", "mse"). pack: packs a weight,
-    to share packed weights between graphs.
+    rounded beforehand (see `qfx.rounding.rounded`). rounding: how the others are rounded ("rtn", "mse"). pack: packs a
+    weight, to share packed weights between graphs.
     Raises UnsupportedError where a static format has no scale, ValueError where a weight holds NaN or Inf or cannot be
     cut into as many parts as it has formats.
     """

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qfx import annotation, attention_heads, attention_ops, graph
+from qfx import annotation, graph
 from qfx.annotation import Formats, each, show
-from qfx.attention_heads import ROLES
-from qfx.attention_ops import needs_scale
 from qfx.format import Format
+from qfx.ops import attention as attention_ops
+from qfx.ops import heads as attention_heads
+from qfx.ops.attention import needs_scale
+from qfx.ops.heads import ROLES
 from qfx.passes import _match as m
 from qfx.passes._build import SPELLED_OUT, call, take_place
 from qfx.passes._calibrated import calibrated

@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from qfx import graph, rotation
+from qfx import graph
 from qfx.errors import Note
 from qfx.passes import _sites as sites
 from qfx.passes import _stream as streams
 from qfx.passes._sites import Record
 from qfx.passes._stream import Part
+from qfx.rewrites import rotation
 
 
 @dataclass(frozen=True)

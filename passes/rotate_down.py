@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from qfx import annotation, graph, rotation  # noqa: F401  (rotation registers the op)
+from qfx import annotation, graph
 from qfx.errors import Note
 from qfx.graph import is_call
 from qfx.passes import _match as m
@@ -29,6 +29,7 @@ from qfx.passes import _sites as sites
 from qfx.passes._build import call
 from qfx.passes._sites import Norm, Record, Weight
 from qfx.passes.rotate import rotate_tensor
+from qfx.rewrites import rotation  # noqa: F401  (rotation registers the op)
 
 aten = torch.ops.aten
 

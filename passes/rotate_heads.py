@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from qfx import rotation
 from qfx.errors import Note
 from qfx.passes import v_o
+from qfx.rewrites import rotation
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
     %sdpa = aten.scaled_dot_product_attention(%hadamard, %hadamard_1, %v)
 
 It comes after the rotary embedding, which no weight could pass. In a live model it is part of attention with formats
-(`qfx.attending`); attention that runs in float is left as it is, where the rotation would change nothing.
+(`qfx.live.attending`); attention that runs in float is left as it is, where the rotation would change nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from qfx import annotation, graph, rotation  # noqa: F401  (rotation registers the op)
+from qfx import annotation, graph
 from qfx.errors import Note
 from qfx.passes import _match as m
 from qfx.passes import _sites as sites
 from qfx.passes._build import call
 from qfx.passes._sites import Record
+from qfx.rewrites import rotation  # noqa: F401  (rotation registers the op)
 
 
 @dataclass(frozen=True)

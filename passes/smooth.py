@@ -22,17 +22,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from qfx import annotation, graph
+from qfx.calibration.importance import Importance
+from qfx.calibration.observers import Observer, Sample, create
 from qfx.errors import Note
 from qfx.format import Format
-from qfx.importance import Importance
 from qfx.numerics import fake_quantize, range_qparams
-from qfx.observers import Observer, Sample, create
 from qfx.passes import _match as m
 from qfx.passes import _sites as sites
 from qfx.passes._build import call
 from qfx.passes._sites import Norm, Record, Weight
-from qfx.scales import rounded, search
-from qfx.spill import rest
+from qfx.rounding.scales import rounded, search
+from qfx.storage.spill import rest
 
 ALPHAS: tuple[float, ...] = tuple(step / 10 for step in range(11))
 _ROWS = 2048  # output channels that the search looks at

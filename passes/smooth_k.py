@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from qfx import graph
+from qfx.calibration.observers import Observer, Sample
 from qfx.errors import Note
 from qfx.format import Format
 from qfx.numerics import fake_quantize
-from qfx.observers import Observer, Sample
 from qfx.passes import _sites as sites
 from qfx.passes._pairs import Factors, Part, factors_of
 from qfx.passes._sites import Norm, Record

@@ -19,7 +19,7 @@ from qfx import graph
 from qfx.errors import Note
 from qfx.passes import _sites as sites
 from qfx.passes._sites import Record
-from qfx.spill import beside
+from qfx.storage.spill import beside
 
 
 @dataclass(frozen=True)

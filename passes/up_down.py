@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from qfx.calibration.observers import Sample
 from qfx.errors import Note
 from qfx.graph import is_call
-from qfx.observers import Sample
 from qfx.passes import _channels as channels
 from qfx.passes import _sites as sites
 from qfx.passes._sites import Record, Weight

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qfx import graph
+from qfx.calibration.observers import Sample
 from qfx.errors import Note
-from qfx.observers import Sample
 from qfx.passes import _channels as channels
 from qfx.passes import _match as m
 from qfx.passes import _sites as sites

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-# The modules advise, plan, quantize, report and save hold functions of their own names: `qfx.plan` is the function.
-from qfx.adapters import add_adapters, load_adapters
 from qfx.advise import advise
 from qfx.analysis.analyze import analyze
 from qfx.analysis.sensitivity import Sensitivity
-from qfx.attach import register_when_loaded as _register_when_loaded
 from qfx.convert import convert
-from qfx.distillation import distillation_loss, hidden_state_loss
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.export import export_onnx
 from qfx.format import Format
+from qfx.hf.attach import register_when_loaded as _register_when_loaded
 from qfx.interop import (
     export_awq,
     export_bnb,
@@ -30,7 +27,6 @@ from qfx.interop import (
     import_checkpoint,
     import_gguf,
 )
-from qfx.merging import merge_adapters
 from qfx.plan import Plan
 from qfx.presets import presets
 from qfx.qat import prepare_qat
@@ -38,10 +34,15 @@ from qfx.quantize import plan, quantize
 from qfx.recipe import Recipe, Rule
 from qfx.report import Report, report
 from qfx.save import load, save
-from qfx.schedule import QATSchedule
+
+# The modules advise, plan, quantize, report and save hold functions of their own names: `qfx.plan` is the function.
+from qfx.training.adapters import add_adapters, load_adapters
+from qfx.training.distillation import distillation_loss, hidden_state_loss
+from qfx.training.merging import merge_adapters
+from qfx.training.schedule import QATSchedule
 
 if TYPE_CHECKING:
-    from qfx.hf_config import QfxConfig as QfxConfig
+    from qfx.hf.config import QfxConfig as QfxConfig
     from qfx.kv.cache import QuantizedCache as QuantizedCache
 else:
 
@@ -55,7 +56,7 @@ else:
             raise AttributeError(f"module 'qfx' has no attribute {name!r}")
         import transformers.quantizers.auto  # noqa: F401  (its import registers qfx)
 
-        from qfx.hf_config import QfxConfig
+        from qfx.hf.config import QfxConfig
 
         return QfxConfig
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from qfx import compare
 from qfx import data as batches
 from qfx.allocation.costs import Asked, CacheFormats, Costs
 from qfx.allocation.devices import Device
@@ -28,11 +27,12 @@ from qfx.allocation.roofline import GAIN, Prediction, Roofline, crossover, predi
 from qfx.data import Call
 from qfx.errors import UnsupportedError, explain
 from qfx.format import Format
-from qfx.hub import is_causal_lm
+from qfx.hf.hub import is_causal_lm
 from qfx.kv.judge import over_cache
 from qfx.kv.planning import plan_caches
 from qfx.kv.plans import grown_formats
-from qfx.matrix import bytes_of
+from qfx.measuring import compare
+from qfx.measuring.matrix import bytes_of
 from qfx.quantize import evaluating, plan, quantize
 from qfx.recipe import Recipe
 
@@ -131,7 +131,7 @@ class Advice:
 
     def show(self, console: Console | None = None) -> None:
         """Print it."""
-        from qfx.render_advice import show
+        from qfx.reporting.render_advice import show
 
         show(self, console)
 

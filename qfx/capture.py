@@ -115,10 +115,12 @@ def capture_export(
             model, args, kwargs, dynamic_shapes=_by_parameter(model, shapes) if dynamic else None, strict=False
         )
     except Exception as error:
+        half = any(p.dtype == torch.float16 for p in model.parameters())
         raise UnsupportedError(
             f"expected a model that torch.export captures as one graph, found {type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''}; next step: pass data that the forward accepts, or "
             "compile it with torch.compile(model, backend='qfx'), which may break the graph"
+            + (", or take model.float(): some models look for overflow in float16" if half else "")
         ) from error
     placeholders = [n for n in ep.graph.nodes if n.op == "placeholder"]
     signature = ep.graph_signature

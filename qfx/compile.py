@@ -13,20 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qfx import attending, frame, graph, names, sqnr
+from qfx import graph, names
 from qfx.capture import keep_sources, static_names
+from qfx.compiled import frame
+from qfx.compiled.frame import Frame
+from qfx.compiled.records import GraphRecord, all_records, remember
+from qfx.compiled.template import State, Template
+from qfx.compiled.warm import Entry, Found, Storing, Warm
 from qfx.errors import Note, UnsupportedError, explain, warn
-from qfx.frame import Frame
 from qfx.kv.held import caches_of, is_quantized
+from qfx.live import attending
 from qfx.names import Translation
 from qfx.options import Options, checked_mode
 from qfx.pipeline import apply_plan, told
 from qfx.recipe import Recipe, Rule
-from qfx.records import GraphRecord, all_records, remember
-from qfx.rows import Row, graph_rows
-from qfx.spill import give_back
-from qfx.template import State, Template
-from qfx.warm import Entry, Found, Storing, Warm
+from qfx.reporting import sqnr
+from qfx.reporting.rows import Row, graph_rows
+from qfx.storage.spill import give_back
 
 _MOST_SCALARS = 8  # graphs kept for different values of Python floats
 

@@ -7,20 +7,21 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from qfx import attending, rounded
-from qfx.attach import attach
 from qfx.backends.qat.quantizers import InputQuantizer, WeightQuantizer
 from qfx.errors import explain
-from qfx.fake_attention import CHILD, put_trained
-from qfx.fake_modules import restore, weight_of
+from qfx.hf.attach import attach
 from qfx.kv.live import with_caches
-from qfx.modules import PREPARED
-from qfx.places import Place
+from qfx.live import attending
+from qfx.live.modules import PREPARED
+from qfx.live.places import Place
+from qfx.live.writeback import Writer, cut, oriented
 from qfx.plan import Plan
 from qfx.qat import KEPT, quantizers, training_of
-from qfx.schedule import check_finished
-from qfx.wrapped import check_unwrapped
-from qfx.writeback import Writer, cut, oriented
+from qfx.rounding import rounded
+from qfx.training.fake_attention import CHILD, put_trained
+from qfx.training.fake_modules import restore, weight_of
+from qfx.training.schedule import check_finished
+from qfx.training.wrapped import check_unwrapped
 
 
 def convert(model: nn.Module) -> nn.Module:

@@ -10,34 +10,35 @@ from typing import Any
 
 from torch import fx, nn
 
-from qfx import annotation, attention_heads, graph, run
+from qfx import annotation, graph, run
 from qfx.allocation.allocate import Given, allocate
 from qfx.allocation.caches import allocate_caches
 from qfx.allocation.simple import lift
+from qfx.calibration.clipping import clip_inputs
+from qfx.calibration.observers import Observer, create
 from qfx.capture import Captured, capture_export
-from qfx.clipping import clip_inputs
-from qfx.correct import apply_to, correct
 from qfx.data import Call, roomiest, telling
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.inputs import example_inputs, need_inputs, without_cache
 from qfx.kv.planning import plan_caches
-from qfx.measure import decibel
-from qfx.observers import Observer, create
-from qfx.outliers import keep_outliers
+from qfx.live.places import READ, held, is_own_linear, layout_of
+from qfx.live.walk import walk
+from qfx.measuring.measure import decibel
+from qfx.ops import heads as attention_heads
 from qfx.passes.annotate import annotate, kind_of
 from qfx.passes.calibrate import observed
 from qfx.passes.quantize import quantize, refuse
 from qfx.passes.quantize_attention import is_attention, way_of
 from qfx.pipeline import prepare
-from qfx.places import READ, held, is_own_linear, layout_of
 from qfx.plan import Plan
 from qfx.presets import presets
 from qfx.recipe import DATA_ROUNDINGS, Recipe, is_static
-from qfx.sequential import round_weights
-from qfx.sqnr import compare
-from qfx.transform import transform
-from qfx.walk import walk
-from qfx.weighted import round_weighted
+from qfx.reporting.sqnr import compare
+from qfx.rewrites.transform import transform
+from qfx.rounding.correct import apply_to, correct
+from qfx.rounding.outliers import keep_outliers
+from qfx.rounding.sequential import round_weights
+from qfx.rounding.weighted import round_weighted
 
 _HIGHEST = 200.0  # dB: what a node without any error is said to have, since JSON has no infinity
 
@@ -132,6 +133,7 @@ def _check_walkable(recipe: Recipe, reason: str, step: str) -> None:
 def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, str, str]:
     """The graph; where it cannot be had, None, the reason and what to do.
 
+    Without calls it is looked at and never run, so that its sizes need not vary, which makes most of tracing's time.
     Raises ValueError where the model itself does not take the first call.
     """
     args, kwargs = roomiest(calls) if calls else ((), example_inputs(model))
@@ -139,7 +141,7 @@ def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, 
         return None, "no example of its inputs is known", str(need_inputs(model).args[0]).partition("next step: ")[2]
     kwargs = kwargs if args else without_cache(model, kwargs)
     try:
-        return capture_export(model, args, kwargs), "", ""
+        return capture_export(model, args, kwargs, dynamic=bool(calls)), "", ""
     except UnsupportedError as error:
         if calls:
             _try(model, args, kwargs)

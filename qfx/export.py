@@ -13,26 +13,27 @@ from typing import Any
 from torch import fx, nn
 
 from qfx import data as batches
-from qfx import decoder, encoder_decoder, graph
-from qfx.attending import without
-from qfx.cache_scales import cache_formats, cache_scales, need_data
+from qfx import graph
 from qfx.capture import Captured, capture_export
 from qfx.data import Call
+from qfx.decoding import decoder, encoder_decoder
+from qfx.decoding.cache_scales import cache_formats, cache_scales, need_data
 from qfx.errors import Note, UnsupportedError, explain
-from qfx.files import staged_folder
 from qfx.format import Format
-from qfx.hub import is_causal_lm
+from qfx.hf.hub import is_causal_lm
 from qfx.inputs import example_inputs, need_inputs, without_cache
 from qfx.kv.files import asked_caches, for_file
+from qfx.live.attending import without
+from qfx.live.segments import asked
 from qfx.passes._match import arguments
 from qfx.pipeline import apply_plan, prepare, told
 from qfx.plan import Plan, versions
 from qfx.quantize import evaluating
 from qfx.quantize import plan as make_plan
 from qfx.recipe import Recipe
-from qfx.rows import segment_of
-from qfx.segments import asked
-from qfx.spill import Spill, give_back
+from qfx.reporting.rows import segment_of
+from qfx.storage.files import staged_folder
+from qfx.storage.spill import Spill, give_back
 
 RUNTIMES = ("onnxruntime", "standard")
 DECODER = "model.onnx"  # the name of a decoder's model in its folder

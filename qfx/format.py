@@ -6,8 +6,8 @@ types: i2..i8 (symmetric signed), u2..u8 (affine, with a zero point), nf4, f8e4m
 scale), f16, bf16, f32 (plain: no scale at all). Granularity of the scale: nothing (one for the tensor), `ch` (channel),
 `gN` (groups of N along the last axis), `bMxN` (blocks over the last two axes), `tok` (a row over the last axis, found
 at run time), `head` (axis -3). Scale types: f32 (not printed), f16, bf16, e8m0 (a power of two), e4m3 (with one f32
-scale for the whole tensor on top), dq (double quantization, see `qfx.nested`). `dyn`: the scale is found at run time.
-`cN`: such a scale is that of N percent of the extremes, and values beyond saturate (`u4/tok/c90`).
+scale for the whole tensor on top), dq (double quantization, see `qfx.rounding.nested`). `dyn`: the scale is found at
+run time. `cN`: such a scale is that of N percent of the extremes, and values beyond saturate (`u4/tok/c90`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from functools import lru_cache
 
 import torch
 
-from qfx import nested
 from qfx.errors import nearest
+from qfx.rounding import nested
 
 _FLOATS: dict[str, tuple[int, int, torch.dtype]] = {  # type: bits, greatest magnitude, dtype of the codes
     "nf4": (4, 1, torch.uint8),
@@ -150,7 +150,7 @@ class Format:
 
     @property
     def nested(self) -> bool:
-        """Double quantization: the scales are 8-bit codes (see `qfx.nested`)."""
+        """Double quantization: the scales are 8-bit codes (see `qfx.rounding.nested`)."""
         return self.scale_type == "dq"
 
     @property

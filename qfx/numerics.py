@@ -6,7 +6,7 @@
 All arithmetic is f32. A scale that would be zero or subnormal (an all-zero channel) becomes 1, so its codes are 0.
 Scales are shaped by `Format.scale_shape` and stored in `Format.scale_dtype`; the second tensor of `QParams` is the
 uint8 zero point of an affine format, or the f32 scale of the whole tensor, shape (), where scales are e4m3 (NVFP4), or
-mean and block scales, f32 [1 + blocks], where they are dq (see `qfx.nested`).
+mean and block scales, f32 [1 + blocks], where they are dq (see `qfx.rounding.nested`).
 These exclude each other, so one slot serves all everywhere (`w_zero` in the ops, `Packed.zero`).
 """
 
@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qfx import nested
 from qfx.errors import explain
 from qfx.format import Format
+from qfx.rounding import nested
 
 TINY = torch.finfo(torch.float32).tiny
 _E4M3_MAX = 448.0

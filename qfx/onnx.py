@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from qfx.encoder_decoder import DOCUMENT
+from qfx.decoding.encoder_decoder import DOCUMENT
 
 if TYPE_CHECKING:
-    from qfx.generation import OnnxCausalLM
-    from qfx.generation_seq2seq import OnnxSeq2SeqLM
+    from qfx.decoding.generation import OnnxCausalLM
+    from qfx.decoding.generation_seq2seq import OnnxSeq2SeqLM
 
 
 class OnnxModel:
@@ -45,11 +45,11 @@ def load(
     if not target.exists():
         raise FileNotFoundError(f"there is no {target}\n  expected: what qfx.export_onnx wrote")
     if (target / DOCUMENT).exists():
-        from qfx import generation_seq2seq
+        from qfx.decoding import generation_seq2seq
 
         return generation_seq2seq.load(target, threads=threads, session_options=session_options)
     if target.is_dir():
-        from qfx.generation import OnnxCausalLM
+        from qfx.decoding.generation import OnnxCausalLM
 
         return OnnxCausalLM(target, threads=threads, session_options=session_options)
     return OnnxModel(target, threads, session_options)

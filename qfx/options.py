@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from qfx.attention_ops import needs_scale, reason_against
 from qfx.errors import explain, nearest
 from qfx.format import Format
+from qfx.ops.attention import needs_scale, reason_against
 from qfx.plan import Plan
 from qfx.recipe import Recipe, Rule
 

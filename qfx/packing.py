@@ -20,7 +20,7 @@ from torch import Tensor
 from qfx.errors import explain
 from qfx.format import Format
 from qfx.numerics import NF4_VALUES, QParams, choose_qparams, dequantize, quantize, require_finite
-from qfx.spill import beside
+from qfx.storage.spill import beside
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -193,7 +193,7 @@ class Packed:
         return named if self.zero is None else {**named, "zero": self.zero}
 
     def beside(self, weight: Tensor) -> Packed:
-        """The same, in a temporary file where the weight that it was made of lies in a file (see `qfx.spill`)."""
+        """The same, in a temporary file where the weight that it was made of lies in a file (`qfx.storage.spill`)."""
         zero = None if self.zero is None else beside(self.zero, weight)
         return replace(self, data=beside(self.data, weight), scale=beside(self.scale, weight), zero=zero)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from qfx import annotation, graph, rounded, run
+from qfx import annotation, graph, run
 from qfx.errors import Note, UnsupportedError, warn
 from qfx.format import Format
 from qfx.packing import Packed
@@ -23,7 +23,8 @@ from qfx.passes.quantize import quantize, refuse
 from qfx.passes.rewrites import apply_record
 from qfx.plan import Plan
 from qfx.recipe import Recipe
-from qfx.transform import transform
+from qfx.rewrites.transform import transform
+from qfx.rounding import rounded
 
 Keep = Callable[[Tensor], Tensor]
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from qfx.annotation import ALL_ROLES, Formats, from_json
 from qfx.errors import QfxWarning, explain, nearest
-from qfx.files import dump_safetensors, read_safetensors, sha256_file, staged
-from qfx.hollow import is_hollow
 from qfx.kv.plans import read as check_caches
 from qfx.recipe import Recipe
-from qfx.spill import rest
+from qfx.storage.files import dump_safetensors, read_safetensors, sha256_file, staged
+from qfx.storage.hollow import is_hollow
+from qfx.storage.spill import rest
 from qfx.text import type_text
 
 VERSION = 3  # 1: a byte for each zero point, 2: no caches
@@ -54,9 +54,9 @@ class Plan:
     recipe: what was asked. fingerprint, signature: of the model (see `fingerprint`, `signature`). versions: of torch,
     qfx, Python. annotations: FQN -> role -> Format text, a list of texts (one per head, or per equal part of a weight's
     rows) or {"columns": a list} (of its columns), as `annotation.to_json` writes them. layouts: FQN -> how the
-    module holds the weight (`qfx.places`). caches: FQN of an attention -> what the cache of its keys and values stores
-    (`qfx.kv.plans`). rewrites: JSON-able records in the order of application, such as {"name": "smooth", "norm": {...},
-    "linears": [...], "factor": key of `tensors`}. tensors: "<FQN>/x_scale", "<FQN>/x_zero",
+    module holds the weight (`qfx.live.places`). caches: FQN of an attention -> what the cache of its keys and values
+    stores (`qfx.kv.plans`). rewrites: JSON-able records in the order of application, such as {"name": "smooth", "norm":
+    {...}, "linears": [...], "factor": key of `tensors`}. tensors: "<FQN>/x_scale", "<FQN>/x_zero",
     "<FQN>/smooth", ... sensitivities: JSON-able. notes: what was warned of.
     """
 

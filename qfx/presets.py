@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from qfx.method_options import AllocationOptions, LiftOptions
 from qfx.recipe import Recipe, Rule
+from qfx.rounding.method_options import AllocationOptions, LiftOptions
 
 _EMBEDDING = {"target": "embedding", "w": "i8/ch"}
 _TIED = {"target": "tied", "w": "u4/g128"}

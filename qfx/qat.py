@@ -17,29 +17,30 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from qfx import fake_attention, rounded
 from qfx.annotation import show
-from qfx.attach import mark_training
-from qfx.attending import Spec
 from qfx.backends.qat.quantizers import InputQuantizer, Quantizer, RunTimeInput, Scales, WeightQuantizer
 from qfx.errors import explain
-from qfx.fake_attention import FakeAttention, prepare_attention
-from qfx.fake_modules import FakeLinear, FakeWeight, prepare_module, prepare_parameter
 from qfx.format import Format
+from qfx.hf.attach import mark_training
 from qfx.kv.live import with_caches
 from qfx.kv.planning import check_model
 from qfx.kv.plans import Cached
-from qfx.modules import PREPARED, prepared_parts, without_fast_paths
+from qfx.live.attending import Spec
+from qfx.live.modules import PREPARED, prepared_parts, without_fast_paths
+from qfx.live.places import READ, Place
+from qfx.live.segments import along, in_order, segments
+from qfx.live.writeback import cut, oriented, pointer_of, rewrite
 from qfx.numerics import QParams, dequantize, effective_scale, split, spread
 from qfx.packing import Packed
 from qfx.passes.rotate_down import rotations
 from qfx.pipeline import told
-from qfx.places import READ, Place
 from qfx.plan import Plan
 from qfx.quantize import RecipeLike, check_float, checked_places, made_for
 from qfx.recipe import DATA_ROUNDINGS, is_static
-from qfx.segments import along, in_order, segments
-from qfx.writeback import cut, oriented, pointer_of, rewrite
+from qfx.rounding import rounded
+from qfx.training import fake_attention
+from qfx.training.fake_attention import FakeAttention, prepare_attention
+from qfx.training.fake_modules import FakeLinear, FakeWeight, prepare_module, prepare_parameter
 
 Train = Literal["all", "scales"]
 KEPT = "qfx_training"  # the attribute of a prepared model

@@ -11,25 +11,26 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from qfx import attending, streamed
 from qfx import data as batches
 from qfx.allocation.allocate import Given
 from qfx.allocation.asked import with_budget
 from qfx.analysis.losses import Loss
 from qfx.analysis.sensitivity import Sensitivity
-from qfx.attach import attach
 from qfx.data import Call
 from qfx.decide import decide
 from qfx.errors import Note, explain
+from qfx.hf.attach import attach
 from qfx.kv.live import with_caches
 from qfx.kv.planning import check_model
-from qfx.modules import prepared_parts, quantized_parts
+from qfx.live import attending
+from qfx.live.modules import prepared_parts, quantized_parts
+from qfx.live.places import Place, find
+from qfx.live.writeback import check_rounded, write_back
 from qfx.passes.rewrites import check_record
 from qfx.pipeline import told
-from qfx.places import Place, find
 from qfx.plan import Plan
 from qfx.recipe import DATA_ROUNDINGS, Recipe
-from qfx.writeback import check_rounded, write_back
+from qfx.storage import streamed
 
 ModelLike = nn.Module | str | os.PathLike[str]
 COLLECTED_BYTES = 2**26  # weights that are worth a full garbage collection, half a second or more in a large process
@@ -47,7 +48,7 @@ def plan(
     """Decide formats, rewrites and scales for `model`; the model is not changed.
 
     model: a module, or the folder of a transformers model, whose weights are then read as they are needed and never all
-    at once (see `qfx.streamed`).
+    at once (see `qfx.storage.streamed`).
     data: batches (tensors, tuples or dicts of keyword arguments); needed by recipes with static activations or rewrites
     that choose factors; where given, `Plan.sensitivities["sqnr_db"]` says the error of each node on the first batch.
     resume: a folder for the finished blocks of a rounding that needs data: after an interruption the same call goes on

@@ -36,12 +36,12 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from qfx import combine
 from qfx.annotation import ALL_ROLES, ROLES, Columns, Formats, each
 from qfx.errors import nearest
 from qfx.format import Format
 from qfx.kv.asked import cache_texts, is_cache, names_of
-from qfx.method_options import AllocationOptions, GptqOptions, LearnedOptions, LiftOptions
+from qfx.rewrites import combine
+from qfx.rounding.method_options import AllocationOptions, GptqOptions, LearnedOptions, LiftOptions
 from qfx.strict import Strict
 
 KINDS: tuple[str, ...] = tuple(ROLES)
@@ -181,7 +181,7 @@ class Recipe(Strict):
     """What the user asks for. Fields (all checked; unknown keys are refused):
 
     rules: the later one wins, role by role. ignore: targets that stay untouched whatever the rules say.
-    rewrites: exact rewrites to apply first (REWRITES); `qfx.combine` says what goes together. smooth_alpha:
+    rewrites: exact rewrites to apply first (REWRITES); `qfx.rewrites.combine` says what goes together. smooth_alpha:
     SmoothQuant's exponent, or "search". rotation_seed: of the signs of rotations. rotation_block: channels that a
     rotation mixes; "auto" is the group of FP4 formats, else all.
     rounding: of weights, "rtn" (scale from the extremes), "mse" (scale of the least squared error), "hqq"

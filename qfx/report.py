@@ -12,13 +12,16 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from qfx import live, names, records, render, sqnr
+from qfx import names
+from qfx.compiled import records
+from qfx.compiled.frame import asked_with, unknown, unwrapped
+from qfx.compiled.records import GraphRecord
 from qfx.data import calls
 from qfx.errors import Note, explain
-from qfx.frame import asked_with, unknown, unwrapped
 from qfx.kv.summary import CacheSummary, summary
-from qfx.records import GraphRecord
-from qfx.rows import Row
+from qfx.reporting import live_rows as live
+from qfx.reporting import render, sqnr
+from qfx.reporting.rows import Row
 
 _MATMULS = ("linear", "experts", "conv", "matmul")
 
@@ -92,9 +95,13 @@ class Report:
             fields["caches"] = [asdict(row) | {"ratio": row.ratio} for row in self.cache.rows]
         return json.dumps(fields, indent=1, allow_nan=False)
 
-    def show(self, console: Console | None = None, *, all_rows: bool = True) -> None:
-        """Print the report to the terminal. all_rows=False: only the rows of what is not quantized."""
-        render.show(self, console or Console(), all_rows=all_rows)
+    def show(self, console: Console | None = None, *, all_rows: bool = True, fold: bool = True) -> None:
+        """Print the report to the terminal. all_rows=False: only the rows of what is not quantized.
+
+        fold: nodes that differ in numbers of their names alone (layers, experts) are one row, such as
+        `model.layers.0-5.mlp.up_proj`; False prints each.
+        """
+        render.show(self, console or Console(), all_rows=all_rows, folded=fold)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx import checkpoint
-from qfx.attach import METHOD, attach, is_pretrained
-from qfx.attending import attend
-from qfx.describe import Record, describe, state
 from qfx.errors import explain
-from qfx.files import dump_safetensors, read_safetensors, sha256_file, staged
+from qfx.hf.attach import METHOD, attach, is_pretrained
+from qfx.hf.quantization_config import recipe_of, unwrap, wrap
 from qfx.kv.held import is_quantized
 from qfx.kv.live import with_caches
-from qfx.modules import quantized_parts
-from qfx.quantization_config import recipe_of, unwrap, wrap
-from qfx.rebuild import Saved, rebuild
+from qfx.live.attending import attend
+from qfx.live.modules import quantized_parts
 from qfx.recipe import Recipe
-from qfx.skeleton import CONFIG, GENERATION, skeleton
+from qfx.storage import checkpoint
+from qfx.storage.describe import Record, describe, state
+from qfx.storage.files import dump_safetensors, read_safetensors, sha256_file, staged
+from qfx.storage.rebuild import Saved, rebuild
+from qfx.storage.skeleton import CONFIG, GENERATION, skeleton
 
 VERSION = 3  # 1: a byte for each zero point, 2: no caches, no attention
 _READ = (1, 2, VERSION)
@@ -40,8 +40,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = N
     """Write `model.safetensors`, `qfx.json` and, for a Hugging Face model, its configs into `folder`.
 
     Files appear together or not at all. Tensors that are shared are stored once, and written one after the other: those
-    of a model larger than memory (see `qfx.streamed`) are never in it all at once. shard_bytes: weights beyond that are
-    spread over `model-00001-of-00002.safetensors`, ... tokenizer: a tokenizer or processor of
+    of a model larger than memory (see `qfx.storage.streamed`) are never in it all at once. shard_bytes: weights beyond
+    that are spread over `model-00001-of-00002.safetensors`, ... tokenizer: a tokenizer or processor of
     transformers, whose files (the chat template too) go beside them afterwards. transformers' own `from_pretrained`
     reads the folder, too, once qfx is imported. Raises ValueError for a model that qfx did not quantize, OSError where
     the disk does not take it.

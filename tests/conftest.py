@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.interpreter import language_patched_once
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -25,13 +27,25 @@ def no_list_of_leaks() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What is imported and collected stays, and is most of the heap: no garbage collection walks through it."""
+    """What is imported and collected stays, and is most of the heap: no garbage collection walks through it.
+
+    Nor does one come every 700 objects: tracing makes millions that live for long, and each full collection walks
+    through all of them.
+    """
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(10_000, 10, 10)
         gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter() -> Iterator[None]:
+    """Kernels are interpreted in all of the tests, without what Triton's interpreter does twice."""
+    with language_patched_once():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

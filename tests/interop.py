@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qfx.format import Format
-from qfx.modules import QuantLinear
+from qfx.live.modules import QuantLinear
 from qfx.packing import pack_weight, unpack_zeros
 
 with warnings.catch_warnings():

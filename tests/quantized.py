@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import qfx
-from qfx.measure import decibel, energies
+from qfx.measuring.measure import decibel, energies
 from tests.zoo import ZOO, Inputs
 
 

@@ -75,3 +75,22 @@ def test_make_targets_exist() -> None:
 def test_links_lead_somewhere() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_links_lead_to_sections() -> None:
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", prose, flags=re.MULTILINE)
+    anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+    assert len(set(anchors)) == len(anchors), "two sections of one name"
+    wanted = re.findall(r"\]\(#([^)]+)\)", prose)
+    assert wanted and set(wanted) <= set(anchors)
+
+
+def test_folders_are_all_told() -> None:
+    """The map of qfx/ names each package that is there, and none that is not."""
+    told = re.search(r"^### Where things are\n(.*?)^### ", README, flags=re.MULTILINE | re.DOTALL)
+    assert told is not None
+    rows = [row.split("|")[1] for row in told[1].splitlines() if row.startswith("| `")]
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    there = [path.parent.name for path in (ROOT / "qfx").glob("*/__init__.py") if not path.parent.is_symlink()]
+    assert sorted(names) == sorted(there)

@@ -20,7 +20,7 @@ from qfx.backends.onnx.build import OPSET, Builder, Later
 from qfx.backends.onnx.graph import StageModel, made
 from qfx.backends.onnx.opset import ir_version, needed_opset
 from qfx.errors import explain
-from qfx.files import sha256_file, staged
+from qfx.storage.files import sha256_file, staged
 
 EXTERNAL_BYTES = 64 << 20  # weights of more bytes than this lie in a file of their own
 _MOST_INLINE = 2**31 - (64 << 20)  # protobuf holds less than 2 GiB

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from qfx.errors import explain
-from qfx.files import write_text
+from qfx.storage.files import write_text
 
 CONFIG = "genai_config.json"
 # The types of onnxruntime-genai choose its loop, which is the same for all decoders of text; it refuses unknown names.

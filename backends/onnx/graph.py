@@ -177,15 +177,20 @@ def _foreign(b: Builder, node: fx.Node) -> None:
         raise NotImplementedError(f"no ONNX type for {b.tensor(node).dtype}")
 
 
+def _outside(b: Builder, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of an input or output. A file takes and gives f32 for f16 and bf16: it computes in f32, and numpy, by
+    which programs feed it, knows no bf16."""
+    return computed(dtype) if b.portable else dtype
+
+
 def _declare(b: Builder, node: fx.Node) -> None:
     """A graph input for a value from outside the stage."""
     fake = node.meta["val"]
     name = node.name
     if isinstance(fake, Tensor):
-        b.inputs.append(
-            helper.make_tensor_value_info(name, ONNX_TYPE[fake.dtype], [_label(d) for d in dims_of(fake.shape)])
-        )
-        value = b.cast(Value(name, fake.dtype, dims_of(fake.shape)), computed(fake.dtype))
+        dtype = _outside(b, fake.dtype)
+        b.inputs.append(helper.make_tensor_value_info(name, ONNX_TYPE[dtype], [_label(d) for d in dims_of(fake.shape)]))
+        value = b.cast(Value(name, dtype, dims_of(fake.shape)), computed(dtype))
         b.values[node] = value
         for axis, size in enumerate(value.dims):
             b.symbols.carry(size, _reader(b, value, axis))
@@ -246,14 +251,14 @@ def _carry_new(b: Builder, value: Any, fake: Any) -> None:
 
 
 def _output(b: Builder, node: fx.Node, taken: set[str]) -> None:
-    """A graph output with a name of its own, in the dtype that torch gives the value."""
+    """A graph output with a name of its own, in the dtype that torch gives the value (a file: see `_outside`)."""
     fake = node.meta["val"]
     if is_number(fake):
         value = b.dim(dim_of(fake))
         dtype, shape = value.dtype, [1]
     else:
         value = b.values[node]
-        dtype = fake.dtype if isinstance(fake, Tensor) else value.dtype
+        dtype = _outside(b, fake.dtype) if isinstance(fake, Tensor) else value.dtype
         shape = [_label(d) for d in value.dims]
     if value.dtype != dtype:
         value = b.cast(value, dtype)

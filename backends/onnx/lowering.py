@@ -73,6 +73,8 @@ def lower(gm: fx.GraphModule, *, strict: bool = False, folder: Path | None = Non
 def build(gm: fx.GraphModule, *, runtime: str = "onnxruntime", prefill: bool = False) -> tuple[Builder, StageModel]:
     """The whole graph as one ONNX model, and its builder, whose `external` weights are not all made yet.
 
+    Inputs and outputs in f16 and bf16 are f32 in the model.
+
     prefill: weight-only products of many rows by 8-bit integers.
 
     Raises UnsupportedError for a graph with a node that has no ONNX form.
@@ -90,7 +92,9 @@ def build(gm: fx.GraphModule, *, runtime: str = "onnxruntime", prefill: bool = F
     assert isinstance(results, list | tuple)
     stage.outputs = list(dict.fromkeys(r for r in results if isinstance(r, fx.Node)))
     stage.inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    return emit_stage(gm, stage, carriers_of(gm), runtime, prefill=prefill)
+    builder, built = emit_stage(gm, stage, carriers_of(gm), runtime, prefill=prefill)
+    built.notes += _half_note(gm, "which inputs and outputs of the file are, too")
+    return builder, built
 
 
 def _refusal(reasons: dict[fx.Node, str], expected: str, next_step: str) -> str:
@@ -144,7 +148,7 @@ class OnnxLowered:
         self._outputs = list(_output_node(gm).args[0])  # type: ignore[arg-type]
         constants = [o for o in self._outputs if isinstance(o, fx.Node) and o.op == "get_attr"]
         self._constants: Slots = {n: get_tensor(gm, str(n.target)) for n in constants}
-        self.notes += _half_note(gm)
+        self.notes += _half_note(gm, "outputs cast back")
         self.notes += saturation_notes([node for built in self._models.values() for node in built.model.graph.node])
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
@@ -284,7 +288,7 @@ def _eager_step(gm: fx.GraphModule, stage: Stage) -> Callable[[Slots], None]:
     return step
 
 
-def _half_note(gm: fx.GraphModule) -> list[Note]:
+def _half_note(gm: fx.GraphModule, outside: str) -> list[Note]:
     halves = (torch.float16, torch.bfloat16)
     nodes = [n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr", "call_function")]
     packed = {n for n in nodes if n.op == "get_attr" and all(schema_name(u).startswith("qfx::") for u in n.users)}
@@ -292,5 +296,5 @@ def _half_note(gm: fx.GraphModule) -> list[Note]:
     found = sorted({str(f.dtype) for f in fakes if isinstance(f, Tensor) and f.dtype in halves})
     if not found:
         return []
-    reason = f"{' and '.join(found)} values are computed in float32, outputs cast back"
+    reason = f"{' and '.join(found)} values are computed in float32, {outside}"
     return [Note("graph", reason, "none needed; ONNX Runtime has no CPU kernels for them", minor=True)]

@@ -22,8 +22,8 @@ from qfx.backends.onnx.quant_weights import Weight
 from qfx.backends.onnx.values import Value
 from qfx.format import Format
 from qfx.graph import is_call
+from qfx.live.segments import number_of
 from qfx.passes._match import arguments
-from qfx.segments import number_of
 
 
 def linear(

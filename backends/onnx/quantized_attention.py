@@ -17,9 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qfx import attention_heads, processor
-from qfx.attention_heads import Static
-from qfx.attention_ops import is_centred
+from qfx import processor
 from qfx.backends.onnx import attention
 from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.math import Emit
@@ -27,6 +25,9 @@ from qfx.backends.onnx.quant_input import repeated
 from qfx.backends.onnx.values import Dim, Value
 from qfx.format import Format
 from qfx.numerics import TINY
+from qfx.ops import heads as attention_heads
+from qfx.ops.attention import is_centred
+from qfx.ops.heads import Static
 
 _CENTRE = 128
 _FLOAT8 = {"f8e4m3": (4, -6), "f8e5m2": (3, -14)}  # significant bits, exponent of the least normal number

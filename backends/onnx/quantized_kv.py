@@ -25,8 +25,8 @@ from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.gqa import TOTAL, by_rows, fits, operands
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.values import Dim, Value, dims_of
-from qfx.cache_ops import PROMPT
 from qfx.format import Format
+from qfx.ops.cached import PROMPT
 
 _CHANNEL, _TENSOR = "PER_CHANNEL", "PER_TENSOR"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qfx import rotation
 from qfx.backends.onnx.build import Builder
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.values import Value
+from qfx.rewrites import rotation
 
 
 def hadamard(b: Builder, x: Value, size: int, seed: int, inverse: bool) -> Value:

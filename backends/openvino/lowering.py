@@ -12,13 +12,13 @@ from torch import Tensor, fx
 
 from qfx import graph
 from qfx.annotation import each
-from qfx.attention_heads import read
 from qfx.backends.onnx import lowering as onnx_lowering
 from qfx.backends.onnx.export import write
 from qfx.backends.onnx.lowering import as_tensor
 from qfx.backends.openvino.session import Session, SessionError
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.graph import let_go
+from qfx.ops.heads import read
 
 _X_FORMAT = 8  # among the arguments of qfx::linear
 _FLOATS = ("_f32", "_bf16", "_f16")

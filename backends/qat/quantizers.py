@@ -35,8 +35,8 @@ class Quantizer(nn.Module):
     fmt: not plain, not dynamic. scale, zero: as in QParams, what training begins with. decay, freeze_after: of
     observed scales: the share of the moving average that stays at each step, and the steps (forwards in train mode)
     after which it does not move any more (None: it always does); where torch.compile recomputes a checkpointed part, it
-    reads the averages as they are after the step. still: as if frozen (see `qfx.schedule`). Scales of a whole tensor
-    have shape [1] here.
+    reads the averages as they are after the step. still: as if frozen (see `qfx.training.schedule`). Scales of a whole
+    tensor have shape [1] here.
     """
 
     still = False

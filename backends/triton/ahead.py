@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Launch
@@ -56,17 +57,22 @@ def compile_launch(launched: Launch, device: Device) -> Compiled:
 
 
 def source_of(launched: Launch) -> ASTSource:
-    """The kernel with its types and constants: what, with the options and the device, makes the code."""
+    """The kernel with its types and constants: what, with the options and the device, makes the code.
+
+    Triton makes a variant for an integer that is 1 and for one that 16 divides, where a kernel does not forbid it.
+    """
     signature, constants, aligned = {}, {}, {}
     for i, parameter in enumerate(launched.kernel.params):
         value = launched.arguments.get(parameter.name)
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
         else:
             signature[parameter.name] = _type_of(value)
+            free = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
             place = value.data_ptr() if isinstance(value, Tensor) else value  # that of a meta tensor begins at 0
-            if isinstance(place, int) and place % 16 == 0:
+            if isinstance(place, int) and place % 16 == 0 and not free:
                 aligned[i,] = [["tt.divisibility", 16]]
     return ASTSource(launched.kernel, signature, constants, aligned)
 
@@ -83,6 +89,8 @@ def compile_source(source: ASTSource, launched: Launch, device: Device) -> Compi
 def _type_of(value: Any) -> str:
     if isinstance(value, Tensor):
         return _TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype].removeprefix('*')}{list(value.block_shape)}>"
     if isinstance(value, float):
         return "fp32"
     assert isinstance(value, int), value

@@ -15,12 +15,12 @@ import torch
 import triton
 from torch import Tensor
 
-from qfx.attention_heads import Static
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels.attention_operands import round_operand
 from qfx.backends.triton.launch import dot_dtype, launch
 from qfx.format import Format
 from qfx.numerics import run_time_qparams
+from qfx.ops.heads import Static
 
 _ORDER = (torch.int8, torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32)
 _FLOATS = {torch.float16: _ORDER[2:3] + _ORDER[4:], torch.bfloat16: _ORDER[3:], torch.float32: _ORDER[4:]}
@@ -95,15 +95,18 @@ def fixed(fmt: Format, given: Static, where: torch.device) -> Steps:
     return Steps(numbers(tuple(map(float, given.scale)), where), zero)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache
 def numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """f32 numbers on a device, copied there once: copies from the host cannot be captured in a CUDA graph."""
+    """f32 numbers on a device, copied there once: copies from the host cannot be captured in a CUDA graph.
+
+    They stay as long as the process: a graph that was captured knows their address, and nothing of who holds them.
+    """
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache
 def indices(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 numbers on a device, copied there once."""
+    """int64 numbers on a device, copied there once, as `numbers`."""
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 

@@ -47,7 +47,7 @@ def cache_append(memory: list[Tensor], k: Tensor, v: Tensor, length: Tensor, spe
     new, fmt, room = k.shape[2], found.fmt, memory[3].shape[2]
     few, strides = new <= FEW, (*k.stride()[:3], *v.stride()[:3])
     sizes = {"D": found.widths[0], "DV": found.widths[1], "SINKS": fmt.sinks, "RESIDUAL": fmt.residual,
-             "STEP": fmt.step, "ROOM": room, "LENGTH": found.length, "TAKEN": _TOKENS,
+             "STEP": fmt.step, "ROOM": room, "TAKEN": _TOKENS,
              "SINKS_BLOCK": triton.next_power_of_2(max(fmt.sinks, 1))}  # fmt: skip
     arguments = (length, *memory[:5], k, v)
     parts = [(part, _constants(part.keys, "K"), _constants(part.values, "V")) for part in found.parts]
@@ -59,7 +59,7 @@ def cache_append(memory: list[Tensor], k: Tensor, v: Tensor, length: Tensor, spe
         launch(
             append_codes, (k.shape[0] * part.count, blocks, keys[2] + values[2]), *arguments, *tensors[0], *tensors[1],
             cache_layout.signed(part.heads), part.count, found.groups, new, *strides, *rows, keys[2], programs,
-            **sizes, ALL=part.heads is None, FEW=few, BY_HAND=device.interpreted or not device.has_fp8,
+            found.length, **sizes, ALL=part.heads is None, FEW=few, BY_HAND=device.interpreted or not device.has_fp8,
             debug=True, sanitize_overflow=False,  # so that the kernel's assertion is compiled
             **keys[0], **values[0], config=_CONFIG,
         )  # fmt: skip
@@ -68,7 +68,7 @@ def cache_append(memory: list[Tensor], k: Tensor, v: Tensor, length: Tensor, spe
         count = k.shape[0] * found.groups
         launch(
             append_newest, (count, sum(chunks)), *arguments, found.groups, new, *strides, chunks[0],
-            count * sum(chunks), **sizes, SPAN=_CHANNELS, config=_CONFIG,
+            count * sum(chunks), found.length, **sizes, SPAN=_CHANNELS, config=_CONFIG,
         )  # fmt: skip
 
 

@@ -146,9 +146,11 @@ def heuristic(found: Layout, rows: int, dtype: torch.dtype) -> Config:
     elif block > 32 or any(role.mode == PLAIN for role in roles):
         units = min(units, 32)
     heavy = slow or block > 16 or tokens == 8
+    stages = 2 if wide or single or tokens == 1 or block > 32 else 3
+    if wide and any(4 < role.bits < 8 for role in roles):
+        stages = 1  # all planes of two bytes a code on their way would be more shared memory than a program has
     return {"BLOCK_M": block, "BLOCK_R": units, "FLOATS": 16 if wide or single else 32, "PER": 4 if tokens == 1 else 2,
-            "num_warps": 8 if heavy else 4,
-            "num_stages": 2 if wide or single or tokens == 1 or block > 32 else 3}  # fmt: skip
+            "num_warps": 8 if heavy else 4, "num_stages": stages}  # fmt: skip
 
 
 def _config(found: Layout, q: Tensor, rows: int) -> Config:

@@ -108,6 +108,7 @@ def of(spec: str) -> Layout:
     return Layout(fmt, length, groups, widths, tuple(found))
 
 
+@functools.lru_cache(maxsize=1024)
 def reason_against(spec: str, device: Device) -> str | None:
     """Why the kernels do not take such a cache there, or None."""
     found = of(spec)

@@ -29,8 +29,8 @@ def cache_read(memory: list[Tensor], length: Tensor, spec: str) -> tuple[Tensor,
             rows = [t.shape[2] for t in tensors[:2] if t is not None]
             launch(
                 read_tokens, grid, out, length, memory[0], memory[1 + i], memory[3 + i], *tensors,
-                cache_layout.signed(part.heads), part.count, found.groups, *rows, WIDTH=role.width,
-                SINKS=found.fmt.sinks, ROOM=memory[3 + i].shape[2], LENGTH=found.length, ALL=part.heads is None,
+                cache_layout.signed(part.heads), part.count, found.groups, *rows, found.length, WIDTH=role.width,
+                SINKS=found.fmt.sinks, ROOM=memory[3 + i].shape[2], ALL=part.heads is None,
                 **role.constants("X"), U=role.planes, SINKS_BLOCK=triton.next_power_of_2(max(found.fmt.sinks, 1)),
                 BLOCK_R=units, BLOCK=triton.next_power_of_2(role.width), config={"num_warps": 4, "num_stages": 1},
             )  # fmt: skip

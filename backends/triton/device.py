@@ -33,6 +33,14 @@ class Device:
         return self.capability >= (8, 9)
 
     @property
+    def from_shared(self) -> bool:
+        """Whether its tensor cores read operands from shared memory, which leaves registers for large tiles.
+
+        The GPUs of 12.x that follow do not: they have the instructions of 8.x, and its shared memory.
+        """
+        return (9, 0) <= self.capability < (12, 0)
+
+    @property
     def by_hand(self) -> bool:
         """Whether kernels have to do without them: no instructions, or an interpreter that rounds wrongly."""
         return self.interpreted or not self.has_fp8

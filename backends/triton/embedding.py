@@ -20,8 +20,8 @@ from qfx.backends.triton.launch import device_of, launch
 from qfx.backends.triton.library import define
 from qfx.errors import explain
 from qfx.format import Format
-from qfx.nested import dynamic_map
 from qfx.packing import check_storage
+from qfx.rounding.nested import dynamic_map
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BLOCK = 1024

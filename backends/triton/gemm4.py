@@ -4,11 +4,13 @@
 
 As `gemm8`, for integer weights per channel, with one scale, or in groups (or blocks) of whole
 multiples of 32 columns. Weights of 3 bits are held as 4, those of 5 to 7 as 8. Sums are exact: over all of k where a
-channel has one scale, then equal to `qfx.ops.linear`; over a group otherwise, and f32 across groups.
+channel has one scale, then equal to `qfx.ops.packed.linear`; over a group otherwise, and f32 across groups.
 `weight` is what `pack_w4a8` makes of a weight.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -52,6 +54,7 @@ def columns_of(w_format: str) -> int:
     return min(group & -group, SUB) if group else SUB
 
 
+@functools.lru_cache(maxsize=4096)
 def reason_against(x_format: str, w_format: str, device: Device, k: int = 1) -> str | None:
     """Why a linear of these formats over k has no kernel here, or None. Every device of `device.LEAST` takes all."""
     if not x_format:

@@ -51,7 +51,7 @@ def configuration(device: Device, problem: Problem, m: int) -> Config:
     return found or heuristic(device, problem, m)
 
 
-@functools.lru_cache(4096)  # a call of the op asks for it
+@functools.lru_cache(maxsize=4096)
 def heuristic(device: Device, problem: Problem, m: int) -> Config:
     """Without measurements."""
     if device.interpreted:
@@ -75,13 +75,36 @@ def candidates(device: Device, problem: Problem, m: int) -> list[Config]:
         for block_m, block_n in ((64, 64), *_large(device, problem)):
             found += [_config(device, problem, block_m, block_n, stages=stages) for stages in (3, 4, 5)]
             found.append(_config(device, problem, block_m, block_n, split=2))
+    return _fitting(device, problem, found)[:20]
+
+
+def unsplit(device: Device, problem: Problem, m: int) -> Config:
+    """A tile for about m rows of each of several weights: there are enough tiles without parts of k."""
+    if m <= FEW:
+        return _config(device, problem, _rows_of(m), 64)
+    if problem.n % 16:  # scales are read and y is written element by element, which takes registers
+        return _config(device, problem, 32, 64, stages=4)
+    return _config(device, problem, *max(shape for shape in _large(device, problem) if shape[0] <= max(m, 64)))
+
+
+def unsplit_candidates(device: Device, problem: Problem, m: int) -> list[Config]:
+    """What is worth measuring beside `unsplit`, at most 12: tiles of the height of an expert's rows and twice that."""
+    found = [unsplit(device, problem, m)]
+    for block_m in sorted({_rows_of(m), _rows_of(2 * m)}):
+        for block_n, stages in ((32, 4), (64, 3), (64, 5), (128, 3), (128, 4)):
+            found.append(_config(device, problem, block_m, block_n, stages=stages))
+    return _fitting(device, problem, found)
+
+
+def _fitting(device: Device, problem: Problem, found: list[Config]) -> list[Config]:
+    """Those, each once, that the memory of a processor holds."""
     fitting = [config for config in found if shared(problem, config) <= device.shared]
-    return [config for i, config in enumerate(fitting) if config not in fitting[:i]][:20]
+    return [config for i, config in enumerate(fitting) if config not in fitting[:i]]
 
 
 def _large(device: Device, problem: Problem) -> list[tuple[int, int]]:
     """(BLOCK_M, BLOCK_N) of many rows. Sums of groups take as many registers again as those across them."""
-    hopper = device.capability >= (9, 0)
+    hopper = device.from_shared
     if problem.group:
         return [(64, 128), (128, 128)] if hopper and not problem.affine and problem.bits > 2 else [(64, 128)]
     return [(64, 128), (128, 128), (256, 128)] if hopper else [(64, 128), (128, 128)]

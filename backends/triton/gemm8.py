@@ -3,8 +3,8 @@
     qfx_triton::gemm8(codes, x_scale, x_zero?, weight[], bias?, residual?, x_format, w_format, activation, dtype) -> y
 
 y = activation(x w^T + bias) + residual in `dtype` ("f16", "bf16", "f32"), activation "", "gelu", "gelu_tanh" or "silu".
-`gemm8` takes what `quantize_dynamic` or a producer that quantizes gives: with x rounded it is `qfx.ops.linear` for
-these formats. `weight` is what `pack_gemm8` makes of a weight.
+`gemm8` takes what `quantize_dynamic` or a producer that quantizes gives: with x rounded it is `qfx.ops.packed.linear`
+for these formats. `weight` is what `pack_gemm8` makes of a weight.
 
 Integer weights of 2 to 8 bits, per channel or for the tensor, are held as int8. e4m3 weights have scales per channel,
 for the tensor, in blocks or groups (`f8e4m3/b128x128` with `f8e4m3/g128/dyn`, as in DeepSeek-V3, arXiv 2412.19437).
@@ -12,12 +12,17 @@ for the tensor, in blocks or groups (`f8e4m3/b128x128` with `f8e4m3/g128/dyn`, a
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from qfx.backends.triton import descriptors
 from qfx.backends.triton.device import Device
-from qfx.backends.triton.gemm8_config import Problem, configuration
+from qfx.backends.triton.gemm8_config import Problem, configuration, heuristic
 from qfx.backends.triton.kernels import gemm8 as kernels
+from qfx.backends.triton.kernels.gemm8_described import gemm8_described
 from qfx.backends.triton.launch import Config, device_of, launch
 from qfx.backends.triton.library import define
 from qfx.backends.triton.products import (
@@ -38,6 +43,7 @@ from qfx.packing import unpack_codes, unpack_zeros
 _LEAST_GROUP = 32
 
 
+@functools.lru_cache(maxsize=4096)
 def reason_against(x_format: str, w_format: str, device: Device, k: int = 1) -> str | None:
     """Why a linear of these formats over k has no kernel here, or None. Every device of `device.LEAST` takes all."""
     if not x_format:
@@ -128,6 +134,8 @@ def gemm8(
     widths = (x_scale.shape[-1] if groups[0] else 0, w_scale.shape[-1] if groups[1] else 0)
     if by_hand:
         rows, w = rows.view(torch.uint8), w.view(torch.uint8)
+    if config.get("DESCRIPTORS") and not _describable(device, rows, w):
+        config = heuristic(device, problem, m)  # the same sums, by pointers
     _started(rows, w, y, ends, widths, config, constants, inner, device)
     return y.reshape(*codes.shape[:-1], n)
 
@@ -140,6 +148,9 @@ def _started(
     (m, n), k = y.shape, w.shape[1]
     if config.get("LIBRARY"):
         parts, split = _product(rows, w), 1
+    elif config.get("DESCRIPTORS"):
+        _described(rows, w, y, ends, widths, config, {**constants, **inner}, device)
+        return
     else:
         split = config["SPLIT"]
         tiles = -(-m // config["BLOCK_M"]) * -(-n // (config["BLOCK_N"] * config["HALVES"]))
@@ -152,6 +163,28 @@ def _started(
         height = min(16, 1 << max(m - 1, 0).bit_length())
         launch(kernels.reduce8, (-(-m // height), -(-n // 128)), parts, y, *ends, m, n, **constants, SPLIT=split,
                BLOCK_M=height, BLOCK_N=128, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+
+
+def _describable(device: Device, rows: Tensor, w: Tensor) -> bool:
+    """Whether both operands can come by descriptors here: codes of others may begin anywhere."""
+    return descriptors.has_descriptors(device) and not (
+        descriptors.reason_against(rows) or descriptors.reason_against(w)
+    )
+
+
+def _described(
+    rows: Tensor, w: Tensor, y: Tensor, ends: tuple[Tensor | None, ...], widths: tuple[int, int], config: Config,
+    constants: Mapping[str, int | str], device: Device,
+) -> None:  # fmt: skip
+    """Launch the product with tensor descriptors of both operands."""
+    height, width, depth = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    tiles = -(-y.shape[0] // height) * -(-y.shape[1] // (width * config["HALVES"]))
+    programs = min(tiles, device.processors * config["PERSISTENT"]) if config["PERSISTENT"] else tiles
+    given = {key: value for key, value in config.items() if key not in ("DESCRIPTORS", "PROMOTE")}
+    promote = None if constants["BY_HAND"] or not config["PROMOTE"] else min(config["PROMOTE"], depth)
+    launch(gemm8_described, (programs,), descriptors.described(rows, height, depth),
+           descriptors.described(w, width, depth), y, *ends, *y.shape, w.shape[1], *widths, **constants,
+           PROMOTE=promote, config=given)  # fmt: skip
 
 
 def _product(rows: Tensor, w: Tensor) -> Tensor:

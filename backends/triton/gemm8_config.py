@@ -3,19 +3,30 @@
 Few rows: w is the left operand and streams through once, k is split until every processor has its share. Many rows:
 the tile that leaves the fewest processors idle in the last round. A configuration {"LIBRARY": 1} leaves the product
 to cuBLAS, and only what follows it to a kernel: one of the candidates for many rows, never the heuristic's.
+
+{"DESCRIPTORS": 1, ...} reads operands by tensor descriptors (see `kernels.gemm8_described`): candidates from 1024 rows
+on, never the heuristic's, since no GPU has measured it. Compiled code for capability 9.0 (Triton 3.9, tiles of 128 x
+256) shows for int8: a step of k asks for its 48 KB by 2 instructions of one thread instead of 12 of each of 256, all of
+them between the end of a product and the begin of the next, and a thread needs 177 registers instead of 242. What it
+does not change: a product of int8 ends before the next begins ("wgmma.wait_group 0"), since Triton (3.6 to 3.9) lets
+products of a loop overlap only where sums are f32, and so does one of 128 of k of e4m3, whose sums are added to f32
+then. Without that ("PROMOTE": 0, which only examples/benchmarks/gpu_kernels.py measures) e4m3 keeps one in flight.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
+from qfx.backends.triton.descriptors import has_descriptors
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Config
 from qfx.backends.triton.tuning import tuned
 
 KERNEL = "gemm8"
 _FEW = 64  # rows up to which operands are swapped
+_MANY = 1024  # rows from which descriptors are worth a measurement
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _SECOND_LAUNCH = 4 << 20  # bytes that the memory moves in the time of one
 _PRODUCTS = 200  # of a processor in the time in which its share of the bandwidth moves a byte
@@ -51,9 +62,9 @@ def configuration(device: Device, problem: Problem, m: int) -> Config:
     return found or heuristic(device, problem, m)
 
 
-@functools.lru_cache(4096)  # a call of the op asks for it
+@functools.lru_cache(maxsize=4096)
 def heuristic(device: Device, problem: Problem, m: int) -> Config:
-    """Without measurements."""
+    """Without measurements: by pointers, also from 1024 rows on with capability 9.0, until descriptors are measured."""
     if device.interpreted:
         return _config(device, problem, (64 if m > 16 else 16, 64, 1), swap=m <= 16, split=2 if problem.k > 256 else 1)
     if m <= _FEW:
@@ -75,15 +86,62 @@ def candidates(device: Device, problem: Problem, m: int) -> list[Config]:
                 for split in (1, 2, 4)
             ]
     else:
+        ahead = described(device, problem, m)
+        found += ahead
         for tile in _tiles(device, problem):
             found += [_config(device, problem, tile, stages=stages) for stages in (3, 4)]
             found += [_config(device, problem, tile, stages=stages, persistent=False) for stages in (3, 4)]
-            found += [_config(device, problem, tile, 256, stages=2)]
+            if not ahead:  # two stages copy nothing while the only program of a processor multiplies
+                found += [_config(device, problem, tile, 256, stages=2)]
         found += [_config(device, problem, (128, 128, 1), split=split) for split in (2, 4)]
         if problem.aligned and not problem.group and not problem.by_hand:
             found.append({"LIBRARY": 1})
     fitting = [config for config in found if "LIBRARY" in config or _shared(problem, config) <= device.shared]
     return [config for i, config in enumerate(fitting) if config not in fitting[:i]][:20]
+
+
+def described(device: Device, problem: Problem, m: int, *, promoted: bool = True) -> list[Config]:
+    """Forms with tensor descriptors that are worth measuring for m rows, at most 4.
+
+    promoted: sums of e4m3 go to f32 every 128 of k, as in every other form.
+    """
+    if m < _MANY or not has_descriptors(device) or device.interpreted or not problem.aligned:
+        return []
+    if problem.is_float and not promoted:
+        forms = [_described(problem, (128, 256, 1), stages=stages, promote=0) for stages in (4, 3)]
+    elif problem.group:
+        forms = [_described(problem, (128, 128, 1), stages=stages) for stages in (4, 3)]
+    elif problem.is_float:
+        forms = [_described(problem, (128, 128, 2), stages=stages) for stages in (4, 3)]
+        forms.append(_described(problem, (128, 128, 1)))
+    else:
+        forms = [_described(problem, (128, 256, 1), stages=stages) for stages in (4, 3)]
+        # two programs on a processor: one multiplies while the other waits for its sums
+        forms += [_described(problem, (128, 128, 1), warps=4, stages=3, programs=programs) for programs in (2, 0)]
+    return [config for config in forms if _shared(problem, config) <= device.shared]
+
+
+def unsplit(device: Device, problem: Problem, m: int) -> Config:
+    """A tile for about m rows of each of several weights: there are enough tiles without parts of k."""
+    if m <= _FEW:
+        rows = _rows_of(m)
+        columns, block_k = (64, 256) if rows == 16 else (64, 128) if rows == 32 else (128, 128)
+        return _config(device, problem, (rows, columns, 1), block_k, swap=True)
+    return _config(device, problem, (128 if m > 96 else 64, 128, 1), persistent=False)
+
+
+def unsplit_candidates(device: Device, problem: Problem, m: int) -> list[Config]:
+    """What is worth measuring beside `unsplit`, at most 12."""
+    found = [unsplit(device, problem, m)]
+    if m <= _FEW:
+        for rows in sorted({_rows_of(m), min(_rows_of(2 * m), 64)}):
+            for columns, block_k, stages in ((64, 128, 4), (64, 128, 6), (64, 256, 4), (128, 128, 3), (128, 128, 4)):
+                found.append(_config(device, problem, (rows, columns, 1), block_k, swap=True, stages=stages))
+    else:
+        tiles = itertools.product((64, 128), (2, 3, 4))
+        found += [_config(device, problem, (rows, 128, 1), stages=s, persistent=False) for rows, s in tiles]
+    fitting = [config for config in found if _shared(problem, config) <= device.shared]
+    return [config for i, config in enumerate(fitting) if config not in fitting[:i]]
 
 
 def _streaming(device: Device, problem: Problem, m: int) -> Config:
@@ -137,7 +195,7 @@ def _tiles(device: Device, problem: Problem) -> tuple[tuple[int, int, int], ...]
 
 def _large(device: Device) -> bool:
     """Whether the tensor cores read their operands from shared memory (wgmma), not from registers."""
-    return device.capability >= (9, 0)
+    return device.from_shared
 
 
 def _count(size: int, block: int) -> int:
@@ -167,6 +225,19 @@ def _config(
     while _shared(problem, config) > device.shared and config["num_stages"] > 2:
         config["num_stages"] -= 1
     return config
+
+
+def _described(
+    problem: Problem, tile: tuple[int, int, int], *, warps: int = 8, stages: int = 4, programs: int = 1,
+    promote: int = 128,
+) -> Config:  # fmt: skip
+    """programs: of a processor, each for many tiles; 0: one for each tile."""
+    rows, columns, halves = tile
+    return {
+        "DESCRIPTORS": 1, "BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": min(128, problem.group or 128),
+        "HALVES": halves, "GROUP": _GROUP, "PERSISTENT": programs, "PROMOTE": promote, "num_warps": warps,
+        "num_stages": stages,
+    }  # fmt: skip
 
 
 def _shared(problem: Problem, config: Config) -> int:

@@ -1,4 +1,4 @@
-"""Rotations of activations at run time: what qfx::hadamard computes (see `qfx.rotation`), on tensor cores.
+"""Rotations of activations at run time: what qfx::hadamard computes (see `qfx.rewrites.rotation`), on tensor cores.
 
 qfx_triton::hadamard(Tensor x, Tensor[] packed, int size, bool inverse) -> Tensor
 qfx_triton::hadamard_quantize(Tensor x, Tensor[] packed, int size, bool inverse, str format) -> (codes, scale, zero)
@@ -17,7 +17,6 @@ import torch
 import triton
 from torch import Tensor
 
-from qfx import rotation
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels import hadamard as kernels
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
@@ -26,6 +25,7 @@ from qfx.backends.triton.quantize_rows import aligned, quantize_dynamic
 from qfx.backends.triton.tuning import tuned
 from qfx.errors import explain
 from qfx.format import Format
+from qfx.rewrites import rotation
 
 _SYLVESTER = (2, 4, 8, 16, 32)
 _DENSE = 256  # a block of so many channels is one matrix
@@ -125,7 +125,7 @@ def _kronecker(factors: list[Tensor]) -> Tensor:
 
 
 def reason_against(dtype: torch.dtype, device: Device) -> str | None:
-    """Why activations of this dtype cannot be rotated, or None. Any size that `qfx.rotation` knows can be."""
+    """Why activations of this dtype cannot be rotated, or None. Any size that `qfx.rewrites.rotation` knows can be."""
     return None if dtype in _DTYPES else f"it rotates f16, bf16 and f32, not {str(dtype).removeprefix('torch.')}"
 
 

@@ -24,7 +24,10 @@ _OPTIONS = ("num_warps", "num_stages", "debug", "sanitize_overflow")  # of the c
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as it would be started. arguments: by name, tensors without data. options: those of _OPTIONS."""
+    """A kernel as it would be started. options: those of _OPTIONS.
+
+    arguments: by name, tensors without data, or descriptors of such.
+    """
 
     kernel: Any
     grid: tuple[int, ...]

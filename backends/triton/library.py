@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,19 @@ def define(
         return None
     library = Library(NAME, "FRAGMENT")
     library.define(schema, tags=tuple(tags))
-    library.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
+    library.impl(name, _without_gradients(kernel), "CompositeExplicitAutograd")
     register_fake(f"{NAME}::{name}", fake, lib=library)
     return library
+
+
+def _without_gradients(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` under no_grad; a compiled graph, which runs there already, does not enter it for every op."""
+
+    @functools.wraps(kernel)
+    def run(*given: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return kernel(*given, **named)
+        with torch.no_grad():
+            return kernel(*given, **named)
+
+    return run

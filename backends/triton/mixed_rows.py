@@ -1,4 +1,4 @@
-"""Linears whose weight has rows of several formats (see `qfx.segments`), in one launch instead of one a segment.
+"""Linears whose weight has rows of several formats (see `qfx.live.segments`), in one launch instead of one a segment.
 
     qfx_triton::gemm_mixed(codes, x_scale, x_zero?, weight[], bias?, residual?, x_format, w_formats, k, activation,
                            dtype)
@@ -6,7 +6,7 @@
 
 w_formats: the formats of the segments, joined by commas, integers of 2 to 8 bits per channel or in groups of one size
 (a channel's scale then serves all of its groups). Rows are held as 2, 4 or 8 bits.
-Integer inputs: sums as in `gemm4`, so those of channels equal `qfx.ops.linear`.
+Integer inputs: sums as in `gemm4`, so those of channels equal `qfx.ops.packed.linear`.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ def reason_against(x_format: str, w_formats: Sequence[str], device: Device, k: i
 def pack_mixed(segments: Sequence[Stored], pieces: Sequence[Piece], k: int, *, floats: bool) -> list[Tensor]:
     """The packed tensors of segments [rows, K] and the pieces of them that make the result, in its order.
 
-    pieces: as `qfx.segments.pieces` gives them. floats: for float inputs. Returns order int32 [P], bytes of rows of 8,
-    4 and 2 bits (see `layout.pack_halves`; empty where there are none), scale f32 [n], sums of codes less zero points
-    int32 [n] and, with zero points, these [n]; in groups scale [G, n], sums of values f32 [n], zero points int8 [G, n].
+    pieces: as `qfx.live.segments.pieces` gives them. floats: for float inputs. Returns order int32 [P], bytes of rows
+    of 8, 4 and 2 bits (see `layout.pack_halves`; empty where there are none), scale f32 [n], sums of codes less zero
+    points int32 [n] and, with zero points, these [n]; in groups scale [G, n], sums of values f32 [n], zero points int8
+    [G, n].
     """
     formats = [Format.parse(stored[3]) for stored in segments]
     group = max(map(group_of, formats))

@@ -48,7 +48,7 @@ def quantize_dynamic(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Ten
 def quantize_static(x: Tensor, smooth: Tensor | None, scale: Tensor, zero: Tensor | None, format: str) -> Tensor:  # noqa: A002
     """x [.., K] float to the codes [.., aligned(K)] of an operand, with a known scale (one value) and zero (uint8).
 
-    smooth [K] multiplies the scale, as in `qfx.ops.linear`.
+    smooth [K] multiplies the scale, as in `qfx.ops.packed.linear`.
     """
     fmt = _checked(x, smooth, format, dynamic=False)
     if scale.numel() != 1 or (fmt.has_zero and (zero is None or zero.numel() != 1)):

@@ -1,6 +1,6 @@
 """qfx::quantized_attention for many queries at once (prefill): int8 q.k where both are integers, f16 p.v.
 
-qfx_triton::quantized_attention, with the arguments of `qfx.attention_ops`. It computes what the reference does: codes
+qfx_triton::quantized_attention, with the arguments of `qfx.ops.attention`. It computes what the reference does: codes
 and scales are the same, sums are f32. What differs is the order of sums; the weights p of a row, which are f16 or bf16
 where p has no format (f32 operands: tf32); values with scales by token, which are rounded to the same types. Where p
 has a format its codes are those of the finished softmax, so keys are passed twice.
@@ -20,8 +20,6 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from qfx import attention_heads, attention_ops
-from qfx.attention_heads import Static
 from qfx.backends.triton import tuning
 from qfx.backends.triton.attention_operands import (
     Laid,
@@ -41,11 +39,15 @@ from qfx.backends.triton.library import define
 from qfx.backends.triton.row_codes import dense
 from qfx.errors import explain
 from qfx.format import Format
+from qfx.ops import attention as attention_ops
+from qfx.ops import heads as attention_heads
+from qfx.ops.heads import Static
 
 WIDEST = 256
 _LOG2E = math.log2(math.e)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ALIGNED = 16
+_BESIDE = 1024  # bytes of shared memory for what else there is
 KERNEL = "quantized_attention"
 
 
@@ -62,7 +64,7 @@ def quantized_attention(
     v_zero: Sequence[int], scale: float, causal: bool, softcap: float, q_format: str, k_format: str, v_format: str,
     p_format: str,
 ) -> Tensor:  # fmt: skip
-    """Attention between rounded operands, [B, H, S, Dv] in q.dtype; arguments as `qfx.attention_ops` has them.
+    """Attention between rounded operands, [B, H, S, Dv] in q.dtype; arguments as `qfx.ops.attention` has them.
 
     q [B, H, S, D], k [B, G, L, D], v [B, G, L, Dv] in f16, bf16 or f32, any strides; mask booleans that keep or
     added floats, broadcast to [B, H, S, L]. Raises ValueError for other shapes, dtypes, devices and formats.
@@ -152,7 +154,7 @@ def _start(
     fast = scale > 0 and not softcap > 0 and q.bias is None and (mask is None or mask.dtype == torch.bool)
     weights = _of_weights(p_format)
     traits = {"causal": causal, "mask": mask is not None, "capped": not fast, "p": weights["ROUNDED"]}
-    config = configuration(q, v, [name for name, has in traits.items() if has], device)
+    config = configuration(q, v, [name for name, has in traits.items() if has], device, mask)
     spread, bounds = (None, None) if mask is None else _masks(mask, out.shape[:3], k.codes.shape[2], config)
     launch(attention, (triton.cdiv(rows, config["BLOCK_M"]) * batch * count,), q.codes, k.codes, v, q.step, k.step,
            v_steps.scale, q.bias, spread, bounds, dense(sinks), heads, out, rows, k.codes.shape[2], count, out.shape[1],
@@ -185,18 +187,44 @@ def _of_weights(fmt: Format | None) -> dict[str, Any]:
     return {"ROUNDED": found["SCALED"], **{key: found[key] for key in kept}}
 
 
-def configuration(q: Laid, v: Tensor, kind: Sequence[str], device: Device) -> Config:
+def configuration(q: Laid, v: Tensor, kind: Sequence[str], device: Device, mask: Tensor | None = None) -> Config:
     """The measured configuration for a problem, else the heuristic one. kind: what makes another variant of it."""
     rows, width, dtype = q.codes.shape[2], q.codes.shape[3], q.codes.dtype
     problem = " ".join([f"d={width} dv={v.shape[-1]} {str(dtype)[6:]} {str(v.dtype)[6:]}", *kind])
     lean = dtype == torch.int8 and not set(kind) - {"causal"}
     given = (rows, max(width * dtype.itemsize, v.shape[-1] * v.dtype.itemsize), lean, device)
-    return tuning.tuned(device, KERNEL, problem, rows, lambda: candidates(*given)) or _heuristic(*given)
+    found = tuning.tuned(device, KERNEL, problem, rows, lambda: candidates(*given)) or _heuristic(*given)
+    row = width * dtype.itemsize
+    queries = row if device.from_shared or dtype == torch.float32 else 0  # else they are held in registers
+    sizes = (queries, row, v.shape[-1] * v.dtype.itemsize, 0 if mask is None else mask.dtype.itemsize)
+    return fitted(found, sizes, device)
+
+
+def fitted(config: Config, sizes: tuple[int, int, int, int], device: Device) -> Config:
+    """A configuration with as many stages, then rows, as there is shared memory for.
+
+    sizes: bytes of a row of queries (0: not held there), of keys and of values, and of an element of the mask.
+    """
+    found, (q, k, v, mask) = dict(config), sizes
+
+    def held() -> int:
+        stages, rows = found["num_stages"], found["BLOCK_M"]
+        # Triton has a tile of keys more on its way than of values, or as many of both
+        tiles = max((k + v) * stages, k * (stages + 1) + v * (stages - 1)) + rows * mask * (stages - 1)
+        return found["BLOCK_N"] * tiles + rows * q + _BESIDE
+
+    while held() > device.shared and (found["num_stages"] > 2 or found["BLOCK_M"] > 16):
+        if found["num_stages"] > 2:
+            found["num_stages"] -= 1
+        else:
+            found["BLOCK_M"] //= 2
+            found["num_warps"] = max(4, found["num_warps"] // 2)
+    return found
 
 
 def _heuristic(rows: int, wide: int, lean: bool, device: Device) -> Config:
     """wide: bytes of a row of keys or values, the greater. lean: integers, no mask, cap or p. No variant spills."""
-    hopper = device.capability >= (9, 0)
+    hopper = device.capability[0] == 9  # later ones multiply integers from registers
     if wide <= 128:
         block, columns, stages = 128, 64, 3
     elif wide <= 256 and (lean or hopper):

@@ -35,6 +35,7 @@ def aligned(k: int) -> int:
     return -(-k // ALIGNMENT) * ALIGNMENT
 
 
+@functools.lru_cache(maxsize=256)
 def reason_against(fmt: Format) -> str | None:
     """Why activations of this format have no kernel here, or None."""
     if not (fmt.is_integer or fmt.type == "f8e4m3"):
@@ -56,6 +57,7 @@ def shift_of(fmt: Format) -> int:
     return 128 if fmt.has_zero and fmt.bits == 8 else 0
 
 
+@functools.lru_cache(maxsize=256)
 def reason_against_rows(fmt: Format) -> str | None:
     """Why such an op does not round to a format, or None."""
     if reason := reason_against(fmt):
@@ -131,7 +133,7 @@ def settings(
     return min(tiles, resident * device.processors) if resident else tiles, found
 
 
-@functools.lru_cache(4096)  # a call of the op asks for it
+@functools.lru_cache(maxsize=4096)
 def heuristic(device: Device, m: int, k: int, width: int, held: int = 0) -> Config:
     """What is taken for M rows of K elements where nothing was measured. width: bytes of an element of all inputs.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from qfx import float_ops, graph
+from qfx import graph
 from qfx.backends.triton.rules_attention import cache_append, cache_attention, cache_read, quantized_attention
+from qfx.backends.triton.rules_experts import grouped_linear, grouped_linear_quant
 from qfx.backends.triton.rules_linear import embedding, linear
 from qfx.backends.triton.rules_rotation import hadamard
 from qfx.backends.triton.site import Rule, Site, Taken
+from qfx.ops import floats as float_ops
 
 
 def _inlined(function: Callable[..., Any]) -> Rule:
@@ -40,7 +42,8 @@ RULES: dict[str, Rule] = {
     "qfx::attention": _inlined(float_ops.attention),
     "qfx::cached_attention": _inlined(float_ops.cached_attention),
     "qfx::quick_gelu": _inlined(float_ops.quick_gelu),
-    "qfx::grouped_linear_quant": _without("experts"),
-    "qfx::moe": _without("experts"),
+    "qfx::grouped_linear": grouped_linear,
+    "qfx::grouped_linear_quant": grouped_linear_quant,
+    "qfx::moe": _without("experts in one op with their sum"),
     "qfx::dequantize": _without("weights that are read as floats"),
 }

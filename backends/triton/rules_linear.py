@@ -29,8 +29,8 @@ from qfx.backends.triton.library import define
 from qfx.backends.triton.site import Site, Taken, once
 from qfx.backends.triton.weight_only_pack import pack_weight_only
 from qfx.format import Format
-from qfx.op_tags import UNSAFE
-from qfx.ops import _rounded_input
+from qfx.ops.packed import _rounded_input
+from qfx.ops.tags import UNSAFE
 from qfx.passes._build import call, take_place
 
 DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -146,7 +146,7 @@ def embedding(site: Site) -> Taken | str:
 def rounded_input(
     x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, smooth: Tensor | None, x_format: str
 ) -> Tensor:
-    """x [.., K] as it comes back from its format, f32, as `qfx.ops.linear` rounds it."""
+    """x [.., K] as it comes back from its format, f32, as `qfx.ops.packed.linear` rounds it."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(torch.float32)
     found = _rounded_input(rows, Format.parse(x_format), x_scale, x_zero, smooth).reshape(x.shape).contiguous()
     return found.clone() if found.data_ptr() == x.data_ptr() else found  # no op gives its input back

@@ -6,11 +6,13 @@ pass twice its size, and the calls take turns. What measures can be another than
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -33,40 +35,54 @@ class Stopwatch(Protocol):
         """Seconds that one run of what `captured` gave takes."""
 
 
+@dataclass(frozen=True)
 class CudaGraphs:
-    """Work is captured in a CUDA graph; events on the device say when its replay begins and ends."""
+    """Work is captured in a CUDA graph; events on the device say when its replay begins and ends.
+
+    device: where the work runs, None for the current one. A stream of another would capture nothing of it.
+    """
+
+    device: torch.device | None = None
 
     def captured(self, work: Call) -> Call:
         """The replay of a graph of the work, which ran once before: kernels are compiled, libraries have their memory.
 
         Raises RuntimeError where the work waits for the GPU, which a graph cannot hold.
         """
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            work()
-        torch.cuda.current_stream().wait_stream(aside)
-        torch.cuda.synchronize()
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            work()
-        return captured.replay
+        with torch.cuda.device(self.device):
+            aside = _stream(torch.cuda.current_device())
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                work()
+            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.synchronize()
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured, stream=aside):  # torch's own would be one for all devices
+                work()
+            return captured.replay
 
     def elapsed(self, run: Call) -> float:
         """Seconds between an event before the run and one behind it."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
+        with torch.cuda.device(self.device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One of a device to warm up and to capture on: libraries keep memory for each that they ever ran on."""
+    return torch.cuda.Stream(device)
 
 
 def seconds(calls: Sequence[Call], on: Stopwatch | None = None, *, budget: float = 0.2) -> float:
     """Seconds that one of `calls` takes, the median of replays of a graph in which they take turns.
 
-    calls: the same work on copies of its weights (see `copies`). on: left out, CUDA graphs. budget: about how many
-    seconds of replays there are, within 5 to 100 of them.
+    calls: the same work on copies of its weights (see `copies`). on: left out, CUDA graphs on the current device.
+    budget: about how many seconds of replays there are, within 5 to 100 of them.
     """
     assert calls, "nothing to measure"
     watch = CudaGraphs() if on is None else on

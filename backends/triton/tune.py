@@ -26,8 +26,8 @@ from qfx.errors import explain
 from qfx.format import Format
 from qfx.kv.formats import cache_formats
 from qfx.kv.packed_ops import FEW, allocate, spec_of
-from qfx.modules import QuantLinear
-from qfx.packing import pack_weight
+from qfx.live.modules import PackedSpec, QuantLinear
+from qfx.packing import Packed, pack_weight
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 ERRORS = {torch.float16: 5e-3, torch.bfloat16: 2e-2, torch.float32: 5e-3}  # relative, Frobenius; f32 may run in tf32
@@ -155,6 +155,27 @@ class Produced(nn.Module):
         return y
 
 
+class Experts(nn.Module):
+    """Packed matrices [E, N, K] of experts, times rows that go to them evenly."""
+
+    numbers: Tensor
+
+    def __init__(self, packed: Packed, x_format: str = "") -> None:
+        super().__init__()
+        self.x_format, self.w_format, self.count = x_format, str(packed.format), packed.shape[0]
+        for name, tensor in (("codes", packed.data), ("scale", packed.scale), ("zero", packed.zero)):
+            self.register_buffer(name, tensor)
+        self.register_buffer("numbers", torch.arange(1, self.count + 1, device=packed.data.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [M, K] -> [M, N]. Of fewer rows than experts each goes to another."""
+        offs = (self.numbers * x.shape[0] // self.count).to(torch.int32)
+        y: Tensor = torch.ops.qfx.grouped_linear_quant(
+            x, self.codes, self.scale, self.zero, offs, self.x_format, self.w_format
+        )
+        return y
+
+
 @dataclass(frozen=True)
 class OfAttention(Work):
     """Attention. Its keys are read again and again, from the cache: no copies to pass that are wanted."""
@@ -165,8 +186,19 @@ class OfAttention(Work):
         return 1 << 40
 
 
+@dataclass(frozen=True)
+class OfExperts(Work):
+    """Experts. Few rows read the matrices of few of them, those of eight at least: the others pass no cache."""
+
+    @property
+    def read(self) -> int:
+        """Bytes of eight experts."""
+        assert isinstance(self.module, Experts)
+        return super().read * 8 // max(self.module.count, 8)
+
+
 def works_of(model: nn.Module) -> list[Work]:
-    """The distinct quantized linear layers of a model, and those of one parent that read rows of one width together.
+    """The distinct quantized linear layers of a model, those of one parent that read the same rows, and experts.
 
     Raises ValueError for a model that has none.
     """
@@ -181,10 +213,15 @@ def works_of(model: nn.Module) -> list[Work]:
             key = tuple(_kind(layer) for layer in layers)
             title = f"{fqn}.({'+'.join(together)})".lstrip(".")
             found.setdefault(key, Work(title, Beside(layers).eval(), layers[0].in_features, layers[0].dtype))
+        for name, spec in _experts(parent):
+            key = (*spec.shape, spec.format, spec.dtype)
+            codes, scale, zero = (getattr(parent, f"{name}_w_{leaf}") for leaf in ("codes", "scale", "zero"))
+            module = Experts(Packed(codes, scale, zero, Format.parse(spec.format), spec.shape)).eval()
+            found.setdefault(key, OfExperts(f"{fqn}.{name}".lstrip("."), module, spec.shape[-1], spec.dtype))
     if not found:
         raise ValueError(
             explain(
-                "there is nothing to tune: the model has no quantized linear layers",
+                "there is nothing to tune: the model has no quantized layers",
                 next_step="give --recipe, or the folder that `qfx quantize` wrote",
             )
         )
@@ -241,6 +278,12 @@ def random_work(
     return Work(f"{n} x {k} x={x_format or 'float'} w={w_format}", layer, k, dtype)
 
 
+def _experts(module: nn.Module) -> Iterator[tuple[str, PackedSpec]]:
+    """(name, how it is packed) of the parameters that hold a matrix for each expert."""
+    specs: dict[str, PackedSpec] = module.__dict__.get("qfx_packed", {})
+    return ((name, spec) for name, spec in specs.items() if len(spec.shape) == 3)
+
+
 def _kind(layer: QuantLinear) -> tuple[Any, ...]:
     low = None if layer.low is None else layer.low[0].shape
     return layer.shape, layer.x_format, layer.w_format, layer.dtype, layer.rotation, layer.bias is None, low
@@ -287,8 +330,9 @@ def tune(
         count = timing.copies(work.read, timing.cache_bytes(work.where)) if choices else 1
         others = (lowering.lower(gm, mode="eager") for _ in range(count - 1))  # each packs the weights for itself
         calls = [_call(one, x) for one in (lowered, *others)]
+        measure = measure or partial(timing.seconds, on=timing.CudaGraphs(work.where), budget=_BUDGET)
         for choice, configs in choices.items():
-            yield _best(work, choice, configs, calls, expected, measure or partial(timing.seconds, budget=_BUDGET))
+            yield _best(work, choice, configs, calls, expected, measure)
 
 
 def _best(

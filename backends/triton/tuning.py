@@ -22,8 +22,8 @@ from typing import Any
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Config
 from qfx.errors import explain
-from qfx.files import write_text
-from qfx.folders import default_folder
+from qfx.storage.files import write_text
+from qfx.storage.folders import default_folder
 
 LARGEST = 8192
 SHIPPED = Path(__file__).parent / "tuned"

@@ -34,16 +34,16 @@ from qfx.format import Format
 
 GEMV, DOT, DEQUANTIZE = 0, 1, 2  # what a configuration's PATH says
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_UNIT = 128
+UNIT = 128
 _MOST_GEMV = 4
 _FEWEST_DEQUANTIZE = 1024
 _BLOCK = 1024
-_LANGUAGE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+LANGUAGE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @dataclass(frozen=True)
-class _Weight:
-    """The tensors of a packed weight by name, and what the kernels are told of its format."""
+class Weight:
+    """The tensors of a packed weight, or of one for each expert, by name, and what kernels are told of its format."""
 
     codes: Tensor
     upper: Tensor
@@ -82,7 +82,7 @@ def linear_weight_only(
     cores, else sums are f32 and weights exact or, in groups below 128 columns, rounded to x.dtype. Raises ValueError
     for other dtypes, sizes that do not fit and tensors on different devices.
     """
-    weight = _named(w, Format.parse(w_format))
+    weight = named(w, Format.parse(w_format))
     _check(x, weight, bias, smooth, n)
     bias = dense(bias)
     if smooth is not None:
@@ -111,34 +111,57 @@ def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dty
     return found or heuristic(device, fmt, m, n, k, dtype)
 
 
-@functools.lru_cache(4096)  # a call of the op asks for it
+@functools.lru_cache(maxsize=4096)
 def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """A configuration by rule: bytes in flight for few rows, several programs a processor below 64, large tiles above.
 
     Vectors for up to 4 rows of 8-bit weights, 2 of smaller ones: then unpacking on the way to tensor cores takes fewer
     instructions than products do without them. Tiles of float32 do not fit registers: such rows go to torch early.
     """
-    units = -(-k // _UNIT)
+    units = -(-k // UNIT)
     if m <= (_MOST_GEMV if stored_bits(fmt) == 8 else _MOST_GEMV // 2):
-        bits = 2 if fmt.bits == 3 else stored_bits(fmt)  # of the plane in which a thread has 16 bytes
-        chunks = max(32, min(128, triton.next_power_of_2(-(-k * bits // 128))))
-        rows = 8 if n >= 64 * device.processors else 4 if n >= 16 * device.processors else 2
-        rows = rows if bits > 2 else min(rows, 4)
-        return {"PATH": GEMV, "BN": rows, "CHUNKS": chunks, "num_warps": chunks // 32, "num_stages": 1}
+        return {"PATH": GEMV, **vectors_of(device, fmt, n, k)}
     if m >= (64 if dtype == torch.float32 else _FEWEST_DEQUANTIZE):
         return {"PATH": DEQUANTIZE}
-    if m < 64:
-        height, wide = max(8, triton.next_power_of_2(m)), dtype == torch.float32
-        height = min(height, 16) if wide else height
-        tile = {"BM": height, "BN": 64, "num_warps": 8 if wide else 4, "num_stages": 5 if height <= 16 else 4}
-        programs = device.processors * (4 if height <= 16 else 3 if height == 32 else 2)
-    else:
-        height = 64 if m == 64 or device.capability < (9, 0) else 128  # mma.sync holds both operands in registers
-        tile = {"BM": height, "BN": 128, "num_warps": 8, "num_stages": 3}
-        programs = device.processors
+    tile = tile_of(device, fmt, m, dtype)
+    height = tile["BM"]
+    programs = device.processors * (1 if m >= 64 else 4 if height <= 16 else 3 if height == 32 else 2)
     tiles = -(-n // tile["BN"]) * -(-m // tile["BM"])
     splits = max(1, min(programs // tiles, units // 4, 16))
     return {"PATH": DOT, **tile, "SPLITS": splits, "FIRST": 0}
+
+
+def vectors_of(device: Device, fmt: Format, n: int, k: int) -> Config:
+    """The tile of `gemv` for n rows of weights in all."""
+    bits = 2 if fmt.bits == 3 else stored_bits(fmt)  # of the plane in which a thread has 16 bytes
+    chunks = max(32, min(128, triton.next_power_of_2(-(-k * bits // 128))))
+    rows = 8 if n >= 64 * device.processors else 4 if n >= 16 * device.processors else 2
+    rows = rows if bits > 2 else min(rows, 4)
+    return {"BN": rows, "CHUNKS": chunks, "num_warps": chunks // 32, "num_stages": 1}
+
+
+def tile_of(device: Device, fmt: Format, m: int, dtype: torch.dtype) -> Config:
+    """The tile of `dot_tiles` for m rows, those of float32 at most 16 high."""
+    if m < 64 or dtype == torch.float32:
+        height, wide = max(8, triton.next_power_of_2(m)), dtype == torch.float32
+        height = min(height, 16) if wide else height
+        tile = {"BM": height, "BN": 64, "num_warps": 8 if wide else 4, "num_stages": 5 if height <= 16 else 4}
+    else:
+        height = 64 if m == 64 or not device.from_shared else 128  # mma.sync holds both operands in registers
+        tile = {"BM": height, "BN": 128, "num_warps": 8, "num_stages": 3}
+    while (tile["num_stages"] - 1) * _each(tile, fmt, dtype) > device.shared and tile["num_stages"] > 2:
+        tile["num_stages"] -= 1
+    return tile
+
+
+def _each(tile: Config, fmt: Format, dtype: torch.dtype) -> int:
+    """Bytes of shared memory for what is on its way for one step over K: of x, of codes, of what a table gives in f32.
+
+    (In other types the table lies in registers.)
+    """
+    unit = UNIT_THREE if fmt.bits == 3 else UNIT
+    looked_up = 4 * unit if fmt.type in TABLES and dtype == torch.float32 else 0
+    return tile["BM"] * unit * dtype.itemsize + tile["BN"] * (unit * stored_bits(fmt) // 8 + looked_up)
 
 
 def candidates(m: int, k: int) -> list[Config]:
@@ -154,7 +177,7 @@ def candidates(m: int, k: int) -> list[Config]:
     few = [(64, 1), (64, 2), (64, 4), (64, 8), (128, 1), (128, 2), (128, 4)]
     for width, splits in few if m <= 64 else [(64, 1), (128, 1), (128, 2), (128, 4)]:
         for stages in (3, 4, 5) if _MOST_GEMV < m <= 64 else (3, 4):
-            if splits <= -(-k // _UNIT):
+            if splits <= -(-k // UNIT):
                 found.append(_tile(height, width, stages, splits, 0))
     if m > 64:
         found += [_tile(height, width, 3, 1, 1) for height in (128, 256) for width in (64, 128)]
@@ -166,38 +189,45 @@ def _tile(height: int, width: int, stages: int, splits: int, first: int) -> Conf
             "SPLITS": splits, "FIRST": first}  # fmt: skip
 
 
-def _gemv(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
+def _gemv(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
     device, (m, k), n = device_of(x), x.shape, out.shape[1]
     exact = x.dtype == torch.float32
-    asm = "" if exact or device.interpreted else _gemv_asm(w.fmt)
+    asm = "" if exact or device.interpreted else gemv_asm(w)
     launch(gemv, (triton.cdiv(n, config["BN"]),), x, w.codes, w.upper, w.scale, w.zero, w.whole, w.table, bias, out,
            n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0), M=m, **w.constants,
            NATIVE=device.has_fp8 and not device.interpreted, EXACT=exact, ASM=asm, config=config)  # fmt: skip
 
 
+def gemv_asm(w: Weight) -> str:
+    if w.fmt.bits == 3 and (w.codes.data_ptr() | w.upper.data_ptr()) % 16:
+        return ""  # it takes four bytes for those of one row, as they are where a thread reads 16
+    return _gemv_asm(w.fmt)
+
+
+@functools.cache
 def _gemv_asm(fmt: Format) -> str:
     return biased_asm(stored_bits(fmt)) if fmt.is_integer else decode_asm(fmt, torch.float16)
 
 
-def _dot(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
+def _dot(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
     device, (m, k), n = device_of(x), x.shape, out.shape[1]
     splits, height, width = config["SPLITS"], config["BM"], config["BN"]
     to = dot_dtype(x.dtype)
     asm, odd = ("", "") if device.interpreted else (decode_asm(w.fmt, to), decode_asm(w.fmt, to, 1))
     parts = torch.empty((splits, m, n), dtype=torch.float32, device=x.device) if splits > 1 else out
-    unit = UNIT_THREE if w.fmt.bits == 3 else _UNIT
+    unit = UNIT_THREE if w.fmt.bits == 3 else UNIT
     each = triton.cdiv(triton.cdiv(k, unit), splits)
     launch(kernels.dot_tiles, (triton.cdiv(n, width) * triton.cdiv(m, height), splits), x, w.codes, w.upper, w.scale,
            w.zero, w.whole, w.table, bias, parts, m, n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0),
            w.scale.stride(0), each, **w.constants, NATIVE=device.has_fp8 and not device.interpreted,
-           EXACT=to == torch.float32, ASM=asm, ASM_ODD=odd, TO=_LANGUAGE[to], EVEN=k % unit == 0,
+           EXACT=to == torch.float32, ASM=asm, ASM_ODD=odd, TO=LANGUAGE[to], EVEN=k % unit == 0,
            config=config)  # fmt: skip
     if splits > 1:
         launch(kernels.sum_splits, (triton.cdiv(m * n, _BLOCK),), parts, bias, out, m * n, n, SPLITS=splits,
                BLOCK=_BLOCK, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
 
 
-def _multiplied(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor) -> Tensor:
+def _multiplied(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> Tensor:
     """By torch, with the weight written out; by tiles where there is no memory for that, which is told."""
     n = out.shape[1]
     try:
@@ -217,17 +247,17 @@ def _multiplied(x: Tensor, w: _Weight, bias: Tensor | None, out: Tensor) -> Tens
     return torch.nn.functional.linear(x, full, None if bias is None else bias.to(x.dtype))
 
 
-def _dequantized(w: _Weight, n: int, k: int, dtype: torch.dtype) -> Tensor:
+def _dequantized(w: Weight, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """The weight [n, k] in `dtype`."""
     full = torch.empty((n, k), dtype=dtype, device=w.codes.device)
     rows = 32
-    launch(kernels.dequantize, (triton.cdiv(k, _UNIT), triton.cdiv(n, rows)), w.codes, w.upper, w.scale, w.zero,
+    launch(kernels.dequantize, (triton.cdiv(k, UNIT), triton.cdiv(n, rows)), w.codes, w.upper, w.scale, w.zero,
            w.whole, w.table, full, n, k, w.codes.stride(0), w.upper.stride(0), w.scale.stride(0), **w.constants,
            BN=rows, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
     return full
 
 
-def _named(w: list[Tensor], fmt: Format) -> _Weight:
+def named(w: list[Tensor], fmt: Format) -> Weight:
     """The tensors of `pack_weight_only` by name."""
     count = 3 + (fmt.bits == 3) + fmt.has_zero + (fmt.type in TABLES)
     if reason := reason_against_weight(str(fmt)):
@@ -245,13 +275,13 @@ def _named(w: list[Tensor], fmt: Format) -> _Weight:
     upper = rest.pop(0) if fmt.bits == 3 else codes
     scale, whole, *rest = rest
     zero = rest.pop(0) if fmt.has_zero else None
-    return _Weight(codes, upper, scale, whole, zero, rest[0] if rest else None, fmt)
+    return Weight(codes, upper, scale, whole, zero, rest[0] if rest else None, fmt)
 
 
-def _check(x: Tensor, w: _Weight, bias: Tensor | None, smooth: Tensor | None, n: int) -> None:
+def _check(x: Tensor, w: Weight, bias: Tensor | None, smooth: Tensor | None, n: int) -> None:
     """Raises ValueError for an input that the kernels cannot read."""
     k = x.shape[-1] if x.dim() else 0
-    unit = UNIT_THREE if w.fmt.bits == 3 else _UNIT
+    unit = UNIT_THREE if w.fmt.bits == 3 else UNIT
     bits = 2 if w.fmt.bits == 3 else stored_bits(w.fmt)
     expected = (n, padded(k, unit) * bits // 8)
     fits = [

@@ -8,6 +8,8 @@ returned beside them is the format that they have now.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ def group_of(fmt: Format) -> int:
     return width & -width
 
 
+@functools.lru_cache(maxsize=256)
 def reason_against_weight(w_format: str) -> str | None:
     """Why weights in this format cannot be packed, or None."""
     fmt = Format.parse(w_format)

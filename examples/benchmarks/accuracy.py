@@ -32,7 +32,7 @@ if __name__ == "__main__":  # import the sibling files as `python -m examples.be
 from examples.benchmarks.peers import table
 from examples.benchmarks.peers.race import Entry, Race, Result
 from examples.benchmarks.peers.rounding import RoundingJob, linears
-from qfx import measure
+from qfx.measuring import measure
 
 LLM_COMPRESSOR = "llmcompressor_rounding"
 REFERENCE = Entry("float32", "float_rounding")

@@ -34,7 +34,7 @@ if __name__ == "__main__":  # import the sibling files as `python -m examples.be
 import qfx
 from examples.benchmarks import allocation_baselines as baselines
 from examples.benchmarks.peers import table
-from qfx import annotation, measure
+from qfx import annotation
 from qfx.analysis.measured import Measure
 from qfx.analysis.score import Options, score_graph
 from qfx.analysis.units import units
@@ -43,6 +43,7 @@ from qfx.capture import capture_export
 from qfx.errors import QfxWarning
 from qfx.format import Format
 from qfx.interop.gguf_energy import input_energy
+from qfx.measuring import measure
 from qfx.pipeline import prepare
 from qfx.plan import Plan
 

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from qfx import segments
 from qfx.allocation import assign
 from qfx.analysis.units import Unit, by_weight, shape_of
 from qfx.annotation import Formats, Outliers
 from qfx.format import Format
 from qfx.interop.gguf_types import more_bits
+from qfx.live import segments
 
 Assignment = dict[str, Format]  # unit name -> format
 Name = TypeVar("Name")

@@ -29,9 +29,9 @@ from examples.benchmarks.peers import table
 from qfx import Format
 from qfx.backends import onnx
 from qfx.capture import capture_export
-from qfx.files import write_text
-from qfx.measure import sqnr_db
+from qfx.measuring.measure import sqnr_db
 from qfx.numerics import fake_quantize
+from qfx.storage.files import write_text
 
 FORMS = (
     "", "q=i8/tok k=i8/tok", "k=i8/tok v=i8/tok", "q=i8/tok k=i8/tok v=i8/head/dyn p=u8/tok",

@@ -31,7 +31,7 @@ if __name__ == "__main__":  # import the sibling files as `python -m examples.be
 from examples.benchmarks.peers import table
 from examples.benchmarks.peers.decoding import MODELS, DecoderJob
 from examples.benchmarks.peers.race import Entry, Race, Result
-from qfx.measure import kld, top1_agreement
+from qfx.measuring.measure import kld, top1_agreement
 
 REFERENCE = "torch eager float32"
 PEERS = (

@@ -31,7 +31,7 @@ if __name__ == "__main__":  # import the sibling files as `python -m examples.be
 from examples.benchmarks.peers import table
 from examples.benchmarks.peers.encoding import MODELS, EncoderJob
 from examples.benchmarks.peers.race import Entry, Race, Result
-from qfx.measure import cosine
+from qfx.measuring.measure import cosine
 
 REFERENCE = "torch eager float32"
 FLOOR = "floor: integer GEMMs"

@@ -23,9 +23,9 @@ from rich.table import Table
 from qfx.backends.onnx import lower, qmoe
 from qfx.backends.onnx.lowering import OnnxLowered
 from qfx.capture import capture_export
-from qfx.files import write_text
 from qfx.pipeline import apply_plan, prepare
 from qfx.recipe import Recipe
+from qfx.storage.files import write_text
 
 
 def block(experts: int, top: int, hidden: int, inner: int) -> torch.nn.Module:

@@ -26,12 +26,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import qfx
-from qfx import measure
 from qfx.errors import QfxWarning
-from qfx.files import write_text
 from qfx.interop.gguf_arch import architecture_of
 from qfx.interop.gguf_energy import input_energy
 from qfx.interop.gguf_types import MIXES
+from qfx.measuring import measure
+from qfx.storage.files import write_text
 
 TINY = Path(__file__).resolve().parents[2] / "tests" / "assets" / "tiny_lm"
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K")

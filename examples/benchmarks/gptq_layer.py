@@ -25,12 +25,12 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # the repository this file lies in, where qfx is not installed
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from qfx.files import write_text
 from qfx.format import Format
-from qfx.method_options import GptqOptions
 from qfx.packing import pack_weight
 from qfx.passes._hessian import Hessian
 from qfx.passes.gptq import round_by
+from qfx.rounding.method_options import GptqOptions
+from qfx.storage.files import write_text
 
 GROUP = 128
 

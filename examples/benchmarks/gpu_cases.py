@@ -12,6 +12,9 @@ import torch
 
 from examples.benchmarks import gpu_work as work
 from examples.benchmarks.gpu_work import Made
+from qfx.backends.triton import gemm8_config
+from qfx.backends.triton.descriptors import LEAST as DESCRIBED
+from qfx.backends.triton.device import H100, LEAST
 
 FLOATING = ("i8/ch", "u4/g128", "nf4/g64", "u3/g128", "u2/g64")
 EIGHT = (("i8/tok", "i8/ch"), ("f8e4m3/tok", "f8e4m3/ch"))
@@ -25,7 +28,7 @@ LARGE = (8192, 8192)
 class Case:
     """make: with the device. unit: what the arithmetic runs in ("bf16", "8 bit"), "" where bytes alone count.
 
-    facts: sizes and formats, for goals. tolerance: of the relative error (Frobenius).
+    facts: sizes and formats, for goals. tolerance: of the relative error (Frobenius). least: compute capability.
     """
 
     family: str
@@ -35,6 +38,7 @@ class Case:
     unit: str = ""
     tolerance: float = 1e-2
     facts: tuple[Any, ...] = ()
+    least: tuple[int, int] = LEAST
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,29 @@ def _products(n: int, k: int, rows: Sequence[int]) -> list[Case]:
              facts=("product", x, w, n, k))
         for (x, w), m in itertools.product(EIGHT, rows)
     ]  # fmt: skip
+
+
+def _forms(n: int, k: int, rows: Sequence[int], *, many: int | None = None) -> list[Case]:
+    """The same products by tensor descriptors, in each form that `qfx tune` would measure for `many` rows.
+
+    And e4m3 whose sums stay in the tensor core, which no other form does: faster, and less exact.
+    """
+    found = []
+    for (x, w), m, promoted in itertools.product(EIGHT, rows, (True, False)):
+        problem = gemm8_config.Problem(n, k, x.startswith("f8"))
+        if not promoted and not problem.is_float:
+            continue
+        for config in gemm8_config.described(H100, problem, many or m, promoted=promoted):
+            tile = f"{config['BLOCK_M']}x{config['BLOCK_N'] * config['HALVES']}"
+            title = f"by descriptors {tile} {config['num_stages']} stages {config['PERSISTENT']} a processor"
+            found.append(
+                Case(
+                    _family(x, w), f"{title}{'' if promoted else ' NOT PROMOTED'} x={x} w={w} {n}x{k}", m,
+                    partial(work.product, n, k, m, x, w, config=config), "8 bit", 1e-2 if promoted else 2e-2,
+                    facts=("form" if promoted else "form not promoted", x, w, n, k), least=DESCRIBED,
+                )
+            )  # fmt: skip
+    return found
 
 
 def _mixed(n: int, k: int, rows: Sequence[int], x_formats: Sequence[str], dtype: torch.dtype) -> list[Case]:
@@ -127,12 +154,14 @@ def checks(tiny: bool) -> list[Case]:
     if tiny:
         sizes = Sizes([(3, 72)], [(3, 64, 32)], (50, 72), 7, [(1, 70)], [(40, True)], ((4, 2), 64), torch.float16)
         linears = _linears(40, 264, (1, 20), formats, (torch.float16,))
-        return [*linears, *_mixed(40, 264, (1, 20), ("", "i8/tok"), torch.float16), *_others(sizes), *appends]
+        mixed = _mixed(40, 264, (1, 20), ("", "i8/tok"), torch.float16)
+        return [*linears, *mixed, *_others(sizes), *appends, *_forms(48, 272, (20,), many=4096)]
     sizes = Sizes([(67, 1000)], [(67, 4096, 4096), (67, 2560, 128)], (1000, 520), 77, [(2, 777)],
                   [(777, True), (777, False)])  # fmt: skip
     linears = _linears(264, 520, (3, 300), formats, (torch.float16,))
     linears += _linears(264, 520, (1, 17, 65), formats, (torch.bfloat16,))
-    return [*linears, *_mixed(264, 520, (1, 17, 300), ("", "i8/tok"), torch.bfloat16), *_others(sizes), *appends]
+    mixed = _mixed(264, 520, (1, 17, 300), ("", "i8/tok"), torch.bfloat16)
+    return [*linears, *mixed, *_others(sizes), *appends, *_forms(272, 528, (300,), many=4096)]
 
 
 def timed() -> list[Case]:
@@ -149,5 +178,6 @@ def timed() -> list[Case]:
         *_linears(*LARGE, (1, 16, 4096), [FOUR], dtypes),
         *_mixed(*LARGE, (1, 16, 4096), ("i8/tok",), torch.bfloat16),
         *_products(*LARGE, (4096, 8192)),
+        *_forms(*LARGE, (4096, 8192)),
         *_others(sizes),
     ]

@@ -9,20 +9,22 @@ each case is checked at its own size and timed: CUDA graphs of calls that take t
 inputs), enough to pass twice the L2 cache; the median of the replays. The limits are measured in the same run: the
 bandwidth of a copy, bytes read and written; the rate of a product of bf16 by cuBLAS, and twice that for 8 bits.
 share: of the time that the limit would take, the bytes or the arithmetic, whichever takes longer. Peers: what is there
-of cuBLAS, torch._int_mm, torch._scaled_mm, torch's attention, torchao; their numbers are how many times faster than
-each the kernel is. Exit code 1 where a kernel failed or gave a wrong result, 2 without a GPU.
+of cuBLAS, torch._int_mm, torch._scaled_mm, torch's attention in several forms, torchao; their numbers are how many
+times faster than each the kernel is. In a goal a case that failed counts as 0, and of several forms the fastest.
+Exit code 1 where a kernel failed or gave a wrong result, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,7 +43,7 @@ from examples.benchmarks.gpu_goals import goals, ratio
 from examples.benchmarks.gpu_work import Made
 from qfx.backends.triton import device, timing
 from qfx.errors import UnsupportedError
-from qfx.files import write_text
+from qfx.storage.files import write_text
 
 FAMILIES = ("weight-only", "w8a8", "fp8", "w4a8", "mixed", "norm", "hadamard", "embedding", "decode", "prefill")
 SIDE = 8192  # of the product that says what the peak is
@@ -93,11 +95,7 @@ def measured(
         floor = max(floor, made.products / limit[case.unit])
     row["share"] = floor / row["seconds"]
     for name, make in made.peers.items():
-        key = (
-            name,
-            case.facts[-2:] if case.facts and case.facts[0] in ("linear", "product", "mixed") else case.title,
-            case.rows,
-        )
+        key = (name, make.func, make.args) if isinstance(make, partial) else (name, case.title, case.rows)
         try:
             if key not in known:
                 known[key] = timing.seconds(make())
@@ -122,39 +120,65 @@ def show(console: Console, rows: Sequence[dict[str, Any]], title: str) -> None:
     console.print(table)
 
 
-def run(console: Console, where: torch.device, only: Sequence[str], found: dict[str, Any], *, check: bool) -> None:
-    """Check all, then, unless `check`, time. The rows of both, the limits and the goals go to `found` one by one."""
+def _here(cases: Sequence[Case], only: Sequence[str], here: device.Device) -> list[Case]:
+    """Of the families asked for, those that the device has."""
+    return [case for case in cases if case.family in only and case.least <= here.capability]
+
+
+def run(
+    console: Console, where: torch.device, only: Sequence[str], found: dict[str, Any], *, check: bool,
+    keep: Callable[[], None] = lambda: None, until: float = math.inf,
+) -> None:  # fmt: skip
+    """Check all, then, unless `check`, time. The rows of both, the limits and the goals go to `found` one by one.
+
+    keep: called behind each row. until: on the clock of time.monotonic, after which no other case is begun; those that
+    are left are named in found["left"].
+    """
     gc.collect()
     gc.freeze()  # a CUDA graph begins with a collection
-    interpreted = device.find(where).interpreted
-    first = [case for case in gpu_cases.checks(interpreted) if case.family in only]
-    found.update(device=device.find(where).name, torch=torch.__version__, checks=[], rows=[])
+    here = device.find(where)
+    first = _here(gpu_cases.checks(here.interpreted), only, here)
+    found.update(device=here.name, torch=torch.__version__, checks=[], rows=[], left=[])
     with torch.no_grad():
-        for case in first:
+        for case in _begun(first, until, found["left"]):
             found["checks"].append(checked(case, where))
             found["checks"][-1].pop("made", None)
+            keep()
         show(console, found["checks"], "results at odd shapes")
         if check:
             return
         found["limits"] = limits(where)
         known: dict[Any, float] = {}
-        for case in [case for case in gpu_cases.timed() if case.family in only]:
+        timed = _here(gpu_cases.timed(), only, here)
+        for case in _begun(timed, until, found["left"]):
             row = checked(case, where)
             found["rows"].append(row)
             if "failed" not in row:
                 measured(row, case, where, found["limits"], known)
             row.pop("made", None)
+            keep()
             gc.collect()  # graphs hold their weights in cycles
             torch.cuda.empty_cache()
     show(console, found["rows"], f"{found['device']}, copies that pass the L2 cache, CUDA graphs")
     units = (("bandwidth", 1e9, "GB/s"), ("bf16", 1e12, "TFLOP/s"), ("8 bit", 1e12, "Top/s"))
     console.print("limits: " + ", ".join(f"{k} {found['limits'][k] / by:.0f} {unit}" for k, by, unit in units))
-    reached = goals([row for row in found["rows"] if "seconds" in row])
+    reached = goals(found["rows"])
     found["goals"] = [
         {"goal": goal.what, "least": goal.least, "found": goal.found, "state": goal.state} for goal in reached
     ]
     for goal in reached:
         console.print(str(goal), soft_wrap=True, markup=False, highlight=False)
+    if found["left"]:
+        console.print(f"no time was left for {len(found['left'])} cases, of which goals know nothing", style="yellow")
+
+
+def _begun(cases: Sequence[Case], until: float, left: list[str]) -> Iterator[Case]:
+    """The cases that there is time for; the names of the others go to `left`."""
+    for case in cases:
+        if time.monotonic() < until:
+            yield case
+        else:
+            left.append(f"{case.family} {case.title}, {case.rows} rows")
 
 
 def place(check: bool) -> torch.device:
@@ -174,6 +198,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help=f"Families: {', '.join(FAMILIES)}; left out: all.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Results at odd shapes alone.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Begin no other case after so many. Left out: all run.")] = None,
 ) -> None:
     """Check, time, print."""
     if unknown := set(only or ()) - set(FAMILIES):
@@ -186,17 +211,28 @@ def main(
     found: dict[str, Any] = {}
     folder = os.environ.get("OUT")
     path = json_file or (Path(folder) / "gpu_kernels.json" if folder else None)
-    try:
-        run(console, where, only or FAMILIES, found, check=check)
-    finally:  # what was measured before a device is lost, too
+    until = time.monotonic() + 60 * minutes if minutes is not None else math.inf
+
+    def keep() -> None:  # what was measured before a device is lost, or the process ended, too
         found["took"] = time.perf_counter() - started
         if path is not None:
-            write_text(path, json.dumps(found, indent=1, default=str) + "\n")
+            shown = {key: [_plain(row) for row in value] if key in ("checks", "rows") else value
+                     for key, value in found.items()}  # fmt: skip
+            write_text(path, json.dumps(shown, indent=1, default=str) + "\n")
+
+    try:
+        run(console, where, only or FAMILIES, found, check=check, keep=keep, until=until)
+    finally:
+        keep()
     console.print(f"all in {found['took']:.0f} s")
     failed = [row for row in (*found["checks"], *found["rows"]) if "failed" in row]
     if failed:
         console.print(f"{len(failed)} failed", style="red")
         raise typer.Exit(1)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "made"}
 
 
 if __name__ == "__main__":

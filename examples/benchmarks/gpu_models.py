@@ -38,10 +38,10 @@ import qfx
 from examples.benchmarks.gpu_kernels import place
 from qfx.backends.triton import timing
 from qfx.compile import backend
-from qfx.files import write_text
 from qfx.format import Format
-from qfx.modules import QuantLinear
+from qfx.live.modules import QuantLinear
 from qfx.packing import pack_weight
+from qfx.storage.files import write_text
 
 MODELS = {  # layers, hidden size, its inner size, heads, heads of keys and values, rows of the tables
     "llama-2-7b": (32, 4096, 11008, 32, 32, 32000),
@@ -293,11 +293,12 @@ def main(
     path = json_file or (Path(folder) / "gpu_models.json" if folder else None)
     try:
         for name in names:
-            rows.extend(rows_of(name, layers, phases, where, sizes))
+            for row in rows_of(name, layers, phases, where, sizes):
+                rows.append(row)
+                if path is not None:  # one after the other: the process may be ended before the last
+                    write_text(path, json.dumps(rows, indent=1) + "\n")
     finally:  # what was measured before one fails, too
         show(console, rows)
-        if path is not None:
-            write_text(path, json.dumps(rows, indent=1) + "\n")
     wrong = [row for row in rows if not row.get("error", 0.0) <= WRONG]
     if wrong:
         console.print(f"{len(wrong)} wrong: a relative error of more than {WRONG}", style="red")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qfx.backends.triton import timing
 
@@ -55,9 +56,12 @@ def torchao(n: int, k: int, rows: int, w_format: str, where: torch.device) -> Ca
 
 def sdpa(
     batch: int, heads: tuple[int, int], queries: int, tokens: int, width: int, dtype: torch.dtype, causal: bool,
-    where: torch.device,
+    where: torch.device, form: str = "",
 ) -> Calls:  # fmt: skip
-    """torch's attention over floats; heads: of queries, and of keys and values."""
+    """torch's attention over floats; heads: of queries, and of keys and values.
+
+    form: "folded" for one query, whose heads that share keys become rows; "cuDNN" for that library's kernel.
+    """
     read = 2 * batch * heads[1] * tokens * width * dtype.itemsize
     q = torch.randn(batch, heads[0], queries, width, device=where, dtype=dtype)
     pairs = [
@@ -65,4 +69,14 @@ def sdpa(
         for _ in range(copies(read, where))
     ]
     run: Any = nn.functional.scaled_dot_product_attention
-    return [partial(run, q, *pair, is_causal=causal, enable_gqa=True) for pair in pairs]
+    if form == "folded":
+        assert queries == 1, "rows of other queries see other tokens"
+        rows = q.reshape(batch, heads[1], heads[0] // heads[1], width)
+        return [partial(run, rows, *pair) for pair in pairs]
+    calls: Calls = [partial(run, q, *pair, is_causal=causal, enable_gqa=True) for pair in pairs]
+    return [partial(_by_cudnn, call) for call in calls] if form == "cuDNN" else calls
+
+
+def _by_cudnn(call: timing.Call) -> object:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return call()

@@ -20,18 +20,20 @@ from examples.benchmarks.gpu_peers import CUBLAS, INT_MM, SCALED_MM, SDPA, Calls
 from qfx.backends.triton import act_quantize as _act  # noqa: F401  (each registers its ops)
 from qfx.backends.triton import cache_append as _append  # noqa: F401
 from qfx.backends.triton import cache_attention as _cache  # noqa: F401
-from qfx.backends.triton import gemm8, hadamard, lowering, timing, tune
+from qfx.backends.triton import gemm8, hadamard, lowering, timing, tune, tuning
 from qfx.backends.triton import norm_quantize as _norm  # noqa: F401
 from qfx.backends.triton import quantized_attention as _attention  # noqa: F401
+from qfx.backends.triton.gemm8_config import KERNEL, Problem
+from qfx.backends.triton.launch import Config
 from qfx.capture import capture_export
 from qfx.format import Format
-from qfx.kv.formats import cache_formats
+from qfx.kv.formats import CacheFormat, cache_formats
 from qfx.kv.packed_ops import allocate, spec_of
-from qfx.mixed import QuantMixed
-from qfx.modules import QuantEmbedding, QuantLinear
+from qfx.live.mixed import QuantMixed
+from qfx.live.modules import QuantEmbedding, QuantLinear
+from qfx.live.segments import segments, take
 from qfx.numerics import dequantize, quantize, run_time_qparams
 from qfx.packing import pack_weight
-from qfx.segments import segments, take
 
 own, reference = torch.ops.qfx_triton, torch.ops.qfx
 
@@ -100,8 +102,10 @@ def mixed(
     return Made(kernel, calls, lambda: [module(x.float())], moved, 2 * rows * n * k, peers)
 
 
-def product(n: int, k: int, rows: int, x_format: str, w_format: str, where: torch.device) -> Made:
-    """Codes times codes alone, of rows that are quantized already."""
+def product(
+    n: int, k: int, rows: int, x_format: str, w_format: str, where: torch.device, config: Config | None = None
+) -> Made:
+    """Codes times codes alone, of rows that are quantized already; config: with descriptors, as if tuned."""
     work = tune.random_work(n, k, x_format, w_format, where, torch.bfloat16)
     layer = work.module
     assert isinstance(layer, QuantLinear)
@@ -111,9 +115,19 @@ def product(n: int, k: int, rows: int, x_format: str, w_format: str, where: torc
     weights = [gemm8.pack_gemm8(*packed) for _ in range(copies(work.read, where))]
     rest = (None, None, x_format, w_format, "", "bf16")
     calls: Calls = [partial(own.gemm8, codes, scale, zero, w, *rest) for w in weights]
+    if config is not None:
+        problem = Problem(n, weights[0][0].shape[1], codes.dtype != torch.int8)
+        choice = (KERNEL, str(problem), str(tuning.bucket(rows)))
+        calls = [partial(_tried, choice, config, call) for call in calls]
     peers = _peers_of_linear(n, k, rows, x_format, where)
     moved = work.read + codes.nbytes + rows * n * 2
-    return Made("gemm8", calls, lambda: [layer(x.float())], moved, 2 * rows * n * k, peers)
+    kernel = "gemm8" if config is None else "gemm8_described"
+    return Made(kernel, calls, lambda: [layer(x.float())], moved, 2 * rows * n * k, peers)
+
+
+def _tried(choice: tuning.Choice, config: Config, call: timing.Call) -> object:
+    with tuning.trying(choice, config):
+        return call()
 
 
 def _peers_of_linear(n: int, k: int, rows: int, x_format: str, where: torch.device) -> dict[str, Callable[[], Calls]]:
@@ -193,10 +207,11 @@ def embedding(table: int, k: int, rows: int, w_format: str, dtype: torch.dtype, 
     """Rows of a packed table."""
     packed = pack_weight(torch.randn(table, k, device=where), Format.parse(w_format))
     module = QuantEmbedding(packed, None, dtype=dtype).eval()
-    ids = torch.randint(0, table, (rows,), device=where)
-    calls, kernel = _lowered(module, ids, 1)
-    moved = rows * (Format.parse(w_format).row_bytes(k) + dtype.itemsize * k)
-    return Made(kernel, calls, lambda: [module(ids)], moved)
+    read = rows * Format.parse(w_format).row_bytes(k)
+    several = [torch.randint(0, table, (rows,), device=where) for _ in range(copies(read, where))]
+    (run,), kernel = _lowered(module, several[0], 1)
+    calls: Calls = [partial(run.func, ids) for ids in several]  # type: ignore[attr-defined]
+    return Made(kernel, calls, lambda: [module(several[0])], read + rows * dtype.itemsize * k)
 
 
 def decode(
@@ -216,9 +231,19 @@ def decode(
     peer = partial(gpu_peers.sdpa, batch, heads, 1, tokens + 1, width, torch.bfloat16, False, where)
     return Made(
         f"cache_attention {kv}", [partial(own.cache_attention, q, m, *rest) for m in memories],
-        lambda: [reference.cache_attention(q.float(), wide, *rest)], read, 4 * batch * heads[0] * tokens * width,
-        {SDPA: peer},
+        lambda: [reference.cache_attention(q.float(), wide, *rest)], held(memory, fmt, tokens + 1) + 2 * q.nbytes,
+        4 * batch * heads[0] * tokens * width, {SDPA: peer, f"{SDPA} folded": partial(peer, form="folded")},
     )  # fmt: skip
+
+
+def held(memory: Sequence[Tensor], fmt: CacheFormat, tokens: int) -> int:
+    """Bytes of a cache's memory that so many tokens take: it has room for more of both kinds, codes and floats."""
+    stored, *floats = memory[:5]
+    coded = int(stored)
+    counts = (fmt.sinks, fmt.sinks, *[tokens - fmt.sinks - coded] * 2)
+    found = sum(t.nbytes // max(t.shape[2], 1) * count for t, count in zip(floats, counts, strict=True))
+    room = -(-tokens // fmt.step) * fmt.step
+    return found + sum(t.nbytes * coded // room for t in memory[5:])
 
 
 def append(tokens: int, kv: Any, where: torch.device) -> Made:
@@ -243,7 +268,10 @@ def prefill(
     tokens: int, heads: tuple[int, int], width: int, q_format: str, k_format: str, causal: bool, where: torch.device
 ) -> Made:
     """Attention of a prompt, queries and keys rounded, keys without their mean."""
-    q, k, v = (torch.randn(1, h, tokens, width, device=where).half() for h in (heads[0], heads[1], heads[1]))
+    q = torch.randn(1, heads[0], tokens, width, device=where).half()
+    count = copies(4 * heads[1] * tokens * width, where)  # as many as the peer has
+    pairs = [[torch.randn(1, heads[1], tokens, width, device=where).half() for _ in range(2)] for _ in range(count)]
+    k, v = pairs[0]
     rest = (None, None, *([] for _ in range(6)), width**-0.5, causal, 0.0, q_format, k_format, "", "")
     share = heads[0] // heads[1]
 
@@ -258,5 +286,6 @@ def prefill(
     products = 4 * heads[0] * tokens * tokens * width // (2 if causal else 1)
     peer = partial(gpu_peers.sdpa, 1, heads, tokens, tokens, width, torch.float16, causal, where)
     moved = 2 * q.nbytes + k.nbytes + v.nbytes
-    return Made("quantized_attention", [partial(own.quantized_attention, q, k, v, *rest)], expected, moved, products,
-                {f"{SDPA} f16": peer})  # fmt: skip
+    calls: Calls = [partial(own.quantized_attention, q, *pair, *rest) for pair in pairs]
+    peers: dict[str, Callable[[], Calls]] = {f"{SDPA} f16": peer, f"{SDPA} f16 cuDNN": partial(peer, form="cuDNN")}
+    return Made("quantized_attention", calls, expected, moved, products, peers)

@@ -34,8 +34,8 @@ import qfx
 from examples.benchmarks.peers import table
 from qfx import Recipe, Rule, graph
 from qfx.capture import capture_export
-from qfx.files import write_text
 from qfx.pipeline import apply_plan, prepare
+from qfx.storage.files import write_text
 
 HIGH, LOW = "i8/g32", "u4/g32"
 FORMS = ("4 bits", "8 bits", "mix", "mix in order")

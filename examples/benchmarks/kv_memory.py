@@ -31,7 +31,7 @@ if __name__ == "__main__":  # import the sibling files as `python -m examples.be
 from examples.benchmarks import kv_decode, memory
 from examples.benchmarks.peers import table
 from examples.benchmarks.peers.decoding import SHAPES, DecoderJob
-from qfx.spill import give_back
+from qfx.storage.spill import give_back
 
 LIVE = ("float16", "float32", "i8", "fp8", "i4", "i3", "i2")
 FILE = ("float32", "i8", "i4")

@@ -29,8 +29,8 @@ from rich.table import Table
 if __name__ == "__main__":  # the package beside this file, installed or not
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from qfx.files import write_text
-from qfx.spill import give_back
+from qfx.storage.files import write_text
+from qfx.storage.spill import give_back
 
 MODELS = {  # layers, hidden size, its inner size, heads, heads of keys and values, rows of the tables
     "llama-0.1b": (12, 768, 2048, 12, 4, 32000),

@@ -30,12 +30,13 @@ if __name__ == "__main__":  # import the sibling files as `python -m examples.be
 
 from examples.benchmarks.allocation import Bench
 from examples.benchmarks.peers import table
-from qfx import Format, graph, measure
+from qfx import Format, graph
 from qfx.analysis.units import Unit
 from qfx.capture import capture_export
-from qfx.files import write_text
+from qfx.measuring import measure
 from qfx.passes._match import arguments
 from qfx.pipeline import prepare
+from qfx.storage.files import write_text
 
 LOW, LOWER = Format.parse("u4/g32/f16"), Format.parse("u2/g32/f16")
 THRESHOLDS = (1e-4, 1e-3, 1e-2, 3e-2, 0.1)

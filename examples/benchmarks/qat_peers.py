@@ -35,7 +35,7 @@ from examples.benchmarks.peers.training import INT8_INT4
 from examples.qat_lm import ASSETS, Data, Settings, Text, train
 from examples.qat_rows import FLOAT, PTQ, Row, by_method, mean_and_spread, shown, with_recovered
 from qfx.backends.qat import Scales
-from qfx.files import write_text
+from qfx.storage.files import write_text
 
 METHODS = ("qfx learned", "qfx observed", "torchao")
 

@@ -28,10 +28,10 @@ from torch import nn
 
 import qfx
 from qfx.capture import capture_export
-from qfx.files import write_text
 from qfx.inputs import example_inputs
 from qfx.pipeline import apply_plan, prepare
 from qfx.recipe import Recipe
+from qfx.storage.files import write_text
 
 LAYERS = (4, 8, 16, 32)
 

@@ -36,7 +36,7 @@ from qfx.allocation.devices import device
 from qfx.allocation.model_costs import costs_of, formats_of_plan
 from qfx.allocation.profile import measure
 from qfx.allocation.roofline import predict
-from qfx.files import write_text
+from qfx.storage.files import write_text
 
 RECIPES = ("float32", "w8a8", "w8a16", "w4a16", "w2a16")
 COLUMNS = ("model", "recipe", "phase", "predicted ms", "measured ms", "error", "bound by", "gain predicted", "measured")

@@ -31,9 +31,9 @@ from rich.console import Console
 from rich.table import Table
 
 import qfx
-from qfx import streamed
-from qfx.files import write_text
-from qfx.spill import give_back
+from qfx.storage import streamed
+from qfx.storage.files import write_text
+from qfx.storage.spill import give_back
 
 GOAL = 2.5  # times the largest block
 LAYERS = (2, 4, 8, 16)  # of --scaling

@@ -32,13 +32,14 @@ import qfx
 from examples import doc_task
 from examples.benchmarks.peers import table
 from examples.demo import encoder_batches, minilm
-from qfx import annotation, data, measure
+from qfx import annotation, data
 from qfx.allocation import assign, predict
 from qfx.allocation.problem import Problem
 from qfx.allocation.solve import solve
 from qfx.analysis.sensitivity import Sensitivity
 from qfx.errors import QfxWarning
 from qfx.format import Format
+from qfx.measuring import measure
 
 BUDGETS = (2.5, 3.0, 4.0)
 FORMATS = tuple(f"{bits}/g32/f16" for bits in ("u2", "u3", "u4", "u5", "u6", "i8"))

@@ -7,7 +7,7 @@
     %linear_2: f32[2,9,64] = aten.linear(%y, @layers.0.mlp.down.weight)   # w=u4/g16/f16
 
 Of the weights that the recipe gives a format by op kind. One that a rule for its name gives a format keeps that, and it
-is counted. Equal heads are then put side by side (`qfx.permute`), which changes no result.
+is counted. Equal heads are then put side by side (`qfx.rewrites.permute`), which changes no result.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from qfx.analysis.weights import rounding_of
 from qfx.errors import Note, explain
 from qfx.format import Format
 from qfx.kv.plans import grown_formats
-from qfx.method_options import AllocationOptions
 from qfx.passes.calibrate import progress_bar
-from qfx.permute import permute
 from qfx.plan import Plan
+from qfx.rewrites.permute import permute
+from qfx.rounding.method_options import AllocationOptions
 
 TOLD = "allocation"  # in Plan.sensitivities
 MEASURED, FISHER = "measured", "quant-fisher"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from qfx.errors import explain
-from qfx.method_options import BUDGETS, AllocationOptions
 from qfx.recipe import Recipe
+from qfx.rounding.method_options import BUDGETS, AllocationOptions
 
 
 def with_budget(

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
 
-from qfx import annotation, graph, segments
+from qfx import annotation, graph
 from qfx.allocation.problem import Assignment, Problem
 from qfx.analysis.units import Unit, by_weight, shape_of
 from qfx.analysis.weights import formats_of as formats_of_weight
 from qfx.annotation import Formats
 from qfx.format import Format
+from qfx.live import segments
 from qfx.plan import Plan
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from qfx.errors import explain
-from qfx.method_options import BUDGETS, AllocationOptions
+from qfx.rounding.method_options import BUDGETS, AllocationOptions
 
 _OF_BYTES = tuple(name for name in BUDGETS if name != "max_loss")
 _STEPS = 12  # of a bisection: to a 4000th of the span

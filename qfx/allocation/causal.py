@@ -35,7 +35,7 @@ def is_causal(attention: fx.Node, sizes: Sizes, notes: list[Note]) -> bool:
     if isinstance(value, str):
         reason = f"whether its mask is causal cannot be told: {value}; it is counted as without a cache"
         notes.append(
-            Note(graph.fqn_of(attention), reason, "capture the model with its cache (qfx.decoder)", minor=True)
+            Note(graph.fqn_of(attention), reason, "capture the model with its cache (qfx.decoding.decoder)", minor=True)
         )
         return False
     return _lower(value)

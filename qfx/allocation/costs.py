@@ -26,7 +26,7 @@ from qfx.annotation import Formats, from_json
 from qfx.errors import Note, nearest
 from qfx.format import Format
 from qfx.kv.formats import CacheFormat
-from qfx.segments import nbytes
+from qfx.live.segments import nbytes
 
 CacheFormats = Format | Mapping[str, Format] | CacheFormat | Sequence[CacheFormat] | None
 Asked = Mapping[str, Any]  # name of a node -> formats of its weight, or role -> formats

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from qfx.errors import explain, nearest
-from qfx.files import write_text
 from qfx.format import Format
+from qfx.storage.files import write_text
 
 VERSION = 1
 _MARK = "qfx-device"

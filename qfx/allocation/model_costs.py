@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qfx import decoder
 from qfx.allocation.costs import Asked, Costs
 from qfx.capture import capture_export
+from qfx.decoding import decoder
 from qfx.errors import UnsupportedError
-from qfx.hub import is_causal_lm
+from qfx.hf.hub import is_causal_lm
 from qfx.inputs import example_inputs, need_inputs, without_cache
 from qfx.pipeline import prepare
 from qfx.plan import Plan

@@ -20,10 +20,10 @@ from torch import Tensor, fx
 from qfx import graph
 from qfx.allocation.causal import is_causal
 from qfx.allocation.sizes import CONTEXT, SEQUENCE, Expr, Sizes
-from qfx.blocks import layer_of
 from qfx.errors import Note
 from qfx.passes import _match as m
-from qfx.rows import KINDS
+from qfx.reporting.rows import KINDS
+from qfx.rounding.blocks import layer_of
 
 aten = torch.ops.aten
 
@@ -67,9 +67,9 @@ class Cache:
 class NodeCost:
     """One call.
 
-    name: as reports name it. kind: of `qfx.rows.KINDS`, "other", or "view" (free). weight: key of `Costs.stored`, ""
-    where there is none. parameters: keys of the others that it reads (bias). rows: of its input, for a product with a
-    weight. macs: multiply-accumulates. read, written: bytes of activations.
+    name: as reports name it. kind: of `qfx.reporting.rows.KINDS`, "other", or "view" (free). weight: key of
+    `Costs.stored`, "" where there is none. parameters: keys of the others that it reads (bias). rows: of its input, for
+    a product with a weight. macs: multiply-accumulates. read, written: bytes of activations.
     """
 
     name: str

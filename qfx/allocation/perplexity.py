@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from qfx import measure as functions
 from qfx.allocation.problem import Assignment
 from qfx.analysis.measured import Measure
 from qfx.errors import explain
+from qfx.measuring import measure as functions
 
 
 class Perplexity:

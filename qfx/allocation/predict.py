@@ -19,7 +19,7 @@ from qfx.analysis.units import Unit
 from qfx.analysis.weights import Weights
 from qfx.errors import explain
 from qfx.format import Format
-from qfx.parts import dequantize_in_parts, round_in_parts
+from qfx.rounding.parts import dequantize_in_parts, round_in_parts
 
 _ELEMENTS = 1 << 14  # of a unit, by whole rows, that are rounded to tell the error of a format
 

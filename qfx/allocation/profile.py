@@ -35,7 +35,7 @@ from qfx.allocation.sizes import numbers
 from qfx.errors import QfxWarning, explain
 from qfx.export import export_onnx
 from qfx.plan import versions
-from qfx.spill import give_back
+from qfx.storage.spill import give_back
 
 KERNELS: Mapping[str, str | None] = {
     "f32": None,

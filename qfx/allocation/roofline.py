@@ -20,7 +20,7 @@ from qfx.allocation.nodes import NodeCost
 from qfx.allocation.sizes import numbers
 from qfx.annotation import Formats, each
 from qfx.format import Format
-from qfx.segments import along, segments
+from qfx.live.segments import along, segments
 
 GAIN = 1.05  # a plan that is this much faster is called faster; one that is as much slower, slower
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

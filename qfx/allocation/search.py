@@ -21,7 +21,7 @@ from qfx.allocation.refine import refine
 from qfx.allocation.solve import solve
 from qfx.allocation.split import chosen, cuts, joined, split
 from qfx.analysis.units import Unit, by_weight
-from qfx.method_options import AllocationOptions
+from qfx.rounding.method_options import AllocationOptions
 
 _APART, _SAME = 5e-3, 2e-2  # the share of the loss that cuts have to gain, on data kept apart and on the same data
 

@@ -30,11 +30,11 @@ from qfx.analysis.units import units as find_units
 from qfx.analysis.weights import Weights, rounding_of
 from qfx.errors import Note, explain
 from qfx.format import Format
-from qfx.method_options import LiftOptions
 from qfx.passes.annotate import kind_of
 from qfx.passes.calibrate import progress_bar
-from qfx.permute import permute
 from qfx.plan import Plan
+from qfx.rewrites.permute import permute
+from qfx.rounding.method_options import LiftOptions
 
 TOLD = "lift"  # in Plan.sensitivities
 Groups = dict[str, list[Unit]]  # what is lifted together, by name

@@ -13,10 +13,10 @@ from qfx.analysis.units import Unit, by_weight, shape_of
 from qfx.analysis.units import units as find_units
 from qfx.errors import Note, explain
 from qfx.format import Format
-from qfx.method_options import AllocationOptions
+from qfx.live.segments import nbytes
 from qfx.passes.annotate import kind_of
 from qfx.recipe import KINDS, Recipe, Rule
-from qfx.segments import nbytes
+from qfx.rounding.method_options import AllocationOptions
 
 _ALLOCATED = ("linear", "embedding", "experts")
 

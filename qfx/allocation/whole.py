@@ -14,7 +14,7 @@ from qfx.allocation.problem import Choice, Problem
 from qfx.analysis.units import Unit, by_weight, shape_of, wholes
 from qfx.analysis.weights import Weights
 from qfx.format import Format
-from qfx.segments import nbytes
+from qfx.live.segments import nbytes
 
 
 def joined(

@@ -19,13 +19,13 @@ from qfx.analysis.attentions import Attention
 from qfx.analysis.patterns import arguments
 from qfx.analysis.split import split
 from qfx.analysis.units import Unit
-from qfx.blocks import layer_of
 from qfx.format import Format
 from qfx.kv.codes import Codes
 from qfx.kv.formats import CacheFormat
-from qfx.lanes import Env, Program
 from qfx.passes import _match as m
 from qfx.passes._channels import known
+from qfx.rounding.blocks import layer_of
+from qfx.rounding.lanes import Env, Program
 
 Take = Callable[[Tensor, Tensor], None]
 FORMATS = ("u2/tok", "u3/tok", "u4/tok", "i8/tok")

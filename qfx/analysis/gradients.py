@@ -25,8 +25,8 @@ from qfx.analysis.units import Unit, by_weight
 from qfx.analysis.weights import Weights
 from qfx.data import check_batch, telling
 from qfx.errors import explain
-from qfx.lanes import Env, Program
 from qfx.passes.quantize import weight_value
+from qfx.rounding.lanes import Env, Program
 
 Watch = Callable[[fx.Node, Mapping[str, Any]], None]
 

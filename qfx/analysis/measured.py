@@ -21,13 +21,13 @@ from qfx.analysis.caches import Cache, CachedProgram
 from qfx.analysis.units import Unit
 from qfx.analysis.units import units as find_units
 from qfx.analysis.weights import Assignment, Weights
-from qfx.blocks import Cut, cuts
+from qfx.calibration.importance import Importance
 from qfx.data import telling
 from qfx.errors import explain
 from qfx.format import Format
-from qfx.importance import Importance
-from qfx.lanes import Env, Lane, Program
-from qfx.spill import Spill
+from qfx.rounding.blocks import Cut, cuts
+from qfx.rounding.lanes import Env, Lane, Program
+from qfx.storage.spill import Spill
 
 _ELEMENTS = 1 << 22  # logits that are compared at once
 

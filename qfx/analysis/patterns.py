@@ -13,8 +13,8 @@ from torch import Tensor, fx
 
 from qfx.analysis.attentions import Attention
 from qfx.analysis.head_types import Head, type_of
-from qfx.lanes import Env, Program
 from qfx.passes import _match as m
+from qfx.rounding.lanes import Env, Program
 
 _DEVIATIONS = 4.0  # standard deviations above the mean that make a score an outlier
 

@@ -26,11 +26,11 @@ from qfx.analysis.sensitivity import Sensitivity
 from qfx.analysis.units import Unit, wholes
 from qfx.analysis.units import units as find_units
 from qfx.analysis.weights import Weights
-from qfx.blocks import layer_of
 from qfx.errors import Note, nearest
 from qfx.format import Format
-from qfx.lanes import Program
 from qfx.passes.calibrate import progress_bar
+from qfx.rounding.blocks import layer_of
+from qfx.rounding.lanes import Program
 
 FORMATS = (
     "u2/g64/f16", "u2/g32/f16", "u3/g64/f16", "u3/g32/f16", "u4/g128/f16", "u4/g64/f16", "u4/g32/f16", "u5/g64/f16",
@@ -47,8 +47,8 @@ class Options:
     """How to analyze. method: one of METHODS, or "all". measure: units of each kind that are measured, 0: none.
 
     task_weight: share of the task's scores where there is a task, the rest is the general ones'. seed: of drawn labels.
-    rounding: of weights, see `qfx.rounding`. heads: tell the types of heads. caches: score the key-value cache. wholes:
-    score each weight that heads cut as one unit, too.
+    rounding: of weights, see `qfx.rounding.nearest`. heads: tell the types of heads. caches: score the key-value cache.
+    wholes: score each weight that heads cut as one unit, too.
     """
 
     method: str = "quant-fisher"

@@ -17,8 +17,8 @@ from qfx.analysis.predictors import EVERY, Prediction, compare
 from qfx.analysis.scores import Scores
 from qfx.analysis.units import Unit
 from qfx.errors import explain, nearest
-from qfx.files import write_text
 from qfx.format import Format
+from qfx.storage.files import write_text
 
 _KIND, _VERSION = "qfx-sensitivity", 1
 

@@ -18,10 +18,10 @@ from torch import fx
 
 from qfx import graph
 from qfx.analysis.attentions import Attention, Projection, find, projections
-from qfx.blocks import layer_of
 from qfx.errors import Note
 from qfx.format import Format
 from qfx.passes.annotate import kind_of
+from qfx.rounding.blocks import layer_of
 
 KINDS = ("q", "k", "v", "o", "linear", "embedding", "lm_head", "experts")
 

@@ -11,16 +11,16 @@ from torch import Tensor, fx
 from qfx import graph
 from qfx.analysis.units import Unit, by_weight
 from qfx.annotation import Columns, Formats
-from qfx.blocks import steps_of
+from qfx.calibration.importance import Importance
 from qfx.errors import explain, nearest
 from qfx.format import Format
-from qfx.importance import Importance
+from qfx.live.segments import Segment, along, segments, stands_alone, take
 from qfx.packing import Packed
-from qfx.parts import check_finite, dequantize_in_parts, round_in_parts
 from qfx.passes.annotate import kind_of
 from qfx.passes.quantize import weight_value
 from qfx.recipe import Recipe
-from qfx.segments import Segment, along, segments, stands_alone, take
+from qfx.rounding.blocks import steps_of
+from qfx.rounding.parts import check_finite, dequantize_in_parts, round_in_parts
 
 FLOAT = Format("f32")  # of a unit without a format: as it is
 ROUNDINGS = ("rtn", "mse", "hqq")  # what a unit can be rounded by alone
@@ -31,8 +31,8 @@ _AT = {"embedding": 0}
 class Weights:
     """Rounds the weights of a prepared graph.
 
-    units: parts of weights, those of one weight covering it. rounding: "rtn", "mse" or "hqq" (see `qfx.rounding`).
-    importance: FQN -> what errors in each input channel cost, for "mse".
+    units: parts of weights, those of one weight covering it. rounding: "rtn", "mse" or "hqq" (see
+    `qfx.rounding.nearest`). importance: FQN -> what errors in each input channel cost, for "mse".
     """
 
     def __init__(

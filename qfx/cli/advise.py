@@ -6,13 +6,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qfx import hub
 from qfx.advise import advise
 from qfx.allocation.devices import Device, device
 from qfx.cli.models import TextOptions, batches
 from qfx.cli.terminal import step
 from qfx.data import read_texts
-from qfx.files import write_text
+from qfx.hf import hub
+from qfx.storage.files import write_text
 
 SAMPLES = 64  # of the text, where the user names no number
 

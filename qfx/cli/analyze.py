@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qfx import hub
 from qfx.cli.models import DEFAULT_LENGTH, TextOptions, batches, check_device
 from qfx.cli.questions import question_batches, read_questions
 from qfx.cli.terminal import step
 from qfx.data import fitting, python_help, read_texts
+from qfx.hf import hub
 
 _FIELDS = {
     "classification": "{text!r} and {label!r}", "embedding": "{text!r} and {label!r}",

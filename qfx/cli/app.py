@@ -191,6 +191,7 @@ def inspect(
     only_float: Annotated[
         bool, typer.Option("--only-float", help="List only the nodes that are not quantized.")
     ] = False,
+    each: Annotated[bool, typer.Option("--each", help="A row for each node, layers alike too.")] = False,
     json: Json = None,
     debug: Debug = False,
 ) -> None:
@@ -198,7 +199,7 @@ def inspect(
     with guarded(debug) as console:
         from qfx.cli import inspect as command
 
-        command.run(console, quantized, call=run, only_float=only_float, json_file=json)
+        command.run(console, quantized, call=run, only_float=only_float, each=each, json_file=json)
 
 
 @app.command()

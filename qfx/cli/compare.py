@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from qfx import hub
 from qfx.cli.models import TextOptions, batches, check_device, open_quantized
 from qfx.cli.terminal import megabytes, step
-from qfx.compare import Accuracy, Latency, accuracy, latency, peak_of
 from qfx.data import Call, python_help, read_texts
-from qfx.files import write_text
+from qfx.hf import hub
+from qfx.measuring.compare import Accuracy, Latency, accuracy, latency, peak_of
+from qfx.storage.files import write_text
 
 
 @dataclass(frozen=True)

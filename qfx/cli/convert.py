@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from torch import nn
 
-from qfx import hub, interop
+from qfx import interop
 from qfx.cli.terminal import megabytes, step
+from qfx.hf import hub
 
 EXPORTS: dict[str, Callable[..., None]] = {
     "compressed-tensors": interop.export_compressed_tensors,

@@ -8,12 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
-from qfx import hub
-from qfx.cache_scales import SAMPLES, cache_formats
 from qfx.cli.models import TextOptions, batches, open_quantized
 from qfx.cli.terminal import megabytes, step
 from qfx.data import read_texts
-from qfx.encoder_decoder import is_encoder_decoder
+from qfx.decoding.cache_scales import SAMPLES, cache_formats
+from qfx.decoding.encoder_decoder import is_encoder_decoder
+from qfx.hf import hub
 from qfx.kv.held import caches_of
 from qfx.recipe import Recipe
 

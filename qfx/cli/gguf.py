@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qfx import hub
 from qfx.cli.models import TextOptions, batches, open_quantized
 from qfx.cli.terminal import megabytes, step
 from qfx.data import read_texts
+from qfx.hf import hub
 from qfx.interop.gguf_types import mix_named
 
 SAMPLES = 64

@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qfx import hub
 from qfx.cli.terminal import step
-from qfx.files import write_text
+from qfx.hf import hub
 from qfx.kv.memory import Formats, Memory, formats_of, parse_bytes
 from qfx.recipe import Recipe
+from qfx.storage.files import write_text
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 

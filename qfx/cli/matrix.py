@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qfx import hub
 from qfx.cli.compare import Settings
 from qfx.cli.models import TextOptions, batches, check_device
 from qfx.cli.terminal import megabytes, step
 from qfx.data import python_help, read_texts
-from qfx.matrix import Matrix, Row, compare_recipes, error_of, pareto
-from qfx.render import wide
+from qfx.hf import hub
+from qfx.measuring.matrix import Matrix, Row, compare_recipes, error_of, pareto
+from qfx.reporting.render import wide
 
 _WIDTH = 130  # columns that the table takes at least: a cut number is worse than a long line
 CALIBRATION = 64  # samples, where the user names no number

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx import data, hub
+from qfx import data
+from qfx.hf import hub
 
 DEFAULT_LENGTH = 512
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from qfx import hub
 from qfx.cli.models import open_quantized
-from qfx.compare import peak_memory
 from qfx.data import fitting
-from qfx.files import read_safetensors
+from qfx.hf import hub
+from qfx.measuring.compare import peak_memory
+from qfx.storage.files import read_safetensors
 
 
 def main(folder: str, batch: str, kind: str, baseline: str, device: str) -> None:

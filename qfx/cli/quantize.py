@@ -9,12 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
-from qfx import hub, streamed
 from qfx.allocation.asked import with_budget
 from qfx.cli.models import TextOptions, batches, check_device
 from qfx.cli.terminal import megabytes, step
 from qfx.data import read_texts
+from qfx.hf import hub
 from qfx.recipe import Recipe, Rule
+from qfx.storage import streamed
 
 _SHARE = 0.6  # of the free memory that a model may take before it stays on disk
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from qfx import hub
 from qfx.cli.models import DEFAULT_LENGTH, TextOptions
 from qfx.data import fitting
+from qfx.hf import hub
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from qfx import hub
 from qfx.cli.models import check_device, open_quantized
 from qfx.cli.terminal import step
 from qfx.errors import explain
-from qfx.files import write_text
+from qfx.hf import hub
 from qfx.recipe import Recipe
+from qfx.storage.files import write_text
 
 if TYPE_CHECKING:
     from qfx.backends.triton.device import Device

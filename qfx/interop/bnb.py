@@ -6,7 +6,7 @@
     weight.quant_state.bitsandbytes__nf4 uint8, JSON: quant_type, blocksize, dtype, shape, nested_*
     with double quantization (QLoRA, Dettmers et al. 2023, section 3): absmax uint8, weight.nested_absmax float32
     [blocks / 256], weight.nested_quant_map float32 [256];
-    absmax = nested_quant_map[code] * nested_absmax + nested_offset: the formats nf4/gN/dq, see `qfx.nested`
+    absmax = nested_quant_map[code] * nested_absmax + nested_offset: the formats nf4/gN/dq, see `qfx.rounding.nested`
 
 LLM.int8: weight int8 [N, K], SCB float32 [N]; w = code * SCB / 127.
 """
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx import nested
 from qfx.errors import explain
 from qfx.format import Format
 from qfx.interop.linear import (
@@ -38,6 +37,7 @@ from qfx.interop.linear import (
 from qfx.interop.write import SHARD_BYTES, write
 from qfx.numerics import NF4_VALUES
 from qfx.packing import Packed
+from qfx.rounding import nested
 
 NAME = "bitsandbytes"
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -155,7 +155,7 @@ def _decode(fqn: str, kind: str, tensors: Mapping[str, Tensor], shape: tuple[int
 def _scales(
     fqn: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, double: bool
 ) -> tuple[Tensor, Tensor | None, tuple[Loss, ...]]:
-    """The flat scales in float32, or where `double` allows it their codes with what stands above (see `qfx.nested`)."""
+    """The flat scales in float32, or where `double` allows it their codes and what stands above (`rounding.nested`)."""
     absmax = tensors["weight.absmax"]
     if "weight.nested_absmax" not in tensors:
         return absmax.to(torch.float32), None, ()

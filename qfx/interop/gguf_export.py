@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from qfx.errors import Note, explain
-from qfx.files import staged
 from qfx.interop import gguf_tokenizer
 from qfx.interop.gguf_arch import Architecture, architecture_of, rope_factors, rows_of_pairs, settings
 from qfx.interop.gguf_blocks import BLOCK_TYPES
@@ -29,6 +28,7 @@ from qfx.interop.gguf_types import MIXES, Facts, fallback_notes, fitting, mix_na
 from qfx.kv.files import left_out
 from qfx.numerics import require_finite
 from qfx.pipeline import told
+from qfx.storage.files import staged
 
 _ROUNDED_SCALES = 2**-11  # what float16 does to a scale at most
 
@@ -177,7 +177,7 @@ def _metadata(job: _Job, tokenizer: Any, name: str | None) -> dict[str, Any]:
     if job.arch.name == "bert":
         fields |= _pooling(own)
     if tokenizer is None and Path(own).is_dir():
-        from qfx.hub import load_tokenizer
+        from qfx.hf.hub import load_tokenizer
 
         tokenizer = load_tokenizer(Path(own))
     if tokenizer is None or tokenizer is False:

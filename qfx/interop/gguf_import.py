@@ -19,7 +19,7 @@ from qfx.interop.gguf_blocks import BLOCK_TYPES, block_type, unpack
 from qfx.interop.gguf_config import config_of
 from qfx.interop.gguf_exact import as_packed
 from qfx.interop.gguf_export import need_gguf
-from qfx.modules import QuantEmbedding, QuantLinear, take_place, tell_shared
+from qfx.live.modules import QuantEmbedding, QuantLinear, take_place, tell_shared
 from qfx.packing import Packed
 from qfx.pipeline import told
 

@@ -11,10 +11,10 @@ from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
 from qfx.interop.gguf_arch import Architecture
 from qfx.interop.gguf_exact import Exact, as_blocks
-from qfx.mixed import QuantMixed
-from qfx.modules import QuantEmbedding, QuantLinear, rotated
+from qfx.live.mixed import QuantMixed
+from qfx.live.modules import QuantEmbedding, QuantLinear, rotated
+from qfx.live.permuted import QuantPermuted
 from qfx.packing import Packed
-from qfx.permuted import QuantPermuted
 
 _SHOWN = 3
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from qfx.errors import explain
 from qfx.format import Format
-from qfx.mixed import QuantMixed
-from qfx.modules import QuantLinear, rotated
+from qfx.live.mixed import QuantMixed
+from qfx.live.modules import QuantLinear, rotated
+from qfx.live.permuted import QuantPermuted
 from qfx.packing import Packed
-from qfx.permuted import QuantPermuted
 
 SCALES: dict[torch.dtype, str] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _CLOSE = 2.0**-10  # relative change of a scale that float16 makes where it is no subnormal number

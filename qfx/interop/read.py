@@ -14,10 +14,10 @@ from qfx.errors import Note, explain
 from qfx.interop import awq, bnb, compressed_tensors, experts, gptq
 from qfx.interop.checkpoint import Checkpoint
 from qfx.interop.linear import Decoder, Dequantized, Linear, Loss
-from qfx.modules import QuantEmbedding, QuantLinear, pack_parameter, take_place
-from qfx.permuted import QuantPermuted
+from qfx.live.modules import QuantEmbedding, QuantLinear, pack_parameter, take_place
+from qfx.live.permuted import QuantPermuted
 from qfx.pipeline import told
-from qfx.skeleton import GENERATION, of_config
+from qfx.storage.skeleton import GENERATION, of_config
 
 DECODERS: dict[str, Callable[[Mapping[str, Any]], Decoder]] = {
     "compressed-tensors": compressed_tensors.decoder,

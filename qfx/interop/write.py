@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from qfx.errors import Note, explain
-from qfx.files import staged_folder, write_safetensors, write_text
 from qfx.format import Format
 from qfx.interop.checkpoint import CONFIG, INDEX, SINGLE
 from qfx.interop.experts import PARTS
 from qfx.interop.linear import Layout, Linear, Loss, float_weight, of_module
 from qfx.interop.write_experts import Naming, routers, taken_apart
 from qfx.kv.files import left_out
-from qfx.mixed import QuantMixed
-from qfx.modules import PackedModule, QuantConv, QuantEmbedding, QuantLinear, quantized_parts
+from qfx.live.mixed import QuantMixed
+from qfx.live.modules import PackedModule, QuantConv, QuantEmbedding, QuantLinear, quantized_parts
 from qfx.pipeline import told
-from qfx.skeleton import GENERATION
+from qfx.storage.files import staged_folder, write_safetensors, write_text
+from qfx.storage.skeleton import GENERATION
 
 SHARD_BYTES = 5_000_000_000
 _SHOWN = 3

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
-from qfx.attention_ops import Stored
 from qfx.format import Format
 from qfx.kv.codes import Codes
 from qfx.kv.plans import Cached
+from qfx.ops.attention import Stored
 
 
 def as_stored(x: Tensor, formats: Sequence[str], keys: bool, sinks: int, step: int) -> Tensor:

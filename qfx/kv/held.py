@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from qfx.kv.plans import Caches
-from qfx.modules import prepared_parts, quantized_parts
+from qfx.live.modules import prepared_parts, quantized_parts
 
 HELD = "qfx_caches"
 

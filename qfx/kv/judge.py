@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qfx import measure
 from qfx.data import Call
 from qfx.errors import explain
+from qfx.measuring import measure
 
 FLOAT = "float"
 _STEPS, _STEP = 32, 16  # of what `over_cache` reads: steps, and the most tokens of one

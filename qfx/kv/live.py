@@ -17,8 +17,8 @@ from qfx.kv.formats import CacheFormat
 from qfx.kv.held import HELD, caches_of
 from qfx.kv.planning import check_model, dtype_of
 from qfx.kv.plans import layer_formats, plain_of, read
+from qfx.live.subclass import subclass
 from qfx.pipeline import told
-from qfx.subclass import subclass
 
 _SAID = "qfx_caches_said"
 

@@ -30,7 +30,6 @@ from qfx.allocation.peak import peak
 from qfx.allocation.sizes import BATCH, CONTEXT, SEQUENCE, Expr, checked, numbers
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
-from qfx.hollow import hollow
 from qfx.kv.formats import SHORT, CacheFormat, cache_formats
 from qfx.kv.planning import dtype_of
 from qfx.kv.plans import Cached, CacheLayer, asked_format, plain_of, read
@@ -38,6 +37,7 @@ from qfx.kv.sites import cache_layers
 from qfx.plan import Plan
 from qfx.presets import presets
 from qfx.recipe import Recipe
+from qfx.storage.hollow import hollow
 
 Formats = Sequence[CacheFormat] | None
 

@@ -1,9 +1,9 @@
 """The kernels of `kernels.cpp`, built on this machine by its C++ compiler, once; torch's operators do without.
 
 Building takes seconds and happens where the first token is decoded over codes. The result lies beside the compiled
-graphs (`qfx.folders`), under a name that covers the source, the compiler and the processor. CXX names another compiler;
-QFX_KERNELS=torch says that torch's operators are meant, which are slower and tell the same. Without a compiler one
-QfxWarning says so.
+graphs (`qfx.storage.folders`), under a name that covers the source, the compiler and the processor. CXX names another
+compiler; QFX_KERNELS=torch says that torch's operators are meant, which are slower and tell the same. Without a
+compiler one QfxWarning says so.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from qfx import numerics, processor
 from qfx.errors import Note, warn
-from qfx.folders import default_folder
 from qfx.format import Format
+from qfx.storage.folders import default_folder
 
 if TYPE_CHECKING:
     from qfx.kv.attend import Part, View

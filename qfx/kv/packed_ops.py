@@ -30,7 +30,7 @@ from qfx.kv.codes import Codes
 from qfx.kv.formats import CacheFormat
 from qfx.kv.static import full
 from qfx.kv.store import alike, write
-from qfx.op_tags import UNSAFE
+from qfx.ops.tags import UNSAFE
 
 FEW = 32  # new tokens for which the newest have room; more are read as floats of all places
 _ATTENTION = "Tensor q, Tensor[] memory, Tensor length, Tensor? mask, float scale, bool causal, str spec"

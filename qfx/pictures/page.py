@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from qfx.files import write_text
 from qfx.pictures import canvas
+from qfx.storage.files import write_text
 
 _STYLE = """
 :root { color-scheme: light; }

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from examples import demo
-from qfx import compare
+from qfx.measuring import compare
 
 
 def test_sentences_that_mean_the_same_lie_near() -> None:

@@ -11,13 +11,13 @@ from torch import Tensor, fx, nn
 
 import qfx
 from qfx import Recipe, Rule, annotation, graph
+from qfx.calibration.importance import Importance
 from qfx.format import Format
-from qfx.importance import Importance
 from qfx.numerics import fake_quantize
 from qfx.passes import awq, smooth
 from qfx.passes.calibrate import calibrate
 from qfx.passes.observe import insert_observers, remove_observers
-from qfx.scales import rounded, search
+from qfx.rounding.scales import rounded, search
 from tests.graphs import Function
 from tests.quantized import call
 from tests.rewriting import cleaned

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from qfx import graph
-from qfx.centred import can_be_centred, centred, is_centred
 from qfx.errors import UnsupportedError
 from qfx.passes import _sites as sites_of
 from qfx.passes import _stream as streams
 from qfx.passes import centre
+from qfx.rewrites.centred import can_be_centred, centred, is_centred
 from tests.graphs import Function, counts, text
 from tests.rewriting import Case, check, cleaned, positive, zoo
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import qfx.float_ops  # noqa: F401  (registers torch.ops.qfx.grouped_linear)
+import qfx.ops.floats  # noqa: F401  (registers torch.ops.qfx.grouped_linear)
 from qfx import graph, run
 from qfx.format import Format
-from qfx.modules import pack_parameter
+from qfx.live.modules import pack_parameter
 from qfx.packing import pack_weight
 from qfx.passes.fuse_dequantize import fuse_dequantize
 from tests.graphs import Function, after, capture, counts, same, text

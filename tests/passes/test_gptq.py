@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qfx.format import Format
-from qfx.method_options import GptqOptions
 from qfx.numerics import choose_qparams, dequantize, fake_quantize, quantize
 from qfx.packing import Packed, pack_weight
 from qfx.passes import gptq
 from qfx.passes._hessian import Hessian
 from qfx.passes.gptq import round_by
 from qfx.recipe import Recipe
-from qfx.rounding import round_weight
+from qfx.rounding.method_options import GptqOptions
+from qfx.rounding.nearest import round_weight
 
 INTEGERS = ["i2/ch", "i3/g8", "i4/ch", "i5/g16", "i8/ch", "u2/g8", "u3/ch", "u4/g16", "u7/g8", "u8/ch"]
 OTHERS = ["nf4/g16", "f4e2m1/g16/e8m0", "f4e2m1/g16/e4m3", "f8e4m3/ch", "f8e5m2/g8", "i4", "i4/b4x8", "u4/g8/f16"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qfx import run
-from qfx.cache_ops import encode
 from qfx.format import Format
+from qfx.ops.cached import encode
 from qfx.passes.cleanup import cleanup
 from qfx.passes.kv_quantize import kv_quantize
 from tests.graphs import counts, error, text

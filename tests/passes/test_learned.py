@@ -18,8 +18,8 @@ from qfx.format import Format
 from qfx.passes.learned import Learned, learn
 from qfx.plan import Plan
 from qfx.recipe import Recipe
-from qfx.rounding import round_weight
-from qfx.scales import search
+from qfx.rounding.nearest import round_weight
+from qfx.rounding.scales import search
 from tests.zoo import ZOO
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from qfx import annotation, graph
+from qfx.calibration.observers import AbsMax, MinMax, Observer
 from qfx.errors import QfxWarning
 from qfx.format import Format
-from qfx.observers import AbsMax, MinMax, Observer
 from qfx.passes.calibrate import calibrate, observed
 from qfx.passes.observe import Observers, insert_observers, remove_observers
 from qfx.text import dump

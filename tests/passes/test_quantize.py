@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-import qfx.float_ops  # noqa: F401  (registers torch.ops.qfx.grouped_linear)
+import qfx.ops.floats  # noqa: F401  (registers torch.ops.qfx.grouped_linear)
 from qfx import annotation, graph, run
 from qfx.errors import UnsupportedError
 from qfx.format import Format

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from qfx import annotation, graph, run
 from qfx.errors import Note, UnsupportedError
 from qfx.format import Format
-from qfx.measure import sqnr_db
+from qfx.measuring.measure import sqnr_db
 from qfx.passes.annotate import annotate
 from qfx.passes.normalize import normalize
 from qfx.passes.quantize import quantize, refuse

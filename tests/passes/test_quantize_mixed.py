@@ -18,7 +18,7 @@ from qfx.format import Format
 from qfx.numerics import fake_quantize
 from qfx.packing import pack_weight
 from qfx.passes.quantize import quantize, refuse
-from qfx.sqnr import compare
+from qfx.reporting.sqnr import compare
 from tests.graphs import Function, capture, counts, error, text
 
 I4, I8, U4 = (Format.parse(t) for t in ("i4/g32", "i8/ch", "u4/g32"))

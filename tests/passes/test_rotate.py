@@ -13,9 +13,10 @@ import torch
 import transformers as tf
 from torch import Tensor, fx, nn
 
-from qfx import graph, rotation
+from qfx import graph
 from qfx.passes import centre, norm_fold, rotate
 from qfx.passes.rewrites import apply_record
+from qfx.rewrites import rotation
 from tests import zoo as models
 from tests.graphs import Function, text
 from tests.rewriting import Case, cleaned, zoo

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qfx import graph, rotation
+from qfx import graph
 from qfx.passes import _sites as sites_of
 from qfx.passes import rotate_down, rotate_heads, rotate_qk, v_o
 from qfx.passes.rewrites import apply_record
 from qfx.passes.rotate import rotate_tensor
 from qfx.passes.rotate_down import rotations
+from qfx.rewrites import rotation
 from tests.graphs import Function, counts, text
 from tests.rewriting import Case, check, cleaned, zoo
 

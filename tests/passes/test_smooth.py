@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from qfx import annotation, graph
+from qfx.calibration.observers import MinMax, Sample
 from qfx.format import Format
 from qfx.numerics import fake_quantize
-from qfx.observers import MinMax, Sample
 from qfx.passes import smooth
 from qfx.passes._sites import Norm, Weight, is_linear, weight_of
 from qfx.passes.calibrate import calibrate

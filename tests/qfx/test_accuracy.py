@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import qfx
-from qfx import measure
+from qfx.measuring import measure
 from tests.outliers import norm_outliers, value_outliers
 
 transformers = pytest.importorskip("transformers", reason="the models are transformers models: pip install qfx[hf]")

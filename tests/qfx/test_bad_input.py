@@ -296,7 +296,7 @@ def test_interrupted_in_the_middle_of_calibration(monkeypatch: pytest.MonkeyPatc
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("qfx.observers.MinMax.update", stop)
+        patch.setattr("qfx.calibration.observers.MinMax.update", stop)
         with pytest.raises(KeyboardInterrupt):
             qfx.quantize(model, "w8a8-static", DATA)
     assert not [name for name, _ in model.named_modules() if "observer" in name]

@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import qfx  # noqa: F401  (registers the operators)
-from qfx import attention_ops, cache_ops, float_ops
+from qfx.ops import attention as attention_ops
+from qfx.ops import cached as cache_ops
+from qfx.ops import floats as float_ops
 
 _FROM_HOST = ("tensor", "as_tensor", "from_numpy", "item", "tolist", "numpy", "cpu", "nonzero", "__bool__")
 

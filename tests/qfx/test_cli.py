@@ -100,11 +100,11 @@ def test_weights_stay_on_disk_where_asked_or_where_memory_is_short(
     plain, wanted = quantized("plain")
     asked, found = quantized("asked", "--stream")
     assert found == wanted and "stay on disk" not in plain.stdout and "done open" in asked.stdout
-    monkeypatch.setattr("qfx.streamed.free_memory", lambda: 10_000)
+    monkeypatch.setattr("qfx.storage.streamed.free_memory", lambda: 10_000)
     short, found = quantized("short")
     assert found == wanted and "the weights stay on disk: in float32 they would take 0." in short.stdout
     assert "done load" in quantized("loaded", "--no-stream")[0].stdout
-    monkeypatch.setattr("qfx.streamed.free_memory", lambda: None)
+    monkeypatch.setattr("qfx.storage.streamed.free_memory", lambda: None)
     assert "done load" in quantized("unknown")[0].stdout
     refused = _run("quantize", language_model, "-o", tmp_path / "meta", "--stream", "--device", "meta")
     assert refused.exit_code == 2 and "--stream runs on the CPU, found --device meta" in refused.stderr
@@ -210,6 +210,8 @@ def test_quantize_inspect_compare_an_encoder(encoder: Path, text: Path, tmp_path
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["totals"]["linear_quantized"] == report["totals"]["linear"] > 0
     assert {row["kernel"] for row in report["rows"]} - {""}, "the kernels that run are told"
+    each = _run("inspect", out, "--no-run", "--each")
+    assert each.exit_code == 0 and "encoder.layer.0" in each.stdout
 
     numbers = tmp_path / "numbers.json"
     compared = _run(

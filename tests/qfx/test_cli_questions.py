@@ -11,9 +11,9 @@ import torch
 from transformers import BertConfig, BertForQuestionAnswering
 
 import qfx
-from qfx import hub
 from qfx.cli.models import TextOptions
 from qfx.cli.questions import Question, question_batches, read_questions
+from qfx.hf import hub
 from tests.qfx.test_cli import SIZES, _run, _tokenizer
 
 LINES: list[dict[str, Any]] = [

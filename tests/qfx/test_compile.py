@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import qfx
 from qfx.errors import QfxWarning
-from qfx.measure import sqnr_db
+from qfx.measuring.measure import sqnr_db
 from tests.qfx.conftest import Counts
 from tests.zoo import ZOO, ids
 
@@ -77,7 +77,7 @@ def test_six_shapes_take_two_graphs_and_batch_one_a_third(counts: Counts) -> Non
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_batch_and_sequence_of_a_transformer_are_dynamic(name: str, counts: Counts) -> None:
     model, inputs = ZOO[name]()
     compiled = torch.compile(model, backend="qfx")

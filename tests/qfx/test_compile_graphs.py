@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import qfx
 from qfx.errors import Note, QfxWarning, UnsupportedError
-from qfx.measure import sqnr_db
+from qfx.measuring.measure import sqnr_db
 from tests.qfx.conftest import Counts
 from tests.zoo import ZOO
 
@@ -271,7 +271,7 @@ def test_a_graph_that_cannot_be_captured_runs_untouched(monkeypatch: pytest.Monk
     def refuse(*args: Any) -> None:
         raise RuntimeError("torch changed its mind")
 
-    monkeypatch.setattr("qfx.template.capture_dynamo", refuse)
+    monkeypatch.setattr("qfx.compiled.template.capture_dynamo", refuse)
     model, x = nn.Linear(4, 4).eval(), torch.randn(2, 4)
     fast = torch.compile(model, backend="qfx")
     with pytest.warns(QfxWarning, match="RuntimeError: torch changed its mind"):

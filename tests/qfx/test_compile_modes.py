@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qfx.errors import QfxWarning
-from qfx.measure import sqnr_db
+from qfx.measuring.measure import sqnr_db
 from tests.qfx.conftest import Counts
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")

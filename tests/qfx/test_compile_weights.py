@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import qfx
-from qfx.measure import sqnr_db
+from qfx.measuring.measure import sqnr_db
 from tests.qfx.conftest import Counts
 from tests.zoo import ZOO
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-import qfx.ops  # noqa: F401  (registers torch.ops.qfx)
+import qfx.ops.packed  # noqa: F401  (registers torch.ops.qfx)
 from qfx import annotation, graph
 from qfx.errors import UnsupportedError
 from qfx.format import Format

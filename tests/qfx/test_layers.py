@@ -11,34 +11,57 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Lowest first. A module of qfx that stands nowhere here is in the layer of PIPELINE.
-PIPELINE = "qfx.compile"
+# Lowest first; "package: parts". A module of qfx that stands nowhere here is in the layer of PIPELINE.
+PIPELINE = "compile"
 LAYERS = (
-    (
-        "qfx.errors qfx.nested qfx.format qfx.spill qfx.files qfx.folders qfx.processor qfx.strict qfx.method_options"
-        " qfx.op_tags qfx.hollow qfx.combine qfx.subclass qfx.centred qfx.rotation qfx.head_order"
-    ),
-    (
-        "qfx.annotation qfx.text qfx.numerics qfx.packing qfx.histogram qfx.importance qfx.scales qfx.hqq qfx.rounding"
-        " qfx.ops qfx.float_ops qfx.measure"
-    ),
-    "qfx.segments",
-    (
-        "qfx.kv.formats qfx.kv.codes qfx.kv.attend qfx.kv.store qfx.kv.states qfx.kv.layers qfx.kv.static qfx.kv.cache"
-        " qfx.kv.native qfx.kv.tail qfx.kv.packed_ops qfx.kv.static_packed qfx.kv.plans qfx.kv.asked qfx.kv.as_stored"
-        " qfx.cache_ops qfx.attention_heads qfx.attention_ops qfx.parts qfx.rounded qfx.recipe_source"
-        " qfx.graph qfx.rows qfx.modules qfx.names qfx.trace qfx.capture qfx.run qfx.verify qfx.plan qfx.recipe"
-        " qfx.presets"
-    ),
-    "qfx.observers qfx.moments qfx.inputs qfx.data qfx.hub qfx.streamed qfx.lanes qfx.blocks qfx.offsets",
-    "qfx.passes",
-    (
-        "qfx.pipeline qfx.transform qfx.rotations qfx.resume qfx.sequential qfx.correct qfx.permute"
-        " qfx.analysis.attentions qfx.analysis.movable"
-    ),
-    "qfx.backends",
-    f"{PIPELINE} qfx.quantize qfx.report qfx.save",
-    "qfx.compare qfx.merging qfx.matrix qfx.advise qfx.render_advice qfx.cli",
+    """
+    errors format processor strict
+    rounding: nested method_options
+    storage: spill files folders hollow
+    ops: tags
+    rewrites: combine centred rotation head_order
+    live: subclass
+    """,
+    """
+    annotation text numerics packing
+    calibration: histogram importance
+    rounding: scales hqq nearest
+    ops: packed floats
+    measuring: measure
+    """,
+    "live: segments",
+    """
+    kv: formats codes attend store states layers static cache native tail packed_ops static_packed plans
+    kv: asked as_stored
+    ops: cached heads attention
+    rounding: parts rounded
+    recipe_source graph names trace capture run verify plan recipe presets
+    reporting: rows
+    live: modules
+    """,
+    """
+    calibration: observers moments
+    inputs data
+    hf: hub
+    storage: streamed
+    rounding: lanes blocks offsets
+    """,
+    "passes",
+    """
+    pipeline
+    rewrites: transform rotations permute
+    storage: resume
+    rounding: sequential correct
+    analysis: attentions movable
+    """,
+    "backends",
+    "compile quantize report save",
+    """
+    measuring: compare matrix
+    training: merging
+    advise cli
+    reporting: render_advice
+    """,
 )
 
 
@@ -64,14 +87,23 @@ def _imported(tree: ast.AST) -> set[str]:
     return names
 
 
+def _names(layer: str) -> list[str]:
+    """Full names of what a layer's lines list."""
+    names = []
+    for line in layer.strip().splitlines():
+        package, _, parts = line.rpartition(":")
+        names += [".".join(filter(None, ("qfx", package.strip(), part))) for part in parts.split()]
+    return names
+
+
 def _layer(module: str) -> int:
     """Height of a module, or of a name in it; -1 for what is not of qfx."""
     if not module.startswith("qfx."):
         return -1
-    for height, names in enumerate(LAYERS):
-        if any(module == name or module.startswith(f"{name}.") for name in names.split()):
+    for height, names in enumerate(map(_names, LAYERS)):
+        if any(module == name or module.startswith(f"{name}.") for name in names):
             return height
-    return _layer(PIPELINE)
+    return _layer(f"qfx.{PIPELINE}")
 
 
 def _upward(module: str, source: str) -> list[str]:
@@ -79,6 +111,12 @@ def _upward(module: str, source: str) -> list[str]:
     names = _imported(ast.parse(source))
     parts = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
     return sorted(name for name in parts if _layer(name) > _layer(module))
+
+
+def test_layers_name_what_is_there() -> None:
+    listed = [name for layer in LAYERS for name in _names(layer)]
+    assert len(set(listed)) == len(listed)
+    assert set(listed) <= set(_sources())
 
 
 @pytest.mark.parametrize("module", [name for name in _sources() if name != "qfx"])

@@ -346,7 +346,7 @@ def test_load_of_altered_json(tmp_path: Path, change: dict[str, Any], message: s
 
 
 def test_version_1_is_read(tmp_path: Path) -> None:
-    """Its zero points have a byte each, which `qfx.rounded` packs."""
+    """Its zero points have a byte each, which `qfx.rounding.rounded` packs."""
     full_plan().save(tmp_path)
     fields = json.loads((tmp_path / "plan.json").read_text())
     assert fields["version"] == 3

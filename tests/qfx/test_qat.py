@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import qfx
 from qfx.backends.qat import InputQuantizer, WeightQuantizer
-from qfx.modules import quantized_parts
+from qfx.live.modules import quantized_parts
 from qfx.qat import quantizers
 from tests.qat_nets import DATA, adam, both, ids, net, out, prepared, step
 

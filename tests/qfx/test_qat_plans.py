@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import qfx
 from qfx.backends.qat import WeightQuantizer
-from qfx.measure import sqnr_db
-from qfx.mixed import QuantMixed
+from qfx.live.mixed import QuantMixed
+from qfx.measuring.measure import sqnr_db
 from tests.qfx.kv import models
 from tests.zoo import randomize
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import qfx
-from qfx.modules import quantized_parts
+from qfx.live.modules import quantized_parts
 from qfx.qat import check_loss, quantizers
 from tests.qat_nets import DATA, WIDTH, adam, both, ids, net, out, prepared, step
 

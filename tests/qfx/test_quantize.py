@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import qfx
 from qfx import Plan, QfxWarning, Recipe, Rule, UnsupportedError
-from qfx.measure import sqnr_db
-from qfx.modules import QuantEmbedding, QuantLinear
+from qfx.live.modules import QuantEmbedding, QuantLinear
+from qfx.measuring.measure import sqnr_db
 from tests.quantized import call, quantized
 from tests.zoo import ZOO, ids
 

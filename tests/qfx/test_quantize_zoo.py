@@ -73,7 +73,7 @@ def test_static_recipes(name: str, recipe: str) -> None:
     assert sqnr(found.outputs, call(found.model, found.inputs)) >= 25
     decibel, graphs = parity(found)
     assert decibel >= 45 and graphs == 1
-    modules = [m for m in found.model.modules() if isinstance(m, qfx.modules.QuantLinear) and m.x_format == "u8"]
+    modules = [m for m in found.model.modules() if isinstance(m, qfx.live.modules.QuantLinear) and m.x_format == "u8"]
     assert modules and all(m.x_scale is not None and m.x_zero is not None and m.sqnr_db is not None for m in modules)
 
 

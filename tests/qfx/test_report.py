@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import qfx
 from qfx.errors import QfxWarning
 from qfx.report import Report
-from qfx.rows import Row
+from qfx.reporting.rows import Row
 from tests.zoo import ZOO, ids
 
 pytestmark = [

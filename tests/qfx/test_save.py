@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 import qfx
-from qfx.modules import QuantLinear
+from qfx.live.modules import QuantLinear
 from qfx.packing import unpack_zeros
 from qfx.save import load, save
 from tests.graphs import Function
@@ -173,7 +173,7 @@ def test_a_folder_of_version_1_is_read(tmp_path: Path, monkeypatch: pytest.Monke
             zero = unpack_zeros(module.w_zero, qfx.Format.parse(module.w_format), module.w_scale)
             assert zero is not None and module.w_zero is not None and zero.shape[-1] > module.w_zero.shape[-1]
             module.w_zero = zero
-    for name in ("qfx.save", "qfx.quantization_config"):
+    for name in ("qfx.save", "qfx.hf.quantization_config"):
         monkeypatch.setattr(sys.modules[name], "VERSION", 1)
     save(model, tmp_path)
     assert json.loads((tmp_path / "qfx.json").read_text())["version"] == 1

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from qfx.backends.triton.kernels.rounding import greater
 from qfx.backends.triton.kernels.row_codes import (
     encode_given,
     encode_rows,
@@ -72,7 +73,7 @@ def _kept(x_ptr, up_ptr, act_ptr, row, column, m, k, x_stride, up_stride, ACT: t
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def act_quantize(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, scale_ptr, zero_ptr, act_ptr, m, k,
                  width, x_stride, up_stride, ACT: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
                  CLIP: tl.constexpr, SHIFT: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr,
@@ -94,7 +95,7 @@ def act_quantize(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, 
                     width, QMIN, QMAX, CLIP, SHIFT, SIGNED, FP8, BY_HAND, TWICE, BLOCK, PARTS)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def act_quantize_long(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, scale_ptr, zero_ptr, act_ptr, m, k,
                       width, x_stride, up_stride, ACT: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
                       CLIP: tl.constexpr, SHIFT: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr,
@@ -113,8 +114,8 @@ def act_quantize_long(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_
             encode_given(y, codes_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, row, start + at, m, k, width,
                          QMIN, QMAX, SHIFT, SIGNED, FP8, BY_HAND)  # fmt: skip
         else:
-            least, greatest = row_extremes(smoothed(y, smooth_ptr, start + at, live, BY_HAND), SIGNED)
-            low, high = tl.minimum(low, least), tl.maximum(high, greatest)
+            least, most = row_extremes(smoothed(y, smooth_ptr, start + at, live, BY_HAND), SIGNED)
+            low, high = tl.minimum(low, least), greater(high, most)
     if x_scale_ptr is None:
         scale, zero = row_scale(low, high, QMAX, CLIP, SIGNED)
         scale, zero = scale[:, None], zero[:, None]

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qfx.backends.triton.kernels.rounding import guarded, round_even
+from qfx.backends.triton.kernels.rounding import extremes, greater, guarded, round_even
 
 
 @triton.jit
@@ -31,13 +31,13 @@ def codes_of_steps(steps, zero, INTEGER: tl.constexpr, BITS: tl.constexpr, LEAST
 @triton.jit
 def _row_scale(x, CLIP: tl.constexpr, AFFINE: tl.constexpr, QMAX: tl.constexpr):
     """(scale, zero point) f32 [rows] of each row of x f32 [rows, D], in which padding is 0."""
-    low = tl.minimum(tl.min(x, 1), 0.0) * CLIP
-    high = tl.maximum(tl.max(x, 1), 0.0) * CLIP
+    low, high = extremes(x, 1)
+    low, high = low * CLIP, high * CLIP
     most = tl.full(low.shape, QMAX, tl.float32)
     if AFFINE:
         scale = guarded(tl.div_rn(high, most) - tl.div_rn(low, most))
         return scale, tl.minimum(round_even(tl.div_rn(-low, scale)), QMAX)
-    scale = guarded(tl.div_rn(tl.maximum(-low, high), most))
+    scale = guarded(tl.div_rn(greater(-low, high), most))
     return scale, tl.zeros_like(scale)
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from qfx.backends.triton.kernels.cache_attention import head_of
-from qfx.backends.triton.kernels.rounding import e4m3_of, round_even
+from qfx.backends.triton.kernels.rounding import e4m3_of, greater, is_nan, round_even
 
 _TINY = tl.constexpr(1.1754943508222875e-38)
 _TICKET = tl.constexpr(1 << 40)  # more than there are tokens
@@ -35,45 +35,61 @@ def _over(x, y):
 
 @triton.jit
 def _kept(scale, AS: tl.constexpr):
-    """(f32, stored) of a scale as `numerics` stores it. AS: 0 f32, 1 f16, 2 bf16, 3 a power of two, in a byte."""
+    """(f32, stored) of a scale as `numerics` stores it. AS: 0 f32, 1 f16, 2 bf16, 3 a power of two, in a byte.
+
+    One that is infinite or NaN is stored as NaN, but in f32, where it stays.
+    """
     scale = tl.where(scale < _TINY, 1.0, scale)
+    finite = scale < float("inf")
     if AS == 1:
-        stored = tl.minimum(tl.maximum(scale, 5.960464477539063e-08), 65504.0).to(tl.float16)
+        stored = tl.minimum(tl.maximum(scale, 5.960464477539063e-08), 65504.0)
+        stored = tl.where(finite, stored, float("nan")).to(tl.float16)
         return stored.to(tl.float32), stored
     elif AS == 2:
         bits = tl.minimum(scale, 3.3895313892515355e38).to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        bits = tl.where(finite, (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536, 0x7FC00000)
         return bits.to(tl.float32, bitcast=True), bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
     elif AS == 3:
         bits = scale.to(tl.int32, bitcast=True)
         byte = tl.minimum((bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32), 254)
-        return (byte << 23).to(tl.float32, bitcast=True), byte.to(tl.uint8)
+        return _power_of_two(byte, finite)
     else:
         return scale, scale
 
 
 @triton.jit
-def _chosen(low, high, QMAX: tl.constexpr, AFFINE: tl.constexpr, LARGEST: tl.constexpr, AS: tl.constexpr,
+def _power_of_two(byte, finite):
+    """(f32, stored) of a scale in a byte; where it is not finite the byte is that of NaN."""
+    scale = tl.where(finite, (byte << 23).to(tl.float32, bitcast=True), float("nan"))
+    return scale, tl.where(finite, byte, 255).to(tl.uint8)
+
+
+@triton.jit
+def _chosen(low, high, lost, QMAX: tl.constexpr, AFFINE: tl.constexpr, LARGEST: tl.constexpr, AS: tl.constexpr,
             EMAX: tl.constexpr, LEAST: tl.constexpr):  # fmt: skip
-    """(scale f32, scale as stored, zero) for values from low to high. LEAST: zeros get the least scale, not 1."""
+    """(scale f32, scale as stored, zero) for values from low to high; lost: 1 where one of them is NaN.
+
+    LEAST: zeros get the least scale, not 1, and infinities the greatest.
+    """
+    high = tl.where(lost == 0, high, float("nan"))
     if AFFINE:
         middle = (high + low) * 0.5
         half = (high - low) * 0.5
         low = middle - half
         high = middle + half
-        step = tl.maximum(_over(high - low, QMAX), _over(tl.abs(low), LARGEST))
-        scale, stored = _kept(_over(tl.maximum(step * QMAX, 0.0), QMAX), AS)
+        step = greater(_over(high - low, QMAX), _over(tl.abs(low), LARGEST))
+        scale, stored = _kept(_over(greater(step * QMAX, 0.0), QMAX), AS)
         zero = tl.minimum(tl.maximum(round_even(_over(-low, scale)), -LARGEST), LARGEST)
     else:
         zero = low * 0.0
-        most = tl.maximum(-tl.minimum(low, 0.0), tl.maximum(high, 0.0))
+        most = greater(-tl.minimum(low, 0.0), greater(high, 0.0))
         if AS == 3:  # 2^(floor(log2 most) - EMAX)
             exponent = ((most.to(tl.int32, bitcast=True) >> 23) & 255) - EMAX
             byte = tl.minimum(tl.maximum(tl.where(most < _TINY, 127, exponent), 1), 254)
-            scale = (byte << 23).to(tl.float32, bitcast=True)
-            stored = byte.to(tl.uint8)
+            scale, stored = _power_of_two(byte, most < float("inf"))
         elif LEAST:
-            stored = tl.minimum(tl.maximum(_over(most, QMAX), 5.960464477539063e-08), 65504.0).to(tl.float16)
+            stored = tl.minimum(tl.maximum(_over(most, QMAX), 5.960464477539063e-08), 65504.0)
+            stored = tl.where(lost == 0, stored, most).to(tl.float16)
             scale = stored.to(tl.float32)
         else:
             scale, stored = _kept(_over(most, QMAX), AS)
@@ -116,14 +132,17 @@ def encode(data_ptr, scale_ptr, zero_ptr, newest_ptr, new_ptr, block, chunk, sto
     else:
         low = tl.where(inside, x, float("inf"))
         high = tl.where(inside, x, -float("inf"))
+        lost = (inside & is_nan(x)).to(tl.int32)
         if MODE == 2:
             low = tl.min(tl.min(low, 0), 0)[None, None, :]
             high = tl.max(tl.max(high, 0), 0)[None, None, :]
+            lost = tl.max(tl.max(lost, 0), 0)[None, None, :]
             place = (stored + block * TOKENS) // GROUP * SCALES + column
             known = (column < WIDTH) & (channel < WHOLE)
         else:
             low = tl.min(low, 2)[:, :, None]
             high = tl.max(high, 2)[:, :, None]
+            lost = tl.max(lost, 2)[:, :, None]
             if GROUPED and WIDTH % GROUP != 0:  # zeros fill the last group
                 if (chunk + 1) * GROUP > WIDTH:
                     low = tl.minimum(low, 0.0)
@@ -132,7 +151,7 @@ def encode(data_ptr, scale_ptr, zero_ptr, newest_ptr, new_ptr, block, chunk, sto
             known = (unit < LONG) & (token < ready)
         low = tl.where(known, low, 0.0)
         high = tl.where(known, high, 0.0)
-        scale, kept, zero = _chosen(low, high, QMAX, zero_ptr is not None, LARGEST, AS, EMAX, LEAST)
+        scale, kept, zero = _chosen(low, high, lost, QMAX, zero_ptr is not None, LARGEST, AS, EMAX, LEAST)
         tl.store(scale_ptr + place, kept, mask=known)
         if zero_ptr is not None:
             tl.store(zero_ptr + place, zero.to(tl.int32).to(zero_ptr.dtype.element_ty), mask=known)
@@ -241,8 +260,8 @@ def _append(first_ptr, newest_ptr, new_ptr, data_ptr, scale_ptr, zero_ptr, chunk
 def append_codes(
     length_ptr, stored_ptr, first_k, first_v, newest_k, newest_v, k_ptr, v_ptr, k_data, k_scale, k_zero, v_data,
     v_scale, v_zero, heads, own_heads, groups, new, k_batch, k_head, k_token, v_batch, v_head, v_token, k_rows,
-    k_scale_rows, v_rows, v_scale_rows, k_chunks, programs, D: tl.constexpr, DV: tl.constexpr, SINKS: tl.constexpr,
-    RESIDUAL: tl.constexpr, STEP: tl.constexpr, ROOM: tl.constexpr, LENGTH: tl.constexpr, SINKS_BLOCK: tl.constexpr,
+    k_scale_rows, v_rows, v_scale_rows, k_chunks, programs, places, D: tl.constexpr, DV: tl.constexpr,
+    SINKS: tl.constexpr, RESIDUAL: tl.constexpr, STEP: tl.constexpr, ROOM: tl.constexpr, SINKS_BLOCK: tl.constexpr,
     TAKEN: tl.constexpr, ALL: tl.constexpr, FEW: tl.constexpr, BY_HAND: tl.constexpr,
     K_SCALES: tl.constexpr, K_MODE: tl.constexpr, K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_MIDDLE: tl.constexpr,
     K_GROUP: tl.constexpr, K_GROUPED: tl.constexpr, K_QMIN: tl.constexpr, K_QMAX: tl.constexpr,
@@ -254,10 +273,11 @@ def append_codes(
 ):  # fmt: skip
     """Program (head of a sequence, block of tokens, chunk of channels of keys, then of values) of a part.
 
-    FEW: there is one block; what stays in float is done here, too. programs: those of all parts.
+    FEW: there is one block; what stays in float is done here, too. programs: those of all parts. places: how many
+    tokens the memory is for, no constant, since every length of a cache would have a kernel of its own.
     """
     length, stored, missing, held, ready = counts(length_ptr, stored_ptr, new, SINKS, RESIDUAL, STEP, ROOM)
-    tl.device_assert(length + new <= LENGTH, "a cache of fixed length is full: make it with a greater max_length")
+    tl.device_assert(length + new <= places, "a cache of fixed length is full: make it with a greater max_length")
     chunk = tl.program_id(2)
     batch = (tl.program_id(0) // own_heads).to(tl.int64)
     at = tl.program_id(0) % own_heads
@@ -266,7 +286,7 @@ def append_codes(
     if not ALL:
         g = head_of(at, heads).to(tl.int64)
     both = batch * groups + g
-    if length + new <= LENGTH:
+    if length + new <= places:
         if chunk < k_chunks:
             _append(first_k + both * SINKS * D, newest_k + both * ROOM * D, k_ptr + batch * k_batch + g * k_head,
                     k_data + own * k_rows * D, k_scale + own * k_scale_rows * K_SCALES,
@@ -287,13 +307,13 @@ def append_codes(
 
 @triton.jit
 def append_newest(length_ptr, stored_ptr, first_k, first_v, newest_k, newest_v, k_ptr, v_ptr, groups, new, k_batch,
-                  k_head, k_token, v_batch, v_head, v_token, k_chunks, programs, D: tl.constexpr, DV: tl.constexpr,
-                  SINKS: tl.constexpr, RESIDUAL: tl.constexpr, STEP: tl.constexpr, ROOM: tl.constexpr,
-                  LENGTH: tl.constexpr, SINKS_BLOCK: tl.constexpr, TAKEN: tl.constexpr,
+                  k_head, k_token, v_batch, v_head, v_token, k_chunks, programs, places, D: tl.constexpr,
+                  DV: tl.constexpr, SINKS: tl.constexpr, RESIDUAL: tl.constexpr, STEP: tl.constexpr, ROOM: tl.constexpr,
+                  SINKS_BLOCK: tl.constexpr, TAKEN: tl.constexpr,
                   SPAN: tl.constexpr):  # fmt: skip
     """Program (head of a sequence, chunk of channels of keys, then of values): what stays in float."""
     length, stored, missing, held, ready = counts(length_ptr, stored_ptr, new, SINKS, RESIDUAL, STEP, ROOM)
-    if length + new <= LENGTH:
+    if length + new <= places:
         both = tl.program_id(0).to(tl.int64)
         batch = both // groups
         g = both % groups

@@ -9,11 +9,11 @@ from qfx.backends.triton.kernels.cache_codes import scale_of, tile
 
 @triton.jit
 def read_tokens(out_ptr, length_ptr, stored_ptr, first_ptr, newest_ptr, data_ptr, scale_ptr, zero_ptr, heads,
-                own_heads, groups, rows, scale_rows, WIDTH: tl.constexpr, SINKS: tl.constexpr, ROOM: tl.constexpr,
-                LENGTH: tl.constexpr, ALL: tl.constexpr, X_SCALES: tl.constexpr, X_MODE: tl.constexpr,
+                own_heads, groups, rows, scale_rows, places, WIDTH: tl.constexpr, SINKS: tl.constexpr,
+                ROOM: tl.constexpr, ALL: tl.constexpr, X_SCALES: tl.constexpr, X_MODE: tl.constexpr,
                 X_KIND: tl.constexpr, X_BITS: tl.constexpr, X_MIDDLE: tl.constexpr, X_GROUP: tl.constexpr,
                 U: tl.constexpr, SINKS_BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Program (head of a sequence, block of units): out [B, G, LENGTH, WIDTH], 0 where there is no token."""
+    """Program (head of a sequence, block of units): out [B, G, places, WIDTH], 0 where there is no token."""
     tokens = tl.load(length_ptr).to(tl.int32)
     stored = tl.load(stored_ptr).to(tl.int32)
     batch = (tl.program_id(0) // own_heads).to(tl.int64)
@@ -23,14 +23,14 @@ def read_tokens(out_ptr, length_ptr, stored_ptr, first_ptr, newest_ptr, data_ptr
         g = head_of(g, heads)
     both = batch * groups + g
     column = tl.arange(0, BLOCK)[None, :]
-    out_ptr += both * LENGTH * WIDTH
+    out_ptr += both * places * WIDTH
     if SINKS > 0:
         if tl.program_id(1) == 0:
             place = tl.arange(0, SINKS_BLOCK)[:, None]
             inside = (place < SINKS) & (column < WIDTH)
             x = tl.load(first_ptr + both * SINKS * WIDTH + place * WIDTH + column, mask=inside & (place < tokens),
                         other=0.0)  # fmt: skip
-            tl.store(out_ptr + place * WIDTH + column, x, mask=inside & (place < LENGTH))
+            tl.store(out_ptr + place * WIDTH + column, x, mask=inside & (place < places))
     data_ptr += own * rows * WIDTH
     if X_MODE != 0:
         scale_ptr += own * scale_rows * X_SCALES
@@ -54,4 +54,4 @@ def read_tokens(out_ptr, length_ptr, stored_ptr, first_ptr, newest_ptr, data_ptr
                          other=0.0)  # fmt: skip
         x = tl.where(token < stored, x.to(newest.dtype), newest)
         place = token + SINKS
-        tl.store(out_ptr + place * WIDTH + column, x, mask=(place < LENGTH) & (column < WIDTH))
+        tl.store(out_ptr + place * WIDTH + column, x, mask=(place < places) & (column < WIDTH))

@@ -112,7 +112,7 @@ def group_sums(x_at, w_at, scale_at, zero_at, sums_at, n, m, k, begin, end, BLOC
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def gemm4(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
           residual_ptr, m, n, k, x_stride, w_stride, X_SHIFT: tl.constexpr, X_PER_ROW: tl.constexpr,
           BITS: tl.constexpr, SUB: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -157,7 +157,7 @@ def gemm4(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr,
         finish(y, y_ptr, bias_ptr, residual_ptr, row, column, m, n, ACTIVATION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def part_sums(x_ptr, sums_ptr, m, k, stride, parts, SUB: tl.constexpr, BLOCK: tl.constexpr):
     """Grid (m, blocks of parts): sums of SUB columns of x int8 [m, k], int32 [parts, m]; zero from k on."""
     row = tl.program_id(0).to(tl.int64)

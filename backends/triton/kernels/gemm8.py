@@ -9,7 +9,7 @@ import triton.language as tl
 from qfx.backends.triton.kernels.epilogue import finish
 from qfx.backends.triton.kernels.rounding import f16_of_e4m3
 
-_E4M3_SQUARED = tl.constexpr(65536.0)  # of two values over 256, see `f16_of_e4m3`
+E4M3_SQUARED = tl.constexpr(65536.0)  # of two values over 256, see `f16_of_e4m3`
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _loaded(at, rows, left, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _added(acc, x, w, SWAP: tl.constexpr, PROMOTE: tl.constexpr):
+def added(acc, x, w, SWAP: tl.constexpr, PROMOTE: tl.constexpr):
     """acc + x w^T, or acc + w x^T (SWAP).
 
     PROMOTE: after how many products of e4m3 the tensor core's own sum goes to acc; None: at the end.
@@ -63,9 +63,9 @@ def int8_sums(x_at, w_at, v_at, rows, k, begin, end, BLOCK_M: tl.constexpr, BLOC
     other = acc
     for step in range(begin, end):
         x = _loaded(x_at, rows, k - step * BLOCK_K, EVEN_K, BLOCK_K)
-        acc = _added(acc, x, _loaded(w_at, None, k - step * BLOCK_K, EVEN_K, BLOCK_K), SWAP, None)
+        acc = added(acc, x, _loaded(w_at, None, k - step * BLOCK_K, EVEN_K, BLOCK_K), SWAP, None)
         if HALVES == 2:
-            other = _added(other, x, _loaded(v_at, None, k - step * BLOCK_K, EVEN_K, BLOCK_K), SWAP, None)
+            other = added(other, x, _loaded(v_at, None, k - step * BLOCK_K, EVEN_K, BLOCK_K), SWAP, None)
             v_at += BLOCK_K
         x_at += BLOCK_K
         w_at += BLOCK_K
@@ -75,11 +75,11 @@ def int8_sums(x_at, w_at, v_at, rows, k, begin, end, BLOCK_M: tl.constexpr, BLOC
 
 
 @triton.jit
-def _e4m3_added(acc, x, w, x_scale_at, w_scale_at, start, SWAP: tl.constexpr, X_GROUP: tl.constexpr,
+def e4m3_added(acc, x, w, x_scale_at, w_scale_at, start, SWAP: tl.constexpr, X_GROUP: tl.constexpr,
                 W_GROUP: tl.constexpr, W_WHOLE: tl.constexpr, PROMOTE: tl.constexpr):  # fmt: skip
-    """As `_added`, with the scales of the products from `start` on; W_WHOLE: one serves the whole tile of w."""
+    """As `added`, with the scales of the products from `start` on; W_WHOLE: one serves the whole tile of w."""
     if X_GROUP or W_GROUP:
-        part = _added(tl.zeros_like(acc), x, w, SWAP, None)  # of at most 128 of k: no need to promote within
+        part = added(tl.zeros_like(acc), x, w, SWAP, None)  # of at most 128 of k: no need to promote within
         if X_GROUP:
             scale = tl.load(x_scale_at + start // X_GROUP)
             part *= scale[None, :] if SWAP else scale[:, None]
@@ -91,7 +91,7 @@ def _e4m3_added(acc, x, w, x_scale_at, w_scale_at, start, SWAP: tl.constexpr, X_
                 part *= scale[:, None] if SWAP else scale[None, :]
         acc += part
     else:
-        acc = _added(acc, x, w, SWAP, PROMOTE)
+        acc = added(acc, x, w, SWAP, PROMOTE)
     return acc
 
 
@@ -113,19 +113,19 @@ def e4m3_sums(x_at, w_at, v_at, x_scale_at, w_scale_at, v_scale_at, rows, k, beg
         w = _loaded(w_at, None, k - step * BLOCK_K, EVEN_K, BLOCK_K)
         if BY_HAND:
             x, w = f16_of_e4m3(x), f16_of_e4m3(w)
-        acc = _e4m3_added(acc, x, w, x_scale_at, w_scale_at, step * BLOCK_K, SWAP, X_GROUP, W_GROUP, W_WHOLE, PROMOTE)
+        acc = e4m3_added(acc, x, w, x_scale_at, w_scale_at, step * BLOCK_K, SWAP, X_GROUP, W_GROUP, W_WHOLE, PROMOTE)
         if HALVES == 2:
             v = _loaded(v_at, None, k - step * BLOCK_K, EVEN_K, BLOCK_K)
             if BY_HAND:
                 v = f16_of_e4m3(v)
-            other = _e4m3_added(other, x, v, x_scale_at, v_scale_at, step * BLOCK_K, SWAP, X_GROUP, W_GROUP, W_WHOLE,
+            other = e4m3_added(other, x, v, x_scale_at, v_scale_at, step * BLOCK_K, SWAP, X_GROUP, W_GROUP, W_WHOLE,
                                 PROMOTE)  # fmt: skip
             v_at += BLOCK_K
         x_at += BLOCK_K
         w_at += BLOCK_K
     if BY_HAND:
-        acc *= _E4M3_SQUARED
-        other *= _E4M3_SQUARED
+        acc *= E4M3_SQUARED
+        other *= E4M3_SQUARED
     if SWAP:
         acc, other = tl.trans(acc), tl.trans(other)
     return acc, other
@@ -150,7 +150,7 @@ def scaled(acc, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_
 
 
 @triton.jit
-def _ended(acc, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
+def ended(acc, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
            residual_ptr, split, row, first, m, n, X_SHIFT: tl.constexpr, X_PER_ROW: tl.constexpr,
            X_GROUP: tl.constexpr, W_GROUP: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """The sums of a tile from column `first` on to y, or as they are to the part `split` of the workspace y."""
@@ -162,10 +162,10 @@ def _ended(acc, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_
         tl.store(part + row.to(tl.int64)[:, None] * n + column[None, :], acc, mask=inside)
     elif WIDTH >= 128:  # in two parts, so that what is read for the columns fits the registers
         left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, WIDTH // 2)), (0, 2, 1)))
-        _ended(left, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
+        ended(left, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
                residual_ptr, split, row, first, m, n, X_SHIFT, X_PER_ROW, X_GROUP, W_GROUP, ACTIVATION,
                SPLIT)  # fmt: skip
-        _ended(right, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
+        ended(right, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
                residual_ptr, split, row, first + WIDTH // 2, m, n, X_SHIFT, X_PER_ROW, X_GROUP, W_GROUP, ACTIVATION,
                SPLIT)  # fmt: skip
     else:
@@ -204,15 +204,15 @@ def _tile(tile, split, x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr,
                                BY_HAND)  # fmt: skip
     else:
         acc, other = int8_sums(x_at, w_at, v_at, rows, k, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, HALVES, SWAP, EVEN_K)
-    _ended(acc, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
+    ended(acc, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
            residual_ptr, split, row, first, m, n, X_SHIFT, X_PER_ROW, X_GROUP, W_GROUP, ACTIVATION, SPLIT)  # fmt: skip
     if HALVES == 2:
-        _ended(other, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
+        ended(other, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
                residual_ptr, split, row, first + BLOCK_N, m, n, X_SHIFT, X_PER_ROW, X_GROUP, W_GROUP, ACTIVATION,
                SPLIT)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def gemm8(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
           residual_ptr, m, n, k, x_stride, x_groups, w_groups, X_SHIFT: tl.constexpr, X_PER_ROW: tl.constexpr,
           X_GROUP: tl.constexpr, W_GROUP: tl.constexpr, W_ROWS: tl.constexpr, FLOAT: tl.constexpr,
@@ -243,7 +243,7 @@ def gemm8(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr,
               BLOCK_K, HALVES, GROUP, SPLIT, SWAP)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def reduce8(parts_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
             residual_ptr, m, n, X_SHIFT: tl.constexpr, X_PER_ROW: tl.constexpr, X_GROUP: tl.constexpr,
             W_GROUP: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,

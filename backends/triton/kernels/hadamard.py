@@ -9,7 +9,7 @@ and, of the innermost factors of two, all but LOW. The tile of a program is [R *
 import triton
 import triton.language as tl
 
-from qfx.backends.triton.kernels.rounding import codes_of, e4m3_of, guarded
+from qfx.backends.triton.kernels.rounding import codes_of, e4m3_of, greater, greatest, guarded
 
 _HIGH_BITS = tl.constexpr(-8192)  # sign, exponent and 10 bits of mantissa: what TF32 keeps of f32
 
@@ -90,7 +90,7 @@ def _row_at(row, inner, last, outer_stride, inner_stride, last_stride):
     return found + (row % last).to(tl.int64) * last_stride
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["units"])
 def hadamard(x_ptr, y_ptr, sign_ptr, left_ptr, right_ptr, units, blocks, inner, last, outer_stride, inner_stride,
              last_stride, scale, SIZE: tl.constexpr,
              A: tl.constexpr, AP: tl.constexpr, B: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
@@ -127,7 +127,7 @@ def _rounded(y, step, QMIN: tl.constexpr, QMAX: tl.constexpr, FLOAT: tl.constexp
     return codes
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def hadamard_quantize(x_ptr, codes_ptr, scale_ptr, sign_ptr, left_ptr, right_ptr, rows, blocks, inner, last,
                       outer_stride, inner_stride, last_stride, scale, SIZE: tl.constexpr, A: tl.constexpr,
                       AP: tl.constexpr, B: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, R: tl.constexpr,
@@ -155,7 +155,7 @@ def hadamard_quantize(x_ptr, codes_ptr, scale_ptr, sign_ptr, left_ptr, right_ptr
         for block in range(1 if ONE else blocks):
             y = _rotated(x_ptr, sign_ptr, right_ptr, base + block * SIZE, lead, inside, left, right, column, scale, B,
                          HIGH, LOW, A, BK, DOT, TERM, IEEE, INVERSE).to(real).to(tl.float32)  # fmt: skip
-            top = tl.maximum(top, tl.max(tl.abs(y), 1))
+            top = greater(top, greatest(y, 1))
             if ONE:
                 step = _step(top, A, QMAX)
                 tl.store(codes_ptr + out[:, None] + place, _rounded(y, step, QMIN, QMAX, FLOAT, BY_HAND), mask=given)
@@ -173,5 +173,5 @@ def hadamard_quantize(x_ptr, codes_ptr, scale_ptr, sign_ptr, left_ptr, right_ptr
 def _step(top, A: tl.constexpr, QMAX: tl.constexpr):
     """Scales from the greatest magnitudes of the rows of X, the A of a block taken together."""
     if A > 1:
-        top = tl.zeros_like(top) + tl.max(top, 0)
+        top = tl.zeros_like(top) + greatest(top, 0)
     return guarded(tl.div_rn(top, tl.full(top.shape, QMAX, tl.float32)))

@@ -31,7 +31,7 @@ def _integer_sums(x_at, w_ptr, row, stride, scale_at, zero_at, sums_at, m, n, k,
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def mixed_integer(x_ptr, w8_ptr, w4_ptr, w2_ptr, order_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr,
                   w_zero_ptr, w_sums_ptr, bias_ptr, residual_ptr, m, n, rows, k, rows8, rows4, x_stride, w8_stride,
                   w4_stride, w2_stride, X_SHIFT: tl.constexpr, X_PER_ROW: tl.constexpr, SUB: tl.constexpr,
@@ -108,7 +108,7 @@ def _float_sums(x_at, w_ptr, row, stride, scale_at, zero_at, n, k, split, BLOCK_
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["m"])
 def mixed_float(x_ptr, w8_ptr, w4_ptr, w2_ptr, order_ptr, y_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, residual_ptr, m, n,
                 rows, k, rows8, rows4, x_stride, w8_stride, w4_stride, w2_stride, SUB: tl.constexpr,
                 GROUP: tl.constexpr, ASM8: tl.constexpr, ASM4: tl.constexpr, ASM2: tl.constexpr, TO: tl.constexpr,

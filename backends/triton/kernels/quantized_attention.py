@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from qfx.backends.triton.kernels.attention_operands import round_mantissa
-from qfx.backends.triton.kernels.rounding import guarded, round_even
+from qfx.backends.triton.kernels.rounding import greater, guarded, round_even
 
 _LEAST = tl.constexpr(-3.4028234663852886e38)  # below it are only scores that take no part
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -148,7 +148,7 @@ def _add(acc, most, total, times, s, step, v, FAST: tl.constexpr, ROUNDED: tl.co
          BITS: tl.constexpr, LEAST: tl.constexpr, QMAX: tl.constexpr):  # fmt: skip
     """The sums with one more block of keys. ROUNDED: `most` is final, and weights times `times` become codes."""
     if ROUNDED:
-        p = tl.minimum(_weights(s, step, most, FAST) * times[:, None], QMAX)
+        p = -greater(-_weights(s, step, most, FAST) * times[:, None], -QMAX)  # at most QMAX, or NaN
         p = round_even(p) if INTEGER else round_mantissa(p, BITS, LEAST)
         return tl.dot(p.to(v.dtype), v, acc), most, total
     most, total, p, kept = _sum(most, total, s, step, FAST)
@@ -170,8 +170,8 @@ def _weight_steps(most, best, total, QMAX: tl.constexpr, CLIP: tl.constexpr, BY_
 
 @triton.jit
 def _inverse(total):
-    """1 / total, 0 for a row that sees nothing."""
-    return tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+    """1 / total, 0 for a row that sees nothing, NaN for one that sees NaN."""
+    return tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
 
 
 @triton.jit
@@ -237,7 +237,7 @@ def attention(q_ptr, k_ptr, v_ptr, q_step_ptr, k_step_ptr, v_step_ptr, bias_ptr,
     q = tl.load(q_ptr + (at + row.to(tl.int64))[:, None] * WIDTH + wide[None, :], mask=inside[:, None], other=0.0)
     step = tl.load(q_step_ptr + at + row, mask=inside, other=1.0)
     if FAST:
-        step = tl.maximum(step, 1e-37)  # times -inf it must be -inf
+        step = greater(step, 1e-37)  # times -inf it must be -inf
     bias = None
     k_step_at = None
     mask_at = None

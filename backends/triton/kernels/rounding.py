@@ -17,6 +17,30 @@ def round_even(x):
 
 
 @triton.jit
+def is_nan(x):
+    """Whether f32 values are NaN."""
+    return (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) > 0x7F800000
+
+
+@triton.jit
+def greater(x, y):
+    """The greater of two f32, NaN where one is: what `tl.maximum` and `tl.max` pass over on a GPU."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def greatest(x, AXIS: tl.constexpr):
+    """The greatest of f32 values that are not negative, NaN where one of them is: its bits are the greatest, too."""
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), AXIS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def extremes(x, AXIS: tl.constexpr):
+    """The least and the greatest of f32 values and zero; both NaN where one of them is."""
+    return -greatest(greater(-x, 0.0), AXIS), greatest(greater(x, 0.0), AXIS)
+
+
+@triton.jit
 def guarded(scale):
     """1 where a scale is zero or subnormal."""
     return tl.where(scale < _TINY, 1.0, scale)
@@ -36,7 +60,7 @@ def e4m3_of(x, BY_HAND: tl.constexpr):
     BY_HAND: by arithmetic on the bits, where there is no instruction, and in the interpreter, whose cast is wrong.
     """
     held = tl.minimum(tl.maximum(x, -_E4M3_MAX), _E4M3_MAX)
-    nan = (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) > 0x7F800000
+    nan = is_nan(x)
     if BY_HAND:
         bits = held.to(tl.uint32, bitcast=True)
         size = bits & 0x7FFFFFFF

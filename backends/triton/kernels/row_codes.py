@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qfx.backends.triton.kernels.rounding import e4m3_of, guarded, round_even
+from qfx.backends.triton.kernels.rounding import e4m3_of, extremes, greater, greatest, guarded, round_even
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: the low bits of n + _MAGIC are those of the integer n, rounded to even
 _MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -24,13 +24,15 @@ def rounded_to(x, to: tl.constexpr, BY_HAND: tl.constexpr):
 
 @triton.jit
 def row_extremes(x, SIGNED: tl.constexpr):
-    """Least and greatest value of each row [R] and zero; where SIGNED the greatest magnitude in place of both."""
+    """Least and greatest value of each row [R] and zero; where SIGNED the greatest magnitude in place of both.
+
+    The greatest of a row that holds NaN is NaN, so that its scale is, and with it every product of the row.
+    """
     if SIGNED:
-        high = tl.max(tl.abs(x), axis=1)
+        high = greatest(x, 1)
         low = high
     else:
-        high = tl.maximum(tl.max(x, axis=1), 0.0)
-        low = tl.minimum(tl.min(x, axis=1), 0.0)
+        low, high = extremes(x, 1)
     return low, high
 
 
@@ -167,7 +169,7 @@ def encode_rows(x, x1, x2, codes_ptr, scale_ptr, zero_ptr, smooth_ptr, x_scale_p
             low1, high1 = row_extremes(x1, SIGNED)
             low2, high2 = row_extremes(x2, SIGNED)
             low = tl.minimum(low, tl.minimum(low1, low2))
-            high = tl.maximum(high, tl.maximum(high1, high2))
+            high = greater(high, greater(high1, high2))
         scale, zero = row_scale(low, high, QMAX, CLIP, SIGNED)
         scale, zero = scale[:, None], zero[:, None]
         store_codes(x, scale, zero, codes_ptr, row, column, m, k, width, QMIN, QMAX, SHIFT, SIGNED, FP8,

@@ -36,38 +36,26 @@ def _adjusted(a, rows, here, column, scale_ptr, zero_ptr, factor, scale_stride, 
 
 
 @triton.jit
-def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, m, n, k, x_stride,
-              w_stride, upper_stride, scale_stride, each, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
-              GROUP: tl.constexpr, OFFSET: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
-              ASM_ODD: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr, FIRST: tl.constexpr,
-              BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """x [m, k] to out [m, n] = x @ w^T + bias, or, with SPLITS, to f32 [SPLITS, m, n], `each` units of K in each.
-
-    Weights are the left operand, in the type TO: the sum over a unit is scaled in f32 where groups are whole units,
-    else, or with FIRST, weights are scaled before, which takes fewer registers. Three bits: ASM_ODD serves units of odd
-    number, and `each` counts pairs of units. EVEN: k is a multiple of what `each` counts.
-    """
+def product(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, tokens, rows, split,
+            each, units, m, n, k, x_stride, w_stride, upper_stride, scale_stride, BITS: tl.constexpr,
+            KIND: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, NATIVE: tl.constexpr,
+            EXACT: tl.constexpr, ASM: tl.constexpr, ASM_ODD: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr,
+            SPLITS: tl.constexpr, FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """A tile of `dot_tiles`: rows `tokens` [BM] of x below m, `rows` [BN] of w, part `split` of the `units` of k."""
     UNITS: tl.constexpr = GROUP > 0 and GROUP % 128 == 0 and not FIRST
     EARLY: tl.constexpr = GROUP > 0 and not UNITS
     PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
     PART: tl.constexpr = 128 // PARTS
     HALVES: tl.constexpr = 2 if BITS == 3 else 1
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
-    by_m = tl.cdiv(m, BM)
-    by_n = tl.cdiv(n, BN)
-    pid = tl.program_id(0)
-    first = pid // (8 * by_n) * 8
-    height = tl.minimum(by_m - first, 8)
-    tokens = (first + pid % (8 * by_n) % height) * BM + tl.arange(0, BM)
-    rows = pid % (8 * by_n) // height * BN + tl.arange(0, BN)
     x_rows = x_ptr + tl.minimum(tokens, m - 1).to(tl.int64) * x_stride
     held = tl.minimum(rows, n - 1).to(tl.int64)
     byte = tl.arange(0, PART)
     here = (rows < n)[:, None]
     acc = tl.zeros([BN, BM], tl.float32)
     near = tl.load(whole_ptr + 1)
-    start = tl.program_id(1) * each
-    for v in range(start, tl.minimum(start + each, tl.cdiv(k, 128 * HALVES))):
+    start = split * each
+    for v in range(start, tl.minimum(start + each, units)):
         for h in tl.static_range(HALVES):  # of three bits, two units share the bytes of the upper one
             u = v * HALVES + h
             w = tl.load(w_ptr + held[:, None] * w_stride + u * PART + byte[None, :])
@@ -99,8 +87,33 @@ def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
     if bias_ptr is not None and SPLITS == 1:
         acc += tl.load(bias_ptr + held).to(tl.float32)[:, None]
     at = tokens.to(tl.int64)[None, :] * n + rows[:, None]
-    at += tl.program_id(1).to(tl.int64) * m * n
+    at += tl.cast(split, tl.int64) * m * n
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=here & (tokens < m)[None, :])
+
+
+@triton.jit(do_not_specialize_on_alignment=["m"])
+def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, m, n, k, x_stride,
+              w_stride, upper_stride, scale_stride, each, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
+              GROUP: tl.constexpr, OFFSET: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
+              ASM_ODD: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr, FIRST: tl.constexpr,
+              BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """x [m, k] to out [m, n] = x @ w^T + bias, or, with SPLITS, to f32 [SPLITS, m, n], `each` units of K in each.
+
+    Weights are the left operand, in the type TO: the sum over a unit is scaled in f32 where groups are whole units,
+    else, or with FIRST, weights are scaled before, which takes fewer registers. Three bits: ASM_ODD serves units of odd
+    number, and `each` counts pairs of units. EVEN: k is a multiple of what `each` counts.
+    """
+    UNIT: tl.constexpr = 256 if BITS == 3 else 128
+    by_m = tl.cdiv(m, BM)
+    by_n = tl.cdiv(n, BN)
+    pid = tl.program_id(0)
+    first = pid // (8 * by_n) * 8
+    height = tl.minimum(by_m - first, 8)
+    tokens = (first + pid % (8 * by_n) % height) * BM + tl.arange(0, BM)
+    rows = pid % (8 * by_n) // height * BN + tl.arange(0, BN)
+    product(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, tokens, rows,
+            tl.program_id(1), each, tl.cdiv(k, UNIT), m, n, k, x_stride, w_stride, upper_stride, scale_stride, BITS,
+            KIND, SCALE, GROUP, OFFSET, NATIVE, EXACT, ASM, ASM_ODD, TO, EVEN, SPLITS, FIRST, BM, BN)  # fmt: skip
 
 
 @triton.jit
@@ -109,8 +122,10 @@ def sum_splits(parts_ptr, bias_ptr, out_ptr, size, n, SPLITS: tl.constexpr, BLOC
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.zeros([BLOCK], tl.float32)
-    for i in tl.static_range(SPLITS):
-        total += tl.load(parts_ptr + i * size + at, mask=inside, other=0.0)
+    part = parts_ptr + at
+    for _ in tl.static_range(SPLITS):
+        total += tl.load(part, mask=inside, other=0.0)
+        part += tl.cast(size, tl.int64)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + at % n, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)

@@ -97,27 +97,21 @@ def _stacked(tiles, COUNT: tl.constexpr):
 
 
 @triton.jit
-def gemv(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, n, k, x_stride,
-         w_stride, upper_stride, scale_stride, M: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
-         SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
-         ASM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
-    """x [M, k], M from 1 to 4, to out [M, n] = x @ w^T + bias; one program for BN columns of out.
-
-    A thread has 16 bytes of each of the BN rows, which share their scales; products and sums are f32. EXACT: codes
-    become f32 one by one. Otherwise integers are read as mantissas of powers of two, whose sum over x is taken away: an
-    error below 2^-15 of the sum of |x| times a step.
-    """
+def vectors(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, first, n, k, stop,
+            x_stride, w_stride, upper_stride, scale_stride, M: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
+            SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
+            ASM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+    """Columns first to first + BN of `gemv`, of `stop` chunks of 16 bytes of a row of w."""
     PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
     COUNT: tl.constexpr = 1 if GROUP == 0 or GROUP % 128 == 0 else PARTS  # scales for the codes of a byte
-    first = tl.program_id(0) * BN
     byte = tl.arange(0, 16)[None, :]
     SLOTS: tl.constexpr = 4 if M == 3 else M  # sums of a row
     accs = ()
     for _ in tl.static_range(BN * SLOTS):
         accs = accs + (tl.zeros([CHUNKS], tl.float32),)
-    for block in range(0, w_stride // 16, CHUNKS):
+    for block in range(0, stop, CHUNKS):
         chunks = block + tl.arange(0, CHUNKS)
-        within = chunks < w_stride // 16
+        within = chunks < stop
         odd = (chunks // 2 % 2).to(tl.uint8)[:, None]
         start = chunks * 16 // (128 // PARTS) * 128 + chunks * 16 % (128 // PARTS)
         tiles = ()
@@ -170,3 +164,19 @@ def gemv(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bia
     if bias_ptr is not None:
         total += tl.load(bias_ptr + rows, mask=here, other=0.0).to(tl.float32)
     tl.store(out_ptr + tokens.to(tl.int64) * n + rows, total.to(out_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def gemv(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, n, k, x_stride,
+         w_stride, upper_stride, scale_stride, M: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
+         SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
+         ASM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+    """x [M, k], M from 1 to 4, to out [M, n] = x @ w^T + bias; one program for BN columns of out.
+
+    A thread has 16 bytes of each of the BN rows, which share their scales; products and sums are f32. EXACT: codes
+    become f32 one by one. Otherwise integers are read as mantissas of powers of two, whose sum over x is taken away: an
+    error below 2^-15 of the sum of |x| times a step.
+    """
+    vectors(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr,
+            tl.program_id(0) * BN, n, k, w_stride // 16, x_stride, w_stride, upper_stride, scale_stride, M, BITS, KIND,
+            SCALE, GROUP, OFFSET, NATIVE, EXACT, ASM, BN, CHUNKS)  # fmt: skip

@@ -18,9 +18,10 @@ import torch
 from torch import fx
 
 import qfx.backends.triton.act_quantize  # noqa: F401  (registers torch.ops.qfx_triton.act_quantize)
-from qfx import float_ops, graph
+from qfx import graph
 from qfx.backends.triton.passes._nodes import Quantize, bring_before, note_computed, position, take
 from qfx.graph import is_call
+from qfx.ops import floats as float_ops
 from qfx.passes import _match as m
 from qfx.passes._build import call, matched
 

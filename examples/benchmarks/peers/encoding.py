@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from examples.benchmarks.peers.worker import Built
 from qfx import data
-from qfx.hub import load
+from qfx.hf.hub import load
 
 ASSETS = Path(__file__).resolve().parents[3] / "tests" / "assets"
 MODELS = ("minilm", "bert-base", "tiny")

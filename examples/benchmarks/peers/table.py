@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qfx.files import write_text
+from qfx.storage.files import write_text
 
 PACKAGES = ("torch", "onnxruntime", "openvino", "nncf", "torchao", "onnxruntime-genai", "llama-cpp-python", "qfx")
 WIDTH = 150

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import qfx.float_ops  # registers qfx::rope and qfx::attention
+import qfx.ops.floats  # registers qfx::rope and qfx::attention
 from qfx.backends.onnx import lower
 from qfx.errors import UnsupportedError
 from tests.backends.onnx.checks import Case, check, floats, same, traced
 
-assert qfx.float_ops.rope is not None
+assert qfx.ops.floats.rope is not None
 sdpa = F.scaled_dot_product_attention
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 from torch import Tensor, fx, nn
 
-import qfx.ops
+import qfx.ops.packed
 from qfx.backends.onnx import OnnxLowered, lower
 from qfx.backends.onnx.kernels import optimized_graph
 from qfx.backends.onnx.lowering import build
@@ -21,7 +21,7 @@ from qfx.packing import Packed, pack_weight
 from tests.backends.onnx.checks import floats, sqnr
 from tests.backends.onnx.test_quant import graph_of
 
-assert qfx.ops.embedding is not None
+assert qfx.ops.packed.embedding is not None
 
 EXACT = 120.0  # dB: the same codes, one product each
 IDS = torch.tensor([[0, 29, 3], [3, 7, 11]])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import qfx.float_ops
+import qfx.ops.floats
 from qfx.backends.onnx import OnnxLowered, lower
 from qfx.backends.onnx.lowering import build
 from qfx.format import Format
@@ -19,7 +19,7 @@ from qfx.packing import Packed, pack_weight
 from tests.backends.onnx.checks import floats, sqnr
 from tests.backends.onnx.test_quant import EXACT, ROUNDED, graph_of
 
-assert qfx.float_ops.grouped_linear_quant is not None
+assert qfx.ops.floats.grouped_linear_quant is not None
 
 GROUPED = torch.ops.qfx.grouped_linear_quant.default
 

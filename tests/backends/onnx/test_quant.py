@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import qfx.float_ops
-import qfx.ops
+import qfx.ops.floats
+import qfx.ops.packed
 from qfx.backends.onnx import OnnxLowered, lower
 from qfx.format import Format
 from qfx.numerics import choose_qparams
 from qfx.packing import Packed, pack_weight
 from tests.backends.onnx.checks import floats, sqnr
 
-assert qfx.ops.linear is not None
-assert qfx.float_ops.rope is not None
+assert qfx.ops.packed.linear is not None
+assert qfx.ops.floats.rope is not None
 
 EXACT = 110.0  # dB: the same codes, sums in f32
 ROUNDED = 35.0  # dB: MatMulNBits rounds its activations to 8 bits per block

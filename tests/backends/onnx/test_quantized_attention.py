@@ -19,7 +19,7 @@ from qfx.backends.onnx.lowering import build
 from qfx.errors import UnsupportedError
 from qfx.format import Format
 from tests.backends.onnx.checks import floats, sqnr, traced
-from tests.qfx.test_attention_ops import ALIBI, HOW, INTEGERS, attend, qkv
+from tests.qfx.ops.test_attention import ALIBI, HOW, INTEGERS, attend, qkv
 
 TABLE = [
     INTEGERS,

@@ -18,8 +18,8 @@ from qfx.backends.onnx import lowering
 from qfx.backends.onnx.branch import every_node
 from qfx.backends.onnx.graph import made
 from qfx.backends.onnx.session import DISABLED, _wrap, options
-from qfx.cache_ops import PROMPT, encode
 from qfx.format import Format
+from qfx.ops.cached import PROMPT, encode
 from qfx.passes.cleanup import cleanup
 from qfx.passes.kv_cache import kv_cache
 from qfx.passes.kv_quantize import kv_quantize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qfx import rotation
+from qfx.rewrites import rotation
 from tests.backends.onnx.checks import check, floats
 
 

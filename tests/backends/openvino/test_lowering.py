@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import qfx
 from qfx.errors import QfxWarning
-from qfx.measure import sqnr_db
+from qfx.measuring.measure import sqnr_db
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:graph. what is not quantized is computed in:qfx.errors.QfxWarning"),
@@ -164,7 +164,7 @@ def test_attention_of_rounded_operands(formats: str) -> None:
     from qfx.backends import openvino
     from tests.backends.onnx.checks import sqnr, traced
     from tests.backends.onnx.test_quantized_attention import call
-    from tests.qfx.test_attention_ops import qkv
+    from tests.qfx.ops.test_attention import qkv
 
     function, given = call(formats, causal=True), qkv(9, 12)
     lowered = openvino.lower(traced(function, given))

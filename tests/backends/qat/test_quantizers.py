@@ -12,7 +12,7 @@ from qfx.format import Format
 from qfx.numerics import QParams, choose_qparams, effective_scale
 from qfx.numerics import fake_quantize as numerics_fake
 from qfx.packing import pack_weight
-from qfx.rounding import round_weight
+from qfx.rounding.nearest import round_weight
 
 WEIGHTS = (
     "i2/ch", "i4/g16", "i8", "u3/g16", "u4/g8/f16", "u8/b4x8", "nf4/g16", "f8e4m3/ch", "f4e2m1/g32/e8m0",

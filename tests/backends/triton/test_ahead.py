@@ -39,22 +39,41 @@ GROUPS = [FAMILIES[i::4] for i in range(4)]  # a process for each
 
 @pytest.mark.parametrize("families", GROUPS, ids="+".join)
 def test_variants_compile_as_they_should(families: list[str]) -> None:
-    found = run(*families)
+    assert 0 < check(run("--once", *families), families) < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("families", GROUPS, ids="+".join)
+def test_all_variants_compile_for_both_chips(families: list[str]) -> None:
+    assert check(run(*families), families) == 0
+
+
+def check(found: dict[str, Any], families: list[str]) -> float:
+    """Nothing is at fault and the figures are the known ones. Says which share of the launches was left out."""
     assert list(found["cases"]) == families
-    faults = [
-        f"{family} {case} sm_{capability} {kernel}: {fault}"
+    rows = [
+        (family, case, capability, kernel, i, row)
         for family, cases in found["cases"].items()
         for case, by_capability in cases.items()
         for capability, kernels in by_capability.items()
-        for kernel, rows in kernels.items()
-        for row in rows
-        for fault in row["faults"]
+        for kernel, launches in kernels.items()
+        for i, row in enumerate(launches)
+    ]
+    left_out = [row for row in rows if row[-1] is None]
+    assert not [row for row in left_out if row[2] == "80"], "of the first chip all are compiled"
+    faults = [
+        f"{family} {case} sm_{capability} {kernel}: {fault}"
+        for family, case, capability, kernel, _, row in rows
+        for fault in (row or {"faults": []})["faults"]
     ]
     assert not set(faults) - KNOWN.get(found["triton"], set())
     golden = json.loads(GOLDEN.read_text())
     if golden["triton"] == found["triton"]:
-        again = f"if that is meant: python -m {PROGRAM} --write"
-        assert found["cases"] == {family: golden["families"][family] for family in families}, again
+        known = {family: golden["families"][family] for family in families}
+        for family, case, capability, kernel, i, _ in left_out:
+            known[family][case][capability][kernel][i] = None
+        assert found["cases"] == known, f"if that is meant: python -m {PROGRAM} --write"
+    return len(left_out) / len(rows)
 
 
 def test_what_is_compiled_is_what_a_launch_would_compile() -> None:

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qfx import ops
 from qfx.backends.triton.device import H100
 from qfx.backends.triton.embedding import embedding, reason_against
 from qfx.format import TYPES, Format
+from qfx.ops import packed as ops
 from qfx.packing import Packed, pack_weight
 from tests.backends.triton.cases import DEVICE
 

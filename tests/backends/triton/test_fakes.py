@@ -17,13 +17,15 @@ from torch.utils._pytree import tree_map
 import qfx.backends.triton
 from qfx.backends.triton import embedding as tables
 from qfx.backends.triton import gemm4, gemm8
+from qfx.backends.triton.experts import pack_experts
+from qfx.backends.triton.experts_gemm import pack_grouped
 from qfx.backends.triton.hadamard import pack_hadamard
 from qfx.backends.triton.mixed_rows import pack_mixed
 from qfx.backends.triton.weight_only_pack import pack_weight_only
 from qfx.format import Format
 from qfx.kv.formats import cache_formats
 from qfx.kv.packed_ops import allocate, spec_of
-from qfx.op_tags import UNSAFE
+from qfx.ops.tags import UNSAFE
 from qfx.packing import pack_weight
 from tests.backends.triton.cases import DEVICE
 
@@ -123,6 +125,12 @@ CALLS: tuple[Call, ...] = (
                               "i4/ch,i8/ch", "")),
     *(("linear_weight_only", lambda m=m, d=d: (merged(m, K, dtype=d), *_only("u4/g32"), 24))
       for m, d in ((1, torch.float16), (9, torch.float16), (65, torch.float32))),
+    *(("grouped_weight_only", lambda t=t, d=d: (merged(t, K, dtype=d), *_experts("u4/g16"), 8))
+      for t, d in ((2, torch.float16), (9, torch.float32))),
+    *(("grouped_gemm", lambda x=x, w=w: (*OPS.quantize_dynamic(merged(5, K), None, x), *_grouped(w), x, w, K, "bf16"))
+      for x, w in (("u8/tok", "u4/g32"), ("f8e4m3/tok", "f8e4m3/ch"))),
+    ("grouped_floats", lambda: (merged(5, K), merged(3, 8, K), torch.tensor([1, 1, 2], device=DEVICE))),
+    ("grouped_floats", lambda: (merged(50, K), merged(2, K, 8).mT, torch.tensor([1, 49], device=DEVICE))),
     *(("rounded_input", lambda t=t: (floats(2, 3, K, dtype=torch.float32), None, None, None, t))
       for t in ("f32", "f16", "f8e5m2/tok", "nf4/tok")),
     ("embedding", lambda: (torch.arange(6, device=DEVICE).view(2, 3).t(), *stored(9, "nf4/g16/dq"), "nf4/g16/dq", K,
@@ -141,6 +149,18 @@ CALLS: tuple[Call, ...] = (
 def _only(text: str) -> tuple[list[Tensor], Tensor, None, str]:
     tensors, now = pack_weight_only(*stored(24, text), text, K)
     return tensors, floats(24), None, now
+
+
+def _experts(text: str) -> tuple[list[Tensor], Tensor, str]:
+    packed = pack_weight(floats(3, 8, K, dtype=torch.float32), Format.parse(text))
+    tensors, now = pack_experts(packed.data, packed.scale, packed.zero, text, K)
+    return tensors, torch.tensor([1, 1, 2], dtype=torch.int32, device=DEVICE), now
+
+
+def _grouped(text: str) -> tuple[list[Tensor], Tensor]:
+    packed = pack_weight(floats(3, 8, K, dtype=torch.float32), Format.parse(text))
+    tensors, _ = pack_grouped(packed.data, packed.scale, packed.zero, text, K)
+    return tensors, torch.tensor([1, 1, 2], dtype=torch.int32, device=DEVICE)
 
 
 def test_every_op_is_among_the_calls() -> None:
@@ -206,10 +226,12 @@ def test_a_bias_of_any_strides(name: str) -> None:
 
 
 def test_no_op_with_values_from_the_device_is_recorded_in_a_graph_of_cuda() -> None:
-    for name in ("linear", "embedding", "moe", "grouped_linear_quant", "quantized_attention", "cache_append"):
+    grouped = ("moe", "grouped_linear", "grouped_linear_quant")
+    for name in ("linear", "embedding", *grouped, "quantized_attention", "cache_append"):
         assert set(UNSAFE) <= set(getattr(torch.ops.qfx, name).default.tags), name
     assert set(UNSAFE) <= set(OPS.rounded_input.default.tags)
-    assert not set(UNSAFE) & set(OPS.gemm8.default.tags)
+    for name in ("gemm8", "grouped_weight_only", "grouped_gemm", "grouped_floats"):
+        assert not set(UNSAFE) & set(getattr(OPS, name).default.tags), name
 
 
 def test_what_an_embedding_looks_up_is_there_before_its_first_call() -> None:

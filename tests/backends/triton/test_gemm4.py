@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qfx import ops
 from qfx.backends.triton import lower
 from qfx.backends.triton.device import A100, H100, Device
 from qfx.backends.triton.gemm4 import gemm4, pack_w4a8, reason_against
 from qfx.backends.triton.gemm4_config import Problem, candidates, heuristic, shared
 from qfx.backends.triton.quantize_rows import quantize_dynamic
 from qfx.format import Format
+from qfx.ops import packed as ops
 from qfx.packing import Packed, pack_weight
 from qfx.pipeline import apply_plan, prepare
 from qfx.recipe import Recipe

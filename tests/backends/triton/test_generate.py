@@ -44,22 +44,22 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> list[lowering.Lowered]:
 MODE: list[str | None] = [None]
 
 
-def small() -> Any:
+def small(layers: int) -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 90}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers, "vocab_size": 90}
     config = tf.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
     return tf.LlamaForCausalLM(config).eval().to(DEVICE)
 
 
-def generated(backend: str, recipe: str, kv: Any) -> Tensor:
-    model = small()
+def generated(backend: str, recipe: str, kv: Any, *, layers: int = 2, prompt: int = 21, tokens: int = TOKENS) -> Tensor:
+    model = small(layers)
     model.forward = torch.compile(
         model.forward, backend="qfx", options={"recipe": recipe, "backend": backend, "cache": False}
     )
     cache = None if kv is None else qfx.QuantizedCache(model.config, kv, max_length=64)
     how = {"cache_implementation": "static"} if kv is None else {"past_key_values": cache}
-    ids = torch.randint(90, (1, 21), device=DEVICE)
-    found: Tensor = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, **how)
+    ids = torch.randint(90, (1, prompt), device=DEVICE)
+    found: Tensor = model.generate(ids, max_new_tokens=tokens, do_sample=False, **how)
     return found
 
 
@@ -88,7 +88,7 @@ def test_one_graph_serves_every_step(recipe: str, kv: Any, lowered: list[lowerin
 def test_a_cache_that_no_kernel_takes_is_told(lowered: list[lowering.Lowered], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qfx.backends.triton.cache_layout.reason_against", lambda *_: "heads of 512 channels")
     with pytest.warns(QfxWarning, match="torch's reference arithmetic, which is slow: heads of 512 channels"):
-        generated("triton", "w4a16", "i8")
+        generated("triton", "w4a16", "i8", layers=1, prompt=3, tokens=2)
     kernels = set(lowered[1].kernels.values())
     assert {
         "qfx::cache_attention (torch)",

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qfx import rotation
 from qfx.backends.triton.device import A100, H100
 from qfx.backends.triton.hadamard import candidates, hadamard, hadamard_quantize, layout, pack_hadamard, reason_against
 from qfx.backends.triton.launch import recorded
 from qfx.format import Format
 from qfx.numerics import dequantize, quantize, run_time_qparams
+from qfx.rewrites import rotation
 from tests.backends.triton.cases import BF16_STEP, DEVICE, meta
 
 DTYPES = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 2 * BF16_STEP}

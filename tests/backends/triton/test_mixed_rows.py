@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qfx import ops
 from qfx.backends.triton.device import A100, H100
 from qfx.backends.triton.gemm4_config import Problem
 from qfx.backends.triton.launch import recorded
 from qfx.backends.triton.mixed_rows import ROWS, float_candidates, pack_mixed, reason_against
 from qfx.format import Format
+from qfx.live.segments import Segment, in_order, pieces, segments, take
+from qfx.ops import packed as ops
 from qfx.packing import Packed, pack_weight
-from qfx.segments import Segment, in_order, pieces, segments, take
 from tests.backends.triton.cases import BF16_STEP, DEVICE
 from tests.backends.triton.linears import linear_mixed
 

@@ -15,18 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qfx
 from qfx.backends.triton import lower
+from qfx.backends.triton.attention_operands import indices, numbers
 from qfx.backends.triton.device import A100, H200
 from qfx.backends.triton.launch import recorded
 from qfx.backends.triton.quantized_attention import candidates, prepare, quantized_attention, reason_against
 from qfx.format import Format
-from qfx.measure import sqnr_db
+from qfx.measuring.measure import sqnr_db
 from qfx.numerics import fake_quantize
 from qfx.pipeline import apply_plan
 from qfx.pipeline import prepare as prepare_graph
 from qfx.recipe import Recipe
 from tests.backends.triton.cases import DEVICE
 from tests.graphs import capture
-from tests.qfx.test_attending import DYNAMIC, WEIGHTS, Net, X, recipe
+from tests.qfx.live.test_attending import DYNAMIC, WEIGHTS, Net, X, recipe
 from tests.qfx.test_capturable import through_host
 
 NEAR = {torch.float32: 90, torch.float16: 55, torch.bfloat16: 40}  # dB; the interpreter truncates f32 to bf16
@@ -277,3 +278,12 @@ def test_torch_approves_of_the_operator() -> None:
     q, k, v = operands()
     args: Any = (q, k, v, KEEP, None, [], [], [0.05], [], [0.05], [128], 0.3, False, 0.0, "i8/tok", "i8", "u8", "u8")
     torch.library.opcheck(torch.ops.qfx_triton.quantized_attention, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_what_a_graph_of_cuda_read_is_never_let_go() -> None:
+    first = [look((1,), torch.device(DEVICE)) for look in (numbers, indices)]
+    for i in range(2, 5000):
+        numbers((float(i),), torch.device(DEVICE))
+        indices((i,), torch.device(DEVICE))
+    again = [look((1,), torch.device(DEVICE)) for look in (numbers, indices)]
+    assert all(a is b for a, b in zip(first, again, strict=True))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -32,6 +36,61 @@ def test_the_median_of_replays_by_call_and_each_copy_in_turn() -> None:
     calls = [lambda i=i: seen.append(i) for i in range(3)]
     assert timing.seconds(calls, watch) == 2.0 / 21  # 7 turns of three calls; 2 runs before, 5 that count
     assert watch.runs == 7 and seen == [0, 1, 2] * 7 * 7
+
+
+class Seen:
+    """What torch.cuda is asked for, in order, as (name, current device)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current, self.asked = 0, list[tuple[str, int]]()
+        for name in ("synchronize", "CUDAGraph", "Event", "Stream"):
+            monkeypatch.setattr(torch.cuda, name, self.thing(name))
+        monkeypatch.setattr(torch.cuda, "current_stream", self.thing("current_stream"))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "device", self.device)
+        for name in ("stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, self.within(name))
+        timing._stream.cache_clear()
+
+    def note(self, name: str) -> None:
+        self.asked.append((name, self.current))
+
+    def thing(self, name: str) -> Any:
+        def made(*_: Any, **__: Any) -> Any:
+            self.note(name)
+            return MagicMock(elapsed_time=lambda _: 2e3)
+
+        return made
+
+    def within(self, name: str) -> Any:
+        def entered(*_: Any, stream: Any = None) -> Any:
+            assert name == "stream" or stream is not None, "torch's own stream to capture on is one for all devices"
+            self.note(name)
+            return nullcontext()
+
+        return entered
+
+    @contextmanager
+    def device(self, device: torch.device | None) -> Iterator[None]:
+        before, self.current = self.current, self.current if device is None else device.index
+        yield
+        self.current = before
+
+
+@pytest.mark.parametrize("index", [None, 1])
+def test_graphs_are_made_and_timed_on_the_device_of_the_work(
+    monkeypatch: pytest.MonkeyPatch, index: int | None
+) -> None:
+    seen = Seen(monkeypatch)
+    watch = timing.CudaGraphs(None if index is None else torch.device("cuda", index))
+    run = watch.captured(lambda: seen.note("work"))
+    assert watch.elapsed(run) == 2.0
+    names = [name for name, _ in seen.asked]
+    assert names.count("work") == 2 and names.index("graph") < len(names) - 1 - names[::-1].index("work")
+    assert {current for _, current in seen.asked} == {index or 0} and seen.current == 0
+    watch.captured(lambda: None)
+    assert [name for name, _ in seen.asked].count("Stream") == 1
+    timing._stream.cache_clear()
 
 
 def test_short_work_is_replayed_more_often_but_not_for_ever() -> None:

@@ -14,15 +14,19 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import qfx
-from qfx.backends.triton import device, gemm8_config, launch, lowering, timing, tune, tuning
+from qfx.backends.triton import device, experts, gemm8_config, launch, lowering, timing, tune, tuning
 from qfx.backends.triton.gemm8 import pack_gemm8
 from qfx.backends.triton.quantize_rows import aligned
 from qfx.cli import tune as command
-from qfx.modules import QuantLinear
+from qfx.format import Format
+from qfx.live.modules import QuantLinear
+from qfx.packing import pack_weight
 from tests import tiny
 from tests.backends.triton.cases import DEVICE
 from tests.backends.triton.linears import linear_w8a8
+from tests.graphs import capture
 from tests.qfx.test_cli import _run
+from tests.zoo import ZOO
 
 HERE = device.find(torch.device(DEVICE))
 
@@ -175,6 +179,34 @@ def test_layers_of_a_model_once_each_and_those_that_read_the_same_together() -> 
         tune.works_of(nn.Linear(3, 3))
 
 
+def test_experts_of_a_model_are_found() -> None:
+    model = qfx.quantize(ZOO["mixtral"]()[0], "w4a16")
+    found = [one for one in tune.works_of(model) if "experts" in one.name]
+    assert [one.name.rpartition(".")[2] for one in found] == ["gate_up_proj", "down_proj"]
+    assert found[0].read == sum(t.nbytes for t in found[0].module.buffers())
+    expected = found[1].module(x := torch.randn(5, 96))
+    run = lowering.lower(capture(found[1].module, x))
+    torch.testing.assert_close(run(x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_are_tuned() -> None:
+    packed = pack_weight(torch.randn(4, 8, 64, device=DEVICE) / 8, Format.parse("u4/g32"))
+    one = tune.OfExperts("experts", tune.Experts(packed), 64, torch.float32)
+    (told,) = tune.tune(one, 3, timer(10.0, 9.0, 2.0, 8.0))
+    assert told.choice == ("experts", "u4/g32 e=4 n=8 k=64 float32", "4") and not told.dropped
+    assert (told.best, told.seconds) == (experts.candidates(3, 4)[1], 2.0)
+
+
+@pytest.mark.parametrize(("x_format", "w_format"), [("i8/tok", "i4/g32"), ("f8e4m3/tok", "f8e4m3/ch")])
+def test_products_of_codes_of_experts_are_tuned(x_format: str, w_format: str) -> None:
+    packed = pack_weight(torch.randn(12, 16, 64, device=DEVICE) / 8, Format.parse(w_format))
+    one = tune.OfExperts("experts", tune.Experts(packed, x_format), 64, torch.float32, only=("experts_gemm",))
+    assert one.read < sum(t.nbytes for t in one.module.buffers())
+    (told,) = tune.tune(one, 9, timer(10.0, 9.0))
+    assert told.choice[0] == "experts_gemm" and told.choice[1].startswith("e=12 n=16 k=64")
+    assert 4 < told.tried <= 20 and not told.dropped and told.best is not None
+
+
 def test_the_command_writes_and_shows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = work(16, 32)
     monkeypatch.setattr(tune, "works_of_usual_models", lambda place, dtype: [one])
@@ -271,3 +303,15 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "interpreting", lambda: False)
     result = _run("tune", "--device", "cpu")
     assert result.exit_code == 2 and "Triton kernels cannot run on the device 'cpu'" in result.output, result.output
+
+
+def test_times_are_taken_on_the_device_of_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def seconds(calls: Sequence[timing.Call], on: timing.CudaGraphs, *, budget: float) -> float:
+        asked.append(on.device)
+        return budget
+
+    monkeypatch.setattr(timing, "seconds", seconds)
+    one = work()
+    assert list(tune.tune(one, 3)) and set(asked) == {one.where}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qfx.backends.triton import weight_only
 from qfx.backends.triton.device import H100
+from qfx.backends.triton.launch import recorded
 from qfx.backends.triton.weight_only import (
     DEQUANTIZE,
     DOT,
@@ -22,7 +23,7 @@ from qfx.backends.triton.weight_only import (
 from qfx.backends.triton.weight_only_pack import pack_weight_only
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.format import Format
-from qfx.ops import linear
+from qfx.ops.packed import linear
 from qfx.packing import Packed, pack_weight
 from tests.backends.triton.cases import DEVICE
 
@@ -167,6 +168,20 @@ def test_what_does_not_fit_is_refused() -> None:
     assert "no multiples" in str(reason_against("", "i4/g24", H100))
     assert "input is quantized" in str(reason_against("i8/tok", "i4/g32", H100))
     assert reason_against("", "i4/g48", H100) is None
+
+
+@pytest.mark.parametrize(("text", "used"), [("u3/g128", False), ("u4/g128", True)])
+def test_three_bits_of_codes_that_begin_anywhere_are_read_one_by_one(text: str, used: bool) -> None:
+    packed = weight(24, 256, text)
+    w, now = pack_weight_only(packed.data, packed.scale, packed.zero, text, 256)
+    x = torch.randn(1, 256, dtype=torch.float16, device=DEVICE)
+    beside = torch.cat([w[0].new_zeros(1), w[0].flatten()])[1:].reshape(w[0].shape)
+    found = []
+    for codes in (w[0], beside):
+        with recorded(H100) as launches:
+            linear_weight_only(x, [codes, *w[1:]], None, None, now, 24)
+        found.append(bool(launches[0].arguments["ASM"]))
+    assert found == [True, used]
 
 
 def test_paths_by_the_number_of_rows() -> None:

@@ -14,8 +14,8 @@ pytest.importorskip("transformers", reason="the model is a transformers model: p
 from examples.benchmarks import allocation
 from examples.benchmarks import allocation_baselines as baselines
 from examples.benchmarks.allocation import BY_GAIN, BY_LOSS, LAYERS, PLANNED
-from qfx import measure
 from qfx.format import Format
+from qfx.measuring import measure
 
 
 def row(peer: str, kld: float, bits: float = 3.0, size: int = 1000) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from examples.benchmarks import gpu_models
-from qfx.modules import QuantLinear
+from qfx.live.modules import QuantLinear
 from tests.backends.triton.cases import DEVICE
 
 SCRIPT = Path(gpu_models.__file__)

@@ -14,7 +14,7 @@ import typer
 
 from examples.benchmarks import kv_decode
 from examples.benchmarks.peers.decoding import DecoderJob
-from qfx.measure import cosine
+from qfx.measuring.measure import cosine
 
 TINY = kv_decode.HEADS["tiny"]
 

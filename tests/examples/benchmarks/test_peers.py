@@ -16,7 +16,6 @@ from rich.console import Console
 
 from examples.benchmarks import cpu_decoder, cpu_encoder
 from examples.benchmarks.peers import decoding, load, qfx_profile, race, table
-from examples.benchmarks.peers.decoding import DecoderJob
 from examples.benchmarks.peers.encoding import EncoderJob
 from examples.benchmarks.peers.integer_gemm import shapes
 from examples.benchmarks.peers.load import Load
@@ -137,17 +136,11 @@ def test_every_peer_has_its_file() -> None:
         assert "\ndef build(" in (folder / f"{entry.module}.py").read_text(encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Job:
-    """Nothing is built from it."""
-
-    folder: str
-
-
 def test_a_peer_that_is_missing_or_dies_is_a_result(tmp_path: Path) -> None:
     heard: list[str] = []
     entries = [Entry("nowhere", "no_such_peer"), Entry("wrong job", "eager", "float32")]
-    with Race(entries, Job(""), tmp_path, heard.append) as race:
+    no_job = Entry("nothing", "is built from it")
+    with Race(entries, no_job, tmp_path, heard.append) as race:
         started = time.perf_counter()
         missing, wrong = race.run(3)
         assert time.perf_counter() - started < 1  # what failed has no turn
@@ -159,7 +152,7 @@ def test_a_peer_that_is_missing_or_dies_is_a_result(tmp_path: Path) -> None:
 
 def test_rounds_below_one_are_refused(tmp_path: Path) -> None:
     with (
-        Race([], Job(""), tmp_path, print) as race,
+        Race([], None, tmp_path, print) as race,
         pytest.raises(ValueError, match="rounds must be 1 or more, found 0"),
     ):
         race.run(0)
@@ -297,8 +290,13 @@ def test_what_others_use_is_counted_between_begin_and_end(tmp_path: Path, monkey
 
 PEER = """
 import os, pathlib
+from dataclasses import dataclass
 import numpy as np
 from examples.benchmarks.peers.worker import Built
+
+@dataclass
+class Job:
+    folder: str
 
 def build(job, option):
     log = pathlib.Path(job.folder) / "log"
@@ -314,6 +312,16 @@ def build(job, option):
 """
 
 
+@dataclass
+class Job:
+    """That of the stub: of one beside it the worker would import torch first."""
+
+    folder: str
+
+
+Job.__module__ = "examples.benchmarks.peers.stub"
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_turns_are_warmed_and_alone_means_a_process_for_each(
     alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -325,7 +333,7 @@ def test_turns_are_warmed_and_alone_means_a_process_for_each(
     monkeypatch.setattr(race, "ROOT", root)
     heard: list[str] = []
     entries = [Entry("one", "stub"), Entry("two", "stub"), Entry("missing", "nothing")]
-    with Race(entries, DecoderJob("tiny", 1, 1, 2, 1, str(tmp_path)), tmp_path, heard.append, alone=alone) as running:
+    with Race(entries, Job(str(tmp_path)), tmp_path, heard.append, alone=alone) as running:
         found = running.run(2)
     assert [r.seconds.get("call") for r in found] == [0.5, 0.5, None], [r.failed for r in found]
     assert [r.best.get("call") for r in found] == [0.5, 0.5, None] and found[2].failed

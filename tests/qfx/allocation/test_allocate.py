@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 import qfx
-from qfx import measure
 from qfx.allocation.allocate import problem_of
 from qfx.allocation.problem import Choice
 from qfx.analysis.units import Unit
 from qfx.annotation import each, from_json
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.format import Format
-from qfx.method_options import AllocationOptions
+from qfx.measuring import measure
+from qfx.rounding.method_options import AllocationOptions
 from tests.qfx.analysis.models import causal
 from tests.zoo import ZOO
 
@@ -39,8 +39,13 @@ def stored(model: nn.Module, plan: qfx.Plan) -> int:
     return sum(row.bytes_after for row in report if row.quantized and not row.shared)
 
 
-@pytest.mark.parametrize("kind", ["llama", "tied"])
-@pytest.mark.parametrize("units", ["heads", "layers"])
+@pytest.mark.parametrize(
+    ("kind", "units"),
+    [
+        *(("tied", "heads"), ("llama", "layers")),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("llama", "heads"), ("tied", "layers"))),
+    ],
+)
 def test_a_plan_keeps_its_budget_and_tells_it(kind: str, units: Any) -> None:
     model, data = causal(kind)
     made = qfx.plan(model, recipe(), data, units=units, avg_bits=4)

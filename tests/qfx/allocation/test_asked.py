@@ -4,7 +4,7 @@ import pytest
 
 from qfx import Recipe
 from qfx.allocation.asked import with_budget
-from qfx.method_options import CANDIDATES, AllocationOptions
+from qfx.rounding.method_options import CANDIDATES, AllocationOptions
 
 PLAIN = Recipe.parse("w4a16")
 

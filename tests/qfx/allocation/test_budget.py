@@ -5,7 +5,7 @@ import math
 import pytest
 
 from qfx.allocation.budget import Stored, least_bytes
-from qfx.method_options import AllocationOptions
+from qfx.rounding.method_options import AllocationOptions
 
 STORED = Stored(
     least=2500, elements=8000, rest=700, beside=3000, fixed={"head": (1000, 1100)},

@@ -13,18 +13,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from qfx import decoder, quantize
+from qfx import quantize
 from qfx.allocation.costs import Costs, role_formats
 from qfx.allocation.model_costs import costs_of, formats_of_plan
 from qfx.allocation.sizes import BATCH, CONTEXT, SEQUENCE
 from qfx.annotation import Columns, Outliers
 from qfx.capture import capture_export
+from qfx.decoding import decoder
 from qfx.format import Format
 from qfx.inputs import without_cache
 from qfx.kv.formats import CacheFormat
+from qfx.live.segments import nbytes
 from qfx.pipeline import prepare
 from qfx.quantize import plan
-from qfx.segments import nbytes
 from tests.zoo import HEADS, HIDDEN, LAYERS, VOCAB, WIDE, ZOO
 
 F = Format.parse
@@ -42,6 +43,12 @@ def _plain(name: str) -> tuple[nn.Module, dict[str, Tensor], Costs]:
     gm = capture_export(model, (), without_cache(model, inputs)).gm
     prepare(gm)
     return model, inputs, Costs.of(gm)
+
+
+@functools.cache
+def _of_model(name: str) -> tuple[nn.Module, Costs]:
+    model = ZOO[name]()[0]
+    return model, costs_of(model)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +191,7 @@ def test_keys_of_an_encoder_are_kept_once() -> None:
 
 
 def test_traffic_of_one_token() -> None:
-    costs = costs_of(ZOO["llama"]()[0])
+    costs = _of_model("llama")[1]
     one = costs.at(context=100)
     table = next(s for s in costs.stored.values() if "model.embed_tokens" in s.names)
     rows = 0 if "lm_head" in table.names else table.elements * 4 - HIDDEN * 4
@@ -240,8 +247,7 @@ def test_costs_only_grow(batch: int, sequence: int, context: int) -> None:
 
 
 def test_formats_of_a_plan() -> None:
-    model = ZOO["llama"]()[0]
-    costs = costs_of(model)
+    model, costs = _of_model("llama")
     asked = formats_of_plan(plan(model, "w8a8"), costs)
     assert asked["model.layers.0.mlp.up_proj"] == {"x": F("i8/tok"), "w": F("i8/ch")}
     assert costs.weights(asked) < 0.3 * costs.weights()

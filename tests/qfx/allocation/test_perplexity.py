@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from qfx import Format, measure
+from qfx import Format
 from qfx.allocation.perplexity import Perplexity
 from qfx.analysis.measured import Measure
+from qfx.measuring import measure
 from tests.qfx.analysis.models import causal, ids, of_zoo, prepared
 
 U2 = Format.parse("u2/g16")

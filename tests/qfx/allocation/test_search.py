@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from qfx.allocation import assign
 from qfx.allocation.search import Job, search
-from qfx.method_options import AllocationOptions
+from qfx.rounding.method_options import AllocationOptions
 from tests.qfx.allocation.test_split import SIZE, UNEVEN, UNITS, Fake, loss, problems, weights
 
 EVEN = weights()

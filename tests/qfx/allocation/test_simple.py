@@ -17,8 +17,8 @@ from qfx.analysis.measured import Measure
 from qfx.analysis.units import units
 from qfx.annotation import Columns
 from qfx.errors import QfxWarning, UnsupportedError
-from qfx.method_options import AllocationOptions, LiftOptions
 from qfx.passes.annotate import annotate
+from qfx.rounding.method_options import AllocationOptions, LiftOptions
 from tests.qfx.analysis.models import Batch, captured, ids
 from tests.zoo import VOCAB, ZOO
 

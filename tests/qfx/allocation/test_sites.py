@@ -4,19 +4,19 @@ from typing import Any
 
 import pytest
 
-from qfx import Format, Recipe
+from qfx import Format, Recipe, graph
 from qfx.allocation import sites
 from qfx.analysis.units import Unit, units
-from qfx.method_options import AllocationOptions
 from qfx.passes.annotate import annotate
-from tests.qfx.analysis.models import captured, causal
+from qfx.rounding.method_options import AllocationOptions
+from tests.qfx.analysis.models import causal, prepared
 
 OPTIONS = AllocationOptions(avg_bits=4)
 KINDS = [{"target": t, "w": "u4/g16"} for t in ("linear", "embedding", "tied")]
 
 
 def find(kind: str, *rules: dict[str, Any], **fields: Any) -> sites.Sites:
-    gm, _, _ = captured(*causal(kind))
+    gm = graph.copy(prepared(kind)[0])
     recipe = Recipe.parse({"rules": [*KINDS, *rules], **fields})
     assert annotate(gm, recipe) == []
     return sites.find(gm, recipe, OPTIONS)
@@ -91,5 +91,5 @@ def test_the_least_is_that_of_whole_weights_where_heads_pad() -> None:
     fmt = Format.parse("u3/g32")  # heads have 16 channels: a group of their columns is half empty
     least = found.stored({unit.name: [fmt] for unit in found.units}).least
     assert least < sum(unit.nbytes(fmt) for unit in found.units)
-    shapes = {unit.fqn: unit for unit in units(captured(*causal("llama"))[0], by="layers")[0]}
+    shapes = {unit.fqn: unit for unit in units(prepared("llama")[0], by="layers")[0]}
     assert least == sum(unit.nbytes(fmt) for unit in shapes.values())

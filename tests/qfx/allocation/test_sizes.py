@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qfx.allocation.sizes import BATCH, CONTEXT, SEQUENCE, Sizes, checked, numbers
 from qfx.capture import capture_export
-from qfx.decoder import capture_decoder
+from qfx.decoding.decoder import capture_decoder
 from qfx.pipeline import prepare
 from tests.zoo import ZOO
 

@@ -9,9 +9,10 @@ import torch
 from torch import fx, nn
 
 import qfx
-from qfx import Format, annotation, measure
+from qfx import Format, annotation
 from qfx.analysis.measured import Measure, main_output, some
 from qfx.annotation import Columns
+from qfx.measuring import measure
 from tests.qfx.analysis.models import captured, causal, ids, prepared
 from tests.tiny import build
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from qfx import float_ops
 from qfx.analysis.attentions import find
 from qfx.analysis.head_types import PRIORS, TYPES, Head, prior, type_of
 from qfx.analysis.patterns import Patterns, _facts, _offsets, _Sums, logits_of, probabilities
-from qfx.lanes import Program
+from qfx.ops import floats as float_ops
+from qfx.rounding.lanes import Program
 from tests.qfx.analysis.models import captured, ids, of_zoo, prepared
 
 T = 12

@@ -19,7 +19,7 @@ from qfx.analysis.score import Options, score_graph
 from qfx.analysis.scores import METHODS, scores
 from qfx.analysis.units import units
 from qfx.analysis.weights import Weights
-from qfx.lanes import Program
+from qfx.rounding.lanes import Program
 from tests.qfx.analysis.models import captured, causal, ids, of_zoo, prepared
 
 TEXTS = ("u3/g16", "i8/ch")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import qfx.float_ops  # noqa: F401  (registers qfx::attention)
+import qfx.ops.floats  # noqa: F401  (registers qfx::attention)
 from qfx.analysis.split import is_stored, split
 from qfx.kv.formats import CacheFormat
 

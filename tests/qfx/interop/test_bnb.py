@@ -14,8 +14,8 @@ import qfx
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.interop.bnb import _encode, decoder
 from qfx.interop.linear import Dequantized, Linear
-from qfx.nested import dynamic_map
 from qfx.numerics import NF4_VALUES, effective_scale
+from qfx.rounding.nested import dynamic_map
 from tests.interop import UP, linears, llama, logits, pack, same, stored
 
 STATE = "weight.quant_state.bitsandbytes__nf4"

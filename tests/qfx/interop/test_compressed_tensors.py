@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import qfx
 from qfx.errors import QfxWarning, UnsupportedError
-from qfx.permuted import QuantPermuted
+from qfx.live.permuted import QuantPermuted
 from tests.interop import UP, linears, llama, logits, pack, same, stored, zero_points
 
 KINDS = {

@@ -13,9 +13,9 @@ import qfx
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.format import Format
 from qfx.interop.gguf_import import read_gguf
-from qfx.modules import QuantEmbedding, QuantLinear
+from qfx.live.modules import QuantEmbedding, QuantLinear
+from qfx.live.permuted import QuantPermuted
 from qfx.packing import pack_weight
-from qfx.permuted import QuantPermuted
 from tests.gguf_models import KINDS, SIZES, ids, random_model, randomized, run
 
 transformers = pytest.importorskip("transformers", reason="the models are transformers models: pip install qfx[hf]")

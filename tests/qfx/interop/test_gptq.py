@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import qfx
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.interop.gptq import decoder
-from qfx.permuted import QuantPermuted
+from qfx.live.permuted import QuantPermuted
 from tests.interop import UP, linears, llama, logits, pack, same, stored, zero_points
 
 FORMATS = ["i4/g32/f16", "u4/g32/f16", "i2/g16/f16", "u3/ch/f16", "i3/g32/f16", "i8/ch/f16", "u8/g32/f16", "i4/f16"]

@@ -18,10 +18,10 @@ import qfx
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.format import Format
 from qfx.interop import write as _write  # noqa: F401  (its module is patched below)
-from qfx.mixed import QuantMixed
-from qfx.modules import QuantEmbedding, QuantLinear, pack_parameter
+from qfx.live.mixed import QuantMixed
+from qfx.live.modules import QuantEmbedding, QuantLinear, pack_parameter
+from qfx.live.segments import segments
 from qfx.packing import pack_weight
-from qfx.segments import segments
 from tests.interop import UP, linears, llama, logits, pack, same, stored
 
 export = qfx.export_compressed_tensors

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import qfx
-from qfx import measure
+from qfx.measuring import measure
 from tests.qfx.test_accuracy import ASSETS, ids_of
 
 tf = pytest.importorskip("transformers", reason="the cache is one of transformers: pip install qfx[hf]")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import qfx
-from qfx import measure
 from qfx.kv.judge import Judgement, judge, judge_each
+from qfx.measuring import measure
 from tests import tiny
 
 DynamicCache: Any = pytest.importorskip("transformers", reason="caches are of transformers").DynamicCache

@@ -67,7 +67,7 @@ def test_a_page_without_matplotlib_is_refused_before_the_model_is_loaded(
         raise ValueError("pictures need matplotlib")
 
     monkeypatch.setattr(canvas, "figure", missing)
-    monkeypatch.setattr(qfx.hub, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(qfx.hf.hub, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     done = CliRunner().invoke(app, ["analyze", str(ASSETS / "tiny_lm"), "--html", str(tmp_path / "out.html")])
     assert done.exit_code == 2 and "pictures need matplotlib" in done.output
     assert not (tmp_path / "out.html").exists()

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qfx import float_ops
 from qfx.backends.triton.passes.fuse_act_quantize import fuse_act_quantize
+from qfx.ops import floats as float_ops
 from tests.backends.triton.passes.lowered import Gated, inputs, lowered, outputs, quantized, ran
 from tests.graphs import Function, after, capture, counts, error, tensors, text
 

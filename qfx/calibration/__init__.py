@@ -1,0 +1,1 @@
+"""What is learned from data that goes through a model: statistics, and scales from them."""

@@ -1,0 +1,1 @@
+"""What stands behind `torch.compile(model, backend="qfx")`: frames, templates, warm starts, records."""

@@ -1,0 +1,89 @@
+"""What exported models under transformers' `generate()` share: the file's session, the step that grows a cache."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+
+from qfx.backends.onnx.runner import Runner
+from qfx.decoding.decoder import PAST, PRESENT
+from qfx.decoding.shared_cache import SharedCache
+
+
+class Generator(GenerationMixin):  # type: ignore[misc]
+    """A decoder's file with its cache. Subclasses call `_open`, and take and give what transformers' models do."""
+
+    main_input_name = "input_ids"
+    base_model_prefix = ""
+    _is_stateful = False
+    _supports_cache_class = True
+    _CACHE: ClassVar[type[SharedCache]] = SharedCache
+
+    def _open(self, folder: Path, config: Any, runner: Runner) -> None:
+        self.config, self._runner = config, runner
+        saved = (folder / "generation_config.json").exists()
+        self.generation_config = (
+            GenerationConfig.from_pretrained(folder) if saved else GenerationConfig.from_model_config(config)
+        )
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        shapes = {i.name: i.shape for i in runner.session.get_inputs()}
+        keys = [name for i in range(len(shapes)) if (name := PAST.format(i, "key")) in shapes]
+        values = [PAST.format(i, "value") for i in range(len(keys))]
+        self._sizes = [
+            (*(int(shapes[k][at]) for at in (1, 3)), int(shapes[v][3])) for k, v in zip(keys, values, strict=True)
+        ]
+        self._dtypes = [runner.inputs[name] for name in keys]
+        self._grows_in_place = runner.metadata.get("qfx.cache") == "shared"
+
+    def can_generate(self) -> bool:
+        """Yes."""
+        return True
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """No."""
+        return False
+
+    def eval(self) -> Self:
+        """Itself: a file does not train."""
+        return self
+
+    def _run(self, feeds: dict[str, Tensor], cache: SharedCache, batch: int, total: int) -> Tensor:
+        """One call of the file, which brings the cache to `total` tokens of `batch` sequences; the logits."""
+        cache.reserve(batch, total)
+        into = {}
+        for i, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+            for what, memory in (("key", keys), ("value", values)):
+                feeds[PAST.format(i, what)] = memory if self._grows_in_place else memory[:, :, : cache.length]
+                if self._grows_in_place:
+                    into[PRESENT.format(i, what)] = memory
+        found = self._runner.run(feeds, into)
+        if not self._grows_in_place:
+            for i, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+                keys[:, :, :total] = found[PRESENT.format(i, "key")]
+                values[:, :, :total] = found[PRESENT.format(i, "value")]
+        cache.length = total
+        return found["logits"]
+
+    def _new_cache(self, room: int = 0) -> Any:
+        return self._CACHE(self._sizes, room, self._dtypes)
+
+    def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
+        """There is nothing to set: the file decides how it runs."""
+        return nullcontext()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
+        max_cache_length: int, *_: Any,
+    ) -> None:  # fmt: skip
+        """The cache of a call of generate(), with room for all that may come."""
+        if model_kwargs.get("past_key_values") is None and self._wants_cache(generation_config):
+            model_kwargs["past_key_values"] = self._new_cache(max_cache_length)
+
+    def _wants_cache(self, generation_config: Any) -> bool:
+        return True

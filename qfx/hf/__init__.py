@@ -1,0 +1,1 @@
+"""transformers: its config, loader and Trainer, with qfx as a quantization method."""

@@ -1,0 +1,378 @@
+"""Quantized modules that stand in a live model in the place of float ones, and the packed form of other parameters.
+
+`QuantLinear` replaces nn.Linear and Conv1D, `QuantEmbedding` nn.Embedding; both hold packed weights as buffers, so that
+state_dict, deepcopy, device moves and torch.compile see ordinary tensors. A parameter that a module reads itself (those
+of experts, the table of an embedding with its own forward) is stored packed and dequantized where it is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qfx.ops.packed
+import qfx.rewrites.rotation  # noqa: F401  (both register torch.ops.qfx)
+from qfx.format import Format
+from qfx.packing import Packed
+from qfx.reporting.rows import Row
+
+
+class PackedModule(nn.Module):
+    """Packed buffers, the shape of the weight that they hold, and the type of the activations."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape = shape
+        self.dtype = dtype
+        self.sqnr_db: float | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight dequantized, in the model's dtype."""
+        raise NotImplementedError
+
+    def _hold(self, stem: str, packed: Packed) -> None:
+        for leaf, tensor in (("codes", packed.data), ("scale", packed.scale), ("zero", packed.zero)):
+            self.register_buffer(f"{stem}_{leaf}", tensor)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Keep scales and codes in their own types when the model is cast: only the activations' dtype changes."""
+        kept = {name: (b, b.dtype) for name, b in self._buffers.items() if b is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, (before, dtype) in kept.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != dtype:
+                self._buffers[name] = before.to(after.device)
+        probe = fn(torch.empty(0, dtype=self.dtype, device=next(self.buffers()).device))
+        if probe.dtype.is_floating_point:
+            self.dtype = probe.dtype
+        return self
+
+    def _row_of(self, fqn: str, op: str, asked: str, after: int) -> Row:
+        elements = torch.Size(self.shape).numel()
+        before = elements * self.dtype.itemsize
+        return Row(fqn, op, asked, f"qfx::{op} (reference)", "", elements, before, after, sqnr_db=self.sqnr_db)
+
+
+def rotated(x: Tensor, rotation: tuple[int, int] | None, *, inverse: bool = False) -> Tensor:
+    """x with its last axis rotated by (block, seed); x itself for None."""
+    if rotation is None:
+        return x
+    y: Tensor = torch.ops.qfx.hadamard(x, *rotation, inverse)
+    return y
+
+
+class _Quantized(PackedModule):
+    """A packed weight (w_codes, w_scale, w_zero) and its format."""
+
+    w_codes: Tensor
+    w_scale: Tensor
+    w_zero: Tensor | None
+
+    def __init__(self, packed: Packed, dtype: torch.dtype) -> None:
+        super().__init__(tuple(packed.shape), dtype)
+        self._hold("w", packed)
+        self.w_format = str(packed.format)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight dequantized, [N, K] in the model's dtype: for code that reads `.weight` itself."""
+        return self._dequantized()
+
+    def _dequantized(self) -> Tensor:
+        weight: Tensor = torch.ops.qfx.dequantize(
+            self.w_codes, self.w_scale, self.w_zero, self.w_format, self.shape[-1], self.dtype
+        )
+        return weight
+
+    def _row(self, fqn: str, op: str, asked: str) -> Row:
+        return self._row_of(fqn, op, asked, Format.parse(self.w_format).nbytes(self.shape))
+
+
+class QuantLinear(_Quantized):
+    """y = x W^T + b with a packed W [out_features, in_features].
+
+    x_format "" leaves activations in float. Static formats carry x_scale (and x_zero); `smooth` [in_features] divides x
+    first. Before that, `rotation` (block, seed) rotates it, as the packed weight is (see `qfx.rewrites.rotation`).
+    low: float factors [r, in_features] and [out_features, r] of a part of W that is not packed.
+    """
+
+    def __init__(
+        self,
+        packed: Packed,
+        bias: Tensor | None,
+        *,
+        x_format: str = "",
+        x_scale: Tensor | None = None,
+        x_zero: Tensor | None = None,
+        smooth: Tensor | None = None,
+        low: tuple[Tensor, Tensor] | None = None,
+        rotation: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(packed, dtype)
+        self.x_format = x_format
+        if low is not None:
+            self.register_buffer("low_a", low[0])
+            self.register_buffer("low_b", low[1])
+        self.rotation = rotation
+        self.out_features, self.in_features = packed.shape
+        self.nf = self.out_features  # Conv1D's name for it
+        self.register_buffer("x_scale", x_scale)
+        self.register_buffer("x_zero", x_zero)
+        self.register_buffer("smooth", smooth)
+        if bias is None:
+            self.register_parameter("bias", None)
+        else:
+            self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features], in x.dtype."""
+        x = rotated(x, self.rotation)
+        y: Tensor = torch.ops.qfx.linear(
+            x, self.w_codes, self.w_scale, self.w_zero, self.bias, self.x_scale, self.x_zero, self.smooth,
+            self.x_format, self.w_format,
+        )  # fmt: skip
+        return y if self.low is None else y + self._beside(x, *self.low)
+
+    @property
+    def low(self) -> tuple[Tensor, Tensor] | None:
+        """The factors of the part of W that is not packed, where there is one."""
+        a, b = self._buffers.get("low_a"), self._buffers.get("low_b")
+        return None if a is None or b is None else (a, b)
+
+    def _beside(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        smooth = self._buffers["smooth"]
+        x = x if smooth is None else x / smooth
+        return nn.functional.linear(nn.functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+    def _dequantized(self) -> Tensor:
+        found = super()._dequantized()
+        if self.low is not None:
+            found = found + self.low[1].to(found.dtype) @ self.low[0].to(found.dtype)
+        return rotated(found, self.rotation, inverse=True)
+
+    def extra_repr(self) -> str:
+        asked = f"x={self.x_format} w={self.w_format}" if self.x_format else f"w={self.w_format}"
+        turned = f", rotation={self.rotation}" if self.rotation else ""
+        return f"{self.in_features}, {self.out_features}, {asked}, bias={self.bias is not None}{turned}"
+
+    def qfx_row(self, fqn: str) -> Row:
+        """This module's row of the report."""
+        asked = f"x={self.x_format} w={self.w_format}" if self.x_format else f"w={self.w_format}"
+        row = self._row(fqn, "linear", asked)
+        extra = 0 if self.low is None else sum(factor.nbytes for factor in self.low)
+        return replace(row, bytes_after=row.bytes_after + extra)
+
+
+class QuantEmbedding(_Quantized):
+    """Rows of a packed table [num_embeddings, embedding_dim]."""
+
+    def __init__(self, packed: Packed, padding_idx: int | None, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(packed, dtype)
+        self.num_embeddings, self.embedding_dim = packed.shape
+        self.padding_idx = padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids of any shape, int32 or int64 -> [..., embedding_dim] in the model's dtype."""
+        y: Tensor = torch.ops.qfx.embedding(
+            ids, self.w_codes, self.w_scale, self.w_zero, self.w_format, self.embedding_dim, self.dtype
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, w={self.w_format}"
+
+    def qfx_row(self, fqn: str) -> Row:
+        """This module's row of the report."""
+        return self._row(fqn, "embedding", f"w={self.w_format}")
+
+
+class QuantConv(QuantLinear):
+    """A convolution computed as a linear over its windows.
+
+    The windows do not overlap (stride == kernel, no padding, any number of dimensions), or there is one dimension.
+    The packed weight is [out_channels, in_channels * taps].
+    """
+
+    def __init__(self, packed: Packed, conv: nn.Module, **formats: Any) -> None:
+        bias = conv._parameters["bias"]
+        super().__init__(packed, bias, **formats)
+        self.kernel_size: tuple[int, ...] = tuple(conv.kernel_size)  # type: ignore[arg-type]
+        self.stride: tuple[int, ...] = tuple(conv.stride)  # type: ignore[arg-type]
+        self.padding: tuple[int, ...] = tuple(conv.padding)  # type: ignore[arg-type]
+        channels: Any = conv.in_channels
+        self.in_channels: int = channels
+        self.out_channels = self.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernel dequantized, [out_channels, in_channels, *kernel]."""
+        return self._dequantized().reshape(self.out_channels, self.in_channels, *self.kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, *size] -> [B, out_channels, *windows]."""
+        rows = self._patches(x) if self.stride == self.kernel_size and not any(self.padding) else self._windows(x)
+        y = QuantLinear.forward(self, rows)
+        return y.permute(0, y.dim() - 1, *range(1, y.dim() - 1))
+
+    def _windows(self, x: Tensor) -> Tensor:
+        taps, stride = self.kernel_size[0], self.stride[0]
+        x = nn.functional.pad(x, (self.padding[0], self.padding[0]))
+        last = x.shape[2] - taps + 1
+        stacked = torch.stack([x[:, :, i : last + i : stride] for i in range(taps)], -1)
+        return stacked.permute(0, 2, 1, 3).flatten(2)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        n = len(self.kernel_size)
+        split: list[int] = []
+        for i in range(n):
+            count = x.shape[2 + i] // self.kernel_size[i]
+            x = x.narrow(2 + i, 0, count * self.kernel_size[i])
+            split += [count, self.kernel_size[i]]
+        x = x.reshape(*x.shape[:2], *split)
+        return x.permute(0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2)).flatten(n + 1)
+
+
+@dataclass(frozen=True)
+class PackedSpec:
+    """How a packed parameter reads: its format, the shape it is packed in, and the dtype that its module knows.
+
+    transposed: the module knows it as [.., K, N]. view: the shape that the module knows, where it is another one yet.
+    """
+
+    format: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transposed: bool = False
+    view: tuple[int, ...] = ()
+
+
+# What nn.Module keeps of hooks; the handles that register_forward_hook gave go on removing them.
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+
+def take_place(new: nn.Module, old: nn.Module) -> nn.Module:
+    """Give a quantized module the hooks and the mode of the module whose place it takes."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    return new.train(old.training)
+
+
+def pack_parameter(module: nn.Module, name: str, packed: Packed, *, transposed: bool = False) -> None:
+    """Store parameter `name` of `module` packed (buffers `<name>_w_codes`, `<name>_w_scale`, `<name>_w_zero`).
+
+    The module's class becomes a subclass of itself in which reading `name` gives the dequantized weight, so that its
+    own forward goes on working. The packed weight is [.., N, K]; transposed: the module knows it as [.., K, N].
+    An nn.Embedding's own lookup reads the packed rows that it needs, not the whole table.
+    """
+    original = module._parameters.pop(name)
+    assert original is not None
+    specs = dict(module.__dict__.get("qfx_packed", {}))
+    view = tuple(original.shape) if original.dim() != len(packed.shape) else ()
+    specs[name] = PackedSpec(str(packed.format), tuple(packed.shape), original.dtype, transposed, view)
+    for leaf, tensor in (("w_codes", packed.data), ("w_scale", packed.scale), ("w_zero", packed.zero)):
+        module.register_buffer(f"{name}_{leaf}", tensor)
+    module.qfx_packed = specs  # type: ignore[assignment]
+    base = getattr(type(module), "qfx_float_class", type(module))
+    assert isinstance(base, type)
+    module.__class__ = _packed_class(base, tuple(specs))
+
+
+@functools.cache
+def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    def reader(name: str) -> property:
+        return property(lambda self: _read(self, name))
+
+    def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        return _apply_keeping(self, lambda: super(kind, self)._apply(fn, recurse), fn)  # type: ignore[misc]
+
+    fields: dict[str, Any] = {name: reader(name) for name in names}
+    fields |= {"qfx_float_class": base, "_apply": _apply, "__module__": base.__module__, "__doc__": base.__doc__}
+    bases = (base, _Lookup) if issubclass(base, nn.Embedding) and "weight" in names else (base,)
+    kind: type[nn.Module] = type(f"Packed{base.__name__}", bases, fields)
+    return kind
+
+
+class _Lookup(nn.Embedding):
+    """Stands between a subclass of nn.Embedding and nn.Embedding, so that `super().forward(ids)` reads packed rows."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (nn.Embedding's own name)
+        spec: PackedSpec | None = self.__dict__.get("qfx_packed", {}).get("weight")
+        if spec is None or spec.transposed or self.max_norm is not None:
+            return super().forward(input)
+        codes, scale, zero = (self._buffers[f"weight_{leaf}"] for leaf in ("w_codes", "w_scale", "w_zero"))
+        rows: Tensor = torch.ops.qfx.embedding(input, codes, scale, zero, spec.format, spec.shape[-1], spec.dtype)
+        return rows
+
+
+LOADING = "qfx_loading"  # set while transformers loads a module and may give first values to what it holds
+
+
+def _read(module: nn.Module, name: str) -> Tensor:
+    spec: PackedSpec = module.qfx_packed[name]  # type: ignore[index, assignment]
+    if module.__dict__.get(LOADING):
+        return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+    codes, scale, zero = (module._buffers[f"{name}_{leaf}"] for leaf in ("w_codes", "w_scale", "w_zero"))
+    weight: Tensor = torch.ops.qfx.dequantize(codes, scale, zero, spec.format, spec.shape[-1], spec.dtype)
+    if spec.view:
+        return weight.reshape(spec.view)
+    return weight.transpose(-2, -1) if spec.transposed else weight
+
+
+def _apply_keeping(module: nn.Module, apply: Callable[[], Any], fn: Any) -> nn.Module:
+    """Run nn.Module._apply, then put packed buffers back to their own types; note the activations' new dtype."""
+    specs: dict[str, PackedSpec] = dict(module.qfx_packed)  # type: ignore[arg-type]
+    held = {n: b for n, b in module._buffers.items() if b is not None and _LEAF.search(n)}
+    apply()
+    for name, before in held.items():
+        after = module._buffers[name]
+        if after is not None and after.dtype != before.dtype:
+            module._buffers[name] = before.to(after.device)
+    for name, spec in specs.items():
+        probe = fn(torch.empty(0, dtype=spec.dtype, device=module._buffers[f"{name}_w_codes"].device))  # type: ignore[union-attr]
+        if probe.dtype.is_floating_point:
+            specs[name] = replace(spec, dtype=probe.dtype)
+    module.qfx_packed = specs  # type: ignore[assignment]
+    return module
+
+
+_LEAF = re.compile(r"_w_(codes|scale|zero)$")
+
+
+def tell_shared(module: nn.Module, *names: str) -> None:
+    """Say that packed buffers of a module are another module's, too: save_pretrained of transformers wants to know."""
+    known = getattr(module, "_tied_weights_keys", None) or {}
+    module._tied_weights_keys = {**known, **dict.fromkeys(names, "")}  # type: ignore[assignment]
+
+
+def without_fast_paths(model: nn.Module) -> None:
+    """Let nn.TransformerEncoderLayer call its sub-modules: its fused kernel would read their weights past them."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and (quantized_parts(module) or prepared_parts(module)):
+            module.activation_relu_or_gelu = 0
+
+
+def quantized_parts(model: nn.Module) -> list[str]:
+    """Names of the modules and parameters that hold packed weights, and of attention with formats."""
+    named = list(model.named_modules())
+    modules = [fqn or type(m).__name__ for fqn, m in named if isinstance(m, PackedModule)]
+    modules += [f"{fqn}.{name}".lstrip(".") for fqn, m in named for name in getattr(m, "qfx_packed", {})]
+    return modules + [m.__dict__["qfx_attention"]["name"] for _, m in named if "qfx_attention" in m.__dict__]
+
+
+PREPARED = "qfx_prepared_class"  # on the classes of modules that `qfx.prepare_qat` changed: what they were before
+
+
+def prepared_parts(model: nn.Module) -> list[str]:
+    """Names of the modules that train with fake quantization."""
+    return [fqn or type(m).__name__ for fqn, m in model.named_modules() if hasattr(type(m), PREPARED)]

@@ -1,0 +1,197 @@
+"""A quantized model beside its float original on the same calls: accuracy, latency, bytes, peak memory."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from qfx.data import Call
+from qfx.measuring import measure
+from qfx.storage.files import write_safetensors
+
+Model = Callable[..., Any]
+
+_PAUSE = 0.05  # seconds after which threads no longer spin
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How near the outputs are. `output` names the tensor compared; the last four are of next-token logits only.
+
+    sqnr_db over all values; cosine: mean over rows; kld: mean over tokens, in nats; perplexity_reference, perplexity;
+    top1: share of tokens with the same best guess.
+    """
+
+    output: str
+    sqnr_db: float
+    cosine: float
+    kld: float | None = None
+    perplexity_reference: float | None = None
+    perplexity: float | None = None
+    top1: float | None = None
+
+
+@dataclass(frozen=True)
+class Latency:
+    """cold: seconds of the first call, compilation included. warm: the median of later calls, in seconds."""
+
+    cold: float
+    warm: float
+
+
+@dataclass
+class _Sums:
+    """Sums over batches, weighted by their positions."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    positions: int = 0
+    tokens: int = 0
+    weighted: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, value: float, weight: int) -> None:
+        self.weighted[name] = self.weighted.get(name, 0.0) + value * weight
+
+
+@torch.no_grad()
+def accuracy(reference: Model, other: Model, calls: Sequence[Call], *, next_token: bool = False) -> Accuracy:
+    """Run both on each call and compare their main output (see `main_output`).
+
+    next_token: the output is logits [B, T, V] of the next token of `input_ids` [B, T]. Raises ValueError where the
+    outputs differ in shape or there is no call.
+    """
+    if not calls:
+        raise ValueError("there is nothing to compare on: no batch was given")
+    sums, name = _Sums(), ""
+    for args, kwargs in calls:
+        name, wanted = main_output(reference(*args, **kwargs))
+        _, found = main_output(other(*args, **kwargs))
+        _add(sums, wanted, found)
+        if next_token:
+            _add_next_token(sums, wanted, found, kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+    mean = {key: value / sums.positions for key, value in sums.weighted.items() if not key.startswith("nll")}
+    losses = [sums.weighted[key] / sums.tokens for key in ("nll_reference", "nll") if sums.tokens]
+    return Accuracy(
+        output=name,
+        sqnr_db=measure.decibel(sums.signal, sums.noise),
+        cosine=mean["cosine"],
+        kld=mean.get("kld"),
+        perplexity_reference=measure.exp(losses[0]) if losses else None,
+        perplexity=measure.exp(losses[1]) if losses else None,
+        top1=mean.get("top1"),
+    )
+
+
+def _add(sums: _Sums, wanted: Tensor, found: Tensor) -> None:
+    signal, noise = measure.energies(wanted, found)
+    rows = wanted.numel() // wanted.shape[-1]
+    sums.signal, sums.noise, sums.positions = sums.signal + signal, sums.noise + noise, sums.positions + rows
+    sums.add("cosine", measure.cosine(wanted, found), rows)
+
+
+def _add_next_token(sums: _Sums, wanted: Tensor, found: Tensor, ids: Tensor) -> None:
+    sums.add("kld", measure.kld(wanted, found), ids.numel())
+    sums.add("top1", measure.top1_agreement(wanted, found), ids.numel())
+    if ids.shape[1] > 1:
+        scored = ids.shape[0] * (ids.shape[1] - 1)
+        sums.tokens += scored
+        sums.add("nll_reference", float(measure.nll(wanted, ids).mean()), scored)
+        sums.add("nll", float(measure.nll(found, ids).mean()), scored)
+
+
+def main_output(output: Any) -> tuple[str, Tensor]:
+    """The tensor by which models are compared: `logits`, else `last_hidden_state`, else the first float tensor.
+
+    Raises ValueError where there is none.
+    """
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(value := getattr(output, name, None), Tensor):
+            return name, value
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim():
+            return "output", leaf
+    raise ValueError(f"the model's output holds no float tensor, found {type(output).__name__}")
+
+
+@torch.no_grad()
+def latency(models: Mapping[str, Model], call: Call, *, repeats: int = 20) -> dict[str, Latency]:
+    """Time models on one call: each model's first call, then `repeats` rounds in which each is timed once, in turn.
+
+    The turns let a slow moment of the machine hit all of them. Threads of one model spin for a while after its call and
+    would slow the next one down, so each turn begins with a pause and a call that is not timed. Raises ValueError for
+    repeats below 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be 1 or more, found {repeats}")
+    cold = {name: seconds_of(model, call) for name, model in models.items()}
+    warm: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(repeats):
+        for name, model in models.items():
+            time.sleep(_PAUSE)
+            seconds_of(model, call)
+            warm[name].append(seconds_of(model, call))
+    return {name: Latency(cold[name], statistics.median(warm[name])) for name in models}
+
+
+def seconds_of(model: Model, call: Call) -> float:
+    """Seconds of one call, a GPU's work included."""
+    args, kwargs = call
+    _wait(call)
+    started = time.perf_counter()
+    output = model(*args, **kwargs)
+    _wait(output)
+    return time.perf_counter() - started
+
+
+def _wait(values: Any) -> None:
+    """Let a GPU finish, where one is used."""
+    if any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in pytree.tree_leaves(values)):
+        torch.cuda.synchronize()
+
+
+def peak_memory() -> int | None:
+    """Most bytes of memory that this process held so far; None where the system does not say.
+
+    From the kernel where it can be: ru_maxrss of a child process starts at its parent's memory.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if _is_mac() else 1024)
+
+
+def peak_of(folder: Path, batch: Mapping[str, Tensor], kind: str, baseline: str, device: str) -> int | None:
+    """Peak memory of a new process that loads the model of a folder ("float" or "quantized") and calls it once.
+
+    baseline: how a float model runs, "eager" or "inductor". Raises RuntimeError where that process fails.
+    """
+    with TemporaryDirectory() as scratch:
+        inputs = Path(scratch) / "batch.safetensors"
+        write_safetensors(inputs, batch)
+        command = [sys.executable, "-m", "qfx.cli.peak", str(folder), str(inputs), kind, baseline, device]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the process that measures memory failed: {done.stderr.strip().splitlines()[-1:]}")
+    last = done.stdout.split()[-1]
+    return None if last == "None" else int(last)
+
+
+def _is_mac() -> bool:
+    return sys.platform == "darwin"

@@ -1,0 +1,218 @@
+"""Recipes beside each other on one model in one run: size, accuracy, latency, memory. Every number is measured.
+
+found = compare_recipes(model, ["w8a8", "w4a16-gptq"], evaluation, data=calibration)
+found.to_json()
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qfx import data as batches
+from qfx.data import Call
+from qfx.errors import UnsupportedError
+from qfx.hf.hub import is_causal_lm
+from qfx.inputs import example_inputs
+from qfx.measuring import compare
+from qfx.measuring.compare import Accuracy, Latency
+from qfx.quantize import evaluating, quantize
+from qfx.recipe import Recipe
+from qfx.save import save
+from qfx.storage.files import write_text
+
+FLOAT = "float"
+Metric = Callable[[Callable[..., Any], Sequence[Call]], float]
+Budget = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe; the first row is the float model.
+
+    nbytes: of all parameters and buffers as they are held. compression: of a model in 16 bits to that. bits: 8 nbytes
+    over the number of the model's parameters. seconds: that quantizing took. latency: of one call on the first batch.
+    memory: peak of a process that loads and calls it, in bytes. metric: of the user's. failed: why it has no numbers.
+    """
+
+    recipe: str
+    nbytes: int | None = None
+    compression: float | None = None
+    bits: float | None = None
+    seconds: float | None = None
+    latency: Latency | None = None
+    memory: int | None = None
+    accuracy: Accuracy | None = None
+    metric: float | None = None
+    failed: str = ""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The rows, with what they were measured on: the shape of the first batch, number of batches, float baseline."""
+
+    rows: tuple[Row, ...]
+    shape: tuple[int, ...]
+    batches: int
+    baseline: str
+    metric: str = ""
+
+    def to_json(self) -> str:
+        """All numbers as JSON text; seconds, bytes, nats. What is infinite or was not measured is null."""
+        text = json.dumps(asdict(self))
+        return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Write `to_json` to a file."""
+        write_text(path, self.to_json())
+
+
+def compare_recipes(
+    model: nn.Module, recipes: Sequence[str | Recipe], evaluation: Iterable[Any], *, data: Iterable[Any] | None = None,
+    budget: Budget | None = None, repeats: int = 20, metric: Metric | None = None, baseline: str = "eager",
+    folder: Path | None = None, told: Callable[[str], object] = lambda what: None,
+) -> Matrix:  # fmt: skip
+    """Quantize a copy of `model` by each recipe and measure all of them on the same batches; `model` stays as it is.
+
+    evaluation: batches to measure on, as for qfx.quantize. data: calibration, for the recipes that need it; it should
+    be other text. budget: for recipes that plan bits, such as {"avg_bits": 4}. metric: a function of a model and calls
+    ((args, kwargs) each) that gives a number, such as an accuracy. baseline: the float model runs "eager" or compiled
+    by "inductor". folder: of the float model's files; given, the peak memory of each is measured in a process of its
+    own. A recipe that cannot be had is a row that says why. Latency is taken in turn, so all copies are in memory.
+    Raises ValueError for no recipe, one that is there twice, and bad data.
+    """
+    names = [str(getattr(recipe, "name", recipe)) for recipe in recipes]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"expected recipes, each once, found {', '.join(names) or 'none'}")
+    if baseline not in ("eager", "inductor"):
+        raise ValueError(f"the float model runs 'eager' or by 'inductor', found {baseline!r}")
+    calls = batches.calls(model, evaluation)
+    held = None if data is None else list(data)
+    example = [calls[0][0] or calls[0][1]] if example_inputs(model) is None else None
+    runs: dict[str, Callable[..., Any]] = {FLOAT: model if baseline == "eager" else torch.compile(model)}
+    modules: dict[str, nn.Module] = {FLOAT: model}
+    rows: dict[str, Row] = {}
+    with evaluating(model):
+        rows[FLOAT] = _sized(Row(FLOAT), model, model)
+        for name, recipe in zip(names, recipes, strict=True):
+            told(f"quantize by {name}")
+            row, made = _quantized(model, name, recipe, held, example, budget)
+            rows[row.recipe] = row
+            if made is not None:
+                modules[row.recipe], runs[row.recipe] = made, torch.compile(made, backend="qfx")
+        _measure(rows, modules, runs, calls, repeats=repeats, metric=metric, told=told)
+        if folder is not None:
+            _memory(rows, modules, calls[0], folder, baseline, told)
+    return Matrix(tuple(rows.values()), _shape(calls[0]), len(calls), baseline, getattr(metric, "__name__", ""))
+
+
+def _quantized(
+    model: nn.Module, name: str, recipe: str | Recipe, data: Any, example: Any, budget: Budget | None
+) -> tuple[Row, nn.Module | None]:
+    """example: a batch, for a model whose inputs are not known otherwise."""
+    try:
+        parsed = Recipe.parse(recipe)
+        more = dict(budget or {}) if parsed.allocation is not None and not parsed.allocation.budgets else {}
+        given = data if parsed.needs_data or parsed.allocation is not None else example
+        name = " ".join([name, *(f"{key}={value}" for key, value in more.items())])
+        started = time.perf_counter()
+        made = quantize(copy.deepcopy(model), parsed, given, **more)
+        row = Row(name, seconds=time.perf_counter() - started)
+    except (ValueError, UnsupportedError) as error:
+        return Row(name, failed=_line(error)), None
+    return _sized(row, made, model), made
+
+
+def _sized(row: Row, made: nn.Module, model: nn.Module) -> Row:
+    count = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    nbytes = bytes_of(made)
+    return replace(row, nbytes=nbytes, compression=2 * count / nbytes, bits=8 * nbytes / count)
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers that are saved with a model; those that share memory count once."""
+    return sum({t.data_ptr() or id(t): t.nbytes for t in model.state_dict().values() if isinstance(t, Tensor)}.values())
+
+
+def _measure(
+    rows: dict[str, Row], modules: dict[str, nn.Module], runs: dict[str, Callable[..., Any]], calls: Sequence[Call], *,
+    repeats: int, metric: Metric | None, told: Callable[[str], object],
+) -> None:  # fmt: skip
+    """Latency of all in turn, then accuracy of each; a model that cannot run becomes a row that says why."""
+    cold: dict[str, float] = {}
+    told("first calls")
+    with torch.no_grad():
+        for name, run in list(runs.items()):
+            try:
+                cold[name] = compare.seconds_of(run, calls[0])
+            except (ValueError, UnsupportedError) as error:
+                if name == FLOAT:
+                    raise
+                rows[name] = replace(rows[name], failed=_line(error))
+                del runs[name], modules[name]
+    told("time them in turn")
+    warm = compare.latency(runs, calls[0], repeats=repeats)
+    for name, run in runs.items():
+        told(f"accuracy of {name}")
+        near = compare.accuracy(runs[FLOAT], run, calls, next_token=is_causal_lm(modules[FLOAT]))
+        rows[name] = replace(
+            rows[name],
+            latency=Latency(cold[name], warm[name].warm),
+            accuracy=near,
+            metric=None if metric is None else float(metric(run, calls)),
+        )
+
+
+def _memory(
+    rows: dict[str, Row], modules: Mapping[str, nn.Module], call: Call, folder: Path, baseline: str,
+    told: Callable[[str], object],
+) -> None:  # fmt: skip
+    """Peak memory of each in a process of its own, which loads it from its folder."""
+    tensors = {name: value for name, value in call[1].items() if isinstance(value, Tensor)}
+    for name, made in modules.items():
+        told(f"peak memory of {name}")
+        device = str(next(iter(tensors.values())).device)
+        if name == FLOAT:
+            peak = compare.peak_of(folder, tensors, "float", baseline, device)
+        else:
+            with TemporaryDirectory() as scratch:
+                save(made, scratch)
+                peak = compare.peak_of(Path(scratch), tensors, "quantized", baseline, device)
+        rows[name] = replace(rows[name], memory=peak)
+
+
+def _shape(call: Call) -> tuple[int, ...]:
+    tensors = [v for v in (*call[0], *call[1].values()) if isinstance(v, Tensor)]
+    return tuple(tensors[0].shape)
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def pareto(matrix: Matrix) -> list[str]:
+    """Recipes that no other beats in both bytes and error (see `error_of`), smallest first."""
+    found = [(row.nbytes, error_of(row), row.recipe) for row in matrix.rows[1:] if row.nbytes and row.accuracy]
+    front, least = [], math.inf
+    for _, error, name in sorted(found, key=lambda one: (one[0] or 0, one[1])):
+        if error < least:
+            front.append(name)
+            least = error
+    return front
+
+
+def error_of(row: Row) -> float:
+    """KL divergence in nats; for a model without logits noise over signal (amplitudes)."""
+    assert row.accuracy is not None
+    kld = row.accuracy.kld
+    return 10 ** (-row.accuracy.sqnr_db / 20) if kld is None else kld

@@ -1,0 +1,1 @@
+"""Operators of qfx: their schemas, and what they mean, in plain torch."""

@@ -1,0 +1,128 @@
+"""Rows of the report from a live module: what its modules tell, and what keeps float ones out of compiled graphs."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from qfx.compiled.records import GraphRecord
+from qfx.errors import Note
+from qfx.format import Format
+from qfx.live.attending import attention_rows
+from qfx.reporting.rows import Row
+
+_PACKED = re.compile(r"(^|[._])(w|rows\d+|columns\d+)_(codes|scale|zero)$")
+
+
+def live_rows(model: nn.Module, told: Collection[str]) -> Iterator[Row]:
+    """Rows of the modules and packed parameters of `model` that are not in `told`, the names of rows there are already.
+
+    A float module whose weight is tied to that of a module in `told` is left out: the weight is told there. Packed
+    codes that two modules hold (a tied table) count at the first.
+    """
+    pointers = {_pointer(m) for fqn, m in model.named_modules() if fqn in told} - {None}
+    seen: set[int] = set()
+    for fqn, module in model.named_modules():
+        row = getattr(module, "qfx_row", None)
+        if callable(row):
+            codes = {b.data_ptr() for name, b in module._buffers.items() if b is not None and name.endswith("_codes")}
+            assert codes, fqn
+            yield replace(row(fqn), shared=codes <= seen)
+            seen |= codes
+        elif getattr(module, "qfx_packed", None):
+            yield from packed_rows(fqn, module)
+        elif _is_float(module) and (fqn in told or _pointer(module) not in pointers):
+            weight = module._parameters["weight"]
+            assert weight is not None
+            yield Row(fqn, _kind(module), "", "torch", "", weight.numel(), weight.nbytes, weight.nbytes)
+    yield from attention_rows(model)
+
+
+def packed_rows(fqn: str, module: nn.Module) -> list[Row]:
+    """Rows of the report for the packed parameters of a module."""
+    rows = []
+    for name, spec in getattr(module, "qfx_packed", {}).items():
+        elements = torch.Size(spec.shape).numel()
+        path = (f"{fqn}.{name}" if fqn else name).removesuffix(".weight")
+        before, after = elements * spec.dtype.itemsize, Format.parse(spec.format).nbytes(spec.shape)
+        rows.append(
+            Row(path, "parameter", f"w={spec.format}", "qfx::dequantize, then torch", "", elements, before, after)
+        )
+    return rows
+
+
+def why_not(model: nn.Module, fqn: str, failed: dict[str, str], records: Sequence[GraphRecord]) -> str:
+    """Why a module of a model that was compiled is not quantized all the same.
+
+    failed: FQN -> reason, for modules whose graph could not be had. records: those of the model's compiled graphs.
+    """
+    if fqn in failed:
+        return failed[fqn]
+    if any(f"{fqn}.weight" == name for record in records for name, _ in record.weights):
+        return "the graph reads its weight as a plain tensor: stays float"
+    parts = fqn.split(".")
+    for length in range(len(parts), -1, -1):
+        path = ".".join(parts[:length])
+        module = model.get_submodule(path)
+        if getattr(module.forward, "_torchdynamo_disable", False) or _is_disabled(module):
+            return f"{path or 'the model'} is excluded from compilation (torch._dynamo.disable): runs in torch"
+    limits = [note.reason for note in limit_notes(records)]
+    return f"in no compiled graph: runs in torch; {limits[0]}" if limits else "in no compiled graph: runs in torch"
+
+
+def limit_notes(records: Sequence[GraphRecord]) -> list[Note]:
+    """A note for each function of which Dynamo compiles no more versions: other calls of it run in torch."""
+    limit = int(torch._dynamo.config.recompile_limit)
+    notes = {}
+    for record in records:
+        code = record.frame.code()
+        if code is None or _versions(code) < limit:
+            continue
+        what = f"Dynamo compiled {code.co_name} {limit} times, its recompile limit"
+        step = "see TORCH_LOGS=recompiles for what changes; torch._dynamo.config.recompile_limit raises the limit"
+        notes[code] = Note("graph", f"{what}: calls that need one more version run in torch", step, record.frame.place)
+    return list(notes.values())
+
+
+def other_bytes(model: nn.Module, nodes: Collection[str]) -> int:
+    """Bytes of the parameters and buffers that no row counts: norms, biases, tables."""
+    tensors: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensors.setdefault(tensor.data_ptr() or id(tensor), (name, tensor))
+    rest = [t for n, t in tensors.values() if not _PACKED.search(n) and n.removesuffix(".weight") not in nodes]
+    return sum(t.numel() * t.element_size() for t in rest)
+
+
+def _is_float(module: nn.Module) -> bool:
+    kinds = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+    return isinstance(module, kinds) and module._parameters.get("weight") is not None
+
+
+def _is_disabled(module: nn.Module) -> bool:
+    context = getattr(module, "dynamo_ctx", None)
+    return context is not None and getattr(context, "callback", 0) is None
+
+
+def _versions(code: types.CodeType) -> int:
+    try:
+        from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+        return len(_debug_get_cache_entry_list(code))
+    except (ImportError, AttributeError, TypeError):
+        return 0
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "conv"
+    return "linear" if isinstance(module, nn.Linear) else "embedding"
+
+
+def _pointer(module: nn.Module) -> int | None:
+    weight = module._parameters.get("weight")
+    return weight.data_ptr() if weight is not None else None

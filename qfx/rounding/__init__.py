@@ -1,0 +1,1 @@
+"""Methods of rounding weights, and the way through a model block by block."""

@@ -1,0 +1,1 @@
+"""Models on disk: whole files, saved folders, weights that stay there while they are not used."""

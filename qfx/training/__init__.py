@@ -1,0 +1,1 @@
+"""Fake quantization in live modules, schedules, distillation, adapters."""

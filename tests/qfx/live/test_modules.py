@@ -1,0 +1,190 @@
+"""qfx.live.modules: quantized modules alone, cast, copied, and parameters packed in modules that go on reading them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qfx.format import Format
+from qfx.live.modules import (
+    QuantConv,
+    QuantEmbedding,
+    QuantLinear,
+    pack_parameter,
+    quantized_parts,
+    take_place,
+    tell_shared,
+    without_fast_paths,
+)
+from qfx.measuring.measure import sqnr_db
+from qfx.packing import Packed, pack_weight
+
+CASTS = [(nn.Module.half, torch.float16), (nn.Module.bfloat16, torch.bfloat16), (nn.Module.double, torch.float64)]
+
+
+def rows(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(*shape: int, fmt: str = "i8/ch") -> Packed:
+    return pack_weight(rows(*shape, seed=1), Format.parse(fmt))
+
+
+@pytest.mark.parametrize("fmt", ["i8/ch", "i4/g4", "u4/g4", "nf4/g8", "f16"])
+@pytest.mark.parametrize("x_format", ["", "i8/tok"])
+def test_linear(fmt: str, x_format: str) -> None:
+    weight = packed(5, 8, fmt=fmt)
+    module = QuantLinear(weight, rows(5), x_format=x_format)
+    x = rows(2, 3, 8)
+    wanted = F.linear(x, weight.dequantize(), rows(5))
+    assert sqnr_db(wanted, module(x)) > (35 if x_format else 100)
+    assert torch.equal(module.weight, weight.dequantize())
+    assert module.w_format == fmt and module.x_format == x_format
+    assert (module.in_features, module.out_features, module.nf) == (8, 5, 5)
+    assert f"w={fmt}" in repr(module) and (f"x={x_format}" in repr(module)) == bool(x_format)
+    assert list(module.parameters()) and not module.bias.requires_grad
+    row = module.qfx_row("layer")
+    assert (row.node, row.op, row.elements, row.bytes_before) == ("layer", "linear", 40, 160)
+    assert row.asked == (f"x={x_format} w={fmt}" if x_format else f"w={fmt}")
+
+
+def test_static_linear_divides_by_smooth() -> None:
+    x, factor = rows(4, 8), torch.rand(8, generator=torch.Generator().manual_seed(2)) + 0.5
+    scale = (x / factor).abs().max() / 127
+    module = QuantLinear(packed(5, 8), None, x_format="i8", x_scale=scale, smooth=factor)
+    assert module.bias is None and "bias=False" in repr(module)
+    assert sqnr_db(F.linear(x / factor, module.weight), module(x)) > 35
+    assert {name for name, _ in module.named_buffers()} == {"w_codes", "w_scale", "x_scale", "smooth"}
+
+
+def test_embedding() -> None:
+    table = packed(12, 8)
+    module = QuantEmbedding(table, 0)
+    ids = torch.tensor([[1, 2], [11, 0]], dtype=torch.int32)
+    assert torch.equal(module(ids), table.dequantize()[ids.long()])
+    assert (module.num_embeddings, module.embedding_dim, module.padding_idx) == (12, 8, 0)
+    assert repr(module) == "QuantEmbedding(12, 8, w=i8/ch)" and module.qfx_row("e").op == "embedding"
+
+
+@pytest.mark.parametrize(("fn", "dtype"), CASTS, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_casts_change_what_goes_through_and_no_scale(fn: Any, dtype: torch.dtype) -> None:
+    linear = QuantLinear(packed(5, 8), rows(5), x_format="u8", x_scale=torch.tensor(0.05), x_zero=torch.tensor(128))
+    table = QuantEmbedding(packed(12, 8, fmt="u4/g4"), None)
+    model = nn.Sequential(table, linear)
+    wanted = model(torch.arange(6))
+    cast = fn(copy.deepcopy(model))
+    assert cast(torch.arange(6)).dtype == dtype
+    assert sqnr_db(wanted, cast(torch.arange(6)).float()) > 30
+    for name, buffer in model.named_buffers():
+        assert cast.get_buffer(name).dtype == buffer.dtype and torch.equal(cast.get_buffer(name), buffer)
+    assert cast[1].bias.dtype == dtype and cast[0].weight.dtype == dtype and cast[1].weight.dtype == dtype
+    back = cast.float()
+    assert torch.equal(back[0](torch.arange(6)), model[0](torch.arange(6)))
+    assert model(torch.arange(6)).dtype == torch.float32, "the copy has its own dtype"
+
+
+def test_moves_of_device_reach_the_packed_tensors() -> None:
+    model = nn.Sequential(QuantEmbedding(packed(12, 8), None), QuantLinear(packed(5, 8), rows(5))).to("meta")
+    assert {t.device.type for t in (*model.buffers(), *model.parameters())} == {"meta"}
+
+
+class Expert(nn.Module):
+    """Reads parameters of three orientations by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(rows(3, 6, 8))
+        self.down = nn.Parameter(rows(3, 6, 8, seed=3))
+        self.conv = nn.Parameter(rows(4, 3, 2, 2, seed=4))
+        self.bias = nn.Parameter(rows(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, 8] -> [3, T, 8]."""
+        hidden = torch.relu(x @ self.up.transpose(1, 2))
+        return hidden @ self.down + self.bias
+
+
+def packed_expert() -> tuple[Expert, Expert]:
+    model = Expert().eval()
+    before = copy.deepcopy(model)
+    pack_parameter(model, "up", pack_weight(model.up, Format.parse("i8/ch")))
+    down = pack_weight(model.down.transpose(1, 2), Format.parse("i8/ch"))
+    pack_parameter(model, "down", down, transposed=True)
+    pack_parameter(model, "conv", pack_weight(model.conv.flatten(1), Format.parse("i8/ch")))
+    return model, before
+
+
+def test_packed_parameters_read_like_the_float_ones() -> None:
+    model, before = packed_expert()
+    assert isinstance(model, Expert) and type(model).__name__ == "PackedExpert" and type(model) is not Expert
+    assert [n for n, _ in model.named_parameters()] == ["bias"]
+    for name in ("up", "down", "conv"):
+        value = getattr(model, name)
+        assert value.shape == getattr(before, name).shape and sqnr_db(getattr(before, name), value) > 35
+    assert sqnr_db(before(rows(5, 8)), model(rows(5, 8))) > 30
+    assert quantized_parts(model) == ["up", "down", "conv"]
+    assert quantized_parts(nn.Sequential(nn.Linear(2, 2), model)) == ["1.up", "1.down", "1.conv"]
+
+
+@pytest.mark.parametrize(("fn", "dtype"), CASTS, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_packed_parameters_are_cast_copied_and_loaded(fn: Any, dtype: torch.dtype) -> None:
+    model, _ = packed_expert()
+    wanted = model(rows(5, 8))
+    cast = fn(copy.deepcopy(model))
+    assert cast.up.dtype == cast.down.dtype == cast.bias.dtype == dtype
+    assert sqnr_db(wanted, cast(rows(5, 8).to(dtype)).float()) > 30
+    assert {b.dtype for n, b in cast.named_buffers() if n.endswith("scale")} == {torch.float32}
+    assert model.up.dtype == torch.float32, "the copy has its own dtype"
+    other, _ = packed_expert()
+    with torch.no_grad():
+        other.get_buffer("up_w_codes").zero_()
+    assert not torch.equal(other(rows(5, 8)), wanted)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(rows(5, 8)), wanted)
+
+
+def test_one_class_is_made_for_one_set_of_names() -> None:
+    first, second = packed_expert()[0], packed_expert()[0]
+    assert type(first) is type(second)
+    assert type(first).qfx_float_class is Expert  # type: ignore[attr-defined]
+
+
+def test_take_place_hands_over_hooks_and_mode() -> None:
+    old = nn.Linear(8, 5).train()
+    seen: list[int] = []
+    handle = old.register_forward_hook(lambda *_: seen.append(1))
+    new = take_place(QuantLinear(packed(5, 8), None), old)
+    assert new.training
+    new(rows(2, 8))
+    handle.remove()
+    new(rows(2, 8))
+    assert seen == [1]
+
+
+def test_conv_over_windows() -> None:
+    conv = nn.Conv2d(3, 5, 2, stride=2)
+    weight = pack_weight(conv.weight.flatten(1), Format.parse("i8/ch"))
+    module = QuantConv(weight, conv, x_format="")
+    x = rows(2, 3, 7, 6)
+    assert sqnr_db(F.conv2d(x, module.weight, conv.bias, stride=2), module(x)) > 100
+    assert module.weight.shape == conv.weight.shape and module.out_channels == 5
+
+
+def test_shared_buffers_are_told_beside_what_was_told_before() -> None:
+    module = nn.Linear(2, 2)
+    module._tied_weights_keys = {"bias": "other.bias"}  # type: ignore[assignment]
+    tell_shared(module, "w_codes")
+    assert list(module._tied_weights_keys) == ["bias", "w_codes"]  # type: ignore[arg-type]
+
+
+def test_only_quantized_transformer_layers_lose_their_fused_kernel() -> None:
+    plain, changed = (nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2))
+    changed.linear1 = QuantLinear(packed(16, 8), None)  # type: ignore[assignment]
+    model = nn.ModuleList([plain, changed])
+    without_fast_paths(model)
+    assert plain.activation_relu_or_gelu and not changed.activation_relu_or_gelu

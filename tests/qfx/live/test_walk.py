@@ -1,0 +1,107 @@
+"""qfx.live.walk: models whose graph cannot be had are quantized by the types of their modules, and that is told."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import qfx
+from qfx import QfxWarning, Recipe, Rule, UnsupportedError
+from qfx.live.modules import QuantConv, QuantEmbedding, QuantLinear
+from qfx.live.walk import walk
+from qfx.measuring.measure import sqnr_db
+
+
+class Model(nn.Module):
+    """One of each, and two parameters that no module type tells about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.fc, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9, bias=False)
+        self.head.weight = self.table.weight
+        self.patch, self.wide = nn.Conv2d(3, 8, 2, stride=2), nn.Conv2d(3, 8, 3, padding=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.one, self.other = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [batch, length] -> [batch, length, 9]; the way depends on the values."""
+        x = self.fc(self.table(ids))
+        x = self.attention(x, x, x)[0] if bool(x.sum() > 0) else F.linear(x, self.one)
+        found: Tensor = self.head(x)
+        return found
+
+
+IDS = torch.arange(6).reshape(2, 3)
+
+
+@torch.no_grad()
+def test_what_can_be_seen_is_quantized_and_the_rest_is_told() -> None:
+    model = Model().eval()
+    wanted = model(IDS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found: Any = qfx.quantize(model, "w8a8", [IDS])
+    told = [str(w.message) for w in caught if "graph cannot be had" in str(w.message)]
+    assert len(told) == 1 and all(issubclass(w.category, QfxWarning) for w in caught)
+    assert "torch.export" in told[0] and "not seen: one, other, wide.weight and 1 more" in told[0]
+    assert isinstance(found.table, QuantEmbedding) and isinstance(found.fc, QuantLinear)
+    assert found.fc.x_format == "i8/tok" and isinstance(found.patch, QuantConv) and type(found.wide) is nn.Conv2d
+    assert found.head.w_codes.data_ptr() == found.table.w_codes.data_ptr()
+    assert found.attention.out_proj.x_format == "", "attention reads it itself"
+    assert sqnr_db(wanted, found(IDS)) > 25
+
+
+def test_names_and_kinds_are_those_of_the_recipe() -> None:
+    recipe = Recipe(
+        name="some",
+        rules=(Rule(target="linear", w="i8/ch"), Rule(target="fc", w="i4/g8"), Rule(target="embedding", w="none")),
+        ignore=("patch",),
+    )
+    plan, notes = walk(Model(), recipe, "no reason", "none")
+    assert plan.annotations["fc"] == {"w": "i4/g8"} and "patch" not in plan.annotations
+    assert plan.layouts["head"] == "linear" and "table" not in plan.annotations
+    assert plan.layouts["attention.out_proj"] == "linear-read"
+    assert plan.fingerprint and len(notes) == 1 and notes[0].node == "Model"
+
+
+def test_a_tied_table_has_one_format() -> None:
+    rules = (Rule(target="linear", w="i8/ch"), Rule(target="embedding", w="i8/ch"), Rule(target="tied", w="u4/g16"))
+    plan, _ = walk(Model(), Recipe(name="tied", rules=rules), "no reason", "none")
+    assert plan.annotations["table"] == plan.annotations["head"] == {"w": "u4/g16"}
+    assert plan.annotations["fc"] == plan.annotations["patch"] == {"w": "i8/ch"}
+
+
+def test_targets_of_nothing_are_told_here_too() -> None:
+    recipe = Recipe(name="typo", rules=(Rule(target="linear", w="i8/ch"), Rule(target="fcc", w="i4/g8")))
+    typo = pytest.warns(QfxWarning, match="'fcc': this target of the recipe matches no node")
+    with typo, pytest.warns(QfxWarning, match="graph cannot be had"):
+        qfx.plan(Model(), recipe)
+
+
+def test_without_inputs_the_types_serve() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    x = torch.randn(3, 8)
+    wanted = model(x)
+    with pytest.warns(QfxWarning, match=r"no example of its inputs is known(.|\n)*pass data=\[batch\]"):
+        found = qfx.quantize(model)
+    assert sqnr_db(wanted, found(x)) > 25
+    with pytest.warns(QfxWarning, match="graph cannot be had"):
+        assert isinstance(qfx.quantize(nn.Linear(4, 2).eval()), QuantLinear)
+
+
+@pytest.mark.parametrize(("recipe", "fields"), [("w8a8-static", {}), ("w8a8", {"rewrites": ("norm-fold",)})])
+def test_recipes_that_need_the_graph_are_refused(recipe: str, fields: dict[str, Any]) -> None:
+    asked = Recipe.parse(recipe).override(**fields)
+    with pytest.raises(UnsupportedError, match=r"needs the graph of the model(.|\n)*the reason(.|\n)*next step: do it"):
+        walk(Model(), asked, "the reason", "do it")
+
+
+def test_strict_refuses_the_walk() -> None:
+    with pytest.raises(UnsupportedError, match="graph cannot be had"):
+        qfx.quantize(Model(), "w8a8", [IDS], strict=True)

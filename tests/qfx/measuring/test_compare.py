@@ -1,0 +1,120 @@
+"""A quantized model beside its original."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qfx.data import Call
+from qfx.measuring import compare, measure
+
+
+def _ids(batch: int, length: int, seed: int) -> Tensor:
+    return torch.randint(0, 9, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+TABLE = torch.randn(9, 9, generator=torch.Generator().manual_seed(0))
+CALLS: list[Call] = [((), {"input_ids": _ids(2, 5, 1)}), ((), {"input_ids": _ids(1, 3, 2)})]
+
+
+def _exact(input_ids: Tensor) -> Any:
+    return SimpleNamespace(logits=TABLE[input_ids])
+
+
+def _coarse(input_ids: Tensor) -> Any:
+    return SimpleNamespace(logits=TABLE[input_ids].round())
+
+
+def test_equal_models_are_equal() -> None:
+    found = compare.accuracy(_exact, _exact, CALLS, next_token=True)
+    assert found.output == "logits"
+    assert found.sqnr_db == math.inf
+    assert found.cosine == pytest.approx(1)
+    assert found.kld == pytest.approx(0, abs=1e-12)
+    assert found.perplexity == found.perplexity_reference
+    assert found.top1 == 1
+
+
+def test_batches_of_different_sizes_weigh_as_their_tokens() -> None:
+    found = compare.accuracy(_exact, _coarse, CALLS, next_token=True)
+    ids = torch.cat([kwargs["input_ids"].flatten() for _, kwargs in CALLS])
+    wanted, other = TABLE[ids], TABLE[ids].round()
+    assert found.sqnr_db == pytest.approx(measure.sqnr_db(wanted, other))
+    assert found.cosine == pytest.approx(measure.cosine(wanted, other))
+    assert found.kld == pytest.approx(measure.kld(wanted, other))
+    assert found.top1 == pytest.approx(measure.top1_agreement(wanted, other))
+    losses = torch.cat([measure.nll(_coarse(**kwargs).logits, kwargs["input_ids"]).flatten() for _, kwargs in CALLS])
+    assert found.perplexity == pytest.approx(float(losses.mean().exp()))
+    assert found.perplexity_reference != found.perplexity
+
+
+def test_hidden_states_have_no_perplexity() -> None:
+    def encoder(input_ids: Tensor) -> Any:
+        return SimpleNamespace(last_hidden_state=TABLE[input_ids], pooler_output=TABLE[0])
+
+    found = compare.accuracy(encoder, encoder, CALLS)
+    assert found.output == "last_hidden_state"
+    assert (found.kld, found.perplexity, found.top1) == (None, None, None)
+
+
+def test_the_main_output_is_found() -> None:
+    x = torch.ones(2)
+    assert compare.main_output((torch.tensor(1), {"a": x}))[1] is x
+    with pytest.raises(ValueError, match="no float tensor, found str"):
+        compare.main_output("text")
+
+
+def test_nothing_to_compare_on_is_refused() -> None:
+    with pytest.raises(ValueError, match="no batch was given"):
+        compare.accuracy(_exact, _exact, [])
+    with pytest.raises(ValueError, match=r"one shape .* \[2, 5, 9\] and \[2, 4, 9\]"):
+        compare.accuracy(_exact, lambda input_ids: _exact(input_ids[:, 1:]), CALLS)
+
+
+def test_latency_takes_turns_and_keeps_the_first_call_apart() -> None:
+    order: list[str] = []
+
+    def model(name: str, first: float, later: float) -> compare.Model:
+        def run() -> Tensor:
+            time.sleep(later if name in order else first)
+            order.append(name)
+            return torch.ones(1)
+
+        return run
+
+    models = {"a": model("a", 0.05, 0.001), "b": model("b", 0.001, 0.01)}
+    found = compare.latency(models, ((), {}), repeats=3)
+    assert order == ["a", "b", *["a", "a", "b", "b"] * 3], "each turn begins with a call that is not timed"
+    assert found["a"].cold >= 0.05 > found["a"].warm
+    assert found["b"].warm >= 0.01 > found["a"].warm
+    with pytest.raises(ValueError, match="repeats must be 1 or more, found 0"):
+        compare.latency(models, ((), {}), repeats=0)
+
+
+PROBE = """
+import torch
+from qfx.measuring.compare import peak_memory
+before = peak_memory()
+if before is not None:
+    held = torch.ones(before + 64_000_000, dtype=torch.uint8)
+    print(before, peak_memory())
+"""
+
+
+def test_peak_memory_is_that_of_this_process_alone() -> None:
+    held = torch.ones(512_000_000, dtype=torch.uint8)  # what the parent holds is no part of the child's peak
+    said = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True).stdout.split()
+    del held
+    if not said:
+        pytest.skip("needs a system that tells the peak memory of a process (Linux, macOS)")
+    before, after = map(int, said)
+    assert after >= before + 60_000_000
+    assert before < 512_000_000

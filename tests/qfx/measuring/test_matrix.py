@@ -1,0 +1,123 @@
+"""Recipes beside each other on one model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qfx
+from qfx.measuring.compare import Accuracy, Latency
+from qfx.measuring.matrix import Matrix, Row, bytes_of, compare_recipes, error_of, pareto
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*MatMulNBits rounds them:qfx.errors.QfxWarning")
+
+
+class _Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(128, 64), nn.Linear(64, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.down(self.up(x).relu())
+        return found
+
+
+@pytest.fixture(scope="module")
+def found() -> Matrix:
+    torch.manual_seed(0)
+    model = _Net().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = [torch.randn(4, 128) for _ in range(6)]
+
+    def largest(run: Any, calls: Any) -> float:
+        return float(max(run(*args, **kwargs).abs().max() for args, kwargs in calls))
+
+    told: list[str] = []
+    recipes = ["w8a8", "w8a8-static", "w2a16", "heads-of-none"]
+    made = compare_recipes(model, recipes, data[:2], data=data[2:], repeats=1, metric=largest, told=told.append)
+    assert model.training and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert told[0] == "quantize by w8a8" and "accuracy of w2a16" in told
+    return made
+
+
+def test_rows(found: Matrix) -> None:
+    assert [row.recipe for row in found.rows] == ["float", "w8a8", "w8a8-static", "w2a16", "heads-of-none"]
+    assert (found.shape, found.batches, found.metric) == ((4, 128), 2, "largest")
+    base, eight, static, two, none = found.rows
+    assert base.nbytes == 4 * (128 * 64 + 64 + 64 * 16) and base.bits == 32 and base.compression == 0.5
+    assert base.accuracy is not None and base.accuracy.sqnr_db == math.inf
+    for row in (eight, static, two):
+        assert row.latency is not None and row.latency.warm > 0 and row.seconds is not None and row.metric is not None
+        assert row.accuracy is not None and row.accuracy.kld is None and row.nbytes is not None
+    sizes = [row.nbytes or 0 for row in (two, eight, base)]
+    bits = [row.bits or 0 for row in (two, eight, base)]
+    assert 0 < sizes[0] < sizes[1] < sizes[2] and 0 < bits[0] < bits[1] < 16
+    assert eight.compression == pytest.approx(16 / bits[1])
+    assert error_of(eight) < 0.03 < error_of(two)
+    assert none.failed.startswith("unknown preset 'heads-of-none'") and none.nbytes is None
+
+
+def test_bytes_are_those_of_the_packed_model(found: Matrix) -> None:
+    torch.manual_seed(0)
+    packed = qfx.quantize(_Net(), "w8a8", [torch.randn(4, 128)])
+    assert bytes_of(packed) == found.rows[1].nbytes
+    tied = _Net()
+    tied.extra = tied.up
+    assert bytes_of(tied) == bytes_of(_Net())
+
+
+def test_json(found: Matrix, tmp_path: Path) -> None:
+    found.save(tmp_path / "m.json")
+    read = json.loads((tmp_path / "m.json").read_text())
+    assert read["rows"][0]["accuracy"]["sqnr_db"] is None, "JSON has no infinity"
+    assert read["rows"][1]["latency"]["warm"] == found.rows[1].latency.warm  # type: ignore[union-attr]
+    assert read["rows"][4]["failed"]
+
+
+def test_a_recipe_that_needs_data_without_data_is_a_row() -> None:
+    rows = compare_recipes(_Net(), ["w8a8-static", "w8a8"], [torch.randn(4, 128)], repeats=1).rows
+    assert rows[1].failed == "recipe 'w8a8-static' needs calibration data" and not rows[2].failed
+
+
+@pytest.mark.parametrize(
+    ("recipes", "options", "message"),
+    [
+        ([], {}, "expected recipes, each once, found none"),
+        (["w8a8", "w8a8"], {}, "expected recipes, each once, found w8a8, w8a8"),
+        (["w8a8"], {"baseline": "fast"}, "runs 'eager' or by 'inductor', found 'fast'"),
+        (["w8a8"], {"repeats": 0}, "repeats must be 1 or more"),
+    ],
+)
+def test_bad_input(recipes: list[str], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare_recipes(_Net(), recipes, [torch.randn(4, 128)], **options)
+
+
+def _row(name: str, nbytes: int, kld: float, failed: str = "") -> Row:
+    near = Accuracy("logits", 20.0, 0.9, kld, 3.0, 3.1, 0.9)
+    return Row(name, nbytes, 2.0, 8.0, 1.0, Latency(1.0, 0.1), None, near, None, failed)
+
+
+def test_what_no_other_beats() -> None:
+    rows = (
+        _row("float", 100, 0.0), _row("a", 50, 0.01), _row("b", 40, 0.5), _row("c", 60, 0.02), _row("d", 40, 0.4),
+        Row("e", failed="no"),
+    )  # fmt: skip
+    assert pareto(Matrix(rows, (1,), 1, "eager")) == ["d", "a"]
+
+
+def test_error_without_logits_is_noise_over_signal() -> None:
+    assert error_of(Row("x", accuracy=Accuracy("output", 20.0, 0.9))) == pytest.approx(0.1)
+
+
+def test_a_budget_is_for_recipes_that_plan_bits_alone() -> None:
+    given = [torch.randn(4, 128) for _ in range(2)]
+    rows = compare_recipes(_Net(), ["heads", "w8a8"], given[:1], data=given, budget={"avg_bits": 1.0}, repeats=1).rows
+    assert rows[1].recipe == "heads avg_bits=1.0" and rows[1].failed == "the budget avg_bits=1 is too small"
+    assert rows[2].recipe == "w8a8" and not rows[2].failed

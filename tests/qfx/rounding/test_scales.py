@@ -1,0 +1,120 @@
+"""The search for scales never loses against the extremes, finds signs and zero points, and heeds the importance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qfx.calibration.importance import Importance
+from qfx.calibration.moments import Moments
+from qfx.format import Format
+from qfx.numerics import choose_qparams, dequantize, quantize
+from qfx.rounding.scales import Best, refit_scale, refit_zero, rounded, search
+
+FORMATS = [
+    "i4", "i4/ch", "i4/g16", "i2/g16", "u4/g16", "u2/g16", "i3/ch", "i8/ch", "i4/b8x16", "nf4/g16", "i4/g16/f16",
+    "u4/g16/bf16", "f4e2m1/g16/e4m3", "f4e2m1/g32/e8m0", "f8e4m3/ch", "i4/g16/e8m0",
+]  # fmt: skip
+
+
+def weight(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator) * (1 + 4 * (torch.rand(shape, generator=generator) > 0.97))
+
+
+def error(w: Tensor, fmt: Format, params: tuple[Tensor, Tensor | None], importance: Importance | None = None) -> float:
+    d = dequantize(quantize(w, fmt, *params), fmt, *params) - w
+    return float((d * d if importance is None else importance.product(d, d)).sum())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    fmt=st.sampled_from(FORMATS), seed=st.integers(0, 1000), rows=st.integers(1, 9), columns=st.integers(1, 40),
+    kind=st.sampled_from(["uniform", "energy", "covariance"]),
+)  # fmt: skip
+def test_the_search_never_costs_more_than_the_extremes(fmt: str, seed: int, rows: int, columns: int, kind: str) -> None:
+    w, f = weight(rows, columns, seed=seed), Format.parse(fmt)
+    moments = Moments(block=None if kind == "energy" else 8)
+    moments.update(weight(64, columns, seed=seed + 1))
+    importance = None if kind == "uniform" else moments.importance()
+    found = search(w, f, importance)
+    assert found.scale.dtype == f.scale_dtype and found.scale.shape == f.scale_shape(w.shape)
+    least = error(w, f, choose_qparams(w, f), importance)
+    assert error(w, f, found, importance) <= least * (1 + 1e-4) + 1e-6
+
+
+@pytest.mark.parametrize("fmt", ["i4/g16", "i3/g16", "i2/g16", "i4/g16/f16", "i4/ch"])
+def test_a_negative_scale_turns_the_longer_side_to_the_extreme(fmt: str) -> None:
+    """max / -8 has a step of 1/8 of the greatest value, where a positive scale has 1/7 or clips it."""
+    f = Format.parse(fmt)
+    codes = torch.arange(f.qmin, f.qmax + 1).to(torch.float32).repeat(16)[:16]
+    w = -codes[None] * 0.25  # the greatest magnitude is above zero
+    found = search(w, f)
+    assert bool((found.scale < 0).all())
+    assert torch.equal(rounded(w, f, found), w)
+    assert error(w, f, choose_qparams(w, f)) > 0
+    assert bool((search(-w, f).scale > 0).all())
+
+
+@pytest.mark.parametrize("fmt", ["i8/ch", "f8e4m3/ch", "nf4/g16", "i4/g16/e8m0"])
+def test_types_without_a_longer_side_keep_positive_scales(fmt: str) -> None:
+    found = search(weight(8, 32), Format.parse(fmt))
+    assert bool((found.scale.to(torch.float32) > 0).all())
+
+
+def test_refits_are_least_squares() -> None:
+    w, fmt = weight(4, 32).abs() + 1, Format.parse("u4/g16")
+    params = choose_qparams(w, fmt)
+    codes = quantize(w, fmt, *params)
+
+    def loss(p: tuple[Tensor, Tensor | None]) -> float:
+        return float((dequantize(codes, fmt, *p) - w).square().sum())
+
+    fitted = refit_scale(w, fmt, codes, params)
+    assert loss(fitted) < loss(params)
+    for factor in (0.999, 1.001):
+        assert loss((fitted.scale * factor, fitted.zero)) > loss(fitted)
+    assert params.zero is not None
+    far = params._replace(zero=params.zero + 3)
+    near = refit_zero(w, fmt, codes, far)
+    assert near.zero is not None and near.zero.dtype == torch.uint8
+    assert loss(near) < loss(far) and torch.equal(near.zero, params.zero)
+
+
+def test_a_zero_point_stays_in_its_range() -> None:
+    fmt = Format.parse("u4/ch")
+    w = torch.full((2, 8), 5.0)
+    for sign in (1, -1):
+        found = search(sign * w, fmt)
+        assert found.zero is not None and int(found.zero.max()) <= 15
+        assert torch.allclose(rounded(sign * w, fmt, found), sign * w, rtol=1e-6)
+
+
+def test_what_costs_nothing_may_be_wrong() -> None:
+    """Channels that are never seen do not hold the scale: the others get all of its steps."""
+    w = torch.cat([weight(4, 15, seed=3).clamp(-1, 1), torch.full((4, 1), 1.9)], -1)
+    energy = torch.ones(16)
+    energy[15] = 0
+    fmt = Format.parse("i4/g16")
+    blind, seeing = (rounded(w, fmt, search(w, fmt, i)) for i in (None, Importance(energy)))
+    assert float((seeing - w)[:, :15].square().sum()) < 0.6 * float((blind - w)[:, :15].square().sum())
+
+
+def test_best_takes_each_scale_by_itself() -> None:
+    w, fmt = torch.tensor([[1.0, -1.0, 4.0, -4.0]]), Format.parse("i8/g2")
+    start = choose_qparams(w, fmt)
+    best = Best(w, fmt, torch.square, start)
+    best.offer(start._replace(scale=start.scale * torch.tensor([[0.1, 1.0]])))
+    assert torch.equal(best.params.scale, start.scale)
+    worse = Best(w, fmt, torch.square, start._replace(scale=start.scale * 3))
+    worse.offer(start)
+    assert torch.equal(worse.params.scale, start.scale) and float(worse.least.max()) < 1e-10
+
+
+def test_zeros_and_bad_values() -> None:
+    zeros = torch.zeros(4, 32)
+    for fmt in map(Format.parse, FORMATS):
+        assert torch.equal(rounded(zeros, fmt, search(zeros, fmt)), zeros)

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from qfx.storage import files
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_text_and_bytes(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "a" / "b" / "t.txt", "grün\n")
+    files.write_bytes(tmp_path / "a" / "b" / "b.bin", b"\0\1")
+    assert (tmp_path / "a" / "b" / "t.txt").read_text(encoding="utf-8") == "grün\n"
+    assert (tmp_path / "a" / "b" / "b.bin").read_bytes() == b"\0\1"
+    assert names(tmp_path / "a" / "b") == ["b.bin", "t.txt"]
+
+
+def test_sha256(tmp_path: Path) -> None:
+    data = os.urandom(100_000)
+    files.write_bytes(tmp_path / "x", data)
+    assert files.sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+def test_relative_path_without_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files.write_text("plain.txt", "1")
+    assert Path("plain.txt").read_text() == "1"
+
+
+def test_permissions_are_ordinary(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").touch()
+    expected = stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)
+    files.write_safetensors(tmp_path / "t.safetensors", {"a": torch.ones(2)})
+    assert stat.S_IMODE((tmp_path / "t.safetensors").stat().st_mode) == expected
+    (tmp_path / "t.safetensors").chmod(0o600)
+    files.write_safetensors(tmp_path / "t.safetensors", {"a": torch.ones(3)})
+    assert stat.S_IMODE((tmp_path / "t.safetensors").stat().st_mode) == 0o600
+
+
+def test_tensors_of_every_kind(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {
+        "whole": base,
+        "same": base,
+        "strided": base.t()[1:, ::2],
+        "scalar": torch.tensor(2.0, dtype=torch.float64),
+        "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16)),
+        "codes": torch.arange(5, dtype=torch.uint8),
+        "f8": torch.ones(4).to(torch.float8_e4m3fn),
+        "e8m0": torch.ones(4).to(torch.float8_e8m0fnu),
+    }
+    files.write_safetensors(tmp_path / "t", tensors, {"made": "here"})
+    read = files.read_safetensors(tmp_path / "t", sha256=files.sha256_file(tmp_path / "t"))
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert read[name].shape == tensor.shape
+        assert torch.equal(read[name].float(), tensor.detach().float())
+
+
+def test_failure_in_the_block_changes_nothing(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "a", "old")
+
+    def fails() -> None:
+        with files.staged(tmp_path) as stage:
+            stage("a").write_text("new")
+            stage("b").write_text("new")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fails()
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_nothing_is_seen_before_the_end(tmp_path: Path) -> None:
+    with files.staged(tmp_path) as stage:
+        stage("a").write_text("new")
+        assert stage("a") == stage("a")
+        assert not (tmp_path / "a").exists()
+    assert names(tmp_path) == ["a"]
+
+
+def test_folders_made_for_nothing_are_removed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="stop"), files.staged(tmp_path / "x" / "y"):
+        raise RuntimeError("stop")
+    assert names(tmp_path) == []
+
+
+def test_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "f").touch()
+    with pytest.raises(NotADirectoryError, match="a folder is needed"):
+        files.write_text(tmp_path / "f" / "t.txt", "1")
+
+
+def test_name_with_a_folder_is_our_bug(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="plain file name"), files.staged(tmp_path) as stage:
+        stage("../a")
+
+
+def limited(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run code in a process whose files cannot grow over 64 KiB."""
+    script = "import resource, sys, torch\nfrom pathlib import Path\nfrom qfx.storage import files\n"
+    script += "folder = Path(sys.argv[1])\n"
+    script += "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n" + textwrap.dedent(code)
+    return subprocess.run(
+        [sys.executable, "-c", script, str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[2])},
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
+@pytest.mark.parametrize(
+    "call",
+    [
+        "files.write_safetensors(folder / 'a', {'t': torch.ones(100_000)})",
+        "files.write_bytes(folder / 'a', bytes(100_000))",
+    ],
+)
+def test_full_disk_is_said_and_leaves_the_old_file(tmp_path: Path, call: str) -> None:
+    files.write_text(tmp_path / "a", "old")
+    done = limited(call, tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("OSError")
+    assert "the disk is full" in last
+    assert "nothing was changed" in last
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_full_disk_found_at_the_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="the disk is full") as caught:
+        files.write_text(tmp_path / "new" / "a", "1")
+    assert caught.value.errno == errno.ENOSPC
+    assert names(tmp_path) == []
+
+
+def test_other_errors_keep_their_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        files.write_text(tmp_path / "a", "1")
+    assert "disk is full" not in str(caught.value)
+
+
+def test_read_refuses_missing_truncated_altered(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"no such safetensors file.*t\.safetensors"):
+        files.read_safetensors(path)
+    files.write_safetensors(path, {"a": torch.ones(100)})
+    digest = files.sha256_file(path)
+    whole = path.read_bytes()
+    for cut in (0, 5, 20, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="truncated or no safetensors file"):
+            files.read_safetensors(path)
+        with pytest.raises(ValueError, match="altered or is truncated"):
+            files.read_safetensors(path, sha256=digest)
+    path.write_bytes(whole[:-1] + b"\1")
+    files.read_safetensors(path)  # without the digest a flipped byte goes unnoticed: the digest is what finds it
+    with pytest.raises(ValueError, match=f"expected: sha256 {digest}"):
+        files.read_safetensors(path, sha256=digest)
+
+
+def test_a_staged_folder_appears_whole(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("1")
+    (tmp_path / "b").write_text("old")
+    with files.staged_folder(tmp_path, last="a") as stage:
+        files.write_text(stage / "a", "new")
+        files.write_text(stage / "b", "new")
+        assert (tmp_path / "b").read_text() == "old"
+        assert not (tmp_path / "a").exists()
+    assert [(n, (tmp_path / n).read_text()) for n in names(tmp_path)] == [("a", "new"), ("b", "new"), ("kept", "1")]
+
+
+def test_the_last_file_moves_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+    replace = os.replace
+
+    def note(old: Path, new: Path) -> None:
+        moved.append(new.name)
+        replace(old, new)
+
+    with files.staged_folder(tmp_path, last="a") as stage:
+        for name in "bac":
+            (stage / name).touch()
+        monkeypatch.setattr(os, "replace", note)
+    assert moved == ["b", "c", "a"]
+
+
+def test_a_staged_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def write() -> None:
+        with files.staged_folder(tmp_path / "x" / "y", last="a") as stage:
+            files.write_text(stage / "a", "new")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write()
+    assert names(tmp_path) == []
+
+
+def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
+    tensors = {
+        name: torch.randint(0, 2, (3, 5)).to(dtype)
+        for name, dtype in files.DTYPES.items()
+        if name not in ("F8_E8M0", "C64", "U64", "U32", "U16")
+    }
+    tensors |= {"empty": torch.zeros(0, 3), "odd": torch.ones(3, dtype=torch.uint8), "strided": torch.arange(6.0)[::2]}
+    files.write_safetensors(tmp_path / "t.safetensors", tensors, {"format": "pt"})
+    with safe_open(tmp_path / "t.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt"} and set(opened.keys()) == set(tensors)
+        for name, tensor in tensors.items():
+            found = opened.get_tensor(name)
+            assert found.dtype == tensor.dtype and torch.equal(found.double(), tensor.double()), name
+    raw = (tmp_path / "t.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    fields = json.loads(raw[8 : 8 + length])
+    places = {n: f["data_offsets"][0] for n, f in fields.items() if n != "__metadata__"}
+    assert length % 8 == 0 and all(place % tensors[n].element_size() == 0 for n, place in places.items()), "aligned"
+
+
+def test_a_dtype_that_safetensors_does_not_know_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no name for torch\.complex128, the dtype of 'z'"):
+        files.write_safetensors(tmp_path / "t.safetensors", {"z": torch.zeros(2, dtype=torch.complex128)})
+    assert names(tmp_path) == []
