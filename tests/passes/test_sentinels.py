@@ -39,14 +39,14 @@ def of_router(own: Any, x: Tensor) -> Tensor:
 
 def clamped(own: Any, x: Tensor) -> Tensor:
     ids = picked(x @ own.router).reshape(-1).clamp(0, EXPERTS - 1)
-    biases: Tensor = own.bias[ids]
-    return x.repeat_interleave(2, 0) + biases
+    y: Tensor = x.repeat_interleave(2, 0) + own.bias[ids]
+    return y
 
 
 def best(own: Any, x: Tensor) -> Tensor:
     ids = (x @ own.router).argmax(-1)
-    biases: Tensor = own.bias[ids]
-    return masked(x, ids.to(torch.int32)) + biases
+    y: Tensor = masked(x, ids.to(torch.int32)) + own.bias[ids]
+    return y
 
 
 X = torch.randn(5, 8)

@@ -24,6 +24,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing:FutureWarning",  # of peft
     "ignore:.*pin_memory:UserWarning",
 )
+CHECKPOINTING = "activation_checkpointing"
+if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"  # its name in older releases
 RECIPE = both("u4/g16", "u8", "u4/g16")
 RECIPE["rules"].append({"target": "tied", "w": "u4/g16"})
 
@@ -40,7 +43,7 @@ class Text(torch.utils.data.Dataset[dict[str, Tensor]]):
 def training(model: Any, folder: Path, **fields: Any) -> Trainer:
     asked: dict[str, Any] = {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 4, "logging_steps": 1,
-        "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "activation_checkpointing": True,
+        "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, CHECKPOINTING: True,
         "learning_rate": 5e-3, "lr_scheduler_type": "cosine", "use_cpu": True, "report_to": [], "disable_tqdm": True,
         "seed": 3,
     }  # fmt: skip
@@ -85,7 +88,7 @@ def test_a_module_of_no_library_trains_and_resumes(scales: Any, tmp_path: Path) 
     def make() -> Any:
         return qfx.prepare_qat(copy.deepcopy(start), plan, scales=scales)
 
-    trainer = goes_on_exactly(make, tmp_path, activation_checkpointing=False, max_grad_norm=0.5)
+    trainer = goes_on_exactly(make, tmp_path, max_grad_norm=0.5, **{CHECKPOINTING: False})
     tensors = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     again = make()
     again.load_state_dict(tensors)
@@ -114,8 +117,8 @@ def test_a_schedule_is_stepped_and_resumed(tmp_path: Path) -> None:
     plan = qfx.plan(start, both("u4/g16", "u8"), [{"input_ids": batch["ids"]} for batch in DATA])
     callback = Scheduled(start_after=1, bits={0: 8, 1: 6, 3: 4}, freeze={3: "norm"})
     trainer = goes_on_exactly(
-        lambda: qfx.prepare_qat(copy.deepcopy(start), plan), tmp_path, activation_checkpointing=False,
-        callbacks=[callback],
+        lambda: qfx.prepare_qat(copy.deepcopy(start), plan), tmp_path,
+        callbacks=[callback], **{CHECKPOINTING: False},
     )  # fmt: skip
     assert callback.schedule is not None and callback.schedule.steps == 4
     model: Any = trainer.model
