@@ -8,6 +8,7 @@ qfx.export_onnx(model, example, "model.onnx")                    # a file that r
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from qfx.advise import advise
@@ -42,12 +43,15 @@ from qfx.training.merging import merge_adapters
 from qfx.training.schedule import QATSchedule
 
 if TYPE_CHECKING:
+    from qfx import onnx as onnx
     from qfx.hf.config import QfxConfig as QfxConfig
     from qfx.kv.cache import QuantizedCache as QuantizedCache
 else:
 
-    def __getattr__(name: str) -> type:
-        """`qfx.QfxConfig` and `qfx.QuantizedCache` are of transformers, which is imported where they are used."""
+    def __getattr__(name: str) -> object:
+        """`qfx.QfxConfig`, `qfx.QuantizedCache` and `qfx.onnx`: what they need is imported where they are used."""
+        if name == "onnx":
+            return importlib.import_module("qfx.onnx")
         if name == "QuantizedCache":
             from qfx.kv.cache import QuantizedCache
 
@@ -100,7 +104,7 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "QfxConfig", "QuantizedCache"])
+    return sorted({*globals(), "QfxConfig", "QuantizedCache", "onnx"})
 
 
 _register_when_loaded()

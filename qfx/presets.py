@@ -194,7 +194,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         {"rules": [{"target": "cache", "k": "i4", "v": "i2"}]},
     ),
     "kv-heads": (
-        "cache of 2 to 8 bits, keys and values of each head as they need, 3 on average; needs data, combines",
+        "cache of 2 to 6 bits, keys and values of each head as they need, 3 on average; needs data, combines",
         {"rules": [{"target": "cache", "k": "i3", "v": "i3"}], "cache_bits": 3.0},
     ),
 }

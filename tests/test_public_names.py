@@ -56,6 +56,13 @@ def test_the_cache_for_transformers_is_there_where_it_is_asked_for() -> None:
     assert QuantizedCache.__doc__
 
 
+def test_exported_models_are_opened_after_import_qfx_alone() -> None:
+    code = (
+        "import sys, qfx; assert 'qfx.onnx' not in sys.modules and 'onnx' in dir(qfx); print(callable(qfx.onnx.load))"
+    )
+    assert _python(code) == "True"
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="quantise"):
         qfx.quantise  # type: ignore[attr-defined]  # noqa: B018
