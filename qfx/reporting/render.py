@@ -68,7 +68,8 @@ def _table(title: str, lines: Sequence[Folded], numbers: dict[str, int], width: 
     widths = {name: most for name, most in _WIDEST.items() if measured or name != "SQNR"}
     left = width - sum(widths.values()) - len(widths) - 1
     widths["runs as"] -= min(max(_NAME - left, 0), widths["runs as"] // 2)
-    table.add_column("node", overflow="fold", width=max(_NAME, left))
+    space = max(_NAME, left)
+    table.add_column("node", overflow="fold", width=space)
     for name, most in widths.items():
         number = name in ("bytes", "SQNR")
         table.add_column(name, overflow="fold", width=most, justify="right" if number else "left", no_wrap=number)
@@ -79,8 +80,18 @@ def _table(title: str, lines: Sequence[Folded], numbers: dict[str, int], width: 
             kernel += f" [yellow]\\[{numbers[row.reason]}][/]"
         sqnr = [] if not measured else ["" if line.sqnr_db is None else f"{line.sqnr_db:.1f}"]
         size = _size(line.nbytes) if line.nbytes else ""
-        table.add_row(escape(line.name), escape(row.asked or "float"), kernel, size, *sqnr)
+        table.add_row(escape(_wrapped(line.name, space)), escape(row.asked or "float"), kernel, size, *sqnr)
     return table
+
+
+def _wrapped(name: str, width: int) -> str:
+    """A name in lines of at most `width`, broken behind its dots where it has one there."""
+    lines = []
+    while len(name) > width:
+        at = name.rfind(".", 0, width) + 1 or width
+        lines.append(name[:at])
+        name = name[at:]
+    return "\n".join([*lines, name])
 
 
 def _show_cache(cache: CacheSummary, console: Console) -> None:

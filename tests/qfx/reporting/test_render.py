@@ -11,7 +11,7 @@ from rich.console import Console
 
 from qfx.errors import Note
 from qfx.report import Report
-from qfx.reporting.render import main_kernel
+from qfx.reporting.render import _wrapped, main_kernel
 from qfx.reporting.rows import Row
 
 QUANTIZED = Row(
@@ -91,8 +91,9 @@ def test_nothing_is_cut_on_a_narrow_terminal(width: int) -> None:
     lines = [line.rstrip() for line in text.splitlines()]
     assert max(map(len, lines)) <= width
     assert lines[1].split() == ["node", "asked", "runs", "as", "bytes", "SQNR"]
-    row = next(line for line in lines if line.startswith("model.layers.0.self_attn"))
-    assert row.split()[-3:] == ["4.4", "KB", "40.1"]
+    at = next(i for i, line in enumerate(lines) if line.startswith("model.layers.0."))
+    assert lines[at].split()[0] == "model.layers.0." and lines[at].split()[-3:] == ["4.4", "KB", "40.1"]
+    assert lines[at + 1].split()[0] == "self_attn.q_proj", "broken behind a dot"
 
 
 def _layers(sqnr: list[float]) -> tuple[Row, ...]:
@@ -118,3 +119,17 @@ def test_what_differs_in_kernel_or_reason_keeps_a_row() -> None:
     first, second, third = (replace(QUANTIZED, node=f"a.{i}.q") for i in range(3))
     text = shown(Report((first, replace(second, reason="too odd"), replace(third, kernel="torch"))))
     assert all(f"a.{i}.q" in text for i in range(3)) and "several nodes" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("a.b.c", ["a.b.c"]),
+        ("layers.0.attention", ["layers.0.", "attention"]),
+        ("layers.attention.key", ["layers.", "attention.", "key"]),
+        ("scaled_dot_product", ["scaled_dot", "_product"]),
+        ("", [""]),
+    ],
+)
+def test_names_are_broken_behind_dots(name: str, lines: list[str]) -> None:
+    assert _wrapped(name, 10).split("\n") == lines
