@@ -75,7 +75,7 @@ def _table(title: str, lines: Sequence[Folded], numbers: dict[str, int], width: 
         table.add_column(name, overflow="fold", width=most, justify="right" if number else "left", no_wrap=number)
     for line in lines:
         row = line.rows[0]
-        kernel = escape(main_kernel(row.kernel) or "-")
+        kernel = escape(main_kernel(row.kernel) or "folded into others")
         if row.reason:
             kernel += f" [yellow]\\[{numbers[row.reason]}][/]"
         sqnr = [] if not measured else ["" if line.sqnr_db is None else f"{line.sqnr_db:.1f}"]

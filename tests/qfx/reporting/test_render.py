@@ -133,3 +133,8 @@ def test_what_differs_in_kernel_or_reason_keeps_a_row() -> None:
 )
 def test_names_are_broken_behind_dots(name: str, lines: list[str]) -> None:
     assert _wrapped(name, 10).split("\n") == lines
+
+
+def test_a_node_without_a_kernel_of_its_own() -> None:
+    """Runtimes fold constants, and fuse nodes into the kernels of others."""
+    assert "folded into others" in shown(Report((Row("a", "embedding", "w=i8/ch"),)))
