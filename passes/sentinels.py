@@ -64,7 +64,10 @@ def _is_in_range(clamp: fx.Node) -> bool:
 
 def _bound(node: Any) -> int | None:
     """A number that all elements are below, none of them negative; None where it is not known."""
-    node = m.skip(node, *_KEEPS)
+    while is_call(node, *_KEEPS):
+        if m.dtype(node) not in (torch.int64, torch.int32):  # fewer bits may wrap
+            return None
+        node = node.args[0]
     if is_call(node, operator.getitem):
         source, which = node.args
         if is_call(source, aten.sort.default, aten.sort.stable) and which == 0:

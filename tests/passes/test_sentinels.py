@@ -85,6 +85,7 @@ def test_golden_text() -> None:
         lambda own, x, s, ids: masked(x, s.argmax(-1).sort().indices),
         lambda own, x, s, ids: x + own.bias[s.argmax(-1).clamp(max=EXPERTS - 2)],
         lambda own, x, s, ids: x + own.bias[s.argmax(-1).clamp(min=1)],
+        lambda own, x, s, ids: x + own.bias[s.argmax(-1).to(torch.int8).clamp(0, EXPERTS - 1).long()],  # may wrap
         lambda own, x, s, ids: x + own.bias[ids.clamp(max=EXPERTS - 1)],  # who knows what they are
         lambda own, x, s, ids: x.masked_fill((s.argmax(-1) <= EXPERTS).unsqueeze(-1), 0.0),
     ],
