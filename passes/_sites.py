@@ -23,7 +23,7 @@ from qfx.storage.spill import beside, rest
 aten = torch.ops.aten
 ATTENTION = ("aten::scaled_dot_product_attention", "qfx::attention")
 
-_PART = 1 << 22  # elements in f64 at once
+_PART = 1 << 20  # elements that are worked on in f64 at once
 _SAME = (*m.CASTS, *m.SAME_VALUE)
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 

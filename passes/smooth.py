@@ -32,10 +32,11 @@ from qfx.passes import _sites as sites
 from qfx.passes._build import call
 from qfx.passes._sites import Norm, Record, Weight
 from qfx.rounding.scales import rounded, search
-from qfx.storage.spill import rest
+from qfx.storage.spill import give_back, is_mapped, rest
 
 ALPHAS: tuple[float, ...] = tuple(step / 10 for step in range(11))
 _ROWS = 2048  # output channels that the search looks at
+_ELEMENTS = 1 << 20  # of these at once
 _SEARCHED_ROWS = 512  # the same where scales are searched for each factor
 _LEAST, _GREATEST = 1e-4, 1e4  # of a factor
 
@@ -201,6 +202,9 @@ def choose(
         layers = [Layer.of(gm, nodes[w.name], w, observer, percentile) for w in linears]
         best = _search(layers, inputs, alphas, lambda absmax, a: factors(tie(absmax), w_absmax, a))
         factor = None if best is None else factors(x_absmax, w_absmax, best)
+        if any(is_mapped(graph.get_tensor(gm, w.weight)) for w in linears):
+            del layers
+            give_back()  # of weights that wait in files no copies stay
     else:
         factor = factors(x_absmax, w_absmax, alpha)
     return factor if factor is not None and bool((factor != 1).any()) else None
@@ -253,18 +257,33 @@ class Layer:
         x, w = formats.get("x"), formats.get("w")
         if w is not None and not isinstance(w, Format):  # of several the one that rounds the most
             w = min(annotation.each(w), key=lambda fmt: fmt.bits)
-        value = graph.get_tensor(gm, weight.weight).detach().movedim((weight.out, weight.inp), (-2, -1))
+        whole = graph.get_tensor(gm, weight.weight).detach()
+        value = whole.movedim((weight.out, weight.inp), (-2, -1))
         rows = _SEARCHED_ROWS if searched else _ROWS
         some = value[..., :: -(-value.shape[-2] // rows), :].to(torch.float32)
+        rest(whole)
         return cls(some, x if isinstance(x, Format) else None, w, observer, percentile, searched)
 
     def error(self, rows: Tensor, low: Tensor, high: Tensor, factor: Tensor) -> float:
         """Squared error of the quantized result relative to the float one, inputs divided by `factor`."""
-        x, weight = rows / factor, self.weight * factor
-        inputs = self._rounded(x, low / factor, high / factor)
-        w = weight if self.w is None else self._as_stored(weight, self.w, inputs)
-        exact = rows @ self.weight.mT
-        return float((inputs @ w.mT - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
+        inputs = self._rounded(rows / factor, low / factor, high / factor)
+        wrong, total = rows.new_zeros(()), rows.new_zeros(())
+        for part in self._parts():
+            weight = part * factor
+            w = weight if self.w is None else self._as_stored(weight, self.w, inputs)
+            exact = rows @ part.mT
+            wrong += (inputs @ w.mT - exact).square().sum()
+            total += exact.square().sum()
+        return float(wrong / total.clamp(min=1e-30))
+
+    def _parts(self) -> Sequence[Tensor]:
+        """Output channels in parts of bounded size, where each has scales of its own: rounding takes several copies."""
+        alone = self.w is None or self.w.granularity == "ch" or self.w.group is not None
+        whole = self.w is not None and self.w.scale_type in ("e4m3", "dq")  # with a scale of scales
+        if self.weight.dim() != 2 or not alone or whole:
+            return [self.weight]
+        parts: Sequence[Tensor] = self.weight.split(max(1, _ELEMENTS // max(1, self.weight.shape[1])))
+        return parts
 
     def _as_stored(self, weight: Tensor, fmt: Format, inputs: Tensor) -> Tensor:
         if not self.searched or fmt.is_plain:
