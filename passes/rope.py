@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import fx
 
+import qfx.ops.floats  # noqa: F401  (registers the ops)
 from qfx.graph import is_call
-from qfx.ops import floats as float_ops  # noqa: F401  (registers the ops)
 from qfx.passes import _match as m
 from qfx.passes._build import call, matched, replace
 

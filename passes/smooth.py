@@ -36,7 +36,6 @@ from qfx.storage.spill import give_back, is_mapped, rest
 
 ALPHAS: tuple[float, ...] = tuple(step / 10 for step in range(11))
 _ROWS = 2048  # output channels that the search looks at
-_ELEMENTS = 1 << 20  # of these at once
 _SEARCHED_ROWS = 512  # the same where scales are searched for each factor
 _LEAST, _GREATEST = 1e-4, 1e4  # of a factor
 
@@ -279,11 +278,9 @@ class Layer:
     def _parts(self) -> Sequence[Tensor]:
         """Output channels in parts of bounded size, where each has scales of its own: rounding takes several copies."""
         alone = self.w is None or self.w.granularity == "ch" or self.w.group is not None
-        whole = self.w is not None and self.w.scale_type in ("e4m3", "dq")  # with a scale of scales
-        if self.weight.dim() != 2 or not alone or whole:
+        if self.weight.dim() != 2 or not alone or (self.w is not None and self.w.nested):
             return [self.weight]
-        parts: Sequence[Tensor] = self.weight.split(max(1, _ELEMENTS // max(1, self.weight.shape[1])))
-        return parts
+        return [self.weight[rows] for rows in sites.parts(self.weight)]
 
     def _as_stored(self, weight: Tensor, fmt: Format, inputs: Tensor) -> Tensor:
         if not self.searched or fmt.is_plain:

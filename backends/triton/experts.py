@@ -24,7 +24,7 @@ from qfx.backends.triton.products import bad, check_devices
 from qfx.backends.triton.weight_only import DTYPES, LANGUAGE, UNIT, Weight, gemv_asm, named
 from qfx.backends.triton.weight_only_pack import pack_weight_only, stored_bits
 from qfx.format import Format
-from qfx.ops.floats import alone
+from qfx.ops.floats import alone, of_expert
 
 VECTORS, TILES = 0, 1  # what a configuration's PATH says
 _MOST_ROWS = 65535  # programs along the second axis of a grid
@@ -44,11 +44,6 @@ def pack_experts(w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: st
     if named(made[0], Format.parse(text)).table is None:
         return stacked(made), text
     return [*stacked([tensors[:-1] for tensors in made]), made[0][-1]], text
-
-
-def of_expert(scale: Tensor, zero: Tensor | None, e: int) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of an expert's packed weight; one value is that of all."""
-    return scale[e] if scale.dim() else scale, zero[e] if zero is not None and zero.dim() else zero
 
 
 def stacked(made: list[list[Tensor]]) -> list[Tensor]:

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from qfx.backends.triton import gemm4, gemm4_config, gemm8, gemm8_config, tuning
 from qfx.backends.triton.device import Device
-from qfx.backends.triton.experts import checked_ends, of_expert, stacked, tiles_of
+from qfx.backends.triton.experts import checked_ends, stacked, tiles_of
 from qfx.backends.triton.kernels import experts_gemm as kernels
 from qfx.backends.triton.launch import Config, device_of, launch
 from qfx.backends.triton.library import define
 from qfx.backends.triton.products import DTYPES, aligned_rows, bad, check_devices, check_scales, constants_of, group_of
 from qfx.backends.triton.row_codes import dense
 from qfx.format import Format
-from qfx.ops.floats import alone
+from qfx.ops.floats import alone, of_expert
 
 _TUNED = "experts_gemm"
 _OF_ONE = ("TILES", "SPLIT", "HALVES", "GROUP", "PERSISTENT")  # constants of a configuration

@@ -166,8 +166,7 @@ def grouped_linear_quant(
         ops.linear(
             x[start:end],
             w[e],
-            _of_expert(w_scale, e),
-            None if w_zero is None else _of_expert(w_zero, e),
+            *of_expert(w_scale, w_zero, e),
             None,
             x_scale,
             x_zero,
@@ -225,8 +224,9 @@ def alone(scale: Tensor, zero: Tensor | None, fmt: Format) -> tuple[Tensor, Tens
     return effective_scale(scale, zero, fmt), None, Format(fmt.type, fmt.granularity)
 
 
-def _of_expert(per_expert: Tensor, e: int) -> Tensor:
-    return per_expert if per_expert.ndim == 0 else per_expert[e]
+def of_expert(scale: Tensor, zero: Tensor | None, e: int) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of an expert's packed weight; one value is that of all."""
+    return scale[e] if scale.dim() else scale, zero[e] if zero is not None and zero.dim() else zero
 
 
 def _spans(offs: Tensor) -> list[tuple[int, int, int]]:
