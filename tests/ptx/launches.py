@@ -1,0 +1,118 @@
+"""Launches of kernels carried out here: what `launch.recorded` lists is compiled and run at once, on CPU tensors."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from qfx.backends.triton import ahead, launch
+from qfx.backends.triton.device import Device
+from qfx.backends.triton.launch import Launch
+from tests.ptx.copies import Map
+from tests.ptx.machine import Machine
+from tests.ptx.memory import Global
+from tests.ptx.parse import Program, parse
+
+_MOST_LANES = 8192  # at once
+_PROGRAMS: dict[Any, tuple[Program, int, list[Any]]] = {}
+
+
+class Carried(list[Launch]):
+    """A list of launches that runs what is appended."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.device = device
+
+    def append(self, launched: Launch) -> None:
+        """Run it; the list keeps its name."""
+        carry_out(launched, self.device)
+        super().append(launched)
+
+
+@contextmanager
+def carried_out(on: Device) -> Iterator[list[Launch]]:
+    """Within it launches run here as compiled for `on`."""
+    recording = launch._Recording(on, Carried(on))
+    token = launch._RECORDING.set(recording)
+    try:
+        yield recording.launches
+    finally:
+        launch._RECORDING.reset(token)
+
+
+def compiled(launched: Launch, device: Device) -> tuple[Program, int, list[Any]]:
+    """The program, its bytes of shared memory and what is known of its tensor descriptors."""
+    source = ahead.source_of(launched)
+    key = (device.capability, source.hash(), *sorted(launched.options.items()))
+    if key not in _PROGRAMS:
+        target = GPUTarget("cuda", device.capability[0] * 10 + device.capability[1], 32)
+        built = triton.compile(source, target=target, options={**launched.options, "enable_fp_fusion": True})
+        maps = getattr(built.metadata, "tensordesc_meta", None) or []
+        _PROGRAMS[key] = parse(built.asm["ptx"]), built.metadata.shared, list(maps)
+    return _PROGRAMS[key]
+
+
+def carry_out(launched: Launch, device: Device) -> None:
+    """Compile the launch and run all of its programs."""
+    program, shared, maps = compiled(launched, device)
+    given = [v for name, v in zip(*_arguments(launched), strict=True) if not name]
+    tensors = [v.base if isinstance(v, TensorDescriptor) else v for v in given]
+    memory = Global([t for t in tensors if isinstance(t, Tensor)])
+    descriptors: dict[int, Map] = {}
+    values: list[int | float] = []
+    metas = iter(maps)
+    for value in given:
+        if isinstance(value, TensorDescriptor):
+            key = (1 << 40) + 128 * len(descriptors)
+            descriptors[key] = _map(value, next(metas), memory)
+            values += [key, *value.shape, *value.strides]
+        else:
+            values.append(memory.address(value) if isinstance(value, Tensor) else value)
+    params = _params(program, values)
+    grid: Any = (*launched.grid, 1, 1)[:3]
+    count = grid[0] * grid[1] * grid[2]
+    at_once = max(1, _MOST_LANES // program.threads)
+    for first in range(0, count, at_once):
+        programs = range(first, min(first + at_once, count))
+        Machine(program, grid, programs, params, memory, shared, descriptors).run()
+    memory.give_back()
+
+
+def _arguments(launched: Launch) -> tuple[list[bool], list[Any]]:
+    """Of each parameter: whether it is a constant of the code, and its value."""
+    constants = ahead.source_of(launched).constants
+    known = {name if isinstance(name, str) else launched.kernel.arg_names[name[0]] for name in constants}
+    names = launched.kernel.arg_names
+    return [name in known for name in names], [launched.arguments.get(name) for name in names]
+
+
+def _params(program: Program, values: list[int | float]) -> dict[str, bytes]:
+    """The bytes of the kernel's parameters; the last two are memory that no kernel of ours asks for."""
+    held: dict[str, bytes] = {}
+    values = [*values, 0, 0]
+    assert len(values) == len(program.params), (program.params, values)
+    for (name, size), value in zip(program.params, values, strict=True):
+        if isinstance(value, float):
+            held[name] = struct.pack("<f", value)
+        else:
+            held[name] = int(value).to_bytes(8, "little", signed=value < 0)[: min(size, 8)]
+    return held
+
+
+def _map(descriptor: TensorDescriptor, meta: Any, memory: Global) -> Map:
+    base = descriptor.base
+    box = tuple(meta["block_size"])
+    return Map(
+        memory.address(base), base.element_size(), tuple(descriptor.shape), descriptor.strides[0] * base.element_size(),
+        (box[0], box[1]), meta["swizzle"],
+    )  # fmt: skip
+
+

@@ -1,0 +1,207 @@
+"""Running a parsed kernel: all threads of some programs in step, those that are behind first where they part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tests.ptx.memory import Fault, Global, Shared
+from tests.ptx.parse import Instruction, Program
+from tests.ptx.values import WORDS, Array, bits_of, dtype_of, read, word_of
+
+_ADDRESS = re.compile(r"\[\s*([^+\s]+)\s*(?:\+\s*(-?\w+)\s*)?\]")
+_MOST_STEPS = 20_000_000
+Step = Callable[[], None]
+
+
+class Machine:
+    """Threads of `programs` (their indices in the grid) and their registers; lane: a thread of one of them.
+
+    active: the lanes that carry out an instruction, None where all do.
+    """
+
+    def __init__(
+        self, program: Program, grid: tuple[int, int, int], programs: Sequence[int], params: dict[str, bytes],
+        memory: Global, shared: int, descriptors: dict[int, Any],
+    ) -> None:  # fmt: skip
+        self.program, self.grid, self.memory, self.descriptors = program, grid, memory, descriptors
+        self.threads, self.count = program.threads, len(programs)
+        self.lanes = self.threads * self.count
+        self.shared = Shared(self.count, shared)
+        self.params = params
+        self.thread = np.tile(np.arange(self.threads, dtype=np.uint32), self.count)
+        self.place = np.repeat(np.arange(self.count), self.threads)
+        index = np.repeat(np.asarray(programs, np.uint32), self.threads)
+        self.index = {"x": index % grid[0], "y": index // grid[0] % grid[1], "z": index // (grid[0] * grid[1])}
+        self.lane_ids = self.thread % 32
+        self.names = {name: i for i, name in enumerate(program.registers)}
+        self.kinds = list(program.registers.values())
+        self.registers: list[Array] = [np.zeros(self.lanes, _held(kind)) for kind in self.kinds]
+        self.active: Array | None = None
+        self.barriers: dict[tuple[int, int], Any] = {}
+        self.text_places = {name: 1 << 48 | i << 32 for i, name in enumerate(program.texts)}
+
+    def run(self) -> None:
+        """To the end of all lanes."""
+        from tests.ptx.instructions import step_of
+
+        steps = [step_of(self, i) for i in self.program.instructions]
+        predicates = [self._predicate(i) for i in self.program.instructions]
+        targets = [self._target(i) for i in self.program.instructions]
+        waiting: dict[int, Array] = {}
+        at, mask, taken = 0, None, 0
+        everything = np.ones(self.lanes, bool)
+        with np.errstate(all="ignore"):
+            while True:
+                taken += 1
+                if taken > _MOST_STEPS:
+                    raise Fault(f"no end after {taken} instructions")
+                if waiting:  # those behind go first, those that meet go together
+                    first = min(waiting)
+                    if first < at:
+                        self_mask = everything if mask is None else mask
+                        waiting[at] = waiting[at] | self_mask if at in waiting else self_mask
+                        at, mask = first, waiting.pop(first)
+                    elif first == at:
+                        met = waiting.pop(at)
+                        mask = None if mask is None else mask | met
+                        mask = None if mask is None or mask.all() else mask
+                if at >= len(steps):
+                    if not waiting:
+                        return
+                    at = min(waiting)
+                    mask = waiting.pop(at)
+                    continue
+                predicate = predicates[at]
+                if predicate is None:
+                    active = mask
+                else:
+                    value = self.registers[predicate[0]]
+                    value = ~value if predicate[1] else value
+                    active = value if mask is None else value & mask
+                    if not active.any():
+                        at += 1
+                        continue
+                    if active.all():
+                        active = None
+                target = targets[at]
+                if target is None:
+                    self.active = active
+                    try:
+                        steps[at]()
+                    except (Fault, AssertionError, ValueError, IndexError) as e:
+                        e.add_note(f"{self.program.name}: {self.program.instructions[at].text}")
+                        raise
+                    at += 1
+                    continue
+                left = None if active is None else (everything if mask is None else mask) & ~active
+                if left is not None and left.any():
+                    waiting[at + 1] = waiting[at + 1] | left if at + 1 in waiting else left
+                at, mask = target, active
+
+    def _predicate(self, instruction: Instruction) -> tuple[int, bool] | None:
+        if instruction.predicate is None:
+            return None
+        return self.names[instruction.predicate[0]], instruction.predicate[1]
+
+    def _target(self, instruction: Instruction) -> int | None:
+        if instruction.op[0] == "bra":
+            return self.program.labels[instruction.operands[-1]]
+        return len(self.program.instructions) if instruction.op[0] in ("ret", "exit") else None
+
+    def source(self, operand: str, kind: str) -> Callable[[], Array]:
+        """Reads an operand as numbers of a type: [lanes], or [1] for what is the same in all."""
+        if operand in self.names:
+            place, same = self.names[operand], self.kinds[self.names[operand]]
+            if kind == "pred" or dtype_of(kind) == _held(same):
+                return lambda: self.registers[place]
+            return lambda: read(self.registers[place], kind)
+        fixed = self._fixed(operand, kind)
+        return lambda: fixed
+
+    def _fixed(self, operand: str, kind: str) -> Array:
+        axis = operand.rpartition(".")[2]
+        if operand.startswith("%tid"):
+            return self.thread if axis == "x" else np.zeros(1, np.uint32)
+        if operand.startswith("%ctaid"):
+            return self.index[axis]
+        if operand.startswith("%nctaid"):
+            return np.asarray([self.grid["xyz".index(axis)]], np.uint32)
+        if operand.startswith("%laneid"):
+            return self.lane_ids
+        if operand == "global_smem":
+            return np.zeros(1, np.uint32)
+        if operand in self.text_places:
+            return np.asarray([self.text_places[operand]], np.uint64)
+        if kind == "pred":
+            return np.asarray([operand not in ("0", "false")])
+        if operand.startswith("0f") and len(operand) == 10:
+            return read(np.asarray([int(operand[2:], 16)], np.uint32), kind)
+        bits = bits_of(kind)
+        return read(np.asarray([int(operand.rstrip("U"), 0) & (1 << bits) - 1], WORDS[bits]), kind)
+
+    def sink(self, operand: str) -> Callable[[Array], None]:
+        """Writes numbers to a register, for the active lanes."""
+        if operand == "_":
+            return lambda number: None
+        place = self.names[operand]
+        bits = 0 if self.kinds[place] == "pred" else bits_of(self.kinds[place])
+
+        def write(number: Array) -> None:
+            word = word_of(number, bits) if bits else number
+            if self.active is not None:
+                word = np.where(self.active, word, self.registers[place])
+            elif word.shape[0] != self.lanes:
+                word = np.repeat(word, self.lanes)
+            self.registers[place] = word
+
+        return write
+
+    def address(self, operand: str, kind: str) -> Callable[[], Array]:
+        """Addresses of the active lanes of an operand [register + offset]."""
+        found = _ADDRESS.fullmatch(operand)
+        assert found is not None, operand
+        base, offset = self.source(found[1], kind), int(found[2] or "0", 0)
+
+        def read_address() -> Array:
+            every = base()
+            if every.shape[0] != self.lanes:
+                every = np.repeat(every, self.lanes)
+            every = every if self.active is None else every[self.active]
+            return every + np.asarray([offset & (1 << bits_of(kind)) - 1], every.dtype) if offset else every
+
+        return read_address
+
+    def chosen(self, number: Array) -> Array:
+        """What the active lanes have."""
+        number = number if number.shape[0] == self.lanes else np.repeat(number, self.lanes)
+        return number if self.active is None else number[self.active]
+
+    def spread(self, number: Array) -> Array:
+        """Numbers of the active lanes as those of all lanes."""
+        if self.active is None:
+            return number
+        every = np.zeros(self.lanes, number.dtype)
+        every[self.active] = number
+        return every
+
+    def places(self) -> Array:
+        """Of which program the active lanes are."""
+        return self.place if self.active is None else self.place[self.active]
+
+    def together(self, threads: int, what: str) -> Array | None:
+        """Groups of `threads` lanes of which all are active, None for all. Raises Fault where a group is split."""
+        if self.active is None:
+            return None
+        groups = self.active.reshape(-1, threads)
+        whole = groups.all(1)
+        if (groups.any(1) != whole).any():
+            raise Fault(f"{what} is carried out by a part of its threads")
+        return whole
+
+
+def _held(kind: str) -> np.dtype[Any]:
+    return np.dtype(bool) if kind == "pred" else np.dtype(WORDS[bits_of(kind)])

@@ -1,0 +1,108 @@
+"""Memory: that of the launch's tensors, and what programs share among their threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from tests.ptx.values import WORDS, Array
+
+_GUARD = 4096  # bytes between tensors
+_FIRST = 1 << 32  # address
+POISON = 0xFF  # NaN, or -1
+
+
+class Fault(Exception):
+    """What a GPU would stop for, or do something undefined with."""
+
+
+class Memory:
+    """Bytes at addresses from `first` on, of which those in `spans` may be touched."""
+
+    def __init__(self, size: int, first: int, space: str) -> None:
+        size = -(-size // 512) * 512
+        self.bytes = np.full(size, POISON, np.uint8)
+        self.allowed = np.zeros(size, bool)
+        self.first, self.space = first, space
+
+    def places(self, addresses: Array, size: int) -> Array:
+        """Offsets of accesses of `size` bytes. Raises Fault for one that is not aligned or outside of all tensors."""
+        at = addresses.astype(np.int64) - self.first
+        if (at % size).any():
+            raise Fault(f"{self.space} address {int(addresses[(at % size).argmax()]):#x} for {size} bytes: not aligned")
+        inside = (at >= 0) & (at + size <= len(self.bytes))
+        if not inside.all() or not (self.allowed[at].all() and self.allowed[at + size - 1].all()):
+            bad = ~inside
+            bad[inside] = ~(self.allowed[at[inside]] & self.allowed[at[inside] + size - 1])
+            first = int(addresses[bad.argmax()])
+            raise Fault(f"{self.space} address {first:#x} is outside ({int(bad.sum())} of {len(bad)} threads)")
+        return at
+
+    def load(self, addresses: Array, bits: int, count: int) -> Array:
+        """[threads, count] words of `bits` bits, side by side."""
+        at = self.places(addresses, bits // 8 * count)
+        whole = self.bytes.view(WORDS[bits]).reshape(-1, count)
+        return whole[at // (bits // 8 * count)]
+
+    def store(self, addresses: Array, words: Array) -> None:
+        """Store [threads, count] words; of two threads with one address the later wins."""
+        size = words.dtype.itemsize
+        at = self.places(addresses, size * words.shape[1])
+        self.bytes.view(words.dtype).reshape(-1, words.shape[1])[at // (size * words.shape[1])] = words
+
+
+class Global(Memory):
+    """The memory behind tensors, copied here, and back by `give_back`."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        found = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.numel()}
+        self.at: dict[int, int] = {}
+        end = _FIRST
+        for host, storage in found.items():
+            end += host % 512  # aligned as it is on the host
+            self.at[host] = end
+            end = -(-(end + storage.nbytes() + _GUARD) // 512) * 512
+        super().__init__(end - _FIRST, _FIRST, "global")
+        self.hosts = {host: np.asarray(memoryview(_view(storage))) for host, storage in found.items()}
+        for host, content in self.hosts.items():
+            span = self._span(host)
+            self.bytes[span], self.allowed[span] = content, True
+
+    def address(self, tensor: Tensor) -> int:
+        """Of a tensor's first element."""
+        storage = tensor.untyped_storage().data_ptr()
+        return self.at[storage] + tensor.data_ptr() - storage if tensor.numel() else 0
+
+    def give_back(self) -> None:
+        """What was stored, to the tensors."""
+        for host, content in self.hosts.items():
+            content[:] = self.bytes[self._span(host)]
+
+    def _span(self, host: int) -> slice:
+        start = self.at[host] - _FIRST
+        return slice(start, start + len(self.hosts[host]))
+
+
+def _view(storage: object) -> Array:
+    import ctypes
+
+    size, host = storage.nbytes(), storage.data_ptr()  # type: ignore[attr-defined]
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(host), np.uint8)
+
+
+class Shared(Memory):
+    """Shared memory of several programs, one behind the other."""
+
+    def __init__(self, programs: int, size: int) -> None:
+        self.size = -(-max(size, 16) // 1024) * 1024
+        super().__init__(programs * self.size, 0, "shared")
+        self.allowed.reshape(programs, self.size)[:, :size] = True
+
+    def absolute(self, addresses: Array, program: Array) -> Array:
+        """Addresses of threads as those of the whole."""
+        inside = addresses.astype(np.int64)
+        if (inside >= self.size).any():
+            raise Fault(f"shared address {int(inside.max()):#x} is outside of the program's {self.size} bytes")
+        return inside + program * self.size

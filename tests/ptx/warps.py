@@ -1,0 +1,89 @@
+"""What the threads of a warp, or of a program, do together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tests.ptx.parse import Instruction
+from tests.ptx.values import Array
+
+if TYPE_CHECKING:
+    from tests.ptx.machine import Machine, Step
+
+
+def _shfl(machine: Machine, instruction: Instruction) -> Step:
+    how, operands = instruction.op[2], instruction.operands
+    assert "|" not in operands[0] and operands[4] == "-1", instruction.text
+    sink, value = machine.sink(operands[0]), machine.source(operands[1], "b32")
+    by, bounds = machine.source(operands[2], "u32"), machine.source(operands[3], "u32")
+    lane = machine.lane_ids.astype(np.int64)
+
+    def shuffle() -> None:
+        machine.together(32, instruction.text)
+        shift, packed = by().astype(np.int64), bounds().astype(np.int64)
+        clamp, segment = packed & 31, packed >> 8 & 31
+        last = (lane & segment) | (clamp & ~segment & 31)
+        if how == "bfly":
+            other = lane ^ shift
+        elif how == "up":
+            other = np.where(lane - shift >= last, lane - shift, lane)
+        elif how == "down":
+            other = lane + shift
+        else:
+            other = (lane & segment) | (shift & ~segment & 31)
+        if how != "up":
+            other = np.where(other <= last, other, lane)
+        every = np.broadcast_to(value(), (machine.lanes,)).reshape(-1, 32)
+        sink(np.take_along_axis(every, other.reshape(-1, 32), 1).reshape(-1))
+
+    return shuffle
+
+
+def _redux(machine: Machine, instruction: Instruction) -> Step:
+    how, kind = instruction.op[2], instruction.op[-1]
+    sink, value = machine.sink(instruction.operands[0]), machine.source(instruction.operands[1], kind)
+    members = machine.source(instruction.operands[2], "u32")
+    function: Callable[[Array], Array] = {
+        "max": lambda x: x.max(1), "min": lambda x: x.min(1), "add": lambda x: x.sum(1, dtype=x.dtype),
+    }[how]  # fmt: skip
+
+    def reduce() -> None:
+        machine.together(32, instruction.text)
+        assert (members() == 0xFFFFFFFF).all(), "of a part of a warp"
+        sink(np.repeat(function(np.broadcast_to(value(), (machine.lanes,)).reshape(-1, 32)), 32))
+
+    return reduce
+
+
+def _elect(machine: Machine, instruction: Instruction) -> Step:
+    leader, predicate = instruction.operands[0].split("|")
+    which, elected = machine.sink(leader), machine.sink(predicate)
+
+    def elect() -> None:
+        machine.together(32, instruction.text)
+        which(np.zeros(1, np.uint32))
+        elected(machine.lane_ids == 0)
+
+    return elect
+
+
+def _bar(machine: Machine, instruction: Instruction) -> Step:
+    whole = 32 if "warp" in instruction.op else machine.threads
+
+    def barrier() -> None:
+        machine.together(whole, "a barrier")
+
+    return barrier
+
+
+def _nothing(machine: Machine, instruction: Instruction) -> Step:
+    return lambda: None
+
+
+STEPS: dict[str, Callable[[Machine, Instruction], Step]] = {
+    "shfl": _shfl, "redux": _redux, "elect": _elect, "bar": _bar, "fence": _nothing, "membar": _nothing,
+    "griddepcontrol": _nothing,
+}  # fmt: skip
