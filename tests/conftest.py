@@ -14,9 +14,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.interpreter import language_patched_once
 
-if not torch.cuda.is_available():
+CARRIED_OUT_FOR = os.environ.get("QFX_TEST_PTX", "")  # a capability: kernels are compiled for it and run by tests.ptx
+if CARRIED_OUT_FOR:
+    os.environ["TRITON_INTERPRET"] = "0"
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+if CARRIED_OUT_FOR:
+    from tests.ptx.launches import carry_out_all
+
+    carry_out_all(CARRIED_OUT_FOR)
 
 
 @atexit.register
@@ -44,6 +53,9 @@ def pytest_collection() -> Generator[None, object, object]:
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter() -> Iterator[None]:
     """Kernels are interpreted in all of the tests, without what Triton's interpreter does twice."""
+    if CARRIED_OUT_FOR:
+        yield
+        return
     with language_patched_once():
         yield
 

@@ -18,7 +18,7 @@ def _cvt(machine: Machine, instruction: Instruction) -> Step:
     *how, to, kind = instruction.op[1:]
     sink = machine.sink(instruction.operands[0])
     sources = [machine.source(operand, kind if kind != "e4m3x2" else "b16") for operand in instruction.operands[1:]]
-    if to in _PAIRS:  # the first operand becomes the upper half
+    if to in _PAIRS and kind != "e4m3x2":  # the first operand becomes the upper half
         upper, lower = sources
         rounded = _PAIRS[to]
         bits = 8 if to == "e4m3x2" else 16

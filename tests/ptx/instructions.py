@@ -54,7 +54,7 @@ def _in(kind: str, function: Number) -> Number:
         return lambda *given: _joined(to_bf16(function(*(from_bf16(pairs(g)) for g in given))))
     if kind == "f16x2":
         return lambda *given: _joined(function(*(pairs(g).view(np.float16) for g in given)).view(np.uint16))
-    if kind == "s16x2":
+    if kind in ("s16x2", "u16x2"):
         return lambda *given: _joined(function(*(pairs(g) for g in given)))
     return function
 
@@ -83,8 +83,15 @@ def _mul(op: tuple[str, ...]) -> Number:
     if op[1] == "wide":
         return lambda a, b: a.astype(_wider(a)) * b.astype(_wider(a))
     if op[1] == "hi":
-        return lambda a, b: (a.astype(_wider(a)) * b.astype(_wider(a)) >> 32).astype(a.dtype)
+        return _upper
     return np.multiply
+
+
+def _upper(a: Array, b: Array) -> Array:
+    """The upper half of a product."""
+    if a.dtype.itemsize < 8:
+        return (a.astype(_wider(a)) * b.astype(_wider(a)) >> 8 * a.dtype.itemsize).astype(a.dtype)
+    return np.asarray(a.astype(object) * b.astype(object) >> 64).astype(a.dtype)
 
 
 def _mad(op: tuple[str, ...]) -> Number:

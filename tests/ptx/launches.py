@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qfx.backends.triton import ahead, launch
+from qfx.backends.triton import ahead, device, launch
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Launch
 from tests.ptx.copies import Map
@@ -27,14 +27,13 @@ _PROGRAMS: dict[Any, tuple[Program, int, list[Any]]] = {}
 class Carried(list[Launch]):
     """A list of launches that runs what is appended."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, on: Device) -> None:
         super().__init__()
-        self.device = device
+        self.on = on
 
     def append(self, launched: Launch) -> None:
-        """Run it; the list keeps its name."""
-        carry_out(launched, self.device)
-        super().append(launched)
+        """Run it; the list stays empty, so that memory can be given back."""
+        carry_out(launched, self.on)
 
 
 @contextmanager
@@ -48,21 +47,28 @@ def carried_out(on: Device) -> Iterator[list[Launch]]:
         launch._RECORDING.reset(token)
 
 
-def compiled(launched: Launch, device: Device) -> tuple[Program, int, list[Any]]:
+def carry_out_all(capability: str) -> None:
+    """From now on launches of this process run here. capability: "80" or "90"."""
+    device.interpreting = lambda: True  # so that CPU tensors are taken
+    on = {"80": device.A100, "90": device.H100}[capability]
+    launch._RECORDING.set(launch._Recording(on, Carried(on)))
+
+
+def compiled(launched: Launch, on: Device) -> tuple[Program, int, list[Any]]:
     """The program, its bytes of shared memory and what is known of its tensor descriptors."""
     source = ahead.source_of(launched)
-    key = (device.capability, source.hash(), *sorted(launched.options.items()))
+    key = (on.capability, source.hash(), *sorted(launched.options.items()))
     if key not in _PROGRAMS:
-        target = GPUTarget("cuda", device.capability[0] * 10 + device.capability[1], 32)
+        target = GPUTarget("cuda", on.capability[0] * 10 + on.capability[1], 32)
         built = triton.compile(source, target=target, options={**launched.options, "enable_fp_fusion": True})
         maps = getattr(built.metadata, "tensordesc_meta", None) or []
         _PROGRAMS[key] = parse(built.asm["ptx"]), built.metadata.shared, list(maps)
     return _PROGRAMS[key]
 
 
-def carry_out(launched: Launch, device: Device) -> None:
+def carry_out(launched: Launch, on: Device) -> None:
     """Compile the launch and run all of its programs."""
-    program, shared, maps = compiled(launched, device)
+    program, shared, maps = compiled(launched, on)
     given = [v for name, v in zip(*_arguments(launched), strict=True) if not name]
     tensors = [v.base if isinstance(v, TensorDescriptor) else v for v in given]
     memory = Global([t for t in tensors if isinstance(t, Tensor)])

@@ -51,56 +51,49 @@ class Machine:
         steps = [step_of(self, i) for i in self.program.instructions]
         predicates = [self._predicate(i) for i in self.program.instructions]
         targets = [self._target(i) for i in self.program.instructions]
-        waiting: dict[int, Array] = {}
-        at, mask, taken = 0, None, 0
         everything = np.ones(self.lanes, bool)
+        groups = Groups()
+        at, mask, taken = 0, None, 0
         with np.errstate(all="ignore"):
             while True:
                 taken += 1
                 if taken > _MOST_STEPS:
                     raise Fault(f"no end after {taken} instructions")
-                if waiting:  # those behind go first, those that meet go together
-                    first = min(waiting)
-                    if first < at:
-                        self_mask = everything if mask is None else mask
-                        waiting[at] = waiting[at] | self_mask if at in waiting else self_mask
-                        at, mask = first, waiting.pop(first)
-                    elif first == at:
-                        met = waiting.pop(at)
-                        mask = None if mask is None else mask | met
-                        mask = None if mask is None or mask.all() else mask
+                if groups.waiting:
+                    at, mask = groups.next(at, everything if mask is None else mask)
+                    mask = None if mask.all() else mask
                 if at >= len(steps):
-                    if not waiting:
+                    if not groups.waiting:
                         return
-                    at = min(waiting)
-                    mask = waiting.pop(at)
+                    at, mask = groups.leave()
                     continue
-                predicate = predicates[at]
-                if predicate is None:
-                    active = mask
-                else:
+                active = mask
+                if (predicate := predicates[at]) is not None:
                     value = self.registers[predicate[0]]
                     value = ~value if predicate[1] else value
                     active = value if mask is None else value & mask
                     if not active.any():
                         at += 1
                         continue
-                    if active.all():
-                        active = None
-                target = targets[at]
-                if target is None:
-                    self.active = active
-                    try:
-                        steps[at]()
-                    except (Fault, AssertionError, ValueError, IndexError) as e:
-                        e.add_note(f"{self.program.name}: {self.program.instructions[at].text}")
-                        raise
-                    at += 1
+                    active = None if active.all() else active
+                if (target := targets[at]) is not None:
+                    left = None if active is None else (everything if mask is None else mask) & ~active
+                    if left is not None and left.any():
+                        groups.wait(at + 1, left)
+                    at, mask = target, active
                     continue
-                left = None if active is None else (everything if mask is None else mask) & ~active
-                if left is not None and left.any():
-                    waiting[at + 1] = waiting[at + 1] | left if at + 1 in waiting else left
-                at, mask = target, active
+                self.active = active
+                try:
+                    steps[at]()
+                except Apart:
+                    assert mask is not None, "all lanes are here"
+                    groups.wait(at, mask, blocked=True)
+                    at, mask = groups.leave()
+                    continue
+                except (Fault, AssertionError, ValueError, IndexError) as e:
+                    e.add_note(f"{self.program.name}: {self.program.instructions[at].text}")
+                    raise
+                at += 1
 
     def _predicate(self, instruction: Instruction) -> tuple[int, bool] | None:
         if instruction.predicate is None:
@@ -192,15 +185,50 @@ class Machine:
         """Of which program the active lanes are."""
         return self.place if self.active is None else self.place[self.active]
 
-    def together(self, threads: int, what: str) -> Array | None:
-        """Groups of `threads` lanes of which all are active, None for all. Raises Fault where a group is split."""
+    def together(self, threads: int) -> Array | None:
+        """Groups of `threads` lanes of which all are active, None for all. Raises Apart where a group is split."""
         if self.active is None:
             return None
         groups = self.active.reshape(-1, threads)
-        whole = groups.all(1)
+        whole: Array = groups.all(1)
         if (groups.any(1) != whole).any():
-            raise Fault(f"{what} is carried out by a part of its threads")
+            raise Apart
         return whole
+
+
+class Apart(Exception):
+    """Threads of a group that do something together are not all there yet."""
+
+
+class Groups:
+    """Lanes that wait at an instruction, by its index. blocked: those that wait for others to come there."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[int, Array] = {}
+        self.blocked: set[int] = set()
+
+    def wait(self, at: int, lanes: Array, *, blocked: bool = False) -> None:
+        """Let lanes wait at an instruction; whoever is blocked there goes on with them."""
+        self.waiting[at] = self.waiting[at] | lanes if at in self.waiting else lanes
+        (self.blocked.add if blocked else self.blocked.discard)(at)
+
+    def next(self, at: int, lanes: Array) -> tuple[int, Array]:
+        """Who goes on, of those that wait and `lanes` at `at`: those that are behind. Who meets goes together."""
+        if at in self.waiting:
+            lanes = lanes | self.waiting.pop(at)
+            self.blocked.discard(at)
+        first = min((i for i in self.waiting if i not in self.blocked), default=at)
+        if first >= at:
+            return at, lanes
+        self.waiting[at] = lanes
+        return first, self.waiting.pop(first)
+
+    def leave(self) -> tuple[int, Array]:
+        """The same, of those that wait alone. Raises Fault where all of them wait for others."""
+        free = [i for i in self.waiting if i not in self.blocked]
+        if not free:
+            raise Fault("threads wait for others that do not come: a barrier or an instruction of a warp in a branch")
+        return min(free), self.waiting.pop(min(free))
 
 
 def _held(kind: str) -> np.dtype[Any]:

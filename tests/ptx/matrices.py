@@ -46,7 +46,7 @@ def _ldmatrix(machine: Machine, instruction: Instruction) -> Step:
     transposed = "trans" in instruction.op
 
     def load() -> None:
-        machine.together(32, instruction.text)
+        machine.together(32)
         at = machine.shared.absolute(address(), machine.places()).reshape(-1, 32)[:, : 8 * len(sinks)]
         rows = machine.shared.load(at.reshape(-1), 32, 4)  # 16 bytes a row
         matrices = rows.view(np.uint16).reshape(-1, len(sinks), 8, 8)
@@ -65,7 +65,7 @@ def _stmatrix(machine: Machine, instruction: Instruction) -> Step:
     transposed = "trans" in instruction.op
 
     def store() -> None:
-        machine.together(32, instruction.text)
+        machine.together(32)
         at = machine.shared.absolute(address(), machine.places()).reshape(-1, 32)[:, : 8 * len(sources)]
         words = np.stack([machine.chosen(s()).reshape(-1, 32) for s in sources], 1)
         matrices = np.ascontiguousarray(words).view(np.uint16).reshape(-1, len(sources), 8, 8)
@@ -98,7 +98,7 @@ def _mma(machine: Machine, instruction: Instruction) -> Step:
     a, b, c = ([machine.source(name, "u32") for name in names(o)] for o in instruction.operands[1:4])
 
     def multiply() -> None:
-        machine.together(32, instruction.text)
+        machine.together(32)
         left = left_operand(_by_warp(machine, a), a_kind)
         words = _by_warp(machine, b)
         right = np.empty((words.shape[0], k, 8), np.float32)

@@ -44,6 +44,12 @@ def _mov(machine: Machine, instruction: Instruction) -> Step:
     return lambda: sink(value())
 
 
+def _cvta(machine: Machine, instruction: Instruction) -> Step:
+    """An address as one of another space: all lie in one here."""
+    value, sink = machine.source(instruction.operands[1], "u64"), machine.sink(instruction.operands[0])
+    return lambda: sink(value())
+
+
 def _selp(machine: Machine, instruction: Instruction) -> Step:
     kind = instruction.op[-1]
     sink = machine.sink(instruction.operands[0])
@@ -111,7 +117,7 @@ def _atom(machine: Machine, instruction: Instruction) -> Step:
 
 
 def _call(machine: Machine, instruction: Instruction) -> Step:
-    assert instruction.operands[0] == "__assertfail", instruction.text
+    assert instruction.op == ("trap",) or instruction.operands[0] == "__assertfail", instruction.text
     said = [text for name, text in machine.program.texts.items() if name.startswith("assertMessage")]
 
     def fail() -> None:
@@ -156,5 +162,5 @@ def _lop3(machine: Machine, instruction: Instruction) -> Step:
 
 
 STEPS: dict[str, Callable[[Machine, Instruction], Step]] = {
-    "mov": _mov, "selp": _selp, "ld": _ld, "st": _st, "atom": _atom, "call": _call, "prmt": _prmt, "lop3": _lop3,
+    "trap": _call, "mov": _mov, "cvta": _cvta, "selp": _selp, "ld": _ld, "st": _st, "atom": _atom, "call": _call, "prmt": _prmt, "lop3": _lop3,
 }  # fmt: skip

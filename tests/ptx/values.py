@@ -10,19 +10,20 @@ import torch
 Array = np.ndarray[Any, Any]
 
 WORDS: dict[int, type[np.unsignedinteger[Any]]] = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+_WORDS = ("f16x2", "bf16x2", "s16x2", "u16x2", "tf32")
 _KINDS = {"b": "u", "u": "u", "s": "i", "f": "f"}
 
 
 def bits_of(kind: str) -> int:
     """Of a PTX type such as s32 or bf16x2."""
-    if kind in ("f16x2", "bf16x2", "tf32"):
+    if kind in _WORDS:
         return 32
     return 16 if kind == "bf16" else int(kind[1:])
 
 
 def dtype_of(kind: str) -> np.dtype[Any]:
     """In what numpy holds a PTX type; that of bf16 is its word."""
-    if kind in ("f16x2", "bf16x2", "bf16", "tf32"):
+    if kind in _WORDS or kind == "bf16":
         return np.dtype(WORDS[bits_of(kind)])
     return np.dtype(f"{_KINDS[kind[0]]}{int(kind[1:]) // 8}")
 

@@ -22,7 +22,7 @@ def _shfl(machine: Machine, instruction: Instruction) -> Step:
     lane = machine.lane_ids.astype(np.int64)
 
     def shuffle() -> None:
-        machine.together(32, instruction.text)
+        machine.together(32)
         shift, packed = by().astype(np.int64), bounds().astype(np.int64)
         clamp, segment = packed & 31, packed >> 8 & 31
         last = (lane & segment) | (clamp & ~segment & 31)
@@ -51,7 +51,7 @@ def _redux(machine: Machine, instruction: Instruction) -> Step:
     }[how]  # fmt: skip
 
     def reduce() -> None:
-        machine.together(32, instruction.text)
+        machine.together(32)
         assert (members() == 0xFFFFFFFF).all(), "of a part of a warp"
         sink(np.repeat(function(np.broadcast_to(value(), (machine.lanes,)).reshape(-1, 32)), 32))
 
@@ -63,7 +63,7 @@ def _elect(machine: Machine, instruction: Instruction) -> Step:
     which, elected = machine.sink(leader), machine.sink(predicate)
 
     def elect() -> None:
-        machine.together(32, instruction.text)
+        machine.together(32)
         which(np.zeros(1, np.uint32))
         elected(machine.lane_ids == 0)
 
@@ -74,7 +74,7 @@ def _bar(machine: Machine, instruction: Instruction) -> Step:
     whole = 32 if "warp" in instruction.op else machine.threads
 
     def barrier() -> None:
-        machine.together(whole, "a barrier")
+        machine.together(whole)
 
     return barrier
 

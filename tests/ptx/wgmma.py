@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tests.ptx.machine import Machine, Step
 
 _SHAPE = re.compile(r"m64n(\d+)k(\d+)")
+_NONE = 2**64 - 1
 _WIDTHS = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes that a swizzle spans
 
 
@@ -45,10 +46,12 @@ def _offsets(descriptor: int, outer: int, k: int, bits: int, along_k: bool) -> A
 
 
 def _operand(machine: Machine, descriptors: Array, outer: int, k: int, kind: str, along_k: bool) -> Array:
-    """[groups, outer, k] numbers of an operand in shared memory."""
+    """[groups, outer, k] numbers of an operand in shared memory; descriptor -1: of a group that takes no part."""
     bits = bits_of_operand(kind)
-    found = np.empty((len(descriptors), outer, k), np.float32)
+    found = np.zeros((len(descriptors), outer, k), np.float32)
     for group, descriptor in enumerate(descriptors):
+        if descriptor == _NONE:
+            continue
         at = _offsets(int(descriptor), outer, k, bits, along_k)
         place = machine.place[group * 128] * machine.shared.size
         words = machine.shared.load((at + place).reshape(-1), bits, 1)
@@ -78,21 +81,21 @@ def _wgmma(machine: Machine, instruction: Instruction) -> Step:
     b_along = not (turned and turned[-1])
     a_along = in_registers or not (len(turned) == 2 and turned[0])
 
-    def one(source: Callable[[], Array]) -> Array:
+    def one(source: Callable[[], Array], groups: Array | None) -> Array:
         every = np.broadcast_to(source(), (machine.lanes,)).reshape(-1, 128)
-        if (every != every[:, :1]).any():
+        taking = every if groups is None else every[groups]
+        if (taking != taking[:, :1]).any():
             raise Fault("threads of a group name different operands")
-        return every[:, 0]
+        return every[:, 0] if groups is None else np.where(groups, every[:, 0], np.uint64(_NONE))
 
     def multiply() -> None:
-        if machine.together(128, instruction.text) is not None:
-            raise Fault("some programs multiply and others do not")  # descriptors of the rest are not to be read
-        right = _operand(machine, one(b_source), n, k, kind, b_along)
+        groups = machine.together(128)
+        right = _operand(machine, one(b_source, groups), n, k, kind, b_along)
         if in_registers:
             words = np.stack([np.broadcast_to(s(), (machine.lanes,)).reshape(-1, 32) for s in a_sources], 1)
             left = left_operand(words, kind).reshape(-1, 64, k)
         else:
-            left = _operand(machine, one(a_sources[0]), 64, k, kind, a_along)
+            left = _operand(machine, one(a_sources[0], groups), 64, k, kind, a_along)
         product = left @ right.transpose(0, 2, 1)
         kept = keeps()
         rows = np.arange(4)[:, None] * 16 + ROW  # [warps, lanes]

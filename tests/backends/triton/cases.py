@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = DEVICE == "cpu" and not os.environ.get("QFX_TEST_PTX")  # else compiled code runs
 BF16_STEP = 2.0**-8  # the interpreter truncates f32 to bf16
 
 

@@ -20,7 +20,7 @@ from qfx.ops import packed as ops
 from qfx.packing import Packed, pack_weight
 from qfx.pipeline import apply_plan, prepare
 from qfx.recipe import Recipe
-from tests.backends.triton.cases import BF16_STEP, DEVICE
+from tests.backends.triton.cases import BF16_STEP, DEVICE, INTERPRETED
 from tests.backends.triton.linears import linear_w4a8
 from tests.graphs import capture
 
@@ -67,7 +67,7 @@ SHAPES = {"m": st.sampled_from([1, 2, 17, 40]) | st.integers(1, 70), "n": st.int
 @given(**SHAPES, w=st.sampled_from(WHOLE), x=st.sampled_from(INPUTS), seed=st.integers(0, 99))
 def test_channels_are_exact(m: int, n: int, k: int, w: str, x: str, seed: int) -> None:
     found, expected = both(*inputs(m, n, k, w, x, seed), x)
-    assert torch.equal(found, expected) if DEVICE == "cpu" else relative(found, expected) < F32
+    assert torch.equal(found, expected) if INTERPRETED else relative(found, expected) < F32
 
 
 @settings(max_examples=15, deadline=None)

@@ -18,7 +18,7 @@ from qfx.backends.triton.quantize_rows import quantize_dynamic
 from qfx.format import Format
 from qfx.ops.packed import linear
 from qfx.packing import Packed, pack_weight
-from tests.backends.triton.cases import BF16_STEP, DEVICE
+from tests.backends.triton.cases import BF16_STEP, DEVICE, INTERPRETED
 from tests.backends.triton.linears import linear_w8a8, rounded
 
 X_INT = ["i8/tok", "u8/tok", "i8", "u8", "i8/dyn", "u8/dyn/c90", "u4/tok/c80", "i6/tok"]
@@ -92,7 +92,7 @@ def test_e4m3_is_that_of_the_reference(m: int, n: int, k: int, x_format: str, w_
     layer = Layer(n, k, x_format, w_format, seed=m)
     x = layer.x(m)
     # on the GPU the tensor core adds 128 products with 14 bits
-    assert error(layer(x), layer.reference(x)) <= (TOLERANCE[torch.float32] if DEVICE == "cpu" else 2e-3)
+    assert error(layer(x), layer.reference(x)) <= (TOLERANCE[torch.float32] if INTERPRETED else 2e-3)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_every_way_of_dispatch(
     monkeypatch.setattr("qfx.backends.triton.gemm8.configuration", lambda *_: config)
     layer = Layer(150, 100, *formats)
     x = layer.x(40)
-    tolerance = TOLERANCE[torch.float32] if DEVICE == "cpu" else 2e-3
+    tolerance = TOLERANCE[torch.float32] if INTERPRETED else 2e-3
     assert error(layer(x), layer.reference(x)) <= tolerance
 
 
@@ -149,7 +149,7 @@ def test_a_configuration_may_leave_the_product_to_the_library(
     layer = Layer(96, 70, *formats)
     x = layer.x(40)
     found, expected = layer(x, act="silu"), F.silu(layer.reference(x))
-    assert error(found, expected) <= (TOLERANCE[torch.float32] if DEVICE == "cpu" else 2e-3)
+    assert error(found, expected) <= (TOLERANCE[torch.float32] if INTERPRETED else 2e-3)
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_larger_shapes(m: int, n: int, k: int, seed: int, data: st.DataObject) -
     x_formats, w_formats = data.draw(st.sampled_from([(X_INT, W_INT), (X_FLOAT, W_FLOAT)]))
     layer = Layer(n, k, data.draw(st.sampled_from(x_formats)), data.draw(st.sampled_from(w_formats)), seed=seed)
     x = layer.x(m)
-    assert error(layer(x), layer.reference(x)) <= (TOLERANCE[torch.float32] if DEVICE == "cpu" else 2e-3)
+    assert error(layer(x), layer.reference(x)) <= (TOLERANCE[torch.float32] if INTERPRETED else 2e-3)
 
 
 def test_a_wrong_scale_zero_or_sum_is_noticed() -> None:
