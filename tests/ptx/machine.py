@@ -129,6 +129,8 @@ class Machine:
             return np.zeros(1, np.uint32)
         if operand in self.text_places:
             return np.asarray([self.text_places[operand]], np.uint64)
+        if operand in self.params:  # its address; of a tensor descriptor its key, see launches
+            return read(np.frombuffer(self.params[operand], np.uint64), kind)
         if kind == "pred":
             return np.asarray([operand not in ("0", "false")])
         if operand.startswith("0f") and len(operand) == 10:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.ptx.parse import Instruction
-from tests.ptx.values import Array
+from tests.ptx.values import dtype_of
 
 if TYPE_CHECKING:
     from tests.ptx.machine import Machine, Step
@@ -46,14 +46,15 @@ def _redux(machine: Machine, instruction: Instruction) -> Step:
     how, kind = instruction.op[2], instruction.op[-1]
     sink, value = machine.sink(instruction.operands[0]), machine.source(instruction.operands[1], kind)
     members = machine.source(instruction.operands[2], "u32")
-    function: Callable[[Array], Array] = {
-        "max": lambda x: x.max(1), "min": lambda x: x.min(1), "add": lambda x: x.sum(1, dtype=x.dtype),
-    }[how]  # fmt: skip
+    limits = np.iinfo(dtype_of(kind))
+    function, neutral = {"max": (np.max, limits.min), "min": (np.min, limits.max), "add": (np.sum, 0)}[how]
 
     def reduce() -> None:
         machine.together(32)
-        assert (members() == 0xFFFFFFFF).all(), "of a part of a warp"
-        sink(np.repeat(function(np.broadcast_to(value(), (machine.lanes,)).reshape(-1, 32)), 32))
+        every = np.broadcast_to(value(), (machine.lanes,)).reshape(-1, 1, 32)
+        of = np.broadcast_to(members(), (machine.lanes,)).reshape(-1, 32, 1) >> np.arange(32, dtype=np.uint32) & 1
+        kept = np.where(of.astype(bool), every, np.asarray(neutral, every.dtype))
+        sink(function(kept, axis=2).astype(every.dtype).reshape(-1))
 
     return reduce
 

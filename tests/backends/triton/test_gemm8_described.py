@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ from tests.backends.triton.cases import DEVICE, INTERPRETED
 from tests.backends.triton.test_gemm8 import TOLERANCE, W_FLOAT, W_INT, X_FLOAT, X_INT, Layer, error
 from tests.backends.triton.test_tune import timer
 
+pytestmark = pytest.mark.skipif(os.environ.get("QFX_TEST_PTX") == "80", reason="compute capability 8.0 has none")
 FORMATS = [("i8/tok", "i8/ch"), ("u8/tok", "u8/ch"), ("f8e4m3/tok", "f8e4m3/ch"), ("f8e4m3/g32/dyn", "f8e4m3/b32x64")]
 EXACT = TOLERANCE[torch.float32] if INTERPRETED else 2e-3  # of e4m3; integers are equal
 
@@ -101,7 +103,8 @@ def test_epilogue_activates_and_adds(dispatch: Dispatch, act: str) -> None:
     functions = {"gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "silu": F.silu}
     found, pointers = dispatch.both(layer, x, form(), residual=residual, act=act)
     assert error(found, functions[act](layer.reference(x)) + residual) <= TOLERANCE[torch.float32]
-    assert torch.equal(found, pointers)
+    # a compiler may contract sums and products of one and not of the other
+    assert torch.equal(found, pointers) if INTERPRETED else error(found, pointers) <= TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
