@@ -57,6 +57,11 @@ def _cp(machine: Machine, instruction: Instruction) -> Step:
 
     def copy() -> None:
         at, origin = machine.shared.absolute(to(), machine.places()), source()
+        if machine.counts is not None:
+            machine.counts.banked(instruction.text, at, machine.numbers(), size)
+            lanes = machine.numbers()
+            kept = machine.chosen(taken()) > 0 if taken is not None else np.ones(len(lanes), bool)
+            machine.counts.asked(instruction.text, "load", origin[kept], lanes[kept], size)
         words = np.zeros((len(at), size // 4), np.uint32)
         if taken is None:
             words[:] = machine.memory.load(origin, 32, size // 4)

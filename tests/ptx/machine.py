@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.ptx.counting import Counts
 from tests.ptx.memory import Fault, Global, Shared
 from tests.ptx.parse import Instruction, Program
 from tests.ptx.values import WORDS, Array, bits_of, dtype_of, read, word_of
@@ -41,6 +42,8 @@ class Machine:
         self.kinds = list(program.registers.values())
         self.registers: list[Array] = [np.zeros(self.lanes, _held(kind)) for kind in self.kinds]
         self.active: Array | None = None
+        self.counts: Counts | None = None
+        self.every_lane = np.arange(self.lanes)
         self.barriers: dict[tuple[int, int], Any] = {}
         self.text_places = {name: 1 << 48 | i << 32 for i, name in enumerate(program.texts)}
 
@@ -83,6 +86,9 @@ class Machine:
                     at, mask = target, active
                     continue
                 self.active = active
+                if self.counts is not None:
+                    warps = self.lanes // 32 if active is None else int(active.reshape(-1, 32).any(1).sum())
+                    self.counts.issued[".".join(self.program.instructions[at].op)] += warps
                 try:
                     steps[at]()
                 except Apart:
@@ -182,6 +188,10 @@ class Machine:
         every = np.zeros(self.lanes, number.dtype)
         every[self.active] = number
         return every
+
+    def numbers(self) -> Array:
+        """Of the active lanes."""
+        return self.every_lane if self.active is None else self.every_lane[self.active]
 
     def places(self) -> Array:
         """Of which program the active lanes are."""

@@ -70,8 +70,15 @@ def _ld(machine: Machine, instruction: Instruction) -> Step:
     address = machine.address(instruction.operands[1], "u64" if space == "global" else "u32")
     memory = machine.memory if space == "global" else machine.shared
 
+    size = bits_of(kind) // 8 * len(sinks)
+
     def load() -> None:
         at = address()
+        if machine.counts is not None:
+            if space == "global":
+                machine.counts.asked(instruction.text, "load", at, machine.numbers(), size)
+            else:
+                machine.counts.banked(instruction.text, at.astype(np.int64), machine.numbers(), size)
         if space != "global":
             at = machine.shared.absolute(at, machine.places())
         words = memory.load(at, bits_of(kind), len(sinks)).view(dtype_of(kind))
@@ -89,8 +96,15 @@ def _st(machine: Machine, instruction: Instruction) -> Step:
     address = machine.address(instruction.operands[0], "u64" if space == "global" else "u32")
     memory = machine.memory if space == "global" else machine.shared
 
+    size = bits_of(kind) // 8 * len(values)
+
     def store() -> None:
         at = address()
+        if machine.counts is not None:
+            if space == "global":
+                machine.counts.asked(instruction.text, "store", at, machine.numbers(), size)
+            else:
+                machine.counts.banked(instruction.text, at.astype(np.int64), machine.numbers(), size)
         if space != "global":
             at = machine.shared.absolute(at, machine.places())
         memory.store(at, np.stack([machine.chosen(value()) for value in values], -1))
