@@ -21,6 +21,7 @@ from qfx.numerics import F4_VALUES, NF4_VALUES
 
 TABLES = {"nf4": NF4_VALUES, "f4e2m1": F4_VALUES}
 _EXPAND = ("0x4140", "0x4342")  # the first and last two bytes into the low halves of 16-bit lanes, the rest from zero
+TABLE_REGISTERS = "l0, l1, l2, l3, h0, h1, h2, h3, a, b, s, m"  # what `table_words` and `looked_up` want
 _AND_OR, _SELECT = "0xEA", "0xCA"  # lop3: (a & b) | c; a ? b : c
 
 
@@ -39,7 +40,7 @@ def decode_asm(fmt: Format, dtype: torch.dtype, odd: int = 0) -> str:
     bits = fmt.bits if fmt.bits <= 4 else 8
     if bits == 8 and not half:
         return ""
-    return _block(_from_integers(bits, 1 << (bits - 1) if fmt.symmetric else 0, odd, half=half))
+    return block(_from_integers(bits, 1 << (bits - 1) if fmt.symmetric else 0, odd, half=half))
 
 
 @functools.cache
@@ -61,10 +62,10 @@ def biased_asm(bits: int) -> str:
         for byte in range(4):
             out = f"${4 * part + byte}"
             exponent = 127 + bias(bits, part).bit_length() - 1
-            lines += [_lop3(out, f"t{byte}", hex(((1 << step) - 1) << at), hex(exponent << 23), _AND_OR)]
+            lines += [lop3(out, f"t{byte}", hex(((1 << step) - 1) << at), hex(exponent << 23), _AND_OR)]
             if bits == 3:
-                lines += [_lop3(out, f"u{byte}", hex(4 << at), out, _AND_OR)]
-    return _block(lines, "t0, t1, t2, t3, u, u0, u1, u2, u3")
+                lines += [lop3(out, f"u{byte}", hex(4 << at), out, _AND_OR)]
+    return block(lines, "t0, t1, t2, t3, u, u0, u1, u2, u3")
 
 
 def bias(bits: int, part: int) -> int:
@@ -97,54 +98,64 @@ def _from_integers(bits: int, offset: int, odd: int, *, half: bool) -> list[str]
         at = part * step - down
         for lane in range(2):
             out = f"${2 * part + lane}"
-            lines += [_lop3(out, f"t{lane}", _twice(((1 << step) - 1) << at), _twice(magic), _AND_OR)]
+            lines += [lop3(out, f"t{lane}", twice(((1 << step) - 1) << at), twice(magic), _AND_OR)]
             if bits == 3:
-                lines += [_lop3(out, f"u{lane}", _twice(4 << at), out, _AND_OR)]
+                lines += [lop3(out, f"u{lane}", twice(4 << at), out, _AND_OR)]
             factor, less = 2.0**-at, -(one * 2.0**-at + offset)
             kind = "f16x2" if half else "bf16x2"
             if lane == 0:
-                lines += [f"mov.b32 f, {_twice(_pattern(factor, half))};"]
-                lines += [f"mov.b32 g, {_twice(_pattern(less, half))};"]
+                lines += [f"mov.b32 f, {twice(pattern(factor, half))};"]
+                lines += [f"mov.b32 g, {twice(pattern(less, half))};"]
             lines += [f"fma.rn.{kind} {out}, {out}, f, g;"]
     return lines
 
 
 def _from_table(values: tuple[float, ...], dtype: torch.dtype) -> str:
-    patterns = [int(p) & 0xFFFF for p in torch.tensor(values).to(dtype).view(torch.int16).tolist()]
-    words = {
-        name: [
-            sum(((pattern >> shift) & 255) << 8 * i for i, pattern in enumerate(patterns[first : first + 4]))
-            for first in (0, 4, 8, 12)
-        ]
-        for name, shift in (("l", 0), ("h", 8))
-    }
-    lines = ["shr.b32 v, $4, 16;"]  # inputs are read before an output is written
-    for name, four in words.items():
-        lines += [f"mov.b32 {name}{i}, {word:#010x};" for i, word in enumerate(four)]
+    lines = ["shr.b32 v, $4, 16;", *table_words(values, dtype)]  # inputs are read before an output is written
     for lane in range(2):  # the selector reads four codes, those of two bytes
-        source = "$4" if lane == 0 else "v"
-        lines += [f"and.b32 s, {source}, 0x7777;", f"shr.b32 m, {source}, 3;", "and.b32 m, m, 0x1111;"]
-        lines += ["prmt.b32 m, 0xFF00, 0, m;"]  # a byte of ones where the code's upper bit is set
-        for name in words:
-            lines += [f"prmt.b32 a, {name}0, {name}1, s;", f"prmt.b32 b, {name}2, {name}3, s;"]
-            lines += [_lop3(f"{name}r", "m", "b", "a", _SELECT)]
+        lines += looked_up("$4" if lane == 0 else "v", "lr", "hr")
         lines += [f"prmt.b32 ${lane}, lr, hr, 0x6240;", f"prmt.b32 ${2 + lane}, lr, hr, 0x7351;"]
-    return _block(lines, "l0, l1, l2, l3, h0, h1, h2, h3, lr, hr, a, b, s, m, v")
+    return block(lines, f"{TABLE_REGISTERS}, lr, hr, v")
 
 
-def _block(lines: list[str], registers: str = "t0, t1, u0, u1, f, g") -> str:
+def table_words(values: tuple[float, ...], dtype: torch.dtype) -> list[str]:
+    """Lines that put the 16 values into registers: l0 to l3 hold their lower bytes, h0 to h3 the upper ones."""
+    patterns = [int(p) & 0xFFFF for p in torch.tensor(values).to(dtype).view(torch.int16).tolist()]
+    lines = []
+    for name, shift in (("l", 0), ("h", 8)):
+        for i in range(4):
+            four = patterns[4 * i : 4 * i + 4]
+            word = sum(((value >> shift) & 255) << 8 * j for j, value in enumerate(four))
+            lines.append(f"mov.b32 {name}{i}, {word:#010x};")
+    return lines
+
+
+def looked_up(source: str, low: str, high: str) -> list[str]:
+    """Lines that put the bytes of four values into two registers, for the four codes in the lower half of `source`."""
+    lines = [f"and.b32 s, {source}, 0x7777;", f"shr.b32 m, {source}, 3;", "and.b32 m, m, 0x1111;"]
+    lines += ["prmt.b32 m, 0xFF00, 0, m;"]  # a byte of ones where the code's upper bit is set
+    for name, to in (("l", low), ("h", high)):
+        lines += [f"prmt.b32 a, {name}0, {name}1, s;", f"prmt.b32 b, {name}2, {name}3, s;"]
+        lines += [lop3(to, "m", "b", "a", _SELECT)]
+    return lines
+
+
+def block(lines: list[str], registers: str = "t0, t1, u0, u1, f, g") -> str:
+    """The lines in braces, with registers of 32 bits of their own."""
     return "\n".join(["{", f".reg .b32 {registers};", *lines, "}"])
 
 
-def _lop3(out: str, a: str, b: str, c: str, table: str) -> str:
+def lop3(out: str, a: str, b: str, c: str, table: str) -> str:
+    """One instruction for any function of three words, bit by bit."""
     return f"lop3.b32 {out}, {a}, {b}, {c}, {table};"
 
 
-def _twice(pattern: int) -> str:
-    return f"{pattern << 16 | pattern:#010x}"
+def twice(half: int) -> str:
+    """A word of two equal halves."""
+    return f"{half << 16 | half:#010x}"
 
 
-def _pattern(value: float, half: bool) -> int:
+def pattern(value: float, half: bool) -> int:
     """The bits of a value that the type holds exactly."""
     if half:
         return int(struct.unpack("<H", struct.pack("<e", value))[0])

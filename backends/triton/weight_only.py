@@ -2,7 +2,8 @@
 
 qfx_triton::linear_weight_only(Tensor x, Tensor[] w, Tensor? bias, Tensor? smooth, str w_format, int n) -> Tensor
 
-By the number M of rows of x: for a few a product of vectors that reads weights once (`gemv`); then tensor cores on
+By the number M of rows of x: for a few tensor cores on weights that stay in the registers of who read them
+(`fragments`), or, for float32 and formats that this does not serve, a product of vectors (`gemv`); then tensor cores on
 unpacked tiles, where these are few with K split between programs and the parts added in a fixed order (`dot_tiles`);
 for many rows the weight is written out in x.dtype and multiplied by torch (`dequantize`). `heuristic` has the numbers.
 w and w_format come from `qfx.backends.triton.weight_only_pack`.
@@ -23,19 +24,22 @@ from qfx.backends.triton import tuning
 from qfx.backends.triton.decode_asm import TABLES, biased_asm, decode_asm
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels import weight_only as kernels
+from qfx.backends.triton.kernels.weight_only_fragments import fragments
 from qfx.backends.triton.kernels.weight_only_gemv import gemv
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.layout import UNIT_THREE, padded
 from qfx.backends.triton.library import define
+from qfx.backends.triton.pair_asm import pair_asm
 from qfx.backends.triton.row_codes import dense
 from qfx.backends.triton.weight_only_pack import group_of, reason_against_weight, stored_bits
 from qfx.errors import UnsupportedError, explain, warn
 from qfx.format import Format
 
-GEMV, DOT, DEQUANTIZE = 0, 1, 2  # what a configuration's PATH says
+GEMV, DOT, DEQUANTIZE, FRAGMENTS = 0, 1, 2, 3  # what a configuration's PATH says
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UNIT = 128
 _MOST_GEMV = 4
+_MOST_FRAGMENTS = 32
 _FEWEST_DEQUANTIZE = 1024
 _BLOCK = 1024
 LANGUAGE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -97,6 +101,8 @@ def linear_weight_only(
         out = out.zero_() if bias is None else out.copy_(bias.expand(m, n))
     elif path == GEMV:
         _gemv(rows, weight, bias, out, config)
+    elif path == FRAGMENTS:
+        _fragments(rows, weight, bias, out, config)
     elif path == DOT:
         _dot(rows, weight, bias, out, config)
     else:
@@ -107,7 +113,7 @@ def linear_weight_only(
 def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """The configuration of a call: the measured one of this device, else by rule."""
     problem = f"{fmt} n={n} k={k} {str(dtype).removeprefix('torch.')}"
-    found = tuning.tuned(device, "weight_only", problem, m, lambda: candidates(m, k))
+    found = tuning.tuned(device, "weight_only", problem, m, lambda: candidates(m, k, has_fragments(fmt, dtype)))
     return found or heuristic(device, fmt, m, n, k, dtype)
 
 
@@ -115,10 +121,12 @@ def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dty
 def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """A configuration by rule: bytes in flight for few rows, several programs a processor below 64, large tiles above.
 
-    Vectors for up to 4 rows of 8-bit weights, 2 of smaller ones: then unpacking on the way to tensor cores takes fewer
-    instructions than products do without them. Tiles of float32 do not fit registers: such rows go to torch early.
+    Fragments take 2 to 3 times fewer instructions than vectors and tiles do. Of what they do not serve vectors for up to
+    4 rows of 8-bit weights, 2 of smaller ones: then unpacking on the way to tensor cores takes fewer. Tiles of float32 do not fit registers: such rows go to torch early.
     """
     units = -(-k // UNIT)
+    if m <= _MOST_FRAGMENTS and has_fragments(fmt, dtype):
+        return {"PATH": FRAGMENTS, **fragments_of(device, fmt, n, k)}
     if m <= (_MOST_GEMV if stored_bits(fmt) == 8 else _MOST_GEMV // 2):
         return {"PATH": GEMV, **vectors_of(device, fmt, n, k)}
     if m >= (64 if dtype == torch.float32 else _FEWEST_DEQUANTIZE):
@@ -129,6 +137,25 @@ def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.
     tiles = -(-n // tile["BN"]) * -(-m // tile["BM"])
     splits = max(1, min(programs // tiles, units // 4, 16))
     return {"PATH": DOT, **tile, "SPLITS": splits, "FIRST": 0}
+
+
+def has_fragments(fmt: Format, dtype: torch.dtype) -> bool:
+    """Whether `fragments` serves such weights and inputs: integers and tables, groups from 32 or 64 columns on."""
+    least = 32 if stored_bits(fmt) < 4 else 64
+    served = fmt.is_integer or fmt.type in TABLES
+    return dtype.itemsize == 2 and served and (group_of(fmt) == 0 or group_of(fmt) >= least)
+
+
+def fragments_of(device: Device, fmt: Format, n: int, k: int) -> Config:
+    """The tile of `fragments`: 32 rows where they are enough for all processors, and warps for 2048 bytes in flight."""
+    blocks = -(-k // columns_of(fmt))
+    warps = 8 if blocks >= 32 else 4 if blocks >= 4 else 2 if blocks >= 2 else 1
+    return {"ROWS": 2 if n >= 48 * device.processors else 1, "num_warps": warps, "num_stages": 1}
+
+
+def columns_of(fmt: Format) -> int:
+    """Columns of a block of `fragments`."""
+    return {2: 128, 3: 256, 4: 128, 8: 64}[stored_bits(fmt)]
 
 
 def vectors_of(device: Device, fmt: Format, n: int, k: int) -> Config:
@@ -164,13 +191,20 @@ def _each(tile: Config, fmt: Format, dtype: torch.dtype) -> int:
     return tile["BM"] * unit * dtype.itemsize + tile["BN"] * (unit * stored_bits(fmt) // 8 + looked_up)
 
 
-def candidates(m: int, k: int) -> list[Config]:
-    """Configurations worth measuring for M rows, at most 20."""
+def candidates(m: int, k: int, fragments: bool) -> list[Config]:
+    """Configurations worth measuring for M rows, at most 20. fragments: whether they serve the weights."""
     found: list[Config] = []
+    if m <= _MOST_FRAGMENTS and fragments:
+        found += [
+            {"PATH": FRAGMENTS, "ROWS": rows, "num_warps": warps, "num_stages": 1}
+            for rows in (1, 2, 4)
+            for warps in (2, 4, 8)
+            if warps * rows < 32
+        ]
     if m <= _MOST_GEMV:
         found += [
             {"PATH": GEMV, "BN": rows, "CHUNKS": 32 * warps, "num_warps": warps, "num_stages": 1}
-            for rows in (2, 4, 8)
+            for rows in ((4,) if found else (2, 4, 8))
             for warps in (2, 4, 8)
         ]
     height = min(max(8, triton.next_power_of_2(m)), 128)
@@ -187,6 +221,16 @@ def candidates(m: int, k: int) -> list[Config]:
 def _tile(height: int, width: int, stages: int, splits: int, first: int) -> Config:
     return {"PATH": DOT, "BM": height, "BN": width, "num_warps": max(width // 16, height // 32), "num_stages": stages,
             "SPLITS": splits, "FIRST": first}  # fmt: skip
+
+
+def _fragments(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
+    device, (m, k), n, warps = device_of(x), x.shape, out.shape[1], config["num_warps"]
+    to = dot_dtype(x.dtype)
+    asm, odd = ("", "") if device.interpreted else (pair_asm(w.fmt, to), pair_asm(w.fmt, to, 1))
+    launch(fragments, (triton.cdiv(n, 16 * config["ROWS"]),), x, w.codes, w.upper, w.scale, w.zero, w.whole, w.table,
+           bias, out, m, n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0), **w.constants,
+           ASM=asm, ASM_ODD=odd, TO=LANGUAGE[to], EVEN=k % (columns_of(w.fmt) * warps) == 0,
+           TOKENS=triton.cdiv(m, 8), S=warps, config=config)  # fmt: skip
 
 
 def _gemv(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
