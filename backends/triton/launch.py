@@ -19,7 +19,7 @@ from qfx.backends.triton import device
 from qfx.backends.triton.device import Device
 
 Config = Mapping[str, int]  # constexprs of a kernel, with num_warps and num_stages
-_OPTIONS = ("num_warps", "num_stages", "debug", "sanitize_overflow")  # of the compiler
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "debug", "sanitize_overflow")  # of the compiler
 
 
 @dataclass(frozen=True)

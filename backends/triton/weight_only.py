@@ -39,7 +39,7 @@ GEMV, DOT, DEQUANTIZE, FRAGMENTS = 0, 1, 2, 3  # what a configuration's PATH say
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UNIT = 128
 _MOST_GEMV = 4
-_MOST_FRAGMENTS = 32
+_MOST_FRAGMENTS = 16
 _FEWEST_DEQUANTIZE = 1024
 _BLOCK = 1024
 LANGUAGE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -113,7 +113,7 @@ def linear_weight_only(
 def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """The configuration of a call: the measured one of this device, else by rule."""
     problem = f"{fmt} n={n} k={k} {str(dtype).removeprefix('torch.')}"
-    found = tuning.tuned(device, "weight_only", problem, m, lambda: candidates(m, k, has_fragments(fmt, dtype)))
+    found = tuning.tuned(device, "weight_only", problem, m, lambda: candidates(fmt, m, k, dtype))
     return found or heuristic(device, fmt, m, n, k, dtype)
 
 
@@ -121,12 +121,13 @@ def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dty
 def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """A configuration by rule: bytes in flight for few rows, several programs a processor below 64, large tiles above.
 
-    Fragments take 2 to 3 times fewer instructions than vectors and tiles do. Of what they do not serve vectors for up to
-    4 rows of 8-bit weights, 2 of smaller ones: then unpacking on the way to tensor cores takes fewer. Tiles of float32 do not fit registers: such rows go to torch early.
+    Fragments take half the instructions of vectors and of tiles for a byte of weights. Of what they do not serve vectors
+    for up to 4 rows of 8-bit weights, 2 of smaller ones: beyond, tiles take fewer. Tiles of float32 do not fit
+    registers: such rows go to torch early.
     """
     units = -(-k // UNIT)
     if m <= _MOST_FRAGMENTS and has_fragments(fmt, dtype):
-        return {"PATH": FRAGMENTS, **fragments_of(device, fmt, n, k)}
+        return fragments_of(device, fmt, m, n, k)
     if m <= (_MOST_GEMV if stored_bits(fmt) == 8 else _MOST_GEMV // 2):
         return {"PATH": GEMV, **vectors_of(device, fmt, n, k)}
     if m >= (64 if dtype == torch.float32 else _FEWEST_DEQUANTIZE):
@@ -146,11 +147,22 @@ def has_fragments(fmt: Format, dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2 and served and (group_of(fmt) == 0 or group_of(fmt) >= least)
 
 
-def fragments_of(device: Device, fmt: Format, n: int, k: int) -> Config:
-    """The tile of `fragments`: 32 rows where they are enough for all processors, and warps for 2048 bytes in flight."""
+def fragments_of(device: Device, fmt: Format, m: int, n: int, k: int) -> Config:
+    """The tile of `fragments`: 32 rows where that leaves work for all processors, and warps with 4 blocks each or one.
+
+    Tables, and 3 or 2 bits for more than 8 rows of x, take registers: of these 16 rows.
+    """
     blocks = -(-k // columns_of(fmt))
     warps = 8 if blocks >= 32 else 4 if blocks >= 4 else 2 if blocks >= 2 else 1
-    return {"ROWS": 2 if n >= 48 * device.processors else 1, "num_warps": warps, "num_stages": 1}
+    few = fmt.is_integer and (m <= 8 or stored_bits(fmt) >= 4)
+    return _fragments_tile(fmt, 2 if few and n >= 48 * device.processors else 1, warps, m)
+
+
+def _fragments_tile(fmt: Format, rows: int, warps: int, m: int) -> Config:
+    """maxnreg: of its own accord the assembler would rather spill two registers than go beyond 64 or 128."""
+    most = {(1, True): 112, (1, False): 128, (2, True): 168, (2, False): 208}.get((rows, m <= 8), 255)
+    most = 255 if stored_bits(fmt) == 3 else most
+    return {"PATH": FRAGMENTS, "ROWS": rows, "num_warps": warps, "num_stages": 1, "maxnreg": most}
 
 
 def columns_of(fmt: Format) -> int:
@@ -191,16 +203,12 @@ def _each(tile: Config, fmt: Format, dtype: torch.dtype) -> int:
     return tile["BM"] * unit * dtype.itemsize + tile["BN"] * (unit * stored_bits(fmt) // 8 + looked_up)
 
 
-def candidates(m: int, k: int, fragments: bool) -> list[Config]:
-    """Configurations worth measuring for M rows, at most 20. fragments: whether they serve the weights."""
+def candidates(fmt: Format, m: int, k: int, dtype: torch.dtype) -> list[Config]:
+    """Configurations worth measuring for M rows, at most 20."""
     found: list[Config] = []
-    if m <= _MOST_FRAGMENTS and fragments:
-        found += [
-            {"PATH": FRAGMENTS, "ROWS": rows, "num_warps": warps, "num_stages": 1}
-            for rows in (1, 2, 4)
-            for warps in (2, 4, 8)
-            if warps * rows < 32
-        ]
+    if m <= 2 * _MOST_FRAGMENTS and has_fragments(fmt, dtype):
+        sizes = [(rows, warps) for rows in (1, 2, 4) for warps in (2, 4, 8) if rows * warps < 32]
+        found += [_fragments_tile(fmt, *size, m) for size in sizes]
     if m <= _MOST_GEMV:
         found += [
             {"PATH": GEMV, "BN": rows, "CHUNKS": 32 * warps, "num_warps": warps, "num_stages": 1}

@@ -30,7 +30,14 @@ class Counts:
         """An instruction's accesses of global memory, `size` bytes a lane."""
         warps = lanes // 32
         first, last = addresses // _SECTOR, (addresses + size - 1) // _SECTOR
-        touched = sum(len(np.unique(np.stack([warps, part.astype(np.int64)]), axis=1).T) for part in {0: first, 1: last}.values()) if size > _SECTOR else len(np.unique(np.stack([warps, first.astype(np.int64)]), axis=1).T)
+        touched = (
+            sum(
+                len(np.unique(np.stack([warps, part.astype(np.int64)]), axis=1).T)
+                for part in {0: first, 1: last}.values()
+            )
+            if size > _SECTOR
+            else len(np.unique(np.stack([warps, first.astype(np.int64)]), axis=1).T)
+        )
         distinct = np.unique(np.stack([warps, addresses.astype(np.int64)]), axis=1)
         per_warp = np.unique(distinct[0], return_counts=True)[1] * size
         least = int(np.ceil(per_warp / _SECTOR).sum())

@@ -121,8 +121,10 @@ def _shift(op: tuple[str, ...]) -> Number:
         return np.where(by >= bits, np.zeros_like(a), a << (by.astype(a.dtype) & (bits - 1)))
 
     def right(a: Array, by: Array) -> Array:
-        return a >> np.minimum(by, bits - 1).astype(a.dtype) if op[-1][0] == "s" else np.where(
-            by >= bits, np.zeros_like(a), a >> (by.astype(a.dtype) & (bits - 1))
+        return (
+            a >> np.minimum(by, bits - 1).astype(a.dtype)
+            if op[-1][0] == "s"
+            else np.where(by >= bits, np.zeros_like(a), a >> (by.astype(a.dtype) & (bits - 1)))
         )
 
     return left if op[0] == "shl" else right

@@ -120,5 +120,3 @@ def _map(descriptor: TensorDescriptor, meta: Any, memory: Global) -> Map:
         memory.address(base), base.element_size(), tuple(descriptor.shape), descriptor.strides[0] * base.element_size(),
         (box[0], box[1]), meta["swizzle"],
     )  # fmt: skip
-
-

@@ -42,7 +42,9 @@ def _offsets(descriptor: int, outer: int, k: int, bits: int, along_k: bool) -> A
     inside = row * bits // 8
     if width == 16:
         return start + inside % 16 + column % 8 * 16 + inside // 16 * stride + column // 8 * leading
-    return swizzled(start + inside % width + inside // width * leading + column % 8 * width + column // 8 * stride, width)
+    return swizzled(
+        start + inside % width + inside // width * leading + column % 8 * width + column // 8 * stride, width
+    )
 
 
 def _operand(machine: Machine, descriptors: Array, outer: int, k: int, kind: str, along_k: bool) -> Array:

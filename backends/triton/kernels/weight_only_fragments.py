@@ -61,45 +61,44 @@ def _unpacked(data, upper, odd: tl.constexpr, table_ptr, OFFSET: tl.constexpr, B
 
 
 @triton.jit
-def _sixteen(pointer, stride, low, high):
-    """Rows low [8] and high [8] of numbers, [S, 16, 4 LANE]. pointer [S, 1, 4 LANE]."""
-    first = tl.load(pointer + low[None, :, None] * stride)
-    second = tl.load(pointer + high[None, :, None] * stride)
-    return tl.join(first, second).permute(0, 3, 1, 2).reshape(first.shape[0], 16, first.shape[2])
+def _sixteen(pointer, stride, first, n, start, S: tl.constexpr, LANE: tl.constexpr):
+    """Sixteen rows of numbers from row `first` on, [S, 16, 4 LANE]; start [2 S 32]: the first number of each thread.
+
+    What is side by side in one thread is one dimension, what is not another: so the layout is the same for any Triton.
+    """
+    at = tl.arange(0, 2 * S * 32)  # half of the rows, part of K, row, a fourth of the block
+    row = first + at // (32 * S) * 8 + at // 4 % 8
+    rows = pointer + tl.minimum(row, n - 1).to(tl.int64) * stride + start
+    found = tl.load(rows[:, None] + tl.arange(0, LANE)[None, :])
+    return found.reshape(2, S, 8, 4, LANE).permute(1, 0, 2, 3, 4).reshape(S, 16, 4 * LANE)
 
 
 @triton.jit
 def _left(tile, LANE: tl.constexpr):
     """A tile [S, 16, 4 LANE] with its columns as tensor cores find them in the registers of four threads."""
     S: tl.constexpr = tile.shape[0]
-    if LANE == 8:
-        found = tile.reshape(S, 16, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5)
-    else:
-        found = tile.reshape(S, 16, 4, 2, 2).permute(0, 1, 3, 2, 4)
+    found = tile.reshape(S, 16, 4, LANE // 2, 2).permute(0, 1, 3, 2, 4)
     return found.reshape(S, 16, 4 * LANE)
 
 
 @triton.jit
-def _right(x_at, column, k, LANE: tl.constexpr, EVEN: tl.constexpr, TO: tl.constexpr):
-    """Even and odd columns of 8 rows of x, [S, 4 LANE, 8], in the order of `_left`. column [S, 1, 4, 8]: those at x_at."""
-    S: tl.constexpr = x_at.shape[0]
+def _right(x_ptr, first, m, x_stride, start, k, S: tl.constexpr, LANE: tl.constexpr, EVEN: tl.constexpr,
+           TO: tl.constexpr):  # fmt: skip
+    """Even and odd columns of 8 rows of x from row `first` on, [S, 4 LANE, 8], in the order of `_left`.
+
+    start [LANE / 4 S 32]: the first column of each thread.
+    """
+    CHUNKS: tl.constexpr = LANE // 4
+    at = tl.arange(0, CHUNKS * S * 32)  # chunk of 8 columns, part of K, row, a fourth of the block
+    rows = x_ptr + tl.minimum(first + at // 4 % 8, m - 1).to(tl.int64) * x_stride
+    columns = start[:, None] + tl.arange(0, 8)[None, :]
     if EVEN:
-        x = tl.load(x_at)
+        x = tl.load(rows[:, None] + columns)
     else:
-        x = tl.load(x_at, mask=column < k, other=0.0)
-    even, odd = tl.split(x.to(TO).reshape(S, 8, 4, 4, 2))
-    if LANE == 8:
-        if EVEN:
-            x = tl.load(x_at + 8)
-        else:
-            x = tl.load(x_at + 8, mask=column + 8 < k, other=0.0)
-        more_even, more_odd = tl.split(x.to(TO).reshape(S, 8, 4, 4, 2))
-        even = tl.join(even, more_even).reshape(S, 8, 4, 2, 2, 2).permute(0, 1, 5, 3, 2, 4)
-        odd = tl.join(odd, more_odd).reshape(S, 8, 4, 2, 2, 2).permute(0, 1, 5, 3, 2, 4)
-    else:
-        even = even.reshape(S, 8, 4, 2, 2).permute(0, 1, 3, 2, 4)
-        odd = odd.reshape(S, 8, 4, 2, 2).permute(0, 1, 3, 2, 4)
-    return even.reshape(S, 8, 4 * LANE).permute(0, 2, 1), odd.reshape(S, 8, 4 * LANE).permute(0, 2, 1)
+        x = tl.load(rows[:, None] + columns, mask=columns < k, other=0.0)
+    even, odd = tl.split(x.to(TO).reshape(CHUNKS, S, 8, 4, 2, 2, 2))
+    even = even.permute(1, 0, 4, 3, 5, 2).reshape(S, 4 * LANE, 8)
+    return even, odd.permute(1, 0, 4, 3, 5, 2).reshape(S, 4 * LANE, 8)
 
 
 @triton.jit
@@ -128,33 +127,28 @@ def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
     COLUMNS: tl.constexpr = WIDE * PARTS
     TOGETHER: tl.constexpr = PARTS if GROUP == 0 or GROUP >= COLUMNS else GROUP // WIDE  # places of one scale
     first = tl.program_id(0) * (16 * ROWS)
-    eight, split = tl.arange(0, 8), tl.arange(0, S)
-    number = tl.arange(0, 4 * LANE)[None, None, :]
+    split = tl.arange(0, S)
+    of_w, of_x = tl.arange(0, 2 * S * 32), tl.arange(0, LANE // 4 * S * 32)
     codes = w_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     uppers = upper_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
-    within = (tl.arange(0, 4) * (2 * LANE))[None, None, :, None] + eight[None, None, None, :]
+    within = of_x % 4 * (2 * LANE) + of_x // (32 * S) * 8
     ones = tl.full([S, 16, 4 * LANE], 1.0, TO)
     accs = ()
     for _ in tl.static_range(ROWS * TOKENS):
         accs = accs + (tl.zeros([S, 16, 8], tl.float32),)
     blocks = tl.cdiv(k, COLUMNS * HALVES)
     for start in range(0, blocks, S):
-        block = start + split
-        held = tl.minimum(block, blocks - 1)  # what is read for nothing meets zeros of x
+        held = tl.minimum(start + of_w // 32 % S, blocks - 1)  # what is read for nothing meets zeros of x
         for h in tl.static_range(HALVES):
             tiles = ()
             for r in tl.static_range(ROWS):
-                low = tl.minimum(first + 16 * r + eight, n - 1).to(tl.int64)
-                high = tl.minimum(first + 16 * r + 8 + eight, n - 1).to(tl.int64)
-                at = codes + ((held * HALVES + h) * (4 * LANE))[:, None, None] + number
-                data = _sixteen(at, w_stride // 2, low, high)
+                fourth = of_w % 4 * LANE
+                data = _sixteen(codes, w_stride // 2, first + 16 * r, n, (held * HALVES + h) * (4 * LANE) + fourth, S,
+                                LANE)  # fmt: skip
                 above = data
                 if BITS == 3:
-                    at = uppers + (held * (4 * LANE))[:, None, None] + number
-                    above = _sixteen(at, upper_stride // 2, low, high)
-                tiles = tiles + (
-                    _unpacked(data, above, h, table_ptr, OFFSET, BITS, KIND, ASM_ODD if h else ASM, TO),
-                )
+                    above = _sixteen(uppers, upper_stride // 2, first + 16 * r, n, held * (4 * LANE) + fourth, S, LANE)
+                tiles = tiles + (_unpacked(data, above, h, table_ptr, OFFSET, BITS, KIND, ASM_ODD if h else ASM, TO),)
             for g in tl.static_range(PARTS // TOGETHER):
                 sums = ()
                 parts = ()
@@ -164,11 +158,8 @@ def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
                         parts = parts + (tl.zeros([S, 16, 8], tl.float32),)
                 for i in tl.static_range(g * TOGETHER, (g + 1) * TOGETHER):
                     for j in tl.static_range(TOKENS):
-                        tokens = tl.minimum(8 * j + eight, m - 1).to(tl.int64)
-                        begin = ((block * HALVES + h) * COLUMNS + i * WIDE)[:, None, None, None]
-                        column = begin + within
-                        even, odd = _right(x_ptr + tokens[None, :, None, None] * x_stride + column, column, k, LANE,
-                                           EVEN, TO)  # fmt: skip
+                        column = ((start + of_x // 32 % S) * HALVES + h) * COLUMNS + i * WIDE + within
+                        even, odd = _right(x_ptr, 8 * j, m, x_stride, column, k, S, LANE, EVEN, TO)
                         if zero_ptr is not None:
                             total = tl.dot(ones, odd, tl.dot(ones, even, sums[j]))
                             sums = _replaced(sums, j, total, TOKENS)
@@ -180,7 +171,8 @@ def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
                     rows = tl.minimum(first + 16 * r + tl.arange(0, 16), n - 1).to(tl.int64)[None, :]
                     at = rows * scale_stride
                     if GROUP > 0:
-                        at += (((held * HALVES + h) * COLUMNS + g * TOGETHER * WIDE) // GROUP)[:, None]
+                        block = tl.minimum(start + split, blocks - 1) * HALVES + h
+                        at += ((block * COLUMNS + g * TOGETHER * WIDE) // GROUP)[:, None]
                     for j in tl.static_range(TOKENS):
                         part = parts[j * ROWS + r]
                         if zero_ptr is not None:
@@ -199,6 +191,6 @@ def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
             found = tl.sum(accs[j * ROWS + r], axis=0) * times[:, None]
             if bias_ptr is not None:
                 found += tl.load(bias_ptr + rows, mask=here, other=0.0).to(tl.float32)[:, None]
-            tokens = 8 * j + eight
+            tokens = 8 * j + tl.arange(0, 8)
             at = tokens.to(tl.int64)[None, :] * n + rows[:, None]
             tl.store(out_ptr + at, found.to(out_ptr.dtype.element_ty), mask=here[:, None] & (tokens < m)[None, :])

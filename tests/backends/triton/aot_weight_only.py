@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from qfx.backends.triton.weight_only import linear_weight_only
+from qfx.backends.triton.weight_only import has_fragments, linear_weight_only
 from qfx.backends.triton.weight_only_pack import pack_weight_only
 from qfx.format import Format
 from tests.backends.triton.cases import Case, meta
@@ -17,6 +17,9 @@ MMA: Mapping[int, Mapping[str, str]] = {
 }
 # Of 8 rows Triton makes wgmma from 3.8 on.
 EITHER = {80: MMA[80], 90: {"dot_tiles": f"{MMA[80]['dot_tiles']}|{MMA[90]['dot_tiles']}"}}
+# What was unpacked goes to tensor cores as it is: shared memory is for the sums, when all products are made.
+IN_REGISTERS = r"(?s)(?=.*mma\.sync\.aligned\.m16n8k16)(?!.*(ld|st)\.shared.*mma\.sync)"
+FRAGMENTS = {capability: {"fragments": IN_REGISTERS} for capability in (80, 90)}
 VECTORS: Mapping[int, Mapping[str, str]] = {
     capability: {"gemv": r"ld\.global(\.\S+)?\.v4\.b32"} for capability in (80, 90)
 }
@@ -35,6 +38,8 @@ def case(text: str, m: int, n: int, k: int, dtype: torch.dtype = torch.float16, 
         return linear_weight_only(meta(m, k, dtype=dtype), w, meta(n, dtype=dtype) if bias else None, None, packed, n)
 
     name = f"{text} m={m} n={n} k={k} {str(dtype).removeprefix('torch.')}"
+    if has_fragments(Format.parse(text), dtype) and m <= 16:
+        return Case(name, run, FRAGMENTS)
     tiles = EITHER if m <= 8 else MMA if m < 1024 and dtype != torch.float32 else {}
     return Case(name, run, VECTORS if m <= 4 else tiles)
 
@@ -49,10 +54,17 @@ CASES = [
     case("f8e4m3/ch", 4, 4096, 4096),
     case("i4/g32", 1, 777, 999, torch.float32),
     case("i4/g128/f16", 8, 8192, 8192),
+    case("i8/ch", 1, 8192, 8192, torch.bfloat16),
+    case("i3/g64", 1, 4096, 4096, torch.bfloat16),
+    case("u2/g32", 2, 8192, 8192),
+    case("u4/g64", 16, 777, 999, bias=True),
+    case("i4/g32", 1, 8192, 8192),
+    case("i2/g16", 2, 4096, 4096, torch.bfloat16),
     case("i4/g128/f16", 32, 8192, 8192, torch.bfloat16),
     case("u4/g128/f16", 256, 4096, 4096, torch.bfloat16),
     case("u4/g32/f16", 48, 4096, 4096),
     case("i3/g128/f16", 16, 4096, 4096, torch.bfloat16),
+    case("i3/g128/f16", 17, 4096, 4096, torch.bfloat16),
     case("i8/ch", 128, 11008, 4096),
     case("f4e2m1/g16/e4m3", 16, 4096, 4096, torch.bfloat16),
     case("u4/g128/f16", 512, 11008, 4096, torch.bfloat16),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from qfx.backends.triton.launch import recorded
 from qfx.backends.triton.weight_only import (
     DEQUANTIZE,
     DOT,
+    FRAGMENTS,
     GEMV,
     candidates,
     choose,
@@ -60,12 +63,21 @@ def weight(n: int, k: int, text: str) -> Packed:
     return pack_weight(torch.randn(n, k, device=DEVICE) / k**0.5 + 0.01, fmt)
 
 
+def now_of(text: str) -> Format:
+    """The format as it is packed."""
+    return Format.parse(pack_weight_only(*_parts(weight(2, 256, text)), text, 256)[1])
+
+
+def _parts(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
+    return packed.data, packed.scale, packed.zero
+
+
 @pytest.mark.parametrize("text", FORMATS)
 def test_every_format(text: str) -> None:
     torch.manual_seed(1)
     packed = weight(7, 300, text)
     bias = torch.randn(7, device=DEVICE)
-    for m, dtype in ((1, torch.float32), (1, torch.float16), (6, torch.bfloat16)):
+    for m, dtype in ((1, torch.float32), (1, torch.float16), (6, torch.bfloat16), (13, torch.float16)):
         assert error(torch.randn(m, 300, device=DEVICE).to(dtype), packed, bias) < STEP[dtype]
 
 
@@ -112,18 +124,39 @@ def test_every_path(text: str, dtype: torch.dtype, path: int, m: int, monkeypatc
     assert error(x, packed, torch.randn(33, device=DEVICE)) < STEP[dtype]
 
 
+SERVED = [text for text in FORMATS if weight_only.has_fragments(now_of(text), torch.float16)]
+
+
+@pytest.mark.parametrize("text", SERVED)
+@pytest.mark.parametrize(("rows", "warps"), [(1, 1), (2, 4), (4, 2)])
+def test_fragments_of_every_format(text: str, rows: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"PATH": FRAGMENTS, "ROWS": rows, "num_warps": warps, "num_stages": 1}
+    monkeypatch.setattr(weight_only, "heuristic", lambda *_: kept)
+    torch.manual_seed(rows)
+    packed, bias = weight(37, 1024 if rows == 2 else 777, text), torch.randn(37, device=DEVICE)
+    for m, dtype in ((3, torch.float16), (26, torch.bfloat16)):
+        assert error(torch.randn(m, packed.shape[1], device=DEVICE).to(dtype), packed, bias) < STEP[dtype]
+
+
+def test_fragments_serve_integers_and_tables_in_groups_that_blocks_hold() -> None:
+    assert {"i4/g128", "i4/g64/bf16", "i3/g32", "u8/ch", "i6/ch", "i8", "nf4/g64", "u3/ch"} <= set(SERVED)
+    assert not {"i4/g32", "u2/g16", "u8/g32", "f8e4m3/ch", "f4e2m1/g16/e4m3"} & set(SERVED)
+    assert not weight_only.has_fragments(Format.parse("i4/g128"), torch.float32)
+
+
 def test_a_wrong_scale_or_zero_point_shows() -> None:
     torch.manual_seed(0)
-    packed = weight(19, 300, "u4/g32")
-    x = torch.randn(2, 300, device=DEVICE)
-    w, text = pack_weight_only(packed.data, packed.scale, packed.zero, "u4/g32", 300)
-    due = linear(x, packed.data, packed.scale, packed.zero, None, None, None, None, "", "u4/g32")
-    for which in (0, 1, 3):
-        changed = [t.clone() for t in w]
-        changed[which][7, 2] += 1
-        got = linear_weight_only(x, changed, None, None, text, 19)
-        assert (got - due)[:, 7].abs().min() > 1e-3
-        assert torch.allclose(got[:, :7], due[:, :7], atol=1e-5)
+    packed = weight(19, 300, "u4/g64")
+    x = torch.randn(2, 300, device=DEVICE).half()
+    w, text = pack_weight_only(packed.data, packed.scale, packed.zero, "u4/g64", 300)
+    due = linear(x.float(), packed.data, packed.scale, packed.zero, None, None, None, None, "", "u4/g64")
+    for dtype, close in ((torch.float32, 1e-5), (torch.float16, 1e-2)):
+        for which in (0, 1, 3):
+            changed = [t.clone() for t in w]
+            changed[which][7, 2] += 1
+            got = linear_weight_only(x.to(dtype), changed, None, None, text, 19)
+            assert (got - due)[:, 7].abs().min() > (1e-3 if which == 0 else 5 * close)
+            assert torch.allclose(got[:, :7].float(), due[:, :7], atol=close)
 
 
 def test_nothing_leaks_from_beyond_the_input() -> None:
@@ -171,12 +204,15 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("text", "used"), [("u3/g128", False), ("u4/g128", True)])
-def test_three_bits_of_codes_that_begin_anywhere_are_read_one_by_one(text: str, used: bool) -> None:
+def test_three_bits_of_codes_that_begin_anywhere_are_read_one_by_one(
+    text: str, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packed = weight(24, 256, text)
     w, now = pack_weight_only(packed.data, packed.scale, packed.zero, text, 256)
     x = torch.randn(1, 256, dtype=torch.float16, device=DEVICE)
     beside = torch.cat([w[0].new_zeros(1), w[0].flatten()])[1:].reshape(w[0].shape)
     found = []
+    monkeypatch.setattr(weight_only, "_MOST_FRAGMENTS", 0)
     for codes in (w[0], beside):
         with recorded(H100) as launches:
             linear_weight_only(x, [codes, *w[1:]], None, None, now, 24)
@@ -189,9 +225,11 @@ def test_paths_by_the_number_of_rows() -> None:
         fmt = Format.parse(text)
         return [choose(H100, fmt, m, 4096, 4096, dtype)["PATH"] for m in (1, 2, 4, 5, 63, 64, 512, 4096)]
 
-    assert paths("i4/g128") == [GEMV, GEMV, DOT, DOT, DOT, DOT, DOT, DEQUANTIZE]
-    assert paths("i8/ch") == [GEMV, GEMV, GEMV, DOT, DOT, DOT, DOT, DEQUANTIZE]
+    assert paths("i4/g128") == [FRAGMENTS, FRAGMENTS, FRAGMENTS, FRAGMENTS, DOT, DOT, DOT, DEQUANTIZE]
+    assert paths("i4/g32") == [GEMV, GEMV, DOT, DOT, DOT, DOT, DOT, DEQUANTIZE]
+    assert paths("f8e4m3/ch") == [GEMV, GEMV, GEMV, DOT, DOT, DOT, DOT, DEQUANTIZE]
     assert paths("i4/g128", torch.float32) == [GEMV, GEMV, DOT, DOT, DOT, DEQUANTIZE, DEQUANTIZE, DEQUANTIZE]
-    for m in (1, 4, 16, 64, 4096):
-        found = candidates(m, 4096)
+    for m, text in itertools.product((1, 4, 16, 64, 4096), ("i4/g128", "i4/g32")):
+        found = candidates(Format.parse(text), m, 4096, torch.float16)
+        assert any(c["PATH"] == FRAGMENTS for c in found) == (text == "i4/g128" and m <= 32)
         assert 1 < len(found) <= 20 and len({tuple(c.items()) for c in found}) == len(found)
