@@ -121,8 +121,8 @@ def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dty
 def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """A configuration by rule: bytes in flight for few rows, several programs a processor below 64, large tiles above.
 
-    Fragments take half the instructions of vectors and of tiles for a byte of weights. Of what they do not serve vectors
-    for up to 4 rows of 8-bit weights, 2 of smaller ones: beyond, tiles take fewer. Tiles of float32 do not fit
+    Fragments take half the instructions of vectors and of tiles for a byte of weights. Of what they do not serve, up to
+    4 rows of 8-bit weights and 2 of smaller ones go to vectors: beyond, tiles take fewer. Tiles of float32 do not fit
     registers: such rows go to torch early.
     """
     units = -(-k // UNIT)

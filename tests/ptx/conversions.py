@@ -49,7 +49,7 @@ def _function(how: tuple[str, ...], to: str, kind: str) -> Callable[[Array], Arr
     if to == "bf16":
         if kind == "f16" or kind[0] in "su":
             return lambda x: to_bf16(x.astype(np.float64))
-        return lambda x: to_bf16(x)
+        return to_bf16
     dtype = dtype_of(to)
     if to[0] == "f":
         assert how in ((), ("rn",)), how

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.ptx.memory import Fault
+from tests.ptx.memory import FaultError
 from tests.ptx.moves import names
 from tests.ptx.parse import Instruction
 from tests.ptx.wgmma import swizzled
@@ -57,18 +57,13 @@ def _cp(machine: Machine, instruction: Instruction) -> Step:
 
     def copy() -> None:
         at, origin = machine.shared.absolute(to(), machine.places()), source()
-        if machine.counts is not None:
-            machine.counts.banked(instruction.text, at, machine.numbers(), size)
-            lanes = machine.numbers()
-            kept = machine.chosen(taken()) > 0 if taken is not None else np.ones(len(lanes), bool)
-            machine.counts.asked(instruction.text, "load", origin[kept], lanes[kept], size)
         words = np.zeros((len(at), size // 4), np.uint32)
         if taken is None:
             words[:] = machine.memory.load(origin, 32, size // 4)
         else:
             count = machine.chosen(taken())
             if not np.isin(count, (0, size)).all():
-                raise Fault("a part of a word is copied")
+                raise FaultError("a part of a word is copied")
             full = count == size
             words[full] = machine.memory.load(origin[full], 32, size // 4)
         machine.shared.store(at, words)
@@ -104,9 +99,9 @@ def _box(machine: Machine, map_: Map, address: int, first: int, start: int, prog
     width = _WIDTHS[map_.swizzle]
     rows, columns = np.arange(map_.box[0])[:, None], np.arange(map_.box[1])[None, :]
     if map_.box[1] * map_.size > width and map_.swizzle:
-        raise Fault(f"a box of {map_.box[1] * map_.size} bytes a row, swizzled by {width}")
+        raise FaultError(f"a box of {map_.box[1] * map_.size} bytes a row, swizzled by {width}")
     if address % (8 * width if map_.swizzle else 128):
-        raise Fault(f"a box at shared address {address:#x}")
+        raise FaultError(f"a box at shared address {address:#x}")
     inside = (rows + first >= 0) & (rows + first < map_.shape[0]) & (columns + start >= 0)
     inside = inside & (columns + start < map_.shape[1])
     at = map_.address + (rows + first) * map_.stride + (columns + start) * map_.size

@@ -91,7 +91,8 @@ def _upper(a: Array, b: Array) -> Array:
     """The upper half of a product."""
     if a.dtype.itemsize < 8:
         return (a.astype(_wider(a)) * b.astype(_wider(a)) >> 8 * a.dtype.itemsize).astype(a.dtype)
-    return np.asarray(a.astype(object) * b.astype(object) >> 64).astype(a.dtype)
+    found: Array = np.asarray(a.astype(object) * b.astype(object) >> 64).astype(a.dtype)
+    return found
 
 
 def _mad(op: tuple[str, ...]) -> Number:
@@ -180,19 +181,19 @@ def _compare(machine: Machine, instruction: Instruction) -> Step:
 
 COMPARISONS: dict[str, Number] = {
     "eq": lambda a, b: a == b,
-    "ne": lambda a, b: (a != b) & (a == a) & (b == b),
+    "ne": lambda a, b: (a < b) | (a > b),
     "lt": lambda a, b: a < b,
     "le": lambda a, b: a <= b,
     "gt": lambda a, b: a > b,
     "ge": lambda a, b: a >= b,
     "neu": lambda a, b: a != b,
-    "equ": lambda a, b: (a == b) | (a != a) | (b != b),
+    "equ": lambda a, b: ~((a < b) | (a > b)),
     "ltu": lambda a, b: ~(a >= b),
     "leu": lambda a, b: ~(a > b),
     "gtu": lambda a, b: ~(a <= b),
     "geu": lambda a, b: ~(a < b),
-    "num": lambda a, b: (a == a) & (b == b),
-    "nan": lambda a, b: (a != a) | (b != b),
+    "num": lambda a, b: (a <= b) | (a > b),
+    "nan": lambda a, b: ~((a <= b) | (a > b)),
 }
 
 ARITHMETIC: dict[str, Callable[[tuple[str, ...]], Number]] = {

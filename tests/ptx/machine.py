@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx.counting import Counts
-from tests.ptx.memory import Fault, Global, Shared
+from tests.ptx.memory import FaultError, Global, Shared
 from tests.ptx.parse import Instruction, Program
 from tests.ptx.values import WORDS, Array, bits_of, dtype_of, read, word_of
 
@@ -42,8 +41,6 @@ class Machine:
         self.kinds = list(program.registers.values())
         self.registers: list[Array] = [np.zeros(self.lanes, _held(kind)) for kind in self.kinds]
         self.active: Array | None = None
-        self.counts: Counts | None = None
-        self.every_lane = np.arange(self.lanes)
         self.barriers: dict[tuple[int, int], Any] = {}
         self.text_places = {name: 1 << 48 | i << 32 for i, name in enumerate(program.texts)}
 
@@ -61,7 +58,7 @@ class Machine:
             while True:
                 taken += 1
                 if taken > _MOST_STEPS:
-                    raise Fault(f"no end after {taken} instructions")
+                    raise FaultError(f"no end after {taken} instructions")
                 if groups.waiting:
                     at, mask = groups.next(at, everything if mask is None else mask)
                     mask = None if mask.all() else mask
@@ -70,15 +67,10 @@ class Machine:
                         return
                     at, mask = groups.leave()
                     continue
-                active = mask
-                if (predicate := predicates[at]) is not None:
-                    value = self.registers[predicate[0]]
-                    value = ~value if predicate[1] else value
-                    active = value if mask is None else value & mask
-                    if not active.any():
-                        at += 1
-                        continue
-                    active = None if active.all() else active
+                active = self._where(predicates[at], mask)
+                if active is not None and not active.any():
+                    at += 1
+                    continue
                 if (target := targets[at]) is not None:
                     left = None if active is None else (everything if mask is None else mask) & ~active
                     if left is not None and left.any():
@@ -86,20 +78,31 @@ class Machine:
                     at, mask = target, active
                     continue
                 self.active = active
-                if self.counts is not None:
-                    warps = self.lanes // 32 if active is None else int(active.reshape(-1, 32).any(1).sum())
-                    self.counts.issued[".".join(self.program.instructions[at].op)] += warps
-                try:
-                    steps[at]()
-                except Apart:
-                    assert mask is not None, "all lanes are here"
-                    groups.wait(at, mask, blocked=True)
-                    at, mask = groups.leave()
+                if self._carried_out(steps[at], at):
+                    at += 1
                     continue
-                except (Fault, AssertionError, ValueError, IndexError) as e:
-                    e.add_note(f"{self.program.name}: {self.program.instructions[at].text}")
-                    raise
-                at += 1
+                assert mask is not None, "all lanes are here"
+                groups.wait(at, mask, blocked=True)
+                at, mask = groups.leave()
+
+    def _carried_out(self, step: Step, at: int) -> bool:
+        """Carry out an instruction; False where threads that belong to it are not there yet."""
+        try:
+            step()
+        except ApartError:
+            return False
+        except (FaultError, AssertionError, ValueError, IndexError) as e:
+            e.add_note(f"{self.program.name}: {self.program.instructions[at].text}")
+            raise
+        return True
+
+    def _where(self, predicate: tuple[int, bool] | None, mask: Array | None) -> Array | None:
+        """The lanes of `mask` for which a predicate holds; None stands for all."""
+        if predicate is None:
+            return mask
+        value = ~self.registers[predicate[0]] if predicate[1] else self.registers[predicate[0]]
+        active: Array = value if mask is None else value & mask
+        return None if active.all() else active
 
     def _predicate(self, instruction: Instruction) -> tuple[int, bool] | None:
         if instruction.predicate is None:
@@ -189,26 +192,22 @@ class Machine:
         every[self.active] = number
         return every
 
-    def numbers(self) -> Array:
-        """Of the active lanes."""
-        return self.every_lane if self.active is None else self.every_lane[self.active]
-
     def places(self) -> Array:
         """Of which program the active lanes are."""
         return self.place if self.active is None else self.place[self.active]
 
     def together(self, threads: int) -> Array | None:
-        """Groups of `threads` lanes of which all are active, None for all. Raises Apart where a group is split."""
+        """Groups of `threads` lanes of which all are active, None for all. Raises ApartError where a group is split."""
         if self.active is None:
             return None
         groups = self.active.reshape(-1, threads)
-        whole: Array = groups.all(1)
-        if (groups.any(1) != whole).any():
-            raise Apart
+        whole: Array = np.asarray(groups.all(1))
+        if (np.asarray(groups.any(1)) != whole).any():
+            raise ApartError
         return whole
 
 
-class Apart(Exception):
+class ApartError(Exception):
     """Threads of a group that do something together are not all there yet."""
 
 
@@ -236,10 +235,12 @@ class Groups:
         return first, self.waiting.pop(first)
 
     def leave(self) -> tuple[int, Array]:
-        """The same, of those that wait alone. Raises Fault where all of them wait for others."""
+        """The same, of those that wait alone. Raises FaultError where all of them wait for others."""
         free = [i for i in self.waiting if i not in self.blocked]
         if not free:
-            raise Fault("threads wait for others that do not come: a barrier or an instruction of a warp in a branch")
+            raise FaultError(
+                "threads wait for others that do not come: a barrier or an instruction of a warp in a branch"
+            )
         return min(free), self.waiting.pop(min(free))
 
 

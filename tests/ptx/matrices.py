@@ -48,8 +48,6 @@ def _ldmatrix(machine: Machine, instruction: Instruction) -> Step:
     def load() -> None:
         machine.together(32)
         at = machine.shared.absolute(address(), machine.places()).reshape(-1, 32)[:, : 8 * len(sinks)]
-        if machine.counts is not None:
-            machine.counts.banked(instruction.text, at.reshape(-1), np.arange(at.size), 16)
         rows = machine.shared.load(at.reshape(-1), 32, 4)  # 16 bytes a row
         matrices = rows.view(np.uint16).reshape(-1, len(sinks), 8, 8)
         if transposed:
@@ -69,8 +67,6 @@ def _stmatrix(machine: Machine, instruction: Instruction) -> Step:
     def store() -> None:
         machine.together(32)
         at = machine.shared.absolute(address(), machine.places()).reshape(-1, 32)[:, : 8 * len(sources)]
-        if machine.counts is not None:
-            machine.counts.banked(instruction.text, at.reshape(-1), np.arange(at.size), 16)
         words = np.stack([machine.chosen(s()).reshape(-1, 32) for s in sources], 1)
         matrices = np.ascontiguousarray(words).view(np.uint16).reshape(-1, len(sources), 8, 8)
         if transposed:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from tests.ptx.values import WORDS, Array
 
@@ -14,7 +15,7 @@ _FIRST = 1 << 32  # address
 POISON = 0xFF  # NaN, or -1
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """What a GPU would stop for, or do something undefined with."""
 
 
@@ -28,23 +29,26 @@ class Memory:
         self.first, self.space = first, space
 
     def places(self, addresses: Array, size: int) -> Array:
-        """Offsets of accesses of `size` bytes. Raises Fault for one that is not aligned or outside of all tensors."""
+        """Offsets of accesses of `size` bytes. Raises FaultError for one that is not aligned, or outside of tensors."""
         at = addresses.astype(np.int64) - self.first
         if (at % size).any():
-            raise Fault(f"{self.space} address {int(addresses[(at % size).argmax()]):#x} for {size} bytes: not aligned")
+            raise FaultError(
+                f"{self.space} address {int(addresses[(at % size).argmax()]):#x} for {size} bytes: not aligned"
+            )
         inside = (at >= 0) & (at + size <= len(self.bytes))
         if not inside.all() or not (self.allowed[at].all() and self.allowed[at + size - 1].all()):
             bad = ~inside
             bad[inside] = ~(self.allowed[at[inside]] & self.allowed[at[inside] + size - 1])
             first = int(addresses[bad.argmax()])
-            raise Fault(f"{self.space} address {first:#x} is outside ({int(bad.sum())} of {len(bad)} threads)")
+            raise FaultError(f"{self.space} address {first:#x} is outside ({int(bad.sum())} of {len(bad)} threads)")
         return at
 
     def load(self, addresses: Array, bits: int, count: int) -> Array:
         """[threads, count] words of `bits` bits, side by side."""
         at = self.places(addresses, bits // 8 * count)
         whole = self.bytes.view(WORDS[bits]).reshape(-1, count)
-        return whole[at // (bits // 8 * count)]
+        found: Array = whole[at // (bits // 8 * count)]
+        return found
 
     def store(self, addresses: Array, words: Array) -> None:
         """Store [threads, count] words; of two threads with one address the later wins."""
@@ -65,7 +69,7 @@ class Global(Memory):
             self.at[host] = end
             end = -(-(end + storage.nbytes() + _GUARD) // 512) * 512
         super().__init__(end - _FIRST, _FIRST, "global")
-        self.hosts = {host: np.asarray(memoryview(_view(storage))) for host, storage in found.items()}
+        self.hosts = {host: _view(storage) for host, storage in found.items()}
         for host, content in self.hosts.items():
             span = self._span(host)
             self.bytes[span], self.allowed[span] = content, True
@@ -85,11 +89,9 @@ class Global(Memory):
         return slice(start, start + len(self.hosts[host]))
 
 
-def _view(storage: object) -> Array:
-    import ctypes
-
-    size, host = storage.nbytes(), storage.data_ptr()  # type: ignore[attr-defined]
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(host), np.uint8)
+def _view(storage: UntypedStorage) -> Array:
+    size, host = storage.nbytes(), storage.data_ptr()
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(host))
 
 
 class Shared(Memory):
@@ -104,5 +106,6 @@ class Shared(Memory):
         """Addresses of threads as those of the whole."""
         inside = addresses.astype(np.int64)
         if (inside >= self.size).any():
-            raise Fault(f"shared address {int(inside.max()):#x} is outside of the program's {self.size} bytes")
-        return inside + program * self.size
+            raise FaultError(f"shared address {int(inside.max()):#x} is outside of the program's {self.size} bytes")
+        found: Array = inside + program * self.size
+        return found

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.ptx.memory import Fault
+from tests.ptx.memory import FaultError
 from tests.ptx.parse import Instruction
 from tests.ptx.values import WORDS, Array, bits_of, dtype_of
 
@@ -70,15 +70,8 @@ def _ld(machine: Machine, instruction: Instruction) -> Step:
     address = machine.address(instruction.operands[1], "u64" if space == "global" else "u32")
     memory = machine.memory if space == "global" else machine.shared
 
-    size = bits_of(kind) // 8 * len(sinks)
-
     def load() -> None:
         at = address()
-        if machine.counts is not None:
-            if space == "global":
-                machine.counts.asked(instruction.text, "load", at, machine.numbers(), size)
-            else:
-                machine.counts.banked(instruction.text, at.astype(np.int64), machine.numbers(), size)
         if space != "global":
             at = machine.shared.absolute(at, machine.places())
         words = memory.load(at, bits_of(kind), len(sinks)).view(dtype_of(kind))
@@ -96,15 +89,8 @@ def _st(machine: Machine, instruction: Instruction) -> Step:
     address = machine.address(instruction.operands[0], "u64" if space == "global" else "u32")
     memory = machine.memory if space == "global" else machine.shared
 
-    size = bits_of(kind) // 8 * len(values)
-
     def store() -> None:
         at = address()
-        if machine.counts is not None:
-            if space == "global":
-                machine.counts.asked(instruction.text, "store", at, machine.numbers(), size)
-            else:
-                machine.counts.banked(instruction.text, at.astype(np.int64), machine.numbers(), size)
         if space != "global":
             at = machine.shared.absolute(at, machine.places())
         memory.store(at, np.stack([machine.chosen(value()) for value in values], -1))
@@ -135,7 +121,7 @@ def _call(machine: Machine, instruction: Instruction) -> Step:
     said = [text for name, text in machine.program.texts.items() if name.startswith("assertMessage")]
 
     def fail() -> None:
-        raise Fault(f"the kernel asserts: {' or '.join(said)}")
+        raise FaultError(f"the kernel asserts: {' or '.join(said)}")
 
     return fail
 
@@ -176,5 +162,6 @@ def _lop3(machine: Machine, instruction: Instruction) -> Step:
 
 
 STEPS: dict[str, Callable[[Machine, Instruction], Step]] = {
-    "trap": _call, "mov": _mov, "cvta": _cvta, "selp": _selp, "ld": _ld, "st": _st, "atom": _atom, "call": _call, "prmt": _prmt, "lop3": _lop3,
+    "mov": _mov, "cvta": _cvta, "selp": _selp, "ld": _ld, "st": _st, "atom": _atom, "call": _call, "trap": _call,
+    "prmt": _prmt, "lop3": _lop3,
 }  # fmt: skip

@@ -39,9 +39,8 @@ class Program:
 
 def parse(ptx: str) -> Program:
     """The one kernel of a module. Names of blocks in braces are made unique: "name@3" is that of the third block."""
-    plain = "\n".join(
-        line.split("//")[0] for line in ptx.splitlines() if not line.strip().startswith((".loc", ".file"))
-    )
+    lines = [line.split("//")[0] for line in ptx.splitlines()]
+    plain = "\n".join(line for line in lines if not line.strip().startswith((".loc", ".file")))
     found = _ENTRY.search(plain)
     assert found is not None, "no kernel in the module"
     name, params, directives = found.groups()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.ptx.parse import Instruction
-from tests.ptx.values import dtype_of
+from tests.ptx.values import Array, dtype_of
 
 if TYPE_CHECKING:
     from tests.ptx.machine import Machine, Step
@@ -47,7 +47,10 @@ def _redux(machine: Machine, instruction: Instruction) -> Step:
     sink, value = machine.sink(instruction.operands[0]), machine.source(instruction.operands[1], kind)
     members = machine.source(instruction.operands[2], "u32")
     limits = np.iinfo(dtype_of(kind))
-    function, neutral = {"max": (np.max, limits.min), "min": (np.min, limits.max), "add": (np.sum, 0)}[how]
+    functions: dict[str, tuple[Callable[..., Array], int]] = {
+        "max": (np.max, limits.min), "min": (np.min, limits.max), "add": (np.sum, 0),
+    }  # fmt: skip
+    function, neutral = functions[how]
 
     def reduce() -> None:
         machine.together(32)

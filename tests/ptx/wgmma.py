@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.ptx.matrices import COLUMN, ROW, added, bits_of_operand, left_operand, numbers
-from tests.ptx.memory import Fault
+from tests.ptx.memory import FaultError
 from tests.ptx.moves import names
 from tests.ptx.parse import Instruction
 from tests.ptx.values import Array
@@ -24,7 +24,8 @@ _WIDTHS = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes that a swizzle spans
 
 def swizzled(address: Array, width: int) -> Array:
     """Addresses with the bits of 16 bytes exchanged by those of the row: patterns of 8 rows of `width` bytes."""
-    return address ^ (address >> 3 & (width - 16))
+    found: Array = address ^ (address >> 3 & (width - 16))
+    return found
 
 
 def _offsets(descriptor: int, outer: int, k: int, bits: int, along_k: bool) -> Array:
@@ -32,7 +33,7 @@ def _offsets(descriptor: int, outer: int, k: int, bits: int, along_k: bool) -> A
     start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
     width = _WIDTHS[descriptor >> 62 & 3]
     if descriptor >> 49 & 7:
-        raise Fault("a base offset")
+        raise FaultError("a base offset")
     row, column = np.arange(outer)[:, None], np.arange(k)[None, :]
     if along_k:
         inside = column * bits // 8
@@ -42,9 +43,8 @@ def _offsets(descriptor: int, outer: int, k: int, bits: int, along_k: bool) -> A
     inside = row * bits // 8
     if width == 16:
         return start + inside % 16 + column % 8 * 16 + inside // 16 * stride + column // 8 * leading
-    return swizzled(
-        start + inside % width + inside // width * leading + column % 8 * width + column // 8 * stride, width
-    )
+    across = inside % width + inside // width * leading
+    return swizzled(start + across + column % 8 * width + column // 8 * stride, width)
 
 
 def _operand(machine: Machine, descriptors: Array, outer: int, k: int, kind: str, along_k: bool) -> Array:
@@ -57,12 +57,8 @@ def _operand(machine: Machine, descriptors: Array, outer: int, k: int, kind: str
         at = _offsets(int(descriptor), outer, k, bits, along_k)
         place = machine.place[group * 128] * machine.shared.size
         words = machine.shared.load((at + place).reshape(-1), bits, 1)
-        found[group] = _numbers(words[:, 0], kind).reshape(outer, k)
+        found[group] = numbers(words[:, 0], kind).reshape(outer, k)
     return found
-
-
-def _numbers(words: Array, kind: str) -> Array:
-    return numbers(words, kind)
 
 
 def _wgmma(machine: Machine, instruction: Instruction) -> Step:
@@ -87,7 +83,7 @@ def _wgmma(machine: Machine, instruction: Instruction) -> Step:
         every = np.broadcast_to(source(), (machine.lanes,)).reshape(-1, 128)
         taking = every if groups is None else every[groups]
         if (taking != taking[:, :1]).any():
-            raise Fault("threads of a group name different operands")
+            raise FaultError("threads of a group name different operands")
         return every[:, 0] if groups is None else np.where(groups, every[:, 0], np.uint64(_NONE))
 
     def multiply() -> None:

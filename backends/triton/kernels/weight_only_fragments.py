@@ -151,11 +151,11 @@ def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
                 tiles = tiles + (_unpacked(data, above, h, table_ptr, OFFSET, BITS, KIND, ASM_ODD if h else ASM, TO),)
             for g in tl.static_range(PARTS // TOGETHER):
                 sums = ()
-                parts = ()
-                for j in tl.static_range(TOKENS):
+                for _ in tl.static_range(TOKENS):
                     sums = sums + (tl.zeros([S, 16, 8], tl.float32),)
-                    for r in tl.static_range(ROWS):
-                        parts = parts + (tl.zeros([S, 16, 8], tl.float32),)
+                parts = ()
+                for _ in tl.static_range(ROWS * TOKENS):
+                    parts = parts + (tl.zeros([S, 16, 8], tl.float32),)
                 for i in tl.static_range(g * TOGETHER, (g + 1) * TOGETHER):
                     for j in tl.static_range(TOKENS):
                         column = ((start + of_x // 32 % S) * HALVES + h) * COLUMNS + i * WIDE + within
