@@ -90,7 +90,7 @@ def _mul(op: tuple[str, ...]) -> Number:
 def _upper(a: Array, b: Array) -> Array:
     """The upper half of a product."""
     if a.dtype.itemsize < 8:
-        return (a.astype(_wider(a)) * b.astype(_wider(a)) >> 8 * a.dtype.itemsize).astype(a.dtype)
+        return np.asarray(a.astype(_wider(a)) * b.astype(_wider(a)) >> 8 * a.dtype.itemsize).astype(a.dtype)
     found: Array = np.asarray(a.astype(object) * b.astype(object) >> 64).astype(a.dtype)
     return found
 

@@ -1,0 +1,78 @@
+"""Kernels as a GPU would get them: what is compiled for both chips is carried out and gives what is due."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which runs the tests of the kernels")
+ROOT = Path(__file__).parents[2]
+KERNELS = "tests/backends/triton"
+CHOSEN = [
+    "test_weight_only.py::test_every_format[u4/g128]",
+    "test_weight_only.py::test_every_format[nf4/g64]",
+    "test_gemm8.py::test_every_way_of_dispatch[1-1-128-2-0-formats0]",
+    "test_gemm8.py::test_many_rows_in_every_dtype[dtype2-formats2]",
+    "test_gemm4.py::test_activation_and_residual",
+    "test_norm_quantize.py",
+    "test_cache_attention.py::test_every_format[i4]",
+    "test_quantized_attention.py::test_it_is_the_reference[q=i8/tok k=i8/tok-causal]",
+    "test_experts_gemm.py::test_every_pair[i8/tok-i8/ch]",
+]
+
+
+def run(capability: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "QFX_TEST_PTX": capability}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_some_kernels_of_every_kind(capability: str) -> None:
+    done = run(capability, *(f"{KERNELS}/{test}" for test in CHOSEN))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_all_kernels(capability: str) -> None:
+    done = run(capability, "-n", "2", "-m", "not slow", KERNELS)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+BROKEN = """
+import torch, triton, triton.language as tl
+from qfx.backends.triton.launch import launch
+
+@triton.jit
+def sums(x_ptr, out_ptr, n, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n, other=0.0) if MASKED else tl.load(x_ptr + at)
+    tl.store(out_ptr, tl.sum(x))
+
+def total(masked):
+    x, out = torch.arange(100.0), torch.zeros(1)
+    launch(sums, (1,), x, out, 100, BLOCK=256, MASKED=masked, config={"num_warps": 4})
+    return float(out)
+
+def test_masked():
+    assert total(True) == 4950
+
+def test_beyond_the_end():
+    total(False)
+"""
+
+
+def test_a_read_beyond_the_end_is_found(tmp_path: Path) -> None:
+    test = tmp_path / "test_broken.py"
+    test.write_text(BROKEN)
+    (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
+    done = run("90", str(test), "--rootdir", str(tmp_path))
+    assert "1 failed, 1 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "outside" in done.stdout and "ld.global" in done.stdout
