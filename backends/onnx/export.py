@@ -22,9 +22,12 @@ from qfx.backends.onnx.opset import ir_version, needed_opset
 from qfx.errors import explain
 from qfx.storage.files import sha256_file, staged
 
-EXTERNAL_BYTES = 64 << 20  # weights of more bytes than this lie in a file of their own
+# Weights of more bytes than this lie in a file of their own, which readers map. One that parses them with the model has
+# them in memory once more: a MiniLM of 23 MB then took 23 MB more to open and run.
+EXTERNAL_BYTES = 1 << 20
 _MOST_INLINE = 2**31 - (64 << 20)  # protobuf holds less than 2 GiB
 _PAGE = 4096  # ONNX Runtime maps weights into memory where they begin at a page
+_PART = 4 << 20  # bytes that are written before those that were read are let go of
 _SMALL = 1024  # bytes of a tensor that the checker reads
 WEIGHTS_KEY = "qfx.weights"
 
@@ -77,10 +80,12 @@ def write(
         temporary = stage(path.name)  # renamed first: a reader that finds the weights finds the model
         written: Mapping[str, Tensor | Later] = {} if large else weights
         if large:
+            second = _second_names(model.graph, weights)
             beside = path.with_name(path.name + ".data")
             files.append(beside)
             with stage(beside.name).open("wb") as file:
                 digest = _write_weights(model.graph.initializer, weights, beside.name, file, rest)
+            _place_alike(model.graph, second)
             _set_metadata(model, WEIGHTS_KEY, json.dumps({"file": beside.name, "sha256": digest}, sort_keys=True))
         onnx.checker.check_model(_without_weights(model))
         with temporary.open("wb") as file:
@@ -195,6 +200,12 @@ def _raw(tensor: Tensor) -> memoryview:
     return memoryview(bytes_)
 
 
+def _parts(data: memoryview) -> Iterator[memoryview]:
+    """The same bytes, a few MiB at a time: a weight that lies in a file is not in memory as a whole."""
+    for start in range(0, max(len(data), 1), _PART):
+        yield data[start : start + _PART]
+
+
 def _write_weights(
     initializers: Iterable[TensorProto],
     weights: Mapping[str, Tensor | Later],
@@ -221,11 +232,44 @@ def _write_weights(
         for key, value in (("location", location), ("offset", str(place)), ("length", str(len(data)))):
             entry = tensor.external_data.add()
             entry.key, entry.value = key, value
-        put(data)
-        size = len(data)
-        del data
-        rest(size)
+        for part in _parts(data):
+            put(part)
+            rest(len(part))
+        del data, part
     return digest.hexdigest()
+
+
+def _second_names(graph: onnx.GraphProto, weights: Collection[str]) -> dict[str, str]:
+    """A name of its own for the weight of a MatMulNBits where another node reads it too; returns it -> the first one.
+
+    ONNX Runtime packs the weight and then closes its map of the file, unless something else has that name. Of a map
+    that only a Gather reads, the rows that are asked for come into memory, and no others.
+
+    MatMulNBits(x, w, s), GatherBlockQuantized(w, ids, ..)  ->  GatherBlockQuantized(w.second, ids, ..)
+    """
+    nodes = list(every_node(graph.node))
+    packed = {node.input[1] for node in nodes if node.op_type == "MatMulNBits"}.intersection(weights)
+    held = {t.name: t for t in graph.initializer}
+    second: dict[str, str] = {}
+    for node in nodes:
+        for i, name in enumerate(node.input):
+            if name not in packed or (node.op_type == "MatMulNBits" and i == 1):
+                continue
+            again = node.input[i] = f"{name}.second"
+            if again not in second:
+                assert again not in held, again
+                graph.initializer.add().CopyFrom(held[name])
+                graph.initializer[-1].name = again
+                second[again] = name
+    return second
+
+
+def _place_alike(graph: onnx.GraphProto, second: Mapping[str, str]) -> None:
+    """Let second names say where in the file the weights lie that they are names of."""
+    held = {t.name: t for t in graph.initializer}
+    for again, name in second.items():
+        del held[again].external_data[:]
+        held[again].external_data.extend(held[name].external_data)
 
 
 def _serialized(model: onnx.ModelProto, weights: Mapping[str, Tensor | Later]) -> Iterator[bytes | memoryview]:
@@ -247,7 +291,7 @@ def _serialized(model: onnx.ModelProto, weights: Mapping[str, Tensor | Later]) -
         if size:
             data = _raw(made(weights[name]))
             assert len(data) == size, (name, len(data), size)
-            yield data
+            yield from _parts(data)
 
 
 def _field(message: Any, name: str, size: int) -> bytes:

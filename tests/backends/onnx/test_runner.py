@@ -62,6 +62,10 @@ def test_what_lies_where_it_did_is_not_bound_again(runner: Runner) -> None:
     assert torch.equal(grown, torch.full((3, 4), 4.0))
 
 
+def test_values_that_were_read_leave_memory(runner: Runner) -> None:
+    assert not runner.session.get_session_options().enable_mem_reuse
+
+
 def test_memory_that_moved_is_found(runner: Runner) -> None:
     for value in (1.0, 2.0, 3.0):
         x, past = torch.full((2, 5), value), torch.full((2, 5), 10 * value)

@@ -41,10 +41,10 @@ def tables(path: Path) -> int:
     return sum(int(np.prod(t.dims)) >= 90 * 64 for t in onnx.load(str(path)).graph.initializer)
 
 
-def written(model: Any, path: Path, runtime: str = "onnxruntime") -> Path:
+def written(model: Any, path: Path, runtime: str = "onnxruntime", **options: Any) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QfxWarning)
-        return qfx.export_onnx(model, (IDS,), path, runtime=runtime).path
+        return qfx.export_onnx(model, (IDS,), path, runtime=runtime, **options).path
 
 
 def in_ort(path: Path) -> Tensor:
@@ -112,6 +112,26 @@ def test_presets_store_a_tied_table_once(tmp_path: Path, recipe: str) -> None:
     with torch.no_grad():
         assert sqnr(model(IDS), in_ort(path)) > 35
     assert sum(np.prod(t.dims) == 90 * 128 for t in onnx.load(str(path)).graph.initializer) == 1
+
+
+def test_beside_the_file_it_has_two_names_and_one_place(tmp_path: Path) -> None:
+    """ONNX Runtime lets go of what it packs where nothing else has its name; the bytes are there once."""
+    model = qfx.quantize(Tied(256).eval(), "w4a16", data=[(IDS,)])
+    inside = written(model, tmp_path / "inside.onnx")
+    path = written(model, tmp_path / "m.onnx", external_bytes=0)
+    graph = onnx.load(str(path), load_external_data=False).graph
+    (gather,) = (node for node in graph.node if node.op_type == "GatherBlockQuantized")
+    held = {t.name: t for t in graph.initializer}
+    table = held[gather.input[0]]
+    (head,) = (held[n.input[1]] for n in graph.node if n.op_type == "MatMulNBits" and 90 in held[n.input[1]].dims)
+    assert table.name == f"{head.name}.second"
+    assert list(table.dims) == list(head.dims)
+    assert list(table.external_data) == list(head.external_data)
+    places = [int(e.value) for t in graph.initializer for e in t.external_data if e.key == "offset"]
+    assert len(places) == len(set(places)) + 1
+    assert inside.stat().st_size > (tmp_path / "m.onnx.data").stat().st_size - 4096 * len(places)
+    assert not any(t.name.endswith(".second") for t in onnx.load(str(inside)).graph.initializer)
+    assert torch.equal(in_ort(path), in_ort(inside))
 
 
 def test_compiled_too() -> None:
