@@ -77,7 +77,7 @@ def export_onnx(
     of 2 or more there. recipe, plan: as for qfx.quantize (a recipe with static activations needs `data`); without both
     the model is written as it is, which is quantized where qfx.quantize quantized it. runtime: "onnxruntime" uses its
     own operators where they are faster, "standard" only those of ai.onnx. external_bytes: weights of more bytes in all
-    go to `<path>.data` (1 MiB; always where a file would pass 2 GB), which takes less memory to open than one file.
+    go to `<path>.data` (32 MiB; always where a file would pass 2 GB), which takes less memory to open than one file.
     prefill: "i8/tok" rounds the input of weight-only linears to 8 bits per token where 16 or more tokens are read at
     once, and computes with integers: prompts are read faster; the session then holds these weights in 8 bits too.
     kv: "i8" or "i4" stores a decoder's cache in 8 or 4 bits, with a fixed scale for each channel of each head, found on

@@ -22,9 +22,9 @@ from qfx.backends.onnx.opset import ir_version, needed_opset
 from qfx.errors import explain
 from qfx.storage.files import sha256_file, staged
 
-# Weights of more bytes than this lie in a file of their own, which readers map. One that parses them with the model has
-# them in memory once more: a MiniLM of 23 MB then took 23 MB more to open and run.
-EXTERNAL_BYTES = 1 << 20
+# Weights of more bytes than this lie in a file of their own, which readers map. Who parses them with the model has them
+# in memory once more, which is the price of one file: a MiniLM of 23 MB took 23 MB more to open and run.
+EXTERNAL_BYTES = 32 << 20
 _MOST_INLINE = 2**31 - (64 << 20)  # protobuf holds less than 2 GiB
 _PAGE = 4096  # ONNX Runtime maps weights into memory where they begin at a page
 _PART = 4 << 20  # bytes that are written before those that were read are let go of
