@@ -7,7 +7,7 @@ PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -n $(JOBS) --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench bench-gpu lint format clean
+.PHONY: help demo test test-all test-compiled bench bench-gpu lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -20,6 +20,10 @@ test: $(VENV)/.dev ## the tests, without the slow ones
 
 test-all: $(VENV)/.dev ## all tests
 	$(PYTEST)
+
+test-compiled: $(VENV)/.dev ## the tests of the kernels on the code that GPUs would get, carried out on the CPU
+	QFX_TEST_PTX=80 $(PYTEST) -m "not slow" tests/backends/triton
+	QFX_TEST_PTX=90 $(PYTEST) -m "not slow" tests/backends/triton
 
 bench: $(VENV)/.dev ## the benchmarks (nothing else should run meanwhile)
 	$(VENV)/bin/python examples/benchmarks/cpu_encoder.py

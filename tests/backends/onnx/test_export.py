@@ -119,7 +119,8 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
         write(tmp_path / "file")
 
 
-def test_small_weights_lie_in_the_file_and_others_beside(tmp_path: Path) -> None:
+def test_small_weights_lie_in_the_file_and_others_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "EXTERNAL_BYTES", 1 << 20)
     for width, count in ((512, 1), (1536, 2)):
         linear = nn.Linear(width, width).eval()
         files = qfx.export_onnx(linear, (torch.ones(2, width),), tmp_path / f"{width}.onnx", recipe="w8a8").files
