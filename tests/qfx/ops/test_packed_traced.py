@@ -107,6 +107,7 @@ def opcheck(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
     torch.library.opcheck(op, args, test_utils=tests)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch 2.14's own
 @pytest.mark.parametrize(("w_format", "x_format"), [*PAIRS, ("i3/ch", "i8/dyn"), ("bf16", "")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_passes_opcheck(w_format: str, x_format: str, dtype: torch.dtype) -> None:
