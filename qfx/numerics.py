@@ -158,7 +158,15 @@ def dequantize(
     if fmt.has_zero:
         values = values - spread(_one_each(zero, scale, fmt), fmt)
     values = values * spread(effective_scale(scale, zero, fmt), fmt)
-    return join(values, fmt, codes.shape).to(dtype)
+    return cast(join(values, fmt, codes.shape), dtype)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which is left out where it changes nothing.
+
+    The compiler of torch 2.11 takes an autograd.Function that ends with such a one for one without gradients.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def fake_quantize(

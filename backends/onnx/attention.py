@@ -27,7 +27,7 @@ def sdpa(
     if packed is not None:
         return packed
     if enable_gqa:
-        need_fixed_heads(q, k, v)
+        k, v = (repeated_heads(b, q, x) for x in (k, v))
     scores = scores_of(b, q, k, scale)
     bias, keep = mask_bias(b, scores, mask, is_causal)
     if bias is not None:
@@ -41,7 +41,7 @@ def attention(
     softcap: float,
 ) -> Value:  # fmt: skip
     """qfx::attention: SDPA with a soft cap on the scores and sinks (one extra logit per head that takes weight)."""
-    need_fixed_heads(q, k, v)
+    k, v = (repeated_heads(b, q, x) for x in (k, v))
     scores = scores_of(b, q, k, float(scale))
     if softcap:
         cap = b.scalar(softcap, scores.dtype)
@@ -53,6 +53,20 @@ def attention(
         return weighted(b, softmax_with_sinks(b, scores, sinks), scores, v)
     y = weighted(b, b.op("Softmax", scores, axis=-1), scores, v)
     return y if keep is None else b.op("Mul", y, keep)
+
+
+def repeated_heads(b: Builder, q: Value, x: Value) -> Value:
+    """Keys or values with a head for each head of q where query heads share them, and how many is not known.
+
+    Of known numbers nothing is copied, see `scores_of`. Torch's own decomposition is no way round: that of torch 2.11
+    takes the number of heads that it is traced with for the only one.
+    """
+    if x.dims[-3] == q.dims[-3] or all(isinstance(value.dims[-3], int) for value in (q, x)):
+        return x
+    heads, own = b.dim(q.dims[-3]), b.op("Max", b.dim(x.dims[-3]), b.ints([1]))
+    whole = b.op("Concat", b.shape(x.dims[:-2]), b.op("Div", heads, own), b.shape(x.dims[-2:]), axis=0)
+    times = b.op("Expand", b.op("Unsqueeze", x, b.ints([x.rank - 2])), whole)
+    return b.reshape(times, (*x.dims[:-3], q.dims[-3], *x.dims[-2:]))
 
 
 def need_fixed_heads(q: Value, k: Value, v: Value) -> None:

@@ -1,6 +1,7 @@
 """qfx::moe as com.microsoft QMoE: one kernel from the router's scores to the sum over the experts.
 
-DOCSTRING
+It holds weights of 2, 4 or 8 bits in blocks and rounds activations to 8 bits per block, which the notes say. A router
+that is a softmax and a top-k goes in as its scores; any other chooses before it, and the chosen have the score one.
 """
 
 from __future__ import annotations

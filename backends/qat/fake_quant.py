@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qfx.format import Format
-from qfx.numerics import dequantize, effective_scale, join, quantize, run_time_qparams, split, spread
+from qfx.numerics import cast, dequantize, effective_scale, join, quantize, run_time_qparams, split, spread
 
 
 def fake_quantize(x: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None = None, *, factor: float = 1.0) -> Tensor:
@@ -85,7 +85,7 @@ def _values(x: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None) -> Tenso
     else:
         z = spread(zero, fmt)
         codes = (codes + z).clamp(fmt.qmin, fmt.qmax) - z
-    return join(codes * s, fmt, x.shape).to(x.dtype)
+    return cast(join(codes * s, fmt, x.shape), x.dtype)
 
 
 class _RoundedAtRunTime(torch.autograd.Function):

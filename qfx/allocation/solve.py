@@ -267,12 +267,13 @@ def _exact(problem: Problem, groups: Sequence[Group], budget: int, seconds: floa
         _class_rows(rows, groups, starts, problem.classes)
     _tile_rows(rows, problem, groups, starts)
     high = np.array([1.0] * int(starts[-1]) + rows.most)
+    places = (np.array(rows.row, np.int32), np.array(rows.column, np.int32))  # scipy before 1.15 takes no wider ones
     result = milp(
         np.concatenate([score * scale, np.zeros(len(rows.most))]),
         integrality=np.ones(len(high)),
         bounds=Bounds(np.zeros(len(high)), high),
         constraints=LinearConstraint(
-            sparse.csr_array((rows.values, (rows.row, rows.column)), shape=(len(rows.low), len(high))),
+            sparse.csr_array((rows.values, places), shape=(len(rows.low), len(high))),
             rows.low,
             rows.up,
         ),

@@ -24,6 +24,7 @@ from tests.backends.triton.cases import DEVICE
 
 OPS, REFERENCE = torch.ops.qfx_triton, torch.ops.qfx
 NAN, INF = float("nan"), float("inf")
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, which interprets
 
 
 def rows(m: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -113,7 +114,6 @@ CACHES: list[Any] = ["i4", "i3", {"k": "u4/g32/bf16", "v": "u4/tok"}, {"k": "i4/
                      {"k": "i8/tok/bf16", "v": "i8/tok"}, {"k": "i8/tok/f16", "v": "f8e4m3/tok"}]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, which interprets
 @pytest.mark.parametrize("kv", CACHES, ids=str)
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_a_cache_reads_nan_where_the_reference_does(kv: Any, bad: float) -> None:

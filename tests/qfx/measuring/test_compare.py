@@ -110,11 +110,11 @@ if before is not None:
 
 
 def test_peak_memory_is_that_of_this_process_alone() -> None:
-    held = torch.ones(512_000_000, dtype=torch.uint8)  # what the parent holds is no part of the child's peak
+    held = torch.ones(1_200_000_000, dtype=torch.uint8)  # what the parent holds is no part of the child's peak
     said = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True).stdout.split()
     del held
     if not said:
         pytest.skip("needs a system that tells the peak memory of a process (Linux, macOS)")
     before, after = map(int, said)
     assert after >= before + 60_000_000
-    assert before < 512_000_000
+    assert before < 1_000_000_000  # torch for CUDA alone takes 0.6 GB

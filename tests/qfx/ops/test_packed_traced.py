@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
+from torch._export.serde.serialize import _TORCH_TO_SERIALIZE_DTYPE
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import qfx.ops.packed  # noqa: F401  registers the ops
@@ -46,15 +47,23 @@ class Linear(torch.nn.Module):
 PAIRS = [("i8/ch", "i8/tok"), ("u4/g8", ""), ("f4e2m1/g8/e8m0", "f8e4m3/tok"), ("f4e2m1/g16/e4m3", "")]
 
 
-@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch.export.load's own
+# torch.export.load's own, the first of them of torch 2.11
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
 @pytest.mark.parametrize(("w_format", "x_format"), PAIRS)
 def test_export(w_format: str, x_format: str, tmp_path: Path) -> None:
     module = Linear(w_format, x_format).eval()
     rows = torch.export.Dim("rows", min=2, max=64)
     program = torch.export.export(module, (torch.randn(4, 3, 20),), dynamic_shapes=({0: rows},))
     assert torch.ops.qfx.linear.default in [node.target for node in program.graph.nodes]
-    torch.export.save(program, tmp_path / "m.pt2")
-    for runs in (program, program.run_decompositions(), torch.export.load(tmp_path / "m.pt2")):
+    programs = [program, program.run_decompositions()]
+    if module.scale.dtype in _TORCH_TO_SERIALIZE_DTYPE:
+        torch.export.save(program, tmp_path / "m.pt2")
+        programs.append(torch.export.load(tmp_path / "m.pt2"))
+    else:  # torch 2.11 knows no float8_e8m0fnu in files
+        with pytest.raises(KeyError, match="float8_e8m0fnu"):
+            torch.export.save(program, tmp_path / "m.pt2")
+    for runs in programs:
         x = torch.randn(7, 3, 20)
         assert torch.equal(runs.module()(x), module(x))
 
@@ -98,6 +107,7 @@ def opcheck(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
     torch.library.opcheck(op, args, test_utils=tests)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch 2.14's own
 @pytest.mark.parametrize(("w_format", "x_format"), [*PAIRS, ("i3/ch", "i8/dyn"), ("bf16", "")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_passes_opcheck(w_format: str, x_format: str, dtype: torch.dtype) -> None:
