@@ -28,7 +28,7 @@ from tests.graphs import capture
 from tests.qfx.test_cli import _run
 from tests.zoo import ZOO
 
-HERE = device.find(torch.device(DEVICE))
+HERE = launch.device_of(torch.empty(0, device=DEVICE))
 
 
 def work(n: int = 24, k: int = 40) -> tune.Work:

@@ -14,6 +14,7 @@ from qfx.backends.triton.device import INTERPRETER
 from qfx.backends.triton.passes.join_rows import join_rows
 from qfx.pipeline import apply_plan, prepare
 from qfx.recipe import Recipe
+from tests.backends.triton.cases import INTERPRETED
 from tests.backends.triton.passes.lowered import inputs, outputs
 from tests.graphs import capture, text
 
@@ -101,7 +102,8 @@ def test_it_is_part_of_lowering() -> None:
     found = lower(gm)
     assert set(found.kernels.values()) == {"gemm_mixed i8/tok of i8/ch,i4/ch (Triton)"}
     with torch.no_grad():
-        assert torch.equal(found(x)[0], gm(x)[0])
+        joined, due = found(x)[0], gm(x)[0]
+    assert torch.equal(joined, due) if INTERPRETED else torch.allclose(joined, due, rtol=1e-5, atol=1e-6)
 
 
 class Residual(nn.Module):
