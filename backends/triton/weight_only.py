@@ -95,7 +95,10 @@ def linear_weight_only(
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     m, k = rows.shape
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    config = dict(choose(device_of(x), weight.fmt, m, n, k, x.dtype))
+    device = device_of(x)
+    config = dict(choose(device, weight.fmt, m, n, k, x.dtype))
+    if config["PATH"] == FRAGMENTS and not begins_aligned(weight):  # it reads two bytes and more at once
+        config = dict(without_fragments(device, weight.fmt, m, n, k, x.dtype))
     path = config.pop("PATH")
     if k == 0 or m == 0:
         out = out.zero_() if bias is None else out.copy_(bias.expand(m, n))
@@ -125,9 +128,15 @@ def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.
     4 rows of 8-bit weights and 2 of smaller ones go to vectors: beyond, tiles take fewer. Tiles of float32 do not fit
     registers: such rows go to torch early.
     """
-    units = -(-k // UNIT)
     if m <= _MOST_FRAGMENTS and has_fragments(fmt, dtype):
         return fragments_of(device, fmt, m, n, k)
+    return without_fragments(device, fmt, m, n, k, dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def without_fragments(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
+    """The same of the other ways."""
+    units = -(-k // UNIT)
     if m <= (_MOST_GEMV if stored_bits(fmt) == 8 else _MOST_GEMV // 2):
         return {"PATH": GEMV, **vectors_of(device, fmt, n, k)}
     if m >= (64 if dtype == torch.float32 else _FEWEST_DEQUANTIZE):
@@ -250,8 +259,13 @@ def _gemv(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config
            NATIVE=device.has_fp8 and not device.interpreted, EXACT=exact, ASM=asm, config=config)  # fmt: skip
 
 
+def begins_aligned(w: Weight) -> bool:
+    """Whether the codes begin at multiples of 16 bytes, as those do that were not cut out of other tensors."""
+    return (w.codes.data_ptr() | w.upper.data_ptr()) % 16 == 0
+
+
 def gemv_asm(w: Weight) -> str:
-    if w.fmt.bits == 3 and (w.codes.data_ptr() | w.upper.data_ptr()) % 16:
+    if w.fmt.bits == 3 and not begins_aligned(w):
         return ""  # it takes four bytes for those of one row, as they are where a thread reads 16
     return _gemv_asm(w.fmt)
 

@@ -220,6 +220,23 @@ def test_three_bits_of_codes_that_begin_anywhere_are_read_one_by_one(
     assert found == [True, used]
 
 
+@pytest.mark.parametrize("text", ["i4/g128", "u3/g64"])
+def test_codes_that_begin_anywhere_are_no_fragments(text: str) -> None:
+    torch.manual_seed(0)
+    packed = weight(24, 256, text)
+    w, now = pack_weight_only(packed.data, packed.scale, packed.zero, text, 256)
+    x = torch.randn(3, 256, dtype=torch.float16, device=DEVICE)
+    beside = torch.cat([w[0].new_zeros(1), w[0].flatten()])[1:].reshape(w[0].shape)
+    kernels = []
+    for codes in (w[0], beside):
+        with recorded(H100) as launches:
+            linear_weight_only(x, [codes, *w[1:]], None, None, now, 24)
+        kernels.append(launches[0].kernel.fn.__name__)
+    assert kernels == ["fragments", "dot_tiles"]
+    both = [linear_weight_only(x, [codes, *w[1:]], None, None, now, 24) for codes in (w[0], beside)]
+    torch.testing.assert_close(*both, rtol=1e-2, atol=1e-2)
+
+
 def test_paths_by_the_number_of_rows() -> None:
     def paths(text: str, dtype: torch.dtype = torch.float16) -> list[int]:
         fmt = Format.parse(text)
