@@ -20,13 +20,15 @@ from qfx.backends.triton.kernels import experts as kernels
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.layout import UNIT_THREE, padded
 from qfx.backends.triton.library import define
+from qfx.backends.triton.pair_asm import pair_asm
 from qfx.backends.triton.products import bad, check_devices
 from qfx.backends.triton.weight_only import DTYPES, LANGUAGE, UNIT, Weight, gemv_asm, named
 from qfx.backends.triton.weight_only_pack import pack_weight_only, stored_bits
 from qfx.format import Format
 from qfx.ops.floats import alone, of_expert
 
-VECTORS, TILES = 0, 1  # what a configuration's PATH says
+VECTORS, TILES, FRAGMENTS = 0, 1, 2  # what a configuration's PATH says
+_MOST_FRAGMENTS = 16  # rows of an expert
 _MOST_ROWS = 65535  # programs along the second axis of a grid
 _INTERPRETED = 256  # elements of a result
 
@@ -66,21 +68,32 @@ def grouped_weight_only(x: Tensor, w: list[Tensor], offs: Tensor, w_format: str,
     out = torch.empty((t, n), dtype=x.dtype, device=x.device)
     if t == 0 or k == 0 or experts == 0:
         return out.zero_()
-    config = dict(choose(device_of(x), weight.fmt, t, experts, n, k, x.dtype))
-    launched = _vectors if config.pop("PATH") == VECTORS else _tiles
-    launched(x, weight, offs, out, config)
+    device = device_of(x)
+    config = dict(choose(device, weight.fmt, t, experts, n, k, x.dtype))
+    if config["PATH"] == FRAGMENTS and not weight_only.begins_aligned(weight):  # it reads two bytes and more at once
+        config = dict(without_fragments(device, weight.fmt, t, experts, n, k, x.dtype))
+    {VECTORS: _vectors, TILES: _tiles, FRAGMENTS: _fragments}[config.pop("PATH")](x, weight, offs, out, config)
     return out
 
 
 def choose(device: Device, fmt: Format, t: int, experts: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """The configuration of a call: the measured one of this device, else by rule. Buckets are of rows, `t`."""
     problem = f"{fmt} e={experts} n={n} k={k} {str(dtype).removeprefix('torch.')}"
-    found = tuning.tuned(device, "experts", problem, t, lambda: candidates(t, experts))
+    found = tuning.tuned(device, "experts", problem, t, lambda: candidates(fmt, t, experts, dtype))
     return found or heuristic(device, fmt, t, experts, n, k, dtype)
 
 
 def heuristic(device: Device, fmt: Format, t: int, experts: int, n: int, k: int, dtype: torch.dtype) -> Config:
-    """A configuration by rule, for rows that go to the experts about evenly.
+    """A configuration by rule, for rows that go to the experts about evenly: fragments for up to 16 rows of one."""
+    rows = -(-t // experts)
+    served = weight_only.has_fragments(fmt, dtype) and rows <= _MOST_FRAGMENTS
+    if served and not (device.interpreted and t * n > _INTERPRETED):
+        return {**weight_only.fragments_of(device, fmt, 2 * rows, n * min(t, experts), k), "PATH": FRAGMENTS}
+    return without_fragments(device, fmt, t, experts, n, k, dtype)
+
+
+def without_fragments(device: Device, fmt: Format, t: int, experts: int, n: int, k: int, dtype: torch.dtype) -> Config:
+    """The same of the other ways.
 
     Vectors up to as many rows as experts: most of these then have one row or two. A program takes two only where that
     is to be expected: both take twice the registers of one. Tiles are as high as an expert has rows, of float32 at most
@@ -97,13 +110,17 @@ def heuristic(device: Device, fmt: Format, t: int, experts: int, n: int, k: int,
     return {"PATH": TILES, **weight_only.tile_of(device, fmt, rows, dtype), "FIRST": 0}
 
 
-def candidates(t: int, experts: int) -> list[Config]:
+def candidates(fmt: Format, t: int, experts: int, dtype: torch.dtype) -> list[Config]:
     """Configurations worth measuring for `t` rows, at most 20."""
     found: list[Config] = []
+    rows, kept = -(-t // experts), weight_only.has_fragments(fmt, dtype)
+    if kept and rows <= 2 * _MOST_FRAGMENTS:
+        sizes = [(width, warps) for width in (1, 2) for warps in (2, 4, 8)]
+        found += [{**weight_only.fragments_tile(fmt, *size, 2 * rows), "PATH": FRAGMENTS} for size in sizes]
     if t <= 4 * experts and t <= _MOST_ROWS:
         found += [
             {"PATH": VECTORS, "ROWS": rows, "BN": n, "CHUNKS": 32 * warps, "num_warps": warps, "num_stages": 1}
-            for rows, n in ((1, 2), (1, 4), (1, 8), (2, 2), (2, 4))
+            for rows, n in (((1, 4), (2, 2)) if found else ((1, 2), (1, 4), (1, 8), (2, 2), (2, 4)))
             for warps in (1, 2, 4)
         ]
     even = max(16, triton.next_power_of_2(-(-t // experts)))
@@ -114,6 +131,19 @@ def candidates(t: int, experts: int) -> list[Config]:
                 {"PATH": TILES, "BM": height, "BN": width, "num_warps": warps, "num_stages": stages, "FIRST": 0}
             )
     return found[:20]
+
+
+def _fragments(x: Tensor, w: Weight, offs: Tensor, out: Tensor, config: Config) -> None:
+    device, (t, k), n, experts, warps = device_of(x), x.shape, out.shape[1], offs.shape[0], config["num_warps"]
+    to = dot_dtype(x.dtype)
+    asm, odd = ("", "") if device.interpreted else (pair_asm(w.fmt, to), pair_asm(w.fmt, to, 1))
+    tokens = 1 if 2 * -(-t // experts) <= 8 else 2
+    tiles, by_row = tiles_of(t, experts, 8 * tokens)
+    launch(kernels.grouped_fragments, (tiles * triton.cdiv(n, 16 * config["ROWS"]),), x, w.codes, w.upper, w.scale,
+           w.zero, w.whole, w.table, offs, out, t, n, k, experts, tiles, x.stride(0), w.codes.stride(-2),
+           w.upper.stride(-2), w.scale.stride(-2), **w.constants, ASM=asm, ASM_ODD=odd, TO=LANGUAGE[to],
+           EVEN=weight_only.is_even(w.fmt, k, warps), TOKENS=tokens, S=warps, BY_ROW=by_row,
+           EXPERTS=triton.next_power_of_2(experts + 1), config=config)  # fmt: skip
 
 
 def _vectors(x: Tensor, w: Weight, offs: Tensor, out: Tensor, config: Config) -> None:

@@ -150,10 +150,9 @@ def without_fragments(device: Device, fmt: Format, m: int, n: int, k: int, dtype
 
 
 def has_fragments(fmt: Format, dtype: torch.dtype) -> bool:
-    """Whether `fragments` serves such weights and inputs: integers and tables, groups from 32 or 64 columns on."""
-    least = 32 if stored_bits(fmt) < 4 else 64
+    """Whether `fragments` serves such weights and inputs: integers and tables, groups from 32 columns on."""
     served = fmt.is_integer or fmt.type in TABLES
-    return dtype.itemsize == 2 and served and (group_of(fmt) == 0 or group_of(fmt) >= least)
+    return dtype.itemsize == 2 and served and (group_of(fmt) == 0 or group_of(fmt) >= 32)
 
 
 def fragments_of(device: Device, fmt: Format, m: int, n: int, k: int) -> Config:
@@ -161,22 +160,34 @@ def fragments_of(device: Device, fmt: Format, m: int, n: int, k: int) -> Config:
 
     Tables, and 3 or 2 bits for more than 8 rows of x, take registers: of these 16 rows.
     """
-    blocks = -(-k // columns_of(fmt))
+    blocks, _ = blocks_of(fmt, k)
     warps = 8 if blocks >= 32 else 4 if blocks >= 4 else 2 if blocks >= 2 else 1
     few = fmt.is_integer and (m <= 8 or stored_bits(fmt) >= 4)
-    return _fragments_tile(fmt, 2 if few and n >= 48 * device.processors else 1, warps, m)
+    return fragments_tile(fmt, 2 if few and n >= 48 * device.processors else 1, warps, m)
 
 
-def _fragments_tile(fmt: Format, rows: int, warps: int, m: int) -> Config:
-    """maxnreg: of its own accord the assembler would rather spill two registers than go beyond 64 or 128."""
+def fragments_tile(fmt: Format, rows: int, warps: int, m: int) -> Config:
+    """A tile of `fragments` for m rows of x.
+
+    maxnreg: of its own accord the assembler would rather spill two registers than go beyond 64 or 128.
+    """
     most = {(1, True): 112, (1, False): 128, (2, True): 168, (2, False): 208}.get((rows, m <= 8), 255)
     most = 255 if stored_bits(fmt) == 3 else most
     return {"PATH": FRAGMENTS, "ROWS": rows, "num_warps": warps, "num_stages": 1, "maxnreg": most}
 
 
-def columns_of(fmt: Format) -> int:
-    """Columns of a block of `fragments`."""
-    return {2: 128, 3: 256, 4: 128, 8: 64}[stored_bits(fmt)]
+def blocks_of(fmt: Format, k: int) -> tuple[int, bool]:
+    """Blocks that `fragments` has of k columns, as the kernel counts them, and whether they hold k and no more."""
+    bits = stored_bits(fmt)
+    unit = UNIT_THREE if bits == 3 else UNIT
+    each = (2 if bits == 8 else 1) * (2 if bits >= 4 and group_of(fmt) == 32 else 1)
+    return -(-k // unit) * each, k % unit == 0
+
+
+def is_even(fmt: Format, k: int, warps: int) -> bool:
+    """Whether all warps of `fragments` have as many blocks, without columns beyond k."""
+    blocks, whole = blocks_of(fmt, k)
+    return whole and blocks % warps == 0
 
 
 def vectors_of(device: Device, fmt: Format, n: int, k: int) -> Config:
@@ -217,7 +228,7 @@ def candidates(fmt: Format, m: int, k: int, dtype: torch.dtype) -> list[Config]:
     found: list[Config] = []
     if m <= 2 * _MOST_FRAGMENTS and has_fragments(fmt, dtype):
         sizes = [(rows, warps) for rows in (1, 2, 4) for warps in (2, 4, 8) if rows * warps < 32]
-        found += [_fragments_tile(fmt, *size, m) for size in sizes]
+        found += [fragments_tile(fmt, *size, m) for size in sizes]
     if m <= _MOST_GEMV:
         found += [
             {"PATH": GEMV, "BN": rows, "CHUNKS": 32 * warps, "num_warps": warps, "num_stages": 1}
@@ -246,7 +257,7 @@ def _fragments(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: C
     asm, odd = ("", "") if device.interpreted else (pair_asm(w.fmt, to), pair_asm(w.fmt, to, 1))
     launch(fragments, (triton.cdiv(n, 16 * config["ROWS"]),), x, w.codes, w.upper, w.scale, w.zero, w.whole, w.table,
            bias, out, m, n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0), **w.constants,
-           ASM=asm, ASM_ODD=odd, TO=LANGUAGE[to], EVEN=k % (columns_of(w.fmt) * warps) == 0,
+           ASM=asm, ASM_ODD=odd, TO=LANGUAGE[to], EVEN=is_even(w.fmt, k, warps),
            TOKENS=triton.cdiv(m, 8), S=warps, config=config)  # fmt: skip
 
 

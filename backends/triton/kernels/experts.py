@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from qfx.backends.triton.kernels.weight_only import product
+from qfx.backends.triton.kernels.weight_only_fragments import blocks_of, fragment_tile
 from qfx.backends.triton.kernels.weight_only_gemv import vectors
 
 
@@ -126,3 +127,28 @@ def grouped_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
                 row + tl.arange(0, BM), column + tl.arange(0, BN), 0, units, units, end, n, k, x_stride, w_stride,
                 upper_stride, scale_stride, BITS, KIND, SCALE, GROUP, OFFSET, NATIVE, EXACT, ASM, ASM_ODD, TO, EVEN, 1,
                 FIRST, BM, BN)  # fmt: skip
+
+
+@triton.jit(do_not_specialize_on_alignment=["t", "tiles"])
+def grouped_fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, offs_ptr, out_ptr, t, n, k,
+                      experts, tiles, x_stride, w_stride, upper_stride, scale_stride, BITS: tl.constexpr,
+                      KIND: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
+                      ASM: tl.constexpr, ASM_ODD: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr,
+                      ROWS: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr, BY_ROW: tl.constexpr,
+                      EXPERTS: tl.constexpr):  # fmt: skip
+    """x [t, k] to out [t, n], grid (tiles * cdiv(n, 16 ROWS),), multiplied as in `fragments`."""
+    tile, column = tile_of_grid(tiles, n, 16 * ROWS)
+    e, row, end = rows_of_tile(offs_ptr, tile, t, experts, 8 * TOKENS, BY_ROW, EXPERTS)
+    if row < end:
+        blocks = tl.where(e < experts, blocks_of(k, BITS, GROUP), 0)
+        held = tl.minimum(e, experts - 1).to(tl.int64)
+        x_ptr += row.to(tl.int64) * x_stride
+        out_ptr += row.to(tl.int64) * n
+        w_ptr += held * n * w_stride
+        upper_ptr += held * n * upper_stride
+        scale_ptr += held * n * scale_stride
+        if zero_ptr is not None:
+            zero_ptr += held * n * scale_stride
+        fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr + held * 2, table_ptr, None, out_ptr,
+                      column, blocks, end - row, n, k, x_stride, w_stride, upper_stride, scale_stride, BITS, KIND,
+                      SCALE, GROUP, OFFSET, ASM, ASM_ODD, TO, EVEN, ROWS, TOKENS, S)  # fmt: skip

@@ -6,8 +6,8 @@ Warps have parts of K of their own, batches of one product, whose results are ad
 
 Arguments and modes: see `qfx.backends.triton.kernels.weight_only_gemv`. Two bytes are one number of 16 bits here, with
 the codes of an even and an odd column: ASM (see `qfx.backends.triton.pair_asm`) unpacks two such numbers, "" does it in
-Triton's language. LANE: numbers that a thread has of a row, 4 of 2 or 3 bits, else 8; four threads have a block of
-4 LANE numbers, whose codes in one place are those of WIDE = 8 LANE columns side by side.
+Triton's language. LANE: numbers that a thread has of a row, 4 of 2 or 3 bits and in groups of 32 columns, else 8; four
+threads have a block of 4 LANE numbers, whose codes in one place are those of WIDE = 8 LANE columns side by side.
 """
 # ruff: noqa: RUF005, SIM300 (Triton's language has no starred tuples)
 
@@ -102,6 +102,12 @@ def _right(x_ptr, first, m, x_stride, start, k, S: tl.constexpr, LANE: tl.conste
 
 
 @triton.jit
+def _column(block, EACH: tl.constexpr, WIDE: tl.constexpr):
+    """The first column of a block, of the codes in the first place."""
+    return block // EACH * 128 + block % EACH * WIDE
+
+
+@triton.jit
 def _replaced(tiles, i: tl.constexpr, tile, COUNT: tl.constexpr):
     """Tiles with another one in place i."""
     found = ()
@@ -111,22 +117,19 @@ def _replaced(tiles, i: tl.constexpr, tile, COUNT: tl.constexpr):
 
 
 @triton.jit
-def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, m, n, k, x_stride,
-              w_stride, upper_stride, scale_stride, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
-              GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr, ASM_ODD: tl.constexpr, TO: tl.constexpr,
-              EVEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr):  # fmt: skip
-    """x [m, k] to out [m, n] = x @ w^T + bias; a program for 16 ROWS columns of out and 8 TOKENS rows, m at most.
-
-    Values of weights are exact in the type TO, zero points are taken away by sums of x; products are added in f32. S:
-    parts of K, one for a warp. EVEN: k is a multiple of the columns of S blocks.
-    """
-    LANE: tl.constexpr = 4 if BITS < 4 else 8
+def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, first, blocks,
+                  m, n, k, x_stride, w_stride, upper_stride, scale_stride, BITS: tl.constexpr, KIND: tl.constexpr,
+                  SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr,
+                  ASM_ODD: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+                  TOKENS: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """Columns of out from `first` on, as many as `fragments` has in a program, of `blocks` blocks of K."""
+    LANE: tl.constexpr = 4 if BITS < 4 or GROUP == 32 else 8
     PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
+    APART: tl.constexpr = 128 // PARTS  # columns from one place to the next
     HALVES: tl.constexpr = 2 if BITS == 3 else 1
     WIDE: tl.constexpr = 8 * LANE
-    COLUMNS: tl.constexpr = WIDE * PARTS
-    TOGETHER: tl.constexpr = PARTS if GROUP == 0 or GROUP >= COLUMNS else GROUP // WIDE  # places of one scale
-    first = tl.program_id(0) * (16 * ROWS)
+    EACH: tl.constexpr = APART // WIDE  # blocks of a unit of 128 columns
+    TOGETHER: tl.constexpr = PARTS if GROUP == 0 or GROUP >= 128 else (GROUP // APART if GROUP > APART else 1)
     split = tl.arange(0, S)
     of_w, of_x = tl.arange(0, 2 * S * 32), tl.arange(0, LANE // 4 * S * 32)
     codes = w_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
@@ -136,7 +139,6 @@ def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
     accs = ()
     for _ in tl.static_range(ROWS * TOKENS):
         accs = accs + (tl.zeros([S, 16, 8], tl.float32),)
-    blocks = tl.cdiv(k, COLUMNS * HALVES)
     for start in range(0, blocks, S):
         held = tl.minimum(start + of_w // 32 % S, blocks - 1)  # what is read for nothing meets zeros of x
         for h in tl.static_range(HALVES):
@@ -158,7 +160,7 @@ def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
                     parts = parts + (tl.zeros([S, 16, 8], tl.float32),)
                 for i in tl.static_range(g * TOGETHER, (g + 1) * TOGETHER):
                     for j in tl.static_range(TOKENS):
-                        column = ((start + of_x // 32 % S) * HALVES + h) * COLUMNS + i * WIDE + within
+                        column = _column((start + of_x // 32 % S) * HALVES + h, EACH, WIDE) + i * APART + within
                         even, odd = _right(x_ptr, 8 * j, m, x_stride, column, k, S, LANE, EVEN, TO)
                         if zero_ptr is not None:
                             total = tl.dot(ones, odd, tl.dot(ones, even, sums[j]))
@@ -172,7 +174,7 @@ def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
                     at = rows * scale_stride
                     if GROUP > 0:
                         block = tl.minimum(start + split, blocks - 1) * HALVES + h
-                        at += ((block * COLUMNS + g * TOGETHER * WIDE) // GROUP)[:, None]
+                        at += ((_column(block, EACH, WIDE) + g * TOGETHER * APART) // GROUP)[:, None]
                     for j in tl.static_range(TOKENS):
                         part = parts[j * ROWS + r]
                         if zero_ptr is not None:
@@ -194,3 +196,29 @@ def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
             tokens = 8 * j + tl.arange(0, 8)
             at = tokens.to(tl.int64)[None, :] * n + rows[:, None]
             tl.store(out_ptr + at, found.to(out_ptr.dtype.element_ty), mask=here[:, None] & (tokens < m)[None, :])
+
+
+@triton.jit
+def blocks_of(k, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """How many blocks k columns have, of three bits pairs of them."""
+    if BITS == 3:
+        found = tl.cdiv(k, 256)
+    else:
+        found = tl.cdiv(k, 128) * ((BITS // 4 if BITS > 4 else 1) * (2 if BITS >= 4 and GROUP == 32 else 1))
+    return found
+
+
+@triton.jit
+def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, m, n, k, x_stride,
+              w_stride, upper_stride, scale_stride, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
+              GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr, ASM_ODD: tl.constexpr, TO: tl.constexpr,
+              EVEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """x [m, k] to out [m, n] = x @ w^T + bias; a program for 16 ROWS columns of out and 8 TOKENS rows, m at most.
+
+    Values of weights are exact in the type TO, zero points are taken away by sums of x; products are added in f32. S:
+    parts of K, one for a warp. EVEN: all S have as many blocks, which hold k columns and no more.
+    """
+    fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr,
+                  tl.program_id(0) * (16 * ROWS), blocks_of(k, BITS, GROUP), m, n, k, x_stride, w_stride,
+                  upper_stride, scale_stride, BITS, KIND, SCALE, GROUP, OFFSET, ASM, ASM_ODD, TO, EVEN, ROWS, TOKENS,
+                  S)  # fmt: skip

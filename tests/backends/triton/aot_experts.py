@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from qfx.backends.triton.experts import grouped_weight_only, pack_experts
+from qfx.backends.triton.weight_only import has_fragments
 from qfx.format import Format
+from tests.backends.triton.aot_weight_only import IN_REGISTERS
 from tests.backends.triton.cases import Case, meta
 
 MMA: Mapping[int, Mapping[str, str]] = {
@@ -17,6 +19,8 @@ MMA: Mapping[int, Mapping[str, str]] = {
 VECTORS: Mapping[int, Mapping[str, str]] = {
     capability: {"grouped_vectors": r"ld\.global(\.\S+)?\.v4\.b32"} for capability in (80, 90)
 }
+
+FRAGMENTS = {capability: {"grouped_fragments": IN_REGISTERS} for capability in (80, 90)}
 
 
 def case(text: str, t: int, e: int, n: int, k: int, dtype: torch.dtype = torch.float16) -> Case:
@@ -33,6 +37,8 @@ def case(text: str, t: int, e: int, n: int, k: int, dtype: torch.dtype = torch.f
         return grouped_weight_only(meta(t, k, dtype=dtype), w, meta(e, dtype=torch.int32), packed, n)
 
     name = f"{text} t={t} e={e} n={n} k={k} {str(dtype).removeprefix('torch.')}"
+    if has_fragments(Format.parse(text), dtype) and t <= 16 * e:
+        return Case(name, run, FRAGMENTS)
     return Case(name, run, VECTORS if t <= e else {} if dtype == torch.float32 else MMA)
 
 
@@ -52,6 +58,7 @@ CASES = [
     case("i2/g128/f16", 128, 128, 1536, 2048),
     case("f8e4m3/ch", 64, 128, 1536, 2048, torch.bfloat16),
     case("f8e4m3/b128x128", 4096, 64, 1536, 2048, torch.bfloat16),
+    case("i4/g16", 5, 8, 777, 999),
     case("i4/g32", 5, 8, 777, 999, torch.float32),
     case("i4/g32", 60, 8, 777, 999, torch.float32),
 ]

@@ -59,6 +59,7 @@ CASES = [
     case("u2/g32", 2, 8192, 8192),
     case("u4/g64", 16, 777, 999, bias=True),
     case("i4/g32", 1, 8192, 8192),
+    case("u8/g32", 1, 4096, 4096, torch.bfloat16),
     case("i2/g16", 2, 4096, 4096, torch.bfloat16),
     case("i4/g128/f16", 32, 8192, 8192, torch.bfloat16),
     case("u4/g128/f16", 256, 4096, 4096, torch.bfloat16),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from qfx.backends.triton import experts
 from qfx.backends.triton.device import A100, H100, Device
-from qfx.backends.triton.experts import TILES, VECTORS, candidates, choose, grouped_weight_only, pack_experts
+from qfx.backends.triton.experts import FRAGMENTS, TILES, VECTORS, candidates, choose, grouped_weight_only, pack_experts
 from qfx.backends.triton.launch import recorded
 from qfx.errors import UnsupportedError
 from qfx.format import Format
@@ -79,17 +81,19 @@ def test_every_shape(counts: list[int], rest: int, n: int, k: int, text: str, dt
 
 
 @pytest.mark.parametrize("counts", [[0, 17, 0], [17, 0, 0], [0, 0, 17], [0, 0, 0], [1, 15, 3]], ids=str)
-@pytest.mark.parametrize("path", [VECTORS, TILES])
+@pytest.mark.parametrize("path", [VECTORS, TILES, FRAGMENTS])
 @pytest.mark.parametrize("rest", [0, 3])
 def test_every_path(counts: list[int], path: int, rest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tile = {"BM": 16, "BN": 16, "num_warps": 4, "num_stages": 2, "FIRST": rest % 2}
     vectors = {"ROWS": 1 + rest % 2, "BN": 4, "CHUNKS": 32, "num_warps": 1, "num_stages": 1}
-    kept = {"PATH": path, **(tile if path == TILES else vectors)}
+    fragments = {"ROWS": 1 + rest % 2, "num_warps": 2, "num_stages": 1}
+    kept = {"PATH": path, **{TILES: tile, VECTORS: vectors, FRAGMENTS: fragments}[path]}
     monkeypatch.setattr(experts, "heuristic", lambda *_: kept)
     torch.manual_seed(0)
     packed = weight(3, 9, 260, "u4/g128")
-    x = torch.randn(sum(counts) + rest, 260, device=DEVICE)
-    assert error(x, packed, ends(counts)) < STEP[torch.float32]
+    dtype = torch.float16 if path == FRAGMENTS else torch.float32
+    x = torch.randn(sum(counts) + rest, 260, device=DEVICE).to(dtype)
+    assert error(x, packed, ends(counts)) < STEP[dtype]
 
 
 def test_an_expert_too_far_or_a_wrong_scale_shows() -> None:
@@ -133,13 +137,15 @@ def test_the_host_reads_no_value(t: int) -> None:
 
 @pytest.mark.parametrize("device", [A100, H100], ids=lambda d: d.name)
 def test_paths_by_the_number_of_rows(device: Device) -> None:
-    def path(t: int, e: int) -> int:
-        return choose(device, Format.parse("i4/g128"), t, e, 4096, 2048, torch.bfloat16)["PATH"]
+    def path(t: int, e: int, text: str = "i4/g128") -> int:
+        return choose(device, Format.parse(text), t, e, 4096, 2048, torch.bfloat16)["PATH"]
 
-    assert [path(t, 8) for t in (1, 2, 8, 9, 512)] == [VECTORS] * 3 + [TILES] * 2
-    assert [path(t, 128) for t in (8, 128, 129, 100_000)] == [VECTORS] * 2 + [TILES] * 2
-    for t, e in ((1, 8), (8, 8), (64, 8), (32, 128), (8192, 8)):
-        found = candidates(t, e)
+    assert [path(t, 8) for t in (1, 2, 128, 129, 512)] == [FRAGMENTS] * 3 + [TILES] * 2
+    assert [path(t, 128) for t in (8, 2048, 2049, 100_000)] == [FRAGMENTS] * 2 + [TILES] * 2
+    assert [path(t, 8, "i4/g16") for t in (1, 2, 8, 9, 512)] == [VECTORS] * 3 + [TILES] * 2
+    assert [path(t, 128, "f8e4m3/ch") for t in (8, 128, 129, 100_000)] == [VECTORS] * 2 + [TILES] * 2
+    for (t, e), text in itertools.product(((1, 8), (8, 8), (64, 8), (32, 128), (8192, 8)), ("i4/g128", "i4/g16")):
+        found = candidates(Format.parse(text), t, e, torch.float16)
         assert 1 < len(found) <= 20 and len({tuple(c.items()) for c in found}) == len(found)
 
 

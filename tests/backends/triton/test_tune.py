@@ -194,7 +194,7 @@ def test_experts_are_tuned() -> None:
     one = tune.OfExperts("experts", tune.Experts(packed), 64, torch.float32)
     (told,) = tune.tune(one, 3, timer(10.0, 9.0, 2.0, 8.0))
     assert told.choice == ("experts", "u4/g32 e=4 n=8 k=64 float32", "4") and not told.dropped
-    assert (told.best, told.seconds) == (experts.candidates(3, 4)[1], 2.0)
+    assert (told.best, told.seconds) == (experts.candidates(Format.parse("u4/g32"), 3, 4, torch.float32)[1], 2.0)
 
 
 @pytest.mark.parametrize(("x_format", "w_format"), [("i8/tok", "i4/g32"), ("f8e4m3/tok", "f8e4m3/ch")])
