@@ -28,7 +28,7 @@ from tests.graphs import capture
 from tests.qfx.test_cli import _run
 from tests.zoo import ZOO
 
-HERE = launch.device_of(torch.empty(0, device=DEVICE))
+HERE = device.find(torch.device(DEVICE))
 
 
 def work(n: int = 24, k: int = 40) -> tune.Work:
@@ -64,17 +64,17 @@ def launched(layer: QuantLinear, rows: int) -> launch.Launch:
 
 
 def test_the_fastest_is_written_found_and_launched(folder: Path) -> None:
-    one = work()
+    one, here = work(), launch.device_of(torch.empty(0, device=DEVICE))
     assert isinstance(one.module, QuantLinear)
-    options = gemm8_config.candidates(HERE, gemm8_config.Problem(24, aligned(40)), 3)
+    options = gemm8_config.candidates(here, gemm8_config.Problem(24, aligned(40)), 3)
     best = next(i for i, option in enumerate(options) if tile(option) != tile(options[0]))
     (found,) = tune.tune(one, 3, timer(10.0, *(9.0,) * best, 3.0, 8.0))
     kernel, problem, rows = found.choice
     assert (kernel, rows) == ("gemm8", "4") and found.tried == len(options) and not found.dropped
     assert found.best == options[best] and (found.before, found.seconds) == (10.0, 3.0)
-    path = tuning.write(folder, HERE, tune.table_of([found]))
+    path = tuning.write(folder, here, tune.table_of([found]))
     assert json.loads(path.read_text()) == {"gemm8": {problem: {"4": options[best]}}}
-    assert tuning.tuned(HERE, kernel, problem, 3) == options[best]
+    assert tuning.tuned(here, kernel, problem, 3) == options[best]
     assert tile(launched(one.module, 3).arguments) == tile(options[best])
     assert tile(launched(one.module, 5).arguments) != tile(options[best]), "another bucket"
 
@@ -204,7 +204,7 @@ def test_products_of_codes_of_experts_are_tuned(x_format: str, w_format: str) ->
     assert one.read < sum(t.nbytes for t in one.module.buffers())
     (told,) = tune.tune(one, 9, timer(10.0, 9.0))
     assert told.choice[0] == "experts_gemm" and told.choice[1].startswith("e=12 n=16 k=64")
-    assert 4 < told.tried <= 20 and not told.dropped and told.best is not None
+    assert 3 < told.tried <= 20 and not told.dropped and told.best is not None
 
 
 def test_the_command_writes_and_shows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
