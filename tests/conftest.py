@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._dynamo import config as dynamo
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.interpreter import language_patched_once
@@ -21,8 +20,6 @@ if CARRIED_OUT_FOR:
 elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-dynamo.issue_3_13_0_warning = False  # under that release of Python alone; tests count warnings
-
 
 if CARRIED_OUT_FOR:
     from tests.ptx.launches import carry_out_all
@@ -60,6 +57,14 @@ def quick_interpreter() -> Iterator[None]:
         return
     with language_patched_once():
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_word_of_python_3_13_0() -> None:
+    """Dynamo warns under that release of Python alone; tests count warnings."""
+    from torch._dynamo import config  # after TRITON_INTERPRET is set: it imports Triton
+
+    config.issue_3_13_0_warning = False
 
 
 @pytest.fixture(autouse=True, scope="module")

