@@ -3,8 +3,9 @@
     qfx_triton::grouped_weight_only(Tensor x, Tensor[] w, Tensor offs, str w_format, int n) -> Tensor
 
 As `qfx::grouped_linear_quant` without a format of x. Where the rows of each expert end (offs) stays on the device: see
-`kernels/experts.py`. For few rows, about one for each expert, a product of vectors (`VECTORS`), else tensor cores on
-unpacked tiles (`TILES`), both as for one weight (`weight_only`). w and w_format come from `pack_experts`.
+`kernels/experts.py`. As for one weight (`weight_only`): for up to 16 rows of an expert tensor cores on weights that
+stay in registers (`FRAGMENTS`), or, of what that does not serve, for about one row of each a product of vectors
+(`VECTORS`); else tensor cores on unpacked tiles (`TILES`). w and w_format come from `pack_experts`.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def candidates(fmt: Format, t: int, experts: int, dtype: torch.dtype) -> list[Co
     """Configurations worth measuring for `t` rows, at most 20."""
     found: list[Config] = []
     rows, kept = -(-t // experts), weight_only.has_fragments(fmt, dtype)
-    if kept and rows <= 2 * _MOST_FRAGMENTS:
+    if kept and rows <= 2 * _MOST_FRAGMENTS and t < tuning.LARGEST:  # the last bucket is that of any more rows, too
         sizes = [(width, warps) for width in (1, 2) for warps in (2, 4, 8)]
         found += [{**weight_only.fragments_tile(fmt, *size, 2 * rows), "PATH": FRAGMENTS} for size in sizes]
     if t <= 4 * experts and t <= _MOST_ROWS:

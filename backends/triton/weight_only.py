@@ -83,7 +83,8 @@ def linear_weight_only(
     """x [.., K] float16, bfloat16 or float32 times a packed weight [n, K]: [.., n] in x.dtype.
 
     smooth f32 [K] divides x first, rounded to x.dtype. Products of float32 are those of three tf32 terms on tensor
-    cores, else sums are f32 and weights exact or, in groups below 128 columns, rounded to x.dtype. Raises ValueError
+    cores, else sums are f32 and integers exact; NF4's values and, on tiles, weights in groups below 128 columns are
+    rounded to x.dtype. Of a row with infinite numbers NaN may be left where there are zero points. Raises ValueError
     for other dtypes, sizes that do not fit and tensors on different devices.
     """
     weight = named(w, Format.parse(w_format))
@@ -158,11 +159,11 @@ def has_fragments(fmt: Format, dtype: torch.dtype) -> bool:
 def fragments_of(device: Device, fmt: Format, m: int, n: int, k: int) -> Config:
     """The tile of `fragments`: 32 rows where that leaves work for all processors, and warps with 4 blocks each or one.
 
-    Tables, and 3 or 2 bits for more than 8 rows of x, take registers: of these 16 rows.
+    Tables, 3 or 2 bits for more than 8 rows of x and 3 bits with zero points take registers: of these 16 rows.
     """
     blocks, _ = blocks_of(fmt, k)
     warps = 8 if blocks >= 32 else 4 if blocks >= 4 else 2 if blocks >= 2 else 1
-    few = fmt.is_integer and (m <= 8 or stored_bits(fmt) >= 4)
+    few = fmt.is_integer and (m <= 8 or stored_bits(fmt) >= 4) and not (fmt.bits == 3 and fmt.has_zero)
     return fragments_tile(fmt, 2 if few and n >= 48 * device.processors else 1, warps, m)
 
 

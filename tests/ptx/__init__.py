@@ -5,7 +5,7 @@ shared memory, tensor core operands, copies by descriptors) it never sees. Here 
 
     QFX_TEST_PTX=90 python -m pytest tests/backends/triton/test_gemm8.py
 
-Every access of global memory is checked against the tensors of the launch, with its alignment. Not seen: time, races
-between warps (all threads run in step) and the order in which asynchronous copies and products end.
+Every access of global memory is checked, with its alignment, against the memory behind the launch's tensors. Not seen:
+time, races between warps (all threads run in step) and the order in which asynchronous copies and products end.
 Instructions after NVIDIA's "PTX ISA", https://docs.nvidia.com/cuda/parallel-thread-execution.
 """

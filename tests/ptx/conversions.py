@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 def _cvt(machine: Machine, instruction: Instruction) -> Step:
     *how, to, kind = instruction.op[1:]
+    if not {"rn", "rna", "rzi", "rni", "rmi", "rpi", "satfinite"}.issuperset(how):
+        raise NotImplementedError(instruction.text)
     sink = machine.sink(instruction.operands[0])
     sources = [machine.source(operand, kind if kind != "e4m3x2" else "b16") for operand in instruction.operands[1:]]
     if to in _PAIRS and kind != "e4m3x2":  # the first operand becomes the upper half

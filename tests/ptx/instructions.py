@@ -32,6 +32,8 @@ def step_of(machine: Machine, instruction: Instruction) -> Step:
 
 def _arithmetic(machine: Machine, instruction: Instruction) -> Step:
     kind = instruction.op[-1]
+    if not KNOWN.issuperset(instruction.op[1:-1]):
+        raise NotImplementedError(instruction.text)
     function = _in(kind, ARITHMETIC[instruction.op[0]](instruction.op))
     if "ftz" in instruction.op:
         function = _flushing(function)
@@ -179,6 +181,7 @@ def _compare(machine: Machine, instruction: Instruction) -> Step:
     return lambda: sink(function(a(), b()))
 
 
+KNOWN = {"rn", "ftz", "lo", "hi", "wide", "approx", "full", "NaN"}  # what may stand between a name and a type
 COMPARISONS: dict[str, Number] = {
     "eq": lambda a, b: a == b,
     "ne": lambda a, b: (a < b) | (a > b),

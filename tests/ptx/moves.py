@@ -144,6 +144,23 @@ def _prmt(machine: Machine, instruction: Instruction) -> Step:
     return permute
 
 
+def _shf(machine: Machine, instruction: Instruction) -> Step:
+    """Shift of two words as one: the upper word of what goes left, the lower one of what goes right."""
+    _, to, how, kind = instruction.op
+    assert kind == "b32", instruction.text
+    sink = machine.sink(instruction.operands[0])
+    low, high, by = (machine.source(operand, "u32") for operand in instruction.operands[1:])
+
+    def shift() -> None:
+        count = by() & np.uint32(31) if how == "wrap" else np.minimum(by(), 32)
+        both = low().astype(np.uint64) | high().astype(np.uint64) << np.uint64(32)
+        wide = count.astype(np.uint64)
+        found = both << wide >> np.uint64(32) if to == "l" else both >> wide
+        sink((found & np.uint64(0xFFFFFFFF)).astype(np.uint32))
+
+    return shift
+
+
 def _lop3(machine: Machine, instruction: Instruction) -> Step:
     assert instruction.op == ("lop3", "b32"), instruction.text
     sink, table = machine.sink(instruction.operands[0]), int(instruction.operands[4], 0)
@@ -163,5 +180,5 @@ def _lop3(machine: Machine, instruction: Instruction) -> Step:
 
 STEPS: dict[str, Callable[[Machine, Instruction], Step]] = {
     "mov": _mov, "cvta": _cvta, "selp": _selp, "ld": _ld, "st": _st, "atom": _atom, "call": _call, "trap": _call,
-    "prmt": _prmt, "lop3": _lop3,
+    "prmt": _prmt, "shf": _shf, "lop3": _lop3,
 }  # fmt: skip

@@ -59,6 +59,8 @@ WORDS = torch.randint(-(2**31), 2**31, (64,), generator=torch.Generator().manual
         ("setp.lt.s32 %p1, %r2, 0; selp.b32 %r3, 5, %r2, %p1;", lambda x: torch.where(x < 0, 5, x)),
         ("prmt.b32 %r3, %r2, 0, 0x0123;", lambda x: x.view(torch.uint8).reshape(-1, 4).flip(1).view(torch.int32)[:, 0]),
         ("prmt.b32 %r3, %r2, 0, 0x888b;", lambda x: torch.where(x < 0, 255, 0) + (x << 24 >> 31 << 8)),
+        ("shf.l.wrap.b32 %r3, %r2, 5, 36;", lambda x: (x.long() & 0xFFFFFFFF) >> 28 | 5 << 4),
+        ("shf.r.clamp.b32 %r3, 7, %r2, 40;", lambda x: x),
         ("lop3.b32 %r3, %r2, 0xFF, 0xF00, 0xEA;", lambda x: x & 0xFF | 0xF00),
         ("cvt.rn.f32.s32 %r3, %r2;", lambda x: x.float().view(torch.int32)),
         ("shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1;", lambda x: x.reshape(-1, 2).flip(1).flatten()),
@@ -177,6 +179,9 @@ def test_a_swizzle_moves_16_bytes_within_its_rows(width: int) -> None:
     assert len({tuple(row) for row in columns}) == width // 16
 
 
-def test_what_is_unknown_is_said() -> None:
-    with pytest.raises(NotImplementedError, match="tanh"):
-        run("tanh.approx.f32 %r3, %r1;", WORDS)
+@pytest.mark.parametrize(
+    "body", ["tanh.approx.f32 %r3, %r1;", "add.sat.s32 %r3, %r1, %r1;", "cvt.rn.relu.bf16x2.f32 %r3, %r1, %r1;"]
+)
+def test_what_is_unknown_is_said(body: str) -> None:
+    with pytest.raises(NotImplementedError, match=body.split(maxsplit=1)[0]):
+        run(body, WORDS)

@@ -84,6 +84,7 @@ def product(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, 
         acc *= tl.load(whole_ptr)
     if GROUP == 0:
         acc *= load_scale(scale_ptr + held[:, None] * scale_stride, here, SCALE)
+    acc = tl.where(units > 0, acc, 0.0)  # of nothing, whatever the scales are
     if bias_ptr is not None and SPLITS == 1:
         acc += tl.load(bias_ptr + held).to(tl.float32)[:, None]
     at = tokens.to(tl.int64)[None, :] * n + rows[:, None]

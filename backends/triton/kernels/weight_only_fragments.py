@@ -189,6 +189,7 @@ def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
         times = factor + tl.zeros([16], tl.float32)
         if GROUP == 0:
             times *= load_scale(scale_ptr + rows * scale_stride, here, SCALE)
+        times = tl.where(blocks > 0, times, 0.0)  # of nothing, whatever the scales are
         for j in tl.static_range(TOKENS):
             found = tl.sum(accs[j * ROWS + r], axis=0) * times[:, None]
             if bias_ptr is not None:
@@ -215,7 +216,8 @@ def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
               EVEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr):  # fmt: skip
     """x [m, k] to out [m, n] = x @ w^T + bias; a program for 16 ROWS columns of out and 8 TOKENS rows, m at most.
 
-    Values of weights are exact in the type TO, zero points are taken away by sums of x; products are added in f32. S:
+    Integers are exact in the type TO, values of a table rounded to it; products are added in f32. Zero points are taken
+    away by sums of x: of a row with an infinite number NaN is left, where the reference may say infinite. S:
     parts of K, one for a warp. EVEN: all S have as many blocks, which hold k columns and no more.
     """
     fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr,

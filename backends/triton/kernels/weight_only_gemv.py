@@ -161,6 +161,7 @@ def vectors(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, 
     total *= tl.load(whole_ptr)
     if GROUP == 0:
         total *= load_scale(scale_ptr + rows * scale_stride, here, SCALE)
+    total = tl.where(stop > 0, total, 0.0)  # of nothing, whatever the scales are
     if bias_ptr is not None:
         total += tl.load(bias_ptr + rows, mask=here, other=0.0).to(tl.float32)
     tl.store(out_ptr + tokens.to(tl.int64) * n + rows, total.to(out_ptr.dtype.element_ty), mask=here)

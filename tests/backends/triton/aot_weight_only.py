@@ -57,6 +57,7 @@ CASES = [
     case("i8/ch", 1, 8192, 8192, torch.bfloat16),
     case("i3/g64", 1, 4096, 4096, torch.bfloat16),
     case("u2/g32", 2, 8192, 8192),
+    case("u3/g32", 8, 16384, 4096, torch.bfloat16, bias=True),
     case("u4/g64", 16, 777, 999, bias=True),
     case("i4/g32", 1, 8192, 8192),
     case("u8/g32", 1, 4096, 4096, torch.bfloat16),

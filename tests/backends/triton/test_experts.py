@@ -118,6 +118,16 @@ def test_nothing_leaks_from_beyond_the_input_or_the_last_end() -> None:
         assert found[: sum(counts)].isfinite().all() and found[sum(counts) :].eq(0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rows_of_no_expert_are_zeros_whatever_the_scales_are(dtype: torch.dtype) -> None:
+    packed, x = weight(2, 8, 64, "i4/ch"), torch.randn(40, 64, device=DEVICE).to(dtype)
+    w, text = pack_experts(packed.data, packed.scale, packed.zero, "i4/ch", 64)
+    w[1] = torch.full_like(w[1], torch.nan)
+    for counts in ([1, 1], [17, 18]):
+        found = grouped_weight_only(x[: sum(counts) + 3], w, ends(counts), text, 8)
+        assert found[: sum(counts)].isnan().all() and found[sum(counts) :].eq(0).all()
+
+
 def test_ends_beyond_the_rows_read_nothing_there() -> None:
     packed, x = weight(2, 9, 64, "i8/ch"), torch.randn(6, 64, device=DEVICE)
     found = run(x, packed, torch.tensor([2, 50], device=DEVICE))

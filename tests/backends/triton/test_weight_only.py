@@ -34,7 +34,7 @@ FORMATS = (
     *("i8/ch", "u8/ch", "i4/ch", "i4/g128", "i4/g32", "u4/g128", "u4/g16/f16", "i4/g64/bf16", "u4/g256"),
     *("i3/g128", "u3/g64", "i3/g32", "i2/g128", "u2/g16", "i2/g64", "i6/ch", "i8", "u8/g32", "i8/b128x64"),
     *("nf4/g64", "nf4/g64/dq", "f4e2m1/g32/e8m0", "f4e2m1/g16/e4m3", "f8e4m3/ch", "f8e4m3/b128x128", "f8e5m2/g32"),
-    *("i4/g96", "u3/ch", "i4/g128/e8m0"),
+    *("i4/g96", "u3/ch", "i3/g256", "i4/g128/e8m0"),
 )
 # of the sum of |x w|: bf16 is truncated in the interpreter; weights in small groups are rounded to the type
 STEP = {torch.float32: 2.0**-19, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-6.5}
