@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import triton
@@ -34,17 +32,6 @@ class Carried(list[Launch]):
     def append(self, launched: Launch) -> None:
         """Run it; the list stays empty, so that memory can be given back."""
         carry_out(launched, self.on)
-
-
-@contextmanager
-def carried_out(on: Device) -> Iterator[list[Launch]]:
-    """Within it launches run here as compiled for `on`."""
-    recording = launch._Recording(on, Carried(on))
-    token = launch._RECORDING.set(recording)
-    try:
-        yield recording.launches
-    finally:
-        launch._RECORDING.reset(token)
 
 
 def carry_out_all(capability: str) -> None:

@@ -70,6 +70,16 @@ def tile_of_grid(tiles, n, BN: tl.constexpr):
     return start + pid % (8 * by_n) % height, pid % (8 * by_n) // height * BN
 
 
+@triton.jit
+def _of_expert(w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, e, experts, n, w_stride, upper_stride, scale_stride):
+    """The pointers of all experts' tensors as those of expert e; of number `experts`, of any."""
+    held = tl.minimum(e, experts - 1).to(tl.int64) * n
+    if zero_ptr is not None:
+        zero_ptr += held * scale_stride
+    return (w_ptr + held * w_stride, upper_ptr + held * upper_stride, scale_ptr + held * scale_stride, zero_ptr,
+            whole_ptr + tl.minimum(e, experts - 1).to(tl.int64) * 2)  # fmt: skip
+
+
 @triton.jit(do_not_specialize_on_alignment=["t"])
 def grouped_vectors(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, offs_ptr, out_ptr, t, n, k,
                     experts, x_stride, w_stride, upper_stride, scale_stride, BITS: tl.constexpr, KIND: tl.constexpr,
@@ -85,15 +95,11 @@ def grouped_vectors(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, tab
     if (row - first) % ROWS == 0:
         column = tl.program_id(0) * BN
         stop = tl.where(e < experts, w_stride // 16, 0)
-        held = tl.minimum(e, experts - 1).to(tl.int64)
         x_ptr += row.to(tl.int64) * x_stride
         out_ptr += row.to(tl.int64) * n
-        w_ptr += held * n * w_stride
-        upper_ptr += held * n * upper_stride
-        scale_ptr += held * n * scale_stride
-        if zero_ptr is not None:
-            zero_ptr += held * n * scale_stride
-        whole_ptr += held * 2
+        w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr = _of_expert(
+            w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, e, experts, n, w_stride, upper_stride, scale_stride
+        )
         if ROWS == 2 and row + 1 < end:
             vectors(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, None, out_ptr, column, n, k,
                     stop, x_stride, w_stride, upper_stride, scale_stride, 2, BITS, KIND, SCALE, GROUP, OFFSET, NATIVE,
@@ -117,13 +123,10 @@ def grouped_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
     e, row, end = rows_of_tile(offs_ptr, tile, t, experts, BM, BY_ROW, EXPERTS)
     if row < end:
         units = tl.where(e < experts, tl.cdiv(k, UNIT), 0)
-        held = tl.minimum(e, experts - 1).to(tl.int64)
-        w_ptr += held * n * w_stride
-        upper_ptr += held * n * upper_stride
-        scale_ptr += held * n * scale_stride
-        if zero_ptr is not None:
-            zero_ptr += held * n * scale_stride
-        product(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr + held * 2, table_ptr, None, out_ptr,
+        w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr = _of_expert(
+            w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, e, experts, n, w_stride, upper_stride, scale_stride
+        )
+        product(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, None, out_ptr,
                 row + tl.arange(0, BM), column + tl.arange(0, BN), 0, units, units, end, n, k, x_stride, w_stride,
                 upper_stride, scale_stride, BITS, KIND, SCALE, GROUP, OFFSET, NATIVE, EXACT, ASM, ASM_ODD, TO, EVEN, 1,
                 FIRST, BM, BN)  # fmt: skip
@@ -141,14 +144,11 @@ def grouped_fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, t
     e, row, end = rows_of_tile(offs_ptr, tile, t, experts, 8 * TOKENS, BY_ROW, EXPERTS)
     if row < end:
         blocks = tl.where(e < experts, blocks_of(k, BITS, GROUP), 0)
-        held = tl.minimum(e, experts - 1).to(tl.int64)
         x_ptr += row.to(tl.int64) * x_stride
         out_ptr += row.to(tl.int64) * n
-        w_ptr += held * n * w_stride
-        upper_ptr += held * n * upper_stride
-        scale_ptr += held * n * scale_stride
-        if zero_ptr is not None:
-            zero_ptr += held * n * scale_stride
-        fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr + held * 2, table_ptr, None, out_ptr,
+        w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr = _of_expert(
+            w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, e, experts, n, w_stride, upper_stride, scale_stride
+        )
+        fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, None, out_ptr,
                       column, blocks, end - row, n, k, x_stride, w_stride, upper_stride, scale_stride, BITS, KIND,
                       SCALE, GROUP, OFFSET, ASM, ASM_ODD, TO, EVEN, ROWS, TOKENS, S)  # fmt: skip
