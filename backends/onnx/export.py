@@ -23,7 +23,7 @@ from qfx.errors import explain
 from qfx.storage.files import sha256_file, staged
 
 # Weights of more bytes than this lie in a file of their own, which readers map. Who parses them with the model has them
-# in memory once more, which is the price of one file: a MiniLM of 23 MB took 23 MB more to open and run.
+# in memory once more, which is the price of one file.
 EXTERNAL_BYTES = 32 << 20
 _MOST_INLINE = 2**31 - (64 << 20)  # protobuf holds less than 2 GiB
 _PAGE = 4096  # ONNX Runtime maps weights into memory where they begin at a page

@@ -39,7 +39,7 @@ class Runner:
         self.metadata = verify(path)
         chosen = options(count, given)
         # A value's memory is free once the value was read. Else ONNX Runtime keeps it for the next value of that size,
-        # to the end of the call, attention's and the MLP's together: a prompt of 1500 tokens took a third more.
+        # to the end of the call, attention's and the MLP's together.
         chosen.enable_mem_reuse = False
         source: str | bytes = str(path)
         if INTEGERS_KEY in self.metadata and processor.saturates():
