@@ -18,7 +18,8 @@ def counts(length_ptr, stored_ptr, new, SINKS: tl.constexpr, RESIDUAL: tl.conste
            ROOM: tl.constexpr):  # fmt: skip
     """(tokens before, stored, new ones that are sinks, newest that are held, those to be stored now)."""
     length = tl.load(length_ptr).to(tl.int32)
-    stored = (tl.load(stored_ptr) & (_TICKET - 1)).to(tl.int32)
+    # Volatile, as programs that end add their tickets meanwhile: an atomic addition races with a plain load.
+    stored = (tl.load(stored_ptr, volatile=True) & (_TICKET - 1)).to(tl.int32)
     missing = tl.minimum(tl.maximum(SINKS - length, 0), new)
     held = tl.maximum(length - SINKS - stored, 0)
     ready = tl.maximum(held - RESIDUAL, 0) // STEP * STEP
