@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.ptx.memory import FaultError
+from tests.ptx.barriers import Barrier
+from tests.ptx.faults import FaultError
 from tests.ptx.moves import names
 from tests.ptx.parse import Instruction
 from tests.ptx.wgmma import swizzled
@@ -31,44 +32,44 @@ class Map:
     swizzle: int
 
 
-@dataclass
-class Barrier:
-    """`mbarrier`: arrivals and bytes that are awaited, and how many phases are complete."""
-
-    count: int
-    missing: int
-    bytes: int = 0
-    phases: int = 0
-
-    def settle(self) -> None:
-        """The next phase, where nothing is missing."""
-        if not self.missing and not self.bytes:
-            self.missing, self.phases = self.count, self.phases + 1
-
-
 def _cp(machine: Machine, instruction: Instruction) -> Step:
     if "bulk" in instruction.op:
         return _bulk(machine, instruction)
     if instruction.op[2] in ("wait_group", "commit_group", "wait_all"):
-        return lambda: None  # copies are done where they are asked for
+        return _grouped(machine, instruction)
     size = int(instruction.operands[2], 0)
     to, source = machine.address(instruction.operands[0], "u32"), machine.address(instruction.operands[1], "u64")
     taken = machine.source(instruction.operands[3], "u32") if len(instruction.operands) > 3 else None
 
     def copy() -> None:
         at, origin = machine.shared.absolute(to(), machine.places()), source()
-        words = np.zeros((len(at), size // 4), np.uint32)
-        if taken is None:
-            words[:] = machine.memory.load(origin, 32, size // 4)
-        else:
+        words, full = np.zeros((len(at), size // 4), np.uint32), np.ones(len(at), bool)
+        if taken is not None:
             count = machine.chosen(taken())
             if not np.isin(count, (0, size)).all():
                 raise FaultError("a part of a word is copied")
-            full = count == size
-            words[full] = machine.memory.load(origin[full], 32, size // 4)
-        machine.shared.store(at, words)
+            full = np.asarray(count == size)
+        rows = machine.accesses.active()[full]
+        words[full] = machine.accesses.load("global", origin[full], 32, size // 4, rows=rows)
+        machine.accesses.copy(at, words)
 
     return copy
+
+
+def _grouped(machine: Machine, instruction: Instruction) -> Step:
+    """`commit_group`, `wait_group` and `wait_all`; threads of a warp do it together."""
+    copies, how = machine.accesses.copies, instruction.op[2]
+    left = int(instruction.operands[0], 0) if how == "wait_group" else 0
+
+    def step() -> None:
+        machine.together(32)
+        rows = machine.accesses.here()
+        if how != "wait_group":
+            copies.commit(rows)
+        if how != "commit_group":
+            copies.wait(rows, left)
+
+    return step
 
 
 def _bulk(machine: Machine, instruction: Instruction) -> Step:
@@ -82,20 +83,19 @@ def _bulk(machine: Machine, instruction: Instruction) -> Step:
     def copy() -> None:
         each = zip(
             place(), machine.chosen(descriptor()), machine.chosen(row()), machine.chosen(column()), at_barrier(),
-            machine.places(), strict=True,
+            machine.places(), machine.accesses.active(), strict=True,
         )  # fmt: skip
-        for address, key, first, start, waits, program in each:
-            _box(machine, machine.descriptors[int(key)], int(address), int(first), int(start), int(program))
-            held = machine.barriers[int(program), int(waits)]
-            map_ = machine.descriptors[int(key)]
-            held.bytes -= map_.box[0] * map_.box[1] * map_.size
-            held.settle()
+        for address, key, first, start, waits, program, warp in each:
+            barrier = machine.barriers.of(int(program), int(waits), np.asarray([warp]))
+            where = (int(address), int(first), int(start), int(program))
+            _box(machine, machine.descriptors[int(key)], where, barrier, int(warp))
 
     return copy
 
 
-def _box(machine: Machine, map_: Map, address: int, first: int, start: int, program: int) -> None:
-    """One box to shared memory; what lies beyond the matrix is zero."""
+def _box(machine: Machine, map_: Map, where: tuple[int, int, int, int], barrier: Barrier, warp: int) -> None:
+    """One box to shared memory; what lies beyond the matrix is zero. It is there when its barrier is waited for."""
+    address, first, start, program = where
     width = _WIDTHS[map_.swizzle]
     rows, columns = np.arange(map_.box[0])[:, None], np.arange(map_.box[1])[None, :]
     if map_.box[1] * map_.size > width and map_.swizzle:
@@ -105,40 +105,22 @@ def _box(machine: Machine, map_: Map, address: int, first: int, start: int, prog
     inside = (rows + first >= 0) & (rows + first < map_.shape[0]) & (columns + start >= 0)
     inside = inside & (columns + start < map_.shape[1])
     at = map_.address + (rows + first) * map_.stride + (columns + start) * map_.size
-    words = np.zeros((*inside.shape, 1), f"u{map_.size}")
-    words[inside] = machine.memory.load(at[inside].astype(np.uint64), 8 * map_.size, 1)
+    words = np.zeros((inside.size, 1), f"u{map_.size}")
+    words[inside.reshape(-1)] = machine.accesses.load(
+        "global", at[inside].astype(np.uint64), 8 * map_.size, 1, rows=np.full(int(inside.sum()), warp)
+    )
     to = address + rows * map_.box[1] * map_.size + columns * map_.size
-    to = swizzled(to, width) if map_.swizzle else to
-    machine.shared.store(to.reshape(-1) + program * machine.shared.size, words.reshape(-1, 1))
+    to = (swizzled(to, width) if map_.swizzle else to).reshape(-1) + program * machine.shared.size
+    chunks = np.unique(to // 16) * 16
+    races = machine.accesses.shared
+    races.boxed(chunks, warp, unit=barrier.unit)
+    machine.shared.store(to, np.full_like(words, np.iinfo(words.dtype).max))
+
+    def land(phase: int) -> None:
+        machine.shared.store(to, words)
+        races.boxed(chunks, warp, unit=barrier.unit, phase=phase)
+
+    barrier.copies.append((words.size * map_.size, land))
 
 
-def _mbarrier(machine: Machine, instruction: Instruction) -> Step:
-    how, operands = instruction.op[1], instruction.operands
-    if how == "inval":
-        return lambda: None
-    address = machine.address(operands[1 if how in ("arrive", "try_wait") else 0], "u32")
-    number = machine.source(operands[-1], "u32")
-    complete = machine.sink(operands[0]) if how == "try_wait" else None
-
-    def step() -> None:
-        found = np.zeros(machine.lanes if machine.active is None else int(machine.active.sum()), bool)
-        each = zip(address(), machine.chosen(number()), machine.places(), strict=True)
-        for i, (at, given, program) in enumerate(each):
-            key = (int(program), int(at))
-            if how == "init":
-                machine.barriers[key] = Barrier(int(given), int(given))
-                continue
-            held: Any = machine.barriers[key]
-            if how == "try_wait":
-                found[i] = held.phases % 2 != int(given)
-                continue
-            held.bytes += int(given)
-            held.missing -= 1
-            held.settle()
-        if complete is not None:
-            complete(machine.spread(found))
-
-    return step
-
-
-STEPS: dict[str, Callable[[Machine, Instruction], Step]] = {"cp": _cp, "mbarrier": _mbarrier}
+STEPS: dict[str, Callable[[Machine, Instruction], Step]] = {"cp": _cp}

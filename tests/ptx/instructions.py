@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.ptx import conversions, copies, matrices, moves, warps, wgmma
+from tests.ptx import barriers, conversions, copies, matrices, moves, warps, wgmma
 from tests.ptx.parse import Instruction
 from tests.ptx.values import Array, bits_of, flushed, from_bf16, pairs, to_bf16
 
@@ -22,7 +22,16 @@ def step_of(machine: Machine, instruction: Instruction) -> Step:
     name = instruction.op[0]
     if name in ("bra", "ret", "exit"):
         return lambda: None
-    for table in (OTHERS, moves.STEPS, conversions.STEPS, warps.STEPS, matrices.STEPS, wgmma.STEPS, copies.STEPS):
+    for table in (
+        OTHERS,
+        moves.STEPS,
+        conversions.STEPS,
+        warps.STEPS,
+        matrices.STEPS,
+        wgmma.STEPS,
+        copies.STEPS,
+        barriers.STEPS,
+    ):
         if name in table:
             return table[name](machine, instruction)
     if name in ARITHMETIC:

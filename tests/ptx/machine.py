@@ -8,8 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx.memory import FaultError, Global, Shared
+from tests.ptx.accesses import Accesses
+from tests.ptx.barriers import Barriers
+from tests.ptx.faults import FaultError
+from tests.ptx.groups import ApartError, Groups
+from tests.ptx.memory import Global, Shared
 from tests.ptx.parse import Instruction, Program
+from tests.ptx.results import Results
 from tests.ptx.values import WORDS, Array, bits_of, dtype_of, read, word_of
 
 _ADDRESS = re.compile(r"\[\s*([^+\s]+)\s*(?:\+\s*(-?\w+)\s*)?\]")
@@ -20,7 +25,7 @@ Step = Callable[[], None]
 class Machine:
     """Threads of `programs` (their indices in the grid) and their registers; lane: a thread of one of them.
 
-    active: the lanes that carry out an instruction, None where all do.
+    active: the lanes that carry out an instruction, None where all do. mask: those that have come to it. at: its index.
     """
 
     def __init__(
@@ -41,7 +46,11 @@ class Machine:
         self.kinds = list(program.registers.values())
         self.registers: list[Array] = [np.zeros(self.lanes, _held(kind)) for kind in self.kinds]
         self.active: Array | None = None
-        self.barriers: dict[tuple[int, int], Any] = {}
+        self.mask: Array | None = None
+        self.at = 0
+        self.accesses = Accesses(self, np.asarray(programs))
+        self.barriers = Barriers(self)
+        self.results = Results(self)
         self.text_places = {name: 1 << 48 | i << 32 for i, name in enumerate(program.texts)}
 
     def run(self) -> None:
@@ -64,7 +73,7 @@ class Machine:
                     mask = None if mask.all() else mask
                 if at >= len(steps):
                     if not groups.waiting:
-                        return
+                        return self.barriers.check_end()
                     at, mask = groups.leave()
                     continue
                 active = self._where(predicates[at], mask)
@@ -77,7 +86,7 @@ class Machine:
                         groups.wait(at + 1, left)
                     at, mask = target, active
                     continue
-                self.active = active
+                self.active, self.mask, self.at = active, mask, at
                 if self._carried_out(steps[at], at):
                     at += 1
                     continue
@@ -88,13 +97,18 @@ class Machine:
     def _carried_out(self, step: Step, at: int) -> bool:
         """Carry out an instruction; False where threads that belong to it are not there yet."""
         try:
-            step()
+            if not (self.results.flying and self.results.check(at)):
+                step()
         except ApartError:
             return False
         except (FaultError, AssertionError, ValueError, IndexError) as e:
-            e.add_note(f"{self.program.name}: {self.program.instructions[at].text}")
+            e.add_note(f"{self.program.name}, line {self.line()}: {self.program.instructions[at].text}")
             raise
         return True
+
+    def line(self) -> int:
+        """Of the instruction that is carried out, in the module's text."""
+        return self.program.instructions[self.at].line
 
     def _where(self, predicate: tuple[int, bool] | None, mask: Array | None) -> Array | None:
         """The lanes of `mask` for which a predicate holds; None stands for all."""
@@ -205,43 +219,6 @@ class Machine:
         if (np.asarray(groups.any(1)) != whole).any():
             raise ApartError
         return whole
-
-
-class ApartError(Exception):
-    """Threads of a group that do something together are not all there yet."""
-
-
-class Groups:
-    """Lanes that wait at an instruction, by its index. blocked: those that wait for others to come there."""
-
-    def __init__(self) -> None:
-        self.waiting: dict[int, Array] = {}
-        self.blocked: set[int] = set()
-
-    def wait(self, at: int, lanes: Array, *, blocked: bool = False) -> None:
-        """Let lanes wait at an instruction; whoever is blocked there goes on with them."""
-        self.waiting[at] = self.waiting[at] | lanes if at in self.waiting else lanes
-        (self.blocked.add if blocked else self.blocked.discard)(at)
-
-    def next(self, at: int, lanes: Array) -> tuple[int, Array]:
-        """Who goes on, of those that wait and `lanes` at `at`: those that are behind. Who meets goes together."""
-        if at in self.waiting:
-            lanes = lanes | self.waiting.pop(at)
-            self.blocked.discard(at)
-        first = min((i for i in self.waiting if i not in self.blocked), default=at)
-        if first >= at:
-            return at, lanes
-        self.waiting[at] = lanes
-        return first, self.waiting.pop(first)
-
-    def leave(self) -> tuple[int, Array]:
-        """The same, of those that wait alone. Raises FaultError where all of them wait for others."""
-        free = [i for i in self.waiting if i not in self.blocked]
-        if not free:
-            raise FaultError(
-                "threads wait for others that do not come: a barrier or an instruction of a warp in a branch"
-            )
-        return min(free), self.waiting.pop(min(free))
 
 
 def _held(kind: str) -> np.dtype[Any]:

@@ -48,7 +48,7 @@ def _ldmatrix(machine: Machine, instruction: Instruction) -> Step:
     def load() -> None:
         machine.together(32)
         at = machine.shared.absolute(address(), machine.places()).reshape(-1, 32)[:, : 8 * len(sinks)]
-        rows = machine.shared.load(at.reshape(-1), 32, 4)  # 16 bytes a row
+        rows = machine.accesses.load("shared", at.reshape(-1), 32, 4, rows=_warps(machine, at))  # 16 bytes a row
         matrices = rows.view(np.uint16).reshape(-1, len(sinks), 8, 8)
         if transposed:
             matrices = matrices.transpose(0, 1, 3, 2)
@@ -71,9 +71,15 @@ def _stmatrix(machine: Machine, instruction: Instruction) -> Step:
         matrices = np.ascontiguousarray(words).view(np.uint16).reshape(-1, len(sources), 8, 8)
         if transposed:
             matrices = np.ascontiguousarray(matrices.transpose(0, 1, 3, 2))
-        machine.shared.store(at.reshape(-1), matrices.view(np.uint32).reshape(-1, 4))
+        words = matrices.view(np.uint32).reshape(-1, 4)
+        machine.accesses.store("shared", at.reshape(-1), words, rows=_warps(machine, at))
 
     return store
+
+
+def _warps(machine: Machine, at: Array) -> Array:
+    """Of [warps, rows] addresses."""
+    return np.repeat(machine.accesses.active()[::32], at.shape[1])
 
 
 def left_operand(words: Array, kind: str) -> Array:

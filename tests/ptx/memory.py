@@ -8,15 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor, UntypedStorage
 
+from tests.ptx.faults import FaultError
+from tests.ptx.global_races import GlobalRaces
 from tests.ptx.values import WORDS, Array
 
 _GUARD = 4096  # bytes between tensors
 _FIRST = 1 << 32  # address
 POISON = 0xFF  # NaN, or -1
-
-
-class FaultError(Exception):
-    """What a GPU would stop for, or do something undefined with."""
 
 
 class Memory:
@@ -51,10 +49,18 @@ class Memory:
         return found
 
     def store(self, addresses: Array, words: Array) -> None:
-        """Store [threads, count] words; of two threads with one address the later wins."""
+        """Store [threads, count] words. Raises FaultError where two threads store different ones at one address."""
         size = words.dtype.itemsize
-        at = self.places(addresses, size * words.shape[1])
-        self.bytes.view(words.dtype).reshape(-1, words.shape[1])[at // (size * words.shape[1])] = words
+        at = self.places(addresses, size * words.shape[1]) // (size * words.shape[1])
+        whole = self.bytes.view(words.dtype).reshape(-1, words.shape[1])
+        whole[at] = words
+        if (lost := whole[at] != words).any() and self.differ(whole[at][lost], words[lost]):
+            first = int(addresses[lost.any(1).argmax()])
+            raise FaultError(f"two threads store different words at {self.space} address {first:#x} at once")
+
+    def differ(self, some: Array, others: Array) -> bool:
+        """Whether words of two threads at one address are a fault."""
+        return True
 
 
 class Global(Memory):
@@ -73,11 +79,17 @@ class Global(Memory):
         for host, content in self.hosts.items():
             span = self._span(host)
             self.bytes[span], self.allowed[span] = content, True
+        self.races = GlobalRaces([(s.start, s.stop) for s in map(self._span, self.hosts)], self.bytes)
 
     def address(self, tensor: Tensor) -> int:
         """Of a tensor's first element."""
         storage = tensor.untyped_storage().data_ptr()
         return self.at[storage] + tensor.data_ptr() - storage if tensor.numel() else 0
+
+    def offsets(self, addresses: Array) -> Array:
+        """Of addresses in these bytes."""
+        found: Array = addresses.astype(np.int64) - self.first
+        return found
 
     def give_back(self) -> None:
         """What was stored, to the tensors."""
@@ -101,6 +113,18 @@ class Shared(Memory):
         self.size = -(-max(size, 16) // 1024) * 1024
         super().__init__(programs * self.size, 0, "shared")
         self.allowed.reshape(programs, self.size)[:, :size] = True
+
+    def differ(self, some: Array, others: Array) -> bool:
+        """Not where they are one number, rounded in two ways.
+
+        After a reduction in a warp several threads hold the same sum and may all store it. The compiler fuses products
+        into such sums, `x * y + that of another thread`, where each thread rounds that of the others but not its own.
+        """
+        if some.dtype != np.uint32:
+            return True
+        a, b = (x.view(np.float32).astype(np.float64) for x in (some, others))
+        size = np.maximum(np.abs(a), np.abs(b))
+        return not ((np.abs(a - b) <= 2.0**-16 * size.max()) & (size > 2.0**-100)).all()
 
     def absolute(self, addresses: Array, program: Array) -> Array:
         """Addresses of threads as those of the whole."""

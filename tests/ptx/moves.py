@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.ptx.memory import FaultError
+from tests.ptx.faults import FaultError
 from tests.ptx.parse import Instruction
 from tests.ptx.values import WORDS, Array, bits_of, dtype_of
 
@@ -59,7 +59,9 @@ def _selp(machine: Machine, instruction: Instruction) -> Step:
 
 
 def _ld(machine: Machine, instruction: Instruction) -> Step:
-    kind, space = instruction.op[-1], instruction.op[1]
+    kind = instruction.op[-1]
+    strong = instruction.op[1] in ("volatile", "relaxed", "acquire")
+    space = instruction.op[2 if instruction.op[1] == "volatile" else 3 if strong else 1]  # after the scope
     sinks = [machine.sink(name) for name in names(instruction.operands[0])]
     if space == "param":
         name, _, offset = instruction.operands[1].strip("[]").partition("+")
@@ -68,13 +70,12 @@ def _ld(machine: Machine, instruction: Instruction) -> Step:
         (only,) = sinks
         return lambda: only(fixed)
     address = machine.address(instruction.operands[1], "u64" if space == "global" else "u32")
-    memory = machine.memory if space == "global" else machine.shared
 
     def load() -> None:
         at = address()
         if space != "global":
             at = machine.shared.absolute(at, machine.places())
-        words = memory.load(at, bits_of(kind), len(sinks)).view(dtype_of(kind))
+        words = machine.accesses.load(space, at, bits_of(kind), len(sinks), strong=strong).view(dtype_of(kind))
         for i, sink in enumerate(sinks):
             sink(machine.spread(words[:, i].copy()))
 
@@ -87,13 +88,12 @@ def _st(machine: Machine, instruction: Instruction) -> Step:
         return lambda: None  # what a call is given; the calls there are read the module's texts
     values = [machine.source(name, f"b{bits_of(kind)}") for name in names(instruction.operands[1])]
     address = machine.address(instruction.operands[0], "u64" if space == "global" else "u32")
-    memory = machine.memory if space == "global" else machine.shared
 
     def store() -> None:
         at = address()
         if space != "global":
             at = machine.shared.absolute(at, machine.places())
-        memory.store(at, np.stack([machine.chosen(value()) for value in values], -1))
+        machine.accesses.store(space, at, np.stack([machine.chosen(value()) for value in values], -1))
 
     return store
 
@@ -106,11 +106,16 @@ def _atom(machine: Machine, instruction: Instruction) -> Step:
 
     def add() -> None:
         before = []
-        for at, more in zip(address(), machine.chosen(value()), strict=True):
+        rows = machine.accesses.active()
+        for at, more, row in zip(address(), machine.chosen(value()), rows, strict=True):
             place = np.asarray([at])
             now = machine.memory.load(place, bits_of(kind), 1)
             before.append(now[0, 0])
+            races = machine.memory.races
+            races.writes(machine.memory.offsets(place), now + more, np.asarray([row]), atomic=True)
             machine.memory.store(place, now + more)
+            if "acq_rel" in instruction.op:
+                races.meet_at(int(at), int(row))
         sink(machine.spread(np.asarray(before)))
 
     return add

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 _ENTRY = re.compile(r"\.visible \.entry (\w+)\((.*?)\)\s*(.*?)\{", re.DOTALL)
 _PARAM = re.compile(r"\.param\s+(?:\.align (\d+)\s+)?\.(\w+)(?:\s+\.ptr[\w\s.]*?)?\s+(\w+)(?:\[(\d+)\])?\s*(?:,|$)")
 _LABEL = re.compile(r"[$\w]+")
 _BYTES = re.compile(r"\.global \.align \d+ \.b8 (\w+)\[\d+\] = \{([\d, ]*)\};")
+_PLACE = re.compile(r"\s*\.loc.*// (.*?:\d+)")
 _REGISTERS = re.compile(r"\.reg \.(\w+)\s+(.*)", re.DOTALL)
 _INSTRUCTION = re.compile(r"(?:@(!?)(\S+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
@@ -16,17 +17,24 @@ _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 
 @dataclass(frozen=True)
 class Instruction:
-    """op: its name in parts ("ld", "global", "v4", "b32"). predicate: the register, and whether it is negated."""
+    """op: its name in parts ("ld", "global", "v4", "b32"). predicate: the register, and whether it is negated.
+
+    line: that of the module's text on which it ends.
+    """
 
     op: tuple[str, ...]
     operands: tuple[str, ...]
     predicate: tuple[str, bool] | None
     text: str
+    line: int
 
 
 @dataclass
 class Program:
-    """One kernel. params: name, offset and bytes of each. registers: name -> type. labels: name -> instruction."""
+    """One kernel. params: name, offset and bytes of each. registers: name -> type. labels: name -> instruction.
+
+    sources: of a line of the module, and those after it, the line of Python.
+    """
 
     name: str
     params: list[tuple[str, int]]
@@ -35,12 +43,17 @@ class Program:
     registers: dict[str, str] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    sources: list[tuple[int, str]] = field(default_factory=list)
+
+    def source(self, line: int) -> str:
+        """Where a line of the module comes from, "file:line"."""
+        return next((place for first, place in reversed(self.sources) if first <= line), "")
 
 
 def parse(ptx: str) -> Program:
     """The one kernel of a module. Names of blocks in braces are made unique: "name@3" is that of the third block."""
     lines = [line.split("//")[0] for line in ptx.splitlines()]
-    plain = "\n".join(line for line in lines if not line.strip().startswith((".loc", ".file")))
+    plain = "\n".join("" if line.strip().startswith((".loc", ".file")) else line for line in lines)
     found = _ENTRY.search(plain)
     assert found is not None, "no kernel in the module"
     name, params, directives = found.groups()
@@ -49,7 +62,10 @@ def parse(ptx: str) -> Program:
     program = Program(name, [_param(p) for p in params.split(",")], int(threads[1] or threads[2]))
     for text, codes in _BYTES.findall(plain):
         program.texts[text] = bytes(int(code) for code in codes.split(",")).decode()
-    _Body(program).read(plain[found.end() :])
+    for i, line in enumerate(ptx.splitlines()):
+        if place := _PLACE.match(line):
+            program.sources.append((i + 1, place[1]))
+    _Body(program, plain.count("\n", 0, found.end()) + 1).read(plain[found.end() :])
     return program
 
 
@@ -63,15 +79,17 @@ def _param(text: str) -> tuple[str, int]:
 class _Body:
     """Statements of a kernel's body; names of registers and labels belong to their block."""
 
-    def __init__(self, program: Program) -> None:
-        self.program, self.blocks, self.count = program, [0], 0
+    def __init__(self, program: Program, line: int) -> None:
+        self.program, self.blocks, self.count, self.line = program, [0], 0, line
         self.pending: list[tuple[Instruction, list[int]]] = []
 
     def read(self, text: str) -> None:
-        start, i = 0, 0
-        while True:
-            symbol = text[i]
+        start, counted, line = 0, 0, self.line
+        for found in re.finditer(r"[;{}]|(?<!:):(?!:)", text):
+            i, symbol = found.start(), found[0]
             held = text[start:i].strip()
+            line += text.count("\n", counted, i)
+            self.line, counted = line, i
             if symbol == ";":
                 self._statement(held)
             elif symbol in "{}" and not held:
@@ -82,13 +100,11 @@ class _Body:
                     self.blocks.pop()
                     if not self.blocks:
                         break
-            elif symbol == ":" and text[i + 1] != ":" and text[i - 1] != ":" and _LABEL.fullmatch(held):
+            elif symbol == ":" and _LABEL.fullmatch(held):
                 self.program.labels[self._own(held)] = len(self.pending)
             else:
-                i += 1
                 continue
-            i += 1
-            start = i
+            start = i + 1
         known = {*self.program.registers, *self.program.labels}
         for instruction, blocks in self.pending:
             self.program.instructions.append(_resolved(instruction, blocks, known))
@@ -110,7 +126,9 @@ class _Body:
         predicate = (found[2], bool(found[1])) if found[2] else None
         operands = tuple(o.strip() for o in _OPERAND.findall(found[4]))
         op = tuple(found[3].replace("::", "_").split("."))
-        self.pending.append((Instruction(op, operands, predicate, " ".join(text.split())), list(self.blocks)))
+        self.pending.append(
+            (Instruction(op, operands, predicate, " ".join(text.split()), self.line), list(self.blocks))
+        )
 
 
 def _resolved(instruction: Instruction, blocks: list[int], known: set[str]) -> Instruction:
@@ -125,4 +143,4 @@ def _resolved(instruction: Instruction, blocks: list[int], known: set[str]) -> I
     predicate = instruction.predicate
     if predicate is not None:
         predicate = (re.sub(r"[%$\w]+", own, predicate[0]), predicate[1])
-    return Instruction(instruction.op, operands, predicate, instruction.text)
+    return replace(instruction, operands=operands, predicate=predicate)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.ptx.faults import FaultError
 from tests.ptx.machine import Machine
-from tests.ptx.memory import FaultError, Global
+from tests.ptx.memory import Global
 from tests.ptx.parse import parse
 from tests.ptx.values import from_bf16, to_bf16
 from tests.ptx.wgmma import swizzled

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tests.ptx.groups import ApartError
 from tests.ptx.parse import Instruction
 from tests.ptx.values import Array, dtype_of
 
@@ -75,12 +76,36 @@ def _elect(machine: Machine, instruction: Instruction) -> Step:
 
 
 def _bar(machine: Machine, instruction: Instruction) -> Step:
-    whole = 32 if "warp" in instruction.op else machine.threads
+    if instruction.op[1:2] == ("warp",):
+
+        def meet() -> None:
+            machine.together(32)
+            machine.accesses.parted.meet(machine.accesses.here())
+
+        return meet
+    if instruction.op[0] == "bar" and instruction.op[1:] != ("sync",):
+        raise NotImplementedError(instruction.text)
+    given = int(instruction.operands[1], 0) if len(instruction.operands) > 1 else machine.threads
 
     def barrier() -> None:
-        machine.together(whole)
+        machine.together(32)
+        rows = machine.accesses.here().reshape(-1)
+        counts = np.bincount(rows * 32 // machine.threads, minlength=machine.count) * 32
+        if not np.isin(counts, (0, given)).all():
+            raise ApartError
+        machine.accesses.clocks.meet(rows.reshape(-1, given // 32))
+        machine.accesses.parted.meet(rows)
+        if given == machine.threads and len(rows) * 32 == machine.lanes:
+            machine.accesses.shared.meet()
 
     return barrier
+
+
+def _fence(machine: Machine, instruction: Instruction) -> Step:
+    """That of the asynchronous proxy; others order what the machine carries out in order."""
+    if instruction.op[1:3] != ("proxy", "async"):
+        return _nothing(machine, instruction)
+    return lambda: machine.accesses.clocks.fence(machine.accesses.here())
 
 
 def _nothing(machine: Machine, instruction: Instruction) -> Step:
@@ -88,6 +113,6 @@ def _nothing(machine: Machine, instruction: Instruction) -> Step:
 
 
 STEPS: dict[str, Callable[[Machine, Instruction], Step]] = {
-    "shfl": _shfl, "redux": _redux, "elect": _elect, "bar": _bar, "fence": _nothing, "membar": _nothing,
+    "shfl": _shfl, "redux": _redux, "elect": _elect, "bar": _bar, "barrier": _bar, "fence": _fence, "membar": _nothing,
     "griddepcontrol": _nothing,
 }  # fmt: skip

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tests.ptx.faults import FaultError
 from tests.ptx.matrices import COLUMN, ROW, added, bits_of_operand, left_operand, numbers
-from tests.ptx.memory import FaultError
 from tests.ptx.moves import names
 from tests.ptx.parse import Instruction
 from tests.ptx.values import Array
@@ -47,23 +48,50 @@ def _offsets(descriptor: int, outer: int, k: int, bits: int, along_k: bool) -> A
     return swizzled(start + across + column % 8 * width + column // 8 * stride, width)
 
 
+@lru_cache(maxsize=1024)
+def _places(descriptors: tuple[int, ...], outer: int, k: int, bits: int, along_k: bool) -> tuple[Array, Array]:
+    """(offsets of an operand's numbers [groups, outer, k], of its 16 bytes [groups, chunks])."""
+    each = {d: _offsets(d, outer, k, bits, along_k) for d in descriptors}
+    chunks = {d: np.unique(at // 16) for d, at in each.items()}
+    return np.stack([each[d] for d in descriptors]), np.stack([chunks[d] for d in descriptors])
+
+
 def _operand(machine: Machine, descriptors: Array, outer: int, k: int, kind: str, along_k: bool) -> Array:
     """[groups, outer, k] numbers of an operand in shared memory; descriptor -1: of a group that takes no part."""
     bits = bits_of_operand(kind)
+    (groups,) = np.nonzero(descriptors != _NONE)
+    at, chunks = _places(tuple(int(d) for d in descriptors[groups]), outer, k, bits, along_k)
+    place = machine.place[groups * 128] * machine.shared.size
+    words = machine.shared.load((at + place[:, None, None]).reshape(-1), bits, 1)
+    read = (chunks + place[:, None] // 16).reshape(-1)
+    machine.accesses.multiply(read, np.repeat(groups, chunks.shape[1]))
     found = np.zeros((len(descriptors), outer, k), np.float32)
-    for group, descriptor in enumerate(descriptors):
-        if descriptor == _NONE:
-            continue
-        at = _offsets(int(descriptor), outer, k, bits, along_k)
-        place = machine.place[group * 128] * machine.shared.size
-        words = machine.shared.load((at + place).reshape(-1), bits, 1)
-        found[group] = numbers(words[:, 0], kind).reshape(outer, k)
+    found[groups] = numbers(words[:, 0], kind).reshape(len(groups), outer, k)
     return found
+
+
+def _grouped(machine: Machine, instruction: Instruction) -> Step:
+    """`commit_group` and `wait_group`; `fence` orders registers, which are written in order here."""
+    how = instruction.op[1]
+    assert how in ("fence", "commit_group", "wait_group"), instruction.text
+    left = int(instruction.operands[0], 0) if how == "wait_group" else 0
+
+    def step() -> None:
+        machine.together(128)
+        groups = np.unique(machine.accesses.here() // 4)
+        if how == "commit_group":
+            machine.accesses.products.commit(groups)
+            machine.results.committed += 1
+        elif how == "wait_group":
+            machine.accesses.products_waited(groups, left)
+            machine.results.wait(left)
+
+    return step
 
 
 def _wgmma(machine: Machine, instruction: Instruction) -> Step:
     if instruction.op[1] != "mma_async":
-        return lambda: None  # products are done where they are asked for
+        return _grouped(machine, instruction)
     shape = next(found for part in instruction.op if (found := _SHAPE.fullmatch(part)))
     n, k = int(shape[1]), int(shape[2])
     to, kind, b_kind = instruction.op[-3:]
@@ -72,10 +100,11 @@ def _wgmma(machine: Machine, instruction: Instruction) -> Step:
     assert rest[:2] in ([], ["1", "1"]), instruction.text
     turned = [flag == "1" for flag in rest[2:]]
     sinks = [machine.sink(name) for name in names(registers)]
-    before = [machine.source(name, "u32") for name in names(registers)]
+    places = [machine.names[name] for name in names(registers)]
     keeps, b_source = machine.source(keep, "pred"), machine.source(b, "u64")
     in_registers = a.startswith("{")
     a_sources = [machine.source(name, "u32") for name in names(a)] if in_registers else [machine.source(a, "u64")]
+    inputs = [machine.names[name] for name in names(a)] if in_registers else []
     b_along = not (turned and turned[-1])
     a_along = in_registers or not (len(turned) == 2 and turned[0])
 
@@ -97,10 +126,16 @@ def _wgmma(machine: Machine, instruction: Instruction) -> Step:
         product = left @ right.transpose(0, 2, 1)
         kept = keeps()
         rows = np.arange(4)[:, None] * 16 + ROW  # [warps, lanes]
-        for i, (source, sink) in enumerate(zip(before, sinks, strict=True)):
+        found = []
+        for i, place in enumerate(places):
             at = product[:, rows + 8 * (i >> 1 & 1), 8 * (i >> 2) + 2 * COLUMN + (i & 1)].reshape(-1)
-            was = np.where(kept, np.broadcast_to(source(), (machine.lanes,)), np.uint32(0))
-            sink(added(was, at, to))
+            was = np.where(kept, machine.results.words(place), np.uint32(0))
+            found.append(added(was, at, to))
+        if machine.active is None:
+            machine.results.start(places, found, inputs, waits=kind == "e4m3")
+            return
+        for sink, words in zip(sinks, found, strict=True):
+            sink(words)
 
     return multiply
 
