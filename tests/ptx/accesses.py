@@ -94,8 +94,10 @@ class Accesses:
 
     def _count(self, space: str, at: Array, size: int, rows: Array) -> None:
         if traffic.is_counting() and len(at):
-            program, index = self.machine.program, self.machine.at
-            traffic.count(program, index, space, at.astype(np.int64), size, rows)
+            programs = self.machine.memory.races.warps[rows] // self.clocks.each
+            space = "global" if space == "global" else "shared"
+            access = traffic.Access(space, at.astype(np.int64), size, rows, programs)
+            traffic.count(self.machine.program, self.machine.at, access)
 
     def _landed(self, rows: Array, at: Array, words: Array) -> None:
         self.machine.shared.store(at, words)

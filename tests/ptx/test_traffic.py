@@ -10,9 +10,9 @@ from tests.ptx.test_races import run
 
 def counted(body: str, space: str) -> traffic.Row:
     """The one row of a space."""
-    with traffic.counted() as rows:
+    with traffic.counted() as found:
         run(body)
-    (row,) = (r for r in rows.values() if r.space == space)
+    (row,) = (r for r in found.rows.values() if r.space == space)
     return row
 
 
@@ -54,9 +54,19 @@ def test_banks(body: str, passes: int, least: int) -> None:
 
 
 def test_a_table_names_the_line() -> None:
-    with traffic.counted() as rows:
+    with traffic.counted() as counts:
         run(".loc 1 7 9, function_name $x, inlined_at 1 9 9 // some.py:7:9\nld.global.b32 %r10, [%rd7];\n")
         run("ld.global.b32 %r10, [%rd4];")
-    found = traffic.table(rows.values(), above=1.0).splitlines()
-    assert len(found) == 2
+    found = counts.table(above=1.0).splitlines()
+    assert len(found) == 3
     assert "(some.py:7): ld.global.b32 %r10, [%rd7]" in found[1] and found[1].split()[0] == "4.00"
+
+
+def test_the_other_half_of_a_sector_is_moved_once() -> None:
+    """Threads of 32 bytes each read one half of them and then the other."""
+    body = "mul.wide.u32 %rd8, %r1, 32; add.s64 %rd9, %rd1, %rd8;"
+    body += "".join(f"ld.global.v4.b32 {{%r10, %r11, %r12, %r13}}, [%rd9+{at}];\n" for at in (0, 16))
+    with traffic.counted() as found:
+        run(body, programs=2)
+    assert [(row.bytes, row.waste) for row in found.rows.values()] == [(4096, 2.0)] * 2
+    assert found.once("kernel") == (8192, 8192)
