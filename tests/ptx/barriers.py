@@ -121,7 +121,8 @@ def _mbarrier(machine: Machine, instruction: Instruction) -> Step:
     address = machine.address(operands[1 if how in ("arrive", "try_wait") else 0], "u32")
     if how == "try_wait":
         return _try_wait(machine, instruction)
-    assert how in ("init", "inval") or instruction.op[2] == "expect_tx", instruction.text
+    if how not in ("init", "inval") and instruction.op[:3] != ("mbarrier", "arrive", "expect_tx"):
+        raise NotImplementedError(instruction.text)
     number = machine.source(operands[-1] if how != "inval" else "0", "u32")
 
     def step() -> None:

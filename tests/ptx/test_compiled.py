@@ -67,13 +67,33 @@ def test_masked():
 
 def test_beyond_the_end():
     total(False)
+
+@triton.jit
+def turned(x_ptr, BLOCK: tl.constexpr, ORDERED: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + BLOCK - 1 - at)
+    if ORDERED:
+        tl.debug_barrier()
+    tl.store(x_ptr + at, x)
+
+def in_place(ordered):
+    x = torch.arange(256.0)
+    launch(turned, (1,), x, BLOCK=256, ORDERED=ordered, config={"num_warps": 4})
+    return x
+
+def test_in_order():
+    assert torch.equal(in_place(True), torch.arange(256.0).flip(0))
+
+def test_a_warp_overwrites_what_another_reads():
+    in_place(False)
 """
 
 
-def test_a_read_beyond_the_end_is_found(tmp_path: Path) -> None:
+def test_a_read_beyond_the_end_and_a_race_are_found(tmp_path: Path) -> None:
     test = tmp_path / "test_broken.py"
     test.write_text(BROKEN)
     (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
     done = run("90", str(test), "--rootdir", str(tmp_path))
-    assert "1 failed, 1 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "2 failed, 2 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
     assert "outside" in done.stdout and "ld.global" in done.stdout
+    assert "nothing orders the two" in done.stdout and "st.global" in done.stdout

@@ -83,7 +83,7 @@ def _bar(machine: Machine, instruction: Instruction) -> Step:
             machine.accesses.parted.meet(machine.accesses.here())
 
         return meet
-    if instruction.op[0] == "bar" and instruction.op[1:] != ("sync",):
+    if instruction.op[1:] not in (("sync",), ("sync", "aligned")):
         raise NotImplementedError(instruction.text)
     given = int(instruction.operands[1], 0) if len(instruction.operands) > 1 else machine.threads
 
