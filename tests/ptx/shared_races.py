@@ -59,21 +59,24 @@ class SharedRaces:
         if self.has_taken:
             self._refuse_taken(at, rows)
         cells, every = self._cells(at, size, rows)
-        if (self.stored[chunks] >= self.epoch).any():
+        before = self.stored[chunks]
+        if (before >= self.epoch).any():
             late = self.written[cells] > self.clocks.floor[every]
             if late.any():
                 self._refuse_unseen(cells[late], every[late], "overwrites")
         if (self.loaded[chunks] >= self.epoch).any():
             self._refuse_read(cells, every)
-        self.stored[chunks] = FLYING if flying else self.epoch
+        beside = size < _CHUNK and (before == FLYING)  # other bytes of the chunk may be in flight
+        self.stored[chunks] = FLYING if flying else np.where(beside, FLYING, self.epoch)
         self.written[cells] = FLYING if flying else self.clocks.now[every]
         self.where[cells] = self.line() * _UNITS + self.clocks.own[every]
 
     def landed(self, at: Array, size: int, rows: Array) -> None:
         """Copies of the warps themselves have been waited for by them."""
         cells, rows = self._cells(at, size, rows)
-        self.stored[at >> 4] = self.epoch
         self.written[cells] = self.clocks.now[rows]
+        flying = self.written.reshape(-1, _CHUNK // self.grain)[at >> 4].max(1) == FLYING
+        self.stored[at >> 4] = np.where(flying, FLYING, self.epoch)
 
     def boxed(self, at: Array, row: int, *, unit: int, phase: int | None = None) -> None:
         """A copy by a descriptor to chunks is asked for by a warp or, with a phase of barrier `unit`, is there."""

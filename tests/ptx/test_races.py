@@ -130,6 +130,20 @@ def test_copies_of_threads(body: str, said: str) -> None:
     with_and_without(body, "#", said)
 
 
+def test_words_side_by_side_in_two_groups() -> None:
+    """Every second word of 16 bytes is copied by the later group."""
+    word = "cp.async.ca.shared.global [%r5], [%rd4], 4;"
+    body = f"""
+    and.b32 %r10, %r1, 1; setp.eq.u32 %p4, %r10, 0;
+    @%p4 {word} cp.async.commit_group; @!%p4 {word} cp.async.commit_group;
+    # cp.async.wait_group 0; # cp.async.wait_group 1; bar.sync 0; ld.shared.b32 %r11, [%r5];
+    """
+    with_and_without(body, "#", "no wait for that copy")
+    with_and_without(
+        body.replace("bar.sync 0;", "@%p4 st.shared.b32 [%r5], %r1; bar.sync 0;"), "#", "no wait for that copy"
+    )
+
+
 def test_what_is_copied_is_there_after_the_wait() -> None:
     body = COPY + "cp.async.wait_group 0; bar.sync 0; ld.shared.b32 %r10, [%r5]; st.global.b32 [%rd5], %r10;"
     assert run(body)[:128].tolist() == list(range(128))
