@@ -29,7 +29,7 @@ from qfx.backends.triton.kernels.weight_only_gemv import gemv
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.layout import UNIT_THREE, padded
 from qfx.backends.triton.library import define
-from qfx.backends.triton.pair_asm import pair_asm
+from qfx.backends.triton.pair_asm import gain, pair_asm
 from qfx.backends.triton.row_codes import dense
 from qfx.backends.triton.weight_only_pack import group_of, reason_against_weight, stored_bits
 from qfx.errors import UnsupportedError, explain, warn
@@ -255,11 +255,17 @@ def _tile(height: int, width: int, stages: int, splits: int, first: int) -> Conf
 def _fragments(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
     device, (m, k), n, warps = device_of(x), x.shape, out.shape[1], config["num_warps"]
     to = dot_dtype(x.dtype)
-    asm, odd = ("", "") if device.interpreted else (pair_asm(w.fmt, to), pair_asm(w.fmt, to, 1))
     launch(fragments, (triton.cdiv(n, 16 * config["ROWS"]),), x, w.codes, w.upper, w.scale, w.zero, w.whole, w.table,
            bias, out, m, n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0), **w.constants,
-           ASM=asm, ASM_ODD=odd, TO=LANGUAGE[to], EVEN=is_even(w.fmt, k, warps),
-           TOKENS=triton.cdiv(m, 8), S=warps, config=config)  # fmt: skip
+           **pairs_of(w.fmt, to, device), TO=LANGUAGE[to], EVEN=is_even(w.fmt, k, warps), TOKENS=triton.cdiv(m, 8),
+           S=warps, config=config)  # fmt: skip
+
+
+def pairs_of(fmt: Format, dtype: torch.dtype, device: Device) -> dict[str, Any]:
+    """How `fragments` unpacks: constants of the kernel."""
+    if device.interpreted:
+        return {"ASM": "", "ASM_ODD": "", "GAIN": 1}
+    return {"ASM": pair_asm(fmt, dtype), "ASM_ODD": pair_asm(fmt, dtype, 1), "GAIN": gain(fmt, dtype)}
 
 
 def _gemv(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:

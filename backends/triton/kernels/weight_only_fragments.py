@@ -108,6 +108,21 @@ def _column(block, EACH: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _group(block, FURTHER: tl.constexpr, EACH: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr):
+    """The group [S, 1] of the column that is FURTHER columns, whole groups or parts of one, behind a block's first."""
+    wide = block.to(tl.uint32)  # of which a quotient is a shift
+    if GROUP == 0:
+        found = wide * 0
+    elif GROUP >= 128:
+        found = wide // (EACH * (GROUP // 128))
+    elif EACH == 1:
+        found = wide * (128 // GROUP) + FURTHER // GROUP
+    else:
+        found = (_column(wide, EACH, WIDE) + FURTHER) // GROUP
+    return found[:, None]
+
+
+@triton.jit
 def _replaced(tiles, i: tl.constexpr, tile, COUNT: tl.constexpr):
     """Tiles with another one in place i."""
     found = ()
@@ -120,8 +135,8 @@ def _replaced(tiles, i: tl.constexpr, tile, COUNT: tl.constexpr):
 def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, first, blocks,
                   m, n, k, x_stride, w_stride, upper_stride, scale_stride, BITS: tl.constexpr, KIND: tl.constexpr,
                   SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr,
-                  ASM_ODD: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
-                  TOKENS: tl.constexpr, S: tl.constexpr):  # fmt: skip
+                  ASM_ODD: tl.constexpr, GAIN: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr,
+                  ROWS: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr):  # fmt: skip
     """Columns of out from `first` on, as many as `fragments` has in a program, of `blocks` blocks of K."""
     LANE: tl.constexpr = 4 if BITS < 4 or GROUP == 32 else 8
     PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
@@ -135,12 +150,20 @@ def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
     codes = w_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     uppers = upper_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     within = of_x % 4 * (2 * LANE) + of_x // (32 * S) * 8
-    ones = tl.full([S, 16, 4 * LANE], 1.0, TO)
+    ones = tl.full([S, 16, 4 * LANE], 1.0 / GAIN, TO)
     accs = ()
     for _ in tl.static_range(ROWS * TOKENS):
         accs = accs + (tl.zeros([S, 16, 8], tl.float32),)
+    scales, zeros = (), ()
+    for r in tl.static_range(ROWS):
+        at = tl.minimum(first + 16 * r + tl.arange(0, 16), n - 1).to(tl.int64)[None, :] * scale_stride
+        scales = scales + (scale_ptr + at,)
+        if zero_ptr is not None:
+            zeros = zeros + (zero_ptr + at,)
     for start in range(0, blocks, S):
-        held = tl.minimum(start + of_w // 32 % S, blocks - 1)  # what is read for nothing meets zeros of x
+        held, of_scale = start + of_w // 32 % S, start + split
+        if not EVEN:  # what is read for nothing meets zeros of x
+            held, of_scale = tl.minimum(held, blocks - 1), tl.minimum(of_scale, blocks - 1)
         for h in tl.static_range(HALVES):
             tiles = ()
             for r in tl.static_range(ROWS):
@@ -169,24 +192,20 @@ def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
                             part = tl.dot(_left(tiles[r][2 * i], LANE), even, parts[j * ROWS + r])
                             part = tl.dot(_left(tiles[r][2 * i + 1], LANE), odd, part)
                             parts = _replaced(parts, j * ROWS + r, part, ROWS * TOKENS)
+                group = _group(of_scale * HALVES + h, g * TOGETHER * APART, EACH, WIDE, GROUP)
                 for r in tl.static_range(ROWS):
-                    rows = tl.minimum(first + 16 * r + tl.arange(0, 16), n - 1).to(tl.int64)[None, :]
-                    at = rows * scale_stride
-                    if GROUP > 0:
-                        block = tl.minimum(start + split, blocks - 1) * HALVES + h
-                        at += ((_column(block, EACH, WIDE) + g * TOGETHER * APART) // GROUP)[:, None]
                     for j in tl.static_range(TOKENS):
                         part = parts[j * ROWS + r]
                         if zero_ptr is not None:
-                            part -= sums[j] * tl.load(zero_ptr + at).to(tl.float32)[:, :, None]
+                            part -= sums[j] * tl.load(zeros[r] + group).to(tl.float32)[:, :, None]
                         if GROUP > 0:
-                            part *= load_scale(scale_ptr + at, at >= 0, SCALE)[:, :, None]
+                            part *= load_scale(scales[r] + group, None, SCALE)[:, :, None]
                         accs = _replaced(accs, j * ROWS + r, accs[j * ROWS + r] + part, ROWS * TOKENS)
     factor = tl.load(whole_ptr)
     for r in tl.static_range(ROWS):
         rows = (first + 16 * r + tl.arange(0, 16)).to(tl.int64)
         here = rows < n
-        times = factor + tl.zeros([16], tl.float32)
+        times = factor * GAIN + tl.zeros([16], tl.float32)
         if GROUP == 0:
             times *= load_scale(scale_ptr + rows * scale_stride, here, SCALE)
         times = tl.where(blocks > 0, times, 0.0)  # of nothing, whatever the scales are
@@ -212,8 +231,9 @@ def blocks_of(k, BITS: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, m, n, k, x_stride,
               w_stride, upper_stride, scale_stride, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
-              GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr, ASM_ODD: tl.constexpr, TO: tl.constexpr,
-              EVEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr):  # fmt: skip
+              GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr, ASM_ODD: tl.constexpr, GAIN: tl.constexpr,
+              TO: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+              S: tl.constexpr):  # fmt: skip
     """x [m, k] to out [m, n] = x @ w^T + bias; a program for 16 ROWS columns of out and 8 TOKENS rows, m at most.
 
     Integers are exact in the type TO, values of a table rounded to it; products are added in f32. Zero points are taken
@@ -222,5 +242,5 @@ def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
     """
     fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr,
                   tl.program_id(0) * (16 * ROWS), blocks_of(k, BITS, GROUP), m, n, k, x_stride, w_stride,
-                  upper_stride, scale_stride, BITS, KIND, SCALE, GROUP, OFFSET, ASM, ASM_ODD, TO, EVEN, ROWS, TOKENS,
-                  S)  # fmt: skip
+                  upper_stride, scale_stride, BITS, KIND, SCALE, GROUP, OFFSET, ASM, ASM_ODD, GAIN, TO, EVEN, ROWS,
+                  TOKENS, S)  # fmt: skip
