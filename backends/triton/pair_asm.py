@@ -83,7 +83,7 @@ def _from_integers(bits: int, offset: int, odd: int, kind: _Float) -> list[str]:
 
 
 def _threes(data: str, upper: str, odd: int) -> list[str]:
-    """The codes in the even places of bytes in the nibbles of v, the others in those of w; top bits of nibbles are any."""
+    """The codes in the even places of bytes in the nibbles of v, the others in those of w; their top bits are any."""
     return [
         f"shl.b32 u, {upper}, {2 - odd};",
         lop3("v", "0x33333333", data, "u", _SELECT),
