@@ -6,7 +6,7 @@ into the range of normal ones and takes an offset away, exactly. One instruction
 as many bits count so as the mantissa has, and one more. Tables are looked up as in `decode_asm`.
 
 Operands: for each place of a code in a byte the register of the even bytes' values and that of the odd ones', then the
-numbers and, of three bits, those of their upper plane.
+numbers, of three bits those of their upper plane, and what is added in place of the offset, for as many places each.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ _FLOATS = {torch.float16: _Float("f16", 11, -24, 15), torch.bfloat16: _Float("bf
 
 
 @functools.cache
-def pair_asm(fmt: Format, dtype: torch.dtype, odd: int = 0) -> str:
-    """The block for weights of `fmt` to values less their constant offset, over `gain`; "" where there is none.
+def pair_asm(fmt: Format, dtype: torch.dtype, odd: int = 0, zeros: int = 0) -> str:
+    """The block for weights of `fmt` to values less their offset, over `gain`; "" where there is none.
 
-    odd: of three bits, which bits of the upper plane. There is none for 8-bit floats and for float32.
+    odd: of three bits, which bits of the upper plane. zeros: how many operands bring zero points, negative and over the
+    gain. There is none for 8-bit floats and for float32.
     """
     if dtype == torch.float32 or fmt.type in ("f8e4m3", "f8e5m2"):
         return ""
@@ -51,7 +52,7 @@ def pair_asm(fmt: Format, dtype: torch.dtype, odd: int = 0) -> str:
         return _from_table(TABLES[fmt.type], dtype)
     bits = fmt.bits if fmt.bits <= 4 else 8
     offset = 1 << (bits - 1) if fmt.symmetric else 0
-    return block(_from_integers(bits, offset, odd, _FLOATS[dtype]), "t, u, v, w, f, g")
+    return block(_from_integers(bits, offset, odd, zeros, _FLOATS[dtype]), "t, u, v, w, f, g")
 
 
 def gain(fmt: Format, dtype: torch.dtype) -> int:
@@ -59,7 +60,7 @@ def gain(fmt: Format, dtype: torch.dtype) -> int:
     return 1 if fmt.type in TABLES else 1 << -(_FLOATS[dtype].least + _FLOATS[dtype].greatest)
 
 
-def _from_integers(bits: int, offset: int, odd: int, kind: _Float) -> list[str]:
+def _from_integers(bits: int, offset: int, odd: int, zeros: int, kind: _Float) -> list[str]:
     """The lines for integers of so many bits."""
     places = 4 if bits == 3 else 8 // bits
     apart = 4 if bits == 3 else bits  # from a code in a word to the next
@@ -68,6 +69,7 @@ def _from_integers(bits: int, offset: int, odd: int, kind: _Float) -> list[str]:
     words = {"v": range(0, places, 2), "w": range(1, places, 2)} if bits == 3 else {data: range(places)}
     lines = _threes(data, f"${2 * places + 1}", odd) if bits == 3 else []
     lines += [f"mov.b32 g, {twice(pattern(-offset * 2.0 ** (kind.least + kind.greatest), half))};"]
+    added = [f"${2 * places + (2 if bits == 3 else 1) + i * zeros // places}" if zeros else "g" for i in range(places)]
     for word, held in words.items():
         source, down = word, 0
         for byte, (number, place) in itertools.product(range(2), enumerate(held)):
@@ -78,7 +80,7 @@ def _from_integers(bits: int, offset: int, odd: int, kind: _Float) -> list[str]:
             out, at = f"${2 * place + byte}", at - down
             lines += [f"and.b32 {out}, {source}, {twice(((1 << bits) - 1) << at)};"]
             lines += [f"mov.b32 f, {twice(pattern(2.0 ** (kind.greatest - at), half))};"]
-            lines += [f"fma.rn.{kind.name}x2 {out}, {out}, f, g;"]
+            lines += [f"fma.rn.{kind.name}x2 {out}, {out}, f, {added[place]};"]
     return lines
 
 

@@ -84,8 +84,8 @@ def linear_weight_only(
 
     smooth f32 [K] divides x first, rounded to x.dtype. Products of float32 are those of three tf32 terms on tensor
     cores, else sums are f32 and integers exact; NF4's values and, on tiles, weights in groups below 128 columns are
-    rounded to x.dtype. Of a row with infinite numbers NaN may be left where there are zero points. Raises ValueError
-    for other dtypes, sizes that do not fit and tensors on different devices.
+    rounded to x.dtype. Raises ValueError for other dtypes, sizes that do not fit and tensors on different
+    devices.
     """
     weight = named(w, Format.parse(w_format))
     _check(x, weight, bias, smooth, n)
@@ -265,7 +265,10 @@ def pairs_of(fmt: Format, dtype: torch.dtype, device: Device) -> dict[str, Any]:
     """How `fragments` unpacks: constants of the kernel."""
     if device.interpreted:
         return {"ASM": "", "ASM_ODD": "", "GAIN": 1}
-    return {"ASM": pair_asm(fmt, dtype), "ASM_ODD": pair_asm(fmt, dtype, 1), "GAIN": gain(fmt, dtype)}
+    places, group = 1 if stored_bits(fmt) == 8 else 2 if stored_bits(fmt) == 4 else 4, group_of(fmt)
+    zeros = 0 if not fmt.has_zero else max(1, min(places, UNIT // group)) if group else 1
+    asm, odd = (pair_asm(fmt, dtype, odd, zeros) for odd in range(2))
+    return {"ASM": asm, "ASM_ODD": odd, "GAIN": gain(fmt, dtype)}
 
 
 def _gemv(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
