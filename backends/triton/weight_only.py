@@ -24,6 +24,7 @@ from qfx.backends.triton import tuning
 from qfx.backends.triton.decode_asm import TABLES, biased_asm, decode_asm
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels import weight_only as kernels
+from qfx.backends.triton.kernels.weight_only_abreast import abreast
 from qfx.backends.triton.kernels.weight_only_fragments import fragments
 from qfx.backends.triton.kernels.weight_only_gemv import gemv
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
@@ -35,11 +36,12 @@ from qfx.backends.triton.weight_only_pack import group_of, reason_against_weight
 from qfx.errors import UnsupportedError, explain, warn
 from qfx.format import Format
 
-GEMV, DOT, DEQUANTIZE, FRAGMENTS = 0, 1, 2, 3  # what a configuration's PATH says
+GEMV, DOT, DEQUANTIZE, FRAGMENTS, ABREAST = 0, 1, 2, 3, 4  # what a configuration's PATH says
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UNIT = 128
 _MOST_GEMV = 4
 _MOST_FRAGMENTS = 16
+_FEWEST_ABREAST, _MOST_ABREAST = 9, 64
 _FEWEST_DEQUANTIZE = 1024
 _BLOCK = 1024
 LANGUAGE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -98,7 +100,7 @@ def linear_weight_only(
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     device = device_of(x)
     config = dict(choose(device, weight.fmt, m, n, k, x.dtype))
-    if config["PATH"] == FRAGMENTS and not begins_aligned(weight):  # it reads two bytes and more at once
+    if config["PATH"] in (FRAGMENTS, ABREAST) and not begins_aligned(weight):  # it reads two bytes and more at once
         config = dict(without_fragments(device, weight.fmt, m, n, k, x.dtype))
     path = config.pop("PATH")
     if k == 0 or m == 0:
@@ -107,6 +109,8 @@ def linear_weight_only(
         _gemv(rows, weight, bias, out, config)
     elif path == FRAGMENTS:
         _fragments(rows, weight, bias, out, config)
+    elif path == ABREAST:
+        _abreast(rows, weight, bias, out, config)
     elif path == DOT:
         _dot(rows, weight, bias, out, config)
     else:
@@ -129,8 +133,11 @@ def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.
     4 rows of 8-bit weights and 2 of smaller ones go to vectors: beyond, tiles take fewer. Tiles of float32 do not fit
     registers: such rows go to torch early.
     """
-    if m <= _MOST_FRAGMENTS and has_fragments(fmt, dtype):
-        return fragments_of(device, fmt, m, n, k)
+    if has_fragments(fmt, dtype):
+        if device.from_shared and _FEWEST_ABREAST <= m <= _MOST_ABREAST:
+            return abreast_of(device, fmt, m, n, k)
+        if m <= _MOST_FRAGMENTS:
+            return fragments_of(device, fmt, m, n, k)
     return without_fragments(device, fmt, m, n, k, dtype)
 
 
@@ -177,8 +184,21 @@ def fragments_tile(fmt: Format, rows: int, warps: int, m: int) -> Config:
     return {"PATH": FRAGMENTS, "ROWS": rows, "num_warps": warps, "num_stages": 1, "maxnreg": most}
 
 
+def abreast_of(device: Device, fmt: Format, m: int, n: int, k: int) -> Config:
+    """The tile of `abreast`: two programs of eight warps for each processor, with parts of K where that takes them."""
+    warps = 8 if m <= 32 else 4
+    blocks, _ = blocks_of(fmt, k)
+    splits = max(1, min(16 // warps * device.processors // -(-n // (16 * warps)), blocks // 4, 16))
+    return abreast_tile(warps, splits, m)
+
+
+def abreast_tile(warps: int, splits: int, m: int) -> Config:
+    """A tile of `abreast` for m rows of x."""
+    return {"PATH": ABREAST, "SPLITS": splits, "num_warps": warps, "num_stages": 1, "maxnreg": 128 if m <= 32 else 168}
+
+
 def blocks_of(fmt: Format, k: int) -> tuple[int, bool]:
-    """Blocks that `fragments` has of k columns, as the kernel counts them, and whether they hold k and no more."""
+    """Blocks that `fragments` has of k columns, as the kernels count them, and whether they hold k and no more."""
     bits = stored_bits(fmt)
     unit = UNIT_THREE if bits == 3 else UNIT
     each = (2 if bits == 8 else 1) * (2 if bits >= 4 and group_of(fmt) == 32 else 1)
@@ -261,6 +281,26 @@ def _fragments(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: C
            S=warps, config=config)  # fmt: skip
 
 
+def _abreast(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
+    device, (m, k), n, warps, splits = device_of(x), x.shape, out.shape[1], config["num_warps"], config["SPLITS"]
+    to = dot_dtype(x.dtype)
+    blocks, whole = blocks_of(w.fmt, k)
+    parts = torch.empty((splits, m, n), dtype=torch.float32, device=x.device) if splits > 1 else out
+    launch(abreast, (triton.cdiv(n, 16 * warps), splits), x, w.codes, w.upper, w.scale, w.zero, w.whole, w.table, bias,
+           parts, m, n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0),
+           triton.cdiv(blocks, splits), **w.constants, **pairs_of(w.fmt, to, device), TO=LANGUAGE[to], EVEN=whole,
+           T=max(16, triton.next_power_of_2(m)), W=warps, config=config)  # fmt: skip
+    _add(parts, bias, out)
+
+
+def _add(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Add the parts of K [SPLITS, M, N] in their order; one part is `out`."""
+    if parts is not out:
+        count = out.numel()
+        launch(kernels.sum_splits, (triton.cdiv(count, _BLOCK),), parts, bias, out, count, out.shape[1],
+               SPLITS=len(parts), BLOCK=_BLOCK, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+
+
 def pairs_of(fmt: Format, dtype: torch.dtype, device: Device) -> dict[str, Any]:
     """How `fragments` unpacks: constants of the kernel."""
     if device.interpreted:
@@ -309,9 +349,7 @@ def _dot(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config)
            w.scale.stride(0), each, **w.constants, NATIVE=device.has_fp8 and not device.interpreted,
            EXACT=to == torch.float32, ASM=asm, ASM_ODD=odd, TO=LANGUAGE[to], EVEN=k % unit == 0,
            config=config)  # fmt: skip
-    if splits > 1:
-        launch(kernels.sum_splits, (triton.cdiv(m * n, _BLOCK),), parts, bias, out, m * n, n, SPLITS=splits,
-               BLOCK=_BLOCK, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+    _add(parts, bias, out)
 
 
 def _multiplied(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> Tensor:

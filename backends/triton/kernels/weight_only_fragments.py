@@ -102,7 +102,7 @@ def sixteen(rows, start, S: tl.constexpr, LANE: tl.constexpr):
 def below_of(zero, S: tl.constexpr, LANE: tl.constexpr, GAIN: tl.constexpr, COMPILED: tl.constexpr, TO: tl.constexpr):
     """Zero points [2 S 32] as what is added to codes over GAIN, [S, 16, 4 LANE]."""
     wide = zero.to(tl.int32)
-    if COMPILED:  # operands of tensor cores would be laid out by the width of the narrowest load that is seen from there
+    if COMPILED:  # hides the load, by whose width Triton would lay out what tensor cores read
         wide = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [wide], dtype=tl.int32, is_pure=False, pack=1)
     less = (wide.to(tl.float32) * (-1.0 / GAIN)).to(TO)
     return _arranged(tl.broadcast_to(less[:, None], [2 * S * 32, LANE]), S, LANE)
@@ -145,7 +145,7 @@ def column_of(block, EACH: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def group_of(block, FURTHER: tl.constexpr, EACH: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr):
     """The group of the column that is FURTHER columns, whole groups or parts of one, behind a block's first."""
-    wide = block.to(tl.uint32)  # of which a quotient is a shift
+    wide = tl.cast(block, tl.uint32)  # of which a quotient is a shift
     if GROUP == 0:
         found = wide * 0
     elif GROUP >= 128:

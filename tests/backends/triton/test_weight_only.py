@@ -14,6 +14,7 @@ from qfx.backends.triton import weight_only
 from qfx.backends.triton.device import H100
 from qfx.backends.triton.launch import recorded
 from qfx.backends.triton.weight_only import (
+    ABREAST,
     DEQUANTIZE,
     DOT,
     FRAGMENTS,
@@ -135,6 +136,17 @@ def test_fragments_of_every_format(text: str, rows: int, warps: int, monkeypatch
     torch.manual_seed(rows)
     packed, bias = weight(37, 1024 if rows == 2 else 777, text), torch.randn(37, device=DEVICE)
     for m, dtype in ((3, torch.float16), (26, torch.bfloat16)):
+        assert error(torch.randn(m, packed.shape[1], device=DEVICE).to(dtype), packed, bias) < STEP[dtype]
+
+
+@pytest.mark.parametrize("text", SERVED)
+@pytest.mark.parametrize(("warps", "splits"), [(4, 1), (4, 3), (8, 2)])
+def test_warps_abreast_of_every_format(text: str, warps: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"PATH": ABREAST, "SPLITS": splits, "num_warps": warps, "num_stages": 1}
+    monkeypatch.setattr(weight_only, "heuristic", lambda *_: kept)
+    torch.manual_seed(warps)
+    packed, bias = weight(75, 1024 if splits == 3 else 777, text), torch.randn(75, device=DEVICE)
+    for m, dtype in ((16, torch.float16), (26, torch.bfloat16)):
         assert error(torch.randn(m, packed.shape[1], device=DEVICE).to(dtype), packed, bias) < STEP[dtype]
 
 
