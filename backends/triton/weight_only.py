@@ -3,10 +3,10 @@
 qfx_triton::linear_weight_only(Tensor x, Tensor[] w, Tensor? bias, Tensor? smooth, str w_format, int n) -> Tensor
 
 By the number M of rows of x: for a few tensor cores on weights that stay in the registers of who read them
-(`fragments`), or, for float32 and formats that this does not serve, a product of vectors (`gemv`); then tensor cores on
-unpacked tiles, where these are few with K split between programs and the parts added in a fixed order (`dot_tiles`);
-for many rows the weight is written out in x.dtype and multiplied by torch (`dequantize`). `heuristic` has the numbers.
-w and w_format come from `qfx.backends.triton.weight_only_pack`.
+(`fragments`, from 9 rows on `abreast`), or, for float32 and formats that these do not serve, a product of vectors
+(`gemv`); then tensor cores on unpacked tiles, where these are few with K split between programs and the parts added in a
+fixed order (`dot_tiles`); for many rows the weight is written out in x.dtype and multiplied by torch (`dequantize`).
+`heuristic` has the numbers. w and w_format come from `qfx.backends.triton.weight_only_pack`.
 """
 
 from __future__ import annotations
@@ -129,12 +129,13 @@ def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dty
 def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """A configuration by rule: bytes in flight for few rows, several programs a processor below 64, large tiles above.
 
-    Fragments take half the instructions of vectors and of tiles for a byte of weights. Of what they do not serve, up to
-    4 rows of 8-bit weights and 2 of smaller ones go to vectors: beyond, tiles take fewer. Tiles of float32 do not fit
-    registers: such rows go to torch early.
+    Fragments take less than half the instructions of vectors and of tiles for a byte of weights. From 9 rows on reading
+    x takes longer than they do, and warps go abreast where tensor cores read shared memory. Of what neither serves, up
+    to 4 rows of 8-bit weights and 2 of smaller ones go to vectors: beyond, tiles take fewer. Tiles of float32 do not
+    fit registers: such rows go to torch early.
     """
     if has_fragments(fmt, dtype):
-        if device.from_shared and _FEWEST_ABREAST <= m <= _MOST_ABREAST:
+        if device.from_shared and _FEWEST_ABREAST <= m <= most_abreast(fmt):
             return abreast_of(device, fmt, m, n, k)
         if m <= _MOST_FRAGMENTS:
             return fragments_of(device, fmt, m, n, k)
@@ -164,14 +165,18 @@ def has_fragments(fmt: Format, dtype: torch.dtype) -> bool:
 
 
 def fragments_of(device: Device, fmt: Format, m: int, n: int, k: int) -> Config:
-    """The tile of `fragments`: 32 rows where that leaves work for all processors, and warps with 4 blocks each or one.
+    """The tile of `fragments`: 16 rows of weights for four warps where that leaves work for all processors.
 
-    Tables, 3 or 2 bits for more than 8 rows of x and 3 bits with zero points take registers: of these 16 rows.
+    32 rows for eight warps read x half as often: for more than 2 rows of x, and of 2 bits. Tables, 3 bits, and 2 bits
+    for more than 8 rows of x take registers: of these 16 rows.
     """
     blocks, _ = blocks_of(fmt, k)
+    bits = stored_bits(fmt)
+    few = fmt.is_integer and (m <= 8 or bits >= 4) and bits != 3
+    tall = few and n >= 48 * device.processors and (m > 2 or bits == 2)
+    most = 4 if not tall and n >= 56 * device.processors else 8
     warps = 8 if blocks >= 32 else 4 if blocks >= 4 else 2 if blocks >= 2 else 1
-    few = fmt.is_integer and (m <= 8 or stored_bits(fmt) >= 4) and not (fmt.bits == 3 and fmt.has_zero)
-    return fragments_tile(fmt, 2 if few and n >= 48 * device.processors else 1, warps, m)
+    return fragments_tile(fmt, 2 if tall else 1, min(warps, most), m)
 
 
 def fragments_tile(fmt: Format, rows: int, warps: int, m: int) -> Config:
@@ -185,16 +190,22 @@ def fragments_tile(fmt: Format, rows: int, warps: int, m: int) -> Config:
 
 
 def abreast_of(device: Device, fmt: Format, m: int, n: int, k: int) -> Config:
-    """The tile of `abreast`: two programs of eight warps for each processor, with parts of K where that takes them."""
-    warps = 8 if m <= 32 else 4
+    """The tile of `abreast`: as many programs as processors hold at a time, with parts of K where that takes them."""
+    kept = abreast_tile(fmt, 8, 1, m)
+    held = 2 if kept["maxnreg"] == 128 else 1
     blocks, _ = blocks_of(fmt, k)
-    splits = max(1, min(16 // warps * device.processors // -(-n // (16 * warps)), blocks // 4, 16))
-    return abreast_tile(warps, splits, m)
+    return {**kept, "SPLITS": max(1, min(held * device.processors // -(-n // 128), blocks // 4, 16))}
 
 
-def abreast_tile(warps: int, splits: int, m: int) -> Config:
-    """A tile of `abreast` for m rows of x."""
-    return {"PATH": ABREAST, "SPLITS": splits, "num_warps": warps, "num_stages": 1, "maxnreg": 128 if m <= 32 else 168}
+def most_abreast(fmt: Format) -> int:
+    """Rows of x up to which `abreast` fits registers."""
+    return _MOST_ABREAST // 2 if stored_bits(fmt) == 3 else _MOST_ABREAST
+
+
+def abreast_tile(fmt: Format, warps: int, splits: int, m: int) -> Config:
+    """A tile of `abreast` for m rows of x. maxnreg: what lets a processor hold 16 warps, where that suffices."""
+    most = 128 if m <= (16 if stored_bits(fmt) == 3 or fmt.type in TABLES else 32) and warps <= 8 else 255
+    return {"PATH": ABREAST, "SPLITS": splits, "num_warps": warps, "num_stages": 1, "maxnreg": most}
 
 
 def blocks_of(fmt: Format, k: int) -> tuple[int, bool]:
@@ -250,6 +261,9 @@ def candidates(fmt: Format, m: int, k: int, dtype: torch.dtype) -> list[Config]:
     if m <= 2 * _MOST_FRAGMENTS and has_fragments(fmt, dtype):
         sizes = [(rows, warps) for rows in (1, 2, 4) for warps in (2, 4, 8) if rows * warps < 32]
         found += [fragments_tile(fmt, *size, m) for size in sizes]
+    if 4 < m <= most_abreast(fmt) and has_fragments(fmt, dtype):
+        pairs = [(8, 1), (8, 2), (8, 4), (8, 8), (4, 2), (4, 4), (4, 8)]
+        found += [abreast_tile(fmt, *pair, m) for pair in pairs if pair[1] <= max(1, -(-k // UNIT) // 2)]
     if m <= _MOST_GEMV:
         found += [
             {"PATH": GEMV, "BN": rows, "CHUNKS": 32 * warps, "num_warps": warps, "num_stages": 1}

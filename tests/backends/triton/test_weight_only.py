@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qfx.backends.triton import weight_only
-from qfx.backends.triton.device import H100
+from qfx.backends.triton.device import A100, H100
 from qfx.backends.triton.launch import recorded
 from qfx.backends.triton.weight_only import (
     ABREAST,
@@ -254,11 +254,17 @@ def test_paths_by_the_number_of_rows() -> None:
         fmt = Format.parse(text)
         return [choose(H100, fmt, m, 4096, 4096, dtype)["PATH"] for m in (1, 2, 4, 5, 63, 64, 512, 4096)]
 
-    assert paths("i4/g128") == [FRAGMENTS, FRAGMENTS, FRAGMENTS, FRAGMENTS, DOT, DOT, DOT, DEQUANTIZE]
+    assert paths("i4/g128") == [FRAGMENTS, FRAGMENTS, FRAGMENTS, FRAGMENTS, ABREAST, ABREAST, DOT, DEQUANTIZE]
+    assert paths("i3/g128") == [FRAGMENTS, FRAGMENTS, FRAGMENTS, FRAGMENTS, DOT, DOT, DOT, DEQUANTIZE]
+    assert [choose(A100, Format.parse("i4/g128"), m, 4096, 4096, torch.float16)["PATH"] for m in (16, 17)] == [
+        FRAGMENTS,
+        DOT,
+    ]
     assert paths("i4/g16") == [GEMV, GEMV, DOT, DOT, DOT, DOT, DOT, DEQUANTIZE]
     assert paths("f8e4m3/ch") == [GEMV, GEMV, GEMV, DOT, DOT, DOT, DOT, DEQUANTIZE]
     assert paths("i4/g128", torch.float32) == [GEMV, GEMV, DOT, DOT, DOT, DEQUANTIZE, DEQUANTIZE, DEQUANTIZE]
     for m, text in itertools.product((1, 4, 16, 64, 4096), ("i4/g128", "i4/g16")):
         found = candidates(Format.parse(text), m, 4096, torch.float16)
         assert any(c["PATH"] == FRAGMENTS for c in found) == (text == "i4/g128" and m <= 32)
+        assert any(c["PATH"] == ABREAST for c in found) == (text == "i4/g128" and 4 < m <= 64)
         assert 1 < len(found) <= 20 and len({tuple(c.items()) for c in found}) == len(found)
