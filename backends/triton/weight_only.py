@@ -86,8 +86,8 @@ def linear_weight_only(
 
     smooth f32 [K] divides x first, rounded to x.dtype. Products of float32 are those of three tf32 terms on tensor
     cores, else sums are f32 and integers exact; NF4's values and, on tiles, weights in groups below 128 columns are
-    rounded to x.dtype. Raises ValueError for other dtypes, sizes that do not fit and tensors on different
-    devices.
+    rounded to x.dtype. Raises ValueError for other dtypes, sizes that do not fit and tensors on
+    different devices.
     """
     weight = named(w, Format.parse(w_format))
     _check(x, weight, bias, smooth, n)
@@ -130,12 +130,12 @@ def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.
     """A configuration by rule: bytes in flight for few rows, several programs a processor below 64, large tiles above.
 
     Fragments take less than half the instructions of vectors and of tiles for a byte of weights. From 9 rows on reading
-    x takes longer than they do, and warps go abreast where tensor cores read shared memory. Of what neither serves, up
-    to 4 rows of 8-bit weights and 2 of smaller ones go to vectors: beyond, tiles take fewer. Tiles of float32 do not
-    fit registers: such rows go to torch early.
+    x takes longer than they do, and warps go abreast where tensor cores share x and keep weights in registers. Of what
+    neither serves, up to 4 rows of 8-bit weights and 2 of smaller ones go to vectors: beyond, tiles take fewer. Tiles
+    of float32 do not fit registers: such rows go to torch early.
     """
     if has_fragments(fmt, dtype):
-        if device.from_shared and _FEWEST_ABREAST <= m <= most_abreast(fmt):
+        if device.from_registers and _FEWEST_ABREAST <= m <= most_abreast(fmt):
             return abreast_of(device, fmt, m, n, k)
         if m <= _MOST_FRAGMENTS:
             return fragments_of(device, fmt, m, n, k)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qfx.backends.triton import weight_only
-from qfx.backends.triton.device import A100, H100
+from qfx.backends.triton.device import A100, H100, Device
 from qfx.backends.triton.launch import recorded
 from qfx.backends.triton.weight_only import (
     ABREAST,
@@ -256,10 +256,9 @@ def test_paths_by_the_number_of_rows() -> None:
 
     assert paths("i4/g128") == [FRAGMENTS, FRAGMENTS, FRAGMENTS, FRAGMENTS, ABREAST, ABREAST, DOT, DEQUANTIZE]
     assert paths("i3/g128") == [FRAGMENTS, FRAGMENTS, FRAGMENTS, FRAGMENTS, DOT, DOT, DOT, DEQUANTIZE]
-    assert [choose(A100, Format.parse("i4/g128"), m, 4096, 4096, torch.float16)["PATH"] for m in (16, 17)] == [
-        FRAGMENTS,
-        DOT,
-    ]
+    later = Device("NVIDIA B200", (10, 0), 148, 232448)
+    for device, m, path in ((A100, 16, FRAGMENTS), (A100, 17, DOT), (later, 16, FRAGMENTS), (later, 64, DOT)):
+        assert choose(device, Format.parse("i4/g128"), m, 4096, 4096, torch.float16)["PATH"] == path
     assert paths("i4/g16") == [GEMV, GEMV, DOT, DOT, DOT, DOT, DOT, DEQUANTIZE]
     assert paths("f8e4m3/ch") == [GEMV, GEMV, GEMV, DOT, DOT, DOT, DOT, DEQUANTIZE]
     assert paths("i4/g128", torch.float32) == [GEMV, GEMV, DOT, DOT, DOT, DEQUANTIZE, DEQUANTIZE, DEQUANTIZE]
