@@ -42,10 +42,14 @@ _OUTSIDE_INT32 = 2**31
 
 @dataclass(frozen=True)
 class Compiled:
-    """One variant. registers: of a thread. shared: bytes of a program. spilled: bytes of a thread in memory."""
+    """One variant. registers: of a thread. shared: bytes of a program. spilled: bytes of a thread in memory.
+
+    cubin: the machine code.
+    """
 
     kernel: str
     ptx: str
+    cubin: bytes
     registers: int
     shared: int
     spilled: int
@@ -83,7 +87,8 @@ def compile_source(source: ASTSource, launched: Launch, device: Device) -> Compi
     built = triton.compile(source, target=target, options={**launched.options, "enable_fp_fusion": True})
     usage = _usage(built.asm["cubin"])
     spilled = usage["stack"] + usage["local"]
-    return Compiled(launched.kernel.fn.__name__, built.asm["ptx"], usage["registers"], built.metadata.shared, spilled)
+    code = built.asm["ptx"], built.asm["cubin"]
+    return Compiled(launched.kernel.fn.__name__, *code, usage["registers"], built.metadata.shared, spilled)
 
 
 def _type_of(value: Any) -> str:

@@ -41,6 +41,11 @@ class Device:
         return (9, 0) <= self.capability < (12, 0)
 
     @property
+    def from_registers(self) -> bool:
+        """Whether they do so for one operand alone, the other one being in registers: wgmma, which 9.x has."""
+        return self.capability[0] == 9
+
+    @property
     def by_hand(self) -> bool:
         """Whether kernels have to do without them: no instructions, or an interpreter that rounds wrongly."""
         return self.interpreted or not self.has_fp8

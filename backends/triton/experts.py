@@ -21,7 +21,6 @@ from qfx.backends.triton.kernels import experts as kernels
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.layout import UNIT_THREE, padded
 from qfx.backends.triton.library import define
-from qfx.backends.triton.pair_asm import pair_asm
 from qfx.backends.triton.products import bad, check_devices
 from qfx.backends.triton.weight_only import DTYPES, LANGUAGE, UNIT, Weight, gemv_asm, named
 from qfx.backends.triton.weight_only_pack import pack_weight_only, stored_bits
@@ -137,13 +136,12 @@ def candidates(fmt: Format, t: int, experts: int, dtype: torch.dtype) -> list[Co
 def _fragments(x: Tensor, w: Weight, offs: Tensor, out: Tensor, config: Config) -> None:
     device, (t, k), n, experts, warps = device_of(x), x.shape, out.shape[1], offs.shape[0], config["num_warps"]
     to = dot_dtype(x.dtype)
-    asm, odd = ("", "") if device.interpreted else (pair_asm(w.fmt, to), pair_asm(w.fmt, to, 1))
     tokens = 1 if 2 * -(-t // experts) <= 8 else 2
     tiles, by_row = tiles_of(t, experts, 8 * tokens)
     launch(kernels.grouped_fragments, (tiles * triton.cdiv(n, 16 * config["ROWS"]),), x, w.codes, w.upper, w.scale,
            w.zero, w.whole, w.table, offs, out, t, n, k, experts, tiles, x.stride(0), w.codes.stride(-2),
-           w.upper.stride(-2), w.scale.stride(-2), **w.constants, ASM=asm, ASM_ODD=odd, TO=LANGUAGE[to],
-           EVEN=weight_only.is_even(w.fmt, k, warps), TOKENS=tokens, S=warps, BY_ROW=by_row,
+           w.upper.stride(-2), w.scale.stride(-2), **w.constants, **weight_only.pairs_of(w.fmt, to, device),
+           TO=LANGUAGE[to], EVEN=weight_only.is_even(w.fmt, k, warps), TOKENS=tokens, S=warps, BY_ROW=by_row,
            EXPERTS=triton.next_power_of_2(experts + 1), config=config)  # fmt: skip
 
 

@@ -1,77 +1,98 @@
 """PTX that turns two numbers of 16 bits, two bytes of packed codes each, into pairs of 16-bit floats.
 
-As `decode_asm`, whose ways these are, but the codes of a register's two halves are taken together as they lie there: no
-byte changes its place. Operands: for each place of a code in a byte the register of the even bytes' values and that of
-the odd ones', then the numbers and, of three bits, those of their upper plane.
+The codes of a register's two halves are taken together as they lie there: no byte changes its place. An integer that
+stands alone in the low bits of a float is that many times its least, a subnormal number; a fused multiply-add brings it
+into the range of normal ones and takes an offset away, exactly. One instruction masks, one multiplies, and few shift:
+as many bits count so as the mantissa has, and one more. Tables are looked up as in `decode_asm`.
+
+Operands: for each place of a code in a byte the register of the even bytes' values and that of the odd ones', then the
+numbers, of three bits those of their upper plane, and what is added in place of the offset, for as many places each.
 """
 
 from __future__ import annotations
 
 import functools
-import struct
+import itertools
+from dataclasses import dataclass
 
 import torch
 
 from qfx.backends.triton.decode_asm import TABLE_REGISTERS, TABLES, block, looked_up, lop3, pattern, table_words, twice
 from qfx.format import Format
 
-_AND_OR = "0xEA"  # lop3: (a & b) | c
+_SELECT = "0xCA"  # lop3: a ? b : c
+
+
+@dataclass(frozen=True)
+class _Float:
+    """linear: lowest bits that count the least numbers, those of the mantissa and one of the exponent.
+
+    least, greatest: exponents of two.
+    """
+
+    name: str
+    linear: int
+    least: int
+    greatest: int
+
+
+_FLOATS = {torch.float16: _Float("f16", 11, -24, 15), torch.bfloat16: _Float("bf16", 8, -133, 127)}
 
 
 @functools.cache
-def pair_asm(fmt: Format, dtype: torch.dtype, odd: int = 0) -> str:
-    """The block for weights of `fmt` to values less their constant offset in `dtype`; "" where there is none.
+def pair_asm(fmt: Format, dtype: torch.dtype, odd: int = 0, zeros: int = 0) -> str:
+    """The block for weights of `fmt` to values less their offset, over `gain`; "" where there is none.
 
-    odd: of three bits, which bits of the upper plane. There is none for 8-bit floats and for float32.
+    odd: of three bits, which bits of the upper plane. zeros: how many operands bring zero points, negative and over the
+    gain. There is none for 8-bit floats and for float32.
     """
-    half = dtype == torch.float16
     if dtype == torch.float32 or fmt.type in ("f8e4m3", "f8e5m2"):
         return ""
     if fmt.type in TABLES:
         return _from_table(TABLES[fmt.type], dtype)
     bits = fmt.bits if fmt.bits <= 4 else 8
     offset = 1 << (bits - 1) if fmt.symmetric else 0
-    if bits == 8 and not half:
-        return block(_bytes_to_bf16(offset), "f0, f1")
-    return block(_from_integers(bits, offset, odd, half=half), "t, u, f, g")
+    return block(_from_integers(bits, offset, odd, zeros, _FLOATS[dtype]), "t, u, v, w, f, g")
 
 
-def _from_integers(bits: int, offset: int, odd: int, *, half: bool) -> list[str]:
-    step = 2 if bits == 3 else bits
-    places = 8 // step
-    magic, one, kept = (0x6400, 1024, 10) if half else (0x4300, 128, 7)
-    data, upper, kind = f"${2 * places}", f"${2 * places + 1}", "f16x2" if half else "bf16x2"
-    lines: list[str] = []
-    down = -1
-    for byte in range(2):
-        for place in range(places):
-            at = 8 * byte + step * place - max(down, 0)
-            if down < 0 or (byte and down < 8) or at + bits > kept:  # the mantissa does not reach so high
-                down = 8 * byte + step * place
-                at = 0
-                lines += [f"shr.b32 t, {data}, {down};"]
-                if bits == 3:  # its bit is to lie two above the code's lowest
-                    left = 2 - odd - down
-                    lines += [f"shl.b32 u, {upper}, {left};" if left >= 0 else f"shr.b32 u, {upper}, {-left};"]
-            out = f"${2 * place + byte}"
-            lines += [lop3(out, "t", twice(((1 << step) - 1) << at), twice(magic), _AND_OR)]
-            if bits == 3:
-                lines += [lop3(out, "u", twice(4 << at), out, _AND_OR)]
-            lines += [f"mov.b32 f, {twice(pattern(2.0**-at, half))};"]
-            lines += [f"mov.b32 g, {twice(pattern(-(one * 2.0**-at + offset), half))};"]
-            lines += [f"fma.rn.{kind} {out}, {out}, f, g;"]
+def gain(fmt: Format, dtype: torch.dtype) -> int:
+    """How many times too small the values of `pair_asm` are: a power of two, 1 for those of a table."""
+    return 1 if fmt.type in TABLES else 1 << -(_FLOATS[dtype].least + _FLOATS[dtype].greatest)
+
+
+def _from_integers(bits: int, offset: int, odd: int, zeros: int, kind: _Float) -> list[str]:
+    """The lines for integers of so many bits."""
+    places = 4 if bits == 3 else 8 // bits
+    apart = 4 if bits == 3 else bits  # from a code in a word to the next
+    half = kind.name == "f16"
+    data = f"${2 * places}"
+    words = {"v": range(0, places, 2), "w": range(1, places, 2)} if bits == 3 else {data: range(places)}
+    lines = _threes(data, f"${2 * places + 1}", odd) if bits == 3 else []
+    lines += [f"mov.b32 g, {twice(pattern(-offset * 2.0 ** (kind.least + kind.greatest), half))};"]
+    added = [f"${2 * places + (2 if bits == 3 else 1) + i * zeros // places}" if zeros else "g" for i in range(places)]
+    for word, held in words.items():
+        source, down = word, 0
+        for byte, (number, place) in itertools.product(range(2), enumerate(held)):
+            at = 8 * byte + apart * number
+            if at - down + bits > kind.linear:
+                source, down = "t", at
+                lines += [f"shr.b32 t, {word}, {down};"]
+            out, at = f"${2 * place + byte}", at - down
+            lines += [f"and.b32 {out}, {source}, {twice(((1 << bits) - 1) << at)};"]
+            lines += [f"mov.b32 f, {twice(pattern(2.0 ** (kind.greatest - at), half))};"]
+            lines += [f"fma.rn.{kind.name}x2 {out}, {out}, f, {added[place]};"]
     return lines
 
 
-def _bytes_to_bf16(offset: int) -> list[str]:
-    """A byte as the mantissa of 2^23 is a float32, which a sum makes its value."""
-    lines = []
-    for byte in range(2):
-        for half in range(2):
-            lines += [f"prmt.b32 f{half}, $2, 0x4B000000, {0x7440 | byte + 2 * half:#06x};"]
-            lines += [f"add.rn.f32 f{half}, f{half}, {_f32(-(2.0**23 + offset))};"]
-        lines += [f"cvt.rn.bf16x2.f32 ${byte}, f1, f0;"]
-    return lines
+def _threes(data: str, upper: str, odd: int) -> list[str]:
+    """The codes in the even places of bytes in the nibbles of v, the others in those of w; their top bits are any."""
+    return [
+        f"shl.b32 u, {upper}, {2 - odd};",
+        lop3("v", "0x33333333", data, "u", _SELECT),
+        f"shr.b32 t, {data}, 2;",
+        f"shr.b32 u, {upper}, {odd};",
+        lop3("w", "0x33333333", "t", "u", _SELECT),
+    ]
 
 
 def _from_table(values: tuple[float, ...], dtype: torch.dtype) -> str:
@@ -82,7 +103,3 @@ def _from_table(values: tuple[float, ...], dtype: torch.dtype) -> str:
         lines += [f"prmt.b32 p{number}, lr{number}, hr{number}, {bytes_};" for number in range(2)]
         lines += [f"prmt.b32 ${byte}, p0, p1, 0x5410;", f"prmt.b32 ${2 + byte}, p0, p1, 0x7632;"]
     return block(lines, f"{TABLE_REGISTERS}, lr0, hr0, lr1, hr1, p0, p1, v")
-
-
-def _f32(value: float) -> str:
-    return "0f" + struct.pack(">f", value).hex().upper()

@@ -3,10 +3,10 @@
 qfx_triton::linear_weight_only(Tensor x, Tensor[] w, Tensor? bias, Tensor? smooth, str w_format, int n) -> Tensor
 
 By the number M of rows of x: for a few tensor cores on weights that stay in the registers of who read them
-(`fragments`), or, for float32 and formats that this does not serve, a product of vectors (`gemv`); then tensor cores on
-unpacked tiles, where these are few with K split between programs and the parts added in a fixed order (`dot_tiles`);
-for many rows the weight is written out in x.dtype and multiplied by torch (`dequantize`). `heuristic` has the numbers.
-w and w_format come from `qfx.backends.triton.weight_only_pack`.
+(`fragments`, from 9 rows on `abreast`), or, for float32 and formats that these do not serve, a product of vectors
+(`gemv`); then tensor cores on unpacked tiles, where these are few with K split between programs and the parts added in
+a fixed order (`dot_tiles`); for many rows the weight is written out in x.dtype and multiplied by torch (`dequantize`).
+`heuristic` has the numbers. w and w_format come from `qfx.backends.triton.weight_only_pack`.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ from qfx.backends.triton import tuning
 from qfx.backends.triton.decode_asm import TABLES, biased_asm, decode_asm
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels import weight_only as kernels
+from qfx.backends.triton.kernels.weight_only_abreast import abreast
 from qfx.backends.triton.kernels.weight_only_fragments import fragments
 from qfx.backends.triton.kernels.weight_only_gemv import gemv
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.layout import UNIT_THREE, padded
 from qfx.backends.triton.library import define
-from qfx.backends.triton.pair_asm import pair_asm
+from qfx.backends.triton.pair_asm import gain, pair_asm
 from qfx.backends.triton.row_codes import dense
 from qfx.backends.triton.weight_only_pack import group_of, reason_against_weight, stored_bits
 from qfx.errors import UnsupportedError, explain, warn
 from qfx.format import Format
 
-GEMV, DOT, DEQUANTIZE, FRAGMENTS = 0, 1, 2, 3  # what a configuration's PATH says
+GEMV, DOT, DEQUANTIZE, FRAGMENTS, ABREAST = 0, 1, 2, 3, 4  # what a configuration's PATH says
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UNIT = 128
 _MOST_GEMV = 4
 _MOST_FRAGMENTS = 16
+_FEWEST_ABREAST, _MOST_ABREAST = 9, 64
 _FEWEST_DEQUANTIZE = 1024
 _BLOCK = 1024
 LANGUAGE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -84,8 +86,8 @@ def linear_weight_only(
 
     smooth f32 [K] divides x first, rounded to x.dtype. Products of float32 are those of three tf32 terms on tensor
     cores, else sums are f32 and integers exact; NF4's values and, on tiles, weights in groups below 128 columns are
-    rounded to x.dtype. Of a row with infinite numbers NaN may be left where there are zero points. Raises ValueError
-    for other dtypes, sizes that do not fit and tensors on different devices.
+    rounded to x.dtype. Raises ValueError for other dtypes, sizes that do not fit and tensors on
+    different devices.
     """
     weight = named(w, Format.parse(w_format))
     _check(x, weight, bias, smooth, n)
@@ -98,7 +100,7 @@ def linear_weight_only(
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     device = device_of(x)
     config = dict(choose(device, weight.fmt, m, n, k, x.dtype))
-    if config["PATH"] == FRAGMENTS and not begins_aligned(weight):  # it reads two bytes and more at once
+    if config["PATH"] in (FRAGMENTS, ABREAST) and not begins_aligned(weight):  # it reads two bytes and more at once
         config = dict(without_fragments(device, weight.fmt, m, n, k, x.dtype))
     path = config.pop("PATH")
     if k == 0 or m == 0:
@@ -107,6 +109,8 @@ def linear_weight_only(
         _gemv(rows, weight, bias, out, config)
     elif path == FRAGMENTS:
         _fragments(rows, weight, bias, out, config)
+    elif path == ABREAST:
+        _abreast(rows, weight, bias, out, config)
     elif path == DOT:
         _dot(rows, weight, bias, out, config)
     else:
@@ -125,12 +129,16 @@ def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dty
 def heuristic(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """A configuration by rule: bytes in flight for few rows, several programs a processor below 64, large tiles above.
 
-    Fragments take half the instructions of vectors and of tiles for a byte of weights. Of what they do not serve, up to
-    4 rows of 8-bit weights and 2 of smaller ones go to vectors: beyond, tiles take fewer. Tiles of float32 do not fit
-    registers: such rows go to torch early.
+    Fragments take less than half the instructions of vectors and of tiles for a byte of weights. From 9 rows on reading
+    x takes longer than they do, and warps go abreast where tensor cores share x and keep weights in registers. Of what
+    neither serves, up to 4 rows of 8-bit weights and 2 of smaller ones go to vectors: beyond, tiles take fewer. Tiles
+    of float32 do not fit registers: such rows go to torch early.
     """
-    if m <= _MOST_FRAGMENTS and has_fragments(fmt, dtype):
-        return fragments_of(device, fmt, m, n, k)
+    if has_fragments(fmt, dtype):
+        if device.from_registers and _FEWEST_ABREAST <= m <= most_abreast(fmt):
+            return abreast_of(device, fmt, m, n, k)
+        if m <= _MOST_FRAGMENTS:
+            return fragments_of(device, fmt, m, n, k)
     return without_fragments(device, fmt, m, n, k, dtype)
 
 
@@ -157,14 +165,18 @@ def has_fragments(fmt: Format, dtype: torch.dtype) -> bool:
 
 
 def fragments_of(device: Device, fmt: Format, m: int, n: int, k: int) -> Config:
-    """The tile of `fragments`: 32 rows where that leaves work for all processors, and warps with 4 blocks each or one.
+    """The tile of `fragments`: 16 rows of weights for four warps where that leaves work for all processors.
 
-    Tables, 3 or 2 bits for more than 8 rows of x and 3 bits with zero points take registers: of these 16 rows.
+    32 rows for eight warps read x half as often: for more than 2 rows of x, and of 2 bits. Tables, 3 bits, and 2 bits
+    for more than 8 rows of x take registers: of these 16 rows.
     """
     blocks, _ = blocks_of(fmt, k)
+    bits = stored_bits(fmt)
+    few = fmt.is_integer and (m <= 8 or bits >= 4) and bits != 3
+    tall = few and n >= 48 * device.processors and (m > 2 or bits == 2)
+    most = 4 if not tall and n >= 56 * device.processors else 8
     warps = 8 if blocks >= 32 else 4 if blocks >= 4 else 2 if blocks >= 2 else 1
-    few = fmt.is_integer and (m <= 8 or stored_bits(fmt) >= 4) and not (fmt.bits == 3 and fmt.has_zero)
-    return fragments_tile(fmt, 2 if few and n >= 48 * device.processors else 1, warps, m)
+    return fragments_tile(fmt, 2 if tall else 1, min(warps, most), m)
 
 
 def fragments_tile(fmt: Format, rows: int, warps: int, m: int) -> Config:
@@ -177,8 +189,27 @@ def fragments_tile(fmt: Format, rows: int, warps: int, m: int) -> Config:
     return {"PATH": FRAGMENTS, "ROWS": rows, "num_warps": warps, "num_stages": 1, "maxnreg": most}
 
 
+def abreast_of(device: Device, fmt: Format, m: int, n: int, k: int) -> Config:
+    """The tile of `abreast`: as many programs as processors hold at a time, with parts of K where that takes them."""
+    kept = abreast_tile(fmt, 8, 1, m)
+    held = 2 if kept["maxnreg"] == 128 else 1
+    blocks, _ = blocks_of(fmt, k)
+    return {**kept, "SPLITS": max(1, min(held * device.processors // -(-n // 128), blocks // 4, 16))}
+
+
+def most_abreast(fmt: Format) -> int:
+    """Rows of x up to which `abreast` fits registers."""
+    return _MOST_ABREAST // 2 if stored_bits(fmt) == 3 else _MOST_ABREAST
+
+
+def abreast_tile(fmt: Format, warps: int, splits: int, m: int) -> Config:
+    """A tile of `abreast` for m rows of x. maxnreg: what lets a processor hold 16 warps, where that suffices."""
+    most = 128 if m <= (16 if stored_bits(fmt) == 3 or fmt.type in TABLES else 32) and warps <= 8 else 255
+    return {"PATH": ABREAST, "SPLITS": splits, "num_warps": warps, "num_stages": 1, "maxnreg": most}
+
+
 def blocks_of(fmt: Format, k: int) -> tuple[int, bool]:
-    """Blocks that `fragments` has of k columns, as the kernel counts them, and whether they hold k and no more."""
+    """Blocks that `fragments` has of k columns, as the kernels count them, and whether they hold k and no more."""
     bits = stored_bits(fmt)
     unit = UNIT_THREE if bits == 3 else UNIT
     each = (2 if bits == 8 else 1) * (2 if bits >= 4 and group_of(fmt) == 32 else 1)
@@ -230,6 +261,9 @@ def candidates(fmt: Format, m: int, k: int, dtype: torch.dtype) -> list[Config]:
     if m <= 2 * _MOST_FRAGMENTS and has_fragments(fmt, dtype):
         sizes = [(rows, warps) for rows in (1, 2, 4) for warps in (2, 4, 8) if rows * warps < 32]
         found += [fragments_tile(fmt, *size, m) for size in sizes]
+    if 4 < m <= most_abreast(fmt) and has_fragments(fmt, dtype):
+        pairs = [(8, 1), (8, 2), (8, 4), (8, 8), (4, 2), (4, 4), (4, 8)]
+        found += [abreast_tile(fmt, *pair, m) for pair in pairs if pair[1] <= max(1, -(-k // UNIT) // 2)]
     if m <= _MOST_GEMV:
         found += [
             {"PATH": GEMV, "BN": rows, "CHUNKS": 32 * warps, "num_warps": warps, "num_stages": 1}
@@ -255,11 +289,40 @@ def _tile(height: int, width: int, stages: int, splits: int, first: int) -> Conf
 def _fragments(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
     device, (m, k), n, warps = device_of(x), x.shape, out.shape[1], config["num_warps"]
     to = dot_dtype(x.dtype)
-    asm, odd = ("", "") if device.interpreted else (pair_asm(w.fmt, to), pair_asm(w.fmt, to, 1))
     launch(fragments, (triton.cdiv(n, 16 * config["ROWS"]),), x, w.codes, w.upper, w.scale, w.zero, w.whole, w.table,
            bias, out, m, n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0), **w.constants,
-           ASM=asm, ASM_ODD=odd, TO=LANGUAGE[to], EVEN=is_even(w.fmt, k, warps),
-           TOKENS=triton.cdiv(m, 8), S=warps, config=config)  # fmt: skip
+           **pairs_of(w.fmt, to, device), TO=LANGUAGE[to], EVEN=is_even(w.fmt, k, warps), TOKENS=triton.cdiv(m, 8),
+           S=warps, config=config)  # fmt: skip
+
+
+def _abreast(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
+    device, (m, k), n, warps, splits = device_of(x), x.shape, out.shape[1], config["num_warps"], config["SPLITS"]
+    to = dot_dtype(x.dtype)
+    blocks, whole = blocks_of(w.fmt, k)
+    parts = torch.empty((splits, m, n), dtype=torch.float32, device=x.device) if splits > 1 else out
+    launch(abreast, (triton.cdiv(n, 16 * warps), splits), x, w.codes, w.upper, w.scale, w.zero, w.whole, w.table, bias,
+           parts, m, n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0),
+           triton.cdiv(blocks, splits), **w.constants, **pairs_of(w.fmt, to, device), TO=LANGUAGE[to], EVEN=whole,
+           T=max(16, triton.next_power_of_2(m)), W=warps, config=config)  # fmt: skip
+    _add(parts, bias, out)
+
+
+def _add(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Add the parts of K [SPLITS, M, N] in their order; one part is `out`."""
+    if parts is not out:
+        count = out.numel()
+        launch(kernels.sum_splits, (triton.cdiv(count, _BLOCK),), parts, bias, out, count, out.shape[1],
+               SPLITS=len(parts), BLOCK=_BLOCK, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+
+
+def pairs_of(fmt: Format, dtype: torch.dtype, device: Device) -> dict[str, Any]:
+    """How `fragments` unpacks: constants of the kernel."""
+    if device.interpreted:
+        return {"ASM": "", "ASM_ODD": "", "GAIN": 1}
+    places, group = 1 if stored_bits(fmt) == 8 else 2 if stored_bits(fmt) == 4 else 4, group_of(fmt)
+    zeros = 0 if not fmt.has_zero else max(1, min(places, UNIT // group)) if group else 1
+    asm, odd = (pair_asm(fmt, dtype, odd, zeros) for odd in range(2))
+    return {"ASM": asm, "ASM_ODD": odd, "GAIN": gain(fmt, dtype)}
 
 
 def _gemv(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
@@ -300,9 +363,7 @@ def _dot(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config)
            w.scale.stride(0), each, **w.constants, NATIVE=device.has_fp8 and not device.interpreted,
            EXACT=to == torch.float32, ASM=asm, ASM_ODD=odd, TO=LANGUAGE[to], EVEN=k % unit == 0,
            config=config)  # fmt: skip
-    if splits > 1:
-        launch(kernels.sum_splits, (triton.cdiv(m * n, _BLOCK),), parts, bias, out, m * n, n, SPLITS=splits,
-               BLOCK=_BLOCK, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+    _add(parts, bias, out)
 
 
 def _multiplied(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> Tensor:

@@ -133,7 +133,10 @@ def biased(data, upper, odd, BITS: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def load_scale(pointer, mask, SCALE: tl.constexpr):
     """Stored scales as f32. SCALE: "" for floats, "e8m0" and "e4m3" for their bytes; 0 where masked."""
-    stored = tl.load(pointer, mask=mask, other=0)
+    if mask is None:
+        stored = tl.load(pointer)
+    else:
+        stored = tl.load(pointer, mask=mask, other=0)
     if SCALE == "e8m0":  # code 0 is 2^-127, a subnormal
         wide = stored.to(tl.int32)
         found = tl.where(wide == 0, 1 << 22, wide << 23).to(tl.float32, bitcast=True)

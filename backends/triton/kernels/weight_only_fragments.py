@@ -17,12 +17,21 @@ import triton.language as tl
 from qfx.backends.triton.kernels.decode import load_scale
 
 
+@triton.constexpr_function
+def _registers(outputs, inputs):
+    return ",".join(["=&r"] * outputs + ["r"] * inputs)
+
+
 @triton.jit
-def _unpacked(data, upper, odd: tl.constexpr, table_ptr, OFFSET: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
-              ASM: tl.constexpr, TO: tl.constexpr):  # fmt: skip
-    """The values of all codes of numbers of 16 bits, less OFFSET: a tile for each, even and odd of a place in turn."""
+def unpacked(data, upper, below, odd: tl.constexpr, table_ptr, OFFSET: tl.constexpr, BITS: tl.constexpr,
+              KIND: tl.constexpr, ASM: tl.constexpr, TO: tl.constexpr):  # fmt: skip
+    """The values of all codes of numbers of 16 bits, less OFFSET: a tile for each, even and odd of a place in turn.
+
+    below: what is added to the codes of as many places each, tiles in the type TO, zero points for ASM over its gain.
+    """
     PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
     STEP: tl.constexpr = 8 // PARTS
+    COUNT: tl.constexpr = len(below)
     tiles = ()
     if ASM == "":
         wide = data.to(tl.int32) & 0xFFFF
@@ -35,23 +44,25 @@ def _unpacked(data, upper, odd: tl.constexpr, table_ptr, OFFSET: tl.constexpr, B
                 found = tl.load(table_ptr + code)
             else:
                 found = (code - OFFSET).to(tl.float32)
+                if COUNT > 0:
+                    found += below[i // 2 * COUNT // PARTS].to(tl.float32)
             tiles = tiles + (found.to(TO),)
     else:
+        given = (data,)
+        if BITS == 3:
+            given = given + (upper,)
+        for i in tl.static_range(COUNT):
+            given = given + (below[i].to(tl.int16, bitcast=True),)
+        WANTED: tl.constexpr = _registers(2 * PARTS, len(given))
         if PARTS == 1:
-            raw = tl.inline_asm_elementwise(ASM, "=&r,=&r,r", [data], dtype=(tl.int16, tl.int16), is_pure=True, pack=2)
+            raw = tl.inline_asm_elementwise(ASM, WANTED, given, dtype=(tl.int16, tl.int16), is_pure=True, pack=2)
         elif PARTS == 2:
             raw = tl.inline_asm_elementwise(
-                ASM, "=&r,=&r,=&r,=&r,r", [data], dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2
+                ASM, WANTED, given, dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2
             )
-        elif BITS == 2:
-            raw = tl.inline_asm_elementwise(
-                ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [data],
-                dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True,
-                pack=2,
-            )  # fmt: skip
         else:
             raw = tl.inline_asm_elementwise(
-                ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r", [data, upper],
+                ASM, WANTED, given,
                 dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True,
                 pack=2,
             )  # fmt: skip
@@ -61,16 +72,40 @@ def _unpacked(data, upper, odd: tl.constexpr, table_ptr, OFFSET: tl.constexpr, B
 
 
 @triton.jit
-def _sixteen(pointer, stride, first, n, start, S: tl.constexpr, LANE: tl.constexpr):
-    """Sixteen rows of numbers from row `first` on, [S, 16, 4 LANE]; start [2 S 32]: the first number of each thread.
+def rows_of(first, n, S: tl.constexpr, ABREAST: tl.constexpr):
+    """The row of each thread's numbers, of sixteen from row `first` on, [2 S 32] int64, none beyond n.
+
+    ABREAST: the S have rows of their own, side by side, not all the same.
 
     What is side by side in one thread is one dimension, what is not another: so the layout is the same for any Triton.
     """
     at = tl.arange(0, 2 * S * 32)  # half of the rows, part of K, row, a fourth of the block
     row = first + at // (32 * S) * 8 + at // 4 % 8
-    rows = pointer + tl.minimum(row, n - 1).to(tl.int64) * stride + start
-    found = tl.load(rows[:, None] + tl.arange(0, LANE)[None, :])
+    if ABREAST:
+        row += at // 32 % S * 16
+    return tl.minimum(row, n - 1).to(tl.int64)
+
+
+@triton.jit
+def _arranged(found, S: tl.constexpr, LANE: tl.constexpr):
+    """What threads have, [2 S 32, LANE], as [S, 16, 4 LANE]."""
     return found.reshape(2, S, 8, 4, LANE).permute(1, 0, 2, 3, 4).reshape(S, 16, 4 * LANE)
+
+
+@triton.jit
+def sixteen(rows, start, S: tl.constexpr, LANE: tl.constexpr):
+    """Numbers of rows, [S, 16, 4 LANE]; rows, start [2 S 32]: where each begins, the first number of each thread."""
+    return _arranged(tl.load((rows + start)[:, None] + tl.arange(0, LANE)[None, :]), S, LANE)
+
+
+@triton.jit
+def below_of(zero, S: tl.constexpr, LANE: tl.constexpr, GAIN: tl.constexpr, COMPILED: tl.constexpr, TO: tl.constexpr):
+    """Zero points [2 S 32] as what is added to codes over GAIN, [S, 16, 4 LANE]."""
+    wide = zero.to(tl.int32)
+    if COMPILED:  # hides the load, by whose width Triton would lay out what tensor cores read
+        wide = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [wide], dtype=tl.int32, is_pure=False, pack=1)
+    less = (wide.to(tl.float32) * (-1.0 / GAIN)).to(TO)
+    return _arranged(tl.broadcast_to(less[:, None], [2 * S * 32, LANE]), S, LANE)
 
 
 @triton.jit
@@ -102,9 +137,24 @@ def _right(x_ptr, first, m, x_stride, start, k, S: tl.constexpr, LANE: tl.conste
 
 
 @triton.jit
-def _column(block, EACH: tl.constexpr, WIDE: tl.constexpr):
+def column_of(block, EACH: tl.constexpr, WIDE: tl.constexpr):
     """The first column of a block, of the codes in the first place."""
     return block // EACH * 128 + block % EACH * WIDE
+
+
+@triton.jit
+def group_of(block, FURTHER: tl.constexpr, EACH: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr):
+    """The group of the column that is FURTHER columns, whole groups or parts of one, behind a block's first."""
+    wide = tl.cast(block, tl.uint32)  # of which a quotient is a shift
+    if GROUP == 0:
+        found = wide * 0
+    elif GROUP >= 128:
+        found = wide // (EACH * (GROUP // 128))
+    elif EACH == 1:
+        found = wide * (128 // GROUP) + FURTHER // GROUP
+    else:
+        found = (column_of(wide, EACH, WIDE) + FURTHER) // GROUP
+    return found
 
 
 @triton.jit
@@ -120,8 +170,8 @@ def _replaced(tiles, i: tl.constexpr, tile, COUNT: tl.constexpr):
 def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, first, blocks,
                   m, n, k, x_stride, w_stride, upper_stride, scale_stride, BITS: tl.constexpr, KIND: tl.constexpr,
                   SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr,
-                  ASM_ODD: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
-                  TOKENS: tl.constexpr, S: tl.constexpr):  # fmt: skip
+                  ASM_ODD: tl.constexpr, GAIN: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr,
+                  ROWS: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr):  # fmt: skip
     """Columns of out from `first` on, as many as `fragments` has in a program, of `blocks` blocks of K."""
     LANE: tl.constexpr = 4 if BITS < 4 or GROUP == 32 else 8
     PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
@@ -134,59 +184,62 @@ def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
     of_w, of_x = tl.arange(0, 2 * S * 32), tl.arange(0, LANE // 4 * S * 32)
     codes = w_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     uppers = upper_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
-    within = of_x % 4 * (2 * LANE) + of_x // (32 * S) * 8
-    ones = tl.full([S, 16, 4 * LANE], 1.0, TO)
+    within, fourth = of_x % 4 * (2 * LANE) + of_x // (32 * S) * 8, of_w % 4 * LANE
     accs = ()
     for _ in tl.static_range(ROWS * TOKENS):
         accs = accs + (tl.zeros([S, 16, 8], tl.float32),)
+    scales, zeros, lower, above = (), (), (), ()  # where rows begin
+    for r in tl.static_range(ROWS):
+        rows = rows_of(first + 16 * r, n, S, False)
+        lower = lower + (codes + rows * (w_stride // 2),)
+        if BITS == 3:
+            above = above + (uppers + rows * (upper_stride // 2),)
+        if zero_ptr is not None:
+            zeros = zeros + (zero_ptr + rows * scale_stride,)
+        at = tl.minimum(first + 16 * r + tl.arange(0, 16), n - 1).to(tl.int64)
+        scales = scales + ((scale_ptr + at * scale_stride)[None, :],)
     for start in range(0, blocks, S):
-        held = tl.minimum(start + of_w // 32 % S, blocks - 1)  # what is read for nothing meets zeros of x
+        held, of_scale = start + of_w // 32 % S, start + split
+        if not EVEN:  # what is read for nothing meets zeros of x
+            held, of_scale = tl.minimum(held, blocks - 1), tl.minimum(of_scale, blocks - 1)
         for h in tl.static_range(HALVES):
             tiles = ()
             for r in tl.static_range(ROWS):
-                fourth = of_w % 4 * LANE
-                data = _sixteen(codes, w_stride // 2, first + 16 * r, n, (held * HALVES + h) * (4 * LANE) + fourth, S,
-                                LANE)  # fmt: skip
-                above = data
+                data = sixteen(lower[r], (held * HALVES + h) * (4 * LANE) + fourth, S, LANE)
+                upper = data
                 if BITS == 3:
-                    above = _sixteen(uppers, upper_stride // 2, first + 16 * r, n, held * (4 * LANE) + fourth, S, LANE)
-                tiles = tiles + (_unpacked(data, above, h, table_ptr, OFFSET, BITS, KIND, ASM_ODD if h else ASM, TO),)
+                    upper = sixteen(above[r], held * (4 * LANE) + fourth, S, LANE)
+                below = ()
+                if zero_ptr is not None:
+                    for g in tl.static_range(PARTS // TOGETHER):
+                        group = group_of(held * HALVES + h, g * TOGETHER * APART, EACH, WIDE, GROUP)
+                        below = below + (below_of(tl.load(zeros[r] + group), S, LANE, GAIN, ASM != "", TO),)
+                found = unpacked(data, upper, below, h, table_ptr, OFFSET, BITS, KIND, ASM_ODD if h else ASM, TO)
+                tiles = tiles + (found,)
             for g in tl.static_range(PARTS // TOGETHER):
-                sums = ()
-                for _ in tl.static_range(TOKENS):
-                    sums = sums + (tl.zeros([S, 16, 8], tl.float32),)
                 parts = ()
                 for _ in tl.static_range(ROWS * TOKENS):
                     parts = parts + (tl.zeros([S, 16, 8], tl.float32),)
                 for i in tl.static_range(g * TOGETHER, (g + 1) * TOGETHER):
                     for j in tl.static_range(TOKENS):
-                        column = _column((start + of_x // 32 % S) * HALVES + h, EACH, WIDE) + i * APART + within
+                        column = column_of((start + of_x // 32 % S) * HALVES + h, EACH, WIDE) + i * APART + within
                         even, odd = _right(x_ptr, 8 * j, m, x_stride, column, k, S, LANE, EVEN, TO)
-                        if zero_ptr is not None:
-                            total = tl.dot(ones, odd, tl.dot(ones, even, sums[j]))
-                            sums = _replaced(sums, j, total, TOKENS)
                         for r in tl.static_range(ROWS):
                             part = tl.dot(_left(tiles[r][2 * i], LANE), even, parts[j * ROWS + r])
                             part = tl.dot(_left(tiles[r][2 * i + 1], LANE), odd, part)
                             parts = _replaced(parts, j * ROWS + r, part, ROWS * TOKENS)
+                group = group_of(of_scale * HALVES + h, g * TOGETHER * APART, EACH, WIDE, GROUP)[:, None]
                 for r in tl.static_range(ROWS):
-                    rows = tl.minimum(first + 16 * r + tl.arange(0, 16), n - 1).to(tl.int64)[None, :]
-                    at = rows * scale_stride
-                    if GROUP > 0:
-                        block = tl.minimum(start + split, blocks - 1) * HALVES + h
-                        at += ((_column(block, EACH, WIDE) + g * TOGETHER * APART) // GROUP)[:, None]
                     for j in tl.static_range(TOKENS):
                         part = parts[j * ROWS + r]
-                        if zero_ptr is not None:
-                            part -= sums[j] * tl.load(zero_ptr + at).to(tl.float32)[:, :, None]
                         if GROUP > 0:
-                            part *= load_scale(scale_ptr + at, at >= 0, SCALE)[:, :, None]
+                            part *= load_scale(scales[r] + group, None, SCALE)[:, :, None]
                         accs = _replaced(accs, j * ROWS + r, accs[j * ROWS + r] + part, ROWS * TOKENS)
     factor = tl.load(whole_ptr)
     for r in tl.static_range(ROWS):
         rows = (first + 16 * r + tl.arange(0, 16)).to(tl.int64)
         here = rows < n
-        times = factor + tl.zeros([16], tl.float32)
+        times = factor * GAIN + tl.zeros([16], tl.float32)
         if GROUP == 0:
             times *= load_scale(scale_ptr + rows * scale_stride, here, SCALE)
         times = tl.where(blocks > 0, times, 0.0)  # of nothing, whatever the scales are
@@ -212,15 +265,16 @@ def blocks_of(k, BITS: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, m, n, k, x_stride,
               w_stride, upper_stride, scale_stride, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
-              GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr, ASM_ODD: tl.constexpr, TO: tl.constexpr,
-              EVEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr):  # fmt: skip
+              GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr, ASM_ODD: tl.constexpr, GAIN: tl.constexpr,
+              TO: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+              S: tl.constexpr):  # fmt: skip
     """x [m, k] to out [m, n] = x @ w^T + bias; a program for 16 ROWS columns of out and 8 TOKENS rows, m at most.
 
-    Integers are exact in the type TO, values of a table rounded to it; products are added in f32. Zero points are taken
-    away by sums of x: of a row with an infinite number NaN is left, where the reference may say infinite. S:
-    parts of K, one for a warp. EVEN: all S have as many blocks, which hold k columns and no more.
+    Integers less their zero points are exact in the type TO, values of a table rounded to it; products are added in
+    f32. ASM gives values over GAIN. S: parts of K, one for a warp. EVEN: all S have as many blocks, which hold k
+    columns and no more.
     """
     fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr,
                   tl.program_id(0) * (16 * ROWS), blocks_of(k, BITS, GROUP), m, n, k, x_stride, w_stride,
-                  upper_stride, scale_stride, BITS, KIND, SCALE, GROUP, OFFSET, ASM, ASM_ODD, TO, EVEN, ROWS, TOKENS,
-                  S)  # fmt: skip
+                  upper_stride, scale_stride, BITS, KIND, SCALE, GROUP, OFFSET, ASM, ASM_ODD, GAIN, TO, EVEN, ROWS,
+                  TOKENS, S)  # fmt: skip

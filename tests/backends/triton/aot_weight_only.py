@@ -20,6 +20,8 @@ EITHER = {80: MMA[80], 90: {"dot_tiles": f"{MMA[80]['dot_tiles']}|{MMA[90]['dot_
 # What was unpacked goes to tensor cores as it is: shared memory is for the sums, when all products are made.
 IN_REGISTERS = r"(?s)(?=.*mma\.sync\.aligned\.m16n8k16)(?!.*(ld|st)\.shared.*mma\.sync)"
 FRAGMENTS = {capability: {"fragments": IN_REGISTERS} for capability in (80, 90)}
+# Weights go to tensor cores out of registers, x out of shared memory.
+ABREAST = {"abreast": r"wgmma\.mma_async\S+ \{[^}]*\}, \{[^}]*\}, %rd"}
 VECTORS: Mapping[int, Mapping[str, str]] = {
     capability: {"gemv": r"ld\.global(\.\S+)?\.v4\.b32"} for capability in (80, 90)
 }
@@ -38,8 +40,9 @@ def case(text: str, m: int, n: int, k: int, dtype: torch.dtype = torch.float16, 
         return linear_weight_only(meta(m, k, dtype=dtype), w, meta(n, dtype=dtype) if bias else None, None, packed, n)
 
     name = f"{text} m={m} n={n} k={k} {str(dtype).removeprefix('torch.')}"
-    if has_fragments(Format.parse(text), dtype) and m <= 16:
-        return Case(name, run, FRAGMENTS)
+    if has_fragments(Format.parse(text), dtype) and m <= (64 if Format.parse(text).bits != 3 else 32):
+        few = FRAGMENTS[80] if m <= 16 else MMA[80]
+        return Case(name, run, {80: few, 90: FRAGMENTS[90] if m <= 8 else ABREAST})
     tiles = EITHER if m <= 8 else MMA if m < 1024 and dtype != torch.float32 else {}
     return Case(name, run, VECTORS if m <= 4 else tiles)
 
@@ -68,6 +71,14 @@ CASES = [
     case("i3/g128/f16", 16, 4096, 4096, torch.bfloat16),
     case("i3/g128/f16", 17, 4096, 4096, torch.bfloat16),
     case("i8/ch", 128, 11008, 4096),
+    case("i8/ch", 12, 8192, 8192, torch.bfloat16),
+    case("u8/g32", 64, 4096, 4096),
+    case("u4/g128/f16", 64, 8192, 8192, torch.bfloat16, bias=True),
+    case("i4/g128/f16", 9, 28672, 8192, torch.bfloat16),
+    case("u3/g32", 33, 4096, 4000),
+    case("u2/g64", 32, 8192, 8192, torch.bfloat16),
+    case("nf4/g64", 32, 4096, 4096),
+    case("nf4/g64", 64, 4096, 4096, torch.bfloat16),
     case("f4e2m1/g16/e4m3", 16, 4096, 4096, torch.bfloat16),
     case("u4/g128/f16", 512, 11008, 4096, torch.bfloat16),
     case("i4/g32", 20, 4096, 4096, torch.float32),

@@ -74,17 +74,9 @@ def words(asm: str, inputs: list[int], outputs: int, dtype: torch.dtype) -> list
         if found["op"] == "declare":
             continue
         to, *names = [name.strip() for name in found["operands"].split(",")]
-        args = [registers[n] if n in registers else int(f"0x{n[2:]}" if n.startswith("0f") else n, 0) for n in names]
+        args = [registers[n] if n in registers else int(n, 0) for n in names]
         op = found["op"].split(".")[0]
-        if op == "add":  # of floats of 32 bits
-            assert found["op"] == "add.rn.f32"
-            registers[to] = _single(sum(struct.unpack("<f", struct.pack("<I", word))[0] for word in args))
-        elif op == "cvt":  # the first operand becomes the upper half
-            assert found["op"] == "cvt.rn.bf16x2.f32"
-            pair = [struct.unpack("<f", struct.pack("<I", word))[0] for word in reversed(args)]
-            low, high = (int(v) & 0xFFFF for v in torch.tensor(pair).to(torch.bfloat16).view(torch.int16).tolist())
-            registers[to] = low | high << 16
-        elif op == "fma":
+        if op == "fma":
             assert all(n in registers for n in names)  # it takes no immediate
             assert found["op"] == ("fma.rn.f16x2" if dtype == torch.float16 else "fma.rn.bf16x2")
             a, b, c = (_floats(word, dtype).double() for word in args)

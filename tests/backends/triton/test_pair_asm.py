@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qfx.backends.triton.decode_asm import TABLES
-from qfx.backends.triton.pair_asm import pair_asm
+from qfx.backends.triton.pair_asm import gain, pair_asm
 from qfx.format import Format
 from tests.backends.triton.test_decode_asm import run
 
@@ -32,7 +32,15 @@ def test_every_byte_in_every_place(text: str, dtype: torch.dtype) -> None:
                 code |= (above >> (8 * i + 2 * place + odd) & 1) << 2
             offset = 1 << (fmt.bits - 1) if fmt.is_integer and fmt.symmetric else 0
             due = TABLES[fmt.type][code] if fmt.type in TABLES else float(code - offset)
-            assert got[2 * place + byte][number] == torch.tensor(due).to(dtype), (first, odd, i, place)
+            found = got[2 * place + byte][number] * gain(fmt, dtype)
+            assert found == torch.tensor(due).to(dtype), (first, odd, i, place)
+
+
+def test_the_least_number_of_a_type_becomes_a_normal_one() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        least = torch.tensor(1, dtype=torch.int16).view(dtype).double()
+        assert least * torch.finfo(dtype).max > 1 / gain(Format.parse("i4"), dtype) >= torch.finfo(dtype).tiny
+        assert gain(Format.parse("nf4"), dtype) == 1
 
 
 def test_what_has_no_block() -> None:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qfx.backends.triton import weight_only
-from qfx.backends.triton.device import H100
+from qfx.backends.triton.device import A100, H100, Device
 from qfx.backends.triton.launch import recorded
 from qfx.backends.triton.weight_only import (
+    ABREAST,
     DEQUANTIZE,
     DOT,
     FRAGMENTS,
@@ -138,6 +139,17 @@ def test_fragments_of_every_format(text: str, rows: int, warps: int, monkeypatch
         assert error(torch.randn(m, packed.shape[1], device=DEVICE).to(dtype), packed, bias) < STEP[dtype]
 
 
+@pytest.mark.parametrize("text", SERVED)
+@pytest.mark.parametrize(("warps", "splits"), [(4, 1), (4, 3), (8, 2)])
+def test_warps_abreast_of_every_format(text: str, warps: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"PATH": ABREAST, "SPLITS": splits, "num_warps": warps, "num_stages": 1}
+    monkeypatch.setattr(weight_only, "heuristic", lambda *_: kept)
+    torch.manual_seed(warps)
+    packed, bias = weight(75, 1024 if splits == 3 else 777, text), torch.randn(75, device=DEVICE)
+    for m, dtype in ((16, torch.float16), (26, torch.bfloat16)):
+        assert error(torch.randn(m, packed.shape[1], device=DEVICE).to(dtype), packed, bias) < STEP[dtype]
+
+
 def test_fragments_serve_integers_and_tables_in_groups_that_blocks_hold() -> None:
     assert {"i4/g32", "i4/g64/bf16", "i3/g32", "u8/ch", "u8/g32", "i6/ch", "i8", "nf4/g64", "u3/ch"} <= set(SERVED)
     assert not {"u2/g16", "f8e4m3/ch", "f4e2m1/g16/e4m3", "u4/g16/f16"} & set(SERVED)
@@ -242,11 +254,16 @@ def test_paths_by_the_number_of_rows() -> None:
         fmt = Format.parse(text)
         return [choose(H100, fmt, m, 4096, 4096, dtype)["PATH"] for m in (1, 2, 4, 5, 63, 64, 512, 4096)]
 
-    assert paths("i4/g128") == [FRAGMENTS, FRAGMENTS, FRAGMENTS, FRAGMENTS, DOT, DOT, DOT, DEQUANTIZE]
+    assert paths("i4/g128") == [FRAGMENTS, FRAGMENTS, FRAGMENTS, FRAGMENTS, ABREAST, ABREAST, DOT, DEQUANTIZE]
+    assert paths("i3/g128") == [FRAGMENTS, FRAGMENTS, FRAGMENTS, FRAGMENTS, DOT, DOT, DOT, DEQUANTIZE]
+    later = Device("NVIDIA B200", (10, 0), 148, 232448)
+    for device, m, path in ((A100, 16, FRAGMENTS), (A100, 17, DOT), (later, 16, FRAGMENTS), (later, 64, DOT)):
+        assert choose(device, Format.parse("i4/g128"), m, 4096, 4096, torch.float16)["PATH"] == path
     assert paths("i4/g16") == [GEMV, GEMV, DOT, DOT, DOT, DOT, DOT, DEQUANTIZE]
     assert paths("f8e4m3/ch") == [GEMV, GEMV, GEMV, DOT, DOT, DOT, DOT, DEQUANTIZE]
     assert paths("i4/g128", torch.float32) == [GEMV, GEMV, DOT, DOT, DOT, DEQUANTIZE, DEQUANTIZE, DEQUANTIZE]
     for m, text in itertools.product((1, 4, 16, 64, 4096), ("i4/g128", "i4/g16")):
         found = candidates(Format.parse(text), m, 4096, torch.float16)
         assert any(c["PATH"] == FRAGMENTS for c in found) == (text == "i4/g128" and m <= 32)
+        assert any(c["PATH"] == ABREAST for c in found) == (text == "i4/g128" and 4 < m <= 64)
         assert 1 < len(found) <= 20 and len({tuple(c.items()) for c in found}) == len(found)
