@@ -71,13 +71,15 @@ def tile_of_grid(tiles, n, BN: tl.constexpr):
 
 
 @triton.jit
-def _of_expert(w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, e, experts, n, w_stride, upper_stride, scale_stride):
-    """The pointers of all experts' tensors as those of expert e; of number `experts`, of any."""
-    held = tl.minimum(e, experts - 1).to(tl.int64) * n
-    if zero_ptr is not None:
-        zero_ptr += held * scale_stride
-    return (w_ptr + held * w_stride, upper_ptr + held * upper_stride, scale_ptr + held * scale_stride, zero_ptr,
-            whole_ptr + tl.minimum(e, experts - 1).to(tl.int64) * 2)  # fmt: skip
+def _of_expert(w_ptr, upper_ptr, scale_ptr, whole_ptr, e, experts, n, w_stride, upper_stride, scale_stride):
+    """The pointers of all experts' tensors as those of expert e, and how far its scales are; of `experts`, of any.
+
+    That of zero points is not among them: Triton 3.6 returns no None.
+    """
+    held = tl.minimum(e, experts - 1).to(tl.int64)
+    further = held * n * scale_stride
+    return (w_ptr + held * n * w_stride, upper_ptr + held * n * upper_stride, scale_ptr + further,
+            whole_ptr + held * 2, further)  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=["t"])
@@ -97,9 +99,11 @@ def grouped_vectors(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, tab
         stop = tl.where(e < experts, w_stride // 16, 0)
         x_ptr += row.to(tl.int64) * x_stride
         out_ptr += row.to(tl.int64) * n
-        w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr = _of_expert(
-            w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, e, experts, n, w_stride, upper_stride, scale_stride
+        w_ptr, upper_ptr, scale_ptr, whole_ptr, further = _of_expert(
+            w_ptr, upper_ptr, scale_ptr, whole_ptr, e, experts, n, w_stride, upper_stride, scale_stride
         )
+        if zero_ptr is not None:
+            zero_ptr += further
         if ROWS == 2 and row + 1 < end:
             vectors(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, None, out_ptr, column, n, k,
                     stop, x_stride, w_stride, upper_stride, scale_stride, 2, BITS, KIND, SCALE, GROUP, OFFSET, NATIVE,
@@ -123,9 +127,11 @@ def grouped_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
     e, row, end = rows_of_tile(offs_ptr, tile, t, experts, BM, BY_ROW, EXPERTS)
     if row < end:
         units = tl.where(e < experts, tl.cdiv(k, UNIT), 0)
-        w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr = _of_expert(
-            w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, e, experts, n, w_stride, upper_stride, scale_stride
+        w_ptr, upper_ptr, scale_ptr, whole_ptr, further = _of_expert(
+            w_ptr, upper_ptr, scale_ptr, whole_ptr, e, experts, n, w_stride, upper_stride, scale_stride
         )
+        if zero_ptr is not None:
+            zero_ptr += further
         product(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, None, out_ptr,
                 row + tl.arange(0, BM), column + tl.arange(0, BN), 0, units, units, end, n, k, x_stride, w_stride,
                 upper_stride, scale_stride, BITS, KIND, SCALE, GROUP, OFFSET, NATIVE, EXACT, ASM, ASM_ODD, TO, EVEN, 1,
@@ -146,9 +152,11 @@ def grouped_fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, t
         blocks = tl.where(e < experts, blocks_of(k, BITS, GROUP), 0)
         x_ptr += row.to(tl.int64) * x_stride
         out_ptr += row.to(tl.int64) * n
-        w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr = _of_expert(
-            w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, e, experts, n, w_stride, upper_stride, scale_stride
+        w_ptr, upper_ptr, scale_ptr, whole_ptr, further = _of_expert(
+            w_ptr, upper_ptr, scale_ptr, whole_ptr, e, experts, n, w_stride, upper_stride, scale_stride
         )
+        if zero_ptr is not None:
+            zero_ptr += further
         fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, None, out_ptr,
                       column, blocks, end - row, n, k, x_stride, w_stride, upper_stride, scale_stride, BITS, KIND,
                       SCALE, GROUP, OFFSET, ASM, ASM_ODD, GAIN, TO, EVEN, ROWS, TOKENS, S)  # fmt: skip
