@@ -17,8 +17,10 @@ from qfx.passes.patch_embedding import patch_embedding
 from qfx.passes.rms_norm import rms_norm
 from qfx.passes.rope import rope
 from qfx.passes.sentinels import sentinels
+from qfx.passes.strided import strided
 
 NORMALIZE: tuple[run.Pass, ...] = (
+    strided,
     cleanup,
     einsum,
     cleanup,
