@@ -227,6 +227,10 @@ def keep_sources(gm: fx.GraphModule) -> None:
             node.meta[_SOURCE] = source_of(node)
 
 
+# What nn.Module.__getattr__ reads is named by way of __dict__ where Dynamo traces that function itself.
+_STORE = re.compile(r"\.__dict__\['(_modules|_parameters|_buffers)'\]")
+
+
 def source_of(node: fx.Node) -> str:
     """The expression by which Dynamo found a graph input; "" where it is not known."""
     if _SOURCE in node.meta:
@@ -234,7 +238,7 @@ def source_of(node: fx.Node) -> str:
     argument = node.meta.get("grapharg")
     source = getattr(argument, "source", None)
     name = getattr(source, "name", "")
-    return str(name() if callable(name) else name)
+    return _STORE.sub(r".\1", str(name() if callable(name) else name))
 
 
 _MODULE_STEP = re.compile(r"(?:\._modules\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]|\['([^']+)'\])")

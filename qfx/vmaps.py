@@ -1,4 +1,4 @@
-"""Regions of torch.vmap in a graph of Dynamo, written as the plain operators that they stand for.
+"""Regions of torch.vmap in a captured graph, written as the plain operators that they stand for.
 
 %level = _vmap_increment_nesting(4, 'error')          %mul = aten.mul.Tensor(%x, %y)
 %a = _add_batch_dim(%x, 0, 1)
@@ -31,24 +31,26 @@ def has_vmaps(gm: fx.GraphModule) -> bool:
 def without_vmaps(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
     """A copy of the graph without regions of torch.vmap; `gm` is not changed.
 
-    fakes: values of the placeholders, in order; those of other nodes are their meta["example_value"], as Dynamo notes
-    them. To be called under the fakes' mode.
+    fakes: values of the placeholders, in order; those of other nodes are what Dynamo (meta["example_value"]) or
+    torch.export (meta["val"]) notes. To be called under the fakes' mode.
     """
     values = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), fakes, strict=True))
-    held = fx.GraphModule(gm, fx.Graph())  # the modules and tensors of gm
-    graph, copied = held.graph, dict[fx.Node, Any]()
+    graph, copied, constants = fx.Graph(), dict[fx.Node, Any](), dict[str, Any]()
     nodes = iter(gm.graph.nodes)
     for node in nodes:
         if _named(node, _BEGIN):
             region = [node, *_until_end(nodes)]
             inputs, outputs = _borders(region)
             traced = _traced(gm, region, inputs, outputs, [_value(n, values) for n in inputs])
-            found = _inlined(held, traced, [copied[n] for n in inputs])
+            found = _inlined(graph, constants, traced, [copied[n] for n in inputs])
             copied.update(zip(outputs, found, strict=True))
         else:
             copied[node] = graph.node_copy(node, copied.__getitem__)
-    graph.lint()
-    held.recompile()
+    held = fx.GraphModule(gm, gm.graph)  # what the nodes of gm read
+    for name, value in constants.items():
+        setattr(held, name, value)
+    held.graph = graph
+    held.graph.lint()
     return held
 
 
@@ -76,15 +78,18 @@ def _until_end(nodes: Iterator[fx.Node]) -> Iterator[fx.Node]:
 
 
 def _borders(region: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The nodes outside that the region reads, and those of it that others read; attributes are read inside."""
+    """The nodes outside that the region reads, constants apart, and those of it that others read."""
     inside = set(region)
-    inputs = dict.fromkeys(n for node in region for n in node.all_input_nodes if n not in inside)
+    reads = (n for node in region for n in node.all_input_nodes)
+    inputs = dict.fromkeys(n for n in reads if n not in inside and n.op != "get_attr")
     outputs = [node for node in region if any(user not in inside for user in node.users)]
     return list(inputs), outputs
 
 
 def _value(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    return values[node] if node in values else node.meta["example_value"]
+    if node in values:
+        return values[node]
+    return node.meta["example_value" if "example_value" in node.meta else "val"]
 
 
 def _traced(
@@ -96,6 +101,9 @@ def _traced(
     for node in inputs:
         copied[node] = graph.placeholder(node.name)
     for node in region:
+        for constant in node.all_input_nodes:
+            if constant.op == "get_attr" and constant not in copied:
+                copied[constant] = graph.node_copy(constant)
         copied[node] = graph.node_copy(node, copied.__getitem__)
     graph.output(tuple(copied[node] for node in outputs))
     run = fx.Interpreter(fx.GraphModule(gm, graph)).run
@@ -103,17 +111,19 @@ def _traced(
         return make_fx(run, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
 
 
-def _inlined(held: fx.GraphModule, traced: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """Copies the traced region into the graph of `held`; returns what stands for its outputs."""
+def _inlined(
+    graph: fx.Graph, constants: dict[str, Any], traced: fx.GraphModule, inputs: Sequence[Any]
+) -> tuple[Any, ...]:
+    """Copies the traced region into the graph, its constants into `constants`; returns what stands for its outputs."""
     places = [node for node in traced.graph.nodes if node.op == "placeholder"]
     copied = dict(zip(places, inputs, strict=True))
     for node in traced.graph.nodes:
         if node.op == "get_attr":
-            name = f"_vmap_constant{len(held.graph.nodes)}"
-            setattr(held, name, getattr(traced, node.target))
-            copied[node] = held.graph.get_attr(name)
+            name = f"_vmap_constant{len(constants)}"
+            constants[name] = getattr(traced, node.target)
+            copied[node] = graph.get_attr(name)
         elif node.op == "output":
             return tuple(fx.map_arg(node.args[0], copied.__getitem__))
         elif node.op != "placeholder":
-            copied[node] = held.graph.node_copy(node, copied.__getitem__)
+            copied[node] = graph.node_copy(node, copied.__getitem__)
     raise AssertionError("a graph without an output")

@@ -272,3 +272,25 @@ def test_a_model_that_looks_for_overflow_in_float16() -> None:
     with pytest.raises(UnsupportedError, match=r"or take model.float\(\)"):
         capture_export(Clamped(4, 4).half(), (x.half(),))
     assert capture_export(Clamped(4, 4), (x,)).gm is not None
+
+
+def test_a_module_that_keeps_state_has_its_names() -> None:
+    """Dynamo finds tensors by way of __dict__ in a module whose forward sets an attribute."""
+
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.state, self.inner, self.scale = torch.zeros(1), nn.Linear(4, 4), nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Any:
+            self.state = x.mean()
+            return self.inner(x * self.scale)
+
+    door, _ = through_dynamo(nn.Sequential(nn.Linear(4, 4), Keeping()), torch.randn(2, 4))
+    assert set(dict(door.only.gm.named_parameters())) == {
+        "0.weight",
+        "0.bias",
+        "1.inner.weight",
+        "1.inner.bias",
+        "1.scale",
+    }

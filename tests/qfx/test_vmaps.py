@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import qfx
+from qfx.capture import capture_export
 from qfx.measuring.measure import decibel, energies
+from qfx.text import dump
 from qfx.vmaps import levels_kept
 
 
@@ -60,6 +62,27 @@ def test_a_region_that_reads_a_parameter_and_a_constant() -> None:
     compiled = torch.compile(model, backend="qfx", options={"backend": "reference", "cache": False})
     with torch.no_grad():
         assert decibel(*energies(model(x), compiled(x))) >= 35
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_exported_graph_too(dynamic: bool) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            later = torch.vmap(torch.vmap(lambda i, j: (i >= j) & (i != torch.tensor(2)), (None, 0)), (0, None))
+            at = torch.arange(x.shape[1])
+            y: Tensor = later(at, at)[None].to(x.dtype) @ self.fc(x)
+            return y
+
+    model, x = Masked().eval(), torch.randn(3, 5, 8)
+    captured = capture_export(model, (x,), dynamic=dynamic)
+    assert "vmap" not in dump(captured.gm)
+    with torch.no_grad():
+        assert torch.equal(captured.gm(x)[0], model(x))
+        assert not dynamic or torch.equal(captured.gm(x[:2, :3])[0], model(x[:2, :3]))
 
 
 def test_an_error_inside_a_region_leaves_no_level_behind() -> None:
