@@ -59,12 +59,15 @@ def need_inputs(model: nn.Module) -> ValueError:
 
 
 def _ids(config: Any, random: torch.Generator) -> torch.Tensor:
-    length = min(_LENGTH, int(getattr(config, "max_position_embeddings", None) or _LENGTH))
-    return torch.randint(3, max(4, min(1000, int(config.vocab_size))), (2, length), generator=random)
+    positions = getattr(config, "max_position_embeddings", None)
+    length = min(_LENGTH, positions) if isinstance(positions, int) and positions > 0 else _LENGTH  # XLNet says -1
+    config = getattr(config, "decoder", config)  # of a model that is made of two
+    known = getattr(config, "vocab_size", None)
+    return torch.randint(3, max(4, min(1000, known)) if isinstance(known, int) else 4, (2, length), generator=random)
 
 
 def _pixels(config: Any, random: torch.Generator) -> torch.Tensor:
-    vision = getattr(config, "vision_config", config)
+    vision = getattr(config, "vision_config", getattr(config, "encoder", config))
     size = getattr(vision, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     return torch.randn(2, int(getattr(vision, "num_channels", 3)), height, width, generator=random)

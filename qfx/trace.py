@@ -19,6 +19,7 @@ from qfx.errors import UnsupportedError
 from qfx.vmaps import has_vmaps, levels_kept, without_vmaps
 
 _DROPPED = {"_set_grad_enabled", "_log_api_usage_once", "_functorch_set_grad", "_exit_autocast"}
+_DROPOUTS = {torch.ops.aten.dropout.default, torch.nn.functional.dropout, torch.dropout}
 # name of the higher-order wrapper -> position of its sub-graph among the arguments
 _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4, "tag_activation_checkpoint": 0, "wrap": 0}
 
@@ -39,6 +40,8 @@ class _Inline(fx.Interpreter):
         name = getattr(target, "__name__", "")
         if name in _DROPPED:
             return None
+        if target in _DROPOUTS and not (args[2:3] or (kwargs.get("training", kwargs.get("train", True)),))[0]:
+            return args[0]  # as eager gives it: the same tensor, which may change in place afterwards
         if name == "_enter_autocast":
             _refuse_autocast(enabled=args[2] if len(args) > 2 else kwargs.get("enabled", True))
             return None
