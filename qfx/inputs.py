@@ -43,9 +43,18 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
 
 def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs with use_cache=False where the forward takes it: a traced graph carries no cache."""
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    known = inspect.signature(model.forward).parameters
+    if "use_cache" in known or (any(p.kind is p.VAR_KEYWORD for p in known.values()) and _generates(model)):
         return {**inputs, "use_cache": False}
     return inputs
+
+
+def _generates(model: Any) -> bool:
+    """Whether it is a transformers model that makes a cache unasked; some (LLaVA) hand use_cache on by **kwargs."""
+    if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
+        return False
+    text = getattr(model.config, "get_text_config", lambda: model.config)()
+    return bool(getattr(text, "use_cache", False))
 
 
 def need_inputs(model: nn.Module) -> ValueError:

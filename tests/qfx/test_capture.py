@@ -294,3 +294,26 @@ def test_a_module_that_keeps_state_has_its_names() -> None:
         "1.inner.bias",
         "1.scale",
     }
+
+
+@pytest.mark.parametrize("instance", [False, True])
+def test_sizes_vary_beside_arguments_that_kwargs_take(instance: bool) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, **kwargs: Any) -> Any:
+            return self.inner(x) * kwargs["scale"] if kwargs["turn"] else None
+
+    model = Outer()
+    if instance:
+        model.forward = model.forward  # type: ignore[method-assign]  # as accelerate's hooks put it there
+    held = dict(model.__dict__)
+    x, given = torch.randn(2, 3, 4), {"turn": True, "scale": torch.ones(4)}
+    captured = capture_export(model, (x,), given)
+    assert model.__dict__ == held
+    more = torch.randn(5, 7, 4)
+    assert torch.equal(captured.gm(*captured.flatten((more,), given))[0], model(more, **given))
+    linear = next(n for n in captured.gm.graph.nodes if graph.op_name(n) == "linear")
+    assert "test_capture.py" in linear.meta["stack_trace"].splitlines()[-2] or "linear.py" in linear.meta["stack_trace"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -109,6 +110,20 @@ def test_no_cache_is_asked_for_where_there_is_one() -> None:
     given: dict[str, Any] = {"x": 1, "use_cache": True}
     assert without_cache(Cached(), given) == {"x": 1, "use_cache": False} and given["use_cache"]
     assert without_cache(nn.Linear(1, 1), {"input": 1}) == {"input": 1}
+
+
+def test_a_forward_that_hands_use_cache_on_is_asked_for_none() -> None:
+    import transformers
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = transformers.LlamaConfig(**sizes, vocab_size=40, pad_token_id=0)
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(text_config=text, vision_config=vision, vision_feature_layer=-1)
+    )
+    assert "use_cache" not in inspect.signature(model.forward).parameters
+    assert without_cache(model, {})["use_cache"] is False
+    assert "use_cache" not in without_cache(ZOO["vit"]()[0], {}), "it has no cache"
 
 
 def test_other_models_are_not_guessed() -> None:
