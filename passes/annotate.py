@@ -16,6 +16,7 @@ from qfx.format import Format
 from qfx.live.segments import segments
 from qfx.ops import heads as attention_heads
 from qfx.ops.attention import reason_against
+from qfx.passes.normalize import left_over
 from qfx.recipe import Recipe
 
 KIND_OF = {
@@ -62,6 +63,22 @@ def annotate(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:
             segments(formats["w"], graph.val(node.args[1]).shape, fqn)
         for role, fmt in formats.items():
             annotation.set(node, role, fmt)
+    return notes + _no_layers(gm, recipe)
+
+
+def _no_layers(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:
+    """A note for each product with a float parameter to which a rule for linears or convolutions would apply."""
+    notes = []
+    for node in left_over(gm):
+        held = [graph.val(n) for n in map(graph.parameter_behind, node.all_input_nodes) if n is not None]
+        fqn, floats = graph.fqn_of(node), any(w.is_floating_point() and w.dim() > 1 for w in held)
+        kind = "conv" if graph.op_name(node).startswith("conv") else "linear"
+        if kind_of(node) is None and floats and "w" in recipe.formats_for(kind, fqn):
+            what = (
+                f"{graph.op_name(node)} multiplies by a parameter, and has no form with packed weights: stays in float"
+            )
+            step = "exclude it with Recipe.ignore, or express it by linear layers"
+            notes.append(Note(fqn, what, step, source_line(node) or ""))
     return notes
 
 

@@ -40,6 +40,8 @@ def kv_cache(gm: fx.GraphModule, *, pasts: Sequence[str], total: str, new: str) 
     reads any more.
     """
     inputs = {n.name: n for n in gm.graph.nodes if n.op == "placeholder"}
+    if total not in inputs or new not in inputs:
+        return matched(gm, "kv_cache", 0)  # a decoder that reads no mask (FSMT): nothing tells how long the past is
     own = [inputs[name] for name in pasts if name in inputs]
     count = sum(_fuse(gm, node, own) for node in list(gm.graph.nodes) if _is_attention(node))
     gm.graph.eliminate_dead_code()

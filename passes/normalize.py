@@ -17,8 +17,10 @@ from qfx.passes.patch_embedding import patch_embedding
 from qfx.passes.rms_norm import rms_norm
 from qfx.passes.rope import rope
 from qfx.passes.sentinels import sentinels
+from qfx.passes.strided import strided
 
 NORMALIZE: tuple[run.Pass, ...] = (
+    strided,
     cleanup,
     einsum,
     cleanup,
@@ -45,6 +47,7 @@ _CONVOLUTIONS = {
     "conv_transpose2d",
     "conv_transpose3d",
 }
+_OTHERS = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "bilinear"}
 
 
 def normalize(gm: fx.GraphModule) -> dict[str, int]:
@@ -55,7 +58,8 @@ def normalize(gm: fx.GraphModule) -> dict[str, int]:
 
 
 def left_over(gm: fx.GraphModule) -> list[fx.Node]:
-    """Products with a parameter, convolutions included, that normalization did not bring to a linear layer."""
-    names = _PRODUCTS | _CONVOLUTIONS
+    """Products with a parameter, convolutions and recurrent layers included, that normalization did not bring to a
+    linear layer."""
+    names = _PRODUCTS | _CONVOLUTIONS | _OTHERS
     calls = [n for n in gm.graph.nodes if n.op == "call_function" and op_name(n) in names]
     return [n for n in calls if any(is_parameter(argument) for argument in n.all_input_nodes)]

@@ -6,9 +6,11 @@ name (FQN) that hold the user's own tensors; placeholders are run-time tensors (
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,9 +113,10 @@ def capture_export(
         (args, kwargs),
     )
     try:
-        ep = torch.export.export(
-            model, args, kwargs, dynamic_shapes=_by_parameter(model, shapes) if dynamic else None, strict=False
-        )
+        with _naming(model, kwargs):
+            ep = torch.export.export(
+                model, args, kwargs, dynamic_shapes=_by_parameter(model, shapes) if dynamic else None, strict=False
+            )
     except Exception as error:
         half = any(p.dtype == torch.float16 for p in model.parameters())
         raise UnsupportedError(
@@ -227,6 +230,10 @@ def keep_sources(gm: fx.GraphModule) -> None:
             node.meta[_SOURCE] = source_of(node)
 
 
+# What nn.Module.__getattr__ reads is named by way of __dict__ where Dynamo traces that function itself.
+_STORE = re.compile(r"\.__dict__\['(_modules|_parameters|_buffers)'\]")
+
+
 def source_of(node: fx.Node) -> str:
     """The expression by which Dynamo found a graph input; "" where it is not known."""
     if _SOURCE in node.meta:
@@ -234,7 +241,7 @@ def source_of(node: fx.Node) -> str:
     argument = node.meta.get("grapharg")
     source = getattr(argument, "source", None)
     name = getattr(source, "name", "")
-    return str(name() if callable(name) else name)
+    return _STORE.sub(r".\1", str(name() if callable(name) else name))
 
 
 _MODULE_STEP = re.compile(r"(?:\._modules\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]|\['([^']+)'\])")
@@ -315,6 +322,30 @@ def _words(source: str) -> str:
 
 def _starts(name: str, path: str) -> bool:
     return not path or name.startswith(f"{path}.")
+
+
+@contextmanager
+def _naming(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Let forward's signature name the arguments that its **kwargs take: torch.export knows no dynamic shapes of those
+    (LLaVA hands use_cache on so)."""
+    signature = inspect.signature(model.forward)
+    known = signature.parameters.values()
+    rest = [p for p in known if p.kind is p.VAR_KEYWORD]
+    unnamed = [name for name in kwargs if name not in signature.parameters]
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in unnamed]
+    if not (rest and more):
+        yield
+        return
+    before = model.__dict__.get("forward")
+    named: Any = functools.partial(model.forward)  # no frame of Python's: nodes keep the model's own source lines
+    named.__signature__ = signature.replace(parameters=[*(p for p in known if p not in rest), *more])
+    model.__dict__["forward"] = named
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+        if before is not None:
+            model.__dict__["forward"] = before
 
 
 def _by_parameter(model: nn.Module, shapes: tuple[Any, Any]) -> Any:

@@ -43,9 +43,18 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
 
 def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs with use_cache=False where the forward takes it: a traced graph carries no cache."""
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    known = inspect.signature(model.forward).parameters
+    if "use_cache" in known or (any(p.kind is p.VAR_KEYWORD for p in known.values()) and _generates(model)):
         return {**inputs, "use_cache": False}
     return inputs
+
+
+def _generates(model: Any) -> bool:
+    """Whether it is a transformers model that makes a cache unasked; some (LLaVA) hand use_cache on by **kwargs."""
+    if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
+        return False
+    text = getattr(model.config, "get_text_config", lambda: model.config)()
+    return bool(getattr(text, "use_cache", False))
 
 
 def need_inputs(model: nn.Module) -> ValueError:
@@ -59,12 +68,15 @@ def need_inputs(model: nn.Module) -> ValueError:
 
 
 def _ids(config: Any, random: torch.Generator) -> torch.Tensor:
-    length = min(_LENGTH, int(getattr(config, "max_position_embeddings", None) or _LENGTH))
-    return torch.randint(3, max(4, min(1000, int(config.vocab_size))), (2, length), generator=random)
+    positions = getattr(config, "max_position_embeddings", None)
+    length = min(_LENGTH, positions) if isinstance(positions, int) and positions > 0 else _LENGTH  # XLNet says -1
+    config = getattr(config, "decoder", config)  # of a model that is made of two
+    known = getattr(config, "vocab_size", None)
+    return torch.randint(3, max(4, min(1000, known)) if isinstance(known, int) else 4, (2, length), generator=random)
 
 
 def _pixels(config: Any, random: torch.Generator) -> torch.Tensor:
-    vision = getattr(config, "vision_config", config)
+    vision = getattr(config, "vision_config", getattr(config, "encoder", config))
     size = getattr(vision, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     return torch.randn(2, int(getattr(vision, "num_channels", 3)), height, width, generator=random)

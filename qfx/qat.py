@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qfx.annotation import show
 from qfx.backends.qat.quantizers import InputQuantizer, Quantizer, RunTimeInput, Scales, WeightQuantizer
-from qfx.errors import explain
+from qfx.errors import Note, explain
 from qfx.format import Format
 from qfx.hf.attach import mark_training
 from qfx.kv.live import with_caches
@@ -77,10 +77,10 @@ def prepare_qat(
     plan = made_for(model, recipe, data, strict=strict, **overrides)
     with torch.no_grad():
         places = checked_places(model, plan, strict=strict)
-        _check_trainable(model, places, train)
+        frozen = _check_trainable(model, places, train)
         attentions, notes = fake_attention.find(model, plan)
         check_model(model, plan.caches)
-        told(notes, strict=strict)
+        told([*notes, *frozen], strict=strict)
         rewrite(model, plan)
         _Preparation(model, Training(plan, tuple(places), scales, train, freeze_after)).run(attentions)
     without_fast_paths(model)
@@ -227,9 +227,13 @@ def _check_options(scales: object, train: object, freeze_after: object) -> None:
         raise ValueError(f"freeze_after is a number of forwards, 0 or more, found {freeze_after!r}")
 
 
-def _check_trainable(model: nn.Module, places: list[Place], train: Train) -> None:
-    frozen = [p.fqn for p in places if not model.get_submodule(p.owner).get_parameter(p.leaf).requires_grad]
-    if frozen and train == "all":
+def _check_trainable(model: nn.Module, places: list[Place], train: Train) -> list[Note]:
+    """Notes about frozen tables. Raises ValueError for other frozen weights that should learn."""
+    if train != "all":
+        return []
+    held = [p for p in places if not model.get_submodule(p.owner).get_parameter(p.leaf).requires_grad]
+    frozen = [p.fqn for p in held if p.kind != "table"]  # models themselves freeze tables of positions (Whisper)
+    if frozen:
         more = f", and {len(frozen) - 3} more" if len(frozen) > 3 else ""
         raise ValueError(
             explain(
@@ -238,6 +242,8 @@ def _check_trainable(model: nn.Module, places: list[Place], train: Train) -> Non
                 next_step="unfreeze them, put them into the recipe's ignore list, or train='scales' alone",
             )
         )
+    what, step = "its table is frozen: it is rounded and does not learn", "unfreeze it where it should"
+    return [Note(p.fqn, what, step, minor=True) for p in held]
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:

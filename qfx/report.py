@@ -159,7 +159,10 @@ def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None)
             reason = f"its graph could not be had, runs in torch: {record.failed.splitlines()[0]}"
             failed.update({fqn.rpartition(".")[0]: reason for fqn, _ in record.weights})
     rows = {row.node: row for row in _merged(graphs)}
+    read = {name.removesuffix(".weight") for record in graphs for name, _ in record.weights}
     for row in live.live_rows(model, set(rows)):
+        if row.op == "parameter" and not row.asked and row.node in read:
+            continue  # rows of the graph say what it multiplies
         if row.node in rows:
             rows[row.node] = replace(rows[row.node], sqnr_db=rows[row.node].sqnr_db or row.sqnr_db)
         elif graphs and not row.quantized and not row.asked:

@@ -16,8 +16,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
 
 from qfx.errors import UnsupportedError
+from qfx.vmaps import has_vmaps, levels_kept, without_vmaps
 
 _DROPPED = {"_set_grad_enabled", "_log_api_usage_once", "_functorch_set_grad", "_exit_autocast"}
+_DROPOUTS = {torch.ops.aten.dropout.default, torch.nn.functional.dropout, torch.dropout}
 # name of the higher-order wrapper -> position of its sub-graph among the arguments
 _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4, "tag_activation_checkpoint": 0, "wrap": 0}
 
@@ -38,6 +40,8 @@ class _Inline(fx.Interpreter):
         name = getattr(target, "__name__", "")
         if name in _DROPPED:
             return None
+        if target in _DROPOUTS and not (args[2:3] or (kwargs.get("training", kwargs.get("train", True)),))[0]:
+            return args[0]  # as eager gives it: the same tensor, which may change in place afterwards
         if name == "_enter_autocast":
             _refuse_autocast(enabled=args[2] if len(args) > 2 else kwargs.get("enabled", True))
             return None
@@ -66,6 +70,9 @@ def retrace(
     of the inputs that the graph mutates. Raises whatever torch raises where an operator cannot be traced.
     """
     mutated: list[int] = []
+    if has_vmaps(gm):
+        with _mode_of(fakes):
+            gm = without_vmaps(gm, fakes)
     interpreter = _Inline(gm, scalars or {})
 
     def functional(*args: Any) -> tuple[Any, ...]:
@@ -84,11 +91,13 @@ def retrace(
 
 
 def _traced(function: Callable[..., Any], fakes: Sequence[Any]) -> fx.GraphModule:
-    fake_mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
-    if fake_mode is None:
-        fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_mode, torch.no_grad():
+    with _mode_of(fakes), torch.no_grad(), levels_kept():
         return make_fx(function, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+
+
+def _mode_of(fakes: Sequence[Any]) -> FakeTensorMode:
+    found = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
+    return found or FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _was_mutated(value: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qfx.backends.onnx.build import Builder
-from qfx.backends.onnx.quant_weights import Weight
+from qfx.backends.onnx.quant_weights import Weight, together
 from qfx.backends.onnx.values import Value
 from qfx.packing import pack_bits
 
@@ -35,7 +35,7 @@ class NBits:
         """
         first, n = parts[0], sum(weight.n for weight in parts)
         blocks = -(-first.k // self.block)
-        name = f"{first.name}.{self.bits}b{self.block}" + (".packed" if len(parts) > 1 else "")
+        name = f"{first.name}.{self.bits}b{self.block}" + (together(w.name for w in parts) if len(parts) > 1 else "")
         shape = (n, blocks, self.block * self.bits // 8)
 
         def stacked(make: Callable[[Weight], Tensor], width: tuple[int, ...]) -> Tensor:

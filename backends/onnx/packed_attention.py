@@ -14,7 +14,7 @@ from torch import fx
 
 from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.quant_input import quantized_input
-from qfx.backends.onnx.quant_weights import Weight
+from qfx.backends.onnx.quant_weights import Weight, together
 from qfx.backends.onnx.values import Dim, Value, dim_of
 from qfx.format import Format
 from qfx.graph import is_call
@@ -156,7 +156,7 @@ def _weight(b: Builder, call: dict[str, Any], k: Dim) -> Weight:
 
 def _stacked(b: Builder, weights: list[Weight], found: Projections) -> tuple[Value, Value, Value]:
     """int8 codes [K, 3N], scales [3N] and biases [3N] of the three, in this order."""
-    name, width = f"{weights[0].name}.packed", found.heads * found.size
+    name, width = f"{weights[0].name}{together(w.name for w in weights)}", found.heads * found.size
     biases = [None if c["bias"] is None else b.tensor(c["bias"]) for c in found.arguments]
     codes = b.derived(
         name, torch.int8, (weights[0].k, 3 * width), lambda: torch.cat([w.codes().t() for w in weights], 1).contiguous()
@@ -165,8 +165,9 @@ def _stacked(b: Builder, weights: list[Weight], found: Projections) -> tuple[Val
         f"{name}.scale", torch.float32, (3 * width,), lambda: torch.cat([w.factor().reshape(-1) for w in weights])
     )
     zeros = torch.zeros(width)
+    added = (f"{w.name} {c['bias']}" for w, c in zip(weights, found.arguments, strict=True))
     bias = b.derived(
-        f"{name}.bias",
+        f"{weights[0].name}{together(added)}.bias",
         torch.float32,
         (3 * width,),
         lambda: torch.cat([zeros if t is None else t.detach().float() for t in biases]),

@@ -21,7 +21,7 @@ from torch import Tensor
 from qfx.backends.onnx.branch import choose
 from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.quant_input import quantized_input
-from qfx.backends.onnx.quant_weights import Weight
+from qfx.backends.onnx.quant_weights import Weight, together
 from qfx.backends.onnx.values import Value
 from qfx.format import Format
 
@@ -66,7 +66,7 @@ def product(b: Builder, x: Value, weights: Sequence[Weight], bias: Value | None,
 
 def _columns(b: Builder, weights: Sequence[Weight], n: int) -> tuple[Value, Value]:
     """int8 codes [K, N] and scales [N], one per output feature."""
-    name = f"{weights[0].name}.prompt"
+    name = f"{weights[0].name}{together(w.name for w in weights) if len(weights) > 1 else ''}.prompt"
 
     def codes() -> Tensor:
         found = torch.empty(weights[0].k, n, dtype=torch.int8)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,24 @@ from qfx.backends.onnx.build import Builder
 from qfx.backends.onnx.values import Dim, Value
 from qfx.format import Format
 from qfx.numerics import dequantize, effective_scale
-from qfx.packing import unpack_codes, unpack_zeros
+from qfx.packing import pack_bits, unpack_codes, unpack_zeros
+
+
+def _only_size(b: Builder, fmt: Format, stored: int) -> int | None:
+    """The last size of an input that was traced with a symbol and can only be what the weight's codes fill (channels of
+    a convolution over audio): that of the traced call. None where the codes were packed of another size."""
+    x = b.node.args[0] if b.node is not None and b.node.args else None
+    size = x.meta["val"].shape[-1] if isinstance(x, fx.Node) else None
+    if fmt.bits == 8 or not isinstance(size, torch.SymInt) or not size.node.has_hint():
+        return stored if fmt.bits == 8 else None
+    traced, group = int(size.node.hint), fmt.group or 1
+    whole = torch.zeros(1, -(-traced // group) * group, dtype=torch.uint8)  # codes fill whole groups
+    return traced if pack_bits(whole, fmt.bits).shape[-1] == stored else None
+
+
+def together(names: Iterable[str]) -> str:
+    """What the name of the first of several tensors gains where they are one: something else in any other company."""
+    return f".packed-{hashlib.sha256(chr(10).join(names).encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -31,8 +49,8 @@ class Weight:
     def of(cls, b: Builder, nodes: Sequence[Any], fmt: Format, k: Dim) -> Weight:
         """From the arguments (codes, scale, zero), which must be the model's own tensors."""
         codes = nodes[0]
-        if not isinstance(k, int) and fmt.bits == 8 and isinstance(codes, fx.Node) and codes.op == "get_attr":
-            k = b.tensor(codes).shape[-1]  # the input was traced with a symbolic size that can only be this one
+        if not isinstance(k, int) and isinstance(codes, fx.Node) and codes.op == "get_attr":
+            k = _only_size(b, fmt, b.tensor(codes).shape[-1]) or k
         if not isinstance(k, int):
             raise NotImplementedError("a packed weight with a size that is not a number")
         for node in nodes:

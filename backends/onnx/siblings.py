@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from qfx.backends.onnx.build import Builder
-from qfx.backends.onnx.quant_weights import Weight
+from qfx.backends.onnx.quant_weights import Weight, together
 from qfx.backends.onnx.values import Dim, Value
 from qfx.format import Format
 from qfx.graph import is_call
@@ -83,9 +83,9 @@ def stacked_bias(b: Builder, group: list[Sibling]) -> Value | None:
     if all(one.bias is None for one in group):
         return None
     made = [torch.zeros(one.weight.n) if one.bias is None else one.bias.float() for one in group]
-    return b.derived(
-        f"{group[0].weight.name}.packed.bias", torch.float32, (sum(map(len, made)),), lambda: torch.cat(made)
-    )
+    names = (f"{one.weight.name} {arguments(one.node)['bias']}" for one in group)
+    name = f"{group[0].weight.name}{together(names)}.bias"
+    return b.derived(name, torch.float32, (sum(map(len, made)),), lambda: torch.cat(made))
 
 
 def split(b: Builder, whole: Value, group: list[Sibling]) -> Value:

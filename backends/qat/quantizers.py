@@ -156,7 +156,10 @@ class WeightQuantizer(Quantizer):
         scale, zero = self.current()
         found = F.embedding(ids, weight, padding_idx)
         zeros = None if zero is None else F.embedding(ids, zero)
-        return fake_quantize(found, self.format, F.embedding(ids, scale), zeros, factor=self.factor)
+        values = fake_quantize(found, self.format, F.embedding(ids, scale), zeros, factor=self.factor)
+        return (
+            values.clone()
+        )  # the backward needs them as they are, and models scale or mask what they look up in place
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> Packed:

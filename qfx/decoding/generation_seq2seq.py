@@ -212,7 +212,9 @@ class OnnxSeq2SeqLM(Generator):
     forward = __call__
 
     def _step(self, ids: Tensor, mask: Tensor, places: Tensor, cache: CrossCache, fixed: dict[str, Tensor]) -> Tensor:
-        feeds = {**fixed, IDS: ids, MASK: mask}
+        feeds = {**fixed, IDS: ids}
+        if MASK in self._runner.inputs:
+            feeds[MASK] = mask
         if POSITIONS in self._runner.inputs:
             feeds[POSITIONS] = places
         return self._run(feeds, cache, *mask.shape)

@@ -45,7 +45,11 @@ def is_pretrained(model: nn.Module) -> bool:
 
 def attach(model: nn.Module, recipe: Recipe | None) -> nn.Module:
     """Let a quantized transformers model know its quantizer, so that `save_pretrained` writes what `from_pretrained`
-    reads. Other models, and those that another quantizer holds, are left alone."""
+    reads. Other models, and those that another quantizer holds, are left alone. Parts without parameters tell their
+    device."""
+    from qfx.hf.parameterless import tell_device  # it needs the quantized modules, which need transformers nowhere
+
+    tell_device(model)
     if is_pretrained(model) and getattr(model, "hf_quantizer", None) is None:
         from qfx.hf.quantizer import mark
 

@@ -48,5 +48,12 @@ class QfxConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """A JSON-able dictionary, as config.json holds it."""
         return {**wrap(self.recipe, self.model), **({"strict": True} if self.strict else {})}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> QfxConfig:
+        # Models copy their configuration in forwards (encoder-decoders with a new cache), and Dynamo traces that: it
+        # finds no end in pydantic's own copy. Recipe and record are not changed by anyone, so that copies share them.
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()

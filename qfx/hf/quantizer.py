@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from qfx.errors import explain
 from qfx.hf.attach import METHOD, register_when_loaded
 from qfx.hf.config import QfxConfig
+from qfx.hf.parameterless import tell_device
 from qfx.hf.saved import Placed
 from qfx.kv.held import is_quantized
 from qfx.kv.live import with_caches
@@ -91,7 +92,7 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._placed = self._streaming = None
         _name_as_they_are(model)
         model.config.quantization_config = self.quantization_config = QfxConfig.of(config.recipe)  # type: ignore[union-attr]
-        return model
+        return tell_device(model)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether the weight of this name is packed while it is loaded."""

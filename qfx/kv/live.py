@@ -5,7 +5,6 @@ A cache that the caller gives, `use_cache=False` and `cache_implementation=...` 
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from qfx.kv.formats import CacheFormat
 from qfx.kv.held import HELD, caches_of
 from qfx.kv.planning import check_model, dtype_of
 from qfx.kv.plans import layer_formats, plain_of, read
-from qfx.live.subclass import subclass
+from qfx.live.subclass import class_maker, subclass
 from qfx.pipeline import told
 
 _SAID = "qfx_caches_said"
@@ -68,7 +67,7 @@ def new_cache(model: nn.Module) -> Any:
     return EncoderDecoderCache(made, other)
 
 
-@functools.cache
+@class_maker
 def _class_of(base: type[nn.Module]) -> type[nn.Module]:
     own: Any = base
 

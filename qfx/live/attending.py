@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from qfx.annotation import Formats, each, show
 from qfx.errors import Note, UnsupportedError, explain, warn
 from qfx.live.modules import without_fast_paths
-from qfx.live.subclass import subclass
+from qfx.live.subclass import class_maker, subclass
 from qfx.ops import attention as attention_ops
 from qfx.ops.heads import ROLES, read
 from qfx.passes.quantize_attention import BY_HAND, SDPA, numbers
@@ -220,7 +220,7 @@ def catching(
     return forward
 
 
-@functools.cache
+@class_maker
 def _class_of(base: type[nn.Module]) -> type[nn.Module]:
     def say(module: nn.Module) -> None:
         spec = module.__dict__[HELD]

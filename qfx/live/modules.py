@@ -7,7 +7,6 @@ of experts, the table of an embedding with its own forward) is stored packed and
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 import qfx.ops.packed
 import qfx.rewrites.rotation  # noqa: F401  (both register torch.ops.qfx)
 from qfx.format import Format
+from qfx.live.subclass import class_maker
 from qfx.packing import Packed
 from qfx.reporting.rows import Row
 
@@ -288,7 +288,7 @@ def pack_parameter(module: nn.Module, name: str, packed: Packed, *, transposed: 
     module.__class__ = _packed_class(base, tuple(specs))
 
 
-@functools.cache
+@class_maker
 def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     def reader(name: str) -> property:
         return property(lambda self: _read(self, name))

@@ -20,12 +20,13 @@ _PACKED = re.compile(r"(^|[._])(w|rows\d+|columns\d+)_(codes|scale|zero)$")
 
 
 def live_rows(model: nn.Module, told: Collection[str]) -> Iterator[Row]:
-    """Rows of the modules and packed parameters of `model` that are not in `told`, the names of rows there are already.
+    """Rows of the modules, packed parameters and float matrices of `model` that are not in `told`, the names of rows
+    there are already.
 
     A float module whose weight is tied to that of a module in `told` is left out: the weight is told there. Packed
     codes that two modules hold (a tied table) count at the first.
     """
-    pointers = {_pointer(m) for fqn, m in model.named_modules() if fqn in told} - {None}
+    pointers = {found for fqn, m in model.named_modules() if fqn in told and (found := _pointer(m)) is not None}
     seen: set[int] = set()
     for fqn, module in model.named_modules():
         row = getattr(module, "qfx_row", None)
@@ -34,13 +35,30 @@ def live_rows(model: nn.Module, told: Collection[str]) -> Iterator[Row]:
             assert codes, fqn
             yield replace(row(fqn), shared=codes <= seen)
             seen |= codes
-        elif getattr(module, "qfx_packed", None):
+            continue
+        if getattr(module, "qfx_packed", None):
             yield from packed_rows(fqn, module)
         elif _is_float(module) and (fqn in told or _pointer(module) not in pointers):
             weight = module._parameters["weight"]
             assert weight is not None
             yield Row(fqn, _kind(module), "", "torch", "", weight.numel(), weight.nbytes, weight.nbytes)
+        if not _is_float(module):
+            yield from _float_matrices(fqn, module, told, pointers)
     yield from attention_rows(model)
+
+
+def _float_matrices(fqn: str, module: nn.Module, told: Collection[str], pointers: set[int]) -> Iterator[Row]:
+    """Rows of the float matrices that a module's own forward reads: experts, recurrent layers, tables of positions.
+
+    pointers: of tensors that have a row; those that get one here are added.
+    """
+    for name, tensor in module._parameters.items():
+        if tensor is None or not tensor.is_floating_point() or sum(size > 1 for size in tensor.shape) < 2:
+            continue
+        path = (f"{fqn}.{name}" if fqn else name).removesuffix(".weight")
+        if path not in told and tensor.data_ptr() not in pointers:
+            pointers.add(tensor.data_ptr())
+            yield Row(path, "parameter", "", "torch", "", tensor.numel(), tensor.nbytes, tensor.nbytes)
 
 
 def packed_rows(fqn: str, module: nn.Module) -> list[Row]:
@@ -57,7 +75,7 @@ def packed_rows(fqn: str, module: nn.Module) -> list[Row]:
 
 
 def why_not(model: nn.Module, fqn: str, failed: dict[str, str], records: Sequence[GraphRecord]) -> str:
-    """Why a module of a model that was compiled is not quantized all the same.
+    """Why a module, or a parameter of one, of a model that was compiled is not quantized all the same.
 
     failed: FQN -> reason, for modules whose graph could not be had. records: those of the model's compiled graphs.
     """
@@ -66,9 +84,10 @@ def why_not(model: nn.Module, fqn: str, failed: dict[str, str], records: Sequenc
     if any(f"{fqn}.weight" == name for record in records for name, _ in record.weights):
         return "the graph reads its weight as a plain tensor: stays float"
     parts = fqn.split(".")
+    modules = dict(model.named_modules(remove_duplicate=False))
     for length in range(len(parts), -1, -1):
         path = ".".join(parts[:length])
-        module = model.get_submodule(path)
+        module = modules.get(path, model)
         if getattr(module.forward, "_torchdynamo_disable", False) or _is_disabled(module):
             return f"{path or 'the model'} is excluded from compilation (torch._dynamo.disable): runs in torch"
     limits = [note.reason for note in limit_notes(records)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qfx.errors import UnsupportedError, explain
-from qfx.live.subclass import subclass
+from qfx.live.subclass import class_maker, subclass
 
 
 def centred(module: nn.Module) -> nn.Module:
@@ -44,7 +43,7 @@ def is_centred(module: nn.Module) -> bool:
     return hasattr(type(module), "qfx_centred")
 
 
-@functools.cache
+@class_maker
 def _class_of(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.LayerNorm, input: Tensor) -> Tensor:  # noqa: A002  (nn.LayerNorm's own name)
         y = F.rms_norm(input, self.normalized_shape, self.weight, self.eps)

@@ -31,8 +31,9 @@ _OPERAND = {"aten::linear": 1, "qfx::grouped_linear": 1, "aten::embedding": 0}  
 class Program:
     """The calls of a graph in order, without those that are the same for every batch.
 
-    nodes: the calls. position: of each. constants: parameters, and calls of nothing else; they are computed when they
-    are read. tensors: scales of static inputs, by "<FQN>/x_scale" and "<FQN>/x_zero".
+    nodes: the calls. position: of each. constants: parameters, and calls of nothing else that have no weight to round
+    (DeBERTa's projections of relative positions have one); they are computed when they are read. tensors: scales of
+    static inputs, by "<FQN>/x_scale" and "<FQN>/x_zero".
     """
 
     def __init__(self, gm: fx.GraphModule, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -41,9 +42,8 @@ class Program:
         self.constants: set[fx.Node] = set()
         self.nodes: list[fx.Node] = []
         for node in gm.graph.nodes:
-            if node.op == "get_attr" or (
-                node.op == "call_function" and self.constants.issuperset(node.all_input_nodes)
-            ):
+            fixed = node.op == "call_function" and self.constants.issuperset(node.all_input_nodes)
+            if node.op == "get_attr" or (fixed and "w" not in annotation.get(node)):
                 self.constants.add(node)
             elif node.op not in ("placeholder", "output"):
                 assert node.op == "call_function", f"a prepared graph calls functions only: {node.format_node()}"

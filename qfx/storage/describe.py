@@ -158,7 +158,15 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
     return found[0] if found else torch.float32
 
 
-def _implementations(config: Any) -> dict[str, str]:
+def _implementations(config: Any) -> dict[str, Any]:
     """Which attention and experts a transformers model runs: its config's JSON does not say."""
-    found = {name: getattr(config, f"_{name}", None) for name in ("attn_implementation", "experts_implementation")}
-    return {name: value for name, value in found.items() if isinstance(value, str)}
+    found = {name: _implementation(config, f"_{name}") for name in ("attn_implementation", "experts_implementation")}
+    return {name: value for name, value in found.items() if isinstance(value, str | dict)}
+
+
+def _implementation(config: Any, name: str) -> Any:
+    """A word for the whole model, or one for each part that has a config of its own, as transformers takes them."""
+    own = getattr(config, name, None)
+    parts = {key: getattr(config, key, None) for key in getattr(config, "sub_configs", ())}
+    each = {key: _implementation(part, name) for key, part in parts.items() if part is not None}
+    return own if all(value == own for value in each.values()) else {"": own, **each}

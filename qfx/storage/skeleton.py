@@ -14,7 +14,7 @@ from qfx.errors import explain
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
-def skeleton(path: Path, name: str, *, dtype: torch.dtype, implementations: Mapping[str, str]) -> nn.Module:
+def skeleton(path: Path, name: str, *, dtype: torch.dtype, implementations: Mapping[str, Any]) -> nn.Module:
     """The model of class `name` that `config.json` in a folder describes, its weights without content.
 
     implementations: attn_implementation and experts_implementation of the saved model. Raises ValueError where there is
@@ -38,7 +38,7 @@ def skeleton(path: Path, name: str, *, dtype: torch.dtype, implementations: Mapp
     return model
 
 
-def of_config(config: Any, *, dtype: torch.dtype, implementations: Mapping[str, str], name: str = "") -> nn.Module:
+def of_config(config: Any, *, dtype: torch.dtype, implementations: Mapping[str, Any], name: str = "") -> nn.Module:
     """The model of a transformers config, its weights without content. ValueError where its class is not known.
 
     name: of the class; "" for the first of the config's architectures.

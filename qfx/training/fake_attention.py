@@ -24,7 +24,7 @@ from qfx.kv.plans import Cached, read
 from qfx.live import attending
 from qfx.live.attending import Spec
 from qfx.live.modules import PREPARED
-from qfx.live.subclass import subclass
+from qfx.live.subclass import class_maker, subclass
 from qfx.numerics import QParams
 from qfx.ops import heads as attention_heads
 from qfx.ops.attention import Operand, Rounders, attend, centre, is_centred
@@ -157,7 +157,7 @@ def put_trained(plan: Plan, module: nn.Module) -> None:
             plan.tensors[f"{fake.spec['name']}/{role}_zero"] = zero
 
 
-@functools.cache
+@class_maker
 def _class_of(base: type[nn.Module]) -> type[nn.Module]:
     forward = attending.catching(base, lambda self: self._modules[CHILD], _say)
     return subclass(base, {"forward": forward, PREPARED: getattr(base, PREPARED, base)}, "Fake")

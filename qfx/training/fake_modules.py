@@ -8,7 +8,6 @@ format, its quantizer being the child `fake_quant_<name>`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from qfx.backends.qat.quantizers import InputQuantizer, RunTimeInput, WeightQuantizer
 from qfx.live.modules import PREPARED, QuantConv, rotated
 from qfx.live.segments import Segment, in_order, take
-from qfx.live.subclass import subclass
+from qfx.live.subclass import class_maker, subclass
 
 
 class FakeWeight(nn.Module):
@@ -179,12 +178,12 @@ def _conv(self: Any, x: Tensor) -> Tensor:
 _FORWARDS = {"linear": _linear, "table": _table, "conv": _conv}
 
 
-@functools.cache
+@class_maker
 def _class_of(base: type[nn.Module], kind: str) -> type[nn.Module]:
     return subclass(base, {"forward": _FORWARDS[kind], PREPARED: base}, "Fake")
 
 
-@functools.cache
+@class_maker
 def _reading_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     def reader(name: str) -> property:
         return property(lambda self: getattr(self, f"fake_quant_{name}").read(self._parameters[name]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -144,3 +145,30 @@ def test_several_formats_where_one_is_taken_are_told() -> None:
     (note,) = annotate(gm, recipe({"target": "up", "w": ["i8/ch", "i4/tok"]}))
     assert note.reason == "w=[i8/ch,i4/tok] was asked, but a weight's scale is not found at run time"
     assert "#" not in dump(gm)
+
+
+def others(own: Any, x: torch.Tensor) -> Any:
+    image = x[:, :, None, None] * torch.ones(3, 4, 2, 2)
+    y = nn.functional.bilinear(x, x, own.pair)
+    return own.up(own.lstm(x)[0]), torch.baddbmm(x[None], x[None], own.square[None].exp()), own.spread(image), y
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({}, ["bilinear", "lstm", "conv_transpose2d"]),
+        ({"ignore": ("*lstm", "spread")}, ["bilinear"]),
+        ({"only": "linear"}, ["bilinear", "lstm"]),
+        ({"only": "embedding"}, []),
+    ],
+)
+def test_products_without_a_packed_form_are_told(fields: dict[str, Any], told: list[str]) -> None:
+    layers = {"up": nn.Linear(4, 8), "lstm": nn.LSTM(4, 4), "spread": nn.ConvTranspose2d(4, 2, 2)}
+    tensors = {"pair": torch.randn(3, 4, 4), "square": torch.randn(4, 4)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attributes self.lstm")  # torch.export's, of weights in a list
+        gm = capture(Function(others, **layers, **tensors), torch.randn(3, 4))
+    kinds = [fields.pop("only")] if "only" in fields else ["linear", "conv"]
+    notes = annotate(gm, recipe(*({"target": kind, "w": "i8/ch"} for kind in kinds), **fields))
+    assert [note.reason.split(" ")[0] for note in notes] == told
+    assert all("stays in float" in note.reason and note.next_step and note.where for note in notes)

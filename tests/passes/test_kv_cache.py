@@ -113,3 +113,11 @@ def test_what_is_no_cache_stays(function: Any) -> None:
 
 def test_inputs_that_are_not_named_are_no_caches() -> None:
     assert counts(fused(attend, pasts=("inputs_4",))).get("cached_attention", 0) == 0
+
+
+def test_a_decoder_that_reads_no_mask_is_left_alone() -> None:
+    """Nothing tells how many tokens of its cache are there (FSMT)."""
+    gm = capture(Function(lambda _, past: past * 2), torch.randn(1, 2, 3, 4))
+    (past,) = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    assert not kv_cache(gm, pasts=[past], total="attention_mask", new="input_ids")
+    assert shared(gm) == {}

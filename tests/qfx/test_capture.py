@@ -272,3 +272,48 @@ def test_a_model_that_looks_for_overflow_in_float16() -> None:
     with pytest.raises(UnsupportedError, match=r"or take model.float\(\)"):
         capture_export(Clamped(4, 4).half(), (x.half(),))
     assert capture_export(Clamped(4, 4), (x,)).gm is not None
+
+
+def test_a_module_that_keeps_state_has_its_names() -> None:
+    """Dynamo finds tensors by way of __dict__ in a module whose forward sets an attribute."""
+
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.state, self.inner, self.scale = torch.zeros(1), nn.Linear(4, 4), nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Any:
+            self.state = x.mean()
+            return self.inner(x * self.scale)
+
+    door, _ = through_dynamo(nn.Sequential(nn.Linear(4, 4), Keeping()), torch.randn(2, 4))
+    assert set(dict(door.only.gm.named_parameters())) == {
+        "0.weight",
+        "0.bias",
+        "1.inner.weight",
+        "1.inner.bias",
+        "1.scale",
+    }
+
+
+@pytest.mark.parametrize("instance", [False, True])
+def test_sizes_vary_beside_arguments_that_kwargs_take(instance: bool) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, **kwargs: Any) -> Any:
+            return self.inner(x) * kwargs["scale"] if kwargs["turn"] else None
+
+    model = Outer()
+    if instance:
+        model.forward = model.forward  # type: ignore[method-assign]  # as accelerate's hooks put it there
+    held = dict(model.__dict__)
+    x, given = torch.randn(2, 3, 4), {"turn": True, "scale": torch.ones(4)}
+    captured = capture_export(model, (x,), given)
+    assert model.__dict__ == held
+    more = torch.randn(5, 7, 4)
+    assert torch.equal(captured.gm(*captured.flatten((more,), given))[0], model(more, **given))
+    linear = next(n for n in captured.gm.graph.nodes if graph.op_name(n) == "linear")
+    assert "test_capture.py" in linear.meta["stack_trace"].splitlines()[-2] or "linear.py" in linear.meta["stack_trace"]

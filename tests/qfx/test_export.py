@@ -229,6 +229,23 @@ def test_prompts_in_other_ways_are_refused(tmp_path: Path, options: dict[str, An
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("recipe", ["w4a16", "w8a8", "nf4"])
+def test_channels_that_trace_as_a_size_which_varies(tmp_path: Path, recipe: str) -> None:
+    """As those of Whisper's first convolution: torch.export's symbol can only be what the weight was packed for."""
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(nn.Conv1d(6, 8, 3, padding=1), nn.GELU(), nn.Conv1d(8, 5, 3)).eval()
+    x = torch.randn(2, 6, 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QfxWarning)
+        model = qfx.quantize(model, recipe, [x])
+        qfx.export_onnx(model, x, tmp_path / "m.onnx")
+    session = ort.InferenceSession(tmp_path / "m.onnx")
+    more = torch.randn(3, 6, 31)
+    (found,) = session.run(None, {session.get_inputs()[0].name: more.numpy()})
+    with torch.no_grad():
+        assert sqnr(model(more), torch.from_numpy(found)) >= 34
+
+
 def test_a_compiled_model(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

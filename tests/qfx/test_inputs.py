@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -66,6 +67,26 @@ def test_short_positions_and_small_vocabularies() -> None:
     model(**found)
 
 
+def test_configurations_without_positions_or_a_vocabulary_of_their_own() -> None:
+    import transformers
+
+    config = transformers.XLNetConfig(vocab_size=40, d_model=8, n_layer=1, n_head=2, d_inner=8)
+    assert config.max_position_embeddings == -1
+    found = example_inputs(transformers.XLNetModel(config))
+    assert found is not None and found["input_ids"].shape == (2, 16)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    hashed = transformers.CanineModel(transformers.CanineConfig(**sizes, num_hash_buckets=16))
+    found = example_inputs(hashed)
+    assert found is not None and found["input_ids"].shape == (2, 16)
+    encoder = transformers.ViTConfig(**sizes, image_size=16, patch_size=8)
+    decoder = transformers.BertConfig(**sizes, vocab_size=5, is_decoder=True, add_cross_attention=True)
+    both = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    found = example_inputs(pair := transformers.VisionEncoderDecoderModel(both).eval())
+    assert found is not None and found["pixel_values"].shape == (2, 3, 16, 16)
+    assert int(found["decoder_input_ids"].max()) < 5
+    pair(**found)
+
+
 def test_sound_models() -> None:
     import transformers
 
@@ -89,6 +110,20 @@ def test_no_cache_is_asked_for_where_there_is_one() -> None:
     given: dict[str, Any] = {"x": 1, "use_cache": True}
     assert without_cache(Cached(), given) == {"x": 1, "use_cache": False} and given["use_cache"]
     assert without_cache(nn.Linear(1, 1), {"input": 1}) == {"input": 1}
+
+
+def test_a_forward_that_hands_use_cache_on_is_asked_for_none() -> None:
+    import transformers
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = transformers.LlamaConfig(**sizes, vocab_size=40, pad_token_id=0)
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(text_config=text, vision_config=vision, vision_feature_layer=-1)
+    )
+    assert "use_cache" not in inspect.signature(model.forward).parameters
+    assert without_cache(model, {})["use_cache"] is False
+    assert "use_cache" not in without_cache(ZOO["vit"]()[0], {}), "it has no cache"
 
 
 def test_other_models_are_not_guessed() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import qfx
 from qfx.live.modules import quantized_parts
@@ -176,6 +176,42 @@ def test_bad_input_is_refused_before_anything_changes(tmp_path: Path) -> None:
         qfx.convert(model)
     with pytest.raises(ValueError, match="torch.nn.Module"):
         qfx.convert("model")  # type: ignore[arg-type]
+
+
+def test_a_frozen_table_is_rounded_and_stays() -> None:
+    """As models freeze their positions (Whisper, Marian)."""
+    model: Any = net()
+    model.table.weight.requires_grad_(False)
+    with pytest.warns(qfx.QfxWarning, match="table: its table is frozen: it is rounded and does not learn"):
+        prepared(model, "w8a16", DATA)
+    before = model(ids())
+    model(ids()).square().mean().backward()
+    assert model.table.weight.grad is None and model.up.weight.grad is not None
+    assert torch.equal(qfx.convert(model)(ids()), before)
+
+
+@pytest.mark.parametrize("scales", ["learned", "observed"])
+def test_what_is_looked_up_may_change_in_place(scales: Any) -> None:
+    """As CTRL and BLIP do with the rows of their embeddings."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(16, 8), nn.Linear(8, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            x *= 3.0
+            y: Tensor = self.out(x)
+            return y
+
+    model = qfx.prepare_qat(Scaled(), "w8a16", [torch.arange(6)], scales=scales)
+    twin = copy.deepcopy(model)
+    model(torch.arange(6)).square().mean().backward()
+    twin.forward = lambda ids: twin.out(twin.embed(ids) * 3.0)  # type: ignore[operator]
+    twin(torch.arange(6)).square().mean().backward()
+    for (name, one), (_, other) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad), name
 
 
 @pytest.mark.parametrize(

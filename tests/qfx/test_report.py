@@ -89,6 +89,42 @@ def test_totals_where_some_is_float() -> None:
     assert ignored.asked == "" == ignored.reason and ignored.bytes_before == ignored.bytes_after
 
 
+def test_float_matrices_that_are_no_layers_have_rows_and_count() -> None:
+    """Experts, recurrent layers and other parameters of a forward of its own are seen where they stay in float."""
+    model, _ = ZOO["mixtral"]()
+    report = qfx.report(qfx.quantize(model, "w4a16", ignore=["*experts*"]))
+    rows = [row for row in report.rows if not row.quantized and row.op != "attention"]
+    assert [row.node.rpartition(".")[2] for row in rows] == ["gate_up_proj", "down_proj"] * 2
+    assert {(row.op, row.kernel) for row in rows} == {("parameter", "torch")}
+    experts = sum(p.nbytes for name, p in model.named_parameters() if "experts" in name)
+    assert sum(row.bytes_after for row in rows) == experts
+    assert report.totals["weight_coverage"] < 0.3
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.lstm, self.norm = nn.Linear(8, 8), nn.LSTM(8, 8), nn.LayerNorm(8)
+            self.table = self.other = nn.Parameter(torch.randn(1, 5, 8))
+            self.token = nn.Parameter(torch.randn(1, 1, 8))
+
+    with pytest.warns(QfxWarning, match="not seen: 0.table"):
+        report = qfx.report(qfx.quantize(nn.Sequential(Recurrent()), "w8a8"))
+    told = {row.node: row.op for row in report.rows}
+    assert told == {"0.first": "linear", "0.lstm.weight_ih_l0": "parameter", "0.lstm.weight_hh_l0": "parameter"} | {
+        "0.table": "parameter"
+    }
+
+
+def test_a_parameter_of_a_compiled_graph_has_the_row_of_its_product() -> None:
+    model, inputs = ZOO["mixtral"]()
+    recipe = qfx.Recipe.parse("w4a16").override(ignore=["*experts*"])
+    compiled = torch.compile(model, backend="qfx", options={"recipe": recipe, "backend": "reference"})  # type: ignore[dict-item]
+    with torch.no_grad():
+        compiled(**inputs)
+    found = [row for row in qfx.report(compiled).rows if "experts" in row.node]
+    assert len(found) == 4 and {row.op for row in found} == {"experts"}
+
+
 def test_totals_of_rows_whose_work_is_not_known() -> None:
     known = Row("a", "linear", "w=i8/ch", elements=10, bytes_before=40, bytes_after=10, macs=100)
     unknown = Row("b", "linear", elements=30, bytes_before=120, bytes_after=120)

@@ -144,6 +144,18 @@ def test_transformers_configs_come_along(tmp_path: Path) -> None:
     assert torch.equal(first, loaded.generate(ids(), do_sample=False)) and first.shape[1] == ids().shape[1] + 5
 
 
+def test_parts_keep_the_attention_that_each_runs(tmp_path: Path) -> None:
+    """Also where a part knows no other: the backbone of a DETR."""
+    model, inputs = ZOO["clip"]()
+    model.set_attn_implementation({"": "sdpa", "vision_config": "eager"})  # type: ignore[operator]
+    qfx.save(qfx.quantize(model, "w8a8"), tmp_path)
+    loaded: Any = qfx.load(tmp_path)
+    assert loaded.config.text_config._attn_implementation == "sdpa"
+    assert loaded.vision_model.config._attn_implementation == "eager"
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits_per_image, model(**inputs).logits_per_image)
+
+
 def test_loading_uses_up_no_random_numbers_and_no_weights(tmp_path: Path) -> None:
     save(qfx.quantize(ZOO["gpt2"]()[0]), tmp_path)
     state = torch.random.get_rng_state()

@@ -108,6 +108,20 @@ def test_composite_operators_are_kept() -> None:
     ]
 
 
+@pytest.mark.parametrize("call", [F.dropout, torch.dropout])
+def test_what_dropout_leaves_may_change_in_place(call: Callable[..., Tensor]) -> None:
+    """In eval mode it gives its input itself, as older models multiply by their mask afterwards (XLM)."""
+
+    def forward(x: Tensor) -> Tensor:
+        y = call(x + 1, 0.1, False)
+        y *= 2
+        return y
+
+    gm, mutated = traced(forward, torch.randn(3))
+    assert mutated == [] and ops(gm) == ["add.Tensor", "mul.Tensor"]
+    assert torch.equal(gm(torch.ones(3))[0], torch.full((3,), 4.0))
+
+
 def test_outputs_are_flat() -> None:
     gm, _ = traced(lambda x: {"a": x + 1, "b": [x + 2, (x + 3,)], "c": None}, torch.zeros(2))
     assert [None if y is None else float(y[0]) for y in gm(torch.zeros(2))] == [1.0, 2.0, 3.0, None]

@@ -106,6 +106,29 @@ def test_a_weight_that_is_used_twice_stays_alone() -> None:
     assert min(numbers(function, gm, file)) > 34
 
 
+@pytest.mark.parametrize("prefill", [False, True])
+def test_a_weight_in_two_companies(prefill: bool) -> None:
+    """As DeBERTa's query projection, of the text beside keys and values, of positions beside those of other layers."""
+
+    def forward(own: Any, x: Tensor) -> Any:
+        x, found = x * own.ones, []
+        for factor, pair in ((1.0, (0, 1)), (2.0, (0, 2))):
+            y = x * factor
+            for i in pair:
+                bias = own.bias0 if (i, factor) == (0, 2.0) else None
+                w, scale = getattr(own, f"w{i}"), getattr(own, f"scale{i}")
+                found.append(torch.ops.qfx.linear(y, w, scale, None, bias, None, None, None, "", "i4/g16"))
+        return tuple(found)
+
+    function, _ = graph_of(["i4/g16"] * 3, [32, 32, 32], biased=(0,))
+    function.function = forward
+    gm = capture(function, torch.randn(2, 5, 48), dynamic=True)
+    run.run(gm, [cleanup])
+    file = File(gm, prefill=prefill)
+    assert prefill or file.kinds["MatMulNBits"] == 2
+    assert min(numbers(function, gm, file)) > 34
+
+
 def test_the_packed_weight_is_the_only_one_in_the_file() -> None:
     _, gm = graph_of(["i4/g16"] * 3, [64, 64, 64], k=64)
     held = [t for t in File(gm).stage.model.graph.initializer if len(t.dims) == 3]

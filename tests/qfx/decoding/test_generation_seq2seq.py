@@ -366,3 +366,22 @@ def test_one_file_without_a_cache(tmp_path: Path) -> None:
         expected = model(input_ids=inputs["input_ids"], decoder_input_ids=inputs["decoder_input_ids"]).logits
     given = {name: inputs[name] for name in loaded.inputs}
     assert sqnr(expected, loaded(**given)["logits"]) > 100
+
+
+@pytest.mark.slow
+def test_a_decoder_that_reads_no_mask_of_its_own(tmp_path: Path) -> None:
+    """FSMT's attention is causal without one: the file has no such input, and generation gives none."""
+    import transformers
+
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    words = {"langs": ["en", "de"], "src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB}
+    torch.manual_seed(0)
+    model = transformers.FSMTForConditionalGeneration(transformers.FSMTConfig(**sizes, **heads, **words)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QfxWarning)
+        qfx.export_onnx(model, None, tmp_path)
+    loaded: Any = qfx.onnx.load(tmp_path)
+    ids = torch.randint(3, VOCAB, (2, 7))
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(loaded.generate(ids, **asked), model.generate(ids, **asked))

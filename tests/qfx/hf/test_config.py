@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
+import qfx
 from qfx import QfxConfig, Recipe
 from qfx.hf.quantizer import QfxHfQuantizer
+from tests.zoo import ZOO
 
 
 def test_what_a_recipe_may_be(tmp_path: Path) -> None:
@@ -56,3 +59,13 @@ def test_it_leads_to_the_quantizer() -> None:
 def test_an_unknown_key_is_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown key 'bits' in quantization_config in config.json"):
         QfxConfig.from_dict({"quant_method": "qfx", "bits": 4})
+
+
+def test_a_forward_that_copies_its_configuration_compiles() -> None:
+    """An encoder-decoder that makes its own cache copies its configuration, and Dynamo traces the copy."""
+    torch._dynamo.reset()
+    model, inputs = ZOO["bart"]()
+    model = qfx.quantize(model, "w8a8")
+    with torch.no_grad():
+        found = torch.compile(model, backend="eager")(**inputs | {"use_cache": True})
+        assert torch.equal(found[0], model(**inputs)[0])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import qfx
 from qfx import graph
 from qfx.format import Format
 from qfx.numerics import fake_quantize
@@ -231,3 +232,26 @@ def test_what_is_no_causal_mask_is_left() -> None:
     ]  # fmt: skip
     for args, kwargs in taken:
         assert lanes._without_mask(list(args), dict(kwargs)) == ([q, q, q], {"scale": 0.5, "is_causal": True})
+
+
+class Positions(nn.Module):
+    """A linear reads the input and, a second time, a table, as DeBERTa projects relative positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.both, self.out = nn.Parameter(torch.randn(5, 32)), nn.Linear(32, 32), nn.Linear(5, 32)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(self.both(x) @ self.both(self.table).transpose(0, 1))
+
+
+def test_a_linear_of_constants_has_a_place_and_its_weight_may_change() -> None:
+    torch.manual_seed(0)
+    model, x = Positions(), torch.randn(2, 7, 32)
+    gm, _, _ = annotated(model, RULES, [x])
+    program = Program(gm)
+    linears = [node for node in program.nodes if graph.schema_name(node) == "aten::linear"]
+    assert [graph.fqn_of(node) for node in linears].count("both") == 2
+    plan = qfx.plan(model, "w4a16", [x], avg_bits=5)
+    assert 4 < plan.sensitivities["allocation"]["average_bits"] <= 5
+    qfx.quantize(model, plan)(x)
