@@ -99,7 +99,7 @@ def search(full: Tensor, fmt: Format, importance: Importance | None = None) -> Q
 
 
 def shares_of(fmt: Format) -> tuple[float, ...]:
-    """The shares of the extremes that are worth trying, 1 first. 8-bit floats have 3 or 2 bits between powers of two."""
+    """Shares of the extremes that are worth trying, 1 first. 8-bit floats have 3 or 2 bits between powers of two."""
     return SHARES[5 if fmt.is_float and fmt.bits == 8 else fmt.bits]
 
 
