@@ -6,11 +6,12 @@ about padding than about text where short samples are put beside long ones.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Attended: TypeAlias = Mapping[tuple[int, ...], Tensor]  # [B, T] -> bool of that shape, True at tokens
 _MASK, _DECODER = "attention_mask", "decoder_"
@@ -33,6 +34,13 @@ def attended(names: Sequence[str], batch: Sequence[Any]) -> Attended:
         for shape in [tuple(value.shape) for name, value in given.items() if _DECODER in name]:
             found.pop(shape, None)
     return {shape: mask for shape, mask in found.items() if not bool(mask.all())}
+
+
+def attended_by(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Attended:
+    """The same for a call of a live model."""
+    named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    given = {**named, **kwargs}
+    return attended(list(given), list(given.values()))
 
 
 def without(x: Tensor, kept: Attended) -> Tensor:
