@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import fx
 
 from qfx import annotation
+from qfx.calibration.padding import attended
 from qfx.data import check_batch, telling
 from qfx.errors import Note, QfxWarning, explain
 from qfx.passes.observe import Make, Observers, Roles, insert_observers, remove_observers
@@ -41,6 +42,8 @@ def calibrate(
 ) -> list[Note]:
     """Feed the observers of `gm` (see `insert_observers`). Each batch is the graph's inputs in placeholder order.
 
+    Positions that its attention mask leaves out are not observed (see `qfx.calibration.padding`).
+
     Runs without gradients and lets go of each value after its last use. `total` is for the progress bar, which shows
     only on a terminal. Returns notes about nodes that no data reached, and warns about them (QfxWarning). Raises
     ValueError where there is no batch, where one does not run or has another number of inputs, and where a watched
@@ -53,11 +56,11 @@ def calibrate(
         for batch in batches:
             count += 1
             check_batch(batch, inputs, count)
-            observers.batch = count
+            observers.batch, observers.attended = count, attended(inputs, batch)
             with telling(count):
                 Resting(gm).run(*batch)
             bar.advance(task)
-    observers.batch = None
+    observers.batch, observers.attended = None, {}
     if count == 0:
         raise ValueError(
             explain(

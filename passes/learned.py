@@ -59,17 +59,20 @@ class LearnedRounding:
         parts = [part for part in parts if not part.format.is_plain]
         if not parts:
             return []
-        wanted = [_floating(env) for env in block.outputs]
+        outputs = block.outputs
+        wanted = [_results(block, batch, env) for batch, env in enumerate(outputs)]
         if not wanted[0]:
             return _without_results(block, parts)
         started = time.perf_counter()
         full = {part.name: block.weight(part) for part in parts}
         found = learn(
-            lambda weights, batch: _floating(block.run(batch, {n: w.to(full[n].dtype) for n, w in weights.items()})),
+            lambda weights, batch: _results(
+                block, batch, block.run(batch, {n: w.to(full[n].dtype) for n, w in weights.items()})
+            ),
             {part.name: (full[part.name], part.format) for part in parts},
             wanted,
             steps=self.options.steps,
-            batches=-(-self.options.batch // max(1, len(wanted[0][0]))),
+            batches=-(-self.options.batch // max(1, len(_floating(outputs[0])[0]))),
             rate=self.options.learning_rate,
             optimizer=self.options.optimizer,
             reach=self.options.reach,
@@ -86,6 +89,11 @@ class LearnedRounding:
 def _floating(env: Env) -> list[Tensor]:
     """What a block gives that has a gradient, in the order of the graph."""
     return [value for value in env.values() if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def _results(block: Block, batch: int, env: Env) -> list[Tensor]:
+    """What the loss looks at: the block's floating results for a batch, without the positions that are padding."""
+    return [block.lane.rows(batch, value) for value in _floating(env)]
 
 
 def _without_results(block: Block, parts: Sequence[Part]) -> list[Note]:

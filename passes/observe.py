@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from qfx import annotation, graph
 from qfx.calibration.observers import Observer
+from qfx.calibration.padding import Attended
 from qfx.errors import Note
 
 Key = tuple[str, str]
@@ -30,10 +31,13 @@ _OPERAND = {"x": 0, "w": 0, "q": 0, "k": 1, "v": 2}  # role -> position of the v
 
 @dataclass(eq=False)
 class Observers(Mapping[Key, Observer]):
-    """(FQN of a node, role) -> its observer; several keys may have the same one. batch: number of the running batch."""
+    """(FQN of a node, role) -> its observer; several keys may have the same one. batch: number of the running batch.
+
+    attended: positions of the running batch that are no padding (see `qfx.calibration.padding`)."""
 
     found: dict[Key, Observer] = field(default_factory=dict)
     batch: int | None = None
+    attended: Attended = field(default_factory=dict)
 
     def __getitem__(self, key: Key) -> Observer:
         return self.found[key]
@@ -61,7 +65,7 @@ class _Observe(nn.Module):
         self.observer, self.observers = observer, observers
 
     def forward(self, x: Tensor) -> None:  # an interpreter would keep a result that nobody reads
-        self.observer.update(x, self.observers.batch)
+        self.observer.update(x, self.observers.batch, self.observers.attended)
 
 
 def insert_observers(gm: fx.GraphModule, make: Make, roles: Roles = annotation.get) -> Observers:

@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 
 from qfx import graph
 from qfx.calibration.observers import Observer, Sample
+from qfx.calibration.padding import Attended
 from qfx.errors import Note
 from qfx.format import Format
 from qfx.numerics import fake_quantize
@@ -103,8 +104,8 @@ def watch(node: fx.Node, role: str) -> Observer | None:
 class Heads(Sample):
     """A sample of [B, heads, tokens, D] as rows of all heads side by side, [heads * D]."""
 
-    def update(self, x: Tensor, batch: int | None = None) -> None:
-        super().update(x.transpose(1, 2).flatten(2), batch)
+    def update(self, x: Tensor, batch: int | None = None, kept: Attended | None = None) -> None:
+        super().update(x.transpose(1, 2).flatten(2), batch, kept)
 
 
 def smooth(

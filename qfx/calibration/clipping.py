@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from qfx import annotation, graph
 from qfx.annotation import Columns, Outliers
 from qfx.calibration.observers import Observer
+from qfx.calibration.padding import Attended, without
 from qfx.errors import Note, source_line
 from qfx.format import Format
 from qfx.numerics import fake_quantize
@@ -48,9 +49,10 @@ class Errors(Observer):
         """Observers of the same linears are one."""
         return (*super().config, id(self))
 
-    def update(self, x: Tensor, batch: int | None = None) -> None:
+    def update(self, x: Tensor, batch: int | None = None, kept: Attended | None = None) -> None:
         """Take in one batch [.., K]."""
-        super().update(x, batch)
+        super().update(x, batch, kept)
+        x = without(x, kept or {})
         if not x.numel():
             return
         x = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qfx.calibration.histogram import BINS, ROW_BINS, Histogram, entropy_range, mse_range, percentile_range
+from qfx.calibration.padding import Attended, without
 from qfx.errors import explain, nearest
 from qfx.format import Format
 from qfx.numerics import QParams, range_qparams
@@ -49,10 +50,14 @@ class Observer:
         """What makes two observers interchangeable: class, granularity, settings."""
         return (type(self).__name__, self.granularity, self.centred)
 
-    def update(self, x: Tensor, batch: int | None = None) -> None:
-        """Take in one batch (f16, bf16, f32 or f64, any shape). An empty one changes nothing."""
+    def update(self, x: Tensor, batch: int | None = None, kept: Attended | None = None) -> None:
+        """Take in one batch (f16, bf16, f32 or f64, any shape), of [B, T, K] the positions that are `kept`.
+
+        An empty one changes nothing.
+        """
         if not x.is_floating_point():
             raise ValueError(f"cannot observe {self.name!r}: expected floats, found {x.dtype}")
+        x = without(x, kept or {})
         if x.numel() == 0:
             return
         rows = self._rows(centre(x.detach())[0] if self.centred else x.detach())
@@ -283,7 +288,8 @@ class Sample(AbsMax):
     """Extremes per channel and a uniform sample of rows over the last axis, for searches on a layer's real inputs.
 
     Every row draws a random key and those with the greatest keys stay, so a merge of two samples is a sample of both.
-    The two halves of every batch are told apart, so that a choice can be judged on data that it was not made from.
+    Every second sample of [B, T, K] (of [M, K] the second half) is told apart, so that a choice can be judged on data
+    that it was not made from.
     """
 
     def __init__(self, name: str = "tensor", rows: int = 512, seed: int = 0) -> None:
@@ -296,10 +302,24 @@ class Sample(AbsMax):
         self._half: Tensor | None = None
         self._ends_of: list[tuple[Tensor, Tensor] | None] = [None, None]
         self._random = torch.Generator().manual_seed(seed)
+        self._samples = 0
+        self._second = torch.zeros(0, dtype=torch.bool)
 
     @property
     def config(self) -> tuple[Any, ...]:
         return (*super().config, self.rows)
+
+    def update(self, x: Tensor, batch: int | None = None, kept: Attended | None = None) -> None:
+        """Take in one batch, see `Observer.update`."""
+        if x.dim() > 2:
+            second = (torch.arange(len(x), device=x.device) + self._samples) % 2 == 1
+            second = second.reshape(-1, *[1] * (x.dim() - 1)).expand(*x.shape[:-1], 1)
+            self._second = without(second, kept or {}).reshape(-1)
+            self._samples += len(x)
+        else:
+            count = x.numel() // max(1, x.shape[-1])
+            self._second = torch.arange(count, device=x.device) >= count // 2
+        super().update(x, batch, kept)
 
     def sample(self) -> Tensor:
         """f32 [at most `rows`, channels]. Raises ValueError where there was no data."""
@@ -321,10 +341,10 @@ class Sample(AbsMax):
     def _take(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
         keys = torch.rand(rows.shape[1], generator=self._random, dtype=torch.float64).to(rows.device)
         top = keys.topk(min(self.rows, len(keys))).indices
-        middle = rows.shape[1] // 2
-        self._keep(keys[top], rows[:, top].t().to(torch.float32), (top >= middle).to(torch.uint8))
-        if middle:
-            for half, part in enumerate((rows[:, :middle], rows[:, middle:])):
+        self._keep(keys[top], rows[:, top].t().to(torch.float32), self._second[top].to(torch.uint8))
+        for half, chosen in enumerate((~self._second, self._second)):
+            part = rows[:, chosen]
+            if part.shape[1]:
                 self._widen(half, part.amin(1).to(torch.float32), part.amax(1).to(torch.float32))
 
     def _join(self, other: Self) -> None:

@@ -4,15 +4,11 @@ A K type first finds the best scale (and offset) of each part, see `qfx.interop.
 integers times a float16 for the block, and three things are repeated while the error falls: each part takes, among its
 own and neighbouring integers, those of least error with codes rounded for them; the block's float16 factors are solved
 again by least squares; the codes are rounded again. What has the least error of all rounds is kept.
-
-Values of least error are too small on the whole: with error e their projection on the weight is 1 - e of it, a loss
-that adds up from layer to layer. So the factors of each row are multiplied by <w, w> / <w, rounded> at the end.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,8 +21,6 @@ from qfx.numerics import require_finite
 _CHUNK = 1 << 18  # values searched at once
 _ROUNDS = 3
 _F16_MAX = 65504.0
-_LEAST_GAIN = 1e-3  # less is lost in float16
-_MOST_GAIN = 1.25
 
 
 def encode(weight: Tensor, name: str, energy: Tensor | None = None, *, tensor: str = "weight") -> Tensor:
@@ -87,19 +81,7 @@ def _encode(x: Tensor, w: Tensor, kind: BlockType) -> Tensor:
     else:
         one = _one_affine if kind.affine else _one_scale
         blocks = one(x.squeeze(-2), w.squeeze(-2), kind)
-    return pack(_whole(blocks, x, w))
-
-
-def _whole(blocks: Blocks, x: Tensor, w: Tensor) -> Blocks:
-    """The blocks with the factors of each row multiplied so that its projection on the weight is the weight."""
-    rounded = blocks.values().reshape(x.shape)
-    rows = tuple(range(1, x.dim()))
-    wanted, found = (w * x * x).sum(rows), (w * x * rounded).sum(rows)
-    gain = torch.where(found > 0, wanted / found.clamp_min(1e-38), 1.0)
-    gain = torch.where((gain - 1).abs() < _LEAST_GAIN, 1.0, gain.clamp(1 / _MOST_GAIN, _MOST_GAIN))
-    gain = gain.repeat_interleave(x.shape[1])
-    m = None if blocks.m is None else _half(blocks.m.float() * gain)
-    return replace(blocks, d=_half(blocks.d.float() * gain), m=m)
+    return pack(blocks)
 
 
 def _half(x: Tensor) -> Tensor:

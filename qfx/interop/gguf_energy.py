@@ -1,4 +1,4 @@
-"""How strongly each input of each linear layer is driven by data: the mean square over all tokens (an imatrix)."""
+"""How strongly data drives each input of each linear: the mean square over all tokens but padding (an imatrix)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qfx.calibration.padding import Attended, attended_by, without
 from qfx.data import calls
 from qfx.quantize import evaluating
 
@@ -23,7 +24,7 @@ def input_energy(model: nn.Module, names: Iterable[str], data: Iterable[Any]) ->
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().to(torch.float32).flatten(0, -2)
+            x = without(args[0].detach(), kept).to(torch.float32).flatten(0, -2)
             total = x.square().sum(0)
             if not bool(torch.isfinite(total).all()):
                 raise ValueError(f"the inputs of {name!r} are not finite on the calibration data")
@@ -33,10 +34,12 @@ def input_energy(model: nn.Module, names: Iterable[str], data: Iterable[Any]) ->
         return hook
 
     batches = calls(model, data)
+    kept: Attended = {}
     handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
     try:
         with evaluating(model):
             for args, kwargs in batches:
+                kept = attended_by(model, args, kwargs)
                 model(*args, **kwargs)
     finally:
         for handle in handles:

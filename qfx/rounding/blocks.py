@@ -259,7 +259,8 @@ class Block:
     def inputs_of(self, site: Site) -> Iterator[tuple[Tensor, Tensor | None]]:
         """For each batch what the linears of a site read, rounded in their format; and the same in the float model.
 
-        Everything before is run; sites are to be asked for in order. Inputs are those of the site's first linear.
+        Everything before is run; sites are to be asked for in order. Inputs are those of the site's first linear,
+        without the positions that are padding.
         """
         at = min(self.program.position[linear.node] for linear in site.linears)
         self.lane.advance(at)
@@ -270,7 +271,8 @@ class Block:
             x = self.lane.value(batch, site.x)
             if isinstance(x_format, Format):
                 x = self.program.round_input(site.linears[0].fqn, x, x_format)
-            yield x, None if self.wanted is None else self.wanted.value(batch, site.x)
+            wanted = None if self.wanted is None else self.lane.rows(batch, self.wanted.value(batch, site.x))
+            yield self.lane.rows(batch, x), wanted
 
     def first_bad(self, batch: int, x: fx.Node) -> str:
         """Where NaN or infinity first comes up on the way to a value: "%exp (model.layers.0.mlp)"; "" where nowhere.

@@ -99,13 +99,13 @@ def _mean(lane: Lane, node: fx.Node) -> Tensor:
 
 
 def _inputs(lane: Lane, node: fx.Node) -> list[Tensor]:
-    """What a linear reads in each batch, rounded where the lane rounds inputs."""
+    """What a linear reads in each batch, without padding, rounded where the lane rounds inputs."""
     x, fmt = node.args[0], annotation.get(node).get("x")
     assert isinstance(x, fx.Node)
     found = [lane.value(batch, x) for batch in range(len(lane.values))]
-    if not lane.rounded or not isinstance(fmt, Format):
-        return found
-    return [lane.program.round_input(graph.fqn_of(node), value, fmt) for value in found]
+    if lane.rounded and isinstance(fmt, Format):
+        found = [lane.program.round_input(graph.fqn_of(node), value, fmt) for value in found]
+    return [lane.rows(batch, value) for batch, value in enumerate(found)]
 
 
 def _replace(lane: Lane, linear: Linear, plan: Plan) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from qfx import annotation, graph
+from qfx.calibration.padding import attended, without
 from qfx.data import check_batch, telling
 from qfx.format import Format
 from qfx.numerics import fake_quantize
@@ -161,6 +162,7 @@ class Lane:
         for number, batch in enumerate(batches, 1):
             check_batch(batch, names, number)
             self.values.append(dict(zip(program.inputs, batch, strict=True)))
+        self.attended = [attended(names, batch) for batch in batches]
 
     def advance(self, stop: int) -> None:
         """Take every batch on to before the call `stop`. Raises ValueError, naming the batch, where one does not."""
@@ -180,6 +182,10 @@ class Lane:
     def value(self, batch: int, node: fx.Node) -> Any:
         """The value of a node in a batch (counted from 0) at this place."""
         return self.program.look(node, self.values[batch])
+
+    def rows(self, batch: int, x: Tensor) -> Tensor:
+        """A value [B, T, K] of a batch without the positions that are padding, [n, K]; any other as it is."""
+        return without(x, self.attended[batch])
 
     def _share(self, batch: int) -> None:
         """Hold what is equal to the first batch's value once."""

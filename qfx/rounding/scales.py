@@ -2,7 +2,8 @@
 
 For each scale of the format, candidates are tried and the cheapest stays:
 
-    extremes     those of `choose_qparams`, and shares of them (SHARES): values beyond are clipped
+    extremes     those of `choose_qparams`, and shares of them (SHARES): values beyond are clipped; steps that differ
+                 by little put other values near to codes, which is what many bits gain by
     signs        i2..i7 reach one code further below zero than above; a negative scale turns that side to where the
                  greatest magnitude is (the scale max / -8 of llama.cpp's Q4_0), so both signs are tried
     refits       the scale that is best for the codes found, s = <w, v> / <v, v>, also with the next zero points
@@ -34,8 +35,22 @@ from qfx.numerics import (
     value_range,
 )
 
-SHARES: tuple[float, ...] = tuple(1.0 - 0.04 * step for step in range(13))
 _REFITS = 4
+
+
+def _evenly(first: float, last: float, count: int) -> tuple[float, ...]:
+    return tuple(first + (last - first) * step / (count - 1) for step in range(count))
+
+
+SHARES: dict[int, tuple[float, ...]] = {  # by bits: the more, the less is worth clipping, and the finer the steps
+    2: (1.0, 1.04, 0.95, 0.9, 0.85, 0.8, 0.74, 0.68, 0.62, 0.56, 0.5, 0.44, 0.37, 0.3),
+    3: (1.0, 1.04, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.67, 0.62, 0.57, 0.52, 0.47, 0.42, 0.36, 0.3),
+    4: (1.0, 1.04, 1.02, 0.98, 0.96, 0.93, 0.9, 0.86, 0.82, 0.78, 0.73, 0.68, 0.62, 0.56, 0.5, 0.44, 0.37, 0.3),
+    5: (1.0, *_evenly(1.04, 0.8, 13)),
+    6: (1.0, *_evenly(1.04, 0.84, 13)),
+    7: (1.0, *_evenly(1.02, 0.92, 13)),
+    8: (1.0, *_evenly(1.02, 0.95, 13)),
+}
 
 Cost = Callable[[Tensor], Tensor]  # the difference [.., N, K] to the weight -> what each element adds to the cost
 Product = Callable[[Tensor, Tensor], Tensor]  # elements whose sums are an inner product of two weights
@@ -83,8 +98,14 @@ def search(full: Tensor, fmt: Format, importance: Importance | None = None) -> Q
     return best.params
 
 
-def explore(full: Tensor, fmt: Format, cost: Cost, shares: Sequence[float] = SHARES) -> Best:
-    """The best among shares of the extremes and signs."""
+def shares_of(fmt: Format) -> tuple[float, ...]:
+    """Shares of the extremes that are worth trying, 1 first. 8-bit floats have 3 or 2 bits between powers of two."""
+    return SHARES[5 if fmt.is_float and fmt.bits == 8 else fmt.bits]
+
+
+def explore(full: Tensor, fmt: Format, cost: Cost, shares: Sequence[float] | None = None) -> Best:
+    """The best among shares of the extremes (None: `shares_of`), the first of which is 1, and signs."""
+    shares = shares_of(fmt) if shares is None else shares
     low, high = value_range(full, fmt)
     start = range_qparams(low, high, fmt)
     best = Best(full, fmt, cost, start)

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from qfx.calibration.padding import Attended, attended_by, without
 from qfx.data import Call, calls
 from qfx.errors import explain, warn
 from qfx.live.modules import QuantLinear
@@ -184,15 +185,17 @@ def _measured(
 
 
 def _seen(model: Any, layers: Mapping[str, PackedLoraLinear], given: Sequence[Call]) -> dict[str, Hessian]:
-    """What each packed weight is multiplied with, in the model with adapters."""
+    """What each packed weight is multiplied with, in the model with adapters, at positions that are no padding."""
     found = {fqn: Hessian(layer.base.in_features) for fqn, layer in layers.items()}
+    kept: Attended = {}
 
     def look(fqn: str) -> Callable[[Tensor, Tensor], None]:
         base, seen = layers[fqn].base, found[fqn]
-        return lambda x, _: seen.add(read_by(base, x))
+        return lambda x, _: seen.add(read_by(base, without(x, kept)))
 
     with _watching(layers, look):
         for args, kwargs in given:
+            kept = attended_by(model.get_base_model(), args, kwargs)
             model(*args, **kwargs)
     return found
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from qfx import annotation, graph
 from qfx.calibration.observers import AbsMax, MinMax, Observer
+from qfx.calibration.padding import Attended
 from qfx.errors import QfxWarning
 from qfx.format import Format
 from qfx.passes.calibrate import calibrate, observed
@@ -164,9 +165,9 @@ def test_no_gradients_and_no_output(capfd: pytest.CaptureFixture[str]) -> None:
     seen: list[bool] = []
 
     class Watch(MinMax):
-        def update(self, x: Tensor, batch: int | None = None) -> None:
+        def update(self, x: Tensor, batch: int | None = None, kept: Attended | None = None) -> None:
             seen.append(torch.is_grad_enabled() or x.grad_fn is not None)
-            super().update(x, batch)
+            super().update(x, batch, kept)
 
     observers = insert_observers(gm, lambda node, role: Watch())
     with warnings.catch_warnings():
@@ -184,14 +185,14 @@ def test_values_are_let_go_of() -> None:
     held: set[int] = set()
 
     class Watch(MinMax):
-        def update(self, x: Tensor, batch: int | None = None) -> None:
+        def update(self, x: Tensor, batch: int | None = None, kept: Attended | None = None) -> None:
             import weakref
 
             key = len(held) + 1000 * len(alive)
             held.add(key)
             weakref.finalize(x, held.discard, key)
             alive.append(len(held))
-            super().update(x, batch)
+            super().update(x, batch, kept)
 
     observers = insert_observers(gm, lambda node, role: Watch())
     calibrate(gm, [[torch.randn(2, 4)]], observers)

@@ -24,7 +24,7 @@ LAYERS = (
     """,
     """
     annotation text numerics packing
-    calibration: histogram importance
+    calibration: histogram importance padding
     rounding: scales hqq nearest
     ops: packed floats
     measuring: measure

@@ -47,3 +47,23 @@ def test_inputs_that_are_not_finite_are_named() -> None:
 def test_no_data() -> None:
     with pytest.raises(ValueError, match="the data holds no batch"):
         input_energy(Two(), ["first"], [])
+
+
+class Masked(Two):
+    """With the names of transformers."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_padding_does_not_count(named: bool) -> None:
+    model, x, mask = Masked(), torch.randn(2, 5, 3), torch.ones(2, 5)
+    mask[0, 3:] = 0
+    rows = x[mask.bool()]
+    x[mask == 0] = torch.nan
+    batches = [{"x": x, "attention_mask": mask}] if named else [(x, mask)]
+    found = input_energy(model, ["first"], batches)
+    torch.testing.assert_close(found["first"], rows.square().mean(0))
+    with pytest.raises(ValueError, match="'first' are not finite"):
+        input_energy(model, ["first"], [x])

@@ -12,7 +12,7 @@ from qfx.calibration.importance import Importance
 from qfx.calibration.moments import Moments
 from qfx.format import Format
 from qfx.numerics import choose_qparams, dequantize, quantize
-from qfx.rounding.scales import Best, refit_scale, refit_zero, rounded, search
+from qfx.rounding.scales import Best, refit_scale, refit_zero, rounded, search, shares_of
 
 FORMATS = [
     "i4", "i4/ch", "i4/g16", "i2/g16", "u4/g16", "u2/g16", "i3/ch", "i8/ch", "i4/b8x16", "nf4/g16", "i4/g16/f16",
@@ -118,3 +118,40 @@ def test_zeros_and_bad_values() -> None:
     zeros = torch.zeros(4, 32)
     for fmt in map(Format.parse, FORMATS):
         assert torch.equal(rounded(zeros, fmt, search(zeros, fmt)), zeros)
+
+
+def brute(w: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """The least squared error of groups [G, N] under any scale of a fine grid and any zero point, [G]."""
+    low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
+    top = (1 << (bits - 1)) - 1 if symmetric else (1 << bits) - 1
+    bottom = 0 if not symmetric else -top if bits == 8 else -top - 1
+    extent = torch.maximum(-low, high) / top if symmetric else (high - low) / top
+    least = torch.full_like(low, torch.inf)
+    for zero in (0,) if symmetric else range(top + 1):
+        for factor in torch.linspace(0.25, 1.1, 171).tolist():
+            for sign in (1, -1) if symmetric else (1,):
+                scale = (extent * factor * sign)[:, None]
+                values = ((w / scale).round() + zero).clamp(bottom, top) - zero
+                fitted = (values * w).sum(1, keepdim=True) / values.square().sum(1, keepdim=True).clamp(min=1e-30)
+                least = torch.minimum(least, (values * fitted - w).square().sum(1))
+    return least
+
+
+@pytest.mark.parametrize(
+    ("fmt", "above"),
+    [("i2", 0.01), ("u2", 0.01), ("i3", 0.01), ("u3", 0.01), ("i4", 0.01), ("u4", 0.02), ("i6", 0.02), ("i8", 0.05)],
+)
+def test_the_search_is_near_the_best_of_all_scales(fmt: str, above: float) -> None:
+    """Against a grid of some hundred scales and all zero points, for values like a bell and with long tails."""
+    f, w = Format.parse(f"{fmt}/g64"), weight(64, 64, seed=3)
+    least = float(brute(w, f.bits, f.symmetric).sum())
+    assert error(w, f, search(w, f)) <= (1 + above) * least
+
+
+@pytest.mark.parametrize("fmt", [*(f"i{b}/g64" for b in range(2, 9)), "u8/ch", "nf4/g64", "f8e4m3/ch", "f8e5m2/ch"])
+def test_shares_begin_with_the_extremes_and_span_more_for_fewer_bits(fmt: str) -> None:
+    f = Format.parse(fmt)
+    tried = shares_of(f)
+    assert tried[0] == 1.0 and all(0.25 < share < 1.1 for share in tried)
+    if f.is_integer and f.bits > 2:
+        assert min(shares_of(Format.parse(f"i{f.bits - 1}"))) <= min(tried)

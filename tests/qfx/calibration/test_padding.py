@@ -1,0 +1,151 @@
+"""qfx.calibration.padding: which positions count, and that nothing which learns from data sees the others."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qfx
+from qfx.calibration.clipping import Errors
+from qfx.calibration.observers import MinMax, Sample
+from qfx.calibration.padding import attended, without
+from qfx.format import Format
+
+B, T, K = 3, 5, 4
+MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+IDS = torch.arange(B * T).reshape(B, T)
+
+
+def test_positions_of_the_mask_count() -> None:
+    kept = attended(["input_ids", "attention_mask"], [IDS, MASK])
+    assert list(kept) == [(B, T)] and torch.equal(kept[B, T], MASK.bool())
+    x = torch.randn(B, T, K)
+    assert torch.equal(without(x, kept), x[MASK.bool()])
+
+
+@pytest.mark.parametrize(
+    ("names", "batch"),
+    [
+        (["input_ids", "attention_mask"], [IDS, torch.ones_like(MASK)]),  # nothing is padded
+        (["input_ids"], [IDS]),
+        (["input_ids", "attention_mask"], [IDS, MASK.reshape(B, 1, 1, T)]),
+        (["input_ids", "attention_mask"], [IDS, None]),
+        (["input_ids", "attention_mask", "decoder_input_ids"], [IDS, MASK, IDS]),  # the decoder's inputs all count
+        (["attention_mask", "decoder_attention_mask"], [MASK, torch.ones_like(MASK)]),
+    ],
+)
+def test_everything_counts(names: list[str], batch: list[Any]) -> None:
+    assert attended(names, batch) == {}
+
+
+def test_encoder_and_decoder_have_masks_of_their_own() -> None:
+    kept = attended(["attention_mask", "decoder_attention_mask"], [MASK, MASK[:, :2]])
+    assert set(kept) == {(B, T), (B, 2)}
+
+
+@pytest.mark.parametrize("shape", [(B, T), (B, K, T), (B * T, K), (B, T, 2, K), (T, B, K)])
+def test_other_shapes_stay(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    assert without(x, attended(["attention_mask"], [MASK])) is x
+
+
+def test_observers_do_not_see_padding() -> None:
+    x = torch.randn(B, T, K)
+    x[MASK == 0] = torch.nan
+    kept = attended(["attention_mask"], [MASK])
+    observer = MinMax()
+    observer.update(x, None, kept)
+    low, high = observer.range()
+    rows = x[MASK.bool()]
+    assert (float(low), float(high)) == (float(rows.min()), float(rows.max())) and observer.seen == rows.numel()
+    with pytest.raises(ValueError, match="not finite"):
+        MinMax().update(x)
+
+
+def test_errors_of_clipping_do_not_count_padding() -> None:
+    x = torch.randn(B, T, K)
+    observer, rows = (Errors(Format.parse("u4/tok"), [torch.eye(K)], "x") for _ in range(2))
+    rows.update(x[MASK.bool()])
+    x[MASK == 0] = torch.nan
+    observer.update(x, None, attended(["attention_mask"], [MASK]))
+    assert torch.equal(observer.errors, rows.errors) and bool((observer.errors > 0).all())
+
+
+def test_halves_of_a_sample_are_of_samples_however_they_are_cut() -> None:
+    """Every second sample is told apart, not half of the positions: the first token of a text is like no other."""
+    x = torch.randn(8, T, K)
+    x[:, 0] *= 50
+
+    def folds(*batches: Tensor) -> list[tuple[Tensor, ...]]:
+        observer = Sample(rows=10**4)
+        for batch in batches:
+            observer.update(batch)
+        return [tuple(t.sort(0).values for t in fold) for fold in observer.folds()]
+
+    whole = folds(x)
+    assert len(whole) == 2
+    for cut in (1, 2, 3):
+        for fold, other in zip(folds(*x.split(cut)), whole, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(fold, other, strict=True))
+    assert all(float(high.max()) > 10 for _, _, high in whole), "both have first tokens"
+
+
+class Reader(nn.Module):
+    """A table and two linears; padding is not mixed into other positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(40, 32)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.table.weight.data[0] = 200.0  # padding
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.table(input_ids)
+        found: Tensor = x + self.down(torch.tanh(self.up(x))) * attention_mask[..., None]
+        return found
+
+
+def padded(samples: list[Tensor], length: int) -> list[dict[str, Tensor]]:
+    """Two samples a batch, filled up with token 0."""
+    batches = []
+    for start in range(0, len(samples), 2):
+        ids = torch.stack([nn.functional.pad(s, (0, length - len(s))) for s in samples[start : start + 2]])
+        batches.append({"input_ids": ids, "attention_mask": (ids != 0).long()})
+    return batches
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "static": {"rules": [{"target": "linear", "x": "u8", "w": "i8/ch"}]},
+    "static mse": {"rules": [{"target": "linear", "x": "u8", "w": "i8/ch"}], "observer": "mse"},
+    "smooth": {"rules": [{"target": "linear", "x": "u8", "w": "i8/ch"}], "rewrites": ["smooth"], "smooth_alpha": 0.5},
+    "gptq": {"rules": [{"target": "linear", "w": "u3/g16"}], "rounding": "gptq"},
+    "weighted": {"rules": [{"target": "linear", "w": "u3/g16"}], "rounding": "mse", "weighting": "energy"},
+    "learned": {
+        "rules": [{"target": "linear", "w": "u3/g16"}], "rounding": "learned", "learned": {"steps": 5, "batch": 16},
+    },
+    "bias": {"rules": [{"target": "linear", "w": "u3/g16"}], "bias_correction": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_more_padding_changes_nothing(name: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    samples = [torch.randint(1, 40, (int(n),), generator=generator) for n in torch.randint(6, 12, (8,))]
+    model, recipe = Reader(), qfx.Recipe.parse({"name": name, **RECIPES[name]})
+    short, long, bare = (
+        qfx.quantize(copy.deepcopy(model), recipe, data=data).state_dict()
+        for data in (
+            padded(samples, 12),
+            padded(samples, 40),
+            [{**batch, "attention_mask": torch.ones_like(batch["attention_mask"])} for batch in padded(samples, 40)],
+        )
+    )
+    for key, value in short.items():
+        assert torch.allclose(value.double(), long[key].double(), rtol=1e-5, atol=1e-6), key
+    changed = [k for k, v in short.items() if not torch.allclose(v.double(), bare[k].double(), rtol=1e-3, atol=1e-4)]
+    assert changed, "without a mask padding is text like any other"
