@@ -121,10 +121,10 @@ def test_layers_until_perplexity_rises_by_less() -> None:
     gm, plan, notes = lifted(max_loss=1e9)
     assert notes == [] and set(weights(gm).values()) == {LOW} and plan.sensitivities["lift"]["rise"] < 1e9
     free = plan.sensitivities["lift"]["rise"]
-    gm, plan, notes = lifted(max_loss=free / 2)
+    gm, plan, notes = lifted(max_loss=free * 0.75)
     told = plan.sensitivities["lift"]
     chosen = [name for name, group in told["groups"].items() if group["lifted"]]
-    assert notes == [] and 0 < told["rise"] <= free / 2 and 0 < len(chosen) < 3
+    assert notes == [] and 0 < told["rise"] <= free * 0.75 and 0 < len(chosen) < 3
     order = sorted(told["groups"], key=lambda name: -told["groups"][name]["loss"])
     assert set(chosen) == set(order[: len(chosen)])
     lifted_names = {name for name, fmt in weights(gm).items() if fmt == HIGH}
