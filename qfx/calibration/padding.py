@@ -7,33 +7,51 @@ about padding than about text where short samples are put beside long ones.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 Attended: TypeAlias = Mapping[tuple[int, ...], Tensor]  # [B, T] -> bool of that shape, True at tokens
-_MASK, _DECODER = "attention_mask", "decoder_"
+_MASK, _DECODER, _ENCODER = "attention_mask", "decoder_", "encoder_"
 
 
 def attended(names: Sequence[str], batch: Sequence[Any]) -> Attended:
     """The positions that count, for each shape of which a batch has padding. names: of the batch's values, in order.
 
-    Masks of shapes other than [B, T] say nothing of this kind. Where an encoder and a decoder read inputs of one shape,
-    a position counts that counts for either.
+    Masks of shapes other than [B, T] say nothing of this kind, nor do those that leave everything out. Floats below 0
+    are of a mask that is added to scores, with 0 at tokens. Where an encoder and a decoder read inputs of one shape, a
+    position counts that counts for either.
     """
-    given = {name: v for name, v in zip(names, batch, strict=True) if isinstance(v, Tensor) and v.dim() == 2}
+    given = {name: v for name, v in zip(names, batch, strict=True) if isinstance(v, Tensor) and v.dim() > 1}
+    masks = {name: _counts(v) for name, v in given.items() if v.dim() == 2 and _is_mask(name)}
     found: dict[tuple[int, ...], Tensor] = {}
-    for name, value in given.items():
-        if name.endswith(_MASK):
-            found[tuple(value.shape)] = found.get(tuple(value.shape), torch.zeros_like(value, dtype=torch.bool)) | (
-                value > 0
-            )
-    if not any(name.endswith(_DECODER + _MASK) for name in given):
-        for shape in [tuple(value.shape) for name, value in given.items() if _DECODER in name]:
-            found.pop(shape, None)
+    for mask in masks.values():
+        shape = tuple(mask.shape)
+        found[shape] = found[shape] | mask if shape in found else mask
+    for name in _without_mask(given, masks):
+        found.pop(tuple(given[name].shape[:2]), None)
     return {shape: mask for shape, mask in found.items() if not bool(mask.all())}
+
+
+def _is_mask(name: str) -> bool:
+    return name.endswith(_MASK) and not name.endswith(f"global_{_MASK}")  # Longformer's: which tokens see all others
+
+
+def _counts(mask: Tensor) -> Tensor:
+    found = mask == 0 if mask.is_floating_point() and bool((mask < 0).any()) else mask > 0
+    return found if bool(found.any()) else torch.ones_like(found)
+
+
+def _without_mask(names: Collection[str], masks: Collection[str]) -> list[str]:
+    """What is read without a mask of its own: by a decoder, or by a model that has but the mask of an encoder."""
+    found = []
+    if not any(name.endswith(_DECODER + _MASK) for name in masks):
+        found += [name for name in names if _DECODER in name]
+    if not any(_DECODER not in name and _ENCODER not in name for name in masks):
+        found += [name for name in names if name in ("input_ids", "inputs_embeds")]
+    return found
 
 
 def attended_by(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Attended:

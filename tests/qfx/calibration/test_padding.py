@@ -36,10 +36,21 @@ def test_positions_of_the_mask_count() -> None:
         (["input_ids", "attention_mask"], [IDS, None]),
         (["input_ids", "attention_mask", "decoder_input_ids"], [IDS, MASK, IDS]),  # the decoder's inputs all count
         (["attention_mask", "decoder_attention_mask"], [MASK, torch.ones_like(MASK)]),
+        (["attention_mask", "decoder_inputs_embeds"], [MASK, torch.randn(B, T, K)]),
+        (["input_ids", "encoder_hidden_states", "encoder_attention_mask"], [IDS, torch.randn(B, T, K), MASK]),
+        (["input_ids", "global_attention_mask"], [IDS, MASK]),  # Longformer's tokens that see all others
+        (["input_ids", "attention_mask"], [IDS, torch.zeros_like(MASK)]),
+        (["input_ids", "attention_mask"], [IDS, torch.zeros(B, T)]),  # added to scores: nothing is padded
     ],
 )
 def test_everything_counts(names: list[str], batch: list[Any]) -> None:
     assert attended(names, batch) == {}
+
+
+@pytest.mark.parametrize("mask", [MASK.bool(), MASK.float(), (1.0 - MASK) * -1e4, MASK.float().log(), MASK * 2])
+def test_masks_of_any_type_count_tokens(mask: Tensor) -> None:
+    kept = attended(["input_ids", "attention_mask", "global_attention_mask"], [IDS, mask, torch.ones_like(MASK)])
+    assert torch.equal(kept[B, T], MASK.bool())
 
 
 def test_encoder_and_decoder_have_masks_of_their_own() -> None:
