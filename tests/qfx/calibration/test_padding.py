@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 import qfx
 from qfx.calibration.clipping import Errors
 from qfx.calibration.observers import MinMax, Sample
-from qfx.calibration.padding import attended, without
+from qfx.calibration.padding import attended, flattened, in_positions, without
+from qfx.capture import capture_export
 from qfx.format import Format
+from qfx.graph import op_name
 
 B, T, K = 3, 5, 4
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
@@ -64,6 +67,44 @@ def test_other_shapes_stay(shape: tuple[int, ...]) -> None:
     assert without(x, attended(["attention_mask"], [MASK])) is x
 
 
+class Rows(nn.Module):
+    """What `put` makes of positions, times a matrix."""
+
+    def __init__(self, put: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.put, self.linear = put, nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.linear(self.put(x))
+        return made
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("put", "wanted"),
+    [
+        (lambda x: x.reshape(-1, K), True),
+        (lambda x: torch.tanh(x.reshape(-1, K)) * x.view(-1, K), True),
+        (lambda x: x.transpose(0, 1).reshape(-1, K), False),
+        (lambda x: x.reshape(-1, K).flip(0), False),
+        (lambda x: x[0], False),
+        (lambda x: x, False),
+    ],
+)
+def test_flattened_positions(put: Callable[[Tensor], Tensor], wanted: bool, dynamic: bool) -> None:
+    gm = capture_export(Rows(put), (torch.randn(B, T, K),), {}, dynamic=dynamic).gm
+    (linear,) = (node for node in gm.graph.nodes if op_name(node) == "linear")
+    assert flattened(linear.args[0]) is wanted
+
+
+def test_positions_of_flattened_values() -> None:
+    kept, x = attended(["attention_mask"], [MASK]), torch.randn(B, T, K)
+    assert torch.equal(in_positions(x.reshape(-1, K), kept), x)
+    two = {**kept, (T, B): MASK.t().bool()}
+    for other, masks in ((torch.randn(B * T - 1, K), kept), (x.reshape(-1, K), two)):
+        assert in_positions(other, masks) is other, "what is padding is not known"
+
+
 def test_observers_do_not_see_padding() -> None:
     x = torch.randn(B, T, K)
     x[MASK == 0] = torch.nan
@@ -108,16 +149,18 @@ def test_halves_of_a_sample_are_of_samples_however_they_are_cut() -> None:
 class Reader(nn.Module):
     """A table and two linears; padding is not mixed into other positions."""
 
-    def __init__(self) -> None:
+    def __init__(self, flat: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.flat = flat
         self.table = nn.Embedding(40, 32)
         self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
         self.table.weight.data[0] = 200.0  # padding
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         x = self.table(input_ids)
-        found: Tensor = x + self.down(torch.tanh(self.up(x))) * attention_mask[..., None]
+        y = self.down(torch.tanh(self.up(x.view(-1, 32) if self.flat else x))).view_as(x)
+        found: Tensor = x + y * attention_mask[..., None]
         return found
 
 
@@ -143,11 +186,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("name", RECIPES)
-def test_more_padding_changes_nothing(name: str) -> None:
+def test_more_padding_changes_nothing(name: str, flat: bool) -> None:
+    """Whether linears read [B, T, K] or [B * T, K]."""
     generator = torch.Generator().manual_seed(1)
     samples = [torch.randint(1, 40, (int(n),), generator=generator) for n in torch.randint(6, 12, (8,))]
-    model, recipe = Reader(), qfx.Recipe.parse({"name": name, **RECIPES[name]})
+    model, recipe = Reader(flat), qfx.Recipe.parse({"name": name, **RECIPES[name]})
     short, long, bare = (
         qfx.quantize(copy.deepcopy(model), recipe, data=data).state_dict()
         for data in (
