@@ -21,6 +21,7 @@ from qfx.graph import op_name, val
 
 Attended: TypeAlias = Mapping[tuple[int, ...], Tensor]  # [B, T] -> bool of that shape, True at tokens
 _MASK, _DECODER, _ENCODER = "attention_mask", "decoder_", "encoder_"
+_NO_LABEL = -100  # what losses ignore
 _RESHAPES = {"reshape", "view", "_unsafe_view", "flatten"}
 _BY_ROW = {"linear", "rms_norm", "layer_norm", "clone", "contiguous", "to", "_to_copy", "dropout"}
 
@@ -30,7 +31,7 @@ def attended(names: Sequence[str], batch: Sequence[Any]) -> Attended:
 
     Masks of shapes other than [B, T] say nothing of this kind, nor do those that leave everything out. Floats below 0
     are of a mask that is added to scores, with 0 at tokens. Where an encoder and a decoder read inputs of one shape, a
-    position counts that counts for either.
+    position counts that counts for either, and so does one with a label: decoders without inputs make them of labels.
     """
     given = {name: v for name, v in zip(names, batch, strict=True) if isinstance(v, Tensor) and v.dim() > 1}
     masks = {name: _counts(v) for name, v in given.items() if v.dim() == 2 and _is_mask(name)}
@@ -38,6 +39,9 @@ def attended(names: Sequence[str], batch: Sequence[Any]) -> Attended:
     for mask in masks.values():
         shape = tuple(mask.shape)
         found[shape] = found[shape] | mask if shape in found else mask
+    labels = given.get("labels")
+    if labels is not None and tuple(labels.shape) in found:
+        found[tuple(labels.shape)] |= labels != _NO_LABEL
     for name in _without_mask(given, masks):
         found.pop(tuple(given[name].shape[:2]), None)
     return {shape: mask for shape, mask in found.items() if not bool(mask.all())}

@@ -56,6 +56,16 @@ def test_masks_of_any_type_count_tokens(mask: Tensor) -> None:
     assert torch.equal(kept[B, T], MASK.bool())
 
 
+def test_positions_with_a_label_count() -> None:
+    """T5 makes its decoder's inputs of labels; where padding has none, as for language models, it does not count."""
+    labels = torch.where(MASK == 0, -100, IDS)
+    assert torch.equal(attended(["attention_mask", "labels"], [MASK, labels])[B, T], MASK.bool())
+    labels[0, 3] = 1
+    kept = attended(["attention_mask", "labels"], [MASK, labels])[B, T]
+    assert bool(kept[0, 3]) and int(kept.sum()) == int(MASK.sum()) + 1
+    assert attended(["attention_mask", "labels"], [MASK, IDS]) == {}
+
+
 def test_encoder_and_decoder_have_masks_of_their_own() -> None:
     kept = attended(["attention_mask", "decoder_attention_mask"], [MASK, MASK[:, :2]])
     assert set(kept) == {(B, T), (B, 2)}
