@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 
 from qfx import annotation, graph
 from qfx.calibration.observers import Observer
-from qfx.calibration.padding import Attended, flattened, in_positions
+from qfx.calibration.padding import Attended, in_positions
+from qfx.calibration.positions import flattened
 from qfx.errors import Note
 
 Key = tuple[str, str]

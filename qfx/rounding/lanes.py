@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from qfx import annotation, graph
-from qfx.calibration.padding import attended, flattened, in_positions, without
+from qfx.calibration.padding import attended, in_positions, without
+from qfx.calibration.positions import flattened
 from qfx.data import check_batch, telling
 from qfx.format import Format
 from qfx.numerics import fake_quantize

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,10 +12,8 @@ from torch import Tensor, nn
 import qfx
 from qfx.calibration.clipping import Errors
 from qfx.calibration.observers import MinMax, Sample
-from qfx.calibration.padding import attended, flattened, in_positions, without
-from qfx.capture import capture_export
+from qfx.calibration.padding import attended, in_positions, without
 from qfx.format import Format
-from qfx.graph import op_name
 
 B, T, K = 3, 5, 4
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
@@ -75,36 +72,6 @@ def test_encoder_and_decoder_have_masks_of_their_own() -> None:
 def test_other_shapes_stay(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     assert without(x, attended(["attention_mask"], [MASK])) is x
-
-
-class Rows(nn.Module):
-    """What `put` makes of positions, times a matrix."""
-
-    def __init__(self, put: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.put, self.linear = put, nn.Linear(K, K)
-
-    def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.linear(self.put(x))
-        return made
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize(
-    ("put", "wanted"),
-    [
-        (lambda x: x.reshape(-1, K), True),
-        (lambda x: torch.tanh(x.reshape(-1, K)) * x.view(-1, K), True),
-        (lambda x: x.transpose(0, 1).reshape(-1, K), False),
-        (lambda x: x.reshape(-1, K).flip(0), False),
-        (lambda x: x[0], False),
-        (lambda x: x, False),
-    ],
-)
-def test_flattened_positions(put: Callable[[Tensor], Tensor], wanted: bool, dynamic: bool) -> None:
-    gm = capture_export(Rows(put), (torch.randn(B, T, K),), {}, dynamic=dynamic).gm
-    (linear,) = (node for node in gm.graph.nodes if op_name(node) == "linear")
-    assert flattened(linear.args[0]) is wanted
 
 
 def test_positions_of_flattened_values() -> None:
