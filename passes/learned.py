@@ -88,12 +88,16 @@ class LearnedRounding:
 
 def _floating(env: Env) -> list[Tensor]:
     """What a block gives that has a gradient, in the order of the graph."""
-    return [value for value in env.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    return [value for value in env.values() if _is_floating(value)]
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _results(block: Block, batch: int, env: Env) -> list[Tensor]:
     """What the loss looks at: the block's floating results for a batch, without the positions that are padding."""
-    return [block.lane.rows(batch, value) for value in _floating(env)]
+    return [block.lane.rows(batch, node, value) for node, value in env.items() if _is_floating(value)]
 
 
 def _without_results(block: Block, parts: Sequence[Part]) -> list[Note]:

@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 
 from qfx import annotation, graph
 from qfx.calibration.observers import Observer
-from qfx.calibration.padding import Attended
+from qfx.calibration.padding import Attended, in_positions
+from qfx.calibration.positions import flattened
 from qfx.errors import Note
 
 Key = tuple[str, str]
@@ -60,12 +61,13 @@ class Observers(Mapping[Key, Observer]):
 class _Observe(nn.Module):
     _is_impure = True  # so that clean-up keeps a call that nobody reads
 
-    def __init__(self, observer: Observer, observers: Observers) -> None:
+    def __init__(self, observer: Observer, observers: Observers, *, flat: bool) -> None:
         super().__init__()
-        self.observer, self.observers = observer, observers
+        self.observer, self.observers, self.flat = observer, observers, flat
 
     def forward(self, x: Tensor) -> None:  # an interpreter would keep a result that nobody reads
-        self.observer.update(x, self.observers.batch, self.observers.attended)
+        kept = self.observers.attended
+        self.observer.update(in_positions(x, kept) if self.flat else x, self.observers.batch, kept)
 
 
 def insert_observers(gm: fx.GraphModule, make: Make, roles: Roles = annotation.get) -> Observers:
@@ -96,7 +98,7 @@ def insert_observers(gm: fx.GraphModule, make: Make, roles: Roles = annotation.g
         observers.found.setdefault(key, observer)
         if (value.name, id(observer)) not in placed:
             placed.add((value.name, id(observer)))
-            _place(gm, value, _Observe(observer, observers), len(placed) - 1)
+            _place(gm, value, _Observe(observer, observers, flat=flattened(value)), len(placed) - 1)
     return observers
 
 

@@ -34,12 +34,28 @@ aten = torch.ops.aten
 def strided(gm: fx.GraphModule) -> bool:
     """Rewrite every aten.as_strided of a tensor without gaps, however its dimensions are ordered in memory.
 
-    Raises UnsupportedError for other tensors (slices, expanded ones), which would be read beyond what they show.
+    Raises UnsupportedError for other tensors (slices, expanded ones), which would be read beyond what they show, and
+    for writes by strides.
     """
+    for node in gm.graph.nodes:
+        if is_call(node, aten.as_strided_scatter.default):
+            raise _writes(node)
     nodes = [n for n in gm.graph.nodes if is_call(n, aten.as_strided.default)]
     for node in nodes:
         replace(node, _gathered(gm, node))
     return matched(gm, "strided", len(nodes))
+
+
+def _writes(node: fx.Node) -> UnsupportedError:
+    return UnsupportedError(
+        explain(
+            f"{node.name!r} writes to memory by strides, and what it changes depends on how memory is laid out",
+            expected="changes in place by indices, slices or masks",
+            found="a change in place of what as_strided gives",
+            node=node,
+            next_step="write to x[...] or by torch.where",
+        )
+    )
 
 
 def _gathered(gm: fx.GraphModule, node: fx.Node) -> fx.Node:

@@ -30,6 +30,7 @@ from qfx.recipe import Recipe, Rule
 from qfx.reporting import sqnr
 from qfx.reporting.rows import Row, graph_rows
 from qfx.storage.spill import give_back
+from qfx.trace import in_training
 
 _MOST_SCALARS = 8  # graphs kept for different values of Python floats
 
@@ -378,8 +379,8 @@ def _drops(node: fx.Node) -> bool:
     """A dropout that is active: only a model in training has one."""
     if node.op != "call_function" or getattr(node.target, "__name__", "") != "dropout":
         return False
-    training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
-    return training is True and bool(node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5) != 0)
+    share = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+    return in_training(node.args, node.kwargs) is True and bool(share != 0)
 
 
 def _warn_detached(example_inputs: Sequence[Any], at: Frame) -> None:

@@ -6,7 +6,7 @@ functional ones, switches of grad mode disappear and higher-order wrappers aroun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,8 +40,9 @@ class _Inline(fx.Interpreter):
         name = getattr(target, "__name__", "")
         if name in _DROPPED:
             return None
-        if target in _DROPOUTS and not (args[2:3] or (kwargs.get("training", kwargs.get("train", True)),))[0]:
-            return args[0]  # as eager gives it: the same tensor, which may change in place afterwards
+        if target in _DROPOUTS and not in_training(args, kwargs):
+            # as eager gives it: the same tensor, which may change in place afterwards
+            return args[0] if args else kwargs["input"]
         if name == "_enter_autocast":
             _refuse_autocast(enabled=args[2] if len(args) > 2 else kwargs.get("enabled", True))
             return None
@@ -51,6 +52,11 @@ class _Inline(fx.Interpreter):
                 _refuse_autocast(enabled=args[2])
             return _Inline(args[at], {}).run(*args[at + 1 :])
         return super().call_function(target, args, kwargs)
+
+
+def in_training(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a call of dropout is told of it: `training` of torch.nn.functional.dropout, `train` of torch.dropout."""
+    return args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))
 
 
 def _refuse_autocast(*, enabled: bool) -> None:

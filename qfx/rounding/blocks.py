@@ -271,8 +271,8 @@ class Block:
             x = self.lane.value(batch, site.x)
             if isinstance(x_format, Format):
                 x = self.program.round_input(site.linears[0].fqn, x, x_format)
-            wanted = None if self.wanted is None else self.lane.rows(batch, self.wanted.value(batch, site.x))
-            yield self.lane.rows(batch, x), wanted
+            wanted = None if self.wanted is None else self.lane.rows(batch, site.x, self.wanted.value(batch, site.x))
+            yield self.lane.rows(batch, site.x, x), wanted
 
     def first_bad(self, batch: int, x: fx.Node) -> str:
         """Where NaN or infinity first comes up on the way to a value: "%exp (model.layers.0.mlp)"; "" where nowhere.

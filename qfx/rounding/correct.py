@@ -105,7 +105,7 @@ def _inputs(lane: Lane, node: fx.Node) -> list[Tensor]:
     found = [lane.value(batch, x) for batch in range(len(lane.values))]
     if lane.rounded and isinstance(fmt, Format):
         found = [lane.program.round_input(graph.fqn_of(node), value, fmt) for value in found]
-    return [lane.rows(batch, value) for batch, value in enumerate(found)]
+    return [lane.rows(batch, x, value) for batch, value in enumerate(found)]
 
 
 def _replace(lane: Lane, linear: Linear, plan: Plan) -> None:

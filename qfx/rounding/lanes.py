@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from qfx import annotation, graph
-from qfx.calibration.padding import attended, without
+from qfx.calibration.padding import attended, in_positions, without
+from qfx.calibration.positions import flattened
 from qfx.data import check_batch, telling
 from qfx.format import Format
 from qfx.numerics import fake_quantize
@@ -183,9 +184,12 @@ class Lane:
         """The value of a node in a batch (counted from 0) at this place."""
         return self.program.look(node, self.values[batch])
 
-    def rows(self, batch: int, x: Tensor) -> Tensor:
-        """A value [B, T, K] of a batch without the positions that are padding, [n, K]; any other as it is."""
-        return without(x, self.attended[batch])
+    def rows(self, batch: int, node: fx.Node, x: Tensor) -> Tensor:
+        """A node's value [B, T, K] or [B * T, K] in a batch without padding, [n, K]; any other as it is."""
+        kept = self.attended[batch]
+        if kept and x.dim() == 2 and flattened(node):
+            x = in_positions(x, kept)
+        return without(x, kept)
 
     def _share(self, batch: int) -> None:
         """Hold what is equal to the first batch's value once."""

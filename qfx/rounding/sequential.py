@@ -140,7 +140,7 @@ class _Tables:
         lane = Lane(self.program, self.batches, rounded=False, memory=self.memory)
         lane.advance(self.program.position[reader])
         for batch in range(len(self.batches)):
-            yield lane.rows(batch, lane.value(batch, x))
+            yield lane.rows(batch, x, lane.value(batch, x))
 
 
 def _tied(block: Block) -> list[Note]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import qfx
 from qfx import run
+from qfx.errors import QfxWarning
 from qfx.measuring.measure import decibel, energies
 from qfx.passes.cleanup import cleanup
 from qfx.passes.strided import strided
@@ -102,3 +103,17 @@ def test_neighbours_that_lay_memory_out_otherwise(backend: str) -> None:
     with torch.no_grad():
         found = torch.compile(model, backend="qfx", options={"backend": backend, "cache": False})(x)
         assert decibel(*energies(model(x), found)) >= 35
+
+
+@pytest.mark.parametrize("backend", ["onnx", "reference"])
+def test_writes_by_strides_are_refused(backend: str) -> None:
+    def forward(x: Tensor) -> Tensor:
+        y = (x * 2).t().clone()
+        y.as_strided((4,), (1,)).zero_()
+        return y
+
+    torch._dynamo.reset()
+    x = torch.randn(4, 8)
+    compiled = torch.compile(forward, backend="qfx", options={"backend": backend})
+    with torch.no_grad(), pytest.warns(QfxWarning, match="writes to memory by strides"):
+        assert torch.equal(compiled(x), forward(x))

@@ -110,6 +110,20 @@ def test_a_dropout_that_is_active_without_a_module_in_train_mode_is_refused() ->
         assert torch.allclose(torch.compile(quiet, backend="qfx")(x), 2 * x)
 
 
+@pytest.mark.parametrize(
+    "drop",
+    [
+        lambda x: nn.functional.dropout(input=x, p=0.5, training=False),
+        lambda x: torch.dropout(input=x, p=0.5, train=False),
+        lambda x: torch.dropout(x, 0.5, train=False),
+    ],
+)
+def test_a_dropout_may_be_called_by_names(drop: Callable[[Tensor], Tensor]) -> None:
+    with torch.no_grad():
+        x = torch.randn(3)
+        assert torch.equal(torch.compile(lambda x: drop(x) * 2, backend="qfx", options={"strict": True})(x), 2 * x)
+
+
 @pytest.mark.parametrize("build", [Net, lambda: nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()])
 def test_switches_between_eval_and_train(build: Callable[[], nn.Module]) -> None:
     model, x = build(), torch.randn(3, 16)

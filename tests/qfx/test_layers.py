@@ -38,6 +38,7 @@ LAYERS = (
     recipe_source graph names vmaps trace capture run verify plan recipe presets
     reporting: rows
     live: modules
+    calibration: positions
     """,
     """
     calibration: observers moments

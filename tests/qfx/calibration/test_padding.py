@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import qfx
 from qfx.calibration.clipping import Errors
 from qfx.calibration.observers import MinMax, Sample
-from qfx.calibration.padding import attended, without
+from qfx.calibration.padding import attended, in_positions, without
 from qfx.format import Format
 
 B, T, K = 3, 5, 4
@@ -36,10 +36,31 @@ def test_positions_of_the_mask_count() -> None:
         (["input_ids", "attention_mask"], [IDS, None]),
         (["input_ids", "attention_mask", "decoder_input_ids"], [IDS, MASK, IDS]),  # the decoder's inputs all count
         (["attention_mask", "decoder_attention_mask"], [MASK, torch.ones_like(MASK)]),
+        (["attention_mask", "decoder_inputs_embeds"], [MASK, torch.randn(B, T, K)]),
+        (["input_ids", "encoder_hidden_states", "encoder_attention_mask"], [IDS, torch.randn(B, T, K), MASK]),
+        (["input_ids", "global_attention_mask"], [IDS, MASK]),  # Longformer's tokens that see all others
+        (["input_ids", "attention_mask"], [IDS, torch.zeros_like(MASK)]),
+        (["input_ids", "attention_mask"], [IDS, torch.zeros(B, T)]),  # added to scores: nothing is padded
     ],
 )
 def test_everything_counts(names: list[str], batch: list[Any]) -> None:
     assert attended(names, batch) == {}
+
+
+@pytest.mark.parametrize("mask", [MASK.bool(), MASK.float(), (1.0 - MASK) * -1e4, MASK.float().log(), MASK * 2])
+def test_masks_of_any_type_count_tokens(mask: Tensor) -> None:
+    kept = attended(["input_ids", "attention_mask", "global_attention_mask"], [IDS, mask, torch.ones_like(MASK)])
+    assert torch.equal(kept[B, T], MASK.bool())
+
+
+def test_positions_with_a_label_count() -> None:
+    """T5 makes its decoder's inputs of labels; where padding has none, as for language models, it does not count."""
+    labels = torch.where(MASK == 0, -100, IDS)
+    assert torch.equal(attended(["attention_mask", "labels"], [MASK, labels])[B, T], MASK.bool())
+    labels[0, 3] = 1
+    kept = attended(["attention_mask", "labels"], [MASK, labels])[B, T]
+    assert bool(kept[0, 3]) and int(kept.sum()) == int(MASK.sum()) + 1
+    assert attended(["attention_mask", "labels"], [MASK, IDS]) == {}
 
 
 def test_encoder_and_decoder_have_masks_of_their_own() -> None:
@@ -51,6 +72,14 @@ def test_encoder_and_decoder_have_masks_of_their_own() -> None:
 def test_other_shapes_stay(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     assert without(x, attended(["attention_mask"], [MASK])) is x
+
+
+def test_positions_of_flattened_values() -> None:
+    kept, x = attended(["attention_mask"], [MASK]), torch.randn(B, T, K)
+    assert torch.equal(in_positions(x.reshape(-1, K), kept), x)
+    two = {**kept, (T, B): MASK.t().bool()}
+    for other, masks in ((torch.randn(B * T - 1, K), kept), (x.reshape(-1, K), two)):
+        assert in_positions(other, masks) is other, "what is padding is not known"
 
 
 def test_observers_do_not_see_padding() -> None:
@@ -97,16 +126,18 @@ def test_halves_of_a_sample_are_of_samples_however_they_are_cut() -> None:
 class Reader(nn.Module):
     """A table and two linears; padding is not mixed into other positions."""
 
-    def __init__(self) -> None:
+    def __init__(self, flat: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.flat = flat
         self.table = nn.Embedding(40, 32)
         self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
         self.table.weight.data[0] = 200.0  # padding
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         x = self.table(input_ids)
-        found: Tensor = x + self.down(torch.tanh(self.up(x))) * attention_mask[..., None]
+        y = self.down(torch.tanh(self.up(x.view(-1, 32) if self.flat else x))).view_as(x)
+        found: Tensor = x + y * attention_mask[..., None]
         return found
 
 
@@ -132,11 +163,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("name", RECIPES)
-def test_more_padding_changes_nothing(name: str) -> None:
+def test_more_padding_changes_nothing(name: str, flat: bool) -> None:
+    """Whether linears read [B, T, K] or [B * T, K]."""
     generator = torch.Generator().manual_seed(1)
     samples = [torch.randint(1, 40, (int(n),), generator=generator) for n in torch.randint(6, 12, (8,))]
-    model, recipe = Reader(), qfx.Recipe.parse({"name": name, **RECIPES[name]})
+    model, recipe = Reader(flat), qfx.Recipe.parse({"name": name, **RECIPES[name]})
     short, long, bare = (
         qfx.quantize(copy.deepcopy(model), recipe, data=data).state_dict()
         for data in (
