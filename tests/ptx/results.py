@@ -107,8 +107,8 @@ def _places(instruction: Instruction, known: Mapping[str, int]) -> tuple[list[in
     """(registers that an instruction writes, those that it reads): one may be both."""
     operands = instruction.operands
     stores = not operands or operands[0].startswith("[") or instruction.op[0] in ("bra", "bar", "barrier")
-    to, from_ = ([], operands) if stores else (operands[:1], operands[1:])
+    to, from_ = (operands[:0], operands) if stores else (operands[:1], operands[1:])
     if instruction.predicate:
-        from_ = [*from_, instruction.predicate[0]]
+        from_ = (*from_, instruction.predicate[0])
     written, read = ([known[n] for o in part for n in _NAME.findall(o) if n in known] for part in (to, from_))
     return written, read
