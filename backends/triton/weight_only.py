@@ -191,7 +191,7 @@ def fragments_tile(fmt: Format, rows: int, warps: int, m: int) -> Config:
 
 def abreast_of(device: Device, fmt: Format, m: int, n: int, k: int) -> Config:
     """The tile of `abreast`: as many programs as processors hold at a time, with parts of K where that takes them."""
-    kept = abreast_tile(fmt, 8, 1, m)
+    kept = abreast_tile(fmt, 8, 1, m, k)
     held = 2 if kept["maxnreg"] == 128 else 1
     blocks, _ = blocks_of(fmt, k)
     return {**kept, "SPLITS": max(1, min(held * device.processors // -(-n // 128), blocks // 4, 16))}
@@ -202,10 +202,18 @@ def most_abreast(fmt: Format) -> int:
     return _MOST_ABREAST // 2 if stored_bits(fmt) == 3 else _MOST_ABREAST
 
 
-def abreast_tile(fmt: Format, warps: int, splits: int, m: int) -> Config:
-    """A tile of `abreast` for m rows of x. maxnreg: what lets a processor hold 16 warps, where that suffices."""
-    most = 128 if m <= (16 if stored_bits(fmt) == 3 or fmt.type in TABLES else 32) and warps <= 8 else 255
-    return {"PATH": ABREAST, "SPLITS": splits, "num_warps": warps, "num_stages": 1, "maxnreg": most}
+def abreast_tile(fmt: Format, warps: int, splits: int, m: int, k: int) -> Config:
+    """A tile of `abreast` for m rows of x. maxnreg: what lets a processor hold 16 warps, where that suffices.
+
+    It does for fewer rows where groups are many and small, and of at most 4 bits where k is not whole units.
+    """
+    bits, group = stored_bits(fmt), group_of(fmt)
+    most = 16 if bits == 3 or fmt.type in TABLES else 32
+    many = (bits, group) in ((2, 32), (3, 32)) or ((bits, group) == (3, 64) and fmt.has_zero)
+    if many or (fmt.is_integer and bits <= 4 and not blocks_of(fmt, k)[1]):
+        most //= 2
+    return {"PATH": ABREAST, "SPLITS": splits, "num_warps": warps, "num_stages": 1,
+            "maxnreg": 128 if m <= most and warps <= 8 else 255}  # fmt: skip
 
 
 def blocks_of(fmt: Format, k: int) -> tuple[int, bool]:
@@ -263,7 +271,7 @@ def candidates(fmt: Format, m: int, k: int, dtype: torch.dtype) -> list[Config]:
         found += [fragments_tile(fmt, *size, m) for size in sizes]
     if 4 < m <= most_abreast(fmt) and has_fragments(fmt, dtype):
         pairs = [(8, 1), (8, 2), (8, 4), (8, 8), (4, 2), (4, 4), (4, 8)]
-        found += [abreast_tile(fmt, *pair, m) for pair in pairs if pair[1] <= max(1, -(-k // UNIT) // 2)]
+        found += [abreast_tile(fmt, *pair, m, k) for pair in pairs if pair[1] <= max(1, -(-k // UNIT) // 2)]
     if m <= _MOST_GEMV:
         found += [
             {"PATH": GEMV, "BN": rows, "CHUNKS": 32 * warps, "num_warps": warps, "num_stages": 1}

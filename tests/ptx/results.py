@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ class Results:
         self.committed = 0
         self.flying: list[_Product] = []
         self.standing: dict[int, _Result] = {}  # by the identity of what stands for a result
-        self.named: dict[int, list[int]] = {}
+        self.named: dict[int, tuple[list[int], list[int]]] = {}
 
     def start(self, places: list[int], words: list[Array], inputs: list[int], *, waits: bool) -> None:
         """A product of all threads: words to come to registers."""
@@ -82,14 +83,13 @@ class Results:
         if instruction.op[0] == "wgmma":
             return False
         if at not in self.named:
-            self.named[at] = [self.machine.names[n] for n in _names(instruction) if n in self.machine.names]
-        places = self.named[at]
-        to = places[0] if places and instruction.op[0] not in ("st", "bra", "bar", "cp") else None
-        early = [p for p in places if id(registers[p]) in self.standing and p != to]
-        if early and instruction.op[0] == "mov" and len(places) == 2 and self.machine.active is None:
+            self.named[at] = _places(instruction, self.machine.names)
+        written, read = self.named[at]
+        early = [p for p in read if id(registers[p]) in self.standing]
+        if early and instruction.op[0] == "mov" and len(written) == len(read) == 1 and self.machine.active is None:
             result = self.standing[id(registers[early[0]])]
-            result.places.append(places[0])
-            registers[places[0]] = result.stand_in
+            result.places.append(written[0])
+            registers[written[0]] = result.stand_in
             return True
         if early and all(product.waits for product in self.flying):
             self.wait(-1)  # of the group that is not closed, too
@@ -97,12 +97,18 @@ class Results:
         if early:
             name = list(self.machine.names)[early[0]]
             raise FaultError(f"{name} is used, the result of a product in flight: no wgmma.wait_group")
-        if to is not None and any(to in product.inputs for product in self.flying):
-            raise FaultError(f"{list(self.machine.names)[to]} is overwritten, which a product in flight reads")
+        lost = [p for p in written if any(p in product.inputs for product in self.flying)]
+        if lost:
+            raise FaultError(f"{list(self.machine.names)[lost[0]]} is overwritten, which a product in flight reads")
         return False
 
 
-def _names(instruction: Instruction) -> list[str]:
-    """Registers of an instruction, the one that is written first."""
-    predicate = [instruction.predicate[0]] if instruction.predicate else []
-    return [name for operand in instruction.operands for name in _NAME.findall(operand)] + predicate
+def _places(instruction: Instruction, known: Mapping[str, int]) -> tuple[list[int], list[int]]:
+    """(registers that an instruction writes, those that it reads): one may be both."""
+    operands = instruction.operands
+    stores = not operands or operands[0].startswith("[") or instruction.op[0] in ("bra", "bar", "barrier")
+    to, from_ = (operands[:0], operands) if stores else (operands[:1], operands[1:])
+    if instruction.predicate:
+        from_ = (*from_, instruction.predicate[0])
+    written, read = ([known[n] for o in part for n in _NAME.findall(o) if n in known] for part in (to, from_))
+    return written, read

@@ -226,7 +226,9 @@ def test_products_of_four_warps(body: str, said: str) -> None:
     [
         ("# wgmma.wait_group.sync.aligned 0; # st.global.b32 [%rd5], %r30;", "%r30 is used, the result of a product"),
         ("mov.b32 %r13, %r30; # wgmma.wait_group.sync.aligned 0; # add.s32 %r14, %r13, 1;", "%r13 is used"),
+        ("# wgmma.wait_group.sync.aligned 0; # add.s32 %r30, %r30, 1;", "%r30 is used, the result of a product"),
         ("# wgmma.wait_group.sync.aligned 0; # mov.b32 %r16, 0;", "%r16 is overwritten, which a product in flight"),
+        ("# wgmma.wait_group.sync.aligned 0; # ld.shared.v2.b32 {%r15, %r16}, [%r8];", "%r16 is overwritten"),
     ],
 )
 def test_registers_of_products(body: str, said: str) -> None:

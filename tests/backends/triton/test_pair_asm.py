@@ -36,6 +36,33 @@ def test_every_byte_in_every_place(text: str, dtype: torch.dtype) -> None:
             assert found == torch.tensor(due).to(dtype), (first, odd, i, place)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
+@pytest.mark.parametrize("text", ["u8", "u4", "u3", "u2"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_zero_points_are_taken_away_exactly(text: str, dtype: torch.dtype, count: int) -> None:
+    """Each for as many places, up to 255, which a zero point of a few bits may be, too."""
+    fmt = Format.parse(text)
+    step = 2 if fmt.bits == 3 else fmt.bits
+    places = 8 // step
+    count = min(count, places)
+    more = gain(fmt, dtype)
+    for first, odd in itertools.product(range(0, 256, 4), (0, 1)):
+        given = [(first + i) & 255 for i in range(4)]
+        word, above = sum(byte << 8 * i for i, byte in enumerate(given)), (first * 0x9E3779B1 + odd) & 0xFFFFFFFF
+        zeros = [[255 - first, first], [first // 2, 255], [1, 0], [0, 128]][:count]  # of the numbers in a register
+        words = [int.from_bytes((-torch.tensor(z) / more).to(dtype).view(torch.uint8).numpy().tobytes(), "little")
+                 for z in zeros]  # fmt: skip
+        got = run(pair_asm(fmt, dtype, odd, count), [word, *([above] if fmt.bits == 3 else []), *words],
+                  2 * places, dtype)  # fmt: skip
+        for i, place in itertools.product(range(4), range(places)):
+            number, byte = divmod(i, 2)
+            code = given[i] >> step * place & ((1 << step) - 1)
+            if fmt.bits == 3:
+                code |= (above >> (8 * i + 2 * place + odd) & 1) << 2
+            due = code - zeros[place * count // places][number]
+            assert got[2 * place + byte][number] * more == due, (first, odd, i, place)
+
+
 def test_the_least_number_of_a_type_becomes_a_normal_one() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         least = torch.tensor(1, dtype=torch.int16).view(dtype).double()

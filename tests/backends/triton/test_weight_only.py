@@ -150,6 +150,18 @@ def test_warps_abreast_of_every_format(text: str, warps: int, splits: int, monke
         assert error(torch.randn(m, packed.shape[1], device=DEVICE).to(dtype), packed, bias) < STEP[dtype]
 
 
+@pytest.mark.parametrize(("text", "k", "splits"), [("u4/g32", 5, 3), ("u3/g512", 513, 4), ("u8/ch", 384, 4)])
+def test_warps_abreast_of_fewer_blocks_than_parts(
+    text: str, k: int, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {"PATH": ABREAST, "SPLITS": splits, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(weight_only, "heuristic", lambda *_: kept)
+    torch.manual_seed(k)
+    for n, m in ((1, 1), (33, 20)):
+        packed, bias = weight(n, k, text), torch.randn(n, device=DEVICE)
+        assert error(torch.randn(m, k, device=DEVICE).half(), packed, bias) < STEP[torch.float16]
+
+
 def test_fragments_serve_integers_and_tables_in_groups_that_blocks_hold() -> None:
     assert {"i4/g32", "i4/g64/bf16", "i3/g32", "u8/ch", "u8/g32", "i6/ch", "i8", "nf4/g64", "u3/ch"} <= set(SERVED)
     assert not {"u2/g16", "f8e4m3/ch", "f4e2m1/g16/e4m3", "u4/g16/f16"} & set(SERVED)
