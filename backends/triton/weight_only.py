@@ -3,9 +3,10 @@
 qfx_triton::linear_weight_only(Tensor x, Tensor[] w, Tensor? bias, Tensor? smooth, str w_format, int n) -> Tensor
 
 By the number M of rows of x: for a few tensor cores on weights that stay in the registers of who read them
-(`fragments`, from 9 rows on `abreast`), or, for float32 and formats that these do not serve, a product of vectors
-(`gemv`); then tensor cores on unpacked tiles, where these are few with K split between programs and the parts added in
-a fixed order (`dot_tiles`); for many rows the weight is written out in x.dtype and multiplied by torch (`dequantize`).
+(`fragments`, on 9.x from 9 rows on `abreast`), or, for float32 and formats that these do not serve, a product of
+vectors (`gemv`); then tensor cores on unpacked tiles, where these are few with K split between programs and the parts
+added in a fixed order (`dot_tiles`); for many rows the weight is written out in x.dtype and multiplied by torch
+(`dequantize`).
 `heuristic` has the numbers. w and w_format come from `qfx.backends.triton.weight_only_pack`.
 """
 
