@@ -7,9 +7,9 @@ other than the installed one from a folder of its own (pip install --no-deps --t
 
     PYTHONPATH=FOLDER TRITON_DEFAULT_FP_FUSION=1 python -m tests.backends.triton.compile_cases FAMILY
 
-3.7.1 and 3.9.0 spill nothing; 3.6.0 spills 8 bytes a thread in four variants, 3.8.0 in one. 3.6.0 writes no
-fence.proxy.async between cp.async and the wgmma that reads what it brought, which the later ones do. What is compiled is what a
-launch on that device would compile: the tests ask Triton's own front end (compile_cases --front-end).
+3.7.1 and 3.9.0 spill nothing; 3.6.0 spills 8 bytes a thread in a few variants, 3.8.0 in one. 3.6.0 writes no
+fence.proxy.async between cp.async and the wgmma that reads what it brought, which the later ones do. What is compiled
+is what a launch on that device would compile: the tests ask Triton's own front end (compile_cases --front-end).
 """
 
 from __future__ import annotations
