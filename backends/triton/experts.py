@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from qfx.backends.triton import tuning, weight_only
+from qfx.backends.triton import tuning, weight_only, weight_only_config
 from qfx.backends.triton.decode_asm import decode_asm
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels import experts as kernels
@@ -22,7 +22,8 @@ from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.layout import UNIT_THREE, padded
 from qfx.backends.triton.library import define
 from qfx.backends.triton.products import bad, check_devices
-from qfx.backends.triton.weight_only import DTYPES, LANGUAGE, UNIT, Weight, gemv_asm, named
+from qfx.backends.triton.weight_only import DTYPES, LANGUAGE, Weight, gemv_asm, named
+from qfx.backends.triton.weight_only_config import UNIT
 from qfx.backends.triton.weight_only_pack import pack_weight_only, stored_bits
 from qfx.format import Format
 from qfx.ops.floats import alone, of_expert
@@ -86,9 +87,9 @@ def choose(device: Device, fmt: Format, t: int, experts: int, n: int, k: int, dt
 def heuristic(device: Device, fmt: Format, t: int, experts: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """A configuration by rule, for rows that go to the experts about evenly: fragments for up to 16 rows of one."""
     rows = -(-t // experts)
-    served = weight_only.has_fragments(fmt, dtype) and rows <= _MOST_FRAGMENTS
+    served = weight_only_config.has_fragments(fmt, dtype) and rows <= _MOST_FRAGMENTS
     if served and not (device.interpreted and t * n > _INTERPRETED):
-        return {**weight_only.fragments_of(device, fmt, 2 * rows, n * min(t, experts), k), "PATH": FRAGMENTS}
+        return {**weight_only_config.fragments_of(device, fmt, 2 * rows, n * min(t, experts), k), "PATH": FRAGMENTS}
     return without_fragments(device, fmt, t, experts, n, k, dtype)
 
 
@@ -102,21 +103,21 @@ def without_fragments(device: Device, fmt: Format, t: int, experts: int, n: int,
     """
     few = t <= max(experts, 2) and (t * n <= _INTERPRETED if device.interpreted else t <= _MOST_ROWS)
     if few:
-        config, rows = weight_only.vectors_of(device, fmt, n * min(t, experts), k), 1 if 4 * t <= experts else 2
+        config, rows = weight_only_config.vectors_of(device, fmt, n * min(t, experts), k), 1 if 4 * t <= experts else 2
         columns = min(config["BN"], 8 if stored_bits(fmt) == 8 else 4)  # more of few bits spill registers
         return {**config, "PATH": VECTORS, "ROWS": rows, "BN": max(columns // rows, 2)}
     rows = max(16, -(-t // experts))
     rows = min(rows, 63) if stored_bits(fmt) == 8 and not device.from_shared else rows
-    return {"PATH": TILES, **weight_only.tile_of(device, fmt, rows, dtype), "FIRST": 0}
+    return {"PATH": TILES, **weight_only_config.tile_of(device, fmt, rows, dtype), "FIRST": 0}
 
 
 def candidates(fmt: Format, t: int, experts: int, dtype: torch.dtype) -> list[Config]:
     """Configurations worth measuring for `t` rows, at most 20."""
     found: list[Config] = []
-    rows, kept = -(-t // experts), weight_only.has_fragments(fmt, dtype)
+    rows, kept = -(-t // experts), weight_only_config.has_fragments(fmt, dtype)
     if kept and rows <= 2 * _MOST_FRAGMENTS and t < tuning.LARGEST:  # the last bucket is that of any more rows, too
         sizes = [(width, warps) for width in (1, 2) for warps in (2, 4, 8)]
-        found += [{**weight_only.fragments_tile(fmt, *size, 2 * rows), "PATH": FRAGMENTS} for size in sizes]
+        found += [{**weight_only_config.fragments_tile(fmt, *size, 2 * rows), "PATH": FRAGMENTS} for size in sizes]
     if t <= 4 * experts and t <= _MOST_ROWS:
         found += [
             {"PATH": VECTORS, "ROWS": rows, "BN": n, "CHUNKS": 32 * warps, "num_warps": warps, "num_stages": 1}
@@ -141,7 +142,7 @@ def _fragments(x: Tensor, w: Weight, offs: Tensor, out: Tensor, config: Config) 
     launch(kernels.grouped_fragments, (tiles * triton.cdiv(n, 16 * config["ROWS"]),), x, w.codes, w.upper, w.scale,
            w.zero, w.whole, w.table, offs, out, t, n, k, experts, tiles, x.stride(0), w.codes.stride(-2),
            w.upper.stride(-2), w.scale.stride(-2), **w.constants, **weight_only.pairs_of(w.fmt, to, device),
-           TO=LANGUAGE[to], EVEN=weight_only.is_even(w.fmt, k, warps), TOKENS=tokens, S=warps, BY_ROW=by_row,
+           TO=LANGUAGE[to], EVEN=weight_only_config.is_even(w.fmt, k, warps), TOKENS=tokens, S=warps, BY_ROW=by_row,
            EXPERTS=triton.next_power_of_2(experts + 1), config=config)  # fmt: skip
 
 

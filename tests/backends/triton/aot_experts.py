@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from qfx.backends.triton.experts import grouped_weight_only, pack_experts
-from qfx.backends.triton.weight_only import has_fragments
+from qfx.backends.triton.weight_only_config import has_fragments
 from qfx.format import Format
 from tests.backends.triton.aot_weight_only import IN_REGISTERS
 from tests.backends.triton.cases import Case, meta

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from qfx.backends.triton.weight_only import has_fragments, linear_weight_only
+from qfx.backends.triton.weight_only import linear_weight_only
+from qfx.backends.triton.weight_only_config import has_fragments
 from qfx.backends.triton.weight_only_pack import pack_weight_only
 from qfx.format import Format
 from tests.backends.triton.cases import Case, meta

@@ -13,7 +13,7 @@ import torch
 from qfx.backends.triton import gemm4_config, gemm8_config
 from qfx.backends.triton.device import A100, H200, Device
 from qfx.backends.triton.quantized_attention import fitted
-from qfx.backends.triton.weight_only import heuristic
+from qfx.backends.triton.weight_only_config import heuristic
 from qfx.format import Format
 
 L40S = Device("NVIDIA L40S", (8, 9), 142, 101376)

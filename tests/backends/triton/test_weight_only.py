@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qfx.backends.triton import weight_only
+from qfx.backends.triton import weight_only, weight_only_config
 from qfx.backends.triton.device import A100, H100, Device
 from qfx.backends.triton.launch import recorded
-from qfx.backends.triton.weight_only import (
+from qfx.backends.triton.weight_only import linear_weight_only, reason_against
+from qfx.backends.triton.weight_only_config import (
     ABREAST,
     DEQUANTIZE,
     DOT,
@@ -21,8 +22,7 @@ from qfx.backends.triton.weight_only import (
     GEMV,
     candidates,
     choose,
-    linear_weight_only,
-    reason_against,
+    has_fragments,
 )
 from qfx.backends.triton.weight_only_pack import pack_weight_only
 from qfx.errors import QfxWarning, UnsupportedError
@@ -118,21 +118,21 @@ def test_every_path(text: str, dtype: torch.dtype, path: int, m: int, monkeypatc
         DEQUANTIZE: {},
     }[path]
     kept = {"PATH": path, **config}
-    monkeypatch.setattr(weight_only, "heuristic", lambda *_: kept)
+    monkeypatch.setattr(weight_only_config, "heuristic", lambda *_: kept)
     torch.manual_seed(0)
     packed = weight(33, 520, text)
     x = torch.randn(m, 520, device=DEVICE).to(dtype)
     assert error(x, packed, torch.randn(33, device=DEVICE)) < STEP[dtype]
 
 
-SERVED = [text for text in FORMATS if weight_only.has_fragments(now_of(text), torch.float16)]
+SERVED = [text for text in FORMATS if has_fragments(now_of(text), torch.float16)]
 
 
 @pytest.mark.parametrize("text", SERVED)
 @pytest.mark.parametrize(("rows", "warps"), [(1, 1), (2, 4), (4, 2)])
 def test_fragments_of_every_format(text: str, rows: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {"PATH": FRAGMENTS, "ROWS": rows, "num_warps": warps, "num_stages": 1}
-    monkeypatch.setattr(weight_only, "heuristic", lambda *_: kept)
+    monkeypatch.setattr(weight_only_config, "heuristic", lambda *_: kept)
     torch.manual_seed(rows)
     packed, bias = weight(37, 1024 if rows == 2 else 777, text), torch.randn(37, device=DEVICE)
     for m, dtype in ((3, torch.float16), (26, torch.bfloat16)):
@@ -143,7 +143,7 @@ def test_fragments_of_every_format(text: str, rows: int, warps: int, monkeypatch
 @pytest.mark.parametrize(("warps", "splits"), [(4, 1), (4, 3), (8, 2)])
 def test_warps_abreast_of_every_format(text: str, warps: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {"PATH": ABREAST, "SPLITS": splits, "num_warps": warps, "num_stages": 1}
-    monkeypatch.setattr(weight_only, "heuristic", lambda *_: kept)
+    monkeypatch.setattr(weight_only_config, "heuristic", lambda *_: kept)
     torch.manual_seed(warps)
     packed, bias = weight(75, 1024 if splits == 3 else 777, text), torch.randn(75, device=DEVICE)
     for m, dtype in ((16, torch.float16), (26, torch.bfloat16)):
@@ -155,7 +155,7 @@ def test_warps_abreast_of_fewer_blocks_than_parts(
     text: str, k: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = {"PATH": ABREAST, "SPLITS": splits, "num_warps": 4, "num_stages": 1}
-    monkeypatch.setattr(weight_only, "heuristic", lambda *_: kept)
+    monkeypatch.setattr(weight_only_config, "heuristic", lambda *_: kept)
     torch.manual_seed(k)
     for n, m in ((1, 1), (33, 20)):
         packed, bias = weight(n, k, text), torch.randn(n, device=DEVICE)
@@ -165,7 +165,7 @@ def test_warps_abreast_of_fewer_blocks_than_parts(
 def test_fragments_serve_integers_and_tables_in_groups_that_blocks_hold() -> None:
     assert {"i4/g32", "i4/g64/bf16", "i3/g32", "u8/ch", "u8/g32", "i6/ch", "i8", "nf4/g64", "u3/ch"} <= set(SERVED)
     assert not {"u2/g16", "f8e4m3/ch", "f4e2m1/g16/e4m3", "u4/g16/f16"} & set(SERVED)
-    assert not weight_only.has_fragments(Format.parse("i4/g128"), torch.float32)
+    assert not has_fragments(Format.parse("i4/g128"), torch.float32)
 
 
 def test_a_wrong_scale_or_zero_point_shows() -> None:
@@ -236,7 +236,7 @@ def test_three_bits_of_codes_that_begin_anywhere_are_read_one_by_one(
     x = torch.randn(1, 256, dtype=torch.float16, device=DEVICE)
     beside = torch.cat([w[0].new_zeros(1), w[0].flatten()])[1:].reshape(w[0].shape)
     found = []
-    monkeypatch.setattr(weight_only, "_MOST_FRAGMENTS", 0)
+    monkeypatch.setattr(weight_only_config, "_MOST_FRAGMENTS", 0)
     for codes in (w[0], beside):
         with recorded(H100) as launches:
             linear_weight_only(x, [codes, *w[1:]], None, None, now, 24)
