@@ -25,7 +25,7 @@ from qfx.backends.triton.decode_asm import TABLES, biased_asm, decode_asm
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels import weight_only as kernels
 from qfx.backends.triton.kernels.weight_only_abreast import abreast
-from qfx.backends.triton.kernels.weight_only_fragments import fragments
+from qfx.backends.triton.kernels.weight_only_fragments import fragments, parts_of, together_of
 from qfx.backends.triton.kernels.weight_only_gemv import gemv
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.layout import UNIT_THREE, padded
@@ -158,8 +158,8 @@ def pairs_of(fmt: Format, dtype: torch.dtype, device: Device) -> dict[str, Any]:
     """How `fragments` unpacks: constants of the kernel."""
     if device.interpreted:
         return {"ASM": "", "ASM_ODD": "", "GAIN": 1}
-    places, group = 1 if stored_bits(fmt) == 8 else 2 if stored_bits(fmt) == 4 else 4, group_of(fmt)
-    zeros = 0 if not fmt.has_zero else max(1, min(places, UNIT // group)) if group else 1
+    bits = stored_bits(fmt)
+    zeros = parts_of(bits) // together_of(bits, group_of(fmt)) if fmt.has_zero else 0
     asm, odd = (pair_asm(fmt, dtype, odd, zeros) for odd in range(2))
     return {"ASM": asm, "ASM_ODD": odd, "GAIN": gain(fmt, dtype)}
 

@@ -15,8 +15,11 @@ from qfx.backends.triton.kernels.weight_only_fragments import (
     blocks_of,
     column_of,
     group_of,
+    lane_of,
+    parts_of,
     rows_of,
     sixteen,
+    together_of,
     unpacked,
 )
 
@@ -49,8 +52,11 @@ def _right(x, COUNT: tl.constexpr, LANE: tl.constexpr, TO: tl.constexpr):
 
 @triton.jit
 def _read(x_rows, lower, above, block, last, k, BITS: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
-          LANE: tl.constexpr, PARTS: tl.constexpr, TOGETHER: tl.constexpr, W: tl.constexpr):  # fmt: skip
+          W: tl.constexpr):  # fmt: skip
     """What is wanted of a block, at most `last`: numbers of the lower planes, of the upper one, and x of each group."""
+    LANE: tl.constexpr = lane_of(BITS, GROUP)
+    PARTS: tl.constexpr = parts_of(BITS)
+    TOGETHER: tl.constexpr = together_of(BITS, GROUP)
     HALVES: tl.constexpr = 2 if BITS == 3 else 1
     APART: tl.constexpr = 128 // PARTS
     WIDE: tl.constexpr = 8 * LANE
@@ -82,13 +88,13 @@ def abreast(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, 
 
     Grid (cdiv(n, 16 W), SPLITS). T: rows of x, m or more. EVEN: k columns are whole units. Numbers: see `fragments`.
     """
-    LANE: tl.constexpr = 4 if BITS < 4 or GROUP == 32 else 8
-    PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
+    LANE: tl.constexpr = lane_of(BITS, GROUP)
+    PARTS: tl.constexpr = parts_of(BITS)
     APART: tl.constexpr = 128 // PARTS  # columns from one place to the next
     HALVES: tl.constexpr = 2 if BITS == 3 else 1
     WIDE: tl.constexpr = 8 * LANE
     EACH: tl.constexpr = APART // WIDE
-    TOGETHER: tl.constexpr = PARTS if GROUP == 0 or GROUP >= 128 else (GROUP // APART if GROUP > APART else 1)
+    TOGETHER: tl.constexpr = together_of(BITS, GROUP)
     GROUPS: tl.constexpr = PARTS // TOGETHER
     first, split = tl.program_id(0) * (16 * W), tl.program_id(1)
     blocks = blocks_of(k, BITS, GROUP)
@@ -101,9 +107,9 @@ def abreast(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, 
     scales = scale_ptr + tl.minimum(outs, n - 1).to(tl.int64) * scale_stride
     x_rows = (x_ptr + tl.minimum(tokens, m - 1).to(tl.int64) * x_stride)[:, None]
     acc = tl.zeros([16 * W, T], tl.float32)
-    data, upper, xs = _read(x_rows, lower, above, start, blocks - 1, k, BITS, GROUP, EVEN, LANE, PARTS, TOGETHER, W)
+    data, upper, xs = _read(x_rows, lower, above, start, blocks - 1, k, BITS, GROUP, EVEN, W)
     for block in range(start, end):
-        after = _read(x_rows, lower, above, block + 1, end - 1, k, BITS, GROUP, EVEN, LANE, PARTS, TOGETHER, W)
+        after = _read(x_rows, lower, above, block + 1, end - 1, k, BITS, GROUP, EVEN, W)
         for h in tl.static_range(HALVES):
             below = ()
             if zero_ptr is not None:

@@ -18,6 +18,25 @@ from qfx.backends.triton.kernels.decode import load_scale
 
 
 @triton.constexpr_function
+def lane_of(bits, group):
+    """Numbers of 16 bits that a thread has of a row, see LANE above."""
+    return 4 if bits < 4 or group == 32 else 8
+
+
+@triton.constexpr_function
+def parts_of(bits):
+    """Codes in a byte of the lower plane, which are 128 / parts columns apart."""
+    return {8: 1, 4: 2}.get(bits, 4)
+
+
+@triton.constexpr_function
+def together_of(bits, group):
+    """How many of these share a scale."""
+    parts = parts_of(bits)
+    return parts if group == 0 or group >= 128 else max(1, group * parts // 128)
+
+
+@triton.constexpr_function
 def _registers(outputs, inputs):
     return ",".join(["=&r"] * outputs + ["r"] * inputs)
 
@@ -29,7 +48,7 @@ def unpacked(data, upper, below, odd: tl.constexpr, table_ptr, OFFSET: tl.conste
 
     below: what is added to the codes of as many places each, tiles in the type TO, zero points for ASM over its gain.
     """
-    PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
+    PARTS: tl.constexpr = parts_of(BITS)
     STEP: tl.constexpr = 8 // PARTS
     COUNT: tl.constexpr = len(below)
     tiles = ()
@@ -173,13 +192,13 @@ def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
                   ASM_ODD: tl.constexpr, GAIN: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr,
                   ROWS: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr):  # fmt: skip
     """Columns of out from `first` on, as many as `fragments` has in a program, of `blocks` blocks of K."""
-    LANE: tl.constexpr = 4 if BITS < 4 or GROUP == 32 else 8
-    PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
+    LANE: tl.constexpr = lane_of(BITS, GROUP)
+    PARTS: tl.constexpr = parts_of(BITS)
     APART: tl.constexpr = 128 // PARTS  # columns from one place to the next
     HALVES: tl.constexpr = 2 if BITS == 3 else 1
     WIDE: tl.constexpr = 8 * LANE
     EACH: tl.constexpr = APART // WIDE  # blocks of a unit of 128 columns
-    TOGETHER: tl.constexpr = PARTS if GROUP == 0 or GROUP >= 128 else (GROUP // APART if GROUP > APART else 1)
+    TOGETHER: tl.constexpr = together_of(BITS, GROUP)
     split = tl.arange(0, S)
     of_w, of_x = tl.arange(0, 2 * S * 32), tl.arange(0, LANE // 4 * S * 32)
     codes = w_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
