@@ -1,4 +1,4 @@
-"""Score a causal language model on text: perplexity, bits per byte, KL divergence and top-1 agreement with a teacher.
+"""Score a causal language model on text: perplexity and bits per byte.
 
 Works on anything callable as `model(ids[B, T])` that returns logits [B, T, V], or an object with `.logits`.
 All sums are in float64; a text is cut into windows that do not overlap, and the first token of each is not scored.
@@ -62,25 +62,3 @@ def bits_per_byte(model: Model, ids: Tensor, size: int, window: int = 1024) -> f
     if size < 1:
         raise ValueError(f"expected a text of at least one byte, found size {size}")
     return nll(model, ids, window) / math.log(2) * len(ids) / size
-
-
-@torch.no_grad()
-def kld(teacher: Model, student: Model, ids: Tensor, window: int = 1024) -> float:
-    """Mean over all positions of KL(teacher || student), in nats; 0 for equal models."""
-    total, count = 0.0, 0
-    for piece in windows(ids, window):
-        wanted = logits_of(teacher, piece).double().log_softmax(-1)
-        found = logits_of(student, piece).double().log_softmax(-1)
-        total += float(functional.kl_div(found, wanted, reduction="sum", log_target=True))
-        count += piece.shape[1]
-    return total / count
-
-
-@torch.no_grad()
-def agreement(teacher: Model, student: Model, ids: Tensor, window: int = 1024) -> float:
-    """Share of all positions where both models put the same token first, 0 to 1."""
-    same, count = 0, 0
-    for piece in windows(ids, window):
-        same += int((logits_of(teacher, piece).argmax(-1) == logits_of(student, piece).argmax(-1)).sum())
-        count += piece.shape[1]
-    return same / count

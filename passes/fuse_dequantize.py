@@ -19,8 +19,6 @@ from qfx import graph
 from qfx.passes import _match as m
 from qfx.passes._build import call, matched, replace
 
-aten = torch.ops.aten
-
 
 def fuse_dequantize(gm: fx.GraphModule) -> bool:
     """Fuse dequantize into the linear, embedding or grouped linear that reads it, through transposes that cancel out.

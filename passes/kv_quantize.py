@@ -43,11 +43,6 @@ def kv_quantize(gm: fx.GraphModule, *, formats: Mapping[str, Format], scales: Ma
     return matched(gm, "kv_quantize", count)
 
 
-def left_out(gm: fx.GraphModule) -> list[fx.Node]:
-    """Attention whose cache stayed in float."""
-    return [node for node in gm.graph.nodes if is_call(node, _FLOAT)]
-
-
 def _is_free(past: object, scales: Mapping[str, Tensor]) -> bool:
     return isinstance(past, fx.Node) and past.name in scales and all(is_call(u, _FLOAT) for u in past.users)
 

@@ -30,11 +30,6 @@ def identity(b: Builder, x: Value, *_: Any, **__: Any) -> Value:
     return x
 
 
-def fresh(b: Builder, x: Value, *_: Any, **__: Any) -> Value:
-    """A copy is the value itself: nothing in the graph writes in place."""
-    return x
-
-
 def expand(b: Builder, x: Value, *_: Any, **__: Any) -> Value:
     """Broadcast to the result's shape."""
     if x.shape == b.out_dims:

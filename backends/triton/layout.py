@@ -57,13 +57,6 @@ def pack_three(codes: Tensor) -> tuple[Tensor, Tensor]:
     return pack_halves(full & 3, 2), pack_halves(_interleaved(full >> 2, 2, 4), 1, UNIT_THREE)
 
 
-def unpack_three(lower: Tensor, upper: Tensor, k: int) -> Tensor:
-    """The codes uint8 [.., k] of `pack_three`."""
-    full = padded(k, UNIT_THREE)
-    above = _interleaved(unpack_halves(upper, 1, full, UNIT_THREE), 4, 2)
-    return (unpack_halves(lower, 2, full) | (above << 2))[..., :k].contiguous()
-
-
 def _interleaved(codes: Tensor, a: int, b: int) -> Tensor:
     """Within units of 256, a x b parts of 32 columns in the order b x a."""
     parts = codes.reshape(*codes.shape[:-1], codes.shape[-1] // UNIT_THREE, a, b, 32)

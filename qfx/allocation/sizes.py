@@ -25,8 +25,6 @@ Expr = Any  # a sympy expression, or an int
 
 BATCH, SEQUENCE = sympy.symbols("batch sequence", integer=True, positive=True)
 CONTEXT = sympy.Symbol("context", integer=True, nonnegative=True)
-NAMES = ("batch", "sequence", "context")
-
 _CACHED = ("qfx::cached_attention", "qfx::quantized_cached_attention")
 
 

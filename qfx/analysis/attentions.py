@@ -20,8 +20,6 @@ from qfx.passes import _channels as channels
 from qfx.passes import _match as m
 from qfx.passes import _sites as sites
 
-aten = torch.ops.aten
-
 _PER_HEAD = ("qfx::rope",)
 
 

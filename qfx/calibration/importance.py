@@ -8,13 +8,11 @@ is d C d^T with C = mean(x^T x). An `Importance` holds the diagonal of C ("energ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 BLOCK = 128  # channels of a block, where no group of the format says another size
-Weighting = Literal["uniform", "energy", "covariance"]
 
 
 class Importance:

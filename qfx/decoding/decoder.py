@@ -118,14 +118,6 @@ def stored_sizes(captured: Captured, names: Mapping[str, str]) -> list[tuple[int
     return [(int(shape[1]), int(shape[3])) for shape in keys]
 
 
-def cache_sizes(model: nn.Module) -> list[tuple[int, int]]:
-    """(key heads, size of a key) of each layer's cache, found by a call with two tokens.
-
-    Raises UnsupportedError where the model gives no such cache.
-    """
-    return [(int(keys.shape[1]), int(keys.shape[3])) for keys, _ in _layers(model)]
-
-
 def _layers(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Keys and values [1, H, 2, D] of each layer's cache after two tokens, in the dtype that the model gives them."""
     with torch.no_grad():

@@ -40,11 +40,6 @@ class BlockType:
     scale_high: int = 0
 
     @property
-    def bits_per_weight(self) -> float:
-        """Bits of a value, scales included."""
-        return 8 * self.nbytes / self.size
-
-    @property
     def table(self) -> tuple[float, ...] | None:
         """The values that codes look up; None where a code is its own value."""
         return _TABLES.get(self.name)

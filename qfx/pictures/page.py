@@ -79,16 +79,6 @@ class Page:
         """Write the page. Raises OSError."""
         write_text(file, self.html())
 
-    def write_pngs(self, folder: Path) -> list[Path]:
-        """Write each picture as `<name>.png` into a folder, which is made. Returns the files. Raises OSError."""
-        folder.mkdir(parents=True, exist_ok=True)
-        written = []
-        for part in self.parts:
-            if isinstance(part, Picture):
-                written.append(folder / f"{part.name}.png")
-                written[-1].write_bytes(canvas.png(part.figure))
-        return written
-
 
 def _picture(part: Picture) -> str:
     data = base64.b64encode(canvas.png(part.figure)).decode("ascii")

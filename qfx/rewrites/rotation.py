@@ -55,11 +55,6 @@ def rotate(x: Tensor, size: int, seed: int, *, inverse: bool = False) -> Tensor:
     return (values * sign if inverse else values).to(x.dtype).reshape(x.shape)
 
 
-def rotate_axis(x: Tensor, axis: int, size: int, seed: int) -> Tensor:
-    """`rotate` along any axis."""
-    return rotate(x.movedim(axis, -1).contiguous(), size, seed).movedim(-1, axis)
-
-
 def matrix(size: int, seed: int) -> Tensor:
     """Q itself, f64 [size, size]."""
     return rotate(torch.eye(size, dtype=torch.float64), size, seed)

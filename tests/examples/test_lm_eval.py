@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from types import SimpleNamespace
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from examples.lm_eval import agreement, bits_per_byte, kld, nll, perplexity, windows
+from examples.lm_eval import bits_per_byte, nll, perplexity, windows
 
 
 def uniform(ids: Tensor) -> Tensor:
     """Every one of 16 tokens alike."""
     return torch.zeros(*ids.shape, 16)
-
-
-def bigram(seed: int) -> object:
-    """A model that sees the last token only."""
-    table = torch.randn(16, 16, generator=torch.Generator().manual_seed(seed))
-    return lambda ids: SimpleNamespace(logits=table[ids])
 
 
 def some_ids(length: int, seed: int = 0) -> Tensor:
@@ -48,32 +37,6 @@ def test_knowing_model_has_perplexity_one() -> None:
     ids = torch.arange(100) % 16
     next_one = 50.0 * torch.eye(16).roll(1, dims=1)
     assert perplexity(lambda x: next_one[x], ids, 32) == pytest.approx(1.0, abs=1e-6)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 1000), st.integers(2, 50), st.integers(2, 60))
-def test_kld_is_zero_for_equals_and_positive_else(seed: int, length: int, window: int) -> None:
-    ids, teacher, student = some_ids(length, seed), bigram(seed), bigram(seed + 1)
-    assert callable(teacher) and callable(student)
-    assert kld(teacher, teacher, ids, window) == 0.0
-    assert agreement(teacher, teacher, ids, window) == 1.0
-    assert kld(teacher, student, ids, window) > 1e-3
-
-
-def test_kld_has_its_direction() -> None:
-    left, right = torch.tensor([0.0, math.log(3.0)]), torch.tensor([0.0, 0.0])
-    ids = torch.tensor([0, 1, 0])
-    wanted = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
-    assert kld(lambda x: left.expand(*x.shape, 2), lambda x: right.expand(*x.shape, 2), ids) == pytest.approx(wanted)
-    back = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
-    assert kld(lambda x: right.expand(*x.shape, 2), lambda x: left.expand(*x.shape, 2), ids) == pytest.approx(back)
-
-
-def test_agreement_counts_positions() -> None:
-    ids = torch.arange(8)
-    first, second = torch.eye(16), torch.eye(16)
-    second = torch.where(torch.arange(16)[:, None] < 6, second, second.roll(1, dims=1))
-    assert agreement(lambda x: first[x], lambda x: second[x], ids, 4) == pytest.approx(6 / 8)
 
 
 def test_a_last_piece_of_one_token_is_left_out() -> None:

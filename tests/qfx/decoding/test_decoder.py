@@ -14,7 +14,7 @@ import qfx
 import qfx.onnx
 from qfx import graph
 from qfx.capture import Captured
-from qfx.decoding.decoder import cache_sizes, capture_decoder, fuse_cache, is_shared, quantize_cache, stored_sizes
+from qfx.decoding.decoder import capture_decoder, fuse_cache, is_shared, quantize_cache, stored_sizes
 from qfx.errors import UnsupportedError
 from qfx.format import Format
 from qfx.measuring.measure import sqnr_db
@@ -28,10 +28,10 @@ def llama() -> Any:
     return ZOO["llama"]()[0]
 
 
-def test_sizes_of_the_cache() -> None:
-    config = llama().config
-    width = config.hidden_size // config.num_attention_heads
-    assert cache_sizes(llama()) == [(config.num_key_value_heads, width)] * config.num_hidden_layers
+def sizes_of(model: Any) -> list[tuple[int, int]]:
+    """(key heads, size of a key) of each layer's cache, as its config has them."""
+    config = model.config
+    return [(config.num_key_value_heads, config.hidden_size // config.num_attention_heads)] * config.num_hidden_layers
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_caches_are_stored_in_the_format_asked_for(decoder: Any, kv: str, dtype:
     model, captured, names = decoder
     prepare(captured.gm)
     fuse_cache(captured, names)
-    fmt, sizes = Format.parse(f"{kv}/ch"), cache_sizes(model)
+    fmt, sizes = Format.parse(f"{kv}/ch"), sizes_of(model)
     assert stored_sizes(captured, names) == sizes
     scales = [{what: torch.ones(size) for what in ("key", "value")} for size in sizes]
     assert not quantize_cache(captured, names, {"k": fmt, "v": fmt}, scales)
@@ -107,7 +107,7 @@ def test_caches_are_stored_in_the_format_asked_for(decoder: Any, kv: str, dtype:
 def test_caches_that_are_not_fused_are_told(decoder: Any) -> None:
     model, captured, names = decoder
     fmt = Format.parse("i8/ch")
-    scales = [{what: torch.ones(size) for what in ("key", "value")} for size in cache_sizes(model)]
+    scales = [{what: torch.ones(size) for what in ("key", "value")} for size in sizes_of(model)]
     notes = quantize_cache(captured, names, {"k": fmt, "v": fmt}, scales)
     assert [note.node for note in notes] == [f"past_key_values.{i}" for i in range(len(names) // 2)]
     assert not any(note.minor for note in notes)
@@ -142,7 +142,7 @@ def test_an_encoder_has_no_cache() -> None:
     model: Any = ZOO["llama"]()[0]
     model.forward = lambda **_: torch.zeros(1)
     with pytest.raises(UnsupportedError, match="keeps no plain cache"):
-        cache_sizes(model)
+        capture_decoder(model, last_only=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

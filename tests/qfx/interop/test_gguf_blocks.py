@@ -71,7 +71,6 @@ def test_sizes_are_those_of_the_gguf_package(name: str) -> None:
     kind = block_type(name)
     assert (kind.size, kind.nbytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
     assert kind.row_bytes(512) == 512 // kind.size * kind.nbytes
-    assert kind.bits_per_weight == 8 * kind.nbytes / kind.size
 
 
 def test_a_bit_in_the_wrong_place_is_seen() -> None:
