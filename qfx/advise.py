@@ -25,7 +25,7 @@ from qfx.allocation.devices import device as find_device
 from qfx.allocation.model_costs import costs_of, formats_of_plan
 from qfx.allocation.roofline import GAIN, Prediction, Roofline, crossover, predict, sentences
 from qfx.data import Call
-from qfx.errors import UnsupportedError, explain
+from qfx.errors import UnsupportedError, explain, first_line
 from qfx.format import Format
 from qfx.hf.hub import is_causal_lm
 from qfx.kv.judge import over_cache
@@ -272,7 +272,7 @@ class _Walk:
             made_plan = plan(self.model, recipe, given, progress=False)
             made = quantize(copy.deepcopy(self.model), made_plan)
         except (ValueError, UnsupportedError) as error:
-            self.say(f"{name} cannot be had: {str(error).splitlines()[0]}", "measured")
+            self.say(f"{name} cannot be had: {first_line(error)}", "measured")
             return None, {}
         asked = formats_of_plan(made_plan, self.costs)
         candidate = self._candidate(name, asked, bytes_of(made), kv)
@@ -289,7 +289,7 @@ class _Walk:
         try:
             return (over_cache(model, kv, self.calls), "") if self.by_perplexity else (None, "")
         except ValueError as error:
-            return None, f": {error}".splitlines()[0]
+            return None, f": {first_line(error)}"
 
     def _rules(self, recipe: Recipe) -> Asked:
         """Formats by the recipe's rules alone: what it asks for before anything is planned."""

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from qfx import graph
-from qfx.errors import UnsupportedError, explain
+from qfx.errors import UnsupportedError, explain, first_line
 from qfx.trace import retrace
 
 
@@ -121,7 +121,7 @@ def capture_export(
         half = any(p.dtype == torch.float16 for p in model.parameters())
         raise UnsupportedError(
             f"expected a model that torch.export captures as one graph, found {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}; next step: pass data that the forward accepts, or "
+            f"{first_line(error)}; next step: pass data that the forward accepts, or "
             "compile it with torch.compile(model, backend='qfx'), which may break the graph"
             + (", or take model.float(): some models look for overflow in float16" if half else "")
         ) from error

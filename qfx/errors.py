@@ -78,6 +78,11 @@ def source_line(node: Node) -> str | None:
     return f"{frame['file']}:{frame['line']}, in {frame['function']}: {frame['code'].strip()}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`did you mean 'x'?` for the valid name closest to `name`; where none is close, the list of valid names."""
     names = sorted(valid)

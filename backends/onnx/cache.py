@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qfx.errors import warn
+from qfx.errors import first_line, warn
 
 GIB = 1 << 30
 MOST_BYTES = 8 * GIB
@@ -82,7 +82,7 @@ class Cache:
         """Say that the cache cannot be written."""
         what = f"the cache of compiled models in {self.folder} cannot be written"
         step = "make room, set QFX_CACHE_DIR to another folder, or options={'cache': False}"
-        warn(f"{what}: {str(error).splitlines()[0]}; next step: {step}")
+        warn(f"{what}: {first_line(error)}; next step: {step}")
 
     def entries(self) -> list[tuple[float, int, Path]]:
         """(last use, bytes, folder) of every entry, the one used longest ago first."""

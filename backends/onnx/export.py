@@ -19,7 +19,7 @@ from qfx.backends.onnx.branch import every_node
 from qfx.backends.onnx.build import OPSET, Builder, Later
 from qfx.backends.onnx.graph import StageModel, made
 from qfx.backends.onnx.opset import ir_version, needed_opset
-from qfx.errors import explain
+from qfx.errors import explain, first_line
 from qfx.storage.files import sha256_file, staged
 
 # Weights of more bytes than this lie in a file of their own, which readers map. Who parses them with the model has them
@@ -107,7 +107,7 @@ def verify(path: str | Path) -> dict[str, str]:
         model = onnx.load(str(target), load_external_data=False)
         onnx.checker.check_model(_without_weights(model))
     except Exception as error:
-        raise ValueError(_damaged(target, f"no ONNX model can be read: {str(error).splitlines()[0]}")) from error
+        raise ValueError(_damaged(target, f"no ONNX model can be read: {first_line(error)}")) from error
     metadata = {p.key: p.value for p in model.metadata_props}
     if WEIGHTS_KEY in metadata:
         known = json.loads(metadata[WEIGHTS_KEY])

@@ -16,6 +16,7 @@ from qfx.backends.onnx.branch import every_node
 from qfx.backends.onnx.session import DISABLED
 from qfx.backends.onnx.session_options import options
 from qfx.backends.onnx.slow_forms import SlowForm, slow_forms
+from qfx.errors import first_line
 
 if TYPE_CHECKING:
     from qfx.backends.onnx.graph import StageModel
@@ -49,8 +50,8 @@ def inspected(
     try:
         graph = optimized_graph(built)
     except (OSError, Fail) as error:
-        reason = str(error).splitlines()[0]
-        return dict.fromkeys(names, f"ONNX Runtime; its kernels are not known, no temporary file: {reason}"), []
+        reason = f"ONNX Runtime; its kernels are not known, no temporary file: {first_line(error)}"
+        return dict.fromkeys(names, reason), []
     return _kernels(built, graph, names), slow_forms(graph, integers, floats)
 
 

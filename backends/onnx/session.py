@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qfx.backends.onnx.session_options import options as options  # noqa: PLC0414  (also known here)
 from qfx.backends.onnx.values import ONNX_TYPE
-from qfx.errors import warn
+from qfx.errors import first_line, warn
 
 # SkipLayerNormalization is slower on the CPU than Add and LayerNormalization. The second makes integer kernels of
 # DequantizeLinear and MatMul, with activations rounded to 8 bits: here the graph itself says where that shall happen.
@@ -45,7 +45,7 @@ class SessionError(RuntimeError):
         super().__init__(str(error))
         match = _NODE.search(str(error))
         self.node = match.group(1) if match else ""
-        self.reason = f"ONNX Runtime refuses it: {str(error).splitlines()[0]}"
+        self.reason = f"ONNX Runtime refuses it: {first_line(error)}"
 
 
 _NODE = re.compile(r"""[Nn]ode(?: with name|,|:)?\s*\(?['"]?([^'"/()\s]+)/\d+""")
@@ -124,7 +124,7 @@ class Session:
                 count, made = list(self._sessions.items())[-1]
                 warn(
                     f"no session with {threads} thread(s) can be made, the one with {count} goes on: "
-                    f"{str(error).splitlines()[0]}; next step: compile the model again"
+                    f"{first_line(error)}; next step: compile the model again"
                 )
             self._sessions = dict([*list(self._sessions.items())[1 - _MOST :], (threads, made)])
             return made

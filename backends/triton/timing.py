@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qfx.errors import first_line
+
 _CALLS = 20  # in a graph, at least: what an event costs is then small beside them
 _REPLAYS = (5, 100)
 _MOST_COPIES = 64
@@ -112,7 +114,7 @@ def cache_bytes(device: torch.device) -> int:
 
 def said(error: Exception) -> str:
     """The kind of an error and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    return f"{type(error).__name__}: {first_line(error)[:200]}"
 
 
 def is_lost(device: torch.device) -> bool:

@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 
 from qfx import graph
 from qfx.allocation.sizes import Sizes, numbers
-from qfx.errors import Note
+from qfx.errors import Note, first_line
 from qfx.passes import _match as m
 
 _BATCH, _LENGTH = 2, 4  # sizes at which masks are computed; all others are _LENGTH too, and nothing is cached
@@ -68,7 +68,7 @@ def _computed(mask: fx.Node, sizes: Sizes) -> Tensor | str:
                 if node in needed:
                     env[node] = _step(owner, node, env, sizes)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f"{type(error).__name__}: {first_line(error)}"
     found = env[mask]
     return found if isinstance(found, Tensor) else "it is no tensor"
 

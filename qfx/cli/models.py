@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qfx import data
+from qfx.errors import first_line
 from qfx.hf import hub
 
 DEFAULT_LENGTH = 512
@@ -33,7 +34,7 @@ def check_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"there is no device {name!r} here: {first_line(error)}") from error
     return device
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qfx.errors import QfxWarning
+from qfx.errors import QfxWarning, first_line
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".data")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -124,7 +124,7 @@ def _snapshot(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except HfHubHTTPError as error:
         raise ValueError(
-            f"the hub does not give {name!r}: {str(error).splitlines()[0]}\n"
+            f"the hub does not give {name!r}: {first_line(error)}\n"
             "  next step: check the name; for a gated model run `hf auth login`"
         ) from error
     except OSError as error:
@@ -144,7 +144,7 @@ def class_of(folder: Path) -> tuple[Any, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ValueError(f"the config of {folder} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"the config of {folder} cannot be read: {first_line(error)}") from error
     names = list(config.architectures or ())
     if not names:
         return transformers.AutoModel, config

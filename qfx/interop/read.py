@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import Note, explain
+from qfx.errors import Note, explain, first_line
 from qfx.interop import awq, bnb, compressed_tensors, experts, gptq
 from qfx.interop.checkpoint import Checkpoint
 from qfx.interop.linear import Decoder, Dequantized, Linear, Loss
@@ -309,7 +309,7 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the config of {checkpoint.folder} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"the config of {checkpoint.folder} cannot be read: {first_line(error)}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = of_config(config, dtype=dtype or config.dtype or torch.float32, implementations={})

@@ -28,7 +28,7 @@ from qfx.allocation.costs import Asked, Costs
 from qfx.allocation.model_costs import costs_of, formats_of_plan
 from qfx.allocation.peak import peak
 from qfx.allocation.sizes import BATCH, CONTEXT, SEQUENCE, Expr, checked, numbers
-from qfx.errors import Note, UnsupportedError, explain
+from qfx.errors import Note, UnsupportedError, explain, first_line
 from qfx.format import Format
 from qfx.kv.formats import SHORT, CacheFormat, cache_formats
 from qfx.kv.planning import dtype_of
@@ -230,7 +230,7 @@ def _rest(
     try:
         costs = costs_of(model)
     except (UnsupportedError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         if weights is not None:
             what = f"formats of the weights of {name} are counted on its graph, which cannot be had: {first}"
             raise UnsupportedError(explain(what, next_step="leave the formats of the weights out")) from error

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import Note
+from qfx.errors import Note, first_line
 from qfx.inputs import example_inputs
 from qfx.kv.plans import CacheLayer
 
@@ -31,11 +31,13 @@ def cache_layers(model: nn.Module, calls: Sequence[Any] = ()) -> tuple[list[Cach
     inputs = _inputs(model, calls)
     if inputs is None:
         return [], _none(model, "no example of its inputs is known", "give data=[batch]")
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        return [], _none(model, "its cache cannot be looked at: the model has no config of transformers")
     seen: dict[tuple[bool, int], CacheLayer] = {}
     try:
         _watch(model, inputs, seen)
     except Exception as error:  # noqa: BLE001  (any model's own code: what it raises is told)
-        what = f"its cache could not be looked at: {type(error).__name__}: {str(error).splitlines()[0]}"
+        what = f"its cache could not be looked at: {type(error).__name__}: {first_line(error)}"
         return [], _none(model, what)
     found = [seen[key] for key in sorted(seen)]
     return found, None if found else _none(model, "it keeps no keys and values (nothing was put into a cache)")

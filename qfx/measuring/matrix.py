@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qfx import data as batches
 from qfx.data import Call
-from qfx.errors import UnsupportedError
+from qfx.errors import UnsupportedError, first_line
 from qfx.hf.hub import is_causal_lm
 from qfx.inputs import example_inputs
 from qfx.measuring import compare
@@ -129,7 +129,7 @@ def _quantized(
         made = quantize(copy.deepcopy(model), parsed, given, **more)
         row = Row(name, seconds=time.perf_counter() - started)
     except (ValueError, UnsupportedError) as error:
-        return Row(name, failed=_line(error)), None
+        return Row(name, failed=first_line(error)), None
     return _sized(row, made, model), made
 
 
@@ -158,7 +158,7 @@ def _measure(
             except (ValueError, UnsupportedError) as error:
                 if name == FLOAT:
                     raise
-                rows[name] = replace(rows[name], failed=_line(error))
+                rows[name] = replace(rows[name], failed=first_line(error))
                 del runs[name], modules[name]
     told("time them in turn")
     warm = compare.latency(runs, calls[0], repeats=repeats)
@@ -194,10 +194,6 @@ def _memory(
 def _shape(call: Call) -> tuple[int, ...]:
     tensors = [v for v in (*call[0], *call[1].values()) if isinstance(v, Tensor)]
     return tuple(tensors[0].shape)
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def pareto(matrix: Matrix) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from qfx.errors import QfxWarning, UnsupportedError, explain, nearest, source_line
+from qfx.errors import QfxWarning, UnsupportedError, explain, first_line, nearest, source_line
 
 TRACE = """  File "/home/me/model.py", line 12, in forward
     y = self.block(x)
@@ -86,3 +86,16 @@ def test_nearest() -> None:
     assert nearest("zzz", ["b", "a"]) == "valid: a, b"
     assert nearest("zzz", []) == "there are no valid names"
     assert nearest("aple", iter(["apple"])) == "did you mean 'apple'?"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (ValueError("\n  one  \n"), "one"),
+        (AssertionError(), "AssertionError"),
+        (RuntimeError(" \n"), "RuntimeError"),
+    ],
+)
+def test_the_first_line_of_an_error(error: Exception, line: str) -> None:
+    assert first_line(error) == line

@@ -39,15 +39,25 @@ def test_models_without_a_cache_say_so(made: nn.Module) -> None:
 
 
 class _Broken(nn.Module):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error, self.config = error, tiny.build("llama").config
+
     def forward(self, x: Any, past_key_values: Any = None, use_cache: bool = True) -> Any:
-        raise RuntimeError("no such luck")
+        raise self.error
 
 
 def test_what_cannot_be_looked_at_is_told() -> None:
-    found, note = cache_layers(_Broken())
-    assert found == [] and note is not None and "no example of its inputs" in note.reason
-    found, note = cache_layers(_Broken(), [((torch.ones(2, 2),), {})])
-    assert found == [] and note is not None and "could not be looked at" in note.reason
+    broken = _Broken(RuntimeError("no such luck"))
+    del broken.config
+    calls = [((torch.ones(2, 2),), {})]
+    for given, said in (((), "no example of its inputs"), (calls, "the model has no config of transformers")):
+        found, note = cache_layers(broken, given)
+        assert found == [] and note is not None and said in note.reason
+    for error, said in ((RuntimeError("no such luck"), "no such luck"), (AssertionError(), "AssertionError")):
+        found, note = cache_layers(_Broken(error), calls)
+        assert found == [] and note is not None
+        assert note.reason == f"its cache could not be looked at: {type(error).__name__}: {said}"
 
 
 def test_nothing_of_the_model_changes() -> None:
