@@ -262,7 +262,7 @@ def test_a_folder_as_path(tmp_path: Path) -> None:
 
 def test_strict_refuses_what_is_not_as_asked(tmp_path: Path) -> None:
     model, inputs = ZOO["mixtral"]()
-    with pytest.raises(UnsupportedError):
+    with pytest.raises(UnsupportedError, match="experts take only input formats whose scale is found at run time"):
         qfx.export_onnx(model, inputs, tmp_path / "m.onnx", recipe="w8a8-static", data=[inputs], strict=True)
     assert not list(tmp_path.iterdir())
 

@@ -138,7 +138,7 @@ def test_a_file_that_is_no_model_is_a_session_error(tmp_path: Path) -> None:
     (tmp_path / "0.onnx").write_bytes(b"nothing")
     with pytest.raises(SessionError, match="ONNX"):
         Session.open(tmp_path / "0.onnx")
-    with pytest.raises(SessionError):
+    with pytest.raises(SessionError, match="NO_SUCHFILE"):
         Session.open(tmp_path / "none.onnx")
 
 

@@ -98,7 +98,6 @@ def data() -> list[Any]:
 
 @pytest.mark.slow
 def test_a_model_with_a_quantized_cache_is_exported_with_one(tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
     model = qfx.quantize(models.build(), "kv8")
     with pytest.warns(qfx.QfxWarning, match=r"its cache is i8/ch: a file has fixed scales"):
         written = qfx.export_onnx(model, None, tmp_path / "m", data=data())

@@ -142,7 +142,7 @@ def test_copies_of_codes_have_their_own_memory() -> None:
 
 @pytest.mark.parametrize("shape", [(4, 6, 1, 24), (2, 6, 1, 48), (2, 4, 1, 12), (2, 9, 2, 16)], ids=str)
 def test_queries_of_other_sizes_are_refused_as_torch_refuses_them(shape: tuple[int, ...]) -> None:
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="Expected size for first two dimensions of batch2 tensor"):
         attend(random(*shape), filled("i8"), None, 0.3)
 
 

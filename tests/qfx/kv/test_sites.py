@@ -50,7 +50,7 @@ class _Broken(nn.Module):
 def test_what_cannot_be_looked_at_is_told() -> None:
     broken = _Broken(RuntimeError("no such luck"))
     del broken.config
-    calls = [((torch.ones(2, 2),), {})]
+    calls: list[Any] = [((torch.ones(2, 2),), {})]
     for given, said in (((), "no example of its inputs"), (calls, "the model has no config of transformers")):
         found, note = cache_layers(broken, given)
         assert found == [] and note is not None and said in note.reason

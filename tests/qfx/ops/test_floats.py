@@ -42,12 +42,17 @@ def test_rope_keeps_lengths(interleaved: bool) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [None, "float", "bool"])
 def test_attention_without_extras_is_sdpa(masked: str | None, causal: bool) -> None:
-    if causal and masked:
-        pytest.skip("scaled_dot_product_attention takes one of them")
     q, k, v = seeded(2, 4, 5, 8), seeded(2, 2, 7, 8, seed=1), seeded(2, 2, 7, 6, seed=2)
     keep = torch.rand(2, 1, 5, 7) > 0.4
     mask = {None: None, "bool": keep, "float": seeded(2, 4, 5, 7)}[masked]
-    expected = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=0.3, enable_gqa=True)
+    both = mask
+    if causal and mask is not None:  # scaled_dot_product_attention takes one of them
+        past = torch.ones(5, 7, dtype=torch.bool).tril()
+        both = mask & past if masked == "bool" else mask.masked_fill(~past, -torch.inf)
+        both[..., 0] = mask[..., 0] = True if masked == "bool" else 0.0  # no row without any
+    expected = F.scaled_dot_product_attention(
+        q, k, v, both, is_causal=causal and mask is None, scale=0.3, enable_gqa=True
+    )
     assert torch.allclose(ops.attention(q, k, v, mask, None, 0.3, causal, 0.0), expected, atol=1e-5)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,7 +117,6 @@ def test_both_doors_give_the_same() -> None:
 
 @pytest.mark.slow
 def test_exported(tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
     model, inputs = ZOO["gpt2"]()
     recipe = Recipe(name="r", rules=(Rule(target="linear", x="i8/tok", w="i8/ch"),), rewrites=ROTATED)
     live = qfx.quantize(copy.deepcopy(model), recipe)
