@@ -13,7 +13,6 @@ s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), one s for all linears that read the
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -137,41 +136,6 @@ def _divide(gm: fx.GraphModule, site: Site, factor: Tensor) -> None:
     gm.recompile()
 
 
-def smooth(
-    gm: fx.GraphModule,
-    stats: Mapping[str, Sample],
-    *,
-    alpha: float | Literal["search"] = 0.5,
-    observer: str = "minmax",
-    percentile: float = 99.99,
-    alphas: Sequence[float] = ALPHAS,
-    skip: Iterable[str] = (),
-    fold_only: Iterable[str] = (),
-    chooser: Chooser | None = None,
-) -> tuple[list[tuple[Site, Tensor]], list[Note]]:
-    """Choose factors for every group of linears whose inputs are to be quantized. Nothing is changed; see `apply`.
-
-    stats: FQN of a linear -> what its input looks like (see `watch`). alpha: SmoothQuant's exponent, or "search": of
-    `alphas` and of no smoothing, the one with the least error of the layer's result on the sampled rows, under the
-    formats annotated and ranges found by `observer`. skip: names of linears to leave; fold_only: of those whose input
-    cannot be divided, so that only a norm can take their factor. chooser: chooses in place of `choose`. Returns pairs
-    of site and f32 factor [channels] in graph order, and notes about what cannot be smoothed.
-    """
-    found, refusals = find(gm)
-    left, undivided = set(skip), set(fold_only)
-    chooser = chooser or functools.partial(choose, alpha=alpha, observer=observer, percentile=percentile, alphas=alphas)
-    chosen = []
-    for site in found:
-        names = [linear.name for linear in site.linears]
-        inputs = [stats[name] for name in names if name in stats and stats[name].seen]
-        if not inputs or left.intersection(names) or (site.explicit and undivided.intersection(names)):
-            continue
-        factor = chooser(gm, site.linears, inputs)
-        if factor is not None:
-            chosen.append((site, factor))
-    return chosen, [r for r in refusals if r.node in stats]
-
-
 class Chooser(Protocol):
     """Finds the factor [channels] for linears that read one input, or None; see `choose`."""
 
@@ -184,22 +148,23 @@ def choose(
     gm: fx.GraphModule,
     linears: Sequence[Weight],
     inputs: Sequence[Sample],
-    alpha: float | Literal["search"],
+    alpha: float | Literal["search"] = 0.5,
     observer: str = "minmax",
     percentile: float = 99.99,
-    alphas: Sequence[float] = ALPHAS,
     tie: Tie = lambda absmax: absmax,
 ) -> Tensor | None:
     """The factor [channels] for linears that read one input; None where no smoothing is best.
 
-    tie: makes channels equal that must have one factor, by the greatest magnitude among them.
+    alpha: SmoothQuant's exponent, or "search": of `ALPHAS` and of no smoothing, the one with the least error of the
+    layer's result on the sampled rows, under the formats annotated and ranges found by `observer`, which takes
+    `percentile`. tie: makes channels equal that must have one factor, by the greatest magnitude among them.
     """
     x_absmax = tie(torch.stack([i.absmax() for i in inputs]).amax(0))
     w_absmax = tie(weight_absmax(gm, linears))
     if alpha == "search":
         nodes = {graph.fqn_of(n): n for n in gm.graph.nodes if sites.is_linear(n)}
         layers = [Layer.of(gm, nodes[w.name], w, observer, percentile) for w in linears]
-        best = _search(layers, inputs, alphas, lambda absmax, a: factors(tie(absmax), w_absmax, a))
+        best = _search(layers, inputs, lambda absmax, a: factors(tie(absmax), w_absmax, a))
         factor = None if best is None else factors(x_absmax, w_absmax, best)
         if any(is_mapped(graph.get_tensor(gm, w.weight)) for w in linears):
             del layers
@@ -207,6 +172,30 @@ def choose(
     else:
         factor = factors(x_absmax, w_absmax, alpha)
     return factor if factor is not None and bool((factor != 1).any()) else None
+
+
+def smooth(
+    gm: fx.GraphModule, stats: Mapping[str, Sample], *, skip: Iterable[str] = (), fold_only: Iterable[str] = (),
+    chooser: Chooser = choose,
+) -> tuple[list[tuple[Site, Tensor]], list[Note]]:  # fmt: skip
+    """Choose factors for every group of linears whose inputs are to be quantized. Nothing is changed; see `apply`.
+
+    stats: FQN of a linear -> what its input looks like (see `watch`). skip: names of linears to leave; fold_only: of
+    those whose input cannot be divided, so that only a norm can take their factor. Returns pairs of site and f32 factor
+    [channels] in graph order, and notes about what cannot be smoothed.
+    """
+    found, refusals = find(gm)
+    left, undivided = set(skip), set(fold_only)
+    chosen = []
+    for site in found:
+        names = [linear.name for linear in site.linears]
+        inputs = [stats[name] for name in names if name in stats and stats[name].seen]
+        if not inputs or left.intersection(names) or (site.explicit and undivided.intersection(names)):
+            continue
+        factor = chooser(gm, site.linears, inputs)
+        if factor is not None:
+            chosen.append((site, factor))
+    return chosen, [r for r in refusals if r.node in stats]
 
 
 def watch(node: fx.Node, role: str) -> Observer | None:
@@ -301,12 +290,7 @@ class Layer:
         return fake_quantize(x, self.x, scale, zero, activation=True)
 
 
-def _search(
-    layers: Sequence[Layer],
-    inputs: Sequence[Sample],
-    alphas: Sequence[float],
-    make: Callable[[Tensor, float], Tensor],
-) -> float | None:
+def _search(layers: Sequence[Layer], inputs: Sequence[Sample], make: Callable[[Tensor, float], Tensor]) -> float | None:
     """The exponent with the least error summed over the layers, or None where no smoothing is best.
 
     Each half of the data is judged with factors and ranges of the other half: a strong exponent makes every channel
@@ -322,6 +306,6 @@ def _search(
             total += sum(layer.error(rows, low, high, factor) for layer in layers)
         return total
 
-    tried: list[float | None] = [None, *alphas]
+    tried: list[float | None] = [None, *ALPHAS]
     errors = [error(alpha) for alpha in tried]
     return tried[min(range(len(tried)), key=errors.__getitem__)]

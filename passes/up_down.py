@@ -8,10 +8,9 @@ So SmoothQuant for the down projection costs no division at run time. GELU and t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -115,20 +114,12 @@ def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
 
 
 def smooth(
-    gm: fx.GraphModule,
-    stats: Mapping[str, Sample],
-    *,
-    alpha: float | Literal["search"] = 0.5,
-    observer: str = "minmax",
-    percentile: float = 99.99,
-    skip: Iterable[str] = (),
-    chooser: Chooser | None = None,
+    gm: fx.GraphModule, stats: Mapping[str, Sample], *, skip: Iterable[str] = (), chooser: Chooser = choose
 ) -> tuple[list[tuple[Site, Tensor]], list[Note]]:
     """SmoothQuant's factors [channels] for the inputs of down projections; arguments as for `smooth.smooth`."""
     found, refusals = find(gm)
     chosen: list[tuple[Site, Tensor]] = []
     left = set(skip)
-    chooser = chooser or functools.partial(choose, alpha=alpha, observer=observer, percentile=percentile)
     for site in found:
         if site.down.name in stats and site.down.name not in left and stats[site.down.name].seen:
             factor = chooser(gm, (site.down,), [stats[site.down.name]])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -147,20 +147,12 @@ def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
 
 
 def smooth(
-    gm: fx.GraphModule,
-    stats: Mapping[str, Sample],
-    *,
-    alpha: float | Literal["search"] = 0.5,
-    observer: str = "minmax",
-    percentile: float = 99.99,
-    skip: Iterable[str] = (),
-    chooser: Chooser | None = None,
+    gm: fx.GraphModule, stats: Mapping[str, Sample], *, skip: Iterable[str] = (), chooser: Chooser = choose
 ) -> tuple[list[tuple[Site, Tensor]], list[Note]]:
     """SmoothQuant's factors [kv_heads, head_dim] for the inputs of output projections; arguments as for `smooth`."""
     found, refusals = find(gm)
     chosen: list[tuple[Site, Tensor]] = []
     left = set(skip)
-    chooser = chooser or functools.partial(choose, alpha=alpha, observer=observer, percentile=percentile)
     for site in found:
         if site.o.name in stats and site.o.name not in left and stats[site.o.name].seen:
             factor = chooser(gm, (site.o,), [stats[site.o.name]], tie=functools.partial(_tied, site))

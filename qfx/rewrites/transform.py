@@ -66,14 +66,14 @@ def _smooth(
     """A rewrite that chooses factors by what the linears see."""
     recipe = plan.recipe
     stats, notes = _samples(gm, batches, smooth.watch, progress=progress)
-    settings: dict[str, Any] = {
-        "alpha": recipe.smooth_alpha, "observer": recipe.observer, "percentile": recipe.percentile,
-    }  # fmt: skip
+    choose = functools.partial(
+        smooth.choose, alpha=recipe.smooth_alpha, observer=recipe.observer, percentile=recipe.percentile
+    )
     done = _done(plan)
     if name == "smooth":
-        chosen, refusals = smooth.smooth(gm, stats, **settings, skip=done, fold_only=undivided)
+        chosen, refusals = smooth.smooth(gm, stats, skip=done, fold_only=undivided, chooser=choose)
     else:
-        chosen, refusals = importlib.import_module(MODULES[name]).smooth(gm, stats, **settings, skip=done)
+        chosen, refusals = importlib.import_module(MODULES[name]).smooth(gm, stats, skip=done, chooser=choose)
     for site, factor in chosen:
         apply_site(gm, plan, site, factor)
         if isinstance(site, smooth.Site):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -172,12 +173,16 @@ def quantized_error(gm: fx.GraphModule, x: Tensor) -> float:
     return float((y - exact).norm() / exact.norm())
 
 
+def by(alpha: Any, observer: str = "minmax") -> Any:
+    return functools.partial(smooth.choose, alpha=alpha, observer=observer)
+
+
 @pytest.mark.parametrize("alpha", [0.5, "search"])
 def test_smoothing_lowers_the_error(alpha: Any) -> None:
     model, x = outlying()
     gm = annotated(capture(model, x))
     before = quantized_error(gm, x)
-    chosen, notes = smooth.smooth(gm, watched(gm, [[x]]), alpha=alpha)
+    chosen, notes = smooth.smooth(gm, watched(gm, [[x]]), chooser=by(alpha))
     assert notes == [] and [site.linears[0].name for site, _ in chosen] == ["fc"]
     smooth.apply(gm, *chosen[0])
     assert quantized_error(gm, x) < before / 3
@@ -189,7 +194,7 @@ def test_the_search_is_near_the_best_alpha() -> None:
     errors: dict[Any, float] = {}
     for alpha in ("search", 0.0, 0.2, 0.5, 0.8, 1.0, None):
         gm = annotated(capture(model, x))
-        chosen = smooth.smooth(gm, watched(gm, [[x]]), alpha=alpha)[0] if alpha is not None else []
+        chosen = smooth.smooth(gm, watched(gm, [[x]]), chooser=by(alpha))[0] if alpha is not None else []
         for site, values in chosen:
             smooth.apply(gm, site, values)
         errors[alpha] = quantized_error(gm, x)
@@ -202,7 +207,7 @@ def test_the_search_is_near_the_best_alpha() -> None:
 def test_the_search_takes_every_observer_and_format(observer: str, fmt: str) -> None:
     model, x = outlying()
     gm = annotated(capture(model, x), fmt, "i8/ch")
-    chosen, _ = smooth.smooth(gm, watched(gm, [[x]]), alpha="search", observer=observer)
+    chosen, _ = smooth.smooth(gm, watched(gm, [[x]]), chooser=by("search", observer))
     assert len(chosen) <= 1
 
 
@@ -212,7 +217,7 @@ def test_no_smoothing_where_it_does_not_help() -> None:
         model.fc.weight.copy_(torch.eye(4))  # type: ignore[union-attr, operator]
     x = torch.tensor([[1.0, -1, 1, -1], [-1, 1, -1, 1]])
     gm = annotated(capture(model, x), "i8", "i8/ch")
-    assert smooth.smooth(gm, watched(gm, [[x]]), alpha="search") == ([], [])
+    assert smooth.smooth(gm, watched(gm, [[x]]), chooser=by("search")) == ([], [])
 
 
 def test_what_is_left_alone() -> None:

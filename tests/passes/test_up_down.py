@@ -142,7 +142,7 @@ def test_smoothing_undoes_a_large_channel() -> None:
             annotation.set(node, "x", Format("u8"))
             annotation.set(node, "w", Format.parse("i8/ch"))
     stats = watched(gm, [case.flat])
-    chosen, notes = up_down.smooth(gm, stats, alpha=0.5)
+    chosen, notes = up_down.smooth(gm, stats)
     assert notes == [] and chosen[0][1].argmax() == 2
     assert up_down.smooth(gm, stats, skip=["down"]) == ([], [])
     assert up_down.smooth(gm, {}) == ([], [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from qfx import annotation, graph
 from qfx.format import Format
 from qfx.passes import _sites as sites_of
 from qfx.passes import v_o
+from qfx.passes.smooth import choose
 from qfx.passes.v_o import Site
 from tests.graphs import Function, text
 from tests.passes.test_smooth import watched
@@ -163,7 +165,7 @@ def test_smoothing_gives_one_factor_per_kv_head(alpha: Any) -> None:
             annotation.set(node, "x", Format("u8"))
             annotation.set(node, "w", Format.parse("i8/ch"))
     stats = watched(gm, [case.flat])
-    chosen, notes = v_o.smooth(gm, stats, alpha=alpha)
+    chosen, notes = v_o.smooth(gm, stats, chooser=functools.partial(choose, alpha=alpha))
     assert notes == [] and chosen[0][0] == site
     factor = chosen[0][1]
     assert factor.shape == (KV, DIM)

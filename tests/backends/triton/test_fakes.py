@@ -181,9 +181,7 @@ def test_the_fake_and_the_op_give_the_same(name: str, given: Callable[[], tuple[
 # The memory of a cache has fixed sizes.
 @pytest.mark.parametrize(
     ("name", "given"),
-    [
-        pytest.param(*c, id=f"{i}-{c[0]}") for i, c in enumerate(CALLS) if not c[0].startswith("cache_")
-    ],  # of fixed sizes
+    [pytest.param(*c, id=f"{i}-{c[0]}") for i, c in enumerate(CALLS) if not c[0].startswith("cache_")],
 )
 def test_the_fake_leaves_the_number_of_rows_open(name: str, given: Callable[[], tuple[Any, ...]]) -> None:
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=True), allow_non_fake_inputs=True)
