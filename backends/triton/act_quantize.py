@@ -57,9 +57,9 @@ def _fake(
     return [*made, torch.empty(x.shape, dtype=x.dtype, device=x.device)] if keep else made
 
 
-_LIBRARY = define(
+define(
     "act_quantize(Tensor x, Tensor? up, str act, Tensor? x_scale, Tensor? x_zero, Tensor? smooth, str format, "
     "bool keep) -> Tensor[]",
     act_quantize,
     _fake,
-) or globals().get("_LIBRARY")
+)

@@ -115,6 +115,4 @@ def _fake(memory: list[Tensor], k: Tensor, v: Tensor, length: Tensor, spec: str)
     return None
 
 
-_LIBRARY = define(
-    "cache_append(Tensor(a!)[] memory, Tensor k, Tensor v, Tensor length, str spec) -> ()", cache_append, _fake
-) or globals().get("_LIBRARY")
+define("cache_append(Tensor(a!)[] memory, Tensor k, Tensor v, Tensor length, str spec) -> ()", cache_append, _fake)

@@ -190,9 +190,9 @@ def _fake(q: Tensor, memory: list[Tensor], *_: object) -> Tensor:
     return q.new_empty((*q.shape[:3], memory[4].shape[3]))
 
 
-_LIBRARY = define(
+define(
     "cache_attention(Tensor q, Tensor[] memory, Tensor length, Tensor? mask, float scale, bool causal, str spec) "
     "-> Tensor",
     cache_attention,
     _fake,
-) or globals().get("_LIBRARY")
+)

@@ -46,6 +46,4 @@ def _fake(memory: list[Tensor], length: Tensor, spec: str) -> tuple[Tensor, Tens
     return _empty(memory, cache_layout.of(spec).length)
 
 
-_LIBRARY = define(
-    "cache_read(Tensor[] memory, Tensor length, str spec) -> (Tensor, Tensor)", cache_read, _fake
-) or globals().get("_LIBRARY")
+define("cache_read(Tensor[] memory, Tensor length, str spec) -> (Tensor, Tensor)", cache_read, _fake)

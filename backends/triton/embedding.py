@@ -111,9 +111,9 @@ def _fake(
     return ids.new_empty((*ids.shape, dim), dtype=dtype)
 
 
-_LIBRARY = define(
+define(
     "embedding(Tensor ids, Tensor w, Tensor w_scale, Tensor? w_zero, str w_format, int dim, ScalarType dtype) "
     "-> Tensor",
     embedding,
     _fake,
-) or globals().get("_LIBRARY")
+)

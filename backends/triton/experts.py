@@ -202,8 +202,8 @@ def _fake(x: Tensor, w: list[Tensor], offs: Tensor, w_format: str, n: int) -> Te
     return x.new_empty((x.shape[0], n))
 
 
-_LIBRARY = define(
+define(
     "grouped_weight_only(Tensor x, Tensor[] w, Tensor offs, str w_format, int n) -> Tensor",
     grouped_weight_only,
     _fake,
-) or globals().get("_LIBRARY")
+)

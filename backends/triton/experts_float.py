@@ -92,6 +92,4 @@ def _fake(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], w.shape[1]))
 
 
-_LIBRARY = define("grouped_floats(Tensor x, Tensor w, Tensor offs) -> Tensor", grouped_floats, _fake) or globals().get(
-    "_LIBRARY"
-)
+define("grouped_floats(Tensor x, Tensor w, Tensor offs) -> Tensor", grouped_floats, _fake)

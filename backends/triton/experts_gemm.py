@@ -154,9 +154,9 @@ def _fake(codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: list[Te
     return codes.new_empty((codes.shape[0], weight[0].shape[1]), dtype=dtype)
 
 
-_LIBRARY = define(
+define(
     "grouped_gemm(Tensor codes, Tensor x_scale, Tensor? x_zero, Tensor[] weight, Tensor offs, str x_format, "
     "str w_format, int k, str dtype) -> Tensor",
     grouped_gemm,
     _fake,
-) or globals().get("_LIBRARY")
+)

@@ -213,9 +213,9 @@ def check_input(codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, xf: Forma
     check_scales(codes, x_scale, x_zero, xf)
 
 
-_LIBRARY = define(
+define(
     "gemm4(Tensor codes, Tensor x_scale, Tensor? x_zero, Tensor[] weight, Tensor? bias, Tensor? residual, "
     "str x_format, str w_format, int k, str activation, str dtype) -> Tensor",
     gemm4,
     product_fake,
-) or globals().get("_LIBRARY")
+)

@@ -218,9 +218,9 @@ def _check(
     check_devices(codes.device, (x_scale, x_zero, *weight, bias, residual))
 
 
-_LIBRARY = define(
+define(
     "gemm8(Tensor codes, Tensor x_scale, Tensor? x_zero, Tensor[] weight, Tensor? bias, Tensor? residual, "
     "str x_format, str w_format, str activation, str dtype) -> Tensor",
     gemm8,
     product_fake,
-) or globals().get("_LIBRARY")
+)

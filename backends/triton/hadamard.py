@@ -282,10 +282,8 @@ def _fake_quantize(
     return found
 
 
-_LIBRARY = define(
-    "hadamard(Tensor x, Tensor[] packed, int size, bool inverse) -> Tensor", hadamard, _fake
-) or globals().get("_LIBRARY")
-_LIBRARY_QUANTIZE = define(
+define("hadamard(Tensor x, Tensor[] packed, int size, bool inverse) -> Tensor", hadamard, _fake)
+define(
     "hadamard_quantize(Tensor x, Tensor[] packed, int size, bool inverse, str format) -> (Tensor, Tensor, Tensor)",
     hadamard_quantize, _fake_quantize,
-) or globals().get("_LIBRARY_QUANTIZE")  # fmt: skip
+)  # fmt: skip

@@ -7,26 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.library import Library, register_fake
+
+from qfx.ops import library
 
 NAME = "qfx_triton"
 
 
-def define(
-    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], tags: Sequence[torch.Tag] = ()
-) -> Library | None:
-    """Register an op: its schema ("name(Tensor x, ...) -> Tensor"), what runs it and what gives the shapes.
-
-    The library is to be kept. None where another copy of the module registered the op before.
-    """
-    name = schema.partition("(")[0]
-    if hasattr(getattr(torch.ops, NAME), name):
-        return None
-    library = Library(NAME, "FRAGMENT")
-    library.define(schema, tags=tuple(tags))
-    library.impl(name, _without_gradients(kernel), "CompositeExplicitAutograd")
-    register_fake(f"{NAME}::{name}", fake, lib=library)
-    return library
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], tags: Sequence[torch.Tag] = ()) -> None:
+    """`qfx.ops.library.define` of an op of this backend, which knows no gradients."""
+    library.define(schema, _without_gradients(kernel), fake, namespace=NAME, tags=tags)
 
 
 def _without_gradients(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -344,18 +344,15 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], weight[4].shape[-1]))
 
 
-_LIBRARIES = [
-    define(
-        "gemm_mixed(Tensor codes, Tensor x_scale, Tensor? x_zero, Tensor[] weight, Tensor? bias, Tensor? residual, "
-        "str x_format, str w_formats, int k, str activation, str dtype) -> Tensor",
-        gemm_mixed,
-        _fake_gemm,
-    ),
-    define(
-        "linear_mixed(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, Tensor? smooth, str w_formats, "
-        "str activation) -> Tensor",
-        linear_mixed,
-        _fake_linear,
-    ),
-    *globals().get("_LIBRARIES", []),
-]
+define(
+    "gemm_mixed(Tensor codes, Tensor x_scale, Tensor? x_zero, Tensor[] weight, Tensor? bias, Tensor? residual, "
+    "str x_format, str w_formats, int k, str activation, str dtype) -> Tensor",
+    gemm_mixed,
+    _fake_gemm,
+)
+define(
+    "linear_mixed(Tensor x, Tensor[] weight, Tensor? bias, Tensor? residual, Tensor? smooth, str w_formats, "
+    "str activation) -> Tensor",
+    linear_mixed,
+    _fake_linear,
+)

@@ -55,9 +55,9 @@ def _fake(
     return [*row_codes.outputs(x, Format.parse(format)), *more]
 
 
-_LIBRARY = define(
+define(
     "norm_quantize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool layer, Tensor? x_scale, "
     "Tensor? x_zero, Tensor? smooth, str format, bool keep_norm, bool keep_sum) -> Tensor[]",
     norm_quantize,
     _fake,
-) or globals().get("_LIBRARY")
+)

@@ -147,16 +147,13 @@ def _fake_dynamic(x: Tensor, smooth: Tensor | None, format: str) -> tuple[Tensor
     return _fake_static(x, None, scale, None, format), scale, zero
 
 
-_LIBRARIES = [
-    define(
-        "quantize_dynamic(Tensor x, Tensor? smooth, str format) -> (Tensor, Tensor, Tensor)",
-        quantize_dynamic,
-        _fake_dynamic,
-    ),
-    define(
-        "quantize_static(Tensor x, Tensor? smooth, Tensor scale, Tensor? zero, str format) -> Tensor",
-        quantize_static,
-        _fake_static,
-    ),
-    *globals().get("_LIBRARIES", []),
-]
+define(
+    "quantize_dynamic(Tensor x, Tensor? smooth, str format) -> (Tensor, Tensor, Tensor)",
+    quantize_dynamic,
+    _fake_dynamic,
+)
+define(
+    "quantize_static(Tensor x, Tensor? smooth, Tensor scale, Tensor? zero, str format) -> Tensor",
+    quantize_static,
+    _fake_static,
+)

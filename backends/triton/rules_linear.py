@@ -29,8 +29,8 @@ from qfx.backends.triton.library import define
 from qfx.backends.triton.site import Site, Taken, once
 from qfx.backends.triton.weight_only_pack import pack_weight_only
 from qfx.format import Format
+from qfx.ops.library import UNSAFE
 from qfx.ops.packed import _rounded_input
-from qfx.ops.tags import UNSAFE
 from qfx.passes._build import call, take_place
 
 DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -152,9 +152,9 @@ def rounded_input(
     return found.clone() if found.data_ptr() == x.data_ptr() else found  # no op gives its input back
 
 
-_LIBRARY = define(
+define(
     "rounded_input(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor? smooth, str x_format) -> Tensor",
     rounded_input,
     lambda x, *rest: x.new_empty(x.shape, dtype=torch.float32),
     tags=UNSAFE,
-) or globals().get("_LIBRARY")
+)

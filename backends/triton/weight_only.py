@@ -283,8 +283,8 @@ def _fake(x: Tensor, w: list[Tensor], bias: Tensor | None, smooth: Tensor | None
     return x.new_empty((*x.shape[:-1], n))
 
 
-_LIBRARY = define(
+define(
     "linear_weight_only(Tensor x, Tensor[] w, Tensor? bias, Tensor? smooth, str w_format, int n) -> Tensor",
     linear_weight_only,
     _fake,
-) or globals().get("_LIBRARY")
+)

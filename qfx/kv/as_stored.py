@@ -10,17 +10,17 @@ Token by token, a query reads what was stored before it came, and the rest as it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
 
 from qfx.format import Format
 from qfx.kv.codes import Codes
 from qfx.kv.plans import Cached
 from qfx.ops.attention import Stored
+from qfx.ops.library import define
 
 
 def as_stored(x: Tensor, formats: Sequence[str], keys: bool, sinks: int, step: int) -> Tensor:
@@ -64,17 +64,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return gradient, None, None, None, None
 
 
-def _register() -> Library | None:
-    """The library that holds the registration, or None where another copy of this module made it."""
-    if hasattr(torch.ops.qfx, "as_stored"):
-        return None
-    library = Library("qfx", "FRAGMENT")
-    kernel: Callable[..., Any] = torch.no_grad()(as_stored)
-    library.define("as_stored(Tensor x, str[] formats, bool keys, int sinks, int step) -> Tensor")
-    library.impl("as_stored", kernel, "CompositeExplicitAutograd")
-    register_fake("qfx::as_stored", lambda x, *_: torch.empty_like(x), lib=library)
-    register_autograd("qfx::as_stored", _backward, setup_context=_save, lib=library)
-    return library
-
-
-_LIBRARY: Library | None = _register() or globals().get("_LIBRARY")
+define(
+    "as_stored(Tensor x, str[] formats, bool keys, int sinks, int step) -> Tensor",
+    torch.no_grad()(as_stored),
+    lambda x, *_: torch.empty_like(x),
+    gradient=(_save, _backward),
+)

@@ -17,28 +17,21 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
 
 from qfx.kv.attend import Part, View, attend
 from qfx.kv.codes import Codes
 from qfx.kv.formats import CacheFormat
 from qfx.kv.static import full
 from qfx.kv.store import alike, write
-from qfx.ops.tags import UNSAFE
+from qfx.ops.library import UNSAFE, define
 
 FEW = 32  # new tokens for which the newest have room; more are read as floats of all places
-_ATTENTION = "Tensor q, Tensor[] memory, Tensor length, Tensor? mask, float scale, bool causal, str spec"
-_SCHEMAS = (
-    "cache_append(Tensor(a!)[] memory, Tensor k, Tensor v, Tensor length, str spec) -> ()",
-    f"cache_attention({_ATTENTION}) -> Tensor",
-    "cache_read(Tensor[] memory, Tensor length, str spec) -> (Tensor, Tensor)",
-)
 
 
 @dataclass
@@ -203,19 +196,17 @@ def _cut(pair: tuple[Tensor, Tensor], start: int, end: int | None) -> tuple[Tens
     return pair[0][:, :, start:end], pair[1][:, :, start:end]
 
 
-def _register() -> Library | None:
-    """The library that holds the registration, or None where another copy of this module made it."""
-    if hasattr(torch.ops.qfx, "cache_append"):
-        return None
-    library = Library("qfx", "FRAGMENT")
-    ways: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
-        (cache_append, _fake_append), (cache_attention, _fake_attention), (cache_read, _fake_read),
-    )  # fmt: skip
-    for schema, (kernel, fake) in zip(_SCHEMAS, ways, strict=True):
-        library.define(schema, tags=UNSAFE)
-        library.impl(kernel.__name__, kernel, "CompositeExplicitAutograd")
-        register_fake(f"qfx::{kernel.__name__}", fake, lib=library)
-    return library
-
-
-_LIBRARY: Library | None = _register() or globals().get("_LIBRARY")
+define(
+    "cache_append(Tensor(a!)[] memory, Tensor k, Tensor v, Tensor length, str spec) -> ()",
+    cache_append,
+    _fake_append,
+    tags=UNSAFE,
+)
+define(
+    "cache_attention(Tensor q, Tensor[] memory, Tensor length, Tensor? mask, float scale, bool causal, str spec) "
+    "-> Tensor",
+    cache_attention,
+    _fake_attention,
+    tags=UNSAFE,
+)
+define("cache_read(Tensor[] memory, Tensor length, str spec) -> (Tensor, Tensor)", cache_read, _fake_read, tags=UNSAFE)

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
 
 from qfx.annotation import Formats, each, show
 from qfx.errors import explain
@@ -31,7 +30,7 @@ from qfx.numerics import QParams, dequantize, quantize, range_qparams, run_time_
 from qfx.ops import heads as attention_heads
 from qfx.ops.floats import gradient_by_replay, masked, softmax
 from qfx.ops.heads import ROLES, Given, Static
-from qfx.ops.tags import UNSAFE
+from qfx.ops.library import UNSAFE, define
 
 SCHEMA = (
     "quantized_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float[] q_scale, int[] q_zero, "
@@ -328,18 +327,10 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | 
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-def _register() -> Library | None:
-    """The library that holds the registration, or None where another copy of this module made it."""
-    if hasattr(torch.ops.qfx, "quantized_attention"):
-        return None
-    library = Library("qfx", "FRAGMENT")
-    kernel: Callable[..., Any] = torch.no_grad()(quantized_attention)
-    library.define(SCHEMA, tags=UNSAFE)
-    library.impl("quantized_attention", kernel, "CompositeExplicitAutograd")
-    register_fake("qfx::quantized_attention", _fake, lib=library)
-    setup, backward = gradient_by_replay(_straight)
-    register_autograd("qfx::quantized_attention", backward, setup_context=setup, lib=library)
-    return library
-
-
-_LIBRARY: Library | None = _register() or globals().get("_LIBRARY")
+define(
+    SCHEMA,
+    torch.no_grad()(quantized_attention),
+    _fake,
+    tags=UNSAFE,
+    gradient=gradient_by_replay(_straight),
+)

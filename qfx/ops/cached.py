@@ -9,25 +9,18 @@ A cache is stored as `pack_codes` of a static symmetric format stores it: int8 [
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
 
 from qfx.format import Format
 from qfx.numerics import dequantize
 from qfx.ops import floats as float_ops
-from qfx.ops.tags import UNSAFE
+from qfx.ops.library import UNSAFE, define
 from qfx.packing import pack_codes, unpack_codes
 
 PROMPT = 32  # new tokens from which float attention over the dequantized cache is faster
-_SCHEMA = (
-    "quantized_cached_attention(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, Tensor k_scale, "
-    "Tensor v_scale, Tensor? mask, Tensor? sinks, float scale, bool causal, float softcap, str k_format, str v_format) "
-    "-> (Tensor, Tensor, Tensor)"
-)
 
 
 def encode(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
@@ -77,16 +70,11 @@ def _fake(
     return q.new_empty((*q.shape[:-1], v.shape[-1])), grown[0], grown[1]
 
 
-def _register() -> Library | None:
-    """The library that holds the registration, or None where another copy of this module made it."""
-    if hasattr(torch.ops.qfx, "quantized_cached_attention"):
-        return None
-    library = Library("qfx", "FRAGMENT")
-    kernel: Callable[..., Any] = quantized_cached_attention
-    library.define(_SCHEMA, tags=UNSAFE)
-    library.impl("quantized_cached_attention", kernel, "CompositeExplicitAutograd")
-    register_fake("qfx::quantized_cached_attention", _fake, lib=library)
-    return library
-
-
-_LIBRARY: Library | None = _register() or globals().get("_LIBRARY")
+define(
+    "quantized_cached_attention(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, Tensor k_scale, "
+    "Tensor v_scale, Tensor? mask, Tensor? sinks, float scale, bool causal, float softcap, str k_format, str v_format) "
+    "-> (Tensor, Tensor, Tensor)",
+    quantized_cached_attention,
+    _fake,
+    tags=UNSAFE,
+)

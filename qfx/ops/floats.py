@@ -19,28 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
 
 from qfx.format import Format
 from qfx.numerics import effective_scale, run_time_qparams
 from qfx.ops import packed as ops
-from qfx.ops.tags import UNSAFE
-
-_SCHEMAS = {
-    "rope": "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
-    "attention": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float scale, bool causal, float softcap) "
-    "-> Tensor",
-    "cached_attention": "(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, Tensor? mask, Tensor? sinks, "
-    "float scale, bool causal, float softcap) -> (Tensor, Tensor, Tensor)",
-    "quick_gelu": "(Tensor x) -> Tensor",
-    "grouped_linear": "(Tensor x, Tensor w, Tensor offs) -> Tensor",
-    "grouped_linear_quant": "(Tensor x, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor offs, str x_format, "
-    "str w_format) -> Tensor",
-    "moe": "(Tensor x, Tensor ids, Tensor weights, Tensor up, Tensor up_scale, Tensor? up_zero, Tensor? up_bias, "
-    "Tensor down, Tensor down_scale, Tensor? down_zero, Tensor? down_bias, bool interleaved, float alpha, float beta, "
-    "float limit, str up_format, str down_format) -> Tensor",
-    "grouped_outer": "(Tensor y, Tensor x, Tensor offs) -> Tensor",
-}
+from qfx.ops.library import UNSAFE, Gradient, define
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -295,10 +278,7 @@ def _moe_fake(x: Tensor, *others: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-Kernel = Callable[..., Any]
-
-
-def gradient_by_replay(kernel: Kernel) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def gradient_by_replay(kernel: Callable[..., Any]) -> Gradient:
     """(setup_context, backward) that run the kernel once more with gradients on."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -331,30 +311,46 @@ def _grouped_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor
     return for_x, for_w, None
 
 
-def _register() -> Library | None:
-    """The library that holds the registrations, or None where another copy of this module made them."""
-    if hasattr(torch.ops.qfx, "rope"):
-        return None
-    library = Library("qfx", "FRAGMENT")
-    kernels: dict[str, tuple[Kernel, Kernel]] = {
-        "rope": (rope, _rope_fake),
-        "attention": (attention, _attention_fake),
-        "cached_attention": (cached_attention, _cached_attention_fake),
-        "quick_gelu": (quick_gelu, _quick_gelu_fake),
-        "grouped_linear": (grouped_linear, _grouped_linear_fake),
-        "grouped_linear_quant": (grouped_linear_quant, _grouped_linear_quant_fake),
-        "moe": (moe, _moe_fake),
-        "grouped_outer": (grouped_outer, _grouped_outer_fake),
-    }
-    for name, (kernel, fake) in kernels.items():
-        library.define(name + _SCHEMAS[name], tags=UNSAFE if name.startswith("grouped") or name == "moe" else ())
-        library.impl(name, kernel, "CompositeExplicitAutograd")
-        register_fake(f"qfx::{name}", fake, lib=library)
-    for name in ("rope", "attention", "quick_gelu"):
-        setup, backward = gradient_by_replay(kernels[name][0])
-        register_autograd(f"qfx::{name}", backward, setup_context=setup, lib=library)
-    register_autograd("qfx::grouped_linear", _grouped_backward, setup_context=_grouped_setup, lib=library)
-    return library
-
-
-_LIBRARY: Library | None = _register() or globals().get("_LIBRARY")
+define(
+    "rope(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
+    rope,
+    _rope_fake,
+    gradient=gradient_by_replay(rope),
+)
+define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float scale, bool causal, float softcap) "
+    "-> Tensor",
+    attention,
+    _attention_fake,
+    gradient=gradient_by_replay(attention),
+)
+define(
+    "cached_attention(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, Tensor? mask, Tensor? sinks, "
+    "float scale, bool causal, float softcap) -> (Tensor, Tensor, Tensor)",
+    cached_attention,
+    _cached_attention_fake,
+)
+define("quick_gelu(Tensor x) -> Tensor", quick_gelu, _quick_gelu_fake, gradient=gradient_by_replay(quick_gelu))
+define(
+    "grouped_linear(Tensor x, Tensor w, Tensor offs) -> Tensor",
+    grouped_linear,
+    _grouped_linear_fake,
+    tags=UNSAFE,
+    gradient=(_grouped_setup, _grouped_backward),
+)
+define(
+    "grouped_linear_quant(Tensor x, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor offs, str x_format, "
+    "str w_format) -> Tensor",
+    grouped_linear_quant,
+    _grouped_linear_quant_fake,
+    tags=UNSAFE,
+)
+define(
+    "moe(Tensor x, Tensor ids, Tensor weights, Tensor up, Tensor up_scale, Tensor? up_zero, Tensor? up_bias, "
+    "Tensor down, Tensor down_scale, Tensor? down_zero, Tensor? down_bias, bool interleaved, float alpha, float beta, "
+    "float limit, str up_format, str down_format) -> Tensor",
+    moe,
+    _moe_fake,
+    tags=UNSAFE,
+)
+define("grouped_outer(Tensor y, Tensor x, Tensor offs) -> Tensor", grouped_outer, _grouped_outer_fake, tags=UNSAFE)

@@ -11,27 +11,18 @@ per process; a second copy of the module finds them there and registers nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
 
 from qfx.errors import explain
 from qfx.format import Format
 from qfx.numerics import QParams, effective_scale, fake_quantize, quantize, run_time_qparams
 from qfx.numerics import dequantize as dequantize_codes
-from qfx.ops.tags import UNSAFE
+from qfx.ops.library import UNSAFE, define
 from qfx.packing import check_storage, unpack_codes, unpack_zeros
 
-_SCHEMAS = {
-    "linear": "(Tensor x, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor? bias, Tensor? x_scale, Tensor? x_zero, "
-    "Tensor? smooth, str x_format, str w_format) -> Tensor",
-    "embedding": "(Tensor ids, Tensor w, Tensor w_scale, Tensor? w_zero, str w_format, int dim, ScalarType dtype) "
-    "-> Tensor",
-    "dequantize": "(Tensor w, Tensor w_scale, Tensor? w_zero, str w_format, int last_dim, ScalarType dtype) -> Tensor",
-}
 _INTEGER_GRANULARITY = ("", "tok")
 
 _LARGE = 1 << 22  # elements of a weight
@@ -312,22 +303,24 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(grads)
 
 
-def _register() -> Library | None:
-    """The library that holds the registrations, or None where another copy of this module made them."""
-    if hasattr(torch.ops.qfx, "linear"):
-        return None
-    library = Library("qfx", "FRAGMENT")
-    kernels: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-        "linear": (linear, _linear_fake),
-        "embedding": (embedding, _embedding_fake),
-        "dequantize": (dequantize, _dequantize_fake),
-    }
-    for name, (kernel, fake) in kernels.items():
-        library.define(name + _SCHEMAS[name], tags=UNSAFE)
-        library.impl(name, kernel, "CompositeExplicitAutograd")
-        register_fake(f"qfx::{name}", fake, lib=library)
-    register_autograd("qfx::linear", _linear_backward, setup_context=_save_for_backward, lib=library)
-    return library
-
-
-_LIBRARY: Library | None = _register() or globals().get("_LIBRARY")
+define(
+    "linear(Tensor x, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor? bias, Tensor? x_scale, Tensor? x_zero, "
+    "Tensor? smooth, str x_format, str w_format) -> Tensor",
+    linear,
+    _linear_fake,
+    tags=UNSAFE,
+    gradient=(_save_for_backward, _linear_backward),
+)
+define(
+    "embedding(Tensor ids, Tensor w, Tensor w_scale, Tensor? w_zero, str w_format, int dim, ScalarType dtype) "
+    "-> Tensor",
+    embedding,
+    _embedding_fake,
+    tags=UNSAFE,
+)
+define(
+    "dequantize(Tensor w, Tensor w_scale, Tensor? w_zero, str w_format, int last_dim, ScalarType dtype) -> Tensor",
+    dequantize,
+    _dequantize_fake,
+    tags=UNSAFE,
+)

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
 
 from qfx.errors import explain
-from qfx.ops.tags import UNSAFE
+from qfx.ops.library import UNSAFE, define
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -230,16 +229,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.qfx.hadamard(grad, ctx.size, ctx.seed, not ctx.inverse), None, None, None
 
 
-def _register() -> Library | None:
-    """The library that holds the registrations, or None where another copy of this module made them."""
-    if hasattr(torch.ops.qfx, "hadamard"):
-        return None
-    library = Library("qfx", "FRAGMENT")
-    library.define("hadamard(Tensor x, int size, int seed, bool inverse) -> Tensor", tags=UNSAFE)
-    library.impl("hadamard", _kernel, "CompositeExplicitAutograd")
-    register_fake("qfx::hadamard", _fake, lib=library)
-    register_autograd("qfx::hadamard", _backward, setup_context=_save, lib=library)
-    return library
-
-
-_LIBRARY: Library | None = _register() or globals().get("_LIBRARY")
+define(
+    "hadamard(Tensor x, int size, int seed, bool inverse) -> Tensor",
+    _kernel,
+    _fake,
+    tags=UNSAFE,
+    gradient=(_save, _backward),
+)

@@ -18,7 +18,7 @@ LAYERS = (
     errors format processor strict
     rounding: nested method_options
     storage: spill files folders hollow
-    ops: tags
+    ops: library
     rewrites: combine centred rotation head_order
     live: subclass
     """,

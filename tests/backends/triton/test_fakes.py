@@ -25,7 +25,7 @@ from qfx.backends.triton.weight_only_pack import pack_weight_only
 from qfx.format import Format
 from qfx.kv.formats import cache_formats
 from qfx.kv.packed_ops import allocate, spec_of
-from qfx.ops.tags import UNSAFE
+from qfx.ops.library import UNSAFE
 from qfx.packing import pack_weight
 from tests.backends.triton.cases import DEVICE
 
