@@ -14,7 +14,6 @@ import triton
 from torch import Tensor
 
 from qfx.backends.triton.decode_asm import TABLES
-from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels.embedding import embedding as kernel
 from qfx.backends.triton.launch import device_of, launch
 from qfx.backends.triton.library import define
@@ -28,8 +27,8 @@ _BLOCK = 1024
 _KINDS = {"nf4": "lut", "f4e2m1": "lut", "f8e4m3": "e4m3", "f8e5m2": "e5m2"}
 
 
-def reason_against(w_format: str, device: Device) -> str | None:  # noqa: ARG001
-    """Why tables in this format are not taken on `device`, or None."""
+def reason_against(w_format: str) -> str | None:
+    """Why tables in this format are not taken, or None."""
     fmt = Format.parse(w_format)
     if fmt.dynamic or fmt.granularity in ("tok", "head"):
         return f"tables have no scales found at run time or per head, as '{fmt}' says"

@@ -17,7 +17,7 @@ from qfx.backends.triton import tuning
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.experts import checked_ends, tiles_of
 from qfx.backends.triton.kernels.experts_float import grouped_floats as kernel
-from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
+from qfx.backends.triton.launch import Config, device_of, dot_dtype, each_once, launch
 from qfx.backends.triton.library import define
 from qfx.backends.triton.products import bad, check_devices
 from qfx.backends.triton.weight_only import DTYPES, LANGUAGE
@@ -72,7 +72,7 @@ def candidates(t: int, experts: int, k: int, dtype: torch.dtype) -> list[Config]
     if dtype != torch.float32:
         found += [_config(shape) for shape in ((16, 32, 128, 2, 5), (16, 128, 64, 4, 4), (64, 64, 64, 4, 4))]
         found += [_config((128, 128, 64, 8, stages)) for stages in (2, 4)]
-    return [config for i, config in enumerate(found) if config not in found[:i]]
+    return each_once(found)
 
 
 def _config(shape: tuple[int, int, int, int, int]) -> Config:

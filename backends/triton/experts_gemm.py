@@ -30,15 +30,15 @@ _TUNED = "experts_gemm"
 _OF_ONE = ("TILES", "SPLIT", "HALVES", "GROUP", "PERSISTENT")  # constants of a configuration
 
 
-def reason_against(x_format: str, w_format: str, device: Device, k: int = 1) -> str | None:
+def reason_against(x_format: str, w_format: str, k: int = 1) -> str | None:
     """Why experts of these formats over k have no kernel here, or None."""
     if not x_format:
         return "the activation is not quantized"
     if not Format.parse(x_format).dynamic:
         return f"'{x_format}': rows of experts have scales found at run time"
     if Format.parse(w_format).is_integer:
-        return gemm4.reason_against(x_format, w_format, device, k)
-    return gemm8.reason_against(x_format, w_format, device, k)
+        return gemm4.reason_against(x_format, w_format, k)
+    return gemm8.reason_against(x_format, w_format, k)
 
 
 def pack_grouped(w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str, k: int) -> tuple[list[Tensor], str]:
@@ -135,7 +135,7 @@ def _check(
     codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: list[Tensor], offs: Tensor, xf: Format, wf: Format,
     k: int, dtype: str,
 ) -> None:  # fmt: skip
-    if reason := reason_against(str(xf), str(wf), device_of(codes), k):
+    if reason := reason_against(str(xf), str(wf), k):
         raise bad(f"there is no kernel: {reason}", "see the module's formats", f"'{xf}' times '{wf}'")
     count = (4 if wf.has_zero else 3) if wf.is_integer else 2
     if dtype not in DTYPES or len(weight) != count or weight[0].dim() != 3:

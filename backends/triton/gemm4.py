@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from qfx.backends.triton import layout
-from qfx.backends.triton.device import Device
 from qfx.backends.triton.gemm4_config import FEW, Problem, configuration
 from qfx.backends.triton.kernels import gemm4 as kernels
 from qfx.backends.triton.kernels.gemm8 import reduce8
@@ -55,7 +54,7 @@ def columns_of(w_format: str) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def reason_against(x_format: str, w_format: str, device: Device, k: int = 1) -> str | None:
+def reason_against(x_format: str, w_format: str, k: int = 1) -> str | None:
     """Why a linear of these formats over k has no kernel here, or None. Every device of `device.LEAST` takes all."""
     if not x_format:
         return "the activation is not quantized"
@@ -194,7 +193,7 @@ def _check(
     codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: list[Tensor], bias: Tensor | None,
     residual: Tensor | None, xf: Format, wf: Format, k: int, activation: str, dtype: str,
 ) -> None:  # fmt: skip
-    if reason := reason_against(str(xf), str(wf), device_of(codes), k):
+    if reason := reason_against(str(xf), str(wf), k):
         raise bad(f"there is no kernel: {reason}", "see the module's formats", f"'{xf}' times '{wf}'")
     n, bits = weight[0].shape[0], container(wf.bits)
     width = layout.padded(k, columns_of(str(wf)) * 8 // bits) * bits // 8

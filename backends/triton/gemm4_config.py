@@ -9,7 +9,7 @@ import functools
 from dataclasses import dataclass
 
 from qfx.backends.triton.device import Device
-from qfx.backends.triton.launch import Config
+from qfx.backends.triton.launch import Config, each_once
 from qfx.backends.triton.tuning import tuned
 
 KERNEL = "gemm4"
@@ -98,8 +98,7 @@ def unsplit_candidates(device: Device, problem: Problem, m: int) -> list[Config]
 
 def _fitting(device: Device, problem: Problem, found: list[Config]) -> list[Config]:
     """Those, each once, that the memory of a processor holds."""
-    fitting = [config for config in found if shared(problem, config) <= device.shared]
-    return [config for i, config in enumerate(fitting) if config not in fitting[:i]]
+    return each_once([config for config in found if shared(problem, config) <= device.shared])
 
 
 def _large(device: Device, problem: Problem) -> list[tuple[int, int]]:

@@ -44,7 +44,7 @@ _LEAST_GROUP = 32
 
 
 @functools.lru_cache(maxsize=4096)
-def reason_against(x_format: str, w_format: str, device: Device, k: int = 1) -> str | None:
+def reason_against(x_format: str, w_format: str, k: int = 1) -> str | None:
     """Why a linear of these formats over k has no kernel here, or None. Every device of `device.LEAST` takes all."""
     if not x_format:
         return "the activation is not quantized"
@@ -117,7 +117,7 @@ def gemm8(
     w, w_scale = weight[:2]
     n, k = w.shape
     device = device_of(codes)
-    _check(codes, x_scale, x_zero, weight, bias, residual, xf, wf, activation, dtype, device)
+    _check(codes, x_scale, x_zero, weight, bias, residual, xf, wf, activation, dtype)
     rows = aligned_rows(codes.reshape(codes.shape[:-1].numel(), codes.shape[-1]), k)
     m = rows.shape[0]
     y = torch.empty(m, n, dtype=Format.parse(dtype).code_dtype, device=rows.device)
@@ -203,10 +203,10 @@ def _reach(fmt: Format) -> int:
 
 def _check(
     codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: list[Tensor], bias: Tensor | None,
-    residual: Tensor | None, xf: Format, wf: Format, activation: str, dtype: str, device: Device,
+    residual: Tensor | None, xf: Format, wf: Format, activation: str, dtype: str,
 ) -> None:  # fmt: skip
     n, k = weight[0].shape
-    if reason := reason_against(str(xf), str(wf), device, k):
+    if reason := reason_against(str(xf), str(wf), k):
         raise bad(f"there is no kernel: {reason}", "see the module's formats", f"'{xf}' times '{wf}'")
     expected = torch.float8_e4m3fn if xf.is_float else torch.int8
     if codes.dtype != expected or not k - 15 <= codes.shape[-1] <= k:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from qfx.backends.triton.descriptors import has_descriptors
 from qfx.backends.triton.device import Device
-from qfx.backends.triton.launch import Config
+from qfx.backends.triton.launch import Config, each_once
 from qfx.backends.triton.tuning import tuned
 
 KERNEL = "gemm8"
@@ -96,8 +96,7 @@ def candidates(device: Device, problem: Problem, m: int) -> list[Config]:
         found += [_config(device, problem, (128, 128, 1), split=split) for split in (2, 4)]
         if problem.aligned and not problem.group and not problem.by_hand:
             found.append({"LIBRARY": 1})
-    fitting = [config for config in found if "LIBRARY" in config or _shared(problem, config) <= device.shared]
-    return [config for i, config in enumerate(fitting) if config not in fitting[:i]][:20]
+    return _fitting(device, problem, found)[:20]
 
 
 def described(device: Device, problem: Problem, m: int, *, promoted: bool = True) -> list[Config]:
@@ -118,7 +117,7 @@ def described(device: Device, problem: Problem, m: int, *, promoted: bool = True
         forms = [_described(problem, (128, 256, 1), stages=stages) for stages in (4, 3)]
         # two programs on a processor: one multiplies while the other waits for its sums
         forms += [_described(problem, (128, 128, 1), warps=4, stages=3, programs=programs) for programs in (2, 0)]
-    return [config for config in forms if _shared(problem, config) <= device.shared]
+    return _fitting(device, problem, forms)
 
 
 def unsplit(device: Device, problem: Problem, m: int) -> Config:
@@ -140,8 +139,12 @@ def unsplit_candidates(device: Device, problem: Problem, m: int) -> list[Config]
     else:
         tiles = itertools.product((64, 128), (2, 3, 4))
         found += [_config(device, problem, (rows, 128, 1), stages=s, persistent=False) for rows, s in tiles]
-    fitting = [config for config in found if _shared(problem, config) <= device.shared]
-    return [config for i, config in enumerate(fitting) if config not in fitting[:i]]
+    return _fitting(device, problem, found)
+
+
+def _fitting(device: Device, problem: Problem, found: list[Config]) -> list[Config]:
+    """Those, each once, that the memory of a processor holds."""
+    return each_once([c for c in found if "LIBRARY" in c or _shared(problem, c) <= device.shared])
 
 
 def _streaming(device: Device, problem: Problem, m: int) -> Config:

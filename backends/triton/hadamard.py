@@ -124,7 +124,7 @@ def _kronecker(factors: list[Tensor]) -> Tensor:
     return functools.reduce(torch.kron, factors, torch.ones(1, 1, dtype=torch.float64))
 
 
-def reason_against(dtype: torch.dtype, device: Device) -> str | None:
+def reason_against(dtype: torch.dtype) -> str | None:
     """Why activations of this dtype cannot be rotated, or None. Any size that `qfx.rewrites.rotation` knows can be."""
     return None if dtype in _DTYPES else f"it rotates f16, bf16 and f32, not {str(dtype).removeprefix('torch.')}"
 

@@ -83,6 +83,11 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, config: Config | N
         kernel[tuple(grid)](*arguments, **settings, enable_fp_fusion=True)  # said, since Triton's default is to change
 
 
+def each_once(configs: Sequence[Config]) -> list[Config]:
+    """Those in their order, without repeats."""
+    return [config for i, config in enumerate(configs) if config not in configs[:i]]
+
+
 def dot_dtype(dtype: torch.dtype) -> torch.dtype:
     """In what floats of `dtype` are multiplied: themselves on a GPU, f32 in the interpreter, which has no bf16."""
     if dtype == torch.bfloat16 and _RECORDING.get() is None and device.interpreting():

@@ -50,10 +50,10 @@ Stored = tuple[Tensor, Tensor, Tensor | None, str]  # codes, scale, zero point a
 Piece = tuple[int, int, int]  # segment, and its rows start to stop
 
 
-def reason_against(x_format: str, w_formats: Sequence[str], device: Device, k: int = 1) -> str | None:
+def reason_against(x_format: str, w_formats: Sequence[str], k: int = 1) -> str | None:
     """Why segments of these formats are not taken in one launch, or None."""
     for text in w_formats:
-        if reason := gemm4.reason_against(x_format or "i8/tok", text, device, k):
+        if reason := gemm4.reason_against(x_format or "i8/tok", text, k):
             return reason
     found = {group_of(Format.parse(text)) for text in w_formats} - {0}
     return f"the segments have groups of {' and '.join(map(str, sorted(found)))}" if len(found) > 1 else None
@@ -313,7 +313,7 @@ def _checked(
 ) -> int:  # fmt: skip
     """The size of groups. Raises ValueError for what does not fit."""
     formats = w_formats.split(",")
-    if reason := reason_against(x_format, formats, device_of(x), k):
+    if reason := reason_against(x_format, formats, k):
         raise bad(f"there is no kernel: {reason}", "see the module's formats", f"'{x_format}' times {w_formats}")
     parsed = [Format.parse(text) for text in formats]
     group = max(map(group_of, parsed))

@@ -51,7 +51,7 @@ _BESIDE = 1024  # bytes of shared memory for what else there is
 KERNEL = "quantized_attention"
 
 
-def reason_against(width: int, value_width: int, dtype: torch.dtype, device: Device) -> str | None:
+def reason_against(width: int, value_width: int, dtype: torch.dtype) -> str | None:
     """Why no kernel computes attention of this head size and dtype, or None. Formats are taken as the op takes them."""
     if not 0 < max(width, value_width) <= WIDEST or min(width, value_width) == 0:
         return f"heads of 1 to {WIDEST} channels have kernels, not of {width} and {value_width}"
@@ -255,7 +255,7 @@ def candidates(rows: int, wide: int, lean: bool, device: Device) -> list[Config]
 def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Device:
     """Raises ValueError for what the kernels do not take, UnsupportedError where the device has none."""
     device = device_of(q)
-    reasons = [reason_against(q.shape[-1], v.shape[-1], x.dtype, device) for x in (q, k, v)]
+    reasons = [reason_against(q.shape[-1], v.shape[-1], x.dtype) for x in (q, k, v)]
     reason = next((reason for reason in reasons if reason), None)
     shapes = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in (q, k, v))
     if reason is not None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+import qfx.backends.triton.cache_append
+import qfx.backends.triton.cache_attention
+import qfx.backends.triton.cache_read  # noqa: F401  (each registers its op)
 from qfx import graph
-from qfx.backends.triton import cache_append as _append  # noqa: F401  (registers the op)
-from qfx.backends.triton import cache_attention as _attention  # noqa: F401  (registers the op)
 from qfx.backends.triton import cache_layout
-from qfx.backends.triton import cache_read as _read  # noqa: F401  (registers the op)
 from qfx.backends.triton import quantized_attention as rounded
 from qfx.backends.triton.row_codes import FLOATS as DTYPES
 from qfx.backends.triton.site import Site, Taken
@@ -19,7 +19,7 @@ qfx_triton = torch.ops.qfx_triton
 def quantized_attention(site: Site) -> Taken | str:
     """qfx::quantized_attention, in one pass over the keys (two where the weights have a format)."""
     q, v = graph.val(site.given["q"]), graph.val(site.given["v"])
-    if reason := rounded.reason_against(q.shape[-1], v.shape[-1], q.dtype, site.device):
+    if reason := rounded.reason_against(q.shape[-1], v.shape[-1], q.dtype):
         return reason
     numbers = [value for name, value in site.given.items() if name[1:] in ("_scale", "_zero")]
     formats = [value for name, value in site.given.items() if name.endswith("_format")]

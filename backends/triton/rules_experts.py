@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import qfx.backends.triton.experts_float  # noqa: F401  (registers its op)
 from qfx import graph
-from qfx.backends.triton import experts, experts_float, experts_gemm
+from qfx.backends.triton import experts, experts_gemm
 from qfx.backends.triton.rules_linear import DTYPES, quantized
 from qfx.backends.triton.site import Site, Taken, once
-from qfx.backends.triton.weight_only import reason_against
+from qfx.backends.triton.weight_only_pack import reason_against_weight
 from qfx.format import Format
 from qfx.passes._build import call, take_place
 from qfx.passes._match import arguments
 
-assert experts_float.grouped_floats is not None  # registers its op
 aten = torch.ops.aten
 qfx_triton = torch.ops.qfx_triton
 
@@ -44,10 +44,10 @@ def grouped_linear_quant(site: Site) -> Taken | str:
         return "its weight has no known width"
     if graph.val(x).dtype not in DTYPES:
         return f"its input is {graph.val(x).dtype}"
-    why = experts_gemm.reason_against(x_format, w_format, site.device, k) if x_format else None
+    why = experts_gemm.reason_against(x_format, w_format, k) if x_format else None
     if x_format and why is None:
         return _product(site, given, k)
-    if reason := reason_against("", w_format, site.device):
+    if reason := reason_against_weight(w_format):
         return reason
     if why is not None:
         return _of_rounded(site, given, k, why)

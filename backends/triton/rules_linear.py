@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import qfx.backends.triton.weight_only  # noqa: F401  (registers its op)
 from qfx import graph
 from qfx.backends.triton import embedding as tables
-from qfx.backends.triton import gemm4, gemm8, weight_only
+from qfx.backends.triton import gemm4, gemm8
 from qfx.backends.triton.library import define
 from qfx.backends.triton.site import Site, Taken, once
-from qfx.backends.triton.weight_only_pack import pack_weight_only
+from qfx.backends.triton.weight_only_pack import pack_weight_only, reason_against_weight
 from qfx.format import Format
 from qfx.ops.library import UNSAFE
 from qfx.ops.packed import _rounded_input
@@ -48,7 +49,7 @@ def linear(site: Site) -> Taken | str:
         return f"its input is {graph.val(given['x']).dtype}"
     if not x_format:
         return _weight_only(site, given, k)
-    eight, narrow = (family.reason_against(x_format, w_format, site.device, k) for family in (gemm8, gemm4))
+    eight, narrow = (family.reason_against(x_format, w_format, k) for family in (gemm8, gemm4))
     if narrow is None and (eight is not None or Format.parse(w_format).bits <= 4):
         return _product(site, given, k, "gemm4", gemm4.pack_w4a8)
     if eight is None:
@@ -82,7 +83,7 @@ def quantized(site: Site, x: fx.Node, smooth: Any, scale: Any, zero: Any, x_form
 
 def _weight_only(site: Site, given: dict[str, Any], k: int) -> Taken | str:
     w_format = given["w_format"]
-    if reason := weight_only.reason_against("", w_format, site.device):
+    if reason := reason_against_weight(w_format):
         return reason
     weight, now = _only(site, given, k)
     n = graph.val(given["w"]).shape[0]
@@ -93,7 +94,7 @@ def _weight_only(site: Site, given: dict[str, Any], k: int) -> Taken | str:
 def _of_rounded(site: Site, given: dict[str, Any], k: int, why: str) -> Taken | str:
     """Formats whose product has no kernel: torch rounds the input, the product is one of floats."""
     w_format = given["w_format"]
-    if reason := weight_only.reason_against("", w_format, site.device):
+    if reason := reason_against_weight(w_format):
         return reason
     weight, now = _only(site, given, k)
     n, x = graph.val(given["w"]).shape[0], given["x"]
@@ -135,7 +136,7 @@ def embedding(site: Site) -> Taken | str:
     given = site.given
     if given["dtype"] not in tables.DTYPES:
         return f"its result is {given['dtype']}"
-    if reason := tables.reason_against(given["w_format"], site.device):
+    if reason := tables.reason_against(given["w_format"]):
         return reason
     tables.prepare(given["w_format"], graph.val(given["ids"]).device)
     names = ("ids", "w", "w_scale", "w_zero", "w_format", "dim", "dtype")

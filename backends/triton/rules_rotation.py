@@ -18,7 +18,7 @@ def hadamard(site: Site) -> Taken | str:
     """qfx::hadamard by its kernel; one rotation's matrices are shared."""
     x, size, seed, inverse = (site.given[name] for name in ("x", "size", "seed", "inverse"))
     value = graph.val(x)
-    if reason := reason_against(value.dtype, site.device):
+    if reason := reason_against(value.dtype):
         return reason
     packed = once(
         site,

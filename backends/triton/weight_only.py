@@ -79,13 +79,6 @@ class Weight:
         }
 
 
-def reason_against(x_format: str, w_format: str, device: Device) -> str | None:  # noqa: ARG001
-    """Why this family does not take such a layer on `device`, or None."""
-    if x_format:
-        return f"its input is quantized to '{x_format}'"
-    return reason_against_weight(w_format)
-
-
 def linear_weight_only(
     x: Tensor, w: list[Tensor], bias: Tensor | None, smooth: Tensor | None, w_format: str, n: int
 ) -> Tensor:

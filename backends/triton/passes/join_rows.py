@@ -70,11 +70,11 @@ def join_rows(gm: fx.GraphModule, device: Device, kernels: dict[str, str]) -> bo
     groups: dict[tuple[Any, ...], list[_Join]] = {}
     for node in gm.graph.nodes:
         found = _segments(node)
-        if found is not None and _reason(join := _Join(*found, node, _with_bias(node) or node), device) is None:
+        if found is not None and _reason(join := _Join(*found, node, _with_bias(node) or node)) is None:
             groups.setdefault(tuple(join.given[0][name] for name in _ALIKE), []).append(join)
     count = 0
     for group in groups.values():
-        whole = len(group) > 1 and _reason(group[0], device, group) is None
+        whole = len(group) > 1 and _reason(group[0], group) is None
         for joins in [group] if whole else [[join] for join in group]:
             names, formats = [n for join in joins for n in join.names], ",".join(_formats(joins))
             kernels.update(dict.fromkeys(names, f"{_put(gm, device, joins)} of {formats} (Triton)"))
@@ -84,7 +84,7 @@ def join_rows(gm: fx.GraphModule, device: Device, kernels: dict[str, str]) -> bo
     return matched(gm, "join_rows", count)
 
 
-def _reason(join: _Join, device: Device, joins: Sequence[_Join] = ()) -> str | None:
+def _reason(join: _Join, joins: Sequence[_Join] = ()) -> str | None:
     """Why the kernel does not take a join, or several at once; None."""
     given = join.given
     k = graph.val(given[0]["x"]).shape[-1]
@@ -95,7 +95,7 @@ def _reason(join: _Join, device: Device, joins: Sequence[_Join] = ()) -> str | N
     held = (one[name] for one in given for name in ("w", "w_scale", "w_zero") if one[name] is not None)
     if any(n.op != "get_attr" for n in held):
         return "a weight is computed"
-    return reason_against(given[0]["x_format"], _formats(joins or [join]), device, k)
+    return reason_against(given[0]["x_format"], _formats(joins or [join]), k)
 
 
 def _formats(joins: Sequence[_Join]) -> list[str]:

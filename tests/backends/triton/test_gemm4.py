@@ -136,7 +136,7 @@ def test_weights_of_4_bits_take_half_a_byte() -> None:
 
 
 def test_refusals() -> None:
-    assert reason_against("i8/tok", "i4/g128", A100) is None
+    assert reason_against("i8/tok", "i4/g128") is None
     reasons = {
         ("", "i4/ch"): "the activation is not quantized",
         ("i8/tok", "nf4/g64"): "'i8/tok' and 'nf4/g64': activations are integers",
@@ -144,9 +144,9 @@ def test_refusals() -> None:
         ("i8/tok", "i4/g48"): "'i4/g48': groups are whole multiples of 32 columns",
     }
     for (x_format, w_format), reason in reasons.items():
-        assert str(reason_against(x_format, w_format, H100)).startswith(reason)
-    assert "pass 32 bits" in str(reason_against("i8/tok", "i4/ch", H100, 1 << 17))
-    assert reason_against("i8/tok", "i4/g128", H100, 1 << 17) is None
+        assert str(reason_against(x_format, w_format)).startswith(reason)
+    assert "pass 32 bits" in str(reason_against("i8/tok", "i4/ch", 1 << 17))
+    assert reason_against("i8/tok", "i4/g128", 1 << 17) is None
     x, packed, _ = inputs(3, 20, 256, "i4/g64", "i8/tok", 0)
     weight = pack_w4a8(packed.data, packed.scale, packed.zero, "i4/g64", 256)
     run = partial(linear_w4a8, bias=None, residual=None, x_scale=None, x_zero=None, smooth=None, activation="")

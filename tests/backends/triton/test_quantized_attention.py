@@ -266,10 +266,8 @@ def test_what_is_refused() -> None:
         torch.ops.qfx_triton.quantized_attention(*operands(width=300), *rest)
     with pytest.raises(ValueError, match="has not the scales that it needs"):
         both((q, k, v), "q=i8")
-    assert (
-        reason_against(64, 64, torch.float64, H200) == "operands in f16, bf16 or f32 have kernels, not in torch.float64"
-    )
-    assert reason_against(256, 64, torch.float16, A100) is None
+    assert reason_against(64, 64, torch.float64) == "operands in f16, bf16 or f32 have kernels, not in torch.float64"
+    assert reason_against(256, 64, torch.float16) is None
 
 
 def test_configurations_to_measure() -> None:
