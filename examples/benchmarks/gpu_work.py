@@ -20,7 +20,7 @@ from examples.benchmarks.gpu_peers import CUBLAS, GROUPED_MM, INT_MM, SCALED_MM,
 from qfx.backends.triton import act_quantize as _act  # noqa: F401  (each registers its ops)
 from qfx.backends.triton import cache_append as _append  # noqa: F401
 from qfx.backends.triton import cache_attention as _cache  # noqa: F401
-from qfx.backends.triton import gemm8, hadamard, lowering, timing, tune, tuning
+from qfx.backends.triton import gemm8, hadamard, lowering, timing, tune_works, tuning
 from qfx.backends.triton import norm_quantize as _norm  # noqa: F401
 from qfx.backends.triton import quantized_attention as _attention  # noqa: F401
 from qfx.backends.triton.gemm8_config import KERNEL, Problem
@@ -76,7 +76,7 @@ def _lowered(module: nn.Module, x: Tensor, count: int) -> tuple[Calls, str]:
 
 def linear(n: int, k: int, rows: int, x_format: str, w_format: str, dtype: torch.dtype, where: torch.device) -> Made:
     """A linear layer as a compiled model runs it: rows are quantized, then multiplied."""
-    work = tune.random_work(n, k, x_format, w_format, where, dtype)
+    work = tune_works.random_work(n, k, x_format, w_format, where, dtype)
     x = torch.randn(rows, k, device=where).to(dtype)
     calls, kernel = _lowered(work.module, x, copies(work.read, where))
     peers = _peers_of_linear(n, k, rows, x_format, where)
@@ -111,7 +111,7 @@ def experts(
     busy = min(count, rows)  # experts that have rows
     offs = (torch.arange(1, count + 1, device=where) * rows // count).to(torch.int32)
     if w_format:
-        module = tune.Experts(pack_weight(weight, Format.parse(w_format)), x_format).eval()
+        module = tune_works.Experts(pack_weight(weight, Format.parse(w_format)), x_format).eval()
         read = sum(b.nbytes for b in module.buffers()) * busy // count
         calls, kernel = _lowered(module, x, copies(read, where))
         moved, expected = read, lambda: [module(x.float())]
@@ -133,7 +133,7 @@ def product(
     n: int, k: int, rows: int, x_format: str, w_format: str, where: torch.device, config: Config | None = None
 ) -> Made:
     """Codes times codes alone, of rows that are quantized already; config: with descriptors, as if tuned."""
-    work = tune.random_work(n, k, x_format, w_format, where, torch.bfloat16)
+    work = tune_works.random_work(n, k, x_format, w_format, where, torch.bfloat16)
     layer = work.module
     assert isinstance(layer, QuantLinear)
     x = torch.randn(rows, k, device=where).to(torch.bfloat16)

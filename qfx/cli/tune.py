@@ -25,7 +25,8 @@ from qfx.storage.files import write_text
 
 if TYPE_CHECKING:
     from qfx.backends.triton.device import Device
-    from qfx.backends.triton.tune import Measure, Tuned, Work
+    from qfx.backends.triton.tune import Measure, Tuned
+    from qfx.backends.triton.tune_works import Work
 
 _DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 _SHOWN = 20
@@ -123,12 +124,12 @@ def _works(
     console: Console, model: str | None, recipe: str | None, place: torch.device, dtype: torch.dtype
 ) -> Iterable[Work]:
     """What is tuned: the layers of a model, or the usual ones."""
-    from qfx.backends.triton import tune
+    from qfx.backends.triton import tune_works
 
     if model is None:
         if recipe is not None:
             raise ValueError("--recipe is for a MODEL, found none\n  next step: give its folder, or leave --recipe out")
-        return tune.works_of_usual_models(place, dtype)
+        return tune_works.works_of_usual_models(place, dtype)
     saved = (Path(model) / "qfx.json").is_file()
     if saved and recipe is not None:
         raise ValueError(f"{model} is quantized already\n  next step: leave --recipe out, or give the float model")
@@ -148,7 +149,7 @@ def _works(
 
         with step(console, f"quantize by {parsed.name}", spinner=False):
             quantize(loaded.model, parsed)
-    return tune.works_of(loaded.model.to(dtype))
+    return tune_works.works_of(loaded.model.to(dtype))
 
 
 def _show(console: Console, results: Sequence[Tuned]) -> None:

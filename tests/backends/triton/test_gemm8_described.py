@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qfx.backends.triton import descriptors, gemm8_config, launch, tune, tuning
+from qfx.backends.triton import descriptors, gemm8_config, launch, tune, tune_works, tuning
 from qfx.backends.triton import gemm8 as module
 from qfx.backends.triton.device import A100, H100, H200, INTERPRETER, Device
 from qfx.backends.triton.gemm8_config import Problem
@@ -220,7 +220,7 @@ def test_only_devices_that_have_descriptors_take_them(floating: bool) -> None:
 
 def test_tuning_checks_and_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm8_config, "candidates", lambda *_: [form(), form(halves=2)])
-    work = replace(tune.random_work(24, 40, "i8/tok", "i8/ch", torch.device(DEVICE)), only=("gemm8",))
+    work = replace(tune_works.random_work(24, 40, "i8/tok", "i8/ch", torch.device(DEVICE)), only=("gemm8",))
     (found,) = tune.tune(work, 20, timer(10.0, 3.0, 2.0))
     assert found.best == form(halves=2) and not found.dropped
     assert tune.table_of([found]) == {("gemm8", "n=24 k=48 i8", "32"): form(halves=2)}

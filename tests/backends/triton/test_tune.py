@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
-import qfx
-from qfx.backends.triton import device, experts, gemm8_config, launch, lowering, timing, tune, tuning
+from qfx.backends.triton import device, experts, gemm8_config, launch, lowering, timing, tune, tune_works, tuning
 from qfx.backends.triton.gemm8 import pack_gemm8
 from qfx.backends.triton.quantize_rows import aligned
 from qfx.cli import tune as command
@@ -24,15 +23,13 @@ from qfx.packing import pack_weight
 from tests import tiny
 from tests.backends.triton.cases import DEVICE
 from tests.backends.triton.linears import linear_w8a8
-from tests.graphs import capture
 from tests.qfx.test_cli import _run
-from tests.zoo import ZOO
 
 HERE = device.find(torch.device(DEVICE))
 
 
-def work(n: int = 24, k: int = 40) -> tune.Work:
-    made = tune.random_work(n, k, "i8/tok", "i8/ch", torch.device(DEVICE))
+def work(n: int = 24, k: int = 40) -> tune_works.Work:
+    made = tune_works.random_work(n, k, "i8/tok", "i8/ch", torch.device(DEVICE))
     return replace(made, only=("gemm8", "pretended"))  # and not the quantization of the rows
 
 
@@ -146,7 +143,7 @@ def test_copies_of_the_weights_take_turns(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_attention_over_a_cache_is_tuned() -> None:
-    one = tune.cache_work("i4", (4, 2), 64, 40, torch.device(DEVICE))
+    one = tune_works.cache_work("i4", (4, 2), 64, 40, torch.device(DEVICE))
     (found,) = tune.tune(one, 2, timer(10.0, 5.0, 4.0, 9.0))
     assert found.choice[0] == "cache_attention" and found.choice[2] == "4" and one.most == 32
     assert not found.dropped and found.seconds == 4.0 and found.best is not None
@@ -154,44 +151,23 @@ def test_attention_over_a_cache_is_tuned() -> None:
 
 @pytest.mark.parametrize(("act", "kernel"), [(False, "norm_quantize"), (True, "act_quantize")])
 def test_rows_of_codes_are_tuned(act: bool, kernel: str) -> None:
-    one = tune.produced_work(96, "i8/tok", "i8/ch", torch.device(DEVICE), act=act)
+    one = tune_works.produced_work(96, "i8/tok", "i8/ch", torch.device(DEVICE), act=act)
     (found,) = tune.tune(one, 3, timer(10.0, 5.0, 4.0, 9.0))
     assert found.choice[0] == kernel and found.best is not None and not found.dropped
 
 
 def test_attention_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "HEADS", 2)
-    one = tune.attention_work(16, True, ("i8/tok", "i8/tok", "", ""), torch.device(DEVICE))
+    monkeypatch.setattr(tune_works, "HEADS", 2)
+    one = tune_works.attention_work(16, True, ("i8/tok", "i8/tok", "", ""), torch.device(DEVICE))
     (found,) = tune.tune(one, 20, timer(10.0, 5.0, 4.0, 9.0))
     assert found.choice == ("quantized_attention", "d=32 dv=16 int8 float16 causal", "32")
     assert not found.dropped and found.seconds == 4.0
     assert found.best is not None and found.tried > 5
 
 
-def test_layers_of_a_model_once_each_and_those_that_read_the_same_together() -> None:
-    model = qfx.quantize(tiny.build("llama"), "w8a8").to(torch.float16)
-    found = tune.works_of(model)
-    names = [one.name.rpartition("layers.0.")[2] for one in found]
-    assert "self_attn.(q_proj+k_proj+v_proj)" in names and "mlp.(gate_proj+up_proj)" in names
-    assert not any("layers.1." in one.name for one in found), "the same shapes and formats again"
-    assert all(one.dtype == torch.float16 for one in found)
-    with pytest.raises(ValueError, match="nothing to tune"):
-        tune.works_of(nn.Linear(3, 3))
-
-
-def test_experts_of_a_model_are_found() -> None:
-    model = qfx.quantize(ZOO["mixtral"]()[0], "w4a16")
-    found = [one for one in tune.works_of(model) if "experts" in one.name]
-    assert [one.name.rpartition(".")[2] for one in found] == ["gate_up_proj", "down_proj"]
-    assert found[0].read == sum(t.nbytes for t in found[0].module.buffers())
-    expected = found[1].module(x := torch.randn(5, 96))
-    run = lowering.lower(capture(found[1].module, x))
-    torch.testing.assert_close(run(x)[0], expected, rtol=1e-4, atol=1e-5)
-
-
 def test_experts_are_tuned() -> None:
     packed = pack_weight(torch.randn(4, 8, 64, device=DEVICE) / 8, Format.parse("u4/g32"))
-    one = tune.OfExperts("experts", tune.Experts(packed), 64, torch.float32)
+    one = tune_works.OfExperts("experts", tune_works.Experts(packed), 64, torch.float32)
     (told,) = tune.tune(one, 3, timer(10.0, 9.0, 2.0, 8.0))
     assert told.choice == ("experts", "u4/g32 e=4 n=8 k=64 float32", "4") and not told.dropped
     assert (told.best, told.seconds) == (experts.candidates(Format.parse("u4/g32"), 3, 4, torch.float32)[1], 2.0)
@@ -200,7 +176,9 @@ def test_experts_are_tuned() -> None:
 @pytest.mark.parametrize(("x_format", "w_format"), [("i8/tok", "i4/g32"), ("f8e4m3/tok", "f8e4m3/ch")])
 def test_products_of_codes_of_experts_are_tuned(x_format: str, w_format: str) -> None:
     packed = pack_weight(torch.randn(12, 16, 64, device=DEVICE) / 8, Format.parse(w_format))
-    one = tune.OfExperts("experts", tune.Experts(packed, x_format), 64, torch.float32, only=("experts_gemm",))
+    one = tune_works.OfExperts(
+        "experts", tune_works.Experts(packed, x_format), 64, torch.float32, only=("experts_gemm",)
+    )
     assert one.read < sum(t.nbytes for t in one.module.buffers())
     (told,) = tune.tune(one, 9, timer(10.0, 9.0))
     assert told.choice[0] == "experts_gemm" and told.choice[1].startswith("e=12 n=16 k=64")
@@ -209,7 +187,7 @@ def test_products_of_codes_of_experts_are_tuned(x_format: str, w_format: str) ->
 
 def test_the_command_writes_and_shows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = work(16, 32)
-    monkeypatch.setattr(tune, "works_of_usual_models", lambda place, dtype: [one])
+    monkeypatch.setattr(tune_works, "works_of_usual_models", lambda place, dtype: [one])
     console = Console(record=True, width=200)
     command.run(
         console, None, recipe=None, rows="2", dtype="f16", device=DEVICE, out=None, shipped=False,
@@ -225,10 +203,10 @@ def test_the_command_writes_and_shows(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_layer_whose_result_is_wrong_does_not_keep_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "works_of_usual_models", lambda place, dtype: [work(), work(16, 32)])
+    monkeypatch.setattr(tune_works, "works_of_usual_models", lambda place, dtype: [work(), work(16, 32)])
     own, calls = tune.tune, []
 
-    def first_fails(one: tune.Work, *args: Any, **more: Any) -> Any:
+    def first_fails(one: tune_works.Work, *args: Any, **more: Any) -> Any:
         calls.append(one)
         if len(calls) == 1:
             raise ValueError("give a wrong result")
@@ -245,7 +223,7 @@ def test_a_layer_whose_result_is_wrong_does_not_keep_the_others(folder: Path, mo
 
 
 def test_when_the_time_is_over_no_layer_is_begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "works_of_usual_models", lambda place, dtype: [work(), work()])
+    monkeypatch.setattr(tune_works, "works_of_usual_models", lambda place, dtype: [work(), work()])
     console = Console(record=True, width=200)
     command.run(
         console, None, recipe=None, rows="2,4", dtype="f16", device=DEVICE, out=None, shipped=False, json_file=None,
