@@ -7,7 +7,8 @@ from functools import partial
 import torch
 
 from qfx.backends.triton import layout
-from qfx.backends.triton.mixed_rows import WIDTHS, columns_at_once, gemm_mixed, linear_mixed
+from qfx.backends.triton.mixed_rows import gemm_mixed, linear_mixed
+from qfx.backends.triton.mixed_rows_config import WIDTHS, columns_at_once
 from qfx.backends.triton.products import group_of
 from qfx.format import Format
 from tests.backends.triton.cases import Case, meta

@@ -11,7 +11,8 @@ from torch import Tensor
 from qfx.backends.triton.device import A100, H100
 from qfx.backends.triton.gemm4_config import Problem
 from qfx.backends.triton.launch import recorded
-from qfx.backends.triton.mixed_rows import ROWS, float_candidates, pack_mixed, reason_against
+from qfx.backends.triton.mixed_rows import ROWS, pack_mixed, reason_against
+from qfx.backends.triton.mixed_rows_config import float_candidates
 from qfx.format import Format
 from qfx.live.segments import Segment, in_order, pieces, segments, take
 from qfx.ops import packed as ops
