@@ -56,12 +56,13 @@ class Layer:
         return linear_w8a8(x, self.weight, self.bias, residual, *known, *self.formats, act)
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    """Greatest difference over the greatest value."""
+def error(found: Tensor, expected: Tensor, sums: Tensor | None = None) -> float:
+    """Greatest difference over the greatest value, or over the greatest of `sums`."""
     assert found.shape == expected.shape and found.dtype == expected.dtype
     if not found.numel():
         return 0.0
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+    greatest = (expected if sums is None else sums).double().abs().max()
+    return float((found.double() - expected.double()).abs().max() / greatest)
 
 
 @settings(max_examples=20, deadline=None)
@@ -91,8 +92,9 @@ def test_integers_are_exact(m: int, n: int, k: int, x_format: str, w_format: str
 def test_e4m3_is_that_of_the_reference(m: int, n: int, k: int, x_format: str, w_format: str) -> None:
     layer = Layer(n, k, x_format, w_format, seed=m)
     x = layer.x(m)
+    sums = x.abs() @ layer.packed.dequantize().abs().t()  # of magnitudes: a single sum may all but cancel out
     # on the GPU the tensor core adds 128 products with 14 bits
-    assert error(layer(x), layer.reference(x)) <= (TOLERANCE[torch.float32] if INTERPRETED else 2e-3)
+    assert error(layer(x), layer.reference(x), sums) <= (TOLERANCE[torch.float32] / 4 if INTERPRETED else 5e-4)
 
 
 @pytest.mark.parametrize(
