@@ -22,6 +22,7 @@ from qfx.backends.triton.kernels.gemm8 import reduce8
 from qfx.backends.triton.launch import Config, device_of, launch
 from qfx.backends.triton.library import define
 from qfx.backends.triton.products import (
+    Ends,
     aligned_rows,
     bad,
     check_devices,
@@ -32,7 +33,6 @@ from qfx.backends.triton.products import (
     product_fake,
 )
 from qfx.backends.triton.quantize_rows import reason_against as reason_against_input
-from qfx.backends.triton.row_codes import dense
 from qfx.format import Format
 from qfx.numerics import dequantize, effective_scale
 from qfx.packing import unpack_codes, unpack_zeros
@@ -136,9 +136,8 @@ def gemm4(
     y = torch.empty(m, n, dtype=Format.parse(dtype).code_dtype, device=rows.device)
     inside = m <= FEW or not wf.has_zero
     x_sums = None if inside else sums_of(rows, k, sub * 8 // container(wf.bits), sub if group else 0)
-    ends = (x_scale.to(torch.float32).contiguous(), dense(x_zero) if xf.has_zero else None, x_sums, weight[1],
-            weight[3] if wf.has_zero else None, weight[2] if xf.has_zero else None,
-            dense(bias), None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
+    w_zero = weight[3] if wf.has_zero else None
+    ends = Ends.of(y, xf, x_scale, x_zero, x_sums, weight[1], w_zero, weight[2], bias, residual)
     constants = constants_of(xf, activation)
     problem = Problem(n, k, container(wf.bits), sub, group, wf.has_zero)
     config = configuration(device_of(rows), problem, m)
@@ -147,10 +146,10 @@ def gemm4(
 
 
 def _started(
-    rows: Tensor, w: Tensor, y: Tensor, ends: tuple[Tensor | None, ...], problem: Problem, config: Config,
+    rows: Tensor, w: Tensor, y: Tensor, ends: Ends, problem: Problem, config: Config,
     constants: dict[str, int | str],
 ) -> None:  # fmt: skip
-    """Launch the product, and the sum of its parts where k is split. `ends`: what the epilogue reads."""
+    """Launch the product, and the sum of its parts where k is split."""
     (m, n), split = y.shape, config["SPLIT"]
     tiles = -(-m // config["BLOCK_M"]) * -(-n // config["BLOCK_N"])
     kind = torch.float32 if problem.group else torch.int32
@@ -162,14 +161,12 @@ def _started(
         reduce_parts(out, y, ends_of_parts(ends, problem.group), problem.group, constants)
 
 
-def ends_of_parts(ends: tuple[Tensor | None, ...], group: int) -> tuple[Tensor | None, ...]:
+def ends_of_parts(ends: Ends, group: int) -> Ends:
     """What is left for parts of k: zero points of the weight are taken off already, but where sums of x are given."""
-    return (*ends[:2], None, ends[3], None, *ends[5:]) if group or ends[2] is None else ends
+    return ends._replace(x_sums=None, w_zero=None) if group or ends.x_sums is None else ends
 
 
-def reduce_parts(
-    parts: Tensor, y: Tensor, ends: tuple[Tensor | None, ...], group: int, constants: dict[str, int | str]
-) -> None:
+def reduce_parts(parts: Tensor, y: Tensor, ends: Ends, group: int, constants: dict[str, int | str]) -> None:
     """The sum over k of parts [SPLIT, m, n], in their order, and the epilogue."""
     (split, m, n) = parts.shape
     height = min(16, 1 << max(m - 1, 0).bit_length())

@@ -26,6 +26,7 @@ from qfx.backends.triton.kernels.gemm8_described import gemm8_described
 from qfx.backends.triton.launch import Config, device_of, launch
 from qfx.backends.triton.library import define
 from qfx.backends.triton.products import (
+    Ends,
     aligned_rows,
     bad,
     check_devices,
@@ -125,10 +126,8 @@ def gemm8(
     problem = Problem(n, k, wf.is_float, min((g for g in groups if g), default=0), by_hand)
     config = configuration(device, problem, m)
     x_sums = rows.sum(-1, dtype=torch.int32) if wf.has_zero else None
-    zero = x_zero.contiguous() if x_zero is not None and xf.has_zero else None
-    ends = (x_scale.to(torch.float32).contiguous(), zero, x_sums, w_scale, weight[3] if wf.has_zero else None,
-            weight[2] if zero is not None else None, None if bias is None else bias.contiguous(),
-            None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
+    w_sums, w_zero = None if wf.is_float else weight[2], weight[3] if wf.has_zero else None
+    ends = Ends.of(y, xf, x_scale, x_zero, x_sums, w_scale, w_zero, w_sums, bias, residual)
     constants = {**constants_of(xf, activation), "X_GROUP": groups[0], "W_GROUP": groups[1]}
     inner = {"W_ROWS": wf.block[0] if wf.block else 1, "FLOAT": wf.is_float, "BY_HAND": by_hand}
     widths = (x_scale.shape[-1] if groups[0] else 0, w_scale.shape[-1] if groups[1] else 0)
@@ -141,10 +140,10 @@ def gemm8(
 
 
 def _started(
-    rows: Tensor, w: Tensor, y: Tensor, ends: tuple[Tensor | None, ...], widths: tuple[int, int], config: Config,
+    rows: Tensor, w: Tensor, y: Tensor, ends: Ends, widths: tuple[int, int], config: Config,
     constants: dict[str, int | str], inner: dict[str, int], device: Device,
 ) -> None:  # fmt: skip
-    """Launch the product, and the sum of its parts where k is split. `ends`: what the epilogue reads."""
+    """Launch the product, and the sum of its parts where k is split."""
     (m, n), k = y.shape, w.shape[1]
     if config.get("LIBRARY"):
         parts, split = _product(rows, w), 1
@@ -173,7 +172,7 @@ def _describable(device: Device, rows: Tensor, w: Tensor) -> bool:
 
 
 def _described(
-    rows: Tensor, w: Tensor, y: Tensor, ends: tuple[Tensor | None, ...], widths: tuple[int, int], config: Config,
+    rows: Tensor, w: Tensor, y: Tensor, ends: Ends, widths: tuple[int, int], config: Config,
     constants: Mapping[str, int | str], device: Device,
 ) -> None:  # fmt: skip
     """Launch the product with tensor descriptors of both operands."""

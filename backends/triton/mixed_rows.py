@@ -26,6 +26,7 @@ from qfx.backends.triton.launch import device_of, dot_dtype, launch
 from qfx.backends.triton.library import define
 from qfx.backends.triton.mixed_rows_config import DEQUANTIZE, WIDTHS, Mixed, columns_at_once, configuration, of_floats
 from qfx.backends.triton.products import (
+    Ends,
     aligned_rows,
     bad,
     check_devices,
@@ -144,9 +145,7 @@ def gemm_mixed(
     y = torch.empty(m, n, dtype=Format.parse(dtype).code_dtype, device=rows.device)
     inside = w.zero is None or m <= FEW
     x_sums = None if inside else gemm4.sums_of(rows, k, 4 * sub, sub if w.group else 0)
-    ends = (x_scale.to(torch.float32).contiguous(), dense(x_zero) if xf.has_zero else None, x_sums, w.scale, w.zero,
-            w.sums if xf.has_zero else None, dense(bias),
-            None if residual is None else residual.reshape(m, n).contiguous())  # fmt: skip
+    ends = Ends.of(y, xf, x_scale, x_zero, x_sums, w.scale, w.zero, w.sums, bias, residual)
     constants = constants_of(xf, activation)
     config = configuration(device_of(rows), w, m, k)
     split, out = config["SPLIT"], y

@@ -7,17 +7,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qfx.backends.triton.quantize_rows import ALIGNMENT, aligned, shift_of
+from qfx.backends.triton.row_codes import dense
 from qfx.errors import explain
 from qfx.format import Format
 
 ACTIVATIONS = ("", "gelu", "gelu_tanh", "silu")
 DTYPES = ("f16", "bf16", "f32")
+
+
+class Ends(NamedTuple):
+    """What the epilogue of a product of codes to y [m, n] reads, in the order in which kernels take it.
+
+    x_sums int32: sums of the codes of the rows, where the weight has zero points and the kernel does not find them.
+    w_sums: sums of the codes of the weight less its zero points, where the rows have zero points.
+    """
+
+    x_scale: Tensor
+    x_zero: Tensor | None
+    x_sums: Tensor | None
+    w_scale: Tensor
+    w_zero: Tensor | None
+    w_sums: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+
+    @classmethod
+    def of(
+        cls, y: Tensor, xf: Format, x_scale: Tensor, x_zero: Tensor | None, x_sums: Tensor | None, w_scale: Tensor,
+        w_zero: Tensor | None, w_sums: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    ) -> Ends:  # fmt: skip
+        """Of rows in the format `xf`, each tensor as kernels read it."""
+        residual = None if residual is None else residual.reshape(y.shape).contiguous()
+        zero, sums = (dense(x_zero), w_sums) if xf.has_zero else (None, None)
+        return cls(x_scale.to(torch.float32).contiguous(), zero, x_sums, w_scale, w_zero, sums, dense(bias), residual)
 
 
 def group_of(fmt: Format) -> int:
