@@ -100,7 +100,7 @@ class Format:
     def parse(cls, text: str) -> Format:
         """The format of a text such as `i4/g128`. Raises ValueError with the nearest valid spelling."""
         if not isinstance(text, str):
-            raise ValueError(f"a format is a text such as 'i4/g128', found {type(text).__name__}: {text!r}")  # noqa: TRY004
+            raise ValueError(f"a format is a text such as 'i4/g128', found {type(text).__name__}: {text!r}")
         return _parse(text)
 
     def __str__(self) -> str:

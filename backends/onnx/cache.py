@@ -67,7 +67,7 @@ class Cache:
         try:
             path.mkdir(parents=True)
             if shutil.disk_usage(path).free < _PART:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))  # noqa: TRY301
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         except OSError as error:
             self.unusable(error)
             _remove_tree(path)
@@ -139,7 +139,7 @@ class Writer:
             total = sum(file.stat().st_size for file in self.folder.iterdir())
             if total > self.cache.max_bytes:
                 what = f"an entry has {total} bytes, the cache holds {self.cache.max_bytes}"
-                raise OSError(errno.EFBIG, what)  # noqa: TRY301
+                raise OSError(errno.EFBIG, what)
             body = json.dumps({"files": files, "fields": fields}, allow_nan=False)
             (self.folder / _ENTRY).write_text(f"{_sha(body)}\n{body}", encoding="utf-8")
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def each(function: Callable[[Any], Any], values: Any, threads: int) -> list[Any]
 def _pread(handle: int, size: int, start: int) -> bytes:
     if hasattr(os, "pread"):
         return os.pread(handle, size, start)
-    with open(os.dup(handle), "rb") as file:  # noqa: PTH123
+    with open(os.dup(handle), "rb") as file:
         file.seek(start)
         return file.read(size)
 

@@ -102,7 +102,7 @@ def _retraced(node: fx.Node) -> fx.GraphModule | None:
     try:
         with mode or FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             traced = make_fx(torch.func.functionalize(function), decomposition_table=_rules())(*fakes)
-    except Exception:  # any failure of torch's tracing only means that there is no simpler form
+    except Exception:  # noqa: BLE001  (whatever torch's tracing raises, there is no simpler form, which callers tell)
         return None
     traced.graph.eliminate_dead_code()
     return traced if any(n.op == "call_function" and n.target is not target for n in traced.graph.nodes) else None

@@ -120,7 +120,7 @@ class Session:
                 return self._sessions[threads]
             try:
                 made = self._create(threads)
-            except Exception as error:  # the saved model is gone: what there is goes on
+            except Exception as error:  # noqa: BLE001  (the saved model is gone: what there is goes on)
                 count, made = list(self._sessions.items())[-1]
                 warn(
                     f"no session with {threads} thread(s) can be made, the one with {count} goes on: "

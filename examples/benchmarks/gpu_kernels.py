@@ -70,7 +70,7 @@ def checked(case: Case, where: torch.device) -> dict[str, Any]:
         if not row["error"] <= case.tolerance:
             row["failed"] = f"wrong result: relative error {row['error']:.2e}, at most {case.tolerance:g}"
         row["made"] = made
-    except Exception as error:  # noqa: BLE001  (one kernel that fails shall not hide the others)
+    except Exception as error:  # one kernel that fails shall not hide the others
         if timing.is_lost(where):
             raise
         row["failed"] = timing.said(error)
@@ -86,7 +86,7 @@ def measured(
     made: Made = row["made"]
     try:
         row["seconds"] = timing.seconds(made.calls)
-    except Exception as error:  # noqa: BLE001  (a call that no CUDA graph can hold)
+    except Exception as error:  # a call that no CUDA graph can hold
         if timing.is_lost(where):
             raise
         row["failed"] = timing.said(error)
@@ -101,7 +101,7 @@ def measured(
             if key not in known:
                 known[key] = timing.seconds(make())
             row["peers"][name] = known[key]
-        except Exception as error:  # noqa: BLE001  (a peer that does not take this case)
+        except Exception as error:  # a peer that does not take this case
             if timing.is_lost(where):
                 raise
             row.setdefault("without", {})[name] = timing.said(error)

@@ -233,7 +233,7 @@ def usable(model: Any, entries: Sequence[Entry]) -> tuple[list[Entry], dict[str,
                 alike = len(set(first.formats)) == 1
                 made = _own(first.formats[0] if alike else first.formats)
             good.append(Entry(entry.name, made))
-        except Exception as error:  # whatever a library raises is the row's reason
+        except Exception as error:  # noqa: BLE001  (whatever a library raises is the row's reason)
             failed[entry.name] = f"{type(error).__name__}: {error}"
     return good, failed
 

@@ -36,7 +36,7 @@ class NoKeyError(Exception):
     """The graph holds something whose content no key can cover; the message says what."""
 
 
-def key_of(  # noqa: PLR0913
+def key_of(
     gm: fx.GraphModule,
     args: Sequence[Any],
     options: Options,

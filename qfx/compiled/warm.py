@@ -58,6 +58,11 @@ class Found:
     folder: Path
 
 
+def _unused(what: str, error: Exception) -> None:
+    step = "report it as a bug; options={'cache': False} turns the cache off"
+    warn(f"{what}: {type(error).__name__}: {error}; next step: {step}", stacklevel=2)
+
+
 class Warm:
     """The cache of one compiled graph. `key` is None where there can be none: then nothing is looked up or kept."""
 
@@ -87,9 +92,8 @@ class Warm:
             _LOG.info("the compiled graph is not cached: it has %s", error)
         except UnsupportedError:
             pass  # capturing the graph says the same
-        except Exception as error:
-            what = f"the cache is not used for this graph, its key cannot be made: {type(error).__name__}: {error}"
-            warn(f"{what}; next step: report it as a bug; options={{'cache': False}} turns the cache off")
+        except Exception as error:  # noqa: BLE001  (the graph runs all the same)
+            _unused("the cache is not used for this graph, its key cannot be made", error)
         return None
 
     def find(self, key: str | None) -> Found | None:
@@ -132,8 +136,8 @@ class Warm:
         """The entry, visible to all; None where it cannot be kept."""
         try:
             guards = self._guards()
-        except Exception as error:
-            _LOG.info("the compiled graph is not cached: its guards cannot be written: %s", error)
+        except Exception as error:  # noqa: BLE001  (the graph runs all the same)
+            _unused("the compiled graph is not cached, its guards cannot be written", error)
             return None
         if guards is not None and not _is_plain(guards):
             _LOG.info("the compiled graph is not cached: its guards are no plain comparison: %s", guards)

@@ -62,7 +62,7 @@ class PackedStates(Tensor):
     what: _What
 
     @staticmethod
-    def __new__(cls, what: _What) -> PackedStates:  # noqa: PYI034
+    def __new__(cls, what: _What) -> PackedStates:
         like = what.view.rest[what.role]
         made: PackedStates = Tensor._make_wrapper_subclass(cls, what.shape, dtype=like.dtype, device=like.device)
         made.what = what

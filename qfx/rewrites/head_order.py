@@ -67,7 +67,7 @@ def _sequences(
     for start in range(len(kinds)):
         near, left = [start], set(range(len(kinds))) - {start}
         while left:
-            near.append(min(sorted(left), key=lambda kind: apart(near[-1], kind)))  # noqa: B023
+            near.append(min(sorted(left), key=lambda kind: apart(near[-1], kind)))
             left.remove(near[-1])
         yield [g for kind in near for g in kinds[kind]]
 

@@ -77,7 +77,7 @@ def test_the_script_runs_as_a_file(tmp_path: Path) -> None:
     (tmp_path / "lib" / "json.py").write_text("\n".join(f"value_{i} = {i}" for i in range(3000)), encoding="utf-8")
     options = ["--out", "asset", "--steps", "1", "--threads", "1", "--eval-text", "text.txt", "--stdlib", "lib"]
     command = [sys.executable, str(script), *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "2,755,008 parameters" in done.stdout and "best validation loss" in done.stdout
     assert re.search(r"\| 1 \| \d+\.\d \| 7\.", (tmp_path / "asset" / "README.md").read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ def shapes(model: nn.Module) -> Counter[tuple[int, int]]:
     return Counter((m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear))
 
 
-def build(job: EncoderJob, option: str) -> Built:  # noqa: ARG001
+def build(job: EncoderJob, option: str) -> Built:
     """No option. Query, key and value count as three products, as the model has them."""
     rows, rng = job.batch * job.length, np.random.default_rng(0)
     settings = onnxruntime.SessionOptions()

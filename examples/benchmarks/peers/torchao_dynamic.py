@@ -11,7 +11,7 @@ from examples.benchmarks.peers.inductor import freeze
 from examples.benchmarks.peers.worker import Built
 
 
-def build(job: EncoderJob, option: str) -> Built:  # noqa: ARG001
+def build(job: EncoderJob, option: str) -> Built:
     """Without data; no option."""
     freeze()
     model = job.module()

@@ -55,7 +55,7 @@ def serve(answers: IO[str], commands: IO[str], request: dict[str, Any]) -> None:
             elif line.strip() == "warm":
                 (built.warm or built.time)()
                 answer(seconds={})
-    except Exception as error:  # whatever a library raises is the row's reason
+    except Exception as error:  # noqa: BLE001  (whatever a library raises is the row's reason)
         traceback.print_exc()
         answer(error=f"{type(error).__name__}: {error}")
 

@@ -100,7 +100,7 @@ class _Driver:
     def get_current_device(self) -> int:
         return self.capability  # kernels of one are not those of another
 
-    def get_current_stream(self, device: int) -> int:  # noqa: ARG002
+    def get_current_stream(self, device: int) -> int:
         return 0
 
     def get_current_target(self) -> Any:

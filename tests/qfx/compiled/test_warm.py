@@ -355,7 +355,7 @@ def test_files_that_cannot_grow(cache_folder: Path) -> None:
     pytest.importorskip("resource", reason="limits on files are a thing of Unix")
     limits = ["200", "3000", "50000", "140000"]  # bytes
     command = [sys.executable, "-c", _FULL, *limits]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{most} []" for most in limits], "nothing half-written"
     assert not [p for p in cache_folder.rglob("*") if p.is_file()]
@@ -374,14 +374,21 @@ def test_the_option_turns_it_off_and_says_where(cache_folder: Path, tmp_path: Pa
     assert cache_of(Options.parse({"cache": False})) is cache_of(Options.parse({"backend": "reference"})) is None
 
 
-def test_a_key_that_cannot_be_made_is_told_and_the_graph_compiled(
-    cache_folder: Path, monkeypatch: pytest.MonkeyPatch, counts: Counts
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        ("key_of", "its key cannot be made: KeyError: 'x'"),
+        ("Warm._guards", "its guards cannot be written: KeyError: 'x'"),
+    ],
+)
+def test_what_cannot_be_kept_is_told_and_the_graph_compiled(
+    function: str, told: str, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, counts: Counts
 ) -> None:
     def broken(*_: Any, **__: Any) -> str:
         raise KeyError("x")
 
-    monkeypatch.setattr("qfx.compiled.warm.key_of", broken)
-    with pytest.warns(QfxWarning, match="its key cannot be made: KeyError: 'x'"):
+    monkeypatch.setattr(f"qfx.compiled.warm.{function}", broken)
+    with pytest.warns(QfxWarning, match=told):
         start(Net(), X)
     assert counts.lowered == 1 and entries(cache_folder) == []
 
@@ -453,7 +460,7 @@ print(json.dumps([len(lowered), y.tolist(), qfx.report(fast).to_json()]))
 def test_another_process_starts_warm(cache_folder: Path) -> None:
     def run() -> list[Any]:
         command = [sys.executable, "-c", _PROCESS]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
         result: list[Any] = json.loads(done.stdout)
         return result
 

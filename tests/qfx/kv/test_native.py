@@ -133,7 +133,7 @@ def test_copies_of_codes_have_their_own_memory() -> None:
     view, q = filled("i4", 200), random(2, 6, 1, 24)
     expected = attend(q, view, None, 0.3)
     assert all(codes.native is not None for part in view.parts for codes in (part.keys, part.values))
-    copies = [copy.deepcopy(view), pickle.loads(pickle.dumps(view))]  # noqa: S301
+    copies = [copy.deepcopy(view), pickle.loads(pickle.dumps(view))]
     for part in view.parts:
         part.keys.data.zero_()
     assert all(torch.equal(attend(q, other, None, 0.3), expected) for other in copies)
