@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 from onnx import helper
 from torch import Tensor, fx

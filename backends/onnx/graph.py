@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 from onnx import helper
 from torch import Tensor, fx

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import onnx
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 
 Dim: TypeAlias = Any  # an int, or a sympy expression

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 
 from qfx.allocation.sizes import Expr
 

@@ -103,7 +103,7 @@ class CacheFormat:
         """How many of `tokens` (int or sympy expression) are stored in the formats; the others stay as they are."""
         if isinstance(tokens, int):
             return max(tokens - self.sinks - self.residual, 0) // self.step * self.step
-        import sympy  # type: ignore[import-untyped]
+        import sympy
 
         return self.step * sympy.floor(sympy.Max(tokens - self.sinks - self.residual, 0) / self.step)
 

@@ -101,7 +101,7 @@ class Cached:
             return tokens
         if isinstance(tokens, int):
             return min(tokens, self.layer.window)
-        import sympy  # type: ignore[import-untyped]
+        import sympy
 
         return sympy.Min(tokens, self.layer.window)
 

@@ -94,7 +94,7 @@ class CacheSummary:
                     )
                 )
             return found
-        import sympy  # type: ignore[import-untyped]
+        import sympy
 
         return sympy.floor((memory / batch - sympy.nsimplify(held)) / sympy.nsimplify(slope))
 

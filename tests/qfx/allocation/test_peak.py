@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

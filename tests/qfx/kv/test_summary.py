@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
