@@ -1,4 +1,4 @@
-"""qfx quantizes PyTorch transformers as a compiler: one graph, formats on its nodes, several backends, nothing silent.
+"""qfx quantizes PyTorch models as a compiler: one graph, formats on its nodes, several backends, nothing silent.
 
 torch.compile(model, backend="qfx")                              # no data needed
 qfx.quantize(model, "w8a8-smooth", data=batches)                 # calibrated, in place

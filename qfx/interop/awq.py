@@ -38,7 +38,7 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def export_awq(
     model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = None, strict: bool = False,
-    max_shard_bytes: int = SHARD_BYTES, experts: bool = True,
+    shard_bytes: int = SHARD_BYTES, experts: bool = True,
 ) -> None:  # fmt: skip
     """Write a quantized model of transformers as an AWQ checkpoint ("gemm"), codes as they are, scales in float16.
 
@@ -49,7 +49,7 @@ def export_awq(
     """
     without = "transformers' own loader"
     layout = Layout(NAME, _refused, _lost, _encode, _config, experts=experts, without=without)
-    write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=max_shard_bytes)
+    write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=shard_bytes)
 
 
 def interleaved(values: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ _LEAVES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 def export_bnb(
     model: nn.Module, folder: str | os.PathLike[str], *, double_quant: bool = False, tokenizer: Any = None,
-    strict: bool = False, max_shard_bytes: int = SHARD_BYTES,
+    strict: bool = False, shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
     """Write a quantized model of transformers as a bitsandbytes NF4 checkpoint, codes and scales as they are.
 
@@ -59,7 +59,7 @@ def export_bnb(
     encode = functools.partial(_encode, double_quant=double_quant)
     config = functools.partial(_config, double_quant=double_quant)
     layout = Layout(NAME, _refused, input_loss, encode, config)
-    write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=max_shard_bytes)
+    write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=shard_bytes)
 
 
 def _refused(linears: Sequence[Linear]) -> dict[str, Loss]:

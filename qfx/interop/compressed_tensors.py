@@ -36,7 +36,7 @@ _STEP = "quantize these linears with i2..i8 or u2..u8, f8e4m3, f4e2m1/g16/e4m3 o
 
 def export_compressed_tensors(
     model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = None, strict: bool = False,
-    max_shard_bytes: int = SHARD_BYTES, experts: bool = True,
+    shard_bytes: int = SHARD_BYTES, experts: bool = True,
 ) -> None:  # fmt: skip
     """Write a quantized model of transformers as a compressed-tensors checkpoint, codes and scales as they are.
 
@@ -47,7 +47,7 @@ def export_compressed_tensors(
     """
     without = "transformers without CompressedTensorsConfig(dequantize=True)"
     layout = Layout(NAME, _refused, _lost, _encode, _config, experts=experts, without=without)
-    write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=max_shard_bytes)
+    write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=shard_bytes)
 
 
 def kind_of(fmt: Format, x: str) -> str | None:

@@ -45,7 +45,7 @@ Version = Literal["gptq", "gptq_v2"]
 
 def export_gptq(
     model: nn.Module, folder: str | os.PathLike[str], *, version: Version = "gptq", tokenizer: Any = None,
-    strict: bool = False, max_shard_bytes: int = SHARD_BYTES, experts: bool = True,
+    strict: bool = False, shard_bytes: int = SHARD_BYTES, experts: bool = True,
 ) -> None:  # fmt: skip
     """Write a quantized model of transformers as a GPTQ checkpoint, codes as they are, scales in float16.
 
@@ -66,7 +66,7 @@ def export_gptq(
         experts=experts,
         without="transformers' own loader",
     )
-    write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=max_shard_bytes)
+    write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=shard_bytes)
 
 
 def _refused(linears: Sequence[Linear], version: str) -> dict[str, Loss]:

@@ -39,7 +39,7 @@ def write(
     holds nothing; OSError where the disk does not take it.
     """
     if shard_bytes < 1:
-        raise ValueError(f"a file of weights has 1 byte or more, found max_shard_bytes={shard_bytes}")
+        raise ValueError(f"a file of weights has 1 byte or more, found shard_bytes={shard_bytes}")
     model = getattr(model, "_orig_mod", model)
     _check(model)
     plain = _float_twin(model)

@@ -182,7 +182,7 @@ def test_other_dtypes_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
 def test_shards_and_their_index(tmp_path: Path) -> None:
     model = pack(llama(), "i4/g32")
     export(model, tmp_path / "one")
-    export(model, tmp_path / "many", max_shard_bytes=20_000)
+    export(model, tmp_path / "many", shard_bytes=20_000)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     shards = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(shards) > 3 and {p.name for p in shards} == set(index["weight_map"].values())
@@ -223,14 +223,14 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_another_checkpoint_is_not_mixed_with(tmp_path: Path) -> None:
     model = pack(llama(), "i4/g32")
-    export(model, tmp_path, max_shard_bytes=20_000)
+    export(model, tmp_path, shard_bytes=20_000)
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(
         ValueError, match=r"holds the weights of another checkpoint(.|\n)*model-00001(.|\n)*empty folder"
     ):
         export(model, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
-    export(model, tmp_path, max_shard_bytes=20_000)
+    export(model, tmp_path, shard_bytes=20_000)
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
@@ -247,8 +247,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"holds 'model.signs', which no float LlamaForCausalLM has(.|\n)*online rotations"
     ):
         export(model, tmp_path / "a")
-    with pytest.raises(ValueError, match="found max_shard_bytes=0"):
-        export(pack(llama(), "i4/g32"), tmp_path / "a", max_shard_bytes=0)
+    with pytest.raises(ValueError, match="found shard_bytes=0"):
+        export(pack(llama(), "i4/g32"), tmp_path / "a", shard_bytes=0)
     assert not (tmp_path / "a").exists()
 
 
