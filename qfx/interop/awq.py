@@ -44,8 +44,8 @@ def export_awq(
 
     Integer weights of 4 bits are held; the group size of most linears is that of the checkpoint. The rest, the head,
     smoothing factors, embeddings and formats of inputs are written in float, each a QfxWarning; an UnsupportedError if
-    strict. experts: as for `export_gptq`. Raises ValueError for other models and where nothing can be held, OSError
-    where the disk does not take it.
+    strict. experts, tokenizer, shard_bytes: as for `export_gptq`. Raises ValueError for other models and where
+    nothing can be held, OSError where the disk does not take it.
     """
     without = "transformers' own loader"
     layout = Layout(NAME, _refused, _lost, _encode, _config, experts=experts, without=without)

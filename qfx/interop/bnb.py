@@ -53,8 +53,8 @@ def export_bnb(
 
     Scales of nf4/gN/dq are stored in 8 bits, as they are too. double_quant: so are all others, which rounds them. What
     the layout cannot hold (formats other than nf4, smoothing factors, embeddings, formats of inputs) is written in
-    float, each a QfxWarning; an UnsupportedError if strict. Raises ValueError for other models and where nothing can be
-    held, OSError where the disk is full.
+    float, each a QfxWarning; an UnsupportedError if strict. tokenizer, shard_bytes: as for `qfx.save`. Raises
+    ValueError for other models and where nothing can be held, OSError where the disk is full.
     """
     encode = functools.partial(_encode, double_quant=double_quant)
     config = functools.partial(_config, double_quant=double_quant)

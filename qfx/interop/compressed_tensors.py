@@ -40,10 +40,11 @@ def export_compressed_tensors(
 ) -> None:  # fmt: skip
     """Write a quantized model of transformers as a compressed-tensors checkpoint, codes and scales as they are.
 
-    tokenizer: saved beside it. What the layout cannot hold (other formats, smoothing factors, weights of several
-    formats, embeddings) is written in float, each a QfxWarning; an UnsupportedError if strict. experts: packed ones are
-    written one by one, as vLLM reads them, and transformers with CompressedTensorsConfig(dequantize=True); False: in
-    float. Raises ValueError for other models and where nothing can be held, OSError where the disk does not take it.
+    tokenizer, shard_bytes: as for `qfx.save`. What the layout cannot hold (other formats, smoothing factors, weights of
+    several formats, embeddings) is written in float, each a QfxWarning; an UnsupportedError if strict. experts: packed
+    ones are written one by one, as vLLM reads them, and transformers with CompressedTensorsConfig(dequantize=True);
+    False: in float. Raises ValueError for other models and where nothing can be held, OSError where the disk does not
+    take it.
     """
     without = "transformers without CompressedTensorsConfig(dequantize=True)"
     layout = Layout(NAME, _refused, _lost, _encode, _config, experts=experts, without=without)

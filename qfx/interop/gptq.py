@@ -52,8 +52,9 @@ def export_gptq(
     version: "gptq" is read by all, "gptq_v2" holds zero points of 0 too. The bits and the group size of most linears
     are those of the checkpoint. What the layout cannot hold (other formats, the head, smoothing factors, embeddings,
     formats of inputs) is written in float, each a QfxWarning; an UnsupportedError if strict. experts: packed ones are
-    written one by one, as vLLM and GPTQModel read them; False: in float, as transformers' own loader does. Raises
-    ValueError for other models and where nothing can be held, OSError where the disk does not take it.
+    written one by one, as vLLM and GPTQModel read them; False: in float, as transformers' own loader does. tokenizer,
+    shard_bytes: as for `qfx.save`. Raises ValueError for other models and where nothing can be held, OSError where the
+    disk does not take it.
     """
     if version not in ("gptq", "gptq_v2"):
         raise ValueError(f"unknown version {version!r} of GPTQ's layout\n  expected: 'gptq' or 'gptq_v2'")
