@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qfx.errors import Note, explain
+from qfx.errors import Note, explain, listed
 from qfx.format import Format
 from qfx.numerics import QParams, quantize
 from qfx.packing import Packed
@@ -144,7 +144,7 @@ def _notes(part: Part, seen: list[Hessian], weight: Tensor) -> Iterator[Note]:
     unseen = [i for i, one in enumerate(seen) if one.rows == 0]
     few = [one.rows for one in seen if 0 < one.rows < channels]
     if unseen:
-        shown = ", ".join(map(str, unseen[:5])) + (", ..." if len(unseen) > 5 else "")
+        shown = listed([*map(str, unseen)], 5)
         reason = f"no token of the data reached {len(unseen)} of {len(seen)} experts ({shown}): rounded by 'mse'"
         yield Note(part.name, reason, "give more data", minor=True)
     if few:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,6 +76,12 @@ def source_line(node: Node) -> str | None:
     own = [frame for frame in frames if not _LIBRARY_FRAME.search(frame["file"])]
     frame = (own or frames)[-1]
     return f"{frame['file']}:{frame['line']}, in {frame['function']}: {frame['code'].strip()}"
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first `most` names, and how many there are beyond: `a, b, c and 4 more`."""
+    beyond = len(names) - most
+    return ", ".join(names[:most]) + (f" and {beyond} more" if beyond > 0 else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor, fx
 
 from qfx import annotation, graph, run
-from qfx.errors import Note, UnsupportedError, warn
+from qfx.errors import Note, UnsupportedError, listed, warn
 from qfx.format import Format
 from qfx.packing import Packed
 from qfx.passes.annotate import annotate
@@ -93,6 +93,6 @@ def told(notes: Iterable[Note], *, strict: bool) -> None:
             minor.setdefault((note.reason, note.next_step), []).append(note)
         else:
             warn(str(note), note.where, stacklevel=3)
-    for first, *more in minor.values():
-        node = f"{first.node} and {len(more)} more" if more else first.node
-        warn(str(replace(first, node=node)), first.where, stacklevel=3)
+    for alike in minor.values():
+        node = listed([note.node for note in alike], 1)
+        warn(str(replace(alike[0], node=node)), alike[0].where, stacklevel=3)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qfx.annotation import ALL_ROLES, Formats, from_json
-from qfx.errors import QfxWarning, explain, nearest
+from qfx.errors import QfxWarning, explain, listed, nearest
 from qfx.kv.plans import read as check_caches
 from qfx.recipe import Recipe
 from qfx.storage.files import dump_safetensors, read_safetensors, sha256_file, staged
@@ -135,7 +135,7 @@ class Plan:
             "the fingerprint in the plan is not that of its signature"
         ]
         message = explain(
-            f"the plan was made for another model: {_shorten(differences)}",
+            f"the plan was made for another model: {listed(differences, _SHOWN)}",
             expected=f"fingerprint {self.fingerprint[:16]}",
             found=f"fingerprint {_digest(found)[:16]}",
             next_step="plan again for this model, or load the weights for which the plan was made",
@@ -239,11 +239,6 @@ def _signature_diff(expected: Mapping[str, str], found: Mapping[str, str]) -> li
             lines.append(f"{name} has other content" if was == now else f"{name} was {was}, is {now}")
     lines += [f"{name} is missing" for name in expected if name not in found]
     return lines + [f"{name} is new" for name in found if name not in expected]
-
-
-def _shorten(lines: list[str]) -> str:
-    more = f", and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-    return ", ".join(lines[:_SHOWN]) + more
 
 
 def _show(tensor: Tensor | None) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qfx.annotation import show
 from qfx.backends.qat.quantizers import InputQuantizer, Quantizer, RunTimeInput, Scales, WeightQuantizer
-from qfx.errors import Note, explain
+from qfx.errors import Note, explain, listed
 from qfx.format import Format
 from qfx.hf.attach import mark_training
 from qfx.kv.live import with_caches
@@ -234,10 +234,9 @@ def _check_trainable(model: nn.Module, places: list[Place], train: Train) -> lis
     held = [p for p in places if not model.get_submodule(p.owner).get_parameter(p.leaf).requires_grad]
     frozen = [p.fqn for p in held if p.kind != "table"]  # models themselves freeze tables of positions (Whisper)
     if frozen:
-        more = f", and {len(frozen) - 3} more" if len(frozen) > 3 else ""
         raise ValueError(
             explain(
-                f"weights that should learn are frozen: {', '.join(frozen[:3])}{more}",
+                f"weights that should learn are frozen: {listed(frozen)}",
                 expected="requires_grad=True",
                 next_step="unfreeze them, put them into the recipe's ignore list, or train='scales' alone",
             )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qfx.errors import QfxWarning, first_line
+from qfx.errors import QfxWarning, first_line, listed
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".data")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -54,7 +54,7 @@ def load(source: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
     if missing := sorted(info["missing_keys"]):
         warnings.warn(
             f"{len(missing)} weights of {kind.__name__} are not in {folder} and hold random numbers: "
-            f"{', '.join(missing[:_SHOWN])}{', ...' if len(missing) > _SHOWN else ''}",
+            f"{listed(missing, _SHOWN)}",
             QfxWarning,
             stacklevel=2,
         )

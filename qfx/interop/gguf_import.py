@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import Note, UnsupportedError, explain, nearest
+from qfx.errors import Note, UnsupportedError, explain, listed, nearest
 from qfx.format import Format
 from qfx.interop.gguf_arch import Architecture, architecture_named, rows_of_pairs
 from qfx.interop.gguf_blocks import BLOCK_TYPES, block_type, unpack
@@ -25,7 +25,6 @@ from qfx.pipeline import told
 
 _PLAIN = ("F32", "F16", "BF16")
 _FACTORS = "rope_freqs.weight"
-_SHOWN = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +120,7 @@ def _placed(file: GgufFile, model: nn.Module, arch: Architecture, config: Any) -
     for name in (n for n in wanted if n not in file.tensors):
         raise _misfit(file, f"tensor {name!r}, for {wanted[name]!r}", "the file has none")
     if rest:
-        found = f"{', '.join(rest[:_SHOWN])}{', ...' if len(rest) > _SHOWN else ''}"
+        found = listed(rest)
         raise _misfit(file, f"tensors of {arch.kind} only", f"also {found}")
     for name, fqn in wanted.items():
         own, shape = _own_shape(model, fqn), _shape(file.tensors[name])
@@ -216,10 +215,7 @@ def _grouped(notes: list[Note]) -> list[Note]:
     groups: dict[tuple[str, str], list[str]] = {}
     for note in notes:
         groups.setdefault((note.reason, note.next_step), []).append(note.node)
-    return [
-        Note(names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more", *key)
-        for key, names in groups.items()
-    ]
+    return [Note(listed(names, 1), *key) for key, names in groups.items()]
 
 
 def _misfit(file: GgufFile, expected: str, found: str) -> ValueError:

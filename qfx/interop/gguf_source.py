@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import Note, UnsupportedError, explain
+from qfx.errors import Note, UnsupportedError, explain, listed
 from qfx.format import Format
 from qfx.interop.gguf_arch import Architecture
 from qfx.interop.gguf_exact import Exact, as_blocks
@@ -15,8 +15,6 @@ from qfx.live.mixed import QuantMixed
 from qfx.live.modules import QuantEmbedding, QuantLinear, rotated
 from qfx.live.permuted import QuantPermuted
 from qfx.packing import Packed
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +98,7 @@ def sources_of(model: nn.Module, arch: Architecture) -> tuple[dict[str, Source],
         raise UnsupportedError(
             explain(
                 f"{type(model).__name__} is no whole {arch.kind}",
-                expected=f"modules {', '.join(missing[:_SHOWN])}",
+                expected=f"modules {listed(missing)}",
                 found=f"{len(missing)} of {len(modules)} are not there",
                 next_step=f"load it as transformers.{arch.kind}",
             )
@@ -152,7 +150,7 @@ def _unplaced(model: nn.Module, base: nn.Module, modules: dict[str, str]) -> lis
         explain(
             "the model holds tensors that have no place in GGUF",
             expected="weights of the architecture only",
-            found=f"{', '.join(rest[:_SHOWN])}{', ...' if len(rest) > _SHOWN else ''}",
+            found=listed(rest),
             next_step="export the model without what was added to it",
         )
     )

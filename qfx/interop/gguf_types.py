@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qfx.errors import Note, nearest
+from qfx.errors import Note, listed, nearest
 from qfx.interop.gguf_blocks import BLOCK_TYPES
 
 # name: (type of most matrices, the number that GGUF gives the mix)
@@ -100,7 +100,7 @@ def fallback_notes(changed: dict[str, tuple[str, str, int]]) -> list[Note]:
         groups.setdefault(key, []).append(name)
     return [
         Note(
-            names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more",
+            listed(names, 1),
             f"{columns} columns are no whole number of {wanted} blocks of {BLOCK_TYPES[wanted].size}:"
             f" written as {used}",
             "none, as llama.cpp does the same; a type of 32-value blocks (Q4_0, Q5_0, Q8_0) fits more widths",

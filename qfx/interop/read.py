@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import Note, explain, first_line
+from qfx.errors import Note, explain, first_line, listed
 from qfx.interop import awq, bnb, compressed_tensors, experts, gptq
 from qfx.interop.checkpoint import Checkpoint
 from qfx.interop.linear import Decoder, Dequantized, Linear, Loss
@@ -25,7 +25,6 @@ DECODERS: dict[str, Callable[[Mapping[str, Any]], Decoder]] = {
     "awq": awq.decoder,
     "bitsandbytes": bnb.decoder,
 }
-_SHOWN = 3
 _CACHE = re.compile(r"\.[kvq]_(scale|zero_point)$")
 _DERIVED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias)$")
 
@@ -81,7 +80,7 @@ class _Filler:
                     next_step="load it by transformers",
                 )
             )
-        told([Note(_named(names), reason, step) for (reason, step), names in self.lost.items()], strict=strict)
+        told([Note(listed(names, 1), reason, step) for (reason, step), names in self.lost.items()], strict=strict)
         for name, source in plain.items():
             self._parameter(name, self.checkpoint.tensors([source])[source])
         for target, source in self.tied.items():
@@ -123,8 +122,8 @@ class _Filler:
             raise ValueError(
                 explain(
                     f"the checkpoint does not fit {type(self.model).__name__}, which its config names",
-                    expected=f"a tensor for each of the model's; missing: {_list(missing)}",
-                    found=f"tensors that it does not have: {_list(unknown)}",
+                    expected=f"a tensor for each of the model's; missing: {listed(missing) or 'none'}",
+                    found=f"tensors that it does not have: {listed(unknown) or 'none'}",
                     next_step="check that config.json and the weights are of one checkpoint",
                 )
             )
@@ -135,7 +134,7 @@ class _Filler:
                 name, ("scales of the key-value cache are not read", "a quantized cache is asked for at run time")
             )
             return True
-        if _DERIVED.search(name) or _listed(self.model, "_keys_to_ignore_on_load_unexpected", name):
+        if _DERIVED.search(name) or _matches(self.model, "_keys_to_ignore_on_load_unexpected", name):
             return True
         return name.endswith(".bias") and not bool(self.checkpoint.tensors([source])[source].any())
 
@@ -143,7 +142,7 @@ class _Filler:
         owner, _, leaf = name.rpartition(".")
         if (leaf == "weight" and owner in quantized) or (leaf in experts.PARTS and owner in self.experts):
             return True
-        return name in self.tied or _listed(self.model, "_keys_to_ignore_on_load_missing", name)
+        return name in self.tied or _matches(self.model, "_keys_to_ignore_on_load_missing", name)
 
     def _lose(self, name: str, *losses: Loss) -> None:
         for loss in losses:
@@ -288,18 +287,9 @@ def _aligned(files: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> dict
     return {name.removeprefix(prefix): name for name in files}
 
 
-def _listed(model: nn.Module, attribute: str, name: str) -> bool:
+def _matches(model: nn.Module, attribute: str, name: str) -> bool:
     patterns = getattr(model, attribute, None) or ()
     return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _named(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-def _list(names: list[str]) -> str:
-    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more if names else "none"
 
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import Note, explain
+from qfx.errors import Note, explain, listed
 from qfx.format import Format
 from qfx.interop.checkpoint import CONFIG, INDEX, SINGLE
 from qfx.interop.experts import PARTS
@@ -228,7 +228,7 @@ def _refuse_leftovers(folder: Path, stage: Path) -> None:
         raise ValueError(
             explain(
                 f"{folder} holds the weights of another checkpoint",
-                found=", ".join(old[:_SHOWN]) + (", ..." if len(old) > _SHOWN else ""),
+                found=listed(old),
                 next_step="give an empty folder",
             )
         )
@@ -310,7 +310,7 @@ def _notes(layout: Layout, held: list[Linear], refused: Mapping[str, Loss]) -> l
     for linear in held:
         for loss in layout.lost(linear):
             groups.setdefault(loss, []).append(linear.fqn)
-    return [Note(_named(names), reason, step) for (reason, step), names in groups.items()]
+    return [Note(listed(names, 1), reason, step) for (reason, step), names in groups.items()]
 
 
 def _other_notes(model: nn.Module, linears: set[str], layout: Layout, experts: set[str]) -> list[Note]:
@@ -326,7 +326,7 @@ def _other_notes(model: nn.Module, linears: set[str], layout: Layout, experts: s
             groups.setdefault(kind, []).append(f"{fqn}.{name}".lstrip("."))
     step = "nothing, or a recipe that leaves it in float, so that what was measured is what is written"
     return [
-        Note(_named(names), f"{layout.name} checkpoints do not hold {kind}: written in float", step)
+        Note(listed(names, 1), f"{layout.name} checkpoints do not hold {kind}: written in float", step)
         for kind, names in groups.items()
     ]
 
@@ -348,10 +348,6 @@ def _what(module: PackedModule, tables: set[int]) -> str:
         return "a linear that shares the table of an embedding"
     kinds = {"QuantMixed": "a weight of several formats", "QuantConv": "a quantized convolution"}
     return kinds.get(type(module).__name__, f"a {type(module).__name__}")
-
-
-def _named(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _nothing(layout: Layout, refused: Mapping[str, Loss], linears: list[Linear]) -> ValueError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from qfx.errors import Note
+from qfx.errors import Note, listed
 from qfx.kv.held import caches_of
 from qfx.kv.planning import plan_caches
 from qfx.kv.plans import Cached, read
@@ -64,5 +64,4 @@ def left_out(model: nn.Module) -> list[Note]:
 
 
 def _note(own: list[Cached], reason: str, step: str, *, minor: bool = False) -> Note:
-    more = f" and {len(own) - 1} more" if len(own) > 1 else ""
-    return Note(f"{own[0].layer.fqn}{more}", reason, step, minor=minor)
+    return Note(listed([one.layer.fqn for one in own], 1), reason, step, minor=minor)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qfx.errors import explain
+from qfx.errors import explain, listed
 from qfx.kv.held import caches_of
 from qfx.kv.planning import dtype_of
 from qfx.kv.plans import Cached, read
@@ -130,6 +130,4 @@ def named(rows: Sequence[CacheRow]) -> list[tuple[str, Sequence[CacheRow]]]:
     groups: dict[tuple[Any, ...], list[CacheRow]] = {}
     for row in rows:
         groups.setdefault((row.asked, row.bytes_per_token, row.window, row.cross), []).append(row)
-    return [
-        (own[0].node if len(own) == 1 else f"{own[0].node} and {len(own) - 1} more", own) for own in groups.values()
-    ]
+    return [(listed([row.node for row in own], 1), own) for own in groups.values()]

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from qfx import graph
 from qfx.annotation import Formats, show
-from qfx.errors import Note, UnsupportedError, explain
+from qfx.errors import Note, UnsupportedError, explain, listed
 from qfx.format import Format
 from qfx.live.segments import segments
 from qfx.passes.rotate_down import rotations
@@ -27,7 +27,6 @@ from qfx.storage.hollow import filled, is_hollow_leaf
 
 Kind = Literal["linear", "conv", "table", "parameter"]
 READ = "-read"
-_SHOWN = 3  # names that a note lists
 
 
 @dataclass(frozen=True)
@@ -239,19 +238,14 @@ def _conflicts(model: nn.Module, places: list[Place]) -> list[Note]:
 
 
 def _others(names: list[str]) -> str:
-    if len(names) == 1:
-        return ""
-    shown = ", ".join(names[1:_SHOWN])
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f" (the same holds for {shown}{more})"
+    return f" (the same holds for {listed(names[1:], 2)})" if len(names) > 1 else ""
 
 
 def _missing(model: nn.Module, names: list[str]) -> ValueError:
-    shown = ", ".join(names[:_SHOWN]) + (f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
     return ValueError(
         explain(
             "the plan does not fit the model",
-            expected=f"parameters of {type(model).__name__} named {shown}",
+            expected=f"parameters of {type(model).__name__} named {listed(names)}",
             found="none of these names",
             next_step="plan again for this model",
         )

@@ -7,13 +7,12 @@ from __future__ import annotations
 from torch import nn
 
 from qfx.annotation import ALL_ROLES, to_json
-from qfx.errors import Note, UnsupportedError, explain
+from qfx.errors import Note, UnsupportedError, explain, listed
 from qfx.live.places import READ, is_own_linear
 from qfx.plan import Plan
 from qfx.recipe import Recipe
 
 NO_GRAPH = "its graph cannot be had"  # how the note of such a plan begins
-_SHOWN = 3
 
 
 def walk(model: nn.Module, recipe: Recipe, reason: str, next_step: str) -> tuple[Plan, list[Note]]:
@@ -44,9 +43,8 @@ def walk(model: nn.Module, recipe: Recipe, reason: str, next_step: str) -> tuple
             made.annotations[fqn or "weight"] = {r: to_json(formats[r]) for r in ALL_ROLES if r in formats}
             made.layouts[fqn or "weight"] = f"{layout}{READ}" if id(module) in read else layout
     unseen = [n for n, p in model.named_parameters() if p.dim() > 1 and p.is_floating_point() and id(p) not in seen]
-    more = f" and {len(unseen) - _SHOWN} more" if len(unseen) > _SHOWN else ""
-    rest = f"; not seen: {', '.join(unseen[:_SHOWN])}{more}"
-    what = f"{NO_GRAPH} ({reason}), so its layers were found by their types{rest if unseen else ''}"
+    rest = f"; not seen: {listed(unseen)}" if unseen else ""
+    what = f"{NO_GRAPH} ({reason}), so its layers were found by their types{rest}"
     notes = [Note(type(model).__name__, what, next_step)]
     if any(recipe.formats_for("attention", rule.target) for rule in recipe.rules):
         notes.append(Note("attention", f"{NO_GRAPH} ({reason}): attention stays in float", next_step))

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qfx.errors import listed
 from qfx.kv.summary import CacheSummary, named
 from qfx.reporting.fold import Folded, fold
 from qfx.reporting.rows import Row
@@ -37,9 +38,7 @@ def show(report: Report, console: Console, *, all_rows: bool, folded: bool = Tru
             "[dim]a row of several nodes: the bytes of all, the least SQNR; each by itself: fold=False, --each[/]"
         )
     for reason, nodes in reasons.items():
-        console.print(
-            f"[yellow]\\[{numbers[reason]}][/] {escape(_shortened(nodes))}: {escape(reason)}", highlight=False
-        )
+        console.print(f"[yellow]\\[{numbers[reason]}][/] {escape(listed(nodes, 6))}: {escape(reason)}", highlight=False)
     t = report.totals
     first = "" if report.first_calls is None else f", first calls {report.first_calls:.1f} s"
     console.print(
@@ -124,11 +123,6 @@ def main_kernel(kernels: str) -> str:
         return kernels
     main = next((part for name in _MAIN for part in parts if name in part), parts[0])
     return f"{main} +{len(parts) - 1}"
-
-
-def _shortened(nodes: list[str], most: int = 6) -> str:
-    more = f" and {len(nodes) - most} more" if len(nodes) > most else ""
-    return ", ".join(nodes[:most]) + more
 
 
 def _size(count: float) -> str:

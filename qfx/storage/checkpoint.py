@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qfx.errors import explain
+from qfx.errors import explain, listed
 from qfx.storage.spill import rest
 
 ONE, INDEX, SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors"
@@ -30,7 +30,6 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-_SHOWN = 3
 WRITER, SAVE_PRETRAINED = "qfx_writer", "save_pretrained"  # in the metadata of what transformers writes
 _THREADS = 4
 _PART = 1 << 22  # bytes that are hashed at once
@@ -87,7 +86,7 @@ def files_of(folder: str | os.PathLike[str]) -> list[Path]:
     if missing and one:
         return [root / ONE]
     if missing:
-        what = f"{len(missing)} of {len(names)} files with weights are missing: {', '.join(missing[:_SHOWN])}"
+        what = f"{len(missing)} of {len(names)} files with weights are missing: {listed(missing)}"
         step = "copy the whole folder, every file that model.safetensors.index.json names"
         raise FileNotFoundError(errno.ENOENT, explain(what, next_step=step), str(root))
     return [root / name for name in names]
@@ -122,7 +121,7 @@ def headers(files: Sequence[Path], expected: Mapping[str, str]) -> dict[str, Ten
                 part = handle.get_slice(name)
                 found[name] = torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
     if missing := [name for name in expected if name not in found]:
-        what = f"{len(missing)} tensors are not in {_shown(files)}: {', '.join(missing[:_SHOWN])}"
+        what = f"{len(missing)} tensors are not in {_shown(files)}: {listed(missing)}"
         raise ValueError(explain(what, next_step="copy the whole folder again: a file with weights is missing"))
     return found
 
@@ -160,7 +159,7 @@ def _read(files: Sequence[Path], expected: Mapping[str, str], *, keep: bool) -> 
     if altered:
         raise ValueError(
             explain(
-                f"{len(altered)} tensors in {_shown(files)} were altered: {', '.join(altered[:_SHOWN])}",
+                f"{len(altered)} tensors in {_shown(files)} were altered: {listed(altered)}",
                 expected="the content that they had when qfx saved them",
                 next_step="copy the files again; to change a model, load it, change it and save it",
             )

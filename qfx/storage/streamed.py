@@ -21,14 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import QfxWarning, explain
+from qfx.errors import QfxWarning, explain, listed
 from qfx.hf import hub
 from qfx.storage.files import DTYPES
 from qfx.storage.spill import Spill, give_back, is_mapped, map_file
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _MOST_HEADER = 100_000_000  # bytes, as safetensors itself allows
-_SHOWN = 3  # names that a message lists
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _files(folder: Path) -> dict[Path, list[str]]:
             explain(
                 f"{folder} holds no weights that can stay on disk",
                 expected=f"{SINGLE}, or shards and {INDEX}",
-                found=", ".join(others[:_SHOWN]) or "no weights",
+                found=listed(others) or "no weights",
                 next_step="load it with transformers and save it again (save_pretrained writes safetensors)",
             )
         )
@@ -156,7 +155,7 @@ def _files(folder: Path) -> dict[Path, list[str]]:
     if missing := sorted(path.name for path in files if not path.is_file()):
         raise FileNotFoundError(
             explain(
-                f"{len(missing)} of {len(files)} shards of {folder} are missing: {', '.join(missing[:_SHOWN])}",
+                f"{len(missing)} of {len(files)} shards of {folder} are missing: {listed(missing)}",
                 next_step="copy or download them, too",
             )
         )
@@ -191,10 +190,10 @@ def _filled(kind: Any, config: Any, tensors: dict[str, Tensor], dtype: torch.dty
     except RuntimeError as error:
         raise _wrong(kind, folder, str(error).strip().splitlines()[-1]) from error
     if missing := sorted(info["missing_keys"]):
-        raise _wrong(kind, folder, f"{len(missing)} of its weights are missing: {_some(missing)}")
+        raise _wrong(kind, folder, f"{len(missing)} of its weights are missing: {listed(missing)}")
     if more := sorted(info["unexpected_keys"]):
         warnings.warn(
-            f"{len(more)} weights in {folder} are none of {kind.__name__} and are not used: {_some(more)}",
+            f"{len(more)} weights in {folder} are none of {kind.__name__} and are not used: {listed(more)}",
             QfxWarning,
             stacklevel=4,
         )
@@ -239,10 +238,6 @@ def _wrong(kind: Any, folder: Path, found: str) -> ValueError:
             next_step="copy config.json and the weights of one model; a model whose head is new must be saved first",
         )
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _broken(path: Path, size: int, what: str) -> ValueError:

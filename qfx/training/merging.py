@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qfx.calibration.padding import Attended, attended_by, without
 from qfx.data import Call, calls
-from qfx.errors import explain, warn
+from qfx.errors import explain, listed, warn
 from qfx.live.modules import QuantLinear
 from qfx.measuring.compare import Accuracy, accuracy
 from qfx.measuring.measure import decibel, energies
@@ -239,11 +239,9 @@ def _tell(rows: Sequence[MergedLinear], into: Into, *, strict: bool) -> None:
     worse = sorted((row for row in rows if row.worse), key=lambda row: row.judged[1] / row.judged[2])
     if into != "weight" or not worse:
         return
-    named = [_lost(row) for row in worse]
-    more = f", and {len(named) - 3} more" if len(named) > 3 else ""
     what = (
         f"{len(worse)} of {len(rows)} merged weights lose more than half of the adapters' change by being rounded "
-        f"again: {', '.join(named[:3])}{more}"
+        f"again: {listed([_lost(row) for row in worse])}"
     )
     step = "into='low-rank' keeps the adapters in float beside the packed weights; or a base of more bits"
     if strict:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from qfx.errors import QfxWarning, UnsupportedError, explain, first_line, nearest, source_line
+from qfx.errors import QfxWarning, UnsupportedError, explain, first_line, listed, nearest, source_line
 
 TRACE = """  File "/home/me/model.py", line 12, in forward
     y = self.block(x)
@@ -99,3 +99,12 @@ def test_nearest() -> None:
 )
 def test_the_first_line_of_an_error(error: Exception, line: str) -> None:
     assert first_line(error) == line
+
+
+@pytest.mark.parametrize(
+    ("names", "most", "text"),
+    [([], 3, ""), (["a"], 1, "a"), (["a", "b"], 1, "a and 1 more"), (["a", "b", "c"], 3, "a, b, c"),
+     (["a", "b", "c", "d", "e"], 3, "a, b, c and 2 more")],
+)  # fmt: skip
+def test_names_are_listed(names: list[str], most: int, text: str) -> None:
+    assert listed(names, most) == text

@@ -237,7 +237,7 @@ def other_content() -> Any:
         (other_content(), "0.weight has other content"),
         (nn.Sequential(nn.Linear(3, 5)), r"0.bias was f32\[4\], is f32\[5\]"),
         (nn.Sequential(*small(), nn.Linear(2, 2)), "3.bias is new, 3.weight is new"),
-        (nn.Sequential(small()[0]), "1.bias is missing, .*, and 1 more"),
+        (nn.Sequential(small()[0]), "1.bias is missing, .* and 1 more"),
         (small().half(), r"0.bias was f32\[4\], is f16\[4\]"),
     ],
 )

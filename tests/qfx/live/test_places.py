@@ -113,7 +113,7 @@ def test_what_is_refused() -> None:
     model = nn.Sequential(Half())
     with pytest.raises(UnsupportedError, match="the input of '0' has several formats"):
         find(model, plan_of(model, annotations={"0": {"w": "i8/ch", "x": ["i8/tok", "i4/tok"]}}))
-    with pytest.raises(ValueError, match=r"does not fit the model(.|\n)*named 1, 2, 3, and 1 more"):
+    with pytest.raises(ValueError, match=r"does not fit the model(.|\n)*named 1, 2, 3 and 1 more"):
         find(model, plan_of(model, annotations={str(i): {"w": "i8/ch"} for i in range(1, 5)}))
     smooth = {"0/smooth": torch.ones(8)}
     with pytest.raises(UnsupportedError, match="divides the input of '0', which Half feeds by itself"):
