@@ -11,7 +11,6 @@ binds it, memory or products; is there calibration data; how much loss is allowe
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -35,6 +34,7 @@ from qfx.measuring import compare
 from qfx.measuring.matrix import bytes_of
 from qfx.quantize import evaluating, plan, quantize
 from qfx.recipe import Recipe
+from qfx.storage.files import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,8 +126,7 @@ class Advice:
 
     def to_json(self) -> str:
         """All of it as JSON text; bytes, seconds, percent, nats."""
-        text = json.dumps(asdict(self))
-        return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1) + "\n"
+        return json_text(asdict(self))
 
     def show(self, console: Console | None = None) -> None:
         """Print it."""

@@ -56,6 +56,11 @@ _ALIASES = {
 }
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """How one tensor is stored. `Format.parse(str(f)) == f`; the fields are the parts of the text.

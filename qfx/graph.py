@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.graph import _Namespace
 
 from qfx.errors import UnsupportedError, explain
+from qfx.names import is_within
 
 aten = torch.ops.aten
 
@@ -229,7 +230,7 @@ def fqn_of(node: fx.Node) -> str:
     if weight is None:
         return f"{module}.{node.meta.get(CALLED) or _CALLED.get(op_name(node), op_name(node))}" if module else node.name
     name = _HELD.sub(lambda m: m["packed"] or m["whole"] or "weight", str(weight.target)).removesuffix(".weight")
-    if module and not _nested(name, module):
+    if module and not is_within(name, module):
         return module
     return name
 
@@ -271,10 +272,6 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
 
 def _after(node: fx.Node, other: fx.Node) -> bool:
     return next(n for n in node.graph.nodes if n is node or n is other) is other
-
-
-def _nested(inner: str, outer: str) -> bool:
-    return not outer or inner == outer or inner.startswith(f"{outer}.")
 
 
 def copy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -40,16 +40,17 @@ class Translation:
     def __call__(self, name: str) -> str:
         """The name with its longest known head replaced; a name without one stays as it is."""
         for head, prefix in self.heads:
-            if _starts(name, head):
+            if is_within(name, head):
                 return _join(prefix, name[len(head) :].lstrip("."))
         return name
 
     def knows(self, name: str) -> bool:
         """Whether a head of the name is known."""
-        return any(_starts(name, head) for head, _ in self.heads)
+        return any(is_within(name, head) for head, _ in self.heads)
 
 
-def _starts(name: str, head: str) -> bool:
+def is_within(name: str, head: str) -> bool:
+    """Whether a fully qualified name is that of `head`, or of something in it; everything is in ""."""
     return not head or name == head or name.startswith(f"{head}.")
 
 

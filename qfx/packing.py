@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qfx.errors import explain
-from qfx.format import Format
+from qfx.format import Format, dtype_name
 from qfx.numerics import NF4_VALUES, QParams, choose_qparams, dequantize, quantize, require_finite
 from qfx.storage.spill import beside
 
@@ -108,7 +108,7 @@ def unpack_zeros(zero: Tensor | None, fmt: Format, scale: Tensor) -> Tensor | No
             explain(
                 f"zero points do not fit format '{fmt}'",
                 expected=f"uint8, rows of {fmt.zero_width(groups)} bytes for scales of shape {list(scale.shape)}",
-                found=f"{str(zero.dtype).removeprefix('torch.')}, shape {list(zero.shape)}",
+                found=f"{dtype_name(zero.dtype)}, shape {list(zero.shape)}",
             )
         )
     return unpack_bits(zero, fmt.bits, groups)

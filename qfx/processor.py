@@ -1,10 +1,14 @@
-"""What the processor's integer instructions can do, as torch knows it (cpuinfo: Linux, macOS, Windows; x86 and ARM)."""
+"""What the processor's integer instructions can do, and work that is spread over its threads.
+
+Instructions are those that torch knows of (cpuinfo: Linux, macOS, Windows; x86 and ARM).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,15 @@ def capabilities() -> Mapping[str, Any]:
     """Names of instruction sets -> whether the processor has them, beside other facts (`architecture`, sizes)."""
     found: Mapping[str, Any] = torch.cpu.get_capabilities()
     return found
+
+
+def each(function: Callable[[Any], Any], values: Iterable[Any], threads: int) -> list[Any]:
+    """`map` in several threads, where there are several values."""
+    values = list(values)
+    if threads <= 1 or len(values) <= 1:
+        return [function(value) for value in values]
+    with ThreadPoolExecutor(min(threads, len(values))) as pool:
+        return list(pool.map(function, values))
 
 
 def is_x86() -> bool:

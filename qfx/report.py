@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,6 +20,7 @@ from qfx.kv.summary import CacheSummary, summary
 from qfx.reporting import live_rows as live
 from qfx.reporting import render, sqnr
 from qfx.reporting.rows import Row
+from qfx.storage.files import json_text
 
 _MATMULS = ("linear", "experts", "conv", "matmul")
 
@@ -86,14 +85,13 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON text: title, totals, rows, notes. An SQNR without noise is null, as one not measured."""
-        rows = [asdict(r) | {"sqnr_db": r.sqnr_db if _finite(r.sqnr_db) else None} for r in self.rows]
-        notes = [asdict(n) for n in self.notes]
+        rows, notes = ([asdict(one) for one in several] for several in (self.rows, self.notes))
         fields: dict[str, Any] = {"title": self.title, "totals": self.totals, "rows": rows, "notes": notes}
         if self.first_calls is not None:
             fields["first_calls"] = self.first_calls
         if self.cache is not None:
             fields["caches"] = [asdict(row) | {"ratio": row.ratio} for row in self.cache.rows]
-        return json.dumps(fields, indent=1, allow_nan=False)
+        return json_text(fields)
 
     def show(self, console: Console | None = None, *, all_rows: bool = True, fold: bool = True) -> None:
         """Print the report to the terminal. all_rows=False: only the rows of what is not quantized.
@@ -247,10 +245,6 @@ def _work_coverage(rows: Sequence[Row]) -> float:
     work = {r.node: r.macs or rate * r.elements for r in rows}
     total = sum(work.values())
     return sum(work[r.node] for r in rows if r.quantized) / total if total else 0.0
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _unseen(model: Any) -> ValueError:

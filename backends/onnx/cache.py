@@ -15,14 +15,14 @@ import secrets
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qfx.errors import first_line, warn
+from qfx.processor import each
 
 GIB = 1 << 30
 MOST_BYTES = 8 * GIB
@@ -162,15 +162,6 @@ def digest(path: Path, threads: int = 1) -> str:
 
         sums = each(part, range(0, size, _PART), threads)
     return _sha(json.dumps([size, *sums]))
-
-
-def each(function: Callable[[Any], Any], values: Any, threads: int) -> list[Any]:
-    """`map` in several threads, where there are several values."""
-    values = list(values)
-    if threads <= 1 or len(values) <= 1:
-        return [function(value) for value in values]
-    with ThreadPoolExecutor(min(threads, len(values))) as pool:
-        return list(pool.map(function, values))
 
 
 def _pread(handle: int, size: int, start: int) -> bytes:

@@ -22,6 +22,7 @@ from qfx.backends.triton.kernels.cache_attention import join_splits, split_atten
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.library import define
 from qfx.errors import explain
+from qfx.format import dtype_name
 
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _SPLITS = 128  # at most: as many partial results are put together at once
@@ -130,7 +131,7 @@ def candidates(found: Layout, rows: int, dtype: torch.dtype) -> list[Config]:
 
 def problem(found: Layout, many: int, dtype: torch.dtype) -> str:
     """The key of a problem in the tables of measured configurations."""
-    return f"{found.fmt} d={found.widths[0]} dv={found.widths[1]} n={many} {str(dtype).removeprefix('torch.')}"
+    return f"{found.fmt} d={found.widths[0]} dv={found.widths[1]} n={many} {dtype_name(dtype)}"
 
 
 def heuristic(found: Layout, rows: int, dtype: torch.dtype) -> Config:

@@ -25,7 +25,7 @@ from qfx.backends.triton.products import bad, check_devices
 from qfx.backends.triton.weight_only import DTYPES, LANGUAGE, Weight, gemv_asm, named
 from qfx.backends.triton.weight_only_config import UNIT
 from qfx.backends.triton.weight_only_pack import pack_weight_only, stored_bits
-from qfx.format import Format
+from qfx.format import Format, dtype_name
 from qfx.ops.floats import alone, of_expert
 
 VECTORS, TILES, FRAGMENTS = 0, 1, 2  # what a configuration's PATH says
@@ -79,7 +79,7 @@ def grouped_weight_only(x: Tensor, w: list[Tensor], offs: Tensor, w_format: str,
 
 def choose(device: Device, fmt: Format, t: int, experts: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """The configuration of a call: the measured one of this device, else by rule. Buckets are of rows, `t`."""
-    problem = f"{fmt} e={experts} n={n} k={k} {str(dtype).removeprefix('torch.')}"
+    problem = f"{fmt} e={experts} n={n} k={k} {dtype_name(dtype)}"
     found = tuning.tuned(device, "experts", problem, t, lambda: candidates(fmt, t, experts, dtype))
     return found or heuristic(device, fmt, t, experts, n, k, dtype)
 

@@ -21,6 +21,7 @@ from qfx.backends.triton.launch import Config, device_of, dot_dtype, each_once, 
 from qfx.backends.triton.library import define
 from qfx.backends.triton.products import bad, check_devices
 from qfx.backends.triton.weight_only import DTYPES, LANGUAGE
+from qfx.format import dtype_name
 
 _SHAPES = ((16, 64, 128, 4, 4), (32, 64, 128, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 8, 3))
 _EXACT = ((16, 64, 32, 4, 4), (64, 64, 32, 4, 3))  # float32 takes twice the bytes and three products
@@ -51,7 +52,7 @@ def grouped_floats(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
 
 def choose(device: Device, t: int, experts: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """The configuration of a call: the measured one of this device, else the least tile for an expert's share."""
-    problem = f"e={experts} n={n} k={k} {str(dtype).removeprefix('torch.')}"
+    problem = f"e={experts} n={n} k={k} {dtype_name(dtype)}"
     found = tuning.tuned(device, "experts_float", problem, t, lambda: candidates(t, experts, k, dtype))
     return found or heuristic(t, experts, k, dtype)
 

@@ -24,7 +24,7 @@ from qfx.backends.triton.library import define
 from qfx.backends.triton.quantize_rows import aligned, quantize_dynamic
 from qfx.backends.triton.tuning import tuned
 from qfx.errors import explain
-from qfx.format import Format
+from qfx.format import Format, dtype_name
 from qfx.rewrites import rotation
 
 _SYLVESTER = (2, 4, 8, 16, 32)
@@ -126,7 +126,7 @@ def _kronecker(factors: list[Tensor]) -> Tensor:
 
 def reason_against(dtype: torch.dtype) -> str | None:
     """Why activations of this dtype cannot be rotated, or None. Any size that `qfx.rewrites.rotation` knows can be."""
-    return None if dtype in _DTYPES else f"it rotates f16, bf16 and f32, not {str(dtype).removeprefix('torch.')}"
+    return None if dtype in _DTYPES else f"it rotates f16, bf16 and f32, not {dtype_name(dtype)}"
 
 
 def candidates(size: int) -> list[Config]:
@@ -138,7 +138,7 @@ def candidates(size: int) -> list[Config]:
 
 
 def _config(size: int, rows: int, dtype: torch.dtype, device: Device) -> Config:
-    problem = f"size={size} {str(dtype).removeprefix('torch.')}"
+    problem = f"size={size} {dtype_name(dtype)}"
     if (found := tuned(device, "hadamard", problem, rows, lambda: candidates(size))) is not None:
         return found
     shape = layout(size)
@@ -228,7 +228,7 @@ def _checked(x: Tensor, packed: list[Tensor], size: int) -> tuple[tuple[Tensor, 
             explain(
                 f"an activation cannot be rotated in blocks of {size}",
                 expected=f"float16, bfloat16 or float32, and matrices of pack_hadamard({size}, ..)",
-                found=f"{str(x.dtype).removeprefix('torch.')}, matrices of shapes {found}",
+                found=f"{dtype_name(x.dtype)}, matrices of shapes {found}",
                 next_step="pack the matrices for this size, and cast the activation",
             )
         )

@@ -15,6 +15,7 @@ from qfx.backends.triton.gemm4 import SUB
 from qfx.backends.triton.gemm4_config import Problem, candidates, heuristic
 from qfx.backends.triton.launch import Config
 from qfx.backends.triton.tuning import tuned
+from qfx.format import dtype_name
 
 WIDTHS = (8, 4, 2)
 DEQUANTIZE = "DEQUANTIZE"  # in a configuration of float inputs: the weight is written out, torch multiplies
@@ -93,7 +94,7 @@ def configuration(device: Device, weight: Mixed, m: int, k: int) -> Config:
 def of_floats(device: Device, weight: Mixed, m: int, k: int, dtype: torch.dtype, *, plain: bool) -> Config:
     """Of float inputs. plain: k may be split, and the product may be torch's."""
     problem = weight.problem(k, columns_at_once(weight.group, floats=True))
-    text = f"{weight.text(problem)} {str(dtype).removeprefix('torch.')}"
+    text = f"{weight.text(problem)} {dtype_name(dtype)}"
     found = tuned(device, "linear_mixed", text, m, lambda: float_candidates(device, problem, m, dtype))
     config = dict(found or float_candidates(device, problem, m, dtype)[0])
     if plain:

@@ -18,7 +18,7 @@ from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Config
 from qfx.backends.triton.tuning import tuned
 from qfx.errors import explain
-from qfx.format import Format
+from qfx.format import Format, dtype_name
 
 ALIGNMENT = 16  # bytes
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -123,7 +123,7 @@ def settings(
     if k > WHOLE:
         return m, {"BLOCK": _LONG_BLOCK, "num_warps": _warps(_LONG_BLOCK), "num_stages": 1}
     read = [t.dtype for t in (rows, other, smooth) if t is not None]  # tiles of each are on their way together
-    problem = f"k={k} {str(rows.dtype).removeprefix('torch.')}"
+    problem = f"k={k} {dtype_name(rows.dtype)}"
     problem += ("" if other is None else " two") + ("" if smooth is None else " smooth")
     width = sum(dtype.itemsize for dtype in read)
     known = tuned(device, kernel, problem, m, lambda: candidates(device, k, width))
@@ -229,4 +229,4 @@ def check(op: str, x: Tensor, fmt: Format, *, alike: Mapping[str, Tensor | None]
 
 
 def _told(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+    return f"{dtype_name(x.dtype)} {list(x.shape)} on {x.device}"

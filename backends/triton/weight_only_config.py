@@ -13,7 +13,7 @@ from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Config
 from qfx.backends.triton.layout import UNIT_THREE
 from qfx.backends.triton.weight_only_pack import group_of, stored_bits
-from qfx.format import Format
+from qfx.format import Format, dtype_name
 
 GEMV, DOT, DEQUANTIZE, FRAGMENTS, ABREAST = 0, 1, 2, 3, 4  # what a configuration's PATH says
 UNIT = 128
@@ -25,7 +25,7 @@ _FEWEST_ABREAST, _MOST_ABREAST = 9, 64
 
 def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """The configuration of a call: the measured one of this device, else by rule."""
-    problem = f"{fmt} n={n} k={k} {str(dtype).removeprefix('torch.')}"
+    problem = f"{fmt} n={n} k={k} {dtype_name(dtype)}"
     found = tuning.tuned(device, "weight_only", problem, m, lambda: candidates(fmt, m, k, dtype))
     return found or heuristic(device, fmt, m, n, k, dtype)
 

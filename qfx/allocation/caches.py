@@ -31,6 +31,7 @@ from qfx.errors import Note, UnsupportedError, explain
 from qfx.format import Format
 from qfx.kv.formats import CacheFormat
 from qfx.kv.plans import Cached, read
+from qfx.names import is_within
 from qfx.passes.calibrate import progress_bar
 from qfx.plan import Plan
 
@@ -120,7 +121,7 @@ def _units(gm: fx.GraphModule, plan: Plan) -> tuple[dict[str, list[Cache]], list
     for name, one in _by_name(plan).items():
         if one.layer.cross or one.is_plain or plan.recipe.names_cache(name):
             continue
-        found = [a for key, a in known.items() if key == name or key.startswith(f"{name}.")]
+        found = [a for key, a in known.items() if is_within(key, name)]
         if len(found) == 1 and found[0].kv_heads == one.layer.heads:
             own[name] = caches(found, one.format)
         else:

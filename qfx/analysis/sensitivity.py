@@ -18,7 +18,7 @@ from qfx.analysis.scores import Scores
 from qfx.analysis.units import Unit
 from qfx.errors import explain, nearest
 from qfx.format import Format
-from qfx.storage.files import write_text
+from qfx.storage.files import json_text, write_text
 
 _KIND, _VERSION = "qfx-sensitivity", 1
 
@@ -97,8 +97,7 @@ class Sensitivity:
 
     def to_json(self) -> str:
         """Everything as JSON text; what is infinite is null."""
-        made = {"format": _KIND, "version": _VERSION, **asdict(self)}
-        return json.dumps(json.loads(json.dumps(made), parse_constant=lambda _: None), indent=1) + "\n"
+        return json_text({"format": _KIND, "version": _VERSION, **asdict(self)})
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write `to_json` to a file. Raises OSError."""

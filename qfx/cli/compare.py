@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from qfx.cli.terminal import megabytes, step
 from qfx.data import Call, python_help, read_texts
 from qfx.hf import hub
 from qfx.measuring.compare import Accuracy, Latency, accuracy, latency, peak_of
-from qfx.storage.files import write_text
+from qfx.storage.files import json_text, write_text
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ class Found:
 
     def to_json(self) -> str:
         """All numbers as JSON text; seconds and bytes. What is infinite (SQNR of equal outputs) is null."""
-        text = json.dumps(asdict(self))
-        return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1) + "\n"
+        return json_text(asdict(self))
 
 
 def run(

@@ -14,7 +14,6 @@ import operator
 import platform
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +100,9 @@ def digests(tensors: Mapping[int, Any], threads: int) -> list[list[Any]]:
         found.append(described)
         if same == i:
             jobs += [(len(found) - 1, part) for part in _parts(tensor)]
-    for (at_, _), text in zip(jobs, _mapped(_digest, [part for _, part in jobs], threads), strict=True):
+    for (at_, _), text in zip(jobs, processor.each(_digest, [part for _, part in jobs], threads), strict=True):
         found[at_][-1].append(text)
     return found
-
-
-def _mapped(function: Callable[[Any], Any], values: list[Any], threads: int) -> list[Any]:
-    if threads <= 1 or len(values) <= 1:
-        return [function(value) for value in values]
-    with ThreadPoolExecutor(min(threads, len(values))) as pool:
-        return list(pool.map(function, values))
 
 
 def _digest(part: memoryview) -> str:

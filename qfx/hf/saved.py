@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from qfx.errors import explain
+from qfx.format import dtype_name
 from qfx.kv.plans import Caches
 from qfx.live.attending import Spec
 from qfx.live.modules import LOADING, PackedModule, tell_shared, without_fast_paths
-from qfx.storage.describe import Record, float_class, name_of
+from qfx.storage.describe import Record, float_class
 from qfx.storage.rebuild import Saved, other_shape, put
 
 _PACKED = re.compile(r"_w_(codes|scale|zero)$")
@@ -158,7 +159,7 @@ class _Names:
             if "same" in record:
                 found[local] = {"same": self._fit(record["same"])}
                 continue
-            own = name_of(asked) if record["dtype"] == name_of(saved) else record["dtype"]
+            own = dtype_name(asked) if record["dtype"] == dtype_name(saved) else record["dtype"]
             found[local] = {**record, "dtype": own}
         return found
 

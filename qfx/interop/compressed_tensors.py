@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qfx.errors import explain
-from qfx.format import Format
+from qfx.format import Format, dtype_name
 from qfx.interop.linear import Decoder, Layout, Linear, Loss, in_order, misfit, need, sorted_groups
 from qfx.interop.schemes import Schemes, input_format, weight_format
 from qfx.interop.words import WORD, pack_words, unpack_padded_words, unpack_words, width
@@ -274,7 +274,7 @@ def _plain_codes(
     (weight,) = need(tensors, fqn, "weight")
     dtype = torch.float8_e4m3fn if fmt.is_float else torch.int8
     if weight.dtype != dtype or tuple(weight.shape) != shape:
-        raise misfit(f"{fqn}.weight", f"{str(dtype).removeprefix('torch.')}, [{shape[0]}, {shape[1]}]", weight)
+        raise misfit(f"{fqn}.weight", f"{dtype_name(dtype)}, [{shape[0]}, {shape[1]}]", weight)
     if not fmt.has_zero:
         return weight, None
     half = 1 << (fmt.bits - 1)

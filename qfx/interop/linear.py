@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qfx.errors import explain
-from qfx.format import Format
+from qfx.format import Format, dtype_name
 from qfx.live.mixed import QuantMixed
 from qfx.live.modules import QuantLinear, rotated
 from qfx.live.permuted import QuantPermuted
@@ -214,7 +214,7 @@ def misfit(name: str, expected: str, tensor: Tensor) -> ValueError:
         explain(
             f"{name!r} does not fit the model: the checkpoint is of another architecture, or altered",
             expected=expected,
-            found=f"{str(tensor.dtype).removeprefix('torch.')}, shape {list(tensor.shape)}",
+            found=f"{dtype_name(tensor.dtype)}, shape {list(tensor.shape)}",
         )
     )
 

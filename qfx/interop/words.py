@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qfx.errors import explain
+from qfx.format import dtype_name
 from qfx.packing import pack_bits, unpack_bits
 
 WORD = 32
@@ -36,7 +37,7 @@ def unpack_words(words: Tensor, bits: int, count: int, name: str) -> Tensor:
             explain(
                 f"{name!r} does not hold {count} codes of {bits} bits a row",
                 expected=f"int32, {width(count, bits)} words a row",
-                found=f"{str(words.dtype).removeprefix('torch.')}, shape {list(words.shape)}",
+                found=f"{dtype_name(words.dtype)}, shape {list(words.shape)}",
             )
         )
     data = words.reshape(-1).view(torch.uint8).reshape(words.shape[0], -1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qfx.errors import Note, explain, listed
-from qfx.format import Format
+from qfx.format import Format, dtype_name
 from qfx.interop.checkpoint import CONFIG, INDEX, SINGLE
 from qfx.interop.experts import PARTS
 from qfx.interop.linear import Layout, Linear, Loss, float_weight, of_module
@@ -369,7 +369,7 @@ def _config_fields(model: nn.Module, plain: nn.Module, untied: bool) -> dict[str
     fields["architectures"] = [type(plain).__name__]
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     dtypes += [m.dtype for m in model.modules() if isinstance(m, PackedModule)]
-    fields["dtype"] = str(dtypes[0]).removeprefix("torch.")
+    fields["dtype"] = dtype_name(dtypes[0])
     if untied:
         fields["tie_word_embeddings"] = False
     return fields

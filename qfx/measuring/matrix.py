@@ -7,7 +7,6 @@ found.to_json()
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +28,7 @@ from qfx.measuring.compare import Accuracy, Latency
 from qfx.quantize import evaluating, quantize
 from qfx.recipe import Recipe
 from qfx.save import save
-from qfx.storage.files import write_text
+from qfx.storage.files import json_text, write_text
 
 FLOAT = "float"
 Metric = Callable[[Callable[..., Any], Sequence[Call]], float]
@@ -69,8 +68,7 @@ class Matrix:
 
     def to_json(self) -> str:
         """All numbers as JSON text; seconds, bytes, nats. What is infinite or was not measured is null."""
-        text = json.dumps(asdict(self))
-        return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1) + "\n"
+        return json_text(asdict(self))
 
     def save(self, path: Path) -> None:
         """Write `to_json` to a file."""

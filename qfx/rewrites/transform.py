@@ -14,6 +14,7 @@ from qfx.calibration.observers import Sample
 from qfx.errors import Note
 from qfx.format import Format
 from qfx.kv.plans import read
+from qfx.names import is_within
 from qfx.passes import awq, smooth, smooth_k, up_down, v_o
 from qfx.passes.calibrate import observed
 from qfx.passes.observe import Make
@@ -100,7 +101,7 @@ def _of_keys(cached: Mapping[str, Sequence[Format]], node: fx.Node) -> Format | 
     there are some, of those that have a scale for each token."""
     found = [*annotation.each(annotation.get(node).get("k") or ())]
     name = graph.fqn_of(node)
-    found += [fmt for fqn, formats in cached.items() if name == fqn or name.startswith(f"{fqn}.") for fmt in formats]
+    found += [fmt for fqn, formats in cached.items() if is_within(name, fqn) for fmt in formats]
     coarse = [fmt for fmt in found if not fmt.is_plain]
     return min(coarse, key=lambda fmt: (fmt.group is not None, fmt.bits), default=None)
 

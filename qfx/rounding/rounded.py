@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qfx.errors import explain
-from qfx.format import Format
+from qfx.format import Format, dtype_name
 from qfx.packing import Packed, check_storage, pack_zeros, unpack_zeros
 from qfx.rounding.parts import round_in_parts
 
@@ -70,4 +70,4 @@ def pack(tensors: Mapping[str, Tensor], weight: Tensor, fmt: Format, method: str
 
 
 def _text(tensor: Tensor | None) -> str:
-    return "none" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+    return "none" if tensor is None else f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qfx.format import dtype_name
 from qfx.kv.held import caches_of
 from qfx.live.attending import specs_of
 from qfx.live.mixed import QuantMixed
@@ -24,10 +25,10 @@ def describe(model: nn.Module, tied: Mapping[str, str]) -> Record:
     """The JSON-able record of a quantized model: class, dtype, implementations, modules, parameters, tied, buffers,
     centred, caches, attention."""
     return {
-        "class": float_class(model).__name__, "dtype": name_of(_dtype_of(model)),
+        "class": float_class(model).__name__, "dtype": dtype_name(_dtype_of(model)),
         "implementations": _implementations(getattr(model, "config", None)), "modules": _modules(model),
         "parameters": _parameters(model), "tied": dict(tied),
-        "buffers": {name: name_of(b.dtype) for name, b in passing_buffers(model).items()},
+        "buffers": {name: dtype_name(b.dtype) for name, b in passing_buffers(model).items()},
         "centred": [name for name, module in model.named_modules() if is_centred(module)],
         "caches": caches_of(model),
         "attention": specs_of(model),
@@ -72,11 +73,6 @@ def float_class(model: nn.Module) -> type:
     return getattr(type(model), "qfx_float_class", type(model))
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """`float32` of torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
 def grouped(named: Mapping[str, Mapping[str, Any]]) -> list[Record]:
     """Descriptions by name, equal ones told once: `{..., "names": [...]}`; `spread` is the way back."""
     groups: dict[str, Record] = {}
@@ -115,7 +111,7 @@ def _modules(model: nn.Module) -> dict[str, Record]:
 
 def _describe(module: Quantized) -> Record:
     record: Record = {
-        "kind": type(module).__name__, "shape": list(module.shape), "dtype": name_of(module.dtype),
+        "kind": type(module).__name__, "shape": list(module.shape), "dtype": dtype_name(module.dtype),
         "sqnr_db": module.sqnr_db,
     }  # fmt: skip
     if isinstance(module, QuantMixed):
@@ -147,7 +143,7 @@ def _parameters(model: nn.Module) -> dict[str, Record]:
         for name, spec in getattr(m, "qfx_packed", {}).items()
     }
     return {
-        fqn: {**asdict(s), "dtype": name_of(s.dtype), "shape": list(s.shape), "view": list(s.view)}
+        fqn: {**asdict(s), "dtype": dtype_name(s.dtype), "shape": list(s.shape), "view": list(s.view)}
         for fqn, s in specs.items()
     }
 

@@ -108,6 +108,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def json_text(fields: Any) -> str:
+    """JSON text, indented; numbers that are not finite are null, which JSON has for them."""
+    plain = json.loads(json.dumps(fields), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=1, allow_nan=False) + "\n"
+
+
 def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +46,22 @@ def test_it_is_what_the_system_tells() -> None:
     sets = set(processor.instruction_sets())
     for ours, theirs in (("avx2", "avx2"), ("avx512_f", "avx512f"), ("avx512_vnni", "avx512_vnni"), ("fma3", "fma")):
         assert (ours in sets) == (theirs in flags)
+
+
+def test_each_keeps_the_order_in_threads() -> None:
+    met = threading.Barrier(2, timeout=10)
+
+    def square(value: int) -> int:
+        met.wait()  # for another thread
+        return value * value
+
+    assert processor.each(square, range(20), 2) == [v * v for v in range(20)]
+
+
+@pytest.mark.parametrize(("values", "threads"), [([3], 8), ([], 8), ([2, 3], 1)])
+def test_each_of_little_needs_no_thread(values: list[int], threads: int) -> None:
+    def square(value: int) -> int:
+        assert threading.current_thread() is threading.main_thread()
+        return value * value
+
+    assert processor.each(square, values, threads) == [v * v for v in values]

@@ -7,16 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qfx.backends.onnx import cache as module
-from qfx.backends.onnx.cache import Cache, digest, each
+from qfx.backends.onnx.cache import Cache, digest
 from qfx.errors import QfxWarning
 from qfx.storage.folders import default_folder
 
@@ -239,15 +237,3 @@ def test_without_a_home_there_is_no_place(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", unknown)
     assert default_folder() is None
-
-
-def test_each_keeps_the_order_in_threads() -> None:
-    seen: set[int] = set()
-
-    def square(value: int) -> int:
-        seen.add(threading.get_ident())
-        return value * value
-
-    assert each(square, range(20), 3) == [v * v for v in range(20)]
-    with warnings.catch_warnings():
-        assert each(square, [3], 8) == [9] and each(square, [], 8) == []

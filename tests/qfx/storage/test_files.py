@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import stat
 import subprocess
@@ -248,3 +249,9 @@ def test_a_dtype_that_safetensors_does_not_know_is_named(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"no name for torch\.complex128, the dtype of 'z'"):
         files.write_safetensors(tmp_path / "t.safetensors", {"z": torch.zeros(2, dtype=torch.complex128)})
     assert names(tmp_path) == []
+
+
+def test_numbers_that_are_not_finite_are_null() -> None:
+    text = files.json_text({"a": [math.inf, math.nan, 1.5], "b": {"c": -math.inf}})
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, None, 1.5], "b": {"c": None}}
+    assert text.endswith("}\n") and '\n "a": [' in text
