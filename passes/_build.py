@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from qfx import annotation
 from qfx.passes._match import known
 
 # What a node made in place of another inherits from it.
@@ -81,3 +83,16 @@ def matched(gm: fx.GraphModule, name: str, count: int) -> bool:
     matches: dict[str, int] = gm.meta.setdefault("qfx_matches", {})
     matches[name] = matches.get(name, 0) + count
     return count > 0
+
+
+def plain(node: fx.Node) -> fx.Node:
+    """The node without the annotation of that which it was made like."""
+    annotation.clear(node)
+    return node
+
+
+def on_sizes(gm: fx.GraphModule, operation: Callable[[Any, Any], Any], a: Any, b: Any, like: fx.Node) -> Any:
+    """Arithmetic on sizes: a number where both are known, else a node."""
+    if isinstance(a, int) and isinstance(b, int):
+        return operation(a, b)
+    return call(gm, operation, a, b, like=like)

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from qfx.passes import _match as m
-from qfx.passes._build import call, matched, replace, size
+from qfx.passes._build import call, matched, on_sizes, replace, size
 from qfx.passes.linear import is_parameter
 
 aten = torch.ops.aten
@@ -83,8 +82,8 @@ def _over_patches(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     batch = size(gm, x, 0, like=node)
     counts: list[Any] = []
     for dim, k in enumerate(kernel, 2):
-        count = _apply(gm, operator.floordiv, size(gm, x, dim, like=node), k, node)
-        x = _cut(gm, x, dim, _apply(gm, operator.mul, count, k, node), node)
+        count = on_sizes(gm, operator.floordiv, size(gm, x, dim, like=node), k, node)
+        x = _cut(gm, x, dim, on_sizes(gm, operator.mul, count, k, node), node)
         counts.append(count)
     dims = len(kernel)
     parts = [part for pair in zip(counts, kernel, strict=True) for part in pair]
@@ -93,20 +92,13 @@ def _over_patches(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     x = call(gm, aten.permute.default, x, order, like=node)
     patches = counts[0]
     for count in counts[1:]:
-        patches = _apply(gm, operator.mul, patches, count, node)
+        patches = on_sizes(gm, operator.mul, patches, count, node)
     x = call(gm, aten.reshape.default, x, [batch, patches, channels * math.prod(kernel)], like=node)
     matrix = call(gm, aten.reshape.default, weight, [width, channels * math.prod(kernel)], like=node)
     args = (x, matrix) if bias is None else (x, matrix, bias)
     y = call(gm, aten.linear.default, *args, like=node)
     y = call(gm, aten.transpose.int, y, 1, 2, like=node)
     return call(gm, aten.reshape.default, y, [batch, width, *counts], like=node)
-
-
-def _apply(gm: fx.GraphModule, operation: Callable[[Any, Any], Any], a: Any, b: Any, like: fx.Node) -> Any:
-    """Arithmetic on sizes: a number where both are known, else a node."""
-    if isinstance(a, int) and isinstance(b, int):
-        return operation(a, b)
-    return call(gm, operation, a, b, like=like)
 
 
 def _cut(gm: fx.GraphModule, x: fx.Node, dim: int, length: Any, like: fx.Node) -> fx.Node:

@@ -35,7 +35,7 @@ from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.format import Format
 from qfx.live.segments import Segment, along, pieces, segments, stem_of, take
 from qfx.packing import Packed
-from qfx.passes._build import call, take_place
+from qfx.passes._build import call, plain, take_place
 from qfx.passes._calibrated import calibrated
 from qfx.passes._sites import holds
 from qfx.passes.quantize_attention import is_attention, quantize_attention, reason_against
@@ -273,9 +273,9 @@ def _rows(
         parts[i] if (start, stop) == (0, found[i].size) else _cut(gm, parts[i], axis, start, stop, node)
         for i, start, stop in pieces(found)
     ]
-    whole = _plain(call(gm, aten.cat.default, cut, axis, like=node))
+    whole = plain(call(gm, aten.cat.default, cut, axis, like=node))
     bias = _bias(node)
-    take_place(node, whole if bias is None else _plain(call(gm, aten.add.Tensor, whole, bias, like=node)))
+    take_place(node, whole if bias is None else plain(call(gm, aten.add.Tensor, whole, bias, like=node)))
 
 
 def _columns(
@@ -293,7 +293,7 @@ def _columns(
         bias = _bias(node) if total is None else None
         args = (_taken(gm, value, axis, segment, node), *weight, bias, *own, None)
         part = _segment(gm, node, args, None if segment.float_input else x, segment.format)
-        total = part if total is None else _plain(call(gm, aten.add.Tensor, total, part, like=node))
+        total = part if total is None else plain(call(gm, aten.add.Tensor, total, part, like=node))
     assert total is not None
     take_place(node, total)
 
@@ -308,16 +308,11 @@ def _segment(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], x: Format
 def _taken(gm: fx.GraphModule, value: fx.Node, axis: int, segment: Segment, like: fx.Node) -> fx.Node:
     """The part of a value that a segment of columns reads."""
     cut = [_cut(gm, value, axis, start, stop, like) for start, stop in segment.ranges]
-    return cut[0] if len(cut) == 1 else _plain(call(gm, aten.cat.default, cut, axis, like=like))
+    return cut[0] if len(cut) == 1 else plain(call(gm, aten.cat.default, cut, axis, like=like))
 
 
 def _cut(gm: fx.GraphModule, value: fx.Node, axis: int, start: int, stop: int, like: fx.Node) -> fx.Node:
-    return _plain(call(gm, aten.slice.Tensor, value, axis, start, stop, like=like))
-
-
-def _plain(node: fx.Node) -> fx.Node:
-    annotation.clear(node)
-    return node
+    return plain(call(gm, aten.slice.Tensor, value, axis, start, stop, like=like))
 
 
 def _bias(node: fx.Node) -> Any:

@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from qfx.errors import UnsupportedError, explain
 from qfx.graph import is_call, val
 from qfx.passes import _match as m
-from qfx.passes._build import call, matched, replace
+from qfx.passes._build import call, matched, on_sizes, replace
 
 aten = torch.ops.aten
 
@@ -62,7 +62,7 @@ def _gathered(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     given = m.arguments(node)
     x, sizes, strides = given["self"], list(given["size"]), list(given["stride"])
     value, offset = val(x), given["storage_offset"]
-    start = 0 if offset is None else _apply(gm, operator.sub, offset, value.storage_offset(), node)
+    start = 0 if offset is None else on_sizes(gm, operator.sub, offset, value.storage_offset(), node)
     order = _order(value)
     if order is None or not _inside(value, sizes, strides, start):
         raise UnsupportedError(
@@ -130,14 +130,7 @@ def _texts(sizes: Sequence[Any]) -> list[str]:
 
 
 def _rows(gm: fx.GraphModule, step: Any, width: int, like: fx.Node) -> Any:
-    return step if width == 1 else _apply(gm, operator.floordiv, step, width, like)
-
-
-def _apply(gm: fx.GraphModule, operation: Any, a: Any, b: Any, like: fx.Node) -> Any:
-    """Arithmetic on sizes: a number where both are known, else a node."""
-    if isinstance(a, int) and isinstance(b, int):
-        return operation(a, b)
-    return call(gm, operation, a, b, like=like)
+    return step if width == 1 else on_sizes(gm, operator.floordiv, step, width, like)
 
 
 def _index(gm: fx.GraphModule, sizes: Sequence[Any], strides: Sequence[Any], like: fx.Node, device: Any) -> fx.Node:

@@ -20,8 +20,8 @@ from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels import experts as kernels
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.layout import UNIT_THREE, padded
-from qfx.backends.triton.library import define
-from qfx.backends.triton.products import bad, check_devices
+from qfx.backends.triton.library import bad, define
+from qfx.backends.triton.products import check_devices
 from qfx.backends.triton.weight_only import DTYPES, LANGUAGE, Weight, gemv_asm, named
 from qfx.backends.triton.weight_only_config import UNIT
 from qfx.backends.triton.weight_only_pack import pack_weight_only, stored_bits

@@ -18,8 +18,8 @@ from qfx.backends.triton.device import Device
 from qfx.backends.triton.experts import checked_ends, tiles_of
 from qfx.backends.triton.kernels.experts_float import grouped_floats as kernel
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, each_once, launch
-from qfx.backends.triton.library import define
-from qfx.backends.triton.products import bad, check_devices
+from qfx.backends.triton.library import bad, define
+from qfx.backends.triton.products import check_devices
 from qfx.backends.triton.weight_only import DTYPES, LANGUAGE
 from qfx.format import dtype_name
 

@@ -20,8 +20,8 @@ from qfx.backends.triton.device import Device
 from qfx.backends.triton.experts import checked_ends, stacked, tiles_of
 from qfx.backends.triton.kernels import experts_gemm as kernels
 from qfx.backends.triton.launch import Config, device_of, launch
-from qfx.backends.triton.library import define
-from qfx.backends.triton.products import DTYPES, aligned_rows, bad, check_devices, check_scales, constants_of, group_of
+from qfx.backends.triton.library import bad, define
+from qfx.backends.triton.products import DTYPES, aligned_rows, check_devices, check_scales, constants_of, group_of
 from qfx.backends.triton.row_codes import dense
 from qfx.format import Format
 from qfx.ops.floats import alone, of_expert

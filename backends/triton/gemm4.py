@@ -20,11 +20,10 @@ from qfx.backends.triton.gemm4_config import FEW, Problem, configuration
 from qfx.backends.triton.kernels import gemm4 as kernels
 from qfx.backends.triton.kernels.gemm8 import reduce8
 from qfx.backends.triton.launch import Config, device_of, launch
-from qfx.backends.triton.library import define
+from qfx.backends.triton.library import bad, define
 from qfx.backends.triton.products import (
     Ends,
     aligned_rows,
-    bad,
     check_devices,
     check_ends,
     check_scales,

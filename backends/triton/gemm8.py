@@ -24,11 +24,10 @@ from qfx.backends.triton.gemm8_config import Problem, configuration, heuristic
 from qfx.backends.triton.kernels import gemm8 as kernels
 from qfx.backends.triton.kernels.gemm8_described import gemm8_described
 from qfx.backends.triton.launch import Config, device_of, launch
-from qfx.backends.triton.library import define
+from qfx.backends.triton.library import bad, define
 from qfx.backends.triton.products import (
     Ends,
     aligned_rows,
-    bad,
     check_devices,
     check_ends,
     check_scales,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qfx.errors import explain
 from qfx.ops import library
 
 NAME = "qfx_triton"
@@ -29,3 +30,8 @@ def _without_gradients(kernel: Callable[..., Any]) -> Callable[..., Any]:
             return kernel(*given, **named)
 
     return run
+
+
+def bad(what: str, expected: object, found: object) -> ValueError:
+    """The error for operands that do not fit."""
+    return ValueError(explain(f"{NAME}: {what}", expected=expected, found=found))

@@ -23,12 +23,11 @@ from qfx.backends.triton.gemm4_config import FEW
 from qfx.backends.triton.kernels import mixed_rows as kernels
 from qfx.backends.triton.kernels.weight_only import sum_splits
 from qfx.backends.triton.launch import device_of, dot_dtype, launch
-from qfx.backends.triton.library import define
+from qfx.backends.triton.library import bad, define
 from qfx.backends.triton.mixed_rows_config import DEQUANTIZE, WIDTHS, Mixed, columns_at_once, configuration, of_floats
 from qfx.backends.triton.products import (
     Ends,
     aligned_rows,
-    bad,
     check_devices,
     check_ends,
     constants_of,

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qfx.backends.triton.library import bad
 from qfx.backends.triton.quantize_rows import ALIGNMENT, aligned, shift_of
 from qfx.backends.triton.row_codes import dense
-from qfx.errors import explain
 from qfx.format import Format
 
 ACTIVATIONS = ("", "gelu", "gelu_tanh", "silu")
@@ -94,11 +94,6 @@ def check_devices(device: torch.device, tensors: Sequence[Tensor | None]) -> Non
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             raise bad("tensors lie on several devices", f"all on {device}", tensor.device)
-
-
-def bad(what: str, expected: object, found: object) -> ValueError:
-    """The error for operands that do not fit."""
-    return ValueError(explain(f"qfx_triton: {what}", expected=expected, found=found))
 
 
 def product_fake(codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: list[Tensor], *given: Any) -> Tensor:

@@ -18,9 +18,8 @@ from qfx.backends.triton import row_codes
 from qfx.backends.triton.kernels import act_quantize as act_kernels
 from qfx.backends.triton.kernels import quantize_rows as kernels
 from qfx.backends.triton.launch import device_of, launch
-from qfx.backends.triton.library import define
+from qfx.backends.triton.library import bad, define
 from qfx.backends.triton.row_codes import ALIGNMENT, aligned, reason_against, shift_of
-from qfx.errors import explain
 from qfx.format import Format
 
 __all__ = ["ALIGNMENT", "aligned", "quantize_dynamic", "quantize_static", "reason_against", "shift_of"]
@@ -53,7 +52,7 @@ def quantize_static(x: Tensor, smooth: Tensor | None, scale: Tensor, zero: Tenso
     fmt = _checked(x, smooth, format, dynamic=False)
     if scale.numel() != 1 or (fmt.has_zero and (zero is None or zero.numel() != 1)):
         found = f"{scale.numel()} scales, {'no' if zero is None else zero.numel()} zero points"
-        raise _bad("one scale of the whole tensor is needed", "one value, and one zero point for u2..u8", found)
+        raise bad("one scale of the whole tensor is needed", "one value, and one zero point for u2..u8", found)
     width = aligned(x.shape[-1])
     rows, smooth = row_codes.flat(x), row_codes.dense(smooth)
     codes = _launched(rows, smooth, scale.to(torch.float32), zero, fmt, width, static=True)
@@ -121,19 +120,15 @@ def _scale_shape(x: Tensor, fmt: Format) -> tuple[int, ...]:
 def _checked(x: Tensor, smooth: Tensor | None, text: str, *, dynamic: bool) -> Format:
     fmt = Format.parse(text)
     if reason := reason_against(fmt):
-        raise _bad(f"an activation cannot be quantized here: {reason}", "see the module's formats", text)
+        raise bad(f"an activation cannot be quantized here: {reason}", "see the module's formats", text)
     if fmt.dynamic != dynamic:
         found = f"'{text}' has {'a scale found at run time' if fmt.dynamic else 'a known scale'}"
-        raise _bad("the op does not fit the format", "quantize_dynamic for the former, else quantize_static", found)
+        raise bad("the op does not fit the format", "quantize_dynamic for the former, else quantize_static", found)
     if x.dtype not in row_codes.FLOATS:
-        raise _bad("activations are floats", "float16, bfloat16 or float32", x.dtype)
+        raise bad("activations are floats", "float16, bfloat16 or float32", x.dtype)
     if smooth is not None and smooth.shape != x.shape[-1:]:
-        raise _bad("smooth does not fit", f"shape [{x.shape[-1]}]", list(smooth.shape))
+        raise bad("smooth does not fit", f"shape [{x.shape[-1]}]", list(smooth.shape))
     return fmt
-
-
-def _bad(what: str, expected: object, found: object) -> ValueError:
-    return ValueError(explain(f"qfx_triton: {what}", expected=expected, found=found))
 
 
 def _fake_static(x: Tensor, smooth: Tensor | None, scale: Tensor, zero: Tensor | None, format: str) -> Tensor:  # noqa: A002

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from rich.table import Table
 from torch import nn
 
 import qfx
+from examples.benchmarks.memory import resident
 from qfx.capture import capture_export
 from qfx.inputs import example_inputs
 from qfx.pipeline import apply_plan, prepare
@@ -51,13 +51,6 @@ def llama(layers: int, hidden: int, vocabulary: int) -> nn.Module:
     )
     model: nn.Module = LlamaForCausalLM(config).eval()
     return model
-
-
-def resident(key: str = "VmRSS") -> int:
-    """Bytes of this process in memory now, or at its peak (VmHWM). Linux only."""
-    found = re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def memory(layers: int, hidden: int, vocabulary: int, recipe: str) -> dict[str, Any]:

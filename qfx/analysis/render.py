@@ -38,10 +38,6 @@ def _table(title: str, *names: str) -> Table:
     return table
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.2e}"
-
-
 def units(found: Sensitivity, rows: int, width: int) -> list[Table]:
     """Units by their greatest loss, weights and caches apart; values are calibrated where something was measured."""
     scores = found.calibrated()
@@ -55,7 +51,7 @@ def units(found: Sensitivity, rows: int, width: int) -> list[Table]:
         table = _table(f"{what}: {found.what}, {how}, {len(most)} of {len(names)} units", "unit", *texts)
         table.columns[0].min_width = _NAME
         for name in most:
-            table.add_row(escape(name), *(_number(scores[name].get(text)) for text in texts))
+            table.add_row(escape(name), *(number(scores[name].get(text)) for text in texts))
         tables += [table] if names else []
     return tables
 
@@ -92,5 +88,10 @@ def predictions(found: Sensitivity) -> Table:
     for row in found.predictions():
         rank = "" if math.isnan(row.rank) else f"{row.rank:.2f}"
         error = "" if math.isnan(row.error) or row.count < 2 else f"x{row.error:.2f}"
-        table.add_row(row.method, row.kind, str(row.bits), str(row.count), rank, _number(row.ratio), error)
+        table.add_row(row.method, row.kind, str(row.bits), str(row.count), rank, number(row.ratio), error)
     return table
+
+
+def number(value: float | None) -> str:
+    """Three digits, nothing for what is not known."""
+    return "" if value is None or math.isnan(value) else f"{value:.2e}"

@@ -26,4 +26,4 @@ def run(console: Console, folder: Path, *, call: bool, only_float: bool, each: b
     found = report(loaded.model)
     found.show(console, all_rows=not only_float, fold=not each)
     if json_file is not None:
-        write_text(json_file, found.to_json() + "\n")
+        write_text(json_file, found.to_json())

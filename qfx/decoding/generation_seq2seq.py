@@ -226,16 +226,8 @@ class OnnxSeq2SeqLM(Generator):
 class OnnxWhisper(OnnxSeq2SeqLM, WhisperGenerationMixin):  # type: ignore[misc]
     """Whisper, whose `generate()` reads speech of any length and knows languages, tasks and times."""
 
-    def __init__(
-        self,
-        folder: Path,
-        document: dict[str, Any],
-        config: Any,
-        *,
-        threads: int | None = None,
-        session_options: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(folder, document, config, threads=threads, session_options=session_options)
+    def __init__(self, folder: Path, document: dict[str, Any], config: Any, **options: Any) -> None:
+        super().__init__(folder, document, config, **options)
         frames = self.encoder.shape("input_features")[2]
         stride = SimpleNamespace(stride=(frames // config.max_source_positions,))
         convolutions = {"conv1": SimpleNamespace(stride=(1,)), "conv2": stride}

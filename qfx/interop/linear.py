@@ -226,3 +226,10 @@ def need(tensors: Mapping[str, Tensor], fqn: str, *leaves: str) -> list[Tensor]:
             found = ", ".join(sorted(tensors))
             raise ValueError(explain(f"the checkpoint lacks '{fqn}.{leaf}'", expected=", ".join(leaves), found=found))
     return [tensors[leaf] for leaf in leaves]
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, whose weight is [in, out]."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qfx.errors import Note, explain, first_line, listed
 from qfx.interop import awq, bnb, compressed_tensors, experts, gptq
 from qfx.interop.checkpoint import Checkpoint
-from qfx.interop.linear import Decoder, Dequantized, Linear, Loss
+from qfx.interop.linear import Decoder, Dequantized, Linear, Loss, is_transposed
 from qfx.live.modules import QuantEmbedding, QuantLinear, pack_parameter, take_place
 from qfx.live.permuted import QuantPermuted
 from qfx.pipeline import told
@@ -164,7 +164,7 @@ class _Filler:
             return False
         self._lose(fqn, *found.lost)
         if isinstance(found, Dequantized):
-            weight = found.weight.t() if _is_transposed(old) else found.weight
+            weight = found.weight.t() if is_transposed(old) else found.weight
             self._parameter(f"{fqn}.weight", weight.contiguous())
             return True
         new = take_place(_quantized(found, old), old)
@@ -256,15 +256,9 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2:
         return None
-    if _is_transposed(module):
+    if is_transposed(module):
         return weight.shape[1], weight.shape[0]
     return (weight.shape[0], weight.shape[1]) if isinstance(module, nn.Linear | nn.Embedding) else None
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
 
 
 def _owner(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:

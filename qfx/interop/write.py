@@ -17,7 +17,7 @@ from qfx.errors import Note, explain, listed
 from qfx.format import Format, dtype_name
 from qfx.interop.checkpoint import CONFIG, INDEX, SINGLE
 from qfx.interop.experts import PARTS
-from qfx.interop.linear import Layout, Linear, Loss, float_weight, of_module
+from qfx.interop.linear import Layout, Linear, Loss, float_weight, is_transposed, of_module
 from qfx.interop.write_experts import Naming, routers, taken_apart
 from qfx.kv.files import left_out
 from qfx.live.mixed import QuantMixed
@@ -167,7 +167,7 @@ class _Source:
         value = value.detach()
         if not is_linear:
             return value
-        return value.t() if _is_transposed(self.plain.get_submodule(owner)) else value
+        return value.t() if is_transposed(self.plain.get_submodule(owner)) else value
 
     def _ties(self) -> dict[int, list[str]]:
         ties: dict[int, list[str]] = {}
@@ -261,14 +261,8 @@ def _float_twin(model: nn.Module) -> nn.Module:
     return made
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
-
-
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_transposed(module)
+    return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def _linears(model: nn.Module, plain: nn.Module) -> list[Linear]:
@@ -280,7 +274,7 @@ def _linears(model: nn.Module, plain: nn.Module) -> list[Linear]:
             twin = plain.get_submodule(fqn)
         except AttributeError:
             continue  # told by _Source.check
-        linear = of_module(fqn, module, head=twin is head, transposed=_is_transposed(twin))
+        linear = of_module(fqn, module, head=twin is head, transposed=is_transposed(twin))
         if linear is not None and _is_linear(twin) and not linear.format.is_plain:
             found.append(linear)
     tied = _shared_codes(model)

@@ -28,7 +28,7 @@ from qfx.kv.attend import Part, View, attend
 from qfx.kv.codes import Codes
 from qfx.kv.formats import CacheFormat
 from qfx.kv.static import full
-from qfx.kv.store import alike, write
+from qfx.kv.store import alike, cut, write
 from qfx.ops.library import UNSAFE, define
 
 FEW = 32  # new tokens for which the newest have room; more are read as floats of all places
@@ -49,7 +49,7 @@ class Memory:
         """The first `tokens` tokens."""
         sinks, stored = min(tokens, self.fmt.sinks), int(self.stored)
         rest = max(tokens - sinks - stored, 0)
-        return View(_cut(self.first, 0, sinks), self.parts, 0, stored, _cut(self.newest, 0, rest))
+        return View(cut(self.first, 0, sinks), self.parts, 0, stored, cut(self.newest, 0, rest))
 
     def append(self, k: Tensor, v: Tensor, length: int) -> None:
         """Store whole steps of what came before, then take new tokens behind the first `length`.
@@ -62,15 +62,15 @@ class Memory:
         missing = min(max(fmt.sinks - length, 0), k.shape[2])
         for to, x in zip(self.first, new, strict=True):
             to[:, :, length : length + missing] = x[:, :, :missing]
-        new = _cut(new, missing, None)
+        new = cut(new, missing, None)
         held = max(length - fmt.sinks - stored, 0)
-        before, ready = _cut(self.newest, 0, held), self._ready(held)
+        before, ready = cut(self.newest, 0, held), self._ready(held)
         if held - ready + new[0].shape[2] > self.newest[0].shape[2]:
             before = (torch.cat((before[0], new[0]), 2), torch.cat((before[1], new[1]), 2))
-            held, new = before[0].shape[2], _cut(new, 0, 0)
+            held, new = before[0].shape[2], cut(new, 0, 0)
             ready = self._ready(held)
         for part in self.parts if ready else ():
-            keys, values = (t if part.heads is None else t[:, part.heads] for t in _cut(before, 0, ready))
+            keys, values = (t if part.heads is None else t[:, part.heads] for t in cut(before, 0, ready))
             write(part, keys, values, stored)
         if ready:
             self.stored.fill_(stored + ready)
@@ -85,7 +85,7 @@ class Memory:
         if left >= int(self.stored):
             return
         whole = max(left, 0) // self.fmt.step * self.fmt.step
-        view = View(_cut(self.first, 0, 0), self.parts, whole, max(left, 0), _cut(self.newest, 0, 0))
+        view = View(cut(self.first, 0, 0), self.parts, whole, max(left, 0), cut(self.newest, 0, 0))
         for role, to in enumerate(self.newest):
             to[:, :, : len(view)] = view.dense(role)
         self.stored.fill_(whole)
@@ -190,10 +190,6 @@ def _fake_read(memory: list[Tensor], length: Tensor, spec: str) -> tuple[Tensor,
     places = json.loads(spec)["length"]
     k, v = (x.new_empty((*x.shape[:2], places, x.shape[3])) for x in memory[3:5])
     return k, v
-
-
-def _cut(pair: tuple[Tensor, Tensor], start: int, end: int | None) -> tuple[Tensor, Tensor]:
-    return pair[0][:, :, start:end], pair[1][:, :, start:end]
 
 
 define(

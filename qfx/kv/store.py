@@ -133,10 +133,10 @@ class Store:
         """Fill the sinks, then store whole steps of what is left. own: nobody else has `rest`."""
         missing = self.fmt.sinks - self.first[0].shape[2]
         if missing > 0 and not self.stored:
-            self.first = _kept(_joined(self.first, _cut(rest, 0, missing)))
-            rest = _cut(rest, missing, None)
+            self.first = _kept(_joined(self.first, cut(rest, 0, missing)))
+            rest = cut(rest, missing, None)
         ready = self._store(rest)
-        left = _cut(rest, ready, None)
+        left = cut(rest, ready, None)
         if ready == rest[0].shape[2]:
             left = self.empty
         elif not own or 2 * left[0].shape[2] < rest[0].shape[2]:
@@ -147,7 +147,7 @@ class Store:
         """Store whole steps of what is beyond the residual, and return how many tokens."""
         ready = max(rest[0].shape[2] - self.fmt.residual, 0) // self.step * self.step
         for part in self.parts if ready else ():
-            keys, values = (t if part.heads is None else t[:, part.heads] for t in _cut(rest, 0, ready))
+            keys, values = (t if part.heads is None else t[:, part.heads] for t in cut(rest, 0, ready))
             write(part, keys.detach(), values.detach(), self.stored)
         self.stored += ready
         return ready
@@ -226,12 +226,13 @@ def _joined(a: Pair, b: Pair) -> Pair:
     return torch.cat((a[0], b[0]), 2), torch.cat((a[1], b[1]), 2)
 
 
-def _cut(pair: Pair, start: int, end: int | None) -> Pair:
+def cut(pair: Pair, start: int, end: int | None) -> Pair:
+    """Tokens `start` to `end` of keys and values."""
     return pair[0][:, :, start:end], pair[1][:, :, start:end]
 
 
 def _none(pair: Pair) -> Pair:
-    return _cut(pair, 0, 0)
+    return cut(pair, 0, 0)
 
 
 def _kept(pair: Pair) -> Pair:

@@ -21,6 +21,7 @@ class QuantMixed(PackedModule):
     divides it first, and before that rotation (block, seed) rotates it.
     """
 
+    bias: nn.Parameter | None
     x_scale: Tensor | None
     x_zero: Tensor | None
     smooth: Tensor | None
@@ -49,13 +50,7 @@ class QuantMixed(PackedModule):
         self.nf = self.out_features  # Conv1D's name for it
         for number, part in enumerate(packed):
             self._hold(stem_of(axis, number), part)
-        self.register_buffer("x_scale", x_scale)
-        self.register_buffer("x_zero", x_zero)
-        self.register_buffer("smooth", smooth)
-        if bias is None:
-            self.register_parameter("bias", None)
-        else:
-            self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+        self._hold_operands(bias, x_scale, x_zero, smooth)
 
     @property
     def weight(self) -> Tensor:

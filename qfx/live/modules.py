@@ -41,6 +41,16 @@ class PackedModule(nn.Module):
         for leaf, tensor in (("codes", packed.data), ("scale", packed.scale), ("zero", packed.zero)):
             self.register_buffer(f"{stem}_{leaf}", tensor)
 
+    def _hold_operands(
+        self, bias: Tensor | None, x_scale: Tensor | None, x_zero: Tensor | None, smooth: Tensor | None
+    ) -> None:
+        """What a linear reads beside its weight and its input."""
+        for leaf, tensor in (("x_scale", x_scale), ("x_zero", x_zero), ("smooth", smooth)):
+            self.register_buffer(leaf, tensor)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Keep scales and codes in their own types when the model is cast: only the activations' dtype changes."""
         kept = {name: (b, b.dtype) for name, b in self._buffers.items() if b is not None}
@@ -103,6 +113,8 @@ class QuantLinear(_Quantized):
     low: float factors [r, in_features] and [out_features, r] of a part of W that is not packed.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         packed: Packed,
@@ -124,13 +136,7 @@ class QuantLinear(_Quantized):
         self.rotation = rotation
         self.out_features, self.in_features = packed.shape
         self.nf = self.out_features  # Conv1D's name for it
-        self.register_buffer("x_scale", x_scale)
-        self.register_buffer("x_zero", x_zero)
-        self.register_buffer("smooth", smooth)
-        if bias is None:
-            self.register_parameter("bias", None)
-        else:
-            self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+        self._hold_operands(bias, x_scale, x_zero, smooth)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x.dtype."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qfx.analysis.render import number
 from qfx.errors import explain
 from qfx.format import Format
 from qfx.pictures import charts, grids
 from qfx.pictures.page import Listing, Page, Picture
-from qfx.pictures.report import number
 from qfx.plan import Plan
 
 _FORMAT_ROWS = 12

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from qfx.analysis.render import number
 from qfx.analysis.sensitivity import Sensitivity
 from qfx.analysis.units import Unit
 from qfx.format import Format
@@ -91,11 +92,6 @@ def _predicted(found: Sensitivity, pairs: list[charts.Pair]) -> Picture:
     )
     made = charts.predicted(pairs, what="loss", title=f"{found.methods[0]} against measurement")
     return Picture("predicted", "Predicted against measured", caption, made)
-
-
-def number(value: float | None) -> str:
-    """Three digits, nothing for what is not known."""
-    return "" if value is None or math.isnan(value) else f"{value:.2e}"
 
 
 def _units(found: Sensitivity, units: Sequence[Unit]) -> Listing:

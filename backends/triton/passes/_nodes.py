@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx
 
 import qfx.backends.triton.quantize_rows  # noqa: F401  (registers the ops)
-from qfx import annotation, graph
+from qfx import graph
 from qfx.backends.triton import row_codes
 from qfx.format import Format
 from qfx.graph import is_call
-from qfx.passes._build import call
+from qfx.passes._build import call, plain
 from qfx.passes._match import arguments, known
 
 _COMPUTES = "qfx_triton_computes"
@@ -102,12 +102,6 @@ def take(gm: fx.GraphModule, old: fx.Node, fused: fx.Node, index: int) -> None:
     with gm.graph.inserting_after(fused):
         part = plain(call(gm, operator.getitem, fused, index, like=old))
     old.replace_all_uses_with(part)
-
-
-def plain(node: fx.Node) -> fx.Node:
-    """The node without the annotation of that which it was made like."""
-    annotation.clear(node)
-    return node
 
 
 def computed(node: fx.Node) -> tuple[str, ...]:

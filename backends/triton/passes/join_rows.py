@@ -27,12 +27,12 @@ from torch import Tensor, fx
 from qfx import graph
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.mixed_rows import Piece, pack_mixed, reason_against
-from qfx.backends.triton.passes._nodes import bring_before, computed, note_computed, plain
+from qfx.backends.triton.passes._nodes import bring_before, computed, note_computed
 from qfx.backends.triton.rules_linear import DTYPES, quantized
 from qfx.backends.triton.site import Site, once
 from qfx.graph import is_call
 from qfx.passes import _match as m
-from qfx.passes._build import call, matched, take_place
+from qfx.passes._build import call, matched, plain, take_place
 
 _aten = torch.ops.aten
 _OPS = torch.ops.qfx_triton

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, fx
 
 from qfx import graph
-from qfx.backends.triton.passes._nodes import bring_before, note_computed, plain, same
+from qfx.backends.triton.passes._nodes import bring_before, note_computed, same
 from qfx.format import Format
 from qfx.graph import is_call
 from qfx.passes import _match as m
-from qfx.passes._build import call, matched, take_place
+from qfx.passes._build import call, matched, plain, take_place
 
 aten = torch.ops.aten
 _ALIKE = ("x_scale", "x_zero", "smooth", "x_format", "w_format")

@@ -47,7 +47,7 @@ def test_linear(fmt: str, x_format: str) -> None:
     assert module.w_format == fmt and module.x_format == x_format
     assert (module.in_features, module.out_features, module.nf) == (8, 5, 5)
     assert f"w={fmt}" in repr(module) and (f"x={x_format}" in repr(module)) == bool(x_format)
-    assert list(module.parameters()) and not module.bias.requires_grad
+    assert [p.requires_grad for p in module.parameters()] == [False]
     row = module.qfx_row("layer")
     assert (row.node, row.op, row.elements, row.bytes_before) == ("layer", "linear", 40, 160)
     assert row.asked == (f"x={x_format} w={fmt}" if x_format else f"w={fmt}")
