@@ -89,10 +89,10 @@ def number(value: Any) -> float | None:
     return None
 
 
-def is_number(value: Any, expected: float, tolerance: float = 1e-6) -> bool:
-    """Is it this constant, to a relative tolerance?"""
+def is_number(value: Any, expected: float) -> bool:
+    """Is it this constant, to one part in a million?"""
     found = number(value)
-    return found is not None and math.isclose(found, expected, rel_tol=tolerance, abs_tol=0.0)
+    return found is not None and math.isclose(found, expected, rel_tol=1e-6, abs_tol=0.0)
 
 
 def plain_binary(node: Any, *targets: Any) -> bool:

@@ -166,15 +166,14 @@ class Point:
 
 
 def crossover(
-    costs: Costs, formats: Asked | None, device: Device, *, against: Asked | None = None, cache: CacheFormats = None,
-    against_cache: CacheFormats = None, batches: Sequence[int] = BATCHES, contexts: Sequence[int] = CONTEXTS,
-    **sizes: int,
+    costs: Costs, formats: Asked | None, device: Device, *, cache: CacheFormats = None,
+    batches: Sequence[int] = BATCHES, contexts: Sequence[int] = CONTEXTS, **sizes: int,
 ) -> list[Point]:  # fmt: skip
-    """Where a plan is faster than another (than the floats, where `against` is left out), phase by phase.
+    """Where a plan is faster than the floats, phase by phase.
 
     decode at each batch and context; prefill at each batch, with a prompt as long as the context.
     """
-    mine, other = Roofline(costs, formats, device, cache), Roofline(costs, against, device, against_cache)
+    mine, other = Roofline(costs, formats, device, cache), Roofline(costs, None, device, None)
     found = []
     for name in ("prefill", "decode") if costs.caches else ("prefill",):
         for context in contexts:

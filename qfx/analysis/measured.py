@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +20,11 @@ from qfx.analysis.caches import Cache, CachedProgram
 from qfx.analysis.units import Unit
 from qfx.analysis.units import units as find_units
 from qfx.analysis.weights import Assignment, Weights
-from qfx.calibration.importance import Importance
 from qfx.data import telling
 from qfx.errors import explain
 from qfx.format import Format
 from qfx.rounding.blocks import Cut, cuts
 from qfx.rounding.lanes import Env, Lane, Program
-from qfx.storage.spill import Spill
 
 _ELEMENTS = 1 << 22  # logits that are compared at once
 
@@ -36,9 +33,8 @@ class Measure:
     """Runs a prepared graph on batches with any assignment of formats to its units.
 
     gm: prepared; its weights are the float ones. batches: its inputs in placeholder order, each. units: those that may
-    have formats (None: all, by heads). tensors: scales of static inputs, as plans hold them. rounding, importance: how
-    weights are rounded, see `Weights`. outputs: names of the graph's outputs, as `Captured.outputs`. memory: bytes of
-    values between two layers that are held, the rest goes to a temporary file; None: no limit.
+    have formats (None: all, by heads). tensors: scales of static inputs, as plans hold them. rounding: how weights are
+    rounded, see `Weights`. outputs: names of the graph's outputs, as `Captured.outputs`.
 
     Inputs of linears are rounded where the graph's annotations ask for it, whether their weight has a format or not:
     `kld({})` tells what that alone costs, and is 0 for weights alone. Raises ValueError for batches that do not fit,
@@ -48,7 +44,7 @@ class Measure:
     def __init__(
         self, gm: fx.GraphModule, batches: Sequence[Sequence[Any]], *, units: Sequence[Unit] | None = None,
         caches: Sequence[Cache] = (), tensors: Mapping[str, Tensor] | None = None, rounding: str = "mse",
-        importance: Mapping[str, Importance] | None = None, outputs: Sequence[str] = (), memory: int | None = None,
+        outputs: Sequence[str] = (),
     ) -> None:  # fmt: skip
         if not batches:
             raise ValueError("there is nothing to measure on: no batch was given")
@@ -57,7 +53,7 @@ class Measure:
         self.units: list[Unit] = list(find_units(gm)[0] if units is None else units)
         self.caches = {cache.unit.name: cache for cache in caches}
         self.program.kept = {cache.node: cache.kept for cache in caches if cache.kept is not None}
-        self.weights = Weights(gm, self.units, rounding=rounding, importance=importance)
+        self.weights = Weights(gm, self.units, rounding=rounding)
         self.output, self.main = main_output(gm, outputs)
         self.is_kld = self.output == "logits"
         self.what = what_of(self.output)
@@ -66,7 +62,6 @@ class Measure:
         self.evaluations = 0
         self._cuts = cuts(self.program)
         self._cut_of = _first_cuts(self.weights, self.caches, self.program, self._cuts)
-        self._memory, self._spill = memory, None if memory is None else Spill(Path.cwd())
         floating: Assignment = {}
         self._anchors = [(floating, self._borders(floating, rounded=self.rounded))]
         self._kept = [positions(self.program, batch) for batch in batches]
@@ -143,7 +138,7 @@ class Measure:
 
     def _borders(self, assignment: Assignment, *, rounded: bool) -> list[list[Env]]:
         """The values before each block, and at the end, of every batch."""
-        lane = Lane(self.program, self.batches, rounded=rounded, memory=self._memory)
+        lane = Lane(self.program, self.batches, rounded=rounded)
         lane.weights = self._place(assignment)
         found = []
         for cut in self._cuts:
@@ -168,8 +163,8 @@ class Measure:
                     next_step="look for a failed load, an overflow in half precision or bad data before quantizing",
                 )
             )
-        value = value.float().log_softmax(-1) if self.is_kld else value.detach().clone()
-        return value if self._spill is None else self._spill.keep(value)
+        found: Tensor = value.float().log_softmax(-1) if self.is_kld else value.detach().clone()
+        return found
 
 
 def main_output(gm: fx.GraphModule, names: Sequence[str]) -> tuple[str, fx.Node]:

@@ -67,8 +67,8 @@ class _Sums:
 class Patterns:
     """Collects what heads attend to; `watch` is for `qfx.analysis.gradients.gather`."""
 
-    def __init__(self, attentions: Sequence[Attention], deviations: float = _DEVIATIONS) -> None:
-        self.attentions, self.deviations = {a.node: a for a in attentions}, deviations
+    def __init__(self, attentions: Sequence[Attention]) -> None:
+        self.attentions = {a.node: a for a in attentions}
         self._sums: dict[fx.Node, _Sums] = {}
 
     def watch(self, node: fx.Node, given: Mapping[str, Any]) -> None:
@@ -87,7 +87,7 @@ class Patterns:
         kept = torch.isfinite(scores)
         values = scores[kept]
         if values.numel():
-            limit = values.mean() + self.deviations * values.std(correction=0)
+            limit = values.mean() + _DEVIATIONS * values.std(correction=0)
             sums.above = sums.above + (kept & (scores > limit)).sum((0, 2, 3)).double()
             sums.seen += values.numel() // scores.shape[1]
 

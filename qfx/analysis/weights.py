@@ -11,7 +11,6 @@ from torch import Tensor, fx
 from qfx import graph
 from qfx.analysis.units import Unit, by_weight
 from qfx.annotation import Columns, Formats
-from qfx.calibration.importance import Importance
 from qfx.errors import explain, nearest
 from qfx.format import Format
 from qfx.live.segments import Segment, along, segments, stands_alone, take
@@ -32,14 +31,11 @@ class Weights:
     """Rounds the weights of a prepared graph.
 
     units: parts of weights, those of one weight covering it. rounding: "rtn", "mse" or "hqq" (see
-    `qfx.rounding.nearest`). importance: FQN -> what errors in each input channel cost, for "mse".
+    `qfx.rounding.nearest`).
     """
 
-    def __init__(
-        self, gm: fx.GraphModule, units: Iterable[Unit], *, rounding: str = "mse",
-        importance: Mapping[str, Importance] | None = None,
-    ) -> None:  # fmt: skip
-        self.gm, self.rounding, self.importance = gm, rounding, importance or {}
+    def __init__(self, gm: fx.GraphModule, units: Iterable[Unit], *, rounding: str = "mse") -> None:
+        self.gm, self.rounding = gm, rounding
         self.units = {unit.name: unit for unit in units}
         self.of = by_weight(self.units.values())
         self.readers = _readers(gm, self.of)
@@ -78,11 +74,9 @@ class Weights:
         value = weight_value(self.gm, operand)
         part = value if unit.axis is None else take(value, segment, unit.axis)
         if rows is None:
-            return part.to(torch.float32), self._round(unit.fqn, operand, part, segment, unit.axis)
+            return part.to(torch.float32), self._round(unit.fqn, operand, part, segment)
         part = part[rows].to(torch.float32)
-        own = self._importance(unit.fqn, segment if unit.axis == 1 else None)
-        packed = round_in_parts(part, fmt, self.rounding, name=unit.fqn, importance=own)
-        return part, packed.dequantize()
+        return part, round_in_parts(part, fmt, self.rounding, name=unit.fqn).dequantize()
 
     def check_finite(self) -> None:
         """Raises ValueError for NaN or Inf in a weight, naming it."""
@@ -97,11 +91,11 @@ class Weights:
         value = weight_value(self.gm, operand)
         own = self.of[fqn]
         if own[0].axis is None:
-            made = self._round(fqn, operand, value, Segment(formats[0], ((0, 0),)), None).to(value.dtype)
+            made = self._round(fqn, operand, value, Segment(formats[0], ((0, 0),))).to(value.dtype)
         else:
             made = torch.empty_like(value, memory_format=torch.contiguous_format)
             for segment in _pieces(formats, own, value.shape):
-                part = self._round(fqn, operand, take(value, segment, own[0].axis), segment, own[0].axis)
+                part = self._round(fqn, operand, take(value, segment, own[0].axis), segment)
                 at = 0
                 for start, stop in segment.ranges:
                     made.narrow(own[0].axis, start, stop - start).copy_(part.narrow(own[0].axis, at, stop - start))
@@ -109,19 +103,14 @@ class Weights:
         self._latest[fqn, operand] = (formats, made)
         return made
 
-    def _round(self, fqn: str, operand: fx.Node, value: Tensor, segment: Segment, axis: int | None) -> Tensor:
+    def _round(self, fqn: str, operand: fx.Node, value: Tensor, segment: Segment) -> Tensor:
         """The part of a weight in a segment's format, back in f32."""
         if segment.format == FLOAT:
             return value.to(torch.float32)
         key = (fqn, operand, segment.format, segment.ranges)
         if key not in self._packed:
-            importance = self._importance(fqn, segment if axis == 1 else None)
-            self._packed[key] = round_in_parts(value, segment.format, self.rounding, name=fqn, importance=importance)
+            self._packed[key] = round_in_parts(value, segment.format, self.rounding, name=fqn)
         return dequantize_in_parts(self._packed[key], torch.float32)
-
-    def _importance(self, fqn: str, columns: Segment | None) -> Importance | None:
-        found = self.importance.get(fqn)
-        return found if found is None or columns is None else found.columns(columns.ranges)
 
 
 def rounding_of(recipe: Recipe | None) -> str:

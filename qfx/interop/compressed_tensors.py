@@ -235,7 +235,7 @@ def _decode(
         codes, zero = _packed_codes(fqn, tensors, shape, fmt, schemes)
     else:
         codes, zero = _plain_codes(fqn, tensors, shape, fmt)
-    columns, lost = None, _not_read(fqn, tensors, group)
+    columns, lost = None, _not_read(tensors, group)
     if "weight_g_idx" in tensors and fmt.group:
         columns = _columns(fqn, tensors["weight_g_idx"], shape[1], fmt.group)
         codes = codes if columns is None else codes[:, columns].contiguous()
@@ -320,7 +320,7 @@ def _inputs(tensors: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str
     return found
 
 
-def _not_read(fqn: str, tensors: Mapping[str, Tensor], group: Mapping[str, Any]) -> tuple[Loss, ...]:
+def _not_read(tensors: Mapping[str, Tensor], group: Mapping[str, Any]) -> tuple[Loss, ...]:
     args, lost = group.get("input_activations"), []
     x = input_format(args)
     if x is None:

@@ -118,7 +118,7 @@ def _encode(linear: Linear, version: str) -> dict[str, Tensor]:
     if linear.columns is not None:  # stored sorted by group; the file has the columns in their own order
         back = torch.argsort(linear.columns)
         codes, groups = codes[:, back], groups[back.cpu()]
-    zero = less_one(zero, bits) if version == "gptq" else zero
+    zero = less_one(zero) if version == "gptq" else zero
     return {
         "qweight": pack_words(codes, bits).t().contiguous(),
         "qzeros": pack_words(zero.t().contiguous(), bits),

@@ -52,7 +52,7 @@ def unpack_padded_words(words: Tensor, bits: int, count: int) -> Tensor:
     return codes.flatten(1)[:, :count].to(torch.uint8)
 
 
-def less_one(zeros: Tensor, bits: int) -> Tensor:
+def less_one(zeros: Tensor) -> Tensor:
     """Zero points as the first version of GPTQ's layout stores them: z - 1 (uint8; z is at least 1)."""
     assert int(zeros.min()) >= 1, "a zero point of 0 has no form there"
     return zeros - 1

@@ -166,7 +166,7 @@ def _block(q: Tensor, view: View, mask: Tensor | None, scale: float) -> Tensor:
     out = native.attend(q, view, mask, scale)
     if out is not None:
         return out
-    for part, of in _of_parts(view, q.shape[1]):
+    for part, of in _of_parts(view):
         s = _scores(q if of is None else q[:, of], view, part, of, scale)
         if mask is not None:
             _masked(s, mask if of is None or mask.dim() < 5 or mask.shape[1] == 1 else mask[:, of])
@@ -184,7 +184,7 @@ def scores(q: Tensor, view: View) -> Tensor:
     groups = view.rest[0].shape[1]
     q5 = q.reshape(q.shape[0], groups, -1, *q.shape[2:])
     out = q.new_empty((*q5.shape[:-1], len(view)))
-    for part, of in _of_parts(view, groups):
+    for part, of in _of_parts(view):
         found = _scores(q5 if of is None else q5[:, of], view, part, of, 1.0)
         out[:, slice(None) if of is None else of] = found.to(out.dtype)
     return out.reshape(*q.shape[:-1], len(view))
@@ -195,13 +195,13 @@ def weighted(p: Tensor, view: View) -> Tensor:
     groups = view.rest[1].shape[1]
     p5 = p.reshape(p.shape[0], groups, -1, *p.shape[2:])
     out = p.new_empty((*p5.shape[:-1], view.rest[1].shape[-1]))
-    for part, of in _of_parts(view, groups):
+    for part, of in _of_parts(view):
         found = _weighted(p5.float() if of is None else p5[:, of].float(), view, part, of)
         out[:, slice(None) if of is None else of] = found.to(out.dtype)
     return out.reshape(*p.shape[:-1], -1)
 
 
-def _of_parts(view: View, groups: int) -> Iterator[tuple[Part | None, Tensor | None]]:
+def _of_parts(view: View) -> Iterator[tuple[Part | None, Tensor | None]]:
     """Each part with the numbers of its heads; one without codes where nothing is stored."""
     if view.end == view.start:
         yield None, None

@@ -85,9 +85,10 @@ class Cached:
         """Bytes of a context of so many tokens (int or sympy expression); a window keeps its newest ones."""
         return self.format.nbytes(self.layer.heads, self.layer.widths, self._kept(tokens), batch=batch, dtype=dtype)
 
-    def float_bytes(self, tokens: Any, *, batch: int = 1, itemsize: int = 2) -> Any:
-        """The same without a format."""
-        return batch * self._kept(tokens) * self.layer.heads * sum(self.layer.widths) * itemsize
+    @property
+    def float_token_bytes(self) -> int:
+        """Bytes of a token in 16 bits."""
+        return self.layer.heads * sum(self.layer.widths) * 2
 
     @property
     def token_bytes(self) -> Fraction:

@@ -7,7 +7,7 @@ T = floor((memory / batch - held) / rate)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class CacheSummary:
         """One for each layer, those of self-attention first."""
         return tuple(
             CacheRow(
-                one.layer.fqn, str(one.format), one.layer.heads, float(one.token_bytes), one.float_bytes(1),
+                one.layer.fqn, str(one.format), one.layer.heads, float(one.token_bytes), one.float_token_bytes,
                 one.layer.window, one.layer.cross,
             )
             for one in self.caches
@@ -115,14 +115,10 @@ class CacheSummary:
         return total
 
 
-def summary(model: nn.Module | Mapping[str, Any], dtype: torch.dtype | None = None) -> CacheSummary | None:
-    """Of a live model, or of the caches of a plan with the dtype of its model; None where there are none."""
-    caches = caches_of(model) if isinstance(model, nn.Module) else model
-    if not caches:
-        return None
-    if dtype is None:
-        dtype = dtype_of(model) if isinstance(model, nn.Module) else torch.float32
-    return CacheSummary(tuple(read(caches)), dtype)
+def summary(model: nn.Module) -> CacheSummary | None:
+    """Of a live model; None where it has no quantized cache."""
+    caches = caches_of(model)
+    return CacheSummary(tuple(read(caches)), dtype_of(model)) if caches else None
 
 
 def named(rows: Sequence[CacheRow]) -> list[tuple[str, Sequence[CacheRow]]]:

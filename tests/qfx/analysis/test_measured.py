@@ -144,13 +144,6 @@ def test_inputs_are_rounded_where_annotations_ask_for_it() -> None:
     assert measured.kld(linears) == pytest.approx(wanted, rel=0.05)
 
 
-def test_values_may_lie_in_a_file() -> None:
-    plain, _, _ = of()
-    spilled, _, _ = of(memory=0)
-    assignment = {unit.name: U4 for unit in plain.units}
-    assert spilled.kld(assignment) == plain.kld(assignment)
-
-
 def test_bad_input() -> None:
     model, batches = causal()
     gm, flat, found = captured(model, batches)

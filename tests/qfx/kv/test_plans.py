@@ -112,6 +112,6 @@ def test_a_window_keeps_its_newest_tokens(tokens: int) -> None:
     layer = CacheLayer("a", 0, 2, (32, 16), window=16)
     one = Cached(layer, CacheFormat.from_json({"k": "i8", "v": "i4", "residual": 0, "sinks": 0}))
     assert one.nbytes(tokens) == one.format.nbytes(2, (32, 16), min(tokens, 16))
-    assert one.float_bytes(tokens) == min(tokens, 16) * 2 * 48 * 2
+    assert one.float_token_bytes == 2 * 48 * 2
     symbol = sympy.Symbol("T", integer=True, positive=True)
     assert one.nbytes(symbol).subs(symbol, tokens) == one.nbytes(tokens)
