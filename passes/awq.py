@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from qfx import annotation, graph
-from qfx.calibration.observers import Observer, Sample
+from qfx.calibration.observers import Observer
+from qfx.calibration.sample import Sample
 from qfx.passes import _sites as sites
 from qfx.passes._sites import Weight
 from qfx.passes.smooth import Layer, Tie

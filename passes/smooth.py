@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 
 from qfx import annotation, graph
 from qfx.calibration.importance import Importance
-from qfx.calibration.observers import Observer, Sample, create
+from qfx.calibration.observers import Observer, create
+from qfx.calibration.sample import Sample
 from qfx.errors import Note
 from qfx.format import Format
 from qfx.numerics import fake_quantize, range_qparams

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from qfx import graph
-from qfx.calibration.observers import Observer, Sample
+from qfx.calibration.observers import Observer
 from qfx.calibration.padding import Attended
+from qfx.calibration.sample import Sample
 from qfx.errors import Note
 from qfx.format import Format
 from qfx.numerics import fake_quantize

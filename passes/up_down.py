@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from qfx.calibration.observers import Sample
+from qfx.calibration.sample import Sample
 from qfx.errors import Note
 from qfx.graph import is_call
 from qfx.passes import _channels as channels

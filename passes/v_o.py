@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qfx import graph
-from qfx.calibration.observers import Sample
+from qfx.calibration.sample import Sample
 from qfx.errors import Note
 from qfx.passes import _channels as channels
 from qfx.passes import _match as m

@@ -48,7 +48,6 @@ KINDS: tuple[str, ...] = tuple(ROLES)
 REWRITES: tuple[str, ...] = combine.ORDER
 DATA_ROUNDINGS: tuple[str, ...] = ("gptq", "learned")  # round by what each layer reads
 DATA_REWRITES: tuple[str, ...] = ("awq", "smooth", "smooth-k", "v-o", "up-down")  # choose their factors by data
-OBSERVERS: tuple[str, ...] = ("absmax", "minmax", "ema", "percentile", "mse", "entropy")
 NONE = "none"
 CACHE = "cache"  # the op kind; `cache:<name>` are those of some attentions
 

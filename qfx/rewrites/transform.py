@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from qfx import annotation, graph, run
-from qfx.calibration.observers import Sample
+from qfx.calibration.sample import Sample
 from qfx.errors import Note
 from qfx.format import Format
 from qfx.kv.plans import read

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qfx import annotation, graph
-from qfx.calibration.observers import MinMax, Sample
+from qfx.calibration.observers import MinMax
+from qfx.calibration.sample import Sample
 from qfx.format import Format
 from qfx.numerics import fake_quantize
 from qfx.passes import smooth

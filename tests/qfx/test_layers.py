@@ -41,7 +41,7 @@ LAYERS = (
     calibration: positions
     """,
     """
-    calibration: observers moments
+    calibration: observers sample moments
     inputs data
     hf: hub
     storage: streamed

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import qfx
 from qfx.calibration.clipping import Errors
-from qfx.calibration.observers import MinMax, Sample
+from qfx.calibration.observers import MinMax
 from qfx.calibration.padding import attended, in_positions, without
+from qfx.calibration.sample import Sample
 from qfx.format import Format
 
 B, T, K = 3, 5, 4
