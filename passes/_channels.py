@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qfx.graph import get_tensor, is_call, val
+from qfx.graph import get_tensor, is_call, schema_name, val
 from qfx.passes import _match as m
 from qfx.passes._sites import reads_size
 
@@ -72,6 +72,15 @@ def numbered(value: fx.Node, dims: tuple[int, ...]) -> Tensor | None:
     shape = [size if i in {d % len(sizes) for d in dims} else 1 for i, size in enumerate(sizes)]
     count = torch.Size(shape).numel()
     return torch.arange(count, dtype=torch.int32).reshape(shape).expand(sizes)
+
+
+def one_linear(value: fx.Node, numbers: Tensor) -> tuple[fx.Node, list[int] | None] | None:
+    """The linear that alone reads a value whose channels have these numbers, and the number at each of its columns,
+    None where that cannot be followed."""
+    found, ends = flow(value, numbers)
+    if len(ends) != 1 or schema_name(ends[0][0]) != "aten::linear" or ends[0][0].args[0] is not ends[0][1]:
+        return None
+    return ends[0][0], along(found[ends[0][1]], -1)
 
 
 def flow(value: fx.Node, numbers: Tensor) -> tuple[dict[fx.Node, Tensor], list[tuple[fx.Node, fx.Node]]]:

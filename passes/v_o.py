@@ -87,13 +87,13 @@ def _output(node: fx.Node) -> fx.Node | str:
     numbers = channels.numbered(node, (-3, -1))
     if numbers is None or numbers.dim() != 4:
         return "the number of heads is not fixed"
-    found, ends = channels.flow(node, numbers)
-    if len(ends) != 1 or graph.schema_name(ends[0][0]) != "aten::linear" or ends[0][0].args[0] is not ends[0][1]:
+    reader = channels.one_linear(node, numbers)
+    if reader is None:
         return "its result is not read by one linear alone"
-    columns = channels.along(found[ends[0][1]], -1)
+    linear, columns = reader
     if columns != list(range(numbers.shape[-3] * numbers.shape[-1])):
         return "the output projection does not read the heads side by side"
-    return ends[0][0]
+    return linear
 
 
 def _rows(v: fx.Node, value: fx.Node, attention: fx.Node) -> list[list[int]] | str:

@@ -174,6 +174,11 @@ class Format:
         return -self.qmax if self.is_float or self.bits == 8 else -self.qmax - 1
 
     @property
+    def reach(self) -> int:
+        """The greatest |code - zero point| of an integer type."""
+        return self.qmax if self.has_zero else -self.qmin
+
+    @property
     def group(self) -> int | None:
         """N of `gN`, else None."""
         return int(self.granularity[1:]) if self.granularity.startswith("g") else None

@@ -58,7 +58,7 @@ def reason_against(x_format: str, w_format: str, k: int = 1) -> str | None:
     if wf.is_integer:
         if wf.granularity not in ("", "ch"):
             return f"'{w_format}': integer products take weights with a scale for the tensor or per channel"
-        if k * _reach(xf) * _reach(wf) >= 2**31:
+        if k * xf.reach * wf.reach >= 2**31:
             return f"sums over {k} products of '{x_format}' and '{w_format}' pass 32 bits"
         return None
     for fmt in (xf, wf):
@@ -193,10 +193,6 @@ def _product(rows: Tensor, w: Tensor) -> Tensor:
     a, b = rows.view(torch.float8_e4m3fn), w.view(torch.float8_e4m3fn)
     product: Tensor = torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
     return product
-
-
-def _reach(fmt: Format) -> int:
-    return fmt.qmax if fmt.has_zero else -fmt.qmin
 
 
 def _check(

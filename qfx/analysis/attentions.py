@@ -146,16 +146,16 @@ def _output(node: fx.Node) -> Projection | str:
     numbers = channels.numbered(node, (-3, -1))
     if numbers is None or numbers.dim() < 3:
         return "its sizes are not known"
-    found, ends = channels.flow(node, numbers)
-    if len(ends) != 1 or graph.schema_name(ends[0][0]) != "aten::linear" or ends[0][0].args[0] is not ends[0][1]:
+    reader = channels.one_linear(node, numbers)
+    if reader is None:
         return "its result is not read by one linear alone"
-    columns = channels.along(found[ends[0][1]], -1)
+    linear, columns = reader
     if columns is None:
         return "the output projection reads it in an order that cannot be followed"
     width = numbers.shape[-1]
     place = {number: column for column, number in enumerate(columns)}
     heads = [torch.tensor([place[h * width + c] for c in range(width)]) for h in range(numbers.shape[-3])]
-    return _projection(ends[0][0], heads, len(columns))
+    return _projection(linear, heads, len(columns))
 
 
 def _projection(linear: fx.Node, heads: list[Tensor], size: int) -> Projection | str:

@@ -15,6 +15,9 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Samples run at once.")]
 SeqLen = Annotated[
     int | None, typer.Option(min=1, help="Tokens a sample; left out: what the model takes, at most 512.")
 ]
+Samples = Annotated[int | None, typer.Option(min=1, help="Calibration samples; left out: the recipe's.")]
+TextSamples = Annotated[int | None, typer.Option(min=1, help="Samples of the text; left out: 64.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail where a node cannot have what was asked.")]
 Seed = Annotated[int, typer.Option(help="Which parts of the text are taken.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")]

@@ -202,7 +202,7 @@ def _integer_linear(
 def _accumulate(qx: Tensor, zx: Tensor | None, xf: Format, qw: Tensor, zw: Tensor | None, wf: Format) -> Tensor:
     """Exact integer sums [M, N]. int32 while the greatest possible sum fits, else f64 (exact to 2^53)."""
     k = qx.shape[-1]
-    if k * _reach(xf) * _reach(wf) >= 2**31:
+    if k * xf.reach * wf.reach >= 2**31:
         a, b = _centred(qx, zx, torch.float64), _centred(qw, zw, torch.float64)
         return a @ b.t()
     a, a0 = _as_int8(qx, zx, xf)
@@ -215,11 +215,6 @@ def _accumulate(qx: Tensor, zx: Tensor | None, xf: Format, qw: Tensor, zw: Tenso
     if a0 is not None and b0 is not None:
         acc = acc + k * a0.reshape(-1, 1) * b0.reshape(1, -1)
     return acc
-
-
-def _reach(fmt: Format) -> int:
-    """The greatest |code - zero point|."""
-    return fmt.qmax if fmt.has_zero else -fmt.qmin
 
 
 def _as_int8(codes: Tensor, zero: Tensor | None, fmt: Format) -> tuple[Tensor, Tensor | None]:
