@@ -105,3 +105,11 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_cache_on_di
     folder = tmp_path / "cache"
     monkeypatch.setenv("QFX_CACHE_DIR", str(folder))
     return folder
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled before and after the test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 import qfx
 
 VOCAB, WIDTH = 24, 32
-Rules = list[dict[str, Any]]
 
 
 class Net(nn.Module):

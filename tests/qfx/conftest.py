@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 
 import qfx.compile
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    """Nothing compiled before and after the test."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @dataclass

@@ -6,7 +6,6 @@ Each figure that a bound is about is printed (`pytest -s`), so that the bound ca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 Batches = list[dict[str, Any]]
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,11 +18,7 @@ NAMES = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for 
 STATIC = ("bert", "gpt2", "llama", "gemma3", "mixtral", "t5", "bart", "vit", "whisper", "clip")
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def parity(found: Quantized, *, backend: str = "onnx") -> tuple[float, int]:

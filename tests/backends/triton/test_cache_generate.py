@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,11 +18,7 @@ HEADS = {"k": ["i8", "i3"], "v": ["i3", "i4"], "residual": 5, "sinks": 0}
 OPS = {"cache_append": cache_append, "cache_attention": cache_attention}
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def swapped(gm: fx.GraphModule, inputs: Any) -> Any:

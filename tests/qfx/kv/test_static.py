@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,11 +17,7 @@ tf = pytest.importorskip("transformers", reason="the cache is one of transformer
 KINDS: tuple[Any, ...] = ("i8", "fp8", {"k": "u8/tok/f16", "v": "i8/g8/f16"}, {"k": ["i8", "f16"], "v": ["fp8", "i8"]})
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def fixed(model: Any, kv: Any = "i8", length: int = 96) -> Any:

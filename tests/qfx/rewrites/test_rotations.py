@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,7 @@ FLOAT = tuple(Rule(target=kind, w="f32") for kind in ("linear", "experts", "embe
 ROTATED = ("rotate", "rotate-down")
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def error(wanted: list[Tensor], found: list[Tensor]) -> float:
