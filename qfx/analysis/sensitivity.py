@@ -21,6 +21,7 @@ from qfx.format import Format
 from qfx.storage.files import json_text, write_text
 
 _KIND, _VERSION = "qfx-sensitivity", 1
+_STEP = "next step: qfx.analyze(...).save(file)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,16 +111,16 @@ class Sensitivity:
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no JSON: {error}") from error
+            raise ValueError(f"{path} is no JSON: {error}; {_STEP}") from error
         return cls.from_json(held, str(path))
 
     @classmethod
     def from_json(cls, held: Any, where: str = "the sensitivity") -> Sensitivity:
         """From what `to_json` wrote, parsed. Raises ValueError, naming `where`, for anything else."""
         if not isinstance(held, dict) or held.get("format") != _KIND:
-            raise ValueError(f"{where} holds no sensitivity; next step: qfx.analyze(...).save(file)")
+            raise ValueError(f"{where} holds no sensitivity; {_STEP}")
         if held.get("version") != _VERSION:
-            raise ValueError(f"{where} has version {held.get('version')!r}, this qfx reads version {_VERSION}")
+            raise ValueError(f"{where} has version {held.get('version')!r}, this qfx reads version {_VERSION}; {_STEP}")
         names = {f.name for f in fields(cls)}
         for key in held:
             if key not in names | {"format", "version"}:
@@ -136,7 +137,7 @@ class Sensitivity:
                 notes=tuple(held["notes"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{where} cannot be read: {type(error).__name__}: {error}; {_STEP}") from error
 
     def show(self, console: Console | None = None, *, rows: int = 20) -> None:
         """Print the most sensitive units, the heads, and how well scores predict measurements."""

@@ -116,7 +116,9 @@ def pairs(
 ) -> list[dict[str, Any]]:
     """Batches of padded texts with their `labels`, drawn in the order that the seed gives."""
     if loaded.tokenizer is None:
-        raise ValueError("the model has no tokenizer, so text cannot become token ids")
+        raise ValueError(
+            "the model has no tokenizer, so text cannot become token ids\n  next step: save one into its folder"
+        )
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(text.seed))[:samples]
     made = []
     for part in order.split(text.batch_size):

@@ -9,6 +9,7 @@ from rich.console import Console
 from torch import nn
 
 from qfx import interop
+from qfx.cli.models import check_target
 from qfx.cli.terminal import megabytes, step
 from qfx.hf import hub
 
@@ -24,8 +25,7 @@ def run(console: Console, folder: Path, out: Path, layout: str, *, strict: bool)
     """The tokenizer comes along. Raises ValueError for a folder that holds no quantized model."""
     from qfx.save import save
 
-    if out.exists() and (not out.is_dir() or out.resolve() == folder.resolve()):
-        raise ValueError(f"{out} cannot be written to: it is {'the model itself' if out.is_dir() else 'a file'}")
+    check_target(out, folder)
     with step(console, f"load {folder}"):
         model = _load(folder, strict=strict)
         tokenizer = hub.load_tokenizer(folder)

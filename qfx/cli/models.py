@@ -28,6 +28,13 @@ class TextOptions:
     seed: int
 
 
+def check_target(out: Path, model: Path) -> None:
+    """Raises ValueError where a folder cannot be written, since it is a file or the model's own."""
+    if out.exists() and (not out.is_dir() or out.resolve() == model.resolve()):
+        what = "the model itself" if out.is_dir() else "a file"
+        raise ValueError(f"{out} cannot be written to: it is {what}\n  next step: give another folder")
+
+
 def check_device(name: str) -> torch.device:
     """The device of that name. Raises ValueError where there is none."""
     try:

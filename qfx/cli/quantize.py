@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from qfx.allocation.asked import with_budget
-from qfx.cli.models import TextOptions, batches, check_device
+from qfx.cli.models import TextOptions, batches, check_device, check_target
 from qfx.cli.terminal import megabytes, step
 from qfx.data import read_texts
 from qfx.hf import hub
@@ -45,8 +45,7 @@ def run(
             "  next step: --data FILE, or a recipe that needs none: w8a8, w4a16"
         )
     folder = hub.resolve(model)
-    if out.exists() and (not out.is_dir() or out.resolve() == folder.resolve()):
-        raise ValueError(f"{out} cannot be written to: it is {'the model itself' if out.is_dir() else 'a file'}")
+    check_target(out, folder)
     from qfx.quantize import plan, quantize
     from qfx.report import report
     from qfx.save import save

@@ -70,7 +70,10 @@ def question_batches(
     """
     tokenizer = loaded.tokenizer
     if tokenizer is None or not getattr(tokenizer, "is_fast", False):
-        raise ValueError("a fast tokenizer is needed to tell which tokens are the answer, and the model has none")
+        raise ValueError(
+            "a fast tokenizer is needed to tell which tokens are the answer, and the model has none\n"
+            "  next step: save one into its folder"
+        )
     order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(text.seed))[:samples]
     made = []
     for part in order.split(text.batch_size):
