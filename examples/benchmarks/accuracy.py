@@ -179,10 +179,6 @@ def plot(path: Path, found: Sequence[dict[str, Any]]) -> None:
     plt.close(figure)
 
 
-def _say(text: str) -> None:
-    table.console().print(text, highlight=False)
-
-
 def main(
     model: Annotated[str, typer.Option(help="tiny_lm, or the folder of a causal language model.")] = "tiny_lm",
     bits: Annotated[list[int] | None, typer.Option(help="Out of 2, 3, 4, 8; left out: all.")] = None,
@@ -201,17 +197,16 @@ def main(
     if unknown := [b for b in chosen if b not in PEERS]:
         raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(map(str, PEERS))}", param_hint="--bits")
     console, where = table.console(), table.place(threads)
-    _say(where)
+    table.say(where)
     with tempfile.TemporaryDirectory() as scratch:
         job = RoundingJob(model, samples, threads, str(folder or scratch))
-        with Race(entries(chosen, only or (), llm_compressor), job, job.path, _say, alone=True) as race:
+        with Race(entries(chosen, only or (), llm_compressor), job, job.path, table.say, alone=True) as race:
             weights = sum(m.weight.numel() for m in linears(job.module()).values())
             found = rows(race.results, job.evaluation(), weights)
     console.print(table.shown(found, COLUMNS, f"{model}, {samples} x 512 tokens of calibration"))
     for line in verdicts(found):
-        _say(line)
-    if json_file is not None:
-        table.write(json_file, None, {"where": where, "model": model, "samples": samples, "rows": found}, "", "")
+        table.say(line)
+    table.write(json_file, {"where": where, "model": model, "samples": samples, "rows": found})
     if plot_file is not None:
         plot(plot_file, found)
 

@@ -337,9 +337,8 @@ def main(
         console.print(table.shown(runs[text], COLUMNS, f"budget {text}: {bits:.3f} bits a weight"))
         for line in verdicts(text, runs[text]):
             console.print(line, highlight=False)
-    if json_file is not None:
-        found = {"where": table.place(threads), "model": str(model), "runs": {t: {"rows": r} for t, r in runs.items()}}
-        table.write(json_file, None, found, "", "")
+    found = {"where": table.place(threads), "model": str(model), "runs": {t: {"rows": r} for t, r in runs.items()}}
+    table.write(json_file, found)
     if plot_file is not None:
         plot(plot_file, runs)
 

@@ -112,8 +112,7 @@ def main(
     title = f"{count / 1e6:.0f} M parameters, {samples} x {length} tokens"
     console.print(where)
     console.print(table.shown(found, {"seconds": "s", "times": "times the passes"}, title))
-    if json_file is not None:
-        table.write(json_file, None, {"where": where, "title": title, "rows": found}, "", "")
+    table.write(json_file, {"where": where, "title": title, "rows": found})
 
 
 if __name__ == "__main__":

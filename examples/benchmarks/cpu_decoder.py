@@ -171,8 +171,8 @@ def main(
             console.print(table.shown(found, COLUMNS, title))
             for line in (*verdicts(found), str(race.load)):
                 console.print(line, highlight=False)
-    made = {"where": where, "rounds": rounds, "runs": runs}
-    table.write(json_file, plot_file, made, "decode_per_s", "tokens/s while decoding")
+    table.write(json_file, {"where": where, "rounds": rounds, "runs": runs})
+    table.plot(plot_file, runs, "decode_per_s", "tokens/s while decoding")
 
 
 if __name__ == "__main__":

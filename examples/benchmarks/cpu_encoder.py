@@ -136,21 +136,17 @@ def profiled(result: Result, recipe: str, kind: str = "operator", floor: float |
     return shown
 
 
-def _say(text: str) -> None:
-    table.console().print(text, highlight=False)
-
-
 def _shape(job: EncoderJob, chosen: Sequence[Entry], rounds: int, profile: Sequence[str]) -> dict[str, Any]:
     """Race one shape and print what came out; what the JSON holds of it. profile: the recipes to profile."""
     console = table.console()
-    with Race(chosen, job, job.path, _say) as race:
+    with Race(chosen, job, job.path, table.say) as race:
         found = rows(race.run(rounds))
     console.print(table.shown(found, COLUMNS, f"{job.model}, {job.batch} x {job.length} tokens, median of {rounds}"))
     for line in (*verdicts(found), str(race.load)):
-        _say(line)
+        table.say(line)
     floor = next((row["call_ms"] for row in found if row["peer"] == FLOOR and not row.get("failed")), None)
     for name in profile:
-        with Race([Entry(f"profile {name}", "qfx_profile", name)], job, job.path, _say) as one:
+        with Race([Entry(f"profile {name}", "qfx_profile", name)], job, job.path, table.say) as one:
             result = one.run(1)[0]
         console.print(profiled(result, name, "part", floor), profiled(result, name))
     return {"rows": found, "others_busy": race.load.cores}
@@ -178,13 +174,14 @@ def main(
         raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(MODELS)}", param_hint="--model")
     where, recipes = table.place(threads), recipe or RECIPES
     own = [name for name in recipes if " " not in name]  # by ONNX Runtime, whose profile is read
-    _say(where)
+    table.say(where)
     runs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, b, n in itertools.product(models, batch or (1, 8), length or (128, 512)):
             job = EncoderJob(name, b, n, threads, str(folder or scratch))
             runs[job.path.name] = _shape(job, entries(recipes, only or ()), rounds, own if profile else ())
-    table.write(json_file, plot_file, {"where": where, "rounds": rounds, "runs": runs}, "call_ms", "ms for a call")
+    table.write(json_file, {"where": where, "rounds": rounds, "runs": runs})
+    table.plot(plot_file, runs, "call_ms", "ms for a call")
 
 
 if __name__ == "__main__":

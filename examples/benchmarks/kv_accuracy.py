@@ -339,8 +339,7 @@ def main(
     console.print(table.shown(rows, columns, f"tiny_lm, {texts} texts of {tokens} tokens in steps of {step}"))
     for line in verdicts(rows):
         console.print(line, highlight=False)
-    if json_file is not None:
-        table.write(json_file, None, {"where": where, "tokens": tokens, "texts": texts, "rows": rows}, "", "")
+    table.write(json_file, {"where": where, "tokens": tokens, "texts": texts, "rows": rows})
     if plot_file is not None:
         plot(plot_file, rows)
 

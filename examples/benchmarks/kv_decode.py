@@ -297,8 +297,7 @@ def main(
     console = table.console()
     console.print(where)
     console.print(table.shown(rows, COLUMNS, f"median of {rounds}"))
-    if json_file is not None:
-        table.write(json_file, None, {"where": where, "rounds": rounds, "rows": rows}, "", "")
+    table.write(json_file, {"where": where, "rounds": rounds, "rows": rows})
     if plot_file is not None:
         plot(plot_file, rows)
 

@@ -163,8 +163,7 @@ def main(
     table.console().print(
         table.shown(made, COLUMNS, f"{model}, {tokens} tokens, {half(model, tokens) / 1e6:.1f} MB in float16")
     )
-    if output is not None:
-        table.write(output, None, {"model": model, "tokens": tokens, "rows": made}, "", "")
+    table.write(output, {"model": model, "tokens": tokens, "rows": made})
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ def main(
             title = f"{name}, {batch} x {length} tokens, median of {rounds} steps"
             console.print(table.shown(found_rows, COLUMNS, title), str(race.load), highlight=False)
             runs[f"{name}_{batch}x{length}"] = {"rows": found_rows, "others_busy": race.load.cores}
-    table.write(json_file, plot_file, {"where": where, "rounds": rounds, "runs": runs}, "step_ms", "ms for a step")
+    table.write(json_file, {"where": where, "rounds": rounds, "runs": runs})
+    table.plot(plot_file, runs, "step_ms", "ms for a step")
 
 
 if __name__ == "__main__":

@@ -240,9 +240,8 @@ def main(
         runs[f"{bits:g}"] = found = summary([trial.rows(bits) for trial in trials])
         console.print(table.shown(found, COLUMNS, f"{bits:g} bits a weight, {seeds} seeds"))
         console.print(verdict(found), highlight=False)
-    if json_file is not None:
-        where = {"where": table.place(threads), "runs": {name: {"rows": rows} for name, rows in runs.items()}}
-        table.write(json_file, None, where, "", "")
+    made = {"where": table.place(threads), "runs": {name: {"rows": rows} for name, rows in runs.items()}}
+    table.write(json_file, made)
 
 
 if __name__ == "__main__":

@@ -77,28 +77,36 @@ def cell(key: str, value: Any) -> str:
     return f"{value:.1f}" if key.endswith("_per_s") else f"{value:.5f}" if isinstance(value, float) else str(value)
 
 
-def write(json_file: Path | None, plot_file: Path | None, found: Mapping[str, Any], key: str, label: str) -> None:
-    """What a benchmark found, to the files that are asked for. found["runs"]: by title, a dict with `rows`."""
-    if json_file is not None:
-        write_text(json_file, json.dumps(found, indent=1) + "\n")
-    if plot_file is not None:
-        plot(plot_file, {title: run["rows"] for title, run in found["runs"].items()}, key, label)
+def say(text: str) -> None:
+    """A line of words between the tables."""
+    console().print(text, highlight=False)
 
 
-def plot(path: Path, panels: Mapping[str, Sequence[dict[str, Any]]], key: str, label: str) -> None:
-    """Bars of `key`, a panel for each run; the rows that failed are left out."""
+def write(file: Path | None, found: Mapping[str, Any]) -> None:
+    """What a benchmark found as JSON, where a file is asked for."""
+    if file is not None:
+        write_text(file, json.dumps(found, indent=1) + "\n")
+
+
+def plot(file: Path | None, runs: Mapping[str, Mapping[str, Any]], key: str, label: str) -> None:
+    """Bars of `key`, a panel for each run (by title, with its `rows`), where a file is asked for.
+
+    Rows that failed are left out.
+    """
+    if file is None:
+        return
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 5), squeeze=False)
-    for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
-        good = [row for row in rows if not row.get("failed") and row.get(key) is not None][::-1]
+    figure, axes = plt.subplots(1, len(runs), figsize=(6 * len(runs), 5), squeeze=False)
+    for axis, (title, run) in zip(axes[0], runs.items(), strict=True):
+        good = [row for row in run["rows"] if not row.get("failed") and row.get(key) is not None][::-1]
         colours = ["tab:orange" if row["peer"].startswith("qfx") else "tab:blue" for row in good]
         bars = axis.barh([row["peer"] for row in good], [row[key] for row in good], color=colours)
         axis.bar_label(bars, fmt="%.3g", padding=2)
         axis.set(title=title, xlabel=label)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(file)
     plt.close(figure)

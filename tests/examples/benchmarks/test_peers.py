@@ -113,7 +113,7 @@ def test_a_plot_leaves_out_what_failed(tmp_path: Path) -> None:
         {"peer": "bad", "failed": "no"},
         {"peer": "floor", "call_ms": None},
     ]
-    table.plot(tmp_path / "bars.png", {"one": rows, "two": rows}, "call_ms", "ms")
+    table.plot(tmp_path / "bars.png", {"one": {"rows": rows}, "two": {"rows": rows}}, "call_ms", "ms")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
