@@ -12,6 +12,7 @@ Integer inputs: sums as in `gemm4`, so those of channels equal `qfx.ops.packed.l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -237,17 +238,11 @@ def _checked(
     return Mixed.of(weight, group)
 
 
-def _fake_gemm(
-    codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: list[Tensor], bias: Tensor | None,
-    residual: Tensor | None, x_format: str, w_formats: str, k: int, activation: str, dtype: str,
-) -> Tensor:  # fmt: skip
-    return codes.new_empty((*codes.shape[:-1], weight[4].shape[-1]), dtype=Format.parse(dtype).code_dtype)
+def _fake_gemm(codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: list[Tensor], *given: Any) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], weight[4].shape[-1]), dtype=Format.parse(given[-1]).code_dtype)
 
 
-def _fake_linear(
-    x: Tensor, weight: list[Tensor], bias: Tensor | None, residual: Tensor | None, smooth: Tensor | None,
-    w_formats: str, activation: str,
-) -> Tensor:  # fmt: skip
+def _fake_linear(x: Tensor, weight: list[Tensor], *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight[4].shape[-1]))
 
 

@@ -227,40 +227,21 @@ def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor
     return torch.empty_like(x * cos, memory_format=torch.contiguous_format)
 
 
-def _attention_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    causal: bool,
-    softcap: float,
-) -> Tensor:
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
 def _cached_attention_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor,
-    past_v: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    causal: bool,
-    softcap: float,
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grown = (torch.cat((past_k, k), -2), torch.cat((past_v, v), -2))
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), *grown
+    return _attention_fake(q, k, v), torch.cat((past_k, k), -2), torch.cat((past_v, v), -2)
 
 
 def _quick_gelu_fake(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def _grouped_linear_fake(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+def _grouped_linear_fake(x: Tensor, w: Tensor, *_: Any) -> Tensor:
     return x.new_empty((x.shape[0], w.shape[1]))
 
 
@@ -268,13 +249,7 @@ def _grouped_outer_fake(y: Tensor, x: Tensor, offs: Tensor) -> Tensor:
     return x.new_empty((offs.shape[0], y.shape[1], x.shape[1]))
 
 
-def _grouped_linear_quant_fake(
-    x: Tensor, w: Tensor, w_scale: Tensor, w_zero: Tensor | None, offs: Tensor, x_format: str, w_format: str
-) -> Tensor:
-    return x.new_empty((x.shape[0], w.shape[1]))
-
-
-def _moe_fake(x: Tensor, *others: Any) -> Tensor:
+def _moe_fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -342,7 +317,7 @@ define(
     "grouped_linear_quant(Tensor x, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor offs, str x_format, "
     "str w_format) -> Tensor",
     grouped_linear_quant,
-    _grouped_linear_quant_fake,
+    _grouped_linear_fake,
     tags=UNSAFE,
 )
 define(
