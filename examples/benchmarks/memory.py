@@ -86,7 +86,7 @@ def activations(name: str) -> int:
 
 
 def resident(key: str = "VmRSS") -> int:
-    """Bytes of this process in memory now, or at its peak (VmHWM). Linux only."""
+    """Bytes of this process in memory now, or another size that Linux tells, such as the peak (VmHWM)."""
     found = re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     assert found is not None
     return int(found[1]) * 1024

@@ -25,6 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+if __name__ == "__main__":  # the package beside this file, installed or not
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 import qfx
 from examples.benchmarks.memory import resident
 from qfx.capture import capture_export

@@ -15,7 +15,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+if __name__ == "__main__":  # the package beside this file, installed or not
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 import qfx
+from examples.benchmarks.memory import resident
 from qfx.storage import streamed
 from qfx.storage.files import write_text
 from qfx.storage.spill import give_back
@@ -86,14 +89,7 @@ class Sampler(threading.Thread):
 
 def now() -> tuple[int, int]:
     """Bytes of anonymous memory and of files' pages in this process."""
-    return status("RssAnon"), status("RssFile")
-
-
-def status(key: str) -> int:
-    """A size that the kernel tells of this process, in bytes."""
-    found = re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert found is not None, key
-    return int(found[1]) * 1024
+    return resident("RssAnon"), resident("RssFile")
 
 
 def batches(samples: int, length: int, vocabulary: int) -> list[dict[str, torch.Tensor]]:
@@ -111,7 +107,7 @@ def measure(folder: Path, out: Path, method: str, samples: int, length: int) -> 
     give_back()
     before, sampler = now(), Sampler()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
-    highest = status("VmHWM")
+    highest = resident("VmHWM")
     sampler.start()
     started, cpu = time.perf_counter(), time.process_time()
     sizes = work(folder, out / "quantized", method, batches(samples, length, 320))
@@ -124,7 +120,7 @@ def measure(folder: Path, out: Path, method: str, samples: int, length: int) -> 
         "anonymous": peaks["anonymous"] - before[0],
         "files": peaks["files"] - before[1],
         "both": peaks["both"] - sum(before),
-        "highest": status("VmHWM") - highest,
+        "highest": resident("VmHWM") - highest,
         "before": sum(before),
         "seconds": seconds,
         "cpu": cpu,
