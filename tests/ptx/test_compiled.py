@@ -22,6 +22,7 @@ CHOSEN = [
     "test_norm_quantize.py",
     "test_cache_append.py::test_halves[dtype0]",
     "test_cache_attention.py::test_every_format[i4]",
+    "test_float_attention.py::test_a_cache_of_fixed_length",
     "test_quantized_attention.py::test_it_is_the_reference[q=i8/tok k=i8/tok-causal]",
     "test_experts_gemm.py::test_every_pair[i8/tok-i8/ch]",
 ]

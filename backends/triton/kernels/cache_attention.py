@@ -22,7 +22,7 @@ def head_of(at, heads):
 
 
 @triton.jit
-def _seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, KIND: tl.constexpr, CAUSAL: tl.constexpr,
+def seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, KIND: tl.constexpr, CAUSAL: tl.constexpr,
           EACH_ROW: tl.constexpr):  # fmt: skip
     """Scores [M, R] with what is not seen at -inf: a bool mask (KIND 1), an additive one (2), causality, the end.
 
@@ -46,7 +46,7 @@ def _seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, KIND: tl.c
 
 
 @triton.jit
-def _step(s, factor, most, total):
+def weights_of(s, factor, most, total):
     """Scores to weights: (weights, what the old sums are to be times, the new maximum, the new total).
 
     factor: of the values, of which the weights get theirs; the maximum is that of s + the factor's exponent.
@@ -80,8 +80,8 @@ def _floats_of(keys_ptr, values_ptr, q, count, at, tokens, sums, most, total, ma
                     other=0.0).to(DOT)  # fmt: skip
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E)
         place = tl.where(inside, token + at, tokens)
-        s = _seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, MASK, CAUSAL, EACH_ROW)
-        p, old, most, total = _step(s, None, most, total)
+        s = seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, MASK, CAUSAL, EACH_ROW)
+        p, old, most, total = weights_of(s, None, most, total)
         v = tl.load(values_ptr + token[:, None] * DV + out[None, :], mask=inside[:, None] & (out < DV)[None, :],
                     other=0.0).to(DOT)  # fmt: skip
         sums = tl.dot(p.to(DOT), v, sums * old[:, None], input_precision=PRECISION)
@@ -188,16 +188,16 @@ def split_attention(
                     s *= step[None, :]
                 s *= factor[:, None]
                 place = tl.where(inside, token + SINKS, tokens)
-                s = _seen(s, mask_ptr, row_at, place, mask_place, known, query, tokens, MASK, CAUSAL, EACH_ROW)
+                s = seen(s, mask_ptr, row_at, place, mask_place, known, query, tokens, MASK, CAUSAL, EACH_ROW)
                 v = tile(v_data, v_scale, v_zero, block * BLOCK_R, units, DV, V_SCALES, V_MODE, V_KIND, V_BITS,
                          V_MIDDLE, V_GROUP, U, J, BLOCK_R, BLOCK_V, V_DOT, V_FAST, True)  # fmt: skip
                 if V_MODE == 1:
                     step = scale_of(tl.load(v_scale + token, mask=inside, other=1))
                     if V_KIND == 2:
                         step *= 256.0
-                    p, old, most, total = _step(s, step, most, total)
+                    p, old, most, total = weights_of(s, step, most, total)
                 else:
-                    p, old, most, total = _step(s, None, most, total)
+                    p, old, most, total = weights_of(s, None, most, total)
                 p = p.to(V_DOT)
                 if V_MODE == 1 and v_zero is not None:
                     zero = tl.load(v_zero + token, mask=inside, other=0).to(tl.float32)
