@@ -28,16 +28,17 @@ CHOSEN = [
 ]
 
 
-def run(capability: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "QFX_TEST_PTX": capability}
+def run(capability: str, *arguments: str, early: bool = False) -> subprocess.CompletedProcess[str]:
+    """early: kernels are launched before the one before them has ended."""
+    environment = {**os.environ, "QFX_TEST_PTX": capability, "TORCHINDUCTOR_ENABLE_PDL": str(int(early))}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
 
 
-@pytest.mark.parametrize("capability", ["80", "90"])
-def test_some_kernels_of_every_kind(capability: str) -> None:
-    done = run(capability, *(f"{KERNELS}/{test}" for test in CHOSEN))
+@pytest.mark.parametrize(("capability", "early"), [("80", False), ("90", False), ("90", True)])
+def test_some_kernels_of_every_kind(capability: str, early: bool) -> None:
+    done = run(capability, *(f"{KERNELS}/{test}" for test in CHOSEN), early=early)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from qfx.backends.triton.kernels.cache_codes import scale_of, tile
+from qfx.backends.triton.kernels.early import wait_for_earlier
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -100,12 +101,14 @@ def split_attention(
     V_FAST: tl.constexpr, Q_DOT: tl.constexpr, PRECISION: tl.constexpr, ALL: tl.constexpr, MASK: tl.constexpr,
     EACH_ROW: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, FLOATS: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Program (head of a sequence and tile of its rows, split): sums f32 [B, G, splits + 1, rows, DV], their maximum
     and total [B, G, splits + 1, rows]; the first split is that of the tokens in float.
 
     q [B, H, S, D] contiguous, rows: MANY * S; memory of the part's own heads, whose numbers are the bits of `heads`.
     """
+    wait_for_earlier(EARLY)
     tiles = tl.cdiv(MANY * queries, BLOCK_M)
     head = tl.program_id(0) // tiles
     split = tl.program_id(1)
@@ -214,8 +217,9 @@ def split_attention(
 
 @triton.jit
 def join_splits(sums_ptr, most_ptr, total_ptr, y_ptr, rows, splits, DV: tl.constexpr, SPLITS: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+                BLOCK: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """Program (row of a head, channels): y [B, G, rows, DV]. Splits without a token have the total 0 and no sums."""
+    wait_for_earlier(EARLY)
     head = (tl.program_id(0) // rows).to(tl.int64)
     row = tl.program_id(0) % rows
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -9,16 +9,27 @@ import triton
 import triton.language as tl
 
 from qfx.backends.triton.kernels.cache_attention import seen, weights_of
+from qfx.backends.triton.kernels.early import wait_for_earlier
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def mask_spans(mask_ptr, spans_ptr, tokens, batch_stride, place_stride, BOOL: tl.constexpr, SCAN: tl.constexpr):
+def mask_spans(
+    mask_ptr,
+    spans_ptr,
+    tokens,
+    batch_stride,
+    place_stride,
+    BOOL: tl.constexpr,
+    SCAN: tl.constexpr,
+    EARLY: tl.constexpr = False,
+):
     """Program (sequence): the first place that a mask [B, tokens] shows, and the one behind the last, i32 [B, 2].
 
     Additive masks hide what is -inf, and no finite number: where all of a row is the least one, all of it counts alike.
     """
+    wait_for_earlier(EARLY)
     batch = tl.program_id(0)
     mask_ptr += batch.to(tl.int64) * batch_stride
     low = tl.full([SCAN], 0x7FFFFFFF, tl.int32)
@@ -41,6 +52,7 @@ def split_float_attention(
     MANY: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, MASK: tl.constexpr, EACH_ROW: tl.constexpr,
     CAUSAL: tl.constexpr, ONE: tl.constexpr, DOT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Program (head of keys of a sequence and tile of its rows, split): sums f32 [B, G, splits, rows, DV], their
     maximum and total [B, G, splits, rows]; with ONE split the result itself, [B, G, rows, DV].
@@ -49,6 +61,7 @@ def split_float_attention(
     2 additive; CAUSAL: columns up to the row. spans: of `mask_spans`, outside of which nothing is read. sinks [H]: a
     score more that takes part, of the first split.
     """
+    wait_for_earlier(EARLY)
     tiles = tl.cdiv(MANY * queries, BLOCK_M)
     head = tl.program_id(0) // tiles
     split = tl.program_id(1)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from qfx.backends.triton.kernels.decode import load_scale
+from qfx.backends.triton.kernels.early import wait_for_earlier
 
 
 @triton.constexpr_function
@@ -286,13 +287,14 @@ def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
               w_stride, upper_stride, scale_stride, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
               GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr, ASM_ODD: tl.constexpr, GAIN: tl.constexpr,
               TO: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-              S: tl.constexpr):  # fmt: skip
+              S: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """x [m, k] to out [m, n] = x @ w^T + bias; a program for 16 ROWS columns of out and 8 TOKENS rows, m at most.
 
     Integers less their zero points are exact in the type TO, values of a table rounded to it; products are added in
     f32. ASM gives values over GAIN. S: parts of K, one for a warp. EVEN: all S have as many blocks, which hold k
     columns and no more.
     """
+    wait_for_earlier(EARLY)
     fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr,
                   tl.program_id(0) * (16 * ROWS), blocks_of(k, BITS, GROUP), m, n, k, x_stride, w_stride,
                   upper_stride, scale_stride, BITS, KIND, SCALE, GROUP, OFFSET, ASM, ASM_ODD, GAIN, TO, EVEN, ROWS,
