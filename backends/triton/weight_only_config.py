@@ -129,10 +129,10 @@ def blocks_of(fmt: Format, k: int) -> tuple[int, bool]:
     return -(-k // unit) * each, k % unit == 0
 
 
-def is_even(fmt: Format, k: int, warps: int) -> bool:
-    """Whether all warps of `fragments` have as many blocks, without columns beyond k."""
+def fitting(fmt: Format, k: int, warps: int) -> dict[str, bool]:
+    """Constants of `fragments`: whether its blocks hold k columns and no more, and whether all warps have as many."""
     blocks, whole = blocks_of(fmt, k)
-    return whole and blocks % warps == 0
+    return {"UNITS": whole, "EVEN": whole and blocks % warps == 0}
 
 
 def vectors_of(device: Device, fmt: Format, n: int, k: int) -> Config:
