@@ -10,7 +10,8 @@
     %sdpa = aten.scaled_dot_product_attention(%q, %k, %v, %unsqueeze)
 
 A mask of padding then is seen to be one: no row of it differs from another, and nothing of size s1 x s1 is computed.
-Attention whose mask is true everywhere has none.
+Attention whose mask is true everywhere has none, and where it is a causal one, attention says so instead. What is known
+of positions is in `_counted`: transformers looks in them for texts that follow each other in one row, and finds none.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, fx
 from qfx.graph import is_call, val
 from qfx.passes import _match as m
 from qfx.passes._build import call, matched, replace, size
+from qfx.passes._counted import Counted, counted, is_causal
 
 aten = torch.ops.aten
 
@@ -81,6 +83,9 @@ def _narrow_mask(node: fx.Node) -> bool:
     if always_true(mask):
         node.update_arg(3, None)
         return True
+    if is_causal(mask):
+        _says_causal(node)
+        return True
     if not isinstance(mask, fx.Node) or not is_call(mask, aten.expand.default):
         return False
     source = mask.args[0]
@@ -91,10 +96,22 @@ def _narrow_mask(node: fx.Node) -> bool:
     return True
 
 
+def _says_causal(node: fx.Node) -> None:
+    """Let attention see to causality, for which kernels do half the products, instead of a mask that is no more."""
+    given = m.arguments(node)
+    if is_call(node, torch.ops.qfx.attention.default):
+        node.args, node.kwargs = tuple({**given, "mask": None, "causal": True}.values()), {}
+        return
+    node.args = (given["query"], given["key"], given["value"], None, given["dropout_p"], True)
+    node.kwargs = {name: given[name] for name in ("scale", "enable_gqa") if name in node.kwargs}
+
+
 def always_true(node: Any) -> bool:
     """Is every element of this boolean tensor True, whatever the inputs?"""
     if not isinstance(node, fx.Node) or not _is_bool(node):
         return False
+    if counted(node) == Counted(1, None):
+        return True
     if is_call(node, aten.ones.default, aten.new_ones.default, aten.ones_like.default):
         return True
     if is_call(node, aten.full.default, aten.full_like.default):

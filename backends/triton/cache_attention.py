@@ -54,10 +54,16 @@ def cache_attention(
     arguments = (q, sums, most, total, length, *memory[:5])
     for part, tensors in zip(found.parts, found.tensors(memory), strict=True):
         _split(arguments, found, part, tensors, mask, scale, causal, splits, config)
-    grid = (batch * found.groups * rows, triton.cdiv(found.widths[1], _OUT))
-    launch(join_splits, grid, sums, most, total, y, rows, splits + 1, DV=found.widths[1],
-           SPLITS=triton.next_power_of_2(splits + 1), BLOCK=_OUT, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+    put_together(sums, most, total, y)
     return y
+
+
+def put_together(sums: Tensor, most: Tensor, total: Tensor, y: Tensor) -> None:
+    """Write y [B, H, S, Dv], contiguous, of what splits give: sums f32 [B, G, splits, rows, Dv], maxima and totals."""
+    batch, groups, splits, rows, width = sums.shape
+    grid = (batch * groups * rows, triton.cdiv(width, _OUT))
+    launch(join_splits, grid, sums, most, total, y, rows, splits, DV=width, SPLITS=triton.next_power_of_2(splits),
+           BLOCK=_OUT, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
 
 
 def _split(
@@ -68,7 +74,7 @@ def _split(
     batch, heads, queries, _ = q.shape
     many = heads // found.groups
     rows_of = [_rows(tensors[role][i]) for role in (0, 1) for i in (0, 1)]
-    seen, strides, each = _mask(mask, (batch, heads, queries), many)
+    seen, strides, each = mask_of(mask, (batch, heads, queries), many)
     block = config["BLOCK_M"]
     grid = (batch * part.count * triton.cdiv(many * queries, block), splits + 1)
     plain = dot_dtype(torch.bfloat16) != torch.bfloat16  # interpreted
@@ -103,7 +109,7 @@ def _rows(x: Tensor | None) -> int:
     return x.shape[2]
 
 
-def _mask(
+def mask_of(
     mask: Tensor | None, shape: tuple[int, int, int], many: int
 ) -> tuple[Tensor | None, tuple[int, int, int, int], bool]:
     """The mask as it is read, its strides, and whether the rows of a head of keys see different tokens."""

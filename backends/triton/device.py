@@ -46,6 +46,11 @@ class Device:
         return self.capability[0] == 9
 
     @property
+    def early(self) -> bool:
+        """Whether a kernel may be launched before the one before it has ended, and wait for it on the device."""
+        return self.capability >= (9, 0) and not self.interpreted
+
+    @property
     def by_hand(self) -> bool:
         """Whether kernels have to do without them: no instructions, or an interpreter that rounds wrongly."""
         return self.interpreted or not self.has_fp8

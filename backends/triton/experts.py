@@ -142,7 +142,7 @@ def _fragments(x: Tensor, w: Weight, offs: Tensor, out: Tensor, config: Config) 
     launch(kernels.grouped_fragments, (tiles * triton.cdiv(n, 16 * config["ROWS"]),), x, w.codes, w.upper, w.scale,
            w.zero, w.whole, w.table, offs, out, t, n, k, experts, tiles, x.stride(0), w.codes.stride(-2),
            w.upper.stride(-2), w.scale.stride(-2), **w.constants, **weight_only.pairs_of(w.fmt, to, device),
-           TO=LANGUAGE[to], EVEN=weight_only_config.is_even(w.fmt, k, warps), TOKENS=tokens, S=warps, BY_ROW=by_row,
+           TO=LANGUAGE[to], **weight_only_config.fitting(w.fmt, k, warps), TOKENS=tokens, S=warps, BY_ROW=by_row,
            EXPERTS=triton.next_power_of_2(experts + 1), config=config)  # fmt: skip
 
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 
 from qfx.backends.triton import device
 from qfx.backends.triton.device import Device
 
 Config = Mapping[str, int]  # constexprs of a kernel, with num_warps and num_stages
-_OPTIONS = ("num_warps", "num_stages", "maxnreg", "debug", "sanitize_overflow")  # of the compiler
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl", "debug", "sanitize_overflow")  # of the compiler
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,21 @@ def device_of(x: Tensor) -> Device:
 def launch(kernel: Any, grid: Sequence[int], *arguments: Any, config: Config | None = None, **constants: Any) -> None:
     """Start `kernel` with positional arguments, then constexprs by name; those of `config` are added.
 
-    Nothing is started for an empty grid. Raises UnsupportedError for tensors on a device that has no kernels.
+    Where Inductor's setting `triton.enable_pdl` is on, kernels that can be are launched before the one before them has
+    ended. Nothing is started for an empty grid. Raises UnsupportedError for tensors on a device that has no kernels.
     """
     settings = {**constants, **(config or {})}
     if 0 in grid:
         return
     recording = _RECORDING.get()
+    first = next(a for a in arguments if isinstance(a, Tensor))
+    if inductor.triton.enable_pdl and "EARLY" in kernel.arg_names and device_of(first).early:
+        settings |= {"EARLY": True, "launch_pdl": True}
     if recording is not None:
         options: dict[str, int] = {key: settings.pop(key) for key in _OPTIONS if key in settings}
         named = dict(zip(kernel.arg_names, arguments, strict=False))
         recording.launches.append(Launch(kernel, tuple(grid), {**named, **settings}, options))
         return
-    first = next(a for a in arguments if isinstance(a, Tensor))
     if device.of(first).interpreted:
         kernel[tuple(grid)](*arguments, **settings)
         return

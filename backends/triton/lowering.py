@@ -25,6 +25,7 @@ from qfx import graph
 from qfx.backends.triton import device, tuning
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.passes._nodes import computed
+from qfx.backends.triton.passes.few_queries import few_queries
 from qfx.backends.triton.passes.fold_groups import fold_groups
 from qfx.backends.triton.passes.fuse import fuse
 from qfx.backends.triton.passes.join_rows import join_rows
@@ -109,6 +110,7 @@ def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Lowered:
     }
     fqns = {n.name: graph.fqn_of(n) for n in own.graph.nodes if n.op == "call_function"}
     write_in_place(own)
+    few_queries(own, kernels)
     fold_groups(own)
     merge_siblings(own)
     join_rows(own, found, kernels)

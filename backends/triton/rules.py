@@ -6,7 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from qfx import graph
-from qfx.backends.triton.rules_attention import cache_append, cache_attention, cache_read, quantized_attention
+from qfx.backends.triton.rules_attention import (
+    attention,
+    cache_append,
+    cache_attention,
+    cache_read,
+    quantized_attention,
+)
 from qfx.backends.triton.rules_experts import grouped_linear, grouped_linear_quant
 from qfx.backends.triton.rules_linear import embedding, linear
 from qfx.backends.triton.rules_rotation import hadamard
@@ -25,6 +31,10 @@ def _inlined(function: Callable[..., Any]) -> Rule:
     return rule
 
 
+def _attention(site: Site) -> Taken | str:
+    return attention(site) or _inlined(float_ops.attention)(site)
+
+
 def _without(what: str) -> Rule:
     return lambda site: f"there is no kernel for {what}"
 
@@ -39,7 +49,7 @@ RULES: dict[str, Rule] = {
     "qfx::cache_read": cache_read,
     "qfx::quantized_cached_attention": _without("attention over a cache that grows in codes"),
     "qfx::rope": _inlined(float_ops.rope),
-    "qfx::attention": _inlined(float_ops.attention),
+    "qfx::attention": _attention,
     "qfx::cached_attention": _inlined(float_ops.cached_attention),
     "qfx::quick_gelu": _inlined(float_ops.quick_gelu),
     "qfx::grouped_linear": grouped_linear,

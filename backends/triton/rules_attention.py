@@ -28,6 +28,22 @@ def quantized_attention(site: Site) -> Taken | str:
     return site.put(qfx_triton.quantized_attention.default, *site.given.values(), kernel="quantized_attention (Triton)")
 
 
+def attention(site: Site) -> Taken | None:
+    """qfx::attention, with a cap or sinks, in 16 bits: the same kernel, in which nothing is rounded.
+
+    None, and the op's own definition is taken, for f32, which the kernel would multiply in tf32, and for other sizes.
+    """
+    q, k, v = (graph.val(site.given[name]) for name in "qkv")
+    halves = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
+    if not halves or rounded.reason_against(q.shape[-1], v.shape[-1], q.dtype):
+        return None
+    how = [site.given[name] for name in ("scale", "causal", "softcap")]
+    operands = [site.given[name] for name in ("q", "k", "v", "mask", "sinks")]
+    none: list[list[float]] = [[]] * 6  # scales and zero points of q, k and v
+    op = qfx_triton.quantized_attention.default
+    return site.put(op, *operands, *none, *how, "", "", "", "", kernel="attention (Triton)")
+
+
 def cache_attention(site: Site) -> Taken | str:
     """qfx::cache_attention over the codes as they lie."""
     if reason := _of_dtype(site, "q"):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qfx.backends.triton.float_attention import MOST
 from qfx.backends.triton.tuning import LARGEST
 from qfx.errors import explain
 from qfx.format import Format
@@ -108,6 +109,28 @@ class Cached(nn.Module):
         memory = [part for name, part in self.named_buffers() if name != "length"]
         y: Tensor = torch.ops.qfx.cache_attention(q, memory, self.length, None, self.width**-0.5, True, self.spec)
         return y
+
+
+class CachedFloats(nn.Module):
+    """Attention over a float cache of fixed length, filled; heads: of queries, of keys and values."""
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor
+
+    def __init__(
+        self, heads: tuple[int, int], width: int, tokens: int, where: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.heads, self.width = heads[0], width
+        for name in ("k", "v"):
+            self.register_buffer(name, torch.randn(1, heads[1], tokens, width, device=where).to(dtype))
+        self.register_buffer("mask", torch.ones(1, 1, 1, tokens, dtype=torch.bool, device=where))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [M, heads * width], queries of M tokens -> [1, heads, M, width]."""
+        q = x.unflatten(-1, (self.heads, self.width)).transpose(0, 1)[None]
+        return nn.functional.scaled_dot_product_attention(q, self.k, self.v, self.mask, enable_gqa=True)
 
 
 class Produced(nn.Module):
@@ -210,6 +233,8 @@ def works_of_usual_models(where: torch.device, dtype: torch.dtype = torch.float1
         yield attention_work(width, causal, formats, where, dtype)
     for kv, heads in itertools.product(CACHES, CACHED):
         yield cache_work(kv, heads, 128, TOKENS, where, dtype)
+    for heads in CACHED:
+        yield float_cache_work(heads, 128, TOKENS, where, dtype)
     for act, (x_format, w_format) in itertools.product((False, True), FORMATS[2:4]):
         for width in PRODUCED[act]:
             yield produced_work(width, x_format, w_format, where, dtype, act=act)
@@ -221,6 +246,14 @@ def cache_work(
     """Attention of few queries over a cache of so many tokens in few bits."""
     module = Cached(kv, heads, width, tokens, where, dtype).eval()
     return Work(f"cache {kv} {heads[0]}/{heads[1]} heads of {width}", module, heads[0] * width, dtype, most=FEW)
+
+
+def float_cache_work(
+    heads: tuple[int, int], width: int, tokens: int, where: torch.device, dtype: torch.dtype = torch.float16
+) -> Work:
+    """Attention of few queries over a float cache of so many tokens, with a mask."""
+    module = CachedFloats(heads, width, tokens, where, dtype).eval()
+    return Work(f"cache in float {heads[0]}/{heads[1]} heads of {width}", module, heads[0] * width, dtype, most=MOST)
 
 
 def produced_work(

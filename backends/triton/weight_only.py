@@ -41,8 +41,8 @@ from qfx.backends.triton.weight_only_config import (
     UNIT,
     blocks_of,
     choose,
+    fitting,
     heuristic,
-    is_even,
     without_fragments,
 )
 from qfx.backends.triton.weight_only_pack import group_of, reason_against_weight, stored_bits
@@ -123,7 +123,7 @@ def _fragments(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: C
     to = dot_dtype(x.dtype)
     launch(fragments, (triton.cdiv(n, 16 * config["ROWS"]),), x, w.codes, w.upper, w.scale, w.zero, w.whole, w.table,
            bias, out, m, n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0), **w.constants,
-           **pairs_of(w.fmt, to, device), TO=LANGUAGE[to], EVEN=is_even(w.fmt, k, warps), TOKENS=triton.cdiv(m, 8),
+           **pairs_of(w.fmt, to, device), TO=LANGUAGE[to], **fitting(w.fmt, k, warps), TOKENS=triton.cdiv(m, 8),
            S=warps, config=config)  # fmt: skip
 
 

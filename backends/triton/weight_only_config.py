@@ -72,13 +72,13 @@ def has_fragments(fmt: Format, dtype: torch.dtype) -> bool:
 def fragments_of(device: Device, fmt: Format, m: int, n: int, k: int) -> Config:
     """The tile of `fragments`: 16 rows of weights for four warps where that leaves work for all processors.
 
-    32 rows for eight warps read x half as often: for more than 2 rows of x, and of 2 bits. Tables, 3 bits, and 2 bits
-    for more than 8 rows of x take registers: of these 16 rows.
+    32 rows for eight warps read x half as often: for more than 2 rows of x, and of 2 bits; for more than 4 also where
+    no processor has two. Tables, 3 bits, and 2 bits for more than 8 rows of x take registers: of these 16 rows.
     """
     blocks, _ = blocks_of(fmt, k)
     bits = stored_bits(fmt)
     few = fmt.is_integer and (m <= 8 or bits >= 4) and bits != 3
-    tall = few and n >= 48 * device.processors and (m > 2 or bits == 2)
+    tall = few and n >= (48 if m <= 4 else 30) * device.processors and (m > 2 or bits == 2)
     most = 4 if not tall and n >= 56 * device.processors else 8
     warps = 8 if blocks >= 32 else 4 if blocks >= 4 else 2 if blocks >= 2 else 1
     return fragments_tile(fmt, 2 if tall else 1, min(warps, most), m)
@@ -129,10 +129,10 @@ def blocks_of(fmt: Format, k: int) -> tuple[int, bool]:
     return -(-k // unit) * each, k % unit == 0
 
 
-def is_even(fmt: Format, k: int, warps: int) -> bool:
-    """Whether all warps of `fragments` have as many blocks, without columns beyond k."""
+def fitting(fmt: Format, k: int, warps: int) -> dict[str, bool]:
+    """Constants of `fragments`: whether its blocks hold k columns and no more, and whether all warps have as many."""
     blocks, whole = blocks_of(fmt, k)
-    return whole and blocks % warps == 0
+    return {"UNITS": whole, "EVEN": whole and blocks % warps == 0}
 
 
 def vectors_of(device: Device, fmt: Format, n: int, k: int) -> Config:

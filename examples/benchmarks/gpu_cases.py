@@ -152,6 +152,12 @@ def _others(sizes: Sizes) -> list[Case]:
         for (batch, tokens), kv in itertools.product(sizes.caches, CACHES)
     ]  # fmt: skip
     found += [
+        Case("decode", f"float {filled} of {tokens} tokens", batch,
+             partial(work.decode_floats, batch, tokens, filled, *sizes.heads, dtype), facts=("float", tokens))
+        for batch, tokens in sizes.caches
+        for filled in (-(-tokens // 4), tokens)
+    ]  # fmt: skip
+    found += [
         Case("prefill", f"q=i8/tok k=i8/tok{' causal' if causal else ''}", tokens,
              partial(work.prefill, tokens, *sizes.heads, "i8/tok", "i8/tok", causal), "8 bit", facts=(causal,))
         for tokens, causal in sizes.prompts

@@ -116,6 +116,14 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
         Goal("attention over i8 and fp8 caches: share of a copy's bandwidth", 0.65, _least(caches, share)),
         Goal("attention over i8 and fp8 caches: times SDPA bf16", 1.0, _least(caches, lambda row: to_best(row, SDPA))),
     ]
+    floats = [row for row in rows if row["family"] == "decode" and row["facts"][0] == "float"]
+    found.append(
+        Goal(
+            "attention over float caches of fixed length: times SDPA",
+            1.0,
+            _least(floats, lambda row: to_best(row, SDPA)),
+        )
+    )
     prompts = [row for row in rows if row["family"] == "prefill"]
     flash = _least(prompts, lambda row: to_best(row, SDPA))
     norms = [row for row in rows if row["family"] == "norm" and row["facts"][0] == "norm"]

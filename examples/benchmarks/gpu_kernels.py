@@ -33,6 +33,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch._inductor import config as inductor
 
 if __name__ == "__main__":  # the package beside this file, installed or not
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -200,6 +201,9 @@ def main(
     check: Annotated[bool, typer.Option("--check", help="Results at odd shapes alone.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Begin no other case after so many. Left out: all run.")] = None,
+    early: Annotated[
+        bool, typer.Option("--early", help="Kernels are launched before the one before has ended.")
+    ] = False,
 ) -> None:
     """Check, time, print."""
     if unknown := set(only or ()) - set(FAMILIES):
@@ -222,7 +226,8 @@ def main(
             write_text(path, json.dumps(shown, indent=1, default=str) + "\n")
 
     try:
-        run(console, where, only or FAMILIES, found, check=check, keep=keep, until=until)
+        with inductor.patch({"triton.enable_pdl": early}):
+            run(console, where, only or FAMILIES, found, check=check, keep=keep, until=until)
     finally:
         keep()
     console.print(f"all in {found['took']:.0f} s")

@@ -7,8 +7,9 @@
 A decoder of Llama's structure with random weights is made on the device. Decoding: batch 1, a static cache of 1,024
 places of which 256 are filled; both models are compiled with CUDA graphs (mode "reduce-overhead"); time on the host of
 64 steps, each of which feeds its token to the next. Prompts: 2,048 tokens in one call, no cache. Every linear layer has
-the recipe's formats; what a compiled quantized model gives is compared with its reference arithmetic, then timed. Exit
-code 1 where a result is wrong, 2 without a GPU.
+the recipe's formats; with --early both are measured once more with kernels that are launched before the one before them
+has ended (Inductor's setting triton.enable_pdl). What a compiled quantized model gives is compared with its reference
+arithmetic, then timed. Exit code 1 where a result is wrong, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
 if __name__ == "__main__":  # the package beside this file, installed or not
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -206,20 +208,26 @@ def counted(model: nn.Module) -> dict[str, int]:
 
 
 def rows_of(
-    name: str, layers: int | None, phases: list[str], where: torch.device, sizes: Sizes
+    name: str, layers: int | None, phases: list[str], where: torch.device, sizes: Sizes, *, early: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The float model's times, then the quantized one's, of each phase."""
+    """The float model's times, then the quantized one's, of each phase; both as is, then with early launches too."""
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    ways = {"": False, ", early launches": True} if early else {"": False}
     for phase in phases:
         recipe, goal = GOALS[phase]
         model = made(name, layers, where, dtype)
-        with torch.no_grad():
-            first = measured(model, phase, sizes, own=False)
-            yield {"model": name, "phase": phase, "by": f"torch.compile {str(dtype)[6:]}", **first}
-            model = quantized(model, recipe, dtype)
-            second = measured(model, phase, sizes, own=True)
-        ratio = first["seconds"] / second["seconds"]
-        yield {"model": name, "phase": phase, "by": f"qfx {recipe}", **second, "ratio": ratio, "goal": goal}
+        seconds: dict[str, float] = {}
+        for own in (False, True):
+            model = quantized(model, recipe, dtype) if own else model
+            for way, on in ways.items():
+                with torch.no_grad(), inductor.patch({"triton.enable_pdl": on}):
+                    row = measured(model, phase, sizes, own=own)
+                row["by"] = f"qfx {recipe}{way}" if own else f"torch.compile {str(dtype)[6:]}{way}"
+                if own:
+                    row |= {"ratio": seconds[way] / row["seconds"], "goal": goal}
+                else:
+                    seconds[way] = row["seconds"]
+                yield {"model": name, "phase": phase, **row}
         del model
         gc.collect()
         if where.type == "cuda":
@@ -271,6 +279,9 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="decode or prefill; left out: both.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Left out: as many as the model has.")] = None,
     check: Annotated[bool, typer.Option("--check", help="A tiny model's results, also without a GPU.")] = False,
+    early: Annotated[
+        bool, typer.Option("--early", help="Also with launches before the kernel before has ended.")
+    ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show the kernels that the time goes to instead.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
 ) -> None:
@@ -293,7 +304,7 @@ def main(
     path = json_file or (Path(folder) / "gpu_models.json" if folder else None)
     try:
         for name in names:
-            for row in rows_of(name, layers, phases, where, sizes):
+            for row in rows_of(name, layers, phases, where, sizes, early=early):
                 rows.append(row)
                 if path is not None:  # one after the other: the process may be ended before the last
                     write_text(path, json.dumps(rows, indent=1) + "\n")

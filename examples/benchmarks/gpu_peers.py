@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qfx.backends.triton import timing
@@ -85,6 +85,34 @@ def sdpa(
         return [partial(run, rows, *pair) for pair in pairs]
     calls: Calls = [partial(run, q, *pair, is_causal=causal, enable_gqa=True) for pair in pairs]
     return [partial(_by_cudnn, call) for call in calls] if form == "cuDNN" else calls
+
+
+def sdpa_of_filled(
+    batch: int, heads: tuple[int, int], tokens: int, filled: int, width: int, dtype: torch.dtype, where: torch.device,
+    form: str = "",
+) -> Calls:  # fmt: skip
+    """torch's attention of one query over a float cache of fixed length, which a mask says is filled so far.
+
+    Keys and values are repeated for the heads that share them, as models do; form: "folded", those heads as rows.
+    """
+    read = 2 * batch * heads[1] * filled * width * dtype.itemsize
+    q = torch.randn(batch, heads[0], 1, width, device=where, dtype=dtype)
+    pairs = [
+        [torch.randn(batch, heads[1], tokens, width, device=where, dtype=dtype) for _ in range(2)]
+        for _ in range(copies(read, where))
+    ]
+    mask = (torch.arange(tokens, device=where) < filled)[None, None, None]
+    run: Any = nn.functional.scaled_dot_product_attention
+    if form == "folded":
+        rows = q.reshape(batch, heads[1], heads[0] // heads[1], width)
+        return [partial(run, rows, *pair, mask) for pair in pairs]
+
+    def repeated(k: Tensor, v: Tensor) -> object:
+        share = heads[0] // heads[1]
+        k, v = (x if share == 1 else x.repeat_interleave(share, 1) for x in (k, v))
+        return run(q, k, v, mask)
+
+    return [partial(repeated, *pair) for pair in pairs]
 
 
 def _by_cudnn(call: timing.Call) -> object:

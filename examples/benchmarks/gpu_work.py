@@ -20,6 +20,7 @@ from examples.benchmarks.gpu_peers import CUBLAS, GROUPED_MM, INT_MM, SCALED_MM,
 from qfx.backends.triton import act_quantize as _act  # noqa: F401  (each registers its ops)
 from qfx.backends.triton import cache_append as _append  # noqa: F401
 from qfx.backends.triton import cache_attention as _cache  # noqa: F401
+from qfx.backends.triton import float_attention as _floats  # noqa: F401
 from qfx.backends.triton import gemm8, hadamard, lowering, timing, tune_works, tuning
 from qfx.backends.triton import norm_quantize as _norm  # noqa: F401
 from qfx.backends.triton import quantized_attention as _attention  # noqa: F401
@@ -260,6 +261,27 @@ def decode(
         f"cache_attention {kv}", [partial(own.cache_attention, q, m, *rest) for m in memories],
         lambda: [reference.cache_attention(q.float(), wide, *rest)], held(memory, fmt, tokens + 1) + 2 * q.nbytes,
         4 * batch * heads[0] * tokens * width, {SDPA: peer, f"{SDPA} folded": partial(peer, form="folded")},
+    )  # fmt: skip
+
+
+def decode_floats(
+    batch: int, tokens: int, filled: int, heads: tuple[int, int], width: int, dtype: torch.dtype, where: torch.device
+) -> Made:
+    """One query of each sequence over a float cache of fixed length, of which so many places are filled."""
+    q = torch.randn(batch, heads[0], 1, width, device=where).to(dtype)
+    read = 2 * batch * heads[1] * filled * width * dtype.itemsize
+    pairs = [
+        [torch.randn(batch, heads[1], tokens, width, device=where).to(dtype) for _ in range(2)]
+        for _ in range(copies(read, where))
+    ]
+    mask = (torch.arange(tokens, device=where) < filled)[None, None, None]
+    rest = (mask, own.mask_spans(mask), None, width**-0.5, False, 0.0)
+    k, v = (x[:, :, :filled].float() for x in pairs[0])
+    peer = partial(gpu_peers.sdpa_of_filled, batch, heads, tokens, filled, width, dtype, where)
+    return Made(
+        "float_attention", [partial(own.float_attention, q, *pair, *rest) for pair in pairs],
+        lambda: [reference.attention(q.float(), k, v, None, None, width**-0.5, False, 0.0)], read + 2 * q.nbytes,
+        4 * batch * heads[0] * filled * width, {SDPA: peer, f"{SDPA} folded": partial(peer, form="folded")},
     )  # fmt: skip
 
 

@@ -120,14 +120,52 @@ def test_other_indices_stay(name: str) -> None:
     assert counts(gm).get("index") == 1
 
 
-def test_a_causal_mask_stays() -> None:
-    def causal(_: Any, x: Tensor) -> Tensor:
-        places = torch.arange(x.shape[-2])
-        return F.scaled_dot_product_attention(x, x, x, (places[:, None] >= places)[None, None])
+def causal(_: Any, x: Tensor) -> Tensor:
+    places = torch.arange(x.shape[-2])
+    return F.scaled_dot_product_attention(x, x, x, (places[:, None] >= places)[None, None], scale=0.2)
 
-    gm, count = after(masks, Function(causal), torch.randn(2, 4, 3, 8))
-    assert count == 0
-    assert counts(gm)["ge"] == 1
+
+def capped(_: Any, x: Tensor) -> Tensor:
+    places = torch.arange(x.shape[-2])
+    y: Tensor = torch.ops.qfx.attention(x, x, x, places <= places[:, None], None, 0.2, False, 5.0)
+    return y
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("function", [causal, capped])
+def test_attention_says_that_it_is_causal(function: Any, dynamic: bool) -> None:
+    gm, count = after(masks, Function(function), inputs()[0], dynamic=dynamic)
+    assert count == 1 and not {"ge", "le", "arange"} & set(counts(gm)), text(gm)
+    assert "None, 0.0, True, scale=0.2" in text(gm) or "None, None, 0.2, True, 5.0" in text(gm)
+    assert same(masks, Function(function), inputs()[0], dynamic=dynamic) == 1
+
+
+def test_causal_and_padded_stays() -> None:
+    def both(_: Any, x: Tensor, keep: Tensor) -> Tensor:
+        places = torch.arange(x.shape[-2])
+        return F.scaled_dot_product_attention(x, x, x, (places[:, None] >= places) & keep[:, None, None])
+
+    gm, count = after(masks, Function(both), *inputs())
+    assert count == 0 and counts(gm)["ge"] == 1
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_prompt_without_a_cache_has_no_mask(dynamic: bool) -> None:
+    """transformers looks for texts that follow each other in one row, which positions in order are not."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, vocab_size=50,
+                                         num_attention_heads=2, num_key_value_heads=2)).eval()  # fmt: skip
+
+    def logits(own: Any, ids: Tensor) -> Tensor:
+        found: Tensor = model(input_ids=ids, use_cache=False).logits
+        return found
+
+    ids = torch.randint(50, (2, 9))
+    gm, count = after(masks, Function(logits), ids, dynamic=dynamic)
+    assert count > 0 and not {"cumsum", "index", "le", "__and__"} & set(counts(gm))
+    torch.testing.assert_close(gm(ids)[0], logits(None, ids))
 
 
 def test_a_mask_of_rank_one_keeps_its_expand() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from tests.ptx import traffic
 from tests.ptx.clocks import Clocks
+from tests.ptx.faults import FaultError
 from tests.ptx.flights import Flights
 from tests.ptx.parse import Instruction
 from tests.ptx.parted import Parted
@@ -40,6 +41,7 @@ class Accesses:
         self.copies = Flights(rows, self._landed)
         self.products = Flights(rows // 4, self._done)
         self.parted = Parted(machine)
+        self.late = np.full(rows, not any(i.op[:2] == ("griddepcontrol", "wait") for i in instructions))
 
     def active(self) -> Array:
         """The warp of each active lane."""
@@ -92,7 +94,13 @@ class Accesses:
         self.shared.writes(at, size, rows, flying=True)
         self.copies.start(rows, at, words)
 
+    def waited(self) -> None:
+        """Active warps have waited for earlier kernels."""
+        self.late[self.here()] = True
+
     def _count(self, space: str, at: Array, size: int, rows: Array) -> None:
+        if space == "global" and not self.late[rows].all():
+            raise FaultError("an access before griddepcontrol.wait: an earlier kernel may be at work")
         if traffic.is_counting() and len(at):
             programs = self.machine.memory.races.warps[rows] // self.clocks.each
             space = "global" if space == "global" else "shared"

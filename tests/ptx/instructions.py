@@ -168,6 +168,17 @@ def _bfe(machine: Machine, instruction: Instruction) -> Step:
     return lambda: sink(value() << left >> (left + start))
 
 
+def _bfi(machine: Machine, instruction: Instruction) -> Step:
+    """The low `length` bits of a put into b from bit `start` on."""
+    assert instruction.op == ("bfi", "b32"), instruction.text
+    sink = machine.sink(instruction.operands[0])
+    a, b = (machine.source(operand, "u32") for operand in instruction.operands[1:3])
+    start, length = (int(operand, 0) for operand in instruction.operands[3:])
+    assert start + length <= 32, instruction.text
+    taken = np.uint32(((1 << length) - 1) << start)
+    return lambda: sink(a() << np.uint32(start) & taken | b() & ~taken)
+
+
 def _wide_mad(machine: Machine, instruction: Instruction) -> Step:
     kind, operands = instruction.op[-1], instruction.operands
     if instruction.op[1] == "lo":
@@ -236,5 +247,6 @@ OTHERS: dict[str, Callable[[Machine, Instruction], Step]] = {
     "shl": _shift_step,
     "shr": _shift_step,
     "bfe": _bfe,
+    "bfi": _bfi,
     "mad": _wide_mad,
 }

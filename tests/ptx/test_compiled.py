@@ -22,21 +22,23 @@ CHOSEN = [
     "test_norm_quantize.py",
     "test_cache_append.py::test_halves[dtype0]",
     "test_cache_attention.py::test_every_format[i4]",
+    "test_float_attention.py::test_a_cache_of_fixed_length",
     "test_quantized_attention.py::test_it_is_the_reference[q=i8/tok k=i8/tok-causal]",
     "test_experts_gemm.py::test_every_pair[i8/tok-i8/ch]",
 ]
 
 
-def run(capability: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "QFX_TEST_PTX": capability}
+def run(capability: str, *arguments: str, early: bool = False) -> subprocess.CompletedProcess[str]:
+    """early: kernels are launched before the one before them has ended."""
+    environment = {**os.environ, "QFX_TEST_PTX": capability, "TORCHINDUCTOR_ENABLE_PDL": str(int(early))}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
 
 
-@pytest.mark.parametrize("capability", ["80", "90"])
-def test_some_kernels_of_every_kind(capability: str) -> None:
-    done = run(capability, *(f"{KERNELS}/{test}" for test in CHOSEN))
+@pytest.mark.parametrize(("capability", "early"), [("80", False), ("90", False), ("90", True)])
+def test_some_kernels_of_every_kind(capability: str, early: bool) -> None:
+    done = run(capability, *(f"{KERNELS}/{test}" for test in CHOSEN), early=early)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 

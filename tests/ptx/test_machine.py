@@ -54,6 +54,7 @@ WORDS = torch.randint(-(2**31), 2**31, (64,), generator=torch.Generator().manual
         ("shr.u32 %r3, %r2, 5;", lambda x: (x.long() & 0xFFFFFFFF) >> 5),
         ("shr.s32 %r3, %r2, 40;", lambda x: x >> 31),
         ("bfe.s32 %r3, %r2, 4, 8;", lambda x: x << 20 >> 24),
+        ("bfi.b32 %r3, %r2, 0xABCD, 8, 16;", lambda x: (x & 0xFFFF) << 8 | 0xCD),
         ("div.s32 %r3, %r2, -3;", lambda x: torch.div(x, -3, rounding_mode="trunc")),
         ("rem.s32 %r3, %r2, 7;", lambda x: torch.fmod(x, 7)),
         ("mul.hi.s32 %r3, %r2, %r2;", lambda x: x.long() * x.long() >> 32),

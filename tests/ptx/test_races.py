@@ -287,3 +287,15 @@ def test_the_last_program_to_end_may_read_what_the_others_stored() -> None:
     setp.ne.s32 %p4, %r11, 2; @%p4 bra $out; ld.global.b32 %r13, [%rd5+512]; ld.global.b32 %r14, [%rd5+1024]; $out:
     """
     with_and_without(body, "#", "reads global", programs=3)
+
+
+EARLY = "griddepcontrol.wait; griddepcontrol.launch_dependents;"
+READ, WRITE = "ld.global.b32 %r10, [%rd4];", "st.global.b32 [%rd5], %r10;"
+
+
+def test_what_earlier_kernels_leave_is_waited_for() -> None:
+    run(EARLY + READ + WRITE)
+    run(READ + WRITE)
+    for body in (READ + EARLY + WRITE, "@%p3 griddepcontrol.wait;" + READ + WRITE):
+        with pytest.raises(FaultError, match="before griddepcontrol.wait"):
+            run(body)

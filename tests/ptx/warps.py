@@ -112,7 +112,13 @@ def _nothing(machine: Machine, instruction: Instruction) -> Step:
     return lambda: None
 
 
+def _early(machine: Machine, instruction: Instruction) -> Step:
+    """Of launches that begin before the kernel before has ended; here no other kernel runs."""
+    assert instruction.op[1] in ("wait", "launch_dependents"), instruction.text
+    return machine.accesses.waited if instruction.op[1] == "wait" else lambda: None
+
+
 STEPS: dict[str, Callable[[Machine, Instruction], Step]] = {
     "shfl": _shfl, "redux": _redux, "elect": _elect, "bar": _bar, "barrier": _bar, "fence": _fence, "membar": _nothing,
-    "griddepcontrol": _nothing,
+    "griddepcontrol": _early,
 }  # fmt: skip

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from qfx.backends.triton.kernels.early import wait_for_earlier
 from qfx.backends.triton.kernels.rounding import greater
 from qfx.backends.triton.kernels.row_codes import (
     encode_given,
@@ -78,11 +79,12 @@ def act_quantize(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, 
                  width, x_stride, up_stride, ACT: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
                  CLIP: tl.constexpr, SHIFT: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr,
                  BY_HAND: tl.constexpr, TWICE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                 PARTS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                 PARTS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """Tiles of ROWS whole rows of x and up [m, k]. act_ptr: where the float result is kept, or None.
 
     A row lies in PARTS (1 or 3) of BLOCK columns, k <= BLOCK * PARTS.
     """
+    wait_for_earlier(EARLY)
     column = tl.arange(0, BLOCK)[None, :]
     for tile in tl.range(tl.program_id(0), tl.cdiv(m, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -99,8 +101,10 @@ def act_quantize(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, 
 def act_quantize_long(x_ptr, up_ptr, smooth_ptr, x_scale_ptr, x_zero_ptr, codes_ptr, scale_ptr, zero_ptr, act_ptr, m, k,
                       width, x_stride, up_stride, ACT: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
                       CLIP: tl.constexpr, SHIFT: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr,
-                      BY_HAND: tl.constexpr, TWICE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                      BY_HAND: tl.constexpr, TWICE: tl.constexpr, BLOCK: tl.constexpr,
+                      EARLY: tl.constexpr = False):  # fmt: skip
     """The same for rows that no program holds: one a program, walked through in blocks twice."""
+    wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1, 1], tl.int64)
     at = tl.arange(0, BLOCK)[None, :]
     low = tl.zeros([1], tl.float32)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from qfx.backends.triton.kernels.cache_attention import head_of
+from qfx.backends.triton.kernels.early import wait_for_earlier
 from qfx.backends.triton.kernels.rounding import e4m3_of, greater, is_nan, round_even
 
 _TINY = tl.constexpr(1.1754943508222875e-38)
@@ -271,12 +272,14 @@ def append_codes(
     V_BITS: tl.constexpr, V_MIDDLE: tl.constexpr, V_GROUP: tl.constexpr, V_GROUPED: tl.constexpr, V_QMIN: tl.constexpr,
     V_QMAX: tl.constexpr, V_LARGEST: tl.constexpr, V_AS: tl.constexpr, V_EMAX: tl.constexpr, V_LEAST: tl.constexpr,
     V_TOKENS: tl.constexpr, V_SPAN: tl.constexpr, V_PADDED: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Program (head of a sequence, block of tokens, chunk of channels of keys, then of values) of a part.
 
     FEW: there is one block; what stays in float is done here, too. programs: those of all parts. places: how many
     tokens the memory is for, no constant, since every length of a cache would have a kernel of its own.
     """
+    wait_for_earlier(EARLY)
     length, stored, missing, held, ready = counts(length_ptr, stored_ptr, new, SINKS, RESIDUAL, STEP, ROOM)
     tl.device_assert(length + new <= places, "a cache of fixed length is full: make it with a greater max_length")
     chunk = tl.program_id(2)
@@ -311,8 +314,9 @@ def append_newest(length_ptr, stored_ptr, first_k, first_v, newest_k, newest_v, 
                   k_head, k_token, v_batch, v_head, v_token, k_chunks, programs, places, D: tl.constexpr,
                   DV: tl.constexpr, SINKS: tl.constexpr, RESIDUAL: tl.constexpr, STEP: tl.constexpr, ROOM: tl.constexpr,
                   SINKS_BLOCK: tl.constexpr, TAKEN: tl.constexpr,
-                  SPAN: tl.constexpr):  # fmt: skip
+                  SPAN: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """Program (head of a sequence, chunk of channels of keys, then of values): what stays in float."""
+    wait_for_earlier(EARLY)
     length, stored, missing, held, ready = counts(length_ptr, stored_ptr, new, SINKS, RESIDUAL, STEP, ROOM)
     if length + new <= places:
         both = tl.program_id(0).to(tl.int64)

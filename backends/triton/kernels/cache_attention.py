@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from qfx.backends.triton.kernels.cache_codes import scale_of, tile
+from qfx.backends.triton.kernels.early import wait_for_earlier
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -22,7 +23,7 @@ def head_of(at, heads):
 
 
 @triton.jit
-def _seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, KIND: tl.constexpr, CAUSAL: tl.constexpr,
+def seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, KIND: tl.constexpr, CAUSAL: tl.constexpr,
           EACH_ROW: tl.constexpr):  # fmt: skip
     """Scores [M, R] with what is not seen at -inf: a bool mask (KIND 1), an additive one (2), causality, the end.
 
@@ -46,7 +47,7 @@ def _seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, KIND: tl.c
 
 
 @triton.jit
-def _step(s, factor, most, total):
+def weights_of(s, factor, most, total):
     """Scores to weights: (weights, what the old sums are to be times, the new maximum, the new total).
 
     factor: of the values, of which the weights get theirs; the maximum is that of s + the factor's exponent.
@@ -80,8 +81,8 @@ def _floats_of(keys_ptr, values_ptr, q, count, at, tokens, sums, most, total, ma
                     other=0.0).to(DOT)  # fmt: skip
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E)
         place = tl.where(inside, token + at, tokens)
-        s = _seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, MASK, CAUSAL, EACH_ROW)
-        p, old, most, total = _step(s, None, most, total)
+        s = seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, MASK, CAUSAL, EACH_ROW)
+        p, old, most, total = weights_of(s, None, most, total)
         v = tl.load(values_ptr + token[:, None] * DV + out[None, :], mask=inside[:, None] & (out < DV)[None, :],
                     other=0.0).to(DOT)  # fmt: skip
         sums = tl.dot(p.to(DOT), v, sums * old[:, None], input_precision=PRECISION)
@@ -100,12 +101,14 @@ def split_attention(
     V_FAST: tl.constexpr, Q_DOT: tl.constexpr, PRECISION: tl.constexpr, ALL: tl.constexpr, MASK: tl.constexpr,
     EACH_ROW: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, FLOATS: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Program (head of a sequence and tile of its rows, split): sums f32 [B, G, splits + 1, rows, DV], their maximum
     and total [B, G, splits + 1, rows]; the first split is that of the tokens in float.
 
     q [B, H, S, D] contiguous, rows: MANY * S; memory of the part's own heads, whose numbers are the bits of `heads`.
     """
+    wait_for_earlier(EARLY)
     tiles = tl.cdiv(MANY * queries, BLOCK_M)
     head = tl.program_id(0) // tiles
     split = tl.program_id(1)
@@ -188,16 +191,16 @@ def split_attention(
                     s *= step[None, :]
                 s *= factor[:, None]
                 place = tl.where(inside, token + SINKS, tokens)
-                s = _seen(s, mask_ptr, row_at, place, mask_place, known, query, tokens, MASK, CAUSAL, EACH_ROW)
+                s = seen(s, mask_ptr, row_at, place, mask_place, known, query, tokens, MASK, CAUSAL, EACH_ROW)
                 v = tile(v_data, v_scale, v_zero, block * BLOCK_R, units, DV, V_SCALES, V_MODE, V_KIND, V_BITS,
                          V_MIDDLE, V_GROUP, U, J, BLOCK_R, BLOCK_V, V_DOT, V_FAST, True)  # fmt: skip
                 if V_MODE == 1:
                     step = scale_of(tl.load(v_scale + token, mask=inside, other=1))
                     if V_KIND == 2:
                         step *= 256.0
-                    p, old, most, total = _step(s, step, most, total)
+                    p, old, most, total = weights_of(s, step, most, total)
                 else:
-                    p, old, most, total = _step(s, None, most, total)
+                    p, old, most, total = weights_of(s, None, most, total)
                 p = p.to(V_DOT)
                 if V_MODE == 1 and v_zero is not None:
                     zero = tl.load(v_zero + token, mask=inside, other=0).to(tl.float32)
@@ -214,8 +217,9 @@ def split_attention(
 
 @triton.jit
 def join_splits(sums_ptr, most_ptr, total_ptr, y_ptr, rows, splits, DV: tl.constexpr, SPLITS: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+                BLOCK: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """Program (row of a head, channels): y [B, G, rows, DV]. Splits without a token have the total 0 and no sums."""
+    wait_for_earlier(EARLY)
     head = (tl.program_id(0) // rows).to(tl.int64)
     row = tl.program_id(0) % rows
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

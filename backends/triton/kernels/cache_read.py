@@ -5,6 +5,7 @@ import triton.language as tl
 
 from qfx.backends.triton.kernels.cache_attention import head_of
 from qfx.backends.triton.kernels.cache_codes import scale_of, tile
+from qfx.backends.triton.kernels.early import wait_for_earlier
 
 
 @triton.jit
@@ -12,8 +13,10 @@ def read_tokens(out_ptr, length_ptr, stored_ptr, first_ptr, newest_ptr, data_ptr
                 own_heads, groups, rows, scale_rows, places, WIDTH: tl.constexpr, SINKS: tl.constexpr,
                 ROOM: tl.constexpr, ALL: tl.constexpr, X_SCALES: tl.constexpr, X_MODE: tl.constexpr,
                 X_KIND: tl.constexpr, X_BITS: tl.constexpr, X_MIDDLE: tl.constexpr, X_GROUP: tl.constexpr,
-                U: tl.constexpr, SINKS_BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                U: tl.constexpr, SINKS_BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
+                EARLY: tl.constexpr = False):  # fmt: skip
     """Program (head of a sequence, block of units): out [B, G, places, WIDTH], 0 where there is no token."""
+    wait_for_earlier(EARLY)
     tokens = tl.load(length_ptr).to(tl.int32)
     stored = tl.load(stored_ptr).to(tl.int32)
     batch = (tl.program_id(0) // own_heads).to(tl.int64)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from qfx.backends.triton.kernels.decode import half_of_byte, load_scale
+from qfx.backends.triton.kernels.early import wait_for_earlier
 
 
 @triton.jit
@@ -51,12 +52,13 @@ def _scale(scale_ptr, above_ptr, map_ptr, at, inside, SCALE: tl.constexpr, ASM: 
 def embedding(ids_ptr, w_ptr, scale_ptr, zero_ptr, above_ptr, table_ptr, map_ptr, out_ptr, count, dim, width, groups,
               zero_width, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
               COLUMNS: tl.constexpr, OFFSET: tl.constexpr, ZERO_BITS: tl.constexpr, ASM: tl.constexpr,
-              BLOCK: tl.constexpr):  # fmt: skip
+              BLOCK: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """ids [tokens] to out [tokens, dim] from a table of `count` rows, `width` bytes each (elements of KIND "plain").
 
     A scale serves ROWS rows and COLUMNS columns (0: all of them); there are `groups` in a row of them. Zero points have
     ZERO_BITS each. NaN stands where an id is no row.
     """
+    wait_for_earlier(EARLY)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(ids_ptr + token).to(tl.int64)

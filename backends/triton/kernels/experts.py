@@ -143,8 +143,8 @@ def grouped_fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, t
                       experts, tiles, x_stride, w_stride, upper_stride, scale_stride, BITS: tl.constexpr,
                       KIND: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
                       ASM: tl.constexpr, ASM_ODD: tl.constexpr, GAIN: tl.constexpr, TO: tl.constexpr,
-                      EVEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr,
-                      BY_ROW: tl.constexpr, EXPERTS: tl.constexpr):  # fmt: skip
+                      EVEN: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+                      S: tl.constexpr, BY_ROW: tl.constexpr, EXPERTS: tl.constexpr):  # fmt: skip
     """x [t, k] to out [t, n], grid (tiles * cdiv(n, 16 ROWS),), multiplied as in `fragments`."""
     tile, column = tile_of_grid(tiles, n, 16 * ROWS)
     e, row, end = rows_of_tile(offs_ptr, tile, t, experts, 8 * TOKENS, BY_ROW, EXPERTS)
@@ -159,4 +159,4 @@ def grouped_fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, t
             zero_ptr += further
         fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, None, out_ptr,
                       column, blocks, end - row, n, k, x_stride, w_stride, upper_stride, scale_stride, BITS, KIND,
-                      SCALE, GROUP, OFFSET, ASM, ASM_ODD, GAIN, TO, EVEN, ROWS, TOKENS, S)  # fmt: skip
+                      SCALE, GROUP, OFFSET, ASM, ASM_ODD, GAIN, TO, EVEN, UNITS, ROWS, TOKENS, S)  # fmt: skip

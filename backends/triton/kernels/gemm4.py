@@ -9,6 +9,7 @@ that few rows of x fill an instruction, and that the unpacked codes can go from 
 import triton
 import triton.language as tl
 
+from qfx.backends.triton.kernels.early import wait_for_earlier
 from qfx.backends.triton.kernels.epilogue import finish
 from qfx.backends.triton.kernels.gemm8 import scaled, tile_at
 
@@ -117,7 +118,7 @@ def gemm4(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr,
           residual_ptr, m, n, k, x_stride, w_stride, X_SHIFT: tl.constexpr, X_PER_ROW: tl.constexpr,
           BITS: tl.constexpr, SUB: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
           EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
-          SPLIT: tl.constexpr):  # fmt: skip
+          SPLIT: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """Grid (tiles, SPLIT). x int8 [m, k] of rows x_stride apart, w bytes [n, w_stride], whole units.
 
     GROUP 0: a scale per channel, as `gemm8` with w_scale f32 [n], w_zero int32 [n], x_sums int32 [m], w_sums int32 [n].
@@ -125,6 +126,7 @@ def gemm4(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr,
     x_sums None with w_zero: found here, which costs as much as the products, for few rows.
     y: activation(x w^T + bias) + residual. SPLIT > 1: y int32 or f32 [SPLIT, m, n], sums of parts of k for `reduce8`.
     """
+    wait_for_earlier(EARLY)
     PARTS: tl.constexpr = 8 // BITS
     tile_row, tile_column = tile_at(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, TILES)
     row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -158,8 +160,11 @@ def gemm4(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr,
 
 
 @triton.jit(do_not_specialize_on_alignment=["m"])
-def part_sums(x_ptr, sums_ptr, m, k, stride, parts, SUB: tl.constexpr, BLOCK: tl.constexpr):
+def part_sums(
+    x_ptr, sums_ptr, m, k, stride, parts, SUB: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr = False
+):
     """Grid (m, blocks of parts): sums of SUB columns of x int8 [m, k], int32 [parts, m]; zero from k on."""
+    wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column = part[:, None] * SUB + tl.arange(0, SUB)[None, :]

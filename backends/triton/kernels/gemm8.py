@@ -6,6 +6,7 @@ Both operands have k contiguous and rows that begin at multiples of 16 bytes, k 
 import triton
 import triton.language as tl
 
+from qfx.backends.triton.kernels.early import wait_for_earlier
 from qfx.backends.triton.kernels.epilogue import finish
 from qfx.backends.triton.kernels.rounding import f16_of_e4m3
 
@@ -218,7 +219,7 @@ def gemm8(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr,
           X_GROUP: tl.constexpr, W_GROUP: tl.constexpr, W_ROWS: tl.constexpr, FLOAT: tl.constexpr,
           BY_HAND: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr,
           BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-          SWAP: tl.constexpr, PERSISTENT: tl.constexpr):  # fmt: skip
+          SWAP: tl.constexpr, PERSISTENT: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """Grid (tiles, SPLIT), or (programs, 1) where PERSISTENT: each goes through every programs-th tile.
 
     A tile has BLOCK_M rows and HALVES times BLOCK_N columns.
@@ -229,6 +230,7 @@ def gemm8(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr,
     residual [m, n].
     y: activation(x w^T + bias) + residual. SPLIT > 1: y int32 or f32 [SPLIT, m, n], sums of parts of k for `reduce8`.
     """
+    wait_for_earlier(EARLY)
     if PERSISTENT:
         tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N * HALVES)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -247,8 +249,9 @@ def gemm8(x_ptr, w_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr,
 def reduce8(parts_ptr, y_ptr, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr,
             residual_ptr, m, n, X_SHIFT: tl.constexpr, X_PER_ROW: tl.constexpr, X_GROUP: tl.constexpr,
             W_GROUP: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
-            BLOCK_N: tl.constexpr):  # fmt: skip
+            BLOCK_N: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """Grid (tile rows, tile columns): parts [SPLIT, m, n] of `gemm8`, added in their order, to y [m, n]."""
+    wait_for_earlier(EARLY)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (row < m)[:, None] & (column < n)[None, :]

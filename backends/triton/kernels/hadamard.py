@@ -9,6 +9,7 @@ and, of the innermost factors of two, all but LOW. The tile of a program is [R *
 import triton
 import triton.language as tl
 
+from qfx.backends.triton.kernels.early import wait_for_earlier
 from qfx.backends.triton.kernels.rounding import codes_of, e4m3_of, greater, greatest, guarded
 
 _HIGH_BITS = tl.constexpr(-8192)  # sign, exponent and 10 bits of mantissa: what TF32 keeps of f32
@@ -95,11 +96,12 @@ def hadamard(x_ptr, y_ptr, sign_ptr, left_ptr, right_ptr, units, blocks, inner, 
              last_stride, scale, SIZE: tl.constexpr,
              A: tl.constexpr, AP: tl.constexpr, B: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
              R: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, DOT: tl.constexpr, TERM: tl.constexpr,
-             IEEE: tl.constexpr, INVERSE: tl.constexpr):  # fmt: skip
+             IEEE: tl.constexpr, INVERSE: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """A program goes over tiles of R blocks: x [outer, inner, last, blocks * SIZE] of these strides -> y, contiguous.
 
     units: rows * blocks. left [A, A], right [B, B], sign [SIZE]: int8, right f32 where a factor is random.
     """
+    wait_for_earlier(EARLY)
     t = tl.arange(0, R * AP)
     lead = (t % AP // HIGH) * (SIZE // (A // HIGH)) + t % AP % HIGH * LOW
     column = tl.program_id(1) * BJ + tl.arange(0, BJ)
@@ -133,12 +135,13 @@ def hadamard_quantize(x_ptr, codes_ptr, scale_ptr, sign_ptr, left_ptr, right_ptr
                       AP: tl.constexpr, B: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, R: tl.constexpr,
                       BK: tl.constexpr, DOT: tl.constexpr, TERM: tl.constexpr, IEEE: tl.constexpr,
                       INVERSE: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, FLOAT: tl.constexpr,
-                      BY_HAND: tl.constexpr, ONE: tl.constexpr):  # fmt: skip
+                      BY_HAND: tl.constexpr, ONE: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """The same with B <= BK, then codes [rows, blocks * SIZE] and the scale of each row, f32 [rows].
 
     Codes are int8, or the bits of e4m3 (FLOAT).
     A program goes over tiles of R whole rows; ONE: a row is one block, else its blocks are computed twice.
     """
+    wait_for_earlier(EARLY)
     t = tl.arange(0, R * AP)
     lead = (t % AP // HIGH) * (SIZE // (A // HIGH)) + t % AP % HIGH * LOW
     column = tl.arange(0, BK)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from qfx.backends.triton.kernels.decode import values
+from qfx.backends.triton.kernels.early import wait_for_earlier
 from qfx.backends.triton.kernels.epilogue import finish
 from qfx.backends.triton.kernels.gemm4 import group_sums, input_tile, whole_sums
 from qfx.backends.triton.kernels.gemm8 import scaled, tile_at
@@ -37,8 +38,9 @@ def mixed_integer(x_ptr, w8_ptr, w4_ptr, w2_ptr, order_ptr, y_ptr, x_scale_ptr, 
                   w4_stride, w2_stride, X_SHIFT: tl.constexpr, X_PER_ROW: tl.constexpr, SUB: tl.constexpr,
                   GROUP: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
-                  SPLIT: tl.constexpr):  # fmt: skip
+                  SPLIT: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """`gemm4` with rows of 8, 4 and 2 bits: rows8, then rows4, then the others, multiples of BLOCK_N, or None."""
+    wait_for_earlier(EARLY)
     tile_row, tile_column = tile_at(tl.program_id(0), m, rows, BLOCK_M, BLOCK_N, TILES)
     first = tile_column * BLOCK_N
     place = first + tl.arange(0, BLOCK_N)
@@ -113,11 +115,12 @@ def mixed_float(x_ptr, w8_ptr, w4_ptr, w2_ptr, order_ptr, y_ptr, w_scale_ptr, w_
                 rows, k, rows8, rows4, x_stride, w8_stride, w4_stride, w2_stride, SUB: tl.constexpr,
                 GROUP: tl.constexpr, ASM8: tl.constexpr, ASM4: tl.constexpr, ASM2: tl.constexpr, TO: tl.constexpr,
                 ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                TILES: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+                TILES: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """`mixed_integer` for x [m, k] of floats. Codes are unsigned, less half of their range.
 
     w_scale f32 [n], w_zero int16 [n], or [G, n] of both. SPLIT > 1: y f32 [SPLIT, m, n] without the bias.
     """
+    wait_for_earlier(EARLY)
     tile_row, tile_column = tile_at(tl.program_id(0), m, rows, BLOCK_M, BLOCK_N, TILES)
     first = tile_column * BLOCK_N
     place = first + tl.arange(0, BLOCK_N)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from qfx.backends.triton.kernels.early import wait_for_earlier
 from qfx.backends.triton.kernels.rounding import greater
 from qfx.backends.triton.kernels.row_codes import (
     encode_given,
@@ -61,12 +62,14 @@ def norm_quantize(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_scale
                   zero_ptr, norm_ptr, sum_ptr, m, k, width, x_stride, residual_stride, eps, LAYER: tl.constexpr,
                   QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr, SHIFT: tl.constexpr,
                   SIGNED: tl.constexpr, FP8: tl.constexpr, BY_HAND: tl.constexpr, TWICE: tl.constexpr,
-                  ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                  ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+                  EARLY: tl.constexpr = False):  # fmt: skip
     """Tiles of ROWS whole rows of x [m, k], one after the other; weight and bias are read once.
 
     A row lies in PARTS (1 or 3) of BLOCK columns, k <= BLOCK * PARTS. norm_ptr, sum_ptr: where the norm's result and
     the sum are kept in float as well, or None.
     """
+    wait_for_earlier(EARLY)
     column = tl.arange(0, BLOCK)[None, :]
     weight, bias = _gains(weight_ptr, bias_ptr, column, column < k)
     if PARTS == 3:
@@ -105,8 +108,9 @@ def norm_quantize_long(x_ptr, residual_ptr, weight_ptr, bias_ptr, smooth_ptr, x_
                        scale_ptr, zero_ptr, norm_ptr, sum_ptr, m, k, width, x_stride, residual_stride, eps,
                        LAYER: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, CLIP: tl.constexpr,
                        SHIFT: tl.constexpr, SIGNED: tl.constexpr, FP8: tl.constexpr, BY_HAND: tl.constexpr,
-                       TWICE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                       TWICE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """The same for rows that no program holds: one a program, walked through in blocks once for each statistic."""
+    wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1, 1], tl.int64)
     to: tl.constexpr = x_ptr.dtype.element_ty
     at = tl.arange(0, BLOCK)[None, :]

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from qfx.backends.triton.kernels.decode import exact, load_scale, values
+from qfx.backends.triton.kernels.early import wait_for_earlier
 
 
 @triton.jit
@@ -97,13 +98,14 @@ def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
               w_stride, upper_stride, scale_stride, each, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
               GROUP: tl.constexpr, OFFSET: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
               ASM_ODD: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr, FIRST: tl.constexpr,
-              BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+              BM: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """x [m, k] to out [m, n] = x @ w^T + bias, or, with SPLITS, to f32 [SPLITS, m, n], `each` units of K in each.
 
     Weights are the left operand, in the type TO: the sum over a unit is scaled in f32 where groups are whole units,
     else, or with FIRST, weights are scaled before, which takes fewer registers. Three bits: ASM_ODD serves units of odd
     number, and `each` counts pairs of units. EVEN: k is a multiple of what `each` counts.
     """
+    wait_for_earlier(EARLY)
     UNIT: tl.constexpr = 256 if BITS == 3 else 128
     by_m = tl.cdiv(m, BM)
     by_n = tl.cdiv(n, BN)
@@ -118,8 +120,11 @@ def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
 
 
 @triton.jit
-def sum_splits(parts_ptr, bias_ptr, out_ptr, size, n, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_splits(
+    parts_ptr, bias_ptr, out_ptr, size, n, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr = False
+):
     """f32 [SPLITS, size] added up in this order, plus bias [n] for size = m * n: out [size]."""
+    wait_for_earlier(EARLY)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.zeros([BLOCK], tl.float32)
@@ -135,8 +140,9 @@ def sum_splits(parts_ptr, bias_ptr, out_ptr, size, n, SPLITS: tl.constexpr, BLOC
 @triton.jit
 def dequantize(w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, out_ptr, n, k, w_stride, upper_stride,
                scale_stride, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr,
-               OFFSET: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+               OFFSET: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """BN rows of a unit of packed weights to out [n, k], computed in f32 and rounded once."""
+    wait_for_earlier(EARLY)
     PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
     PART: tl.constexpr = 128 // PARTS
     rows = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)[:, None]

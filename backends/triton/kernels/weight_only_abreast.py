@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from qfx.backends.triton.kernels.decode import load_scale
+from qfx.backends.triton.kernels.early import wait_for_earlier
 from qfx.backends.triton.kernels.weight_only_fragments import (
     below_of,
     blocks_of,
@@ -83,11 +84,13 @@ def _read(x_rows, lower, above, block, last, k, BITS: tl.constexpr, GROUP: tl.co
 def abreast(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, m, n, k, x_stride,
             w_stride, upper_stride, scale_stride, each, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
             GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr, ASM_ODD: tl.constexpr, GAIN: tl.constexpr,
-            TO: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr, T: tl.constexpr, W: tl.constexpr):  # fmt: skip
+            TO: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
+            EARLY: tl.constexpr = False):  # fmt: skip
     """x [m, k] to out [m, n] = x @ w^T + bias, or, with SPLITS, to f32 [SPLITS, m, n], `each` blocks of K in each.
 
     Grid (cdiv(n, 16 W), SPLITS). T: rows of x, m or more. EVEN: k columns are whole units. Numbers: see `fragments`.
     """
+    wait_for_earlier(EARLY)
     LANE: tl.constexpr = lane_of(BITS, GROUP)
     PARTS: tl.constexpr = parts_of(BITS)
     APART: tl.constexpr = 128 // PARTS  # columns from one place to the next

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from qfx.backends.triton.kernels.decode import load_scale
+from qfx.backends.triton.kernels.early import wait_for_earlier
 
 
 @triton.constexpr_function
@@ -190,7 +191,7 @@ def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
                   m, n, k, x_stride, w_stride, upper_stride, scale_stride, BITS: tl.constexpr, KIND: tl.constexpr,
                   SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr,
                   ASM_ODD: tl.constexpr, GAIN: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr,
-                  ROWS: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr):  # fmt: skip
+                  UNITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr):  # fmt: skip
     """Columns of out from `first` on, as many as `fragments` has in a program, of `blocks` blocks of K."""
     LANE: tl.constexpr = lane_of(BITS, GROUP)
     PARTS: tl.constexpr = parts_of(BITS)
@@ -219,8 +220,11 @@ def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
         scales = scales + ((scale_ptr + at * scale_stride)[None, :],)
     for start in range(0, blocks, S):
         held, of_scale = start + of_w // 32 % S, start + split
-        if not EVEN:  # what is read for nothing meets zeros of x
+        begin = start + of_x // 32 % S
+        if not EVEN:  # what is read for nothing meets zeros of x, or its product is dropped
             held, of_scale = tl.minimum(held, blocks - 1), tl.minimum(of_scale, blocks - 1)
+            if UNITS:
+                begin = tl.minimum(begin, blocks - 1)
         for h in tl.static_range(HALVES):
             tiles = ()
             for r in tl.static_range(ROWS):
@@ -241,8 +245,8 @@ def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
                     parts = parts + (tl.zeros([S, 16, 8], tl.float32),)
                 for i in tl.static_range(g * TOGETHER, (g + 1) * TOGETHER):
                     for j in tl.static_range(TOKENS):
-                        column = column_of((start + of_x // 32 % S) * HALVES + h, EACH, WIDE) + i * APART + within
-                        even, odd = _right(x_ptr, 8 * j, m, x_stride, column, k, S, LANE, EVEN, TO)
+                        column = column_of(begin * HALVES + h, EACH, WIDE) + i * APART + within
+                        even, odd = _right(x_ptr, 8 * j, m, x_stride, column, k, S, LANE, UNITS, TO)
                         for r in tl.static_range(ROWS):
                             part = tl.dot(_left(tiles[r][2 * i], LANE), even, parts[j * ROWS + r])
                             part = tl.dot(_left(tiles[r][2 * i + 1], LANE), odd, part)
@@ -253,6 +257,8 @@ def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
                         part = parts[j * ROWS + r]
                         if GROUP > 0:
                             part *= load_scale(scales[r] + group, None, SCALE)[:, :, None]
+                        if UNITS and not EVEN:
+                            part = tl.where((start + split < blocks)[:, None, None], part, 0.0)
                         accs = _replaced(accs, j * ROWS + r, accs[j * ROWS + r] + part, ROWS * TOKENS)
     factor = tl.load(whole_ptr)
     for r in tl.static_range(ROWS):
@@ -285,15 +291,16 @@ def blocks_of(k, BITS: tl.constexpr, GROUP: tl.constexpr):
 def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, m, n, k, x_stride,
               w_stride, upper_stride, scale_stride, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
               GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr, ASM_ODD: tl.constexpr, GAIN: tl.constexpr,
-              TO: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-              S: tl.constexpr):  # fmt: skip
+              TO: tl.constexpr, EVEN: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+              S: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """x [m, k] to out [m, n] = x @ w^T + bias; a program for 16 ROWS columns of out and 8 TOKENS rows, m at most.
 
     Integers less their zero points are exact in the type TO, values of a table rounded to it; products are added in
-    f32. ASM gives values over GAIN. S: parts of K, one for a warp. EVEN: all S have as many blocks, which hold k
-    columns and no more.
+    f32. ASM gives values over GAIN. S: parts of K, one for a warp. UNITS: blocks hold k columns and no more. EVEN: and
+    all S have as many.
     """
+    wait_for_earlier(EARLY)
     fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr,
                   tl.program_id(0) * (16 * ROWS), blocks_of(k, BITS, GROUP), m, n, k, x_stride, w_stride,
-                  upper_stride, scale_stride, BITS, KIND, SCALE, GROUP, OFFSET, ASM, ASM_ODD, GAIN, TO, EVEN, ROWS,
-                  TOKENS, S)  # fmt: skip
+                  upper_stride, scale_stride, BITS, KIND, SCALE, GROUP, OFFSET, ASM, ASM_ODD, GAIN, TO, EVEN, UNITS,
+                  ROWS, TOKENS, S)  # fmt: skip

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from qfx.backends.triton.kernels.decode import bias, biased, load_scale, values
+from qfx.backends.triton.kernels.early import wait_for_earlier
 
 
 @triton.jit
@@ -171,13 +172,14 @@ def vectors(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, 
 def gemv(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr, n, k, x_stride,
          w_stride, upper_stride, scale_stride, M: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
          SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
-         ASM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+         ASM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """x [M, k], M from 1 to 4, to out [M, n] = x @ w^T + bias; one program for BN columns of out.
 
     A thread has 16 bytes of each of the BN rows, which share their scales; products and sums are f32. EXACT: codes
     become f32 one by one. Otherwise integers are read as mantissas of powers of two, whose sum over x is taken away: an
     error below 2^-15 of the sum of |x| times a step.
     """
+    wait_for_earlier(EARLY)
     vectors(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr,
             tl.program_id(0) * BN, n, k, w_stride // 16, x_stride, w_stride, upper_stride, scale_stride, M, BITS, KIND,
             SCALE, GROUP, OFFSET, NATIVE, EXACT, ASM, BN, CHUNKS)  # fmt: skip

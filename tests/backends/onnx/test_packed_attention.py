@@ -125,7 +125,7 @@ class PerRow(Attention):
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         places = torch.arange(x.shape[1])
         q, k, v = (p(x).view(*x.shape[:2], -1, self.size).transpose(1, 2) for p in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, (places[:, None] >= places)[None, None])
+        y = F.scaled_dot_product_attention(q, k, v, (places[:, None] >= places - 1)[None, None])
         attended: Tensor = self.out(y.transpose(1, 2).reshape(*x.shape[:2], -1))
         return attended
 

@@ -42,6 +42,12 @@ CASES = [
     Case("q=f8e4m3/tok k=f8e4m3/tok", partial(_call, "q=f8e4m3/tok k=f8e4m3/tok", 128, causal=True), _FP8),
     Case("k=i8/tok", partial(_call, "k=i8/tok", 128, causal=True), _F16),
     Case("mask bool", partial(_call, _TOKENS, 128, mask=torch.bool), _INT8),
+    Case("floats, softcap and sinks", partial(_call, "", 128, softcap=30.0, sinks=True, causal=True), _F16),
+    Case(
+        "floats, mask bool and sinks bf16",
+        partial(_call, "", 64, mask=torch.bool, sinks=True, dtype=torch.bfloat16),
+        {},
+    ),
     Case(
         "mask and softcap and sinks",
         partial(_call, _TOKENS, 128, mask=torch.float16, softcap=30.0, sinks=True, causal=True),

@@ -19,6 +19,7 @@ from qfx.backends.triton import embedding as tables
 from qfx.backends.triton import gemm4, gemm8
 from qfx.backends.triton.experts import pack_experts
 from qfx.backends.triton.experts_gemm import pack_grouped
+from qfx.backends.triton.float_attention import spans_of
 from qfx.backends.triton.hadamard import pack_hadamard
 from qfx.backends.triton.mixed_rows import pack_mixed
 from qfx.backends.triton.weight_only_pack import pack_weight_only
@@ -76,6 +77,10 @@ def cache(kv: Any, groups: int = 2) -> tuple[list[Tensor], str]:
 
 def heads(count: int, tokens: int = 3) -> Tensor:
     return floats(1, tokens, count, 32).transpose(1, 2)
+
+
+def shown(tokens: int) -> Tensor:
+    return (torch.arange(tokens, device=DEVICE) < 50)[None, None, None].expand(2, 1, 1, tokens)
 
 
 def length(tokens: int = 0) -> Tensor:
@@ -140,6 +145,9 @@ CALLS: tuple[Call, ...] = (
       for t in ("i8/tok", "u8/tok")),
     ("quantized_attention", lambda: (heads(4), heads(2), heads(2), None, None, *_ATTENTION, "i8/tok", "i8/tok", "",
                                      "")),
+    ("float_attention", lambda: (heads(4), heads(2, 70), heads(2, 70), shown(70)[:1], spans_of(shown(70)[:1]),
+                                 floats(4), 0.2, False, 30.0)),
+    ("mask_spans", lambda: (shown(70),)),
     ("cache_append", lambda: _cached("cache_append", heads(2), heads(2))),
     ("cache_attention", lambda: _cached("cache_attention", heads(4))),
     ("cache_read", lambda: _cached("cache_read")),
@@ -189,9 +197,11 @@ def test_the_fake_leaves_the_number_of_rows_open(name: str, given: Callable[[], 
     def fake(x: Any, first: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        rows = x.dim() > 0 and x.shape[:-1] == first.shape[:-1] and name not in ("quantized_attention",)
+        rows = (
+            x.dim() > 0 and x.shape[:-1] == first.shape[:-1] and name not in ("quantized_attention", "float_attention")
+        )
         kinds = [DimDynamic.DUCK if rows and i < x.dim() - 1 else DimDynamic.STATIC for i in range(x.dim())]
-        if name == "quantized_attention":
+        if name in ("quantized_attention", "float_attention") and x.dim() == 4:
             kinds[2] = DimDynamic.DUCK
         if name == "embedding" and x is first:
             kinds = [DimDynamic.DUCK] * 2

@@ -149,6 +149,13 @@ def test_attention_over_a_cache_is_tuned() -> None:
     assert not found.dropped and found.seconds == 4.0 and found.best is not None
 
 
+def test_attention_over_a_float_cache_is_tuned() -> None:
+    one = tune_works.float_cache_work((4, 2), 16, 140, torch.device(DEVICE))
+    (found,) = tune.tune(one, 2, timer(10.0, 5.0, 4.0, 9.0))
+    assert found.choice == ("float_attention", "d=16 dv=16 n=2 float16", "4") and one.most == 16
+    assert not found.dropped and found.seconds == 4.0 and found.best is not None
+
+
 @pytest.mark.parametrize(("act", "kernel"), [(False, "norm_quantize"), (True, "act_quantize")])
 def test_rows_of_codes_are_tuned(act: bool, kernel: str) -> None:
     one = tune_works.produced_work(96, "i8/tok", "i8/ch", torch.device(DEVICE), act=act)

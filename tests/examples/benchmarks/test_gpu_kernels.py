@@ -76,7 +76,7 @@ def test_a_whole_run_has_limits_rows_and_goals(monkeypatch: pytest.MonkeyPatch) 
     assert found["limits"] == {"bandwidth": 128.0, "bf16": 2.0 * 16**3, "8 bit": 4.0 * 16**3}
     assert len(found["rows"]) == len(some) > 1 and all(row["seconds"] == 1.0 for row in found["rows"])
     assert all(row["peers"][gpu_peers.CUBLAS] == 1.0 for row in found["rows"])
-    assert len(found["goals"]) == 19 and "goal: " in console.export_text()
+    assert len(found["goals"]) == 20 and "goal: " in console.export_text()
     json.dumps(found)
 
 
@@ -164,6 +164,7 @@ def test_goals_are_the_least_of_their_rows() -> None:
         row("prefill", [True], 8192, 0.3, **{"SDPA f16": 1.0}),
         row("decode", ["i8", 8192], 1, 0.7, SDPA=1.0),
         row("decode", ["i4", 8192], 1, 0.1, SDPA=0.5),
+        row("decode", ["float", 8192], 1, 0.8, SDPA=0.9, **{"SDPA folded": 3.0}),
     ]
     found: dict[str, Any] = {goal.what: (goal.found, goal.state) for goal in goals(rows)}
     assert found["W4A16 (u4/g128), one row: share of a copy's bandwidth"] == (0.6, "missed")
@@ -179,6 +180,7 @@ def test_goals_are_the_least_of_their_rows() -> None:
     )
     assert found["FP8 product, 4096 rows and more: times cuBLAS bf16"] == (None, "not measured")
     assert found["attention over i8 and fp8 caches: times SDPA bf16"] == (1.0, "reached")
+    assert found["attention over float caches of fixed length: times SDPA"] == (0.9, "missed")
     assert found["attention of prompts with int8 q.k: times SDPA f16"] == (1.0, "missed"), "faster is asked"
     assert str(goals(rows)[1]) == "goal: W4A16 (u4/g128), one row: share of a copy's bandwidth >= 0.7: 0.600, missed"
     failed = {**row("w8a8", int8, 4096, 0.7, **{cublas: 1.6}), "failed": "wrong result"}
@@ -186,7 +188,7 @@ def test_goals_are_the_least_of_their_rows() -> None:
     assert again["INT8 product, 4096 rows and more: times cuBLAS bf16"] == (0.0, "missed")
     several = {goal.what: goal.found for goal in goals([row("decode", ["i8", 1], 1, 0.7, SDPA=3.0, **{"SDPA b": 2.0})])}
     assert several["attention over i8 and fp8 caches: times SDPA bf16"] == 2.0
-    assert len(goals([])) == 19 and {goal.state for goal in goals([])} == {"not measured"}
+    assert len(goals([])) == 20 and {goal.state for goal in goals([])} == {"not measured"}
 
 
 def test_forms_by_descriptors_are_for_devices_that_have_them() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch._inductor import config as inductor
 
 from examples.benchmarks import gpu_models
 from qfx.live.modules import QuantLinear
@@ -31,6 +32,16 @@ def test_a_model_runs_by_the_kernels_and_is_right(phase: str) -> None:
     gpu_models.show(console, [first, {**second, "ratio": 2.6}])
     text = console.export_text()
     assert f"goal: tiny {phase}" in text and "reached" in text
+
+
+@pytest.mark.slow
+def test_early_launches_stand_beside_the_others() -> None:
+    rows = list(gpu_models.rows_of("tiny", None, ["prefill"], torch.device(DEVICE), SIZES, early=True))
+    assert [row["by"].partition(",")[2] for row in rows] == ["", " early launches"] * 2
+    assert [row["seconds"] / later["seconds"] for row, later in zip(rows[:2], rows[2:], strict=True)] == [
+        row["ratio"] for row in rows[2:]
+    ]
+    assert not inductor.triton.enable_pdl
 
 
 def test_every_linear_layer_is_packed() -> None:
