@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from qfx.calibration.padding import Attended, attended_by, without
+from qfx.calibration.padding import Attended, attended_by, of_view, without
 from qfx.data import Call, calls
 from qfx.errors import explain, warn
 from qfx.live.modules import QuantLinear
@@ -191,7 +191,7 @@ def _seen(model: Any, layers: Mapping[str, PackedLoraLinear], given: Sequence[Ca
 
     def look(fqn: str) -> Callable[[Tensor, Tensor], None]:
         base, seen = layers[fqn].base, found[fqn]
-        return lambda x, _: seen.add(read_by(base, without(x, kept)))
+        return lambda x, _: seen.add(read_by(base, without(of_view(x, kept), kept)))
 
     with _watching(layers, look):
         for args, kwargs in given:
