@@ -18,7 +18,7 @@ from qfx.capture import Captured, capture_export
 from qfx.data import Call
 from qfx.decoding import decoder, encoder_decoder
 from qfx.decoding.cache_scales import cache_formats, cache_scales, need_data
-from qfx.errors import Note, UnsupportedError, explain
+from qfx.errors import Note, UnsupportedError, check_flags, explain
 from qfx.format import Format
 from qfx.hf.hub import is_causal_lm
 from qfx.inputs import example_inputs, need_inputs, without_cache
@@ -88,6 +88,7 @@ def export_onnx(
     Raises ValueError for bad arguments, UnsupportedError for a model without an ONNX form, OSError where the files
     cannot be written: then nothing is left behind.
     """
+    check_flags(dynamic=dynamic, strict=strict, all_logits=all_logits)
     _check_model(model)
     folder = Path(path).suffix != ".onnx" and is_causal_lm(model)
     pair = Path(path).suffix != ".onnx" and not folder and encoder_decoder.is_encoder_decoder(model)

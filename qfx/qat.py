@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qfx.annotation import show
 from qfx.backends.qat.quantizers import InputQuantizer, Quantizer, RunTimeInput, Scales, WeightQuantizer
-from qfx.errors import Note, explain
+from qfx.errors import Note, check_flags, explain
 from qfx.format import Format
 from qfx.hf.attach import mark_training
 from qfx.kv.live import with_caches
@@ -72,6 +72,7 @@ def prepare_qat(
     Raises ValueError for a model that is prepared, quantized or compiled already, for frozen weights that should learn,
     and whatever `qfx.quantize` raises.
     """
+    check_flags(strict=strict)
     _check_options(scales, train, freeze_after)
     check_float(model, "prepare")
     plan = made_for(model, recipe, data, strict=strict, **overrides)

@@ -17,7 +17,7 @@ from qfx.compiled import records
 from qfx.compiled.frame import asked_with, unknown, unwrapped
 from qfx.compiled.records import GraphRecord
 from qfx.data import calls
-from qfx.errors import Note, explain
+from qfx.errors import Note, check_flags, explain
 from qfx.kv.summary import CacheSummary, summary
 from qfx.reporting import live_rows as live
 from qfx.reporting import render, sqnr
@@ -101,6 +101,7 @@ class Report:
         fold: nodes that differ in numbers of their names alone (layers, experts) are one row, such as
         `model.layers.0-5.mlp.up_proj`; False prints each.
         """
+        check_flags(all_rows=all_rows, fold=fold)
         render.show(self, console or Console(), all_rows=all_rows, folded=fold)
 
     def __iter__(self) -> Iterator[Row]:
