@@ -66,7 +66,7 @@ def export_onnx(
 ) -> Exported:  # fmt: skip
     """Write `model` as ONNX to `path` (.onnx); the model is not changed.
 
-    For a causal language model `path` may be a folder: then one graph with a cache of keys and values is written, which
+    For a causal language model `path` may be a folder (without an ending): then one graph with a cache of keys and values is written, which
     reads prompts and writes token after token, with the configuration that `qfx.onnx.load` and onnxruntime-genai need.
     It gives the logits of the last token, with `all_logits` those of every new token. The tokenizer is yours to save.
     An encoder-decoder goes to a folder too: `encoder.onnx` runs once and gives the keys and values that the decoder's
@@ -90,6 +90,7 @@ def export_onnx(
     """
     check_flags(dynamic=dynamic, strict=strict, all_logits=all_logits)
     _check_model(model)
+    checked_ending(path)
     folder = Path(path).suffix != ".onnx" and is_causal_lm(model)
     pair = Path(path).suffix != ".onnx" and not folder and encoder_decoder.is_encoder_decoder(model)
     target = Path(path) / DECODER if folder or pair else _checked_path(path)
@@ -345,6 +346,22 @@ def _call(model: nn.Module, args: Any) -> Call:
         step = "export to a folder, with kv='i8' or kv='i4' and data: the file then has a cache of its own"
         raise UnsupportedError(explain("a QuantizedCache is no input of a file", next_step=step))
     return call
+
+
+def checked_ending(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for a path with an ending of its own, such as m.onx, which would become a folder. A number is
+    no ending (llama-3.2), and a folder that is there may have any name."""
+    suffix = Path(path).suffix
+    if suffix == ".onnx" or not suffix[1:2].isalpha() or Path(path).is_dir():
+        return
+    raise ValueError(
+        explain(
+            f"unknown ending {suffix!r}",
+            expected="a file that ends in .onnx; for a language model or an encoder-decoder also a folder",
+            found=str(path),
+            next_step=f"{Path(path).with_suffix('.onnx')}, or the name of a folder without an ending",
+        )
+    )
 
 
 def _checked_path(path: str | os.PathLike[str]) -> Path:

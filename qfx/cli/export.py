@@ -23,6 +23,9 @@ def run(
     strict: bool,
 ) -> None:  # fmt: skip
     """A folder that qfx wrote is exported as it is, another model by a recipe. how: further options of the export."""
+    from qfx.export import checked_ending, export_onnx
+
+    checked_ending(out)
     kv = how.get("kv")
     saved = (Path(model) / "qfx.json").is_file()
     parsed = None if recipe is None else Recipe.parse(recipe)
@@ -38,8 +41,6 @@ def run(
         raise ValueError(f"recipe {parsed.name!r} needs calibration data\n  next step: --data FILE")
     if texts is None and kv is not None:
         raise ValueError(f"--kv {kv} needs calibration data\n  next step: --data FILE")
-    from qfx.export import export_onnx
-
     with step(console, f"load {model}"):
         loaded = open_quantized(Path(model)) if saved else hub.load(hub.resolve(model))
     data = None

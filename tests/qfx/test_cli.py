@@ -143,6 +143,7 @@ def test_gptq_goes_on_where_it_stopped(language_model: Path, text: Path, tmp_pat
         (["quantize", "MODEL", "-o", "MODEL"], "cannot be written to: it is the model itself"),
         (["quantize", "MODEL", "-o", "OUT", "--device", "abacus"], "there is no device 'abacus' here"),
         (["quantize", "./gone", "-o", "OUT"], "there is no folder ./gone"),
+        (["export", "gone", "-o", "m.onx"], "unknown ending '.onx'"),
         (["inspect", "gone"], "there is no folder gone"),
         (["compare", "gone", "MODEL"], "there is no folder gone"),
         (["compare", "MODEL", "MODEL"], "MODEL"),
