@@ -25,7 +25,7 @@ from qfx.live.places import READ, held, is_own_linear, layout_of
 from qfx.live.walk import walk
 from qfx.measuring.measure import decibel
 from qfx.ops import heads as attention_heads
-from qfx.passes.annotate import annotate, kind_of
+from qfx.passes.annotate import annotate, kind_of, plain_tables
 from qfx.passes.calibrate import observed
 from qfx.passes.quantize import quantize, refuse
 from qfx.passes.quantize_attention import is_attention, way_of
@@ -66,7 +66,8 @@ def decide(
     gm = captured.gm
     prepare(gm)
     notes = [*annotate(gm, recipe), *refuse(gm)]
-    notes += _unmatched(recipe, [(k, graph.fqn_of(n)) for n in gm.graph.nodes if (k := kind_of(n)) is not None])
+    known = [(k, graph.fqn_of(n)) for n in gm.graph.nodes if (k := kind_of(n)) is not None]
+    notes += _unmatched(recipe, [*known, *(("embedding", path) for path in plain_tables(gm))])
     made = Plan.of(model, recipe)
     notes += _record(model, gm, made)
     made.caches, told = plan_caches(model, recipe, calls)

@@ -66,8 +66,9 @@ def export_onnx(
 ) -> Exported:  # fmt: skip
     """Write `model` as ONNX to `path` (.onnx); the model is not changed.
 
-    For a causal language model `path` may be a folder (without an ending): then one graph with a cache of keys and values is written, which
-    reads prompts and writes token after token, with the configuration that `qfx.onnx.load` and onnxruntime-genai need.
+    For a causal language model `path` may be a folder, a name without an ending: then one graph with a cache of keys
+    and values is written, which reads prompts and writes token after token, with the configuration that `qfx.onnx.load`
+    and onnxruntime-genai need.
     It gives the logits of the last token, with `all_logits` those of every new token. The tokenizer is yours to save.
     An encoder-decoder goes to a folder too: `encoder.onnx` runs once and gives the keys and values that the decoder's
     layers attend to, `model.onnx` is the decoder with its cache, which gives the logits of every new token.

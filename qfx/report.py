@@ -18,6 +18,7 @@ from qfx.compiled.frame import asked_with, unknown, unwrapped
 from qfx.compiled.records import GraphRecord
 from qfx.data import calls
 from qfx.errors import Note, check_flags, explain
+from qfx.hf.quantization_config import recipe_of
 from qfx.kv.summary import CacheSummary, summary
 from qfx.reporting import live_rows as live
 from qfx.reporting import render, sqnr
@@ -160,6 +161,7 @@ def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None)
             reason = f"its graph could not be had, runs in torch: {record.failed.splitlines()[0]}"
             failed.update({fqn.rpartition(".")[0]: reason for fqn, _ in record.weights})
     rows = {row.node: row for row in _merged(graphs)}
+    recipe = recipe_of(model)
     read = {name.removesuffix(".weight") for record in graphs for name, _ in record.weights}
     for row in live.live_rows(model, set(rows)):
         if row.op == "parameter" and not row.asked and row.node in read:
@@ -169,6 +171,8 @@ def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None)
         elif graphs and not row.quantized and not row.asked:
             reason = live.why_not(model, row.node, failed, graphs)
             rows[row.node] = replace(row, reason=reason, as_asked=False)
+        elif not row.asked:
+            rows[row.node] = replace(row, reason=live.why_float(model, row, recipe))
         else:
             rows[row.node] = row
     cache = summary(model)
