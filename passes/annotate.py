@@ -97,7 +97,7 @@ def plain_tables(gm: fx.GraphModule) -> dict[str, fx.Node]:
         path, _, leaf = str(node.target).rpartition(".")
         if node.op == "get_attr" and leaf == "weight" and node.users and node.target not in known:
             value = graph.val(node)
-            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 2:
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 2 and value.shape[0] > 1:
                 found.setdefault(path, min(node.users, key=lambda user: user.op == "output"))
     return found
 

@@ -259,6 +259,11 @@ def _finite(value: float | None) -> bool:
 
 
 def _unseen(model: Any) -> ValueError:
+    target = unwrapped(model)
+    reason, step = live.recurrent(target) if isinstance(target, nn.Module) else ("", "")
+    if reason:
+        what = "qfx was given no graph of this model, and nothing in it is quantized: all of it runs in torch"
+        return ValueError(explain(what, found=reason, next_step=f"{step}; or qfx.quantize(model, recipe)"))
     hint = ""
     if callable(getattr(unwrapped(model), "generate", None)) and isinstance(model, nn.Module):
         hint = (

@@ -92,8 +92,21 @@ def why_not(model: nn.Module, fqn: str, failed: dict[str, str], records: Sequenc
         module = modules.get(path, model)
         if getattr(module.forward, "_torchdynamo_disable", False) or _is_disabled(module):
             return f"{path or 'the model'} is excluded from compilation (torch._dynamo.disable): runs in torch"
-    limits = [note.reason for note in limit_notes(records)]
+    limits = [note.reason for note in limit_notes(records)] + [reason for reason, _ in [recurrent(model)] if reason]
     return f"in no compiled graph: runs in torch; {limits[0]}" if limits else "in no compiled graph: runs in torch"
+
+
+def recurrent(model: nn.Module) -> tuple[str, str]:
+    """What keeps a model with recurrent layers out of compiled graphs, and the next step; both "" where nothing does.
+
+    Dynamo leaves alone every function that calls one, says nothing, and asks no backend.
+    """
+    found = next(((n, m) for n, m in model.named_modules() if isinstance(m, nn.RNN | nn.GRU | nn.LSTM)), None)
+    if found is None or torch._dynamo.config.allow_rnn:
+        return "", ""
+    kind, name = type(found[1]).__name__, f" ({found[0]})" if found[0] else ""
+    reason = f"Dynamo compiles no function that calls nn.{kind}{name} unless torch._dynamo.config.allow_rnn is set"
+    return reason, "set torch._dynamo.config.allow_rnn = True before the first call"
 
 
 def why_float(model: nn.Module, row: Row, recipe: Recipe | None) -> str:
