@@ -25,6 +25,7 @@ from qfx.inputs import example_inputs, need_inputs, without_cache
 from qfx.kv.files import asked_caches, for_file
 from qfx.live.attending import without
 from qfx.live.segments import asked
+from qfx.other_sizes import other_sizes
 from qfx.passes._match import arguments
 from qfx.pipeline import apply_plan, prepare, told
 from qfx.plan import Plan, versions
@@ -173,8 +174,9 @@ def _pair(
             plan.check(model, strict=strict)
         how["strict"] = strict
         sizes = encoder_decoder.cache_sizes(model, inputs)
-        captured, names = encoder_decoder.capture_encoder(model, inputs)
-        notes = [*beside, *encoder_decoder.own_generate(model), *_planned(captured, recipe, plan, spill, strict=strict)]
+        captured, names, notes = encoder_decoder.capture_encoder(model, inputs)
+        notes += [*beside, *encoder_decoder.own_generate(model)]
+        notes += _planned(captured, recipe, plan, spill, strict=strict)
         encoder = _write(captured, notes, stage / encoder_decoder.ENCODER, spill=spill, **how, inputs=names)
         captured, names, pasts = encoder_decoder.capture_decoder(model, inputs, sizes)
         notes = _planned(captured, recipe, plan, spill, strict=strict)
@@ -264,7 +266,8 @@ def _quantized(
     args, kwargs = call
     if plan is not None:
         plan.check(model, strict=strict)
-    captured = capture_export(model, args, kwargs if args else without_cache(model, kwargs), dynamic=dynamic)
+    kwargs = kwargs if args else without_cache(model, kwargs)
+    captured = capture_export(model, args, kwargs, dynamic=dynamic)
     if captured.mutations:
         raise UnsupportedError(
             explain(
@@ -273,7 +276,8 @@ def _quantized(
                 next_step="export a forward that returns what it changes",
             )
         )
-    return captured, _planned(captured, recipe, plan, spill, strict=strict)
+    notes = other_sizes(captured, model, args, kwargs, type(model).__name__)
+    return captured, [*notes, *_planned(captured, recipe, plan, spill, strict=strict)]
 
 
 def _planned(captured: Captured, recipe: Recipe | None, plan: Plan | None, spill: Spill, *, strict: bool) -> list[Note]:
