@@ -6,7 +6,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +138,11 @@ def _decoder(
     all_logits: bool, external_bytes: int | None, prefill: bool, caches: Mapping[str, Format] | None,
     beside: list[Note],
 ) -> Exported:  # fmt: skip
-    """The folder of a decoder; its configuration is written last and makes it complete."""
+    """The folder of a decoder: all of its files, or none. The configuration comes last and makes it complete."""
     from qfx.backends.onnx import genai
 
-    with evaluating(model), Spill(target.parent) as spill:
+    folder = target.parent
+    with evaluating(model), staged_folder(folder, last=genai.CONFIG) as stage, Spill(folder) as spill:
         if recipe is not None and recipe.needs_data:
             plan = make_plan(model, recipe, data, strict=strict)
         if plan is not None:
@@ -154,10 +155,10 @@ def _decoder(
         if caches is not None:
             notes += decoder.quantize_cache(captured, names, caches, cache_scales(model, data, caches))
         how: Any = {"prefill": prefill, "strict": strict, "external_bytes": external_bytes}
-        written = _write(captured, notes, target, runtime, spill, **how, inputs=names)
+        written = _write(captured, notes, stage / target.name, runtime, spill, **how, inputs=names)
         sizes = decoder.stored_sizes(captured, names)
-    genai.write_config(model, target.parent, written.inputs, sizes, shared=written.shared_cache)
-    return written
+        genai.write_config(model, stage, written.inputs, sizes, shared=written.shared_cache)
+    return replace(written, files=tuple(folder / file.name for file in written.files))
 
 
 def _pair(

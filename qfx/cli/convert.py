@@ -11,6 +11,7 @@ from torch import nn
 from qfx import interop
 from qfx.cli.terminal import megabytes, step
 from qfx.hf import hub
+from qfx.storage.files import check_writable
 
 EXPORTS: dict[str, Callable[..., None]] = {
     "compressed-tensors": interop.export_compressed_tensors,
@@ -26,6 +27,7 @@ def run(console: Console, folder: Path, out: Path, layout: str, *, strict: bool)
 
     if out.exists() and (not out.is_dir() or out.resolve() == folder.resolve()):
         raise ValueError(f"{out} cannot be written to: it is {'the model itself' if out.is_dir() else 'a file'}")
+    check_writable(out)
     with step(console, f"load {folder}"):
         model = _load(folder, strict=strict)
         tokenizer = hub.load_tokenizer(folder)

@@ -16,6 +16,7 @@ from qfx.decoding.encoder_decoder import is_encoder_decoder
 from qfx.hf import hub
 from qfx.kv.held import caches_of
 from qfx.recipe import Recipe
+from qfx.storage.files import check_writable
 
 
 def run(
@@ -26,6 +27,7 @@ def run(
     from qfx.export import checked_ending, export_onnx
 
     checked_ending(out)
+    check_writable(out.parent if out.suffix == ".onnx" else out)  # before the work, not after it
     kv = how.get("kv")
     saved = (Path(model) / "qfx.json").is_file()
     parsed = None if recipe is None else Recipe.parse(recipe)

@@ -310,3 +310,21 @@ def test_a_configuration_without_a_cache_hides_nothing(tmp_path: Path) -> None:
         assert torch.equal(loaded.generate(tokens, **asked), wanted)
         assert torch.equal(loaded.generate(tokens, **asked, use_cache=False), wanted)
     assert loaded(ids(3), use_cache=False).past_key_values is None
+
+
+def test_a_folder_that_is_not_finished_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the new model beside the old configuration."""
+    from qfx.backends.onnx import genai
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    model, other = (ZOO["llama"](seed=seed)[0] for seed in (0, 1))
+    export(model, tmp_path / "m")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    monkeypatch.setattr(genai, "write_config", interrupted)
+    for folder in ("m", "new"):
+        with pytest.raises(KeyboardInterrupt):
+            export(other, tmp_path / folder)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
