@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from qfx.storage.spill import rest
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_SHORT = " requested and "  # numpy's words where a part of an array is written, without an error number
 _PART = 1 << 22  # bytes that are written at once
 
 DTYPES = {
@@ -259,6 +260,7 @@ def _flush(path: Path) -> None:
 
 def _say_full(error: BaseException, root: Path) -> None:
     """Raise an error of a full disk again, in plain words; others are left to the caller."""
-    if isinstance(error, OSError) and error.errno in _FULL:
+    short = isinstance(error, OSError) and error.errno is None and _SHORT in str(error)
+    if short or (isinstance(error, OSError) and error.errno in _FULL):
         what = "the disk is full; nothing was changed. Free some space and save again"
-        raise OSError(error.errno, what, str(root)) from error
+        raise OSError(errno.ENOSPC if short else error.errno, what, str(root)) from error  # type: ignore[attr-defined]

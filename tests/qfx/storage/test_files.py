@@ -133,6 +133,7 @@ def limited(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     [
         "files.write_safetensors(folder / 'a', {'t': torch.ones(100_000)})",
         "files.write_bytes(folder / 'a', bytes(100_000))",
+        "with files.staged(folder) as stage: torch.ones(100_000).numpy().tofile(stage('a'))",
     ],
 )
 def test_full_disk_is_said_and_leaves_the_old_file(tmp_path: Path, call: str) -> None:
