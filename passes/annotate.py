@@ -63,7 +63,7 @@ def annotate(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:
             segments(formats["w"], graph.val(node.args[1]).shape, fqn)
         for role, fmt in formats.items():
             annotation.set(node, role, fmt)
-    return notes + _no_layers(gm, recipe)
+    return [*notes, *_no_layers(gm, recipe), *_no_lookups(gm, recipe)]
 
 
 def _no_layers(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:
@@ -79,6 +79,52 @@ def _no_layers(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:
             )
             step = "exclude it with Recipe.ignore, or express it by linear layers"
             notes.append(Note(fqn, what, step, source_line(node) or ""))
+    return notes
+
+
+def plain_tables(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    """FQN -> who reads it, of each float matrix that is called `weight` and that no node reads which could have it
+    packed: relative positions that a norm reads, a table that is cut. Those of which another weight is computed are
+    told there."""
+    known = set[object]()
+    for node in gm.graph.nodes:
+        operand = graph.weight_operand(node)
+        known |= {constant.target for constant in _constants(operand)} if operand is not None else set()
+    behind = (graph.parameter_behind(argument) for node in left_over(gm) for argument in node.all_input_nodes)
+    known |= {weight.target for weight in behind if weight is not None}
+    found: dict[str, fx.Node] = {}
+    for node in gm.graph.nodes:
+        path, _, leaf = str(node.target).rpartition(".")
+        if node.op == "get_attr" and leaf == "weight" and node.users and node.target not in known:
+            value = graph.val(node)
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 2 and value.shape[0] > 1:
+                found.setdefault(path, min(node.users, key=lambda user: user.op == "output"))
+    return found
+
+
+def _constants(operand: fx.Node) -> set[fx.Node]:
+    """The constants that a value is computed of; where an input is among these, those that its call itself reads."""
+    todo, found = [operand], set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if node in found:
+            continue
+        if node.op == "placeholder":
+            return {source for source in operand.all_input_nodes if source.op == "get_attr"}
+        found.add(node)
+        todo += node.all_input_nodes
+    return {node for node in found if node.op == "get_attr"}
+
+
+def _no_lookups(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:
+    """A note for each of the plain tables to which a rule for embeddings or linears would apply."""
+    notes = []
+    for path, reader in plain_tables(gm).items():
+        if any("w" in recipe.formats_for(kind, path) for kind in ("embedding", "linear")):
+            how = "behind a graph break" if reader.op == "output" else f"by {graph.op_name(reader)}"
+            what = f"its weight is read as a plain tensor ({how}), not looked up: stays in float"
+            step = "exclude it with Recipe.ignore, or read it by nn.Embedding's own forward"
+            notes.append(Note(path, what, step, source_line(reader) or ""))
     return notes
 
 

@@ -31,7 +31,14 @@ from qfx.passes._counted import Counted, counted, is_causal
 aten = torch.ops.aten
 
 _ANDS = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
-_VIEWS = (*m.RESHAPES, *m.TRANSPOSES, aten.unsqueeze.default, aten.expand.default, aten.slice.Tensor)
+_VIEWS = (
+    *m.RESHAPES,
+    *m.TRANSPOSES,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.repeat.default,
+)
 _SAME = (aten.alias.default, aten.clone.default, aten.contiguous.default)
 
 
@@ -125,11 +132,11 @@ def always_true(node: Any) -> bool:
     if is_call(node, aten.ge.Scalar, aten.gt.Scalar):
         bound = node.args[1]
         strict = is_call(node, aten.gt.Scalar)
-        return isinstance(bound, int | float) and (bound < 0 or (bound == 0 and not strict)) and _natural(node.args[0])
+        return isinstance(bound, int | float) and (bound < 0 or (bound == 0 and not strict)) and natural(node.args[0])
     return False
 
 
-def _natural(node: Any) -> bool:
+def natural(node: Any) -> bool:
     """Is every element an integer of 0 or more?"""
     if isinstance(node, int):
         return node >= 0
@@ -140,13 +147,13 @@ def _natural(node: Any) -> bool:
     if is_call(node, aten.arange.default):
         return True
     if is_call(node, aten.arange.start):
-        return _natural(node.args[0])
+        return natural(node.args[0])
     if is_call(node, *_VIEWS, *_SAME):
-        return _natural(node.args[0])
+        return natural(node.args[0])
     if is_call(node, aten.add.Tensor, aten.add.Scalar) and "alpha" not in node.kwargs:
-        return _natural(node.args[0]) and _natural(node.args[1])
+        return natural(node.args[0]) and natural(node.args[1])
     if node.op == "call_function" and node.target is operator.add:
-        return _natural(node.args[0]) and _natural(node.args[1])
+        return natural(node.args[0]) and natural(node.args[1])
     return False
 
 

@@ -12,6 +12,7 @@ from qfx.passes.einsum import einsum
 from qfx.passes.experts import experts
 from qfx.passes.gelu import gelu
 from qfx.passes.linear import is_parameter, linear
+from qfx.passes.lookup import lookup
 from qfx.passes.masks import masks
 from qfx.passes.patch_embedding import patch_embedding
 from qfx.passes.rms_norm import rms_norm
@@ -27,6 +28,7 @@ NORMALIZE: tuple[run.Pass, ...] = (
     linear,
     patch_embedding,
     sentinels,
+    lookup,
     experts,
     rms_norm,
     rope,

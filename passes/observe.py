@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 
 from qfx import annotation, graph
 from qfx.calibration.observers import Observer
-from qfx.calibration.padding import Attended, in_positions
-from qfx.calibration.positions import flattened
+from qfx.calibration.padding import Attended, in_positions, with_heads
+from qfx.calibration.positions import rows_of
 from qfx.errors import Note
 
 Key = tuple[str, str]
@@ -27,6 +27,7 @@ Make = Callable[[fx.Node, str], Observer | None]
 Roles = Callable[[fx.Node], Iterable[str]]
 
 _HOLDER = "qfx_observers"
+_HEADS = ("q", "k", "v")  # [B, H, T, D]
 _OPERAND = {"x": 0, "w": 0, "q": 0, "k": 1, "v": 2}  # role -> position of the value among the node's arguments
 
 
@@ -61,13 +62,18 @@ class Observers(Mapping[Key, Observer]):
 class _Observe(nn.Module):
     _is_impure = True  # so that clean-up keeps a call that nobody reads
 
-    def __init__(self, observer: Observer, observers: Observers, *, flat: bool) -> None:
+    def __init__(self, observer: Observer, observers: Observers, *, heads: bool) -> None:
         super().__init__()
-        self.observer, self.observers, self.flat = observer, observers, flat
+        self.observer, self.observers, self.heads = observer, observers, heads
 
-    def forward(self, x: Tensor) -> None:  # an interpreter would keep a result that nobody reads
+    def forward(self, x: Tensor, like: Tensor | None = None, *picks: Tensor) -> None:
+        """like, picks: where the rows x are positions, the `Rows` of them. An interpreter would keep a result."""
         kept = self.observers.attended
-        self.observer.update(in_positions(x, kept) if self.flat else x, self.observers.batch, kept)
+        if self.heads:
+            kept = with_heads(kept, x)
+        elif like is not None:
+            x, kept = in_positions(x, kept, tuple(like.shape[:2]), picks)
+        self.observer.update(x, self.observers.batch, kept)
 
 
 def insert_observers(gm: fx.GraphModule, make: Make, roles: Roles = annotation.get) -> Observers:
@@ -98,7 +104,7 @@ def insert_observers(gm: fx.GraphModule, make: Make, roles: Roles = annotation.g
         observers.found.setdefault(key, observer)
         if (value.name, id(observer)) not in placed:
             placed.add((value.name, id(observer)))
-            _place(gm, value, _Observe(observer, observers, flat=flattened(value)), len(placed) - 1)
+            _place(gm, value, _Observe(observer, observers, heads=key[1] in _HEADS), len(placed) - 1)
     return observers
 
 
@@ -124,12 +130,14 @@ def _value(node: fx.Node, role: str) -> fx.Node | None:
 
 
 def _place(gm: fx.GraphModule, value: fx.Node, module: _Observe, number: int) -> None:
+    rows = None if module.heads else rows_of(value)
+    given = () if rows is None else (rows.like, *rows.picks)
     gm.add_submodule(f"{_HOLDER}.{number}", module)
     before = value.next
     while before.op == "placeholder":
         before = before.next
     with gm.graph.inserting_before(before):
-        node = gm.graph.create_node("call_module", f"{_HOLDER}.{number}", (value,), name="observe")
+        node = gm.graph.create_node("call_module", f"{_HOLDER}.{number}", (value, *given), name="observe")
     node.meta["val"] = None
 
 

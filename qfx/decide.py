@@ -25,7 +25,7 @@ from qfx.live.places import READ, held, is_own_linear, layout_of
 from qfx.live.walk import walk
 from qfx.measuring.measure import decibel
 from qfx.ops import heads as attention_heads
-from qfx.passes.annotate import annotate, kind_of
+from qfx.passes.annotate import annotate, kind_of, plain_tables
 from qfx.passes.calibrate import observed
 from qfx.passes.quantize import quantize, refuse
 from qfx.passes.quantize_attention import is_attention, way_of
@@ -66,7 +66,8 @@ def decide(
     gm = captured.gm
     prepare(gm)
     notes = [*annotate(gm, recipe), *refuse(gm)]
-    notes += _unmatched(recipe, [(k, graph.fqn_of(n)) for n in gm.graph.nodes if (k := kind_of(n)) is not None])
+    known = [(k, graph.fqn_of(n)) for n in gm.graph.nodes if (k := kind_of(n)) is not None]
+    notes += _unmatched(recipe, [*known, *(("embedding", path) for path in plain_tables(gm))])
     made = Plan.of(model, recipe)
     notes += _record(model, gm, made)
     made.caches, told = plan_caches(model, recipe, calls)
@@ -180,15 +181,18 @@ def _walked(made: Plan) -> list[tuple[str, str]]:
 
 def _record(model: nn.Module, gm: fx.GraphModule, made: Plan) -> list[Note]:
     """Copy the annotations of the graph into the plan, with how each module holds its weight."""
-    notes = []
+    notes, twins = [], dict[str, str]()
     for node in gm.graph.nodes:
         formats = annotation.get(node) if node.op == "call_function" else {}
         if not formats:
             continue
         fqn = graph.fqn_of(node)
         if "w" in formats and held(model, fqn) is None:
-            reason = "its weight is a constant made in the forward, and stays in float"
-            notes.append(Note(fqn, reason, "make it a parameter"))
+            if (shared := _shared(model, node)) is None:
+                reason = "its weight is a constant made in the forward, and stays in float"
+                notes.append(Note(fqn, reason, "make it a parameter"))
+            else:
+                twins[fqn] = shared
             annotation.clear(node)
             continue
         texts = {role: annotation.to_json(fmt) for role, fmt in formats.items()}
@@ -200,10 +204,30 @@ def _record(model: nn.Module, gm: fx.GraphModule, made: Plan) -> list[Note]:
         made.annotations[fqn] = {**texts, **before}
         if layout is not None and made.layouts.get(fqn, READ).endswith(READ):
             made.layouts[fqn] = layout
+    for fqn, shared in twins.items():
+        if not {shared, shared.removesuffix(".weight")} & {
+            name for name, asked in made.annotations.items() if "w" in asked
+        }:
+            reason = f"its weight is {shared} too, which the recipe leaves in float: both stay in float"
+            notes.append(Note(fqn, reason, "give both the same format"))
     attentions = {graph.fqn_of(node): way_of(node) for node in gm.graph.nodes if is_attention(node)}
     if not made.annotations.keys().isdisjoint(attentions):
         made.layouts |= attentions  # a live model has to know of those that stay in float, too
     return notes
+
+
+def _shared(model: nn.Module, node: fx.Node) -> str | None:
+    """The name that the graph has for a node's weight where its own module holds that parameter, too: what is packed
+    under the one name is packed under both (see `Writer`)."""
+    weight, module = graph.weight_of(node), node.meta.get("qfx_module")
+    if weight is None or not module:
+        return None
+    try:
+        own = model.get_submodule(str(module))._parameters
+        found = any(parameter is graph.get_tensor(model, str(weight.target)) for parameter in own.values())
+    except AttributeError:  # names of a graph that the model does not have
+        return None
+    return str(weight.target) if found else None
 
 
 def _two_formats(fqn: str, first: object, second: object) -> Note:

@@ -99,6 +99,16 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"valid: {', '.join(names)}" if names else "there are no valid names"
 
 
+def check_flags(**given: object) -> None:
+    """Raises ValueError for an option that is neither True nor False: Python takes "no" for true."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            step = "give one of these, or leave it out"
+            raise ValueError(
+                explain(f"{name!r} takes a bool", expected="True or False", found=repr(value), next_step=step)
+            )
+
+
 def _describe(node: Node) -> str:
     return f"%{node.name} = {node.op}[{node.target}]"
 

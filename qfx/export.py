@@ -6,7 +6,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from qfx.capture import Captured, capture_export
 from qfx.data import Call
 from qfx.decoding import decoder, encoder_decoder
 from qfx.decoding.cache_scales import cache_formats, cache_scales, need_data
-from qfx.errors import Note, UnsupportedError, explain
+from qfx.errors import Note, UnsupportedError, check_flags, explain
 from qfx.format import Format
 from qfx.hf.hub import is_causal_lm
 from qfx.inputs import example_inputs, need_inputs, without_cache
 from qfx.kv.files import asked_caches, for_file
 from qfx.live.attending import without
 from qfx.live.segments import asked
+from qfx.other_sizes import other_sizes
 from qfx.passes._match import arguments
 from qfx.pipeline import apply_plan, prepare, told
 from qfx.plan import Plan, versions
@@ -66,8 +67,9 @@ def export_onnx(
 ) -> Exported:  # fmt: skip
     """Write `model` as ONNX to `path` (.onnx); the model is not changed.
 
-    For a causal language model `path` may be a folder: then one graph with a cache of keys and values is written, which
-    reads prompts and writes token after token, with the configuration that `qfx.onnx.load` and onnxruntime-genai need.
+    For a causal language model `path` may be a folder, a name without an ending: then one graph with a cache of keys
+    and values is written, which reads prompts and writes token after token, with the configuration that `qfx.onnx.load`
+    and onnxruntime-genai need.
     It gives the logits of the last token, with `all_logits` those of every new token. The tokenizer is yours to save.
     An encoder-decoder goes to a folder too: `encoder.onnx` runs once and gives the keys and values that the decoder's
     layers attend to, `model.onnx` is the decoder with its cache, which gives the logits of every new token.
@@ -88,7 +90,9 @@ def export_onnx(
     Raises ValueError for bad arguments, UnsupportedError for a model without an ONNX form, OSError where the files
     cannot be written: then nothing is left behind.
     """
+    check_flags(dynamic=dynamic, strict=strict, all_logits=all_logits)
     _check_model(model)
+    checked_ending(path)
     folder = Path(path).suffix != ".onnx" and is_causal_lm(model)
     pair = Path(path).suffix != ".onnx" and not folder and encoder_decoder.is_encoder_decoder(model)
     target = Path(path) / DECODER if folder or pair else _checked_path(path)
@@ -134,10 +138,11 @@ def _decoder(
     all_logits: bool, external_bytes: int | None, prefill: bool, caches: Mapping[str, Format] | None,
     beside: list[Note],
 ) -> Exported:  # fmt: skip
-    """The folder of a decoder; its configuration is written last and makes it complete."""
+    """The folder of a decoder: all of its files, or none. The configuration comes last and makes it complete."""
     from qfx.backends.onnx import genai
 
-    with evaluating(model), Spill(target.parent) as spill:
+    folder = target.parent
+    with evaluating(model), staged_folder(folder, last=genai.CONFIG) as stage, Spill(folder) as spill:
         if recipe is not None and recipe.needs_data:
             plan = make_plan(model, recipe, data, strict=strict)
         if plan is not None:
@@ -150,10 +155,10 @@ def _decoder(
         if caches is not None:
             notes += decoder.quantize_cache(captured, names, caches, cache_scales(model, data, caches))
         how: Any = {"prefill": prefill, "strict": strict, "external_bytes": external_bytes}
-        written = _write(captured, notes, target, runtime, spill, **how, inputs=names)
+        written = _write(captured, notes, stage / target.name, runtime, spill, **how, inputs=names)
         sizes = decoder.stored_sizes(captured, names)
-    genai.write_config(model, target.parent, written.inputs, sizes, shared=written.shared_cache)
-    return written
+        genai.write_config(model, stage, written.inputs, sizes, shared=written.shared_cache)
+    return replace(written, files=tuple(folder / file.name for file in written.files))
 
 
 def _pair(
@@ -170,8 +175,9 @@ def _pair(
             plan.check(model, strict=strict)
         how["strict"] = strict
         sizes = encoder_decoder.cache_sizes(model, inputs)
-        captured, names = encoder_decoder.capture_encoder(model, inputs)
-        notes = [*beside, *encoder_decoder.own_generate(model), *_planned(captured, recipe, plan, spill, strict=strict)]
+        captured, names, notes = encoder_decoder.capture_encoder(model, inputs)
+        notes += [*beside, *encoder_decoder.own_generate(model)]
+        notes += _planned(captured, recipe, plan, spill, strict=strict)
         encoder = _write(captured, notes, stage / encoder_decoder.ENCODER, spill=spill, **how, inputs=names)
         captured, names, pasts = encoder_decoder.capture_decoder(model, inputs, sizes)
         notes = _planned(captured, recipe, plan, spill, strict=strict)
@@ -261,7 +267,8 @@ def _quantized(
     args, kwargs = call
     if plan is not None:
         plan.check(model, strict=strict)
-    captured = capture_export(model, args, kwargs if args else without_cache(model, kwargs), dynamic=dynamic)
+    kwargs = kwargs if args else without_cache(model, kwargs)
+    captured = capture_export(model, args, kwargs, dynamic=dynamic)
     if captured.mutations:
         raise UnsupportedError(
             explain(
@@ -270,7 +277,8 @@ def _quantized(
                 next_step="export a forward that returns what it changes",
             )
         )
-    return captured, _planned(captured, recipe, plan, spill, strict=strict)
+    notes = other_sizes(captured, model, args, kwargs, type(model).__name__)
+    return captured, [*notes, *_planned(captured, recipe, plan, spill, strict=strict)]
 
 
 def _planned(captured: Captured, recipe: Recipe | None, plan: Plan | None, spill: Spill, *, strict: bool) -> list[Note]:
@@ -344,6 +352,22 @@ def _call(model: nn.Module, args: Any) -> Call:
         step = "export to a folder, with kv='i8' or kv='i4' and data: the file then has a cache of its own"
         raise UnsupportedError(explain("a QuantizedCache is no input of a file", next_step=step))
     return call
+
+
+def checked_ending(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for a path with an ending of its own, such as m.onx, which would become a folder. A number is
+    no ending (llama-3.2), and a folder that is there may have any name."""
+    suffix = Path(path).suffix
+    if suffix == ".onnx" or not suffix[1:2].isalpha() or Path(path).is_dir():
+        return
+    raise ValueError(
+        explain(
+            f"unknown ending {suffix!r}",
+            expected="a file that ends in .onnx; for a language model or an encoder-decoder also a folder",
+            found=str(path),
+            next_step=f"{Path(path).with_suffix('.onnx')}, or the name of a folder without an ending",
+        )
+    )
 
 
 def _checked_path(path: str | os.PathLike[str]) -> Path:

@@ -204,8 +204,15 @@ _VIEWS = {"t", "transpose", "permute", "view", "reshape", "_unsafe_view", "alias
 
 def weight_of(node: fx.Node) -> fx.Node | None:
     """The get_attr behind a linear-like node's weight, through transposes and reshapes; None where it is computed."""
+    operand = weight_operand(node)
+    return parameter_behind(operand) if operand is not None else None
+
+
+def weight_operand(node: fx.Node) -> fx.Node | None:
+    """What a linear-like node has for a weight; None for other nodes."""
     at = _WEIGHT_AT.get(schema_name(node)) if node.op == "call_function" else None
-    return parameter_behind(node.args[at]) if at is not None else None
+    operand = None if at is None else node.args[at]
+    return operand if isinstance(operand, fx.Node) else None
 
 
 def parameter_behind(operand: Any) -> fx.Node | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qfx.errors import explain, nearest
+from qfx.errors import check_flags, explain, nearest
 from qfx.format import Format
 from qfx.ops.attention import needs_scale, reason_against
 from qfx.plan import Plan
@@ -75,7 +75,8 @@ class Options:
         if kv is not None:
             recipe = recipe.override(rules=(*recipe.rules, kv))
         default = plan is None and "recipe" not in given
-        strict, backend = _flag(given.get("strict", False)), _backend(given.get("backend", "auto"))
+        strict, backend = given.get("strict", False), _backend(given.get("backend", "auto"))
+        check_flags(strict=strict)
         if mode is not None and backend not in ("auto", "triton"):
             what, step = f"mode {mode!r} is for the backend 'triton'", "leave mode= out, or the option 'backend'"
             raise ValueError(explain(what, found=f"backend '{backend}'", next_step=step))
@@ -176,14 +177,6 @@ def _kv_format(role: str, text: Any) -> Format:
         step = f"write '{fmt.type}/tok'; qfx.QuantizedCache takes formats in groups"
         raise ValueError(explain(f"option 'kv': {role}={text} cannot be had: {reason}", next_step=step))
     return fmt
-
-
-def _flag(strict: object) -> bool:
-    if not isinstance(strict, bool):
-        raise ValueError(
-            explain("option 'strict' takes a bool", expected="True or False", found=repr(strict), next_step="give one")
-        )
-    return strict
 
 
 def _backend(name: object) -> str:

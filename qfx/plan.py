@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qfx.annotation import ALL_ROLES, Formats, from_json
-from qfx.errors import QfxWarning, explain, listed, nearest
+from qfx.errors import QfxWarning, check_flags, explain, listed, nearest
 from qfx.kv.plans import read as check_caches
 from qfx.recipe import Recipe
 from qfx.storage.files import dump_safetensors, read_safetensors, sha256_file, staged
@@ -126,6 +126,7 @@ class Plan:
         Differences are warned about (QfxWarning), or raise ValueError where `strict`. A plan without a fingerprint was
         made for no model in particular and fits every one.
         """
+        check_flags(strict=strict)
         if not self.fingerprint:
             return []
         found = signature(model)

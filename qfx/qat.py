@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qfx.annotation import show
 from qfx.backends.qat.quantizers import InputQuantizer, Quantizer, RunTimeInput, Scales, WeightQuantizer
-from qfx.errors import Note, explain, listed
+from qfx.errors import Note, check_flags, explain, listed
 from qfx.format import Format
 from qfx.hf.attach import mark_training
 from qfx.kv.live import with_caches
@@ -27,9 +27,9 @@ from qfx.kv.planning import check_model
 from qfx.kv.plans import Cached
 from qfx.live.attending import Spec
 from qfx.live.modules import PREPARED, prepared_parts, without_fast_paths
-from qfx.live.places import READ, Place
+from qfx.live.places import READ, Place, kind_of
 from qfx.live.segments import along, in_order, segments
-from qfx.live.writeback import cut, oriented, pointer_of, rewrite
+from qfx.live.writeback import cut, oriented, pointer_of, rewrite, twins_of
 from qfx.numerics import QParams, dequantize, effective_scale, split, spread
 from qfx.packing import Packed
 from qfx.passes.rotate_down import rotations
@@ -72,6 +72,7 @@ def prepare_qat(
     Raises ValueError for a model that is prepared, quantized or compiled already, for frozen weights that should learn,
     and whatever `qfx.quantize` raises.
     """
+    check_flags(strict=strict)
     _check_options(scales, train, freeze_after)
     check_float(model, "prepare")
     plan = made_for(model, recipe, data, strict=strict, **overrides)
@@ -95,6 +96,7 @@ class _Preparation:
         self.model, self.training, self.plan = model, training, training.plan
         self.rotations = rotations(self.plan.rewrites)
         self.weights: dict[Any, FakeWeight] = {}
+        self.twins = twins_of(model)
 
     def run(self, attentions: Mapping[str, tuple[Spec, Cached | None]]) -> None:
         """Prepare all places, and the attention of the modules of these names."""
@@ -111,6 +113,7 @@ class _Preparation:
             if self.training.train == "scales":
                 weight.requires_grad_(False)
             self._put(place, module, self.weights[key], shared=shared)
+            self._put_twins(place, weight, self.weights[key])
         given = self.training
         for owner, (spec, cached) in attentions.items():
             fake = FakeAttention(spec, cached, self.plan, given.scales, given.freeze_after)
@@ -126,6 +129,21 @@ class _Preparation:
             rotation=self.rotations.get(place.fqn),
         )  # fmt: skip
         prepare_module(module, place.kind, own.train(module.training))
+
+    def _put_twins(self, place: Place, weight: Tensor, fake: FakeWeight) -> None:
+        """Modules that hold the weight, too, and have no name of their own in the plan, read what is packed in the end
+        (see `Writer`)."""
+        planned = {(one.owner, one.leaf) for one in self.training.places}
+        for owner, leaf in self.twins.get(pointer_of(weight), ()):
+            module = self.model.get_submodule(owner)
+            names = getattr(type(module), "qfx_fake_names", ())
+            done = leaf in names or (hasattr(type(module), PREPARED) and not names)
+            if (owner, leaf) in planned or len(fake.parts) > 1 or done:
+                continue
+            if kind_of(module, leaf, "embedding") == "table" and not place.transposed:
+                prepare_module(module, "table", FakeLinear(fake, None, shared=True).train(module.training))
+            else:
+                prepare_parameter(module, leaf, fake, shared=True)
 
     def _inputs(self, place: Place) -> InputQuantizer | RunTimeInput | None:
         if place.x is None:

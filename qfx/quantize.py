@@ -18,7 +18,7 @@ from qfx.analysis.losses import Loss
 from qfx.analysis.sensitivity import Sensitivity
 from qfx.data import Call
 from qfx.decide import decide
-from qfx.errors import Note, explain
+from qfx.errors import Note, check_flags, explain
 from qfx.hf.attach import attach
 from qfx.kv.live import with_caches
 from qfx.kv.planning import check_model
@@ -63,6 +63,7 @@ def plan(
     A model that torch.export does not take is planned by its module types, with a warning, where the recipe allows it.
     Raises ValueError for bad data, recipes and weights.
     """
+    check_flags(strict=strict, progress=progress)
     model = _opened(model)
     check_float(model)
     asked = Recipe.parse(recipe).override(**overrides) if overrides else Recipe.parse(recipe)
@@ -100,6 +101,7 @@ def quantize(
     anything is changed; only an interrupt while weights are written leaves some of them packed. See `plan` for the
     arguments.
     """
+    check_flags(strict=strict)
     model = _opened(model)
     made = made_for(model, recipe, data, strict=strict, resume=resume, memory=memory, **overrides)
     with torch.no_grad():

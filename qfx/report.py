@@ -15,7 +15,8 @@ from qfx.compiled import records
 from qfx.compiled.frame import asked_with, unknown, unwrapped
 from qfx.compiled.records import GraphRecord
 from qfx.data import calls
-from qfx.errors import Note, explain
+from qfx.errors import Note, check_flags, explain
+from qfx.hf.quantization_config import recipe_of
 from qfx.kv.summary import CacheSummary, summary
 from qfx.reporting import live_rows as live
 from qfx.reporting import render, sqnr
@@ -99,6 +100,7 @@ class Report:
         fold: nodes that differ in numbers of their names alone (layers, experts) are one row, such as
         `model.layers.0-5.mlp.up_proj`; False prints each.
         """
+        check_flags(all_rows=all_rows, fold=fold)
         render.show(self, console or Console(), all_rows=all_rows, folded=fold)
 
     def __iter__(self) -> Iterator[Row]:
@@ -157,6 +159,7 @@ def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None)
             reason = f"its graph could not be had, runs in torch: {record.failed.splitlines()[0]}"
             failed.update({fqn.rpartition(".")[0]: reason for fqn, _ in record.weights})
     rows = {row.node: row for row in _merged(graphs)}
+    recipe = recipe_of(model)
     read = {name.removesuffix(".weight") for record in graphs for name, _ in record.weights}
     for row in live.live_rows(model, set(rows)):
         if row.op == "parameter" and not row.asked and row.node in read:
@@ -166,6 +169,8 @@ def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None)
         elif graphs and not row.quantized and not row.asked:
             reason = live.why_not(model, row.node, failed, graphs)
             rows[row.node] = replace(row, reason=reason, as_asked=False)
+        elif not row.asked:
+            rows[row.node] = replace(row, reason=live.why_float(model, row, recipe))
         else:
             rows[row.node] = row
     cache = summary(model)
@@ -248,6 +253,11 @@ def _work_coverage(rows: Sequence[Row]) -> float:
 
 
 def _unseen(model: Any) -> ValueError:
+    target = unwrapped(model)
+    reason, step = live.recurrent(target) if isinstance(target, nn.Module) else ("", "")
+    if reason:
+        what = "qfx was given no graph of this model, and nothing in it is quantized: all of it runs in torch"
+        return ValueError(explain(what, found=reason, next_step=f"{step}; or qfx.quantize(model, recipe)"))
     hint = ""
     if callable(getattr(unwrapped(model), "generate", None)) and isinstance(model, nn.Module):
         hint = (

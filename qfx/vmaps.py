@@ -24,8 +24,8 @@ _BEGIN, _END = "_vmap_increment_nesting", "_vmap_decrement_nesting"
 
 
 def has_vmaps(gm: fx.GraphModule) -> bool:
-    """Whether the graph enters a region of torch.vmap."""
-    return any(_named(node, _BEGIN) for node in gm.graph.nodes)
+    """Whether the graph, or one that it calls (a checkpointed function's), enters a region of torch.vmap."""
+    return any(_named(node, _BEGIN) for node in gm.graph.nodes) or any(map(has_vmaps, _bodies(gm).values()))
 
 
 def without_vmaps(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
@@ -49,6 +49,10 @@ def without_vmaps(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
     held = fx.GraphModule(gm, gm.graph)  # what the nodes of gm read
     for name, value in constants.items():
         setattr(held, name, value)
+    for name, body in _bodies(gm).items():
+        if has_vmaps(body):
+            read = [_value(node, {}) for node in body.graph.nodes if node.op == "placeholder"]
+            setattr(held, name, without_vmaps(body, read))
     held.graph = graph
     held.graph.lint()
     return held
@@ -62,6 +66,13 @@ def levels_kept() -> Iterator[None]:
         yield
     finally:
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+
+
+def _bodies(gm: fx.GraphModule) -> dict[str, fx.GraphModule]:
+    """The graphs that a graph hands to wrappers, by the names under which it holds them."""
+    names = [str(node.target) for node in gm.graph.nodes if node.op == "get_attr"]
+    held = {name: getattr(gm, name, None) for name in names}
+    return {name: body for name, body in held.items() if isinstance(body, fx.GraphModule)}
 
 
 def _named(node: fx.Node, name: str) -> bool:

@@ -16,7 +16,7 @@ from qfx.analysis.sensitivity import Sensitivity
 from qfx.analysis.weights import rounding_of
 from qfx.capture import capture_export
 from qfx.data import Call
-from qfx.errors import Note
+from qfx.errors import Note, check_flags
 from qfx.format import Format
 from qfx.inputs import without_cache
 from qfx.passes.annotate import annotate, kind_of
@@ -45,6 +45,7 @@ def analyze(
     The model is not changed. Raises ValueError for bad data, labels that are missing and losses that are not finite;
     UnsupportedError where torch.export does not take the model, and under strict where heads cannot be told apart.
     """
+    check_flags(progress=progress, strict=strict)
     check_float(model, "analyze")
     asked = None if recipe is None else Recipe.parse(recipe)
     options = Options(

@@ -51,16 +51,19 @@ class Observer:
         return (type(self).__name__, self.granularity, self.centred)
 
     def update(self, x: Tensor, batch: int | None = None, kept: Attended | None = None) -> None:
-        """Take in one batch (f16, bf16, f32 or f64, any shape), of [B, T, K] the positions that are `kept`.
+        """Take in one batch (f16, bf16, f32 or f64, any shape), of it the positions that are `kept` (see `padding`).
 
         An empty one changes nothing.
         """
         if not x.is_floating_point():
             raise ValueError(f"cannot observe {self.name!r}: expected floats, found {x.dtype}")
+        if x.numel() == 0:
+            return
+        x = centre(x.detach())[0] if self.centred else x.detach()  # over all of it, as attention does
         x = without(x, kept or {})
         if x.numel() == 0:
             return
-        rows = self._rows(centre(x.detach())[0] if self.centred else x.detach())
+        rows = self._rows(x)
         low, high = rows.amin(1).to(torch.float32), rows.amax(1).to(torch.float32)
         if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
             raise ValueError(self._not_finite(rows, self.batches if batch is None else batch))

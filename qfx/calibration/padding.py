@@ -3,8 +3,13 @@
 A batch tells them by its attention mask [B, T], 1 at tokens and 0 at padding. Without this a statistic would say more
 about padding than about text where short samples are put beside long ones.
 
-Layers that read [B, T, K] or, in a graph, [B * T, K] are told what is padding. Not so experts, whose rows are sorted by
-expert, and the operands of attention, whose axes are others.
+A value is told what is padding by its shape: [B, T, K] by a mask of [B, T]. A graph tells more of it (see
+`positions`): rows [B * T, K], rows [M, K] that are picked from these (those of experts), and what attention reads,
+[B, H, T, D]. Of a live model's layers, whose calls hooks see, rows are known that are a view of a value [B, T, K].
+
+Where two inputs have one number of positions, rows that could be of either count, and so does what a model gathers in
+another way (as many rows for each expert, windows, tokens that are put before the text): what is padding there is not
+known.
 """
 
 from __future__ import annotations
@@ -16,7 +21,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-Attended: TypeAlias = Mapping[tuple[int, ...], Tensor]  # [B, T] -> bool of that shape, True at tokens
+# [B, T] -> bool of that shape, True at tokens. Of single values, too: [M] -> bool [M], and [B, H, T] -> bool [B, T]
+Attended: TypeAlias = Mapping[tuple[int, ...], Tensor]
 _MASK, _DECODER, _ENCODER = "attention_mask", "decoder_", "encoder_"
 _NO_LABEL = -100  # what losses ignore
 
@@ -69,12 +75,43 @@ def attended_by(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def without(x: Tensor, kept: Attended) -> Tensor:
-    """[B, T, K] -> rows [n, K] of the positions that count; any other shape, and a batch without padding, as it is."""
-    mask = kept.get(tuple(x.shape[:2])) if x.dim() == 3 else None
-    return x if mask is None else x[mask.to(x.device)]
+    """The positions that count: of [B, T, K] or [M, K] rows [n, K], of [B, H, T, D] [H, n, D]. What `kept` has no mask
+    for, and a batch without padding, as it is."""
+    mask = kept.get(tuple(x.shape[:-1])) if x.dim() in (2, 3, 4) else None
+    if mask is None:
+        return x
+    if x.dim() == 4:
+        return x.transpose(1, 2)[mask.to(x.device)].transpose(0, 1)
+    return x[mask.to(x.device)]
 
 
-def in_positions(x: Tensor, kept: Attended) -> Tensor:
-    """A value that is `flattened` (see `positions`) as [B, T, K], where padding of just one shape has as many rows."""
-    shapes = [shape for shape in kept if shape[0] * shape[1] == len(x)]
-    return x.reshape(*shapes[0], x.shape[-1]) if len(shapes) == 1 else x
+def in_positions(x: Tensor, kept: Attended, shape: tuple[int, ...], picks: Sequence[Tensor]) -> tuple[Tensor, Attended]:
+    """Rows [M, K] of a graph, and what `without` needs for them. shape: [B, T] of the positions that they are of.
+
+    picks: indices [..], by one after the other of which they are picked from all positions in order; without any they
+    are given back as [B, T, K].
+    """
+    if shape not in kept:
+        return x, kept
+    if not picks:
+        return x.reshape(*shape, x.shape[-1]), kept
+    mask = kept[shape].reshape(-1)
+    for index in picks:
+        mask = mask.to(index.device)[index]
+    return x, {**kept, (len(x),): mask}
+
+
+def with_heads(kept: Attended, x: Tensor) -> Attended:
+    """With a mask for what an attention reads, [B, H, T, D], where B and T are those of a mask."""
+    batch, heads, tokens = x.shape[:3]
+    mask = kept.get((batch, tokens)) if x.dim() == 4 else None
+    return kept if mask is None else {**kept, (batch, heads, tokens): mask}
+
+
+def of_view(x: Tensor, kept: Attended) -> Tensor:
+    """Rows [B * T, K] that a live layer reads as [B, T, K], where they are a view of such a value; else as they are."""
+    whole = x._base if x.dim() == 2 else None
+    if whole is None or whole.dim() != 3 or tuple(whole.shape[:2]) not in kept or whole.numel() != x.numel():
+        return x
+    same = whole.data_ptr() == x.data_ptr() and whole.is_contiguous() and x.is_contiguous()
+    return whole if same and whole.shape[-1] == x.shape[-1] else x

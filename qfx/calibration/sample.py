@@ -45,7 +45,8 @@ class Sample(AbsMax):
             self._samples += len(x)
         else:
             count = x.numel() // max(1, x.shape[-1])
-            self._second = torch.arange(count, device=x.device) >= count // 2
+            second = torch.arange(count, device=x.device) >= count // 2
+            self._second = without(second[:, None], kept or {}).reshape(-1) if x.dim() == 2 else second
         super().update(x, batch, kept)
 
     def sample(self) -> Tensor:

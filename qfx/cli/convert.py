@@ -12,6 +12,7 @@ from qfx import interop
 from qfx.cli.models import check_target
 from qfx.cli.terminal import megabytes, step
 from qfx.hf import hub
+from qfx.storage.files import check_writable
 
 EXPORTS: dict[str, Callable[..., None]] = {
     "compressed-tensors": interop.export_compressed_tensors,
@@ -26,6 +27,7 @@ def run(console: Console, folder: Path, out: Path, layout: str, *, strict: bool)
     from qfx.save import save
 
     check_target(out, folder)
+    check_writable(out)
     with step(console, f"load {folder}"):
         model = _load(folder, strict=strict)
         tokenizer = hub.load_tokenizer(folder)

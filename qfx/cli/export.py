@@ -16,6 +16,7 @@ from qfx.decoding.encoder_decoder import is_encoder_decoder
 from qfx.hf import hub
 from qfx.kv.held import caches_of
 from qfx.recipe import Recipe
+from qfx.storage.files import check_writable
 
 
 def run(
@@ -23,6 +24,10 @@ def run(
     strict: bool,
 ) -> None:  # fmt: skip
     """A folder that qfx wrote is exported as it is, another model by a recipe. how: further options of the export."""
+    from qfx.export import checked_ending, export_onnx
+
+    checked_ending(out)
+    check_writable(out.parent if out.suffix == ".onnx" else out)  # before the work, not after it
     kv = how.get("kv")
     saved = (Path(model) / "qfx.json").is_file()
     parsed = None if recipe is None else Recipe.parse(recipe)
@@ -38,8 +43,6 @@ def run(
         raise ValueError(f"recipe {parsed.name!r} needs calibration data\n  next step: --data FILE")
     if texts is None and kv is not None:
         raise ValueError(f"--kv {kv} needs calibration data\n  next step: --data FILE")
-    from qfx.export import export_onnx
-
     with step(console, f"load {model}"):
         loaded = open_quantized(Path(model)) if saved else hub.load(hub.resolve(model))
     data = None

@@ -12,6 +12,7 @@ from qfx.cli.terminal import megabytes, step
 from qfx.data import read_texts
 from qfx.hf import hub
 from qfx.interop.gguf_types import mix_named
+from qfx.storage.files import check_writable
 
 SAMPLES = 64
 
@@ -21,6 +22,7 @@ def run(console: Console, model: str, out: Path, mix: str, text: TextOptions, *,
     mix = mix_named(mix)  # before anything is loaded
     if out.is_dir():
         raise ValueError(f"{out} is a folder\n  expected: the path of a .gguf file")
+    check_writable(out.parent)
     saved = (Path(model) / "qfx.json").is_file()
     texts = None if text.file is None else read_texts(text.file, text.field)
     from qfx.interop.gguf_export import export_gguf, need_gguf

@@ -16,6 +16,7 @@ from qfx.data import read_texts
 from qfx.hf import hub
 from qfx.recipe import Recipe, Rule
 from qfx.storage import streamed
+from qfx.storage.files import check_writable
 
 _SHARE = 0.6  # of the free memory that a model may take before it stays on disk
 
@@ -46,6 +47,7 @@ def run(
         )
     folder = hub.resolve(model)
     check_target(out, folder)
+    check_writable(out)  # before the work, not after it
     from qfx.quantize import plan, quantize
     from qfx.report import report
     from qfx.save import save

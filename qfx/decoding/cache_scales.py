@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qfx import data as batches
 from qfx.calibration import observers
 from qfx.calibration.observers import Observer
+from qfx.calibration.padding import Attended, attended, without
 from qfx.data import Call
 from qfx.errors import explain
 from qfx.format import Format
@@ -103,13 +104,13 @@ def cache_scales(model: nn.Module, data: Iterable[Any], formats: Mapping[str, Fo
     found: list[dict[str, Observer]] = []
     heads: list[int] = []
     for call in batches.calls(model, data, SAMPLES):
-        layers, mask = _cached(model, call)
+        layers, kept = _cached(model, call)
         for i, layer in enumerate(layers):
             if i == len(found):
                 heads.append(int(layer.keys.shape[1]))
                 found.append({role: _observer(formats[what], f"layer {i}, {role}s") for what, role in WHAT.items()})
             for role, observer in found[i].items():
-                observer.update(_rows(getattr(layer, f"{role}s"), mask))
+                observer.update(_rows(getattr(layer, f"{role}s"), kept))
     return [
         {role: layer[role].qparams(formats[what]).scale.reshape(count, -1) for what, role in WHAT.items()}
         for layer, count in zip(found, heads, strict=True)
@@ -120,8 +121,8 @@ def _observer(fmt: Format, name: str) -> Observer:
     return observers.create(_OBSERVER[fmt.type], fmt, name=name)
 
 
-def _cached(model: nn.Module, call: Call) -> tuple[list[Any], Tensor | None]:
-    """The layers of the cache after a call, and the call's mask [B, S]."""
+def _cached(model: nn.Module, call: Call) -> tuple[list[Any], Attended]:
+    """The layers of the cache after a call, and the call's positions that are no padding."""
     from transformers import DynamicCache
 
     signature = inspect.signature(model.forward)
@@ -133,12 +134,10 @@ def _cached(model: nn.Module, call: Call) -> tuple[list[Any], Tensor | None]:
         given["logits_to_keep"] = 1
     with torch.no_grad():
         found = model(**{**given, "past_key_values": DynamicCache(), "use_cache": True})
-    return list(found.past_key_values.layers), given.get("attention_mask")
+    return list(found.past_key_values.layers), attended(list(given), list(given.values()))
 
 
-def _rows(cached: Tensor, mask: Tensor | None) -> Tensor:
+def _rows(cached: Tensor, kept: Attended) -> Tensor:
     """[B, G, S, D] as [tokens, G * D], without the tokens that are padding."""
-    rows = cached.detach().transpose(1, 2).flatten(2)
-    if mask is not None and mask.dim() == 2:
-        return rows[mask.bool().to(rows.device)]
-    return rows.flatten(0, 1)
+    rows = without(cached.detach().transpose(1, 2).flatten(2), kept)
+    return rows if rows.dim() == 2 else rows.flatten(0, 1)

@@ -17,6 +17,7 @@ from qfx.capture import Captured, capture_export
 from qfx.decoding.decoder import PAST, PRESENT, is_shared
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.inputs import example_inputs, need_inputs
+from qfx.other_sizes import other_sizes
 from qfx.passes.kv_cache import kv_cache
 from qfx.storage.files import sha256_file, write_text
 
@@ -24,6 +25,7 @@ ENCODER, DECODER, DOCUMENT = "encoder.onnx", "model.onnx", "encoder_decoder.json
 IDS, MASK, POSITIONS = "decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"
 ENCODER_MASK = "encoder_attention_mask"  # the encoder's `attention_mask`, as the decoder's graph reads it
 HIDDEN, CROSS = "last_hidden_state", "cross_key_values.{}.{}"
+_LENGTH = 13  # of the encoder's example: no block divides it, so that attention in blocks is traced with its padding
 _NEW, _OLD = 3, 5  # sizes of the decoder's example: different ones, none of them 1
 
 
@@ -69,6 +71,7 @@ def encoder_inputs(model: nn.Module, args: Any) -> dict[str, Tensor]:
         found = example_inputs(model)
         if found is None:
             raise need_inputs(model)
+        found = {name: value[:, :_LENGTH] if name == "input_ids" else value for name, value in found.items()}
     else:
         ((given, named),) = batches.calls(model, [args])
         found = {**dict(zip(accepted, given, strict=False)), **named}
@@ -212,13 +215,15 @@ def cache_sizes(model: nn.Module, inputs: Mapping[str, Tensor]) -> Sizes:
     return Sizes(past, cross, int(first.shape[2]), int(found.encoder_last_hidden_state.shape[-1]), first.dtype)
 
 
-def capture_encoder(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Captured, dict[str, str]]:
-    """The encoder's graph, and the names that its inputs have in a file.
+def capture_encoder(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Captured, dict[str, str], list[Note]]:
+    """The encoder's graph, the names that its inputs have in a file, and notes about sizes for which it does not hold.
 
     Outputs: HIDDEN [B, T, C], then CROSS keys and values [B, H, T, D] of every decoder layer.
     """
-    captured = _read_only(capture_export(_Encoder(model), (), {"inputs": dict(inputs)}))
-    return captured, {f"inputs_{name}": name for name in inputs}
+    encoder, given = _Encoder(model), {"inputs": dict(inputs)}
+    captured = _read_only(capture_export(encoder, (), given))
+    notes = other_sizes(captured, encoder, (), given, type(model).__name__)
+    return captured, {f"inputs_{name}": name for name in inputs}, notes
 
 
 def _read_only(captured: Captured) -> Captured:

@@ -29,12 +29,13 @@ class OnnxCausalLM(Generator):
     ) -> None:
         file = folder / read_config(folder)["model"]["decoder"]["filename"]
         self._open(folder, AutoConfig.from_pretrained(folder), Runner(file, threads, session_options))
+        self.generation_config.use_cache = True  # whatever the configuration says (MPT's: no): the file has one
 
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values: SharedCache | None = None, use_cache: bool | None = None, **_: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
-        """Logits [B, 1 or S, V] for new tokens [B, S], and the grown cache.
+        """Logits [B, 1 or S, V] for new tokens [B, S], and the grown cache unless use_cache is False.
 
         attention_mask [B, P + S] (all ones where left out), position_ids [B, S] (counted along the mask).
         """
@@ -57,7 +58,8 @@ class OnnxCausalLM(Generator):
                 self._step(input_ids[:, [i]], mask[:, : total - new + i + 1], places[:, [i]], cache) for i in range(new)
             ]
             return CausalLMOutputWithPast(logits=torch.cat(steps, 1), past_key_values=cache)
-        return CausalLMOutputWithPast(logits=self._step(input_ids, mask, places, cache), past_key_values=cache)
+        logits = self._step(input_ids, mask, places, cache)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=None if use_cache is False else cache)
 
     forward = __call__
 

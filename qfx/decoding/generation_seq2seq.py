@@ -219,9 +219,6 @@ class OnnxSeq2SeqLM(Generator):
             feeds[POSITIONS] = places
         return self._run(feeds, cache, *mask.shape)
 
-    def _wants_cache(self, generation_config: Any) -> bool:
-        return generation_config.use_cache is not False
-
 
 class OnnxWhisper(OnnxSeq2SeqLM, WhisperGenerationMixin):  # type: ignore[misc]
     """Whisper, whose `generate()` reads speech of any length and knows languages, tasks and times."""

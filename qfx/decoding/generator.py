@@ -86,4 +86,4 @@ class Generator(GenerationMixin):  # type: ignore[misc]
             model_kwargs["past_key_values"] = self._new_cache(max_cache_length)
 
     def _wants_cache(self, generation_config: Any) -> bool:
-        return True
+        return generation_config.use_cache is not False

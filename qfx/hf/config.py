@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qfx.errors import check_flags
 from qfx.hf.attach import METHOD
 from qfx.hf.quantization_config import unwrap, wrap
 from qfx.recipe import Recipe
@@ -23,6 +24,7 @@ class QfxConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, recipe: Any = "w8a8", *, strict: bool = False, **overrides: Any) -> None:
+        check_flags(strict=strict)
         parsed = Recipe.parse(recipe)
         self.quant_method = METHOD
         self.recipe: Recipe | None = parsed.override(**overrides) if overrides else parsed
@@ -41,7 +43,8 @@ class QfxConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """The config that `to_dict` wrote. Raises ValueError for one of another version, and for unknown keys."""
         recipe, record = unwrap(config_dict, "quantization_config in config.json")
         made = cls.of(recipe, record)
-        made.strict = bool(config_dict.get("strict", False))
+        made.strict = config_dict.get("strict", False)
+        check_flags(strict=made.strict)
         return (made, kwargs) if return_unused_kwargs else made
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qfx.errors import explain
+from qfx.errors import check_flags, explain
 from qfx.interop.linear import (
     Decoder,
     Layout,
@@ -47,6 +47,7 @@ def export_awq(
     strict. experts, tokenizer, shard_bytes: as for `export_gptq`. Raises ValueError for other models and where
     nothing can be held, OSError where the disk does not take it.
     """
+    check_flags(strict=strict, experts=experts)
     without = "transformers' own loader"
     layout = Layout(NAME, _refused, _lost, _encode, _config, experts=experts, without=without)
     write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=shard_bytes)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import explain
+from qfx.errors import check_flags, explain
 from qfx.format import Format
 from qfx.interop.linear import (
     Decoder,
@@ -56,6 +56,7 @@ def export_bnb(
     float, each a QfxWarning; an UnsupportedError if strict. tokenizer, shard_bytes: as for `qfx.save`. Raises
     ValueError for other models and where nothing can be held, OSError where the disk is full.
     """
+    check_flags(double_quant=double_quant, strict=strict)
     encode = functools.partial(_encode, double_quant=double_quant)
     config = functools.partial(_config, double_quant=double_quant)
     layout = Layout(NAME, _refused, input_loss, encode, config)

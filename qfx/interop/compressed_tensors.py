@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import explain
+from qfx.errors import check_flags, explain
 from qfx.format import Format, dtype_name
 from qfx.interop.linear import Decoder, Layout, Linear, Loss, in_order, misfit, need, sorted_groups
 from qfx.interop.schemes import Schemes, input_format, weight_format
@@ -46,6 +46,7 @@ def export_compressed_tensors(
     False: in float. Raises ValueError for other models and where nothing can be held, OSError where the disk does not
     take it.
     """
+    check_flags(strict=strict, experts=experts)
     without = "transformers without CompressedTensorsConfig(dequantize=True)"
     layout = Layout(NAME, _refused, _lost, _encode, _config, experts=experts, without=without)
     write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=shard_bytes)

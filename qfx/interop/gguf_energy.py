@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx.calibration.padding import Attended, attended_by, without
+from qfx.calibration.padding import Attended, attended_by, of_view, without
 from qfx.data import calls
 from qfx.quantize import evaluating
 
@@ -24,7 +24,7 @@ def input_energy(model: nn.Module, names: Iterable[str], data: Iterable[Any]) ->
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = without(args[0].detach(), kept).to(torch.float32).flatten(0, -2)
+            x = without(of_view(args[0], kept).detach(), kept).to(torch.float32).flatten(0, -2)
             total = x.square().sum(0)
             if not bool(torch.isfinite(total).all()):
                 raise ValueError(f"the inputs of {name!r} are not finite on the calibration data")

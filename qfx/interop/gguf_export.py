@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import Note, explain
+from qfx.errors import Note, check_flags, explain
 from qfx.interop import gguf_tokenizer
 from qfx.interop.gguf_arch import Architecture, architecture_of, rope_factors, rows_of_pairs, settings
 from qfx.interop.gguf_blocks import BLOCK_TYPES
@@ -78,6 +78,7 @@ def export_gguf(
     Raises UnsupportedError for other architectures and tokenizers, ValueError for unknown types, weights that are not
     finite and bad data, ImportError without the gguf package. The model is not changed.
     """
+    check_flags(strict=strict)
     mix = mix_named(type)
     gguf = need_gguf()
     job = _planned(model, mix, weighted=data is not None)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import Note, UnsupportedError, explain, listed, nearest
+from qfx.errors import Note, UnsupportedError, check_flags, explain, listed, nearest
 from qfx.format import Format
 from qfx.interop.gguf_arch import Architecture, architecture_named, rows_of_pairs
 from qfx.interop.gguf_blocks import BLOCK_TYPES, block_type, unpack
@@ -49,6 +49,7 @@ def import_gguf(
     Raises FileNotFoundError, ValueError for a file that is none, is cut short or lacks tensors or metadata,
     UnsupportedError for other architectures and types, ImportError without gguf or transformers.
     """
+    check_flags(packed=packed, strict=strict)
     file = read_gguf(path)
     arch = architecture_named(str(file.fields.get("general.architecture")))
     shapes = {name: _shape(tensor) for name, tensor in file.tensors.items()}

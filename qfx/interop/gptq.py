@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import explain
+from qfx.errors import check_flags, explain
 from qfx.interop.linear import (
     Decoder,
     Dequantized,
@@ -56,6 +56,7 @@ def export_gptq(
     shard_bytes: as for `qfx.save`. Raises ValueError for other models and where nothing can be held, OSError where the
     disk does not take it.
     """
+    check_flags(strict=strict, experts=experts)
     if version not in ("gptq", "gptq_v2"):
         raise ValueError(f"unknown version {version!r} of GPTQ's layout\n  expected: 'gptq' or 'gptq_v2'")
     layout = Layout(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import Note, explain, first_line, listed
+from qfx.errors import Note, check_flags, explain, first_line, listed
 from qfx.interop import awq, bnb, compressed_tensors, experts, gptq
 from qfx.interop.checkpoint import Checkpoint
 from qfx.interop.linear import Decoder, Dequantized, Linear, Loss, is_transposed
@@ -39,6 +39,7 @@ def import_checkpoint(
     UnsupportedError if strict. Raises FileNotFoundError for missing files, ValueError for unknown layouts, files cut
     short and checkpoints of another architecture.
     """
+    check_flags(strict=strict)
     checkpoint = Checkpoint.open(folder)
     method = str(checkpoint.quantization.get("quant_method", "")).replace("_", "-").lower()
     if method not in DECODERS:

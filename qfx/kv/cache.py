@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
-from qfx.errors import UnsupportedError, explain
+from qfx.errors import UnsupportedError, check_flags, explain
 from qfx.kv.attend import Scratch
 from qfx.kv.formats import CacheFormat, cache_formats
 from qfx.kv.layers import QuantizedLayer
@@ -56,6 +56,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         max_length: int | None = None,
         offloading: bool = False,
     ) -> None:
+        check_flags(offloading=offloading)
         if offloading and max_length is not None:
             what = f"a cache of fixed length (max_length={max_length}) cannot be offloaded: its memory never moves"
             raise ValueError(explain(what, next_step="leave one of max_length and offloading out"))

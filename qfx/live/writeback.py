@@ -90,13 +90,10 @@ class Writer:
         self.rotations = rotations(plan.rewrites)
         self.sqnr: Mapping[str, float] = plan.sensitivities.get("sqnr_db", {})
         self.parents: dict[int, list[tuple[str, str]]] = {}
-        self.twins: dict[Key, list[tuple[str, str]]] = {}
+        self.twins = twins_of(model)
         for path, module in model.named_modules():
             for name, child in module._modules.items():
                 self.parents.setdefault(id(child), []).append((path, name))
-            for leaf, parameter in module._parameters.items():
-                if parameter is not None:
-                    self.twins.setdefault(pointer_of(parameter), []).append((path, leaf))
 
     def write(self, places: list[Place]) -> nn.Module:
         """Write all places; the model, or what stands in its place."""
@@ -200,6 +197,16 @@ class Writer:
             self.model = new
         for path, name in self.parents.get(id(old), ()):
             setattr(self.model.get_submodule(path), name, new)
+
+
+def twins_of(model: nn.Module) -> dict[Key, list[tuple[str, str]]]:
+    """Place in memory of a weight -> (owner, leaf) of those that hold it."""
+    found: dict[Key, list[tuple[str, str]]] = {}
+    for path, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(pointer_of(parameter), []).append((path, leaf))
+    return found
 
 
 def oriented(weight: Tensor, place: Place) -> Tensor:

@@ -10,10 +10,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from qfx.annotation import each
 from qfx.compiled.records import GraphRecord
 from qfx.errors import Note
 from qfx.format import Format
 from qfx.live.attending import attention_rows
+from qfx.recipe import Recipe
 from qfx.reporting.rows import Row
 
 _PACKED = re.compile(r"(^|[._])(w|rows\d+|columns\d+)_(codes|scale|zero)$")
@@ -90,8 +92,37 @@ def why_not(model: nn.Module, fqn: str, failed: dict[str, str], records: Sequenc
         module = modules.get(path, model)
         if getattr(module.forward, "_torchdynamo_disable", False) or _is_disabled(module):
             return f"{path or 'the model'} is excluded from compilation (torch._dynamo.disable): runs in torch"
-    limits = [note.reason for note in limit_notes(records)]
+    limits = [note.reason for note in limit_notes(records)] + [reason for reason, _ in [recurrent(model)] if reason]
     return f"in no compiled graph: runs in torch; {limits[0]}" if limits else "in no compiled graph: runs in torch"
+
+
+def recurrent(model: nn.Module) -> tuple[str, str]:
+    """What keeps a model with recurrent layers out of compiled graphs, and the next step; both "" where nothing does.
+
+    Dynamo leaves alone every function that calls one, says nothing, and asks no backend.
+    """
+    found = next(((n, m) for n, m in model.named_modules() if isinstance(m, nn.RNN | nn.GRU | nn.LSTM)), None)
+    if found is None or torch._dynamo.config.allow_rnn:
+        return "", ""
+    kind, name = type(found[1]).__name__, f" ({found[0]})" if found[0] else ""
+    reason = f"Dynamo compiles no function that calls nn.{kind}{name} unless torch._dynamo.config.allow_rnn is set"
+    return reason, "set torch._dynamo.config.allow_rnn = True before the first call"
+
+
+def why_float(model: nn.Module, row: Row, recipe: Recipe | None) -> str:
+    """Why a row of a quantized model is in float, as far as it can be told: `recipe`, where it is known, says what was
+    asked. "" where nothing was."""
+    if recipe is not None and recipe.allocation is not None:  # which may give a weight floats
+        return ""
+    kinds = ("embedding", "linear", "experts") if row.op == "parameter" else (row.op,)
+    asked = [] if recipe is None else [recipe.formats_for(kind, row.node).get("w", ()) for kind in kinds]
+    if recipe is not None and all(fmt.is_plain for formats in asked for fmt in each(formats)):
+        return ""
+    if row.op == "parameter":
+        modules = dict(model.named_modules())
+        owner = modules.get(row.node) or modules.get(row.node.rpartition(".")[0], model)
+        return f"a parameter that {type(owner).__name__} reads by itself: stays float"
+    return "asked for, but its weight is read as a plain tensor, or computed: stays float" if recipe else ""
 
 
 def limit_notes(records: Sequence[GraphRecord]) -> list[Note]:

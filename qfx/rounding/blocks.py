@@ -303,10 +303,13 @@ class Block:
         return ""
 
     def offsets_of(self, site: Site, batch: int) -> Tensor:
-        """The ends of the experts' rows of a batch, int [E]."""
+        """The ends of the experts' rows of a batch, int [E], among those that `inputs_of` gives."""
         assert site.offsets is not None
         found: Tensor = self.lane.value(batch, site.offsets)
-        return found
+        kept = self.lane.kept_rows(batch, site.x, len(self.lane.value(batch, site.x)))
+        if kept is None:
+            return found
+        return torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])[found.cpu().long()]
 
     def put(self, part: Part, packed: Packed, told: Mapping[str, Any] | None = None) -> None:
         """Take a rounded part: it goes into the plan, and stands in the graph for what follows.

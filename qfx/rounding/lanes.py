@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from qfx import annotation, graph
 from qfx.calibration.padding import attended, in_positions, without
-from qfx.calibration.positions import flattened
+from qfx.calibration.positions import Rows, rows_of
 from qfx.data import check_batch, telling
 from qfx.format import Format
 from qfx.numerics import fake_quantize
@@ -52,11 +52,32 @@ class Program:
                 self.nodes.append(node)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.last_use = {node: self._last_use(node) for node in (*self.inputs, *self.nodes)}
+        self._rows: dict[fx.Node, Rows | None] = {}
+        self._keep_picks()
         self._known: Env = {}
 
     def _last_use(self, node: fx.Node) -> int:
         end = len(self.nodes)
         return max((self.position.get(user, end) for user in node.users), default=-1)
+
+    def _keep_picks(self) -> None:
+        """What rows are picked by is there as long as a weight to be rounded reads them: it tells which are padding."""
+        for node in self.nodes:
+            x = node.args[0] if _OPERAND.get(graph.schema_name(node)) == 1 and "w" in annotation.get(node) else None
+            for pick in self.picks(x):
+                if pick in self.last_use:
+                    self.last_use[pick] = max(self.last_use[pick], self.position[node])
+
+    def picks(self, x: Any) -> tuple[fx.Node, ...]:
+        """The indices by which the rows of a value are picked from positions."""
+        rows = self.rows_of(x) if isinstance(x, fx.Node) else None
+        return () if rows is None else rows.picks
+
+    def rows_of(self, node: fx.Node) -> Rows | None:
+        """See `qfx.calibration.positions`."""
+        if node not in self._rows:
+            self._rows[node] = rows_of(node)
+        return self._rows[node]
 
     def alive(self, at: int) -> list[fx.Node]:
         """The inputs and calls that are there before the call `at`, and are read by it or later."""
@@ -185,11 +206,32 @@ class Lane:
         return self.program.look(node, self.values[batch])
 
     def rows(self, batch: int, node: fx.Node, x: Tensor) -> Tensor:
-        """A node's value [B, T, K] or [B * T, K] in a batch without padding, [n, K]; any other as it is."""
+        """A node's value [B, T, K], or rows of positions (see `Rows`), in a batch without padding, [n, K]; any other as
+        it is."""
         kept = self.attended[batch]
-        if kept and x.dim() == 2 and flattened(node):
-            x = in_positions(x, kept)
-        return without(x, kept)
+        rows = self.program.rows_of(node) if kept and x.dim() == 2 else None
+        if rows is None:
+            return without(x, kept)
+        picks = [self._known(batch, pick) for pick in rows.picks]
+        if any(pick is None for pick in picks):  # nothing that is to be rounded reads it
+            return x
+        return without(*in_positions(x, kept, self._shape(batch, rows.like), picks))
+
+    def kept_rows(self, batch: int, node: fx.Node, count: int) -> Tensor | None:
+        """Which of a node's rows `rows` gives, bool [count]; None where these are all."""
+        numbers = torch.arange(count)[:, None]
+        found = self.rows(batch, node, numbers).reshape(-1)
+        if len(found) == count:
+            return None
+        return torch.zeros(count, dtype=torch.bool).index_fill_(0, found, True)
+
+    def _shape(self, batch: int, like: fx.Node) -> tuple[int, ...]:
+        given: Tensor = self.batches[batch][self.program.inputs.index(like)]
+        return tuple(given.shape[:2])
+
+    def _known(self, batch: int, node: fx.Node) -> Any:
+        env = self.values[batch]
+        return self.program.look(node, env) if node in env or node in self.program.constants else None
 
     def _share(self, batch: int) -> None:
         """Hold what is equal to the first batch's value once."""

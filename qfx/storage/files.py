@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from qfx.storage.spill import rest
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_SHORT = " requested and "  # numpy's words where a part of an array is written, without an error number
 _PART = 1 << 22  # bytes that are written at once
 
 DTYPES = {
@@ -60,15 +61,14 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
             _flush(path)
         for name, path in paths.items():
             path.chmod(modes[name])
-            os.replace(path, root / name)
+        _move([(path, root / name) for name, path in paths.items()])
         _flush(root)
     except BaseException as error:
         for path in paths.values():
             path.unlink(missing_ok=True)
         if made is not None:
             _remove_empty(root, made)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            raise _disk_full(error, root) from error
+        _say_full(error, root)
         raise
 
 
@@ -86,10 +86,13 @@ def staged_folder(folder: str | os.PathLike[str], *, last: str) -> Iterator[Path
     try:
         stage.mkdir()
         yield stage
-        for path in sorted(stage.iterdir(), key=lambda path: (path.name == last, path.name)):
-            os.replace(path, root / path.name)
+        paths = sorted(stage.iterdir(), key=lambda path: (path.name == last, path.name))
+        _move([(path, root / path.name) for path in paths])
         _flush(root)
         done = True
+    except OSError as error:
+        _say_full(error, root)
+        raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         if made is not None and not done:
@@ -182,6 +185,48 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Raises OSError where no file can be written in a folder, which need not be there yet; nothing is left behind."""
+    root = Path(folder)
+    made = _make_folder(root)
+    probe = root / f".{secrets.token_hex(6)}.tmp"
+    try:
+        probe.write_bytes(b"x")
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+        if made is not None:
+            _remove_empty(root, made)
+
+
+def _move(pairs: Sequence[tuple[Path, Path]]) -> None:
+    """Rename files in order; where that ends halfway (Ctrl-C, a disk that fails), what was there comes back."""
+    former: dict[Path, Path] = {}
+    done: list[Path] = []
+    try:
+        for path, target in pairs:
+            if target.is_file() and len(pairs) > 1:
+                kept = path.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
+                former[target] = kept
+                try:
+                    os.link(target, kept)
+                except OSError:  # a file system without links
+                    target.rename(kept)
+            done.append(target)
+            os.replace(path, target)
+    except BaseException:
+        for (path, _), target in zip(pairs, done, strict=False):
+            if not path.exists() and target not in former:
+                target.unlink(missing_ok=True)
+        for target, kept in former.items():
+            if kept.exists():
+                os.replace(kept, target)
+        raise
+    finally:
+        for kept in former.values():
+            kept.unlink(missing_ok=True)
+
+
 def _write(file: FileIO, data: bytes | memoryview) -> None:
     """All of the data: an unbuffered file may take a part only, before it says that the disk is full."""
     left = memoryview(data)
@@ -219,5 +264,9 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _disk_full(error: OSError, root: Path) -> OSError:
-    return OSError(error.errno, "the disk is full; nothing was changed. Free some space and save again", str(root))
+def _say_full(error: BaseException, root: Path) -> None:
+    """Raise an error of a full disk again, in plain words; others are left to the caller."""
+    short = isinstance(error, OSError) and error.errno is None and _SHORT in str(error)
+    if short or (isinstance(error, OSError) and error.errno in _FULL):
+        what = "the disk is full; nothing was changed. Free some space and save again"
+        raise OSError(errno.ENOSPC if short else error.errno, what, str(root)) from error  # type: ignore[attr-defined]

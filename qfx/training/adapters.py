@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import nn
 
-from qfx.errors import explain
+from qfx.errors import check_flags, explain
 from qfx.live.mixed import QuantMixed
 from qfx.live.modules import PREPARED, PackedModule, QuantConv, QuantLinear
 
@@ -46,6 +46,7 @@ def add_adapters(model: nn.Module, config: Any, name: str = "default") -> Any:
 def load_adapters(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bool = False) -> Any:
     """Adapters that peft's `save_pretrained` wrote, on a quantized model. trainable: to go on training them. Raises
     ValueError as `add_adapters` does."""
+    check_flags(trainable=trainable)
     peft = _peft()
     config = lora_config(model, peft.PeftConfig.from_pretrained(os.fspath(folder)))
     return peft.PeftModel.from_pretrained(model, os.fspath(folder), config=config, is_trainable=trainable)

@@ -15,9 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from qfx.calibration.padding import Attended, attended_by, without
+from qfx.calibration.padding import Attended, attended_by, of_view, without
 from qfx.data import Call, calls
-from qfx.errors import explain, listed, warn
+from qfx.errors import check_flags, explain, listed, warn
 from qfx.live.modules import QuantLinear
 from qfx.measuring.compare import Accuracy, accuracy
 from qfx.measuring.measure import decibel, energies
@@ -100,6 +100,7 @@ def merge_adapters(
     Adapters on float modules are merged as peft does. Raises ValueError, before anything is changed, for a model
     without adapters of qfx, merged already, or with NaN or Inf in them.
     """
+    check_flags(strict=strict)
     layers = _layers(model)
     given = None if data is None else calls(model.get_base_model(), data)
     rounding = rounding or ("mse" if given is None else "gptq")
@@ -191,7 +192,7 @@ def _seen(model: Any, layers: Mapping[str, PackedLoraLinear], given: Sequence[Ca
 
     def look(fqn: str) -> Callable[[Tensor, Tensor], None]:
         base, seen = layers[fqn].base, found[fqn]
-        return lambda x, _: seen.add(read_by(base, without(x, kept)))
+        return lambda x, _: seen.add(read_by(base, without(of_view(x, kept), kept)))
 
     with _watching(layers, look):
         for args, kwargs in given:

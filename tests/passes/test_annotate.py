@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qfx.passes.annotate import annotate, kind_of
+from qfx.passes.normalize import normalize
 from qfx.recipe import Recipe, Rule
 from qfx.text import dump
 from tests.graphs import Function, capture
@@ -172,3 +173,33 @@ def test_products_without_a_packed_form_are_told(fields: dict[str, Any], told: l
     notes = annotate(gm, recipe(*({"target": kind, "w": "i8/ch"} for kind in kinds), **fields))
     assert [note.reason.split(" ")[0] for note in notes] == told
     assert all("stays in float" in note.reason and note.next_step and note.where for note in notes)
+
+
+def tables(own: Any, x: torch.Tensor) -> Any:
+    """Matrices that are read whole, cut, added; beside some that have a packed form."""
+    rows = torch.arange(3, device=x.device)
+    y = own.up(nn.functional.layer_norm(own.whole.weight, [4])) + own.looked(rows)[:, :1].sum()
+    return y, own.cut.weight[:2] + x[:2], own.tied(rows) @ own.tied.weight.t(), own.norm(x) + own.plain[:3]
+
+
+TABLES: dict[str, Any] = {
+    "whole": nn.Embedding(5, 4), "cut": nn.Embedding(5, 4), "looked": nn.Embedding(5, 4), "tied": nn.Embedding(5, 4),
+    "norm": nn.LayerNorm(4), "up": nn.Linear(4, 8), "plain": torch.randn(5, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({}, {"whole": "layer_norm", "cut": "slice"}),
+        ({"ignore": ("whole",)}, {"cut": "slice"}),
+        ({"rules": ({"target": "attention", "q": "i8/tok"},)}, {}),
+    ],
+)
+def test_tables_that_are_read_as_plain_tensors_are_told(fields: dict[str, Any], told: dict[str, str]) -> None:
+    gm = capture(Function(tables, **TABLES), torch.randn(3, 4))
+    normalize(gm)
+    rules = fields.pop("rules", ({"target": "embedding", "w": "i8/ch"},))
+    notes = annotate(gm, recipe(*rules, **fields))
+    assert {note.node: note.reason.partition("(by ")[2].partition(")")[0] for note in notes} == told
+    assert all(note.reason.endswith("stays in float") and not note.minor and note.where for note in notes)

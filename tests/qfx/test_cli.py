@@ -143,6 +143,9 @@ def test_gptq_goes_on_where_it_stopped(language_model: Path, text: Path, tmp_pat
         (["quantize", "MODEL", "-o", "MODEL"], "cannot be written to: it is the model itself"),
         (["quantize", "MODEL", "-o", "OUT", "--device", "abacus"], "there is no device 'abacus' here"),
         (["quantize", "./gone", "-o", "OUT"], "there is no folder ./gone"),
+        (["export", "gone", "-o", "m.onx"], "unknown ending '.onx'"),
+        (["quantize", "MODEL", "-o", "MODEL/config.json/out"], "Not a directory: "),
+        (["export", "gone", "-o", "MODEL/config.json/out"], "Not a directory: "),
         (["inspect", "gone"], "there is no folder gone"),
         (["compare", "gone", "MODEL"], "there is no folder gone"),
         (["compare", "MODEL", "MODEL"], "MODEL"),
@@ -150,7 +153,7 @@ def test_gptq_goes_on_where_it_stopped(language_model: Path, text: Path, tmp_pat
 )
 def test_mistakes_are_short_messages(arguments: list[str], message: str, encoder: Path, tmp_path: Path) -> None:
     places = {"MODEL": str(encoder), "OUT": str(tmp_path / "out")}
-    result = _run(*(places.get(argument, argument) for argument in arguments))
+    result = _run(*(places.get(argument, argument).replace("MODEL/", f"{encoder}/") for argument in arguments))
     assert result.exit_code == 2, result.output
     assert message.replace("MODEL", str(encoder)) in result.stderr
     assert "Traceback" not in result.output

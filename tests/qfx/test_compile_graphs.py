@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -336,6 +337,59 @@ def test_a_report_of_what_was_never_compiled_is_refused() -> None:
             ValueError, match="quantized or compiled, found neither; next step: call the compiled model"
         ):
             qfx.report(given)
+
+
+class Spoken(nn.Module):
+    """A recurrent layer before a linear, and a linear that another forward calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"lstm": nn.LSTM(8, 8), "head": nn.Linear(8, 8)})
+        self.front = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner["head"](self.inner["lstm"](x)[0])
+        return found
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@torch.no_grad()
+def test_recurrent_layers_of_which_dynamo_asks_no_backend_are_told(alone: bool) -> None:
+    model: nn.Module = nn.LSTM(8, 8) if alone else Spoken()
+    name = "" if alone else r" \(inner.lstm\)"
+    for compiled in (torch.compile(model.eval(), backend="qfx"), model):
+        compiled(torch.randn(3, 2, 8))
+        with pytest.raises(
+            ValueError, match=rf"given no graph .*\n  found: Dynamo .* nn.LSTM{name} unless .*allow_rnn"
+        ):
+            qfx.report(compiled)
+
+
+@torch.no_grad()
+def test_what_stands_beside_a_recurrent_layer_says_why_it_is_in_no_graph() -> None:
+    model: Any = Spoken().eval()
+    front: Any = torch.compile(model.front, backend="qfx")
+    front(torch.randn(2, 8))
+    rows = {row.node: row for row in qfx.report(model).rows}
+    assert not rows["front.0"].reason
+    for node in ("inner.head", "inner.lstm.weight_ih_l0"):
+        assert rows[node].reason.startswith(
+            "in no compiled graph: runs in torch; Dynamo compiles no function that calls"
+        )
+
+
+@torch.no_grad()
+def test_recurrent_layers_that_dynamo_takes_run_and_are_told() -> None:
+    model, x = Spoken().eval(), torch.randn(3, 2, 8)
+    fast = torch.compile(model, backend="qfx")
+    with torch._dynamo.config.patch(allow_rnn=True), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = fast(x)
+    assert sqnr_db(model(x), found) > 25
+    assert any("lstm multiplies by a parameter" in str(one.message) for one in said)
+    report = qfx.report(fast)
+    assert next(row for row in report.rows if row.node == "inner.head").quantized
+    assert any("no ONNX form for aten.lstm" in note.reason for note in report.notes)
 
 
 @torch.no_grad()

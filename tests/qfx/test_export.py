@@ -21,6 +21,7 @@ import qfx
 from qfx.backends import reference
 from qfx.capture import capture_export
 from qfx.errors import QfxWarning, UnsupportedError
+from qfx.export import checked_ending
 from qfx.inputs import without_cache
 from qfx.pipeline import apply_plan, prepare
 from qfx.recipe import Recipe
@@ -194,6 +195,7 @@ class Counts(nn.Module):
 LINEAR, X = nn.Linear(4, 4).eval(), torch.ones(2, 4)
 REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "another ending": ((LINEAR, X, "m.bin"), {}, ValueError, r"ends in \.onnx"),
+    "no ending": ((LINEAR, X, "m"), {}, ValueError, r"ends in \.onnx"),
     "an unknown runtime": ((LINEAR, X, "m.onnx"), {"runtime": "tensorrt"}, ValueError, "'onnxruntime' or 'standard'"),
     "a cache format": ((LINEAR, X, "m.onnx"), {"kv": "i8"}, ValueError, "without a cache"),
     "an unknown recipe": ((LINEAR, X, "m.onnx"), {"recipe": "w8a9"}, ValueError, "did you mean"),
@@ -205,6 +207,24 @@ REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]]
     "no form": ((Unknown(), torch.ones(3, 3), "m.onnx"), {}, UnsupportedError, "svd"),
     "state": ((Counts().eval(), X, "m.onnx"), {}, UnsupportedError, "changes its inputs or buffers"),
 }
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("file", ["m.onx", "m.ONNX", "m.gguf", "m.onnx.data", "m.int8"])
+def test_an_unknown_ending_is_no_folder(tmp_path: Path, name: str, file: str) -> None:
+    """Of models that may become a folder."""
+    model = ZOO[name]()[0]
+    with pytest.raises(
+        ValueError, match=r"unknown ending '\.\w+'\n  expected: a file that ends in \.onnx; .* a folder"
+    ):
+        qfx.export_onnx(model, None, tmp_path / file)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file", ["m", "m.onnx", "llama-3.2", "Qwen2.5-0.5B", ".hidden", "there.v2"])
+def test_names_of_files_and_folders(tmp_path: Path, file: str) -> None:
+    (tmp_path / "there.v2").mkdir()
+    checked_ending(tmp_path / file)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -192,6 +192,63 @@ def test_weights_that_other_forwards_read() -> None:
         assert torch.allclose(qfx.convert(model)(x), trained, atol=1e-5)
 
 
+class Sum(nn.Module):
+    """A product with a matrix that it is given."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.table = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x) @ self.table
+
+
+class Twins(nn.Module):
+    """One parameter in two modules with forwards of their own, or in a linear and in one of these."""
+
+    def __init__(self, linear: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(16, 16, bias=False)
+        self.first: nn.Module = self.up if linear else Sum(nn.Parameter(torch.randn(16, 16) / 4))
+        self.second = Sum(self.up.weight if linear else self.first.table)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.second(self.up(self.first(x)))
+        return found
+
+
+@pytest.mark.parametrize("train", ["all", "scales"])
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("w", ["i4/g8", "i8/ch"])
+def test_a_parameter_of_two_forwards_is_rounded_in_both(w: str, linear: bool, train: Any) -> None:
+    """SAM's positions: what the plan names once is packed in both."""
+    x = torch.randn(5, 16)
+    model: Any = prepared(Twins(linear).eval(), both(w), [x], train=train)
+    quantized = qfx.quantize(Twins(linear).eval(), both(w), [x])
+    with torch.no_grad():
+        assert torch.allclose(model(x), quantized(x), atol=1e-5)
+    copied = copy.deepcopy(model)
+    optimizer = adam(model)
+    model.train()(x).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        trained = model.eval()(x)
+        assert not torch.allclose(trained, copied(x), atol=1e-5), "the copy has quantizers of its own"
+        assert torch.allclose(copied(x), quantized(x), atol=1e-5)
+        scales = {t.data_ptr() for name, t in model.state_dict().items() if "log_scale" in name}
+        assert len(scales) == (1 if linear else 2)
+        assert torch.allclose(qfx.convert(model)(x), trained, atol=1e-5)
+        assert torch.allclose(qfx.convert(copied)(x), quantized(x), atol=1e-5)
+
+
+def test_a_shared_parameter_that_one_name_leaves_in_float_is_told() -> None:
+    x = torch.randn(5, 16)
+    with pytest.warns(qfx.QfxWarning, match="second: its weight is first.table too, which the recipe leaves in float"):
+        model: Any = qfx.quantize(Twins(linear=False).eval(), both("i8/ch"), [x], ignore=["first*"])
+    assert quantized_parts(model) == ["up"] and model.second.table is model.first.table
+
+
 class Patches(nn.Module):
     def __init__(self) -> None:
         super().__init__()

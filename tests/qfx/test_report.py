@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qfx
-from qfx.errors import QfxWarning
+from qfx.errors import QfxWarning, UnsupportedError
 from qfx.report import Report
 from qfx.reporting.rows import Row
 from tests.zoo import ZOO, ids
@@ -58,7 +58,7 @@ def test_rows_of_experts_and_convolutions() -> None:
     assert set(convolutions) == {"model.encoder.conv1", "model.encoder.conv2"}
     assert all(row.kernel for row in convolutions.values())
     positions = next(row for row in report if row.node == "model.decoder.embed_positions")
-    assert positions.reason == "the graph reads its weight as a plain tensor: stays float" and not positions.quantized
+    assert positions.quantized and not positions.reason, "rows picked from a table are looked up"
 
 
 def test_totals() -> None:
@@ -95,7 +95,7 @@ def test_float_matrices_that_are_no_layers_have_rows_and_count() -> None:
     report = qfx.report(qfx.quantize(model, "w4a16", ignore=["*experts*"]))
     rows = [row for row in report.rows if not row.quantized and row.op != "attention"]
     assert [row.node.rpartition(".")[2] for row in rows] == ["gate_up_proj", "down_proj"] * 2
-    assert {(row.op, row.kernel) for row in rows} == {("parameter", "torch")}
+    assert {(row.op, row.kernel, row.reason) for row in rows} == {("parameter", "torch", "")}, "none was asked for"
     experts = sum(p.nbytes for name, p in model.named_parameters() if "experts" in name)
     assert sum(row.bytes_after for row in rows) == experts
     assert report.totals["weight_coverage"] < 0.3
@@ -110,9 +110,54 @@ def test_float_matrices_that_are_no_layers_have_rows_and_count() -> None:
     with pytest.warns(QfxWarning, match="not seen: 0.table"):
         report = qfx.report(qfx.quantize(nn.Sequential(Recurrent()), "w8a8"))
     told = {row.node: row.op for row in report.rows}
+    reasons = {row.node: row.reason for row in report.rows}
+    assert reasons["0.lstm.weight_ih_l0"] == "a parameter that LSTM reads by itself: stays float"
     assert told == {"0.first": "linear", "0.lstm.weight_ih_l0": "parameter", "0.lstm.weight_hh_l0": "parameter"} | {
         "0.table": "parameter"
     }
+
+
+def deberta() -> Any:
+    import transformers
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 128}
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
+    config = transformers.DebertaV2Config(
+        **sizes, **relative, num_hidden_layers=1, max_position_embeddings=32, norm_rel_ebd="layer_norm"
+    )
+    torch.manual_seed(0)
+    return transformers.DebertaV2Model(config).eval()
+
+
+def test_a_table_that_is_no_lookup_is_told_by_either_door() -> None:
+    """DeBERTa's relative positions, which a norm reads."""
+    told = r"encoder\.rel_embeddings: its weight is read as a plain tensor \(by layer_norm\), .* stays in float"
+    with pytest.warns(QfxWarning, match=told):
+        report = qfx.report(qfx.quantize(deberta(), "w8a8"))
+    rows = {row.node: row for row in report.rows}
+    assert "read as a plain tensor" in rows["encoder.rel_embeddings"].reason
+    assert {row.node for row in report.rows if row.reason} == {"encoder.rel_embeddings"}
+    fast: Any = torch.compile(deberta(), backend="qfx")
+    with pytest.warns(QfxWarning, match=told), torch.no_grad():
+        fast(ids())
+    rows = {row.node: row for row in qfx.report(fast).rows}
+    assert "plain tensor" in rows["encoder.rel_embeddings"].reason
+    with pytest.raises(UnsupportedError, match=told):
+        qfx.quantize(deberta(), "w8a8", strict=True)
+    quiet = qfx.report(qfx.quantize(deberta(), "w8a8", strict=True, ignore=["*rel_embeddings"]))
+    assert not any(row.reason for row in quiet.rows)
+
+
+def test_rows_that_a_forward_picks_from_a_table_are_packed() -> None:
+    """Whisper's decoder reads its positions so."""
+    model, inputs = ZOO["whisper"]()
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        quantized = qfx.quantize(model, "w8a16", strict=True)
+        found = quantized(**inputs).logits
+    rows = {row.node: row for row in qfx.report(quantized).rows}
+    assert rows["model.decoder.embed_positions"].asked == "w=i8/ch"
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
 
 
 def test_a_parameter_of_a_compiled_graph_has_the_row_of_its_product() -> None:

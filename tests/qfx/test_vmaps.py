@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import qfx
 from qfx.capture import capture_export
@@ -95,3 +96,38 @@ def test_an_error_inside_a_region_leaves_no_level_behind() -> None:
     with pytest.raises(RuntimeError, match="inside"), levels_kept():
         enter_and_fail()
     assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
+
+
+class Checkpointed(nn.Module):
+    """A region, and one in it, inside functions whose values are computed again in the backward pass."""
+
+    def __init__(self, deep: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.deep, self.inner, self.outer = deep, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def rows(self, x: Tensor) -> Tensor:
+        found: Tensor = torch.vmap(lambda row: torch.tanh(self.inner(row)) + row.sum())(x)
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        def function(x: Tensor) -> Tensor:
+            found: Tensor = checkpoint(self.rows, x, use_reentrant=False) if self.deep else self.rows(x)
+            return found * 2
+
+        found: Tensor = self.outer(checkpoint(function, x, use_reentrant=False))
+        return found
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("deep", [False, True])
+@torch.no_grad()
+def test_a_region_in_a_checkpointed_function(deep: bool, dynamic: bool) -> None:
+    model = Checkpointed(deep).eval()
+    fast = torch.compile(model, backend="qfx", options={"strict": True}, dynamic=dynamic)
+    for length in (4, 5) if dynamic else (4,):
+        x = torch.randn(length, 3, 8)
+        assert decibel(*energies(model(x), fast(x))) > 25
+    rows = qfx.report(fast).rows
+    assert {row.node: row.quantized for row in rows} == {"inner": True, "outer": True}

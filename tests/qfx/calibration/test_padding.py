@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import qfx
 from qfx.calibration.clipping import Errors
 from qfx.calibration.observers import MinMax
-from qfx.calibration.padding import attended, in_positions, without
+from qfx.calibration.padding import attended, in_positions, of_view, with_heads, without
 from qfx.calibration.sample import Sample
 from qfx.format import Format
 
@@ -76,11 +76,57 @@ def test_other_shapes_stay(shape: tuple[int, ...]) -> None:
 
 
 def test_positions_of_flattened_values() -> None:
+    x = torch.randn(B, T, K)
+    kept = {**attended(["attention_mask"], [MASK]), (T, B): MASK.t().bool()}
+    found, same = in_positions(x.reshape(-1, K), kept, (B, T), ())
+    assert torch.equal(found, x) and same is kept
+    other, same = in_positions(x.reshape(-1, K), kept, (1, B * T), ())
+    assert other.shape == (B * T, K) and same is kept, "that input has no padding"
+
+
+def test_picked_positions() -> None:
+    kept, x = attended(["attention_mask"], [MASK]), torch.randn(B * T, K)
+    first, second = torch.tensor([3, 0, 14, 0, 7, 11]), torch.tensor([0, 1, 2, 5, 5])
+    rows, told = in_positions(x[first][second], kept, (B, T), (first, second))
+    at = first[second]
+    assert torch.equal(without(rows, told), x[at[MASK.reshape(-1)[at] == 1]]) and len(without(rows, told)) == 2
+    assert without(rows, kept) is rows
+
+
+def test_positions_of_heads() -> None:
+    kept, x = attended(["attention_mask"], [MASK]), torch.randn(B, 2, T, K)
+    found = without(x, with_heads(kept, x))
+    assert torch.equal(found, torch.stack([x[:, head][MASK.bool()] for head in range(2)]))
+    assert without(x, kept) is x, "its axes could be others"
+    for other in (torch.randn(B, 2, T + 1, K), torch.randn(B, T, 2, K), torch.randn(B, T, K)):
+        assert with_heads(kept, other) is kept
+
+
+def test_rows_that_are_a_view_of_positions() -> None:
+    """What hooks see of a live layer."""
     kept, x = attended(["attention_mask"], [MASK]), torch.randn(B, T, K)
-    assert torch.equal(in_positions(x.reshape(-1, K), kept), x)
-    two = {**kept, (T, B): MASK.t().bool()}
-    for other, masks in ((torch.randn(B * T - 1, K), kept), (x.reshape(-1, K), two)):
-        assert in_positions(other, masks) is other, "what is padding is not known"
+    assert torch.equal(without(of_view(x.view(-1, K), kept), kept), x[MASK.bool()])
+    wide = torch.randn(B, T, 2 * K)
+    for other in (
+        x.transpose(0, 1).reshape(-1, K), torch.randn(B * T, K), x.view(-1, K)[1:], x.view(1, -1, K),
+        wide[..., :K].view(-1, K), torch.randn(T, B, K).view(-1, K), wide.view(-1, K)[B * T :],
+    ):  # fmt: skip
+        assert of_view(other, kept) is other
+
+
+@pytest.mark.parametrize("granularity", ["", "head", "ch"])
+@pytest.mark.parametrize("centred", [False, True])
+def test_observers_of_heads_do_not_see_padding(granularity: str, centred: bool) -> None:
+    """Keys are centred over all tokens, as attention does it."""
+    x = torch.randn(B, 2, T, K)
+    x.transpose(1, 2)[MASK == 0] *= 20
+    wanted, found = (MinMax(granularity) for _ in range(2))
+    found.centred = centred
+    found.update(x, None, with_heads(attended(["attention_mask"], [MASK]), x))
+    rows = x - x.mean(-2, keepdim=True) if centred else x
+    wanted.update(torch.stack([rows[:, head][MASK.bool()] for head in range(2)]))
+    assert all(torch.equal(a, b) for a, b in zip(found.range(), wanted.range(), strict=True))
+    assert found.seen == wanted.seen
 
 
 def test_observers_do_not_see_padding() -> None:
@@ -183,3 +229,62 @@ def test_more_padding_changes_nothing(name: str, flat: bool) -> None:
         assert torch.allclose(value.double(), long[key].double(), rtol=1e-5, atol=1e-6), key
     changed = [k for k, v in short.items() if not torch.allclose(v.double(), bare[k].double(), rtol=1e-3, atol=1e-4)]
     assert changed, "without a mask padding is text like any other"
+
+
+class Routed(nn.Module):
+    """A table and experts, of which each token takes two; attention before them where it is asked for."""
+
+    def __init__(self, attention: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = attention
+        self.table, self.gate = nn.Embedding(40, 32), nn.Linear(32, 4)
+        self.up = nn.Parameter(torch.randn(4, 32, 64) * 0.2)
+        self.down = nn.Parameter(torch.randn(4, 64, 32) * 0.2)
+        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+        self.table.weight.data[0] = 40.0  # padding
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.table(input_ids)
+        if self.attention:
+            q, k, v = (one(x).unflatten(-1, (2, 16)).transpose(1, 2) for one in (self.q, self.k, self.v))
+            mask = attention_mask[:, None, None, :].bool()
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            found: Tensor = y.transpose(1, 2).flatten(2)
+            return found
+        rows = x.reshape(-1, 32)
+        weights, experts = self.gate(rows).softmax(-1).topk(2)
+        chosen = experts.reshape(-1)
+        own = rows[torch.arange(chosen.shape[0], device=x.device) // 2]
+        hidden = torch.tanh(torch.bmm(own[:, None], self.up[chosen]).squeeze(1))
+        y = torch.bmm(hidden[:, None], self.down[chosen]).squeeze(1) * weights.reshape(-1, 1)
+        back: Tensor = y.reshape(-1, 2, 32).sum(1).view_as(x) * attention_mask[..., None]
+        return back
+
+
+ROUTED: dict[str, tuple[bool, dict[str, Any]]] = {
+    "static": (True, {"rules": [{"target": "attention", "q": "i8", "k": "i8", "v": "i8"}]}),
+    "static by head": (True, {"rules": [{"target": "attention", "q": "u8/head", "k": "u8/head", "v": "i8/head"}]}),
+    "static mse": (True, {"rules": [{"target": "attention", "q": "i8", "k": "i8", "v": "i8"}], "observer": "mse"}),
+    "gptq": (False, {"rules": [{"target": "experts", "w": "u3/g16"}], "rounding": "gptq"}),
+    "clip": (True, {"rules": [{"target": "linear", "x": "u4/tok", "w": "u3/g16"}], "rounding": "gptq"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_more_padding_changes_nothing_for_attention_and_experts(name: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    samples = [torch.randint(1, 40, (int(n),), generator=generator) for n in torch.randint(6, 12, (48,))]
+    attention, fields = ROUTED[name]
+    model, recipe = Routed(attention), qfx.Recipe.parse({"name": name, **fields})
+    bare = [{**batch, "attention_mask": torch.ones_like(batch["attention_mask"])} for batch in padded(samples, 40)]
+    short, long, other = (
+        qfx.plan(copy.deepcopy(model), recipe, data=data).tensors
+        for data in (padded(samples, 12), padded(samples, 40), bare)
+    )
+    assert short.keys() == long.keys() and len(short) >= 2
+    for key, value in short.items():
+        if "/k_" in key:  # keys are rounded without their mean over all tokens, of padding, too
+            continue
+        assert torch.allclose(value.double(), long[key].double(), rtol=1e-5, atol=1e-6), key
+    assert any(not torch.allclose(v.double(), other[k].double(), rtol=1e-3, atol=1e-4) for k, v in short.items())

@@ -96,7 +96,7 @@ def test_a_mask_that_hides_nothing(read: tuple[int, ...], length: int) -> None:
 
 
 def test_the_encoder_holds_what_is_computed_once() -> None:
-    captured, names = pair.capture_encoder(bart(), inputs())
+    captured, names, _ = pair.capture_encoder(bart(), inputs())
     assert names == {"inputs_input_ids": "input_ids", "inputs_attention_mask": "attention_mask"}
     keys = [pair.CROSS.format(i, what) for i in range(LAYERS) for what in ("key", "value")]
     assert captured.outputs == (pair.HIDDEN, *keys)

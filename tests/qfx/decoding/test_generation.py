@@ -22,7 +22,7 @@ from qfx.decoding.generation import OnnxCausalLM
 from qfx.decoding.shared_cache import SharedCache
 from qfx.errors import QfxWarning
 from tests.backends.onnx.checks import sqnr
-from tests.zoo import VOCAB, ZOO
+from tests.zoo import VOCAB, ZOO, ids
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny_lm"
 DECODERS = [
@@ -291,3 +291,40 @@ def test_a_model_without_a_plain_cache(tmp_path: Path) -> None:
         export(model, tmp_path / "m")
     assert not (tmp_path / "m").exists()
     assert OnnxCausalLM.main_input_name == "input_ids"
+
+
+def test_a_configuration_without_a_cache_hides_nothing(tmp_path: Path) -> None:
+    """MPT's says use_cache=False: generate() uses the file's cache all the same, up to the longest text, or none."""
+    import transformers
+
+    sizes = {"d_model": 32, "n_heads": 4, "n_layers": 1, "vocab_size": VOCAB, "max_seq_len": 24, "expansion_ratio": 2}
+    torch.manual_seed(0)
+    model = transformers.MptForCausalLM(transformers.MptConfig(**sizes)).eval()
+    assert model.generation_config.use_cache is False
+    export(model, tmp_path)
+    loaded: Any = qfx.onnx.load(tmp_path)
+    for length, new in ((3, 5), (12, 12), (20, 4)):
+        tokens = ids(length)
+        asked = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": new, "do_sample": False}
+        wanted = model.generate(tokens, **asked)
+        assert torch.equal(loaded.generate(tokens, **asked), wanted)
+        assert torch.equal(loaded.generate(tokens, **asked, use_cache=False), wanted)
+    assert loaded(ids(3), use_cache=False).past_key_values is None
+
+
+def test_a_folder_that_is_not_finished_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the new model beside the old configuration."""
+    from qfx.backends.onnx import genai
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    model, other = (ZOO["llama"](seed=seed)[0] for seed in (0, 1))
+    export(model, tmp_path / "m")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    monkeypatch.setattr(genai, "write_config", interrupted)
+    for folder in ("m", "new"):
+        with pytest.raises(KeyboardInterrupt):
+            export(other, tmp_path / folder)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

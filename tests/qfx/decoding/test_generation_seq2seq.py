@@ -385,3 +385,40 @@ def test_a_decoder_that_reads_no_mask_of_its_own(tmp_path: Path) -> None:
     ids = torch.randint(3, VOCAB, (2, 7))
     asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
     assert torch.equal(loaded.generate(ids, **asked), model.generate(ids, **asked))
+
+
+def blocky(name: str) -> Any:
+    """Encoders that attend in blocks of four tokens."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    ends = {"decoder_start_token_id": 0, "pad_token_id": 0}
+    if name == "pegasus-x":
+        sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in
+                 (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))}  # fmt: skip
+        some: dict[str, Any] = {"d_model": 16, "block_size": 4, "num_global_tokens": 4, "max_position_embeddings": 64}
+        ends |= {"bos_token_id": 0, "eos_token_id": 1}
+        return tf.PegasusXForConditionalGeneration(tf.PegasusXConfig(vocab_size=VOCAB, **sizes, **some, **ends)).eval()
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+    config = tf.LongT5Config(
+        vocab_size=VOCAB, **t5, **ends, local_radius=3, global_block_size=4, encoder_attention_type=name
+    )
+    return tf.LongT5ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("name", ["local", pytest.param("pegasus-x", marks=pytest.mark.slow)])
+def test_encoders_that_attend_in_blocks_read_any_length(tmp_path: Path, name: str) -> None:
+    model = blocky(name)
+    qfx.export_onnx(model, None, tmp_path / "m")
+    loaded: Any = qfx.onnx.load(tmp_path / "m")
+    for length in (3, 8, 13, 18):
+        ids = torch.randint(3, VOCAB, (2, length))
+        asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
+        assert torch.equal(loaded.generate(ids, **asked), model.generate(ids, **asked))
+
+
+def test_an_encoder_that_holds_for_the_length_of_its_example_says_so(tmp_path: Path) -> None:
+    with pytest.warns(
+        QfxWarning, match=r"LongT5\w+: its forward looks at the size of dimension 1 of 'inputs_input_ids'"
+    ):
+        qfx.export_onnx(blocky("transient-global"), None, tmp_path / "m")

@@ -67,3 +67,19 @@ def test_padding_does_not_count(named: bool) -> None:
     torch.testing.assert_close(found["first"], rows.square().mean(0))
     with pytest.raises(ValueError, match="'first' are not finite"):
         input_energy(model, ["first"], [x])
+
+
+class Flat(Masked):
+    """Layers that read the positions in one row, as the router of experts does."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(x.view(-1, x.shape[-1]))
+
+
+def test_padding_of_flattened_inputs_does_not_count() -> None:
+    model, x, mask = Flat(), torch.randn(2, 5, 3), torch.ones(2, 5)
+    mask[0, 3:] = 0
+    rows = x[mask.bool()]
+    x[mask == 0] = torch.nan
+    found = input_energy(model, ["first"], [{"x": x, "attention_mask": mask}])
+    torch.testing.assert_close(found["first"], rows.square().mean(0))

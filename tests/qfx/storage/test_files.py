@@ -134,6 +134,7 @@ def limited(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     [
         "files.write_safetensors(folder / 'a', {'t': torch.ones(100_000)})",
         "files.write_bytes(folder / 'a', bytes(100_000))",
+        "with files.staged(folder) as stage: torch.ones(100_000).numpy().tofile(stage('a'))",
     ],
 )
 def test_full_disk_is_said_and_leaves_the_old_file(tmp_path: Path, call: str) -> None:
@@ -255,3 +256,85 @@ def test_numbers_that_are_not_finite_are_null() -> None:
     text = files.json_text({"a": [math.inf, math.nan, 1.5], "b": {"c": -math.inf}})
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, None, 1.5], "b": {"c": None}}
     assert text.endswith("}\n") and '\n "a": [' in text
+
+
+OLD = {"a": "old a", "b": "old b", "kept": "1"}
+
+
+def replaced(folder: Path, way: str) -> None:
+    """Write a, b and new, two of which are there."""
+    if way == "staged":
+        with files.staged(folder) as stage:
+            for name in ("a", "new", "b"):
+                stage(name).write_text(f"new {name}")
+        return
+    with files.staged_folder(folder, last="a") as place:
+        for name in ("a", "new", "b"):
+            (place / name).write_text(f"new {name}")
+
+
+@pytest.mark.parametrize("linked", [True, False])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("way", ["staged", "folder"])
+def test_an_end_between_two_files_brings_the_old_ones_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, error: type[BaseException], after: bool, linked: bool
+) -> None:
+    """Before each renaming, or right behind it."""
+    replace = os.replace
+
+    def no_link(*_: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not linked:
+        monkeypatch.setattr(os, "link", no_link)
+    for stop in range(3):
+        for name, text in OLD.items():
+            (tmp_path / name).write_text(text)
+        calls: list[Path] = []
+
+        def broken(old: Path, new: Path, stop: int = stop, calls: list[Path] = calls) -> None:
+            calls.append(new)
+            if len(calls) != stop + 1:  # once: what is brought back is renamed, too
+                replace(old, new)
+                return
+            if after:
+                replace(old, new)
+            raise error("stop")
+
+        monkeypatch.setattr(os, "replace", broken)
+        with pytest.raises(error, match="stop"):
+            replaced(tmp_path, way)
+        monkeypatch.setattr(os, "replace", replace)
+        found = {name: (tmp_path / name).read_text() for name in names(tmp_path)}
+        assert found == OLD
+    replaced(tmp_path, way)
+    assert names(tmp_path) == ["a", "b", "kept", "new"] and (tmp_path / "a").read_text() == "new a"
+
+
+def test_a_full_disk_is_said_of_a_staged_folder_too(tmp_path: Path) -> None:
+    def write() -> None:
+        with files.staged_folder(tmp_path / "x", last="a"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="the disk is full; nothing was changed"):
+        write()
+    assert names(tmp_path) == []
+
+
+def test_whether_a_folder_can_be_written_to_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "x/y"):
+        files.check_writable(tmp_path / folder)
+    assert names(tmp_path) == ["empty"]
+    (tmp_path / "f").touch()
+    with pytest.raises(NotADirectoryError):
+        files.check_writable(tmp_path / "f" / "out")
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(PermissionError):
+        files.check_writable(tmp_path / "x" / "y")
+    assert names(tmp_path) == ["empty", "f"]

@@ -1,0 +1,148 @@
+"""Whether a traced graph computes what the model does at sizes other than the example's.
+
+A forward that looks at a size (`if length % block: pad`) is traced for the branch that the example takes. torch.export
+notes such conditions and lets the graph be used anywhere. Here the sizes for which a condition does not hold are tried:
+where the branch not taken would have given the same (padding by nothing), the graph is as good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from qfx.capture import Captured
+from qfx.errors import Note
+from qfx.graph import op_name, val
+
+_MOST = 40  # sizes up to this, or twice the example's, are looked at
+_TRIED = 3
+_NEAR = 1e-2  # relative difference of results that rounding of floats may make
+
+
+def other_sizes(
+    captured: Captured, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
+) -> list[Note]:
+    """A note for each size of an input that varies, and at which the captured graph fails or gives other results.
+
+    captured: as `capture_export(module, args, kwargs)` gave it. The module is called for sizes of which a condition
+    says that they might differ, at most three for each that varies; for most models these are none.
+    """
+    notes = []
+    for symbol, where in _varying(captured).items():
+        suspect = _suspects(captured, symbol)
+        tried = [suspect[i * (len(suspect) - 1) // max(1, _TRIED - 1)] for i in range(_TRIED)] if suspect else []
+        bad = [size for size in dict.fromkeys(tried) if not _holds(captured, module, args, kwargs, symbol, size)]
+        if bad:
+            example = _values(captured)[symbol]
+            what = (
+                f"its forward looks at the size of {where}, and the graph holds for sizes like the example's "
+                f"({example}) only: not for {', '.join(map(str, bad))}"
+            )
+            step = "give an example (args=) of the size that is needed, and fill inputs up to it"
+            notes.append(Note(name, what, step, minor=True))
+    return notes
+
+
+def _environment(captured: Captured) -> Any:
+    values = (val(node) for node in captured.gm.graph.nodes if node.op == "placeholder")
+    modes = (getattr(value, "fake_mode", None) for value in values)
+    return next((mode.shape_env for mode in modes if mode is not None and mode.shape_env is not None), None)
+
+
+def _values(captured: Captured) -> dict[Any, int]:
+    """The example's size for each symbol."""
+    env = _environment(captured)
+    held = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+    return {symbol: int(size) for symbol, size in held.items()}
+
+
+def _varying(captured: Captured) -> dict[Any, str]:
+    """Symbol -> the first dimension of an input that it is the size of."""
+    found: dict[Any, str] = {}
+    for node in captured.gm.graph.nodes:
+        value = val(node) if node.op == "placeholder" else None
+        for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            expr = size.node.expr if isinstance(size, torch.SymInt) else None
+            if expr is not None and expr.is_Symbol:
+                found.setdefault(expr, f"dimension {axis} of {op_name(node)!r}")
+    return found
+
+
+def _suspects(captured: Captured, symbol: Any) -> list[int]:
+    """Sizes from 2 on for which a condition of the trace does not hold."""
+    env, values = _environment(captured), _values(captured)
+    guards = [
+        guard for guard in (_replaced(g.expr, env.replacements) for g in env.guards) if symbol in guard.free_symbols
+    ]
+    span = env.var_to_range[symbol]
+    return [
+        size
+        for size in range(2, max(_MOST, 2 * values[symbol]) + 1)
+        if not (span.lower <= size <= span.upper and all(_true(g, {**values, symbol: size}) for g in guards))
+    ]
+
+
+def _replaced(expr: Any, replacements: Mapping[Any, Any]) -> Any:
+    for _ in range(len(replacements) + 1):
+        new = expr.xreplace(replacements)
+        if new == expr:
+            break
+        expr = new
+    return expr
+
+
+def _true(guard: Any, values: Mapping[Any, int]) -> bool:
+    try:
+        return bool(guard.xreplace({symbol: sympy.Integer(size) for symbol, size in values.items()}))
+    except (ZeroDivisionError, AssertionError, TypeError):
+        return False
+
+
+def _holds(
+    captured: Captured, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], symbol: Any, size: int
+) -> bool:
+    """Whether graph and module give the same at this size of a symbol. Where the module fails, the graph may."""
+    values = {**_values(captured), symbol: size}
+    flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    nodes = [node for node in captured.gm.graph.nodes if node.op == "placeholder"]
+    for index, node in zip(captured.inputs, nodes, strict=True):
+        if isinstance(flat[index], Tensor):
+            flat[index] = _resized(flat[index], [_size(s, values) for s in val(node).shape])
+    try:
+        with torch.no_grad():
+            given, named = pytree.tree_unflatten(flat, spec)
+            wanted = [x for x in pytree.tree_leaves(module(*given, **named)) if isinstance(x, Tensor)]
+    except Exception:  # noqa: BLE001  (any model's own code)
+        return True
+    try:
+        with torch.no_grad():
+            found = [x for x in captured.gm(*(flat[i] for i in captured.inputs)) if isinstance(x, Tensor)]
+    except Exception:  # noqa: BLE001  (a trace for other sizes fails in any operator)
+        return False
+    return len(found) != len(wanted) or all(_near(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def _size(size: Any, values: Mapping[Any, int]) -> int:
+    expr = size.node.expr if isinstance(size, torch.SymInt) else None
+    return int(size) if expr is None else int(expr.xreplace({s: sympy.Integer(v) for s, v in values.items()}))
+
+
+def _resized(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Elements of x, again and again where there are more."""
+    for axis, size in enumerate(shape):
+        if size != x.shape[axis]:
+            x = x.index_select(axis, torch.arange(size, device=x.device) % x.shape[axis])
+    return x
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return float((a - b).double().norm()) <= _NEAR * float(b.double().norm()) + 1e-6

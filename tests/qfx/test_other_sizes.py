@@ -1,0 +1,97 @@
+"""qfx.other_sizes: a graph whose forward looks at sizes is tried where the example does not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qfx
+from qfx.capture import capture_export
+from qfx.errors import QfxWarning
+from qfx.other_sizes import other_sizes
+
+BLOCK = 4
+
+
+class Looks(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function, self.linear = function, nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        found: Tensor = self.linear(self.function(x))
+        return found if mask is None else found * mask[..., None]
+
+
+def blocks(x: Tensor) -> Tensor:
+    """As attention in blocks does it: what is missing is filled up where something is."""
+    length = x.shape[1]
+    if length % BLOCK:
+        x = nn.functional.pad(x, (0, 0, 0, -length % BLOCK))
+    found: Tensor = x.unflatten(1, (-1, BLOCK)).cumsum(2)
+    return found.flatten(1, 2)[:, :length]
+
+
+def long(x: Tensor) -> Tensor:
+    return x * 2 if x.shape[1] > 9 else x
+
+
+def short(x: Tensor) -> Tensor:
+    """A model that takes no more."""
+    if x.shape[1] > 20:
+        raise ValueError("too long")
+    return x
+
+
+def notes_of(function: Callable[[Tensor], Tensor], length: int, **given: Any) -> list[str]:
+    model, x = Looks(function).eval(), torch.randn(2, length, 3)
+    named = {name: value(x) for name, value in given.items()}
+    captured = capture_export(model, (x,), named)
+    return [note.reason for note in other_sizes(captured, model, (x,), named, "Looks")]
+
+
+@pytest.mark.parametrize(
+    ("function", "length", "missed"),
+    [
+        (blocks, 7, ""),  # traced with its padding, which may be of nothing
+        (blocks, 8, "not for 2, 19, 39"),
+        (long, 7, "not for 10, 25, 40"),
+        (long, 12, "not for 2, 5, 9"),
+        (short, 7, ""),  # the model does not take them either
+        (torch.tanh, 7, ""),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_sizes_for_which_a_graph_does_not_hold(
+    function: Callable[[Tensor], Tensor], length: int, missed: str, masked: bool
+) -> None:
+    given = {"mask": lambda x: torch.ones(x.shape[:2])} if masked else {}
+    notes = notes_of(function, length, **given)
+    assert len(notes) == bool(missed)
+    assert all(
+        missed in note and f"the example's ({length})" in note and "dimension 1 of 'x'" in note for note in notes
+    )
+
+
+def test_without_varying_sizes_nothing_is_tried() -> None:
+    model, x = Looks(blocks).eval(), torch.randn(2, 8, 3)
+    captured = capture_export(model, (x,), {}, dynamic=False)
+    assert other_sizes(captured, model, (x,), {}, "Looks") == []
+
+
+def test_a_file_of_such_a_model_is_written_with_a_warning(tmp_path: Any) -> None:
+    model, x = Looks(blocks).eval(), torch.randn(2, 8, 3)
+    with pytest.warns(QfxWarning, match=r"Looks: its forward looks at the size of .* not for 2, 19, 39"):
+        qfx.export_onnx(model, (x,), tmp_path / "m.onnx", strict=True)
+    qfx.export_onnx(model, (x,), tmp_path / "fixed.onnx", dynamic=False)
+    qfx.export_onnx(model, (x[:, :7],), tmp_path / "whole.onnx")
+    whole: Any = qfx.onnx.load(tmp_path / "whole.onnx")
+    for length in (4, 5, 8):
+        y = torch.randn(2, length, 3)
+        (found,) = whole(x=y).values()
+        assert torch.allclose(found, model(y), atol=1e-5)
