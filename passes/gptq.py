@@ -9,7 +9,7 @@ With H = R R^T, R upper triangular, column j is rounded to nearest of
 which is GPTQ's update written without the inverse of H (Babai's nearest plane on the lattice of R). X is what the layer
 reads behind the layers that are rounded already. asymmetric: the target is W X_float instead of W X (GPTAQ, Li et al.
 2025): w_j is replaced by w_j + sum_{i<j} w'_i P_ij, w'_i what column i was just before it was rounded and
-P = triu((X_float - X) X^T R^-T, 1) R^-1.
+P = triu((X_float - X) X^T R^-T, 1) R^-1. sweeps: what that leaves is improved by coordinate descent (`_sweep.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from qfx.numerics import QParams, quantize
 from qfx.packing import Packed
 from qfx.passes._grid import Grid, scales
 from qfx.passes._hessian import Hessian, factor
+from qfx.passes._sweep import swept
 from qfx.recipe import Recipe
 from qfx.rounding.blocks import Block, Part, Site
 from qfx.rounding.method_options import GptqOptions
@@ -177,7 +178,7 @@ def round_by(
         grid = _grid(full, fmt, start, seen[0], options)
         if kept is not None:
             grid = Grid(fmt, *kept, (full.shape[0], full.shape[1]))
-        return _solve(full, before, seen[0], grid, options, name)
+        return _solve(full, before, seen[0], grid, options, name, moving=kept is None)
     solved = []
     for i, one in enumerate(seen):
         scale, zero = (t[i] if t is not None and t.dim() else t for t in start)
@@ -224,11 +225,11 @@ def _mean(told: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _solve(
-    matrix: Tensor, nearest: Tensor, seen: Hessian, grid: Grid, options: GptqOptions, name: str
+    matrix: Tensor, nearest: Tensor, seen: Hessian, grid: Grid, options: GptqOptions, name: str, *, moving: bool = True
 ) -> tuple[Packed, dict[str, Any]]:
     """One matrix [N, K] rounded, and what is told about it.
 
-    nearest: some rows of it (see `_some`) as rounding to nearest gives them.
+    nearest: some rows of it (see `_some`) as rounding to nearest gives them. moving: sweeps may move scales.
     """
     if seen.rows == 0:
         return _unseen(matrix, grid, name), {}
@@ -237,6 +238,8 @@ def _solve(
     packed, beyond = work.solve(matrix)
     dampening = work.dampening
     del work  # with the factor, which is as large as the statistics
+    if options.sweeps:
+        packed = swept(matrix, packed, seen, grid, options.sweeps, dampening, moving=moving)
     some = _some(matrix)
     exact = torch.stack([_row(matrix, at) for at in range(len(matrix))[some]])
     signal = max(seen.energy(exact), 1e-30)

@@ -30,7 +30,8 @@ _STATIC = [*_both("u8", "i8/ch", "linear", "experts", "conv"), _EMBEDDING]
 
 _LOW = [*_weights("u4/g32/f16", "linear", "experts"), _EMBEDDING, _TIED]
 _HEAD = {"target": "*lm_head", "x": "i8/tok", "w": "i8/ch"}
-_ROTATED = {"rewrites": ("rotate", "rotate-down"), "rounding": "gptq", "gptq": {"clip": True}}
+_GPTQ = {"clip": True, "sweeps": 2}
+_ROTATED = {"rewrites": ("rotate", "rotate-down"), "rounding": "gptq", "gptq": _GPTQ}
 
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people, the fields
     "w8a8": (
@@ -80,7 +81,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         {
             "rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED],
             "rounding": "gptq",
-            "gptq": {"clip": True},
+            "gptq": _GPTQ,
         },
     ),
     "w3a16-gptq": (
@@ -88,7 +89,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         {
             "rules": [*_weights("u3/g128", "linear", "experts"), _EMBEDDING, _TIED],
             "rounding": "gptq",
-            "gptq": {"clip": True},
+            "gptq": _GPTQ,
         },
     ),
     "w2a16-gptq": (
@@ -96,7 +97,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         {
             "rules": [*_weights("u2/g64", "linear", "experts"), _EMBEDDING, _TIED],
             "rounding": "gptq",
-            "gptq": {"act_order": False, "clip": True},
+            "gptq": {**_GPTQ, "act_order": False},
         },
     ),
     "w4a16-learned": (
@@ -114,6 +115,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
             "rewrites": ("smooth",),
             "smooth_alpha": "search",
             "rounding": "gptq",
+            "gptq": {"sweeps": 2},
         },
     ),
     "w4a8-rotate": (
@@ -121,7 +123,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         {
             "rules": [*_both("i8/tok", "i4/ch", "linear", "experts"), _EMBEDDING, _HEAD],
             **_ROTATED,
-            "gptq": {"clip": True, "asymmetric": True},
+            "gptq": {**_GPTQ, "asymmetric": True},
         },
     ),
     "w4a4-rotate": (

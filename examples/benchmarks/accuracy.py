@@ -41,6 +41,7 @@ PEERS: dict[int, tuple[Entry, ...]] = {
         Entry("torchao int8/64", "torchao_rounding", "8 64"),
         Entry("quanto qint8", "quanto_rounding", "8"),
         Entry("HQQ 8/64", "hqq_rounding", "8 64"),
+        Entry("HQQ 8/32", "hqq_rounding", "8 32"),
         Entry("llama.cpp Q8_0", "llama_cpp_rounding", "Q8_0"),
     ),
     4: (
@@ -69,8 +70,13 @@ PEERS: dict[int, tuple[Entry, ...]] = {
         Entry("AutoRound 2/64", "auto_round_rounding", "2 64"),
     ),
 }
-METHODS = ("rtn", "mse", "hqq", "gptq", "learned")  # at 8 bits the searches find next to nothing: rtn, mse, gptq
-FORMATS = {8: ("i8/g64/f16",), 4: ("i4/g64/f16", "u4/g64/f16", "u4/g32/f16"), 3: ("u3/g64/f16",), 2: ("u2/g64/f16",)}
+METHODS = ("rtn", "mse", "hqq", "gptq", "learned")  # at 8 bits learning finds next to nothing: rtn, mse, gptq
+FORMATS = {
+    8: ("i8/g64/f16", "u8/g64/f16", "u8/g32/f16"),
+    4: ("i4/g64/f16", "u4/g64/f16", "u4/g32/f16"),
+    3: ("u3/g64/f16",),
+    2: ("u2/g64/f16",),
+}
 MARKERS = "osD^vP*Xh<>p"
 COLUMNS = {"bits": "bits", "weights_bytes": "MB", "kld": "KLD", "perplexity": "perplexity", "top1": "same best token",
            "seconds": "s"}  # fmt: skip

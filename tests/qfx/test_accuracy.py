@@ -248,6 +248,35 @@ def test_tiny_lm_learned_rounding_is_nearer_than_gptq(tiny_lm: TinyLM, w: str, m
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scale", ["i8/g32/f16", "u8/g64/f16", "u8/g32/f16"])
+def test_tiny_lm_eight_bits_without_data(tiny_lm: TinyLM, scale: str) -> None:
+    """The search for scales takes a tenth and more off rounding to nearest (HQQ, groups of 64: 0.88 of it)."""
+    nearest, searched = (tiny_lm.loss(qfx.quantize(tiny_lm.load(), body(scale, rounding=r)))[1] for r in ("rtn", "mse"))
+    print(f"{scale}: KLD {nearest:.2e}, {searched:.2e} with searched scales, {searched / nearest:.2f}")
+    assert searched < 0.9 * nearest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("w", "most"), [("u4/g64/f16", 0.99), ("u2/g64/f16", 0.96)])
+def test_tiny_lm_sweeps_after_gptq(tiny_lm: TinyLM, w: str, most: float) -> None:
+    """With and without exact outliers; the mean over both is what is bounded, since either moves by some percent."""
+    ratios = []
+    for outliers in (False, True):
+        found = []
+        for sweeps in (0, 2):
+            model = tiny_lm.load(untie=True)
+            if outliers:
+                norm_outliers(model, 20.0)
+            options = {"clip": True, "sweeps": sweeps}
+            found.append(
+                tiny_lm.loss(qfx.quantize(model, body(w, rounding="gptq", gptq=options), tiny_lm.calibration))[1]
+            )
+        print(f"{w}, outliers {outliers}: KLD {found[0]:.4f}, {found[1]:.4f} after sweeps")
+        ratios.append(found[1] / found[0])
+    assert math.sqrt(math.prod(ratios)) < most and max(ratios) < 1.03
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("fmt", "most"), [("u3/g64/f16", 0.75), ("u4/g64/f16", 0.8)])
 def test_tiny_lm_by_heads_is_nearer_than_one_format(tiny_lm: TinyLM, fmt: str, most: float) -> None:
     """In no more bytes and by the same rounding. Divergence relative to that of one format is printed."""

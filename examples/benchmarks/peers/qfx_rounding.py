@@ -21,7 +21,7 @@ def build(job: RoundingJob, option: str) -> Built:
         "name": "benchmark",
         "rules": [{"target": name, "w": fmt} for name in names],
         "rounding": rounding,
-        "gptq": {"clip": True},  # as the presets of 2 and 3 bits have it
+        "gptq": {"clip": True, "sweeps": 2},  # as the presets have it
         "rewrites": rewrites,
         "num_calibration_samples": job.samples,
     }

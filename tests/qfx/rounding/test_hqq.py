@@ -26,6 +26,13 @@ def test_it_is_nearer_than_nearest_rounding(fmt: str) -> None:
     assert distance(w, fmt) < 0.995 * distance(w, fmt, nearest=True)
 
 
+@pytest.mark.parametrize(("fmt", "most"), [("u8/g32", 0.88), ("i8/g32", 0.9), ("u6/g32", 0.93)])
+def test_of_many_bits_it_searches_steps(fmt: str, most: float) -> None:
+    """Zero points are integers there, and leave no choice between codes: the steps are what is gained by."""
+    w = torch.randn(128, 128, generator=torch.Generator().manual_seed(3))
+    assert distance(w, fmt) < most * distance(w, fmt, nearest=True)
+
+
 @settings(deadline=None, max_examples=30)
 @given(fmt=st.sampled_from(FORMATS), seed=st.integers(0, 1000), rows=st.integers(1, 6), columns=st.integers(1, 40))
 def test_it_never_hurts(fmt: str, seed: int, rows: int, columns: int) -> None:
