@@ -28,7 +28,7 @@ from qfx.decoding.encoder_decoder import (
     read_document,
     whole_mask,
 )
-from qfx.decoding.generator import Generator
+from qfx.decoding.generator import Generator, refuse_unknown
 from qfx.decoding.shared_cache import SharedCache
 from qfx.errors import explain
 
@@ -125,20 +125,6 @@ class OnnxEncoder:
         return states
 
 
-def refuse_unknown(given: dict[str, Any]) -> None:
-    """Raises ValueError for a tensor that no file takes and for results that none gives."""
-    asked = [n for n, v in given.items() if isinstance(v, Tensor) or (n.startswith("output_") and v)]
-    if asked:
-        raise ValueError(
-            explain(
-                f"the exported model has no {', '.join(asked)}",
-                expected="the inputs that it was exported with, and no attentions or hidden states",
-                found=", ".join(given),
-                next_step="leave them out",
-            )
-        )
-
-
 class OnnxSeq2SeqLM(Generator):
     """An encoder-decoder's folder. `generate()` is that of transformers; calling it takes and gives what its models
     do."""
@@ -218,9 +204,6 @@ class OnnxSeq2SeqLM(Generator):
         if POSITIONS in self._runner.inputs:
             feeds[POSITIONS] = places
         return self._run(feeds, cache, *mask.shape)
-
-    def _wants_cache(self, generation_config: Any) -> bool:
-        return generation_config.use_cache is not False
 
 
 class OnnxWhisper(OnnxSeq2SeqLM, WhisperGenerationMixin):  # type: ignore[misc]
