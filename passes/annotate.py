@@ -158,7 +158,8 @@ def _refusal(node: fx.Node, kind: str, formats: dict[str, Formats]) -> tuple[str
         )
     value = weight.meta.get("val")
     if isinstance(value, Tensor) and not value.is_floating_point():
-        return f"its weight is {value.dtype}, quantized already", "exclude it with Recipe.ignore"
+        state = "which no format holds" if value.is_complex() else "quantized already"
+        return f"its weight is {value.dtype}, {state}", "exclude it with Recipe.ignore"
     return None
 
 

@@ -74,7 +74,7 @@ def decide(
     notes += told
     said: list[Note] = []
     if recipe.rewrites or calls:
-        flat = [captured.flatten(a, k if a else without_cache(model, k)) for a, k in calls]
+        flat = [captured.flatten(a, without_cache(model, k, a)) for a, k in calls]
         divides = not {"smooth", "rotate-down"}.isdisjoint(recipe.rewrites)
         undivided = _undivided(model, made) if divides else set()
         notes += transform(gm, made, flat, undivided=undivided, progress=progress)
@@ -140,7 +140,7 @@ def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, 
     args, kwargs = roomiest(calls) if calls else ((), example_inputs(model))
     if kwargs is None:
         return None, "no example of its inputs is known", str(need_inputs(model).args[0]).partition("next step: ")[2]
-    kwargs = kwargs if args else without_cache(model, kwargs)
+    kwargs = without_cache(model, kwargs, args)
     try:
         return capture_export(model, args, kwargs, dynamic=bool(calls)), "", ""
     except UnsupportedError as error:

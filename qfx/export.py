@@ -267,8 +267,7 @@ def _quantized(
     args, kwargs = call
     if plan is not None:
         plan.check(model, strict=strict)
-    kwargs = kwargs if args else without_cache(model, kwargs)
-    captured = capture_export(model, args, kwargs, dynamic=dynamic)
+    captured = capture_export(model, args, without_cache(model, kwargs, args), dynamic=dynamic)
     if captured.mutations:
         raise UnsupportedError(
             explain(

@@ -41,9 +41,14 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
     return without_cache(model, placed) if inputs else None
 
 
-def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs with use_cache=False where the forward takes it: a traced graph carries no cache."""
+def without_cache(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """The inputs with use_cache=False where the forward takes it: a traced graph carries no cache.
+
+    args: what is given in order beside them; an answer about the cache among them stands.
+    """
     known = inspect.signature(model.forward).parameters
+    if "use_cache" in list(known)[: len(args)]:
+        return inputs
     if "use_cache" in known or (any(p.kind is p.VAR_KEYWORD for p in known.values()) and _generates(model)):
         return {**inputs, "use_cache": False}
     return inputs

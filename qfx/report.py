@@ -122,7 +122,10 @@ def report(model: Any, data: Any = None) -> Report:
     options = asked_with(model)
     target = unwrapped(model)
     if isinstance(target, nn.Module):
-        found = _of_module(target, options, collector)
+        module = _of_module(target, options, collector)
+        if module is None:
+            raise _unseen(model)
+        found = module
     else:
         graphs = [_with_sqnr(r, collector) for r in _asked(records.of_function(target), options)]
         if not graphs:
@@ -151,7 +154,7 @@ def _checked(found: Report, collector: sqnr.Collector) -> Report:
     return replace(found, notes=(*found.notes, note))
 
 
-def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None) -> Report:
+def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None) -> Report | None:
     graphs = _graphs_of(model, options, collector)
     failed: dict[str, str] = {}
     for record in graphs:
@@ -175,7 +178,7 @@ def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None)
             rows[row.node] = row
     cache = summary(model)
     if not graphs and not any(row.asked for row in rows.values()) and cache is None:
-        raise _unseen(model)
+        return None
     rest = live.other_bytes(model, set(rows))
     name, first = type(model).__name__, _first_calls(graphs)
     return Report(tuple(rows.values()), _notes(graphs), len(graphs), name, rest, cache, first)
@@ -263,6 +266,12 @@ def _unseen(model: Any) -> ValueError:
         hint = (
             " (generate() of what torch.compile returned runs the original: "
             'call model.compile(backend="qfx") and generate with the model)'
+        )
+    elif unwrapped(model) is not model or getattr(model, "_compiled_call_impl", None) is not None:
+        hint = (
+            " (if it was called: Dynamo gave qfx no graph, and the model ran in float; TORCH_LOGS=graph_breaks says "
+            "why. Of nn.LSTM, GRU and RNN it leaves out the whole function that calls them; of a module of torch.nn "
+            "itself, such as Sequential, it needs torch.compile(model), not model.compile())"
         )
     return ValueError(
         "expected a model that qfx quantized or compiled, found neither; next step: call the compiled model once, or "

@@ -86,6 +86,8 @@ class Session:
         with self._lock:
             if threads not in self._compiled:
                 settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+                if threads == 1 and _has_float_gate(self._model):
+                    settings["INFERENCE_PRECISION_HINT"] = "f32"
                 made = self._core.compile_model(self._model, "CPU", settings)
                 self._compiled = dict([*list(self._compiled.items())[1 - _MOST :], (threads, made)])
             return self._compiled[threads]
@@ -95,6 +97,27 @@ class Session:
         if getattr(self._requests, "owner", None) is not compiled:
             self._requests.owner, self._requests.request = compiled, compiled.create_infer_request()
         return self._requests.request
+
+
+def _has_float_gate(model: Any) -> bool:
+    """Whether a gated MLP, down(act(gate(x)) * up(x)), has a weight in float.
+
+    Where it computes in bf16, OpenVINO (seen in 2026.4) makes one kernel of such an MLP, LLMMLP, and for one thread
+    divides by zero while it compiles it, which ends the process. In f32 it makes no such kernel.
+    """
+    return any(
+        op.get_type_name() == "MatMul"
+        and op.input_value(0).get_node().get_type_name() == "Multiply"
+        and _is_constant(op.input_value(1).get_node())
+        for op in model.get_ops()
+    )
+
+
+def _is_constant(op: Any) -> bool:
+    """Whether an operation gives a stored weight, as it is or cast or transposed."""
+    while op.get_type_name() in ("Convert", "Transpose", "Reshape"):
+        op = op.input_value(0).get_node()
+    return bool(op.get_type_name() == "Constant")
 
 
 def _known(output: Any) -> tuple[tuple[int, ...], torch.dtype] | None:

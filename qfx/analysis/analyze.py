@@ -114,9 +114,9 @@ def inputs_of(model: nn.Module, batch: Any) -> Any:
 def _prepared(model: nn.Module, calls: list[Call]) -> tuple[list[list[Any]], tuple[str, ...], Any]:
     """(inputs of the graph by batch, names of its outputs, the prepared graph)."""
     args, kwargs = batches.roomiest(calls)
-    captured = capture_export(model, args, kwargs if args else without_cache(model, kwargs))
+    captured = capture_export(model, args, without_cache(model, kwargs, args))
     prepare(captured.gm)
-    flat = [captured.flatten(a, k if a else without_cache(model, k)) for a, k in calls]
+    flat = [captured.flatten(a, without_cache(model, k, a)) for a, k in calls]
     return flat, captured.outputs, captured.gm
 
 

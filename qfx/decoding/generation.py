@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qfx.backends.onnx.genai import read_config
 from qfx.backends.onnx.runner import Runner
 from qfx.decoding.decoder import IDS, MASK, POSITIONS
-from qfx.decoding.generator import Generator
+from qfx.decoding.generator import Generator, refuse_unknown
 from qfx.decoding.shared_cache import SharedCache
 from qfx.errors import explain
 
@@ -30,16 +30,37 @@ class OnnxCausalLM(Generator):
         file = folder / read_config(folder)["model"]["decoder"]["filename"]
         self._open(folder, AutoConfig.from_pretrained(folder), Runner(file, threads, session_options))
         self.generation_config.use_cache = True  # whatever the configuration says (MPT's: no): the file has one
+        logits = next(o for o in self._runner.session.get_outputs() if o.name == "logits")
+        self._last_only = logits.shape[1] == 1
 
     def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        past_key_values: SharedCache | None = None, use_cache: bool | None = None, **_: Any,
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: SharedCache | None = None, use_cache: bool | None = None,
+        logits_to_keep: int | None = None, **others: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """Logits [B, 1 or S, V] for new tokens [B, S], and the grown cache unless use_cache is False.
 
         attention_mask [B, P + S] (all ones where left out), position_ids [B, S] (counted along the mask).
+        logits_to_keep: those of so many last tokens; None for all that the file gives. Raises ValueError for more than
+        it gives, and for other inputs.
         """
+        if input_ids is None:
+            found = ", ".join(others) or "none"
+            raise ValueError(explain("input_ids are needed", found=found, next_step="give them, or call generate()"))
+        if not input_ids.numel() or int(input_ids.min()) < 0:  # a file reads -1 as the last row of the table
+            found = str(list(input_ids.shape)) if not input_ids.numel() else str(int(input_ids.min()))
+            raise ValueError(explain("input_ids are no tokens", expected="[B, S] of 0 or more", found=found))
+        refuse_unknown({name: given for name, given in others.items() if not _says_nothing(name, given)})
         cache = self._new_cache() if past_key_values is None else past_key_values
+        logits = self._logits(input_ids.long(), attention_mask, position_ids, cache, logits_to_keep)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=None if use_cache is False else cache)
+
+    forward = __call__
+
+    def _logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: SharedCache,
+        keep: int | None,
+    ) -> Tensor:  # fmt: skip
         batch, new = input_ids.shape
         total = cache.length + new
         mask = torch.ones(batch, total, dtype=torch.int64) if attention_mask is None else attention_mask.long()
@@ -57,14 +78,27 @@ class OnnxCausalLM(Generator):
             steps = [
                 self._step(input_ids[:, [i]], mask[:, : total - new + i + 1], places[:, [i]], cache) for i in range(new)
             ]
-            return CausalLMOutputWithPast(logits=torch.cat(steps, 1), past_key_values=cache)
-        logits = self._step(input_ids, mask, places, cache)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=None if use_cache is False else cache)
-
-    forward = __call__
+            logits = torch.cat(steps, 1)
+        elif self._last_only and keep is not None and keep > 1 and new > 1:
+            raise ValueError(
+                explain(
+                    "the file gives the logits of the last token alone, which assisted decoding cannot use",
+                    expected=f"logits_to_keep=1, or a file with all of {new} tokens",
+                    found=f"logits_to_keep={keep}",
+                    next_step="export it with qfx.export_onnx(..., all_logits=True)",
+                )
+            )
+        else:
+            logits = self._step(input_ids, mask, places, cache)
+        return logits[:, -keep:] if keep else logits
 
     def _step(self, ids: Tensor, mask: Tensor, places: Tensor, cache: SharedCache) -> Tensor:
         feeds = {IDS: ids, MASK: mask}
         if POSITIONS in self._runner.inputs:
             feeds[POSITIONS] = places
         return self._run(feeds, cache, *mask.shape)
+
+
+def _says_nothing(name: str, given: Any) -> bool:
+    """Is an input one that tokenizers and older programs give beside the tokens, and without a meaning here?"""
+    return name == "cache_position" or (name == "token_type_ids" and not bool(given.any()))

@@ -28,7 +28,7 @@ from qfx.decoding.encoder_decoder import (
     read_document,
     whole_mask,
 )
-from qfx.decoding.generator import Generator
+from qfx.decoding.generator import Generator, refuse_unknown
 from qfx.decoding.shared_cache import SharedCache
 from qfx.errors import explain
 
@@ -123,20 +123,6 @@ class OnnxEncoder:
         for name, tensor in found.items():
             states[name] = tensor
         return states
-
-
-def refuse_unknown(given: dict[str, Any]) -> None:
-    """Raises ValueError for a tensor that no file takes and for results that none gives."""
-    asked = [n for n, v in given.items() if isinstance(v, Tensor) or (n.startswith("output_") and v)]
-    if asked:
-        raise ValueError(
-            explain(
-                f"the exported model has no {', '.join(asked)}",
-                expected="the inputs that it was exported with, and no attentions or hidden states",
-                found=", ".join(given),
-                next_step="leave them out",
-            )
-        )
 
 
 class OnnxSeq2SeqLM(Generator):

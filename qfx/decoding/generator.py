@@ -13,6 +13,7 @@ from transformers import GenerationConfig, GenerationMixin
 from qfx.backends.onnx.runner import Runner
 from qfx.decoding.decoder import PAST, PRESENT
 from qfx.decoding.shared_cache import SharedCache
+from qfx.errors import Note, explain, warn
 
 
 class Generator(GenerationMixin):  # type: ignore[misc]
@@ -81,9 +82,29 @@ class Generator(GenerationMixin):  # type: ignore[misc]
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
         max_cache_length: int, *_: Any,
     ) -> None:  # fmt: skip
-        """The cache of a call of generate(), with room for all that may come."""
-        if model_kwargs.get("past_key_values") is None and self._wants_cache(generation_config):
-            model_kwargs["past_key_values"] = self._new_cache(max_cache_length)
+        """The cache of a call of generate(), with room for all that may come; none where use_cache=False."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return
+        asked = generation_config.cache_implementation
+        if asked == "quantized" or "offloaded" in (asked or ""):
+            what = Note(
+                "cache",
+                f"cache_implementation={asked!r} has no effect: a file has the cache that it was exported with",
+                "leave it out; qfx.export_onnx(..., kv='i8') stores the cache in 8 bits",
+            )
+            warn(str(what))
+        model_kwargs["past_key_values"] = self._new_cache(max_cache_length)
 
-    def _wants_cache(self, generation_config: Any) -> bool:
-        return generation_config.use_cache is not False
+
+def refuse_unknown(given: dict[str, Any]) -> None:
+    """Raises ValueError for a tensor that no file takes and for results that none gives."""
+    asked = [n for n, v in given.items() if isinstance(v, Tensor) or (n.startswith("output_") and v)]
+    if asked:
+        raise ValueError(
+            explain(
+                f"the exported model has no {', '.join(asked)}",
+                expected="the inputs that it was exported with, and no attentions or hidden states",
+                found=", ".join(given),
+                next_step="leave them out",
+            )
+        )

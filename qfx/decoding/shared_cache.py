@@ -83,8 +83,15 @@ class SharedCache(Cache):  # type: ignore[misc]
         self.values = [v.repeat_interleave(repeats, 0) for v in self.values]
 
     def crop(self, max_length: int) -> None:
-        """Forget what comes after the first `max_length` tokens; a negative number counts from the end."""
-        self.length = min(self.length, max_length if max_length >= 0 else self.length + max_length)
+        """Forget the newest tokens, a negative number of them, as transformers does: 0 are none.
+
+        A positive number is how many of the first tokens stay. Raises ValueError for more tokens than there are.
+        """
+        if -max_length > self.length:
+            raise ValueError(
+                explain(f"crop({max_length}) of a cache", expected=f"at most the {self.length} tokens that there are")
+            )
+        self.length = min(self.length, max_length if max_length > 0 else self.length + max_length)
 
     def reset(self) -> None:
         """Forget everything; the memory is kept."""

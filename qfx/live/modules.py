@@ -304,7 +304,8 @@ def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
 
     fields: dict[str, Any] = {name: reader(name) for name in names}
     fields |= {"qfx_float_class": base, "_apply": _apply, "__module__": base.__module__, "__doc__": base.__doc__}
-    bases = (base, _Lookup) if issubclass(base, nn.Embedding) and "weight" in names else (base,)
+    looks_up = issubclass(base, nn.Embedding) and "weight" in names
+    bases = (base,) if not looks_up else (_Lookup,) if base is nn.Embedding else (base, _Lookup)
     kind: type[nn.Module] = type(f"Packed{base.__name__}", bases, fields)
     return kind
 

@@ -11,23 +11,27 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from qfx.errors import QfxWarning, explain, listed
 from qfx.hf import hub
 from qfx.storage.files import DTYPES
-from qfx.storage.spill import Spill, give_back, is_mapped, map_file
+from qfx.storage.spill import Spill, give_back, is_mapped, map_file, rest
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _MOST_HEADER = 100_000_000  # bytes, as safetensors itself allows
+_MADE = 1 << 27  # bytes of weights made while a model opens, before what they were made of goes to rest
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def load(source: str | os.PathLike[str], *, scratch: str | os.PathLike[str] | No
         if tensor.is_floating_point():
             sizes[tensor.dtype] += tensor.nbytes
     dtype = sizes.most_common(1)[0][0] if sizes else torch.float32
-    with hub.without_bar():
+    with hub.without_bar(), _kept_as_made(place, tensors):
         model = _filled(kind, config, tensors, dtype, folder)
     _settled(model, place)
     return hub.Loaded(model.eval(), hub.load_tokenizer(folder), folder)
@@ -200,6 +204,34 @@ def _filled(kind: Any, config: Any, tensors: dict[str, Tensor], dtype: torch.dty
     model.config.name_or_path = str(folder)  # type: ignore[union-attr]
     hub.set_generation(model, folder)
     return model
+
+
+@contextmanager
+def _kept_as_made(place: Spill, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Weights that transformers makes of several tensors (experts merged), or casts, go into the temporary file one by
+    one, and what they were made of goes to rest. Of modules of other threads nothing is touched."""
+    here, made = threading.get_ident(), 0
+
+    def keep(_: nn.Module, __: str, given: nn.Parameter | None) -> nn.Parameter | None:
+        nonlocal made
+        if given is None or threading.get_ident() != here or given.device.type != "cpu" or is_mapped(given):
+            return None
+        kept = nn.Parameter(place.keep(given.detach()), given.requires_grad)
+        if not is_mapped(kept):
+            return None
+        vars(kept).update(vars(given))
+        made += kept.nbytes
+        rest(kept)
+        if made >= _MADE:
+            made = 0
+            rest(*tensors.values())
+        return kept
+
+    handle = register_module_parameter_registration_hook(keep)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _settled(model: nn.Module, place: Spill) -> None:

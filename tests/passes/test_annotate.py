@@ -92,6 +92,22 @@ def test_a_computed_weight_gets_a_note() -> None:
 
 
 @pytest.mark.parametrize(
+    ("dtype", "state"), [(torch.complex64, "torch.complex64, which no format holds"), (torch.int8, "quantized already")]
+)
+def test_a_weight_that_is_no_float_says_what_it_is(dtype: torch.dtype, state: str) -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.ones(4, 8).to(dtype))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.get_buffer("weight"))
+
+    notes = annotate(capture(Product(), torch.ones(2, 8).to(dtype)), recipe({"target": "linear", "w": "i8/ch"}))
+    assert [state in str(note) for note in notes] == [True]
+
+
+@pytest.mark.parametrize(
     ("rule", "reason"),
     [
         ({"x": "i8/tok", "w": "i8/tok"}, "not found at run time"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qfx.inputs import example_inputs, need_inputs, without_cache
 from tests.zoo import ZOO
@@ -110,6 +110,17 @@ def test_no_cache_is_asked_for_where_there_is_one() -> None:
     given: dict[str, Any] = {"x": 1, "use_cache": True}
     assert without_cache(Cached(), given) == {"x": 1, "use_cache": False} and given["use_cache"]
     assert without_cache(nn.Linear(1, 1), {"input": 1}) == {"input": 1}
+
+
+def test_what_is_given_in_order_may_answer_for_the_cache() -> None:
+    class Decoder(nn.Module):
+        def forward(self, ids: Tensor, use_cache: bool = True, mask: Tensor | None = None) -> Tensor:
+            return ids
+
+    ids = torch.ones(1, 2)
+    assert without_cache(Decoder(), {}, (ids,)) == {"use_cache": False}
+    assert without_cache(Decoder(), {"mask": ids}, (ids, True)) == {"mask": ids}
+    assert without_cache(nn.Linear(2, 2), {}, (ids,)) == {}
 
 
 def test_a_forward_that_hands_use_cache_on_is_asked_for_none() -> None:

@@ -18,7 +18,7 @@ from qfx import Plan, QfxWarning, Recipe, Rule, UnsupportedError
 from qfx.live.modules import QuantEmbedding, QuantLinear
 from qfx.measuring.measure import sqnr_db
 from tests.quantized import call, quantized
-from tests.zoo import ZOO, ids
+from tests.zoo import VOCAB, ZOO, ids
 
 BENCHMARK = Path(__file__).parents[2] / "examples" / "benchmarks" / "quantize_cost.py"
 
@@ -253,3 +253,24 @@ def test_the_passes_take_linear_time(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "out.json").read_text())["time"]
     rates = [(row["normalize"] + row["quantize"]) / row["nodes"] for row in rows]
     assert max(rates) < 3 * min(rates) and max(rates) < 4e-3, rates  # seconds per node, on a busy machine
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-static", "w4a16-gptq"])
+def test_batches_in_order_are_those_by_name(recipe: str) -> None:
+    """A decoder's cache is left out of its graph in both, and padding counts in neither."""
+    tokens = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[1, :5] = 0
+    states = []
+    for batches in (
+        [(tokens, mask)],
+        [{"input_ids": tokens, "attention_mask": mask}],
+        [{"input_ids": tokens}],
+        [tokens],
+    ):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*GPTQ saw fewer tokens|.*and padded|.*cannot be smoothed")
+            states.append(qfx.quantize(ZOO["llama"]()[0], recipe, batches).state_dict())
+    for one, other in (states[:2], states[2:]):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0]), "the mask is seen"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,3 +116,37 @@ def test_an_operator_that_it_does_not_have(tmp_path: Path) -> None:
     path = file(tmp_path / "other.onnx", node, torch.float32, torch.float32, [2])
     with pytest.raises(SessionError, match="NoSuchOperator"):
         Session(path)
+
+
+_GATED = """
+import sys
+import torch
+import torch.nn.functional as F
+from torch import nn
+import qfx
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(*s, bias=False) for s in ((64, 128), (64, 128), (128, 64)))
+
+    def forward(self, x):
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+torch.manual_seed(0)
+torch.set_num_threads(int(sys.argv[1]))
+model, x = Gated().eval(), torch.randn(2, 8, 64)
+float_rule = {"name": "float", "rules": [{"target": "linear", "w": "f32"}]}
+fast = torch.compile(model, backend="qfx", options={"backend": "openvino", "recipe": float_rule, "cache": False})
+with torch.no_grad():
+    assert (fast(x) - model(x)).abs().max() < float(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(("threads", "error"), [(1, 1e-5), (2, 5e-2)])
+def test_a_gated_mlp_in_float_runs_in_one_thread(threads: int, error: float) -> None:
+    """In a process of its own: OpenVINO's kernel for it, in bf16, ends the process where there is one thread."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _GATED, str(threads), str(error)], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]

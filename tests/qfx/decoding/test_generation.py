@@ -226,6 +226,11 @@ def test_a_full_cache_is_moved_once_and_kept() -> None:
     state.crop(3)
     assert state.get_seq_length() == 3
     state.crop(-1)
+    left = state.length
+    state.crop(0)  # what assisted decoding asks for where every candidate was right
+    assert state.length == left
+    with pytest.raises(ValueError, match="at most"):
+        state.crop(-left - 1)
     assert state.get_seq_length() == 2
     with pytest.raises(ValueError, match="of another batch"):
         state.reserve(2, 4)
@@ -328,3 +333,60 @@ def test_a_folder_that_is_not_finished_leaves_the_one_before(tmp_path: Path, mon
             export(other, tmp_path / folder)
     assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def written_by(model: Any, given: dict[str, Tensor], **options: Any) -> Tensor:
+    tokens: Tensor = model.generate(**given, max_new_tokens=8, do_sample=False, pad_token_id=0, **options)
+    return tokens
+
+
+def test_generate_without_a_cache_writes_the_same(folder: Path) -> None:
+    """Each step gives the whole text: a cache that was kept all the same would hold it twice."""
+    loaded: Any = qfx.onnx.load(folder)
+    wanted = written_by(loaded, prompt())
+    assert torch.equal(written_by(loaded, prompt(), use_cache=False), wanted)
+    assert torch.equal(
+        written_by(loaded, prompt(), use_cache=False, num_beams=2), written_by(loaded, prompt(), num_beams=2)
+    )
+    loaded.generation_config.use_cache = False  # as models have it that were trained with gradient checkpointing
+    assert torch.equal(written_by(loaded, prompt()), wanted)
+    assert loaded(**prompt(), use_cache=False).past_key_values is None
+    assert loaded(**prompt()).past_key_values.length == 10
+
+
+def test_a_cache_of_transformers_own_is_not_promised(folder: Path) -> None:
+    loaded: Any = qfx.onnx.load(folder)
+    with pytest.warns(QfxWarning, match="cache_implementation='quantized' has no effect.*next step: leave it out"):
+        found = written_by(loaded, prompt(), cache_implementation="quantized")
+    assert torch.equal(found, written_by(loaded, prompt()))
+
+
+def test_assisted_decoding_needs_all_logits(folder: Path, tmp_path: Path) -> None:
+    one = {"input_ids": prompt()["input_ids"][:1]}
+    last: Any = qfx.onnx.load(folder)
+    with pytest.raises(ValueError, match="logits of the last token alone.*(?s:.*)all_logits=True"):
+        written_by(last, one, prompt_lookup_num_tokens=3)
+    export(tiny(), tmp_path / "all", recipe="w8a8", all_logits=True)
+    loaded: Any = qfx.onnx.load(tmp_path / "all")
+    wanted = written_by(loaded, one)
+    assert torch.equal(wanted, written_by(last, one))
+    assert torch.equal(written_by(loaded, one, assistant_model=tiny()), wanted)
+    assert torch.equal(written_by(loaded, one, prompt_lookup_num_tokens=3), wanted)
+    assert loaded(**one).logits.shape[1] == 10 and loaded(**one, logits_to_keep=3).logits.shape[1] == 3
+
+
+def test_what_a_file_cannot_take_or_give_is_refused(folder: Path) -> None:
+    loaded: Any = qfx.onnx.load(folder)
+    given = prompt()
+    ids = given["input_ids"]
+    for more in ({"labels": ids}, {"output_hidden_states": True}, {"token_type_ids": torch.ones_like(ids)}):
+        with pytest.raises(ValueError, match=f"has no {next(iter(more))}"):
+            loaded(**given, **more)
+    with pytest.raises(ValueError, match="input_ids are needed"):
+        loaded(inputs_embeds=torch.zeros(1, 2, 192))
+    for bad in (ids - 4, ids[:, :0]):
+        with pytest.raises(ValueError, match="input_ids are no tokens"):
+            loaded(bad)
+    wanted = loaded(**given).logits
+    assert torch.equal(loaded(**given, token_type_ids=torch.zeros_like(ids), return_dict=True).logits, wanted)
+    assert torch.equal(loaded(ids.int(), given["attention_mask"].bool()).logits, wanted)

@@ -188,3 +188,16 @@ def test_only_quantized_transformer_layers_lose_their_fused_kernel() -> None:
     model = nn.ModuleList([plain, changed])
     without_fast_paths(model)
     assert plain.activation_relu_or_gelu and not changed.activation_relu_or_gelu
+
+
+@pytest.mark.parametrize("forward", [False, True], ids=["max_norm", "forward of its own"])
+def test_a_plain_embedding_that_is_not_replaced_keeps_its_class(forward: bool) -> None:
+    """nn.Embedding itself, not a subclass of it: its packed class has to have an order of bases too."""
+    table = nn.Embedding(7, 8, max_norm=None if forward else 0.5)
+    if forward:
+        table.forward = lambda ids: F.embedding(ids, table.weight)  # type: ignore[method-assign, assignment]
+    wanted = F.embedding(torch.arange(7), table.weight.detach().clone(), max_norm=table.max_norm).detach()
+    pack_parameter(table, "weight", pack_weight(table.weight.detach(), Format.parse("i8/ch")))
+    assert isinstance(table, nn.Embedding) and not list(table.parameters())
+    assert sqnr_db(wanted, table(torch.arange(7))) > 35
+    assert sqnr_db(wanted, copy.deepcopy(table)(torch.arange(7))) > 35

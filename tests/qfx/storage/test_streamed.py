@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,46 @@ class TestOpen:
         assert ties == [name for name, _ in wanted.named_parameters()], "what was tied is"
         with torch.no_grad():
             assert torch.equal(found(IDS).logits, wanted(IDS).logits)
+
+    def test_merged_and_cast_weights_leave_memory_as_they_are_made(
+        self, tmp_path: Path, all_in_files: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Mixtral's experts lie one by one in the file and are one weight in the model; no two wait in memory."""
+        made, rested, settled, rest = list[Tensor](), set[int](), list[list[str]](), spill.rest
+
+        def kept(place: Spill, tensor: Tensor) -> Tensor:
+            made.append(keep(place, tensor))
+            return made[-1]
+
+        def resting(*tensors: Tensor) -> None:
+            rested.update(tensor.data_ptr() for tensor in tensors)
+            rest(*tensors)
+
+        def checked(model: nn.Module, place: Spill) -> None:
+            settled.append([name for name, p in model.named_parameters() if not is_mapped(p)])
+            settle(model, place)
+
+        keep, settle = Spill.keep, streamed._settled
+        monkeypatch.setattr(Spill, "keep", kept)
+        monkeypatch.setattr(streamed, "rest", resting)
+        monkeypatch.setattr(streamed, "_settled", checked)
+        folder = saved(mixtral(), tmp_path)
+        hooks = torch.nn.modules.module._global_parameter_registration_hooks
+        model = streamed.load(folder).model
+        merged = [p for name, p in model.named_parameters() if ".experts." in name]
+        assert len(merged) == 4 and settled == [[]]
+        assert {p.data_ptr() for p in merged} <= {t.data_ptr() for t in made} & rested
+        assert not hooks, "nothing global is left"
+        assert all(getattr(p, "_is_hf_initialized", False) for p in merged)
+
+    def test_modules_of_other_threads_are_left_alone(self, tmp_path: Path, all_in_files: None) -> None:
+        others: list[nn.Module] = []
+        with streamed._kept_as_made(Spill(tmp_path), {}):
+            worker = threading.Thread(target=lambda: others.append(nn.Linear(64, 64)))
+            worker.start()
+            worker.join()
+            assert is_mapped(nn.Linear(64, 64).weight)
+        assert not is_mapped(others[0].get_parameter("weight")) and not is_mapped(nn.Linear(64, 64).weight)
 
     def test_one_file_and_a_generation_config(self, tmp_path: Path) -> None:
         model = llama()
