@@ -270,8 +270,7 @@ def _unseen(model: Any) -> ValueError:
     elif unwrapped(model) is not model or getattr(model, "_compiled_call_impl", None) is not None:
         hint = (
             " (if it was called: Dynamo gave qfx no graph, and the model ran in float; TORCH_LOGS=graph_breaks says "
-            "why. Of nn.LSTM, GRU and RNN it leaves out the whole function that calls them; of a module of torch.nn "
-            "itself, such as Sequential, it needs torch.compile(model), not model.compile())"
+            "why; a module of torch.nn itself, such as Sequential, needs torch.compile(model), not model.compile())"
         )
     return ValueError(
         "expected a model that qfx quantized or compiled, found neither; next step: call the compiled model once, or "
