@@ -15,11 +15,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qfx import graph
 from qfx.backends.triton import float_attention as own
-from qfx.backends.triton.passes._nodes import note_computed, plain
+from qfx.backends.triton.passes._nodes import are_alike, note_computed, plain
 from qfx.backends.triton.weight_only import DTYPES
 from qfx.graph import is_call
 from qfx.passes._build import call, take_place
@@ -37,7 +37,7 @@ def few_queries(gm: fx.GraphModule, kernels: dict[str, str]) -> bool:
     spans: dict[fx.Node, fx.Node] = {}
     for node in list(gm.graph.nodes):
         given = _given(node)
-        if given is None or not _fits(*(graph.val(given[name]) for name in "qkv")):
+        if given is None or not _fits(*(graph.val(given[name]) for name in ("q", "k", "v", "mask"))):
             continue
         with gm.graph.inserting_before(node):
             given["spans"] = _spans(gm, given["mask"], spans, like=node)
@@ -81,15 +81,11 @@ def _given(node: fx.Node) -> dict[str, Any] | None:
             "causal": False, "softcap": 0.0}  # fmt: skip
 
 
-def _fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether the kernel takes such operands, and is made for their sizes: those known but batch and keys.
-
-    One sequence or one head of values for all, which torch repeats, it does not take.
-    """
+def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel takes such operands, and is made for their sizes: those known but batch and keys."""
     if not (q.dim() == k.dim() == v.dim() == 4 and q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
         return False
-    pairs = ((q.shape[0], k.shape[0]), *zip(k.shape[:3], v.shape[:3], strict=True))
-    if any(same_size(a, 1) != same_size(b, 1) for a, b in pairs):
+    if not are_alike(q, k, v, mask):
         return False
     sizes = [known(s) for s in (*q.shape[1:], k.shape[1], v.shape[3])]
     if not all(isinstance(s, int) for s in sizes):

@@ -116,9 +116,12 @@ def test_the_usual_scale_and_a_mask_of_one_place() -> None:
         (Attention(), [operands()[0][:1], *operands()[1:], mask()]),
         (Attention(enable_gqa=False), [*operands(heads=2)[:2], operands()[2][:, :1], mask()]),
         (Capped(), [operands()[0], *(x[:1] for x in operands()[1:]), mask()]),
+        (Capped(), [*(x[:1] for x in operands()), mask().repeat(2, 1, 1, 1)]),
+        (Capped(), [*operands(), torch.ones((), dtype=torch.bool, device=DEVICE)]),
     ],
     ids=["no mask", "causal", "dropout", "queries", "few keys", "half as many keys", "f64", "one head", "three axes",
-         "one sequence of keys", "one sequence of queries", "one head of values", "one sequence and a cap"],
+         "one sequence of keys", "one sequence of queries", "one head of values", "one sequence and a cap",
+         "two of masks", "no axes"],
 )  # fmt: skip
 def test_what_stays(module: nn.Module, inputs: list[Tensor]) -> None:
     gm = capture(module, *inputs)
