@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from qfx.graph import is_call, val
 from qfx.passes import _match as m
@@ -23,6 +23,8 @@ _COMPARED = {
     "eq": int.__eq__, "ne": int.__ne__, "ge": int.__ge__, "gt": int.__gt__, "le": int.__le__, "lt": int.__lt__,
 }  # fmt: skip
 _SAME = (*m.SAME_VALUE, *m.CASTS)
+_DTYPES = (torch.bool, torch.int32, torch.int64)  # smaller ones wrap around
+_MOST = 2**30  # a start beyond it, and an axis behind it, might be too much for int32
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,15 @@ class Counted:
 def counted(node: Any) -> Counted | None:
     """How an integer or boolean tensor counts; None where that is not known without the inputs."""
     if isinstance(node, bool | int):
-        return Counted(int(node), None)
-    if not isinstance(node, fx.Node) or not isinstance(val(node), Tensor) or val(node).dtype.is_floating_point:
+        return Counted(int(node), None) if abs(node) < _MOST else None
+    if not isinstance(node, fx.Node) or m.dtype(node) not in _DTYPES:
         return None
-    for targets, rule in _RULES:
-        if is_call(node, *targets):
-            found = rule(node)
-            one = found is not None and found.axis is not None and m.shape(node)[found.axis] == 1
-            return Counted(found.start, None) if found is not None and one else found
-    return None
+    rule = next((rule for targets, rule in _RULES if is_call(node, *targets)), None)
+    found = None if rule is None else rule(node)
+    if found is None or abs(found.start) >= _MOST:
+        return None
+    one = found.axis is not None and m.same_size(m.shape(node)[found.axis], 1)
+    return Counted(found.start, None) if one else found
 
 
 def is_causal(mask: Any) -> bool:
@@ -106,6 +108,8 @@ def _sum(node: fx.Node) -> Counted | None:
     first, second = (_spread(operand, node) for operand in node.args[:2])
     if first is None or second is None or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
         return None
+    if m.dtype(node) == torch.bool:  # True + True is True
+        return None
     if is_call(node, *m.ADD):
         if first.axis is None or second.axis is None:
             return Counted(first.start + second.start, first.axis if second.axis is None else second.axis)
@@ -116,13 +120,12 @@ def _sum(node: fx.Node) -> Counted | None:
 
 
 def _spread(operand: Any, result: fx.Node) -> Counted | None:
-    """As it counts in a result with which it is broadcast."""
+    """As it counts in a result with which it is broadcast; None where sizes may be the same or not."""
     found = counted(operand)
     if found is None or found.axis is None:
         return found
     axis = found.axis + m.rank(result) - m.rank(operand)
-    same = m.same_size(m.shape(operand)[found.axis], m.shape(result)[axis])
-    return Counted(found.start, axis if same else None)  # else it was one number, and is repeated
+    return Counted(found.start, axis) if m.same_size(m.shape(operand)[found.axis], m.shape(result)[axis]) else None
 
 
 def _diff(node: fx.Node) -> Counted | None:
@@ -135,7 +138,7 @@ def _diff(node: fx.Node) -> Counted | None:
         return Counted(0, None) if before is None else None
     if before is not None:
         first = counted(before)
-        one = m.shape(before)[given["dim"]] == 1
+        one = m.same_size(m.shape(before)[given["dim"]], 1)
         if first is None or first.axis is not None or not one or found.start - first.start != step:
             return None
     return Counted(step, None)

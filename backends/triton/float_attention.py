@@ -19,6 +19,7 @@ from qfx.backends.triton.cache_attention import mask_of, put_together
 from qfx.backends.triton.kernels.float_attention import mask_spans, split_float_attention
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.library import define
+from qfx.backends.triton.row_codes import dense
 from qfx.backends.triton.weight_only import DTYPES, LANGUAGE
 from qfx.errors import explain
 
@@ -60,7 +61,7 @@ def float_attention(
     spans_batch = 0 if spans is None or len(spans) == 1 else spans.stride(0)
     grid = (batch * groups * triton.cdiv(rows, config["BLOCK_M"]), splits)
     launch(
-        split_float_attention, grid, q, k, v, seen, spans, sinks, sums, most, total, groups, queries, tokens,
+        split_float_attention, grid, q, k, v, seen, spans, dense(sinks), sums, most, total, groups, queries, tokens,
         float(scale), float(softcap) if softcap > 0 else None, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *strides, spans_batch, splits,
         MANY=many, D=width, DV=v_width, MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2,
@@ -76,14 +77,14 @@ def spans_of(mask: Tensor) -> Tensor:
     """i32 [B, 2]: the first place that a mask, [L] to [B, H, S, L], shows to any row of a sequence, and the one behind
     the last; B is 1 where the mask has no batch. A place is shown by True, or by what is not -inf.
     """
-    if mask.shape[:-1].numel() != (mask.shape[0] if mask.dim() == 4 else 1):
+    batch, tokens = mask.shape[0] if mask.dim() == 4 else 1, mask.shape[-1]
+    if mask.shape[:-1].numel() != batch:
         mask = (mask if mask.dtype == torch.bool else mask != -torch.inf).flatten(1 if mask.dim() == 4 else 0, -2)
         mask = mask.any(-2)
-    mask = mask.reshape(-1, mask.shape[-1])
-    spans = torch.empty((mask.shape[0], 2), dtype=torch.int32, device=mask.device)
-    tokens = mask.shape[1]
+    mask = mask.reshape(batch, tokens)
+    spans = torch.empty((batch, 2), dtype=torch.int32, device=mask.device)
     scan = min(max(triton.next_power_of_2(tokens), 128), _SCAN)
-    launch(mask_spans, (mask.shape[0],), mask, spans, tokens, *mask.stride(), BOOL=mask.dtype == torch.bool, SCAN=scan,
+    launch(mask_spans, (batch,), mask, spans, tokens, *mask.stride(), BOOL=mask.dtype == torch.bool, SCAN=scan,
            config={"num_warps": min(max(scan // 512, 1), 8), "num_stages": 1})  # fmt: skip
     return spans
 

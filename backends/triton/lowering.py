@@ -195,9 +195,14 @@ def _is_view_of(node: fx.Node, targets: set[fx.Node]) -> bool:
 
 
 def _compiled(gm: fx.GraphModule, options: dict[str, Any]) -> Callable[..., Any]:
-    """The graph compiled by Inductor. Its tensors never change, so that no guard looks at them."""
+    """The graph compiled by Inductor. Its tensors never change, so that no guard looks at them.
+
+    Inductor's own kernels are not launched before the one before them has ended, whatever its setting for it: it takes
+    other ops for such as let nothing begin before their end, and leaves out to wait in kernels that load nothing, or
+    nothing of the op just before. `kernels.early` lets the next one begin at once.
+    """
     symbols = any(isinstance(s, torch.SymInt) for n in gm.graph.nodes for s in _sizes(n))
-    options = {**options, "guard_filter_fn": _only_of_inputs}
+    options = {**options, "triton.enable_pdl": False, "guard_filter_fn": _only_of_inputs}
 
     def run(*inputs: Any) -> Any:
         return gm(*inputs)

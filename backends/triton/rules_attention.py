@@ -10,6 +10,7 @@ import qfx.backends.triton.cache_read  # noqa: F401  (each registers its op)
 from qfx import graph
 from qfx.backends.triton import cache_layout
 from qfx.backends.triton import quantized_attention as rounded
+from qfx.backends.triton.passes._nodes import are_alike
 from qfx.backends.triton.row_codes import FLOATS as DTYPES
 from qfx.backends.triton.site import Site, Taken
 
@@ -33,9 +34,9 @@ def attention(site: Site) -> Taken | None:
 
     None, and the op's own definition is taken, for f32, which the kernel would multiply in tf32, and for other sizes.
     """
-    q, k, v = (graph.val(site.given[name]) for name in "qkv")
+    q, k, v, mask = (graph.val(site.given[name]) for name in ("q", "k", "v", "mask"))
     halves = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
-    if not halves or rounded.reason_against(q.shape[-1], v.shape[-1], q.dtype):
+    if not halves or not are_alike(q, k, v, mask) or rounded.reason_against(q.shape[-1], v.shape[-1], q.dtype):
         return None
     how = [site.given[name] for name in ("scale", "causal", "softcap")]
     operands = [site.given[name] for name in ("q", "k", "v", "mask", "sinks")]

@@ -75,6 +75,9 @@ UNKNOWN: dict[str, Make] = {
     "to int8": lambda x: torch.arange(300).to(torch.int8),
     "from behind": lambda x: torch.arange(8)[torch.arange(4) - 2],
     "by a mask": lambda x: torch.arange(4)[torch.ones(4, dtype=torch.bool)],
+    "below the least of its dtype": lambda x: torch.arange(1, dtype=torch.uint8) - 1 > 0,
+    "a sum of booleans": lambda x: (torch.arange(3) == torch.arange(3)) + (torch.arange(3) >= torch.arange(3)) == 1,
+    "a number that int32 has not": lambda x: torch.arange(2**40, 2**40 + 4).to(torch.int32),
 }
 
 
@@ -90,6 +93,28 @@ def test_of_others_nothing_is_said(name: str) -> None:
     found, tensor = told(UNKNOWN[name], torch.zeros(3, 7), counted)
     assert found is None or torch.equal(numbers(found, tensor.shape), tensor.long())
     assert found is None
+
+
+OF_TWO: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "difference": lambda x, y: torch.arange(x.numel()) - torch.arange(y.numel()),
+    "expand": lambda x, y: torch.arange(x.numel()).expand(y.shape[0] * y.shape[1]),
+}
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_of_sizes_that_only_happen_to_be_equal_nothing_is_said(name: str) -> None:
+    x, y = torch.zeros(2, 6), torch.zeros(3, 4)
+    gm = capture(Function(lambda _, x, y: (OF_TWO[name](x, y), x + 1)), x, y, dynamic=True)
+    assert counted(gm.graph.output_node().args[0][0]) is None  # type: ignore[index]
+
+
+def test_of_sizes_that_data_gives_nothing_is_asked() -> None:
+    def make(_: Any, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        size: Any = n.item()
+        return torch.arange(size) + 2, x + 1
+
+    gm = capture(Function(make), torch.zeros(3), torch.tensor(4))
+    assert counted(gm.graph.output_node().args[0][0]) == Counted(2, 0)  # type: ignore[index]
 
 
 @settings(max_examples=30, deadline=None)

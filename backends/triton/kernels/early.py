@@ -8,8 +8,8 @@ import triton.language as tl
 def wait_for_earlier(EARLY: tl.constexpr):
     """Behind it there is all that earlier kernels wrote; then the next one may be launched, which waits in turn.
 
-    In this order, and before any access of memory: whoever was launched early then may read without waiting what was
-    written two kernels before, as Inductor's kernels do.
+    In this order, and before any access of memory: only the kernel right before is waited for, so each has to wait
+    itself before it ends. Kernels of others, which may not, are launched as ever (see `lowering`).
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()

@@ -16,7 +16,7 @@ from qfx.backends.triton import row_codes
 from qfx.format import Format
 from qfx.graph import is_call
 from qfx.passes._build import call, plain
-from qfx.passes._match import arguments, known
+from qfx.passes._match import arguments, known, same_size
 
 _COMPUTES = "qfx_triton_computes"
 _OPS = torch.ops.qfx_triton
@@ -115,6 +115,19 @@ def computed(node: fx.Node) -> tuple[str, ...]:
 def note_computed(node: fx.Node, *old: fx.Node) -> None:
     """Note that a new node computes what these did."""
     node.meta[_COMPUTES] = tuple(dict.fromkeys(name for n in old for name in computed(n)))
+
+
+def are_alike(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Have q, k, v [B, H, S, D] of attention one batch, and k and v as many heads and tokens, as kernels take them?
+
+    No: one sequence or one head of values that torch repeats for several, or that a mask with a batch makes several.
+    """
+    pairs = [(q.shape[0], k.shape[0]), *zip(k.shape[:3], v.shape[:3], strict=True)]
+    if any(same_size(a, 1) != same_size(b, 1) for a, b in pairs):
+        return False
+    if mask is None or mask.dim() < 4:
+        return mask is None or mask.dim() > 0
+    return same_size(mask.shape[0], 1) or not same_size(q.shape[0], 1)
 
 
 def is_row_vector(node: Any, x: fx.Node) -> bool:

@@ -15,15 +15,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qfx import graph
 from qfx.backends.triton import float_attention as own
-from qfx.backends.triton.passes._nodes import note_computed
+from qfx.backends.triton.passes._nodes import are_alike, note_computed
 from qfx.backends.triton.weight_only import DTYPES
 from qfx.graph import is_call
 from qfx.passes._build import call, plain, take_place
-from qfx.passes._match import arguments
+from qfx.passes._match import arguments, known, same_size
 
 _aten = torch.ops.aten
 _FEWEST = 64  # keys, from which on they are worth to be split
@@ -34,13 +34,13 @@ KERNEL = "float_attention (Triton)"
 def few_queries(gm: fx.GraphModule, kernels: dict[str, str]) -> bool:
     """See the module. kernels: by node name, told of what the kernel executes."""
     changed = False
-    known: dict[fx.Node, fx.Node] = {}
+    spans: dict[fx.Node, fx.Node] = {}
     for node in list(gm.graph.nodes):
         given = _given(node)
-        if given is None or not _fits(*(graph.val(given[name]) for name in "qkv")):
+        if given is None or not _fits(*(graph.val(given[name]) for name in ("q", "k", "v", "mask"))):
             continue
         with gm.graph.inserting_before(node):
-            given["spans"] = _spans(gm, given["mask"], known, like=node)
+            given["spans"] = _spans(gm, given["mask"], spans, like=node)
             new = plain(call(gm, torch.ops.qfx_triton.float_attention.default, *given.values(), like=node))
         note_computed(new, node)
         take_place(node, new)
@@ -49,13 +49,13 @@ def few_queries(gm: fx.GraphModule, kernels: dict[str, str]) -> bool:
     return changed
 
 
-def _spans(gm: fx.GraphModule, mask: Any, known: dict[fx.Node, fx.Node], *, like: fx.Node) -> Any:
+def _spans(gm: fx.GraphModule, mask: Any, made: dict[fx.Node, fx.Node], *, like: fx.Node) -> Any:
     """What of the mask is shown, computed once for all layers; None where it has no place of its own for each key."""
-    if mask is None or graph.val(mask).shape[-1] == 1:
+    if mask is None or same_size(graph.val(mask).shape[-1], 1):
         return None
-    if mask not in known:
-        known[mask] = plain(call(gm, torch.ops.qfx_triton.mask_spans.default, mask, like=like))
-    return known[mask]
+    if mask not in made:
+        made[mask] = plain(call(gm, torch.ops.qfx_triton.mask_spans.default, mask, like=like))
+    return made[mask]
 
 
 def _given(node: fx.Node) -> dict[str, Any] | None:
@@ -69,7 +69,11 @@ def _given(node: fx.Node) -> dict[str, Any] | None:
     q, k, mask = (found[name] for name in ("query", "key", "attn_mask"))
     if mask is None or found["dropout_p"] or found["is_causal"]:
         return None
-    if not found["enable_gqa"] and graph.val(q).dim() == 4 and graph.val(q).shape[1] != graph.val(k).shape[1]:
+    if (
+        not found["enable_gqa"]
+        and graph.val(q).dim() == 4
+        and not same_size(graph.val(q).shape[1], graph.val(k).shape[1])
+    ):
         return None  # one head is for all: torch repeats it
     scale = found["scale"]
     scale = graph.val(q).shape[-1] ** -0.5 if scale is None else scale
@@ -77,14 +81,17 @@ def _given(node: fx.Node) -> dict[str, Any] | None:
             "causal": False, "softcap": 0.0}  # fmt: skip
 
 
-def _fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Whether the kernel takes such operands, and is made for their sizes: those known but batch and keys."""
     if not (q.dim() == k.dim() == v.dim() == 4 and q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
         return False
-    sizes = (*q.shape[1:], k.shape[1], v.shape[3])
-    if not all(isinstance(s, int) for s in sizes) or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if not are_alike(q, k, v, mask):
         return False
-    if q.shape[2] > own.MOST or max(q.shape[3], v.shape[3]) > own.WIDEST:
+    sizes = [known(s) for s in (*q.shape[1:], k.shape[1], v.shape[3])]
+    if not all(isinstance(s, int) for s in sizes):
         return False
-    tokens = k.shape[2]
-    return not isinstance(tokens, int) or tokens >= max(_FEWEST, 2 * q.shape[2])
+    heads, queries, width, groups, v_width = sizes
+    if groups == 0 or heads % groups or queries > own.MOST or max(width, v_width) > own.WIDEST:
+        return False
+    tokens = known(k.shape[2])
+    return not isinstance(tokens, int) or tokens >= max(_FEWEST, 2 * queries)

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch._inductor import config
 
-from qfx.backends.triton import launch
+from qfx.backends.triton import launch, lowering
 from qfx.backends.triton.device import A100, H200, INTERPRETER, Device
 from qfx.backends.triton.kernels.weight_only import sum_splits
 from tests.backends.triton.aot_cache_attention import case as cached
 from tests.backends.triton.aot_float_attention import case as floats
 from tests.backends.triton.aot_weight_only import case as weights
 from tests.backends.triton.cases import DEVICE, Case
+from tests.graphs import capture
 
 HERE = Path(inspect.getfile(sum_splits.fn)).parent
 
@@ -56,6 +57,21 @@ def test_kernels_wait_before_anything_else() -> None:
                 assert ast.unparse(node.body[1]) == "wait_for_earlier(EARLY)", node.name
                 found += 1
     assert found > 20
+
+
+def test_kernels_that_may_not_wait_are_not_launched_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that Inductor writes: one that loads nothing does not wait, and what comes behind it waits for it alone."""
+    asked: list[dict[str, object]] = []
+
+    def compiled(function: object, *, options: dict[str, object], **_: object) -> object:
+        asked.append(options)
+        return function
+
+    gm = capture(torch.nn.Linear(4, 4), torch.ones(2, 4, device=DEVICE))
+    with config.patch({"triton.enable_pdl": True}):
+        monkeypatch.setattr(torch, "compile", compiled)
+        lowering.lower(gm, mode="default")
+    assert [options["triton.enable_pdl"] for options in asked] == [False]
 
 
 def test_it_is_called_without_a_gpu() -> None:

@@ -172,6 +172,12 @@ def test_spans() -> None:
     assert spans_of(mask[:, :, :, ::2]).tolist() == [[4, 2500], [2500, 0]]
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1, 0), (2, 4, 3, 0), (0,), (3, 0)], ids=str)
+def test_spans_of_no_keys(shape: tuple[int, ...]) -> None:
+    found = spans_of(torch.ones(shape, dtype=torch.bool, device=DEVICE))
+    assert found.tolist() == [[0, 0]] * (shape[0] if len(shape) == 4 else 1)
+
+
 def test_no_keys_and_no_rows() -> None:
     q, k, v = operands((4, 2), 0)
     assert attend(q, k, v).eq(0).all()

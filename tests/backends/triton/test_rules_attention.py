@@ -50,7 +50,19 @@ def test_a_prompt_in_sixteen_bits(dtype: torch.dtype, most: float, given: dict[s
     assert float((found.float() - expected).norm() / expected.norm()) < most
 
 
-@pytest.mark.parametrize("inputs", [operands(torch.float32), operands(torch.float16, width=300)], ids=["f32", "wide"])
+def of_two(inputs: list[Tensor]) -> list[Tensor]:
+    """Queries of two sequences, to one of keys."""
+    return [inputs[0].repeat(2, 1, 1, 1), *inputs[1:]]
+
+
+OTHERS = {
+    "f32": operands(torch.float32),
+    "wide": operands(torch.float16, width=300),
+    "one sequence of keys": of_two(operands(torch.float16)),
+}
+
+
+@pytest.mark.parametrize("inputs", OTHERS.values(), ids=list(OTHERS))
 def test_others_run_as_they_are_defined(inputs: list[Tensor]) -> None:
     found, kernel = lowered(Attention(), inputs)
     assert kernel == "attention (torch, compiled)"

@@ -112,14 +112,37 @@ def test_the_usual_scale_and_a_mask_of_one_place() -> None:
         (Attention(), [*operands(dtype=torch.float64), mask()]),
         (Attention(enable_gqa=False), [operands(heads=2)[0], *(x[:, :1] for x in operands()[1:]), mask()]),
         (Attention(enable_gqa=False), [x[0] for x in (*operands(heads=2), mask())]),
+        (Attention(), [operands()[0], *(x[:1] for x in operands()[1:]), mask()]),
+        (Attention(), [operands()[0][:1], *operands()[1:], mask()]),
+        (Attention(enable_gqa=False), [*operands(heads=2)[:2], operands()[2][:, :1], mask()]),
+        (Capped(), [operands()[0], *(x[:1] for x in operands()[1:]), mask()]),
+        (Capped(), [*(x[:1] for x in operands()), mask().repeat(2, 1, 1, 1)]),
+        (Capped(), [*operands(), torch.ones((), dtype=torch.bool, device=DEVICE)]),
     ],
-    ids=["no mask", "causal", "dropout", "queries", "few keys", "half as many keys", "f64", "one head", "three axes"],
+    ids=["no mask", "causal", "dropout", "queries", "few keys", "half as many keys", "f64", "one head", "three axes",
+         "one sequence of keys", "one sequence of queries", "one head of values", "one sequence and a cap",
+         "two of masks", "no axes"],
 )  # fmt: skip
 def test_what_stays(module: nn.Module, inputs: list[Tensor]) -> None:
     gm = capture(module, *inputs)
     before = text(gm)
     assert not few_queries(gm, {})
     assert text(gm) == before
+
+
+class Sunk(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        y: Tensor = torch.ops.qfx.attention(q, k, v, None, sinks, 0.3, False, 0.0)
+        return y
+
+
+def test_sinks_of_any_stride() -> None:
+    inputs = (*operands(), torch.arange(12.0, device=DEVICE)[::2])
+    gm = capture(Sunk(), *inputs)
+    (expected,) = gm(*inputs)
+    assert few_queries(gm, {})
+    gm.recompile()
+    torch.testing.assert_close(gm(*inputs)[0], expected)
 
 
 def test_a_varying_batch_and_length() -> None:
