@@ -73,35 +73,44 @@ class _Sweep:
     def improve(self, part: Tensor, packed: Packed, rows: slice, sweeps: int) -> Tensor:
         """Codes [n, K] of rows [n, K] of the matrix."""
         values, lost, codes = _columns(part, packed)
+        asked = self._asked(values, lost)
         width, channels = self.grid.width, len(values)
         within = self.moving and width <= _WIDEST
         for _ in range(sweeps):
             if self.moving and not within:
                 for start in range(0, channels, width):
-                    self._rescale(values, lost, rows, start, min(start + width, channels))
+                    self._rescale(values, lost, asked, rows, start, min(start + width, channels))
             size = width if within else _COLUMNS
             for start in range(0, channels, size):
                 stop = min(start + size, channels)
-                slope, own = self._slope(values, lost, start, stop), self._own(start, stop)
+                own, slope = self._own(start, stop), self._slope(lost, asked, start, stop)
                 if within:
                     slope -= own @ self._moved(values, lost, rows, start, stop, slope, own @ values[start:stop])
                 self._recode(values, lost, codes, rows, start, slope, own)
         return codes.T.contiguous()
 
-    def _slope(self, values: Tensor, lost: Tensor, start: int, stop: int) -> Tensor:
+    def _asked(self, values: Tensor, lost: Tensor) -> Tensor | None:
+        """What the asymmetric correction adds to every slope, f32 [K, n]: W alone decides it, and W stays."""
+        if self.seen.cross is None:
+            return None
+        found = torch.zeros_like(lost)
+        for at in range(0, len(lost), _COLUMNS):
+            some = self.seen.cross[at : at + _COLUMNS]
+            found.addmm_(some.T, values[at : at + _COLUMNS] + lost[at : at + _COLUMNS])
+            rest(some)
+        return found
+
+    def _slope(self, lost: Tensor, asked: Tensor | None, start: int, stop: int) -> Tensor:
         """How much the loss falls where these columns grow (half of it), f32 [stop - start, n]."""
         matrix = self.seen.matrix[start:stop]
         found = matrix @ lost
         rest(matrix)
-        if self.seen.cross is not None:
-            for at in range(0, len(lost), _WIDEST):  # W, a part at a time
-                span = slice(at, at + _WIDEST)
-                found += self.seen.cross[span, start:stop].T @ (values[span] + lost[span])
-                rest(self.seen.cross[span])
+        if asked is not None:
+            found += asked[start:stop]
         return found.addcmul_(self.more[start:stop, None], lost[start:stop])
 
     def _own(self, start: int, stop: int) -> Tensor:
-        """H of these columns."""
+        """H of these columns. Reading it from a file brings its neighbours, too: `_slope` lets go of them."""
         return self.seen.matrix[start:stop, start:stop] + torch.diag(self.more[start:stop])
 
     def _recode(
@@ -127,15 +136,15 @@ class _Sweep:
         held = values[start:stop]
         return self._move(values, lost, rows, start, stop, (held * slope).sum(0), (held * felt).sum(0))
 
-    def _rescale(self, values: Tensor, lost: Tensor, rows: slice, start: int, stop: int) -> None:
+    def _rescale(self, values: Tensor, lost: Tensor, asked: Tensor | None, rows: slice, start: int, stop: int) -> None:
         """The same for a group that is wide, some of its columns after the other."""
         gain, curve = lost.new_zeros(lost.shape[1]), lost.new_zeros(lost.shape[1])
         for at in range(start, stop, _WIDEST):
             end = min(at + _WIDEST, stop)
             held = values[at:end]
-            gain += (held * self._slope(values, lost, at, end)).sum(0)
             felt = (self.seen.matrix[at:end, start:stop] @ values[start:stop]).addcmul_(self.more[at:end, None], held)
             curve += (held * felt).sum(0)
+            gain += (held * self._slope(lost, asked, at, end)).sum(0)
         self._move(values, lost, rows, start, stop, gain, curve)
 
     def _move(

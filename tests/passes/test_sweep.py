@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +23,7 @@ from qfx.passes._sweep import swept
 from qfx.passes.gptq import round_by
 from qfx.presets import presets
 from qfx.rounding.method_options import GptqOptions
+from qfx.storage.spill import Spill, is_mapped, rest
 from tests.passes.test_gptq import INTEGERS, OTHERS, data, loss, seen, weight
 
 DAMPENING = 0.01
@@ -116,7 +122,7 @@ def test_scales_are_least_squares_for_their_codes() -> None:
     grid = Grid(fmt, *start.params(), (8, 40))
     work = _sweep._Sweep(settled(x), grid, DAMPENING, moving=True)
     values = start.dequantize().T.contiguous()
-    work._rescale(values, w.T - values, slice(0, 8), 0, 40)
+    work._rescale(values, w.T - values, None, slice(0, 8), 0, 40)
     best = aim(w, Packed.from_codes(start.codes(), fmt, grid.scale), x)
     assert best < aim(w, start, x)
     assert torch.allclose(values.T, dequantize(start.codes(), fmt, grid.scale), rtol=1e-5)
@@ -178,6 +184,38 @@ def test_many_rows_are_swept_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         assert (whole.codes() == parts.codes()).double().mean() > 0.99, "all but ties in f32"
         assert torch.allclose(whole.scale, parts.scale, rtol=1e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.parametrize("text", ["u4/g128", "i4/ch"])
+def test_statistics_in_a_file_stay_there(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of H and D, 36 MB each, little is in memory at a time."""
+    w, x = weight(16, 3072), torch.randn(64, 3072)
+    start, statistics = pack_weight(w, Format.parse(text)), seen(x, x + 0.1 * torch.randn(64, 3072))
+    with Spill(tmp_path) as spill:
+        statistics.settle(spill.keep(w.repeat(16, 1)))
+        assert statistics.cross is not None and is_mapped(statistics.matrix) and is_mapped(statistics.cross)
+        rest(statistics.matrix, statistics.cross)
+        before, found, own = mapped_bytes(), [], Grid.round
+
+        def watched(self: Grid, *given: Any) -> tuple[Tensor, Tensor]:
+            if given[0] % 128 == 0:
+                found.append(mapped_bytes() - before)
+            return own(self, *given)
+
+        monkeypatch.setattr(Grid, "round", watched)
+        grid = Grid(start.format, *start.params(), (16, 3072))
+        swept(w, start, statistics, grid, 1, DAMPENING, moving=True)
+        assert len(found) == 24 and max(found) < 12e6
+        statistics.matrix.sum()
+        assert mapped_bytes() - before > 30e6, "what is read is counted"
+
+
+def mapped_bytes() -> int:
+    """Of files, in memory."""
+    found = re.search(r"RssFile:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def test_dead_channels_stay_rounded_to_nearest() -> None:
