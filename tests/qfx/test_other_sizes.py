@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import qfx
 from qfx.capture import capture_export
 from qfx.errors import QfxWarning
-from qfx.other_sizes import other_sizes
+from qfx.other_sizes import _looked_at, other_sizes
 
 BLOCK = 4
 
@@ -76,6 +77,27 @@ def test_sizes_for_which_a_graph_does_not_hold(
     assert all(
         missed in note and f"the example's ({length})" in note and "dimension 1 of 'x'" in note for note in notes
     )
+
+
+@pytest.mark.parametrize("example", [2, 7, 128])
+def test_of_short_examples_all_sizes_are_looked_at(example: int) -> None:
+    assert _looked_at(example) == list(range(2, max(40, 2 * example) + 1))
+
+
+@pytest.mark.parametrize("example", [129, 3000, 16_000, 480_000])
+def test_of_long_examples_some_sizes_are_looked_at(example: int) -> None:
+    """Conditions of audio take a second for each thousand sizes: for half a minute a quarter of an hour."""
+    found = _looked_at(example)
+    assert len(found) <= 256 and found == sorted(set(found)) and found[0] == 2 and found[-1] == 2 * example
+    for block in (2, 3, 60):  # sizes that fill blocks, and that do not, on both sides
+        assert {size % block for size in found if size < example} == set(range(block))
+        assert {size % block for size in found if size > example} == set(range(block))
+    assert max(b - a for a, b in itertools.pairwise(found)) <= example // 30 + 1
+
+
+def test_a_long_example_is_told_of_blocks_too() -> None:
+    (note,) = notes_of(blocks, 400)
+    assert "the example's (400)" in note and "not for 2, " in note
 
 
 def test_without_varying_sizes_nothing_is_tried() -> None:
