@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import qfx
 from qfx.capture import capture_export
 from qfx.errors import QfxWarning
-from qfx.other_sizes import _looked_at, other_sizes
+from qfx.other_sizes import _looked_at, _near, other_sizes
 
 BLOCK = 4
 
@@ -42,6 +42,12 @@ def long(x: Tensor) -> Tensor:
     return x * 2 if x.shape[1] > 9 else x
 
 
+def endless(x: Tensor) -> Tensor:
+    """With scores of what is masked: infinite, and NaN behind a linear layer."""
+    found = blocks(x)
+    return found.masked_fill(torch.arange(found.shape[1])[:, None] == 1, float("-inf"))
+
+
 def short(x: Tensor) -> Tensor:
     """A model that takes no more."""
     if x.shape[1] > 20:
@@ -61,6 +67,8 @@ def notes_of(function: Callable[[Tensor], Tensor], length: int, **given: Any) ->
     [
         (blocks, 7, ""),  # traced with its padding, which may be of nothing
         (blocks, 8, "not for 2, 19, 39"),
+        (endless, 7, ""),
+        (endless, 8, "not for 2, 19, 39"),
         (long, 7, "not for 10, 25, 40"),
         (long, 12, "not for 2, 5, 9"),
         (short, 7, ""),  # the model does not take them either
@@ -77,6 +85,16 @@ def test_sizes_for_which_a_graph_does_not_hold(
     assert all(
         missed in note and f"the example's ({length})" in note and "dimension 1 of 'x'" in note for note in notes
     )
+
+
+def test_infinite_results_are_near_their_like_alone() -> None:
+    inf, nan = float("inf"), float("nan")
+    b = torch.tensor([1.0, inf, -inf, nan])
+    assert _near(b, b.clone()) and _near(b + torch.tensor([1e-4, 0, 0, 0]), b)
+    for at, other in ((0, 1.1), (0, nan), (0, inf), (1, 5.0), (2, inf), (3, 0.0)):
+        a = b.clone()
+        a[at] = other
+        assert not _near(a, b)
 
 
 @pytest.mark.parametrize("example", [2, 7, 128])
