@@ -20,6 +20,7 @@ from qfx.errors import Note
 from qfx.graph import op_name, val
 
 _MOST = 40  # sizes up to this, or twice the example's, are looked at
+_LOOKED_AT = 256  # of longer examples so many of these sizes: a condition of audio takes a second for each thousand
 _TRIED = 3
 _NEAR = 1e-2  # relative difference of results that rounding of floats may make
 
@@ -74,7 +75,7 @@ def _varying(captured: Captured) -> dict[Any, str]:
 
 
 def _suspects(captured: Captured, symbol: Any) -> list[int]:
-    """Sizes from 2 on for which a condition of the trace does not hold."""
+    """Sizes from 2 on for which a condition of the trace does not hold; of an example of many, some of them."""
     env, values = _environment(captured), _values(captured)
     guards = [
         guard for guard in (_replaced(g.expr, env.replacements) for g in env.guards) if symbol in guard.free_symbols
@@ -82,9 +83,20 @@ def _suspects(captured: Captured, symbol: Any) -> list[int]:
     span = env.var_to_range[symbol]
     return [
         size
-        for size in range(2, max(_MOST, 2 * values[symbol]) + 1)
+        for size in _looked_at(values[symbol])
         if not (span.lower <= size <= span.upper and all(_true(g, {**values, symbol: size}) for g in guards))
     ]
+
+
+def _looked_at(example: int) -> list[int]:
+    """All sizes from 2 to twice the example's; of more than _LOOKED_AT small ones, those around the example, where one
+    in each block of up to 64 is, and others spread over the whole."""
+    most = max(_MOST, 2 * example)
+    if most <= _LOOKED_AT:
+        return list(range(2, most + 1))
+    part = _LOOKED_AT // 4
+    spread = (2 + i * (most - 2) // (part - 1) for i in range(part))
+    return sorted({*range(2, 2 + part), *range(example - part, example + part), *spread})
 
 
 def _replaced(expr: Any, replacements: Mapping[Any, Any]) -> Any:
@@ -145,4 +157,6 @@ def _near(a: Tensor, b: Tensor) -> bool:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
-    return float((a - b).double().norm()) <= _NEAR * float(b.double().norm()) + 1e-6
+    same = (a == b) | (a.isnan() & b.isnan())  # scores of what is masked are infinite
+    wanted = b.masked_fill(~b.isfinite(), 0)
+    return float((a - b).masked_fill(same, 0).double().norm()) <= _NEAR * float(wanted.double().norm()) + 1e-6

@@ -27,7 +27,7 @@ from qfx.kv.planning import check_model
 from qfx.kv.plans import Cached
 from qfx.live.attending import Spec
 from qfx.live.modules import PREPARED, prepared_parts, without_fast_paths
-from qfx.live.places import READ, Place, kind_of
+from qfx.live.places import READ, Place
 from qfx.live.segments import along, in_order, segments
 from qfx.live.writeback import cut, oriented, pointer_of, rewrite, twins_of
 from qfx.numerics import QParams, dequantize, effective_scale, split, spread
@@ -140,10 +140,7 @@ class _Preparation:
             done = leaf in names or (hasattr(type(module), PREPARED) and not names)
             if (owner, leaf) in planned or len(fake.parts) > 1 or done:
                 continue
-            if kind_of(module, leaf, "embedding") == "table" and not place.transposed:
-                prepare_module(module, "table", FakeLinear(fake, None, shared=True).train(module.training))
-            else:
-                prepare_parameter(module, leaf, fake, shared=True)
+            prepare_parameter(module, leaf, fake, shared=True)  # of a table, too: another forward may read its weight
 
     def _inputs(self, place: Place) -> InputQuantizer | RunTimeInput | None:
         if place.x is None:

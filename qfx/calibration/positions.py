@@ -31,22 +31,22 @@ def rows_of(node: fx.Node) -> Rows | None:
     together, are an input's; else None.
 
     So are the tokens [B * T, K] that mixtures of experts and GPT-2 multiply, and, picked, what each expert reads; rows
-    of a transposed [T, B, K] are not.
+    of a transposed [T, B, K] are not. Nor is a sum of rows that are picked in two ways: one may be of padding, and the
+    other not.
     """
     todo: list[tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]] = [(node, node, ())]
-    seen = set[fx.Node]()
+    seen, found = set[tuple[fx.Node, tuple[fx.Node, ...]]](), set[Rows]()
     while todo:
         at, whole, picks = todo.pop()
-        if at in seen or not _rows_like(at, whole):
+        if (at, picks) in seen or not _rows_like(at, whole):
             continue
-        seen.add(at)
+        seen.add((at, picks))
         if op_name(at) in _RESHAPES:
-            source = at
-            while op_name(source) in _RESHAPES and (source is at or val(source).dim() != 2):
-                source = source.all_input_nodes[0]
-                if (like := _input_like(source, val(at).shape[0])) is not None:
-                    return Rows(like, picks)
-            todo.append((source, whole, picks))
+            source, like = _unshaped(at)
+            if like is not None:
+                found.add(Rows(like, picks))
+            else:
+                todo.append((source, whole, picks))
         elif (picked := _picked(at)) is not None:
             source, index = picked
             todo.append((source, source, (index, *picks)))
@@ -56,7 +56,17 @@ def rows_of(node: fx.Node) -> Rows | None:
             todo.append((at.all_input_nodes[0], whole, picks))
         elif torch.Tag.pointwise in getattr(at.target, "tags", ()):
             todo.extend((source, whole, picks) for source in at.all_input_nodes)
-    return None
+    return found.pop() if len(found) == 1 else None
+
+
+def _unshaped(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """What a value [M, K] is a reshape of, and the input whose positions these are; None where it has other axes."""
+    source = node
+    while op_name(source) in _RESHAPES and (source is node or val(source).dim() != 2):
+        source = source.all_input_nodes[0]
+        if (like := _input_like(source, val(node).shape[0])) is not None:
+            return source, like
+    return source, None
 
 
 def _rows_like(node: fx.Node, other: fx.Node) -> bool:

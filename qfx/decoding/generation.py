@@ -101,4 +101,4 @@ class OnnxCausalLM(Generator):
 
 def _says_nothing(name: str, given: Any) -> bool:
     """Is an input one that tokenizers and older programs give beside the tokens, and without a meaning here?"""
-    return name == "cache_position" or (name == "token_type_ids" and not bool(given.any()))
+    return name == "cache_position" or (name == "token_type_ids" and (given is None or not bool(given.any())))

@@ -201,17 +201,16 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 def _move(pairs: Sequence[tuple[Path, Path]]) -> None:
     """Rename files in order; where that ends halfway (Ctrl-C, a disk that fails), what was there comes back."""
+    if len(pairs) == 1:  # whole or not at all by itself: there is nothing to take back
+        os.replace(*pairs[0])
+        return
     former: dict[Path, Path] = {}
     done: list[Path] = []
     try:
         for path, target in pairs:
-            if target.is_file() and len(pairs) > 1:
-                kept = path.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
-                former[target] = kept
-                try:
-                    os.link(target, kept)
-                except OSError:  # a file system without links
-                    target.rename(kept)
+            if target.is_symlink() or target.is_file():
+                former[target] = path.with_name(f".{target.name}.{secrets.token_hex(6)}.old")
+                _keep(target, former[target])
             done.append(target)
             os.replace(path, target)
     except BaseException:
@@ -219,12 +218,20 @@ def _move(pairs: Sequence[tuple[Path, Path]]) -> None:
             if not path.exists() and target not in former:
                 target.unlink(missing_ok=True)
         for target, kept in former.items():
-            if kept.exists():
+            if os.path.lexists(kept):  # a link to a file beside its former place leads nowhere here
                 os.replace(kept, target)
         raise
     finally:
         for kept in former.values():
             kept.unlink(missing_ok=True)
+
+
+def _keep(target: Path, kept: Path) -> None:
+    """What is at `target`, a link itself, not what it leads to, under a second name."""
+    try:
+        os.link(target, kept, follow_symlinks=False)
+    except OSError:  # a file system without links
+        target.rename(kept)
 
 
 def _write(file: FileIO, data: bytes | memoryview) -> None:

@@ -221,7 +221,9 @@ def test_an_unknown_ending_is_no_folder(tmp_path: Path, name: str, file: str) ->
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("file", ["m", "m.onnx", "llama-3.2", "Qwen2.5-0.5B", ".hidden", "there.v2"])
+@pytest.mark.parametrize(
+    "file", ["m", "m.onnx", "llama-3.2", "Qwen2.5-0.5B", "facebook.opt-125m", ".hidden", "there.v2"]
+)
 def test_names_of_files_and_folders(tmp_path: Path, file: str) -> None:
     (tmp_path / "there.v2").mkdir()
     checked_ending(tmp_path / file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import qfx
 from qfx.capture import capture_export
 from qfx.errors import QfxWarning
-from qfx.other_sizes import other_sizes
+from qfx.other_sizes import _looked_at, _near, other_sizes
 
 BLOCK = 4
 
@@ -41,6 +42,12 @@ def long(x: Tensor) -> Tensor:
     return x * 2 if x.shape[1] > 9 else x
 
 
+def endless(x: Tensor) -> Tensor:
+    """With scores of what is masked: infinite, and NaN behind a linear layer."""
+    found = blocks(x)
+    return found.masked_fill(torch.arange(found.shape[1])[:, None] == 1, float("-inf"))
+
+
 def short(x: Tensor) -> Tensor:
     """A model that takes no more."""
     if x.shape[1] > 20:
@@ -60,6 +67,8 @@ def notes_of(function: Callable[[Tensor], Tensor], length: int, **given: Any) ->
     [
         (blocks, 7, ""),  # traced with its padding, which may be of nothing
         (blocks, 8, "not for 2, 19, 39"),
+        (endless, 7, ""),
+        (endless, 8, "not for 2, 19, 39"),
         (long, 7, "not for 10, 25, 40"),
         (long, 12, "not for 2, 5, 9"),
         (short, 7, ""),  # the model does not take them either
@@ -76,6 +85,37 @@ def test_sizes_for_which_a_graph_does_not_hold(
     assert all(
         missed in note and f"the example's ({length})" in note and "dimension 1 of 'x'" in note for note in notes
     )
+
+
+def test_infinite_results_are_near_their_like_alone() -> None:
+    inf, nan = float("inf"), float("nan")
+    b = torch.tensor([1.0, inf, -inf, nan])
+    assert _near(b, b.clone()) and _near(b + torch.tensor([1e-4, 0, 0, 0]), b)
+    for at, other in ((0, 1.1), (0, nan), (0, inf), (1, 5.0), (2, inf), (3, 0.0)):
+        a = b.clone()
+        a[at] = other
+        assert not _near(a, b)
+
+
+@pytest.mark.parametrize("example", [2, 7, 128])
+def test_of_short_examples_all_sizes_are_looked_at(example: int) -> None:
+    assert _looked_at(example) == list(range(2, max(40, 2 * example) + 1))
+
+
+@pytest.mark.parametrize("example", [129, 3000, 16_000, 480_000])
+def test_of_long_examples_some_sizes_are_looked_at(example: int) -> None:
+    """Conditions of audio take a second for each thousand sizes: for half a minute a quarter of an hour."""
+    found = _looked_at(example)
+    assert len(found) <= 256 and found == sorted(set(found)) and found[0] == 2 and found[-1] == 2 * example
+    for block in (2, 3, 60):  # sizes that fill blocks, and that do not, on both sides
+        assert {size % block for size in found if size < example} == set(range(block))
+        assert {size % block for size in found if size > example} == set(range(block))
+    assert max(b - a for a, b in itertools.pairwise(found)) <= example // 30 + 1
+
+
+def test_a_long_example_is_told_of_blocks_too() -> None:
+    (note,) = notes_of(blocks, 400)
+    assert "the example's (400)" in note and "not for 2, " in note
 
 
 def test_without_varying_sizes_nothing_is_tried() -> None:

@@ -242,6 +242,45 @@ def test_a_parameter_of_two_forwards_is_rounded_in_both(w: str, linear: bool, tr
         assert torch.allclose(qfx.convert(copied)(x), quantized(x), atol=1e-5)
 
 
+class Tied(nn.Module):
+    """A head with the weight of a table, whose rows a forward of another module takes as `read` says."""
+
+    def __init__(self, read: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.read, self.places, self.head = read, nn.Embedding(12, 16), nn.Linear(16, 12, bias=False)
+        self.head.weight = self.places.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.tanh(x) + self.read(self.places, torch.arange(x.shape[0])))
+        return found
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda table, index: table(index),
+        lambda table, index: table.weight[index],
+        lambda table, index: table.weight[: len(index)],
+        lambda table, index: table.weight[index - 3],
+    ],
+    ids=["embedding", "index", "slice", "from the end"],
+)
+def test_a_table_that_a_head_shares_is_rounded_however_it_is_read(read: Any) -> None:
+    x, w = torch.randn(5, 16), "i8/ch"
+    quantized = qfx.quantize(Tied(read).eval(), both(w), [x])
+    model: Any = prepared(Tied(read).eval(), both(w), [x])
+    with torch.no_grad():
+        assert torch.allclose(model(x), quantized(x), atol=1e-5)
+    optimizer = adam(model)
+    model.train()(x).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        trained = model.eval()(x)
+        assert not torch.allclose(trained, quantized(x), atol=1e-3)
+        assert torch.allclose(qfx.convert(model)(x), trained, atol=1e-5)
+
+
 def test_a_shared_parameter_that_one_name_leaves_in_float_is_told() -> None:
     x = torch.randn(5, 16)
     with pytest.warns(qfx.QfxWarning, match="second: its weight is first.table too, which the recipe leaves in float"):

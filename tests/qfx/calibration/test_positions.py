@@ -67,6 +67,10 @@ def flat(x: Tensor) -> Tensor:
         (lambda x: nn.functional.pad(flat(x), (0, K))[CUT][:, :K], None),
         (lambda x: torch.split(flat(x)[CUT].repeat(1, 2), K, -1)[0], None),
         (lambda x: flat(x).flip(0)[CUT], None),
+        (lambda x: flat(x)[CUT] + torch.tanh(flat(x))[CUT], 1),
+        (lambda x: flat(x) + flat(x)[flat(x)[:, 0].argsort()], None),  # rows of two positions: one may be padding alone
+        (lambda x: flat(x)[flat(x)[:, 0].argsort()] + flat(x), None),
+        (lambda x: flat(x)[CUT] * torch.tanh(flat(x))[CUT.flip(0)].sigmoid(), None),
         (lambda x: flat(x.transpose(0, 1))[CUT], None),
         (lambda x: flat(x)[:, CUT % K], None),  # columns
         (lambda x: torch.arange(4.0 * K).reshape(4, K)[CUT % 4] + 0 * x.sum(), None),  # of no positions

@@ -389,4 +389,5 @@ def test_what_a_file_cannot_take_or_give_is_refused(folder: Path) -> None:
             loaded(bad)
     wanted = loaded(**given).logits
     assert torch.equal(loaded(**given, token_type_ids=torch.zeros_like(ids), return_dict=True).logits, wanted)
+    assert torch.equal(loaded(**given, token_type_ids=None, labels=None).logits, wanted)
     assert torch.equal(loaded(ids.int(), given["attention_mask"].bool()).logits, wanted)

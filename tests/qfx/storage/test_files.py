@@ -283,7 +283,7 @@ def test_an_end_between_two_files_brings_the_old_ones_back(
     """Before each renaming, or right behind it."""
     replace = os.replace
 
-    def no_link(*_: Path) -> None:
+    def no_link(*_: Path, **__: bool) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
     if not linked:
@@ -310,6 +310,43 @@ def test_an_end_between_two_files_brings_the_old_ones_back(
         assert found == OLD
     replaced(tmp_path, way)
     assert names(tmp_path) == ["a", "b", "kept", "new"] and (tmp_path / "a").read_text() == "new a"
+
+
+def test_one_file_that_is_there_is_never_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C right behind its renaming: the former text is gone, so the new one stays."""
+    replace = os.replace
+
+    def interrupted(old: Path, new: Path) -> None:
+        replace(old, new)
+        raise KeyboardInterrupt
+
+    files.write_text(tmp_path / "a", "old")
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_text(tmp_path / "a", "new")
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "new"
+
+
+@pytest.mark.parametrize("way", ["staged", "folder"])
+@pytest.mark.parametrize("leads", ["blob", "nowhere"])
+def test_a_link_comes_back_as_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leads: str, way: str) -> None:
+    """As downloads are kept: beside its place, where a folder is staged, it leads nowhere."""
+    (tmp_path / "blob").write_text("old")
+    (tmp_path / "a").symlink_to(leads)
+    (tmp_path / "b").symlink_to("blob")
+    before, replace = names(tmp_path), os.replace
+
+    def broken(old: Path, new: Path) -> None:
+        replace(old, new)
+        if Path(new).name == "new":
+            raise OSError(errno.EIO, "stop")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="stop"):
+        replaced(tmp_path, way)
+    assert names(tmp_path) == before
+    assert [str((tmp_path / name).readlink()) for name in "ab"] == [leads, "blob"]
+    assert (tmp_path / "blob").read_text() == "old"
 
 
 def test_a_full_disk_is_said_of_a_staged_folder_too(tmp_path: Path) -> None:
