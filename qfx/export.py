@@ -354,10 +354,12 @@ def _call(model: nn.Module, args: Any) -> Call:
 
 
 def checked_ending(path: str | os.PathLike[str]) -> None:
-    """Raises ValueError for a path with an ending of its own, such as m.onx, which would become a folder. A number is
-    no ending (llama-3.2), nor are several words (facebook.opt-125m), and a folder that is there may have any name."""
+    """Raises ValueError for a path with an ending of its own, such as m.onx, which would become a folder. What has digits
+    is no ending (llama-3.2, gpt2.w8a8), nor are several words (facebook.opt-125m); a folder that is there may be named
+    anyhow.
+    """
     suffix = Path(path).suffix
-    if suffix == ".onnx" or not suffix[1:2].isalpha() or not suffix[1:].isalnum() or Path(path).is_dir():
+    if suffix == ".onnx" or not suffix[1:].isalpha() or Path(path).is_dir():
         return
     raise ValueError(
         explain(

@@ -210,7 +210,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]]
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
-@pytest.mark.parametrize("file", ["m.onx", "m.ONNX", "m.gguf", "m.onnx.data", "m.int8"])
+@pytest.mark.parametrize("file", ["m.onx", "m.ONNX", "m.gguf", "m.onnx.data"])
 def test_an_unknown_ending_is_no_folder(tmp_path: Path, name: str, file: str) -> None:
     """Of models that may become a folder."""
     model = ZOO[name]()[0]
@@ -222,7 +222,7 @@ def test_an_unknown_ending_is_no_folder(tmp_path: Path, name: str, file: str) ->
 
 
 @pytest.mark.parametrize(
-    "file", ["m", "m.onnx", "llama-3.2", "Qwen2.5-0.5B", "facebook.opt-125m", ".hidden", "there.v2"]
+    "file", ["m", "m.onnx", "llama-3.2", "Qwen2.5-0.5B", "facebook.opt-125m", "gpt2.w8a8", ".hidden", "there.v2"]
 )
 def test_names_of_files_and_folders(tmp_path: Path, file: str) -> None:
     (tmp_path / "there.v2").mkdir()
