@@ -354,9 +354,10 @@ def _call(model: nn.Module, args: Any) -> Call:
 
 
 def checked_ending(path: str | os.PathLike[str]) -> None:
-    """Raises ValueError for a path with an ending of its own, such as m.onx, which would become a folder. What has digits
-    is no ending (llama-3.2, gpt2.w8a8), nor are several words (facebook.opt-125m); a folder that is there may be named
-    anyhow.
+    """Raises ValueError for a path with an ending of its own, such as m.onx, which would become a folder.
+
+    What has digits is no ending (llama-3.2, gpt2.w8a8), nor are several words (facebook.opt-125m); a folder that is
+    there may be named anyhow.
     """
     suffix = Path(path).suffix
     if suffix == ".onnx" or not suffix[1:].isalpha() or Path(path).is_dir():
