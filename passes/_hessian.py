@@ -70,7 +70,7 @@ class Hessian:
             found += float(((rows[:, start : start + _BLOCK] @ part) * rows).sum())
             rest(part)
         rest(self.matrix)
-        return found
+        return max(found, 0.0)  # which rounding may leave a little below
 
     def columns(self, ranges: tuple[tuple[int, int], ...] | None) -> Hessian:
         """That of some of the channels."""

@@ -73,8 +73,10 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, config: Config | N
         return
     recording = _RECORDING.get()
     first = next(a for a in arguments if isinstance(a, Tensor))
-    if inductor.triton.enable_pdl and "EARLY" in kernel.arg_names and device_of(first).early:
-        settings |= {"EARLY": True, "launch_pdl": True}
+    if "EARLY" in kernel.arg_names:
+        settings["EARLY"] = bool(inductor.triton.enable_pdl) and device_of(first).early
+        if settings["EARLY"]:
+            settings["launch_pdl"] = True
     if recording is not None:
         options: dict[str, int] = {key: settings.pop(key) for key in _OPTIONS if key in settings}
         named = dict(zip(kernel.arg_names, arguments, strict=False))
