@@ -89,7 +89,7 @@ def _split(
         K_DOT=dots[0], V_DOT=dots[1], **fast, Q_DOT=tl.float32 if plain else _DTYPES[q.dtype],
         PRECISION="ieee", ALL=part.heads is None,
         MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2, EACH_ROW=each, CAUSAL=causal,
-        BLOCK_D=_block(found.widths[0]), BLOCK_V=_block(found.widths[1]), config=config,
+        BLOCK_D=block_of(found.widths[0]), BLOCK_V=block_of(found.widths[1]), config=config,
     )  # fmt: skip
 
 
@@ -100,7 +100,8 @@ def _dot(role: Role, dtype: torch.dtype, plain: bool) -> tl.dtype:
     return tl.float16 if role.in_half else _DTYPES[dtype]
 
 
-def _block(width: int) -> int:
+def block_of(width: int) -> int:
+    """Channels of a tile that holds a head's."""
     return 1 << max((width - 1).bit_length(), 4)
 
 

@@ -15,13 +15,14 @@ import triton
 from torch import Tensor
 
 from qfx.backends.triton import tuning
-from qfx.backends.triton.cache_attention import mask_of, put_together
+from qfx.backends.triton.cache_attention import block_of, mask_of, put_together
 from qfx.backends.triton.kernels.float_attention import mask_spans, split_float_attention
-from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
+from qfx.backends.triton.launch import Config, device_of, dot_dtype, each_once, launch
 from qfx.backends.triton.library import define
 from qfx.backends.triton.row_codes import dense
 from qfx.backends.triton.weight_only import DTYPES, LANGUAGE
 from qfx.errors import explain
+from qfx.format import dtype_name
 
 WIDEST = 256  # channels of a head
 MOST = 16  # queries of a sequence
@@ -66,7 +67,7 @@ def float_attention(
         *strides, spans_batch, splits,
         MANY=many, D=width, DV=v_width, MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2,
         EACH_ROW=each, CAUSAL=causal, ONE=one, DOT=LANGUAGE[dot_dtype(q.dtype)],
-        BLOCK_D=_block(width), BLOCK_V=_block(v_width), config=config,
+        BLOCK_D=block_of(width), BLOCK_V=block_of(v_width), config=config,
     )  # fmt: skip
     if not one:
         put_together(sums, most, total, y)
@@ -89,20 +90,16 @@ def spans_of(mask: Tensor) -> Tensor:
     return spans
 
 
-def _block(width: int) -> int:
-    return 1 << max((width - 1).bit_length(), 4)
-
-
 def problem(width: int, v_width: int, many: int, dtype: torch.dtype) -> str:
     """The key of a problem in the tables of measured configurations."""
-    return f"d={width} dv={v_width} n={many} {str(dtype).removeprefix('torch.')}"
+    return f"d={width} dv={v_width} n={many} {dtype_name(dtype)}"
 
 
 def heuristic(width: int, rows: int, dtype: torch.dtype) -> Config:
     """What is taken where nothing was measured: blocks of about 16 kB, three of them on their way."""
     single = dtype == torch.float32
     block = min(max(triton.next_power_of_2(rows), 16), 16 if single else _ROWS)
-    tokens = {16: 128, 32: 128, 64: 128, 128: 64}.get(_block(width), 32)
+    tokens = {16: 128, 32: 128, 64: 128, 128: 64}.get(block_of(width), 32)
     tokens = max(tokens // 4, 16) if single else min(tokens, 64) if block > 16 else tokens
     return {"BLOCK_M": block, "BLOCK_R": tokens, "PER": 2, "num_warps": 4, "num_stages": 2 if single else 3}
 
@@ -117,7 +114,7 @@ def candidates(width: int, rows: int, dtype: torch.dtype) -> list[Config]:
         (max(tokens // 2, 16), 2, stages, 4), (2 * tokens, 8, 2, 1), (2 * tokens, 8, 2, per),
     )  # fmt: skip
     names = ("BLOCK_R", "num_warps", "num_stages", "PER")
-    return [first, *({**first, **dict(zip(names, other, strict=True))} for other in others)]
+    return each_once([first, *({**first, **dict(zip(names, other, strict=True))} for other in others)])
 
 
 def _config(q: Tensor, k: Tensor, v_width: int, rows: int) -> Config:
