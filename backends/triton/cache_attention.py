@@ -10,6 +10,7 @@ the next token. A split takes its share of those that there are.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -74,7 +75,7 @@ def _split(
     batch, heads, queries, _ = q.shape
     many = heads // found.groups
     rows_of = [_rows(tensors[role][i]) for role in (0, 1) for i in (0, 1)]
-    seen, strides, each = mask_of(mask, (batch, heads, queries), many)
+    strides, masked = mask_of(mask, (batch, heads, queries), many)
     block = config["BLOCK_M"]
     grid = (batch * part.count * triton.cdiv(many * queries, block), splits + 1)
     plain = dot_dtype(torch.bfloat16) != torch.bfloat16  # interpreted
@@ -82,13 +83,12 @@ def _split(
     dots = [_dot(role, q.dtype, plain) for role in roles]
     fast = {f"{n}_FAST": r.in_half and dot == tl.float16 for n, r, dot in zip("KV", roles, dots, strict=True)}
     launch(
-        split_attention, grid, *arguments, *tensors[0], *tensors[1], seen, cache_layout.signed(part.heads), part.count,
+        split_attention, grid, *arguments, *tensors[0], *tensors[1], mask, cache_layout.signed(part.heads), part.count,
         queries, found.groups, float(scale), *rows_of, *strides, splits,
         MANY=many, D=found.widths[0], DV=found.widths[1], SINKS=found.fmt.sinks, ROOM=arguments[8].shape[2],
         U=math.lcm(part.keys.planes, part.values.planes), **part.keys.constants("K"), **part.values.constants("V"),
         K_DOT=dots[0], V_DOT=dots[1], **fast, Q_DOT=tl.float32 if plain else _DTYPES[q.dtype],
-        PRECISION="ieee", ALL=part.heads is None,
-        MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2, EACH_ROW=each, CAUSAL=causal,
+        PRECISION="ieee", ALL=part.heads is None, **masked, CAUSAL=causal,
         BLOCK_D=block_of(found.widths[0]), BLOCK_V=block_of(found.widths[1]), config=config,
     )  # fmt: skip
 
@@ -112,14 +112,16 @@ def _rows(x: Tensor | None) -> int:
 
 def mask_of(
     mask: Tensor | None, shape: tuple[int, int, int], many: int
-) -> tuple[Tensor | None, tuple[int, int, int, int], bool]:
-    """The mask as it is read, its strides, and whether the rows of a head of keys see different tokens."""
+) -> tuple[tuple[int, int, int, int], dict[str, Any]]:
+    """The strides by which a mask is read, and the constants of a kernel: its kind (see `seen`), and whether the rows
+    of a head of keys see different tokens. shape: B, H, S; many: heads of queries to one of keys.
+    """
     if mask is None:
-        return None, (0, 0, 0, 0), False
+        return (0, 0, 0, 0), {"MASK": 0, "EACH_ROW": False}
     batch, heads, queries, place = mask.expand(*shape, mask.shape[-1]).stride()
     place = 0 if mask.shape[-1] == 1 else place
     each = (queries != 0 and shape[2] > 1) or (heads != 0 and many > 1)
-    return mask, (batch, heads, queries, place), each
+    return (batch, heads, queries, place), {"MASK": 1 if mask.dtype == torch.bool else 2, "EACH_ROW": each}
 
 
 def candidates(found: Layout, rows: int, dtype: torch.dtype) -> list[Config]:

@@ -58,15 +58,14 @@ def float_attention(
     one = splits == 1
     sums = y if one else torch.empty((*room, v_width), dtype=torch.float32, device=q.device)
     most, total = (sums,) * 2 if one else (torch.empty(room, dtype=torch.float32, device=q.device) for _ in range(2))
-    seen, strides, each = mask_of(mask, (batch, heads, queries), many)
+    strides, masked = mask_of(mask, (batch, heads, queries), many)
     spans_batch = 0 if spans is None or len(spans) == 1 else spans.stride(0)
     grid = (batch * groups * triton.cdiv(rows, config["BLOCK_M"]), splits)
     launch(
-        split_float_attention, grid, q, k, v, seen, spans, dense(sinks), sums, most, total, groups, queries, tokens,
+        split_float_attention, grid, q, k, v, mask, spans, dense(sinks), sums, most, total, groups, queries, tokens,
         float(scale), float(softcap) if softcap > 0 else None, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *strides, spans_batch, splits,
-        MANY=many, D=width, DV=v_width, MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2,
-        EACH_ROW=each, CAUSAL=causal, ONE=one, DOT=LANGUAGE[dot_dtype(q.dtype)],
+        MANY=many, D=width, DV=v_width, **masked, CAUSAL=causal, ONE=one, DOT=LANGUAGE[dot_dtype(q.dtype)],
         BLOCK_D=block_of(width), BLOCK_V=block_of(v_width), config=config,
     )  # fmt: skip
     if not one:

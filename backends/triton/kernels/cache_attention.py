@@ -23,20 +23,20 @@ def head_of(at, heads):
 
 
 @triton.jit
-def seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, KIND: tl.constexpr, CAUSAL: tl.constexpr,
-          EACH_ROW: tl.constexpr):  # fmt: skip
-    """Scores [M, R] with what is not seen at -inf: a bool mask (KIND 1), an additive one (2), causality, the end.
+def seen(s, mask_ptr, row_at, place, mask_place, row, query, tokens, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+         EACH_ROW: tl.constexpr):  # fmt: skip
+    """Scores [M, R] with what is not seen at -inf: a bool mask (MASK 1), an additive one (2), causality, the end.
 
     Scores are those of 2^s; the least finite number that a mask adds stays finite.
     """
     inside = place < tokens
-    if KIND != 0:
+    if MASK != 0:
         if EACH_ROW:
             found = tl.load(mask_ptr + row_at[:, None] + place[None, :] * mask_place,
                             mask=row[:, None] & inside[None, :], other=0)  # fmt: skip
         else:
             found = tl.load(mask_ptr + place * mask_place, mask=inside, other=0)[None, :]
-        if KIND == 1:
+        if MASK == 1:
             s = tl.where(found != 0, s, -float("inf"))
         else:
             added = found.to(tl.float32)
