@@ -23,7 +23,7 @@ import torch
 from qfx.errors import nearest
 from qfx.rounding import nested
 
-_FLOATS: dict[str, tuple[int, int, torch.dtype]] = {  # type: bits, greatest magnitude, dtype of the codes
+_FLOATS: dict[str, tuple[int, int, torch.dtype]] = {  # by type: bits, greatest magnitude, dtype of the codes
     "nf4": (4, 1, torch.uint8),
     "f4e2m1": (4, 6, torch.uint8),
     "f8e4m3": (8, 448, torch.float8_e4m3fn),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import qfx
 from qfx.errors import QfxWarning
-from qfx.export import Exported
+from qfx.exported import Exported
 from qfx.recipe import Recipe
 from tests.backends.onnx.checks import sqnr
 

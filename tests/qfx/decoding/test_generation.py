@@ -13,15 +13,15 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qfx
 import qfx.onnx
-from qfx.decoding.generation import OnnxCausalLM
 from qfx.decoding.shared_cache import SharedCache
 from qfx.errors import QfxWarning
 from tests.backends.onnx.checks import sqnr
+from tests.qfx.decoding.test_export import export
 from tests.zoo import VOCAB, ZOO, ids
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny_lm"
@@ -39,12 +39,6 @@ BOTH = [
     for name in DECODERS
     for runtime in ("onnxruntime", "standard")
 ]
-
-
-def export(model: nn.Module, folder: Path, **options: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", QfxWarning)
-        return qfx.export_onnx(model, None, folder, **options)
 
 
 @cache
@@ -165,6 +159,7 @@ def test_a_prompt_by_integers_costs_little(tmp_path: Path) -> None:
 def test_generate_is_that_of_the_live_model(folder: Path) -> None:
     live: Any = qfx.quantize(AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval(), "w8a8")
     loaded: Any = qfx.onnx.load(folder)
+    assert loaded.main_input_name == "input_ids"
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(live.generate(**prompt(), **options), loaded.generate(**prompt(), **options))
     beams = {**options, "num_beams": 3}
@@ -289,15 +284,6 @@ def test_a_compiled_model_is_refused(tmp_path: Path) -> None:
         qfx.export_onnx(compiled, None, tmp_path / "m")
 
 
-def test_a_model_without_a_plain_cache(tmp_path: Path) -> None:
-    model: Any = ZOO["llama"]()[0]
-    model.forward = lambda **_: type("Output", (), {"past_key_values": None})()
-    with pytest.raises(qfx.UnsupportedError, match="keeps no plain cache"):
-        export(model, tmp_path / "m")
-    assert not (tmp_path / "m").exists()
-    assert OnnxCausalLM.main_input_name == "input_ids"
-
-
 def test_a_configuration_without_a_cache_hides_nothing(tmp_path: Path) -> None:
     """MPT's says use_cache=False: generate() uses the file's cache all the same, up to the longest text, or none."""
     import transformers
@@ -315,24 +301,6 @@ def test_a_configuration_without_a_cache_hides_nothing(tmp_path: Path) -> None:
         assert torch.equal(loaded.generate(tokens, **asked), wanted)
         assert torch.equal(loaded.generate(tokens, **asked, use_cache=False), wanted)
     assert loaded(ids(3), use_cache=False).past_key_values is None
-
-
-def test_a_folder_that_is_not_finished_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the new model beside the old configuration."""
-    from qfx.backends.onnx import genai
-
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    model, other = (ZOO["llama"](seed=seed)[0] for seed in (0, 1))
-    export(model, tmp_path / "m")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
-    monkeypatch.setattr(genai, "write_config", interrupted)
-    for folder in ("m", "new"):
-        with pytest.raises(KeyboardInterrupt):
-            export(other, tmp_path / folder)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def written_by(model: Any, given: dict[str, Tensor], **options: Any) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from qfx.decoding.shared_cache import SharedCache
 from qfx.errors import QfxWarning, UnsupportedError
 from tests import tiny as tiny_model
 from tests.backends.onnx.checks import sqnr
+from tests.qfx.decoding.test_export import export
 from tests.zoo import VOCAB, ZOO
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -178,9 +178,7 @@ def test_the_file_says_what_it_holds(folder: Path) -> None:
 def test_every_architecture(tmp_path: Path, name: str, runtime: str) -> None:
     model: Any = ZOO[name]()[0]
     ids = torch.randint(3, VOCAB - 1, (1, 12), generator=torch.Generator().manual_seed(1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", QfxWarning)
-        written = qfx.export_onnx(model, None, tmp_path / "m", kv="i8", data=[ids], runtime=runtime, all_logits=True)
+    written = export(model, tmp_path / "m", kv="i8", data=[ids], runtime=runtime, all_logits=True)
     assert written.shared_cache == (runtime == "onnxruntime")
     assert sum("k" in roles for roles in written.formats.values()) == model.config.num_hidden_layers
     with torch.no_grad():

@@ -20,6 +20,7 @@ from qfx.decoding import encoder_decoder as pair
 from qfx.decoding.generation_seq2seq import CrossCache
 from qfx.errors import QfxWarning
 from tests.backends.onnx.checks import sqnr
+from tests.qfx.decoding.test_export import export
 from tests.zoo import HIDDEN, LAYERS, VOCAB, ZOO, noise
 
 RUNTIMES = ["onnxruntime", "standard"]
@@ -32,12 +33,6 @@ BOTH = [
 LONG = {"max_new_tokens": 14, "min_new_tokens": 14}  # no sequence ends early: every token is compared
 
 
-def export(name: str, folder: Path, **options: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", QfxWarning)
-        return qfx.export_onnx(ZOO[name]()[0], None, folder, **options)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(model, runtime, recipe) -> the folder that was written, once each."""
@@ -45,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @cache
     def made(name: str, runtime: str, recipe: str | None) -> Path:
         folder = tmp_path_factory.mktemp(name)
-        export(name, folder, runtime=runtime, recipe=recipe)
+        export(ZOO[name]()[0], folder, runtime=runtime, recipe=recipe)
         return folder
 
     def once(name: str, runtime: str = "onnxruntime", recipe: str | None = None) -> Path:
@@ -324,40 +319,6 @@ def test_altered_and_missing_files(folders: Any, tmp_path: Path, name: str) -> N
         qfx.onnx.load(broken)
 
 
-@pytest.mark.slow
-def test_weights_beside_the_models(tmp_path: Path) -> None:
-    written = export("bart", tmp_path / "m", external_bytes=0)
-    assert {file.name for file in written.files} == {
-        f"{n}{d}" for n in (pair.ENCODER, pair.DECODER) for d in ("", ".data")
-    }
-    assert written.path == tmp_path / "m" / pair.DECODER
-    assert written.nbytes == sum(file.stat().st_size for file in written.files)
-    assert written.shared_cache
-    assert torch.equal(
-        written_by(ZOO["bart"]()[0], reads("bart")), written_by(qfx.onnx.load(tmp_path / "m"), reads("bart"))
-    )
-    beside = tmp_path / "m" / f"{pair.ENCODER}.data"
-    data = beside.read_bytes()
-    beside.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"encoder.onnx.data was altered"):
-        qfx.onnx.load(tmp_path / "m")
-
-
-def test_an_export_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: Any) -> None:
-        raise qfx.UnsupportedError("stop")
-
-    monkeypatch.setattr(pair, "capture_decoder", stop)
-    with pytest.raises(qfx.UnsupportedError, match="stop"):
-        export("bart", tmp_path / "new" / "m")
-    assert not (tmp_path / "new").exists()
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / pair.ENCODER).write_text("kept")
-    with pytest.raises(qfx.UnsupportedError, match="stop"):
-        export("bart", tmp_path / "old")
-    assert [(p.name, p.read_text()) for p in (tmp_path / "old").iterdir()] == [(pair.ENCODER, "kept")]
-
-
 def test_one_file_without_a_cache(tmp_path: Path) -> None:
     model, inputs = ZOO["bart"]()
     qfx.export_onnx(model, None, tmp_path / "m.onnx")
@@ -378,9 +339,7 @@ def test_a_decoder_that_reads_no_mask_of_its_own(tmp_path: Path) -> None:
     words = {"langs": ["en", "de"], "src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB}
     torch.manual_seed(0)
     model = transformers.FSMTForConditionalGeneration(transformers.FSMTConfig(**sizes, **heads, **words)).eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", QfxWarning)
-        qfx.export_onnx(model, None, tmp_path)
+    export(model, tmp_path)
     loaded: Any = qfx.onnx.load(tmp_path)
     ids = torch.randint(3, VOCAB, (2, 7))
     asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}

@@ -1,0 +1,97 @@
+"""One graph as one file: plans of an order, names of outputs, what the file tells."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qfx
+from qfx.backends.onnx import lowering
+from qfx.errors import QfxWarning, UnsupportedError
+from qfx.exported import Order
+from qfx.recipe import Recipe
+
+
+def order(**fields: Any) -> Order:
+    given = {"recipe": None, "plan": None, "data": None, "runtime": "onnxruntime", "prefill": False, "strict": False}
+    return Order(**{**given, "external_bytes": None, "beside": (), **fields})
+
+
+class Answers(nn.Module):
+    """One result twice, a number, and another result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        """x [.., 8]."""
+        y = self.fc(x)
+        return {"first": y, "again": y, "number": 3, "last": y + 1}
+
+
+def test_an_order_without_anything_to_plan() -> None:
+    model = nn.Linear(8, 8)
+    assert order().planned(model) == order()
+    by_recipe = order(recipe=Recipe.parse("w8a8"))
+    assert by_recipe.planned(model) == by_recipe  # it needs no data: each graph is quantized as it comes
+
+
+def test_a_recipe_that_needs_data_becomes_a_plan() -> None:
+    model, x = nn.Linear(8, 8), torch.randn(4, 8)
+    found = order(recipe=Recipe.parse("w8a8-static"), data=[x]).planned(model)
+    assert found.plan is not None and found.plan.tensors.keys() == qfx.plan(model, "w8a8-static", [x]).tensors.keys()
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    other = qfx.plan(nn.Linear(4, 4), "w8a8-static", [torch.randn(2, 4)])
+    with pytest.raises(ValueError, match="the plan was made for another model"):
+        order(plan=other, strict=True).planned(nn.Linear(8, 8))
+    with pytest.warns(QfxWarning, match="the plan was made for another model"):
+        assert order(plan=other).planned(nn.Linear(8, 8)).plan is other
+
+
+def test_each_result_has_one_name(tmp_path: Path) -> None:
+    written = qfx.export_onnx(Answers().eval(), torch.randn(2, 8), tmp_path / "m.onnx")
+    assert written.outputs == ("first", "last") and not written.shared_cache
+
+
+def test_a_model_that_returns_no_tensor(tmp_path: Path) -> None:
+    class Nothing(nn.Module):
+        def forward(self, x: Tensor) -> int:
+            return 3
+
+    with pytest.raises(UnsupportedError, match="expected a model that returns tensors"):
+        qfx.export_onnx(Nothing(), torch.randn(2, 8), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_file_says_what_it_holds(tmp_path: Path) -> None:
+    written = qfx.export_onnx(Answers().eval(), torch.randn(2, 8), tmp_path / "m.onnx", recipe="w8a8")
+    told = {entry.key: entry.value for entry in onnx.load(str(written.path)).metadata_props}
+    assert json.loads(told["qfx.formats"]) == written.formats == {"fc": {"x": "i8/tok", "w": "i8/ch"}}
+    assert json.loads(told["qfx.notes"]) == [str(note) for note in written.notes]
+    assert told["qfx.runtime"] == "onnxruntime" and "qfx.cache" not in told
+
+
+def test_a_float_copy_beside_codes_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check that no quantized weight lies in a file as float32 sees one that does."""
+
+    build = lowering.build
+
+    def spoiled(gm: Any, **options: Any) -> Any:
+        builder, built = build(gm, **options)
+        weight = next(n for n in gm.graph.nodes if n.op == "get_attr")
+        builder.nodes[0].input[0] = f"{weight.target}.f32"
+        return builder, built
+
+    monkeypatch.setattr(lowering, "build", spoiled)
+    with pytest.raises(AssertionError, match="float copies of quantized weights"):
+        qfx.export_onnx(nn.Linear(8, 8), torch.ones(2, 8), tmp_path / "m.onnx", recipe="w8a8")
