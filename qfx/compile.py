@@ -166,7 +166,7 @@ class CompiledGraph:
         if template is not None and template.fits(args) and live == template.live:
             return template
         if found is not None:
-            template = Template.known(self._source, live, found.entry.interface, found.entry.prepared)
+            template = Template.known(self._source, live, found.entry.interface)
         else:
             template = Template.of(self._source, args, live)
         self._scalars = tuple(template.interface.scalars)
@@ -189,7 +189,7 @@ class CompiledGraph:
         if lowered is None:
             return None
         entry = found.entry
-        notes = [*entry.prepared, *self._lacking(at), *entry.notes]
+        notes = [*self._lacking(at), *entry.notes]
         self._tell(notes, at)
         return Built(lowered, self._record(args, at, entry.rows, notes), self._translation(args, at))
 
@@ -201,12 +201,12 @@ class CompiledGraph:
         with self._warm.storing(key) as storing:
             lowered, saved = self._lowered(gm, storing)
             notes += [*lowered.notes, *getattr(lowered, "slow", ())]
-            all_notes = [*template.notes, *lacking, *notes]
+            all_notes = [*lacking, *notes]
             self._tell(all_notes, at)
             rows = graph_rows(gm, lowered.kernels, all_notes)
             program = getattr(lowered, "stored", None) if saved else None
             if storing is not None and program is not None:
-                entry = Entry(template.interface, template.notes, tuple(notes), tuple(rows), program)
+                entry = Entry(template.interface, tuple(notes), tuple(rows), program)
                 found = self._warm.kept(entry, storing)
                 lowered = (found and self._warm.reopen(found)) or lowered
                 graph.let_go(gm)

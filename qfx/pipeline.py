@@ -29,12 +29,11 @@ from qfx.rounding import rounded
 Keep = Callable[[Tensor], Tensor]
 
 
-def prepare(gm: fx.GraphModule) -> list[Note]:
+def prepare(gm: fx.GraphModule) -> None:
     """Bring a captured graph to the form in which recipes speak of it: one node for each linear, norm, attention."""
     normalize(gm)
     run.run(gm, [convolution, fuse_dequantize])
     graph.rename(gm)
-    return []
 
 
 def apply_plan(

@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 
 from qfx import graph
 from qfx.capture import Captured, capture_dynamo, static_names
-from qfx.errors import Note
 from qfx.names import Translation
 from qfx.pipeline import prepare
 
@@ -80,12 +79,11 @@ class Interface:
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """interface: how the graph is fed. notes: what preparing had to say. live: indices of buffers that are inputs,
-    since their values change. traced: the prepared graph, whose weights have no content, from the caller's arguments.
+    """interface: how the graph is fed. live: indices of buffers that are inputs, since their values change. traced: the
+    prepared graph, whose weights have no content, from the caller's arguments.
     """
 
     interface: Interface
-    notes: tuple[Note, ...]
     live: frozenset[int]
     weights: Picker = field(repr=False)
     traced: Callable[[Sequence[Any]], fx.GraphModule] = field(repr=False)
@@ -94,21 +92,21 @@ class Template:
     @classmethod
     def of(cls, gm: fx.GraphModule, args: Sequence[Any], live: Collection[int] = ()) -> Template:
         """Capture and prepare a graph of Dynamo's. Raises what capture and the passes raise."""
-        captured, notes = _captured(gm, args, live)
+        captured = _captured(gm, args, live)
         interface = Interface.of(captured, static_names(gm, args), args, live)
-        return cls(interface, tuple(notes), frozenset(live), _picker(interface.watched), lambda _: captured.gm)
+        return cls(interface, frozenset(live), _picker(interface.watched), lambda _: captured.gm)
 
     @classmethod
-    def known(cls, gm: fx.GraphModule, live: Collection[int], interface: Interface, notes: Sequence[Note]) -> Template:
-        """What `of` gives, where interface and notes are known already: the graph is captured when it is needed."""
+    def known(cls, gm: fx.GraphModule, live: Collection[int], interface: Interface) -> Template:
+        """What `of` gives, where the interface is known already: the graph is captured when it is needed."""
         found: list[fx.GraphModule] = []
 
         def traced(args: Sequence[Any]) -> fx.GraphModule:
             if not found:
-                found.append(_captured(gm, args, live)[0].gm)
+                found.append(_captured(gm, args, live).gm)
             return found[0]
 
-        return cls(interface, tuple(notes), frozenset(live), _picker(interface.watched), traced)
+        return cls(interface, frozenset(live), _picker(interface.watched), traced)
 
     def find(self, args: Sequence[Any]) -> Any:
         """What was kept for the weights among these arguments, None where there is nothing or they changed since."""
@@ -170,13 +168,13 @@ class Template:
         return changed if changed <= self.interface.plain else set()
 
 
-def _captured(gm: fx.GraphModule, args: Sequence[Any], live: Collection[int]) -> tuple[Captured, list[Note]]:
-    """The graph in normal form, its weights without content, and what preparing it had to say."""
+def _captured(gm: fx.GraphModule, args: Sequence[Any], live: Collection[int]) -> Captured:
+    """The graph in normal form, its weights without content."""
     captured = capture_dynamo(gm, args, live)
-    notes = prepare(captured.gm)
+    prepare(captured.gm)
     for fqn, i in captured.params.items():
         graph.set_tensor(captured.gm, fqn, torch.empty(args[i].shape, dtype=args[i].dtype, device="meta"))
-    return captured, notes
+    return captured
 
 
 def _plain_buffers(captured: Captured, watched: Sequence[int], args: Sequence[Any]) -> frozenset[int]:

@@ -38,13 +38,9 @@ _CALLS = {"max", "min", "abs"}
 
 @dataclass(frozen=True)
 class Entry:
-    """What is kept of a compiled graph besides its models. prepared: notes of preparing it; notes: those after.
-
-    program: what `stored.Stored` runs.
-    """
+    """What is kept of a compiled graph besides its models. program: what `stored.Stored` runs."""
 
     interface: Interface
-    prepared: tuple[Note, ...]
     notes: tuple[Note, ...]
     rows: tuple[Row, ...]
     program: Mapping[str, Any]
@@ -190,7 +186,6 @@ def _fields(entry: Entry) -> dict[str, Any]:
             **{k: sorted(getattr(interface, k).items()) for k in ("params", "tied", "scalars", "mutations")},
             **{k: sorted(getattr(interface, k)) for k in ("inputs", "watched", "plain")},
         },
-        "prepared": [asdict(note) for note in entry.prepared],
         "notes": [asdict(note) for note in entry.notes],
         "rows": [asdict(row) for row in entry.rows],
         "program": entry.program,
@@ -210,7 +205,6 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
     )
     return Entry(
         interface=interface,
-        prepared=tuple(Note(**note) for note in fields["prepared"]),
         notes=tuple(Note(**note) for note in fields["notes"]),
         rows=tuple(Row(**row) for row in fields["rows"]),
         program=fields["program"],

@@ -32,7 +32,7 @@ def mlp() -> nn.Module:
 
 def prepared() -> fx.GraphModule:
     gm = capture(mlp(), torch.ones(2, 3, dtype=torch.int64))
-    assert prepare(gm) == []
+    prepare(gm)
     return gm
 
 
