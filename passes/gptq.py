@@ -2,14 +2,8 @@
 
     minimize ||W X - Q X||^2 over Q in the format, H = X X^T           (Frantar et al. 2022)
 
-With H = R R^T, R upper triangular, column j is rounded to nearest of
-
-    w_j + sum_{i<j} (w_i - q_i) R_ij / R_jj
-
-which is GPTQ's update written without the inverse of H (Babai's nearest plane on the lattice of R). X is what the layer
-reads behind the layers that are rounded already. asymmetric: the target is W X_float instead of W X (GPTAQ, Li et al.
-2025): w_j is replaced by w_j + sum_{i<j} w'_i P_ij, w'_i what column i was just before it was rounded and
-P = triu((X_float - X) X^T R^-T, 1) R^-1. sweeps: what that leaves is improved by coordinate descent (`_sweep.py`).
+X is what the layer reads behind the layers that are rounded already. The columns are rounded in `_columns.py`, on a
+grid of values (`_grid.py`); sweeps: what that leaves is improved by coordinate descent (`_sweep.py`).
 """
 
 from __future__ import annotations
@@ -26,19 +20,17 @@ from qfx.errors import Note, explain, listed
 from qfx.format import Format
 from qfx.numerics import QParams, quantize
 from qfx.packing import Packed
+from qfx.passes._columns import Columns
 from qfx.passes._grid import Grid, scales
-from qfx.passes._hessian import Hessian, factor
+from qfx.passes._hessian import Hessian
 from qfx.passes._sweep import swept
 from qfx.recipe import Recipe
 from qfx.rounding.blocks import Block, Part, Site
 from qfx.rounding.method_options import GptqOptions
 from qfx.rounding.nearest import round_weight
-from qfx.rounding.parts import ELEMENTS, joined, round_in_parts
-from qfx.storage.spill import beside, give_back, is_mapped, rest
+from qfx.rounding.parts import ELEMENTS, round_in_parts
+from qfx.storage.spill import rest
 
-_COLUMNS = 128  # whose errors are passed on to the rest together
-_ELEMENTS = 1 << 22  # of the rows that are rounded together
-_ROWS = 128  # that are put in order at once
 _SAMPLED = 256  # rows by which errors are told
 
 
@@ -234,10 +226,10 @@ def _solve(
     if seen.rows == 0:
         return _unseen(matrix, grid, name), {}
     seen.settle(matrix)
-    work = _Work.of(seen, grid, options, name, matrix)
-    packed, beyond = work.solve(matrix)
-    dampening = work.dampening
-    del work  # with the factor, which is as large as the statistics
+    columns = Columns.of(seen, grid, options, name, matrix)
+    packed, beyond = columns.solve(matrix)
+    dampening = columns.dampening
+    del columns  # with the factor, which is as large as the statistics
     if options.sweeps:
         packed = swept(matrix, packed, seen, grid, options.sweeps, dampening, moving=moving)
     some = _some(matrix)
@@ -278,126 +270,3 @@ def _unseen(matrix: Tensor, grid: Grid, name: str) -> Packed:
         return round_weight(matrix, grid.format, "mse", name=name)
     codes = quantize(matrix, grid.format, grid.scale, grid.zero)  # its scales are not its own
     return Packed.from_codes(codes, grid.format, grid.scale, grid.zero)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What the columns of a matrix share. columns: their order. lower: R^T in that order. pushed: P, or None."""
-
-    grid: Grid
-    columns: Tensor
-    lower: Tensor
-    pushed: Tensor | None
-    energy: Tensor
-    dampening: float
-    options: GptqOptions
-
-    @classmethod
-    def of(cls, seen: Hessian, grid: Grid, options: GptqOptions, name: str, weight: Tensor) -> _Work:
-        """weight: where it lies in a file, so does the factor as long as P takes its memory."""
-        whole, energy = seen.matrix, seen.diagonal
-        if options.act_order:
-            columns = energy.argsort(descending=True, stable=True)
-        else:
-            columns = torch.arange(len(whole), device=whole.device)
-        upper, dampening = factor(whole, columns, options.dampening, name, energy)
-        if seen.cross is None:
-            return cls(grid, columns, upper.T, None, energy, dampening, options)
-        pushed = _asymmetry(seen.cross, columns, upper)
-        return cls(grid, columns, beside(upper.T, weight), pushed, energy, dampening, options)
-
-    @property
-    def _size(self) -> int:
-        """Columns whose errors are passed on together; whole groups where their scales are found on the way."""
-        group = self.grid.format.group or 1
-        return max(_COLUMNS // group, 1) * group
-
-    @property
-    def _moving(self) -> bool:
-        """The scales of a group are found when it is reached: columns of groups in order, scales of their own."""
-        fmt = self.grid.format
-        return fmt.group is not None and fmt.by_row and not self.options.act_order
-
-    def solve(self, matrix: Tensor) -> tuple[Packed, int]:
-        """A matrix [N, K] rounded, some rows after the other, and how many values lay beyond their codes."""
-        fmt, grid, beyond = self.grid.format, self.grid, [0]
-        size = max(_ELEMENTS // matrix.shape[1], 1)
-        spans = [slice(at, min(at + size, len(matrix))) for at in range(0, len(matrix), size)]
-        if is_mapped(matrix):
-            give_back()  # what the statistics and their factor left
-        count = 1 if self.pushed is None else 2
-        rooms = [grid.step.new_empty(matrix.shape[1] * min(size, len(matrix))) for _ in range(count)]
-
-        def codes_of(rows: slice) -> Tensor:
-            codes, more = self.round(matrix, rows, rooms)
-            beyond[0] += more
-            return codes
-
-        if not fmt.by_row:
-            codes = torch.cat([codes_of(rows) for rows in spans])
-            return Packed.from_codes(codes, fmt, grid.scale, grid.zero), beyond[0]
-        parts = (Packed.from_codes(codes_of(rows), fmt, *grid.of(rows)) for rows in spans)
-        return joined(parts, fmt, tuple(matrix.shape)), beyond[0]
-
-    def round(self, matrix: Tensor, rows: slice, rooms: list[Tensor]) -> tuple[Tensor, int]:
-        """Codes [n, K] of n rows of a matrix [N, K]; and how many values lay beyond their codes.
-
-        rooms: f32 memory of K * n elements, twice where the correction is asymmetric.
-        """
-        errors = self._open(matrix[rows], rooms[0])  # [K, n]: weights, and from column j back what is lost in them
-        codes = torch.empty_like(errors, dtype=self.grid.format.code_dtype)
-        if self.pushed is None:
-            reached = errors.new_empty(min(self._size, len(errors)), errors.shape[1])
-        else:
-            reached = rooms[1][: errors.numel()].view(errors.shape)
-        order, scales = self.columns.tolist(), self.lower.diagonal().tolist()
-        beyond = 0
-        for start in range(0, len(errors), self._size):
-            stop = min(start + self._size, len(errors))
-            passed = self.lower[start:stop, :start] @ errors[:start]
-            at = start if self.pushed is not None else 0  # in `reached`
-            if self.pushed is not None:
-                errors[start:stop] += self.pushed[:start, start:stop].T @ reached[:start]
-            for j in range(start, stop):
-                if self._moving and j % self.grid.width == 0:
-                    self._refit(errors, passed, rows, start, j)
-                if self.pushed is not None:
-                    errors[j] += self.pushed[start:j, j] @ reached[start:j]
-                whole, now = torch.addmv(passed[j - start], errors[start:j].T, self.lower[j, start:j]), at + j - start
-                torch.add(errors[j], whole, alpha=1 / scales[j], out=reached[now])
-                codes[order[j]], value = self.grid.round(order[j], reached[now], rows)
-                torch.sub(errors[j], value, out=errors[j])
-            beyond += self.grid.beyond(self.columns[start:stop], reached[at : at + stop - start], rows)
-            rest(self.lower)
-        return codes.T.contiguous(), beyond
-
-    def _open(self, part: Tensor, room: Tensor) -> Tensor:
-        """Rows [n, K] as columns in order, f32 [K, n], in this memory."""
-        found = room[: part.numel()].view(part.shape[1], len(part))
-        for start in range(0, len(part), _ROWS):
-            few = part[start : start + _ROWS]
-            found[:, start : start + len(few)] = few.to(torch.float32).T[self.columns]
-        rest(part)
-        return found
-
-    def _refit(self, errors: Tensor, passed: Tensor, rows: slice, start: int, j: int) -> None:
-        """Scales of the group that begins at column j, from its weights as the errors so far leave them."""
-        stop = min(j + self.grid.width, len(errors))
-        whole = passed[j - start : stop - start] + self.lower[j:stop, start:j] @ errors[start:j]
-        moved = torch.linalg.solve_triangular(self.lower[j:stop, j:stop], whole, upper=False)
-        values = (errors[j:stop] + moved).T
-        self.grid.refit(j, values, rows, self.energy[j:stop] if self.options.clip else None)
-
-
-def _asymmetry(cross: Tensor, columns: Tensor, upper: Tensor) -> Tensor:
-    """P = triu(D R^-T, 1) R^-1, from D [K, K] and R, both in this order of the columns; some rows after the other."""
-    found = torch.empty_like(upper, memory_format=torch.contiguous_format)
-    every, places = torch.arange(len(columns), device=columns.device), columns.argsort()
-    for start in range(0, len(cross), _ROWS):
-        rows = slice(start, start + _ROWS)
-        inner = torch.linalg.solve_triangular(upper, cross[rows][:, columns].T, upper=True).T
-        inner = inner.where(every > places[rows, None], 0.0)
-        found[places[rows]] = torch.linalg.solve_triangular(upper, inner, upper=True, left=False)
-        rest(cross[rows])
-    rest(cross)
-    return found
