@@ -8,8 +8,9 @@ grid of values (`_grid.py`); sweeps: what that leaves is improved by coordinate 
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,7 @@ class Gptq:
         seen = Hessian(weight.shape[-1], device=weight.device)
         for batch, x in enumerate(inputs):
             seen.add(x)
-            _check_table(part, seen, batch)
+            _check(part.names[-1], seen, batch)
         options = GptqOptions(act_order=False, dampening=1.0, clip=True)
         packed, told = round_by(weight, [seen], part.format, options, name=part.name)
         return packed, {**told, "seconds": round(time.perf_counter() - started, 3)} if told else {}
@@ -98,38 +99,29 @@ def _statistics(block: Block, site: Site, *, cross: bool) -> list[Hessian]:
         for one, end in zip(seen, ends, strict=True):
             one.add(rows[start:end], None if other is None else other[start:end])
             start = end
-        _check(block, site, seen, batch)
+        for one in seen:
+            _check(first.fqn, one, batch, functools.partial(block.first_bad, batch, site.x))
     return seen
 
 
-def _check(block: Block, site: Site, seen: list[Hessian], batch: int) -> None:
-    """Raises ValueError, naming the layer and the channel, where the statistics are not finite any more."""
-    for one in seen:
-        bad = (~torch.isfinite(one.diagonal)).nonzero().flatten()
-        if not len(bad):
-            continue
-        source = block.first_bad(batch, site.x)
-        raise ValueError(
-            explain(
-                f"the input of {site.linears[0].fqn!r} is NaN, or too large, in batch {batch + 1}",
-                expected="finite values whose squares f32 can hold",
-                found=f"{len(bad)} of {len(one.diagonal)} channels, the first is {int(bad[0])}"
-                + (f"; NaN or infinity first comes up in {source}" if source else ""),
-                next_step="look at that batch; a model in float16 may need bfloat16 or float32",
-            )
-        )
+def _check(name: str, seen: Hessian, batch: int, source: Callable[[], str] = str) -> None:
+    """Raises ValueError, naming the layer and the channel, where the statistics are not finite any more.
 
-
-def _check_table(part: Part, seen: Hessian, batch: int) -> None:
-    """Raises ValueError where what the linear of a table reads is not finite."""
-    if not bool(torch.isfinite(seen.diagonal).all()):
-        raise ValueError(
-            explain(
-                f"the input of {part.names[-1]!r} is NaN, or too large, in batch {batch + 1}",
-                expected="finite values whose squares f32 can hold",
-                next_step="look at that batch; a model in float16 may need bfloat16 or float32",
-            )
+    source: where NaN or infinity first comes up, as far as that is known.
+    """
+    bad = (~torch.isfinite(seen.diagonal)).nonzero().flatten()
+    if not len(bad):
+        return
+    where = source()
+    raise ValueError(
+        explain(
+            f"the input of {name!r} is NaN, or too large, in batch {batch + 1}",
+            expected="finite values whose squares f32 can hold",
+            found=f"{len(bad)} of {len(seen.diagonal)} channels, the first is {int(bad[0])}"
+            + (f"; NaN or infinity first comes up in {where}" if where else ""),
+            next_step="look at that batch; a model in float16 may need bfloat16 or float32",
         )
+    )
 
 
 def _notes(part: Part, seen: list[Hessian], weight: Tensor) -> Iterator[Note]:
