@@ -73,4 +73,4 @@ def rotate_tensor(module: nn.Module, fqn: str, axis: int, size: int, seed: int) 
         source, target = old.detach().movedim(axis, -1), new.movedim(axis, -1)
         for rows in sites.parts(source) if source.dim() > 1 else [slice(None)]:
             target[rows] = rotation.rotate(source[rows].to(torch.float64), size, seed).to(old.dtype)
-    sites.put(module, fqn, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    sites.put(module, fqn, new)
