@@ -1,8 +1,4 @@
-"""What exact rewrites share: the parameters behind linears and norms, who reads a value, and edits by FQN.
-
-An edit replaces parameters by new ones, so that tensors which others hold stay as they were; it works on a GraphModule
-and on the user's live model alike, and every name of a tied parameter gets the new one.
-"""
+"""What exact rewrites share: records of sites, the parameters behind linears and norms, and who reads a value."""
 
 from __future__ import annotations
 
@@ -12,18 +8,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from qfx import graph
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.graph import is_call
 from qfx.passes import _match as m
-from qfx.storage.spill import beside, rest
 
 aten = torch.ops.aten
 ATTENTION = ("aten::scaled_dot_product_attention", "qfx::attention")
 
-_PART = 1 << 20  # elements that are worked on in f64 at once
 _SAME = (*m.CASTS, *m.SAME_VALUE)
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 
@@ -290,56 +284,3 @@ def readers(value: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
         else:
             others[user] = None
     return list(linears), list(others)
-
-
-def edit(module: nn.Module, fqn: str, change: Callable[[Tensor], Tensor]) -> None:
-    """Replace a parameter or buffer by `change` of it, computed in f64 and cast back, under every name that it has."""
-    old = graph.get_tensor(module, fqn)
-    with torch.no_grad():
-        new = change(old.detach().to(torch.float64)).to(old.dtype).contiguous()
-    put(module, fqn, new)
-
-
-def put(module: nn.Module, fqn: str, new: Tensor) -> None:
-    """Let every name of the tensor `fqn` hold `new`, a parameter where that is one. The order of parameters stays.
-
-    Where the old tensor lies in a file, the new one does, too (see `qfx.storage.spill`).
-    """
-    old = graph.get_tensor(module, fqn)
-    new = beside(new.detach(), old)
-    rest(old)
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, old.requires_grad)
-    for owner in module.modules():
-        for store in (owner._parameters, owner._buffers):
-            for leaf, held in store.items():
-                if held is old:
-                    store[leaf] = new  # type: ignore[assignment]
-
-
-def scale(module: nn.Module, fqn: str, factor: Tensor, axis: int) -> None:
-    """Multiply a stored tensor by `factor` along one axis, in f64 and in parts, since the tensor may be large."""
-    old = graph.get_tensor(module, fqn)
-    shape = [1] * old.dim()
-    shape[axis] = -1
-    wide = factor.to(old.device, torch.float64).reshape(shape)
-    new = torch.empty_like(old, memory_format=torch.contiguous_format, requires_grad=False)
-    with torch.no_grad():
-        for rows in parts(old):
-            new[rows] = (old[rows].to(torch.float64) * (wide[rows] if axis % old.dim() == 0 else wide)).to(old.dtype)
-            rest(old[rows])
-    put(module, fqn, new)
-
-
-def parts(tensor: Tensor) -> list[slice]:
-    """Slices of the first axis, each of a bounded number of elements."""
-    step = max(_PART * len(tensor) // max(tensor.numel(), 1), 1)
-    return [slice(start, start + step) for start in range(0, len(tensor), step)]
-
-
-def scale_norm(module: nn.Module, norm: Norm, factor: Tensor) -> None:
-    """Multiply what a norm gives by `factor` [channels]."""
-    one = 1.0 if norm.plus_one else 0.0
-    edit(module, norm.weight, lambda w: (w + one) * factor.to(w) - one)
-    if norm.bias is not None:
-        scale(module, norm.bias, factor, 0)

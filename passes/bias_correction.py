@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qfx import graph
+from qfx.passes import _edits as edits
 from qfx.passes import _sites as sites
 from qfx.passes._sites import Record
 
@@ -55,7 +56,7 @@ def site_of(node: fx.Node) -> Site | str:
 def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
     """Add the shift `factor` [N] to the bias of a graph's linear or of a live module's, or make it the bias."""
     if site.bias is not None:
-        sites.edit(module, site.bias, lambda old: old + factor.to(old.device, torch.float64))
+        edits.edit(module, site.bias, lambda old: old + factor.to(old.device, torch.float64))
     elif isinstance(module, fx.GraphModule):
         for node in nodes_of(module, site.linear):
             name = f"{site.linear}.bias".lstrip(".")

@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from qfx import graph
 from qfx.errors import Note
+from qfx.passes import _edits as edits
 from qfx.passes import _match as m
 from qfx.passes import _sites as sites
 from qfx.passes import _stream as streams
@@ -70,7 +71,7 @@ def find(gm: fx.GraphModule) -> tuple[list[Site], list[Note]]:
 def apply(module: nn.Module, site: Site) -> None:
     """Centre the writers in f64 and change the norms, in a graph or a live model."""
     for part in site.writers:
-        sites.edit(module, part.weight, lambda old, axis=part.axis: old - old.mean(axis, keepdim=True))  # type: ignore[misc]
+        edits.edit(module, part.weight, lambda old, axis=part.axis: old - old.mean(axis, keepdim=True))  # type: ignore[misc]
     if isinstance(module, fx.GraphModule):
         _in_graph(module, {norm.weight for norm in site.norms})
         return

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from qfx import graph
 from qfx.errors import Note
+from qfx.passes import _edits as edits
 from qfx.passes import _sites as sites
 from qfx.passes._sites import Norm, Record, Weight
 
@@ -74,13 +75,13 @@ def apply(module: nn.Module, site: Site) -> None:
         if beta is not None and site.biases:
             assert linear.bias is not None
             weight = graph.get_tensor(module, linear.weight).detach().movedim(linear.inp, -1)
-            moved = torch.cat([weight[rows].to(torch.float64) @ beta for rows in sites.parts(weight)])
-            sites.edit(module, linear.bias, moved.add)
-        sites.scale(module, linear.weight, gamma, linear.inp)
+            moved = torch.cat([weight[rows].to(torch.float64) @ beta for rows in edits.parts(weight)])
+            edits.edit(module, linear.bias, moved.add)
+        edits.scale(module, linear.weight, gamma, linear.inp)
     if site.norm.bias is not None:
-        sites.edit(module, site.norm.bias, lambda old: torch.zeros_like(old) if site.biases else old / gamma)
+        edits.edit(module, site.norm.bias, lambda old: torch.zeros_like(old) if site.biases else old / gamma)
     one = 0.0 if site.norm.plus_one else 1.0
-    sites.edit(module, site.norm.weight, lambda old: torch.full_like(old, one))
+    edits.edit(module, site.norm.weight, lambda old: torch.full_like(old, one))
 
 
 def _gamma(module: nn.Module, norm: Norm) -> Tensor:

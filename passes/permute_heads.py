@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qfx import graph
-from qfx.passes import _sites as sites
+from qfx.passes import _edits as edits
 from qfx.passes._sites import Record
 
 
@@ -79,4 +79,4 @@ def apply(module: nn.Module, site: Site) -> None:
 
 def _move(module: nn.Module, fqn: str, axis: int, part: Moved) -> None:
     old = graph.get_tensor(module, fqn).detach()
-    sites.put(module, fqn, old.index_select(axis, part.index(old.shape[axis]).to(old.device)))
+    edits.put(module, fqn, old.index_select(axis, part.index(old.shape[axis]).to(old.device)))

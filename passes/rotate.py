@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from qfx import graph
 from qfx.errors import Note
+from qfx.passes import _edits as edits
 from qfx.passes import _sites as sites
 from qfx.passes import _stream as streams
 from qfx.passes._sites import Record
@@ -71,6 +72,6 @@ def rotate_tensor(module: nn.Module, fqn: str, axis: int, size: int, seed: int) 
     new = torch.empty_like(old, memory_format=torch.contiguous_format, requires_grad=False)
     with torch.no_grad():
         source, target = old.detach().movedim(axis, -1), new.movedim(axis, -1)
-        for rows in sites.parts(source) if source.dim() > 1 else [slice(None)]:
+        for rows in edits.parts(source) if source.dim() > 1 else [slice(None)]:
             target[rows] = rotation.rotate(source[rows].to(torch.float64), size, seed).to(old.dtype)
-    sites.put(module, fqn, new)
+    edits.put(module, fqn, new)

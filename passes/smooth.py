@@ -27,6 +27,7 @@ from qfx.calibration.sample import Sample
 from qfx.errors import Note
 from qfx.format import Format
 from qfx.numerics import fake_quantize, range_qparams
+from qfx.passes import _edits as edits
 from qfx.passes import _match as m
 from qfx.passes import _sites as sites
 from qfx.passes._build import call
@@ -110,9 +111,9 @@ def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
             _divide(module, site, factor)
     else:
         assert site.norm is not None
-        sites.scale_norm(module, site.norm, 1.0 / factor.to(torch.float64))
+        edits.scale_norm(module, site.norm, 1.0 / factor.to(torch.float64))
     for linear in site.linears:
-        sites.scale(module, linear.weight, factor, linear.inp)
+        edits.scale(module, linear.weight, factor, linear.inp)
 
 
 def explicit_factors(site: Site, factor: Tensor) -> dict[str, Tensor]:
@@ -270,7 +271,7 @@ class Layer:
         alone = self.w is None or self.w.granularity == "ch" or self.w.group is not None
         if self.weight.dim() != 2 or not alone or (self.w is not None and self.w.nested):
             return [self.weight]
-        return [self.weight[rows] for rows in sites.parts(self.weight)]
+        return [self.weight[rows] for rows in edits.parts(self.weight)]
 
     def _as_stored(self, weight: Tensor, fmt: Format, inputs: Tensor) -> Tensor:
         if not self.searched or fmt.is_plain:

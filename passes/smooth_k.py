@@ -32,6 +32,7 @@ from qfx.calibration.sample import Sample
 from qfx.errors import Note
 from qfx.format import Format
 from qfx.numerics import fake_quantize
+from qfx.passes import _edits as edits
 from qfx.passes import _sites as sites
 from qfx.passes._pairs import Factors, Part, factors_of
 from qfx.passes._sites import Norm, Record
@@ -85,11 +86,11 @@ def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
         for part in parts:
             vector = part.spread(change, graph.get_tensor(module, part.weight).shape[part.axis])
             if part.plus_one:
-                sites.scale_norm(module, Norm(part.weight, part.bias, True), vector)
+                edits.scale_norm(module, Norm(part.weight, part.bias, True), vector)
                 continue
-            sites.scale(module, part.weight, vector, part.axis)
+            edits.scale(module, part.weight, vector, part.axis)
             if part.bias is not None:
-                sites.scale(module, part.bias, vector, 0)
+                edits.scale(module, part.bias, vector, 0)
 
 
 def roles(node: fx.Node) -> tuple[str, ...]:

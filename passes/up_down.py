@@ -19,6 +19,7 @@ from qfx.calibration.sample import Sample
 from qfx.errors import Note
 from qfx.graph import is_call
 from qfx.passes import _channels as channels
+from qfx.passes import _edits as edits
 from qfx.passes import _sites as sites
 from qfx.passes._sites import Record, Weight
 from qfx.passes.smooth import Chooser, choose
@@ -107,10 +108,10 @@ def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
         new[..., site.offset : end : site.stride] /= factor.to(new)
         return new.movedim(-1, site.up.out) if old.dim() > 1 else new
 
-    sites.edit(module, site.up.weight, rows)
+    edits.edit(module, site.up.weight, rows)
     if site.up.bias is not None:
-        sites.edit(module, site.up.bias, rows)
-    sites.scale(module, site.down.weight, factor, site.down.inp)
+        edits.edit(module, site.up.bias, rows)
+    edits.scale(module, site.down.weight, factor, site.down.inp)
 
 
 def smooth(

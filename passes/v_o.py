@@ -21,6 +21,7 @@ from qfx import graph
 from qfx.calibration.sample import Sample
 from qfx.errors import Note
 from qfx.passes import _channels as channels
+from qfx.passes import _edits as edits
 from qfx.passes import _match as m
 from qfx.passes import _sites as sites
 from qfx.passes._sites import Record, Weight
@@ -140,10 +141,10 @@ def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
             new[..., part] = new[..., part] @ inverse[head].to(old.device)
         return new.movedim(-1, site.o.inp)
 
-    sites.edit(module, site.v.weight, rows)
+    edits.edit(module, site.v.weight, rows)
     if site.v.bias is not None:
-        sites.edit(module, site.v.bias, rows)
-    sites.edit(module, site.o.weight, columns)
+        edits.edit(module, site.v.bias, rows)
+    edits.edit(module, site.o.weight, columns)
 
 
 def smooth(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qfx import graph
 from qfx.errors import UnsupportedError
-from qfx.passes import _sites as sites_of
+from qfx.passes import _edits as edits
 from qfx.passes import _stream as streams
 from qfx.passes import centre
 from qfx.rewrites.centred import can_be_centred, centred, is_centred
@@ -76,7 +76,7 @@ def test_a_bias_of_zero_is_left_out() -> None:
     before = counts(gm)["add"]
     for norm in site.norms:
         assert norm.bias is not None
-        sites_of.edit(gm, norm.bias, torch.zeros_like)
+        edits.edit(gm, norm.bias, torch.zeros_like)
     centre.apply(gm, site)
     assert counts(gm)["add"] == before
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qfx import graph
-from qfx.passes import _sites as sites_of
+from qfx.passes import _edits as edits
 from qfx.passes import rotate_down, rotate_heads, rotate_qk, v_o
 from qfx.passes.rewrites import apply_record
 from qfx.passes.rotate import rotate_tensor
@@ -79,7 +79,7 @@ def test_down_negative_control_the_input_only() -> None:
     (site,), _ = rotate_down.find(gm)
     before = graph.get_tensor(gm, "down.weight").detach()
     rotate_down.apply(gm, site)
-    sites_of.put(gm, "down.weight", nn.Parameter(before))
+    edits.put(gm, "down.weight", nn.Parameter(before))
     assert case.error(gm) > 0.5
 
 
@@ -149,7 +149,7 @@ def test_heads_negative_control_one_query_head_of_a_group() -> None:
         new[:, 16:32] = original[:, 16:32].to(new)
         return new
 
-    sites_of.edit(gm, site.o.weight, forgetful)
+    edits.edit(gm, site.o.weight, forgetful)
     assert case.error(gm) > 0.1
 
 

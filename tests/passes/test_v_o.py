@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from qfx import annotation, graph
 from qfx.format import Format
-from qfx.passes import _sites as sites_of
+from qfx.passes import _edits as edits
 from qfx.passes import v_o
 from qfx.passes.smooth import choose
 from qfx.passes.v_o import Site
@@ -100,7 +100,7 @@ def test_negative_control_one_query_head_of_the_group_only() -> None:
             new[:, columns] = original.detach().to(new)[:, columns]
             return new
 
-        sites_of.edit(gm, site.o.weight, forgetful)
+        edits.edit(gm, site.o.weight, forgetful)
         assert case.error(gm) > 0.3
 
 
