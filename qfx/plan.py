@@ -22,7 +22,7 @@ from qfx.annotation import ALL_ROLES, Formats, from_json
 from qfx.errors import QfxWarning, check_flags, explain, listed, nearest
 from qfx.kv.plans import read as check_caches
 from qfx.recipe import Recipe
-from qfx.storage.files import dump_safetensors, read_safetensors, sha256_file, staged
+from qfx.storage.files import dump_safetensors, read_json, read_safetensors, sha256_file, staged
 from qfx.storage.hollow import is_hollow
 from qfx.storage.spill import rest
 from qfx.text import type_text
@@ -292,11 +292,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             errno.ENOENT, f"no plan here (a plan is a folder with {_JSON} and {_TENSORS})", str(file)
         )
-    try:
-        fields = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is truncated or no JSON: {error}") from error
-    if not isinstance(fields, dict) or fields.get("format") != "qfx-plan":
+    fields = read_json(file, "copy the folder again, or plan again")
+    if fields.get("format") != "qfx-plan":
         raise ValueError(f'{file} is not a plan of qfx (it lacks "format": "qfx-plan")')
     if fields.get("version") not in _READ:
         raise ValueError(

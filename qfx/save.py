@@ -22,7 +22,7 @@ from qfx.live.modules import quantized_parts
 from qfx.recipe import Recipe
 from qfx.storage import checkpoint
 from qfx.storage.describe import Record, describe, state
-from qfx.storage.files import dump_safetensors, read_safetensors, sha256_file, staged
+from qfx.storage.files import dump_safetensors, read_json, read_safetensors, sha256_file, staged
 from qfx.storage.rebuild import Saved, rebuild
 from qfx.storage.skeleton import CONFIG, GENERATION, skeleton
 
@@ -134,10 +134,7 @@ def _remove_former(folder: Path, files: list[str]) -> None:
 
 def _from_config(path: Path) -> tuple[Recipe | None, Record | None]:
     """What the quantization_config of a folder says; (None, None) where it has none of qfx."""
-    try:
-        fields = json.loads((path / CONFIG).read_bytes()).get("quantization_config")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path / CONFIG} is truncated or altered: {error}; next step: copy it again") from error
+    fields = read_json(path / CONFIG, "copy it again").get("quantization_config")
     if not isinstance(fields, dict) or fields.get("quant_method") != METHOD:
         return None, None
     return unwrap(fields, f"quantization_config in {path / CONFIG}")
@@ -177,13 +174,8 @@ def _check_file(file: Path, sha256: str) -> None:
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(explain(f"{file} is missing", next_step="give a folder that qfx.save wrote"))
-    try:
-        fields = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(
-            explain(f"{file} is truncated or altered: {error}", next_step="copy it again, or save the model again")
-        ) from error
-    if not isinstance(fields, dict) or fields.get("format") != "qfx-model":
+    fields = read_json(file, "copy it again, or save the model again")
+    if fields.get("format") != "qfx-model":
         raise ValueError(explain(f"{file} is no qfx model", expected="format 'qfx-model'"))
     if fields.get("version") not in _READ:
         raise ValueError(

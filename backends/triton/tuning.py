@@ -21,8 +21,7 @@ from typing import Any
 
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Config
-from qfx.errors import explain
-from qfx.storage.files import write_text
+from qfx.storage.files import read_json, write_text
 from qfx.storage.folders import default_folder
 
 LARGEST = 8192
@@ -141,11 +140,4 @@ def _of_device(name: str, folder: str, _: str) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    step = "run `qfx tune` again, or remove the file"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(explain(f"{path} is no JSON: {error}", next_step=step)) from error
-    if not isinstance(found, dict):
-        raise ValueError(explain(f"{path} holds no configurations", found=type(found).__name__, next_step=step))
-    return found
+    return read_json(path, "run `qfx tune` again, or remove the file")

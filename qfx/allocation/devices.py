@@ -25,7 +25,7 @@ from typing import Any
 
 from qfx.errors import explain, nearest
 from qfx.format import Format
-from qfx.storage.files import write_text
+from qfx.storage.files import read_json, write_text
 
 VERSION = 1
 _MARK = "qfx-device"
@@ -116,18 +116,15 @@ _FIELDS: dict[str, Any] = {
 }  # fmt: skip
 
 
-_STEP = "\n  next step: write one: qfx profile -o FILE"
+_STEP = "write one: qfx profile -o FILE"
 
 
 def load(path: str | os.PathLike[str]) -> Device:
     """A device that `Device.save` wrote. Raises FileNotFoundError, and ValueError for anything else."""
     file = Path(path)
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no profile of a device: {error}{_STEP}") from error
-    if not isinstance(fields, dict) or fields.pop("format", None) != _MARK:
-        raise ValueError(f'{file} is no profile of a device: it lacks "format": "{_MARK}"{_STEP}')
+    fields = read_json(file, _STEP)
+    if fields.pop("format", None) != _MARK:
+        raise ValueError(explain(f'{file} is no profile of a device: it lacks "format": "{_MARK}"', next_step=_STEP))
     if (version := fields.pop("version", None)) != VERSION:
         raise ValueError(
             f"{file} has version {version!r}, this qfx reads {VERSION}\n  next step: measure again: qfx profile -o FILE"
@@ -142,7 +139,7 @@ def load(path: str | os.PathLike[str]) -> Device:
         fields["rates"] = {kernel: _curve(points) for kernel, points in fields["rates"].items()}
         return Device(**{**fields, "widths": tuple(fields["widths"])})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} is no profile of a device: {error}{_STEP}") from error
+        raise ValueError(f"{file} is no profile of a device: {error}\n  next step: {_STEP}") from error
 
 
 def device(name: str | os.PathLike[str] | Device) -> Device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -18,10 +17,10 @@ from qfx.analysis.scores import Scores
 from qfx.analysis.units import Unit
 from qfx.errors import explain, nearest
 from qfx.format import Format
-from qfx.storage.files import json_text, write_text
+from qfx.storage.files import json_text, read_json, write_text
 
 _KIND, _VERSION = "qfx-sensitivity", 1
-_STEP = "next step: qfx.analyze(...).save(file)"
+_STEP = "qfx.analyze(...).save(file)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,19 +107,16 @@ class Sensitivity:
     def load(cls, file: str | os.PathLike[str]) -> Sensitivity:
         """What `save` wrote. Raises FileNotFoundError, and ValueError for a file that is nothing of the kind."""
         path = Path(file)
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no JSON: {error}; {_STEP}") from error
-        return cls.from_json(held, str(path))
+        return cls.from_json(read_json(path, _STEP), str(path))
 
     @classmethod
     def from_json(cls, held: Any, where: str = "the sensitivity") -> Sensitivity:
         """From what `to_json` wrote, parsed. Raises ValueError, naming `where`, for anything else."""
         if not isinstance(held, dict) or held.get("format") != _KIND:
-            raise ValueError(f"{where} holds no sensitivity; {_STEP}")
+            raise ValueError(explain(f"{where} holds no sensitivity", next_step=_STEP))
         if held.get("version") != _VERSION:
-            raise ValueError(f"{where} has version {held.get('version')!r}, this qfx reads version {_VERSION}; {_STEP}")
+            found = held.get("version")
+            raise ValueError(explain(f"{where} has another version", expected=_VERSION, found=found, next_step=_STEP))
         names = {f.name for f in fields(cls)}
         for key in held:
             if key not in names | {"format", "version"}:
@@ -137,7 +133,9 @@ class Sensitivity:
                 notes=tuple(held["notes"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{where} cannot be read: {type(error).__name__}: {error}; {_STEP}") from error
+            raise ValueError(
+                explain(f"{where} cannot be read: {type(error).__name__}: {error}", next_step=_STEP)
+            ) from error
 
     def show(self, console: Console | None = None, *, rows: int = 20) -> None:
         """Print the most sensitive units, the heads, and how well scores predict measurements."""

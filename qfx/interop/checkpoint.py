@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qfx.errors import explain
+from qfx.storage.files import read_json
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 # What older libraries wrote beside a config.json that says nothing of quantization.
@@ -142,10 +142,4 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(explain(f"{file} is missing", next_step="give the folder of a checkpoint"))
-    try:
-        fields = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(explain(f"{file} is no JSON: {error}", next_step="copy it again")) from error
-    if not isinstance(fields, dict):
-        raise ValueError(explain(f"{file} is no JSON object", found=type(fields).__name__))
-    return fields
+    return read_json(file, "copy it again")

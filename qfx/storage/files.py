@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from qfx.errors import explain
 from qfx.storage.spill import rest
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -109,6 +110,17 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8 to `path`, whole or not at all. Raises OSError as `staged` does."""
     write_bytes(path, text.encode())
+
+
+def read_json(path: Path, next_step: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError for anything else, FileNotFoundError where there is no file."""
+    try:
+        fields = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(explain(f"{path} is truncated or no JSON: {error}", next_step=next_step)) from error
+    if not isinstance(fields, dict):
+        raise ValueError(explain(f"{path} is no JSON object", found=type(fields).__name__, next_step=next_step))
+    return fields
 
 
 def json_text(fields: Any) -> str:

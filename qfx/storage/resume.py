@@ -28,7 +28,7 @@ from qfx.packing import Packed
 from qfx.plan import Plan
 from qfx.rounding import rounded
 from qfx.rounding.blocks import Block
-from qfx.storage.files import read_safetensors, write_safetensors, write_text
+from qfx.storage.files import read_json, read_safetensors, write_safetensors, write_text
 
 VERSION = 1
 _HEAD = "progress.json"
@@ -118,11 +118,8 @@ def digest(batches: Sequence[Sequence[Any]]) -> str:
 
 
 def _read(head: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(head.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{head} is truncated or no JSON: {error}; next step: remove the folder") from error
-    if not isinstance(fields, dict) or fields.get("format") != "qfx-progress":
+    fields = read_json(head, "remove the folder")
+    if fields.get("format") != "qfx-progress":
         raise ValueError(f'{head} is not of qfx (it lacks "format": "qfx-progress"); next step: give another folder')
     return fields
 

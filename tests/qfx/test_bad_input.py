@@ -320,7 +320,7 @@ def cut(file: Path) -> None:
 
 SAVED: list[tuple[str, type[Exception], str, Callable[[Path], object]]] = [
     ("tensors truncated", ValueError, "altered or is truncated", lambda p: cut(p / "model.safetensors")),
-    ("json truncated", ValueError, "truncated or altered", lambda p: cut(p / "qfx.json")),
+    ("json truncated", ValueError, "truncated or no JSON", lambda p: cut(p / "qfx.json")),
     ("tensors missing", FileNotFoundError, "model.safetensors", lambda p: (p / "model.safetensors").unlink()),
     ("json missing", FileNotFoundError, "qfx.json is missing", lambda p: (p / "qfx.json").unlink()),
     (
@@ -332,8 +332,8 @@ SAVED: list[tuple[str, type[Exception], str, Callable[[Path], object]]] = [
     ("format", ValueError, "no qfx model", lambda p: write_json(p, format="other")),
     ("key", ValueError, "was altered", lambda p: write_json(p, more=1)),
     ("content", ValueError, "was altered", lambda p: write_json(p, tied={"a": "b"})),
-    ("no json", ValueError, "no qfx model", lambda p: (p / "qfx.json").write_text("[]")),
-    ("no text", ValueError, "truncated or altered", lambda p: (p / "qfx.json").write_bytes(b"\xff\xfe")),
+    ("no json", ValueError, "no JSON object", lambda p: (p / "qfx.json").write_text("[]")),
+    ("no text", ValueError, "truncated or no JSON", lambda p: (p / "qfx.json").write_bytes(b"\xff\xfe")),
 ]
 
 

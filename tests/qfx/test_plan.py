@@ -365,7 +365,7 @@ def test_load_of_json_that_lacks_a_key(tmp_path: Path) -> None:
 
 def test_load_of_another_json(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("[1]")
-    with pytest.raises(ValueError, match="is not a plan of qfx"):
+    with pytest.raises(ValueError, match="is no JSON object"):
         Plan.load(tmp_path)
 
 

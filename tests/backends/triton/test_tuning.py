@@ -60,7 +60,7 @@ def test_the_named_folder_wins_over_the_users_own_over_the_package(
     assert tuning.own_folder() is None and tuning.tuned(GPU, "gemm", "p", 1) is not None
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is no JSON"), ("[]", "holds no configurations")])
+@pytest.mark.parametrize(("text", "message"), [("{", "truncated or no JSON"), ("[]", "is no JSON object")])
 def test_a_damaged_file_is_told(folder: Path, text: str, message: str) -> None:
     folder.mkdir()
     tuning.file_of(folder, GPU).write_text(text)

@@ -105,7 +105,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"holds no weights(.|\n)*pickled weights are not read"):
         Checkpoint.open(tmp_path)
-    for text, message in (("{", "is no JSON"), ("[]", "is no JSON object")):
+    for text, message in (("{", "truncated or no JSON"), ("[]", "is no JSON object")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             Checkpoint.open(tmp_path)

@@ -22,6 +22,22 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"a": 1', "truncated or no JSON: Expecting"),
+        (b"\xff\xfe\xff", "truncated or no JSON"),
+        (b"[1, 2]", "is no JSON object\n  found: list\n  next step: look away"),
+    ],
+)
+def test_a_file_that_holds_no_object(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        files.read_json(tmp_path / "a.json", "look away")
+    (tmp_path / "a.json").write_text('{"a": [1]}')
+    assert files.read_json(tmp_path / "a.json", "") == {"a": [1]}
+
+
 def test_text_and_bytes(tmp_path: Path) -> None:
     files.write_text(tmp_path / "a" / "b" / "t.txt", "grün\n")
     files.write_bytes(tmp_path / "a" / "b" / "b.bin", b"\0\1")
