@@ -81,13 +81,13 @@ def reason_against(gm: fx.GraphModule, node: fx.Node, runtime: str = "session") 
     if unknown is not None:
         return f"no ONNX type for {unknown.dtype}"
     try:
-        emit_node(builder, gm, node)
+        emit_node(builder, node)
     except (NotImplementedError, UnresolvedError) as error:
         return str(error)
     return None
 
 
-def emit_node(b: Builder, gm: fx.GraphModule, node: fx.Node) -> None:
+def emit_node(b: Builder, node: fx.Node) -> None:
     """Lower one call_function node. Raises NotImplementedError or UnresolvedError where it has no ONNX form."""
     b.node = node
     fake = node.meta.get("val")
@@ -137,7 +137,7 @@ def emit_stage(
     _cached_lengths(b, gm, stage)
     sizes = _missing_sizes(b, stage, carriers)
     for node in stage.nodes:
-        emit_node(b, gm, node)
+        emit_node(b, node)
     b.node = None
     taken = {i.name for i in b.inputs} | set(b.initializers)
     for node in stage.outputs:

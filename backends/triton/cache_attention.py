@@ -22,10 +22,10 @@ from qfx.backends.triton.cache_layout import PLAIN, Held, Layout, Role
 from qfx.backends.triton.kernels.cache_attention import join_splits, split_attention
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.library import define
+from qfx.backends.triton.weight_only import LANGUAGE
 from qfx.errors import explain
 from qfx.format import dtype_name
 
-_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _SPLITS = 128  # at most: as many partial results are put together at once
 _SEVERAL = 8  # splits, of which one less costs little
 _ROWS = 64  # rows of queries of a program, at most
@@ -87,7 +87,7 @@ def _split(
         queries, found.groups, float(scale), *rows_of, *strides, splits,
         MANY=many, D=found.widths[0], DV=found.widths[1], SINKS=found.fmt.sinks, ROOM=arguments[8].shape[2],
         U=math.lcm(part.keys.planes, part.values.planes), **part.keys.constants("K"), **part.values.constants("V"),
-        K_DOT=dots[0], V_DOT=dots[1], **fast, Q_DOT=tl.float32 if plain else _DTYPES[q.dtype],
+        K_DOT=dots[0], V_DOT=dots[1], **fast, Q_DOT=tl.float32 if plain else LANGUAGE[q.dtype],
         PRECISION="ieee", ALL=part.heads is None, **masked, CAUSAL=causal,
         BLOCK_D=block_of(found.widths[0]), BLOCK_V=block_of(found.widths[1]), config=config,
     )  # fmt: skip
@@ -97,7 +97,7 @@ def _dot(role: Role, dtype: torch.dtype, plain: bool) -> tl.dtype:
     """In what a role's tiles are multiplied."""
     if plain or dtype == torch.float32:
         return tl.float32
-    return tl.float16 if role.in_half else _DTYPES[dtype]
+    return tl.float16 if role.in_half else LANGUAGE[dtype]
 
 
 def block_of(width: int) -> int:
@@ -184,7 +184,7 @@ def _checked(q: Tensor, memory: list[Tensor], length: Tensor, spec: str) -> Layo
     keys = memory[3]
     expected = f"[{keys.shape[0]}, a multiple of {found.groups}, queries, {found.widths[0]}]"
     fits = q.dim() == 4 and q.shape[0] == keys.shape[0] and q.shape[3] == found.widths[0]
-    if not fits or q.shape[1] % found.groups or q.dtype not in _DTYPES:
+    if not fits or q.shape[1] % found.groups or q.dtype not in LANGUAGE:
         raise ValueError(
             explain(
                 "queries do not fit the cache",

@@ -17,12 +17,12 @@ from qfx.backends.triton.decode_asm import TABLES
 from qfx.backends.triton.kernels.embedding import embedding as kernel
 from qfx.backends.triton.launch import device_of, launch
 from qfx.backends.triton.library import define
+from qfx.backends.triton.row_codes import FLOATS
 from qfx.errors import explain
 from qfx.format import Format
 from qfx.packing import check_storage
 from qfx.rounding.nested import dynamic_map
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BLOCK = 1024
 _KINDS = {"nf4": "lut", "f4e2m1": "lut", "f8e4m3": "e4m3", "f8e5m2": "e5m2"}
 
@@ -38,7 +38,7 @@ def reason_against(w_format: str) -> str | None:
 def embedding(
     ids: Tensor, w: Tensor, w_scale: Tensor, w_zero: Tensor | None, w_format: str, dim: int, dtype: torch.dtype
 ) -> Tensor:
-    """Rows `ids` (int32 or int64, any shape) of a packed table [V, dim]: [.., dim] in `dtype`, one of DTYPES.
+    """Rows `ids` (int32 or int64, any shape) of a packed table [V, dim]: [.., dim] in `dtype`, f16, bf16 or f32.
 
     The values of `qfx::embedding`, bit for bit before the cast. An id that is no row gives a row of NaN, since nothing
     here waits for the device to find out. Raises ValueError for other types of ids or results, and for a table that
@@ -93,10 +93,10 @@ def _raw(tensor: Tensor) -> Tensor:
 
 def _check(ids: Tensor, w: Tensor, w_zero: Tensor | None, fmt: Format, dim: int, dtype: torch.dtype) -> None:
     check_storage(w, fmt, dim)
-    names = ", ".join(map(str, DTYPES))
+    names = ", ".join(map(str, FLOATS))
     for good, what, expected, found in (
         (ids.dtype in (torch.int32, torch.int64), "the type of the ids", "int32 or int64", ids.dtype),
-        (dtype in DTYPES, "the type of the result", names, dtype),
+        (dtype in FLOATS, "the type of the result", names, dtype),
         (w_zero is not None or not (fmt.has_zero or fmt.has_global_scale), "the table", f"w_zero for '{fmt}'", None),
         (w.device == ids.device, "the device of the table", ids.device, w.device),
     ):

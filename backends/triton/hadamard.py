@@ -22,6 +22,7 @@ from qfx.backends.triton.kernels import hadamard as kernels
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.library import define
 from qfx.backends.triton.quantize_rows import aligned, quantize_dynamic
+from qfx.backends.triton.row_codes import FLOATS
 from qfx.backends.triton.tuning import tuned
 from qfx.errors import explain
 from qfx.format import Format, dtype_name
@@ -33,7 +34,6 @@ _CHUNK = 128  # rows and columns of a matrix that a program holds at once
 _LEAST_WIDTH = 16
 _STEP = 64  # rows of a larger matrix that it takes at a time
 IN_ONE_LAUNCH = (Format.parse("i8/tok"), Format.parse("f8e4m3/tok"))
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TL = {torch.float16: triton.language.float16, torch.bfloat16: triton.language.bfloat16,
        torch.float32: triton.language.float32}  # fmt: skip
 
@@ -126,7 +126,7 @@ def _kronecker(factors: list[Tensor]) -> Tensor:
 
 def reason_against(dtype: torch.dtype) -> str | None:
     """Why activations of this dtype cannot be rotated, or None. Any size that `qfx.rewrites.rotation` knows can be."""
-    return None if dtype in _DTYPES else f"it rotates f16, bf16 and f32, not {dtype_name(dtype)}"
+    return None if dtype in FLOATS else f"it rotates f16, bf16 and f32, not {dtype_name(dtype)}"
 
 
 def candidates(size: int) -> list[Config]:
@@ -223,7 +223,7 @@ def _checked(x: Tensor, packed: list[Tensor], size: int) -> tuple[tuple[Tensor, 
     rotation.check(x.shape[-1], size)
     shape = layout(size)
     found = [tuple(part.shape) for part in packed]
-    if found != [(shape.a, shape.a), (shape.b, shape.b), (size,)] or x.dtype not in _DTYPES:
+    if found != [(shape.a, shape.a), (shape.b, shape.b), (size,)] or x.dtype not in FLOATS:
         raise ValueError(
             explain(
                 f"an activation cannot be rotated in blocks of {size}",

@@ -37,15 +37,6 @@ def pack_halves(codes: Tensor, bits: int, unit: int = UNIT) -> Tensor:
     return data.flatten(-2).contiguous()
 
 
-def unpack_halves(data: Tensor, bits: int, k: int, unit: int = UNIT) -> Tensor:
-    """The codes uint8 [.., k] of `pack_halves`."""
-    assert data.shape[-1] == padded(k, unit) * bits // 8, (data.shape, bits, k, unit)
-    part = unit * bits // 8
-    parts = data.reshape(*data.shape[:-1], data.shape[-1] // part, 1, part)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device).reshape(-1, 1)
-    return ((parts >> shifts) & ((1 << bits) - 1)).flatten(-3)[..., :k].contiguous()
-
-
 def pack_three(codes: Tensor) -> tuple[Tensor, Tensor]:
     """Unsigned codes uint8 [.., K] below 8 to the lower two bits [.., Kp / 4] and the upper bit [.., Kp / 8].
 

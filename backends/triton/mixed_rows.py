@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from qfx.backends.triton import gemm4, layout
@@ -35,12 +34,12 @@ from qfx.backends.triton.products import (
     group_of,
 )
 from qfx.backends.triton.row_codes import dense
+from qfx.backends.triton.weight_only import LANGUAGE
 from qfx.format import Format
 from qfx.numerics import dequantize, effective_scale
 from qfx.packing import unpack_codes, unpack_zeros
 
 ROWS = 128  # rows of one width are padded to whole multiples, which tiles divide
-_LANGUAGE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 Stored = tuple[Tensor, Tensor, Tensor | None, str]  # codes, scale, zero point and format of a segment
 Piece = tuple[int, int, int]  # segment, and its rows start to stop
@@ -198,7 +197,7 @@ def _of_floats(
     out = y if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=y.device)
     launch(kernels.mixed_float, w.grid(m, config), rows, *w.held, w.order, out, w.scale, w.zero, bias,
            None if residual is None else residual.contiguous(), m, n, len(w.order), k, *w.counts, rows.stride(0),
-           *w.strides, SUB=sub, GROUP=w.group, ASM8=blocks[0], ASM4=blocks[1], ASM2=blocks[2], TO=_LANGUAGE[to],
+           *w.strides, SUB=sub, GROUP=w.group, ASM8=blocks[0], ASM4=blocks[1], ASM2=blocks[2], TO=LANGUAGE[to],
            ACTIVATION=activation, EVEN_K=w.is_even(k, sub), config=config)  # fmt: skip
     if split > 1:
         launch(sum_splits, (-(-m * n // 1024),), out, bias, y, m * n, n, SPLITS=split, BLOCK=1024,
@@ -232,7 +231,7 @@ def _checked(
         found = f"{len(weight)} tensors, rows of {[part.shape[-1] for part in weight[1:4]]} bytes"
         raise bad(f"the weight is not packed as '{w_formats}' for k={k}", f"{count}, rows of {widths}", found)
     check_ends(weight[4].shape[-1], x.shape[:-1], bias, residual, activation, dtype)
-    if not x_format and x.dtype not in _LANGUAGE:
+    if not x_format and x.dtype not in LANGUAGE:
         raise bad("activations are floats", "float16, bfloat16 or float32", x.dtype)
     check_devices(x.device, (*weight, bias, residual))
     return Mixed.of(weight, group)

@@ -36,7 +36,7 @@ from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels.quantized_attention import attention, mask_bounds
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.library import define
-from qfx.backends.triton.row_codes import dense
+from qfx.backends.triton.row_codes import FLOATS, dense
 from qfx.errors import explain
 from qfx.format import Format
 from qfx.ops import attention as attention_ops
@@ -45,7 +45,6 @@ from qfx.ops.heads import Static
 
 WIDEST = 256
 _LOG2E = math.log2(math.e)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ALIGNED = 16
 _BESIDE = 1024  # bytes of shared memory for what else there is
 KERNEL = "quantized_attention"
@@ -55,7 +54,7 @@ def reason_against(width: int, value_width: int, dtype: torch.dtype) -> str | No
     """Why no kernel computes attention of this head size and dtype, or None. Formats are taken as the op takes them."""
     if not 0 < max(width, value_width) <= WIDEST or min(width, value_width) == 0:
         return f"heads of 1 to {WIDEST} channels have kernels, not of {width} and {value_width}"
-    return None if dtype in _DTYPES else f"operands in f16, bf16 or f32 have kernels, not in {dtype}"
+    return None if dtype in FLOATS else f"operands in f16, bf16 or f32 have kernels, not in {dtype}"
 
 
 def quantized_attention(

@@ -134,7 +134,7 @@ def _packed(site: Site, given: dict[str, Any], family: str, pack: Any) -> list[A
 def embedding(site: Site) -> Taken | str:
     """qfx::embedding by its kernel, which reads the table as it is stored."""
     given = site.given
-    if given["dtype"] not in tables.DTYPES:
+    if given["dtype"] not in DTYPES:
         return f"its result is {given['dtype']}"
     if reason := tables.reason_against(given["w_format"]):
         return reason

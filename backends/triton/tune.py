@@ -45,16 +45,14 @@ class Tuned:
     dropped: list[tuple[Config, str]] = field(default_factory=list)
 
 
-def tune(
-    work: Work, rows: int, measure: Measure | None = None, *, known: Collection[Choice] = (), seed: int = 0
-) -> Iterator[Tuned]:
+def tune(work: Work, rows: int, measure: Measure | None = None, *, known: Collection[Choice] = ()) -> Iterator[Tuned]:
     """Measure every choice that a work makes for a number of rows, but those `known`; yields each as it is done.
 
     measure: seconds of a call out of several that take turns; left out, `timing.seconds`. Raises UnsupportedError where
     the device has no kernels, ValueError where what runs without a file is wrong already.
     """
     found = device.find(work.where)
-    x = _random_rows(rows, work, seed)
+    x = _random_rows(rows, work)
     with torch.no_grad():
         expected = _flat(work.module(x))
         gm = capture_export(work.module, (x,), dynamic=False).gm
@@ -106,8 +104,8 @@ def _best(
     return told
 
 
-def _random_rows(rows: int, work: Work, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+def _random_rows(rows: int, work: Work) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
     return torch.randn(rows, work.width, generator=generator).to(work.where, work.dtype)
 
 

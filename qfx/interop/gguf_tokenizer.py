@@ -100,16 +100,17 @@ def _unlike(found: str) -> UnsupportedError:
     )
 
 
-def _steps(part: Mapping[str, Any] | None, kind: str) -> list[Mapping[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer: those of a Sequence, or itself."""
+def _steps(parsed: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The steps of the pre-tokenizer: those of a Sequence, or itself."""
+    part = parsed.get("pre_tokenizer")
     if part is None:
         return []
-    inner = part.get("pretokenizers" if kind == "pre_tokenizer" else "normalizers")
+    inner = part.get("pretokenizers")
     return list(inner) if part.get("type") == "Sequence" and inner is not None else [part]
 
 
 def _has_byte_level(parsed: Mapping[str, Any]) -> bool:
-    return any(step.get("type") == "ByteLevel" for step in _steps(parsed.get("pre_tokenizer"), "pre_tokenizer"))
+    return any(step.get("type") == "ByteLevel" for step in _steps(parsed))
 
 
 def _tokens(tokenizer: Any, parsed: Mapping[str, Any], size: int, kind: str) -> tuple[list[str], list[int]]:
@@ -169,7 +170,7 @@ def _prefixed(backend: Any) -> bool:
 
 def _cut(parsed: Mapping[str, Any]) -> tuple[str, list[Note]]:
     """llama.cpp's name for how text is cut before merges."""
-    steps = _steps(parsed.get("pre_tokenizer"), "pre_tokenizer")
+    steps = _steps(parsed)
     patterns = [s["pattern"].get("Regex") for s in steps if s.get("type") == "Split"]
     digits = any(s.get("type") == "Digits" and s.get("individual_digits") for s in steps)
     if not patterns and any(s.get("type") == "ByteLevel" and s.get("use_regex", True) for s in steps):

@@ -80,16 +80,13 @@ def _short(units: Sequence[Placed]) -> dict[str, str]:
     return {unit.name: unit.name for unit in units}
 
 
-def values(
-    units: Sequence[Placed], found: Mapping[str, float], *, title: str, label: str,
-    texts: Mapping[str, str] | None = None, colours: str = "viridis",
-) -> Any:  # fmt: skip
-    """Heat map of a positive number of each unit, by its logarithm. texts: what stands in the cells."""
+def values(units: Sequence[Placed], found: Mapping[str, float], *, title: str, label: str) -> Any:
+    """Heat map of a positive number of each unit, by its logarithm."""
     from matplotlib.colors import LogNorm
 
     known = {name: value for name, value in found.items() if 0 < value < math.inf}
     low, high = min(known.values(), default=1e-3), max(known.values(), default=1.0)
-    return _heat(units, known, LogNorm(low, high if high > low else 2 * low), title, label, colours, texts)
+    return _heat(units, known, LogNorm(low, high if high > low else 2 * low), title, label, "viridis")
 
 
 def bits(units: Sequence[Placed], formats: Mapping[str, Format], *, title: str) -> Any:
@@ -104,7 +101,7 @@ def bits(units: Sequence[Placed], formats: Mapping[str, Format], *, title: str) 
 
 def _heat(
     units: Sequence[Placed], found: Mapping[str, float], norm: Any, title: str, label: str,
-    colours: str, texts: Mapping[str, str] | None,
+    colours: str, texts: Mapping[str, str] | None = None,
 ) -> Any:  # fmt: skip
     layers, panels = grid(units)
     widths = [max(1.2, len(panel.columns) * (1.6 if panel.title == OTHERS else 1)) for panel in panels]

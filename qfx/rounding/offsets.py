@@ -146,8 +146,10 @@ class Sign:
 class Adam:
     """Adam (Kingma and Ba 2015) for one tensor: it moves by about the rate where gradients agree, less elsewhere."""
 
-    def __init__(self, first: float = 0.9, second: float = 0.99) -> None:
-        self.first, self.second, self.steps = first, second, 0
+    FIRST, SECOND = 0.9, 0.99  # how much of the moments stays at each step
+
+    def __init__(self) -> None:
+        self.steps = 0
         self.mean = self.square = torch.zeros(())
 
     def __call__(self, value: Tensor, gradient: Tensor, rate: float) -> None:
@@ -155,9 +157,9 @@ class Adam:
         self.steps += 1
         if self.steps == 1:
             self.mean, self.square = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        self.mean.lerp_(gradient, 1 - self.first)
-        self.square.mul_(self.second).addcmul_(gradient, gradient, value=1 - self.second)
-        shrink = math.sqrt(1 - self.second**self.steps) / (1 - self.first**self.steps)
+        self.mean.lerp_(gradient, 1 - self.FIRST)
+        self.square.mul_(self.SECOND).addcmul_(gradient, gradient, value=1 - self.SECOND)
+        shrink = math.sqrt(1 - self.SECOND**self.steps) / (1 - self.FIRST**self.steps)
         value.addcdiv_(self.mean, self.square.sqrt().add_(_LEAST), value=-rate * shrink)
 
 

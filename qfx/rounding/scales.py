@@ -137,16 +137,12 @@ def refit_scale(full: Tensor, fmt: Format, codes: Tensor, params: QParams, produ
     return QParams(signed_scale(torch.where(usable, fitted, scale), params.zero, fmt), params.zero)
 
 
-def refit_zero(full: Tensor, fmt: Format, codes: Tensor, params: QParams, product: Product = _plain) -> QParams:
+def refit_zero(full: Tensor, fmt: Format, codes: Tensor, params: QParams) -> QParams:
     """The stored zero point that brings `codes` of an affine format nearest to a weight: mean(q - w / s), rounded."""
     steps = split(full, fmt) / spread(effective_scale(params.scale, params.zero, fmt), fmt)
     each = codes.to(torch.float32) - join(steps, fmt, full.shape)
-    ones = torch.ones_like(each)
-    weight = sums_by_scale(product(ones, ones), fmt)
-    mean = sums_by_scale(product(each, ones), fmt) / weight.clamp(min=TINY)
-    assert params.zero is not None
-    zero = mean.round().clamp(0, fmt.qmax).to(torch.uint8)
-    return QParams(params.scale, torch.where(weight > TINY, zero, params.zero))
+    mean = sums_by_scale(each, fmt) / sums_by_scale(torch.ones_like(each), fmt)
+    return QParams(params.scale, mean.round().clamp(0, fmt.qmax).to(torch.uint8))
 
 
 def rounded(full: Tensor, fmt: Format, params: QParams) -> Tensor:

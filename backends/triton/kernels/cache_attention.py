@@ -68,10 +68,10 @@ def weights_of(s, factor, most, total):
 
 @triton.jit
 def _floats_of(keys_ptr, values_ptr, q, count, at, tokens, sums, most, total, mask_ptr, row_at, mask_place, row,
-               query, scale, D: tl.constexpr, DV: tl.constexpr, ROOM: tl.constexpr, BLOCK_D: tl.constexpr,
-               BLOCK_V: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-               MASK: tl.constexpr, CAUSAL: tl.constexpr, EACH_ROW: tl.constexpr):  # fmt: skip
-    """Attention to `count` tokens in float, [ROOM, D], which are those from place `at` on."""
+               query, scale, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+               BLOCK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+               CAUSAL: tl.constexpr, EACH_ROW: tl.constexpr):  # fmt: skip
+    """Attention to `count` tokens in float, rows of D, which are those from place `at` on."""
     channel = tl.arange(0, BLOCK_D)
     out = tl.arange(0, BLOCK_V)
     for start in range(0, count, BLOCK):
@@ -140,13 +140,13 @@ def split_attention(
         if SINKS > 0:
             sums, most, total = _floats_of(
                 first_k + both * SINKS * D, first_v + both * SINKS * DV, given, sinks, 0, tokens, sums, most, total,
-                mask_ptr, row_at, mask_place, known, query, scale, D, DV, SINKS, BLOCK_D, BLOCK_V, 16, Q_DOT,
+                mask_ptr, row_at, mask_place, known, query, scale, D, DV, BLOCK_D, BLOCK_V, 16, Q_DOT,
                 PRECISION, MASK, CAUSAL, EACH_ROW,
             )  # fmt: skip
         rest = tl.minimum(tl.maximum(tokens - sinks - stored, 0), ROOM)
         sums, most, total = _floats_of(
             newest_k + both * ROOM * D, newest_v + both * ROOM * DV, given, rest, sinks + stored, tokens, sums, most,
-            total, mask_ptr, row_at, mask_place, known, query, scale, D, DV, ROOM, BLOCK_D, BLOCK_V, FLOATS,
+            total, mask_ptr, row_at, mask_place, known, query, scale, D, DV, BLOCK_D, BLOCK_V, FLOATS,
             Q_DOT, PRECISION, MASK, CAUSAL, EACH_ROW,
         )  # fmt: skip
     else:

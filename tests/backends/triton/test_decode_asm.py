@@ -44,10 +44,6 @@ def _lanes(op: Callable[..., torch.Tensor], a: int, b: int) -> int:
     return low | high << 16
 
 
-def _single(value: float) -> int:
-    return int(struct.unpack("<I", struct.pack("<f", value))[0])
-
-
 _STEPS: dict[str, Callable[..., int]] = {
     "prmt": _prmt,
     "lop3": _lop3,

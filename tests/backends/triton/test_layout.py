@@ -6,8 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from qfx.backends.triton.layout import pack_halves, pack_three, padded, unpack_halves
+from qfx.backends.triton.layout import pack_halves, pack_three, padded
+
+
+def unpack_halves(data: Tensor, bits: int, k: int, unit: int = 128) -> Tensor:
+    """The codes uint8 [.., k] of `pack_halves`."""
+    assert data.shape[-1] == padded(k, unit) * bits // 8, (data.shape, bits, k, unit)
+    part = unit * bits // 8
+    parts = data.reshape(*data.shape[:-1], data.shape[-1] // part, 1, part)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device).reshape(-1, 1)
+    return ((parts >> shifts) & ((1 << bits) - 1)).flatten(-3)[..., :k].contiguous()
 
 
 @settings(max_examples=30, deadline=None)
