@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from typer.testing import CliRunner
 
 import qfx
 from qfx.advise import Advice, Candidate, _proposals
 from qfx.allocation.devices import Device
-from qfx.cli.app import app
 from qfx.format import Format
 from qfx.kv.judge import judge
 from tests.zoo import ZOO
@@ -199,20 +197,19 @@ def test_one_recipe_may_be_proposed_for_several_reasons() -> None:
 def test_the_command(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tests.qfx.test_cli import SIZES, _tokenizer
+    from tests.qfx.commands import run, save
     from tests.qfx.test_cli_matrix import WORDS
 
-    LlamaForCausalLM(LlamaConfig(**SIZES, max_position_embeddings=64)).save_pretrained(tmp_path / "m")
-    _tokenizer().save_pretrained(tmp_path / "m")
+    save(tmp_path / "m", LlamaForCausalLM, LlamaConfig)
     (tmp_path / "text.txt").write_text(WORDS, encoding="utf-8")
     CPU.save(tmp_path / "cpu.json")
     options = ["--device", tmp_path / "cpu.json", "--data", tmp_path / "text.txt", "--seq-len", 16, "--samples", 8]
     more = ["--recipes", "w8a8", "--max-loss", 5, "--ratio", 1.5, "--batch-size", 2, "--json", tmp_path / "a.json"]
-    result = CliRunner().invoke(app, ["advise", str(tmp_path / "m"), *map(str, [*options, *more])])
+    result = run("advise", tmp_path / "m", *options, *more)
     assert result.exit_code == 0, result.output
     assert "propose w8a8: the fastest (predicted) and the smallest and the least loss (measured)" in result.output
     assert json.loads((tmp_path / "a.json").read_text())["proposals"][0]["candidate"]["recipe"] == "w8a8"
-    refused = CliRunner().invoke(app, ["advise", str(tmp_path / "m"), "--device", "h10"])
+    refused = run("advise", tmp_path / "m", "--device", "h10")
     assert refused.exit_code == 2 and "unknown device 'h10'" in refused.output
 
 

@@ -13,51 +13,24 @@ from typing import Any
 import pytest
 import torch
 import typer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner, Result
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from typer.testing import Result
 
 import qfx.onnx
-from qfx.cli.app import app
 from qfx.cli.terminal import guarded, megabytes
 from qfx.errors import QfxWarning, UnsupportedError
+from tests.qfx.commands import run, save
 from tests.zoo import ZOO
-
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "vocab_size": 60,
-}
-
-
-def _run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    inner = Tokenizer(models.WordLevel({"[UNK]": 0, **{f"w{i}": i for i in range(1, 60)}}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", model_max_length=64)
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    BertModel(BertConfig(**SIZES, max_position_embeddings=64)).save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
-    return folder
+    return save(tmp_path_factory.mktemp("encoder"), BertModel, BertConfig)
 
 
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("language_model")
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SIZES, max_position_embeddings=64)).save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
-    return folder
+    return save(tmp_path_factory.mktemp("language_model"), LlamaForCausalLM, LlamaConfig)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +45,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_presets_lists_every_preset() -> None:
     from qfx.presets import descriptions
 
-    result = _run("presets")
+    result = run("presets")
     assert result.exit_code == 0
     assert [name for name in descriptions() if name not in result.stdout] == []
 
@@ -93,7 +66,7 @@ def test_weights_stay_on_disk_where_asked_or_where_memory_is_short(
     language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def quantized(out: str, *options: str) -> tuple[Result, bytes]:
-        result = _run("quantize", language_model, "-o", tmp_path / out, *options)
+        result = run("quantize", language_model, "-o", tmp_path / out, *options)
         assert result.exit_code == 0, result.output
         return result, (tmp_path / out / "model.safetensors").read_bytes()
 
@@ -106,7 +79,7 @@ def test_weights_stay_on_disk_where_asked_or_where_memory_is_short(
     assert "done load" in quantized("loaded", "--no-stream")[0].stdout
     monkeypatch.setattr("qfx.storage.streamed.free_memory", lambda: None)
     assert "done load" in quantized("unknown")[0].stdout
-    refused = _run("quantize", language_model, "-o", tmp_path / "meta", "--stream", "--device", "meta")
+    refused = run("quantize", language_model, "-o", tmp_path / "meta", "--stream", "--device", "meta")
     assert refused.exit_code == 2 and "--stream runs on the CPU, found --device meta" in refused.stderr
 
 
@@ -115,14 +88,14 @@ def test_gptq_goes_on_where_it_stopped(language_model: Path, text: Path, tmp_pat
     made = []
     how = ("--recipe", "w4a16-gptq", "--data", text, "--samples", 8, "--resume", tmp_path / "work")
     for out in ("one", "two"):
-        result = _run("quantize", language_model, "-o", tmp_path / out, *how, "--seq-len", 32)
+        result = run("quantize", language_model, "-o", tmp_path / out, *how, "--seq-len", 32)
         assert result.exit_code == 0, result.output
         made.append({path.name: path.read_bytes() for path in (tmp_path / out).glob("*.safetensors")})
         files = sorted((tmp_path / "work").glob("block-*"))
         assert len(files) == 3, "the table, the layer, the head"
         files[1].unlink()
     assert made[0] == made[1]
-    result = _run("quantize", language_model, "-o", tmp_path / "three", *how, "--seq-len", 16)
+    result = run("quantize", language_model, "-o", tmp_path / "three", *how, "--seq-len", 16)
     assert result.exit_code == 2 and "holds the progress of other work" in result.stderr
 
 
@@ -153,7 +126,7 @@ def test_gptq_goes_on_where_it_stopped(language_model: Path, text: Path, tmp_pat
 )
 def test_mistakes_are_short_messages(arguments: list[str], message: str, encoder: Path, tmp_path: Path) -> None:
     places = {"MODEL": str(encoder), "OUT": str(tmp_path / "out")}
-    result = _run(*(places.get(argument, argument).replace("MODEL/", f"{encoder}/") for argument in arguments))
+    result = run(*(places.get(argument, argument).replace("MODEL/", f"{encoder}/") for argument in arguments))
     assert result.exit_code == 2, result.output
     assert message.replace("MODEL", str(encoder)) in result.stderr
     assert "Traceback" not in result.output
@@ -161,13 +134,13 @@ def test_mistakes_are_short_messages(arguments: list[str], message: str, encoder
 
 
 def test_debug_shows_where_an_error_came_from(encoder: Path, tmp_path: Path) -> None:
-    result = _run("quantize", encoder, "-o", tmp_path / "out", "--recipe", "w8a9", "--debug")
+    result = run("quantize", encoder, "-o", tmp_path / "out", "--recipe", "w8a9", "--debug")
     assert isinstance(result.exception, ValueError)
     assert "w8a9" in str(result.exception)
 
 
 def test_a_sequence_longer_than_the_model_takes_is_refused(encoder: Path, text: Path, tmp_path: Path) -> None:
-    result = _run(
+    result = run(
         "quantize", encoder, "-o", tmp_path / "out", "--recipe", "w8a8-static", "--data", text, "--seq-len", 65
     )
     assert (result.exit_code, "the model takes 64 tokens, found --seq-len 65" in result.stderr) == (2, True)
@@ -203,21 +176,21 @@ def test_megabytes() -> None:
 def test_quantize_inspect_compare_an_encoder(encoder: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--recipe", "w8a8-static", "--data", text, "--samples", 8, "--seq-len", 32)
-    done = _run("quantize", encoder, "-o", out, *options)
+    done = run("quantize", encoder, "-o", out, *options)
     assert done.exit_code == 0, done.output
     assert re.search(r"\d+ of \d+ linear nodes quantized", done.stdout)
     assert (out / "tokenizer.json").exists()
 
-    seen = _run("inspect", out, "--json", tmp_path / "report.json")
+    seen = run("inspect", out, "--json", tmp_path / "report.json")
     assert seen.exit_code == 0, seen.output
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["totals"]["linear_quantized"] == report["totals"]["linear"] > 0
     assert {row["kernel"] for row in report["rows"]} - {""}, "the kernels that run are told"
-    each = _run("inspect", out, "--no-run", "--each")
+    each = run("inspect", out, "--no-run", "--each")
     assert each.exit_code == 0 and "encoder.layer.0" in each.stdout
 
     numbers = tmp_path / "numbers.json"
-    compared = _run(
+    compared = run(
         "compare", out, encoder, "--data", text, "--samples", 4, "--seq-len", 16, "--repeats", 2, "--json", numbers
     )
     assert compared.exit_code == 0, compared.output
@@ -235,8 +208,8 @@ def test_quantize_inspect_compare_an_encoder(encoder: Path, text: Path, tmp_path
 
 def test_quantize_and_compare_a_language_model_without_data(language_model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert _run("quantize", language_model, "-o", out).exit_code == 0
-    compared = _run(
+    assert run("quantize", language_model, "-o", out).exit_code == 0
+    compared = run(
         "compare", out, language_model, "--data", text, "--samples", 4, "--seq-len", 16, "--repeats", 1, "--no-memory",
         "--json", tmp_path / "numbers.json",
     )  # fmt: skip
@@ -254,30 +227,30 @@ def test_quantize_and_compare_a_language_model_without_data(language_model: Path
 @pytest.mark.filterwarnings("ignore::qfx.errors.QfxWarning")  # groups that are wider than this small model
 def test_quantize_by_heads_under_a_budget(language_model: Path, text: Path, tmp_path: Path) -> None:
     how = ("quantize", language_model, "--recipe", "heads", "--data", text, "--samples", 4, "--seq-len", 16)
-    refused = _run(*how, "-o", tmp_path / "none")
+    refused = run(*how, "-o", tmp_path / "none")
     assert refused.exit_code == 2
     assert "recipe 'heads' needs a budget" in refused.output
     sizes = []
     for bits in (4, 7):
         out, page = tmp_path / f"out{bits}", tmp_path / f"{bits}.html"
-        done = _run(*how, "-o", out, "--avg-bits", bits, "--html", page)
+        done = run(*how, "-o", out, "--avg-bits", bits, "--html", page)
         assert done.exit_code == 0, done.output
         sizes.append(sum(file.stat().st_size for file in out.glob("*.safetensors")))
         assert page.read_text(encoding="utf-8").count("data:image/png") >= 3
     assert sizes[0] < sizes[1], "the budget decides"
-    refused = _run(*how, "-o", tmp_path / "few", "--avg-bits", 1)
+    refused = run(*how, "-o", tmp_path / "few", "--avg-bits", 1)
     assert refused.exit_code == 2 and "at least avg_bits=2" in refused.stderr
 
 
 def test_data_that_a_recipe_does_not_need_is_told(encoder: Path, text: Path, tmp_path: Path) -> None:
-    done = _run("quantize", encoder, "-o", tmp_path / "out", "--data", text)
+    done = run("quantize", encoder, "-o", tmp_path / "out", "--data", text)
     assert done.exit_code == 0, done.output
     assert "recipe 'w8a8' needs no data" in done.stdout
 
 
 def test_export_an_encoder(encoder: Path, text: Path, tmp_path: Path) -> None:
     file = tmp_path / "m.onnx"
-    result = _run("export", encoder, "-o", file, "--recipe", "w8a8-smooth", "--data", text, "--runtime", "standard")
+    result = run("export", encoder, "-o", file, "--recipe", "w8a8-smooth", "--data", text, "--runtime", "standard")
     assert result.exit_code == 0, result.output
     assert "inputs:  input_ids" in result.output
     assert re.search(r"opset \d+, \d+ quantized nodes", result.output)
@@ -285,16 +258,16 @@ def test_export_an_encoder(encoder: Path, text: Path, tmp_path: Path) -> None:
 
 
 def test_export_what_quantize_wrote(encoder: Path, tmp_path: Path) -> None:
-    assert _run("quantize", encoder, "-o", tmp_path / "q").exit_code == 0
-    assert _run("export", tmp_path / "q", "-o", tmp_path / "m.onnx").exit_code == 0
+    assert run("quantize", encoder, "-o", tmp_path / "q").exit_code == 0
+    assert run("export", tmp_path / "q", "-o", tmp_path / "m.onnx").exit_code == 0
     assert json.loads(qfx.onnx.check(tmp_path / "m.onnx")["qfx.formats"])
-    again = _run("export", tmp_path / "q", "-o", tmp_path / "n.onnx", "--recipe", "w4a16")
+    again = run("export", tmp_path / "q", "-o", tmp_path / "n.onnx", "--recipe", "w4a16")
     assert again.exit_code != 0
     assert "is quantized already" in again.output
 
 
 def test_export_a_language_model_as_a_folder(language_model: Path, tmp_path: Path) -> None:
-    result = _run("export", language_model, "-o", tmp_path / "lm")
+    result = run("export", language_model, "-o", tmp_path / "lm")
     assert result.exit_code == 0, result.output
     assert "onnxruntime_genai" in result.output
     assert {"model.onnx", "genai_config.json", "config.json", "tokenizer.json"} <= {
@@ -308,42 +281,42 @@ def test_export_with_prompts_by_integers(language_model: Path, tmp_path: Path) -
     sizes = []
     for options in ([], ["--prefill", "i8/tok"]):
         out = tmp_path / f"lm{len(options)}"
-        result = _run("export", language_model, "-o", out, "--recipe", "w4a16", *options)
+        result = run("export", language_model, "-o", out, "--recipe", "w4a16", *options)
         assert result.exit_code == 0, result.output
         sizes.append(sum(file.stat().st_size for file in out.glob("model.onnx*")))
     assert sizes[1] > 1.2 * sizes[0]
-    refused = _run("export", language_model, "-o", tmp_path / "no", "--prefill", "i3")
+    refused = run("export", language_model, "-o", tmp_path / "no", "--prefill", "i3")
     assert refused.exit_code != 0
     assert "expected: 'i8/tok'" in refused.output
 
 
 def test_export_a_language_model_with_a_quantized_cache(language_model: Path, text: Path, tmp_path: Path) -> None:
     asked = ("export", language_model, "-o", tmp_path / "lm", "--kv")
-    refused = _run(*asked, "i8")
+    refused = run(*asked, "i8")
     assert refused.exit_code != 0
     assert "--kv i8 needs calibration data" in refused.output
-    assert "no cache of keys in a file can have the format 'i8/tok'" in _run(*asked, "i8/tok", "--data", text).output
+    assert "no cache of keys in a file can have the format 'i8/tok'" in run(*asked, "i8/tok", "--data", text).output
     assert not (tmp_path / "lm").exists()
-    result = _run(*asked, "i8", "--data", text, "--samples", 4, "--seq-len", 16)
+    result = run(*asked, "i8", "--data", text, "--samples", 4, "--seq-len", 16)
     assert result.exit_code == 0, result.output
     loaded: Any = qfx.onnx.load(tmp_path / "lm")
     assert loaded(torch.tensor([[3, 4, 5]])).past_key_values.keys[0].dtype == torch.int8
 
 
 def test_quantize_with_a_quantized_cache(language_model: Path, tmp_path: Path) -> None:
-    refused = _run("quantize", language_model, "-o", tmp_path / "no", "--kv", "i8/ch")
+    refused = run("quantize", language_model, "-o", tmp_path / "no", "--kv", "i8/ch")
     assert refused.exit_code != 0 and "a cache cannot store keys as 'i8/ch'" in refused.output
-    refused = _run("quantize", language_model, "-o", tmp_path / "no", "--kv", "i8,i4,i2")
+    refused = run("quantize", language_model, "-o", tmp_path / "no", "--kv", "i8,i4,i2")
     assert refused.exit_code != 0 and "takes one format, or those of keys" in refused.output
-    result = _run("quantize", language_model, "-o", tmp_path / "q", "--recipe", "kv8", "--kv", "i4,i2")
+    result = run("quantize", language_model, "-o", tmp_path / "q", "--recipe", "kv8", "--kv", "i4,i2")
     assert result.exit_code == 0, result.output
     assert "of f16" in result.output and "bytes a token" in result.output
     assert "kv8+kv=i4,i2" in (tmp_path / "q" / "config.json").read_text()
-    assert "kv-k4v2" in _run("presets").output
+    assert "kv-k4v2" in run("presets").output
 
 
 def test_export_needs_data_for_a_static_recipe(encoder: Path, tmp_path: Path) -> None:
-    result = _run("export", encoder, "-o", tmp_path / "m.onnx", "--recipe", "w8a8-static")
+    result = run("export", encoder, "-o", tmp_path / "m.onnx", "--recipe", "w8a8-static")
     assert result.exit_code != 0
     assert "needs calibration data" in result.output
     assert not (tmp_path / "m.onnx").exists()
@@ -352,7 +325,7 @@ def test_export_needs_data_for_a_static_recipe(encoder: Path, tmp_path: Path) ->
 def test_export_an_encoder_decoder_as_a_folder(tmp_path: Path) -> None:
     model: Any = ZOO["bart"]()[0]
     model.save_pretrained(tmp_path / "bart")
-    result = _run("export", tmp_path / "bart", "-o", tmp_path / "out")
+    result = run("export", tmp_path / "bart", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "qfx.onnx.load(folder)" in result.output
     assert "onnxruntime_genai" not in result.output

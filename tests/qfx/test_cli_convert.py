@@ -9,15 +9,10 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models
-from typer.testing import CliRunner, Result
 
 import qfx
-from qfx.cli.app import app
 from tests.interop import llama, logits, pack, same
-
-
-def _run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+from tests.qfx.commands import run
 
 
 @pytest.fixture
@@ -33,7 +28,7 @@ def saved(tmp_path: Path) -> Path:
     ("layout", "method"), [("compressed-tensors", "compressed-tensors"), ("gptq", "gptq"), ("awq", "awq")]
 )
 def test_a_saved_model_is_converted(saved: Path, tmp_path: Path, layout: str, method: str) -> None:
-    result = _run("convert", saved, tmp_path / "out", "--to", layout, "--strict")
+    result = run("convert", saved, tmp_path / "out", "--to", layout, "--strict")
     assert result.exit_code == 0, result.stderr
     assert "on disk" in result.stdout and (tmp_path / "out" / "tokenizer.json").is_file()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == method
@@ -44,7 +39,7 @@ def test_from_layout_to_layout_and_back(saved: Path, tmp_path: Path) -> None:
     steps = ["gptq", "awq", "compressed-tensors", "qfx"]
     source = saved
     for layout in steps:
-        result = _run("convert", source, tmp_path / layout, "--to", layout, "--strict")
+        result = run("convert", source, tmp_path / layout, "--to", layout, "--strict")
         assert result.exit_code == 0, result.stderr
         source = tmp_path / layout
     assert torch.equal(logits(qfx.load(source)), logits(qfx.load(saved)))
@@ -59,14 +54,14 @@ def test_what_is_refused(saved: Path, tmp_path: Path) -> None:
         ([saved, saved / "config.json", "--to", "awq"], "it is a file"),
         ([saved, tmp_path / "out", "--to", "gguf"], "'gguf' is not one of"),
     ):
-        result = _run("convert", *arguments)
+        result = run("convert", *arguments)
         assert result.exit_code == 2 and message in result.stderr, (message, result.stderr)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_is_a_warning_or_under_strict_an_error(tmp_path: Path) -> None:
     qfx.save(pack(llama(), "i4/g32"), tmp_path / "saved")
-    result = _run("convert", tmp_path / "saved", tmp_path / "out", "--to", "gptq")
+    result = run("convert", tmp_path / "saved", tmp_path / "out", "--to", "gptq")
     assert result.exit_code == 0 and "warning" in result.stderr and "scales are float16" in result.stderr
-    result = _run("convert", tmp_path / "saved", tmp_path / "strict", "--to", "gptq", "--strict")
+    result = run("convert", tmp_path / "saved", tmp_path / "strict", "--to", "gptq", "--strict")
     assert result.exit_code == 2 and "strict=True" in result.stderr

@@ -5,23 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
 import qfx
-from qfx.cli.app import app
 from qfx.interop.gguf_import import read_gguf
+from tests.qfx.commands import run
 
 pytest.importorskip("gguf", reason="the container: pip install qfx[interop]")
 pytest.importorskip("transformers")
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny_lm"
 
 
-def _run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["export-gguf", *(str(argument) for argument in arguments)])
-
-
 def test_a_model_with_its_tokenizer(tmp_path: Path) -> None:
-    done = _run(TINY, "-o", tmp_path / "m.gguf", "--type", "q4_0")
+    done = run("export-gguf", TINY, "-o", tmp_path / "m.gguf", "--type", "q4_0")
     assert done.exit_code == 0, done.output
     assert "56 tensors (42 Q4_0, 13 F32, 1 Q8_0)" in " ".join(done.output.split())
     fields = read_gguf(tmp_path / "m.gguf").fields
@@ -32,15 +27,15 @@ def test_a_model_with_its_tokenizer(tmp_path: Path) -> None:
 def test_data_changes_the_codes(tmp_path: Path) -> None:
     text = TINY.parent / "eval.txt"
     for name, more in (("a", ()), ("b", ("--data", text, "--samples", 2, "--seq-len", 64))):
-        assert _run(TINY, "-o", tmp_path / name, "--type", "Q4_1", "--no-tokenizer", *more).exit_code == 0
+        assert run("export-gguf", TINY, "-o", tmp_path / name, "--type", "Q4_1", "--no-tokenizer", *more).exit_code == 0
     a, b = ((tmp_path / name).read_bytes() for name in "ab")
     assert len(a) == len(b) and a != b
 
 
 def test_what_qfx_saved_keeps_its_values(tmp_path: Path) -> None:
-    assert _run(TINY, "-o", tmp_path / "a.gguf", "--type", "Q8_0", "--no-tokenizer").exit_code == 0
+    assert run("export-gguf", TINY, "-o", tmp_path / "a.gguf", "--type", "Q8_0", "--no-tokenizer").exit_code == 0
     qfx.save(qfx.import_gguf(tmp_path / "a.gguf"), tmp_path / "q")
-    done = _run(tmp_path / "q", "-o", tmp_path / "b.gguf", "--no-tokenizer", "--type", "Q8_0")
+    done = run("export-gguf", tmp_path / "q", "-o", tmp_path / "b.gguf", "--no-tokenizer", "--type", "Q8_0")
     assert done.exit_code == 0, done.output
     a, b = (read_gguf(tmp_path / name).tensors for name in ("a.gguf", "b.gguf"))
     assert list(a) == list(b)
@@ -58,7 +53,7 @@ def test_what_qfx_saved_keeps_its_values(tmp_path: Path) -> None:
 )
 def test_refusals(arguments: tuple[object, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = _run(*arguments)
+    done = run("export-gguf", *arguments)
     assert done.exit_code != 0
     assert message in done.output.replace("\n", " ") or message in done.output
     assert list(tmp_path.iterdir()) == []

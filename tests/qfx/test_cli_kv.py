@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
-from tests.qfx.test_cli import _run
+from tests.qfx.commands import run
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_table(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "kv.json"
-    result = _run("kv", folder, "--formats", "i8,kv-k4v2,i8:u2/g8/f16", "--memory", "1MiB", "--json", file)
+    result = run("kv", folder, "--formats", "i8,kv-k4v2,i8:u2/g8/f16", "--memory", "1MiB", "--json", file)
     assert result.exit_code == 0, result.output
     assert "one sequence" in result.output and "the model takes 32" in " ".join(result.output.split())
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -41,7 +41,7 @@ def test_the_table(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_no_room(folder: Path) -> None:
-    result = _run("kv", folder, "--formats", "i8", "--memory", "9kB", "--batch", "2", "--context", "100")
+    result = run("kv", folder, "--formats", "i8", "--memory", "9kB", "--batch", "2", "--context", "100")
     assert result.exit_code == 0 and result.output.count("no room") == 2 and "2 sequences" in result.output
 
 
@@ -56,7 +56,7 @@ def test_no_room(folder: Path) -> None:
     ],
 )
 def test_mistakes_are_short_messages(folder: Path, arguments: tuple[str, ...], message: str) -> None:
-    result = _run("kv", folder, *arguments)
+    result = run("kv", folder, *arguments)
     assert result.exit_code == 2 and message in result.output, result.output
 
 
@@ -64,5 +64,5 @@ def test_a_quantized_model_is_refused(folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    result = _run("kv", tmp_path)
+    result = run("kv", tmp_path)
     assert result.exit_code == 2 and "is quantized" in result.output

@@ -6,35 +6,25 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner, Result
 
-from qfx.cli.app import app
-from tests.qfx.test_cli import SIZES, _tokenizer
+from tests.qfx.commands import run, save
 
 WORDS = " ".join(f"w{i * 7 % 59 + 1} w{i * i % 59 + 1} w{i % 5 + 1}" for i in range(400))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SIZES, max_position_embeddings=64)).save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    folder = save(tmp_path_factory.mktemp("model"), LlamaForCausalLM, LlamaConfig)
     (folder / "text.txt").write_text(WORDS, encoding="utf-8")
     return folder
 
 
-def _run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["compare", *(str(argument) for argument in arguments)])
-
-
 @pytest.mark.slow
 def test_a_matrix_with_plot(model: Path, tmp_path: Path) -> None:
-    result = _run(
-        model, "--recipes", "w8a8, w8a8-static,none", "--data", model / "text.txt", "--samples", 4, "--calibration", 8,
-        "--seq-len", 16, "--repeats", 1, "--json", tmp_path / "m.json", "--plot", tmp_path / "m.png",
+    result = run(
+        "compare", model, "--recipes", "w8a8, w8a8-static,none", "--data", model / "text.txt", "--samples", 4,
+        "--calibration", 8, "--seq-len", 16, "--repeats", 1, "--json", tmp_path / "m.json", "--plot", tmp_path / "m.png",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "m.json").read_text())
@@ -50,11 +40,11 @@ def test_a_matrix_with_plot(model: Path, tmp_path: Path) -> None:
 
 def test_a_short_text_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("w1 w2 w3", encoding="utf-8")
-    result = _run(model, "--recipes", "w8a8", "--data", tmp_path / "short.txt", "--seq-len", 16)
+    result = run("compare", model, "--recipes", "w8a8", "--data", tmp_path / "short.txt", "--seq-len", 16)
     assert result.exit_code == 2 and "cannot be cut into calibration and evaluation" in result.output
 
 
 def test_one_form_or_the_other(model: Path) -> None:
-    both, neither = _run(model, model, "--recipes", "w8a8"), _run(model)
+    both, neither = run("compare", model, model, "--recipes", "w8a8"), run("compare", model)
     assert both.exit_code == 2 and "--recipes takes one MODEL, found two" in both.output
     assert neither.exit_code == 2 and "expected QUANTIZED and MODEL, found one of them" in neither.output

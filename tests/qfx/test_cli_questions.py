@@ -14,7 +14,7 @@ import qfx
 from qfx.cli.models import TextOptions
 from qfx.cli.questions import Question, question_batches, read_questions
 from qfx.hf import hub
-from tests.qfx.test_cli import SIZES, _run, _tokenizer
+from tests.qfx.commands import run, save, tokenizer
 
 LINES: list[dict[str, Any]] = [
     {"question": "w1 w2", "context": "w3 w4 w5 w6", "answer": "w4 w5"},
@@ -27,12 +27,10 @@ LINES: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small BERT for questions, and the file of LINES."""
-    where = tmp_path_factory.mktemp("qa")
-    torch.manual_seed(0)
-    BertForQuestionAnswering(BertConfig(**SIZES, max_position_embeddings=64)).save_pretrained(where)
-    tokenizer = _tokenizer()
-    tokenizer.pad_token = "[UNK]"
-    tokenizer.save_pretrained(where)
+    where = save(tmp_path_factory.mktemp("qa"), BertForQuestionAnswering, BertConfig)
+    padding = tokenizer()
+    padding.pad_token = "[UNK]"
+    padding.save_pretrained(where)
     (where / "questions.jsonl").write_text("\n".join(map(json.dumps, LINES)) + "\n\n")
     return where
 
@@ -89,7 +87,7 @@ def test_bad_lines_are_told(tmp_path: Path, line: dict[str, Any], message: str) 
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
-    done = _run(
+    done = run(
         "analyze", folder, "--data", folder / "questions.jsonl", "--task", "qa", "--batch-size", 2, "--seq-len", 8,
         "--measure", 0, "--format", "u4/g16", "--json", tmp_path / "s.json",
     )  # fmt: skip
@@ -100,6 +98,6 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
 
 
 def test_without_a_file_it_says_what_is_needed(folder: Path) -> None:
-    done = _run("analyze", folder, "--task", "qa")
+    done = run("analyze", folder, "--task", "qa")
     assert done.exit_code == 2
     assert "needs labels" in done.output and "'question', 'context' and 'answer'" in done.output

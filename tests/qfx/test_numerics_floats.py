@@ -10,44 +10,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from qfx.format import TYPES, Format
 from qfx.numerics import (
     F4_VALUES,
     NF4_VALUES,
     choose_qparams,
     dequantize,
-    effective_scale,
     fake_quantize,
-    join,
     quantize,
-    split,
-    spread,
 )
+from tests.qfx.test_numerics import GRANULARITIES, F, arrays, full_scale
 
-F = Format.parse
-SCALED = [t for t in TYPES if t not in ("f16", "bf16", "f32")]
-INTEGERS = [t for t in SCALED if t[0] in "iu"]
-GRANULARITIES = ["", "/ch", "/g4", "/b2x3"]
 ML_DTYPES = {
     "f4e2m1": ml_dtypes.float4_e2m1fn,
     "f8e4m3": ml_dtypes.float8_e4m3fn,
     "f8e5m2": ml_dtypes.float8_e5m2,
 }
-
-
-def arrays(limit: float = 2.0**100) -> st.SearchStrategy[Tensor]:
-    elements = st.floats(-limit, limit, width=32, allow_subnormal=False)
-    shapes = hnp.array_shapes(min_dims=2, max_dims=3, min_side=1, max_side=9)
-    return hnp.arrays(np.float32, shapes, elements=elements).map(torch.from_numpy)
-
-
-def full_scale(x: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """The factor of each element of x."""
-    ones = split(torch.ones_like(x), fmt)
-    return join(ones * spread(effective_scale(scale, zero, fmt), fmt), fmt, x.shape)
 
 
 @pytest.mark.parametrize("kind", list(ML_DTYPES))

@@ -23,7 +23,7 @@ from qfx.packing import pack_weight
 from tests import tiny
 from tests.backends.triton.cases import DEVICE
 from tests.backends.triton.linears import linear_w8a8
-from tests.qfx.test_cli import _run
+from tests.qfx.commands import run
 
 HERE = device.find(torch.device(DEVICE))
 
@@ -263,30 +263,30 @@ def test_the_command_takes_a_model(folder: Path) -> None:
     ],
 )
 def test_mistakes_are_short_messages(folder: Path, arguments: tuple[str, ...], message: str) -> None:
-    result = _run("tune", "--device", DEVICE, *arguments)
+    result = run("tune", "--device", DEVICE, *arguments)
     assert result.exit_code == 2 and message in result.output, result.output
 
 
 def test_a_recipe_that_needs_data_is_refused(folder: Path) -> None:
     model = folder / "model"
     tiny.config("llama").save_pretrained(model)
-    result = _run("tune", str(model), "--device", DEVICE, "--recipe", "w4a16-gptq")
+    result = run("tune", str(model), "--device", DEVICE, "--recipe", "w4a16-gptq")
     assert result.exit_code == 2 and "needs calibration data" in result.output, result.output
 
 
 def test_without_a_folder_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QFX_TUNED_DIR", raising=False)
     monkeypatch.setenv("QFX_CACHE_DIR", "")
-    result = _run("tune", "--device", DEVICE)
+    result = run("tune", "--device", DEVICE)
     assert result.exit_code == 2 and "QFX_TUNED_DIR" in result.output, result.output
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = _run("tune")
+    result = run("tune")
     assert result.exit_code == 2 and "there is no device 'cuda' here" in result.output, result.output
     monkeypatch.setattr(device, "interpreting", lambda: False)
-    result = _run("tune", "--device", "cpu")
+    result = run("tune", "--device", "cpu")
     assert result.exit_code == 2 and "Triton kernels cannot run on the device 'cpu'" in result.output, result.output
 
 

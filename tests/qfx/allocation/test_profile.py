@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from qfx.allocation import profile
 from qfx.allocation.devices import load
 from qfx.allocation.profile import Effort, _least, measure
-from qfx.cli.app import app
+from tests.qfx.commands import run
 
 QUICK = Effort(width=128, rows=(1, 32), sizes=(1 << 16, 1 << 22), seconds=0.005)
 
@@ -72,11 +71,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return CPU
 
     monkeypatch.setattr("qfx.cli.profile.measure", measured)
-    result = CliRunner().invoke(app, ["profile", "-o", str(tmp_path / "cpu.json"), "--threads", "3", "--name", "box"])
+    result = run("profile", "-o", tmp_path / "cpu.json", "--threads", 3, "--name", "box")
     assert result.exit_code == 0, result.output
     assert asked == [(3, "box")] and load(tmp_path / "cpu.json") == CPU
     assert "60.0 GB/s" in result.output and "80, 370 Gop/s" in result.output
-    refused = CliRunner().invoke(app, ["profile", "-o", str(tmp_path / "cpu.txt")])
+    refused = run("profile", "-o", tmp_path / "cpu.txt")
     assert refused.exit_code == 2 and "the profile is a .json file" in refused.output
 
 

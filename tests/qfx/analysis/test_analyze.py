@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 import qfx
-from qfx.cli.app import app
 from tests import tiny
 from tests.qfx.analysis.models import causal, ids
+from tests.qfx.commands import run, tokenizer
 from tests.zoo import ZOO
 
 QUICK: dict[str, Any] = {"formats": ("u3/g16", "i8/ch"), "measure": 0, "progress": False}
@@ -139,22 +138,16 @@ def test_heads_that_cannot_be_told_apart_are_told() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.qfx.test_cli import _tokenizer
-
     where = tmp_path_factory.mktemp("model")
     tiny.build("llama").save_pretrained(where)
-    _tokenizer().save_pretrained(where)
+    tokenizer().save_pretrained(where)
     return where
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, ["analyze", *map(str, arguments)])
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
     done = run(
-        folder, "--samples", 2, "--batch-size", 2, "--seq-len", 16, "--format", "u4/g16", "--format", "i8/ch",
-        "--measure", 1, "--rows", 3, "--json", tmp_path / "s.json",
+        "analyze", folder, "--samples", 2, "--batch-size", 2, "--seq-len", 16, "--format", "u4/g16",
+        "--format", "i8/ch", "--measure", 1, "--rows", 3, "--json", tmp_path / "s.json",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     for word in ("u4/g16", "key-value cache", "heads", "induction", "predicted against measured", "quant-fisher"):
@@ -175,7 +168,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_short_messages(folder: Path, options: list[str], message: str) -> None:
-    done = run(folder, *options)
+    done = run("analyze", folder, *options)
     assert done.exit_code == 2
     assert message in done.output and "Traceback" not in done.output
 
@@ -193,17 +186,15 @@ def test_labels_of_a_file(tmp_path: Path) -> None:
 
 
 def test_the_command_with_a_task(tmp_path: Path) -> None:
-    from tests.qfx.test_cli import _tokenizer
-
     model, _ = ZOO["roberta"]()
     model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
-    tokenizer = _tokenizer()
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
-    tokenizer.save_pretrained(tmp_path / "model")
+    padding = tokenizer()
+    padding.pad_token = padding.pad_token or padding.unk_token
+    padding.save_pretrained(tmp_path / "model")
     file = tmp_path / "data.jsonl"
     file.write_text("\n".join(json.dumps({"text": "the model " * i, "label": i % 2}) for i in range(1, 5)))
     done = run(
-        tmp_path / "model", "--data", file, "--task", "classification", "--batch-size", 2, "--seq-len", 12,
+        "analyze", tmp_path / "model", "--data", file, "--task", "classification", "--batch-size", 2, "--seq-len", 12,
         "--measure", 0, "--format", "u4/g16", "--json", tmp_path / "s.json",
     )  # fmt: skip
     assert done.exit_code == 0, done.output

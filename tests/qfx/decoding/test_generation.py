@@ -176,20 +176,25 @@ def test_sampling_follows_the_seed(folder: Path) -> None:
     assert not torch.equal(drawn[0], drawn[2])
 
 
-def test_onnxruntime_genai_writes_the_same_tokens(folder: Path) -> None:
+def by_genai(folder: Path, ids: list[int], **options: Any) -> list[int]:
+    """A prompt and what onnxruntime-genai writes behind it."""
     import onnxruntime_genai
 
+    model = onnxruntime_genai.Model(str(folder))
+    params = onnxruntime_genai.GeneratorParams(model)
+    params.set_search_options(do_sample=False, **options)
+    generator = onnxruntime_genai.Generator(model, params)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return list(generator.get_sequence(0))
+
+
+def test_onnxruntime_genai_writes_the_same_tokens(folder: Path) -> None:
     ids = prompt()["input_ids"][:1]
     loaded: Any = qfx.onnx.load(folder)
     expected = loaded.generate(input_ids=ids, max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=-1)
-    model = onnxruntime_genai.Model(str(folder))
-    params = onnxruntime_genai.GeneratorParams(model)
-    params.set_search_options(max_length=ids.shape[1] + 24, do_sample=False)
-    generator = onnxruntime_genai.Generator(model, params)
-    generator.append_tokens(ids[0].tolist())
-    while not generator.is_done():
-        generator.generate_next_token()
-    found = list(generator.get_sequence(0))
+    found = by_genai(folder, ids[0].tolist(), max_length=ids.shape[1] + 24)
     assert found == expected[0].tolist()[: len(found)]
     assert len(found) > ids.shape[1]
 

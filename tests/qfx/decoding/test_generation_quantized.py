@@ -20,6 +20,7 @@ from qfx.errors import QfxWarning, UnsupportedError
 from tests import tiny as tiny_model
 from tests.backends.onnx.checks import sqnr
 from tests.qfx.decoding.test_export import export
+from tests.qfx.decoding.test_generation import by_genai
 from tests.zoo import VOCAB, ZOO
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -146,20 +147,11 @@ def test_padded_batches_and_beams(folder: Path) -> None:
 
 
 def test_onnxruntime_genai_writes_the_same_tokens(folder: Path) -> None:
-    import onnxruntime_genai
-
     ids = tokens()[None, :12]
     loaded: Any = qfx.onnx.load(folder)
     expected = loaded.generate(input_ids=ids, max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=2047)
-    model = onnxruntime_genai.Model(str(folder))
     for shared in (True, False):
-        params = onnxruntime_genai.GeneratorParams(model)
-        params.set_search_options(max_length=36, do_sample=False, past_present_share_buffer=shared)
-        generator = onnxruntime_genai.Generator(model, params)
-        generator.append_tokens(ids[0].tolist())
-        while not generator.is_done():
-            generator.generate_next_token()
-        found = list(generator.get_sequence(0))
+        found = by_genai(folder, ids[0].tolist(), max_length=36, past_present_share_buffer=shared)
         assert found == expected[0].tolist()[: len(found)]
         assert len(found) > ids.shape[1]
 

@@ -12,21 +12,7 @@ from torch._export.serde.serialize import _TORCH_TO_SERIALIZE_DTYPE
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import qfx.ops.packed  # noqa: F401  registers the ops
-from qfx.format import Format
-from qfx.packing import Packed, pack_weight
-
-F = Format.parse
-
-
-def linear(x: Tensor, packed: Packed, x_format: str = "", **kwargs: Tensor) -> Tensor:
-    optional = [kwargs.pop(name, None) for name in ("bias", "x_scale", "x_zero", "smooth")]
-    assert not kwargs
-    y: Tensor = torch.ops.qfx.linear(x, packed.data, packed.scale, packed.zero, *optional, x_format, str(packed.format))
-    return y
-
-
-def weight(text: str, n: int = 6, k: int = 20, seed: int = 0) -> Packed:
-    return pack_weight(torch.randn(n, k, generator=torch.Generator().manual_seed(seed)), F(text))
+from tests.qfx.ops.test_packed import linear, weight
 
 
 class Linear(torch.nn.Module):

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import qfx
-from qfx.cli.app import app
 from qfx.pictures import canvas, plans
 from qfx.pictures.page import Picture
+from tests.qfx.commands import run
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install qfx[pictures]")
 transformers = pytest.importorskip("transformers", reason="the model is a transformers model: pip install qfx[hf]")
@@ -51,9 +50,8 @@ def test_the_page_of_a_planned_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_analyze_writes_a_page(tmp_path: Path) -> None:
     file = tmp_path / "out.html"
-    arguments = ["analyze", str(ASSETS / "tiny_lm"), "--samples", "2", "--batch-size", "2", "--seq-len", "32",
-                 "--measure", "1", "--format", "u3/g32/f16", "--html", str(file)]  # fmt: skip
-    done = CliRunner().invoke(app, arguments)
+    done = run("analyze", ASSETS / "tiny_lm", "--samples", 2, "--batch-size", 2, "--seq-len", 32,
+               "--measure", 1, "--format", "u3/g32/f16", "--html", file)  # fmt: skip
     assert done.exit_code == 0, done.output
     text = file.read_text(encoding="utf-8")
     assert "<h1>Sensitivity of tiny_lm</h1>" in text and text.count("<img ") == 4
@@ -68,6 +66,6 @@ def test_a_page_without_matplotlib_is_refused_before_the_model_is_loaded(
 
     monkeypatch.setattr(canvas, "figure", missing)
     monkeypatch.setattr(qfx.hf.hub, "load", lambda *_, **__: pytest.fail("the model was loaded"))
-    done = CliRunner().invoke(app, ["analyze", str(ASSETS / "tiny_lm"), "--html", str(tmp_path / "out.html")])
+    done = run("analyze", ASSETS / "tiny_lm", "--html", tmp_path / "out.html")
     assert done.exit_code == 2 and "pictures need matplotlib" in done.output
     assert not (tmp_path / "out.html").exists()
