@@ -24,7 +24,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_matrix_with_plot(model: Path, tmp_path: Path) -> None:
     result = run(
         "compare", model, "--recipes", "w8a8, w8a8-static,none", "--data", model / "text.txt", "--samples", 4,
-        "--calibration", 8, "--seq-len", 16, "--repeats", 1, "--json", tmp_path / "m.json", "--plot", tmp_path / "m.png",
+        "--calibration", 8, "--seq-len", 16, "--repeats", 1,
+        "--json", tmp_path / "m.json", "--plot", tmp_path / "m.png",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "m.json").read_text())
