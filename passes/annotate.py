@@ -104,15 +104,9 @@ def plain_tables(gm: fx.GraphModule) -> dict[str, fx.Node]:
 
 def _constants(operand: fx.Node) -> set[fx.Node]:
     """The constants that a value is computed of; where an input is among these, those that its call itself reads."""
-    todo, found = [operand], set[fx.Node]()
-    while todo:
-        node = todo.pop()
-        if node in found:
-            continue
-        if node.op == "placeholder":
-            return {source for source in operand.all_input_nodes if source.op == "get_attr"}
-        found.add(node)
-        todo += node.all_input_nodes
+    found = graph.above(operand)
+    if any(node.op == "placeholder" for node in found):
+        found = set(operand.all_input_nodes)
     return {node for node in found if node.op == "get_attr"}
 
 

@@ -98,7 +98,7 @@ def _take_over(cat: fx.Node, present: fx.Node) -> None:
 
 def _grown(node: Any, pasts: list[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
     """(cached, new) of their concatenation along the tokens that nothing but attention and the output reads."""
-    if not isinstance(node, fx.Node) or not is_call(node, aten.cat.default):
+    if not is_call(node, aten.cat.default):
         return None
     parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
     if not isinstance(parts, list | tuple) or len(parts) != 2 or dim not in (-2, 2) or m.rank(node) != 4:

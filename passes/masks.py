@@ -180,12 +180,12 @@ def _whole_index(gm: fx.GraphModule, node: fx.Node) -> bool:
 def _axis(index: Any, length: Any, rank: int) -> int | None:
     """The axis of the result along which an index counts 0, 1, 2, ... up to `length`; None where it does not."""
     inserted: list[int] = []
-    while isinstance(index, fx.Node) and is_call(index, aten.unsqueeze.default):
+    while is_call(index, aten.unsqueeze.default):
         dim = index.args[1]
         assert isinstance(dim, int)
         inserted.append(dim % val(index).dim())
         index = index.args[0]
-    if not isinstance(index, fx.Node) or not is_call(index, aten.arange.default):
+    if not is_call(index, aten.arange.default):
         return None
     if val(index).dim() != 1 or not m.same_size(val(index).shape[0], length):
         return None

@@ -242,14 +242,16 @@ def _static(
     return _held(gm, f"{base}x_scale", scale, node), _held(gm, f"{base}x_zero", zero, node)
 
 
+def _input(node: fx.Node) -> tuple[Any, Any]:
+    """(what is multiplied by a weight, the vector that divides it first or None)."""
+    return node.args[0].args if is_smoothed(node.args[0]) else (node.args[0], None)  # type: ignore[union-attr, return-value]
+
+
 def _linear(
     gm: fx.GraphModule, node: fx.Node, weight: list[Any], x: Format | None, w: Format, tensors: Mapping[str, Tensor]
 ) -> None:
     scale, zero = _static(gm, node, x, tensors)
-    value: Any = node.args[0]
-    smooth = None
-    if is_smoothed(value):
-        value, smooth = value.args
+    value, smooth = _input(node)
     args = (value, *weight, _bias(node), scale, zero, smooth, str(x) if x else "", str(w))
     _replace(gm, node, torch.ops.qfx.linear.default, args)
 
@@ -259,10 +261,7 @@ def _rows(
     tensors: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
     """One op for each segment of output rows; their results in order, then the bias."""
-    value: Any = node.args[0]
-    smooth = None
-    if is_smoothed(value):
-        value, smooth = value.args
+    value, smooth = _input(node)
     static = _static(gm, node, x, tensors)
     parts = [
         _segment(gm, node, (value, *weight, None, *static, smooth), x, segment.format)

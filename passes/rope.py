@@ -75,11 +75,7 @@ def _rotation_of(node: Any, x: Any) -> bool | None:
         return False if _rotates(node, x, _half) else None
     if is_call(node, aten.reshape.default, aten.flatten.using_ints):
         stack = node.args[0]
-        return (
-            True
-            if isinstance(stack, fx.Node) and is_call(stack, aten.stack.default) and _rotates(stack, x, _every_other)
-            else None
-        )
+        return True if is_call(stack, aten.stack.default) and _rotates(stack, x, _every_other) else None
     return None
 
 

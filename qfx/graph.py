@@ -167,6 +167,16 @@ def is_call(node: Any, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def above(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it is computed from."""
+    found, todo = {node}, [node]
+    while todo:
+        more = set(todo.pop().all_input_nodes) - found
+        found |= more
+        todo += more
+    return found
+
+
 def schema_name(node: fx.Node) -> str:
     """`aten::linear` for a call of an operator, '' for everything else."""
     target = node.target

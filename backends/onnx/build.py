@@ -347,12 +347,17 @@ def _shape_after(op_type: str, inputs: Sequence[Value | None]) -> tuple[Dim, ...
     shapes = [v.shape for v in inputs if v is not None and v.shape is not None]
     if len(shapes) < sum(v is not None for v in inputs):
         return None
+    common = broadcast(shapes)
+    fits = all(size in (1, due) for shape in shapes for size, due in zip(shape[::-1], common[::-1], strict=False))
+    return common if fits else None
+
+
+def broadcast(shapes: Sequence[tuple[Dim, ...]]) -> tuple[Dim, ...]:
+    """The common shape of shapes that fit each other."""
     rank = max(len(s) for s in shapes)
     common: list[Dim] = [1] * rank
     for shape in shapes:
         for i, size in enumerate(shape, rank - len(shape)):
-            if common[i] not in (1, size) and size != 1:
-                return None
             common[i] = size if common[i] == 1 else common[i]
     return tuple(common)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qfx.backends.onnx.build import Builder
+from qfx.backends.onnx.build import Builder, broadcast
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.shapes import axis_of
 from qfx.backends.onnx.values import Dim, Value, is_number
@@ -68,7 +68,7 @@ def _without_masks(b: Builder, indices: Sequence[Value | None]) -> list[Value | 
 
 def _stacked(b: Builder, tensors: Sequence[Value]) -> Value:
     """Indices broadcast together and stacked along a new last dimension, for GatherND and ScatterND."""
-    shape = _broadcast([t.dims for t in tensors])
+    shape = broadcast([t.dims for t in tensors])
     rank = len(shape)
     pieces = []
     for t in tensors:
@@ -77,16 +77,6 @@ def _stacked(b: Builder, tensors: Sequence[Value]) -> Value:
             value = b.op("Expand", value, b.shape(shape))
         pieces.append(b.op("Unsqueeze", value, b.ints([rank])))
     return b.op("Concat", *pieces, axis=rank)
-
-
-def _broadcast(shapes: Sequence[tuple[Dim, ...]]) -> tuple[Dim, ...]:
-    """The common shape of indices."""
-    rank = max(len(s) for s in shapes)
-    common: list[Dim] = [1] * rank
-    for shape in shapes:
-        for i, size in enumerate(shape, rank - len(shape)):
-            common[i] = size if common[i] == 1 else common[i]
-    return tuple(common)
 
 
 def index_put(
@@ -104,7 +94,7 @@ def index_put(
     if places != list(range(start, start + count)):
         raise NotImplementedError("writing at indices with a gap between them")
     tensors = [v for v in indices if v is not None]
-    stacked, lead = _stacked(b, tensors), _broadcast([t.dims for t in tensors])
+    stacked, lead = _stacked(b, tensors), broadcast([t.dims for t in tensors])
     shape = (*x.dims[:start], *lead, *x.dims[start + count :])
     updates = b.op("Expand", b.cast(values, x.dtype), b.shape(shape))
     reduction = "add" if accumulate else "none"

@@ -113,13 +113,13 @@ def _same(b: Builder, one: Any, other: Any) -> bool:
 
 def _linear_behind(node: Any) -> fx.Node | None:
     """The qfx::linear [B, S, H*D] of which `node` [B, H, S, D] is the view by heads."""
-    if not isinstance(node, fx.Node) or not is_call(node, _aten.transpose.int) or tuple(node.args[1:]) not in _HEADS:
+    if not is_call(node, _aten.transpose.int) or tuple(node.args[1:]) not in _HEADS:
         return None
     split = node.args[0]
-    if not isinstance(split, fx.Node) or not is_call(split, _aten.reshape.default):
+    if not is_call(split, _aten.reshape.default):
         return None
     source = split.args[0]
-    if not isinstance(source, fx.Node) or not is_call(source, torch.ops.qfx.linear.default):
+    if not is_call(source, torch.ops.qfx.linear.default):
         return None
     flat, by_heads = (tuple(map(dim_of, n.meta["val"].shape)) for n in (source, split))
     return source if len(flat) == 3 and len(by_heads) == 4 and flat[:2] == by_heads[:2] else None

@@ -79,9 +79,9 @@ def table(b: Builder, angle: Value, width: int) -> Value:
 
 def has_equal_halves(node: Any) -> bool:
     """Is it made element by element of a concatenation of a tensor with itself?"""
-    while isinstance(node, fx.Node) and is_call(node, *_BY_ELEMENT):
+    while is_call(node, *_BY_ELEMENT):
         node = node.args[0]
-    if not isinstance(node, fx.Node) or not is_call(node, _aten.cat.default):
+    if not is_call(node, _aten.cat.default):
         return False
     parts = node.args[0]
     return isinstance(parts, list | tuple) and len(parts) == 2 and parts[0] is parts[1] and node.args[1] in (-1, 2)

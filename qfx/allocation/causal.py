@@ -52,11 +52,7 @@ def _lower(mask: Tensor) -> bool:
 
 def _computed(mask: fx.Node, sizes: Sizes) -> Tensor | str:
     """The mask's value, or why there is none."""
-    needed, todo = {mask}, [mask]
-    while todo:
-        more = set(todo.pop().all_input_nodes) - needed
-        needed |= more
-        todo += more
+    needed = graph.above(mask)
     if large := next((n for n in needed if graph.schema_name(n) in _LARGE), None):
         return f"it depends on %{large.name}"
     owner = mask.graph.owning_module

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qfx import data as batches
+from qfx import graph
 from qfx.capture import Captured, capture_export
 from qfx.decoding.decoder import PAST, PRESENT, is_shared
 from qfx.errors import Note, UnsupportedError, explain
@@ -228,17 +229,12 @@ def capture_encoder(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Cap
 
 def _read_only(captured: Captured) -> Captured:
     """Without what no output reads: all of the decoder but the keys and values of what the encoder gives."""
-    graph = captured.gm.graph
-    wanted = [graph.output_node()]
-    read = set(wanted)
-    while wanted:
-        new = [n for n in wanted.pop().all_input_nodes if n not in read]
-        read.update(new)
-        wanted += new
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    nodes = captured.gm.graph.nodes
+    read = graph.above(captured.gm.graph.output_node())
+    placeholders = [n for n in nodes if n.op == "placeholder"]
     kept = tuple(i for i, n in zip(captured.inputs, placeholders, strict=True) if n in read)
-    for node in [n for n in reversed(graph.nodes) if n not in read]:
-        graph.erase_node(node)
+    for node in [n for n in reversed(nodes) if n not in read]:
+        captured.gm.graph.erase_node(node)
     captured.gm.recompile()
     return replace(captured, inputs=kept)
 

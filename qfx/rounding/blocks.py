@@ -284,11 +284,7 @@ class Block:
             if all(self.has(part) for part in linear.parts):
                 whole = linear.join([self._now(part) for part in linear.parts])
                 weights.update(dict.fromkeys(linear.readers, whole))
-        above, todo = {x}, [x]
-        while todo:
-            more = set(todo.pop().all_input_nodes) - above
-            above |= more
-            todo += more
+        above = graph.above(x)
         env: Env = dict(zip(self.program.inputs, self.lane.batches[batch], strict=True))
         for node in (*self.program.inputs, *self.program.nodes):
             if node in self.program.position:

@@ -362,3 +362,14 @@ def test_weights_of_packed_operators() -> None:
     model.register_buffer("codes", packed.data)
     gm = capture(model, torch.randn(2, 8), torch.zeros(3, dtype=torch.int64))
     assert [str(graph.weight_of(n)) for n in calls(gm)] == ["p_codes"] * 3
+
+
+def test_what_a_node_is_computed_from() -> None:
+    def forked(own: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        shared = x.exp()
+        return shared * shared + 1, y.sin() - shared
+
+    gm = capture(Function(forked), torch.ones(2), torch.ones(2))
+    named = {node.name: node for node in gm.graph.nodes}
+    assert {node.name for node in graph.above(named["add"])} == {"inputs_0", "exp", "mul", "add"}
+    assert graph.above(gm.graph.output_node()) == set(gm.graph.nodes)
