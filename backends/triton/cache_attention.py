@@ -10,6 +10,7 @@ the next token. A split takes its share of those that there are.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from qfx.backends.triton import cache_layout, tuning
 from qfx.backends.triton.cache_layout import PLAIN, Held, Layout, Role
 from qfx.backends.triton.kernels.cache_attention import join_splits, split_attention
-from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
+from qfx.backends.triton.launch import Config, device_of, dot_dtype, each_once, launch
 from qfx.backends.triton.library import define
 from qfx.backends.triton.weight_only import LANGUAGE
 from qfx.errors import explain
@@ -134,8 +135,13 @@ def candidates(found: Layout, rows: int, dtype: torch.dtype) -> list[Config]:
         (2 * units, 4, 2, 2), (max(units // 2, 16), 4, stages, per), (max(units // 2, 16), 2, stages, 2 * per),
         (max(units // 2, 16), 4, 4, 2 * per),
     )  # fmt: skip
+    return varied(first, others)
+
+
+def varied(first: Config, others: Iterable[tuple[int, int, int, int]]) -> list[Config]:
+    """A configuration, and the same with other values of BLOCK_R, num_warps, num_stages and PER; none stands twice."""
     names = ("BLOCK_R", "num_warps", "num_stages", "PER")
-    return [first, *({**first, **dict(zip(names, other, strict=True))} for other in others)]
+    return each_once([first, *({**first, **dict(zip(names, other, strict=True))} for other in others)])
 
 
 def problem(found: Layout, many: int, dtype: torch.dtype) -> str:

@@ -15,9 +15,9 @@ import triton
 from torch import Tensor
 
 from qfx.backends.triton import tuning
-from qfx.backends.triton.cache_attention import block_of, mask_of, put_together
+from qfx.backends.triton.cache_attention import block_of, mask_of, put_together, varied
 from qfx.backends.triton.kernels.float_attention import mask_spans, split_float_attention
-from qfx.backends.triton.launch import Config, device_of, dot_dtype, each_once, launch
+from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.library import define
 from qfx.backends.triton.row_codes import dense
 from qfx.backends.triton.weight_only import DTYPES, LANGUAGE
@@ -112,8 +112,7 @@ def candidates(width: int, rows: int, dtype: torch.dtype) -> list[Config]:
         (tokens, 8, stages, per), (max(tokens // 2, 16), warps, stages, per), (max(tokens // 2, 16), warps, 4, 4),
         (max(tokens // 2, 16), 2, stages, 4), (2 * tokens, 8, 2, 1), (2 * tokens, 8, 2, per),
     )  # fmt: skip
-    names = ("BLOCK_R", "num_warps", "num_stages", "PER")
-    return each_once([first, *({**first, **dict(zip(names, other, strict=True))} for other in others)])
+    return varied(first, others)
 
 
 def _config(q: Tensor, k: Tensor, v_width: int, rows: int) -> Config:

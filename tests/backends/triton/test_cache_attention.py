@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qfx.backends.triton import cache_layout
-from qfx.backends.triton.cache_attention import cache_attention
+from qfx.backends.triton.cache_attention import cache_attention, candidates, heuristic
 from qfx.backends.triton.device import H200, Device
 from qfx.kv.formats import CacheFormat, cache_formats
 from qfx.kv.packed_ops import allocate, cache_append, spec_of
@@ -174,3 +174,12 @@ def test_queries_that_do_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match=r"(?s)queries do not fit the cache.*a multiple of 2, queries, 64"):
             cache_attention(q.to(DEVICE), memory, length, None, 1.0, False, spec)
+
+
+@pytest.mark.parametrize("kv", KINDS, ids=str)
+def test_no_configuration_is_measured_twice(kv: Any) -> None:
+    for widths, rows, dtype in (((64, 64), 1, torch.float16), ((192, 128), 40, torch.float32)):
+        layout = cache_layout.of(filled(kv, (), widths=widths)[1])
+        found = candidates(layout, rows, dtype)
+        assert found[0] == heuristic(layout, rows, dtype)
+        assert 3 < len(found) == len({tuple(sorted(one.items())) for one in found}) <= 20
