@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx
 
 from qfx import graph, names
-from qfx.capture import keep_sources, static_names
 from qfx.compiled import frame
 from qfx.compiled.frame import Frame
 from qfx.compiled.records import GraphRecord, all_records, remember
@@ -29,6 +28,7 @@ from qfx.pipeline import apply_plan, told
 from qfx.recipe import Recipe, Rule
 from qfx.reporting import sqnr
 from qfx.reporting.rows import Row, graph_rows
+from qfx.sources import keep_sources, static_names
 from qfx.storage.spill import give_back
 from qfx.trace import in_training
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from qfx import graph
-from qfx.capture import Captured, capture_dynamo, static_names
+from qfx.capture import Captured, capture_dynamo
 from qfx.names import Translation
 from qfx.pipeline import prepare
+from qfx.sources import static_names
 
 _VERSION = attrgetter("_version")
 _PACKED = {"qfx::linear", "qfx::embedding", "qfx::dequantize", "qfx::grouped_linear_quant"}

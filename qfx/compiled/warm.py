@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from qfx.capture import example_of, source_of
+from qfx.capture import example_of
 from qfx.compiled.cache_key import NoKeyError, key_of
 from qfx.compiled.template import Interface
 from qfx.errors import Note, UnsupportedError, warn
 from qfx.names import Translation
 from qfx.options import CacheAt, Options
 from qfx.reporting.rows import Row
+from qfx.sources import source_of
 from qfx.storage.folders import default_folder
 
 if TYPE_CHECKING:
