@@ -20,7 +20,8 @@ from qfx.errors import explain
 from qfx.format import Format
 from qfx.kv.formats import cache_formats
 from qfx.kv.packed_ops import FEW, allocate, spec_of
-from qfx.live.modules import PackedSpec, QuantLinear
+from qfx.live.modules import QuantLinear
+from qfx.live.parameters import PackedSpec
 from qfx.packing import Packed, pack_weight
 
 SIZES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336), (8192, 8192))  # N, K of usual models

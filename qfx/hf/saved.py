@@ -17,7 +17,8 @@ from qfx.errors import explain
 from qfx.format import dtype_name
 from qfx.kv.plans import Caches
 from qfx.live.attending import Spec
-from qfx.live.modules import LOADING, PackedModule, tell_shared, without_fast_paths
+from qfx.live.modules import PackedModule, tell_shared, without_fast_paths
+from qfx.live.parameters import LOADING
 from qfx.storage.describe import Record, float_class
 from qfx.storage.rebuild import Saved, other_shape, put
 

@@ -14,7 +14,8 @@ from qfx.errors import Note, check_flags, explain, first_line, listed
 from qfx.interop import awq, bnb, compressed_tensors, experts, gptq
 from qfx.interop.checkpoint import Checkpoint
 from qfx.interop.linear import Decoder, Dequantized, Linear, Loss, is_transposed
-from qfx.live.modules import QuantEmbedding, QuantLinear, pack_parameter, take_place
+from qfx.live.modules import QuantEmbedding, QuantLinear, take_place
+from qfx.live.parameters import pack_parameter
 from qfx.live.permuted import QuantPermuted
 from qfx.pipeline import told
 from qfx.storage.skeleton import GENERATION, of_config

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qfx.format import Format
 from qfx.interop.experts import KIND, OLD, PARTS
 from qfx.interop.linear import Linear
-from qfx.live.modules import PackedSpec
+from qfx.live.parameters import PackedSpec
 from qfx.packing import Packed
 
 _SOURCE = re.compile(r"experts\\?\.\*\\?\.(\w+)\\?\.weight$")

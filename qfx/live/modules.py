@@ -1,15 +1,13 @@
-"""Quantized modules that stand in a live model in the place of float ones, and the packed form of other parameters.
+"""Quantized modules that stand in a live model in the place of float ones.
 
 `QuantLinear` replaces nn.Linear and Conv1D, `QuantEmbedding` nn.Embedding; both hold packed weights as buffers, so that
-state_dict, deepcopy, device moves and torch.compile see ordinary tensors. A parameter that a module reads itself (those
-of experts, the table of an embedding with its own forward) is stored packed and dequantized where it is read.
+state_dict, deepcopy, device moves and torch.compile see ordinary tensors. For parameters that a module reads itself see
+`qfx.live.parameters`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 import qfx.ops.packed
 import qfx.rewrites.rotation  # noqa: F401  (both register torch.ops.qfx)
 from qfx.format import Format
-from qfx.live.subclass import class_maker
+from qfx.live.parameters import keeping_types
 from qfx.packing import Packed
 from qfx.reporting.rows import Row
 
@@ -53,12 +51,7 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Keep scales and codes in their own types when the model is cast: only the activations' dtype changes."""
-        kept = {name: (b, b.dtype) for name, b in self._buffers.items() if b is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, (before, dtype) in kept.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype != dtype:
-                self._buffers[name] = before.to(after.device)
+        keeping_types(self, tuple(self._buffers), lambda: super(PackedModule, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
         probe = fn(torch.empty(0, dtype=self.dtype, device=next(self.buffers()).device))
         if probe.dtype.is_floating_point:
             self.dtype = probe.dtype
@@ -246,20 +239,6 @@ class QuantConv(QuantLinear):
         return x.permute(0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2)).flatten(n + 1)
 
 
-@dataclass(frozen=True)
-class PackedSpec:
-    """How a packed parameter reads: its format, the shape it is packed in, and the dtype that its module knows.
-
-    transposed: the module knows it as [.., K, N]. view: the shape that the module knows, where it is another one yet.
-    """
-
-    format: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    transposed: bool = False
-    view: tuple[int, ...] = ()
-
-
 # What nn.Module keeps of hooks; the handles that register_forward_hook gave go on removing them.
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -272,88 +251,6 @@ def take_place(new: nn.Module, old: nn.Module) -> nn.Module:
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
     return new.train(old.training)
-
-
-def pack_parameter(module: nn.Module, name: str, packed: Packed, *, transposed: bool = False) -> None:
-    """Store parameter `name` of `module` packed (buffers `<name>_w_codes`, `<name>_w_scale`, `<name>_w_zero`).
-
-    The module's class becomes a subclass of itself in which reading `name` gives the dequantized weight, so that its
-    own forward goes on working. The packed weight is [.., N, K]; transposed: the module knows it as [.., K, N].
-    An nn.Embedding's own lookup reads the packed rows that it needs, not the whole table.
-    """
-    original = module._parameters.pop(name)
-    assert original is not None
-    specs = dict(module.__dict__.get("qfx_packed", {}))
-    view = tuple(original.shape) if original.dim() != len(packed.shape) else ()
-    specs[name] = PackedSpec(str(packed.format), tuple(packed.shape), original.dtype, transposed, view)
-    for leaf, tensor in (("w_codes", packed.data), ("w_scale", packed.scale), ("w_zero", packed.zero)):
-        module.register_buffer(f"{name}_{leaf}", tensor)
-    module.qfx_packed = specs  # type: ignore[assignment]
-    base = getattr(type(module), "qfx_float_class", type(module))
-    assert isinstance(base, type)
-    module.__class__ = _packed_class(base, tuple(specs))
-
-
-@class_maker
-def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    def reader(name: str) -> property:
-        return property(lambda self: _read(self, name))
-
-    def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-        return _apply_keeping(self, lambda: super(kind, self)._apply(fn, recurse), fn)  # type: ignore[misc]
-
-    fields: dict[str, Any] = {name: reader(name) for name in names}
-    fields |= {"qfx_float_class": base, "_apply": _apply, "__module__": base.__module__, "__doc__": base.__doc__}
-    looks_up = issubclass(base, nn.Embedding) and "weight" in names
-    bases = (base,) if not looks_up else (_Lookup,) if base is nn.Embedding else (base, _Lookup)
-    kind: type[nn.Module] = type(f"Packed{base.__name__}", bases, fields)
-    return kind
-
-
-class _Lookup(nn.Embedding):
-    """Stands between a subclass of nn.Embedding and nn.Embedding, so that `super().forward(ids)` reads packed rows."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (nn.Embedding's own name)
-        spec: PackedSpec | None = self.__dict__.get("qfx_packed", {}).get("weight")
-        if spec is None or spec.transposed or self.max_norm is not None:
-            return super().forward(input)
-        codes, scale, zero = (self._buffers[f"weight_{leaf}"] for leaf in ("w_codes", "w_scale", "w_zero"))
-        rows: Tensor = torch.ops.qfx.embedding(input, codes, scale, zero, spec.format, spec.shape[-1], spec.dtype)
-        return rows
-
-
-LOADING = "qfx_loading"  # set while transformers loads a module and may give first values to what it holds
-
-
-def _read(module: nn.Module, name: str) -> Tensor:
-    spec: PackedSpec = module.qfx_packed[name]  # type: ignore[index, assignment]
-    if module.__dict__.get(LOADING):
-        return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-    codes, scale, zero = (module._buffers[f"{name}_{leaf}"] for leaf in ("w_codes", "w_scale", "w_zero"))
-    weight: Tensor = torch.ops.qfx.dequantize(codes, scale, zero, spec.format, spec.shape[-1], spec.dtype)
-    if spec.view:
-        return weight.reshape(spec.view)
-    return weight.transpose(-2, -1) if spec.transposed else weight
-
-
-def _apply_keeping(module: nn.Module, apply: Callable[[], Any], fn: Any) -> nn.Module:
-    """Run nn.Module._apply, then put packed buffers back to their own types; note the activations' new dtype."""
-    specs: dict[str, PackedSpec] = dict(module.qfx_packed)  # type: ignore[arg-type]
-    held = {n: b for n, b in module._buffers.items() if b is not None and _LEAF.search(n)}
-    apply()
-    for name, before in held.items():
-        after = module._buffers[name]
-        if after is not None and after.dtype != before.dtype:
-            module._buffers[name] = before.to(after.device)
-    for name, spec in specs.items():
-        probe = fn(torch.empty(0, dtype=spec.dtype, device=module._buffers[f"{name}_w_codes"].device))  # type: ignore[union-attr]
-        if probe.dtype.is_floating_point:
-            specs[name] = replace(spec, dtype=probe.dtype)
-    module.qfx_packed = specs  # type: ignore[assignment]
-    return module
-
-
-_LEAF = re.compile(r"_w_(codes|scale|zero)$")
 
 
 def tell_shared(module: nn.Module, *names: str) -> None:

@@ -11,15 +11,8 @@ from torch import Tensor, nn
 from qfx.annotation import show
 from qfx.format import Format
 from qfx.live.mixed import QuantMixed
-from qfx.live.modules import (
-    QuantConv,
-    QuantEmbedding,
-    QuantLinear,
-    pack_parameter,
-    take_place,
-    tell_shared,
-    without_fast_paths,
-)
+from qfx.live.modules import QuantConv, QuantEmbedding, QuantLinear, take_place, tell_shared, without_fast_paths
+from qfx.live.parameters import pack_parameter
 from qfx.live.places import Place, kind_of
 from qfx.live.segments import along, segments, stem_of, take
 from qfx.packing import Packed

@@ -14,7 +14,8 @@ from qfx.format import dtype_name
 from qfx.kv.held import caches_of
 from qfx.live.attending import specs_of
 from qfx.live.mixed import QuantMixed
-from qfx.live.modules import PackedSpec, QuantConv, QuantEmbedding, QuantLinear
+from qfx.live.modules import QuantConv, QuantEmbedding, QuantLinear
+from qfx.live.parameters import PackedSpec
 from qfx.rewrites.centred import is_centred
 
 Quantized = QuantLinear | QuantEmbedding | QuantMixed

@@ -13,16 +13,8 @@ from torch import Tensor, nn
 from qfx.errors import explain
 from qfx.format import Format
 from qfx.live.mixed import QuantMixed
-from qfx.live.modules import (
-    PackedSpec,
-    QuantConv,
-    QuantEmbedding,
-    QuantLinear,
-    pack_parameter,
-    take_place,
-    tell_shared,
-    without_fast_paths,
-)
+from qfx.live.modules import QuantConv, QuantEmbedding, QuantLinear, take_place, tell_shared, without_fast_paths
+from qfx.live.parameters import PackedSpec, pack_parameter
 from qfx.live.permuted import QuantPermuted
 from qfx.live.segments import Segment, stem_of
 from qfx.packing import Packed

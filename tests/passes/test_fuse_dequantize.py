@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import qfx.ops.floats  # noqa: F401  (registers torch.ops.qfx.grouped_linear)
 from qfx import graph, run
 from qfx.format import Format
-from qfx.live.modules import pack_parameter
+from qfx.live.parameters import pack_parameter
 from qfx.packing import pack_weight
 from qfx.passes.fuse_dequantize import fuse_dequantize
 from tests.graphs import Function, after, capture, counts, same, text

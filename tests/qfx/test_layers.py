@@ -37,7 +37,7 @@ LAYERS = (
     rounding: parts rounded
     recipe_source graph names vmaps trace sources capture run verify plan recipe presets
     reporting: rows
-    live: modules
+    live: modules parameters
     calibration: positions
     """,
     """

@@ -14,7 +14,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import qfx
-from qfx.live.modules import LOADING
+from qfx.live.parameters import LOADING
 from qfx.storage.checkpoint import INDEX
 from tests.tiny import CLASSES, build, logits
 

@@ -21,7 +21,7 @@ from qfx.format import Format
 from qfx.interop import compressed_tensors
 from qfx.interop.experts import joined
 from qfx.interop.linear import Dequantized, Linear
-from qfx.live.modules import pack_parameter
+from qfx.live.parameters import pack_parameter
 from qfx.packing import pack_weight
 from tests.interop import pack, stored
 from tests.zoo import ZOO

@@ -19,7 +19,8 @@ from qfx.errors import QfxWarning, UnsupportedError
 from qfx.format import Format
 from qfx.interop import write as _write  # noqa: F401  (its module is patched below)
 from qfx.live.mixed import QuantMixed
-from qfx.live.modules import QuantEmbedding, QuantLinear, pack_parameter
+from qfx.live.modules import QuantEmbedding, QuantLinear
+from qfx.live.parameters import pack_parameter
 from qfx.live.segments import segments
 from qfx.packing import pack_weight
 from tests.interop import UP, linears, llama, logits, pack, same, stored
