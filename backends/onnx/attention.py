@@ -100,6 +100,7 @@ def scores_of(b: Builder, q: Value, k: Value, scale: float) -> Value:
 
 
 def weighted(b: Builder, weights: Value, scores: Value, v: Value) -> Value:
+    """weights v, [.., H, S, Dv] as the scores have H, where v may have fewer heads."""
     share = share_of(scores, v)
     if share == 1:
         return b.op("MatMul", weights, v)
@@ -118,6 +119,7 @@ def share_of(q: Value, k: Value) -> int:
 
 
 def grouped_dims(query: tuple[Dim, ...], key: tuple[Dim, ...], share: int) -> tuple[Dim, ...]:
+    """Dimensions of queries or weights whose `share` heads to one of keys stand below each other, as rows."""
     return (*query[:-3], key[-3], query[-2] * share, query[-1])
 
 
@@ -183,6 +185,7 @@ def _seen(b: Builder, rows: Dim, columns: Dim) -> Value:
 
 
 def shaped_like(scores: Value, value: Value) -> Value:
+    """A value that is known to have the shape of the scores."""
     return Value(value.name, value.dtype, scores.shape)
 
 

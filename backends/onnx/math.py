@@ -82,6 +82,7 @@ def rsub(b: Builder, x: Any, y: Any, alpha: Any = 1) -> Value:
 
 
 def scaled(b: Builder, value: Value, alpha: Any) -> Value:
+    """alpha * value."""
     return value if alpha == 1 else b.op("Mul", value, b.scalar(alpha, value.dtype))
 
 

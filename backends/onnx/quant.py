@@ -96,6 +96,7 @@ def is_float_product(node: fx.Node) -> bool:
 
 
 def is_integer_pair(x: Format, w: Format) -> bool:
+    """Is a product of input and weight one of integers, with scales of tensors, tokens and channels?"""
     plain = x.scale_type == "f32" and not w.has_global_scale
     return plain and x.is_integer and w.is_integer and x.granularity in ("", "tok") and w.granularity in ("", "ch")
 

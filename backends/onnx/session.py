@@ -192,5 +192,6 @@ def _wrap(tensor: Tensor) -> Any:
 
 
 def as_torch(values: Any, index: int, is_bool: bool) -> Tensor:
+    """One of the values that a session gives, in the same memory; booleans come as bytes."""
     tensor = torch.utils.dlpack.from_dlpack(values[index].to_dlpack())
     return tensor.view(torch.bool) if is_bool else tensor

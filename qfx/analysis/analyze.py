@@ -74,6 +74,7 @@ def analyze(
 
 
 def limited(data: Iterable[Any], samples: int | None) -> Iterable[Any]:
+    """Batches until so many samples are reached; None for all. Raises ValueError for data that is no iterable."""
     batches.check_iterable(data)
     seen = 0
     for batch in data:
