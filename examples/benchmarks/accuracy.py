@@ -200,8 +200,7 @@ def main(
 ) -> None:
     """Round one model in every way there is, and print a table."""
     chosen = bits or [8, 4, 3, 2]
-    if unknown := [b for b in chosen if b not in PEERS]:
-        raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(map(str, PEERS))}", param_hint="--bits")
+    table.check(chosen, PEERS, "--bits")
     console, where = table.console(), table.place(threads)
     table.say(where)
     with tempfile.TemporaryDirectory() as scratch:

@@ -153,8 +153,7 @@ def main(
     if quick:
         model, prompt, generate, judged, rounds = model or ["tiny"], 16, 4, 12, 1
     chosen = model or [name for name in MODELS if name != "tiny"]
-    if unknown := [name for name in chosen if name not in MODELS]:
-        raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(MODELS)}", param_hint="--model")
+    table.check(chosen, MODELS, "--model")
     console, where = table.console(), table.place(threads)
     console.print(where)
     runs: dict[str, dict[str, Any]] = {}

@@ -170,8 +170,7 @@ def main(
     if quick:
         model, batch, length, rounds = model or ["tiny"], batch or [2], length or [16], 2
     models = model or [name for name in MODELS if name != "tiny"]
-    if unknown := [name for name in models if name not in MODELS]:
-        raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(MODELS)}", param_hint="--model")
+    table.check(models, MODELS, "--model")
     where, recipes = table.place(threads), recipe or RECIPES
     own = [name for name in recipes if " " not in name]  # by ONNX Runtime, whose profile is read
     table.say(where)

@@ -319,8 +319,7 @@ def main(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw divergence over bytes into it.")] = None,
 ) -> None:
     """Read a text with every cache there is, and print a table."""
-    if timed not in (*SHAPES, "tiny_lm"):
-        raise typer.BadParameter(f"{timed} is none of {', '.join(SHAPES)}, tiny_lm", param_hint="--timed")
+    table.check([timed], (*SHAPES, "tiny_lm"), "--timed")
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     model, where, console = load(), table.place(threads), table.console()

@@ -271,14 +271,9 @@ def main(
 ) -> None:
     """Time caches in every form there is, and print a table."""
     parts = part or list(PARTS)
-    known = {
-        "--part": (parts, PARTS),
-        "--shape": (shape or [], HEADS),
-        "--model": ([model], {**decoding.SHAPES, "": 0}),
-    }
-    for option, (asked, names) in known.items():
-        if unknown := [one for one in asked if one not in names]:
-            raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(filter(None, names))}", param_hint=option)
+    table.check(parts, PARTS, "--part")
+    table.check(shape or (), HEADS, "--shape")
+    table.check(filter(None, [model]), decoding.SHAPES, "--model")
     lengths = tokens or ([64] if quick else [1024, 2048, 4096, 8192])
     shapes = shape or (["tiny"] if quick else [name for name in HEADS if name != "tiny"])
     rounds, cold = (1, 0) if quick else (rounds, COLD)

@@ -114,10 +114,8 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file, too.")] = None,
 ) -> None:
     """Train by each method, and print a table."""
-    if unknown := [one for one in method or () if one not in METHODS]:
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(METHODS)}", param_hint="--method")
-    if text not in get_args(Text):
-        raise typer.BadParameter(f"{text!r} is none of {', '.join(get_args(Text))}", param_hint="--text")
+    table.check(method or (), METHODS, "--method")
+    table.check([text], get_args(Text), "--text")
     warnings.filterwarnings("ignore", message="(lm_head|model.embed_tokens). ")  # their table is tied
     console = table.console()
     disable_progress_bar()

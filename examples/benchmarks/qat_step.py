@@ -121,9 +121,8 @@ def main(
     if quick:
         model, shape, rounds = model or ["tiny"], shape or ["2x16"], 2
     modes, names, known = mode or MODES, model or ["tiny_lm"], ("tiny_lm", *MODELS)
-    for found, valid, hint in ((modes, MODES, "--mode"), (names, known, "--model")):
-        if unknown := [one for one in found if one not in valid]:
-            raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(valid)}", param_hint=hint)
+    table.check(modes, MODES, "--mode")
+    table.check(names, known, "--model")
     shapes, pythons = [shape_of(text) for text in shape or ("2x512", "4x256")], pythons_of(python or ())
     console, where = table.console(), table.place(threads)
     console.print(where, highlight=False)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -80,6 +81,13 @@ def cell(key: str, value: Any) -> str:
 def say(text: str) -> None:
     """A line of words between the tables."""
     console().print(text, highlight=False)
+
+
+def check(asked: Iterable[object], known: Iterable[object], option: str) -> None:
+    """Raises typer.BadParameter where something is asked for that is not known."""
+    names = list(known)
+    if unknown := [one for one in asked if one not in names]:
+        raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(map(str, names))}", param_hint=option)
 
 
 def write(file: Path | None, found: Mapping[str, Any]) -> None:

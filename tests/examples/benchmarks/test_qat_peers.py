@@ -27,7 +27,7 @@ def test_the_best_rate_is_that_of_the_mean_over_seeds() -> None:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"method": ["qfx"]}, "'qfx' is none of qfx learned"), ({"text": "train"}, "'train' is none of eval")],
+    [({"method": ["qfx"]}, "qfx is none of qfx learned"), ({"text": "train"}, "train is none of eval")],
 )
 def test_bad_options_are_refused(given: dict[str, object], message: str) -> None:
     with pytest.raises(typer.BadParameter, match=message):
