@@ -80,5 +80,5 @@ def progress_bar(shown: bool) -> Progress:
     """A transient bar on stderr, off where that is no terminal."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console.quiet = not (shown and console.is_terminal)  # rich 13 ends even a disabled bar with a line
+    console.quiet = not (shown and console.is_terminal)  # rich 14.1 ends even a disabled bar with a line
     return Progress(*columns, console=console, transient=True, disable=console.quiet)

@@ -178,5 +178,5 @@ def _bar(shown: bool) -> Progress:
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(),
     )  # fmt: skip
-    console.quiet = not (shown and console.is_terminal)  # rich 13 ends even a disabled bar with a line
+    console.quiet = not (shown and console.is_terminal)  # rich 14.1 ends even a disabled bar with a line
     return Progress(*columns, console=console, transient=True, disable=console.quiet, speed_estimate_period=600.0)
