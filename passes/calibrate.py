@@ -80,4 +80,5 @@ def progress_bar(shown: bool) -> Progress:
     """A transient bar on stderr, off where that is no terminal."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
+    console.quiet = not (shown and console.is_terminal)  # rich 14.1 ends even a disabled bar with a line
+    return Progress(*columns, console=console, transient=True, disable=console.quiet)

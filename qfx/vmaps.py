@@ -12,7 +12,7 @@ Tracing before dispatch, which keeps linear and attention whole, does not see th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,7 +65,21 @@ def levels_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        # one by one: torch 2.11 has a function that leaves levels down to a depth, and leaves two at a time
+        while torch._C._functorch.get_dynamic_layer_stack_depth() > depth:
+            _leave()
+
+
+def _leave() -> None:
+    """Leave the innermost level of torch.func."""
+    level, kinds = torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.TransformType
+    leave: dict[Any, Callable[[], int]] = {
+        kinds.Vmap: torch._C._functorch._vmap_decrement_nesting,
+        kinds.Grad: torch._C._functorch._grad_decrement_nesting,
+        kinds.Jvp: torch._C._functorch._jvp_decrement_nesting,
+        kinds.Functionalize: torch._C._functorch._func_decrement_nesting,
+    }
+    leave[level.key()]()
 
 
 def _bodies(gm: fx.GraphModule) -> dict[str, fx.GraphModule]:

@@ -30,10 +30,10 @@ def run(
     with step(console, f"load {model}"):
         loaded = hub.load(model)
     data = None if texts is None else batches(loaded, texts, text, text.samples or SAMPLES)
-    with step(console, "try recipes"), console.status("advise") as status:
+    with step(console, "try recipes") as told:
         advice = advise(
             loaded.model, data, device=found, max_loss=max_loss, ratio=ratio, batch=batch, sequence=prompt,
-            context=context, recipes=names, told=status.update,
+            context=context, recipes=names, told=told,
         )  # fmt: skip
     advice.show(console)
     if json_file is not None:

@@ -34,10 +34,10 @@ def run(
     with step(console, f"load {model}"):
         loaded = hub.load(model, device=place)
     evaluation, data = split(loaded, texts, text, calibration or CALIBRATION)
-    with step(console, f"compare {len(names)} recipes"), console.status("compare") as status:
+    with step(console, f"compare {len(names)} recipes") as told:
         found = compare_recipes(
             loaded.model, names, evaluation, data=data, budget=budget, repeats=settings.repeats,
-            baseline=settings.baseline, folder=loaded.folder if settings.memory else None, told=status.update,
+            baseline=settings.baseline, folder=loaded.folder if settings.memory else None, told=told,
         )  # fmt: skip
     wide(console, table(found), _WIDTH)
     for row in found.rows:

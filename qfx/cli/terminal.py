@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -34,14 +34,15 @@ def guarded(debug: bool) -> Iterator[Console]:
 
 
 @contextmanager
-def step(console: Console, what: str, *, spinner: bool = True) -> Iterator[None]:
+def step(console: Console, what: str, *, spinner: bool = True) -> Iterator[Callable[[str], None]]:
     """Show `what` with a spinner while the block runs, and how long it took when it is done.
 
-    Without `spinner` the block may show a progress bar of its own.
+    Yields a function that changes the text beside the spinner. Without `spinner` the block may show a progress bar of
+    its own: rich before 14.1 refuses a second thing that moves.
     """
     started = time.perf_counter()
-    with console.status(what) if spinner else nullcontext():
-        yield
+    with console.status(what) if spinner else nullcontext() as status:
+        yield status.update if status is not None else lambda text: None
     seconds = f"  {time.perf_counter() - started:.1f} s"
     console.print(Text.assemble(("done ", "green"), what, (seconds, "dim")), soft_wrap=True)
 

@@ -178,5 +178,5 @@ def _bar(shown: bool) -> Progress:
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(),
     )  # fmt: skip
-    off = not (shown and console.is_terminal)
-    return Progress(*columns, console=console, transient=True, disable=off, speed_estimate_period=600.0)
+    console.quiet = not (shown and console.is_terminal)  # rich 14.1 ends even a disabled bar with a line
+    return Progress(*columns, console=console, transient=True, disable=console.quiet, speed_estimate_period=600.0)

@@ -33,6 +33,7 @@ class Accesses:
         grains = [_size(i) for i in instructions if _is_shared(i)]
         memory = machine.shared
         self.shared = SharedRaces(self.clocks, memory.size, len(memory.bytes), min([*grains, 16]), machine.line)
+        self.shared.copies_fenced = machine.copies_fenced
         stored = [_size(i) for i in instructions if i.op[0] in ("st", "atom") and "global" in i.op]
         warps = np.repeat(programs * each, each) + np.arange(rows) % each
         ordered = any(i.op[0] == "atom" for i in instructions)

@@ -30,8 +30,9 @@ class Machine:
 
     def __init__(
         self, program: Program, grid: tuple[int, int, int], programs: Sequence[int], params: dict[str, bytes],
-        memory: Global, shared: int, descriptors: dict[int, Any],
+        memory: Global, shared: int, descriptors: dict[int, Any], *, copies_fenced: bool = True,
     ) -> None:  # fmt: skip
+        self.copies_fenced = copies_fenced
         self.program, self.grid, self.memory, self.descriptors = program, grid, memory, descriptors
         self.threads, self.count = program.threads, len(programs)
         self.lanes = self.threads * self.count

@@ -23,6 +23,9 @@ class SharedRaces:
     Most accesses are of memory that no one has touched since the last barrier of all: `stored` and `loaded` tell of
     each chunk the epoch, between two of those, of the last write and read; reads of an epoch are but listed until a
     write needs them.
+
+    copies_fenced: whether products are refused what cp.async wrote without a fence, as they are what warps store.
+    copies: the lines of those.
     """
 
     def __init__(self, clocks: Clocks, size: int, total: int, grain: int, line: Callable[[], int]) -> None:
@@ -32,6 +35,8 @@ class SharedRaces:
         self.read_at = np.zeros((total // grain, clocks.each), np.int32)
         self.taken = np.zeros((total // _CHUNK, -(-clocks.each // 4)), np.int32)
         self.has_taken = False
+        self.copies_fenced = True
+        self.copies = set[int]()
         self.epoch = 1
         self.stored, self.loaded = np.zeros(total // _CHUNK, np.int32), np.zeros(total // _CHUNK, np.int32)
         self.listed: list[tuple[Array, int, Array, Array]] = []
@@ -70,6 +75,8 @@ class SharedRaces:
         self.stored[chunks] = FLYING if flying else np.where(beside, FLYING, self.epoch)
         self.written[cells] = FLYING if flying else self.clocks.now[every]
         self.where[cells] = self.line() * _UNITS + self.clocks.own[every]
+        if flying:
+            self.copies.add(self.line())
 
     def landed(self, at: Array, size: int, rows: Array) -> None:
         """Copies of the warps themselves have been waited for by them."""
@@ -135,6 +142,8 @@ class SharedRaces:
     def _refuse_unfenced(self, cells: Array, rows: Array) -> None:
         stamps, unit = self.written[cells], self.where[cells] % _UNITS
         lost = (stamps > self.clocks.fenced[rows, unit]) & (unit < self.clocks.each)
+        if not self.copies_fenced:
+            lost &= ~np.isin(self.where[cells] // _UNITS, list(self.copies))
         if lost.any():
             i = int(lost.argmax())
             raise FaultError(

@@ -34,7 +34,7 @@ setp.eq.b32 %p1, %r1, 0; setp.lt.u32 %p2, %r3, 16; setp.lt.u32 %p3, %r1, 64;
 KEY = 1 << 20  # that of a tensor descriptor
 
 
-def run(body: str, *, programs: int = 1) -> torch.Tensor:
+def run(body: str, *, programs: int = 1, copies_fenced: int = True) -> torch.Tensor:
     """Carry out a body for 128 threads; %rd1 and %rd2 are tensors of 2048 words, of which the second is given back."""
     program = parse(HEAD + body + "\nret;\n}\n")
     given = torch.arange(2048, dtype=torch.int32)
@@ -42,7 +42,8 @@ def run(body: str, *, programs: int = 1) -> torch.Tensor:
     memory = Global([given, found])
     params = {f"kernel_param_{i}": memory.address(t).to_bytes(8, "little") for i, t in enumerate((given, found))}
     map_ = Map(memory.address(given), 4, (16, 32), 128, (16, 32), 0)
-    Machine(program, (programs, 1, 1), range(programs), params, memory, 8192, {KEY: map_}).run()
+    grid, boxes = (programs, 1, 1), {KEY: map_}
+    Machine(program, grid, range(programs), params, memory, 8192, boxes, copies_fenced=bool(copies_fenced)).run()
     memory.give_back()
     return found
 
@@ -219,6 +220,26 @@ VISIBLE = "fence.proxy.async.shared::cta; bar.sync 0;"
 def test_products_of_four_warps(body: str, said: str) -> None:
     body = OPERANDS + f"mov.b64 %rd11, {B + (2048 >> 4)}; st.shared.b32 [%r5+4096], %r1;" + body
     with_and_without(body, "#", said)
+
+
+COPIED = (
+    "mov.b32 %r12, 0; st.shared.b32 [%r5+2048], %r12;\ncp.async.cg.shared.global [%r8], [%rd7], 16; "
+    "cp.async.commit_group; cp.async.wait_group 0;"
+)
+
+
+def test_products_of_what_was_copied() -> None:
+    said = "no fence.proxy.async between"
+    with_and_without(OPERANDS + COPIED + "# fence.proxy.async.shared::cta; # bar.sync 0;" + PRODUCT, "#", said)
+
+
+def test_copies_may_be_let_off_the_fence() -> None:
+    """What warps store is not, nor the barrier."""
+    copied = "fence.proxy.async.shared::cta;" + COPIED.replace("st.shared.b32 [%r5+2048], %r12;", "")
+    run(OPERANDS + copied + "bar.sync 0;" + PRODUCT, copies_fenced=False)
+    refused(OPERANDS + copied + "bar.sync 0;" + PRODUCT, "no fence.proxy.async between")
+    refused(OPERANDS + copied + PRODUCT, "multiplies .* no barrier between", copies_fenced=False)
+    refused(OPERANDS + COPIED + "bar.sync 0;" + PRODUCT, "no fence.proxy.async between", copies_fenced=False)
 
 
 @pytest.mark.parametrize(

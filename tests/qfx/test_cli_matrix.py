@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
+from rich.live import Live
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.qfx.commands import run, save
@@ -37,6 +41,44 @@ def test_a_matrix_with_plot(model: Path, tmp_path: Path) -> None:
     assert "none: no numbers: unknown preset 'none'" in result.output
     assert "no other recipe is both smaller and nearer: w8a8" in result.output
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def one_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A console shows one thing that moves, as rich before 14.1 has it."""
+    showing: list[Console] = []
+    start, stop = Console.set_live, Console.clear_live
+
+    def started(console: Console, live: Live) -> Any:
+        assert console not in showing, "a second display"
+        showing.append(console)
+        return start(console, live)
+
+    def stopped(console: Console) -> None:
+        showing.remove(console)
+        stop(console)
+
+    monkeypatch.setattr(Console, "set_live", started)
+    monkeypatch.setattr(Console, "clear_live", stopped)
+
+
+@pytest.mark.usefixtures("one_display")
+@pytest.mark.parametrize(
+    ("place", "arguments"),
+    [
+        ("matrix.compare_recipes", ["compare", "--recipes", "w8a8", "--seq-len", "16", "--samples", "4"]),
+        ("advise.advise", ["advise", "--device", "h100", "--seq-len", "16"]),
+    ],
+)
+def test_one_spinner_at_a_time(model: Path, monkeypatch: pytest.MonkeyPatch, place: str, arguments: list[str]) -> None:
+    def asked(*_: object, told: Callable[[str], None], **__: object) -> None:
+        told("at work")
+        raise ValueError("this far")
+
+    monkeypatch.setattr(f"qfx.cli.{place}", asked)
+    command, *options = arguments
+    result = run(command, model, *options, "--data", model / "text.txt")
+    assert result.exit_code == 2 and "this far" in result.output, result.output
 
 
 def test_a_short_text_is_refused(model: Path, tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ def deberta() -> Any:
     return transformers.DebertaV2Model(config).eval()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # transformers 5.17's
 def test_a_table_that_is_no_lookup_is_told_by_either_door() -> None:
     """DeBERTa's relative positions, which a norm reads."""
     told = r"encoder\.rel_embeddings: its weight is read as a plain tensor \(by layer_norm\), .* stays in float"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -96,6 +98,26 @@ def test_an_error_inside_a_region_leaves_no_level_behind() -> None:
     with pytest.raises(RuntimeError, match="inside"), levels_kept():
         enter_and_fail()
     assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
+
+
+@pytest.mark.parametrize("many", [0, 1, 2, 3])
+def test_levels_of_every_kind_are_left_down_to_those_before(many: int) -> None:
+    functorch: Any = torch._C._functorch
+    levels = [
+        lambda: functorch._vmap_increment_nesting(2, "error"),
+        functorch._grad_increment_nesting,
+        functorch._jvp_increment_nesting,
+        lambda: functorch._func_increment_nesting(False),
+    ]
+    with levels_kept():
+        for enter in levels[:many]:
+            enter()
+        with levels_kept():
+            for enter in levels[many:]:
+                enter()
+        assert functorch.get_dynamic_layer_stack_depth() == many
+    assert functorch.get_dynamic_layer_stack_depth() == 0
+    assert torch.func.grad(lambda x: torch.vmap(torch.square)(x).sum())(torch.ones(2)).tolist() == [2, 2]
 
 
 class Checkpointed(nn.Module):
