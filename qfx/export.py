@@ -277,6 +277,9 @@ def _quantized(
             )
         )
     notes = other_sizes(captured, model, args, kwargs, type(model).__name__)
+    if captured.first_axis:
+        what = "only the first axis of each input varies in the file: sizes of the others become too long to trace"
+        notes.append(Note(type(model).__name__, what, "give an example (args=) of the size that is needed", minor=True))
     return captured, [*notes, *_planned(captured, recipe, plan, spill, strict=strict)]
 
 

@@ -15,8 +15,10 @@ _MOST_ELEMENTS = 1 << 22
 def folded(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Replace a node whose result is always the same tensor by that tensor. Says whether it did."""
     fake = node.meta.get("val")
-    steps = _steps(node) if isinstance(fake, Tensor) else None
-    if steps is None or fake.numel() > _MOST_ELEMENTS:  # a number: what comes from the model's tensors has fixed sizes
+    if not isinstance(fake, Tensor):
+        return False
+    steps = _steps(node)
+    if steps is None or fake.numel() > _MOST_ELEMENTS:  # sizes are known where there are steps
         return False
     with torch.no_grad():
         tensor = _value(gm, steps)

@@ -60,7 +60,7 @@ def test_sizes_that_data_tell_are_no_error(tmp_path: Path) -> None:
     """A result of a size that only the data tell (SigLIP 2 resizes positions so) is asked for nothing."""
 
     def rows(own: Any, x: Tensor, n: Tensor) -> Tensor:
-        size = n.item()
+        size = int(n.item())
         torch._check(size >= 2)
         torch._check(size <= 8)
         return torch.matrix_exp(x.new_ones(size, 3, 3) * own.w).sum(0) + x
