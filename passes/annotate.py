@@ -148,7 +148,7 @@ def _refusal(node: fx.Node, kind: str, formats: dict[str, Formats]) -> tuple[str
     if weight is None:
         return (
             "its weight is computed in the graph, not a parameter",
-            "exclude it with Recipe.ignore, or bake the weight in",
+            "exclude it with Recipe.ignore, or bake the weight in (torch.nn.utils.parametrize.remove_parametrizations)",
         )
     value = weight.meta.get("val")
     if isinstance(value, Tensor) and not value.is_floating_point():

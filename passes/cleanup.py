@@ -28,6 +28,7 @@ aten = torch.ops.aten
 
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 _COPIES = (aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default)
+_SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.unsqueeze.default)
 _VIEWS = (*m.RESHAPES, *m.TRANSPOSES, aten.expand.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default)
 # Arguments that change how something is computed or placed, not its value, with the values that mean "as usual".
 _IRRELEVANT = {"cudnn_enable": (True, False), "cudnn_enabled": (True, False), "pin_memory": (None, False)}
@@ -79,6 +80,9 @@ def _same_elements(node: fx.Node, x: fx.Node) -> Any:
     """What `node` equals where it only turns, cuts, reshapes or adds nothing to its operand x."""
     if node.target is aten.transpose.int and is_call(x, aten.transpose.int) and _swaps(node) == _swaps(x):
         return x.args[0]
+    if node.target in _SQUEEZES:  # x.squeeze(1).unsqueeze(1)
+        x = m.skip(x, *_SQUEEZES)
+        return x if m.same_sizes(m.shape(x), m.shape(node)) else None
     if m.dtype(x) != m.dtype(node) or not m.same_sizes(m.shape(x), m.shape(node)):
         return None
     if node.target in (aten.expand.default, *m.RESHAPES):

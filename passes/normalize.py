@@ -8,6 +8,7 @@ from qfx import run
 from qfx.graph import op_name
 from qfx.passes.attention import attention
 from qfx.passes.cleanup import cleanup
+from qfx.passes.complex_pairs import complex_pairs
 from qfx.passes.einsum import einsum
 from qfx.passes.experts import experts
 from qfx.passes.gelu import gelu
@@ -23,6 +24,7 @@ from qfx.passes.strided import strided
 NORMALIZE: tuple[run.Pass, ...] = (
     strided,
     cleanup,
+    complex_pairs,
     einsum,
     cleanup,
     linear,

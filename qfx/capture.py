@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from qfx import graph
 from qfx.errors import UnsupportedError, explain, first_line
+from qfx.long_sizes import LongSize, ShortSizes
 from qfx.sources import input_name, module_path, source_of, statics
 from qfx.trace import retrace
 
@@ -36,6 +37,7 @@ class Captured:
     mutations: output index -> flat index of the argument to copy it into. These outputs come first.
     spec: how (args, kwargs) flatten, for torch.export's door.
     outputs: the outputs' names, for torch.export's door: fields, keys and positions joined by dots.
+    first_axis: only the first axis of the inputs varies, since sizes of the others become too long to trace.
     """
 
     gm: fx.GraphModule
@@ -46,6 +48,7 @@ class Captured:
     mutations: dict[int, int] = field(default_factory=dict)
     spec: pytree.TreeSpec | None = None
     outputs: tuple[str, ...] = ()
+    first_axis: bool = False
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The graph's inputs, in placeholder order, from a call `model(*args, **kwargs)` (torch.export's door)."""
@@ -104,20 +107,18 @@ def capture_export(
 ) -> Captured:
     """Export `model` on example inputs and bring it to normal form.
 
-    Every dimension of every tensor input may vary where the model allows it (`dynamic=True`). Raises UnsupportedError
+    Every dimension of every tensor input may vary where the model allows it (`dynamic=True`), or the first of each
+    where the others' sizes become too long (`Captured.first_axis`). Raises UnsupportedError
     with torch.export's reason where the model cannot be exported as one graph.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
-    auto = torch.export.Dim.AUTO
-    shapes = pytree.tree_map(
-        lambda v: dict.fromkeys(range(v.dim()), auto) if isinstance(v, torch.Tensor) and v.dim() else None,
-        (args, kwargs),
-    )
+    first_axis = False
     try:
-        with _naming(model, kwargs):
-            ep = torch.export.export(
-                model, args, kwargs, dynamic_shapes=_by_parameter(model, shapes) if dynamic else None, strict=False
-            )
+        try:
+            ep = _exported(model, args, kwargs, axes=None if dynamic else 0)
+        except LongSize:
+            first_axis = True
+            ep = _exported(model, args, kwargs, axes=1)
     except Exception as error:
         half = any(p.dtype == torch.float16 for p in model.parameters())
         raise UnsupportedError(
@@ -148,7 +149,26 @@ def capture_export(
         mutations={o: i - first for o, i in captured.mutations.items()},
         spec=ep.call_spec.in_spec,
         outputs=_output_names(ep.call_spec.out_spec),
+        first_axis=first_axis,
     )
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, axes: int | None) -> Any:
+    """torch.export's program, in which the first `axes` axes of every tensor input may vary (None: all).
+
+    Raises LongSize where all axes of images or videos vary, and torch would work on their sizes for hours.
+    """
+    flat = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+    auto = torch.export.Dim.AUTO
+    shapes = pytree.tree_map(
+        lambda v: dict.fromkeys(range(v.dim())[:axes], auto) if isinstance(v, torch.Tensor) and v.dim() else None,
+        (args, kwargs),
+    )
+    watched = ShortSizes() if axes is None and any(v.dim() >= 4 for v in flat) else nullcontext()
+    with _naming(model, kwargs), watched:
+        return torch.export.export(
+            model, args, kwargs, dynamic_shapes=None if axes == 0 else _by_parameter(model, shapes), strict=False
+        )
 
 
 def _output_names(spec: pytree.TreeSpec | None) -> tuple[str, ...]:

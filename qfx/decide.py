@@ -18,8 +18,8 @@ from qfx.calibration.clipping import clip_inputs
 from qfx.calibration.observers import Observer, create
 from qfx.capture import Captured, capture_export
 from qfx.data import Call, roomiest, telling
-from qfx.errors import Note, UnsupportedError, explain
-from qfx.inputs import example_inputs, need_inputs, without_cache
+from qfx.errors import Note, UnsupportedError, explain, first_line
+from qfx.inputs import GIVE_DATA, example_inputs, without_cache
 from qfx.kv.planning import plan_caches
 from qfx.live.places import READ, held, is_own_linear, layout_of
 from qfx.live.walk import walk
@@ -39,6 +39,7 @@ from qfx.rounding.correct import apply_to, correct
 from qfx.rounding.outliers import keep_outliers
 from qfx.rounding.sequential import round_weights
 from qfx.rounding.weighted import round_weighted
+from qfx.storage.hollow import is_hollow_leaf
 
 _HIGHEST = 200.0  # dB: what a node without any error is said to have, since JSON has no infinity
 
@@ -139,13 +140,15 @@ def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, 
     """
     args, kwargs = roomiest(calls) if calls else ((), example_inputs(model))
     if kwargs is None:
-        return None, "no example of its inputs is known", str(need_inputs(model).args[0]).partition("next step: ")[2]
+        return None, "no example of its inputs is known", GIVE_DATA
     kwargs = without_cache(model, kwargs, args)
     try:
         return capture_export(model, args, kwargs, dynamic=bool(calls)), "", ""
     except UnsupportedError as error:
         if calls:
             _try(model, args, kwargs)
+        elif unfit := _unfit(model, kwargs):
+            return None, f"the example that qfx makes of its inputs does not fit it: {unfit}", GIVE_DATA
         reason = str(error).removeprefix("expected a model that torch.export captures as one graph, found ")
         step = "torch.compile(model, backend='qfx') takes models in several graphs"
         return None, f"torch.export: {reason.partition('; next step')[0]}", step
@@ -162,6 +165,17 @@ def _try(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
                 next_step="try one call of the model with a batch",
             )
         ) from error
+
+
+def _unfit(model: nn.Module, kwargs: dict[str, Any]) -> str:
+    """What the model itself says of an example that qfx made; "" where it takes it, or its weights are not at hand."""
+    if any(is_hollow_leaf(module) for module in model.modules()):
+        return ""
+    try:
+        model(**kwargs)
+    except Exception as error:  # noqa: BLE001  (whatever a foreign forward raises)
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
 
 
 def _unmatched(recipe: Recipe, nodes: list[tuple[str, str]]) -> list[Note]:

@@ -11,6 +11,7 @@ from torch import nn
 from qfx.errors import explain
 
 _LENGTH = 16
+GIVE_DATA = "pass data=[batch], a batch being a dict of keyword arguments, a tuple or a tensor"
 
 
 def example_inputs(model: nn.Module) -> dict[str, Any] | None:
@@ -33,7 +34,7 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
         length = 2 * int(getattr(config, "max_source_positions", 1500))
         inputs["input_features"] = torch.randn(2, int(getattr(config, "num_mel_bins", 80)), length, generator=random)
     if "input_values" in accepted and main == "input_values":
-        inputs["input_values"] = torch.randn(2, 4000, generator=random)
+        inputs["input_values"] = torch.randn(_sound(config), generator=random)
     for name in ("input_ids", "decoder_input_ids"):
         if name in accepted:
             inputs[name] = _ids(getattr(config, "text_config", config), random)
@@ -67,7 +68,7 @@ def need_inputs(model: nn.Module) -> ValueError:
     return ValueError(
         explain(
             f"{type(model).__name__} must be traced, and no example of its inputs is known",
-            next_step="pass data=[batch], a batch being a dict of keyword arguments, a tuple or a tensor",
+            next_step=GIVE_DATA,
         )
     )
 
@@ -80,8 +81,21 @@ def _ids(config: Any, random: torch.Generator) -> torch.Tensor:
     return torch.randint(3, max(4, min(1000, known)) if isinstance(known, int) else 4, (2, length), generator=random)
 
 
+def _sound(config: Any) -> tuple[int, ...]:
+    """Samples [B, T]; [B, channels, T] of codecs (EnCodec, Mimi), frames [B, T, mel] of spectrogram transformers."""
+    channels, frames = getattr(config, "audio_channels", None), getattr(config, "max_length", None)
+    if isinstance(channels, int):
+        return 2, channels, 4000
+    if isinstance(frames, int) and isinstance(getattr(config, "num_mel_bins", None), int):
+        return 2, frames, config.num_mel_bins
+    return 2, 4000
+
+
 def _pixels(config: Any, random: torch.Generator) -> torch.Tensor:
+    """Images [B, C, H, W], or videos [B, frames, C, H, W]."""
     vision = getattr(config, "vision_config", getattr(config, "encoder", config))
     size = getattr(vision, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else tuple(size)
-    return torch.randn(2, int(getattr(vision, "num_channels", 3)), height, width, generator=random)
+    frames = getattr(config, "num_frames", None)  # of a video
+    image = (int(getattr(vision, "num_channels", 3)), height, width)
+    return torch.randn((2, frames, *image) if isinstance(frames, int) else (2, *image), generator=random)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from qfx.capture import Captured, capture_export
 from qfx.errors import Note, UnsupportedError, explain
@@ -125,13 +126,26 @@ def _layers(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     layers = getattr(getattr(found, "past_key_values", None), "layers", None)
     held = [getattr(layer, what, None) for layer in layers or () for what in ("keys", "values")]
     plain = [x for x in held if isinstance(x, Tensor) and x.dim() == 4]
-    if not held or len(plain) < len(held):
+    if not held or len(plain) < len(held) or any(_has_more(layer) for layer in layers or ()):
         raise UnsupportedError(
             explain(
                 f"{type(model).__name__} keeps no plain cache of keys and values",
-                expected="past_key_values with keys and values [B, H, S, D] in every layer",
-                found=type(getattr(found, "past_key_values", None)).__name__,
+                expected="past_key_values with keys and values [B, H, S, D], and nothing else, in every layer",
+                found=_kinds(getattr(found, "past_key_values", None), layers or ()),
                 next_step="export it without a cache: give a path that ends in .onnx",
             )
         )
     return list(zip(plain[::2], plain[1::2], strict=True))
+
+
+def _has_more(layer: Any) -> bool:
+    """Does a layer keep tensors beside keys and values, such as the state of a recurrence?"""
+    known = [getattr(layer, what, None) for what in ("keys", "values")]
+    tensors = [x for x in pytree.tree_leaves(vars(layer)) if isinstance(x, Tensor) and x.dim() > 0]
+    return any(all(x is not k for k in known) for x in tensors)
+
+
+def _kinds(cache: Any, layers: Iterable[Any]) -> str:
+    """`DynamicCache of LinearAttentionLayer, DynamicLayer`."""
+    kinds = list(dict.fromkeys(type(layer).__name__ for layer in layers))
+    return type(cache).__name__ + (f" of {', '.join(kinds)}" if kinds else "")

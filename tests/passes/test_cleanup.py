@@ -137,6 +137,33 @@ def test_sizes_come_from_one_node_and_known_sizes_are_numbers() -> None:
     assert error(x.sin().reshape(5, 6, 2, 2), gm(x)) == 0
 
 
+@pytest.mark.parametrize(
+    ("function", "left"),
+    [
+        (lambda own, x: x.squeeze(1).unsqueeze(1), 0),  # as Mamba hands the weight of its convolution on
+        (lambda own, x: x.unsqueeze(0).squeeze(0), 0),
+        (lambda own, x: x.unsqueeze(0).unsqueeze(-1).squeeze().unsqueeze(1), 0),
+        (lambda own, x: x.squeeze(1).unsqueeze(0), 2),
+        (lambda own, x: x.unsqueeze(0), 1),
+        (lambda own, x: x.squeeze(1).t().unsqueeze(1), 3),
+    ],
+)
+def test_axes_of_one_that_come_back_go(function: Any, left: int) -> None:
+    x = torch.randn(3, 1, 3)
+    gm = _cleaned(Function(lambda own, x: function(own, x).sin()), x)
+    assert sum(counts(gm).values()) == left + 1
+    assert error(function(None, x).sin(), gm(x)) == 0
+
+
+def test_a_squeezed_weight_that_is_unsqueezed_is_a_parameter() -> None:
+    def depthwise(own: Any, x: Tensor) -> Tensor:
+        return F.conv1d(x, own.w.squeeze(1).unsqueeze(1), groups=4)
+
+    gm = _cleaned(Function(depthwise, w=torch.randn(4, 1, 3)), torch.randn(2, 4, 9))
+    (node,) = (n for n in gm.graph.nodes if n.op == "call_function")
+    assert node.args[1].op == "get_attr" and node.args[1].target == "w"
+
+
 def test_two_transposes_cancel_only_where_they_swap_the_same() -> None:
     x = torch.randn(2, 3, 4)
     assert counts(_cleaned(Function(lambda own, x: x.transpose(1, 2).transpose(-1, -2).sin()), x)) == {"sin": 1}

@@ -140,3 +140,37 @@ def test_a_forward_that_hands_use_cache_on_is_asked_for_none() -> None:
 def test_other_models_are_not_guessed() -> None:
     assert example_inputs(nn.Linear(2, 2)) is None
     assert "data=[batch]" in str(need_inputs(nn.Linear(2, 2)))
+
+
+def _small(kind: str) -> Any:
+    import transformers as tf
+
+    sizes: Any = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    images: Any = {"image_size": 16, "patch_size": 8}
+    if kind == "encodec":
+        return tf.EncodecModel(
+            tf.EncodecConfig(num_filters=4, hidden_size=8, num_residual_layers=1, num_lstm_layers=1, codebook_size=8)
+        )
+    if kind == "spectrogram":
+        config = tf.ASTConfig(**sizes, patch_size=8, max_length=24, num_mel_bins=16, frequency_stride=8, time_stride=8)
+        return tf.ASTModel(config)
+    if kind == "videomae":
+        return tf.VideoMAEModel(tf.VideoMAEConfig(**sizes, **images, num_frames=4, tubelet_size=2))
+    return tf.TimesformerModel(tf.TimesformerConfig(**sizes, **images, num_frames=3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "shape"),
+    [
+        ("encodec", "input_values", (2, 1, 4000)),
+        ("spectrogram", "input_values", (2, 24, 16)),
+        ("videomae", "pixel_values", (2, 4, 3, 16, 16)),
+        ("timesformer", "pixel_values", (2, 3, 3, 16, 16)),
+    ],
+)
+@torch.no_grad()
+def test_sound_and_videos_have_the_axes_that_the_configuration_tells(kind: str, name: str, shape: Any) -> None:
+    model = _small(kind).eval()
+    found = example_inputs(model)
+    assert found is not None and tuple(found[name].shape) == shape
+    model(**found)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = "compile"
 LAYERS = (
     """
-    errors format processor strict
+    errors format long_sizes processor strict
     rounding: nested method_options
     storage: spill files folders hollow
     ops: library

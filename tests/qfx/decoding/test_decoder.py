@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,6 +143,20 @@ def test_an_encoder_has_no_cache() -> None:
     model: Any = ZOO["llama"]()[0]
     model.forward = lambda **_: torch.zeros(1)
     with pytest.raises(UnsupportedError, match="keeps no plain cache"):
+        capture_decoder(model, last_only=True)
+
+
+def _layer(**more: Any) -> SimpleNamespace:
+    return SimpleNamespace(keys=torch.zeros(1, 2, 2, 4), values=torch.zeros(1, 2, 2, 4), length=2, **more)
+
+
+@pytest.mark.parametrize("more", [{"conv_states": {0: torch.zeros(1, 8, 4)}}, {"indexer_keys": torch.zeros(1, 2, 4)}])
+def test_a_cache_with_more_than_keys_and_values_is_refused(more: dict[str, Any]) -> None:
+    """Attention beside a recurrence in one layer (Falcon-H1): a file that kept keys and values alone would be wrong."""
+    model: Any = ZOO["llama"]()[0]
+    layers = [_layer(), _layer(**more)]
+    model.forward = lambda **_: SimpleNamespace(past_key_values=SimpleNamespace(layers=layers))
+    with pytest.raises(UnsupportedError, match=r"nothing else(.|\n)*of SimpleNamespace(.|\n)*ends in .onnx"):
         capture_decoder(model, last_only=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +94,47 @@ def test_without_inputs_the_types_serve() -> None:
     assert sqnr_db(wanted, found(x)) > 25
     with pytest.warns(QfxWarning, match="graph cannot be had"):
         assert isinstance(qfx.quantize(nn.Linear(4, 2).eval()), QuantLinear)
+
+
+class Video(nn.Module):
+    """Takes frames [B, T, 3, H, W], which its configuration does not tell; `branches`: images, by data."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, *, branches: bool = False) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(image_size=4)
+        self.branches = branches
+        self.fc = nn.Linear(48, 8)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        if not self.branches:
+            _, _, _, height, width = pixel_values.shape
+            assert height == width
+        elif pixel_values.sum() > 1e9:
+            return pixel_values
+        found: Tensor = self.fc(pixel_values.flatten(-3))
+        return found
+
+
+def test_an_example_that_does_not_fit_is_told_as_such() -> None:
+    """The guess is wrong, not the model: data= is the next step, and then the graph is there."""
+    unfit = (
+        r"the example that qfx makes of its inputs does not fit it: ValueError: not enough values(.|\n)*data=\[batch"
+    )
+    with pytest.warns(QfxWarning, match=unfit):
+        found: Any = qfx.quantize(Video().eval(), "w8a8")
+    assert isinstance(found.fc, QuantLinear)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = qfx.quantize(Video().eval(), "w8a8", [torch.randn(2, 5, 3, 4, 4)])
+    assert isinstance(found.fc, QuantLinear)
+
+
+def test_a_model_that_takes_the_example_is_told_what_tracing_says() -> None:
+    with pytest.warns(QfxWarning, match=r"cannot be had \(torch.export: (.|\n)*torch.compile") as told:
+        qfx.quantize(Video(branches=True).eval(), "w8a8")
+    assert not any("does not fit" in str(w.message) for w in told)
 
 
 @pytest.mark.parametrize(("recipe", "fields"), [("w8a8-static", {}), ("w8a8", {"rewrites": ("norm-fold",)})])

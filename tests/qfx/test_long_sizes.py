@@ -1,0 +1,90 @@
+"""qfx.long_sizes: where sizes that vary become too long to trace, the first axis varies alone, and that is told."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import qfx
+from qfx.capture import capture_export
+from qfx.long_sizes import LONGEST, LongSize, ShortSizes
+from tests.graphs import error
+
+
+class Windows(nn.Module):
+    """Fills images up to windows, `rounds` times, each of another size, as hierarchical transformers do."""
+
+    def __init__(self, rounds: int) -> None:
+        super().__init__()
+        self.rounds = rounds
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, C, H, 4] -> [B, C, 4]"""
+        x = images
+        for i in range(self.rounds):
+            height = x.shape[2] * x.shape[2] // (x.shape[2] + 2 + i)  # a quotient of the one before it
+            x = F.pad(x, (0, 0, 0, 5))[:, :, : height + 1]
+        return torch.as_tensor(self.fc(x.mean(2)))
+
+
+X = torch.randn(2, 3, 40, 4)
+
+
+def sizes(model: nn.Module, x: Tensor, **how: Any) -> tuple[list[bool], bool]:
+    """Which axes of the input vary; whether the first was left alone."""
+    captured = capture_export(model, (x,), **how)
+    (node,) = (n for n in captured.gm.graph.nodes if n.op == "placeholder")
+    return [isinstance(s, torch.SymInt) for s in node.meta["val"].shape], captured.first_axis
+
+
+def test_short_sizes_vary() -> None:
+    varying, alone = sizes(Windows(1), X)
+    assert varying[:3] == [True, True, True] and not alone
+
+
+def test_where_they_become_long_the_first_axis_varies() -> None:
+    assert sizes(Windows(9), X) == ([True, False, False, False], True)
+    assert sizes(Windows(9), X, dynamic=False) == ([False] * 4, False)
+
+
+def test_the_mode_raises_at_the_limit_and_leaves_the_result_alone() -> None:
+    mode = ShortSizes()
+    with mode:
+        assert torch.equal(X + 1, X.add(1))
+        assert len(torch.split(X, 1)) == 2
+    assert not mode._seen, "sizes that are numbers cost nothing"
+    varying = {"images": dict.fromkeys(range(3), torch.export.Dim.AUTO)}
+    with pytest.raises(LongSize) as raised, ShortSizes():
+        torch.export.export(Windows(9), (X,), dynamic_shapes=varying, strict=False)
+    assert len(re.findall(r"//|[-+*]", str(raised.value))) > LONGEST // 2
+
+
+def test_a_file_says_that_other_sizes_are_fixed(tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    model = Windows(9).eval()
+    with pytest.warns(qfx.QfxWarning, match="only the first axis of each input varies in the file") as told:
+        written = qfx.export_onnx(model, (X,), tmp_path / "m.onnx", strict=True)
+    assert len(told) == 1
+    session = ort.InferenceSession(str(written.path))
+    x = torch.randn(5, 3, 40, 4)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert error(model(x).detach(), torch.from_numpy(found)) < 1e-5
+
+
+@pytest.mark.slow
+def test_swin_is_traced_in_time(tmp_path: Path) -> None:
+    """It took torch longer than anyone waits."""
+    tf = pytest.importorskip("transformers")
+    sizes: Any = {"image_size": 64, "patch_size": 4, "embed_dim": 8, "window_size": 4}
+    model = tf.SwinModel(tf.SwinConfig(**sizes, depths=[2, 2], num_heads=[2, 2])).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with pytest.warns(qfx.QfxWarning, match="only the first axis"):
+        written = qfx.export_onnx(model, {"pixel_values": x}, tmp_path / "m.onnx")
+    assert written.inputs == ("pixel_values",)
