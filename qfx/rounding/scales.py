@@ -151,7 +151,18 @@ def refit_zero(full: Tensor, fmt: Format, codes: Tensor, params: QParams, produc
 
 def rounded(full: Tensor, fmt: Format, params: QParams) -> Tensor:
     """The weight as it comes back, f32."""
-    return dequantize(quantize(full, fmt, *params), fmt, *params)
+    if not fmt.is_integer or full.dtype != torch.float32 or full.requires_grad:
+        return dequantize(quantize(full, fmt, *params), fmt, *params)
+    # The same numbers without codes in between, in one tensor: a search asks for them dozens of times.
+    scale = spread(effective_scale(params.scale, params.zero, fmt), fmt)
+    zero = spread(params.zero.to(torch.float32), fmt) if fmt.has_zero and params.zero is not None else None
+    steps = (split(full, fmt) / scale).round_()
+    if zero is not None:
+        steps.add_(zero)
+    steps.clamp_(fmt.qmin, fmt.qmax)
+    if zero is not None:
+        steps.sub_(zero)
+    return join(steps.mul_(scale), fmt, full.shape)
 
 
 def _chosen(better: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:
