@@ -90,7 +90,7 @@ def search(full: Tensor, fmt: Format, importance: Importance | None = None) -> Q
 
     Never worse than the extremes. importance: of the input channels, see `Importance`; None: all count alike.
     """
-    product = _plain if importance is None else importance.product
+    product = _plain if importance is None else importance.product_with(full)
     best = explore(full, fmt, lambda difference: product(difference, difference))
     for _ in range(_REFITS.get(fmt.bits, _MANY)):
         params = best.params
