@@ -49,8 +49,10 @@ def choose(
     ends = rows.amin(0), rows.amax(0)
     size = tie(rows.abs().mean(0))
 
+    energies = [layer.energy(rows) for layer in layers]
+
     def error(factor: Tensor) -> float:
-        return sum(layer.error(rows, *ends, factor) for layer in layers)
+        return sum(layer.error(rows, *ends, factor, e) for layer, e in zip(layers, energies, strict=True))
 
     tried = [torch.ones_like(size), *(factor_of(size, exponent) for exponent in GRID)]
     errors = [error(factor) for factor in tried]

@@ -36,8 +36,9 @@ from qfx.rounding.scales import rounded, search
 from qfx.storage.spill import give_back, is_mapped, rest
 
 ALPHAS: tuple[float, ...] = tuple(step / 10 for step in range(11))
-_ROWS = 2048  # output channels that the search looks at
+_ROWS = 2048  # output channels that the search looks at, of all experts together
 _SEARCHED_ROWS = 512  # the same where scales are searched for each factor
+_OF_AN_EXPERT = 8  # the fewest of one
 _LEAST, _GREATEST = 1e-4, 1e4  # of a factor
 
 Tie = Callable[[Tensor], Tensor]
@@ -227,9 +228,9 @@ def weight_absmax(module: nn.Module, linears: Iterable[Weight]) -> Tensor:
 class Layer:
     """A linear as the search sees it.
 
-    weight: f32 [N, K] or [E, N, K], of many output channels only some. x, w: formats. observer, percentile: how the
-    range of its input is found. searched: the weight is judged with scales that are searched, errors weighted by
-    the energy of its inputs; else with those of its extremes.
+    weight: f32 [N, K] or [E, N, K], of many output channels only some, see `_some`. x, w: formats.
+    observer, percentile: how the range of its input is found. searched: the weight is judged with scales that are
+    searched, errors weighted by the energy of its inputs; else with those of its extremes.
     """
 
     weight: Tensor
@@ -250,21 +251,28 @@ class Layer:
         whole = graph.get_tensor(gm, weight.weight).detach()
         value = whole.movedim((weight.out, weight.inp), (-2, -1))
         rows = _SEARCHED_ROWS if searched else _ROWS
-        some = value[..., :: -(-value.shape[-2] // rows), :].to(torch.float32)
+        some = _some(value, rows).to(torch.float32)
         rest(whole)
         return cls(some, x if isinstance(x, Format) else None, w, observer, percentile, searched)
 
-    def error(self, rows: Tensor, low: Tensor, high: Tensor, factor: Tensor) -> float:
-        """Squared error of the quantized result relative to the float one, inputs divided by `factor`."""
+    def energy(self, rows: Tensor) -> float:
+        """The sum of squares of the float result."""
+        return float(sum((rows @ part.mT).square().sum() for part in self._parts()))
+
+    def error(self, rows: Tensor, low: Tensor, high: Tensor, factor: Tensor, energy: float) -> float:
+        """Squared error of the quantized result relative to the float one, inputs divided by `factor`.
+
+        energy: what `energy` gives for these rows, which is the same for each factor.
+        """
         inputs = self._rounded(rows / factor, low / factor, high / factor)
-        wrong, total = rows.new_zeros(()), rows.new_zeros(())
+        wrong = rows.new_zeros(())
         for part in self._parts():
             weight = part * factor
             w = weight if self.w is None else self._as_stored(weight, self.w, inputs)
-            exact = rows @ part.mT
-            wrong += (inputs @ w.mT - exact).square().sum()
-            total += exact.square().sum()
-        return float(wrong / total.clamp(min=1e-30))
+            # Inputs that are not rounded meet the difference of the weights: one product instead of two.
+            difference = rows @ (w / factor - part).mT if self.x is None else inputs @ w.mT - rows @ part.mT
+            wrong += difference.square().sum()
+        return float(wrong) / max(energy, 1e-30)
 
     def _parts(self) -> Sequence[Tensor]:
         """Output channels in parts of bounded size, where each has scales of its own: rounding takes several copies."""
@@ -292,6 +300,20 @@ class Layer:
         return fake_quantize(x, self.x, scale, zero, activation=True)
 
 
+def _some(value: Tensor, rows: int) -> Tensor:
+    """About `rows` output channels of a weight [N, K], evenly, or of those of all experts [E, N, K]: [E, less, K].
+
+    Experts take theirs at different places, so that of parts that lie by turns (gate and up) each is seen.
+    """
+    if value.dim() == 2:
+        return value[:: -(-value.shape[0] // rows)]
+    experts, channels = value.shape[:2]
+    step = -(-channels // max(rows // experts, _OF_AN_EXPERT))
+    each = torch.arange(experts, device=value.device)[:, None]
+    taken = (torch.arange(0, channels, step, device=value.device) + each) % channels
+    return value[each, taken]
+
+
 def _search(layers: Sequence[Layer], inputs: Sequence[Sample], make: Callable[[Tensor, float], Tensor]) -> float | None:
     """The exponent with the least error summed over the layers, or None where no smoothing is best.
 
@@ -299,13 +321,15 @@ def _search(layers: Sequence[Layer], inputs: Sequence[Sample], make: Callable[[T
     reach the limit of the range, so that new data clips, which is not seen on the data that the ranges come from.
     """
     folds = max((observer.folds() for observer in inputs), key=lambda found: sum(len(rows) for rows, _, _ in found))
+    energies = [[layer.energy(rows) for layer in layers] for rows, _, _ in folds]
 
     def error(alpha: float | None) -> float:
         total = 0.0
-        for rows, low, high in folds:
+        for (rows, low, high), exact in zip(folds, energies, strict=True):
             absmax = torch.maximum(low.abs(), high.abs())
             factor = torch.ones_like(absmax) if alpha is None else make(absmax, alpha)
-            total += sum(layer.error(rows, low, high, factor) for layer in layers)
+            of_layers = zip(layers, exact, strict=True)
+            total += sum(layer.error(rows, low, high, factor, energy) for layer, energy in of_layers)
         return total
 
     tried: list[float | None] = [None, *ALPHAS]

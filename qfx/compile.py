@@ -124,7 +124,7 @@ class CompiledGraph:
         """What was made for these arguments, if it still fits them."""
         if self._broken is not None:
             return None, self._broken
-        template = self._templates.get(self._values(args))
+        template = self._templates.get(self._values(args) if self._scalars else ())
         built = None if template is None else template.find(args)
         return None if built is None else (template, built)
 
@@ -247,7 +247,7 @@ class CompiledGraph:
         """The float and the quantized graph for these weights, made for a moment, and the graph's inputs."""
         plain, quantized = (template.with_weights(args, built.translation) for _ in range(2))
         self._quantize(quantized, built.record.frame)
-        return plain, quantized, template.inputs(args)
+        return plain, quantized, list(template.inputs(args))
 
     def _translation(self, args: Sequence[Any], at: Frame) -> Translation:
         """From the names in the frame's module to those in the model that was compiled."""

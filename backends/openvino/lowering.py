@@ -61,26 +61,26 @@ class OpenVinoLowered:
     def __init__(self, gm: fx.GraphModule, built: Any, session: Session, results: Sequence[Any]) -> None:
         self._built, self._session = built, session
         self._names = [n.name for n in gm.graph.nodes if n.op == "call_function"]
-        self._placeholders = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
-        self._inputs = [n.name for n in built.inputs]
-        self._sizes = [(n.name, axis) for n, axis in built.sizes]
-        self._outputs = [(n.name, not isinstance(n.meta["val"], Tensor)) for n in built.outputs]
-        self._results = [r.name if isinstance(r, fx.Node) else r for r in results]
-        self._is_node = [isinstance(r, fx.Node) for r in results]
+        places = {n.name: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+        made = {n.name: i for i, n in enumerate(built.outputs)}
+        self._count = len(places)
+        self._inputs = [places[n.name] for n in built.inputs]
+        self._sizes = [(places[n.name], axis) for n, axis in built.sizes]
+        self._numbers = [i for i, n in enumerate(built.outputs) if not isinstance(n.meta["val"], Tensor)]
+        self._results = [(made[r.name], None) if isinstance(r, fx.Node) else (None, r) for r in results]
         self.notes = [*built.notes, *self._precision(), *self._in_float(gm)]
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Run. Raises ValueError where the number of inputs differs from the placeholders."""
-        if len(inputs) != len(self._placeholders):
-            raise ValueError(f"expected {len(self._placeholders)} inputs in placeholder order, found {len(inputs)}")
-        given = dict(zip(self._placeholders, inputs, strict=True))
-        feeds = [as_tensor(given[name]) for name in self._inputs]
-        feeds += [as_tensor(given[n] if axis is None else given[n].shape[axis]) for n, axis in self._sizes]
-        values = {
-            name: value.item() if is_number else value
-            for (name, is_number), value in zip(self._outputs, self._session.run(feeds), strict=True)
-        }
-        return tuple(values[r] if is_node else r for r, is_node in zip(self._results, self._is_node, strict=True))
+        if len(inputs) != self._count:
+            raise ValueError(f"expected {self._count} inputs in placeholder order, found {len(inputs)}")
+        feeds = [as_tensor(inputs[i]) for i in self._inputs]
+        for i, axis in self._sizes:
+            feeds.append(as_tensor(inputs[i] if axis is None else inputs[i].shape[axis]))
+        values: list[Any] = self._session.run(feeds)
+        for i in self._numbers:
+            values[i] = values[i].item()
+        return tuple([constant if i is None else values[i] for i, constant in self._results])
 
     @cached_property
     def kernels(self) -> dict[str, str]:

@@ -23,6 +23,7 @@ _TYPES: dict[torch.dtype, Any] = {
 }  # fmt: skip
 _DTYPES = {kind.get_type_name(): dtype for dtype, kind in _TYPES.items()}
 _VIEW = {torch.bfloat16: torch.int16, torch.bool: torch.uint8}  # as numpy takes them
+_Place = tuple[int, tuple[int, ...], torch.dtype]
 _MOST = 2  # compiled models kept, for different numbers of threads
 
 
@@ -65,19 +66,17 @@ class Session:
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Outputs in the order of the file. The inputs are read where they lie (made contiguous if they are not)."""
-        compiled = self._for_threads(torch.get_num_threads())
-        request = self._request(compiled)
-        kept = [tensor.detach().contiguous() for tensor in inputs]
+        bound = self._request(self._for_threads(torch.get_num_threads()))
+        kept = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in inputs]
         for i, tensor in enumerate(kept):
-            request.set_input_tensor(i, _shared(tensor))
-        found: list[Tensor | None] = [None] * len(self._outputs)
+            bound.reads(i, tensor)
+        found: list[Any] = [None] * len(self._outputs)
         for i, known in enumerate(self._outputs):
             if known is not None:
-                shape, dtype = known
-                made = found[i] = torch.empty(shape, dtype=dtype)
-                request.set_output_tensor(i, _shared(made))
-        request.infer()
-        return [_copied(request.get_output_tensor(i)) if t is None else t for i, t in enumerate(found)]
+                found[i] = torch.empty(known[0], dtype=known[1])
+                bound.writes(i, found[i])
+        bound.request.infer()
+        return [_copied(bound.request.get_output_tensor(i)) if t is None else t for i, t in enumerate(found)]
 
     def _for_threads(self, threads: int) -> Any:
         found = self._compiled.get(threads)
@@ -92,11 +91,35 @@ class Session:
                 self._compiled = dict([*list(self._compiled.items())[1 - _MOST :], (threads, made)])
             return self._compiled[threads]
 
-    def _request(self, compiled: Any) -> Any:
+    def _request(self, compiled: Any) -> _Bound:
         """This thread's request of a compiled model."""
-        if getattr(self._requests, "owner", None) is not compiled:
-            self._requests.owner, self._requests.request = compiled, compiled.create_infer_request()
-        return self._requests.request
+        bound: _Bound | None = getattr(self._requests, "bound", None)
+        if bound is None or bound.owner is not compiled:
+            bound = self._requests.bound = _Bound(compiled)
+        return bound
+
+
+class _Bound:
+    """A request of a compiled model, and where what it reads and writes lies: that is told only where it changed."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner, self.request = owner, owner.create_infer_request()
+        self._read: dict[int, _Place] = {}
+        self._written: dict[int, _Place] = {}
+
+    def reads(self, i: int, tensor: Tensor) -> None:
+        """Input i is this tensor, which is contiguous."""
+        place = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        if self._read.get(i) != place:
+            self.request.set_input_tensor(i, _shared(tensor))
+            self._read[i] = place
+
+    def writes(self, i: int, tensor: Tensor) -> None:
+        """Output i goes into this tensor."""
+        place = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        if self._written.get(i) != place:
+            self.request.set_output_tensor(i, _shared(tensor))
+            self._written[i] = place
 
 
 def _has_float_gate(model: Any) -> bool:
@@ -128,7 +151,7 @@ def _known(output: Any) -> tuple[tuple[int, ...], torch.dtype] | None:
 
 def _shared(tensor: Tensor) -> Any:
     """An OpenVINO tensor on the memory of a contiguous one."""
-    array = tensor.view(_VIEW.get(tensor.dtype, tensor.dtype)).numpy()
+    array = tensor.detach().view(_VIEW.get(tensor.dtype, tensor.dtype)).numpy()
     if not array.size:
         return ov.Tensor(_TYPES[tensor.dtype], ov.Shape(list(tensor.shape)))
     return ov.Tensor(array, ov.Shape(list(tensor.shape)), _TYPES[tensor.dtype])

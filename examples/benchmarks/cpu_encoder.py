@@ -50,7 +50,8 @@ PEERS = (
     Entry("ORT quantize_dynamic", "ort_encoder", "int8"),
     Entry("ORT quantize_dynamic fused", "ort_encoder", "fused int8"),
 )
-RECIPES = ("w8a8", "w8a8-smooth", "w8a8-smooth openvino")  # the word after a space: the backend
+# The word after a space: the backend; "file" is one that OpenVINO runs without torch.
+RECIPES = ("w8a8", "w8a8-smooth", "w8a8-smooth openvino", "w8a8-smooth file")
 COLUMNS = {
     "call_ms": "ms",
     "best_ms": "shortest",

@@ -7,7 +7,7 @@ is d C d^T with C = mean(x^T x). An `Importance` holds the diagonal of C ("energ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,13 +24,22 @@ class Importance:
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Elements [.., K] that sum to a C b^T over any run of channels which cuts no block."""
+        return a * b * self.moments if self.moments.dim() == 1 else a * self._mixed(b)
+
+    def product_with(self, fixed: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """`product` for many a beside one b, `fixed`, whose part of the work is done once."""
         if self.moments.dim() == 1:
-            return a * b * self.moments
+            return self.product
+        mixed = self._mixed(fixed)
+        return lambda a, b: a * mixed if b is fixed else self.product(a, b)
+
+    def _mixed(self, b: Tensor) -> Tensor:
+        """b C, of blocks."""
         count, size, _ = self.moments.shape
         padded = torch.nn.functional.pad(b, (0, count * size - b.shape[-1]))
         rows = padded.reshape(-1, count, size).transpose(0, 1)  # [blocks, rows, B]
         mixed = (rows @ self.moments).transpose(0, 1).reshape(padded.shape)
-        return a * mixed[..., : b.shape[-1]]
+        return mixed[..., : b.shape[-1]]
 
     def columns(self, ranges: Sequence[tuple[int, int]]) -> Importance:
         """That of some channels put side by side. Of blocks the diagonal alone is kept."""

@@ -55,10 +55,14 @@ class Frame:
     @property
     def training(self) -> bool:
         """Whether a module of the frame, or the module that was compiled, is in train() mode now."""
-        root = self.root
-        return (root is not None and root.training) or any(
-            (m := ref()) is not None and m.training for ref in self.modules
-        )
+        root = self.target()
+        if isinstance(root, nn.Module) and root.training:
+            return True
+        for ref in self.modules:  # in every call, so without a generator
+            module = ref()
+            if module is not None and module.training:
+                return True
+        return False
 
 
 def at_compile() -> Frame:

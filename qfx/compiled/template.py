@@ -20,6 +20,7 @@ from qfx.pipeline import prepare
 from qfx.sources import static_names
 
 _VERSION = attrgetter("_version")
+_PLACE = Tensor.data_ptr
 _PACKED = {"qfx::linear", "qfx::embedding", "qfx::dequantize", "qfx::grouped_linear_quant"}
 _VIEWS = {"t", "transpose", "permute", "reshape"}
 
@@ -41,7 +42,14 @@ class State:
             versions = tuple(map(_VERSION, tensors))
         except RuntimeError:
             versions = tuple(0 if t.is_inference() else int(t._version) for t in tensors)
-        return cls(versions, tuple(map(Tensor.data_ptr, tensors)))
+        return cls(versions, tuple(map(_PLACE, tensors)))
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the tensors are in this state now: `self == State.of(tensors)`, which every call asks."""
+        try:
+            return self.versions == tuple(map(_VERSION, tensors)) and self.places == tuple(map(_PLACE, tensors))
+        except RuntimeError:  # inference tensors
+            return self == State.of(tensors)
 
 
 @dataclass(frozen=True)
@@ -80,13 +88,15 @@ class Interface:
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """interface: how the graph is fed. live: indices of buffers that are inputs, since their values change. traced: the
-    prepared graph, whose weights have no content, from the caller's arguments.
+    """interface: how the graph is fed. live: indices of buffers that are inputs, since their values change. weights,
+    inputs: out of the caller's arguments the weights, and the graph's inputs in the order of its placeholders. traced:
+    the prepared graph, whose weights have no content, from the caller's arguments.
     """
 
     interface: Interface
     live: frozenset[int]
     weights: Picker = field(repr=False)
+    inputs: Picker = field(repr=False)
     traced: Callable[[Sequence[Any]], fx.GraphModule] = field(repr=False)
     _entries: dict[Key, _Entry] = field(default_factory=dict, repr=False)
 
@@ -95,7 +105,7 @@ class Template:
         """Capture and prepare a graph of Dynamo's. Raises what capture and the passes raise."""
         captured = _captured(gm, args, live)
         interface = Interface.of(captured, static_names(gm, args), args, live)
-        return cls(interface, frozenset(live), _picker(interface.watched), lambda _: captured.gm)
+        return cls._fed(interface, live, lambda _: captured.gm)
 
     @classmethod
     def known(cls, gm: fx.GraphModule, live: Collection[int], interface: Interface) -> Template:
@@ -107,13 +117,17 @@ class Template:
                 found.append(_captured(gm, args, live).gm)
             return found[0]
 
-        return cls(interface, frozenset(live), _picker(interface.watched), traced)
+        return cls._fed(interface, live, traced)
+
+    @classmethod
+    def _fed(cls, interface: Interface, live: Collection[int], traced: Any) -> Template:
+        return cls(interface, frozenset(live), _picker(interface.watched), _picker(interface.inputs), traced)
 
     def find(self, args: Sequence[Any]) -> Any:
         """What was kept for the weights among these arguments, None where there is nothing or they changed since."""
         tensors = self.weights(args)
         entry = self._entries.get(tuple(map(id, tensors)))
-        return entry.made if entry is not None and entry.state == State.of(tensors) else None
+        return entry.made if entry is not None and entry.state.holds(tensors) else None
 
     def knows(self, args: Sequence[Any]) -> bool:
         """Whether something was kept for the tensors among these arguments, in whatever state they were."""
@@ -132,10 +146,6 @@ class Template:
 
         self._entries.pop(key, None)
         self._entries[key] = _Entry(made, state, tuple(weakref.ref(t, forget) for t in tensors))
-
-    def inputs(self, args: Sequence[Any]) -> list[Any]:
-        """The graph's inputs, in the order of its placeholders."""
-        return [args[i] for i in self.interface.inputs]
 
     def with_weights(self, args: Sequence[Any], translation: Translation) -> fx.GraphModule:
         """The graph with its own nodes, holding the caller's weights under translated names (no copies)."""

@@ -90,7 +90,7 @@ def search(full: Tensor, fmt: Format, importance: Importance | None = None) -> Q
 
     Never worse than the extremes. importance: of the input channels, see `Importance`; None: all count alike.
     """
-    product = _plain if importance is None else importance.product
+    product = _plain if importance is None else importance.product_with(full)
     best = explore(full, fmt, lambda difference: product(difference, difference))
     for _ in range(_REFITS.get(fmt.bits, _MANY)):
         params = best.params
@@ -147,7 +147,18 @@ def refit_zero(full: Tensor, fmt: Format, codes: Tensor, params: QParams) -> QPa
 
 def rounded(full: Tensor, fmt: Format, params: QParams) -> Tensor:
     """The weight as it comes back, f32."""
-    return dequantize(quantize(full, fmt, *params), fmt, *params)
+    if not fmt.is_integer or full.dtype != torch.float32 or full.requires_grad:
+        return dequantize(quantize(full, fmt, *params), fmt, *params)
+    # The same numbers without codes in between, in one tensor: a search asks for them dozens of times.
+    scale = spread(effective_scale(params.scale, params.zero, fmt), fmt)
+    zero = spread(params.zero.to(torch.float32), fmt) if fmt.has_zero and params.zero is not None else None
+    steps = (split(full, fmt) / scale).round_()
+    if zero is not None:
+        steps.add_(zero)
+    steps.clamp_(fmt.qmin, fmt.qmax)
+    if zero is not None:
+        steps.sub_(zero)
+    return join(steps.mul_(scale), fmt, full.shape)
 
 
 def _chosen(better: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:

@@ -166,3 +166,22 @@ def test_it_helps_and_both_doors_agree() -> None:
         compiled: Any = torch.compile(layers().eval(), backend="qfx", options=options)
         assert float((compiled(x) - found).norm() / wanted.norm()) < 1e-5
     assert errors[("awq",)] < 0.8 * errors[()]
+
+
+def test_some_channels_of_the_experts_choose_as_well_as_all() -> None:
+    """48 experts of 64 channels: with 8 of each the factor is as good, measured on all of them."""
+    generator = torch.Generator().manual_seed(0)
+    w, fmt = torch.randn(48, 64, 64, generator=generator), Format.parse("u4/g16")
+    loud = torch.exp(1.5 * torch.randn(64, generator=generator))
+    x = torch.randn(256, 64, generator=generator) * loud
+    size, ends = x.abs().mean(0), (x.amin(0), x.amax(0))
+    whole = smooth.Layer(w, None, fmt, "minmax", 100.0)
+    some = smooth.Layer(smooth._some(w, 0), None, fmt, "minmax", 100.0)
+    assert some.weight.shape == (48, 8, 64)
+    errors = {}
+    for layer in (whole, some):
+        energy = layer.energy(x)
+        errors[layer] = [layer.error(x, *ends, awq.factor_of(size, e), energy) for e in (0.0, *awq.GRID)]
+    best = min(range(len(errors[some])), key=errors[some].__getitem__)
+    assert errors[whole][best] < 1.01 * min(errors[whole])
+    assert min(errors[whole]) < 0.8 * errors[whole][0], "there was something to choose"

@@ -270,3 +270,51 @@ def test_the_search_takes_the_coarsest_of_several_formats() -> None:
     for asked in (formats, annotation.Columns(formats)):
         annotation.set(node, "w", asked)
         assert smooth.Layer.of(gm, node, weight, "minmax", 99.9).w == Format.parse("i3/ch")
+
+
+@pytest.mark.parametrize(("channels", "rows"), [(1, 8), (24, 512), (512, 512), (1000, 512), (4096, 512)])
+def test_of_many_channels_some_are_looked_at_evenly(channels: int, rows: int) -> None:
+    found = smooth._some(torch.arange(channels)[:, None], rows)[:, 0]
+    assert min(channels, rows) / 2 < len(found) <= max(rows, 1)
+    assert found[0] == 0 and len(found.diff().unique()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("experts", "channels"), [(1, 64), (4, 16), (8, 512), (64, 512), (64, 511), (128, 1536), (200, 3)]
+)
+def test_of_experts_each_gives_some_channels_and_together_not_many(experts: int, channels: int) -> None:
+    value = torch.arange(experts)[:, None] * channels + torch.arange(channels)[None]
+    found = smooth._some(value[..., None], 512)[..., 0]
+    assert torch.equal(found // channels, torch.arange(experts)[:, None].expand_as(found)), "each of its own expert"
+    assert all(len(own.unique()) == len(own) for own in found)
+    assert min(channels, 8) <= found.shape[1] and found.numel() <= max(512, 8 * experts)
+
+
+def test_parts_of_experts_that_lie_by_turns_are_all_seen() -> None:
+    """Of gate and up rows one after the other a fixed even step would see the gates alone."""
+    found = smooth._some(torch.arange(512).expand(16, 512)[..., None], 512)[..., 0]
+    assert 0.4 < float((found % 2).float().mean()) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("x", "shape"), [(None, (16, 32)), ("u8", (16, 32)), (None, (4, 16, 32)), ("i8/tok", (4, 16, 32))]
+)
+def test_the_error_is_that_of_the_result(x: str | None, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w, fmt = torch.randn(shape, generator=generator), Format.parse("u4/g16")
+    rows, factor = torch.randn(24, 32, generator=generator), torch.rand(32, generator=generator) + 0.5
+    layer = smooth.Layer(w, None if x is None else Format.parse(x), fmt, "minmax", 100.0)
+    ends = rows.amin(0), rows.amax(0)
+    inputs = layer._rounded(rows / factor, *(end / factor for end in ends))
+    exact = rows.double() @ w.double().mT
+    wrong = (inputs.double() @ fake_quantize(w * factor, fmt).double().mT - exact).square().sum()
+    energy = layer.energy(rows)
+    assert energy == pytest.approx(float(exact.square().sum()), rel=1e-5)
+    assert layer.error(rows, *ends, factor, energy) == pytest.approx(float(wrong) / energy, rel=1e-3)
+    assert layer.error(rows, *ends, factor, 0.0) > 1, "no result: no division by zero"
+
+
+def test_a_weight_that_is_not_rounded_has_no_error() -> None:
+    rows, w = torch.randn(8, 16), torch.randn(4, 16)
+    layer = smooth.Layer(w, None, None, "minmax", 100.0)
+    assert layer.error(rows, rows.amin(0), rows.amax(0), torch.rand(16) + 0.5, layer.energy(rows)) < 1e-9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,16 @@ def build(job: EncoderJob, option: str) -> Built:
     path = job.path / f"openvino_{'int8' if option == 'nncf' else 'float'}.xml"
     if not path.exists():
         _write(job, option, path)
+    computes, run = opened(path, job.threads, option == "float32")
+    size = bytes_in(path, path.with_suffix(".bin"))
+    return built(job, run, size, ov.__version__, arrays=True, computes_in=computes)
+
+
+def opened(path: Path, threads: int, float32: bool = False) -> tuple[str, Callable[[dict[str, Any]], Any]]:
+    """What OpenVINO computes floats of this file in, and a function from its inputs by name to its first output."""
     core = ov.Core()
-    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": job.threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
-    if option == "float32":
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    if float32:
         settings["INFERENCE_PRECISION_HINT"] = "f32"
     compiled = core.compile_model(core.read_model(path), "CPU", settings)
     request = compiled.create_infer_request()
@@ -28,9 +36,7 @@ def build(job: EncoderJob, option: str) -> Built:
     def run(inputs: dict[str, Any]) -> Any:
         return request.infer(inputs, share_inputs=True, share_outputs=True)[0]
 
-    precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-    size = bytes_in(path, path.with_suffix(".bin"))
-    return built(job, run, size, ov.__version__, arrays=True, computes_in=precision)
+    return compiled.get_property("INFERENCE_PRECISION_HINT").to_string(), run
 
 
 def _write(job: EncoderJob, option: str, path: Path) -> None:

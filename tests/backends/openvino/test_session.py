@@ -66,6 +66,76 @@ def test_inputs_that_are_not_contiguous(tmp_path: Path) -> None:
     assert torch.allclose(relu(tmp_path, [3, 4]).run([x])[0], x.relu(), atol=2e-2)
 
 
+@pytest.mark.parametrize("shape", [[3, 4], ["n", "m"]])
+def test_a_tensor_changed_in_place_is_read_again(tmp_path: Path, shape: list[int | str]) -> None:
+    session, x = relu(tmp_path, shape), torch.ones(3, 4)
+    first = session.run([x])[0]
+    x.fill_(5.0)
+    assert torch.equal(session.run([x])[0], torch.full((3, 4), 5.0)) and torch.equal(first, torch.ones(3, 4))
+
+
+def test_another_shape_of_the_same_memory(tmp_path: Path) -> None:
+    session, x = relu(tmp_path, ["n", "m"]), torch.arange(-6.0, 6.0)
+    for shape in ((3, 4), (4, 3), (2, 6), (4, 3)):
+        assert torch.equal(session.run([x.view(shape)])[0], x.view(shape).relu())
+
+
+def test_a_part_of_the_same_memory(tmp_path: Path) -> None:
+    session, x = relu(tmp_path, [2, 4]), torch.arange(-8.0, 8.0).view(4, 4)
+    for first in (0, 2, 1):
+        rows = x[first : first + 2]
+        assert torch.equal(session.run([rows])[0], rows.relu())
+
+
+def test_memory_that_was_freed_and_used_again(tmp_path: Path) -> None:
+    session = relu(tmp_path, [64, 64])
+    places = set()
+    for i in range(20):  # the allocator gives the same places again
+        x = torch.full((64, 64), float(i))
+        places.add(x.data_ptr())
+        assert torch.equal(session.run([x])[0], x)
+        del x
+    assert len(places) < 20, "no place came twice: this tests nothing"
+
+
+def test_an_input_that_needs_gradients(tmp_path: Path) -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    y = relu(tmp_path, [3, 4]).run([x])[0]
+    assert torch.allclose(y, x.detach().relu(), atol=2e-2) and not y.requires_grad
+
+
+def test_what_lies_where_it_did_is_not_told_again(tmp_path: Path) -> None:
+    session, x, told = relu(tmp_path, [3, 4]), torch.randn(3, 4), []
+    session.run([x])
+    bound = session._requests.bound
+
+    class Listening:
+        def __init__(self, request: object) -> None:
+            self.request = request
+
+        def set_input_tensor(self, *given: object) -> None:
+            told.append(given)
+            self.request.set_input_tensor(*given)  # type: ignore[attr-defined]
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.request, name)
+
+    bound.request = Listening(bound.request)
+    session.run([x])
+    assert not told
+    other = x.clone()
+    session.run([other])
+    assert len(told) == 1
+
+
+def test_a_refused_input_leaves_the_session_usable(tmp_path: Path) -> None:
+    session, x = relu(tmp_path, [3, 4]), torch.randn(3, 4)
+    expected = session.run([x])[0]
+    with pytest.raises(RuntimeError):
+        session.run([torch.randn(2, 4)])
+    assert torch.equal(session.run([x])[0], expected)
+
+
 def test_nothing_in_nothing_out(tmp_path: Path) -> None:
     assert relu(tmp_path, ["n", 4]).run([torch.zeros(0, 4)])[0].shape == (0, 4)
 

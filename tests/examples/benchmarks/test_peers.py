@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from examples.benchmarks import cpu_decoder, cpu_encoder
-from examples.benchmarks.peers import decoding, load, qfx_profile, race, table
+from examples.benchmarks.peers import decoding, load, qfx_encoder, qfx_profile, race, table
 from examples.benchmarks.peers.encoding import EncoderJob
 from examples.benchmarks.peers.integer_gemm import shapes
 from examples.benchmarks.peers.load import Load
@@ -173,6 +173,18 @@ def test_all_batches_have_the_shape_that_is_timed(batch: int, length: int, count
     assert [b["input_ids"].shape for b in job.evaluation()] == [(batch, length)] * count
     known = sum(len(b["input_ids"]) for b in job.calibration())
     assert known == 64, "as much text to calibrate on for each batch size"
+
+
+@pytest.mark.filterwarnings("ignore::qfx.QfxWarning")
+def test_the_file_by_openvino_gives_what_the_compiled_model_gives(tmp_path: Path) -> None:
+    job = EncoderJob("tiny", 2, 16, 1, str(tmp_path))
+    pairs = [qfx_encoder.build(job, f"w8a8-static {way}") for way in ("file", "openvino")]
+    made = [built.outputs() for built in pairs if built.outputs is not None]
+    float_ = [job.module()(**batch).last_hidden_state.detach().numpy() for batch in job.evaluation()]
+    for found, compiled, exact in zip(*made, float_, strict=True):
+        assert found.shape == exact.shape
+        assert np.abs(found - compiled).mean() < 0.2 * np.abs(found - exact).mean()
+    assert all(built.time()["call"] > 0 for built in pairs) and (job.path / "qfx_w8a8-static.onnx").exists()
 
 
 def test_the_floor_counts_every_linear_layer(tmp_path: Path) -> None:

@@ -73,3 +73,13 @@ def test_no_data_and_bad_data() -> None:
         Moments("fc x").importance()
     with pytest.raises(ValueError, match=r"(?s)not finite in batch 3.*fc x"):
         Moments("fc x").update(torch.tensor([[1.0, float("nan")]]), batch=3)
+
+
+@pytest.mark.parametrize("block", [None, 4, 8])
+def test_a_product_with_one_side_fixed_is_the_same(block: int | None) -> None:
+    """Bit by bit, for the fixed side, for an equal copy of it and for another."""
+    found, fixed = seen(data(40, 13), block=block), data(5, 13, seed=1)
+    product = found.product_with(fixed)
+    for a in (data(5, 13, seed=2), fixed):
+        for b in (fixed, fixed.clone(), data(5, 13, seed=3)):
+            assert torch.equal(product(a, b), found.product(a, b))

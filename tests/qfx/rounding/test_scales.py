@@ -46,6 +46,30 @@ def test_the_search_never_costs_more_than_the_extremes(fmt: str, seed: int, rows
     assert error(w, f, found, importance) <= least * (1 + 1e-4) + 1e-6
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    fmt=st.sampled_from([*FORMATS, "u8/g16", "i8/g16/f16", "u5/ch", "u4"]), seed=st.integers(0, 1000),
+    shape=st.sampled_from([(1, 1), (3, 40), (9, 16), (2, 5, 33)]), share=st.floats(0.1, 1.2),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)  # fmt: skip
+def test_rounded_is_what_the_codes_say(
+    fmt: str, seed: int, shape: tuple[int, ...], share: float, dtype: torch.dtype
+) -> None:
+    """Bit by bit, where values are clipped, too; and the weight stays as it was."""
+    f = Format.parse(fmt)
+    w = weight(*shape, seed=seed).to(dtype)
+    params = choose_qparams(share * w.to(torch.float32), f)
+    before = w.clone()
+    assert torch.equal(rounded(w, f, params), dequantize(quantize(w, f, *params), f, *params))
+    assert torch.equal(w, before)
+
+
+def test_rounded_takes_a_weight_that_trains() -> None:
+    w, f = weight(4, 32).requires_grad_(), Format.parse("u4/g16")
+    params = choose_qparams(w.detach(), f)
+    assert torch.equal(rounded(w, f, params), rounded(w.detach(), f, params))
+
+
 @pytest.mark.parametrize("fmt", ["i4/g16", "i3/g16", "i2/g16", "i4/g16/f16", "i4/ch"])
 def test_a_negative_scale_turns_the_longer_side_to_the_extreme(fmt: str) -> None:
     """max / -8 has a step of 1/8 of the greatest value, where a positive scale has 1/7 or clips it."""
