@@ -43,7 +43,7 @@ def fuse_gate(gm: fx.GraphModule) -> bool:
         between = _halves(act.args[0], up)
         if between is None:
             continue
-        product = between[-1].args[0]
+        product: Any = between[-1].args[0]
         given = {**m.arguments(product), "act": act_of(act)}
         with gm.graph.inserting_before(node):
             new = call(gm, product.target, *given.values(), like=product)
@@ -59,23 +59,27 @@ def _halves(gate: Any, up: Any) -> list[fx.Node] | None:
     """What cuts a product of float inputs into these two halves, readers first; None where they are none of one."""
     if not isinstance(gate, fx.Node) or any(len(half.users) != 1 for half in (gate, up)):
         return None
-    cuts = [gate, up]
-    if is_call(gate, operator.getitem) and is_call(up, operator.getitem):
-        parts, width = gate.args[0], m.shape(gate)[-1]
-        right = [gate.args[1], up.args[1]] == [0, 1] and parts is up.args[0] and len(parts.users) == 2
-        if not right or not is_call(parts, aten.split.Tensor) or not m.is_last(m.arguments(parts)["dim"], gate):
-            return None
-        cuts.append(parts)
-        product, readers = parts.args[0], 1
-    elif is_call(gate, aten.slice.Tensor) and is_call(up, aten.slice.Tensor):
-        product, readers, width = gate.args[0], 2, m.shape(gate)[-1]
-        if product is not up.args[0] or _columns(gate) != (0, width) or _columns(up) != (width, 2 * width):
-            return None
+    cuts, width = [gate, up], m.shape(gate)[-1]
+    if is_call(gate, aten.slice.Tensor) and is_call(up, aten.slice.Tensor):
+        right = _columns(gate) == (0, width) and _columns(up) == (width, 2 * width)
     else:
+        right = is_call(gate, operator.getitem) and is_call(up, operator.getitem)
+        right = right and (gate.args[1], up.args[1]) == (0, 1) and _splits_columns(gate.args[0])
+    source = gate.args[0] if right and gate.args[0] is up.args[0] else None
+    if not isinstance(source, fx.Node) or len(source.users) != 2:
         return None
-    ours = graph.schema_name(product) == "qfx_triton::linear_weight_only" and len(product.users) == readers
-    whole = ours and m.shape(product)[-1] == 2 * width and not m.arguments(product)["act"]
-    return cuts if whole else None
+    product: Any = source
+    if is_call(source, aten.split.Tensor):
+        cuts.append(source)
+        product = source.args[0]
+        if len(product.users) != 1:
+            return None
+    ours = graph.schema_name(product) == "qfx_triton::linear_weight_only" and not m.arguments(product)["act"]
+    return cuts if ours and m.shape(product)[-1] == 2 * width else None
+
+
+def _splits_columns(node: Any) -> bool:
+    return is_call(node, aten.split.Tensor) and m.is_last(m.arguments(node)["dim"], node.args[0])
 
 
 def _columns(part: fx.Node) -> tuple[int, int] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,11 @@ from qfx.packing import Packed
 from tests.backends.triton.cases import DEVICE
 from tests.backends.triton.test_weight_only import SERVED, STEP, weight
 
-REFERENCE = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+REFERENCE: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 PATHS = [
     (GEMV, {"BN": 4, "CHUNKS": 16, "num_warps": 4}),
     (DOT, {"BM": 16, "BN": 32, "SPLITS": 1, "FIRST": 0, "num_warps": 4}),

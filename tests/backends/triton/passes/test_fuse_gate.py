@@ -14,13 +14,13 @@ from qfx.backends.triton.passes.fuse_act_quantize import fuse_act_quantize
 from qfx.backends.triton.passes.fuse_gate import fuse_gate
 from qfx.backends.triton.passes.merge_siblings import merge_siblings
 from tests.backends.triton.cases import DEVICE
-from tests.backends.triton.passes.lowered import K, Gated, inputs, lowered, outputs, quantized, ran
+from tests.backends.triton.passes.lowered import Gated, K, inputs, lowered, outputs, quantized, ran
 from tests.graphs import Function, counts, error, text
 
 AFTER = """\
 %inputs_0: f32[3,32] = input
-%linear_weight_only: f32[3,24] = qfx_triton.linear_weight_only(%inputs_0, [@triton.t0, @triton.t1, @triton.t2, @triton.t3], \
-@fc.bias, None, u4/g32, 48, silu)  # w=u4/g32
+%linear_weight_only: f32[3,24] = qfx_triton.linear_weight_only(%inputs_0, [@triton.t0, @triton.t1, @triton.t2, \
+@triton.t3], @fc.bias, None, u4/g32, 48, silu)  # w=u4/g32
 return [%linear_weight_only]
 """
 
@@ -51,12 +51,17 @@ def test_golden_text() -> None:
     assert text(ran(found, fuse_gate)) == AFTER
 
 
+def split(own: Any, x: Tensor) -> Any:
+    gate, up = own.fc(x).split(24, 1)
+    return F.gelu(gate) * up
+
+
 @pytest.mark.parametrize(
     "function",
     [
         lambda own, x: F.silu(own.fc(x)[..., :24]) * own.fc(x)[..., 24:],
         lambda own, x: own.fc(x)[:, 24:] * F.gelu(own.fc(x)[:, 0:24], approximate="tanh"),
-        lambda own, x: (lambda parts: F.gelu(parts[0]) * parts[1])(own.fc(x).split(24, 1)),
+        split,
     ],
 )
 def test_other_spellings(function: Any) -> None:
@@ -77,6 +82,16 @@ def activation_read_twice(own: Any, x: Tensor) -> Any:
     return act * up, act
 
 
+def rows(own: Any, x: Tensor) -> Any:
+    y = own.fc(x)
+    return F.silu(y[:1]) * y[1:2]
+
+
+def thirds(own: Any, x: Tensor) -> Any:
+    first, second, _ = own.fc(x).split(16, 1)
+    return F.silu(first) * second
+
+
 def second_half(own: Any, x: Tensor) -> Any:
     up, gate = halves(own, x)
     return F.silu(gate) * up
@@ -93,8 +108,8 @@ def second_half(own: Any, x: Tensor) -> Any:
         lambda own, x: F.silu(own.fc(x)[:, ::2]) * own.fc(x)[:, 1::2],
         lambda own, x: F.relu(own.fc(x)[:, :24]) * own.fc(x)[:, 24:],
         lambda own, x: F.silu(own.fc(x)[:, :24]) * x[:, :24],
-        lambda own, x: (lambda y: F.silu(y[:1]) * y[1:2])(own.fc(x)),
-        lambda own, x: (lambda parts: F.silu(parts[0]) * parts[1])(own.fc(x).split(16, 1)),
+        rows,
+        thirds,
     ],
 )
 def test_other_graphs_stay(function: Any) -> None:
