@@ -135,7 +135,7 @@ def _summed(parts_ptr, bias_ptr, at, column, inside, size, SPLITS: tl.constexpr)
 
 @triton.jit
 def sum_splits(parts_ptr, bias_ptr, out_ptr, size, n, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-               ACT: tl.constexpr = "", EARLY: tl.constexpr = False):  # fmt: skip
+               ACT: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """Parts [SPLITS, m, n] added up in this order, plus bias [n], to out [m, n] of `size` elements.
 
     ACT: parts are [SPLITS, m, 2 n], bias [2 n], and out is ACT of the first n columns, times the others.

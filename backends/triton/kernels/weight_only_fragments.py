@@ -209,7 +209,7 @@ def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
                   SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr,
                   ASM_ODD: tl.constexpr, GAIN: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr,
                   UNITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr,
-                  ACT: tl.constexpr = ""):  # fmt: skip
+                  ACT: tl.constexpr):  # fmt: skip
     """Columns of out from `first` on, as many as `fragments` has in a program, of `blocks` blocks of K."""
     GATED: tl.constexpr = ACT != ""
     HIGH: tl.constexpr = 8 if GATED else 16  # columns of out of sixteen rows

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -251,3 +252,21 @@ def test_sizes_that_change_are_compiled_once(rows: int | None, monkeypatch: pyte
     for size in (rows,) if rows else (4, 5, 6, 7):
         assert run(torch.ones(size or 0))[0].tolist() == [-1.0] * (size or 0)
     assert len(compiled) == 1
+
+
+@pytest.mark.parametrize(("rows", "together"), [(1, True), (16, True), (17, False)])
+def test_small_kernels_of_a_step_are_one(rows: int, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def keep(run: Callable[..., Any], *, fullgraph: bool, dynamic: bool | None, options: dict[str, Any]) -> Any:
+        asked.append(options)
+        return run
+
+    monkeypatch.setattr(torch, "compile", keep)
+    x = torch.randn(rows, 64, device=DEVICE)
+    lower(quantized(nn.Sequential(nn.Linear(64, 32), nn.ReLU()).to(DEVICE), "w4a16", x), mode="default")
+    lower(capture(nn.ReLU(), x), mode="default")
+    assert [options.get("combo_kernels", False) for options in asked] == [together, False]
+    assert {"combo_kernels", "combo_kernels_pointwise_only", "combo_kernels_autotune"} <= set(
+        inductor.get_config_copy()
+    )
