@@ -9,6 +9,7 @@ from torch import nn
 import qfx
 from qfx.backends.triton import lowering, tune_works
 from tests import tiny
+from tests.backends.triton.cases import DEVICE
 from tests.graphs import capture
 from tests.zoo import ZOO
 
