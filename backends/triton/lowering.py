@@ -35,9 +35,17 @@ from qfx.backends.triton.rules import RULES
 from qfx.backends.triton.site import Site
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.passes._build import call
+from qfx.passes._match import known
 
 _LOG = logging.getLogger("qfx.triton")
 _aten = torch.ops.aten
+_OF_NUMBERS: dict[Any, Any] = {torch.sym_max: max, torch.sym_min: min}
+_PRODUCTS = tuple(
+    f"qfx_triton::{name}" for name in ("linear_weight_only", "gemm8", "gemm4", "gemm_mixed", "linear_mixed")
+)
+_MOST_OF_STEP = 16
+# Small kernels of Inductor that do not wait for each other become one; by rule, nothing is measured at the first call.
+_TOGETHER = {"combo_kernels": True, "combo_kernels_pointwise_only": True, "combo_kernels_autotune": 0}
 _NO_MEMORY = (
     "qfx: beside activations, kernels take memory for partial sums, and from 1,024 tokens a call on for one weight in "
     "floats; next step: fewer tokens a call, or a smaller batch"
@@ -201,15 +209,29 @@ def _compiled(gm: fx.GraphModule, options: dict[str, Any]) -> Callable[..., Any]
     other ops for such as let nothing begin before their end, and leaves out to wait in kernels that load nothing, or
     nothing of the op just before. `kernels.early` lets the next one begin at once.
     """
+    for node in gm.graph.nodes:  # torch 2.11 compiles no calls of these with plain numbers
+        node.target = _OF_NUMBERS.get(node.target, node.target)
+    gm.recompile()
     symbols = any(isinstance(s, torch.SymInt) for n in gm.graph.nodes for s in _sizes(n))
+    numbers = any(isinstance(graph.val(n), torch.SymInt) for n in gm.graph.nodes if n.op == "placeholder")
     options = {**options, "triton.enable_pdl": False, "guard_filter_fn": _only_of_inputs}
+    if _is_step(gm):
+        options |= _TOGETHER
 
     def run(*inputs: Any) -> Any:
         return gm(*inputs)
 
     # Dynamo counts compilations by code object, and does not take a graph's own inside another compiled function.
     own = types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=bool(symbols), options=options)
+    # Of sizes that stay as they are Inductor makes better code: a number that changes is found at the second call.
+    dynamic = True if symbols else None if numbers else False
+    return torch.compile(own, fullgraph=True, dynamic=dynamic, options=options)
+
+
+def _is_step(gm: fx.GraphModule) -> bool:
+    """Whether all products are of few tokens, as in a step of decoding, whose time goes into starting kernels."""
+    rows = [known(graph.val(n).shape[:-1].numel()) for n in gm.graph.nodes if graph.schema_name(n) in _PRODUCTS]
+    return bool(rows) and all(isinstance(r, int) and r <= _MOST_OF_STEP for r in rows)
 
 
 def _only_of_inputs(guards: Any) -> list[bool]:

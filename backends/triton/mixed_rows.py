@@ -200,7 +200,7 @@ def _of_floats(
            *w.strides, SUB=sub, GROUP=w.group, ASM8=blocks[0], ASM4=blocks[1], ASM2=blocks[2], TO=LANGUAGE[to],
            ACTIVATION=activation, EVEN_K=w.is_even(k, sub), config=config)  # fmt: skip
     if split > 1:
-        launch(sum_splits, (-(-m * n // 1024),), out, bias, y, m * n, n, SPLITS=split, BLOCK=1024,
+        launch(sum_splits, (-(-m * n // 1024),), out, bias, y, m * n, n, SPLITS=split, BLOCK=1024, ACT="",
                config={"num_warps": 4, "num_stages": 1})  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Linear layers whose weights alone are quantized.
 
-qfx_triton::linear_weight_only(Tensor x, Tensor[] w, Tensor? bias, Tensor? smooth, str w_format, int n) -> Tensor
+qfx_triton::linear_weight_only(Tensor x, Tensor[] w, Tensor? bias, Tensor? smooth, str w_format, int n, str act="")
+    -> Tensor
 
 By the number M of rows of x: for a few tensor cores on weights that stay in the registers of who read them
 (`fragments`, on 9.x from 9 rows on `abreast`), or, for float32 and formats that these do not serve, a product of
@@ -34,7 +35,7 @@ from qfx.backends.triton.pair_asm import gain, pair_asm
 from qfx.backends.triton.row_codes import dense
 from qfx.backends.triton.weight_only_config import (
     ABREAST,
-    DOT,
+    DEQUANTIZE,
     FEWEST_DEQUANTIZE,
     FRAGMENTS,
     GEMV,
@@ -50,6 +51,7 @@ from qfx.errors import UnsupportedError, explain, warn
 from qfx.format import Format
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+GATES = ("silu", "gelu", "gelu_tanh")
 _BLOCK = 1024
 LANGUAGE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -80,71 +82,82 @@ class Weight:
 
 
 def linear_weight_only(
-    x: Tensor, w: list[Tensor], bias: Tensor | None, smooth: Tensor | None, w_format: str, n: int
+    x: Tensor, w: list[Tensor], bias: Tensor | None, smooth: Tensor | None, w_format: str, n: int, act: str = ""
 ) -> Tensor:
     """x [.., K] float16, bfloat16 or float32 times a packed weight [n, K]: [.., n] in x.dtype.
 
+    act: one of GATES, [.., n / 2] are that function of the first half of the columns, times the second half: the gate
+    of a gated layer in the rows above those that it is for. Where `fragments` serve, nothing is rounded before.
     smooth f32 [K] divides x first, rounded to x.dtype. Products of float32 are those of three tf32 terms on tensor
     cores, else sums are f32 and integers exact; NF4's values and, on tiles, weights in groups below 128 columns are
-    rounded to x.dtype. Raises ValueError for other dtypes, sizes that do not fit and tensors on
-    different devices.
+    rounded to x.dtype. Raises ValueError for other dtypes, unknown functions, sizes that do not fit
+    and tensors on different devices.
     """
     weight = named(w, Format.parse(w_format))
-    _check(x, weight, bias, smooth, n)
+    _check(x, weight, bias, smooth, n, act)
     bias = dense(bias)
     if smooth is not None:
         x = (x.to(torch.float32) / smooth).to(x.dtype)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     m, k = rows.shape
-    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     device = device_of(x)
     config = dict(choose(device, weight.fmt, m, n, k, x.dtype))
     if config["PATH"] in (FRAGMENTS, ABREAST) and not begins_aligned(weight):  # it reads two bytes and more at once
         config = dict(without_fragments(device, weight.fmt, m, n, k, x.dtype))
     path = config.pop("PATH")
     if k == 0 or m == 0:
-        out = out.zero_() if bias is None else out.copy_(bias.expand(m, n))
-    elif path == GEMV:
-        _gemv(rows, weight, bias, out, config)
+        out = _finished(x.new_zeros((1, m, n)), bias, x.dtype, act)
     elif path == FRAGMENTS:
-        _fragments(rows, weight, bias, out, config)
-    elif path == ABREAST:
-        _abreast(rows, weight, bias, out, config)
-    elif path == DOT:
-        _dot(rows, weight, bias, out, config)
+        out = _fragments(rows, weight, bias, act, n, config)
+    elif path == GEMV:
+        out = _finished(_gemv(rows, weight, bias, n, config), None, x.dtype, act)
+    elif path == DEQUANTIZE:
+        out = _multiplied(rows, weight, bias, n, act)
     else:
-        out = _multiplied(rows, weight, bias, out)
-    return out.reshape(*x.shape[:-1], n)
+        parts = (_abreast if path == ABREAST else _dot)(rows, weight, bias, n, config)
+        out = _finished(parts, bias if len(parts) > 1 else None, x.dtype, act)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def _fragments(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
-    device, (m, k), n, warps = device_of(x), x.shape, out.shape[1], config["num_warps"]
+def _fragments(x: Tensor, w: Weight, bias: Tensor | None, act: str, n: int, config: Config) -> Tensor:
+    device, (m, k), warps = device_of(x), x.shape, config["num_warps"]
     to = dot_dtype(x.dtype)
-    launch(fragments, (triton.cdiv(n, 16 * config["ROWS"]),), x, w.codes, w.upper, w.scale, w.zero, w.whole, w.table,
-           bias, out, m, n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0), **w.constants,
-           **pairs_of(w.fmt, to, device), TO=LANGUAGE[to], **fitting(w.fmt, k, warps), TOKENS=triton.cdiv(m, 8),
-           S=warps, config=config)  # fmt: skip
+    columns, each = (n // 2, 8) if act else (n, 16)
+    out = torch.empty((m, columns), dtype=x.dtype, device=x.device)
+    launch(fragments, (triton.cdiv(columns, each * config["ROWS"]),), x, w.codes, w.upper, w.scale, w.zero, w.whole,
+           w.table, bias, out, m, columns, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0),
+           **w.constants, **pairs_of(w.fmt, to, device), TO=LANGUAGE[to], **fitting(w.fmt, k, warps),
+           TOKENS=triton.cdiv(m, 8), S=warps, ACT=act, config=config)  # fmt: skip
+    return out
 
 
-def _abreast(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
-    device, (m, k), n, warps, splits = device_of(x), x.shape, out.shape[1], config["num_warps"], config["SPLITS"]
+def _abreast(x: Tensor, w: Weight, bias: Tensor | None, n: int, config: Config) -> Tensor:
+    device, (m, k), warps, splits = device_of(x), x.shape, config["num_warps"], config["SPLITS"]
     to = dot_dtype(x.dtype)
     blocks, whole = blocks_of(w.fmt, k)
-    parts = torch.empty((splits, m, n), dtype=torch.float32, device=x.device) if splits > 1 else out
+    parts = _parts(x, n, splits)
     launch(abreast, (triton.cdiv(n, 16 * warps), splits), x, w.codes, w.upper, w.scale, w.zero, w.whole, w.table, bias,
            parts, m, n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0),
            triton.cdiv(blocks, splits), **w.constants, **pairs_of(w.fmt, to, device), TO=LANGUAGE[to], EVEN=whole,
            T=max(16, triton.next_power_of_2(m)), W=warps, config=config)  # fmt: skip
-    _add(parts, bias, out)
+    return parts
 
 
-def _add(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Add the parts of K [SPLITS, M, N] in their order; one part is `out`."""
-    if parts is not out:
-        count = out.numel()
-        launch(kernels.sum_splits, (triton.cdiv(count, _BLOCK),), parts, bias, out, count, out.shape[1],
-               SPLITS=len(parts), BLOCK=_BLOCK, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+def _parts(x: Tensor, n: int, splits: int) -> Tensor:
+    """For parts of K [SPLITS, M, N] f32, or for the whole product in x.dtype, to which bias is added."""
+    return torch.empty((splits, x.shape[0], n), dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
+
+
+def _finished(parts: Tensor, bias: Tensor | None, dtype: torch.dtype, act: str) -> Tensor:
+    """Parts of K [SPLITS, M, N] added in their order, plus bias, and their halves as `act` says."""
+    if len(parts) == 1 and bias is None and not act:
+        return parts[0]
+    _, m, n = parts.shape
+    out = torch.empty((m, n // 2 if act else n), dtype=dtype, device=parts.device)
+    launch(kernels.sum_splits, (triton.cdiv(out.numel(), _BLOCK),), parts, bias, out, out.numel(), out.shape[1],
+           SPLITS=len(parts), BLOCK=_BLOCK, ACT=act, config={"num_warps": 4, "num_stages": 1})  # fmt: skip
+    return out
 
 
 def pairs_of(fmt: Format, dtype: torch.dtype, device: Device) -> dict[str, Any]:
@@ -157,13 +170,15 @@ def pairs_of(fmt: Format, dtype: torch.dtype, device: Device) -> dict[str, Any]:
     return {"ASM": asm, "ASM_ODD": odd, "GAIN": gain(fmt, dtype)}
 
 
-def _gemv(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
-    device, (m, k), n = device_of(x), x.shape, out.shape[1]
+def _gemv(x: Tensor, w: Weight, bias: Tensor | None, n: int, config: Config) -> Tensor:
+    device, (m, k) = device_of(x), x.shape
+    out = _parts(x, n, 1)
     exact = x.dtype == torch.float32
     asm = "" if exact or device.interpreted else gemv_asm(w)
     launch(gemv, (triton.cdiv(n, config["BN"]),), x, w.codes, w.upper, w.scale, w.zero, w.whole, w.table, bias, out,
            n, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0), M=m, **w.constants,
            NATIVE=device.has_fp8 and not device.interpreted, EXACT=exact, ASM=asm, config=config)  # fmt: skip
+    return out
 
 
 def begins_aligned(w: Weight) -> bool:
@@ -182,12 +197,12 @@ def _gemv_asm(fmt: Format) -> str:
     return biased_asm(stored_bits(fmt)) if fmt.is_integer else decode_asm(fmt, torch.float16)
 
 
-def _dot(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config) -> None:
-    device, (m, k), n = device_of(x), x.shape, out.shape[1]
+def _dot(x: Tensor, w: Weight, bias: Tensor | None, n: int, config: Config) -> Tensor:
+    device, (m, k) = device_of(x), x.shape
     splits, height, width = config["SPLITS"], config["BM"], config["BN"]
     to = dot_dtype(x.dtype)
     asm, odd = ("", "") if device.interpreted else (decode_asm(w.fmt, to), decode_asm(w.fmt, to, 1))
-    parts = torch.empty((splits, m, n), dtype=torch.float32, device=x.device) if splits > 1 else out
+    parts = _parts(x, n, splits)
     unit = UNIT_THREE if w.fmt.bits == 3 else UNIT
     each = triton.cdiv(triton.cdiv(k, unit), splits)
     launch(kernels.dot_tiles, (triton.cdiv(n, width) * triton.cdiv(m, height), splits), x, w.codes, w.upper, w.scale,
@@ -195,12 +210,11 @@ def _dot(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor, config: Config)
            w.scale.stride(0), each, **w.constants, NATIVE=device.has_fp8 and not device.interpreted,
            EXACT=to == torch.float32, ASM=asm, ASM_ODD=odd, TO=LANGUAGE[to], EVEN=k % unit == 0,
            config=config)  # fmt: skip
-    _add(parts, bias, out)
+    return parts
 
 
-def _multiplied(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> Tensor:
+def _multiplied(x: Tensor, w: Weight, bias: Tensor | None, n: int, act: str) -> Tensor:
     """By torch, with the weight written out; by tiles where there is no memory for that, which is told."""
-    n = out.shape[1]
     try:
         full = _dequantized(w, n, x.shape[1], x.dtype)
     except torch.OutOfMemoryError as error:
@@ -213,9 +227,11 @@ def _multiplied(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> Tenso
         )
         fewer = (64 if x.dtype == torch.float32 else FEWEST_DEQUANTIZE) - 1  # rows for which tiles are chosen
         config = heuristic(device_of(x), w.fmt, fewer, n, x.shape[1], x.dtype)
-        _dot(x, w, bias, out, {key: 1 if key == "SPLITS" else value for key, value in config.items() if key != "PATH"})
-        return out
-    return torch.nn.functional.linear(x, full, None if bias is None else bias.to(x.dtype))
+        kept = {key: 1 if key == "SPLITS" else value for key, value in config.items() if key != "PATH"}
+        whole = _dot(x, w, bias, n, kept)
+    else:
+        whole = torch.nn.functional.linear(x, full, None if bias is None else bias.to(x.dtype))[None]
+    return _finished(whole, None, x.dtype, act)
 
 
 def _dequantized(w: Weight, n: int, k: int, dtype: torch.dtype) -> Tensor:
@@ -249,7 +265,7 @@ def named(w: list[Tensor], fmt: Format) -> Weight:
     return Weight(codes, upper, scale, whole, zero, rest[0] if rest else None, fmt)
 
 
-def _check(x: Tensor, w: Weight, bias: Tensor | None, smooth: Tensor | None, n: int) -> None:
+def _check(x: Tensor, w: Weight, bias: Tensor | None, smooth: Tensor | None, n: int, act: str) -> None:
     """Raises ValueError for an input that the kernels cannot read."""
     k = x.shape[-1] if x.dim() else 0
     unit = UNIT_THREE if w.fmt.bits == 3 else UNIT
@@ -260,6 +276,8 @@ def _check(x: Tensor, w: Weight, bias: Tensor | None, smooth: Tensor | None, n: 
         ("the packed weight", w.codes.shape == expected, f"codes {list(expected)} for K = {k}", list(w.codes.shape)),
         ("bias", bias is None or bias.shape == (n,), f"shape [{n}]", bias),
         ("smooth", smooth is None or smooth.shape == (k,), f"shape [{k}]", smooth),
+        ("act", act in ("", *GATES), f"one of {', '.join(GATES)}", repr(act)),
+        ("n", not act or n % 2 == 0, "two halves", n),
     ]
     for name, good, due, found in fits:
         if not good:
@@ -272,12 +290,14 @@ def _check(x: Tensor, w: Weight, bias: Tensor | None, smooth: Tensor | None, n: 
                                  next_step="move input, weight and bias to one GPU"))  # fmt: skip
 
 
-def _fake(x: Tensor, w: list[Tensor], bias: Tensor | None, smooth: Tensor | None, w_format: str, n: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], n))
+def _fake(
+    x: Tensor, w: list[Tensor], bias: Tensor | None, smooth: Tensor | None, w_format: str, n: int, act: str = ""
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n // 2 if act else n))
 
 
 define(
-    "linear_weight_only(Tensor x, Tensor[] w, Tensor? bias, Tensor? smooth, str w_format, int n) -> Tensor",
+    "linear_weight_only(Tensor x, Tensor[] w, Tensor? bias, Tensor? smooth, str w_format, int n, str act='') -> Tensor",
     linear_weight_only,
     _fake,
 )

@@ -159,4 +159,4 @@ def grouped_fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, t
             zero_ptr += further
         fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, None, out_ptr,
                       column, blocks, end - row, n, k, x_stride, w_stride, upper_stride, scale_stride, BITS, KIND,
-                      SCALE, GROUP, OFFSET, ASM, ASM_ODD, GAIN, TO, EVEN, UNITS, ROWS, TOKENS, S)  # fmt: skip
+                      SCALE, GROUP, OFFSET, ASM, ASM_ODD, GAIN, TO, EVEN, UNITS, ROWS, TOKENS, S, "")  # fmt: skip

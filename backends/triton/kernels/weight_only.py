@@ -8,6 +8,7 @@ import triton.language as tl
 
 from qfx.backends.triton.kernels.decode import exact, load_scale, values
 from qfx.backends.triton.kernels.early import wait_for_earlier
+from qfx.backends.triton.kernels.epilogue import activated
 
 
 @triton.jit
@@ -120,21 +121,37 @@ def dot_tiles(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
 
 
 @triton.jit
-def sum_splits(
-    parts_ptr, bias_ptr, out_ptr, size, n, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr = False
-):
-    """f32 [SPLITS, size] added up in this order, plus bias [n] for size = m * n: out [size]."""
+def _summed(parts_ptr, bias_ptr, at, column, inside, size, SPLITS: tl.constexpr):
+    """Elements `at` of f32 [SPLITS, size], added up in this order, plus those of bias at `column`."""
+    total = tl.zeros(at.shape, tl.float32)
+    part = parts_ptr + at
+    for _ in tl.static_range(SPLITS):
+        total += tl.load(part, mask=inside, other=0.0).to(tl.float32)
+        part += tl.cast(size, tl.int64)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def sum_splits(parts_ptr, bias_ptr, out_ptr, size, n, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+               ACT: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
+    """Parts [SPLITS, m, n] added up in this order, plus bias [n], to out [m, n] of `size` elements.
+
+    ACT: parts are [SPLITS, m, 2 n], bias [2 n], and out is ACT of the first n columns, times the others.
+    """
     wait_for_earlier(EARLY)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    total = tl.zeros([BLOCK], tl.float32)
-    part = parts_ptr + at
-    for _ in tl.static_range(SPLITS):
-        total += tl.load(part, mask=inside, other=0.0)
-        part += tl.cast(size, tl.int64)
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + at % n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+    column = at % n
+    if ACT == "":
+        found = _summed(parts_ptr, bias_ptr, at, column, inside, size, SPLITS)
+    else:
+        first, each = at + at // n * n, tl.cast(size, tl.int64) * 2
+        gate = _summed(parts_ptr, bias_ptr, first, column, inside, each, SPLITS)
+        up = _summed(parts_ptr, bias_ptr, first + n, column + n, inside, each, SPLITS)
+        found = activated(gate, ACT) * up
+    tl.store(out_ptr + at, found.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

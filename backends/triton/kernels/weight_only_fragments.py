@@ -16,6 +16,7 @@ import triton.language as tl
 
 from qfx.backends.triton.kernels.decode import load_scale
 from qfx.backends.triton.kernels.early import wait_for_earlier
+from qfx.backends.triton.kernels.epilogue import activated
 
 
 @triton.constexpr_function
@@ -92,18 +93,34 @@ def unpacked(data, upper, below, odd: tl.constexpr, table_ptr, OFFSET: tl.conste
 
 
 @triton.jit
-def rows_of(first, n, S: tl.constexpr, ABREAST: tl.constexpr):
+def rows_of(first, n, S: tl.constexpr, ABREAST: tl.constexpr, GATED: tl.constexpr = False):
     """The row of each thread's numbers, of sixteen from row `first` on, [2 S 32] int64, none beyond n.
 
-    ABREAST: the S have rows of their own, side by side, not all the same.
+    ABREAST: the S have rows of their own, side by side, not all the same. GATED: eight, and the same eight of the
+    next n rows.
 
     What is side by side in one thread is one dimension, what is not another: so the layout is the same for any Triton.
     """
     at = tl.arange(0, 2 * S * 32)  # half of the rows, part of K, row, a fourth of the block
-    row = first + at // (32 * S) * 8 + at // 4 % 8
+    half, row = at // (32 * S), first + at // 4 % 8
     if ABREAST:
         row += at // 32 % S * 16
-    return tl.minimum(row, n - 1).to(tl.int64)
+    if GATED:
+        found = tl.minimum(row, n - 1) + half * n
+    else:
+        found = tl.minimum(row + half * 8, n - 1)
+    return found.to(tl.int64)
+
+
+@triton.jit
+def _each_of(first, n, GATED: tl.constexpr):
+    """The rows of `rows_of` in the order of what tensor cores give, [16] int64."""
+    at = tl.arange(0, 16)
+    if GATED:
+        found = tl.minimum(first + at % 8, n - 1) + at // 8 * n
+    else:
+        found = tl.minimum(first + at, n - 1)
+    return found.to(tl.int64)
 
 
 @triton.jit
@@ -191,8 +208,11 @@ def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
                   m, n, k, x_stride, w_stride, upper_stride, scale_stride, BITS: tl.constexpr, KIND: tl.constexpr,
                   SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr,
                   ASM_ODD: tl.constexpr, GAIN: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr,
-                  UNITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr):  # fmt: skip
+                  UNITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr,
+                  ACT: tl.constexpr):  # fmt: skip
     """Columns of out from `first` on, as many as `fragments` has in a program, of `blocks` blocks of K."""
+    GATED: tl.constexpr = ACT != ""
+    HIGH: tl.constexpr = 8 if GATED else 16  # columns of out of sixteen rows
     LANE: tl.constexpr = lane_of(BITS, GROUP)
     PARTS: tl.constexpr = parts_of(BITS)
     APART: tl.constexpr = 128 // PARTS  # columns from one place to the next
@@ -210,13 +230,13 @@ def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
         accs = accs + (tl.zeros([S, 16, 8], tl.float32),)
     scales, zeros, lower, above = (), (), (), ()  # where rows begin
     for r in tl.static_range(ROWS):
-        rows = rows_of(first + 16 * r, n, S, False)
+        rows = rows_of(first + HIGH * r, n, S, False, GATED)
         lower = lower + (codes + rows * (w_stride // 2),)
         if BITS == 3:
             above = above + (uppers + rows * (upper_stride // 2),)
         if zero_ptr is not None:
             zeros = zeros + (zero_ptr + rows * scale_stride,)
-        at = tl.minimum(first + 16 * r + tl.arange(0, 16), n - 1).to(tl.int64)
+        at = _each_of(first + HIGH * r, n, GATED)
         scales = scales + ((scale_ptr + at * scale_stride)[None, :],)
     for start in range(0, blocks, S):
         held, of_scale = start + of_w // 32 % S, start + split
@@ -262,19 +282,23 @@ def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
                         accs = _replaced(accs, j * ROWS + r, accs[j * ROWS + r] + part, ROWS * TOKENS)
     factor = tl.load(whole_ptr)
     for r in tl.static_range(ROWS):
-        rows = (first + 16 * r + tl.arange(0, 16)).to(tl.int64)
-        here = rows < n
+        columns = (first + HIGH * r + tl.arange(0, HIGH)).to(tl.int64)
+        rows = _each_of(first + HIGH * r, n, GATED)
         times = factor * GAIN + tl.zeros([16], tl.float32)
         if GROUP == 0:
-            times *= load_scale(scale_ptr + rows * scale_stride, here, SCALE)
+            times *= load_scale(scale_ptr + rows * scale_stride, None, SCALE)
         times = tl.where(blocks > 0, times, 0.0)  # of nothing, whatever the scales are
         for j in tl.static_range(TOKENS):
             found = tl.sum(accs[j * ROWS + r], axis=0) * times[:, None]
             if bias_ptr is not None:
-                found += tl.load(bias_ptr + rows, mask=here, other=0.0).to(tl.float32)[:, None]
+                found += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
+            if GATED:
+                gate, up = tl.split(found.reshape(2, 8, 8).permute(1, 2, 0))
+                found = activated(gate, ACT) * up
             tokens = 8 * j + tl.arange(0, 8)
-            at = tokens.to(tl.int64)[None, :] * n + rows[:, None]
-            tl.store(out_ptr + at, found.to(out_ptr.dtype.element_ty), mask=here[:, None] & (tokens < m)[None, :])
+            at = tokens.to(tl.int64)[None, :] * n + columns[:, None]
+            tl.store(out_ptr + at, found.to(out_ptr.dtype.element_ty),
+                     mask=(columns < n)[:, None] & (tokens < m)[None, :])  # fmt: skip
 
 
 @triton.jit
@@ -292,8 +316,11 @@ def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
               w_stride, upper_stride, scale_stride, BITS: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr,
               GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr, ASM_ODD: tl.constexpr, GAIN: tl.constexpr,
               TO: tl.constexpr, EVEN: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-              S: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
+              S: tl.constexpr, ACT: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """x [m, k] to out [m, n] = x @ w^T + bias; a program for 16 ROWS columns of out and 8 TOKENS rows, m at most.
+
+    ACT: weights have 2 n rows, and out is ACT of the product with the first n, times that with the others; half as
+    many columns a program.
 
     Integers less their zero points are exact in the type TO, values of a table rounded to it; products are added in
     f32. ASM gives values over GAIN. S: parts of K, one for a warp. UNITS: blocks hold k columns and no more. EVEN: and
@@ -301,6 +328,6 @@ def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
     """
     wait_for_earlier(EARLY)
     fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr,
-                  tl.program_id(0) * (16 * ROWS), blocks_of(k, BITS, GROUP), m, n, k, x_stride, w_stride,
-                  upper_stride, scale_stride, BITS, KIND, SCALE, GROUP, OFFSET, ASM, ASM_ODD, GAIN, TO, EVEN, UNITS,
-                  ROWS, TOKENS, S)  # fmt: skip
+                  tl.program_id(0) * ((16 if ACT == "" else 8) * ROWS), blocks_of(k, BITS, GROUP), m, n, k, x_stride,
+                  w_stride, upper_stride, scale_stride, BITS, KIND, SCALE, GROUP, OFFSET, ASM, ASM_ODD, GAIN, TO, EVEN,
+                  UNITS, ROWS, TOKENS, S, ACT)  # fmt: skip

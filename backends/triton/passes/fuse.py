@@ -7,6 +7,7 @@ from torch import fx
 from qfx import graph
 from qfx.backends.triton.passes._nodes import computed
 from qfx.backends.triton.passes.fuse_act_quantize import fuse_act_quantize
+from qfx.backends.triton.passes.fuse_gate import fuse_gate
 from qfx.backends.triton.passes.fuse_hadamard_quantize import fuse_hadamard_quantize
 from qfx.backends.triton.passes.fuse_norm_quantize import fuse_norm_quantize
 from qfx.backends.triton.passes.fuse_residual import fuse_residual
@@ -16,8 +17,11 @@ _FUSED = ("qfx_triton::norm_quantize", "qfx_triton::act_quantize", "qfx_triton::
 
 
 def fuse(gm: fx.GraphModule, kernels: dict[str, str]) -> bool:
-    """Share and fuse the quantization of activations. kernels: by node name, told of the nodes that are fused away."""
-    passes = (share_quantize, fuse_residual, fuse_norm_quantize, fuse_act_quantize, fuse_hadamard_quantize)
+    """Share and fuse the quantization of activations, and what ends products.
+
+    kernels: by node name, told of the nodes that are fused away.
+    """
+    passes = (share_quantize, fuse_residual, fuse_norm_quantize, fuse_act_quantize, fuse_hadamard_quantize, fuse_gate)
     changed = [run(gm) for run in passes]
     for node in gm.graph.nodes:
         names = [name for name in computed(node) if name in kernels]

@@ -12,20 +12,14 @@ are those of the product of the rounded activation, rounded to its dtype, as bef
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 import qfx.backends.triton.act_quantize  # noqa: F401  (registers torch.ops.qfx_triton.act_quantize)
 from qfx import graph
+from qfx.backends.triton.passes._gates import act_of, gated
 from qfx.backends.triton.passes._nodes import Quantize, bring_before, note_computed, position, take
-from qfx.graph import is_call
-from qfx.ops import floats as float_ops
-from qfx.passes import _match as m
 from qfx.passes._build import call, matched
-
-aten = torch.ops.aten
 
 
 def fuse_act_quantize(gm: fx.GraphModule) -> bool:
@@ -40,7 +34,7 @@ def fuse_act_quantize(gm: fx.GraphModule) -> bool:
 
 def _fused(gm: fx.GraphModule, found: Quantize) -> bool:
     """Put the op in place of what makes x and of the quantization. False where x is made otherwise."""
-    parts = _gated(found.x) or ((found.x, None) if _act(found.x) else None)
+    parts = gated(found.x) or ((found.x, None) if act_of(found.x) else None)
     if parts is None:
         return False
     act, up = parts
@@ -54,7 +48,7 @@ def _fused(gm: fx.GraphModule, found: Quantize) -> bool:
     bring_before(order, inputs, place)
     with gm.graph.inserting_before(place):
         new = call(
-            gm, torch.ops.qfx_triton.act_quantize.default, act.args[0], up, _act(act), found.scale, found.zero,
+            gm, torch.ops.qfx_triton.act_quantize.default, act.args[0], up, act_of(act), found.scale, found.zero,
             found.smooth, str(found.format), keep, like=found.x,
         )  # fmt: skip
     note_computed(new, *old)
@@ -64,24 +58,3 @@ def _fused(gm: fx.GraphModule, found: Quantize) -> bool:
     for node in reversed(old[:-1]):
         gm.graph.erase_node(node)
     return True
-
-
-def _gated(node: Any) -> tuple[fx.Node, fx.Node] | None:
-    """(activation, other factor) of a product of an activation that nothing else reads."""
-    if not m.plain_binary(node, aten.mul.Tensor):
-        return None
-    for act, up in m.orders(node):
-        alone = isinstance(act, fx.Node) and m.only_user(act) is node
-        fits = isinstance(up, fx.Node) and m.dtype(up) == m.dtype(act) and m.same_sizes(m.shape(up), m.shape(act))
-        if alone and fits and _act(act):
-            return act, up
-    return None
-
-
-def _act(node: Any) -> str:
-    """The name of an activation function as the op has it; "" for other nodes."""
-    if is_call(node, aten.gelu.default):
-        return "gelu_tanh" if m.arguments(node)["approximate"] == "tanh" else "gelu"
-    if is_call(node, aten.silu.default):
-        return "silu"
-    return "quick_gelu" if is_call(node, torch.ops.qfx.quick_gelu.default, float_ops.quick_gelu) else ""

@@ -28,8 +28,10 @@ VECTORS: Mapping[int, Mapping[str, str]] = {
 }
 
 
-def case(text: str, m: int, n: int, k: int, dtype: torch.dtype = torch.float16, *, bias: bool = False) -> Case:
-    """A layer [n, k] for m rows."""
+def case(
+    text: str, m: int, n: int, k: int, dtype: torch.dtype = torch.float16, *, bias: bool = False, act: str = ""
+) -> Case:
+    """A layer [n, k] for m rows; act: its halves are gated."""
 
     def run() -> object:
         fmt = Format.parse(text)
@@ -38,9 +40,10 @@ def case(text: str, m: int, n: int, k: int, dtype: torch.dtype = torch.float16, 
         scale = meta(*fmt.scale_shape((n, k)), dtype=fmt.scale_dtype)
         zero = meta(*scale.shape, dtype=torch.uint8) if fmt.has_zero else meta(dtype=torch.float32)
         w, packed = pack_weight_only(codes, scale, zero if fmt.has_zero or fmt.has_global_scale else None, text, k)
-        return linear_weight_only(meta(m, k, dtype=dtype), w, meta(n, dtype=dtype) if bias else None, None, packed, n)
+        added = meta(n, dtype=dtype) if bias else None
+        return linear_weight_only(meta(m, k, dtype=dtype), w, added, None, packed, n, act)
 
-    name = f"{text} m={m} n={n} k={k} {str(dtype).removeprefix('torch.')}"
+    name = f"{text} m={m} n={n} k={k} {str(dtype).removeprefix('torch.')}{act and f' {act}'}"
     if has_fragments(Format.parse(text), dtype) and m <= (64 if Format.parse(text).bits != 3 else 32):
         few = FRAGMENTS[80] if m <= 16 else MMA[80]
         return Case(name, run, {80: few, 90: FRAGMENTS[90] if m <= 8 else ABREAST})
@@ -87,4 +90,13 @@ CASES = [
     case("u4/g128/f16", 512, 11008, 4096, torch.bfloat16),
     case("i4/g32", 20, 4096, 4096, torch.float32),
     case("i4/g128", 2048, 4096, 4096),
+    case("u4/g128/f16", 1, 22016, 4096, torch.bfloat16, act="silu"),
+    case("u4/g128/f16", 5, 28672, 4096, torch.bfloat16, act="silu"),
+    case("i4/g32", 1, 1554, 999, act="gelu_tanh", bias=True),
+    case("i8/ch", 8, 16384, 4096, act="gelu"),
+    case("u3/g64", 1, 22016, 4096, torch.bfloat16, act="silu"),
+    case("i2/g128/f16", 1, 28672, 8192, act="silu"),
+    case("nf4/g64", 1, 22016, 4096, torch.bfloat16, act="silu"),
+    case("i4/g128/f16", 32, 1024, 8192, torch.bfloat16, act="silu"),
+    case("i4/g32", 1, 22016, 4096, torch.float32, act="silu"),
 ]

@@ -77,5 +77,5 @@ def test_kernels_that_may_not_wait_are_not_launched_early(monkeypatch: pytest.Mo
 def test_it_is_called_without_a_gpu() -> None:
     parts, out = torch.ones(3, 8, device=DEVICE), torch.empty(8, device=DEVICE)
     with config.patch({"triton.enable_pdl": True}):
-        launch.launch(sum_splits, (1,), parts, None, out, 8, 8, SPLITS=3, BLOCK=8, config={"num_warps": 1})
+        launch.launch(sum_splits, (1,), parts, None, out, 8, 8, SPLITS=3, BLOCK=8, ACT="", config={"num_warps": 1})
     assert out.eq(3).all()

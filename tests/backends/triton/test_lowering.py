@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._inductor import config as inductor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import qfx
-from qfx.backends.triton import device, lower, tuning
+from qfx.backends.triton import device, lower, lowering, tuning
 from qfx.backends.triton.device import Device
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.options import Options
@@ -199,3 +203,70 @@ def test_a_lack_of_memory_says_what_takes_it(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(torch.OutOfMemoryError) as caught:
         lowered(x)
     assert any("fewer tokens a call" in note for note in caught.value.__notes__)
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
+    """Graphs that are compiled from now on: they run as they are."""
+    compiled: list[fx.GraphModule] = []
+    original = torch.compile
+
+    def keep(gm: fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        compiled.append(gm)
+        return gm.forward
+
+    def plain(run: Callable[..., Any], *, fullgraph: bool, dynamic: bool | None, options: object) -> Callable[..., Any]:
+        return original(run, fullgraph=fullgraph, dynamic=dynamic, backend=keep)
+
+    monkeypatch.setattr(torch, "compile", plain)
+    return compiled
+
+
+def test_a_number_that_changes_at_each_call_is_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the length of a cache with a window, a number in Python; the sizes of tensors stay numbers of the code."""
+    compiled = counting(monkeypatch)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    context: Any = StatelessSymbolicContext([DimDynamic.DYNAMIC])
+    symbol = mode.from_tensor(torch.empty(7), symbolic_context=context).shape[0]
+    made = fx.Graph()
+    x, n = made.placeholder("x"), made.placeholder("n")
+    x.meta["val"], n.meta["val"] = mode.from_tensor(torch.empty(20), static_shapes=True), symbol
+    least = made.call_function(torch.sym_min, (made.call_function(torch.sym_max, (n, 3)), 11))
+    made.output((made.call_function(torch.ops.aten.add.Tensor, (x, least)),))
+    run = lowering._compiled(fx.GraphModule({}, made), {})
+    for value in (2, 9, 10, 11, 12, 1):
+        assert torch.equal(run(torch.zeros(20), value)[0], torch.full((20,), float(min(max(value, 3), 11))))
+    assert len(compiled) == 2
+    sizes = [n.meta["example_value"].shape for n in compiled[1].graph.nodes if n.op == "placeholder" and "x" in n.name]
+    assert all(isinstance(size, int) for shape in sizes for size in shape)
+
+
+@pytest.mark.parametrize("rows", [3, None])
+def test_sizes_that_change_are_compiled_once(rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = counting(monkeypatch)
+    context: Any = StatelessSymbolicContext([DimDynamic.STATIC if rows else DimDynamic.DYNAMIC])
+    made = fx.Graph()
+    x = made.placeholder("x")
+    x.meta["val"] = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.empty(7), symbolic_context=context)
+    made.output((made.call_function(torch.ops.aten.neg.default, (x,)),))
+    run = lowering._compiled(fx.GraphModule({}, made), {})
+    for size in (rows,) if rows else (4, 5, 6, 7):
+        assert run(torch.ones(size or 0))[0].tolist() == [-1.0] * (size or 0)
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize(("rows", "together"), [(1, True), (16, True), (17, False)])
+def test_small_kernels_of_a_step_are_one(rows: int, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def keep(run: Callable[..., Any], *, fullgraph: bool, dynamic: bool | None, options: dict[str, Any]) -> Any:
+        asked.append(options)
+        return run
+
+    monkeypatch.setattr(torch, "compile", keep)
+    x = torch.randn(rows, 64, device=DEVICE)
+    lower(quantized(nn.Sequential(nn.Linear(64, 32), nn.ReLU()).to(DEVICE), "w4a16", x), mode="default")
+    lower(capture(nn.ReLU(), x), mode="default")
+    assert [options.get("combo_kernels", False) for options in asked] == [together, False]
+    assert {"combo_kernels", "combo_kernels_pointwise_only", "combo_kernels_autotune"} <= set(
+        inductor.get_config_copy()
+    )

@@ -9,6 +9,7 @@ from torch import nn
 import qfx
 from qfx.backends.triton import lowering, tune_works
 from tests import tiny
+from tests.backends.triton.cases import DEVICE
 from tests.graphs import capture
 from tests.zoo import ZOO
 
@@ -25,10 +26,10 @@ def test_layers_of_a_model_once_each_and_those_that_read_the_same_together() -> 
 
 
 def test_experts_of_a_model_are_found() -> None:
-    model = qfx.quantize(ZOO["mixtral"]()[0], "w4a16")
+    model = qfx.quantize(ZOO["mixtral"]()[0].to(DEVICE), "w4a16")
     found = [one for one in tune_works.works_of(model) if "experts" in one.name]
     assert [one.name.rpartition(".")[2] for one in found] == ["gate_up_proj", "down_proj"]
     assert found[0].read == sum(t.nbytes for t in found[0].module.buffers())
-    expected = found[1].module(x := torch.randn(5, 96))
+    expected = found[1].module(x := torch.randn(5, 96, device=DEVICE))
     run = lowering.lower(capture(found[1].module, x))
     torch.testing.assert_close(run(x)[0], expected, rtol=1e-4, atol=1e-5)
