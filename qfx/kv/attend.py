@@ -193,7 +193,7 @@ def scores(q: Tensor, view: View) -> Tensor:
 def weighted(p: Tensor, view: View) -> Tensor:
     """p v, [B, H, S, Dv] in the dtype of p [B, H, S, L]."""
     groups = view.rest[1].shape[1]
-    p5 = p.reshape(p.shape[0], groups, -1, *p.shape[2:])
+    p5 = p.reshape(p.shape[0], groups, p.shape[1] // groups, *p.shape[2:])
     out = p.new_empty((*p5.shape[:-1], view.rest[1].shape[-1]))
     for part, of in _of_parts(view):
         found = _weighted(p5.float() if of is None else p5[:, of].float(), view, part, of)
@@ -250,7 +250,7 @@ def _stored_scores(rows: Tensor, codes: Codes, view: View, out: Tensor) -> None:
 def _weighted(p: Tensor, view: View, part: Part | None, of: Tensor | None) -> Tensor:
     """f32 [B, G, n, S, Dv] of p f32 [B, G, n, S, L], the heads `of` the view."""
     batch, groups, many, queries, length = p.shape
-    rows = p.reshape(batch * groups, -1, length)
+    rows = p.reshape(batch * groups, many * queries, length)
     a, b = view.first[1].shape[2], view.first[1].shape[2] + view.end - view.start
     out = None if part is None else _stored_sums(rows[:, :, a:b], part.values, view)
     for values, where in ((view.first[1], slice(0, a)), (view.rest[1], slice(b, None))):

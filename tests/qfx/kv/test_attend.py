@@ -129,6 +129,14 @@ def test_causal_starts_at_the_upper_left() -> None:
     )
 
 
+@pytest.mark.parametrize("kv", ["i8", {"k": "i4", "v": "i8", "residual": 0, "sinks": 0}])
+def test_a_view_of_no_tokens_gives_zero(kv: Any, way: str) -> None:
+    view, q = filled(kv).narrow(0, 0), random(2, 6, 5, 24)
+    assert torch.equal(attend(q, view, None, 0.3), torch.zeros(2, 6, 5, 24))
+    assert scores(q, view).shape == (2, 6, 5, 0)
+    assert torch.equal(weighted(scores(q, view), view), torch.zeros(2, 6, 5, 24))
+
+
 def test_rows_without_any_token_give_zero(way: str) -> None:
     view, q = filled("i8"), random(2, 6, 5, 24)
     mask = torch.ones(5, 150, dtype=torch.bool)
