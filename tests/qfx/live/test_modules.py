@@ -176,7 +176,7 @@ def test_conv_over_windows() -> None:
 
 
 @pytest.mark.parametrize("conv", [nn.Conv2d(3, 5, (2, 3), stride=(2, 3)), nn.Conv1d(3, 5, 4, stride=2, padding=1)])
-def test_conv_tells_what_the_float_one_tells(conv: nn.Module) -> None:
+def test_conv_tells_what_the_float_one_tells(conv: Any) -> None:
     """Forwards that pad by themselves ask the convolution for its settings (MobileNet)."""
     module = QuantConv(pack_weight(conv.weight.flatten(1), Format.parse("i8/ch")), conv, x_format="")
     for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
