@@ -59,10 +59,17 @@ def arange_start(b: Builder, start: Any, end: Any, step: Any = 1, **_: Any) -> V
 
 
 def linspace(b: Builder, start: Any, end: Any, steps: Any, **_: Any) -> Value:
-    """`steps` values from start to end."""
-    if not isinstance(steps, int) or isinstance(start, Value) or isinstance(end, Value):
+    """`steps` values from start to end, which may be of sizes that vary (the points of Deformable DETR)."""
+    dtype = b.out_dtype
+    if isinstance(start, Value) or isinstance(end, Value) or not dtype.is_floating_point:
         raise NotImplementedError("a linspace of unknown ends")
-    return b.const(torch.linspace(start, end, steps), b.out_dtype)
+    if all(isinstance(number, int | float) for number in (start, end, steps)):
+        return b.const(torch.linspace(start, end, steps), dtype)
+    first = b.scalar(start, dtype)
+    gaps = b.op("Max", b.op("Sub", b.scalar(steps, dtype), b.scalar(1, dtype)), b.scalar(1, dtype))
+    step = b.op("Div", b.op("Sub", b.scalar(end, dtype), first), gaps)
+    numbers = b.op("Range", b.scalar(0, torch.int64), b.scalar(steps, torch.int64), b.scalar(1, torch.int64))
+    return b.op("Add", b.op("Mul", b.cast(numbers, dtype), step), first)
 
 
 def eye(b: Builder, *_: Any, **__: Any) -> Value:

@@ -1,4 +1,4 @@
-"""Resampling of images and sound to another size."""
+"""Resampling of images and sound to another size, and of images at points."""
 
 from __future__ import annotations
 
@@ -46,6 +46,17 @@ def cubic(b: Builder, x: Value, _: Any, align_corners: bool, *scales: Any) -> Va
     return _resized(b, x, _factors(scales), "cubic", place, cubic_coeff_a=-0.75)
 
 
+def grid_sampler(b: Builder, x: Value, grid: Value, mode: int, padding: int, align_corners: bool) -> Value:
+    """Images at the points of a grid (deformable attention). "linear" is called "bilinear" before opset 20, where it is
+    what is taken if nothing is said, as it is afterwards."""
+    if len(x.dims) != 4 or mode not in (0, 1):
+        raise NotImplementedError("a grid in a volume, or a cubic one")
+    attrs: dict[str, Any] = {"mode": "nearest"} if mode else {}
+    attrs |= {"padding_mode": ("zeros", "border", "reflection")[padding], "align_corners": int(align_corners)}
+    result = b.op("GridSample", b.cast(x, torch.float32), b.cast(grid, torch.float32), **attrs)
+    return b.cast(result, x.dtype)
+
+
 def _factors(scales: Sequence[Any]) -> Sequence[Any] | None:
     """The factors given: as one list (the overload `vec`) or one by one."""
     if len(scales) == 1 and (scales[0] is None or isinstance(scales[0], list | tuple)):
@@ -62,4 +73,5 @@ EMIT: dict[str, Emit] = {
     **_all([f"_upsample_nearest_exact{n}d" for n in (1, 2, 3)], nearest_exact),
     **_all(["upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d"], linear),
     **_all(["upsample_bicubic2d"], cubic),
+    **{f"aten.{name}.default": grid_sampler for name in ("grid_sampler", "grid_sampler_2d")},
 }

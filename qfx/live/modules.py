@@ -209,6 +209,9 @@ class QuantConv(QuantLinear):
         channels: Any = conv.in_channels
         self.in_channels: int = channels
         self.out_channels = self.out_features
+        # What other convolutions are not, for forwards that ask (MobileNet pads by kernel, stride and dilation).
+        self.dilation, self.groups = (1,) * len(self.kernel_size), 1
+        self.padding_mode, self.transposed = "zeros", False
 
     @property
     def weight(self) -> Tensor:

@@ -30,6 +30,12 @@ def sound(n: int) -> list[Tensor]:
     return [floats(n, 4, 12), floats(8, 4, 3, seed=2), floats(8, seed=3)]
 
 
+def _points(x: Tensor, **how: Any) -> Tensor:
+    """x at points that depend on it, within the image and beside it."""
+    places = torch.tanh(x[:, :2].flatten(2).transpose(1, 2)[:, :6]) * 1.3
+    return F.grid_sample(x, places.unflatten(1, (2, 3)), **{"align_corners": False, **how})
+
+
 CASES: list[Case] = [
     ("linear", lambda x, w, c: (F.linear(x, w, c), F.linear(x, w), F.linear(x[0], w, c), F.linear(x[0, 0], w, c)), xw),
     ("linear of a transposed weight", lambda x, w, c: F.linear(x[..., :6], w.t(), None), xw),
@@ -79,6 +85,13 @@ CASES: list[Case] = [
     ),
     ("resize aligned", lambda x, w, c: F.interpolate(x, (12, 5), mode="bilinear", align_corners=True), image),
     ("resize cubic", lambda x, w, c: F.interpolate(x, (12, 10), mode="bicubic"), image),
+    (
+        "points of an image",
+        lambda x, w, c: [_points(x, padding_mode=p) for p in ("zeros", "border", "reflection")],
+        image,
+    ),
+    ("points, corners aligned", lambda x, w, c: _points(x, align_corners=True), image),
+    ("nearest points", lambda x, w, c: _points(x, mode="nearest"), image),
     ("resize sound", lambda x, w, c: F.interpolate(x, 20, mode="linear"), sound),
     ("adaptive_avg_pool", lambda x, w, c: F.adaptive_avg_pool2d(x, 1), image),
     ("max_pool1d", lambda x, w, c: F.max_pool1d(x, 3, 2), sound),

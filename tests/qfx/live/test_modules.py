@@ -112,6 +112,15 @@ def test_conv_over_windows() -> None:
     assert module.weight.shape == conv.weight.shape and module.out_channels == 5
 
 
+@pytest.mark.parametrize("conv", [nn.Conv2d(3, 5, (2, 3), stride=(2, 3)), nn.Conv1d(3, 5, 4, stride=2, padding=1)])
+def test_conv_tells_what_the_float_one_tells(conv: Any) -> None:
+    """Forwards that pad by themselves ask the convolution for its settings (MobileNet)."""
+    module = QuantConv(pack_weight(conv.weight.flatten(1), Format.parse("i8/ch")), conv, x_format="")
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+        assert getattr(module, name) == getattr(conv, name), name
+    assert (module.padding_mode, module.transposed) == (conv.padding_mode, conv.transposed)
+
+
 def test_shared_buffers_are_told_beside_what_was_told_before() -> None:
     module = nn.Linear(2, 2)
     module._tied_weights_keys = {"bias": "other.bias"}  # type: ignore[assignment]
