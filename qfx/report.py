@@ -270,7 +270,8 @@ def _unseen(model: Any) -> ValueError:
     elif unwrapped(model) is not model or getattr(model, "_compiled_call_impl", None) is not None:
         hint = (
             " (if it was called: Dynamo gave qfx no graph, and the model ran in float; TORCH_LOGS=graph_breaks says "
-            "why; a module of torch.nn itself, such as Sequential, needs torch.compile(model), not model.compile())"
+            "why; before torch 2.14 a module of torch.nn itself, such as Sequential, needs torch.compile(model), not "
+            "model.compile())"
         )
     return ValueError(
         "expected a model that qfx quantized or compiled, found neither; next step: call the compiled model once, or "

@@ -19,7 +19,8 @@ def activated(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         x = 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
     elif ACTIVATION == "gelu_tanh":  # (1 + tanh u) / 2 is the sigmoid of 2u
-        x = x * sigmoid(2.0 * _SQRT_2_OVER_PI * (x + 0.044715 * x * x * x))
+        # constants on the right: in the interpreter of Triton 3.8 one on the left makes a constant of the product
+        x = x * sigmoid((x + 0.044715 * x * x * x) * (2.0 * _SQRT_2_OVER_PI))
     elif ACTIVATION == "silu":
         x = x * sigmoid(x)
     return x

@@ -32,7 +32,8 @@ KNOWN = {
         "hadamard random factor sm_80 hadamard: spills 8 bytes",
         "mixed_rows i8/tok i8/ch,u4/g128 rows=(1024, 3072, 0) m=2048 k=4096 sm_80 mixed_integer: spills 8 bytes",
         "quantize_rows u8/tok, many rows, smooth sm_80 act_quantize: spills 8 bytes",
-    }
+    },
+    "3.8.0": {"cache_attention i3 torch.float16 32/8 d=128 s=1 sm_90 split_attention: spills 8 bytes"},
 }
 GROUPS = [FAMILIES[i::4] for i in range(4)]  # a process for each
 

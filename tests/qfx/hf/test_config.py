@@ -61,6 +61,7 @@ def test_an_unknown_key_is_refused() -> None:
         QfxConfig.from_dict({"quant_method": "qfx", "bits": 4})
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin:UserWarning")  # torch 2.12's
 def test_a_forward_that_copies_its_configuration_compiles() -> None:
     """An encoder-decoder that makes its own cache copies its configuration, and Dynamo traces the copy."""
     torch._dynamo.reset()
