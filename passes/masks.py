@@ -39,6 +39,7 @@ _VIEWS = (
     aten.slice.Tensor,
     aten.repeat.default,
 )
+NATURAL = "qfx_natural"  # the mark of an input in whose integers none is negative, as positions are
 _SAME = (aten.alias.default, aten.clone.default, aten.contiguous.default)
 
 
@@ -142,7 +143,7 @@ def natural(node: Any) -> bool:
         return node >= 0
     if not isinstance(node, fx.Node):
         return False
-    if is_call(node, aten.sym_size.int):
+    if is_call(node, aten.sym_size.int) or node.meta.get(NATURAL):
         return True
     if is_call(node, aten.arange.default):
         return True

@@ -20,6 +20,7 @@ from qfx.errors import Note, UnsupportedError, explain
 from qfx.inputs import example_inputs, need_inputs
 from qfx.other_sizes import other_sizes
 from qfx.passes.kv_cache import kv_cache
+from qfx.passes.masks import NATURAL
 from qfx.storage.files import sha256_file, write_text
 
 ENCODER, DECODER, DOCUMENT = "encoder.onnx", "model.onnx", "encoder_decoder.json"
@@ -265,7 +266,11 @@ def capture_decoder(
         for what in ("key", "value")
     }
     pasts = [name for name in names if name.startswith("past_")]
-    return capture_export(_Decoder(model, sizes.width), (), example), names, pasts
+    captured = capture_export(_Decoder(model, sizes.width), (), example)
+    for node in captured.gm.graph.find_nodes(op="placeholder"):
+        if node.name == POSITIONS:
+            node.meta[NATURAL] = True
+    return captured, names, pasts
 
 
 def fuse_cache(captured: Captured, pasts: list[str]) -> bool:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qfx.passes.lookup import lookup
-from tests.graphs import Function, after, same, text
+from qfx.passes.masks import NATURAL
+from tests.graphs import Function, after, capture, same, text
 
 GOLDEN = """\
 %inputs_0: f32[2,3] = input
@@ -64,3 +65,13 @@ def test_golden() -> None:
 )
 def test_rows_of_tables(rows: Callable[[Any, Tensor], Tensor], count: int, dynamic: bool) -> None:
     assert same(lookup, read(rows), X, dynamic=dynamic) == count
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_rows_of_an_input_that_is_known_to_count_places(known: bool) -> None:
+    model = Function(lambda own, at: own.table.weight[at], table=nn.Embedding(9, 4))
+    gm = capture(model, torch.tensor([[2, 0, 8]]))
+    if known:
+        next(iter(gm.graph.find_nodes(op="placeholder"))).meta[NATURAL] = True
+    assert lookup(gm) == known
+    assert known == any("embedding" in str(n.target) for n in gm.graph.nodes)

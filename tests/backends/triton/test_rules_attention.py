@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from qfx import graph
 from qfx.backends.triton import lowering
 from qfx.ops.floats import attention as reference
-from tests.backends.triton.cases import BF16_STEP, DEVICE
-from tests.graphs import capture
+from tests.backends.triton.cases import BF16_STEP, DEVICE, INTERPRETED
+from tests.graphs import capture, error
 
 
 class Attention(nn.Module):
@@ -66,4 +66,5 @@ OTHERS = {
 def test_others_run_as_they_are_defined(inputs: list[Tensor]) -> None:
     found, kernel = lowered(Attention(), inputs)
     assert kernel == "attention (torch, compiled)"
-    assert torch.equal(found, reference(inputs[0], inputs[1], inputs[2], None, inputs[3], 0.3, True, 0.0))
+    expected = reference(inputs[0], inputs[1], inputs[2], None, inputs[3], 0.3, True, 0.0)
+    assert torch.equal(found, expected) or (not INTERPRETED and error(expected, found) < 1e-3)  # Inductor rounds less
