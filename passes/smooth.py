@@ -303,12 +303,15 @@ class Layer:
 def _some(value: Tensor, rows: int) -> Tensor:
     """About `rows` output channels of a weight [N, K], evenly, or of those of all experts [E, N, K]: [E, less, K].
 
-    Experts take theirs at different places, so that of parts that lie by turns (gate and up) each is seen.
+    Experts take theirs at different places, so that of parts that lie by turns (gate and up) each is seen. Where all
+    are taken, they stay in their order, which formats of blocks [M, N] ask, and where they lie.
     """
     if value.dim() == 2:
         return value[:: -(-value.shape[0] // rows)]
     experts, channels = value.shape[:2]
     step = -(-channels // max(rows // experts, _OF_AN_EXPERT))
+    if step == 1:
+        return value
     each = torch.arange(experts, device=value.device)[:, None]
     taken = (torch.arange(0, channels, step, device=value.device) + each) % channels
     return value[each, taken]

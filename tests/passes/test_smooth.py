@@ -290,6 +290,13 @@ def test_of_experts_each_gives_some_channels_and_together_not_many(experts: int,
     assert min(channels, 8) <= found.shape[1] and found.numel() <= max(512, 8 * experts)
 
 
+def test_few_channels_of_experts_are_all_taken_where_they_lie() -> None:
+    """Turned by a row for each expert, formats of blocks would be judged by blocks that no weight has."""
+    value = torch.randn(4, 16, 32)
+    assert smooth._some(value, 64) is value
+    assert smooth._some(value, 63).shape == (4, 8, 32), "one channel less than all asks for every second"
+
+
 def test_parts_of_experts_that_lie_by_turns_are_all_seen() -> None:
     """Of gate and up rows one after the other a fixed even step would see the gates alone."""
     found = smooth._some(torch.arange(512).expand(16, 512)[..., None], 512)[..., 0]

@@ -29,6 +29,6 @@ def _file(job: EncoderJob, recipe: str) -> Built:
     from examples.benchmarks.peers.openvino_encoder import opened
 
     path, data = job.path / f"qfx_{recipe}.onnx", job.calibration()
-    qfx.export_onnx(job.module(), data[0], path, recipe=recipe, data=data, runtime="standard", dynamic=False)
+    made = qfx.export_onnx(job.module(), data[0], path, recipe=recipe, data=data, runtime="standard", dynamic=False)
     computes, run = opened(path, job.threads)
-    return built(job, run, bytes_in(path), ov.__version__, arrays=True, computes_in=computes)
+    return built(job, run, bytes_in(*made.files), ov.__version__, arrays=True, computes_in=computes)

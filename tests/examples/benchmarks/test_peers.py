@@ -20,6 +20,7 @@ from examples.benchmarks.peers.encoding import EncoderJob
 from examples.benchmarks.peers.integer_gemm import shapes
 from examples.benchmarks.peers.load import Load
 from examples.benchmarks.peers.race import Entry, Race, Result
+from qfx.backends.onnx import export
 
 STATES = np.random.default_rng(0).standard_normal((2, 3, 8), dtype=np.float32)
 
@@ -185,6 +186,16 @@ def test_the_file_by_openvino_gives_what_the_compiled_model_gives(tmp_path: Path
         assert found.shape == exact.shape
         assert np.abs(found - compiled).mean() < 0.2 * np.abs(found - exact).mean()
     assert all(built.time()["call"] > 0 for built in pairs) and (job.path / "qfx_w8a8-static.onnx").exists()
+
+
+@pytest.mark.filterwarnings("ignore::qfx.QfxWarning")
+def test_the_size_of_a_file_has_the_weights_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of bert-base do not lie in the model's own file."""
+    monkeypatch.setattr(export, "EXTERNAL_BYTES", 0)
+    job = EncoderJob("tiny", 2, 16, 1, str(tmp_path))
+    size = qfx_encoder.build(job, "w8a8 file").size
+    found = [file.stat().st_size for file in job.path.iterdir()]
+    assert len(found) == 2 and size == sum(found)
 
 
 def test_the_floor_counts_every_linear_layer(tmp_path: Path) -> None:
