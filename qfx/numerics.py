@@ -156,7 +156,7 @@ def dequantize(
     assert scale is not None, f"{fmt} needs a scale"
     values = split(_decode(codes, fmt), fmt)
     if fmt.has_zero:
-        values = values - spread(_one_each(zero, scale, fmt), fmt)
+        values = values - spread(zero_points(zero, scale, fmt), fmt)
     values = values * spread(effective_scale(scale, zero, fmt), fmt)
     return cast(join(values, fmt, codes.shape), dtype)
 
@@ -214,6 +214,13 @@ def spread(scale: Tensor, fmt: Format) -> Tensor:
     if fmt.block:
         return scale.unsqueeze(-1).unsqueeze(-3)
     return scale
+
+
+def zero_points(zero: Tensor | None, scale: Tensor, fmt: Format) -> Tensor:
+    """Zero points of a format that has them, f32. Packed ones (see `qfx.packing`) could broadcast in silence."""
+    assert zero is not None, f"{fmt} needs a zero point"
+    assert not zero.dim() or zero.shape == scale.shape, f"{fmt}: zero points of {zero.shape}, scales of {scale.shape}"
+    return zero.to(torch.float32)
 
 
 def _reduced_dims(ndim: int, fmt: Format, activation: bool) -> tuple[int, ...]:
@@ -285,15 +292,8 @@ def _encode(steps: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None) -> T
         return steps.clamp(fmt.qmin, fmt.qmax).to(fmt.code_dtype)
     codes = torch.round(steps)
     if fmt.has_zero:
-        codes = codes + spread(_one_each(zero, scale, fmt), fmt)
+        codes = codes + spread(zero_points(zero, scale, fmt), fmt)
     return codes.clamp(fmt.qmin, fmt.qmax).to(fmt.code_dtype)
-
-
-def _one_each(zero: Tensor | None, scale: Tensor, fmt: Format) -> Tensor:
-    """Zero points in f32. Packed ones (see `qfx.packing`) could broadcast in silence."""
-    assert zero is not None, f"{fmt} needs a zero point"
-    assert not zero.dim() or zero.shape == scale.shape, f"{fmt}: zero points of {zero.shape}, scales of {scale.shape}"
-    return zero.to(torch.float32)
 
 
 def _encode_f4(steps: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from qfx.numerics import (
     spread,
     sums_by_scale,
     value_range,
+    zero_points,
 )
 
 _REFITS = {2: 4, 3: 4, 4: 4, 5: 3}  # by bits
@@ -151,7 +152,7 @@ def rounded(full: Tensor, fmt: Format, params: QParams) -> Tensor:
         return dequantize(quantize(full, fmt, *params), fmt, *params)
     # The same numbers without codes in between, in one tensor: a search asks for them dozens of times.
     scale = spread(effective_scale(params.scale, params.zero, fmt), fmt)
-    zero = spread(params.zero.to(torch.float32), fmt) if fmt.has_zero and params.zero is not None else None
+    zero = spread(zero_points(params.zero, params.scale, fmt), fmt) if fmt.has_zero else None
     steps = (split(full, fmt) / scale).round_()
     if zero is not None:
         steps.add_(zero)

@@ -83,6 +83,14 @@ def test_tokens_are_those_of_the_live_model(folders: Any, name: str, runtime: st
     assert torch.equal(written_by(loaded, alone), written_by(loaded, alone, use_cache=False))
 
 
+@pytest.mark.slow
+def test_tokens_of_weights_beside_the_models(tmp_path: Path) -> None:
+    export(ZOO["bart"]()[0], tmp_path / "m", external_bytes=0)
+    assert (tmp_path / "m" / f"{pair.DECODER}.data").is_file()
+    given = reads("bart")
+    assert torch.equal(written_by(ZOO["bart"]()[0], given), written_by(qfx.onnx.load(tmp_path / "m"), given))
+
+
 @pytest.mark.parametrize(("name", "runtime"), BOTH)
 def test_one_graph_reads_several_tokens_and_one(folders: Any, name: str, runtime: str) -> None:
     live: Any = ZOO[name]()[0]

@@ -12,6 +12,7 @@ from qfx.calibration.importance import Importance
 from qfx.calibration.moments import Moments
 from qfx.format import Format
 from qfx.numerics import choose_qparams, dequantize, quantize
+from qfx.packing import pack_zeros
 from qfx.rounding.scales import Best, explore, refit_scale, refit_zero, rounded, search, shares_of
 
 FORMATS = [
@@ -62,6 +63,15 @@ def test_rounded_is_what_the_codes_say(
     before = w.clone()
     assert torch.equal(rounded(w, f, params), dequantize(quantize(w, f, *params), f, *params))
     assert torch.equal(w, before)
+
+
+def test_rounded_takes_no_zero_points_that_are_missing_or_packed() -> None:
+    w, f = weight(4, 32), Format.parse("u4/g8")
+    params = choose_qparams(w, f)
+    assert params.zero is not None
+    for zero in (None, pack_zeros(params.zero, f)):
+        with pytest.raises(AssertionError, match="zero point"):
+            rounded(w, f, params._replace(zero=zero))
 
 
 def test_rounded_takes_a_weight_that_trains() -> None:
