@@ -11,6 +11,7 @@ Weights are brought into the layout of their kernel once, here. Inputs that the 
 from __future__ import annotations
 
 import logging
+import math
 import time
 import types
 from collections.abc import Callable
@@ -34,8 +35,8 @@ from qfx.backends.triton.passes.write_in_place import write_in_place
 from qfx.backends.triton.rules import RULES
 from qfx.backends.triton.site import Site
 from qfx.errors import Note, UnsupportedError, explain, source_line
+from qfx.passes import _match as m
 from qfx.passes._build import call
-from qfx.passes._match import known
 
 _LOG = logging.getLogger("qfx.triton")
 _aten = torch.ops.aten
@@ -230,7 +231,8 @@ def _compiled(gm: fx.GraphModule, options: dict[str, Any]) -> Callable[..., Any]
 
 def _is_step(gm: fx.GraphModule) -> bool:
     """Whether all products are of few tokens, as in a step of decoding, whose time goes into starting kernels."""
-    rows = [known(graph.val(n).shape[:-1].numel()) for n in gm.graph.nodes if graph.schema_name(n) in _PRODUCTS]
+    # (torch.Size.numel would fix each symbol among the sizes to the number that it stands for)
+    rows = [math.prod(m.shape(n)[:-1]) for n in gm.graph.nodes if graph.schema_name(n) in _PRODUCTS]
     return bool(rows) and all(isinstance(r, int) and r <= _MOST_OF_STEP for r in rows)
 
 

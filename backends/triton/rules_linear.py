@@ -33,6 +33,7 @@ from qfx.format import Format
 from qfx.ops.library import UNSAFE
 from qfx.ops.packed import _rounded_input
 from qfx.passes._build import call, take_place
+from qfx.passes._match import known
 
 DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 qfx_triton = torch.ops.qfx_triton
@@ -42,7 +43,7 @@ def linear(site: Site) -> Taken | str:
     """qfx::linear by the kernel that takes its formats, see the module."""
     given = site.given
     x_format, w_format = given["x_format"], given["w_format"]
-    k = graph.val(given["x"]).shape[-1]
+    k = known(graph.val(given["x"]).shape[-1])
     if graph.val(given["w"]).dim() != 2 or not isinstance(k, int):
         return "its weight is no matrix of a known width"
     if graph.val(given["x"]).dtype not in DTYPES:

@@ -20,6 +20,7 @@ from qfx.backends.triton import device, lower, lowering, tuning
 from qfx.backends.triton.device import Device
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.options import Options
+from qfx.passes._match import known
 from qfx.pipeline import apply_plan, prepare
 from qfx.recipe import Recipe
 from tests.backends.triton.cases import DEVICE
@@ -57,8 +58,8 @@ def test_changed_inputs_are_written_where_they_lie(mode: str | None) -> None:
         assert torch.equal(before, given()[0][0])
 
 
-def quantized(model: nn.Module, recipe: str, *inputs: Any) -> Any:
-    gm = capture(model, *inputs)
+def quantized(model: nn.Module, recipe: str, *inputs: Any, dynamic: bool = False) -> Any:
+    gm = capture(model, *inputs, dynamic=dynamic)
     prepare(gm)
     apply_plan(gm, None, Recipe.parse(recipe))
     return gm
@@ -270,3 +271,21 @@ def test_small_kernels_of_a_step_are_one(rows: int, together: bool, monkeypatch:
     assert {"combo_kernels", "combo_kernels_pointwise_only", "combo_kernels_autotune"} <= set(
         inductor.get_config_copy()
     )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kernel_of_it"),
+    [("w4a16", "linear_weight_only u4/g128 (Triton)"), ("w8a8", "gemm8 i8/tok x i8/ch (Triton)")],
+)
+def test_whether_it_is_a_step_fixes_no_size_that_varies(
+    recipe: str, kernel_of_it: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each length of a prompt would be compiled anew, up to Dynamo's limit."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda run, *, fullgraph, dynamic, options: asked.append(options))
+    x = torch.randn(2, 5, 64, device=DEVICE)
+    lowered = lower(gm := quantized(nn.Linear(64, 32, device=DEVICE), recipe, x, dynamic=True), mode="default")
+    assert [kernel for name, kernel in lowered.kernels.items() if "linear" in name] == [kernel_of_it]
+    sizes = [known(size) for node in gm.graph.nodes if node.op == "placeholder" for size in node.meta["val"].shape]
+    assert [isinstance(size, int) for size in sizes] == [False, False, True]
+    assert "combo_kernels" not in asked[0]
