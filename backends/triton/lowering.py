@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from qfx import graph
 from qfx.backends.triton import device, tuning
 from qfx.backends.triton.device import Device
-from qfx.backends.triton.passes._nodes import computed
+from qfx.backends.triton.passes._nodes import computed, note_computed
 from qfx.backends.triton.passes.few_queries import few_queries
 from qfx.backends.triton.passes.fold_groups import fold_groups
 from qfx.backends.triton.passes.fuse import fuse
@@ -124,6 +124,7 @@ def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Lowered:
     merge_siblings(own)
     join_rows(own, found, kernels)
     notes = [] if found.interpreted or tuning.has_any(found) else [_untuned(found)]
+    taken: dict[str, fx.Node] = {}
     for node in list(own.graph.nodes):
         rule = RULES.get(graph.schema_name(node)) if node.op == "call_function" else None
         if rule is None:
@@ -136,8 +137,12 @@ def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Lowered:
             notes += [Note(fqns[name], reason, _STEP, source_line(node) or "") for name in names]
             continue
         kernels.update(dict.fromkeys(names, told.kernel))
+        taken[node.name] = node
         if told.told:
             notes += [Note(fqns[name], told.told, _PAIRS, source_line(node) or "", minor=True) for name in names]
+    for node in own.graph.nodes:  # what took the place of a node, and its name, computes what it did
+        if node.name in taken:
+            note_computed(node, taken[node.name])
     graph.clean(own)
     fuse(own, kernels)
     own = graph.copy(own)  # without the tensors that no node reads any more

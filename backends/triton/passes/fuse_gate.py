@@ -30,6 +30,7 @@ from qfx.passes import _match as m
 from qfx.passes._build import call, matched, take_place
 
 aten = torch.ops.aten
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 
 
 def fuse_gate(gm: fx.GraphModule) -> bool:
@@ -45,9 +46,9 @@ def fuse_gate(gm: fx.GraphModule) -> bool:
             continue
         product: Any = between[-1].args[0]
         given = {**m.arguments(product), "act": act_of(act)}
-        with gm.graph.inserting_before(node):
+        with gm.graph.inserting_before(product):  # where what it reads is not written into yet
             new = call(gm, product.target, *given.values(), like=product)
-        note_computed(new, product, act, node)
+        note_computed(new, product, *reversed(between), act, node)
         take_place(node, new)
         for old in (act, *between, product):
             gm.graph.erase_node(old)
@@ -69,7 +70,7 @@ def _halves(gate: Any, up: Any) -> list[fx.Node] | None:
     if not isinstance(source, fx.Node) or len(source.users) != 2:
         return None
     product: Any = source
-    if is_call(source, aten.split.Tensor):
+    if is_call(source, *_SPLITS):
         cuts.append(source)
         product = source.args[0]
         if len(product.users) != 1:
@@ -79,7 +80,7 @@ def _halves(gate: Any, up: Any) -> list[fx.Node] | None:
 
 
 def _splits_columns(node: Any) -> bool:
-    return is_call(node, aten.split.Tensor) and m.is_last(m.arguments(node)["dim"], node.args[0])
+    return is_call(node, *_SPLITS) and m.is_last(m.arguments(node)["dim"], node.args[0])
 
 
 def _columns(part: fx.Node) -> tuple[int, int] | None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from qfx.backends.triton import lower
 from qfx.backends.triton.passes._nodes import computed
 from qfx.backends.triton.passes.fuse_act_quantize import fuse_act_quantize
 from qfx.backends.triton.passes.fuse_gate import fuse_gate
@@ -45,7 +46,7 @@ def test_golden_text() -> None:
     gm = product(layer)
     found = ran(gm, fuse_gate)
     node = next(n for n in found.graph.nodes if "qfx_triton" in str(n.target))
-    assert computed(node) == ("linear", "silu", "mul")
+    assert computed(node) == ("linear", "split", "getitem_1", "getitem", "silu", "mul")
     assert error(outputs(gm, inputs()), outputs(found, inputs())) < 1e-6
     assert text(found) == AFTER
     assert text(ran(found, fuse_gate)) == AFTER
@@ -56,12 +57,18 @@ def split(own: Any, x: Tensor) -> Any:
     return F.gelu(gate) * up
 
 
+def sizes(own: Any, x: Tensor) -> Any:
+    gate, up = own.fc(x).split([24, 24], -1)
+    return F.silu(gate) * up
+
+
 @pytest.mark.parametrize(
     "function",
     [
         lambda own, x: F.silu(own.fc(x)[..., :24]) * own.fc(x)[..., 24:],
         lambda own, x: own.fc(x)[:, 24:] * F.gelu(own.fc(x)[:, 0:24], approximate="tanh"),
         split,
+        sizes,
     ],
 )
 def test_other_spellings(function: Any) -> None:
@@ -92,6 +99,26 @@ def thirds(own: Any, x: Tensor) -> Any:
     return F.silu(first) * second
 
 
+def whole_read_too(own: Any, x: Tensor) -> Any:
+    y = own.fc(x)
+    return F.silu(y[:, :24]) * y[:, 24:], y
+
+
+def whole_of_split_read_too(own: Any, x: Tensor) -> Any:
+    gate, up = (y := own.fc(x)).split(24, 1)
+    return F.silu(gate) * up, y
+
+
+def halves_of_two(own: Any, x: Tensor) -> Any:
+    y, other = own.fc(x), own.fc(2 * x)
+    return F.silu(y[:, :24]) * other[:, 24:], y
+
+
+def part_of_split_read_too(own: Any, x: Tensor) -> Any:
+    gate, up = own.fc(x).split(24, 1)
+    return F.silu(gate) * up, up
+
+
 def second_half(own: Any, x: Tensor) -> Any:
     up, gate = halves(own, x)
     return F.silu(gate) * up
@@ -103,6 +130,15 @@ def second_half(own: Any, x: Tensor) -> Any:
         read_twice,
         activation_read_twice,
         second_half,
+        whole_read_too,
+        whole_of_split_read_too,
+        part_of_split_read_too,
+        halves_of_two,
+        lambda own, x: F.silu(own.fc(x)[:, :24]) * own.fc(2 * x)[:, 24:],
+        lambda own, x: F.silu(own.fc(x)[:, 12:36]) * own.fc(x)[:, 24:],
+        lambda own, x: F.silu(own.fc(x)[:, :24]) * own.fc(x)[:, 12:36],
+        lambda own, x: F.silu(own.fc(x)[:, :24].float().to(torch.float64)) * own.fc(x)[:, 24:].to(torch.float64),
+        lambda own, x: torch.ops.qfx.quick_gelu(own.fc(x)[:, :24]) * own.fc(x)[:, 24:],
         lambda own, x: F.silu(own.fc(x)[:, :24]) * own.fc(x)[:, :24],
         lambda own, x: F.silu(own.fc(x)[:, :16]) * own.fc(x)[:, 16:32],
         lambda own, x: F.silu(own.fc(x)[:, ::2]) * own.fc(x)[:, 1::2],
@@ -115,6 +151,26 @@ def second_half(own: Any, x: Tensor) -> Any:
 def test_other_graphs_stay(function: Any) -> None:
     gm = product(function)
     assert counts(ran(gm, fuse_gate)) == counts(gm)
+
+
+def test_a_product_ends_with_one_gate() -> None:
+    def twice(own: Any, x: Tensor) -> Tensor:
+        gate, up = halves(own, x)
+        gate, up = (F.silu(gate) * up).chunk(2, -1)
+        return F.silu(gate) * up
+
+    gm = product(twice)
+    found = ran(gm, fuse_gate, fuse_gate)
+    assert counts(found)["linear_weight_only"] == counts(found)["silu"] == 1
+    assert error(outputs(gm, inputs()), outputs(found, inputs())) < 1e-6
+
+
+def test_the_report_names_the_kernel_of_all_that_it_computes() -> None:
+    """Of two linears that are merged, too: their product has another name than the rows of the report."""
+    kernels = lower(quantized(Gated(), inputs(), "", "u4/g32")).kernels
+    own = {name: kernel for name, kernel in kernels.items() if "(torch)" in kernel}
+    assert own == {"add": "aten::add (torch)", "rms_norm": "aten::rms_norm (torch)", "add_1": "aten::add (torch)"}
+    assert {kernels[name] for name in kernels.keys() - own} == {"linear_weight_only u4/g32 (Triton)"}
 
 
 def test_products_of_codes_stay() -> None:
