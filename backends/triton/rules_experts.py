@@ -29,7 +29,7 @@ from qfx.backends.triton.site import Site, Taken, once
 from qfx.backends.triton.weight_only_pack import reason_against_weight
 from qfx.format import Format
 from qfx.passes._build import call, take_place
-from qfx.passes._match import arguments, known
+from qfx.passes._match import arguments
 
 aten = torch.ops.aten
 qfx_triton = torch.ops.qfx_triton
@@ -39,7 +39,7 @@ def grouped_linear_quant(site: Site) -> Taken | str:
     """qfx::grouped_linear_quant by the kernel that takes its formats, see the module."""
     given = site.given
     x, x_format, w_format = given["x"], given["x_format"], given["w_format"]
-    k = known(graph.val(x).shape[-1])
+    k = graph.val(x).shape[-1]
     if not isinstance(k, int) or graph.val(given["w"]).dim() != 3:
         return "its weight has no known width"
     if graph.val(x).dtype not in DTYPES:
