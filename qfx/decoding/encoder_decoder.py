@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qfx import data as batches
 from qfx import graph
 from qfx.capture import Captured, capture_export
-from qfx.decoding.decoder import PAST, PRESENT, is_shared
+from qfx.decoding.decoder import PAST, PRESENT, is_shared, of_any_length
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.inputs import example_inputs, need_inputs
 from qfx.other_sizes import other_sizes
@@ -265,7 +265,7 @@ def capture_decoder(
         for what in ("key", "value")
     }
     pasts = [name for name in names if name.startswith("past_")]
-    return capture_export(_Decoder(model, sizes.width), (), example), names, pasts
+    return of_any_length(capture_export(_Decoder(model, sizes.width), (), example), model), names, pasts
 
 
 def fuse_cache(captured: Captured, pasts: list[str]) -> bool:
