@@ -72,8 +72,12 @@ def _is_complex(value: Any) -> bool:
 def _closed(nodes: list[fx.Node]) -> list[fx.Node]:
     """Those that are known, computed from and read by known ones alone."""
     kept = {n for n in nodes if _is_known(n) and all(_is_complex(u) or is_call(u, *_EXITS) for u in n.users)}
-    while lost := {n for n in kept if any(_is_complex(o) and o not in kept for o in (*n.all_input_nodes, *n.users))}:
-        kept -= lost
+    lost = [n for n in nodes if n not in kept]
+    while lost:
+        node = lost.pop()
+        beside = [n for n in (*node.all_input_nodes, *node.users) if n in kept]
+        kept.difference_update(beside)
+        lost += beside
     return [n for n in nodes if n in kept]
 
 
@@ -89,7 +93,7 @@ def _is_known(node: fx.Node) -> bool:
 
 
 def _parts(gm: fx.GraphModule, node: fx.Node, of: Parts) -> Pair:
-    """The parts of a complex node, in the dtype that its own have."""
+    """The parts of a complex node, in the dtype that its own have, or float32 of those of half precision."""
 
     def build(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return call(gm, target, *args, like=node, **kwargs)
@@ -101,19 +105,22 @@ def _parts(gm: fx.GraphModule, node: fx.Node, of: Parts) -> Pair:
 
 
 def _leave(gm: fx.GraphModule, reader: fx.Node, real: fx.Node, imaginary: fx.Node) -> None:
-    """A real result of a complex node, from its parts."""
+    """A real result of a complex node, from its parts. A length is a norm: at 0, too, it has the gradient 0, which
+    that of hypot has not."""
 
-    def build(target: Any, *args: Any) -> fx.Node:
-        return call(gm, target, *args, like=reader)
+    def build(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return call(gm, target, *args, like=reader, **kwargs)
 
     if reader.target is aten.view_as_real.default:
         new = build(aten.stack.default, [real, imaginary], -1)
     elif reader.target is aten.abs.default:
-        new = build(aten.hypot.default, real, imaginary)
+        new = build(aten.linalg_vector_norm.default, build(aten.stack.default, [real, imaginary], -1), 2.0, [-1])
     elif reader.target is aten.sym_size.int:
         new = build(aten.sym_size.int, real, reader.args[1])
     else:
         new = real if reader.target is aten.real.default else imaginary
+    if isinstance(val(reader), Tensor) and m.dtype(new) != m.dtype(reader):  # half precision
+        new = build(aten._to_copy.default, new, dtype=m.dtype(reader))
     substitute(reader, new)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from qfx import annotation, graph, run
@@ -172,7 +173,8 @@ def _unfit(model: nn.Module, kwargs: dict[str, Any]) -> str:
     if any(is_hollow_leaf(module) for module in model.modules()):
         return ""
     try:
-        model(**kwargs)
+        with torch.random.fork_rng(devices=[]):  # the user's chance stays as it was
+            model(**kwargs)
     except Exception as error:  # noqa: BLE001  (whatever a foreign forward raises)
         return f"{type(error).__name__}: {first_line(error)}"
     return ""

@@ -15,7 +15,7 @@ from qfx.data import Call
 from qfx.decoding.cache_scales import cache_formats, need_data
 from qfx.decoding.encoder_decoder import is_encoder_decoder
 from qfx.decoding.export import export_decoder, export_encoder_decoder
-from qfx.errors import Note, UnsupportedError, check_flags, explain
+from qfx.errors import UnsupportedError, check_flags, explain
 from qfx.exported import Exported, Order, quantize, write
 from qfx.format import Format
 from qfx.hf.hub import is_causal_lm
@@ -99,10 +99,6 @@ def _export_file(model: nn.Module, call: Call, target: Path, order: Order, *, dy
                 )
             )
         notes = other_sizes(captured, model, args, kwargs, type(model).__name__)
-        if captured.first_axis:
-            what = "only the first axis of each input varies in the file: sizes of the others become too long to trace"
-            step = "give an example (args=) of the size that is needed"
-            notes.append(Note(type(model).__name__, what, step, minor=True))
         notes = [*order.beside, *notes, *quantize(captured, order, spill)]
         return write(captured, notes, target, order, spill)
 

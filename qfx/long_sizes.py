@@ -12,7 +12,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-LONGEST = 60  # operations; the longest of models that trace well have 15, those of Swin pass 70 in its second layer
+# Operations: most models that trace well have up to 15, the tokens of a pyramid 8 for each of its levels; those of
+# Swin pass 70 in its second layer.
+LONGEST = 60
 
 
 class LongSize(Exception):  # noqa: N818  (how a trace is left, not what a user sees)

@@ -73,7 +73,20 @@ def capture_decoder(model: nn.Module, *, last_only: bool) -> tuple[Captured, dic
             past[f"{i}_{what}"] = held.new_zeros(_BATCH, held.shape[1], _OLD, held.shape[3])
             names[f"past_{i}_{what}"] = PAST.format(i, what)
     example["past"] = past
-    return capture_export(wrapped, (), example), names
+    return of_any_length(capture_export(wrapped, (), example), model), names
+
+
+def of_any_length(captured: Captured, model: nn.Module) -> Captured:
+    """A decoder's graph. Raises UnsupportedError where it would hold for one number of tokens alone."""
+    if captured.first_axis:
+        raise UnsupportedError(
+            explain(
+                f"sizes within {type(model).__name__} become too long to trace for any number of tokens",
+                expected="a decoder that reads any number of tokens",
+                next_step="export it without a cache: give a path that ends in .onnx",
+            )
+        )
+    return captured
 
 
 def fuse_cache(captured: Captured, names: Mapping[str, str]) -> bool:

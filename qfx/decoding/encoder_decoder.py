@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qfx import data as batches
 from qfx import graph
 from qfx.capture import Captured, capture_export
-from qfx.decoding.decoder import PAST, PRESENT, is_shared
+from qfx.decoding.decoder import PAST, PRESENT, is_shared, of_any_length
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.inputs import example_inputs, need_inputs
 from qfx.other_sizes import other_sizes
@@ -266,7 +266,7 @@ def capture_decoder(
         for what in ("key", "value")
     }
     pasts = [name for name in names if name.startswith("past_")]
-    captured = capture_export(_Decoder(model, sizes.width), (), example)
+    captured = of_any_length(capture_export(_Decoder(model, sizes.width), (), example), model)
     for node in captured.gm.graph.find_nodes(op="placeholder"):
         if node.name == POSITIONS:
             node.meta[NATURAL] = True

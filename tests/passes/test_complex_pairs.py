@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import qfx
+from qfx.passes import complex_pairs as passes_complex_pairs
 from qfx.passes.complex_pairs import complex_pairs
 from tests.graphs import Function, after, capture, counts, error, text
 
@@ -32,6 +33,7 @@ GOLDEN = """\
 %reshape_1: f32[2,3,4] = aten.reshape(%stack, [2, 3, 4])
 return [%reshape_1]
 """
+DEEP = 300
 X, ANGLES = torch.randn(2, 3, 4), torch.randn(3, 2)
 
 
@@ -117,6 +119,14 @@ def test_a_complex_parameter_stays() -> None:
     assert after(complex_pairs, model, X)[1] == 0
 
 
+def test_a_file_computes_lengths(tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    model = Function(lambda _, x: torch.complex(x, x * 2).abs())
+    session = ort.InferenceSession(str(qfx.export_onnx(model.eval(), (X,), tmp_path / "m.onnx").path))
+    (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    assert error(X.abs() * 5**0.5, torch.from_numpy(found)) < 1e-6
+
+
 def test_a_file_computes_it(tmp_path: Path) -> None:
     ort = pytest.importorskip("onnxruntime")
     model = Function(rotary)
@@ -125,6 +135,60 @@ def test_a_file_computes_it(tmp_path: Path) -> None:
     session = ort.InferenceSession(str(written.path))
     feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), (X, ANGLES), strict=True)}
     assert error(rotary(None, X, ANGLES), torch.from_numpy(session.run(None, feed)[0])) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+@pytest.mark.parametrize(
+    "result",
+    [lambda z, a: real(z * torch.complex(a, a)), lambda z, a: (z * 2.0).imag, lambda z, a: (z * a).abs()],
+)
+def test_half_precision_stays(result: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Real tensors of complex32 are float16, whatever the parts are computed in."""
+    x, angles = X.half(), ANGLES.half()
+    function = on_pairs(result)
+    gm, count = after(complex_pairs, function, x, angles)
+    assert count > 0
+    (found,) = gm(x, angles) if len(gm.meta["used_inputs"]) == 2 else gm(x)
+    assert found.dtype == torch.float16
+    assert error(result(pairs_of(x.float()), angles.float()), found.float()) < 2e-3
+
+
+@pytest.mark.parametrize("exponent", [0, 15, -15])
+def test_lengths_of_any_size(exponent: int) -> None:
+    gm, _ = after(complex_pairs, on_pairs(lambda z, a: z.abs()), X, ANGLES)
+    x = X * 10.0**exponent
+    assert error(pairs_of(x).abs(), gm(x)[0]) < 1e-6
+
+
+def test_a_length_of_nothing_has_the_gradient_of_torch() -> None:
+    gm, _ = after(complex_pairs, on_pairs(lambda z, a: z.abs()), X, ANGLES)
+    one, other = (X.clone().index_fill_(1, torch.tensor(1), 0.0).requires_grad_() for _ in range(2))
+    gm(one)[0].sum().backward()
+    pairs_of(other).abs().sum().backward()
+    assert one.grad is not None and not one.grad[:, 1].any()
+    assert error(other.grad, one.grad) < 1e-6
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_many_in_a_row_take_time_by_their_number(closed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read by an operator without a form in parts is found from there, each node looked at once."""
+
+    def deep(z: Tensor, a: Tensor) -> Tensor:
+        for _ in range(DEEP):
+            z = z * 2.0
+        return real(z) if closed else real(torch.exp(z))
+
+    gm, asked = capture(on_pairs(deep), X, ANGLES), 0
+
+    def counted(value: Any) -> bool:
+        nonlocal asked
+        asked += 1
+        return bool(is_complex(value))
+
+    is_complex = passes_complex_pairs._is_complex
+    monkeypatch.setattr(passes_complex_pairs, "_is_complex", counted)
+    assert complex_pairs(gm) is closed
+    assert asked < 10 * DEEP
 
 
 def test_gradients_are_those_of_complex_numbers() -> None:

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 import qfx
 from qfx.capture import capture_export
+from qfx.decoding import decoder
+from qfx.decoding import encoder_decoder as pair
 from qfx.long_sizes import LONGEST, LongSize, ShortSizes
+from qfx.other_sizes import other_sizes
 from tests.graphs import error
+from tests.zoo import ZOO
 
 
 class Windows(nn.Module):
@@ -76,6 +80,24 @@ def test_a_file_says_that_other_sizes_are_fixed(tmp_path: Path) -> None:
     x = torch.randn(5, 3, 40, 4)
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert error(model(x).detach(), torch.from_numpy(found)) < 1e-5
+
+
+def test_decoders_for_one_length_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that reads prompts of the example's length alone would be of no use."""
+    monkeypatch.setattr("qfx.long_sizes.LONGEST", 0)  # the mask is as long as what is cached and what is new
+    with pytest.raises(qfx.UnsupportedError, match=r"too long to trace(.|\n)*ends in .onnx"):
+        decoder.capture_decoder(ZOO["llama"]()[0], last_only=True)
+    model, ids = ZOO["bart"]()[0].eval(), torch.arange(14).reshape(2, 7) + 3
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with pytest.raises(qfx.UnsupportedError, match=r"too long to trace(.|\n)*ends in .onnx"):
+        pair.capture_decoder(model, inputs, pair.cache_sizes(model, inputs))
+
+
+def test_whoever_asks_for_other_sizes_is_told() -> None:
+    """An encoder beside its decoder, too."""
+    for model, told in ((Windows(9), 1), (Windows(1), 0)):
+        notes = other_sizes(capture_export(model, (X,)), model, (X,), {}, "Windows")
+        assert sum("only the first axis" in note.reason for note in notes) == told
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ class Video(nn.Module):
         if not self.branches:
             _, _, _, height, width = pixel_values.shape
             assert height == width
-        elif pixel_values.sum() > 1e9:
+        elif (pixel_values + torch.rand(())).sum() > 1e9:
             return pixel_values
         found: Tensor = self.fc(pixel_values.flatten(-3))
         return found
@@ -132,8 +132,10 @@ def test_an_example_that_does_not_fit_is_told_as_such() -> None:
 
 
 def test_a_model_that_takes_the_example_is_told_what_tracing_says() -> None:
+    model, before = Video(branches=True).eval(), torch.get_rng_state()
     with pytest.warns(QfxWarning, match=r"cannot be had \(torch.export: (.|\n)*torch.compile") as told:
-        qfx.quantize(Video(branches=True).eval(), "w8a8")
+        qfx.quantize(model, "w8a8")
+    assert torch.equal(torch.get_rng_state(), before), "looking is no call that the user sees"
     assert not any("does not fit" in str(w.message) for w in told)
 
 
