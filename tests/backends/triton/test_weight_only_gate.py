@@ -118,8 +118,9 @@ def test_one_kernel_for_few_tokens() -> None:
     packed = weight(512, 256, "u4/g128")
     w, text = pack_weight_only(packed.data, packed.scale, packed.zero, "u4/g128", 256)
     for m, kernels in ((1, ["fragments"]), (8, ["fragments"]), (40, ["abreast", "sum_splits"])):
+        x = torch.empty(m, 256, dtype=torch.float16, device=DEVICE)
         with recorded(H100) as launches:
-            linear_weight_only(torch.empty(m, 256, dtype=torch.float16), w, None, None, text, 512, "silu")
+            linear_weight_only(x, w, None, None, text, 512, "silu")
         assert [one.kernel.fn.__name__ for one in launches] == kernels
         assert launches[-1].arguments["ACT"] == "silu"
 
