@@ -32,6 +32,7 @@ from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.layout import UNIT_THREE, padded
 from qfx.backends.triton.library import define
 from qfx.backends.triton.pair_asm import gain, pair_asm
+from qfx.backends.triton.products import ACTIVATIONS
 from qfx.backends.triton.row_codes import dense
 from qfx.backends.triton.weight_only_config import (
     ABREAST,
@@ -51,7 +52,6 @@ from qfx.errors import UnsupportedError, explain, warn
 from qfx.format import Format
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-GATES = ("silu", "gelu", "gelu_tanh")
 _BLOCK = 1024
 LANGUAGE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -86,8 +86,9 @@ def linear_weight_only(
 ) -> Tensor:
     """x [.., K] float16, bfloat16 or float32 times a packed weight [n, K]: [.., n] in x.dtype.
 
-    act: one of GATES, [.., n / 2] are that function of the first half of the columns, times the second half: the gate
-    of a gated layer in the rows above those that it is for. Where `fragments` serve, nothing is rounded before.
+    act: an activation of ACTIVATIONS, [.., n / 2] are that function of the first half of the columns, times the second
+    half: the gate of a gated layer in the rows above those that it is for. Where `fragments` serve, nothing is rounded
+    before.
     smooth f32 [K] divides x first, rounded to x.dtype. Products of float32 are those of three tf32 terms on tensor
     cores, else sums are f32 and integers exact; NF4's values and, on tiles, weights in groups below 128 columns are
     rounded to x.dtype. Raises ValueError for other dtypes, unknown functions, sizes that do not fit
@@ -276,7 +277,7 @@ def _check(x: Tensor, w: Weight, bias: Tensor | None, smooth: Tensor | None, n: 
         ("the packed weight", w.codes.shape == expected, f"codes {list(expected)} for K = {k}", list(w.codes.shape)),
         ("bias", bias is None or bias.shape == (n,), f"shape [{n}]", bias),
         ("smooth", smooth is None or smooth.shape == (k,), f"shape [{k}]", smooth),
-        ("act", act in ("", *GATES), f"one of {', '.join(GATES)}", repr(act)),
+        ("act", act in ACTIVATIONS, f"one of {ACTIVATIONS}", repr(act)),
         ("n", not act or n % 2 == 0, "two halves", n),
     ]
     for name, good, due, found in fits:

@@ -24,7 +24,7 @@ from torch import fx
 from qfx import graph
 from qfx.backends.triton.passes._gates import act_of, gated
 from qfx.backends.triton.passes._nodes import note_computed
-from qfx.backends.triton.weight_only import GATES
+from qfx.backends.triton.products import ACTIVATIONS
 from qfx.graph import is_call
 from qfx.passes import _match as m
 from qfx.passes._build import call, matched, take_place
@@ -38,7 +38,7 @@ def fuse_gate(gm: fx.GraphModule) -> bool:
     count = 0
     for node in list(gm.graph.nodes):
         parts = gated(node)
-        if parts is None or act_of(parts[0]) not in GATES:
+        if parts is None or act_of(parts[0]) not in ACTIVATIONS:
             continue
         act, up = parts
         between = _halves(act.args[0], up)

@@ -14,7 +14,8 @@ from torch import Tensor
 from qfx.backends.triton import weight_only_config
 from qfx.backends.triton.device import H100
 from qfx.backends.triton.launch import recorded
-from qfx.backends.triton.weight_only import GATES, linear_weight_only
+from qfx.backends.triton.products import ACTIVATIONS
+from qfx.backends.triton.weight_only import linear_weight_only
 from qfx.backends.triton.weight_only_config import ABREAST, DEQUANTIZE, DOT, FRAGMENTS, GEMV
 from qfx.backends.triton.weight_only_pack import pack_weight_only
 from qfx.ops.packed import linear
@@ -22,6 +23,7 @@ from qfx.packing import Packed
 from tests.backends.triton.cases import DEVICE
 from tests.backends.triton.test_weight_only import SERVED, STEP, weight
 
+GATES = ACTIVATIONS[1:]
 REFERENCE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
