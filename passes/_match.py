@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ SAME_VALUE = (
 )
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -177,3 +179,36 @@ def same_sizes(a: Any, b: Any) -> bool:
 def is_last(dim: int, node: Any) -> bool:
     """Does `dim` name the last dimension of a node's tensor?"""
     return dim in (-1, rank(node) - 1)
+
+
+def elements(part: Any) -> tuple[fx.Node, range] | None:
+    """(x, which elements of x's last dimension) of a slice or of a piece of a split; None where a size is a symbol."""
+    piece = part.args[1] if is_call(part, operator.getitem) else None
+    cut, kinds = (part, (aten.slice.Tensor,)) if piece is None else (part.args[0], _SPLITS)
+    if not is_call(cut, *kinds) or (piece or 0) < 0:
+        return None
+    given = arguments(cut)
+    x, dim, sizes = given.pop("self"), given.pop("dim"), given.pop("split_sizes", [])
+    width = shape(x)[-1]
+    if not is_last(dim, x) or not all(isinstance(each, int | None) for each in (width, *sizes, *given.values())):
+        return None
+    if piece is None:
+        return x, range(width)[given["start"] : given["end"] : given["step"]]
+    size = given.get("split_size") or -(-width // given.get("chunks", 1))
+    sizes = sizes or [size] * (piece + 1)
+    start = sum(sizes[:piece])
+    return x, range(width)[start : start + sizes[piece]]
+
+
+def whole(first: Any, second: Any, *, interleaved: bool = False) -> fx.Node | None:
+    """x where two nodes are the first and the second half of its last dimension, however they are cut.
+
+    `interleaved`: where they are its even and its odd elements. None for anything else.
+    """
+    one, other = elements(first), elements(second)
+    if one is None or other is None or one[0] is not other[0]:
+        return None
+    x, every = one[0], range(shape(one[0])[-1])
+    middle = len(every) // 2
+    halves = (every[::2], every[1::2]) if interleaved else (every[:middle], every[middle:])
+    return x if len(every) % 2 == 0 and (one[1], other[1]) == halves else None

@@ -136,38 +136,18 @@ def _gate(node: Any) -> tuple[Any, tuple[Any, ...]] | None:
     """(what gate and value come from, (interleaved, alpha, beta, limit)) of a gated hidden state."""
     silu = m.operand(node, lambda n: is_call(n, aten.silu.default), *m.MUL)
     if silu is not None:
-        gate, value = silu[0].args[0], silu[1]
-        both = _half(gate, 0)
-        return (both, (False, 1.0, 0.0, math.inf)) if both is not None and _half(value, 1) is both else None
+        both = m.whole(silu[0].args[0], silu[1])
+        return None if both is None else (both, (False, 1.0, 0.0, math.inf))
     quick = m.operand(node, lambda n: is_call(n, torch.ops.qfx.quick_gelu.default), *m.MUL)
     shifted = m.with_constant(quick[1], *m.ADD) if quick is not None else None
     if quick is None or shifted is None:
         return None
     (gate, low, top), (value, least, most) = _clamped(quick[0].args[0]), _clamped(shifted[0])
-    both = _every_second(gate, 0)
+    both = m.whole(gate, value, interleaved=True)
     alike = low is None and top is not None and most == top and least == -top
-    if both is None or _every_second(value, 1) is not both or not alike:
+    if both is None or not alike:
         return None
     return both, (True, 1.702, shifted[1], float(top))
-
-
-def _half(node: Any, which: int) -> Any:
-    """What is split in two halves of its last dimension, of which this is one."""
-    if not is_call(node, operator.getitem) or node.args[1] != which or not is_call(node.args[0], aten.split.Tensor):
-        return None
-    given = m.arguments(node.args[0])
-    width = m.shape(given["self"])[-1]
-    return given["self"] if m.is_last(given["dim"], given["self"]) and 2 * given["split_size"] == width else None
-
-
-def _every_second(node: Any, start: int) -> Any:
-    """What is sliced [:, start::2]."""
-    if not is_call(node, aten.slice.Tensor):
-        return None
-    given = m.arguments(node)
-    whole = given["end"] is None or (isinstance(given["end"], int) and given["end"] >= m.shape(given["self"])[-1])
-    fits = m.is_last(given["dim"], given["self"]) and (given["start"] or 0) == start and given["step"] == 2
-    return given["self"] if fits and whole else None
 
 
 def _clamped(node: Any) -> tuple[Any, Any, Any]:

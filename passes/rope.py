@@ -18,8 +18,6 @@ rotated, the slice before and the cat after stay.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,47 +70,20 @@ def _rotation_of(node: Any, x: Any) -> bool | None:
     if not isinstance(x, fx.Node) or not m.same_sizes(m.shape(node), m.shape(x)):
         return None
     if is_call(node, aten.cat.default):
-        return False if _rotates(node, x, _half) else None
+        return False if _rotates(node, x, interleaved=False) else None
     if is_call(node, aten.reshape.default, aten.flatten.using_ints):
         stack = node.args[0]
-        return True if is_call(stack, aten.stack.default) and _rotates(stack, x, _every_other) else None
+        return True if is_call(stack, aten.stack.default) and _rotates(stack, x, interleaved=True) else None
     return None
 
 
-def _rotates(node: fx.Node, x: fx.Node, part: Callable[[Any, fx.Node], int | None]) -> bool:
-    """Is it cat or stack of [-second, first] along the last dimension, by this notion of first and second?"""
+def _rotates(node: fx.Node, x: fx.Node, *, interleaved: bool) -> bool:
+    """Is it cat or stack of [-second, first] along the last dimension, of x's halves or its neighbours?"""
     parts: Any = node.args[0]
     dim: Any = node.args[1] if len(node.args) > 1 else 0
     if len(parts) != 2 or not m.is_last(dim, node) or not is_call(parts[0], aten.neg.default):
         return False
-    return part(parts[0].args[0], x) == 1 and part(parts[1], x) == 0
-
-
-def _half(node: Any, x: fx.Node) -> int | None:
-    """0 for the first half of x's last dimension, 1 for the second, None for anything else."""
-    width = m.shape(x)[-1]
-    if not isinstance(width, int) or width % 2 or m.shape(node)[-1:] != (width // 2,):
-        return None
-    if is_call(node, aten.slice.Tensor) and node.args[0] is x and m.is_last(node.args[1], x):
-        given = m.arguments(node)
-        start = given["start"] or 0
-        return {0: 0, width // 2: 1}.get(start % width) if given["step"] == 1 and isinstance(start, int) else None
-    if is_call(node, operator.getitem) and is_call(node.args[0], aten.split.Tensor, aten.chunk.default):
-        parts: Any = node.args[0]
-        dim = parts.args[2] if len(parts.args) > 2 else 0
-        return int(node.args[1]) if parts.args[0] is x and m.is_last(dim, x) else None
-    return None
-
-
-def _every_other(node: Any, x: fx.Node) -> int | None:
-    """0 for elements 0, 2, 4, ... of x's last dimension, 1 for the others, None for anything else."""
-    if not is_call(node, aten.slice.Tensor) or node.args[0] is not x or not m.is_last(node.args[1], x):
-        return None
-    given = m.arguments(node)
-    width = m.shape(x)[-1]
-    whole = given["end"] is None or (isinstance(given["end"], int) and given["end"] >= width)
-    start = given["start"] or 0
-    return start if whole and given["step"] == 2 and start in (0, 1) and width % 2 == 0 else None
+    return m.whole(parts[1], parts[0].args[0], interleaved=interleaved) is x
 
 
 def _by_halves(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -130,23 +101,13 @@ def _by_halves(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         return None
     for a, cos in m.orders(first):
         for b, sin in m.orders(second):
-            x = _owner(a, b)
-            if x is not None and _is_sum(parts[1], (b, cos), (a, sin)) and _is_table(cos, a) and _is_table(sin, a):
-                if _half(a, x) is None:
-                    x = call(gm, aten.cat.default, [a, b], -1, like=node)
+            x = m.whole(a, b)
+            turned = x is not None or m.whole(a, b, interleaved=True) is not None
+            if turned and _is_sum(parts[1], (b, cos), (a, sin)) and _is_table(cos, a) and _is_table(sin, a):
+                x = x or call(gm, aten.cat.default, [a, b], -1, like=node)
                 wide = [call(gm, aten.cat.default, [t, t], -1, like=node) for t in (cos, sin)]
                 return call(gm, torch.ops.qfx.rope.default, x, *wide, False, like=node)
     return None
-
-
-def _owner(a: Any, b: Any) -> fx.Node | None:
-    """x where a and b are its first and second half, or its even and odd elements."""
-    source: Any = a.args[0] if is_call(a, aten.slice.Tensor, operator.getitem) else None
-    if is_call(a, operator.getitem):
-        source = source.args[0]
-    if not isinstance(source, fx.Node):
-        return None
-    return source if any(part(a, source) == 0 and part(b, source) == 1 for part in (_half, _every_other)) else None
 
 
 def _is_sum(node: fx.Node, one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:

@@ -140,7 +140,7 @@ class CompiledGraph:
             template = self._template(args, live, found)
             state = State.of(template.weights(args))
             built = None
-            if found is not None and before == State.of([args[i] for i in self._statics]):
+            if found is not None and before.holds([args[i] for i in self._statics]):
                 built = self._reopened(found, args, at)
             if built is None:
                 built = self._build(template, args, at, key)

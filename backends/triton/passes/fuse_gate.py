@@ -15,22 +15,16 @@ product (`fuse_act_quantize`, which runs before).
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
-import torch
 from torch import fx
 
 from qfx import graph
 from qfx.backends.triton.passes._gates import act_of, gated
 from qfx.backends.triton.passes._nodes import note_computed
 from qfx.backends.triton.products import ACTIVATIONS
-from qfx.graph import is_call
 from qfx.passes import _match as m
 from qfx.passes._build import call, matched, take_place
-
-aten = torch.ops.aten
-_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 
 
 def fuse_gate(gm: fx.GraphModule) -> bool:
@@ -58,34 +52,13 @@ def fuse_gate(gm: fx.GraphModule) -> bool:
 
 def _halves(gate: Any, up: Any) -> list[fx.Node] | None:
     """What cuts a product of float inputs into these two halves, readers first; None where they are none of one."""
-    if not isinstance(gate, fx.Node) or any(len(half.users) != 1 for half in (gate, up)):
+    product: Any = m.whole(gate, up)
+    if product is None or gate.args[0] is not up.args[0]:
         return None
-    cuts, width = [gate, up], m.shape(gate)[-1]
-    if is_call(gate, aten.slice.Tensor) and is_call(up, aten.slice.Tensor):
-        right = _columns(gate) == (0, width) and _columns(up) == (width, 2 * width)
-    else:
-        right = is_call(gate, operator.getitem) and is_call(up, operator.getitem)
-        right = right and (gate.args[1], up.args[1]) == (0, 1) and _splits_columns(gate.args[0])
-    source = gate.args[0] if right and gate.args[0] is up.args[0] else None
-    if not isinstance(source, fx.Node) or len(source.users) != 2:
+    cut: Any = gate.args[0]
+    alone = len(gate.users) == len(up.users) == 1 and len(cut.users) == 2
+    if not alone or graph.schema_name(product) != "qfx_triton::linear_weight_only" or m.arguments(product)["act"]:
         return None
-    product: Any = source
-    if is_call(source, *_SPLITS):
-        cuts.append(source)
-        product = source.args[0]
-        if len(product.users) != 1:
-            return None
-    ours = graph.schema_name(product) == "qfx_triton::linear_weight_only" and not m.arguments(product)["act"]
-    return cuts if ours and m.shape(product)[-1] == 2 * width else None
-
-
-def _splits_columns(node: Any) -> bool:
-    return is_call(node, *_SPLITS) and m.is_last(m.arguments(node)["dim"], node.args[0])
-
-
-def _columns(part: fx.Node) -> tuple[int, int] | None:
-    """Which columns of the last dimension a slice takes, one beside the other; None where it takes others."""
-    given, whole = m.arguments(part), m.shape(part.args[0])
-    if not m.is_last(given["dim"], part) or given["step"] != 1 or not isinstance(given["end"], int | None):
-        return None
-    return given["start"] or 0, whole[-1] if given["end"] is None else min(given["end"], whole[-1])
+    if cut is product:
+        return [gate, up]
+    return [gate, up, cut] if len(product.users) == 1 else None
