@@ -25,8 +25,9 @@ from torch import Tensor
 from qfx.backends.triton.decode_asm import TABLES, biased_asm, decode_asm
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels import weight_only as kernels
+from qfx.backends.triton.kernels.decode import parts_of
 from qfx.backends.triton.kernels.weight_only_abreast import abreast
-from qfx.backends.triton.kernels.weight_only_fragments import fragments, parts_of, together_of
+from qfx.backends.triton.kernels.weight_only_fragments import columns_of, fragments, together_of
 from qfx.backends.triton.kernels.weight_only_gemv import gemv
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.layout import UNIT_THREE, padded
@@ -124,11 +125,11 @@ def linear_weight_only(
 def _fragments(x: Tensor, w: Weight, bias: Tensor | None, act: str, n: int, config: Config) -> Tensor:
     device, (m, k), warps = device_of(x), x.shape, config["num_warps"]
     to = dot_dtype(x.dtype)
-    columns, each = (n // 2, 8) if act else (n, 16)
+    columns = n // 2 if act else n
     out = torch.empty((m, columns), dtype=x.dtype, device=x.device)
-    launch(fragments, (triton.cdiv(columns, each * config["ROWS"]),), x, w.codes, w.upper, w.scale, w.zero, w.whole,
-           w.table, bias, out, m, columns, k, x.stride(0), w.codes.stride(0), w.upper.stride(0), w.scale.stride(0),
-           **w.constants, **pairs_of(w.fmt, to, device), TO=LANGUAGE[to], **fitting(w.fmt, k, warps),
+    launch(fragments, (triton.cdiv(columns, columns_of(act) * config["ROWS"]),), x, w.codes, w.upper, w.scale, w.zero,
+           w.whole, w.table, bias, out, m, columns, k, x.stride(0), w.codes.stride(0), w.upper.stride(0),
+           w.scale.stride(0), **w.constants, **pairs_of(w.fmt, to, device), TO=LANGUAGE[to], **fitting(w.fmt, k, warps),
            TOKENS=triton.cdiv(m, 8), S=warps, ACT=act, config=config)  # fmt: skip
     return out
 

@@ -13,6 +13,12 @@ import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def parts_of(bits):
+    """Codes in a byte of the lower plane, which are 128 / parts columns apart."""
+    return {8: 1, 4: 2}.get(bits, 4)
+
+
 @triton.jit
 def code(data, upper, odd, i: tl.constexpr, BITS: tl.constexpr):
     """Code i of every byte, int32."""
@@ -70,7 +76,7 @@ def _value(data, upper, odd, table_ptr, i: tl.constexpr, OFFSET: tl.constexpr, B
 def values(data, upper, odd, table_ptr, OFFSET: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
            NATIVE: tl.constexpr, ASM: tl.constexpr, TO: tl.constexpr):  # fmt: skip
     """The values of all codes of a byte, less OFFSET: a tuple of one tile in the type TO for each."""
-    PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
+    PARTS: tl.constexpr = parts_of(BITS)
     tiles = ()
     if ASM == "":
         for i in tl.static_range(PARTS):
@@ -106,7 +112,7 @@ def bias(i: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def biased(data, upper, odd, BITS: tl.constexpr, ASM: tl.constexpr):
     """The codes of a byte as f32 tiles, each plus its `bias`, exactly: ASM makes them mantissas of powers of two."""
-    PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
+    PARTS: tl.constexpr = parts_of(BITS)
     if ASM == "":
         tiles = ()
         for i in tl.static_range(PARTS):

@@ -6,7 +6,7 @@ Arguments and modes: see `qfx.backends.triton.kernels.weight_only_gemv`.
 import triton
 import triton.language as tl
 
-from qfx.backends.triton.kernels.decode import exact, load_scale, values
+from qfx.backends.triton.kernels.decode import exact, load_scale, parts_of, values
 from qfx.backends.triton.kernels.early import wait_for_earlier
 from qfx.backends.triton.kernels.epilogue import activated
 
@@ -46,7 +46,7 @@ def product(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, 
     """A tile of `dot_tiles`: rows `tokens` [BM] of x below m, `rows` [BN] of w, part `split` of the `units` of k."""
     UNITS: tl.constexpr = GROUP > 0 and GROUP % 128 == 0 and not FIRST
     EARLY: tl.constexpr = GROUP > 0 and not UNITS
-    PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
+    PARTS: tl.constexpr = parts_of(BITS)
     PART: tl.constexpr = 128 // PARTS
     HALVES: tl.constexpr = 2 if BITS == 3 else 1
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
@@ -160,7 +160,7 @@ def dequantize(w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, out_
                OFFSET: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
     """BN rows of a unit of packed weights to out [n, k], computed in f32 and rounded once."""
     wait_for_earlier(EARLY)
-    PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
+    PARTS: tl.constexpr = parts_of(BITS)
     PART: tl.constexpr = 128 // PARTS
     rows = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
     here = rows < n

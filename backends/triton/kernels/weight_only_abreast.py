@@ -9,7 +9,7 @@ of them, and brought into the weights' order of columns on its way to shared mem
 import triton
 import triton.language as tl
 
-from qfx.backends.triton.kernels.decode import load_scale
+from qfx.backends.triton.kernels.decode import load_scale, parts_of
 from qfx.backends.triton.kernels.early import wait_for_earlier
 from qfx.backends.triton.kernels.weight_only_fragments import (
     below_of,
@@ -17,7 +17,6 @@ from qfx.backends.triton.kernels.weight_only_fragments import (
     column_of,
     group_of,
     lane_of,
-    parts_of,
     rows_of,
     sixteen,
     together_of,

@@ -14,7 +14,7 @@ threads have a block of 4 LANE numbers, whose codes in one place are those of WI
 import triton
 import triton.language as tl
 
-from qfx.backends.triton.kernels.decode import load_scale
+from qfx.backends.triton.kernels.decode import load_scale, parts_of
 from qfx.backends.triton.kernels.early import wait_for_earlier
 from qfx.backends.triton.kernels.epilogue import activated
 
@@ -26,16 +26,16 @@ def lane_of(bits, group):
 
 
 @triton.constexpr_function
-def parts_of(bits):
-    """Codes in a byte of the lower plane, which are 128 / parts columns apart."""
-    return {8: 1, 4: 2}.get(bits, 4)
-
-
-@triton.constexpr_function
 def together_of(bits, group):
     """How many of these share a scale."""
     parts = parts_of(bits)
     return parts if group == 0 or group >= 128 else max(1, group * parts // 128)
+
+
+@triton.constexpr_function
+def columns_of(act):
+    """Columns of out that sixteen rows of weights give: where `act` gates them, each has two."""
+    return 8 if act else 16
 
 
 @triton.constexpr_function
@@ -212,7 +212,7 @@ def fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table
                   ACT: tl.constexpr):  # fmt: skip
     """Columns of out from `first` on, as many as `fragments` has in a program, of `blocks` blocks of K."""
     GATED: tl.constexpr = ACT != ""
-    HIGH: tl.constexpr = 8 if GATED else 16  # columns of out of sixteen rows
+    HIGH: tl.constexpr = columns_of(ACT)
     LANE: tl.constexpr = lane_of(BITS, GROUP)
     PARTS: tl.constexpr = parts_of(BITS)
     APART: tl.constexpr = 128 // PARTS  # columns from one place to the next
@@ -317,10 +317,10 @@ def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
               GROUP: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr, ASM_ODD: tl.constexpr, GAIN: tl.constexpr,
               TO: tl.constexpr, EVEN: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
               S: tl.constexpr, ACT: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
-    """x [m, k] to out [m, n] = x @ w^T + bias; a program for 16 ROWS columns of out and 8 TOKENS rows, m at most.
+    """x [m, k] to out [m, n] = x @ w^T + bias; a program for `columns_of(ACT)` ROWS columns of out and 8 TOKENS
+    rows, m at most.
 
-    ACT: weights have 2 n rows, and out is ACT of the product with the first n, times that with the others; half as
-    many columns a program.
+    ACT: weights have 2 n rows, and out is ACT of the product with the first n, times that with the others.
 
     Integers less their zero points are exact in the type TO, values of a table rounded to it; products are added in
     f32. ASM gives values over GAIN. S: parts of K, one for a warp. UNITS: blocks hold k columns and no more. EVEN: and
@@ -328,6 +328,6 @@ def fragments(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr
     """
     wait_for_earlier(EARLY)
     fragment_tile(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, bias_ptr, out_ptr,
-                  tl.program_id(0) * ((16 if ACT == "" else 8) * ROWS), blocks_of(k, BITS, GROUP), m, n, k, x_stride,
+                  tl.program_id(0) * (columns_of(ACT) * ROWS), blocks_of(k, BITS, GROUP), m, n, k, x_stride,
                   w_stride, upper_stride, scale_stride, BITS, KIND, SCALE, GROUP, OFFSET, ASM, ASM_ODD, GAIN, TO, EVEN,
                   UNITS, ROWS, TOKENS, S, ACT)  # fmt: skip

@@ -11,7 +11,7 @@ GROUP 0: one for each row. zero uint8 like scale, or None; symmetric codes have 
 import triton
 import triton.language as tl
 
-from qfx.backends.triton.kernels.decode import bias, biased, load_scale, values
+from qfx.backends.triton.kernels.decode import bias, biased, load_scale, parts_of, values
 from qfx.backends.triton.kernels.early import wait_for_earlier
 
 
@@ -103,7 +103,7 @@ def vectors(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, 
             SCALE: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, NATIVE: tl.constexpr, EXACT: tl.constexpr,
             ASM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
     """Columns first to first + BN of `gemv`, of `stop` chunks of 16 bytes of a row of w."""
-    PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
+    PARTS: tl.constexpr = parts_of(BITS)
     COUNT: tl.constexpr = 1 if GROUP == 0 or GROUP % 128 == 0 else PARTS  # scales for the codes of a byte
     byte = tl.arange(0, 16)[None, :]
     SLOTS: tl.constexpr = 4 if M == 3 else M  # sums of a row
