@@ -113,3 +113,11 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def own_threads() -> Iterator[None]:
+    """How many threads torch has is put back after the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -7,7 +7,7 @@ the call; where that changes it is compiled again, and the last two are kept.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,12 @@ class Session:
         bound = self._request(self._for_threads(torch.get_num_threads()))
         kept = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in inputs]
         for i, tensor in enumerate(kept):
-            bound.reads(i, tensor)
+            bound.inputs.bind(i, tensor)
         found: list[Any] = [None] * len(self._outputs)
         for i, known in enumerate(self._outputs):
             if known is not None:
                 found[i] = torch.empty(known[0], dtype=known[1])
-                bound.writes(i, found[i])
+                bound.outputs.bind(i, found[i])
         bound.request.infer()
         return [_copied(bound.request.get_output_tensor(i)) if t is None else t for i, t in enumerate(found)]
 
@@ -100,26 +100,27 @@ class Session:
 
 
 class _Bound:
-    """A request of a compiled model, and where what it reads and writes lies: that is told only where it changed."""
+    """A request of a compiled model, and what it reads and writes."""
 
     def __init__(self, owner: Any) -> None:
         self.owner, self.request = owner, owner.create_infer_request()
-        self._read: dict[int, _Place] = {}
-        self._written: dict[int, _Place] = {}
+        self.inputs = _Ends(self.request.set_input_tensor)
+        self.outputs = _Ends(self.request.set_output_tensor)
 
-    def reads(self, i: int, tensor: Tensor) -> None:
-        """Input i is this tensor, which is contiguous."""
-        place = (tensor.data_ptr(), tensor.shape, tensor.dtype)
-        if self._read.get(i) != place:
-            self.request.set_input_tensor(i, _shared(tensor))
-            self._read[i] = place
 
-    def writes(self, i: int, tensor: Tensor) -> None:
-        """Output i goes into this tensor."""
+class _Ends:
+    """Where the inputs of a request lie, or its outputs: `tell` is called only where that changed."""
+
+    def __init__(self, tell: Callable[[int, Any], None]) -> None:
+        self._tell = tell
+        self._places: dict[int, _Place] = {}
+
+    def bind(self, i: int, tensor: Tensor) -> None:
+        """The i-th is this tensor, which is contiguous."""
         place = (tensor.data_ptr(), tensor.shape, tensor.dtype)
-        if self._written.get(i) != place:
-            self.request.set_output_tensor(i, _shared(tensor))
-            self._written[i] = place
+        if self._places.get(i) != place:
+            self._tell(i, _shared(tensor))
+            self._places[i] = place
 
 
 def _has_float_gate(model: Any) -> bool:

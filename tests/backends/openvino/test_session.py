@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -32,13 +31,6 @@ def relu(path: Path, shape: list[int | str]) -> Session:
     return Session(
         file(path / "relu.onnx", helper.make_node("Relu", ["x"], ["y"]), torch.float32, torch.float32, shape)
     )
-
-
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("shape", [[3, 4], ["n", 4], ["n", "m"]])
@@ -104,23 +96,18 @@ def test_an_input_that_needs_gradients(tmp_path: Path) -> None:
     assert torch.allclose(y, x.detach().relu(), atol=2e-2) and not y.requires_grad
 
 
-def test_what_lies_where_it_did_is_not_told_again(tmp_path: Path) -> None:
-    session, x, told = relu(tmp_path, [3, 4]), torch.randn(3, 4), []
+def test_what_lies_where_it_did_is_not_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, x = relu(tmp_path, [3, 4]), torch.randn(3, 4)
+    told: list[object] = []
     session.run([x])
-    bound = session._requests.bound
+    inputs = session._requests.bound.inputs
+    tell = inputs._tell
 
-    class Listening:
-        def __init__(self, request: object) -> None:
-            self.request = request
+    def listening(*given: object) -> None:
+        told.append(given)
+        tell(*given)
 
-        def set_input_tensor(self, *given: object) -> None:
-            told.append(given)
-            self.request.set_input_tensor(*given)  # type: ignore[attr-defined]
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.request, name)
-
-    bound.request = Listening(bound.request)
+    monkeypatch.setattr(inputs, "_tell", listening)
     session.run([x])
     assert not told
     other = x.clone()
@@ -140,7 +127,7 @@ def test_nothing_in_nothing_out(tmp_path: Path) -> None:
     assert relu(tmp_path, ["n", 4]).run([torch.zeros(0, 4)])[0].shape == (0, 4)
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("own_threads")
 def test_threads_follow_torch_and_the_last_two_are_kept(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     session, x = relu(tmp_path, [3, 4]), torch.randn(3, 4)
