@@ -51,7 +51,7 @@ _PART = 1 << 22  # bytes that are hashed at once
 class Plan:
     """What qfx decided for one model.
 
-    recipe: what was asked. fingerprint, signature: of the model (see `fingerprint`, `signature`). versions: of torch,
+    recipe: what was asked. signature: of the model (see `signature`), fingerprint: its hex sha256. versions: of torch,
     qfx, Python. annotations: FQN -> role -> Format text, a list of texts (one per head, or per equal part of a weight's
     rows) or {"columns": a list} (of its columns), as `annotation.to_json` writes them. layouts: FQN -> how the
     module holds the weight (`qfx.live.places`). caches: FQN of an attention -> what the cache of its keys and values
@@ -193,11 +193,6 @@ def signature(model: nn.Module) -> dict[str, str]:
     with ThreadPoolExecutor(max_workers=2) as pool:  # hashing and copying release the interpreter lock
         digests = dict(zip(unique, pool.map(_tensor_digest, unique.values()), strict=True))
     return {name: f"{_show(tensor)} {digests[id(tensor)]}" for name, tensor in named.items()}
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Hex sha256 over the names, shapes, dtypes and contents of the model's parameters and persistent buffers."""
-    return _digest(signature(model))
 
 
 def versions() -> dict[str, str]:

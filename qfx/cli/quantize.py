@@ -54,12 +54,10 @@ def run(
 
     if stream and place.type != "cpu":
         raise ValueError(f"--stream runs on the CPU, found --device {device}\n  next step: leave one of them out")
-    if stream or (stream is None and place.type == "cpu" and _is_tight(console, folder)):
-        with step(console, f"open {model}"):
-            loaded = streamed.load(folder, scratch=out.absolute().parent)
-    else:
-        with step(console, f"load {model}"):
-            loaded = hub.load(folder, device=place)
+    if stream is None:
+        stream = place.type == "cpu" and _is_tight(console, folder)
+    with step(console, f"{'open' if stream else 'load'} {model}"):
+        loaded = streamed.load(folder, scratch=out.absolute().parent) if stream else hub.load(folder, device=place)
     data = None
     if texts is not None and not parsed.needs_data:
         console.print(f"recipe {parsed.name!r} needs no data: {text.file} is not used", style="yellow")
