@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qfx.backends.onnx.genai import read_config
 from qfx.backends.onnx.runner import Runner
 from qfx.decoding.decoder import IDS, MASK, POSITIONS
-from qfx.decoding.generator import Generator, refuse_unknown
+from qfx.decoding.generator import Generator, fitting_mask, refuse_unknown
 from qfx.decoding.shared_cache import SharedCache
 from qfx.errors import explain
 
@@ -63,15 +63,7 @@ class OnnxCausalLM(Generator):
     ) -> Tensor:  # fmt: skip
         batch, new = input_ids.shape
         total = cache.length + new
-        mask = torch.ones(batch, total, dtype=torch.int64) if attention_mask is None else attention_mask.long()
-        if mask.shape != (batch, total):
-            raise ValueError(
-                explain(
-                    "the attention mask does not fit",
-                    expected=f"[{batch}, {total}]: cached and new tokens",
-                    found=str(list(mask.shape)),
-                )
-            )
+        mask = fitting_mask(attention_mask, batch, total, "the attention mask")
         places = (mask.cumsum(1) - 1).clamp(min=0)[:, -new:] if position_ids is None else position_ids
         places = places.expand(batch, -1)
         if batch > 1 and new > 1 and cache.length:  # GroupQueryAttention takes one token of each there

@@ -28,7 +28,7 @@ from qfx.decoding.encoder_decoder import (
     read_document,
     whole_mask,
 )
-from qfx.decoding.generator import Generator, refuse_unknown
+from qfx.decoding.generator import Generator, fitting_mask, refuse_unknown
 from qfx.decoding.shared_cache import SharedCache
 from qfx.errors import explain
 
@@ -179,7 +179,7 @@ class OnnxSeq2SeqLM(Generator):
             cache.attend_to(_checked(encoder_outputs))
             attention_mask = encoder_outputs.get("attention_mask") if attention_mask is None else attention_mask
         batch, new = decoder_input_ids.shape
-        mask = _fitting(decoder_attention_mask, batch, cache.length + new)
+        mask = fitting_mask(decoder_attention_mask, batch, cache.length + new, "the decoder's attention mask")
         feeds = dict(cache.cross)
         if ENCODER_MASK in self._runner.inputs:
             feeds[ENCODER_MASK] = _encoder_mask(attention_mask, cache).long()
@@ -227,21 +227,6 @@ def _checked(states: Any) -> BaseModelOutput:
             )
         )
     return states
-
-
-def _fitting(mask: Tensor | None, batch: int, total: int) -> Tensor:
-    """The decoder's mask int64 [B, P + S]."""
-    if mask is None:
-        return torch.ones(batch, total, dtype=torch.int64)
-    if mask.shape != (batch, total):
-        raise ValueError(
-            explain(
-                "the decoder's attention mask does not fit",
-                expected=f"[{batch}, {total}]: cached and new tokens",
-                found=str(list(mask.shape)),
-            )
-        )
-    return mask.long()
 
 
 def _encoder_mask(mask: Tensor | None, cache: CrossCache) -> Tensor:

@@ -96,6 +96,21 @@ class Generator(GenerationMixin):  # type: ignore[misc]
         model_kwargs["past_key_values"] = self._new_cache(max_cache_length)
 
 
+def fitting_mask(mask: Tensor | None, batch: int, total: int, name: str) -> Tensor:
+    """A mask of cached and new tokens, int64 [batch, total]; all ones for None. Raises ValueError for other shapes."""
+    if mask is None:
+        return torch.ones(batch, total, dtype=torch.int64)
+    if mask.shape != (batch, total):
+        raise ValueError(
+            explain(
+                f"{name} does not fit",
+                expected=f"[{batch}, {total}]: cached and new tokens",
+                found=str(list(mask.shape)),
+            )
+        )
+    return mask.long()
+
+
 def refuse_unknown(given: dict[str, Any]) -> None:
     """Raises ValueError for a tensor that no file takes and for results that none gives."""
     asked = [n for n, v in given.items() if isinstance(v, Tensor) or (n.startswith("output_") and v)]
