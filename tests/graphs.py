@@ -51,12 +51,17 @@ def text(gm: fx.GraphModule) -> str:
     return dump(gm)
 
 
+def calls(gm: fx.GraphModule, *names: str) -> list[fx.Node]:
+    """The graph's calls; with names those of these operators."""
+    found = [n for n in gm.graph.nodes if n.op == "call_function"]
+    return [n for n in found if graph.op_name(n) in names] if names else found
+
+
 def counts(gm: fx.GraphModule) -> dict[str, int]:
     """How often each operator is called."""
     found: dict[str, int] = {}
-    for node in gm.graph.nodes:
-        if node.op == "call_function":
-            found[graph.op_name(node)] = found.get(graph.op_name(node), 0) + 1
+    for node in calls(gm):
+        found[graph.op_name(node)] = found.get(graph.op_name(node), 0) + 1
     return found
 
 

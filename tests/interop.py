@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,6 +85,11 @@ def logits(model: Any) -> Tensor:
     """What the model says of `ids()`."""
     found: Tensor = model(ids()).logits
     return found
+
+
+def quantization_config(folder: Path) -> dict[str, Any]:
+    """What `config.json` of a folder says of how its weights are quantized."""
+    return dict(json.loads((folder / "config.json").read_text())["quantization_config"])
 
 
 def stored(folder: Path, prefix: str = "") -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from qfx.format import Format
 from qfx.numerics import fake_quantize
 from qfx.packing import Packed, pack_weight
 from qfx.passes.quantize import quantize, refuse, weight_value
-from tests.graphs import Function, capture, counts, error, text
+from tests.graphs import Function, calls, capture, counts, error, text
 
 BEFORE = """\
 %ids: i64[2,3] = input
@@ -56,10 +56,6 @@ class Tied(nn.Module):
 
 
 IDS = torch.tensor([[0, 8, 3], [1, 1, 7]])
-
-
-def calls(gm: fx.GraphModule) -> list[fx.Node]:
-    return [n for n in gm.graph.nodes if n.op == "call_function"]
 
 
 def annotated(model: nn.Module, *inputs: Any, **formats: str) -> fx.GraphModule:

@@ -19,6 +19,7 @@ from qfx.passes.quantize import quantize, refuse
 from qfx.passes.quantize_attention import BY_HAND, SDPA, is_attention, numbers, way_of
 from qfx.recipe import Recipe
 from tests.graphs import Function, capture, counts, text
+from tests.seeded import randn
 
 BEFORE = """\
 %inputs_0: f32[2,4,5,8] = input
@@ -46,11 +47,7 @@ SCALES = {
 ASKED = {"target": "attention", "q": "i8/tok", "k": "i8", "v": "u8/head", "p": "u8"}
 
 
-def seeded(*sizes: int, seed: int = 0) -> Tensor:
-    return torch.randn(sizes, generator=torch.Generator().manual_seed(seed))
-
-
-QKV = (seeded(2, 4, 5, 8), seeded(2, 2, 7, 8, seed=1), seeded(2, 2, 7, 6, seed=2))
+QKV = (randn(2, 4, 5, 8), randn(2, 2, 7, 8, seed=1), randn(2, 2, 7, 6, seed=2))
 
 
 def sdpa(own: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -85,7 +82,7 @@ def test_the_result_is_near_float() -> None:
 
 
 def test_spelled_out_attention_is_attention() -> None:
-    given = (QKV[0], seeded(2, 4, 7, 8, seed=1), seeded(2, 4, 7, 6, seed=2))
+    given = (QKV[0], randn(2, 4, 7, 8, seed=1), randn(2, 4, 7, 6, seed=2))
     gm = capture(Function(spelled), *given)
     normalize(gm)
     (node,) = [n for n in gm.graph.nodes if is_attention(n)]

@@ -17,9 +17,10 @@ from qfx.errors import UnsupportedError
 from qfx.format import Format
 from qfx.numerics import fake_quantize
 from qfx.packing import pack_weight
-from qfx.passes.quantize import quantize, refuse
+from qfx.passes.quantize import refuse
 from qfx.reporting.sqnr import compare
-from tests.graphs import Function, capture, counts, error, text
+from tests.graphs import Function, calls, capture, counts, error, text
+from tests.passes.test_quantize import quantized
 
 I4, I8, U4 = (Format.parse(t) for t in ("i4/g32", "i8/ch", "u4/g32"))
 AFTER_ROWS = """\
@@ -58,15 +59,6 @@ def annotated(model: nn.Module, x: Tensor, w: Formats, x_format: str = "") -> fx
         annotation.set(node, "w", w)
         if x_format:
             annotation.set(node, "x", Format.parse(x_format))
-    return gm
-
-
-def calls(gm: fx.GraphModule, name: str) -> list[fx.Node]:
-    return [n for n in gm.graph.nodes if n.op == "call_function" and graph.op_name(n) == name]
-
-
-def quantized(gm: fx.GraphModule, **options: Any) -> fx.GraphModule:
-    run.run(gm, [lambda g: quantize(g, **{"tensors": {}, **options})])
     return gm
 
 

@@ -19,6 +19,7 @@ import qfx  # noqa: F401  (registers the operators)
 from qfx.ops import attention as attention_ops
 from qfx.ops import cached as cache_ops
 from qfx.ops import floats as float_ops
+from tests.backends.triton.cases import meta
 
 _FROM_HOST = ("tensor", "as_tensor", "from_numpy", "item", "tolist", "numpy", "cpu", "nonzero", "__bool__")
 
@@ -61,10 +62,6 @@ def through_host(call: Callable[[], object]) -> set[str]:
         call()
     found: set[str] = seen.found | dispatched.found
     return found
-
-
-def meta(*sizes: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    return torch.empty(sizes, dtype=dtype, device="meta")
 
 
 Q, K, MASK, SINKS = meta(1, 8, 16, 64), meta(1, 2, 16, 64), meta(1, 1, 16, 16, dtype=torch.bool), meta(8)

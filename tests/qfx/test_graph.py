@@ -16,7 +16,7 @@ from qfx.errors import UnsupportedError
 from qfx.format import Format
 from qfx.packing import pack_weight
 from qfx.text import dump
-from tests.graphs import Function, capture, counts
+from tests.graphs import Function, calls, capture, counts
 
 aten = torch.ops.aten
 
@@ -32,10 +32,6 @@ class Tied(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         out: Tensor = self.lm_head(self.embed(ids))
         return out
-
-
-def calls(gm: fx.GraphModule) -> list[fx.Node]:
-    return [n for n in gm.graph.nodes if n.op == "call_function"]
 
 
 def node_of(gm: fx.GraphModule, name: str) -> fx.Node:

@@ -20,13 +20,10 @@ from qfx.live.modules import QuantLinear
 from qfx.packing import unpack_zeros
 from qfx.save import load, save
 from tests.graphs import Function
+from tests.seeded import randn
 from tests.zoo import ZOO, ids
 
 pytestmark = pytest.mark.filterwarnings("ignore::qfx.QfxWarning")
-
-
-def rows(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 class Encoder(nn.Module):
@@ -57,11 +54,11 @@ def make(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 MODELS: list[tuple[str, Callable[[], nn.Module], Tensor]] = [
     ("encoder", Encoder, torch.arange(8).reshape(2, 4)),
-    ("bare linear", lambda: nn.Linear(8, 4), rows(3, 8)),
-    ("sequential", lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2, bias=False)), rows(3, 8)),
-    ("root parameter", lambda: Function(lambda own, x: F.linear(x, own.w), w=rows(4, 8)), rows(3, 8)),
-    ("circular", lambda: nn.Sequential(nn.Conv1d(3, 8, 3, padding=1, padding_mode="circular")), rows(2, 3, 9)),
-    ("layer", lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), rows(2, 5, 16)),
+    ("bare linear", lambda: nn.Linear(8, 4), randn(3, 8)),
+    ("sequential", lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2, bias=False)), randn(3, 8)),
+    ("root parameter", lambda: Function(lambda own, x: F.linear(x, own.w), w=randn(4, 8)), randn(3, 8)),
+    ("circular", lambda: nn.Sequential(nn.Conv1d(3, 8, 3, padding=1, padding_mode="circular")), randn(2, 3, 9)),
+    ("layer", lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), randn(2, 5, 16)),
 ]
 
 
@@ -168,10 +165,10 @@ def test_loading_uses_up_no_random_numbers_and_no_weights(tmp_path: Path) -> Non
 
 def test_the_compiled_model_saves_the_module_within(tmp_path: Path) -> None:
     torch._dynamo.reset()
-    model = qfx.quantize(make(lambda: nn.Sequential(nn.Linear(8, 4))), "w8a8", [rows(3, 8)])
+    model = qfx.quantize(make(lambda: nn.Sequential(nn.Linear(8, 4))), "w8a8", [randn(3, 8)])
     save(torch.compile(model, backend="qfx"), tmp_path)  # type: ignore[arg-type]
     loaded = load(tmp_path, make(lambda: nn.Sequential(nn.Linear(8, 4)), seed=1))
-    assert torch.equal(loaded(rows(3, 8)), model(rows(3, 8)))
+    assert torch.equal(loaded(randn(3, 8)), model(randn(3, 8)))
 
 
 @torch.no_grad()
@@ -195,11 +192,11 @@ def test_a_folder_of_version_1_is_read(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_failed_save_leaves_the_former_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = qfx.quantize(make(lambda: nn.Sequential(nn.Linear(8, 4))), "w8a8", [rows(3, 8)])
+    first = qfx.quantize(make(lambda: nn.Sequential(nn.Linear(8, 4))), "w8a8", [randn(3, 8)])
     save(first, tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     monkeypatch.setattr(sys.modules["qfx.save"], "_digest", lambda _: 1 / 0)
-    other = qfx.quantize(make(lambda: nn.Sequential(nn.Linear(8, 4)), seed=2), "w4a16", [rows(3, 8)])
+    other = qfx.quantize(make(lambda: nn.Sequential(nn.Linear(8, 4)), seed=2), "w4a16", [randn(3, 8)])
     with pytest.raises(ZeroDivisionError):
         save(other, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -212,10 +209,10 @@ def test_a_second_save_replaces_the_first(tmp_path: Path) -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(8, 4))
 
-    save(qfx.quantize(make(build), "w8a8", [rows(3, 8)]), tmp_path)
-    other = qfx.quantize(make(build, seed=2), "w4a16", [rows(3, 8)])
+    save(qfx.quantize(make(build), "w8a8", [randn(3, 8)]), tmp_path)
+    other = qfx.quantize(make(build, seed=2), "w4a16", [randn(3, 8)])
     save(other, tmp_path)
-    assert torch.equal(load(tmp_path, make(build))(rows(3, 8)), other(rows(3, 8)))
+    assert torch.equal(load(tmp_path, make(build))(randn(3, 8)), other(randn(3, 8)))
 
 
 @pytest.mark.parametrize("file", ["config.json", pytest.param("generation_config.json", marks=pytest.mark.slow)])
@@ -252,7 +249,7 @@ def test_a_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
         def set_extra_state(self, state: object) -> None: ...
 
     float_model = nn.Sequential(nn.Linear(8, 4), Extra(4, 4)).eval()
-    model = qfx.quantize(float_model, qfx.Recipe.parse("w8a8").override(ignore=("1",)), [rows(3, 8)])
+    model = qfx.quantize(float_model, qfx.Recipe.parse("w8a8").override(ignore=("1",)), [randn(3, 8)])
     with pytest.raises(ValueError, match=r"'1\._extra_state' is no tensor but dict"):
         save(model, tmp_path)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -87,6 +89,14 @@ def sqnr(expected: Tensor, found: Tensor) -> float:
     noise = float((expected.double() - found.double()).pow(2).sum())
     signal = float(expected.double().pow(2).sum())
     return math.inf if noise == 0 else 10 * math.log10(signal / noise)
+
+
+def in_ort(path: Path, **inputs: Tensor) -> Tensor:
+    """The first output of a file in ONNX Runtime as any program opens it."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
 
 
 def floats(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -19,7 +19,7 @@ import qfx
 from qfx.errors import QfxWarning
 from qfx.exported import Exported
 from qfx.recipe import Recipe
-from tests.backends.onnx.checks import sqnr
+from tests.backends.onnx.checks import in_ort, sqnr
 
 EXACT, ROUNDED = 120.0, 45.0  # dB; MatMulNBits, which ONNX Runtime makes of blocked weights, rounds its activations
 # (input, weight) -> what the file holds the weight as; K = 72 is no multiple of the groups
@@ -74,13 +74,6 @@ def exported(x: str, w: str, path: Path, runtime: str) -> Exported:
         return qfx.export_onnx(quantized(x, w)[0], (IDS,), path, runtime=runtime)
 
 
-def in_ort(path: Path) -> Tensor:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"ids": IDS.numpy()})[0])
-
-
 def in_openvino(path: Path, **config: str) -> tuple[Tensor, Any]:
     import openvino
 
@@ -99,7 +92,7 @@ def held(path: Path) -> set[str]:
 @pytest.mark.parametrize(("x", "w"), ROWS)
 def test_for_onnx_runtime(tmp_path: Path, x: str, w: str) -> None:
     path = exported(x, w, tmp_path / "m.onnx", "onnxruntime").path
-    assert sqnr(quantized(x, w)[1], in_ort(path)) > (ROUNDED if (x, w) in BLOCKED else EXACT)
+    assert sqnr(quantized(x, w)[1], in_ort(path, ids=IDS)) > (ROUNDED if (x, w) in BLOCKED else EXACT)
     assert "FLOAT" not in held(path)
 
 
@@ -107,7 +100,7 @@ def test_for_onnx_runtime(tmp_path: Path, x: str, w: str) -> None:
 def test_by_the_standard(tmp_path: Path, x: str, w: str) -> None:
     """In both programs; only the standard's operators, and the codes stay."""
     path = exported(x, w, tmp_path / "m.onnx", "standard").path
-    assert sqnr(quantized(x, w)[1], in_ort(path)) > (ROUNDED if (x, w) in BLOCKED else EXACT)
+    assert sqnr(quantized(x, w)[1], in_ort(path, ids=IDS)) > (ROUNDED if (x, w) in BLOCKED else EXACT)
     assert sqnr(quantized(x, w)[1], in_openvino(path)[0]) > EXACT
     model = onnx.load(str(path))
     assert {node.domain for node in model.graph.node} == {""}
@@ -118,7 +111,7 @@ def test_by_the_standard(tmp_path: Path, x: str, w: str) -> None:
 
 def test_the_control_sees_another_weight(tmp_path: Path) -> None:
     path = exported("i8/tok", "i8/ch", tmp_path / "m.onnx", "standard").path
-    assert sqnr(quantized("", "i2/g64")[1], in_ort(path)) < 20
+    assert sqnr(quantized("", "i2/g64")[1], in_ort(path, ids=IDS)) < 20
 
 
 def test_static_runs_in_integers(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from qfx.numerics import fake_quantize
 from tests.backends.onnx.checks import sqnr
 from tests.backends.onnx.files import File
 from tests.backends.onnx.test_siblings import graph_of, packed
+from tests.seeded import randn
 
 FORMATS = ["i4/g16", "u4/g32", "i3/g16", "i2/g32", "u4/ch", "i8/ch", "u8/g32"]
 
@@ -31,7 +32,7 @@ def test_many_rows_are_rounded_per_token(fmt: str) -> None:
     function, gm = graph_of([fmt] * 2, [24, 9], k=70, biased=(1,))
     file = File(gm, prefill=True)
     assert file.kinds["If"] == file.kinds["MatMulIntegerToFloat"] == file.kinds["MatMulNBits"] == 1
-    x = torch.randn(2, MANY, 70, generator=torch.Generator().manual_seed(1))
+    x = randn(2, MANY, 70, seed=1)
     x[0, 3] *= 100  # a token with large values does not cost the others their precision
     rounded = fake_quantize(x, Format.parse("i8/tok"), activation=True)
     for i, (found, expected) in enumerate(zip(run(file, gm, x), function(x), strict=True)):
@@ -46,7 +47,7 @@ def test_many_rows_are_rounded_per_token(fmt: str) -> None:
 @pytest.mark.parametrize("rows", [1, MANY - 1])
 def test_few_rows_are_those_of_the_file_without_it(rows: int) -> None:
     _, gm = graph_of(["i4/g16"] * 2, [24, 9], k=64)
-    x = torch.randn(1, rows, 64, generator=torch.Generator().manual_seed(1))
+    x = randn(1, rows, 64, seed=1)
     for one, other in zip(run(File(gm, prefill=True), gm, x), run(File(gm), gm, x), strict=True):
         assert torch.equal(one, other)
 
@@ -54,7 +55,7 @@ def test_few_rows_are_those_of_the_file_without_it(rows: int) -> None:
 def test_the_border_lies_at_many_rows() -> None:
     _, gm = graph_of(["i2/g16"], [24], k=64)
     with_, without = File(gm, prefill=True), File(gm)
-    x = torch.randn(1, MANY, 64, generator=torch.Generator().manual_seed(1))
+    x = randn(1, MANY, 64, seed=1)
     assert not torch.equal(run(with_, gm, x)[0], run(without, gm, x)[0])
 
 

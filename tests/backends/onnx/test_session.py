@@ -54,13 +54,6 @@ def nbits(size: int = 64) -> tuple[onnx.ModelProto, dict[str, Tensor]]:
 
 
 @pytest.fixture
-def threads() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def created(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of threads with which sessions were made."""
     found: list[int] = []
@@ -74,7 +67,7 @@ def created(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("own_threads")
 def test_sessions_have_the_threads_that_torch_has_at_the_call(created: list[int]) -> None:
     torch.set_num_threads(2)
     session, x = Session(*matmul()), torch.randn(3, 64)
@@ -91,7 +84,7 @@ def test_sessions_have_the_threads_that_torch_has_at_the_call(created: list[int]
     assert list(session._sessions) == [3, 2]
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("own_threads")
 def test_a_saved_model_that_is_gone_goes_on_with_the_session_there_is(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     built, weights = matmul()

@@ -16,12 +16,13 @@ from qfx.passes.cleanup import cleanup
 from tests.backends.onnx.checks import sqnr
 from tests.backends.onnx.files import File
 from tests.graphs import Function, capture
+from tests.seeded import randn
 
 EXACT = 55.0  # dB between MatMulNBits' own roundings of one input in two products
 
 
 def packed(n: int, k: int, fmt: str, seed: int) -> Packed:
-    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+    weight = randn(n, k, seed=seed)
     return pack_weight(weight, Format.parse(fmt))
 
 
@@ -42,7 +43,7 @@ def graph_of(kinds: list[str], widths: list[int], k: int = 48, biased: tuple[int
         if one.zero is not None:
             tensors[f"zero{i}"] = one.zero
         if i in biased:
-            tensors[f"bias{i}"] = torch.randn(n, generator=torch.Generator().manual_seed(9 + i))
+            tensors[f"bias{i}"] = randn(n, seed=9 + i)
     function = Function(three)
     for name, value in tensors.items():
         function.register_buffer(name, value)
@@ -53,7 +54,7 @@ def graph_of(kinds: list[str], widths: list[int], k: int = 48, biased: tuple[int
 
 
 def numbers(function: Any, gm: fx.GraphModule, file: File, k: int = 48) -> list[float]:
-    x = torch.randn(3, 4, k, generator=torch.Generator().manual_seed(5))
+    x = randn(3, 4, k, seed=5)
     (name,) = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     return [sqnr(e, f) for e, f in zip(function(x), file({name: x}), strict=True)]
 
@@ -65,7 +66,7 @@ def test_one_kernel_with_the_numbers_of_three(fmt: str) -> None:
     assert (file.kinds["MatMulNBits"], file.kinds["Split"]) == (1, 1)
     alone = File(gm, runtime="session")
     assert (alone.kinds["MatMulNBits"], alone.kinds["Split"]) == (3, 0)
-    x = torch.randn(3, 4, 40, generator=torch.Generator().manual_seed(5))
+    x = randn(3, 4, 40, seed=5)
     (name,) = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     for one, other, third in zip(file({name: x}), alone({name: x}), function(x), strict=True):
         assert sqnr(other, one) > EXACT

@@ -15,15 +15,12 @@ from qfx.backends.qat.fake_quant import fake_cast, fake_quantize_run_time, gradi
 from qfx.format import Format
 from qfx.numerics import choose_qparams, effective_scale, run_time_qparams
 from qfx.numerics import fake_quantize as numerics_fake
+from tests.seeded import randn
 
 WEIGHTS = (
     "i2/ch", "i3/g8", "i4/g32", "i8/ch", "i8", "u2/g8", "u3/ch", "u4/g16/f16", "u8/b4x8", "nf4/g16", "f8e4m3/ch",
     "f8e5m2/ch", "f4e2m1/g32/e8m0", "f4e2m1/g16/e4m3", "nf4/g64/dq", "i4/g24",
 )  # fmt: skip
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def given_params(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from qfx.backends.qat import InputQuantizer, RunTimeInput, WeightQuantizer, fake_quantize
 from qfx.backends.qat.quantizers import RATE
@@ -13,15 +12,12 @@ from qfx.numerics import QParams, choose_qparams, effective_scale
 from qfx.numerics import fake_quantize as numerics_fake
 from qfx.packing import pack_weight
 from qfx.rounding.nearest import round_weight
+from tests.seeded import randn
 
 WEIGHTS = (
     "i2/ch", "i4/g16", "i8", "u3/g16", "u4/g8/f16", "u8/b4x8", "nf4/g16", "f8e4m3/ch", "f4e2m1/g32/e8m0",
     "f4e2m1/g16/e4m3", "nf4/g64/dq", "i4/g24/bf16",
 )  # fmt: skip
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("method", ["rtn", "mse"])

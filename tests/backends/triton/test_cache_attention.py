@@ -13,6 +13,7 @@ from torch import Tensor
 from qfx.backends.triton import cache_layout
 from qfx.backends.triton.cache_attention import cache_attention, candidates, heuristic
 from qfx.backends.triton.device import H200, Device
+from qfx.backends.triton.timing import relative_error
 from qfx.kv.formats import CacheFormat, cache_formats
 from qfx.kv.packed_ops import allocate, cache_append, spec_of
 from qfx.kv.packed_ops import cache_attention as reference
@@ -48,21 +49,15 @@ def filled(
     return [t.to(DEVICE) for t in memory], spec, torch.tensor(seen, device=DEVICE)
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
-    """Relative, of all of it."""
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    return float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-9))
-
-
 @pytest.mark.parametrize("kv", EVERY, ids=str)
 def test_every_format(kv: Any) -> None:
     memory, spec, length = filled(kv, (90, 30, 1), widths=(40, 24), length=130)
     q = torch.randn(1, 2, 1, 40, device=DEVICE)
     expected = reference(q, memory, length, None, 0.2, False, spec)
-    assert difference(cache_attention(q, memory, length, None, 0.2, False, spec), expected) < 1e-5
+    assert relative_error(cache_attention(q, memory, length, None, 0.2, False, spec), expected) < 1e-5
     stored = next(t for t in memory[5:] if t.dtype in (torch.int8, torch.uint8))
     stored[:, :, :20] = 1 if stored.dtype == torch.uint8 else -stored[:, :, :20]
-    assert difference(cache_attention(q, memory, length, None, 0.2, False, spec), expected) > 1e-3
+    assert relative_error(cache_attention(q, memory, length, None, 0.2, False, spec), expected) > 1e-3
 
 
 @settings(max_examples=8, deadline=None)
@@ -88,7 +83,7 @@ def test_any_length_heads_and_mask(
     seen = None if seen is None else seen.to(DEVICE)
     expected = reference(q, memory, length, seen, width**-0.5, causal, spec)
     found = cache_attention(q, memory, length, seen, width**-0.5, causal, spec)
-    assert difference(found, expected) < 1e-5 or float((found - expected).abs().max()) < 1e-6
+    assert relative_error(found, expected) < 1e-5 or float((found - expected).abs().max()) < 1e-6
 
 
 def test_many_rows_and_heads_of_several_formats() -> None:
@@ -96,8 +91,8 @@ def test_many_rows_and_heads_of_several_formats() -> None:
     q = torch.randn(1, 18, 8, 16, device=DEVICE)
     mask = torch.rand(1, 18, 8, 200, device=DEVICE) < 0.5
     arguments = (q, memory, length, mask, 0.125, True, spec)
-    assert difference(cache_attention(*arguments), reference(*arguments)) < 1e-5
-    assert difference(cache_attention(q, memory, length, ~mask, *arguments[4:]), reference(*arguments)) > 0.1
+    assert relative_error(cache_attention(*arguments), reference(*arguments)) < 1e-5
+    assert relative_error(cache_attention(q, memory, length, ~mask, *arguments[4:]), reference(*arguments)) > 0.1
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 3e-3), (torch.bfloat16, 2 * BF16_STEP)])
@@ -106,7 +101,7 @@ def test_halves(kv: Any, dtype: torch.dtype, most: float) -> None:
     memory, spec, length = filled(kv, (100, 20), dtype=dtype)
     q = torch.randn(1, 4, 1, 64, dtype=dtype, device=DEVICE)
     expected = reference(q, memory, length, None, 0.125, False, spec)
-    assert difference(cache_attention(q, memory, length, None, 0.125, False, spec), expected) < most
+    assert relative_error(cache_attention(q, memory, length, None, 0.125, False, spec), expected) < most
 
 
 @pytest.mark.parametrize("least", [-float("inf"), torch.finfo(torch.float32).min], ids=["inf", "min"])
@@ -117,7 +112,7 @@ def test_rows_that_see_nothing(least: float) -> None:
     q = torch.randn(2, 4, 1, 64, device=DEVICE)
     expected = reference(q, memory, length, mask, 0.125, False, spec)
     found = cache_attention(q, memory, length, mask, 0.125, False, spec)
-    assert difference(found, expected) < 1e-5
+    assert relative_error(found, expected) < 1e-5
     assert bool((found[1] == 0).all()) == (least == -float("inf"))
 
 
@@ -129,7 +124,7 @@ def test_values_of_any_size(size: float) -> None:
     memory[8].mul_(size)
     q = torch.randn(1, 4, 1, 64, device=DEVICE)
     expected = reference(q, memory, length, None, 0.125, False, spec)
-    assert difference(cache_attention(q, memory, length, None, 0.125, False, spec), expected) < 1e-5
+    assert relative_error(cache_attention(q, memory, length, None, 0.125, False, spec), expected) < 1e-5
 
 
 def test_the_op_is_registered() -> None:

@@ -16,6 +16,7 @@ from qfx.backends.triton import float_attention as under_test
 from qfx.backends.triton import launch
 from qfx.backends.triton.device import H200
 from qfx.backends.triton.float_attention import candidates, float_attention, heuristic, spans_of
+from qfx.backends.triton.timing import relative_error
 from qfx.ops.floats import attention as reference
 from tests.backends.triton.cases import BF16_STEP, DEVICE, meta
 
@@ -42,12 +43,6 @@ def expected(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **more
     """The same in f64."""
     given = {"sinks": None, "scale": 0.2, "causal": False, "softcap": 0.0, **more}
     return reference(q.float(), k.float(), v.float(), mask, **given)
-
-
-def difference(found: Tensor, wanted: Tensor) -> float:
-    """Relative, of all of it."""
-    assert found.shape == wanted.shape
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-9))
 
 
 def filled(tokens: int, count: int) -> Tensor:
@@ -77,8 +72,8 @@ def test_a_cache_of_fixed_length(heads: tuple[int, int], splits: int, monkeypatc
     for count in (1, 130, 400):
         mask = filled(400, count)
         wanted = F.scaled_dot_product_attention(q, k, v, mask, scale=0.2, enable_gqa=True)
-        assert difference(attend(q, k, v, mask), wanted) < 1e-5
-        assert difference(attend(q, k, v, filled(400, count - 1)), wanted) > 1e-4
+        assert relative_error(attend(q, k, v, mask), wanted) < 1e-5
+        assert relative_error(attend(q, k, v, filled(400, count - 1)), wanted) > 1e-4
 
 
 def test_nothing_behind_the_newest_token_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +120,7 @@ def test_any_size_and_mask(
         few(patch, splits)
         found = attend(q, k, v, mask, **given)
     wanted = expected(q, k, v, mask, **given)
-    assert difference(found, wanted) < 1e-5 or float((found - wanted).abs().max()) < 1e-6
+    assert relative_error(found, wanted) < 1e-5 or float((found - wanted).abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 3e-3), (torch.bfloat16, 2 * BF16_STEP)])
@@ -135,7 +130,7 @@ def test_halves(dtype: torch.dtype, most: float, width: int) -> None:
     mask = filled(300, 220)
     found = attend(q, k, v, mask, scale=width**-0.5)
     assert found.dtype == dtype
-    assert difference(found, expected(q, k, v, mask, scale=width**-0.5)) < most
+    assert relative_error(found, expected(q, k, v, mask, scale=width**-0.5)) < most
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -145,7 +140,7 @@ def test_rows_that_see_nothing(splits: int, monkeypatch: pytest.MonkeyPatch) -> 
     mask = filled(200, 90).repeat(2, 1, 1, 1)
     mask[1] = False
     found = attend(q, k, v, mask)
-    assert difference(found, expected(q, k, v, mask)) < 1e-5
+    assert relative_error(found, expected(q, k, v, mask)) < 1e-5
     assert not found[1].any()
 
 
@@ -199,7 +194,7 @@ def test_every_candidate_gives_the_same(dtype: torch.dtype, rows: int, monkeypat
     wanted = expected(q, k, v, mask)
     for config in candidates(16, rows, dtype):
         monkeypatch.setattr(under_test, "heuristic", lambda *_, c=config: c)
-        assert difference(attend(q, k, v, mask), wanted) < (3e-3 if dtype == torch.float16 else 1e-5), config
+        assert relative_error(attend(q, k, v, mask), wanted) < (3e-3 if dtype == torch.float16 else 1e-5), config
 
 
 def test_refusals() -> None:

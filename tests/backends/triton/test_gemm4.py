@@ -15,6 +15,7 @@ from qfx.backends.triton.device import A100, H100, Device
 from qfx.backends.triton.gemm4 import gemm4, pack_w4a8, reason_against
 from qfx.backends.triton.gemm4_config import Problem, candidates, heuristic, shared
 from qfx.backends.triton.quantize_rows import quantize_dynamic
+from qfx.backends.triton.timing import relative_error
 from qfx.format import Format
 from qfx.ops import packed as ops
 from qfx.packing import Packed, pack_weight
@@ -56,10 +57,6 @@ def both(x: Tensor, packed: Packed, ends: list[Tensor | None], x_format: str) ->
     return found, ops.linear(x, *given_w, bias, scale, zero, smooth, x_format, w_format)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
-
-
 SHAPES = {"m": st.sampled_from([1, 2, 17, 40]) | st.integers(1, 70), "n": st.integers(1, 70), "k": st.integers(1, 600)}
 
 
@@ -67,7 +64,7 @@ SHAPES = {"m": st.sampled_from([1, 2, 17, 40]) | st.integers(1, 70), "n": st.int
 @given(**SHAPES, w=st.sampled_from(WHOLE), x=st.sampled_from(INPUTS), seed=st.integers(0, 99))
 def test_channels_are_exact(m: int, n: int, k: int, w: str, x: str, seed: int) -> None:
     found, expected = both(*inputs(m, n, k, w, x, seed), x)
-    assert torch.equal(found, expected) if INTERPRETED else relative(found, expected) < F32
+    assert torch.equal(found, expected) if INTERPRETED else relative_error(found, expected) < F32
 
 
 @settings(max_examples=15, deadline=None)
@@ -75,7 +72,7 @@ def test_channels_are_exact(m: int, n: int, k: int, w: str, x: str, seed: int) -
 def test_groups_err_by_sums_of_floats_alone(m: int, n: int, k: int, w: str, x: str, seed: int) -> None:
     found, expected = both(*inputs(m, n, k, w, x, seed), x)
     assert float((found - expected).abs().max()) < F32 * 20 * max(float(expected.abs().max()), 1.0)
-    assert relative(found, expected) < 5 * F32
+    assert relative_error(found, expected) < 5 * F32
 
 
 @pytest.mark.slow
@@ -83,7 +80,7 @@ def test_groups_err_by_sums_of_floats_alone(m: int, n: int, k: int, w: str, x: s
 @pytest.mark.parametrize("w", ["u4/ch", "u4/g128", "i2/g32"])
 def test_many_rows(m: int, w: str) -> None:
     found, expected = both(*inputs(m, 65, 700, w, "u8/tok", 1), "u8/tok")
-    assert relative(found, expected) < F32
+    assert relative_error(found, expected) < F32
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -94,7 +91,7 @@ def test_other_dtypes_and_strides(dtype: torch.dtype, w: str) -> None:
     found, expected = both(x, packed, ends, "i8/tok")
     assert found.dtype == dtype
     assert found.shape == (2, 3, 33)
-    assert relative(found, expected) < (2 * BF16_STEP if dtype == torch.bfloat16 else 1e-5)
+    assert relative_error(found, expected) < (2 * BF16_STEP if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_a_wrong_scale_zero_point_or_code_is_seen() -> None:
@@ -106,7 +103,7 @@ def test_a_wrong_scale_zero_point_or_code_is_seen() -> None:
         wrong[i].reshape(-1)[:40] = wrong[i].reshape(-1)[:40] * 2 + 1
         bias, scale, zero, smooth = ends
         found = linear_w4a8(x, wrong, bias, None, scale, zero, smooth, "i8/tok", "u4/g64", "")
-        assert relative(found, expected) > 1e-3
+        assert relative_error(found, expected) > 1e-3
 
 
 def test_activation_and_residual() -> None:
@@ -115,7 +112,7 @@ def test_activation_and_residual() -> None:
     residual = torch.randn(5, 20, device=DEVICE)
     found = linear_w4a8(x, weight, bias, residual, None, None, None, "i8/tok", "u4/g64", "silu")
     plain = ops.linear(x, packed.data, packed.scale, packed.zero, bias, None, None, None, "i8/tok", "u4/g64")
-    assert relative(found, torch.nn.functional.silu(plain) + residual) < 5 * F32
+    assert relative_error(found, torch.nn.functional.silu(plain) + residual) < 5 * F32
 
 
 def test_codes_of_a_producer_with_any_row_width_and_no_rows() -> None:
@@ -184,4 +181,4 @@ def test_which_weights_are_lowered_to_it(w: str, kernel: str) -> None:
     lowered = lower(gm)
     assert lowered.kernels["linear"] == f"{kernel} i8/tok x {w} (Triton)"
     with torch.no_grad():
-        assert relative(lowered(x)[0], gm(x)[0]) < 5 * F32
+        assert relative_error(lowered(x)[0], gm(x)[0]) < 5 * F32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,14 +15,8 @@ from qfx.errors import QfxWarning
 from tests.backends.triton.cases import DEVICE
 
 tf = pytest.importorskip("transformers", reason="pip install qfx[hf]")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 TOKENS = 4
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

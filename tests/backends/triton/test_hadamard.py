@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from qfx.backends.triton.device import H100
 from qfx.backends.triton.hadamard import candidates, hadamard, hadamard_quantize, layout, pack_hadamard, reason_against
 from qfx.backends.triton.launch import recorded
+from qfx.backends.triton.timing import relative_error
 from qfx.format import Format
 from qfx.numerics import dequantize, quantize, run_time_qparams
 from qfx.rewrites import rotation
@@ -18,10 +19,6 @@ from tests.backends.triton.cases import BF16_STEP, DEVICE, meta
 DTYPES = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 2 * BF16_STEP}
 # one matrix, two with what is inside and outside, a large factor, factors of several kinds, random ones
 SIZES = (2, 12, 20, 64, 96, 128, 172, 256, 512, 1536, 2560, 4096)
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
 @settings(max_examples=14, deadline=None)
@@ -35,21 +32,21 @@ def test_rotates_as_the_reference(m: int, blocks: int, size: int, seed: int, dty
     packed = pack_hadamard(size, seed, inverse=inverse, device=DEVICE)
     found = torch.ops.qfx_triton.hadamard(x, packed, size, inverse)
     assert found.dtype == dtype
-    assert relative(found, rotation.rotate(x.cpu(), size, seed, inverse=inverse).to(DEVICE)) < DTYPES[dtype]
+    assert relative_error(found, rotation.rotate(x.cpu(), size, seed, inverse=inverse).to(DEVICE)) < DTYPES[dtype]
 
 
 @pytest.mark.parametrize("size", [688, 1024, 5120, 13824])
 def test_sizes_of_real_models(size: int) -> None:
     x = torch.randn(2, size, device=DEVICE)
     found = hadamard(x, pack_hadamard(size, 1, device=DEVICE), size, False)
-    assert relative(found, rotation.rotate(x.cpu(), size, 1).to(DEVICE)) < 2e-6
+    assert relative_error(found, rotation.rotate(x.cpu(), size, 1).to(DEVICE)) < 2e-6
 
 
 def test_another_seed_and_the_wrong_direction_are_seen() -> None:
     x = torch.randn(2, 128, device=DEVICE)
     expected = rotation.rotate(x.cpu(), 128, 1).to(DEVICE)
-    assert relative(hadamard(x, pack_hadamard(128, 2, device=DEVICE), 128, False), expected) > 0.5
-    assert relative(hadamard(x, pack_hadamard(128, 1, inverse=True, device=DEVICE), 128, True), expected) > 0.5
+    assert relative_error(hadamard(x, pack_hadamard(128, 2, device=DEVICE), 128, False), expected) > 0.5
+    assert relative_error(hadamard(x, pack_hadamard(128, 1, inverse=True, device=DEVICE), 128, True), expected) > 0.5
 
 
 def test_rotating_back_gives_the_input_whatever_its_strides() -> None:
@@ -58,7 +55,7 @@ def test_rotating_back_gives_the_input_whatever_its_strides() -> None:
     back = hadamard(there, pack_hadamard(512, 3, inverse=True, device=DEVICE), 512, True)
     assert there.shape == x.shape
     assert there.is_contiguous()
-    assert relative(back, x) < 1e-5
+    assert relative_error(back, x) < 1e-5
     assert hadamard(x[:0], pack_hadamard(512, 3, device=DEVICE), 512, False).shape == (0, 4, 512)
 
 
@@ -71,9 +68,9 @@ def test_heads_are_read_where_they_lie(order: tuple[int, ...], quantize_too: boo
     expected = rotation.rotate(x.cpu(), 32, 1).to(DEVICE)
     if quantize_too:
         codes, scale, _ = hadamard_quantize(x, packed, 32, False, "i8/tok")
-        assert relative(codes * scale, expected) < 0.02
+        assert relative_error(codes * scale, expected) < 0.02
     else:
-        assert relative(hadamard(x, packed, 32, False), expected) < 2e-6
+        assert relative_error(hadamard(x, packed, 32, False), expected) < 2e-6
 
 
 @pytest.mark.parametrize(
@@ -93,7 +90,7 @@ def test_codes_are_those_of_the_rounded_result(fmt: str, size: int, blocks: int)
     assert torch.equal(scale, run_time_qparams(y, parsed).scale)
     expected = quantize(y, parsed, scale)
     assert torch.equal(codes.float(), expected.float())
-    assert relative(dequantize(codes, parsed, scale), y) < (0.02 if fmt == "i8/tok" else 0.04)
+    assert relative_error(dequantize(codes, parsed, scale), y) < (0.02 if fmt == "i8/tok" else 0.04)
 
 
 def test_rows_of_zeros_have_the_scale_1() -> None:

@@ -13,6 +13,7 @@ from qfx.backends.triton.gemm4_config import Problem
 from qfx.backends.triton.launch import recorded
 from qfx.backends.triton.mixed_rows import ROWS, pack_mixed, reason_against
 from qfx.backends.triton.mixed_rows_config import float_candidates
+from qfx.backends.triton.timing import relative_error
 from qfx.format import Format
 from qfx.live.segments import Segment, in_order, pieces, segments, take
 from qfx.ops import packed as ops
@@ -51,10 +52,6 @@ class Mixed:
         return in_order(parts, self.found, x.dim() - 1) + self.bias
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
-
-
 SHAPES = {
     "m": st.sampled_from([1, 17, 40]) | st.integers(1, 50), "head": st.integers(1, 40), "k": st.integers(1, 500),
     "seed": st.integers(0, 99),
@@ -69,7 +66,7 @@ def test_channels_are_exact(m: int, head: int, k: int, seed: int, formats: tuple
     scale = torch.tensor(0.03, device=DEVICE) if x_format == "i8" else None
     smooth = torch.rand(k, device=DEVICE) + 0.5 if seed % 2 else None
     found, expected = (run(x, scale, None, smooth, x_format) for run in (weight.run, weight.expected))
-    assert torch.equal(found, expected) if INTERPRETED else relative(found, expected) < 1e-6
+    assert torch.equal(found, expected) if INTERPRETED else relative_error(found, expected) < 1e-6
 
 
 @settings(max_examples=6, deadline=None)
@@ -102,10 +99,10 @@ def test_many_float_rows_are_multiplied_by_torch(formats: tuple[str, ...]) -> No
     weight = Mixed(formats, 20, 200, floats=True)
     x = torch.randn(1030, 200, device=DEVICE)
     found, expected = (run(x, None, None, None, "") for run in (weight.run, weight.expected))
-    assert relative(found, expected) < 1e-6
+    assert relative_error(found, expected) < 1e-6
     bias, weight.bias = weight.bias, torch.zeros_like(weight.bias)
     without = linear_mixed(x.half(), weight.packed, None, None, None, None, None, "", weight.formats, "")
-    assert relative(without, expected - bias) < 2e-3
+    assert relative_error(without, expected - bias) < 2e-3
 
 
 def test_rows_are_padded_to_tiles_and_put_back() -> None:
@@ -124,7 +121,7 @@ def test_strides_activation_residual_and_no_rows() -> None:
     found = linear_mixed(x, weight.packed, weight.bias, residual, None, None, None, "", weight.formats, "silu")
     expected = torch.nn.functional.silu(weight.expected(x, None, None, None, "")) + residual
     assert found.shape == (2, 3, 80)
-    assert relative(found, expected) < 1e-5
+    assert relative_error(found, expected) < 1e-5
     assert weight.run(x[:0], None, None, None, "").shape == (0, 3, 80)
     whole = Mixed(("i8/ch", "u4/ch"), 40, 130, floats=False)
     assert whole.run(x[:0], None, None, None, "i8/tok").shape == (0, 3, 80)
@@ -135,9 +132,9 @@ def test_rows_in_a_wrong_order_and_a_wrong_scale_are_seen() -> None:
     expected = weight.expected(x, None, None, None, "i8/tok")
     right = weight.packed
     weight.packed = [right[0].roll(1), *right[1:]]
-    assert relative(weight.run(x, None, None, None, "i8/tok"), expected) > 0.1
+    assert relative_error(weight.run(x, None, None, None, "i8/tok"), expected) > 0.1
     weight.packed = [*right[:4], right[4] * 1.01, *right[5:]]
-    assert relative(weight.run(x, None, None, None, "i8/tok"), expected) > 1e-3
+    assert relative_error(weight.run(x, None, None, None, "i8/tok"), expected) > 1e-3
 
 
 def test_one_product_is_launched_for_all_segments() -> None:

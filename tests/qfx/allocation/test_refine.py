@@ -9,7 +9,8 @@ from qfx.allocation.problem import Assignment, Choice, Problem
 from qfx.allocation.refine import refine
 from qfx.allocation.solve import solve
 
-U2, U4, I8 = FORMATS = [Format.parse(text) for text in ("u2/g16", "u4/g16", "i8/ch")]
+FORMATS = [Format.parse(text) for text in ("u2/g16", "u4/g16", "i8/ch")]
+U2 = FORMATS[0]
 TRUE = {name: 8.0**i for i, name in enumerate("abcdef")}
 WRONG = dict(zip(TRUE, reversed(TRUE.values()), strict=True))
 

@@ -4,22 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qfx.analysis.losses import PRESETS, General, Outputs, Task, causal_lm, classification, embedding, find
 from qfx.analysis.losses import question_answering as qa
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
+from tests.seeded import randn
 
 IDS = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])
 
 
 def test_causal_lm_is_the_mean_over_the_tokens_of_each_sample() -> None:
-    logits = rand(2, 4, 6)
+    logits = randn(2, 4, 6)
     wanted = torch.stack([cross_entropy(logits[i, :-1], IDS[i, 1:]) for i in range(2)])
     torch.testing.assert_close(causal_lm(Outputs(logits=logits), {"input_ids": IDS}), wanted)
     torch.testing.assert_close(causal_lm(Outputs(logits=logits), IDS), wanted)
@@ -33,17 +28,17 @@ def test_causal_lm_is_the_mean_over_the_tokens_of_each_sample() -> None:
 
 def test_classification_of_texts_and_of_tokens() -> None:
     labels = torch.tensor([2, 0])
-    wanted = cross_entropy(rand(2, 3), labels, reduction="none")
-    torch.testing.assert_close(classification(Outputs(logits=rand(2, 3)), {"labels": labels}), wanted)
-    torch.testing.assert_close(classification(rand(2, 3), {"labels": labels}), wanted)
+    wanted = cross_entropy(randn(2, 3), labels, reduction="none")
+    torch.testing.assert_close(classification(Outputs(logits=randn(2, 3)), {"labels": labels}), wanted)
+    torch.testing.assert_close(classification(randn(2, 3), {"labels": labels}), wanted)
     tokens = torch.tensor([[1, -100], [0, 2]])
-    each = cross_entropy(rand(2, 2, 3).flatten(0, 1), tokens.flatten(), reduction="none").view(2, 2)
-    found = classification(rand(2, 2, 3), {"labels": tokens})
+    each = cross_entropy(randn(2, 2, 3).flatten(0, 1), tokens.flatten(), reduction="none").view(2, 2)
+    found = classification(randn(2, 2, 3), {"labels": tokens})
     torch.testing.assert_close(found, torch.stack([each[0, 0], each[1].mean()]))
 
 
 def test_question_answering_leaves_out_positions_beyond_the_text() -> None:
-    start, end = rand(2, 5), rand(2, 5, seed=1)
+    start, end = randn(2, 5), randn(2, 5, seed=1)
     batch = {"start_positions": torch.tensor([1, 9]), "end_positions": torch.tensor([2, 3])}
     found = qa(Outputs(start_logits=start, end_logits=end), batch)
     torch.testing.assert_close(
@@ -69,9 +64,9 @@ def test_embeddings_of_one_label_shall_be_near() -> None:
 @pytest.mark.parametrize("name", ["classification", "qa", "embedding"])
 def test_a_task_without_labels_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"the task '{name}' needs labels(?s:.*)input_ids(?s:.*)next step"):
-        PRESETS[name](Outputs(logits=rand(2, 3)), {"input_ids": IDS})
+        PRESETS[name](Outputs(logits=randn(2, 3)), {"input_ids": IDS})
     with pytest.raises(ValueError, match="needs labels"):
-        PRESETS[name](rand(2, 3), IDS)
+        PRESETS[name](randn(2, 3), IDS)
 
 
 def test_find() -> None:
@@ -91,7 +86,7 @@ def test_outputs_by_name() -> None:
 
 
 def test_a_scalar_is_a_mean_over_the_samples() -> None:
-    values = rand(4).requires_grad_()
+    values = randn(4).requires_grad_()
     total, weight = Task(lambda o, b: o.mean(), [None], ())([values], 0, 4)
     each, _ = Task(lambda o, b: o, [None], ())([values], 0, 4)
     torch.testing.assert_close(total, each)
@@ -102,7 +97,7 @@ def test_a_scalar_is_a_mean_over_the_samples() -> None:
 
 def test_the_general_gradient_has_the_distributions_covariance() -> None:
     """E[g g^T] of drawn labels is diag(p) - p p^T for one position, the Fisher information of its logits."""
-    logits, total = rand(5), torch.zeros(5, 5)
+    logits, total = randn(5), torch.zeros(5, 5)
     p, draws = logits.softmax(-1), 4000
     wanted = p.diag() - p[:, None] * p
     value = logits.expand(draws, 1, 5).clone().requires_grad_()
@@ -120,10 +115,10 @@ def test_the_general_gradient_has_the_distributions_covariance() -> None:
 
 def test_without_logits_noise_gives_the_squared_error() -> None:
     """(d . g)^2 over the squares of the output is in the mean the relative squared error of a change d."""
-    value = rand(3000, 4).requires_grad_()
+    value = randn(3000, 4).requires_grad_()
     loss, weight = General(0, is_logits=False, masks=[None])([value], 0, 1)
     (g,) = torch.autograd.grad(loss, value)
-    change: Any = rand(3000, 4, seed=1) * 0.01
+    change: Any = randn(3000, 4, seed=1) * 0.01
     assert weight == pytest.approx(float(value.detach().square().sum()))
     found = float(((change * g).sum(-1) ** 2).sum()) / weight
     assert found == pytest.approx(float(change.square().sum()) / weight, rel=0.15)

@@ -16,19 +16,16 @@ from qfx.analysis.patterns import Patterns, _facts, _offsets, _Sums, logits_of, 
 from qfx.ops import floats as float_ops
 from qfx.rounding.lanes import Program
 from tests.qfx.analysis.models import captured, ids, of_zoo, prepared
+from tests.seeded import randn
 
 T = 12
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [None, "bool", "float"])
 def test_probabilities_are_those_of_fused_attention(causal: bool, masked: str | None) -> None:
     """With the identity as values the result of attention is its probabilities; key heads serve two query heads."""
-    q, k = rand(2, 4, T, 8), rand(2, 2, T, 8, seed=1)
+    q, k = randn(2, 4, T, 8), randn(2, 2, T, 8, seed=1)
     mask = None if masked is None else torch.rand(T, T, generator=torch.Generator().manual_seed(2)) > 0.2
     if mask is not None:
         mask.fill_diagonal_(fill_value=True)
@@ -44,7 +41,7 @@ def test_probabilities_are_those_of_fused_attention(causal: bool, masked: str | 
 
 
 def test_sinks_and_softcap_take_part() -> None:
-    q, k, sinks = rand(2, 4, T, 8), rand(2, 2, T, 8, seed=1), rand(4, seed=2)
+    q, k, sinks = randn(2, 4, T, 8), randn(2, 2, T, 8, seed=1), randn(4, seed=2)
     wanted = float_ops.attention(q, k, torch.eye(T).expand(2, 2, T, T), None, sinks, 0.7, True, 3.0)
     given = {"q": q, "k": k, "mask": None, "scale": 0.7, "causal": True, "softcap": 3.0}
     found = probabilities(logits_of(given), sinks)
@@ -174,7 +171,7 @@ def test_outliers_are_counted_by_head() -> None:
     gm, _, _ = captured_long()
     (attention,), _ = find(gm)
     patterns = Patterns([attention])
-    q, k = rand(1, 2, 32, 16) * 0.1, rand(1, 2, 32, 16, seed=1)
+    q, k = randn(1, 2, 32, 16) * 0.1, randn(1, 2, 32, 16, seed=1)
     q[0, 1, 5], k[0, 1, 3] = 10, 10
     patterns.watch(attention.node, {"query": q, "key": k, "is_causal": True})
     found = patterns.outliers()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qfx.calibration.histogram import Histogram, _divergence, entropy_range, mse_range, percentile_range
 from qfx.format import Format
+from tests.seeded import randn
 
 
 def filled(x: Tensor, bins: int = 64) -> Histogram:
@@ -21,7 +22,7 @@ def filled(x: Tensor, bins: int = 64) -> Histogram:
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-3, 1.0, 1e30])
 def test_counts_against_numpy(scale: float) -> None:
-    x = torch.randn(500, generator=torch.Generator().manual_seed(0)) * scale
+    x = randn(500) * scale
     histogram = filled(x)
     edge = 2.0**histogram.exponent
     expected, _ = np.histogram(x.double().numpy(), bins=64, range=(-edge, edge))
@@ -44,7 +45,7 @@ def test_only_zeros() -> None:
 
 
 def test_many_rows_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    x = randn(3, 1000)
     whole = Histogram.empty(3, 32, x.device)
     whole.add(x, float(x.abs().max()))
     monkeypatch.setattr("qfx.calibration.histogram._CHUNK", 100)
@@ -69,7 +70,7 @@ def test_divergence_against_scipy() -> None:
 
 
 def test_the_least_divergence_is_taken() -> None:
-    x = torch.randn(20000, generator=torch.Generator().manual_seed(0))
+    x = randn(20000)
     x[:4] = torch.tensor([50.0, -50.0, 45.0, -45.0])
     histogram = filled(x, bins=1 << 13)
     low, high = entropy_range(histogram.counts[0], histogram, Format("u8"), -50.0, 50.0)
@@ -78,7 +79,7 @@ def test_the_least_divergence_is_taken() -> None:
 
 
 def test_ends_move_apart_for_affine_formats() -> None:
-    x = torch.randn(20000, generator=torch.Generator().manual_seed(0)).abs()
+    x = randn(20000).abs()
     x[0] = -30.0
     histogram = filled(x, bins=1 << 13)
     low, high = mse_range(histogram.counts[0], histogram, Format("u4"), -30.0, float(x.max()))

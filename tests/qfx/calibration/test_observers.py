@@ -15,18 +15,15 @@ from qfx.calibration.observers import EMA, MSE, AbsMax, Entropy, MinMax, Observe
 from qfx.format import Format
 from qfx.numerics import fake_quantize
 from qfx.recipe import Recipe
+from tests.seeded import randn
 
 OBSERVERS: tuple[str, ...] = get_args(Recipe.model_fields["observer"].annotation)
-U8, I8 = Format.parse("u8"), Format.parse("i8")
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+U8 = Format.parse("u8")
 
 
 def outliers() -> Tensor:
     """Normal values with one channel that is 60 times larger."""
-    x = noise(64, 128, seed=3)
+    x = randn(64, 128, seed=3)
     x[:, 5] *= 60
     return x
 
@@ -42,7 +39,7 @@ def test_the_kinds_are_those_of_recipes() -> None:
 
 
 def test_minmax_and_absmax_per_tensor() -> None:
-    a, b = noise(3, 5), noise(3, 5, seed=1) - 0.5
+    a, b = randn(3, 5), randn(3, 5, seed=1) - 0.5
     low, high = fed(MinMax(), a, b).range()
     both = np.stack([a.numpy(), b.numpy()])
     assert (float(low), float(high)) == (both.min(), both.max())
@@ -54,7 +51,7 @@ def test_minmax_and_absmax_per_tensor() -> None:
 @pytest.mark.parametrize("kind", [AbsMax, MinMax, EMA, Percentile, MSE, Entropy])
 @pytest.mark.parametrize(("granularity", "axis", "shape"), [("ch", -1, (6,)), ("head", -3, (4, 1, 1))])
 def test_rows_are_independent(kind: Any, granularity: str, axis: int, shape: tuple[int, ...]) -> None:
-    x = noise(2, 4, 50, 6) * torch.arange(1, 7)
+    x = randn(2, 4, 50, 6) * torch.arange(1, 7)
     low, high = fed(kind(granularity), x).range(U8)
     assert low.shape == high.shape == torch.Size(shape)
     for i in range(x.shape[axis]):
@@ -66,7 +63,7 @@ def test_rows_are_independent(kind: Any, granularity: str, axis: int, shape: tup
 
 
 def test_scales_have_the_shape_of_the_format() -> None:
-    x = noise(2, 4, 7, 6)
+    x = randn(2, 4, 7, 6)
     for text in ("u8", "i8", "u8/ch", "i8/head"):
         fmt = Format.parse(text)
         scale, zero = fed(create("minmax", fmt), x).qparams(fmt)
@@ -78,7 +75,7 @@ def test_scales_have_the_shape_of_the_format() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_give_f32_ranges(dtype: torch.dtype) -> None:
-    x = (noise(1000) * 3).to(dtype)
+    x = (randn(1000) * 3).to(dtype)
     for kind in OBSERVERS:
         low, high = fed(create(kind), x).range()
         expected = fed(create(kind), x.to(torch.float32)).range()
@@ -86,7 +83,7 @@ def test_other_dtypes_give_f32_ranges(dtype: torch.dtype) -> None:
 
 
 def test_ema_is_the_weighted_mean_of_batches() -> None:
-    batches = [noise(10, seed=seed) for seed in range(5)]
+    batches = [randn(10, seed=seed) for seed in range(5)]
     observer = fed(EMA(decay=0.7), *batches)
     weights = np.array([0.7 ** (4 - i) for i in range(5)])
     expected = np.average([float(b.max()) for b in batches], weights=weights)
@@ -97,7 +94,7 @@ def test_ema_is_the_weighted_mean_of_batches() -> None:
 @pytest.mark.parametrize("percentile", [90.0, 99.0, 99.9])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
 def test_percentile_against_numpy(percentile: float, scale: float) -> None:
-    x = noise(20000) * scale
+    x = randn(20000) * scale
     observer = fed(Percentile(percentile=percentile), *x.split(1700))
     assert observer.histogram is not None
     low, high = observer.range()
@@ -107,7 +104,7 @@ def test_percentile_against_numpy(percentile: float, scale: float) -> None:
 
 
 def test_percentile_100_is_the_exact_range() -> None:
-    x = noise(999)
+    x = randn(999)
     assert fed(Percentile(percentile=100), x).range() == (x.min(), x.max())
 
 
@@ -125,7 +122,7 @@ def test_mse_is_near_the_best_clipping(text: str) -> None:
 
 
 def test_mse_clips_what_minmax_keeps() -> None:
-    x = noise(100000)
+    x = randn(100000)
     x[0] = 40.0
     assert 2.0 < float(fed(MSE(), x).range(U8)[1]) < 39.0
     assert float(fed(MinMax(), x).range(U8)[1]) == 40.0
@@ -133,7 +130,7 @@ def test_mse_clips_what_minmax_keeps() -> None:
 
 @pytest.mark.parametrize("kind", ["mse", "entropy", "percentile"])
 def test_one_sided_and_constant_data(kind: str) -> None:
-    low, high = fed(create(kind), noise(5000).relu()).range(U8)
+    low, high = fed(create(kind), randn(5000).relu()).range(U8)
     assert 0.0 <= float(low) < 1e-5 and float(high) > 1.0
     for value in (0.0, -2.0, 3.0):
         x = torch.full((64,), value)
@@ -144,7 +141,7 @@ def test_one_sided_and_constant_data(kind: str) -> None:
 @pytest.mark.parametrize("kind", OBSERVERS)
 def test_nan_and_inf_name_the_node_and_the_batch(kind: str) -> None:
     observer = create(kind, name="encoder.fc1 x")
-    observer.update(noise(8))
+    observer.update(randn(8))
     for bad in (float("nan"), float("inf"), float("-inf")):
         with pytest.raises(ValueError, match=r"(?s)batch 1.*encoder\.fc1 x"):
             observer.update(torch.tensor([1.0, bad]))
@@ -170,11 +167,11 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"expected floats, found torch\.int64"):
         MinMax().update(torch.arange(3))
     with pytest.raises(ValueError, match="gives no scale for 'i8/ch'"):
-        fed(MinMax(), noise(3)).qparams(Format.parse("i8/ch"))
+        fed(MinMax(), randn(3)).qparams(Format.parse("i8/ch"))
     with pytest.raises(ValueError, match="had 4 ch rows"):
-        fed(MinMax("ch"), noise(2, 4), noise(2, 5))
+        fed(MinMax("ch"), randn(2, 4), randn(2, 5))
     with pytest.raises(ValueError, match="no axis -3"):
-        fed(MinMax("head"), noise(2, 4))
+        fed(MinMax("head"), randn(2, 4))
     with pytest.raises(ValueError, match="cannot merge observers"):
         MinMax().merge(MinMax("ch"))
     with pytest.raises(ValueError, match="above 50"):
@@ -218,17 +215,17 @@ def test_a_merged_moving_average_is_that_of_one_pass(batches: list[list[float]],
 
 
 def test_merging_leaves_the_other_observer_alone() -> None:
-    other = fed(Percentile(), noise(50) * 100)
+    other = fed(Percentile(), randn(50) * 100)
     before = state(other)
-    fed(Percentile(), noise(50)).merge(other).merge(Percentile())
-    Percentile().merge(other).update(noise(50) * 1000)
+    fed(Percentile(), randn(50)).merge(other).merge(Percentile())
+    Percentile().merge(other).update(randn(50) * 1000)
     assert state(other) == before
 
 
 def test_memory_does_not_grow_with_the_data() -> None:
     observer = Percentile("ch", bins=64)
     for seed in range(5):
-        observer.update(noise(100, 8, seed=seed) * 10**seed)
+        observer.update(randn(100, 8, seed=seed) * 10**seed)
     assert observer.histogram is not None
     assert observer.histogram.counts.shape == (8, 64)
     assert int(observer.histogram.counts.sum()) == observer.seen == 4000

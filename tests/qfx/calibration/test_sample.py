@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from qfx.calibration.sample import Sample
-
-
-def fed(sample: Sample, *batches: Tensor) -> Sample:
-    for batch in batches:
-        sample.update(batch)
-    return sample
+from tests.qfx.calibration.test_observers import fed
 
 
 def test_a_sample_keeps_whole_rows_uniformly() -> None:

@@ -22,6 +22,7 @@ from qfx.compiled.warm import _is_plain, cache_of
 from qfx.errors import QfxWarning
 from qfx.options import Options
 from tests.qfx.conftest import Counts
+from tests.seeded import randn
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -42,7 +43,7 @@ class Net(nn.Module):
         return out
 
 
-X = torch.randn(4, 32, generator=torch.Generator().manual_seed(5))
+X = randn(4, 32, seed=5)
 
 
 def start(model: nn.Module, *inputs: Any, dynamic: bool | None = None, **options: Any) -> tuple[Any, Any]:
@@ -165,7 +166,7 @@ def test_the_number_of_threads_does_not_count(cache_folder: Path, counts: Counts
 
 
 def test_static_and_dynamic_graphs_are_found_in_turn(cache_folder: Path, counts: Counts) -> None:
-    batches = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n)) for n in (4, 6, 9)]
+    batches = [randn(n, 32, seed=n) for n in (4, 6, 9)]
 
     def run() -> list[Tensor]:
         _, fast = start(Net(), batches[0])
@@ -194,7 +195,7 @@ class Halves(nn.Module):
 
 def test_guards_that_capturing_adds_hold_on_a_warm_start(cache_folder: Path, counts: Counts) -> None:
     sizes = (6, 10, 7, 12)
-    inputs = [torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in sizes]
+    inputs = [randn(n, 8, seed=n) for n in sizes]
 
     def run() -> tuple[list[Tensor], int]:
         before = counts.graphs

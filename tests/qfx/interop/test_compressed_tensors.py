@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import qfx
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.live.permuted import QuantPermuted
-from tests.interop import UP, linears, llama, logits, pack, same, stored, zero_points
+from tests.interop import UP, linears, llama, logits, pack, quantization_config, same, stored, zero_points
 
 KINDS = {
     "i4/g32": "pack-quantized", "u4/g32": "pack-quantized", "i3/ch": "pack-quantized", "u5/g16": "pack-quantized",
@@ -28,16 +28,14 @@ INPUTS = [
 ]  # fmt: skip
 
 
-def config(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "config.json").read_text())["quantization_config"])
-
-
 @pytest.mark.parametrize(("fmt", "kind"), KINDS.items())
 def test_weights_come_back(fmt: str, kind: str, tmp_path: Path) -> None:
     model = pack(llama(), fmt)
     qfx.export_compressed_tensors(model, tmp_path)
     found = qfx.import_checkpoint(tmp_path)
-    assert config(tmp_path)["format"] == kind and config(tmp_path)["config_groups"]["group_0"]["targets"] == ["Linear"]
+    assert quantization_config(tmp_path)["format"] == kind and quantization_config(tmp_path)["config_groups"][
+        "group_0"
+    ]["targets"] == ["Linear"]
     assert {m.w_format for m in linears(found).values()} == {fmt}
     if fmt == "f4e2m1/g16/e4m3":  # the reciprocal of the global scale is rounded
         weights = [(m.weight, linears(found)[name].weight) for name, m in linears(model).items()]
@@ -51,7 +49,7 @@ def test_inputs_come_back(fmt: str, x: str, kind: str, tmp_path: Path) -> None:
     model = pack(llama(), fmt, x_format=x)
     qfx.export_compressed_tensors(model, tmp_path)
     found = qfx.import_checkpoint(tmp_path)
-    assert config(tmp_path)["format"] == kind and {m.x_format for m in linears(found).values()} == {x}
+    assert quantization_config(tmp_path)["format"] == kind and {m.x_format for m in linears(found).values()} == {x}
     assert same(model, found) and torch.equal(logits(model), logits(found))
 
 
@@ -84,7 +82,7 @@ def test_the_layout_is_what_it_says(tmp_path: Path) -> None:
 def test_several_formats_are_several_groups(tmp_path: Path) -> None:
     model = pack(llama(), {"up_proj": "i4/g32", "down_proj": "i8/ch", "q_proj": "f8e4m3/ch"})
     qfx.export_compressed_tensors(model, tmp_path)
-    fields = config(tmp_path)
+    fields = quantization_config(tmp_path)
     assert fields["format"] == "mixed-precision" and len(fields["config_groups"]) == 3
     assert {g["format"] for g in fields["config_groups"].values()} == {"pack-quantized", "float-quantized"}
     assert "lm_head" in fields["ignore"] and "model.layers.1.self_attn.o_proj" in fields["ignore"]
@@ -202,7 +200,7 @@ def test_the_library_decompresses_the_same_values(fmt: str, x: str, kind: str, t
 
     model = pack(llama(), fmt, x_format=x)
     qfx.export_compressed_tensors(model, tmp_path)
-    scheme = QuantizationConfig.model_validate(config(tmp_path)).config_groups["group_0"]
+    scheme = QuantizationConfig.model_validate(quantization_config(tmp_path)).config_groups["group_0"]
     for name, module in linears(model).items():
         found = BaseCompressor.get_value_from_registry(kind).decompress(stored(tmp_path, f"{name}."), scheme)["weight"]
         half = module.w_scale.dtype in (torch.float16, torch.bfloat16)  # the library multiplies in the scales' type,

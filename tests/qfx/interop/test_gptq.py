@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,9 @@ import qfx
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.interop.gptq import decoder
 from qfx.live.permuted import QuantPermuted
-from tests.interop import UP, linears, llama, logits, pack, same, stored, zero_points
+from tests.interop import UP, linears, llama, logits, pack, quantization_config, same, stored, zero_points
 
 FORMATS = ["i4/g32/f16", "u4/g32/f16", "i2/g16/f16", "u3/ch/f16", "i3/g32/f16", "i8/ch/f16", "u8/g32/f16", "i4/f16"]
-
-
-def config(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "config.json").read_text())["quantization_config"])
 
 
 def rewritten(folder: Path, **tensors: torch.Tensor) -> None:
@@ -34,7 +29,7 @@ def rewritten(folder: Path, **tensors: torch.Tensor) -> None:
 def test_weights_come_back(fmt: str, version: Any, tmp_path: Path) -> None:
     model = pack(llama(), fmt)
     qfx.export_gptq(model, tmp_path, version=version)
-    fields, found = config(tmp_path), qfx.import_checkpoint(tmp_path)
+    fields, found = quantization_config(tmp_path), qfx.import_checkpoint(tmp_path)
     wanted = qfx.Format.parse(fmt)
     assert (fields["bits"], fields["group_size"], fields["sym"]) == (wanted.bits, wanted.group or -1, wanted.symmetric)
     assert fields["desc_act"] is False and fields["checkpoint_format"] == version
@@ -87,7 +82,10 @@ def test_what_it_cannot_hold_is_written_in_float(fmt: str, reason: str, tmp_path
         qfx.export_gptq(model, tmp_path)
     found = qfx.import_checkpoint(tmp_path)
     assert torch.allclose(logits(model), logits(found), atol=1e-5)
-    assert len(linears(found)) == 4 and config(tmp_path)["dynamic"][r"-:^model\.layers\.0\.mlp\.down_proj$"] == {}
+    assert (
+        len(linears(found)) == 4
+        and quantization_config(tmp_path)["dynamic"][r"-:^model\.layers\.0\.mlp\.down_proj$"] == {}
+    )
 
 
 def test_rows_that_fill_no_words_stay_float(tmp_path: Path) -> None:
@@ -152,7 +150,7 @@ def test_activation_order_is_exact(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(found(x), x @ weight.t(), atol=1e-5)
     qfx.export_gptq(model, tmp_path / "b")
-    assert config(tmp_path / "b")["desc_act"] is True
+    assert quantization_config(tmp_path / "b")["desc_act"] is True
     assert torch.equal(stored(tmp_path / "b")[f"{UP}.g_idx"], g_idx)
     for name, tensor in stored(tmp_path / "a").items():
         assert torch.equal(stored(tmp_path / "b")[name], tensor), name

@@ -16,16 +16,13 @@ from qfx.kv import states as module
 from qfx.kv.formats import cache_formats
 from qfx.kv.states import PackedStates, packed
 from qfx.kv.store import Store
+from tests.seeded import randn
 
 HEADS, LENGTH, WIDTH = 2, 40, 16
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def states(kv: Any = "i8") -> tuple[PackedStates, PackedStates]:
-    keys, values = (random(2, HEADS, LENGTH, WIDTH, seed=s) for s in (1, 2))
+    keys, values = (randn(2, HEADS, LENGTH, WIDTH, seed=s) for s in (1, 2))
     store = Store(cache_formats(kv, 1)[0], keys, values, where="layer 0")
     store.append(keys[:, :, :-2], values[:, :, :-2])
     return packed(store.append(keys[:, :, -2:], values[:, :, -2:]))
@@ -67,7 +64,7 @@ def test_it_looks_like_a_tensor() -> None:
 def test_attention(over_codes: Callable[[], int]) -> None:
     keys, values = states()
     k, v = keys.dense(), values.dense()
-    q, mask = random(2, 6, 3, WIDTH), random(2, 1, 3, LENGTH, seed=4) > 0
+    q, mask = randn(2, 6, 3, WIDTH), randn(2, 1, 3, LENGTH, seed=4) > 0
     attention = F.scaled_dot_product_attention
     assert close(attention(q[:, :2], keys, values), attention(q[:, :2], k, v))
     assert close(attention(q, keys, values, enable_gqa=True), attention(q, k, v, enable_gqa=True))
@@ -85,7 +82,7 @@ def test_attention(over_codes: Callable[[], int]) -> None:
 def test_matmul(over_codes: Callable[[], int]) -> None:
     keys, values = states()
     k, v = keys.dense(), values.dense()
-    q, p = random(2, 6, 3, WIDTH), random(2, 6, 3, LENGTH, seed=3)
+    q, p = randn(2, 6, 3, WIDTH), randn(2, 6, 3, LENGTH, seed=3)
     assert close(torch.matmul(q, repeat_kv(keys, 3).transpose(2, 3)), q @ repeat_kv(k, 3).transpose(2, 3))
     assert close(q[:, :2] @ keys.transpose(-1, -2), q[:, :2] @ k.transpose(2, 3))
     assert close(torch.matmul(p, repeat_kv(values, 3)), p @ repeat_kv(v, 3))
@@ -112,7 +109,7 @@ OTHERS: dict[str, Callable[[Any, Any, Tensor], Tensor]] = {
     "swapped": lambda k, v, q: F.scaled_dot_product_attention(q, v, k),
     "dropout": lambda k, v, q: F.scaled_dot_product_attention(q, k, v, dropout_p=1e-9),
     "keys on the left": lambda k, v, q: k @ q.transpose(2, 3),
-    "not transposed": lambda k, v, q: torch.matmul(random(2, 2, 3, LENGTH), k),
+    "not transposed": lambda k, v, q: torch.matmul(randn(2, 2, 3, LENGTH), k),
     "by name": lambda k, v, q: torch.matmul(input=q, other=k.transpose(2, 3)),
     "unequal axes": lambda k, v, q: k[:, :, None].expand(2, 2, 3, LENGTH, WIDTH),
 }  # fmt: skip
@@ -121,7 +118,7 @@ OTHERS: dict[str, Callable[[Any, Any, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_others_get_floats_and_say_so(name: str) -> None:
     keys, values = states()
-    q = random(2, HEADS, 3, WIDTH)
+    q = randn(2, HEADS, 3, WIDTH)
     expected = OTHERS[name](keys.dense(), values.dense(), q)
     if name == "unequal axes":
         found = OTHERS[name](keys, values, q)
@@ -139,7 +136,7 @@ def test_others_get_floats_and_say_so(name: str) -> None:
 
 def test_gradients_go_through_floats() -> None:
     keys, values = states()
-    q = random(2, HEADS, 3, WIDTH).requires_grad_()
+    q = randn(2, HEADS, 3, WIDTH).requires_grad_()
     with pytest.warns(QfxWarning, match="scaled_dot_product_attention"):
         F.scaled_dot_product_attention(q, keys, values).sum().backward()
     assert q.grad is not None and q.grad.abs().max() > 0
@@ -158,10 +155,10 @@ def test_operations_below_python_get_floats_too() -> None:
 @pytest.mark.filterwarnings("ignore:(?s).*dequantized as a whole")
 @pytest.mark.parametrize("tracked", range(4))
 def test_gradients_reach_whatever_wants_them(tracked: int) -> None:
-    old, given = random(2, HEADS, 45, WIDTH), [random(2, HEADS, 3, WIDTH, seed=s) for s in range(3)]
+    old, given = randn(2, HEADS, 45, WIDTH), [randn(2, HEADS, 3, WIDTH, seed=s) for s in range(3)]
     store = Store(cache_formats("i8", 1)[0], old, old, where="layer 0")
     store.append(old, old)
-    leaf = [*given, mask := random(3, 48)][tracked].requires_grad_()
+    leaf = [*given, mask := randn(3, 48)][tracked].requires_grad_()
     query, keys, values = given
     k, v = packed(store.append(keys, values))
     F.scaled_dot_product_attention(query, k, v, mask).square().sum().backward()

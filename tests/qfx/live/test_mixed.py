@@ -25,13 +25,10 @@ from qfx.pipeline import apply_plan, prepare
 from qfx.plan import Plan
 from qfx.save import load, save
 from tests.graphs import Function
+from tests.seeded import randn
 from tests.zoo import ZOO
 
 HEADS = ["i8/ch", "i4/g32", "i8/ch", "i4/g32"]
-
-
-def rows(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 class Two(nn.Module):
@@ -53,13 +50,13 @@ def recipe(x: str = "i8/tok", **fields: Any) -> Recipe:
 
 
 def quantized(x: str = "i8/tok", **fields: Any) -> Any:
-    return qfx.quantize(Two().eval(), recipe(x, **fields), [rows(6, 64)])
+    return qfx.quantize(Two().eval(), recipe(x, **fields), [randn(6, 64)])
 
 
 @pytest.mark.parametrize("x_format", ["none", "i8/tok", "u8"])
 @torch.no_grad()
 def test_the_live_model_computes_what_the_graph_does(x_format: str) -> None:
-    model, x = Two().eval(), rows(6, 64)
+    model, x = Two().eval(), randn(6, 64)
     made = qfx.plan(model, recipe(x_format), [x])
     assert made.annotations["q"]["w"] == HEADS
     assert made.annotations["o"]["w"] == {"columns": ["i8/ch", "i4/g32"]}
@@ -95,7 +92,7 @@ def test_what_is_held_under_which_names() -> None:
 def test_the_weight_is_that_of_the_parts() -> None:
     model: Any = Two()
     q, o = model.q.weight.detach().clone(), model.o.weight.detach().clone()
-    found: Any = qfx.quantize(model.eval(), recipe(), [rows(6, 64)])
+    found: Any = qfx.quantize(model.eval(), recipe(), [randn(6, 64)])
     i8, i4 = Format.parse("i8/ch"), Format.parse("i4/g32")
     from qfx.numerics import fake_quantize
 
@@ -121,7 +118,7 @@ def test_one_row_for_each_linear_with_the_bytes_of_all_parts() -> None:
 
 @torch.no_grad()
 def test_compiled_it_is_one_row_too(onnx_or_reference: str) -> None:
-    model, x = quantized(), rows(6, 64)
+    model, x = quantized(), randn(6, 64)
     compiled = torch.compile(model, backend="qfx", options={"backend": onnx_or_reference})
     assert sqnr_db(model(x), compiled(x)) > (35 if onnx_or_reference == "onnx" else 110)  # type: ignore[no-untyped-call]
     assert [(r.node, r.asked) for r in qfx.report(compiled)] == [(r.node, r.asked) for r in qfx.report(model)]
@@ -137,7 +134,7 @@ def onnx_or_reference(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("x_format", ["none", "i8/tok", "u8"])
 @torch.no_grad()
 def test_saved_and_loaded(tmp_path: Path, x_format: str) -> None:
-    model, x = quantized(x_format), rows(6, 64)
+    model, x = quantized(x_format), randn(6, 64)
     save(model, tmp_path)
     loaded = load(tmp_path, Two())
     assert isinstance(loaded.q, QuantMixed) and torch.equal(loaded(x), model(x))
@@ -150,7 +147,7 @@ def test_saved_and_loaded(tmp_path: Path, x_format: str) -> None:
 
 @torch.no_grad()
 def test_a_bare_linear_is_replaced_saved_and_loaded(tmp_path: Path) -> None:
-    x = rows(3, 64)
+    x = randn(3, 64)
     model = qfx.quantize(nn.Linear(64, 32).eval(), Recipe(name="r", rules=(Rule(target="linear", w=HEADS),)), [x])
     assert isinstance(model, QuantMixed)
     save(model, tmp_path)
@@ -159,7 +156,7 @@ def test_a_bare_linear_is_replaced_saved_and_loaded(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_copied_and_cast() -> None:
-    model, x = quantized(), rows(6, 64)
+    model, x = quantized(), randn(6, 64)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
     half = copy.deepcopy(model).to(torch.bfloat16)
     assert half.q.rows0_scale.dtype == torch.float32 and half.q.rows0_codes.dtype == torch.int8
@@ -168,7 +165,7 @@ def test_copied_and_cast() -> None:
 
 
 def test_adapters_train_above_it() -> None:
-    model, x = quantized(), rows(6, 64).requires_grad_()
+    model, x = quantized(), randn(6, 64).requires_grad_()
     model(x).sum().backward()
     assert x.grad is not None and bool((x.grad != 0).any())
 
@@ -176,7 +173,7 @@ def test_adapters_train_above_it() -> None:
 @torch.no_grad()
 def test_smoothed(tmp_path: Path) -> None:
     """o has no norm before it, so that its input is divided: by the module, before it is cut."""
-    x = rows(6, 64)
+    x = randn(6, 64)
     model = quantized("i8", rewrites=("smooth",))
     assert model.q.smooth is not None and model.o.smooth is not None
     assert sqnr_db(Two()(x), model(x)) > 20
@@ -194,7 +191,7 @@ def test_transposed_layers() -> None:
     make: Any = Conv1D
     layer = make(32, 64)
     want = layer.weight.detach().t().clone()
-    x = rows(3, 64)
+    x = randn(3, 64)
     model: Any = qfx.quantize(
         nn.Sequential(layer).eval(), Recipe(name="r", rules=(Rule(target="linear", w=HEADS),)), [x]
     )
@@ -205,26 +202,26 @@ def test_transposed_layers() -> None:
 
 def test_parts_of_one_format_are_a_plain_linear() -> None:
     same = Recipe(name="r", rules=(Rule(target="linear", w=["i4/g32", "i4/g32"]),))
-    model = qfx.quantize(Two().eval(), same, [rows(6, 64)])
-    plain = qfx.quantize(Two().eval(), Recipe(name="r", rules=(Rule(target="linear", w="i4/g32"),)), [rows(6, 64)])
+    model = qfx.quantize(Two().eval(), same, [randn(6, 64)])
+    plain = qfx.quantize(Two().eval(), Recipe(name="r", rules=(Rule(target="linear", w="i4/g32"),)), [randn(6, 64)])
     assert isinstance(model.q, QuantLinear)
-    assert torch.equal(model(rows(6, 64)), plain(rows(6, 64)))
+    assert torch.equal(model(randn(6, 64)), plain(randn(6, 64)))
 
 
 def test_a_model_by_its_types_alone() -> None:
     """Without a graph the plan carries the lists as well."""
     with pytest.warns(QfxWarning, match="its layers were found by their types"):
         model = qfx.quantize(Two().eval(), recipe())
-    assert isinstance(model.q, QuantMixed) and sqnr_db(Two()(rows(6, 64)), model(rows(6, 64))) > 20
+    assert isinstance(model.q, QuantMixed) and sqnr_db(Two()(randn(6, 64)), model(randn(6, 64))) > 20
 
 
 def test_a_plan_carries_them(tmp_path: Path) -> None:
-    made = qfx.plan(Two().eval(), recipe(), [rows(6, 64)])
+    made = qfx.plan(Two().eval(), recipe(), [randn(6, 64)])
     made.save(tmp_path)
     again = Plan.load(tmp_path)
     assert again == made and again.formats("o")["w"] == Columns((Format.parse("i8/ch"), Format.parse("i4/g32")))
     one, two = (qfx.quantize(Two().eval(), p) for p in (made, again))
-    assert torch.equal(one(rows(6, 64)), two(rows(6, 64)))
+    assert torch.equal(one(randn(6, 64)), two(randn(6, 64)))
 
 
 @torch.no_grad()
@@ -267,7 +264,7 @@ def test_heads_of_a_decoder(tmp_path: Path) -> None:
     ],
 )
 def test_parts_that_do_not_fit_change_nothing(rule: Rule, message: str) -> None:
-    for data in ([rows(6, 64)], None):
+    for data in ([randn(6, 64)], None):
         model = Two().eval()
         asked = Recipe(name="r", rules=(rule,))
         with warnings.catch_warnings():
@@ -282,7 +279,7 @@ def test_what_is_no_linear_stays_in_float_and_says_so() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed, self.patch, self.own = nn.Embedding(8, 32), nn.Conv1d(32, 32, 1), nn.Parameter(rows(32, 32))
+            self.embed, self.patch, self.own = nn.Embedding(8, 32), nn.Conv1d(32, 32, 1), nn.Parameter(randn(32, 32))
 
         def forward(self, ids: Tensor) -> Tensor:
             x = self.patch(self.embed(ids).transpose(1, 2)).transpose(1, 2)
@@ -332,6 +329,6 @@ def test_one_layer_under_two_names() -> None:
     shared = Function(lambda own, x: own.b(torch.relu(own.a(x))), a=layer, b=layer)
     with torch.no_grad():
         model: Any = qfx.quantize(
-            shared.eval(), Recipe(name="r", rules=(Rule(target="linear", w=HEADS),)), [rows(3, 32)]
+            shared.eval(), Recipe(name="r", rules=(Rule(target="linear", w=HEADS),)), [randn(3, 32)]
         )
     assert model.a is model.b and isinstance(model.a, QuantMixed)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from qfx.format import Format
 from qfx.live.modules import (
@@ -21,25 +21,22 @@ from qfx.live.modules import (
 )
 from qfx.measuring.measure import sqnr_db
 from qfx.packing import Packed, pack_weight
+from tests.seeded import randn
 
 CASTS = [(nn.Module.half, torch.float16), (nn.Module.bfloat16, torch.bfloat16), (nn.Module.double, torch.float64)]
 
 
-def rows(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def packed(*shape: int, fmt: str = "i8/ch") -> Packed:
-    return pack_weight(rows(*shape, seed=1), Format.parse(fmt))
+    return pack_weight(randn(*shape, seed=1), Format.parse(fmt))
 
 
 @pytest.mark.parametrize("fmt", ["i8/ch", "i4/g4", "u4/g4", "nf4/g8", "f16"])
 @pytest.mark.parametrize("x_format", ["", "i8/tok"])
 def test_linear(fmt: str, x_format: str) -> None:
     weight = packed(5, 8, fmt=fmt)
-    module = QuantLinear(weight, rows(5), x_format=x_format)
-    x = rows(2, 3, 8)
-    wanted = F.linear(x, weight.dequantize(), rows(5))
+    module = QuantLinear(weight, randn(5), x_format=x_format)
+    x = randn(2, 3, 8)
+    wanted = F.linear(x, weight.dequantize(), randn(5))
     assert sqnr_db(wanted, module(x)) > (35 if x_format else 100)
     assert torch.equal(module.weight, weight.dequantize())
     assert module.w_format == fmt and module.x_format == x_format
@@ -52,7 +49,7 @@ def test_linear(fmt: str, x_format: str) -> None:
 
 
 def test_static_linear_divides_by_smooth() -> None:
-    x, factor = rows(4, 8), torch.rand(8, generator=torch.Generator().manual_seed(2)) + 0.5
+    x, factor = randn(4, 8), torch.rand(8, generator=torch.Generator().manual_seed(2)) + 0.5
     scale = (x / factor).abs().max() / 127
     module = QuantLinear(packed(5, 8), None, x_format="i8", x_scale=scale, smooth=factor)
     assert module.bias is None and "bias=False" in repr(module)
@@ -71,7 +68,7 @@ def test_embedding() -> None:
 
 @pytest.mark.parametrize(("fn", "dtype"), CASTS, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_casts_change_what_goes_through_and_no_scale(fn: Any, dtype: torch.dtype) -> None:
-    linear = QuantLinear(packed(5, 8), rows(5), x_format="u8", x_scale=torch.tensor(0.05), x_zero=torch.tensor(128))
+    linear = QuantLinear(packed(5, 8), randn(5), x_format="u8", x_scale=torch.tensor(0.05), x_zero=torch.tensor(128))
     table = QuantEmbedding(packed(12, 8, fmt="u4/g4"), None)
     model = nn.Sequential(table, linear)
     wanted = model(torch.arange(6))
@@ -87,7 +84,7 @@ def test_casts_change_what_goes_through_and_no_scale(fn: Any, dtype: torch.dtype
 
 
 def test_moves_of_device_reach_the_packed_tensors() -> None:
-    model = nn.Sequential(QuantEmbedding(packed(12, 8), None), QuantLinear(packed(5, 8), rows(5))).to("meta")
+    model = nn.Sequential(QuantEmbedding(packed(12, 8), None), QuantLinear(packed(5, 8), randn(5))).to("meta")
     assert {t.device.type for t in (*model.buffers(), *model.parameters())} == {"meta"}
 
 
@@ -97,9 +94,9 @@ def test_take_place_hands_over_hooks_and_mode() -> None:
     handle = old.register_forward_hook(lambda *_: seen.append(1))
     new = take_place(QuantLinear(packed(5, 8), None), old)
     assert new.training
-    new(rows(2, 8))
+    new(randn(2, 8))
     handle.remove()
-    new(rows(2, 8))
+    new(randn(2, 8))
     assert seen == [1]
 
 
@@ -107,7 +104,7 @@ def test_conv_over_windows() -> None:
     conv = nn.Conv2d(3, 5, 2, stride=2)
     weight = pack_weight(conv.weight.flatten(1), Format.parse("i8/ch"))
     module = QuantConv(weight, conv, x_format="")
-    x = rows(2, 3, 7, 6)
+    x = randn(2, 3, 7, 6)
     assert sqnr_db(F.conv2d(x, module.weight, conv.bias, stride=2), module(x)) > 100
     assert module.weight.shape == conv.weight.shape and module.out_channels == 5
 

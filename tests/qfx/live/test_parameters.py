@@ -15,7 +15,8 @@ from qfx.live.modules import quantized_parts
 from qfx.live.parameters import pack_parameter
 from qfx.measuring.measure import sqnr_db
 from qfx.packing import pack_weight
-from tests.qfx.live.test_modules import CASTS, rows
+from tests.qfx.live.test_modules import CASTS
+from tests.seeded import randn
 
 
 class Expert(nn.Module):
@@ -23,10 +24,10 @@ class Expert(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up = nn.Parameter(rows(3, 6, 8))
-        self.down = nn.Parameter(rows(3, 6, 8, seed=3))
-        self.conv = nn.Parameter(rows(4, 3, 2, 2, seed=4))
-        self.bias = nn.Parameter(rows(8))
+        self.up = nn.Parameter(randn(3, 6, 8))
+        self.down = nn.Parameter(randn(3, 6, 8, seed=3))
+        self.conv = nn.Parameter(randn(4, 3, 2, 2, seed=4))
+        self.bias = nn.Parameter(randn(8))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, 8] -> [3, T, 8]."""
@@ -51,7 +52,7 @@ def test_packed_parameters_read_like_the_float_ones() -> None:
     for name in ("up", "down", "conv"):
         value = getattr(model, name)
         assert value.shape == getattr(before, name).shape and sqnr_db(getattr(before, name), value) > 35
-    assert sqnr_db(before(rows(5, 8)), model(rows(5, 8))) > 30
+    assert sqnr_db(before(randn(5, 8)), model(randn(5, 8))) > 30
     assert quantized_parts(model) == ["up", "down", "conv"]
     assert quantized_parts(nn.Sequential(nn.Linear(2, 2), model)) == ["1.up", "1.down", "1.conv"]
 
@@ -59,18 +60,18 @@ def test_packed_parameters_read_like_the_float_ones() -> None:
 @pytest.mark.parametrize(("fn", "dtype"), CASTS, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_packed_parameters_are_cast_copied_and_loaded(fn: Any, dtype: torch.dtype) -> None:
     model, _ = packed_expert()
-    wanted = model(rows(5, 8))
+    wanted = model(randn(5, 8))
     cast = fn(copy.deepcopy(model))
     assert cast.up.dtype == cast.down.dtype == cast.bias.dtype == dtype
-    assert sqnr_db(wanted, cast(rows(5, 8).to(dtype)).float()) > 30
+    assert sqnr_db(wanted, cast(randn(5, 8).to(dtype)).float()) > 30
     assert {b.dtype for n, b in cast.named_buffers() if n.endswith("scale")} == {torch.float32}
     assert model.up.dtype == torch.float32, "the copy has its own dtype"
     other, _ = packed_expert()
     with torch.no_grad():
         other.get_buffer("up_w_codes").zero_()
-    assert not torch.equal(other(rows(5, 8)), wanted)
+    assert not torch.equal(other(randn(5, 8)), wanted)
     other.load_state_dict(model.state_dict())
-    assert torch.equal(other(rows(5, 8)), wanted)
+    assert torch.equal(other(randn(5, 8)), wanted)
 
 
 def test_one_class_is_made_for_one_set_of_names() -> None:

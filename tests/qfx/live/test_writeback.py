@@ -18,13 +18,10 @@ from qfx import QfxWarning, Recipe, Rule
 from qfx.live.modules import QuantConv, QuantEmbedding, QuantLinear
 from qfx.measuring.measure import sqnr_db
 from tests.graphs import Function
+from tests.seeded import randn
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight-only, not x=:qfx.QfxWarning")
-
-
-def rows(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -38,16 +35,16 @@ def quantized(model: nn.Module, *inputs: Tensor, recipe: Any = "w8a8", decibel: 
 
 
 def test_a_bare_linear_is_replaced() -> None:
-    found = quantized(nn.Linear(8, 4), rows(3, 8))
+    found = quantized(nn.Linear(8, 4), randn(3, 8))
     assert isinstance(found, QuantLinear) and found.x_format == "i8/tok" and found.sqnr_db is not None
 
 
 def test_a_module_under_two_names_stays_one() -> None:
     layer = nn.Linear(8, 8)
-    found = quantized(nn.Sequential(layer, nn.ReLU(), layer), rows(3, 8))
+    found = quantized(nn.Sequential(layer, nn.ReLU(), layer), randn(3, 8))
     assert isinstance(found[0], QuantLinear) and found[0] is found[2]
     shared: nn.Module = Function(lambda own, x: own.b(torch.relu(own.a(x))), a=layer, b=layer)
-    found = quantized(shared, rows(3, 8))
+    found = quantized(shared, randn(3, 8))
     assert found.a is found.b and isinstance(found.a, QuantLinear)
 
 
@@ -95,15 +92,15 @@ def test_hooks_go_on_and_their_handles_remove_them() -> None:
     after = model[0].register_forward_hook(lambda *_: seen.append("after"))
     before = model[0].register_forward_pre_hook(lambda *_: seen.append("before"))
     model[0].register_forward_hook(lambda _m, _a, out: out + 1)
-    wanted = model(rows(3, 8))
-    found = quantized(model, rows(3, 8))
-    assert sqnr_db(wanted, found(rows(3, 8))) > 25
+    wanted = model(randn(3, 8))
+    found = quantized(model, randn(3, 8))
+    assert sqnr_db(wanted, found(randn(3, 8))) > 25
     seen.clear()
-    found(rows(3, 8))
+    found(randn(3, 8))
     assert seen == ["before", "after"]
     after.remove()
     before.remove()
-    found(rows(3, 8))
+    found(randn(3, 8))
     assert seen == ["before", "after"]
 
 
@@ -111,7 +108,7 @@ def test_modes_are_those_of_the_modules_replaced() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)))
     model.train()
     model[0].eval()
-    found: Any = qfx.quantize(model, "w8a8", [rows(3, 8)])
+    found: Any = qfx.quantize(model, "w8a8", [randn(3, 8)])
     assert [m.training for m in found.modules()] == [True, False, True, True, True]
     found.eval()
     assert not any(m.training for m in found.modules())
@@ -125,7 +122,7 @@ def test_nothing_keeps_the_float_weights(monkeypatch: pytest.MonkeyPatch, at_onc
     held = [weakref.ref(p) for n, p in model.named_parameters() if n.endswith("weight")]
     gc.disable()
     try:
-        found = quantized(model, rows(3, 64))
+        found = quantized(model, randn(3, 64))
         assert [ref() is None for ref in held] == [at_once, at_once]
     finally:
         gc.enable()
@@ -139,7 +136,7 @@ class Conv1D(nn.Module):
 
     def __init__(self, k: int, n: int) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(rows(k, n)), nn.Parameter(rows(n))
+        self.weight, self.bias = nn.Parameter(randn(k, n)), nn.Parameter(randn(n))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).reshape(*x.shape[:-1], -1)
@@ -161,17 +158,17 @@ class Gated(nn.Linear):
 
 @pytest.mark.parametrize("layer", [Conv1D(8, 6), Conv1D(8, 8), Spelled(8, 6), Spelled(8, 8)], ids=repr)
 def test_a_module_that_computes_a_linear_is_replaced_whatever_its_class(layer: nn.Module) -> None:
-    found = quantized(nn.Sequential(layer, nn.ReLU()), rows(2, 3, 8))
+    found = quantized(nn.Sequential(layer, nn.ReLU()), randn(2, 3, 8))
     assert isinstance(found[0], QuantLinear) and found[0].x_format == "i8/tok"
 
 
 def test_a_module_that_computes_more_keeps_its_forward_and_that_is_told() -> None:
     model = nn.Sequential(Gated(8, 6), nn.Identity()).eval()
-    wanted = model(rows(2, 8))
+    wanted = model(randn(2, 8))
     with pytest.warns(QfxWarning, match="Gated's weight is read by a forward of its own: weight-only, not x=i8/tok"):
-        found: Any = qfx.quantize(model, "w8a8", [rows(2, 8)])
+        found: Any = qfx.quantize(model, "w8a8", [randn(2, 8)])
     assert type(found[0]).__name__ == "PackedGated" and isinstance(found[0], Gated)
-    assert sqnr_db(wanted, found(rows(2, 8))) > 30
+    assert sqnr_db(wanted, found(randn(2, 8))) > 30
     assert found[0].bias is not None and set(found[0]._parameters) == {"bias"}
 
 
@@ -179,7 +176,7 @@ def test_a_forward_on_the_instance_is_kept() -> None:
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU())
     plain = model[0].forward
     model[0].forward = lambda x: plain(x) * 3
-    found: Any = qfx.quantize(model.eval(), "w8a16", [rows(2, 8)])
+    found: Any = qfx.quantize(model.eval(), "w8a16", [randn(2, 8)])
     assert "forward" in found[0].__dict__ and type(found[0]).__name__ == "PackedLinear"
 
 
@@ -196,17 +193,17 @@ def test_a_forward_on_the_instance_is_kept() -> None:
     ids=str,
 )
 def test_convolutions_that_are_linears_over_windows(conv: nn.Module) -> None:
-    x = rows(2, 3, *[8] * (conv.get_parameter("weight").dim() - 2))
+    x = randn(2, 3, *[8] * (conv.get_parameter("weight").dim() - 2))
     found = quantized(nn.Sequential(conv, nn.ReLU()), x)
     assert isinstance(found[0], QuantConv)
     assert found[0].weight.shape == conv.weight.shape
-    longer = rows(2, 3, *[11] * (x.dim() - 2))
+    longer = randn(2, 3, *[11] * (x.dim() - 2))
     assert sqnr_db(torch.relu(conv(longer)), found(longer)) > 25
 
 
 def test_other_padding_than_zeros_keeps_the_convolutions_own_forward() -> None:
     model = nn.Sequential(nn.Conv1d(3, 8, 3, padding=1, padding_mode="circular"), nn.ReLU())
-    found = quantized(model, rows(2, 3, 9))
+    found = quantized(model, randn(2, 3, 9))
     assert type(found[0]).__name__ == "PackedConv1d"
     assert found[0].weight.shape == (8, 3, 3)
 
@@ -214,7 +211,7 @@ def test_other_padding_than_zeros_keeps_the_convolutions_own_forward() -> None:
 def test_overlapping_windows_stay_in_float_and_that_is_told() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 3)).eval()
     with pytest.warns(QfxWarning, match="0: .*a convolution whose windows overlap"):
-        found = quantized(model, rows(2, 3, 6, 6))
+        found = quantized(model, randn(2, 3, 6, 6))
     assert type(found[0]) is nn.Conv2d and isinstance(found[2], QuantLinear)
 
 
@@ -249,7 +246,7 @@ def test_padding_rows_are_kept() -> None:
 
 
 def test_attention_that_reads_weights_itself_is_weight_only_and_that_is_told() -> None:
-    model, x = nn.MultiheadAttention(16, 4, batch_first=True).eval(), rows(2, 5, 16)
+    model, x = nn.MultiheadAttention(16, 4, batch_first=True).eval(), randn(2, 5, 16)
     wanted = model(x, x, x)[0]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -262,13 +259,13 @@ def test_attention_that_reads_weights_itself_is_weight_only_and_that_is_told() -
 
 def test_a_transformer_layer_calls_its_quantized_layers() -> None:
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
-    found = quantized(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), rows(2, 5, 16))
+    found = quantized(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), randn(2, 5, 16))
     called: list[int] = []
     first = found.layers[0].linear1
     assert isinstance(first, QuantLinear)
     first.register_forward_hook(lambda *_: called.append(1))
     with torch.no_grad():  # the fused kernel would read first.weight
-        found(rows(2, 5, 16))
+        found(randn(2, 5, 16))
     assert called == [1]
 
 
@@ -278,29 +275,29 @@ def test_weights_that_are_no_parameters_or_are_reshaped_stay_in_float(strict: bo
         x = F.linear(x, own.square.reshape(8, 8)) + F.linear(x, own.held)
         return own.fc(x)
 
-    model = Function(forward, square=rows(4, 16), fc=nn.Linear(8, 8)).eval()
-    model.register_buffer("held", rows(8, 8))
+    model = Function(forward, square=randn(4, 16), fc=nn.Linear(8, 8)).eval()
+    model.register_buffer("held", randn(8, 8))
     if strict:
         with pytest.raises(qfx.UnsupportedError, match=r"square: its weight is reshaped(.|\n)*held: .*no parameter"):
-            qfx.quantize(model, "w8a8", [rows(3, 8)], strict=True)
+            qfx.quantize(model, "w8a8", [randn(3, 8)], strict=True)
         return
     with pytest.warns(QfxWarning, match="is no parameter"), pytest.warns(QfxWarning, match="is reshaped"):
-        found = quantized(model, rows(3, 8))
+        found = quantized(model, randn(3, 8))
     assert isinstance(found.fc, QuantLinear) and isinstance(found.square, nn.Parameter)
     assert found.get_buffer("held").dtype == torch.float32
 
 
 def test_a_plain_tensor_as_weight_stays_in_float() -> None:
     model = Function(lambda own, x: own.fc(F.linear(x, own.plain)), fc=nn.Linear(8, 8)).eval()
-    model.plain = rows(8, 8)
+    model.plain = randn(8, 8)
     with pytest.warns(QfxWarning, match=r"in float"):
-        found = quantized(model, rows(3, 8))
+        found = quantized(model, randn(3, 8))
     assert isinstance(found.fc, QuantLinear)
 
 
 def test_a_parameter_of_the_model_itself() -> None:
-    model = Function(lambda own, x: F.linear(x, own.w), w=rows(4, 8)).eval()
-    found = quantized(model, rows(3, 8))
+    model = Function(lambda own, x: F.linear(x, own.w), w=randn(4, 8)).eval()
+    found = quantized(model, randn(3, 8))
     assert found is model and type(found).__name__ == "PackedFunction"
     assert found.w.shape == (4, 8) and not list(found.parameters())
 
@@ -315,8 +312,8 @@ def test_a_parameter_of_the_model_itself() -> None:
 def test_odd_shapes_and_zeros(recipe: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 7), nn.Linear(7, 5)).eval()
-    quantized(model, rows(4, 3), recipe=recipe, decibel=10)
-    first, x = nn.Linear(8, 8), rows(5, 8)
+    quantized(model, randn(4, 3), recipe=recipe, decibel=10)
+    first, x = nn.Linear(8, 8), randn(5, 8)
     model = nn.Sequential(first, nn.Linear(8, 4)).eval()
     with torch.no_grad():
         first.weight[2], first.weight[:, 3], x[:, 1], x[2] = 0, 0, 0, 0

@@ -10,10 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qfx.measuring import measure
-
-
-def _random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.seeded import randn
 
 
 def test_sqnr_of_a_known_error() -> None:
@@ -33,13 +30,13 @@ def test_one_bit_is_six_decibel(bits: int) -> None:
 
 
 def test_energies_of_batches_add_up() -> None:
-    x, y = _random(6, 5), _random(6, 5, seed=1)
+    x, y = randn(6, 5), randn(6, 5, seed=1)
     pairs = [measure.energies(a, b) for a, b in zip(x.split(2), y.split(2), strict=True)]
     assert measure.decibel(sum(s for s, _ in pairs), sum(n for _, n in pairs)) == pytest.approx(measure.sqnr_db(x, y))
 
 
 def test_cosine_ignores_length_and_sees_direction() -> None:
-    x = _random(2, 3, 8)
+    x = randn(2, 3, 8)
     assert measure.cosine(x, 3 * x) == pytest.approx(1)
     assert measure.cosine(x, -x) == pytest.approx(-1)
     assert measure.cosine(torch.tensor([1.0, 0]), torch.tensor([0.0, 1])) == 0
@@ -57,8 +54,8 @@ def test_kld_matches_its_definition() -> None:
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 1000), scale=st.floats(0.01, 10))
 def test_kld_is_never_negative(seed: int, scale: float) -> None:
-    a = _random(4, 16, seed=seed) * scale
-    assert measure.kld(a, a + _random(4, 16, seed=seed + 1)) >= 0
+    a = randn(4, 16, seed=seed) * scale
+    assert measure.kld(a, a + randn(4, 16, seed=seed + 1)) >= 0
 
 
 def test_perplexity_of_a_uniform_guess_is_the_vocabulary() -> None:

@@ -14,12 +14,9 @@ from qfx.format import Format
 from qfx.measuring.measure import sqnr_db
 from qfx.numerics import choose_qparams, fake_quantize, range_qparams
 from qfx.ops.attention import centre, needs_scale, reason_against
+from tests.seeded import randn
 
 ops = torch.ops.qfx
-
-
-def seeded(*sizes: int, seed: int = 0) -> Tensor:
-    return torch.randn(sizes, generator=torch.Generator().manual_seed(seed))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, formats: str = "", steps: Any = None, **how: Any) -> Tensor:
@@ -42,7 +39,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
 
 def qkv(new: int = 5, old: int = 7, *, heads: int = 4, own: int = 2, width: int = 8, wide: int = 6) -> list[Tensor]:
     sizes = ((2, heads, new, width), (2, own, old, width), (2, own, old, wide))
-    return [seeded(*size, seed=i) for i, size in enumerate(sizes)]
+    return [randn(*size, seed=i) for i, size in enumerate(sizes)]
 
 
 KEEP = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(3)) > 0.4
@@ -52,7 +49,7 @@ ALIBI = -torch.arange(7.0).flip(0) * torch.tensor([0.5, 0.25, 0.125, 0.06]).resh
 HOW: dict[str, dict[str, Any]] = {
     "plain": {},
     "bool mask": {"mask": KEEP},
-    "float mask": {"mask": seeded(2, 4, 5, 7, seed=4)},
+    "float mask": {"mask": randn(2, 4, 5, 7, seed=4)},
     "causal": {"causal": True},
     "causal with a mask": {"causal": True, "mask": KEEP},
     "sliding window": {"mask": WINDOW},
@@ -83,7 +80,7 @@ def test_eight_bits_are_near_float_attention(how: str, own: int) -> None:
 def test_centred_keys_do_what_keys_do(formats: str, how: str) -> None:
     """A key format so fine that only the centring is left of it: the same function, capped or with sinks too."""
     q, k, v = qkv()
-    k = k + 3 * seeded(1, 2, 1, 8, seed=9)
+    k = k + 3 * randn(1, 2, 1, 8, seed=9)
     without, mean = centre(k)
     fmt = Format.parse("f32")
     assert torch.allclose(without + mean, k, atol=1e-6)
@@ -130,7 +127,7 @@ def test_a_window_of_no_keys_gives_zeros() -> None:
 def test_it_is_float_attention_of_the_rounded_operands(
     tokens: int, share: int, width: int, seed: int, q_format: str, k_format: str, v_format: str, p_format: str
 ) -> None:
-    q, k, v = (seeded(2, h, tokens, width, seed=seed + i) for i, h in enumerate((2 * share, 2, 2)))
+    q, k, v = (randn(2, h, tokens, width, seed=seed + i) for i, h in enumerate((2 * share, 2, 2)))
     found = attend(q, k, v, formats=f"q={q_format} k={k_format} v={v_format} {p_format and 'p=' + p_format}")
     rounded = [
         fake_quantize(x, Format.parse(text), activation=True)
@@ -183,7 +180,7 @@ def test_halves_come_back_in_their_type(dtype: torch.dtype) -> None:
 
 def test_gradients_go_straight_through_the_rounding() -> None:
     given = [x.requires_grad_() for x in qkv()]
-    weight = seeded(2, 4, 5, 6, seed=8)
+    weight = randn(2, 4, 5, 6, seed=8)
     how: dict[str, Any] = {"mask": KEEP, "softcap": 2.0}
     found = torch.autograd.grad((attend(*given, formats=INTEGERS, **how) * weight).sum(), given)
     wanted = torch.autograd.grad((plain(*given, **how) * weight).sum(), given)

@@ -10,13 +10,10 @@ from torch import Tensor
 
 from qfx.format import Format
 from qfx.ops.cached import PROMPT, decode, encode, stored_width
+from tests.seeded import randn
 
 op = torch.ops.qfx.quantized_cached_attention
 FORMATS = [Format.parse("i8/ch"), Format.parse("i4/ch")]
-
-
-def seeded(*sizes: int, seed: int = 0) -> Tensor:
-    return torch.randn(sizes, generator=torch.Generator().manual_seed(seed))
 
 
 @settings(max_examples=40, deadline=None)
@@ -26,7 +23,7 @@ def seeded(*sizes: int, seed: int = 0) -> Tensor:
 )  # fmt: skip
 def test_stored_values_are_half_a_step_away_at_most(bits: int, groups: int, tokens: int, half: int, seed: int) -> None:
     fmt = Format.parse(f"i{bits}/ch")
-    x, scale = seeded(2, groups, tokens, 2 * half, seed=seed), seeded(1, groups, 1, 2 * half, seed=seed + 1).abs() + 0.1
+    x, scale = randn(2, groups, tokens, 2 * half, seed=seed), randn(1, groups, 1, 2 * half, seed=seed + 1).abs() + 0.1
     x = x.clamp(-fmt.qmax * scale, fmt.qmax * scale)
     stored = encode(x, scale, fmt)
     assert stored.shape == (2, groups, tokens, stored_width(fmt, 2 * half))
@@ -50,9 +47,9 @@ def test_two_codes_in_a_byte_the_first_low() -> None:
 
 def operands(old: int, new: int, fmt: Format) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """q, k, v, past_k, past_v, k_scale, v_scale, and the same caches in float."""
-    q, k, v = seeded(2, 4, new, 8), seeded(2, 2, new, 8, seed=1), seeded(2, 2, new, 8, seed=2)
-    steps = [seeded(1, 2, 1, 8, seed=s).abs() * 0.05 + 2.5 / fmt.qmax for s in (3, 4)]
-    stored = [encode(seeded(2, 2, old, 8, seed=s), step, fmt) for s, step in zip((5, 6), steps, strict=True)]
+    q, k, v = randn(2, 4, new, 8), randn(2, 2, new, 8, seed=1), randn(2, 2, new, 8, seed=2)
+    steps = [randn(1, 2, 1, 8, seed=s).abs() * 0.05 + 2.5 / fmt.qmax for s in (3, 4)]
+    stored = [encode(randn(2, 2, old, 8, seed=s), step, fmt) for s, step in zip((5, 6), steps, strict=True)]
     pasts = [decode(past, step, fmt) for past, step in zip(stored, steps, strict=True)]
     return (q, k, v, *stored, *steps), (q, k, v, *pasts)
 

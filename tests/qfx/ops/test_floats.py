@@ -16,12 +16,9 @@ from qfx.format import Format
 from qfx.ops import floats as float_ops
 from qfx.packing import pack_weight
 from qfx.rounding.nearest import round_weight
+from tests.seeded import randn
 
 ops = torch.ops.qfx
-
-
-def seeded(*sizes: int, seed: int = 0) -> Tensor:
-    return torch.randn(sizes, generator=torch.Generator().manual_seed(seed))
 
 
 def test_rope_turns_halves_and_pairs_by_the_angle() -> None:
@@ -33,7 +30,7 @@ def test_rope_turns_halves_and_pairs_by_the_angle() -> None:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rope_keeps_lengths(interleaved: bool) -> None:
-    x, angles = seeded(2, 3, 5, 8), torch.rand(5, 4)
+    x, angles = randn(2, 3, 5, 8), torch.rand(5, 4)
     wide = angles.repeat_interleave(2, -1) if interleaved else torch.cat([angles, angles], -1)
     y = ops.rope(x, wide.cos(), wide.sin(), interleaved)
     assert torch.allclose(y.norm(dim=-1), x.norm(dim=-1), atol=1e-5)
@@ -42,9 +39,9 @@ def test_rope_keeps_lengths(interleaved: bool) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [None, "float", "bool"])
 def test_attention_without_extras_is_sdpa(masked: str | None, causal: bool) -> None:
-    q, k, v = seeded(2, 4, 5, 8), seeded(2, 2, 7, 8, seed=1), seeded(2, 2, 7, 6, seed=2)
+    q, k, v = randn(2, 4, 5, 8), randn(2, 2, 7, 8, seed=1), randn(2, 2, 7, 6, seed=2)
     keep = torch.rand(2, 1, 5, 7) > 0.4
-    mask = {None: None, "bool": keep, "float": seeded(2, 4, 5, 7)}[masked]
+    mask = {None: None, "bool": keep, "float": randn(2, 4, 5, 7)}[masked]
     both = mask
     if causal and mask is not None:  # scaled_dot_product_attention takes one of them
         past = torch.ones(5, 7, dtype=torch.bool).tril()
@@ -57,7 +54,7 @@ def test_attention_without_extras_is_sdpa(masked: str | None, causal: bool) -> N
 
 
 def test_sinks_take_their_share() -> None:
-    q, k, v = seeded(1, 2, 3, 4), seeded(1, 2, 3, 4, seed=1), seeded(1, 2, 3, 4, seed=2)
+    q, k, v = randn(1, 2, 3, 4), randn(1, 2, 3, 4, seed=1), randn(1, 2, 3, 4, seed=2)
     sinks = torch.tensor([0.5, -torch.inf])
     y = ops.attention(q, k, v, None, sinks, 0.5, False, 0.0)
     scores = (q @ k.mT * 0.5).exp()
@@ -66,7 +63,7 @@ def test_sinks_take_their_share() -> None:
 
 
 def test_softcap_bounds_scores() -> None:
-    q, k, v = 50 * seeded(1, 2, 3, 4), seeded(1, 2, 3, 4, seed=1), seeded(1, 2, 3, 4, seed=2)
+    q, k, v = 50 * randn(1, 2, 3, 4), randn(1, 2, 3, 4, seed=1), randn(1, 2, 3, 4, seed=2)
     y = ops.attention(q, k, v, None, None, 1.0, False, 2.0)
     weights = (2.0 * torch.tanh(q @ k.mT / 2.0)).softmax(-1)
     assert torch.allclose(y, weights @ v, atol=1e-5)
@@ -80,7 +77,7 @@ def test_quick_gelu() -> None:
 @settings(max_examples=20, deadline=None)
 @given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=5), rest=st.integers(0, 2))
 def test_grouped_linear_is_a_linear_for_each_expert(counts: list[int], rest: int) -> None:
-    w, x = seeded(len(counts), 3, 4), seeded(sum(counts) + rest, 4, seed=1)
+    w, x = randn(len(counts), 3, 4), randn(sum(counts) + rest, 4, seed=1)
     offs = torch.tensor(counts).cumsum(0).to(torch.int32)
     y = ops.grouped_linear(x, w, offs)
     expert = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
@@ -104,7 +101,7 @@ OFFS = torch.tensor([2, 2, 6], dtype=torch.int32)
     ],
 )
 def test_grouped_linear_quant_is_qfx_linear_for_each_expert(x_format: str, w_format: str) -> None:
-    w, x = seeded(3, 8, 32), seeded(7, 32, seed=1)
+    w, x = randn(3, 8, 32), randn(7, 32, seed=1)
     packed = round_weight(w, Format.parse(w_format), "rtn", name="w")
     y = ops.grouped_linear_quant(x, packed.data, packed.scale, packed.zero, OFFS, x_format, w_format)
     whole = ops.grouped_linear(
@@ -119,14 +116,14 @@ def test_grouped_linear_quant_is_qfx_linear_for_each_expert(x_format: str, w_for
 
 
 def test_scales_of_two_levels_go_across_experts() -> None:
-    packed = round_weight(seeded(3, 8, 32), Format.parse("nf4/g16/dq"), "rtn", name="w")
-    x = seeded(7, 32, seed=1)
+    packed = round_weight(randn(3, 8, 32), Format.parse("nf4/g16/dq"), "rtn", name="w")
+    x = randn(7, 32, seed=1)
     y = ops.grouped_linear_quant(x, packed.data, packed.scale, packed.zero, OFFS, "", "nf4/g16/dq")
     assert torch.allclose(y, ops.grouped_linear(x, packed.dequantize(), OFFS), atol=1e-5)
 
 
 def test_one_dynamic_scale_is_that_of_all_rows() -> None:
-    w, x = seeded(3, 8, 32), seeded(6, 32, seed=1)
+    w, x = randn(3, 8, 32), randn(6, 32, seed=1)
     x[0] *= 100
     packed = round_weight(w, Format.parse("i8/ch"), "rtn", name="w")
     arguments = (packed.data, packed.scale, None, OFFS)
@@ -138,16 +135,16 @@ def test_one_dynamic_scale_is_that_of_all_rows() -> None:
 
 
 def test_a_static_input_format_without_scale_is_refused() -> None:
-    packed = round_weight(seeded(3, 8, 32), Format.parse("i8/ch"), "rtn", name="w")
+    packed = round_weight(randn(3, 8, 32), Format.parse("i8/ch"), "rtn", name="w")
     with pytest.raises(ValueError, match="static input format 'i8' has no scale"):
-        ops.grouped_linear_quant(seeded(6, 32), packed.data, packed.scale, None, OFFS, "i8", "i8/ch")
+        ops.grouped_linear_quant(randn(6, 32), packed.data, packed.scale, None, OFFS, "i8", "i8/ch")
 
 
 CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "rope": lambda x: ops.rope(x, torch.rand(6, 8).cos(), torch.rand(6, 8).sin(), False),
     "rope of pairs": lambda x: ops.rope(x, torch.rand(6, 8).cos(), torch.rand(6, 8).sin(), True),
     "quick_gelu": ops.quick_gelu,
-    "grouped_linear": lambda x: ops.grouped_linear(x, seeded(3, 5, 8).to(x.dtype), OFFS),
+    "grouped_linear": lambda x: ops.grouped_linear(x, randn(3, 5, 8).to(x.dtype), OFFS),
 }
 
 
@@ -157,12 +154,12 @@ def test_gradients(name: str) -> None:
         torch.manual_seed(0)
         return CALLS[name](x)
 
-    assert torch.autograd.gradcheck(call, (seeded(6, 8).double().requires_grad_(),))
+    assert torch.autograd.gradcheck(call, (randn(6, 8).double().requires_grad_(),))
 
 
 def test_the_gradient_of_attention() -> None:
     def gradient(function: Callable[..., Tensor]) -> Tensor:
-        q, sinks = seeded(1, 1, 6, 8).requires_grad_(), torch.ones(1)
+        q, sinks = randn(1, 1, 6, 8).requires_grad_(), torch.ones(1)
         found = torch.autograd.grad(function(q, q, q, None, sinks, 0.3, True, 5.0).sum(), q)
         return found[0]
 
@@ -170,18 +167,18 @@ def test_the_gradient_of_attention() -> None:
 
 
 def test_the_gradient_of_expert_weights() -> None:
-    x, w = seeded(7, 4).double(), seeded(3, 2, 4).double().requires_grad_()
+    x, w = randn(7, 4).double(), randn(3, 2, 4).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda v: ops.grouped_linear(x, v, OFFS), (w,))
 
 
 def test_fake_kernels_agree_with_real_ones() -> None:
-    x, cos = seeded(2, 3, 6, 8), seeded(6, 8)
+    x, cos = randn(2, 3, 6, 8), randn(6, 8)
     torch.library.opcheck(ops.rope.default, (x, cos, cos, False))
     torch.library.opcheck(ops.quick_gelu.default, (x,))
-    torch.library.opcheck(ops.attention.default, (x, x[:, :1], x[:, :1], None, seeded(3), 0.3, True, 5.0))
-    torch.library.opcheck(ops.grouped_linear.default, (seeded(6, 8), seeded(3, 5, 8), OFFS))
-    packed = round_weight(seeded(3, 8, 32), Format.parse("i4/g16"), "rtn", name="w")
-    quantized = (seeded(6, 32), packed.data, packed.scale, packed.zero, OFFS, "", "i4/g16")
+    torch.library.opcheck(ops.attention.default, (x, x[:, :1], x[:, :1], None, randn(3), 0.3, True, 5.0))
+    torch.library.opcheck(ops.grouped_linear.default, (randn(6, 8), randn(3, 5, 8), OFFS))
+    packed = round_weight(randn(3, 8, 32), Format.parse("i4/g16"), "rtn", name="w")
+    quantized = (randn(6, 32), packed.data, packed.scale, packed.zero, OFFS, "", "i4/g16")
     torch.library.opcheck(ops.grouped_linear_quant.default, quantized)
 
 

@@ -16,6 +16,7 @@ import qfx
 from qfx import Plan, QfxWarning, Recipe, Rule, UnsupportedError
 from qfx.live.mixed import QuantMixed
 from qfx.live.modules import QuantLinear
+from tests.qfx.rewrites.test_transform import error
 from tests.quantized import call
 from tests.zoo import ZOO, Inputs
 
@@ -24,10 +25,6 @@ ROTATED = ("rotate", "rotate-down")
 
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-
-def error(wanted: list[Tensor], found: list[Tensor]) -> float:
-    return max(float((a - b).norm() / a.norm()) for a, b in zip(wanted, found, strict=True))
 
 
 def planned(name: str, rewrites: tuple[str, ...], **fields: Any) -> tuple[nn.Module, Inputs, Plan]:

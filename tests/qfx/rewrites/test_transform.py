@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import qfx
 from qfx import Plan, QfxWarning, Recipe, Rule
 from tests.quantized import call
+from tests.seeded import randn
 from tests.zoo import ZOO, Inputs
 
 FLOAT = tuple(
@@ -135,7 +136,7 @@ class Outlier(nn.Module):
 
 
 def test_smoothing_helps_where_channels_are_large() -> None:
-    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    x = randn(64, 16)
     wanted = Outlier().eval()(x)
     errors = {}
     for recipe in ("w8a8-static", "w8a8-smooth"):
@@ -147,7 +148,7 @@ def test_smoothing_helps_where_channels_are_large() -> None:
 
 
 def test_an_explicit_factor_is_a_buffer_of_the_linear() -> None:
-    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    x = randn(64, 16)
     model: Any = qfx.quantize(Outlier().eval(), "w8a8-smooth", [x], smooth_alpha=0.5)
     assert model.down.smooth is not None and model.down.smooth.shape == (32,)
     assert error([Outlier().eval()(x)], [model(x)]) < 0.05
@@ -166,7 +167,7 @@ class Shared(nn.Module):
 
 
 def test_inputs_that_nobody_can_divide_are_left() -> None:
-    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    x = randn(64, 16)
     plan = qfx.plan(Shared().eval(), "w8a8-smooth", [x], smooth_alpha=0.5)
     assert "up/smooth" in plan.tensors and "down/smooth" not in plan.tensors
     model = qfx.quantize(Shared().eval(), plan)

@@ -13,6 +13,7 @@ from qfx.numerics import QParams, choose_qparams
 from qfx.packing import pack_weight
 from qfx.rounding.offsets import SHARES, Adam, Offsets
 from qfx.rounding.scales import rounded, search
+from tests.seeded import randn
 
 INTEGERS = [f"{kind}{bits}/g16" for kind in "iu" for bits in range(2, 9)]
 FORMATS = [
@@ -22,13 +23,9 @@ FORMATS = [
 ]
 
 
-def weight(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_at_the_start_it_is_rounding_to_nearest(fmt: str) -> None:
-    w, form = weight(6, 40), Format.parse(fmt)
+    w, form = randn(6, 40), Format.parse(fmt)
     found, nearest = Offsets(w, form).packed(), pack_weight(w, form)
     assert torch.equal(found.data, nearest.data)
     assert torch.equal(found.scale.float(), nearest.scale.float())
@@ -43,10 +40,10 @@ def test_at_the_start_it_is_rounding_to_nearest(fmt: str) -> None:
 def test_what_is_stored_is_the_value_that_was_learned(
     fmt: str, seed: int, rows: int, columns: int, rate: float
 ) -> None:
-    offsets = Offsets(weight(rows, columns, seed=seed), Format.parse(fmt))
+    offsets = Offsets(randn(rows, columns, seed=seed), Format.parse(fmt))
     for step in range(3):
         offsets.value()
-        offsets.step(weight(rows, columns, seed=seed + step), rate, rate)
+        offsets.step(randn(rows, columns, seed=seed + step), rate, rate)
     assert torch.equal(offsets.packed().dequantize(), offsets.value())
     assert offsets.value().isfinite().all()
     assert offsets.offset.abs().max() <= 0.5
@@ -55,7 +52,7 @@ def test_what_is_stored_is_the_value_that_was_learned(
 
 @pytest.mark.parametrize("fmt", ["i4/g16", "u4/g16", "i2/ch", "u2/g16", "nf4/g16", "f4e2m1/g16/e8m0", "f8e4m3/ch"])
 def test_each_value_takes_one_of_its_two_neighbours(fmt: str) -> None:
-    w, form = weight(8, 32), Format.parse(fmt)
+    w, form = randn(8, 32), Format.parse(fmt)
     up, down, still = Offsets(w, form), Offsets(w, form), Offsets(w, form).value()
     for offsets, sign in ((up, -1.0), (down, 1.0)):
         offsets.value()
@@ -77,7 +74,7 @@ def narrowed(w: Tensor, fmt: str, share: float) -> QParams:
 @pytest.mark.parametrize("fmt", ["u4/g16", "i4/g16", "nf4/g16"])
 def test_a_share_falls_where_its_clipped_values_shall_be_smaller(fmt: str) -> None:
     """Only the greatest value of each group has a slope, and it is at the edge of the range."""
-    w = weight(4, 16).abs()
+    w = randn(4, 16).abs()
     offsets = Offsets(w, Format.parse(fmt), params=narrowed(w, fmt, 0.8), optimizer="sign")
     before = offsets.value().amax(-1)
     offsets.step((w == w.amax(-1, keepdim=True)).float(), 0.0, 0.1)
@@ -86,7 +83,7 @@ def test_a_share_falls_where_its_clipped_values_shall_be_smaller(fmt: str) -> No
 
 
 def test_low_and_high_ends_of_an_affine_format_are_learned_apart() -> None:
-    w = weight(1, 32, seed=4)
+    w = randn(1, 32, seed=4)
     offsets = Offsets(w, Format.parse("u3/ch"), params=narrowed(w, "u3/ch", 0.7), optimizer="sign")
     offsets.value()
     offsets.step(-(w == w.min()).float(), 0.0, 0.1)  # the least value shall grow: the lower end comes nearer
@@ -97,19 +94,19 @@ def test_low_and_high_ends_of_an_affine_format_are_learned_apart() -> None:
 @pytest.mark.parametrize("fmt", ["i4/g16", "i2/ch", "i4"])
 def test_scales_of_either_sign_go_the_same_way(fmt: str) -> None:
     """Codes -8..7 with -s are the values -7..8 with s: the weight -W with s goes wherever W with -s goes."""
-    w, form = weight(4, 32), Format.parse(fmt)
+    w, form = randn(4, 32), Format.parse(fmt)
     scale = choose_qparams(w, form).scale * 0.7
     one, other = Offsets(w, form, params=QParams(-scale, None)), Offsets(-w, form, params=QParams(scale, None))
     for seed in range(3):
         torch.testing.assert_close(one.value(), -other.value())
-        slope = weight(4, 32, seed=seed + 5)
+        slope = randn(4, 32, seed=seed + 5)
         one.step(slope, 0.2, 0.1)
         other.step(-slope, 0.2, 0.1)
     torch.testing.assert_close(one.packed().scale, -other.packed().scale)
 
 
 def test_scales_start_where_asked() -> None:
-    w = weight(4, 32)
+    w = randn(4, 32)
     for fmt in ("i4/g16", "u3/g16", "f4e2m1/g16/e4m3"):
         params = search(w, Format.parse(fmt))
         assert torch.equal(Offsets(w, Format.parse(fmt), params=params).value(), rounded(w, Format.parse(fmt), params))
@@ -127,9 +124,9 @@ def test_adam_is_that_of_torch() -> None:
     p = torch.zeros(5, requires_grad=True)
     theirs, ours, at = torch.optim.Adam([p], lr=0.1, betas=(0.9, 0.99), eps=0.0), Adam(), torch.zeros(5)
     for step in range(4):
-        p.grad = weight(5, seed=step)
+        p.grad = randn(5, seed=step)
         theirs.step()
-        ours(at, weight(5, seed=step), 0.1)
+        ours(at, randn(5, seed=step), 0.1)
     torch.testing.assert_close(at, p.detach())
 
 
@@ -142,8 +139,8 @@ def test_adam_stands_still_without_gradients() -> None:
 
 
 def test_signs_alone_move_every_value_alike() -> None:
-    w = weight(4, 16)
+    w = randn(4, 16)
     offsets = Offsets(w, Format.parse("i4/g16"), optimizer="sign")
     offsets.value()
-    offsets.step(weight(4, 16, seed=1) * 1e-3, 0.2, 0.0)
+    offsets.step(randn(4, 16, seed=1) * 1e-3, 0.2, 0.0)
     torch.testing.assert_close(offsets.offset.abs(), torch.full((4, 1, 16), 0.2))

@@ -15,10 +15,7 @@ from qfx.format import Format
 from qfx.rounding.nearest import round_weight
 from qfx.rounding.parts import check_finite, dequantize_in_parts, round_in_parts
 from qfx.storage.spill import Spill, is_mapped, map_file
-
-
-def weight(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+from tests.seeded import randn
 
 
 @pytest.mark.parametrize(
@@ -26,7 +23,7 @@ def weight(*shape: int) -> Tensor:
 )
 @pytest.mark.parametrize("shape", [(9, 6), (3, 5, 6), (2, 2, 3, 6), (1, 1)], ids=str)
 def test_parts_are_the_whole(fmt: str, shape: tuple[int, ...]) -> None:
-    value, form = weight(*shape), Format.parse(fmt)
+    value, form = randn(*shape), Format.parse(fmt)
     wanted = round_weight(value, form, "rtn", name="w")
     found = round_in_parts(value, form, "rtn", name="w", elements=13)
     assert found.shape == wanted.shape and found.format == wanted.format
@@ -36,13 +33,13 @@ def test_parts_are_the_whole(fmt: str, shape: tuple[int, ...]) -> None:
 
 
 def test_views_are_taken_as_they_are() -> None:
-    value = weight(3, 6, 5).transpose(1, 2)
+    value = randn(3, 6, 5).transpose(1, 2)
     wanted = round_weight(value.contiguous(), Format.parse("i8/ch"), "rtn", name="w")
     assert torch.equal(round_in_parts(value, wanted.format, "rtn", name="w", elements=4).data, wanted.data)
 
 
 def test_the_best_clip_of_parts_is_not_worse() -> None:
-    value, form = weight(16, 8), Format.parse("i3/ch")
+    value, form = randn(16, 8), Format.parse("i3/ch")
 
     def error(found: Tensor) -> float:
         return float((found - value).square().sum())
@@ -54,7 +51,7 @@ def test_the_best_clip_of_parts_is_not_worse() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_bad_values_are_refused_by_name(bad: float) -> None:
-    value = weight(4, 4)
+    value = randn(4, 4)
     value[2, 1] = bad
     with pytest.raises(ValueError, match=r"'layer\.w'"):
         check_finite(value, "layer.w")
@@ -63,14 +60,14 @@ def test_bad_values_are_refused_by_name(bad: float) -> None:
 
 
 def test_good_values_are_taken() -> None:
-    for value in (weight(4, 4), weight(0, 4), torch.tensor(3.0e38), weight(4).to(torch.bfloat16)):
+    for value in (randn(4, 4), randn(0, 4), torch.tensor(3.0e38), randn(4).to(torch.bfloat16)):
         check_finite(value, "w")
 
 
 @pytest.mark.parametrize("fmt", ["i8/ch", "i4/g32", "u4/g32"])
 def test_parts_need_little_memory(fmt: str) -> None:
     """The largest tensor that rounding in parts makes is that of the codes."""
-    value = weight(2048, 512)
+    value = randn(2048, 512)
     most = 0
 
     class Watch(TorchDispatchMode):
@@ -93,7 +90,7 @@ def test_what_comes_back_in_parts_is_the_whole(
     fmt: str, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qfx.rounding.parts.ELEMENTS", 13)
-    packed = round_weight(weight(*shape), Format.parse(fmt), "rtn", name="w")
+    packed = round_weight(randn(*shape), Format.parse(fmt), "rtn", name="w")
     found = dequantize_in_parts(packed, dtype)
     assert found.dtype == dtype and torch.equal(found, packed.dequantize(dtype))
 
@@ -107,7 +104,7 @@ def test_what_comes_back_goes_to_the_file_of_another(fmt: str, tmp_path: Path, m
     file.write_bytes(b"x" * 4096)
     near = torch.frombuffer(map_file(file, Spill(tmp_path)), dtype=torch.uint8)
     for shape, there in (((90, 64), True), (((30, 64)), False)):
-        packed = round_weight(weight(*shape), Format.parse(fmt), "rtn", name="w")
+        packed = round_weight(randn(*shape), Format.parse(fmt), "rtn", name="w")
         found = dequantize_in_parts(packed, torch.bfloat16, near)
         assert is_mapped(found) == there and torch.equal(found, packed.dequantize(torch.bfloat16))
         assert not is_mapped(dequantize_in_parts(packed, torch.bfloat16, torch.ones(3)))
@@ -115,7 +112,7 @@ def test_what_comes_back_goes_to_the_file_of_another(fmt: str, tmp_path: Path, m
 
 def test_a_value_in_any_part_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qfx.rounding.parts.ELEMENTS", 4)
-    value = weight(9, 5)
+    value = randn(9, 5)
     check_finite(value, "w")
     check_finite(torch.empty(0, 4), "w")
     for row in range(9):

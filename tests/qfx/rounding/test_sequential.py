@@ -23,7 +23,6 @@ from qfx.rounding.sequential import TOLD, round_weights
 from tests.stack import Stack, annotated, batches
 from tests.zoo import ZOO
 
-ROOT = Path(__file__).resolve().parents[3]
 LINEARS: list[dict[str, Any]] = [{"target": "linear", "w": "u3/g8"}]
 
 

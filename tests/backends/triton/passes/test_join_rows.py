@@ -18,7 +18,6 @@ from tests.backends.triton.cases import INTERPRETED
 from tests.backends.triton.passes.lowered import inputs, outputs
 from tests.graphs import capture, text
 
-aten = torch.ops.aten
 AFTER = """\
 %input_1: f32[5,32] = input
 %quantize_dynamic: (i8[5,32], f32[5,1], u8[0]) = qfx_triton.quantize_dynamic(%input_1, None, i8/tok)
