@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from torch import fx
 
 from qfx import annotation
@@ -76,9 +76,13 @@ def calibrate(
     return notes
 
 
-def progress_bar(shown: bool) -> Progress:
-    """A transient bar on stderr, off where that is no terminal."""
+def progress_bar(shown: bool, *columns: ProgressColumn, period: float = 30.0) -> Progress:
+    """A transient bar on stderr, off where that is no terminal.
+
+    columns: behind the bar, left out: how many of how many, and the time left. period: seconds that tell the speed.
+    """
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     console.quiet = not (shown and console.is_terminal)  # rich 14.1 ends even a disabled bar with a line
-    return Progress(*columns, console=console, transient=True, disable=console.quiet)
+    behind = columns or (MofNCompleteColumn(), TimeRemainingColumn())
+    every = (TextColumn("{task.description}"), BarColumn(), *behind)
+    return Progress(*every, console=console, transient=True, disable=console.quiet, speed_estimate_period=period)

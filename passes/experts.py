@@ -21,7 +21,7 @@ import qfx.ops.floats  # noqa: F401  (registers the ops)
 from qfx.graph import is_call
 from qfx.passes import _match as m
 from qfx.passes._build import call, matched, replace, size
-from qfx.passes.linear import is_parameter, is_transpose
+from qfx.passes.linear import is_parameter, transposed
 
 aten = torch.ops.aten
 
@@ -56,16 +56,7 @@ def _from_grouped(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     x, w, offs = list(m.arguments(node).values())[:3]
     if not is_parameter(w) or m.rank(w) != 3 or m.dtype(node) != m.dtype(x):
         return None
-    return call(gm, torch.ops.qfx.grouped_linear.default, x, _turned(gm, w, node), offs, like=node)
-
-
-def _turned(gm: fx.GraphModule, w: fx.Node, like: fx.Node) -> fx.Node:
-    """[E, K, N] as [E, N, K]."""
-    if is_transpose(w):
-        inner = w.args[0]
-        assert isinstance(inner, fx.Node)
-        return inner
-    return call(gm, aten.transpose.int, w, -2, -1, like=like)
+    return call(gm, torch.ops.qfx.grouped_linear.default, x, transposed(gm, w, node), offs, like=node)
 
 
 def _from_equal(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -81,7 +72,7 @@ def _from_equal(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     flat = call(gm, aten.reshape.default, x, [-1, k], like=node)
     ends = call(gm, aten.arange.start, 1, number + 1, dtype=torch.int32, device=_device(x), like=node)
     offs = call(gm, aten.mul.Tensor, ends, rows, like=node)
-    y = call(gm, torch.ops.qfx.grouped_linear.default, flat, _turned(gm, w, node), offs, like=node)
+    y = call(gm, torch.ops.qfx.grouped_linear.default, flat, transposed(gm, w, node), offs, like=node)
     return call(gm, aten.reshape.default, y, [number, -1, n], like=node)
 
 
@@ -93,7 +84,7 @@ def _from_picked(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         (w, ids), x, shape = left, b, [-1, m.shape(a)[1], 1]
     elif right is not None and m.same_size(m.shape(a)[1], 1):
         (w, ids), x, shape = right, a, [-1, 1, m.shape(b)[2]]
-        w = _turned(gm, w, node)
+        w = transposed(gm, w, node)
     else:
         return None
     rows = call(gm, aten.reshape.default, x, [-1, m.shape(w)[2]], like=node)

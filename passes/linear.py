@@ -44,11 +44,13 @@ def is_parameter(node: Any) -> bool:
 
 
 def transposed(gm: fx.GraphModule, node: fx.Node, like: fx.Node) -> fx.Node:
-    """A matrix the other way round: the inner node of a transpose, else a new aten.t."""
+    """A matrix, or each of several, the other way round: the inner node of a transpose, else a new one."""
     if is_transpose(node):
         inner = node.args[0]
         assert isinstance(inner, fx.Node)
         return inner
+    if m.rank(node) > 2:
+        return call(gm, aten.transpose.int, node, -2, -1, like=like)
     return call(gm, aten.t.default, node, like=like)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from qfx.errors import explain
+from qfx.hf.hub import write_configs
 from qfx.storage.files import write_text
 
 CONFIG = "genai_config.json"
@@ -39,12 +40,8 @@ def write_config(
     caches: (key heads, head size) of each layer. shared: they grow where they lie. Raises OSError where the disk does
     not take them.
     """
-    config: Any = model.config
-    write_text(folder / "config.json", config.to_json_string(use_diff=False))
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        write_text(folder / "generation_config.json", generation.to_json_string(use_diff=True))
-    document = genai_config(config, inputs, caches, shared=shared)
+    write_configs(model, folder)
+    document = genai_config(model.config, inputs, caches, shared=shared)
     write_text(folder / CONFIG, json.dumps(document, indent=2) + "\n")
 
 

@@ -21,14 +21,21 @@ PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
 _BATCH, _NEW, _OLD = 2, 3, 5  # sizes of the example: different ones, none of them 1
 
 
-class _Cached(nn.Module):
-    """A causal model whose cache is an argument and a result. Its parameters have the model's own names."""
+class Part(nn.Module):
+    """Another forward of a model, or of a part of it. Its parameters have the model's own names."""
 
-    def __init__(self, model: nn.Module, *, last_only: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
         self._call = [model]  # in a list: it is no sub-module
         self.training = model.training
+
+
+class _Cached(Part):
+    """A causal model whose cache is an argument and a result."""
+
+    def __init__(self, model: nn.Module, *, last_only: bool) -> None:
+        super().__init__(model)
         accepted = inspect.signature(model.forward).parameters
         self._positions = POSITIONS in accepted
         self._last = {"logits_to_keep": 1} if last_only and "logits_to_keep" in accepted else {}

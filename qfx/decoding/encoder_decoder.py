@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from qfx import data as batches
 from qfx import graph
 from qfx.capture import Captured, capture_export
-from qfx.decoding.decoder import PAST, PRESENT, is_shared, of_any_length
+from qfx.decoding.decoder import PAST, PRESENT, Part, is_shared, of_any_length
 from qfx.errors import Note, UnsupportedError, explain
+from qfx.hf.hub import write_configs
 from qfx.inputs import example_inputs, need_inputs
 from qfx.other_sizes import other_sizes
 from qfx.passes.kv_cache import kv_cache
@@ -105,17 +106,7 @@ def whole_mask(read: Tensor, config: Any) -> Tensor:
     return torch.ones(read.shape[0], read.shape[-1 if spectrum else 1], dtype=torch.int64)
 
 
-class _Part(nn.Module):
-    """A part of a model. Its parameters have the model's own names."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
-        self._call = [model]  # in a list: it is no sub-module
-        self.training = model.training
-
-
-class _Encoder(_Part):
+class _Encoder(Part):
     """Of a whole call with one token only this is a result: the encoder's states, and what each layer keeps of them."""
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,7 +121,7 @@ class _Encoder(_Part):
         return results
 
 
-class _Decoder(_Part):
+class _Decoder(Part):
     """The decoder, whose caches are arguments and, of its own tokens, results."""
 
     def __init__(self, model: nn.Module, width: int) -> None:
@@ -292,11 +283,7 @@ def write_document(model: nn.Module, folder: Path, unread: list[str]) -> None:
 
     unread: inputs that the model takes and never reads. Raises OSError where the disk does not take them.
     """
-    config: Any = model.config
-    write_text(folder / "config.json", config.to_json_string(use_diff=False))
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        write_text(folder / "generation_config.json", generation.to_json_string(use_diff=True))
+    write_configs(model, folder)
     document = {
         "main_input": main_input(model),
         "unread": unread,

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qfx.errors import QfxWarning, first_line, listed
+from qfx.storage.files import write_text
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".data")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -68,6 +69,15 @@ def load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     return AutoTokenizer.from_pretrained(folder)
+
+
+def write_configs(model: nn.Module, folder: Path) -> None:
+    """The configurations of a model and of its generation. Raises OSError where the disk does not take them."""
+    config: Any = model.config
+    write_text(folder / "config.json", config.to_json_string(use_diff=False))
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        write_text(folder / "generation_config.json", generation.to_json_string(use_diff=True))
 
 
 def resolve(source: str | os.PathLike[str]) -> Path:

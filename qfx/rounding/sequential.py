@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, fx
 
 from qfx import graph
 from qfx.errors import Note
 from qfx.packing import Packed
+from qfx.passes.calibrate import progress_bar
 from qfx.plan import Plan
 from qfx.recipe import Recipe
 from qfx.rounding import rounded
@@ -64,7 +64,8 @@ def round_weights(
     tokens = sum(_rows(batch) for batch in batches)
     notes: list[Note] = []
     tables = _Tables(program, batches, memory)
-    with _bar(progress) as bar, torch.no_grad():
+    columns = TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with progress_bar(progress, *columns, period=600.0) as bar, torch.no_grad():
         done = [store is not None and store.has(number) for number in range(len(work))]
         left = [linears for known, (_, linears) in zip(done, work, strict=True) if not known]
         task = bar.add_task("rounding", total=sum(_cost(linear, tokens) for linears in left for linear in linears))
@@ -169,14 +170,3 @@ def _cost(linear: Linear, tokens: int) -> float:
     columns = linear.node.args[0].meta["val"].shape[-1] if not linear.table else 1  # type: ignore[union-attr]
     outputs = shape[-1] if isinstance(shape[-1], int) else 1
     return float(columns) * (tokens + outputs) * (float(columns) + outputs) if not linear.table else 1.0
-
-
-def _bar(shown: bool) -> Progress:
-    """A transient bar on stderr with the time that is left, off where that is no terminal."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    console.quiet = not (shown and console.is_terminal)  # rich 14.1 ends even a disabled bar with a line
-    return Progress(*columns, console=console, transient=True, disable=console.quiet, speed_estimate_period=600.0)
