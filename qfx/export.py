@@ -23,7 +23,7 @@ from qfx.inputs import example_inputs, need_inputs, without_cache
 from qfx.kv.files import asked_caches, for_file
 from qfx.other_sizes import other_sizes
 from qfx.plan import Plan
-from qfx.quantize import evaluating
+from qfx.quantize import checked_module, evaluating
 from qfx.recipe import Recipe
 from qfx.storage.spill import Spill
 
@@ -62,7 +62,7 @@ def export_onnx(
     cannot be written: then nothing is left behind.
     """
     check_flags(dynamic=dynamic, strict=strict, all_logits=all_logits)
-    _check_model(model)
+    checked_module(model, "export the module given to torch.compile")
     checked_ending(path)
     folder = Path(path).suffix != ".onnx" and is_causal_lm(model)
     pair = Path(path).suffix != ".onnx" and not folder and is_encoder_decoder(model)
@@ -101,13 +101,6 @@ def _export_file(model: nn.Module, call: Call, target: Path, order: Order, *, dy
         notes = other_sizes(captured, model, args, kwargs, type(model).__name__)
         notes = [*order.beside, *notes, *quantize(captured, order, spill)]
         return write(captured, notes, target, order, spill)
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(explain("a model is needed", expected="a torch.nn.Module", found=type(model).__name__))
-    if hasattr(model, "_orig_mod"):
-        raise ValueError(explain("the model is compiled", next_step="export the module given to torch.compile"))
 
 
 def _call(model: nn.Module, args: Any) -> Call:

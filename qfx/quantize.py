@@ -198,17 +198,22 @@ def _opened(model: ModelLike) -> nn.Module:
     return streamed.load(model).model if isinstance(model, str | os.PathLike) else model
 
 
-def check_float(model: object, verb: str = "quantize") -> None:
-    """Raises ValueError for what is no float model: compiled ones, quantized ones. verb: what it is needed for."""
+def checked_module(model: object, uncompiled: str) -> nn.Module:
+    """The model. Raises ValueError for what is no module, and for a compiled one: `uncompiled` is the next step."""
     if hasattr(model, "_orig_mod"):
-        step = f"{verb} the module given to torch.compile, and compile it afterwards"
-        raise ValueError(explain("the model is compiled", next_step=step))
+        raise ValueError(explain("the model is compiled", next_step=uncompiled))
     if not isinstance(model, nn.Module):
         raise ValueError(explain("a model is needed", expected="a torch.nn.Module", found=type(model).__name__))
-    if done := quantized_parts(model):
+    return model
+
+
+def check_float(model: object, verb: str = "quantize") -> None:
+    """Raises ValueError for what is no float model: compiled ones, quantized ones. verb: what it is needed for."""
+    module = checked_module(model, f"{verb} the module given to torch.compile, and compile it afterwards")
+    if done := quantized_parts(module):
         what = f"the model is quantized already: {len(done)} parts, the first is {done[0]!r}"
         raise ValueError(explain(what, next_step=f"{verb} the float model: load the float weights again"))
-    if ready := prepared_parts(model):
+    if ready := prepared_parts(module):
         what = f"the model is prepared for training: {len(ready)} parts, the first is {ready[0]!r}"
         raise ValueError(explain(what, next_step="qfx.convert(model) makes a quantized model of it"))
 
