@@ -47,27 +47,24 @@ def attention(site: Site) -> Taken | None:
 
 def cache_attention(site: Site) -> Taken | str:
     """qfx::cache_attention over the codes as they lie."""
-    if reason := _of_dtype(site, "q"):
-        return reason
-    if reason := cache_layout.reason_against(site.given["spec"], site.device):
-        return reason
-    return site.put(qfx_triton.cache_attention.default, *site.given.values(), kernel="cache_attention (Triton)")
+    return _of_dtype(site, "q") or _of_memory(site, "cache_attention")
 
 
 def cache_append(site: Site) -> Taken | str:
     """qfx::cache_append, in place (see `write_in_place`)."""
-    if reason := _of_dtype(site, "k"):
-        return reason
-    if reason := cache_layout.reason_against(site.given["spec"], site.device):
-        return reason
-    return site.put(qfx_triton.cache_append.default, *site.given.values(), kernel="cache_append (Triton)")
+    return _of_dtype(site, "k") or _of_memory(site, "cache_append")
 
 
 def cache_read(site: Site) -> Taken | str:
     """qfx::cache_read, floats of what is held before a prompt."""
+    return _of_memory(site, "cache_read")
+
+
+def _of_memory(site: Site, name: str) -> Taken | str:
+    """The kernel of the op's name, with the same arguments, where it can read such a memory."""
     if reason := cache_layout.reason_against(site.given["spec"], site.device):
         return reason
-    return site.put(qfx_triton.cache_read.default, *site.given.values(), kernel="cache_read (Triton)")
+    return site.put(getattr(qfx_triton, name).default, *site.given.values(), kernel=f"{name} (Triton)")
 
 
 def _of_dtype(site: Site, name: str) -> str | None:
