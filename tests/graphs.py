@@ -57,6 +57,13 @@ def calls(gm: fx.GraphModule, *names: str) -> list[fx.Node]:
     return [n for n in found if graph.op_name(n) in names] if names else found
 
 
+def node_of(gm: fx.GraphModule, name: str) -> fx.Node:
+    """The node of a name."""
+    (found,) = [n for n in gm.graph.nodes if n.name == name]
+    assert isinstance(found, fx.Node)
+    return found
+
+
 def counts(gm: fx.GraphModule) -> dict[str, int]:
     """How often each operator is called."""
     found: dict[str, int] = {}

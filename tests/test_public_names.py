@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 import qfx
+from tests.processes import python
 
 CALLABLES = (
     "add_adapters", "advise", "analyze", "convert", "distillation_loss", "export_awq", "export_bnb",
@@ -15,12 +13,6 @@ CALLABLES = (
     "load", "load_adapters", "merge_adapters", "plan", "prepare_qat", "presets", "quantize", "report", "save",
 )  # fmt: skip
 TYPES = ("Format", "Plan", "QATSchedule", "QfxWarning", "Recipe", "Report", "Sensitivity", "UnsupportedError")
-
-
-def _python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 @pytest.mark.parametrize("name", CALLABLES)
@@ -58,7 +50,7 @@ def test_the_cache_for_transformers_is_there_where_it_is_asked_for() -> None:
 
 def test_exported_models_are_opened_after_import_qfx_alone() -> None:
     code = "import qfx, sys; assert 'onnx' in dir(qfx) and 'qfx.onnx' not in sys.modules; print(qfx.onnx.load.__name__)"
-    assert _python(code) == "load"
+    assert python(code) == "load"
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -68,7 +60,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_import_leaves_heavy_modules_out() -> None:
     code = "import qfx, sys; print(*(m for m in ('transformers', 'onnxruntime', 'onnx', 'gguf') if m in sys.modules))"
-    assert _python(code) == ""
+    assert python(code) == ""
 
 
 def test_modules_of_the_same_name_do_not_hide_functions() -> None:
@@ -78,7 +70,7 @@ def test_modules_of_the_same_name_do_not_hide_functions() -> None:
         "    importlib.import_module(f'qfx.{name}')\n"
         "assert all(callable(getattr(qfx, n)) for n in ('quantize', 'report', 'plan', 'save', 'load', 'presets'))\n"
     )
-    _python(code)
+    python(code)
 
 
 def test_the_version_is_that_of_the_package() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typer.testing import Result
 import qfx.onnx
 from qfx.cli.terminal import guarded, megabytes
 from qfx.errors import QfxWarning, UnsupportedError
+from tests.processes import python
 from tests.qfx.commands import run, save
 from tests.zoo import ZOO
 
@@ -55,10 +54,9 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys; sys.argv = ['qfx', '--help']\nfrom qfx.cli import main\ntry: main()\nexcept SystemExit: pass\n"
         "sys.exit('heavy' if {'transformers', 'onnxruntime', 'onnx'} & set(sys.modules) else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    said = python(code)
     for command in ("quantize", "inspect", "compare", "analyze", "presets"):
-        assert command in done.stdout
+        assert command in said
 
 
 @pytest.mark.slow

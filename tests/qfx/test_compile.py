@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 import qfx
 from qfx.errors import QfxWarning
 from qfx.measuring.measure import sqnr_db
+from tests.processes import python
 from tests.qfx.conftest import Counts
 from tests.zoo import ZOO, ids
 
@@ -56,8 +55,7 @@ def test_torch_compile_finds_qfx_without_an_import() -> None:
             error = (compiled(x) - model(x)).abs().max() / model(x).abs().max()
         print(0 < float(error) < 0.05, "passes" in sys.modules, "backends" in sys.modules)
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
-    assert done.stdout.split() == ["True", "False", "False"], done.stderr
+    assert python(code).split() == ["True", "False", "False"]
 
 
 @torch.no_grad()

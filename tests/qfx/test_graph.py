@@ -16,7 +16,7 @@ from qfx.errors import UnsupportedError
 from qfx.format import Format
 from qfx.packing import pack_weight
 from qfx.text import dump
-from tests.graphs import Function, calls, capture, counts
+from tests.graphs import Function, calls, capture, counts, node_of
 
 aten = torch.ops.aten
 
@@ -32,12 +32,6 @@ class Tied(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         out: Tensor = self.lm_head(self.embed(ids))
         return out
-
-
-def node_of(gm: fx.GraphModule, name: str) -> fx.Node:
-    (found,) = [n for n in gm.graph.nodes if n.name == name]
-    assert isinstance(found, fx.Node)
-    return found
 
 
 def mlp() -> fx.GraphModule:

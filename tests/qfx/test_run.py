@@ -12,7 +12,7 @@ from torch import fx, nn
 from qfx import graph
 from qfx.passes._build import call, replace
 from qfx.run import Stage, name_of, run, settle
-from tests.graphs import Function, capture, counts
+from tests.graphs import Function, capture, counts, node_of
 
 aten = torch.ops.aten
 
@@ -54,7 +54,7 @@ def fails(gm: fx.GraphModule) -> bool:
 
 
 def breaks(gm: fx.GraphModule) -> bool:
-    del next(n for n in gm.graph.nodes if n.name == "linear").meta["val"]
+    del node_of(gm, "linear").meta["val"]
     return True
 
 
@@ -84,7 +84,7 @@ def test_dead_code_goes_and_the_code_is_compiled_anew() -> None:
 
 def test_dead_code_counts_as_a_change() -> None:
     gm = captured()
-    with gm.graph.inserting_before(next(n for n in gm.graph.nodes if n.name == "linear")):
+    with gm.graph.inserting_before(node_of(gm, "linear")):
         dead = gm.graph.call_function(aten.neg.default, (next(iter(gm.graph.nodes)),))
     dead.meta["val"] = dead.args[0].meta["val"]  # type: ignore[union-attr]
     assert run(gm, [nothing]) == [Stage("nothing", True, {"neg": -1})]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qfx import annotation, graph
 from qfx.format import Format
 from qfx.text import DTYPES, dump, type_text
-from tests.graphs import Function, capture
+from tests.graphs import Function, capture, node_of
 
 GOLDEN = """\
 %inputs_0: f32[s0,4] = input
@@ -78,7 +78,7 @@ def test_different_graphs_print_differently() -> None:
 
 def test_annotations_stand_behind_the_nodes() -> None:
     gm = capture(Function(lambda own, x: torch.relu(own.fc(x)), fc=nn.Linear(4, 3)), torch.randn(2, 4))
-    node = next(n for n in gm.graph.nodes if n.name == "linear")
+    node = node_of(gm, "linear")
     annotation.set(node, "w", Format.parse("i4/g128"))
     annotation.set(node, "x", (Format.parse("i8/tok"), Format.parse("i4")))
     assert annotation.text(node) == "x=[i8/tok,i4] w=i4/g128"

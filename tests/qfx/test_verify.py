@@ -11,7 +11,7 @@ from torch import fx, nn
 from qfx import annotation, graph
 from qfx.format import Format
 from qfx.verify import verify
-from tests.graphs import Function, capture
+from tests.graphs import Function, capture, node_of
 
 aten = torch.ops.aten
 
@@ -21,29 +21,23 @@ def captured() -> fx.GraphModule:
     return capture(model, torch.randn(2, 4), dynamic=True)
 
 
-def find(gm: fx.GraphModule, name: str) -> fx.Node:
-    (node,) = [n for n in gm.graph.nodes if n.name == name]
-    assert isinstance(node, fx.Node)
-    return node
-
-
 def test_a_captured_graph_holds() -> None:
     gm = captured()
     verify(gm)
-    annotation.set(find(gm, "linear"), "w", Format.parse("i4/g128"))
+    annotation.set(node_of(gm, "linear"), "w", Format.parse("i4/g128"))
     verify(gm)
 
 
 def _no_value(gm: fx.GraphModule) -> None:
-    del find(gm, "relu").meta["val"]
+    del node_of(gm, "relu").meta["val"]
 
 
 def _no_value_of_an_input(gm: fx.GraphModule) -> None:
-    del find(gm, "inputs_0").meta["val"]
+    del node_of(gm, "inputs_0").meta["val"]
 
 
 def _no_value_of_a_parameter(gm: fx.GraphModule) -> None:
-    del find(gm, "p_up_weight").meta["val"]
+    del node_of(gm, "p_up_weight").meta["val"]
 
 
 def _parameter_gone(gm: fx.GraphModule) -> None:
@@ -68,27 +62,27 @@ def _other_dtype(gm: fx.GraphModule) -> None:
 
 
 def _in_place(gm: fx.GraphModule) -> None:
-    find(gm, "relu").target = aten.relu_.default
+    node_of(gm, "relu").target = aten.relu_.default
 
 
 def _method(gm: fx.GraphModule) -> None:
-    relu = find(gm, "relu")
+    relu = node_of(gm, "relu")
     relu.op, relu.target = "call_method", "relu"
 
 
 def _module(gm: fx.GraphModule) -> None:
     gm.add_module("act", nn.ReLU())
-    relu = find(gm, "relu")
+    relu = node_of(gm, "relu")
     relu.op, relu.target = "call_module", "act"
 
 
 def _late_input(gm: fx.GraphModule) -> None:
-    with gm.graph.inserting_after(find(gm, "relu")):
+    with gm.graph.inserting_after(node_of(gm, "relu")):
         gm.graph.placeholder("late").meta["val"] = None
 
 
 def _used_before_made(gm: fx.GraphModule) -> None:
-    find(gm, "relu").append(find(gm, "linear"))
+    node_of(gm, "relu").append(node_of(gm, "linear"))
 
 
 BROKEN: dict[str, tuple[Callable[[fx.GraphModule], None], type[Exception], str]] = {
@@ -124,7 +118,7 @@ def test_broken_graphs_are_found(name: str) -> None:
 def test_bad_annotations_are_found(stored: object, message: str) -> None:
     """The user may write them with torch.fx.traceback.annotate, so they are no fault of ours."""
     gm = captured()
-    find(gm, "linear").meta["custom"] = {"qfx": stored}
+    node_of(gm, "linear").meta["custom"] = {"qfx": stored}
     with pytest.raises(ValueError, match=message) as caught:
         verify(gm)
     assert "%linear" in str(caught.value)

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import qfx
 from qfx.kv.judge import judge_each
 from qfx.kv.plans import read
+from tests.qfx.test_accuracy import ASSETS, ids_of
 
 transformers = pytest.importorskip("transformers", reason="the model is a transformers model: pip install qfx[hf]")
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
 LENGTH = 1024
-
-
-def tokens() -> Tensor:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS / "tiny_lm", model_max_length=10**9)
-    ids: Tensor = tokenizer((ASSETS / "eval.txt").read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
-    return ids
 
 
 @pytest.mark.slow
 def test_bits_by_heads_lose_no_more_than_as_many_bytes_everywhere() -> None:
     """Planned on the first half of the text, told on the other, where every token is given."""
-    ids, model = tokens(), transformers.AutoModelForCausalLM.from_pretrained(ASSETS / "tiny_lm", dtype=torch.float32)
+    ids = ids_of(ASSETS / "tiny_lm")
+    model = transformers.AutoModelForCausalLM.from_pretrained(ASSETS / "tiny_lm", dtype=torch.float32)
     data: list[Any] = [{"input_ids": row[None]} for row in ids[: 8 * LENGTH].view(-1, LENGTH)]
     plan = qfx.plan(model.eval(), "kv-heads", data, progress=False)
     caches = {"i3": qfx.QuantizedCache(model.config, "i3"), "kv-heads": qfx.QuantizedCache(model.config, plan)}

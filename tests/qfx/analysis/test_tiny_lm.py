@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,15 +10,13 @@ import torch
 import qfx
 from qfx.analysis.predictors import EVERY
 from qfx.analysis.scores import METHODS
+from tests.qfx.test_accuracy import ASSETS, ids_of
 
 transformers = pytest.importorskip("transformers", reason="the model is a transformers model: pip install qfx[hf]")
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
 def batches(count: int) -> list[dict[str, Any]]:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS / "tiny_lm", model_max_length=10**9)
-    ids: torch.Tensor = tokenizer((ASSETS / "eval.txt").read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
-    rows = ids[: 2 * count * 256].view(-1, 256)
+    rows = ids_of(ASSETS / "tiny_lm")[: 2 * count * 256].view(-1, 256)
     return [{"input_ids": pair, "use_cache": False} for pair in rows.split(2)]
 
 

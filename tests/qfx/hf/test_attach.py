@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 import qfx
 from qfx.errors import QfxWarning
 from qfx.hf.attach import METHOD, _register, attach, is_pretrained, register_when_loaded
+from tests.processes import python
 from tests.zoo import ZOO
 
 TABLE = "transformers.quantizers.auto"
@@ -24,18 +24,12 @@ ASK = (
 KNOWN = "QfxHfQuantizer QfxConfig"
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "order", ["import qfx, transformers", "import transformers, qfx", f"import {TABLE}, qfx", "import qfx.hf.quantizer"]
 )
 def test_transformers_knows_qfx_in_every_order_of_imports(order: str) -> None:
-    assert run(f"{order}\n{ASK}") == KNOWN
+    assert python(f"{order}\n{ASK}") == KNOWN
 
 
 def test_nothing_is_loaded_other_modules_are_found_as_ever_and_the_finder_leaves() -> None:
@@ -50,7 +44,7 @@ def test_nothing_is_loaded_other_modules_are_found_as_ever_and_the_finder_leaves
         "print([type(f).__name__ for f in sys.meta_path if f not in middle and type(f).__module__.startswith('qfx')])\n"
         f"print(sys.modules['{TABLE}'].__spec__.loader.__class__.__name__)\n{ASK}"
     )
-    assert run(code) == f"SourceFileLoader True\n[]\nSourceFileLoader\n{KNOWN}"
+    assert python(code) == f"SourceFileLoader True\n[]\nSourceFileLoader\n{KNOWN}"
 
 
 def test_registering_twice_is_once() -> None:

@@ -10,19 +10,10 @@ from torch import Tensor
 
 import qfx
 from qfx.measuring import measure
+from tests.qfx.kv.test_cache import logits
 from tests.qfx.test_accuracy import ASSETS, ids_of
 
 tf = pytest.importorskip("transformers", reason="the cache is one of transformers: pip install qfx[hf]")
-
-
-@torch.no_grad()
-def teacher_forced(model: Any, rows: Tensor, cache: Any, sizes: tuple[int, ...] = ()) -> Tensor:
-    """Logits of all tokens, which come in calls of `sizes`, then what is left."""
-    found, at = [], 0
-    for n in (*sizes, rows.shape[1] - sum(sizes)):
-        found.append(model(input_ids=rows[:, at : at + n], past_key_values=cache).logits)
-        at += n
-    return torch.cat(found, 1)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +29,7 @@ def text() -> Tensor:
 def loss(model: Any, rows: Tensor, expected: Tensor, kv: Any, step: int = 32) -> tuple[float, float, float]:
     """KLD, rise of perplexity, bytes of half precision's."""
     cache = qfx.QuantizedCache(model.config, kv)
-    found = teacher_forced(model, rows, cache, (step,) * (rows.shape[1] // step - 1))
+    found = logits(model, rows, cache, (step,) * (rows.shape[1] // step - 1))
     rise = measure.perplexity(found, rows) / measure.perplexity(expected, rows) - 1
     size = sum(fmt.nbytes(2, 32, rows.shape[1], batch=len(rows)) for fmt in cache.formats)
     size /= 6 * 2 * 2 * 32 * 2 * rows.numel()
@@ -48,7 +39,7 @@ def loss(model: Any, rows: Tensor, expected: Tensor, kv: Any, step: int = 32) ->
 
 def test_over_1024_tokens(model: Any, text: Tensor) -> None:
     rows = text[9216 : 9216 + 1024][None]
-    expected = teacher_forced(model, rows, tf.DynamicCache(config=model.config))
+    expected = logits(model, rows, tf.DynamicCache(config=model.config))
     kld, rise, size = loss(model, rows, expected, "i8")
     assert 0 < kld <= 1e-3 and abs(rise) <= 0.002 and size <= 0.55
     kld, rise, size = loss(model, rows, expected, "i4")

@@ -45,8 +45,13 @@ class Gated(nn.Module):
         return total + z, z
 
 
-def quantized(model: nn.Module, x: Tensor, x_format: str = "i8/tok", w_format: str = "i8/ch") -> fx.GraphModule:
-    """The quantized graph of a model in normal form: all linears in these formats, "" for an input in float."""
+def quantized(
+    model: nn.Module, x: Tensor, x_format: str = "i8/tok", w_format: str | list[str] = "i8/ch"
+) -> fx.GraphModule:
+    """The quantized graph of a model in normal form: all linears in these formats, "" for an input in float.
+
+    w_format: of several, each is that of as many rows.
+    """
     gm = capture(model, x)
     prepare(gm)
     rule: dict[str, Any] = {"target": "linear", "w": w_format, **({"x": x_format} if x_format else {})}

@@ -12,11 +12,9 @@ from qfx import graph
 from qfx.backends.triton import lower
 from qfx.backends.triton.device import INTERPRETER
 from qfx.backends.triton.passes.join_rows import join_rows
-from qfx.pipeline import apply_plan, prepare
-from qfx.recipe import Recipe
 from tests.backends.triton.cases import INTERPRETED
-from tests.backends.triton.passes.lowered import inputs, outputs
-from tests.graphs import capture, text
+from tests.backends.triton.passes.lowered import inputs, outputs, quantized
+from tests.graphs import text
 
 AFTER = """\
 %input_1: f32[5,32] = input
@@ -28,16 +26,6 @@ AFTER = """\
 @triton.t3, @triton.t4, @triton.t5], @bias, None, i8/tok, i8/ch,i4/ch, 32, , f32)
 return [%gemm_mixed]
 """
-
-
-def of(model: nn.Module, x: Tensor, w: list[str], x_format: str) -> Any:
-    """The quantized graph of a model whose linears have rows of several formats."""
-    gm = capture(model, x)
-    prepare(gm)
-    rule = {"target": "linear", "w": w, **({"x": x_format} if x_format else {})}
-    apply_plan(gm, None, Recipe.parse({"rules": [rule]}))
-    graph.rename(gm)
-    return gm
 
 
 def joined(gm: Any) -> tuple[Any, dict[str, str]]:
@@ -52,7 +40,7 @@ def linear(bias: bool = True) -> nn.Module:
 
 
 def test_golden_text() -> None:
-    gm = of(linear(), inputs(rows=5), ["i8/ch", "i4/ch", "i8/ch"], "i8/tok")
+    gm = quantized(linear(), inputs(rows=5), "i8/tok", ["i8/ch", "i4/ch", "i8/ch"])
     found, kernels = joined(gm)
     assert text(found) == AFTER
     named = [name for name, kernel in kernels.items() if kernel == "gemm_mixed i8/tok of i8/ch,i4/ch (Triton)"]
@@ -64,7 +52,7 @@ def test_golden_text() -> None:
 @pytest.mark.parametrize("w", [["i8/ch", "i4/ch", "i8/ch"], ["u4/g32", "i8/ch"], ["i2/ch", "u3/ch", "u4/ch", "i8/ch"]])
 def test_results_are_those_of_the_reference(bias: bool, x_format: str, w: list[str]) -> None:
     x = inputs(rows=5)
-    gm = of(linear(bias), x, w, x_format)
+    gm = quantized(linear(bias), x, x_format, w)
     found, _ = joined(gm)
     assert "mixed" in text(found)
     (expected,), (y,) = outputs(gm, x), outputs(found, x)
@@ -85,19 +73,19 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("what", ["inputs", "axis", "biased"])
 def test_other_joins_stay(what: str) -> None:
-    gm = of(Twice(what), inputs(rows=5), ["i8/ch"], "i8/tok")
+    gm = quantized(Twice(what), inputs(rows=5), "i8/tok", ["i8/ch"])
     found, _ = joined(gm)
     assert text(found) == text(gm)
 
 
 def test_a_segment_without_a_kernel_leaves_all_as_they_are() -> None:
-    gm = of(linear(), inputs(rows=5), ["i8/ch", "nf4/g32"], "")
+    gm = quantized(linear(), inputs(rows=5), "", ["i8/ch", "nf4/g32"])
     assert text(joined(gm)[0]) == text(gm)
 
 
 def test_it_is_part_of_lowering() -> None:
     x = inputs(rows=5)
-    gm = of(linear(), x, ["i8/ch", "i4/ch", "i8/ch"], "i8/tok")
+    gm = quantized(linear(), x, "i8/tok", ["i8/ch", "i4/ch", "i8/ch"])
     found = lower(gm)
     assert set(found.kernels.values()) == {"gemm_mixed i8/tok of i8/ch,i4/ch (Triton)"}
     with torch.no_grad():
@@ -120,7 +108,7 @@ class Residual(nn.Module):
 
 def test_a_residual_is_added_in_the_product() -> None:
     x = inputs(rows=5)
-    gm = of(Residual(), x, ["i8/ch", "i4/ch"], "i8/tok")
+    gm = quantized(Residual(), x, "i8/tok", ["i8/ch", "i4/ch"])
     found = lower(gm)
     assert set(found.kernels.values()) == {"gemm_mixed i8/tok of i8/ch,i4/ch (Triton)"}
     with torch.no_grad():
@@ -142,7 +130,7 @@ class Siblings(nn.Module):
 @pytest.mark.parametrize("x_format", ["i8/tok", ""])
 def test_siblings_are_one_product(x_format: str) -> None:
     x = inputs(rows=5)
-    gm = of(Siblings(), x, ["i8/ch", "i4/ch"], x_format)
+    gm = quantized(Siblings(), x, x_format, ["i8/ch", "i4/ch"])
     found, kernels = joined(gm)
     assert text(found).count("_mixed(") == 2  # one for each input
     assert text(found).count("aten.slice") == 3
