@@ -18,6 +18,12 @@ from qfx.storage.spill import beside, rest
 _PART = 1 << 20  # elements that are worked on in f64 at once
 
 
+def check_factor(factor: Tensor, count: int, what: str) -> None:
+    """Raises ValueError for what are no `count` positive factors."""
+    if factor.shape != (count,) or not bool((factor > 0).all()) or not bool(torch.isfinite(factor).all()):
+        raise ValueError(f"expected {count} positive factors for {what!r}, found {factor}")
+
+
 def edit(module: nn.Module, fqn: str, change: Callable[[Tensor], Tensor]) -> None:
     """Replace a parameter or buffer by `change` of it, computed in f64 and cast back, under every name that it has."""
     old = graph.get_tensor(module, fqn)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from qfx.graph import is_call
 from qfx.passes import _channels as channels
 from qfx.passes import _match as m
 from qfx.passes import _sites as sites
-from qfx.passes._sites import Norm
+from qfx.passes._sites import Norm, Piece
 
 aten = torch.ops.aten
 
@@ -30,7 +30,7 @@ Run = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Piece):
     """Channels along `axis` of one tensor, and of its bias.
 
     runs: (first channel, step, count, factor of the first), the factors one after another. plus_one: the norm's gain is
@@ -42,12 +42,6 @@ class Part:
     axis: int
     runs: tuple[Run, ...]
     plus_one: bool = False
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Self:
-        """From its part of a record."""
-        runs: Any = tuple(tuple(run) for run in record["runs"])
-        return cls(**{**record, "runs": runs})
 
     def spread(self, factor: Tensor, size: int) -> Tensor:
         """f64 [size]: the factor of each channel, 1 for those of others."""

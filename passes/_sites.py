@@ -22,8 +22,21 @@ _SAME = (*m.CASTS, *m.SAME_VALUE)
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 
 
+class Piece:
+    """Base of what sites consist of: frozen dataclasses of plain values and tuples of such."""
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Self:
+        """From its part of a record, where tuples may be lists."""
+        return cls(**{key: _as_tuple(value) for key, value in record.items()})
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
+
+
 @dataclass(frozen=True)
-class Weight:
+class Weight(Piece):
     """A linear's weight as it is stored.
 
     name: FQN of the node. weight: FQN of the tensor. bias: of the bias, if any. inp, out: axes of the input and output
@@ -36,24 +49,14 @@ class Weight:
     inp: int
     out: int
 
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Self:
-        """From its part of a record."""
-        return cls(**record)
-
 
 @dataclass(frozen=True)
-class Norm:
+class Norm(Piece):
     """Parameters of a norm: FQNs of weight and bias; plus_one where the factor is 1 + weight (Gemma)."""
 
     weight: str
     bias: str | None = None
     plus_one: bool = False
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Self:
-        """From its part of a record."""
-        return cls(**record)
 
 
 class Record:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -20,7 +20,7 @@ from qfx.errors import Note
 from qfx.graph import is_call
 from qfx.passes import _match as m
 from qfx.passes import _sites as sites
-from qfx.passes._sites import Norm
+from qfx.passes._sites import Norm, Piece
 
 aten = torch.ops.aten
 
@@ -30,17 +30,12 @@ _REDUCE = (aten.sum.dim_IntList, aten.mean.dim)
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Piece):
     """A stored tensor and its axis of stream channels. weight: FQN."""
 
     weight: str
     axis: int
     bias: ClassVar[None] = None
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Self:
-        """From its part of a record."""
-        return cls(**record)
 
 
 @dataclass

@@ -14,18 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from qfx import graph
 from qfx.passes import _edits as edits
-from qfx.passes._sites import Record
+from qfx.passes._sites import Piece, Record
 
 
 @dataclass(frozen=True)
-class Moved:
+class Moved(Piece):
     """One tensor's channels of the heads along `axis`.
 
     weight: its FQN. bias: FQN of a vector that has the same channels. starts: the first channel at each place. width:
@@ -38,12 +38,6 @@ class Moved:
     starts: tuple[int, ...]
     width: int
     order: tuple[int, ...]
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Self:
-        """From its part of a record."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-        return cls(**fields)
 
     def index(self, size: int) -> Tensor:
         """int64 [size]: the channel that comes to each place. ValueError for an order or channels that do not fit."""

@@ -104,8 +104,7 @@ def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
     An explicit division is put into a graph; in a live model it is left to the caller, who packs the linears with
     `smooth=factor` (see `explicit_factors`).
     """
-    if factor.shape != (site.channels,) or not bool((factor > 0).all()) or not bool(torch.isfinite(factor).all()):
-        raise ValueError(f"expected {site.channels} positive factors for {site.linears[0].name!r}, found {factor}")
+    edits.check_factor(factor, site.channels, site.linears[0].name)
     if site.explicit:
         factor = factor.to(graph.get_tensor(module, site.linears[0].weight).dtype)
         if isinstance(module, fx.GraphModule):

@@ -79,8 +79,7 @@ def _search(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Site, Factors] | Note
 
 def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
     """Divide the keys by `factor` [factors] and multiply the queries by it, in a graph or a live model."""
-    if factor.shape != (site.factors,) or not bool((factor > 0).all()) or not bool(torch.isfinite(factor).all()):
-        raise ValueError(f"expected {site.factors} positive factors for {site.attention!r}, found {factor}")
+    edits.check_factor(factor, site.factors, site.attention)
     wide = factor.to(torch.float64)
     for parts, change in ((site.keys, 1.0 / wide), (site.queries, wide)):
         for part in parts:

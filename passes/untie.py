@@ -9,9 +9,8 @@ In a transformers model `config.tie_word_embeddings` has to become False as well
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx, nn
 
@@ -24,24 +23,13 @@ from qfx.storage.spill import beside
 
 @dataclass(frozen=True)
 class Site(Record):
-    """A linear that reads the table `table` and shall have the weight `weight`; in a live model that name exists."""
+    """A linear (its FQN) that reads the table `table` and shall have the weight `weight`, a name of a live model."""
 
     NAME: ClassVar[str] = "untie"
 
-    name: str
+    linear: str
     table: str
     weight: str
-
-    def to_record(self) -> dict[str, Any]:
-        """{"name": "untie", "linear": FQN of the node, "table", "weight"}."""
-        return {"name": self.NAME, "linear": self.name, "table": self.table, "weight": self.weight}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Site:
-        """The site of a record; ValueError where it is another rewrite's."""
-        if record.get("name") != cls.NAME:
-            raise ValueError(f"expected a record of {cls.NAME!r}, found {record.get('name')!r}")
-        return cls(record["linear"], record["table"], record["weight"])
 
     def present(self, module: nn.Module) -> bool:
         """Whether a graph has the table. A live model is asked for it, whatever it holds."""
@@ -77,7 +65,7 @@ def apply(module: nn.Module, site: Site) -> None:
         setattr(owner, site.weight.rpartition(".")[2], new)
         return
     for node in list(module.graph.nodes):
-        if _reads(node, site.table) and graph.fqn_of(node) == site.name:
+        if _reads(node, site.table) and graph.fqn_of(node) == site.linear:
             node.update_arg(1, graph.add_tensor(module, site.weight, new, node))
     graph.clean(module)
     module.recompile()

@@ -99,8 +99,7 @@ def _site(node: fx.Node, value: fx.Node, down: fx.Node) -> Site | str | None:
 
 def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
     """Divide the hidden channels by `factor` [channels], in a graph or a live model."""
-    if factor.shape != (site.channels,) or not bool((factor > 0).all()) or not bool(torch.isfinite(factor).all()):
-        raise ValueError(f"expected {site.channels} positive factors for {site.down.name!r}, found {factor}")
+    edits.check_factor(factor, site.channels, site.down.name)
 
     def rows(old: Tensor) -> Tensor:
         new = old.movedim(site.up.out, -1).clone() if old.dim() > 1 else old.clone()
