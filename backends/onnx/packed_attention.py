@@ -113,7 +113,7 @@ def _same(b: Builder, one: Any, other: Any) -> bool:
 
 def _linear_behind(node: Any) -> fx.Node | None:
     """The qfx::linear [B, S, H*D] of which `node` [B, H, S, D] is the view by heads."""
-    if not is_call(node, _aten.transpose.int) or tuple(node.args[1:]) not in _HEADS:
+    if not is_call(node, _aten.transpose.int) or {dim % 4 for dim in node.args[1:]} != {1, 2}:
         return None
     split = node.args[0]
     if not is_call(split, _aten.reshape.default):
@@ -123,9 +123,6 @@ def _linear_behind(node: Any) -> fx.Node | None:
         return None
     flat, by_heads = (tuple(map(dim_of, n.meta["val"].shape)) for n in (source, split))
     return source if len(flat) == 3 and len(by_heads) == 4 and flat[:2] == by_heads[:2] else None
-
-
-_HEADS = {(1, 2), (2, 1), (-2, -3), (-3, -2), (1, -2), (-2, 1), (2, -3), (-3, 2)}
 
 
 def _static_pair(call: dict[str, Any]) -> bool:
