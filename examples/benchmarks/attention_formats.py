@@ -10,14 +10,13 @@ those of f32.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ if __name__ == "__main__":  # import the sibling files as `python -m examples.be
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from examples.benchmarks.peers import table
+from examples.benchmarks.peers.turns import in_turn
 from qfx import Format
 from qfx.backends import onnx
 from qfx.capture import capture_export
@@ -81,14 +81,7 @@ def measured(forms: dict[str, Call], given: tuple[Tensor, Tensor, Tensor], round
     """Seconds of one call in ONNX Runtime, the median over rounds in which all take turns."""
     graphs = {name: capture_export(Module(call), given, {}, dynamic=False).gm for name, call in forms.items()}
     lowered = {name: onnx.lower(gm, strict=True) for name, gm in graphs.items()}
-    taken: dict[str, list[float]] = {name: [] for name in forms}
-    for number in range(rounds + 1):
-        for name, one in lowered.items():
-            start = time.perf_counter()
-            one(*given)
-            if number:  # the first round warms up
-                taken[name].append(time.perf_counter() - start)
-    return {name: float(np.median(found)) for name, found in taken.items()}
+    return in_turn({name: functools.partial(one, *given) for name, one in lowered.items()}, rounds)
 
 
 def run(heads: int, kv_heads: int, head_dim: int, tokens: int, rounds: int) -> list[dict[str, Any]]:

@@ -10,11 +10,11 @@ one process, a single token and a whole prompt each. Times are medians, relative
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import sys
 import tempfile
-import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -32,6 +32,7 @@ if __name__ == "__main__":  # import the sibling files as `python -m examples.be
 
 import qfx
 from examples.benchmarks.peers import table
+from examples.benchmarks.peers.turns import in_turn
 from qfx import Recipe, Rule, graph
 from qfx.capture import capture_export
 from qfx.pipeline import apply_plan, prepare
@@ -91,17 +92,8 @@ def session(path: Path, threads: int) -> Any:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def measured(sessions: dict[str, Any], x: np.ndarray[Any, Any], rounds: int, calls_each: int) -> dict[str, float]:
-    """Seconds of one call, the median over rounds in which all take turns."""
-    taken: dict[str, list[float]] = {form: [] for form in sessions}
-    for number in range(rounds + 1):
-        for form, one in sessions.items():
-            start = time.perf_counter()
-            for _ in range(calls_each):
-                one.run(None, {one.get_inputs()[0].name: x})
-            if number:  # the first round warms up
-                taken[form].append((time.perf_counter() - start) / calls_each)
-    return {form: float(np.median(found)) for form, found in taken.items()}
+def _run(one: Any, x: np.ndarray[Any, Any]) -> None:
+    one.run(None, {one.get_inputs()[0].name: x})
 
 
 def run(
@@ -127,7 +119,9 @@ def run(
             "kilobytes": sum(f.stat().st_size for f in folder.glob(f"{path.stem}.onnx*")) / 1000,
         })  # fmt: skip
     for part, tokens in (("token", x[:1, :1]), ("prompt", x[:1])):
-        seconds = measured(sessions, tokens.numpy(), rounds, 200 if part == "token" else 5)
+        given = tokens.numpy()
+        runs = {form: functools.partial(_run, one, given) for form, one in sessions.items()}
+        seconds = in_turn(runs, rounds, 200 if part == "token" else 5)
         for row in rows:
             row[part] = seconds[row["peer"]] / seconds[FORMS[0]]
     return rows

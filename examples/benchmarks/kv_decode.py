@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
@@ -37,6 +35,7 @@ import qfx
 import qfx.onnx
 from examples.benchmarks.peers import decoding, table
 from examples.benchmarks.peers.decoding import DecoderJob
+from examples.benchmarks.peers.turns import in_turn
 from qfx.backends.onnx.session_options import options
 
 PARTS = ("attention", "decode", "prefill")
@@ -135,18 +134,6 @@ def _pairs(codes: np.ndarray) -> np.ndarray:
     whole = codes.astype(np.uint8)
     found: np.ndarray = whole[..., ::2] | whole[..., 1::2] << 4
     return found
-
-
-def in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call. All take a turn in each round; a first round does not count."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            if turn:
-                times[name].append(time.perf_counter() - started)
-    return {name: median(values) for name, values in times.items()}
 
 
 def as_rows(found: Mapping[str, float], title: str, tokens: int, remarks: str = "", share: float = 1) -> list[Row]:

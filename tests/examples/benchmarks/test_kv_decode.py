@@ -37,14 +37,6 @@ def test_a_mask_of_zeros_is_no_mask() -> None:
     np.testing.assert_allclose(one, two, atol=1e-5)
 
 
-def test_all_calls_take_turns_and_the_first_round_does_not_count() -> None:
-    said: list[str] = []
-    calls = {name: (lambda name=name: said.append(name)) for name in "ab"}
-    found = kv_decode.in_turn(calls, 2)
-    assert said == list("ababab")
-    assert set(found) == {"a", "b"} and all(seconds >= 0 for seconds in found.values())
-
-
 def test_rows_are_relative_to_float32() -> None:
     rows = kv_decode.as_rows({"float32": 4.0, "i8": 2.0}, "attention x", 7, share=0.5)
     assert [(r["peer"], r["tokens"], r["ms"], r["times"]) for r in rows] == [
