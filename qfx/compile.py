@@ -238,7 +238,7 @@ class CompiledGraph:
             if kv is None:
                 return []
             recipe = Recipe(name="kv", rules=(kv,))
-        notes = apply_plan(gm, self._options.plan, recipe, strict=self._options.strict)
+        notes = apply_plan(gm, self._options.plan, recipe)
         return [*notes, *_float_cache(gm, kv)]
 
     def _pair(

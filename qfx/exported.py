@@ -74,7 +74,7 @@ def quantize(captured: Captured, order: Order, spill: Spill) -> list[Note]:
     if order.plan is None and order.recipe is None:
         return []
     recipe = order.recipe or Recipe.parse("w8a8")
-    return apply_plan(captured.gm, order.plan, recipe, strict=order.strict, keep=spill.keep)
+    return apply_plan(captured.gm, order.plan, recipe, keep=spill.keep)
 
 
 def write(

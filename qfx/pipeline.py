@@ -36,21 +36,19 @@ def prepare(gm: fx.GraphModule) -> None:
     graph.rename(gm)
 
 
-def apply_plan(
-    gm: fx.GraphModule, plan: Plan | None, recipe: Recipe, *, strict: bool = False, keep: Keep | None = None
-) -> list[Note]:
+def apply_plan(gm: fx.GraphModule, plan: Plan | None, recipe: Recipe, *, keep: Keep | None = None) -> list[Note]:
     """Quantize a prepared graph: by a plan, or by a recipe that needs no data. Returns what could not be had.
 
     keep: where packed weights go (see `Spill`); None is memory.
     """
-    notes: list[Note] = []
     if plan is None:
-        notes += annotate(gm, recipe) + refuse(gm)
+        notes = annotate(gm, recipe) + refuse(gm)
         if recipe.rewrites:
             notes += transform(gm, Plan(recipe), [])
         tensors, rounding = {}, recipe.rounding
     else:
-        notes += annotate_from(gm, plan) + refuse(gm)
+        annotate_from(gm, plan)
+        notes = refuse(gm)
         for record in plan.rewrites:
             apply_record(gm, record, plan.tensors)
         tensors, rounding = plan.tensors, plan.recipe.rounding
@@ -66,7 +64,7 @@ def apply_plan(
     return notes
 
 
-def annotate_from(gm: fx.GraphModule, plan: Plan) -> list[Note]:
+def annotate_from(gm: fx.GraphModule, plan: Plan) -> None:
     """Write a plan's formats on the nodes they name. A name of the plan that no node of the graph has is no fault here:
     the graph may be a part of the model."""
     for node in gm.graph.nodes:
@@ -74,7 +72,6 @@ def annotate_from(gm: fx.GraphModule, plan: Plan) -> list[Note]:
             continue
         for role, fmt in plan.formats(graph.fqn_of(node)).items():
             annotation.set(node, role, fmt)
-    return []
 
 
 def told(notes: Iterable[Note], *, strict: bool) -> None:

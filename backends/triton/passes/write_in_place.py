@@ -29,11 +29,10 @@ _FUNCTIONAL = torch.ops.higher_order.auto_functionalized_v2
 
 def write_in_place(gm: fx.GraphModule) -> bool:
     """See the module."""
-    changed = False
-    for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target is _FUNCTIONAL and is_append(node):
-            changed |= _rewritten(gm, node)
-    return changed
+    found = [node for node in gm.graph.nodes if is_call(node, _FUNCTIONAL) and is_append(node)]
+    for node in found:
+        _rewrite(gm, node)
+    return bool(found)
 
 
 def is_append(node: fx.Node) -> bool:
@@ -44,7 +43,7 @@ def is_append(node: fx.Node) -> bool:
     return all(f"_memory_{i}_base_index" in node.kwargs for i in range(count))
 
 
-def _rewritten(gm: fx.GraphModule, node: fx.Node) -> bool:
+def _rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
     given: dict[str, Any] = dict(node.kwargs)
     bases: list[fx.Node] = given["_all_bases"]
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
@@ -58,7 +57,6 @@ def _rewritten(gm: fx.GraphModule, node: fx.Node) -> bool:
         user.replace_all_uses_with(own[int(user.args[1]) - 1])  # type: ignore[arg-type]
         gm.graph.erase_node(user)
     gm.graph.erase_node(node)
-    return True
 
 
 def _is_read(base: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
