@@ -59,7 +59,7 @@ class OpenVinoLowered:
     """
 
     def __init__(self, gm: fx.GraphModule, built: Any, session: Session, results: Sequence[Any]) -> None:
-        self._built, self._session = built, session
+        self._session = session
         self._names = [n.name for n in gm.graph.nodes if n.op == "call_function"]
         places = {n.name: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
         made = {n.name: i for i, n in enumerate(built.outputs)}

@@ -79,11 +79,6 @@ class Program:
             self._rows[node] = rows_of(node)
         return self._rows[node]
 
-    def alive(self, at: int) -> list[fx.Node]:
-        """The inputs and calls that are there before the call `at`, and are read by it or later."""
-        made = [*self.inputs, *self.nodes[:at]]
-        return [node for node in made if self.last_use[node] >= at]
-
     def forget(self) -> None:
         """Let go of constants that were computed."""
         self._known.clear()

@@ -37,11 +37,13 @@ def node_of(lane: Lane, fqn: str) -> Any:
 def test_every_stop_has_the_values_of_the_model() -> None:
     model: Any = Stack()
     lane, data = lane_of(model)
-    for stop in range(1, len(lane.program.nodes)):
+    program = lane.program
+    for stop in range(1, len(program.nodes)):
         lane.advance(stop)
         assert lane.at == stop
+        alive = {node for node in (*program.inputs, *program.nodes[:stop]) if program.last_use[node] >= stop}
         for env in lane.values:
-            assert set(env) == set(lane.program.alive(stop))
+            assert set(env) == alive
     head = node_of(lane, "head")
     assert head is lane.program.nodes[-1]
     for i, ids in enumerate(data):
