@@ -17,6 +17,7 @@ from qfx.backends.onnx.quant_input import quantized_input
 from qfx.backends.onnx.quant_weights import Weight
 from qfx.backends.onnx.values import Value
 from qfx.format import Format
+from qfx.passes.linear import is_transpose
 
 
 def grouped_linear(b: Builder, x: Value, w: Value, offs: Value) -> Value:
@@ -88,12 +89,8 @@ def expert(stacked: Weight, e: int) -> Weight:
 
 def _transposed_experts(node: Any) -> fx.Node | None:
     """The parameter [E, N, K] behind a swap of the last two dimensions."""
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return None
-    source = node.args[0] if node.args else None
-    if node.target is not torch.ops.aten.transpose.int or not isinstance(source, fx.Node) or source.op != "get_attr":
-        return None
-    return source if {int(d) % 3 for d in node.args[1:]} == {1, 2} else None  # type: ignore[arg-type]
+    source = node.args[0] if is_transpose(node) else None
+    return source if isinstance(source, fx.Node) and source.op == "get_attr" else None
 
 
 def _experts(b: Builder, node: Any, stacked: Value | None) -> list[Value]:
