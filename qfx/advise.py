@@ -83,8 +83,9 @@ class Candidate:
     """A recipe that was looked at.
 
     nbytes: of all parameters and buffers once quantized (counted), before that predicted. ratio: of 16 bits to that.
-    loss: measured, in percent; kld: measured, in nats; both None where nothing was measured. prefill, decode: predicted
-    seconds; gains: how many times faster than in floats. misses: what it does not fulfil; empty for a proposal.
+    prefill, decode: predicted seconds; gain_prefill, gain_decode: how many times faster than in floats. memory: bytes
+    that it takes while it runs. loss: measured, in percent; kld: measured, in nats; both None where nothing was
+    measured. misses: what it does not fulfil; empty for a proposal.
     """
 
     recipe: str

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qfx.errors import Note, check_flags, explain
+from qfx.hf.hub import load_tokenizer
 from qfx.interop import gguf_tokenizer
 from qfx.interop.gguf_arch import Architecture, architecture_of, rope_factors, rows_of_pairs, settings
 from qfx.interop.gguf_blocks import BLOCK_TYPES
@@ -178,8 +179,6 @@ def _metadata(job: _Job, tokenizer: Any, name: str | None) -> dict[str, Any]:
     if job.arch.name == "bert":
         fields |= _pooling(own)
     if tokenizer is None and Path(own).is_dir():
-        from qfx.hf.hub import load_tokenizer
-
         tokenizer = load_tokenizer(Path(own))
     if tokenizer is None or tokenizer is False:
         if tokenizer is None:

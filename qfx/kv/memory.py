@@ -36,6 +36,7 @@ from qfx.kv.plans import Cached, CacheLayer, asked_format, plain_of, read
 from qfx.kv.sites import cache_layers
 from qfx.plan import Plan
 from qfx.presets import presets
+from qfx.quantize import plan
 from qfx.recipe import Recipe
 from qfx.storage.hollow import hollow
 
@@ -248,8 +249,6 @@ def _uncounted(name: str, why: str) -> Note:
 
 def _asked(model: nn.Module, weights: Recipe | Plan, costs: Costs) -> Asked:
     """Formats of weights by name."""
-    from qfx.quantize import plan
-
     return formats_of_plan(plan(model, weights) if isinstance(weights, Recipe) else weights, costs)
 
 
