@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qfx.graph import val
@@ -115,6 +115,7 @@ def test_halves_however_they_are_cut(function: Any) -> None:
     assert m.whole(second, first) is m.whole(first, first) is m.whole(first, second, interleaved=True) is None
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(1, 8), st.sampled_from(["slice", "split", "sizes", "chunk"]))
 def test_elements_are_those_that_torch_takes(data: st.DataObject, width: int, kind: str) -> None:
     graph, value = torch.fx.Graph(), torch.arange(width).expand(2, width)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, ProgressColumn
 from torch import Tensor
 
 import qfx
@@ -78,13 +78,13 @@ class TestResume:
     def test_the_bar_counts_what_is_done_now(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         bars: list[Progress] = []
 
-        def bar(shown: bool) -> Progress:
+        def bar(shown: bool, *columns: ProgressColumn, period: float) -> Progress:
+            assert period >= 600, "a block may take minutes"
             console = Console(file=io.StringIO(), force_terminal=True)
-            columns = TextColumn("{task.description}"), TimeRemainingColumn()
             bars.append(Progress(*columns, console=console, disable=not shown, auto_refresh=False))
             return bars[-1]
 
-        monkeypatch.setattr(sequential, "_bar", bar)
+        monkeypatch.setattr(sequential, "progress_bar", bar)
         self.plan(tmp_path)
         (tmp_path / "block-00002.safetensors").unlink()
         self.plan(tmp_path)
