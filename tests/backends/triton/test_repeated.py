@@ -26,20 +26,13 @@ pytestmark = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="wha
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _scaled(  # type: ignore[no-untyped-def]
-    x_ptr,
-    y_ptr,
-    n,
-    factor,
-    BLOCK: tl.constexpr,
-    MORE: tl.constexpr = 0,  # noqa: N803
-):
-    at = tl.arange(0, BLOCK)
-    tl.store(y_ptr + at, tl.load(x_ptr + at, mask=at < n) * factor + MORE, mask=at < n)
+def _scaled(x_ptr, y_ptr, n, factor, block: tl.constexpr, more: tl.constexpr = 0):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, block)
+    tl.store(y_ptr + at, tl.load(x_ptr + at, mask=at < n) * factor + more, mask=at < n)
 
 
 def _start(x: Tensor, y: Tensor, factor: float, **more: int) -> None:
-    launch.launch(_scaled, (1,), x, y, x.numel(), factor, BLOCK=64, config={"num_warps": 1}, **more)
+    launch.launch(_scaled, (1,), x, y, x.numel(), factor, block=64, config={"num_warps": 1}, **more)
 
 
 class Counted:
@@ -135,7 +128,7 @@ def _reshaped(x: Tensor) -> Tensor:
 def _twice(x: Tensor) -> Tensor:
     between = torch.empty_like(x)
     y = x.new_empty(x.shape)
-    _start(x, between, 2.0, MORE=1)
+    _start(x, between, 2.0, more=1)
     _start(between, y, 2.0)
     return y
 
