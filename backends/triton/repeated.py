@@ -176,7 +176,7 @@ def starting() -> Iterator[Notes | None]:
 def called(kernel: Callable[..., Any], given: Sequence[Any], *settings: Any) -> Any:
     """kernel(*given). settings: what decides, beside what `given` looks like, what it does; as all of it, hashable."""
     inputs: list[Tensor] = []
-    key = (kernel, settings, *[_looks(a, inputs) for a in given])
+    key = (kernel, settings, _looks(given, inputs))
     call = _KNOWN.get(key)
     if call is not None:
         return call.again(inputs)
@@ -200,12 +200,16 @@ def forget() -> None:
     _KNOWN.clear()
 
 
-def _looks(a: Any, inputs: list[Tensor]) -> Any:
-    """What of an argument decides what a call does; its tensors are added to `inputs`."""
-    if isinstance(a, Tensor):
-        inputs.append(a)
-        return a.dtype, a.shape, a.stride(), a.get_device(), a.data_ptr() % _ALIGNMENT
-    return tuple([_looks(x, inputs) for x in a]) if isinstance(a, list | tuple) else a
+def _looks(given: Sequence[Any], inputs: list[Tensor]) -> tuple[Any, ...]:
+    """What of arguments decides what a call does; their tensors are added to `inputs`."""
+    found: list[Any] = []
+    for a in given:
+        if isinstance(a, Tensor):
+            inputs.append(a)
+            found.append((a.dtype, a.shape, a.stride(), a.get_device(), a.data_ptr() % _ALIGNMENT))
+        else:
+            found.append(_looks(a, inputs) if isinstance(a, list | tuple) else a)
+    return tuple(found)
 
 
 def _room(x: Tensor) -> _Room:
