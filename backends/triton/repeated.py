@@ -1,9 +1,10 @@
-"""A call of an op whose inputs look like those of an earlier call repeats what that one did.
+"""Calls of an op whose inputs look like those of earlier calls repeat what these did.
 
 What an op of this backend launches follows from what its inputs look like (dtypes, sizes, strides, alignment) and from
 its other arguments, never from numbers in tensors. To find it out, with all checks and with Triton's look at every
-argument of a launch, takes the host longer than a GPU needs for a product of decoding. So the first such call is
-written down, as the memory that it takes and the kernels that it starts, and later ones do just that.
+argument of a launch, takes the host longer than a GPU needs for a product of decoding. So the second such call is
+written down, as the memory that it takes and the kernels that it starts, and later ones do just that. (To write down
+takes time, too, which prompts of ever other lengths would spend in vain.)
 
 Only a call that does nothing else is written down: none in which torch computes something, and none whose kernels read
 what is neither an input from its beginning nor memory of the call (a part of an input, a tensor descriptor).
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -45,9 +47,10 @@ class _Start:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a call does. own: the memory that it takes; results: which of it it gives; kind: as a tuple, a list or a Tensor.
+    """What a call does.
 
-    device: of a GPU its number.
+    device: of a GPU its number. own: the memory that it takes; results: which of it it gives; kind: of that, a tuple, a
+    list or a Tensor.
     """
 
     device: torch.device | int
@@ -155,8 +158,15 @@ class _Watch(TorchDispatchMode):
         return result
 
 
+class _Plain(Enum):
+    """Why a call is not repeated: it came once as yet, or it does more than can be written down."""
+
+    ONCE = 1
+    ALWAYS = 2
+
+
 _NOTES: ContextVar[Notes | None] = ContextVar("qfx_triton_notes", default=None)
-_KNOWN: dict[tuple[Any, ...], _Call | None] = {}  # None: such a call is not repeated
+_KNOWN: dict[tuple[Any, ...], _Call | _Plain] = {}
 
 
 @contextmanager
@@ -177,11 +187,23 @@ def called(kernel: Callable[..., Any], given: Sequence[Any], *settings: Any) -> 
     """kernel(*given). settings: what decides, beside what `given` looks like, what it does; as all of it, hashable."""
     inputs: list[Tensor] = []
     key = (kernel, settings, _looks(given, inputs))
-    call = _KNOWN.get(key)
-    if call is not None:
-        return call.again(inputs)
-    if key in _KNOWN:
+    known = _KNOWN.get(key)
+    if isinstance(known, _Call):
+        return known.again(inputs)
+    if known is _Plain.ALWAYS:
         return kernel(*given)
+    if known is _Plain.ONCE:
+        result, _KNOWN[key] = _written_down(kernel, given, inputs)
+        return result
+    result = kernel(*given)
+    if len(_KNOWN) >= _MOST:
+        _KNOWN.clear()
+    _KNOWN[key] = _Plain.ONCE
+    return result
+
+
+def _written_down(kernel: Callable[..., Any], given: Sequence[Any], inputs: list[Tensor]) -> tuple[Any, _Call | _Plain]:
+    """kernel(*given), and what that did."""
     notes = Notes(inputs)
     token = _NOTES.set(notes)
     try:
@@ -189,10 +211,7 @@ def called(kernel: Callable[..., Any], given: Sequence[Any], *settings: Any) -> 
             result = kernel(*given)
     finally:
         _NOTES.reset(token)
-    if len(_KNOWN) >= _MOST:
-        _KNOWN.clear()
-    _KNOWN[key] = notes.call(result)
-    return result
+    return result, notes.call(result) or _Plain.ALWAYS
 
 
 def forget() -> None:
