@@ -59,6 +59,14 @@ def quick_interpreter() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def calls_found_out_anew() -> None:
+    """Tests that put something in the place of a choice of kernels get what they chose."""
+    from qfx.backends.triton import repeated  # after TRITON_INTERPRET is set
+
+    repeated.forget()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_word_of_python_3_13_0() -> None:
     """Dynamo warns under that release of Python alone; tests count warnings."""

@@ -6,6 +6,7 @@ without data (device "meta"), holds exactly the variants that the dispatch would
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._inductor import config as inductor
 
-from qfx.backends.triton import device
+from qfx.backends.triton import device, repeated
 from qfx.backends.triton.device import Device
 
 Config = Mapping[str, int]  # constexprs of a kernel, with num_warps and num_stages
@@ -74,7 +75,7 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, config: Config | N
     recording = _RECORDING.get()
     first = next(a for a in arguments if isinstance(a, Tensor))
     if "EARLY" in kernel.arg_names:
-        settings["EARLY"] = bool(inductor.triton.enable_pdl) and device_of(first).early
+        settings["EARLY"] = early() and device_of(first).early
         if settings["EARLY"]:
             settings["launch_pdl"] = True
     if recording is not None:
@@ -82,11 +83,29 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, config: Config | N
         named = dict(zip(kernel.arg_names, arguments, strict=False))
         recording.launches.append(Launch(kernel, tuple(grid), {**named, **settings}, options))
         return
-    if device.of(first).interpreted:
-        kernel[tuple(grid)](*arguments, **settings)
-        return
-    with torch.cuda.device(first.device):
-        kernel[tuple(grid)](*arguments, **settings, enable_fp_fusion=True)  # said, since Triton's default is to change
+    with repeated.starting() as notes:
+        if device.of(first).interpreted:
+            run = functools.partial(kernel[tuple(grid)], **settings)
+            run(*arguments)
+            if notes is not None:
+                notes.start(run, arguments, exact=True)
+            return
+        place = (*grid, 1, 1)[:3]
+        with torch.cuda.device(first.device):
+            compiled = kernel[place](*arguments, **settings, enable_fp_fusion=True)  # said: Triton's default may change
+        if notes is not None:
+            rest = [settings.get(p.name, p.default) for p in kernel.params[len(arguments) :]]
+            notes.start(compiled[place], arguments, rest)
+
+
+def is_recorded() -> bool:
+    """Whether nothing runs, and launches go to a list."""
+    return _RECORDING.get() is not None
+
+
+def early() -> bool:
+    """Whether kernels are launched before the one before them has ended, where they can be."""
+    return bool(inductor.triton.enable_pdl)
 
 
 def each_once(configs: Sequence[Config]) -> list[Config]:

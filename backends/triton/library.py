@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qfx.backends.triton import launch, repeated, tuning
 from qfx.errors import explain
 from qfx.ops import library
 
@@ -15,19 +16,21 @@ NAME = "qfx_triton"
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], tags: Sequence[torch.Tag] = ()) -> None:
-    """`qfx.ops.library.define` of an op of this backend, which knows no gradients."""
-    library.define(schema, _without_gradients(kernel), fake, namespace=NAME, tags=tags)
+    """`qfx.ops.library.define` of an op of this backend, which knows no gradients and repeats calls that look alike."""
+    library.define(schema, _entered(kernel), fake, namespace=NAME, tags=tags)
 
 
-def _without_gradients(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def _entered(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """`kernel` under no_grad; a compiled graph, which runs there already, does not enter it for every op."""
 
     @functools.wraps(kernel)
     def run(*given: Any, **named: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return run(*given, **named)
+        if named or launch.is_recorded() or not tuning.settled():
             return kernel(*given, **named)
-        with torch.no_grad():
-            return kernel(*given, **named)
+        return repeated.called(kernel, given, launch.early())
 
     return run
 

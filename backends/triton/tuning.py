@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from qfx.backends.triton import repeated
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Config
 from qfx.storage.files import read_json, write_text
@@ -79,6 +80,11 @@ def trying(choice: Choice, config: Config) -> Iterator[None]:
         _TRIED.reset(token)
 
 
+def settled() -> bool:
+    """Whether choices are neither watched nor tried."""
+    return _WATCHED.get() is None and _TRIED.get() is None
+
+
 def has_any(device: Device) -> bool:
     """Whether anything was measured for this GPU."""
     return bool(_of_device(device.name, *_named()))
@@ -114,6 +120,7 @@ def write(folder: Path, device: Device, found: Mapping[Choice, Config]) -> Path:
             problems[problem] = dict(sorted(buckets.items(), key=lambda item: int(item[0])))
     write_text(path, json.dumps(kept, indent=1, sort_keys=False) + "\n")
     _of_device.cache_clear()
+    repeated.forget()
     return path
 
 

@@ -8,8 +8,9 @@ A decoder of Llama's structure with random weights is made on the device. Decodi
 places of which 256 are filled; both models are compiled with CUDA graphs (mode "reduce-overhead"); time on the host of
 64 steps, each of which feeds its token to the next. Prompts: 2,048 tokens in one call, no cache. Every linear layer has
 the recipe's formats; with --early both are measured once more with kernels that are launched before the one before them
-has ended (Inductor's setting triton.enable_pdl). What a compiled quantized model gives is compared with its reference
-arithmetic, then timed. Exit code 1 where a result is wrong, 2 without a GPU.
+has ended (Inductor's setting triton.enable_pdl), with --launched decoding also without CUDA graphs. What a compiled
+quantized model gives is compared with its reference arithmetic, then timed. Exit code 1 where a result is wrong, 2
+without a GPU.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ MODELS = {  # layers, hidden size, its inner size, heads, heads of keys and valu
 RECIPES = {"w4a16": ("", "u4/g128"), "w8a8": ("i8/tok", "i8/ch")}
 GOALS = {"decode": ("w4a16", 2.5), "prefill": ("w8a8", 1.5)}
 PLACES, FILLED, STEPS, PROMPT = 1024, 256, 64, 2048
+_LAUNCHED = ", no CUDA graphs"
 WRONG = 0.1  # relative error of logits: rounding of bf16 and of activations adds up over the layers
 
 
@@ -183,10 +185,10 @@ def compiled(model: Any, *, own: bool, graphs: bool) -> Callable[..., Any]:
     return found
 
 
-def measured(model: Any, phase: str, sizes: Sizes, *, own: bool) -> dict[str, Any]:
+def measured(model: Any, phase: str, sizes: Sizes, *, own: bool, graphs: bool) -> dict[str, Any]:
     """Seconds of a step or of a prompt; of a quantized model also the error against its reference, and its kernels."""
     torch._dynamo.reset()
-    run = compiled(model, own=own, graphs=phase == "decode")
+    run = compiled(model, own=own, graphs=graphs)
     make = Decoding if phase == "decode" else Prompt
     started = time.perf_counter()
     timed = make(model, run, sizes)
@@ -207,24 +209,37 @@ def counted(model: nn.Module) -> dict[str, int]:
     return found
 
 
+def ways_of(phase: str, *, early: bool, launched: bool) -> dict[str, tuple[bool, bool]]:
+    """How a phase is measured, by a name: (with early launches, with CUDA graphs)."""
+    decodes = phase == "decode"
+    ways = {"": (False, decodes)}
+    if early:
+        ways[", early launches"] = (True, decodes)
+    if launched and decodes:
+        ways[_LAUNCHED] = (False, False)
+    return ways
+
+
 def rows_of(
-    name: str, layers: int | None, phases: list[str], where: torch.device, sizes: Sizes, *, early: bool = False
-) -> Iterator[dict[str, Any]]:
-    """The float model's times, then the quantized one's, of each phase; both as is, then with early launches too."""
+    name: str, layers: int | None, phases: list[str], where: torch.device, sizes: Sizes, *, early: bool = False,
+    launched: bool = False,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The float model's times, then the quantized one's, of each phase, in all of its ways."""
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    ways = {"": False, ", early launches": True} if early else {"": False}
     for phase in phases:
         recipe, goal = GOALS[phase]
         model = made(name, layers, where, dtype)
         seconds: dict[str, float] = {}
         for own in (False, True):
             model = quantized(model, recipe, dtype) if own else model
-            for way, on in ways.items():
-                with torch.no_grad(), inductor.patch({"triton.enable_pdl": on}):
-                    row = measured(model, phase, sizes, own=own)
+            for way, (soon, graphs) in ways_of(phase, early=early, launched=launched).items():
+                with torch.no_grad(), inductor.patch({"triton.enable_pdl": soon}):
+                    row = measured(model, phase, sizes, own=own, graphs=graphs)
                 row["by"] = f"qfx {recipe}{way}" if own else f"torch.compile {str(dtype)[6:]}{way}"
                 if own:
-                    row |= {"ratio": seconds[way] / row["seconds"], "goal": goal}
+                    row["ratio"] = seconds[way] / row["seconds"]
+                    if way != _LAUNCHED:
+                        row["goal"] = goal
                 else:
                     seconds[way] = row["seconds"]
                 yield {"model": name, "phase": phase, **row}
@@ -282,6 +297,7 @@ def main(
     early: Annotated[
         bool, typer.Option("--early", help="Also with launches before the kernel before has ended.")
     ] = False,
+    launched: Annotated[bool, typer.Option("--launched", help="Decoding also without CUDA graphs.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show the kernels that the time goes to instead.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
 ) -> None:
@@ -304,7 +320,7 @@ def main(
     path = json_file or (Path(folder) / "gpu_models.json" if folder else None)
     try:
         for name in names:
-            for row in rows_of(name, layers, phases, where, sizes, early=early):
+            for row in rows_of(name, layers, phases, where, sizes, early=early, launched=launched):
                 rows.append(row)
                 if path is not None:  # one after the other: the process may be ended before the last
                     write_text(path, json.dumps(rows, indent=1) + "\n")

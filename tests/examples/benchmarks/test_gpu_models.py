@@ -35,6 +35,13 @@ def test_a_model_runs_by_the_kernels_and_is_right(phase: str) -> None:
 
 
 @pytest.mark.slow
+def test_decoding_without_cuda_graphs_has_no_goal() -> None:
+    rows = list(gpu_models.rows_of("tiny", None, ["decode", "prefill"], torch.device(DEVICE), SIZES, launched=True))
+    assert [row["by"].partition(",")[2] for row in rows] == ["", " no CUDA graphs"] * 2 + ["", ""]
+    assert ["goal" in row for row in rows] == [False, False, True, False, False, True]
+    assert all("ratio" in row for row in rows if row["by"].startswith("qfx"))
+
+
 def test_early_launches_stand_beside_the_others() -> None:
     rows = list(gpu_models.rows_of("tiny", None, ["prefill"], torch.device(DEVICE), SIZES, early=True))
     assert [row["by"].partition(",")[2] for row in rows] == ["", " early launches"] * 2
