@@ -2,6 +2,9 @@
 
 Composite operators (linear, layer_norm, scaled_dot_product_attention, ...) are kept, in-place operators become
 functional ones, switches of grad mode disappear and higher-order wrappers around sub-graphs are inlined.
+
+torch.export's graphs carry the value of each node, and most change nothing in place. Those are not functionalized, and
+only what is to be decomposed runs again: sizes that vary make running a graph of fake tensors slow.
 """
 
 from __future__ import annotations
@@ -10,10 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, PythonFunctionalizeAPI
-from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    maybe_enable_thunkify,
+    py_sym_types,
+    track_tensor,
+)
+from torch.utils import _pytree as pytree
 
 from qfx.errors import UnsupportedError
 from qfx.vmaps import has_vmaps, levels_kept, without_vmaps
@@ -50,8 +62,33 @@ class _Inline(fx.Interpreter):
             at = _WRAPPERS[name]
             if name == "wrap_with_autocast":
                 _refuse_autocast(enabled=args[2])
-            return _Inline(args[at], {}).run(*args[at + 1 :])
+            return type(self)(args[at], {}).run(*args[at + 1 :])
         return super().call_function(target, args, kwargs)
+
+
+class _Known(_Inline):
+    """Runs a graph in which nothing changes in place, and takes its nodes with their values as they are."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        tracer: Any = getattr(get_proxy_mode(), "tracer", None)
+        value = n.meta.get("val")
+        if not isinstance(value, Tensor) or n.op != "call_function" or not _stays(n.target):
+            found = super().run_node(n)
+            if n.target is torch.ops.aten.sym_size.int and isinstance(found, torch.SymInt):
+                _proxy_of(found, tracer)  # a node where the size is read, and not where it is first used
+            return found
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        with self._set_current_node(n), disable_proxy_modes_tracing():
+            proxies = pytree.tree_map_only((Tensor, *py_sym_types), lambda v: _proxy_of(v, tracer), (args, kwargs))
+            proxy = tracer.create_proxy("call_function", n.target, *proxies)
+            proxy.node.meta["val"] = value
+            track_tensor(value, proxy, constant=None, tracer=tracer)
+        return value
+
+
+def _proxy_of(value: Any, tracer: Any) -> Any:
+    found = get_proxy_slot(value, tracer, value)
+    return found if found is value else found.proxy if isinstance(value, Tensor) else found.force()
 
 
 def in_training(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -79,6 +116,10 @@ def retrace(
     if has_vmaps(gm):
         with _mode_of(fakes):
             gm = without_vmaps(gm, fakes)
+    if not scalars and _is_known(gm):
+        traced = _retraced(gm, fakes)
+        if not any(isinstance(n.target, torch._ops.OpOverload) and _decomposes(n.target) for n in traced.graph.nodes):
+            return traced, []
     interpreter = _Inline(gm, scalars or {})
 
     def functional(*args: Any) -> tuple[Any, ...]:
@@ -96,9 +137,61 @@ def retrace(
     return traced, mutated
 
 
-def _traced(function: Callable[..., Any], fakes: Sequence[Any]) -> fx.GraphModule:
+def _retraced(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+    """`retrace` of a graph for which `_is_known` holds. Decomposing may give what is to be decomposed in turn."""
+    interpreter = _Known(gm, {})
+
+    def plain(*args: Any) -> tuple[Any, ...]:
+        with torch.fx.traceback.preserve_node_meta(), maybe_enable_thunkify():
+            return tuple(pytree.tree_leaves(interpreter.run(*args)))
+
+    targets = {n.target for part in _parts(gm) for n in part.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    return _traced(plain, fakes, {target: target.decompose for target in targets if _decomposes(target)})
+
+
+def _parts(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    return [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+
+
+def _is_known(gm: fx.GraphModule) -> bool:
+    """Whether a graph calls nothing that changes its input, and carries the values of what it calls.
+
+    Sizes that only the values tell (of nonzero) are made anew by each run, and those of the graph do not hold then.
+    """
+    for node in [node for part in _parts(gm) for node in part.graph.nodes]:
+        if node.op in ("call_method", "call_module") or "unbacked_bindings" in node.meta:
+            return False
+        if isinstance(node.target, torch._ops.OpOverload):
+            if node.target._schema.is_mutable or "val" not in node.meta:
+                return False
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            if getattr(node.target, "__name__", "") not in {*_WRAPPERS, *_DROPPED, "_enter_autocast"}:
+                return False
+        elif node.op == "call_function" and "val" not in node.meta:
+            return False
+    return True
+
+
+def _decomposes(target: torch._ops.OpOverload) -> bool:
+    """Whether functional pre-dispatch ATen has other operators in the place of this one, which may give its input."""
+    if target is torch.ops.aten.dropout.default or not target._can_decompose():
+        return False
+    aliases = any(argument.alias_info for argument in target._schema.arguments)
+    return aliases or torch.Tag.maybe_aliasing_or_mutating in target.tags
+
+
+def _stays(target: Any) -> bool:
+    """Whether a node may be taken as it is. A constant is traced, so that its value is known to what is read of it."""
+    known = isinstance(target, torch._ops.OpOverload) and target not in _DROPOUTS
+    return known and not (_decomposes(target) or target._opname.startswith("lift_fresh"))
+
+
+def _traced(
+    function: Callable[..., Any], fakes: Sequence[Any], decompositions: Mapping[Any, Callable[..., Any]] | None = None
+) -> fx.GraphModule:
     with _mode_of(fakes), torch.no_grad(), levels_kept():
-        return make_fx(function, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+        make = make_fx(function, decompositions, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
+        return make(*fakes)
 
 
 def _mode_of(fakes: Sequence[Any]) -> FakeTensorMode:
