@@ -9,6 +9,7 @@ only what is to be decomposed runs again: sizes that vary make running a graph o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as pytree
 
 from qfx.errors import UnsupportedError
+from qfx.graph import val
 from qfx.vmaps import has_vmaps, levels_kept, without_vmaps
 
 _DROPPED = {"_set_grad_enabled", "_log_api_usage_once", "_functorch_set_grad", "_exit_autocast"}
@@ -71,8 +73,9 @@ class _Known(_Inline):
 
     def run_node(self, n: fx.Node) -> Any:
         tracer: Any = getattr(get_proxy_mode(), "tracer", None)
-        value = n.meta.get("val")
-        if not isinstance(value, Tensor) or n.op != "call_function" or not _stays(n.target):
+        value: Any = val(n)
+        stays = n.op == "call_function" and isinstance(value, Tensor) and _stays(n.target)
+        if not stays or get_proxy_slot(value, tracer, None) is not None:  # a sub-graph may be called twice
             found = super().run_node(n)
             if n.target is torch.ops.aten.sym_size.int and isinstance(found, torch.SymInt):
                 _proxy_of(found, tracer)  # a node where the size is read, and not where it is first used
@@ -87,6 +90,7 @@ class _Known(_Inline):
 
 
 def _proxy_of(value: Any, tracer: Any) -> Any:
+    """What stands for a tensor or size in the graph that is made; itself where nothing does, such as a constant."""
     found = get_proxy_slot(value, tracer, value)
     return found if found is value else found.proxy if isinstance(value, Tensor) else found.force()
 
@@ -118,7 +122,7 @@ def retrace(
             gm = without_vmaps(gm, fakes)
     if not scalars and _is_known(gm):
         traced = _retraced(gm, fakes)
-        if not any(isinstance(n.target, torch._ops.OpOverload) and _decomposes(n.target) for n in traced.graph.nodes):
+        if not _is_other(traced, gm):
             return traced, []
     interpreter = _Inline(gm, scalars or {})
 
@@ -138,43 +142,48 @@ def retrace(
 
 
 def _retraced(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
-    """`retrace` of a graph for which `_is_known` holds. Decomposing may give what is to be decomposed in turn."""
+    """`retrace` of a graph for which `_is_known` holds."""
     interpreter = _Known(gm, {})
 
     def plain(*args: Any) -> tuple[Any, ...]:
         with torch.fx.traceback.preserve_node_meta(), maybe_enable_thunkify():
             return tuple(pytree.tree_leaves(interpreter.run(*args)))
 
-    targets = {n.target for part in _parts(gm) for n in part.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    targets: set[Any] = {n.target for n in _calls(gm)}
     return _traced(plain, fakes, {target: target.decompose for target in targets if _decomposes(target)})
 
 
-def _parts(gm: fx.GraphModule) -> list[fx.GraphModule]:
-    return [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+def _is_other(traced: fx.GraphModule, gm: fx.GraphModule) -> bool:
+    """Whether decomposing gave what is to be decomposed in turn, or computed sizes, which functionalizing spells in
+    another way."""
+    sizes, known = (Counter(n.target for n in _calls(g) if isinstance(val(n), py_sym_types)) for g in (traced, gm))
+    return bool(sizes - known) or any(_decomposes(n.target) for n in _calls(traced))
+
+
+def _calls(gm: fx.GraphModule) -> list[fx.Node]:
+    """The calls of a graph and of those in it."""
+    parts = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    return [node for part in parts for node in part.graph.nodes if node.op.startswith("call_")]
 
 
 def _is_known(gm: fx.GraphModule) -> bool:
     """Whether a graph calls nothing that changes its input, and carries the values of what it calls.
 
-    Sizes that only the values tell (of nonzero) are made anew by each run, and those of the graph do not hold then.
+    Sizes that only the data tell (of nonzero) are made anew by each run, and those of the graph do not hold then.
     """
-    for node in [node for part in _parts(gm) for node in part.graph.nodes]:
-        if node.op in ("call_method", "call_module") or "unbacked_bindings" in node.meta:
-            return False
-        if isinstance(node.target, torch._ops.OpOverload):
-            if node.target._schema.is_mutable or "val" not in node.meta:
-                return False
-        elif isinstance(node.target, torch._ops.HigherOrderOperator):
-            if getattr(node.target, "__name__", "") not in {*_WRAPPERS, *_DROPPED, "_enter_autocast"}:
-                return False
-        elif node.op == "call_function" and "val" not in node.meta:
-            return False
-    return True
+    return all(_is_pure(call) and "unbacked_bindings" not in call.meta for call in _calls(gm))
 
 
-def _decomposes(target: torch._ops.OpOverload) -> bool:
+def _is_pure(call: fx.Node) -> bool:
+    if isinstance(call.target, torch._ops.HigherOrderOperator):
+        return getattr(call.target, "__name__", "") in _WRAPPERS
+    changes = isinstance(call.target, torch._ops.OpOverload) and call.target._schema.is_mutable
+    return call.op == "call_function" and "val" in call.meta and not changes
+
+
+def _decomposes(target: Any) -> bool:
     """Whether functional pre-dispatch ATen has other operators in the place of this one, which may give its input."""
-    if target is torch.ops.aten.dropout.default or not target._can_decompose():
+    if not isinstance(target, torch._ops.OpOverload) or target in _DROPOUTS or not target._can_decompose():
         return False
     aliases = any(argument.alias_info for argument in target._schema.arguments)
     return aliases or torch.Tag.maybe_aliasing_or_mutating in target.tags
