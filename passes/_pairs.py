@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
 from qfx import graph
@@ -189,6 +187,9 @@ def _through(node: fx.Node) -> bool:
 
 def _components(count: int, joined: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
     """int64 [count]: one label for all numbers that are joined."""
+    from scipy.sparse import coo_array  # not above, so that `import qfx` does not wait for it
+    from scipy.sparse.csgraph import connected_components
+
     a = np.concatenate([np.asarray(one, dtype=np.int64) for one, _ in joined])
     b = np.concatenate([np.asarray(other, dtype=np.int64) for _, other in joined])
     edges = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count))

@@ -62,7 +62,6 @@ def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
             name = f"{site.linear}.bias".lstrip(".")
             held = graph.get_tensor(module, name) if sites.holds(module, name) else factor.to(graph.val(node).dtype)
             node.args = (*node.args[:2], graph.add_tensor(module, name, held, node))
-        module.recompile()
     else:
         owner = module.get_submodule(site.linear)
         weight = owner.get_parameter("weight")

@@ -103,4 +103,3 @@ def _in_graph(gm: fx.GraphModule, weights: set[str]) -> None:
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
     graph.clean(gm)
-    gm.recompile()

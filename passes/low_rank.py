@@ -63,7 +63,6 @@ def apply(module: nn.Module, site: Site, a: Tensor, b: Tensor) -> None:
         return
     for node in nodes_of(module, site.linear):
         _beside(module, node, stem, a, b)
-    module.recompile()
 
 
 def _beside(gm: fx.GraphModule, node: fx.Node, stem: str, a: Tensor, b: Tensor) -> None:

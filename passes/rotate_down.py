@@ -113,7 +113,6 @@ def apply(module: nn.Module, site: Site) -> None:
         for node in list(module.graph.nodes):
             if sites.is_linear(node) and graph.fqn_of(node) == linear.name:
                 node.replace_input_with(node.args[0], _rotated(module, node.args[0], node, site))
-        module.recompile()
 
 
 def rotations(records: Collection[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:

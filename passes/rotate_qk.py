@@ -73,4 +73,3 @@ def apply(module: nn.Module, site: Site) -> None:
         for value in turned:
             annotation.clear(value)
         node.args = (*turned, *rest)
-    module.recompile()

@@ -135,7 +135,6 @@ def _divide(gm: fx.GraphModule, site: Site, factor: Tensor) -> None:
                 divided[x] = call(gm, torch.ops.aten.div.Tensor, x, held, like=node)
             annotation.clear(divided[x])
         node.replace_input_with(x, divided[x])
-    gm.recompile()
 
 
 class Chooser(Protocol):

@@ -68,7 +68,6 @@ def apply(module: nn.Module, site: Site) -> None:
         if _reads(node, site.table) and graph.fqn_of(node) == site.linear:
             node.update_arg(1, graph.add_tensor(module, site.weight, new, node))
     graph.clean(module)
-    module.recompile()
 
 
 def _reads(node: fx.Node, table: str) -> bool:

@@ -2,20 +2,34 @@
 
 Composite operators (linear, layer_norm, scaled_dot_product_attention, ...) are kept, in-place operators become
 functional ones, switches of grad mode disappear and higher-order wrappers around sub-graphs are inlined.
+
+torch.export's graphs carry the value of each node, and most change nothing in place. Those are not functionalized, and
+only what is to be decomposed runs again: sizes that vary make running a graph of fake tensors slow.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, PythonFunctionalizeAPI
-from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    maybe_enable_thunkify,
+    py_sym_types,
+    track_tensor,
+)
+from torch.utils import _pytree as pytree
 
 from qfx.errors import UnsupportedError
+from qfx.graph import val
 from qfx.vmaps import has_vmaps, levels_kept, without_vmaps
 
 _DROPPED = {"_set_grad_enabled", "_log_api_usage_once", "_functorch_set_grad", "_exit_autocast"}
@@ -50,8 +64,35 @@ class _Inline(fx.Interpreter):
             at = _WRAPPERS[name]
             if name == "wrap_with_autocast":
                 _refuse_autocast(enabled=args[2])
-            return _Inline(args[at], {}).run(*args[at + 1 :])
+            return type(self)(args[at], {}).run(*args[at + 1 :])
         return super().call_function(target, args, kwargs)
+
+
+class _Known(_Inline):
+    """Runs a graph in which nothing changes in place, and takes its nodes with their values as they are."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        tracer: Any = getattr(get_proxy_mode(), "tracer", None)
+        value: Any = val(n)
+        stays = n.op == "call_function" and isinstance(value, Tensor) and _stays(n.target)
+        if not stays or get_proxy_slot(value, tracer, None) is not None:  # a sub-graph may be called twice
+            found = super().run_node(n)
+            if n.target is torch.ops.aten.sym_size.int and isinstance(found, torch.SymInt):
+                _proxy_of(found, tracer)  # a node where the size is read, and not where it is first used
+            return found
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        with self._set_current_node(n), disable_proxy_modes_tracing():
+            proxies = pytree.tree_map_only((Tensor, *py_sym_types), lambda v: _proxy_of(v, tracer), (args, kwargs))
+            proxy = tracer.create_proxy("call_function", n.target, *proxies)
+            proxy.node.meta["val"] = value
+            track_tensor(value, proxy, constant=None, tracer=tracer)
+        return value
+
+
+def _proxy_of(value: Any, tracer: Any) -> Any:
+    """What stands for a tensor or size in the graph that is made; itself where nothing does, such as a constant."""
+    found = get_proxy_slot(value, tracer, value)
+    return found if found is value else found.proxy if isinstance(value, Tensor) else found.force()
 
 
 def in_training(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -79,6 +120,10 @@ def retrace(
     if has_vmaps(gm):
         with _mode_of(fakes):
             gm = without_vmaps(gm, fakes)
+    if not scalars and _is_known(gm):
+        traced = _retraced(gm, fakes)
+        if not _is_other(traced, gm):
+            return traced, []
     interpreter = _Inline(gm, scalars or {})
 
     def functional(*args: Any) -> tuple[Any, ...]:
@@ -96,9 +141,66 @@ def retrace(
     return traced, mutated
 
 
-def _traced(function: Callable[..., Any], fakes: Sequence[Any]) -> fx.GraphModule:
+def _retraced(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+    """`retrace` of a graph for which `_is_known` holds."""
+    interpreter = _Known(gm, {})
+
+    def plain(*args: Any) -> tuple[Any, ...]:
+        with torch.fx.traceback.preserve_node_meta(), maybe_enable_thunkify():
+            return tuple(pytree.tree_leaves(interpreter.run(*args)))
+
+    targets: set[Any] = {n.target for n in _calls(gm)}
+    return _traced(plain, fakes, {target: target.decompose for target in targets if _decomposes(target)})
+
+
+def _is_other(traced: fx.GraphModule, gm: fx.GraphModule) -> bool:
+    """Whether decomposing gave what is to be decomposed in turn, or computed sizes, which functionalizing spells in
+    another way."""
+    sizes, known = (Counter(n.target for n in _calls(g) if isinstance(val(n), py_sym_types)) for g in (traced, gm))
+    return bool(sizes - known) or any(_decomposes(n.target) for n in _calls(traced))
+
+
+def _calls(gm: fx.GraphModule) -> list[fx.Node]:
+    """The calls of a graph and of those in it."""
+    parts = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    return [node for part in parts for node in part.graph.nodes if node.op.startswith("call_")]
+
+
+def _is_known(gm: fx.GraphModule) -> bool:
+    """Whether a graph calls nothing that changes its input, and carries the values of what it calls.
+
+    Sizes that only the data tell (of nonzero) are made anew by each run, and those of the graph do not hold then.
+    """
+    return all(_is_pure(call) and "unbacked_bindings" not in call.meta for call in _calls(gm))
+
+
+def _is_pure(call: fx.Node) -> bool:
+    if isinstance(call.target, torch._ops.HigherOrderOperator):
+        return getattr(call.target, "__name__", "") in _WRAPPERS
+    changes = isinstance(call.target, torch._ops.OpOverload) and call.target._schema.is_mutable
+    return call.op == "call_function" and "val" in call.meta and not changes
+
+
+def _decomposes(target: Any) -> bool:
+    """Whether functional pre-dispatch ATen has other operators in the place of this one, which may give its input."""
+    if not isinstance(target, torch._ops.OpOverload) or target in _DROPOUTS or not target._can_decompose():
+        return False
+    aliases = any(argument.alias_info for argument in target._schema.arguments)
+    return aliases or torch.Tag.maybe_aliasing_or_mutating in target.tags
+
+
+def _stays(target: Any) -> bool:
+    """Whether a node may be taken as it is. A constant is traced, so that its value is known to what is read of it."""
+    known = isinstance(target, torch._ops.OpOverload) and target not in _DROPOUTS
+    return known and not (_decomposes(target) or target._opname.startswith("lift_fresh"))
+
+
+def _traced(
+    function: Callable[..., Any], fakes: Sequence[Any], decompositions: Mapping[Any, Callable[..., Any]] | None = None
+) -> fx.GraphModule:
     with _mode_of(fakes), torch.no_grad(), levels_kept():
-        return make_fx(function, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+        make = make_fx(function, decompositions, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
+        return make(*fakes)
 
 
 def _mode_of(fakes: Sequence[Any]) -> FakeTensorMode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch._higher_order_ops.wrap import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from qfx import graph
 from qfx.errors import UnsupportedError
 from qfx.text import dump
 from qfx.trace import retrace
@@ -200,3 +202,127 @@ def test_autocast_that_is_on_is_refused() -> None:
 def test_what_cannot_be_traced_raises_as_torch_does() -> None:
     with pytest.raises(RuntimeError, match="broadcast"):
         traced(lambda x: x + torch.ones(3), torch.randn(2))
+
+
+class Known(nn.Module):
+    """What torch.export leaves to be decomposed, a region without gradients, and a decomposition of two steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            table = torch.arange(x.shape[1]).to(torch.float32)[None, :, None].expand(x.shape[0], -1, 1)
+        rows = self.fc(x).transpose(0, 1).reshape(-1, 3)
+        half, other = (x * table).chunk(2, dim=-1)
+        return rows, half + other.contiguous(), x.flatten().to(torch.float64), x.type_as(y), F.dropout(x, 0.5, False)
+
+
+def exported(model: nn.Module, *inputs: Tensor, dynamic: bool = False) -> tuple[fx.GraphModule, list[Any]]:
+    """torch.export's graph, and the values of its inputs."""
+    auto = torch.export.Dim.AUTO
+    shapes = tuple(dict.fromkeys(range(v.dim()), auto) for v in inputs) if dynamic else None
+    gm = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False).graph_module
+    return gm, [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def without_values(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph, all of which has to be run."""
+    for part in gm.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            node.meta.pop("val", None)
+    return gm
+
+
+def origin(gm: fx.GraphModule) -> list[Any]:
+    return [[str(n.meta.get(key)) for key in ("stack_trace", "nn_module_stack")] for n in gm.graph.nodes]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_values_that_a_graph_carries_give_what_running_it_gives(dynamic: bool) -> None:
+    inputs = torch.randn(3, 4, 6), torch.zeros(1, dtype=torch.float64)
+    gm, values = exported(Known().eval(), *inputs, dynamic=dynamic)
+    found, mutated = retrace(gm, values)
+    expected, _ = retrace(without_values(gm), values)
+    for traced_gm in (found, expected):
+        graph.clean(traced_gm)
+        graph.rename(traced_gm)
+    assert mutated == [] and dump(found) == dump(expected) and origin(found) == origin(expected)
+    assert not {"to.dtype", "reshape.default", "chunk.default", "flatten.using_ints"} & {*ops(found)}
+    parameters = [torch.randn(tuple(int(s) for s in v.shape)) for v in values[: -len(inputs)]]
+    for a, b in zip(found(*parameters, *inputs), expected(*parameters, *inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_values_that_a_graph_carries_are_not_computed_again(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*[m for _ in range(layers) for m in (nn.Linear(4, 4), nn.GELU(), nn.LayerNorm(4))])
+    gm, values = exported(model, torch.randn(2, 4), dynamic=True)
+    run: list[Any] = []
+    dispatch = FakeTensorMode.dispatch
+
+    def counted(self: FakeTensorMode, func: Any, *args: Any) -> Any:
+        run.append(func)
+        return dispatch(self, func, *args)
+
+    monkeypatch.setattr(FakeTensorMode, "dispatch", counted)
+    known, _ = retrace(gm, values)
+    assert ops(known).count("gelu.default") == layers
+    assert {f for f in run if f.namespace == "aten"} <= {torch.ops.aten.detach.default}
+    retrace(without_values(gm), values)
+    assert run.count(torch.ops.aten.gelu.default) >= layers
+
+
+class InPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y[0].add_(1)
+        return y
+
+
+class Nonzero(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.nonzero().to(torch.float32) * 2
+
+
+@pytest.mark.parametrize(("model", "gone"), [(InPlace(), "add_.Tensor"), (Nonzero(), "to.dtype")])
+def test_graphs_that_have_to_be_run(model: nn.Module, gone: str) -> None:
+    x = torch.tensor([[1.0, 0.0], [2.0, 3.0]])
+    gm, values = exported(model, x)
+    assert gone in ops(gm)
+    found, mutated = retrace(gm, values)
+    assert mutated == [] and gone not in ops(found)
+    assert torch.equal(found(x)[0], model(x))
+
+
+def test_a_part_that_is_called_twice_has_two_values() -> None:
+    part, (value,) = exported(nn.ReLU(), torch.randn(3))
+    nodes = fx.Graph()
+    x = nodes.placeholder("x")
+    body = nodes.get_attr("body")
+    first = nodes.call_function(wrap, (body, x))
+    (one,) = (nodes.call_function(operator.getitem, (first, 0)),)
+    twice = nodes.call_function(torch.ops.aten.neg.default, (one,))
+    again = nodes.call_function(operator.getitem, (nodes.call_function(wrap, (body, twice)), 0))
+    for node in (one, twice, again):
+        node.meta["val"] = value.clone()
+    nodes.output((one, again))
+    gm, _ = retrace(fx.GraphModule({"body": part}, nodes), [value])
+    assert ops(gm) == ["relu.default", "neg.default", "relu.default"]
+    x_ = torch.tensor([-1.0, 0.0, 2.0])
+    assert torch.equal(gm(x_)[0], x_.relu()) and torch.equal(gm(x_)[1], torch.zeros(3))
+
+
+class InTwoSteps(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.transpose(0, 1).reshape_as(y) * 2
+
+
+def test_what_decomposes_in_two_steps_is_decomposed() -> None:
+    x, y = torch.randn(3, 4), torch.randn(2, 6)
+    gm, values = exported(InTwoSteps(), x, y)
+    found, _ = retrace(gm, values)
+    assert not any("reshape" in name for name in ops(found))
+    assert ops(found) == ops(retrace(without_values(gm), values)[0])
+    assert torch.equal(found(x, y)[0], x.T.reshape(2, 6) * 2)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import qfx
 from qfx import Plan, QfxWarning, Recipe, Rule
@@ -172,3 +172,20 @@ def test_inputs_that_nobody_can_divide_are_left() -> None:
     assert "up/smooth" in plan.tensors and "down/smooth" not in plan.tensors
     model = qfx.quantize(Shared().eval(), plan)
     assert error([Shared().eval()(x)], [model(x)]) < 0.05
+
+
+def test_a_graph_is_recompiled_once_for_all_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever edits many sites does not write out the graph's code for each."""
+    counted: list[fx.GraphModule] = []
+    recompile = fx.GraphModule.recompile
+    monkeypatch.setattr(fx.GraphModule, "recompile", lambda gm: counted.append(gm) or recompile(gm))  # type: ignore[func-returns-value]
+    found = []
+    for layers in (1, 4):
+        model = nn.Sequential(*(m for _ in range(layers) for m in (nn.Linear(8, 8), nn.GELU())), nn.Linear(8, 8)).eval()
+        counted.clear()
+        plan = qfx.plan(
+            model, "w8a8-smooth", [torch.randn(4, 8) * torch.arange(1, 9) for _ in range(2)], smooth_alpha=0.5
+        )
+        found.append((len(plan.rewrites), len(counted)))
+    (few, once), (more, often) = found
+    assert more >= few + 3 and once > 0 and often == once
