@@ -23,6 +23,7 @@ from qfx.passes.quantize import quantize, refuse
 from qfx.passes.rewrites import apply_record
 from qfx.plan import Plan
 from qfx.recipe import Recipe
+from qfx.reporting.fold import ranges
 from qfx.rewrites.transform import transform
 from qfx.rounding import rounded
 
@@ -80,18 +81,24 @@ def annotate_from(gm: fx.GraphModule, plan: Plan) -> list[Note]:
 def told(notes: Iterable[Note], *, strict: bool) -> None:
     """Say each note once as a QfxWarning; under strict raise UnsupportedError with those that are not minor.
 
-    Minor notes of several nodes with the same reason are one warning. A warning points to the user's line where known.
+    Notes that differ in their nodes alone are one (see `alike`). A warning points to the user's line where known.
     """
     unique = list(dict.fromkeys(notes))
-    refused = [note for note in unique if not note.minor] if strict else []
+    refused = alike(note for note in unique if not note.minor) if strict else []
     if refused:
         raise UnsupportedError("strict=True and not everything can be had as asked:\n" + "\n".join(map(str, refused)))
-    minor: dict[tuple[str, str], list[Note]] = {}
-    for note in unique:
-        if note.minor:
-            minor.setdefault((note.reason, note.next_step), []).append(note)
-        else:
-            warn(str(note), note.where, stacklevel=3)
-    for alike in minor.values():
-        node = listed([note.node for note in alike], 1)
-        warn(str(replace(alike[0], node=node)), alike[0].where, stacklevel=3)
+    for note in alike(unique):
+        warn(str(note), note.where, stacklevel=3)
+
+
+def alike(notes: Iterable[Note]) -> list[Note]:
+    """Notes that differ in their nodes alone as one, whose node names them all: `model.layers.0-31.mlp.experts.w1 (32
+    nodes)`. Of minor ones the source lines may differ, too."""
+    groups: dict[Note, list[Note]] = {}
+    for note in notes:
+        groups.setdefault(replace(note, node="", where="" if note.minor else note.where), []).append(note)
+    return [replace(group[0], node=_named([note.node for note in group])) for group in groups.values()]
+
+
+def _named(nodes: list[str]) -> str:
+    return nodes[0] if len(nodes) == 1 else f"{listed([name for name, _ in ranges(nodes)])} ({len(nodes)} nodes)"

@@ -207,17 +207,15 @@ def _without_x(place: Place) -> Place:
 
 
 def _weight_only(model: nn.Module, places: list[Place]) -> list[Note]:
-    """One note for each kind of module that runs weight-only, against what was asked."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    """Weights that run weight-only, against what was asked."""
+    step = "nothing, or a weight-only recipe for these names; torch.compile of the float model takes the format"
+    notes = []
     for place in places:
         if place.x is not None and _reads_itself(place):
-            name = type(model.get_submodule(place.owner)).__name__
-            groups.setdefault((name, str(place.x)), []).append(place.fqn)
-    step = "nothing, or a weight-only recipe for these names; torch.compile of the float model takes the format"
-    return [
-        Note(names[0], f"{kind}'s weight is read by a forward of its own: weight-only, not x={x}{_others(names)}", step)
-        for (kind, x), names in groups.items()
-    ]
+            kind = type(model.get_submodule(place.owner)).__name__
+            reason = f"{kind}'s weight is read by a forward of its own: weight-only, not x={place.x}"
+            notes.append(Note(place.fqn, reason, step))
+    return notes
 
 
 def _conflicts(model: nn.Module, places: list[Place]) -> list[Note]:
@@ -235,10 +233,6 @@ def _conflicts(model: nn.Module, places: list[Place]) -> list[Note]:
                 Note(place.fqn, reason, "give both one format (a rule with target 'tied') to store it once", minor=True)
             )
     return notes
-
-
-def _others(names: list[str]) -> str:
-    return f" (the same holds for {listed(names[1:], 2)})" if len(names) > 1 else ""
 
 
 def _missing(model: nn.Module, names: list[str]) -> ValueError:

@@ -36,7 +36,7 @@ LAYERS = (
     ops: cached heads attention
     rounding: parts rounded
     recipe_source graph names vmaps trace sources capture run verify plan recipe presets
-    reporting: rows
+    reporting: rows fold
     live: modules parameters
     calibration: positions
     """,

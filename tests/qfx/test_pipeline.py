@@ -98,7 +98,22 @@ def test_minor_notes_with_one_reason_are_one_warning() -> None:
     with pytest.warns(QfxWarning) as said:
         told([*notes, MAJOR], strict=False)
     texts = [str(warning.message).partition(" (at")[0].partition(";")[0] for warning in said]
-    assert texts == ["fc: its weight is computed", "fc and 1 more: computed in f32", "up: other"]
+    assert texts == ["fc, up (2 nodes): computed in f32", "up: other", "fc: its weight is computed"]
+
+
+def test_notes_that_differ_in_their_nodes_are_one_warning_and_one_line_of_an_error() -> None:
+    notes = [Note(f"h.{i}.{name}", "no op", "leave it", HERE) for i in range(40) for name in ("up", "down")]
+    said = "h.0-39.up, h.0-39.down (80 nodes): no op"
+    elsewhere = Note("h.40.up", "no op", "leave it", HERE.replace("12", "13"))
+    with pytest.warns(QfxWarning) as warned:
+        told([*notes, elsewhere], strict=False)
+    assert [str(w.message).partition(" (at")[0] for w in warned] == [said, "h.40.up: no op"], "each line by itself"
+    with pytest.raises(UnsupportedError) as refused:
+        told([*notes, MAJOR, MINOR], strict=True)
+    assert [line.partition(" (at")[0] for line in str(refused.value).splitlines()[1:]] == [
+        said,
+        str(MAJOR).partition(" (at")[0],
+    ]
 
 
 def test_strict_refuses_what_is_not_as_asked_and_nothing_else() -> None:
