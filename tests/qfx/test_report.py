@@ -207,6 +207,24 @@ def test_a_reason_that_changes_nothing_leaves_a_node_quantized() -> None:
     assert report.totals["weight_coverage"] == 1
 
 
+def test_experts_without_static_inputs_are_one_warning_and_each_says_so_in_its_row() -> None:
+    model, inputs = ZOO["mixtral"]()
+    with pytest.raises(UnsupportedError, match=r"experts\.down_proj \(4 nodes\): x=u8 was asked, but"):
+        qfx.quantize(model, "w8a8-static", [inputs], strict=True)
+    with pytest.warns(QfxWarning) as said:
+        qfx.quantize(model, "w8a8-static", [inputs])
+    experts = [str(w.message) for w in said if "experts" in str(w.message)]
+    assert len(experts) == 1 and "model.layers.0-1.mlp.experts.gate_up_proj, " in experts[0]
+    rows = {row.node: row for row in qfx.report(model)}
+    named = [f"model.layers.{i}.mlp.experts.{name}_proj" for i in range(2) for name in ("gate_up", "down")]
+    assert {rows[name].reason for name in named} == {
+        "weight-only, not x=u8: its weight is read by a forward of its own"
+    }
+    assert all(rows[name].quantized for name in named) and not rows["model.embed_tokens"].reason
+    weights = qfx.quantize(ZOO["mixtral"]()[0], "w4a16")
+    assert not any(row.reason for row in qfx.report(weights)), "no format of inputs was asked"
+
+
 def test_a_quantized_node_that_runs_in_torch_counts_as_quantized_and_says_so() -> None:
     model, x = nn.Sequential(nn.Linear(16, 16)).eval(), torch.randn(3, 16)
     fast = torch.compile(model, backend="qfx", options={"recipe": "fp8"})
