@@ -191,20 +191,26 @@ def slice_scatter(
 ) -> Value:
     """x with the slice start:end:step replaced."""
     axis = axis_of(dim, x.rank)
-    first: Dim = 0 if start is None else start
-    if isinstance(first, int) and first < 0:
-        first = first + x.dims[axis]
+    first = _from_the_front(b, 0 if start is None else start, x.dims[axis])
     if step != 1:
         count = b.scalar(source.dims[axis], torch.int64)
         steps = b.op("Range", b.scalar(0, torch.int64), count, b.scalar(1, torch.int64))
-        places = b.op("Add", b.op("Mul", steps, b.scalar(step, torch.int64)), b.scalar(first, torch.int64))
+        places = b.op("Add", b.op("Mul", steps, b.scalar(step, torch.int64)), first)
         return index_copy(b, x, axis, Value(places.name, torch.int64, (source.dims[axis],)), source)
     if source.dims[axis] == x.dims[axis]:
         return b.cast(source, x.dtype)
     where = b.ints([axis])
-    before = b.op("Slice", x, b.ints([0]), b.dim(first), where)
-    after = b.op("Slice", x, b.dim(first + source.dims[axis]), b.ints([_END]), where)
+    before = b.op("Slice", x, b.ints([0]), first, where)
+    after = b.op("Slice", x, b.op("Add", first, b.dim(source.dims[axis])), b.ints([_END]), where)
     return b.op("Concat", before, b.cast(source, x.dtype), after, axis=axis)
+
+
+def _from_the_front(b: Builder, at: Dim, size: Dim) -> Value:
+    """A place as int64 [1], not negative: of a size that is not known yet only the run tells the sign."""
+    if isinstance(at, int):
+        return b.dim(at + size if at < 0 else at)
+    place = b.dim(at)
+    return b.op("Where", b.op("Less", place, b.ints([0]), dtype=torch.bool), b.op("Add", place, b.dim(size)), place)
 
 
 def select_scatter(b: Builder, x: Value, source: Value, dim: int, at: Any) -> Value:

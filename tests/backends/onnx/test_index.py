@@ -82,6 +82,16 @@ CASES: list[Case] = [
         lambda x, m: (x.slice_scatter(x[:, :2] + 1, 1, 1, 3), x.slice_scatter(x[:, ::2], 1, 0, 6, 2)),
         masked,
     ),
+    (
+        "slice_scatter from the end",
+        lambda x, m: (
+            x.slice_scatter(x[:2] * 2, 0, -2),
+            x.slice_scatter(x[1:] * 2, 0, 1 - x.shape[0]),
+            x.slice_scatter(x[1:2] * 2, 0, 1 - x.shape[0], 2),
+            x.slice_scatter(x[::2] * 2, 0, -x.shape[0], step=2),
+        ),
+        masked,
+    ),
     ("slice_scatter whole", lambda x, m: x.slice_scatter(x * 2, 0), masked),
     ("select_scatter", lambda x, m: (x.select_scatter(x[:, 0] * 2, 1, 2), x.select_scatter(x[0], 0, -1)), masked),
     ("copy", lambda x, m: torch.ops.aten.copy(x, m[:1]), masked),
