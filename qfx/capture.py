@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from qfx import graph
-from qfx.errors import UnsupportedError, explain, first_line
+from qfx.errors import UnsupportedError, explain, first_line, raised_at
+from qfx.finite import TakenFinite
 from qfx.long_sizes import LongSize, ShortSizes
 from qfx.sources import input_name, module_path, source_of, statics
 from qfx.trace import retrace
@@ -37,7 +38,7 @@ class Captured:
     mutations: output index -> flat index of the argument to copy it into. These outputs come first.
     spec: how (args, kwargs) flatten, for torch.export's door.
     outputs: the outputs' names, for torch.export's door: fields, keys and positions joined by dots.
-    first_axis: only the first axis of the inputs varies, since sizes of the others become too long to trace.
+    first_axis: why only the first axis of each input varies; "" where all may.
     """
 
     gm: fx.GraphModule
@@ -48,7 +49,7 @@ class Captured:
     mutations: dict[int, int] = field(default_factory=dict)
     spec: pytree.TreeSpec | None = None
     outputs: tuple[str, ...] = ()
-    first_axis: bool = False
+    first_axis: str = ""
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The graph's inputs, in placeholder order, from a call `model(*args, **kwargs)` (torch.export's door)."""
@@ -108,25 +109,11 @@ def capture_export(
     """Export `model` on example inputs and bring it to normal form.
 
     Every dimension of every tensor input may vary where the model allows it (`dynamic=True`), or the first of each
-    where the others' sizes become too long (`Captured.first_axis`). Raises UnsupportedError
+    where torch does not trace the others (`Captured.first_axis`). Raises UnsupportedError
     with torch.export's reason where the model cannot be exported as one graph.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
-    first_axis = False
-    try:
-        try:
-            ep = _exported(model, args, kwargs, axes=None if dynamic else 0)
-        except LongSize:
-            first_axis = True
-            ep = _exported(model, args, kwargs, axes=1)
-    except Exception as error:
-        half = any(p.dtype == torch.float16 for p in model.parameters())
-        raise UnsupportedError(
-            f"expected a model that torch.export captures as one graph, found {type(error).__name__}: "
-            f"{first_line(error)}; next step: pass data that the forward accepts, or "
-            "compile it with torch.compile(model, backend='qfx'), which may break the graph"
-            + (", or take model.float(): some models look for overflow in float16" if half else "")
-        ) from error
+    ep, first_axis = _most_varying(model, args, kwargs) if dynamic else (_traced(model, args, kwargs, axes=0), "")
     placeholders = [n for n in ep.graph.nodes if n.op == "placeholder"]
     signature = ep.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -153,6 +140,34 @@ def capture_export(
     )
 
 
+def _most_varying(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
+    """torch.export's program in which all axes vary, or the first of each, and why only these."""
+    try:
+        return _traced(model, args, kwargs, axes=None), ""
+    except LongSize:
+        return _traced(model, args, kwargs, axes=1), "sizes of the others become too long to trace"
+    except UnsupportedError as error:
+        with suppress(UnsupportedError):
+            why = f"torch.export does not trace the others ({first_line(error.__cause__ or error)})"
+            return _traced(model, args, kwargs, axes=1), why
+        raise
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, axes: int | None) -> Any:
+    """`_exported`, or UnsupportedError that says where the model cannot be traced."""
+    try:
+        return _exported(model, args, kwargs, axes=axes)
+    except LongSize:
+        raise
+    except Exception as error:
+        place = raised_at(error)
+        raise UnsupportedError(
+            f"expected a model that torch.export captures as one graph, found {type(error).__name__}: "
+            f"{first_line(error)}{f' (at {place})' if place else ''}; next step: pass data that the forward accepts, "
+            "or compile it with torch.compile(model, backend='qfx'), which may break the graph"
+        ) from error
+
+
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, axes: int | None) -> Any:
     """torch.export's program, in which the first `axes` axes of every tensor input may vary (None: all).
 
@@ -165,7 +180,7 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *
         (args, kwargs),
     )
     watched = ShortSizes() if axes is None and any(v.dim() >= 4 for v in flat) else nullcontext()
-    with _naming(model, kwargs), watched:
+    with _naming(model, kwargs), watched, TakenFinite():
         return torch.export.export(
             model, args, kwargs, dynamic_shapes=None if axes == 0 else _by_parameter(model, shapes), strict=False
         )

@@ -81,7 +81,7 @@ def of_any_length(captured: Captured, model: nn.Module) -> Captured:
     if captured.first_axis:
         raise UnsupportedError(
             explain(
-                f"sizes within {type(model).__name__} become too long to trace for any number of tokens",
+                f"{type(model).__name__} cannot be traced for any number of tokens: {captured.first_axis}",
                 expected="a decoder that reads any number of tokens",
                 next_step="export it without a cache: give a path that ends in .onnx",
             )

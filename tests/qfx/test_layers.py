@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = "compile"
 LAYERS = (
     """
-    errors format long_sizes processor strict
+    errors format finite long_sizes processor strict
     rounding: nested method_options
     storage: spill files folders hollow
     ops: library

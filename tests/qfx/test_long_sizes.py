@@ -15,6 +15,8 @@ import qfx
 from qfx.capture import capture_export
 from qfx.decoding import decoder
 from qfx.decoding import encoder_decoder as pair
+from qfx.errors import UnsupportedError
+from qfx.live.modules import QuantLinear
 from qfx.long_sizes import LONGEST, LongSize, ShortSizes
 from qfx.other_sizes import other_sizes
 from tests.graphs import error
@@ -41,8 +43,8 @@ class Windows(nn.Module):
 X = torch.randn(2, 3, 40, 4)
 
 
-def sizes(model: nn.Module, x: Tensor, **how: Any) -> tuple[list[bool], bool]:
-    """Which axes of the input vary; whether the first was left alone."""
+def sizes(model: nn.Module, x: Tensor, **how: Any) -> tuple[list[bool], str]:
+    """Which axes of the input vary; why the first alone."""
     captured = capture_export(model, (x,), **how)
     (node,) = (n for n in captured.gm.graph.nodes if n.op == "placeholder")
     return [isinstance(s, torch.SymInt) for s in node.meta["val"].shape], captured.first_axis
@@ -54,8 +56,40 @@ def test_short_sizes_vary() -> None:
 
 
 def test_where_they_become_long_the_first_axis_varies() -> None:
-    assert sizes(Windows(9), X) == ([True, False, False, False], True)
-    assert sizes(Windows(9), X, dynamic=False) == ([False] * 4, False)
+    assert sizes(Windows(9), X) == ([True, False, False, False], "sizes of the others become too long to trace")
+    assert sizes(Windows(9), X, dynamic=False) == ([False] * 4, "")
+
+
+class Square(nn.Module):
+    """Reads rows as a square image, whose side it takes from their number, which torch does not trace (InternVL)."""
+
+    def __init__(self, why: str = "no number", also: bool = False) -> None:
+        super().__init__()
+        self.fc, self.why, self.also = nn.Linear(4, 4), why, also
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """rows [B, side * side, 4] -> [B, side, side, 4]"""
+        if self.also or isinstance(rows.shape[1], torch.SymInt):
+            raise TypeError(self.why)
+        side = int(rows.shape[1] ** 0.5)
+        return torch.as_tensor(self.fc(rows).reshape(-1, side, side, 4))
+
+
+def test_where_torch_does_not_trace_the_others_the_first_axis_varies(tmp_path: Path) -> None:
+    model, rows = Square().eval(), torch.randn(2, 9, 4)
+    why = "torch.export does not trace the others (no number)"
+    assert sizes(model, rows) == ([True, False, False], why)
+    with pytest.warns(qfx.QfxWarning, match=r"only the first axis of each input varies in the file: torch\.export"):
+        qfx.export_onnx(model, (rows,), tmp_path / "m.onnx")
+    found = qfx.quantize(model, "w8a8-static", [rows, rows[:1]])
+    assert found(rows).shape == (2, 3, 3, 4) and isinstance(found.fc, QuantLinear) and found.fc.x_format == "u8"
+    with pytest.raises(ValueError, match=r"does not fit the traced graph[\s\S]*pad the batches to one shape"):
+        qfx.quantize(Square().eval(), "w8a8-static", [rows, torch.randn(2, 16, 4)])
+
+
+def test_where_none_is_traced_the_error_is_that_of_all_and_names_the_line() -> None:
+    with pytest.raises(UnsupportedError, match=r"TypeError: never \(at .*test_long_sizes.py:\d+, in forward: raise Ty"):
+        capture_export(Square("never", also=True), (torch.randn(2, 9, 4),))
 
 
 def test_the_mode_raises_at_the_limit_and_leaves_the_result_alone() -> None:
