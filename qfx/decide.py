@@ -152,7 +152,10 @@ def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, 
         elif unfit := _unfit(model, kwargs):
             return None, f"the example that qfx makes of its inputs does not fit it: {unfit}", GIVE_DATA
         reason = str(error).removeprefix("expected a model that torch.export captures as one graph, found ")
-        step = "torch.compile(model, backend='qfx') takes models in several graphs"
+        step = (
+            "torch.compile(model, backend='qfx') takes models in several graphs, and qfx.quantize takes a part "
+            "(model.language_model) with data of its own"
+        )
         return None, f"torch.export: {reason.partition('; next step')[0]}", step
 
 

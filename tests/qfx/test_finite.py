@@ -12,6 +12,7 @@ import qfx
 from qfx.capture import capture_export
 from qfx.errors import UnsupportedError
 from qfx.finite import TakenFinite
+from qfx.measuring.measure import sqnr_db
 from tests.graphs import Function, error
 from tests.quantized import call, quantized, sqnr
 
@@ -34,7 +35,7 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def model(branch: Callable[[Tensor], Tensor]) -> nn.Module:
     torch.manual_seed(0)
-    return Function(lambda own, x: branch(own.fc(x)), fc=nn.Linear(4, 4)).eval()
+    return Function(lambda own, x: branch(own.part(x)), part=nn.Sequential(nn.Linear(4, 4))).eval()
 
 
 @pytest.mark.parametrize("name", CLAMPED)
@@ -51,6 +52,15 @@ def test_the_branch_of_finite_values_is_traced(name: str) -> None:
 def test_other_questions_are_refused(name: str) -> None:
     with pytest.raises(UnsupportedError, match=r"data-dependent .*test_finite.py:\d+, in <lambda>"):
         capture_export(model(OTHERS[name]), (X,))
+
+
+def test_what_is_refused_is_calibrated_in_parts() -> None:
+    net = model(OTHERS["some are positive"])
+    with pytest.raises(UnsupportedError, match=r"test_finite.py:\d+[\s\S]*qfx.quantize takes a part"):
+        qfx.quantize(net, "w8a8-static", [X])
+    wanted = net(X).detach()
+    qfx.quantize(net.get_submodule("part"), "w8a8-static", [X])
+    assert 30 < sqnr_db(wanted, net(X)) < 80
 
 
 def test_bart_in_float16_is_calibrated() -> None:
