@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ class Captured:
     mutations: output index -> flat index of the argument to copy it into. These outputs come first.
     spec: how (args, kwargs) flatten, for torch.export's door.
     outputs: the outputs' names, for torch.export's door: fields, keys and positions joined by dots.
-    first_axis: why only the first axis of each input varies; "" where all may.
+    fixed: which axes of the inputs do not vary, and why; "" where all may.
     """
 
     gm: fx.GraphModule
@@ -49,7 +49,7 @@ class Captured:
     mutations: dict[int, int] = field(default_factory=dict)
     spec: pytree.TreeSpec | None = None
     outputs: tuple[str, ...] = ()
-    first_axis: str = ""
+    fixed: str = ""
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The graph's inputs, in placeholder order, from a call `model(*args, **kwargs)` (torch.export's door)."""
@@ -108,12 +108,12 @@ def capture_export(
 ) -> Captured:
     """Export `model` on example inputs and bring it to normal form.
 
-    Every dimension of every tensor input may vary where the model allows it (`dynamic=True`), or the first of each
-    where torch does not trace the others (`Captured.first_axis`). Raises UnsupportedError
-    with torch.export's reason where the model cannot be exported as one graph.
+    Every dimension of every tensor input may vary where the model allows it (`dynamic=True`), or the first of each, or
+    none, where torch does not trace the others (`Captured.fixed`). Raises UnsupportedError with torch.export's reason
+    where the model cannot be exported as one graph.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
-    ep, first_axis = _most_varying(model, args, kwargs) if dynamic else (_traced(model, args, kwargs, axes=0), "")
+    ep, fixed = _most_varying(model, args, kwargs) if dynamic else (_traced(model, args, kwargs, axes=0), "")
     placeholders = [n for n in ep.graph.nodes if n.op == "placeholder"]
     signature = ep.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -136,21 +136,26 @@ def capture_export(
         mutations={o: i - first for o, i in captured.mutations.items()},
         spec=ep.call_spec.in_spec,
         outputs=_output_names(ep.call_spec.out_spec),
-        first_axis=first_axis,
+        fixed=fixed,
     )
 
 
 def _most_varying(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
-    """torch.export's program in which all axes vary, or the first of each, and why only these."""
-    try:
-        return _traced(model, args, kwargs, axes=None), ""
-    except LongSize:
-        return _traced(model, args, kwargs, axes=1), "sizes of the others become too long to trace"
-    except UnsupportedError as error:
-        with suppress(UnsupportedError):
+    """torch.export's program in which all axes vary, or else the first of each, or none; and why not all.
+
+    Raises UnsupportedError as it came first.
+    """
+    refused, why = None, ""
+    for axes, what in ((None, ""), (1, "only the first axis of each input varies"), (0, "no axis of an input varies")):
+        try:
+            return _traced(model, args, kwargs, axes=axes), what and f"{what}: {why}"
+        except LongSize:
+            why = "sizes of the others become too long to trace"
+        except UnsupportedError as error:
+            refused = refused or error
             why = f"torch.export does not trace the others ({first_line(error.__cause__ or error)})"
-            return _traced(model, args, kwargs, axes=1), why
-        raise
+    assert refused is not None
+    raise refused
 
 
 def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, axes: int | None) -> Any:
@@ -174,16 +179,18 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *
     Raises LongSize where all axes of images or videos vary, and torch would work on their sizes for hours.
     """
     flat = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
-    auto = torch.export.Dim.AUTO
+    kinds = torch.export.Dim.AUTO, torch.export.Dim.STATIC  # said of each: an earlier trace left marks on the tensors
     shapes = pytree.tree_map(
-        lambda v: dict.fromkeys(range(v.dim())[:axes], auto) if isinstance(v, torch.Tensor) and v.dim() else None,
+        lambda v: (
+            {d: kinds[axes is not None and d >= axes] for d in range(v.dim())}
+            if isinstance(v, torch.Tensor) and v.dim()
+            else None
+        ),
         (args, kwargs),
     )
     watched = ShortSizes() if axes is None and any(v.dim() >= 4 for v in flat) else nullcontext()
     with _naming(model, kwargs), watched, TakenFinite():
-        return torch.export.export(
-            model, args, kwargs, dynamic_shapes=None if axes == 0 else _by_parameter(model, shapes), strict=False
-        )
+        return torch.export.export(model, args, kwargs, dynamic_shapes=_by_parameter(model, shapes), strict=False)
 
 
 def _output_names(spec: pytree.TreeSpec | None) -> tuple[str, ...]:

@@ -119,7 +119,8 @@ def test_a_weight_that_is_read_both_ways_round(
         plan = qfx.plan(model, recipe, [x], **fields)
     assert plan.layouts["up"] == "linear" and "up.transposed" not in plan.annotations
     live = qfx.quantize(Turned(narrow, 64).eval(), plan)
-    fast = torch.compile(model, backend="qfx", options={"plan": plan, "backend": "reference"})
+    options: dict[str, Any] = {"plan": plan, "backend": "reference"}
+    fast = torch.compile(model, backend="qfx", options=options)
     with torch.no_grad(), pytest.warns(QfxWarning, match="the other way round"):
         found = fast(x)
     assert sqnr_db(wanted, found) > least and sqnr_db(wanted, live(x)) > least
