@@ -69,14 +69,13 @@ def is_transpose(node: Any) -> bool:
 def _product(gm: fx.GraphModule, like: fx.Node, x: fx.Node, w: fx.Node, bias: fx.Node | None = None) -> fx.Node:
     """x [.., K] @ w [K, N] + bias as a linear; a reshape that only flattened x's leading dimensions moves behind it."""
     weight = transposed(gm, w, like)
-    source = m.skip(x, *m.RESHAPES)
-    if source is x or m.rank(source) < 2 or not m.same_size(m.shape(source)[-1], m.shape(x)[-1]):
+    source = m.skip(x, *m.RESHAPES) if m.rank(x) == 2 else x
+    if m.rank(source) < 2 or not m.same_size(m.shape(source)[-1], m.shape(x)[-1]):
         source = x
     args = (source, weight) if bias is None else (source, weight, bias)
     new = call(gm, aten.linear.default, *args, like=like)
     if source is x:
         return new
-    assert m.rank(x) == 2
     return call(gm, aten.reshape.default, new, [-1, m.shape(new)[-1]], like=like)
 
 

@@ -19,7 +19,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from qfx import graph
-from qfx.errors import UnsupportedError, explain, first_line
+from qfx.errors import UnsupportedError, explain, first_line, raised_at
+from qfx.finite import TakenFinite
 from qfx.long_sizes import LongSize, ShortSizes
 from qfx.sources import input_name, module_path, source_of, statics
 from qfx.trace import retrace
@@ -37,7 +38,7 @@ class Captured:
     mutations: output index -> flat index of the argument to copy it into. These outputs come first.
     spec: how (args, kwargs) flatten, for torch.export's door.
     outputs: the outputs' names, for torch.export's door: fields, keys and positions joined by dots.
-    first_axis: only the first axis of the inputs varies, since sizes of the others become too long to trace.
+    fixed: which axes of the inputs do not vary, and why; "" where all may.
     """
 
     gm: fx.GraphModule
@@ -48,7 +49,7 @@ class Captured:
     mutations: dict[int, int] = field(default_factory=dict)
     spec: pytree.TreeSpec | None = None
     outputs: tuple[str, ...] = ()
-    first_axis: bool = False
+    fixed: str = ""
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The graph's inputs, in placeholder order, from a call `model(*args, **kwargs)` (torch.export's door)."""
@@ -107,26 +108,12 @@ def capture_export(
 ) -> Captured:
     """Export `model` on example inputs and bring it to normal form.
 
-    Every dimension of every tensor input may vary where the model allows it (`dynamic=True`), or the first of each
-    where the others' sizes become too long (`Captured.first_axis`). Raises UnsupportedError
-    with torch.export's reason where the model cannot be exported as one graph.
+    Every dimension of every tensor input may vary where the model allows it (`dynamic=True`), or the first of each, or
+    none, where torch does not trace the others (`Captured.fixed`). Raises UnsupportedError with torch.export's reason
+    where the model cannot be exported as one graph.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
-    first_axis = False
-    try:
-        try:
-            ep = _exported(model, args, kwargs, axes=None if dynamic else 0)
-        except LongSize:
-            first_axis = True
-            ep = _exported(model, args, kwargs, axes=1)
-    except Exception as error:
-        half = any(p.dtype == torch.float16 for p in model.parameters())
-        raise UnsupportedError(
-            f"expected a model that torch.export captures as one graph, found {type(error).__name__}: "
-            f"{first_line(error)}; next step: pass data that the forward accepts, or "
-            "compile it with torch.compile(model, backend='qfx'), which may break the graph"
-            + (", or take model.float(): some models look for overflow in float16" if half else "")
-        ) from error
+    ep, fixed = _most_varying(model, args, kwargs) if dynamic else (_traced(model, args, kwargs, axes=0), "")
     placeholders = [n for n in ep.graph.nodes if n.op == "placeholder"]
     signature = ep.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -149,8 +136,41 @@ def capture_export(
         mutations={o: i - first for o, i in captured.mutations.items()},
         spec=ep.call_spec.in_spec,
         outputs=_output_names(ep.call_spec.out_spec),
-        first_axis=first_axis,
+        fixed=fixed,
     )
+
+
+def _most_varying(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
+    """torch.export's program in which all axes vary, or else the first of each, or none; and why not all.
+
+    Raises UnsupportedError as it came first.
+    """
+    refused, why = None, ""
+    for axes, what in ((None, ""), (1, "only the first axis of each input varies"), (0, "no axis of an input varies")):
+        try:
+            return _traced(model, args, kwargs, axes=axes), what and f"{what}: {why}"
+        except LongSize:
+            why = "sizes of the others become too long to trace"
+        except UnsupportedError as error:
+            refused = refused or error
+            why = f"torch.export does not trace the others ({first_line(error.__cause__ or error)})"
+    assert refused is not None
+    raise refused
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, axes: int | None) -> Any:
+    """`_exported`, or UnsupportedError that says where the model cannot be traced."""
+    try:
+        return _exported(model, args, kwargs, axes=axes)
+    except LongSize:
+        raise
+    except Exception as error:
+        place = raised_at(error)
+        raise UnsupportedError(
+            f"expected a model that torch.export captures as one graph, found {type(error).__name__}: "
+            f"{first_line(error)}{f' (at {place})' if place else ''}; next step: pass data that the forward accepts, "
+            "or compile it with torch.compile(model, backend='qfx'), which may break the graph"
+        ) from error
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, axes: int | None) -> Any:
@@ -159,16 +179,18 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *
     Raises LongSize where all axes of images or videos vary, and torch would work on their sizes for hours.
     """
     flat = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
-    auto = torch.export.Dim.AUTO
+    kinds = torch.export.Dim.AUTO, torch.export.Dim.STATIC  # said of each: an earlier trace left marks on the tensors
     shapes = pytree.tree_map(
-        lambda v: dict.fromkeys(range(v.dim())[:axes], auto) if isinstance(v, torch.Tensor) and v.dim() else None,
+        lambda v: (
+            {d: kinds[axes is not None and d >= axes] for d in range(v.dim())}
+            if isinstance(v, torch.Tensor) and v.dim()
+            else None
+        ),
         (args, kwargs),
     )
     watched = ShortSizes() if axes is None and any(v.dim() >= 4 for v in flat) else nullcontext()
-    with _naming(model, kwargs), watched:
-        return torch.export.export(
-            model, args, kwargs, dynamic_shapes=None if axes == 0 else _by_parameter(model, shapes), strict=False
-        )
+    with _naming(model, kwargs), watched, TakenFinite():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=_by_parameter(model, shapes), strict=False)
 
 
 def _output_names(spec: pytree.TreeSpec | None) -> tuple[str, ...]:

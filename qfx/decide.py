@@ -22,7 +22,8 @@ from qfx.data import Call, roomiest, telling
 from qfx.errors import Note, UnsupportedError, explain, first_line
 from qfx.inputs import GIVE_DATA, example_inputs, without_cache
 from qfx.kv.planning import plan_caches
-from qfx.live.places import READ, held, is_own_linear, layout_of
+from qfx.layouts import READ, layout_of
+from qfx.live.places import held, is_own_linear
 from qfx.live.walk import walk
 from qfx.measuring.measure import decibel
 from qfx.ops import heads as attention_heads
@@ -30,7 +31,7 @@ from qfx.passes.annotate import annotate, kind_of, plain_tables
 from qfx.passes.calibrate import observed
 from qfx.passes.quantize import quantize, refuse
 from qfx.passes.quantize_attention import is_attention, way_of
-from qfx.pipeline import prepare
+from qfx.pipeline import prepare, turned_round
 from qfx.plan import Plan
 from qfx.presets import presets
 from qfx.recipe import DATA_ROUNDINGS, Recipe, is_static
@@ -151,7 +152,10 @@ def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, 
         elif unfit := _unfit(model, kwargs):
             return None, f"the example that qfx makes of its inputs does not fit it: {unfit}", GIVE_DATA
         reason = str(error).removeprefix("expected a model that torch.export captures as one graph, found ")
-        step = "torch.compile(model, backend='qfx') takes models in several graphs"
+        step = (
+            "torch.compile(model, backend='qfx') takes models in several graphs, and qfx.quantize takes a part "
+            "(model.language_model) with data of its own"
+        )
         return None, f"torch.export: {reason.partition('; next step')[0]}", step
 
 
@@ -197,7 +201,7 @@ def _walked(made: Plan) -> list[tuple[str, str]]:
 
 def _record(model: nn.Module, gm: fx.GraphModule, made: Plan) -> list[Note]:
     """Copy the annotations of the graph into the plan, with how each module holds its weight."""
-    notes, twins = [], dict[str, str]()
+    notes, twins = turned_round(gm, made.layouts), dict[str, str]()
     for node in gm.graph.nodes:
         formats = annotation.get(node) if node.op == "call_function" else {}
         if not formats:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import difflib
 import re
+import traceback
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -87,6 +89,13 @@ def listed(names: Sequence[str], most: int = 3) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; its kind where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def raised_at(error: BaseException) -> str:
+    """`file:line, in function: code` of the innermost frame of a model's code, not torch's or qfx's; "" without one."""
+    skipped = re.compile(rf"^(?:{re.escape(str(Path(__file__).parent))}|<)|[\\/]torch[\\/]")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not skipped.search(f.filename)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line}" if frames else ""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

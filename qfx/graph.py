@@ -233,6 +233,7 @@ def parameter_behind(operand: Any) -> fx.Node | None:
 
 
 CALLED = "qfx_called"  # in the meta of a node that took the place of another: what that one's operator is called
+NAMED = "qfx_named"  # in the meta of a node that must not be called as its weight is
 _CALLED = {"quantized_attention": "scaled_dot_product_attention"}  # where live modules call it
 
 
@@ -242,6 +243,8 @@ def fqn_of(node: fx.Node) -> str:
     A packed weight is called as before it was packed.
     A tied weight is called by the module that uses it: the `lm_head` that reads the embedding's table is `lm_head`.
     """
+    if NAMED in node.meta:
+        return str(node.meta[NAMED])
     module = str(node.meta.get("qfx_module", ""))
     weight = weight_of(node)
     if weight is None:

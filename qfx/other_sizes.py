@@ -29,14 +29,14 @@ def other_sizes(
     captured: Captured, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
 ) -> list[Note]:
     """A note for each size of an input that varies, and at which the captured graph fails or gives other results, and
-    one where sizes do not vary since they become too long.
+    one where only the first axes vary, or none.
 
     captured: as `capture_export(module, args, kwargs)` gave it. The module is called for sizes of which a condition
     says that they might differ, at most three for each that varies; for most models these are none.
     """
     notes = []
-    if captured.first_axis:
-        what = "only the first axis of each input varies in the file: sizes of the others become too long to trace"
+    if captured.fixed:
+        what = f"in the file {captured.fixed}"
         notes.append(Note(name, what, "give an example (args=) of the size that is needed", minor=True))
     for symbol, where in _varying(captured).items():
         suspect = _suspects(captured, symbol)

@@ -6,14 +6,15 @@ normalize -> annotate -> calibrate -> transform -> calibrate again -> round and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor, fx
 
 from qfx import annotation, graph, run
-from qfx.errors import Note, UnsupportedError, listed, warn
+from qfx.errors import Note, UnsupportedError, listed, source_line, warn
 from qfx.format import Format
+from qfx.layouts import READ, is_transposed, layout_of
 from qfx.packing import Packed
 from qfx.passes.annotate import annotate
 from qfx.passes.convolution import convolution
@@ -23,6 +24,7 @@ from qfx.passes.quantize import quantize, refuse
 from qfx.passes.rewrites import apply_record
 from qfx.plan import Plan
 from qfx.recipe import Recipe
+from qfx.reporting.fold import ranges
 from qfx.rewrites.transform import transform
 from qfx.rounding import rounded
 
@@ -47,8 +49,7 @@ def apply_plan(gm: fx.GraphModule, plan: Plan | None, recipe: Recipe, *, keep: K
             notes += transform(gm, Plan(recipe), [])
         tensors, rounding = {}, recipe.rounding
     else:
-        annotate_from(gm, plan)
-        notes = refuse(gm)
+        notes = annotate_from(gm, plan) + refuse(gm)
         for record in plan.rewrites:
             apply_record(gm, record, plan.tensors)
         tensors, rounding = plan.tensors, plan.recipe.rounding
@@ -64,31 +65,60 @@ def apply_plan(gm: fx.GraphModule, plan: Plan | None, recipe: Recipe, *, keep: K
     return notes
 
 
-def annotate_from(gm: fx.GraphModule, plan: Plan) -> None:
-    """Write a plan's formats on the nodes they name. A name of the plan that no node of the graph has is no fault here:
-    the graph may be a part of the model."""
+def annotate_from(gm: fx.GraphModule, plan: Plan) -> list[Note]:
+    """Write a plan's formats on the nodes they name, and say which cannot take them. A name of the plan that no node of
+    the graph has is no fault here: the graph may be a part of the model."""
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
         for role, fmt in plan.formats(graph.fqn_of(node)).items():
             annotation.set(node, role, fmt)
+    return turned_round(gm, plan.layouts)
+
+
+def turned_round(gm: fx.GraphModule, layouts: Mapping[str, str]) -> list[Note]:
+    """Nodes that read a weight [N, K] as [K, N] where it is stored for others lose their formats and its name: scales,
+    rounded values and statistics go by that, and are those of the others. A note for each.
+
+    layouts: FQN -> how it is stored; of others the module's own reading decides, else the first.
+    """
+    found = [(node, layout_of(node)) for node in gm.graph.nodes if "w" in annotation.get(node)]
+    ways: dict[str, str] = {}
+    for node, layout in found:
+        if ways.get(graph.fqn_of(node), READ).endswith(READ):
+            ways[graph.fqn_of(node)] = layout
+    notes = []
+    for node, layout in found:
+        fqn = graph.fqn_of(node)
+        if is_transposed(layout) != is_transposed(layouts.get(fqn, ways[fqn])):
+            annotation.clear(node)
+            node.meta[graph.NAMED] = f"{fqn}.transposed"
+            reason = f"it reads the weight of {fqn!r} the other way round, in float"
+            notes.append(Note(graph.fqn_of(node), reason, "nothing, or two weights", source_line(node) or ""))
+    return notes
 
 
 def told(notes: Iterable[Note], *, strict: bool) -> None:
     """Say each note once as a QfxWarning; under strict raise UnsupportedError with those that are not minor.
 
-    Minor notes of several nodes with the same reason are one warning. A warning points to the user's line where known.
+    Notes that differ in their nodes alone are one (see `alike`). A warning points to the user's line where known.
     """
     unique = list(dict.fromkeys(notes))
-    refused = [note for note in unique if not note.minor] if strict else []
+    refused = alike(note for note in unique if not note.minor) if strict else []
     if refused:
         raise UnsupportedError("strict=True and not everything can be had as asked:\n" + "\n".join(map(str, refused)))
-    minor: dict[tuple[str, str], list[Note]] = {}
-    for note in unique:
-        if note.minor:
-            minor.setdefault((note.reason, note.next_step), []).append(note)
-        else:
-            warn(str(note), note.where, stacklevel=3)
-    for alike in minor.values():
-        node = listed([note.node for note in alike], 1)
-        warn(str(replace(alike[0], node=node)), alike[0].where, stacklevel=3)
+    for note in alike(unique):
+        warn(str(note), note.where, stacklevel=3)
+
+
+def alike(notes: Iterable[Note]) -> list[Note]:
+    """Notes that differ in their nodes alone as one, whose node names them all: `model.layers.0-31.mlp.experts.w1 (32
+    nodes)`. Of minor ones the source lines may differ, too."""
+    groups: dict[Note, list[Note]] = {}
+    for note in notes:
+        groups.setdefault(replace(note, node="", where="" if note.minor else note.where), []).append(note)
+    return [replace(group[0], node=_named([note.node for note in group])) for group in groups.values()]
+
+
+def _named(nodes: list[str]) -> str:
+    return nodes[0] if len(nodes) == 1 else f"{listed([name for name, _ in ranges(nodes)])} ({len(nodes)} nodes)"

@@ -25,9 +25,10 @@ from qfx.hf.attach import mark_training
 from qfx.kv.live import with_caches
 from qfx.kv.planning import check_model
 from qfx.kv.plans import Cached
+from qfx.layouts import READ
 from qfx.live.attending import Spec
 from qfx.live.modules import PREPARED, prepared_parts, without_fast_paths
-from qfx.live.places import READ, Place
+from qfx.live.places import Place
 from qfx.live.segments import along, in_order, segments
 from qfx.live.writeback import cut, oriented, pointer_of, rewrite, twins_of
 from qfx.numerics import QParams, dequantize, effective_scale, split, spread

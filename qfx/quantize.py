@@ -27,7 +27,7 @@ from qfx.live.modules import prepared_parts, quantized_parts
 from qfx.live.places import Place, find
 from qfx.live.writeback import check_rounded, write_back
 from qfx.passes.rewrites import check_record
-from qfx.pipeline import told
+from qfx.pipeline import alike, told
 from qfx.plan import Plan
 from qfx.recipe import DATA_ROUNDINGS, Recipe
 from qfx.storage import streamed
@@ -145,7 +145,7 @@ def planned(model: nn.Module, recipe: Recipe) -> tuple[Plan, list[Note]]:
     with evaluating(model):
         made, notes, _ = decide(model, recipe, [], progress=False)
     if not (made.annotations or made.caches):
-        raise _nothing(model, recipe, [str(note) for note in notes])
+        raise _nothing(model, recipe, notes)
     return made, notes
 
 
@@ -155,7 +155,7 @@ def _planned(
 ) -> Plan:  # fmt: skip
     made, notes, said = decide(model, recipe, calls, progress=progress, resume=resume, memory=memory, given=given)
     if not (made.annotations or made.rewrites or made.caches):
-        raise _nothing(model, recipe, [str(note) for note in notes])
+        raise _nothing(model, recipe, notes)
     told(notes if strict else [n for n in notes if n not in said], strict=strict)
     made.notes = [str(note) for note in notes]
     return made
@@ -181,8 +181,8 @@ def _given(
     return batches.calls(model, [inputs_of(model, batch) for batch in labelled]), Given(None, loss, labelled)
 
 
-def _nothing(model: nn.Module, recipe: Recipe, notes: list[str]) -> ValueError:
-    found = [f"{sum(1 for _ in model.parameters())} parameters", *notes]
+def _nothing(model: nn.Module, recipe: Recipe, notes: list[Note]) -> ValueError:
+    found = [f"{sum(1 for _ in model.parameters())} parameters", *map(str, alike(notes))]
     return ValueError(
         explain(
             f"recipe {recipe.name!r} gives no format to anything in {type(model).__name__}",

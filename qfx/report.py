@@ -175,7 +175,7 @@ def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None)
         elif not row.asked:
             rows[row.node] = replace(row, reason=live.why_float(model, row, recipe))
         else:
-            rows[row.node] = row
+            rows[row.node] = replace(row, reason=row.reason or live.why_weight_only(model, row, recipe))
     cache = summary(model)
     if not graphs and not any(row.asked for row in rows.values()) and cache is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,13 +83,20 @@ def _stacked(b: Builder, tensors: Sequence[Value]) -> Value:
 def index_put(
     b: Builder, x: Value, indices: Sequence[Value | None], values: Value, accumulate: bool = False, *_: Any
 ) -> Value:
-    """x with `values` written (or added) at x[i, j, ...]. A bool mask of x's own shape and one value is a choice."""
+    """x with `values` written (or added) at x[i, j, ...], or under one bool mask of the first dimensions."""
     first = indices[0]
-    if len(indices) == 1 and first is not None and first.dtype == torch.bool and _is_one(values) and not accumulate:
-        mask = b.reshape(first, (*first.dims, *(1 for _ in range(x.rank - first.rank))))
-        return b.op("Where", mask, b.reshape(b.cast(values, x.dtype), ()), x)
+    if len(indices) == 1 and first is not None and first.dtype == torch.bool and not accumulate:
+        inner = x.rank - first.rank
+        mask = b.reshape(first, (*first.dims, *(1 for _ in range(inner))))
+        if values.rank <= inner or values.dims[-inner - 1] == 1:  # the same wherever the mask holds
+            return b.op(
+                "Where", mask, b.reshape(b.cast(values, x.dtype), values.dims[max(values.rank - inner, 0) :]), x
+            )
+        if values.dims[1:] != x.dims[first.rank :]:
+            raise NotImplementedError("writing rows that have to be widened under a bool mask")
+        return masked_scatter(b, x, mask, values)
     if any(v is not None and v.dtype == torch.bool for v in indices):
-        raise NotImplementedError("writing several values under a bool mask")
+        raise NotImplementedError("adding under a bool mask, or one together with other indices")
     places = [i for i, v in enumerate(indices) if v is not None]
     start, count = places[0], len(places)
     if places != list(range(start, start + count)):
@@ -110,10 +118,6 @@ def index_put(
         reduction=reduction,
     )
     return b.op("Transpose", turned, perm=[front.index(d) for d in range(x.rank)])
-
-
-def _is_one(value: Value) -> bool:
-    return all(d == 1 for d in value.dims)
 
 
 def index_copy(b: Builder, x: Value, dim: int, places: Value, source: Value) -> Value:
@@ -166,13 +170,20 @@ def scatter_add(b: Builder, x: Value, dim: int, places: Value, source: Value) ->
 def scatter_reduce(
     b: Builder, x: Value, dim: int, places: Value, source: Value, reduce: str, *, include_self: bool = True
 ) -> Value:
-    """x with elements combined along one dimension."""
+    """x with elements combined along one dimension, with the former ones or in their place."""
     kinds = {"sum": "add", "prod": "mul", "amax": "max", "amin": "min"}
-    if not include_self or reduce not in kinds:
-        raise NotImplementedError(f"scatter_reduce by {reduce} without the former values")
-    return b.op(
-        "ScatterElements", x, places, b.cast(source, x.dtype), axis=axis_of(dim, x.rank), reduction=kinds[reduce]
-    )
+    if reduce not in kinds:
+        raise NotImplementedError(f"scatter_reduce by {reduce}")
+    axis = axis_of(dim, x.rank)
+    if not include_self:
+        least, most = (-math.inf, math.inf) if x.dtype.is_floating_point else _ends(x.dtype)
+        start = {"sum": 0, "prod": 1, "amax": least, "amin": most}[reduce]
+        x = b.finish(scatter(b, x, axis, places, start))
+    return b.op("ScatterElements", x, places, b.cast(source, x.dtype), axis=axis, reduction=kinds[reduce])
+
+
+def _ends(dtype: torch.dtype) -> tuple[int, int]:
+    return torch.iinfo(dtype).min, torch.iinfo(dtype).max
 
 
 def slice_scatter(
@@ -180,20 +191,26 @@ def slice_scatter(
 ) -> Value:
     """x with the slice start:end:step replaced."""
     axis = axis_of(dim, x.rank)
-    first: Dim = 0 if start is None else start
-    if isinstance(first, int) and first < 0:
-        first = first + x.dims[axis]
+    first = _from_the_front(b, 0 if start is None else start, x.dims[axis])
     if step != 1:
         count = b.scalar(source.dims[axis], torch.int64)
         steps = b.op("Range", b.scalar(0, torch.int64), count, b.scalar(1, torch.int64))
-        places = b.op("Add", b.op("Mul", steps, b.scalar(step, torch.int64)), b.scalar(first, torch.int64))
+        places = b.op("Add", b.op("Mul", steps, b.scalar(step, torch.int64)), first)
         return index_copy(b, x, axis, Value(places.name, torch.int64, (source.dims[axis],)), source)
     if source.dims[axis] == x.dims[axis]:
         return b.cast(source, x.dtype)
     where = b.ints([axis])
-    before = b.op("Slice", x, b.ints([0]), b.dim(first), where)
-    after = b.op("Slice", x, b.dim(first + source.dims[axis]), b.ints([_END]), where)
+    before = b.op("Slice", x, b.ints([0]), first, where)
+    after = b.op("Slice", x, b.op("Add", first, b.dim(source.dims[axis])), b.ints([_END]), where)
     return b.op("Concat", before, b.cast(source, x.dtype), after, axis=axis)
+
+
+def _from_the_front(b: Builder, at: Dim, size: Dim) -> Value:
+    """A place as int64 [1], not negative: of a size that is not known yet only the run tells the sign."""
+    if isinstance(at, int):
+        return b.dim(at + size if at < 0 else at)
+    place = b.dim(at)
+    return b.op("Where", b.op("Less", place, b.ints([0]), dtype=torch.bool), b.op("Add", place, b.dim(size)), place)
 
 
 def select_scatter(b: Builder, x: Value, source: Value, dim: int, at: Any) -> Value:
@@ -222,6 +239,17 @@ def masked_select(b: Builder, x: Value, mask: Value) -> Value:
     return b.op("Compress", b.op("Reshape", x, b.ints([-1])), b.op("Reshape", mask, b.ints([-1])), axis=0)
 
 
+def masked_scatter(b: Builder, x: Value, mask: Value, source: Value) -> Value:
+    """x with the elements of `source`, one by one, where the mask holds (images among the tokens of a text)."""
+    flat = b.op("Reshape", b.op("Expand", mask, b.shape(b.out_dims)), b.ints([-1]))
+    count = b.op("CumSum", b.cast(flat, torch.int64), b.const(0, torch.int64))
+    places = b.op("Sub", count, b.const(1, torch.int64))
+    # Before the first place the count is 0, and -1 the last element: there is always one.
+    given = b.op("Concat", b.op("Reshape", source, b.ints([-1])), b.const([0], x.dtype), axis=0)
+    found = b.op("Reshape", b.op("Gather", given, places, axis=0), b.shape(b.out_dims))
+    return b.op("Where", mask, found, x)
+
+
 def one_hot(b: Builder, x: Value, classes: int = -1) -> Value:
     """1 at the class, 0 elsewhere."""
     if classes < 0:
@@ -247,6 +275,7 @@ EMIT: dict[str, Emit] = {
     "aten.scatter.reduce": scatter, "aten.scatter.value_reduce": scatter, "aten.scatter_add.default": scatter_add,
     "aten.scatter_reduce.two": scatter_reduce, "aten.slice_scatter.default": slice_scatter,
     "aten.select_scatter.default": select_scatter, "aten.nonzero.default": nonzero, "aten.copy.default": copy,
-    "aten.masked_select.default": masked_select, "aten.one_hot.default": one_hot,
+    "aten.masked_select.default": masked_select, "aten.masked_scatter.default": masked_scatter,
+    "aten.one_hot.default": one_hot,
     "aten.item.default": item, "aten._local_scalar_dense.default": item,
 }  # fmt: skip

@@ -19,14 +19,15 @@ _aten = torch.ops.aten
 
 
 def transposed(b: Builder, node: Any) -> Value | None:
-    """The value whose last two dimensions are swapped to give a 2-dimensional argument, or None."""
+    """The value whose last two dimensions are swapped to give a 2-dimensional argument; None where there is none at
+    hand (the swap may be of an earlier stage)."""
     if not isinstance(node, fx.Node) or node.op != "call_function" or node.meta["val"].dim() != 2:
         return None
     if is_call(node, _aten.t.default) or (
         is_call(node, _aten.transpose.int, _aten.permute.default) and tuple(_flat(node.args[1:])) in _SWAPS
     ):
         source = node.args[0]
-        return b.value_of(source) if isinstance(source, fx.Node) else None
+        return b.value_of(source) if isinstance(source, fx.Node) and b.has(source) else None
     return None
 
 

@@ -46,6 +46,22 @@ def cubic(b: Builder, x: Value, _: Any, align_corners: bool, *scales: Any) -> Va
     return _resized(b, x, _factors(scales), "cubic", place, cubic_coeff_a=-0.75)
 
 
+def linear_smooth(b: Builder, x: Value, _: Any, align_corners: bool, *scales: Any) -> Value:
+    """Bilinear over all pixels that one of the result covers."""
+    return _smooth(b, x, align_corners, scales, "linear")
+
+
+def cubic_smooth(b: Builder, x: Value, _: Any, align_corners: bool, *scales: Any) -> Value:
+    """Bicubic with a = -0.5 over all pixels that one of the result covers."""
+    return _smooth(b, x, align_corners, scales, "cubic", cubic_coeff_a=-0.5)
+
+
+def _smooth(b: Builder, x: Value, align_corners: bool, scales: Sequence[Any], mode: str, **attrs: Any) -> Value:
+    if align_corners:
+        raise NotImplementedError("resizing without aliasing from corner to corner")
+    return _resized(b, x, _factors(scales), mode, "half_pixel", antialias=1, exclude_outside=1, **attrs)
+
+
 def grid_sampler(b: Builder, x: Value, grid: Value, mode: int, padding: int, align_corners: bool) -> Value:
     """Images at the points of a grid (deformable attention). "linear" is called "bilinear" before opset 20, where it is
     what is taken if nothing is said, as it is afterwards."""
@@ -73,5 +89,7 @@ EMIT: dict[str, Emit] = {
     **_all([f"_upsample_nearest_exact{n}d" for n in (1, 2, 3)], nearest_exact),
     **_all(["upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d"], linear),
     **_all(["upsample_bicubic2d"], cubic),
+    **_all(["_upsample_bilinear2d_aa"], linear_smooth),
+    **_all(["_upsample_bicubic2d_aa"], cubic_smooth),
     **{f"aten.{name}.default": grid_sampler for name in ("grid_sampler", "grid_sampler_2d")},
 }

@@ -85,10 +85,10 @@ def capture_decoder(model: nn.Module, *, last_only: bool) -> tuple[Captured, dic
 
 def of_any_length(captured: Captured, model: nn.Module) -> Captured:
     """A decoder's graph. Raises UnsupportedError where it would hold for one number of tokens alone."""
-    if captured.first_axis:
+    if captured.fixed:
         raise UnsupportedError(
             explain(
-                f"sizes within {type(model).__name__} become too long to trace for any number of tokens",
+                f"{type(model).__name__} cannot be traced for any number of tokens: {captured.fixed}",
                 expected="a decoder that reads any number of tokens",
                 next_step="export it without a cache: give a path that ends in .onnx",
             )

@@ -62,7 +62,7 @@ def import_gguf(
         for name, fqn in names.items():
             notes += _fill(model, file, name, fqn, arch, packed=packed, dtype=dtype)
         _tie(model)
-    told(_grouped(notes), strict=strict)
+    told(notes, strict=strict)
     return model.eval()
 
 
@@ -209,14 +209,6 @@ def _tie(model: nn.Module) -> None:
 
 def _format(table: QuantEmbedding) -> Format:
     return Format.parse(table.w_format)
-
-
-def _grouped(notes: list[Note]) -> list[Note]:
-    """One note for all weights that are float for the same reason."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for note in notes:
-        groups.setdefault((note.reason, note.next_step), []).append(note.node)
-    return [Note(listed(names, 1), *key) for key, names in groups.items()]
 
 
 def _misfit(file: GgufFile, expected: str, found: str) -> ValueError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qfx.errors import Note, listed, nearest
+from qfx.errors import Note, nearest
 from qfx.interop.gguf_blocks import BLOCK_TYPES
 
 # name: (type of most matrices, the number that GGUF gives the mix)
@@ -94,18 +94,15 @@ def fitting(wanted: str, columns: int) -> str:
 
 
 def fallback_notes(changed: dict[str, tuple[str, str, int]]) -> list[Note]:
-    """One note for each (wanted type, type instead, columns) of tensor names."""
-    groups: dict[tuple[str, str, int], list[str]] = {}
-    for name, key in changed.items():
-        groups.setdefault(key, []).append(name)
+    """A note for each tensor name and its (wanted type, type instead, columns)."""
     return [
         Note(
-            listed(names, 1),
+            name,
             f"{columns} columns are no whole number of {wanted} blocks of {BLOCK_TYPES[wanted].size}:"
             f" written as {used}",
             "none, as llama.cpp does the same; a type of 32-value blocks (Q4_0, Q5_0, Q8_0) fits more widths",
         )
-        for (wanted, used, columns), names in groups.items()
+        for name, (wanted, used, columns) in changed.items()
     ]
 
 

@@ -63,7 +63,7 @@ class _Filler:
         self.model, self.checkpoint, self.decoder = model, checkpoint, decoder
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        self.lost: dict[Loss, list[str]] = {}
+        self.notes: list[Note] = []
         self.experts: dict[str, experts.Leaves] = {}
 
     def fill(self, *, strict: bool) -> nn.Module:
@@ -82,7 +82,7 @@ class _Filler:
                     next_step="load it by transformers",
                 )
             )
-        told([Note(listed(names, 1), reason, step) for (reason, step), names in self.lost.items()], strict=strict)
+        told(self.notes, strict=strict)
         for name, source in plain.items():
             self._parameter(name, self.checkpoint.tensors([source])[source])
         for target, source in self.tied.items():
@@ -147,8 +147,7 @@ class _Filler:
         return name in self.tied or _matches(self.model, "_keys_to_ignore_on_load_missing", name)
 
     def _lose(self, name: str, *losses: Loss) -> None:
-        for loss in losses:
-            self.lost.setdefault(loss, []).append(name)
+        self.notes += [Note(name, *loss) for loss in losses]
 
     def _module(self, fqn: str, tensors: dict[str, Tensor]) -> bool:
         """Put a quantized module in the place of the float one; whether there was something quantized."""

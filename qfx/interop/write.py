@@ -297,32 +297,27 @@ def _refused(layout: Layout, linears: list[Linear]) -> dict[str, Loss]:
 
 
 def _notes(layout: Layout, held: list[Linear], refused: Mapping[str, Loss]) -> list[Note]:
-    """One note for each reason."""
-    groups: dict[Loss, list[str]] = {}
-    for fqn, loss in refused.items():
-        groups.setdefault(loss, []).append(fqn)
-    for linear in held:
-        for loss in layout.lost(linear):
-            groups.setdefault(loss, []).append(linear.fqn)
-    return [Note(listed(names, 1), reason, step) for (reason, step), names in groups.items()]
+    lost = [(linear.fqn, loss) for linear in held for loss in layout.lost(linear)]
+    return [Note(fqn, *loss) for fqn, loss in [*refused.items(), *lost]]
 
 
 def _other_notes(model: nn.Module, linears: set[str], layout: Layout, experts: set[str]) -> list[Note]:
     """Packed weights that are no linears of one format: embeddings, several formats, convolutions, and experts other
     than those that are taken apart."""
-    groups: dict[str, list[str]] = {}
+    notes = []
     tables = _shared_codes(model)
+    step = "nothing, or a recipe that leaves it in float, so that what was measured is what is written"
+
+    def note(fqn: str, kind: str) -> None:
+        notes.append(Note(fqn, f"{layout.name} checkpoints do not hold {kind}: written in float", step))
+
     for fqn, module in model.named_modules():
         if isinstance(module, PackedModule) and fqn not in linears and not _is_plain(module):
-            groups.setdefault(_what(module, tables), []).append(fqn)
+            note(fqn, _what(module, tables))
         for name in getattr(module, "qfx_packed", {}) if fqn not in experts else ():
             kind = "an embedding" if isinstance(module, nn.Embedding) else "a parameter that its module reads itself"
-            groups.setdefault(kind, []).append(f"{fqn}.{name}".lstrip("."))
-    step = "nothing, or a recipe that leaves it in float, so that what was measured is what is written"
-    return [
-        Note(listed(names, 1), f"{layout.name} checkpoints do not hold {kind}: written in float", step)
-        for kind, names in groups.items()
-    ]
+            note(f"{fqn}.{name}".lstrip("."), kind)
+    return notes
 
 
 def _told_apart(fqn: str, layout: Layout) -> Note:

@@ -1,23 +1,20 @@
 """Where in a live model the weights of a plan lie and what shall stand there: checked before anything changes.
 
-A layout says how the module holds the weight that the graph saw: `linear` [N, K], `transposed` [K, N], `embedding`,
-`patch` (a convolution kernel used as a linear), `experts` [E, N, K], `experts-transposed` [E, K, N]; with `-read` where
-the forward of another module reads it. `unknown` cannot be written back.
+For layouts see `qfx.layouts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from qfx import graph
 from qfx.annotation import Formats, show
 from qfx.errors import Note, UnsupportedError, explain, listed
 from qfx.format import Format
+from qfx.layouts import READ, is_transposed
 from qfx.live.segments import segments
 from qfx.passes.rotate_down import rotations
 from qfx.plan import Plan
@@ -26,7 +23,6 @@ from qfx.rounding.parts import check_finite
 from qfx.storage.hollow import filled, is_hollow_leaf
 
 Kind = Literal["linear", "conv", "table", "parameter"]
-READ = "-read"
 
 
 @dataclass(frozen=True)
@@ -48,27 +44,7 @@ class Place:
     @property
     def transposed(self) -> bool:
         """The module knows the weight as [.., K, N]."""
-        return self.layout.removesuffix(READ).endswith("transposed")
-
-
-def layout_of(node: fx.Node) -> str:
-    """How the module holds the weight of a linear-like node."""
-    weight = graph.weight_of(node)
-    assert weight is not None
-    read = READ if graph.fqn_of(node) not in (node.meta.get("qfx_module"), weight.target) else ""
-    if graph.schema_name(node) == "aten::embedding":
-        return f"embedding{read}"
-    operand = node.args[1]
-    assert isinstance(operand, fx.Node)
-    shape, held = tuple(operand.meta["val"].shape), tuple(weight.meta["val"].shape)
-    swapped = _transposes(operand) % 2 == 1
-    if graph.schema_name(node) == "qfx::grouped_linear":
-        return "experts-transposed" if swapped else "experts"
-    if len(held) > 2:
-        return f"patch{read}" if not swapped and torch.Size(held[1:]).numel() == shape[-1] else "unknown"
-    if tuple(held[::-1] if swapped else held) != shape:
-        return "unknown"
-    return f"transposed{read}" if swapped else f"linear{read}"
+        return is_transposed(self.layout)
 
 
 def find(model: nn.Module, plan: Plan) -> tuple[list[Place], list[Note]]:
@@ -207,17 +183,15 @@ def _without_x(place: Place) -> Place:
 
 
 def _weight_only(model: nn.Module, places: list[Place]) -> list[Note]:
-    """One note for each kind of module that runs weight-only, against what was asked."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    """Weights that run weight-only, against what was asked."""
+    step = "nothing, or a weight-only recipe for these names; torch.compile of the float model takes the format"
+    notes = []
     for place in places:
         if place.x is not None and _reads_itself(place):
-            name = type(model.get_submodule(place.owner)).__name__
-            groups.setdefault((name, str(place.x)), []).append(place.fqn)
-    step = "nothing, or a weight-only recipe for these names; torch.compile of the float model takes the format"
-    return [
-        Note(names[0], f"{kind}'s weight is read by a forward of its own: weight-only, not x={x}{_others(names)}", step)
-        for (kind, x), names in groups.items()
-    ]
+            kind = type(model.get_submodule(place.owner)).__name__
+            reason = f"{kind}'s weight is read by a forward of its own: weight-only, not x={place.x}"
+            notes.append(Note(place.fqn, reason, step))
+    return notes
 
 
 def _conflicts(model: nn.Module, places: list[Place]) -> list[Note]:
@@ -237,10 +211,6 @@ def _conflicts(model: nn.Module, places: list[Place]) -> list[Note]:
     return notes
 
 
-def _others(names: list[str]) -> str:
-    return f" (the same holds for {listed(names[1:], 2)})" if len(names) > 1 else ""
-
-
 def _missing(model: nn.Module, names: list[str]) -> ValueError:
     return ValueError(
         explain(
@@ -250,20 +220,3 @@ def _missing(model: nn.Module, names: list[str]) -> ValueError:
             next_step="plan again for this model",
         )
     )
-
-
-def _transposes(node: fx.Node) -> int:
-    return sum(_swaps(step) for step in _steps(node))
-
-
-def _steps(node: fx.Node) -> Iterator[fx.Node]:
-    while node.op == "call_function":
-        yield node
-        inner = node.args[0]
-        assert isinstance(inner, fx.Node)
-        node = inner
-
-
-def _swaps(node: fx.Node) -> bool:
-    name = graph.op_name(node)
-    return name in ("t", "transpose") or (name == "permute" and list(node.args[1]) != list(range(len(node.args[1]))))  # type: ignore[arg-type]

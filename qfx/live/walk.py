@@ -8,7 +8,8 @@ from torch import nn
 
 from qfx.annotation import ALL_ROLES, to_json
 from qfx.errors import Note, UnsupportedError, explain, listed
-from qfx.live.places import READ, is_own_linear
+from qfx.layouts import READ
+from qfx.live.places import is_own_linear
 from qfx.plan import Plan
 from qfx.recipe import Recipe
 

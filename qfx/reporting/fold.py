@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from qfx.reporting.rows import Row
+
+_Found = tuple[tuple[str, ...], list[int]]  # the parts of a name, the indices of those it stands for
 
 
 @dataclass(frozen=True)
@@ -28,28 +29,38 @@ class Folded:
 
 
 def fold(rows: Iterable[Row], same: Callable[[Row], Hashable]) -> list[Folded]:
-    """Rows of which `same` is the same, and the names but for their numbers, are one, at the place of the first.
-
-    The ranges name the nodes of the group and no others: nodes of layers 0-3 and experts 0-7 are folded where all 32
-    are there, else each stands by itself.
-    """
-    groups: dict[tuple[Hashable, ...], list[Row]] = {}
-    for row in rows:
-        words = tuple("" if part.isdecimal() else part for part in row.node.split("."))
-        groups.setdefault((words, same(row)), []).append(row)
-    found: list[Folded] = []
+    """Rows of which `same` is the same, and the names but for their numbers, are one, at the place of the first."""
+    groups: dict[Hashable, list[tuple[int, Row]]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault(same(row), []).append((place, row))
+    found: list[tuple[int, Folded]] = []
     for group in groups.values():
-        name = _name([row.node for row in group])
-        found += [Folded(row.node, (row,)) for row in group] if name is None else [Folded(name, tuple(group))]
-    return found
+        for name, members in ranges([row.node for _, row in group]):
+            found.append((group[members[0]][0], Folded(name, tuple(group[i][1] for i in members))))
+    return [one for _, one in sorted(found, key=lambda pair: pair[0])]
 
 
-def _name(nodes: Sequence[str]) -> str | None:
-    """One name for all of them; None where the ranges would name others, too."""
-    columns = [list(dict.fromkeys(parts)) for parts in zip(*(node.split(".") for node in nodes), strict=True)]
-    if math.prod(map(len, columns)) != len(nodes):
-        return None
-    return ".".join(part[0] if len(part) == 1 else _ranges(sorted(map(int, part))) for part in columns)
+def ranges(names: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """Names with the numbers in which they differ as ranges, each with the indices of those it stands for, and for no
+    others: where expert 7 of layer 3 is missing, layers 0-2 and layer 3 stand apart."""
+    found: list[_Found] = [(tuple(name.split(".")), [i]) for i, name in enumerate(names)]
+    for column in reversed(range(max((len(parts) for parts, _ in found), default=0))):
+        alike: dict[tuple[str | None, ...], list[_Found]] = {}
+        for parts, members in found:
+            numbered = column < len(parts) and parts[column].isdecimal()
+            key = (*parts[:column], None, *parts[column + 1 :]) if numbered else parts
+            alike.setdefault(key, []).append((parts, members))
+        found = [one for group in alike.values() for one in _merged(group, column)]
+    return [(".".join(parts), members) for parts, members in found]
+
+
+def _merged(group: list[_Found], column: int) -> list[_Found]:
+    """Names that differ in one number as one; as they are where a number stands there twice."""
+    numbers = {parts[column : column + 1] for parts, _ in group}
+    if len(group) == 1 or len(numbers) != len(group):
+        return group
+    parts, members = group[0][0], [i for _, own in group for i in own]
+    return [((*parts[:column], _ranges(sorted(int(number) for (number,) in numbers)), *parts[column + 1 :]), members)]
 
 
 def _ranges(numbers: Sequence[int]) -> str:

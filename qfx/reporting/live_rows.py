@@ -125,6 +125,17 @@ def why_float(model: nn.Module, row: Row, recipe: Recipe | None) -> str:
     return "asked for, but its weight is read as a plain tensor, or computed: stays float" if recipe else ""
 
 
+def why_weight_only(model: nn.Module, row: Row, recipe: Recipe | None) -> str:
+    """Why the input of a packed parameter is float though `recipe` gives it a format; "" where it gives none."""
+    module = dict(model.named_modules()).get(row.node)
+    if recipe is None or row.op != "parameter" or isinstance(module, nn.Embedding):
+        return ""
+    kinds = ("conv",) if isinstance(module, nn.modules.conv._ConvNd) else ("linear", "experts")
+    asked = [recipe.formats_for(kind, row.node).get("x", ()) for kind in kinds]
+    found = next((fmt for formats in asked for fmt in each(formats) if not fmt.is_plain), None)
+    return "" if found is None else f"weight-only, not x={found}: its weight is read by a forward of its own"
+
+
 def limit_notes(records: Sequence[GraphRecord]) -> list[Note]:
     """A note for each function of which Dynamo compiles no more versions: other calls of it run in torch."""
     limit = int(torch._dynamo.config.recompile_limit)

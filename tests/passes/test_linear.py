@@ -46,6 +46,7 @@ MATCHES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...]
     "matmul from the left": (lambda own, x: own.w @ x, (6, 4), (2, 4, 5)),
     "bmm of one matrix": (lambda own, x: torch.bmm(x, own.w.expand(2, 4, 6)), (4, 6), (2, 3, 4)),
     "bmm of one in a batch": (lambda own, x: torch.bmm(x, own.w), (1, 4, 6), (1, 3, 4)),
+    "bmm of rows in a batch of one": (lambda own, x: torch.bmm(x.view(1, 6, 4), own.w), (1, 4, 6), (2, 3, 4)),
     "bmm transposed": (lambda own, x: torch.bmm(x, own.w.expand(2, 6, 4).mT), (6, 4), (2, 3, 4)),
     "baddbmm": (lambda own, x: torch.baddbmm(own.b, x, own.w.expand(2, 4, 6)), (4, 6), (2, 3, 4)),
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch.fx import Graph
 
-from qfx.errors import QfxWarning, UnsupportedError, explain, first_line, listed, nearest, source_line
+from qfx.errors import QfxWarning, UnsupportedError, explain, first_line, listed, nearest, raised_at, source_line
 
 TRACE = """  File "/home/me/model.py", line 12, in forward
     y = self.block(x)
@@ -86,6 +88,14 @@ def test_nearest() -> None:
     assert nearest("zzz", ["b", "a"]) == "valid: a, b"
     assert nearest("zzz", []) == "there are no valid names"
     assert nearest("aple", iter(["apple"])) == "did you mean 'apple'?"
+
+
+def test_where_a_model_raised() -> None:
+    with pytest.raises(TypeError) as raised:
+        torch.nn.Linear(2, 2)("no")
+    found = raised_at(raised.value)
+    assert re.fullmatch(r'.*test_errors.py:\d+, in test_where_a_model_raised: torch.nn.Linear\(2, 2\)\("no"\)', found)
+    assert raised_at(ValueError("never raised")) == ""
 
 
 @pytest.mark.parametrize(

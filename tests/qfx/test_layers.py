@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = "compile"
 LAYERS = (
     """
-    errors format long_sizes processor strict
+    errors format finite long_sizes processor strict
     rounding: nested method_options
     storage: spill files folders hollow
     ops: library
@@ -35,8 +35,8 @@ LAYERS = (
     kv: asked as_stored
     ops: cached heads attention
     rounding: parts rounded
-    recipe_source graph names vmaps trace sources capture run verify plan recipe presets
-    reporting: rows
+    recipe_source graph layouts names vmaps trace sources capture run verify plan recipe presets
+    reporting: rows fold
     live: modules parameters
     calibration: positions
     """,

@@ -15,6 +15,8 @@ import qfx
 from qfx.capture import capture_export
 from qfx.decoding import decoder
 from qfx.decoding import encoder_decoder as pair
+from qfx.errors import UnsupportedError
+from qfx.live.modules import QuantLinear
 from qfx.long_sizes import LONGEST, LongSize, ShortSizes
 from qfx.other_sizes import other_sizes
 from tests.graphs import error
@@ -41,11 +43,11 @@ class Windows(nn.Module):
 X = torch.randn(2, 3, 40, 4)
 
 
-def sizes(model: nn.Module, x: Tensor, **how: Any) -> tuple[list[bool], bool]:
-    """Which axes of the input vary; whether the first was left alone."""
+def sizes(model: nn.Module, x: Tensor, **how: Any) -> tuple[list[bool], str]:
+    """Which axes of the input vary; why the first alone."""
     captured = capture_export(model, (x,), **how)
     (node,) = (n for n in captured.gm.graph.nodes if n.op == "placeholder")
-    return [isinstance(s, torch.SymInt) for s in node.meta["val"].shape], captured.first_axis
+    return [isinstance(s, torch.SymInt) for s in node.meta["val"].shape], captured.fixed
 
 
 def test_short_sizes_vary() -> None:
@@ -54,8 +56,44 @@ def test_short_sizes_vary() -> None:
 
 
 def test_where_they_become_long_the_first_axis_varies() -> None:
-    assert sizes(Windows(9), X) == ([True, False, False, False], True)
-    assert sizes(Windows(9), X, dynamic=False) == ([False] * 4, False)
+    why = "only the first axis of each input varies: sizes of the others become too long to trace"
+    assert sizes(Windows(9), X) == ([True, False, False, False], why)
+    assert sizes(Windows(9), X, dynamic=False) == ([False] * 4, "")
+
+
+class Square(nn.Module):
+    """Reads rows as a square image, whose side it takes from their number, which torch does not trace (InternVL).
+
+    axis: the first of those whose size must be a number; 3: none can be traced."""
+
+    def __init__(self, axis: int = 1) -> None:
+        super().__init__()
+        self.fc, self.axis = nn.Linear(4, 4), axis
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """rows [B, side * side, 4] -> [B, side, side, 4]"""
+        if self.axis == 3 or any(isinstance(size, torch.SymInt) for size in rows.shape[self.axis :]):
+            raise TypeError("no number")
+        side = int(rows.shape[1] ** 0.5)
+        return torch.as_tensor(self.fc(rows).reshape(-1, side, side, 4))
+
+
+def test_where_torch_does_not_trace_the_others_the_first_axis_varies(tmp_path: Path) -> None:
+    model, rows = Square().eval(), torch.randn(2, 9, 4)
+    why = "torch.export does not trace the others (no number)"
+    assert sizes(model, rows) == ([True, False, False], f"only the first axis of each input varies: {why}")
+    assert sizes(Square(axis=0), rows) == ([False] * 3, f"no axis of an input varies: {why}")
+    with pytest.warns(qfx.QfxWarning, match=r"in the file only the first axis of each input varies: torch\.export"):
+        qfx.export_onnx(model, (rows,), tmp_path / "m.onnx")
+    found = qfx.quantize(model, "w8a8-static", [rows, rows[:1]])
+    assert found(rows).shape == (2, 3, 3, 4) and isinstance(found.fc, QuantLinear) and found.fc.x_format == "u8"
+    with pytest.raises(ValueError, match=r"does not fit the traced graph[\s\S]*pad the batches to one shape"):
+        qfx.quantize(Square().eval(), "w8a8-static", [rows, torch.randn(2, 16, 4)])
+
+
+def test_where_none_is_traced_the_error_is_that_of_all_and_names_the_line() -> None:
+    with pytest.raises(UnsupportedError, match=r"TypeError: no number \(at .*test_long_sizes.py:\d+, in forward: rai"):
+        capture_export(Square(axis=3), (torch.randn(2, 9, 4),))
 
 
 def test_the_mode_raises_at_the_limit_and_leaves_the_result_alone() -> None:
@@ -73,7 +111,7 @@ def test_the_mode_raises_at_the_limit_and_leaves_the_result_alone() -> None:
 def test_a_file_says_that_other_sizes_are_fixed(tmp_path: Path) -> None:
     ort = pytest.importorskip("onnxruntime")
     model = Windows(9).eval()
-    with pytest.warns(qfx.QfxWarning, match="only the first axis of each input varies in the file") as told:
+    with pytest.warns(qfx.QfxWarning, match="in the file only the first axis of each input varies") as told:
         written = qfx.export_onnx(model, (X,), tmp_path / "m.onnx", strict=True)
     assert len(told) == 1
     session = ort.InferenceSession(str(written.path))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from qfx import graph
+import qfx
+from qfx import annotation, graph
 from qfx.errors import Note, QfxWarning, UnsupportedError
-from qfx.pipeline import annotate_from, apply_plan, prepare, told
+from qfx.format import Format
+from qfx.layouts import is_transposed, layout_of
+from qfx.measuring.measure import sqnr_db
+from qfx.pipeline import annotate_from, apply_plan, prepare, told, turned_round
 from qfx.plan import Plan
 from qfx.recipe import Recipe
 from qfx.text import dump
@@ -74,6 +80,72 @@ def test_formats_of_a_plan_reach_only_their_nodes() -> None:
     assert [line.partition("  # ")[2] for line in dump(gm).splitlines() if "linear(" in line] == ["w=i4/g16", ""]
 
 
+class Turned(nn.Module):
+    """Reads the weight of one of its layers [N, K] as [K, N], too (a factored table in a model's head)."""
+
+    def __init__(self, narrow: int, wide: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.mid = nn.Linear(narrow, wide, bias=False), nn.Linear(wide, wide)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [rows, narrow] -> [rows, narrow]"""
+        return torch.as_tensor(self.mid(self.up(x)) @ self.up.weight)
+
+
+RECIPES: list[tuple[str, dict[str, Any], float]] = [
+    ("w8a8", {}, 35),
+    ("w8a8-static", {}, 33),
+    ("w8a8-smooth", {}, 33),
+    ("w4a16-gptq", {}, 15),
+    ("w4a16-awq", {}, 15),
+    ("w4a16-learned", {"learned": {"steps": 5}}, 12),
+    ("w4a16-gptq", {"bias_correction": True}, 15),
+    ("w4a16", {"low_rank": 4}, 15),
+    ("w4a4-rotate", {}, 12),
+]
+
+
+@pytest.mark.filterwarnings("ignore:(?!.*the other way round):qfx.QfxWarning")
+@pytest.mark.parametrize("narrow", [32, 64], ids=["oblong", "square"])
+@pytest.mark.parametrize(("recipe", "fields", "least"), RECIPES, ids=str)
+def test_a_weight_that_is_read_both_ways_round(
+    recipe: str, fields: dict[str, Any], least: float, narrow: int, fresh_dynamo: None
+) -> None:
+    """Statistics, rounded values and scales are of the way in which it is stored: of a square one no shape tells."""
+    model, x = Turned(narrow, 64).eval(), torch.randn(64, narrow)
+    wanted = model(x).detach()
+    with pytest.warns(QfxWarning, match=r"up\.transposed: it reads the weight of 'up' the other way round, in float"):
+        plan = qfx.plan(model, recipe, [x], **fields)
+    assert plan.layouts["up"] == "linear" and "up.transposed" not in plan.annotations
+    live = qfx.quantize(Turned(narrow, 64).eval(), plan)
+    options: dict[str, Any] = {"plan": plan, "backend": "reference"}
+    fast = torch.compile(model, backend="qfx", options=options)
+    with torch.no_grad(), pytest.warns(QfxWarning, match="the other way round"):
+        found = fast(x)
+    assert sqnr_db(wanted, found) > least and sqnr_db(wanted, live(x)) > least
+
+
+def test_the_way_round_is_that_of_the_module_or_of_the_plan() -> None:
+    def forward(own: Any, x: Tensor) -> Any:
+        return x @ own.up.weight + own.up(x)
+
+    for layouts, stored in (({}, "linear"), ({"up": "transposed"}, "mm")):
+        gm = capture(Function(forward, up=nn.Linear(4, 4)), torch.randn(2, 4))
+        prepare(gm)
+        for node in gm.graph.nodes:
+            if graph.schema_name(node) == "aten::linear":
+                annotation.set(node, "w", Format.parse("i8/ch"))
+        (note,) = turned_round(gm, layouts)
+        assert note.node == "up.transposed" and not note.minor and "test_pipeline.py" in note.where
+        kept = [n for n in gm.graph.nodes if "w" in annotation.get(n)]
+        assert len(kept) == 1 and graph.fqn_of(kept[0]) == "up"
+        assert is_transposed(layout_of(kept[0])) == (stored == "mm")
+    gm = capture(Function(lambda own, x: own.up(own.up(x)), up=nn.Linear(4, 4)), torch.randn(2, 4))
+    prepare(gm)
+    assert turned_round(gm, {}) == [], "a shared layer is read one way"
+
+
 HERE = f"{__file__}:12, in forward: self.fc(x)"
 MAJOR = Note("fc", "its weight is computed", "bake the weight in", HERE)
 MINOR = Note("fc", "computed in f32", "none needed", HERE, minor=True)
@@ -98,7 +170,22 @@ def test_minor_notes_with_one_reason_are_one_warning() -> None:
     with pytest.warns(QfxWarning) as said:
         told([*notes, MAJOR], strict=False)
     texts = [str(warning.message).partition(" (at")[0].partition(";")[0] for warning in said]
-    assert texts == ["fc: its weight is computed", "fc and 1 more: computed in f32", "up: other"]
+    assert texts == ["fc, up (2 nodes): computed in f32", "up: other", "fc: its weight is computed"]
+
+
+def test_notes_that_differ_in_their_nodes_are_one_warning_and_one_line_of_an_error() -> None:
+    notes = [Note(f"h.{i}.{name}", "no op", "leave it", HERE) for i in range(40) for name in ("up", "down")]
+    said = "h.0-39.up, h.0-39.down (80 nodes): no op"
+    elsewhere = Note("h.40.up", "no op", "leave it", HERE.replace("12", "13"))
+    with pytest.warns(QfxWarning) as warned:
+        told([*notes, elsewhere], strict=False)
+    assert [str(w.message).partition(" (at")[0] for w in warned] == [said, "h.40.up: no op"], "each line by itself"
+    with pytest.raises(UnsupportedError) as refused:
+        told([*notes, MAJOR, MINOR], strict=True)
+    assert [line.partition(" (at")[0] for line in str(refused.value).splitlines()[1:]] == [
+        said,
+        str(MAJOR).partition(" (at")[0],
+    ]
 
 
 def test_strict_refuses_what_is_not_as_asked_and_nothing_else() -> None:

@@ -198,13 +198,31 @@ def test_a_tied_table_of_a_quantized_model_counts_once() -> None:
 def test_a_reason_that_changes_nothing_leaves_a_node_quantized() -> None:
     model, inputs = ZOO["distilbert"]()
     fast = torch.compile(model, backend="qfx", options={"recipe": "nf4"})
-    with torch.no_grad(), pytest.warns(QfxWarning, match=r"and \d+ more: the weight is stored as nf4/g64") as said:
+    with torch.no_grad(), pytest.warns(QfxWarning, match=r"\(\d+ nodes\): the weight is stored as nf4/g64") as said:
         fast(**inputs)
     assert len(said) == 1, "one warning for all nodes with that reason"
     report = qfx.report(fast)
     rows = [row for row in report if row.op == "linear"]
     assert all(row.quantized and row.reason and row.as_asked for row in rows)
     assert report.totals["weight_coverage"] == 1
+
+
+def test_experts_without_static_inputs_are_one_warning_and_each_says_so_in_its_row() -> None:
+    model, inputs = ZOO["mixtral"]()
+    with pytest.raises(UnsupportedError, match=r"experts\.down_proj \(4 nodes\): x=u8 was asked, but"):
+        qfx.quantize(model, "w8a8-static", [inputs], strict=True)
+    with pytest.warns(QfxWarning) as said:
+        qfx.quantize(model, "w8a8-static", [inputs])
+    experts = [str(w.message) for w in said if "experts" in str(w.message)]
+    assert len(experts) == 1 and "model.layers.0-1.mlp.experts.gate_up_proj, " in experts[0]
+    rows = {row.node: row for row in qfx.report(model)}
+    named = [f"model.layers.{i}.mlp.experts.{name}_proj" for i in range(2) for name in ("gate_up", "down")]
+    assert {rows[name].reason for name in named} == {
+        "weight-only, not x=u8: its weight is read by a forward of its own"
+    }
+    assert all(rows[name].quantized for name in named) and not rows["model.embed_tokens"].reason
+    weights = qfx.quantize(ZOO["mixtral"]()[0], "w4a16")
+    assert not any(row.reason for row in qfx.report(weights)), "no format of inputs was asked"
 
 
 def test_a_quantized_node_that_runs_in_torch_counts_as_quantized_and_says_so() -> None:

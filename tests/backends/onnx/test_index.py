@@ -50,15 +50,46 @@ CASES: list[Case] = [
     ("index_put after a whole dimension", lambda x, i, v: torch.ops.aten.index_put(x, [None, i], v), written),
     ("index_put adds", lambda x, i, v: torch.index_put(x, (i,), v, accumulate=True), rows),
     ("index_put under a mask", lambda x, m: torch.index_put(x, (m,), torch.tensor(2.0)), masked),
+    ("index_put of rows under a mask", lambda x, m: torch.index_put(x, (m[:, 0],), x[:1] + 2), masked),
+    ("index_put of one number a place under a mask", lambda x, m: torch.index_put(x, (m[:, 0],), x[0, :1]), masked),
+    (
+        "masked_scatter",
+        lambda x, m: (
+            x.masked_scatter(m, x.flip(0)),
+            x.masked_scatter(m[0], -x),
+            x.half().masked_scatter(m[:, :1], x.half()),
+        ),
+        masked,
+    ),
+    ("masked_scatter of nothing", lambda x, m: x.masked_scatter(m & ~m, x[:0]), masked),
     ("index_copy", lambda x, i, v: x.index_copy(1, i, v), written),
     ("index_add", lambda x, i, v: (x.index_add(1, i, v), x.index_add(1, i, v, alpha=2)), written),
     ("index_fill", lambda x, i, v: x.index_fill(1, i, 3.0), written),
     ("scatter", lambda x, i, v: (x.scatter(1, i, v), x.scatter(1, i, 2.0)), _distinct),
     ("scatter_add", lambda x, i, v: (x.scatter_add(1, i, v), x.scatter_reduce(1, i, v, "amax")), elements),
+    (
+        "scatter_reduce without the former values",
+        lambda x, i, v: tuple(
+            value.scatter_reduce(1, i, new, how, include_self=False)
+            for value, new in ((x, v), ((9 * x).long(), (9 * v).long()))
+            for how in ("amin", "amax", "sum", "prod")
+        ),
+        elements,
+    ),
     ("scatter of bools", lambda x, i, v: (x > 0).scatter(1, i, True), elements),
     (
         "slice_scatter",
         lambda x, m: (x.slice_scatter(x[:, :2] + 1, 1, 1, 3), x.slice_scatter(x[:, ::2], 1, 0, 6, 2)),
+        masked,
+    ),
+    (
+        "slice_scatter from the end",
+        lambda x, m: (
+            x.slice_scatter(x[:2] * 2, 0, -2),
+            x.slice_scatter(x[1:] * 2, 0, 1 - x.shape[0]),
+            x.slice_scatter(x[1:2] * 2, 0, 1 - x.shape[0], 2),
+            x.slice_scatter(x[::2] * 2, 0, -x.shape[0], step=2),
+        ),
         masked,
     ),
     ("slice_scatter whole", lambda x, m: x.slice_scatter(x * 2, 0), masked),
@@ -80,6 +111,8 @@ DATA_DEPENDENT: list[Case] = [
     ("mask as index", lambda x, m: (x[m], x[m].sum()), masked),
     ("rows under a mask", lambda x, m: x[m[:, 0]] * 2, masked),
     ("masked_select", torch.masked_select, masked),
+    ("as many rows as a mask has places", lambda x, m: torch.index_put(x, (m[:, 0],), -x[m[:, 0]]), masked),
+    ("as many elements as a mask has places", lambda x, m: x.masked_scatter(m, x[m] * 2), masked),
     ("item in arithmetic", lambda x, m: x + m.sum().item(), masked),
 ]
 

@@ -17,6 +17,7 @@ from qfx.backends.onnx.kernels import optimized_graph
 from qfx.capture import capture_export
 from qfx.errors import UnsupportedError
 from tests.backends.onnx.checks import check, floats, integers, same, traced
+from tests.graphs import Function
 
 
 @pytest.fixture
@@ -56,6 +57,18 @@ def test_an_unknown_operator_runs_in_torch_between_sessions(strange: Any, dynami
     assert len(lowered.models) == 4
     assert lowered.kernels["roll2"] == "torch strange.roll2.default"
     assert lowered.kernels["exp"] == "Exp"
+
+
+def test_a_weight_that_an_earlier_session_turned(strange: Any) -> None:
+    def forward(own: Any, x: Tensor) -> Tensor:
+        turned = own.weight.t()
+        return nn.functional.linear(strange.roll2(nn.functional.linear(x, turned)), turned)
+
+    net, x = Function(forward, weight=floats(6, 6)).eval(), floats(3, 6, seed=2)
+    lowered = lower(capture_export(net, (x,)).gm, strict=False)
+    assert len(lowered.models) == 2, "the turned weight goes from the first to the second"
+    (found,) = lowered(x)
+    same(found, net(x).detach())
 
 
 def test_strict_refuses_with_the_node_and_the_next_step(strange: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, fx
 
 from qfx.backends import reference
@@ -17,7 +18,7 @@ from qfx.errors import Note
 from qfx.pipeline import apply_plan, prepare
 from qfx.recipe import Recipe
 from tests.backends.onnx.checks import same, sqnr
-from tests.zoo import ZOO
+from tests.zoo import VOCAB, ZOO, ids, noise, randomize
 
 ENCODERS = {"bert", "roberta", "distilbert", "electra", "vit", "clip"}
 QUICK = ("bert", "llama", "mixtral", "t5", "vit")
@@ -46,6 +47,38 @@ def larger(inputs: dict[str, Any]) -> dict[str, Any]:
         else:
             grown[name] = value
     return grown
+
+
+def llava() -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A vision tower whose four patches stand among the tokens of a text."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, "projection_dim": 16, **sizes}
+    text = {"model_type": "llama", "vocab_size": VOCAB, "num_key_value_heads": 2, **sizes}
+    config = tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=1, vision_feature_layer=-1)
+    torch.manual_seed(0)
+    model = tf.LlavaForConditionalGeneration(config).eval()
+    randomize(model, 0)
+    tokens = ids(10)
+    tokens[:, 2:6] = 1
+    return model, {"input_ids": tokens, "pixel_values": noise(2, 3, 16, 16), "use_cache": False}
+
+
+@pytest.mark.parametrize("recipe", [None, "w8a8"])
+def test_a_model_that_reads_images_among_tokens(recipe: str | None) -> None:
+    model, inputs = llava()
+    captured = capture_export(model, (), inputs)
+    if recipe is not None:
+        prepare(captured.gm)
+        assert not apply_plan(captured.gm, None, Recipe.parse(recipe))
+    lowered = lower(captured.gm, strict=True)
+    longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"][:, :2], inputs["input_ids"]], 1)}
+    other = {**longer, "input_ids": longer["input_ids"].roll(1, 1), "pixel_values": inputs["pixel_values"].flip(0)}
+    for case in (inputs, longer, other):
+        for one, wanted in zip(lowered(*captured.flatten((), case)), outputs(model, case), strict=True):
+            if recipe is None:
+                same(one, wanted, tolerance=TOLERANCE)
+            else:
+                assert sqnr(wanted, one) > 25
 
 
 @pytest.mark.parametrize("name", ALL)

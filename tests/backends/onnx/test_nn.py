@@ -92,6 +92,15 @@ CASES: list[Case] = [
     ),
     ("points, corners aligned", lambda x, w, c: _points(x, align_corners=True), image),
     ("nearest points", lambda x, w, c: _points(x, mode="nearest"), image),
+    (
+        "resize without aliasing",
+        lambda x, w, c: tuple(
+            F.interpolate(x, size, mode=mode, antialias=True)
+            for mode in ("bilinear", "bicubic")
+            for size in ((3, 4), (12, 5), (20, 20))
+        ),
+        image,
+    ),
     ("resize sound", lambda x, w, c: F.interpolate(x, 20, mode="linear"), sound),
     ("adaptive_avg_pool", lambda x, w, c: F.adaptive_avg_pool2d(x, 1), image),
     ("max_pool1d", lambda x, w, c: F.max_pool1d(x, 3, 2), sound),

@@ -98,9 +98,9 @@ def test_what_stands_in(wanted: str, columns: int, found: str) -> None:
     assert fitting(wanted, columns) == found
 
 
-def test_notes_join_tensors_of_one_reason() -> None:
+def test_a_note_for_each_tensor_whose_type_does_not_fit() -> None:
     key = ("Q4_K", "Q5_0", 192)
     notes = fallback_notes({"a": key, "b": key, "c": ("Q6_K", "Q8_0", 192)})
-    assert [note.node for note in notes] == ["a and 1 more", "c"]
+    assert [note.node for note in notes] == ["a", "b", "c"] and notes[0].reason == notes[1].reason
     assert "192 columns are no whole number of Q4_K blocks of 256: written as Q5_0" in str(notes[0])
     assert not notes[0].minor

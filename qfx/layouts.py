@@ -1,0 +1,59 @@
+"""How a module holds the weight that a node of the graph reads.
+
+A layout is `linear` [N, K], `transposed` [K, N], `embedding`, `patch` (a convolution kernel used as a linear),
+`experts` [E, N, K], `experts-transposed` [E, K, N]; with `-read` where the forward of another module reads it.
+`unknown` cannot be written back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from qfx import graph
+
+READ = "-read"
+
+
+def layout_of(node: fx.Node) -> str:
+    """How the module holds the weight of a linear-like node."""
+    weight = graph.weight_of(node)
+    assert weight is not None
+    read = READ if graph.fqn_of(node) not in (node.meta.get("qfx_module"), weight.target) else ""
+    if graph.schema_name(node) == "aten::embedding":
+        return f"embedding{read}"
+    operand = node.args[1]
+    assert isinstance(operand, fx.Node)
+    shape, held = tuple(operand.meta["val"].shape), tuple(weight.meta["val"].shape)
+    swapped = _transposes(operand) % 2 == 1
+    if graph.schema_name(node) == "qfx::grouped_linear":
+        return "experts-transposed" if swapped else "experts"
+    if len(held) > 2:
+        return f"patch{read}" if not swapped and torch.Size(held[1:]).numel() == shape[-1] else "unknown"
+    if tuple(held[::-1] if swapped else held) != shape:
+        return "unknown"
+    return f"transposed{read}" if swapped else f"linear{read}"
+
+
+def is_transposed(layout: str) -> bool:
+    """The module knows the weight as [.., K, N]."""
+    return layout.removesuffix(READ).endswith("transposed")
+
+
+def _transposes(node: fx.Node) -> int:
+    return sum(_swaps(step) for step in _steps(node))
+
+
+def _steps(node: fx.Node) -> Iterator[fx.Node]:
+    while node.op == "call_function":
+        yield node
+        inner = node.args[0]
+        assert isinstance(inner, fx.Node)
+        node = inner
+
+
+def _swaps(node: fx.Node) -> bool:
+    name = graph.op_name(node)
+    return name in ("t", "transpose") or (name == "permute" and list(node.args[1]) != list(range(len(node.args[1]))))  # type: ignore[arg-type]
