@@ -84,6 +84,8 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, config: Config | N
         recording.launches.append(Launch(kernel, tuple(grid), {**named, **settings}, options))
         return
     with repeated.starting() as notes:
+        if notes is not None and any(isinstance(value, Tensor) for value in settings.values()):
+            notes.complete = False  # given by name they are constants, for which others do not stand in
         if device.of(first).interpreted:
             run = functools.partial(kernel[tuple(grid)], **settings)
             run(*arguments)
@@ -93,9 +95,13 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, config: Config | N
         place = (*grid, 1, 1)[:3]
         with torch.cuda.device(first.device):
             compiled = kernel[place](*arguments, **settings, enable_fp_fusion=True)  # said: Triton's default may change
-        if notes is not None:
-            rest = [settings.get(p.name, p.default) for p in kernel.params[len(arguments) :]]
-            notes.start(compiled[place], arguments, rest)
+        if notes is None:
+            return
+        if not hasattr(type(compiled), "__getitem__"):  # by a hook of Triton's nothing was started, or not yet compiled
+            notes.complete = False
+            return
+        rest = [settings.get(p.name, p.default) for p in kernel.params[len(arguments) :]]
+        notes.start(compiled[place], arguments, rest)
 
 
 def is_recorded() -> bool:

@@ -6,8 +6,9 @@ argument of a launch, takes the host longer than a GPU needs for a product of de
 written down, as the memory that it takes and the kernels that it starts, and later ones do just that. (To write down
 takes time, too, which prompts of ever other lengths would spend in vain.)
 
-Only a call that does nothing else is written down: none in which torch computes something, and none whose kernels read
-what is neither an input from its beginning nor memory of the call (a part of an input, a tensor descriptor).
+Only a call that does nothing else is written down: none in which torch computes something or anything fails, and none
+whose kernels read what is neither an input from its beginning nor memory of the call (a part of an input, a tensor
+descriptor).
 """
 
 from __future__ import annotations
@@ -133,9 +134,10 @@ class Notes:
             own[number] = _room(x)
             numbers.append(number)
         place = next(x.device for x in (*self.inputs, *self.own))
+        if not self.complete or any(x.device != place for x in self.own):
+            return None
         device = place if place.index is None else place.index
-        kind = type(result) if many else Tensor
-        return _Call(device, tuple(own), tuple(self.starts), tuple(numbers), kind) if self.complete else None
+        return _Call(device, tuple(own), tuple(self.starts), tuple(numbers), type(result) if many else Tensor)
 
 
 class _Watch(TorchDispatchMode):
@@ -146,7 +148,11 @@ class _Watch(TorchDispatchMode):
         self.notes = notes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        try:
+            result = func(*args, **(kwargs or {}))
+        except Exception:
+            self.notes.complete = False  # who goes on does so for want of memory, and not the next time
+            raise
         if self.notes.starting:
             return result  # Triton's interpreter copies tensors
         if func in _EMPTY:
@@ -179,6 +185,9 @@ def starting() -> Iterator[Notes | None]:
     notes.starting = True
     try:
         yield notes
+    except Exception:
+        notes.complete = False
+        raise
     finally:
         notes.starting = False
 

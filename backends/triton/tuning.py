@@ -4,7 +4,8 @@
 
 The last key is a bucket of M: the least power of two that is not below it, at most 8192. Files are looked for in the
 package, in the user's folder ("tuned" in that of qfx's caches) and in the folder that QFX_TUNED_DIR names; the later
-wins. Nothing is measured here: `qfx.backends.triton.tune` does that, and learns by `watched` what there is to choose.
+wins; calls that are repeated (see `repeated`) ask no more. Nothing is measured here: `qfx.backends.triton.tune` does
+that, and learns by `watched` what there is to choose.
 """
 
 from __future__ import annotations

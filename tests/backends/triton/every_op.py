@@ -118,8 +118,12 @@ CALLS: tuple[Call, ...] = (
       for x, w in (("i8/tok", "i8/ch"), ("u8/tok", "u8/ch"), ("f8e4m3/tok", "f8e4m3/ch"))),
     *(("gemm4", lambda x=x, w=w: (*operand(x), _w4(w), floats(24), merged(2, 3, 24), x, w, K, "", "bf16"))
       for x, w in (("i8/tok", "i4/ch"), ("u8/tok", "u4/g32"))),
-    ("gemm_mixed", lambda: (*operand("i8/tok"), mixed(whole=True), None, merged(2, 3, 16), "i8/tok", "i4/ch,i8/ch", K,
-                            "", "f16")),
+    *(("gemm8", lambda x=x, w=w: (*operand(x), _w8(w), floats(24), floats(2, 3, 24), x, w, "gelu", "bf16"))
+      for x, w in (("u8/tok", "i8/ch"), ("f8e4m3/tok", "f8e4m3/ch"))),
+    *(("gemm4", lambda x=x, w=w: (*operand(x), _w4(w), None, floats(2, 3, 24), x, w, K, "silu", "f32"))
+      for x, w in (("u8/tok", "i4/ch"), ("i8/tok", "u4/g32"))),
+    *(("gemm_mixed", lambda more=more: (*operand("i8/tok"), mixed(whole=True), None, more(2, 3, 16), "i8/tok",
+                                        "i4/ch,i8/ch", K, "", "f16")) for more in (merged, floats)),
     ("linear_mixed", lambda: (merged(2, 3, K), mixed(whole=False), floats(16), None, None,
                               "i4/ch,i8/ch", "")),
     *(("linear_weight_only", lambda m=m, d=d: (merged(m, K, dtype=d), *_only("u4/g32"), 24))
@@ -130,20 +134,24 @@ CALLS: tuple[Call, ...] = (
       for x, w in (("u8/tok", "u4/g32"), ("f8e4m3/tok", "f8e4m3/ch"))),
     ("grouped_floats", lambda: (merged(5, K), merged(3, 8, K), torch.tensor([1, 1, 2], device=DEVICE))),
     ("grouped_floats", lambda: (merged(50, K), merged(2, K, 8).mT, torch.tensor([1, 49], device=DEVICE))),
+    ("grouped_floats", lambda: (merged(5, K), merged(2, 8, K), torch.tensor([1, 4], dtype=torch.int32, device=DEVICE))),
     *(("rounded_input", lambda t=t: (floats(2, 3, K, dtype=torch.float32), None, None, None, t))
       for t in ("f32", "f16", "f8e5m2/tok", "nf4/tok")),
     ("embedding", lambda: (torch.arange(6, device=DEVICE).view(2, 3).t(), *stored(9, "nf4/g16/dq"), "nf4/g16/dq", K,
                            torch.float16)),
+    ("embedding", lambda: (torch.arange(6, device=DEVICE).view(2, 3), *stored(9, "u4/g16"), "u4/g16", K,
+                           torch.float32)),
     ("hadamard", lambda: (merged(2, 3, 64).transpose(0, 1), pack_hadamard(64, 0, device=DEVICE), 64, False)),
     *(("hadamard_quantize", lambda t=t: (merged(2, 3, 64), pack_hadamard(64, 0, device=DEVICE), 64, False, t))
       for t in ("i8/tok", "u8/tok")),
     ("quantized_attention", lambda: (heads(4), heads(2), heads(2), None, None, *_ATTENTION, "i8/tok", "i8/tok", "",
                                      "")),
+    ("quantized_attention", lambda: (heads(4), heads(2), heads(2), None, None, *_ATTENTION, "", "", "", "f8e4m3")),
     ("float_attention", lambda: (heads(4), heads(2, 70), heads(2, 70), shown(70)[:1], spans_of(shown(70)[:1]),
                                  floats(4), 0.2, False, 30.0)),
     ("mask_spans", lambda: (shown(70),)),
     ("cache_append", lambda: _cached("cache_append", heads(2), heads(2))),
-    ("cache_attention", lambda: _cached("cache_attention", heads(4))),
+    *(("cache_attention", lambda n=n: _cached("cache_attention", heads(4, n))) for n in (1, 3)),
     ("cache_read", lambda: _cached("cache_read")),
 )  # fmt: skip
 

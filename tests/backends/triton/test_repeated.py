@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -75,8 +76,10 @@ def test_the_third_call_gives_what_the_first_would(name: str, given: Callable[[]
     for _ in range(2):
         run(*given())
     call = given()
+    known = list(repeated._KNOWN.values())
     changed, expected_changed = copy.deepcopy(call), copy.deepcopy(call)
     found = run(*changed)
+    assert list(repeated._KNOWN.values()) == known
     repeated.forget()
     expected = run(*expected_changed)
     for ours, theirs in ((found, expected), (changed, expected_changed)):
@@ -84,6 +87,21 @@ def test_the_third_call_gives_what_the_first_would(name: str, given: Callable[[]
             (t.shape, t.stride(), t.dtype) for t in _flat(theirs)
         ]
         assert all(torch.equal(a, b) for a, b in zip(_flat(ours), _flat(theirs), strict=True))
+
+
+def test_every_op_has_calls_that_are_repeated() -> None:
+    found = set()
+    for name, given in CALLS:
+        call = given()
+        repeated.forget()
+        for _ in range(2):
+            getattr(OPS, name).default(*call)
+        (known,) = repeated._KNOWN.values()
+        found |= {name} if isinstance(known, repeated._Call) else set()
+    never = {"rounded_input"}  # torch's
+    if INTERPRETED:
+        never |= {"cache_append"}  # the host looks whether there is room
+    assert {name for name, _ in CALLS} - found == never
 
 
 def test_what_a_call_does_is_found_out_twice_for_all_that_look_alike(op: Callable[..., Counted]) -> None:
@@ -209,7 +227,32 @@ def _one_for_two(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, y.view(8, 5)
 
 
-@pytest.mark.parametrize("does", [_computed, _after, _asked, _zeros, _part, _part_of_result, _of_another, _one_for_two])
+def _without_memory(x: Tensor) -> Tensor:
+    with contextlib.suppress(RuntimeError):
+        torch.empty(1 << 59, device=x.device)
+    return scaled(x)
+
+
+def _refused(x: Tensor) -> Tensor:
+    y = scaled(x)
+    with contextlib.suppress(TypeError):
+        launch.launch(_scaled, (1,), x, y, block=64)  # arguments are missing
+    return y
+
+
+def _by_name(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    launch.launch(_scaled, (1,), x, y_ptr=y, n=40, factor=2.0, block=64, config={"num_warps": 1})
+    return y
+
+
+@pytest.mark.parametrize(
+    "does",
+    [
+        _computed, _after, _asked, _zeros, _part, _part_of_result, _of_another, _one_for_two, _without_memory, _refused,
+        _by_name,
+    ],
+)  # fmt: skip
 def test_calls_that_do_more_are_carried_out_as_they_are(
     op: Callable[..., Counted], does: Callable[[Tensor], Any]
 ) -> None:
@@ -219,6 +262,33 @@ def test_calls_that_do_more_are_carried_out_as_they_are(
         found, expected = counted(x), does(x.clone())
         assert all(torch.equal(a, b) for a, b in zip(_flat(found), _flat(expected), strict=True))
         assert counted.found_out == count
+
+
+def test_memory_on_another_device_is_taken_there_again(op: Callable[..., Counted]) -> None:
+    counted = op(lambda x: (scaled(x), torch.empty(3, device="meta")))
+    for _ in range(3):
+        found = counted(floats(40))
+        assert [t.device.type for t in found] == [DEVICE, "meta"]
+
+
+def _seven_more(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    _start(x, y, 2.0, more=7)  # compiled for no other test
+    return y
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_what_a_hook_kept_from_being_started_is_not_repeated(
+    op: Callable[..., Counted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = op(_seven_more)
+    with monkeypatch.context() as patched:
+        patched.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **_: True)
+        for _ in range(2):
+            counted(floats(40, dtype=torch.float32))
+    for _ in range(3):
+        x = floats(40, dtype=torch.float32)
+        assert torch.equal(counted(x), x * 2 + 7)
 
 
 def test_an_input_given_twice_is_not_taken_for_two(op: Callable[..., Counted]) -> None:

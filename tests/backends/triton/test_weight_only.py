@@ -200,12 +200,19 @@ def test_batches_and_empty_ones() -> None:
 
 def test_without_memory_for_the_weight_it_is_unpacked_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        try:
+            return torch.empty(1 << 59, device=DEVICE)
+        except RuntimeError as refused:  # of a CPU
+            raise torch.OutOfMemoryError(str(refused)) from None
 
     monkeypatch.setattr(weight_only, "_dequantized", fail)
     packed = weight(9, 64, "i4/g32")
     with pytest.warns(QfxWarning, match="no memory for a weight"):
         assert error(torch.randn(70, 64, device=DEVICE), packed) < STEP[torch.float32]
+    w, text = pack_weight_only(packed.data, packed.scale, packed.zero, "i4/g32", 64)
+    for _ in range(2):  # the second time there could be memory, so the op asks for it again
+        with pytest.warns(QfxWarning, match="no memory for a weight"):
+            torch.ops.qfx_triton.linear_weight_only(torch.randn(70, 64, device=DEVICE), w, None, None, text, 9)
 
 
 def test_what_does_not_fit_is_refused() -> None:
