@@ -1,7 +1,8 @@
 """Retrace a graph of fake tensors into functional, pre-dispatch ATen: the one normal form behind both doors.
 
 Composite operators (linear, layer_norm, scaled_dot_product_attention, ...) are kept, in-place operators become
-functional ones, switches of grad mode disappear and higher-order wrappers around sub-graphs are inlined.
+functional ones, switches of grad mode disappear, higher-order wrappers around sub-graphs are inlined, and the fused
+layer of nn.TransformerEncoder is spelled out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, PythonFunctionalizeAPI
 from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
 
+from qfx.encoder_layer import FUSED, encoder_layer
 from qfx.errors import UnsupportedError
 from qfx.vmaps import has_vmaps, levels_kept, without_vmaps
 
@@ -43,6 +45,8 @@ class _Inline(fx.Interpreter):
         if target in _DROPOUTS and not in_training(args, kwargs):
             # as eager gives it: the same tensor, which may change in place afterwards
             return args[0] if args else kwargs["input"]
+        if target in FUSED:
+            return encoder_layer(*args, **kwargs)
         if name == "_enter_autocast":
             _refuse_autocast(enabled=args[2] if len(args) > 2 else kwargs.get("enabled", True))
             return None
