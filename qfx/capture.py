@@ -154,14 +154,19 @@ def capture_export(
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, axes: int | None) -> Any:
-    """torch.export's program, in which the first `axes` axes of every tensor input may vary (None: all).
+    """torch.export's program, in which the first `axes` axes of every tensor input may vary (None: all), but for sizes
+    of 0 and 1, which torch fixes (and, asked to let them vary, warns of each).
 
     Raises LongSize where all axes of images or videos vary, and torch would work on their sizes for hours.
     """
     flat = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
     auto = torch.export.Dim.AUTO
     shapes = pytree.tree_map(
-        lambda v: dict.fromkeys(range(v.dim())[:axes], auto) if isinstance(v, torch.Tensor) and v.dim() else None,
+        lambda v: (
+            {axis: auto for axis, size in enumerate(v.shape[:axes]) if size > 1}
+            if isinstance(v, torch.Tensor) and v.dim()
+            else None
+        ),
         (args, kwargs),
     )
     watched = ShortSizes() if axes is None and any(v.dim() >= 4 for v in flat) else nullcontext()
