@@ -26,7 +26,7 @@ from qfx.live.places import READ, held, is_own_linear, layout_of
 from qfx.live.walk import walk
 from qfx.measuring.measure import decibel
 from qfx.ops import heads as attention_heads
-from qfx.passes.annotate import annotate, kind_of, plain_tables
+from qfx.passes.annotate import annotate, kind_of, one_of_each_name, plain_tables
 from qfx.passes.calibrate import observed
 from qfx.passes.quantize import quantize, refuse
 from qfx.passes.quantize_attention import is_attention, way_of
@@ -67,7 +67,7 @@ def decide(
         return made, [*notes, *told, *_unmatched(recipe, [(kind, fqn) for fqn, kind in _walked(made)])], []
     gm = captured.gm
     prepare(gm)
-    notes = [*annotate(gm, recipe), *refuse(gm)]
+    notes = [*annotate(gm, recipe), *refuse(gm), *one_of_each_name(gm)]
     known = [(k, graph.fqn_of(n)) for n in gm.graph.nodes if (k := kind_of(n)) is not None]
     notes += _unmatched(recipe, [*known, *(("embedding", path) for path in plain_tables(gm))])
     made = Plan.of(model, recipe)

@@ -15,7 +15,7 @@ from qfx import annotation, graph, run
 from qfx.errors import Note, UnsupportedError, listed, warn
 from qfx.format import Format
 from qfx.packing import Packed
-from qfx.passes.annotate import annotate
+from qfx.passes.annotate import annotate, one_of_each_name
 from qfx.passes.convolution import convolution
 from qfx.passes.fuse_dequantize import fuse_dequantize
 from qfx.passes.normalize import normalize
@@ -67,14 +67,14 @@ def apply_plan(
 
 
 def annotate_from(gm: fx.GraphModule, plan: Plan) -> list[Note]:
-    """Write a plan's formats on the nodes they name. A name of the plan that no node of the graph has is no fault here:
-    the graph may be a part of the model."""
+    """Write a plan's formats on the nodes they name, and a note for each that cannot have them. A name of the plan that
+    no node of the graph has is no fault here: the graph may be a part of the model."""
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
         for role, fmt in plan.formats(graph.fqn_of(node)).items():
             annotation.set(node, role, fmt)
-    return []
+    return one_of_each_name(gm)
 
 
 def told(notes: Iterable[Note], *, strict: bool) -> None:

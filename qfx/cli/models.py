@@ -74,7 +74,8 @@ def tell_few(console: Console, made: list[dict[str, Any]], wanted: int, file: Pa
     """Say how many samples a text gave where it is shorter than was asked for."""
     sizes = [next(v.shape for v in batch.values() if isinstance(v, Tensor)) for batch in made]
     if (found := sum(size[0] for size in sizes)) < wanted:
-        console.print(f"{file} gives {found} of {wanted} samples of {sizes[0][1]} tokens", style="yellow", soft_wrap=True)
+        told = f"{file} gives {found} of {wanted} samples of {sizes[0][1]} tokens"
+        console.print(told, style="yellow", soft_wrap=True)
 
 
 def _length(loaded: hub.Loaded, asked: int | None) -> int:

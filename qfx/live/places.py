@@ -7,7 +7,6 @@ the forward of another module reads it. `unknown` cannot be written back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -61,7 +60,7 @@ def layout_of(node: fx.Node) -> str:
     operand = node.args[1]
     assert isinstance(operand, fx.Node)
     shape, held = tuple(operand.meta["val"].shape), tuple(weight.meta["val"].shape)
-    swapped = _transposes(operand) % 2 == 1
+    swapped = graph.is_turned(operand)
     if graph.schema_name(node) == "qfx::grouped_linear":
         return "experts-transposed" if swapped else "experts"
     if len(held) > 2:
@@ -250,20 +249,3 @@ def _missing(model: nn.Module, names: list[str]) -> ValueError:
             next_step="plan again for this model",
         )
     )
-
-
-def _transposes(node: fx.Node) -> int:
-    return sum(_swaps(step) for step in _steps(node))
-
-
-def _steps(node: fx.Node) -> Iterator[fx.Node]:
-    while node.op == "call_function":
-        yield node
-        inner = node.args[0]
-        assert isinstance(inner, fx.Node)
-        node = inner
-
-
-def _swaps(node: fx.Node) -> bool:
-    name = graph.op_name(node)
-    return name in ("t", "transpose") or (name == "permute" and list(node.args[1]) != list(range(len(node.args[1]))))  # type: ignore[arg-type]

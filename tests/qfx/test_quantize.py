@@ -274,3 +274,36 @@ def test_batches_in_order_are_those_by_name(recipe: str) -> None:
     for one, other in (states[:2], states[2:]):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0]), "the mask is seen"
+
+
+class OneWeight(nn.Module):
+    """An autoencoder whose decoder is its encoder transposed."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Linear(32, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.encoder(x)) @ self.encoder.weight
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("hidden", [32, 24])
+@pytest.mark.parametrize(
+    ("recipe", "least"),
+    [("w4a16-gptq", 14), ("w4a16-awq", 14), ("w4a16-learned", 14), ("int8-outliers", 30), ("w4a4-rotate", 9)],
+)
+def test_a_weight_that_is_read_transposed_too(recipe: str, least: float, hidden: int) -> None:
+    """What is decided for it one way round is not used for the other: that is silent where it is square."""
+    model, x = OneWeight(hidden).eval(), torch.randn(32, 4, 32, generator=torch.Generator().manual_seed(1))
+    x[..., 3] *= 30  # an outlier
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        plan = qfx.plan(model, recipe, [x], progress=False)
+        options: Any = {"plan": plan}
+        wanted, compiled = model(x), torch.compile(copy.deepcopy(model), backend="qfx", options=options)
+        by_graph = compiled(x)
+        found = qfx.quantize(model, plan)(x)
+    assert any("reads encoder.weight transposed, which another node" in str(w.message) for w in caught)
+    assert sqnr_db(wanted, found) > least and sqnr_db(wanted, by_graph) > least
