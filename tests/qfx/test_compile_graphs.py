@@ -147,7 +147,6 @@ def test_a_model_in_a_closure_and_in_a_container() -> None:
     assert [row.node for row in qfx.report(fast)] == ["0"] == [row.node for row in qfx.report(models["m"])]
 
 
-@torch.no_grad()
 def test_a_module_that_keeps_state_is_quantized() -> None:
     """As those of sentence-transformers do: Dynamo finds its sub-modules by way of __dict__."""
 
@@ -168,6 +167,7 @@ def test_a_module_that_keeps_state_is_quantized() -> None:
     assert [(r.node, r.asked != "") for r in qfx.report(compiled).rows] == [("0", True), ("1.block.0", True)]
 
 
+@torch.no_grad()
 def test_a_layer_excluded_from_compilation_is_named() -> None:
     class Excluding(Net):
         @torch._dynamo.disable  # type: ignore[untyped-decorator]
