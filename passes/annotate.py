@@ -70,27 +70,27 @@ def annotate(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:
 def one_of_each_name(gm: fx.GraphModule) -> list[Note]:
     """Take the formats off nodes for which a plan has no place: it knows each weight by a name and one way round.
 
-    They read a weight transposed which another node reads as it lies (the decoder of an autoencoder with one weight),
-    or another weight than a node of the same name (a forward that reads its own weight and another module's).
+    They read a weight transposed which another node of the name reads as it lies (the decoder of an autoencoder with
+    one weight), or another weight than a node of the same name (a forward that reads its own and another module's).
     """
     readers = [(n, graph.weight_operand(n), graph.weight_of(n)) for n in gm.graph.nodes if "w" in annotation.get(n)]
-    known = [(node, operand, str(weight.target)) for node, operand, weight in readers if operand and weight]
-    straight = {target for _, operand, target in known if not graph.is_turned(operand)}
+    known = [(n, graph.fqn_of(n), operand, str(weight.target)) for n, operand, weight in readers if operand and weight]
+    straight = {(fqn, target) for _, fqn, operand, target in known if not graph.is_turned(operand)}
     named: dict[str, str] = {}
-    for node, _, target in known:
-        if named.setdefault(graph.fqn_of(node), target) != target and is_within(target, graph.fqn_of(node)):
-            named[graph.fqn_of(node)] = target
+    for _, fqn, _, target in known:
+        if named.setdefault(fqn, target) != target and is_within(target, fqn):
+            named[fqn] = target
     notes = []
-    for node, operand, target in known:
-        reason, own = "", named[graph.fqn_of(node)]
-        if own != target:
-            reason = f"it reads {target}, and another node of this name {own}"
-        elif target in straight and graph.is_turned(operand):
-            reason = f"it reads {target} transposed, which another node reads as it lies"
+    for node, fqn, operand, target in known:
+        reason = ""
+        if named[fqn] != target:
+            reason = f"it reads {target}, and another node of this name {named[fqn]}"
+        elif (fqn, target) in straight and graph.is_turned(operand):
+            reason = f"it reads {target} transposed, which another node of this name reads as it lies"
         if reason:
             annotation.clear(node)
             step = "give each a layer of its own"
-            notes.append(Note(graph.fqn_of(node), f"{reason}: stays in float", step, source_line(node) or ""))
+            notes.append(Note(fqn, f"{reason}: stays in float", step, source_line(node) or ""))
     return notes
 
 
