@@ -7,13 +7,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, fx
 
 from qfx import annotation, graph
 from qfx.annotation import Formats, each
 from qfx.errors import Note, source_line
 from qfx.format import Format
+from qfx.layouts import READ, is_transposed, layout_of
 from qfx.live.segments import segments
+from qfx.names import is_within
 from qfx.ops import heads as attention_heads
 from qfx.ops.attention import reason_against
 from qfx.passes.normalize import left_over
@@ -64,6 +68,40 @@ def annotate(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:
         for role, fmt in formats.items():
             annotation.set(node, role, fmt)
     return [*notes, *_no_layers(gm, recipe), *_no_lookups(gm, recipe)]
+
+
+def one_of_each_name(gm: fx.GraphModule, layouts: Mapping[str, str]) -> list[Note]:
+    """Nodes for which a plan has no place lose formats and name: by a name it knows one weight, one way round, as do
+    scales, rounded values and statistics. A note for each.
+
+    They read a weight the other way round than it is stored for others of its name (the decoder of an autoencoder with
+    one weight), or another weight than these (a forward that reads its own and another module's).
+
+    layouts: FQN -> how it is stored; of others the module's own reading decides, else the first.
+    """
+    readers = [(n, graph.fqn_of(n), graph.weight_of(n)) for n in gm.graph.nodes if "w" in annotation.get(n)]
+    known = [(node, fqn, str(weight.target)) for node, fqn, weight in readers if weight is not None]
+    named: dict[str, str] = {}
+    for _, fqn, target in known:
+        if named.setdefault(fqn, target) != target and is_within(target, fqn):
+            named[fqn] = target
+    ways = dict(layouts)
+    for node, fqn, target in known:
+        if named[fqn] == target and fqn not in layouts and ways.get(fqn, READ).endswith(READ):
+            ways[fqn] = layout_of(node)
+    notes = []
+    for node, fqn, target in known:
+        if named[fqn] != target:
+            reason, name = f"it reads {target}, and another node of this name {named[fqn]}", target
+        elif is_transposed(layout_of(node)) != is_transposed(ways[fqn]):
+            reason, name = f"it reads {target} the other way round than it is stored", f"{fqn}.transposed"
+        else:
+            continue
+        annotation.clear(node)
+        node.meta[graph.NAMED] = name
+        step = "nothing, or a layer for each"
+        notes.append(Note(name, f"{reason}: stays in float", step, source_line(node) or ""))
+    return notes
 
 
 def _no_layers(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:

@@ -174,7 +174,8 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, axes: int | None) -> Any:
-    """torch.export's program, in which the first `axes` axes of every tensor input may vary (None: all).
+    """torch.export's program, in which the first `axes` axes of every tensor input may vary (None: all), but for sizes
+    of 0 and 1, which torch fixes (and, asked to let them vary, warns of each).
 
     Raises LongSize where all axes of images or videos vary, and torch would work on their sizes for hours.
     """
@@ -182,7 +183,7 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *
     kinds = torch.export.Dim.AUTO, torch.export.Dim.STATIC  # said of each: an earlier trace left marks on the tensors
     shapes = pytree.tree_map(
         lambda v: (
-            {d: kinds[axes is not None and d >= axes] for d in range(v.dim())}
+            {d: kinds[size < 2 or (axes is not None and d >= axes)] for d, size in enumerate(v.shape)}
             if isinstance(v, torch.Tensor) and v.dim()
             else None
         ),

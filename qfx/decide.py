@@ -27,11 +27,11 @@ from qfx.live.places import held, is_own_linear
 from qfx.live.walk import walk
 from qfx.measuring.measure import decibel
 from qfx.ops import heads as attention_heads
-from qfx.passes.annotate import annotate, kind_of, plain_tables
+from qfx.passes.annotate import annotate, kind_of, one_of_each_name, plain_tables
 from qfx.passes.calibrate import observed
 from qfx.passes.quantize import quantize, refuse
 from qfx.passes.quantize_attention import is_attention, way_of
-from qfx.pipeline import prepare, turned_round
+from qfx.pipeline import prepare
 from qfx.plan import Plan
 from qfx.presets import presets
 from qfx.recipe import DATA_ROUNDINGS, Recipe, is_static
@@ -201,7 +201,7 @@ def _walked(made: Plan) -> list[tuple[str, str]]:
 
 def _record(model: nn.Module, gm: fx.GraphModule, made: Plan) -> list[Note]:
     """Copy the annotations of the graph into the plan, with how each module holds its weight."""
-    notes, twins = turned_round(gm, made.layouts), dict[str, str]()
+    notes, twins = one_of_each_name(gm, made.layouts), dict[str, str]()
     for node in gm.graph.nodes:
         formats = annotation.get(node) if node.op == "call_function" else {}
         if not formats:

@@ -19,11 +19,11 @@ from qfx.errors import UnsupportedError, check_flags, explain
 from qfx.exported import Exported, Order, quantize, write
 from qfx.format import Format
 from qfx.hf.hub import is_causal_lm
-from qfx.inputs import example_inputs, need_inputs, without_cache
+from qfx.inputs import beside_tokens, example_inputs, need_inputs, without_cache
 from qfx.kv.files import asked_caches, for_file
 from qfx.other_sizes import other_sizes
 from qfx.plan import Plan
-from qfx.quantize import checked_module, evaluating
+from qfx.quantize import check_float, checked_module, evaluating
 from qfx.recipe import Recipe
 from qfx.storage.spill import Spill
 
@@ -46,10 +46,11 @@ def export_onnx(
     layers attend to, `model.onnx` is the decoder with its cache, which gives the logits of every new token.
 
     args: example inputs: a tensor, a tuple, or a dict of keyword arguments; None for a model of transformers whose
-    inputs its configuration tells. Sizes that the model lets vary vary in the file (`dynamic`); give the example sizes
-    of 2 or more there. recipe, plan: as for qfx.quantize (a recipe with static activations needs `data`); without both
-    the model is written as it is, which is quantized where qfx.quantize quantized it. runtime: "onnxruntime" uses its
-    own operators where they are faster, "standard" only those of ai.onnx. external_bytes: weights of more bytes in all
+    inputs its configuration tells (token ids with their mask, and with types where there are several). Sizes that the
+    model lets vary vary in the file (`dynamic`); give the example sizes of 2 or more there. recipe, plan: as for
+    qfx.quantize (a recipe with static activations needs `data`), of a float model; without both the model is written as
+    it is, which is quantized where qfx.quantize quantized it. runtime: "onnxruntime" uses its own operators where they
+    are faster, "standard" only those of ai.onnx. external_bytes: weights of more bytes in all
     go to `<path>.data` (32 MiB; always where a file would pass 2 GB), which takes less memory to open than one file.
     prefill: "i8/tok" rounds the input of weight-only linears to 8 bits per token where 16 or more tokens are read at
     once, and computes with integers: prompts are read faster; the session then holds these weights in 8 bits too.
@@ -71,6 +72,8 @@ def export_onnx(
     _check_prefill(prefill, runtime)
     caches = _checked_kv(kv, folder=folder, data=data)
     asked = None if recipe is None else Recipe.parse(recipe)
+    if (plan is not None and plan.annotations) or (asked is not None and not asked.only_caches):
+        check_float(model, "export")
     held = asked_caches(model, asked, plan)
     found, beside = for_file(held, kv, has_cache=folder, data=data is not None)
     if folder and isinstance(data, Iterator):
@@ -108,7 +111,7 @@ def _call(model: nn.Module, args: Any) -> Call:
         found = example_inputs(model)
         if found is None:
             raise need_inputs(model)
-        return (), found
+        return (), {**found, **beside_tokens(model, found)}
     (call,) = batches.calls(model, [args])
     if any(type(value).__module__ == "qfx.kv.cache" for value in (*call[0], *call[1].values())):
         step = "export to a folder, with kv='i8' or kv='i4' and data: the file then has a cache of its own"

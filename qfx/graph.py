@@ -232,6 +232,16 @@ def parameter_behind(operand: Any) -> fx.Node | None:
     return operand if isinstance(operand, fx.Node) and operand.op == "get_attr" else None
 
 
+def is_turned(operand: fx.Node) -> bool:
+    """Whether an operand is its `parameter_behind` transposed."""
+    swaps = 0
+    while operand.op == "call_function":
+        name, axes = op_name(operand), operand.args[-1]
+        swaps += name in ("t", "transpose") or (name == "permute" and list(axes) != sorted(axes))  # type: ignore[arg-type]
+        operand = operand.all_input_nodes[0]
+    return swaps % 2 == 1
+
+
 CALLED = "qfx_called"  # in the meta of a node that took the place of another: what that one's operator is called
 NAMED = "qfx_named"  # in the meta of a node that must not be called as its weight is
 _CALLED = {"quantized_attention": "scaled_dot_product_attention"}  # where live modules call it

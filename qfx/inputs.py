@@ -42,6 +42,17 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
     return without_cache(model, placed) if inputs else None
 
 
+def beside_tokens(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a tokenizer gives beside the token ids, as far as the forward takes it: a file without it could be given
+    neither padded texts nor pairs of them."""
+    ids, accepted = inputs.get("input_ids"), inspect.signature(model.forward).parameters
+    if ids is None:
+        return {}
+    mask = {"attention_mask": torch.ones_like(ids)} if "attention_mask" in accepted else {}
+    pairs = "token_type_ids" in accepted and int(getattr(model.config, "type_vocab_size", 0)) > 1
+    return {**mask, **({"token_type_ids": torch.zeros_like(ids)} if pairs else {})}
+
+
 def without_cache(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...] = ()) -> dict[str, Any]:
     """The inputs with use_cache=False where the forward takes it: a traced graph carries no cache.
 

@@ -7,8 +7,6 @@ A layout is `linear` [N, K], `transposed` [K, N], `embedding`, `patch` (a convol
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import fx
 
@@ -27,7 +25,7 @@ def layout_of(node: fx.Node) -> str:
     operand = node.args[1]
     assert isinstance(operand, fx.Node)
     shape, held = tuple(operand.meta["val"].shape), tuple(weight.meta["val"].shape)
-    swapped = _transposes(operand) % 2 == 1
+    swapped = graph.is_turned(operand)
     if graph.schema_name(node) == "qfx::grouped_linear":
         return "experts-transposed" if swapped else "experts"
     if len(held) > 2:
@@ -40,20 +38,3 @@ def layout_of(node: fx.Node) -> str:
 def is_transposed(layout: str) -> bool:
     """The module knows the weight as [.., K, N]."""
     return layout.removesuffix(READ).endswith("transposed")
-
-
-def _transposes(node: fx.Node) -> int:
-    return sum(_swaps(step) for step in _steps(node))
-
-
-def _steps(node: fx.Node) -> Iterator[fx.Node]:
-    while node.op == "call_function":
-        yield node
-        inner = node.args[0]
-        assert isinstance(inner, fx.Node)
-        node = inner
-
-
-def _swaps(node: fx.Node) -> bool:
-    name = graph.op_name(node)
-    return name in ("t", "transpose") or (name == "permute" and list(node.args[1]) != list(range(len(node.args[1]))))  # type: ignore[arg-type]

@@ -6,17 +6,16 @@ normalize -> annotate -> calibrate -> transform -> calibrate again -> round and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from torch import Tensor, fx
 
 from qfx import annotation, graph, run
-from qfx.errors import Note, UnsupportedError, listed, source_line, warn
+from qfx.errors import Note, UnsupportedError, listed, warn
 from qfx.format import Format
-from qfx.layouts import READ, is_transposed, layout_of
 from qfx.packing import Packed
-from qfx.passes.annotate import annotate
+from qfx.passes.annotate import annotate, one_of_each_name
 from qfx.passes.convolution import convolution
 from qfx.passes.fuse_dequantize import fuse_dequantize
 from qfx.passes.normalize import normalize
@@ -73,29 +72,7 @@ def annotate_from(gm: fx.GraphModule, plan: Plan) -> list[Note]:
             continue
         for role, fmt in plan.formats(graph.fqn_of(node)).items():
             annotation.set(node, role, fmt)
-    return turned_round(gm, plan.layouts)
-
-
-def turned_round(gm: fx.GraphModule, layouts: Mapping[str, str]) -> list[Note]:
-    """Nodes that read a weight [N, K] as [K, N] where it is stored for others lose their formats and its name: scales,
-    rounded values and statistics go by that, and are those of the others. A note for each.
-
-    layouts: FQN -> how it is stored; of others the module's own reading decides, else the first.
-    """
-    found = [(node, layout_of(node)) for node in gm.graph.nodes if "w" in annotation.get(node)]
-    ways: dict[str, str] = {}
-    for node, layout in found:
-        if ways.get(graph.fqn_of(node), READ).endswith(READ):
-            ways[graph.fqn_of(node)] = layout
-    notes = []
-    for node, layout in found:
-        fqn = graph.fqn_of(node)
-        if is_transposed(layout) != is_transposed(layouts.get(fqn, ways[fqn])):
-            annotation.clear(node)
-            node.meta[graph.NAMED] = f"{fqn}.transposed"
-            reason = f"it reads the weight of {fqn!r} the other way round, in float"
-            notes.append(Note(graph.fqn_of(node), reason, "nothing, or two weights", source_line(node) or ""))
-    return notes
+    return one_of_each_name(gm, plan.layouts)
 
 
 def told(notes: Iterable[Note], *, strict: bool) -> None:

@@ -37,7 +37,10 @@ def _preset(name: str) -> Recipe:
     known = presets()
     if name in known:
         return known[name]
-    raise ValueError(f"unknown preset {name!r}, {nearest(name, known)} (available presets: {', '.join(known)})")
+    near = nearest(name, known)
+    if near.startswith("did"):
+        near += f" (available presets: {', '.join(known)})"
+    raise ValueError(f"unknown preset {name!r}, {near}")
 
 
 def combined(recipes: list[Recipe]) -> Recipe:

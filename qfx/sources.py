@@ -87,7 +87,7 @@ def module_path(node: fx.Node, names: Collection[str], base: str) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    source = str(list(stack.values())[-1][0])
+    source = str(list(stack.values())[-1][0]).replace(".__dict__['_modules']", "")
     if base and source.startswith(base):
         return _words(source[len(base) :])
     variable = re.match(r"^[LG]\['([^']+)'\]", source)

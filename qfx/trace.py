@@ -1,7 +1,8 @@
 """Retrace a graph of fake tensors into functional, pre-dispatch ATen: the one normal form behind both doors.
 
 Composite operators (linear, layer_norm, scaled_dot_product_attention, ...) are kept, in-place operators become
-functional ones, switches of grad mode disappear and higher-order wrappers around sub-graphs are inlined.
+functional ones, switches of grad mode disappear, higher-order wrappers around sub-graphs are inlined, and the fused
+layer of nn.TransformerEncoder is spelled out.
 
 torch.export's graphs carry the value of each node, and most change nothing in place. Those are not functionalized, and
 only what is to be decomposed runs again: sizes that vary make running a graph of fake tensors slow.
@@ -28,6 +29,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.utils import _pytree as pytree
 
+from qfx.encoder_layer import FUSED, encoder_layer
 from qfx.errors import UnsupportedError
 from qfx.graph import val
 from qfx.vmaps import has_vmaps, levels_kept, without_vmaps
@@ -57,6 +59,8 @@ class _Inline(fx.Interpreter):
         if target in _DROPOUTS and not in_training(args, kwargs):
             # as eager gives it: the same tensor, which may change in place afterwards
             return args[0] if args else kwargs["input"]
+        if target in FUSED:
+            return encoder_layer(*args, **kwargs)
         if name == "_enter_autocast":
             _refuse_autocast(enabled=args[2] if len(args) > 2 else kwargs.get("enabled", True))
             return None
@@ -191,7 +195,7 @@ def _decomposes(target: Any) -> bool:
 
 def _stays(target: Any) -> bool:
     """Whether a node may be taken as it is. A constant is traced, so that its value is known to what is read of it."""
-    known = isinstance(target, torch._ops.OpOverload) and target not in _DROPOUTS
+    known = isinstance(target, torch._ops.OpOverload) and target not in _DROPOUTS and target not in FUSED
     return known and not (_decomposes(target) or target._opname.startswith("lift_fresh"))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qfx.cli.models import TextOptions, batches, open_quantized
+from qfx.cli.models import TextOptions, batches, open_quantized, tell_few
 from qfx.cli.terminal import megabytes, step
 from qfx.data import read_texts
 from qfx.decoding.cache_scales import SAMPLES, cache_formats
@@ -50,6 +50,7 @@ def run(
         samples = text.samples or (parsed.num_calibration_samples if parsed is not None else SAMPLES)
         with step(console, f"read {text.file}"):
             data = batches(loaded, texts, text, samples)
+        tell_few(console, data, samples, text.file)
     with step(console, f"export to {out}", spinner=False):
         done = export_onnx(loaded.model, None, out, recipe=parsed, data=data, strict=strict, **how)
     folder = done.path != out

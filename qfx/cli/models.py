@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from qfx import data
@@ -67,6 +68,14 @@ def batches(loaded: hub.Loaded, texts: list[str], options: TextOptions, samples:
     )
     device = _device(loaded.model)
     return [data.fitting(loaded.model, {k: v.to(device) for k, v in batch.items()}) for batch in made]
+
+
+def tell_few(console: Console, made: list[dict[str, Any]], wanted: int, file: Path | None) -> None:
+    """Say how many samples a text gave where it is shorter than was asked for."""
+    sizes = [next(v.shape for v in batch.values() if isinstance(v, Tensor)) for batch in made]
+    if (found := sum(size[0] for size in sizes)) < wanted:
+        told = f"{file} gives {found} of {wanted} samples of {sizes[0][1]} tokens"
+        console.print(told, style="yellow", soft_wrap=True)
 
 
 def _length(loaded: hub.Loaded, asked: int | None) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from qfx.allocation.asked import with_budget
-from qfx.cli.models import TextOptions, batches, check_device, check_target
+from qfx.cli.models import TextOptions, batches, check_device, check_target, tell_few
 from qfx.cli.terminal import megabytes, step
 from qfx.data import read_texts
 from qfx.hf import hub
@@ -65,6 +65,7 @@ def run(
         samples = text.samples or parsed.num_calibration_samples
         with step(console, f"read {text.file}"):
             data = batches(loaded, texts, text, samples)
+        tell_few(console, data, samples, text.file)
     with step(console, f"quantize by {parsed.name}", spinner=False):
         made = None if html_file is None else plan(loaded.model, parsed, data, strict=strict, resume=resume)
         gc.collect()  # graphs, which would keep every float weight alive

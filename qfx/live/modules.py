@@ -263,10 +263,16 @@ def tell_shared(module: nn.Module, *names: str) -> None:
 
 
 def without_fast_paths(model: nn.Module) -> None:
-    """Let nn.TransformerEncoderLayer call its sub-modules: its fused kernel would read their weights past them."""
+    """Let nn.TransformerEncoderLayer call its sub-modules: its fused kernel would read their weights past them.
+
+    nn.TransformerEncoder then makes no nested tensors of padded texts, which its layers without the kernel do not take:
+    it gives padded positions what it gives them in train mode, not zeros.
+    """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and (quantized_parts(module) or prepared_parts(module)):
             module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and (quantized_parts(module) or prepared_parts(module)):
+            module.use_nested_tensor = False
 
 
 def quantized_parts(model: nn.Module) -> list[str]:

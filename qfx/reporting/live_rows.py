@@ -84,7 +84,7 @@ def why_not(model: nn.Module, fqn: str, failed: dict[str, str], records: Sequenc
     if fqn in failed:
         return failed[fqn]
     if any(f"{fqn}.weight" == name for record in records for name, _ in record.weights):
-        return "the graph reads its weight as a plain tensor: stays float"
+        return "its result is not used, or the graph reads its weight as a plain tensor: stays float"
     parts = fqn.split(".")
     modules = dict(model.named_modules(remove_duplicate=False))
     for length in range(len(parts), -1, -1):

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # Of the kernels that compute a node the one that does the work: the first of these that is there.
 _MAIN = ("MatMulInteger", "MatMulNBits", "DynamicQuantizeMatMul", "Attention", "MoE", "Conv", "Gemm", "MatMul")
 _WIDEST = {"asked": 18, "runs as": 30, "bytes": 8, "SQNR": 5}  # columns; the node's name takes the rest
-_NAME = 24  # columns that a name has at least; what runs gives way
+_NAME = 24  # columns that a name has, where there is room for more than _GIVES
+_GIVES = {"runs as": 15, "node": 12, "asked": 8}  # in this order texts give way, down to these; numbers never do
 
 
 def show(report: Report, console: Console, *, all_rows: bool, folded: bool = True) -> None:
@@ -66,9 +67,11 @@ def _table(title: str, lines: Sequence[Folded], numbers: dict[str, int], width: 
     measured = any(line.sqnr_db is not None for line in lines)
     widths = {name: most for name, most in _WIDEST.items() if measured or name != "SQNR"}
     left = width - sum(widths.values()) - len(widths) - 1
-    widths["runs as"] -= min(max(_NAME - left, 0), widths["runs as"] // 2)
-    space = max(_NAME, left)
-    table.add_column("node", overflow="fold", width=space)
+    lacking = max(_NAME - left, 0)
+    widths = {"node": max(_NAME, left), **widths}
+    for name, least in _GIVES.items():
+        given = min(lacking, widths[name] - least)
+        widths[name], lacking = widths[name] - given, lacking - given
     for name, most in widths.items():
         number = name in ("bytes", "SQNR")
         table.add_column(name, overflow="fold", width=most, justify="right" if number else "left", no_wrap=number)
@@ -79,7 +82,7 @@ def _table(title: str, lines: Sequence[Folded], numbers: dict[str, int], width: 
             kernel += f" [yellow]\\[{numbers[row.reason]}][/]"
         sqnr = [] if not measured else ["" if line.sqnr_db is None else f"{line.sqnr_db:.1f}"]
         size = _size(line.nbytes) if line.nbytes else ""
-        table.add_row(escape(_wrapped(line.name, space)), escape(row.asked or "float"), kernel, size, *sqnr)
+        table.add_row(escape(_wrapped(line.name, widths["node"])), escape(row.asked or "float"), kernel, size, *sqnr)
     return table
 
 

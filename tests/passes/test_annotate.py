@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from qfx.passes.annotate import annotate, kind_of
+from qfx import annotation, graph
+from qfx.format import Format
+from qfx.layouts import is_transposed, layout_of
+from qfx.passes.annotate import annotate, kind_of, one_of_each_name
 from qfx.passes.normalize import normalize
 from qfx.recipe import Recipe, Rule
 from qfx.text import dump
@@ -46,6 +49,61 @@ def test_golden_text() -> None:
     assert annotate(gm, asked) == [] and dump(gm) == GOLDEN
     assert annotate(gm, recipe({"target": "nothing", "w": "i8/ch"})) == []
     assert "#" not in dump(gm)
+
+
+def test_of_one_weight_read_both_ways_round_the_one_that_lies_keeps_its_formats() -> None:
+    def forward(own: Any, x: torch.Tensor) -> Any:
+        return x @ own.up.weight, own.up(x), x @ own.down.weight.transpose(0, 1), x @ own.lone
+
+    layers = {"up": nn.Linear(4, 4), "down": nn.Linear(4, 4)}
+    model = Function(forward, **layers)
+    model.lone = nn.Parameter(torch.randn(4, 4))  # transposed, but by all that read it
+    gm = capture(model, torch.ones(2, 4))
+    normalize(gm)
+    assert annotate(gm, recipe({"target": "linear", "w": "i8/ch", "x": "i8/tok"})) == []
+    (note,) = one_of_each_name(gm, {})
+    assert note.node == "up.transposed" and "up.weight the other way round than it is stored" in note.reason
+    lines = [line for line in dump(gm).splitlines() if "aten.linear" in line]
+    assert [line.partition("  # ")[2] for line in lines] == ["", *["x=i8/tok w=i8/ch"] * 3]
+    assert one_of_each_name(gm, {}) == []
+
+
+def test_the_way_round_is_that_of_the_module_or_of_the_plan() -> None:
+    def forward(own: Any, x: torch.Tensor) -> Any:
+        return x @ own.up.weight + own.up(x)
+
+    for layouts, stored in (({}, "linear"), ({"up": "transposed"}, "mm")):
+        gm = capture(Function(forward, up=nn.Linear(4, 4)), torch.randn(2, 4))
+        normalize(gm)
+        for node in gm.graph.nodes:
+            if graph.schema_name(node) == "aten::linear":
+                annotation.set(node, "w", Format.parse("i8/ch"))
+        (note,) = one_of_each_name(gm, layouts)
+        assert note.node == "up.transposed" and not note.minor and "test_annotate.py" in note.where
+        kept = [n for n in gm.graph.nodes if "w" in annotation.get(n)]
+        assert len(kept) == 1 and graph.fqn_of(kept[0]) == "up"
+        assert is_transposed(layout_of(kept[0])) == (stored == "mm")
+    gm = capture(Function(lambda own, x: own.up(own.up(x)), up=nn.Linear(4, 4)), torch.randn(2, 4))
+    normalize(gm)
+    assert one_of_each_name(gm, {}) == [], "a shared layer is read one way"
+
+
+def test_a_name_stands_for_one_weight() -> None:
+    class Both(nn.Linear):
+        def __init__(self, other: nn.Linear) -> None:
+            super().__init__(4, 4)
+            self.other = [other]  # not a module of its own
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.other[0].weight) + super().forward(x)
+
+    first = nn.Linear(4, 4)
+    gm = capture(nn.Sequential(first, Both(first)), torch.ones(2, 4))
+    assert annotate(gm, recipe({"target": "linear", "w": "i8/ch"})) == []
+    (note,) = one_of_each_name(gm, {})
+    assert note.node == "0.weight" and "it reads 0.weight, and another node of this name 1.weight" in note.reason
+    assert dump(gm).count("# w=i8/ch") == 2 and "@1.weight, @1.bias)  # w=i8/ch" in dump(gm)
+    assert one_of_each_name(gm, {}) == []
 
 
 def test_ignored_nodes_stay() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -54,6 +55,11 @@ def through_dynamo(model: nn.Module, *args: Any, dynamic: bool | None = None, **
 def normal_text(captured: Captured) -> str:
     run.run(captured.gm, NORMALIZE)
     return text(captured.gm)
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor, by: Tensor) -> Tensor:
+        return x * by
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -190,6 +196,16 @@ def test_any_size_of_batch_and_length() -> None:
     normalize(captured.gm)
     longer: Inputs = {k: torch.cat([v, v[:, :3]], 1).repeat(2, 1)[:3] for k, v in inputs.items()}
     assert error(model(**longer), captured.gm(*captured.flatten((), longer))) <= 1e-5
+
+
+def test_sizes_of_one_are_fixed_without_a_word_of_torch(caplog: pytest.LogCaptureFixture) -> None:
+    batch, one = torch.randn(1, 7, 4), torch.randn(1)
+    captured = capture_export(Scaled(), (batch, one))
+    assert [tuple(n.meta["val"].shape) for n in captured.gm.graph.find_nodes(op="placeholder")][1] == (1,)
+    assert captured.flatten((torch.randn(1, 9, 4), one), {})
+    with pytest.raises(ValueError, match="does not fit the traced graph"):
+        captured.flatten((torch.randn(2, 7, 4), one), {})
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def test_sizes_are_read_from_the_tensors() -> None:

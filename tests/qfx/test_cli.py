@@ -246,11 +246,22 @@ def test_data_that_a_recipe_does_not_need_is_told(encoder: Path, text: Path, tmp
     assert "recipe 'w8a8' needs no data" in done.stdout
 
 
+def test_a_text_that_is_shorter_than_was_asked_for_is_told(encoder: Path, text: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.txt"
+    few.write_text("a few words", encoding="utf-8")
+    how = ("--recipe", "w8a8-static", "--samples", 2, "--data")
+    for command, out in (("quantize", "out"), ("export", "m.onnx")):
+        done = run(command, encoder, "-o", tmp_path / out, *how, few)
+        assert done.exit_code == 0, done.output
+        assert re.search(r"few.txt gives 1 of 2 samples of \d+ tokens", done.stdout)
+    assert " of 2 samples" not in run("quantize", encoder, "-o", tmp_path / "out", *how, text, "--seq-len", 8).stdout
+
+
 def test_export_an_encoder(encoder: Path, text: Path, tmp_path: Path) -> None:
     file = tmp_path / "m.onnx"
     result = run("export", encoder, "-o", file, "--recipe", "w8a8-smooth", "--data", text, "--runtime", "standard")
     assert result.exit_code == 0, result.output
-    assert "inputs:  input_ids" in result.output
+    assert "inputs:  input_ids, attention_mask, token_type_ids" in result.output
     assert re.search(r"opset \d+, \d+ quantized nodes", result.output)
     assert set(qfx.onnx.load(file).outputs) == {"last_hidden_state", "pooler_output"}
 

@@ -147,6 +147,26 @@ def test_a_model_in_a_closure_and_in_a_container() -> None:
     assert [row.node for row in qfx.report(fast)] == ["0"] == [row.node for row in qfx.report(models["m"])]
 
 
+def test_a_module_that_keeps_state_is_quantized() -> None:
+    """As those of sentence-transformers do: Dynamo finds its sub-modules by way of __dict__."""
+
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.size, self.block = 0, nn.Sequential(nn.Linear(16, 16))
+
+        def forward(self, x: Tensor) -> Any:
+            self.size = x.shape[0]
+            return self.block(x)
+
+    model = nn.Sequential(nn.Linear(16, 16), Keeping()).eval()
+    compiled: Any = torch.compile(model, backend="qfx", options={"strict": True})
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        assert 30 < sqnr_db(model(x), compiled(x)) < 60
+    assert [(r.node, r.asked != "") for r in qfx.report(compiled).rows] == [("0", True), ("1.block.0", True)]
+
+
 @torch.no_grad()
 def test_a_layer_excluded_from_compilation_is_named() -> None:
     class Excluding(Net):

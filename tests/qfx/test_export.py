@@ -142,6 +142,36 @@ def test_inputs_of_a_transformers_model_may_be_left_out(tmp_path: Path) -> None:
     assert qfx.export_onnx(model, None, tmp_path / "m.onnx", recipe="w8a8").inputs == ("pixel_values",)
 
 
+@pytest.mark.parametrize(("name", "inputs"), [("bert", 3), ("distilbert", 2)])
+def test_then_texts_may_be_padded_and_pairs(tmp_path: Path, name: str, inputs: int) -> None:
+    """A file without the mask would let the tokens of a text attend to its padding, with no error."""
+    model, given = ZOO[name]()
+    ids = given["input_ids"]
+    mask, types = torch.ones_like(ids), torch.zeros_like(ids)
+    mask[0, 3:], types[:, 2:] = 0, 1
+    text = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    path = qfx.export_onnx(model, None, tmp_path / "m.onnx").path
+    taken = [i.name for i in ort.InferenceSession(path).get_inputs()]
+    assert sorted(taken) == sorted(list(text)[:inputs])
+    with torch.no_grad():
+        wanted, plain = model(**{k: text[k] for k in taken})[0], model(ids)[0]
+    (found, *_) = run(path, text)
+    assert sqnr(wanted[mask.bool()], found[mask.bool()]) > 90 > sqnr(wanted[mask.bool()], plain[mask.bool()])
+
+
+def test_a_recipe_for_what_is_quantized_is_refused(tmp_path: Path) -> None:
+    model, inputs = ZOO["vit"]()
+    plan = qfx.plan(copy.deepcopy(model), "w4a16", data=[inputs])
+    model = qfx.quantize(model, "w8a8", data=[inputs])
+    for asked in ({"recipe": "w4a16"}, {"plan": plan}):
+        with pytest.raises(ValueError, match=r"quantized already: .*\n.*export the float model"):
+            qfx.export_onnx(model, inputs, tmp_path / "m.onnx", **asked)
+    assert list(tmp_path.iterdir()) == []
+    prepared = qfx.prepare_qat(ZOO["vit"]()[0], "w8a8", data=[inputs])
+    with pytest.raises(ValueError, match=r"prepared for training(.|\n)*qfx.convert"):
+        qfx.export_onnx(prepared, inputs, tmp_path / "m.onnx", recipe="w8a8")
+
+
 def test_bytes_do_not_depend_on_the_process(tmp_path: Path) -> None:
     """Neither on what it did before nor on how it orders sets: this one, and another with a seed of its own."""
     program = (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qfx.inputs import example_inputs, need_inputs, without_cache
+from qfx.inputs import beside_tokens, example_inputs, need_inputs, without_cache
 from tests.zoo import ZOO
 
 EXPECTED: dict[str, dict[str, tuple[int, ...]]] = {
@@ -174,3 +174,16 @@ def test_sound_and_videos_have_the_axes_that_the_configuration_tells(kind: str, 
     found = example_inputs(model)
     assert found is not None and tuple(found[name].shape) == shape
     model(**found)
+
+
+def test_beside_tokens_lie_a_mask_and_types_where_there_are_several() -> None:
+    found = {
+        name: set(beside_tokens(ZOO[name]()[0], {"input_ids": torch.ones(2, 3)}))
+        for name in ("bert", "distilbert", "gpt2")
+    }
+    assert found == {
+        "bert": {"attention_mask", "token_type_ids"},
+        "distilbert": {"attention_mask"},
+        "gpt2": {"attention_mask"},
+    }
+    assert beside_tokens(ZOO["vit"]()[0], {"pixel_values": torch.ones(2, 3, 8, 8)}) == {}

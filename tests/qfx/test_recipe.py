@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,13 @@ def test_parse_of_a_recipe_is_the_recipe() -> None:
 def test_bad_sources(source: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe.parse(source)
+
+
+@pytest.mark.parametrize("name", ["w8a9", "qq"])
+def test_presets_are_listed_once(name: str) -> None:
+    with pytest.raises(ValueError, match="unknown preset") as caught:
+        Recipe.parse(name)
+    assert re.split(r"[ ,()]+", str(caught.value)).count("w8a8-smooth") == 1
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def test_names_of_inputs(source: str, name: str) -> None:
     ("source", "base", "names", "path"),
     [
         ("L['self'].layers[3].fc", "L['self']", [], "layers.3.fc"),
+        ("L['self'].layers[3].__dict__['_modules']['fc'].inner", "L['self']", [], "layers.3.fc.inner"),
         ("L['self']", "L['self']", [], ""),
         ("L['one'].fc", "", ["one.fc.weight"], "one.fc"),
         ("L['one'].fc", "", ["fc.weight"], "fc"),

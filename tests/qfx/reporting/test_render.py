@@ -96,6 +96,16 @@ def test_nothing_is_cut_on_a_narrow_terminal(width: int) -> None:
     assert lines[at + 1].split()[0] == "self_attn.q_proj", "broken behind a dot"
 
 
+@pytest.mark.parametrize("width", [54, 60, 66, 75])
+def test_numbers_are_whole_on_any_terminal(width: int) -> None:
+    """A size without its unit would be read as another size."""
+    lines = [line.rstrip() for line in shown(Report((QUANTIZED, ATTENTION, FLOAT)), width=width).splitlines()]
+    assert max(map(len, lines)) <= width
+    assert lines[1].split()[-2:] == ["bytes", "SQNR"]
+    assert next(line for line in lines if line.startswith("model.")).split()[-3:] == ["4.4", "KB", "40.1"]
+    assert any(line.endswith("16.4 KB") for line in lines)
+
+
 def _layers(sqnr: list[float]) -> tuple[Row, ...]:
     return tuple(
         replace(QUANTIZED, node=f"model.layers.{i}.mlp.{name}", sqnr_db=db)
