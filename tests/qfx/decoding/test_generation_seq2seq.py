@@ -331,9 +331,10 @@ def test_one_file_without_a_cache(tmp_path: Path) -> None:
     model, inputs = ZOO["bart"]()
     qfx.export_onnx(model, None, tmp_path / "m.onnx")
     loaded: Any = qfx.onnx.load(tmp_path / "m.onnx")
-    with torch.no_grad():
-        expected = model(input_ids=inputs["input_ids"], decoder_input_ids=inputs["decoder_input_ids"]).logits
     given = {name: inputs[name] for name in loaded.inputs}
+    assert set(given) == {"input_ids", "attention_mask", "decoder_input_ids"}
+    with torch.no_grad():
+        expected = model(**given).logits
     assert sqnr(expected, loaded(**given)["logits"]) > 100
 
 
