@@ -99,7 +99,7 @@ def clip_inputs(
             whole, least = float(one.errors[0]), float(one.errors.min())
             told[fqn] = {"percent": one.clip, "error": least / whole if whole else 1.0}
     for node in gm.graph.nodes:
-        if is_linear(node) and "x" in annotation.get(node) and graph.fqn_of(node) in told:
+        if is_linear(node) and graph.fqn_of(node) in told:
             _set(node, told[graph.fqn_of(node)]["percent"], plan)
     return notes
 

@@ -49,7 +49,7 @@ def keep_outliers(
     observers, notes = observed(gm, batches, make, progress=progress)
     told = plan.sensitivities.setdefault("outliers", {})
     for node in gm.graph.nodes:
-        seen = observers.found.get((graph.fqn_of(node), "x")) if "w" in annotation.get(node) else None
+        seen = observers.found.get((graph.fqn_of(node), "x"))
         if not isinstance(seen, AbsMax) or not seen.seen or graph.fqn_of(node) in told:
             continue
         columns = (seen.absmax() > threshold).nonzero().flatten().tolist()

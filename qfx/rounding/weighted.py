@@ -55,7 +55,7 @@ def round_weighted(
     found = plan.sensitivities.setdefault("rounding", {})
     for node in gm.graph.nodes:
         seen = observers.found.get((graph.fqn_of(node), "w"))
-        if isinstance(seen, Moments) and seen.seen and is_linear(node) and "w" in annotation.get(node):
+        if isinstance(seen, Moments) and seen.seen and is_linear(node):
             found[graph.fqn_of(node)] = _round(gm, node, plan, seen.importance())
     return notes
 

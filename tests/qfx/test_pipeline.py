@@ -102,6 +102,7 @@ RECIPES: list[tuple[str, dict[str, Any], float]] = [
     ("w4a16", {"low_rank": 4}, 15),
     ("w4a4-rotate", {}, 12),
     ("int8-outliers", {"outliers": 2.0}, 33),
+    ("w4a16", {"rounding": "mse", "weighting": "energy"}, 15),
 ]
 
 
