@@ -158,10 +158,10 @@ def _retraced(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
 
 
 def _is_other(traced: fx.GraphModule, gm: fx.GraphModule) -> bool:
-    """Whether decomposing gave what is to be decomposed in turn, or computed sizes, which functionalizing spells in
-    another way."""
+    """Whether decomposing gave what is to be decomposed in turn or changes in place (dropout of whole channels), or
+    computed sizes, which functionalizing spells in another way."""
     sizes, known = (Counter(n.target for n in _calls(g) if isinstance(val(n), py_sym_types)) for g in (traced, gm))
-    return bool(sizes - known) or any(_decomposes(n.target) for n in _calls(traced))
+    return bool(sizes - known) or any(_decomposes(n.target) or _changes(n.target) for n in _calls(traced))
 
 
 def _calls(gm: fx.GraphModule) -> list[fx.Node]:
@@ -181,8 +181,11 @@ def _is_known(gm: fx.GraphModule) -> bool:
 def _is_pure(call: fx.Node) -> bool:
     if isinstance(call.target, torch._ops.HigherOrderOperator):
         return getattr(call.target, "__name__", "") in _WRAPPERS
-    changes = isinstance(call.target, torch._ops.OpOverload) and call.target._schema.is_mutable
-    return call.op == "call_function" and "val" in call.meta and not changes
+    return call.op == "call_function" and "val" in call.meta and not _changes(call.target)
+
+
+def _changes(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def _decomposes(target: Any) -> bool:
