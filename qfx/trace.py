@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor,
 )
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import Max, Min
 
 from qfx.encoder_layer import FUSED, encoder_layer
 from qfx.errors import UnsupportedError
@@ -78,7 +79,7 @@ class _Known(_Inline):
     def run_node(self, n: fx.Node) -> Any:
         tracer: Any = getattr(get_proxy_mode(), "tracer", None)
         value: Any = val(n)
-        stays = n.op == "call_function" and isinstance(value, Tensor) and _stays(n.target)
+        stays = n.op == "call_function" and isinstance(value, Tensor) and _stays(n.target) and not _is_early(value)
         if not stays or get_proxy_slot(value, tracer, None) is not None:  # a sub-graph may be called twice
             found = super().run_node(n)
             if n.target is torch.ops.aten.sym_size.int and isinstance(found, torch.SymInt):
@@ -91,6 +92,12 @@ class _Known(_Inline):
             proxy.node.meta["val"] = value
             track_tensor(value, proxy, constant=None, tracer=tracer)
         return value
+
+
+def _is_early(value: Tensor) -> bool:
+    """Whether a size or stride is the greater or lesser of two: which of them it is a later node may have told."""
+    sizes = (*value.shape, *(value.stride() if value.layout == torch.strided else ()))
+    return any(isinstance(size, torch.SymInt) and size.node.expr.has(Max, Min) for size in sizes)
 
 
 def _proxy_of(value: Any, tracer: Any) -> Any:
@@ -158,10 +165,10 @@ def _retraced(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
 
 
 def _is_other(traced: fx.GraphModule, gm: fx.GraphModule) -> bool:
-    """Whether decomposing gave what is to be decomposed in turn, or computed sizes, which functionalizing spells in
-    another way."""
+    """Whether decomposing gave what is to be decomposed in turn or changes in place (dropout of whole channels), or
+    computed sizes, which functionalizing spells in another way."""
     sizes, known = (Counter(n.target for n in _calls(g) if isinstance(val(n), py_sym_types)) for g in (traced, gm))
-    return bool(sizes - known) or any(_decomposes(n.target) for n in _calls(traced))
+    return bool(sizes - known) or any(_decomposes(n.target) or _changes(n.target) for n in _calls(traced))
 
 
 def _calls(gm: fx.GraphModule) -> list[fx.Node]:
@@ -181,8 +188,11 @@ def _is_known(gm: fx.GraphModule) -> bool:
 def _is_pure(call: fx.Node) -> bool:
     if isinstance(call.target, torch._ops.HigherOrderOperator):
         return getattr(call.target, "__name__", "") in _WRAPPERS
-    changes = isinstance(call.target, torch._ops.OpOverload) and call.target._schema.is_mutable
-    return call.op == "call_function" and "val" in call.meta and not changes
+    return call.op == "call_function" and "val" in call.meta and not _changes(call.target)
+
+
+def _changes(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def _decomposes(target: Any) -> bool:

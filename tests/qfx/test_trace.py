@@ -326,3 +326,34 @@ def test_what_decomposes_in_two_steps_is_decomposed() -> None:
     assert not any("reshape" in name for name in ops(found))
     assert ops(found) == ops(retrace(without_values(gm), values)[0])
     assert torch.equal(found(x, y)[0], x.T.reshape(2, 6) * 2)
+
+
+class DecomposedInPlace(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.dropout1d(x, 0.5, True), F.alpha_dropout(x, 0.5, True)
+
+
+def test_what_decomposes_into_a_change_in_place_is_functional() -> None:
+    x = torch.ones(2, 50, 3)
+    gm, values = exported(DecomposedInPlace(), x)
+    found, mutated = retrace(gm, values)
+    assert mutated == [] and not any(name.split(".")[0].endswith("_") for name in ops(found))
+    assert ops(found) == ops(retrace(without_values(gm), values)[0])
+    channels, _ = found(x)
+    assert set(channels.unique().tolist()) == {0.0, 2.0} and torch.equal(channels, channels[..., :1].expand(-1, -1, 3))
+
+
+class SizeToldLater(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        rows = nn.utils.rnn.pad_sequence([x[0], x[1, :3]], batch_first=True)
+        return rows.relu() * x[:2]
+
+
+def test_sizes_are_as_the_whole_graph_tells_them() -> None:
+    gm, values = exported(SizeToldLater(), torch.randn(4, 6), dynamic=True)
+    found, _ = retrace(gm, values)
+    expected, _ = retrace(without_values(gm), values)
+    for traced_gm in (found, expected):
+        graph.clean(traced_gm)
+        graph.rename(traced_gm)
+    assert dump(found) == dump(expected)
