@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import qfx
 from qfx.encoder_layer import encoder_layer
 from qfx.measuring.measure import sqnr_db
+from tests.graphs import Function
 
 X = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(0))
 PADDED = torch.tensor([[False] * 3 + [True] * 3, [False] * 6, [False] * 5 + [True]])
@@ -81,3 +82,20 @@ def test_a_quantized_encoder_takes_padded_texts_without_nested_tensors(way: str)
         wanted, found = plain(X, PADDED), changed(X, PADDED)
     assert wanted[PADDED].count_nonzero() == 0 and found[PADDED].count_nonzero() > 0
     assert 30 < sqnr_db(wanted[~PADDED], found[~PADDED]) < 60
+
+
+def test_a_mask_goes_with_is_causal() -> None:
+    """As README says: without it torch looks at the mask's values, and Dynamo gives up nn.TransformerEncoder."""
+    mask = torch.ones(5, 5).triu(1).bool()
+    for causal, asked in ((True, True), (None, False)):
+        torch._dynamo.reset()
+        made = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(16, 2, 16, batch_first=True), 1, enable_nested_tensor=False
+        )
+        model = Function(lambda own, x, causal=causal: own.part(x, mask=mask, is_causal=causal), part=made).eval()
+        with torch.no_grad():
+            compiled = torch.compile(model, backend="qfx", options={"recipe": "w8a8"})
+            compiled(torch.randn(2, 5, 16))
+        rows = {row.node: row for row in qfx.report(compiled).rows}
+        assert bool(rows["part.layers.0.linear1"].asked) is asked
+        assert asked or "in no compiled graph" in rows["part.layers.0.linear1"].reason
