@@ -85,15 +85,18 @@ def one_of_each_name(gm: fx.GraphModule, layouts: Mapping[str, str]) -> list[Not
     for _, fqn, target in known:
         if named.setdefault(fqn, target) != target and is_within(target, fqn):
             named[fqn] = target
-    ways = dict(layouts)
+    turned = {fqn: is_transposed(layout) for fqn, layout in layouts.items() if layout != "unknown"}
+    firm = set(turned)
     for node, fqn, target in known:
-        if named[fqn] == target and fqn not in layouts and ways.get(fqn, READ).endswith(READ):
-            ways[fqn] = layout_of(node)
+        if named[fqn] == target and fqn not in firm:
+            own = not layout_of(node).endswith(READ)
+            turned[fqn] = _turns(node) if own else turned.get(fqn, _turns(node))
+            firm |= {fqn} if own else set()
     notes = []
     for node, fqn, target in known:
         if named[fqn] != target:
             reason, name = f"it reads {target}, and another node of this name {named[fqn]}", target
-        elif is_transposed(layout_of(node)) != is_transposed(ways[fqn]):
+        elif _turns(node) != turned[fqn]:
             reason, name = f"it reads {target} the other way round than it is stored", f"{fqn}.transposed"
         else:
             continue
@@ -102,6 +105,12 @@ def one_of_each_name(gm: fx.GraphModule, layouts: Mapping[str, str]) -> list[Not
         step = "nothing, or a layer for each"
         notes.append(Note(name, f"{reason}: stays in float", step, source_line(node) or ""))
     return notes
+
+
+def _turns(node: fx.Node) -> bool:
+    """Whether it reads its weight transposed, be the layout known or not (a convolution's kernel, reshaped)."""
+    operand = graph.weight_operand(node)
+    return operand is not None and graph.is_turned(operand)
 
 
 def _no_layers(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:

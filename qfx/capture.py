@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from qfx import graph
@@ -153,6 +154,8 @@ def _most_varying(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             why = "sizes of the others become too long to trace"
         except UnsupportedError as error:
             refused = refused or error
+            if isinstance(error.__cause__, GuardOnDataDependentSymNode):
+                break  # a condition on values, with the example's sizes put in: it stays where fewer vary
             why = f"torch.export does not trace the others ({first_line(error.__cause__ or error)})"
     assert refused is not None
     raise refused

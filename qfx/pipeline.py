@@ -81,21 +81,21 @@ def told(notes: Iterable[Note], *, strict: bool) -> None:
     Notes that differ in their nodes alone are one (see `alike`). A warning points to the user's line where known.
     """
     unique = list(dict.fromkeys(notes))
-    refused = alike(note for note in unique if not note.minor) if strict else []
+    refused = alike((note for note in unique if not note.minor), len(unique)) if strict else []
     if refused:
         raise UnsupportedError("strict=True and not everything can be had as asked:\n" + "\n".join(map(str, refused)))
     for note in alike(unique):
         warn(str(note), note.where, stacklevel=3)
 
 
-def alike(notes: Iterable[Note]) -> list[Note]:
-    """Notes that differ in their nodes alone as one, whose node names them all: `model.layers.0-31.mlp.experts.w1 (32
-    nodes)`. Of minor ones the source lines may differ, too."""
+def alike(notes: Iterable[Note], most: int = 3) -> list[Note]:
+    """Notes that differ in their nodes alone as one, whose node names them: `model.layers.0-31.mlp.experts.w1 (32
+    nodes)`, at most `most` such names. Of minor ones the source lines may differ, too."""
     groups: dict[Note, list[Note]] = {}
     for note in notes:
         groups.setdefault(replace(note, node="", where="" if note.minor else note.where), []).append(note)
-    return [replace(group[0], node=_named([note.node for note in group])) for group in groups.values()]
+    return [replace(group[0], node=_named([note.node for note in group], most)) for group in groups.values()]
 
 
-def _named(nodes: list[str]) -> str:
-    return nodes[0] if len(nodes) == 1 else f"{listed([name for name, _ in ranges(nodes)])} ({len(nodes)} nodes)"
+def _named(nodes: list[str], most: int) -> str:
+    return nodes[0] if len(nodes) == 1 else f"{listed([name for name, _ in ranges(nodes)], most)} ({len(nodes)} nodes)"

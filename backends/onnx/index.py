@@ -150,16 +150,20 @@ def _scatter_slices(b: Builder, x: Value, dim: int, places: Value, source: Value
 
 
 def scatter(b: Builder, x: Value, dim: int, places: Value, source: Any, *, reduce: str | None = None) -> Value:
-    """x with elements written (or added, multiplied) along one dimension: a tensor's, or one number."""
-    kinds = {None: "none", "add": "add", "multiply": "mul"}
+    """x with elements written (or combined with the former ones) along one dimension: a tensor's, or one number."""
     if not isinstance(source, Value):
         source = b.op("Expand", b.scalar(source, x.dtype), b.shape(places.dims))
     elif source.dims != places.dims:
         n = places.rank
         source = b.op("Slice", source, b.ints([0] * n), b.shape(places.dims), b.ints(list(range(n))))
     return b.op(
-        "ScatterElements", x, places, b.cast(source, x.dtype), axis=axis_of(dim, x.rank), reduction=kinds[reduce]
+        "ScatterElements", x, places, b.cast(source, x.dtype), axis=axis_of(dim, x.rank), reduction=_KINDS[reduce]
     )
+
+
+_KINDS = {
+    None: "none", "add": "add", "multiply": "mul", "sum": "add", "prod": "mul", "amax": "max", "amin": "min",
+}  # fmt: skip
 
 
 def scatter_add(b: Builder, x: Value, dim: int, places: Value, source: Value) -> Value:
@@ -171,15 +175,13 @@ def scatter_reduce(
     b: Builder, x: Value, dim: int, places: Value, source: Value, reduce: str, *, include_self: bool = True
 ) -> Value:
     """x with elements combined along one dimension, with the former ones or in their place."""
-    kinds = {"sum": "add", "prod": "mul", "amax": "max", "amin": "min"}
-    if reduce not in kinds:
+    if reduce not in _KINDS:
         raise NotImplementedError(f"scatter_reduce by {reduce}")
-    axis = axis_of(dim, x.rank)
     if not include_self:
         least, most = (-math.inf, math.inf) if x.dtype.is_floating_point else _ends(x.dtype)
         start = {"sum": 0, "prod": 1, "amax": least, "amin": most}[reduce]
-        x = b.finish(scatter(b, x, axis, places, start))
-    return b.op("ScatterElements", x, places, b.cast(source, x.dtype), axis=axis, reduction=kinds[reduce])
+        x = b.finish(scatter(b, x, dim, places, start))
+    return scatter(b, x, dim, places, source, reduce=reduce)
 
 
 def _ends(dtype: torch.dtype) -> tuple[int, int]:
@@ -206,11 +208,13 @@ def slice_scatter(
 
 
 def _from_the_front(b: Builder, at: Dim, size: Dim) -> Value:
-    """A place as int64 [1], not negative: of a size that is not known yet only the run tells the sign."""
-    if isinstance(at, int):
-        return b.dim(at + size if at < 0 else at)
-    place = b.dim(at)
-    return b.op("Where", b.op("Less", place, b.ints([0]), dtype=torch.bool), b.op("Add", place, b.dim(size)), place)
+    """A place as int64 [1], not negative: of a size that is not known yet only the run tells the sign. What lies before
+    the first place is the first, as torch has it."""
+    if isinstance(at, int) and at >= 0:
+        return b.dim(at)
+    place, none = b.dim(at), b.ints([0])
+    back = b.op("Max", b.op("Add", place, b.dim(size)), none)
+    return back if isinstance(at, int) else b.op("Where", b.op("Less", place, none, dtype=torch.bool), back, place)
 
 
 def select_scatter(b: Builder, x: Value, source: Value, dim: int, at: Any) -> Value:

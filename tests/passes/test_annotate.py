@@ -14,6 +14,7 @@ from qfx.format import Format
 from qfx.layouts import is_transposed, layout_of
 from qfx.passes.annotate import annotate, kind_of, one_of_each_name
 from qfx.passes.normalize import normalize
+from qfx.pipeline import prepare
 from qfx.recipe import Recipe, Rule
 from qfx.text import dump
 from tests.graphs import Function, capture
@@ -86,6 +87,30 @@ def test_the_way_round_is_that_of_the_module_or_of_the_plan() -> None:
     gm = capture(Function(lambda own, x: own.up(own.up(x)), up=nn.Linear(4, 4)), torch.randn(2, 4))
     normalize(gm)
     assert one_of_each_name(gm, {}) == [], "a shared layer is read one way"
+
+
+def test_a_kernel_that_is_reshaped_and_read_the_other_way_round_stays_in_float() -> None:
+    def forward(own: Any, x: torch.Tensor) -> Any:
+        return own.conv(x.transpose(1, 2)).transpose(1, 2) @ own.conv.weight.reshape(8, 8)
+
+    gm = capture(Function(forward, conv=nn.Conv1d(8, 8, 1, bias=False)), torch.randn(2, 3, 8))
+    prepare(gm)
+    annotate(gm, recipe({"target": "*", "w": "i8/ch"}))
+    assert [layout_of(n) for n in gm.graph.nodes if "w" in annotation.get(n)] == ["patch", "unknown"]
+    (note,) = one_of_each_name(gm, {"conv": "patch"})
+    assert note.node == "conv.transposed" and "the other way round" in note.reason
+    assert [graph.fqn_of(n) for n in gm.graph.nodes if "w" in annotation.get(n)] == ["conv"]
+
+
+def test_of_two_ways_that_another_module_reads_the_first_is_kept() -> None:
+    def forward(own: Any, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(nn.functional.linear(x, own.held.weight), own.held.weight.t())
+
+    gm = capture(Function(forward, held=nn.Linear(4, 4)), torch.randn(2, 4))
+    normalize(gm)
+    annotate(gm, recipe({"target": "linear", "w": "i8/ch"}))
+    assert len(one_of_each_name(gm, {})) == 1
+    assert [layout_of(n) for n in gm.graph.nodes if "w" in annotation.get(n)] == ["linear-read"]
 
 
 def test_a_name_stands_for_one_weight() -> None:

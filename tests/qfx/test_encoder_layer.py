@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import qfx
 from qfx.encoder_layer import encoder_layer
 from qfx.measuring.measure import sqnr_db
+from tests.graphs import Function
 
 X = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(0))
 PADDED = torch.tensor([[False] * 3 + [True] * 3, [False] * 6, [False] * 5 + [True]])
@@ -81,3 +82,20 @@ def test_a_quantized_encoder_takes_padded_texts_without_nested_tensors(way: str)
         wanted, found = plain(X, PADDED), changed(X, PADDED)
     assert wanted[PADDED].count_nonzero() == 0 and found[PADDED].count_nonzero() > 0
     assert 30 < sqnr_db(wanted[~PADDED], found[~PADDED]) < 60
+
+
+@pytest.mark.parametrize(("causal", "asked"), [(True, True), (False, True), (None, False)])
+def test_a_mask_goes_with_is_causal(causal: bool | None, asked: bool) -> None:
+    """As README says: without it torch looks at the mask's values, and Dynamo gives up nn.TransformerEncoder."""
+
+    def forward(own: Any, x: Tensor) -> Any:
+        return own.part(own.fc(x), mask=CAUSAL, is_causal=causal)
+
+    part = nn.TransformerEncoder(layer(), 1, enable_nested_tensor=False)
+    compiled = torch.compile(
+        Function(forward, fc=nn.Linear(16, 16), part=part).eval(), backend="qfx", options={"recipe": "w8a8"}
+    )
+    with torch.no_grad():
+        compiled(X)
+    row = next(row for row in qfx.report(compiled).rows if row.node == "part.layers.0.linear1")
+    assert bool(row.asked) is asked and ("in no compiled graph" in row.reason) is not asked

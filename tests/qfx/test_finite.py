@@ -16,7 +16,7 @@ from qfx.measuring.measure import sqnr_db
 from tests.graphs import Function, error
 from tests.quantized import call, quantized, sqnr
 
-X = torch.randn(3, 4)
+X = torch.randn(3, 4, dtype=torch.float16)
 CLAMPED: dict[str, Callable[[Tensor], Tensor]] = {
     "isfinite": lambda y: y if torch.isfinite(y).all() else y.clamp(-1, 1),
     "not isfinite": lambda y: y.clamp(-1, 1) if not torch.isfinite(y).all() else y,
@@ -35,7 +35,7 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def model(branch: Callable[[Tensor], Tensor]) -> nn.Module:
     torch.manual_seed(0)
-    return Function(lambda own, x: branch(own.part(x)), part=nn.Sequential(nn.Linear(4, 4))).eval()
+    return Function(lambda own, x: branch(own.part(x)), part=nn.Sequential(nn.Linear(4, 4))).to(X.dtype).eval()
 
 
 @pytest.mark.parametrize("name", CLAMPED)
@@ -54,6 +54,19 @@ def test_other_questions_are_refused(name: str) -> None:
         capture_export(model(OTHERS[name]), (X,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
+    """Their values may be Inf by intent: no trace knows."""
+
+    def forward(own: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+        return x.masked_fill(mask.isneginf(), 0) if torch.isinf(mask).any() else x
+
+    x = torch.randn(3, 4, dtype=dtype)
+    with pytest.raises(UnsupportedError, match=r"data-dependent .*test_finite.py:\d+, in forward"):
+        capture_export(Function(forward), (x, torch.zeros_like(x)))
+    capture_export(Function(forward), (x.half(), torch.zeros_like(x).half()))
+
+
 def test_what_is_refused_is_calibrated_in_parts() -> None:
     net = model(OTHERS["some are positive"])
     with pytest.raises(UnsupportedError, match=r"test_finite.py:\d+[\s\S]*qfx.quantize takes a part"):
@@ -70,7 +83,7 @@ def test_bart_in_float16_is_calibrated() -> None:
 
 def test_values_are_left_alone_and_tensors_are_let_go() -> None:
     with TakenFinite() as mode:
-        bad = torch.tensor([1.0, float("inf")])
+        bad = torch.tensor([1.0, float("inf")], dtype=torch.float16)
         assert torch.equal(torch.isfinite(bad), torch.tensor([True, False]))
         assert bool(bad.isfinite().all()) is False, "a method is not asked for"
         assert bool(torch.isfinite(bad).all()) and not bool(torch.isinf(bad).any())

@@ -19,7 +19,7 @@ from qfx.errors import UnsupportedError
 from qfx.live.modules import QuantLinear
 from qfx.long_sizes import LONGEST, LongSize, ShortSizes
 from qfx.other_sizes import other_sizes
-from tests.graphs import error
+from tests.graphs import Function, error
 from tests.zoo import ZOO
 
 
@@ -94,6 +94,25 @@ def test_where_torch_does_not_trace_the_others_the_first_axis_varies(tmp_path: P
 def test_where_none_is_traced_the_error_is_that_of_all_and_names_the_line() -> None:
     with pytest.raises(UnsupportedError, match=r"TypeError: no number \(at .*test_long_sizes.py:\d+, in forward: rai"):
         capture_export(Square(axis=3), (torch.randn(2, 9, 4),))
+
+
+def test_a_condition_on_values_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def traces(forward: Any, x: Tensor) -> int:
+        seen, export = list[Any](), torch.export.export
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            seen.append(args)
+            return export(*args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.export, "export", counted)
+            with pytest.raises(UnsupportedError, match=r"data-dependent .*test_long_sizes.py"):
+                capture_export(Function(forward), (x,))
+        return len(seen)
+
+    assert traces(lambda own, x: x if x.sum() > 0 else -x, torch.randn(3, 4)) == 1
+    assert traces(lambda own, x: x if x.sum().item() > 0 else -x, torch.randn(3, 4)) == 1
+    assert traces(lambda own, x: x if x.argmax().item() > x.shape[0] else -x, torch.randn(3, 4)) == 1
 
 
 def test_the_mode_raises_at_the_limit_and_leaves_the_result_alone() -> None:

@@ -174,3 +174,11 @@ def test_strict_refuses_what_is_not_as_asked_and_nothing_else() -> None:
     with pytest.warns(QfxWarning, match="computed in f32"):
         told([MINOR], strict=True)
     told([], strict=True)
+
+
+def test_a_strict_error_names_all_nodes() -> None:
+    notes = [Note(name, "no", "nothing") for name in ("embed", "up", "down", "h.0.fc", "h.1.fc", "head")]
+    with pytest.raises(UnsupportedError, match=r"\nembed, up, down, h\.0-1\.fc, head \(6 nodes\): no"):
+        told(notes, strict=True)
+    with pytest.warns(QfxWarning, match=r"embed, up, down and 2 more \(6 nodes\): no"):
+        told(notes, strict=False)

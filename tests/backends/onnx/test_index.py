@@ -77,6 +77,7 @@ CASES: list[Case] = [
         elements,
     ),
     ("scatter of bools", lambda x, i, v: (x > 0).scatter(1, i, True), elements),
+    ("scatter_reduce of fewer places", lambda x, i, v: x.scatter_reduce(1, i[:1, :2], v, "amin"), elements),
     (
         "slice_scatter",
         lambda x, m: (x.slice_scatter(x[:, :2] + 1, 1, 1, 3), x.slice_scatter(x[:, ::2], 1, 0, 6, 2)),
@@ -90,6 +91,11 @@ CASES: list[Case] = [
             x.slice_scatter(x[1:2] * 2, 0, 1 - x.shape[0], 2),
             x.slice_scatter(x[::2] * 2, 0, -x.shape[0], step=2),
         ),
+        masked,
+    ),
+    (
+        "slice_scatter from before the first place",
+        lambda x, m: (x.slice_scatter(x[:1] * 2, 0, -20, 1), x.slice_scatter(x[:1] * 2, 0, -20, 1, 2)),
         masked,
     ),
     ("slice_scatter whole", lambda x, m: x.slice_scatter(x * 2, 0), masked),
