@@ -98,4 +98,5 @@ def alike(notes: Iterable[Note], most: int = 3) -> list[Note]:
 
 
 def _named(nodes: list[str], most: int) -> str:
-    return nodes[0] if len(nodes) == 1 else f"{listed([name for name, _ in ranges(nodes)], most)} ({len(nodes)} nodes)"
+    names = ranges(list(dict.fromkeys(nodes)))  # a layer that is called twice has two nodes
+    return nodes[0] if len(nodes) == 1 else f"{listed([name for name, _ in names], most)} ({len(nodes)} nodes)"

@@ -12,7 +12,7 @@ import qfx
 from qfx import graph
 from qfx.errors import Note, QfxWarning, UnsupportedError
 from qfx.measuring.measure import sqnr_db
-from qfx.pipeline import annotate_from, apply_plan, prepare, told
+from qfx.pipeline import alike, annotate_from, apply_plan, prepare, told
 from qfx.plan import Plan
 from qfx.recipe import Recipe
 from qfx.text import dump
@@ -166,6 +166,12 @@ def test_notes_that_differ_in_their_nodes_are_one_warning_and_one_line_of_an_err
         said,
         str(MAJOR).partition(" (at")[0],
     ]
+
+
+def test_a_layer_that_is_called_twice_is_named_once() -> None:
+    calls = ((0, HERE), (1, HERE), (1, HERE.replace("12", "13")))
+    (note,) = alike(Note(f"h.{i}.up", "no op", "leave it", where, minor=True) for i, where in calls)
+    assert note.node == "h.0-1.up (3 nodes)"
 
 
 def test_strict_refuses_what_is_not_as_asked_and_nothing_else() -> None:
