@@ -86,12 +86,9 @@ def one_of_each_name(gm: fx.GraphModule, layouts: Mapping[str, str]) -> list[Not
         if named.setdefault(fqn, target) != target and is_within(target, fqn):
             named[fqn] = target
     turned = {fqn: is_transposed(layout) for fqn, layout in layouts.items() if layout != "unknown"}
-    firm = set(turned)
-    for node, fqn, target in known:
-        if named[fqn] == target and fqn not in firm:
-            own = not layout_of(node).endswith(READ)
-            turned[fqn] = _turns(node) if own else turned.get(fqn, _turns(node))
-            firm |= {fqn} if own else set()
+    rest = [(node, fqn) for node, fqn, target in known if named[fqn] == target and fqn not in turned]
+    for node, fqn in sorted(rest, key=lambda reader: layout_of(reader[0]).endswith(READ)):  # the modules' own first
+        turned.setdefault(fqn, _turns(node))
     notes = []
     for node, fqn, target in known:
         if named[fqn] != target:
