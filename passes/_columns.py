@@ -11,16 +11,15 @@ column i was just before it was rounded and P = triu((X_float - X) X^T R^-T, 1) 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qfx.packing import Packed
-from qfx.passes._grid import Grid
+from qfx.passes._grid import Steps
 from qfx.passes._hessian import Hessian, factor
 from qfx.rounding.method_options import GptqOptions
-from qfx.rounding.parts import joined
 from qfx.storage.spill import beside, give_back, is_mapped, rest
 
 _COLUMNS = 128  # whose errors are passed on to the rest together
@@ -32,7 +31,7 @@ _ROWS = 128  # that are put in order at once
 class Columns:
     """What the columns of a matrix share. columns: their order. lower: R^T in that order. pushed: P, or None."""
 
-    grid: Grid
+    grid: Steps
     columns: Tensor
     lower: Tensor
     pushed: Tensor | None
@@ -41,7 +40,7 @@ class Columns:
     options: GptqOptions
 
     @classmethod
-    def of(cls, seen: Hessian, grid: Grid, options: GptqOptions, name: str, weight: Tensor) -> Columns:
+    def of(cls, seen: Hessian, grid: Steps, options: GptqOptions, name: str, weight: Tensor) -> Columns:
         """weight: where it lies in a file, so does the factor as long as P takes its memory."""
         whole, energy = seen.matrix, seen.diagonal
         if options.act_order:
@@ -57,35 +56,24 @@ class Columns:
     @property
     def _size(self) -> int:
         """Columns whose errors are passed on together; whole groups where their scales are found on the way."""
-        group = self.grid.format.group or 1
-        return max(_COLUMNS // group, 1) * group
+        return max(_COLUMNS // self.grid.together, 1) * self.grid.together
 
     @property
     def _moving(self) -> bool:
         """The scales of a group are found when it is reached: columns of groups in order, scales of their own."""
-        fmt = self.grid.format
-        return fmt.group is not None and fmt.by_row and not self.options.act_order
+        return self.grid.moves and not self.options.act_order
 
-    def solve(self, matrix: Tensor) -> tuple[Packed, int]:
-        """A matrix [N, K] rounded, some rows after the other, and how many values lay beyond their codes."""
-        fmt, grid, beyond = self.grid.format, self.grid, [0]
+    def solve(self, matrix: Tensor) -> Iterator[tuple[slice, Tensor, int]]:
+        """A matrix [N, K] rounded, some rows [n] after the other: which, codes [n, K], and how many values lay beyond
+        their codes."""
         size = max(_ELEMENTS // matrix.shape[1], 1)
         spans = [slice(at, min(at + size, len(matrix))) for at in range(0, len(matrix), size)]
         if is_mapped(matrix):
             give_back()  # what the statistics and their factor left
         count = 1 if self.pushed is None else 2
-        rooms = [grid.step.new_empty(matrix.shape[1] * min(size, len(matrix))) for _ in range(count)]
-
-        def codes_of(rows: slice) -> Tensor:
-            codes, more = self.round(matrix, rows, rooms)
-            beyond[0] += more
-            return codes
-
-        if not fmt.by_row:
-            codes = torch.cat([codes_of(rows) for rows in spans])
-            return Packed.from_codes(codes, fmt, grid.scale, grid.zero), beyond[0]
-        parts = (Packed.from_codes(codes_of(rows), fmt, *grid.of(rows)) for rows in spans)
-        return joined(parts, fmt, tuple(matrix.shape)), beyond[0]
+        rooms = [self.lower.new_empty(matrix.shape[1] * min(size, len(matrix))) for _ in range(count)]
+        for rows in spans:
+            yield rows, *self.round(matrix, rows, rooms)
 
     def round(self, matrix: Tensor, rows: slice, rooms: list[Tensor]) -> tuple[Tensor, int]:
         """Codes [n, K] of n rows of a matrix [N, K]; and how many values lay beyond their codes.
@@ -93,7 +81,7 @@ class Columns:
         rooms: f32 memory of K * n elements, twice where the correction is asymmetric.
         """
         errors = self._open(matrix[rows], rooms[0])  # [K, n]: weights, and from column j back what is lost in them
-        codes = torch.empty_like(errors, dtype=self.grid.format.code_dtype)
+        codes = torch.empty_like(errors, dtype=self.grid.code_dtype)
         if self.pushed is None:
             reached = errors.new_empty(min(self._size, len(errors)), errors.shape[1])
         else:
@@ -130,7 +118,7 @@ class Columns:
 
     def _refit(self, errors: Tensor, passed: Tensor, rows: slice, start: int, j: int) -> None:
         """Scales of the group that begins at column j, from its weights as the errors so far leave them."""
-        stop = min(j + self.grid.width, len(errors))
+        stop = min(j + self.grid.reach(j), len(errors))
         whole = passed[j - start : stop - start] + self.lower[j:stop, start:j] @ errors[start:j]
         moved = torch.linalg.solve_triangular(self.lower[j:stop, j:stop], whole, upper=False)
         values = (errors[j:stop] + moved).T

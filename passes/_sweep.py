@@ -19,9 +19,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qfx.numerics import signed_scale
 from qfx.packing import Packed
-from qfx.passes._grid import Grid
+from qfx.passes._grid import Grid, Steps
 from qfx.passes._hessian import Hessian
 from qfx.rounding.parts import joined
 from qfx.storage.spill import give_back, is_mapped, rest
@@ -48,33 +47,33 @@ def swept(
         spans = [slice(at, min(at + size, len(matrix))) for at in range(0, len(matrix), size)]
     if is_mapped(matrix):
         give_back()  # what GPTQ left
-    work = _Sweep(seen, grid, dampening, moving=moving and fmt.by_row and fmt.scale_type in _FREE)
+    work = Sweep(seen, grid, dampening, moving=moving and fmt.by_row and fmt.scale_type in _FREE)
 
     def parts() -> Iterator[Packed]:
         for rows in spans:
             held = packed.part(rows) if fmt.by_row else packed
-            codes = work.improve(matrix[rows], held, rows, sweeps)
+            codes = work.improve(*_columns(matrix[rows], held), rows, sweeps)
             scale, zero = grid.of(rows) if fmt.by_row else (grid.scale, grid.zero)
             yield Packed.from_codes(codes, fmt, scale, zero)
 
     return joined(parts(), fmt, tuple(matrix.shape)) if fmt.by_row else next(parts())
 
 
-class _Sweep:
+class Sweep:
     """The statistics of a matrix, with what is added to their diagonal, and its grid."""
 
-    def __init__(self, seen: Hessian, grid: Grid, dampening: float, *, moving: bool) -> None:
+    def __init__(self, seen: Hessian, grid: Steps, dampening: float, *, moving: bool) -> None:
         energy = seen.diagonal
         alive = energy > 0
         mean = float(energy[alive].mean()) if bool(alive.any()) else 1.0
         self.more = torch.where(alive, dampening * mean, mean)  # [K]; without energy a column is rounded to nearest
         self.seen, self.grid, self.moving = seen, grid, moving
 
-    def improve(self, part: Tensor, packed: Packed, rows: slice, sweeps: int) -> Tensor:
-        """Codes [n, K] of rows [n, K] of the matrix."""
-        values, lost, codes = _columns(part, packed)
+    def improve(self, values: Tensor, lost: Tensor, codes: Tensor, rows: slice, sweeps: int) -> Tensor:
+        """Codes [n, K] of rows of the matrix, given as columns [K, n], all of which change: values, what they lack of
+        the matrix (both f32), and codes."""
         asked = self._asked(values, lost)
-        width, channels = self.grid.width, len(values)
+        width, channels = max(self.grid.width, self.grid.together), len(values)
         within = self.moving and width <= _WIDEST
         for _ in range(sweeps):
             if self.moving and not within:
@@ -85,7 +84,8 @@ class _Sweep:
                 stop = min(start + size, channels)
                 own, slope = self._own(start, stop), self._slope(lost, asked, start, stop)
                 if within:
-                    slope -= own @ self._moved(values, lost, rows, start, stop, slope, own @ values[start:stop])
+                    moved = self.grid.shift(start, rows, values[start:stop], slope, own)
+                    slope -= own @ self._move(values, lost, start, stop, moved)
                 self._recode(values, lost, codes, rows, start, slope, own)
         return codes.T.contiguous()
 
@@ -126,16 +126,6 @@ class _Sweep:
             values[column] = value
         lost[start : start + len(slope)] -= steps
 
-    def _moved(
-        self, values: Tensor, lost: Tensor, rows: slice, start: int, stop: int, slope: Tensor, felt: Tensor
-    ) -> Tensor:
-        """The scales of a group to the best for its codes; by how much its values f32 [g, n] moved.
-
-        felt: H_gg times the values.
-        """
-        held = values[start:stop]
-        return self._move(values, lost, rows, start, stop, (held * slope).sum(0), (held * felt).sum(0))
-
     def _rescale(self, values: Tensor, lost: Tensor, asked: Tensor | None, rows: slice, start: int, stop: int) -> None:
         """The same for a group that is wide, some of its columns after the other."""
         gain, curve = lost.new_zeros(lost.shape[1]), lost.new_zeros(lost.shape[1])
@@ -145,24 +135,12 @@ class _Sweep:
             felt = (self.seen.matrix[at:end, start:stop] @ values[start:stop]).addcmul_(self.more[at:end, None], held)
             curve += (held * felt).sum(0)
             gain += (held * self._slope(lost, asked, at, end)).sum(0)
-        self._move(values, lost, rows, start, stop, gain, curve)
+        assert isinstance(self.grid, Grid), "blocks are narrow"
+        share = self.grid.rescale(start, rows, gain, curve)
+        self._move(values, lost, start, stop, values[start:stop] * share)
 
-    def _move(
-        self, values: Tensor, lost: Tensor, rows: slice, start: int, stop: int, gain: Tensor, curve: Tensor
-    ) -> Tensor:
-        """Scales times 1 + gain / curve, as they are stored, where that lowers the loss: 2 r gain - r^2 curve > 0."""
-        grid = self.grid
-        group = start // grid.width
-        old = grid.step[group, rows]
-        stored = signed_scale(old * (1 + gain / curve.clamp(min=torch.finfo(torch.float32).tiny)), None, grid.format)
-        new = stored.to(torch.float32)
-        share = new / old - 1
-        good = (2 * share * gain - share.square() * curve > 0) & (new * old > 0) & torch.isfinite(new)
-        share = torch.where(good, share, 0.0)
-        grid.step[group, rows] = torch.where(good, new, old)
-        target = grid.scale[rows]
-        target[:, group] = torch.where(good, stored, target[:, group])
-        moved = values[start:stop] * share
+    def _move(self, values: Tensor, lost: Tensor, start: int, stop: int, moved: Tensor) -> Tensor:
+        """These columns by so much, which it returns."""
         values[start:stop] += moved
         lost[start:stop] -= moved
         return moved

@@ -29,7 +29,7 @@ from qfx.recipe import Recipe
 from qfx.rounding.blocks import Block, Part, Site
 from qfx.rounding.method_options import GptqOptions
 from qfx.rounding.nearest import round_weight
-from qfx.rounding.parts import ELEMENTS, round_in_parts
+from qfx.rounding.parts import ELEMENTS, joined, round_in_parts
 from qfx.storage.spill import rest
 
 _SAMPLED = 256  # rows by which errors are told
@@ -40,11 +40,21 @@ def method(recipe: Recipe) -> Gptq:
     return Gptq(recipe.gptq)
 
 
+Solve = Callable[[Part, Tensor, list[Hessian], GptqOptions], tuple[Packed, dict[str, Any]]]
+
+
+def _in_its_format(
+    part: Part, weight: Tensor, seen: list[Hessian], options: GptqOptions
+) -> tuple[Packed, dict[str, Any]]:
+    return round_by(weight, seen, part.format, options, name=part.name)
+
+
 @dataclass(frozen=True)
 class Gptq:
-    """GPTQ as a method of `qfx.rounding.sequential`."""
+    """GPTQ as a method of `qfx.rounding.sequential`. solve: rounds one weight."""
 
     options: GptqOptions
+    solve: Solve = _in_its_format
 
     @property
     def needs_float(self) -> bool:
@@ -66,7 +76,7 @@ class Gptq:
                 started = time.perf_counter()
                 weight = block.weight(part)
                 found = [one.columns(part.columns) for one in seen]
-                packed, told = round_by(weight, found, part.format, self.options, name=part.name)
+                packed, told = self.solve(part, weight, found, self.options)
                 notes += _notes(part, found, weight)
                 seconds = share / len(part.linear.parts) + time.perf_counter() - started
                 block.put(part, packed, {**told, "seconds": round(seconds, 3)})
@@ -81,7 +91,7 @@ class Gptq:
             seen.add(x)
             _check(part.names[-1], seen, batch)
         options = GptqOptions(act_order=False, dampening=1.0, clip=True)
-        packed, told = round_by(weight, [seen], part.format, options, name=part.name)
+        packed, told = self.solve(part, weight, [seen], options)
         return packed, {**told, "seconds": round(time.perf_counter() - started, 3)} if told else {}
 
 
@@ -219,7 +229,7 @@ def _solve(
         return _unseen(matrix, grid, name), {}
     seen.settle(matrix)
     columns = Columns.of(seen, grid, options, name, matrix)
-    packed, beyond = columns.solve(matrix)
+    packed, beyond = _packed(columns, matrix, grid)
     dampening = columns.dampening
     del columns  # with the factor, which is as large as the statistics
     if options.sweeps:
@@ -235,6 +245,23 @@ def _solve(
         "clipped": beyond / max(matrix.numel(), 1),
     }
     return packed, told
+
+
+def _packed(columns: Columns, matrix: Tensor, grid: Grid) -> tuple[Packed, int]:
+    """A matrix [N, K] rounded and packed, and how many values lay beyond their codes."""
+    fmt, beyond = grid.format, [0]
+
+    def codes() -> Iterator[tuple[slice, Tensor]]:
+        for rows, found, more in columns.solve(matrix):
+            beyond[0] += more
+            yield rows, found
+
+    if fmt.by_row:
+        parts = (Packed.from_codes(found, fmt, *grid.of(rows)) for rows, found in codes())
+        packed = joined(parts, fmt, tuple(matrix.shape))
+    else:
+        packed = Packed.from_codes(torch.cat([found for _, found in codes()]), fmt, grid.scale, grid.zero)
+    return packed, beyond[0]
 
 
 def _some(matrix: Tensor) -> slice:

@@ -3,7 +3,8 @@
     python examples/benchmarks/gguf_types.py --type Q4_K_M --type Q2_K --wide --json numbers.json
 
 Both files are read back with qfx and run in torch in float32, so that only the rounding differs. Each type is rounded
-without data and with the mean squares of the layers' inputs (llama.cpp's importance matrix, the same numbers for both).
+without data and with the mean squares of the layers' inputs (llama.cpp's importance matrix, the same numbers for both);
+by qfx with the same data also by GPTQ.
 --wide: blocks of 256 need widths that 256 divides, and the tiny model is 192 wide; its residual stream is first turned
 into 256 channels by a random rotation, which changes no output.
 """
@@ -129,8 +130,8 @@ class Bench:
     def row(self, mix: str) -> dict[str, Any]:
         """Bytes and KLD of one type, by either, without and with data."""
         found: dict[str, Any] = {"type": mix}
+        own, peer = self.folder / "qfx.gguf", self.folder / "llama.gguf"
         for suffix, data in (("", None), ("_data", self.calibration)):
-            own, peer = self.folder / "qfx.gguf", self.folder / "llama.gguf"
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", QfxWarning)  # widths that 256 does not divide
                 qfx.export_gguf(self.model, own, mix, tokenizer=False, data=data)
@@ -138,6 +139,10 @@ class Bench:
                 for name, file in (("qfx", own), ("llama_cpp", peer)):
                     found[f"{name}{suffix}"] = self.kld(file)
                     found[f"{name}{suffix}_bytes"] = file.stat().st_size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QfxWarning)
+            qfx.export_gguf(self.model, own, mix, tokenizer=False, data=self.calibration, rounding="gptq")
+        found |= {"qfx_gptq": self.kld(own), "qfx_gptq_bytes": own.stat().st_size}
         return found
 
     def kld(self, file: Path) -> float:
@@ -157,16 +162,20 @@ def main(
     floats = load(model)
     if wide:
         floats = widened(floats)
-    table = Table("type", "bytes", "qfx", "llama.cpp", "ratio", "qfx, data", "llama.cpp, data", "ratio")
+    table = Table("type", "bytes", "qfx", "llama.cpp", "ratio", "qfx, data", "llama.cpp, data", "ratio",
+                  "qfx, GPTQ", "ratio")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(floats, windows(model), Path(folder))
         rows = [bench.row(mix) for mix in types or TYPES]
     for row in rows:
         pairs = [(row[f"qfx{s}"], row[f"llama_cpp{s}"]) for s in ("", "_data")]
+        pairs.append((row["qfx_gptq"], row["llama_cpp_data"]))
         same = all(row[f"qfx{s}_bytes"] == row[f"llama_cpp{s}_bytes"] for s in ("", "_data"))
+        same &= row["qfx_gptq_bytes"] == row["qfx_data_bytes"]
         size = f"{row['qfx_bytes']:,}" if same else f"{row['qfx_bytes']:,} / {row['llama_cpp_bytes']:,}"
-        table.add_row(row["type"], size, *(t for a, b in pairs for t in (f"{a:.5f}", f"{b:.5f}", f"{a / b:.3f}")))
-    Console(width=140).print(table)
+        cells = [t for a, b in pairs for t in (f"{a:.5f}", f"{b:.5f}", f"{a / b:.3f}")]
+        table.add_row(row["type"], size, *cells[:-2], cells[-1])  # llama.cpp's with data stands there already
+    Console(width=160).print(table)
     if json_file is not None:
         write_text(json_file, json.dumps(rows, indent=1) + "\n")
 

@@ -161,6 +161,13 @@ def convert(
         command.run(console, folder, out, to.value, strict=strict)
 
 
+class GgufRounding(StrEnum):
+    """How weights are rounded into blocks of GGUF."""
+
+    mse = "mse"
+    gptq = "gptq"
+
+
 @app.command("export-gguf")
 def export_gguf(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub name, or what qfx quantize wrote.")],
@@ -168,6 +175,9 @@ def export_gguf(
     mix: Annotated[
         str, typer.Option("--type", help="Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, Q3_K_M, Q2_K, F16, ...")
     ] = "Q4_K_M",
+    rounding: Annotated[
+        GgufRounding, typer.Option(help="mse: least error of each weight; gptq, with --data: of what layers compute.")
+    ] = GgufRounding.mse,
     tokenizer: Annotated[bool, typer.Option(help="Write the tokenizer; without it tokens are numbers.")] = True,
     data: Text = None,
     field: Field = "text",
@@ -184,7 +194,7 @@ def export_gguf(
         from qfx.cli.models import TextOptions
 
         text = TextOptions(data, field, samples, batch_size, seq_len, seed)
-        command.run(console, model, out, mix, text, tokenizer=tokenizer, strict=strict)
+        command.run(console, model, out, mix, text, rounding=rounding.value, tokenizer=tokenizer, strict=strict)
 
 
 @app.command()

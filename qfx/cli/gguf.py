@@ -17,9 +17,13 @@ from qfx.storage.files import check_writable
 SAMPLES = 64
 
 
-def run(console: Console, model: str, out: Path, mix: str, text: TextOptions, *, tokenizer: bool, strict: bool) -> None:
+def run(
+    console: Console, model: str, out: Path, mix: str, text: TextOptions, *, rounding: str, tokenizer: bool, strict: bool
+) -> None:
     """A folder that qfx wrote keeps its values where blocks hold them; everything else is rounded into the mix."""
     mix = mix_named(mix)  # before anything is loaded
+    if rounding == "gptq" and text.file is None:
+        raise ValueError("--rounding gptq needs data\n  next step: --data text.txt, of text like that of the model")
     if out.is_dir():
         raise ValueError(f"{out} is a folder\n  expected: the path of a .gguf file")
     check_writable(out.parent)
@@ -41,6 +45,7 @@ def run(console: Console, model: str, out: Path, mix: str, text: TextOptions, *,
             mix,
             tokenizer=loaded.tokenizer if tokenizer else False,
             data=data,
+            rounding=rounding,
             strict=strict,
             name=Path(model).name,
         )

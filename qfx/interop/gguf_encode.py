@@ -34,17 +34,20 @@ def encode(weight: Tensor, name: str, energy: Tensor | None = None, *, tensor: s
     rows, columns = weight.shape
     if columns % kind.size:
         raise ValueError(f"{tensor}: {columns} columns are no whole number of {name} blocks of {kind.size}")
-    _check(weight, kind, tensor)
-    w = _column_weights(energy, columns, kind)
+    check_values(weight, kind, tensor)
+    energy = torch.ones(columns) if energy is None else energy.cpu()
+    assert energy.shape == (columns,), (energy.shape, columns)
+    w = column_weights(energy).reshape(-1, kind.parts, kind.size // kind.parts)
     step = max(1, _CHUNK // columns)
     parts = [
-        _encode(weight[i : i + step].detach().to("cpu", torch.float32).reshape(-1, *w.shape), w, kind)
+        pack(fit_blocks(weight[i : i + step].detach().to("cpu", torch.float32).reshape(-1, *w.shape), w, kind))
         for i in range(0, rows, step)
     ]
     return torch.cat(parts).reshape(rows, kind.row_bytes(columns))
 
 
-def _check(weight: Tensor, kind: BlockType, tensor: str) -> None:
+def check_values(weight: Tensor, kind: BlockType, tensor: str) -> None:
+    """Raises ValueError, naming the tensor, for NaN, Inf and values that no factor of such blocks reaches."""
     require_finite(weight, tensor)
     factors = [abs(v) for v in kind.table or (kind.low, kind.high)]
     reach = _F16_MAX * (1 if kind.affine and kind.parts == 1 else max(factors) * max(1, -kind.scale_low))
@@ -60,28 +63,40 @@ def _check(weight: Tensor, kind: BlockType, tensor: str) -> None:
         )
 
 
-def _column_weights(energy: Tensor | None, columns: int, kind: BlockType) -> Tensor:
-    """Error weights [blocks of a row, parts, values of a part], their mean 1."""
-    if energy is None:
-        energy = torch.ones(columns)
-    assert energy.shape == (columns,), (energy.shape, columns)
-    energy = energy.detach().to("cpu", torch.float32)
+def column_weights(energy: Tensor) -> Tensor:
+    """How much an error in each column [K] counts, f32, 1 in the mean."""
+    energy = energy.detach().to(torch.float32)
     mean = energy.mean()
     # A column without any energy still shall not take any value: it may be seen later.
-    energy = (energy / mean).clamp_min(1e-4) if float(mean) > 0 else torch.ones(columns)
-    return energy.reshape(-1, kind.parts, kind.size // kind.parts)
+    return (energy / mean).clamp_min(1e-4) if float(mean) > 0 else torch.ones_like(energy)
 
 
-def _encode(x: Tensor, w: Tensor, kind: BlockType) -> Tensor:
-    """x [rows, blocks of a row, parts, n] to bytes [rows * blocks, nbytes]."""
+def fit_blocks(x: Tensor, w: Tensor, kind: BlockType) -> Blocks:
+    """Blocks of little error for x f32 [rows, blocks of a row, parts, n]; w: how much an error counts, [.., parts, n]."""
     if kind.name == "MXFP4":
-        return pack(_power_of_two(x, w, kind))
+        return _power_of_two(x, w, kind)
     if kind.parts > 1:
-        blocks = _two_affine(x, w, kind) if kind.affine else _two_scales(x, w, kind)
-    else:
-        one = _one_affine if kind.affine else _one_scale
-        blocks = one(x.squeeze(-2), w.squeeze(-2), kind)
-    return pack(blocks)
+        return _two_affine(x, w, kind) if kind.affine else _two_scales(x, w, kind)
+    one = _one_affine if kind.affine else _one_scale
+    return one(x.squeeze(-2), w.squeeze(-2), kind)
+
+
+def fit_part(x: Tensor, w: Tensor, d: Tensor, m: Tensor | None, kind: BlockType) -> tuple[Tensor, Tensor | None]:
+    """Integer scales and mins [rows] of one part x f32 [rows, n] of blocks of a K type whose factors d, m f32 [rows]
+    stand. w: [n]."""
+    x = x[:, None]
+    if m is None:
+        s = _integers(fit_scale(x, w, kind), d, kind)
+        return _best_scales(x, w, d, s, kind)[0].squeeze(1), None
+    found = fit_affine(x, w, kind, below=True)
+    s, t = _integers(found.scale, d, kind), _integers(-found.offset, m, kind)
+    s, t, _ = _best_pairs(x, w, (d, m), (s, t), kind)
+    return s.squeeze(1), t.squeeze(1)
+
+
+def _integers(wanted: Tensor, factor: Tensor, kind: BlockType) -> Tensor:
+    """The integers nearest to scales (or mins) [.., parts] over the factor [..] of their block."""
+    return divide(wanted, factor).round().clamp(kind.scale_low, kind.scale_high)
 
 
 def _half(x: Tensor) -> Tensor:
@@ -141,7 +156,7 @@ def _two_scales(x: Tensor, w: Tensor, kind: BlockType) -> Blocks:
     best_d = best_s = least = None
     for end in (kind.scale_low, kind.scale_high):
         d = _factor(extreme / end)
-        s = divide(wanted, d).round().clamp(kind.scale_low, kind.scale_high)
+        s = _integers(wanted, d, kind)
         for _ in range(_ROUNDS):
             s, error = _best_scales(x, w, d, s, kind)
             total = error.sum(-1)
@@ -185,7 +200,7 @@ def _two_affine(x: Tensor, w: Tensor, kind: BlockType) -> Blocks:
     found = fit_affine(x, w, kind, below=True)
     top = kind.scale_high
     d, m = _factor(found.scale.amax(-1) / top), _factor((-found.offset).amax(-1) / top)
-    s, t = divide(found.scale, d).round().clamp(0, top), divide(-found.offset, m).round().clamp(0, top)
+    s, t = _integers(found.scale, d, kind), _integers(-found.offset, m, kind)
     best: tuple[Tensor, ...] = ()
     least = torch.zeros(())
     for _ in range(_ROUNDS):

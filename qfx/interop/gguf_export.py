@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import Note, check_flags, explain
+from qfx.errors import Note, check_flags, explain, nearest
 from qfx.hf.hub import load_tokenizer
 from qfx.interop import gguf_tokenizer
 from qfx.interop.gguf_arch import Architecture, architecture_of, rope_factors, rows_of_pairs, settings
@@ -31,6 +31,7 @@ from qfx.numerics import require_finite
 from qfx.pipeline import told
 from qfx.storage.files import staged
 
+ROUNDINGS = ("mse", "gptq")
 _ROUNDED_SCALES = 2**-11  # what float16 does to a scale at most
 
 
@@ -55,6 +56,7 @@ class _Job:
     types: dict[str, str] = field(default_factory=dict)
     exact: set[str] = field(default_factory=set)
     energy: dict[str, Tensor] = field(default_factory=dict)
+    rounded: dict[str, Tensor] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
 
 
@@ -65,6 +67,7 @@ def export_gguf(
     *,
     tokenizer: Any = None,
     data: Iterable[Any] | None = None,
+    rounding: str = "mse",
     strict: bool = False,
     name: str | None = None,
 ) -> ExportedGguf:
@@ -73,20 +76,27 @@ def export_gguf(
     type: a mix that llama.cpp's users know (Q8_0, Q4_0, Q4_K_M, Q5_K_M, Q6_K, Q3_K_M, Q2_K, MXFP4, F16, ...). What qfx
     quantized in a format that a block type holds exactly keeps its values, whatever the type. tokenizer: a fast one of
     transformers; None: that of the folder from which the model was loaded; False: none, tokens are numbers. data:
-    batches; errors are then weighted by the mean square of each layer's inputs. name: what programs show; None: the
-    last part of the model's own name. What differs from what was asked is a warning, under strict an UnsupportedError.
+    batches; errors are then weighted by the mean square of each layer's inputs. rounding: "mse", the least error of each
+    weight; or, with data, "gptq": of what each float linear computes behind those that are rounded (GPTQ), in more time
+    and memory. name: what programs show; None: the last part of the model's own name. What differs from what was asked
+    is a warning, under strict an UnsupportedError.
 
     Raises UnsupportedError for other architectures and tokenizers, ValueError for unknown types, weights that are not
     finite and bad data, ImportError without the gguf package. The model is not changed.
     """
     check_flags(strict=strict)
     mix = mix_named(type)
+    _check_rounding(rounding, data)
     gguf = need_gguf()
     job = _planned(model, mix, weighted=data is not None)
     fields = _metadata(job, tokenizer, name)
     if data is not None:
+        data = list(data)
+        if rounding == "gptq":
+            job.rounded = _by_gptq(job, data)
         linears = [s.fqn for n, s in job.sources.items() if s.is_linear and n not in job.exact]
-        job.energy = input_energy(model, linears, data)
+        linears = [fqn for fqn in linears if fqn not in job.rounded]
+        job.energy = input_energy(model, linears, data) if linears else {}
         job.notes += _unreached(job, linears)
     job.notes += left_out(model)
     told(job.notes, strict=strict)
@@ -103,6 +113,34 @@ def need_gguf() -> Any:
     except ImportError as error:
         raise ImportError("GGUF files need the gguf package; next step: pip install 'qfx[interop]'") from error
     return gguf
+
+
+def _check_rounding(rounding: str, data: object) -> None:
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"unknown rounding {rounding!r}: {nearest(str(rounding), ROUNDINGS)}")
+    if rounding == "gptq" and data is None:
+        raise ValueError(
+            explain("rounding='gptq' needs data", next_step="pass data=batches (about 128 samples of the model's text)")
+        )
+
+
+def _by_gptq(job: _Job, data: list[Any]) -> dict[str, Tensor]:
+    """FQN -> the bytes of each weight that GPTQ takes: of float linears, and of a table that is the output's, too."""
+    from qfx.interop.gguf_gptq import round_blocks
+
+    tied = job.arch.top.get("output", "") if "output.weight" not in job.sources else ""
+    kinds = {
+        source.fqn: job.types[name]
+        for name, source in job.sources.items()
+        if job.types[name] in BLOCK_TYPES
+        and source.exact() is None
+        and (isinstance(source.module, nn.Linear) or (tied and name == "token_embd.weight"))
+    }
+    table = job.sources["token_embd.weight"].fqn
+    found, notes = round_blocks(job.model, kinds, data, tied=tied if table in kinds else "")
+    reason, step = "the model's graph has no layer of this name: GPTQ leaves it out", "nothing, or data that uses it"
+    job.notes += [*notes, *(Note(fqn, reason, step) for fqn in kinds if fqn not in found)]
+    return found
 
 
 def _planned(model: nn.Module, mix: str, *, weighted: bool) -> _Job:
@@ -241,6 +279,8 @@ def _data(name: str, source: Source, job: _Job) -> Tensor:
 
 
 def _encoded(name: str, source: Source, job: _Job) -> Tensor:
+    if source.leaf == "weight" and source.fqn in job.rounded:
+        return job.rounded[source.fqn]
     kind, value = job.types[name], source.value()
     if kind in BLOCK_TYPES:
         return encode(value, kind, job.energy.get(source.fqn), tensor=name)

@@ -120,7 +120,7 @@ def test_scales_are_least_squares_for_their_codes() -> None:
     w, x, fmt = weight(8, 40), data(300, 40), Format.parse("i3/ch")
     start = pack_weight(w, fmt)
     grid = Grid(fmt, *start.params(), (8, 40))
-    work = _sweep._Sweep(settled(x), grid, DAMPENING, moving=True)
+    work = _sweep.Sweep(settled(x), grid, DAMPENING, moving=True)
     values = start.dequantize().T.contiguous()
     work._rescale(values, w.T - values, None, slice(0, 8), 0, 40)
     best = aim(w, Packed.from_codes(start.codes(), fmt, grid.scale), x)

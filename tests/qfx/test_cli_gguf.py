@@ -32,6 +32,15 @@ def test_data_changes_the_codes(tmp_path: Path) -> None:
     assert len(a) == len(b) and a != b
 
 
+def test_gptq_rounds_otherwise(tmp_path: Path) -> None:
+    text = ("--data", TINY.parent / "eval.txt", "--samples", 2, "--seq-len", 64, "--no-tokenizer", "--type", "Q4_1")
+    for rounding in ("mse", "gptq"):
+        done = run("export-gguf", TINY, "-o", tmp_path / rounding, "--rounding", rounding, *text)
+        assert done.exit_code == 0, done.output
+    a, b = ((tmp_path / name).read_bytes() for name in ("mse", "gptq"))
+    assert len(a) == len(b) and a != b
+
+
 def test_what_qfx_saved_keeps_its_values(tmp_path: Path) -> None:
     assert run("export-gguf", TINY, "-o", tmp_path / "a.gguf", "--type", "Q8_0", "--no-tokenizer").exit_code == 0
     qfx.save(qfx.import_gguf(tmp_path / "a.gguf"), tmp_path / "q")
@@ -49,6 +58,8 @@ def test_what_qfx_saved_keeps_its_values(tmp_path: Path) -> None:
         ((TINY, "-o", "m.gguf", "--type", "Q4_X"), "unknown GGUF type 'Q4_X'"),
         (("no/such/folder", "-o", "m.gguf"), "no/such/folder"),
         ((TINY, "-o", "."), "expected: the path of a .gguf file"),
+        ((TINY, "-o", "m.gguf", "--rounding", "gptq"), "--rounding gptq needs data"),
+        ((TINY, "-o", "m.gguf", "--rounding", "awq"), "'awq' is not one of"),
     ],
 )
 def test_refusals(arguments: tuple[object, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,112 @@
+"""GPTQ into the blocks of GGUF: each weight rounded by what it reads behind those that are rounded already.
+
+    minimize ||W X - Q X||^2 over Q in blocks of a type, H = X X^T
+
+What `rounding="gptq"` is for formats (`qfx.passes.gptq`), with the same order of blocks, columns and sweeps, on the
+factors and integer scales that a block of GGUF has (`BlockGrid`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qfx import data as batches
+from qfx.capture import capture_export
+from qfx.data import roomiest
+from qfx.errors import Note
+from qfx.inputs import without_cache
+from qfx.interop.gguf_blocks import Blocks, BlockType, block_type, pack
+from qfx.interop.gguf_encode import check_values
+from qfx.interop.gguf_grid import BlockGrid
+from qfx.packing import Packed, pack_weight
+from qfx.passes._columns import Columns
+from qfx.passes._hessian import Hessian
+from qfx.passes._sweep import Sweep
+from qfx.passes.annotate import annotate
+from qfx.passes.gptq import Gptq
+from qfx.pipeline import prepare
+from qfx.plan import Plan
+from qfx.quantize import evaluating
+from qfx.recipe import Recipe, Rule
+from qfx.rounding.blocks import Part
+from qfx.rounding.method_options import GptqOptions
+from qfx.rounding.sequential import round_weights
+
+_ELEMENTS = 1 << 21  # of the rows that are swept together
+_OPTIONS = GptqOptions(act_order=False, clip=True, sweeps=2)
+_HALVES = {torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def round_blocks(
+    model: nn.Module, kinds: Mapping[str, str], data: Iterable[Any], *, tied: str = ""
+) -> tuple[dict[str, Tensor], list[Note]]:
+    """FQN -> uint8 [N, row bytes] of each weight [N, K] in blocks of its type, and what did not go as asked.
+
+    kinds: FQN of a linear, or of a table that a linear reads, too, -> type. tied: FQN of that linear. What the model's
+    graph does not have under its name is left out. Takes memory for another copy of the weights. Raises
+    UnsupportedError where torch.export does not take the model as one graph, ValueError for bad data and for values
+    that a type cannot hold (named).
+    """
+    calls = batches.calls(model, data)
+    into = _Blocks(kinds)
+    with evaluating(model):
+        args, kwargs = roomiest(calls)
+        captured = capture_export(model, args, without_cache(model, kwargs, args))
+        prepare(captured.gm)
+        recipe = Recipe(name="gguf", rules=_rules(model, [*kinds, *([tied] if tied else [])]), rounding="gptq")
+        notes = annotate(captured.gm, recipe)
+        flat = [captured.flatten(a, without_cache(model, k, a)) for a, k in calls]
+        plan = Plan.of(model, recipe)
+        notes += round_weights(captured.gm, plan, flat, method=Gptq(_OPTIONS, into.solve))
+    return into.data, notes
+
+
+def _rules(model: nn.Module, names: list[str]) -> tuple[Rule, ...]:
+    """The layers as they are: what a block gives back is held in the dtype of the weight."""
+    dtypes = {name: model.get_parameter(f"{name}.weight").dtype for name in names}
+    return tuple(Rule(target=name, w=_HALVES.get(dtype, "f32")) for name, dtype in dtypes.items())
+
+
+class _Blocks:
+    """Rounds weights into blocks of the types `kinds`, and keeps their bytes."""
+
+    def __init__(self, kinds: Mapping[str, str]) -> None:
+        self.kinds = kinds
+        self.data: dict[str, Tensor] = {}
+
+    def solve(
+        self, part: Part, weight: Tensor, seen: list[Hessian], options: GptqOptions
+    ) -> tuple[Packed, dict[str, Any]]:
+        """For `Gptq`: a weight [N, K] as its blocks give it back."""
+        name, (one,) = next(name for name in part.names if name in self.kinds), seen
+        blocks = gptq(weight.detach().to(torch.float32), block_type(self.kinds[name]), one, options, name=name)
+        self.data[name] = pack(blocks).reshape(len(weight), -1).cpu()
+        values = blocks.values().reshape(weight.shape)
+        return pack_weight(values.to(weight.dtype), part.format, name=name), {}
+
+
+def gptq(weight: Tensor, kind: BlockType, seen: Hessian, options: GptqOptions, *, name: str) -> Blocks:
+    """A weight f32 [N, K] rounded into blocks by the statistics of its inputs, row by row.
+
+    Raises ValueError as `encode` does, and where the statistics cannot be factored.
+    """
+    check_values(weight, kind, name)
+    seen.settle(weight)
+    grid = BlockGrid(kind, (len(weight), weight.shape[1]), weight.device)
+    columns = Columns.of(seen, grid, options, name, weight)
+    codes = torch.empty(weight.shape, dtype=grid.code_dtype, device=weight.device)
+    for rows, found, _ in columns.solve(weight):
+        codes[rows] = found
+    sweep = Sweep(seen, grid, columns.dampening, moving=True)
+    del columns  # with the factor, which is as large as the statistics
+    size = max(_ELEMENTS // weight.shape[1], 1)
+    for start in range(0, len(weight) if options.sweeps else 0, size):
+        rows = slice(start, min(start + size, len(weight)))
+        values = grid.values(codes[rows], rows)
+        lost = weight[rows].T - values
+        codes[rows] = sweep.improve(values, lost, codes[rows].T.contiguous(), rows, options.sweeps)
+    return grid.blocks(codes)
