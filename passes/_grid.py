@@ -31,8 +31,8 @@ class Steps(Protocol):
 class Grid:
     """Format, scales and zero points of a matrix [N, K], to round single columns of it.
 
-    scale, zero: as in QParams. step, offset: f32 [G, N], those of column j at j // width. moves: scales of a group may be
-    found when its first column is reached; together: columns that are rounded before errors are passed on to the rest.
+    scale, zero: as in QParams. step, offset: f32 [G, N], those of column j at j // width. moves: scales of a group may
+    be found when its first column is reached. together: columns whose scales belong together.
     """
 
     def __init__(self, fmt: Format, scale: Tensor, zero: Tensor | None, shape: tuple[int, int]) -> None:
@@ -90,7 +90,7 @@ class Grid:
     def shift(self, start: int, rows: slice, held: Tensor, slope: Tensor, own: Tensor) -> Tensor:
         """Move the scales of the group at column `start` to the best for its codes; by how much its values move.
 
-        held, slope f32 [g, n]: its values, and how much the loss falls where they grow (half of it); own [g, g]: H there.
+        held, slope f32 [g, n]: its values, and how much the loss falls where they grow (half of it). own: H there.
         """
         return held * self.rescale(start, rows, (held * slope).sum(0), (held * (own @ held)).sum(0))
 

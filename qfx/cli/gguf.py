@@ -18,7 +18,15 @@ SAMPLES = 64
 
 
 def run(
-    console: Console, model: str, out: Path, mix: str, text: TextOptions, *, rounding: str, tokenizer: bool, strict: bool
+    console: Console,
+    model: str,
+    out: Path,
+    mix: str,
+    text: TextOptions,
+    *,
+    rounding: str,
+    tokenizer: bool,
+    strict: bool,
 ) -> None:
     """A folder that qfx wrote keeps its values where blocks hold them; everything else is rounded into the mix."""
     mix = mix_named(mix)  # before anything is loaded

@@ -72,7 +72,7 @@ def column_weights(energy: Tensor) -> Tensor:
 
 
 def fit_blocks(x: Tensor, w: Tensor, kind: BlockType) -> Blocks:
-    """Blocks of little error for x f32 [rows, blocks of a row, parts, n]; w: how much an error counts, [.., parts, n]."""
+    """Blocks of little error for x f32 [rows, blocks, parts, n]; w: how much an error counts, [.., parts, n]."""
     if kind.name == "MXFP4":
         return _power_of_two(x, w, kind)
     if kind.parts > 1:

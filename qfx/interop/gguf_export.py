@@ -76,10 +76,10 @@ def export_gguf(
     type: a mix that llama.cpp's users know (Q8_0, Q4_0, Q4_K_M, Q5_K_M, Q6_K, Q3_K_M, Q2_K, MXFP4, F16, ...). What qfx
     quantized in a format that a block type holds exactly keeps its values, whatever the type. tokenizer: a fast one of
     transformers; None: that of the folder from which the model was loaded; False: none, tokens are numbers. data:
-    batches; errors are then weighted by the mean square of each layer's inputs. rounding: "mse", the least error of each
-    weight; or, with data, "gptq": of what each float linear computes behind those that are rounded (GPTQ), in more time
-    and memory. name: what programs show; None: the last part of the model's own name. What differs from what was asked
-    is a warning, under strict an UnsupportedError.
+    batches; errors are then weighted by the mean square of each layer's inputs. rounding: "mse", the least error of
+    each weight; or, with data, "gptq", of what each float linear computes behind those that are rounded, which takes
+    more time, and memory for another copy of the weights. name: what programs show; None: the last part of the model's
+    own name. What differs from what was asked is a warning, under strict an UnsupportedError.
 
     Raises UnsupportedError for other architectures and tokenizers, ValueError for unknown types, weights that are not
     finite and bad data, ImportError without the gguf package. The model is not changed.
@@ -136,6 +136,8 @@ def _by_gptq(job: _Job, data: list[Any]) -> dict[str, Tensor]:
         and source.exact() is None
         and (isinstance(source.module, nn.Linear) or (tied and name == "token_embd.weight"))
     }
+    if not kinds:
+        return {}
     table = job.sources["token_embd.weight"].fqn
     found, notes = round_blocks(job.model, kinds, data, tied=tied if table in kinds else "")
     reason, step = "the model's graph has no layer of this name: GPTQ leaves it out", "nothing, or data that uses it"
