@@ -65,7 +65,7 @@ def apply(module: nn.Module, site: Site, factor: Tensor) -> None:
     else:
         owner = module.get_submodule(site.linear)
         weight = owner.get_parameter("weight")
-        owner.register_parameter("bias", nn.Parameter(factor.to(weight), requires_grad=weight.requires_grad))
+        graph.set_tensor(owner, "bias", nn.Parameter(factor.to(weight), requires_grad=weight.requires_grad))
 
 
 def nodes_of(gm: fx.GraphModule, fqn: str) -> list[fx.Node]:

@@ -156,6 +156,7 @@ def learn(
     step, in steps of the format (None: 2 / steps, with "sign" 1 / steps). optimizer, reach: of `qfx.rounding.offsets`.
     params: scales and zero points where the search begins (none: from the extremes). With no step it is plain rounding.
     Raises ValueError where the results are NaN or Inf (naming the block).
+    Where the descent leads away (too few steps, too high a rate), the weights are those of its start.
     """
     rate = (2.0 if optimizer == "adam" else 1.0) / max(1, steps) if rate is None else rate
     found = {
@@ -163,12 +164,15 @@ def learn(
         for key, (w, fmt) in weights.items()
     }
     before = _error(forward, found, wanted, name)
+    first = Learned({k: o.packed() for k, o in found.items()}, before, before, {k: o.clipped for k, o in found.items()})
     order = _Order(len(wanted), seed)
     for done in range(steps):
         now = rate * (1 - done / steps)
         for key, slope in _slopes(forward, found, wanted, order.take(batches)).items():
             found[key].step(slope, now, CLIP_RATE * now)
     after = _error(forward, found, wanted, name)
+    if after > before:
+        return first
     return Learned(
         {key: o.packed() for key, o in found.items()}, before, after, {k: o.clipped for k, o in found.items()}
     )

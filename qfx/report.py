@@ -31,7 +31,8 @@ class Report:
     """Rows, notes and totals of one model. `rows` holds every linear-like node, embedding, convolution and attention.
 
     graphs: how many compiled graphs the rows come from. other_bytes: of parameters and buffers that no row counts
-    (norms, biases, tables). cache: what the model's cache of keys and values stores, where qfx quantized it.
+    (norms, biases, tables). added_bytes: of scales and factors of inputs, which the float model lacks. cache: what the
+    model's cache of keys and values stores, where qfx quantized it.
     first_calls: seconds that the first calls of graphs for a GPU took, compilation included; None without such graphs.
     """
 
@@ -40,6 +41,7 @@ class Report:
     graphs: int = 0
     title: str = ""
     other_bytes: int = 0
+    added_bytes: int = 0
     cache: CacheSummary | None = None
     first_calls: float | None = None
 
@@ -55,6 +57,7 @@ class Report:
         before, after = sum(r.bytes_before for r in weights), sum(r.bytes_after for r in weights)
         done = sum(r.bytes_before for r in weights if r.quantized)
         elements = sum(r.elements for r in weights)
+        before_all, after_all = before + self.other_bytes, after + self.other_bytes + self.added_bytes
         return {
             "graphs": self.graphs,
             "linear": len(matmuls),
@@ -62,9 +65,9 @@ class Report:
             "weight_coverage": done / before if before else 0.0,
             "work_coverage": _work_coverage(matmuls),
             "effective_bits": 8 * after / elements if elements else 0.0,
-            "bytes_before": before + self.other_bytes,
-            "bytes_after": after + self.other_bytes,
-            "compression": (before + self.other_bytes) / max(1, after + self.other_bytes),
+            "bytes_before": before_all,
+            "bytes_after": after_all,
+            "compression": before_all / max(1, after_all),
             **self._of_cache(),
         }
 
@@ -179,9 +182,9 @@ def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None)
     cache = summary(model)
     if not graphs and not any(row.asked for row in rows.values()) and cache is None:
         return None
-    rest = live.other_bytes(model, set(rows))
+    rest, added = live.other_bytes(model, set(rows))
     name, first = type(model).__name__, _first_calls(graphs)
-    return Report(tuple(rows.values()), _notes(graphs), len(graphs), name, rest, cache, first)
+    return Report(tuple(rows.values()), _notes(graphs), len(graphs), name, rest, added, cache, first)
 
 
 def _graphs_of(model: nn.Module, options: Any, collector: sqnr.Collector | None) -> list[GraphRecord]:

@@ -181,6 +181,7 @@ def _attention(
         what = "dropout" if dropout_p > 0 else f"operands of {query.dim()} dimensions"
         step = "call model.eval() first" if dropout_p > 0 else "give it operands [B, H, S, D]"
         raise UnsupportedError(explain(f"attention {spec['name']!r} in {spec['formats']} has {what}", next_step=step))
+    key, value = once(spec, key, value)
     if spec["rotation"] is not None:
         query, key = (torch.ops.qfx.hadamard(x, *spec["rotation"], False) for x in (query, key))
     steps: list[Any] = []
@@ -193,6 +194,21 @@ def _attention(
         query, key, value, attn_mask, None, *steps, scale, is_causal, 0.0, *texts
     )
     return y
+
+
+def once(spec: Spec, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, G, S, D] with the G heads that a spec has formats or scales for, where it has them by heads.
+
+    A module may give F.scaled_dot_product_attention those, or (by its mask, too) each repeated for the query heads that
+    read it. A graph in normal form has them once.
+    """
+    texts = spec["formats"]  # not parsed, for Dynamo
+    counts = [text.count(",") + 1 for text in texts.values() if text.startswith("[")]
+    counts += [len(n) for role, n in spec.get("scales", {}).items() if role != "q" and "/head" in texts[role]]
+    heads, own = key.shape[1], min(counts, default=0)
+    if not own or heads <= own or heads % own:
+        return key, value
+    return key[:, :: heads // own], value[:, :: heads // own]
 
 
 def of_cache(*states: Tensor) -> bool:

@@ -18,15 +18,16 @@ from qfx.live.attending import attention_rows
 from qfx.recipe import Recipe
 from qfx.reporting.rows import Row
 
-_PACKED = re.compile(r"(^|[._])(w|rows\d+|columns\d+)_(codes|scale|zero)$")
+_PACKED = re.compile(r"(^|[._])((w|rows\d+|columns\d+)_(codes|scale|zero)|low_[ab])$")  # what rows count
+_ADDED = re.compile(r"(^|\.)(x_scale|x_zero|smooth)$")  # of packed modules, beside that
 
 
 def live_rows(model: nn.Module, told: Collection[str]) -> Iterator[Row]:
     """Rows of the modules, packed parameters and float matrices of `model` that are not in `told`, the names of rows
     there are already.
 
-    A float module whose weight is tied to that of a module in `told` is left out: the weight is told there. Packed
-    codes that two modules hold (a tied table) count at the first.
+    A float module whose weight is tied to that of a module in `told` is left out: the weight is told there. What two
+    modules hold (a tied table, packed or not) counts at the first.
     """
     pointers = {found for fqn, m in model.named_modules() if fqn in told and (found := _pointer(m)) is not None}
     seen: set[int] = set()
@@ -39,11 +40,14 @@ def live_rows(model: nn.Module, told: Collection[str]) -> Iterator[Row]:
             seen |= codes
             continue
         if getattr(module, "qfx_packed", None):
-            yield from packed_rows(fqn, module)
+            yield from packed_rows(fqn, module, seen)
         elif _is_float(module) and (fqn in told or _pointer(module) not in pointers):
             weight = module._parameters["weight"]
             assert weight is not None
-            yield Row(fqn, _kind(module), "", "torch", "", weight.numel(), weight.nbytes, weight.nbytes)
+            at = weight.data_ptr() or id(weight)
+            row = Row(fqn, _kind(module), "", "torch", "", weight.numel(), weight.nbytes, weight.nbytes)
+            yield replace(row, shared=at in seen)
+            seen.add(at)
         if not _is_float(module):
             yield from _float_matrices(fqn, module, told, pointers)
     yield from attention_rows(model)
@@ -63,16 +67,17 @@ def _float_matrices(fqn: str, module: nn.Module, told: Collection[str], pointers
             yield Row(path, "parameter", "", "torch", "", tensor.numel(), tensor.nbytes, tensor.nbytes)
 
 
-def packed_rows(fqn: str, module: nn.Module) -> list[Row]:
-    """Rows of the report for the packed parameters of a module."""
+def packed_rows(fqn: str, module: nn.Module, seen: set[int]) -> list[Row]:
+    """Rows of the report for the packed parameters of a module. seen: of codes that have a row; these are added."""
     rows = []
     for name, spec in getattr(module, "qfx_packed", {}).items():
         elements = torch.Size(spec.shape).numel()
         path = (f"{fqn}.{name}" if fqn else name).removesuffix(".weight")
         before, after = elements * spec.dtype.itemsize, Format.parse(spec.format).nbytes(spec.shape)
-        rows.append(
-            Row(path, "parameter", f"w={spec.format}", "qfx::dequantize, then torch", "", elements, before, after)
-        )
+        row = Row(path, "parameter", f"w={spec.format}", "qfx::dequantize, then torch", "", elements, before, after)
+        codes = module.get_buffer(f"{name}_w_codes").data_ptr()
+        rows.append(replace(row, shared=codes in seen))
+        seen.add(codes)
     return rows
 
 
@@ -150,13 +155,18 @@ def limit_notes(records: Sequence[GraphRecord]) -> list[Note]:
     return list(notes.values())
 
 
-def other_bytes(model: nn.Module, nodes: Collection[str]) -> int:
-    """Bytes of the parameters and buffers that no row counts: norms, biases, tables."""
+def other_bytes(model: nn.Module, nodes: Collection[str]) -> tuple[int, int]:
+    """Bytes of the parameters and buffers that no row counts: (norms, biases, tables; what quantizing added)."""
     tensors: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         tensors.setdefault(tensor.data_ptr() or id(tensor), (name, tensor))
-    rest = [t for n, t in tensors.values() if not _PACKED.search(n) and n.removesuffix(".weight") not in nodes]
-    return sum(t.numel() * t.element_size() for t in rest)
+    sizes = {"own": 0, "added": 0}
+    for name, tensor in tensors.values():
+        if not _PACKED.search(name) and name.removesuffix(".weight") not in nodes:
+            path, _, _ = name.rpartition(".")
+            added = _ADDED.search(name) and callable(getattr(model.get_submodule(path), "qfx_row", None))
+            sizes["added" if added else "own"] += tensor.numel() * tensor.element_size()
+    return sizes["own"], sizes["added"]
 
 
 def _is_float(module: nn.Module) -> bool:

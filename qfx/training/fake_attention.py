@@ -63,14 +63,14 @@ class FakeAttention(nn.Module):
     ) -> Tensor:  # fmt: skip
         """F.scaled_dot_product_attention (func) of operands [B, H, S, D], rounded."""
         cached = self.cached if self.training else None
-        plain = functools.partial(
-            func, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        plain = functools.partial(func, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
         if not self.on or attending.of_cache(key, value) or (cached is None and not self.spec["formats"]):
-            return plain(query, key, value)
+            return plain(query, key, value, enable_gqa=enable_gqa)
         if query.dim() != 4:
             what = f"attention {self.spec['name']!r} has operands of {query.dim()} dimensions"
             raise UnsupportedError(explain(what, next_step="give it operands [B, H, S, D]"))
+        heads = key.shape[1]
+        key, value = attending.once(self.spec, key, value)
         held = None if cached is None else stored(query, key, value, cached)
         if self.spec["rotation"] is not None:
             query, key = (torch.ops.qfx.hadamard(x, *self.spec["rotation"], False) for x in (query, key))
@@ -78,9 +78,8 @@ class FakeAttention(nn.Module):
         centred = self._centred(key)
         if held is None and "p" not in self.spec["formats"]:
             key = key if centred is False else centre(key, centred)[0]
-            return plain(
-                *(self._rounded(role, x).to(x.dtype) for role, x in zip("qkv", (query, key, value), strict=True))
-            )
+            rounded = [self._rounded(role, x).to(x.dtype) for role, x in zip("qkv", (query, key, value), strict=True)]
+            return plain(*rounded, enable_gqa=enable_gqa or key.shape[1] < heads)
         each = Rounders(*(functools.partial(self._operand, role) for role in ROLES))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return attend(

@@ -41,6 +41,15 @@ def test_graph_and_live_model_shift_alike(name: str, bias: str | None) -> None:
     assert not torch.allclose(before, wanted)
 
 
+def test_a_module_whose_missing_bias_is_an_attribute() -> None:
+    """As in modules of users: `self.bias = None`, which is not what nn.Linear does."""
+    model = Pair().eval()
+    del model.b._parameters["bias"]
+    model.b.bias = None
+    apply(model, Site("b", None), SHIFT)
+    assert isinstance(model.b.bias, nn.Parameter) and torch.equal(model.b.bias, SHIFT)
+
+
 def test_tensors_that_others_hold_stay() -> None:
     model = Pair()
     held = model.a.bias

@@ -74,6 +74,17 @@ def test_weights_that_may_move_further_fit_better() -> None:
         Recipe.parse({"rules": [], "learned": {"reach": 0.4}})
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sign"])
+def test_a_descent_that_leads_away_leaves_the_weights_of_its_start(optimizer: str) -> None:
+    block = TwoLayers()
+    started = block.learn("i8/ch", steps=0)
+    assert block.learn("i8/ch", steps=60, optimizer=optimizer).after < started.after  # negative control
+    found = block.learn("i8/ch", steps=2, rate=1.0, optimizer=optimizer)
+    assert found.before == found.after == started.after and found.clipped == started.clipped
+    for name, packed in found.packed.items():
+        assert torch.equal(packed.dequantize(), started.packed[name].dequantize())
+
+
 @pytest.mark.parametrize("fmt", ["u2/g16", "i3/ch", "u4/g8", "i4/g16", "nf4/g16", "f4e2m1/g16/e8m0", "f4e2m1/g16/e4m3"])
 def test_error_is_well_below_rounding_by_itself(fmt: str) -> None:
     block = TwoLayers()

@@ -195,6 +195,28 @@ def test_a_tied_table_of_a_quantized_model_counts_once() -> None:
     assert report.totals["bytes_before"] == 4 * (90 * 64 + 64 * 64)
 
 
+@pytest.mark.parametrize("table", ["bf16", "none"])
+def test_a_tied_table_that_stays_in_floats_counts_once(table: str) -> None:
+    model = nn.Sequential(nn.Embedding(90, 64), nn.Linear(64, 64, bias=False), nn.Linear(64, 90, bias=False))
+    model[2].weight = model[0].weight
+    asked = [{"target": "1", "w": "i8/ch"}, {"target": "embedding", "w": table}]
+    report = qfx.report(qfx.quantize(model, {"rules": asked}, data=[torch.arange(6).view(2, 3)]))
+    assert [(row.node, row.shared) for row in report] == [("0", False), ("1", False), ("2", True)]
+    assert report.totals["bytes_before"] == 4 * (90 * 64 + 64 * 64)
+    assert report.totals["bytes_after"] == (2 if table == "bf16" else 4) * 90 * 64 + 64 * (64 + 4)
+
+
+def test_what_quantizing_adds_was_not_there_before() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))
+    before = sum(p.nbytes for p in model.parameters())
+    fields: dict[str, Any] = {"rules": [{"target": "linear", "x": "u8", "w": "i8/ch"}], "low_rank": 2}
+    quantized = qfx.quantize(model, fields, data=[torch.randn(9, 64, generator=torch.Generator().manual_seed(0))])
+    report = qfx.report(quantized)
+    assert report.added_bytes == 2 * (4 + 1)  # a scale and a zero point of each input
+    assert report.totals["bytes_before"] == before
+    assert report.totals["bytes_after"] == sum(t.nbytes for t in (*quantized.parameters(), *quantized.buffers()))
+
+
 def test_a_reason_that_changes_nothing_leaves_a_node_quantized() -> None:
     model, inputs = ZOO["distilbert"]()
     fast = torch.compile(model, backend="qfx", options={"recipe": "nf4"})

@@ -149,6 +149,50 @@ def test_a_compiled_model_keeps_it_in_one_graph() -> None:
     assert all(row.asked == "q=i8/tok k=i8/tok v=i8/head/dyn p=u8/tok" for row in rows)
 
 
+class Grouped(nn.Module):
+    """4 query heads over 2 of keys and values, which it repeats itself where it has a mask (as transformers do)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.kv, self.out = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q = self.q(x).view(*x.shape[:2], 4, 8).transpose(1, 2)
+        k, v = (t.view(*x.shape[:2], 2, 8).transpose(1, 2) for t in self.kv(x).chunk(2, -1))
+        if mask is not None:
+            k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=mask is None)
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
+
+
+BY_HEADS = [
+    {"target": "attention", "q": "i8/tok", "k": "i8/head", "v": "i8/head"},
+    {"target": "attention", "q": "i8/tok", "k": ["i8/tok", "i3/tok"], "v": ["i8", "i8"]},
+    {"target": "attention", "q": ["i8/tok", "i3/tok"], "k": "i8/tok", "v": "i8/tok"},
+]
+MASK = torch.ones(2, 1, 16, 16, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("planned", [(X,), (X, MASK)], ids=["once", "repeated"])
+@pytest.mark.parametrize("rule", BY_HEADS)
+def test_keys_that_a_module_repeats_have_the_formats_of_their_heads(
+    rule: dict[str, Any], planned: tuple[Tensor, ...]
+) -> None:
+    """Whichever way the plan saw; as a graph does that has them once. Training alike."""
+    model = Grouped().eval()
+    wanted = ran(model, X)
+    live = qfx.quantize(copy.deepcopy(model), recipe(rule), data=[planned])
+    once, repeated = ran(live, X), ran(live, X, MASK)
+    assert 10 < sqnr_db(wanted, once) < 60
+    torch.testing.assert_close(once, repeated)
+    trained = qfx.prepare_qat(copy.deepcopy(model), recipe(rule), [planned])
+    for mode in (True, False):
+        torch.testing.assert_close(ran(trained.train(mode), X, MASK), repeated, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(ran(trained, X), repeated, atol=1e-4, rtol=1e-3)
+
+
 def test_multi_head_attention_of_torch() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
