@@ -18,19 +18,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qfx.errors import Note, explain
-from qfx.format import Format
-from qfx.numerics import QParams
 from qfx.packing import Packed, pack_weight
 from qfx.recipe import Recipe
 from qfx.rounding.blocks import Block, Part
 from qfx.rounding.lanes import Env
 from qfx.rounding.method_options import LearnedOptions
-from qfx.rounding.nearest import round_weight
 from qfx.rounding.offsets import Offsets
 from qfx.rounding.scales import search
 
@@ -40,11 +38,37 @@ def method(recipe: Recipe) -> LearnedRounding:
     return LearnedRounding(recipe.learned)
 
 
+class Moving(Protocol):
+    """A weight whose rounding gradient descent moves, such as `Offsets`."""
+
+    def value(self) -> Tensor: ...
+    def step(self, gradient: Tensor, rate: float, clip_rate: float) -> None: ...
+    def packed(self) -> Any: ...
+    @property
+    def clipped(self) -> float: ...
+
+
+def _offsets(part: Part, weight: Tensor, options: LearnedOptions) -> Moving | None:
+    if part.format.is_plain:
+        return None
+    params = search(weight.float(), part.format)
+    return Offsets(weight, part.format, params=params, optimizer=options.optimizer, reach=options.reach)
+
+
+def _as_packed(part: Part, found: Packed, weight: Tensor) -> Packed:
+    return found
+
+
 @dataclass(frozen=True)
 class LearnedRounding:
-    """Learned rounding as a method of `qfx.rounding.sequential`."""
+    """Learned rounding as a method of `qfx.rounding.sequential`.
+
+    start: a weight as descent takes it up; None where there is nothing to learn. finish: what comes of `packed` there.
+    """
 
     options: LearnedOptions
+    start: Callable[[Part, Tensor, LearnedOptions], Moving | None] = _offsets
+    finish: Callable[[Part, Any, Tensor], Packed] = _as_packed
 
     @property
     def needs_float(self) -> bool:
@@ -53,37 +77,46 @@ class LearnedRounding:
 
     def round(self, block: Block) -> list[Note]:
         """Round every weight of a block. Raises ValueError where its results are NaN or infinite."""
-        parts = [part for site in block.sites for linear in site.linears for part in linear.parts]
-        for part in (part for part in parts if part.format.is_plain):
-            block.put(part, pack_weight(block.weight(part), part.format, name=part.name))
-        parts = [part for part in parts if not part.format.is_plain]
+        started, moving, parts = time.perf_counter(), dict[str, Moving](), list[Part]()
+        for part in (part for site in block.sites for linear in site.linears for part in linear.parts):
+            first = self.start(part, block.weight(part), self.options)
+            if first is None:
+                block.put(part, pack_weight(block.weight(part), part.format, name=part.name))
+            else:
+                moving[part.name] = first
+                parts.append(part)
         if not parts:
             return []
         outputs = block.outputs
         wanted = [_results(block, batch, env) for batch, env in enumerate(outputs)]
         if not wanted[0]:
-            return _without_results(block, parts)
-        started = time.perf_counter()
+            return self._without_results(block, parts, moving)
         full = {part.name: block.weight(part) for part in parts}
         found = learn(
             lambda weights, batch: _results(
                 block, batch, block.run(batch, {n: w.to(full[n].dtype) for n, w in weights.items()})
             ),
-            {part.name: (full[part.name], part.format) for part in parts},
+            moving,
             wanted,
             steps=self.options.steps,
             batches=-(-self.options.batch // max(1, len(_floating(outputs[0])[0]))),
-            rate=self.options.learning_rate,
-            optimizer=self.options.optimizer,
-            reach=self.options.reach,
-            params={part.name: search(full[part.name].float(), part.format) for part in parts},
+            rate=self.options.learning_rate or first_rate(self.options.optimizer, self.options.steps),
             name=repr(block.name),
         )
         seconds = round((time.perf_counter() - started) / len(parts), 3)
         for part in parts:
             told = {"clipped": found.clipped[part.name], "seconds": seconds}
-            block.put(part, found.packed[part.name], {**found.told, **told})
+            block.put(part, self.finish(part, found.packed[part.name], full[part.name]), {**found.told, **told})
         return []
+
+    def _without_results(self, block: Block, parts: Sequence[Part], moving: Mapping[str, Moving]) -> list[Note]:
+        notes = []
+        for part in parts:
+            block.put(part, self.finish(part, moving[part.name].packed(), block.weight(part)))
+            what = "its block gives nothing in floating point that could be compared with the float model"
+            step = "rounding 'gptq' looks at each layer by itself"
+            notes.append(Note(part.name, f"{what}: rounded by 'mse'", step))
+        return notes
 
 
 def _floating(env: Env) -> list[Tensor]:
@@ -100,17 +133,6 @@ def _results(block: Block, batch: int, env: Env) -> list[Tensor]:
     return [block.lane.rows(batch, node, value) for node, value in env.items() if _is_floating(value)]
 
 
-def _without_results(block: Block, parts: Sequence[Part]) -> list[Note]:
-    notes = []
-    for part in parts:
-        block.put(part, round_weight(block.weight(part), part.format, "mse", name=part.name))
-        reason = (
-            "its block gives nothing in floating point that could be compared with the float model: rounded by 'mse'"
-        )
-        notes.append(Note(part.name, reason, "rounding 'gptq' looks at each layer by itself"))
-    return notes
-
-
 CLIP_RATE = 0.15  # of the rate of offsets: that of the shares of the extremes
 _TOLD = 4  # batches by which errors are told
 Forward = Callable[[Mapping[str, Tensor], int], Sequence[Tensor]]
@@ -125,7 +147,7 @@ class Learned:
     in the end. clipped: the share of each weight beyond the range of its codes.
     """
 
-    packed: dict[str, Packed]
+    packed: dict[str, Any]
     before: float
     after: float
     clipped: dict[str, float] = field(default_factory=dict)
@@ -136,33 +158,29 @@ class Learned:
         return {"error_before": self.before, "error_after": self.after}
 
 
+def first_rate(optimizer: str, steps: int) -> float:
+    """The rate of the first step where none is given."""
+    return (2.0 if optimizer == "adam" else 1.0) / max(1, steps)
+
+
 def learn(
     forward: Forward,
-    weights: Mapping[str, tuple[Tensor, Format]],
+    found: Mapping[str, Moving],
     wanted: Sequence[Sequence[Tensor]],
     *,
-    steps: int = 200,
+    steps: int,
+    rate: float,
     batches: int = 1,
-    rate: float | None = None,
-    optimizer: str = "adam",
-    reach: float = 0.5,
-    params: Mapping[str, QParams] | None = None,
     seed: int = 0,
     name: str = "the block",
 ) -> Learned:
-    """Round the weights [N, K] of a block in their formats so that its results stay near those in `wanted`.
+    """Round the weights [N, K] of a block so that its results stay near those in `wanted`.
 
     wanted: for each batch the block's floating results in float. batches: how many a step looks at. rate: of the first
-    step, in steps of the format (None: 2 / steps, with "sign" 1 / steps). optimizer, reach: of `qfx.rounding.offsets`.
-    params: scales and zero points where the search begins (none: from the extremes). With no step it is plain rounding.
-    Raises ValueError where the results are NaN or Inf (naming the block).
-    Where the descent leads away (too few steps, too high a rate), the weights are those of its start.
+    step, in steps of the format. With no step it is plain rounding. Raises ValueError where the results are NaN or Inf
+    (naming the block). Where the descent leads away (too few steps, too high a rate), the weights are those of its
+    start.
     """
-    rate = (2.0 if optimizer == "adam" else 1.0) / max(1, steps) if rate is None else rate
-    found = {
-        key: Offsets(w, fmt, params=(params or {}).get(key), optimizer=optimizer, reach=reach)
-        for key, (w, fmt) in weights.items()
-    }
     before = _error(forward, found, wanted, name)
     first = Learned({k: o.packed() for k, o in found.items()}, before, before, {k: o.clipped for k, o in found.items()})
     order = _Order(len(wanted), seed)
@@ -179,10 +197,10 @@ def learn(
 
 
 def _slopes(
-    forward: Forward, found: Mapping[str, Offsets], wanted: Sequence[Sequence[Tensor]], chosen: Sequence[int]
+    forward: Forward, found: Mapping[str, Moving], wanted: Sequence[Sequence[Tensor]], chosen: Sequence[int]
 ) -> dict[str, Tensor]:
     """The gradient of the loss over the chosen batches for each rounded weight."""
-    values = {key: offsets.value().detach().requires_grad_() for key, offsets in found.items()}
+    values = {key: one.value().detach().requires_grad_() for key, one in found.items()}
     sums: dict[str, Tensor] = {}
     for batch in chosen:
         with torch.enable_grad():
@@ -200,8 +218,8 @@ def squared_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _error(forward: Forward, found: Mapping[str, Offsets], wanted: Sequence[Sequence[Tensor]], name: str) -> float:
-    values = {key: offsets.value() for key, offsets in found.items()}
+def _error(forward: Forward, found: Mapping[str, Moving], wanted: Sequence[Sequence[Tensor]], name: str) -> float:
+    values = {key: one.value() for key, one in found.items()}
     wanted = wanted[:_TOLD]
     total = sum(float(squared_error(forward(values, i), each)) for i, each in enumerate(wanted))
     energy = sum(float(t.float().square().sum()) for each in wanted for t in each)

@@ -4,7 +4,7 @@
 
 Both files are read back with qfx and run in torch in float32, so that only the rounding differs. Each type is rounded
 without data and with the mean squares of the layers' inputs (llama.cpp's importance matrix, the same numbers for both);
-by qfx with the same data also by GPTQ.
+by qfx with the same data also by GPTQ and by learned rounding.
 --wide: blocks of 256 need widths that 256 divides, and the tiny model is 192 wide; its residual stream is first turned
 into 256 channels by a random rotation, which changes no output.
 """
@@ -141,8 +141,9 @@ class Bench:
                     found[f"{name}{suffix}_bytes"] = file.stat().st_size
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", QfxWarning)
-            qfx.export_gguf(self.model, own, mix, tokenizer=False, data=self.calibration, rounding="gptq")
-        found |= {"qfx_gptq": self.kld(own), "qfx_gptq_bytes": own.stat().st_size}
+            for way in ("gptq", "learned"):
+                qfx.export_gguf(self.model, own, mix, tokenizer=False, data=self.calibration, rounding=way)
+                found |= {f"qfx_{way}": self.kld(own), f"qfx_{way}_bytes": own.stat().st_size}
         return found
 
     def kld(self, file: Path) -> float:
@@ -163,19 +164,20 @@ def main(
     if wide:
         floats = widened(floats)
     table = Table("type", "bytes", "qfx", "llama.cpp", "ratio", "qfx, data", "llama.cpp, data", "ratio",
-                  "qfx, GPTQ", "ratio")  # fmt: skip
+                  "qfx, GPTQ", "ratio", "qfx, learned", "ratio")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(floats, windows(model), Path(folder))
         rows = [bench.row(mix) for mix in types or TYPES]
     for row in rows:
         pairs = [(row[f"qfx{s}"], row[f"llama_cpp{s}"]) for s in ("", "_data")]
-        pairs.append((row["qfx_gptq"], row["llama_cpp_data"]))
-        same = all(row[f"qfx{s}_bytes"] == row[f"llama_cpp{s}_bytes"] for s in ("", "_data"))
-        same &= row["qfx_gptq_bytes"] == row["qfx_data_bytes"]
+        pairs += [(row[f"qfx_{way}"], row["llama_cpp_data"]) for way in ("gptq", "learned")]
+        same = len({row[f"{who}_bytes"] for who in ("qfx_data", "llama_cpp_data", "qfx_gptq", "qfx_learned")}) == 1
+        same &= row["qfx_bytes"] == row["llama_cpp_bytes"]
         size = f"{row['qfx_bytes']:,}" if same else f"{row['qfx_bytes']:,} / {row['llama_cpp_bytes']:,}"
-        cells = [t for a, b in pairs for t in (f"{a:.5f}", f"{b:.5f}", f"{a / b:.3f}")]
-        table.add_row(row["type"], size, *cells[:-2], cells[-1])  # llama.cpp's with data stands there already
-    Console(width=160).print(table)
+        cells = [t for a, b in pairs[:2] for t in (f"{a:.5f}", f"{b:.5f}", f"{a / b:.3f}")]
+        cells += [t for a, b in pairs[2:] for t in (f"{a:.5f}", f"{a / b:.3f}")]
+        table.add_row(row["type"], size, *cells)
+    Console(width=180).print(table)
     if json_file is not None:
         write_text(json_file, json.dumps(rows, indent=1) + "\n")
 

@@ -166,6 +166,7 @@ class GgufRounding(StrEnum):
 
     mse = "mse"
     gptq = "gptq"
+    learned = "learned"
 
 
 @app.command("export-gguf")
@@ -176,7 +177,8 @@ def export_gguf(
         str, typer.Option("--type", help="Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, Q3_K_M, Q2_K, F16, ...")
     ] = "Q4_K_M",
     rounding: Annotated[
-        GgufRounding, typer.Option(help="mse: least error of each weight; gptq, with --data: of what layers compute.")
+        GgufRounding,
+        typer.Option(help="mse: least error of each weight; with --data gptq, learned: of what layers give."),
     ] = GgufRounding.mse,
     tokenizer: Annotated[bool, typer.Option(help="Write the tokenizer; without it tokens are numbers.")] = True,
     data: Text = None,

@@ -30,8 +30,8 @@ def run(
 ) -> None:
     """A folder that qfx wrote keeps its values where blocks hold them; everything else is rounded into the mix."""
     mix = mix_named(mix)  # before anything is loaded
-    if rounding == "gptq" and text.file is None:
-        raise ValueError("--rounding gptq needs data\n  next step: --data text.txt, of text like that of the model")
+    if rounding != "mse" and text.file is None:
+        raise ValueError(f"--rounding {rounding} needs data\n  next step: --data text.txt, like the model's own text")
     if out.is_dir():
         raise ValueError(f"{out} is a folder\n  expected: the path of a .gguf file")
     check_writable(out.parent)

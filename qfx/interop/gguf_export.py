@@ -31,7 +31,7 @@ from qfx.numerics import require_finite
 from qfx.pipeline import told
 from qfx.storage.files import staged
 
-ROUNDINGS = ("mse", "gptq")
+ROUNDINGS = ("mse", "gptq", "learned")
 _ROUNDED_SCALES = 2**-11  # what float16 does to a scale at most
 
 
@@ -77,8 +77,9 @@ def export_gguf(
     quantized in a format that a block type holds exactly keeps its values, whatever the type. tokenizer: a fast one of
     transformers; None: that of the folder from which the model was loaded; False: none, tokens are numbers. data:
     batches; errors are then weighted by the mean square of each layer's inputs. rounding: "mse", the least error of
-    each weight; or, with data, "gptq", of what each float linear computes behind those that are rounded, which takes
-    more time, and memory for another copy of the weights. name: what programs show; None: the last part of the model's
+    each weight; with data also "gptq", of what each float linear computes behind those that are rounded, or "learned",
+    of what each layer of the model gives (AutoRound's manner): both take more time, and memory for another copy of the
+    weights. name: what programs show; None: the last part of the model's
     own name. What differs from what was asked is a warning, under strict an UnsupportedError.
 
     Raises UnsupportedError for other architectures and tokenizers, ValueError for unknown types, weights that are not
@@ -92,8 +93,8 @@ def export_gguf(
     fields = _metadata(job, tokenizer, name)
     if data is not None:
         data = list(data)
-        if rounding == "gptq":
-            job.rounded = _by_gptq(job, data)
+        if rounding != "mse":
+            job.rounded = _by_data(job, rounding, data)
         linears = [s.fqn for n, s in job.sources.items() if s.is_linear and n not in job.exact]
         linears = [fqn for fqn in linears if fqn not in job.rounded]
         job.energy = input_energy(model, linears, data) if linears else {}
@@ -118,17 +119,19 @@ def need_gguf() -> Any:
 def _check_rounding(rounding: str, data: object) -> None:
     if rounding not in ROUNDINGS:
         raise ValueError(f"unknown rounding {rounding!r}: {nearest(str(rounding), ROUNDINGS)}")
-    if rounding == "gptq" and data is None:
+    if rounding != "mse" and data is None:
         raise ValueError(
-            explain("rounding='gptq' needs data", next_step="pass data=batches (about 128 samples of the model's text)")
+            explain(f"rounding={rounding!r} needs data", next_step="pass data=batches, about 128 samples of its text")
         )
 
 
-def _by_gptq(job: _Job, data: list[Any]) -> dict[str, Tensor]:
-    """FQN -> the bytes of each weight that GPTQ takes: of float linears, and of a table that is the output's, too."""
-    from qfx.interop.gguf_gptq import round_blocks
+def _by_data(job: _Job, rounding: str, data: list[Any]) -> dict[str, Tensor]:
+    """FQN -> the bytes of each weight that is rounded by what it reads: of float linears; by GPTQ of a table that is
+    the output's, too."""
+    from qfx.interop.gguf_rounding import round_blocks
 
-    tied = job.arch.top.get("output", "") if "output.weight" not in job.sources else ""
+    whole = rounding == "gptq" and "output.weight" not in job.sources
+    tied = job.arch.top.get("output", "") if whole else ""
     kinds = {
         source.fqn: job.types[name]
         for name, source in job.sources.items()
@@ -139,8 +142,8 @@ def _by_gptq(job: _Job, data: list[Any]) -> dict[str, Tensor]:
     if not kinds:
         return {}
     table = job.sources["token_embd.weight"].fqn
-    found, notes = round_blocks(job.model, kinds, data, tied=tied if table in kinds else "")
-    reason, step = "the model's graph has no layer of this name: GPTQ leaves it out", "nothing, or data that uses it"
+    found, notes = round_blocks(job.model, kinds, data, rounding=rounding, tied=tied if table in kinds else "")
+    reason, step = "the model's graph has no layer of this name: rounded by itself", "nothing, or data that uses it"
     job.notes += [*notes, *(Note(fqn, reason, step) for fqn in kinds if fqn not in found)]
     return found
 

@@ -15,10 +15,12 @@ from torch.nn.functional import linear, relu
 import qfx
 from qfx.errors import QfxWarning
 from qfx.format import Format
-from qfx.passes.learned import Learned, learn
+from qfx.numerics import QParams
+from qfx.passes.learned import Learned, first_rate, learn
 from qfx.plan import Plan
 from qfx.recipe import Recipe
 from qfx.rounding.nearest import round_weight
+from qfx.rounding.offsets import Offsets
 from qfx.rounding.scales import search
 from tests.zoo import ZOO
 
@@ -49,9 +51,16 @@ class TwoLayers:
         noise = sum(float((f - w[0]).float().square().sum()) for f, w in zip(found, self.wanted, strict=True))
         return noise / sum(float(w[0].float().square().sum()) for w in self.wanted)
 
-    def learn(self, fmt: str, steps: int = 60, **options: object) -> Learned:
-        asked = {name: (w, Format.parse(fmt)) for name, w in self.weights.items()}
-        return learn(self.forward, asked, self.wanted, steps=steps, **options)  # type: ignore[arg-type]
+    def learn(
+        self, fmt: str, steps: int = 60, *, optimizer: str = "adam", reach: float = 0.5, rate: float | None = None,
+        params: Mapping[str, QParams] | None = None, **options: Any,
+    ) -> Learned:  # fmt: skip
+        asked = {
+            name: Offsets(w, Format.parse(fmt), params=(params or {}).get(name), optimizer=optimizer, reach=reach)
+            for name, w in self.weights.items()
+        }
+        rate = rate or first_rate(optimizer, steps)
+        return learn(self.forward, asked, self.wanted, steps=steps, rate=rate, **options)
 
     def rounded(self, fmt: str, method: str) -> dict[str, Tensor]:
         return {n: round_weight(w, Format.parse(fmt), method, name=n).dequantize() for n, w in self.weights.items()}
@@ -129,9 +138,13 @@ def test_half_precision_blocks_are_learned() -> None:
 
 def test_several_formats_and_one_that_no_result_depends_on() -> None:
     block = TwoLayers()
-    asked = {"a": (block.weights["a"], Format.parse("i4/g16")), "b": (block.weights["b"], Format.parse("u2/g8"))}
     idle = (torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), Format.parse("i4/g16"))
-    found = learn(block.forward, {**asked, "idle": idle}, block.wanted, steps=20)
+    asked = {
+        "a": Offsets(block.weights["a"], Format.parse("i4/g16")),
+        "b": Offsets(block.weights["b"], Format.parse("u2/g8")),
+        "idle": Offsets(*idle),
+    }
+    found = learn(block.forward, asked, block.wanted, steps=20, rate=first_rate("adam", 20))
     assert {name: str(packed.format) for name, packed in found.packed.items()} == {
         "a": "i4/g16", "b": "u2/g8", "idle": "i4/g16",
     }  # fmt: skip

@@ -33,4 +33,5 @@ def test_a_type_by_both(tmp_path: Path) -> None:
     assert row["qfx_data_bytes"] == row["llama_cpp_data_bytes"]
     assert 0 < row["qfx"] < row["llama_cpp"], "the better scales"
     assert 0 < row["qfx_gptq"] < row["qfx_data"] < row["qfx"]
-    assert row["qfx_gptq_bytes"] == row["qfx_data_bytes"]
+    assert 0 < row["qfx_learned"] < row["qfx_gptq"]
+    assert row["qfx_gptq_bytes"] == row["qfx_learned_bytes"] == row["qfx_data_bytes"]

@@ -1,9 +1,7 @@
-"""GPTQ into the blocks of GGUF: each weight rounded by what it reads behind those that are rounded already.
+"""Weights rounded into the blocks of GGUF by what they read behind those that are rounded already.
 
-    minimize ||W X - Q X||^2 over Q in blocks of a type, H = X X^T
-
-What `rounding="gptq"` is for formats (`qfx.passes.gptq`), with the same order of blocks, columns and sweeps, on the
-factors and integer scales that a block of GGUF has (`BlockGrid`).
+What `rounding="gptq"` and "learned" are for formats (`qfx.passes.gptq`, `qfx.passes.learned`), on the factors and
+integer scales that a block of GGUF has: GPTQ by `BlockGrid`, descent by `BlockOffsets`.
 """
 
 from __future__ import annotations
@@ -22,31 +20,40 @@ from qfx.inputs import without_cache
 from qfx.interop.gguf_blocks import Blocks, BlockType, block_type, pack
 from qfx.interop.gguf_encode import check_values
 from qfx.interop.gguf_grid import BlockGrid
+from qfx.interop.gguf_offsets import BlockOffsets
 from qfx.packing import Packed, pack_weight
 from qfx.passes._columns import Columns
 from qfx.passes._hessian import Hessian
 from qfx.passes._sweep import Sweep
 from qfx.passes.annotate import annotate
 from qfx.passes.gptq import Gptq
+from qfx.passes.learned import LearnedRounding
 from qfx.pipeline import prepare
 from qfx.plan import Plan
 from qfx.quantize import evaluating
 from qfx.recipe import Recipe, Rule
 from qfx.rounding.blocks import Part
-from qfx.rounding.method_options import GptqOptions
+from qfx.rounding.method_options import GptqOptions, LearnedOptions
 from qfx.rounding.sequential import round_weights
 
 _ELEMENTS = 1 << 21  # of the rows that are swept together
 _OPTIONS = GptqOptions(act_order=False, clip=True, sweeps=2)
+_LEARNED = LearnedOptions()
 _HALVES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def round_blocks(
-    model: nn.Module, kinds: Mapping[str, str], data: Iterable[Any], *, tied: str = ""
+    model: nn.Module,
+    kinds: Mapping[str, str],
+    data: Iterable[Any],
+    *,
+    rounding: str = "gptq",
+    tied: str = "",
 ) -> tuple[dict[str, Tensor], list[Note]]:
     """FQN -> uint8 [N, row bytes] of each weight [N, K] in blocks of its type, and what did not go as asked.
 
-    kinds: FQN of a linear, or of a table that a linear reads, too, -> type. tied: FQN of that linear. What the model's
+    kinds: FQN of a linear, or (GPTQ alone) of a table that a linear reads, too, -> type. tied: FQN of that linear.
+    rounding: "gptq" or "learned". What the model's
     graph does not have under its name is left out. Takes memory for another copy of the weights. Raises
     UnsupportedError where torch.export does not take the model as one graph, ValueError for bad data and for values
     that a type cannot hold (named).
@@ -57,11 +64,14 @@ def round_blocks(
         args, kwargs = roomiest(calls)
         captured = capture_export(model, args, without_cache(model, kwargs, args))
         prepare(captured.gm)
-        recipe = Recipe(name="gguf", rules=_rules(model, [*kinds, *([tied] if tied else [])]), rounding="gptq")
+        rules = _rules(model, [*kinds, *([tied] if tied else [])])
+        recipe = Recipe.parse({"name": "gguf", "rules": rules, "rounding": rounding})
         notes = annotate(captured.gm, recipe)
         flat = [captured.flatten(a, without_cache(model, k, a)) for a, k in calls]
         plan = Plan.of(model, recipe)
-        notes += round_weights(captured.gm, plan, flat, method=Gptq(_OPTIONS, into.solve))
+        learned = LearnedRounding(_LEARNED, into.start, into.finish)
+        method = learned if rounding == "learned" else Gptq(_OPTIONS, into.solve)
+        notes += round_weights(captured.gm, plan, flat, method=method)
     return into.data, notes
 
 
@@ -82,11 +92,25 @@ class _Blocks:
         self, part: Part, weight: Tensor, seen: list[Hessian], options: GptqOptions
     ) -> tuple[Packed, dict[str, Any]]:
         """For `Gptq`: a weight [N, K] as its blocks give it back."""
-        name, (one,) = next(name for name in part.names if name in self.kinds), seen
+        name, (one,) = self._name(part), seen
         blocks = gptq(weight.detach().to(torch.float32), block_type(self.kinds[name]), one, options, name=name)
+        return self.finish(part, blocks, weight), {}
+
+    def start(self, part: Part, weight: Tensor, options: LearnedOptions) -> BlockOffsets:
+        """For `LearnedRounding`: a weight [N, K] in blocks of the least error."""
+        name, full = self._name(part), weight.detach().to(torch.float32)
+        kind = block_type(self.kinds[name])
+        return BlockOffsets(full, kind, optimizer=options.optimizer, reach=options.reach, name=name)
+
+    def finish(self, part: Part, blocks: Blocks, weight: Tensor) -> Packed:
+        """Keep the blocks of a weight; what they give back, in the format of the plan."""
+        name = self._name(part)
         self.data[name] = pack(blocks).reshape(len(weight), -1).cpu()
         values = blocks.values().reshape(weight.shape)
-        return pack_weight(values.to(weight.dtype), part.format, name=name), {}
+        return pack_weight(values.to(weight.dtype), part.format, name=name)
+
+    def _name(self, part: Part) -> str:
+        return next(name for name in part.names if name in self.kinds)
 
 
 def gptq(weight: Tensor, kind: BlockType, seen: Hessian, options: GptqOptions, *, name: str) -> Blocks:

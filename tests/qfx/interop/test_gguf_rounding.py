@@ -15,8 +15,8 @@ import qfx
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.interop.gguf_blocks import BLOCK_TYPES, block_type, unpack
 from qfx.interop.gguf_encode import encode
-from qfx.interop.gguf_gptq import gptq, round_blocks
 from qfx.interop.gguf_import import read_gguf
+from qfx.interop.gguf_rounding import gptq, round_blocks
 from qfx.passes._hessian import Hessian
 from qfx.rounding.method_options import GptqOptions
 from tests.gguf_models import random_model, run
@@ -83,7 +83,7 @@ def test_rows_are_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     w, x = weight(), inputs()
     whole = by_gptq(w, "Q4_K", x)
     monkeypatch.setattr("qfx.passes._columns._ELEMENTS", 4 * 256)
-    monkeypatch.setattr("qfx.interop.gguf_gptq._ELEMENTS", 3 * 256)
+    monkeypatch.setattr("qfx.interop.gguf_rounding._ELEMENTS", 3 * 256)
     assert (by_gptq(w, "Q4_K", x) == whole).float().mean() > 0.999
 
 
@@ -162,13 +162,13 @@ def test_a_model_is_nearer_in_the_same_bytes(kind: str, dtype: torch.dtype, tmp_
     batches = [torch.randint(0, 80, (8, 32), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     off, files, wanted = {}, {}, run(model).float()
-    for rounding in ("mse", "gptq"):
+    for rounding in ("mse", "gptq", "learned"):
         data = ({"input_ids": ids} for ids in batches)  # of which each can be taken once
         done = quietly(model, tmp_path / rounding, "Q4_0", tokenizer=False, data=data, rounding=rounding)
         files[rounding] = read_gguf(tmp_path / rounding).tensors
         off[rounding] = float((run(qfx.import_gguf(tmp_path / rounding)).float() - wanted).norm())
         assert done.nbytes == (tmp_path / "mse").stat().st_size
-    assert off["gptq"] < 0.9 * off["mse"]
+    assert off["gptq"] < 0.9 * off["mse"] and off["learned"] < 0.9 * off["mse"]
     assert [t.tensor_type for t in files["gptq"].values()] == [t.tensor_type for t in files["mse"].values()]
     changed = {n for n, t in files["gptq"].items() if not (t.data == files["mse"][n].data).all()}
     assert changed == {n for n in files["mse"] if "tied" in kind or n != "token_embd.weight"} - {
@@ -200,6 +200,28 @@ def test_padding_does_not_count(tmp_path: Path) -> None:
         batch = {"input_ids": torch.where(mask.bool(), ids, filler), "attention_mask": mask}
         quietly(model, tmp_path / name, "Q4_0", tokenizer=False, data=[batch], rounding="gptq")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_learned_blocks_follow_each_other() -> None:
+    """The second block is fitted to the float model's results behind the first one as it is rounded."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 64) for _ in range(2)]
+    model, x = nn.Sequential(*(nn.Sequential(layer, nn.ReLU()) for layer in layers)), inputs(512, 64)
+    kinds = {"0.0": "Q4_1", "1.0": "Q4_0"}
+    learned, notes = round_blocks(model, kinds, list(x.split(64)), rounding="learned")
+    assert notes == []
+    searched = {n: encode(layer.weight, kind) for (n, kind), layer in zip(kinds.items(), layers, strict=True)}
+
+    @torch.no_grad()
+    def off(data: dict[str, Tensor]) -> float:
+        y = x
+        for (name, kind), layer in zip(kinds.items(), layers, strict=True):
+            held = block_type(kind)
+            w = unpack(data[name].reshape(-1, held.nbytes), held).values().reshape(64, 64)
+            y = torch.relu(y @ w.T + layer.bias)
+        return float((y - model(x)).norm())
+
+    assert off(learned) < 0.8 * off(searched)
 
 
 def test_refusals(tmp_path: Path) -> None:
