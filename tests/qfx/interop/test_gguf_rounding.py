@@ -210,7 +210,7 @@ def test_learned_blocks_follow_each_other() -> None:
     kinds = {"0.0": "Q4_1", "1.0": "Q4_0"}
     learned, notes = round_blocks(model, kinds, list(x.split(64)), rounding="learned")
     assert notes == []
-    searched = {n: encode(layer.weight, kind) for (n, kind), layer in zip(kinds.items(), layers, strict=True)}
+    searched = {n: encode(layer.weight.detach(), kind) for (n, kind), layer in zip(kinds.items(), layers, strict=True)}
 
     @torch.no_grad()
     def off(data: dict[str, Tensor]) -> float:
