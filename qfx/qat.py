@@ -25,7 +25,7 @@ from qfx.hf.attach import mark_training
 from qfx.kv.live import with_caches
 from qfx.kv.planning import check_model
 from qfx.kv.plans import Cached
-from qfx.layouts import READ
+from qfx.layouts import ALSO, READ
 from qfx.live.attending import Spec
 from qfx.live.modules import PREPARED, prepared_parts, without_fast_paths
 from qfx.live.places import Place
@@ -129,7 +129,7 @@ class _Preparation:
             fake, self._inputs(place), shared=shared, smooth=self.plan.tensors.get(f"{place.fqn}/smooth"),
             rotation=self.rotations.get(place.fqn),
         )  # fmt: skip
-        prepare_module(module, place.kind, own.train(module.training))
+        prepare_module(module, place.kind, own.train(module.training), read=place.layout.endswith(ALSO))
 
     def _put_twins(self, place: Place, weight: Tensor, fake: FakeWeight) -> None:
         """Modules that hold the weight, too, and have no name of their own in the plan, read what is packed in the end

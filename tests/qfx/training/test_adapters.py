@@ -20,7 +20,7 @@ from qfx.measuring.measure import sqnr_db
 from qfx.qat import quantizers
 from qfx.training.adapters import lora_config
 from tests import tiny
-from tests.qat_nets import DATA, both, ids, net, out, prepared
+from tests.qat_nets import DATA, Net, both, ids, net, out, prepared
 
 TARGETS = ["up", "down", "head"]
 RECIPES: dict[str, Any] = {
@@ -330,6 +330,20 @@ def test_what_would_not_train_inside_fake_quantization_is_refused(fields: dict[s
     rules = [{"target": "linear", "w": "i8/ch"}, {"target": "tied", "w": "i8/ch"}]
     with pytest.raises(ValueError, match=message):
         qfx.add_adapters(prepared(net(tied=True), {"rules": rules}, DATA), LoraConfig(**fields))
+
+
+class Read(Net):
+    """A linear whose weight another forward reads, too."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * torch.sigmoid(self.up.weight.sum())
+
+
+def test_an_adapter_on_a_weight_that_another_forward_reads_is_refused() -> None:
+    model = prepared(Read(), {"rules": [{"target": "linear", "w": "i8/ch"}]}, DATA)
+    with pytest.raises(ValueError, match="(?s)would change what another forward reads, too.*node: up"):
+        qfx.add_adapters(model, LoraConfig(target_modules=["up"]))
+    qfx.add_adapters(model, LoraConfig(target_modules=["down"]))
 
 
 def test_adapters_that_are_not_merged_are_told() -> None:
