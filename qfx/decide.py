@@ -262,8 +262,9 @@ def _shared(model: nn.Module, node: fx.Node) -> str | None:
     """The name that the graph has for a node's weight where its own module holds that parameter, too: what is packed
     under the one name is packed under both (see `Writer`)."""
     weight, module = graph.weight_of(node), node.meta.get("qfx_module")
-    found = weight is not None and module and _holds(model, str(module), str(weight.target))
-    return str(weight.target) if found else None
+    if weight is None or not module:
+        return None
+    return str(weight.target) if _holds(model, str(module), str(weight.target)) else None
 
 
 def _holds(model: nn.Module, module: str, name: str) -> bool:

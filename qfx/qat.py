@@ -218,13 +218,17 @@ def training_of(model: object) -> Training:
 
 
 def check_own(model: nn.Module, training: Training) -> None:
-    """Raises ValueError where something else stands in the place of a prepared module."""
+    """Raises ValueError where something else stands in the place of a prepared module or of its weight."""
     for place in training.places:
         module = model.get_submodule(place.owner)
         if not hasattr(type(module), PREPARED):
             step = "adapters: model = peft_model.merge_and_unload(); another wrapper: put the module itself back"
             what = "something stands around a prepared module"
             raise ValueError(explain(what, found=type(module).__name__, node=place.owner, next_step=step))
+        if module._parameters.get(place.leaf) is None:
+            what = f"{place.leaf!r} of a prepared module is computed from other parameters"
+            step = f"torch.nn.utils.parametrize.remove_parametrizations(module, {place.leaf!r}), or prune.remove"
+            raise ValueError(explain(what, expected="the parameter itself", node=place.owner, next_step=step))
 
 
 def _check_options(scales: object, train: object, freeze_after: object) -> None:

@@ -108,11 +108,12 @@ class Quantizer(nn.Module):
         return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
     def _moved(self, held: Tensor, new: Tensor) -> None:
-        """Take `new` into the average `held`, unless it is frozen."""
+        """Take `new` into the average `held`, unless it is frozen; NaN and Inf change nothing."""
         share = torch.full((), 1 - self.decay, device=held.device)
         if self.freeze_after is not None:
             share = torch.where(self.steps < self.freeze_after, share, 0.0)
-        held.lerp_(new.reshape(held.shape).to(held.dtype), share)
+        new = new.reshape(held.shape).to(held.dtype)
+        held.lerp_(torch.where(new.isfinite(), new, held), share)  # a batch that is skipped must leave nothing behind
 
     def _apply(self, fn: object, recurse: bool = True) -> Quantizer:
         """Moves to another device; casts to another floating dtype are left out."""

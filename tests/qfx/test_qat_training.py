@@ -246,11 +246,59 @@ def test_a_wrapped_or_partial_model_names_what_to_convert() -> None:
 
 def test_an_observed_scale_that_became_nan_is_named() -> None:
     model = prepared(net(), both("u4/g16", "u8"), DATA, scales="observed")
-    handle = model.norm.register_forward_hook(lambda *given: given[-1] * torch.nan)
-    model.train()(ids())
-    handle.remove()
+    quantizers(model)["up.fake_quant.inputs"].log_scale.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"(?s)'up.fake_quant.inputs.log_scale' holds NaN.*checkpoint"):
         qfx.convert(model)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_batch_that_overflows_leaves_nothing_in_observed_ranges(value: float) -> None:
+    """Such a step is skipped, by torch.amp.GradScaler or by the loop."""
+    model = prepared(net(), both("u4/g16", "u8"), DATA, scales="observed")
+    before = copy.deepcopy(quantizers(model)["up.fake_quant.inputs"])
+    handle = model.norm.register_forward_hook(lambda *given: given[-1] * value)
+    model.train()(ids())
+    handle.remove()
+    inputs: Any = quantizers(model)["up.fake_quant.inputs"]
+    assert torch.equal(inputs.low, before.low) and torch.equal(inputs.high, before.high)
+    assert bool(model(ids()).isfinite().all()) and not torch.equal(inputs.high, before.high)
+
+
+@pytest.mark.parametrize("x", ["none", "i8/tok", "u8"])
+def test_gradients_of_single_samples_and_ensembles_by_vmap(x: str) -> None:
+    model = prepared(
+        nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)), both("i4/g4", x), [torch.randn(5, 16)]
+    )
+    state, batch = dict(model.named_parameters()), torch.randn(3, 1, 16)
+
+    def loss(state: dict[str, Tensor], x: Tensor) -> Tensor:
+        found: Tensor = torch.func.functional_call(model, state, (x,))
+        return found.square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(state, batch)
+    for i, one in enumerate(batch):
+        for name, grad in torch.func.grad(loss)(state, one).items():
+            assert torch.allclose(each[name][i], grad, atol=1e-4), name
+    models = [model, copy.deepcopy(model)]
+    models[1][0].weight.data.mul_(2)
+    both_states = torch.func.stack_module_state(models)
+    found = torch.func.vmap(lambda *s: torch.func.functional_call(model, s, (batch[0],)))(*both_states)
+    assert all(torch.allclose(y, one(batch[0]), atol=1e-5) for y, one in zip(found, models, strict=True))
+
+
+def test_a_weight_that_became_a_parametrization_is_told() -> None:
+    model = prepared(net().eval(), "w4a16", DATA)
+    torch.nn.utils.parametrizations.weight_norm(model.up)
+    step(model, adam(model))
+    trained = out(model)
+    for take in (qfx.convert, qfx.QATSchedule):
+        with pytest.raises(
+            ValueError, match="(?s)'weight' of a prepared module is computed.*node: up.*remove_parametriz"
+        ):
+            take(model)
+    torch.nn.utils.parametrize.remove_parametrizations(model.up, "weight")
+    assert torch.allclose(out(model), trained, atol=1e-5)
+    assert torch.allclose(out(qfx.convert(model)), trained, atol=1e-5)
 
 
 def test_what_became_nan_is_named() -> None:
