@@ -150,12 +150,13 @@ class WeightQuantizer(Quantizer):
             self._observe(weight)
         return fake_quantize(weight, self.format, *self.current(), factor=self.factor)
 
-    def rows(self, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
-        """Rows `ids` of a table [V, D]: [.., D]. Only of formats whose scales are those of single rows."""
+    def rows(self, weight: Tensor, ids: Tensor, padding_idx: int | None, by_frequency: bool = False) -> Tensor:
+        """Rows `ids` of a table [V, D]: [.., D]. Only of formats whose scales are those of single rows. by_frequency:
+        the table's gradient is divided by how often the batch has a row (`scale_grad_by_freq`)."""
         if self._watching():
             self._observe(weight)
         scale, zero = self.current()
-        found = F.embedding(ids, weight, padding_idx)
+        found = F.embedding(ids, weight, padding_idx, scale_grad_by_freq=by_frequency)
         zeros = None if zero is None else F.embedding(ids, zero)
         values = fake_quantize(found, self.format, F.embedding(ids, scale), zeros, factor=self.factor)
         return (

@@ -182,8 +182,8 @@ def _table(self: Any, input: Tensor) -> Tensor:  # noqa: A002  (nn.Embedding's o
     fake: FakeWeight = self.fake_quant.weight
     part = fake.parts[0]
     if fake.on and isinstance(part, WeightQuantizer) and part.format.by_row:
-        return part.rows(_held(self), input, self.padding_idx)
-    return F.embedding(input, fake(_held(self)), self.padding_idx)
+        return part.rows(_held(self), input, self.padding_idx, self.scale_grad_by_freq)
+    return F.embedding(input, fake(_held(self)), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
 
 def _conv(self: Any, x: Tensor) -> Tensor:

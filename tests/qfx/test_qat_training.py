@@ -190,6 +190,17 @@ def test_a_frozen_table_is_rounded_and_stays() -> None:
     assert torch.equal(qfx.convert(model)(ids()), before)
 
 
+@pytest.mark.parametrize("w", ["i8/ch", "i8"])
+def test_a_table_divides_gradients_by_frequency_as_it_did(w: str) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Embedding(8, 4, scale_grad_by_freq=True))
+    index = torch.tensor([[1, 1, 1, 2]])
+    model(index).square().sum().backward()
+    wanted, model[0].weight.grad = model[0].weight.grad, None
+    prepared(model, {"rules": [{"target": "embedding", "w": w}]}, [index])(index).square().sum().backward()
+    assert torch.allclose(model[0].weight.grad, wanted, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("scales", ["learned", "observed"])
 def test_what_is_looked_up_may_change_in_place(scales: Any) -> None:
     """As CTRL and BLIP do with the rows of their embeddings."""
