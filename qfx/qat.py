@@ -69,7 +69,7 @@ def prepare_qat(
     where training begins: the prepared model gives what the quantized one would.
     scales: "learned" with the weights (LSQ, LSQ+), or "observed": moving averages of ranges, which in train mode move
     with each forward, for `freeze_after` of them where that is given. Those of formats found at run time are found anew
-    in each forward. train: "all", or "scales" alone (the weights are frozen).
+    in each forward. train: "all", or "scales" alone (weights are frozen and keep their codes).
     Raises ValueError for a model that is prepared, quantized or compiled already, for frozen weights that should learn,
     and whatever `qfx.quantize` raises.
     """
@@ -180,7 +180,10 @@ class _Preparation:
     def _quantizer(self, part: Tensor, packed: Packed) -> nn.Module:
         if packed.format.is_plain:
             return RunTimeInput(packed.format)
-        return WeightQuantizer(part, packed, self.training.scales, freeze_after=self.training.freeze_after)
+        given = self.training
+        return WeightQuantizer(
+            part, packed, given.scales, freeze_after=given.freeze_after, keep_codes=given.train == "scales"
+        )
 
 
 def _started(weight: Tensor, packed: Packed) -> Tensor:

@@ -136,8 +136,9 @@ def test_scales_alone_can_be_trained() -> None:
     for _ in range(20):
         last = step(model, optimizer)
     assert last < first and torch.equal(model.up.weight, weight)
-    trained = out(model)
+    trained, quantized = out(model), qfx.quantize(net(), "w2a16", DATA)
     assert torch.allclose(out(qfx.convert(model)), trained, atol=1e-5)
+    assert torch.equal(model.get_buffer("up.w_codes"), quantized.get_buffer("up.w_codes"))
 
 
 def test_hooks_and_modes_stay() -> None:
@@ -266,7 +267,7 @@ def test_an_observed_scale_that_became_nan_is_named() -> None:
 def test_a_batch_that_overflows_leaves_nothing_in_observed_ranges(value: float) -> None:
     """Such a step is skipped, by torch.amp.GradScaler or by the loop."""
     model = prepared(net(), both("u4/g16", "u8"), DATA, scales="observed")
-    before = copy.deepcopy(quantizers(model)["up.fake_quant.inputs"])
+    before: Any = copy.deepcopy(quantizers(model)["up.fake_quant.inputs"])
     handle = model.norm.register_forward_hook(lambda *given: given[-1] * value)
     model.train()(ids())
     handle.remove()
