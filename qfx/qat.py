@@ -71,11 +71,14 @@ def prepare_qat(
     with each forward, for `freeze_after` of them where that is given. Those of formats found at run time are found anew
     in each forward. train: "all", or "scales" alone (weights are frozen and keep their codes).
     Raises ValueError for a model that is prepared, quantized or compiled already, for frozen weights that should learn,
-    and whatever `qfx.quantize` raises.
+    under torch.inference_mode(), and whatever `qfx.quantize` raises.
     """
     check_flags(strict=strict)
     _check_options(scales, train, freeze_after)
     check_float(model, "prepare")
+    if torch.is_inference_mode_enabled():
+        step = "call qfx.prepare_qat outside of it"
+        raise ValueError(explain("tensors made under torch.inference_mode() cannot train", next_step=step))
     plan = made_for(model, recipe, data, strict=strict, **overrides)
     with torch.no_grad():
         places = checked_places(model, plan, strict=strict)

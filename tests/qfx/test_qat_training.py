@@ -243,6 +243,11 @@ def test_bad_options(fields: dict[str, Any], message: str) -> None:
         prepared(net(), "w8a16", DATA, **fields)
 
 
+def test_inference_mode_is_told() -> None:
+    with torch.inference_mode(), pytest.raises(ValueError, match="(?s)inference_mode.. cannot train.*outside"):
+        prepared(net(), "w4a16", DATA)
+
+
 def test_a_recipe_that_names_nothing() -> None:
     with pytest.raises(ValueError, match="(?s)gives no format to anything.*nowhere.*qfx.presets"):
         prepared(net(), {"rules": [{"target": "*.nowhere", "w": "i8/ch"}]}, DATA)
