@@ -215,7 +215,11 @@ def training_of(model: object) -> Training:
     if inner is not None:
         what = f"the prepared model lies inside {type(model).__name__}, under {inner!r}"
         part = "merge_and_unload()" if hasattr(model, "merge_and_unload") else inner
-        raise ValueError(explain(what, next_step=f"qfx.convert(model.{part})"))
+        step = f"qfx.convert(model.{part})"
+        wrapped = [m for m in model.modules() if hasattr(type(m._modules.get("base_layer")), PREPARED)]
+        if any(type(module).__module__.startswith("peft.") for module in wrapped):
+            step += ", which rounds what these adapters learned beside the fake quantization (qfx.add_adapters: inside)"
+        raise ValueError(explain(what, next_step=step))
     parts = prepared_parts(model)
     what = f"{type(model).__name__} is not prepared for training"
     if parts:

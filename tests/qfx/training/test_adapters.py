@@ -352,11 +352,18 @@ def test_adapters_that_are_not_merged_are_told() -> None:
     model = qfx.add_adapters(model, LoraConfig(target_modules=["up"]))
     with pytest.raises(ValueError, match="(?s)stands around.*node: up"):
         schedule.step()
-    with pytest.raises(ValueError, match="(?s)lies inside PeftModel.*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"(?s)lies inside PeftModel.*merge_and_unload\(\)\)$"):
         qfx.convert(model)
     for take in (qfx.convert, qfx.QATSchedule):
         with pytest.raises(ValueError, match="(?s)found: FakeLoraLinear.*node: up.*merge_and_unload"):
             take(model.get_base_model())
+
+
+def test_adapters_beside_fake_quantization_are_told() -> None:
+    """Those of peft itself: their layers know nothing of it."""
+    model: Any = get_peft_model(prepared(net(), plan("i4")), LoraConfig(target_modules=["up"]))
+    with pytest.raises(ValueError, match="(?s)merge_and_unload.*rounds what these adapters.*qfx.add_adapters"):
+        qfx.convert(model)
 
 
 def test_bad_input() -> None:
