@@ -19,6 +19,7 @@ from qfx.backends.qat.quantizers import InputQuantizer, RunTimeInput, WeightQuan
 from qfx.live.modules import PREPARED, QuantConv, rotated
 from qfx.live.segments import Segment, in_order, take
 from qfx.live.subclass import class_maker, subclass
+from qfx.training.wrapped import is_sharded
 
 
 class FakeWeight(nn.Module):
@@ -57,7 +58,10 @@ class FakeWeight(nn.Module):
         return weight.flatten(1) if self.flat else weight
 
     def read(self, weight: Tensor) -> Tensor:
-        """The weight as it comes back, of the shape in which the module holds it."""
+        """The weight as it comes back, of the shape in which the module holds it. A part of one is given as it is:
+        FSDP2 looks for what it has sharded, and makes it whole for a forward."""
+        if is_sharded(weight):
+            return weight
         found: Tensor = self(weight)
         return found.transpose(-2, -1) if self.transposed else found.reshape(weight.shape)
 
