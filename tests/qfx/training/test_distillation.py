@@ -69,13 +69,14 @@ def test_what_padding_holds_reaches_no_gradient() -> None:
     mask = torch.tensor([[True, True, False]])
     teacher = torch.randn(1, 3, 8)
     broken = teacher.masked_fill(~mask[..., None], torch.nan)
-    for loss in (distillation_loss, lambda s, t, **given: hidden_state_loss([s], [t], **given)):
-        grads = []
+    losses: list[Any] = [distillation_loss, lambda s, t, mask: hidden_state_loss([s], [t], mask=mask)]
+    for loss in losses:
+        grads: list[Any] = []
         for other in (teacher, broken):
             student = torch.ones(1, 3, 8, requires_grad=True)
             loss(student, other, mask=mask).backward()
             grads.append(student.grad)
-        assert torch.equal(*grads) and not bool(grads[1][~mask].any())
+        assert torch.equal(grads[0], grads[1]) and not bool(grads[1][~mask].any())
 
 
 @pytest.mark.parametrize("masked_too", [False, True])
