@@ -34,7 +34,10 @@ from qfx.rounding.scales import search
 
 
 def method(recipe: Recipe) -> LearnedRounding:
-    """For `qfx.rounding.sequential`."""
+    """For `qfx.rounding.sequential`. Raises ValueError under torch.inference_mode()."""
+    if torch.is_inference_mode_enabled():
+        what = "rounding='learned' needs gradients, which torch.inference_mode() takes away"
+        raise ValueError(explain(what, next_step="call it outside of it; qfx makes none where it needs none"))
     return LearnedRounding(recipe.learned)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from qfx.data import Call, roomiest, telling
 from qfx.errors import Note, UnsupportedError, explain, first_line
 from qfx.inputs import GIVE_DATA, example_inputs, without_cache
 from qfx.kv.planning import plan_caches
-from qfx.layouts import READ, layout_of
+from qfx.layouts import ALSO, READ, layout_of
 from qfx.live.places import held, is_own_linear
 from qfx.live.walk import walk
 from qfx.measuring.measure import decibel
@@ -67,12 +67,14 @@ def decide(
         made.caches, told = plan_caches(model, recipe, calls)
         return made, [*notes, *told, *_unmatched(recipe, [(kind, fqn) for fqn, kind in _walked(made)])], []
     gm = captured.gm
+    elsewhere = _read_elsewhere(model, gm)
     prepare(gm)
     notes = [*annotate(gm, recipe), *refuse(gm)]
     known = [(k, graph.fqn_of(n)) for n in gm.graph.nodes if (k := kind_of(n)) is not None]
     notes += _unmatched(recipe, [*known, *(("embedding", path) for path in plain_tables(gm))])
     made = Plan.of(model, recipe)
     notes += _record(model, gm, made)
+    _mark_read(model, made, elsewhere)
     made.caches, told = plan_caches(model, recipe, calls)
     notes += told
     said: list[Note] = []
@@ -236,18 +238,42 @@ def _record(model: nn.Module, gm: fx.GraphModule, made: Plan) -> list[Note]:
     return notes
 
 
+def _read_elsewhere(model: nn.Module, gm: fx.GraphModule) -> set[int]:
+    """Ids of the parameters that the forward of a module reads which does not hold them. Of a graph as it was captured:
+    what two forwards compute of one weight becomes one node."""
+    found = set()
+    for node in gm.graph.nodes:
+        modules = {user.meta.get("qfx_module") for user in graph.readers(node)} if node.op == "get_attr" else set()
+        if not all(module is None or _holds(model, str(module), str(node.target)) for module in modules):
+            found.add(id(graph.get_tensor(gm, str(node.target))))
+    return found
+
+
+def _mark_read(model: nn.Module, made: Plan, elsewhere: Set[int]) -> None:
+    """Say in the layouts which weights of modules with a forward of their own are read elsewhere, too."""
+    for fqn, layout in made.layouts.items():
+        owner, leaf = held(model, fqn) or ("", "")
+        own = leaf == "weight" and not layout.endswith(READ) and layout != "unknown"
+        if own and id(model.get_submodule(owner)._parameters.get(leaf)) in elsewhere:
+            made.layouts[fqn] = f"{layout}{ALSO}"
+
+
 def _shared(model: nn.Module, node: fx.Node) -> str | None:
     """The name that the graph has for a node's weight where its own module holds that parameter, too: what is packed
     under the one name is packed under both (see `Writer`)."""
     weight, module = graph.weight_of(node), node.meta.get("qfx_module")
     if weight is None or not module:
         return None
+    return str(weight.target) if _holds(model, str(module), str(weight.target)) else None
+
+
+def _holds(model: nn.Module, module: str, name: str) -> bool:
+    """Whether a module has the parameter of this name as its own."""
     try:
-        own = model.get_submodule(str(module))._parameters
-        found = any(parameter is graph.get_tensor(model, str(weight.target)) for parameter in own.values())
+        own, parameter = model.get_submodule(module)._parameters, graph.get_tensor(model, name)
     except AttributeError:  # names of a graph that the model does not have
-        return None
-    return str(weight.target) if found else None
+        return False
+    return any(held is parameter for held in own.values())
 
 
 def _two_formats(fqn: str, first: object, second: object) -> Note:
@@ -260,7 +286,7 @@ def _undivided(model: nn.Module, made: Plan) -> set[str]:
     found = set()
     for fqn, layout in made.layouts.items():
         at = held(model, fqn)
-        if at is None or at[1] != "weight" or not is_own_linear(model.get_submodule(at[0]), layout):
+        if at is None or at[1] != "weight" or not is_own_linear(model.get_submodule(at[0]), layout.removesuffix(ALSO)):
             found.add(fqn)
     return found
 

@@ -23,7 +23,7 @@ from qfx.inputs import beside_tokens, example_inputs, need_inputs, without_cache
 from qfx.kv.files import asked_caches, for_file
 from qfx.other_sizes import other_sizes
 from qfx.plan import Plan
-from qfx.quantize import check_float, checked_module, evaluating
+from qfx.quantize import check_float, check_unprepared, checked_module, evaluating
 from qfx.recipe import Recipe
 from qfx.storage.spill import Spill
 
@@ -72,6 +72,7 @@ def export_onnx(
     _check_prefill(prefill, runtime)
     caches = _checked_kv(kv, folder=folder, data=data)
     asked = None if recipe is None else Recipe.parse(recipe)
+    check_unprepared(model)
     if (plan is not None and plan.annotations) or (asked is not None and not asked.only_caches):
         check_float(model, "export")
     held = asked_caches(model, asked, plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -230,6 +230,15 @@ def parameter_behind(operand: Any) -> fx.Node | None:
     while isinstance(operand, fx.Node) and operand.op == "call_function" and op_name(operand) in _VIEWS:
         operand = operand.args[0]
     return operand if isinstance(operand, fx.Node) and operand.op == "get_attr" else None
+
+
+def readers(parameter: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that read a parameter, through transposes and reshapes."""
+    for user in parameter.users:
+        if user.op == "call_function" and op_name(user) in _VIEWS:
+            yield from readers(user)
+        else:
+            yield user
 
 
 def is_turned(operand: fx.Node) -> bool:

@@ -1,8 +1,8 @@
 """How a module holds the weight that a node of the graph reads.
 
 A layout is `linear` [N, K], `transposed` [K, N], `embedding`, `patch` (a convolution kernel used as a linear),
-`experts` [E, N, K], `experts-transposed` [E, K, N]; with `-read` where the forward of another module reads it.
-`unknown` cannot be written back.
+`experts` [E, N, K], `experts-transposed` [E, K, N]; with `-read` where the forward of another module reads it, with
+`+read` where one does so beside the module's own. `unknown` cannot be written back.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import fx
 from qfx import graph
 
 READ = "-read"
+ALSO = "+read"
 
 
 def layout_of(node: fx.Node) -> str:
@@ -37,4 +38,9 @@ def layout_of(node: fx.Node) -> str:
 
 def is_transposed(layout: str) -> bool:
     """The module knows the weight as [.., K, N]."""
-    return layout.removesuffix(READ).endswith("transposed")
+    return bare(layout).endswith("transposed")
+
+
+def bare(layout: str) -> str:
+    """The layout without who reads it."""
+    return layout.removesuffix(READ).removesuffix(ALSO)

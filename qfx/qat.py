@@ -25,7 +25,7 @@ from qfx.hf.attach import mark_training
 from qfx.kv.live import with_caches
 from qfx.kv.planning import check_model
 from qfx.kv.plans import Cached
-from qfx.layouts import READ
+from qfx.layouts import ALSO, READ
 from qfx.live.attending import Spec
 from qfx.live.modules import PREPARED, prepared_parts, without_fast_paths
 from qfx.live.places import Place
@@ -69,13 +69,16 @@ def prepare_qat(
     where training begins: the prepared model gives what the quantized one would.
     scales: "learned" with the weights (LSQ, LSQ+), or "observed": moving averages of ranges, which in train mode move
     with each forward, for `freeze_after` of them where that is given. Those of formats found at run time are found anew
-    in each forward. train: "all", or "scales" alone (the weights are frozen).
+    in each forward. train: "all", or "scales" alone (weights are frozen and keep their codes).
     Raises ValueError for a model that is prepared, quantized or compiled already, for frozen weights that should learn,
-    and whatever `qfx.quantize` raises.
+    under torch.inference_mode(), and whatever `qfx.quantize` raises.
     """
     check_flags(strict=strict)
     _check_options(scales, train, freeze_after)
     check_float(model, "prepare")
+    if torch.is_inference_mode_enabled():
+        step = "call qfx.prepare_qat outside of it"
+        raise ValueError(explain("tensors made under torch.inference_mode() cannot train", next_step=step))
     plan = made_for(model, recipe, data, strict=strict, **overrides)
     with torch.no_grad():
         places = checked_places(model, plan, strict=strict)
@@ -129,7 +132,7 @@ class _Preparation:
             fake, self._inputs(place), shared=shared, smooth=self.plan.tensors.get(f"{place.fqn}/smooth"),
             rotation=self.rotations.get(place.fqn),
         )  # fmt: skip
-        prepare_module(module, place.kind, own.train(module.training))
+        prepare_module(module, place.kind, own.train(module.training), read=place.layout.endswith(ALSO))
 
     def _put_twins(self, place: Place, weight: Tensor, fake: FakeWeight) -> None:
         """Modules that hold the weight, too, and have no name of their own in the plan, read what is packed in the end
@@ -180,7 +183,10 @@ class _Preparation:
     def _quantizer(self, part: Tensor, packed: Packed) -> nn.Module:
         if packed.format.is_plain:
             return RunTimeInput(packed.format)
-        return WeightQuantizer(part, packed, self.training.scales, freeze_after=self.training.freeze_after)
+        given = self.training
+        return WeightQuantizer(
+            part, packed, given.scales, freeze_after=given.freeze_after, keep_codes=given.train == "scales"
+        )
 
 
 def _started(weight: Tensor, packed: Packed) -> Tensor:
@@ -209,7 +215,11 @@ def training_of(model: object) -> Training:
     if inner is not None:
         what = f"the prepared model lies inside {type(model).__name__}, under {inner!r}"
         part = "merge_and_unload()" if hasattr(model, "merge_and_unload") else inner
-        raise ValueError(explain(what, next_step=f"qfx.convert(model.{part})"))
+        step = f"qfx.convert(model.{part})"
+        wrapped = [m for m in model.modules() if hasattr(type(m._modules.get("base_layer")), PREPARED)]
+        if any(type(module).__module__.startswith("peft.") for module in wrapped):
+            step += ", which rounds what these adapters learned beside the fake quantization (qfx.add_adapters: inside)"
+        raise ValueError(explain(what, next_step=step))
     parts = prepared_parts(model)
     what = f"{type(model).__name__} is not prepared for training"
     if parts:
@@ -218,13 +228,17 @@ def training_of(model: object) -> Training:
 
 
 def check_own(model: nn.Module, training: Training) -> None:
-    """Raises ValueError where something else stands in the place of a prepared module."""
+    """Raises ValueError where something else stands in the place of a prepared module or of its weight."""
     for place in training.places:
         module = model.get_submodule(place.owner)
         if not hasattr(type(module), PREPARED):
             step = "adapters: model = peft_model.merge_and_unload(); another wrapper: put the module itself back"
             what = "something stands around a prepared module"
             raise ValueError(explain(what, found=type(module).__name__, node=place.owner, next_step=step))
+        if module._parameters.get(place.leaf) is None:
+            what = f"{place.leaf!r} of a prepared module is computed from other parameters"
+            step = f"torch.nn.utils.parametrize.remove_parametrizations(module, {place.leaf!r}), or prune.remove"
+            raise ValueError(explain(what, expected="the parameter itself", node=place.owner, next_step=step))
 
 
 def _check_options(scales: object, train: object, freeze_after: object) -> None:

@@ -213,6 +213,11 @@ def check_float(model: object, verb: str = "quantize") -> None:
     if done := quantized_parts(module):
         what = f"the model is quantized already: {len(done)} parts, the first is {done[0]!r}"
         raise ValueError(explain(what, next_step=f"{verb} the float model: load the float weights again"))
+    check_unprepared(module)
+
+
+def check_unprepared(module: nn.Module) -> None:
+    """Raises ValueError for a model that trains with fake quantization."""
     if ready := prepared_parts(module):
         what = f"the model is prepared for training: {len(ready)} parts, the first is {ready[0]!r}"
         raise ValueError(explain(what, next_step="qfx.convert(model) makes a quantized model of it"))

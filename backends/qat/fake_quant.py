@@ -91,6 +91,8 @@ def _values(x: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None) -> Tenso
 class _RoundedAtRunTime(torch.autograd.Function):
     """Values of a format whose scales are those of x, with the gradient of the identity."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, fmt: Format) -> Tensor:
         return _values(x, _unscaled(fmt), *_run_time_scale(x, fmt))
@@ -106,6 +108,8 @@ class _RoundedAtRunTime(torch.autograd.Function):
 
 class _FakeQuantize(torch.autograd.Function):
     """See the module. The result is kept for the backward: the product that reads it keeps it as well."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: Format, factor: float) -> Tensor:

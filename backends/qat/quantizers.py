@@ -21,7 +21,18 @@ from torch import Tensor, nn
 
 from qfx.backends.qat.fake_quant import fake_cast, fake_quantize, fake_quantize_run_time, gradient_factor
 from qfx.format import Format
-from qfx.numerics import TINY, QParams, effective_scale, quantize, range_qparams, signed_scale, value_range
+from qfx.numerics import (
+    TINY,
+    QParams,
+    effective_scale,
+    join,
+    quantize,
+    range_qparams,
+    signed_scale,
+    split,
+    spread,
+    value_range,
+)
 from qfx.packing import Packed
 
 Scales = Literal["learned", "observed"]
@@ -108,11 +119,12 @@ class Quantizer(nn.Module):
         return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
     def _moved(self, held: Tensor, new: Tensor) -> None:
-        """Take `new` into the average `held`, unless it is frozen."""
+        """Take `new` into the average `held`, unless it is frozen; NaN and Inf change nothing."""
         share = torch.full((), 1 - self.decay, device=held.device)
         if self.freeze_after is not None:
             share = torch.where(self.steps < self.freeze_after, share, 0.0)
-        held.lerp_(new.reshape(held.shape).to(held.dtype), share)
+        new = new.reshape(held.shape).to(held.dtype)
+        held.lerp_(torch.where(new.isfinite(), new, held), share)  # a batch that is skipped must leave nothing behind
 
     def _apply(self, fn: object, recurse: bool = True) -> Quantizer:
         """Moves to another device; casts to another floating dtype are left out."""
@@ -133,12 +145,21 @@ class WeightQuantizer(Quantizer):
     """Fake quantization of a weight [.., N, K]. It begins with what `packed` has: the same scales, the same result.
 
     Observed scales follow the greatest magnitude that shares each: the ratio of the two stays what it was.
+    keep_codes: scales learn below codes that stay (Chen et al. 2024, EfficientQAT, "E2E-QP"): the weight is read as if
+    it grew with its scale, so that dL/ds is k * sum g v / s everywhere, and zero points stand still. Not below scales
+    that are powers of two, where a step would double the weight.
     """
 
     extent: Tensor
 
-    def __init__(self, weight: Tensor, packed: Packed, scales: Scales, *, freeze_after: int | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, packed: Packed, scales: Scales, *, freeze_after: int | None = None,
+        keep_codes: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(packed.format, packed.params(), scales, decay=0.9, freeze_after=freeze_after)
+        self.keep_codes = keep_codes and packed.format.scale_type != "e8m0"
+        if self.keep_codes and self.zero_shift is not None:
+            self.zero_shift.requires_grad_(False)
         self.factor = gradient_factor(weight.numel() // max(1, self.initial_scale.numel()), packed.format)
         if scales == "observed":
             self.register_buffer("extent", self._extent(weight))
@@ -147,25 +168,42 @@ class WeightQuantizer(Quantizer):
         """The weight as it comes back from its format, in its dtype."""
         if self._watching():
             self._observe(weight)
-        return fake_quantize(weight, self.format, *self.current(), factor=self.factor)
+        return self._rounded(weight, *self.current(), self._first)
 
-    def rows(self, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
-        """Rows `ids` of a table [V, D]: [.., D]. Only of formats whose scales are those of single rows."""
+    def rows(self, weight: Tensor, ids: Tensor, padding_idx: int | None, by_frequency: bool = False) -> Tensor:
+        """Rows `ids` of a table [V, D]: [.., D]. Only of formats whose scales are those of single rows. by_frequency:
+        the table's gradient is divided by how often the batch has a row (`scale_grad_by_freq`)."""
         if self._watching():
             self._observe(weight)
         scale, zero = self.current()
-        found = F.embedding(ids, weight, padding_idx)
+        found = F.embedding(ids, weight, padding_idx, scale_grad_by_freq=by_frequency)
         zeros = None if zero is None else F.embedding(ids, zero)
-        values = fake_quantize(found, self.format, F.embedding(ids, scale), zeros, factor=self.factor)
-        return (
-            values.clone()
-        )  # the backward needs them as they are, and models scale or mask what they look up in place
+        values = self._rounded(found, F.embedding(ids, scale), zeros, F.embedding(ids, self._first))
+        # the backward needs them as they are, and models scale or mask what they look up in place
+        return values.clone()
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> Packed:
         """The weight packed: `dequantize` gives bit for bit what `forward` does."""
         params = self.qparams()
+        if self.keep_codes:
+            weight = self._grown(weight, self.current()[0], self._first)
         return Packed.from_codes(quantize(weight, self.format, *params), self.format, *params)
+
+    def _rounded(self, weight: Tensor, scale: Tensor, zero: Tensor | None, first: Tensor) -> Tensor:
+        if not self.keep_codes:
+            return fake_quantize(weight, self.format, scale, zero, factor=self.factor)
+        scale = scale.detach() + self.factor * (scale - scale.detach())
+        return fake_quantize(self._grown(weight, scale, first), self.format, scale, zero).to(weight.dtype)
+
+    def _grown(self, weight: Tensor, scale: Tensor, first: Tensor) -> Tensor:
+        """The weight, f32, as much greater as its scale is than at first."""
+        ratio = spread(scale / torch.where(first == 0, 1.0, first), self.format)
+        return join(split(weight.to(torch.float32), self.format) * ratio, self.format, weight.shape)
+
+    @property
+    def _first(self) -> Tensor:
+        return self.initial_scale.reshape(self.shape)
 
     @torch.no_grad()
     def _observe(self, weight: Tensor) -> None:

@@ -39,7 +39,8 @@ class StopAtNaN(TrainerCallback):  # type: ignore[misc]
 
 
 class Scheduled(TrainerCallback):  # type: ignore[misc]
-    """A `qfx.QATSchedule` of these fields, from the step on at which the Trainer begins or resumes."""
+    """A `qfx.QATSchedule` of these fields, from the step on at which the Trainer begins or resumes. The best model
+    (`load_best_model_at_end`) is sought anew where formats change: scales of other formats do not fit."""
 
     def __init__(self, **fields: Any) -> None:
         self.fields = fields
@@ -55,6 +56,8 @@ class Scheduled(TrainerCallback):  # type: ignore[misc]
         """The optimizer has stepped."""
         assert self.schedule is not None
         self.schedule.step()
+        if self.schedule.steps in (self.schedule.start_after, *self.schedule.bits):
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qfx.annotation import Formats, show
 from qfx.errors import Note, UnsupportedError, explain, listed
 from qfx.format import Format
-from qfx.layouts import READ, is_transposed
+from qfx.layouts import ALSO, READ, bare, is_transposed
 from qfx.live.segments import segments
 from qfx.passes.rotate_down import rotations
 from qfx.plan import Plan
@@ -161,9 +161,9 @@ def kind_of(module: nn.Module, leaf: str, layout: str) -> Kind:
     if isinstance(module, nn.Embedding):
         own = type(module).forward is nn.Embedding.forward and "forward" not in module.__dict__
         return "table" if own and module.max_norm is None and not layout.startswith("transposed") else "parameter"
-    if layout == "patch":
+    if layout.removesuffix(ALSO) == "patch":
         return "conv" if _is_own_conv(module) else "parameter"
-    return "linear" if is_own_linear(module, layout.removesuffix(READ)) else "parameter"
+    return "linear" if is_own_linear(module, bare(layout)) else "parameter"
 
 
 def _is_own_conv(module: nn.Module) -> bool:

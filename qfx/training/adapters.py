@@ -26,6 +26,7 @@ from torch import nn
 from qfx.errors import check_flags, explain
 from qfx.live.mixed import QuantMixed
 from qfx.live.modules import PREPARED, PackedModule, QuantConv, QuantLinear
+from qfx.training.fake_modules import is_read
 
 _ALL = "all-linear"  # peft's word
 _HEADED = ("SEQ_CLS", "TOKEN_CLS")
@@ -118,12 +119,15 @@ def _is_fake(module: nn.Module) -> bool:
 
 
 def _shared(model: nn.Module) -> dict[str, str]:
-    """Name of each module whose weight another one has, too -> the name of the other."""
+    """Name of each module whose weight another one has or reads, too -> what else merged adapters would change."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name.endswith(".weight"):
             owners.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
-    return {name: next(n for n in names if n != name) for names in owners.values() if len(names) > 1 for name in names}
+    read = {name: "what another forward reads" for name, module in model.named_modules() if is_read(module)}
+    return read | {
+        name: repr(next(n for n in names if n != name)) for names in owners.values() if len(names) > 1 for name in names
+    }
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, stack
+from torch import Tensor, finfo, float32, stack
 from torch.nn import functional
 
 from qfx.errors import explain
@@ -15,19 +15,22 @@ def distillation_loss(
 ) -> Tensor:
     """T^2 KL(teacher || student) of logits [..., V] at temperature T, the mean over positions, in nats; f32, shape ().
 
-    mask: bool [...], the positions that count (None: all). The teacher gets no gradient. Hinton et al. 2015, section 2.
-    Raises ValueError where shapes differ, for a temperature that is not above 0 and a mask that leaves nothing.
+    mask: bool [...], the positions that count (None: all), others may hold NaN. The teacher gets no gradient. Words to
+    which it gives none of the probability (-inf) count as nothing. Hinton et al. 2015, section 2.
+    Raises ValueError where shapes differ, for a temperature that is not above 0 and finite, and a mask that leaves
+    nothing.
     """
     if student.shape != teacher.shape or student.dim() == 0:
         raise ValueError(
             f"logits of one shape are needed, found student {list(student.shape)} and teacher {list(teacher.shape)}"
         )
-    if not temperature > 0:
-        raise ValueError(f"a temperature is above 0, found {temperature}")
-    found = functional.log_softmax(student.float() / temperature, -1)
-    wanted = functional.log_softmax(teacher.detach().float() / temperature, -1)
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"a temperature is above 0 and finite, found {temperature}")
+    student, teacher = _counted(student, mask), _counted(teacher.detach(), mask)
+    least = finfo(float32).min  # -inf less -inf is NaN
+    found = functional.log_softmax(student.float() / temperature, -1).clamp(min=least)
+    wanted = functional.log_softmax(teacher.float() / temperature, -1).clamp_(min=least)
     each = functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
-    each = _counted(each, mask)
     return each.mean() * temperature**2
 
 
@@ -35,10 +38,10 @@ def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, m
     """The mean over layers of |s - t|^2 / |t|^2, of states s and t [..., D] of one layer each; f32, shape ().
 
     student, teacher: as `model(..., output_hidden_states=True).hidden_states` gives them; leave out the first, which no
-    layer has changed, and layers that need not follow. mask: bool [...], the positions that count (None: all). The
-    teacher gets no gradient. The intermediate loss of Jiao et al. 2020 ("TinyBERT", equation 8), each layer's error
-    relative to its states, so that layers count alike. A rewrite that rotates the residual stream gives the student
-    states in another basis: there this loss says nothing.
+    layer has changed, and layers that need not follow. mask: bool [...], the positions that count (None: all), others
+    may hold NaN. The teacher gets no gradient. The intermediate loss of Jiao et al. 2020 ("TinyBERT", equation 8), each
+    layer's error relative to its states, so that layers count alike. A rewrite that rotates the residual stream gives
+    the student states in another basis: there this loss says nothing.
     Raises ValueError where numbers of layers or shapes differ, for no layer and a mask that leaves nothing.
     """
     if len(student) != len(teacher) or not student:
@@ -48,18 +51,18 @@ def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, m
         if own.shape != wanted.shape or own.dim() == 0:
             shapes = f"student {list(own.shape)} and teacher {list(wanted.shape)}"
             raise ValueError(f"states of one shape are needed, found {shapes} in layer {i}")
-        t = wanted.detach().float()
-        error, size = (own.float() - t).square().sum(-1), t.square().sum(-1)
-        found.append(_counted(error, mask).mean() / _counted(size, mask).mean().clamp(min=1e-12))
+        t = _counted(wanted.detach(), mask).float()
+        error, size = (_counted(own, mask).float() - t).square().sum(-1), t.square().sum(-1)
+        found.append(error.mean() / size.mean().clamp(min=1e-12))
     return stack(found).mean()
 
 
-def _counted(each: Tensor, mask: Tensor | None) -> Tensor:
-    """The values [...] of the positions that count."""
+def _counted(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows of values [..., D] at the positions that count."""
     if mask is not None:
-        if mask.shape != each.shape:
-            raise ValueError(f"a mask of shape {list(each.shape)} is needed, found {list(mask.shape)}")
-        each = each[mask.bool()]
-    if each.numel() == 0:
+        if mask.shape != values.shape[:-1]:
+            raise ValueError(f"a mask of shape {list(values.shape[:-1])} is needed, found {list(mask.shape)}")
+        values = values[mask.bool()]
+    if values[..., 0].numel() == 0:
         raise ValueError(explain("no position counts", next_step="a mask with at least one true value"))
-    return each
+    return values

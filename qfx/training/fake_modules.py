@@ -19,6 +19,7 @@ from qfx.backends.qat.quantizers import InputQuantizer, RunTimeInput, WeightQuan
 from qfx.live.modules import PREPARED, QuantConv, rotated
 from qfx.live.segments import Segment, in_order, take
 from qfx.live.subclass import class_maker, subclass
+from qfx.training.wrapped import is_sharded
 
 
 class FakeWeight(nn.Module):
@@ -57,7 +58,10 @@ class FakeWeight(nn.Module):
         return weight.flatten(1) if self.flat else weight
 
     def read(self, weight: Tensor) -> Tensor:
-        """The weight as it comes back, of the shape in which the module holds it."""
+        """The weight as it comes back, of the shape in which the module holds it. A part of one is given as it is:
+        FSDP2 looks for what it has sharded, and makes it whole for a forward."""
+        if is_sharded(weight):
+            return weight
         found: Tensor = self(weight)
         return found.transpose(-2, -1) if self.transposed else found.reshape(weight.shape)
 
@@ -118,11 +122,12 @@ class FakeLinear(nn.Module):
         return in_order(parts, segments, -1)
 
 
-def prepare_module(module: nn.Module, kind: str, fake: FakeLinear) -> None:
-    """Let a linear, table or convolution ("linear", "table", "conv") compute with fake quantization."""
+def prepare_module(module: nn.Module, kind: str, fake: FakeLinear, *, read: bool = False) -> None:
+    """Let a linear, table or convolution ("linear", "table", "conv") compute with fake quantization. read: another
+    forward reads its weight, too, as it comes back from its format."""
     module.fake_quant = fake
     base: Any = type(module)
-    module.__class__ = _class_of(base, kind)
+    module.__class__ = _class_of(base, kind, read)
 
 
 def prepare_parameter(module: nn.Module, name: str, fake: FakeWeight, *, shared: bool = False) -> None:
@@ -152,26 +157,43 @@ def weight_of(module: nn.Module, name: str) -> FakeWeight:
     return found
 
 
+def is_read(module: nn.Module) -> bool:
+    """Whether a prepared module's weight is rounded for another forward that reads it, too."""
+    return isinstance(getattr(type(module), "weight", None), property)
+
+
+def _held(module: nn.Module) -> Tensor:
+    """The weight of a prepared module as it is."""
+    found = module._parameters.get("weight")
+    return module.weight if found is None else found  # type: ignore[return-value]
+
+
 def _size(segments: Sequence[Segment]) -> int:
     return sum(segment.size for segment in segments)
 
 
+def _read(self: Any) -> Tensor:
+    found: Tensor = self.fake_quant.weight.read(_held(self))
+    a, b = self._buffers.get("low_a"), self._buffers.get("low_b")
+    return found if a is None or b is None else found + b.to(found.dtype) @ a.to(found.dtype)
+
+
 def _linear(self: Any, x: Tensor) -> Tensor:
-    return self.fake_quant.linear(self, x, self.weight)  # type: ignore[no-any-return]
+    return self.fake_quant.linear(self, x, _held(self))  # type: ignore[no-any-return]
 
 
 def _table(self: Any, input: Tensor) -> Tensor:  # noqa: A002  (nn.Embedding's own name)
     fake: FakeWeight = self.fake_quant.weight
     part = fake.parts[0]
     if fake.on and isinstance(part, WeightQuantizer) and part.format.by_row:
-        return part.rows(self.weight, input, self.padding_idx)
-    return F.embedding(input, fake(self.weight), self.padding_idx)
+        return part.rows(_held(self), input, self.padding_idx, self.scale_grad_by_freq)
+    return F.embedding(input, fake(_held(self)), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
 
 def _conv(self: Any, x: Tensor) -> Tensor:
     plain = self.stride == self.kernel_size and not any(self.padding)
     rows = QuantConv._patches(self, x) if plain else QuantConv._windows(self, x)
-    y = self.fake_quant.linear(self, rows, self.weight)
+    y = self.fake_quant.linear(self, rows, _held(self))
     return y.permute(0, y.dim() - 1, *range(1, y.dim() - 1))  # type: ignore[no-any-return]
 
 
@@ -179,8 +201,9 @@ _FORWARDS = {"linear": _linear, "table": _table, "conv": _conv}
 
 
 @class_maker
-def _class_of(base: type[nn.Module], kind: str) -> type[nn.Module]:
-    return subclass(base, {"forward": _FORWARDS[kind], PREPARED: base}, "Fake")
+def _class_of(base: type[nn.Module], kind: str, read: bool) -> type[nn.Module]:
+    fields = {"weight": property(_read)} if read else {}
+    return subclass(base, {"forward": _FORWARDS[kind], PREPARED: base, **fields}, "Fake")
 
 
 @class_maker

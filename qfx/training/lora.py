@@ -116,8 +116,8 @@ class PackedLoraLinear(Linear):  # type: ignore[misc]
 class FakeLoraLinear(Linear):  # type: ignore[misc]
     """LoRA inside the fake quantization of a linear that `qfx.prepare_qat` prepared, in the basis of its weight (inputs
     come to it rotated and smoothed). Raises ValueError for variants, for dropout, which a sum of weights has not,
-    for first values that are taken out of the weight, and for a weight that another module has, too (shared: name of
-    each such module -> of the other): merged, the adapter would change both."""
+    for first values that are taken out of the weight, and for a weight that another module has or reads, too (shared:
+    name of each such module -> of the other): merged, the adapter would change both."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, *, shared: Mapping[str, str], **kwargs: Any
@@ -125,7 +125,7 @@ class FakeLoraLinear(Linear):  # type: ignore[misc]
         node = str(kwargs.get("target_name", ""))
         _check_start(config, node)
         if node in shared:
-            what = f"merged adapters would change {shared[node]!r}, too, which has the same weight"
+            what = f"merged adapters would change {shared[node]}, too: the weight is the same"
             raise ValueError(explain(what, node=node, next_step="leave it out of target_modules, or untie the weights"))
         if config.lora_dropout:
             what = "adapters inside fake quantization change the weight, of which nothing can be dropped"

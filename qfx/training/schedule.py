@@ -44,8 +44,9 @@ class QATSchedule:
     (`qfx.rounding.scales.search`) and those of inputs span the range that they spanned.
     A switch costs torch.compile one compilation; other steps cost nothing. DistributedDataParallel has to be told
     find_unused_parameters=True, for scales and frozen parameters get no gradient. To resume, make the schedule, then
-    load the state_dict of the model, the optimizer and the schedule. `qfx.convert` refuses a model whose schedule has
-    not come to the plan's formats.
+    load the state_dict of the model, the optimizer and the schedule; scales of other formats would not fit: choose a
+    best checkpoint among those of the last formats. `qfx.convert` refuses a model whose schedule has not come to the
+    plan's formats.
     Raises ValueError for a model that is not prepared and for steps, bits and names that cannot be.
     """
 

@@ -33,6 +33,13 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
     return few @ mix + 0.1 * torch.randn(shape, generator=generator)
 
 
+def test_inference_mode_is_told() -> None:
+    model = nn.Sequential(nn.Linear(16, 8)).eval()
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"(?s)'learned' needs gradients.*outside"):
+        qfx.quantize(model, "w4a16", [rows(4, 16)], rounding="learned")
+    assert isinstance(model[0], nn.Linear)
+
+
 class TwoLayers:
     """y = relu(x A^T) B^T and what it gives in float, for some batches."""
 

@@ -168,8 +168,9 @@ def test_a_recipe_for_what_is_quantized_is_refused(tmp_path: Path) -> None:
             qfx.export_onnx(model, inputs, tmp_path / "m.onnx", **asked)
     assert list(tmp_path.iterdir()) == []
     prepared = qfx.prepare_qat(ZOO["vit"]()[0], "w8a8", data=[inputs])
-    with pytest.raises(ValueError, match=r"prepared for training(.|\n)*qfx.convert"):
-        qfx.export_onnx(prepared, inputs, tmp_path / "m.onnx", recipe="w8a8")
+    for recipe in ("w8a8", None):
+        with pytest.raises(ValueError, match=r"prepared for training(.|\n)*qfx.convert"):
+            qfx.export_onnx(prepared, inputs, tmp_path / "m.onnx", recipe=recipe)
 
 
 def test_bytes_do_not_depend_on_the_process(tmp_path: Path) -> None:

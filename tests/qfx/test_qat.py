@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import qfx
 from qfx.backends.qat import InputQuantizer, WeightQuantizer
+from qfx.layouts import ALSO
 from qfx.live.modules import quantized_parts
 from qfx.qat import quantizers
 from tests.qat_nets import DATA, adam, both, ids, net, out, prepared, step
@@ -279,6 +280,64 @@ def test_a_table_that_a_head_shares_is_rounded_however_it_is_read(read: Any) -> 
         trained = model.eval()(x)
         assert not torch.allclose(trained, quantized(x), atol=1e-3)
         assert torch.allclose(qfx.convert(model)(x), trained, atol=1e-5)
+
+
+ALIKE = {"rules": [{"target": kind, "w": "i4/g8"} for kind in ("linear", "embedding", "tied")]}
+
+
+class Read(nn.Module):
+    """A table, a convolution and a linear, whose weights `read` gives to another forward, too."""
+
+    def __init__(self, read: Any, *, tied: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.read, self.table, self.patch = read, nn.Embedding(12, 16), nn.Conv2d(1, 16, 4, stride=4)
+        self.lin, self.head = nn.Linear(16, 16), nn.Linear(16, 12, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.lin(self.table(ids))
+        x = x + self.patch(x.reshape(-1, 1, 4, 4)).reshape(x.shape)
+        y: Tensor = self.head(x) * torch.tanh(self.read(self, x))
+        return y
+
+
+READINGS = {
+    "output": lambda net, x: x @ net.table.weight.t(),
+    "normed": lambda net, x: x @ nn.functional.normalize(net.table.weight, dim=-1).t(),
+    "twice": lambda net, x: nn.functional.linear(x, net.lin.weight) @ net.table.weight.t(),
+    "turned": lambda net, x: (x @ net.lin.weight)[..., :12],
+    "kernel": lambda net, x: (x @ net.patch.weight.flatten(1))[..., :12],
+    "head": lambda net, x: net.head.weight.sum(1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*the other way round than it is stored", "ignore:.*not corrected")
+@pytest.mark.parametrize("fields", [{}, {"low_rank": 2}, {"tied": True}], ids=str)
+@pytest.mark.parametrize("name", READINGS)
+def test_a_weight_that_another_forward_reads_too_is_rounded_there_too(name: str, fields: dict[str, Any]) -> None:
+    low, batch = {k: v for k, v in fields.items() if k == "low_rank"}, torch.tensor([[1, 5, 3]])
+    made = {"tied": fields.get("tied", False)}
+    plan = qfx.plan(Read(READINGS[name], **made).eval(), ALIKE, [batch], **low)
+    assert any(layout.endswith(ALSO) for layout in plan.layouts.values())
+    quantized = qfx.quantize(Read(READINGS[name], **made).eval(), plan)
+    model: Any = prepared(Read(READINGS[name], **made).eval(), plan)
+    with torch.no_grad():
+        assert torch.allclose(model(batch), quantized(batch), atol=1e-5)
+    optimizer = adam(model)
+    model.train()(batch).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        trained = model.eval()(batch)
+        assert not torch.allclose(trained, quantized(batch), atol=1e-3)
+        assert torch.allclose(copy.deepcopy(model)(batch), trained)
+        assert torch.allclose(qfx.convert(model)(batch), trained, atol=1e-5)
+
+
+def test_a_weight_that_its_own_forward_alone_reads_is_the_parameter() -> None:
+    model: Any = prepared(net(tied=True).eval(), ALIKE, DATA)
+    assert all(isinstance(model.get_submodule(n).weight, nn.Parameter) for n in ("table", "up", "down", "head"))
 
 
 def test_a_shared_parameter_that_one_name_leaves_in_float_is_told() -> None:

@@ -136,8 +136,9 @@ def test_scales_alone_can_be_trained() -> None:
     for _ in range(20):
         last = step(model, optimizer)
     assert last < first and torch.equal(model.up.weight, weight)
-    trained = out(model)
+    trained, quantized = out(model), qfx.quantize(net(), "w2a16", DATA)
     assert torch.allclose(out(qfx.convert(model)), trained, atol=1e-5)
+    assert torch.equal(model.get_buffer("up.w_codes"), quantized.get_buffer("up.w_codes"))
 
 
 def test_hooks_and_modes_stay() -> None:
@@ -190,6 +191,17 @@ def test_a_frozen_table_is_rounded_and_stays() -> None:
     assert torch.equal(qfx.convert(model)(ids()), before)
 
 
+@pytest.mark.parametrize("w", ["i8/ch", "i8"])
+def test_a_table_divides_gradients_by_frequency_as_it_did(w: str) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Embedding(8, 4, scale_grad_by_freq=True))
+    index = torch.tensor([[1, 1, 1, 2]])
+    model(index).square().sum().backward()
+    wanted, model[0].weight.grad = model[0].weight.grad, None
+    prepared(model, {"rules": [{"target": "embedding", "w": w}]}, [index])(index).square().sum().backward()
+    assert torch.allclose(model[0].weight.grad, wanted, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("scales", ["learned", "observed"])
 def test_what_is_looked_up_may_change_in_place(scales: Any) -> None:
     """As CTRL and BLIP do with the rows of their embeddings."""
@@ -231,6 +243,11 @@ def test_bad_options(fields: dict[str, Any], message: str) -> None:
         prepared(net(), "w8a16", DATA, **fields)
 
 
+def test_inference_mode_is_told() -> None:
+    with torch.inference_mode(), pytest.raises(ValueError, match="(?s)inference_mode.. cannot train.*outside"):
+        prepared(net(), "w4a16", DATA)
+
+
 def test_a_recipe_that_names_nothing() -> None:
     with pytest.raises(ValueError, match="(?s)gives no format to anything.*nowhere.*qfx.presets"):
         prepared(net(), {"rules": [{"target": "*.nowhere", "w": "i8/ch"}]}, DATA)
@@ -246,11 +263,59 @@ def test_a_wrapped_or_partial_model_names_what_to_convert() -> None:
 
 def test_an_observed_scale_that_became_nan_is_named() -> None:
     model = prepared(net(), both("u4/g16", "u8"), DATA, scales="observed")
-    handle = model.norm.register_forward_hook(lambda *given: given[-1] * torch.nan)
-    model.train()(ids())
-    handle.remove()
+    quantizers(model)["up.fake_quant.inputs"].log_scale.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"(?s)'up.fake_quant.inputs.log_scale' holds NaN.*checkpoint"):
         qfx.convert(model)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_batch_that_overflows_leaves_nothing_in_observed_ranges(value: float) -> None:
+    """Such a step is skipped, by torch.amp.GradScaler or by the loop."""
+    model = prepared(net(), both("u4/g16", "u8"), DATA, scales="observed")
+    before: Any = copy.deepcopy(quantizers(model)["up.fake_quant.inputs"])
+    handle = model.norm.register_forward_hook(lambda *given: given[-1] * value)
+    model.train()(ids())
+    handle.remove()
+    inputs: Any = quantizers(model)["up.fake_quant.inputs"]
+    assert torch.equal(inputs.low, before.low) and torch.equal(inputs.high, before.high)
+    assert bool(model(ids()).isfinite().all()) and not torch.equal(inputs.high, before.high)
+
+
+@pytest.mark.parametrize("x", ["none", "i8/tok", "u8"])
+def test_gradients_of_single_samples_and_ensembles_by_vmap(x: str) -> None:
+    model = prepared(
+        nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)), both("i4/g4", x), [torch.randn(5, 16)]
+    )
+    state, batch = dict(model.named_parameters()), torch.randn(3, 1, 16)
+
+    def loss(state: dict[str, Tensor], x: Tensor) -> Tensor:
+        found: Tensor = torch.func.functional_call(model, state, (x,))
+        return found.square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(state, batch)
+    for i, one in enumerate(batch):
+        for name, grad in torch.func.grad(loss)(state, one).items():
+            assert torch.allclose(each[name][i], grad, atol=1e-4), name
+    models = [model, copy.deepcopy(model)]
+    models[1][0].weight.data.mul_(2)
+    both_states = torch.func.stack_module_state(models)
+    found = torch.func.vmap(lambda *s: torch.func.functional_call(model, s, (batch[0],)))(*both_states)
+    assert all(torch.allclose(y, one(batch[0]), atol=1e-5) for y, one in zip(found, models, strict=True))
+
+
+def test_a_weight_that_became_a_parametrization_is_told() -> None:
+    model = prepared(net().eval(), "w4a16", DATA)
+    torch.nn.utils.parametrizations.weight_norm(model.up)
+    step(model, adam(model))
+    trained = out(model)
+    for take in (qfx.convert, qfx.QATSchedule):
+        with pytest.raises(
+            ValueError, match="(?s)'weight' of a prepared module is computed.*node: up.*remove_parametriz"
+        ):
+            take(model)
+    torch.nn.utils.parametrize.remove_parametrizations(model.up, "weight")
+    assert torch.allclose(out(model), trained, atol=1e-5)
+    assert torch.allclose(out(qfx.convert(model)), trained, atol=1e-5)
 
 
 def test_what_became_nan_is_named() -> None:

@@ -8,7 +8,7 @@ import torch
 from qfx.backends.qat import InputQuantizer, RunTimeInput, WeightQuantizer, fake_quantize
 from qfx.backends.qat.quantizers import RATE
 from qfx.format import Format
-from qfx.numerics import QParams, choose_qparams, effective_scale
+from qfx.numerics import QParams, choose_qparams, effective_scale, split, spread
 from qfx.numerics import fake_quantize as numerics_fake
 from qfx.packing import pack_weight
 from qfx.rounding.nearest import round_weight
@@ -55,6 +55,36 @@ def test_gradients_of_the_parameters_follow_from_those_of_scale_and_zero_point(t
     if zero is not None:
         assert zero.grad is not None and quantizer.zero_shift is not None and quantizer.zero_shift.grad is not None
         assert torch.allclose(quantizer.zero_shift.grad, RATE * fmt.qmax * zero.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", [text for text in WEIGHTS if "e8m0" not in text])
+def test_scales_learn_below_codes_that_stay(text: str) -> None:
+    """The gradient is that of scale * (code - zero), which has no rounding in it (EfficientQAT, "E2E-QP")."""
+    fmt, weight, g = Format.parse(text), randn(8, 64), randn(8, 64, seed=1)
+    packed = round_weight(weight, fmt, "mse", name="w")
+    quantizer = WeightQuantizer(weight, packed, "learned", keep_codes=True)
+    assert torch.equal(quantizer(weight), packed.dequantize())
+    quantizer(weight).backward(g)
+    shift = quantizer.zero_shift
+    assert quantizer.log_scale.grad is not None and (shift is None or shift.grad is None)
+    each = split(g * packed.dequantize(), fmt)
+    wanted = quantizer.factor * RATE * each.sum_to_size(spread(quantizer.current()[0], fmt).shape)
+    assert torch.allclose(quantizer.log_scale.grad, wanted.reshape(quantizer.log_scale.shape), rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        quantizer.log_scale.add_(0.1 * randn(*quantizer.log_scale.shape, seed=2))
+    again = quantizer.pack(weight)
+    assert torch.equal(again.codes(), packed.codes()) and torch.equal(quantizer(weight), again.dequantize())
+    assert not torch.equal(again.dequantize(), packed.dequantize())
+    if fmt.by_row:
+        ids = torch.tensor([3, 0, 3])
+        assert torch.equal(quantizer.rows(weight, ids, None), quantizer(weight)[ids])
+
+
+def test_scales_that_are_powers_of_two_move_codes() -> None:
+    fmt, weight = Format.parse("f4e2m1/g32/e8m0"), randn(2, 64)
+    quantizer = WeightQuantizer(weight, pack_weight(weight, fmt), "learned", keep_codes=True)
+    quantizer.log_scale.data.fill_(0.7 / RATE)
+    assert float((quantizer(weight).detach() - weight).norm() / weight.norm()) < 0.3, "and not twice the weight"
 
 
 def test_rows_of_a_table_are_those_of_the_whole() -> None:

@@ -110,6 +110,26 @@ def test_a_second_training_begins_with_nothing_frozen() -> None:
             callback.on_step_end(None, state, None)
 
 
+def test_the_best_model_is_one_of_the_last_formats(tmp_path: Path) -> None:
+    """Evaluations in more bits, or in float, are better: scales of theirs would be loaded into the plan's formats."""
+    torch.manual_seed(0)
+    model: Any = qfx.prepare_qat(Scored(), both("u4/g16"), [{"input_ids": batch["ids"]} for batch in DATA])
+    scores = iter(range(9, 0, -1))
+    trainer = training(
+        model, tmp_path, callbacks=[Scheduled(start_after=1, bits={0: 8, 3: 4})], load_best_model_at_end=True,
+        metric_for_best_model="score", greater_is_better=True, save_steps=1, eval_steps=1, **{CHECKPOINTING: False},
+    )  # fmt: skip
+    trainer.compute_metrics = lambda _: {"score": next(scores)}
+    trainer.train()
+    assert trainer.state.best_global_step == 3
+    saved = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert all(torch.equal(t, saved[n]) for n, t in model.state_dict().items() if n in saved)
+    with torch.no_grad():
+        copied: Any = copy.deepcopy(model)
+        quantized = qfx.convert(copied).get_submodule("up").weight
+        assert float((quantized - model.up.weight).norm() / model.up.weight.norm()) < 0.1
+
+
 @pytest.mark.slow
 def test_a_schedule_is_stepped_and_resumed(tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ from qfx.measuring.measure import sqnr_db
 from qfx.qat import quantizers
 from qfx.training.adapters import lora_config
 from tests import tiny
-from tests.qat_nets import DATA, both, ids, net, out, prepared
+from tests.qat_nets import DATA, Net, both, ids, net, out, prepared
 
 TARGETS = ["up", "down", "head"]
 RECIPES: dict[str, Any] = {
@@ -332,17 +332,38 @@ def test_what_would_not_train_inside_fake_quantization_is_refused(fields: dict[s
         qfx.add_adapters(prepared(net(tied=True), {"rules": rules}, DATA), LoraConfig(**fields))
 
 
+class Read(Net):
+    """A linear whose weight another forward reads, too."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * torch.sigmoid(self.up.weight.sum())
+
+
+def test_an_adapter_on_a_weight_that_another_forward_reads_is_refused() -> None:
+    model = prepared(Read(), {"rules": [{"target": "linear", "w": "i8/ch"}]}, DATA)
+    with pytest.raises(ValueError, match="(?s)would change what another forward reads, too.*node: up"):
+        qfx.add_adapters(model, LoraConfig(target_modules=["up"]))
+    qfx.add_adapters(model, LoraConfig(target_modules=["down"]))
+
+
 def test_adapters_that_are_not_merged_are_told() -> None:
     model = prepared(net(), plan("i4"))
     schedule = qfx.QATSchedule(model, start_after=1)
     model = qfx.add_adapters(model, LoraConfig(target_modules=["up"]))
     with pytest.raises(ValueError, match="(?s)stands around.*node: up"):
         schedule.step()
-    with pytest.raises(ValueError, match="(?s)lies inside PeftModel.*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"(?s)lies inside PeftModel.*merge_and_unload\(\)\)$"):
         qfx.convert(model)
     for take in (qfx.convert, qfx.QATSchedule):
         with pytest.raises(ValueError, match="(?s)found: FakeLoraLinear.*node: up.*merge_and_unload"):
             take(model.get_base_model())
+
+
+def test_adapters_beside_fake_quantization_are_told() -> None:
+    """Those of peft itself: their layers know nothing of it."""
+    model: Any = get_peft_model(prepared(net(), plan("i4")), LoraConfig(target_modules=["up"]))
+    with pytest.raises(ValueError, match="(?s)merge_and_unload.*rounds what these adapters.*qfx.add_adapters"):
+        qfx.convert(model)
 
 
 def test_bad_input() -> None:

@@ -52,7 +52,8 @@ def test_half_precision_is_computed_in_float32() -> None:
     ("fields", "message"),
     [
         ({"teacher": logits(1, 2, 4)}, r"student \[2, 3\] and teacher \[2, 4\]"),
-        ({"temperature": 0.0}, "above 0, found 0.0"),
+        ({"temperature": 0.0}, "above 0 and finite, found 0.0"),
+        ({"temperature": torch.inf}, "above 0 and finite, found inf"),
         ({"mask": torch.ones(3)}, r"mask of shape \[2\] is needed, found \[3\]"),
         ({"mask": torch.zeros(2)}, "no position counts"),
     ],
@@ -61,6 +62,37 @@ def test_bad_input(fields: dict[str, Tensor], message: str) -> None:
     given = {"teacher": logits(1, 2, 3), **fields}
     with pytest.raises(ValueError, match=message):
         distillation_loss(logits(0, 2, 3), **given)  # type: ignore[arg-type]
+
+
+def test_what_padding_holds_reaches_no_gradient() -> None:
+    """Rows of attention that see nothing give NaN; they lie at positions that do not count."""
+    mask = torch.tensor([[True, True, False]])
+    teacher = torch.randn(1, 3, 8)
+    broken = teacher.masked_fill(~mask[..., None], torch.nan)
+    losses: list[Any] = [distillation_loss, lambda s, t, mask: hidden_state_loss([s], [t], mask=mask)]
+    for loss in losses:
+        grads: list[Any] = []
+        for other in (teacher, broken):
+            student = torch.ones(1, 3, 8, requires_grad=True)
+            loss(student, other, mask=mask).backward()
+            grads.append(student.grad)
+        assert torch.equal(grads[0], grads[1]) and not bool(grads[1][~mask].any())
+
+
+@pytest.mark.parametrize("masked_too", [False, True])
+def test_words_that_the_teacher_never_says_count_as_nothing(masked_too: bool) -> None:
+    teacher = torch.randn(2, 8)
+    teacher[:, 5:] = -torch.inf
+    student = torch.randn(2, 8)
+    if masked_too:
+        student[:, 5:] = -torch.inf
+    student.requires_grad_()
+    loss = distillation_loss(student, teacher)
+    p, q = teacher.softmax(-1)[:, :5], student.softmax(-1)[:, :5]
+    assert torch.allclose(loss, (p * (p / q).log()).sum(-1).mean(), atol=1e-6)
+    loss.backward()
+    assert student.grad is not None
+    assert torch.allclose(student.grad, (student.detach().softmax(-1) - teacher.softmax(-1)) / 2, atol=1e-6)
 
 
 def test_states_are_compared_layer_by_layer() -> None:

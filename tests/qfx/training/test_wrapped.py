@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import qfx
@@ -69,6 +69,51 @@ def test_ddp_and_fsdp_of_one_process_train_as_the_model_itself(plan: qfx.Plan, s
     assert all(found == pytest.approx(losses[0], rel=1e-6) for found in losses[1:])
     for other in states[1:]:
         assert all(torch.allclose(t, other[n], rtol=1e-4, atol=1e-6) for n, t in states[0].items())
+
+
+class Reading(nn.Module):
+    """Parameters that other forwards than a linear's read: of nn.MultiheadAttention, and a table's, read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mixed = nn.Embedding(12, 16), nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        y: Tensor = self.mixed(x, x, x)[0] @ self.table.weight.t()
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:.*returned a view tensor")
+@pytest.mark.parametrize("parts", [(), ("mixed",)])
+def test_fsdp_shards_parameters_that_other_forwards_read(parts: tuple[str, ...], one_process: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    index = torch.randint(0, 12, (2, 5))
+    model = prepared(Reading().eval(), both("u4/g16", table="u4/g16"), [index])
+    sharded = copy.deepcopy(model)
+    for part in (*map(sharded.get_submodule, parts), sharded):
+        fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+    first = model(index).detach()
+    for _ in range(2):
+        losses = []
+        for one in (model, sharded):
+            optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1)
+            loss = one.train()(index).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert not torch.allclose(model(index), first, rtol=1e-3), "it trains"
+    state = {n: getattr(t, "full_tensor", lambda t=t: t)() for n, t in sharded.state_dict().items()}
+    again = prepared(Reading().eval(), both("u4/g16", table="u4/g16"), [index])
+    again.load_state_dict(state)
+    with torch.no_grad():
+        trained = again.eval()(index)
+        assert torch.allclose(trained, model.eval()(index), atol=1e-5)
+        assert torch.allclose(qfx.convert(again)(index), trained, atol=1e-5)
 
 
 def test_fsdp_in_bfloat16_computes_scales_in_float32(plan: qfx.Plan, one_process: None) -> None:
