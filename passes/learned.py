@@ -34,10 +34,7 @@ from qfx.rounding.scales import search
 
 
 def method(recipe: Recipe) -> LearnedRounding:
-    """For `qfx.rounding.sequential`. Raises ValueError under torch.inference_mode()."""
-    if torch.is_inference_mode_enabled():
-        what = "rounding='learned' needs gradients, which torch.inference_mode() takes away"
-        raise ValueError(explain(what, next_step="call it outside of it; qfx makes none where it needs none"))
+    """For `qfx.rounding.sequential`."""
     return LearnedRounding(recipe.learned)
 
 
@@ -67,11 +64,17 @@ class LearnedRounding:
     """Learned rounding as a method of `qfx.rounding.sequential`.
 
     start: a weight as descent takes it up; None where there is nothing to learn. finish: what comes of `packed` there.
+    Raises ValueError under torch.inference_mode().
     """
 
     options: LearnedOptions
     start: Callable[[Part, Tensor, LearnedOptions], Moving | None] = _offsets
     finish: Callable[[Part, Any, Tensor], Packed] = _as_packed
+
+    def __post_init__(self) -> None:
+        if torch.is_inference_mode_enabled():
+            what = "rounding='learned' needs gradients, which torch.inference_mode() takes away"
+            raise ValueError(explain(what, next_step="call it outside of it; qfx makes none where it needs none"))
 
     @property
     def needs_float(self) -> bool:
