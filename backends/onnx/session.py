@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as _state
 from onnxruntime.capi.onnxruntime_pybind11_state import OrtDevice as _OrtDevice
 from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue as _OrtValue
 from torch import Tensor
@@ -182,16 +183,17 @@ def input_place(tensor: Tensor) -> int:
 
 _CPU = _OrtDevice(_OrtDevice.cpu(), _OrtDevice.default_memory(), 0)
 _EMPTY = np.zeros(16, dtype=np.uint8)
+_BOOLEANS_ARE_BYTES = hasattr(_state, "is_dlpack_uint8_tensor")  # in DLPack, before ONNX Runtime 1.32
 
 
 def _wrap(tensor: Tensor) -> Any:
     """An OrtValue on the tensor's memory, which it keeps alive."""
-    is_bool = tensor.dtype == torch.bool
-    data = tensor.view(torch.uint8) if is_bool else tensor
-    return ort.OrtValue(_OrtValue.from_dlpack(data.__dlpack__(), is_bool))
+    if tensor.dtype == torch.bool and _BOOLEANS_ARE_BYTES:
+        return ort.OrtValue(_OrtValue.from_dlpack(tensor.view(torch.uint8).__dlpack__(), True))
+    return ort.OrtValue(_OrtValue.from_dlpack(tensor.__dlpack__()))
 
 
 def as_torch(values: Any, index: int, is_bool: bool) -> Tensor:
-    """One of the values that a session gives, in the same memory; booleans come as bytes."""
+    """One of the values that a session gives, in the same memory; booleans come as bytes before 1.32."""
     tensor = torch.utils.dlpack.from_dlpack(values[index].to_dlpack())
     return tensor.view(torch.bool) if is_bool else tensor

@@ -248,6 +248,18 @@ def test_one_model_compiled_twice_with_other_options() -> None:
     assert "compiled with several options" in "".join(note.reason for note in qfx.report(model).notes)
 
 
+def beside_others(model: nn.Module, x: Tensor) -> Tensor:
+    """The output of a compiled model, which older torch (2.13) refuses as long as another thread traces."""
+    while True:
+        try:
+            y: Tensor = model(x)
+        except RuntimeError as error:
+            if "symbolically trace a dynamo-optimized function" not in str(error):
+                raise
+        else:
+            return y
+
+
 def test_several_threads_get_right_results() -> None:
     models = [Net(seed) for seed in range(3)]
     fast = [compiled(model) for model in models]
@@ -260,7 +272,7 @@ def test_several_threads_get_right_results() -> None:
         with torch.no_grad():
             for step in range(30):
                 m, i = (start + step) % 3, (start + step // 3) % 3
-                if not sqnr_db(expected[m][i], fast[m](inputs[i])) > 30:
+                if not sqnr_db(expected[m][i], beside_others(fast[m], inputs[i])) > 30:
                     wrong.append(f"model {m}, input {i}")
 
     threads = [threading.Thread(target=call, args=(start,)) for start in range(4)]

@@ -23,7 +23,7 @@ def model(nodes: list[Any], shape: list[Any], weights: dict[str, Tensor] | None 
     x, y = (helper.make_tensor_value_info(name, FLOAT, shape) for name in "xy")
     kept = []
     for name, tensor in (weights or {}).items():
-        kind = {torch.float32: FLOAT, torch.uint8: onnx.TensorProto.UINT8, torch.int8: onnx.TensorProto.INT8}
+        kind = {torch.float32: FLOAT, torch.uint8: onnx.TensorProto.UINT8, torch.bool: onnx.TensorProto.BOOL}
         proto = onnx.TensorProto(name=name, data_type=kind[tensor.dtype], dims=tensor.shape)
         proto.data_location = onnx.TensorProto.EXTERNAL
         proto.external_data.add(key="location", value="weights")
@@ -98,6 +98,17 @@ def test_a_saved_model_that_is_gone_goes_on_with_the_session_there_is(tmp_path: 
     with pytest.warns(QfxWarning, match=r"no session with 2 thread\(s\) can be made, the one with 1 goes on"):
         assert torch.equal(session.run([x])[0], want)
     assert torch.equal(session.run([x])[0], want), "told once"
+
+
+def test_weights_of_booleans_and_of_bytes_are_what_they_are() -> None:
+    keep, other = torch.arange(2000) % 3 > 0, torch.arange(2000).to(torch.uint8)
+    nodes = [
+        helper.make_node("Cast", ["other"], ["o"], name="o/0", to=FLOAT),
+        helper.make_node("Where", ["keep", "x", "o"], ["y"], name="y/0"),
+    ]
+    x = torch.randn(2, 2000)
+    (y,) = Session(model(nodes, ["n", 2000], {"keep": keep, "other": other}), {"keep": keep, "other": other}).run([x])
+    assert torch.equal(y, torch.where(keep, x, other.float()))
 
 
 @pytest.mark.parametrize("make", [matmul, nbits])
