@@ -32,7 +32,6 @@ from qfx.pipeline import told
 from qfx.storage.files import staged
 
 ROUNDINGS = ("mse", "gptq", "learned")
-_ROUNDED_SCALES = 2**-11  # what float16 does to a scale at most
 
 
 @dataclass(frozen=True)
@@ -162,13 +161,14 @@ def _planned(model: nn.Module, mix: str, *, weighted: bool) -> _Job:
     gqa = config.num_attention_heads // heads
     facts = Facts(arch.name, config.num_hidden_layers, gqa, "output.weight" not in sources, weighted)
     changed: dict[str, tuple[str, str, int]] = {}
+    rounded: list[tuple[str, Exact]] = []
     for name, source in sources.items():
         held = source.exact()
         if isinstance(held, Exact):
             job.types[name] = held.kind
             job.exact.add(name)
             if held.scale_error:
-                job.notes.append(_scales_rounded(source, held))
+                rounded.append((source.fqn, held))
             continue
         wanted = type_of(name, source.shape, mix, facts)
         used = fitting(wanted, source.shape[-1])
@@ -178,7 +178,7 @@ def _planned(model: nn.Module, mix: str, *, weighted: bool) -> _Job:
         if held is not None and wanted != "F32":
             reason = f"{held}: its values are rounded anew to {used}"
             job.notes.append(Note(source.fqn, reason, "for the same values quantize with i4/g32/f16 or i8/g32/f16"))
-    job.notes += [*fallback_notes(changed), *_config_notes(config)]
+    job.notes += [*_scales_rounded(rounded), *fallback_notes(changed), *_config_notes(config)]
     return job
 
 
@@ -187,10 +187,12 @@ def builtins_type(value: object) -> str:
     return value.__class__.__name__
 
 
-def _scales_rounded(source: Source, held: Exact) -> Note:
-    reason = f"its codes are kept in {held.kind}, its scales are rounded to float16 (by {held.scale_error:.1e} at most)"
-    assert held.scale_error <= _ROUNDED_SCALES or held.scale_error < 1, held.scale_error
-    return Note(source.fqn, reason, "a format with /f16 (i4/g32/f16) keeps its values", minor=True)
+def _scales_rounded(rounded: list[tuple[str, Exact]]) -> list[Note]:
+    """Notes of weights whose scales change, by name; with one figure for all, so that they are told as one."""
+    most = max((held.scale_error for _, held in rounded), default=0.0)
+    step = "a format with /f16 (i4/g32/f16) keeps its values"
+    what = f"its scales are rounded to float16 (by {most:.1e} at most)"
+    return [Note(fqn, f"its codes are kept in {held.kind}, {what}", step, minor=True) for fqn, held in rounded]
 
 
 def _config_notes(config: Any) -> list[Note]:
