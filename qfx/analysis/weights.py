@@ -90,7 +90,7 @@ class Weights:
             return held[1]
         value = weight_value(self.gm, operand)
         own = self.of[fqn]
-        if own[0].axis is None:
+        if len(own) == 1:  # the whole, if it is the columns of the only head, too
             made = self._round(fqn, operand, value, Segment(formats[0], ((0, 0),))).to(value.dtype)
         else:
             made = torch.empty_like(value, memory_format=torch.contiguous_format)
