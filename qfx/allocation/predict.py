@@ -71,7 +71,9 @@ def choices(
                     f"the sensitivity has no score of {unit.name!r}" + (f" in {missing[0]}" if own is not None else ""),
                     expected=f"a score in each of {', '.join(map(str, candidates[unit.name]))}",
                     found="none of the unit" if own is None else ", ".join(own),
-                    next_step="analyze this model with these formats and units, or allocate formats that have scores",
+                    next_step="analyze this model with these formats and units, allocate formats that have scores, or "
+                    "take a method that scores every unit: 'quant-fisher', 'measured' or 'weight-error' ('outlier' is "
+                    "for heads alone, 'activation-norm' for no tables)",
                 )
             )
         found[unit.name] = [Choice(unit.name, fmt, unit.nbytes(fmt), own[str(fmt)]) for fmt in candidates[unit.name]]

@@ -90,15 +90,16 @@ class Weights:
             return held[1]
         value = weight_value(self.gm, operand)
         own = self.of[fqn]
-        if own[0].axis is None:
+        axis = own[0].axis
+        if axis is None or len(own) == 1:  # the whole, if it is the columns of the only head, too
             made = self._round(fqn, operand, value, Segment(formats[0], ((0, 0),))).to(value.dtype)
         else:
             made = torch.empty_like(value, memory_format=torch.contiguous_format)
             for segment in _pieces(formats, own, value.shape):
-                part = self._round(fqn, operand, take(value, segment, own[0].axis), segment)
+                part = self._round(fqn, operand, take(value, segment, axis), segment)
                 at = 0
                 for start, stop in segment.ranges:
-                    made.narrow(own[0].axis, start, stop - start).copy_(part.narrow(own[0].axis, at, stop - start))
+                    made.narrow(axis, start, stop - start).copy_(part.narrow(axis, at, stop - start))
                     at += stop - start
         self._latest[fqn, operand] = (formats, made)
         return made

@@ -45,7 +45,7 @@ def test_a_module_whose_missing_bias_is_an_attribute() -> None:
     """As in modules of users: `self.bias = None`, which is not what nn.Linear does."""
     model = Pair().eval()
     del model.b._parameters["bias"]
-    model.b.bias = None
+    model.b.bias = None  # type: ignore[assignment]
     apply(model, Site("b", None), SHIFT)
     assert isinstance(model.b.bias, nn.Parameter) and torch.equal(model.b.bias, SHIFT)
 

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 import qfx
 from qfx import Format, annotation
 from qfx.analysis.measured import Measure, main_output, some
 from qfx.annotation import Columns
 from qfx.measuring import measure
+from qfx.rounding.nearest import round_weight
 from tests.qfx.analysis.models import captured, causal, ids, prepared
 from tests.tiny import build
 
@@ -56,6 +58,34 @@ def test_units_of_one_weight_are_rounded_as_segments_are() -> None:
         found = measured.kld({f"{fqn}.{role}{i}": fmt for i, fmt in enumerate(each)})
         one = dataclasses.replace(made, annotations={fqn: {"w": annotation.to_json(formats)}})
         assert found == pytest.approx(quantized_kld(model, qfx.quantize(causal()[0], one), batches), rel=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [8, 48])
+def test_the_columns_of_an_only_head_are_the_whole_weight(width: int) -> None:
+    """Wider and narrower than the model: its rows are others in number than its columns."""
+
+    class OneHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(32, width) for _ in range(3))
+            self.o = nn.Linear(width, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (one(x)[:, None] for one in (self.q, self.k, self.v))
+            y: Tensor = self.o(F.scaled_dot_product_attention(q, k, v)[:, 0])
+            return y
+
+    torch.manual_seed(0)
+    model = OneHead().eval()
+    gm, flat, found = captured(model, [{"x": torch.randn(2, 5, 32)}])
+    weights = Measure(gm, flat, outputs=found.outputs, rounding="rtn").weights
+    placed = weights.place({f"{role}.{role}0": U4 for role in "qkvo"})
+    assert len(placed) == 4
+    for node, value in placed.items():
+        weight = model.get_submodule(str(node.meta["qfx_module"])).weight
+        assert isinstance(weight, Tensor)
+        assert torch.equal(value, round_weight(weight, U4, "rtn", name="x").dequantize())
 
 
 def test_only_what_has_a_format_changes() -> None:
