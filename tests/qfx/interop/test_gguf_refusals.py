@@ -13,7 +13,9 @@ from torch import nn
 import qfx
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.interop.gguf_import import read_gguf
+from tests import tiny
 from tests.gguf_models import random_model, run
+from tests.processes import python
 
 transformers = pytest.importorskip("transformers", reason="the models are transformers models: pip install qfx[hf]")
 gguf = pytest.importorskip("gguf", reason="the container: pip install qfx[interop]")
@@ -159,6 +161,22 @@ def test_an_imported_model_needs_the_file_no_more(file: Path) -> None:
     shutil.rmtree(file.parent)
     assert torch.equal(run(model), wanted)
     assert wanted.dtype == torch.float64
+
+
+def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path: Path) -> None:
+    """Also where but the last bytes, which lie in a buffer, find no room."""
+    out = tmp_path / "m.gguf"
+    whole = qfx.export_gguf(tiny.build("llama"), out, "Q8_0", tokenizer=False).path.read_bytes()
+    code = (
+        "import resource, signal, qfx\nfrom tests import tiny\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "for less in (1, 100, 5000):\n"
+        f"  resource.setrlimit(resource.RLIMIT_FSIZE, ({len(whole)} - less, -1))\n"
+        f"  try: qfx.export_gguf(tiny.build('llama', 1), {str(out)!r}, 'Q8_0', tokenizer=False)\n"
+        "  except OSError as error: print(error)\n"
+    )
+    assert python(code).count("the disk is full; nothing was changed") == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"] and out.read_bytes() == whole
 
 
 def test_exports_replace_files_whole(file: Path) -> None:
