@@ -166,13 +166,13 @@ def test_an_imported_model_needs_the_file_no_more(file: Path) -> None:
 def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path: Path) -> None:
     """Also where but the last bytes, which lie in a buffer, find no room."""
     out = tmp_path / "m.gguf"
-    whole = qfx.export_gguf(tiny.build("llama"), out, "Q8_0", tokenizer=False).path.read_bytes()
+    whole = qfx.export_gguf(tiny.build("llama"), out, "F16", tokenizer=False).path.read_bytes()
     code = (
         "import resource, signal, qfx\nfrom tests import tiny\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "for less in (1, 100, 5000):\n"
         f"  resource.setrlimit(resource.RLIMIT_FSIZE, ({len(whole)} - less, -1))\n"
-        f"  try: qfx.export_gguf(tiny.build('llama', 1), {str(out)!r}, 'Q8_0', tokenizer=False)\n"
+        f"  try: qfx.export_gguf(tiny.build('llama', 1), {str(out)!r}, 'F16', tokenizer=False)\n"
         "  except OSError as error: print(error)\n"
     )
     assert python(code).count("the disk is full; nothing was changed") == 3
