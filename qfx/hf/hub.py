@@ -18,7 +18,7 @@ from torch import nn
 from qfx.errors import QfxWarning, explain, first_line, listed
 from qfx.storage import checkpoint
 from qfx.storage.files import write_text
-from qfx.storage.skeleton import config_of
+from qfx.storage.skeleton import config_of, read_by_transformers
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".data")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -85,12 +85,13 @@ def wrong_weights(kind: Any, folder: Path, found: str) -> ValueError:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder; None where it has none."""
+    """The tokenizer of a model folder; None where it has none. Raises ValueError where it cannot be read."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    with read_by_transformers(f"the tokenizer of {folder}"):
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def write_configs(model: nn.Module, folder: Path) -> None:

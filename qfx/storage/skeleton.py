@@ -41,7 +41,7 @@ def config_of(folder: Path) -> Any:
     """The transformers config of a folder. Raises ValueError where it cannot be read."""
     import transformers
 
-    with _read_by_transformers(f"the config of {folder}"):
+    with read_by_transformers(f"the config of {folder}"):
         return transformers.AutoConfig.from_pretrained(folder)
 
 
@@ -50,13 +50,14 @@ def set_generation(model: Any, folder: Path) -> None:
     import transformers
 
     if (folder / GENERATION).is_file():
-        with _read_by_transformers(str(folder / GENERATION)):
+        with read_by_transformers(str(folder / GENERATION)):
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
 
 
 @contextmanager
-def _read_by_transformers(what: str) -> Iterator[None]:
-    """transformers tells a bad file by errors of many kinds, some of its own."""
+def read_by_transformers(what: str) -> Iterator[None]:
+    """Makes ValueErrors of the errors of many kinds, some of their own, by which transformers and tokenizers tell a bad
+    file."""
     try:
         yield
     except Exception as error:

@@ -70,6 +70,15 @@ def test_a_config_of_wrong_types_is_refused(tmp_path: Path) -> None:
         hub.load(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", '{"version": "1.p"}'])
+def test_a_tokenizer_that_cannot_be_read_is_told(text: str, tmp_path: Path) -> None:
+    _bert(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ValueError, match=r"the tokenizer of .* cannot be read: "):
+        hub.load(tmp_path)
+
+
 def test_weights_that_are_cut_short_or_of_another_model_are_refused(tmp_path: Path) -> None:
     _bert(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

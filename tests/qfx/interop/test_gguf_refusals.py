@@ -12,6 +12,7 @@ from torch import nn
 
 import qfx
 from qfx.errors import QfxWarning, UnsupportedError
+from qfx.interop import gguf_import
 from qfx.interop.gguf_import import read_gguf
 from tests import tiny
 from tests.gguf_models import random_model, run
@@ -92,15 +93,18 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         qfx.import_gguf(tmp_path / "text.gguf")
 
 
-def rewritten(file: Path, arch: str = "llama", leave_out: str = "", tensors: dict[str, Any] | None = None) -> Path:
-    """The file again with other metadata or tensors."""
+def rewritten(
+    file: Path, arch: str = "llama", leave_out: str = "", tensors: dict[str, Any] | None = None, **said: int
+) -> Path:
+    """The file again with other metadata (said: of keys that end so) or tensors."""
     held = read_gguf(file)
     out = file.with_name("other.gguf")
     writer = gguf.GGUFWriter(str(out), arch)
     for name, value in held.fields.items():
         if name != leave_out and name.startswith(("llama.", "tokenizer.")):
             kind = writer.add_string if isinstance(value, str) else writer.add_uint32
-            (writer.add_float32 if isinstance(value, float) else kind)(name, value)
+            kind = writer.add_float32 if isinstance(value, float) else kind
+            kind(name, said.get(name.rpartition(".")[2], value))
     for name, tensor in held.tensors.items():
         if name != leave_out:
             writer.add_tensor(name, tensor.data, raw_dtype=tensor.tensor_type)
@@ -123,6 +127,18 @@ def test_files_that_do_not_hold_their_model(file: Path) -> None:
         qfx.import_gguf(rewritten(file, tensors={"blk.0.more.weight": torch.ones(2).numpy()}))
     with pytest.raises(UnsupportedError, match="of architecture 'gemma' cannot be read"):
         qfx.import_gguf(rewritten(file, arch="gemma"))
+
+
+@pytest.mark.parametrize("key", ["block_count", "vocab_size", "feed_forward_length", "head_count", "head_count_kv"])
+def test_sizes_that_the_tensors_do_not_have_make_no_model(
+    key: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One flipped bit in the metadata would be a model of many GB."""
+    monkeypatch.setattr(gguf_import, "_empty", None)
+    changed: dict[str, Any] = {key: 1 << 27}
+    with pytest.raises(ValueError, match=r"metadata (.*\n.*|.*)\d{9}") as caught:
+        qfx.import_gguf(rewritten(file, **changed))
+    assert "other.gguf" in str(caught.value) + str(getattr(caught.value, "__notes__", ""))
 
 
 def test_rows_of_another_number(file: Path) -> None:
