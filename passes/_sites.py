@@ -75,14 +75,18 @@ class Record:
         """The site of a record; further keys of the record are left alone. ValueError where it is another rewrite's."""
         if record.get("name") != cls.NAME:
             raise ValueError(f"expected a record of {cls.NAME!r}, found {record.get('name')!r}")
-        fields = {f.name: record[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        for key, value in fields.items():
-            build = cls.NESTED.get(key, lambda item: item)
-            if isinstance(value, list | tuple):
-                fields[key] = tuple(build(item) for item in value)
-            elif value is not None:
-                fields[key] = build(value)
-        return cls(**fields)
+        try:
+            fields = {f.name: record[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+            for key, value in fields.items():
+                build = cls.NESTED.get(key, lambda item: item)
+                if isinstance(value, list | tuple):
+                    fields[key] = tuple(build(item) for item in value)
+                elif value is not None:
+                    fields[key] = build(value)
+            return cls(**fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            what = f"a rewrite {cls.NAME!r} of the plan cannot be read: {type(error).__name__}: {error}"
+            raise ValueError(explain(what, found=dict(record), next_step="plan again")) from error
 
     def present(self, module: nn.Module) -> bool:
         """Whether `module` holds the parameters; False for a graph that holds none of them, since it is another part.

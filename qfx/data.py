@@ -62,23 +62,34 @@ def read_texts(path: str | os.PathLike[str], field: str = "text") -> list[str]:
     Raises FileNotFoundError, and ValueError where the file is empty, no UTF-8, no JSON, or lacks the field.
     """
     file = Path(path)
-    if file.is_dir():
-        raise ValueError(f"{file} is a folder\n  expected: a text or .jsonl file")
-    raw = file.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} is no UTF-8 text: byte 0x{raw[error.start]:02x} at position {error.start}\n"
-            "  next step: convert it, for example with iconv -t UTF-8"
-        ) from error
     if file.suffix.lower() in _JSON_LINES:
-        texts = [_field(line, field, f"{file}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        texts = [_field(record, field, where) for where, record in records(file)]
     else:
-        texts = [text]
+        texts = [_decoded(file)]
     if not any(piece.strip() for piece in texts):
-        raise ValueError(f"{file} holds no text\n  expected: at least one line\n  found: {len(raw)} bytes")
+        size = file.stat().st_size
+        raise ValueError(f"{file} holds no text\n  expected: at least one line\n  found: {size} bytes")
     return texts
+
+
+def records(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(file and line, for messages; the object) of each line of a .jsonl file that is not empty.
+
+    Raises FileNotFoundError, and ValueError where the file is no UTF-8 or a line is no JSON object.
+    """
+    found = []
+    for number, line in enumerate(_decoded(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is no JSON: {error.msg} at column {error.colno}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is no JSON object\n  found: {type(record).__name__}")
+        found.append((where, record))
+    return found
 
 
 def python_help() -> list[str]:
@@ -220,12 +231,21 @@ def _size(call: Call) -> int:
     return first.shape[0] if first.dim() else 1
 
 
-def _field(line: str, field: str, where: str) -> str:
+def _decoded(file: Path) -> str:
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder\n  expected: a text or .jsonl file")
+    raw = file.read_bytes()
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        found = f"fields {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is no UTF-8 text: byte 0x{raw[error.start]:02x} at position {error.start}\n"
+            "  next step: convert it, for example with iconv -t UTF-8"
+        ) from error
+
+
+def _field(record: Mapping[str, Any], field: str, where: str) -> str:
+    if not isinstance(record.get(field), str):
+        found = f"fields {', '.join(record)}"
         raise ValueError(f"{where} has no text in the field {field!r}\n  found: {found}\n  next step: --field NAME")
     return str(record[field])

@@ -9,7 +9,8 @@ import difflib
 import re
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +68,17 @@ def explain(
     return "\n".join(lines)
 
 
+@contextmanager
+def reading(source: object) -> Iterator[None]:
+    """Errors of the user's input in the block say in a note what was being read, where they do not name it."""
+    try:
+        yield
+    except (ValueError, UnsupportedError) as error:
+        if str(source) not in str(error):
+            error.add_note(f"in {source}")
+        raise
+
+
 def source_line(node: Node) -> str | None:
     """`file:line, in function: code` of the innermost frame of the user's code that made the node, or None."""
     trace = node.meta.get("stack_trace")
@@ -87,8 +99,9 @@ def listed(names: Sequence[str], most: int = 3) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; its kind where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of what an error says, and the next where that ends in a colon; its kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
 
 
 def raised_at(error: BaseException) -> str:

@@ -43,6 +43,7 @@ _FIELDS: dict[str, type] = {
     "sensitivities": dict,
     "notes": list,
 }
+_INNER: dict[str, type] = {"signature": str, "layouts": str, "caches": dict, "rewrites": dict, "notes": str}
 _SHOWN = 5  # differences that a message lists
 _PART = 1 << 22  # bytes that are hashed at once
 
@@ -304,4 +305,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     for key, kind in known.items():
         if not isinstance(fields.get(key), kind):
             raise ValueError(f"{key!r} in {file}: expected a {kind.__name__}, found {type(fields.get(key)).__name__}")
+    _check_inner(fields, file)
     return fields
+
+
+def _check_inner(fields: Mapping[str, Any], file: Path) -> None:
+    for key, kind in _INNER.items():
+        values = fields[key].values() if isinstance(fields[key], dict) else fields[key]
+        if bad := [value for value in values if not isinstance(value, kind)]:
+            raise ValueError(f"{key!r} in {file}: expected a {kind.__name__} in each place, found {bad[0]!r}")

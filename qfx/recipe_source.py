@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from qfx.errors import nearest
+from qfx.errors import nearest, reading
 from qfx.presets import presets
 from qfx.recipe import Recipe, Rule
 
@@ -25,7 +25,8 @@ def recipe_of(source: Recipe | str | os.PathLike[str] | Mapping[str, Any]) -> Re
         return _from_mapping(source, "the dictionary")
     if isinstance(source, os.PathLike) or (isinstance(source, str) and source.endswith(_SUFFIXES)):
         path = Path(source)
-        return _from_mapping(_read(path), str(path))
+        with reading(path):
+            return _from_mapping(_read(path), str(path))
     if isinstance(source, str):
         return combined([_preset(name.strip()) for name in source.split("+")])
     raise ValueError(
@@ -89,13 +90,13 @@ def _read(path: Path) -> dict[str, Any]:
     """
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"a recipe file ends in {', '.join(_SUFFIXES)}, found {str(path)!r}")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             fields = json.loads(text, object_pairs_hook=_unique)
         else:
             fields = yaml.load(text, _UniqueLoader)  # noqa: S506 (a SafeLoader)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if isinstance(fields, Mapping):
         return {"name": path.stem, **fields}

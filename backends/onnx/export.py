@@ -30,6 +30,8 @@ _PAGE = 4096  # ONNX Runtime maps weights into memory where they begin at a page
 _PART = 4 << 20  # bytes that are written before those that were read are let go of
 _SMALL = 1024  # bytes of a tensor that the checker reads
 WEIGHTS_KEY = "qfx.weights"
+INSIDE_KEY = "qfx.inside"
+"""Metadata: sha256 of the names and bytes of the weights that lie in the model's file itself."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,14 @@ def write(
             _place_alike(model.graph, second)
             _set_metadata(model, WEIGHTS_KEY, json.dumps({"file": beside.name, "sha256": digest}, sort_keys=True))
         onnx.checker.check_model(_without_weights(model))
+        inside = hashlib.sha256()
         with temporary.open("wb") as file:
-            for part in _serialized(model, written):
+            for part in _serialized(model, written, inside.update):
                 file.write(part)
                 rest(len(part))
+            last = onnx.ModelProto()  # what is added to the end of a serialized message is added to the message
+            _set_metadata(last, INSIDE_KEY, inside.hexdigest())
+            file.write(last.SerializeToString())
     return Written(tuple(files), sum(f.stat().st_size for f in files), opset)
 
 
@@ -109,6 +115,12 @@ def verify(path: str | Path) -> dict[str, str]:
     except Exception as error:
         raise ValueError(_damaged(target, f"no ONNX model can be read: {first_line(error)}")) from error
     metadata = {p.key: p.value for p in model.metadata_props}
+    if INSIDE_KEY in metadata:
+        inside = hashlib.sha256()
+        for tensor in model.graph.initializer:
+            inside.update(tensor.name.encode() + tensor.raw_data)
+        if inside.hexdigest() != metadata[INSIDE_KEY]:
+            raise ValueError(_damaged(target, "weights that are not those that were exported"))
     if WEIGHTS_KEY in metadata:
         known = json.loads(metadata[WEIGHTS_KEY])
         beside = target.with_name(known["file"])
@@ -272,8 +284,15 @@ def _place_alike(graph: onnx.GraphProto, second: Mapping[str, str]) -> None:
         held[again].external_data.extend(held[name].external_data)
 
 
-def _serialized(model: onnx.ModelProto, weights: Mapping[str, Tensor | Later]) -> Iterator[bytes | memoryview]:
-    """The bytes of the model with these weights inside, which are made one after the other and never held together."""
+def _serialized(
+    model: onnx.ModelProto,
+    weights: Mapping[str, Tensor | Later],
+    told: Callable[[bytes | memoryview], object] = lambda _: None,
+) -> Iterator[bytes | memoryview]:
+    """The bytes of the model with these weights inside, which are made one after the other and never held together.
+
+    told: gets the names and bytes of all weights that lie in the file, in their order.
+    """
     heads = []
     for tensor in model.graph.initializer:
         head = _copied(tensor, {"external_data", "data_location"} if tensor.name in weights else ())
@@ -281,17 +300,20 @@ def _serialized(model: onnx.ModelProto, weights: Mapping[str, Tensor | Later]) -
         size = _nbytes(weights[tensor.name]) if tensor.name in weights else None
         raw = b"" if size is None else _field(tensor, "raw_data", size)
         start = _field(model.graph, "initializer", len(text) + len(raw) + (size or 0))
-        heads.append((tensor.name, start + text + raw, size or 0))
+        heads.append((tensor, start + text + raw, size or 0))
     graph = _copied(model.graph, {"initializer"}).SerializeToString(deterministic=True)
     yield _copied(model, {"graph"}).SerializeToString(deterministic=True)
     yield _field(model, "graph", len(graph) + sum(len(head) + size for _, head, size in heads))
     yield graph
-    for name, head, size in heads:
+    for tensor, head, size in heads:
         yield head
+        told(tensor.name.encode() + tensor.raw_data)
         if size:
-            data = _raw(made(weights[name]))
-            assert len(data) == size, (name, len(data), size)
-            yield from _parts(data)
+            data = _raw(made(weights[tensor.name]))
+            assert len(data) == size, (tensor.name, len(data), size)
+            for part in _parts(data):
+                told(part)
+                yield part
 
 
 def _field(message: Any, name: str, size: int) -> bytes:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import onnx
 import onnxruntime as ort
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from qfx.backends.onnx.branch import every_node
 from qfx.backends.onnx.session import DISABLED
@@ -49,7 +48,7 @@ def inspected(
     """
     try:
         graph = optimized_graph(built)
-    except (OSError, Fail) as error:
+    except Exception as error:  # noqa: BLE001  (OSError, ONNX Runtime's own, protobuf's; only the report needs them)
         reason = f"ONNX Runtime; its kernels are not known, no temporary file: {first_line(error)}"
         return dict.fromkeys(names, reason), []
     return _kernels(built, graph, names), slow_forms(graph, integers, floats)

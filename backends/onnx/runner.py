@@ -17,7 +17,7 @@ from qfx.backends.onnx.export import verify
 from qfx.backends.onnx.session import DISABLED, as_torch, input_place
 from qfx.backends.onnx.session_options import INTEGERS_KEY, apart, checked, options, saturation_note
 from qfx.backends.onnx.values import ONNX_TYPE
-from qfx.errors import explain, warn
+from qfx.errors import explain, first_line, warn
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _TORCH = {
@@ -46,9 +46,13 @@ class Runner:
             warn(str(saturation_note(path.name)))
             source = _apart(path)
             chosen.add_session_config_entry(_FOLDER, str(path.parent))
-        self.session = ort.InferenceSession(
-            source, chosen, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED[:1]
-        )
+        try:
+            self.session = ort.InferenceSession(
+                source, chosen, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED[:1]
+            )
+        except Exception as error:  # of ONNX Runtime's own kinds
+            what = f"ONNX Runtime {ort.__version__} does not open {path}: {type(error).__name__}: {first_line(error)}"
+            raise ValueError(explain(what, next_step="copy the file again, or export it anew")) from error
         self.inputs = {i.name: _TORCH[i.type] for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
         self._bound = threading.local()

@@ -138,7 +138,7 @@ def load(path: str | os.PathLike[str]) -> Device:
         fields["bandwidth"] = _curve(fields["bandwidth"])
         fields["rates"] = {kernel: _curve(points) for kernel, points in fields["rates"].items()}
         return Device(**{**fields, "widths": tuple(fields["widths"])})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{file} is no profile of a device: {error}\n  next step: {_STEP}") from error
 
 

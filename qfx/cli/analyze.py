@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 from qfx.cli.models import DEFAULT_LENGTH, TextOptions, batches, check_device
 from qfx.cli.questions import question_batches, read_questions
 from qfx.cli.terminal import step
-from qfx.data import fitting, python_help, read_texts
+from qfx.data import fitting, python_help, read_texts, records
 from qfx.hf import hub
 
 _FIELDS = {
@@ -97,14 +96,11 @@ def _reader(text: TextOptions, asked: Asked) -> Callable[[hub.Loaded], list[dict
 def read_labels(file: Path, field: str) -> list[int]:
     """The labels of a .jsonl file: numbers as they are, texts by their order. Raises ValueError for a line without."""
     found: list[Any] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if line.strip():
-            value = json.loads(line).get(field)
-            if isinstance(value, bool) or not isinstance(value, int | str):
-                raise ValueError(
-                    f"{file}, line {number} has no label in the field {field!r}\n  next step: --label NAME"
-                )
-            found.append(value)
+    for where, held in records(file):
+        value = held.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ValueError(f"{where} has no label in the field {field!r}\n  next step: --label NAME")
+        found.append(value)
     if all(isinstance(value, int) for value in found):
         return found
     order = {name: i for i, name in enumerate(sorted(set(map(str, found))))}

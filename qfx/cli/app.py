@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -29,11 +30,25 @@ from qfx.cli.terminal import guarded
 
 app = typer.Typer(
     name="qfx",
-    help="Quantize PyTorch models, and see node by node what really runs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"qfx {version('qfx')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Quantize PyTorch models, and see node by node what really runs."""
 
 
 class Baseline(StrEnum):

@@ -41,10 +41,10 @@ def run(
     place = check_device(device)
     texts = None if text.file is None else read_texts(text.file, text.field)
     if texts is None and parsed.needs_data:
-        raise ValueError(
-            f"recipe {parsed.name!r} needs calibration data\n"
-            "  next step: --data FILE, or a recipe that needs none: w8a8, w4a16"
+        under, other = (
+            (" under a budget", "") if parsed.allocation else ("", ", or a recipe that needs none: w8a8, w4a16")
         )
+        raise ValueError(f"recipe {parsed.name!r}{under} needs calibration data\n  next step: --data FILE{other}")
     folder = hub.resolve(model)
     check_target(out, folder)
     check_writable(out)  # before the work, not after it

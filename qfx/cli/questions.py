@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from qfx.cli.models import DEFAULT_LENGTH, TextOptions
-from qfx.data import fitting
+from qfx.data import fitting, records
 from qfx.hf import hub
 
 
@@ -31,11 +30,7 @@ class Question:
 def read_questions(file: Path) -> list[Question]:
     """The questions of a .jsonl file. Raises ValueError for lines without one, and answers not in their text."""
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        held = json.loads(line)
-        where = f"{file}, line {number}"
+    for where, held in records(file):
         missing = [name for name in ("question", "context") if not isinstance(held.get(name), str)]
         if missing or not ("answer" in held or "answers" in held):
             raise ValueError(
@@ -50,12 +45,15 @@ def read_questions(file: Path) -> list[Question]:
 
 def _span(held: dict[str, Any], where: str) -> tuple[int, int]:
     """[start, stop) of the first answer among the characters of the context; (0, 0) where there is none."""
-    answers = held.get("answers") or {"text": [held.get("answer")], "answer_start": [None]}
-    texts, starts = answers.get("text", []), answers.get("answer_start", [])
+    answers = held.get("answers") or {"text": [held.get("answer")]}
+    texts, starts = (answers.get(key, []) if isinstance(answers, dict) else None for key in ("text", "answer_start"))
+    if not isinstance(texts, list) or not isinstance(starts, list):
+        expected = '{"text": ["The loop"], "answer_start": [0]}'
+        raise ValueError(f"{where}: its answers cannot be read\n  expected: {expected}\n  found: {answers!r}")
     if not texts or not texts[0]:
         return 0, 0
     text = str(texts[0])
-    start = starts[0] if starts and starts[0] is not None else held["context"].find(text)
+    start = starts[0] if starts and isinstance(starts[0], int) else held["context"].find(text)
     if start < 0 or held["context"][start : start + len(text)] != text:
         raise ValueError(f"{where}: its context does not hold the answer {text!r}")
     return start, start + len(text)

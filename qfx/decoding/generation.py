@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qfx.backends.onnx.genai import read_config
@@ -17,6 +16,7 @@ from qfx.decoding.decoder import IDS, MASK, POSITIONS
 from qfx.decoding.generator import Generator, fitting_mask, refuse_unknown
 from qfx.decoding.shared_cache import SharedCache
 from qfx.errors import explain
+from qfx.storage.skeleton import config_of
 
 
 class OnnxCausalLM(Generator):
@@ -28,7 +28,7 @@ class OnnxCausalLM(Generator):
         self, folder: Path, *, threads: int | None = None, session_options: Mapping[str, str] | None = None
     ) -> None:
         file = folder / read_config(folder)["model"]["decoder"]["filename"]
-        self._open(folder, AutoConfig.from_pretrained(folder), Runner(file, threads, session_options))
+        self._open(folder, config_of(folder), Runner(file, threads, session_options))
         self.generation_config.use_cache = True  # whatever the configuration says (MPT's: no): the file has one
         logits = next(o for o in self._runner.session.get_outputs() if o.name == "logits")
         self._last_only = logits.shape[1] == 1

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 
@@ -31,6 +30,7 @@ from qfx.decoding.encoder_decoder import (
 from qfx.decoding.generator import Generator, fitting_mask, refuse_unknown
 from qfx.decoding.shared_cache import SharedCache
 from qfx.errors import explain
+from qfx.storage.skeleton import config_of
 
 _ROWS = "rows"  # among the encoder's outputs: which row of which call each of its rows is
 _CALLS = itertools.count()
@@ -244,6 +244,6 @@ def load(
     Raises ValueError for files that were altered, FileNotFoundError where one is missing.
     """
     document = read_document(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = config_of(folder)
     kind = OnnxWhisper if config.model_type == "whisper" else OnnxSeq2SeqLM
     return kind(folder, document, config, threads=threads, session_options=session_options)

@@ -14,6 +14,7 @@ from qfx.backends.onnx.runner import Runner
 from qfx.decoding.decoder import PAST, PRESENT
 from qfx.decoding.shared_cache import SharedCache
 from qfx.errors import Note, explain, warn
+from qfx.storage.skeleton import set_generation
 
 
 class Generator(GenerationMixin):  # type: ignore[misc]
@@ -27,10 +28,8 @@ class Generator(GenerationMixin):  # type: ignore[misc]
 
     def _open(self, folder: Path, config: Any, runner: Runner) -> None:
         self.config, self._runner = config, runner
-        saved = (folder / "generation_config.json").exists()
-        self.generation_config = (
-            GenerationConfig.from_pretrained(folder) if saved else GenerationConfig.from_model_config(config)
-        )
+        self.generation_config = GenerationConfig.from_model_config(config)
+        set_generation(self, folder)
         self.device, self.dtype = torch.device("cpu"), torch.float32
         shapes = {i.name: i.shape for i in runner.session.get_inputs()}
         keys = [name for i in range(len(shapes)) if (name := PAST.format(i, "key")) in shapes]

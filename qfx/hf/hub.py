@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from qfx.errors import QfxWarning, first_line, listed
+from qfx.errors import QfxWarning, explain, first_line, listed
+from qfx.storage import checkpoint
 from qfx.storage.files import write_text
+from qfx.storage.skeleton import config_of, read_by_transformers
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".data")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -46,12 +49,19 @@ def load(source: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
     """Load a model of transformers from a folder or, where it is no folder, by its hub name.
 
     The cache is asked first: the network is used only for a model that is not there yet. Weights that the files lack
-    are a QfxWarning. Raises ValueError where there is no such model, its class is unknown or needs code of its own.
+    are a QfxWarning. Raises ValueError where there is no such model, its class is unknown or needs code of its own, and
+    for weights that are cut short or those of another model.
     """
     folder = resolve(source)
     kind, _ = class_of(folder)
-    with without_bar():
-        model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    try:
+        with without_bar():
+            model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except SafetensorError as error:
+        checkpoint.headers(sorted(folder.glob("*.safetensors")), {})  # which says what file it is
+        raise ValueError(f"a file with weights in {folder} cannot be read: {error}") from error
+    except RuntimeError as error:
+        raise wrong_weights(kind, folder, str(error).strip().splitlines()[-1]) from error
     if missing := sorted(info["missing_keys"]):
         warnings.warn(
             f"{len(missing)} weights of {kind.__name__} are not in {folder} and hold random numbers: "
@@ -62,13 +72,26 @@ def load(source: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
     return Loaded(model.eval().to(device), load_tokenizer(folder), folder)
 
 
+def wrong_weights(kind: Any, folder: Path, found: str) -> ValueError:
+    """That the weights of a folder do not fit the class that its config names."""
+    return ValueError(
+        explain(
+            f"the weights in {folder} are not those of {kind.__name__}, which its config.json names",
+            expected="every weight of that class, in its shape",
+            found=found,
+            next_step="copy config.json and the weights of one model; a model whose head is new must be saved first",
+        )
+    )
+
+
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder; None where it has none."""
+    """The tokenizer of a model folder; None where it has none. Raises ValueError where it cannot be read."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    with read_by_transformers(f"the tokenizer of {folder}"):
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def write_configs(model: nn.Module, folder: Path) -> None:
@@ -151,25 +174,14 @@ def class_of(folder: Path) -> tuple[Any, Any]:
     """
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the config of {folder} cannot be read: {first_line(error)}") from error
+    config = config_of(folder)
     names = list(config.architectures or ())
     if not names:
         return transformers.AutoModel, config
-    kind = getattr(transformers, names[0], None)
+    kind = getattr(transformers, str(names[0]), None)
     if kind is None:
         raise ValueError(
             f"transformers {transformers.__version__} has no class {names[0]!r}, which {folder / 'config.json'} names\n"
             "  next step: load the model with its own code and call qfx.quantize(model, ...)"
         )
     return kind, config
-
-
-def set_generation(model: nn.Module, folder: Path) -> None:
-    """Give a model the generation config of a folder, where there is one."""
-    from transformers import GenerationConfig
-
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -1,15 +1,17 @@
 """The `quantization_config` that config.json of a quantized transformers model carries, as a plain dictionary.
 
-    {"quant_method": "qfx", "version": 3, "qfx": "0.1.0", "recipe": {...}, "model": {...}}
+    {"quant_method": "qfx", "version": 4, "qfx": "0.1.0", "recipe": {...}, "model": {...}, "sha256": "..."}
 
 recipe: what was asked, as `Recipe.to_dict` writes it; None where it is not known. model: the record of
 `qfx.storage.describe`, equal modules told once, and the digest of each tensor (`qfx.storage.checkpoint`); it is there
-only in files. A checkpoint of a model that trains with fake quantization has `"training": true`; it is loaded into a
-model prepared likewise.
+only in files, and sha256 is its digest. A checkpoint of a model that trains with fake quantization has
+`"training": true`; it is loaded into a model prepared likewise.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,9 +23,9 @@ from qfx.plan import versions
 from qfx.recipe import Recipe
 from qfx.storage.describe import Record, grouped, spread
 
-VERSION = 3  # 1: a byte for each zero point, 2: no caches, no attention
-_READ = (1, 2, VERSION)
-_KEYS = ("quant_method", "version", "qfx", "recipe", "strict", "model", "training")
+VERSION = 4  # 1: a byte for each zero point, 2: no caches, no attention, 3: no sha256
+_READ = (1, 2, 3, VERSION)
+_KEYS = ("quant_method", "version", "qfx", "recipe", "strict", "model", "sha256", "training")
 _MODEL = {
     "class",
     "dtype",
@@ -37,6 +39,7 @@ _MODEL = {
     "caches",
     "attention",
 }
+_AGAIN = "copy config.json again, or quantize and save the model again"
 
 
 def wrap(recipe: Recipe | None, record: Record | None) -> dict[str, Any]:
@@ -48,6 +51,7 @@ def wrap(recipe: Recipe | None, record: Record | None) -> dict[str, Any]:
     if record is not None:
         named = {key: grouped(record[key]) for key in ("modules", "parameters")}
         fields["model"] = {**record, **named}
+        fields["sha256"] = _digest(fields["model"])
     return fields
 
 
@@ -73,13 +77,15 @@ def unwrap(fields: Mapping[str, Any], where: str) -> tuple[Recipe | None, Record
         recipe = None if fields.get("recipe") is None else Recipe.parse(fields["recipe"])
     except ValueError as error:
         own = versions()["qfx"]
-        if wrote in (own, "unknown"):
-            raise
-        hint = f"it was written by qfx {wrote}, this is qfx {own}: install that version"
+        other = wrote not in (own, "unknown")
+        hint = f"it was written by qfx {wrote}, this is qfx {own}: install that version" if other else _AGAIN
         raise ValueError(explain(f"the recipe in {where} cannot be read: {error}", next_step=hint)) from error
     if fields.get("training"):
         raise ValueError(_in_training(recipe, where))
-    return recipe, _record(fields.get("model"), where)
+    model = fields.get("model")
+    if model is not None and fields.get("version", VERSION) > 3 and fields.get("sha256") != _digest(model):
+        raise ValueError(explain(f"'model' in {where} was altered", next_step=_AGAIN))
+    return recipe, _record(model, where)
 
 
 def wrap_training(recipe: Recipe | None) -> dict[str, Any]:
@@ -114,6 +120,9 @@ def _record(model: object, where: str) -> Record | None:
         assert set(model) == _MODEL
         modules, parameters = spread(model["modules"], sqnr=True), spread(model["parameters"], sqnr=False)
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        step = "copy config.json again, or quantize and save the model again"
-        raise ValueError(explain(f"'model' in {where} was altered", next_step=step)) from error
+        raise ValueError(explain(f"'model' in {where} was altered", next_step=_AGAIN)) from error
     return {**model, "modules": modules, "parameters": parameters}
+
+
+def _digest(model: object) -> str:
+    return hashlib.sha256(json.dumps(model, sort_keys=True).encode(), usedforsecurity=False).hexdigest()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qfx.errors import UnsupportedError, explain
 from qfx.interop.gguf_arch import Architecture, factors_of
+from qfx.storage.skeleton import read_by_transformers
 
 _CLASSES = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "bert": "BertConfig"}
 _ORIGINALS = (8192, 4096, 2048, 16384, 32768)  # contexts before llama3's rotary embedding stretched them
@@ -51,12 +52,14 @@ def config_of(
     }
     ids = {name: fields.get(f"tokenizer.ggml.{key}") for name, key in _IDS.items()}
     kind = getattr(transformers, _CLASSES[arch.name])
+    options: dict[str, Any]
     if arch.name == "bert":
         types = shapes.get("token_types.weight", (2,))[0]
         epsilon = need("attention.layer_norm_epsilon")
-        return kind(**common, layer_norm_eps=_short(epsilon), type_vocab_size=types, **_given(ids, "pad_token_id"))
+        options = {"layer_norm_eps": _short(epsilon), "type_vocab_size": types}
+        return _config(kind, {**common, **options, **_given(ids, "pad_token_id")})
     head_dim = said.get("attention.key_length") or common["hidden_size"] // common["num_attention_heads"]
-    options: dict[str, Any] = {
+    options = {
         "num_key_value_heads": said.get("attention.head_count_kv", common["num_attention_heads"]),
         "rms_norm_eps": _short(need("attention.layer_norm_rms_epsilon")),
         "head_dim": head_dim,
@@ -64,7 +67,12 @@ def config_of(
     }
     if arch.name == "llama":
         options |= {"attention_bias": "blk.0.attn_q.bias" in shapes, "mlp_bias": "blk.0.ffn_up.bias" in shapes}
-    return kind(**common, **options, **_given(ids, *ids))
+    return _config(kind, {**common, **options, **_given(ids, *ids)})
+
+
+def _config(kind: Any, fields: Mapping[str, Any]) -> Any:
+    with read_by_transformers(f"a {kind.__name__} in the metadata"):
+        return kind(**fields)
 
 
 def _given(ids: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -265,11 +265,19 @@ def _write(gguf: Any, file: Path, fields: dict[str, Any], job: _Job) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         if factors is not None:
-            writer.write_tensor_data(factors.numpy())
+            _put(writer, factors)
         for name, source in job.sources.items():
-            writer.write_tensor_data(_data(name, source, job).numpy())
+            _put(writer, _data(name, source, job))
     finally:
         writer.close()
+
+
+def _put(writer: Any, data: Tensor) -> None:
+    """As `writer.write_tensor_data`, which writes by numpy: that does not tell when a full disk takes no last bytes."""
+    (file,) = writer.fout
+    writer.write_padding(file, file.tell())
+    file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+    writer.write_padding(file, data.nbytes)
 
 
 def _data(name: str, source: Source, job: _Job) -> Tensor:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import Note, UnsupportedError, check_flags, explain, listed, nearest
+from qfx.errors import Note, UnsupportedError, check_flags, explain, listed, nearest, reading
 from qfx.format import Format
-from qfx.interop.gguf_arch import Architecture, architecture_named, rows_of_pairs
+from qfx.interop.gguf_arch import Architecture, architecture_named, head_dim_of, rows_of_pairs
 from qfx.interop.gguf_blocks import BLOCK_TYPES, block_type, unpack
 from qfx.interop.gguf_config import config_of
 from qfx.interop.gguf_exact import as_packed
@@ -50,11 +50,16 @@ def import_gguf(
     UnsupportedError for other architectures and types, ImportError without gguf or transformers.
     """
     check_flags(packed=packed, strict=strict)
-    file = read_gguf(path)
+    with reading(path):
+        return _model(read_gguf(path), packed=packed, dtype=dtype, strict=strict)
+
+
+def _model(file: GgufFile, *, packed: bool, dtype: torch.dtype, strict: bool) -> nn.Module:
     arch = architecture_named(str(file.fields.get("general.architecture")))
     shapes = {name: _shape(tensor) for name, tensor in file.tensors.items()}
     factors = file.tensors.get(_FACTORS)
     config = config_of(file.fields, arch, shapes, None if factors is None else torch.from_numpy(np.array(factors.data)))
+    _check_sizes(file, shapes, config)
     model = _empty(arch, config, dtype)
     names = _placed(file, model, arch, config)
     notes = []
@@ -93,6 +98,20 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
             known = nearest(kind, [*BLOCK_TYPES, *_PLAIN])
             raise UnsupportedError(explain(f"{file}: tensor {name!r} is of type {kind}", expected=known))
     return GgufFile(file, fields, tensors)
+
+
+def _check_sizes(file: GgufFile, shapes: Mapping[str, tuple[int, ...]], config: Any) -> None:
+    """Raises ValueError where the metadata speaks of more than the tensors hold, before a model of it is made."""
+    layers = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
+    if len(layers) != config.num_hidden_layers:
+        raise _misfit(file, f"{config.num_hidden_layers} layers", f"tensors of {len(layers)}")
+    heads, width = config.num_attention_heads, head_dim_of(config)
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    rows = {"token_embd": config.vocab_size, "blk.0.ffn_up": config.intermediate_size, "blk.0.attn_q": heads * width,
+            "blk.0.attn_k": kv * width}  # fmt: skip
+    for name, wanted in ((f"{stem}.weight", (count, config.hidden_size)) for stem, count in rows.items()):
+        if shapes.get(name, wanted) != wanted:
+            raise _misfit(file, f"{name!r} of shape {list(wanted)}", str(list(shapes[name])))
 
 
 def _empty(arch: Architecture, config: Any, dtype: torch.dtype) -> nn.Module:

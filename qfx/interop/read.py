@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import Note, check_flags, explain, first_line, listed
+from qfx.errors import Note, check_flags, explain, listed, reading
 from qfx.interop import awq, bnb, compressed_tensors, experts, gptq
 from qfx.interop.checkpoint import Checkpoint
 from qfx.interop.linear import Decoder, Dequantized, Linear, Loss, is_transposed
@@ -18,7 +18,7 @@ from qfx.live.modules import QuantEmbedding, QuantLinear, take_place
 from qfx.live.parameters import pack_parameter
 from qfx.live.permuted import QuantPermuted
 from qfx.pipeline import told
-from qfx.storage.skeleton import GENERATION, of_config
+from qfx.storage.skeleton import config_of, of_config, set_generation
 
 DECODERS: dict[str, Callable[[Mapping[str, Any]], Decoder]] = {
     "compressed-tensors": compressed_tensors.decoder,
@@ -41,7 +41,11 @@ def import_checkpoint(
     short and checkpoints of another architecture.
     """
     check_flags(strict=strict)
-    checkpoint = Checkpoint.open(folder)
+    with reading(folder):
+        return _imported(Checkpoint.open(folder), dtype, strict=strict)
+
+
+def _imported(checkpoint: Checkpoint, dtype: torch.dtype | None, *, strict: bool) -> nn.Module:
     method = str(checkpoint.quantization.get("quant_method", "")).replace("_", "-").lower()
     if method not in DECODERS:
         raise ValueError(
@@ -289,15 +293,9 @@ def _matches(model: nn.Module, attribute: str, name: str) -> bool:
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
     """The float model of the checkpoint's config, its weights without content."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the config of {checkpoint.folder} cannot be read: {first_line(error)}") from error
+    config = config_of(checkpoint.folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = of_config(config, dtype=dtype or config.dtype or torch.float32, implementations={})
-    if (checkpoint.folder / GENERATION).is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.folder)
+    set_generation(model, checkpoint.folder)
     return model

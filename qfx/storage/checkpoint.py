@@ -21,15 +21,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qfx.errors import explain, listed
+from qfx.storage.files import DTYPES
 from qfx.storage.spill import rest
 
 ONE, INDEX, SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors"
 NAMES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 WRITER, SAVE_PRETRAINED = "qfx_writer", "save_pretrained"  # in the metadata of what transformers writes
 _THREADS = 4
 _PART = 1 << 22  # bytes that are hashed at once
@@ -119,7 +115,7 @@ def headers(files: Sequence[Path], expected: Mapping[str, str]) -> dict[str, Ten
         with _opened(file) as handle:
             for name in handle.keys():  # noqa: SIM118  (no mapping)
                 part = handle.get_slice(name)
-                found[name] = torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
+                found[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
     if missing := [name for name in expected if name not in found]:
         what = f"{len(missing)} tensors are not in {_shown(files)}: {listed(missing)}"
         raise ValueError(explain(what, next_step="copy the whole folder again: a file with weights is missing"))

@@ -1,7 +1,8 @@
 """Finished blocks of weights in a folder, so that rounding goes on where it was interrupted.
 
     progress.json               whose work it is: recipe, fingerprint of the model, digest of the data, versions
-    block-00003.safetensors     rounded weights of the fourth block; what was told about them is in its metadata
+    block-00003.safetensors     rounded weights of the fourth block; what was told about them is in its metadata, with
+                                digests of the weights
 
 Each file appears whole or not at all. What stands between is computed again: the inputs of the first block that is not
 finished come from the finished ones, by the same operations.
@@ -28,9 +29,10 @@ from qfx.packing import Packed
 from qfx.plan import Plan
 from qfx.rounding import rounded
 from qfx.rounding.blocks import Block
+from qfx.storage.checkpoint import digests
 from qfx.storage.files import read_json, read_safetensors, write_safetensors, write_text
 
-VERSION = 1
+VERSION = 2  # 1: no digests
 _HEAD = "progress.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -66,9 +68,13 @@ class Resume:
         names = [name for part in parts for name in (f"{part.name}/codes", f"{part.name}/scale", f"{part.name}/zero")]
         found = {name: block.tensors[name] for name in names if name in block.tensors}
         told = {part.name: block.told[part.name] for part in parts if part.name in block.told}
-        about = {"block": block.name, "told": told, "notes": [dataclasses.asdict(note) for note in notes]}
+        about = {
+            "block": block.name, "told": told, "notes": [dataclasses.asdict(note) for note in notes],
+            "tensors": digests(found),
+        }  # fmt: skip
+        text = json.dumps(about)
         try:
-            write_safetensors(self._file(number), found, {"qfx": json.dumps(about)})
+            write_safetensors(self._file(number), found, {"qfx": text, "sha256": _sha(text)})
         except OSError as error:
             if error.errno not in _FULL:
                 raise
@@ -86,7 +92,10 @@ class Resume:
             return None
         tensors = read_safetensors(file)
         with safe_open(file, "pt") as opened:
-            about = json.loads((opened.metadata() or {}).get("qfx", "{}"))
+            metadata = opened.metadata() or {}
+        text = metadata.get("qfx", "{}")
+        if metadata.get("sha256") != _sha(text) or (about := json.loads(text))["tensors"] != digests(tensors):
+            raise ValueError(explain(f"{file} was altered", next_step="remove the file and run again"))
         if about.get("block") != block.name:
             what = f"{file} is not the block {block.name!r}"
             raise ValueError(
@@ -136,3 +145,7 @@ def _check(found: dict[str, Any], mine: dict[str, Any], root: Path) -> None:
                 next_step="give another folder, or remove this one to start anew",
             )
         )
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode(), usedforsecurity=False).hexdigest()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qfx.errors import explain
+from qfx.errors import explain, first_line, reading
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
@@ -27,15 +28,40 @@ def skeleton(path: Path, name: str, *, dtype: torch.dtype, implementations: Mapp
                 next_step="pass a float model of the same structure: qfx.load(folder, model)",
             )
         )
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = config_of(path)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # of the saved model; this one is float yet
-    model = of_config(config, name=name, dtype=dtype, implementations=implementations)
-    if (path / GENERATION).is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    with reading(path / CONFIG):
+        model = of_config(config, name=name, dtype=dtype, implementations=implementations)
+    set_generation(model, path)
     return model
+
+
+def config_of(folder: Path) -> Any:
+    """The transformers config of a folder. Raises ValueError where it cannot be read."""
+    import transformers
+
+    with read_by_transformers(f"the config of {folder}"):
+        return transformers.AutoConfig.from_pretrained(folder)
+
+
+def set_generation(model: Any, folder: Path) -> None:
+    """Give a model the generation config of a folder, where there is one. Raises ValueError where it cannot be read."""
+    import transformers
+
+    if (folder / GENERATION).is_file():
+        with read_by_transformers(str(folder / GENERATION)):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+
+
+@contextmanager
+def read_by_transformers(what: str) -> Iterator[None]:
+    """Makes ValueErrors of the errors of many kinds, some of their own, by which transformers and tokenizers tell a bad
+    file."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what} cannot be read: {first_line(error)}") from error
 
 
 def of_config(config: Any, *, dtype: torch.dtype, implementations: Mapping[str, Any], name: str = "") -> nn.Module:
@@ -47,7 +73,7 @@ def of_config(config: Any, *, dtype: torch.dtype, implementations: Mapping[str, 
     from transformers.initialization import no_init_weights
 
     names = [name] if name else config.architectures or ["no architectures"]
-    kind = getattr(transformers, names[0], None)
+    kind = getattr(transformers, str(names[0]), None)
     if kind is None:
         raise ValueError(
             explain(
@@ -56,5 +82,9 @@ def of_config(config: Any, *, dtype: torch.dtype, implementations: Mapping[str, 
             )
         )
     with torch.random.fork_rng(devices=[]), no_init_weights():
-        model: nn.Module = kind._from_config(config, dtype=dtype, **implementations)
+        try:
+            model: nn.Module = kind._from_config(config, dtype=dtype, **implementations)
+        except (TypeError, ValueError, ArithmeticError, AttributeError, KeyError, RuntimeError) as error:
+            what = f"the config makes no {kind.__name__}: {type(error).__name__}: {first_line(error)}"
+            raise ValueError(explain(what, next_step="copy config.json again")) from error
     return model

@@ -27,6 +27,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from qfx.errors import QfxWarning, explain, listed
 from qfx.hf import hub
 from qfx.storage.files import DTYPES
+from qfx.storage.skeleton import set_generation
 from qfx.storage.spill import Spill, give_back, is_mapped, map_file, rest
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -192,9 +193,9 @@ def _filled(kind: Any, config: Any, tensors: dict[str, Tensor], dtype: torch.dty
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
     except RuntimeError as error:
-        raise _wrong(kind, folder, str(error).strip().splitlines()[-1]) from error
+        raise hub.wrong_weights(kind, folder, str(error).strip().splitlines()[-1]) from error
     if missing := sorted(info["missing_keys"]):
-        raise _wrong(kind, folder, f"{len(missing)} of its weights are missing: {listed(missing)}")
+        raise hub.wrong_weights(kind, folder, f"{len(missing)} of its weights are missing: {listed(missing)}")
     if more := sorted(info["unexpected_keys"]):
         warnings.warn(
             f"{len(more)} weights in {folder} are none of {kind.__name__} and are not used: {listed(more)}",
@@ -202,7 +203,7 @@ def _filled(kind: Any, config: Any, tensors: dict[str, Tensor], dtype: torch.dty
             stacklevel=4,
         )
     model.config.name_or_path = str(folder)  # type: ignore[union-attr]
-    hub.set_generation(model, folder)
+    set_generation(model, folder)
     return model
 
 
@@ -259,17 +260,6 @@ def _check_float(folder: Path, config: Any) -> None:
     if method is not None:
         kind = method.get("quant_method") if isinstance(method, Mapping) else getattr(method, "quant_method", method)
         raise ValueError(explain(f"{folder} is quantized already, by {kind}", next_step="give the float model"))
-
-
-def _wrong(kind: Any, folder: Path, found: str) -> ValueError:
-    return ValueError(
-        explain(
-            f"the weights in {folder} are not those of {kind.__name__}, which its config.json names",
-            expected="every weight of that class, in its shape",
-            found=found,
-            next_step="copy config.json and the weights of one model; a model whose head is new must be saved first",
-        )
-    )
 
 
 def _broken(path: Path, size: int, what: str) -> ValueError:

@@ -175,3 +175,7 @@ def test_a_record_of_other_layers() -> None:
         apply_record(gm, record, {})
     with pytest.raises(ValueError, match="expected a record of 'norm-fold', found 'smooth'"):
         Site.from_record({**record, "name": "smooth"})
+    with pytest.raises(ValueError, match="a rewrite 'norm-fold' of the plan cannot be read: KeyError: 'linears'"):
+        Site.from_record({key: value for key, value in record.items() if key != "linears"})
+    with pytest.raises(ValueError, match="cannot be read: TypeError: .*wight"):
+        Site.from_record({**record, "norm": {"wight": "a"}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ def test_presets_lists_every_preset() -> None:
     result = run("presets")
     assert result.exit_code == 0
     assert [name for name in descriptions() if name not in result.stdout] == []
+
+
+def test_the_version() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"qfx {version('qfx')}\n")
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -104,6 +110,10 @@ def test_gptq_goes_on_where_it_stopped(language_model: Path, text: Path, tmp_pat
         (
             ["quantize", "MODEL", "-o", "OUT", "--recipe", "w8a8-smooth"],
             "needs calibration data\n  next step: --data FILE",
+        ),
+        (
+            ["quantize", "MODEL", "-o", "OUT", "--avg-bits", "4"],
+            "recipe 'w8a8' under a budget needs calibration data\n  next step: --data FILE\n",
         ),
         (
             ["quantize", "MODEL", "-o", "OUT", "--html", "page.html"],

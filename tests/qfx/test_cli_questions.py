@@ -74,15 +74,28 @@ def test_samples_and_batches_are_as_asked(folder: Path) -> None:
         ({"question": "w1", "context": "w1"}, "line 2 has no field 'answer'"),
         ({"question": "w1", "context": "w1", "answer": "w2"}, "line 2: its context does not hold the answer 'w2'"),
         ({"question": "w1", "context": "w1", "answers": {"text": ["w1"], "answer_start": [1]}}, "does not hold"),
+        ({"question": "w1", "context": "w1", "answers": {"text": "w1"}}, r"line 2: its answers cannot be read"),
+        ({"question": "w1", "context": "w1", "answers": ["w1"]}, r"found: \['w1'\]"),
+        (["w1"], r"q.jsonl, line 2 is no JSON object\n  found: list"),
     ],
 )
-def test_bad_lines_are_told(tmp_path: Path, line: dict[str, Any], message: str) -> None:
+def test_bad_lines_are_told(tmp_path: Path, line: Any, message: str) -> None:
     file = tmp_path / "q.jsonl"
     file.write_text("\n".join(map(json.dumps, [LINES[0], line])))
     with pytest.raises(ValueError, match=message):
         read_questions(file)
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no question"):
+        read_questions(file)
+
+
+def test_files_that_are_no_json_lines(tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_bytes(b"\n{'question': 'w1'}")
+    with pytest.raises(ValueError, match=r"q.jsonl, line 2 is no JSON"):
+        read_questions(file)
+    file.write_bytes(json.dumps(LINES[0]).encode("utf-16"))
+    with pytest.raises(ValueError, match=r"q.jsonl is no UTF-8 text"):
         read_questions(file)
 
 

@@ -103,7 +103,7 @@ def test_texts_come_from_text_and_json_lines(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n{"text": }', r"a.jsonl, line 2 is no JSON: .* at column 10"),
         ("a.jsonl", b'{"body": "x"}', r"line 1 has no text in the field 'text'\n  found: fields body"),
         ("a.jsonl", b'{"text": 3}', "has no text in the field 'text'"),
-        ("a.jsonl", b"[1]", "found: list"),
+        ("a.jsonl", b"[1]", r"a.jsonl, line 1 is no JSON object\n  found: list"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:

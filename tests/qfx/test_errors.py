@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from qfx.errors import QfxWarning, UnsupportedError, explain, first_line, listed, nearest, raised_at, source_line
+from qfx.errors import (
+    QfxWarning,
+    UnsupportedError,
+    explain,
+    first_line,
+    listed,
+    nearest,
+    raised_at,
+    reading,
+    source_line,
+)
 
 TRACE = """  File "/home/me/model.py", line 12, in forward
     y = self.block(x)
@@ -105,10 +115,22 @@ def test_where_a_model_raised() -> None:
         (ValueError("\n  one  \n"), "one"),
         (AssertionError(), "AssertionError"),
         (RuntimeError(" \n"), "RuntimeError"),
+        (ValueError("two fields:\n  are wrong\nsomehow"), "two fields: are wrong"),
+        (ValueError("nothing:"), "nothing:"),
     ],
 )
 def test_the_first_line_of_an_error(error: Exception, line: str) -> None:
     assert first_line(error) == line
+
+
+@pytest.mark.parametrize("kind", [ValueError, UnsupportedError, KeyError])
+def test_errors_of_files_name_them(kind: type[Exception]) -> None:
+    with pytest.raises(kind) as caught, reading("a.json"):
+        raise kind("bad")
+    assert getattr(caught.value, "__notes__", None) == (None if kind is KeyError else ["in a.json"])
+    with pytest.raises(kind) as caught, reading("a.json"):
+        raise kind("a.json is bad")
+    assert not hasattr(caught.value, "__notes__")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ LAYERS = (
     """
     errors format finite long_sizes processor strict
     rounding: nested method_options
-    storage: spill files folders hollow
+    storage: spill files folders hollow checkpoint skeleton
     ops: library
     rewrites: combine centred rotation head_order
     live: subclass

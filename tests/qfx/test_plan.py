@@ -337,6 +337,10 @@ def test_load_finds_one_flipped_bit(tmp_path: Path) -> None:
         ({"fingerprint": 3}, "'fingerprint' in .*: expected a str, found int"),
         ({"annotations": {"a": {"w": "int4"}}}, "role 'w' of 'a' in .*did you mean 'i4'"),
         ({"recipe": {"name": "t", "ruls": []}}, "recipe in .* cannot be read: unknown key 'ruls'"),
+        ({"layouts": {"0": ["linear"]}}, r"'layouts' in .*: expected a str in each place, found \['linear'\]"),
+        ({"signature": {"0.weight": 1}}, "'signature' in .*: expected a str in each place, found 1"),
+        ({"rewrites": [["smooth"]]}, r"'rewrites' in .*: expected a dict in each place, found \['smooth'\]"),
+        ({"caches": {"a": None}}, "'caches' in .*: expected a dict in each place, found None"),
         ({"tensor_sha256": "0" * 64}, "altered or is truncated"),
     ],
 )

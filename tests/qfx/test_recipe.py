@@ -339,6 +339,8 @@ def test_presets_are_listed_once(name: str) -> None:
         ("a.json", '{"rules": [], "rules": []}', "key 'rules' stands twice"),
         ("a.yaml", "rules:\n- {target: linear, w: i8, w: i4}", "key 'w' stands twice"),
         ("a.yaml", "rules:\n- {target: linear, w: int8}", r"rule 1 in .*a\.yaml: Rule.w: bad format"),
+        ("a.yaml", "? [a]\n: b", r"a\.yaml cannot be read"),
+        ("a.json", "[" * 100_000, r"a\.json cannot be read"),
         ("a.yaml", "rule: []", "unknown key 'rule' in Recipe, did you mean 'rules'"),
         ("a.yaml", "!!python/object/apply:os.getcwd []", "cannot be read"),
     ],
@@ -347,6 +349,25 @@ def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         Recipe.parse(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_files_of_other_encodings(suffix: str, tmp_path: Path) -> None:
+    """A mark that editors put before UTF-8 is no part of the text; what is no UTF-8 is told with the file."""
+    file = tmp_path / f"a{suffix}"
+    text = '{"rules": [{"target": "linear", "w": "i8/ch"}]}'
+    file.write_text(text, encoding="utf-8-sig")
+    assert Recipe.parse(file).rules[0].w == "i8/ch"
+    file.write_text(text.replace("linear", "*.gr\u00f6\u00dfe"), encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"a\{suffix} cannot be read: .*utf-8"):
+        Recipe.parse(file)
+
+
+def test_mistakes_in_fields_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("rules: []\nrounding: up")
+    with pytest.raises(ValueError, match=r"Recipe\.rounding") as caught:
+        Recipe.parse(tmp_path / "a.yaml")
+    assert caught.value.__notes__ == [f"in {tmp_path / 'a.yaml'}"]
 
 
 def test_missing_file(tmp_path: Path) -> None:

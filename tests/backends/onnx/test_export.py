@@ -119,6 +119,23 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
         write(tmp_path / "file")
 
 
+def test_one_flipped_bit_of_a_weight_in_the_file_is_told(tmp_path: Path) -> None:
+    """Of those that are written in parts, and of those that the model holds itself."""
+    path = write(tmp_path)
+    whole = path.read_bytes()
+    held = [t.raw_data for t in onnx.load(str(path)).graph.initializer if whole.count(t.raw_data) == 1]
+    assert verify(path) and {64 * 96, 4 * 96} <= {len(raw) for raw in held}, "a weight and its scales or bias"
+    for raw in held:
+        data = bytearray(whole)
+        data[whole.index(raw)] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"m\.onnx was altered(.|\n)*weights that are not those"):
+            verify(path)
+    model = onnx.ModelProto.FromString(whole)
+    path.write_bytes(model.SerializeToString())
+    assert verify(path), "other programs may write it again"
+
+
 def test_small_weights_lie_in_the_file_and_others_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "EXTERNAL_BYTES", 1 << 20)
     for width, count in ((512, 1), (1536, 2)):

@@ -125,3 +125,12 @@ def test_inputs_that_do_not_fit(runner: Runner) -> None:
         runner.run({"x": x, "past": x, "z": x})
     with pytest.raises(ValueError, match=r"found: x torch\.float64"):
         runner.run({"x": x.double(), "past": x})
+
+
+def test_a_file_that_onnx_runtime_refuses_is_named(tmp_path: Path) -> None:
+    path = qfx.export_onnx(nn.Linear(8, 8).eval(), (torch.ones(2, 8),), tmp_path / "m.onnx", recipe="w8a8").path
+    data = path.read_bytes()
+    assert data.count(b"DynamicQuantizeMatMul") == 1 or data.count(b"MatMulInteger") == 1
+    path.write_bytes(data.replace(b"MatMul", b"MatNul"))
+    with pytest.raises(ValueError, match=r"ONNX Runtime .* does not open .*m\.onnx: .*MatNul(.|\n)*export it anew"):
+        qfx.onnx.load(path)

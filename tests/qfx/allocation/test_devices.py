@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def test_a_profile_comes_back(tmp_path: Path) -> None:
         ({"memmory": 3}, "unknown key 'memmory' in .*, did you mean 'memory'"),
         ({"memory": "16 GB"}, "'memory' in .*: expected .*int.*, found '16 GB'"),
         ({"rates": {"f32": [[1]]}}, "is no profile of a device: not enough values"),
+        ({"rates": {"f32": [[math.inf, 1.0]]}}, "is no profile of a device: cannot convert float infinity"),
         ({"bandwidth": []}, "is no ascending list"),
         ({"dtype": "f16"}, "needs the rate of its dtype 'f16'"),
     ],

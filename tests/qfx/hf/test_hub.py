@@ -62,6 +62,36 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         hub.load(tmp_path)
 
 
+def test_a_config_of_wrong_types_is_refused(tmp_path: Path) -> None:
+    _bert(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": []}))
+    with pytest.raises(ValueError, match=r"the config of .* cannot be read: .*hidden_size.*expected int, got list"):
+        hub.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", '{"version": "1.p"}'])
+def test_a_tokenizer_that_cannot_be_read_is_told(text: str, tmp_path: Path) -> None:
+    _bert(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ValueError, match=r"the tokenizer of .* cannot be read: "):
+        hub.load(tmp_path)
+
+
+def test_weights_that_are_cut_short_or_of_another_model_are_refused(tmp_path: Path) -> None:
+    _bert(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 2 * config["intermediate_size"]}))
+    with pytest.raises(ValueError, match=r"the weights in .* are not those of BertModel, which its config.json names"):
+        hub.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or no safetensors file \(\d+ bytes\)"):
+        hub.load(tmp_path)
+
+
 def test_an_unknown_class_is_refused(tmp_path: Path) -> None:
     _bert(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

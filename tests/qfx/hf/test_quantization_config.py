@@ -63,7 +63,7 @@ def test_without_a_record_or_recipe() -> None:
     [
         (
             {"version": 7, "qfx": "9.9"},
-            r"another version of qfx\n  expected: version 3 or earlier\n  found: version 7, written by qfx 9\.9",
+            r"another version of qfx\n  expected: version 4 or earlier\n  found: version 7, written by qfx 9\.9",
         ),
         ({"quant_method": "gptq"}, r"no quantization_config of qfx, found 'gptq'"),
         ({"recipes": {}}, r"unknown key 'recipes' in here, did you mean 'recipe'\?"),
@@ -77,10 +77,22 @@ def test_what_is_not_understood_is_refused(change: dict[str, Any], message: str)
         unwrap({**wrap(*made()), **change}, "here")
 
 
+def test_any_change_of_the_model_is_seen() -> None:
+    """Not of versions that had no digest."""
+    fields = json.loads(json.dumps(wrap(*made())))
+    fields["model"]["modules"][0]["w"] = "i8/g32"
+    with pytest.raises(ValueError, match="'model' in here was altered"):
+        unwrap(fields, "here")
+    with pytest.raises(ValueError, match="'model' in here was altered"):
+        unwrap({key: value for key, value in wrap(*made()).items() if key != "sha256"}, "here")
+    del fields["sha256"]
+    assert unwrap({**fields, "version": 3}, "here")[1] is not None
+
+
 def test_a_recipe_of_a_later_version_says_so() -> None:
     fields = wrap(*made())
     fields["recipe"]["magic"] = 1
-    with pytest.raises(ValueError, match="unknown key 'magic'"):
+    with pytest.raises(ValueError, match="the recipe in here cannot be read: unknown key 'magic'"):
         unwrap(fields, "here")
     message = (
         r"the recipe in here cannot be read: unknown key 'magic'(.|\n)*written by qfx 99\.0, this is qfx .*: install"

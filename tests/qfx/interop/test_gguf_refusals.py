@@ -12,8 +12,11 @@ from torch import nn
 
 import qfx
 from qfx.errors import QfxWarning, UnsupportedError
+from qfx.interop import gguf_import
 from qfx.interop.gguf_import import read_gguf
+from tests import tiny
 from tests.gguf_models import random_model, run
+from tests.processes import python
 
 transformers = pytest.importorskip("transformers", reason="the models are transformers models: pip install qfx[hf]")
 gguf = pytest.importorskip("gguf", reason="the container: pip install qfx[interop]")
@@ -90,15 +93,18 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         qfx.import_gguf(tmp_path / "text.gguf")
 
 
-def rewritten(file: Path, arch: str = "llama", leave_out: str = "", tensors: dict[str, Any] | None = None) -> Path:
-    """The file again with other metadata or tensors."""
+def rewritten(
+    file: Path, arch: str = "llama", leave_out: str = "", tensors: dict[str, Any] | None = None, **said: int
+) -> Path:
+    """The file again with other metadata (said: of keys that end so) or tensors."""
     held = read_gguf(file)
     out = file.with_name("other.gguf")
     writer = gguf.GGUFWriter(str(out), arch)
     for name, value in held.fields.items():
         if name != leave_out and name.startswith(("llama.", "tokenizer.")):
             kind = writer.add_string if isinstance(value, str) else writer.add_uint32
-            (writer.add_float32 if isinstance(value, float) else kind)(name, value)
+            kind = writer.add_float32 if isinstance(value, float) else kind
+            kind(name, said.get(name.rpartition(".")[2], value))
     for name, tensor in held.tensors.items():
         if name != leave_out:
             writer.add_tensor(name, tensor.data, raw_dtype=tensor.tensor_type)
@@ -121,6 +127,18 @@ def test_files_that_do_not_hold_their_model(file: Path) -> None:
         qfx.import_gguf(rewritten(file, tensors={"blk.0.more.weight": torch.ones(2).numpy()}))
     with pytest.raises(UnsupportedError, match="of architecture 'gemma' cannot be read"):
         qfx.import_gguf(rewritten(file, arch="gemma"))
+
+
+@pytest.mark.parametrize("key", ["block_count", "vocab_size", "feed_forward_length", "head_count", "head_count_kv"])
+def test_sizes_that_the_tensors_do_not_have_make_no_model(
+    key: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One flipped bit in the metadata would be a model of many GB."""
+    monkeypatch.setattr(gguf_import, "_empty", None)
+    changed: dict[str, Any] = {key: 1 << 27}
+    with pytest.raises(ValueError, match=r"metadata (.*\n.*|.*)\d{9}") as caught:
+        qfx.import_gguf(rewritten(file, **changed))
+    assert "other.gguf" in str(caught.value) + str(getattr(caught.value, "__notes__", ""))
 
 
 def test_rows_of_another_number(file: Path) -> None:
@@ -159,6 +177,22 @@ def test_an_imported_model_needs_the_file_no_more(file: Path) -> None:
     shutil.rmtree(file.parent)
     assert torch.equal(run(model), wanted)
     assert wanted.dtype == torch.float64
+
+
+def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path: Path) -> None:
+    """Also where but the last bytes, which lie in a buffer, find no room."""
+    out = tmp_path / "m.gguf"
+    whole = qfx.export_gguf(tiny.build("llama"), out, "F16", tokenizer=False).path.read_bytes()
+    code = (
+        "import resource, signal, qfx\nfrom tests import tiny\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "for less in (1, 100, 5000):\n"
+        f"  resource.setrlimit(resource.RLIMIT_FSIZE, ({len(whole)} - less, -1))\n"
+        f"  try: qfx.export_gguf(tiny.build('llama', 1), {str(out)!r}, 'F16', tokenizer=False)\n"
+        "  except OSError as error: print(error)\n"
+    )
+    assert python(code).count("the disk is full; nothing was changed") == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"] and out.read_bytes() == whole
 
 
 def test_exports_replace_files_whole(file: Path) -> None:

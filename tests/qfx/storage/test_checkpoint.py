@@ -21,6 +21,7 @@ TENSORS = {
     "c": torch.tensor(1.5, dtype=torch.float16),
     "d": torch.zeros(0, 3),
     "e": torch.ones(2).to(torch.float8_e4m3fn),
+    "f": torch.tensor([0.25, 4.0]).to(torch.float8_e8m0fnu),
 }
 
 

@@ -136,6 +136,18 @@ class TestResume:
         ):
             self.plan(tmp_path)
 
+    @pytest.mark.parametrize("at", ["weights", "metadata"])
+    def test_one_flipped_bit_is_found(self, at: str, tmp_path: Path) -> None:
+        whole = self.plan(tmp_path)
+        file = tmp_path / "block-00001.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1 if at == "weights" else data.index(b"notes")] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=r"block-00001\.safetensors was altered\n  next step: remove the file"):
+            self.plan(tmp_path)
+        file.unlink()
+        assert self.same(self.plan(tmp_path), whole)
+
     def test_a_full_disk_keeps_what_is_done(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         original = files.dump_safetensors
 
