@@ -271,7 +271,7 @@ def _without_overwritten(captured: Captured) -> Captured:
     buffers = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")} - read
     gone = {o for o in captured.mutations if names[o] in buffers}
     left = [o for o in captured.mutations if o not in gone]
-    output.args = (tuple(x for o, x in enumerate(output.args[0]) if o not in gone),)  # type: ignore[arg-type,union-attr]
+    output.args = (tuple(x for o, x in enumerate(output.args[0]) if o not in gone),)  # type: ignore[arg-type]
     gm.meta["qfx_mutations"] = {at: names[o] for at, o in enumerate(left)}
     gm.recompile()
     return replace(captured, mutations={at: captured.mutations[o] for at, o in enumerate(left)})

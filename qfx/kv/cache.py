@@ -44,8 +44,9 @@ class QuantizedCache(Cache):  # type: ignore[misc]
     one graph for all steps. In 8 bits every token is stored at once, without residual and sinks, and on the CPU read as
     floats (see `qfx.kv.static`); below, it reads as the growing cache does (see `qfx.kv.static_packed`).
 
-    Raises ValueError for formats that no cache can have and for lists that the model does not fit; UnsupportedError for
-    layers that hold other states than keys and values.
+    Raises ValueError for formats that no cache can have and for lists of another number of layers; UnsupportedError for
+    layers that hold other states than keys and values. Lists by heads are looked at when the first keys come: configs
+    do not tell how many those have (Falcon, MiMo-V2).
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         wanted = cache_formats(formats, len(kinds))
         layers = []
         for i, (kind, more, fmt) in enumerate(zip(kinds, options, wanted, strict=True)):
-            layers.append(_layer(i, kind, more, fmt, _sizes(decoder, i), max_length))
+            layers.append(_layer(i, kind, more, fmt, max_length))
         scratch = Scratch()
         for layer in layers:
             if isinstance(layer, QuantizedLayer):
@@ -123,14 +124,7 @@ def _kinds(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
     return kinds, [options] * len(kinds) if isinstance(options, dict) else options
 
 
-def _layer(
-    index: int,
-    kind: str,
-    options: dict[str, Any],
-    fmt: CacheFormat,
-    sizes: tuple[int, int] | None,
-    max_length: int | None,
-) -> Any:
+def _layer(index: int, kind: str, options: dict[str, Any], fmt: CacheFormat, max_length: int | None) -> Any:
     if kind == "dummy":
         from transformers.cache_utils import DummyLayer  # releases that name this kind have it
 
@@ -145,24 +139,10 @@ def _layer(
             )
         )
     where, window = f"layer {index}", options.get("sliding_window") if kind in _WINDOWED else None
-    if sizes is not None:
-        fmt.check_heads(sizes[0], where)
     if max_length is not None:
         if not stores_alone(fmt):
-            return PackedStaticLayer(fmt, where, max_length, expected=sizes)
+            return PackedStaticLayer(fmt, where, max_length)
         fmt = replace(fmt, sinks=0, residual=0)
-        packed = PackedStaticLayer(fmt, where, max_length, expected=sizes)
-        return StaticQuantizedLayer(fmt, where, max_length, expected=sizes, packed=packed)
-    return QuantizedLayer(replace(fmt, sinks=0) if window else fmt, where, window=window, expected=sizes)
-
-
-def _sizes(config: Any, index: int) -> tuple[int, int] | None:
-    """(heads of keys, channels of a head) of a layer, None where the config does not say both."""
-    own = config.per_layer_config[index]
-    heads = getattr(own, "num_key_value_heads", None) or getattr(own, "num_attention_heads", None)
-    width = getattr(own, "head_dim", None)
-    if width is None and getattr(own, "hidden_size", None) and getattr(own, "num_attention_heads", None):
-        width = own.hidden_size // own.num_attention_heads
-    if not isinstance(heads, int) or not isinstance(width, int) or getattr(own, "kv_lora_rank", None):
-        return None
-    return heads, width
+        packed = PackedStaticLayer(fmt, where, max_length)
+        return StaticQuantizedLayer(fmt, where, max_length, packed=packed)
+    return QuantizedLayer(replace(fmt, sinks=0) if window else fmt, where, window=window)

@@ -96,10 +96,8 @@ class PackedStaticLayer(StaticLayer):
 
     is_croppable = False
 
-    def __init__(
-        self, fmt: CacheFormat, where: str, max_length: int, *, expected: tuple[int, int] | None = None
-    ) -> None:
-        super().__init__(fmt, where, max_length, expected=expected)
+    def __init__(self, fmt: CacheFormat, where: str, max_length: int) -> None:
+        super().__init__(fmt, where, max_length)
         self.kinds = self._kinds()  # not with the memory: a compiler that traces the first call makes no classes
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
