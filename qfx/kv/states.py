@@ -79,6 +79,7 @@ class PackedStates(Tensor):
         return x.transpose(2, 3) if what.form == "t" else x
 
     @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
