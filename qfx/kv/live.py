@@ -106,8 +106,9 @@ def _instead(model: nn.Module, config: Any, kwargs: Mapping[str, Any], given: An
 
 def _others(model: nn.Module, given: Sequence[CacheFormat]) -> str:
     """That a cache of other formats than the plan's was given; layers that are plain in both are alike."""
-    planned = layer_formats(caches_of(model), len(given))
-    for index, (one, other) in enumerate(zip(given, planned, strict=True)):
+    planned = {one.layer.index: one.format for one in read(caches_of(model)) if not one.layer.cross}
+    for index, one in enumerate(given):
+        other = planned.get(index, one)
         plain = all(fmt.is_plain for f in (one, other) for fmt in (*f.keys, *f.values))
         if not plain and (one.keys, one.values) != (other.keys, other.values):
             return f"a QuantizedCache of other formats was given, layer {index} in {one} instead of {other}"

@@ -353,10 +353,51 @@ def test_inference_mode_for_some_calls_alone(kv: str) -> None:
     assert torch.equal(torch.cat(found, 1), expected)
 
 
+def linear(kind: str = "qwen3_next") -> Any:
+    """A decoder of two layers: linear attention (LFM2: a convolution), then attention."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+    }  # fmt: skip
+    if kind == "lfm2":
+        config = tf.Lfm2Config(**sizes, layer_types=["conv", "full_attention"])
+    else:
+        config = tf.Qwen3NextConfig(
+            **sizes, head_dim=16, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
+            linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16, num_experts=2,
+            num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        )  # fmt: skip
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    randomize(model, 0)
+    return model
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("length", [None, 64])
+@pytest.mark.parametrize("kind", ["qwen3_next", "lfm2"])
+def test_layers_of_linear_attention_keep_their_states(kind: str, length: int | None, how: dict[str, Any]) -> None:
+    model, asked = linear(kind), {"max_new_tokens": 8, "do_sample": False, "output_logits": True}
+    caches = tf.DynamicCache(config=model.config), qfx.QuantizedCache(model.config, "f32", max_length=length)
+    given = {"attention_mask": torch.ones(2, 20, dtype=torch.long), "return_dict_in_generate": True, **asked, **how}
+    expected, found = (model.generate(ids(20), past_key_values=cache, **given) for cache in caches)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert drift(torch.stack(found.logits), torch.stack(expected.logits)) < 1e-5
+
+
+def test_only_attention_is_quantized_beside_linear_attention() -> None:
+    model = linear()
+    cache = qfx.QuantizedCache(model.config, {"k": "u8/g4/f16", "v": "i8", "residual": 0})
+    expected = logits(model, ids(), tf.DynamicCache(config=model.config), (30, 1))
+    assert 0 < drift(logits(model, ids(), cache, (30, 1)), expected) < 0.01
+    states = cache.layers[0].conv_states[0].nbytes + cache.layers[0].recurrent_states[0].nbytes
+    assert cache.nbytes() == cache.layers[1].nbytes + states and states > 0
+
+
 def test_layers_with_other_states_are_refused() -> None:
-    config = tf.Qwen3NextConfig(num_hidden_layers=4, layer_types=["linear_attention"] * 3 + ["full_attention"])
-    with pytest.raises(qfx.UnsupportedError, match=r"(?s)layer 0 is of kind 'linear_attention'.*DynamicCache"):
-        qfx.QuantizedCache(config)
+    with pytest.raises(qfx.UnsupportedError, match=r"(?s)layer 0 is of kind 'hybrid'.*DynamicCache"):
+        qfx.QuantizedCache(tf.FalconH1Config(num_hidden_layers=2))
+    with pytest.raises(qfx.UnsupportedError, match=r"(?s)no layer of the model keeps keys and values.*DynamicCache"):
+        qfx.QuantizedCache(tf.MambaConfig(num_hidden_layers=2))
 
 
 def test_half_precision_models() -> None:

@@ -76,6 +76,8 @@ def test_a_cache_of_other_formats_is_told() -> None:
         found = models.generated(model, past_key_values=QuantizedCache(model.config, "i8"))
     assert found.past_key_values.formats[0].keys == (qfx.Format.parse("i8/tok/f16"),)
     models.generated(model, past_key_values=QuantizedCache(model.config, "i4"))  # those of the plan: nothing to say
+    model.__dict__["qfx_caches"].pop(models.NAMES[0])  # as where a layer has no keys and values
+    models.generated(model, past_key_values=QuantizedCache(model.config, "i4"))
 
 
 def test_beams_sampling_and_lookup_run_over_it() -> None:
