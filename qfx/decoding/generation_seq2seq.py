@@ -216,6 +216,13 @@ class OnnxWhisper(OnnxSeq2SeqLM, WhisperGenerationMixin):  # type: ignore[misc]
         convolutions = {"conv1": SimpleNamespace(stride=(1,)), "conv2": stride}
         self.model = SimpleNamespace(config=config, encoder=SimpleNamespace(**convolutions))
 
+    def _postprocess_outputs(self, seek_outputs: Any, **given: Any) -> Any:
+        """Results (return_dict_in_generate, thresholds) have no cache: the file's is not split by sequences."""
+        if not isinstance(seek_outputs, Tensor):
+            left = {name: found for name, found in seek_outputs.items() if name != "past_key_values"}
+            seek_outputs = type(seek_outputs)(**left)
+        return super()._postprocess_outputs(seek_outputs=seek_outputs, **given)
+
 
 def _checked(states: Any) -> BaseModelOutput:
     if not isinstance(states, BaseModelOutput) or _ROWS not in states:

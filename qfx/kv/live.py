@@ -49,7 +49,7 @@ def new_cache(model: nn.Module) -> Any:
 
     What the plan has no format for stays in the dtype of the model.
     """
-    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+    from transformers.cache_utils import DynamicCache
 
     from qfx.kv.cache import QuantizedCache
 
@@ -59,12 +59,12 @@ def new_cache(model: nn.Module) -> Any:
     made = QuantizedCache(config, layer_formats(caches, config.num_hidden_layers, plain=plain))
     if not getattr(whole, "is_encoder_decoder", False):
         return made
+    from qfx.kv.cross import BothCaches, cross_cache
+
     other: Any = DynamicCache(config=config)
     if any(one.layer.cross and not one.is_plain for one in read(caches)):
-        from qfx.kv.cross import cross_cache
-
         other = cross_cache(config, layer_formats(caches, config.num_hidden_layers, cross=True, plain=plain))
-    return EncoderDecoderCache(made, other)
+    return BothCaches(made, other)
 
 
 @class_maker
