@@ -86,7 +86,12 @@ def _class_of(base: type[nn.Module]) -> type[nn.Module]:
             model_kwargs["past_key_values"] = made
         return result
 
-    return subclass(base, {"_prepare_cache_for_generation": _prepare_cache_for_generation, "qfx_caching": base})
+    def init_continuous_batching(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _say(self, "continuous batching (generate_batch) has pages of its own")
+        return own.init_continuous_batching(self, *args, **kwargs)
+
+    found = (_prepare_cache_for_generation, init_continuous_batching)
+    return subclass(base, {**{one.__name__: one for one in found}, "qfx_caching": base})
 
 
 def _instead(model: nn.Module, config: Any, kwargs: Mapping[str, Any], given: Any) -> str:
@@ -120,6 +125,6 @@ def _say(model: nn.Module, instead: str) -> None:
     said = model.__dict__.setdefault(_SAID, set())
     if instead not in said:
         said.add(instead)
-        step = "leave that out of generate() for the quantized cache"
+        step = "call generate() without that for the quantized cache"
         note = Note(type(model).__name__, f"the cache's formats of the plan are set aside: {instead}", step)
         warnings.warn(str(note), QfxWarning, stacklevel=5)  # the caller of generate(), behind its no_grad

@@ -175,7 +175,7 @@ def another(
             f"{role} of another {what} for the cache of {where}",
             expected=old,
             found=new,
-            next_step="start with a new cache, or `reset()` this one",
+            next_step="start with a new cache",
         )
     )
 
