@@ -169,7 +169,7 @@ class OnnxSeq2SeqLM(Generator):
         """
         if decoder_input_ids is None:
             raise ValueError(explain("decoder_input_ids are needed", next_step="give them, or call generate()"))
-        cache = self._new_cache() if past_key_values is None else past_key_values
+        cache = self._cache(past_key_values)
         reads = {n: kwargs.pop(n) for n in list(kwargs) if n in self.encoder._runner.inputs}
         refuse_unknown(kwargs)
         if encoder_outputs is None and not cache.cross:

@@ -355,6 +355,14 @@ def test_a_cache_of_transformers_own_is_not_promised(folder: Path) -> None:
     assert torch.equal(found, written_by(loaded, prompt()))
 
 
+def test_a_cache_of_another_kind_is_refused(folder: Path) -> None:
+    import transformers
+
+    loaded: Any = qfx.onnx.load(folder)
+    with pytest.raises(ValueError, match=r"(?s)a cache that a file cannot fill.*SharedCache.*found: DynamicCache"):
+        written_by(loaded, prompt(), past_key_values=transformers.DynamicCache())
+
+
 def test_assisted_decoding_needs_all_logits(folder: Path, tmp_path: Path) -> None:
     one = {"input_ids": prompt()["input_ids"][:1]}
     last: Any = qfx.onnx.load(folder)
