@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _FULL = ("full_attention",)
 _WINDOWED = ("sliding_attention", "chunked_attention")
+_PLACED_BY_LENGTH = ("gpt_neo",)  # transformers' own static cache gives wrong results there
 _PLAIN = "use transformers' DynamicCache for this model"
 
 
@@ -48,8 +49,9 @@ class QuantizedCache(Cache):  # type: ignore[misc]
     floats (see `qfx.kv.static`); below, it reads as the growing cache does (see `qfx.kv.static_packed`).
 
     Raises ValueError for formats that no cache can have and for lists of another number of layers; UnsupportedError for
-    layers that hold other states beside keys and values, and where none holds any. Lists by heads are looked at when
-    the first keys come: configs do not tell how many those have (Falcon, MiMo-V2).
+    layers that hold other states beside keys and values, where none holds any, and for a fixed length of a model that
+    cannot have it (GPT-Neo). Lists by heads are looked at when the first keys come: configs do not tell how many those
+    have (Falcon, MiMo-V2).
     """
 
     def __init__(
@@ -67,6 +69,9 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         if offloading and not torch.cuda.is_available():
             raise _nothing_to_offload("no GPU")
         decoder = config.get_text_config(decoder=True)
+        if max_length is not None and decoder.model_type in _PLACED_BY_LENGTH:
+            what = f"{decoder.model_type} places its queries by the number of keys, which a fixed length makes wrong"
+            raise UnsupportedError(explain(what, found=f"max_length={max_length}", next_step="leave max_length out"))
         kinds, options = _kinds(decoder)
         wanted = cache_formats(formats, len(kinds))
         layers = []

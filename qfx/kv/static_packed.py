@@ -60,7 +60,7 @@ class Handle(Tensor):
                 explain(
                     f"'{name}' cannot read a quantized cache of fixed length",
                     expected="scaled_dot_product_attention, or matmul with keys and with values",
-                    next_step="load the model with attn_implementation='sdpa' (or 'eager')",
+                    next_step="load the model with attn_implementation='sdpa' (or 'eager'), or leave max_length out",
                 )
             )
         with torch._C.DisableTorchFunctionSubclass():

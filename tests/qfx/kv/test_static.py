@@ -111,6 +111,13 @@ def test_windows() -> None:
     assert drift(logits(model, tokens, fixed(model, "f32"), (30, 1, 4)), expected) < 1e-5
 
 
+def test_queries_placed_by_the_number_of_keys_are_refused() -> None:
+    config = tf.GPTNeoConfig(num_layers=2, attention_types=[[["global", "local"], 1]])
+    assert qfx.QuantizedCache(config).get_seq_length() == 0
+    with pytest.raises(qfx.UnsupportedError, match=r"(?s)gpt_neo places its queries.*leave max_length out"):
+        qfx.QuantizedCache(config, max_length=20)
+
+
 def test_bad_input() -> None:
     model = small()
     cache = fixed(model, length=20)
