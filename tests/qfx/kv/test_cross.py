@@ -53,7 +53,7 @@ def test_assisted_decoding_crops_it(how: dict[str, Any]) -> None:
     model: Any = qfx.quantize(bart(), "kv8")
     how = {name: bart() if value == "itself" else value for name, value in how.items()}
     given = {"input_ids": tiny.ids()[:1], "max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(model.generate(**given, **how), bart().generate(**given))
+    assert torch.equal(model.generate(**given, **how), bart().generate(**given, **how))
 
 
 def test_both_caches_repeat_and_select_sequences() -> None:
