@@ -12,6 +12,7 @@ from torch import Tensor
 
 import qfx
 from qfx.errors import QfxWarning
+from qfx.kv.judge import judge
 from tests.zoo import randomize
 
 tf = pytest.importorskip("transformers", reason="the cache is one of transformers: pip install qfx[hf]")
@@ -391,6 +392,7 @@ def test_only_attention_is_quantized_beside_linear_attention() -> None:
     assert 0 < drift(logits(model, ids(), cache, (30, 1)), expected) < 0.01
     states = cache.layers[0].conv_states[0].nbytes + cache.layers[0].recurrent_states[0].nbytes
     assert cache.nbytes() == cache.layers[1].nbytes + states and states > 0
+    assert judge(model, ids(), qfx.QuantizedCache(model.config, "f32"), step=8).kld < 1e-6
 
 
 def test_layers_with_other_states_are_refused() -> None:
