@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ def capture_export(
     first = len(placeholders) - len(signature.user_inputs)
     traced, mutated = retrace(ep.graph_module, [n.meta["val"] for n in placeholders])
     inputs = {i: n.name for i, n in enumerate(placeholders) if i not in tensors}
-    captured = _normal(traced, inputs, tensors, mutated, {})
+    captured = _without_overwritten(_normal(traced, inputs, tensors, mutated, {}))
     assert all(i >= first for i in captured.inputs), "an unnamed tensor among the lifted inputs"
     return Captured(
         gm=captured.gm,
@@ -257,6 +257,24 @@ def _normal(
         scalars=scalars,
         mutations=mutations,
     )
+
+
+def _without_overwritten(captured: Captured) -> Captured:
+    """Without new values of buffers that each call overwrites before it reads them, such as RoPE's frequencies that a
+    model chooses by the length: no later call sees them."""
+    gm, output, names = captured.gm, captured.gm.graph.output_node(), captured.gm.meta["qfx_mutations"]
+    read = {
+        str(n.target)
+        for n in gm.graph.find_nodes(op="get_attr")
+        if any(u.target != torch.ops.aten.copy.default or n in u.args[1:] for u in n.users)
+    }
+    buffers = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")} - read
+    gone = {o for o in captured.mutations if names[o] in buffers}
+    left = [o for o in captured.mutations if o not in gone]
+    output.args = (tuple(x for o, x in enumerate(output.args[0]) if o not in gone),)  # type: ignore[arg-type]
+    gm.meta["qfx_mutations"] = {at: names[o] for at, o in enumerate(left)}
+    gm.recompile()
+    return replace(captured, mutations={at: captured.mutations[o] for at, o in enumerate(left)})
 
 
 def example_of(node: fx.Node) -> Any:

@@ -94,14 +94,6 @@ def _export_file(model: nn.Module, call: Call, target: Path, order: Order, *, dy
     with evaluating(model), Spill(target.parent) as spill:
         order = order.planned(model)
         captured = capture_export(model, args, without_cache(model, kwargs, args), dynamic=dynamic)
-        if captured.mutations:
-            raise UnsupportedError(
-                explain(
-                    f"{type(model).__name__} changes its inputs or buffers, which a file cannot",
-                    found=", ".join(sorted(captured.gm.meta["qfx_mutations"].values())),
-                    next_step="export a forward that returns what it changes",
-                )
-            )
         notes = other_sizes(captured, model, args, kwargs, type(model).__name__)
         notes = [*order.beside, *notes, *quantize(captured, order, spill)]
         return write(captured, notes, target, order, spill)

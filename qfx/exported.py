@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from qfx import graph
 from qfx.capture import Captured
-from qfx.errors import Note, UnsupportedError
+from qfx.errors import Note, UnsupportedError, explain
 from qfx.live.segments import asked
 from qfx.passes._match import arguments
 from qfx.pipeline import apply_plan, prepare, told
@@ -68,7 +68,18 @@ class Exported:
 
 
 def quantize(captured: Captured, order: Order, spill: Spill) -> list[Note]:
-    """Bring the graph to the form in which plans speak of it, and quantize it where that is asked."""
+    """Bring the graph to the form in which plans speak of it, and quantize it where that is asked.
+
+    Raises UnsupportedError for a graph that changes what it was given.
+    """
+    if captured.mutations:
+        raise UnsupportedError(
+            explain(
+                "the model changes its inputs or buffers, which a file cannot",
+                found=", ".join(sorted(captured.gm.meta["qfx_mutations"].values())),
+                next_step="export a forward that returns what it changes",
+            )
+        )
     prepare(captured.gm)
     give_back()  # tracing makes much that goes
     if order.plan is None and order.recipe is None:

@@ -51,7 +51,7 @@ class OnnxCausalLM(Generator):
             found = str(list(input_ids.shape)) if not input_ids.numel() else str(int(input_ids.min()))
             raise ValueError(explain("input_ids are no tokens", expected="[B, S] of 0 or more", found=found))
         refuse_unknown({name: given for name, given in others.items() if not _says_nothing(name, given)})
-        cache = self._new_cache() if past_key_values is None else past_key_values
+        cache = self._cache(past_key_values)
         logits = self._logits(input_ids.long(), attention_mask, position_ids, cache, logits_to_keep)
         return CausalLMOutputWithPast(logits=logits, past_key_values=None if use_cache is False else cache)
 

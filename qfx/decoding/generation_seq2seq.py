@@ -169,7 +169,7 @@ class OnnxSeq2SeqLM(Generator):
         """
         if decoder_input_ids is None:
             raise ValueError(explain("decoder_input_ids are needed", next_step="give them, or call generate()"))
-        cache = self._new_cache() if past_key_values is None else past_key_values
+        cache = self._cache(past_key_values)
         reads = {n: kwargs.pop(n) for n in list(kwargs) if n in self.encoder._runner.inputs}
         refuse_unknown(kwargs)
         if encoder_outputs is None and not cache.cross:
@@ -215,6 +215,13 @@ class OnnxWhisper(OnnxSeq2SeqLM, WhisperGenerationMixin):  # type: ignore[misc]
         stride = SimpleNamespace(stride=(frames // config.max_source_positions,))
         convolutions = {"conv1": SimpleNamespace(stride=(1,)), "conv2": stride}
         self.model = SimpleNamespace(config=config, encoder=SimpleNamespace(**convolutions))
+
+    def _postprocess_outputs(self, seek_outputs: Any, **given: Any) -> Any:
+        """Results (return_dict_in_generate, thresholds) have no cache: the file's is not split by sequences."""
+        if not isinstance(seek_outputs, Tensor):
+            left = {name: found for name, found in seek_outputs.items() if name != "past_key_values"}
+            seek_outputs = type(seek_outputs)(**left)
+        return super()._postprocess_outputs(seek_outputs=seek_outputs, **given)
 
 
 def _checked(states: Any) -> BaseModelOutput:

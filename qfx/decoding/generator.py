@@ -73,6 +73,19 @@ class Generator(GenerationMixin):  # type: ignore[misc]
     def _new_cache(self, room: int = 0) -> Any:
         return self._CACHE(self._sizes, room, self._dtypes)
 
+    def _cache(self, given: Any) -> Any:
+        """The cache of a call, an empty one where none is given. Raises ValueError for one of another kind."""
+        if given is not None and not isinstance(given, self._CACHE):
+            raise ValueError(
+                explain(
+                    "past_key_values are of a cache that a file cannot fill",
+                    expected=f"the {self._CACHE.__name__} of an earlier call",
+                    found=type(given).__name__,
+                    next_step="leave past_key_values out; qfx.export_onnx(..., kv='i8') stores the cache in 8 bits",
+                )
+            )
+        return self._new_cache() if given is None else given
+
     def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
         """There is nothing to set: the file decides how it runs."""
         return nullcontext()

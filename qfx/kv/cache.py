@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, get_layer_types_and_kwargs
+from torch.utils import _pytree as pytree
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from qfx.errors import UnsupportedError, check_flags, explain
 from qfx.kv.attend import Scratch
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _FULL = ("full_attention",)
 _WINDOWED = ("sliding_attention", "chunked_attention")
+_PLACED_BY_LENGTH = ("gpt_neo",)  # transformers' own static cache gives wrong results there
+_PLAIN = "use transformers' DynamicCache for this model"
 
 
 class QuantizedCache(Cache):  # type: ignore[misc]
@@ -36,7 +39,8 @@ class QuantizedCache(Cache):  # type: ignore[misc]
 
     Attention reads the codes tile by tile where the model runs as transformers' sdpa or eager attention; other
     implementations get floats of the whole history, and a QfxWarning says so (see `qfx.kv.states`). Layers with a
-    window keep what it can see, without sinks.
+    window keep what it can see, without sinks. Layers of linear attention and of convolutions keep their states, which
+    do not grow, as transformers does; so do those that read the keys of others.
 
     offloading: layers rest in the CPU's memory and come back to the GPU ahead of their turn, as transformers does it.
 
@@ -44,8 +48,10 @@ class QuantizedCache(Cache):  # type: ignore[misc]
     one graph for all steps. In 8 bits every token is stored at once, without residual and sinks, and on the CPU read as
     floats (see `qfx.kv.static`); below, it reads as the growing cache does (see `qfx.kv.static_packed`).
 
-    Raises ValueError for formats that no cache can have and for lists that the model does not fit; UnsupportedError for
-    layers that hold other states than keys and values.
+    Raises ValueError for formats that no cache can have and for lists of another number of layers; UnsupportedError for
+    layers that hold other states beside keys and values, where none holds any, and for a fixed length of a model that
+    cannot have it (GPT-Neo). Lists by heads are looked at when the first keys come: configs do not tell how many those
+    have (Falcon, MiMo-V2).
     """
 
     def __init__(
@@ -63,11 +69,16 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         if offloading and not torch.cuda.is_available():
             raise _nothing_to_offload("no GPU")
         decoder = config.get_text_config(decoder=True)
+        if max_length is not None and decoder.model_type in _PLACED_BY_LENGTH:
+            what = f"{decoder.model_type} places its queries by the number of keys, which a fixed length makes wrong"
+            raise UnsupportedError(explain(what, found=f"max_length={max_length}", next_step="leave max_length out"))
         kinds, options = _kinds(decoder)
         wanted = cache_formats(formats, len(kinds))
         layers = []
         for i, (kind, more, fmt) in enumerate(zip(kinds, options, wanted, strict=True)):
-            layers.append(_layer(i, kind, more, fmt, _sizes(decoder, i), max_length))
+            layers.append(_layer(i, kind, more, fmt, max_length))
+        if not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+            raise UnsupportedError(explain("no layer of the model keeps keys and values", next_step=_PLAIN))
         scratch = Scratch()
         for layer in layers:
             if isinstance(layer, QuantizedLayer):
@@ -97,11 +108,17 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         return found
 
     def nbytes(self) -> int:
-        """Bytes held by all layers: codes, scales, zero points, float tokens, and room to grow.
+        """Bytes held by all layers: codes, scales, zero points, float tokens, room to grow, states of linear attention.
 
         Not what one call needs: floats of a tile, of at most about two million bytes for the whole cache.
         """
-        return sum(layer.nbytes for layer in self.layers if isinstance(layer, QuantizedLayer | StaticLayer))
+        return sum(_nbytes(layer) for layer in self.layers)
+
+
+def _nbytes(layer: Any) -> int:
+    if isinstance(layer, QuantizedLayer | StaticLayer):
+        return layer.nbytes
+    return sum(x.nbytes for x in pytree.tree_leaves(vars(layer)) if isinstance(x, Tensor))
 
 
 def _nothing_to_offload(found: str) -> ValueError:
@@ -123,46 +140,24 @@ def _kinds(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
     return kinds, [options] * len(kinds) if isinstance(options, dict) else options
 
 
-def _layer(
-    index: int,
-    kind: str,
-    options: dict[str, Any],
-    fmt: CacheFormat,
-    sizes: tuple[int, int] | None,
-    max_length: int | None,
-) -> Any:
-    if kind == "dummy":
-        from transformers.cache_utils import DummyLayer  # releases that name this kind have it
-
-        return DummyLayer()
+def _layer(index: int, kind: str, options: dict[str, Any], fmt: CacheFormat, max_length: int | None) -> Any:
+    own = DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
+    if own is not None and not issubclass(own, CacheLayerMixin):
+        return own(**options)  # states of linear attention or of convolutions, or none
     if kind not in (*_FULL, *_WINDOWED):
         raise UnsupportedError(
             explain(
                 f"layer {index} is of kind {kind!r}, whose states a quantized cache cannot hold",
                 expected=", ".join((*_FULL, *_WINDOWED)),
                 found=kind,
-                next_step="use transformers' DynamicCache for this model",
+                next_step=_PLAIN,
             )
         )
     where, window = f"layer {index}", options.get("sliding_window") if kind in _WINDOWED else None
-    if sizes is not None:
-        fmt.check_heads(sizes[0], where)
     if max_length is not None:
         if not stores_alone(fmt):
-            return PackedStaticLayer(fmt, where, max_length, expected=sizes)
+            return PackedStaticLayer(fmt, where, max_length)
         fmt = replace(fmt, sinks=0, residual=0)
-        packed = PackedStaticLayer(fmt, where, max_length, expected=sizes)
-        return StaticQuantizedLayer(fmt, where, max_length, expected=sizes, packed=packed)
-    return QuantizedLayer(replace(fmt, sinks=0) if window else fmt, where, window=window, expected=sizes)
-
-
-def _sizes(config: Any, index: int) -> tuple[int, int] | None:
-    """(heads of keys, channels of a head) of a layer, None where the config does not say both."""
-    own = config.per_layer_config[index]
-    heads = getattr(own, "num_key_value_heads", None) or getattr(own, "num_attention_heads", None)
-    width = getattr(own, "head_dim", None)
-    if width is None and getattr(own, "hidden_size", None) and getattr(own, "num_attention_heads", None):
-        width = own.hidden_size // own.num_attention_heads
-    if not isinstance(heads, int) or not isinstance(width, int) or getattr(own, "kv_lora_rank", None):
-        return None
-    return heads, width
+        packed = PackedStaticLayer(fmt, where, max_length)
+        return StaticQuantizedLayer(fmt, where, max_length, packed=packed)
+    return QuantizedLayer(replace(fmt, sinks=0) if window else fmt, where, window=window)

@@ -1,10 +1,12 @@
-"""The cache of cross-attention: filled once with what an encoder gave, read by every token after that."""
+"""The cache of cross-attention: filled once with what an encoder gave, read by every token after that; and both caches
+of an encoder-decoder."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import EncoderDecoderCache
 
 from qfx.kv.cache import QuantizedCache
 from qfx.kv.layers import QuantizedLayer
@@ -23,6 +25,13 @@ class CrossLayer(QuantizedLayer):
     def values(self) -> Tensor | None:
         """Values [B, G, L, Dv] that attention reads from the codes."""
         return None if self.store is None else packed(self.store.view())[1]
+
+
+class BothCaches(EncoderDecoderCache):  # type: ignore[misc]
+    """The caches of self-attention and of cross-attention."""
+
+    def check_dynamic_cache(self, method: str) -> None:
+        """Both can do what transformers' dynamic ones can: lose tokens (assisted decoding), repeat and select."""
 
 
 def cross_cache(config: Any, formats: list[Any]) -> QuantizedCache:

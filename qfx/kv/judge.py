@@ -74,7 +74,8 @@ def judge_each(
     from qfx.quantize import evaluating  # which imports much
 
     _check(ids, step, mask)
-    every = {FLOAT: DynamicCache() if reference is None else reference, **{f"={n}": c for n, c in caches.items()}}
+    plain = DynamicCache(config=getattr(model, "config", None)) if reference is None else reference
+    every = {FLOAT: plain, **{f"={n}": c for n, c in caches.items()}}
     for name, cache in every.items():
         if cache.get_seq_length():
             raise ValueError(
@@ -98,8 +99,7 @@ def judge_each(
                 sums[name].step(start, wanted, logits, counted[:, part])
                 sums[name].text(last.get(name), logits, ids, counted, start)
                 last[name] = logits[:, -1:]
-    plain = sums[FLOAT]
-    return {name: sums[f"={name}"].result(plain, cache) for name, cache in caches.items()}
+    return {name: sums[f"={name}"].result(sums[FLOAT], cache) for name, cache in caches.items()}
 
 
 def over_cache(model: Any, kv: Any, calls: Sequence[Call]) -> Callable[..., Any]:

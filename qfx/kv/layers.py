@@ -12,20 +12,17 @@ from qfx.errors import explain
 from qfx.kv.attend import Scratch
 from qfx.kv.formats import CacheFormat
 from qfx.kv.states import packed
-from qfx.kv.store import Store, of_other_heads
+from qfx.kv.store import Store
 
 
 class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer, in the formats of `fmt`.
 
-    expected: (heads, channels of a head) as the model's config says, None where it says nothing. window: tokens that a
-    new one sees, itself included (sliding and chunked attention), of which only those are kept.
+    window: tokens that a new one sees, itself included (sliding and chunked attention), of which only those are kept.
     """
 
-    def __init__(
-        self, fmt: CacheFormat, where: str, *, window: int | None = None, expected: tuple[int, int] | None = None
-    ) -> None:
-        self.fmt, self.where, self.window, self.expected = fmt, where, window, expected
+    def __init__(self, fmt: CacheFormat, where: str, *, window: int | None = None) -> None:
+        self.fmt, self.where, self.window = fmt, where, window
         self.store: Store | None = None
         self.scratch = Scratch()
         self.record_past = False
@@ -67,9 +64,8 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the store for keys and values of these sizes. Raises ValueError for heads that the config has not."""
+        """Make the store for keys and values of these sizes. Raises ValueError for heads that lists do not fit."""
         self.device = key_states.device
-        of_other_heads(key_states, self.expected, self.where)
         self.store = Store(self.fmt, key_states, value_states, where=self.where, scratch=self.scratch)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # no graph stands for memory that grows

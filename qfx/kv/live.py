@@ -49,7 +49,7 @@ def new_cache(model: nn.Module) -> Any:
 
     What the plan has no format for stays in the dtype of the model.
     """
-    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+    from transformers.cache_utils import DynamicCache
 
     from qfx.kv.cache import QuantizedCache
 
@@ -59,12 +59,12 @@ def new_cache(model: nn.Module) -> Any:
     made = QuantizedCache(config, layer_formats(caches, config.num_hidden_layers, plain=plain))
     if not getattr(whole, "is_encoder_decoder", False):
         return made
+    from qfx.kv.cross import BothCaches, cross_cache
+
     other: Any = DynamicCache(config=config)
     if any(one.layer.cross and not one.is_plain for one in read(caches)):
-        from qfx.kv.cross import cross_cache
-
         other = cross_cache(config, layer_formats(caches, config.num_hidden_layers, cross=True, plain=plain))
-    return EncoderDecoderCache(made, other)
+    return BothCaches(made, other)
 
 
 @class_maker
@@ -86,7 +86,12 @@ def _class_of(base: type[nn.Module]) -> type[nn.Module]:
             model_kwargs["past_key_values"] = made
         return result
 
-    return subclass(base, {"_prepare_cache_for_generation": _prepare_cache_for_generation, "qfx_caching": base})
+    def init_continuous_batching(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _say(self, "continuous batching (generate_batch) has pages of its own")
+        return own.init_continuous_batching(self, *args, **kwargs)
+
+    found = (_prepare_cache_for_generation, init_continuous_batching)
+    return subclass(base, {**{one.__name__: one for one in found}, "qfx_caching": base})
 
 
 def _instead(model: nn.Module, config: Any, kwargs: Mapping[str, Any], given: Any) -> str:
@@ -106,8 +111,9 @@ def _instead(model: nn.Module, config: Any, kwargs: Mapping[str, Any], given: An
 
 def _others(model: nn.Module, given: Sequence[CacheFormat]) -> str:
     """That a cache of other formats than the plan's was given; layers that are plain in both are alike."""
-    planned = layer_formats(caches_of(model), len(given))
-    for index, (one, other) in enumerate(zip(given, planned, strict=True)):
+    planned = {one.layer.index: one.format for one in read(caches_of(model)) if not one.layer.cross}
+    for index, one in enumerate(given):
+        other = planned.get(index, one)
         plain = all(fmt.is_plain for f in (one, other) for fmt in (*f.keys, *f.values))
         if not plain and (one.keys, one.values) != (other.keys, other.values):
             return f"a QuantizedCache of other formats was given, layer {index} in {one} instead of {other}"
@@ -119,6 +125,6 @@ def _say(model: nn.Module, instead: str) -> None:
     said = model.__dict__.setdefault(_SAID, set())
     if instead not in said:
         said.add(instead)
-        step = "leave that out of generate() for the quantized cache"
+        step = "call generate() without that for the quantized cache"
         note = Note(type(model).__name__, f"the cache's formats of the plan are set aside: {instead}", step)
         warnings.warn(str(note), QfxWarning, stacklevel=5)  # the caller of generate(), behind its no_grad

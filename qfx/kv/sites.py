@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import Note, first_line
+from qfx.errors import Note, UnsupportedError, first_line
 from qfx.inputs import example_inputs
 from qfx.kv.plans import CacheLayer
 
@@ -33,6 +33,12 @@ def cache_layers(model: nn.Module, calls: Sequence[Any] = ()) -> tuple[list[Cach
         return [], _none(model, "no example of its inputs is known", "give data=[batch]")
     if not hasattr(getattr(model, "config", None), "get_text_config"):
         return [], _none(model, "its cache cannot be looked at: the model has no config of transformers")
+    from qfx.kv.cache import QuantizedCache  # which needs transformers
+
+    try:
+        QuantizedCache(model.config)
+    except UnsupportedError as error:
+        return [], _none(model, first_line(error))
     seen: dict[tuple[bool, int], CacheLayer] = {}
     try:
         _watch(model, inputs, seen)

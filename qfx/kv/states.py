@@ -79,6 +79,7 @@ class PackedStates(Tensor):
         return x.transpose(2, 3) if what.form == "t" else x
 
     @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -151,7 +152,9 @@ def _matmul(a: Any, b: Any) -> Any:
     if isinstance(a, PackedStates) or not isinstance(b, PackedStates):
         return NotImplemented
     what = b.what
-    if a.dim() != 4 or a.shape[:2] != b.shape[:2] or what.form != ("" if what.role else "t"):
+    if a.dim() != 4 or what.form != ("" if what.role else "t"):
+        return NotImplemented
+    if a.shape[0] != b.shape[0] or b.shape[1] not in (1, a.shape[1]):
         return NotImplemented
     if a.shape[3] != b.shape[2] or _tracked(a, what.view.rest[what.role]):
         return NotImplemented
@@ -223,7 +226,7 @@ def _are_states(*values: Any) -> bool:
 
 def _divides(heads: int, k: _What, v: _What, *, grouped: bool) -> bool:
     own = k.view.shape(0)[1] * k.repeat
-    return k.repeat == v.repeat and (heads == own or (grouped and heads % own == 0))
+    return k.repeat == v.repeat and (own in (1, heads) or (grouped and heads % own == 0))
 
 
 def _tracked(*values: Tensor | None) -> bool:

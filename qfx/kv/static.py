@@ -23,7 +23,7 @@ from qfx.errors import explain
 from qfx.format import Format
 from qfx.kv.codes import encode, stored_dtype
 from qfx.kv.formats import CacheFormat, planes_of, scales_of_token, zero_dtype
-from qfx.kv.store import another, facts, of_other_heads
+from qfx.kv.store import another, facts
 
 
 @dataclass
@@ -71,10 +71,8 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     supports_early_init = True
 
-    def __init__(
-        self, fmt: CacheFormat, where: str, max_length: int, *, expected: tuple[int, int] | None = None
-    ) -> None:
-        self.fmt, self.where, self.max_cache_len, self.expected = fmt, where, max_length, expected
+    def __init__(self, fmt: CacheFormat, where: str, max_length: int) -> None:
+        self.fmt, self.where, self.max_cache_len = fmt, where, max_length
         self.is_initialized = False
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
 
@@ -95,8 +93,7 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
         raise NotImplementedError
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for keys and values of these sizes. Raises ValueError for heads that the config has not."""
-        of_other_heads(key_states, self.expected, self.where)
+        """Allocate for keys and values of these sizes. Raises ValueError for heads that lists do not fit."""
         self.fmt.check_heads(key_states.shape[1], self.where)
         self.facts = [facts(x) for x in (key_states, value_states)]
         self.batch_size, self.device = key_states.shape[0], key_states.device
@@ -207,16 +204,8 @@ class StaticQuantizedLayer(StaticLayer):
     traces the first call can make it.
     """
 
-    def __init__(
-        self,
-        fmt: CacheFormat,
-        where: str,
-        max_length: int,
-        *,
-        expected: tuple[int, int] | None = None,
-        packed: StaticLayer,
-    ) -> None:
-        super().__init__(fmt, where, max_length, expected=expected)
+    def __init__(self, fmt: CacheFormat, where: str, max_length: int, *, packed: StaticLayer) -> None:
+        super().__init__(fmt, where, max_length)
         self.packed = packed
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:

@@ -60,7 +60,7 @@ class Handle(Tensor):
                 explain(
                     f"'{name}' cannot read a quantized cache of fixed length",
                     expected="scaled_dot_product_attention, or matmul with keys and with values",
-                    next_step="load the model with attn_implementation='sdpa' (or 'eager')",
+                    next_step="load the model with attn_implementation='sdpa' (or 'eager'), or leave max_length out",
                 )
             )
         with torch._C.DisableTorchFunctionSubclass():
@@ -96,10 +96,8 @@ class PackedStaticLayer(StaticLayer):
 
     is_croppable = False
 
-    def __init__(
-        self, fmt: CacheFormat, where: str, max_length: int, *, expected: tuple[int, int] | None = None
-    ) -> None:
-        super().__init__(fmt, where, max_length, expected=expected)
+    def __init__(self, fmt: CacheFormat, where: str, max_length: int) -> None:
+        super().__init__(fmt, where, max_length)
         self.kinds = self._kinds()  # not with the memory: a compiler that traces the first call makes no classes
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:

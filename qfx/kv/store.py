@@ -175,22 +175,9 @@ def another(
             f"{role} of another {what} for the cache of {where}",
             expected=old,
             found=new,
-            next_step="start with a new cache, or `reset()` this one",
+            next_step="start with a new cache",
         )
     )
-
-
-def of_other_heads(keys: Tensor, expected: tuple[int, int] | None, where: str) -> None:
-    """Raises ValueError for keys of other (heads, channels) than a config says."""
-    if expected is not None and (keys.shape[1], keys.shape[3]) != expected:
-        raise ValueError(
-            explain(
-                f"keys of another model for the cache of {where}",
-                expected="{} heads of {} channels, as the config says".format(*expected),
-                found=f"{keys.shape[1]} heads of {keys.shape[3]}",
-                next_step="make the cache with the config of the model that uses it",
-            )
-        )
 
 
 def write(part: Part, keys: Tensor, values: Tensor, at: int) -> None:

@@ -223,6 +223,28 @@ class Counts(nn.Module):
         return y
 
 
+class Chosen(nn.Module):
+    """Chooses a buffer by its inputs before it reads it, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale: Tensor
+        self.register_buffer("scale", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.copy_(torch.where(x.max() > 1, torch.full((4,), 2.0), torch.arange(4.0)))
+        y: Tensor = x * self.scale
+        return y
+
+
+def test_a_buffer_that_each_call_overwrites_is_no_state(tmp_path: Path) -> None:
+    model, path = Chosen().eval(), tmp_path / "m.onnx"
+    assert qfx.export_onnx(model, torch.ones(2, 4), path).outputs == ("output",)
+    session = ort.InferenceSession(path)
+    for x in (torch.ones(2, 4), torch.full((3, 4), 5.0), torch.ones(2, 4)):
+        np.testing.assert_array_equal(session.run(None, {"x": x.numpy()})[0], model(x).numpy())
+
+
 LINEAR, X = nn.Linear(4, 4).eval(), torch.ones(2, 4)
 REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "another ending": ((LINEAR, X, "m.bin"), {}, ValueError, r"ends in \.onnx"),

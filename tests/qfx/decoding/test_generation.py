@@ -22,7 +22,7 @@ from qfx.decoding.shared_cache import SharedCache
 from qfx.errors import QfxWarning
 from tests.backends.onnx.checks import sqnr
 from tests.qfx.decoding.test_export import export
-from tests.zoo import VOCAB, ZOO, ids
+from tests.zoo import VOCAB, ZOO, ids, randomize
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny_lm"
 DECODERS = [
@@ -308,6 +308,27 @@ def test_a_configuration_without_a_cache_hides_nothing(tmp_path: Path) -> None:
     assert loaded(ids(3), use_cache=False).past_key_values is None
 
 
+@pytest.mark.parametrize("tokens", [31, 32, 33])
+def test_rope_that_is_chosen_by_the_length(tmp_path: Path, tokens: int) -> None:
+    """LongRoPE (Phi-3, Phi-4 mini) has other frequencies beyond the length of the first training, here 32."""
+    import transformers
+
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
+        "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 4.0, 7.0, 11.0],
+    }  # fmt: skip
+    config = transformers.Phi3Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64, original_max_position_embeddings=32, rope_parameters=rope, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.Phi3ForCausalLM(config).eval()
+    randomize(model, 0)
+    export(model, tmp_path, all_logits=True)
+    loaded: Any = qfx.onnx.load(tmp_path)
+    with torch.no_grad():
+        assert sqnr(model(ids(tokens)).logits, loaded(ids(tokens)).logits) > 100
+
+
 def written_by(model: Any, given: dict[str, Tensor], **options: Any) -> Tensor:
     tokens: Tensor = model.generate(**given, max_new_tokens=8, do_sample=False, pad_token_id=0, **options)
     return tokens
@@ -332,6 +353,14 @@ def test_a_cache_of_transformers_own_is_not_promised(folder: Path) -> None:
     with pytest.warns(QfxWarning, match="cache_implementation='quantized' has no effect.*next step: leave it out"):
         found = written_by(loaded, prompt(), cache_implementation="quantized")
     assert torch.equal(found, written_by(loaded, prompt()))
+
+
+def test_a_cache_of_another_kind_is_refused(folder: Path) -> None:
+    import transformers
+
+    loaded: Any = qfx.onnx.load(folder)
+    with pytest.raises(ValueError, match=r"(?s)a cache that a file cannot fill.*SharedCache.*found: DynamicCache"):
+        written_by(loaded, prompt(), past_key_values=transformers.DynamicCache())
 
 
 def test_assisted_decoding_needs_all_logits(folder: Path, tmp_path: Path) -> None:

@@ -277,6 +277,18 @@ def test_whisper_finds_the_language_by_itself(folders: Any) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("how", [{}, {"logprob_threshold": 0.0, "temperature": (0.0, 0.5)}], ids=["plain", "fallback"])
+def test_whisper_gives_scores(folders: Any, how: dict[str, Any]) -> None:
+    """Asked for, or by itself where a threshold says whether a text is written again."""
+    results: list[Any] = []
+    for model in (ZOO["whisper"]()[0], qfx.onnx.load(folders("whisper"))):
+        torch.manual_seed(0)
+        results.append(written_by(model, reads("whisper"), return_dict_in_generate=True, output_scores=True, **how))
+    wanted, found = results
+    assert torch.equal(found["sequences"], wanted["sequences"]) and found.get("past_key_values") is None
+    torch.testing.assert_close(found["scores"], wanted["scores"], atol=1e-3, rtol=1e-3)
+
+
 def test_what_does_not_fit_is_told(folders: Any) -> None:
     loaded: Any = qfx.onnx.load(folders("bart"))
     given, ids = reads("bart"), tokens(3, 2)

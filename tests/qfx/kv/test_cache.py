@@ -12,6 +12,7 @@ from torch import Tensor
 
 import qfx
 from qfx.errors import QfxWarning
+from qfx.kv.judge import judge
 from tests.zoo import randomize
 
 tf = pytest.importorskip("transformers", reason="the cache is one of transformers: pip install qfx[hf]")
@@ -252,9 +253,22 @@ def test_heads_have_formats_of_their_own() -> None:
     found = logits(model, tokens, cache, (40, 3))
     assert drift(found, logits(model, tokens, tf.DynamicCache(config=model.config), (40, 3))) < 0.3
     with pytest.raises(ValueError, match=r"(?s)layer 0 has formats for other heads.*2 heads.*found: 3"):
-        qfx.QuantizedCache(model.config, {"k": ["i8"] * 3, "v": "i8"})
+        logits(model, tokens, qfx.QuantizedCache(model.config, {"k": ["i8"] * 3, "v": "i8"}))
     with pytest.raises(ValueError, match=r"(?s)expected: 2, one for each layer.*found: 3"):
         qfx.QuantizedCache(model.config, ["i8"] * 3)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("length", [None, 64])
+def test_heads_that_the_config_does_not_tell(length: int | None, attention: str) -> None:
+    """Falcon 7B has one head of keys, which num_kv_heads denies, and attends to it without repeating it."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = tf.AutoModelForCausalLM.from_config(tf.FalconConfig(**sizes), attn_implementation=attention).eval()
+    assert model.config.num_kv_heads == 4
+    randomize(model, 0)
+    tokens, float_cache = ids(40), tf.DynamicCache(config=model.config)
+    found = logits(model, tokens, qfx.QuantizedCache(model.config, "f32", max_length=length), (20, 1))
+    assert drift(found, logits(model, tokens, float_cache, (20, 1))) < 1e-5
 
 
 @pytest.mark.parametrize("kv", KINDS, ids=str)
@@ -309,12 +323,10 @@ def test_other_attention_gets_floats_and_a_warning() -> None:
 
 def test_another_model_is_refused() -> None:
     cache = qfx.QuantizedCache(small().config, "i8")
-    with pytest.raises(ValueError, match=r"(?s)keys of another model.*layer 0.*2 heads of 16 channels.*4 heads of 16"):
-        logits(small(num_key_value_heads=4), ids(), cache)
-    with pytest.raises(ValueError, match=r"(?s)keys of another model.*2 heads of 8"):
-        logits(small(head_dim=8), ids(), cache)
     with pytest.raises(ValueError, match=r"(?s)keys of layer 2 for a cache of 2 layers"):
         logits(small(num_hidden_layers=3), ids(), cache)
+    with pytest.raises(ValueError, match=r"(?s)another number of heads.*layer 0.*expected: 2.*found: 4"):
+        logits(small(num_key_value_heads=4), ids(), cache)
     cache.reset()
     logits(small(), ids(), cache)
     with pytest.raises(ValueError, match=r"(?s)keys of another dtype.*layer 0.*float32.*float16"):
@@ -342,10 +354,52 @@ def test_inference_mode_for_some_calls_alone(kv: str) -> None:
     assert torch.equal(torch.cat(found, 1), expected)
 
 
+def linear(kind: str = "qwen3_next") -> Any:
+    """A decoder of two layers: linear attention (LFM2: a convolution), then attention."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+    }  # fmt: skip
+    if kind == "lfm2":
+        config = tf.Lfm2Config(**sizes, layer_types=["conv", "full_attention"])
+    else:
+        config = tf.Qwen3NextConfig(
+            **sizes, head_dim=16, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
+            linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16, num_experts=2,
+            num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        )  # fmt: skip
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    randomize(model, 0)
+    return model
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("length", [None, 64])
+@pytest.mark.parametrize("kind", ["qwen3_next", "lfm2"])
+def test_layers_of_linear_attention_keep_their_states(kind: str, length: int | None, how: dict[str, Any]) -> None:
+    model, asked = linear(kind), {"max_new_tokens": 8, "do_sample": False, "output_logits": True}
+    caches = tf.DynamicCache(config=model.config), qfx.QuantizedCache(model.config, "f32", max_length=length)
+    given = {"attention_mask": torch.ones(2, 20, dtype=torch.long), "return_dict_in_generate": True, **asked, **how}
+    expected, found = (model.generate(ids(20), past_key_values=cache, **given) for cache in caches)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert drift(torch.stack(found.logits), torch.stack(expected.logits)) < 1e-5
+
+
+def test_only_attention_is_quantized_beside_linear_attention() -> None:
+    model = linear()
+    cache = qfx.QuantizedCache(model.config, {"k": "u8/g4/f16", "v": "i8", "residual": 0})
+    expected = logits(model, ids(), tf.DynamicCache(config=model.config), (30, 1))
+    assert 0 < drift(logits(model, ids(), cache, (30, 1)), expected) < 0.01
+    states = cache.layers[0].conv_states[0].nbytes + cache.layers[0].recurrent_states[0].nbytes
+    assert cache.nbytes() == cache.layers[1].nbytes + states and states > 0
+    assert judge(model, ids(), qfx.QuantizedCache(model.config, "f32"), step=8).kld < 1e-6
+
+
 def test_layers_with_other_states_are_refused() -> None:
-    config = tf.Qwen3NextConfig(num_hidden_layers=4, layer_types=["linear_attention"] * 3 + ["full_attention"])
-    with pytest.raises(qfx.UnsupportedError, match=r"(?s)layer 0 is of kind 'linear_attention'.*DynamicCache"):
-        qfx.QuantizedCache(config)
+    with pytest.raises(qfx.UnsupportedError, match=r"(?s)layer 0 is of kind 'hybrid'.*DynamicCache"):
+        qfx.QuantizedCache(tf.FalconH1Config(num_hidden_layers=2))
+    with pytest.raises(qfx.UnsupportedError, match=r"(?s)no layer of the model keeps keys and values.*DynamicCache"):
+        qfx.QuantizedCache(tf.MambaConfig(num_hidden_layers=2))
 
 
 def test_half_precision_models() -> None:

@@ -48,6 +48,22 @@ def test_both_caches_of_an_encoder_decoder_are_quantized(kind: str) -> None:
     assert (first[0] == first[1]).float().mean() >= 0.9
 
 
+@pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": "itself"}], ids=str)
+def test_assisted_decoding_crops_it(how: dict[str, Any]) -> None:
+    model: Any = qfx.quantize(bart(), "kv8")
+    how = {name: bart() if value == "itself" else value for name, value in how.items()}
+    given = {"input_ids": tiny.ids()[:1], "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(**given, **how), bart().generate(**given, **how))
+
+
+def test_both_caches_repeat_and_select_sequences() -> None:
+    cache = generated(qfx.quantize(bart(), "kv8")).past_key_values
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    for one in (cache.self_attention_cache, cache.cross_attention_cache):
+        assert one.layers[0].keys.shape[0] == 2
+
+
 def test_rules_may_leave_cross_attention_out() -> None:
     recipe = {"rules": [{"target": "cache:*SelfAttention", "k": "i8", "v": "i8"}]}
     found = generated(qfx.quantize(tiny.build("t5"), recipe)).past_key_values

@@ -70,12 +70,21 @@ def test_what_the_caller_says_holds_and_is_said_once(how: dict[str, Any], why: s
     assert "set aside" in found[0][0] and "next step" in found[0][0]
 
 
+def test_continuous_batching_is_told_to_have_its_own() -> None:
+    model: Any = qfx.quantize(models.build(), "kv8")
+    how = tf.GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    with pytest.warns(qfx.QfxWarning, match="set aside: continuous batching .* call generate"):
+        model.init_continuous_batching(how)
+
+
 def test_a_cache_of_other_formats_is_told() -> None:
     model: Any = qfx.quantize(models.build(), "kv4")
     with pytest.warns(qfx.QfxWarning, match=r"a QuantizedCache of other formats was given, layer 0 in k=i8.* of k=u4"):
         found = models.generated(model, past_key_values=QuantizedCache(model.config, "i8"))
     assert found.past_key_values.formats[0].keys == (qfx.Format.parse("i8/tok/f16"),)
     models.generated(model, past_key_values=QuantizedCache(model.config, "i4"))  # those of the plan: nothing to say
+    model.__dict__["qfx_caches"].pop(models.NAMES[0])  # as where a layer has no keys and values
+    models.generated(model, past_key_values=QuantizedCache(model.config, "i4"))
 
 
 def test_beams_sampling_and_lookup_run_over_it() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from qfx.kv.plans import CacheLayer
@@ -36,6 +37,16 @@ def test_models_without_a_cache_say_so(made: nn.Module) -> None:
     found, note = cache_layers(made)
     assert found == [] and note is not None
     assert "keeps no keys and values" in note.reason and note.node == type(made).__name__
+
+
+def test_a_cache_that_cannot_be_quantized_is_told() -> None:
+    """When the model is quantized, and not by generate()."""
+    config = transformers.FalconH1Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, mamba_n_heads=2, mamba_d_head=16, mamba_d_ssm=32, mamba_d_state=8,
+    )  # fmt: skip
+    found, note = cache_layers(transformers.FalconH1ForCausalLM(config))
+    assert found == [] and note is not None and "'hybrid', whose states a quantized cache cannot hold" in note.reason
 
 
 class _Broken(nn.Module):

@@ -167,3 +167,15 @@ def test_gradients_reach_whatever_wants_them(tracked: int) -> None:
     F.scaled_dot_product_attention(query, keys, values, mask).square().sum().backward()
     assert found is not None and leaf.grad is not None
     torch.testing.assert_close(found, leaf.grad)
+
+
+def test_a_compiler_leaves_repeated_heads_to_the_codes(fresh_dynamo: None) -> None:
+    """Traced, what stands for keys and values took a shape of one length for another, which dequantized them all."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q * 2, repeat_kv(k, 2), repeat_kv(v, 2)) * 2
+
+    keys, values = states()
+    q = randn(2, 2 * HEADS, 3, WIDTH, seed=0)
+    found = torch.compile(attention, backend="eager")(q, keys, values)
+    assert close(found, attention(q, keys.dense(), values.dense()))

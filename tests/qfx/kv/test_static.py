@@ -111,13 +111,18 @@ def test_windows() -> None:
     assert drift(logits(model, tokens, fixed(model, "f32"), (30, 1, 4)), expected) < 1e-5
 
 
+def test_queries_placed_by_the_number_of_keys_are_refused() -> None:
+    config = tf.GPTNeoConfig(num_layers=2, attention_types=[[["global", "local"], 1]])
+    assert qfx.QuantizedCache(config).get_seq_length() == 0
+    with pytest.raises(qfx.UnsupportedError, match=r"(?s)gpt_neo places its queries.*leave max_length out"):
+        qfx.QuantizedCache(config, max_length=20)
+
+
 def test_bad_input() -> None:
     model = small()
     cache = fixed(model, length=20)
     with pytest.raises(ValueError, match=r"(?s)layer 0 is full.*at most 20 tokens.*found: 21"):
         logits(model, ids(21), cache, (20,))
-    with pytest.raises(ValueError, match=r"(?s)keys of another model.*layer 1.*2 heads of 16"):
-        fixed(model).update(*(torch.ones(2, 3, 1, 16),) * 2, 1)
     bad: Tensor = torch.full((2, 2, 1, 16), float("nan"))
     cache.reset()
     with pytest.raises(ValueError, match="layer 0, keys.*not finite"):

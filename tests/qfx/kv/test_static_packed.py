@@ -158,7 +158,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="layer 0, keys.*not finite"):
         cache.update(bad, bad, 0)
     with pytest.raises(ValueError, match=r"(?s)formats for other heads.*2 heads.*found: 3"):
-        fixed(model, {"k": ["i4"] * 3, "v": "i4"})
+        logits(model, ids(5), fixed(model, {"k": ["i4"] * 3, "v": "i4"}), (5,))
     with pytest.raises(ValueError, match=r"(?s)crop\(-31\).*at most the 0"):
         cache.crop(-31)
 
