@@ -52,17 +52,13 @@ else:
         """`qfx.QfxConfig`, `qfx.QuantizedCache` and `qfx.onnx`: what they need is imported where they are used."""
         if name == "onnx":
             return importlib.import_module("qfx.onnx")
-        if name == "QuantizedCache":
-            from qfx.kv.cache import QuantizedCache
-
-            return QuantizedCache
-        if name != "QfxConfig":
+        if name not in ("QfxConfig", "QuantizedCache"):
             raise AttributeError(f"module 'qfx' has no attribute {name!r}")
-        import transformers.quantizers.auto  # noqa: F401  (its import registers qfx)
-
-        from qfx.hf.config import QfxConfig
-
-        return QfxConfig
+        try:
+            import transformers.quantizers.auto  # noqa: F401  (its import registers qfx)
+        except ModuleNotFoundError as error:
+            raise ImportError(f"qfx.{name} needs transformers; next step: pip install 'qfx[hf]'") from error
+        return getattr(importlib.import_module("qfx.hf.config" if name == "QfxConfig" else "qfx.kv.cache"), name)
 
 
 __version__ = "0.1.0"

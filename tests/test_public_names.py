@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 import qfx
@@ -46,6 +48,15 @@ def test_the_cache_for_transformers_is_there_where_it_is_asked_for() -> None:
 
     assert "QuantizedCache" in dir(qfx) and QuantizedCache is qfx.QuantizedCache
     assert QuantizedCache.__doc__
+
+
+@pytest.mark.parametrize("name", ["QfxConfig", "QuantizedCache"])
+def test_what_needs_transformers_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for held in [held for held in sys.modules if held.startswith("transformers.")]:
+        monkeypatch.delitem(sys.modules, held)
+    with pytest.raises(ImportError, match=rf"qfx\.{name} needs transformers; next step: pip install 'qfx\[hf\]'"):
+        getattr(qfx, name)
 
 
 def test_exported_models_are_opened_after_import_qfx_alone() -> None:
