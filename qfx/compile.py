@@ -377,7 +377,7 @@ def _training() -> ValueError:
 
 def _drops(node: fx.Node) -> bool:
     """A dropout that is active: only a model in training has one."""
-    if node.op != "call_function" or getattr(node.target, "__name__", "") != "dropout":
+    if node.op != "call_function" or getattr(node.target, "__name__", "").partition(".")[0] != "dropout":
         return False
     share = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
     return in_training(node.args, node.kwargs) is True and bool(share != 0)

@@ -225,9 +225,16 @@ def check_unprepared(module: nn.Module) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every module is in the mode in which it was."""
+    """Eval mode without gradients; afterwards every module is in the mode in which it was.
+
+    What torch.export made refuses eval(): its graph has the mode in which it was exported.
+    """
     modes = [(m, m.training) for m in model.modules()]
-    model.eval()
+    try:
+        model.eval()
+    except NotImplementedError:
+        for module, _ in modes:
+            module.training = False
     try:
         with torch.no_grad():
             yield

@@ -37,6 +37,7 @@ from qfx.vmaps import has_vmaps, levels_kept, without_vmaps
 
 _DROPPED = {"_set_grad_enabled", "_log_api_usage_once", "_functorch_set_grad", "_exit_autocast"}
 _DROPOUTS = {torch.ops.aten.dropout.default, torch.nn.functional.dropout, torch.dropout}
+_CONTROL = {"cond", "while_loop", "scan", "associative_scan", "map_impl"}
 # name of the higher-order wrapper -> position of its sub-graph among the arguments
 _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4, "tag_activation_checkpoint": 0, "wrap": 0}
 
@@ -70,6 +71,11 @@ class _Inline(fx.Interpreter):
             if name == "wrap_with_autocast":
                 _refuse_autocast(enabled=args[2])
             return type(self)(args[at], {}).run(*args[at + 1 :])
+        if isinstance(target, torch._ops.HigherOrderOperator) and name in _CONTROL:
+            raise UnsupportedError(
+                f"expected a graph whose course does not depend on values, found torch's operator {name!r}; "
+                "next step: compute both sides and choose with torch.where, or unroll the loop"
+            )
         return super().call_function(target, args, kwargs)
 
 

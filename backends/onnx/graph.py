@@ -139,7 +139,7 @@ def emit_stage(
     for node in stage.nodes:
         emit_node(b, node)
     b.node = None
-    taken = {i.name for i in b.inputs} | set(b.initializers)
+    taken = {i.name for i in b.inputs}
     for node in stage.outputs:
         _output(b, node, taken)
     model = StageModel(
@@ -257,12 +257,12 @@ def _output(b: Builder, node: fx.Node, taken: set[str]) -> None:
         value = b.dim(dim_of(fake))
         dtype, shape = value.dtype, [1]
     else:
-        value = b.values[node]
+        value = _argument(b, node)
         dtype = _outside(b, fake.dtype) if isinstance(fake, Tensor) else value.dtype
         shape = [_label(d) for d in value.dims]
     if value.dtype != dtype:
         value = b.cast(value, dtype)
-    if value.name in taken:
+    if value.name in taken or value.name in b.initializers:
         value = b.op("Identity", value)
     taken.add(value.name)
     b.outputs.append(helper.make_tensor_value_info(value.name, ONNX_TYPE[dtype], shape))

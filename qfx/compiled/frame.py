@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 _WRAPPER = ("compile_wrapper", "eval_frame.py")  # torch.compile's own function around what it was given
 _BETWEEN = (
@@ -56,13 +56,19 @@ class Frame:
     def training(self) -> bool:
         """Whether a module of the frame, or the module that was compiled, is in train() mode now."""
         root = self.target()
-        if isinstance(root, nn.Module) and root.training:
+        if isinstance(root, nn.Module) and _trains(root):
             return True
         for ref in self.modules:  # in every call, so without a generator
             module = ref()
-            if module is not None and module.training:
+            if module is not None and _trains(module):
                 return True
         return False
+
+
+def _trains(module: nn.Module) -> bool:
+    """Whether a module is in train() mode. What torch.export made always says so, refuses eval(), and is not: its graph
+    has the mode in which it was exported, and that is told by its dropouts."""
+    return module.training and not (isinstance(module, fx.GraphModule) and "eval" in vars(module))
 
 
 def at_compile() -> Frame:

@@ -95,6 +95,18 @@ def test_train_mode_is_refused(dropout: float, mode: Callable[[], Any]) -> None:
     assert isinstance(refused.value.inner_exception, ValueError)
 
 
+@torch.no_grad()
+def test_what_torch_export_made_refuses_eval_and_is_told_by_its_dropouts() -> None:
+    model, x = Net(0.5), torch.randn(3, 16)
+    exported = torch.export.export(model, (x,)).module()
+    with pytest.raises(NotImplementedError):
+        exported.eval()
+    assert sqnr_db(model(x), torch.compile(exported, backend="qfx", options={"strict": True})(x)) > 30
+    noisy = torch.export.export(model.train(), (x,)).module()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=TRAINING):
+        torch.compile(noisy, backend="qfx")(x)
+
+
 def test_a_dropout_that_is_active_without_a_module_in_train_mode_is_refused() -> None:
     def noisy(x: Tensor) -> Tensor:
         return nn.functional.dropout(x, 0.5, training=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,23 @@ def test_a_plan_of_another_model_is_refused() -> None:
 def test_each_result_has_one_name(tmp_path: Path) -> None:
     written = qfx.export_onnx(Answers().eval(), torch.randn(2, 8), tmp_path / "m.onnx")
     assert written.outputs == ("first", "last") and not written.shared_cache
+
+
+def test_results_that_are_weights(tmp_path: Path) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.unread = nn.Linear(8, 4), nn.Parameter(torch.rand(300))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"y": self.fc(x), "table": self.fc.weight, "again": self.fc.weight.t(), "alone": self.unread}
+
+    model, x = Own().eval(), torch.randn(2, 8)
+    written = qfx.export_onnx(model, x, tmp_path / "m.onnx")
+    assert written.outputs == ("y", "table", "again", "alone")
+    results = ort.InferenceSession(str(written.path)).run(None, {"x": x.numpy()})
+    for found, expected in zip(results, model(x).values(), strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), expected.detach())
 
 
 def test_a_model_that_returns_no_tensor(tmp_path: Path) -> None:

@@ -274,3 +274,14 @@ def test_batches_in_order_are_those_by_name(recipe: str) -> None:
     for one, other in (states[:2], states[2:]):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0]), "the mask is seen"
+
+
+def test_what_torch_export_made_is_quantized_and_written(tmp_path: Path) -> None:
+    """It refuses eval(), and each of its modules says that it is in train() mode."""
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 4)).eval(), torch.randn(3, 8)
+    made = torch.export.export(model, (x,)).module()
+    assert len(qfx.export_onnx(made, x, tmp_path / "m.onnx", recipe="w8a8").formats) == 2
+    live = qfx.quantize(made, "w8a16", [x])
+    assert all(module.training for module in live.modules()), "as it was"
+    assert sum(tensor.dtype == torch.int8 for tensor in live.state_dict().values()) == 2
+    assert 30 < sqnr_db(model(x), live(x)) < 90

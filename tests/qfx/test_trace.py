@@ -199,6 +199,18 @@ def test_autocast_that_is_on_is_refused() -> None:
         retrace(fx.GraphModule({}, nodes), fakes(torch.randn(2)))
 
 
+def test_a_course_that_depends_on_values_is_refused() -> None:
+    class Either(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = torch.cond(x.sum() > 0, torch.relu, torch.tanh, (x,))
+            return found
+
+    exported = torch.export.export(Either(), (torch.randn(2),)).graph_module
+    assert isinstance(exported, fx.GraphModule)
+    with pytest.raises(UnsupportedError, match=r"found torch's operator 'cond'; next step: .* torch.where"):
+        retrace(exported, fakes(torch.randn(2)))
+
+
 def test_what_cannot_be_traced_raises_as_torch_does() -> None:
     with pytest.raises(RuntimeError, match="broadcast"):
         traced(lambda x: x + torch.ones(3), torch.randn(2))
