@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qfx.data import check_iterable
 from qfx.errors import Note, check_flags, explain, nearest
 from qfx.hf.hub import load_tokenizer
 from qfx.interop import gguf_tokenizer
@@ -91,6 +92,7 @@ def export_gguf(
     job = _planned(model, mix, weighted=data is not None)
     fields = _metadata(job, tokenizer, name)
     if data is not None:
+        check_iterable(data)
         data = list(data)
         if rounding == "gptq":
             job.rounded = _by_gptq(job, data)
@@ -128,20 +130,26 @@ def _by_gptq(job: _Job, data: list[Any]) -> dict[str, Tensor]:
     """FQN -> the bytes of each weight that GPTQ takes: of float linears, and of a table that is the output's, too."""
     from qfx.interop.gguf_gptq import round_blocks
 
+    table = job.sources["token_embd.weight"].fqn
     tied = job.arch.top.get("output", "") if "output.weight" not in job.sources else ""
     kinds = {
         source.fqn: job.types[name]
         for name, source in job.sources.items()
         if job.types[name] in BLOCK_TYPES
         and source.exact() is None
-        and (isinstance(source.module, nn.Linear) or (tied and name == "token_embd.weight"))
+        and (isinstance(source.module, nn.Linear) or (tied and source.fqn == table))
     }
     if not kinds:
+        reason = f"'gptq' rounds float linears into blocks, of which this file in {job.mix} has none"
+        job.notes.append(Note("rounding", reason, "none, or a type with blocks (Q4_K_M, Q4_0, ...)", minor=True))
         return {}
-    table = job.sources["token_embd.weight"].fqn
-    found, notes = round_blocks(job.model, kinds, data, tied=tied if table in kinds else "")
-    reason, step = "the model's graph has no layer of this name: GPTQ leaves it out", "nothing, or data that uses it"
-    job.notes += [*notes, *(Note(fqn, reason, step) for fqn in kinds if fqn not in found)]
+    readers = {tied: kinds[table]} if table in kinds else {}
+    found, notes = round_blocks(job.model, kinds | readers, data)
+    if tied in found:
+        found.setdefault(table, found[tied])  # data that goes round the table (inputs_embeds)
+    job.notes += [note for note in notes if note.node != table]  # which the file has but once
+    reason = "the model's graph has no weight of this name, so not GPTQ rounds it but 'mse'"
+    job.notes += [Note(fqn, reason, "nothing, or data that uses it") for fqn in kinds if fqn not in found]
     return found
 
 

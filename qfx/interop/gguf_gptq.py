@@ -42,12 +42,12 @@ _HALVES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def round_blocks(
-    model: nn.Module, kinds: Mapping[str, str], data: Iterable[Any], *, tied: str = ""
+    model: nn.Module, kinds: Mapping[str, str], data: Iterable[Any]
 ) -> tuple[dict[str, Tensor], list[Note]]:
     """FQN -> uint8 [N, row bytes] of each weight [N, K] in blocks of its type, and what did not go as asked.
 
-    kinds: FQN of a linear, or of a table that a linear reads, too, -> type. tied: FQN of that linear. What the model's
-    graph does not have under its name is left out. Takes memory for another copy of the weights. Raises
+    kinds: FQN of a linear, or of a table and of the linear that reads it, too, -> type. What the model's graph does not
+    have under its name is left out, and so is a weight that it computes (by a parametrization). Takes memory for another copy of the weights. Raises
     UnsupportedError where torch.export does not take the model as one graph, ValueError for bad data and for values
     that a type cannot hold (named).
     """
@@ -57,7 +57,7 @@ def round_blocks(
         args, kwargs = roomiest(calls)
         captured = capture_export(model, args, without_cache(model, kwargs, args))
         prepare(captured.gm)
-        recipe = Recipe(name="gguf", rules=_rules(model, [*kinds, *([tied] if tied else [])]), rounding="gptq")
+        recipe = Recipe(name="gguf", rules=_rules(model, kinds), rounding="gptq")
         notes = annotate(captured.gm, recipe)
         flat = [captured.flatten(a, without_cache(model, k, a)) for a, k in calls]
         plan = Plan.of(model, recipe)
@@ -65,9 +65,9 @@ def round_blocks(
     return into.data, notes
 
 
-def _rules(model: nn.Module, names: list[str]) -> tuple[Rule, ...]:
+def _rules(model: nn.Module, names: Iterable[str]) -> tuple[Rule, ...]:
     """The layers as they are: what a block gives back is held in the dtype of the weight."""
-    dtypes = {name: model.get_parameter(f"{name}.weight").dtype for name in names}
+    dtypes = {name: getattr(model.get_submodule(name), "weight").dtype for name in names}
     return tuple(Rule(target=name, w=_HALVES.get(dtype, "f32")) for name, dtype in dtypes.items())
 
 
@@ -84,7 +84,8 @@ class _Blocks:
         """For `Gptq`: a weight [N, K] as its blocks give it back."""
         name, (one,) = next(name for name in part.names if name in self.kinds), seen
         blocks = gptq(weight.detach().to(torch.float32), block_type(self.kinds[name]), one, options, name=name)
-        self.data[name] = pack(blocks).reshape(len(weight), -1).cpu()
+        alike = [other for other in part.names if self.kinds.get(other) == self.kinds[name]]  # that read this weight
+        self.data.update(dict.fromkeys(alike, pack(blocks).reshape(len(weight), -1).cpu()))
         values = blocks.values().reshape(weight.shape)
         return pack_weight(values.to(weight.dtype), part.format, name=name), {}
 
