@@ -8,7 +8,7 @@ factors and integer scales that a block of GGUF has (`BlockGrid`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from qfx.capture import capture_export
 from qfx.data import roomiest
 from qfx.errors import Note
 from qfx.inputs import without_cache
-from qfx.interop.gguf_blocks import Blocks, BlockType, block_type, pack
+from qfx.interop.gguf_blocks import BlockType, block_type, pack
 from qfx.interop.gguf_encode import check_values
 from qfx.interop.gguf_grid import BlockGrid
 from qfx.packing import Packed, pack_weight
@@ -35,6 +35,7 @@ from qfx.recipe import Recipe, Rule
 from qfx.rounding.blocks import Part
 from qfx.rounding.method_options import GptqOptions
 from qfx.rounding.sequential import round_weights
+from qfx.storage.spill import rest
 
 _ELEMENTS = 1 << 21  # of the rows that are swept together
 _OPTIONS = GptqOptions(act_order=False, clip=True, sweeps=2)
@@ -47,9 +48,9 @@ def round_blocks(
     """FQN -> uint8 [N, row bytes] of each weight [N, K] in blocks of its type, and what did not go as asked.
 
     kinds: FQN of a linear, or of a table and of the linear that reads it, too, -> type. What the model's graph does not
-    have under its name is left out, and so is a weight that it computes (by a parametrization). Takes memory for another copy of the weights. Raises
-    UnsupportedError where torch.export does not take the model as one graph, ValueError for bad data and for values
-    that a type cannot hold (named).
+    have under its name is left out, and so is a weight that it computes (by a parametrization). Takes memory for
+    another copy of the weights. Raises UnsupportedError where torch.export does not take the model as one graph,
+    ValueError for bad data and for values that a type cannot hold (named).
     """
     calls = batches.calls(model, data)
     into = _Blocks(kinds)
@@ -65,10 +66,11 @@ def round_blocks(
     return into.data, notes
 
 
-def _rules(model: nn.Module, names: Iterable[str]) -> tuple[Rule, ...]:
+def _rules(model: nn.Module, names: Collection[str]) -> tuple[Rule, ...]:
     """The layers as they are: what a block gives back is held in the dtype of the weight."""
-    dtypes = {name: getattr(model.get_submodule(name), "weight").dtype for name in names}
-    return tuple(Rule(target=name, w=_HALVES.get(dtype, "f32")) for name, dtype in dtypes.items())
+    linears: list[Any] = [model.get_submodule(name) for name in names]
+    pairs = zip(names, linears, strict=True)
+    return tuple(Rule(target=name, w=_HALVES.get(linear.weight.dtype, "f32")) for name, linear in pairs)
 
 
 class _Blocks:
@@ -83,15 +85,15 @@ class _Blocks:
     ) -> tuple[Packed, dict[str, Any]]:
         """For `Gptq`: a weight [N, K] as its blocks give it back."""
         name, (one,) = next(name for name in part.names if name in self.kinds), seen
-        blocks = gptq(weight.detach().to(torch.float32), block_type(self.kinds[name]), one, options, name=name)
+        data, values = gptq(weight.detach(), block_type(self.kinds[name]), one, options, name=name)
         alike = [other for other in part.names if self.kinds.get(other) == self.kinds[name]]  # that read this weight
-        self.data.update(dict.fromkeys(alike, pack(blocks).reshape(len(weight), -1).cpu()))
-        values = blocks.values().reshape(weight.shape)
-        return pack_weight(values.to(weight.dtype), part.format, name=name), {}
+        self.data.update(dict.fromkeys(alike, data.cpu()))
+        return pack_weight(values, part.format, name=name), {}
 
 
-def gptq(weight: Tensor, kind: BlockType, seen: Hessian, options: GptqOptions, *, name: str) -> Blocks:
-    """A weight f32 [N, K] rounded into blocks by the statistics of its inputs, row by row.
+def gptq(weight: Tensor, kind: BlockType, seen: Hessian, options: GptqOptions, *, name: str) -> tuple[Tensor, Tensor]:
+    """A weight [N, K] rounded into blocks by the statistics of its inputs: uint8 [N, row bytes], and what they stand
+    for, [N, K] in the dtype of the weight. Beside the two it takes memory for codes and for some rows at a time.
 
     Raises ValueError as `encode` does, and where the statistics cannot be factored.
     """
@@ -104,10 +106,16 @@ def gptq(weight: Tensor, kind: BlockType, seen: Hessian, options: GptqOptions, *
         codes[rows] = found
     sweep = Sweep(seen, grid, columns.dampening, moving=True)
     del columns  # with the factor, which is as large as the statistics
+    data = torch.empty(len(weight), kind.row_bytes(weight.shape[1]), dtype=torch.uint8, device=weight.device)
+    result = torch.empty_like(weight)
     size = max(_ELEMENTS // weight.shape[1], 1)
-    for start in range(0, len(weight) if options.sweeps else 0, size):
+    for start in range(0, len(weight), size):
         rows = slice(start, min(start + size, len(weight)))
-        values = grid.values(codes[rows], rows)
-        lost = weight[rows].T - values
-        codes[rows] = sweep.improve(values, lost, codes[rows].T.contiguous(), rows, options.sweeps)
-    return grid.blocks(codes)
+        held = codes[rows]
+        values = grid.values(held, rows)
+        lost = weight[rows].to(torch.float32).T - values
+        rest(weight[rows])
+        blocks = grid.blocks(sweep.improve(values, lost, held.T.contiguous(), rows, options.sweeps), rows)
+        data[rows] = pack(blocks).reshape(len(held), -1)
+        result[rows] = blocks.values().reshape(held.shape).to(weight.dtype)
+    return data, result

@@ -58,8 +58,10 @@ def searched(w: Tensor, name: str, x: Tensor) -> Tensor:
 
 
 def by_gptq(w: Tensor, name: str, x: Tensor, **options: Any) -> Tensor:
-    blocks = gptq(w, block_type(name), seen(x), OPTIONS.model_copy(update=options), name="fc")
-    return blocks.values().reshape(w.shape)
+    kind = block_type(name)
+    data, values = gptq(w, kind, seen(x), OPTIONS.model_copy(update=options), name="fc")
+    assert torch.equal(unpack(data.reshape(-1, kind.nbytes), kind).values().reshape(w.shape).to(w.dtype), values)
+    return values
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,6 +87,13 @@ def test_rows_are_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qfx.passes._columns._ELEMENTS", 4 * 256)
     monkeypatch.setattr("qfx.interop.gguf_gptq._ELEMENTS", 3 * 256)
     assert (by_gptq(w, "Q4_K", x) == whole).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_dtypes(dtype: torch.dtype) -> None:
+    w, x = weight().to(dtype), inputs()
+    found = by_gptq(w, "Q4_K", x)
+    assert found.dtype == dtype and torch.equal(found, by_gptq(w.float(), "Q4_K", x).to(dtype))
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_1", "Q2_K", "Q6_K", "IQ4_NL", "MXFP4"])
@@ -137,8 +146,8 @@ def test_each_layer_sees_what_is_rounded_before_it() -> None:
         behind = torch.relu(x @ first.T + model.first.bias)
         wanted = gptq(model.second.weight.detach(), block_type("Q4_1"), seen(behind), OPTIONS, name="second")
         other = gptq(model.second.weight.detach(), block_type("Q4_1"), seen(model.first(x).relu()), OPTIONS, name="s")
-    found = unpack(data["second"].reshape(-1, 20), block_type("Q4_1")).codes
-    same = [float((found == codes).float().mean()) for codes in (wanted.codes, other.codes)]
+    codes = [unpack(d.reshape(-1, 20), block_type("Q4_1")).codes for d in (data["second"], wanted[0], other[0])]
+    same = [float((codes[0] == found).float().mean()) for found in codes[1:]]
     assert same[0] > 0.995, "by its inputs in the rounded model"
     assert same[1] < 0.99, "not by those in the float one"
 
