@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qfx.data import check_iterable
 from qfx.errors import Note, check_flags, explain, nearest
 from qfx.hf.hub import load_tokenizer
 from qfx.interop import gguf_tokenizer
@@ -91,6 +92,7 @@ def export_gguf(
     job = _planned(model, mix, weighted=data is not None)
     fields = _metadata(job, tokenizer, name)
     if data is not None:
+        check_iterable(data)
         data = list(data)
         if rounding != "mse":
             job.rounded = _by_data(job, rounding, data)
@@ -130,20 +132,25 @@ def _by_data(job: _Job, rounding: str, data: list[Any]) -> dict[str, Tensor]:
     from qfx.interop.gguf_rounding import round_blocks
 
     whole = rounding == "gptq" and "output.weight" not in job.sources
-    tied = job.arch.top.get("output", "") if whole else ""
+    table, tied = job.sources["token_embd.weight"].fqn, job.arch.top.get("output", "") if whole else ""
     kinds = {
         source.fqn: job.types[name]
         for name, source in job.sources.items()
         if job.types[name] in BLOCK_TYPES
         and source.exact() is None
-        and (isinstance(source.module, nn.Linear) or (tied and name == "token_embd.weight"))
+        and (isinstance(source.module, nn.Linear) or (tied and source.fqn == table))
     }
     if not kinds:
+        reason = f"{rounding!r} rounds float linears into blocks, of which this file in {job.mix} has none"
+        job.notes.append(Note("rounding", reason, "none, or a type with blocks (Q4_K_M, Q4_0, ...)", minor=True))
         return {}
-    table = job.sources["token_embd.weight"].fqn
-    found, notes = round_blocks(job.model, kinds, data, rounding=rounding, tied=tied if table in kinds else "")
-    reason, step = "the model's graph has no layer of this name: rounded by itself", "nothing, or data that uses it"
-    job.notes += [*notes, *(Note(fqn, reason, step) for fqn in kinds if fqn not in found)]
+    readers = {tied: kinds[table]} if table in kinds else {}
+    found, notes = round_blocks(job.model, kinds | readers, data, rounding=rounding)
+    if tied in found:
+        found.setdefault(table, found[tied])  # data that goes round the table (inputs_embeds)
+    job.notes += [note for note in notes if note.node != table]  # which the file has but once
+    reason = f"the model's graph has no weight of this name, so not {rounding!r} rounds it but 'mse'"
+    job.notes += [Note(fqn, reason, "nothing, or data that uses it") for fqn in kinds if fqn not in found]
     return found
 
 

@@ -139,11 +139,11 @@ class BlockGrid:
         step, offset = (t[:, rows].repeat_interleave(self.width, 0) for t in (self.step, self.offset))
         return found * step + offset
 
-    def blocks(self, codes: Tensor) -> Blocks:
-        """The blocks of the whole matrix, row by row, given all its codes [N, K]."""
+    def blocks(self, codes: Tensor, rows: slice) -> Blocks:
+        """The blocks of some rows, one row after the other, given their codes [n, K]."""
         kind, parts = self.kind, self.kind.parts
-        d, m = (t.T.reshape(-1) for t in (self.d, self.m))
-        s, t = (t.T.reshape(-1, parts) for t in (self.scales, self.mins))
+        d, m = (t[:, rows].T.clone(memory_format=torch.contiguous_format).reshape(-1) for t in (self.d, self.m))
+        s, t = (t[:, rows].T.reshape(-1, parts) for t in (self.scales, self.mins))
         two, affine = parts > 1, kind.affine
         return Blocks(kind, codes.reshape(-1, kind.size), d, m if affine else None, s if two else None,
                       t if two and affine else None)  # fmt: skip

@@ -6,7 +6,7 @@ integer scales that a block of GGUF has: GPTQ by `BlockGrid`, descent by `BlockO
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from qfx.recipe import Recipe, Rule
 from qfx.rounding.blocks import Part
 from qfx.rounding.method_options import GptqOptions, LearnedOptions
 from qfx.rounding.sequential import round_weights
+from qfx.storage.spill import rest
 
 _ELEMENTS = 1 << 21  # of the rows that are swept together
 _OPTIONS = GptqOptions(act_order=False, clip=True, sweeps=2)
@@ -43,20 +44,14 @@ _HALVES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def round_blocks(
-    model: nn.Module,
-    kinds: Mapping[str, str],
-    data: Iterable[Any],
-    *,
-    rounding: str = "gptq",
-    tied: str = "",
+    model: nn.Module, kinds: Mapping[str, str], data: Iterable[Any], *, rounding: str = "gptq"
 ) -> tuple[dict[str, Tensor], list[Note]]:
     """FQN -> uint8 [N, row bytes] of each weight [N, K] in blocks of its type, and what did not go as asked.
 
-    kinds: FQN of a linear, or (GPTQ alone) of a table that a linear reads, too, -> type. tied: FQN of that linear.
-    rounding: "gptq" or "learned". What the model's
-    graph does not have under its name is left out. Takes memory for another copy of the weights. Raises
-    UnsupportedError where torch.export does not take the model as one graph, ValueError for bad data and for values
-    that a type cannot hold (named).
+    kinds: FQN of a linear, or for GPTQ of a table and of the linear that reads it, too, -> type. rounding: "gptq" or
+    "learned". What the model's graph does not have under its name is left out, and so is a weight that it computes (by
+    a parametrization). Takes memory for another copy of the weights. Raises UnsupportedError where torch.export does
+    not take the model as one graph, ValueError for bad data and for values that a type cannot hold (named).
     """
     calls = batches.calls(model, data)
     into = _Blocks(kinds)
@@ -64,7 +59,7 @@ def round_blocks(
         args, kwargs = roomiest(calls)
         captured = capture_export(model, args, without_cache(model, kwargs, args))
         prepare(captured.gm)
-        rules = _rules(model, [*kinds, *([tied] if tied else [])])
+        rules = _rules(model, kinds)
         recipe = Recipe.parse({"name": "gguf", "rules": rules, "rounding": rounding})
         notes = annotate(captured.gm, recipe)
         flat = [captured.flatten(a, without_cache(model, k, a)) for a, k in calls]
@@ -75,10 +70,11 @@ def round_blocks(
     return into.data, notes
 
 
-def _rules(model: nn.Module, names: list[str]) -> tuple[Rule, ...]:
+def _rules(model: nn.Module, names: Collection[str]) -> tuple[Rule, ...]:
     """The layers as they are: what a block gives back is held in the dtype of the weight."""
-    dtypes = {name: model.get_parameter(f"{name}.weight").dtype for name in names}
-    return tuple(Rule(target=name, w=_HALVES.get(dtype, "f32")) for name, dtype in dtypes.items())
+    linears: list[Any] = [model.get_submodule(name) for name in names]
+    pairs = zip(names, linears, strict=True)
+    return tuple(Rule(target=name, w=_HALVES.get(linear.weight.dtype, "f32")) for name, linear in pairs)
 
 
 class _Blocks:
@@ -93,8 +89,8 @@ class _Blocks:
     ) -> tuple[Packed, dict[str, Any]]:
         """For `Gptq`: a weight [N, K] as its blocks give it back."""
         name, (one,) = self._name(part), seen
-        blocks = gptq(weight.detach().to(torch.float32), block_type(self.kinds[name]), one, options, name=name)
-        return self.finish(part, blocks, weight), {}
+        data, values = gptq(weight.detach(), block_type(self.kinds[name]), one, options, name=name)
+        return self._taken(part, data, values), {}
 
     def start(self, part: Part, weight: Tensor, options: LearnedOptions) -> BlockOffsets:
         """For `LearnedRounding`: a weight [N, K] in blocks of the least error."""
@@ -103,18 +99,23 @@ class _Blocks:
         return BlockOffsets(full, kind, optimizer=options.optimizer, reach=options.reach, name=name)
 
     def finish(self, part: Part, blocks: Blocks, weight: Tensor) -> Packed:
-        """Keep the blocks of a weight; what they give back, in the format of the plan."""
-        name = self._name(part)
-        self.data[name] = pack(blocks).reshape(len(weight), -1).cpu()
+        """For `LearnedRounding`: a weight [N, K] as these blocks give it back."""
         values = blocks.values().reshape(weight.shape)
-        return pack_weight(values.to(weight.dtype), part.format, name=name)
+        return self._taken(part, pack(blocks).reshape(len(weight), -1), values.to(weight.dtype))
+
+    def _taken(self, part: Part, data: Tensor, values: Tensor) -> Packed:
+        name = self._name(part)
+        alike = [other for other in part.names if self.kinds.get(other) == self.kinds[name]]  # that read this weight
+        self.data.update(dict.fromkeys(alike, data.cpu()))
+        return pack_weight(values, part.format, name=name)
 
     def _name(self, part: Part) -> str:
         return next(name for name in part.names if name in self.kinds)
 
 
-def gptq(weight: Tensor, kind: BlockType, seen: Hessian, options: GptqOptions, *, name: str) -> Blocks:
-    """A weight f32 [N, K] rounded into blocks by the statistics of its inputs, row by row.
+def gptq(weight: Tensor, kind: BlockType, seen: Hessian, options: GptqOptions, *, name: str) -> tuple[Tensor, Tensor]:
+    """A weight [N, K] rounded into blocks by the statistics of its inputs: uint8 [N, row bytes], and what they stand
+    for, [N, K] in the dtype of the weight. Beside the two it takes memory for codes and for some rows at a time.
 
     Raises ValueError as `encode` does, and where the statistics cannot be factored.
     """
@@ -127,10 +128,16 @@ def gptq(weight: Tensor, kind: BlockType, seen: Hessian, options: GptqOptions, *
         codes[rows] = found
     sweep = Sweep(seen, grid, columns.dampening, moving=True)
     del columns  # with the factor, which is as large as the statistics
+    data = torch.empty(len(weight), kind.row_bytes(weight.shape[1]), dtype=torch.uint8, device=weight.device)
+    result = torch.empty_like(weight)
     size = max(_ELEMENTS // weight.shape[1], 1)
-    for start in range(0, len(weight) if options.sweeps else 0, size):
+    for start in range(0, len(weight), size):
         rows = slice(start, min(start + size, len(weight)))
-        values = grid.values(codes[rows], rows)
-        lost = weight[rows].T - values
-        codes[rows] = sweep.improve(values, lost, codes[rows].T.contiguous(), rows, options.sweeps)
-    return grid.blocks(codes)
+        held = codes[rows]
+        values = grid.values(held, rows)
+        lost = weight[rows].to(torch.float32).T - values
+        rest(weight[rows])
+        blocks = grid.blocks(sweep.improve(values, lost, held.T.contiguous(), rows, options.sweeps), rows)
+        data[rows] = pack(blocks).reshape(len(held), -1)
+        result[rows] = blocks.values().reshape(held.shape).to(weight.dtype)
+    return data, result

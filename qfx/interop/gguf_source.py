@@ -138,11 +138,12 @@ def _prefix(model: nn.Module, base: nn.Module) -> str:
 
 def _unplaced(model: nn.Module, base: nn.Module, modules: dict[str, str]) -> list[Note]:
     """Heads and poolers of BERT are left out, with a note; any other tensor without a place is an error."""
-    placed = {f"{_prefix(model, base)}{fqn}" for fqn in modules.values()}
-    rest = [name for name in model.state_dict() if not any(name.startswith(f"{fqn}.") for fqn in placed)]
+    prefix = _prefix(model, base)
+    placed = {f"{prefix}{fqn}" for fqn in modules.values()}
+    rest = [name for name in model.state_dict() if _holder(name) not in placed]
     if not rest:
         return []
-    if base is not model or all(name.startswith("pooler.") for name in rest):
+    if all(name.startswith(f"{prefix}pooler.") or not name.startswith(prefix) for name in rest):
         heads = sorted({name.removeprefix("bert.").partition(".")[0] for name in rest})
         reason = f"GGUF holds the encoder: {', '.join(heads)} ({len(rest)} tensors) are left out"
         return [Note(heads[0], reason, "none needed for embeddings from the last states", minor=True)]
@@ -154,6 +155,12 @@ def _unplaced(model: nn.Module, base: nn.Module, modules: dict[str, str]) -> lis
             next_step="export the model without what was added to it",
         )
     )
+
+
+def _holder(name: str) -> str:
+    """The module whose own tensor, or parametrized one, this is: what an adapter adds is that of a module within."""
+    whole, parametrized, _ = name.partition(".parametrizations.")
+    return whole if parametrized else name.rpartition(".")[0]
 
 
 def _activations(sources: dict[str, Source]) -> list[Note]:

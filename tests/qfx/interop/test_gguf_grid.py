@@ -35,7 +35,7 @@ def rounded(w: Tensor, name: str) -> tuple[BlockGrid, Tensor, Tensor]:
 def test_columns_are_what_the_blocks_hold(name: str) -> None:
     w, kind = normal(), block_type(name)
     grid, codes, values = rounded(w, name)
-    blocks = grid.blocks(codes)
+    blocks = grid.blocks(codes, ROWS)
     assert torch.equal(blocks.values().reshape(w.shape), values.T)
     assert torch.equal(grid.values(codes, ROWS), values)
     again = unpack(pack(blocks), kind)
@@ -103,7 +103,7 @@ def test_moving_factors_never_adds_to_the_loss(name: str, seed: int, wrong: floa
     assert bool((loss(values) <= before * (1 + 1e-4)).all())
     if name != "MXFP4" and abs(wrong - 1) > 0.2:
         assert float(loss(values).sum()) < 0.9 * float(before.sum())
-    held: Blocks = grid.blocks(codes)
+    held: Blocks = grid.blocks(codes, ROWS)
     assert torch.equal(held.values().reshape(w.shape).T, grid.values(codes, ROWS))
 
 
@@ -115,7 +115,7 @@ def test_zeros_and_columns_without_energy(name: str) -> None:
     grid = BlockGrid(kind, (3, kind.size))
     grid.refit(0, w, slice(0, 3), torch.zeros(kind.size))
     codes = torch.stack([grid.round(j, w[:, j].clone(), slice(0, 3))[0] for j in range(kind.size)], 1)
-    values = grid.blocks(codes.to(grid.code_dtype)).values().reshape(w.shape)
+    values = grid.blocks(codes.to(grid.code_dtype), slice(0, 3)).values().reshape(w.shape)
     assert not values[0].any() and not values[2].any() and bool(values[1].any())
     shifted = grid.shift(0, slice(0, 3), values.T.contiguous(), torch.zeros(kind.size, 3), torch.eye(kind.size))
     assert not shifted.any() and bool(torch.isfinite(grid.step).all())

@@ -61,7 +61,6 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.filterwarnings("ignore:.*reads the same weight, which is rounded once")
 @pytest.mark.filterwarnings("ignore:.*fewer tokens than input channels")
 @pytest.mark.parametrize("mix", ["F32", "Q8_0", "Q4_0", "Q4_K_M", "Q2_K", "MXFP4", "Q4_K_M gptq"])
 def test_the_tiny_language_model(mix: str, tiny: Any, quiet: Any, tmp_path: Path) -> None:

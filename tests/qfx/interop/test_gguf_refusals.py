@@ -15,7 +15,7 @@ from qfx.errors import QfxWarning, UnsupportedError
 from qfx.interop import gguf_import
 from qfx.interop.gguf_import import read_gguf
 from tests import tiny
-from tests.gguf_models import random_model, run
+from tests.gguf_models import SIZES, random_model, run
 from tests.processes import python
 
 transformers = pytest.importorskip("transformers", reason="the models are transformers models: pip install qfx[hf]")
@@ -53,6 +53,35 @@ def test_what_was_added_to_the_model(tmp_path: Path) -> None:
     model.model.layers[0].mlp.extra = nn.Linear(4, 4)
     with pytest.raises(UnsupportedError, match=r"no place in GGUF[\s\S]*model.layers.0.mlp.extra.weight"):
         qfx.export_gguf(model, tmp_path / "m.gguf", tokenizer=False)
+
+
+class Adapted(nn.Module):
+    """A linear with what an adapter adds, as peft puts it into a model."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.lora_A = base, nn.Linear(base.in_features, 2, bias=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base_layer.bias
+
+
+def test_an_adapter_is_not_lost(tmp_path: Path) -> None:
+    model = random_model("llama")
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Adapted(attention.q_proj)
+    with pytest.raises(UnsupportedError, match=r"no place in GGUF[\s\S]*self_attn.q_proj.lora_A.weight"):
+        qfx.export_gguf(model, tmp_path / "m.gguf", "F16", tokenizer=False)
+    bert = transformers.BertModel(transformers.BertConfig(**SIZES))
+    bert.encoder.layer[0].attention.self.query = Adapted(bert.encoder.layer[0].attention.self.query)
+    with pytest.raises(UnsupportedError, match=r"no place in GGUF[\s\S]*self.query.lora_A.weight"):
+        qfx.export_gguf(bert, tmp_path / "m.gguf", "F16", tokenizer=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nan_is_named_and_leaves_no_file(tmp_path: Path) -> None:

@@ -58,8 +58,10 @@ def searched(w: Tensor, name: str, x: Tensor) -> Tensor:
 
 
 def by_gptq(w: Tensor, name: str, x: Tensor, **options: Any) -> Tensor:
-    blocks = gptq(w, block_type(name), seen(x), OPTIONS.model_copy(update=options), name="fc")
-    return blocks.values().reshape(w.shape)
+    kind = block_type(name)
+    data, values = gptq(w, kind, seen(x), OPTIONS.model_copy(update=options), name="fc")
+    assert torch.equal(unpack(data.reshape(-1, kind.nbytes), kind).values().reshape(w.shape).to(w.dtype), values)
+    return values
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,6 +87,13 @@ def test_rows_are_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qfx.passes._columns._ELEMENTS", 4 * 256)
     monkeypatch.setattr("qfx.interop.gguf_rounding._ELEMENTS", 3 * 256)
     assert (by_gptq(w, "Q4_K", x) == whole).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_dtypes(dtype: torch.dtype) -> None:
+    w, x = weight().to(dtype), inputs()
+    found = by_gptq(w, "Q4_K", x)
+    assert found.dtype == dtype and torch.equal(found, by_gptq(w.float(), "Q4_K", x).to(dtype))
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_1", "Q2_K", "Q6_K", "IQ4_NL", "MXFP4"])
@@ -137,8 +146,8 @@ def test_each_layer_sees_what_is_rounded_before_it() -> None:
         behind = torch.relu(x @ first.T + model.first.bias)
         wanted = gptq(model.second.weight.detach(), block_type("Q4_1"), seen(behind), OPTIONS, name="second")
         other = gptq(model.second.weight.detach(), block_type("Q4_1"), seen(model.first(x).relu()), OPTIONS, name="s")
-    found = unpack(data["second"].reshape(-1, 20), block_type("Q4_1")).codes
-    same = [float((found == codes).float().mean()) for codes in (wanted.codes, other.codes)]
+    codes = [unpack(d.reshape(-1, 20), block_type("Q4_1")).codes for d in (data["second"], wanted[0], other[0])]
+    same = [float((codes[0] == found).float().mean()) for found in codes[1:]]
     assert same[0] > 0.995, "by its inputs in the rounded model"
     assert same[1] < 0.99, "not by those in the float one"
 
@@ -224,6 +233,55 @@ def test_learned_blocks_follow_each_other() -> None:
     assert off(learned) < 0.8 * off(searched)
 
 
+def exported(model: Any, path: Path, mix: str = "Q8_0", **options: Any) -> dict[str, Any]:
+    """Tensors of the file of a model rounded by GPTQ, strictly."""
+    data = options.pop("data", None) or [{"input_ids": torch.randint(0, 80, (16, 32))}]
+    qfx.export_gguf(model, path, mix, tokenizer=False, data=data, rounding="gptq", **options)
+    return {name: torch.from_numpy(tensor.data) for name, tensor in read_gguf(path).tensors.items()}
+
+
+def test_a_table_that_is_the_output_too_is_no_remark(recwarn: pytest.WarningsRecorder, tmp_path: Path) -> None:
+    """A file of a tied model has it once, whatever the rounding."""
+    exported(random_model("llama tied"), tmp_path / "m.gguf", strict=True)
+    assert not [w for w in recwarn if "reads the same weight" in str(w.message)]
+
+
+def test_data_that_goes_round_the_table(tmp_path: Path) -> None:
+    """The output reads it all the same."""
+    model = random_model("llama tied")
+    found = exported(model, tmp_path / "a", strict=True, data=[{"inputs_embeds": torch.randn(8, 32, 64)}])
+    quietly(model, tmp_path / "b", "Q8_0", tokenizer=False)
+    plain = torch.from_numpy(read_gguf(tmp_path / "b").tensors["token_embd.weight"].data)
+    assert 0.01 < float((found["token_embd.weight"] != plain).float().mean()) < 0.6
+
+
+def test_one_weight_of_two_layers_is_rounded_once(tmp_path: Path) -> None:
+    model = random_model("llama")
+    first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
+    second.up_proj.weight = first.up_proj.weight
+    with pytest.warns(QfxWarning, match=r"'model\.layers\.1\.mlp\.up_proj' reads the same weight"):
+        found = exported(model, tmp_path / "m.gguf", strict=True)
+    assert torch.equal(found["blk.0.ffn_up.weight"], found["blk.1.ffn_up.weight"])
+    assert not torch.equal(found["blk.0.ffn_down.weight"], found["blk.1.ffn_down.weight"])
+
+
+def test_a_weight_that_the_graph_computes_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    model = random_model("llama")
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    with pytest.warns(
+        QfxWarning, match=r"0\.mlp\.up_proj: .* has no weight of this name, so not 'gptq' rounds it but 'mse'"
+    ):
+        found = exported(model, tmp_path / "m.gguf")
+    data = found["blk.0.ffn_up.weight"].reshape(-1, 34)
+    values = unpack(data, block_type("Q8_0")).values().reshape(96, 64)
+    assert torch.allclose(values, model.model.layers[0].mlp.up_proj.weight, atol=1e-3)
+
+
+def test_a_file_without_blocks_says_so(tmp_path: Path) -> None:
+    with pytest.warns(QfxWarning, match="'gptq' rounds float linears into blocks, of which this file in F16 has none"):
+        exported(random_model("llama"), tmp_path / "m.gguf", "F16", strict=True)
+
+
 def test_refusals(tmp_path: Path) -> None:
     model, target = random_model("llama"), tmp_path / "m.gguf"
     batch = {"input_ids": torch.randint(0, 80, (8, 32))}
@@ -233,6 +291,9 @@ def test_refusals(tmp_path: Path) -> None:
         qfx.export_gguf(model, target, "Q4_0", tokenizer=False, data=[batch], rounding="gtpq")
     with pytest.raises(ValueError, match="the data holds no batch"):
         qfx.export_gguf(model, target, "Q4_0", tokenizer=False, data=[], rounding="gptq")
+    for one, message in ((batch, r"found one dict\n  next step: put it in a list"), (5, "expected, found int")):
+        with pytest.raises(ValueError, match=message):
+            qfx.export_gguf(model, target, "Q8_0", tokenizer=False, data=one, rounding="gptq")  # type: ignore[arg-type]
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj"):
