@@ -82,8 +82,9 @@ def export_gguf(
     weights. name: what programs show; None: the last part of the model's
     own name. What differs from what was asked is a warning, under strict an UnsupportedError.
 
-    Raises UnsupportedError for other architectures and tokenizers, ValueError for unknown types, weights that are not
-    finite and bad data, ImportError without the gguf package. The model is not changed.
+    Raises UnsupportedError for other architectures and tokenizers and, with "gptq", for what torch.export does not
+    take, ValueError for unknown types, weights that are not finite and bad data, ImportError without the gguf package.
+    The model is not changed.
     """
     check_flags(strict=strict)
     mix = mix_named(type)

@@ -103,6 +103,8 @@ class BlockGrid:
         parts = slice(part, part + self.kind.parts)
         if self.kind.name == "MXFP4":
             return torch.zeros_like(held)
+        unit = own.diagonal().mean().clamp_min(1e-38)
+        own, slope = own / unit, slope / unit  # products of sums of squares shall stay within float32
         d, m = self.d[block, rows].float(), self.m[block, rows].float()
         along_m = self._directions(parts, rows)[1].repeat_interleave(self.width, 0)
         along_d = torch.where(d == 0, 0.0, (held - m * along_m) / d)

@@ -107,6 +107,19 @@ def test_moving_factors_never_adds_to_the_loss(name: str, seed: int, wrong: floa
     assert torch.equal(held.values().reshape(w.shape).T, grid.values(codes, ROWS))
 
 
+@pytest.mark.parametrize("name", ["Q4_1", "Q4_K"])
+@pytest.mark.parametrize("energy", [2.0**-80, 2.0**70])
+def test_factors_move_alike_whatever_the_energy(name: str, energy: float) -> None:
+    """Inputs of 1e6 in thousands of tokens have squares whose products float32 does not hold."""
+    w, kind = normal(256), block_type(name)
+    h, moved = torch.eye(256) + 0.05, []
+    for scale in (1.0, energy):
+        grid, codes, _ = rounded(w * 1.3, name)
+        values, own = grid.values(codes, ROWS)[: kind.size], scale * h[: kind.size, : kind.size]
+        moved.append(grid.shift(0, ROWS, values, own @ (w.T[: kind.size] - values), own))
+    assert bool(moved[0].any()) and torch.equal(moved[0], moved[1])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_zeros_and_columns_without_energy(name: str) -> None:
     kind = block_type(name)
