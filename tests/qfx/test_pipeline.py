@@ -117,7 +117,7 @@ def test_a_weight_that_is_read_both_ways_round(
     wanted = model(x).detach()
     with pytest.warns(QfxWarning, match=r"up\.transposed: it reads up\.weight the other way round than"):
         plan = qfx.plan(model, recipe, [x], **fields)
-    assert plan.layouts["up"] == "linear" and "up.transposed" not in plan.annotations
+    assert plan.layouts["up"] == "linear+read" and "up.transposed" not in plan.annotations
     live = qfx.quantize(Turned(narrow, 64).eval(), plan)
     options: dict[str, Any] = {"plan": plan, "backend": "reference"}
     fast = torch.compile(model, backend="qfx", options=options)
