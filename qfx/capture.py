@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -261,14 +262,17 @@ def _normal(
 
 def _without_overwritten(captured: Captured) -> Captured:
     """Without new values of buffers that each call overwrites before it reads them, such as RoPE's frequencies that a
-    model chooses by the length: no later call sees them."""
+    model chooses by the length: no later call sees them. What shares memory with another stays."""
     gm, output, names = captured.gm, captured.gm.graph.output_node(), captured.gm.meta["qfx_mutations"]
     read = {
         str(n.target)
         for n in gm.graph.find_nodes(op="get_attr")
         if any(u.target != torch.ops.aten.copy.default or n in u.args[1:] for u in n.users)
     }
+    held = dict((*gm.named_parameters(), *gm.named_buffers()))
+    memory = Counter(tensor.untyped_storage()._cdata for tensor in held.values())
     buffers = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")} - read
+    buffers = {name for name in buffers if memory[held[name].untyped_storage()._cdata] == 1}
     gone = {o for o in captured.mutations if names[o] in buffers}
     left = [o for o in captured.mutations if o not in gone]
     output.args = (tuple(x for o, x in enumerate(output.args[0]) if o not in gone),)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, GenerationMixin
 from qfx.backends.onnx.runner import Runner
 from qfx.decoding.decoder import PAST, PRESENT
 from qfx.decoding.shared_cache import SharedCache
-from qfx.errors import Note, explain, warn
+from qfx.errors import Note, UnsupportedError, explain, warn
 from qfx.storage.skeleton import set_generation
 
 
@@ -48,6 +48,11 @@ class Generator(GenerationMixin):  # type: ignore[misc]
     def is_remote_code(cls) -> bool:
         """No."""
         return False
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises UnsupportedError: continuous batching (`generate_batch`) has pages of its own for keys and values."""
+        what = f"continuous batching (generate_batch) needs a cache in pages, which {type(self).__name__} has not"
+        raise UnsupportedError(explain(what, next_step="call generate() on a padded batch"))
 
     def eval(self) -> Self:
         """Itself: a file does not train."""

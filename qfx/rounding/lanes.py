@@ -125,7 +125,8 @@ class Program:
         assert callable(node.target), node
         if graph.schema_name(node) == "aten::scaled_dot_product_attention":
             args, kwargs = _without_mask(args, dict(kwargs))
-        value = call(node.target, args, kwargs)
+        target = _copy if node.target is torch.ops.aten.copy.default else node.target
+        value = call(target, args, kwargs)
         used(*(arg for arg in args if isinstance(arg, Tensor)))
         return value
 
@@ -141,6 +142,11 @@ class Program:
                 if read in env and self.last_use[read] <= at:
                     del env[read]
         return {node: value for node, value in env.items() if self.last_use[node] >= until}
+
+
+def _copy(old: Tensor, new: Tensor, non_blocking: bool = False) -> Tensor:
+    """aten.copy, which autograd does not know, as calls of which it knows the gradients."""
+    return new.to(old).expand_as(old)
 
 
 def _without_mask(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:

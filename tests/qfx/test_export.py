@@ -245,6 +245,29 @@ def test_a_buffer_that_each_call_overwrites_is_no_state(tmp_path: Path) -> None:
         np.testing.assert_array_equal(session.run(None, {"x": x.numpy()})[0], model(x).numpy())
 
 
+class Views(Chosen):
+    """Overwrites a buffer of which another, which it reads (or overwrites too), is a view."""
+
+    def __init__(self, *, writes: bool) -> None:
+        super().__init__()
+        self.writes = writes
+        self.part: Tensor
+        self.register_buffer("part", self.scale[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x if self.writes else x * self.part.sum()
+        self.scale.copy_(x.sum(0))
+        if self.writes:
+            self.part.copy_(x[0, :2] * 3)
+        return y * self.scale
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_an_overwritten_buffer_that_others_see_is_a_state(tmp_path: Path, writes: bool) -> None:
+    with pytest.raises(UnsupportedError, match=r"(?s)changes its inputs or buffers.*found: .*scale"):
+        qfx.export_onnx(Views(writes=writes).eval(), torch.ones(2, 4), tmp_path / "m.onnx")
+
+
 LINEAR, X = nn.Linear(4, 4).eval(), torch.ones(2, 4)
 REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "another ending": ((LINEAR, X, "m.bin"), {}, ValueError, r"ends in \.onnx"),

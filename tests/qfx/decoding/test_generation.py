@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import qfx
 import qfx.onnx
 from qfx.decoding.shared_cache import SharedCache
-from qfx.errors import QfxWarning
+from qfx.errors import QfxWarning, UnsupportedError
 from tests.backends.onnx.checks import sqnr
 from tests.qfx.decoding.test_export import export
 from tests.zoo import VOCAB, ZOO, ids, randomize
@@ -361,6 +361,12 @@ def test_a_cache_of_another_kind_is_refused(folder: Path) -> None:
     loaded: Any = qfx.onnx.load(folder)
     with pytest.raises(ValueError, match=r"(?s)a cache that a file cannot fill.*SharedCache.*found: DynamicCache"):
         written_by(loaded, prompt(), past_key_values=transformers.DynamicCache())
+
+
+def test_continuous_batching_is_refused(folder: Path) -> None:
+    loaded: Any = qfx.onnx.load(folder)
+    with pytest.raises(UnsupportedError, match=r"(?s)continuous batching.*OnnxCausalLM has not.*call generate\(\)"):
+        loaded.generate_batch([[1, 2, 3]])
 
 
 def test_assisted_decoding_needs_all_logits(folder: Path, tmp_path: Path) -> None:

@@ -120,6 +120,24 @@ def test_gradients_pass_the_rounding_of_inputs() -> None:
     assert torch.allclose(weight.grad, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_gradients_pass_what_is_written_into_slices() -> None:
+    """As Gemma3n does; aten.copy has no gradient of its own."""
+
+    def writes(x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, :2] = x[:, 2:3] * 3
+        return y
+
+    program = Program(capture(Function(lambda _, x: writes(x)), torch.ones(2, 4)))
+    assert any(node.target is torch.ops.aten.copy.default for node in program.nodes)
+    x = torch.arange(8.0).view(2, 4).requires_grad_()
+    found = program.run(dict(zip(program.inputs, [x], strict=True)), range(len(program.nodes)), {}, rounded=False)
+    assert len(found) == 1
+    (y,) = found.values()
+    assert torch.equal(y, writes(x))
+    assert torch.equal(*(torch.autograd.grad(one.sum(), x)[0] for one in (y, writes(x))))
+
+
 def test_what_is_equal_in_all_batches_is_held_once() -> None:
     """A table of positions depends on the length alone."""
 
