@@ -1,7 +1,9 @@
-"""Learned rounding of a weight in GGUF's blocks: an offset for each value, a share for each factor.
+"""Learned rounding of a weight in GGUF's blocks: an offset for each value and, where blocks have no offset of their
+own, a share for each factor.
 
 What `qfx.rounding.offsets` is for formats, with the same gradients. The integer scales (and mins) of a K type stay
-those that the search finds; d and m are learned as shares of what they were, and rounded to float16:
+those that the search finds, and so do both factors of blocks with an offset: learned, they lost on held-out text. The
+one factor of others is learned as a share of what it was, and rounded to float16:
 
     W' = step q + offset    q = clamp(round((W - offset) / step + V))    step = d s, offset = -m t (one level: d and m)
 """
@@ -33,8 +35,8 @@ class BlockOffsets:
         self.weight = weight.reshape(-1, kind.parts, kind.size // kind.parts)
         ones = torch.ones_like(self.weight[:1])
         self._first = fit_blocks(self.weight[:, None], ones, kind)
-        self._ways = {key: OPTIMIZERS[optimizer]() for key in ("offset", "d", "m")}
-        self.d = self.m = torch.ones(len(self.weight), 1, 1, device=weight.device)  # shares of the first
+        self._ways = {key: OPTIMIZERS[optimizer]() for key in ("offset", "share")}
+        self.share = torch.ones(len(self.weight), 1, 1, device=weight.device)  # of the first d
         self._table = None if kind.table is None else torch.tensor(kind.table, device=weight.device).float()
         self.offset = torch.zeros_like(self.weight)
         self._settle()
@@ -44,18 +46,17 @@ class BlockOffsets:
         """Factors as a file holds them, and what they make of the integers."""
         first, kind = self._first, self.kind
         if kind.name == "MXFP4":
-            self._d, self._m = first.d, None
-            self._step, self._offset = exponent_scale(first.d)[:, None, None], torch.zeros_like(self.d)
+            self._d = first.d
+            self._step, self._offset = exponent_scale(first.d)[:, None, None], torch.zeros_like(self.share)
             return
-        self._d = (first.d.float() * self.d.flatten()).to(torch.float16)
-        self._m = None if first.m is None else (first.m.float() * self.m.flatten()).to(torch.float16)
+        self._d = (first.d.float() * self.share.flatten()).to(torch.float16)
         self._step = self._d.float()[:, None, None] * self._along(first.scales)
-        low = torch.zeros_like(self.d) if self._m is None else self._m.float()[:, None, None]
+        low = torch.zeros_like(self.share) if first.m is None else first.m.float()[:, None, None]
         self._offset = low * (self._along(first.mins) * (-1 if kind.parts > 1 else 1))
 
     def _along(self, integers: Tensor | None) -> Tensor:
         """What a factor is multiplied by in each part, f32 [blocks, parts, 1]."""
-        return torch.ones_like(self.d) if integers is None else integers.float()[..., None]
+        return torch.ones_like(self.share) if integers is None else integers.float()[..., None]
 
     def _steps(self) -> Tensor:
         whole = self.weight - self._offset
@@ -82,27 +83,19 @@ class BlockOffsets:
         free = slope * self._inside
         self._ways["offset"](self.offset, free * self._step, rate)
         self.offset.clamp_(-self.reach, self.reach)
-        if not clip_rate or self.kind.name == "MXFP4":  # powers of two are too coarse for small steps
+        if not clip_rate or self.kind.affine or self.kind.name == "MXFP4":  # whose powers of two are too coarse
             return
-        first = self._first
-        by_step = (slope * self._units - free * self._now).sum(-1, keepdim=True) * self._along(first.scales)
-        self._move("d", by_step, first.d, clip_rate)
-        if first.m is not None:
-            sign = -1 if self.kind.parts > 1 else 1
-            self._move("m", sign * (slope - free).sum(-1, keepdim=True) * self._along(first.mins), first.m, clip_rate)
+        by_step = (slope * self._units - free * self._now).sum(-1, keepdim=True) * self._along(self._first.scales)
+        share = self.share.clone()
+        self._ways["share"](share, by_step.sum(1, keepdim=True) * self._first.d.float()[:, None, None], clip_rate)
+        self.share = share.clamp_(*SHARES)
         self._settle()
-
-    def _move(self, key: str, slope: Tensor, factor: Tensor, rate: float) -> None:
-        """slope: for each part, of a factor; its share goes against it."""
-        share = getattr(self, key).clone()
-        self._ways[key](share, slope.sum(1, keepdim=True) * factor.float()[:, None, None], rate)
-        setattr(self, key, share.clamp_(*SHARES))
 
     def packed(self) -> Blocks:
         """The blocks; their values are `value()`."""
         self.value()
         codes = self._codes.flatten(1).to(torch.int8 if self.kind.low < 0 else torch.uint8)
-        return Blocks(self.kind, codes, self._d, self._m, self._first.scales, self._first.mins)
+        return Blocks(self.kind, codes, self._d, self._first.m, self._first.scales, self._first.mins)
 
     @property
     def clipped(self) -> float:

@@ -102,6 +102,18 @@ def test_zeros_stay_zero(name: str) -> None:
     assert bool(torch.isfinite(found).all())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_factors_are_learned_where_they_are_alone(name: str) -> None:
+    w, kind = normal(), block_type(name)
+    held = BlockOffsets(w, kind)
+    first = held.packed()
+    descended(held, w, correlated(), steps=10)
+    last = held.packed()
+    assert torch.equal(first.d, last.d) == (kind.affine or name == "MXFP4")
+    for one, other in ((first.m, last.m), (first.scales, last.scales), (first.mins, last.mins)):
+        assert one is other or (one is not None and other is not None and torch.equal(one, other))
+
+
 def test_values_that_no_block_holds_are_named() -> None:
     w = normal()
     w[0, 3] = torch.nan
