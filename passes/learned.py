@@ -188,18 +188,19 @@ def learn(
     start.
     """
     before = _error(forward, found, wanted, name)
-    first = Learned({k: o.packed() for k, o in found.items()}, before, before, {k: o.clipped for k, o in found.items()})
+
+    def taken(after: float) -> Learned:
+        clipped = {key: one.clipped for key, one in found.items()}
+        return Learned({key: one.packed() for key, one in found.items()}, before, after, clipped)
+
+    first = taken(before)
     order = _Order(len(wanted), seed)
     for done in range(steps):
         now = rate * (1 - done / steps)
         for key, slope in _slopes(forward, found, wanted, order.take(batches)).items():
             found[key].step(slope, now, CLIP_RATE * now)
     after = _error(forward, found, wanted, name)
-    if after > before:
-        return first
-    return Learned(
-        {key: o.packed() for key, o in found.items()}, before, after, {k: o.clipped for k, o in found.items()}
-    )
+    return first if after > before else taken(after)
 
 
 def _slopes(

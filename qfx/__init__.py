@@ -55,7 +55,7 @@ else:
         if name not in ("QfxConfig", "QuantizedCache"):
             raise AttributeError(f"module 'qfx' has no attribute {name!r}")
         try:
-            import transformers.quantizers.auto  # noqa: F401  (its import registers qfx)
+            importlib.import_module("transformers.quantizers.auto" if name == "QfxConfig" else "transformers")
         except ModuleNotFoundError as error:
             raise ImportError(f"qfx.{name} needs transformers; next step: pip install 'qfx[hf]'") from error
         return getattr(importlib.import_module("qfx.hf.config" if name == "QfxConfig" else "qfx.kv.cache"), name)

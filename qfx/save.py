@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from qfx.live.modules import quantized_parts
 from qfx.recipe import Recipe
 from qfx.storage import checkpoint
 from qfx.storage.describe import Record, describe, state
-from qfx.storage.files import dump_safetensors, read_json, read_safetensors, sha256_file, staged
+from qfx.storage.files import dump_safetensors, read_json, read_safetensors, sha256_file, sha256_text, staged
 from qfx.storage.rebuild import Saved, rebuild
 from qfx.storage.skeleton import CONFIG, GENERATION, skeleton
 
@@ -155,8 +154,7 @@ def _config_text(model: nn.Module, record: Record, tensors: Mapping[str, Tensor]
 
 
 def _digest(fields: Mapping[str, Any]) -> str:
-    text = json.dumps({k: v for k, v in fields.items() if k != "sha256"}, sort_keys=True)
-    return hashlib.sha256(text.encode(), usedforsecurity=False).hexdigest()
+    return sha256_text(json.dumps({k: v for k, v in fields.items() if k != "sha256"}, sort_keys=True))
 
 
 def _check_file(file: Path, sha256: str) -> None:

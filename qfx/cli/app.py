@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -11,20 +10,25 @@ import typer
 
 from qfx.cli import machine
 from qfx.cli.arguments import (
+    Baseline,
     BatchSize,
     Debug,
     Device,
     Field,
+    GgufRounding,
     Html,
     Json,
+    Layout,
     Model,
     Quantized,
+    Runtime,
     Samples,
     Seed,
     SeqLen,
     Strict,
     Text,
     TextSamples,
+    Units,
 )
 from qfx.cli.terminal import guarded
 
@@ -49,13 +53,6 @@ def main(
     ] = False,
 ) -> None:
     """Quantize PyTorch models, and see node by node what really runs."""
-
-
-class Baseline(StrEnum):
-    """How the float model runs in a comparison."""
-
-    eager = "eager"
-    inductor = "inductor"
 
 
 @app.command()
@@ -109,13 +106,6 @@ def quantize(
         )  # fmt: skip
 
 
-class Runtime(StrEnum):
-    """Who shall read an ONNX file."""
-
-    onnxruntime = "onnxruntime"
-    standard = "standard"
-
-
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub name, or what qfx quantize wrote.")],
@@ -149,16 +139,6 @@ def export(
         command.run(console, model, out, recipe, text, how, strict=strict)
 
 
-class Layout(StrEnum):
-    """Whose checkpoint is written."""
-
-    compressed_tensors = "compressed-tensors"
-    gptq = "gptq"
-    awq = "awq"
-    bnb = "bnb"
-    qfx = "qfx"
-
-
 @app.command()
 def convert(
     folder: Annotated[
@@ -174,14 +154,6 @@ def convert(
         from qfx.cli import convert as command
 
         command.run(console, folder, out, to.value, strict=strict)
-
-
-class GgufRounding(StrEnum):
-    """How weights are rounded into blocks of GGUF."""
-
-    mse = "mse"
-    gptq = "gptq"
-    learned = "learned"
 
 
 @app.command("export-gguf")
@@ -325,13 +297,6 @@ def advise(
             console, model, device, text, recipes, max_loss=max_loss, ratio=ratio, batch=batch, prompt=prompt,
             context=context, json_file=json,
         )  # fmt: skip
-
-
-class Units(StrEnum):
-    """What has one format."""
-
-    heads = "heads"
-    layers = "layers"
 
 
 @app.command()

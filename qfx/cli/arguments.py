@@ -1,7 +1,8 @@
-"""Arguments and options that several commands have."""
+"""Arguments and options that several commands have, and the choices of others."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,3 +24,42 @@ Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda
 Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")]
 Html = Annotated[Path | None, typer.Option("--html", help="Write one page with pictures and tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class Baseline(StrEnum):
+    """How the float model runs in a comparison."""
+
+    eager = "eager"
+    inductor = "inductor"
+
+
+class Runtime(StrEnum):
+    """Who shall read an ONNX file."""
+
+    onnxruntime = "onnxruntime"
+    standard = "standard"
+
+
+class Layout(StrEnum):
+    """Whose checkpoint is written."""
+
+    compressed_tensors = "compressed-tensors"
+    gptq = "gptq"
+    awq = "awq"
+    bnb = "bnb"
+    qfx = "qfx"
+
+
+class GgufRounding(StrEnum):
+    """How weights are rounded into blocks of GGUF."""
+
+    mse = "mse"
+    gptq = "gptq"
+    learned = "learned"
+
+
+class Units(StrEnum):
+    """What has one format."""
+
+    heads = "heads"
+    layers = "layers"

@@ -10,7 +10,6 @@ only in files, and sha256 is its digest. A checkpoint of a model that trains wit
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from qfx.hf.attach import METHOD
 from qfx.plan import versions
 from qfx.recipe import Recipe
 from qfx.storage.describe import Record, grouped, spread
+from qfx.storage.files import sha256_text
 
 VERSION = 4  # 1: a byte for each zero point, 2: no caches, no attention, 3: no sha256
 _READ = (1, 2, 3, VERSION)
@@ -125,4 +125,4 @@ def _record(model: object, where: str) -> Record | None:
 
 
 def _digest(model: object) -> str:
-    return hashlib.sha256(json.dumps(model, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
+    return sha256_text(json.dumps(model, sort_keys=True))

@@ -79,12 +79,12 @@ def export_gguf(
     batches; errors are then weighted by the mean square of each layer's inputs. rounding: "mse", the least error of
     each weight; with data also "gptq", of what each float linear computes behind those that are rounded, or "learned",
     of what each layer of the model gives (AutoRound's manner): both take more time, and memory for another copy of the
-    weights. name: what programs show; None: the last part of the model's
-    own name. What differs from what was asked is a warning, under strict an UnsupportedError.
+    weights. name: what programs show; None: the last part of the model's own name. What differs from what was asked is
+    a warning, under strict an UnsupportedError.
 
-    Raises UnsupportedError for other architectures and tokenizers and, with "gptq", for what torch.export does not
-    take, ValueError for unknown types, weights that are not finite and bad data, ImportError without the gguf package.
-    The model is not changed.
+    Raises UnsupportedError for other architectures and tokenizers and, with "gptq" and "learned", for what torch.export
+    does not take, ValueError for unknown types, weights that are not finite and bad data, ImportError without the gguf
+    package. The model is not changed.
     """
     check_flags(strict=strict)
     mix = mix_named(type)

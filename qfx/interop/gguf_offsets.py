@@ -16,9 +16,7 @@ from torch import Tensor
 from qfx.interop.gguf_blocks import Blocks, BlockType, exponent_scale
 from qfx.interop.gguf_encode import check_values, fit_blocks
 from qfx.interop.gguf_search import divide, nearest_index
-from qfx.rounding.offsets import OPTIMIZERS, SHARES
-
-_SLACK = 1.001  # beyond a table's ends, so that the extremes themselves are no clipped values
+from qfx.rounding.offsets import OPTIMIZERS, SHARES, SLACK, widths
 
 
 class BlockOffsets:
@@ -40,7 +38,7 @@ class BlockOffsets:
         self._table = None if kind.table is None else torch.tensor(kind.table, device=weight.device).float()
         self.offset = torch.zeros_like(self.weight)
         self._settle()
-        self.width = torch.ones(()) if self._table is None else _widths(self._steps(), self._table)
+        self.width = torch.ones(()) if self._table is None else widths(self._steps(), self._table)
 
     def _settle(self) -> None:
         """Factors as a file holds them, and what they make of the integers."""
@@ -73,7 +71,7 @@ class BlockOffsets:
         else:
             self._codes = nearest_index(moved, self.kind.table or ())
             self._units = self._table[self._codes]
-            low, high = float(self._table.min()) * _SLACK, float(self._table.max()) * _SLACK
+            low, high = float(self._table.min()) * SLACK, float(self._table.max()) * SLACK
             self._inside = (moved >= low) & (moved <= high)
         return (self._units * self._step + self._offset).reshape(self.shape)
 
@@ -101,11 +99,3 @@ class BlockOffsets:
     def clipped(self) -> float:
         """The share of the values that lie beyond the range of their scale, at the last `value()`."""
         return 1.0 - float(self._inside.to(torch.float32).mean()) if self._inside.numel() else 0.0
-
-
-def _widths(steps: Tensor, table: Tensor) -> Tensor:
-    """For each value the distance of the two values of a table between which it lies."""
-    held = table.unique()
-    at = torch.bucketize(steps.contiguous(), held).clamp(1, len(held) - 1)
-    widths: Tensor = held[at] - held[at - 1]
-    return widths

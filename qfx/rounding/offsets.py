@@ -37,7 +37,7 @@ from qfx.numerics import (
 from qfx.packing import Packed
 
 SHARES = 0.1, 2.0  # of the range at the start, between which it is learned
-_SLACK = 1.001  # beyond a table's ends, so that the extremes themselves are no clipped values
+SLACK = 1.001  # beyond a table's ends, so that the extremes themselves are no clipped values
 _LEAST = 1e-30  # of a gradient
 
 
@@ -86,7 +86,7 @@ class Offsets:
             plain, one = Format(fmt.type), torch.ones((), device=moved.device)
             self._codes = quantize(moved, plain, one)
             self._units = dequantize(self._codes, plain, one)
-            self._inside = (moved >= fmt.qmin * _SLACK) & (moved <= fmt.qmax * _SLACK)
+            self._inside = (moved >= fmt.qmin * SLACK) & (moved <= fmt.qmax * SLACK)
         return join(self._units * self._scale, fmt, self.shape)
 
     def step(self, gradient: Tensor, rate: float, clip_rate: float) -> None:
@@ -167,12 +167,16 @@ OPTIMIZERS: dict[str, type[Adam] | type[Sign]] = {"adam": Adam, "sign": Sign}
 
 
 def _widths(steps: Tensor, fmt: Format) -> Tensor:
-    """For each value the distance of the two values of a table type between which it lies."""
+    """`widths` in the values of a table type."""
     codes = torch.arange(1 << fmt.bits).to(torch.uint8)
     codes = codes.view(fmt.code_dtype) if fmt.bits == 8 else codes
-    plain = Format(fmt.type)
-    table = dequantize(codes, plain, torch.ones(()))
-    table = table[torch.isfinite(table)].unique()
+    table = dequantize(codes, Format(fmt.type), torch.ones(()))
+    return widths(steps, table[torch.isfinite(table)])
+
+
+def widths(steps: Tensor, table: Tensor) -> Tensor:
+    """For each value the distance of the two values of a table between which it lies."""
+    table = table.unique()
     at = torch.bucketize(steps.contiguous(), table).clamp(1, table.numel() - 1)
     width: Tensor = table[at] - table[at - 1]
     return width

@@ -197,6 +197,11 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_text(text: str) -> str:
+    """The digest of a text, hexadecimal."""
+    return hashlib.sha256(text.encode(), usedforsecurity=False).hexdigest()
+
+
 def check_writable(folder: str | os.PathLike[str]) -> None:
     """Raises OSError where no file can be written in a folder, which need not be there yet; nothing is left behind."""
     root = Path(folder)

@@ -30,7 +30,7 @@ from qfx.plan import Plan
 from qfx.rounding import rounded
 from qfx.rounding.blocks import Block
 from qfx.storage.checkpoint import digests
-from qfx.storage.files import read_json, read_safetensors, write_safetensors, write_text
+from qfx.storage.files import read_json, read_safetensors, sha256_text, write_safetensors, write_text
 
 VERSION = 2  # 1: no digests
 _HEAD = "progress.json"
@@ -74,7 +74,7 @@ class Resume:
         }  # fmt: skip
         text = json.dumps(about)
         try:
-            write_safetensors(self._file(number), found, {"qfx": text, "sha256": _sha(text)})
+            write_safetensors(self._file(number), found, {"qfx": text, "sha256": sha256_text(text)})
         except OSError as error:
             if error.errno not in _FULL:
                 raise
@@ -94,7 +94,7 @@ class Resume:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
         text = metadata.get("qfx", "{}")
-        if metadata.get("sha256") != _sha(text) or (about := json.loads(text))["tensors"] != digests(tensors):
+        if metadata.get("sha256") != sha256_text(text) or (about := json.loads(text))["tensors"] != digests(tensors):
             raise ValueError(explain(f"{file} was altered", next_step="remove the file and run again"))
         if about.get("block") != block.name:
             what = f"{file} is not the block {block.name!r}"
@@ -145,7 +145,3 @@ def _check(found: dict[str, Any], mine: dict[str, Any], root: Path) -> None:
                 next_step="give another folder, or remove this one to start anew",
             )
         )
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode(), usedforsecurity=False).hexdigest()
