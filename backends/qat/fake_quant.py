@@ -30,7 +30,7 @@ def fake_quantize(x: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None = N
     scale: f32 factor of the codes (`numerics.effective_scale`, whatever type they are stored in), of
     `fmt.scale_shape`. zero: whole f32 numbers of the same shape for affine formats, else None. factor: k above.
     """
-    found: Tensor = _FakeQuantize.apply(x, scale, zero, _unscaled(fmt), factor)  # type: ignore[no-untyped-call]
+    found: Tensor = _FakeQuantize.apply(x, scale, zero, unscaled(fmt), factor)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -58,7 +58,7 @@ def gradient_factor(elements: int, fmt: Format) -> float:
     return 1.0 / math.sqrt(max(1, elements) * fmt.qmax)
 
 
-def _unscaled(fmt: Format) -> Format:
+def unscaled(fmt: Format) -> Format:
     """The format with its scales as plain f32 numbers."""
     return Format(fmt.type, fmt.granularity, dynamic=fmt.dynamic)
 
@@ -95,7 +95,7 @@ class _RoundedAtRunTime(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, fmt: Format) -> Tensor:
-        return _values(x, _unscaled(fmt), *_run_time_scale(x, fmt))
+        return _values(x, unscaled(fmt), *_run_time_scale(x, fmt))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qfx.backends.qat.fake_quant import fake_cast, fake_quantize, fake_quantize_run_time, gradient_factor
+from qfx.backends.qat.fake_quant import fake_cast, fake_quantize, fake_quantize_run_time, gradient_factor, unscaled
 from qfx.format import Format
 from qfx.numerics import (
     TINY,
@@ -145,9 +145,9 @@ class WeightQuantizer(Quantizer):
     """Fake quantization of a weight [.., N, K]. It begins with what `packed` has: the same scales, the same result.
 
     Observed scales follow the greatest magnitude that shares each: the ratio of the two stays what it was.
-    keep_codes: scales learn below codes that stay (Chen et al. 2024, EfficientQAT, "E2E-QP"): the weight is read as if
-    it grew with its scale, so that dL/ds is k * sum g v / s everywhere, and zero points stand still. Not below scales
-    that are powers of two, where a step would double the weight.
+    keep_codes: scales learn below codes that stay (Chen et al. 2024, EfficientQAT, "E2E-QP"): those of the first scales,
+    so that dL/ds is k * sum g v / s everywhere, and zero points stand still. Not below scales that are powers of two,
+    where a step would double the weight.
     """
 
     extent: Tensor
@@ -172,13 +172,15 @@ class WeightQuantizer(Quantizer):
 
     def rows(self, weight: Tensor, ids: Tensor, padding_idx: int | None, by_frequency: bool = False) -> Tensor:
         """Rows `ids` of a table [V, D]: [.., D]. Only of formats whose scales are those of single rows. by_frequency:
-        the table's gradient is divided by how often the batch has a row (`scale_grad_by_freq`)."""
+        gradients are divided by how often the batch has a row (`scale_grad_by_freq`)."""
         if self._watching():
             self._observe(weight)
+
+        def rows(table: Tensor) -> Tensor:
+            return F.embedding(ids, table, padding_idx, scale_grad_by_freq=by_frequency)
+
         scale, zero = self.current()
-        found = F.embedding(ids, weight, padding_idx, scale_grad_by_freq=by_frequency)
-        zeros = None if zero is None else F.embedding(ids, zero)
-        values = self._rounded(found, F.embedding(ids, scale), zeros, F.embedding(ids, self._first))
+        values = self._rounded(rows(weight), rows(scale), None if zero is None else rows(zero), rows(self._first))
         # the backward needs them as they are, and models scale or mask what they look up in place
         return values.clone()
 
@@ -187,19 +189,18 @@ class WeightQuantizer(Quantizer):
         """The weight packed: `dequantize` gives bit for bit what `forward` does."""
         params = self.qparams()
         if self.keep_codes:
-            weight = self._grown(weight, self.current()[0], self._first)
-        return Packed.from_codes(quantize(weight, self.format, *params), self.format, *params)
+            codes = quantize(weight, unscaled(self.format), self._first, params.zero)
+        else:
+            codes = quantize(weight, self.format, *params)
+        return Packed.from_codes(codes, self.format, *params)
 
     def _rounded(self, weight: Tensor, scale: Tensor, zero: Tensor | None, first: Tensor) -> Tensor:
         if not self.keep_codes:
             return fake_quantize(weight, self.format, scale, zero, factor=self.factor)
-        scale = scale.detach() + self.factor * (scale - scale.detach())
-        return fake_quantize(self._grown(weight, scale, first), self.format, scale, zero).to(weight.dtype)
-
-    def _grown(self, weight: Tensor, scale: Tensor, first: Tensor) -> Tensor:
-        """The weight, f32, as much greater as its scale is than at first."""
-        ratio = spread(scale / torch.where(first == 0, 1.0, first), self.format)
-        return join(split(weight.to(torch.float32), self.format) * ratio, self.format, weight.shape)
+        fmt, scale = self.format, scale.detach() + self.factor * (scale - scale.detach())
+        steps = join(split(weight.to(torch.float32), fmt) / spread(first, fmt), fmt, weight.shape)
+        codes = fake_quantize(steps, fmt, torch.ones_like(first), zero)
+        return join(split(codes, fmt) * spread(scale, fmt), fmt, weight.shape).to(weight.dtype)
 
     @property
     def _first(self) -> Tensor:
