@@ -31,7 +31,7 @@ from qfx.live.modules import PREPARED, prepared_parts, without_fast_paths
 from qfx.live.places import Place
 from qfx.live.segments import along, in_order, segments
 from qfx.live.writeback import cut, oriented, pointer_of, rewrite, twins_of
-from qfx.numerics import QParams, dequantize, effective_scale, split, spread
+from qfx.numerics import QParams, dequantize, effective_scale, join, split, spread
 from qfx.packing import Packed
 from qfx.passes.rotate_down import rotations
 from qfx.pipeline import told
@@ -196,11 +196,12 @@ def _started(weight: Tensor, packed: Packed) -> Tensor:
     if fmt.is_plain or not fmt.is_integer:
         return packed.dequantize(weight.dtype)
     params = packed.params()
-    scale = spread(effective_scale(*params, fmt), fmt)
+    scale = spread(effective_scale(*params, fmt), fmt).abs()
     middle = split(dequantize(packed.codes(), fmt, *params), fmt)
-    room = _CELL * scale.abs()
+    # the cast to the weight's dtype may move it by this much; where that is more than a cell has room, from the middle
+    room = (_CELL * scale - middle.abs() * torch.finfo(weight.dtype).eps / 2).clamp(min=0)
     found = split(weight.to(torch.float32), fmt).clamp(middle - room, middle + room)
-    return (found.flatten(-2)[..., : weight.shape[-1]] if fmt.group else found.reshape(weight.shape)).to(weight.dtype)
+    return join(found, fmt, weight.shape).to(weight.dtype)
 
 
 def training_of(model: object) -> Training:

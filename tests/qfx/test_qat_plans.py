@@ -13,6 +13,8 @@ import qfx
 from qfx.backends.qat import WeightQuantizer
 from qfx.live.mixed import QuantMixed
 from qfx.measuring.measure import sqnr_db
+from tests.qat_nets import DATA as ROWS
+from tests.qat_nets import both, net, prepared
 from tests.qfx.kv import models
 from tests.zoo import randomize
 
@@ -99,6 +101,18 @@ def test_presets_begin_where_their_method_ends(recipe: str, most: float) -> None
     assert sqnr_db(logits(build()), logits(quantized)) > 5
     texts = [{row.node: row.asked for row in qfx.report(model)} for model in (quantized, converted)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("text", ["i8/ch", "i4/b20x20"])
+def test_weights_begin_with_the_codes_of_a_plan(text: str, dtype: torch.dtype) -> None:
+    """In bfloat16, too, whose values lie up to half a step of 8 bits apart, and where blocks do not divide them."""
+    plan = qfx.plan(net().to(dtype), {**both(text), "rounding": "gptq"}, ROWS)
+    model = prepared(net().to(dtype), plan)
+    for name in ("up", "down", "head"):
+        module = model.get_submodule(name)
+        assert torch.equal(module.fake_quant.weight.parts[0].pack(module.weight).data, plan.tensors[f"{name}/codes"])
+        assert not torch.equal(module.weight, net().to(dtype).get_parameter(f"{name}.weight")), "negative control"
 
 
 @pytest.mark.slow
