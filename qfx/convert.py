@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qfx.backends.qat.quantizers import InputQuantizer, WeightQuantizer
-from qfx.errors import explain
+from qfx.errors import explain, warn
 from qfx.hf.attach import attach
 from qfx.kv.live import with_caches
 from qfx.live import attending
@@ -30,10 +30,12 @@ def convert(model: nn.Module) -> nn.Module:
     What each layer gives is what it gave in the prepared model in eval mode: from equal weights and codes, but for the
     last bits of sums, which decide a few codes of the layers after it. `qfx.save`, `qfx.export_onnx` and
     torch.compile(backend="qfx") take it. Raises ValueError for a model that is not prepared or sharded over processes,
-    and for weights or scales that became NaN or infinite, before anything is changed.
+    and for weights or scales that became NaN or infinite, before anything is changed. Scales that have gradients and
+    never moved are a QfxWarning.
     """
     training = training_of(model)
     check_unwrapped(model)
+    _tell_still(model)
     with torch.no_grad():
         _check_finite(model)
         check_finished(model)
@@ -71,6 +73,14 @@ def _trained(model: nn.Module, place: Place, plan: Plan) -> None:
         plan.tensors[f"{place.fqn}/x_scale"] = scale
         if zero is not None:
             plan.tensors[f"{place.fqn}/x_zero"] = zero
+
+
+def _tell_still(model: nn.Module) -> None:
+    """A QfxWarning where gradients reached the scales and no step moved one of them."""
+    learned = [q.log_scale for q in quantizers(model).values() if q.log_scale.requires_grad]
+    if any(s.grad is not None and bool(s.grad.any()) for s in learned) and not any(bool(s.any()) for s in learned):
+        step = "make the optimizer of model.parameters() after qfx.prepare_qat; to keep scales: requires_grad_(False)"
+        warn(explain("the learned scales have gradients, but no step has moved any", next_step=step), stacklevel=3)
 
 
 def _check_finite(model: nn.Module) -> None:

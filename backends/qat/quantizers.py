@@ -12,7 +12,7 @@ straight-through in the backward.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qfx.backends.qat.fake_quant import fake_cast, fake_quantize, fake_quantize_run_time, gradient_factor, unscaled
+from qfx.errors import explain
 from qfx.format import Format
 from qfx.numerics import (
     TINY,
@@ -47,10 +48,12 @@ class Quantizer(nn.Module):
     observed scales: the share of the moving average that stays at each step, and the steps (forwards in train mode)
     after which it does not move any more (None: it always does); where torch.compile recomputes a checkpointed part, it
     reads the averages as they are after the step. still: as if frozen (see `qfx.training.schedule`). Scales of a whole
-    tensor have shape [1] here.
+    tensor have shape [1] here. most: the greatest code of fmt, by which a state_dict tells formats of the same shapes
+    apart.
     """
 
     still = False
+    most: Tensor
     initial_scale: Tensor
     initial_zero: Tensor | None
     whole: Tensor | None
@@ -71,6 +74,7 @@ class Quantizer(nn.Module):
             else None
         )
         self.register_buffer("initial_scale", first)
+        self.register_buffer("most", torch.tensor(float(fmt.qmax), device=first.device))
         self.register_buffer("initial_zero", zero)
         self.register_buffer("whole", params.zero.clone() if fmt.has_global_scale and params.zero is not None else None)
         if scales == "learned":
@@ -136,6 +140,16 @@ class Quantizer(nn.Module):
         super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Scales of another format's codes are an error, as other shapes are."""
+        held = state.setdefault(f"{prefix}most", self.most)  # what was saved without it
+        if not torch.equal(held.to(self.most), self.most):
+            expected, found = (f"codes up to {float(most):g}" for most in (self.most, held))
+            step = "prepare the model by the recipe or plan that the checkpoint was trained by"
+            what = f"scales of another format in {prefix}initial_scale"
+            args[-1].append(explain(what, expected=expected, found=found, next_step=step))
+        super()._load_from_state_dict(state, prefix, *args)
+
     def extra_repr(self) -> str:
         frozen = "" if self.freeze_after is None else f", freeze_after={self.freeze_after}"
         return f"{self.format}, {self.scales}{frozen if self.scales == 'observed' else ''}"
@@ -145,9 +159,9 @@ class WeightQuantizer(Quantizer):
     """Fake quantization of a weight [.., N, K]. It begins with what `packed` has: the same scales, the same result.
 
     Observed scales follow the greatest magnitude that shares each: the ratio of the two stays what it was.
-    keep_codes: scales learn below codes that stay (Chen et al. 2024, EfficientQAT, "E2E-QP"): those of the first scales,
-    so that dL/ds is k * sum g v / s everywhere, and zero points stand still. Not below scales that are powers of two,
-    where a step would double the weight.
+    keep_codes: scales learn below codes that stay (Chen et al. 2024, EfficientQAT, "E2E-QP"), those of the first
+    scales, so that dL/ds is k * sum g v / s everywhere, and zero points stand still. Not below scales that are powers
+    of two, where a step would double the weight.
     """
 
     extent: Tensor

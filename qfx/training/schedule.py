@@ -175,6 +175,7 @@ def _restart(quantizer: Quantizer, params: QParams, weight: Tensor | None = None
         if held is not None:
             held.copy_(new)
     quantizer.log_scale.zero_()
+    quantizer.log_scale.grad = None
     if quantizer.zero_shift is not None:
         quantizer.zero_shift.zero_()
     if isinstance(quantizer, WeightQuantizer) and weight is not None and quantizer.scales == "observed":

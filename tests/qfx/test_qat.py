@@ -374,6 +374,7 @@ def test_convolutions(x_format: str) -> None:
         assert torch.allclose(model(x), quantized(x), atol=0.03)
     model.train()(x).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+    adam(model).step()
     with torch.no_grad():
         trained = model.eval()(x)
         assert torch.allclose(qfx.convert(model)(x), trained, atol=0.03)
