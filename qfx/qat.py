@@ -165,9 +165,9 @@ class _Preparation:
             (part, rounded.pack(plan.tensors, part, fmt, plan.recipe.rounding, name=name))
             for part, fmt, name in cut(value, place)
         ]
-        parts = nn.ModuleList(self._quantizer(part, found) for part, found in packed)
+        parts = [self._quantizer(part, found) for part, found in packed]
         if self.training.train == "all" and not weight.requires_grad:
-            parts.requires_grad_(False)  # a frozen table
+            nn.ModuleList(parts).requires_grad_(False)  # a frozen table
         flat = place.layout.startswith("patch")
         if isinstance(place.w, Format):
             pieces = [_started(part, found) if self._planned else part for part, found in packed]
