@@ -49,8 +49,8 @@ def convert(model: nn.Module) -> nn.Module:
             restore(module)
         delattr(model, KEPT)
         if training.train == "scales":
-            for place in training.places:
-                model.get_submodule(place.owner).get_parameter(place.leaf).requires_grad_(True)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad or name in training.learning)
         attentions = attending.find(model, plan)[0]
         live = attending.attend(Writer(model, plan).write(list(training.places)), attentions)
         return attach(with_caches(live, plan.caches), plan.recipe)

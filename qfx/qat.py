@@ -50,13 +50,14 @@ _CELL = 0.45  # of a step: how far a weight may begin from the code that a plan 
 
 @dataclass(frozen=True)
 class Training:
-    """What a prepared model was prepared by."""
+    """What a prepared model was prepared by. learning: names of the parameters that were not frozen before."""
 
     plan: Plan
     places: tuple[Place, ...]
     scales: Scales
     train: Train
     freeze_after: int | None
+    learning: frozenset[str]
 
 
 def prepare_qat(
@@ -69,8 +70,8 @@ def prepare_qat(
     where training begins: the prepared model gives what the quantized one would.
     scales: "learned" with the weights (LSQ, LSQ+), or "observed": moving averages of ranges, which in train mode move
     with each forward, for `freeze_after` of them where that is given. Those of formats found at run time are found anew
-    in each forward. train: "all", or "scales" alone (weights are frozen and keep their codes, but
-    below scales that are powers of two).
+    in each forward. train: "all", or "scales" alone (all other parameters are frozen until
+    `qfx.convert`, and weights keep their codes, but below scales that are powers of two).
     Raises ValueError for a model that is prepared, quantized or compiled already, for frozen weights that should learn,
     under torch.inference_mode(), and whatever `qfx.quantize` raises.
     """
@@ -88,7 +89,10 @@ def prepare_qat(
         check_model(model, plan.caches)
         told([*notes, *frozen], strict=strict)
         rewrite(model, plan)
-        _Preparation(model, Training(plan, tuple(places), scales, train, freeze_after)).run(attentions)
+        learning = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        if train == "scales":
+            model.requires_grad_(False)
+        _Preparation(model, Training(plan, tuple(places), scales, train, freeze_after, learning)).run(attentions)
     without_fast_paths(model)
     mark_training(model, plan.recipe)
     return with_caches(model, plan.caches, strict=strict)
@@ -115,8 +119,6 @@ class _Preparation:
             shared = key in self.weights
             if not shared:
                 self.weights[key] = self._weight(place, weight)
-            if self.training.train == "scales":
-                weight.requires_grad_(False)
             self._put(place, module, self.weights[key], shared=shared)
             self._put_twins(place, weight, self.weights[key])
         given = self.training

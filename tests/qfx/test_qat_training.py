@@ -129,7 +129,10 @@ def test_a_copy_trains_apart_and_converts() -> None:
 
 
 def test_scales_alone_can_be_trained() -> None:
-    model = prepared(net(), "w2a16", DATA, train="scales")
+    model = net()
+    model.norm.bias.requires_grad_(False)
+    model = prepared(model, "w2a16", DATA, train="scales")
+    assert all(p.requires_grad == name.endswith("log_scale") for name, p in model.named_parameters())
     weight = model.up.weight.detach().clone()
     optimizer = adam(model)
     first, last = step(model, optimizer), torch.zeros(())
@@ -139,6 +142,7 @@ def test_scales_alone_can_be_trained() -> None:
     trained, quantized = out(model), qfx.quantize(net(), "w2a16", DATA)
     assert torch.allclose(out(qfx.convert(model)), trained, atol=1e-5)
     assert torch.equal(model.get_buffer("up.w_codes"), quantized.get_buffer("up.w_codes"))
+    assert model.norm.weight.requires_grad and model.up.bias.requires_grad and not model.norm.bias.requires_grad
 
 
 def test_hooks_and_modes_stay() -> None:
