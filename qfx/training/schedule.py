@@ -58,6 +58,9 @@ class QATSchedule:
         self.model, self.steps, self.start_after = model, steps, start_after
         self.bits, self.freeze = dict(sorted((bits or {}).items())), dict(sorted((freeze or {}).items()))
         _check_steps(start_after, self.bits, self.freeze, steps)
+        if start_after and self.training.train == "scales":
+            what = "a model prepared with train='scales' has nothing that learns in float"
+            raise ValueError(explain(what, found=f"start_after={start_after}", next_step="leave it out"))
         self._learning = {name: p.requires_grad for name, p in model.named_parameters()}
         observed = [name for name, q in quantizers(model).items() if q.scales == "observed"]
         self._frozen = {step: _named(self._learning, observed, names) for step, names in self.freeze.items()}

@@ -211,6 +211,13 @@ def test_bad_schedules(fields: dict[str, Any], message: str) -> None:
         qfx.QATSchedule(model, **fields)
 
 
+def test_scales_alone_learn_nothing_in_float() -> None:
+    model = prepared(net(), planned(), train="scales")
+    with pytest.raises(ValueError, match="(?s)nothing that learns in float.*start_after=3.*leave it out"):
+        qfx.QATSchedule(model, start_after=3)
+    qfx.QATSchedule(model, bits={0: 8, 1: 4}, freeze={1: "up.fake_quant"})
+
+
 def test_attributes_of_the_users_modules_say_nothing() -> None:
     model = prepared(net(), planned())
     model.norm.on, model.norm.planned = False, "soon"
