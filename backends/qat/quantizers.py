@@ -142,12 +142,13 @@ class Quantizer(nn.Module):
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Scales of another format's codes are an error, as other shapes are."""
-        held = state.setdefault(f"{prefix}most", self.most)  # what was saved without it
+        held = state.get(f"{prefix}most", self.most)  # what was saved without it is taken as it is
         if not torch.equal(held.to(self.most), self.most):
             expected, found = (f"codes up to {float(most):g}" for most in (self.most, held))
             step = "prepare the model by the recipe or plan that the checkpoint was trained by"
             what = f"scales of another format in {prefix}initial_scale"
             args[-1].append(explain(what, expected=expected, found=found, next_step=step))
+        state[f"{prefix}most"] = self.most
         super()._load_from_state_dict(state, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -159,11 +160,12 @@ class WeightQuantizer(Quantizer):
     """Fake quantization of a weight [.., N, K]. It begins with what `packed` has: the same scales, the same result.
 
     Observed scales follow the greatest magnitude that shares each: the ratio of the two stays what it was.
-    keep_codes: scales learn below codes that stay (Chen et al. 2024, EfficientQAT, "E2E-QP"), those of the first
-    scales, so that dL/ds is k * sum g v / s everywhere, and zero points stand still. Not below scales that are powers
+    keep_codes: scales learn below codes that stay (Chen et al. 2024, EfficientQAT, "E2E-QP"), those of the scales
+    `below`, so that dL/ds is k * sum g v / s everywhere, and zero points stand still. Not below scales that are powers
     of two, where a step would double the weight.
     """
 
+    below: Tensor | None
     extent: Tensor
 
     def __init__(
@@ -171,8 +173,9 @@ class WeightQuantizer(Quantizer):
         keep_codes: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(packed.format, packed.params(), scales, decay=0.9, freeze_after=freeze_after)
-        self.keep_codes = keep_codes and packed.format.scale_type != "e8m0"
-        if self.keep_codes and self.zero_shift is not None:
+        keep_codes &= packed.format.scale_type != "e8m0"
+        self.register_buffer("below", self.current()[0].detach().clone() if keep_codes else None)
+        if keep_codes and self.zero_shift is not None:
             self.zero_shift.requires_grad_(False)
         self.factor = gradient_factor(weight.numel() // max(1, self.initial_scale.numel()), packed.format)
         if scales == "observed":
@@ -182,7 +185,7 @@ class WeightQuantizer(Quantizer):
         """The weight as it comes back from its format, in its dtype."""
         if self._watching():
             self._observe(weight)
-        return self._rounded(weight, *self.current(), self._first)
+        return self._rounded(weight, *self.current(), self.below)
 
     def rows(self, weight: Tensor, ids: Tensor, padding_idx: int | None, by_frequency: bool = False) -> Tensor:
         """Rows `ids` of a table [V, D]: [.., D]. Only of formats whose scales are those of single rows. by_frequency:
@@ -193,8 +196,8 @@ class WeightQuantizer(Quantizer):
         def rows(table: Tensor) -> Tensor:
             return F.embedding(ids, table, padding_idx, scale_grad_by_freq=by_frequency)
 
-        scale, zero = self.current()
-        values = self._rounded(rows(weight), rows(scale), None if zero is None else rows(zero), rows(self._first))
+        scale, *others = (*self.current(), self.below)
+        values = self._rounded(rows(weight), rows(scale), *(None if t is None else rows(t) for t in others))
         # the backward needs them as they are, and models scale or mask what they look up in place
         return values.clone()
 
@@ -202,23 +205,33 @@ class WeightQuantizer(Quantizer):
     def pack(self, weight: Tensor) -> Packed:
         """The weight packed: `dequantize` gives bit for bit what `forward` does."""
         params = self.qparams()
-        if self.keep_codes:
-            codes = quantize(weight, unscaled(self.format), self._first, params.zero)
-        else:
+        if self.below is None:
             codes = quantize(weight, self.format, *params)
+        else:
+            codes = quantize(weight, unscaled(self.format), self.below, params.zero)
         return Packed.from_codes(codes, self.format, *params)
 
-    def _rounded(self, weight: Tensor, scale: Tensor, zero: Tensor | None, first: Tensor) -> Tensor:
-        if not self.keep_codes:
+    def _rounded(self, weight: Tensor, scale: Tensor, zero: Tensor | None, below: Tensor | None) -> Tensor:
+        if below is None:
             return fake_quantize(weight, self.format, scale, zero, factor=self.factor)
         fmt, scale = self.format, scale.detach() + self.factor * (scale - scale.detach())
-        steps = join(split(weight.to(torch.float32), fmt) / spread(first, fmt), fmt, weight.shape)
-        codes = fake_quantize(steps, fmt, torch.ones_like(first), zero)
+        steps = join(split(weight.to(torch.float32), fmt) / spread(below, fmt), fmt, weight.shape)
+        codes = fake_quantize(steps, fmt, torch.ones_like(below), zero)
         return join(split(codes, fmt) * spread(scale, fmt), fmt, weight.shape).to(weight.dtype)
 
-    @property
-    def _first(self) -> Tensor:
-        return self.initial_scale.reshape(self.shape)
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Codes that stay are those that a training of all ended with. Its scales alone tell nothing of the others."""
+        key = f"{prefix}below"
+        begun = f"{prefix}initial_scale" in state and key not in state
+        if self.below is not None:
+            state.setdefault(key, self.below)
+        elif key in state:
+            what, step = f"the codes of {key} stay, and the model's move", "prepare the model with train='scales'"
+            args[-1].append(explain(what, next_step=step))
+        super()._load_from_state_dict(state, prefix, *args)
+        if self.below is not None and begun:
+            with torch.no_grad():
+                self.below.copy_(self.current()[0])
 
     @torch.no_grad()
     def _observe(self, weight: Tensor) -> None:

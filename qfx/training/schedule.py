@@ -181,6 +181,8 @@ def _restart(quantizer: Quantizer, params: QParams, weight: Tensor | None = None
     quantizer.log_scale.grad = None
     if quantizer.zero_shift is not None:
         quantizer.zero_shift.zero_()
+    if isinstance(quantizer, WeightQuantizer) and quantizer.below is not None:
+        quantizer.below.copy_(quantizer.current()[0])
     if isinstance(quantizer, WeightQuantizer) and weight is not None and quantizer.scales == "observed":
         quantizer.extent.copy_(quantizer._extent(weight))
 

@@ -145,6 +145,29 @@ def test_scales_alone_can_be_trained() -> None:
     assert model.norm.weight.requires_grad and model.up.bias.requires_grad and not model.norm.bias.requires_grad
 
 
+@pytest.mark.parametrize("w", ["i4/g16", "u3/g16/f16"])
+def test_scales_alone_go_on_where_a_training_of_all_ended(w: str) -> None:
+    """The two phases of EfficientQAT, through a checkpoint: its codes stay, and not those of the first scales."""
+    first = prepared(net(), both(w, table=w), DATA)
+    optimizer = adam(first)
+    for seed in range(5):
+        step(first, optimizer, seed)
+    model = prepared(net(), both(w, table=w), DATA, train="scales")
+    model.load_state_dict(first.state_dict())
+    assert torch.equal(out(model), out(first))
+    optimizer = adam(model)
+    step(model, optimizer)
+    again = prepared(net(), both(w, table=w), DATA, train="scales")
+    again.load_state_dict(model.state_dict())
+    trained = out(model)
+    assert torch.equal(out(again), trained) and not torch.equal(trained, out(first))
+    with pytest.raises(RuntimeError, match="(?s)codes of .*below stay.*train='scales'"):
+        prepared(net(), both(w, table=w), DATA).load_state_dict(model.state_dict(), strict=False)
+    assert torch.allclose(out(qfx.convert(model)), trained, atol=1e-5)
+    qfx.convert(first)
+    assert torch.equal(model.get_buffer("up.w_codes"), first.get_buffer("up.w_codes"))
+
+
 def test_hooks_and_modes_stay() -> None:
     model: Any = net()
     calls: list[int] = []
@@ -259,6 +282,7 @@ def test_scales_of_another_format_are_not_loaded(w: str, x: str, other: str) -> 
     message = "(?s)another format in up.fake_quant.weight.parts.0.initial_scale.*found: codes up to.*recipe or plan"
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(state, strict=False)
+    model.load_state_dict(prepared(net(), both(other, x), DATA).state_dict())
     model = prepared(net(), both(w, x), DATA)
     model.load_state_dict({name: t for name, t in state.items() if not name.endswith(".most")})  # of before
     assert torch.equal(out(model), out(trained))

@@ -215,7 +215,12 @@ def test_scales_alone_learn_nothing_in_float() -> None:
     model = prepared(net(), planned(), train="scales")
     with pytest.raises(ValueError, match="(?s)nothing that learns in float.*start_after=3.*leave it out"):
         qfx.QATSchedule(model, start_after=3)
-    qfx.QATSchedule(model, bits={0: 8, 1: 4}, freeze={1: "up.fake_quant"})
+    schedule = qfx.QATSchedule(model, bits={0: 8, 1: 4}, freeze={1: "up.fake_quant"})
+    step(model, adam(model))
+    schedule.step()
+    assert float((out(model) - out(net())).norm()) < 2 * float((out(prepared(net(), planned())) - out(net())).norm())
+    trained = out(model)
+    assert torch.allclose(out(qfx.convert(model)), trained, atol=1e-5)
 
 
 def test_attributes_of_the_users_modules_say_nothing() -> None:
