@@ -3,7 +3,8 @@
 A float weight stays the nn.Parameter that it was, under its name, so that optimizers, Trainer, accelerate, DDP, FSDP,
 EMA and checkpoints see an ordinary module; the scales lie in a child module `fake_quant`. A parameter that some other
 forward reads (experts, tables with a forward of their own, nn.MultiheadAttention) reads as it comes back from its
-format, its quantizer being the child `fake_quant_<name>`.
+format, its quantizer being the child `fake_quant_<name>`. What is written into that is lost: write into
+`module._parameters[name]`.
 """
 
 from __future__ import annotations
