@@ -70,8 +70,8 @@ def prepare_qat(
     where training begins: the prepared model gives what the quantized one would.
     scales: "learned" with the weights (LSQ, LSQ+), or "observed": moving averages of ranges, which in train mode move
     with each forward, for `freeze_after` of them where that is given. Those of formats found at run time are found anew
-    in each forward. train: "all", or "scales" alone (all other parameters are frozen until
-    `qfx.convert`, and weights keep their codes, but below scales that are powers of two).
+    in each forward. train: "all", or "scales" alone (all other parameters are frozen until `qfx.convert`, and weights
+    keep their codes, but below scales that are powers of two).
     Raises ValueError for a model that is prepared, quantized or compiled already, for frozen weights that should learn,
     under torch.inference_mode(), and whatever `qfx.quantize` raises.
     """
