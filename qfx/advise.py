@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WITHOUT_DATA = ("w8a8", "w8a16", "w4a16-hqq", "nf4")
-WITH_DATA = ("w8a8", "w8a8-smooth", "w4a16-gptq", "w4a16-awq", "w3a16-gptq", "w2a16-gptq", "heads")
+WITH_DATA = ("w8a8", "w8a8-rotate", "w8a8-smooth", "w4a16-gptq", "w4a16-awq", "w3a16-gptq", "w2a16-gptq", "heads")
 _BITS = (4.0, 3.0)  # budgets of recipes that plan bits, where no ratio is wanted
 _BATCHES = (1, 4, 16, 64, 256)
 _CACHE_SHARE = 0.2  # of what a token reads, from which on a smaller cache is worth a word
@@ -238,8 +238,8 @@ class _Walk:
 
     def _usual(self) -> list[Recipe]:
         """What is tried where the user names nothing."""
-        names = WITHOUT_DATA if self.calibration is None else WITH_DATA
-        return [Recipe.parse(name) for name in names]
+        names = WITHOUT_DATA if self.calibration is None else WITH_DATA  # rotations are for decoders
+        return [Recipe.parse(name) for name in names if self.by_perplexity or name != "w8a8-rotate"]
 
     def _budgeted(self, recipe: Recipe) -> list[tuple[str, Recipe]]:
         """A recipe that plans bits under the budgets that are wanted, by name; others as they are."""

@@ -10,6 +10,7 @@ from qfx.rounding.method_options import AllocationOptions, LiftOptions
 
 _EMBEDDING = {"target": "embedding", "w": "i8/ch"}
 _TIED = {"target": "tied", "w": "u4/g128"}
+_TIED8 = {"target": "tied", "w": "i8/ch"}  # once in 8 bits is less than an embedding in 8 and an output in 4 beside it
 _ATTENTION = r"re:(?i)(.*\.)?[^.]*(attn|attention)[^.]*\."
 _MLP = (
     r"re:(.*\.)?(gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2|c_fc|dense_h_to_4h|dense_4h_to_h|lin1|lin2|wi|wi_0|wi_1|wo"
@@ -31,12 +32,20 @@ _STATIC = [*_both("u8", "i8/ch", "linear", "experts", "conv"), _EMBEDDING]
 _LOW = [*_weights("u4/g32/f16", "linear", "experts"), _EMBEDDING, _TIED]
 _HEAD = {"target": "*lm_head", "x": "i8/tok", "w": "i8/ch"}
 _GPTQ = {"clip": True, "sweeps": 2}
-_ROTATED = {"rewrites": ("rotate", "rotate-down"), "rounding": "gptq", "gptq": _GPTQ}
+_ROTATIONS = ("rotate", "rotate-down")
+_ROTATED = {"rewrites": _ROTATIONS, "rounding": "gptq", "gptq": _GPTQ}
 
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people, the fields
     "w8a8": (
         "8-bit weights per channel, 8-bit activations per token; needs no data",
         {"rules": [*_both("i8/tok", "i8/ch", "linear", "experts"), *_both("i8/dyn", "i8/ch", "conv"), _EMBEDDING]},
+    ),
+    "w8a8-rotate": (
+        "w8a8 with rotated channels (QuaRot), so that none is an outlier: for language models; needs no data",
+        {
+            "rules": [*_both("i8/tok", "i8/ch", "linear", "experts"), *_both("i8/dyn", "i8/ch", "conv"), _EMBEDDING],
+            "rewrites": _ROTATIONS,
+        },
     ),
     "w8a8-static": ("8-bit weights per channel, 8-bit activations with fixed scales; needs data", {"rules": _STATIC}),
     "w8a8-smooth": (
@@ -74,7 +83,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
     ),
     "w4a8": (
         "4-bit weights per channel (8-bit embeddings), 8-bit activations per token",
-        {"rules": [*_both("i8/tok", "i4/ch", "linear", "experts"), _EMBEDDING]},
+        {"rules": [*_both("i8/tok", "i4/ch", "linear", "experts"), _EMBEDDING, _TIED8]},
     ),
     "w4a16-gptq": (
         "w4a16 with weights rounded layer by layer by what each reads (GPTQ); needs data",
@@ -111,7 +120,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
     "w4a8-gptq": (
         "w4a8 after SmoothQuant with searched strength, weights rounded by GPTQ; needs data",
         {
-            "rules": [*_both("i8/tok", "i4/ch", "linear", "experts"), _EMBEDDING],
+            "rules": [*_both("i8/tok", "i4/ch", "linear", "experts"), _EMBEDDING, _TIED8],
             "rewrites": ("smooth",),
             "smooth_alpha": "search",
             "rounding": "gptq",
@@ -136,19 +145,25 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
     ),
     "nf4": (
         "4-bit normal-float weights in groups of 64 (8-bit embeddings), float activations",
-        {"rules": [*_weights("nf4/g64", "linear", "experts"), _EMBEDDING]},
+        {"rules": [*_weights("nf4/g64", "linear", "experts"), _EMBEDDING, _TIED8]},
     ),
     "fp8": (
         "8-bit float weights per channel and activations per token (8-bit embeddings)",
-        {"rules": [*_both("f8e4m3/tok", "f8e4m3/ch", "linear", "experts"), _EMBEDDING]},
+        {
+            "rules": [
+                *_both("f8e4m3/tok", "f8e4m3/ch", "linear", "experts"),
+                _EMBEDDING,
+                {"target": "tied", "w": "f8e4m3/ch"},
+            ]
+        },
     ),
     "mxfp4": (
         "OCP MXFP4 weights: 4-bit floats, groups of 32 with power-of-two scales (8-bit embeddings), float activations",
-        {"rules": [*_weights("f4e2m1/g32/e8m0", "linear", "experts"), _EMBEDDING]},
+        {"rules": [*_weights("f4e2m1/g32/e8m0", "linear", "experts"), _EMBEDDING, _TIED8]},
     ),
     "nvfp4": (
         "NVFP4 weights: 4-bit floats, groups of 16 with 8-bit float scales (8-bit embeddings), float activations",
-        {"rules": [*_weights("f4e2m1/g16/e4m3", "linear", "experts"), _EMBEDDING]},
+        {"rules": [*_weights("f4e2m1/g16/e4m3", "linear", "experts"), _EMBEDDING, _TIED8]},
     ),
     "mixed": (
         "by layer type, told by common names: MLP weights 4-bit in groups of 128, other linears w8a8, embeddings float",

@@ -6,7 +6,18 @@ from qfx.presets import descriptions, presets
 from qfx.recipe import Recipe
 
 FIXED = {  # the names that are promised
-    *("w8a8", "w8a8-static", "w8a8-smooth", "w8a16", "w4a16", "w4a16-hqq", "w4a16-awq", "w4a16-gptq", "w3a16-gptq"),
+    *(
+        "w8a8",
+        "w8a8-rotate",
+        "w8a8-static",
+        "w8a8-smooth",
+        "w8a16",
+        "w4a16",
+        "w4a16-hqq",
+        "w4a16-awq",
+        "w4a16-gptq",
+        "w3a16-gptq",
+    ),
     *(
         "w2a16",
         "w2a16-gptq",
@@ -100,6 +111,22 @@ def test_tied_tables_are_4_bit(name: str) -> None:
         assert {r: str(f) for r, f in tied.items()} == {"w": "u4/g128"}
 
 
+@pytest.mark.parametrize(
+    ("name", "formats"),
+    [
+        ("fp8", "x=f8e4m3/tok w=f8e4m3/ch"),
+        *((name, "x=i8/tok w=i8/ch") for name in ("w8a8", "w4a8", "w4a8-gptq")),
+        *((name, "w=i8/ch") for name in ("nf4", "mxfp4", "nvfp4")),
+    ],
+)
+def test_tied_tables_have_one_format(name: str, formats: str) -> None:
+    recipe = presets()[name]
+    (table,) = recipe.formats_for("embedding", "e", tied=True).values()
+    linear = recipe.formats_for("linear", "lm_head", tied=True)
+    assert " ".join(f"{role}={fmt}" for role, fmt in linear.items()) == formats
+    assert linear["w"] == table, "stored once"
+
+
 def test_two_bits_are_rounded_with_care_and_no_promise() -> None:
     assert presets()["w2a16"].rounding == "mse"
     assert presets()["w2a16-gptq"].gptq.clip and not presets()["w2a16-gptq"].gptq.act_order
@@ -161,6 +188,12 @@ def test_mixed_leaves_embeddings() -> None:
 def test_presets_cannot_be_changed_by_the_caller() -> None:
     presets().clear()
     assert presets()
+
+
+def test_eight_bits_are_rotated_without_data() -> None:
+    plain, recipe = presets()["w8a8"], presets()["w8a8-rotate"]
+    assert recipe.rules == plain.rules and not recipe.needs_data
+    assert recipe.rewrites == presets()["w4a8-rotate"].rewrites
 
 
 @pytest.mark.parametrize(("name", "x"), [("w4a8-rotate", "i8/tok"), ("w4a4-rotate", "u4/tok")])
