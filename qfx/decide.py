@@ -25,7 +25,7 @@ from qfx.kv.planning import plan_caches
 from qfx.layouts import ALSO, READ, layout_of
 from qfx.live.places import held, is_own_linear
 from qfx.live.walk import walk
-from qfx.measuring.measure import decibel
+from qfx.measuring.measure import bounded, decibel
 from qfx.ops import heads as attention_heads
 from qfx.passes.annotate import annotate, kind_of, one_of_each_name, plain_tables
 from qfx.passes.calibrate import observed
@@ -42,8 +42,6 @@ from qfx.rounding.outliers import keep_outliers
 from qfx.rounding.sequential import round_weights
 from qfx.rounding.weighted import round_weighted
 from qfx.storage.hollow import is_hollow_leaf
-
-_HIGHEST = 200.0  # dB: what a node without any error is said to have, since JSON has no infinity
 
 
 def decide(
@@ -334,4 +332,4 @@ def _errors(gm: fx.GraphModule, made: Plan, inputs: Sequence[Any]) -> dict[str, 
                 next_step="look for a failed load, an overflow in half precision or bad data before quantizing",
             )
         )
-    return {fqn: max(-_HIGHEST, min(value, _HIGHEST)) for fqn, value in found.items()}
+    return {fqn: bounded(value) for fqn, value in found.items()}

@@ -20,7 +20,7 @@ from qfx.data import Call, calls
 from qfx.errors import check_flags, explain, listed, warn
 from qfx.live.modules import QuantLinear
 from qfx.measuring.compare import Accuracy, accuracy
-from qfx.measuring.measure import decibel, energies
+from qfx.measuring.measure import bounded, decibel, energies
 from qfx.passes._hessian import Hessian
 from qfx.quantize import evaluating
 from qfx.training.requantize import Change, beside, read_by, rounded_again, with_buffers
@@ -118,7 +118,8 @@ def merge_adapters(
             layer.change = changes[fqn]
         merged = _unloaded(model)
     for fqn, layer in layers.items():
-        layer.base.sqnr_db = rows[fqn].output_sqnr_db
+        measured = rows[fqn].output_sqnr_db
+        layer.base.sqnr_db = None if measured is None else bounded(measured)
     return Merged(merged, tuple(rows.values()), output)
 
 
