@@ -30,7 +30,7 @@ from qfx.interop.gguf_types import MIXES, Facts, fallback_notes, fitting, mix_na
 from qfx.kv.files import left_out
 from qfx.numerics import require_finite
 from qfx.pipeline import told
-from qfx.storage.files import staged
+from qfx.storage.files import path_of, staged
 
 ROUNDINGS = ("mse", "gptq", "learned")
 
@@ -87,6 +87,8 @@ def export_gguf(
     package. The model is not changed.
     """
     check_flags(strict=strict)
+    if (target := path_of(path)).is_dir():
+        raise ValueError(explain("no path of a .gguf file", found=f"the folder {target}"))
     mix = mix_named(type)
     _check_rounding(rounding, data)
     gguf = need_gguf()
@@ -103,7 +105,6 @@ def export_gguf(
         job.notes += _unreached(job, linears)
     job.notes += left_out(model)
     told(job.notes, strict=strict)
-    target = Path(path)
     with torch.no_grad(), staged(target.parent) as stage:
         _write(gguf, stage(target.name), fields, job)
     return ExportedGguf(target, target.stat().st_size, job.types, tuple(map(str, job.notes)))

@@ -35,6 +35,14 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def path_of(path: str | os.PathLike[str]) -> Path:
+    """The path. Raises ValueError for "", which would be the folder that one is in."""
+    if not os.fspath(path):
+        expected, step = "a file or folder", "look for a variable that is not set; '.' is the folder you are in"
+        raise ValueError(explain("the path is empty", expected=expected, next_step=step))
+    return Path(path)
+
+
 @contextmanager
 def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
     """Write several files of one folder so that either all of them appear or none does.
@@ -43,7 +51,7 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
     disk and then renamed, in the order of the calls; other files of the folder stay as they are. Where the block or a
     flush fails, what was there before is unchanged. Raises OSError; where the disk is full its message says so.
     """
-    root = Path(folder)
+    root = path_of(folder)
     made = _make_folder(root)
     paths: dict[str, Path] = {}
     modes: dict[str, int] = {}
@@ -80,7 +88,7 @@ def staged_folder(folder: str | os.PathLike[str], *, last: str) -> Iterator[Path
     Yields a new folder to write to, in `folder`. At the end of the block its files move to `folder`, `last` after all
     others. Where the block fails, what was there before is unchanged. Raises OSError.
     """
-    root = Path(folder)
+    root = path_of(folder)
     made = _make_folder(root)
     stage = root / f".{secrets.token_hex(6)}.tmp"
     done = False

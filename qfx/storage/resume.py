@@ -30,7 +30,7 @@ from qfx.plan import Plan
 from qfx.rounding import rounded
 from qfx.rounding.blocks import Block
 from qfx.storage.checkpoint import digests
-from qfx.storage.files import read_json, read_safetensors, sha256_text, write_safetensors, write_text
+from qfx.storage.files import path_of, read_json, read_safetensors, sha256_text, write_safetensors, write_text
 
 VERSION = 2  # 1: no digests
 _HEAD = "progress.json"
@@ -47,7 +47,7 @@ class Resume:
     @classmethod
     def open(cls, folder: str | os.PathLike[str], plan: Plan, batches: Sequence[Sequence[Any]]) -> Self:
         """The folder, made where it is not there. Raises ValueError where it holds other work, or no work of qfx."""
-        root = Path(folder)
+        root = path_of(folder)
         mine = {
             "format": "qfx-progress", "version": VERSION, "recipe": plan.recipe.to_dict(),
             "fingerprint": plan.fingerprint, "data": digest(batches), "versions": plan.versions,

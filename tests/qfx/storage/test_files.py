@@ -58,6 +58,18 @@ def test_relative_path_without_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Path("plain.txt").read_text() == "1"
 
 
+def test_an_empty_path_is_not_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert files.path_of(".") == files.path_of(Path()) == Path()
+    for stage in (files.staged(""), files.staged_folder("", last="x")):
+        with (
+            pytest.raises(ValueError, match="the path is empty\n.*\n  next step: .* '.' is the folder you are in"),
+            stage,
+        ):
+            raise AssertionError
+    assert not names(tmp_path)
+
+
 def test_permissions_are_ordinary(tmp_path: Path) -> None:
     (tmp_path / "ordinary").touch()
     expected = stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)
