@@ -8,8 +8,10 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from glob import escape
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from qfx.storage.spill import rest
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SHORT = " requested and "  # numpy's words where a part of an array is written, without an error number
 _PART = 1 << 22  # bytes that are written at once
+_LEFT = 3600  # seconds in which nobody wrote to a temporary file whose process was killed
 
 DTYPES = {
     "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64, "C64": torch.complex64, "F32": torch.float32,
@@ -43,6 +46,19 @@ def path_of(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
+def temporary(folder: Path, name: str) -> list[Path]:
+    """The temporary files for a name (a pattern of glob) in a folder, of this process and others."""
+    return list(folder.glob(f".{name}.{'[0-9a-f]' * 12}.tmp"))
+
+
+def remove_left(folder: Path, name: str) -> None:
+    """Remove the temporary files for a name (a pattern of glob) that a process left which was killed."""
+    for path in temporary(folder, name):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _LEFT:
+                path.unlink()
+
+
 @contextmanager
 def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
     """Write several files of one folder so that either all of them appear or none does.
@@ -59,6 +75,7 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
     def stage(name: str) -> Path:
         assert name == Path(name).name, f"a plain file name is needed, found {name!r}"
         if name not in paths:
+            remove_left(root, escape(name))
             paths[name] = root / f".{name}.{secrets.token_hex(6)}.tmp"
             paths[name].touch(exist_ok=False)
             modes[name] = (root / name if (root / name).exists() else paths[name]).stat().st_mode & 0o777

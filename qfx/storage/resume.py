@@ -30,7 +30,16 @@ from qfx.plan import Plan
 from qfx.rounding import rounded
 from qfx.rounding.blocks import Block
 from qfx.storage.checkpoint import digests
-from qfx.storage.files import path_of, read_json, read_safetensors, sha256_text, write_safetensors, write_text
+from qfx.storage.files import (
+    path_of,
+    read_json,
+    read_safetensors,
+    remove_left,
+    sha256_text,
+    temporary,
+    write_safetensors,
+    write_text,
+)
 
 VERSION = 2  # 1: no digests
 _HEAD = "progress.json"
@@ -53,9 +62,10 @@ class Resume:
             "fingerprint": plan.fingerprint, "data": digest(batches), "versions": plan.versions,
         }  # fmt: skip
         head = root / _HEAD
+        remove_left(root, "block-*")
         if head.exists():
             _check(_read(head), mine, root)
-        elif root.is_dir() and any(root.iterdir()):
+        elif root.is_dir() and set(root.iterdir()).difference(temporary(root, _HEAD)):
             what = f"{root} holds other files and no {_HEAD}"
             raise ValueError(explain(what, expected="a new or empty folder, or that of the interrupted work"))
         else:

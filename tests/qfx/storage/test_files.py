@@ -70,6 +70,24 @@ def test_an_empty_path_is_not_the_folder_one_is_in(tmp_path: Path, monkeypatch: 
     assert not names(tmp_path)
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """The next time that the same file is written, once nobody can be writing to it any more."""
+    code = (
+        "import os, sys; from qfx.storage import files\n"
+        "with files.staged(sys.argv[1]) as stage:\n    stage('a[1].x')\n    os.abort()"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, env=environment, capture_output=True)
+    (old, young), others = files.temporary(tmp_path, "*"), (".a[1].x.tmp", ".b.0123456789ab.tmp", "a.0123456789ab.tmp")
+    for name in others:
+        (tmp_path / name).touch()
+    for path in (old, *(tmp_path / name for name in others)):
+        os.utime(path, (0, 0))
+    files.write_text(tmp_path / "a[1].x", "")
+    assert names(tmp_path) == sorted([young.name, *others, "a[1].x"])
+
+
 def test_permissions_are_ordinary(tmp_path: Path) -> None:
     (tmp_path / "ordinary").touch()
     expected = stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)

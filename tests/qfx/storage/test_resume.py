@@ -113,6 +113,16 @@ class TestResume:
         with pytest.raises(ValueError, match=rf"holds the progress of other work\n.*\n.*: {words}\n.*another folder"):
             self.plan(tmp_path, **change)
 
+    def test_what_was_begun_when_the_process_was_killed(self, tmp_path: Path) -> None:
+        (tmp_path / ".progress.json.0123456789ab.tmp").write_text("{")
+        whole = self.plan(tmp_path)
+        old, young = (tmp_path / f".block-{i}.safetensors.0123456789ab.tmp" for i in (1, 2))
+        old.touch()
+        young.touch()
+        os.utime(old, (0, 0))
+        assert self.same(self.plan(tmp_path), whole)
+        assert young.exists() and not old.exists()
+
     def test_folders_of_others_are_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.txt").write_text("mine")
         with pytest.raises(ValueError, match=r"holds other files and no progress\.json"):
