@@ -1,6 +1,6 @@
 """Finished blocks of weights in a folder, so that rounding goes on where it was interrupted.
 
-    progress.json               whose work it is: recipe, fingerprint of the model, digest of the data, versions
+    progress.json               whose work it is: recipe, fingerprint of the model, digests of the data and of the formats, versions
     block-00003.safetensors     rounded weights of the fourth block; what was told about them is in its metadata, with
                                 digests of the weights
 
@@ -41,7 +41,7 @@ from qfx.storage.files import (
     write_text,
 )
 
-VERSION = 2  # 1: no digests
+VERSION = 3  # 1: no digests, 2: no formats
 _HEAD = "progress.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -60,6 +60,7 @@ class Resume:
         mine = {
             "format": "qfx-progress", "version": VERSION, "recipe": plan.recipe.to_dict(),
             "fingerprint": plan.fingerprint, "data": digest(batches), "versions": plan.versions,
+            "decided": sha256_text(json.dumps([plan.annotations, plan.rewrites], sort_keys=True)),
         }  # fmt: skip
         head = root / _HEAD
         remove_left(root, "block-*")
@@ -145,7 +146,7 @@ def _read(head: Path) -> dict[str, Any]:
 
 def _check(found: dict[str, Any], mine: dict[str, Any], root: Path) -> None:
     names = {"recipe": "the recipe", "fingerprint": "the model", "data": "the data", "versions": "the versions"}
-    names["version"] = "the version of the folder"
+    names |= {"decided": "the formats or the rewrites", "version": "the version of the folder"}
     if different := [words for key, words in names.items() if found.get(key) != json.loads(json.dumps(mine[key]))]:
         raise ValueError(
             explain(
