@@ -1,6 +1,6 @@
 """Finished blocks of weights in a folder, so that rounding goes on where it was interrupted.
 
-    progress.json               whose work it is: recipe, fingerprint of the model, digests of data and formats, versions
+    progress.json               whose work it is: recipe, fingerprint of the model, digests of data and formats
     block-00003.safetensors     rounded weights of the fourth block; what was told about them is in its metadata, with
                                 digests of the weights
 
