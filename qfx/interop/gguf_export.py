@@ -78,8 +78,8 @@ def export_gguf(
     transformers; None: that of the folder from which the model was loaded; False: none, tokens are numbers. data:
     batches; errors are then weighted by the mean square of each layer's inputs. rounding: "mse", the least error of
     each weight; with data also "gptq", of what each float linear computes behind those that are rounded, or "learned",
-    of what each layer of the model gives (AutoRound's manner): both take more time, and memory for another copy of the
-    weights. name: what programs show; None: the last part of the model's own name. What differs from what was asked is
+    of what each layer of the model gives (AutoRound's manner): both take more time, and memory for the blocks of the
+    file. name: what programs show; None: the last part of the model's own name. What differs from what was asked is
     a warning, under strict an UnsupportedError.
 
     Raises UnsupportedError for other architectures and tokenizers and, with "gptq" and "learned", for what torch.export
