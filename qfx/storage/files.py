@@ -73,6 +73,8 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
     modes: dict[str, int] = {}
 
     def stage(name: str) -> Path:
+        if not name:
+            raise IsADirectoryError(errno.EISDIR, "a file is needed here, found a folder", str(root))
         assert name == Path(name).name, f"a plain file name is needed, found {name!r}"
         if name not in paths:
             remove_left(root, escape(name))
@@ -127,7 +129,7 @@ def staged_folder(folder: str | os.PathLike[str], *, last: str) -> Iterator[Path
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path`, whole or not at all. Raises OSError as `staged` does."""
-    target = Path(path)
+    target = path_of(path)
     with staged(target.parent) as stage:
         stage(target.name).write_bytes(data)
 
@@ -158,7 +160,7 @@ def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors of any device, stride and sharing to `path`, whole or not at all. Raises OSError as `staged`."""
-    target = Path(path)
+    target = path_of(path)
     with staged(target.parent) as stage:
         dump_safetensors(stage(target.name), tensors, metadata)
 

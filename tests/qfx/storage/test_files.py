@@ -67,6 +67,9 @@ def test_an_empty_path_is_not_the_folder_one_is_in(tmp_path: Path, monkeypatch: 
             stage,
         ):
             raise AssertionError
+    for path, message in (("", "the path is empty"), (".", "a file is needed here, found a folder")):
+        with pytest.raises((ValueError, IsADirectoryError), match=message):
+            files.write_text(path, "x")
     assert not names(tmp_path)
 
 
