@@ -55,8 +55,8 @@ class MergedLinear:
 
     @property
     def output_sqnr_db(self) -> float | None:
-        """Signal to noise of the output on data, in dB; None without data that reaches the linear."""
-        return None if self.output_lost is None else decibel(1.0, self.output_lost**2)
+        """Signal to noise of the output on data, in dB, at most 200; None without data that reaches the linear."""
+        return None if self.output_lost is None else bounded(decibel(1.0, self.output_lost**2))
 
     @property
     def worse(self) -> bool:
@@ -118,8 +118,7 @@ def merge_adapters(
             layer.change = changes[fqn]
         merged = _unloaded(model)
     for fqn, layer in layers.items():
-        measured = rows[fqn].output_sqnr_db
-        layer.base.sqnr_db = None if measured is None else bounded(measured)
+        layer.base.sqnr_db = rows[fqn].output_sqnr_db
     return Merged(merged, tuple(rows.values()), output)
 
 

@@ -280,7 +280,7 @@ def test_a_merged_model_that_loses_nothing_is_saved_and_loaded(tmp_path: Path) -
     model = qfx.quantize(tiny.build("llama"), "w4a16")
     model = qfx.add_adapters(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     found = qfx.merge_adapters(model, [{"input_ids": tiny.ids()}], into="low-rank")
-    assert math.inf in [row.output_sqnr_db for row in found.rows]
+    assert 200 in [row.output_sqnr_db for row in found.rows]
     merged: Any = found.model
     merged.save_pretrained(tmp_path / "a")
     qfx.save(merged, tmp_path / "b")
