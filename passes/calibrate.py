@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,13 @@ from qfx.storage.spill import Resting
 
 def observed(
     gm: fx.GraphModule, batches: Sequence[Sequence[Any]], make: Make, *, roles: Roles = annotation.get,
-    progress: bool = True,
+    alike: Callable[[str], str] = str, progress: bool = True,
 ) -> tuple[Observers, list[Note]]:  # fmt: skip
-    """What the observers that `make` wishes saw of the batches, and notes as `calibrate` gives; `gm` is as before."""
-    observers = insert_observers(gm, make, roles)
+    """What the observers that `make` wishes saw of the batches, and notes as `calibrate` gives; `gm` is as before.
+
+    roles, alike: see `insert_observers`.
+    """
+    observers = insert_observers(gm, make, roles, alike=alike)
     try:
         notes = calibrate(gm, batches, observers, total=len(batches), progress=progress) if observers else []
     finally:

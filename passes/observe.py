@@ -76,12 +76,15 @@ class _Observe(nn.Module):
         self.observer.update(x, self.observers.batch, kept)
 
 
-def insert_observers(gm: fx.GraphModule, make: Make, roles: Roles = annotation.get) -> Observers:
+def insert_observers(
+    gm: fx.GraphModule, make: Make, roles: Roles = annotation.get, *, alike: Callable[[str], str] = str
+) -> Observers:
     """Watch the value of every (node, role) for which `make` gives an observer.
 
     Roles: x (input), w (what the weight multiplies: the input, too), q, k, v (inputs of attention), y (result), as far
     as `roles` names them for the node: left out, those that it is annotated with. `make` may be asked for several keys
-    of one value: of observers with equal settings the first is used for all.
+    of one value: of observers with equal settings the first is used for all. alike: FQN -> what nodes that must have
+    one observer have in common, such as the first name of a module under several names.
     """
     assert not hasattr(gm, _HOLDER), "the graph has observers already; remove them first"
     observers = Observers()
@@ -93,7 +96,7 @@ def insert_observers(gm: fx.GraphModule, make: Make, roles: Roles = annotation.g
             observer = make(node, role) if value is not None else None
             if value is not None and observer is not None:
                 key = (graph.fqn_of(node), role)
-                shared.join(value.name, "/".join(key))
+                shared.join(value.name, f"{alike(key[0])}/{role}")
                 wanted.append((value, key, observer))
     used: dict[tuple[str, object], Observer] = {}
     placed: set[tuple[str, int]] = set()

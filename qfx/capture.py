@@ -24,7 +24,7 @@ from qfx import graph
 from qfx.errors import UnsupportedError, explain, first_line, raised_at
 from qfx.finite import TakenFinite
 from qfx.long_sizes import LongSize, ShortSizes
-from qfx.sources import input_name, module_path, source_of, statics
+from qfx.sources import input_name, module_path, source_of, statics, unsliced
 from qfx.trace import retrace
 
 
@@ -131,6 +131,8 @@ def capture_export(
     traced, mutated = retrace(ep.graph_module, [n.meta["val"] for n in placeholders])
     inputs = {i: n.name for i, n in enumerate(placeholders) if i not in tensors}
     captured = _without_overwritten(_normal(traced, inputs, tensors, mutated, {}))
+    for node in captured.gm.graph.nodes:
+        node.meta["qfx_module"] = unsliced(model, node.meta["qfx_module"])
     assert all(i >= first for i in captured.inputs), "an unnamed tensor among the lifted inputs"
     return Captured(
         gm=captured.gm,

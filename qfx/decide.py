@@ -25,7 +25,7 @@ from qfx.kv.planning import plan_caches
 from qfx.layouts import ALSO, READ, layout_of
 from qfx.live.places import held, is_own_linear
 from qfx.live.walk import walk
-from qfx.measuring.measure import decibel
+from qfx.measuring.measure import bounded, decibel
 from qfx.ops import heads as attention_heads
 from qfx.passes.annotate import annotate, kind_of, one_of_each_name, plain_tables
 from qfx.passes.calibrate import observed
@@ -42,8 +42,6 @@ from qfx.rounding.outliers import keep_outliers
 from qfx.rounding.sequential import round_weights
 from qfx.rounding.weighted import round_weighted
 from qfx.storage.hollow import is_hollow_leaf
-
-_HIGHEST = 200.0  # dB: what a node without any error is said to have, since JSON has no infinity
 
 
 def decide(
@@ -87,11 +85,11 @@ def decide(
             notes += keep_outliers(gm, made, flat, skip=_undivided(model, made), progress=progress)
         if recipe.clip_inputs:
             notes += clip_inputs(gm, made, flat, progress=progress)
-        said = _scales(gm, made, flat, progress=progress) if recipe.needs_data else []
+        said = _scales(model, gm, made, flat, progress=progress) if recipe.needs_data else []
         count = len(made.rewrites)
         notes += _allocated(gm, made, flat, captured.outputs, given, progress=progress)
         if len(made.rewrites) > count:  # heads were put in another order
-            said = _scales(gm, made, flat, progress=progress)
+            said = _scales(model, gm, made, flat, progress=progress)
         notes += _rounded(model, gm, made, flat, progress=progress, resume=resume, memory=memory)
         if calls:
             made.sensitivities["sqnr_db"] = _errors(gm, made, flat[0])
@@ -291,9 +289,16 @@ def _undivided(model: nn.Module, made: Plan) -> set[str]:
     return found
 
 
-def _scales(gm: fx.GraphModule, made: Plan, flat: Sequence[Sequence[Any]], *, progress: bool) -> list[Note]:
+def _scales(
+    model: nn.Module, gm: fx.GraphModule, made: Plan, flat: Sequence[Sequence[Any]], *, progress: bool
+) -> list[Note]:
     """Calibrate the scales of static activation formats into the plan."""
-    recipe = made.recipe
+    recipe, first = made.recipe, dict[int, str]()
+    names = {path: first.setdefault(id(m), path) for path, m in model.named_modules(remove_duplicate=False)}
+
+    def alike(fqn: str) -> str:  # a module under several names has one scale
+        owner, _, leaf = fqn.rpartition(".")
+        return names.get(fqn) or f"{names.get(owner, owner)}.{leaf}"
 
     def make(node: fx.Node, role: str) -> Observer | None:
         formats = annotation.get(node)[role]
@@ -304,7 +309,7 @@ def _scales(gm: fx.GraphModule, made: Plan, flat: Sequence[Sequence[Any]], *, pr
         fmt = replace(static[0], granularity="head") if isinstance(formats, tuple) else static[0]
         return create(recipe.observer, fmt, name=name, percentile=recipe.percentile, centred=role == "k")
 
-    observers, notes = observed(gm, flat, make, progress=progress)
+    observers, notes = observed(gm, flat, make, alike=alike, progress=progress)
     for (fqn, role), observer in observers.items():
         formats = annotation.from_json(made.annotations[fqn][role])
         if isinstance(formats, tuple):
@@ -334,4 +339,4 @@ def _errors(gm: fx.GraphModule, made: Plan, inputs: Sequence[Any]) -> dict[str, 
                 next_step="look for a failed load, an overflow in half precision or bad data before quantizing",
             )
         )
-    return {fqn: max(-_HIGHEST, min(value, _HIGHEST)) for fqn, value in found.items()}
+    return {fqn: bounded(value) for fqn, value in found.items()}

@@ -25,6 +25,7 @@ from qfx.other_sizes import other_sizes
 from qfx.plan import Plan
 from qfx.quantize import check_float, check_unprepared, checked_module, evaluating
 from qfx.recipe import Recipe
+from qfx.storage.files import path_of
 from qfx.storage.spill import Spill
 
 RUNTIMES = ("onnxruntime", "standard")
@@ -118,7 +119,7 @@ def checked_ending(path: str | os.PathLike[str]) -> None:
     What has digits is no ending (llama-3.2, gpt2.w8a8), nor are several words (facebook.opt-125m); a folder that is
     there may be named anyhow.
     """
-    suffix = Path(path).suffix
+    suffix = path_of(path).suffix
     if suffix == ".onnx" or not suffix[1:].isalpha() or Path(path).is_dir():
         return
     raise ValueError(

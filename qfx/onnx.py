@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from qfx.decoding.encoder_decoder import DOCUMENT
+from qfx.storage.files import path_of
 
 if TYPE_CHECKING:
     from qfx.decoding.generation import OnnxCausalLM
@@ -41,7 +42,7 @@ def load(
     warning says. Raises ValueError for session options that are unknown or wrong here and for files that are cut short
     or altered, FileNotFoundError where one is missing.
     """
-    target = Path(path)
+    target = path_of(path)
     if not target.exists():
         raise FileNotFoundError(f"there is no {target}\n  expected: what qfx.export_onnx wrote")
     if (target / DOCUMENT).exists():

@@ -22,7 +22,7 @@ from qfx.annotation import ALL_ROLES, Formats, from_json
 from qfx.errors import QfxWarning, check_flags, explain, listed, nearest
 from qfx.kv.plans import read as check_caches
 from qfx.recipe import Recipe
-from qfx.storage.files import dump_safetensors, read_json, read_safetensors, sha256_file, staged
+from qfx.storage.files import dump_safetensors, path_of, read_json, read_safetensors, sha256_file, staged
 from qfx.storage.hollow import is_hollow
 from qfx.storage.spill import rest
 from qfx.text import type_text
@@ -108,7 +108,7 @@ class Plan:
         Raises FileNotFoundError where a file is missing, ValueError where one is truncated, was altered, has unknown
         keys or comes from another version.
         """
-        file = Path(path)
+        file = path_of(path)
         file = file / _JSON if file.is_dir() or file.suffix != ".json" else file
         fields = _read_json(file)
         tensors = read_safetensors(file.parent / _TENSORS, sha256=str(fields["tensor_sha256"]))

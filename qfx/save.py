@@ -21,7 +21,7 @@ from qfx.live.modules import quantized_parts
 from qfx.recipe import Recipe
 from qfx.storage import checkpoint
 from qfx.storage.describe import Record, describe, state
-from qfx.storage.files import dump_safetensors, read_json, read_safetensors, sha256_file, sha256_text, staged
+from qfx.storage.files import dump_safetensors, path_of, read_json, read_safetensors, sha256_file, sha256_text, staged
 from qfx.storage.rebuild import Saved, rebuild
 from qfx.storage.skeleton import CONFIG, GENERATION, skeleton
 
@@ -87,7 +87,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     replaced. Raises FileNotFoundError for missing files, ValueError for altered, truncated or unknown ones and for a
     model that does not fit, which is then left as it was.
     """
-    path = Path(folder)
+    path = path_of(folder)
     recipe: Recipe | None = None
     former = (path / CONFIG).is_file() and checkpoint.by_transformers(path)  # qfx.json, should there be one
     if not former and ((path / _JSON).is_file() or not (path / CONFIG).is_file()):

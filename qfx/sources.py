@@ -33,6 +33,7 @@ def source_of(node: fx.Node) -> str:
 
 
 _MODULE_STEP = re.compile(r"(?:\._modules\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]|\['([^']+)'\])")
+_SLICE = re.compile(r"slice\((None|-?\d+), (None|-?\d+), (None|-?\d+)\)")
 _STATIC = re.compile(r"^(.*)\._(?:parameters|buffers)\['([^']+)'\]$")
 
 
@@ -96,6 +97,22 @@ def module_path(node: fx.Node, names: Collection[str], base: str) -> str:
     path = _words(source[variable.end() :].removeprefix(".__self__"))
     full = f"{variable.group(1)}.{path}".strip(".")
     return full if any(_starts(name, full) for name in names) and not any(_starts(n, path) for n in names) else path
+
+
+def unsliced(model: nn.Module, path: str) -> str:
+    """`layers.slice(2, None, None).0`, as torch.export calls a module of `self.layers[2:]` where modules are shared, by
+    its own path in the model: `layers.2`."""
+    if not _SLICE.search(path):
+        return path
+    found: list[str] = []
+    module, keys = model, list[str]()
+    for part in path.split("."):
+        if bounds := _SLICE.fullmatch(part):
+            keys = (keys or list(module._modules))[slice(*(None if b == "None" else int(b) for b in bounds.groups()))]
+            continue
+        found.append(keys[int(part)] if keys and isinstance(module, nn.ModuleList) else part)  # a Sequential keeps them
+        module, keys = module._modules.get(found[-1]) or nn.Module(), []
+    return ".".join(found)
 
 
 def _words(source: str) -> str:

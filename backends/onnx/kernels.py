@@ -49,7 +49,8 @@ def inspected(
     try:
         graph = optimized_graph(built)
     except Exception as error:  # noqa: BLE001  (OSError, ONNX Runtime's own, protobuf's; only the report needs them)
-        reason = f"ONNX Runtime; its kernels are not known, no temporary file: {first_line(error)}"
+        what = f"{type(error).__name__}: {first_line(error)}"
+        reason = f"ONNX Runtime; its kernels are not known, its graph could not be written to look at: {what}"
         return dict.fromkeys(names, reason), []
     return _kernels(built, graph, names), slow_forms(graph, integers, floats)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from qfx.cli import machine
 from qfx.cli.arguments import (
@@ -32,8 +34,21 @@ from qfx.cli.arguments import (
 )
 from qfx.cli.terminal import guarded
 
+
+class _Commands(typer.core.TyperGroup):
+    """The commands; they refuse an empty argument, as a shell makes of a variable that is not set: as a path it would
+    be the folder that one is in."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for before, argument in zip([self.name, *args], args, strict=False):
+            if re.fullmatch(r"(--[\w-]+=)?", argument):
+                raise typer.BadParameter(f"an argument is empty: {argument or repr(argument)} behind {before}")
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="qfx",
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

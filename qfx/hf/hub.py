@@ -17,7 +17,7 @@ from torch import nn
 
 from qfx.errors import QfxWarning, explain, first_line, listed
 from qfx.storage import checkpoint
-from qfx.storage.files import write_text
+from qfx.storage.files import path_of, write_text
 from qfx.storage.skeleton import config_of, read_by_transformers
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".data")
@@ -108,7 +108,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
 
     Raises ValueError where it is neither.
     """
-    folder = Path(source)
+    folder = path_of(source)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qfx.errors import explain
-from qfx.storage.files import read_json
+from qfx.storage.files import path_of, read_json
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 # What older libraries wrote beside a config.json that says nothing of quantization.
@@ -39,7 +39,7 @@ class Checkpoint:
         Raises FileNotFoundError for a missing folder, config or shard, ValueError for a file that is cut short, an
         index that does not fit its shards, and a config without quantization_config.
         """
-        path = Path(folder)
+        path = path_of(folder)
         config = _read_json(path / CONFIG)
         quantization, files = _quantization(path, config), _files(path)
         headers = {file: _header(file) for file in dict.fromkeys(files.values())}

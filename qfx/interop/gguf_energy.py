@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from qfx.calibration.padding import Attended, attended_by, of_view, without
-from qfx.data import calls
+from qfx.data import calls, telling
 from qfx.quantize import evaluating
 
 
 def input_energy(model: nn.Module, names: Iterable[str], data: Iterable[Any]) -> dict[str, Tensor]:
     """FQN of a linear layer -> f32 [in features], the mean square of its inputs over the batches of `data`.
 
-    Layers that no batch reaches are left out. Hooks are taken off again. Raises ValueError for bad data, and for a
-    layer whose inputs are not finite (named).
+    Layers that no batch reaches are left out. Hooks are taken off again. Raises ValueError for bad data (the batch is
+    named), and for a layer whose inputs are not finite (named).
     """
     found: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -38,9 +38,10 @@ def input_energy(model: nn.Module, names: Iterable[str], data: Iterable[Any]) ->
     handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
     try:
         with evaluating(model):
-            for args, kwargs in batches:
+            for number, (args, kwargs) in enumerate(batches, 1):
                 kept = attended_by(model, args, kwargs)
-                model(*args, **kwargs)
+                with telling(number):
+                    model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

@@ -30,7 +30,7 @@ from qfx.interop.gguf_types import MIXES, Facts, fallback_notes, fitting, mix_na
 from qfx.kv.files import left_out
 from qfx.numerics import require_finite
 from qfx.pipeline import told
-from qfx.storage.files import staged
+from qfx.storage.files import path_of, staged
 
 ROUNDINGS = ("mse", "gptq", "learned")
 
@@ -78,8 +78,8 @@ def export_gguf(
     transformers; None: that of the folder from which the model was loaded; False: none, tokens are numbers. data:
     batches; errors are then weighted by the mean square of each layer's inputs. rounding: "mse", the least error of
     each weight; with data also "gptq", of what each float linear computes behind those that are rounded, or "learned",
-    of what each layer of the model gives (AutoRound's manner): both take more time, and memory for another copy of the
-    weights. name: what programs show; None: the last part of the model's own name. What differs from what was asked is
+    of what each layer of the model gives (AutoRound's manner): both take more time, and memory for the blocks of the
+    file. name: what programs show; None: the last part of the model's own name. What differs from what was asked is
     a warning, under strict an UnsupportedError.
 
     Raises UnsupportedError for other architectures and tokenizers and, with "gptq" and "learned", for what torch.export
@@ -87,6 +87,8 @@ def export_gguf(
     package. The model is not changed.
     """
     check_flags(strict=strict)
+    if (target := path_of(path)).is_dir():
+        raise ValueError(explain("no path of a .gguf file", found=f"the folder {target}"))
     mix = mix_named(type)
     _check_rounding(rounding, data)
     gguf = need_gguf()
@@ -103,7 +105,6 @@ def export_gguf(
         job.notes += _unreached(job, linears)
     job.notes += left_out(model)
     told(job.notes, strict=strict)
-    target = Path(path)
     with torch.no_grad(), staged(target.parent) as stage:
         _write(gguf, stage(target.name), fields, job)
     return ExportedGguf(target, target.stat().st_size, job.types, tuple(map(str, job.notes)))

@@ -50,8 +50,9 @@ def round_blocks(
 
     kinds: FQN of a linear, or for GPTQ of a table and of the linear that reads it, too, -> type. rounding: "gptq" or
     "learned". What the model's graph does not have under its name is left out, and so is a weight that it computes (by
-    a parametrization). Takes memory for another copy of the weights. Raises UnsupportedError where torch.export does
-    not take the model as one graph, ValueError for bad data and for values that a type cannot hold (named).
+    a parametrization). Beside the blocks one layer of the model is held again. Raises UnsupportedError where
+    torch.export does not take the model as one graph, ValueError for bad data and for values that a type cannot hold
+    (named).
     """
     calls = batches.calls(model, data)
     into = _Blocks(kinds)
@@ -66,7 +67,7 @@ def round_blocks(
         plan = Plan.of(model, recipe)
         learned = LearnedRounding(_LEARNED, into.start, into.finish)
         method = learned if rounding == "learned" else Gptq(_OPTIONS, into.solve)
-        notes += round_weights(captured.gm, plan, flat, method=method)
+        notes += round_weights(captured.gm, plan, flat, method=method, keep=False)
     return into.data, notes
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _PART = 1 << 20  # elements that are in f64 at once
+_HIGHEST = 200.0  # dB
 
 
 def energies(reference: Tensor, other: Tensor) -> tuple[float, float]:
@@ -36,6 +37,11 @@ def decibel(signal: float, noise: float) -> float:
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def bounded(db: float) -> float:
+    """As it is stored: at most 200 dB either way, since JSON has no infinity."""
+    return max(-_HIGHEST, min(db, _HIGHEST))
 
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:

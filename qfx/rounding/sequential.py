@@ -46,12 +46,14 @@ class Method(Protocol):
 def round_weights(
     gm: fx.GraphModule, plan: Plan, batches: Sequence[Sequence[Any]], *, progress: bool = True,
     resume: str | os.PathLike[str] | None = None, memory: int | None = None, method: Method | None = None,
+    keep: bool = True,
 ) -> list[Note]:  # fmt: skip
     """Round the annotated weights of a prepared float graph by `plan.recipe.rounding`, into `plan.tensors`.
 
     batches: the graph's inputs, in placeholder order. resume: a folder for finished blocks; what it holds of the same
     work is not done again, and the result is the same to the bit. memory: bytes of activations to hold, the rest goes
-    to a temporary file. `plan.sensitivities["rounding"]` tells about each weight. Returns what did not go as asked.
+    to a temporary file. keep: False lets go of what a block put into the plan once the block is left.
+    `plan.sensitivities["rounding"]` tells about each weight. Returns what did not go as asked.
     Raises ValueError for data on which the model does not run or gives NaN, and where the folder holds other work.
     """
     chosen = method if method is not None else _method(plan.recipe)
@@ -77,6 +79,8 @@ def round_weights(
             notes += _round(block, chosen, plan.recipe, store, number, tables)
             if number + 1 < len(work):
                 block.leave()
+                if not keep:
+                    plan.tensors.clear()
     return notes
 
 

@@ -8,8 +8,10 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from glob import escape
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from qfx.storage.spill import rest
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SHORT = " requested and "  # numpy's words where a part of an array is written, without an error number
 _PART = 1 << 22  # bytes that are written at once
+_LEFT = 3600  # seconds in which nobody wrote to a temporary file whose process was killed
 
 DTYPES = {
     "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64, "C64": torch.complex64, "F32": torch.float32,
@@ -35,6 +38,27 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def path_of(path: str | os.PathLike[str]) -> Path:
+    """The path. Raises ValueError for "", which would be the folder that one is in."""
+    if not os.fspath(path):
+        expected, step = "a file or folder", "look for a variable that is not set; '.' is the folder you are in"
+        raise ValueError(explain("the path is empty", expected=expected, next_step=step))
+    return Path(path)
+
+
+def temporary(folder: Path, name: str) -> list[Path]:
+    """The temporary files for a name (a pattern of glob) in a folder, of this process and others."""
+    return list(folder.glob(f".{name}.{'[0-9a-f]' * 12}.tmp"))
+
+
+def remove_left(folder: Path, name: str) -> None:
+    """Remove the temporary files for a name (a pattern of glob) that a process left which was killed."""
+    for path in temporary(folder, name):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _LEFT:
+                path.unlink()
+
+
 @contextmanager
 def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
     """Write several files of one folder so that either all of them appear or none does.
@@ -43,14 +67,17 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Callable[[str], Path]]:
     disk and then renamed, in the order of the calls; other files of the folder stay as they are. Where the block or a
     flush fails, what was there before is unchanged. Raises OSError; where the disk is full its message says so.
     """
-    root = Path(folder)
+    root = path_of(folder)
     made = _make_folder(root)
     paths: dict[str, Path] = {}
     modes: dict[str, int] = {}
 
     def stage(name: str) -> Path:
+        if not name:
+            raise IsADirectoryError(errno.EISDIR, "a file is needed here, found a folder", str(root))
         assert name == Path(name).name, f"a plain file name is needed, found {name!r}"
         if name not in paths:
+            remove_left(root, escape(name))
             paths[name] = root / f".{name}.{secrets.token_hex(6)}.tmp"
             paths[name].touch(exist_ok=False)
             modes[name] = (root / name if (root / name).exists() else paths[name]).stat().st_mode & 0o777
@@ -80,7 +107,7 @@ def staged_folder(folder: str | os.PathLike[str], *, last: str) -> Iterator[Path
     Yields a new folder to write to, in `folder`. At the end of the block its files move to `folder`, `last` after all
     others. Where the block fails, what was there before is unchanged. Raises OSError.
     """
-    root = Path(folder)
+    root = path_of(folder)
     made = _make_folder(root)
     stage = root / f".{secrets.token_hex(6)}.tmp"
     done = False
@@ -102,7 +129,7 @@ def staged_folder(folder: str | os.PathLike[str], *, last: str) -> Iterator[Path
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path`, whole or not at all. Raises OSError as `staged` does."""
-    target = Path(path)
+    target = path_of(path)
     with staged(target.parent) as stage:
         stage(target.name).write_bytes(data)
 
@@ -133,7 +160,7 @@ def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors of any device, stride and sharing to `path`, whole or not at all. Raises OSError as `staged`."""
-    target = Path(path)
+    target = path_of(path)
     with staged(target.parent) as stage:
         dump_safetensors(stage(target.name), tensors, metadata)
 

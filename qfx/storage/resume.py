@@ -1,6 +1,6 @@
 """Finished blocks of weights in a folder, so that rounding goes on where it was interrupted.
 
-    progress.json               whose work it is: recipe, fingerprint of the model, digest of the data, versions
+    progress.json               whose work it is: recipe, fingerprint of the model, digests of data and formats
     block-00003.safetensors     rounded weights of the fourth block; what was told about them is in its metadata, with
                                 digests of the weights
 
@@ -30,9 +30,18 @@ from qfx.plan import Plan
 from qfx.rounding import rounded
 from qfx.rounding.blocks import Block
 from qfx.storage.checkpoint import digests
-from qfx.storage.files import read_json, read_safetensors, sha256_text, write_safetensors, write_text
+from qfx.storage.files import (
+    path_of,
+    read_json,
+    read_safetensors,
+    remove_left,
+    sha256_text,
+    temporary,
+    write_safetensors,
+    write_text,
+)
 
-VERSION = 2  # 1: no digests
+VERSION = 3  # 1: no digests, 2: no formats
 _HEAD = "progress.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -47,15 +56,17 @@ class Resume:
     @classmethod
     def open(cls, folder: str | os.PathLike[str], plan: Plan, batches: Sequence[Sequence[Any]]) -> Self:
         """The folder, made where it is not there. Raises ValueError where it holds other work, or no work of qfx."""
-        root = Path(folder)
+        root = path_of(folder)
         mine = {
             "format": "qfx-progress", "version": VERSION, "recipe": plan.recipe.to_dict(),
             "fingerprint": plan.fingerprint, "data": digest(batches), "versions": plan.versions,
+            "decided": sha256_text(json.dumps([plan.annotations, plan.rewrites], sort_keys=True)),
         }  # fmt: skip
         head = root / _HEAD
+        remove_left(root, "block-*")
         if head.exists():
             _check(_read(head), mine, root)
-        elif root.is_dir() and any(root.iterdir()):
+        elif root.is_dir() and set(root.iterdir()).difference(temporary(root, _HEAD)):
             what = f"{root} holds other files and no {_HEAD}"
             raise ValueError(explain(what, expected="a new or empty folder, or that of the interrupted work"))
         else:
@@ -135,7 +146,7 @@ def _read(head: Path) -> dict[str, Any]:
 
 def _check(found: dict[str, Any], mine: dict[str, Any], root: Path) -> None:
     names = {"recipe": "the recipe", "fingerprint": "the model", "data": "the data", "versions": "the versions"}
-    names["version"] = "the version of the folder"
+    names |= {"decided": "the formats or the rewrites", "version": "the version of the folder"}
     if different := [words for key, words in names.items() if found.get(key) != json.loads(json.dumps(mine[key]))]:
         raise ValueError(
             explain(

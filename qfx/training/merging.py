@@ -20,7 +20,7 @@ from qfx.data import Call, calls
 from qfx.errors import check_flags, explain, listed, warn
 from qfx.live.modules import QuantLinear
 from qfx.measuring.compare import Accuracy, accuracy
-from qfx.measuring.measure import decibel, energies
+from qfx.measuring.measure import bounded, decibel, energies
 from qfx.passes._hessian import Hessian
 from qfx.quantize import evaluating
 from qfx.training.requantize import Change, beside, read_by, rounded_again, with_buffers
@@ -55,8 +55,8 @@ class MergedLinear:
 
     @property
     def output_sqnr_db(self) -> float | None:
-        """Signal to noise of the output on data, in dB; None without data that reaches the linear."""
-        return None if self.output_lost is None else decibel(1.0, self.output_lost**2)
+        """Signal to noise of the output on data, in dB, at most 200; None without data that reaches the linear."""
+        return None if self.output_lost is None else bounded(decibel(1.0, self.output_lost**2))
 
     @property
     def worse(self) -> bool:

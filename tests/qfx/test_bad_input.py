@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import qfx
 from qfx import QfxWarning, Recipe, Rule, UnsupportedError
+from qfx.hf import hub
 
 Act = Callable[[nn.Module, Path], object]
 
@@ -354,6 +355,31 @@ def test_spoiled_folders_are_refused(
     spoil(tmp_path)
     with pytest.raises(error, match=re.compile(message, re.DOTALL)):
         loaded(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda model: qfx.save(model, ""),
+        lambda _: qfx.load(""),
+        lambda _: qfx.plan(Net(), "w4a16-gptq", DATA, resume=""),
+        lambda _: qfx.Plan(Recipe.parse("w8a8")).save(""),
+        lambda _: qfx.Plan.load(""),
+        lambda model: qfx.export_onnx(model, IDS, ""),
+        lambda model: qfx.export_gguf(model, ""),
+        lambda _: qfx.import_checkpoint(""),
+        lambda _: qfx.onnx.load(""),
+        lambda _: hub.resolve(""),
+    ],
+)
+def test_an_empty_path_is_refused(
+    act: Callable[[nn.Module], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pathlib takes it for the folder that one is in."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the path is empty"):
+        act(qfx.quantize(Net(), "w8a16", DATA))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:

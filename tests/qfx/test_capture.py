@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import qfx
 from qfx import graph, run
 from qfx.capture import Captured, capture_dynamo, capture_export
 from qfx.errors import UnsupportedError
@@ -112,6 +113,33 @@ def test_names_in_lists_and_module_paths() -> None:
         assert [graph.fqn_of(n) for n in linears] == ["first", "blocks.0", "first", "blocks.1"]
         assert [n.meta["qfx_module"] for n in linears] == ["first", "blocks.0", "first", "blocks.1"]
         assert all("stack_trace" in n.meta for n in linears)
+
+
+class Parts(nn.Module):
+    """Layers in two loops, two of them one and the same: torch.export then names modules by the loops' lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)) for _ in range(4))
+        self.layers[2] = self.layers[0]
+        self.tail = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+        self.tail[2] = self.tail[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in [*self.layers[:2], *self.layers[2:]]:
+            x = layer(x)
+        out: Tensor = self.tail[1:](self.tail[:1](x))
+        return out
+
+
+def test_modules_in_parts_of_lists_have_their_own_names() -> None:
+    model, x = Parts().eval(), torch.randn(3, 4)
+    wanted = [*(f"layers.{i}.{j}" for i in range(4) for j in (0, 2)), *(f"tail.{i}" for i in range(3))]
+    captured = capture_export(model, (x,))
+    linears = [n for n in captured.gm.graph.nodes if graph.op_name(n) == "linear"]
+    assert [n.meta["qfx_module"] for n in linears] == [graph.fqn_of(n) for n in linears] == wanted
+    rows = qfx.report(qfx.quantize(model, "w8a16", [x])).rows
+    assert all(row.quantized for row in rows) and len(rows) == len(set(wanted) - {"layers.2.0", "layers.2.2", "tail.2"})
 
 
 class Tied(nn.Module):

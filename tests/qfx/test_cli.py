@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +54,28 @@ def test_presets_lists_every_preset() -> None:
 def test_the_version() -> None:
     result = run("--version")
     assert (result.exit_code, result.stdout) == (0, f"qfx {version('qfx')}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("quantize", "", "-o", "out"), "'' behind quantize"),
+        (("quantize", "model", "-o", ""), "'' behind -o"),
+        (("quantize", "model", "--out="), "--out= behind model"),
+        (("inspect", "model", "--json", ""), "'' behind --json"),
+        (("",), "'' behind qfx"),
+    ],
+)
+def test_an_empty_argument_is_refused(
+    arguments: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: Path
+) -> None:
+    """As of a variable of the shell that is not set. In the folder of a model it would be that model."""
+    shutil.copytree(encoder, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert f"an argument is empty: {words}" in " ".join(result.stderr.replace("\u2502", " ").split())
+    assert not (tmp_path / "here" / "out").exists() and not (tmp_path / "here" / "qfx.json").exists()
 
 
 def test_help_imports_nothing_heavy() -> None:

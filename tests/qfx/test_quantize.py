@@ -285,3 +285,27 @@ def test_what_torch_export_made_is_quantized_and_written(tmp_path: Path) -> None
     assert all(module.training for module in live.modules()), "as it was"
     assert sum(tensor.dtype == torch.int8 for tensor in live.state_dict().values()) == 2
     assert 30 < sqnr_db(model(x), live(x)) < 90
+
+
+@torch.no_grad()
+def test_a_module_under_several_names_has_one_scale_for_all_that_it_reads() -> None:
+    class Twice(nn.Module):
+        """The second call reads values that are 20 times as large."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+            self.layers[1] = self.layers[0]
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.layers[0](x), self.layers[1](20 * x)
+
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(64, 16)
+    wanted = model(x)
+    made = qfx.plan(model, "w8a8-static", [x])
+    assert torch.equal(made.tensors["layers.0/x_scale"], made.tensors["layers.1/x_scale"])
+    found = [sqnr_db(a, b) for a, b in zip(wanted, qfx.quantize(model, made)(x), strict=True)]
+    told = made.sensitivities["sqnr_db"]
+    assert found == pytest.approx([told["layers.0"], told["layers.1"]], abs=0.5)
+    assert found[1] > 35 and found[0] < 25, "what is large is not clipped, what is small has few steps"

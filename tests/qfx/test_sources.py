@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from qfx.sources import input_name, keep_sources, module_path, source_of, static_names, statics
+from qfx.sources import input_name, keep_sources, module_path, source_of, static_names, statics, unsliced
 
 
 class Source:
@@ -86,3 +86,17 @@ def test_paths_of_modules(source: str, base: str, names: list[str], path: str) -
     assert module_path(node, names, base) == ""
     node.meta["nn_module_stack"] = {"outer": ("L['self']", nn.Module), "inner": (source, nn.Module)}
     assert module_path(node, names, base) == path
+
+
+def test_paths_through_parts_of_lists() -> None:
+    model = nn.Module()
+    model.net = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Linear(2, 2), nn.ReLU()) for _ in range(4))
+    for path, wanted in {
+        "net.slice(2, None, None).0.1": "net.2.1",
+        "net.slice(-2, None, None).1": "net.3",
+        "net.slice(None, None, -2).1.slice(1, None, None).2": "net.1.2",
+        "net.slice(1, None, None).slice(1, 2, None).0.slice(None, 1, None)": "net.2",
+        "net.3.relu": "net.3.relu",
+        "": "",
+    }.items():
+        assert unsliced(model, path) == wanted

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import onnx
+import pytest
+
+from qfx.backends.onnx import kernels
+from qfx.backends.onnx.graph import StageModel
 from tests.processes import python
 
 CODE = """
@@ -30,4 +35,17 @@ for size in (100, 3000, 9000):
 def test_a_full_disk_hides_the_kernels_and_changes_no_result() -> None:
     lines = python(CODE).splitlines()
     assert len(lines) == 3
-    assert all(line.startswith("True ONNX Runtime; its kernels are not known, no temporary file: ") for line in lines)
+    start = "True ONNX Runtime; its kernels are not known, its graph could not be written to look at: "
+    assert all(line.startswith(start) for line in lines)
+
+
+def test_what_keeps_the_kernels_hidden_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: StageModel) -> onnx.GraphProto:
+        raise RuntimeError("no kernel for Frobnicate(1)\nmore")
+
+    monkeypatch.setattr(kernels, "optimized_graph", refuse)
+    built = StageModel(onnx.ModelProto(), {}, [], [], [], [], {})
+    told, forms = kernels.inspected(built, ["a", "b"], ())
+    assert told.keys() == {"a", "b"} and not forms
+    assert all(text.endswith(": RuntimeError: no kernel for Frobnicate(1)") for text in told.values())
+    assert "temporary" not in told["a"]

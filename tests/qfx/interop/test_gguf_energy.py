@@ -34,8 +34,8 @@ def test_mean_squares_over_all_tokens() -> None:
 
 def test_hooks_go_when_the_model_fails() -> None:
     model = Two()
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        input_energy(model, ["first"], [torch.ones(2, 7)])
+    with pytest.raises(ValueError, match="does not take batch 2 of the data: RuntimeError: "):
+        input_energy(model, ["first"], [torch.ones(2, 3), torch.ones(2, 7)])
     assert not model.first._forward_pre_hooks
 
 

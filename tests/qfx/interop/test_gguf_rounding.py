@@ -16,10 +16,12 @@ from qfx.errors import QfxWarning, UnsupportedError
 from qfx.interop.gguf_blocks import BLOCK_TYPES, block_type, unpack
 from qfx.interop.gguf_encode import encode
 from qfx.interop.gguf_import import read_gguf
-from qfx.interop.gguf_rounding import gptq, round_blocks
+from qfx.interop.gguf_rounding import _Blocks, gptq, round_blocks
 from qfx.passes._hessian import Hessian
+from qfx.plan import Plan
+from qfx.recipe import Recipe
 from qfx.rounding.method_options import GptqOptions
-from tests.gguf_models import random_model, run
+from tests.gguf_models import ids, random_model, run
 
 pytest.importorskip("transformers", reason="the models are transformers models: pip install qfx[hf]")
 pytest.importorskip("gguf", reason="the container: pip install qfx[interop]")
@@ -150,6 +152,29 @@ def test_each_layer_sees_what_is_rounded_before_it() -> None:
     same = [float((codes[0] == found).float().mean()) for found in codes[1:]]
     assert same[0] > 0.995, "by its inputs in the rounded model"
     assert same[1] < 0.99, "not by those in the float one"
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "learned"])
+def test_no_more_than_one_layer_is_held_again(rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what is written. A table and the output that reads it, in other layers, stay one."""
+    model, made, most = random_model("llama tied"), list[Plan](), list[int]()
+    layers = [f"model.layers.{i}.mlp.{name}" for i in range(2) for name in ("gate_proj", "up_proj")]
+    tied = ["model.embed_tokens", "lm_head"] if rounding == "gptq" else []
+    plan_of, taken = Plan.of, _Blocks._taken
+
+    def kept(model: nn.Module, recipe: Recipe) -> Plan:
+        made.append(plan_of(model, recipe))
+        return made[-1]
+
+    def watched(self: _Blocks, *args: Any) -> Any:
+        most.append(sum(tensor.nbytes for tensor in made[0].tensors.values()))
+        return taken(self, *args)
+
+    monkeypatch.setattr(Plan, "of", kept)
+    monkeypatch.setattr(_Blocks, "_taken", watched)
+    found, _ = round_blocks(model, dict.fromkeys(layers + tied, "Q4_0"), [{"input_ids": ids()}], rounding=rounding)
+    assert set(found) == {*layers, *tied}
+    assert 0 < max(most) < 1.1 * model.model.layers[0].mlp.gate_proj.weight.nbytes
 
 
 def test_a_layer_that_is_not_called_is_left_out() -> None:

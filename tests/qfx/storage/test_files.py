@@ -58,6 +58,39 @@ def test_relative_path_without_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Path("plain.txt").read_text() == "1"
 
 
+def test_an_empty_path_is_not_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert files.path_of(".") == files.path_of(Path()) == Path()
+    for stage in (files.staged(""), files.staged_folder("", last="x")):
+        with (
+            pytest.raises(ValueError, match="the path is empty\n.*\n  next step: .* '.' is the folder you are in"),
+            stage,
+        ):
+            raise AssertionError
+    for path, message in (("", "the path is empty"), (".", "a file is needed here, found a folder")):
+        with pytest.raises((ValueError, IsADirectoryError), match=message):
+            files.write_text(path, "x")
+    assert not names(tmp_path)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """The next time that the same file is written, once nobody can be writing to it any more."""
+    code = (
+        "import os, sys; from qfx.storage import files\n"
+        "with files.staged(sys.argv[1]) as stage:\n    stage('a[1].x')\n    os.abort()"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, env=environment, capture_output=True)
+    (old, young), others = files.temporary(tmp_path, "*"), (".a[1].x.tmp", ".b.0123456789ab.tmp", "a.0123456789ab.tmp")
+    for name in others:
+        (tmp_path / name).touch()
+    for path in (old, *(tmp_path / name for name in others)):
+        os.utime(path, (0, 0))
+    files.write_text(tmp_path / "a[1].x", "")
+    assert names(tmp_path) == sorted([young.name, *others, "a[1].x"])
+
+
 def test_permissions_are_ordinary(tmp_path: Path) -> None:
     (tmp_path / "ordinary").touch()
     expected = stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)

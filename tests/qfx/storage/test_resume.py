@@ -25,7 +25,7 @@ from qfx.rounding import sequential
 from qfx.rounding.blocks import Block
 from qfx.rounding.sequential import TOLD
 from qfx.storage import files
-from qfx.storage.resume import digest
+from qfx.storage.resume import Resume, digest
 from tests.stack import Stack, batches
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -112,6 +112,26 @@ class TestResume:
         self.plan(tmp_path)
         with pytest.raises(ValueError, match=rf"holds the progress of other work\n.*\n.*: {words}\n.*another folder"):
             self.plan(tmp_path, **change)
+
+    def test_other_formats_under_the_same_recipe_are_refused(self, tmp_path: Path) -> None:
+        """An allocation by other scores gives heads other formats, of which segments may have the same shapes."""
+        data, plan = [(one,) for one in batches(2)], qfx.Plan(qfx.Recipe.parse(recipe()))
+        plan.annotations["head"] = {"w": ["u3/g8", "u4/g8"]}
+        Resume.open(tmp_path, plan, data)
+        Resume.open(tmp_path, plan, data)
+        plan.annotations["head"] = {"w": ["u4/g8", "u3/g8"]}
+        with pytest.raises(ValueError, match=r"other work\n.*\n.*another of each of: the formats or the rewrites\n"):
+            Resume.open(tmp_path, plan, data)
+
+    def test_what_was_begun_when_the_process_was_killed(self, tmp_path: Path) -> None:
+        (tmp_path / ".progress.json.0123456789ab.tmp").write_text("{")
+        whole = self.plan(tmp_path)
+        old, young = (tmp_path / f".block-{i}.safetensors.0123456789ab.tmp" for i in (1, 2))
+        old.touch()
+        young.touch()
+        os.utime(old, (0, 0))
+        assert self.same(self.plan(tmp_path), whole)
+        assert young.exists() and not old.exists()
 
     def test_folders_of_others_are_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.txt").write_text("mine")

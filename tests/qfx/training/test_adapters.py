@@ -274,6 +274,25 @@ def test_a_language_model_with_one_table_is_merged_saved_and_loaded(tmp_path: Pa
     assert torch.equal(tiny.logits(tiny.CLASSES["tied"].from_pretrained(tmp_path)), tiny.logits(merged))
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
+def test_a_merged_model_that_loses_nothing_is_saved_and_loaded(tmp_path: Path) -> None:
+    """Its error is no number, of which JSON has no text that both transformers and qfx read alike."""
+    model = qfx.quantize(tiny.build("llama"), "w4a16")
+    model = qfx.add_adapters(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    found = qfx.merge_adapters(model, [{"input_ids": tiny.ids()}], into="low-rank")
+    assert 200 in [row.output_sqnr_db for row in found.rows]
+    merged: Any = found.model
+    merged.save_pretrained(tmp_path / "a")
+    qfx.save(merged, tmp_path / "b")
+    for again in (
+        qfx.load(tmp_path / "a"),
+        tiny.CLASSES["llama"].from_pretrained(tmp_path / "a"),
+        qfx.load(tmp_path / "b"),
+    ):
+        assert torch.equal(tiny.logits(again), tiny.logits(merged))
+        assert qfx.report(again).to_json() == qfx.report(merged).to_json()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
 def test_other_doors_of_peft_and_transformers(tmp_path: Path) -> None:
