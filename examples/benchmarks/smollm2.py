@@ -81,7 +81,7 @@ def main(
     from transformers import AutoTokenizer
 
     path = packaged() if gguf is None else gguf
-    model = qfx.import_gguf(path, packed=False)
+    model: Any = qfx.import_gguf(path, packed=False)
     off_grid(model)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
