@@ -20,6 +20,7 @@ from qfx.hf.quantization_config import recipe_of
 from qfx.kv.summary import CacheSummary, summary
 from qfx.reporting import live_rows as live
 from qfx.reporting import render, sqnr
+from qfx.reporting.padding import padding_note
 from qfx.reporting.rows import Row
 from qfx.storage.files import json_text
 
@@ -184,7 +185,8 @@ def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None)
         return None
     rest, added = live.other_bytes(model, set(rows))
     name, first = type(model).__name__, _first_calls(graphs)
-    return Report(tuple(rows.values()), _notes(graphs), len(graphs), name, rest, added, cache, first)
+    notes = (*_notes(graphs), *padding_note(rows.values()))
+    return Report(tuple(rows.values()), notes, len(graphs), name, rest, added, cache, first)
 
 
 def _graphs_of(model: nn.Module, options: Any, collector: sqnr.Collector | None) -> list[GraphRecord]:
