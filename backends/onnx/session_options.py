@@ -5,8 +5,8 @@ On x86 without VNNI ONNX Runtime adds two products of u8 activations and s8 weig
 VNNI it would do so too, for nothing. It refuses a weight that several products share: `apart` gives each its own name.
 MatMulNBits is exact everywhere.
 
-Of a DequantizeLinear before a MatMul ONNX Runtime makes MatMulNBits, which rounds activations to 8 bits per block unless the
-session option LEVEL says 1: files of the standard in which float activations were asked say so under FLOATS_KEY.
+Of DequantizeLinear before MatMul ONNX Runtime makes MatMulNBits, which rounds activations to 8 bits per block where the
+session option LEVEL is not 1: files of the standard in which float activations were asked say so under FLOATS_KEY.
 """
 
 from __future__ import annotations
