@@ -98,7 +98,15 @@ def write(
     where the file cannot be written.
     """
     from qfx.backends.onnx import export, lowering
-    from qfx.backends.onnx.session_options import INTEGERS, INTEGERS_KEY, has_integer_products
+    from qfx.backends.onnx.quant import is_float_product
+    from qfx.backends.onnx.session_options import (
+        FLOATS,
+        FLOATS_KEY,
+        INTEGERS,
+        INTEGERS_KEY,
+        float_note,
+        has_integer_products,
+    )
 
     gm = captured.gm
     outputs = _outputs(captured)
@@ -106,7 +114,8 @@ def write(
     builder, built = lowering.build(gm, runtime=order.runtime, prefill=order.prefill)
     give_back()
     _assert_no_floats(builder, gm)
-    notes = (*notes, *built.notes)
+    floats = order.runtime == "standard" and any(map(is_float_product, gm.graph.nodes))
+    notes = (*notes, *built.notes, *([float_note(target.name)] if floats else []))
     told(notes, strict=order.strict)
     formats = _formats(gm)
     pasts = [name for name in (inputs or {}).values() if name.startswith("past_key_values.")]
@@ -117,6 +126,7 @@ def write(
         "qfx.runtime": order.runtime,
         **({"qfx.cache": "shared" if shared_cache else "copied"} if pasts else {}),
         **({INTEGERS_KEY: INTEGERS} if has_integer_products(built.model.graph.node) else {}),
+        **({FLOATS_KEY: FLOATS} if floats else {}),
         "qfx.notes": json.dumps([str(note) for note in notes]),
     }
     written = export.write(

@@ -24,7 +24,7 @@ from qfx.kv.plans import read as check_caches
 from qfx.recipe import Recipe
 from qfx.storage.files import dump_safetensors, path_of, read_json, read_safetensors, sha256_file, staged
 from qfx.storage.hollow import is_hollow
-from qfx.storage.spill import rest
+from qfx.storage.spill import flat_bytes, rest
 from qfx.text import type_text
 
 VERSION = 3  # 1: a byte for each zero point, 2: no caches
@@ -218,7 +218,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _tensor_digest(tensor: Tensor) -> str:
     digest = hashlib.sha256(usedforsecurity=False)
-    for part in tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).split(_PART):
+    for part in flat_bytes(tensor.cpu()).split(_PART):
         digest.update(part.numpy().data)
         rest(part)
     return digest.hexdigest()[:32]

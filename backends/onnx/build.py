@@ -22,6 +22,7 @@ from qfx.backends.onnx.symbols import Symbols
 from qfx.backends.onnx.values import ONNX_TYPE, Dim, Value, computed, dim_of, dims_of, is_number, is_static
 from qfx.errors import Note, source_line
 from qfx.graph import fqn_of, get_tensor
+from qfx.storage.spill import flat_bytes
 
 OPSET = 21
 MICROSOFT = "com.microsoft"
@@ -317,7 +318,7 @@ def _content(data: Tensor) -> tuple[Any, ...] | None:
     """What a small tensor holds; None for a large one."""
     if data.numel() * data.element_size() > _COMPARED_BYTES or data.device.type != "cpu":
         return None
-    return (data.dtype, tuple(data.shape), data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return (data.dtype, tuple(data.shape), flat_bytes(data).numpy().tobytes())
 
 
 _ELEMENTWISE = {

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import onnx
-import torch
 from onnx import TensorProto
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from qfx.backends.onnx.graph import StageModel, made
 from qfx.backends.onnx.opset import ir_version, needed_opset
 from qfx.errors import explain, first_line
 from qfx.storage.files import sha256_file, staged
+from qfx.storage.spill import flat_bytes
 
 # Weights of more bytes than this lie in a file of their own, which readers map. Who parses them with the model has them
 # in memory once more, which is the price of one file.
@@ -208,7 +208,7 @@ def _nbytes(weight: Tensor | Later) -> int:
 
 def _raw(tensor: Tensor) -> memoryview:
     """The tensor's bytes where they lie."""
-    bytes_: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    bytes_: Any = flat_bytes(tensor).numpy()
     return memoryview(bytes_)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from qfx import processor
 from qfx.backends.onnx.export import verify
 from qfx.backends.onnx.session import DISABLED, as_torch, input_place
-from qfx.backends.onnx.session_options import INTEGERS_KEY, apart, checked, options, saturation_note
+from qfx.backends.onnx.session_options import FLOATS_KEY, INTEGERS_KEY, LEVEL, apart, checked, options, saturation_note
 from qfx.backends.onnx.values import ONNX_TYPE
 from qfx.errors import explain, first_line, warn
 
@@ -37,6 +37,8 @@ class Runner:
     def __init__(self, path: Path, threads: int | None = None, entries: Mapping[str, str] | None = None) -> None:
         count, given = _count(threads), checked(entries)
         self.metadata = verify(path)
+        if FLOATS_KEY in self.metadata:
+            given = {LEVEL: "1"} | given
         chosen = options(count, given)
         # A value's memory is free once the value was read. Else ONNX Runtime keeps it for the next value of that size,
         # to the end of the call, attention's and the MLP's together.

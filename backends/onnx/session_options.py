@@ -4,6 +4,9 @@ On x86 without VNNI ONNX Runtime adds two products of u8 activations and s8 weig
 `session.x64quantprecision` it holds the same weights as u8, whose kernels are exact and slower; where the processor has
 VNNI it would do so too, for nothing. It refuses a weight that several products share: `apart` gives each its own name.
 MatMulNBits is exact everywhere.
+
+Of DequantizeLinear before MatMul ONNX Runtime makes MatMulNBits, which rounds activations to 8 bits per block where the
+session option LEVEL is not 1: files of the standard in which float activations were asked say so under FLOATS_KEY.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from qfx.errors import Note, explain, nearest
 
 _ERROR = 3
 EXACT = "session.x64quantprecision"
+LEVEL = "session.qdq_matmulnbits_accuracy_level"
 # What a user may set for a session of a file -> the values that it takes.
 ENTRIES: Mapping[str, tuple[str, ...]] = {
     EXACT: ("0", "1"),
+    LEVEL: ("1", "4"),
     "session.intra_op.allow_spinning": ("0", "1"),
     "session.inter_op.allow_spinning": ("0", "1"),
     "session.force_spinning_stop": ("0", "1"),
@@ -31,6 +36,8 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
 }
 INTEGERS_KEY = "qfx.integers"  # metadata of a file
 INTEGERS = "u8 x s8: on x86 without VNNI set the session option session.x64quantprecision=1, or sums overflow"
+FLOATS_KEY = "qfx.floats"  # metadata of a file
+FLOATS = f"float activations: set the session option {LEVEL}=1, or ONNX Runtime rounds them to 8 bits per block"
 # Products of integers -> which of their inputs are the weight and its zero point.
 _INTEGER = {
     "MatMulInteger": (1, 3),
@@ -100,6 +107,12 @@ def has_integer_products(nodes: Sequence[onnx.NodeProto]) -> bool:
 def saturation_notes(nodes: Sequence[onnx.NodeProto]) -> list[Note]:
     """What to tell of a model on this processor: one note where its integer products take the exact, slower path."""
     return [saturation_note("graph")] if processor.saturates() and has_integer_products(nodes) else []
+
+
+def float_note(name: str) -> Note:
+    """What to tell of a file of the standard that was asked to multiply activations as floats."""
+    reason = f"float activations were asked; ONNX Runtime rounds them to 8 bits (about 40 dB) unless {LEVEL} is 1"
+    return Note(name, reason, "none for qfx.onnx.load, which sets it; set it in other programs", minor=True)
 
 
 def saturation_note(name: str) -> Note:

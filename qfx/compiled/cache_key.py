@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from qfx import processor
 from qfx.names import Translation
 from qfx.options import Options
+from qfx.storage.spill import flat_bytes
 
 FORMAT = 1  # of what is stored under a key
 _PART = 16 << 20
@@ -111,9 +112,8 @@ def _digest(part: memoryview) -> str:
 
 def _parts(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor in row-major order."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    if flat.numel():
-        data = memoryview(flat.view(torch.uint8).numpy().data)
+    if tensor.numel():
+        data = memoryview(flat_bytes(tensor).numpy().data)
         yield from (data[start : start + _PART] for start in range(0, len(data), _PART))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qfx.errors import explain, listed
 from qfx.storage.files import DTYPES
-from qfx.storage.spill import rest
+from qfx.storage.spill import flat_bytes, rest
 
 ONE, INDEX, SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors"
 NAMES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
@@ -178,7 +178,7 @@ def _opened(file: Path) -> Iterator[Any]:
 def _digest(tensor: Tensor) -> str:
     plain = tensor.detach().cpu().contiguous()
     hashed = hashlib.sha256(f"{plain.dtype} {list(plain.shape)} ".encode(), usedforsecurity=False)
-    for part in plain.reshape(-1).view(torch.uint8).split(_PART):
+    for part in flat_bytes(plain).split(_PART):
         hashed.update(part.numpy().data)
         rest(part)
     return hashed.hexdigest()[:16]

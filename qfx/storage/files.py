@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qfx.errors import explain
-from qfx.storage.spill import rest
+from qfx.storage.spill import flat_bytes, rest
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SHORT = " requested and "  # numpy's words where a part of an array is written, without an error number
@@ -190,7 +190,7 @@ def dump_safetensors(
         _write(file, len(header).to_bytes(8, "little") + header)
         for name in order:
             plain = tensors[name].detach().cpu().contiguous()
-            for part in plain.reshape(-1).view(torch.uint8).split(_PART) if plain.numel() else ():
+            for part in flat_bytes(plain).split(_PART) if plain.numel() else ():
                 _write(file, part.numpy().data)
                 rest(part)
 

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -40,6 +39,7 @@ from qfx.storage.files import (
     write_safetensors,
     write_text,
 )
+from qfx.storage.spill import flat_bytes
 
 VERSION = 3  # 1: no digests, 2: no formats
 _HEAD = "progress.json"
@@ -131,7 +131,7 @@ def digest(batches: Sequence[Sequence[Any]]) -> str:
         for leaf in pytree.tree_leaves(list(batch)):
             if isinstance(leaf, Tensor):
                 found.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
-                found.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                found.update(flat_bytes(leaf.cpu()).numpy().data)
             else:
                 found.update(repr(leaf).encode())
     return found.hexdigest()

@@ -29,6 +29,13 @@ _USED = 64 << 20  # bytes that calls read before free memory is given back
 _LARGE, _PART = 1 << 24, 1 << 22  # elements of a weight that is multiplied part by part, and of a part
 
 
+def flat_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor in row-major order, u8 [nbytes]: where they lie, where they lie so."""
+    whole = tensor.detach().contiguous()
+    # One element may have any stride and is contiguous all the same: only a stride of 1 can be seen as bytes.
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
+
+
 class Spill:
     """A context in which `keep` gives tensors a place in a file of `folder` that goes when nothing uses it any more.
 
@@ -71,7 +78,7 @@ class Spill:
         try:
             self._file.seek(self._size)
             for part in parts:
-                data: Any = part.contiguous().reshape(-1).view(torch.uint8).numpy()
+                data: Any = flat_bytes(part).numpy()
                 self._file.write(data)
                 size, dtype = size + part.nbytes, part.dtype
             self._file.flush()

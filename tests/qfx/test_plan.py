@@ -196,6 +196,13 @@ def test_fingerprint_follows_values_not_strides() -> None:
     assert fingerprint(model) == fingerprint(small())
 
 
+def test_fingerprint_of_one_element_with_a_stride() -> None:
+    models = [small(), small()]
+    for model, value in zip(models, (torch.ones(1, 4)[:, 0], torch.ones(1)), strict=True):
+        model.register_buffer("one", value)
+    assert fingerprint(models[0]) == fingerprint(models[1])
+
+
 def test_fingerprint_of_ties_buffers_and_odd_types() -> None:
     model = small()
     model.tied = nn.Linear(3, 4)

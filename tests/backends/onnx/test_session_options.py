@@ -22,7 +22,16 @@ from qfx.backends.onnx import lower
 from qfx.backends.onnx.branch import every_node, subgraphs
 from qfx.backends.onnx.kernels import optimized_graph
 from qfx.backends.onnx.runner import Runner
-from qfx.backends.onnx.session_options import EXACT, INTEGERS_KEY, apart, checked, has_integer_products, options
+from qfx.backends.onnx.session_options import (
+    EXACT,
+    FLOATS_KEY,
+    INTEGERS_KEY,
+    LEVEL,
+    apart,
+    checked,
+    has_integer_products,
+    options,
+)
 from qfx.capture import capture_export
 from qfx.errors import QfxWarning
 from qfx.pipeline import apply_plan, prepare
@@ -176,6 +185,29 @@ def test_a_static_file_of_the_standard_says_it(tmp_path: Path) -> None:
     done = qfx.export_onnx(Shared().eval(), (X,), target, recipe="w8a8-static", data=[X], runtime="standard")
     assert not {"MatMulInteger", "MatMulIntegerToFloat"} & {n.op_type for n in onnx.load(str(done.path)).graph.node}
     assert INTEGERS_KEY in qfx.onnx.check(done.path), "readers make products of integers of Q and DQ"
+
+
+@pytest.mark.parametrize("fmt", ["i8/ch", "u4/g32", "i2/g16"])
+def test_float_activations_of_a_standard_file_stay_floats(tmp_path: Path, fmt: str) -> None:
+    recipe = Recipe(name="floats", rules=(Rule(target="linear", x="f32", w=fmt),))
+    torch.manual_seed(0)
+    model, path = nn.Sequential(nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 96)).eval(), tmp_path / "m.onnx"
+    with pytest.warns(QfxWarning, match=f"m.onnx: float activations were asked; .* unless {LEVEL} is 1"):
+        qfx.export_onnx(model, (X,), path, recipe=recipe, runtime="standard", strict=True)
+    assert LEVEL in qfx.onnx.check(path)[FLOATS_KEY]
+    want = qfx.quantize(model, recipe, [X])(X).detach()
+    (y,) = opened(path)(input_1=X).values()
+    torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
+    rounded: Any = qfx.onnx.load(path, session_options={LEVEL: "4"})
+    (y,) = rounded(input_1=X).values()
+    assert (y - want).norm() > 1e-3 * want.norm(), "what ONNX Runtime does where nothing is said"
+
+
+@pytest.mark.parametrize(("runtime", "x"), [("onnxruntime", "f32"), ("standard", "i8/tok"), ("standard", None)])
+def test_other_files_leave_the_level_alone(tmp_path: Path, runtime: str, x: str | None) -> None:
+    recipe = Recipe(name="others", rules=(Rule(target="linear", x=x, w="i8/ch"),))
+    done = qfx.export_onnx(Shared().eval(), (X,), tmp_path / "m.onnx", recipe=recipe, runtime=runtime)
+    assert FLOATS_KEY not in qfx.onnx.check(done.path) and not any(LEVEL in str(note) for note in done.notes)
 
 
 def test_a_file_takes_the_exact_path_and_says_so(tmp_path: Path, machine: Any) -> None:

@@ -67,6 +67,19 @@ def test_what_is_kept_is_the_same(
     assert all(map(same, kept, given)), "they stay valid"
 
 
+@given(
+    shape=st.lists(st.integers(0, 3), max_size=3),
+    step=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.bool]),
+)
+def test_bytes_lie_in_row_major_order_whatever_the_strides(shape: list[int], step: int, dtype: torch.dtype) -> None:
+    wide = torch.arange(5000).remainder(7).to(dtype)
+    tensor = wide[3:].as_strided(shape, [step * 9 ** (place + 1) for place in range(len(shape))])
+    found = spill.flat_bytes(tensor)
+    assert found.dtype == torch.uint8 and found.shape == (tensor.nbytes,)
+    assert torch.equal(found.view(dtype).reshape(shape), tensor)
+
+
 def test_small_tensors_and_those_of_other_devices_stay(tmp_path: Path) -> None:
     with Spill(tmp_path) as place:
         small, away = tensor(LEAST - 1), torch.empty(LEAST, device="meta")
