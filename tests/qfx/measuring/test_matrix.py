@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import qfx
 from qfx.measuring.compare import Accuracy, Latency
-from qfx.measuring.matrix import Matrix, Row, bytes_of, compare_recipes, error_of, pareto
+from qfx.measuring.matrix import Matrix, Row, alone, bytes_of, compare_recipes, error_of, pareto
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*MatMulNBits rounds them:qfx.errors.QfxWarning")
 
@@ -121,3 +121,26 @@ def test_a_budget_is_for_recipes_that_plan_bits_alone() -> None:
     rows = compare_recipes(_Net(), ["heads", "w8a8"], given[:1], data=given, budget={"avg_bits": 1.0}, repeats=1).rows
     assert rows[1].recipe == "heads avg_bits=1.0" and rows[1].failed == "the budget avg_bits=1 is too small"
     assert rows[2].recipe == "w8a8" and not rows[2].failed
+
+
+@pytest.mark.parametrize(("own", "compiled"), [(True, 10), (False, 8)])
+def test_the_ninth_model_of_a_class_is_compiled_too(own: bool, compiled: int) -> None:
+    class Twice(nn.Module):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number = number
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.number
+
+    graphs = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm
+
+    for number in range(2, 12):
+        model = Twice(number)
+        run = torch.compile(alone(model) if own else model, backend=backend)
+        assert torch.equal(run(torch.ones(3)), torch.full((3,), float(number)))
+    assert len(graphs) == compiled
