@@ -76,7 +76,11 @@ class Record:
         if record.get("name") != cls.NAME:
             raise ValueError(f"expected a record of {cls.NAME!r}, found {record.get('name')!r}")
         try:
-            fields = {f.name: record[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+            fields = {
+                f.name: record[f.name]
+                for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+                if f.name in record or f.default is dataclasses.MISSING  # those with a default came later
+            }
             for key, value in fields.items():
                 build = cls.NESTED.get(key, lambda item: item)
                 if isinstance(value, list | tuple):

@@ -3,12 +3,13 @@
 Found by the graph alone: sums, moves of rows, factors per token and the like keep the basis of the channels, so that
 all values that they connect have one basis. It can be changed where every writer is a parameter along whose output axis
 the change goes (embeddings, linears, constants), and every reader a linear, straight or behind a norm whose weight is
-folded. Post-norm models are refused: a norm's weight acts inside the stream.
+folded. Post-norm models are refused: a norm's weight acts inside the stream. A linear that shares the embedding's table
+(lm_head) blocks the change, unless the caller names it in `tied` and takes care of its input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -43,7 +44,8 @@ class Stream:
     """One residual stream of `size` channels.
 
     norms: the norms that read it. readers: linears behind them or straight (`direct`). writers: what its values come
-    from. shifts: FQNs of biases that norms could not give to their linears.
+    from. shifts: FQNs of biases that norms could not give to their linears. heads: linears that read its table as it is
+    written -> the norm before each, whose weight is not folded; None where there is no norm, or it has no weight.
     """
 
     size: int
@@ -52,6 +54,7 @@ class Stream:
     writers: dict[Part, fx.Node] = field(default_factory=dict)
     shifts: dict[Part, fx.Node] = field(default_factory=dict)
     direct: list[fx.Node] = field(default_factory=list)
+    heads: dict[fx.Node, Norm | None] = field(default_factory=dict)
 
     @property
     def centred(self) -> bool:
@@ -59,17 +62,20 @@ class Stream:
         return all(node.target is aten.rms_norm.default for node in self.norms)
 
 
-def find(gm: fx.GraphModule, *, folded: bool = True) -> tuple[list[Stream], list[Note]]:
+def find(
+    gm: fx.GraphModule, *, folded: bool = True, tied: Collection[str] = ()
+) -> tuple[list[Stream], list[Note]]:
     """Every residual stream whose basis can be changed, and the others with the reason.
 
-    folded: the weights of norms must be 1.
+    folded: the weights of norms must be 1. tied: names of linears that may share an embedding's table (`heads`).
     """
     found, refusals = [], []
+    shared = {node for node in gm.graph.nodes if _is_plain(node) and graph.fqn_of(node) in tied}
     for members in _classes(gm):
         norms = [u for v in members for u in v.users if u.target in _NORMS and u.args[0] is v]
         if not norms or not any(_is_sum(node, members) for node in members):
             continue
-        stream = _stream(gm, members, folded)
+        stream = _stream(gm, members, folded, shared)
         if isinstance(stream, Stream):
             found.append(stream)
         else:
@@ -171,21 +177,24 @@ class _BlockedError(Exception):
         self.node, self.reason = node, reason
 
 
-def _stream(gm: fx.GraphModule, members: Mapping[fx.Node, None], folded: bool) -> Stream | Note:
+def _stream(
+    gm: fx.GraphModule, members: Mapping[fx.Node, None], folded: bool, shared: Collection[fx.Node]
+) -> Stream | Note:
     stream = Stream(_channels(next(iter(members))))
     try:
         for node in members:
             if not same_basis(node):
-                for part in _written(node, members):
+                for part in _written(node, members, shared):
                     stream.writers[part] = node
             for user in node.users:
-                _read(gm, stream, node, user, members, folded)
+                _read(gm, stream, node, user, members, folded, shared)
+        _check_heads(stream, shared)
     except _BlockedError as blocked:
         return sites.note(blocked.node, f"the residual stream cannot be rotated: {blocked.reason}")
     return stream
 
 
-def _written(node: fx.Node, members: Mapping[fx.Node, None]) -> Iterator[Part]:
+def _written(node: fx.Node, members: Mapping[fx.Node, None], shared: Collection[fx.Node]) -> Iterator[Part]:
     """The stored tensors that a value of the stream comes from."""
     name = graph.schema_name(node)
     if node.op == "get_attr":
@@ -195,7 +204,7 @@ def _written(node: fx.Node, members: Mapping[fx.Node, None]) -> Iterator[Part]:
         if not (isinstance(table, fx.Node) and table.op == "get_attr"):
             raise _BlockedError(node, f"the table of %{node.name} is computed in the graph")
         allowed = {n for n in members if graph.schema_name(n) == "aten::embedding"}
-        if foreign := sites.other_user(table, allowed):
+        if foreign := sites.other_user(table, allowed | {n for n in shared if _table(n) == table.target}):
             raise _BlockedError(node, f"its table {table.target} is also used by %{foreign.name} (untie them)")
         yield Part(str(table.target), 1)
     elif sites.is_linear(node):
@@ -236,23 +245,29 @@ def _is_shifted_norm(node: fx.Node) -> bool:
 
 
 def _read(
-    gm: fx.GraphModule, stream: Stream, node: fx.Node, user: fx.Node, members: Mapping[fx.Node, None], folded: bool
-) -> None:
+    gm: fx.GraphModule, stream: Stream, node: fx.Node, user: fx.Node, members: Mapping[fx.Node, None], folded: bool,
+    shared: Collection[fx.Node],
+) -> None:  # fmt: skip
     if sites.reads_size(user) or (user in members and node in same_basis(user)):
         return
     if user.target in _NORMS and user.args[0] is node:
-        _read_norm(gm, stream, user, folded)
+        _read_norm(gm, stream, user, folded, shared)
     elif graph.schema_name(user) == "aten::embedding" and user.args[0] is node:
         raise _BlockedError(user, f"its table is part of %{node.name}")
     elif sites.is_linear(user) and user.args[0] is node and node not in user.args[1:]:
         stream.direct.append(user)
-        _reader(stream, user)
+        if user in shared:
+            stream.heads[user] = None
+        else:
+            _reader(stream, user)
     else:
         what = "it is an output of the model" if user.op == "output" else f"%{user.name} reads it"
         raise _BlockedError(node, what)
 
 
-def _read_norm(gm: fx.GraphModule, stream: Stream, norm: fx.Node, folded: bool) -> None:
+def _read_norm(
+    gm: fx.GraphModule, stream: Stream, norm: fx.Node, folded: bool, shared: Collection[fx.Node]
+) -> None:
     a = m.arguments(norm)
     if len(a["normalized_shape"]) != 1:
         raise _BlockedError(norm, f"%{norm.name} is a norm over several axes")
@@ -265,7 +280,10 @@ def _read_norm(gm: fx.GraphModule, stream: Stream, norm: fx.Node, folded: bool) 
         raise _BlockedError(norm, _POST_NORM)
     if others:
         raise _BlockedError(norm, f"%{others[0].name} reads the result of the norm %{norm.name}, not only linears")
-    if folded and isinstance(parameters, Norm):
+    heads = [linear for linear in linears if linear in shared]
+    if heads and (len(heads) < len(linears) or shift is not None):
+        raise _BlockedError(norm, f"%{heads[0].name} shares the table, and is not all that the norm %{norm.name} gives to")
+    if folded and isinstance(parameters, Norm) and not heads:
         gain = graph.get_tensor(gm, parameters.weight).detach()
         if not bool((gain == (0.0 if parameters.plus_one else 1.0)).all()):
             raise _BlockedError(
@@ -274,7 +292,9 @@ def _read_norm(gm: fx.GraphModule, stream: Stream, norm: fx.Node, folded: bool) 
     stream.norms.append(norm)
     if shift is not None:
         stream.shifts[Part(shift, 0)] = norm
-    for linear in linears:
+    for linear in heads:
+        stream.heads[linear] = parameters if isinstance(parameters, Norm) else None
+    for linear in linears if not heads else ():
         _reader(stream, linear)
 
 
@@ -288,3 +308,25 @@ def _reader(stream: Stream, node: fx.Node) -> None:
     if isinstance(weight, str):
         raise _BlockedError(node, f"%{node.name} reads it, and {weight}")
     stream.readers[Part(weight.weight, weight.inp)] = node
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """A linear that reads a stored weight as it is."""
+    weight = node.args[1] if graph.schema_name(node) == "aten::linear" else None
+    return isinstance(weight, fx.Node) and weight.op == "get_attr"
+
+
+def _table(head: fx.Node) -> Any:
+    return head.args[1].target  # type: ignore[union-attr]
+
+
+def _check_heads(stream: Stream, shared: Collection[fx.Node]) -> None:
+    """Who shares a table of this stream reads this stream, and who reads it shares a table of its own, always behind
+    the same norm."""
+    tables = {part.weight for part in stream.writers}
+    norms: dict[str, Norm | None] = {}
+    for node in shared:
+        if (_table(node) in tables) != (node in stream.heads):
+            raise _BlockedError(node, f"%{node.name} shares a table of another stream")
+        if node in stream.heads and norms.setdefault(graph.fqn_of(node), stream.heads[node]) != stream.heads[node]:
+            raise _BlockedError(node, f"%{node.name} shares the table, and is called behind another norm, too")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from qfx.errors import nearest
+from qfx.passes import rotate, rotate_down
 from qfx.passes._sites import holds
 
 MODULES = {
@@ -47,6 +48,11 @@ def check_record(module: nn.Module, record: Mapping[str, Any], tensors: Mapping[
     names = [site.table, site.weight] if record["name"] == "untie" else []
     if not site.present(module) or any(not holds(module, name) for name in names):
         raise ValueError(f"the plan's rewrite {record['name']!r} names {names}, which the model does not have")
+
+
+def rotations(records: Collection[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
+    """FQN of a linear that rotates its own input in a live model -> (block, seed), of a plan's records."""
+    return rotate.rotations(records) | rotate_down.rotations(records)
 
 
 def _pass_of(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:

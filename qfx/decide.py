@@ -78,7 +78,7 @@ def decide(
     said: list[Note] = []
     if recipe.rewrites or calls:
         flat = [captured.flatten(a, without_cache(model, k, a)) for a, k in calls]
-        divides = not {"smooth", "rotate-down"}.isdisjoint(recipe.rewrites)
+        divides = not {"smooth", "rotate", "rotate-down"}.isdisjoint(recipe.rewrites)
         undivided = _undivided(model, made) if divides else set()
         notes += transform(gm, made, flat, undivided=undivided, progress=progress)
         if recipe.outliers is not None:

@@ -33,7 +33,7 @@ from qfx.live.segments import along, in_order, segments
 from qfx.live.writeback import cut, oriented, pointer_of, rewrite, twins_of
 from qfx.numerics import QParams, dequantize, effective_scale, join, split, spread
 from qfx.packing import Packed
-from qfx.passes.rotate_down import rotations
+from qfx.passes.rewrites import rotations
 from qfx.pipeline import told
 from qfx.plan import Plan
 from qfx.quantize import RecipeLike, check_float, checked_places, made_for

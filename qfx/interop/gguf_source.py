@@ -12,7 +12,7 @@ from qfx.format import Format
 from qfx.interop.gguf_arch import Architecture
 from qfx.interop.gguf_exact import Exact, as_blocks
 from qfx.live.mixed import QuantMixed
-from qfx.live.modules import QuantEmbedding, QuantLinear, rotated
+from qfx.live.modules import QuantEmbedding, QuantLinear, as_packed, as_read
 from qfx.live.permuted import QuantPermuted
 from qfx.packing import Packed
 
@@ -43,10 +43,15 @@ class Source:
         smooth = getattr(self.module, "smooth", None)
         if smooth is None or self.leaf != "weight":
             return value
-        smooth, rotation = smooth.to(torch.float32), getattr(self.module, "rotation", None)
+        smooth, around = smooth.to(torch.float32), (getattr(self.module, "rotation", None), self.gain)
         if isinstance(self.module, QuantPermuted):  # the input is divided in the stored order
             smooth = smooth[torch.argsort(self.module.columns)]
-        return rotated(rotated(value, rotation) / smooth, rotation, inverse=True)
+        return as_read(as_packed(value, *around) / smooth, *around)
+
+    @property
+    def gain(self) -> Tensor | None:
+        """That of a norm, which acts on the input of a linear that shares its table."""
+        return self.module._buffers.get("gain")
 
     def exact(self) -> Exact | str | None:
         """Blocks with the values of a packed weight, the reason why there are none, or None for a float one."""
@@ -77,7 +82,7 @@ class Source:
 def sources_of(model: nn.Module, arch: Architecture) -> tuple[dict[str, Source], list[Note]]:
     """GGUF name -> source, in the order of the file, and notes on what has no place there.
 
-    A table that is also the output's is there once. Raises UnsupportedError where the model lacks modules, or holds
+    A table that is also the output's is there once, unless a gain acts on what the output reads. Raises UnsupportedError where the model lacks modules, or holds
     tensors that change its results and have no place.
     """
     base = _base(model, arch)
@@ -105,7 +110,7 @@ def sources_of(model: nn.Module, arch: Architecture) -> tuple[dict[str, Source],
         )
     _check_biases(found, arch)
     output, table = found.get("output.weight"), found["token_embd.weight"]
-    if output is not None and output.pointer() == table.pointer():
+    if output is not None and output.pointer() == table.pointer() and output.gain is None:
         del found["output.weight"]
     return found, [*_unplaced(model, base, modules), *_activations(found)]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qfx.errors import explain
 from qfx.format import Format, dtype_name
 from qfx.live.mixed import QuantMixed
-from qfx.live.modules import QuantLinear, rotated
+from qfx.live.modules import QuantLinear, as_packed, as_read
 from qfx.live.permuted import QuantPermuted
 from qfx.packing import Packed
 
@@ -175,7 +175,8 @@ def input_loss(linear: Linear) -> list[Loss]:
 def _more(module: QuantLinear) -> Loss | None:
     """That a linear does something to its input, or beside its weight, which no layout can say."""
     if module.rotation is not None:
-        what, step = "its input is rotated while the model runs", "quantize without online rotations"
+        step = "untie it (rewrite 'untie')" if "gain" in module._buffers else "quantize without online rotations"
+        what = "its input is rotated while the model runs"
     elif module.low is not None:
         what, step = "a low-rank part stands beside its weight", "quantize without low-rank compensation"
     elif module.smooth is not None:
@@ -190,8 +191,9 @@ def float_weight(module: QuantLinear | QuantMixed) -> Tensor:
     weight, smooth = module.weight, module._buffers.get("smooth")
     if smooth is None:
         return weight
-    inner = rotated(weight.to(torch.float32), module.rotation) / smooth
-    return rotated(inner, module.rotation, inverse=True).to(weight.dtype)
+    around = module.rotation, module._buffers.get("gain")
+    inner = as_packed(weight.to(torch.float32), *around) / smooth
+    return as_read(inner, *around).to(weight.dtype)
 
 
 def sorted_groups(g_idx: Tensor, group: int) -> Tensor | None:

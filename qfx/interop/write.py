@@ -180,9 +180,9 @@ class _Source:
         found = set()
         for name in names:
             owner, _, leaf = name.rpartition(".")
-            if owner in self.held:
-                return False
             module = self.modules[owner]
+            if owner in self.held or "gain" in module._buffers:  # of a rotated table the output is another weight
+                return False
             codes = module._buffers.get("w_codes", module._buffers.get(f"{leaf}_w_codes"))
             held = module._parameters.get(leaf) if codes is None else codes
             found.add(None if held is None else held.data_ptr())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qfx.live.modules import PackedModule, rotated
+from qfx.live.modules import PackedModule, as_read, turned
 from qfx.live.segments import Segment, asked, in_order, stem_of, take
 from qfx.packing import Packed
 from qfx.reporting.rows import Row
@@ -18,7 +18,7 @@ class QuantMixed(PackedModule):
 
     Segments are the buffers rows0_codes, rows0_scale, rows0_zero, rows1_codes, ... (columns0_codes, ...). The input is
     as for QuantLinear: x_format "" leaves it in float, static formats carry x_scale (and x_zero), smooth [in_features]
-    divides it first, and before that rotation (block, seed) rotates it.
+    divides it first, and before that rotation (block, seed) rotates it, around the gain [in_features] where there is one.
     """
 
     bias: nn.Parameter | None
@@ -38,6 +38,7 @@ class QuantMixed(PackedModule):
         x_zero: Tensor | None = None,
         smooth: Tensor | None = None,
         rotation: tuple[int, int] | None = None,
+        gain: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         assert [p.shape[axis] for p in packed] == [s.size for s in segments], (packed, segments)
@@ -46,6 +47,8 @@ class QuantMixed(PackedModule):
         super().__init__((other, size) if axis else (size, other), dtype)
         self.segments, self.axis, self.x_format = tuple(segments), axis, x_format
         self.rotation = rotation
+        if gain is not None:
+            self.register_buffer("gain", gain)
         self.out_features, self.in_features = self.shape
         self.nf = self.out_features  # Conv1D's name for it
         for number, part in enumerate(packed):
@@ -60,11 +63,11 @@ class QuantMixed(PackedModule):
             last = segment.size if self.axis else self.in_features
             held = self._held(number)
             parts.append(torch.ops.qfx.dequantize(*held, str(segment.format), last, self.dtype))
-        return rotated(in_order(parts, self.segments, self.axis), self.rotation, inverse=True)
+        return as_read(in_order(parts, self.segments, self.axis), self.rotation, self._buffers.get("gain"))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x.dtype."""
-        x = rotated(x, self.rotation)
+        x = turned(x, self.rotation, self._buffers.get("gain"))
         if self.axis:
             return self._columns(x)
         static = (self.x_scale, self.x_zero, self.smooth, self.x_format)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import qfx.ops.packed
 import qfx.rewrites.rotation  # noqa: F401  (both register torch.ops.qfx)
+from qfx.errors import explain
 from qfx.format import Format
 from qfx.live.parameters import keeping_types
 from qfx.packing import Packed
@@ -71,6 +72,31 @@ def rotated(x: Tensor, rotation: tuple[int, int] | None, *, inverse: bool = Fals
     return y
 
 
+def turned(x: Tensor, rotation: tuple[int, int] | None, gain: Tensor | None) -> Tensor:
+    """What a packed weight is multiplied with, for an input x [.., K] of its linear: x rotated.
+
+    With a gain [K] x comes in the rotated basis: it is rotated back, multiplied by the gain, and rotated again.
+    """
+    if gain is not None:
+        x = rotated(x, rotation, inverse=True) * gain.to(x.dtype)
+    return rotated(x, rotation)
+
+
+def as_read(weight: Tensor, rotation: tuple[int, int] | None, gain: Tensor | None) -> Tensor:
+    """A packed weight [N, K] in the basis of its linear's own input."""
+    return rotated(weight, rotation, inverse=True) if gain is None else turned(weight, rotation, gain)
+
+
+def as_packed(weight: Tensor, rotation: tuple[int, int] | None, gain: Tensor | None) -> Tensor:
+    """The inverse of `as_read`. Raises ValueError where a gain is 0, which nothing undoes."""
+    if gain is None:
+        return rotated(weight, rotation)
+    if not bool((gain != 0).all()):
+        what = "a change of this weight would have to be divided by the gain of the norm before it, which is 0 in places"
+        raise ValueError(explain(what, next_step="leave the layer out, or untie it (rewrite 'untie') and quantize again"))
+    return turned(weight, rotation, 1 / gain)
+
+
 class _Quantized(PackedModule):
     """A packed weight (w_codes, w_scale, w_zero) and its format."""
 
@@ -102,7 +128,8 @@ class QuantLinear(_Quantized):
     """y = x W^T + b with a packed W [out_features, in_features].
 
     x_format "" leaves activations in float. Static formats carry x_scale (and x_zero); `smooth` [in_features] divides x
-    first. Before that, `rotation` (block, seed) rotates it, as the packed weight is (see `qfx.rewrites.rotation`).
+    first. Before that, `rotation` (block, seed) rotates it, as the packed weight is (see `qfx.rewrites.rotation`); with
+    a gain [in_features] the input comes rotated, and the gain acts in the basis before (see `qfx.passes.rotate`).
     low: float factors [r, in_features] and [out_features, r] of a part of W that is not packed.
     """
 
@@ -119,10 +146,13 @@ class QuantLinear(_Quantized):
         smooth: Tensor | None = None,
         low: tuple[Tensor, Tensor] | None = None,
         rotation: tuple[int, int] | None = None,
+        gain: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(packed, dtype)
         self.x_format = x_format
+        if gain is not None:
+            self.register_buffer("gain", gain)
         if low is not None:
             self.register_buffer("low_a", low[0])
             self.register_buffer("low_b", low[1])
@@ -133,7 +163,7 @@ class QuantLinear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x.dtype."""
-        x = rotated(x, self.rotation)
+        x = turned(x, self.rotation, self._buffers.get("gain"))
         y: Tensor = torch.ops.qfx.linear(
             x, self.w_codes, self.w_scale, self.w_zero, self.bias, self.x_scale, self.x_zero, self.smooth,
             self.x_format, self.w_format,
@@ -155,12 +185,13 @@ class QuantLinear(_Quantized):
         found = super()._dequantized()
         if self.low is not None:
             found = found + self.low[1].to(found.dtype) @ self.low[0].to(found.dtype)
-        return rotated(found, self.rotation, inverse=True)
+        return as_read(found, self.rotation, self._buffers.get("gain"))
 
     def extra_repr(self) -> str:
         asked = f"x={self.x_format} w={self.w_format}" if self.x_format else f"w={self.w_format}"
-        turned = f", rotation={self.rotation}" if self.rotation else ""
-        return f"{self.in_features}, {self.out_features}, {asked}, bias={self.bias is not None}{turned}"
+        around = " around a gain" if "gain" in self._buffers else ""
+        more = f", rotation={self.rotation}{around}" if self.rotation else ""
+        return f"{self.in_features}, {self.out_features}, {asked}, bias={self.bias is not None}{more}"
 
     def qfx_row(self, fqn: str) -> Row:
         """This module's row of the report."""

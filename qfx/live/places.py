@@ -16,7 +16,7 @@ from qfx.errors import Note, UnsupportedError, explain, listed
 from qfx.format import Format
 from qfx.layouts import ALSO, READ, bare, is_transposed
 from qfx.live.segments import segments
-from qfx.passes.rotate_down import rotations
+from qfx.passes.rewrites import rotations
 from qfx.plan import Plan
 from qfx.recipe import is_static
 from qfx.rounding.parts import check_finite

@@ -16,8 +16,7 @@ from qfx.live.parameters import pack_parameter
 from qfx.live.places import Place, kind_of
 from qfx.live.segments import along, segments, stem_of, take
 from qfx.packing import Packed
-from qfx.passes.rewrites import apply_record
-from qfx.passes.rotate_down import rotations
+from qfx.passes.rewrites import apply_record, rotations
 from qfx.plan import Plan
 from qfx.rounding import rounded
 from qfx.storage.spill import rest
@@ -148,6 +147,7 @@ class Writer:
             tensors = {leaf: self.plan.tensors.get(f"{place.fqn}/{leaf}") for leaf in ("x_scale", "x_zero", "smooth")}
             formats: dict[str, Any] = {"x_format": str(place.x) if place.x else "", "dtype": dtype, **tensors}
             formats["rotation"] = self.rotations.get(place.fqn)
+            formats["gain"] = module._buffers.get("gain")  # of the rewrite 'rotate'
             bias = module._parameters.get("bias")
             if place.kind == "conv":
                 new = QuantConv(packed, module, **formats)

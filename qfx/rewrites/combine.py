@@ -20,7 +20,8 @@ ORDER: tuple[str, ...] = (
     "permute-heads",
 )  # fmt: skip
 ROTATIONS: tuple[str, ...] = ("rotate", "rotate-down", "rotate-qk")
-# What a rewrite does by itself where a recipe does not name it.
+# What a rewrite does by itself where a recipe does not name it, and only where it has to: 'rotate' leaves tied what can
+# go on reading the rotated table.
 IMPLIED: dict[str, tuple[str, ...]] = {"rotate": ("untie", "norm-fold")}
 
 # Two rewrites that spoil each other: the reason.

@@ -19,6 +19,9 @@ from qfx.plan import Plan
 from qfx.rewrites import combine, rotation
 
 
+_BY_CHANNEL = {"awq", "smooth"}
+
+
 def rewrite(gm: fx.GraphModule, plan: Plan, name: str, fixed: Collection[str] = ()) -> list[Note]:
     """Apply one of `combine.ROTATIONS` to `gm` and record it in `plan`.
 
@@ -27,7 +30,7 @@ def rewrite(gm: fx.GraphModule, plan: Plan, name: str, fixed: Collection[str] = 
     """
     block = _block(gm, plan)
     if name == "rotate":
-        return _rotate(gm, plan, block)
+        return _rotate(gm, plan, block, fixed)
     if name == "rotate-down":
         found, notes = rotate_down.find(gm, seed=plan.recipe.rotation_seed, block=block, fixed=fixed)
         quantized = {graph.fqn_of(n) for n in gm.graph.nodes if sites.is_linear(n) and "w" in annotation.get(n)}
@@ -52,22 +55,49 @@ def apply_site(gm: fx.GraphModule, plan: Plan, site: Any, factor: Any = None) ->
     apply_record(gm, record, plan.tensors)
 
 
-def _rotate(gm: fx.GraphModule, plan: Plan, block: int | None) -> list[Note]:
+def _rotate(gm: fx.GraphModule, plan: Plan, block: int | None, fixed: Collection[str]) -> list[Note]:
     """R1 where there is a stream to rotate, and R2. What R1 needs is done only where it can be had."""
     seed = plan.recipe.rotation_seed
     notes = _impossible(gm)
     if notes is None:
+        tied = _tied(gm, plan, fixed)
         for name in combine.IMPLIED["rotate"]:
             if name not in plan.recipe.rewrites:
                 for site in importlib.import_module(MODULES[name]).find(gm)[0]:
-                    apply_site(gm, plan, site)
+                    if not (isinstance(site, untie.Site) and site.linear in tied):
+                        apply_site(gm, plan, site)
         _applied(gm, plan, centre.find(gm)[0])
         run.settle(gm)
-        found, notes = rotate.find(gm, seed=seed, block=block)
+        found, notes = rotate.find(gm, seed=seed, block=block, tied=tied)
         notes = _applied(gm, plan, found) + notes
     heads, refusals = rotate_heads.find(gm, seed=seed, block=block)
     first = {note.reason: note for note in reversed(notes)}  # the same reason at every norm is one note
     return [*first.values(), *_applied(gm, plan, heads), *refusals]
+
+
+def _tied(gm: fx.GraphModule, plan: Plan, fixed: Collection[str]) -> set[str]:
+    """Linears that go on sharing the embedding's table: both have one format, so that it is stored once.
+
+    Others get a weight of their own: those that stay in float or have another format than the table (untying then costs
+    no bytes, and saves two products a token), whose input the live model cannot rotate, and those whose input channels
+    the recipe treats one by one, which a shared weight does not allow.
+    """
+    if plan.recipe.outliers is not None or not _BY_CHANNEL.isdisjoint(plan.recipe.rewrites):
+        return set()
+    wanted = {site.linear for site in untie.find(gm)[0] if _one_format(gm, site.table)} - set(fixed)
+    trial = graph.copy(gm)
+    for site in untie.find(trial)[0]:
+        if site.linear not in wanted:
+            untie.apply(trial, site)
+    found = streams.find(trial, folded=False, tied=wanted)[0]
+    return {graph.fqn_of(head) for stream in found if stream.centred for head in stream.heads}
+
+
+def _one_format(gm: fx.GraphModule, table: str) -> bool:
+    """Whether all that read a table have it in one format."""
+    readers = [node for node in gm.graph.nodes if getattr(graph.weight_of(node), "target", None) == table]
+    formats = [annotation.get(node).get("w") for node in readers]
+    return isinstance(formats[0], Format) and all(fmt == formats[0] for fmt in formats)
 
 
 def _impossible(gm: fx.GraphModule) -> list[Note] | None:

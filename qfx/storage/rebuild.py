@@ -117,7 +117,7 @@ def other_shape(model: nn.Module, fqn: str, record: Mapping[str, Any]) -> tuple[
 def _module(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     if record["kind"] == "QuantMixed":
         return _mixed(fqn, record, tensors)
-    leaves = (*_PACKED, "bias", "x_scale", "x_zero", "smooth", "columns", "low_a", "low_b")
+    leaves = (*_PACKED, "bias", "x_scale", "x_zero", "smooth", "columns", "low_a", "low_b", "gain")
     found = {leaf: tensors.get(f"{fqn}.{leaf}".lstrip(".")) for leaf in leaves}
     packed = _packed(fqn, record["w"], record["shape"], found)
     dtype = getattr(torch, record["dtype"])
@@ -125,7 +125,7 @@ def _module(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     if record["kind"] == "QuantEmbedding":
         made = QuantEmbedding(packed, record["padding_idx"], dtype=dtype)
     else:
-        formats: dict[str, Any] = {leaf: found[leaf] for leaf in ("x_scale", "x_zero", "smooth")}
+        formats: dict[str, Any] = {leaf: found[leaf] for leaf in ("x_scale", "x_zero", "smooth", "gain")}
         formats |= {"x_format": record["x"], "dtype": dtype, "rotation": _rotation(record)}
         bias, columns = found["bias"], found["columns"]
         a, b = found["low_a"], found["low_b"]
@@ -152,7 +152,7 @@ def _mixed(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         held = {name: tensors.get(f"{stem}{name[1:]}") for name in _PACKED}
         own = [shape[0], segment.size] if axis else [segment.size, shape[1]]
         packed.append(_packed(stem, str(segment.format), own, held))
-    rest = {name: tensors.get(f"{prefix}{name}") for name in ("x_scale", "x_zero", "smooth")}
+    rest = {name: tensors.get(f"{prefix}{name}") for name in ("x_scale", "x_zero", "smooth", "gain")}
     bias, dtype = tensors.get(f"{prefix}bias"), getattr(torch, record["dtype"])
     turned = _rotation(record)
     made = QuantMixed(packed, found, axis, bias, x_format=record["x"], dtype=dtype, rotation=turned, **rest)

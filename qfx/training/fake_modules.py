@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qfx.backends.qat.quantizers import InputQuantizer, RunTimeInput, WeightQuantizer
-from qfx.live.modules import PREPARED, QuantConv, rotated
+from qfx.live.modules import PREPARED, QuantConv, turned
 from qfx.live.segments import Segment, in_order, take
 from qfx.live.subclass import class_maker, subclass
 from qfx.training.wrapped import is_sharded
@@ -70,7 +70,8 @@ class FakeWeight(nn.Module):
 class FakeLinear(nn.Module):
     """What a linear computes with: its weight, its input (None: in float), and what is done to the input before.
 
-    smooth [K] divides the input, rotation (block, seed) rotates it before that. A weight that another module's
+    smooth [K] divides the input, rotation (block, seed) rotates it before that, around the module's buffer `gain` where it
+    has one. A weight that another module's
     quantizer serves too is registered there only, so that a state_dict holds its scales once.
     """
 
@@ -97,7 +98,7 @@ class FakeLinear(nn.Module):
 
     def linear(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """x [.., K] -> [.., N] with the module's bias, and its factors of low rank where it has them."""
-        x = rotated(x, self.rotation)
+        x = turned(x, self.rotation, module._buffers.get("gain"))
         y = F.linear(self.rounded(x), self.weight(weight), module._parameters.get("bias"))
         a, b = module._buffers.get("low_a"), module._buffers.get("low_b")
         if a is None or b is None:

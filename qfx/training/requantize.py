@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qfx.format import Format
 from qfx.live.mixed import QuantMixed
-from qfx.live.modules import QuantLinear, rotated
+from qfx.live import modules
+from qfx.live.modules import QuantLinear, turned
 from qfx.live.segments import stem_of, take
 from qfx.measuring.measure import energies
 from qfx.numerics import quantize
@@ -61,7 +62,7 @@ def rounded_again(base: Base, delta: Tensor, method: str, *, name: str, seen: He
 
 def beside(base: QuantLinear, a: Tensor, b: Tensor) -> Change:
     """The change b a, of f32 factors [r, K] and [N, r], as the float factors beside the packed weight; none is lost."""
-    a = rotated(a, base.rotation)
+    a = modules.as_packed(a, base.rotation, base._buffers.get("gain"))
     smooth = base._buffers["smooth"]
     a = a if smooth is None else a * smooth
     (packed,) = parts_of(base).values()
@@ -91,14 +92,14 @@ def parts_of(base: Base) -> dict[str, Packed]:
 
 def as_packed(base: Base, delta: Tensor) -> Tensor:
     """A change [N, K] of what is multiplied with the linear's input, in the basis of the packed weight."""
-    delta = rotated(delta.to(torch.float32), base.rotation)
+    delta = modules.as_packed(delta.to(torch.float32), base.rotation, base._buffers.get("gain"))
     smooth = base._buffers["smooth"]
     return delta if smooth is None else delta * smooth
 
 
 def read_by(base: Base, x: Tensor) -> Tensor:
     """What the packed weight is multiplied with, before it is rounded, for an input x [.., K] of the linear."""
-    x, smooth = rotated(x, base.rotation), base._buffers["smooth"]
+    x, smooth = turned(x, base.rotation, base._buffers.get("gain")), base._buffers["smooth"]
     return x if smooth is None else x / smooth
 
 
