@@ -62,9 +62,7 @@ class Stream:
         return all(node.target is aten.rms_norm.default for node in self.norms)
 
 
-def find(
-    gm: fx.GraphModule, *, folded: bool = True, tied: Collection[str] = ()
-) -> tuple[list[Stream], list[Note]]:
+def find(gm: fx.GraphModule, *, folded: bool = True, tied: Collection[str] = ()) -> tuple[list[Stream], list[Note]]:
     """Every residual stream whose basis can be changed, and the others with the reason.
 
     folded: the weights of norms must be 1. tied: names of linears that may share an embedding's table (`heads`).
@@ -265,9 +263,7 @@ def _read(
         raise _BlockedError(node, what)
 
 
-def _read_norm(
-    gm: fx.GraphModule, stream: Stream, norm: fx.Node, folded: bool, shared: Collection[fx.Node]
-) -> None:
+def _read_norm(gm: fx.GraphModule, stream: Stream, norm: fx.Node, folded: bool, shared: Collection[fx.Node]) -> None:
     a = m.arguments(norm)
     if len(a["normalized_shape"]) != 1:
         raise _BlockedError(norm, f"%{norm.name} is a norm over several axes")
@@ -282,7 +278,9 @@ def _read_norm(
         raise _BlockedError(norm, f"%{others[0].name} reads the result of the norm %{norm.name}, not only linears")
     heads = [linear for linear in linears if linear in shared]
     if heads and (len(heads) < len(linears) or shift is not None):
-        raise _BlockedError(norm, f"%{heads[0].name} shares the table, and is not all that the norm %{norm.name} gives to")
+        raise _BlockedError(
+            norm, f"%{heads[0].name} shares the table, and is not all that the norm %{norm.name} gives to"
+        )
     if folded and isinstance(parameters, Norm) and not heads:
         gain = graph.get_tensor(gm, parameters.weight).detach()
         if not bool((gain == (0.0 if parameters.plus_one else 1.0)).all()):

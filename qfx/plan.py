@@ -27,8 +27,8 @@ from qfx.storage.hollow import is_hollow
 from qfx.storage.spill import flat_bytes, rest
 from qfx.text import type_text
 
-VERSION = 3  # 1: a byte for each zero point, 2: no caches
-_READ = (1, 2, VERSION)
+VERSION = 4  # 1: a byte for each zero point, 2: no caches, 3: rotated tables are never tied
+_READ = (1, 2, 3, VERSION)
 _JSON, _TENSORS = "plan.json", "plan.safetensors"
 _HEAD: dict[str, type] = {"format": str, "version": int, "tensor_sha256": str}
 _FIELDS: dict[str, type] = {
@@ -297,7 +297,7 @@ def _read_json(file: Path) -> dict[str, Any]:
             "  next step: install the version of qfx that wrote it, or plan again"
         )
     known = {**_HEAD, **_FIELDS}
-    if fields["version"] < VERSION:
+    if fields["version"] < 3:
         fields.setdefault("caches", {})
     for key in fields:
         if key not in known:

@@ -23,8 +23,8 @@ from qfx.recipe import Recipe
 from qfx.storage.describe import Record, grouped, spread
 from qfx.storage.files import sha256_text
 
-VERSION = 4  # 1: a byte for each zero point, 2: no caches, no attention, 3: no sha256
-_READ = (1, 2, 3, VERSION)
+VERSION = 5  # 1: a byte for each zero point, 2: no caches, no attention, 3: no sha256, 4: no gains
+_READ = (1, 2, 3, 4, VERSION)
 _KEYS = ("quant_method", "version", "qfx", "recipe", "strict", "model", "sha256", "training")
 _MODEL = {
     "class",

@@ -175,8 +175,7 @@ def input_loss(linear: Linear) -> list[Loss]:
 def _more(module: QuantLinear) -> Loss | None:
     """That a linear does something to its input, or beside its weight, which no layout can say."""
     if module.rotation is not None:
-        step = "untie it (rewrite 'untie')" if "gain" in module._buffers else "quantize without online rotations"
-        what = "its input is rotated while the model runs"
+        what, step = "its input is rotated while the model runs", "quantize without online rotations"
     elif module.low is not None:
         what, step = "a low-rank part stands beside its weight", "quantize without low-rank compensation"
     elif module.smooth is not None:

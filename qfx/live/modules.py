@@ -92,8 +92,12 @@ def as_packed(weight: Tensor, rotation: tuple[int, int] | None, gain: Tensor | N
     if gain is None:
         return rotated(weight, rotation)
     if not bool((gain != 0).all()):
-        what = "a change of this weight would have to be divided by the gain of the norm before it, which is 0 in places"
-        raise ValueError(explain(what, next_step="leave the layer out, or untie it (rewrite 'untie') and quantize again"))
+        what = (
+            "a change of this weight would have to be divided by the gain of the norm before it, which is 0 in places"
+        )
+        raise ValueError(
+            explain(what, next_step="leave the layer out, or untie it (rewrite 'untie') and quantize again")
+        )
     return turned(weight, rotation, 1 / gain)
 
 

@@ -335,7 +335,7 @@ def test_load_finds_one_flipped_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 4}, "has version 4, this qfx reads versions up to 3"),
+        ({"version": 5}, "has version 5, this qfx reads versions up to 4"),
         ({"version": None}, "has version None"),
         ({"format": "other"}, "is not a plan of qfx"),
         ({"anotations": {}}, "unknown key 'anotations' in .*, did you mean 'annotations'"),
@@ -363,7 +363,7 @@ def test_version_1_is_read(tmp_path: Path) -> None:
     """Its zero points have a byte each, which `qfx.rounding.rounded` packs."""
     full_plan().save(tmp_path)
     fields = json.loads((tmp_path / "plan.json").read_text())
-    assert fields["version"] == 3
+    assert fields["version"] == 4
     (tmp_path / "plan.json").write_text(json.dumps({**fields, "version": 1}))
     assert Plan.load(tmp_path) == full_plan()
 
