@@ -276,11 +276,7 @@ def _read_norm(gm: fx.GraphModule, stream: Stream, norm: fx.Node, folded: bool, 
         raise _BlockedError(norm, _POST_NORM)
     if others:
         raise _BlockedError(norm, f"%{others[0].name} reads the result of the norm %{norm.name}, not only linears")
-    heads = [linear for linear in linears if linear in shared]
-    if heads and (len(heads) < len(linears) or shift is not None):
-        raise _BlockedError(
-            norm, f"%{heads[0].name} shares the table, and is not all that the norm %{norm.name} gives to"
-        )
+    heads = _heads_behind(norm, linears, shared, shifted=shift is not None)
     if folded and isinstance(parameters, Norm) and not heads:
         gain = graph.get_tensor(gm, parameters.weight).detach()
         if not bool((gain == (0.0 if parameters.plus_one else 1.0)).all()):
@@ -290,10 +286,20 @@ def _read_norm(gm: fx.GraphModule, stream: Stream, norm: fx.Node, folded: bool, 
     stream.norms.append(norm)
     if shift is not None:
         stream.shifts[Part(shift, 0)] = norm
-    for linear in heads:
-        stream.heads[linear] = parameters if isinstance(parameters, Norm) else None
+    stream.heads |= dict.fromkeys(heads, parameters if isinstance(parameters, Norm) else None)
     for linear in linears if not heads else ():
         _reader(stream, linear)
+
+
+def _heads_behind(
+    norm: fx.Node, linears: list[fx.Node], shared: Collection[fx.Node], *, shifted: bool
+) -> list[fx.Node]:
+    """The linears behind a norm that share the table: all or none, since its weight acts on the one, and is folded into
+    the other."""
+    heads = [linear for linear in linears if linear in shared]
+    if heads and (len(heads) < len(linears) or shifted):
+        raise _BlockedError(norm, f"%{heads[0].name} shares the table, and is not all that the norm %{norm.name} feeds")
+    return heads
 
 
 def _other(value: fx.Node, shift: str) -> Any:

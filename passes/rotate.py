@@ -6,8 +6,8 @@ Outliers of single channels spread over all of them, so that few bits hold the a
 read the stream are RMS norms whose weight is 1 (see `norm_fold` and `centre`), since those do not see an orthogonal
 change of basis. Post-norm models are refused. The graph's text stays as it is. (Ashkboos et al. 2024; Liu et al. 2024.)
 
-A linear that shares the embedding's table (lm_head) may keep it: E' = E Q is what it reads, too. The weight g of the norm
-before it, which no table can take, acts between two products while the model runs; none is needed where g is 1:
+A linear that shares the embedding's table (lm_head) may keep it: E' = E Q is what it reads, too. The weight g of the
+norm before it, which no table can take, acts between two products while the model runs; none is needed where g is 1:
 
     %rms_norm: f32[2,64] = aten.rms_norm(%x, [64], @norm.weight, 1e-06)
     %linear: f32[2,9] = aten.linear(%rms_norm, @embed.weight)

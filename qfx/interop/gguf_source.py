@@ -82,8 +82,8 @@ class Source:
 def sources_of(model: nn.Module, arch: Architecture) -> tuple[dict[str, Source], list[Note]]:
     """GGUF name -> source, in the order of the file, and notes on what has no place there.
 
-    A table that is also the output's is there once, unless a gain acts on what the output reads. Raises UnsupportedError where the model lacks modules, or holds
-    tensors that change its results and have no place.
+    A table that is also the output's is there once, unless a gain acts on what the output reads. Raises
+    UnsupportedError where the model lacks modules, or holds tensors that change its results and have no place.
     """
     base = _base(model, arch)
     modules = arch.modules(int(model.config.num_hidden_layers))  # type: ignore[union-attr, arg-type]

@@ -18,7 +18,7 @@ class QuantMixed(PackedModule):
 
     Segments are the buffers rows0_codes, rows0_scale, rows0_zero, rows1_codes, ... (columns0_codes, ...). The input is
     as for QuantLinear: x_format "" leaves it in float, static formats carry x_scale (and x_zero), smooth [in_features]
-    divides it first, and before that rotation (block, seed) rotates it, around the gain [in_features] where there is one.
+    divides it first, and before that rotation (block, seed) rotates it, around a gain [in_features] where there is one.
     """
 
     bias: nn.Parameter | None

@@ -18,7 +18,6 @@ from qfx.passes.rewrites import MODULES, apply_record
 from qfx.plan import Plan
 from qfx.rewrites import combine, rotation
 
-
 _BY_CHANNEL = {"awq", "smooth"}
 
 

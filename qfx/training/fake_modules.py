@@ -70,8 +70,8 @@ class FakeWeight(nn.Module):
 class FakeLinear(nn.Module):
     """What a linear computes with: its weight, its input (None: in float), and what is done to the input before.
 
-    smooth [K] divides the input, rotation (block, seed) rotates it before that, around the module's buffer `gain` where it
-    has one. A weight that another module's
+    smooth [K] divides the input, rotation (block, seed) rotates it before that, around the module's buffer `gain` where
+    it has one. A weight that another module's
     quantizer serves too is registered there only, so that a state_dict holds its scales once.
     """
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qfx.format import Format
-from qfx.live.mixed import QuantMixed
 from qfx.live import modules
+from qfx.live.mixed import QuantMixed
 from qfx.live.modules import QuantLinear, turned
 from qfx.live.segments import stem_of, take
 from qfx.measuring.measure import energies

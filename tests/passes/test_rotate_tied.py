@@ -188,7 +188,7 @@ def test_records_of_the_version_before() -> None:
 
 def test_negative_control_the_gain_is_forgotten() -> None:
     case = tied()
-    _, live, site = rotated(case)
+    _, live, _ = rotated(case)
     gain = live.get_submodule(HEAD)._buffers["gain"]
     assert gain is not None
     plain = copy.deepcopy(live)
