@@ -65,7 +65,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         {"rules": [*_weights("i8/ch", "linear", "experts", "conv"), _EMBEDDING]},
     ),
     "w4a16": (
-        "4-bit weights in groups of 128 (8-bit embeddings, tied ones 4-bit), float activations",
+        "4-bit weights in groups of at most 128 (8-bit embeddings, tied ones 4-bit), float activations",
         {"rules": [*_grouped("u4/g128/f16", "linear", "experts"), _EMBEDDING, _TIED]},
     ),
     "w4a16-hqq": (
@@ -82,7 +82,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         },
     ),
     "w2a16": (
-        "2-bit weights in groups of 64 (8-bit embeddings, tied ones 4-bit), no data: the error is large without GPTQ",
+        "2-bit weights in groups of at most 64 (8-bit embeddings, tied ones 4-bit), no data: the error is large",
         {"rules": [*_grouped("u2/g64/f16", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "mse"},
     ),
     "w4a8": (
@@ -98,7 +98,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         },
     ),
     "w3a16-gptq": (
-        "3-bit weights in groups of 128 (8-bit embeddings, tied ones 4-bit), rounded by GPTQ; needs data",
+        "3-bit weights in groups of at most 128 (8-bit embeddings, tied ones 4-bit), by GPTQ; needs data",
         {
             "rules": [*_grouped("u3/g128/f16", "linear", "experts"), _EMBEDDING, _TIED],
             "rounding": "gptq",
@@ -106,7 +106,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         },
     ),
     "w2a16-gptq": (
-        "2-bit weights in groups of 64 (8-bit embeddings, tied ones 4-bit), rounded by GPTQ; needs data",
+        "2-bit weights in groups of at most 64 (8-bit embeddings, tied ones 4-bit), by GPTQ; needs data",
         {
             "rules": [*_grouped("u2/g64/f16", "linear", "experts"), _EMBEDDING, _TIED],
             "rounding": "gptq",
