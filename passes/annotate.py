@@ -55,7 +55,7 @@ def annotate(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:
             continue
         annotation.clear(node)
         fqn = graph.fqn_of(node)
-        formats = recipe.formats_for(kind, fqn, tied=node in tied)
+        formats = recipe.formats_for(kind, fqn, tied=node in tied, columns=_columns(node))
         if not formats:
             continue
         refusal = _refusal(node, kind, formats)
@@ -68,6 +68,13 @@ def annotate(gm: fx.GraphModule, recipe: Recipe) -> list[Note]:
         for role, fmt in formats.items():
             annotation.set(node, role, fmt)
     return [*notes, *_no_layers(gm, recipe), *_no_lookups(gm, recipe)]
+
+
+def _columns(node: fx.Node) -> int | None:
+    """The last axis of a weight, along which groups lie; None for a node without a weight of such a shape."""
+    operand = graph.weight_operand(node)
+    shape = () if operand is None else graph.val(operand).shape
+    return int(shape[-1]) if shape else None
 
 
 def one_of_each_name(gm: fx.GraphModule, layouts: Mapping[str, str]) -> list[Note]:

@@ -301,7 +301,8 @@ class _Walk:
         for node in self.costs.nodes:
             if node.weight in kinds and node.kind in kinds[node.weight]:
                 tied = {"linear", "embedding"} <= kinds[node.weight]
-                found[node.name] = recipe.formats_for(node.kind, node.name, tied=tied)
+                columns = self.costs.stored[node.weight].shape[-1]
+                found[node.name] = recipe.formats_for(node.kind, node.name, tied=tied, columns=columns)
         return {name: roles for name, roles in found.items() if roles}
 
     def _candidate(self, name: str, asked: Asked, nbytes: int | None, kv: CacheFormats) -> Candidate:

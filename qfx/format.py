@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -255,6 +255,17 @@ class Format:
             return codes + nested.nbytes(scales)
         zeros = math.prod(each[:-1]) * self.zero_width(each[-1] if each else 1)
         return codes + scales * self.scale_dtype.itemsize + zeros + (4 if self.has_global_scale else 0)
+
+    def fitted(self, columns: int) -> Format:
+        """Itself, or with groups of 1/2 or 1/4 the length (32 at least) where rows of so many columns are fewer bytes.
+
+        Groups that do not divide the columns are filled up: 576 columns are 640 in groups of 128, and 576 in those of
+        64. Formats without groups, and those whose groups have a scale in 8 bits (MXFP4, NVFP4), stay as they are.
+        """
+        if not self.group or self.scale_type in ("e8m0", "e4m3"):
+            return self
+        shorter = [self.group // part for part in (2, 4) if self.group % part == 0 and self.group // part >= 32]
+        return min((self, *(replace(self, granularity=f"g{n}") for n in shorter)), key=lambda f: f.nbytes((1, columns)))
 
 
 def _need_dims(fmt: Format, shape: Sequence[int], dims: int) -> None:

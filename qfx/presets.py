@@ -9,7 +9,7 @@ from qfx.recipe import Recipe, Rule
 from qfx.rounding.method_options import AllocationOptions, LiftOptions
 
 _EMBEDDING = {"target": "embedding", "w": "i8/ch"}
-_TIED = {"target": "tied", "w": "u4/g128"}
+_TIED = {"target": "tied", "w": "u4/g32/f16"}  # its error is in every logit: in longer groups it is most of the loss
 _TIED8 = {"target": "tied", "w": "i8/ch"}  # once in 8 bits is less than an embedding in 8 and an output in 4 beside it
 _ATTENTION = r"re:(?i)(.*\.)?[^.]*(attn|attention)[^.]*\."
 _MLP = (
@@ -19,8 +19,12 @@ _MLP = (
 )
 
 
-def _weights(fmt: str, *kinds: str) -> list[dict[str, str]]:
+def _weights(fmt: str, *kinds: str) -> list[dict[str, Any]]:
     return [{"target": kind, "w": fmt} for kind in kinds]
+
+
+def _grouped(fmt: str, *kinds: str) -> list[dict[str, Any]]:
+    return [{"target": kind, "w": fmt, "fit_groups": True} for kind in kinds]
 
 
 def _both(x: str, w: str, *kinds: str) -> list[dict[str, str]]:
@@ -61,25 +65,25 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         {"rules": [*_weights("i8/ch", "linear", "experts", "conv"), _EMBEDDING]},
     ),
     "w4a16": (
-        "4-bit weights in groups of 128 (8-bit embeddings, tied ones 4-bit), float activations",
-        {"rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED]},
+        "4-bit weights in groups of at most 128 (8-bit embeddings, tied ones 4-bit), float activations",
+        {"rules": [*_grouped("u4/g128/f16", "linear", "experts"), _EMBEDDING, _TIED]},
     ),
     "w4a16-hqq": (
         "w4a16 with half-quadratic scales and zero points (HQQ); needs no data",
-        {"rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "hqq"},
+        {"rules": [*_grouped("u4/g128/f16", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "hqq"},
     ),
     "w4a16-awq": (
         "w4a16 with activation-aware scales and clipping (AWQ); needs data",
         {
-            "rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED],
+            "rules": [*_grouped("u4/g128/f16", "linear", "experts"), _EMBEDDING, _TIED],
             "rewrites": ("awq",),
             "rounding": "mse",
             "weighting": "covariance",
         },
     ),
     "w2a16": (
-        "2-bit weights in groups of 64 (8-bit embeddings, tied ones 4-bit), no data: the error is large without GPTQ",
-        {"rules": [*_weights("u2/g64", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "mse"},
+        "2-bit weights in groups of at most 64 (8-bit embeddings, tied ones 4-bit), no data: the error is large",
+        {"rules": [*_grouped("u2/g64/f16", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "mse"},
     ),
     "w4a8": (
         "4-bit weights per channel (8-bit embeddings), 8-bit activations per token",
@@ -88,34 +92,34 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
     "w4a16-gptq": (
         "w4a16 with weights rounded layer by layer by what each reads (GPTQ); needs data",
         {
-            "rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED],
+            "rules": [*_grouped("u4/g128/f16", "linear", "experts"), _EMBEDDING, _TIED],
             "rounding": "gptq",
             "gptq": _GPTQ,
         },
     ),
     "w3a16-gptq": (
-        "3-bit weights in groups of 128 (8-bit embeddings, tied ones 4-bit), rounded by GPTQ; needs data",
+        "3-bit weights in groups of at most 128 (8-bit embeddings, tied ones 4-bit), by GPTQ; needs data",
         {
-            "rules": [*_weights("u3/g128", "linear", "experts"), _EMBEDDING, _TIED],
+            "rules": [*_grouped("u3/g128/f16", "linear", "experts"), _EMBEDDING, _TIED],
             "rounding": "gptq",
             "gptq": _GPTQ,
         },
     ),
     "w2a16-gptq": (
-        "2-bit weights in groups of 64 (8-bit embeddings, tied ones 4-bit), rounded by GPTQ; needs data",
+        "2-bit weights in groups of at most 64 (8-bit embeddings, tied ones 4-bit), by GPTQ; needs data",
         {
-            "rules": [*_weights("u2/g64", "linear", "experts"), _EMBEDDING, _TIED],
+            "rules": [*_grouped("u2/g64/f16", "linear", "experts"), _EMBEDDING, _TIED],
             "rounding": "gptq",
             "gptq": {**_GPTQ, "act_order": False},
         },
     ),
     "w4a16-learned": (
         "w4a16 with roundings and ranges learned block by block (AutoRound's manner); needs data and minutes",
-        {"rules": [*_weights("u4/g128", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "learned"},
+        {"rules": [*_grouped("u4/g128/f16", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "learned"},
     ),
     "w2a16-learned": (
         "w2a16 with roundings and ranges learned block by block (AutoRound's manner); needs data and minutes",
-        {"rules": [*_weights("u2/g64", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "learned"},
+        {"rules": [*_grouped("u2/g64/f16", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "learned"},
     ),
     "w4a8-gptq": (
         "w4a8 after SmoothQuant with searched strength, weights rounded by GPTQ; needs data",
@@ -145,7 +149,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
     ),
     "nf4": (
         "4-bit normal-float weights in groups of 64 (8-bit embeddings), float activations",
-        {"rules": [*_weights("nf4/g64", "linear", "experts"), _EMBEDDING, _TIED8]},
+        {"rules": [*_grouped("nf4/g64/f16", "linear", "experts"), _EMBEDDING, _TIED8]},
     ),
     "fp8": (
         "8-bit float weights per channel and activations per token (8-bit embeddings)",
@@ -170,10 +174,10 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         {
             "rules": [
                 *_both("i8/tok", "i8/ch", "linear"),
-                {"target": _MLP, "x": "none", "w": "i4/g128"},
+                {"target": _MLP, "x": "none", "w": "i4/g128/f16", "fit_groups": True},
                 {"target": _ATTENTION, "x": "i8/tok", "w": "i8/ch"},
                 {"target": "embedding", "w": "none"},
-                {"target": "experts", "x": "none", "w": "i4/g128"},
+                {"target": "experts", "x": "none", "w": "i4/g128/f16", "fit_groups": True},
                 {"target": "conv", "x": "none", "w": "none"},
             ]
         },

@@ -98,9 +98,10 @@ class Rule(Strict):
     Roles: x input activation, w weight, y output, q k v p of attention (p: the softmax's result), k v of a cache. Each
     is a format text, "none" (leave it in its own precision) or None (say nothing about it). A linear's w may be a list
     of formats, for equal parts of its rows, or along="columns" of its columns; q, k, v and p may be lists, for heads
-    (of keys and values; q and p: of queries, too). residual, sinks: of a cache, the newest and the first tokens that
-    stay as they are. Raises ValueError for bad formats and targets, and for roles, lists and fields that the op kind
-    does not have.
+    (of keys and values; q and p: of queries, too). fit_groups: a weight whose columns are not whole groups of w gets
+    shorter ones where these are fewer bytes (`Format.fitted`). residual, sinks: of a cache, the newest and the first
+    tokens that stay as they are. Raises ValueError for bad formats and targets, and for roles, lists and fields that
+    the op kind does not have.
     """
 
     target: Target
@@ -112,6 +113,7 @@ class Rule(Strict):
     v: WeightText = None
     p: WeightText = None
     along: Literal["rows", "columns"] = "rows"
+    fit_groups: Annotated[bool, Field(strict=True)] = False
     residual: Tokens | None = None
     sinks: Tokens | None = None
 
@@ -144,6 +146,8 @@ class Rule(Strict):
                 raise ValueError(f"only the weight of a linear takes a list of formats, not that of {self.target!r}")
         elif self.along != "rows":
             raise ValueError(f"along={self.along!r} says how a list of formats cuts w, found w={self.w!r}")
+        if self.fit_groups and (not isinstance(self.w, str) or self.w == NONE or not Format.parse(self.w).group):
+            raise ValueError(f"fit_groups=True is for one w with groups, such as 'u4/g128/f16', found w={self.w!r}")
         return self
 
     @property
@@ -156,12 +160,15 @@ class Rule(Strict):
         """residual and sinks, where the rule names them."""
         return {name: count for name in ("residual", "sinks") if (count := getattr(self, name)) is not None}
 
-    def formats(self, role: str) -> Formats:
-        """The format of a role that the rule names and does not leave alone; all but x and y may have
-        several."""
+    def formats(self, role: str, columns: int | None = None) -> Formats:
+        """The format of a role that the rule names and does not leave alone; all but x and y may have several.
+
+        columns: of the weight, where they are known, for `fit_groups`.
+        """
         text = self.texts[role]
         if isinstance(text, str):
-            return Format.parse(text)
+            fmt = Format.parse(text)
+            return fmt.fitted(columns) if role == "w" and self.fit_groups and columns else fmt
         found = tuple(Format.parse(one) for one in text)
         return Columns(found) if self.along == "columns" and role == "w" else found
 
@@ -169,7 +176,8 @@ class Rule(Strict):
         """A JSON-able dictionary of what the rule says; `Rule(**...)` reads it back."""
         texts = {role: text if isinstance(text, str) else list(text) for role, text in self.texts.items()}
         along = {"along": self.along} if self.along != "rows" else {}
-        return {"target": self.target, **texts, **along, **self.tokens}
+        fit = {"fit_groups": True} if self.fit_groups else {}
+        return {"target": self.target, **texts, **along, **fit, **self.tokens}
 
     def matches(self, kind: str, fqn: str, *, tied: bool = False) -> bool:
         """Whether the rule is for the node of this kind and fully qualified name, whose weight may be a tied table."""
@@ -254,10 +262,11 @@ class Recipe(Strict):
             raise ValueError(f"cache_bits={self.cache_bits:g} is for a rule with the target 'cache', found none")
         return self
 
-    def formats_for(self, kind: str, fqn: str, *, tied: bool = False) -> dict[str, Formats]:
+    def formats_for(self, kind: str, fqn: str, *, tied: bool = False, columns: int | None = None) -> dict[str, Formats]:
         """Role -> Format (w: or several) for the node of this kind and name; roles left alone are absent.
 
-        tied: an embedding and a linear read its weight. Roles that the kind does not have are left out. Raises
+        tied: an embedding and a linear read its weight. columns: of the weight, over which groups lie (`fit_groups`;
+        None: groups as the rules say). Roles that the kind does not have are left out. Raises
         ValueError for an unknown kind.
         """
         if kind not in ROLES:
@@ -268,7 +277,7 @@ class Recipe(Strict):
         for rule in self.rules:
             if rule.matches(kind, fqn, tied=tied):
                 found.update(dict.fromkeys(rule.texts, rule))
-        return {r: found[r].formats(r) for r in ROLES[kind] if r in found and found[r].texts[r] != NONE}
+        return {r: found[r].formats(r, columns) for r in ROLES[kind] if r in found and found[r].texts[r] != NONE}
 
     @property
     def cache_rules(self) -> tuple[Rule, ...]:

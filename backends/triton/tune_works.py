@@ -25,7 +25,7 @@ from qfx.live.parameters import PackedSpec
 from qfx.packing import Packed, pack_weight
 
 SIZES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336), (8192, 8192))  # N, K of usual models
-FORMATS = (("", "u4/g128"), ("", "i8/ch"), ("i8/tok", "i8/ch"), ("f8e4m3/tok", "f8e4m3/ch"), ("i8/tok", "i4/ch"))
+FORMATS = (("", "u4/g128/f16"), ("", "i8/ch"), ("i8/tok", "i8/ch"), ("f8e4m3/tok", "f8e4m3/ch"), ("i8/tok", "i4/ch"))
 _SAME_INPUT = (re.compile(r"(q|k|v|query|key|value)(_proj|_lin)?"), re.compile(r"(gate|up)_proj|w[13]"))
 CACHES, CACHED, TOKENS = ("i8", "fp8", "i4"), ((32, 8), (32, 32), (64, 8)), 8192
 PRODUCED = {False: (4096, 8192), True: (11008, 14336, 28672)}

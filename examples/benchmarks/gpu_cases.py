@@ -16,12 +16,12 @@ from qfx.backends.triton import gemm8_config
 from qfx.backends.triton.descriptors import LEAST as DESCRIBED
 from qfx.backends.triton.device import H100, LEAST
 
-FLOATING = ("i8/ch", "u4/g128", "nf4/g64", "u3/g128", "u2/g64")
+FLOATING = ("i8/ch", "u4/g128/f16", "nf4/g64/f16", "u3/g128/f16", "u2/g64/f16")
 EIGHT = (("i8/tok", "i8/ch"), ("f8e4m3/tok", "f8e4m3/ch"))
 FOUR = ("i8/tok", "i4/ch")
 MIXED = ("i8/ch", "i4/ch", "i4/ch", "i8/ch")
 CACHES = ("i8", "fp8", "i4")
-ROUTED = (("", ""), ("", "u4/g128"), ("", "i8/ch"), *EIGHT, ("i8/tok", "i4/g128"))
+ROUTED = (("", ""), ("", "u4/g128/f16"), ("", "i8/ch"), *EIGHT, ("i8/tok", "i4/g128"))
 LARGE = (8192, 8192)
 
 
@@ -144,7 +144,7 @@ def _others(sizes: Sizes) -> list[Case]:
     found += [
         Case("embedding", f"w={w} {sizes.table[0]}x{sizes.table[1]}", sizes.ids,
              partial(work.embedding, *sizes.table, sizes.ids, w, dtype))
-        for w in ("i8/ch", "u4/g128")
+        for w in ("i8/ch", "u4/g128/f16")
     ]  # fmt: skip
     found += [
         Case("decode", f"kv={kv} {tokens} tokens", batch,
@@ -192,7 +192,7 @@ def timed() -> list[Case]:
     return [
         *_linears(*LARGE, (1,), floating, dtypes),
         *_linears(28672, 8192, (1,), floating, dtypes),
-        *_linears(*LARGE, (2, 4, 8, 16, 32, 64, 256, 2048, 4096), [("", "u4/g128")], dtypes),
+        *_linears(*LARGE, (2, 4, 8, 16, 32, 64, 256, 2048, 4096), [("", "u4/g128/f16")], dtypes),
         *_linears(*LARGE, (16, 4096), [("", "i8/ch")], dtypes),
         *_linears(*LARGE, (1, 16, 128, 4096), EIGHT, dtypes),
         *_linears(*LARGE, (1, 16, 4096), [FOUR], dtypes),

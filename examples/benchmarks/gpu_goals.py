@@ -79,11 +79,11 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
     found = [
         Goal(f"{name}, one row: share of a copy's bandwidth", least, _least(_weights(rows, w, (1,)), share))
         for name, w, least in (
-            ("W8A16 (i8/ch)", "i8/ch", 0.8), ("W4A16 (u4/g128)", "u4/g128", 0.7), ("W3A16 (u3/g128)", "u3/g128", 0.55),
-            ("W2A16 (u2/g64)", "u2/g64", 0.55),
+            ("W8A16 (i8/ch)", "i8/ch", 0.8), ("W4A16 (u4/g128/f16)", "u4/g128/f16", 0.7),
+            ("W3A16 (u3/g128/f16)", "u3/g128/f16", 0.55), ("W2A16 (u2/g64/f16)", "u2/g64/f16", 0.55),
         )
     ]  # fmt: skip
-    four = _weights(rows, "u4/g128", (1,), 8192)
+    four = _weights(rows, "u4/g128/f16", (1,), 8192)
     first = _least(four, to_cublas)
     found += [
         Goal("W4A16, one row, 8192x8192: times cuBLAS bf16", 2.2, first),
@@ -91,7 +91,7 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
             "W8A16, one row, 8192x8192: times cuBLAS bf16", 1.5, _least(_weights(rows, "i8/ch", (1,), 8192), to_cublas)
         ),
     ]
-    few = _least(_weights(rows, "u4/g128", (2, 4, 8, 16, 32), 8192), to_cublas)
+    few = _least(_weights(rows, "u4/g128/f16", (2, 4, 8, 16, 32), 8192), to_cublas)
     kept = None if first is None or few is None else few / first
     found.append(Goal("W4A16 keeps of that, up to 32 rows", 0.85, kept))
     for name, x in (("INT8", "i8/tok"), ("FP8", "f8e4m3/tok")):

@@ -51,7 +51,7 @@ MODELS = {  # layers, hidden size, its inner size, heads, heads of keys and valu
     "llama-1b": (16, 2048, 8192, 32, 8, 128256),
     "tiny": (1, 32, 48, 4, 2, 40),
 }
-RECIPES = {"w4a16": ("", "u4/g128"), "w8a8": ("i8/tok", "i8/ch")}
+RECIPES = {"w4a16": ("", "u4/g128/f16"), "w8a8": ("i8/tok", "i8/ch")}
 GOALS = {"decode": ("w4a16", 2.5), "prefill": ("w8a8", 1.5)}
 PLACES, FILLED, STEPS, PROMPT = 1024, 256, 64, 2048
 _LAUNCHED = ", no CUDA graphs"

@@ -81,7 +81,7 @@ def linear(n: int, k: int, rows: int, x_format: str, w_format: str, dtype: torch
     x = torch.randn(rows, k, device=where).to(dtype)
     calls, kernel = _lowered(work.module, x, copies(work.read, where))
     peers = _peers_of_linear(n, k, rows, x_format, where)
-    if not x_format and w_format in ("u4/g128", "i8/ch") and importlib.util.find_spec("torchao") is not None:
+    if not x_format and w_format in ("u4/g128/f16", "i8/ch") and importlib.util.find_spec("torchao") is not None:
         peers["torchao"] = partial(gpu_peers.torchao, n, k, rows, w_format, where)
     moved = work.read + x.nbytes + rows * n * dtype.itemsize
     return Made(kernel, calls, lambda: [work.module(x.float())], moved, 2 * rows * n * k, peers)

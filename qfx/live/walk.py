@@ -39,7 +39,10 @@ def walk(model: nn.Module, recipe: Recipe, reason: str, next_step: str) -> tuple
             continue
         kind, layout = found
         seen.add(id(module._parameters["weight"]))
-        formats = recipe.formats_for(kind, fqn, tied=id(module._parameters["weight"]) in tied)
+        weight = module._parameters["weight"]
+        assert weight is not None
+        columns = weight.shape[0] if layout == "transposed" else weight.shape[1:].numel()
+        formats = recipe.formats_for(kind, fqn, tied=id(weight) in tied, columns=columns)
         if "w" in formats:
             made.annotations[fqn or "weight"] = {r: to_json(formats[r]) for r in ALL_ROLES if r in formats}
             made.layouts[fqn or "weight"] = f"{layout}{READ}" if id(module) in read else layout

@@ -19,4 +19,4 @@ def test_the_graph_gets_smaller_then_annotated_then_packed() -> None:
 
 def test_the_recipe_decides() -> None:
     names = dict(stages(Recipe.parse("w4a16")))
-    assert "w=u4/g128" in names["annotate: the recipe's formats on the nodes"]
+    assert "w=u4/g32/f16" in names["annotate: the recipe's formats on the nodes"]

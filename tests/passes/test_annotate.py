@@ -52,6 +52,28 @@ def test_golden_text() -> None:
     assert "#" not in dump(gm)
 
 
+def test_groups_that_fit_the_columns() -> None:
+    """Columns are those that are multiplied, however the weight is stored: experts and kernels of patches, too."""
+
+    def forward(own: Any, x: torch.Tensor) -> Any:
+        sums = own.wide(x), x @ own.turned, own.patch(x.reshape(1, 6, 8, 8)), own.named(x)
+        return *sums, torch._grouped_mm(x.bfloat16(), own.experts, torch.tensor([2, 4], dtype=torch.int32))
+
+    layers = {"wide": nn.Linear(96, 64), "named": nn.Linear(96, 8), "patch": nn.Conv2d(6, 8, 4, stride=4)}
+    model = Function(forward, **layers)
+    model.turned = nn.Parameter(torch.randn(96, 128))
+    model.experts = nn.Parameter(torch.randn(2, 96, 64).bfloat16())
+    gm = capture(model, torch.ones(4, 96))
+    normalize(gm)
+    fitting = [{"target": kind, "w": "u4/g128/f16", "fit_groups": True} for kind in ("linear", "experts")]
+    assert annotate(gm, recipe(*fitting, {"target": "named", "w": "u4/g128/f16"})) == []
+    asked = {graph.fqn_of(n): str(annotation.get(n)["w"]) for n in gm.graph.nodes if "w" in annotation.get(n)}
+    assert asked == {
+        **dict.fromkeys(("wide", "turned", "experts", "patch"), "u4/g32/f16"),
+        "named": "u4/g128/f16",
+    }
+
+
 def test_of_one_weight_read_both_ways_round_the_one_that_lies_keeps_its_formats() -> None:
     def forward(own: Any, x: torch.Tensor) -> Any:
         return x @ own.up.weight, own.up(x), x @ own.down.weight.transpose(0, 1), x @ own.lone

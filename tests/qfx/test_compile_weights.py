@@ -233,7 +233,7 @@ def test_two_models_with_different_options_at_once() -> None:
     fast_four, fast_eight = compiled(four, plan=plans), compiled(eight, recipe="w8a8", strict=True)
     for _ in range(2):
         assert 8 < sqnr_db(four(x), fast_four(x)) < 25 < sqnr_db(eight(x), fast_eight(x))
-    assert {row.asked for row in qfx.report(fast_four).rows} == {"w=u4/g128"}
+    assert {row.asked for row in qfx.report(fast_four).rows} == {"w=u4/g32/f16"}
     assert {row.asked for row in qfx.report(fast_eight).rows} == {"x=i8/tok w=i8/ch"}
 
 
@@ -243,7 +243,7 @@ def test_one_model_compiled_twice_with_other_options() -> None:
     four, eight = compiled(model, recipe="w4a16"), compiled(model)
     for _ in range(2):
         assert 8 < sqnr_db(model(x), four(x)) < 25 < sqnr_db(model(x), eight(x))
-    assert {row.asked for row in qfx.report(four).rows} == {"w=u4/g128"}
+    assert {row.asked for row in qfx.report(four).rows} == {"w=u4/g32/f16"}
     assert {row.asked for row in qfx.report(eight).rows} == {"x=i8/tok w=i8/ch"}
     assert "compiled with several options" in "".join(note.reason for note in qfx.report(model).notes)
 

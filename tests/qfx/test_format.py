@@ -279,3 +279,35 @@ def test_nbytes_is_the_least_that_holds_the_bits(kind: str, k: int, n: int) -> N
 def test_nbytes_refuses_too_few_dimensions(text: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"needs a tensor of at least \d dimensions, found shape"):
         Format.parse(text).nbytes(shape)
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "expected"),
+    [
+        ("u4/g128/f16", 576, "u4/g64/f16"),  # 640 columns in groups of 128
+        ("u4/g128/f16", 1600, "u4/g64/f16"),
+        ("u4/g128/f16", 96, "u4/g32/f16"),
+        ("u4/g128/f16", 4096, "u4/g128/f16"),
+        ("u4/g128/f16", 4544, "u4/g128/f16"),  # 64 of 4608 columns are less than twice the scales
+        ("u4/g128", 1600, "u4/g128"),  # of which scales in f32 make more
+        ("i3/g128/f16", 192, "i3/g64/f16"),
+        ("nf4/g64/f16", 96, "nf4/g32/f16"),
+        ("u2/g32/f16", 48, "u2/g32/f16"),  # none is shorter than 32
+        ("i4/g96/f16", 48, "i4/g48/f16"),
+        ("f4e2m1/g128/e8m0", 96, "f4e2m1/g128/e8m0"),
+        ("i8/ch", 100, "i8/ch"),
+        ("f32", 100, "f32"),
+    ],
+)
+def test_fitted(text: str, columns: int, expected: str) -> None:
+    assert str(Format.parse(text).fitted(columns)) == expected
+
+
+@given(st.sampled_from(["u4/g128/f16", "i4/g128", "u2/g64/f16", "nf4/g64/dq", "u3/g256/bf16"]), st.integers(1, 5000))
+def test_fitted_takes_no_more_bytes_and_changes_the_group_alone(text: str, columns: int) -> None:
+    fmt = Format.parse(text)
+    found = fmt.fitted(columns)
+    assert found.nbytes((7, columns)) <= fmt.nbytes((7, columns))
+    assert (found.type, found.scale_type) == (fmt.type, fmt.scale_type)
+    assert found == fmt or 32 <= (found.group or 0) < (fmt.group or 0)
+    assert found == fmt or columns % (fmt.group or 1), "groups that divide the columns stay"

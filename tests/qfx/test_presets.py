@@ -73,18 +73,18 @@ def test_parse_by_name(name: str) -> None:
         ("w8a8-smooth", "x=u8 w=i8/ch"),
         ("int8-outliers", "x=i8/tok w=i8/ch"),
         ("w8a16", "w=i8/ch"),
-        ("w4a16", "w=u4/g128"),
-        ("w4a16-hqq", "w=u4/g128"),
-        ("w4a16-awq", "w=u4/g128"),
-        ("w2a16", "w=u2/g64"),
+        ("w4a16", "w=u4/g128/f16"),
+        ("w4a16-hqq", "w=u4/g128/f16"),
+        ("w4a16-awq", "w=u4/g128/f16"),
+        ("w2a16", "w=u2/g64/f16"),
         ("w4a8", "x=i8/tok w=i4/ch"),
-        ("w4a16-gptq", "w=u4/g128"),
-        ("w3a16-gptq", "w=u3/g128"),
-        ("w2a16-gptq", "w=u2/g64"),
-        ("w4a16-learned", "w=u4/g128"),
-        ("w2a16-learned", "w=u2/g64"),
+        ("w4a16-gptq", "w=u4/g128/f16"),
+        ("w3a16-gptq", "w=u3/g128/f16"),
+        ("w2a16-gptq", "w=u2/g64/f16"),
+        ("w4a16-learned", "w=u4/g128/f16"),
+        ("w2a16-learned", "w=u2/g64/f16"),
         ("w4a8-gptq", "x=i8/tok w=i4/ch"),
-        ("nf4", "w=nf4/g64"),
+        ("nf4", "w=nf4/g64/f16"),
         ("fp8", "x=f8e4m3/tok w=f8e4m3/ch"),
         ("mxfp4", "w=f4e2m1/g32/e8m0"),
         ("nvfp4", "w=f4e2m1/g16/e4m3"),
@@ -108,7 +108,7 @@ def test_embeddings_are_8_bit(name: str) -> None:
 def test_tied_tables_are_4_bit(name: str) -> None:
     for kind in ("embedding", "linear"):
         tied = presets()[name].formats_for(kind, "e", tied=True)
-        assert {r: str(f) for r, f in tied.items()} == {"w": "u4/g128"}
+        assert {r: str(f) for r, f in tied.items()} == {"w": "u4/g32/f16"}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_smooth() -> None:
     ],
 )
 def test_mixed_mlp(fqn: str) -> None:
-    assert linear(presets()["mixed"], fqn) == "w=i4/g128"
+    assert linear(presets()["mixed"], fqn) == "w=i4/g128/f16"
 
 
 @pytest.mark.parametrize(

@@ -158,13 +158,35 @@ def test_formats_are_taken_as_objects_too() -> None:
     assert Rule(target="linear", w=Format.parse("i4/g32")).w == "i4/g32"  # type: ignore[arg-type]
 
 
+def test_groups_that_fit_are_those_of_rules_that_say_so() -> None:
+    fitting = Rule(target="linear", x="i8/tok", w="u4/g128/f16", fit_groups=True)
+    recipe = make(fitting, Rule(target="fixed", w="u4/g128/f16"), Rule(target="embedding", w="i8/ch"))
+
+    def weight(fqn: str, columns: int | None, kind: str = "linear") -> str:
+        return str(recipe.formats_for(kind, fqn, columns=columns)["w"])
+
+    assert weight("fc", 576) == "u4/g64/f16" and weight("fc", 512) == "u4/g128/f16"
+    assert weight("fc", None) == "u4/g128/f16", "columns that nobody knows"
+    assert weight("fixed", 576) == "u4/g128/f16", "a rule that names the group is obeyed"
+    assert str(recipe.formats_for("linear", "fc", columns=576)["x"]) == "i8/tok"
+    assert weight("e", 576, "embedding") == "i8/ch"
+    assert Recipe.parse(recipe.to_dict()) == recipe
+    assert [rule.get("fit_groups") for rule in recipe.to_dict()["rules"]] == [True, None, None]
+
+
+@pytest.mark.parametrize("fields", [{"x": "i8/tok"}, {"w": "i8/ch"}, {"w": "none"}, {"w": ["i4/g128", "i8/ch"]}])
+def test_groups_that_fit_need_one_format_with_groups(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="fit_groups=True is for one w with groups, such as 'u4/g128/f16'"):
+        Rule(target="linear", fit_groups=True, **fields)  # type: ignore[arg-type]
+
+
 def test_combination() -> None:
     both = Recipe.parse("w8a8-smooth + w4a16")
     assert both.name == "w8a8-smooth+w4a16"
     assert both.rules == presets()["w8a8-smooth"].rules + presets()["w4a16"].rules
     assert both.rewrites == ("smooth",)
     assert both.smooth_alpha == "search"
-    assert texts(both, "linear", "fc") == {"x": "u8", "w": "u4/g128"}
+    assert texts(both, "linear", "fc") == {"x": "u8", "w": "u4/g128/f16"}
     assert texts(Recipe.parse("w4a16+w8a8-smooth"), "linear", "fc") == {"x": "u8", "w": "i8/ch"}
 
 

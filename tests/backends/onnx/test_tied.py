@@ -134,8 +134,8 @@ def test_compiled_too() -> None:
         compiled(IDS)
     rows = {row.node: row for row in qfx.report(compiled)}
     assert rows["embedding"].kernel == "GatherBlockQuantized 4-bit"
-    assert rows["embedding"].asked == rows["head"].asked == "w=u4/g128"
-    assert rows["head"].kernel == "MatMulNBits 4-bit, blocks of 128, 8-bit activations"
+    assert rows["embedding"].asked == rows["head"].asked == "w=u4/g32/f16"
+    assert rows["head"].kernel == "MatMulNBits 4-bit, blocks of 32, 8-bit activations"
     assert rows["head"].shared
     torch._dynamo.reset()
 

@@ -30,6 +30,7 @@ def case(text: str, dim: int, dtype: str) -> Case:
 CASES = [
     case("i8/ch", 4096, "f16"),
     case("u4/g128/f16", 4096, "bf16"),
+    case("u4/g32/f16", 2048, "bf16"),
     case("u3/g40", 777, "f32"),
     case("nf4/g64/dq", 4096, "bf16"),
     case("f4e2m1/g16/e4m3", 4096, "f16"),

@@ -88,6 +88,7 @@ CASES = [
     case("nf4/g64", 64, 4096, 4096, torch.bfloat16),
     case("f4e2m1/g16/e4m3", 16, 4096, 4096, torch.bfloat16),
     case("u4/g128/f16", 512, 11008, 4096, torch.bfloat16),
+    case("u4/g32/f16", 1, 128256, 2048, torch.bfloat16),  # a tied table of tokens
     case("i4/g32", 20, 4096, 4096, torch.float32),
     case("i4/g128", 2048, 4096, 4096),
     case("u4/g128/f16", 1, 22016, 4096, torch.bfloat16, act="silu"),

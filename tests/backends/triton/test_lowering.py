@@ -275,7 +275,7 @@ def test_small_kernels_of_a_step_are_one(rows: int, together: bool, monkeypatch:
 
 @pytest.mark.parametrize(
     ("recipe", "kernel_of_it"),
-    [("w4a16", "linear_weight_only u4/g128 (Triton)"), ("w8a8", "gemm8 i8/tok x i8/ch (Triton)")],
+    [("w4a16", "linear_weight_only u4/g64/f16 (Triton)"), ("w8a8", "gemm8 i8/tok x i8/ch (Triton)")],
 )
 def test_whether_it_is_a_step_fixes_no_size_that_varies(
     recipe: str, kernel_of_it: str, monkeypatch: pytest.MonkeyPatch

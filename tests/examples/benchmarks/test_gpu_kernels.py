@@ -118,7 +118,7 @@ def test_a_peer_is_measured_once_for_equal_arguments_and_again_for_others(monkey
     case = next(case for case in gpu_cases.checks(tiny=True) if case.family == "weight-only")
     known: dict[Any, float] = {}
     found = []
-    for text in ("i8/ch", "u4/g128", "i8/ch"):
+    for text in ("i8/ch", "u4/g128/f16", "i8/ch"):
         one = gpu_kernels.checked(case, torch.device(DEVICE))
         one["made"].peers = {"torchao": partial(list, text)}
         gpu_kernels.measured(one, case, torch.device(DEVICE), dict.fromkeys(("bandwidth", "bf16", "8 bit"), 1.0), known)
@@ -151,9 +151,9 @@ def row(family: str, facts: list[Any], rows: int, share: float, **peers: float) 
 def test_goals_are_the_least_of_their_rows() -> None:
     cublas, int8 = gpu_peers.CUBLAS, ["product", "i8/tok", "i8/ch", 8192, 8192]
     rows = [
-        row("weight-only", ["linear", "", "u4/g128", 8192, 8192], 1, 0.75, **{cublas: 3.0}),
-        row("weight-only", ["linear", "", "u4/g128", 28672, 8192], 1, 0.6, **{cublas: 3.0}),
-        row("weight-only", ["linear", "", "u4/g128", 8192, 8192], 16, 0.5, **{cublas: 2.7}),
+        row("weight-only", ["linear", "", "u4/g128/f16", 8192, 8192], 1, 0.75, **{cublas: 3.0}),
+        row("weight-only", ["linear", "", "u4/g128/f16", 28672, 8192], 1, 0.6, **{cublas: 3.0}),
+        row("weight-only", ["linear", "", "u4/g128/f16", 8192, 8192], 16, 0.5, **{cublas: 2.7}),
         row("w8a8", int8, 4096, 0.7, **{cublas: 1.6}),
         row("w8a8", int8, 8192, 0.6, **{cublas: 1.7}),
         *(
@@ -167,7 +167,7 @@ def test_goals_are_the_least_of_their_rows() -> None:
         row("decode", ["float", 8192], 1, 0.8, SDPA=0.9, **{"SDPA folded": 3.0}),
     ]
     found: dict[str, Any] = {goal.what: (goal.found, goal.state) for goal in goals(rows)}
-    assert found["W4A16 (u4/g128), one row: share of a copy's bandwidth"] == (0.6, "missed")
+    assert found["W4A16 (u4/g128/f16), one row: share of a copy's bandwidth"] == (0.6, "missed")
     assert found["W4A16, one row, 8192x8192: times cuBLAS bf16"] == (3.0, "reached")
     assert found["W4A16 keeps of that, up to 32 rows"] == (pytest.approx(0.9), "reached")
     assert found["INT8 product, 4096 rows and more: share of twice cuBLAS bf16's rate"] == (0.6, "reached")
@@ -182,7 +182,9 @@ def test_goals_are_the_least_of_their_rows() -> None:
     assert found["attention over i8 and fp8 caches: times SDPA bf16"] == (1.0, "reached")
     assert found["attention over float caches of fixed length: times SDPA"] == (0.9, "missed")
     assert found["attention of prompts with int8 q.k: times SDPA f16"] == (1.0, "missed"), "faster is asked"
-    assert str(goals(rows)[1]) == "goal: W4A16 (u4/g128), one row: share of a copy's bandwidth >= 0.7: 0.600, missed"
+    assert (
+        str(goals(rows)[1]) == "goal: W4A16 (u4/g128/f16), one row: share of a copy's bandwidth >= 0.7: 0.600, missed"
+    )
     failed = {**row("w8a8", int8, 4096, 0.7, **{cublas: 1.6}), "failed": "wrong result"}
     again = {goal.what: (goal.found, goal.state) for goal in goals([*rows, failed])}
     assert again["INT8 product, 4096 rows and more: times cuBLAS bf16"] == (0.0, "missed")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import qfx
 from qfx import QfxWarning, Recipe, Rule, UnsupportedError
@@ -76,6 +77,20 @@ def test_a_tied_table_has_one_format() -> None:
     plan, _ = walk(Model(), Recipe(name="tied", rules=rules), "no reason", "none")
     assert plan.annotations["table"] == plan.annotations["head"] == {"w": "u4/g16"}
     assert plan.annotations["fc"] == plan.annotations["patch"] == {"w": "i8/ch"}
+
+
+def test_groups_that_fit_are_those_of_the_graph() -> None:
+    torch.manual_seed(0)
+    layers = [Conv1D(64, 96), nn.GELU(), nn.Linear(64, 192), nn.GELU(), nn.Linear(192, 128), nn.Linear(128, 8)]
+    model = nn.Sequential(*layers).eval()
+    recipe = Recipe(name="fit", rules=(Rule(target="linear", w="u4/g128/f16", fit_groups=True),))
+    plan, _ = walk(model, recipe, "no reason", "none")
+    assert {name: roles["w"] for name, roles in plan.annotations.items()} == {
+        "0": "u4/g32/f16", "2": "u4/g64/f16", "4": "u4/g64/f16", "5": "u4/g128/f16",
+    }  # fmt: skip
+    assert plan.annotations == qfx.plan(model, recipe, [torch.randn(2, 96)]).annotations
+    patch, _ = walk(nn.Sequential(nn.Conv2d(6, 8, 4, stride=4)), recipe, "no reason", "none")
+    assert patch.annotations["0"] == {"w": "u4/g32/f16"}, "96 columns"
 
 
 def test_targets_of_nothing_are_told_here_too() -> None:

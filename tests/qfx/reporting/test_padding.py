@@ -56,7 +56,8 @@ def test_a_float_row_is_left_out() -> None:
 
 def test_several_are_one_note() -> None:
     model = nn.Sequential(nn.Linear(192, 64), nn.Linear(64, 128), nn.Linear(128, 8))
-    (note,) = qfx.report(qfx.quantize(model, "w4a16", [torch.randn(2, 192)])).notes
+    recipe = qfx.Recipe(name="r", rules=(qfx.Rule(target="linear", w="u4/g128"),))
+    (note,) = qfx.report(qfx.quantize(model, recipe, [torch.randn(2, 192)])).notes
     assert "0 in u4/g128 and 1 more" in note.reason, "the third has whole groups"
 
 
@@ -67,7 +68,8 @@ def test_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_compiled_graphs_say_it_too() -> None:
     model = nn.Sequential(nn.Linear(192, 64)).eval()
-    fast = torch.compile(model, backend="qfx", options={"recipe": "w4a16"})
+    recipe = {"name": "r", "rules": [{"target": "linear", "w": "u4/g128"}]}
+    fast = torch.compile(model, backend="qfx", options={"recipe": recipe})
     with torch.no_grad(), pytest.warns(QfxWarning, match="MatMulNBits rounds them"):
         fast(torch.randn(2, 192))
     (note,) = [note for note in qfx.report(fast).notes if note.node == "report"]
