@@ -61,6 +61,7 @@ class Measure:
         self.measured: dict[str, dict[str, float]] = {}
         self.evaluations = 0
         self._cuts = cuts(self.program)
+        self._starts = [cut.start for cut in self._cuts] or [0]
         self._cut_of = _first_cuts(self.weights, self.caches, self.program, self._cuts)
         floating: Assignment = {}
         self._anchors = [(floating, self._borders(floating, rounded=self.rounded))]
@@ -104,13 +105,18 @@ class Measure:
         start, borders = max(
             ((self._same_until(base, assignment), values) for base, values in self._anchors), key=lambda pair: pair[0]
         )
+        start = min(start, len(self._starts) - 1)  # of an assignment that is an anchor the last block runs again
         placed = self._place(assignment)
-        at = self._cuts[start].start if start < len(self._cuts) else len(self.program.nodes)
         for number, env in enumerate(borders[start], 1):
             with telling(number), torch.no_grad():
-                last = self.program.run(env, range(at, len(self.program.nodes)), placed, rounded=self.rounded)
+                last = self._run(env, start, placed)
                 found = [self.program.look(node, last) if isinstance(node, fx.Node) else node for node in nodes]
             yield found  # outside of no_grad, which would else be the caller's, too
+
+    def _run(self, env: Env, start: int, placed: Mapping[fx.Node, Tensor]) -> Env:
+        """The values at the end of the graph, of those before block `start`."""
+        span = range(self._starts[start], len(self.program.nodes))
+        return self.program.run(env, span, placed, rounded=self.rounded)
 
     def anchor(self, assignment: Assignment) -> None:
         """Keep the borders of this assignment beside the float ones (in place of an earlier one's): assignments that
@@ -137,15 +143,14 @@ class Measure:
         return min((self._cut_of[name] for name in names), default=len(self._cuts))
 
     def _borders(self, assignment: Assignment, *, rounded: bool) -> list[list[Env]]:
-        """The values before each block, and at the end, of every batch."""
+        """The values before each block of every batch. Not those at the end: logits are many times as large."""
         lane = Lane(self.program, self.batches, rounded=rounded)
         lane.weights = self._place(assignment)
         found = []
-        for cut in self._cuts:
-            lane.advance(cut.start)
+        for start in self._starts:
+            lane.advance(start)
             found.append(list(lane.values))
-        lane.advance(len(self.program.nodes))
-        return [*found, list(lane.values)]
+        return found
 
     def _reference(self, number: int) -> Tensor:
         """What a batch's output is compared with: log probabilities, else the output itself."""
@@ -154,7 +159,9 @@ class Measure:
             lane.advance(len(self.program.nodes))
             value = lane.value(0, self.main)
         else:
-            value = self.program.look(self.main, self._anchors[0][1][-1][number])
+            with torch.no_grad():
+                last = self._run(self._anchors[0][1][-1][number], len(self._starts) - 1, {})
+            value = self.program.look(self.main, last)
         if not torch.isfinite(value).all():
             raise ValueError(
                 explain(
@@ -241,7 +248,7 @@ def _distance(wanted: Tensor, found: Tensor, kept: Tensor | None, *, logits: boo
     """
     total = size = 0.0
     rows, others = wanted.reshape(-1, wanted.shape[-1]), found.reshape(-1, found.shape[-1])
-    if kept is not None:
+    if kept is not None and not kept.all():  # else as they are: logits are large, and rows that are taken a copy
         at = kept.reshape(-1).nonzero()[:, 0]
         rows, others = rows[at], others[at]
     step = max(1, _ELEMENTS // rows.shape[-1])

@@ -33,7 +33,10 @@ def show(report: Report, console: Console, *, all_rows: bool, folded: bool = Tru
     numbers = {reason: number for number, reason in enumerate(reasons, 1)}
     rows = [row for row in report.rows if all_rows or not row.quantized]
     lines = fold(rows, _looks) if folded else [Folded(row.node, (row,)) for row in rows]
-    console.print(_table(report.title, lines, numbers, console.width))
+    if lines or all_rows:
+        console.print(_table(report.title, lines, numbers, console.width))
+    else:  # a head without rows says nothing
+        console.print(f"[italic]{escape(report.title or 'qfx report')}[/]: no node is in float")
     if len(lines) < len(rows):
         console.print(
             "[dim]a row of several nodes: the bytes of all, the least SQNR; each by itself: fold=False, --each[/]"
@@ -41,12 +44,13 @@ def show(report: Report, console: Console, *, all_rows: bool, folded: bool = Tru
     for reason, nodes in reasons.items():
         console.print(f"[yellow]\\[{numbers[reason]}][/] {escape(listed(nodes, 6))}: {escape(reason)}", highlight=False)
     t = report.totals
+    graphs = f"{t['graphs']} graph(s)" if t["graphs"] else "not compiled"
     first = "" if report.first_calls is None else f", first calls {report.first_calls:.1f} s"
     console.print(
         f"{t['linear_quantized']} of {t['linear']} linear nodes quantized, {t['weight_coverage']:.1%} of weight bytes, "
         f"{t['work_coverage']:.1%} of matmul work; {t['effective_bits']:.2f} bits per weight; "
         f"{_size(t['bytes_before'])} -> {_size(t['bytes_after'])} ({t['compression']:.2f}x); "
-        f"{t['graphs']} graph(s){first}"
+        f"{graphs}{first}"
     )
     if report.cache is not None:
         _show_cache(report.cache, console)

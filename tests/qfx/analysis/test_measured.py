@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 import qfx
 from qfx import Format, annotation
-from qfx.analysis.measured import Measure, main_output, some
+from qfx.analysis.measured import Measure, _distance, main_output, some
 from qfx.annotation import Columns
 from qfx.measuring import measure
 from qfx.rounding.nearest import round_weight
@@ -114,6 +114,31 @@ def test_an_anchor_changes_no_result() -> None:
     plain = [measured.kld(a) for a in (base, change, {})]
     measured.anchor(base)
     assert [measured.kld(a) for a in (base, change, {})] == pytest.approx(plain, rel=1e-5, abs=1e-12)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_logits_of_no_anchor_are_held(rounded: bool) -> None:
+    """They are as long as the vocabulary, and there would be some of all batches for each anchor."""
+    from qfx.passes.annotate import annotate
+
+    gm, flat, found = prepared("llama")
+    if rounded:
+        annotate(gm, qfx.Recipe.parse({"rules": [{"target": "linear", "x": "i8/tok", "w": "i8/ch"}]}))
+    measured = Measure(gm, flat, outputs=found.outputs)
+    base = {unit.name: U4 for unit in measured.units}
+    wanted = measured.kld(base)
+    measured.anchor(base)
+    assert len(measured._anchors) == 2
+    assert all(measured.main not in env for _, borders in measured._anchors for at in borders for env in at)
+    assert measured.kld(base) == pytest.approx(wanted, rel=1e-6)  # of the anchor itself: the last block runs again
+    assert (measured.kld({}) > 0) == rounded
+
+
+def test_a_mask_that_leaves_nothing_out_changes_nothing() -> None:
+    p, q = torch.randn(2, 3, 7).log_softmax(-1), torch.randn(2, 3, 7)
+    every, some_of = torch.ones(2, 3, dtype=torch.bool), torch.tensor([[True, True, True], [True, False, False]])
+    assert _distance(p, q, every, logits=True) == _distance(p, q, None, logits=True)
+    assert _distance(p, q, some_of, logits=True)[1] == 4
 
 
 def test_a_change_in_a_late_layer_runs_from_there_on(monkeypatch: pytest.MonkeyPatch) -> None:

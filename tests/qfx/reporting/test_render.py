@@ -49,6 +49,18 @@ def test_only_what_is_not_quantized() -> None:
     assert "q_proj" not in text and "model.[odd].name" in text and "qfx report" in text
 
 
+def test_nothing_in_float_is_a_line_and_no_empty_table() -> None:
+    text = shown(Report((QUANTIZED,), title="Llama"), all_rows=False)
+    assert text.splitlines()[0] == "Llama: no node is in float" and "runs as" not in text
+    assert "qfx report" in shown(Report((QUANTIZED,)), all_rows=False)
+    assert "runs as" in shown(Report(()))  # of all rows, none: the head stays
+
+
+def test_what_no_graph_came_of_is_called_not_compiled() -> None:
+    assert "; not compiled" in shown(Report((QUANTIZED,))) and "graph(s)" not in shown(Report((QUANTIZED,)))
+    assert "; 2 graph(s)" in shown(Report((QUANTIZED,), graphs=2))
+
+
 def test_no_column_for_what_was_not_measured() -> None:
     assert "SQNR" not in shown(Report((ATTENTION, FLOAT)))
 
