@@ -172,7 +172,7 @@ def test_speed_is_of_the_same_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         by = next(slow)
         return {name: Latency(0.0, by * (1.0 if name == "float" else 0.5)) for name in models}
 
-    monkeypatch.setattr(matrix.compare, "latency", latency)
+    monkeypatch.setattr("qfx.measuring.compare.latency", latency)
     rows = compare_recipes(_Net(), ["w8a8", "w4a16", "w2a16"], [torch.randn(4, 128)], repeats=1).rows
     assert [row.latency.warm for row in rows if row.latency] == [2.0, 0.5, 1.0, 2.0]
     assert [row.speed for row in rows] == [1.0, 2.0, 2.0, 2.0]
