@@ -9,7 +9,8 @@
 Every row rounds the same linear layers (all but the output, which stays float) of the same model, by the same
 calibration text where the method takes data, and is judged on text that none has seen: bits a weight with scales and
 zero points counted, KL divergence to float32 in nats a token, perplexity, the share of tokens whose best guess stays.
-Each library runs in a process of its own; one that is not installed or fails is a row that says why.
+Each library runs in a process of its own; one that is not installed or fails is a row that says why. Logits go through
+a file and are judged window by window, so that a vocabulary of 50,000 needs no more than a few GB.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from torch import Tensor
@@ -31,7 +34,7 @@ if __name__ == "__main__":  # import the sibling files as `python -m examples.be
 
 from examples.benchmarks.peers import table
 from examples.benchmarks.peers.race import Entry, Race, Result
-from examples.benchmarks.peers.rounding import RoundingJob, linears
+from examples.benchmarks.peers.rounding import ITERS, WINDOWS, RoundingJob, linears
 from qfx.measuring import measure
 
 LLM_COMPRESSOR = "llmcompressor_rounding"
@@ -55,6 +58,7 @@ PEERS: dict[int, tuple[Entry, ...]] = {
         Entry("AutoRound 4/64", "auto_round_rounding", "4 64"),
         Entry("llama.cpp Q4_0", "llama_cpp_rounding", "Q4_0"),
         Entry("llama.cpp Q4_1", "llama_cpp_rounding", "Q4_1"),
+        Entry("llama.cpp Q4_K_M", "llama_cpp_rounding", "Q4_K_M"),
     ),
     3: (
         Entry("HQQ 3/64", "hqq_rounding", "3 64"),
@@ -95,31 +99,47 @@ def entries(bits: Sequence[int], only: Sequence[str], llm_compressor: str = "") 
     return [replace(e, python=llm_compressor) if e.module == LLM_COMPRESSOR else e for e in found]
 
 
-def rows(results: Sequence[Result], ids: Tensor, weights: int) -> list[dict[str, Any]]:
-    """One dict for each result; those that failed with the reason alone. weights: how many were rounded."""
-    reference = next((r for r in results if r.name == REFERENCE.name and r.outputs is not None), None)
-    found: list[dict[str, Any]] = []
-    for result in results:
-        if result.failed or result.outputs is None or reference is None or reference.outputs is None:
-            found.append({"peer": result.name, "failed": result.failed or "the float model has no outputs"})
-            continue
-        logits, wanted = (torch.stack([torch.from_numpy(a) for a in o]) for o in (result.outputs, reference.outputs))
+class Judge:
+    """Makes a row of each result as it comes, the reference's first; of logits one window at a time is in memory.
+
+    ids: int64 [windows, T]. weights: how many were rounded.
+    """
+
+    def __init__(self, ids: Tensor, weights: int) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._ids, self._weights = ids, weights
+        self._wanted: Sequence[np.ndarray] | None = None
+
+    def __call__(self, result: Result) -> None:
+        """Add the row: the reason alone where the peer failed."""
+        if result.name == REFERENCE.name and not result.failed:
+            self._wanted = result.outputs
+        if result.failed or result.outputs is None or self._wanted is None:
+            self.rows.append({"peer": result.name, "failed": result.failed or "the float model has no outputs"})
+            return
         assert result.size is not None
         facts = {k: v for k, v in result.facts.items() if k != "seconds"}
-        found.append(
+        self.rows.append(
             {
                 "peer": result.name,
-                "bits": 8 * result.size / weights,
+                "bits": 8 * result.size / self._weights,
                 "weights_bytes": result.size,
-                "kld": measure.kld(wanted, logits),
-                "perplexity": measure.perplexity(logits, ids),
-                "top1": measure.top1_agreement(wanted, logits),
+                **self._near(self._wanted, result.outputs),
                 "seconds": result.facts.get("seconds"),
                 "version": result.version,
                 "remarks": "; ".join(f"{key} {value}" for key, value in facts.items()),
             }
         )
-    return found
+
+    def _near(self, wanted: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> dict[str, float]:
+        """Means over windows, which are of one length."""
+        klds, nlls, top1s = [], [], []
+        for row, a, b in zip(self._ids, wanted, found, strict=True):
+            before, after = torch.from_numpy(a), torch.from_numpy(b)
+            klds.append(measure.kld(before, after))
+            nlls.append(float(measure.nll(after[None], row[None]).mean()))
+            top1s.append(measure.top1_agreement(before, after))
+        return {"kld": fmean(klds), "perplexity": measure.exp(fmean(nlls)), "top1": fmean(top1s)}
 
 
 def verdicts(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -189,6 +209,8 @@ def main(
     model: Annotated[str, typer.Option(help="tiny_lm, or the folder of a causal language model.")] = "tiny_lm",
     bits: Annotated[list[int] | None, typer.Option(help="Out of 2, 3, 4, 8; left out: all.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples of 512 tokens.")] = 128,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to judge on.")] = WINDOWS,
+    iters: Annotated[int, typer.Option(min=1, help="AutoRound's steps a block.")] = ITERS,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each peer.")] = 2,
     only: Annotated[list[str] | None, typer.Option(help="Rows whose name holds this word; float32 stays.")] = None,
     llm_compressor: Annotated[str, typer.Option(help="Python of an environment that has it, if not this one.")] = "",
@@ -204,10 +226,10 @@ def main(
     console, where = table.console(), table.place(threads)
     table.say(where)
     with tempfile.TemporaryDirectory() as scratch:
-        job = RoundingJob(model, samples, threads, str(folder or scratch))
-        with Race(entries(chosen, only or (), llm_compressor), job, job.path, table.say, alone=True) as race:
-            weights = sum(m.weight.numel() for m in linears(job.module()).values())
-            found = rows(race.results, job.evaluation(), weights)
+        job = RoundingJob(model, samples, threads, str(folder or scratch), windows, iters)
+        judge = Judge(job.evaluation(), sum(m.weight.numel() for m in linears(job.module()).values()))
+        with Race(entries(chosen, only or (), llm_compressor), job, job.path, table.say, alone=True, judge=judge):
+            found = judge.rows
     console.print(table.shown(found, COLUMNS, f"{model}, {samples} x 512 tokens of calibration"))
     for line in verdicts(found):
         table.say(line)

@@ -93,10 +93,10 @@ def _has_kld(found: Matrix) -> bool:
 
 
 def _cells(row: Row, found: Matrix) -> list[str]:
-    base, near = found.rows[0].latency, row.accuracy
-    assert base is not None and row.latency is not None and near is not None, row
+    near = row.accuracy
+    assert row.latency is not None and row.speed is not None and near is not None, row
     cells = [megabytes(row.nbytes), f"{row.compression:.2f}x", f"{row.bits:.2f}"]
-    cells += [f"{row.latency.cold:.2f} s", f"{row.latency.warm * 1e3:.2f} ms", f"{base.warm / row.latency.warm:.2f}x"]
+    cells += [f"{row.latency.cold:.2f} s", f"{row.latency.warm * 1e3:.2f} ms", f"{row.speed:.2f}x"]
     cells.append(megabytes(row.memory))
     if near.kld is not None:
         perplexity = near.perplexity

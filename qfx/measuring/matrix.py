@@ -7,10 +7,12 @@ found.to_json()
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,7 +43,8 @@ class Row:
 
     nbytes: of all parameters and buffers as they are held. compression: of a model in 16 bits to that. bits: 8 nbytes
     over the number of the model's parameters. seconds: that quantizing took. latency: of one call on the first batch.
-    memory: peak of a process that loads and calls it, in bytes. metric: of the user's. failed: why it has no numbers.
+    speed: the float model's median over its own, both timed in the same turns. memory: peak of a process that loads and
+    calls it, in bytes. metric: of the user's. failed: why it has no numbers.
     """
 
     recipe: str
@@ -54,6 +57,7 @@ class Row:
     accuracy: Accuracy | None = None
     metric: float | None = None
     failed: str = ""
+    speed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,32 +90,92 @@ def compare_recipes(
     be other text. budget: for recipes that plan bits, such as {"avg_bits": 4}. metric: a function of a model and calls
     ((args, kwargs) each) that gives a number, such as an accuracy. baseline: the float model runs "eager" or compiled
     by "inductor". folder: of the float model's files; given, the peak memory of each is measured in a process of its
-    own. A recipe that cannot be had is a row that says why. Latency is taken in turn, so all copies are in memory.
-    Raises ValueError for no recipe, one that is there twice, and bad data.
+    own. A recipe that cannot be had is a row that says why.
+
+    Held at once: the float model and one recipe's copy, calibration and evaluation batches, and the logits of both for
+    one batch; a recipe is made, timed, judged and let go before the next. Each is timed in turn with the float model,
+    whose own time is the median over all of them: of two recipes compare `speed`, which a slow moment of the machine
+    changes less than seconds. Raises ValueError for no recipe, one that is there twice, repeats below 1 and bad data.
     """
     names = [str(getattr(recipe, "name", recipe)) for recipe in recipes]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"expected recipes, each once, found {', '.join(names) or 'none'}")
     if baseline not in ("eager", "inductor"):
         raise ValueError(f"the float model runs 'eager' or by 'inductor', found {baseline!r}")
+    if repeats < 1:
+        raise ValueError(f"repeats must be 1 or more, found {repeats}")
     calls = batches.calls(model, evaluation)
     held = None if data is None else list(data)
     example = [calls[0][0] or calls[0][1]] if example_inputs(model) is None else None
-    runs: dict[str, Callable[..., Any]] = {FLOAT: model if baseline == "eager" else torch.compile(model)}
-    modules: dict[str, nn.Module] = {FLOAT: model}
-    rows: dict[str, Row] = {}
+    run = model if baseline == "eager" else torch.compile(model)
+    bench = _Bench(model, run, calls, repeats, metric, baseline, folder, told)
+    rows: list[Row] = []
     with evaluating(model):
-        rows[FLOAT] = _sized(Row(FLOAT), model, model)
+        with torch.no_grad():
+            cold = compare.seconds_of(run, calls[0])
         for name, recipe in zip(names, recipes, strict=True):
             told(f"quantize by {name}")
             row, made = _quantized(model, name, recipe, held, example, budget)
-            rows[row.recipe] = row
-            if made is not None:
-                modules[row.recipe], runs[row.recipe] = made, torch.compile(alone(made), backend="qfx")
-        _measure(rows, modules, runs, calls, repeats=repeats, metric=metric, told=told)
-        if folder is not None:
-            _memory(rows, modules, calls[0], folder, baseline, told)
-    return Matrix(tuple(rows.values()), _shape(calls[0]), len(calls), baseline, getattr(metric, "__name__", ""))
+            rows.append(row if made is None else bench.measured(row, made))
+            del made
+            gc.collect()  # a compiled model is in cycles with what compiled it
+        rows.insert(0, bench.of_float(_sized(Row(FLOAT), model, model), cold))
+    return Matrix(tuple(rows), _shape(calls[0]), len(calls), baseline, getattr(metric, "__name__", ""))
+
+
+@dataclass
+class _Bench:
+    """What each recipe is measured with. times: the float model's median in the turns with each recipe."""
+
+    model: nn.Module
+    run: Callable[..., Any]
+    calls: Sequence[Call]
+    repeats: int
+    metric: Metric | None
+    baseline: str
+    folder: Path | None
+    told: Callable[[str], object]
+    times: list[float] = field(default_factory=list)
+
+    def measured(self, row: Row, made: nn.Module) -> Row:
+        """Latency in turn with the float model, then accuracy; a model that cannot run is a row that says why."""
+        name, run = row.recipe, torch.compile(alone(made), backend="qfx")
+        self.told(f"time {name} and float in turn")
+        try:
+            with torch.no_grad():
+                cold = compare.seconds_of(run, self.calls[0])
+        except (ValueError, UnsupportedError) as error:
+            return replace(row, failed=first_line(error))
+        found = compare.latency({FLOAT: self.run, name: run}, self.calls[0], repeats=self.repeats)
+        self.times.append(found[FLOAT].warm)
+        speed = found[FLOAT].warm / found[name].warm
+        row = self._judged(replace(row, latency=Latency(cold, found[name].warm), speed=speed), run)
+        return replace(row, memory=self._memory(name, made))
+
+    def of_float(self, row: Row, cold: float) -> Row:
+        """The float model's own row, cold: seconds of its first call."""
+        if not self.times:
+            self.times.append(compare.latency({FLOAT: self.run}, self.calls[0], repeats=self.repeats)[FLOAT].warm)
+        row = replace(row, latency=Latency(cold, statistics.median(self.times)), speed=1.0)
+        return replace(self._judged(row, self.run), memory=self._memory(FLOAT, None))
+
+    def _judged(self, row: Row, run: Callable[..., Any]) -> Row:
+        self.told(f"accuracy of {row.recipe}")
+        near = compare.accuracy(self.run, run, self.calls, next_token=is_causal_lm(self.model))
+        return replace(row, accuracy=near, metric=None if self.metric is None else float(self.metric(run, self.calls)))
+
+    def _memory(self, name: str, made: nn.Module | None) -> int | None:
+        """Peak memory of a process that loads it from its folder; of the float model where `made` is None."""
+        if self.folder is None:
+            return None
+        self.told(f"peak memory of {name}")
+        tensors = {key: value for key, value in self.calls[0][1].items() if isinstance(value, Tensor)}
+        device = str(next(iter(tensors.values())).device)
+        if made is None:
+            return compare.peak_of(self.folder, tensors, "float", self.baseline, device)
+        with TemporaryDirectory() as scratch:
+            save(made, scratch)
+            return compare.peak_of(Path(scratch), tensors, "quantized", self.baseline, device)
 
 
 def alone(model: nn.Module) -> Callable[..., Any]:
@@ -151,53 +215,6 @@ def _sized(row: Row, made: nn.Module, model: nn.Module) -> Row:
 def bytes_of(model: nn.Module) -> int:
     """Bytes of all parameters and buffers that are saved with a model; those that share memory count once."""
     return sum({t.data_ptr() or id(t): t.nbytes for t in model.state_dict().values() if isinstance(t, Tensor)}.values())
-
-
-def _measure(
-    rows: dict[str, Row], modules: dict[str, nn.Module], runs: dict[str, Callable[..., Any]], calls: Sequence[Call], *,
-    repeats: int, metric: Metric | None, told: Callable[[str], object],
-) -> None:  # fmt: skip
-    """Latency of all in turn, then accuracy of each; a model that cannot run becomes a row that says why."""
-    cold: dict[str, float] = {}
-    told("first calls")
-    with torch.no_grad():
-        for name, run in list(runs.items()):
-            try:
-                cold[name] = compare.seconds_of(run, calls[0])
-            except (ValueError, UnsupportedError) as error:
-                if name == FLOAT:
-                    raise
-                rows[name] = replace(rows[name], failed=first_line(error))
-                del runs[name], modules[name]
-    told("time them in turn")
-    warm = compare.latency(runs, calls[0], repeats=repeats)
-    for name, run in runs.items():
-        told(f"accuracy of {name}")
-        near = compare.accuracy(runs[FLOAT], run, calls, next_token=is_causal_lm(modules[FLOAT]))
-        rows[name] = replace(
-            rows[name],
-            latency=Latency(cold[name], warm[name].warm),
-            accuracy=near,
-            metric=None if metric is None else float(metric(run, calls)),
-        )
-
-
-def _memory(
-    rows: dict[str, Row], modules: Mapping[str, nn.Module], call: Call, folder: Path, baseline: str,
-    told: Callable[[str], object],
-) -> None:  # fmt: skip
-    """Peak memory of each in a process of its own, which loads it from its folder."""
-    tensors = {name: value for name, value in call[1].items() if isinstance(value, Tensor)}
-    for name, made in modules.items():
-        told(f"peak memory of {name}")
-        device = str(next(iter(tensors.values())).device)
-        if name == FLOAT:
-            peak = compare.peak_of(folder, tensors, "float", baseline, device)
-        else:
-            with TemporaryDirectory() as scratch:
-                save(made, scratch)
-                peak = compare.peak_of(Path(scratch), tensors, "quantized", baseline, device)
-        rows[name] = replace(rows[name], memory=peak)
 
 
 def _shape(call: Call) -> tuple[int, ...]:

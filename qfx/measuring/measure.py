@@ -6,6 +6,7 @@ Where a value is NaN or infinite the result is NaN or infinite too: nothing is m
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -54,11 +55,12 @@ def cosine(reference: Tensor, other: Tensor) -> float:
     _same_shape(reference, other)
     if reference.dim() == 0 or reference.numel() == 0:
         raise ValueError(f"rows are needed, found a tensor of shape {list(reference.shape)}")
-    a, b = _rows(reference), _rows(other)
-    a_norm, b_norm = a.norm(dim=-1), b.norm(dim=-1)
-    rows = ((a / a_norm.clamp_min(1e-300)[..., None]) * (b / b_norm.clamp_min(1e-300)[..., None])).sum(-1)
-    rows = torch.where((a_norm == 0) & (b_norm == 0), 1.0, rows)
-    return float(rows.mean())
+    total = 0.0
+    for a, b in _parts(reference, other):
+        a_norm, b_norm = a.norm(dim=-1), b.norm(dim=-1)
+        rows = ((a / a_norm.clamp_min(1e-300)[..., None]) * (b / b_norm.clamp_min(1e-300)[..., None])).sum(-1)
+        total += float(torch.where((a_norm == 0) & (b_norm == 0), 1.0, rows).sum())
+    return total / (reference.numel() // reference.shape[-1])
 
 
 def kld(reference: Tensor, other: Tensor) -> float:
@@ -66,8 +68,12 @@ def kld(reference: Tensor, other: Tensor) -> float:
     _same_shape(reference, other)
     if reference.dim() == 0 or reference.numel() == 0:
         raise ValueError(f"at least one position is needed, found logits of shape {list(reference.shape)}")
-    wanted, found = _rows(reference).log_softmax(-1), _rows(other).log_softmax(-1)
-    return float(functional.kl_div(found, wanted, reduction="sum", log_target=True)) / len(wanted)
+    total = 0.0
+    for wanted, found in _parts(reference, other):
+        total += float(
+            functional.kl_div(found.log_softmax(-1), wanted.log_softmax(-1), reduction="sum", log_target=True)
+        )
+    return total / (reference.numel() // reference.shape[-1])
 
 
 def nll(logits: Tensor, ids: Tensor) -> Tensor:
@@ -77,8 +83,13 @@ def nll(logits: Tensor, ids: Tensor) -> Tensor:
             f"logits [B, T, V] and token ids [B, T] with T >= 2 are needed, "
             f"found {list(logits.shape)} and {list(ids.shape)}"
         )
-    logits, targets = logits[:, :-1].detach().double(), ids[:, 1:]
-    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    count, targets = _count(logits), ids[:, 1:]
+    found = [
+        functional.cross_entropy(values.double(), wanted, reduction="none")
+        for row, tokens in zip(logits.detach()[:, :-1], targets, strict=True)
+        for values, wanted in zip(row.split(count), tokens.split(count), strict=True)
+    ]
+    return torch.cat(found).view(targets.shape)
 
 
 def perplexity(logits: Tensor, ids: Tensor) -> float:
@@ -102,8 +113,16 @@ def top1_agreement(reference: Tensor, other: Tensor) -> float:
     return float((reference.argmax(-1) == other.argmax(-1)).double().mean())
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.detach().double().reshape(-1, x.shape[-1])
+def _parts(reference: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both in f64, a few rows at a time: all the logits of a large vocabulary would take GB."""
+    flat = (t.detach().reshape(-1, t.shape[-1]).split(_count(t)) for t in (reference, other))
+    for a, b in zip(*flat, strict=True):
+        yield a.double(), b.double()
+
+
+def _count(rows: Tensor) -> int:
+    """How many rows are in f64 at once."""
+    return max(1, _PART // rows.shape[-1])
 
 
 def _same_shape(reference: Tensor, other: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""AutoRound: rounding learned block by block, in its own default settings."""
+"""AutoRound: rounding learned block by block, in its own default settings, steps aside."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def build(job: RoundingJob, option: str) -> Built:
     started = time.perf_counter()
     found = AutoRound(
         model, job.tokenizer(), bits=bits, group_size=group, sym=False, dataset=rows, nsamples=len(rows), seqlen=LENGTH,
-        iters=200, batch_size=8, device_map="cpu", amp=False, low_gpu_mem_usage=False,
+        iters=job.iters, batch_size=8, device_map="cpu", amp=False, low_gpu_mem_usage=False,
     )  # fmt: skip
     made = found.quantize()[0]
     seconds = time.perf_counter() - started

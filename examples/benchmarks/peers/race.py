@@ -49,15 +49,32 @@ class Result:
     size: int | None = None
     version: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
-    outputs: list[np.ndarray] | None = None
+    outputs: Sequence[np.ndarray] | None = None
     failed: str = ""
+
+
+class Saved(Sequence[np.ndarray]):
+    """The arrays of an .npz file, each read when it is asked for: none is held."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with np.load(path) as arrays:
+            self._names: list[str] = arrays.files
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: Any) -> Any:
+        with np.load(self.path) as arrays:
+            names = self._names[index]
+            return arrays[names] if isinstance(names, str) else [arrays[name] for name in names]
 
 
 class _Process:
     """A worker, the file that its messages go to, and what it said. It runs from `start` to `close`."""
 
-    def __init__(self, entry: Entry, job: Any, folder: Path) -> None:
-        self.entry, self.rounds = entry, dict[str, list[float]]()
+    def __init__(self, entry: Entry, job: Any, folder: Path, *, held: bool) -> None:
+        self.entry, self.rounds, self._held = entry, dict[str, list[float]](), held
         self.result = Result(entry.name)
         name = "".join(c if c.isalnum() else "_" for c in entry.name)
         self.log, self.saved = folder / f"{name}.log", folder / f"{name}.npz"
@@ -92,8 +109,8 @@ class _Process:
             self.result.size, self.result.version = answer["size"], answer["version"]
             self.result.facts = answer["facts"]
             if self.saved.exists():
-                with np.load(self.saved) as arrays:
-                    self.result.outputs = [arrays[key] for key in arrays.files]
+                outputs = Saved(self.saved)
+                self.result.outputs = list(outputs) if self._held else outputs
 
     def _say(self, line: str) -> None:
         assert self._process is not None and self._process.stdin is not None
@@ -150,12 +167,18 @@ class _Process:
 
 
 class Race:
-    """Builds the entries one after the other, and times them in turn while the `with` block is open."""
+    """Builds the entries one after the other, and times them in turn while the `with` block is open.
+
+    judge: is told each result as soon as there is one. Its outputs then stay in their file and go with it when the
+    judge has seen them, but for those of the first entry, the reference, which go with the others at the end.
+    """
 
     def __init__(
-        self, entries: Sequence[Entry], job: Any, folder: Path, say: Callable[[str], None], *, alone: bool = False
-    ) -> None:
+        self, entries: Sequence[Entry], job: Any, folder: Path, say: Callable[[str], None], *, alone: bool = False,
+        judge: Callable[[Result], None] | None = None,
+    ) -> None:  # fmt: skip
         self._entries, self._job, self._folder, self._say, self._alone = entries, job, folder, say, alone
+        self._judge = judge
         self._processes: list[_Process] = []
         self.load = Load()
 
@@ -164,12 +187,17 @@ class Race:
         try:
             for entry in self._entries:
                 started = time.perf_counter()
-                self._processes.append(process := _Process(entry, self._job, self._folder))
+                process = _Process(entry, self._job, self._folder, held=self._judge is None)
+                self._processes.append(process)
                 process.start(judged=True)
                 took = f"{time.perf_counter() - started:.0f} s"
                 self._say(f"{entry.name}: {process.result.failed or 'built'} ({took})")
                 if process.result.failed or self._alone:
                     process.close()
+                if self._judge is not None:
+                    self._judge(process.result)
+                    if len(self._processes) > 1:
+                        _forget(process)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -180,6 +208,8 @@ class Race:
     ) -> None:
         for process in self._processes:
             process.close()
+            if self._judge is not None:
+                _forget(process)
 
     @property
     def results(self) -> list[Result]:
@@ -208,3 +238,9 @@ class Race:
             process.time(self.load)
         if self._alone:
             process.close()
+
+
+def _forget(process: _Process) -> None:
+    """Let the outputs go, which of a large vocabulary are large files."""
+    process.result.outputs = None
+    process.saved.unlink(missing_ok=True)

@@ -15,17 +15,22 @@ from examples.benchmarks.peers.worker import Built
 from qfx import data
 
 ASSETS = Path(__file__).resolve().parents[3] / "tests" / "assets"
-LENGTH, WINDOWS = 512, 8
+LENGTH, WINDOWS, ITERS = 512, 8, 200
 
 
 @dataclass(frozen=True)
 class RoundingJob:
-    """A causal language model (`tiny_lm`, or a folder), calibration samples of 512 tokens, threads, a folder."""
+    """A causal language model (`tiny_lm`, or a folder), calibration samples of 512 tokens, threads, a folder.
+
+    windows: of 512 tokens, that it is judged on. iters: steps of methods that learn.
+    """
 
     model: str
     samples: int
     threads: int
     folder: str
+    windows: int = WINDOWS
+    iters: int = ITERS
 
     @property
     def path(self) -> Path:
@@ -63,7 +68,7 @@ class RoundingJob:
         """Token ids [windows, 512] of text that no method has seen."""
         text = data.read_texts(ASSETS / "eval.txt")[0]
         ids: Tensor = self.tokenizer()(text, return_tensors="pt").input_ids[0]
-        return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)[:WINDOWS]
+        return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)[: self.windows]
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

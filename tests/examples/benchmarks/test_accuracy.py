@@ -31,6 +31,13 @@ def result(name: str, size: int, *, noise: float = 0.0, failed: str = "") -> Res
     return Result(name, size=size, version="1", facts={"seconds": 2.0}, outputs=[logits], failed=failed)
 
 
+def judged(results: list[Result]) -> list[dict[str, object]]:
+    judge = accuracy.Judge(IDS, 100)
+    for one in results:
+        judge(one)
+    return judge.rows
+
+
 def found() -> list[dict[str, object]]:
     results = [
         result("float32", 400),
@@ -40,7 +47,7 @@ def found() -> list[dict[str, object]]:
         result("qfx gptq u4/g64", 60, noise=0.2),
         result("qfx rtn u4/g32", 50, noise=0.3),
     ]
-    return accuracy.rows(results, IDS, 100)
+    return judged(results)
 
 
 def test_rows_have_bits_and_divergence_or_a_reason() -> None:
@@ -52,7 +59,7 @@ def test_rows_have_bits_and_divergence_or_a_reason() -> None:
 
 
 def test_nothing_is_told_without_the_float_model() -> None:
-    rows = accuracy.rows([result("HQQ 4/64", 60)], IDS, 100)
+    rows = judged([result("HQQ 4/64", 60)])
     assert rows == [{"peer": "HQQ 4/64", "failed": "the float model has no outputs"}]
 
 

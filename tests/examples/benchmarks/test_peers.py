@@ -367,6 +367,30 @@ def test_turns_are_warmed_and_alone_means_a_process_for_each(
     assert len({process for _, process in lines}) == (6 if alone else 2)
 
 
+def test_outputs_stay_in_files_that_go_when_they_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the first entry, the reference, stay to the end."""
+    root = tmp_path / "root"
+    shutil.copytree(race.ROOT / "examples", root / "examples")
+    (root / "qfx").symlink_to(race.ROOT / "qfx")
+    (root / "examples" / "benchmarks" / "peers" / "stub.py").write_text(PEER, encoding="utf-8")
+    monkeypatch.setattr(race, "ROOT", root)
+    entries = [Entry("one", "stub"), Entry("two", "stub"), Entry("missing", "nothing")]
+    seen: list[tuple[str, bool, list[str]]] = []
+
+    def judge(result: race.Result) -> None:
+        assert result.failed or (
+            isinstance(result.outputs, race.Saved) and len(result.outputs) == len([*result.outputs])
+        )
+        seen.append((result.name, bool(result.failed), sorted(f.name for f in tmp_path.glob("*.npz"))))
+
+    with Race(entries, Job(str(tmp_path)), tmp_path, lambda said: None, alone=True, judge=judge):
+        assert [f.name for f in tmp_path.glob("*.npz")] == ["one.npz"]
+    assert seen == [
+        ("one", False, ["one.npz"]), ("two", False, ["one.npz", "two.npz"]), ("missing", True, ["one.npz"]),
+    ]  # fmt: skip
+    assert not list(tmp_path.glob("*.npz"))
+
+
 class Counting:
     """A decoder whose memory is used again for each answer, as some libraries do."""
 

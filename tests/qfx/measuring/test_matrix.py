@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import qfx
+from qfx.measuring import matrix
 from qfx.measuring.compare import Accuracy, Latency
 from qfx.measuring.matrix import Matrix, Row, alone, bytes_of, compare_recipes, error_of, pareto
 
@@ -144,3 +146,39 @@ def test_the_ninth_model_of_a_class_is_compiled_too(own: bool, compiled: int) ->
         run = torch.compile(alone(model) if own else model, backend=backend)
         assert torch.equal(run(torch.ones(3)), torch.full((3,), float(number)))
     assert len(graphs) == compiled
+
+
+def test_one_recipe_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of what the compiler keeps: the packed weights of the one before are gone when the next is made."""
+    made: list[weakref.ref[nn.Module]] = []
+    alive: list[int] = []
+
+    def quantize(*args: Any, **kwargs: Any) -> nn.Module:
+        alive.append(sum(ref() is not None for ref in made))
+        found = qfx.quantize(*args, **kwargs)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(matrix, "quantize", quantize)
+    rows = compare_recipes(_Net(), ["w8a8", "w4a16", "w2a16"], [torch.randn(4, 128)], repeats=1).rows
+    assert alive == [0, 0, 0] and not any(row.failed for row in rows)
+
+
+def test_speed_is_of_the_same_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is half as fast while the second recipe is timed changes its seconds, not its speed."""
+    slow = iter([1.0, 2.0, 4.0])
+
+    def latency(models: Any, call: Any, *, repeats: int) -> dict[str, Latency]:
+        by = next(slow)
+        return {name: Latency(0.0, by * (1.0 if name == "float" else 0.5)) for name in models}
+
+    monkeypatch.setattr("qfx.measuring.compare.latency", latency)
+    rows = compare_recipes(_Net(), ["w8a8", "w4a16", "w2a16"], [torch.randn(4, 128)], repeats=1).rows
+    assert [row.latency.warm for row in rows if row.latency] == [2.0, 0.5, 1.0, 2.0]
+    assert [row.speed for row in rows] == [1.0, 2.0, 2.0, 2.0]
+
+
+def test_the_float_model_is_timed_alone_where_no_recipe_runs() -> None:
+    (base, none) = compare_recipes(_Net(), ["w8a8-static"], [torch.randn(4, 128)], repeats=1).rows
+    assert base.latency is not None and base.latency.warm > 0 and base.speed == 1
+    assert none.failed and none.speed is None

@@ -89,3 +89,27 @@ def test_shapes_must_agree() -> None:
     for empty in (measure.kld, measure.top1_agreement, measure.cosine):
         with pytest.raises(ValueError, match=r"needed, found .* \[0, 3\]"):
             empty(a[:0], a[:0])
+
+
+def test_parts_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, ids = randn(2, 5, 7), randn(2, 5, 7, seed=1), torch.arange(10).view(2, 5) % 7
+
+    def found() -> list[float]:
+        return [
+            measure.kld(x, y),
+            measure.cosine(x, y),
+            measure.perplexity(x, ids),
+            *measure.nll(x, ids).flatten().tolist(),
+        ]
+
+    whole = found()
+    for elements in (1, 14, 21):
+        monkeypatch.setattr(measure, "_PART", elements)
+        assert found() == pytest.approx(whole, rel=1e-12)
+
+
+def test_what_is_not_finite_shows_in_whichever_part() -> None:
+    x = torch.zeros(3, 4)
+    y = x.clone()
+    y[2, 1] = math.nan
+    assert math.isnan(measure.kld(x, y)) and math.isnan(measure.cosine(x, y))
