@@ -68,7 +68,7 @@ def test_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_compiled_graphs_say_it_too() -> None:
     model = nn.Sequential(nn.Linear(192, 64)).eval()
-    recipe = {"name": "r", "rules": [{"target": "linear", "w": "u4/g128"}]}
+    recipe: Any = {"name": "r", "rules": [{"target": "linear", "w": "u4/g128"}]}
     fast = torch.compile(model, backend="qfx", options={"recipe": recipe})
     with torch.no_grad(), pytest.warns(QfxWarning, match="MatMulNBits rounds them"):
         fast(torch.randn(2, 192))
