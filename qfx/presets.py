@@ -151,6 +151,14 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         "4-bit normal-float weights in groups of 64 (8-bit embeddings), float activations",
         {"rules": [*_grouped("nf4/g64/f16", "linear", "experts"), _EMBEDDING, _TIED8]},
     ),
+    "nf4-gptq": (
+        "nf4 with weights rounded layer by layer by what each reads (GPTQ); needs data",
+        {
+            "rules": [*_grouped("nf4/g64/f16", "linear", "experts"), _EMBEDDING, _TIED8],
+            "rounding": "gptq",
+            "gptq": _GPTQ,
+        },
+    ),
     "fp8": (
         "8-bit float weights per channel and activations per token (8-bit embeddings)",
         {

@@ -81,6 +81,7 @@ FORMATS = {
     3: ("u3/g64/f16",),
     2: ("u2/g64/f16",),
 }
+FLOATS = {4: ("nf4/g64/f16",)}  # rounded by the methods that need no grid of even steps
 MARKERS = "osD^vP*Xh<>p"
 COLUMNS = {"bits": "bits", "weights_bytes": "MB", "kld": "KLD", "perplexity": "perplexity", "top1": "same best token",
            "seconds": "s"}  # fmt: skip
@@ -94,6 +95,11 @@ def entries(bits: Sequence[int], only: Sequence[str], llm_compressor: str = "") 
         methods = METHODS if b < 8 else ("rtn", "mse", "gptq")
         own = [
             Entry(f"qfx {m} {f.removesuffix('/f16')}", "qfx_rounding", f"{f} {m}") for f in FORMATS[b] for m in methods
+        ]
+        own += [
+            Entry(f"qfx {m} {f.removesuffix('/f16')}", "qfx_rounding", f"{f} {m}")
+            for f in FLOATS.get(b, ())
+            for m in ("rtn", "gptq")
         ]
         found += [e for e in (*PEERS[b], *own) if not only or any(word in e.name for word in only)]
     return [replace(e, python=llm_compressor) if e.module == LLM_COMPRESSOR else e for e in found]

@@ -28,6 +28,7 @@ FIXED = {  # the names that are promised
         "w4a8-rotate",
         "w4a4-rotate",
         "nf4",
+        "nf4-gptq",
         "fp8",
         "mxfp4",
         "nvfp4",
@@ -85,6 +86,7 @@ def test_parse_by_name(name: str) -> None:
         ("w2a16-learned", "w=u2/g64/f16"),
         ("w4a8-gptq", "x=i8/tok w=i4/ch"),
         ("nf4", "w=nf4/g64/f16"),
+        ("nf4-gptq", "w=nf4/g64/f16"),
         ("fp8", "x=f8e4m3/tok w=f8e4m3/ch"),
         ("mxfp4", "w=f4e2m1/g32/e8m0"),
         ("nvfp4", "w=f4e2m1/g16/e4m3"),
@@ -116,7 +118,7 @@ def test_tied_tables_are_4_bit(name: str) -> None:
     [
         ("fp8", "x=f8e4m3/tok w=f8e4m3/ch"),
         *((name, "x=i8/tok w=i8/ch") for name in ("w8a8", "w4a8", "w4a8-gptq")),
-        *((name, "w=i8/ch") for name in ("nf4", "mxfp4", "nvfp4")),
+        *((name, "w=i8/ch") for name in ("nf4", "nf4-gptq", "mxfp4", "nvfp4")),
     ],
 )
 def test_tied_tables_have_one_format(name: str, formats: str) -> None:
