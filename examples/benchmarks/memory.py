@@ -13,8 +13,8 @@ Where the run of w4a16 takes more than files and activations, for llama-0.1b in 
 packs the weights with a sum in float32 for each block where the file has a zero point, 5 % more in blocks of 128 and
 17 % in the table's of 32. ONNX Runtime keeps scales and zero points mapped although they are packed too, and copies the
 table's. Rows of the table are mapped with many neighbours, as the system does. Memory for values comes in powers of
-two. In llama-1b the peak is when the tied table is packed (168 of 697), the last of all weights: its pages are let go of
-right after that.
+two. In llama-1b the peak is when the tied table is packed (168 of 697), the last of all weights: its pages are let go
+of right after that.
 """
 
 from __future__ import annotations
