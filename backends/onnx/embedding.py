@@ -21,6 +21,7 @@ from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.nbits import NBits, nbits_layout
 from qfx.backends.onnx.quant_weights import Weight
+from qfx.backends.onnx.scales import scales
 from qfx.backends.onnx.values import Value
 from qfx.format import Format
 from qfx.graph import is_call
@@ -59,6 +60,8 @@ def _is_read_by_blocks(node: fx.Node) -> bool:
 def _rows_as_stored(b: Builder, ids: Value, weight: Weight) -> Value:
     """Codes of 8 bits, [N, K], with a scale and zero point for each row or for all."""
     codes, scale, zero = weight.rows(b)
+    if scale.rank:
+        scale = Value(b.op("Unsqueeze", scale, b.ints([-1])).name, scale.dtype, (weight.n, 1))
     values = b.cast(b.op("Gather", codes, ids, axis=0), torch.float32)
     if zero is not None:
         values = b.op("Sub", values, b.cast(_gathered(b, zero, ids), torch.float32))
@@ -105,7 +108,7 @@ def _rows_by_value(b: Builder, ids: Value, weight: Weight) -> Value:
         values = b.op("Gather", table, b.cast(codes, torch.int32), axis=0)
     else:
         values = b.op("Sub", codes, _points(b, ids, weight))
-    scale = b.derived(f"{weight.name}.steps", torch.float32, *_by_row(weight, weight.factor()))
+    scale = scales(b, f"{weight.name}.steps", fmt, *_by_row(weight, weight.factor()))
     return _joined(b, b.op("Mul", values, _gathered(b, scale, ids)), (*ids.dims, groups, group), weight.k)
 
 

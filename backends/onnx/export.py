@@ -26,9 +26,11 @@ from qfx.storage.spill import flat_bytes
 # in memory once more, which is the price of one file.
 EXTERNAL_BYTES = 32 << 20
 _MOST_INLINE = 2**31 - (64 << 20)  # protobuf holds less than 2 GiB
-_PAGE = 4096  # ONNX Runtime maps weights into memory where they begin at a page
+_PAGE = 4096  # weights of many pages begin at one, others at a line of the cache: what maps them maps whole pages
+_LINE, _MANY = 64, 64 << 10
 _PART = 4 << 20  # bytes that are written before those that were read are let go of
 _SMALL = 1024  # bytes of a tensor that the checker reads
+_FORMED = {"MatMulNBits": 1, "Transpose": 0}  # operators -> which input ONNX Runtime needs no more once it is loaded
 WEIGHTS_KEY = "qfx.weights"
 INSIDE_KEY = "qfx.inside"
 """Metadata: sha256 of the names and bytes of the weights that lie in the model's file itself."""
@@ -225,7 +227,7 @@ def _write_weights(
     file: BinaryIO,
     rest: Callable[[int], None],
 ) -> str:
-    """Write the external weights in their order, each at a page's start; returns the sha256 of the file."""
+    """Write the external weights in their order, large ones at a page's start; returns the sha256 of the file."""
     digest = hashlib.sha256()
     place = 0
 
@@ -238,8 +240,8 @@ def _write_weights(
     for tensor in initializers:
         if tensor.name not in weights:
             continue
-        put(bytes(-place % _PAGE))
         data = _raw(made(weights[tensor.name]))
+        put(bytes(-place % (_PAGE if len(data) >= _MANY else _LINE)))
         del tensor.external_data[:]
         for key, value in (("location", location), ("offset", str(place)), ("length", str(len(data)))):
             entry = tensor.external_data.add()
@@ -252,20 +254,23 @@ def _write_weights(
 
 
 def _second_names(graph: onnx.GraphProto, weights: Collection[str]) -> dict[str, str]:
-    """A name of its own for the weight of a MatMulNBits where another node reads it too; returns it -> the first one.
+    """A name of its own for a weight of which ONNX Runtime makes another form, where another node reads it too;
+    returns it -> the first one.
 
-    ONNX Runtime packs the weight and then closes its map of the file, unless something else has that name. Of a map
-    that only a Gather reads, the rows that are asked for come into memory, and no others.
+    When it has made that form (MatMulNBits packs its weight, a Transpose is evaluated), it closes its map of the file,
+    unless something else has that name. Of a map that only a Gather reads, the rows that are asked for come into
+    memory, and no others.
 
     MatMulNBits(x, w, s), GatherBlockQuantized(w, ids, ..)  ->  GatherBlockQuantized(w.second, ids, ..)
+    Transpose(w), Gather(w, ids)                            ->  Gather(w.second, ids)
     """
     nodes = list(every_node(graph.node))
-    packed = {node.input[1] for node in nodes if node.op_type == "MatMulNBits"}.intersection(weights)
+    formed = {node.input[_FORMED[node.op_type]] for node in nodes if node.op_type in _FORMED}.intersection(weights)
     held = {t.name: t for t in graph.initializer}
     second: dict[str, str] = {}
     for node in nodes:
         for i, name in enumerate(node.input):
-            if name not in packed or (node.op_type == "MatMulNBits" and i == 1):
+            if name not in formed or _FORMED.get(node.op_type) == i:
                 continue
             again = node.input[i] = f"{name}.second"
             if again not in second:

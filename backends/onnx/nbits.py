@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qfx.backends.onnx.build import Builder
 from qfx.backends.onnx.quant_weights import Weight, together
+from qfx.backends.onnx.scales import scales, widened
 from qfx.backends.onnx.values import Value
 from qfx.packing import pack_bits
 
@@ -43,12 +44,7 @@ class NBits:
             return made[0] if len(made) == 1 else torch.cat(made)
 
         data = b.derived(name, torch.uint8, shape, lambda: stacked(lambda w: self._codes(w, blocks), shape[1:]))
-        scales = b.derived(
-            f"{name}.scale",
-            torch.float32,
-            (n, blocks),
-            lambda: stacked(lambda w: self._spread(w, w.factor(), blocks), (blocks,)),
-        )
+        scales = self._scales(b, f"{name}.scale", parts)
         if not first.format.has_zero:
             return data, scales, None
         width = -(-blocks * self.bits // 8)
@@ -57,15 +53,46 @@ class NBits:
         )
         return data, scales, zeros
 
+    def _scales(self, b: Builder, name: str, parts: Sequence[Weight]) -> Value:
+        """f32 [N, K/block] of weights that lie one below the other."""
+        first, n = parts[0], sum(weight.n for weight in parts)
+        blocks = -(-first.k // self.block)
+        by_row = first.format.group is None and first.format.block is None
+        width = 1 if by_row and b.portable else blocks  # a session of this process gets them as its kernels want them
+
+        def make() -> Tensor:
+            return torch.cat([self._spread(w, w.factor(), width).reshape(w.n, width) for w in parts])
+
+        return widened(b, scales(b, name, first.format, (n, width), make), (n, blocks))
+
     def points(self, b: Builder, weight: Weight) -> Value | None:
-        """Zero points one by one, u8 [N, K/block, 1]; None where they are 2^(bits-1)."""
+        """Zero points one by one, u8 [N, K/block, 1]; None where they are 2^(bits-1).
+
+        A file holds those of `weights`, and who loads it takes them apart.
+        """
         if not weight.format.has_zero:
             return None
         assert weight.zero is not None
         blocks, zero = -(-weight.k // self.block), weight.zero
+        if b.portable:
+            return self._apart(b, weight, blocks)
         name = f"{weight.name}.{self.bits}b{self.block}.points"
         make = lambda: self._spread(weight, zero, blocks).unsqueeze(-1)  # noqa: E731
         return b.derived(name, torch.uint8, (weight.n, blocks, 1), make)
+
+    def _apart(self, b: Builder, weight: Weight, blocks: int) -> Value:
+        packed = self.weights(b, weight)[2]
+        assert packed is not None
+        shape, each = (weight.n, blocks, 1), 8 // self.bits
+        points = b.op("Unsqueeze", packed, b.ints([-1]))
+        if each > 1:
+            shifts = b.const([self.bits * i for i in range(each)], torch.uint8)
+            mask = b.const((1 << self.bits) - 1, torch.uint8)
+            points = b.op("BitwiseAnd", b.op("BitShift", points, shifts, direction="RIGHT"), mask)
+            points = b.op("Reshape", points, b.ints([weight.n, -1, 1]))
+            if blocks % each:
+                points = b.op("Slice", points, b.ints([0]), b.ints([blocks]), b.ints([1]))
+        return Value(points.name, torch.uint8, shape)
 
     def halves(self, b: Builder, weight: Weight) -> tuple[Operands, Operands]:
         """Codes of 8 bits as two weights of 4 bits each, (codes, scales, zero points) as `weights` gives them:
@@ -83,15 +110,13 @@ class NBits:
         def codes() -> Tensor:
             return pack_bits((self._codes(weight, blocks) >> shift) & 15, 4).reshape(shape)
 
-        def scales() -> Tensor:
-            return self._spread(weight, weight.factor(), blocks) * float(1 << shift)
-
         def zeros() -> Tensor:
             return pack_bits((self._all_zeros(weight, blocks) >> shift) & 15, 4)
 
+        steps = self._scales(b, f"{weight.name}.8b{self.block}.scale", [weight])
         return (
             b.derived(name, torch.uint8, shape, codes),
-            b.derived(f"{name}.scale", torch.float32, (n, blocks), scales),
+            b.op("Mul", steps, b.scalar(float(1 << shift), torch.float32)) if shift else steps,
             b.derived(f"{name}.zero", torch.uint8, (n, -(-blocks // 2)), zeros),
         )
 
@@ -172,5 +197,7 @@ def nbits_layout(weight: Weight) -> NBits | None:
         return None
     while group is None and block > 16 and block // 2 >= weight.k:
         block //= 2
+    if group is None:  # codes are padded to whole blocks; those of 64 and 32 are as fast
+        block = next((size for size in (128, 64, 32) if size <= block and weight.k % size == 0), block)
     bits = next(size for size in (2, 4, 8) if fmt.bits <= size)
     return NBits(4 if bits == 2 and block == 16 else bits, block)

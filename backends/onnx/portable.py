@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.quant_weights import Weight
+from qfx.backends.onnx.scales import scales
 from qfx.backends.onnx.values import Value
 from qfx.numerics import F4_VALUES, NF4_VALUES
 from qfx.packing import pack_bits
@@ -51,11 +52,11 @@ def unpacked(b: Builder, weight: Weight) -> Value:
     factor = weight.factor()
     group = weight.format.group or (weight.format.block[1] if weight.format.block else None)
     if group is None or factor.dim() == 0:
-        scale = b.derived(f"{weight.name}.factor", torch.float32, tuple(factor.shape), lambda: factor)
+        scale = scales(b, f"{weight.name}.factor", weight.format, tuple(factor.shape), lambda: factor)
         return Value(b.op("Mul", values, scale).name, torch.float32, shape)
     spread = _spread_rows(weight, factor)
     parts = spread.shape[-1]
-    scale = b.derived(f"{weight.name}.factor", torch.float32, (*spread.shape, 1), lambda: spread.unsqueeze(-1))
+    scale = scales(b, f"{weight.name}.factor", weight.format, (*spread.shape, 1), lambda: spread.unsqueeze(-1))
     values = b.op("Reshape", values, b.ints([*shape[:-1], parts, group]))
     whole = b.op("Reshape", b.op("Mul", values, scale), b.ints([*shape[:-1], parts * group]))
     if parts * group != weight.k:
@@ -113,9 +114,12 @@ def columns(b: Builder, weight: Weight) -> Value:
     if weight.format.is_plain:
         return b.op("Transpose", _plain(b, weight, (weight.n, weight.k)), perm=[1, 0])
     fmt, n, width = weight.format, weight.n, _padded(weight)
-    codes = _integers(b, f"{weight.name}.kn", weight, (width, n), lambda: _filled(weight.codes(), width).t())
+    turned = weight.turned(b) if width == weight.k else None
+    codes = turned or _integers(
+        b, f"{weight.name}.kn", weight, (width, n), lambda: _filled(weight.codes(), width).t()
+    )
     factor = _by_columns(weight, weight.factor())
-    scale = b.derived(f"{weight.name}.kn.scale", torch.float32, tuple(factor.shape), lambda: factor)
+    scale = scales(b, f"{weight.name}.kn.scale", fmt, tuple(factor.shape), lambda: factor)
     zero = None
     if weight.zero is not None and fmt.has_zero:
         points = _by_columns(weight, weight.zero)

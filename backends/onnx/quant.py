@@ -213,8 +213,7 @@ def dequantize(b: Builder, w: Any, w_scale: Any, w_zero: Any, w_format: str, las
     fmt = weight.format
     if fmt.type == "i8" and fmt.granularity in ("", "ch") and weight.rank == 2 and not fmt.has_global_scale:
         codes, scale, _ = weight.rows(b)
-        flat = b.op("Squeeze", scale, b.ints([1])) if scale.rank else scale
-        return b.op("DequantizeLinear", codes, flat, dtype=torch.float32, axis=0)
+        return b.op("DequantizeLinear", codes, scale, dtype=torch.float32, axis=0)
     b.note(f"the weight is stored as {fmt}, held in f32", "none needed for the result")
     return _float(b, weight)
 

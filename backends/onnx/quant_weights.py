@@ -16,6 +16,8 @@ from qfx.format import Format
 from qfx.numerics import dequantize, effective_scale
 from qfx.packing import pack_bits, unpack_codes, unpack_zeros
 
+# ONNX Runtime 1.27 to 1.31 evaluate nothing of more bytes than 1 GiB when they load a model, but in each call.
+MOST_FOLDED = 1 << 30
 
 def _only_size(b: Builder, fmt: Format, stored: int) -> int | None:
     """The last size of an input that was traced with a symbol and can only be what the weight's codes fill (channels of
@@ -109,9 +111,34 @@ class Weight:
                 self._flat(self.zero),
                 lambda: _shifted(self.zero).reshape(self._flat(self.zero)),
             )
-        codes = self._made(b, "columns", torch.int8, (self.k, self.n), lambda: self._signed().t().contiguous())
+        return self._columns(b), self._row_scale(b), zero
+
+    def _columns(self, b: Builder) -> Value:
+        """int8 [K, N]."""
+        turned = self.turned(b)
+        if turned is not None:
+            return turned
+        return self._made(b, "columns", torch.int8, (self.k, self.n), lambda: self._signed().t().contiguous())
+
+    def turned(self, b: Builder) -> Value | None:
+        """int8 codes [K, N] made of rows that the model has already (a tied embedding), when it is loaded.
+
+        None where it has none, where ONNX Runtime would turn them in each call, and for a second product: on some
+        processors it wants a weight for each.
+        """
+        key = ("turned", self.name)
+        if ("rows", self.name) not in b.memo or key in b.memo or self.format.type != "i8":
+            return None
+        if self.data.nbytes > MOST_FOLDED:
+            return None
+        b.memo[key] = True
+        turned = b.op("Transpose", b.weight(self.data, self.name), perm=[1, 0])
+        return Value(turned.name, torch.int8, (self.k, self.n))
+
+    def _row_scale(self, b: Builder) -> Value:
+        """f32 [N] or []."""
         shape = self._flat(self.scale)
-        return codes, self._made(b, "scale", torch.float32, shape, lambda: self.factor().reshape(shape)), zero
+        return self._made(b, "scale", torch.float32, shape, lambda: self.factor().reshape(shape))
 
     def column_sums(self, b: Builder) -> Value:
         """f32 [N]: sum of (code - zero) * scale over K, for inputs with a zero point of their own."""
@@ -122,9 +149,9 @@ class Weight:
         return self._made(b, "sums", torch.float32, (self.n,), make)
 
     def rows(self, b: Builder) -> tuple[Value, Value, Value | None]:
-        """Codes [N, K] of 8 bits as they are stored, scale [N, 1] or [], zero points likewise."""
-        codes = b.weight(self.data, self.name)
-        scale = self._made(b, "scale_rows", torch.float32, tuple(self.scale.shape), self.factor)
+        """Codes [N, K] of 8 bits as they are stored, scale [N] or [], zero points [N, 1] or []."""
+        b.memo["rows", self.name] = True
+        codes, scale = b.weight(self.data, self.name), self._row_scale(b)
         zero = None if self.zero is None else b.weight(self.zero, f"{self.name}.zero")
         return codes, scale, zero
 

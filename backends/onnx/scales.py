@@ -1,0 +1,51 @@
+"""Scales lie in a file in the type in which the model stores them, once a group, and readers make of them what kernels
+take: f32, one for each block. They do so when they load the file (constant folding), not in each call.
+
+    f16 [N, groups]           Cast                -> f32 [N, blocks]
+    f32 [N, 1], one a row     Expand              -> f32 [N, blocks]
+    power of two (e8m0)       bf16, which holds them all, Cast
+
+A session of this process has no file: it gets f32 as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from onnx import TensorProto
+from torch import Tensor
+
+from qfx.backends.onnx.build import Builder
+from qfx.backends.onnx.values import Value
+from qfx.format import Format
+
+_HALVES = {
+    "f16": (torch.float16, TensorProto.FLOAT16),
+    "bf16": (torch.bfloat16, TensorProto.BFLOAT16),
+    "e8m0": (torch.bfloat16, TensorProto.BFLOAT16),
+}
+
+
+def scales(b: Builder, name: str, fmt: Format, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Value:
+    """f32 of this shape. make: the scales of `fmt`, as f32 of this shape."""
+    if fmt.scale_type not in _HALVES or not b.portable:
+        return b.derived(name, torch.float32, shape, make)
+    dtype, element = _HALVES[fmt.scale_type]
+    key = ("scales", name)
+    if key not in b.memo:
+        held = b.raw(name, element, shape, lambda: make().to(dtype).contiguous().view(torch.uint8))
+        b.memo[key] = Value(b.cast(held, torch.float32).name, torch.float32, shape)
+    found: Value = b.memo[key]
+    return found
+
+
+def widened(b: Builder, value: Value, shape: tuple[int, ...]) -> Value:
+    """Values [N, 1] as [N, blocks]."""
+    if value.shape == shape:
+        return value
+    key = ("widened", value.name, shape)
+    if key not in b.memo:
+        b.memo[key] = Value(b.op("Expand", value, b.ints(shape)).name, value.dtype, shape)
+    found: Value = b.memo[key]
+    return found
