@@ -44,14 +44,14 @@ class NBits:
             return made[0] if len(made) == 1 else torch.cat(made)
 
         data = b.derived(name, torch.uint8, shape, lambda: stacked(lambda w: self._codes(w, blocks), shape[1:]))
-        scales = self._scales(b, f"{name}.scale", parts)
+        steps = self._scales(b, f"{name}.scale", parts)
         if not first.format.has_zero:
-            return data, scales, None
+            return data, steps, None
         width = -(-blocks * self.bits // 8)
         zeros = b.derived(
             f"{name}.zero", torch.uint8, (n, width), lambda: stacked(lambda w: self._zeros(w, blocks), (width,))
         )
-        return data, scales, zeros
+        return data, steps, zeros
 
     def _scales(self, b: Builder, name: str, parts: Sequence[Weight]) -> Value:
         """f32 [N, K/block] of weights that lie one below the other."""
@@ -68,13 +68,13 @@ class NBits:
     def points(self, b: Builder, weight: Weight) -> Value | None:
         """Zero points one by one, u8 [N, K/block, 1]; None where they are 2^(bits-1).
 
-        A file holds those of `weights`, and who loads it takes them apart.
+        A file for ONNX Runtime holds those of `weights`; they are taken apart when it is loaded.
         """
         if not weight.format.has_zero:
             return None
         assert weight.zero is not None
         blocks, zero = -(-weight.k // self.block), weight.zero
-        if b.portable:
+        if b.runtime == "onnxruntime":
             return self._apart(b, weight, blocks)
         name = f"{weight.name}.{self.bits}b{self.block}.points"
         make = lambda: self._spread(weight, zero, blocks).unsqueeze(-1)  # noqa: E731
@@ -139,19 +139,20 @@ class NBits:
         blocks = first.k // self.block
         name = f"{first.name.removesuffix('.0')}.{self.bits}b{self.block}.experts"
 
-        def stacked(what: str, dtype: torch.dtype, width: int, make: Callable[[Weight], Tensor]) -> Value:
+        def stacked(width: int, make: Callable[[Weight], Tensor]) -> tuple[tuple[int, ...], Callable[[], Tensor]]:
             def made() -> Tensor:
                 rows = [make(weight).reshape(weight.n, width) for weight in parts]
                 return torch.stack(rows if order is None else [one[order] for one in rows])
 
-            return b.derived(f"{name}{what}", dtype, (count, first.n, width), made)
+            return (count, first.n, width), made
 
-        data = stacked("", torch.uint8, first.k * self.bits // 8, lambda w: self._codes(w, blocks))
-        scales = stacked(".scale", torch.float32, blocks, lambda w: self._spread(w, w.factor(), blocks))
+        data = b.derived(name, torch.uint8, *stacked(first.k * self.bits // 8, lambda w: self._codes(w, blocks)))
+        steps = stacked(blocks, lambda w: self._spread(w, w.factor(), blocks))
+        found = scales(b, f"{name}.scale", first.format, *steps)
         if not first.format.has_zero:
-            return data, scales, None
-        zeros = stacked(".zero", torch.uint8, -(-blocks * self.bits // 8), lambda w: self._zeros(w, blocks))
-        return data, scales, zeros
+            return data, found, None
+        points = stacked(-(-blocks * self.bits // 8), lambda w: self._zeros(w, blocks))
+        return data, found, b.derived(f"{name}.zero", torch.uint8, *points)
 
     def _codes(self, weight: Weight, blocks: int) -> Tensor:
         if self._same_bytes(weight, blocks):
@@ -197,7 +198,5 @@ def nbits_layout(weight: Weight) -> NBits | None:
         return None
     while group is None and block > 16 and block // 2 >= weight.k:
         block //= 2
-    if group is None:  # codes are padded to whole blocks; those of 64 and 32 are as fast
-        block = next((size for size in (128, 64, 32) if size <= block and weight.k % size == 0), block)
     bits = next(size for size in (2, 4, 8) if fmt.bits <= size)
     return NBits(4 if bits == 2 and block == 16 else bits, block)

@@ -114,10 +114,7 @@ def columns(b: Builder, weight: Weight) -> Value:
     if weight.format.is_plain:
         return b.op("Transpose", _plain(b, weight, (weight.n, weight.k)), perm=[1, 0])
     fmt, n, width = weight.format, weight.n, _padded(weight)
-    turned = weight.turned(b) if width == weight.k else None
-    codes = turned or _integers(
-        b, f"{weight.name}.kn", weight, (width, n), lambda: _filled(weight.codes(), width).t()
-    )
+    codes = _integers(b, f"{weight.name}.kn", weight, (width, n), lambda: _filled(weight.codes(), width).t())
     factor = _by_columns(weight, weight.factor())
     scale = scales(b, f"{weight.name}.kn.scale", fmt, tuple(factor.shape), lambda: factor)
     zero = None

@@ -19,6 +19,7 @@ from qfx.packing import pack_bits, unpack_codes, unpack_zeros
 # ONNX Runtime 1.27 to 1.31 evaluate nothing of more bytes than 1 GiB when they load a model, but in each call.
 MOST_FOLDED = 1 << 30
 
+
 def _only_size(b: Builder, fmt: Format, stored: int) -> int | None:
     """The last size of an input that was traced with a symbol and can only be what the weight's codes fill (channels of
     a convolution over audio): that of the traced call. None where the codes were packed of another size."""
@@ -104,13 +105,7 @@ class Weight:
         zero = None
         if self.format.type == "u8":
             shape = self._flat(self.zero)
-            zero = self._made(
-                b,
-                "zero_s8",
-                torch.int8,
-                self._flat(self.zero),
-                lambda: _shifted(self.zero).reshape(self._flat(self.zero)),
-            )
+            zero = self._made(b, "zero_s8", torch.int8, shape, lambda: _shifted(self.zero).reshape(shape))
         return self._columns(b), self._row_scale(b), zero
 
     def _columns(self, b: Builder) -> Value:

@@ -66,13 +66,22 @@ def test_bytes_are_the_same_each_time(tmp_path: Path, external: int) -> None:
         assert (first.parent / name).read_bytes() == (second.parent / name).read_bytes()
 
 
-def test_weights_beside_the_model_begin_at_pages(tmp_path: Path) -> None:
-    path = write(tmp_path, external_bytes=0)
-    model = onnx.load(str(path), load_external_data=False)
-    entries = [{e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data]
-    assert len(entries) >= 2
+def test_large_weights_beside_the_model_begin_at_pages(tmp_path: Path) -> None:
+    """Many small ones would take more bytes between them than in them."""
+    path = tmp_path / "m.onnx"
+    model = nn.Sequential(nn.Linear(256, 300), nn.LayerNorm(300), nn.Linear(300, 256), nn.Linear(256, 8)).eval()
+    written = qfx.export_onnx(model, torch.randn(2, 256), path, recipe="w8a8", external_bytes=0)
+    found = onnx.load(str(path), load_external_data=False)
+    entries = [{e.key: e.value for e in t.external_data} for t in found.graph.initializer if t.external_data]
     assert {e["location"] for e in entries} == {"m.onnx.data"}
-    assert all(int(e["offset"]) % 4096 == 0 for e in entries)
+    places = sorted((int(e["offset"]), int(e["length"])) for e in entries)
+    large, small = ([offset for offset, size in places if (size >= 1 << 16) == many] for many in (True, False))
+    assert len(large) == 2
+    assert len(small) >= 3
+    assert all(offset % 4096 == 0 for offset in large)
+    assert all(offset % 64 == 0 for offset in small)
+    between = written.files[1].stat().st_size - sum(size for _, size in places)
+    assert 0 <= between < 2 * 4096 + 64 * len(small)
     onnx.checker.check_model(str(path))
 
 

@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
 
 import qfx
+from qfx.backends.onnx import lower, quant_weights
 from qfx.errors import QfxWarning
 from qfx.recipe import Recipe
 from tests.backends.onnx.checks import in_ort, sqnr
+from tests.graphs import capture
 
 IDS = torch.randint(0, 90, (3, 5), generator=torch.Generator().manual_seed(0))
 
@@ -146,8 +149,123 @@ def test_two_formats_are_stored_twice_and_told() -> None:
         qfx.quantize(Tied(96).eval(), Recipe.parse({"name": "two", "rules": rules}), data=[(IDS,)])
 
 
-def test_other_tables_stay_rows(tmp_path: Path) -> None:
-    """With 8-bit activations the last layer reads columns, and rows are gathered as they are stored."""
-    model = qfx.quantize(Tied(128).eval(), "w8a8", data=[(IDS,)])
-    path = qfx.export_onnx(model, (IDS,), tmp_path / "m.onnx").path
-    assert tables(path) == 3
+def loaded(path: Path, **entries: str) -> onnx.GraphProto:
+    """The graph that ONNX Runtime makes of a file."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(path.with_suffix(".optimized"))
+    for key, value in entries.items():
+        options.add_session_config_entry(f"session.{key}", value)
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnx.load(options.optimized_model_filepath).graph
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-static"])
+@pytest.mark.parametrize("width", [64, 100])
+def test_beside_integer_activations_it_lies_as_rows(tmp_path: Path, recipe: str, width: int) -> None:
+    """The last layer reads columns: the rows are turned when the file is loaded, and no call turns them."""
+    model = qfx.quantize(Tied(width).eval(), recipe, data=[(IDS,)])
+    path = written(model, tmp_path / "m.onnx")
+    assert tables(path) == (1 if width * width < 90 * 64 else 2)  # the linear's own weight may be as large
+    graph = onnx.load(str(path)).graph
+    (turned,) = (node for node in graph.node if node.op_type == "Transpose" and "codes" in node.input[0])
+    (gather,) = (n for n in graph.node if n.op_type == "Gather" and n.input[0] == turned.input[0])
+    held = {t.name: t for t in graph.initializer}
+    assert list(held[gather.input[0]].dims) == [90, width]
+    assert sum(t.data_type == 1 and np.prod(t.dims) == 90 for t in graph.initializer) == 1, "one scale a row, once"
+    kinds = [node.op_type for node in loaded(path).node]
+    assert "Transpose" not in kinds
+    assert kinds.count("MatMulIntegerToFloat") == 2
+    with torch.no_grad():
+        assert sqnr(model(IDS), in_ort(path, ids=IDS)) > 100
+
+
+def test_the_control_sees_a_table_that_is_not_turned(tmp_path: Path) -> None:
+    """Of as many rows as columns: codes read the wrong way fit, and give other numbers."""
+
+    class Square(Tied):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids)
+
+    model = qfx.quantize(Square(90).eval(), "w8a8", data=[(IDS,)])
+    path = written(model, tmp_path / "m.onnx")
+    file = onnx.load(str(path))
+    (turned,) = (node for node in file.graph.node if node.op_type == "Transpose" and "codes" in node.input[0])
+    turned.op_type = "Identity"
+    del turned.attribute[:]
+    onnx.save(file, str(path))
+    with torch.no_grad():
+        assert sqnr(model(IDS), in_ort(path, ids=IDS)) < 10
+
+
+def test_where_sums_would_overflow_it_is_turned_too(tmp_path: Path) -> None:
+    """The exact path of processors without VNNI makes u8 weights of the turned table."""
+    model = qfx.quantize(Tied(100).eval(), "w8a8", data=[(IDS,)])
+    path = written(model, tmp_path / "m.onnx")
+    graph = loaded(path, x64quantprecision="1")
+    held = {t.name: t.data_type for t in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert [held[node.input[1]] for node in products] == [onnx.TensorProto.UINT8] * 2
+    assert "Transpose" not in {node.op_type for node in graph.node}
+
+
+class TwoHeads(Tied):
+    """The table is read by two products."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y = self.linear(self.embedding(ids))
+        return self.head(y) + nn.functional.linear(torch.tanh(y), self.head.weight)
+
+
+def test_a_second_product_has_columns_of_its_own(tmp_path: Path) -> None:
+    path = written(TwoHeads(64).eval(), tmp_path / "m.onnx", recipe="w8a8")
+    graph = onnx.load(str(path)).graph
+    assert sum(node.op_type == "Transpose" for node in graph.node) == 1
+    assert sum(sorted(t.dims) == [64, 90] for t in graph.initializer) == 2
+    assert "Transpose" not in {node.op_type for node in loaded(path, x64quantprecision="1").node}
+
+
+def test_tables_that_onnx_runtime_would_turn_in_each_call_lie_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quant_weights, "MOST_FOLDED", 90 * 64 - 1)
+    model = qfx.quantize(Tied(64).eval(), "w8a8", data=[(IDS,)])
+    graph = onnx.load(str(written(model, tmp_path / "m.onnx"))).graph
+    assert sorted(sorted(t.dims) for t in graph.initializer if np.prod(t.dims) == 90 * 64) == [[64, 90], [64, 90]]
+    assert not any(node.op_type == "Transpose" for node in graph.node)
+
+
+def test_turned_tables_have_two_names_and_one_place(tmp_path: Path) -> None:
+    model = qfx.quantize(Tied(256).eval(), "w8a8", data=[(IDS,)])
+    path = written(model, tmp_path / "m.onnx", external_bytes=0)
+    graph = onnx.load(str(path), load_external_data=False).graph
+    held = {t.name: t for t in graph.initializer}
+    (turned,) = (node for node in graph.node if node.op_type == "Transpose" and node.input[0] in held)
+    (gather,) = (n for n in graph.node if n.op_type == "Gather" and n.input[0].startswith(turned.input[0]))
+    assert gather.input[0] == f"{turned.input[0]}.second"
+    assert list(held[gather.input[0]].external_data) == list(held[turned.input[0]].external_data)
+    inside = written(model, tmp_path / "inside.onnx")
+    assert torch.equal(in_ort(path, ids=IDS), in_ort(inside, ids=IDS))
+    assert qfx.onnx.check(path)["qfx.runtime"] == "onnxruntime"
+
+
+def test_compiled_the_session_turns_the_models_own_memory() -> None:
+    """No copy as columns is held for the session, in which the product of integers stays."""
+    model = qfx.quantize(Tied(100).eval(), "w8a8", data=[(IDS,)])
+    gm = capture(model, IDS)
+    (built,) = lower(gm).models
+    assert sorted(sorted(w.shape) for w in built.weights.values() if w.numel() == 90 * 100) == [[90, 100]]
+    compiled: Any = torch.compile(model, backend="qfx", options={"cache": False})
+    with torch.no_grad():
+        assert sqnr(model(IDS), compiled(IDS)) > 100
+    rows = {row.node: row for row in qfx.report(compiled)}
+    assert rows["head"].kernel.startswith("MatMulIntegerToFloat u8 x s8")
+    assert rows["embedding"].kernel == "Gather int8"
+    torch._dynamo.reset()
+
+
+def test_by_the_standard_weights_of_fixed_scales_stay_columns(tmp_path: Path) -> None:
+    """OpenVINO multiplies integers only where they lie as columns, or are turned by no other node."""
+    model = qfx.quantize(Tied(100).eval(), "w8a8-static", data=[(IDS,)])
+    graph = onnx.load(str(written(model, tmp_path / "m.onnx", "standard"))).graph
+    assert sorted(list(t.dims) for t in graph.initializer if np.prod(t.dims) == 90 * 100) == [[90, 100], [100, 90]]
