@@ -21,7 +21,7 @@ from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.math import Emit
 from qfx.backends.onnx.nbits import NBits, nbits_layout
 from qfx.backends.onnx.quant_weights import Weight
-from qfx.backends.onnx.scales import scales
+from qfx.backends.onnx.scales import factors
 from qfx.backends.onnx.values import Value
 from qfx.format import Format
 from qfx.graph import is_call
@@ -108,7 +108,7 @@ def _rows_by_value(b: Builder, ids: Value, weight: Weight) -> Value:
         values = b.op("Gather", table, b.cast(codes, torch.int32), axis=0)
     else:
         values = b.op("Sub", codes, _points(b, ids, weight))
-    scale = scales(b, f"{weight.name}.steps", fmt, *_by_row(weight, weight.factor()))
+    scale = factors(b, f"{weight.name}.steps", weight, lambda values: _by_row(weight, values)[1]())
     return _joined(b, b.op("Mul", values, _gathered(b, scale, ids)), (*ids.dims, groups, group), weight.k)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qfx.backends.onnx.build import MICROSOFT, Builder
 from qfx.backends.onnx.quant_weights import Weight
-from qfx.backends.onnx.scales import scales
+from qfx.backends.onnx.scales import factors
 from qfx.backends.onnx.values import Value
 from qfx.numerics import F4_VALUES, NF4_VALUES
 from qfx.packing import pack_bits
@@ -49,14 +49,12 @@ def unpacked(b: Builder, weight: Weight) -> Value:
     if weight.format.is_plain:
         return _plain(b, weight, shape)
     values = _values(b, weight)
-    factor = weight.factor()
     group = weight.format.group or (weight.format.block[1] if weight.format.block else None)
-    if group is None or factor.dim() == 0:
-        scale = scales(b, f"{weight.name}.factor", weight.format, tuple(factor.shape), lambda: factor)
+    if group is None or weight.factor().dim() == 0:
+        scale = factors(b, f"{weight.name}.factor", weight, lambda values: values)
         return Value(b.op("Mul", values, scale).name, torch.float32, shape)
-    spread = _spread_rows(weight, factor)
-    parts = spread.shape[-1]
-    scale = scales(b, f"{weight.name}.factor", weight.format, (*spread.shape, 1), lambda: spread.unsqueeze(-1))
+    scale = factors(b, f"{weight.name}.factor", weight, lambda values: _spread_rows(weight, values).unsqueeze(-1))
+    parts = scale.dims[-2]
     values = b.op("Reshape", values, b.ints([*shape[:-1], parts, group]))
     whole = b.op("Reshape", b.op("Mul", values, scale), b.ints([*shape[:-1], parts * group]))
     if parts * group != weight.k:
@@ -115,15 +113,14 @@ def columns(b: Builder, weight: Weight) -> Value:
         return b.op("Transpose", _plain(b, weight, (weight.n, weight.k)), perm=[1, 0])
     fmt, n, width = weight.format, weight.n, _padded(weight)
     codes = _integers(b, f"{weight.name}.kn", weight, (width, n), lambda: _filled(weight.codes(), width).t())
-    factor = _by_columns(weight, weight.factor())
-    scale = scales(b, f"{weight.name}.kn.scale", fmt, tuple(factor.shape), lambda: factor)
+    scale = factors(b, f"{weight.name}.kn.scale", weight, lambda values: _by_columns(weight, values))
     zero = None
     if weight.zero is not None and fmt.has_zero:
         points = _by_columns(weight, weight.zero)
         zero = _integers(b, f"{weight.name}.kn.zero", weight, tuple(points.shape), lambda: points)
     group = fmt.group or (fmt.block[1] if fmt.block else None)
-    where: dict[str, Any] = {"axis": 1} if factor.dim() == 1 else {}
-    if factor.dim() == 2:
+    where: dict[str, Any] = {"axis": 1} if scale.rank == 1 else {}
+    if scale.rank == 2:
         where = {"axis": 0, "block_size": group}
     y = b.op("DequantizeLinear", codes, scale, zero, dtype=torch.float32, **where)
     if width != weight.k:  # OpenVINO takes whole blocks only

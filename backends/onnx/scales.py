@@ -4,6 +4,7 @@ take: f32, one for each block. They do so when they load the file (constant fold
     f16 [N, groups]           Cast                -> f32 [N, blocks]
     f32 [N, 1], one a row     Expand              -> f32 [N, blocks]
     power of two (e8m0)       bf16, which holds them all, Cast
+    f8 times f32 (e4m3)       Cast, Mul
 
 A session of this process has no file: it gets f32 as it is.
 """
@@ -17,6 +18,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from qfx.backends.onnx.build import Builder
+from qfx.backends.onnx.quant_weights import Weight
 from qfx.backends.onnx.values import Value
 from qfx.format import Format
 
@@ -38,6 +40,18 @@ def scales(b: Builder, name: str, fmt: Format, shape: tuple[int, ...], make: Cal
         b.memo[key] = Value(b.cast(held, torch.float32).name, torch.float32, shape)
     found: Value = b.memo[key]
     return found
+
+
+def factors(b: Builder, name: str, weight: Weight, arranged: Callable[[Tensor], Tensor]) -> Value:
+    """`Weight.factor` of a weight as f32, `arranged`. Where it is a product of two (e4m3), these lie in a file."""
+    found = arranged(weight.factor())
+    if weight.format.scale_type != "e4m3" or not b.portable:
+        return scales(b, name, weight.format, tuple(found.shape), lambda: found)
+    assert weight.zero is not None, f"{weight.format} without the scale of all"
+    codes = arranged(weight.scale.view(torch.uint8)).contiguous()
+    held = b.cast(b.raw(name, TensorProto.FLOAT8E4M3FN, tuple(found.shape), lambda: codes), torch.float32)
+    whole = b.const(weight.zero.reshape(()), torch.float32)
+    return Value(b.op("Mul", held, whole).name, torch.float32, tuple(found.shape))
 
 
 def widened(b: Builder, value: Value, shape: tuple[int, ...]) -> Value:

@@ -19,7 +19,7 @@ from qfx.errors import QfxWarning
 from qfx.recipe import Recipe
 from tests.backends.onnx.checks import in_ort, sqnr
 
-F32, F16, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
+F32, F16, BF16, F8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN
 X = torch.randn(5, 256, generator=torch.Generator().manual_seed(1))
 
 
@@ -67,11 +67,11 @@ def loaded(path: Path, **entries: str) -> onnx.GraphProto:
     [
         ("u4/g32/f16", F16), ("i4/g64/bf16", BF16), ("u2/g64/f16", F16), ("u3/g32/f16", F16), ("u8/g32/f16", F16),
         ("nf4/g64/f16", F16), ("nf4/g32/bf16", BF16), ("f4e2m1/g32/e8m0", BF16), ("i4/ch/f16", F16),
-        ("u4/g32", F32), ("nf4/g64", F32), ("f4e2m1/g16/e4m3", F32), ("i8/ch", F32),
+        ("u4/g32", F32), ("nf4/g64", F32), ("nf4/ch", F32), ("f4e2m1/g16/e4m3", F8), ("i8/ch", F32),
     ],
 )  # fmt: skip
 def test_scales_lie_in_the_type_of_the_model(tmp_path: Path, w: str, held: int, runtime: str) -> None:
-    """The negative control are the formats with scales in f32, or of two factors."""
+    """The negative control are the formats with scales in f32."""
     model, path = written(tmp_path / "m.onnx", w, runtime)
     assert scale_types(path) == {held}
     with torch.no_grad():

@@ -175,3 +175,48 @@ def test_annotations_of_outliers() -> None:
     for bad in ({"outliers": "3", "kept": "f16", "rest": "i8"}, {"outliers": [1.5], "kept": "f16", "rest": "i8"}):
         with pytest.raises(ValueError, match="a list of numbers"):
             annotation.from_json(bad)
+
+
+class Tied(nn.Module):
+    """A table of tokens, a norm with loud channels, and the table again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.norm = nn.Embedding(90, 64), nn.LayerNorm(64)
+        self.head = nn.Linear(64, 90, bias=False)
+        self.head.weight = self.embedding.weight
+        with torch.no_grad():
+            self.norm.weight[LOUD] = 100.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.head(self.norm(self.embedding(ids)))
+        return y
+
+
+IDS = torch.arange(90).reshape(6, 15)
+
+
+@torch.no_grad()
+def test_a_tied_table_stays_whole_and_is_stored_once(tmp_path: Path) -> None:
+    wanted = Tied().eval()(IDS)
+    with pytest.warns(QfxWarning, match=r"head.*3 of its input channels exceed 6; its weight is an embedding's table"):
+        plan = qfx.plan(Tied().eval(), "int8-outliers", [IDS])
+    assert plan.annotations["head"] == {"w": "i8/ch"} == plan.annotations["embedding"]
+    assert plan.sensitivities["outliers"] == {"head": 3}
+    model: Any = qfx.quantize(Tied().eval(), plan)
+    assert model.head.w_codes is model.embedding.w_codes
+    kept = {row.node: row for row in qfx.report(model)}
+    assert kept["head"].shared
+    assert sqnr_db(wanted, model(IDS)) > sqnr_db(wanted, qfx.quantize(Tied().eval(), "w8a8", [IDS])(IDS)) + 4
+    qfx.save(model, tmp_path)
+    assert torch.equal(qfx.load(tmp_path, Tied())(IDS), model(IDS))
+
+
+@pytest.mark.filterwarnings("ignore:head. its weight is tied")
+def test_a_table_in_another_format_is_no_reason() -> None:
+    """Negative control: it is stored twice in any case."""
+    recipe = Recipe.parse("int8-outliers")
+    other = qfx.Rule(target="embedding", w="i4/g32")
+    plan = qfx.plan(Tied().eval(), recipe.override(rules=(*recipe.rules, other)), [IDS])
+    assert plan.annotations["head"]["w"] == {"outliers": LOUD, "kept": "f16", "rest": "i8/ch"}
