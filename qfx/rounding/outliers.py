@@ -7,9 +7,6 @@
 A channel is an outlier where its magnitude exceeds a threshold anywhere in the calibration data (LLM.int8 looks at each
 input at run time; with fixed columns the weight is stored once, and the sizes are known). Its column of the weight is
 kept in 16 bits and meets float inputs; the others are rounded, with scales per token that no outlier stretches.
-
-A table of tokens that an embedding reads in the same format (a tied lm_head) stays whole, so that it is stored once;
-then all of the linear's input stays in float.
 """
 
 from __future__ import annotations
@@ -61,11 +58,7 @@ def keep_outliers(
             what = f"{len(columns)} of its input channels exceed {threshold:g}, and none is kept apart: {reason}"
             notes.append(Note(graph.fqn_of(node), what, _STEP, source_line(node) or ""))
         elif columns:
-            if _is_table(node):
-                _keep_input(gm, node, plan)
-                notes.append(_whole(node, len(columns), threshold))
-            else:
-                _keep(gm, node, columns, plan)
+            _keep(gm, node, columns, plan)
             told[graph.fqn_of(node)] = len(columns)
     if not told and not notes:
         what = f"no input channel of a linear exceeds {threshold:g}: none is kept apart"
@@ -97,39 +90,14 @@ def _keep(gm: fx.GraphModule, node: fx.Node, columns: list[int], plan: Plan) -> 
     value = weight_value(gm, operand)
     apart = len(columns) < value.shape[-1]
     w = Outliers(rest, _half(value[:, columns]), tuple(columns)) if apart else _half(value)
-    for other in _calls(gm, fqn):
-        annotation.set(other, "w", w)
+    for other in gm.graph.nodes:
+        if other.op == "call_function" and graph.fqn_of(other) == fqn and "w" in annotation.get(other):
+            annotation.set(other, "w", w)
+            if not apart:
+                annotation.clear(other, "x")
     plan.annotations[fqn] = {**plan.annotations[fqn], "w": annotation.to_json(w)}
     if not apart:
-        _keep_input(gm, node, plan)
-
-
-def _keep_input(gm: fx.GraphModule, node: fx.Node, plan: Plan) -> None:
-    """Leave the input of every node of the name in float."""
-    fqn = graph.fqn_of(node)
-    for other in _calls(gm, fqn):
-        annotation.clear(other, "x")
-    plan.annotations[fqn] = {role: one for role, one in plan.annotations[fqn].items() if role != "x"}
-
-
-def _calls(gm: fx.GraphModule, fqn: str) -> list[fx.Node]:
-    """The nodes of this name that read a quantized weight."""
-    calls = [node for node in gm.graph.nodes if node.op == "call_function" and graph.fqn_of(node) == fqn]
-    return [node for node in calls if "w" in annotation.get(node)]
-
-
-def _is_table(node: fx.Node) -> bool:
-    """Is its weight an embedding's table, too, which is stored in the same format?"""
-    operand = node.args[1]
-    assert isinstance(operand, fx.Node)
-    formats = [annotation.get(user).get("w") for user in operand.users if graph.schema_name(user) == "aten::embedding"]
-    return annotation.get(node)["w"] in formats
-
-
-def _whole(node: fx.Node, count: int, threshold: float) -> Note:
-    what = f"{count} of its input channels exceed {threshold:g}; its weight is an embedding's table, which stays whole"
-    step = "none: its input stays in float (the rewrite 'untie' gives it a weight of its own)"
-    return Note(graph.fqn_of(node), what, step, source_line(node) or "", minor=True)
+        plan.annotations[fqn].pop("x")
 
 
 def _half(value: Tensor) -> Format:
