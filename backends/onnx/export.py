@@ -227,7 +227,7 @@ def _write_weights(
     file: BinaryIO,
     rest: Callable[[int], None],
 ) -> str:
-    """Write the external weights in their order, large ones at a page's start; returns the sha256 of the file."""
+    """Write the external weights, first those of many pages, each at a page's start; returns the file's sha256."""
     digest = hashlib.sha256()
     place = 0
 
@@ -237,9 +237,8 @@ def _write_weights(
         digest.update(data)
         place += len(data)
 
-    for tensor in initializers:
-        if tensor.name not in weights:
-            continue
+    held = [tensor for tensor in initializers if tensor.name in weights]
+    for tensor in sorted(held, key=lambda tensor: _nbytes(weights[tensor.name]) < _MANY):
         data = _raw(made(weights[tensor.name]))
         put(bytes(-place % (_PAGE if len(data) >= _MANY else _LINE)))
         del tensor.external_data[:]

@@ -36,7 +36,7 @@ def scales(b: Builder, name: str, fmt: Format, shape: tuple[int, ...], make: Cal
     dtype, element = _HALVES[fmt.scale_type]
     key = ("scales", name)
     if key not in b.memo:
-        held = b.raw(name, element, shape, lambda: make().to(dtype).contiguous().view(torch.uint8))
+        held = b.raw(name, element, shape, lambda: _halved(make(), dtype))
         b.memo[key] = Value(b.cast(held, torch.float32).name, torch.float32, shape)
     found: Value = b.memo[key]
     return found
@@ -63,3 +63,10 @@ def widened(b: Builder, value: Value, shape: tuple[int, ...]) -> Value:
         b.memo[key] = Value(b.op("Expand", value, b.ints(shape)).name, value.dtype, shape)
     found: Value = b.memo[key]
     return found
+
+
+def _halved(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes of values that 16 bits hold exactly."""
+    found = values.to(dtype).contiguous()
+    assert torch.equal(found.to(values.dtype), values), f"scales of another type than {dtype}"
+    return found.reshape(-1).view(torch.uint8)

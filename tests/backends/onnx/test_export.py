@@ -81,6 +81,7 @@ def test_large_weights_beside_the_model_begin_at_pages(tmp_path: Path) -> None:
     assert all(offset % 4096 == 0 for offset in large)
     assert all(offset % 64 == 0 for offset in small)
     between = written.files[1].stat().st_size - sum(size for _, size in places)
+    assert max(large) < min(small), "else a large one begins at a page again after each small one"
     assert 0 <= between < 2 * 4096 + 64 * len(small)
     onnx.checker.check_model(str(path))
 

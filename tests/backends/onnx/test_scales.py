@@ -66,7 +66,7 @@ def loaded(path: Path, **entries: str) -> onnx.GraphProto:
     ("w", "held"),
     [
         ("u4/g32/f16", F16), ("i4/g64/bf16", BF16), ("u2/g64/f16", F16), ("u3/g32/f16", F16), ("u8/g32/f16", F16),
-        ("nf4/g64/f16", F16), ("nf4/g32/bf16", BF16), ("f4e2m1/g32/e8m0", BF16), ("i4/ch/f16", F16),
+        ("nf4/g64/f16", F16), ("nf4/g32/bf16", BF16), ("f4e2m1/g32/e8m0", BF16), ("i4/ch/f16", F16), ("i4/f16", F16),
         ("u4/g32", F32), ("nf4/g64", F32), ("nf4/ch", F32), ("f4e2m1/g16/e4m3", F8), ("i8/ch", F32),
     ],
 )  # fmt: skip
