@@ -12,9 +12,9 @@ files in the end, which the system takes back where memory is short; the ratio c
 Where the run of w4a16 takes more than files and activations, for llama-0.1b in MB (53.7 + 11.1 become 94): MatMulNBits
 packs the weights with a scale and a sum in float32 for each block where the file has 16 bits and a zero point, 8 % more
 in blocks of 128 and 30 % in the table's of 32. ONNX Runtime keeps scales, in float32, and zero points although they are
-packed too, and those of the table once more. Rows of the table are mapped with many neighbours, as the system does. Memory for values comes in powers of
-two. In llama-1b the peak is when the tied table is packed (168 of 697), the last of all weights: its pages are let go
-of right after that.
+packed too, and those of the table once more. Rows of the table are mapped with many neighbours, as the system does.
+Memory for values comes in powers of two. In llama-1b the peak is when the tied table is packed, the last of all
+weights: its pages are let go of right after that.
 """
 
 from __future__ import annotations

@@ -182,12 +182,7 @@ def test_beside_integer_activations_it_lies_as_rows(tmp_path: Path, recipe: str,
 
 def test_the_control_sees_a_table_that_is_not_turned(tmp_path: Path) -> None:
     """Of as many rows as columns: codes read the wrong way fit, and give other numbers."""
-
-    class Square(Tied):
-        def forward(self, ids: Tensor) -> Tensor:
-            return super().forward(ids)
-
-    model = qfx.quantize(Square(90).eval(), "w8a8", data=[(IDS,)])
+    model = qfx.quantize(Tied(90).eval(), "w8a8", data=[(IDS,)])
     path = written(model, tmp_path / "m.onnx")
     file = onnx.load(str(path))
     (turned,) = (node for node in file.graph.node if node.op_type == "Transpose" and "codes" in node.input[0])
@@ -214,7 +209,8 @@ class TwoHeads(Tied):
 
     def forward(self, ids: Tensor) -> Tensor:
         y = self.linear(self.embedding(ids))
-        return self.head(y) + nn.functional.linear(torch.tanh(y), self.head.weight)
+        both: Tensor = self.head(y) + nn.functional.linear(torch.tanh(y), self.head.weight)
+        return both
 
 
 def test_a_second_product_has_columns_of_its_own(tmp_path: Path) -> None:
@@ -269,3 +265,19 @@ def test_by_the_standard_weights_of_fixed_scales_stay_columns(tmp_path: Path) ->
     model = qfx.quantize(Tied(100).eval(), "w8a8-static", data=[(IDS,)])
     graph = onnx.load(str(written(model, tmp_path / "m.onnx", "standard"))).graph
     assert sorted(list(t.dims) for t in graph.initializer if np.prod(t.dims) == 90 * 100) == [[90, 100], [100, 90]]
+
+
+def test_kept_on_disk_it_is_turned_already(tmp_path: Path) -> None:
+    """What a later process opens holds the packed columns and the rows, and turns nothing."""
+    model, found = qfx.quantize(Tied(100).eval(), "w8a8", data=[(IDS,)]), []
+    for _ in range(2):
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(model, backend="qfx", options={"cache": str(tmp_path)})
+        with torch.no_grad():
+            found.append(compiled(IDS))
+    assert torch.equal(*found)
+    (saved,) = tmp_path.rglob("0.onnx")
+    kinds = [node.op_type for node in onnx.load(str(saved), load_external_data=False).graph.node]
+    assert kinds.count("MatMulIntegerToFloat") == 2
+    assert "Transpose" not in kinds
+    torch._dynamo.reset()
