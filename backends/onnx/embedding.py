@@ -6,7 +6,8 @@
     others (nf4, float8, odd groups)        Gather, bits by arithmetic, Gather from the type's values, Mul
 
 A linear that reads the same codes in the layout of MatMulNBits (a tied lm_head) reads the very same tensor: it is
-[N, blocks, block * bits / 8], and GatherBlockQuantized takes that as rows of `blocks` parts with one scale each.
+[N, blocks, block * bits / 8], and GatherBlockQuantized takes that as rows of `blocks` parts with one scale each. One
+that multiplies integers reads columns, which ONNX Runtime makes of rows of 8 bits when it loads them (Weight.turned).
 GatherBlockQuantized gives zeros for an id that is not in the table; a Gather of the ids before it fails there.
 """
 
