@@ -84,7 +84,7 @@ def write(
         temporary = stage(path.name)  # renamed first: a reader that finds the weights finds the model
         written: Mapping[str, Tensor | Later] = {} if large else weights
         if large:
-            second = _second_names(model.graph, weights)
+            second = {} if builder.standard else _second_names(model.graph, weights)  # other programs hold each name
             beside = path.with_name(path.name + ".data")
             files.append(beside)
             with stage(beside.name).open("wb") as file:

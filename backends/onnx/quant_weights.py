@@ -16,7 +16,7 @@ from qfx.format import Format
 from qfx.numerics import dequantize, effective_scale
 from qfx.packing import pack_bits, unpack_codes, unpack_zeros
 
-# ONNX Runtime 1.27 to 1.31 evaluate nothing of more bytes than 1 GiB when they load a model, but in each call.
+# Since 1.27 ONNX Runtime evaluates nothing of more bytes when it loads a model, but in each call.
 MOST_FOLDED = 1 << 30
 
 

@@ -245,6 +245,17 @@ def test_turned_tables_have_two_names_and_one_place(tmp_path: Path) -> None:
     assert qfx.onnx.check(path)["qfx.runtime"] == "onnxruntime"
 
 
+def test_other_programs_find_one_name(tmp_path: Path) -> None:
+    """They may hold in memory what each name stands for."""
+    model = qfx.quantize(Tied(256).eval(), "w8a8", data=[(IDS,)])
+    path = written(model, tmp_path / "m.onnx", "standard", external_bytes=0)
+    graph = onnx.load(str(path), load_external_data=False).graph
+    assert sum(sorted(t.dims) == [90, 256] for t in graph.initializer) == 1
+    with torch.no_grad():
+        assert sqnr(model(IDS), in_ort(path, ids=IDS)) > 100
+        assert sqnr(model(IDS), in_openvino(path)) > 100
+
+
 def test_compiled_the_session_turns_the_models_own_memory() -> None:
     """No copy as columns is held for the session, in which the product of integers stays."""
     model = qfx.quantize(Tied(100).eval(), "w8a8", data=[(IDS,)])
