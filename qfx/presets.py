@@ -203,7 +203,8 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         "weights of 2 to 8 bits, each head and layer as it needs, under a budget such as avg_bits=3; needs data",
         {
             "rules": [*_weights("u4/g32/f16", "linear", "experts"), _EMBEDDING, _TIED],
-            "rounding": "mse",
+            "rounding": "gptq",  # of the formats found; what measures them rounds by "mse"
+            "gptq": _GPTQ,
             "allocation": AllocationOptions(),
         },
     ),

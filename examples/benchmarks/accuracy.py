@@ -99,7 +99,7 @@ def entries(bits: Sequence[int], only: Sequence[str], llm_compressor: str = "") 
         own += [
             Entry(f"qfx {m} {f.removesuffix('/f16')}", "qfx_rounding", f"{f} {m}")
             for f in FLOATS.get(b, ())
-            for m in ("rtn", "gptq")
+            for m in ("rtn", "mse-energy", "gptq")
         ]
         found += [e for e in (*PEERS[b], *own) if not only or any(word in e.name for word in only)]
     return [replace(e, python=llm_compressor) if e.module == LLM_COMPRESSOR else e for e in found]

@@ -286,7 +286,7 @@ def test_tiny_lm_by_heads_is_nearer_than_one_format(tiny_lm: TinyLM, fmt: str, m
     bits = 8 * sum(row.bytes_after for row in rows) / sum(row.elements for row in rows)
     options = qfx.Recipe.parse("heads").allocation
     assert options is not None
-    heads = qfx.Recipe.parse("heads").override(allocation=options.model_copy(update={"refine": 0}))
+    heads = qfx.Recipe.parse("heads").override(rounding="mse", allocation=options.model_copy(update={"refine": 0}))
     mixed = qfx.quantize(tiny_lm.load(), heads, tiny_lm.calibration, avg_bits=bits)
     one, mix = (tiny_lm.loss(model)[1] for model in (uniform, mixed))
     sizes = [qfx.report(model).totals["bytes_after"] for model in (uniform, mixed)]
