@@ -296,6 +296,25 @@ def test_tiny_lm_by_heads_is_nearer_than_one_format(tiny_lm: TinyLM, fmt: str, m
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:(lm_head|model.embed_tokens). ")  # the table is tied
+@pytest.mark.parametrize(("bits", "most"), [(3, 0.9), (4, 0.85)])
+def test_tiny_lm_by_heads_ends_with_gptq(tiny_lm: TinyLM, bits: float, most: float) -> None:
+    """The formats that scores choose, rounded by "mse" and as the preset does. Divergences are printed."""
+    options = qfx.Recipe.parse("heads").allocation
+    assert options is not None
+    quick = qfx.Recipe.parse("heads").override(allocation=options.model_copy(update={"refine": 0}))
+    models = [
+        qfx.quantize(tiny_lm.load(), asked, tiny_lm.calibration, avg_bits=bits)
+        for asked in (quick.override(rounding="mse"), quick)
+    ]
+    plain, best = (tiny_lm.loss(model)[1] for model in models)
+    sizes = [qfx.report(model).totals["bytes_after"] for model in models]
+    print(f"{bits} bits: KLD {plain:.4f} by mse, {best:.4f} by gptq, {best / plain:.2f}; bytes {sizes}")
+    assert best < most * plain
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("fields", "most"), [({"bias_correction": True}, 1.05), ({"low_rank": 8}, 0.9)])
 def test_tiny_lm_corrections_after_gptq(tiny_lm: TinyLM, fields: dict[str, Any], most: float) -> None:
     plain, corrected = (
