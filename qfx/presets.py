@@ -36,6 +36,7 @@ _STATIC = [*_both("u8", "i8/ch", "linear", "experts", "conv"), _EMBEDDING]
 _LOW = [*_weights("u4/g32/f16", "linear", "experts"), _EMBEDDING, _TIED]
 _HEAD = {"target": "*lm_head", "x": "i8/tok", "w": "i8/ch"}
 _GPTQ = {"clip": True, "sweeps": 2}
+_ENERGY = {"rounding": "mse", "weighting": "energy", "num_calibration_samples": 16}
 _ROTATIONS = ("rotate", "rotate-down")
 _ROTATED = {"rewrites": _ROTATIONS, "rounding": "gptq", "gptq": _GPTQ}
 
@@ -71,6 +72,10 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
     "w4a16-hqq": (
         "w4a16 with half-quadratic scales and zero points (HQQ); needs no data",
         {"rules": [*_grouped("u4/g128/f16", "linear", "experts"), _EMBEDDING, _TIED], "rounding": "hqq"},
+    ),
+    "w4a16-mse": (
+        "w4a16 with scales of the least error, by the energy of each input channel; a few samples of data are enough",
+        {"rules": [*_grouped("u4/g128/f16", "linear", "experts"), _EMBEDDING, _TIED], **_ENERGY},
     ),
     "w4a16-awq": (
         "w4a16 with activation-aware scales and clipping (AWQ); needs data",
@@ -151,6 +156,10 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         "4-bit normal-float weights in groups of 64 (8-bit embeddings), float activations",
         {"rules": [*_grouped("nf4/g64/f16", "linear", "experts"), _EMBEDDING, _TIED8]},
     ),
+    "nf4-mse": (
+        "nf4 with scales of the least error, by the energy of each input channel; a few samples of data are enough",
+        {"rules": [*_grouped("nf4/g64/f16", "linear", "experts"), _EMBEDDING, _TIED8], **_ENERGY},
+    ),
     "nf4-gptq": (
         "nf4 with weights rounded layer by layer by what each reads (GPTQ); needs data",
         {
@@ -194,7 +203,8 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         "weights of 2 to 8 bits, each head and layer as it needs, under a budget such as avg_bits=3; needs data",
         {
             "rules": [*_weights("u4/g32/f16", "linear", "experts"), _EMBEDDING, _TIED],
-            "rounding": "mse",
+            "rounding": "gptq",  # of the formats found; what measures them rounds by "mse"
+            "gptq": _GPTQ,
             "allocation": AllocationOptions(),
         },
     ),

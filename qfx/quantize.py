@@ -75,7 +75,8 @@ def plan(
         raise ValueError(
             explain(
                 f"recipe {asked.name!r} needs calibration data",
-                next_step="pass data=batches (about 128 samples of what the model will see)",
+                next_step="pass data=batches (about 128 samples of what the model will see; "
+                "a language model writes some itself: qfx.data.generated_batches(model))",
             )
         )
     if resume is not None and asked.rounding not in DATA_ROUNDINGS:

@@ -74,7 +74,7 @@ PEERS: dict[int, tuple[Entry, ...]] = {
         Entry("AutoRound 2/64", "auto_round_rounding", "2 64"),
     ),
 }
-METHODS = ("rtn", "mse", "hqq", "gptq", "learned")  # at 8 bits learning finds next to nothing: rtn, mse, gptq
+METHODS = ("rtn", "mse", "mse-energy", "hqq", "gptq", "learned")  # learning finds next to nothing at 8 bits
 FORMATS = {
     8: ("i8/g64/f16", "u8/g64/f16", "u8/g32/f16"),
     4: ("i4/g64/f16", "u4/g64/f16", "u4/g32/f16"),
@@ -92,14 +92,14 @@ def entries(bits: Sequence[int], only: Sequence[str], llm_compressor: str = "") 
     interpreter of its environment."""
     found = [REFERENCE]
     for b in bits:
-        methods = METHODS if b < 8 else ("rtn", "mse", "gptq")
+        methods = METHODS if b < 8 else ("rtn", "mse", "mse-energy", "gptq")
         own = [
             Entry(f"qfx {m} {f.removesuffix('/f16')}", "qfx_rounding", f"{f} {m}") for f in FORMATS[b] for m in methods
         ]
         own += [
             Entry(f"qfx {m} {f.removesuffix('/f16')}", "qfx_rounding", f"{f} {m}")
             for f in FLOATS.get(b, ())
-            for m in ("rtn", "gptq")
+            for m in ("rtn", "mse-energy", "gptq")
         ]
         found += [e for e in (*PEERS[b], *own) if not only or any(word in e.name for word in only)]
     return [replace(e, python=llm_compressor) if e.module == LLM_COMPRESSOR else e for e in found]

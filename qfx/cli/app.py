@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from qfx.cli import machine
+from qfx.cli import machine, writing
 from qfx.cli.arguments import (
     Baseline,
     BatchSize,
@@ -386,6 +386,7 @@ def kv(
         )
 
 
+app.command()(writing.generate)
 app.command()(machine.profile)
 app.command()(machine.tune)
 

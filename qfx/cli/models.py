@@ -61,7 +61,7 @@ def batches(loaded: hub.Loaded, texts: list[str], options: TextOptions, samples:
     made = data.text_batches(
         loaded.tokenizer,
         texts,
-        seq_len=_length(loaded, options.seq_len),
+        seq_len=sample_length(loaded, options.seq_len),
         batch_size=options.batch_size,
         samples=samples,
         seed=options.seed,
@@ -78,7 +78,7 @@ def tell_few(console: Console, made: list[dict[str, Any]], wanted: int, file: Pa
         console.print(told, style="yellow", soft_wrap=True)
 
 
-def _length(loaded: hub.Loaded, asked: int | None) -> int:
+def sample_length(loaded: hub.Loaded, asked: int | None) -> int:
     """Tokens a sample. Raises ValueError where more are asked for than the model takes."""
     limits = [
         getattr(loaded.tokenizer, "model_max_length", None),

@@ -44,7 +44,10 @@ def run(
         under, other = (
             (" under a budget", "") if parsed.allocation else ("", ", or a recipe that needs none: w8a8, w4a16")
         )
-        raise ValueError(f"recipe {parsed.name!r}{under} needs calibration data\n  next step: --data FILE{other}")
+        raise ValueError(
+            f"recipe {parsed.name!r}{under} needs calibration data\n"
+            f"  next step: --data FILE (of a language model, qfx generate writes one){other}"
+        )
     folder = hub.resolve(model)
     check_target(out, folder)
     check_writable(out)  # before the work, not after it

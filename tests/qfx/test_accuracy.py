@@ -286,13 +286,32 @@ def test_tiny_lm_by_heads_is_nearer_than_one_format(tiny_lm: TinyLM, fmt: str, m
     bits = 8 * sum(row.bytes_after for row in rows) / sum(row.elements for row in rows)
     options = qfx.Recipe.parse("heads").allocation
     assert options is not None
-    heads = qfx.Recipe.parse("heads").override(allocation=options.model_copy(update={"refine": 0}))
+    heads = qfx.Recipe.parse("heads").override(rounding="mse", allocation=options.model_copy(update={"refine": 0}))
     mixed = qfx.quantize(tiny_lm.load(), heads, tiny_lm.calibration, avg_bits=bits)
     one, mix = (tiny_lm.loss(model)[1] for model in (uniform, mixed))
     sizes = [qfx.report(model).totals["bytes_after"] for model in (uniform, mixed)]
     print(f"{bits:.3f} bits: KLD {one:.4f} in {fmt}, {mix:.4f} by heads, {mix / one:.2f}; bytes {sizes}")
     assert mix < most * one
     assert sizes[1] <= sizes[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:(lm_head|model.embed_tokens). ")  # the table is tied
+@pytest.mark.parametrize(("bits", "most"), [(3, 0.9), (4, 0.85)])
+def test_tiny_lm_by_heads_ends_with_gptq(tiny_lm: TinyLM, bits: float, most: float) -> None:
+    """The formats that scores choose, rounded by "mse" and as the preset does. Divergences are printed."""
+    options = qfx.Recipe.parse("heads").allocation
+    assert options is not None
+    quick = qfx.Recipe.parse("heads").override(allocation=options.model_copy(update={"refine": 0}))
+    models = [
+        qfx.quantize(tiny_lm.load(), asked, tiny_lm.calibration, avg_bits=bits)
+        for asked in (quick.override(rounding="mse"), quick)
+    ]
+    plain, best = (tiny_lm.loss(model)[1] for model in models)
+    sizes = [qfx.report(model).totals["bytes_after"] for model in models]
+    print(f"{bits} bits: KLD {plain:.4f} by mse, {best:.4f} by gptq, {best / plain:.2f}; bytes {sizes}")
+    assert best < most * plain
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.slow

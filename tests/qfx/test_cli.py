@@ -132,11 +132,11 @@ def test_gptq_goes_on_where_it_stopped(language_model: Path, text: Path, tmp_pat
         (["quantize", "MODEL", "-o", "OUT", "--recipe", "w8a9"], "unknown preset 'w8a9', did you mean 'w8a8'?"),
         (
             ["quantize", "MODEL", "-o", "OUT", "--recipe", "w8a8-smooth"],
-            "needs calibration data\n  next step: --data FILE",
+            "needs calibration data\n  next step: --data FILE (of a language model, qfx generate writes one)",
         ),
         (
             ["quantize", "MODEL", "-o", "OUT", "--avg-bits", "4"],
-            "recipe 'w8a8' under a budget needs calibration data\n  next step: --data FILE\n",
+            "recipe 'w8a8' under a budget needs calibration data\n  next step: --data FILE (of a language model, qfx ",
         ),
         (
             ["quantize", "MODEL", "-o", "OUT", "--html", "page.html"],

@@ -14,6 +14,7 @@ FIXED = {  # the names that are promised
         "w8a16",
         "w4a16",
         "w4a16-hqq",
+        "w4a16-mse",
         "w4a16-awq",
         "w4a16-gptq",
         "w3a16-gptq",
@@ -28,6 +29,7 @@ FIXED = {  # the names that are promised
         "w4a8-rotate",
         "w4a4-rotate",
         "nf4",
+        "nf4-mse",
         "nf4-gptq",
         "fp8",
         "mxfp4",
@@ -76,6 +78,7 @@ def test_parse_by_name(name: str) -> None:
         ("w8a16", "w=i8/ch"),
         ("w4a16", "w=u4/g128/f16"),
         ("w4a16-hqq", "w=u4/g128/f16"),
+        ("w4a16-mse", "w=u4/g128/f16"),
         ("w4a16-awq", "w=u4/g128/f16"),
         ("w2a16", "w=u2/g64/f16"),
         ("w4a8", "x=i8/tok w=i4/ch"),
@@ -86,6 +89,7 @@ def test_parse_by_name(name: str) -> None:
         ("w2a16-learned", "w=u2/g64/f16"),
         ("w4a8-gptq", "x=i8/tok w=i4/ch"),
         ("nf4", "w=nf4/g64/f16"),
+        ("nf4-mse", "w=nf4/g64/f16"),
         ("nf4-gptq", "w=nf4/g64/f16"),
         ("fp8", "x=f8e4m3/tok w=f8e4m3/ch"),
         ("mxfp4", "w=f4e2m1/g32/e8m0"),
@@ -105,7 +109,17 @@ def test_embeddings_are_8_bit(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["w4a16", "w2a16", "w4a16-hqq", "w4a16-awq", "w4a16-gptq", "w3a16-gptq", "w2a16-gptq", "w2a16-learned"],
+    [
+        "w4a16",
+        "w2a16",
+        "w4a16-hqq",
+        "w4a16-mse",
+        "w4a16-awq",
+        "w4a16-gptq",
+        "w3a16-gptq",
+        "w2a16-gptq",
+        "w2a16-learned",
+    ],
 )
 def test_tied_tables_are_4_bit(name: str) -> None:
     for kind in ("embedding", "linear"):
@@ -118,7 +132,7 @@ def test_tied_tables_are_4_bit(name: str) -> None:
     [
         ("fp8", "x=f8e4m3/tok w=f8e4m3/ch"),
         *((name, "x=i8/tok w=i8/ch") for name in ("w8a8", "w4a8", "w4a8-gptq")),
-        *((name, "w=i8/ch") for name in ("nf4", "nf4-gptq", "mxfp4", "nvfp4")),
+        *((name, "w=i8/ch") for name in ("nf4", "nf4-mse", "nf4-gptq", "mxfp4", "nvfp4")),
     ],
 )
 def test_tied_tables_have_one_format(name: str, formats: str) -> None:
@@ -139,12 +153,12 @@ def test_two_bits_are_rounded_with_care_and_no_promise() -> None:
 def test_data_is_needed_by_static_formats_and_by_methods_that_look_at_it() -> None:
     static = {"w8a8-static", "w8a8-smooth"}
     rounded = {name for name, recipe in presets().items() if recipe.rounding in ("gptq", "learned")}
-    looking = {"w4a16-awq", "int8-outliers"}
+    looking = {"w4a16-mse", "nf4-mse", "w4a16-awq", "int8-outliers"}
     choosing = {"heads", "heads-top30", "w4a16-edges", "w4a16-lift", "kv-heads"}
     assert {name for name, recipe in presets().items() if recipe.needs_data} == static | rounded | looking | choosing
     assert rounded == {
         *("w4a16-gptq", "nf4-gptq", "w3a16-gptq", "w2a16-gptq", "w4a8-gptq", "w4a8-rotate", "w4a4-rotate"),
-        *("w4a16-learned", "w2a16-learned"),
+        *("w4a16-learned", "w2a16-learned", "heads"),
     }
 
 
@@ -152,6 +166,9 @@ def test_methods_of_four_bits() -> None:
     assert presets()["w4a16-hqq"].rounding == "hqq"
     awq = presets()["w4a16-awq"]
     assert (awq.rewrites, awq.rounding, awq.weighting) == (("awq",), "mse", "covariance")
+    for name in ("w4a16-mse", "nf4-mse"):
+        found = presets()[name]
+        assert (found.rounding, found.weighting, found.num_calibration_samples) == ("mse", "energy", 16)
 
 
 def test_smooth() -> None:

@@ -89,7 +89,8 @@ def test_heads_have_formats_of_their_own_in_another_order() -> None:
 @pytest.mark.parametrize(
     ("recipe", "most"),
     [
-        *((name, 100.0) for name in ("w4a16-gptq", "w3a16-gptq", "w4a16-awq", "w4a16-hqq", "nf4", "mxfp4", "nvfp4")),
+        *((name, 100.0) for name in ("w4a16-gptq", "w3a16-gptq", "w4a16-awq", "w4a16-hqq", "nf4-mse", "nvfp4")),
+        ("mxfp4", 100.0),
         *((name, 30.0) for name in ("w8a8-smooth", "w8a8-static", "w8a8", "w4a8", "fp8", "int8-outliers")),
         ("w4a16-gptq+kv4", 100.0),
     ],

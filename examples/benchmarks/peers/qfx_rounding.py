@@ -13,14 +13,17 @@ from qfx.errors import QfxWarning
 
 
 def build(job: RoundingJob, option: str) -> Built:
-    """option: the format of weights, the rounding method, then rewrites ("u4/g64/f16 gptq", "i4/g32/f16 mse awq")."""
-    fmt, rounding, *rewrites = option.split(" ")
+    """option: the format of weights, the rounding method ("mse" with its weighting), then rewrites: "u4/g64/f16 gptq",
+    "u4/g64/f16 mse-energy", "i4/g32/f16 mse awq"."""
+    fmt, method, *rewrites = option.split(" ")
+    rounding, _, weighting = method.partition("-")
     model = job.module()
     names = list(linears(model))
     recipe: dict[str, Any] = {
         "name": "benchmark",
         "rules": [{"target": name, "w": fmt} for name in names],
         "rounding": rounding,
+        "weighting": weighting or "uniform",
         "gptq": {"clip": True, "sweeps": 2},  # as the presets have it
         "rewrites": rewrites,
         "num_calibration_samples": job.samples,
