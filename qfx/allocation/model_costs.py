@@ -43,6 +43,18 @@ def costs_of(model: nn.Module, example: Mapping[str, Any] | None = None) -> Cost
         return Costs.of(captured.gm)
 
 
+def weights_of(model: nn.Module) -> Costs:
+    """The costs of a model where its weights alone are asked for: of a graph without a cache in which no size varies,
+    which is traced in a sixth of the time. Raises as `costs_of`."""
+    with evaluating(model), torch.no_grad():
+        given = example_inputs(model)
+        if given is None:
+            raise need_inputs(model)
+        captured = capture_export(model, (), given, dynamic=False)
+        prepare(captured.gm)
+        return Costs.of(captured.gm)
+
+
 def formats_of_plan(plan: Plan, costs: Costs) -> Asked:
     """Roles and formats by name, of the plan's nodes whose weights are in the costs."""
     known = {name for one in costs.stored.values() for name in one.names}

@@ -6,6 +6,9 @@ sample, and what each linear reads.
 
 The graph's weights need no gradient of their own: at the result y of a call that reads x the gradient g of y gives
 that of the weight, g^T x, for each sample. What both are is let go as soon as they have met.
+
+Of a batch the values between the layers are kept. What is inside of a layer is computed a second time when its turn has
+come, so that the memory is that of one layer and of the loss, in up to a third more time (Chen et al. 2016).
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from qfx.analysis.weights import Weights
 from qfx.data import check_batch, telling
 from qfx.errors import explain
 from qfx.passes.quantize import weight_value
+from qfx.rounding.blocks import cuts
 from qfx.rounding.lanes import Env, Program
 
 Watch = Callable[[fx.Node, Mapping[str, Any]], None]
@@ -89,13 +93,21 @@ class _Run:
         self.found = Gathered()
         self.fqns = {node: fqn for fqn, views in weights.readers.items() for node in next(iter(views.values()), [])}
         self.samples = 1
+        self.blocks = [range(cut.start, cut.stop) for cut in cuts(program)] or [range(0)]
 
     def one(self, batch: Sequence[Any], outputs: Sequence[Any], objective: Objective, number: int) -> None:
         """One batch: forward, loss, backward."""
         self.samples = samples_of(batch)
+        kept = {node for node in outputs if isinstance(node, fx.Node)}
+        env: Env = dict(zip(self.program.inputs, batch, strict=True))
+        borders: list[Env] = []
         leaves: list[Tensor] = []
         with telling(number + 1):
-            values = self._forward(dict(zip(self.program.inputs, batch, strict=True)), outputs, leaves)
+            for block in self.blocks:
+                borders.append(env := _border(env))
+                env = self._block(env, block, kept, leaves := [], watched=True)
+            values = [self.program.look(node, env) if isinstance(node, fx.Node) else node for node in outputs]
+        del env
         loss, weight = objective(values, number, self.samples)
         if not torch.isfinite(loss):
             raise ValueError(
@@ -106,23 +118,38 @@ class _Run:
                 )
             )
         del values
-        if leaves:
-            torch.autograd.grad(loss, leaves, allow_unused=True)
+        slopes = _slopes([loss], None, borders[-1], leaves)
+        del loss
+        for block, before in zip(reversed(self.blocks[:-1]), reversed(borders[:-1]), strict=True):
+            if not slopes:
+                break
+            after = self._block(before, block, kept, leaves := [])
+            through = {node: slope for node, slope in slopes.items() if after[node] is before.get(node)}
+            own = [node for node in slopes if node not in through]
+            made = [after[node] for node in own]
+            del after
+            found = _slopes(made, [slopes[node] for node in own], before, leaves)
+            slopes = {
+                node: sum(both[1:], both[0])
+                for node in before
+                if (both := [part[node] for part in (through, found) if node in part])
+            }
         self.found.weight += weight
         self.found.samples += self.samples
 
-    def _forward(self, env: Env, outputs: Sequence[Any], leaves: list[Tensor]) -> list[Any]:
-        """The values of the outputs."""
-        kept = {node for node in outputs if isinstance(node, fx.Node)}
-        for at, node in enumerate(self.program.nodes):
-            if self.watch is not None and "attention" in graph.schema_name(node):
+    def _block(self, env: Env, block: range, kept: set[fx.Node], leaves: list[Tensor], *, watched: bool = False) -> Env:
+        """The values after a block of those before it. leaves: where gradients begin in it, which are added."""
+        env = dict(env)
+        for at in block:
+            node = self.program.nodes[at]
+            if watched and self.watch is not None and "attention" in graph.schema_name(node):
                 with torch.no_grad():
                     self.watch(node, arguments(self.program, node, env))
             env[node] = self._hooked(node, self.program.step(node, env, {}, rounded=False), env, leaves)
             for read in (node, *node.all_input_nodes):
                 if read in env and self.program.last_use[read] <= at and read not in kept:
                     del env[read]
-        return [self.program.look(node, env) if isinstance(node, fx.Node) else node for node in outputs]
+        return env
 
     def _hooked(self, node: fx.Node, value: Any, env: Env, leaves: list[Tensor]) -> Any:
         """The value of a call, with what shall happen when its gradient comes."""
@@ -197,6 +224,26 @@ class _Run:
 _TAKES: dict[str, Callable[[_Run, str, Sequence[Any], Tensor], None]] = {
     "aten::linear": _Run.linear, "aten::embedding": _Run.embedding, "qfx::grouped_linear": _Run.grouped,
 }  # fmt: skip
+
+
+def _border(env: Env) -> Env:
+    """The values between two blocks: each a leaf where it has a gradient, so that what made it can be let go."""
+    return {
+        node: value.detach().requires_grad_() if isinstance(value, Tensor) and value.requires_grad else value
+        for node, value in env.items()
+    }
+
+
+def _slopes(
+    made: Sequence[Tensor], slopes: Sequence[Tensor] | None, before: Env, leaves: Sequence[Tensor]
+) -> dict[fx.Node, Tensor]:
+    """The gradients of what stood before a block, from those of what it has made. The hooks of its calls run."""
+    nodes = [node for node, value in before.items() if isinstance(value, Tensor) and value.requires_grad]
+    wanted = [*(before[node] for node in nodes), *leaves]
+    if not wanted or not made:
+        return {}
+    found = torch.autograd.grad(made, wanted, slopes, allow_unused=True)
+    return {node: slope for node, slope in zip(nodes, found, strict=False) if slope is not None}
 
 
 def cut(whole: Tensor, unit: Unit) -> Tensor:

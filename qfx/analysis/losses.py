@@ -24,6 +24,7 @@ from qfx.errors import explain, nearest
 Loss = Callable[[Any, Any], Tensor]
 LABELS = ("labels", "label", "start_positions", "end_positions")  # entries of a batch that are for the loss alone
 _IGNORED = -100
+_ELEMENTS = 1 << 22  # logits whose loss is computed at once
 _TEMPERATURE = 0.05  # of similarities, as SimCSE has it (Gao et al. 2021)
 
 
@@ -63,13 +64,13 @@ class General:
     def __call__(self, outputs: Sequence[Any], number: int, samples: int) -> tuple[Tensor, float]:
         value = outputs[self.main].float()
         mask = self.masks[number]
-        if mask is not None and mask.shape == value.shape[:-1]:
+        if mask is not None and mask.shape == value.shape[:-1] and not mask.all():  # what is taken is a copy
             value = value[mask]
         random = torch.Generator(value.device).manual_seed(self.seed + number)
         rows = value.reshape(-1, value.shape[-1])
         if self.is_logits:
             labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=random)[:, 0]
-            return functional.cross_entropy(rows, labels, reduction="sum"), len(rows)
+            return _CrossEntropy.apply(rows, labels), len(rows)  # type: ignore[no-untyped-call]
         noise = torch.randn(rows.shape, generator=random, device=rows.device)
         return (rows * noise).sum(), float(rows.detach().square().sum(dtype=torch.float64))
 
@@ -101,6 +102,30 @@ class Task:
         """What the loss gives for batch `number`."""
         alone = len(outputs) == 1 and tuple(self.names) in ((), ("output",))
         return self.loss(outputs[0] if alone else Outputs(zip(self.names, outputs, strict=True)), self.batches[number])
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropy of rows of logits f32 [N, C] with labels [N]. Logits are many: what is held is their
+    gradient, which is found some rows after the other, and no probabilities."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, labels: Tensor) -> Tensor:
+        slope, total = torch.empty_like(rows), rows.new_zeros(())
+        step = max(1, _ELEMENTS // max(1, rows.shape[-1]))
+        for start in range(0, len(rows), step):
+            at = slice(start, start + step)
+            with torch.enable_grad():
+                part = rows[at].detach().requires_grad_()
+                loss = functional.cross_entropy(part, labels[at], reduction="sum")
+            (slope[at],) = torch.autograd.grad(loss, [part])
+            total += loss.detach()
+        ctx.slope = slope
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        own, ctx.slope = ctx.slope, None  # once: nothing is held by what has been differentiated
+        return own.mul_(slopes[0]), None
 
 
 def find(loss: str | Loss) -> tuple[str, Loss]:

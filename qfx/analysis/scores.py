@@ -15,7 +15,7 @@ other, so that the rest has the mean 0. Of a large unit some rows are rounded, c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ from qfx.analysis.weights import Weights
 from qfx.format import Format
 
 _LARGEST = 1 << 18  # weights of a unit that are rounded for its score
+_TOGETHER = 1 << 20  # weights of units that are rounded at once
 Scores = dict[str, dict[str, float]]  # unit -> format -> score
 
 
@@ -99,19 +100,34 @@ def scores(
     units = list(units)
     made: dict[str, Scores] = {method: {} for method in methods}
     task = bar.add_task("scores", total=len(units)) if bar is not None else None
-    for unit in units:
-        rows, share = _rows(weights, unit, found)
+    for some in _alike(units):
+        rows, share = _rows(weights, some[0], found)
         for fmt in formats:
-            w, rounded = weights.part(unit, fmt, rows)
-            part = _part(unit, w, rounded - w, rows, found, (outliers or {}).get(unit.name), factor)
-            for method in methods:
-                value = METHODS[method](part)
-                if value is not None:
-                    whole = 1.0 if method in ("michel", "outlier") else share  # relative, those two
-                    made[method].setdefault(unit.name, {})[str(fmt)] = value * whole
+            pairs = weights.parts(some, fmt) if rows is None else [weights.part(some[0], fmt, rows)]
+            for unit, (w, rounded) in zip(some, pairs, strict=True):
+                part = _part(unit, w, rounded - w, rows, found, (outliers or {}).get(unit.name), factor)
+                for method in methods:
+                    value = METHODS[method](part)
+                    if value is not None:
+                        whole = 1.0 if method in ("michel", "outlier") else share  # relative, those two
+                        made[method].setdefault(unit.name, {})[str(fmt)] = value * whole
         if bar is not None and task is not None:
-            bar.advance(task)
+            bar.advance(task, len(some))
     return made
+
+
+def _alike(units: Sequence[Unit]) -> Iterator[list[Unit]]:
+    """Neighbours of one weight and shape that are small enough to be rounded together, whole."""
+    some: list[Unit] = []
+    for unit in units:
+        if some:
+            same = (unit.fqn, unit.shape, unit.axis) == (some[0].fqn, some[0].shape, some[0].axis)
+            if not same or unit.elements * (len(some) + 1) > _TOGETHER or unit.elements > _LARGEST:
+                yield some
+                some = []
+        some.append(unit)
+    if some:
+        yield some
 
 
 def _part(

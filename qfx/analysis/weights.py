@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,18 @@ class Weights:
             return part.to(torch.float32), self._round(unit.fqn, operand, part, segment)
         part = part[rows].to(torch.float32)
         return part, round_in_parts(part, fmt, self.rounding, name=unit.fqn).dequantize()
+
+    def parts(self, units: Sequence[Unit], fmt: Format) -> list[tuple[Tensor, Tensor]]:
+        """`part` of units of one weight that have one shape, rounded together where each row is rounded by itself."""
+        first = units[0]
+        if len(units) == 1 or len(first.shape) != 2 or not fmt.by_row:
+            return [self.part(unit, fmt) for unit in units]
+        value = weight_value(self.gm, next(iter(self.readers[first.fqn])))
+        segments = [Segment(fmt, ((unit.start, unit.stop),)) for unit in units]
+        assert first.axis is not None, first.name
+        whole = torch.cat([take(value, segment, first.axis).to(torch.float32) for segment in segments])
+        made = dequantize_in_parts(round_in_parts(whole, fmt, self.rounding, name=first.fqn), torch.float32)
+        return list(zip(whole.split(first.shape[0]), made.split(first.shape[0]), strict=True))
 
     def check_finite(self) -> None:
         """Raises ValueError for NaN or Inf in a weight, naming it."""

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from qfx.allocation.costs import Asked, Costs
-from qfx.allocation.model_costs import costs_of, formats_of_plan
+from qfx.allocation.model_costs import costs_of, formats_of_plan, weights_of
 from qfx.allocation.peak import peak
 from qfx.allocation.sizes import BATCH, CONTEXT, SEQUENCE, Expr, checked, numbers
 from qfx.errors import Note, UnsupportedError, explain, first_line
@@ -91,7 +91,8 @@ class Memory:
             reason = "keys and values of the encoder's tokens are not counted: they do not grow"
             notes.append(Note(type(model).__name__, reason, "nothing"))
         dtype = dtype_of(model)
-        stored, activations, told = _rest(hollow(shown, {}) if on_meta else shown, weights, dtype)
+        whole, part = (hollow(one, {}) if on_meta else one for one in (model, shown))
+        stored, activations, told = _rest(whole, whole if shown is model else part, weights, dtype)
         if weights is None:
             stored = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
         own = tuple(layer for layer in layers if not layer.cross)
@@ -111,10 +112,10 @@ class Memory:
         """Of a configuration of transformers: the model is made without its weights.
 
         dtype: None is the config's own, f32 where it has none. Activations are told by the first layers, one of each
-        kind (`layer_types`) and two at least, unless formats of weights ask for the graph of all.
+        kind (`layer_types`) and two at least; formats of weights by a graph of all, in which no size varies.
         """
         model = _empty(config, dtype)
-        few = _few(config) if weights is None else None
+        few = _few(config)
         return cls._of(model, model if few is None else _empty(few, dtype), weights)
 
     def cache(self, formats: Formats = None) -> Expr:
@@ -224,20 +225,21 @@ def _looping(model: Any) -> nn.Module:
 
 
 def _rest(
-    model: nn.Module, weights: Recipe | Plan | None, dtype: torch.dtype
+    model: nn.Module, shown: nn.Module, weights: Recipe | Plan | None, dtype: torch.dtype
 ) -> tuple[int, Expr, tuple[Note, ...]]:  # fmt: skip
-    """(bytes of weights, activations, notes). Without a graph nothing is counted."""
+    """(bytes of weights, activations, notes). shown: as of `Memory._of`. Without a graph nothing is counted."""
     name = type(model).__name__
     try:
-        costs = costs_of(model)
+        costs = costs_of(shown)
+        whole = costs if weights is None or shown is model else weights_of(model)
     except (UnsupportedError, RuntimeError) as error:
         first = first_line(error)
         if weights is not None:
             what = f"formats of the weights of {name} are counted on its graph, which cannot be had: {first}"
             raise UnsupportedError(explain(what, next_step="leave the formats of the weights out")) from error
         return 0, sympy.Integer(0), (_uncounted(name, f"the graph cannot be had ({first})"),)
-    asked = None if weights is None else _asked(model, weights, costs)
-    stored, most, notes = costs.weights(asked, rest=Format(plain_of(dtype))), peak(costs.lives), costs.notes
+    asked = None if weights is None else _asked(model, weights, whole)
+    stored, most, notes = whole.weights(asked, rest=Format(plain_of(dtype))), peak(costs.lives), costs.notes
     if others := sorted(str(s) for s in most.free_symbols - {BATCH, SEQUENCE, CONTEXT}):
         most, notes = sympy.Integer(0), (*notes, _uncounted(name, f"they depend on {', '.join(others)}"))
     return stored, most, notes

@@ -16,6 +16,7 @@ The cost is the squared error, or weighted by an `Importance`: what the linear's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ from qfx.numerics import (
 _REFITS = {2: 4, 3: 4, 4: 4, 5: 3}  # by bits
 _MANY = 2  # refits of more bits
 _MOVING = 5  # the most bits for which other zero points are tried
+_ELEMENTS = 1 << 18  # searched at once
 
 
 def _evenly(first: float, last: float, count: int) -> tuple[float, ...]:
@@ -66,24 +68,40 @@ def _plain(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Best:
-    """The cheapest parameters so far, for each scale of a weight. full: f32 [.., N, K]."""
+    """The cheapest parameters so far, for each scale of a weight. full: f32 [.., N, K]. cost: may write into what it is
+    given. least: what `start` costs, None where that is not known."""
 
-    def __init__(self, full: Tensor, fmt: Format, cost: Cost, start: QParams) -> None:
+    def __init__(self, full: Tensor, fmt: Format, cost: Cost, start: QParams, least: Tensor | None = None) -> None:
         self.full, self.fmt, self.cost = full, fmt, cost
         self.params = start
-        self.least = self._of(start)
+        # Every candidate is rounded into the same memory: fresh memory costs several times what the arithmetic does.
+        self.work = torch.empty_like(split(full, fmt)) if in_one(full, fmt) else None
+        self.least = self._of(start) if least is None else least
 
     def _of(self, params: QParams) -> Tensor:
-        return sums_by_scale(self.cost(rounded(self.full, self.fmt, params) - self.full), self.fmt)
+        return sums_by_scale(self.cost(rounded(self.full, self.fmt, params, self.work).sub_(self.full)), self.fmt)
 
-    def offer(self, params: QParams) -> None:
-        """Take these parameters wherever they cost less."""
+    def offer(self, params: QParams) -> Tensor:
+        """Take these parameters wherever they cost less, and tell where that was."""
         found = self._of(params)
         better = found < self.least
         zero = params.zero if self.fmt.has_global_scale else _chosen(better, params.zero, self.params.zero)
         scale = _chosen(better, params.scale, self.params.scale)
         assert scale is not None
         self.params, self.least = QParams(scale, zero), torch.where(better, found, self.least)
+        return better
+
+    def only(self, rows: Tensor) -> Best:
+        """The same of some rows of a matrix [N, K] with a scale for each row."""
+        scale, zero = (None if value is None else value[rows] for value in self.params)
+        assert scale is not None
+        return Best(self.full[rows], self.fmt, self.cost, QParams(scale, zero), self.least[rows])
+
+    def take(self, rows: Tensor, other: Best) -> None:
+        """What `only` has become."""
+        for own, new in zip((*self.params, self.least), (*other.params, other.least), strict=True):
+            if own is not None and new is not None:
+                own[rows] = new
 
 
 def search(full: Tensor, fmt: Format, importance: Importance | None = None) -> QParams:
@@ -91,16 +109,60 @@ def search(full: Tensor, fmt: Format, importance: Importance | None = None) -> Q
 
     Never worse than the extremes. importance: of the input channels, see `Importance`; None: all count alike.
     """
+    if importance is None and fmt.by_row and fmt.scale_type != "e8m0" and full.numel():
+        return _by_rows(full, fmt)
     product = _plain if importance is None else importance.product_with(full)
     best = explore(full, fmt, lambda difference: product(difference, difference))
     for _ in range(_REFITS.get(fmt.bits, _MANY)):
-        params = best.params
-        best.offer(refit_scale(full, fmt, quantize(full, fmt, *params), params, product))
-        for step in (-1, 1) if fmt.has_zero and fmt.bits <= _MOVING else ():
-            assert params.zero is not None
-            moved = params._replace(zero=(params.zero.to(torch.int16) + step).clamp(0, fmt.qmax).to(torch.uint8))
-            best.offer(refit_scale(full, fmt, quantize(full, fmt, *moved), moved, product))
+        _refit(best, product)
     return best.params
+
+
+def _by_rows(full: Tensor, fmt: Format) -> QParams:
+    """`search` where all values count alike: groups are rows then, which have nothing to do with each other."""
+    rows = split(full, fmt)
+    rows = rows.reshape(-1, rows.shape[-1])
+    own = replace(fmt, granularity="ch")
+    found = []
+    for part in rows.split(max(1, _ELEMENTS // rows.shape[-1])):
+        best = explore(part, own, lambda difference: difference.mul_(difference))
+        _refit_rows(best, _REFITS.get(fmt.bits, _MANY))
+        found.append(best.params)
+    shape = fmt.scale_shape(full.shape)
+    scale, zero = (torch.cat(each).reshape(shape) if each[0] is not None else None for each in zip(*found, strict=True))
+    assert scale is not None
+    return QParams(scale, zero)
+
+
+def _refit_rows(best: Best, times: int) -> None:
+    """Refit so many times. A row that a refit left as it was would be left so again."""
+    changed = _refit(best, _plain)[:, 0].nonzero()[:, 0]
+    if times == 1 or not len(changed):
+        return
+    some = best.only(changed)
+    _refit_rows(some, times - 1)
+    best.take(changed, some)
+
+
+def _refit(best: Best, product: Product) -> Tensor:
+    """Offer refits of the best so far, and tell where one was better."""
+    fmt, params = best.fmt, best.params
+    better = best.offer(_fitted(best, params, product))
+    for step in (-1, 1) if fmt.has_zero and fmt.bits <= _MOVING else ():
+        assert params.zero is not None
+        moved = params._replace(zero=(params.zero.to(torch.int16) + step).clamp(0, fmt.qmax).to(torch.uint8))
+        better = better | best.offer(_fitted(best, moved, product))
+    return better
+
+
+def _fitted(best: Best, params: QParams, product: Product) -> QParams:
+    """`refit_scale` of the codes that these parameters give."""
+    full, fmt = best.full, best.fmt
+    if best.work is None or product is not _plain:
+        return refit_scale(full, fmt, quantize(full, fmt, *params), params, product)
+    values = join(_values(full, fmt, params, best.work), fmt, full.shape)
+    cross = sums_by_scale(values * full, fmt)
+    return _scaled(sums_by_scale(values.mul_(values), fmt), cross, fmt, params)
 
 
 def shares_of(fmt: Format) -> tuple[float, ...]:
@@ -132,8 +194,13 @@ def refit_scale(full: Tensor, fmt: Format, codes: Tensor, params: QParams, produ
     scale = effective_scale(params.scale, params.zero, fmt)
     plain = Format(fmt.type, fmt.granularity)
     values = dequantize(codes, plain, torch.ones_like(scale), params.zero if fmt.has_zero else None)
-    power = sums_by_scale(product(values, values), fmt)
-    fitted = sums_by_scale(product(values, full), fmt) / power.clamp(min=TINY)
+    return _scaled(sums_by_scale(product(values, values), fmt), sums_by_scale(product(values, full), fmt), fmt, params)
+
+
+def _scaled(power: Tensor, cross: Tensor, fmt: Format, params: QParams) -> QParams:
+    """The scale cross / power as it is stored."""
+    scale = effective_scale(params.scale, params.zero, fmt)
+    fitted = cross / power.clamp(min=TINY)
     usable = (power > 0) & (fitted != 0) & torch.isfinite(fitted)
     return QParams(signed_scale(torch.where(usable, fitted, scale), params.zero, fmt), params.zero)
 
@@ -146,20 +213,28 @@ def refit_zero(full: Tensor, fmt: Format, codes: Tensor, params: QParams) -> QPa
     return QParams(params.scale, mean.round().clamp(0, fmt.qmax).to(torch.uint8))
 
 
-def rounded(full: Tensor, fmt: Format, params: QParams) -> Tensor:
-    """The weight as it comes back, f32."""
-    if not fmt.is_integer or full.dtype != torch.float32 or full.requires_grad:
+def rounded(full: Tensor, fmt: Format, params: QParams, work: Tensor | None = None) -> Tensor:
+    """The weight as it comes back, f32. work: what may be written into, shaped as `split(full)`."""
+    if not in_one(full, fmt):
         return dequantize(quantize(full, fmt, *params), fmt, *params)
-    # The same numbers without codes in between, in one tensor: a search asks for them dozens of times.
+    values = _values(full, fmt, params, work)
+    return join(values.mul_(spread(effective_scale(params.scale, params.zero, fmt), fmt)), fmt, full.shape)
+
+
+def in_one(full: Tensor, fmt: Format) -> bool:
+    """Can it be rounded in one tensor, without codes in between?"""
+    return fmt.is_integer and full.dtype == torch.float32 and not full.requires_grad
+
+
+def _values(full: Tensor, fmt: Format, params: QParams, work: Tensor | None) -> Tensor:
+    """Codes minus zero points, f32, shaped as `split(full)`: the numbers of `quantize`, which a search asks for dozens
+    of times."""
     scale = spread(effective_scale(params.scale, params.zero, fmt), fmt)
-    zero = spread(zero_points(params.zero, params.scale, fmt), fmt) if fmt.has_zero else None
-    steps = (split(full, fmt) / scale).round_()
-    if zero is not None:
-        steps.add_(zero)
-    steps.clamp_(fmt.qmin, fmt.qmax)
-    if zero is not None:
-        steps.sub_(zero)
-    return join(steps.mul_(scale), fmt, full.shape)
+    steps = torch.div(split(full, fmt), scale, out=work).round_()
+    if not fmt.has_zero:
+        return steps.clamp_(fmt.qmin, fmt.qmax)
+    zero = spread(zero_points(params.zero, params.scale, fmt), fmt)
+    return steps.add_(zero).clamp_(fmt.qmin, fmt.qmax).sub_(zero)
 
 
 def _chosen(better: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from qfx.analysis import losses
 from qfx.analysis.losses import PRESETS, General, Outputs, Task, causal_lm, classification, embedding, find
 from qfx.analysis.losses import question_answering as qa
 from tests.seeded import randn
@@ -122,3 +123,31 @@ def test_without_logits_noise_gives_the_squared_error() -> None:
     assert weight == pytest.approx(float(value.detach().square().sum()))
     found = float(((change * g).sum(-1) ** 2).sum()) / weight
     assert found == pytest.approx(float(change.square().sum()) / weight, rel=0.15)
+
+
+@pytest.mark.parametrize("elements", [1, 20, 1 << 20])
+def test_the_loss_of_logits_in_parts_is_that_of_all(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit, and times what the loss is multiplied by; the logits stay as they were."""
+    monkeypatch.setattr(losses, "_ELEMENTS", elements)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 7, generator=generator, requires_grad=True)
+    before = logits.detach().clone()
+    value, count = General(0, is_logits=True, masks=[None], seed=3)([logits], 0, 2)
+    (slope,) = torch.autograd.grad(2 * value, [logits])
+    rows = logits.reshape(-1, 7)
+    labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(3))[:, 0]
+    wanted = torch.nn.functional.cross_entropy(rows, labels, reduction="sum")
+    assert float(value.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6) and count == 10
+    assert torch.equal(slope, torch.autograd.grad(2 * wanted, [logits])[0])
+    assert torch.equal(logits, before)
+
+
+def test_a_mask_of_all_positions_is_none() -> None:
+    """And one that leaves some out does leave them out."""
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    found = [General(0, is_logits=True, masks=[m])([logits], 0, 2) for m in (mask, None)]
+    assert found[0][1] == found[1][1] == 10 and torch.equal(found[0][0], found[1][0])
+    mask[1, 3:] = False
+    value, count = General(0, is_logits=True, masks=[mask])([logits], 0, 2)
+    assert count == 8 and not torch.autograd.grad(value, [logits])[0][1, 3:].any()

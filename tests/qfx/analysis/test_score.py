@@ -17,7 +17,7 @@ from qfx.analysis.measured import Measure, main_output
 from qfx.analysis.predictors import EVERY
 from qfx.analysis.score import Options, score_graph
 from qfx.analysis.scores import METHODS, scores
-from qfx.analysis.units import units
+from qfx.analysis.units import units, wholes
 from qfx.analysis.weights import Weights
 from qfx.rounding.lanes import Program
 from tests.qfx.analysis.models import captured, causal, ids, of_zoo, prepared
@@ -125,6 +125,24 @@ def test_gathered_sums_are_those_of_autograd() -> None:
     fqn = "model.layers.0.mlp.up_proj"
     torch.testing.assert_close(together.gradient[fqn], own[fqn], rtol=1e-3, atol=1e-6)
     assert together.rows[fqn] == 12 and together.energy[fqn].shape == (32,)
+
+
+@pytest.mark.parametrize("rounding", ["mse", "rtn", "hqq"])
+def test_units_of_one_weight_are_scored_together_as_each_alone(rounding: str) -> None:
+    """Bit by bit, rows and columns of heads, groups that a head fills up, and formats of one scale for several rows."""
+    gm, flat, found = prepared()
+    _, main = main_output(gm, found.outputs)
+    every = [*units(gm)[0], *wholes(units(gm)[0])]
+    weights = Weights(gm, every, rounding=rounding)
+    seen = gather(weights, Program(gm), flat, [main], General(0, is_logits=True, masks=[None] * len(flat)))
+    formats = [Format.parse(text) for text in ("u3/g16", "u4/g32/f16", "i8/ch", "i4", "f4e2m1/g16/e4m3")]
+    formats = formats[:3] if rounding == "hqq" else formats
+    together = scores(weights, every, formats, ["quant-fisher", "weight-error"], seen)
+    for unit in every:
+        alone = scores(weights, [unit], formats, ["quant-fisher", "weight-error"], seen)
+        for method, own in alone.items():
+            assert own[unit.name] == together[method][unit.name]
+    assert list(together["weight-error"]) == [unit.name for unit in every]
 
 
 def test_each_score_is_its_formula() -> None:

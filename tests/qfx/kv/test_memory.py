@@ -16,7 +16,9 @@ from torch import Tensor
 
 import qfx
 from qfx import Recipe, Rule
+from qfx.allocation.model_costs import costs_of
 from qfx.allocation.sizes import BATCH, CONTEXT
+from qfx.kv import memory as memory_module
 from qfx.kv.memory import Memory, parse_bytes
 from qfx.kv.plans import CacheLayer
 from tests import tiny
@@ -204,3 +206,23 @@ def test_amounts_of_memory(text: str, count: int) -> None:
 def test_what_is_no_amount(text: str) -> None:
     with pytest.raises(ValueError, match="8GiB, 16GB or bytes"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("recipe", ["w8a16", "w4a16", "kv8+w4a16"])
+def test_formats_of_weights_take_no_second_graph_with_a_cache(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes are those of the live model in every layer, and activations are told by the first layers as without."""
+    config = tiny.config("llama")
+    config.num_hidden_layers = 4
+    shown: list[int] = []
+
+    def told(model: Any, *args: Any) -> Any:
+        shown.append(model.config.num_hidden_layers)
+        return costs_of(model, *args)
+
+    live = Memory.of(type(tiny.build("llama"))(config).eval(), Recipe.parse(recipe))
+    monkeypatch.setattr(memory_module, "costs_of", told)
+    found, plain = Memory.of_config(config, weights=Recipe.parse(recipe)), Memory.of_config(config)
+    assert shown == [2, 2]
+    assert found.weights == live.weights < plain.weights
+    assert found.activations == plain.activations
+    assert found.layers == live.layers

@@ -11,8 +11,9 @@ from torch import Tensor
 from qfx.calibration.importance import Importance
 from qfx.calibration.moments import Moments
 from qfx.format import Format
-from qfx.numerics import choose_qparams, dequantize, quantize
+from qfx.numerics import QParams, choose_qparams, dequantize, quantize
 from qfx.packing import pack_zeros
+from qfx.rounding import scales
 from qfx.rounding.scales import Best, explore, refit_scale, refit_zero, rounded, search, shares_of
 
 FORMATS = [
@@ -152,6 +153,63 @@ def test_zeros_and_bad_values() -> None:
     zeros = torch.zeros(4, 32)
     for fmt in map(Format.parse, FORMATS):
         assert torch.equal(rounded(zeros, fmt, search(zeros, fmt)), zeros)
+
+
+def plainly(w: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
+    """`search` by its definition: every refit of every group, in memory of its own, of codes that are made."""
+    best = explore(w, fmt, torch.square)
+    for _ in range({2: 4, 3: 4, 4: 4, 5: 3}.get(fmt.bits, 2)):
+        params = best.params
+        best.offer(refit_scale(w, fmt, quantize(w, fmt, *params), params))
+        for step in (-1, 1) if fmt.has_zero and fmt.bits <= 5 else ():
+            assert params.zero is not None
+            moved = params._replace(zero=(params.zero.int() + step).clamp(0, fmt.qmax).to(torch.uint8))
+            best.offer(refit_scale(w, fmt, quantize(w, fmt, *moved), moved))
+    return best.params
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, "u3/g32/f16", "u5/ch", "u6/g16", "u8/g16", "nf4/ch", "nf4/g16/dq"])
+@pytest.mark.parametrize("shape", [(1, 1), (9, 16), (40, 70), (2, 5, 33)])
+@pytest.mark.parametrize("elements", [1 << 18, 100])
+def test_the_search_by_rows_and_of_what_changed_is_the_plain_one(
+    fmt: str, shape: tuple[int, ...], elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit: padded groups, rows searched part by part, and refits of those alone that the last one changed."""
+    monkeypatch.setattr(scales, "_ELEMENTS", elements)
+    f, w = Format.parse(fmt), weight(*shape, seed=7)
+    before = w.clone()
+    for made, wanted in zip(search(w, f), plainly(w, f), strict=True):
+        if made is None or wanted is None:
+            assert made is wanted
+            continue
+        assert made.dtype == wanted.dtype and made.shape == wanted.shape
+        assert made.reshape(-1).view(torch.uint8).equal(wanted.reshape(-1).view(torch.uint8))
+    assert torch.equal(w, before)
+
+
+def test_refits_go_on_where_the_last_one_helped_alone() -> None:
+    """Rows that are taken out are put back where they were, and their costs with them."""
+    f, w = Format.parse("u3/ch"), weight(6, 16, seed=3)
+    start = choose_qparams(w, f)
+    best = Best(w, f, torch.square, start._replace(scale=start.scale * 3))
+    rows = torch.tensor([4, 1])
+    some = best.only(rows)
+    assert torch.equal(some.full, w[rows]) and torch.equal(some.least, best.least[rows])
+    assert start.zero is not None
+    better = some.offer(QParams(start.scale[rows], start.zero[rows]))
+    assert better.shape == (2, 1) and better.any()
+    kept, least = best.params.scale.clone(), best.least.clone()
+    best.take(rows, some)
+    assert torch.equal(best.params.scale[rows], some.params.scale) and torch.equal(best.least[rows], some.least)
+    others = [0, 2, 3, 5]
+    assert torch.equal(best.params.scale[others], kept[others]) and torch.equal(best.least[others], least[others])
+    free = Best(w, f, torch.square, start, torch.zeros(6, 1))
+    assert not free.offer(best.params).any()  # negative control: nothing costs less than nothing
+
+
+def test_an_empty_weight_has_scales_of_its_shape() -> None:
+    found = search(torch.zeros(0, 32), Format.parse("u4/g16"))
+    assert found.scale.shape == (0, 2) and found.zero is not None and found.zero.shape == (0, 2)
 
 
 def brute(w: Tensor, bits: int, symmetric: bool) -> Tensor:
