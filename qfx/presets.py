@@ -33,9 +33,13 @@ def _both(x: str, w: str, *kinds: str) -> list[dict[str, str]]:
 
 _STATIC = [*_both("u8", "i8/ch", "linear", "experts", "conv"), _EMBEDDING]
 
-_LOW = [*_weights("u4/g32/f16", "linear", "experts"), _EMBEDDING, _TIED]
 _HEAD = {"target": "*lm_head", "x": "i8/tok", "w": "i8/ch"}
 _GPTQ = {"clip": True, "sweeps": 2}
+_CHOSEN = {  # formats are chosen by measuring weights that are rounded by "mse"; GPTQ rounds what is chosen
+    "rules": [*_weights("u4/g32/f16", "linear", "experts"), _EMBEDDING, _TIED],
+    "rounding": "gptq",
+    "gptq": _GPTQ,
+}
 _ENERGY = {"rounding": "mse", "weighting": "energy", "num_calibration_samples": 16}
 _ROTATIONS = ("rotate", "rotate-down")
 _ROTATED = {"rewrites": _ROTATIONS, "rounding": "gptq", "gptq": _GPTQ}
@@ -202,23 +206,21 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
     "heads": (
         "weights of 2 to 8 bits, each head and layer as it needs, under a budget such as avg_bits=3; needs data",
         {
-            "rules": [*_weights("u4/g32/f16", "linear", "experts"), _EMBEDDING, _TIED],
-            "rounding": "gptq",  # of the formats found; what measures them rounds by "mse"
-            "gptq": _GPTQ,
+            **_CHOSEN,
             "allocation": AllocationOptions(),
         },
     ),
     "heads-top30": (
         "4-bit weights, the 30 % of attention heads whose quantization costs most in 8 bits; needs data",
-        {"rules": _LOW, "rounding": "mse", "lift": LiftOptions(heads=0.3)},
+        {**_CHOSEN, "lift": LiftOptions(heads=0.3)},
     ),
     "w4a16-edges": (
         "4-bit weights, those of the first and the last layer in 8 bits; needs data",
-        {"rules": _LOW, "rounding": "mse", "lift": LiftOptions(edges=1)},
+        {**_CHOSEN, "lift": LiftOptions(edges=1)},
     ),
     "w4a16-lift": (
         "4-bit weights; where perplexity rises by over 10 %, the layers that cost most in 8 bits; needs data",
-        {"rules": _LOW, "rounding": "mse", "lift": LiftOptions(max_loss=10.0)},
+        {**_CHOSEN, "lift": LiftOptions(max_loss=10.0)},
     ),
     "kv8": (
         "cache of keys and values in 8 bits per token, weights as they are; needs no data, combines: w4a16+kv8",

@@ -158,7 +158,8 @@ def test_data_is_needed_by_static_formats_and_by_methods_that_look_at_it() -> No
     assert {name for name, recipe in presets().items() if recipe.needs_data} == static | rounded | looking | choosing
     assert rounded == {
         *("w4a16-gptq", "nf4-gptq", "w3a16-gptq", "w2a16-gptq", "w4a8-gptq", "w4a8-rotate", "w4a4-rotate"),
-        *("w4a16-learned", "w2a16-learned", "heads"),
+        *("w4a16-learned", "w2a16-learned"),
+        *("heads", "heads-top30", "w4a16-edges", "w4a16-lift"),
     }
 
 

@@ -236,7 +236,7 @@ def test_heads_top30(tmp_path: Any) -> None:
     quantized = qfx.quantize(model, Plan.load(tmp_path / "plan"))
     near = float((quantized(**data[0]).logits - wanted).square().mean())
     other, _ = model_and_data()
-    plain = qfx.quantize(other, Recipe.parse("heads-top30").override(lift=None))
+    plain = qfx.quantize(other, Recipe.parse("heads-top30").override(lift=None), data)
     assert 0 < near < float((plain(**data[0]).logits - wanted).square().mean())
 
 
