@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qfx.live.modules import PackedModule, as_read, turned
+from qfx.live.modules import PackedModule, as_read, stored_as, turned
 from qfx.live.segments import Segment, asked, in_order, stem_of, take
 from qfx.packing import Packed
 from qfx.reporting.rows import Row
@@ -54,6 +54,11 @@ class QuantMixed(PackedModule):
         for number, part in enumerate(packed):
             self._hold(stem_of(axis, number), part)
         self._hold_operands(bias, x_scale, x_zero, smooth)
+
+    @property
+    def stored(self) -> str:
+        parts = (f"{s.format} {', '.join(f'{start}:{stop}' for start, stop in s.ranges)}" for s in self.segments)
+        return stored_as(f"{'columns' if self.axis else 'rows'} {'; '.join(parts)}", self.rotation)
 
     @property
     def weight(self) -> Tensor:
@@ -108,4 +113,6 @@ class QuantMixed(PackedModule):
         """This module's row of the report: the formats and bytes of all segments."""
         n, k = self.shape
         shapes = [((n, s.size) if self.axis else (s.size, k), s.format) for s in self.segments]
-        return self._row_of(fqn, "linear", self._asked(), sum(fmt.nbytes(shape) for shape, fmt in shapes))
+        gain = self._buffers.get("gain")
+        extra = 0 if gain is None else gain.nbytes
+        return self._row_of(fqn, "linear", self._asked(), extra + sum(fmt.nbytes(shape) for shape, fmt in shapes))

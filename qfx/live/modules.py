@@ -21,6 +21,8 @@ from qfx.live.parameters import keeping_types
 from qfx.packing import Packed
 from qfx.reporting.rows import Row
 
+_STORED = "qfx.stored"  # in the metadata of state dicts
+
 
 class PackedModule(nn.Module):
     """Packed buffers, the shape of the weight that they hold, and the type of the activations."""
@@ -35,6 +37,32 @@ class PackedModule(nn.Module):
     def weight(self) -> Tensor:
         """The weight dequantized, in the model's dtype."""
         raise NotImplementedError
+
+    @property
+    def stored(self) -> str:
+        """How the packed tensors are to be read: formats, and what the weight was rotated by."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][_STORED] = self.stored
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Codes of another format may have the same shapes; they are refused where the state dict tells it (files of
+        safetensors hold tensors alone)."""
+        found = local_metadata.get(_STORED, self.stored)
+        if found != self.stored:
+            what = f"the weight of {prefix[:-1] or type(self).__name__} is stored in another way"
+            step = "quantize the model by the recipe of the one that was saved, or use qfx.save and qfx.load"
+            error_msgs.append(explain(what, expected=self.stored, found=found, next_step=step))
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _hold(self, stem: str, packed: Packed) -> None:
         for leaf, tensor in (("codes", packed.data), ("scale", packed.scale), ("zero", packed.zero)):
@@ -70,6 +98,11 @@ def rotated(x: Tensor, rotation: tuple[int, int] | None, *, inverse: bool = Fals
         return x
     y: Tensor = torch.ops.qfx.hadamard(x, *rotation, inverse)
     return y
+
+
+def stored_as(formats: str, rotation: tuple[int, int] | None) -> str:
+    """`PackedModule.stored` of a weight."""
+    return formats if rotation is None else f"{formats}, rotated in blocks of {rotation[0]} by seed {rotation[1]}"
 
 
 def turned(x: Tensor, rotation: tuple[int, int] | None, gain: Tensor | None) -> Tensor:
@@ -112,6 +145,11 @@ class _Quantized(PackedModule):
         super().__init__(tuple(packed.shape), dtype)
         self._hold("w", packed)
         self.w_format = str(packed.format)
+        self.rotation: tuple[int, int] | None = None
+
+    @property
+    def stored(self) -> str:
+        return stored_as(self.w_format, self.rotation)
 
     @property
     def weight(self) -> Tensor:
@@ -201,7 +239,8 @@ class QuantLinear(_Quantized):
         """This module's row of the report."""
         asked = f"x={self.x_format} w={self.w_format}" if self.x_format else f"w={self.w_format}"
         row = self._row(fqn, "linear", asked)
-        extra = 0 if self.low is None else sum(factor.nbytes for factor in self.low)
+        held = (self._buffers.get(name) for name in ("low_a", "low_b", "gain"))
+        extra = sum(tensor.nbytes for tensor in held if tensor is not None)
         return replace(row, bytes_after=row.bytes_after + extra)
 
 

@@ -20,7 +20,9 @@ from qfx.errors import UnsupportedError
 from qfx.format import Format
 from qfx.live.mixed import QuantMixed
 from qfx.live.modules import QuantLinear
+from qfx.live.segments import Segment, take
 from qfx.measuring.measure import sqnr_db
+from qfx.packing import pack_weight
 from qfx.pipeline import apply_plan, prepare
 from qfx.plan import Plan
 from qfx.save import load, save
@@ -332,3 +334,22 @@ def test_one_layer_under_two_names() -> None:
             shared.eval(), Recipe(name="r", rules=(Rule(target="linear", w=HEADS),)), [randn(3, 32)]
         )
     assert model.a is model.b and isinstance(model.a, QuantMixed)
+
+
+def test_a_state_dict_of_other_segments_is_refused() -> None:
+    """Heads in another order, and formats of the same shapes, have the same names and sizes."""
+
+    def mixed(formats: list[str], order: list[tuple[int, int]], rotation: tuple[int, int] | None = None) -> QuantMixed:
+        weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
+        cut = [Segment(Format.parse(fmt), (at,)) for fmt, at in zip(formats, order, strict=True)]
+        return QuantMixed([pack_weight(take(weight, s, 0), s.format) for s in cut], cut, 0, None, rotation=rotation)
+
+    state = mixed(["i4/g32", "i8/g32"], [(0, 4), (4, 8)]).state_dict()
+    mixed(["i4/g32", "i8/g32"], [(0, 4), (4, 8)]).load_state_dict(state)
+    for other in (
+        mixed(["i4/g32", "i8/g32"], [(4, 8), (0, 4)]),
+        mixed(["nf4/g32", "i8/g32"], [(0, 4), (4, 8)]),
+        mixed(["i4/g32", "i8/g32"], [(0, 4), (4, 8)], (32, 0)),
+    ):
+        with pytest.raises(RuntimeError, match="is stored in another way"):
+            other.load_state_dict(state)

@@ -131,3 +131,58 @@ def test_only_quantized_transformer_layers_lose_their_fused_kernel() -> None:
     model = nn.ModuleList([plain, changed])
     without_fast_paths(model)
     assert plain.activation_relu_or_gelu and not changed.activation_relu_or_gelu
+
+
+def _linear(fmt: str, rotation: tuple[int, int] | None = None, *, gain: bool = False, seed: int = 2) -> QuantLinear:
+    weight = pack_weight(randn(8, 64, seed=seed), Format.parse(fmt))
+    return QuantLinear(weight, None, rotation=rotation, gain=torch.ones(64) if gain else None)
+
+
+def test_a_state_dict_of_the_same_format_is_taken() -> None:
+    own, other = _linear("i4/g32/f16", (64, 0)), _linear("i4/g32/f16", (64, 0), seed=3)
+    assert not torch.equal(own.weight, other.weight)
+    own.load_state_dict(other.state_dict())
+    assert torch.equal(own.weight, other.weight)
+    again = copy.deepcopy(other.state_dict())
+    assert nn.Sequential(own).load_state_dict({f"0.{key}": value for key, value in again.items()}).missing_keys == []
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        (("i4/g32/f16", None), ("nf4/g32/f16", None)),
+        (("f8e4m3/ch", None), ("i8/ch", None)),
+        (("i8/ch", (64, 0)), ("i8/ch", None)),
+        (("i8/ch", None), ("i8/ch", (64, 0))),
+        (("i8/ch", (64, 0)), ("i8/ch", (64, 1))),
+        (("i8/ch", (64, 0)), ("i8/ch", (32, 0))),
+    ],
+    ids=str,
+)
+def test_a_state_dict_whose_codes_mean_something_else_is_refused(own: Any, other: Any) -> None:
+    layer = _linear(*own)
+    model, state = nn.Sequential(layer), nn.Sequential(_linear(*other, seed=3)).state_dict()
+    before = layer.weight
+    with pytest.raises(RuntimeError, match=r"the weight of 0 is stored in another way\n  expected: .*\n  found: "):
+        model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="next step: quantize the model by the recipe of the one that was saved"):
+        model.load_state_dict(state, strict=False)
+    assert torch.equal(layer.weight, before)
+
+
+def test_tables_of_other_formats_are_refused() -> None:
+    own, other = (QuantEmbedding(packed(6, 64, fmt=fmt), None) for fmt in ("i4/g32", "f4e2m1/g32"))
+    with pytest.raises(RuntimeError, match=r"of QuantEmbedding is stored[\s\S]*expected: i4/g32\n  found: f4e2m1/g32"):
+        own.load_state_dict(other.state_dict())
+
+
+def test_tensors_alone_are_taken_as_they_are() -> None:
+    """Of a file of safetensors nothing else is known; the folders of qfx.save say formats beside it."""
+    own, other = _linear("i8/ch"), _linear("i8/ch", seed=3)
+    own.load_state_dict(dict(other.state_dict()))
+    assert torch.equal(own.weight, other.weight)
+
+
+def test_the_report_counts_the_gain() -> None:
+    plain, gained = (_linear("i8/ch", (64, 0), gain=gain).qfx_row("layer").bytes_after for gain in (False, True))
+    assert gained == plain + 64 * 4
