@@ -19,6 +19,7 @@ from qfx.errors import QfxWarning, UnsupportedError
 from qfx.export import export_onnx
 from qfx.format import Format
 from qfx.hf.attach import register_when_loaded as _register_when_loaded
+from qfx.hf.generated import generated_batches
 from qfx.interop import (
     export_awq,
     export_bnb,
@@ -84,6 +85,7 @@ __all__ = [
     "export_gguf",
     "export_gptq",
     "export_onnx",
+    "generated_batches",
     "hidden_state_loss",
     "import_checkpoint",
     "import_gguf",

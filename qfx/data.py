@@ -1,4 +1,4 @@
-"""Calibration data: from a file of text, texts, a loader or the model itself, to the calls of a model."""
+"""Calibration and evaluation data: from a file of text, texts, or a loader, to the calls of a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from qfx.errors import explain
-from qfx.hf.generated import generated_batches as generated_batches  # noqa: PLC0414 - handed on
 from qfx.inputs import without_cache
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # (args, kwargs) of one forward

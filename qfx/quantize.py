@@ -76,7 +76,7 @@ def plan(
             explain(
                 f"recipe {asked.name!r} needs calibration data",
                 next_step="pass data=batches (about 128 samples of what the model will see; "
-                "a language model writes some itself: qfx.data.generated_batches(model))",
+                "a language model writes some itself: qfx.generated_batches(model))",
             )
         )
     if resume is not None and asked.rounding not in DATA_ROUNDINGS:

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from qfx.cli.models import check_device, sample_length
 from qfx.cli.terminal import step
-from qfx.data import generated_batches
 from qfx.hf import hub
+from qfx.hf.generated import generated_batches
 from qfx.storage.files import check_writable, write_text
 
 
@@ -30,7 +30,7 @@ def run(
     if loaded.tokenizer is None:
         raise ValueError(
             f"{model} has no tokenizer, so what it writes cannot become text\n"
-            "  next step: qfx.data.generated_batches(model) gives its token ids"
+            "  next step: qfx.generated_batches(model) gives its token ids"
         )
     length = sample_length(loaded, seq_len)
     with step(console, f"write {samples} texts of {length} tokens"):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qfx.errors import explain, first_line
+from qfx.quantize import evaluating
 
 _TOGETHER = 32  # texts that are written at once: a step takes hardly longer for them than for one
 
@@ -41,8 +42,6 @@ def generated_batches(
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be above 0, found {temperature}")
     config = _checked(model, seq_len)
-    from qfx.quantize import evaluating  # which reads data by the module that hands this function on
-
     device = next(model.parameters()).device
     rows: list[Tensor] = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):

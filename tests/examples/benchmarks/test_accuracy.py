@@ -74,7 +74,11 @@ def test_rows_of_chosen_bits_and_names() -> None:
     assert names[:2] == ["float32", "HQQ 4/64"] and all("gptq" in name for name in names[2:]) and len(names) > 3
     every = [entry.name for entry in accuracy.entries([2, 3, 4, 8], [])]
     assert len(every) == len(set(every)) and not any("learned i8" in name for name in every)
-    assert [name for name in every if "nf4" in name] == ["qfx rtn nf4/g64", "qfx gptq nf4/g64"]
+    assert [name for name in every if "nf4" in name] == [
+        "qfx rtn nf4/g64",
+        "qfx mse-energy nf4/g64",
+        "qfx gptq nf4/g64",
+    ]
 
 
 def test_one_peer_may_have_an_environment_of_its_own() -> None:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import qfx
-from qfx.data import generated_batches
+from qfx import generated_batches
 
 
 def _llama(**changed: Any) -> LlamaForCausalLM:
