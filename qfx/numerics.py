@@ -34,6 +34,7 @@ NF4_VALUES: tuple[float, ...] = (
 # OCP Microscaling v1.0, 5.3.3: sign, two exponent bits, one mantissa bit; code 8 is minus zero
 F4_MAGNITUDES: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 F4_VALUES: tuple[float, ...] = (*F4_MAGNITUDES, *(-v for v in F4_MAGNITUDES))
+_CELLS, _MANY_VALUES = 64, 4096  # of `_below`
 _MX_EMAX = {"f4e2m1": 2, "f8e4m3": 8, "f8e5m2": 15}  # exponent of the greatest value of the type
 
 
@@ -285,7 +286,7 @@ def _encode(steps: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None) -> T
     if fmt.type == "nf4":
         table = torch.tensor(NF4_VALUES, dtype=torch.float64)
         middles = ((table[1:] + table[:-1]) / 2).to(torch.float32).to(steps.device)
-        return torch.bucketize(steps.contiguous(), middles, out_int32=True).to(torch.uint8)
+        return _below(steps.contiguous(), middles).to(torch.uint8)
     if fmt.type == "f4e2m1":
         return _encode_f4(steps)
     if fmt.is_float:
@@ -301,8 +302,26 @@ def _encode_f4(steps: Tensor) -> Tensor:
     magnitudes = torch.tensor(F4_MAGNITUDES, dtype=torch.float32)
     middles = (magnitudes[1:] + magnitudes[:-1]) / 2
     middles[1::2] = torch.nextafter(middles[1::2], torch.zeros(()))
-    codes = torch.bucketize(steps.abs().contiguous(), middles.to(steps.device), out_int32=True)
+    codes = _below(steps.abs().contiguous(), middles.to(steps.device))
     return codes.to(torch.uint8) | (torch.signbit(steps).to(torch.uint8) << 3)
+
+
+def _below(x: Tensor, middles: Tensor) -> Tensor:
+    """How many of a few ascending middles are less than each value, int32; all of them for NaN."""
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() < _MANY_VALUES:
+        return torch.bucketize(x, middles, out_int32=True)
+    # torch.bucketize searches value by value. A cell of even width that holds at most one middle tells all but that.
+    low, cells = middles[0], _CELLS / (middles[-1] - middles[0])
+
+    def cell(values: Tensor) -> Tensor:
+        found = (values - low).mul_(cells).add_(1).clamp_(0, _CELLS + 2).nan_to_num_(_CELLS + 2)
+        return found.to(torch.int32)
+
+    before = (cell(middles)[None, :] < torch.arange(_CELLS + 3)[:, None]).sum(1, dtype=torch.int32)
+    following = torch.cat([middles, middles.new_full((1,), torch.inf)])[before]
+    at = cell(x.reshape(-1))
+    beyond = x.reshape(-1) > following.index_select(0, at)
+    return before.index_select(0, at).add_(beyond.to(torch.int32)).reshape(x.shape)
 
 
 def _decode(codes: Tensor, fmt: Format) -> Tensor:

@@ -26,6 +26,10 @@ class Importance:
         """Elements [.., K] that sum to a C b^T over any run of channels which cuts no block."""
         return a * b * self.moments if self.moments.dim() == 1 else a * self._mixed(b)
 
+    def square(self, a: Tensor) -> Tensor:
+        """`product(a, a)`, which may be written into a."""
+        return a.mul_(a).mul_(self.moments) if self.moments.dim() == 1 else self.product(a, a)
+
     def product_with(self, fixed: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """`product` for many a beside one b, `fixed`, whose part of the work is done once."""
         if self.moments.dim() == 1:

@@ -67,6 +67,10 @@ def _plain(a: Tensor, b: Tensor) -> Tensor:
     return a * b
 
 
+def _square(a: Tensor) -> Tensor:
+    return a.mul_(a)
+
+
 class Best:
     """The cheapest parameters so far, for each scale of a weight. full: f32 [.., N, K]. cost: may write into what it is
     given. least: what `start` costs, None where that is not known."""
@@ -111,8 +115,8 @@ def search(full: Tensor, fmt: Format, importance: Importance | None = None) -> Q
     """
     if importance is None and fmt.by_row and fmt.scale_type != "e8m0" and full.numel():
         return _by_rows(full, fmt)
-    product = _plain if importance is None else importance.product_with(full)
-    best = explore(full, fmt, lambda difference: product(difference, difference))
+    product, square = (_plain, _square) if importance is None else (importance.product_with(full), importance.square)
+    best = explore(full, fmt, square)
     for _ in range(_REFITS.get(fmt.bits, _MANY)):
         _refit(best, product)
     return best.params
@@ -125,7 +129,7 @@ def _by_rows(full: Tensor, fmt: Format) -> QParams:
     own = replace(fmt, granularity="ch")
     found = []
     for part in rows.split(max(1, _ELEMENTS // rows.shape[-1])):
-        best = explore(part, own, lambda difference: difference.mul_(difference))
+        best = explore(part, own, _square)
         _refit_rows(best, _REFITS.get(fmt.bits, _MANY))
         found.append(best.params)
     shape = fmt.scale_shape(full.shape)
@@ -158,11 +162,12 @@ def _refit(best: Best, product: Product) -> Tensor:
 def _fitted(best: Best, params: QParams, product: Product) -> QParams:
     """`refit_scale` of the codes that these parameters give."""
     full, fmt = best.full, best.fmt
-    if best.work is None or product is not _plain:
+    if best.work is None:
         return refit_scale(full, fmt, quantize(full, fmt, *params), params, product)
     values = join(_values(full, fmt, params, best.work), fmt, full.shape)
-    cross = sums_by_scale(values * full, fmt)
-    return _scaled(sums_by_scale(values.mul_(values), fmt), cross, fmt, params)
+    cross = sums_by_scale(product(values, full), fmt)
+    power = _square(values) if product is _plain else product(values, values)
+    return _scaled(sums_by_scale(power, fmt), cross, fmt, params)
 
 
 def shares_of(fmt: Format) -> tuple[float, ...]:

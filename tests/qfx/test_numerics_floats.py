@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qfx.format import Format
 from qfx.numerics import (
     F4_VALUES,
     NF4_VALUES,
+    _below,
     choose_qparams,
     dequantize,
     fake_quantize,
@@ -156,3 +158,31 @@ def test_half_precision_scales_saturate() -> None:
     scale = choose_qparams(x, F("i8/ch/f16")).scale
     assert scale.flatten().tolist() == [65504.0, 2.0**-24]
     assert torch.isfinite(fake_quantize(x, F("i8/ch/f16"))).all()
+
+
+@pytest.mark.parametrize("fmt", ["nf4/g64", "f4e2m1/g32"])
+def test_many_values_have_the_codes_of_few(fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tensors are encoded by cells: at each middle, beside it, and beyond the ends, it is torch.bucketize."""
+    seen = []
+
+    def below(x: Tensor, middles: Tensor) -> Tensor:
+        found = _below(x, middles)
+        edges = torch.cat([middles, middles.nextafter(torch.tensor(9.0)), middles.nextafter(torch.tensor(-9.0))])
+        own = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 1e30, -1e30, middles[0] - 1e-6])
+        special = torch.cat([edges, own]).repeat(200).reshape(2, -1)
+        assert special.numel() > 4096
+        for values in (x, special):
+            fast = _below(values, middles)
+            assert fast.dtype == torch.int32
+            assert torch.equal(fast, torch.bucketize(values, middles, out_int32=True))
+        seen.append(found.numel())
+        return found
+
+    monkeypatch.setattr("qfx.numerics._below", below)
+    parsed = Format.parse(fmt)
+    weight = torch.randn(128, 640, generator=torch.Generator().manual_seed(0))
+    params = choose_qparams(weight, parsed)
+    whole = quantize(weight, parsed, *params)
+    few = torch.cat([quantize(row[None], parsed, params.scale[i : i + 1], None) for i, row in enumerate(weight)])
+    assert torch.equal(whole, few)
+    assert seen == [128 * 640, *[640] * 128]

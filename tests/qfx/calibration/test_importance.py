@@ -83,3 +83,16 @@ def test_a_product_with_one_side_fixed_is_the_same(block: int | None) -> None:
     for a in (data(5, 13, seed=2), fixed):
         for b in (fixed, fixed.clone(), data(5, 13, seed=3)):
             assert torch.equal(product(a, b), found.product(a, b))
+
+
+@pytest.mark.parametrize("block", [None, 8])
+def test_a_square_is_the_product_with_itself(block: int | None) -> None:
+    """Of an energy in the memory of what it is given, of blocks beside it."""
+    moments = Moments("fc", block)
+    moments.update(torch.randn(40, 20, generator=torch.Generator().manual_seed(0)))
+    importance = moments.importance()
+    a = torch.randn(6, 20, generator=torch.Generator().manual_seed(1))
+    wanted, given = importance.product(a, a), a.clone()
+    found = importance.square(given)
+    assert torch.equal(found, wanted)
+    assert (found.data_ptr() == given.data_ptr()) == (block is None)
