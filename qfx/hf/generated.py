@@ -46,7 +46,7 @@ def generated_batches(
     rows: list[Tensor] = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
         for start in range(0, samples, _TOGETHER):
-            torch.manual_seed(seed * 1_000_003 + start)
+            _seed(device, seed * 1_000_003 + start)
             first = _first(model, config, min(_TOGETHER, samples - start), device)
             rows.append(first if seq_len == 1 else _written(model, first, seq_len - 1, temperature))
     return [{"input_ids": batch} for batch in torch.cat(rows).split(batch_size)]
@@ -76,6 +76,14 @@ def _checked(model: nn.Module, seq_len: int) -> Any:
             )
         )
     return text
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seed what draws on this device, and no other as torch.manual_seed does."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
 
 
 def _first(model: nn.Module, config: Any, count: int, device: torch.device) -> Tensor:
