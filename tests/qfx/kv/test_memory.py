@@ -208,7 +208,9 @@ def test_what_is_no_amount(text: str) -> None:
         parse_bytes(text)
 
 
-@pytest.mark.parametrize("recipe", ["w8a16", "w4a16", "kv8+w4a16"])
+@pytest.mark.parametrize(
+    "recipe", ["w4a16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("w8a16", "kv8+w4a16"))]
+)
 def test_formats_of_weights_take_no_second_graph_with_a_cache(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes are those of the live model in every layer, and activations are told by the first layers as without."""
     config = tiny.config("llama")
