@@ -114,7 +114,7 @@ def capture_export(
     none, where torch does not trace the others (`Captured.fixed`). Raises UnsupportedError with torch.export's reason
     where the model cannot be exported as one graph.
     """
-    args, kwargs = tuple(args), dict(kwargs or {})
+    args, kwargs = _apart(model, tuple(args), dict(kwargs or {}))
     ep, fixed = _most_varying(model, args, kwargs) if dynamic else (_traced(model, args, kwargs, axes=0), "")
     placeholders = [n for n in ep.graph.nodes if n.op == "placeholder"]
     signature = ep.graph_signature
@@ -142,6 +142,24 @@ def capture_export(
         outputs=_output_names(ep.call_spec.out_spec),
         fixed=fixed,
     )
+
+
+def _apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Each argument a tensor of its own: of one that is given twice, or is the model's, torch.export makes one value,
+    and a graph that reads it from one place whatever the others get later."""
+    given = [id(value) for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    seen = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    if len(seen.union(given)) == len(seen) + len(given):
+        return args, kwargs
+
+    def own(value: torch.Tensor) -> torch.Tensor:
+        if id(value) in seen:
+            return value.detach().clone()
+        seen.add(id(value))
+        return value
+
+    apart: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, own, (args, kwargs))
+    return apart
 
 
 def _most_varying(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:

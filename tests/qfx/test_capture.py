@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import qfx
-from qfx import graph, run
+from qfx import capture, graph, run
 from qfx.capture import Captured, capture_dynamo, capture_export
 from qfx.errors import UnsupportedError
 from qfx.passes.normalize import NORMALIZE, normalize
@@ -240,6 +240,42 @@ def test_sizes_are_read_from_the_tensors() -> None:
     captured = capture_export(Small().eval(), (torch.randn(2, 4),))
     assert [n.op for n in captured.gm.graph.nodes if n.op == "placeholder"] == ["placeholder"]
     assert "sym_size" not in counts(captured.gm)
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("offset", torch.randn(2, 4))
+
+    def forward(self, x: Tensor, y: Tensor, more: dict[str, Tensor] | None = None) -> Tensor:
+        return x - 2 * y + (3 * more["z"] if more else 0) + 5 * self.offset
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_one_tensor_given_for_several_arguments(dynamic: bool) -> None:
+    """A graph that reads it once would be wrong for every call whose arguments differ."""
+    model, x = Both(), torch.randn(2, 4)
+    captured = capture_export(model, (x, x), {"more": {"z": x}}, dynamic=dynamic)
+    args, kwargs = (torch.randn(2, 4), torch.randn(2, 4)), {"more": {"z": torch.randn(2, 4)}}
+    assert len(captured.inputs) == 3
+    assert torch.equal(captured.gm(*captured.flatten(args, kwargs))[0], model(*args, **kwargs))
+
+
+@torch.no_grad()
+def test_a_tensor_of_the_models_own_given_as_an_argument() -> None:
+    model = Both()
+    captured = capture_export(model, (model.offset, torch.randn(2, 4)))
+    args = torch.randn(2, 4), torch.randn(2, 4)
+    assert torch.equal(captured.gm(*captured.flatten(args, {}))[0], model(*args))
+
+
+def test_arguments_that_differ_are_given_as_they_are() -> None:
+    args, kwargs = (torch.randn(2, 4), torch.randn(2, 4)), {"more": {"z": torch.randn(2, 4)}}
+    apart = capture._apart(Both(), args, kwargs)
+    assert apart[0] is args and apart[1] is kwargs
+    first, second = capture._apart(Both(), (args[0], args[0]), {})[0]
+    assert first is args[0] and second is not first
 
 
 def test_inputs_in_another_order_and_missing_inputs() -> None:

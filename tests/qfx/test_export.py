@@ -105,6 +105,33 @@ def test_other_sizes_than_the_example(tmp_path: Path) -> None:
         assert sqnr(expected(model, other, "w8a8")[0], found) > 38
 
 
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.first(x) - self.second(y)
+
+
+def test_a_file_whose_example_was_one_tensor_for_two_inputs(tmp_path: Path) -> None:
+    model, x = Pair().eval(), torch.randn(3, 16)
+    written = qfx.export_onnx(model, (x, x), tmp_path / "m.onnx", recipe="w8a8")
+    other = {"x": torch.randn(3, 16), "y": torch.randn(3, 16)}
+    with torch.no_grad():
+        assert sqnr(model(**other), run(written.path, other)[0]) > 30
+
+
+def test_data_whose_batches_are_one_tensor_for_two_inputs() -> None:
+    """The first batch is what the graph is traced on; scales are those of all."""
+    model = Pair().eval()
+    x, y = torch.randn(3, 16), 100 * torch.randn(3, 16)
+    plan = qfx.plan(model, "w8a8-static", [(x, x), (x, y)])
+    scales = {name: float(tensor) for name, tensor in plan.tensors.items() if name.endswith("scale")}
+    assert sorted(scales), plan.tensors.keys()
+    assert max(scales.values()) > 20 * min(scales.values()), scales
+
+
 def test_the_live_model_stays_as_it_is(tmp_path: Path) -> None:
     model, inputs = ZOO["bert"]()
     model.train()
