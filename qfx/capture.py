@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
-from qfx import graph
+from qfx import graph, traced_call
 from qfx.errors import UnsupportedError, explain, first_line, raised_at
 from qfx.finite import TakenFinite
 from qfx.long_sizes import LongSize, ShortSizes
@@ -41,6 +41,7 @@ class Captured:
     spec: how (args, kwargs) flatten, for torch.export's door.
     outputs: the outputs' names, for torch.export's door: fields, keys and positions joined by dots.
     fixed: which axes of the inputs do not vary, and why; "" where all may.
+    constants: flat index -> the argument that is no tensor, with which torch.export's graph was traced.
     """
 
     gm: fx.GraphModule
@@ -52,12 +53,16 @@ class Captured:
     spec: pytree.TreeSpec | None = None
     outputs: tuple[str, ...] = ()
     fixed: str = ""
+    constants: dict[int, Any] = field(default_factory=dict)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """The graph's inputs, in placeholder order, from a call `model(*args, **kwargs)` (torch.export's door)."""
-        flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        if self.spec is not None and spec != self.spec:
-            flat = _reordered(args, kwargs, self.spec)
+        """The graph's inputs, in placeholder order, from a call `model(*args, **kwargs)` (torch.export's door).
+
+        Raises ValueError where the call has other arguments than the traced one, or one that is no tensor has another
+        value, or a size that the graph holds fixed differs.
+        """
+        flat = traced_call.leaves(args, kwargs, self.spec)
+        traced_call.check_constants(flat, self.constants, self.spec)
         inputs = [flat[i] for i in self.inputs]
         self._check_shapes(inputs)
         return inputs
@@ -67,8 +72,17 @@ class Captured:
         nodes = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
         for node, value in zip(nodes, inputs, strict=True):
             want = node.meta["val"]
-            if not isinstance(want, torch.Tensor) or not isinstance(value, torch.Tensor):
+            if not isinstance(want, torch.Tensor):
                 continue
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(
+                    explain(
+                        f"{node.name!r} differs from what the graph was traced with",
+                        expected="a tensor",
+                        found=traced_call.said(value),
+                        next_step="give every batch a tensor, or leave it out of all",
+                    )
+                )
             fits = len(want.shape) == len(value.shape) and all(
                 isinstance(w, torch.SymInt) or w == v for w, v in zip(want.shape, value.shape, strict=True)
             )
@@ -114,7 +128,7 @@ def capture_export(
     none, where torch does not trace the others (`Captured.fixed`). Raises UnsupportedError with torch.export's reason
     where the model cannot be exported as one graph.
     """
-    args, kwargs = _apart(model, tuple(args), dict(kwargs or {}))
+    args, kwargs = traced_call.apart(model, tuple(args), dict(kwargs or {}))
     ep, fixed = _most_varying(model, args, kwargs) if dynamic else (_traced(model, args, kwargs, axes=0), "")
     placeholders = [n for n in ep.graph.nodes if n.op == "placeholder"]
     signature = ep.graph_signature
@@ -141,25 +155,8 @@ def capture_export(
         spec=ep.call_spec.in_spec,
         outputs=_output_names(ep.call_spec.out_spec),
         fixed=fixed,
+        constants=traced_call.constants(args, kwargs),
     )
-
-
-def _apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Each argument a tensor of its own: of one that is given twice, or is the model's, torch.export makes one value,
-    and a graph that reads it from one place whatever the others get later."""
-    given = [id(value) for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-    seen = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    if len(seen.union(given)) == len(seen) + len(given):
-        return args, kwargs
-
-    def own(value: torch.Tensor) -> torch.Tensor:
-        if id(value) in seen:
-            return value.detach().clone()
-        seen.add(id(value))
-        return value
-
-    apart: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, own, (args, kwargs))
-    return apart
 
 
 def _most_varying(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
@@ -344,13 +341,3 @@ def _by_parameter(model: nn.Module, shapes: tuple[Any, Any]) -> Any:
     """torch.export wants dynamic shapes by the names of forward's parameters (*args and **kwargs are one each)."""
     args, kwargs = shapes
     return dict(inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments)
-
-
-def _reordered(args: Sequence[Any], kwargs: Mapping[str, Any], spec: pytree.TreeSpec) -> list[Any]:
-    want = spec.child(1).context if hasattr(spec, "child") else spec.children_specs[1].context
-    if set(want) != set(kwargs):
-        raise ValueError(
-            f"expected a batch with the inputs {sorted(want)}, found {sorted(kwargs)}; "
-            "next step: give every batch the same inputs as the first one"
-        )
-    return pytree.tree_leaves((tuple(args), {k: kwargs[k] for k in want}))

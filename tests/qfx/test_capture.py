@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import qfx
-from qfx import capture, graph, run
+from qfx import graph, run
 from qfx.capture import Captured, capture_dynamo, capture_export
 from qfx.errors import UnsupportedError
 from qfx.passes.normalize import NORMALIZE, normalize
@@ -268,14 +268,6 @@ def test_a_tensor_of_the_models_own_given_as_an_argument() -> None:
     captured = capture_export(model, (model.offset, torch.randn(2, 4)))
     args = torch.randn(2, 4), torch.randn(2, 4)
     assert torch.equal(captured.gm(*captured.flatten(args, {}))[0], model(*args))
-
-
-def test_arguments_that_differ_are_given_as_they_are() -> None:
-    args, kwargs = (torch.randn(2, 4), torch.randn(2, 4)), {"more": {"z": torch.randn(2, 4)}}
-    apart = capture._apart(Both(), args, kwargs)
-    assert apart[0] is args and apart[1] is kwargs
-    first, second = capture._apart(Both(), (args[0], args[0]), {})[0]
-    assert first is args[0] and second is not first
 
 
 def test_inputs_in_another_order_and_missing_inputs() -> None:

@@ -35,7 +35,8 @@ LAYERS = (
     kv: asked as_stored
     ops: cached heads attention
     rounding: parts rounded
-    recipe_source graph layouts names vmaps encoder_layer trace sources capture run verify plan recipe presets
+    recipe_source graph layouts names vmaps encoder_layer trace sources traced_call
+    capture run verify plan recipe presets
     reporting: rows fold
     live: modules parameters
     calibration: positions
