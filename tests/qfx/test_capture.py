@@ -243,6 +243,8 @@ def test_sizes_are_read_from_the_tensors() -> None:
 
 
 class Both(nn.Module):
+    offset: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("offset", torch.randn(2, 4))

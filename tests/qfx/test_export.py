@@ -111,7 +111,8 @@ class Pair(nn.Module):
         self.first, self.second = nn.Linear(16, 8), nn.Linear(16, 8)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.first(x) - self.second(y)
+        difference: Tensor = self.first(x) - self.second(y)
+        return difference
 
 
 def test_a_file_whose_example_was_one_tensor_for_two_inputs(tmp_path: Path) -> None:

@@ -36,9 +36,10 @@ class Options(nn.Module):
         word: str = "",
         share: float = 1.0,
     ) -> Tensor:
-        y = self.first(x * times * share)
+        y: Tensor = self.first(x * times * share)
         y = y if mask is None else y * mask
-        return self.second(y) if both or word else y
+        second: Tensor = self.second(y)
+        return second if both or word else y
 
 
 def test_arguments_that_differ_are_given_as_they_are() -> None:
