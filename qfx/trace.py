@@ -37,6 +37,8 @@ from qfx.vmaps import has_vmaps, levels_kept, without_vmaps
 
 _DROPPED = {"_set_grad_enabled", "_log_api_usage_once", "_functorch_set_grad", "_exit_autocast"}
 _DROPOUTS = {torch.ops.aten.dropout.default, torch.nn.functional.dropout, torch.dropout}
+# changes in place what gradients alone see: of a constant that a forward makes (the empty cache of transformers)
+_UNTRACKED = {torch.ops.aten.detach_.default: torch.ops.aten.detach.default}
 _CONTROL = {"cond", "while_loop", "scan", "associative_scan", "map_impl"}
 # name of the higher-order wrapper -> position of its sub-graph among the arguments
 _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4, "tag_activation_checkpoint": 0, "wrap": 0}
@@ -98,6 +100,9 @@ class _Known(_Inline):
             proxy.node.meta["val"] = value
             track_tensor(value, proxy, constant=None, tracer=tracer)
         return value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_function(_UNTRACKED.get(target, target), args, kwargs)
 
 
 def _is_early(value: Tensor) -> bool:
@@ -198,7 +203,7 @@ def _is_pure(call: fx.Node) -> bool:
 
 
 def _changes(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target not in _UNTRACKED
 
 
 def _decomposes(target: Any) -> bool:
@@ -211,7 +216,7 @@ def _decomposes(target: Any) -> bool:
 
 def _stays(target: Any) -> bool:
     """Whether a node may be taken as it is. A constant is traced, so that its value is known to what is read of it."""
-    known = isinstance(target, torch._ops.OpOverload) and target not in _DROPOUTS and target not in FUSED
+    known = isinstance(target, torch._ops.OpOverload) and target not in {*_DROPOUTS, *FUSED, *_UNTRACKED}
     return known and not (_decomposes(target) or target._opname.startswith("lift_fresh"))
 
 

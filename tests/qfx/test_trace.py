@@ -286,6 +286,39 @@ def test_values_that_a_graph_carries_are_not_computed_again(layers: int, monkeyp
     assert run.count(torch.ops.aten.gelu.default) >= layers
 
 
+class Detaches(nn.Module):
+    """As the empty caches of transformers begin: of a constant that a forward makes torch.export detaches in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = torch.tensor([], dtype=x.dtype)
+        return F.gelu(torch.cat([start, x.flatten()]))
+
+
+def test_gradients_alone_see_a_tensor_that_is_detached_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm, values = exported(Detaches(), torch.randn(2, 3), dynamic=True)
+    assert "detach_.default" in ops(gm)
+    run: list[Any] = []
+    dispatch = FakeTensorMode.dispatch
+
+    def counted(self: FakeTensorMode, func: Any, *args: Any) -> Any:
+        run.append(func)
+        return dispatch(self, func, *args)
+
+    monkeypatch.setattr(FakeTensorMode, "dispatch", counted)
+    found, mutated = retrace(gm, values)
+    assert torch.ops.aten.gelu.default not in run, "the values that the graph carries are taken"
+    expected, _ = retrace(without_values(gm), values)
+    assert torch.ops.aten.gelu.default in run
+    assert mutated == []
+    same = {"lift_fresh_copy.default": "clone.default"}  # of a constant: both are folded
+    assert [same.get(op, op) for op in ops(found)] == ops(expected)
+    x = torch.randn(5, 4)
+    constants = [torch.tensor([]) for _ in values[:-1]]
+    assert torch.equal(found(*constants, x)[0], Detaches()(x)) and torch.equal(
+        expected(*constants, x)[0], found(*constants, x)[0]
+    )
+
+
 class InPlace(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x * 2
