@@ -36,7 +36,9 @@ def run(capability: str, *arguments: str, early: bool = False) -> subprocess.Com
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
 
 
-@pytest.mark.parametrize(("capability", "early"), [("80", False), ("90", False), ("90", True)])
+@pytest.mark.parametrize(
+    ("capability", "early"), [("80", False), pytest.param("90", False, marks=pytest.mark.slow), ("90", True)]
+)
 def test_some_kernels_of_every_kind(capability: str, early: bool) -> None:
     done = run(capability, *(f"{KERNELS}/{test}" for test in CHOSEN), early=early)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -255,7 +255,7 @@ def test_the_passes_take_linear_time(tmp_path: Path) -> None:
     assert max(rates) < 3 * min(rates) and max(rates) < 4e-3, rates  # seconds per node, on a busy machine
 
 
-@pytest.mark.parametrize("recipe", ["w8a8-static", "w4a16-gptq"])
+@pytest.mark.parametrize("recipe", ["w8a8-static", pytest.param("w4a16-gptq", marks=pytest.mark.slow)])
 def test_batches_in_order_are_those_by_name(recipe: str) -> None:
     """A decoder's cache is left out of its graph in both, and padding counts in neither."""
     tokens = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))

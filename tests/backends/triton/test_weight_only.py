@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -128,8 +129,16 @@ def test_every_path(text: str, dtype: torch.dtype, path: int, m: int, monkeypatc
 SERVED = [text for text in FORMATS if has_fragments(now_of(text), torch.float16)]
 
 
-@pytest.mark.parametrize("text", SERVED)
-@pytest.mark.parametrize(("rows", "warps"), [(1, 1), (2, 4), (4, 2)])
+def in_turn(*others: tuple[int, int]) -> list[Any]:
+    """Each format of `SERVED` with one of `others` after the other; the rest of the pairs are slow tests."""
+    return [
+        pytest.param(text, *other, marks=[] if (i - j) % len(others) == 0 else pytest.mark.slow)
+        for i, text in enumerate(SERVED)
+        for j, other in enumerate(others)
+    ]
+
+
+@pytest.mark.parametrize(("text", "rows", "warps"), in_turn((1, 1), (2, 4), (4, 2)))
 def test_fragments_of_every_format(text: str, rows: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {"PATH": FRAGMENTS, "ROWS": rows, "num_warps": warps, "num_stages": 1}
     monkeypatch.setattr(weight_only_config, "heuristic", lambda *_: kept)
@@ -139,8 +148,7 @@ def test_fragments_of_every_format(text: str, rows: int, warps: int, monkeypatch
         assert error(torch.randn(m, packed.shape[1], device=DEVICE).to(dtype), packed, bias) < STEP[dtype]
 
 
-@pytest.mark.parametrize("text", SERVED)
-@pytest.mark.parametrize(("warps", "splits"), [(4, 1), (4, 3), (8, 2)])
+@pytest.mark.parametrize(("text", "warps", "splits"), in_turn((4, 1), (4, 3), (8, 2)))
 def test_warps_abreast_of_every_format(text: str, warps: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {"PATH": ABREAST, "SPLITS": splits, "num_warps": warps, "num_stages": 1}
     monkeypatch.setattr(weight_only_config, "heuristic", lambda *_: kept)

@@ -21,7 +21,7 @@ from qfx.backends.triton.weight_only_pack import pack_weight_only
 from qfx.ops.packed import linear
 from qfx.packing import Packed
 from tests.backends.triton.cases import DEVICE
-from tests.backends.triton.test_weight_only import SERVED, STEP, weight
+from tests.backends.triton.test_weight_only import STEP, in_turn, weight
 
 GATES = ACTIVATIONS[1:]
 REFERENCE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -71,8 +71,7 @@ def test_every_path(act: str, path: int, config: dict[str, int], monkeypatch: py
         assert error(x, packed, None, act) < STEP[dtype]
 
 
-@pytest.mark.parametrize("text", SERVED)
-@pytest.mark.parametrize(("rows", "warps"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize(("text", "rows", "warps"), in_turn((1, 4), (2, 2)))
 def test_fragments_of_every_format(text: str, rows: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {"PATH": FRAGMENTS, "ROWS": rows, "num_warps": warps, "num_stages": 1}
     monkeypatch.setattr(weight_only_config, "heuristic", lambda *_: kept)

@@ -160,7 +160,7 @@ def test_a_cache_with_more_than_keys_and_values_is_refused(more: dict[str, Any])
         capture_decoder(model, last_only=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_a_model_in_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     """The cache is captured in the model's dtype; in the file all is f32, as programs that feed it have it."""
     torch.manual_seed(0)

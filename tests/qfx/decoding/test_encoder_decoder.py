@@ -179,7 +179,8 @@ def test_a_document_that_is_none(tmp_path: Path, text: str) -> None:
         pair.read_document(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["t5", pytest.param("whisper", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "whisper"])
 def test_a_model_in_half_precision(tmp_path: Path, name: str) -> None:
     """Inputs in f32, as processors give them, meet a model in bf16; its files are in f32."""
     torch.manual_seed(0)

@@ -308,7 +308,7 @@ def test_a_configuration_without_a_cache_hides_nothing(tmp_path: Path) -> None:
     assert loaded(ids(3), use_cache=False).past_key_values is None
 
 
-@pytest.mark.parametrize("tokens", [31, 32, 33])
+@pytest.mark.parametrize("tokens", [31, pytest.param(32, marks=pytest.mark.slow), 33])
 def test_rope_that_is_chosen_by_the_length(tmp_path: Path, tokens: int) -> None:
     """LongRoPE (Phi-3, Phi-4 mini) has other frequencies beyond the length of the first training, here 32."""
     import transformers

@@ -397,6 +397,7 @@ def test_encoders_that_attend_in_blocks_read_any_length(tmp_path: Path, name: st
         assert torch.equal(loaded.generate(ids, **asked), model.generate(ids, **asked))
 
 
+@pytest.mark.slow
 def test_an_encoder_that_holds_for_the_length_of_its_example_says_so(tmp_path: Path) -> None:
     with pytest.warns(
         QfxWarning, match=r"LongT5\w+: its forward looks at the size of dimension 1 of 'inputs_input_ids'"

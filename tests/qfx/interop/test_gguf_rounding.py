@@ -185,9 +185,9 @@ def test_a_layer_that_is_not_called_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
-        ("llama", torch.float32),
+        pytest.param("llama", torch.float32, marks=pytest.mark.slow),
         ("llama tied", torch.bfloat16),
-        ("llama biases", torch.float16),
+        pytest.param("llama biases", torch.float16, marks=pytest.mark.slow),
         ("qwen3", torch.float32),
     ],
 )

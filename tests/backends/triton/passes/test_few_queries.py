@@ -154,7 +154,7 @@ def test_a_varying_batch_and_length() -> None:
     torch.testing.assert_close(gm(*more)[0], Attention()(*more))
 
 
-@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("groups", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_model_with_a_cache_of_fixed_length(groups: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
