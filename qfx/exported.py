@@ -155,16 +155,13 @@ def _grows_in_place(built: Any, pasts: int) -> bool:
 
 
 def _outputs(captured: Captured) -> list[str]:
-    """A name for each distinct output of the graph."""
+    """The names of the graph's outputs. One tensor returned twice is two of them: programs count outputs, too."""
     results = captured.gm.graph.output_node().args[0]
     assert isinstance(results, Sequence)
-    named: dict[fx.Node, str] = {}
-    for result, name in zip(results, captured.outputs, strict=True):
-        if isinstance(result, fx.Node):
-            named.setdefault(result, name)
+    named = [name for result, name in zip(results, captured.outputs, strict=True) if isinstance(result, fx.Node)]
     if not named:
         raise UnsupportedError("expected a model that returns tensors, found none; next step: return at least one")
-    return list(named.values())
+    return named
 
 
 def _formats(gm: fx.GraphModule) -> dict[str, dict[str, str]]:

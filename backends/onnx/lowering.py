@@ -90,7 +90,7 @@ def build(gm: fx.GraphModule, *, runtime: str = "onnxruntime", prefill: bool = F
     stage = stages[0] if stages else Stage(eager=False)
     results = _output_node(gm).args[0]
     assert isinstance(results, list | tuple)
-    stage.outputs = list(dict.fromkeys(r for r in results if isinstance(r, fx.Node)))
+    stage.outputs = [r for r in results if isinstance(r, fx.Node)]
     stage.inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     builder, built = emit_stage(gm, stage, carriers_of(gm), runtime, prefill=prefill)
     built.notes += _half_note(gm, "which inputs and outputs of the file are, too")

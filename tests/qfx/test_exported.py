@@ -59,9 +59,15 @@ def test_a_plan_of_another_model_is_refused() -> None:
         assert order(plan=other).planned(nn.Linear(8, 8)).plan is other
 
 
-def test_each_result_has_one_name(tmp_path: Path) -> None:
-    written = qfx.export_onnx(Answers().eval(), torch.randn(2, 8), tmp_path / "m.onnx")
-    assert written.outputs == ("first", "last") and not written.shared_cache
+@pytest.mark.parametrize("runtime", ["onnxruntime", "standard"])
+def test_each_result_has_its_name_and_place(tmp_path: Path, runtime: str) -> None:
+    """One tensor under two names, too: who reads results by their place would take the next one for it."""
+    model, x = Answers().eval(), torch.randn(2, 8)
+    written = qfx.export_onnx(model, x, tmp_path / "m.onnx", recipe="w8a8", runtime=runtime)
+    assert written.outputs == ("first", "again", "last") and not written.shared_cache
+    session = ort.InferenceSession(str(written.path), providers=["CPUExecutionProvider"])
+    first, again, last = session.run(None, {"x": x.numpy()})
+    assert (first == again).all() and (last == first + 1).all()
 
 
 def test_results_that_are_weights(tmp_path: Path) -> None:
