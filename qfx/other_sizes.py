@@ -53,6 +53,27 @@ def other_sizes(
     return notes
 
 
+def fixed_batches(captured: Captured, name: str) -> list[Note]:
+    """A note where the first axis of an input of two axes or more, mostly the batch, has become a number of the graph:
+    torch.export fixes what a forward computes with in Python (a loop over samples), and tells nobody.
+
+    captured: as `capture_export(..., dynamic=True)` gave it.
+    """
+    inputs = [(op_name(n), val(n)) for n in captured.gm.graph.find_nodes(op="placeholder")]
+    firsts = {x: value.shape[0] for x, value in inputs if isinstance(value, Tensor) and value.dim() > 1}
+    fixed = {x: int(size) for x, size in firsts.items() if _is_number(size) and size > 1}
+    if captured.fixed or not fixed:
+        return []
+    what = ", ".join(f"dimension 0 of {x!r} ({size})" for x, size in fixed.items())
+    reason = f"its forward computes with the size of {what}, which is fixed in the graph"
+    return [Note(name, reason, "give an example (args=) of the size that is needed", minor=True)]
+
+
+def _is_number(size: Any) -> bool:
+    """Of a symbol, too, that the trace found to be one."""
+    return not isinstance(size, torch.SymInt) or bool(size.node.expr.is_number)
+
+
 def _environment(captured: Captured) -> Any:
     values = (val(node) for node in captured.gm.graph.nodes if node.op == "placeholder")
     modes = (getattr(value, "fake_mode", None) for value in values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import qfx
 from qfx.capture import capture_export
 from qfx.errors import QfxWarning
-from qfx.other_sizes import _looked_at, _near, other_sizes
+from qfx.other_sizes import _looked_at, _near, fixed_batches, other_sizes
 
 BLOCK = 4
 
@@ -135,3 +136,39 @@ def test_a_file_of_such_a_model_is_written_with_a_warning(tmp_path: Any) -> None
         y = torch.randn(2, length, 3)
         (found,) = whole(x=y).values()
         assert torch.allclose(found, model(y), atol=1e-5)
+
+
+def in_a_loop(x: Tensor) -> Tensor:
+    """Python counts the samples, so that torch.export fixes their number."""
+    return torch.stack([sample * 2 for sample in x])
+
+
+def test_a_batch_that_the_forward_counts_is_told(tmp_path: Any) -> None:
+    model, x = Looks(in_a_loop).eval(), torch.randn(4, 5, 3)
+    (note,) = fixed_batches(capture_export(model, (x,)), "Looks")
+    assert note.minor and note.node == "Looks"
+    assert note.reason == "its forward computes with the size of dimension 0 of 'x' (4), which is fixed in the graph"
+    with pytest.warns(QfxWarning, match=r"Looks: .* dimension 0 of 'x' \(4\), which is fixed"):
+        qfx.export_onnx(model, (x,), tmp_path / "m.onnx", strict=True)
+    qfx.export_onnx(model, (x,), tmp_path / "fixed.onnx", dynamic=False)  # asked for: nothing is said
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 3), (1, 5, 3)])
+def test_a_batch_that_varies_or_is_one_is_not_told(shape: tuple[int, ...]) -> None:
+    model, x = Looks(blocks).eval(), torch.randn(shape)
+    assert fixed_batches(capture_export(model, (x,)), "Looks") == []
+
+
+def test_features_are_no_batch() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, by: Tensor) -> Tensor:
+            return x.view(-1, 3) * by
+
+    captured = capture_export(Scaled(), (torch.randn(4, 3), torch.randn(3)))
+    assert fixed_batches(captured, "Scaled") == []
+
+
+def test_where_no_axis_varies_one_note_is_enough() -> None:
+    model, x = Looks(in_a_loop).eval(), torch.randn(4, 5, 3)
+    captured = dataclasses.replace(capture_export(model, (x,)), fixed="no axis of an input varies: why")
+    assert fixed_batches(captured, "Looks") == []
