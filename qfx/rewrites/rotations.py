@@ -56,10 +56,12 @@ def apply_site(gm: fx.GraphModule, plan: Plan, site: Any, factor: Any = None) ->
 
 def _rotate(gm: fx.GraphModule, plan: Plan, block: int | None, fixed: Collection[str]) -> list[Note]:
     """R1 where there is a stream to rotate, and R2. What R1 needs is done only where it can be had."""
-    seed = plan.recipe.rotation_seed
+    seed, apart = plan.recipe.rotation_seed, list[Note]()
     notes = _impossible(gm)
     if notes is None:
         tied = _tied(gm, plan, fixed)
+        shared = [site for site in untie.find(gm)[0] if site.linear not in tied]  # none where 'untie' is asked
+        apart = [_apart(gm, site) for site in shared if _one_format(gm, site.table)]
         for name in combine.IMPLIED["rotate"]:
             if name not in plan.recipe.rewrites:
                 for site in importlib.import_module(MODULES[name]).find(gm)[0]:
@@ -71,7 +73,7 @@ def _rotate(gm: fx.GraphModule, plan: Plan, block: int | None, fixed: Collection
         notes = _applied(gm, plan, found) + notes
     heads, refusals = rotate_heads.find(gm, seed=seed, block=block)
     first = {note.reason: note for note in reversed(notes)}  # the same reason at every norm is one note
-    return [*first.values(), *_applied(gm, plan, heads), *refusals]
+    return [*apart, *first.values(), *_applied(gm, plan, heads), *refusals]
 
 
 def _tied(gm: fx.GraphModule, plan: Plan, fixed: Collection[str]) -> set[str]:
@@ -90,6 +92,16 @@ def _tied(gm: fx.GraphModule, plan: Plan, fixed: Collection[str]) -> set[str]:
             untie.apply(trial, site)
     found = streams.find(trial, folded=False, tied=wanted)[0]
     return {graph.fqn_of(head) for stream in found if stream.centred for head in stream.heads}
+
+
+def _apart(gm: fx.GraphModule, site: untie.Site) -> Note:
+    """On a linear whose weight could have been stored once, with the table, but for the rotation."""
+    count = graph.get_tensor(gm, site.table).numel()
+    reason = (
+        f"it shares the table {site.table} in one format, and gets a weight of its own ({count:,} values) for the "
+        "rotation: it can share a rotated table where it is all that an RMS norm feeds, and no input channel is scaled"
+    )
+    return Note(site.linear, reason, "nothing, if the bytes are there; or leave 'rotate' out of the recipe", minor=True)
 
 
 def _one_format(gm: fx.GraphModule, table: str) -> bool:

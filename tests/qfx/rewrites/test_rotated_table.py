@@ -232,7 +232,9 @@ def test_gguf_holds_the_output_by_itself() -> None:
     assert "output.weight" not in plain
 
 
-# ---- what gets a weight of its own, as before
+# ---- what gets a weight of its own
+
+APART = r"lm_head: it shares the table \S+ in one format, and gets a weight of its own \([\d,]+ values\)"
 
 
 @pytest.mark.parametrize(
@@ -262,7 +264,8 @@ def test_channels_that_are_scaled_want_a_weight_of_their_own() -> None:
     """A shared weight takes no factors, nor some columns in 16 bits."""
     data = [{"input_ids": tiny.ids()}]
     for fields in ({"rewrites": (*ROTATED, "smooth")}, {"outliers": 0.5}):
-        plan = qfx.plan(tied(), recipe(**fields), data)
+        with pytest.warns(QfxWarning, match=APART):
+            plan = qfx.plan(tied(), recipe(**fields), data)
         assert names(plan)[0] == "untie"
 
 
@@ -271,12 +274,43 @@ def test_a_head_that_reads_its_weight_itself_is_untied() -> None:
     model = tied()
     head = model.lm_head
     head.forward = lambda x: torch.nn.functional.linear(x, head.weight)
-    assert names(qfx.plan(model, recipe()))[0] == "untie"
+    with pytest.warns(QfxWarning, match=APART):
+        assert names(qfx.plan(model, recipe()))[0] == "untie"
+
+
+def test_a_norm_that_feeds_more_than_the_head() -> None:
+    """A second linear reads what the norm gives, which is folded into that one: the function stays."""
+
+    class Valued(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm, self.value = tied(), torch.nn.Linear(tied().config.hidden_size, 1)
+
+        def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden = self.lm.model(input_ids=input_ids, use_cache=False).last_hidden_state
+            return self.lm.lm_head(hidden), self.value(hidden)
+
+    model, data = Valued().eval(), [tiny.ids()]
+    with torch.no_grad():
+        wanted = model(*data)
+        with pytest.warns(QfxWarning, match=APART):
+            live = qfx.quantize(model, recipe(), data)
+        found = live(*data)
+    assert error(list(wanted), list(found)) < 0.1
+
+
+def test_strict_allows_it_and_a_named_untie_is_no_news() -> None:
+    model, _ = ZOO["gpt2"]()
+    with pytest.warns(QfxWarning, match=APART):
+        qfx.plan(model, recipe(rewrites=("rotate",)), strict=True)
+    qfx.plan(model, recipe(rewrites=("untie", "rotate")), strict=True)  # warnings are errors
 
 
 def test_a_model_of_layer_norms_is_untied() -> None:
     model, _ = ZOO["gpt2"]()
-    assert names(qfx.plan(model, recipe(rewrites=("rotate",))))[:3] == ["untie", "norm-fold", "centre"]
+    with pytest.warns(QfxWarning, match=APART):
+        found = names(qfx.plan(model, recipe(rewrites=("rotate",))))
+    assert found[:3] == ["untie", "norm-fold", "centre"]
 
 
 def test_plans_of_the_version_before(tmp_path: Path) -> None:
