@@ -343,7 +343,7 @@ def _nothing(layout: Layout, refused: Mapping[str, Loss], linears: list[Linear])
     reasons = list(dict.fromkeys(refused.values()))[:_SHOWN]
     return ValueError(
         explain(
-            f"a {layout.name} checkpoint can hold none of the {len(linears)} quantized linears",
+            f"checkpoints of {layout.name} can hold none of the {len(linears)} quantized linears",
             found="\n    ".join(f"{reason}; next step: {step}" for reason, step in reasons) or "no quantized linears",
             next_step="quantize with a format that it holds, or qfx.save(model, folder)",
         )
