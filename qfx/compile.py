@@ -82,10 +82,11 @@ class Built:
 class CompiledGraph:
     """One graph of Dynamo's, quantized and lowered. Called with Dynamo's flat arguments; several threads may call it.
 
-    Each call compares identity, version and place of every weight with those that were packed. Where one changed (in
-    place, swapped, load_state_dict), or where other weights come than before (layers that share their forward, a deep
-    copy), the graph is quantized and lowered for them. What was made for weights lives as long as they do.
-    Changes that leave no trace go unseen: in place through `.data`, and of inference tensors.
+    Each call compares identity, version, place and a few words of every weight with those that were packed. Where one
+    changed (in place, swapped, load_state_dict), or where other weights come than before (layers that share their
+    forward, a deep copy), the graph is quantized and lowered for them. What was made for weights lives as long as they
+    do. Changes in place that count no version (through `.data`, of inference tensors) are seen by the first, middle and
+    last words of weights on the CPU: one of other values alone goes unseen, as all of them do on a GPU.
     Outputs never share memory with inputs that they would be views of.
     """
 

@@ -4,6 +4,7 @@ with (layers that share their forward, deep copies, swapped parameters).
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,6 +22,10 @@ from qfx.sources import static_names
 
 _VERSION = attrgetter("_version")
 _PLACE = Tensor.data_ptr
+_VALUE = attrgetter("value")
+_LOOKS = 3  # words of each tensor that are compared
+_NOWHERE = ctypes.c_int64(0)
+_INTEGERS = (ctypes.c_int64, ctypes.c_int32, ctypes.c_int16, ctypes.c_int8)
 _PACKED = {"qfx::linear", "qfx::embedding", "qfx::dequantize", "qfx::grouped_linear_quant"}
 _VIEWS = {"t", "transpose", "permute", "reshape"}
 
@@ -30,26 +35,54 @@ Key = tuple[int, ...]
 
 @dataclass(frozen=True)
 class State:
-    """What tells that tensors changed: their versions (0 where one counts none) and their places in memory."""
+    """What tells that tensors changed: their versions (0 where one counts none), their places in memory, and a few
+    words of each that lies on the CPU: its first, middle and last eight bytes. Those alone tell of a change in place
+    through `.data` (merged adapters of peft, moving averages) and of inference tensors, which count no versions.
+    """
 
     versions: tuple[int, ...]
     places: tuple[int, ...]
+    words: tuple[int, ...]
+    cells: tuple[Any, ...] = field(repr=False, compare=False)
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> State:
-        """The state of the tensors now. Inference tensors count no versions: changing them in place goes unseen."""
+        """The state of the tensors now."""
         try:
             versions = tuple(map(_VERSION, tensors))
         except RuntimeError:
             versions = tuple(0 if t.is_inference() else int(t._version) for t in tensors)
-        return cls(versions, tuple(map(_PLACE, tensors)))
+        cells = tuple(cell for tensor in tensors for cell in _cells(tensor))
+        if all(cell is _NOWHERE for cell in cells):  # on a GPU: nothing is looked at in a call
+            cells = ()
+        return cls(versions, tuple(map(_PLACE, tensors)), tuple(map(_VALUE, cells)), cells)
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the tensors are in this state now: `self == State.of(tensors)`, which every call asks."""
         try:
-            return self.versions == tuple(map(_VERSION, tensors)) and self.places == tuple(map(_PLACE, tensors))
+            if self.versions != tuple(map(_VERSION, tensors)):
+                return False
         except RuntimeError:  # inference tensors
             return self == State.of(tensors)
+        # words are looked at where the tensors still lie
+        return self.places == tuple(map(_PLACE, tensors)) and self.words == tuple(map(_VALUE, self.cells))
+
+    def each(self) -> list[tuple[Any, ...]]:
+        """The state of each tensor alone."""
+        words = [self.words[_LOOKS * i : _LOOKS * (i + 1)] for i in range(len(self.versions))]
+        return list(zip(self.versions, self.places, words, strict=True))
+
+
+def _cells(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor is looked into, `_LOOKS` of ctypes' integers in its own memory. Of one that is not in one piece
+    the first element is."""
+    place = tensor.data_ptr() if tensor.layout == torch.strided and tensor.device.type == "cpu" else 0
+    size = (tensor.numel() if tensor.is_contiguous() else min(1, tensor.numel())) * tensor.element_size()
+    if not place or not size:
+        return (_NOWHERE,) * _LOOKS
+    kind: Any = next(kind for kind in _INTEGERS if size >= ctypes.sizeof(kind))
+    last = size - ctypes.sizeof(kind)
+    return tuple(kind.from_address(place + at) for at in (0, last // 2 // 8 * 8, last))
 
 
 @dataclass(frozen=True)
@@ -169,11 +202,10 @@ class Template:
         if not self._entries:
             return set()
         entry = next(reversed(self._entries.values()))
-        before = zip(entry.weights, entry.state.versions, entry.state.places, strict=True)
-        now = State.of(self.weights(args))
+        before, now = entry.state.each(), State.of(self.weights(args)).each()
         changed = {
             i
-            for i, (ref, *old), *new in zip(self.interface.watched, before, now.versions, now.places, strict=True)
+            for i, ref, old, new in zip(self.interface.watched, entry.weights, before, now, strict=True)
             if ref() is not args[i] or old != new
         }
         return changed if changed <= self.interface.plain else set()

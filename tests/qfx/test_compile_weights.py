@@ -86,6 +86,17 @@ def data_swapped(model: Net) -> None:
     model.a.weight.data = torch.randn(16, 16)
 
 
+def within_data(model: Net) -> None:
+    """As peft merges adapters: no version is counted, and the place stays."""
+    model.a.weight.data += torch.randn(16, 16)
+
+
+def averaged(model: Net) -> None:
+    """As moving averages are put in place."""
+    for own, other in zip(model.parameters(), Net(seed=9).parameters(), strict=True):
+        own.data.copy_(other.data)
+
+
 def loaded(model: Net) -> None:
     model.load_state_dict(Net(seed=7).state_dict())
 
@@ -98,7 +109,10 @@ def module_swapped(model: Net) -> None:
     model.b = nn.Linear(16, 16)
 
 
-CHANGES = [in_place, bias_in_place, norm_in_place, swapped, data_swapped, loaded, assigned, module_swapped]
+CHANGES = [
+    in_place, bias_in_place, norm_in_place, swapped, data_swapped, within_data, averaged, loaded, assigned,
+    module_swapped,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
