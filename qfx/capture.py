@@ -120,15 +120,20 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], live: Coll
 
 
 def capture_export(
-    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic: bool = True
-) -> Captured:
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic: bool = True,
+    shared: bool = False,
+) -> Captured:  # fmt: skip
     """Export `model` on example inputs and bring it to normal form.
+
+    shared: arguments that are one tensor in the example are one in every call. Otherwise each is an input of its own.
 
     Every dimension of every tensor input may vary where the model allows it (`dynamic=True`), or the first of each, or
     none, where torch does not trace the others (`Captured.fixed`). Raises UnsupportedError with torch.export's reason
     where the model cannot be exported as one graph.
     """
-    args, kwargs = traced_call.apart(model, tuple(args), dict(kwargs or {}))
+    args, kwargs = tuple(args), dict(kwargs or {})
+    if not shared:
+        args, kwargs = traced_call.apart(model, args, kwargs)
     ep, fixed = _most_varying(model, args, kwargs) if dynamic else (_traced(model, args, kwargs, axes=0), "")
     placeholders = [n for n in ep.graph.nodes if n.op == "placeholder"]
     signature = ep.graph_signature

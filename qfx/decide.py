@@ -42,6 +42,7 @@ from qfx.rounding.outliers import keep_outliers
 from qfx.rounding.sequential import round_weights
 from qfx.rounding.weighted import round_weighted
 from qfx.storage.hollow import is_hollow_leaf
+from qfx.traced_call import always_shared
 
 
 def decide(
@@ -145,7 +146,7 @@ def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, 
         return None, "no example of its inputs is known", GIVE_DATA
     kwargs = without_cache(model, kwargs, args)
     try:
-        return capture_export(model, args, kwargs, dynamic=bool(calls)), "", ""
+        return capture_export(model, args, kwargs, dynamic=bool(calls), shared=always_shared(calls)), "", ""
     except UnsupportedError as error:
         if calls:
             _try(model, args, kwargs)

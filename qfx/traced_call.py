@@ -35,6 +35,18 @@ def apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return found
 
 
+def always_shared(calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]]) -> bool:
+    """Whether all calls give one tensor for the same arguments (x, x, x of self-attention): it is one of the graph."""
+
+    def shared(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
+        first: dict[int, int] = {}
+        flat = pytree.tree_leaves((tuple(args), dict(sorted(kwargs.items()))))
+        return [first.setdefault(id(value), at) for at, value in enumerate(flat) if isinstance(value, Tensor)]
+
+    patterns = [shared(args, kwargs) for args, kwargs in calls]
+    return all(pattern == patterns[0] for pattern in patterns)
+
+
 def constants(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Any]:
     """Flat index -> the argument there, of those that are no tensors."""
     return {i: v for i, v in enumerate(pytree.tree_leaves((args, kwargs))) if not isinstance(v, Tensor)}

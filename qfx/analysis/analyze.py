@@ -25,6 +25,7 @@ from qfx.pipeline import prepare, told
 from qfx.plan import Plan
 from qfx.quantize import check_float, evaluating
 from qfx.recipe import Recipe
+from qfx.traced_call import always_shared
 
 
 def analyze(
@@ -115,7 +116,7 @@ def inputs_of(model: nn.Module, batch: Any) -> Any:
 def _prepared(model: nn.Module, calls: list[Call]) -> tuple[list[list[Any]], tuple[str, ...], Any]:
     """(inputs of the graph by batch, names of its outputs, the prepared graph)."""
     args, kwargs = batches.roomiest(calls)
-    captured = capture_export(model, args, without_cache(model, kwargs, args))
+    captured = capture_export(model, args, without_cache(model, kwargs, args), shared=always_shared(calls))
     prepare(captured.gm)
     flat = [captured.flatten(a, without_cache(model, k, a)) for a, k in calls]
     return flat, captured.outputs, captured.gm

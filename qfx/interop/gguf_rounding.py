@@ -36,6 +36,7 @@ from qfx.rounding.blocks import Part
 from qfx.rounding.method_options import GptqOptions, LearnedOptions
 from qfx.rounding.sequential import round_weights
 from qfx.storage.spill import rest
+from qfx.traced_call import always_shared
 
 _ELEMENTS = 1 << 21  # of the rows that are swept together
 _OPTIONS = GptqOptions(act_order=False, clip=True, sweeps=2)
@@ -58,7 +59,7 @@ def round_blocks(
     into = _Blocks(kinds)
     with evaluating(model):
         args, kwargs = roomiest(calls)
-        captured = capture_export(model, args, without_cache(model, kwargs, args))
+        captured = capture_export(model, args, without_cache(model, kwargs, args), shared=always_shared(calls))
         prepare(captured.gm)
         rules = _rules(model, kinds)
         recipe = Recipe.parse({"name": "gguf", "rules": rules, "rounding": rounding})

@@ -15,7 +15,8 @@ from transformers.modeling_outputs import BaseModelOutput
 import qfx
 from qfx import traced_call
 from qfx.capture import capture_export
-from qfx.traced_call import apart, check_constants, constants, leaves
+from qfx.traced_call import always_shared, apart, check_constants, constants, leaves
+from tests.graphs import counts
 
 X, Y = torch.randn(2, 4), torch.randn(2, 4)
 
@@ -62,6 +63,24 @@ def test_each_tensor_is_one_of_its_own() -> None:
 def test_views_and_equal_tensors_are_left() -> None:
     args = (X, X[:], X.clone())
     assert apart(Options(), args, {})[0] is args
+
+
+def test_whether_all_calls_share_the_same_arguments() -> None:
+    x, y, z = torch.randn(2), torch.randn(2), torch.randn(2)
+    assert always_shared([]) and always_shared([((x, y), {})])
+    assert always_shared([((x, x), {"a": x, "b": y}), ((y, y), {"b": z, "a": y})])
+    assert not always_shared([((x, x), {}), ((x, y), {})])
+    assert not always_shared([((x, y), {}), ((x, x), {})])
+    assert not always_shared([((x,), {"a": x, "b": y}), ((x,), {"a": y, "b": x})])
+
+
+def test_self_attention_is_traced_as_one_where_it_always_is() -> None:
+    """nn.MultiheadAttention then reads its packed weight whole, which can be quantized; a file's inputs are three."""
+    model, x = nn.MultiheadAttention(16, 4, batch_first=True).eval(), torch.randn(2, 5, 16)
+    for shared, linears in ((True, 2), (False, 4)):
+        captured = capture_export(model, (x, x, x), shared=shared)
+        assert counts(captured.gm)["linear"] == linears
+        assert torch.allclose(captured.gm(*captured.flatten((x, x, x), {}))[0], model(x, x, x)[0], atol=1e-6)
 
 
 def spec_of(*args: Any, **kwargs: Any) -> pytree.TreeSpec:
