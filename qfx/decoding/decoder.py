@@ -32,10 +32,14 @@ class Part(nn.Module):
 
 
 class _Cached(Part):
-    """A causal model whose cache is an argument and a result."""
+    """A causal model whose cache is an argument and a result.
 
-    def __init__(self, model: nn.Module, *, last_only: bool) -> None:
+    widths: (heads, elements of a head) of each tensor of the cache.
+    """
+
+    def __init__(self, model: nn.Module, widths: Mapping[str, tuple[int, int]], *, last_only: bool) -> None:
         super().__init__(model)
+        self._widths = widths
         accepted = inspect.signature(model.forward).parameters
         self._positions = POSITIONS in accepted
         self._last = {"logits_to_keep": 1} if last_only and "logits_to_keep" in accepted else {}
@@ -45,9 +49,8 @@ class _Cached(Part):
     ) -> dict[str, Tensor]:
         from transformers import DynamicCache
 
-        if past:  # what is so in every call: the mask covers cached and new tokens
-            torch._check(attention_mask.shape[0] == input_ids.shape[0])
-            torch._check(attention_mask.shape[1] == past["0_key"].shape[2] + input_ids.shape[1])
+        if past:
+            self._check(input_ids, attention_mask, past)
         cache = DynamicCache()
         for i in range(len(past) // 2):
             cache.update(past[f"{i}_key"], past[f"{i}_value"], i)
@@ -60,6 +63,17 @@ class _Cached(Part):
             results |= {PRESENT.format(i, "key"): layer.keys, PRESENT.format(i, "value"): layer.values}
         return results
 
+    def _check(self, ids: Tensor, mask: Tensor, past: Mapping[str, Tensor]) -> None:
+        """What is so in every call, said before torch finds it out layer by layer, which takes it a quarter longer: the
+        mask covers cached and new tokens, and all caches are as long."""
+        rows, length = ids.shape[0], past["0_key"].shape[2]
+        torch._check(mask.shape[0] == rows)
+        torch._check(mask.shape[1] == length + ids.shape[1])
+        for name, tensor in past.items():
+            heads, width = self._widths[name]
+            for size, wanted in zip(tensor.shape, (rows, heads, length, width), strict=True):
+                torch._check(size == wanted)
+
 
 def capture_decoder(model: nn.Module, *, last_only: bool) -> tuple[Captured, dict[str, str]]:
     """The model's graph with its cache as inputs and outputs, and the names that its inputs have in a file.
@@ -71,14 +85,14 @@ def capture_decoder(model: nn.Module, *, last_only: bool) -> tuple[Captured, dic
         IDS: torch.arange(_BATCH * _NEW).reshape(_BATCH, _NEW) + 3,
         MASK: torch.ones(_BATCH, _OLD + _NEW, dtype=torch.int64),
     }
-    wrapped = _Cached(model, last_only=last_only)
-    if wrapped._positions:
-        example[POSITIONS] = torch.arange(_OLD, _OLD + _NEW).expand(_BATCH, -1).contiguous()
-    past, names = {}, {}
+    past, names = dict[str, Tensor](), {}
     for i, layer in enumerate(layers):
         for what, held in zip(("key", "value"), layer, strict=True):
             past[f"{i}_{what}"] = held.new_zeros(_BATCH, held.shape[1], _OLD, held.shape[3])
             names[f"past_{i}_{what}"] = PAST.format(i, what)
+    wrapped = _Cached(model, {name: (t.shape[1], t.shape[3]) for name, t in past.items()}, last_only=last_only)
+    if wrapped._positions:
+        example[POSITIONS] = torch.arange(_OLD, _OLD + _NEW).expand(_BATCH, -1).contiguous()
     example["past"] = past
     return of_any_length(capture_export(wrapped, (), example), model), names
 
