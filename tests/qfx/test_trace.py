@@ -267,10 +267,8 @@ def test_values_that_a_graph_carries_give_what_running_it_gives(dynamic: bool) -
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("layers", [2, 5])
-def test_values_that_a_graph_carries_are_not_computed_again(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(*[m for _ in range(layers) for m in (nn.Linear(4, 4), nn.GELU(), nn.LayerNorm(4))])
-    gm, values = exported(model, torch.randn(2, 4), dynamic=True)
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The operators that fake tensors compute from now on."""
     run: list[Any] = []
     dispatch = FakeTensorMode.dispatch
 
@@ -279,6 +277,14 @@ def test_values_that_a_graph_carries_are_not_computed_again(layers: int, monkeyp
         return dispatch(self, func, *args)
 
     monkeypatch.setattr(FakeTensorMode, "dispatch", counted)
+    return run
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_values_that_a_graph_carries_are_not_computed_again(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*[m for _ in range(layers) for m in (nn.Linear(4, 4), nn.GELU(), nn.LayerNorm(4))])
+    gm, values = exported(model, torch.randn(2, 4), dynamic=True)
+    run = dispatched(monkeypatch)
     known, _ = retrace(gm, values)
     assert ops(known).count("gelu.default") == layers
     assert {f for f in run if f.namespace == "aten"} <= {torch.ops.aten.detach.default}
@@ -297,14 +303,7 @@ class Detaches(nn.Module):
 def test_gradients_alone_see_a_tensor_that_is_detached_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     gm, values = exported(Detaches(), torch.randn(6), dynamic=True)
     assert "detach_.default" in ops(gm)
-    run: list[Any] = []
-    dispatch = FakeTensorMode.dispatch
-
-    def counted(self: FakeTensorMode, func: Any, *args: Any) -> Any:
-        run.append(func)
-        return dispatch(self, func, *args)
-
-    monkeypatch.setattr(FakeTensorMode, "dispatch", counted)
+    run = dispatched(monkeypatch)
     found, mutated = retrace(gm, values)
     assert torch.ops.aten.gelu.default not in run, "the values that the graph carries are taken"
     expected, _ = retrace(without_values(gm), values)
