@@ -151,3 +151,10 @@ class Note:
     def __str__(self) -> str:
         place = f" (at {self.where})" if self.where else ""
         return f"{self.node}: {self.reason}{place}; next step: {self.next_step}"
+
+    @classmethod
+    def parse(cls, text: str) -> Note:
+        """The note of its text, as plans keep it; where it was is told by the reason then."""
+        node, _, rest = text.partition(": ")
+        reason, _, step = rest.rpartition("; next step: ")
+        return cls(node, reason or step, step if reason else "")

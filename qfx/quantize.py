@@ -30,6 +30,7 @@ from qfx.passes.rewrites import check_record
 from qfx.pipeline import alike, told
 from qfx.plan import Plan
 from qfx.recipe import DATA_ROUNDINGS, Recipe
+from qfx.reporting.told import remember
 from qfx.storage import streamed
 
 ModelLike = nn.Module | str | os.PathLike[str]
@@ -111,7 +112,9 @@ def quantize(
         check_model(model, made.caches)
         told(notes, strict=strict)
         live = attending.attend(write_back(model, made, places), attentions)
-        return attach(with_caches(live, made.caches, strict=strict), made.recipe)
+        found = attach(with_caches(live, made.caches, strict=strict), made.recipe)
+    remember(found, [*map(Note.parse, made.notes), *notes])
+    return found
 
 
 def made_for(

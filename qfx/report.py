@@ -22,6 +22,7 @@ from qfx.reporting import live_rows as live
 from qfx.reporting import render, sqnr
 from qfx.reporting.padding import padding_note
 from qfx.reporting.rows import Row
+from qfx.reporting.told import remembered
 from qfx.storage.files import json_text
 
 _MATMULS = ("linear", "experts", "conv", "matmul")
@@ -185,7 +186,7 @@ def _of_module(model: nn.Module, options: Any, collector: sqnr.Collector | None)
         return None
     rest, added = live.other_bytes(model, set(rows))
     name, first = type(model).__name__, _first_calls(graphs)
-    notes = (*_notes(graphs), *padding_note(rows.values()))
+    notes = tuple(dict.fromkeys([*_notes(graphs), *padding_note(rows.values()), *remembered(model)]))
     return Report(tuple(rows.values()), notes, len(graphs), name, rest, added, cache, first)
 
 

@@ -1,0 +1,93 @@
+"""qfx.reporting.told: the report of a live model says what was warned of when it was quantized."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import qfx
+from qfx import QfxWarning
+from qfx.errors import Note
+from qfx.reporting.told import remember, remembered
+
+
+class Residual(nn.Module):
+    """Has no residual stream that could be rotated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.fc(x)
+        return found
+
+
+def quantized() -> nn.Module:
+    with pytest.warns(QfxWarning, match="no residual stream was found"):
+        return qfx.quantize(Residual().eval(), "w8a8", [torch.randn(4, 32)], rewrites=("rotate",))
+
+
+def test_a_rewrite_that_was_skipped_stands_in_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    found = qfx.report(quantized())
+    (note,) = found.notes
+    assert note.node == "residual stream" and note.reason == "no residual stream was found to rotate"
+    assert json.loads(found.to_json())["notes"][0]["next_step"] == note.next_step == "leave 'rotate' out of the recipe"
+    found.show()
+    assert "note residual stream: no residual stream was found" in capsys.readouterr().out
+
+
+def test_a_plan_brings_its_notes_along(tmp_path: Path) -> None:
+    with pytest.warns(QfxWarning, match="no residual stream"):
+        plan = qfx.plan(Residual().eval(), "w8a8", [torch.randn(4, 32)], rewrites=("rotate",))
+    plan.save(tmp_path)
+    live = qfx.quantize(Residual().eval(), qfx.Plan.load(tmp_path))
+    assert [str(note) for note in qfx.report(live).notes] == plan.notes
+
+
+def test_copies_have_them_and_loaded_models_do_not(tmp_path: Path) -> None:
+    live = quantized()
+    assert remembered(copy.deepcopy(live)) == remembered(live) != ()
+    qfx.save(live, tmp_path / "m")
+    assert remembered(qfx.load(tmp_path / "m", Residual().eval())) == ()
+    assert not [name for name in live.state_dict() if "notes" in name]
+
+
+def test_without_notes_there_is_none() -> None:
+    live = qfx.quantize(Residual().eval(), "w8a8", [torch.randn(4, 32)])
+    assert qfx.report(live).notes == () and remembered(nn.Linear(2, 2)) == ()
+
+
+def test_notes_that_differ_in_their_nodes_alone_are_one() -> None:
+    model = nn.Linear(2, 2)
+    remember(model, [Note("layers.0", "why", "what"), Note("layers.1", "why", "what"), Note("layers.1", "why", "what")])
+    (note,) = remembered(model)
+    assert note.node == "layers.0-1 (2 nodes)"
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        Note("a.b", "it is so: for a reason; and more", "do this"),
+        Note("", "nobody's", "nothing; next step of others"),
+        Note("a", "why", ""),
+    ],
+)
+def test_a_note_is_read_from_its_text(note: Note) -> None:
+    assert Note.parse(str(note)) == note
+    assert str(Note.parse(str(note))) == str(note)
+
+
+def test_where_it_was_becomes_a_part_of_the_reason() -> None:
+    found = Note.parse(str(Note("a", "why", "what", where="file.py:3", minor=True)))
+    assert found == Note("a", "why (at file.py:3)", "what")
+
+
+def test_a_text_without_a_next_step() -> None:
+    assert Note.parse("a: why") == Note("a", "why", "")
