@@ -75,14 +75,7 @@ class Captured:
             if not isinstance(want, torch.Tensor):
                 continue
             if not isinstance(value, torch.Tensor):
-                raise ValueError(
-                    explain(
-                        f"{node.name!r} differs from what the graph was traced with",
-                        expected="a tensor",
-                        found=traced_call.said(value),
-                        next_step="give every batch a tensor, or leave it out of all",
-                    )
-                )
+                raise traced_call.differs(repr(node.name), "a tensor", value)
             fits = len(want.shape) == len(value.shape) and all(
                 isinstance(w, torch.SymInt) or w == v for w, v in zip(want.shape, value.shape, strict=True)
             )

@@ -39,6 +39,7 @@ _DROPPED = {"_set_grad_enabled", "_log_api_usage_once", "_functorch_set_grad", "
 _DROPOUTS = {torch.ops.aten.dropout.default, torch.nn.functional.dropout, torch.dropout}
 # changes in place what gradients alone see: of a constant that a forward makes (the empty cache of transformers)
 _UNTRACKED = {torch.ops.aten.detach_.default: torch.ops.aten.detach.default}
+_RUN = {*_DROPOUTS, *FUSED, *_UNTRACKED}  # what a graph's values do not stand for
 _CONTROL = {"cond", "while_loop", "scan", "associative_scan", "map_impl"}
 # name of the higher-order wrapper -> position of its sub-graph among the arguments
 _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4, "tag_activation_checkpoint": 0, "wrap": 0}
@@ -216,7 +217,7 @@ def _decomposes(target: Any) -> bool:
 
 def _stays(target: Any) -> bool:
     """Whether a node may be taken as it is. A constant is traced, so that its value is known to what is read of it."""
-    known = isinstance(target, torch._ops.OpOverload) and target not in {*_DROPOUTS, *FUSED, *_UNTRACKED}
+    known = isinstance(target, torch._ops.OpOverload) and target not in _RUN
     return known and not (_decomposes(target) or target._opname.startswith("lift_fresh"))
 
 

@@ -78,14 +78,19 @@ def check_constants(flat: Sequence[Any], traced: Mapping[int, Any], spec: pytree
     """Raises ValueError where an argument that is part of the traced graph has another value now."""
     for i, want in traced.items():
         if not _same(want, flat[i]):
-            raise ValueError(
-                explain(
-                    f"{_name(spec, i)} differs from what the graph was traced with",
-                    expected=said(want),
-                    found=said(flat[i]),
-                    next_step="give every batch the same, or leave it out of all",
-                )
-            )
+            raise differs(_name(spec, i), said(want), flat[i])
+
+
+def differs(name: str, expected: str, found: Any) -> ValueError:
+    """The error of an argument that is not what the graph was traced with."""
+    return ValueError(
+        explain(
+            f"{name} differs from what the graph was traced with",
+            expected=expected,
+            found=said(found),
+            next_step="give every batch the same, or leave it out of all",
+        )
+    )
 
 
 def said(value: Any) -> str:
