@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qfx.backends.qat.quantizers import InputQuantizer, WeightQuantizer
-from qfx.errors import explain, warn
+from qfx.errors import Note, explain, warn
 from qfx.hf.attach import attach
 from qfx.kv.live import with_caches
 from qfx.live import attending
@@ -17,6 +17,7 @@ from qfx.live.places import Place
 from qfx.live.writeback import Writer, cut, oriented
 from qfx.plan import Plan
 from qfx.qat import KEPT, quantizers, training_of
+from qfx.reporting.told import remember
 from qfx.rounding import rounded
 from qfx.training.fake_attention import CHILD, put_trained
 from qfx.training.fake_modules import restore, weight_of
@@ -53,7 +54,9 @@ def convert(model: nn.Module) -> nn.Module:
                 parameter.requires_grad_(parameter.requires_grad or name in training.learning)
         attentions = attending.find(model, plan)[0]
         live = attending.attend(Writer(model, plan).write(list(training.places)), attentions)
-        return attach(with_caches(live, plan.caches), plan.recipe)
+        found = attach(with_caches(live, plan.caches), plan.recipe)
+    remember(found, map(Note.parse, plan.notes))
+    return found
 
 
 def _trained(model: nn.Module, place: Place, plan: Plan) -> None:

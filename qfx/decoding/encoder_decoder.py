@@ -215,8 +215,8 @@ def capture_encoder(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Cap
     """
     encoder, given = _Encoder(model), {"inputs": dict(inputs)}
     captured = _read_only(capture_export(encoder, (), given))
-    name = type(model).__name__
-    notes = [*other_sizes(captured, encoder, (), given, name), *fixed_batches(captured, name)]
+    kind = type(model).__name__
+    notes = [*other_sizes(captured, encoder, (), given, kind), *fixed_batches(captured, kind)]
     return captured, {f"inputs_{name}": name for name in inputs}, notes
 
 

@@ -59,6 +59,12 @@ def test_copies_have_them_and_loaded_models_do_not(tmp_path: Path) -> None:
     assert not [name for name in live.state_dict() if "notes" in name]
 
 
+def test_a_model_that_was_trained_has_those_of_its_plan() -> None:
+    with pytest.warns(QfxWarning, match="matches no node"):
+        live = qfx.convert(qfx.prepare_qat(Residual().eval(), "w8a8", [torch.randn(4, 32)], ignore=["*nothing"]))
+    assert any("matches no node" in note.reason for note in qfx.report(live).notes)
+
+
 def test_without_notes_there_is_none() -> None:
     live = qfx.quantize(Residual().eval(), "w8a8", [torch.randn(4, 32)])
     assert qfx.report(live).notes == () and remembered(nn.Linear(2, 2)) == ()
