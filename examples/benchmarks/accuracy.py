@@ -47,6 +47,15 @@ PEERS: dict[int, tuple[Entry, ...]] = {
         Entry("HQQ 8/32", "hqq_rounding", "8 32"),
         Entry("llama.cpp Q8_0", "llama_cpp_rounding", "Q8_0"),
     ),
+    6: (
+        Entry("llama.cpp Q6_K", "llama_cpp_rounding", "Q6_K"),
+        Entry("llama.cpp Q6_K matrix", "llama_cpp_rounding", "Q6_K matrix"),
+    ),
+    5: (
+        Entry("llama.cpp Q5_0", "llama_cpp_rounding", "Q5_0"),
+        Entry("llama.cpp Q5_K_M", "llama_cpp_rounding", "Q5_K_M"),
+        Entry("llama.cpp Q5_K_M matrix", "llama_cpp_rounding", "Q5_K_M matrix"),
+    ),
     4: (
         Entry("torchao int4/64", "torchao_rounding", "4 64"),
         Entry("quanto qint4", "quanto_rounding", "4"),
@@ -58,7 +67,9 @@ PEERS: dict[int, tuple[Entry, ...]] = {
         Entry("AutoRound 4/64", "auto_round_rounding", "4 64"),
         Entry("llama.cpp Q4_0", "llama_cpp_rounding", "Q4_0"),
         Entry("llama.cpp Q4_1", "llama_cpp_rounding", "Q4_1"),
+        Entry("llama.cpp Q4_0 matrix", "llama_cpp_rounding", "Q4_0 matrix"),
         Entry("llama.cpp Q4_K_M", "llama_cpp_rounding", "Q4_K_M"),
+        Entry("llama.cpp Q4_K_M matrix", "llama_cpp_rounding", "Q4_K_M matrix"),
     ),
     3: (
         Entry("HQQ 3/64", "hqq_rounding", "3 64"),
@@ -77,6 +88,8 @@ PEERS: dict[int, tuple[Entry, ...]] = {
 METHODS = ("rtn", "mse", "mse-energy", "hqq", "gptq", "learned")  # learning finds next to nothing at 8 bits
 FORMATS = {
     8: ("i8/g64/f16", "u8/g64/f16", "u8/g32/f16"),
+    6: ("u6/g64/f16",),
+    5: ("u5/g64/f16",),
     4: ("i4/g64/f16", "u4/g64/f16", "u4/g32/f16"),
     3: ("u3/g64/f16",),
     2: ("u2/g64/f16",),
@@ -213,7 +226,7 @@ def plot(path: Path, found: Sequence[dict[str, Any]]) -> None:
 
 def main(
     model: Annotated[str, typer.Option(help="tiny_lm, or the folder of a causal language model.")] = "tiny_lm",
-    bits: Annotated[list[int] | None, typer.Option(help="Out of 2, 3, 4, 8; left out: all.")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="Out of 2, 3, 4, 5, 6, 8; left out: all.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples of 512 tokens.")] = 128,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to judge on.")] = WINDOWS,
     iters: Annotated[int, typer.Option(min=1, help="AutoRound's steps a block.")] = ITERS,
@@ -227,7 +240,7 @@ def main(
     ] = None,
 ) -> None:
     """Round one model in every way there is, and print a table."""
-    chosen = bits or [8, 4, 3, 2]
+    chosen = bits or list(PEERS)
     table.check(chosen, PEERS, "--bits")
     console, where = table.console(), table.place(threads)
     table.say(where)

@@ -14,8 +14,10 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,17 +28,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+if __name__ == "__main__":  # import the sibling files as `python -m examples.benchmarks.gguf_types` does
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 import qfx
+from examples.benchmarks.peers.llama_cpp_rounding import importance, quantize
+from examples.benchmarks.peers.table import check
 from qfx.errors import QfxWarning
-from qfx.interop.gguf_arch import architecture_of
-from qfx.interop.gguf_energy import input_energy
-from qfx.interop.gguf_types import MIXES
 from qfx.measuring import measure
 from qfx.storage.files import write_text
 
 TINY = Path(__file__).resolve().parents[2] / "tests" / "assets" / "tiny_lm"
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K")
 LENGTH, WINDOWS, CALIBRATION = 512, 8, 16
+WAYS = {"gptq": "GPTQ", "learned": "learned"}  # what takes data besides its mean squares
 Batches = list[dict[str, Tensor]]
 
 
@@ -93,39 +98,17 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     return torch.cat([model(input_ids=pair, use_cache=False).logits for pair in ids.split(2)])
 
 
-def by_llama_cpp(source: Path, target: Path, mix: str, energy: dict[str, Tensor]) -> None:
-    """llama.cpp's own quantizer; energy: GGUF name -> importance of the columns, empty for none."""
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.nthread = MIXES[mix][1], torch.get_num_threads()
-    rows = [(name.encode(), value.float().contiguous()) for name, value in energy.items()]
-    if rows:
-        table = (llama_cpp.llama_cpp.llama_model_imatrix_data * (len(rows) + 1))()
-        for entry, (name, value) in zip(table, rows, strict=False):
-            entry.name, entry.size = name, value.numel()
-            entry.data = ctypes.cast(value.data_ptr(), ctypes.POINTER(ctypes.c_float))
-        settings.imatrix = table
-    code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings))
-    if code:
-        raise RuntimeError(f"llama_model_quantize returned {code}")
-
-
 class Bench:
     """One float model, its logits, and the folder for files."""
 
-    def __init__(self, model: Any, ids: Tensor, folder: Path) -> None:
-        self.model, self.folder = model, folder
+    def __init__(self, model: Any, ids: Tensor, folder: Path, ways: Sequence[str] = tuple(WAYS)) -> None:
+        self.model, self.folder, self.ways = model, folder, ways
         self.evaluation = ids[CALIBRATION + 2 : CALIBRATION + 2 + WINDOWS]
         self.calibration: Batches = [{"input_ids": pair} for pair in ids[:CALIBRATION].split(2)]
         self.logits = logits(model, self.evaluation)
         self.source = folder / "float.gguf"
         qfx.export_gguf(model, self.source, "F32", tokenizer=False)
-        arch = architecture_of(model.config)
-        names = {fqn: stem for stem, fqn in arch.modules(model.config.num_hidden_layers).items()}
-        linears = [fqn for fqn in names if isinstance(model.get_submodule(fqn), nn.Linear)]
-        found = input_energy(model, linears, self.calibration)
-        self.energy = {f"{names[fqn]}.weight": value for fqn, value in found.items()}
-        if model.config.tie_word_embeddings:
-            self.energy["token_embd.weight"] = self.energy.pop("output.weight")
+        self.energy = importance(model, self.calibration)
 
     def row(self, mix: str) -> dict[str, Any]:
         """Bytes and KLD of one type, by either, without and with data."""
@@ -135,13 +118,13 @@ class Bench:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", QfxWarning)  # widths that 256 does not divide
                 qfx.export_gguf(self.model, own, mix, tokenizer=False, data=data)
-                by_llama_cpp(self.source, peer, mix, self.energy if data else {})
+                quantize(self.source, peer, mix, self.energy if data else {}, torch.get_num_threads())
                 for name, file in (("qfx", own), ("llama_cpp", peer)):
                     found[f"{name}{suffix}"] = self.kld(file)
                     found[f"{name}{suffix}_bytes"] = file.stat().st_size
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", QfxWarning)
-            for way in ("gptq", "learned"):
+            for way in self.ways:
                 qfx.export_gguf(self.model, own, mix, tokenizer=False, data=self.calibration, rounding=way)
                 found |= {f"qfx_{way}": self.kld(own), f"qfx_{way}_bytes": own.stat().st_size}
         return found
@@ -155,6 +138,7 @@ def main(
     types: Annotated[list[str] | None, typer.Option("--type", help="GGUF types; left out: twelve.")] = None,
     model: Annotated[Path, typer.Option(help="Folder of a Llama of transformers.")] = TINY,
     wide: Annotated[bool, typer.Option("--wide", help="Turn the residual stream into 768 channels first.")] = False,
+    ways: Annotated[list[str] | None, typer.Option("--way", help="gptq, learned; left out: both.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here too.")] = None,
 ) -> None:
     """Print the table."""
@@ -163,15 +147,17 @@ def main(
     floats = load(model)
     if wide:
         floats = widened(floats)
-    table = Table("type", "bytes", "qfx", "llama.cpp", "ratio", "qfx, data", "llama.cpp, data", "ratio",
-                  "qfx, GPTQ", "ratio", "qfx, learned", "ratio")  # fmt: skip
+    chosen = tuple(ways or WAYS)
+    check(chosen, WAYS, "--way")
+    heads = ["qfx", "llama.cpp", "ratio", "qfx, data", "llama.cpp, data", "ratio"]
+    table = Table("type", "bytes", *heads, *[head for way in chosen for head in (f"qfx, {WAYS[way]}", "ratio")])
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(floats, windows(model), Path(folder))
+        bench = Bench(floats, windows(model), Path(folder), chosen)
         rows = [bench.row(mix) for mix in types or TYPES]
     for row in rows:
         pairs = [(row[f"qfx{s}"], row[f"llama_cpp{s}"]) for s in ("", "_data")]
-        pairs += [(row[f"qfx_{way}"], row["llama_cpp_data"]) for way in ("gptq", "learned")]
-        same = len({row[f"{who}_bytes"] for who in ("qfx_data", "llama_cpp_data", "qfx_gptq", "qfx_learned")}) == 1
+        pairs += [(row[f"qfx_{way}"], row["llama_cpp_data"]) for way in chosen]
+        same = len({row[f"{who}_bytes"] for who in ("qfx_data", "llama_cpp_data", *[f"qfx_{w}" for w in chosen])}) == 1
         same &= row["qfx_bytes"] == row["llama_cpp_bytes"]
         size = f"{row['qfx_bytes']:,}" if same else f"{row['qfx_bytes']:,} / {row['llama_cpp_bytes']:,}"
         cells = [t for a, b in pairs[:2] for t in (f"{a:.5f}", f"{b:.5f}", f"{a / b:.3f}")]
