@@ -154,7 +154,10 @@ class Note:
 
     @classmethod
     def parse(cls, text: str) -> Note:
-        """The note of its text, as plans keep it; where it was is told by the reason then."""
+        """The note of its text, as plans keep it, which does not say whether it is minor."""
         node, _, rest = text.partition(": ")
         reason, _, step = rest.rpartition("; next step: ")
-        return cls(node, reason or step, step if reason else "")
+        if not reason:
+            return cls(node, step, "")
+        before, _, where = reason.rpartition(" (at ")
+        return cls(node, before, step, where[:-1]) if before and where.endswith(")") else cls(node, reason, step)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import explain
+from qfx.errors import explain, warn
 from qfx.hf.attach import METHOD, attach, is_pretrained
 from qfx.hf.quantization_config import recipe_of, unwrap, wrap
 from qfx.kv.held import is_quantized
@@ -19,20 +19,23 @@ from qfx.kv.live import with_caches
 from qfx.live.attending import attend
 from qfx.live.modules import quantized_parts
 from qfx.recipe import Recipe
+from qfx.reporting.told import read, remember
 from qfx.storage import checkpoint
 from qfx.storage.describe import Record, describe, state
 from qfx.storage.files import dump_safetensors, path_of, read_json, read_safetensors, sha256_file, sha256_text, staged
 from qfx.storage.rebuild import Saved, rebuild
 from qfx.storage.skeleton import CONFIG, GENERATION, skeleton
 
-VERSION = 3  # 1: a byte for each zero point, 2: no caches, no attention
-_READ = (1, 2, VERSION)
+VERSION = 4  # 1: a byte for each zero point, 2: no caches, no attention, 3: no notes
+_READ = (1, 2, 3, VERSION)
 SHARD = 5_000_000_000  # bytes of a file of weights
 _JSON = "qfx.json"
 _KEYS = {
     "format", "version", "sha256", "files", "class", "dtype", "implementations", "modules", "parameters", "tied",
-    "buffers", "centred", "caches", "attention",
+    "buffers", "centred", "caches", "attention", "notes",
 }  # fmt: skip
+# What files of a version have not, nor those of earlier ones.
+_LATER: dict[int, dict[str, Any]] = {2: {"caches": {}, "attention": {}}, 3: {"notes": []}}
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = None, shard_bytes: int = SHARD) -> None:
@@ -85,7 +88,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
 
     model: a float model of the same structure, needed where the folder holds no Hugging Face config; its weights are
     replaced. Raises FileNotFoundError for missing files, ValueError for altered, truncated or unknown ones and for a
-    model that does not fit, which is then left as it was.
+    model that does not fit, which is then left as it was. Of transformers' own configs, which may be edited, that is a
+    QfxWarning, as long as they are JSON.
     """
     path = path_of(folder)
     recipe: Recipe | None = None
@@ -121,6 +125,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         fields["modules"], fields["parameters"], fields["buffers"], fields["tied"], tensors, tuple(fields["centred"])
     )
     live = attend(rebuild(model, saved).eval(), fields["attention"])
+    remember(live, read(fields["notes"]))
     return attach(with_caches(live, fields["caches"]), recipe)
 
 
@@ -158,15 +163,16 @@ def _digest(fields: Mapping[str, Any]) -> str:
 
 
 def _check_file(file: Path, sha256: str) -> None:
+    """People edit the configs of transformers, which is a warning; anything else that was altered is an error."""
     if not file.is_file():
         raise FileNotFoundError(explain(f"{file} is missing", next_step="copy the whole folder that qfx.save wrote"))
-    if sha256_file(file) != sha256:
-        raise ValueError(
-            explain(
-                f"{file} was altered or is truncated",
-                next_step="copy it again; to change it, change the model and save",
-            )
-        )
+    if sha256_file(file) == sha256:
+        return
+    what = f"{file} was altered or is truncated"
+    if file.name not in (CONFIG, GENERATION):
+        raise ValueError(explain(what, next_step="copy it again; to change it, change the model and save"))
+    read_json(file, "copy it again")
+    warn(explain(f"{file} was altered", next_step="nothing, if you changed it; else copy it again"), "")
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -184,7 +190,7 @@ def _read(file: Path) -> dict[str, Any]:
                 next_step="install the version that wrote it, or quantize and save the model again",
             )
         )
-    found = set(fields) | ({"caches", "attention"} if fields["version"] < VERSION else set())
-    if fields.get("sha256") != _digest(fields) or found != _KEYS:
+    missing = {key: value for last, new in _LATER.items() if fields["version"] <= last for key, value in new.items()}
+    if fields.get("sha256") != _digest(fields) or set(fields) | set(missing) != _KEYS:
         raise ValueError(explain(f"{file} was altered", next_step="copy it again, or save the model again"))
-    return {"caches": {}, "attention": {}, **fields}
+    return {**missing, **fields}

@@ -1,6 +1,6 @@
 """The `quantization_config` that config.json of a quantized transformers model carries, as a plain dictionary.
 
-    {"quant_method": "qfx", "version": 4, "qfx": "0.1.0", "recipe": {...}, "model": {...}, "sha256": "..."}
+    {"quant_method": "qfx", "version": 6, "qfx": "0.1.0", "recipe": {...}, "model": {...}, "sha256": "..."}
 
 recipe: what was asked, as `Recipe.to_dict` writes it; None where it is not known. model: the record of
 `qfx.storage.describe`, equal modules told once, and the digest of each tensor (`qfx.storage.checkpoint`); it is there
@@ -23,8 +23,8 @@ from qfx.recipe import Recipe
 from qfx.storage.describe import Record, grouped, spread
 from qfx.storage.files import sha256_text
 
-VERSION = 5  # 1: a byte for each zero point, 2: no caches, no attention, 3: no sha256, 4: no gains
-_READ = (1, 2, 3, 4, VERSION)
+VERSION = 6  # 1: a byte for each zero point, 2: no caches, no attention, 3: no sha256, 4: no gains, 5: no notes
+_READ = (1, 2, 3, 4, 5, VERSION)
 _KEYS = ("quant_method", "version", "qfx", "recipe", "strict", "model", "sha256", "training")
 _MODEL = {
     "class",
@@ -38,6 +38,7 @@ _MODEL = {
     "tensors",
     "caches",
     "attention",
+    "notes",
 }
 _AGAIN = "copy config.json again, or quantize and save the model again"
 
@@ -116,7 +117,7 @@ def _record(model: object, where: str) -> Record | None:
         return None
     try:
         assert isinstance(model, Mapping)
-        model = {"caches": {}, "attention": {}, **model}
+        model = {"caches": {}, "attention": {}, "notes": [], **model}
         assert set(model) == _MODEL
         modules, parameters = spread(model["modules"], sqnr=True), spread(model["parameters"], sqnr=False)
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:

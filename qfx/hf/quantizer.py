@@ -19,6 +19,7 @@ from qfx.kv.held import is_quantized
 from qfx.kv.live import with_caches
 from qfx.live.attending import attend
 from qfx.recipe import Recipe
+from qfx.reporting.told import remember
 from qfx.storage import checkpoint
 from qfx.storage.describe import describe, state
 
@@ -87,6 +88,7 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._placed is not None:
             self._placed.finish(model)
             with_caches(attend(model, self._placed.attention), self._placed.caches)
+            remember(model, self._placed.notes)
         elif self._streaming is not None:
             self._streaming.finish(model)
         self._placed = self._streaming = None

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import explain
+from qfx.errors import Note, explain
 from qfx.format import dtype_name
 from qfx.kv.plans import Caches
 from qfx.live.attending import Spec
 from qfx.live.modules import PackedModule, tell_shared, without_fast_paths
 from qfx.live.parameters import LOADING
+from qfx.reporting.told import read
 from qfx.storage.describe import Record, float_class
 from qfx.storage.rebuild import Saved, other_shape, put
 
@@ -31,7 +32,7 @@ class Placed:
 
     ties: name -> the name whose tensor it shares, its place empty until then. modules: the same for whole modules.
     dtypes: the dtype of each packed buffer. buffers: the dtype of those that are not saved. caches: those of the plan.
-    attention: what `qfx.live.attending.attend` takes.
+    attention: what `qfx.live.attending.attend` takes. notes: what was warned of when the model was quantized.
     """
 
     ties: dict[str, str]
@@ -40,6 +41,7 @@ class Placed:
     buffers: dict[str, torch.dtype]
     caches: Caches = field(default_factory=dict)
     attention: dict[str, Spec] = field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
 
     @classmethod
     def into(cls, model: nn.Module, record: Record, headers: Mapping[str, Tensor], dtype: torch.dtype | None) -> Placed:
@@ -74,6 +76,7 @@ class Placed:
         for name, spec in record["attention"].items():
             if owner := local.name(name):
                 made.attention[owner] = {**spec, "name": f"{owner}.{spec['name'].rpartition('.')[2]}"}
+        made.notes = read(record["notes"])
         keep_float_ties(model)
         return made
 

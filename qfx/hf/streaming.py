@@ -29,6 +29,7 @@ from qfx.pipeline import told
 from qfx.plan import Plan
 from qfx.quantize import planned, quantize
 from qfx.recipe import Recipe
+from qfx.reporting.told import remember
 from qfx.storage.hollow import hollow
 
 Name = tuple[str, str]  # path of the module, name of the parameter in it
@@ -47,6 +48,7 @@ class Streaming:
         self.places: dict[str, list[Place]] = {}
         self.done: set[str] = set()
         self.apart: list[tuple[str, str]] = []
+        self.notes: list[Note] = []
         self.failed: Exception | None = None
         self.whole = self._prepare(model, files)
         if self.whole:
@@ -93,6 +95,7 @@ class Streaming:
         shield(model, on=False)
         without_fast_paths(model)
         with_caches(attending.attend(model, self.attentions), self.plan.caches, strict=self.strict)
+        remember(model, self.notes)
 
     def _prepare(self, model: nn.Module, files: Sequence[str]) -> str:
         if self.recipe.rewrites:
@@ -102,10 +105,10 @@ class Streaming:
         made, notes = planned(twin, self.recipe)
         if any(NO_GRAPH in note.reason for note in notes):
             return f"its graph cannot be had without its weights: {notes[-1].reason}"
-        told(notes, strict=self.strict)
         places, more = find(twin, made)
         self.attentions, apart = attending.find(twin, made)
-        told([*more, *apart], strict=self.strict)
+        self.notes = [*notes, *more, *apart]
+        told(self.notes, strict=self.strict)
         self.plan: Plan = made
         self.writer = Writer(model, made)
         for place in places:

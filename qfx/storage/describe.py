@@ -16,6 +16,7 @@ from qfx.live.attending import specs_of
 from qfx.live.mixed import QuantMixed
 from qfx.live.modules import QuantConv, QuantEmbedding, QuantLinear
 from qfx.live.parameters import PackedSpec
+from qfx.reporting.told import written
 from qfx.rewrites.centred import is_centred
 
 Quantized = QuantLinear | QuantEmbedding | QuantMixed
@@ -24,7 +25,7 @@ Record = dict[str, Any]
 
 def describe(model: nn.Module, tied: Mapping[str, str]) -> Record:
     """The JSON-able record of a quantized model: class, dtype, implementations, modules, parameters, tied, buffers,
-    centred, caches, attention."""
+    centred, caches, attention, notes."""
     return {
         "class": float_class(model).__name__, "dtype": dtype_name(_dtype_of(model)),
         "implementations": _implementations(getattr(model, "config", None)), "modules": _modules(model),
@@ -33,6 +34,7 @@ def describe(model: nn.Module, tied: Mapping[str, str]) -> Record:
         "centred": [name for name, module in model.named_modules() if is_centred(module)],
         "caches": caches_of(model),
         "attention": specs_of(model),
+        "notes": written(model),
     }  # fmt: skip
 
 

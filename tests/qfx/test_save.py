@@ -216,11 +216,23 @@ def test_a_second_save_replaces_the_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["config.json", pytest.param("generation_config.json", marks=pytest.mark.slow)])
-def test_altered_and_missing_configs_are_refused(file: str, tmp_path: Path) -> None:
+def test_configs_that_are_edited_hold_which_is_told(file: str, tmp_path: Path) -> None:
+    model, inputs = ZOO["gpt2"]()
+    save(qfx.quantize(model), tmp_path)
+    (tmp_path / file).write_text(json.dumps({**json.loads((tmp_path / file).read_text()), "pad_token_id": 7}))
+    with pytest.warns(qfx.QfxWarning, match=f"{file} was altered\n  next step: nothing, if you changed it"):
+        loaded: Any = load(tmp_path)
+    assert (loaded.config if file == "config.json" else loaded.generation_config).pad_token_id == 7
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("file", ["config.json", pytest.param("generation_config.json", marks=pytest.mark.slow)])
+def test_truncated_and_missing_configs_are_refused(file: str, tmp_path: Path) -> None:
     save(qfx.quantize(ZOO["gpt2"]()[0]), tmp_path)
     text = (tmp_path / file).read_text()
-    (tmp_path / file).write_text(text.replace("1", "2"))
-    with pytest.raises(ValueError, match=f"{file} was altered or is truncated"):
+    (tmp_path / file).write_text(text[: len(text) // 2])
+    with pytest.raises(ValueError, match=f"{file} (.|\n)*copy it again"):
         load(tmp_path)
     (tmp_path / file).unlink()
     with pytest.raises(FileNotFoundError, match=f"{file} is missing"):

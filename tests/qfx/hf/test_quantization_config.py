@@ -63,7 +63,7 @@ def test_without_a_record_or_recipe() -> None:
     [
         (
             {"version": 7, "qfx": "9.9"},
-            r"another version of qfx\n  expected: version 5 or earlier\n  found: version 7, written by qfx 9\.9",
+            r"another version of qfx\n  expected: version 6 or earlier\n  found: version 7, written by qfx 9\.9",
         ),
         ({"quant_method": "gptq"}, r"no quantization_config of qfx, found 'gptq'"),
         ({"recipes": {}}, r"unknown key 'recipes' in here, did you mean 'recipe'\?"),
