@@ -47,6 +47,7 @@ PEERS: dict[int, tuple[Entry, ...]] = {
         Entry("HQQ 8/32", "hqq_rounding", "8 32"),
         Entry("llama.cpp Q8_0", "llama_cpp_rounding", "Q8_0"),
     ),
+    7: (),  # beside llama.cpp's Q6_K, which has 8 bits where 256 does not divide the widths
     6: (
         Entry("llama.cpp Q6_K", "llama_cpp_rounding", "Q6_K"),
         Entry("llama.cpp Q6_K matrix", "llama_cpp_rounding", "Q6_K matrix"),
@@ -88,6 +89,7 @@ PEERS: dict[int, tuple[Entry, ...]] = {
 METHODS = ("rtn", "mse", "mse-energy", "hqq", "gptq", "learned")  # learning finds next to nothing at 8 bits
 FORMATS = {
     8: ("i8/g64/f16", "u8/g64/f16", "u8/g32/f16"),
+    7: ("u7/g64/f16",),
     6: ("u6/g64/f16",),
     5: ("u5/g64/f16",),
     4: ("i4/g64/f16", "u4/g64/f16", "u4/g32/f16"),
@@ -226,7 +228,7 @@ def plot(path: Path, found: Sequence[dict[str, Any]]) -> None:
 
 def main(
     model: Annotated[str, typer.Option(help="tiny_lm, or the folder of a causal language model.")] = "tiny_lm",
-    bits: Annotated[list[int] | None, typer.Option(help="Out of 2, 3, 4, 5, 6, 8; left out: all.")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="Out of 2 to 8; left out: all.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples of 512 tokens.")] = 128,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to judge on.")] = WINDOWS,
     iters: Annotated[int, typer.Option(min=1, help="AutoRound's steps a block.")] = ITERS,

@@ -18,10 +18,9 @@ import qfx.rewrites.rotation  # noqa: F401  (both register torch.ops.qfx)
 from qfx.errors import explain
 from qfx.format import Format
 from qfx.live.parameters import keeping_types
+from qfx.live.stored import differs, tell
 from qfx.packing import Packed
 from qfx.reporting.rows import Row
-
-_STORED = "qfx.stored"  # in the metadata of state dicts
 
 
 class PackedModule(nn.Module):
@@ -45,20 +44,15 @@ class PackedModule(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]][_STORED] = self.stored
+        tell(destination, prefix, self.stored)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        """Codes of another format may have the same shapes; they are refused where the state dict tells it (files of
-        safetensors hold tensors alone)."""
-        found = local_metadata.get(_STORED, self.stored)
-        if found != self.stored:
-            what = f"the weight of {prefix[:-1] or type(self).__name__} is stored in another way"
-            step = "quantize the model by the recipe of the one that was saved, or use qfx.save and qfx.load"
-            error_msgs.append(explain(what, expected=self.stored, found=found, next_step=step))
+        """Codes of another format are refused."""
+        if wrong := differs(local_metadata, self.stored, prefix[:-1] or type(self).__name__):
+            error_msgs.append(wrong)
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

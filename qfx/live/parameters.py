@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import qfx.ops.packed  # noqa: F401  (registers torch.ops.qfx)
+from qfx.live.stored import differs, tell
 from qfx.live.subclass import class_maker
 from qfx.packing import Packed
 
@@ -60,8 +61,24 @@ def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
     def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
         return _apply_keeping(self, lambda: super(kind, self)._apply(fn, recurse), fn)  # type: ignore[misc]
 
+    def _save_to_state_dict(self: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super(kind, self)._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        tell(destination, prefix, _stored(self))
+
+    def _load_from_state_dict(
+        self: nn.Module, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        if wrong := differs(local_metadata, _stored(self), prefix[:-1] or base.__name__):
+            error_msgs.append(wrong)
+            return
+        super(kind, self)._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     fields: dict[str, Any] = {name: reader(name) for name in names}
     fields |= {"qfx_float_class": base, "_apply": _apply, "__module__": base.__module__, "__doc__": base.__doc__}
+    fields |= {"_save_to_state_dict": _save_to_state_dict, "_load_from_state_dict": _load_from_state_dict}
     looks_up = issubclass(base, nn.Embedding) and "weight" in names
     bases = (base,) if not looks_up else (_Lookup,) if base is nn.Embedding else (base, _Lookup)
     kind: type[nn.Module] = type(f"Packed{base.__name__}", bases, fields)
@@ -104,6 +121,12 @@ def _apply_keeping(module: nn.Module, apply: Callable[[], Any], fn: Any) -> nn.M
             specs[name] = replace(spec, dtype=probe.dtype)
     module.qfx_packed = specs  # type: ignore[assignment]
     return module
+
+
+def _stored(module: nn.Module) -> str:
+    """How the packed parameters of a module are to be read: "gate_up_proj i4/g32 transposed, down_proj i4/g32"."""
+    specs: dict[str, PackedSpec] = module.qfx_packed  # type: ignore[assignment]
+    return ", ".join(f"{name} {s.format}{' transposed' * s.transposed}" for name, s in sorted(specs.items()))
 
 
 _LEAF = re.compile(r"_w_(codes|scale|zero)$")

@@ -20,7 +20,7 @@ LAYERS = (
     storage: spill files folders hollow checkpoint skeleton
     ops: library
     rewrites: combine centred rotation head_order
-    live: subclass
+    live: subclass stored
     """,
     """
     annotation text numerics packing

@@ -74,6 +74,48 @@ def test_packed_parameters_are_cast_copied_and_loaded(fn: Any, dtype: torch.dtyp
     assert torch.equal(other(randn(5, 8)), wanted)
 
 
+def packed_by(up: str, *, transposed: bool = False) -> Expert:
+    model = Expert().eval()
+    weight = nn.Parameter(randn(3, 32, 32, seed=5))
+    model.up = weight
+    pack_parameter(model, "up", pack_weight(weight.detach(), Format.parse(up)), transposed=transposed)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [(("i4/g32", False), ("nf4/g32", False)), (("i8/ch", False), ("i8/ch", True))],
+    ids=["another format", "transposed"],
+)
+def test_a_state_dict_whose_codes_mean_something_else_is_refused(own: Any, other: Any) -> None:
+    model = nn.ModuleDict({"experts": packed_by(own[0], transposed=own[1])})
+    state = nn.ModuleDict({"experts": packed_by(other[0], transposed=other[1])}).state_dict()
+    with torch.no_grad():
+        model.experts.bias.zero_()  # type: ignore[union-attr, operator]
+    before = model.experts.up.clone()  # type: ignore[union-attr, operator]
+    message = rf"the weight of experts is stored in another way\n  expected: up {own[0]}\S*( transposed)?\n  found: up "
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=message):
+            model.load_state_dict(state, strict=strict)
+    assert torch.equal(model.experts.up, before)  # type: ignore[union-attr, arg-type]
+    assert not model.experts.bias.any(), "nothing of the module is loaded"  # type: ignore[union-attr, operator]
+    alike = nn.ModuleDict({"experts": packed_by(own[0], transposed=own[1])}).state_dict()
+    model.load_state_dict(alike)
+    assert model.experts.bias.any()  # type: ignore[union-attr, operator]
+
+
+def test_another_parameter_that_is_packed_is_refused() -> None:
+    model, _ = packed_expert()
+    with pytest.raises(RuntimeError, match=r"expected: conv i8/ch, down i8/ch transposed, up i8/ch\n  found: up i8/ch"):
+        model.load_state_dict(packed_by("i8/ch").state_dict())
+
+
+def test_tensors_alone_are_taken_as_they_are() -> None:
+    model, state = packed_by("i4/g32"), dict(packed_by("nf4/g32").state_dict())
+    model.load_state_dict(state)
+    assert torch.equal(model.get_buffer("up_w_codes"), state["up_w_codes"])
+
+
 def test_one_class_is_made_for_one_set_of_names() -> None:
     first, second = packed_expert()[0], packed_expert()[0]
     assert type(first) is type(second)
