@@ -264,7 +264,7 @@ def _check_options(scales: object, train: object, freeze_after: object) -> None:
 
 
 def _check_trainable(model: nn.Module, places: list[Place], train: Train) -> list[Note]:
-    """Notes about frozen tables. Raises ValueError for other frozen weights that should learn."""
+    """Notes about frozen tables and float16. Raises ValueError for other frozen weights that should learn."""
     if train != "all":
         return []
     held = [p for p in places if not model.get_submodule(p.owner).get_parameter(p.leaf).requires_grad]
@@ -278,7 +278,12 @@ def _check_trainable(model: nn.Module, places: list[Place], train: Train) -> lis
             )
         )
     what, step = "its table is frozen: it is rounded and does not learn", "unfreeze it where it should"
-    return [Note(p.fqn, what, step, minor=True) for p in held]
+    notes = [Note(p.fqn, what, step, minor=True) for p in held]
+    if small := [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]:
+        what = f"{len(small)} parameters learn in float16, where Adam's mean squares of gradients become 0: NaN follows"
+        step = "prepare model.float(), and compute in 16 bits by torch.autocast"
+        notes.append(Note(type(model).__name__, what, step, minor=True))
+    return notes
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:

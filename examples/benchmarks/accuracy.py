@@ -90,7 +90,7 @@ METHODS = ("rtn", "mse", "mse-energy", "hqq", "gptq", "learned")  # learning fin
 FORMATS = {
     8: ("i8/g64/f16", "u8/g64/f16", "u8/g32/f16"),
     7: ("u7/g64/f16",),
-    6: ("u6/g64/f16",),
+    6: ("u6/g64/f16", "i6/ch/f16"),
     5: ("u5/g64/f16",),
     4: ("i4/g64/f16", "u4/g64/f16", "u4/g32/f16"),
     3: ("u3/g64/f16",),

@@ -385,3 +385,24 @@ def test_what_became_nan_is_named() -> None:
     check_loss(torch.ones(()), 1, model)
     with pytest.raises(ValueError, match="(?s)step 2 is inf.*all parameters are finite"):
         check_loss(torch.tensor(torch.inf), 2, net())
+
+
+def test_learning_in_float16_is_told_before_it_ends_in_nan() -> None:
+    with pytest.warns(qfx.QfxWarning, match="8 parameters learn in float16.*NaN follows(.|\n)*model.float") as told:
+        model = prepared(net().half(), "w8a16", DATA)
+    assert len(told) == 1
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(ids()).float().square().mean().backward()
+        optimizer.step()
+    assert not all(bool(torch.isfinite(p).all()) for p in model.parameters()), "what was told is so"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_types_learn_without_a_warning(dtype: torch.dtype) -> None:
+    prepared(net().to(dtype), "w8a16", DATA)
+
+
+def test_scales_alone_learn_in_float32_beside_weights_in_float16() -> None:
+    prepared(net().half(), "w8a16", DATA, train="scales")
