@@ -97,6 +97,7 @@ FORMATS = {
     2: ("u2/g64/f16",),
 }
 FLOATS = {4: ("nf4/g64/f16",)}  # rounded by the methods that need no grid of even steps
+PLANNED = {6: 6.03, 5: 5.33, 4: 4.31, 3: 3.3, 2: 2.28}  # formats chosen for each weight, in as many bits on average
 MARKERS = "osD^vP*Xh<>p"
 COLUMNS = {"bits": "bits", "weights_bytes": "MB", "kld": "KLD", "perplexity": "perplexity", "top1": "same best token",
            "seconds": "s"}  # fmt: skip
@@ -116,6 +117,8 @@ def entries(bits: Sequence[int], only: Sequence[str], llm_compressor: str = "") 
             for f in FLOATS.get(b, ())
             for m in ("rtn", "mse-energy", "gptq")
         ]
+        if b in PLANNED:
+            own.append(Entry(f"qfx planned {PLANNED[b]}", "qfx_rounding", f"{PLANNED[b]} planned"))
         found += [e for e in (*PEERS[b], *own) if not only or any(word in e.name for word in only)]
     return [replace(e, python=llm_compressor) if e.module == LLM_COMPRESSOR else e for e in found]
 

@@ -327,7 +327,7 @@ SAVED: list[tuple[str, type[Exception], str, Callable[[Path], object]]] = [
     (
         "version",
         ValueError,
-        "another version.*expected: version 3 or earlier.*found: 99",
+        "another version.*expected: version 4 or earlier.*found: 99",
         lambda p: write_json(p, version=99),
     ),
     ("format", ValueError, "no qfx model", lambda p: write_json(p, format="other")),
