@@ -13,6 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from examples.benchmarks import accuracy
+from examples.benchmarks.peers import qfx_rounding
 from examples.benchmarks.peers.race import Result
 from examples.benchmarks.peers.rounding import RoundingJob, group_bytes, linears, replaced
 
@@ -80,6 +81,17 @@ def test_rows_of_chosen_bits_and_names() -> None:
         "qfx mse-energy nf4/g64",
         "qfx gptq nf4/g64",
     ]
+
+
+def test_what_the_rows_of_qfx_ask() -> None:
+    uniform = qfx_rounding.recipe("u4/g64/f16 mse-energy awq", ["a", "b"], 3)
+    assert [(rule.target, rule.w) for rule in uniform.rules] == [("a", "u4/g64/f16"), ("b", "u4/g64/f16")]
+    assert (uniform.rounding, uniform.weighting, uniform.rewrites) == ("mse", "energy", ("awq",))
+    assert uniform.num_calibration_samples == 3
+    planned = qfx_rounding.recipe("4.31 planned", ["a", "b"], 3)
+    assert planned.allocation is not None and planned.allocation.avg_bits == 4.31 and planned.rounding == "gptq"
+    assert planned.ignore == ("*lm_head",) and planned.num_calibration_samples == 3
+    assert "qfx planned 4.31" in [entry.name for entry in accuracy.entries([4], ["planned"])]
 
 
 def test_one_peer_may_have_an_environment_of_its_own() -> None:
