@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from qfx import graph, names
 from qfx.compiled import frame
+from qfx.compiled.encoder import encoder_apart
 from qfx.compiled.frame import Frame
 from qfx.compiled.records import GraphRecord, all_records, remember
 from qfx.compiled.template import State, Template
@@ -190,14 +191,14 @@ class CompiledGraph:
         if lowered is None:
             return None
         entry = found.entry
-        notes = [*self._lacking(at), *entry.notes]
+        notes = [*self._lacking(args, at), *entry.notes]
         self._tell(notes, at)
         return Built(lowered, self._record(args, at, entry.rows, notes), self._translation(args, at))
 
     def _build(self, template: Template, args: Sequence[Any], at: Frame, key: str | None) -> Built:
         translation = self._translation(args, at)
         gm = template.with_weights(args, translation)
-        lacking = self._lacking(at)
+        lacking = self._lacking(args, at)
         notes = self._quantize(gm, at)
         with self._warm.storing(key) as storing:
             lowered, saved = self._lowered(gm, storing)
@@ -255,17 +256,19 @@ class CompiledGraph:
         known = {} if at.root is None else names.index(at.root)
         return Translation.between([(fqn, args[i]) for i, fqn in self._statics.items()], known)
 
-    def _lacking(self, at: Frame) -> list[Note]:
-        """Notes where the plan speaks of nodes that the model cannot have, and where a cache is asked for."""
+    def _lacking(self, args: Sequence[Any], at: Frame) -> list[Note]:
+        """Notes where the plan speaks of nodes that the model cannot have, where a cache is asked for, and where the
+        model's encoder is in no graph."""
+        apart = encoder_apart(at.root, [args[i] for i in self._statics], all_records())
         if self._options.plan is None or at.root is None:
-            return self._caches(at)
+            return [*apart, *self._caches(at)]
         own = {name for names_ in names.index(at.root).values() for name in names_}
         own |= {name for name, _ in at.root.named_modules(remove_duplicate=False)}
         attentions = attending.planned(self._options.plan)  # called by their module and operator
         named = {fqn: fqn.rpartition(".")[0] if fqn in attentions else fqn for fqn in self._options.plan.annotations}
         lost = [fqn for fqn, name in named.items() if name not in own]
         what = f"the plan gives formats to {len(lost)} name(s) that the model lacks: {', '.join(lost[:3])}"
-        return [*([Note("plan", what, "plan again for this model")] if lost else []), *self._caches(at)]
+        return [*apart, *([Note("plan", what, "plan again for this model")] if lost else []), *self._caches(at)]
 
     def _caches(self, at: Frame) -> list[Note]:
         """A note where formats of a cache are asked of a model that has none: whoever calls it makes its cache."""
