@@ -36,6 +36,7 @@ CASES = {
     "f32": partial(attended, "k=i8/tok", 256, dtype=f32),
     "a mask of f32": partial(attended, "k=i8/tok", 128, mask=f32),
     "three bits": weighted("u3/g128/f16", 33, 4096, 4096, torch.bfloat16).run,
+    "three bits in small groups": weighted("u3/g32", 256, 4096, 4096).run,
     "a table in f32": weighted("nf4/g64", 3, 4096, 4096, f32).run,
     "a cache of 5 and 6 bits": cached({"k": "i5/g32", "v": "i6/tok"}, dtype=torch.bfloat16, width=192, queries=4).run,
 }
@@ -57,7 +58,7 @@ def test_what_needs_most_fits() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 7 and max(found.values()) <= L40S.shared, found
+    assert len(found) == 8 and max(found.values()) <= L40S.shared, found
 
 
 SIZES = [(0, 256, 128, 0), (1024, 1024, 1024, 0), (0, 256, 256, 4), (256, 128, 256, 1), (1024, 1024, 1024, 4)]
