@@ -139,7 +139,7 @@ def lay(
     )
     mean = mean if biased or centred else None
     block = max(16, 8192 // width)
-    launch(round_operand, (triton.cdiv(rows, block), heads, batch), x, mean, steps.scale, steps.zero,
+    launch(round_operand, (batch, heads, triton.cdiv(rows, block)), x, mean, steps.scale, steps.zero,
            None if times is None else times.scale, codes, step, bias, rows, *x.stride()[:3], steps.stride,
            0 if times is None else times.stride, factor, SHARE=share, CENTRED=centred,
            **constants(fmt), MULTIPLIED=multiplied, D=depth, WIDTH=width, BLOCK=block,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qfx.backends.triton import tuning
 from qfx.backends.triton.cache_attention import block_of, mask_of, put_together, varied
+from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels.float_attention import mask_spans, split_float_attention
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, launch
 from qfx.backends.triton.library import define
@@ -29,6 +30,7 @@ MOST = 16  # queries of a sequence
 _SPLITS = 128  # at most: as many partial results are put together at once
 _ROWS = 64  # rows of queries of a program, at most
 _SCAN = 8192  # numbers of a mask that a program reads at a time
+_BESIDE = 1024  # bytes of shared memory for what else there is
 
 
 def float_attention(
@@ -52,13 +54,13 @@ def float_attention(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     many = heads // groups
     rows = many * queries
-    config = dict(_config(q, k, v_width, rows))
+    strides, masked = mask_of(mask, (batch, heads, queries), many)
+    config = _config(q, k, v_width, rows, mask.dtype.itemsize if mask is not None and masked["EACH_ROW"] else 0)
     splits = config.pop("SPLITS")
     room = (batch, groups, splits, rows)
     one = splits == 1
     sums = y if one else torch.empty((*room, v_width), dtype=torch.float32, device=q.device)
     most, total = (sums,) * 2 if one else (torch.empty(room, dtype=torch.float32, device=q.device) for _ in range(2))
-    strides, masked = mask_of(mask, (batch, heads, queries), many)
     spans_batch = 0 if spans is None or len(spans) == 1 else spans.stride(0)
     grid = (batch * groups * triton.cdiv(rows, config["BLOCK_M"]), splits)
     launch(
@@ -115,13 +117,34 @@ def candidates(width: int, rows: int, dtype: torch.dtype) -> list[Config]:
     return varied(first, others)
 
 
-def _config(q: Tensor, k: Tensor, v_width: int, rows: int) -> Config:
-    """With SPLITS: as many as fill the GPU, and as there can be blocks."""
+def fitted(config: Config, sizes: tuple[int, int, int, int], device: Device) -> dict[str, int]:
+    """A configuration with as many stages, then rows, as there is shared memory for.
+
+    sizes: bytes of a row of queries or keys, of values, of a weight, of an element of a mask if rows have their own.
+    """
+    found, (q, v, weight, mask) = dict(config), sizes
+
+    def held() -> int:
+        stages, rows, tokens = found["num_stages"] - 1, found["BLOCK_M"], found["BLOCK_R"]
+        more = stages + device.from_shared  # what tensor cores read is no room for more
+        return tokens * (more * (q + v) + rows * (stages * mask + weight)) + rows * q + _BESIDE
+
+    while held() > device.shared and (found["num_stages"] > 2 or found["BLOCK_M"] > 16):
+        if found["num_stages"] > 2:
+            found["num_stages"] -= 1
+        else:
+            found["BLOCK_M"] //= 2
+    return found
+
+
+def _config(q: Tensor, k: Tensor, v_width: int, rows: int, mask: int) -> dict[str, int]:
+    """With SPLITS: as many as fill the GPU, and as there can be blocks. mask: see `fitted`."""
     device, width = device_of(q), max(q.shape[3], v_width)
     key = problem(q.shape[3], v_width, rows // q.shape[2], q.dtype)
     given = (width, rows, q.dtype)
     known = tuning.tuned(device, "float_attention", key, rows, lambda: candidates(*given)) or heuristic(*given)
-    config = dict(known)
+    each = q.dtype.itemsize
+    config = fitted(known, (block_of(q.shape[3]) * each, block_of(v_width) * each, each, mask), device)
     programs = q.shape[0] * k.shape[1] * triton.cdiv(rows, config["BLOCK_M"])
     wanted = device.processors * config.pop("PER") // programs
     config["SPLITS"] = max(min(wanted, triton.cdiv(k.shape[2], config["BLOCK_R"]), _SPLITS), 1)

@@ -173,7 +173,7 @@ def _masks(mask: Tensor, shape: torch.Size, length: int, config: Config) -> tupl
     own = found.expand(-1, -1, shape[2], length)
     blocks = triton.cdiv(shape[2], config["BLOCK_M"])
     bounds = torch.empty((*own.shape[:2], blocks, 3), dtype=torch.int32, device=mask.device)
-    launch(mask_bounds, (blocks, own.shape[1], own.shape[0]), own, bounds, shape[2], length, *own.stride(),
+    launch(mask_bounds, (*own.shape[:2], blocks), own, bounds, shape[2], length, *own.stride(),
            BOOL=mask.dtype == torch.bool, BLOCK_M=config["BLOCK_M"], BLOCK_N=config["BLOCK_N"],
            config={"num_warps": 8, "num_stages": 1})  # fmt: skip
     return own.expand(*shape, length), bounds

@@ -10,6 +10,7 @@ import triton
 from qfx.backends.triton import tuning
 from qfx.backends.triton.decode_asm import TABLES
 from qfx.backends.triton.device import Device
+from qfx.backends.triton.kernels.decode import parts_of
 from qfx.backends.triton.launch import Config
 from qfx.backends.triton.layout import UNIT_THREE
 from qfx.backends.triton.weight_only_pack import group_of, stored_bits
@@ -153,19 +154,27 @@ def tile_of(device: Device, fmt: Format, m: int, dtype: torch.dtype) -> Config:
     else:
         height = 64 if m == 64 or not device.from_shared else 128  # mma.sync holds both operands in registers
         tile = {"BM": height, "BN": 128, "num_warps": 8, "num_stages": 3}
-    while (tile["num_stages"] - 1) * _each(tile, fmt, dtype) > device.shared and tile["num_stages"] > 2:
+    while _shared(device, tile, fmt, dtype) > device.shared and tile["num_stages"] > 2:
         tile["num_stages"] -= 1
     return tile
 
 
-def _each(tile: Config, fmt: Format, dtype: torch.dtype) -> int:
-    """Bytes of shared memory for what is on its way for one step over K: of x, of codes, of what a table gives in f32.
+def _shared(device: Device, tile: Config, fmt: Format, dtype: torch.dtype) -> int:
+    """Bytes of shared memory for what is on its way over K: of x, of codes, of what a table gives in f32, of scales.
 
-    (In other types the table lies in registers.)
+    (In other types the table lies in registers; what is counted for it holds scales, too.) Where tensor cores read x
+    from there, what they read is no room for more. Scales of groups below a unit are read ahead as well; weights that
+    they multiply 16 columns at a time come into the order of tensor cores by way of it, those of float32 as two terms.
     """
-    unit = UNIT_THREE if fmt.bits == 3 else UNIT
+    unit, bits, stages = UNIT_THREE if fmt.bits == 3 else UNIT, stored_bits(fmt), tile["num_stages"]
+    part, group = UNIT // parts_of(bits), group_of(fmt)
     looked_up = 4 * unit if fmt.type in TABLES and dtype == torch.float32 else 0
-    return tile["BM"] * unit * dtype.itemsize + tile["BN"] * (unit * stored_bits(fmt) // 8 + looked_up)
+    early = group < UNIT and not looked_up  # weights are scaled before they are multiplied
+    apart = min(group, part // 2) if early else 0  # columns that are read under one scale
+    scales = unit // apart * fmt.scale_dtype.itemsize if apart else 0
+    turned = part * (2 * dtype.itemsize if dtype == torch.float32 else dtype.itemsize) if apart == 16 else 0
+    x = tile["BM"] * unit * dtype.itemsize * (stages if device.from_shared else stages - 1)
+    return x + tile["BN"] * ((stages - 1) * (unit * bits // 8 + looked_up + scales) + turned)
 
 
 def candidates(fmt: Format, m: int, k: int, dtype: torch.dtype) -> list[Config]:

@@ -50,12 +50,13 @@ def round_operand(x_ptr, mean_ptr, scale_ptr, zero_ptr, times_ptr, codes_ptr, st
                   BLOCK: tl.constexpr):  # fmt: skip
     """x [B, H, rows, D], strides x_b, x_h, x_s, 1 -> codes [B, H, rows, WIDTH], zeros beyond D, of codes_ptr's type.
 
+    Grid (B, H, blocks of rows): only the first axis has room for any number of sequences.
     mean f32 [B, H / SHARE, D]: CENTRED, it is taken off x. SCALED: there is a scale, of each row (BY_ROW), or scale and
     zero f32 [H] with the stride scale_h; the others stay floats, rounded to BITS bits where BITS > 0. MULTIPLIED: codes
     times their scale. step f32 [B, H, rows]: scale * factor * times[h / SHARE]. bias f32 [B, H, rows]: x mean * factor.
     """
-    head, batch = tl.program_id(1), tl.program_id(2)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    head, batch = tl.program_id(1), tl.program_id(0)
+    row = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, WIDTH)
     inside = (row < rows)[:, None] & (column < D)[None, :]
     own = head // SHARE

@@ -95,11 +95,12 @@ def mask_bounds(mask_ptr, bounds_ptr, rows, length, mask_b, mask_h, mask_m, mask
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """For each block of rows of a mask [B, H, rows, length] which blocks of keys it leaves: int32 [B, H, blocks, 3].
 
+    Grid (B, H, blocks): only the first axis has room for any number of sequences.
     They are the number of the first block of which something is kept; of that with which those from there on end of
     which everything is kept as it is; and of that behind the last of which something is kept.
     """
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_at = mask_ptr + tl.program_id(2).to(tl.int64) * mask_b + tl.program_id(1).to(tl.int64) * mask_h
+    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_at = mask_ptr + tl.program_id(0).to(tl.int64) * mask_b + tl.program_id(1).to(tl.int64) * mask_h
     mask_at = mask_at + row.to(tl.int64)[:, None] * mask_m
     first, whole, end = length * 0 - 1, length * 0, length * 0
     for block in range(tl.cdiv(length, BLOCK_N)):
@@ -117,7 +118,7 @@ def mask_bounds(mask_ptr, bounds_ptr, rows, length, mask_b, mask_h, mask_m, mask
         first = tl.where(some & (first < 0), block, first)
         whole = tl.where(every & (first >= 0) & (whole == block), block + 1, whole)
         end = tl.where(some, block + 1, end)
-    at = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    at = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
     tl.store(bounds_ptr + at * 3, tl.maximum(first, 0))
     tl.store(bounds_ptr + at * 3 + 1, whole)
     tl.store(bounds_ptr + at * 3 + 2, end)

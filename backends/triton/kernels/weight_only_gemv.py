@@ -141,7 +141,7 @@ def vectors(x_ptr, w_ptr, upper_ptr, scale_ptr, zero_ptr, whole_ptr, table_ptr, 
         before = ()
         totals = ()
         for m in tl.static_range(M):
-            x = _floats(x_ptr + m * x_stride, start, k, PARTS)
+            x = _floats(x_ptr + tl.cast(x_stride, tl.int64) * m, start, k, PARTS)
             xs = xs + (x,)
             before = before + (_totals(x, PARTS, COUNT, True, OFFSET, BITS),)
             totals = totals + (_totals(x, PARTS, COUNT, False, OFFSET, BITS),)

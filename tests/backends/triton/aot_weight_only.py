@@ -75,6 +75,7 @@ CASES = [
     case("i3/g128/f16", 16, 4096, 4096, torch.bfloat16),
     case("i3/g128/f16", 17, 4096, 4096, torch.bfloat16),
     case("i8/ch", 128, 11008, 4096),
+    case("u3/g64", 256, 4096, 4096),
     case("i8/ch", 12, 8192, 8192, torch.bfloat16),
     case("u8/g32", 64, 4096, 4096),
     case("u4/g128/f16", 64, 8192, 8192, torch.bfloat16, bias=True),

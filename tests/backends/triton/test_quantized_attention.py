@@ -270,6 +270,17 @@ def test_what_is_refused() -> None:
     assert reason_against(256, 64, torch.float16) is None
 
 
+def test_any_number_of_sequences_has_a_grid() -> None:
+    """Windows of images are sequences. Of a grid the first axis alone has room for more than 65,535 programs."""
+    q, k, v = torch.empty(3, 70_000, 2, 49, 32, dtype=torch.float16, device="meta")
+    mask = torch.empty(70_000, 1, 49, 49, dtype=torch.bool, device="meta")
+    with recorded(H200) as launches:
+        quantized_attention(q, k, v, mask, None, [], [], [], [], [], [], 0.1, False, 0.0, "i8/tok", "i8/tok", "", "")
+    found = {one.kernel.fn.__name__ for one in launches}
+    assert found == {"round_operand", "mask_bounds", "attention"}
+    assert max(size for one in launches for size in one.grid[1:]) < 65_536
+
+
 def test_configurations_to_measure() -> None:
     for device in (A100, H200):
         for wide, lean in itertools.product((64, 128, 256, 512, 1024), (False, True)):

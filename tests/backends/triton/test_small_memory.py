@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from qfx.backends.triton import gemm4_config, gemm8_config
+from qfx.backends.triton import float_attention, gemm4_config, gemm8_config
 from qfx.backends.triton.device import A100, H200, Device
 from qfx.backends.triton.quantized_attention import fitted
 from qfx.backends.triton.weight_only_config import heuristic
@@ -26,6 +26,7 @@ import torch
 from qfx.backends.triton import ahead
 from qfx.backends.triton.launch import recorded
 from tests.backends.triton.aot_cache_attention import case as cached
+from tests.backends.triton.aot_float_attention import case as floats
 from tests.backends.triton.aot_quantized_attention import _call as attended
 from tests.backends.triton.aot_weight_only import case as weighted
 from tests.backends.triton.test_small_memory import L40S, RTX5090
@@ -36,7 +37,10 @@ CASES = {
     "f32": partial(attended, "k=i8/tok", 256, dtype=f32),
     "a mask of f32": partial(attended, "k=i8/tok", 128, mask=f32),
     "three bits": weighted("u3/g128/f16", 33, 4096, 4096, torch.bfloat16).run,
+    "three bits in small groups": weighted("u3/g32", 256, 4096, 4096).run,
     "a table in f32": weighted("nf4/g64", 3, 4096, 4096, f32).run,
+    "few queries of wide heads": floats((16, 1), width=256, queries=16).run,
+    "few queries with a mask of f32 each": floats((16, 1), queries=16, mask=f32).run,
     "a cache of 5 and 6 bits": cached({"k": "i5/g32", "v": "i6/tok"}, dtype=torch.bfloat16, width=192, queries=4).run,
 }
 found = {}
@@ -45,7 +49,7 @@ for name, run in CASES.items():
         with recorded(device) as launches:
             run()
         for one in launches:
-            if one.kernel.fn.__name__ in ("attention", "dot_tiles", "split_attention"):
+            if one.kernel.fn.__name__ in ("attention", "dot_tiles", "split_attention", "split_float_attention"):
                 found[f"{name}, {device.name}"] = ahead.compile_launch(one, device).shared
 json.dump(found, sys.stdout)
 """
@@ -57,7 +61,7 @@ def test_what_needs_most_fits() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 7 and max(found.values()) <= L40S.shared, found
+    assert len(found) == 10 and max(found.values()) <= L40S.shared, found
 
 
 SIZES = [(0, 256, 128, 0), (1024, 1024, 1024, 0), (0, 256, 256, 4), (256, 128, 256, 1), (1024, 1024, 1024, 4)]
@@ -76,6 +80,16 @@ def test_stages_then_rows_are_given_up(sizes: tuple[int, int, int, int], rows: i
     assert config["num_stages"] == 4, "as it was given"
     huge = Device("", (9, 0), 1, 1 << 30)
     assert fitted(config, sizes, huge) == config
+
+
+def test_few_queries_keep_what_fits() -> None:
+    config = {"BLOCK_M": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3}
+    for sizes, tokens, stages in (((256, 256, 2, 1), 64, 3), ((256, 256, 2, 4), 64, 2), ((512, 512, 2, 0), 32, 2)):
+        config = {**config, "BLOCK_R": tokens}
+        assert float_attention.fitted(config, sizes, L40S) == {**config, "num_stages": stages}
+        assert float_attention.fitted(config, sizes, H200) == float_attention.fitted(config, sizes, A100) == config
+    small = Device("", (8, 0), 1, 65536)
+    assert float_attention.fitted(config, (512, 512, 2, 4), small) == {**config, "num_stages": 2, "BLOCK_M": 32}
 
 
 @pytest.mark.parametrize("m", [1, 33, 64, 300, 4096])

@@ -30,7 +30,7 @@ from qfx.errors import QfxWarning, UnsupportedError
 from qfx.format import Format
 from qfx.ops.packed import linear
 from qfx.packing import Packed, pack_weight
-from tests.backends.triton.cases import DEVICE
+from tests.backends.triton.cases import DEVICE, INTERPRETED
 
 FORMATS = (
     *("i8/ch", "u8/ch", "i4/ch", "i4/g128", "i4/g32", "u4/g128", "u4/g16/f16", "i4/g64/bf16", "u4/g256"),
@@ -197,6 +197,18 @@ def test_nothing_leaks_from_beyond_the_input() -> None:
     wide[:, :100] = 1.0
     for m in (1, 3):
         assert run(wide[:m, :100], packed).isfinite().all()
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="notes of all of that memory would be kept")
+@pytest.mark.parametrize("m", [3, 4, 17])
+def test_rows_that_lie_far_apart(m: int) -> None:
+    """As the last tokens of long prompts do: farther than 32 bits count. Of that memory the rows alone are used."""
+    torch.manual_seed(m)
+    packed, far = weight(9, 64, "f8e4m3/ch"), 2**31 // (m - 1) + 16
+    held = torch.empty((m - 1) * far + 64, dtype=torch.float16, device=DEVICE)
+    x = held.as_strided((m, 64), (far, 1))
+    x.copy_(torch.randn(m, 64, device=DEVICE))
+    assert torch.equal(run(x, packed), run(x.contiguous(), packed))
 
 
 def test_batches_and_empty_ones() -> None:
