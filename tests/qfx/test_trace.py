@@ -19,10 +19,12 @@ from torch._higher_order_ops.wrap import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from qfx import graph
+from qfx import graph, trace
+from qfx.capture import capture_export
 from qfx.errors import UnsupportedError
 from qfx.text import dump
 from qfx.trace import retrace
+from tests.seeded import randn
 
 GOLDEN = """\
 %arg0_1: f32[2,4] = input
@@ -401,3 +403,25 @@ def test_sizes_are_as_the_whole_graph_tells_them() -> None:
         graph.clean(traced_gm)
         graph.rename(traced_gm)
     assert dump(found) == dump(expected)
+
+
+class Asserts(nn.Module):
+    """Looks at its data, as models of images among tokens do: as many places as there are images."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [T, D], mask bool [T] -> [T, D]."""
+        torch._check(mask.all().item())
+        return x * mask[:, None]
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_what_data_are_asserted_to_be_is_no_part_of_the_graph(
+    functional: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if functional:
+        monkeypatch.setattr(trace, "_is_known", lambda _: False)
+    given = (randn(4, 8), torch.ones(4, dtype=torch.bool))
+    captured = capture_export(Asserts(), given)
+    names = [graph.schema_name(n) for n in captured.gm.graph.nodes]
+    assert "aten::mul" in " ".join(names) and not any("assert" in name for name in names)
+    assert torch.equal(captured.gm(*given)[0], given[0])
