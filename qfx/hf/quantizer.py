@@ -14,7 +14,7 @@ from qfx.errors import explain
 from qfx.hf.attach import METHOD, register_when_loaded
 from qfx.hf.config import QfxConfig
 from qfx.hf.parameterless import tell_device
-from qfx.hf.saved import Placed
+from qfx.hf.saved import Placed, keep_float_ties
 from qfx.kv.held import is_quantized
 from qfx.kv.live import with_caches
 from qfx.live.attending import attend
@@ -152,6 +152,7 @@ def mark(model: Any, recipe: Recipe | None) -> None:
     model.hf_quantizer = QfxHfQuantizer(config, pre_quantized=True)
     model.quantization_method = METHOD
     model.config.quantization_config = config
+    keep_float_ties(model)
     _name_as_they_are(model)
 
 
