@@ -176,6 +176,21 @@ def test_the_base_model_of_a_language_model(tmp_path: Path) -> None:
     assert torch.equal(logits(qfx.load(tmp_path / "base")), logits(model.model))
 
 
+@pytest.mark.filterwarnings("error::qfx.QfxWarning")
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_the_base_model_of_a_rotated_language_model_is_told(kind: str, tmp_path: Path) -> None:
+    made(kind, "w8a8-rotate").save_pretrained(tmp_path)
+    tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.warns(qfx.QfxWarning, match="LlamaModel: the recipe of the saved .* rotates states"):
+        base = tf.AutoModel.from_pretrained(tmp_path)
+    wanted = logits(build(kind).model)
+    assert (logits(base) - wanted).norm() > wanted.norm()  # another basis
+    direct: Any = build(kind).model
+    with pytest.warns(qfx.QfxWarning, match="the residual stream cannot be rotated"):
+        qfx.quantize(direct, "w8a8-rotate")
+    assert (logits(direct) - wanted).norm() < 0.1 * wanted.norm()
+
+
 def test_a_head_on_a_base_model_is_new_and_told(tmp_path: Path) -> None:
     base: Any = qfx.quantize(build("bert").bert)
     base.save_pretrained(tmp_path)
