@@ -12,7 +12,7 @@ and assignments are then measured; what is measured is no worse than the uniform
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +51,8 @@ def allocate_caches(
 
     gm: the prepared float graph. batches: its inputs. outputs: names of its outputs. A cache that a rule for its name
     gave a format keeps that. `plan.sensitivities["cache"]` tells bytes, what was predicted and measured, and each
-    head's score. Returns notes about caches that stay uniform. Raises UnsupportedError where that is all of them.
+    head's score. Returns notes about caches that stay uniform, as all do of texts too short for a cache to store a
+    token in its formats. Raises UnsupportedError where no cache could have bits by heads.
     """
     bits = plan.recipe.cache_bits
     assert bits is not None
@@ -64,6 +65,10 @@ def allocate_caches(
     formats = [Format.parse(text) for text in CANDIDATES]
     units = [cache for group in own.values() for cache in group]
     scores = _scores(gm, some(batches, _SCORED), outputs, units, formats)
+    if not any(score for row in scores.values() for score in row.values()):
+        uniform = _everywhere((cache.unit.name for cache in units), bits)
+        _write(plan, own, uniform)
+        return [*notes, *_unread(plan, own, next(iter(uniform.values())))]
     choices = {
         cache.unit.name: [
             Choice(cache.unit.name, fmt, _nbytes(cache, fmt), scores[cache.unit.name][str(fmt)]) for fmt in formats
@@ -93,7 +98,7 @@ def _chosen(
         found = refine(
             measure, problem, solution.assignment, budget, evaluations=_REFINE, advance=lambda: bar.advance(task)
         )
-    uniform = dict.fromkeys(problem.choices, Format.parse(f"u{math.floor(bits)}/g32/f16"))
+    uniform = _everywhere(problem.choices, bits)
     flat = measure.kld(uniform)
     assert found.after is not None
     chosen, loss = (found.assignment, found.after) if found.after <= flat else (uniform, flat)
@@ -146,6 +151,19 @@ def _uniform(cache: Cache, bits: float) -> float:
     """Bytes at this number of bits, between those of the whole numbers around it."""
     low, high = (_nbytes(cache, Format.parse(f"u{number}/g32/f16")) for number in (math.floor(bits), math.ceil(bits)))
     return low + (high - low) * (bits - math.floor(bits))
+
+
+def _everywhere(names: Iterable[str], bits: float) -> Assignment:
+    """One format for all, of no more bits."""
+    return dict.fromkeys(names, Format.parse(f"u{math.floor(bits)}/g32/f16"))
+
+
+def _unread(plan: Plan, own: Iterable[str], given: Format) -> list[Note]:
+    """What is said of caches from whose codes the data's queries read no token."""
+    known = _by_name(plan)
+    least = max(fmt.sinks + fmt.residual + fmt.step for fmt in (known[name].format for name in own))
+    reason = f"no query of the data comes so late that it reads the cache in few bits: it has {given} in all heads"
+    return [Note(name, reason, f"give texts of more than {least} tokens, better many times as long") for name in own]
 
 
 def _write(plan: Plan, own: Mapping[str, Sequence[Cache]], chosen: Assignment) -> None:

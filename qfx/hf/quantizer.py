@@ -10,18 +10,19 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from qfx.errors import explain
+from qfx.errors import Note, explain
 from qfx.hf.attach import METHOD, register_when_loaded
 from qfx.hf.config import QfxConfig
 from qfx.hf.parameterless import tell_device
-from qfx.hf.saved import Placed
+from qfx.hf.saved import Placed, keep_float_ties
 from qfx.kv.held import is_quantized
 from qfx.kv.live import with_caches
 from qfx.live.attending import attend
+from qfx.pipeline import told
 from qfx.recipe import Recipe
 from qfx.reporting.told import remember
 from qfx.storage import checkpoint
-from qfx.storage.describe import describe, state
+from qfx.storage.describe import describe, float_class, state
 
 if TYPE_CHECKING:
     from qfx.hf.streaming import Streaming
@@ -86,7 +87,9 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
         if self._placed is not None:
+            assert config.model is not None
             self._placed.finish(model)
+            _tell_basis(model, config.model["class"], config.recipe)
             with_caches(attend(model, self._placed.attention), self._placed.caches)
             remember(model, self._placed.notes)
         elif self._streaming is not None:
@@ -154,7 +157,16 @@ def mark(model: Any, recipe: Recipe | None) -> None:
     model.hf_quantizer = QfxHfQuantizer(config, pre_quantized=True)
     model.quantization_method = METHOD
     model.config.quantization_config = config
+    keep_float_ties(model)
     _name_as_they_are(model)
+
+
+def _tell_basis(model: nn.Module, saved: str, recipe: Recipe | None) -> None:
+    """Warn of a part of a model whose rotated states the rest of it turned back."""
+    own = float_class(model).__name__
+    if own != saved and recipe is not None and "rotate" in recipe.rewrites:
+        reason = f"the recipe of the saved {saved} rotates states where it can, which only the last layer undoes"
+        told([Note(own, reason, f"for states as the float model gives them quantize the {own} itself")], strict=False)
 
 
 def _later(files: Any) -> None:

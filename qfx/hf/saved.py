@@ -190,11 +190,17 @@ class _Names:
 
 
 def keep_float_ties(model: nn.Module) -> None:
-    """Let transformers tie only what is a parameter still; packed tables are tied by qfx."""
-    known = getattr(model, "all_tied_weights_keys", None)
-    if known:
-        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        model.all_tied_weights_keys = {a: b for a, b in known.items() if a in names and b in names}  # type: ignore[assignment]
+    """Let transformers tie only what is a parameter still, also when `tie_weights` is called again; packed tables are
+    tied by qfx."""
+    for module in model.modules():
+        known = getattr(module, "all_tied_weights_keys", None)
+        if not known:
+            continue
+        names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        kept = {a: b for a, b in known.items() if a in names and b in names}
+        if len(kept) < len(known):
+            module.all_tied_weights_keys = kept  # type: ignore[assignment]
+            module._tied_weights_keys = dict(kept)  # type: ignore[assignment]
 
 
 def shield(model: nn.Module, *, on: bool) -> None:

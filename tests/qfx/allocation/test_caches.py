@@ -99,6 +99,20 @@ def test_a_cache_that_a_rule_names_keeps_its_format() -> None:
     assert found[models.NAMES[1]] == [8] * 4 and max(found[models.NAMES[0]]) < 8
 
 
+@pytest.mark.parametrize("bits", [3.0, 2.5])
+def test_texts_too_short_to_be_stored_keep_the_cache_uniform(bits: float) -> None:
+    """Nothing is lost in any format then, which is no reason for the one of fewest bits."""
+    short: list[Any] = [{"input_ids": models.ids(2 + 32, 2)}]  # the sinks, and a group that no query comes after
+    recipe = Recipe.parse({"name": "t", "rules": RULES, "cache_bits": bits})
+    with pytest.warns(qfx.QfxWarning, match="give texts of more than 34 tokens") as warned:
+        plan = qfx.plan(loud(), recipe, short, progress=False)
+    assert len(warned) == 1
+    assert bits_of(plan) == dict.fromkeys(models.NAMES, [int(bits)] * 4)
+    assert TOLD not in plan.sensitivities
+    with pytest.raises(qfx.UnsupportedError, match="no query of the data comes so late"):
+        qfx.plan(loud(), recipe, short, strict=True, progress=False)
+
+
 def test_it_needs_data() -> None:
     with pytest.raises(ValueError, match="recipe 'kv-heads' needs calibration data"):
         qfx.plan(models.build(), "kv-heads")

@@ -130,6 +130,22 @@ def test_tied_tables_are_one_again_and_stored_once(tmp_path: Path) -> None:
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.parametrize("kind", ["tied", "bert", "t5"])
+def test_tying_once_more_changes_nothing(kind: str, tmp_path: Path) -> None:
+    """Packed tables have no weight that transformers could tie; what is float still (BERT's bias) it ties."""
+    wanted = logits(made(kind))
+    live = copy.deepcopy(made(kind))
+    live.save_pretrained(tmp_path)
+    build(kind).save_pretrained(tmp_path / "float")
+    loaded = [CLASSES[kind].from_pretrained(tmp_path), qfx.load(tmp_path)]
+    loaded += [CLASSES[kind].from_pretrained(tmp_path / "float", quantization_config=QfxConfig(recipe="w8a8"))]
+    for model in (live, *loaded):
+        model.tie_weights()
+        assert torch.equal(logits(model), wanted)
+        if kind == "bert":
+            assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
+
+
 def test_config_json_says_how(tmp_path: Path) -> None:
     model = made("llama")
     model.save_pretrained(tmp_path)
@@ -158,6 +174,21 @@ def test_the_base_model_of_a_language_model(tmp_path: Path) -> None:
     assert torch.equal(logits(base), logits(model.model))
     base.save_pretrained(tmp_path / "base")
     assert torch.equal(logits(qfx.load(tmp_path / "base")), logits(model.model))
+
+
+@pytest.mark.filterwarnings("error::qfx.QfxWarning")
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_the_base_model_of_a_rotated_language_model_is_told(kind: str, tmp_path: Path) -> None:
+    made(kind, "w8a8-rotate").save_pretrained(tmp_path)
+    tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.warns(qfx.QfxWarning, match="LlamaModel: the recipe of the saved .* rotates states"):
+        base = tf.AutoModel.from_pretrained(tmp_path)
+    wanted = logits(build(kind).model)
+    assert (logits(base) - wanted).norm() > wanted.norm()  # another basis
+    direct: Any = build(kind).model
+    with pytest.warns(qfx.QfxWarning, match="the residual stream cannot be rotated"):
+        qfx.quantize(direct, "w8a8-rotate")
+    assert (logits(direct) - wanted).norm() < 0.1 * wanted.norm()
 
 
 def test_a_head_on_a_base_model_is_new_and_told(tmp_path: Path) -> None:
