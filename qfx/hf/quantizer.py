@@ -89,9 +89,10 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._placed is not None:
             assert config.model is not None
             self._placed.finish(model)
-            _tell_basis(model, config.model["class"], config.recipe)
+            turned = _in_another_basis(model, config.model["class"], config.recipe)
+            told(turned, strict=False)
             with_caches(attend(model, self._placed.attention), self._placed.caches)
-            remember(model, self._placed.notes)
+            remember(model, [*self._placed.notes, *turned])
         elif self._streaming is not None:
             self._streaming.finish(model)
         self._placed = self._streaming = None
@@ -161,12 +162,13 @@ def mark(model: Any, recipe: Recipe | None) -> None:
     _name_as_they_are(model)
 
 
-def _tell_basis(model: nn.Module, saved: str, recipe: Recipe | None) -> None:
-    """Warn of a part of a model whose rotated states the rest of it turned back."""
+def _in_another_basis(model: nn.Module, saved: str, recipe: Recipe | None) -> list[Note]:
+    """A note on a part of a model whose rotated states the rest of it turned back."""
     own = float_class(model).__name__
-    if own != saved and recipe is not None and "rotate" in recipe.rewrites:
-        reason = f"the recipe of the saved {saved} rotates states where it can, which only the last layer undoes"
-        told([Note(own, reason, f"for states as the float model gives them quantize the {own} itself")], strict=False)
+    if own == saved or recipe is None or "rotate" not in recipe.rewrites:
+        return []
+    reason = f"the recipe of the saved {saved} rotates states where it can, which only the last layer undoes"
+    return [Note(own, reason, f"for states as the float model gives them quantize the {own} itself")]
 
 
 def _later(files: Any) -> None:

@@ -185,6 +185,7 @@ def test_the_base_model_of_a_rotated_language_model_is_told(kind: str, tmp_path:
         base = tf.AutoModel.from_pretrained(tmp_path)
     wanted = logits(build(kind).model)
     assert (logits(base) - wanted).norm() > wanted.norm()  # another basis
+    assert any("rotates states" in note.reason for note in qfx.report(base).notes)
     direct: Any = build(kind).model
     with pytest.warns(qfx.QfxWarning, match="the residual stream cannot be rotated"):
         qfx.quantize(direct, "w8a8-rotate")
