@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qfx.compiled.records import GraphRecord
 from qfx.errors import Note
+from qfx.hf.attach import is_pretrained
 from qfx.names import index, is_within
 
 
@@ -35,8 +36,7 @@ def encoder_apart(root: nn.Module | None, weights: Iterable[Tensor], others: Ite
 
 def _encoder(root: nn.Module | None) -> str:
     """Its name in an encoder-decoder of transformers, "" in other models."""
-    if root is None or not getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+    if root is None or not is_pretrained(root) or not getattr(root.config, "is_encoder_decoder", False):
         return ""
-    find = getattr(root, "get_encoder", None)
-    encoder = find() if callable(find) else None
+    encoder = root.get_encoder()  # type: ignore[operator]
     return next((name for name, module in root.named_modules() if module is encoder), "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,11 +87,26 @@ def test_the_whole_forward_has_the_encoder_in_it() -> None:
     assert not qfx.report(model).notes
 
 
+class OwnKind(nn.Module):
+    """Looks like an encoder-decoder of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(is_encoder_decoder=True)
+        self.encoder, self.decoder = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def get_encoder(self, kind: str) -> nn.Module:
+        """Takes an argument."""
+        return self.encoder
+
+
 def test_other_models_have_none() -> None:
     plain = nn.Linear(2, 2)
     assert encoder_apart(plain, [plain.weight], []) == [] == encoder_apart(None, [plain.weight], [])
     decoder: Any = ZOO["llama"]()[0]
     assert encoder_apart(decoder, list(decoder.parameters()), []) == []
+    own_kind = OwnKind()
+    assert encoder_apart(own_kind, [own_kind.decoder.weight], []) == [], "what its method takes is not known"
     model, _ = ZOO["t5"]()
     assert encoder_apart(model, [], []) == [], "a graph that reads no weight"
     assert encoder_apart(model, [model.get_parameter("shared.weight")], []) == [], "tied tables are in both"
