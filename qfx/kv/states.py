@@ -109,6 +109,12 @@ class PackedStates(Tensor):
 
 def packed(view: View) -> tuple[PackedStates, PackedStates]:
     """Keys and values of a view."""
+    found: tuple[PackedStates, PackedStates] = _both(view)
+    return found
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # no compiler knows how to make a tensor of this class
+def _both(view: View) -> tuple[PackedStates, PackedStates]:
     return PackedStates(_What(view, 0)), PackedStates(_What(view, 1))
 
 

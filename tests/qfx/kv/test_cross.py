@@ -48,6 +48,19 @@ def test_both_caches_of_an_encoder_decoder_are_quantized(kind: str) -> None:
     assert (first[0] == first[1]).float().mean() >= 0.9
 
 
+def test_a_compiler_leaves_its_states_to_the_codes(fresh_dynamo: None) -> None:
+    layer = generated(qfx.quantize(bart(), "kv8")).past_key_values.cross_attention_cache.layers[0]
+    queries = torch.randn(2, 2, 3, 16)
+
+    def attention(q: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, layer.keys, layer.values)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Dynamo's, that it cannot trace how they are made
+        found = torch.compile(attention, backend="eager")(queries)
+    assert torch.equal(found, attention(queries))
+
+
 @pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": "itself"}], ids=str)
 def test_assisted_decoding_crops_it(how: dict[str, Any]) -> None:
     model: Any = qfx.quantize(bart(), "kv8")
