@@ -90,9 +90,9 @@ class QfxHfQuantizer(HfQuantizer):  # type: ignore[misc]
             assert config.model is not None
             self._placed.finish(model)
             turned = _in_another_basis(model, config.model["class"], config.recipe)
-            told(turned, strict=False)
+            told([*turned, *self._placed.untied], strict=False)
             with_caches(attend(model, self._placed.attention), self._placed.caches)
-            remember(model, [*self._placed.notes, *turned])
+            remember(model, [*self._placed.notes, *turned, *self._placed.untied])
         elif self._streaming is not None:
             self._streaming.finish(model)
         self._placed = self._streaming = None

@@ -32,7 +32,8 @@ class Placed:
 
     ties: name -> the name whose tensor it shares, its place empty until then. modules: the same for whole modules.
     dtypes: the dtype of each packed buffer. buffers: the dtype of those that are not saved. caches: those of the plan.
-    attention: what `qfx.live.attending.attend` takes. notes: what was warned of when the model was quantized.
+    attention: what `qfx.live.attending.attend` takes. notes: what was warned of when the model was quantized. untied:
+    what is to be said of weights that a float model would tie.
     """
 
     ties: dict[str, str]
@@ -42,6 +43,7 @@ class Placed:
     caches: Caches = field(default_factory=dict)
     attention: dict[str, Spec] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
+    untied: tuple[Note, ...] = ()
 
     @classmethod
     def into(cls, model: nn.Module, record: Record, headers: Mapping[str, Tensor], dtype: torch.dtype | None) -> Placed:
@@ -76,7 +78,7 @@ class Placed:
         for name, spec in record["attention"].items():
             if owner := local.name(name):
                 made.attention[owner] = {**spec, "name": f"{owner}.{spec['name'].rpartition('.')[2]}"}
-        made.notes = read(record["notes"])
+        made.notes, made.untied = read(record["notes"]), _untied(model, saved)
         keep_float_ties(model)
         return made
 
@@ -187,6 +189,19 @@ class _Names:
                 next_step=f"load it by {self.record['class']}.from_pretrained, with the config.json beside the weights",
             )
         )
+
+
+def _untied(model: nn.Module, saved: Saved) -> tuple[Note, ...]:
+    """Notes on weights of a head that the saved model had not, and whose table is packed."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    what = "is in no file, and the table that it would be tied to is packed: its values are new and random"
+    step = f"quantize and save the {float_class(model).__name__} itself"
+    return tuple(
+        Note(name.removesuffix(".weight"), f"its {name.rpartition('.')[2]} {what}", step)
+        for name, table in known.items()
+        if name in names and table not in names and name not in saved.tensors
+    )
 
 
 def keep_float_ties(model: nn.Module) -> None:

@@ -192,6 +192,23 @@ def test_the_base_model_of_a_rotated_language_model_is_told(kind: str, tmp_path:
     assert (logits(direct) - wanted).norm() < 0.1 * wanted.norm()
 
 
+def test_a_head_that_cannot_be_tied_to_the_packed_table_is_told(tmp_path: Path) -> None:
+    base: Any = qfx.quantize(build("tied").model)
+    base.save_pretrained(tmp_path)
+    with pytest.warns(qfx.QfxWarning, match=r"lm_head: its weight is in no file, .* new and random.*LlamaForCausalLM"):
+        model = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    (note,) = qfx.report(model).notes
+    assert note.node == "lm_head" and note.next_step == "quantize and save the LlamaForCausalLM itself"
+
+
+@pytest.mark.filterwarnings("error::qfx.QfxWarning")
+def test_a_head_that_is_float_beside_a_packed_table_is_in_the_files(tmp_path: Path) -> None:
+    live: Any = qfx.quantize(build("tied"), "w8a16", ignore=["lm_head"], rewrites=("untie",))
+    assert type(live.lm_head) is torch.nn.Linear
+    live.save_pretrained(tmp_path)
+    assert torch.equal(logits(tf.AutoModelForCausalLM.from_pretrained(tmp_path)), logits(live))
+
+
 def test_a_head_on_a_base_model_is_new_and_told(tmp_path: Path) -> None:
     base: Any = qfx.quantize(build("bert").bert)
     base.save_pretrained(tmp_path)
