@@ -42,6 +42,7 @@ TINY = Path(__file__).resolve().parents[2] / "tests" / "assets" / "tiny_lm"
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K")
 LENGTH, WINDOWS, CALIBRATION = 512, 8, 16
 WAYS = {"gptq": "GPTQ", "learned": "learned"}  # what takes data besides its mean squares
+QUIET = llama_cpp.llama_log_callback(lambda *_: None)  # llama.cpp calls it as long as the process lives
 Batches = list[dict[str, Tensor]]
 
 
@@ -142,8 +143,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here too.")] = None,
 ) -> None:
     """Print the table."""
-    quiet = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
+    llama_cpp.llama_log_set(QUIET, ctypes.c_void_p())
     floats = load(model)
     if wide:
         floats = widened(floats)
