@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qfx.backends.triton import cache_layout, tuning
 from qfx.backends.triton.cache_layout import PLAIN, Held, Layout, Role
+from qfx.backends.triton.device import Device
 from qfx.backends.triton.kernels.cache_attention import join_splits, split_attention
 from qfx.backends.triton.launch import Config, device_of, dot_dtype, each_once, launch
 from qfx.backends.triton.library import define
@@ -125,9 +126,9 @@ def mask_of(
     return (batch, heads, queries, place), {"MASK": 1 if mask.dtype == torch.bool else 2, "EACH_ROW": each}
 
 
-def candidates(found: Layout, rows: int, dtype: torch.dtype) -> list[Config]:
+def candidates(device: Device, found: Layout, rows: int, many: int, dtype: torch.dtype) -> list[Config]:
     """Configurations worth a measurement. PER: programs for each processor of the GPU, which splits shall make."""
-    first = heuristic(found, rows, dtype)
+    first = heuristic(device, found, rows, many, dtype)
     units, warps, stages, per = (first[key] for key in ("BLOCK_R", "num_warps", "num_stages", "PER"))
     others = (
         (units, warps, stages, 2 * per), (units, warps, stages, max(per // 2, 1)), (units, warps, stages + 1, per),
@@ -149,19 +150,29 @@ def problem(found: Layout, many: int, dtype: torch.dtype) -> str:
     return f"{found.fmt} d={found.widths[0]} dv={found.widths[1]} n={many} {dtype_name(dtype)}"
 
 
-def heuristic(found: Layout, rows: int, dtype: torch.dtype) -> Config:
-    """What is taken where nothing was measured: a tile of at most 16 kB that stays in registers."""
+def heuristic(device: Device, found: Layout, rows: int, many: int, dtype: torch.dtype) -> Config:
+    """What is taken where nothing was measured: a tile of at most 16 kB that stays in registers.
+
+    rows: of a head of keys; many: heads of queries to it. Every code of a unit is written out, so that more codes to
+    a byte leave room for fewer rows, as tensor cores do that read rows from registers; rows that see different tokens
+    have masks beside them.
+    """
     roles = [role for part in found.parts for role in (part.keys, part.values)]
     tokens = max(math.lcm(p.keys.planes, p.values.planes) for p in found.parts)
     wide, single = max(found.widths) > 128, dtype == torch.float32
-    slow = wide or single or not all(role.in_half or role.mode == PLAIN for role in roles)
-    block = min(max(triton.next_power_of_2(rows), 16), 16 if single else _ROWS)
+    grouped = not all(role.in_half or role.mode == PLAIN for role in roles)
+    several = tokens > 1
+    most = 32 if wide or (several and not device.from_shared) else _ROWS
+    most = 16 if single or tokens == 8 or (wide and several) else most
+    block = min(max(triton.next_power_of_2(rows), 16), most)
     units = {1: 64, 2: 64, 4: 32}.get(tokens, 16)
-    if slow:
-        units = 16 if single or tokens > 1 else 32
-    elif block > 32 or any(role.mode == PLAIN for role in roles):
-        units = min(units, 32)
-    heavy = slow or block > 16 or tokens == 8
+    if single or (wide and several):
+        units = 16
+    elif wide or grouped or block > 16 or any(role.mode == PLAIN for role in roles):
+        tight = block > 16 if tokens == 4 else grouped and block > 32
+        units = min(units, 16 if tight else 32)
+    odd = any(width != block_of(width) for width in found.widths)  # what is beyond is masked
+    heavy = wide or single or grouped or odd or rows > many or block > 16 or tokens == 8
     stages = 2 if wide or single or tokens == 1 or block > 32 else 3
     if wide and any(4 < role.bits < 8 for role in roles):
         stages = 1  # all planes of two bytes a code on their way would be more shared memory than a program has
@@ -173,7 +184,7 @@ def _config(found: Layout, q: Tensor, rows: int) -> Config:
     """With SPLITS: as many as fill the GPU, and as there can be blocks."""
     device = device_of(q)
     many = q.shape[1] // found.groups
-    given = (found, rows, q.dtype)
+    given = (device, found, rows, many, q.dtype)
     key = problem(found, many, q.dtype)
     known = tuning.tuned(device, "cache_attention", key, rows, lambda: candidates(*given)) or heuristic(*given)
     config = dict(known)

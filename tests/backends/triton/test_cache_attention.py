@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qfx.backends.triton import cache_layout
 from qfx.backends.triton.cache_attention import cache_attention, candidates, heuristic
-from qfx.backends.triton.device import H200, Device
+from qfx.backends.triton.device import H200, INTERPRETER, Device
 from qfx.backends.triton.timing import relative_error
 from qfx.kv.formats import CacheFormat, cache_formats
 from qfx.kv.packed_ops import allocate, cache_append, spec_of
@@ -175,6 +175,6 @@ def test_queries_that_do_not_fit() -> None:
 def test_no_configuration_is_measured_twice(kv: Any) -> None:
     for widths, rows, dtype in (((64, 64), 1, torch.float16), ((192, 128), 40, torch.float32)):
         layout = cache_layout.of(filled(kv, (), widths=widths)[1])
-        found = candidates(layout, rows, dtype)
-        assert found[0] == heuristic(layout, rows, dtype)
+        found = candidates(INTERPRETER, layout, rows, 1, dtype)
+        assert found[0] == heuristic(INTERPRETER, layout, rows, 1, dtype)
         assert 3 < len(found) == len({tuple(sorted(one.items())) for one in found}) <= 20
