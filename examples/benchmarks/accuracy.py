@@ -119,6 +119,8 @@ def entries(bits: Sequence[int], only: Sequence[str], llm_compressor: str = "") 
         ]
         if b in PLANNED:
             own.append(Entry(f"qfx planned {PLANNED[b]}", "qfx_rounding", f"{PLANNED[b]} planned"))
+        if b in FLOATS:
+            own.append(Entry(f"qfx planned nf4 {PLANNED[b]}", "qfx_rounding", f"{PLANNED[b]} planned-nf4"))
         found += [e for e in (*PEERS[b], *own) if not only or any(word in e.name for word in only)]
     return [replace(e, python=llm_compressor) if e.module == LLM_COMPRESSOR else e for e in found]
 

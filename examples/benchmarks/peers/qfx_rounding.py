@@ -15,7 +15,8 @@ from qfx.errors import QfxWarning
 
 def build(job: RoundingJob, option: str) -> Built:
     """option: the format of weights, the rounding method ("mse" with its weighting), then rewrites: "u4/g64/f16 gptq",
-    "u4/g64/f16 mse-energy", "i4/g32/f16 mse awq"; or bits a weight, for which formats are planned: "4.31 planned"."""
+    "u4/g64/f16 mse-energy", "i4/g32/f16 mse awq"; or bits a weight, for which formats are planned: "4.31 planned", or "4.31 planned-nf4", where
+    NF4 is among them."""
     model = job.module()
     names = list(linears(model))
     asked = recipe(option, names, job.samples)
@@ -32,17 +33,21 @@ def build(job: RoundingJob, option: str) -> Built:
 def recipe(option: str, names: Sequence[str], samples: int) -> qfx.Recipe:
     """The recipe of an option, for the linears of these names."""
     fmt, method, *rewrites = option.split(" ")
+    method, _, manner = method.partition("-")
     if method == "planned":
         rules = [{"target": "linear", "w": "u4/g64/f16"}]  # names are without a rule of their own: those would hold
-        return qfx.Recipe.parse("heads").override(
-            rules=rules, ignore=["*lm_head"], allocation={"avg_bits": float(fmt)}, num_calibration_samples=samples
-        )
-    rounding, _, weighting = method.partition("-")
+        heads = qfx.Recipe.parse("heads")
+        assert heads.allocation is not None
+        allocation: dict[str, Any] = {"avg_bits": float(fmt)}
+        if manner:
+            more = (f"{manner}/g{group}/f16" for group in (16, 32, 64))
+            allocation["formats"] = [*heads.allocation.formats, *more]
+        return heads.override(rules=rules, ignore=["*lm_head"], allocation=allocation, num_calibration_samples=samples)
     fields: dict[str, Any] = {
         "name": "benchmark",
         "rules": [{"target": name, "w": fmt} for name in names],
-        "rounding": rounding,
-        "weighting": weighting or "uniform",
+        "rounding": method,
+        "weighting": manner or "uniform",
         "gptq": {"clip": True, "sweeps": 2},  # as the presets have it
         "rewrites": rewrites,
         "num_calibration_samples": samples,
