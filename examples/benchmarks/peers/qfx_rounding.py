@@ -15,8 +15,8 @@ from qfx.errors import QfxWarning
 
 def build(job: RoundingJob, option: str) -> Built:
     """option: the format of weights, the rounding method ("mse" with its weighting), then rewrites: "u4/g64/f16 gptq",
-    "u4/g64/f16 mse-energy", "i4/g32/f16 mse awq"; or bits a weight, for which formats are planned: "4.31 planned", or "4.31 planned-nf4", where
-    NF4 is among them."""
+    "u4/g64/f16 mse-energy", "i4/g32/f16 mse awq"; or bits a weight, for which formats are planned: "4.31 planned", or
+    "4.31 planned-nf4" with NF4 among them."""
     model = job.module()
     names = list(linears(model))
     asked = recipe(option, names, job.samples)

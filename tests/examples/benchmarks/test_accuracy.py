@@ -92,6 +92,11 @@ def test_what_the_rows_of_qfx_ask() -> None:
     assert planned.allocation is not None and planned.allocation.avg_bits == 4.31 and planned.rounding == "gptq"
     assert planned.ignore == ("*lm_head",) and planned.num_calibration_samples == 3
     assert "qfx planned 4.31" in [entry.name for entry in accuracy.entries([4], ["planned"])]
+    more = qfx_rounding.recipe("4.31 planned-nf4", ["a", "b"], 3)
+    assert more.allocation is not None and set(more.allocation.formats) - set(planned.allocation.formats) == {
+        "nf4/g16/f16", "nf4/g32/f16", "nf4/g64/f16",
+    }  # fmt: skip
+    assert "qfx planned nf4 4.31" in [entry.name for entry in accuracy.entries([4], ["planned"])]
 
 
 def test_one_peer_may_have_an_environment_of_its_own() -> None:
