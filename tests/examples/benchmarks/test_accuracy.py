@@ -80,6 +80,7 @@ def test_rows_of_chosen_bits_and_names() -> None:
         "qfx rtn nf4/g64",
         "qfx mse-energy nf4/g64",
         "qfx gptq nf4/g64",
+        "qfx planned nf4 4.31",
     ]
 
 
