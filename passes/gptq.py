@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qfx.calibration.importance import Importance
 from qfx.errors import Note, explain, listed
 from qfx.format import Format
 from qfx.numerics import QParams, quantize
@@ -30,6 +31,7 @@ from qfx.rounding.blocks import Block, Part, Site
 from qfx.rounding.method_options import GptqOptions
 from qfx.rounding.nearest import round_weight
 from qfx.rounding.parts import ELEMENTS, joined, round_in_parts
+from qfx.rounding.scales import search
 from qfx.storage.spill import rest
 
 _SAMPLED = 256  # rows by which errors are told
@@ -168,6 +170,8 @@ def round_by(
     full = weight.detach()
     before, start = _values(nearest, _some(full)), nearest.params()
     del nearest  # its codes
+    if options.clip and kept is None and not fmt.by_row and any(one.rows for one in seen):
+        start = search(full.to(torch.float32), fmt, Importance(_energies(seen)))
     if full.dim() == 2:
         grid = _grid(full, fmt, start, seen[0], options)
         if kept is not None:
@@ -182,11 +186,19 @@ def round_by(
     return _stacked([packed for packed, _ in solved]), _mean([told for _, told in solved if told])
 
 
+def _energies(seen: list[Hessian]) -> Tensor:
+    """The energy of each channel [K], or of each expert [E, K]; one that saw nothing is as the others on average."""
+    if len(seen) == 1:
+        return seen[0].diagonal
+    mean = torch.stack([one.diagonal for one in seen if one.rows]).mean(0)
+    return torch.stack([one.diagonal if one.rows else mean for one in seen])
+
+
 def _grid(
-    matrix: Tensor, fmt: Format, nearest: tuple[Tensor, Tensor | None], seen: Hessian, options: GptqOptions
+    matrix: Tensor, fmt: Format, start: tuple[Tensor, Tensor | None], seen: Hessian, options: GptqOptions
 ) -> Grid:
-    """The grid of a matrix, with searched scales where they are asked for and are the matrix's own."""
-    scale, zero = nearest
+    """The grid of a matrix, with searched scales where they are asked for and each is of a row alone; else `start`."""
+    scale, zero = start
     if options.clip and seen.rows and fmt.by_row:
         rows = matrix.split(max(1, ELEMENTS // matrix.shape[1]))
         parts = []

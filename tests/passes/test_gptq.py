@@ -46,7 +46,11 @@ def seen(x: Tensor, wanted: Tensor | None = None) -> Hessian:
 
 
 def loss(w: Tensor, packed: Packed, x: Tensor) -> float:
-    return float(((w - packed.dequantize()) @ x.T).square().sum() / (w @ x.T).square().sum())
+    return loss_of(w, packed.dequantize(), x)
+
+
+def loss_of(w: Tensor, rounded: Tensor, x: Tensor) -> float:
+    return float(((w - rounded) @ x.T).square().sum() / (w @ x.T).square().sum())
 
 
 @pytest.mark.parametrize("text", INTEGERS + OTHERS)
@@ -107,6 +111,27 @@ def test_clip_lowers_the_error_of_few_bits() -> None:
         )
         assert clipped[1]["clipped"] > plain[1]["clipped"]
         assert loss(w, clipped[0], x) < loss(w, plain[0], x)
+
+
+@pytest.mark.parametrize("text", ["i4", "u4", "i4/b16x16", "f4e2m1/g16/e4m3", "nf4/g64/dq"])
+def test_clip_searches_scales_that_rows_share(text: str) -> None:
+    """Of a tensor, of a block, and those below a scale of the whole tensor."""
+    w, x, fmt = weight(64, 128), data(1000, 128), Format.parse(text)
+    w[:, 3] *= 8
+    plain, clipped = (round_by(w, [seen(x)], fmt, GptqOptions(clip=clip), name="fc") for clip in (False, True))
+    assert clipped[0].format == fmt and clipped[0].nbytes == plain[0].nbytes
+    assert loss(w, clipped[0], x) < 0.98 * loss(w, plain[0], x)
+
+
+@pytest.mark.parametrize("text", ["i4", "i4/b16x16", "f4e2m1/g16/e4m3"])
+def test_clip_searches_the_scales_of_experts_by_the_energy_of_each(text: str) -> None:
+    w, fmt = weight(3, 32, 64), Format.parse(text)
+    inputs = [data(400, 64, seed=i) for i in range(2)]
+    found = [*map(seen, inputs), Hessian(64)]  # no token reached the last one
+    plain, clipped = (round_by(w, found, fmt, GptqOptions(clip=clip), name="e")[0] for clip in (False, True))
+    lost = [sum(loss_of(w[i], one.dequantize()[i], x) for i, x in enumerate(inputs)) for one in (plain, clipped)]
+    assert lost[1] < 0.98 * lost[0]
+    assert (clipped.dequantize() - w)[2].square().mean() < 1.5 * (plain.dequantize() - w)[2].square().mean()
 
 
 def test_experts_have_a_hessian_each() -> None:
