@@ -63,6 +63,11 @@ class Gptq:
         """The float model's inputs are asked for by the asymmetric correction alone."""
         return self.options.asymmetric
 
+    @property
+    def reads_all(self) -> bool:
+        """The statistics of a weight are of all calls that read it."""
+        return True
+
     def round(self, block: Block) -> list[Note]:
         """Round every weight of a block. Raises ValueError where what a layer reads is NaN or infinite."""
         notes: list[Note] = []
@@ -98,21 +103,23 @@ class Gptq:
 
 
 def _statistics(block: Block, site: Site, *, cross: bool) -> list[Hessian]:
-    """One Hessian; one for each expert where the site is of experts."""
+    """One Hessian; one for each expert where the site is of experts. Of everything that the layers read, wherever they
+    are called."""
     first = site.linears[0]
     shape = block.weight(first.parts[0]).shape if first.grouped else (1,)
     seen: list[Hessian] = []
-    for batch, (x, wanted) in enumerate(block.inputs_of(site)):
-        rows = x.reshape(-1, x.shape[-1])
-        other = None if wanted is None or not cross else wanted.reshape(rows.shape)
-        seen = seen or [Hessian(rows.shape[1], cross=cross, device=rows.device) for _ in range(shape[0])]
-        ends = block.offsets_of(site, batch).tolist() if first.grouped else [len(rows)]
-        start = 0
-        for one, end in zip(seen, ends, strict=True):
-            one.add(rows[start:end], None if other is None else other[start:end])
-            start = end
-        for one in seen:
-            _check(first.fqn, one, batch, functools.partial(block.first_bad, batch, site.x))
+    for there, one_site in block.reads(site):
+        for batch, (x, wanted) in enumerate(there.inputs_of(one_site)):
+            rows = x.reshape(-1, x.shape[-1])
+            other = None if wanted is None or not cross else wanted.reshape(rows.shape)
+            seen = seen or [Hessian(rows.shape[1], cross=cross, device=rows.device) for _ in range(shape[0])]
+            ends = there.offsets_of(one_site, batch).tolist() if first.grouped else [len(rows)]
+            start = 0
+            for one, end in zip(seen, ends, strict=True):
+                one.add(rows[start:end], None if other is None else other[start:end])
+                start = end
+            for one in seen:
+                _check(first.fqn, one, batch, functools.partial(block.first_bad, batch, one_site.x))
     return seen
 
 

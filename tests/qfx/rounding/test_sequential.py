@@ -31,6 +31,7 @@ class Nearest:
     """A method that rounds to nearest and notes what it is given."""
 
     needs_float: bool = False
+    reads_all: bool = False
     blocks: list[str] = field(default_factory=list)
 
     def round(self, block: Block) -> list[Note]:
@@ -83,6 +84,35 @@ def test_gptq_is_nearer_than_nearest() -> None:
             made = qfx.quantize(Stack(), recipe(rounding=rounding), data)
             found[rounding] = sqnr_db(wanted, torch.cat([made(ids) for ids in data]))
     assert found["gptq"] > found["rtn"] + 1.0, found
+
+
+class Again(nn.Module):
+    """A layer that is called twice, and reads other channels the second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.norm = nn.Linear(32, 32), nn.LayerNorm(32)
+        self.energy = nn.Buffer(torch.logspace(-1, 1, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.fc(torch.tanh(self.fc(x)) * self.energy))
+        return out
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_a_layer_called_twice_is_rounded_by_all_that_it_reads(asymmetric: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randn(32, 32, generator=generator) * torch.logspace(1, -1, 32) for _ in range(8)]
+    with torch.no_grad():
+        wanted, found = torch.cat([Again()(x) for x in data]), {}
+        for rounding in ("rtn", "gptq"):
+            fields = {"gptq": {"asymmetric": True}} if asymmetric and rounding == "gptq" else {}
+            made = qfx.quantize(
+                Again(), recipe([{"target": "linear", "w": "i4/g8"}], rounding=rounding, **fields), data
+            )
+            found[rounding] = sqnr_db(wanted, torch.cat([made(x) for x in data]))
+    assert found["gptq"] > found["rtn"] + 0.5, found
 
 
 @pytest.mark.filterwarnings("ignore::qfx.errors.QfxWarning")  # three bits run in float
