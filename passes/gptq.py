@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,13 +78,15 @@ class Gptq:
             if self.options.asymmetric and grouped:
                 reason = "experts are rounded without the asymmetric correction: it needs the float model's same tokens"
                 notes.append(Note(site.linears[0].fqn, reason, "nothing", minor=True))
+            counts = [one.rows for one in seen]
+            filled = block.shares_inputs(site) and _filled(seen)
             share = (time.perf_counter() - started) / len(site.linears)
             for part in (part for linear in site.linears for part in linear.parts):
                 started = time.perf_counter()
                 weight = block.weight(part)
                 found = [one.columns(part.columns) for one in seen]
                 packed, told = self.solve(part, weight, found, self.options)
-                notes += _notes(part, found, weight)
+                notes += _notes(part, counts, weight, filled=filled)
                 seconds = share / len(part.linear.parts) + time.perf_counter() - started
                 block.put(part, packed, {**told, "seconds": round(seconds, 3)})
         return notes
@@ -143,17 +145,37 @@ def _check(name: str, seen: Hessian, batch: int, source: Callable[[], str] = str
     )
 
 
-def _notes(part: Part, seen: list[Hessian], weight: Tensor) -> Iterator[Note]:
+def _filled(seen: list[Hessian]) -> bool:
+    """Experts that saw fewer tokens than channels get what is missing from what all of them saw, on average: a few
+    tokens tell nothing of most directions. Whether they did: all together must have seen enough (tokens count for each
+    of their experts, so twice as many)."""
+    channels, rows = len(seen[0].diagonal), sum(one.rows for one in seen)
+    few = [one for one in seen if one.rows < channels]
+    if not few or rows < 2 * channels:
+        return False
+    mean = Hessian(0)
+    mean.matrix, mean.rows = torch.zeros_like(seen[0].matrix), rows
+    for one in seen:
+        mean.matrix += one.whole()
+    for one in few:
+        one.fill(mean, channels - one.rows)
+    return True
+
+
+def _notes(part: Part, counts: Sequence[int], weight: Tensor, *, filled: bool) -> Iterator[Note]:
+    """counts: tokens that the layer, or each expert, saw. filled: see `_filled`."""
     channels = weight.shape[-1]
-    unseen = [i for i, one in enumerate(seen) if one.rows == 0]
-    few = [one.rows for one in seen if 0 < one.rows < channels]
+    unseen = [i for i, count in enumerate(counts) if count == 0]
+    few = [count for count in counts if 0 < count < channels]
     if unseen:
         shown = listed([*map(str, unseen)], 5)
-        reason = f"no token of the data reached {len(unseen)} of {len(seen)} experts ({shown}): rounded by 'mse'"
+        how = "by what the others read" if filled else "by 'mse'"
+        reason = f"no token of the data reached {len(unseen)} of {len(counts)} experts ({shown}): rounded {how}"
         yield Note(part.name, reason, "give more data", minor=True)
     if few:
-        which = "a layer" if len(seen) == 1 else f"{len(few)} of {len(seen)} experts"
-        reason = f"GPTQ saw fewer tokens than input channels in {which}, and fits the data closely"
+        which = "a layer" if len(counts) == 1 else f"{len(few)} of {len(counts)} experts"
+        how = "counts what the others read, too" if filled else "fits the data closely"
+        reason = f"GPTQ saw fewer tokens than input channels in {which}, and {how}"
         yield Note(part.name, reason, "give more data", minor=True)
     if part.format.group is not None and part.format.group > channels:
         reason = f"groups of {part.format.group} are wider than its {channels} input channels, and padded"

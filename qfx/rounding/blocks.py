@@ -325,6 +325,11 @@ class Block:
                 break
         return ""
 
+    def shares_inputs(self, site: Site) -> bool:
+        """Whether the experts of a site read rows of one value, which none of them has made."""
+        before = (n for n in graph.above(site.x) if graph.schema_name(n) == "qfx::grouped_linear")
+        return site.offsets is not None and all(node.args[2] is not site.offsets for node in before)
+
     def offsets_of(self, site: Site, batch: int) -> Tensor:
         """The ends of the experts' rows of a batch, int [E], among those that `inputs_of` gives."""
         assert site.offsets is not None

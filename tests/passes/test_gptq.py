@@ -145,6 +145,23 @@ def test_experts_have_a_hessian_each() -> None:
     assert not torch.equal(packed.codes(), swapped.codes())
 
 
+def test_experts_of_few_tokens_are_filled_from_all() -> None:
+    """What they have not seen themselves they read as the others do; of too little in all nothing is filled."""
+    w, fmt = weight(3, 16, 24), Format.parse("u3/g8")
+    every = data(460, 24) + 1
+    inputs, unseen = [every[:200], every[200:205], every[:0]], every[205:]
+    own, filled = [seen(x) for x in inputs], [seen(x) for x in inputs]
+    assert gptq._filled(filled) and [one.rows for one in filled] == [200, 24, 24]
+    assert torch.equal(filled[0].whole(), own[0].whole())
+    mean = torch.cat(inputs).T @ torch.cat(inputs) / 205
+    assert torch.allclose(filled[1].whole(), inputs[1].T @ inputs[1] + 19 * mean, rtol=1e-4, atol=1e-3)
+    found = [round_by(w, given, fmt, GptqOptions(), name="experts")[0].dequantize() for given in (own, filled)]
+    assert torch.equal(found[0][0], found[1][0])
+    for expert in (1, 2):
+        assert loss_of(w[expert], found[1][expert], unseen) < 0.9 * loss_of(w[expert], found[0][expert], unseen)
+    assert not gptq._filled([seen(every[:20]), seen(every[20:40]), Hessian(24)])
+
+
 @pytest.mark.parametrize("text", ["i3/ch", "u4/g8", "f4e2m1/g16/e4m3", "i4"])
 def test_an_expert_without_tokens_is_clipped_or_nearest(text: str) -> None:
     w, fmt = weight(2, 16, 24), Format.parse(text)

@@ -214,6 +214,22 @@ def test_experts_without_tokens_are_told() -> None:
     assert any(re.search(words, str(warning.message)) for warning in caught)
 
 
+def test_experts_of_few_tokens_count_what_the_others_read() -> None:
+    """Of one value; what an expert has made no other reads."""
+    found: Any = ZOO["mixtral"]()
+    model, inputs = found
+    torch.nn.init.zeros_(model.model.layers[0].mlp.gate.weight)  # all tokens go to the same two of four
+    shape = (8, model.config.hidden_size)
+    inputs["input_ids"] = torch.randint(0, 40, shape, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        qfx.plan(model, recipe([{"target": "*.layers.0.*", "w": "u4/g16"}]), [inputs])
+    said = [str(warning.message) for warning in caught]
+    words = r"{}: no token of the data reached 2 of 4 experts \(\d, \d\): rounded {}"
+    assert any(re.search(words.format("gate_up_proj", "by what the others read"), one) for one in said), said
+    assert any(re.search(words.format("down_proj", "by 'mse'"), one) for one in said), said
+
+
 def test_experts_go_without_the_asymmetric_correction() -> None:
     model, inputs = ZOO["mixtral"]()
     asked = recipe([{"target": "experts", "w": "u4/g16"}], gptq={"asymmetric": True})
