@@ -40,6 +40,12 @@ class Hessian:
         self.rows += len(x)
         self._whole = False
 
+    def fill(self, other: Hessian, rows: int) -> None:
+        """Add so many rows as `other` saw them on average."""
+        assert self.cross is None and other.rows, "there is nothing to fill it with"
+        self.whole().add_(other.whole(), alpha=rows / other.rows)
+        self.rows += rows
+
     def whole(self) -> Tensor:
         """H with both halves."""
         if not self._whole:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qfx.calibration.importance import Importance
 from qfx.errors import Note, explain, listed
 from qfx.format import Format
 from qfx.numerics import QParams, quantize
@@ -30,6 +31,7 @@ from qfx.rounding.blocks import Block, Part, Site
 from qfx.rounding.method_options import GptqOptions
 from qfx.rounding.nearest import round_weight
 from qfx.rounding.parts import ELEMENTS, joined, round_in_parts
+from qfx.rounding.scales import search
 from qfx.storage.spill import rest
 
 _SAMPLED = 256  # rows by which errors are told
@@ -61,6 +63,11 @@ class Gptq:
         """The float model's inputs are asked for by the asymmetric correction alone."""
         return self.options.asymmetric
 
+    @property
+    def reads_all(self) -> bool:
+        """The statistics of a weight are of all calls that read it."""
+        return True
+
     def round(self, block: Block) -> list[Note]:
         """Round every weight of a block. Raises ValueError where what a layer reads is NaN or infinite."""
         notes: list[Note] = []
@@ -71,13 +78,15 @@ class Gptq:
             if self.options.asymmetric and grouped:
                 reason = "experts are rounded without the asymmetric correction: it needs the float model's same tokens"
                 notes.append(Note(site.linears[0].fqn, reason, "nothing", minor=True))
+            counts = [one.rows for one in seen]
+            filled = block.shares_inputs(site) and _filled(seen)
             share = (time.perf_counter() - started) / len(site.linears)
             for part in (part for linear in site.linears for part in linear.parts):
                 started = time.perf_counter()
                 weight = block.weight(part)
                 found = [one.columns(part.columns) for one in seen]
                 packed, told = self.solve(part, weight, found, self.options)
-                notes += _notes(part, found, weight)
+                notes += _notes(part, counts, weight, filled=filled)
                 seconds = share / len(part.linear.parts) + time.perf_counter() - started
                 block.put(part, packed, {**told, "seconds": round(seconds, 3)})
         return notes
@@ -96,21 +105,23 @@ class Gptq:
 
 
 def _statistics(block: Block, site: Site, *, cross: bool) -> list[Hessian]:
-    """One Hessian; one for each expert where the site is of experts."""
+    """One Hessian; one for each expert where the site is of experts. Of everything that the layers read, wherever they
+    are called."""
     first = site.linears[0]
     shape = block.weight(first.parts[0]).shape if first.grouped else (1,)
     seen: list[Hessian] = []
-    for batch, (x, wanted) in enumerate(block.inputs_of(site)):
-        rows = x.reshape(-1, x.shape[-1])
-        other = None if wanted is None or not cross else wanted.reshape(rows.shape)
-        seen = seen or [Hessian(rows.shape[1], cross=cross, device=rows.device) for _ in range(shape[0])]
-        ends = block.offsets_of(site, batch).tolist() if first.grouped else [len(rows)]
-        start = 0
-        for one, end in zip(seen, ends, strict=True):
-            one.add(rows[start:end], None if other is None else other[start:end])
-            start = end
-        for one in seen:
-            _check(first.fqn, one, batch, functools.partial(block.first_bad, batch, site.x))
+    for there, one_site in block.reads(site):
+        for batch, (x, wanted) in enumerate(there.inputs_of(one_site)):
+            rows = x.reshape(-1, x.shape[-1])
+            other = None if wanted is None or not cross else wanted.reshape(rows.shape)
+            seen = seen or [Hessian(rows.shape[1], cross=cross, device=rows.device) for _ in range(shape[0])]
+            ends = there.offsets_of(one_site, batch).tolist() if first.grouped else [len(rows)]
+            start = 0
+            for one, end in zip(seen, ends, strict=True):
+                one.add(rows[start:end], None if other is None else other[start:end])
+                start = end
+            for one in seen:
+                _check(first.fqn, one, batch, functools.partial(block.first_bad, batch, one_site.x))
     return seen
 
 
@@ -134,17 +145,37 @@ def _check(name: str, seen: Hessian, batch: int, source: Callable[[], str] = str
     )
 
 
-def _notes(part: Part, seen: list[Hessian], weight: Tensor) -> Iterator[Note]:
+def _filled(seen: list[Hessian]) -> bool:
+    """Experts that saw fewer tokens than channels get what is missing from what all of them saw, on average: a few
+    tokens tell nothing of most directions. Whether they did: all together must have seen enough (tokens count for each
+    of their experts, so twice as many)."""
+    channels, rows = len(seen[0].diagonal), sum(one.rows for one in seen)
+    few = [one for one in seen if one.rows < channels]
+    if not few or rows < 2 * channels:
+        return False
+    mean = Hessian(0)
+    mean.matrix, mean.rows = torch.zeros_like(seen[0].matrix), rows
+    for one in seen:
+        mean.matrix += one.whole()
+    for one in few:
+        one.fill(mean, channels - one.rows)
+    return True
+
+
+def _notes(part: Part, counts: Sequence[int], weight: Tensor, *, filled: bool) -> Iterator[Note]:
+    """counts: tokens that the layer, or each expert, saw. filled: see `_filled`."""
     channels = weight.shape[-1]
-    unseen = [i for i, one in enumerate(seen) if one.rows == 0]
-    few = [one.rows for one in seen if 0 < one.rows < channels]
+    unseen = [i for i, count in enumerate(counts) if count == 0]
+    few = [count for count in counts if 0 < count < channels]
     if unseen:
         shown = listed([*map(str, unseen)], 5)
-        reason = f"no token of the data reached {len(unseen)} of {len(seen)} experts ({shown}): rounded by 'mse'"
+        how = "by what the others read" if filled else "by 'mse'"
+        reason = f"no token of the data reached {len(unseen)} of {len(counts)} experts ({shown}): rounded {how}"
         yield Note(part.name, reason, "give more data", minor=True)
     if few:
-        which = "a layer" if len(seen) == 1 else f"{len(few)} of {len(seen)} experts"
-        reason = f"GPTQ saw fewer tokens than input channels in {which}, and fits the data closely"
+        which = "a layer" if len(counts) == 1 else f"{len(few)} of {len(counts)} experts"
+        how = "counts what the others read, too" if filled else "fits the data closely"
+        reason = f"GPTQ saw fewer tokens than input channels in {which}, and {how}"
         yield Note(part.name, reason, "give more data", minor=True)
     if part.format.group is not None and part.format.group > channels:
         reason = f"groups of {part.format.group} are wider than its {channels} input channels, and padded"
@@ -168,6 +199,8 @@ def round_by(
     full = weight.detach()
     before, start = _values(nearest, _some(full)), nearest.params()
     del nearest  # its codes
+    if options.clip and kept is None and not fmt.by_row and any(one.rows for one in seen):
+        start = search(full.to(torch.float32), fmt, Importance(_energies(seen)))
     if full.dim() == 2:
         grid = _grid(full, fmt, start, seen[0], options)
         if kept is not None:
@@ -182,11 +215,19 @@ def round_by(
     return _stacked([packed for packed, _ in solved]), _mean([told for _, told in solved if told])
 
 
+def _energies(seen: list[Hessian]) -> Tensor:
+    """The energy of each channel [K], or of each expert [E, K]; one that saw nothing is as the others on average."""
+    if len(seen) == 1:
+        return seen[0].diagonal
+    mean = torch.stack([one.diagonal for one in seen if one.rows]).mean(0)
+    return torch.stack([one.diagonal if one.rows else mean for one in seen])
+
+
 def _grid(
-    matrix: Tensor, fmt: Format, nearest: tuple[Tensor, Tensor | None], seen: Hessian, options: GptqOptions
+    matrix: Tensor, fmt: Format, start: tuple[Tensor, Tensor | None], seen: Hessian, options: GptqOptions
 ) -> Grid:
-    """The grid of a matrix, with searched scales where they are asked for and are the matrix's own."""
-    scale, zero = nearest
+    """The grid of a matrix, with searched scales where they are asked for and each is of a row alone; else `start`."""
+    scale, zero = start
     if options.clip and seen.rows and fmt.by_row:
         rows = matrix.split(max(1, ELEMENTS // matrix.shape[1]))
         parts = []

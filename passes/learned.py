@@ -81,6 +81,11 @@ class LearnedRounding:
         """The results of the float block are what is aimed at."""
         return True
 
+    @property
+    def reads_all(self) -> bool:
+        """Of the calls that read a weight those in its block are seen."""
+        return False
+
     def round(self, block: Block) -> list[Note]:
         """Round every weight of a block. Raises ValueError where its results are NaN or infinite."""
         started, moving, parts = time.perf_counter(), dict[str, Moving](), list[Part]()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qfx.allocation.problem import Assignment
 from qfx.analysis.measured import Measure
+from qfx.calibration.padding import predicted
 from qfx.errors import explain
 from qfx.measuring import measure as functions
 
@@ -42,10 +43,10 @@ class Perplexity:
         return 100 * (functions.exp(self._nll(self.measure.outputs(assignment)) - self.reference) - 1)
 
     def _nll(self, outputs: Iterable[Tensor]) -> float:
-        """Mean negative log likelihood of the tokens that are there, the first of each row aside."""
+        """Mean negative log likelihood of the tokens that are there, the first of each text aside."""
         total = count = 0.0
         for logits, ids, mask in zip(outputs, self.ids, self.masks, strict=True):
             each = functions.nll(logits, ids)
-            kept = each if mask is None or mask.shape != ids.shape else each[mask[:, 1:] != 0]
+            kept = each if mask is None or mask.shape != ids.shape else each[predicted(mask)]
             total, count = total + float(kept.sum()), count + kept.numel()
         return total / count if count else math.nan

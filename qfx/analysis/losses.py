@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qfx.calibration.padding import predicted
 from qfx.errors import explain, nearest
 
 Loss = Callable[[Any, Any], Tensor]
@@ -160,9 +161,9 @@ def causal_lm(outputs: Any, batch: Any) -> Tensor:
     first = batch[0] if isinstance(batch, list | tuple) else batch
     held = batch if isinstance(batch, Mapping) else {"input_ids": first}
     labels = held["labels"] if "labels" in held else need(held, ["input_ids"], "causal-lm")[0]
-    if "attention_mask" in held:
-        labels = labels.masked_fill(held["attention_mask"] == 0, _IGNORED)
     logits, targets = outputs.logits[:, :-1], labels[:, 1:]
+    if "attention_mask" in held:
+        targets = targets.masked_fill(~predicted(held["attention_mask"]), _IGNORED)
     losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED, reduction="none")
     return losses.view(targets.shape).sum(1) / (targets != _IGNORED).sum(1).clamp_min(1)
 

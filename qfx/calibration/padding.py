@@ -85,6 +85,13 @@ def without(x: Tensor, kept: Attended) -> Tensor:
     return x[mask.to(x.device)]
 
 
+def predicted(mask: Tensor) -> Tensor:
+    """Of a mask [B, T] the tokens but the first, bool [B, T - 1], that are predicted from a token and not from padding
+    before the text."""
+    kept = mask != 0
+    return kept[:, 1:] & kept[:, :-1]
+
+
 def in_positions(x: Tensor, kept: Attended, shape: tuple[int, ...], picks: Sequence[Tensor]) -> tuple[Tensor, Attended]:
     """Rows [M, K] of a graph, and what `without` needs for them. shape: [B, T] of the positions that they are of.
 

@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qfx.calibration.padding import Attended, attended_by, predicted, without
 from qfx.data import Call
 from qfx.measuring import measure
 from qfx.storage.files import write_safetensors
@@ -68,8 +70,9 @@ class _Sums:
 def accuracy(reference: Model, other: Model, calls: Sequence[Call], *, next_token: bool = False) -> Accuracy:
     """Run both on each call and compare their main output (see `main_output`).
 
-    next_token: the output is logits [B, T, V] of the next token of `input_ids` [B, T]. Raises ValueError where the
-    outputs differ in shape or there is no call.
+    next_token: the output is logits [B, T, V] of the next token of `input_ids` [B, T]. Positions that a call's
+    attention mask leaves out do not count (see `qfx.calibration.padding`). Raises ValueError where the outputs differ
+    in shape or there is no call.
     """
     if not calls:
         raise ValueError("there is nothing to compare on: no batch was given")
@@ -77,9 +80,10 @@ def accuracy(reference: Model, other: Model, calls: Sequence[Call], *, next_toke
     for args, kwargs in calls:
         name, wanted = main_output(reference(*args, **kwargs))
         _, found = main_output(other(*args, **kwargs))
-        _add(sums, wanted, found)
+        kept = attended_by(_module(reference), args, kwargs)
+        _add(sums, without(wanted, kept), without(found, kept))
         if next_token:
-            _add_next_token(sums, wanted, found, kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+            _add_next_token(sums, wanted, found, kwargs["input_ids"] if "input_ids" in kwargs else args[0], kept)
     mean = {key: value / sums.positions for key, value in sums.weighted.items() if not key.startswith("nll")}
     losses = [sums.weighted[key] / sums.tokens for key in ("nll_reference", "nll") if sums.tokens]
     return Accuracy(
@@ -100,14 +104,22 @@ def _add(sums: _Sums, wanted: Tensor, found: Tensor) -> None:
     sums.add("cosine", measure.cosine(wanted, found), rows)
 
 
-def _add_next_token(sums: _Sums, wanted: Tensor, found: Tensor, ids: Tensor) -> None:
-    sums.add("kld", measure.kld(wanted, found), ids.numel())
-    sums.add("top1", measure.top1_agreement(wanted, found), ids.numel())
-    if ids.shape[1] > 1:
-        scored = ids.shape[0] * (ids.shape[1] - 1)
-        sums.tokens += scored
-        sums.add("nll_reference", float(measure.nll(wanted, ids).mean()), scored)
-        sums.add("nll", float(measure.nll(found, ids).mean()), scored)
+def _add_next_token(sums: _Sums, wanted: Tensor, found: Tensor, ids: Tensor, kept: Attended) -> None:
+    mask = kept.get(tuple(ids.shape), torch.ones_like(ids))
+    tokens = without(wanted, kept), without(found, kept)
+    sums.add("kld", measure.kld(*tokens), int(mask.sum()))
+    sums.add("top1", measure.top1_agreement(*tokens), int(mask.sum()))
+    scored = predicted(mask.to(wanted.device))
+    if bool(scored.any()):
+        sums.tokens += int(scored.sum())
+        sums.add("nll_reference", float(measure.nll(wanted, ids)[scored].sum()), 1)
+        sums.add("nll", float(measure.nll(found, ids)[scored].sum()), 1)
+
+
+def _module(model: Model) -> Any:
+    """The module whose forward tells the names of a call's arguments, also where torch.compile wraps it."""
+    found = getattr(model, "_orig_mod", model)
+    return found if hasattr(found, "forward") else SimpleNamespace(forward=found)
 
 
 def main_output(output: Any) -> tuple[str, Tensor]:

@@ -16,6 +16,7 @@ stands before, between and after is a block of its own. A method gets one `Block
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -100,11 +101,25 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Linears that read one value. offsets: the ends of the experts' rows, where they are grouped."""
+    """Linears that read one value. call: the first that reads it. later: of layers that are called several times one
+    call for each other value that all of these linears read."""
 
-    x: fx.Node
-    offsets: fx.Node | None
+    call: fx.Node
     linears: list[Linear]
+    later: tuple[fx.Node, ...] = ()
+
+    @property
+    def x(self) -> fx.Node:
+        """The value."""
+        assert isinstance(self.call.args[0], fx.Node)
+        return self.call.args[0]
+
+    @property
+    def offsets(self) -> fx.Node | None:
+        """The ends of the experts' rows, where the linears are grouped."""
+        offsets = self.call.args[2] if self.linears[0].grouped else None
+        assert isinstance(offsets, fx.Node | None)
+        return offsets
 
 
 @dataclass(frozen=True)
@@ -259,20 +274,32 @@ class Block:
     def inputs_of(self, site: Site) -> Iterator[tuple[Tensor, Tensor | None]]:
         """For each batch what the linears of a site read, rounded in their format; and the same in the float model.
 
-        Everything before is run; sites are to be asked for in order. Inputs are those of the site's first linear,
-        without the positions that are padding.
+        Everything before is run; sites are to be asked for in order. Inputs are those of the site's call, without the
+        positions that are padding.
         """
-        at = min(self.program.position[linear.node] for linear in site.linears)
+        at = self.program.position[site.call]
         self.lane.advance(at)
         if self.wanted is not None:
             self.wanted.advance(at)
-        x_format = annotation.get(site.linears[0].node).get("x")
+        x_format = annotation.get(site.call).get("x")
         for batch in range(len(self)):
             x = self.lane.value(batch, site.x)
             if isinstance(x_format, Format):
-                x = self.program.round_input(site.linears[0].fqn, x, x_format)
+                x = self.program.round_input(graph.fqn_of(site.call), x, x_format)
             wanted = None if self.wanted is None else self.lane.rows(batch, site.x, self.wanted.value(batch, site.x))
             yield self.lane.rows(batch, site.x, x), wanted
+
+    def reads(self, site: Site) -> Iterator[tuple[Block, Site]]:
+        """The site before each value that its linears read, one after the other, and the block as it is then.
+
+        Before later calls of layers that are called several times, weights that are not rounded yet are float ones.
+        """
+        yield self, site
+        if site.later:
+            ahead = copy.copy(self)
+            ahead.lane, ahead.wanted = self.lane.copy(), None if self.wanted is None else self.wanted.copy()
+            for call in site.later:
+                yield ahead, Site(call, site.linears)
 
     def first_bad(self, batch: int, x: fx.Node) -> str:
         """Where NaN or infinity first comes up on the way to a value: "%exp (model.layers.0.mlp)"; "" where nowhere.
@@ -297,6 +324,11 @@ class Block:
             if node is x:
                 break
         return ""
+
+    def shares_inputs(self, site: Site) -> bool:
+        """Whether the experts of a site read rows of one value, which none of them has made."""
+        before = (n for n in graph.above(site.x) if graph.schema_name(n) == "qfx::grouped_linear")
+        return site.offsets is not None and all(node.args[2] is not site.offsets for node in before)
 
     def offsets_of(self, site: Site, batch: int) -> Tensor:
         """The ends of the experts' rows of a batch, int [E], among those that `inputs_of` gives."""
@@ -350,9 +382,12 @@ def _sites(linears: list[Linear], program: Program) -> list[Site]:
     for linear in linears:
         if linear.table:
             continue
-        x, offsets = linear.node.args[0], linear.node.args[2] if linear.grouped else None
-        assert isinstance(x, fx.Node) and isinstance(offsets, fx.Node | None)
-        found.setdefault((x, offsets, _rounding(linear, program)), Site(x, offsets, [])).linears.append(linear)
+        op, first = graph.schema_name(linear.node), linear.node.args[0]
+        values = {node.args[0]: node for node in reversed(linear.readers) if graph.schema_name(node) == op}
+        later = tuple(node for x, node in reversed(values.items()) if x is not first)
+        offsets = linear.node.args[2] if linear.grouped else None
+        key = first, offsets, tuple(node.args[0] for node in later), _rounding(linear, program)
+        found.setdefault(key, Site(linear.node, [], later)).linears.append(linear)
     return list(found.values())
 
 

@@ -10,6 +10,7 @@ A lane holds, for each batch, the values that are still to be read at one place 
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -201,6 +202,12 @@ class Lane:
                 held = self._spill(found, spill, held)
         self.program.forget()
         self.at = stop
+
+    def copy(self) -> Lane:
+        """Another one at the same place, which goes on by itself."""
+        found = copy.copy(self)
+        found.values, found.weights = [dict(env) for env in self.values], dict(self.weights)
+        return found
 
     def value(self, batch: int, node: fx.Node) -> Any:
         """The value of a node in a batch (counted from 0) at this place."""

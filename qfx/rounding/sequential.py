@@ -39,6 +39,10 @@ class Method(Protocol):
     def needs_float(self) -> bool:
         """The method asks for values of the float model, too."""
 
+    @property
+    def reads_all(self) -> bool:
+        """A weight that is read in several places is rounded by what all of them see, not the first alone."""
+
     def round(self, block: Block) -> list[Note]:
         """Put every part of the block's sites. Returns what did not go as asked."""
 
@@ -112,7 +116,7 @@ def _round(
             block.put(part, *method.round_table(part, weight, tables.inputs(reader)))
         else:
             block.put(part, rounded.pack({}, weight, part.format, recipe.rounding, name=part.name))
-    notes = [*_tied(block), *method.round(block)]
+    notes = [*_tied(block, method), *method.round(block)]
     missing = [part.name for linear in block.linears for part in linear.parts if not block.has(part)]
     assert not missing, f"{type(method).__name__} left {missing}"
     if store is not None:
@@ -148,13 +152,13 @@ class _Tables:
             yield lane.rows(batch, x, lane.value(batch, x))
 
 
-def _tied(block: Block) -> list[Note]:
-    """One note for each weight that is read in several places: it is rounded once, by what the first one sees."""
-    notes = []
+def _tied(block: Block, method: Method) -> list[Note]:
+    """One note for each weight that is read in several places, and rounded once."""
+    notes, seen = [], "by what both see" if method.reads_all else "by what the first one sees"
     for linear in block.linears:
         others = {id(node.args[0]): node for node in linear.readers if node.args[0] is not linear.node.args[0]}
         if others and len(linear.parts[0].names) > 1:
-            how = "as an embedding and as a linear" if linear.table else "by what the first one sees"
+            how = "as an embedding and as a linear" if linear.table else seen
             reason = f"{linear.parts[0].names[-1]!r} reads the same weight, which is rounded once, {how}"
             notes.append(Note(linear.fqn, reason, "untie them (rewrite 'untie') to round each by itself", minor=True))
     return notes

@@ -46,7 +46,11 @@ def seen(x: Tensor, wanted: Tensor | None = None) -> Hessian:
 
 
 def loss(w: Tensor, packed: Packed, x: Tensor) -> float:
-    return float(((w - packed.dequantize()) @ x.T).square().sum() / (w @ x.T).square().sum())
+    return loss_of(w, packed.dequantize(), x)
+
+
+def loss_of(w: Tensor, rounded: Tensor, x: Tensor) -> float:
+    return float(((w - rounded) @ x.T).square().sum() / (w @ x.T).square().sum())
 
 
 @pytest.mark.parametrize("text", INTEGERS + OTHERS)
@@ -109,6 +113,27 @@ def test_clip_lowers_the_error_of_few_bits() -> None:
         assert loss(w, clipped[0], x) < loss(w, plain[0], x)
 
 
+@pytest.mark.parametrize("text", ["i4", "u4", "i4/b16x16", "f4e2m1/g16/e4m3", "nf4/g64/dq"])
+def test_clip_searches_scales_that_rows_share(text: str) -> None:
+    """Of a tensor, of a block, and those below a scale of the whole tensor."""
+    w, x, fmt = weight(64, 128), data(1000, 128), Format.parse(text)
+    w[:, 3] *= 8
+    plain, clipped = (round_by(w, [seen(x)], fmt, GptqOptions(clip=clip), name="fc") for clip in (False, True))
+    assert clipped[0].format == fmt and clipped[0].nbytes == plain[0].nbytes
+    assert loss(w, clipped[0], x) < 0.98 * loss(w, plain[0], x)
+
+
+@pytest.mark.parametrize("text", ["i4", "i4/b16x16", "f4e2m1/g16/e4m3"])
+def test_clip_searches_the_scales_of_experts_by_the_energy_of_each(text: str) -> None:
+    w, fmt = weight(3, 32, 64), Format.parse(text)
+    inputs = [data(400, 64, seed=i) for i in range(2)]
+    found = [*map(seen, inputs), Hessian(64)]  # no token reached the last one
+    plain, clipped = (round_by(w, found, fmt, GptqOptions(clip=clip), name="e")[0] for clip in (False, True))
+    lost = [sum(loss_of(w[i], one.dequantize()[i], x) for i, x in enumerate(inputs)) for one in (plain, clipped)]
+    assert lost[1] < 0.98 * lost[0]
+    assert (clipped.dequantize() - w)[2].square().mean() < 1.5 * (plain.dequantize() - w)[2].square().mean()
+
+
 def test_experts_have_a_hessian_each() -> None:
     w, fmt = weight(3, 16, 24), Format.parse("u4/g8")
     inputs = [data(200, 24, seed=i) for i in range(3)]
@@ -118,6 +143,23 @@ def test_experts_have_a_hessian_each() -> None:
     assert told["error_after"] == pytest.approx(sum(t["error_after"] for _, t in each) / 3)
     swapped, _ = round_by(w, [seen(x) for x in inputs[::-1]], fmt, GptqOptions(), name="experts")
     assert not torch.equal(packed.codes(), swapped.codes())
+
+
+def test_experts_of_few_tokens_are_filled_from_all() -> None:
+    """What they have not seen themselves they read as the others do; of too little in all nothing is filled."""
+    w, fmt = weight(3, 16, 24), Format.parse("u3/g8")
+    every = data(460, 24) + 1
+    inputs, unseen = [every[:200], every[200:205], every[:0]], every[205:]
+    own, filled = [seen(x) for x in inputs], [seen(x) for x in inputs]
+    assert gptq._filled(filled) and [one.rows for one in filled] == [200, 24, 24]
+    assert torch.equal(filled[0].whole(), own[0].whole())
+    mean = torch.cat(inputs).T @ torch.cat(inputs) / 205
+    assert torch.allclose(filled[1].whole(), inputs[1].T @ inputs[1] + 19 * mean, rtol=1e-4, atol=1e-3)
+    found = [round_by(w, given, fmt, GptqOptions(), name="experts")[0].dequantize() for given in (own, filled)]
+    assert torch.equal(found[0][0], found[1][0])
+    for expert in (1, 2):
+        assert loss_of(w[expert], found[1][expert], unseen) < 0.9 * loss_of(w[expert], found[0][expert], unseen)
+    assert not gptq._filled([seen(every[:20]), seen(every[20:40]), Hessian(24)])
 
 
 @pytest.mark.parametrize("text", ["i3/ch", "u4/g8", "f4e2m1/g16/e4m3", "i4"])

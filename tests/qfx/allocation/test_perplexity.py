@@ -26,17 +26,18 @@ def test_the_rise_is_that_of_perplexity() -> None:
     assert abs(perplexity.rise(assignment)) > 1
 
 
-def test_positions_that_are_masked_do_not_count() -> None:
+@pytest.mark.parametrize("text", [slice(0, 6), slice(3, 9)], ids=["right", "left"])
+def test_positions_that_are_masked_do_not_count(text: slice) -> None:
     model, _ = causal()
     from tests.qfx.analysis.models import captured
 
-    mask = torch.ones(2, 9, dtype=torch.int64)
-    mask[:, 6:] = 0
+    mask = torch.zeros(2, 9, dtype=torch.int64)
+    mask[:, text] = 1
     batch = {"input_ids": ids(), "attention_mask": mask, "use_cache": False}
     gm, flat, found = captured(model, [batch])
     perplexity = Perplexity(Measure(gm, flat, outputs=found.outputs))
     (logits,) = perplexity.measure.outputs({})
-    wanted = measure.nll(logits[:, :6], ids()[:, :6]).mean()
+    wanted = measure.nll(logits[:, text], ids()[:, text]).mean()
     assert perplexity.reference == pytest.approx(float(wanted), rel=1e-6)
     assert perplexity.reference != pytest.approx(float(measure.nll(logits, ids()).mean()), rel=1e-6)
 

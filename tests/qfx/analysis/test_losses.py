@@ -19,9 +19,10 @@ def test_causal_lm_is_the_mean_over_the_tokens_of_each_sample() -> None:
     wanted = torch.stack([cross_entropy(logits[i, :-1], IDS[i, 1:]) for i in range(2)])
     torch.testing.assert_close(causal_lm(Outputs(logits=logits), {"input_ids": IDS}), wanted)
     torch.testing.assert_close(causal_lm(Outputs(logits=logits), IDS), wanted)
-    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
     found = causal_lm(Outputs(logits=logits), {"input_ids": IDS, "attention_mask": mask})
     torch.testing.assert_close(found[0], cross_entropy(logits[0, :2], IDS[0, 1:3]))
+    torch.testing.assert_close(found[1], cross_entropy(logits[1, 1:3], IDS[1, 2:]))
     labels = IDS.clone()
     labels[1] = -100
     assert causal_lm(Outputs(logits=logits), {"input_ids": IDS, "labels": labels})[1] == 0

@@ -96,3 +96,13 @@ def test_a_square_is_the_product_with_itself(block: int | None) -> None:
     found = importance.square(given)
     assert torch.equal(found, wanted)
     assert (found.data_ptr() == given.data_ptr()) == (block is None)
+
+
+def test_energy_of_each_expert() -> None:
+    energies, d, other = data(3, 12).square(), data(3, 5, 12, seed=2), data(3, 5, 12, seed=3)
+    found = Importance(energies)
+    for e in range(3):
+        own = Importance(energies[e])
+        assert torch.equal(found.product(d, other)[e], own.product(d[e], other[e]))
+        assert torch.equal(found.square(d.clone())[e], own.square(d[e].clone()))
+        assert torch.equal(found.columns([(4, 7), (0, 2)]).moments[e], own.columns([(4, 7), (0, 2)]).moments)

@@ -56,6 +56,26 @@ def test_batches_of_different_sizes_weigh_as_their_tokens() -> None:
     assert found.perplexity_reference != found.perplexity
 
 
+@pytest.mark.parametrize("by_name", [True, False])
+def test_padding_does_not_count(by_name: bool) -> None:
+    """On either side; nor does a token that would be predicted from padding."""
+
+    def exact(input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return _exact(input_ids)
+
+    def coarse(input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return _coarse(input_ids)
+
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
+    ids = _ids(2, 5, 1)
+    calls: list[Call] = [((), {"input_ids": ids, "attention_mask": mask}) if by_name else ((ids, mask), {})]
+    texts: list[Call] = [((), {"input_ids": ids[:1, :3]}), ((), {"input_ids": ids[1:, 2:]})]
+    found = compare.accuracy(exact, coarse, calls, next_token=True)
+    wanted = compare.accuracy(_exact, _coarse, texts, next_token=True)
+    for field in ("sqnr_db", "cosine", "kld", "perplexity_reference", "perplexity", "top1"):
+        assert getattr(found, field) == pytest.approx(getattr(wanted, field)), field
+
+
 def test_hidden_states_have_no_perplexity() -> None:
     def encoder(input_ids: Tensor) -> Any:
         return SimpleNamespace(last_hidden_state=TABLE[input_ids], pooler_output=TABLE[0])

@@ -178,6 +178,44 @@ def test_a_site_is_seen_behind_what_is_rounded_before_it() -> None:
     assert block.lane.weights == {}, "nothing reads them any more"
 
 
+class Twice(Stack):
+    """The same layer twice. up also reads something else before."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        layer: Any = self.layers[0]
+        more = layer.down(layer.up(x.flip(-1)))
+        out: Tensor = self.head(self.norm(layer(layer(x)) + more))
+        return out
+
+
+@torch.no_grad()
+def test_a_layer_called_several_times_reads_all_that_its_calls_do() -> None:
+    model: Any = Twice()
+    found, data = blocks_of(model, [{"target": "layers.*", "w": "i4/ch"}])
+    block = next(block for block in found if block.linears)
+    for before in found[: found.index(block)]:
+        before.leave()
+    assert [[one.fqn for one in site.linears] for site in block.sites] == [
+        ["layers.0.up"],
+        ["layers.0.down"],
+        ["layers.0.gate"],
+    ]
+    layer: Any = model.layers[0]
+    x = model.embed(data[0])
+    once, gated = layer(x), lambda y: nn.functional.silu(layer.gate(y)) * layer.up(y)
+    norms = [layer.norm(x), layer.norm(once)]
+    wanted = {
+        "layers.0.up": [x.flip(-1), *norms], "layers.0.gate": norms,
+        "layers.0.down": [layer.up(x.flip(-1)), *map(gated, norms)],
+    }  # fmt: skip
+    for site in block.sites:
+        reads = [next(iter(there.inputs_of(one))) for there, one in block.reads(site)]
+        for (value, floating), y in zip(reads, wanted[site.linears[0].fqn], strict=True):
+            assert torch.allclose(value, y, atol=1e-6) and floating is not None and torch.equal(value, floating)
+    assert block.lane.at <= block.program.position[block.sites[-1].call], "the block itself goes on from there"
+
+
 def test_where_nan_comes_from() -> None:
     model: Any = Stack()
     with torch.no_grad():

@@ -31,6 +31,7 @@ class Nearest:
     """A method that rounds to nearest and notes what it is given."""
 
     needs_float: bool = False
+    reads_all: bool = False
     blocks: list[str] = field(default_factory=list)
 
     def round(self, block: Block) -> list[Note]:
@@ -83,6 +84,35 @@ def test_gptq_is_nearer_than_nearest() -> None:
             made = qfx.quantize(Stack(), recipe(rounding=rounding), data)
             found[rounding] = sqnr_db(wanted, torch.cat([made(ids) for ids in data]))
     assert found["gptq"] > found["rtn"] + 1.0, found
+
+
+class Again(nn.Module):
+    """A layer that is called twice, and reads other channels the second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.norm = nn.Linear(32, 32), nn.LayerNorm(32)
+        self.energy = nn.Buffer(torch.logspace(-1, 1, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.fc(torch.tanh(self.fc(x)) * self.energy))
+        return out
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_a_layer_called_twice_is_rounded_by_all_that_it_reads(asymmetric: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randn(32, 32, generator=generator) * torch.logspace(1, -1, 32) for _ in range(8)]
+    with torch.no_grad():
+        wanted, found = torch.cat([Again()(x) for x in data]), {}
+        for rounding in ("rtn", "gptq"):
+            fields = {"gptq": {"asymmetric": True}} if asymmetric and rounding == "gptq" else {}
+            made = qfx.quantize(
+                Again(), recipe([{"target": "linear", "w": "i4/g8"}], rounding=rounding, **fields), data
+            )
+            found[rounding] = sqnr_db(wanted, torch.cat([made(x) for x in data]))
+    assert found["gptq"] > found["rtn"] + 0.5, found
 
 
 @pytest.mark.filterwarnings("ignore::qfx.errors.QfxWarning")  # three bits run in float
@@ -182,6 +212,22 @@ def test_experts_without_tokens_are_told() -> None:
         qfx.plan(model, recipe([{"target": "experts", "w": "u4/g16"}]), [inputs])
     words = r"no token of the data reached \d of \d experts \([\d, ]+\): rounded by 'mse'"
     assert any(re.search(words, str(warning.message)) for warning in caught)
+
+
+def test_experts_of_few_tokens_count_what_the_others_read() -> None:
+    """Of one value; what an expert has made no other reads."""
+    found: Any = ZOO["mixtral"]()
+    model, inputs = found
+    torch.nn.init.zeros_(model.model.layers[0].mlp.gate.weight)  # all tokens go to the same two of four
+    shape = (8, model.config.hidden_size)
+    inputs["input_ids"] = torch.randint(0, 40, shape, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        qfx.plan(model, recipe([{"target": "*.layers.0.*", "w": "u4/g16"}]), [inputs])
+    said = [str(warning.message) for warning in caught]
+    words = r"{}: no token of the data reached 2 of 4 experts \(\d, \d\): rounded {}"
+    assert any(re.search(words.format("gate_up_proj", "by what the others read"), one) for one in said), said
+    assert any(re.search(words.format("down_proj", "by 'mse'"), one) for one in said), said
 
 
 def test_experts_go_without_the_asymmetric_correction() -> None:

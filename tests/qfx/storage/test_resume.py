@@ -62,7 +62,7 @@ class TestResume:
             method = original(found)
 
             class Counted:
-                needs_float = method.needs_float
+                needs_float, reads_all = method.needs_float, method.reads_all
 
                 def round(self, block: Block) -> list[Note]:
                     rounds.append(block.name)
