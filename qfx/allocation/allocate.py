@@ -27,6 +27,7 @@ from qfx.allocation.perplexity import Perplexity
 from qfx.allocation.problem import Choice, Measured, Problem, Tile, ties_of
 from qfx.allocation.search import Job, search
 from qfx.allocation.solve import solve
+from qfx.analysis.energies import Energies, energies
 from qfx.analysis.losses import Loss
 from qfx.analysis.measured import Measure, some
 from qfx.analysis.score import Options, score_graph
@@ -81,12 +82,13 @@ def allocate(
     if options.max_loss is None:
         stored.budget(options)  # refuses before anything is measured
     used = some(batches, options.samples)
-    measure = _measure(gm, plan, found, used, outputs)
+    seen = energies(gm, used, plan.recipe)
+    measure = _measure(gm, plan, found, used, outputs, seen)
     method, scores = "sensitivity", cast(predict.Scores | None, None)
     if given.sensitivity is not None:
         scores = given.sensitivity.calibrated()
     if scores is None and (options.method != MEASURED or given.loss is not None):
-        method, scores = _analyzed(gm, plan, found, batches, outputs, given, progress=progress)
+        method, scores = _analyzed(gm, plan, found, batches, outputs, given, seen, progress=progress)
     with progress_bar(progress) as bar:
         if scores is None:
             task = bar.add_task("measuring units", total=len(found.units))
@@ -97,7 +99,7 @@ def allocate(
         layers = whole.joined(found.units, candidates, scores, heads)
         budget = _budget(stored, layers or heads, measure, options)
         rest = some(batches[len(used) :], options.samples)
-        judge = _measure(gm, plan, found, rest, outputs) if rest and layers and options.refine else None
+        judge = _measure(gm, plan, found, rest, outputs, seen) if rest and layers and options.refine else None
         job = Job(
             _of_task(measure, options, given, given.labelled, outputs),
             judge and _of_task(judge, options, given, given.labelled[len(used) :], outputs),
@@ -120,10 +122,11 @@ def allocate(
 
 
 def _measure(
-    gm: fx.GraphModule, plan: Plan, found: sites.Sites, batches: Sequence[Sequence[Any]], outputs: Sequence[str]
-) -> Measure:
+    gm: fx.GraphModule, plan: Plan, found: sites.Sites, batches: Sequence[Sequence[Any]], outputs: Sequence[str],
+    seen: Energies,
+) -> Measure:  # fmt: skip
     rounding = rounding_of(plan.recipe)
-    return Measure(gm, batches, units=found.units, tensors=plan.tensors, outputs=outputs, rounding=rounding)
+    return Measure(gm, batches, units=found.units, tensors=plan.tensors, outputs=outputs, rounding=rounding, seen=seen)
 
 
 def _of_task(
@@ -143,7 +146,7 @@ def _scored(formats: list[Format], unit: Unit, given: Given) -> list[Format]:
 
 def _analyzed(
     gm: fx.GraphModule, plan: Plan, found: sites.Sites, batches: Sequence[Sequence[Any]], outputs: Sequence[str],
-    given: Given, *, progress: bool,
+    given: Given, seen: Energies, *, progress: bool,
 ) -> tuple[str, predict.Scores]:  # fmt: skip
     """(method, scores) of `qfx.analysis`, on the scale of what some units were measured to lose if on none yet."""
     options = plan.recipe.allocation
@@ -159,7 +162,7 @@ def _analyzed(
     )  # fmt: skip
     sensitivity, notes = score_graph(
         gm, batches, how, outputs=outputs, loss=given.loss, labelled=given.labelled, skip=found.skip,
-        tensors=plan.tensors, progress=progress,
+        tensors=plan.tensors, seen=seen, progress=progress,
     )  # fmt: skip
     found.notes += [note for note in notes if note not in found.notes]
     return method, sensitivity.calibrated()

@@ -17,6 +17,7 @@ from qfx.allocation.problem import Choice
 from qfx.analysis.measured import Measure
 from qfx.analysis.units import Unit
 from qfx.analysis.weights import Weights
+from qfx.calibration.importance import Importance
 from qfx.errors import explain
 from qfx.format import Format
 from qfx.rounding.parts import dequantize_in_parts, round_in_parts
@@ -41,20 +42,23 @@ def measured(
 
 
 def errors(weights: Weights, unit: Unit, formats: Sequence[Format] | Mapping[Format, None]) -> dict[Format, float]:
-    """Mean squared error of a unit's weight in each format, told from some of its rows where it is large."""
+    """Mean squared error of a unit's weight in each format, weighed as it is rounded, told from some of its rows where
+    it is large."""
     whole = weights.part(unit, Format("f32"))[0]
     rows = whole.reshape(-1, whole.shape[-1])
     some = rows[:: max(1, rows.numel() // _ELEMENTS)]
+    seen = weights.importance(unit.fqn, unit.axis, ((unit.start, unit.stop),))
     found = {}
     for fmt in formats:
         value = some if fmt.by_row else whole
-        found[fmt] = _error(value, fmt, weights.rounding, unit.name)
+        found[fmt] = _error(value, fmt, weights.rounding, unit.name, seen)
     return found
 
 
-def _error(value: Tensor, fmt: Format, rounding: str, name: str) -> float:
-    packed = round_in_parts(value.contiguous(), fmt, rounding, name=name)
-    return float((dequantize_in_parts(packed, torch.float32) - value).double().square().mean())
+def _error(value: Tensor, fmt: Format, rounding: str, name: str, seen: Importance | None) -> float:
+    packed = round_in_parts(value.contiguous(), fmt, rounding, name=name, importance=seen)
+    error = dequantize_in_parts(packed, torch.float32) - value
+    return float((error.double().square() if seen is None else seen.product(error, error).double()).mean())
 
 
 def choices(

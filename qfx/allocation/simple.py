@@ -24,6 +24,7 @@ from qfx.allocation.perplexity import Perplexity
 from qfx.allocation.predict import Scores
 from qfx.allocation.problem import Assignment
 from qfx.analysis.attentions import Attention
+from qfx.analysis.energies import energies
 from qfx.analysis.measured import Measure, some
 from qfx.analysis.units import Unit
 from qfx.analysis.units import units as find_units
@@ -67,10 +68,11 @@ def lift(
         lifted = _edges(list(groups), options.edges)
         notes += _everything(lifted, groups, options)
     else:
-        method = rounding_of(plan.recipe)
+        used = some(batches, options.samples)
         measure = Measure(
-            gm, some(batches, options.samples), units=units, tensors=plan.tensors, outputs=outputs, rounding=method
-        )
+            gm, used, units=units, tensors=plan.tensors, outputs=outputs, rounding=rounding_of(plan.recipe),
+            seen=energies(gm, used, plan.recipe),
+        )  # fmt: skip
         losses = _losses(measure, groups, low, scores, progress=progress)
         order = sorted(groups, key=lambda name: -losses[name])
         if options.heads is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qfx import data as batches
 from qfx import graph
+from qfx.analysis.energies import energies
 from qfx.analysis.losses import LABELS, Loss, find
 from qfx.analysis.score import FORMATS, By, Options, score_graph
 from qfx.analysis.sensitivity import Sensitivity
@@ -67,8 +68,9 @@ def analyze(
             notes += [*annotate(gm, asked), *refuse(gm)]
             skip = _left_out(gm, asked)
         found, more = score_graph(
-            gm, flat, options, outputs=outputs, loss=loss, labelled=labelled, skip=skip, progress=progress
-        )
+            gm, flat, options, outputs=outputs, loss=loss, labelled=labelled, skip=skip,
+            seen=energies(gm, flat, asked), progress=progress,
+        )  # fmt: skip
     told([*notes, *more], strict=strict)
     found.provenance.update(_provenance(model, calls, options, loss))
     return found

@@ -20,6 +20,7 @@ from qfx.analysis.caches import Cache, CachedProgram
 from qfx.analysis.units import Unit
 from qfx.analysis.units import units as find_units
 from qfx.analysis.weights import Assignment, Weights
+from qfx.calibration.importance import Importance
 from qfx.data import telling
 from qfx.errors import explain
 from qfx.format import Format
@@ -33,8 +34,8 @@ class Measure:
     """Runs a prepared graph on batches with any assignment of formats to its units.
 
     gm: prepared; its weights are the float ones. batches: its inputs in placeholder order, each. units: those that may
-    have formats (None: all, by heads). tensors: scales of static inputs, as plans hold them. rounding: how weights are
-    rounded, see `Weights`. outputs: names of the graph's outputs, as `Captured.outputs`.
+    have formats (None: all, by heads). tensors: scales of static inputs, as plans hold them. rounding, seen: how
+    weights are rounded, see `Weights`. outputs: names of the graph's outputs, as `Captured.outputs`.
 
     Inputs of linears are rounded where the graph's annotations ask for it, whether their weight has a format or not:
     `kld({})` tells what that alone costs, and is 0 for weights alone. Raises ValueError for batches that do not fit,
@@ -44,7 +45,7 @@ class Measure:
     def __init__(
         self, gm: fx.GraphModule, batches: Sequence[Sequence[Any]], *, units: Sequence[Unit] | None = None,
         caches: Sequence[Cache] = (), tensors: Mapping[str, Tensor] | None = None, rounding: str = "mse",
-        outputs: Sequence[str] = (),
+        seen: Mapping[str, Importance] | None = None, outputs: Sequence[str] = (),
     ) -> None:  # fmt: skip
         if not batches:
             raise ValueError("there is nothing to measure on: no batch was given")
@@ -53,7 +54,7 @@ class Measure:
         self.units: list[Unit] = list(find_units(gm)[0] if units is None else units)
         self.caches = {cache.unit.name: cache for cache in caches}
         self.program.kept = {cache.node: cache.kept for cache in caches if cache.kept is not None}
-        self.weights = Weights(gm, self.units, rounding=rounding)
+        self.weights = Weights(gm, self.units, rounding=rounding, seen=seen)
         self.output, self.main = main_output(gm, outputs)
         self.is_kld = self.output == "logits"
         self.what = what_of(self.output)

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from qfx.analysis.attentions import Attention
 from qfx.analysis.caches import FORMATS as CACHE_FORMATS
 from qfx.analysis.caches import Cache, CacheScores, caches
+from qfx.analysis.energies import Energies
 from qfx.analysis.gradients import gather
 from qfx.analysis.head_types import Head
 from qfx.analysis.losses import General, Loss, Objective, Task, find
@@ -86,13 +87,15 @@ class Options:
 def score_graph(
     gm: fx.GraphModule, batches: Sequence[Sequence[Any]], options: Options | None = None, *,
     outputs: Sequence[str] = (), loss: str | Loss | None = None, labelled: Sequence[Any] = (),
-    skip: Sequence[str] = (), tensors: dict[str, Tensor] | None = None, progress: bool = True,
+    skip: Sequence[str] = (), tensors: dict[str, Tensor] | None = None, seen: Energies | None = None,
+    progress: bool = True,
 ) -> tuple[Sensitivity, list[Note]]:  # fmt: skip
     """Analyze a prepared graph.
 
     batches: its inputs in placeholder order, each. outputs: names of its outputs, as in `Captured.outputs`. loss: a
     task, None for the model's own distribution; labelled: what the loss is given beside the outputs, for each batch.
-    skip: weights without units. tensors: as of `Measure`. Raises ValueError for bad data, formats, labels and losses.
+    skip: weights without units. tensors, seen: as of `Measure`. Raises ValueError for bad data, formats, labels
+    and losses.
     """
     options = options or Options()
     if loss is not None and len(labelled) != len(batches):
@@ -101,7 +104,7 @@ def score_graph(
     if not found:
         raise ValueError("the model has no weight that could have a format, so there is nothing to analyze")
     with progress_bar(progress) as bar:
-        job = _Job(gm, batches, options, found, attentions, list(outputs), bar)
+        job = _Job(gm, batches, options, found, attentions, list(outputs), bar, seen)
         made = job.scored(loss, labelled)
         notes += _without_loss(found, made)
         heads, missing = job.heads() if options.heads and attentions else ((), [])
@@ -120,12 +123,13 @@ class _Job:
 
     def __init__(
         self, gm: fx.GraphModule, batches: Sequence[Sequence[Any]], options: Options, units: list[Unit],
-        attentions: list[Attention], outputs: list[str], bar: Progress,
+        attentions: list[Attention], outputs: list[str], bar: Progress, seen: Energies | None,
     ) -> None:  # fmt: skip
         self.gm, self.batches, self.options, self.units, self.bar = gm, batches, options, units, bar
         self.attentions, self.outputs = attentions, outputs
         self.wholes = wholes(units) if options.wholes else []
-        self.weights = Weights(gm, units, rounding=options.rounding)
+        self.seen = seen
+        self.weights = Weights(gm, units, rounding=options.rounding, seen=seen)
         self.weights.check_finite()
         self.program = Program(gm)
         self.caches: list[Cache] = caches(attentions) if options.caches else []
@@ -178,7 +182,7 @@ class _Job:
         """Losses of some units of each kind, at some bits: those at even steps of the scores."""
         measure = Measure(
             self.gm, some(self.batches, _MEASURED_ROWS), units=self.units, caches=self.caches, tensors=tensors,
-            rounding=self.options.rounding, outputs=self.outputs,
+            rounding=self.options.rounding, seen=self.seen, outputs=self.outputs,
         )  # fmt: skip
         first = next(iter(made.values()))
         todo = _sample([*self.units, *(cache.unit for cache in self.caches)], first, self.options.measure)

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from qfx import graph
 from qfx.analysis.units import Unit, by_weight
 from qfx.annotation import Columns, Formats
+from qfx.calibration.importance import Importance
 from qfx.errors import explain, nearest
 from qfx.format import Format
 from qfx.live.segments import Segment, along, segments, stands_alone, take
@@ -31,11 +32,14 @@ class Weights:
     """Rounds the weights of a prepared graph.
 
     units: parts of weights, those of one weight covering it. rounding: "rtn", "mse" or "hqq" (see
-    `qfx.rounding.nearest`).
+    `qfx.rounding.nearest`). seen: for "mse", what an error costs by the inputs of a weight, by FQN; others count alike.
     """
 
-    def __init__(self, gm: fx.GraphModule, units: Iterable[Unit], *, rounding: str = "mse") -> None:
-        self.gm, self.rounding = gm, rounding
+    def __init__(
+        self, gm: fx.GraphModule, units: Iterable[Unit], *, rounding: str = "mse",
+        seen: Mapping[str, Importance] | None = None,
+    ) -> None:  # fmt: skip
+        self.gm, self.rounding, self.seen = gm, rounding, seen or {}
         self.units = {unit.name: unit for unit in units}
         self.of = by_weight(self.units.values())
         self.readers = _readers(gm, self.of)
@@ -76,19 +80,28 @@ class Weights:
         if rows is None:
             return part.to(torch.float32), self._round(unit.fqn, operand, part, segment)
         part = part[rows].to(torch.float32)
-        return part, round_in_parts(part, fmt, self.rounding, name=unit.fqn).dequantize()
+        seen = self.importance(unit.fqn, unit.axis, segment.ranges)
+        return part, round_in_parts(part, fmt, self.rounding, name=unit.fqn, importance=seen).dequantize()
 
     def parts(self, units: Sequence[Unit], fmt: Format) -> list[tuple[Tensor, Tensor]]:
         """`part` of units of one weight that have one shape, rounded together where each row is rounded by itself."""
         first = units[0]
-        if len(units) == 1 or len(first.shape) != 2 or not fmt.by_row:
+        apart = first.axis == 1 and first.fqn in self.seen  # each has channels of its own
+        if len(units) == 1 or len(first.shape) != 2 or not fmt.by_row or apart:
             return [self.part(unit, fmt) for unit in units]
         value = weight_value(self.gm, next(iter(self.readers[first.fqn])))
         segments = [Segment(fmt, ((unit.start, unit.stop),)) for unit in units]
         assert first.axis is not None, first.name
         whole = torch.cat([take(value, segment, first.axis).to(torch.float32) for segment in segments])
-        made = dequantize_in_parts(round_in_parts(whole, fmt, self.rounding, name=first.fqn), torch.float32)
+        seen = self.importance(first.fqn, 0, ())
+        packed = round_in_parts(whole, fmt, self.rounding, name=first.fqn, importance=seen)
+        made = dequantize_in_parts(packed, torch.float32)
         return list(zip(whole.split(first.shape[0]), made.split(first.shape[0]), strict=True))
+
+    def importance(self, fqn: str, axis: int | None, ranges: Sequence[tuple[int, int]]) -> Importance | None:
+        """That of a part of a weight: of these columns where the axis is 1, else of all; None where none was given."""
+        seen = self.seen.get(fqn) if self.rounding == "mse" else None
+        return seen if seen is None or axis != 1 else seen.columns(ranges)
 
     def check_finite(self) -> None:
         """Raises ValueError for NaN or Inf in a weight, naming it."""
@@ -122,7 +135,8 @@ class Weights:
             return value.to(torch.float32)
         key = (fqn, operand, segment.format, segment.ranges)
         if key not in self._packed:
-            self._packed[key] = round_in_parts(value, segment.format, self.rounding, name=fqn)
+            seen = self.importance(fqn, self.of[fqn][0].axis if segment.size else None, segment.ranges)
+            self._packed[key] = round_in_parts(value, segment.format, self.rounding, name=fqn, importance=seen)
         return dequantize_in_parts(self._packed[key], torch.float32)
 
 
