@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -76,9 +76,11 @@ def test_heads_begin_where_whole_weights_end() -> None:
     assert "judged" not in layers.sensitivities["allocation"]
 
 
-def test_what_is_measured_is_what_the_quantized_model_loses() -> None:
+@pytest.mark.parametrize("weighting", ["uniform", "energy"])
+def test_what_is_measured_is_what_the_quantized_model_loses(weighting: Literal["uniform", "energy"]) -> None:
     model, data = causal()
-    made = qfx.plan(model, recipe(samples=10**6), data, avg_bits=3.5)
+    asked = recipe(samples=10**6).override(weighting=weighting)
+    made = qfx.plan(model, asked, data, avg_bits=3.5)
     quantized = qfx.quantize(copy.deepcopy(model), made)
     with torch.no_grad():
         pairs = [(model(**batch).logits, quantized(**batch).logits) for batch in data]

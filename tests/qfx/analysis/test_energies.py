@@ -104,7 +104,7 @@ def test_units_are_rounded_by_the_energies_of_their_own_channels() -> None:
     every = units(gm)[0]
     found = energies(gm, flat, HEADS)
     weights, plain = Weights(gm, every, seen=found), Weights(gm, every)
-    value = model.get_submodule(OUT).weight.detach()
+    value = model.get_parameter(f"{OUT}.weight").detach()
     one = next(unit for unit in every if unit.name == f"{OUT}.o1")
     energy = found[OUT].moments
     cut = slice(one.start, one.stop)
@@ -134,9 +134,10 @@ def test_other_ways_to_round_do_not_weigh() -> None:
 
 def test_channels_that_carry_most_are_rounded_for() -> None:
     model, batches = causal()
-    norm, layer = model.get_submodule("model.layers.0.post_attention_layernorm"), model.get_submodule(UP)
+    gamma = model.get_parameter("model.layers.0.post_attention_layernorm.weight")
+    weight = model.get_parameter(f"{UP}.weight").detach()
     with torch.no_grad():
-        norm.weight *= torch.logspace(-1, 1, len(norm.weight)).roll(5)
+        gamma.mul_(torch.logspace(-1, 1, len(gamma)).roll(5))
     gm, flat = annotated(model, batches)
     every, found = units(gm)[0], energies(gm, flat, HEADS)
     unit = next(unit for unit in every if unit.fqn == UP)
@@ -144,9 +145,9 @@ def test_channels_that_carry_most_are_rounded_for() -> None:
     losses = []
     for weights in (Weights(gm, every, seen=found), Weights(gm, every)):
         _, back = weights.part(unit, U3)
-        losses.append(float((x @ (back - layer.weight.detach()).T).square().mean()))
+        losses.append(float((x @ (back - weight).T).square().mean()))
         told = predict.errors(weights, unit, [U3])[U3]
-        error = (back - layer.weight.detach()).double().square()
+        error = (back - weight).double().square()
         assert told == pytest.approx(
             float((error * found[UP].moments).mean() if weights.seen else error.mean()), rel=1e-4
         )
