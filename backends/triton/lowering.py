@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import time
 import types
 from collections.abc import Callable
@@ -193,19 +194,23 @@ def _written_in_place(gm: fx.GraphModule) -> dict[int, int]:
 
 
 def _is_view_of(node: fx.Node, targets: set[fx.Node]) -> bool:
-    """Whether a value may share memory with an input that changes."""
-    while node not in targets:
-        schema = getattr(node.target, "_schema", None)
-        aliases = schema is not None and any(a.alias_info is not None for a in schema.arguments)
-        if not aliases and not (
-            schema is not None and node.target in (_aten.reshape.default, _aten.contiguous.default)
-        ):
-            return False
-        first = node.args[0] if node.args else None
-        if not isinstance(first, fx.Node):
-            return False
-        node = first
-    return True
+    """Whether a value may share memory with an input that changes: views alone, and operators that torch takes apart
+    (einsum may give a view, and does not say so), lie between them."""
+    todo, seen = [node], set[fx.Node]()
+    while todo:
+        one = todo.pop()
+        if one in targets:
+            return True
+        if one not in seen and (one.target is operator.getitem or _gives_views(one.target)):
+            todo += one.all_input_nodes
+        seen.add(one)
+    return False
+
+
+def _gives_views(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return target._can_decompose() or any(argument.alias_info is not None for argument in target._schema.arguments)
 
 
 def _compiled(gm: fx.GraphModule, options: dict[str, Any]) -> Callable[..., Any]:
