@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 import time
 import types
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from torch.utils import _pytree as pytree
 from qfx import graph
 from qfx.backends.triton import device, tuning
 from qfx.backends.triton.device import Device
-from qfx.backends.triton.passes._nodes import computed, note_computed
+from qfx.backends.triton.passes._nodes import computed, gives_views, note_computed
 from qfx.backends.triton.passes.few_queries import few_queries
 from qfx.backends.triton.passes.fold_groups import fold_groups
 from qfx.backends.triton.passes.fuse import fuse
@@ -194,23 +193,16 @@ def _written_in_place(gm: fx.GraphModule) -> dict[int, int]:
 
 
 def _is_view_of(node: fx.Node, targets: set[fx.Node]) -> bool:
-    """Whether a value may share memory with an input that changes: views alone, and operators that torch takes apart
-    (einsum may give a view, and does not say so), lie between them."""
+    """Whether a value may share memory with an input that changes."""
     todo, seen = [node], set[fx.Node]()
     while todo:
         one = todo.pop()
         if one in targets:
             return True
-        if one not in seen and (one.target is operator.getitem or _gives_views(one.target)):
+        if one not in seen and gives_views(one):
             todo += one.all_input_nodes
         seen.add(one)
     return False
-
-
-def _gives_views(target: Any) -> bool:
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    return target._can_decompose() or any(argument.alias_info is not None for argument in target._schema.arguments)
 
 
 def _compiled(gm: fx.GraphModule, options: dict[str, Any]) -> Callable[..., Any]:
