@@ -363,7 +363,7 @@ def _lower(gm: fx.GraphModule, name: str, mode: str | None) -> Any:
         return openvino.lower(gm)
     from qfx.backends import triton
 
-    return triton.lower(gm, mode=mode)
+    return triton.lower(gm, mode=mode, share=True)  # graphs of one model for other sizes hold its weights once
 
 
 def _float_cache(gm: fx.GraphModule, kv: Rule | None) -> list[Note]:

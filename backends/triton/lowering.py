@@ -33,7 +33,7 @@ from qfx.backends.triton.passes.join_rows import join_rows
 from qfx.backends.triton.passes.merge_siblings import merge_siblings
 from qfx.backends.triton.passes.write_in_place import write_in_place
 from qfx.backends.triton.rules import RULES
-from qfx.backends.triton.site import Site
+from qfx.backends.triton.site import SHARES, Site
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.passes import _match as m
 from qfx.passes._build import call
@@ -103,15 +103,17 @@ class Lowered:
                 torch._dynamo.mark_static_address(inputs[i], guard=False)
 
 
-def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Lowered:
+def lower(gm: fx.GraphModule, *, mode: str | None = None, share: bool = False) -> Lowered:
     """Lower a quantized graph in normal form; `gm` stays as it is.
 
     mode: one of Inductor's ("reduce-overhead" runs CUDA graphs), None for its default; "eager" runs the ops one after
-    the other, as the interpreter always does. Raises UnsupportedError where the device has no kernels.
+    the other, as the interpreter always does. share: hold packed weights that another graph holds, too, and no copy of
+    them. Raises UnsupportedError where the device has no kernels.
     """
     where = _device_of(gm)
     found = device.find(where)
     own = graph.copy(gm)
+    own.meta[SHARES] = share
     kernels = {
         n.name: f"{graph.schema_name(n) or graph.op_name(n)} (torch)"
         for n in own.graph.nodes
