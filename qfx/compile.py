@@ -74,6 +74,7 @@ class Built:
         mutations = template.interface.mutations
         if mutations:
             with torch.no_grad():
+                outputs = _apart(outputs, {output: args[i] for output, i in mutations.items()})
                 for output, i in mutations.items():
                     args[i].copy_(outputs[output])
             outputs = outputs[len(mutations) :]
@@ -307,6 +308,19 @@ class CompiledGraph:
         told([n for n in notes if n not in said], strict=self._options.strict)
 
 
+def _apart(outputs: Sequence[Any], changed: Mapping[int, Tensor]) -> list[Any]:
+    """Outputs, copies of those that lie in what is about to change: a graph may give an input, or a part of it.
+
+    changed: what the first of them are to be written into; one that is there already stays.
+    """
+    places = {t.untyped_storage().data_ptr() for t in changed.values() if t.numel()}
+
+    def lies_there(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.numel() > 0 and value.untyped_storage().data_ptr() in places
+
+    return [o.clone() if o is not changed.get(i) and lies_there(o) else o for i, o in enumerate(outputs)]
+
+
 def lower(gm: fx.GraphModule, name: str, *, strict: bool, mode: str | None = None, folder: Path | None = None) -> Any:
     """Lower a quantized graph with the backend of that name; "auto" is ONNX Runtime for graphs on the CPU, else Triton.
 
@@ -349,7 +363,7 @@ def _lower(gm: fx.GraphModule, name: str, mode: str | None) -> Any:
         return openvino.lower(gm)
     from qfx.backends import triton
 
-    return triton.lower(gm, mode=mode)
+    return triton.lower(gm, mode=mode, share=True)  # graphs of one model for other sizes hold its weights once
 
 
 def _float_cache(gm: fx.GraphModule, kv: Rule | None) -> list[Note]:

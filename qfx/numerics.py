@@ -284,7 +284,7 @@ def _power_of_two(exponent: Tensor, like: Tensor) -> Tensor:
 def _encode(steps: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None) -> Tensor:
     """Codes of values already divided by their scale."""
     if fmt.type == "nf4":
-        table = torch.tensor(NF4_VALUES, dtype=torch.float64)
+        table = torch.tensor(NF4_VALUES, dtype=torch.float64, device="cpu")
         middles = ((table[1:] + table[:-1]) / 2).to(torch.float32).to(steps.device)
         return _below(steps.contiguous(), middles).to(torch.uint8)
     if fmt.type == "f4e2m1":
@@ -299,9 +299,9 @@ def _encode(steps: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None) -> T
 
 def _encode_f4(steps: Tensor) -> Tensor:
     """Round half to even: a tie between magnitudes i and i + 1 goes up where i is odd."""
-    magnitudes = torch.tensor(F4_MAGNITUDES, dtype=torch.float32)
+    magnitudes = torch.tensor(F4_MAGNITUDES, dtype=torch.float32, device="cpu")
     middles = (magnitudes[1:] + magnitudes[:-1]) / 2
-    middles[1::2] = torch.nextafter(middles[1::2], torch.zeros(()))
+    middles[1::2] = torch.nextafter(middles[1::2], torch.zeros_like(middles[1::2]))
     codes = _below(steps.abs().contiguous(), middles.to(steps.device))
     return codes.to(torch.uint8) | (torch.signbit(steps).to(torch.uint8) << 3)
 
@@ -317,7 +317,7 @@ def _below(x: Tensor, middles: Tensor) -> Tensor:
         found = (values - low).mul_(cells).add_(1).clamp_(0, _CELLS + 2).nan_to_num_(_CELLS + 2)
         return found.to(torch.int32)
 
-    before = (cell(middles)[None, :] < torch.arange(_CELLS + 3)[:, None]).sum(1, dtype=torch.int32)
+    before = (cell(middles)[None, :] < torch.arange(_CELLS + 3, device="cpu")[:, None]).sum(1, dtype=torch.int32)
     following = torch.cat([middles, middles.new_full((1,), torch.inf)])[before]
     at = cell(x.reshape(-1))
     beyond = x.reshape(-1) > following.index_select(0, at)
@@ -331,7 +331,7 @@ def _decode(codes: Tensor, fmt: Format) -> Tensor:
         return table.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
     if fmt.type == "f8e4m3" and codes.device.type == "cpu" and not torch.compiler.is_compiling():
         # torch's own cast is scalar code there: a look-up takes a quarter of its time
-        table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).to(torch.float32)
+        table = torch.arange(256, dtype=torch.uint8, device="cpu").view(codes.dtype).to(torch.float32)
         return table.index_select(0, codes.view(torch.uint8).reshape(-1).to(torch.int32)).reshape(codes.shape)
     return codes.to(torch.float32)
 

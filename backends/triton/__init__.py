@@ -10,7 +10,7 @@ from torch import fx
 from qfx.errors import UnsupportedError, explain
 
 
-def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Any:
+def lower(gm: fx.GraphModule, *, mode: str | None = None, share: bool = False) -> Any:
     """Lower a quantized graph in normal form, see `qfx.backends.triton.lowering.lower`; needs Triton only now.
 
     Raises UnsupportedError where Triton is not installed or its kernels cannot run on the graph's device.
@@ -19,4 +19,4 @@ def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Any:
         raise UnsupportedError(explain("Triton is not installed", next_step="pip install triton"))
     from qfx.backends.triton import lowering
 
-    return lowering.lower(gm, mode=mode)
+    return lowering.lower(gm, mode=mode, share=share)

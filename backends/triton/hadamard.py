@@ -121,7 +121,7 @@ def pack_hadamard(size: int, seed: int, *, inverse: bool = False, device: torch.
 
 
 def _kronecker(factors: list[Tensor]) -> Tensor:
-    return functools.reduce(torch.kron, factors, torch.ones(1, 1, dtype=torch.float64))
+    return functools.reduce(torch.kron, factors, torch.ones(1, 1, dtype=torch.float64, device="cpu"))
 
 
 def reason_against(dtype: torch.dtype) -> str | None:

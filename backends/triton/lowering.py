@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from qfx import graph
 from qfx.backends.triton import device, tuning
 from qfx.backends.triton.device import Device
-from qfx.backends.triton.passes._nodes import computed, note_computed
+from qfx.backends.triton.passes._nodes import computed, gives_views, note_computed
 from qfx.backends.triton.passes.few_queries import few_queries
 from qfx.backends.triton.passes.fold_groups import fold_groups
 from qfx.backends.triton.passes.fuse import fuse
@@ -33,7 +33,7 @@ from qfx.backends.triton.passes.join_rows import join_rows
 from qfx.backends.triton.passes.merge_siblings import merge_siblings
 from qfx.backends.triton.passes.write_in_place import write_in_place
 from qfx.backends.triton.rules import RULES
-from qfx.backends.triton.site import Site
+from qfx.backends.triton.site import SHARES, Site
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.passes import _match as m
 from qfx.passes._build import call
@@ -103,15 +103,17 @@ class Lowered:
                 torch._dynamo.mark_static_address(inputs[i], guard=False)
 
 
-def lower(gm: fx.GraphModule, *, mode: str | None = None) -> Lowered:
+def lower(gm: fx.GraphModule, *, mode: str | None = None, share: bool = False) -> Lowered:
     """Lower a quantized graph in normal form; `gm` stays as it is.
 
     mode: one of Inductor's ("reduce-overhead" runs CUDA graphs), None for its default; "eager" runs the ops one after
-    the other, as the interpreter always does. Raises UnsupportedError where the device has no kernels.
+    the other, as the interpreter always does. share: hold packed weights that another graph holds, too, and no copy of
+    them. Raises UnsupportedError where the device has no kernels.
     """
     where = _device_of(gm)
     found = device.find(where)
     own = graph.copy(gm)
+    own.meta[SHARES] = share
     kernels = {
         n.name: f"{graph.schema_name(n) or graph.op_name(n)} (torch)"
         for n in own.graph.nodes
@@ -194,18 +196,15 @@ def _written_in_place(gm: fx.GraphModule) -> dict[int, int]:
 
 def _is_view_of(node: fx.Node, targets: set[fx.Node]) -> bool:
     """Whether a value may share memory with an input that changes."""
-    while node not in targets:
-        schema = getattr(node.target, "_schema", None)
-        aliases = schema is not None and any(a.alias_info is not None for a in schema.arguments)
-        if not aliases and not (
-            schema is not None and node.target in (_aten.reshape.default, _aten.contiguous.default)
-        ):
-            return False
-        first = node.args[0] if node.args else None
-        if not isinstance(first, fx.Node):
-            return False
-        node = first
-    return True
+    todo, seen = [node], set[fx.Node]()
+    while todo:
+        one = todo.pop()
+        if one in targets:
+            return True
+        if one not in seen and gives_views(one):
+            todo += one.all_input_nodes
+        seen.add(one)
+    return False
 
 
 def _compiled(gm: fx.GraphModule, options: dict[str, Any]) -> Callable[..., Any]:

@@ -13,11 +13,13 @@ from typing import Any
 from torch import Tensor, fx
 
 from qfx import graph
+from qfx.backends.triton import shared
 from qfx.backends.triton.device import Device
 from qfx.passes._build import call, take_place
 from qfx.passes._match import arguments
 
 PREFIX = "triton"
+SHARES = "qfx_triton_shares"  # in the meta of a graph that holds no second copy of what another one holds
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,14 @@ Rule = Callable[[Site], Taken | str]
 
 
 def once(site: Site, key: str, make: Callable[[], Sequence[Tensor | None]]) -> list[fx.Node | None]:
-    """Constants made for a key (a weight and its layout): the first call makes them, others share them."""
+    """Constants made for a key (a weight and its layout): the first call makes them, others share them.
+
+    So do other graphs, where this one is to share them (see `shared`).
+    """
     made: dict[str, list[tuple[str, Tensor] | None]] = site.gm.meta.setdefault("qfx_triton_made", {})
     if key not in made:
-        made[key] = [None if t is None else (site.name(), t) for t in make()]
+        new = make()
+        if site.gm.meta.get(SHARES):
+            new = [None if t is None else shared.of_all(key, i, t) for i, t in enumerate(new)]
+        made[key] = [None if t is None else (site.name(), t) for t in new]
     return [None if one is None else graph.add_tensor(site.gm, *one, site.node) for one in made[key]]

@@ -164,7 +164,7 @@ def attend(q: Tensor, view: View, mask: Tensor | None, scale: float) -> Tensor |
     if not layers or any(layer is None for layer in layers):
         return None
     rows = q.to(torch.float32).contiguous() * scale
-    out = torch.empty((batch, groups, many, queries, view.rest[1].shape[-1]), dtype=torch.float32)
+    out = torch.empty((batch, groups, many, queries, view.rest[1].shape[-1]), dtype=torch.float32, device=q.device)
     bias = None if mask is None else _mask(mask, (batch, groups, many, queries, len(view)))
     threads = torch.get_num_threads()
     for layer in layers:
@@ -273,10 +273,10 @@ def _struct(codes: Codes) -> _Codes | None:
 def _table(kind: str) -> Tensor:
     """What each code of a floating type stands for."""
     fmt = Format(kind)
-    codes = torch.arange(1 << fmt.bits, dtype=torch.uint8)
+    codes = torch.arange(1 << fmt.bits, dtype=torch.uint8, device="cpu")
     if fmt.bits == 8:
         codes = codes.view(fmt.code_dtype)
-    return numerics.dequantize(codes, fmt, torch.ones(())).to(torch.float32).contiguous()
+    return numerics.dequantize(codes, fmt, torch.ones((), device="cpu")).to(torch.float32).contiguous()
 
 
 def _mask(mask: Tensor, shape: tuple[int, ...]) -> tuple[_Mask, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,38 @@ def test_buffers_that_the_model_writes(counts: Counts) -> None:
         assert close(theirs(x, at), compiled(x, at))
         assert close(theirs.cache, model.cache) and int(model.steps) == step + 1
     assert counts.lowered == 1, "a buffer that the graph writes is an input, not a weight"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["onnx", "reference"])
+@pytest.mark.parametrize(
+    "copied",
+    [lambda x: x * 1, lambda x: (x * 1).chunk(2)[0], lambda x: torch.einsum("ij->ji", x * 1), lambda x: x.clone()],
+    ids=["whole", "part", "turned", "clone"],
+)
+def test_what_was_in_a_buffer_before_it_was_written(copied: Callable[[Tensor], Tensor], backend: str) -> None:
+    class Delayed(nn.Module):
+        """Gives a copy of its state, by operators that change no value, and then the next state."""
+
+        held: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+            self.register_buffer("held", torch.randn(4, 8))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            before = copied(self.held)
+            self.held.add_(x)
+            return self.fc(x), before
+
+    model = Delayed().eval()
+    compiled = torch.compile(model, backend="qfx", options={"backend": backend, "cache": False})
+    for _ in range(3):
+        held, x = model.held.clone(), torch.randn(4, 8)
+        before = compiled(x)[1]
+        assert torch.equal(before, copied(held))
+        assert torch.equal(model.held, held + x)
 
 
 @torch.no_grad()

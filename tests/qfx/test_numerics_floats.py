@@ -60,6 +60,15 @@ def test_floats_saturate(kind: str) -> None:
     assert back.tolist() == [fmt.qmax, -fmt.qmax, fmt.qmax, fmt.qmax, -fmt.qmax]
 
 
+@pytest.mark.parametrize("text", ["nf4/g64", "f4e2m1/g32/e8m0", "f8e4m3/ch"])
+def test_the_default_device_of_torch_does_not_matter(text: str) -> None:
+    fmt, w = Format.parse(text), torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    with torch.device("meta"):  # of a user who has a GPU it may be that
+        params = choose_qparams(w, fmt)
+        found = fake_quantize(w, fmt, params.scale, params.zero)
+    assert torch.equal(found, fake_quantize(w, fmt, params.scale, params.zero))
+
+
 def test_f4_table() -> None:
     assert F4_VALUES[:8] == (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
     assert F4_VALUES[9:] == tuple(-v for v in F4_VALUES[1:8])

@@ -130,6 +130,14 @@ def are_alike(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     return same_size(mask.shape[0], 1) or not same_size(q.shape[0], 1)
 
 
+def gives_views(node: fx.Node) -> bool:
+    """Whether what a node gives may share memory with what it reads. Operators that torch takes apart (einsum) may give
+    views and do not say so."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is operator.getitem
+    return node.target._can_decompose() or any(a.alias_info is not None for a in node.target._schema.arguments)
+
+
 def is_row_vector(node: Any, x: fx.Node) -> bool:
     """Is it None or a tensor [K] for x [.., K]?"""
     value = graph.val(node)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qfx.backends.triton.passes._nodes import note_computed
+from qfx.backends.triton.passes._nodes import gives_views, note_computed
 from qfx.graph import is_call
 from qfx.passes._build import call
 
@@ -60,4 +60,13 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _is_read(base: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
-    return any(order[user] > order[node] for user in base.users)
+    """Whether something after the node reads a base, or a view of it."""
+    todo, seen = [base], {node}
+    while todo:
+        for user in todo.pop().users:
+            if order[user] > order[node]:
+                return True
+            if user not in seen and gives_views(user):
+                todo.append(user)
+            seen.add(user)
+    return False

@@ -25,8 +25,8 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> list[lowering.Lowered]:
     found: list[lowering.Lowered] = []
     lower = lowering.lower
 
-    def kept(gm: Any, *, mode: str | None = None) -> lowering.Lowered:
-        found.append(lower(gm, mode=mode or MODE[0]))
+    def kept(gm: Any, *, mode: str | None = None, share: bool = False) -> lowering.Lowered:
+        found.append(lower(gm, mode=mode or MODE[0], share=share))
         return found[-1]
 
     monkeypatch.setattr(lowering, "lower", kept)

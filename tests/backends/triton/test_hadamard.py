@@ -117,6 +117,13 @@ def test_one_launch_gives_codes_where_the_matrix_fits_a_program() -> None:
         assert len(found) == launches
 
 
+@pytest.mark.parametrize("size", [64, 172, 4096])
+def test_the_default_device_of_torch_does_not_matter(size: int) -> None:
+    with torch.device("meta"):
+        found = pack_hadamard(size, 0)
+    assert all(torch.equal(a, b) for a, b in zip(found, pack_hadamard(size, 0), strict=True))
+
+
 def test_refusals() -> None:
     packed = pack_hadamard(64, 0, device=DEVICE)
     with pytest.raises(ValueError, match="blocks of 64"):

@@ -58,6 +58,29 @@ def test_changed_inputs_are_written_where_they_lie(mode: str | None) -> None:
         assert torch.equal(before, given()[0][0])
 
 
+@pytest.mark.parametrize("mode", [None, pytest.param("default", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "copied",
+    [lambda x: x * 1, lambda x: (x * 1).chunk(2)[1], lambda x: torch.einsum("ij->ji", x * 1), lambda x: x.clone()],
+    ids=["whole", "part", "turned", "clone"],
+)
+def test_what_was_in_an_input_before_it_changed(copied: Callable[[Tensor], Tensor], mode: str | None) -> None:
+    class Delayed(nn.Module):
+        def forward(self, held: Tensor, x: Tensor) -> Tensor:
+            before = copied(held)
+            held.add_(x)
+            return before
+
+    held, x = (torch.randn(4, 6, device=DEVICE) for _ in range(2))
+    gm = capture(Delayed(), held, x)
+    prepare(gm)  # what copies without changing a value goes
+    lowered = lower(gm, mode=mode)
+    for _ in range(2):
+        expected = copied(held.clone())
+        _, before = lowered(held, x)
+        assert torch.equal(before, expected)
+
+
 def quantized(model: nn.Module, recipe: str, *inputs: Any, dynamic: bool = False) -> Any:
     gm = capture(model, *inputs, dynamic=dynamic)
     prepare(gm)

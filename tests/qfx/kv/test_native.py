@@ -113,6 +113,16 @@ def test_threads_share_heads_and_tokens(kv: Any) -> None:
     assert all(other is not None and close(other, first, 3e-6) for other in others)
 
 
+@pytest.mark.parametrize("kv", ["i8", "fp8", "i4"])
+def test_the_default_device_of_torch_does_not_matter(kv: str) -> None:
+    view, q = filled(kv), random(2, 6, 1, 24)
+    expected = attend(q, view, None, 0.3)
+    native._table.cache_clear()
+    with torch.device("meta"):  # of a user who has a GPU it may be that
+        found = attend(q, view, None, 0.3)
+    assert torch.equal(found, expected)
+
+
 def test_what_is_not_a_number_stays_none() -> None:
     view, q = filled("i8"), random(2, 6, 1, 24)
     q[1, 3, 0, 2] = float("nan")

@@ -104,3 +104,18 @@ def test_other_operators_stay_as_they_are() -> None:
     before = counts(gm)
     assert before["auto_functionalized_v2"] == 1
     assert not write_in_place(gm) and counts(gm) == before
+
+
+def test_what_reads_a_view_of_the_memory_later_on() -> None:
+    model, given = case()
+    gm = capture(model, *copied(given))
+    output = gm.graph.output_node()
+    with gm.graph.inserting_after(newest(gm)):
+        view = gm.graph.call_function(torch.ops.aten.slice.Tensor, (newest(gm), 2, 0, 5))
+    with gm.graph.inserting_before(output):
+        later = gm.graph.call_function(torch.ops.aten.neg.default, (view,))
+    output.args = ([*output.args[0], later],)  # type: ignore[misc]
+    assert write_in_place(gm)
+    assert counts(gm)["clone"] == 1
+    *_, found = run(gm, copied(given))
+    assert torch.equal(found, -given[-1][3][:, :, :5])
