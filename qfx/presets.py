@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from qfx.recipe import Recipe, Rule
-from qfx.rounding.method_options import AllocationOptions, LiftOptions
+from qfx.rounding.method_options import CANDIDATES, AllocationOptions, LiftOptions
 
 _EMBEDDING = {"target": "embedding", "w": "i8/ch"}
 _TIED = {"target": "tied", "w": "u4/g32/f16"}  # its error is in every logit: in longer groups it is most of the loss
@@ -35,11 +35,12 @@ _STATIC = [*_both("u8", "i8/ch", "linear", "experts", "conv"), _EMBEDDING]
 
 _HEAD = {"target": "*lm_head", "x": "i8/tok", "w": "i8/ch"}
 _GPTQ = {"clip": True, "sweeps": 2}
-_CHOSEN = {  # formats are chosen by measuring weights that are rounded by "mse"; GPTQ rounds what is chosen
+_CHOSEN = {  # formats are chosen by measuring weights rounded by "mse", by energy; GPTQ rounds what is chosen
     "rules": [*_weights("u4/g32/f16", "linear", "experts"), _EMBEDDING, _TIED],
     "rounding": "gptq",
     "gptq": _GPTQ,
 }
+_NF4 = ("nf4/g16/f16", "nf4/g32/f16", "nf4/g64/f16")
 _ENERGY = {"rounding": "mse", "weighting": "energy", "num_calibration_samples": 16}
 _ROTATIONS = ("rotate", "rotate-down")
 _ROTATED = {"rewrites": _ROTATIONS, "rounding": "gptq", "gptq": _GPTQ}
@@ -209,6 +210,10 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
             **_CHOSEN,
             "allocation": AllocationOptions(),
         },
+    ),
+    "heads-nf4": (
+        "heads with 4-bit normal floats among the formats: nearer at 4 to 5 bits, slow in ONNX files; needs data",
+        {**_CHOSEN, "allocation": AllocationOptions(formats=(*CANDIDATES, *_NF4))},
     ),
     "heads-top30": (
         "4-bit weights, the 30 % of attention heads whose quantization costs most in 8 bits; needs data",

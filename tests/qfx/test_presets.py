@@ -37,6 +37,7 @@ FIXED = {  # the names that are promised
         "int8-outliers",
         "mixed",
         "heads",
+        "heads-nf4",
         "heads-top30",
         "w4a16-edges",
         "w4a16-lift",
@@ -154,13 +155,22 @@ def test_data_is_needed_by_static_formats_and_by_methods_that_look_at_it() -> No
     static = {"w8a8-static", "w8a8-smooth"}
     rounded = {name for name, recipe in presets().items() if recipe.rounding in ("gptq", "learned")}
     looking = {"w4a16-mse", "nf4-mse", "w4a16-awq", "int8-outliers"}
-    choosing = {"heads", "heads-top30", "w4a16-edges", "w4a16-lift", "kv-heads"}
+    choosing = {"heads", "heads-nf4", "heads-top30", "w4a16-edges", "w4a16-lift", "kv-heads"}
     assert {name for name, recipe in presets().items() if recipe.needs_data} == static | rounded | looking | choosing
     assert rounded == {
         *("w4a16-gptq", "nf4-gptq", "w3a16-gptq", "w2a16-gptq", "w4a8-gptq", "w4a8-rotate", "w4a4-rotate"),
         *("w4a16-learned", "w2a16-learned"),
-        *("heads", "heads-top30", "w4a16-edges", "w4a16-lift"),
+        *("heads", "heads-nf4", "heads-top30", "w4a16-edges", "w4a16-lift"),
     }
+
+
+def test_normal_floats_are_more_formats_to_choose_from() -> None:
+    more, heads = presets()["heads-nf4"], presets()["heads"]
+    assert more.allocation is not None and heads.allocation is not None
+    given = more.allocation.formats
+    assert given[: len(heads.allocation.formats)] == heads.allocation.formats
+    assert given[len(heads.allocation.formats) :] == ("nf4/g16/f16", "nf4/g32/f16", "nf4/g64/f16")
+    assert more.override(name="heads", allocation=heads.allocation) == heads
 
 
 def test_methods_of_four_bits() -> None:

@@ -36,13 +36,9 @@ def recipe(option: str, names: Sequence[str], samples: int) -> qfx.Recipe:
     method, _, manner = method.partition("-")
     if method == "planned":
         rules = [{"target": "linear", "w": "u4/g64/f16"}]  # names are without a rule of their own: those would hold
-        heads = qfx.Recipe.parse("heads")
-        assert heads.allocation is not None
-        allocation: dict[str, Any] = {"avg_bits": float(fmt)}
-        if manner:
-            more = (f"{manner}/g{group}/f16" for group in (16, 32, 64))
-            allocation["formats"] = [*heads.allocation.formats, *more]
-        return heads.override(rules=rules, ignore=["*lm_head"], allocation=allocation, num_calibration_samples=samples)
+        return qfx.Recipe.parse(f"heads-{manner}" if manner else "heads").override(
+            rules=rules, ignore=["*lm_head"], allocation={"avg_bits": float(fmt)}, num_calibration_samples=samples
+        )
     fields: dict[str, Any] = {
         "name": "benchmark",
         "rules": [{"target": name, "w": fmt} for name in names],
