@@ -46,12 +46,12 @@ def backend(
     """The Dynamo backend. Takes Dynamo's graph and example inputs, returns what runs instead.
 
     options: see `qfx.options.Options`. mode: one of Inductor's where Triton runs the graph ("reduce-overhead" is CUDA
-    graphs); on the CPU only None and "default".
+    graphs); for a model on the CPU only None and "default".
     Raises ValueError for unknown options and modes, and for a model in train() mode. Where a graph cannot be quantized
     or lowered the untouched graph runs, with a QfxWarning that names the cause; with strict=True that is an error.
     """
-    parsed = Options.parse(options, checked_mode(mode, example_inputs))
     at = frame.at_compile()
+    parsed = Options.parse(options, checked_mode(mode, example_inputs, at.root))
     if at.training or any(_drops(node) for node in gm.graph.nodes):
         raise _training()
     compiled = CompiledGraph(gm, example_inputs, parsed, at, options)

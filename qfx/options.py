@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qfx.errors import check_flags, explain, nearest
 from qfx.format import Format
@@ -83,18 +84,26 @@ class Options:
         return cls(recipe, plan, strict, backend, default, _cache(given.get("cache", True)), kv, mode)
 
 
-def checked_mode(mode: str | None, example_inputs: Sequence[Any]) -> str | None:
-    """One of Inductor's modes, checked; None for the default one."""
+def checked_mode(mode: str | None, example_inputs: Sequence[Any], model: nn.Module | None = None) -> str | None:
+    """One of Inductor's modes, checked; None for the default one, and for a graph on the CPU of a model on a GPU.
+
+    Raises ValueError for unknown modes, and where neither the inputs nor the model are on a GPU.
+    """
     if mode in (None, "default"):
         return None
-    if not any(isinstance(x, Tensor) and x.device.type == "cuda" for x in example_inputs):
+    here = _on_gpu(example_inputs)
+    if not here and not (model is not None and _on_gpu(itertools.chain(model.parameters(), model.buffers()))):
         raise ValueError(explain(f"mode {mode!r} is Inductor's", expected="no mode", next_step="leave mode= out"))
     from torch._inductor import list_mode_options
 
     if mode not in list_mode_options():
         valid = ", ".join(list_mode_options())
         raise ValueError(explain(f"unknown mode {mode!r}", expected=f"one of {valid}", next_step="leave mode= out"))
-    return mode
+    return mode if here else None
+
+
+def _on_gpu(values: Iterable[Any]) -> bool:
+    return any(isinstance(x, Tensor) and x.device.type == "cuda" for x in values)
 
 
 def _checked(options: Mapping[str, Any] | None) -> dict[str, Any]:

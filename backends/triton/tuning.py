@@ -23,6 +23,7 @@ from typing import Any
 from qfx.backends.triton import repeated
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Config
+from qfx.errors import explain
 from qfx.storage.files import read_json, write_text
 from qfx.storage.folders import default_folder
 
@@ -86,6 +87,14 @@ def settled() -> bool:
     return _WATCHED.get() is None and _TRIED.get() is None
 
 
+def check(folder: Path, device: Device) -> None:
+    """Raises ValueError where the file of a GPU, in this folder or in one that is looked into, cannot be read."""
+    path = file_of(folder, device)
+    if path.exists():
+        _read(path)
+    has_any(device)
+
+
 def has_any(device: Device) -> bool:
     """Whether anything was measured for this GPU."""
     return bool(_of_device(device.name, *_named()))
@@ -110,7 +119,7 @@ def own_folder() -> Path | None:
 def write(folder: Path, device: Device, found: Mapping[Choice, Config]) -> Path:
     """Add configurations to the file of a GPU and return its path; what else it holds stays.
 
-    The file is whole at any time. Raises OSError where it cannot be written, ValueError where what is there is no JSON.
+    The file is whole at any time. Raises OSError where it cannot be written, ValueError where what is there is none.
     """
     path = file_of(folder, device)
     kept = _read(path) if path.exists() else {}
@@ -148,4 +157,22 @@ def _of_device(name: str, folder: str, _: str) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json(path, "run `qfx tune` again, or remove the file")
+    """What a file holds. Raises ValueError for other than configurations, which kernels could not be started with."""
+    step = "remove the file, and run `qfx tune` again"
+    found = read_json(path, step)
+    for kernel, problems in found.items():
+        if not _is_table(problems):
+            told = f"{path} holds no configurations of kernels under {kernel!r}"
+            raise ValueError(explain(told, expected='{"PROBLEM": {"ROWS": {"CONSTANT": a number}}}', next_step=step))
+    return found
+
+
+def _is_table(problems: Any) -> bool:
+    """Whether it is problem -> bucket -> configuration."""
+    if not isinstance(problems, dict) or not all(isinstance(buckets, dict) for buckets in problems.values()):
+        return False
+    configs = [(rows, config) for buckets in problems.values() for rows, config in buckets.items()]
+    return all(
+        rows.isdecimal() and isinstance(config, dict) and all(isinstance(value, int) for value in config.values())
+        for rows, config in configs
+    )

@@ -49,6 +49,7 @@ def run(
 
     counts = _rows(rows, tune.ROWS)
     folder = _folder(out, shipped)
+    tuning.check(folder, found)
     works: Sequence[Work] | Iterable[Work] = _works(console, model, recipe, torch.device(device), _DTYPES[dtype])
     results: list[Tuned] = []
     wrong: list[str] = []

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qfx.errors import QfxWarning
 from qfx.measuring.measure import sqnr_db
+from qfx.options import checked_mode
 from tests.qfx.conftest import Counts
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -179,3 +181,24 @@ def test_a_function_over_a_model(place: str) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
         assert sqnr_db(model(x) + 1, fast(x)) > 30
+
+
+@torch.no_grad()
+def test_inductors_mode_is_for_the_graphs_on_a_gpu() -> None:
+    class Apart(Net):
+        """A model on a GPU, pretended, that computes something on the CPU in a graph of its own."""
+
+        far: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            with FakeTensorMode():
+                self.register_buffer("far", torch.empty(2, device="cuda"))
+
+    x = torch.randn(3, 16)
+    near, apart = (torch.compile(model, backend="qfx", mode="reduce-overhead") for model in (Net(), Apart()))
+    assert sqnr_db(Net()(x), apart(x)) > 30
+    with pytest.raises(Exception, match=r"mode 'reduce-overhead' is Inductor's"):
+        near(x)
+    with pytest.raises(ValueError, match="unknown mode 'fast'"):
+        checked_mode("fast", [x], Apart())

@@ -229,6 +229,25 @@ def test_a_layer_whose_result_is_wrong_does_not_keep_the_others(folder: Path, mo
     assert "0 of 1 choices" in console.export_text() and calls[1].only == ("gemm8",)
 
 
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_damaged_file_is_told_before_anything_is_measured(
+    folder: Path, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune_works, "works_of_usual_models", lambda *_: pytest.fail("too late"))
+    out = folder / "out" if elsewhere else None
+    path = tuning.file_of(out or folder, device.find(torch.device(DEVICE)))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{")
+    tuning._of_device.cache_clear()
+    with pytest.raises(ValueError, match="truncated or no JSON"):
+        command.run(
+            Console(record=True), None, recipe=None, rows="2", dtype="f16", device=DEVICE, out=out, shipped=False,
+            json_file=None, measure=timer(1.0),
+        )  # fmt: skip
+    path.unlink()
+    tuning._of_device.cache_clear()
+
+
 def test_when_the_time_is_over_no_layer_is_begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_works, "works_of_usual_models", lambda place, dtype: [work(), work()])
     console = Console(record=True, width=200)

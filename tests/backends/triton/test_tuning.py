@@ -60,12 +60,23 @@ def test_the_named_folder_wins_over_the_users_own_over_the_package(
     assert tuning.own_folder() is None and tuning.tuned(GPU, "gemm", "p", 1) is not None
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "truncated or no JSON"), ("[]", "is no JSON object")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "truncated or no JSON"),
+        ("[]", "is no JSON object"),
+        ('{"gemm": []}', "no configurations of kernels under 'gemm'"),
+        ('{"gemm": {"p": null}}', "no configurations of kernels under 'gemm'"),
+        ('{"gemm": {"p": {"1": "fast"}}}', "no configurations of kernels under 'gemm'"),
+        ('{"gemm": {"p": {"1": {"BLOCK_M": 16.5}}}}', "no configurations of kernels under 'gemm'"),
+        ('{"gemm": {"p": {"many": {"BLOCK_M": 16}}}}', "no configurations of kernels under 'gemm'"),
+    ],
+)
 def test_a_damaged_file_is_told(folder: Path, text: str, message: str) -> None:
     folder.mkdir()
     tuning.file_of(folder, GPU).write_text(text)
     tuning._of_device.cache_clear()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"(?s){message}.*next step: remove the file, and run `qfx tune` again"):
         tuning.tuned(GPU, "gemm", "p", 1)
     with pytest.raises(ValueError, match=message):
         tuning.write(folder, GPU, {})
