@@ -41,7 +41,7 @@ from qfx.errors import nearest
 from qfx.format import Format
 from qfx.kv.asked import cache_texts, is_cache, names_of
 from qfx.rewrites import combine
-from qfx.rounding.method_options import AllocationOptions, GptqOptions, LearnedOptions, LiftOptions
+from qfx.rounding.method_options import AllocationOptions, GptqOptions, LearnedOptions, LiftOptions, changed
 from qfx.strict import Strict
 
 KINDS: tuple[str, ...] = tuple(ROLES)
@@ -336,8 +336,10 @@ class Recipe(Strict):
         return chosen or any(is_static(fmt) for formats in given for fmt in each(formats))
 
     def override(self, **fields: Any) -> Recipe:
-        """The recipe with other values in some fields, checked as in the constructor. Raises ValueError."""
-        return Recipe(**{**{name: getattr(self, name) for name in Recipe.model_fields}, **fields})
+        """The recipe with other values in some fields, checked as in the constructor. A mapping for the options of a
+        method changes those that it names, `gptq={"sweeps": 0}`; the others stay. Raises ValueError."""
+        held = {name: getattr(self, name) for name in Recipe.model_fields}
+        return Recipe(**{**held, **{name: changed(held.get(name), value) for name, value in fields.items()}})
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary, every field included; `Recipe.parse` reads it back."""

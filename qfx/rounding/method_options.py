@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -9,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from qfx.format import Format
 from qfx.strict import Strict
 
+WAYS = ("heads", "edges", "max_loss")
 BUDGETS = ("avg_bits", "max_bytes", "ratio", "max_loss", "max_memory")
 CANDIDATES = (*(f"u{b}/g{g}/f16" for b in (2, 3, 4, 5, 6) for g in (16, 32, 64)), "i8/g64/f16", "f16")
 
@@ -18,6 +20,15 @@ def _candidate(value: object) -> str:
     if fmt.dynamic or fmt.granularity == "head":
         raise ValueError(f"'{fmt}' is no format of a weight")
     return str(fmt)
+
+
+def changed(options: object, value: object) -> object:
+    """What a field is to hold that holds `options`: of a mapping those, with what it names in place of theirs; where
+    one of several may be given, as of budgets, in place of any. Else the value."""
+    if not isinstance(options, Strict) or not isinstance(value, Mapping):
+        return value
+    gone = {name for one_of in (WAYS, BUDGETS) if not set(one_of).isdisjoint(value) for name in one_of}
+    return {**{name: getattr(options, name) for name in type(options).model_fields if name not in gone}, **value}
 
 
 CandidateText = Annotated[str, BeforeValidator(_candidate)]
@@ -73,7 +84,7 @@ class LiftOptions(Strict):
 
     @model_validator(mode="after")
     def _valid(self) -> Self:
-        given = {name: value for name in ("heads", "edges", "max_loss") if (value := getattr(self, name)) is not None}
+        given = {name: value for name in WAYS if (value := getattr(self, name)) is not None}
         if len(given) != 1:
             found = " and ".join(f"{name}={value}" for name, value in given.items()) or "none"
             raise ValueError(f"one of heads, edges and max_loss says what is lifted, found {found}")

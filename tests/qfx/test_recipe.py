@@ -15,6 +15,7 @@ from qfx.format import Format
 from qfx.presets import presets
 from qfx.recipe import KINDS, REWRITES, Recipe, Rule
 from qfx.recipe_source import combined
+from qfx.rounding.method_options import GptqOptions, LiftOptions
 
 TEXTS = st.sampled_from(["i8/tok", "i4/g128", "u8", "nf4/g64", "f32", "none", "i8/dyn"])
 TARGETS = st.sampled_from(["linear", "conv", "attention", "*.q_proj", "enc.0.*", "re:.*fc[12]$", "lm_head", "ünï*"])
@@ -208,6 +209,34 @@ def test_needs_data() -> None:
     assert not make(Rule(target="linear", x="u8/dyn", y="bf16", w="i8"), rewrites=("untie", "norm-fold")).needs_data
     assert not Recipe.parse("w8a8-static+w8a8").needs_data
     assert Recipe.parse("w8a8+w8a8-static").needs_data
+
+
+def test_a_mapping_changes_the_options_that_it_names() -> None:
+    """Of a preset the others stay: `gptq={"sweeps": 0}` would else search no scales any more, without a word."""
+    preset = presets()["w4a16-gptq"]
+    assert preset.gptq.clip and preset.gptq.sweeps == 2
+    assert preset.override(gptq={"sweeps": 0}).gptq == GptqOptions(clip=True)
+    assert preset.override(gptq=GptqOptions(sweeps=5)).gptq == GptqOptions(sweeps=5), "options as a whole are new ones"
+    assert preset.override(gptq={}) == preset
+    own = presets()["heads-nf4"].override(allocation={"avg_bits": 4.3, "refine": 7}).allocation
+    assert own is not None and (own.avg_bits, own.refine) == (4.3, 7)
+    assert own.formats == presets()["heads-nf4"].allocation.formats  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="sweep"):
+        preset.override(gptq={"sweep": 0})
+
+
+def test_one_of_several_options_takes_the_place_of_another() -> None:
+    bits = presets()["heads"].override(allocation={"avg_bits": 3, "refine": 7})
+    bytes_ = bits.override(allocation={"max_bytes": 100}).allocation
+    assert bytes_ is not None and bytes_.budgets == {"max_bytes": 100} and bytes_.refine == 7
+    edges = presets()["heads-top30"].override(lift={"edges": 2, "samples": 5}).lift
+    assert edges == LiftOptions(edges=2, samples=5)
+    with pytest.raises(ValueError, match="one budget is needed"):
+        bits.override(allocation={"max_bytes": 100, "avg_bits": 3})
+
+
+def test_a_mapping_for_what_is_not_there_makes_it() -> None:
+    assert presets()["w4a16"].override(lift={"edges": 1}).lift == LiftOptions(edges=1)
 
 
 def test_override() -> None:
