@@ -50,6 +50,15 @@ def test_names_shapes_and_documents(tmp_path: Path) -> None:
     assert model.producer_name == "qfx"
 
 
+def test_weights_beside_a_model_go_with_it(tmp_path: Path) -> None:
+    write(tmp_path, external_bytes=0)
+    write(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+    (tmp_path / "m.onnx.data").write_bytes(b"of another program")
+    write(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+
+
 def test_metadata_tells_the_formats(tmp_path: Path) -> None:
     metadata = verify(write(tmp_path))
     assert json.loads(metadata["qfx.formats"]) == {n: {"x": "i8/tok", "w": "i8/ch"} for n in ("up", "down")}
