@@ -165,7 +165,8 @@ def test_a_number_of_tokens_that_the_forward_counts_is_told() -> None:
             states = [self.table(input_ids[:, 0])]
             for at in range(1, input_ids.shape[1]):
                 states.append(states[-1] * 0.5 + self.table(input_ids[:, at]))
-            return torch.stack(states, 1) + features.unflatten(1, (5, 1))
+            found: Tensor = torch.stack(states, 1) + features[..., None]
+            return found
 
     inputs = torch.zeros(4, 5, dtype=torch.int64), torch.randn(4, 5)
     (note,) = fixed_sizes(capture_export(Recurrent(), inputs), "Recurrent")
