@@ -21,7 +21,7 @@ from qfx.format import Format
 from qfx.hf.hub import is_causal_lm
 from qfx.inputs import beside_tokens, example_inputs, need_inputs, without_cache
 from qfx.kv.files import asked_caches, for_file
-from qfx.other_sizes import fixed_batches, other_sizes
+from qfx.other_sizes import fixed_sizes, other_sizes
 from qfx.plan import Plan
 from qfx.quantize import check_float, check_unprepared, checked_module, evaluating
 from qfx.recipe import Recipe
@@ -96,7 +96,7 @@ def _export_file(model: nn.Module, call: Call, target: Path, order: Order, *, dy
         order = order.planned(model)
         captured = capture_export(model, args, without_cache(model, kwargs, args), dynamic=dynamic)
         notes = other_sizes(captured, model, args, kwargs, type(model).__name__)
-        notes += fixed_batches(captured, type(model).__name__) if dynamic else []
+        notes += fixed_sizes(captured, type(model).__name__) if dynamic else []
         notes = [*order.beside, *notes, *quantize(captured, order, spill)]
         return write(captured, notes, target, order, spill)
 

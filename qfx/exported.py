@@ -13,6 +13,7 @@ from torch import fx, nn
 from qfx import graph
 from qfx.capture import Captured
 from qfx.errors import Note, UnsupportedError, explain
+from qfx.graph import op_name
 from qfx.live.segments import asked
 from qfx.passes._match import arguments
 from qfx.pipeline import apply_plan, prepare, told
@@ -92,7 +93,8 @@ def write(
     captured: Captured, notes: Sequence[Note], target: Path, order: Order, spill: Spill,
     inputs: Mapping[str, str] | None = None,
 ) -> Exported:  # fmt: skip
-    """Write a graph to `target`. notes: on what is not as asked so far; inputs: their names in the file, by those here.
+    """Write a graph to `target`. notes: on what is not as asked so far; inputs: their names in the file, by those here
+    (left out: those of the forward).
 
     Raises UnsupportedError for a graph without an ONNX form, and under `strict` for any note that is not minor; OSError
     where the file cannot be written.
@@ -137,12 +139,19 @@ def write(
         documents={n.name: f"{graph.fqn_of(n)}: {graph.op_name(n)}" for n in gm.graph.nodes if n.op == "call_function"},
         metadata=metadata,
         external_bytes=export.EXTERNAL_BYTES if order.external_bytes is None else order.external_bytes,
-        inputs=inputs,
+        inputs=_own_names(gm, built) if inputs is None else inputs,
         rest=spill.rest,
     )
     names = tuple(i.name for i in built.model.graph.input)
     found = tuple(o.name for o in built.model.graph.output)
     return Exported(written.files, written.nbytes, written.opset, names, found, notes, formats, shared_cache)
+
+
+def _own_names(gm: fx.GraphModule, built: Any) -> dict[str, str]:
+    """What the forward calls inputs that a graph calls otherwise: that takes no name of Python's, such as `input`."""
+    taken = {tensor.name for tensor in built.model.graph.initializer}
+    names = {node.name: op_name(node) for node in gm.graph.find_nodes(op="placeholder")}
+    return {name: own for name, own in names.items() if own != name and own not in taken}
 
 
 def _grows_in_place(built: Any, pasts: int) -> bool:

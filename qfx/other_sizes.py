@@ -53,20 +53,26 @@ def other_sizes(
     return notes
 
 
-def fixed_batches(captured: Captured, name: str) -> list[Note]:
-    """A note where the first axis of an input of two axes or more, mostly the batch, has become a number of the graph:
-    torch.export fixes what a forward computes with in Python (a loop over samples), and tells nobody.
+def fixed_sizes(captured: Captured, name: str) -> list[Note]:
+    """A note where the first axis of an input of two axes or more, mostly the batch, or the length of token ids has
+    become a number of the graph: torch.export fixes what a forward computes with in Python (a loop over samples, or
+    over tokens), and tells nobody.
 
     captured: as `capture_export(..., dynamic=True)` gave it.
     """
     inputs = [(op_name(n), val(n)) for n in captured.gm.graph.find_nodes(op="placeholder")]
-    firsts = {x: value.shape[0] for x, value in inputs if isinstance(value, Tensor) and value.dim() > 1}
-    fixed = {x: int(size) for x, size in firsts.items() if _is_number(size) and size > 1}
+    told = [(x, axis, v.shape[axis]) for x, v in inputs if isinstance(v, Tensor) and v.dim() > 1 for axis in _axes(x)]
+    fixed = [(x, axis, int(size)) for x, axis, size in told if _is_number(size) and size > 1]
     if captured.fixed or not fixed:
         return []
-    what = ", ".join(f"dimension 0 of {x!r} ({size})" for x, size in fixed.items())
+    what = ", ".join(f"dimension {axis} of {x!r} ({size})" for x, axis, size in fixed)
     reason = f"its forward computes with the size of {what}, which is fixed in the graph"
     return [Note(name, reason, "give an example (args=) of the size that is needed", minor=True)]
+
+
+def _axes(name: str) -> tuple[int, ...]:
+    """The axes of an input that mostly vary: of others the second may be features, or pixels of one size."""
+    return (0, 1) if name.endswith("input_ids") else (0,)
 
 
 def _is_number(size: Any) -> bool:

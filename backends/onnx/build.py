@@ -149,7 +149,7 @@ class Builder:
         array = np.asarray(torch.as_tensor(data).to(dtype).numpy())
         key = (array.tobytes(), dtype, array.shape)
         if key not in self._constants:
-            name = f"constant_{len(self._constants)}"
+            name = self._unique(f"constant_{len(self._constants)}")
             tensor = helper.make_tensor(name, ONNX_TYPE[dtype], array.shape, array.tobytes(), raw=True)
             self.initializers[name] = tensor
             self._constants[key] = Value(name, dtype, tuple(array.shape))
@@ -223,8 +223,9 @@ class Builder:
         return get_tensor(self.root, str(node.target))
 
     def _unique(self, name: str) -> str:
+        """A name for an initializer, which neither another one has nor an input."""
         number, base = 0, name
-        while name in self.initializers:
+        while name in self.initializers or any(name == value.name for value in self.inputs):
             number += 1
             name = f"{base}.{number}"
         return name

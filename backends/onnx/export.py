@@ -60,8 +60,8 @@ def write(
     """Write `path`, and `<path>.data` where the weights have more than `external_bytes` in all.
 
     outputs: names in the order of the model's outputs. inputs: other names for inputs. documents: doc string by FX
-    node. Weights are made and written one after the other; `rest` is told the bytes of each. Raises OSError where
-    the disk does not take them; then nothing is left behind.
+    node. Weights are made and written one after the other; `rest` is told the bytes of each. Weights beside the model
+    that was there before go with it. Raises OSError where the disk does not take them; then nothing is left behind.
     """
     model = built.model
     opset = needed_opset(every_node(model.graph.node), _types(builder, model), OPSET)
@@ -79,13 +79,14 @@ def write(
         _set_metadata(model, key, metadata[key])
     weights = builder.external
     large = sum(_nbytes(w) for w in weights.values()) > min(external_bytes, _MOST_INLINE)
+    former = None if large else weights_beside(path)
     with staged(path.parent) as stage:
         files = [path]
         temporary = stage(path.name)  # renamed first: a reader that finds the weights finds the model
         written: Mapping[str, Tensor | Later] = {} if large else weights
         if large:
             second = {} if builder.standard else _second_names(model.graph, weights)  # other programs hold each name
-            beside = path.with_name(path.name + ".data")
+            beside = _beside(path)
             files.append(beside)
             with stage(beside.name).open("wb") as file:
                 digest = _write_weights(model.graph.initializer, weights, beside.name, file, rest)
@@ -100,7 +101,25 @@ def write(
             last = onnx.ModelProto()  # what is added to the end of a serialized message is added to the message
             _set_metadata(last, INSIDE_KEY, inside.hexdigest())
             file.write(last.SerializeToString())
+    if former is not None:
+        former.unlink(missing_ok=True)
     return Written(tuple(files), sum(f.stat().st_size for f in files), opset)
+
+
+def weights_beside(path: Path) -> Path | None:
+    """The file in which a model that was exported to `path` has its weights; None where no such model is there."""
+    beside = _beside(path)
+    if not (path.is_file() and beside.is_file()):
+        return None
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception:  # noqa: BLE001  (protobuf's own kinds: whatever lies there, it is no model)
+        return None
+    return beside if any(entry.key == WEIGHTS_KEY for entry in model.metadata_props) else None
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".data")
 
 
 def verify(path: str | Path) -> dict[str, str]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from qfx.backends.onnx.build import Builder
+from qfx.backends.onnx.build import Builder, broadcast
 from qfx.backends.onnx.math import Emit, operands
 from qfx.backends.onnx.portable import product
 from qfx.backends.onnx.shapes import axis_of
-from qfx.backends.onnx.values import Value
+from qfx.backends.onnx.values import Dim, Value, is_static
 from qfx.graph import is_call
 
 _aten = torch.ops.aten
@@ -75,7 +76,7 @@ def embedding(b: Builder, weight: Value, ids: Value, *_: Any) -> Value:
 
 
 def layer_norm(
-    b: Builder, x: Value, shape: Sequence[int], weight: Value | None = None, bias: Value | None = None,
+    b: Builder, x: Value, shape: Sequence[Dim], weight: Value | None = None, bias: Value | None = None,
     eps: float = 1e-5, *_: Any,
 ) -> Value:  # fmt: skip
     """Layer norm over the last len(shape) dimensions."""
@@ -83,7 +84,7 @@ def layer_norm(
     return b.op("LayerNormalization", x, scale, bias, axis=-len(shape), epsilon=float(eps))
 
 
-def native_layer_norm(b: Builder, x: Value, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> list[Value]:
+def native_layer_norm(b: Builder, x: Value, shape: Sequence[Dim], weight: Any, bias: Any, eps: float) -> list[Value]:
     """Layer norm with mean and 1 / deviation."""
     scale = weight if weight is not None else _ones(b, shape, x.dtype)
     attrs: dict[str, Any] = {"axis": -len(shape), "epsilon": float(eps)}
@@ -91,7 +92,7 @@ def native_layer_norm(b: Builder, x: Value, shape: Sequence[int], weight: Any, b
 
 
 def rms_norm(
-    b: Builder, x: Value, shape: Sequence[int], weight: Value | None = None, eps: float | None = None
+    b: Builder, x: Value, shape: Sequence[Dim], weight: Value | None = None, eps: float | None = None
 ) -> Value:
     """x / sqrt(mean(x^2) + eps) * weight."""
     scale = weight if weight is not None else _ones(b, shape, x.dtype)
@@ -104,7 +105,10 @@ def rms_norm(
     return b.op("Mul", b.op("Div", x, root), scale)
 
 
-def _ones(b: Builder, shape: Sequence[int], dtype: torch.dtype) -> Value:
+def _ones(b: Builder, shape: Sequence[Dim], dtype: torch.dtype) -> Value:
+    """Ones in the shape of a norm, whose sizes may vary."""
+    if not is_static(shape):
+        return b.op("Expand", b.scalar(1, dtype), b.shape(shape))
     return b.weight(torch.ones([int(s) for s in shape], dtype=dtype), f"ones_{'x'.join(map(str, shape))}")
 
 
@@ -119,7 +123,7 @@ def group_norm(
 ) -> Value:
     """Norm over groups of channels: layer norm of each group, then scale and shift per channel."""
     batch, channels = x.dims[:2]
-    size = b.op("Reshape", x, b.op("Concat", b.dim(batch), b.ints([groups, -1]), axis=0))
+    size = b.op("Reshape", x, b.shape([batch, groups, -1]))
     width = channels // groups
     for d in x.dims[2:]:
         width = width * d
@@ -161,11 +165,12 @@ def instance_norm(
 
 def cosine_similarity(b: Builder, x: Value, y: Value, dim: int = 1, eps: float = 1e-8) -> Value:
     """x . y / (max(|x|, eps) max(|y|, eps)) along a dimension."""
-    rank = max(x.rank, y.rank)
-    back = axis_of(dim, rank) - rank
+    common = broadcast([x.dims, y.dims])
+    axis = b.ints([axis_of(dim, len(common))])
+    x, y = (v if v.dims == common else b.op("Expand", v, b.shape(common)) for v in operands(b, x, y))
     floor = b.scalar(eps, x.dtype)
-    sizes = [b.op("Max", b.op("ReduceL2", v, b.ints([v.rank + back]), keepdims=0), floor) for v in (x, y)]
-    dot = b.op("ReduceSum", b.op("Mul", x, y), b.ints([rank + back]), keepdims=0)
+    sizes = [b.op("Max", b.op("ReduceL2", v, axis, keepdims=0), floor) for v in (x, y)]
+    dot = b.op("ReduceSum", b.op("Mul", x, y), axis, keepdims=0)
     return b.op("Div", dot, b.op("Mul", *sizes))
 
 
@@ -236,28 +241,34 @@ def _each(value: Any, n: int) -> list[int]:
 
 
 def max_pool(
-    b: Builder, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
-) -> Value:
-    """Max pooling over the trailing dimensions."""
-    n = len(_each(kernel, 1)) if not isinstance(kernel, int) else x.rank - 2
-    return b.op(
-        "MaxPool", x, kernel_shape=_each(kernel, n), strides=_each(stride or kernel, n), pads=_each(padding, n) * 2,
-        dilations=_each(dilation, n), ceil_mode=int(ceil_mode),
+    b: Builder, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
+    *, n: int,
+) -> Value:  # fmt: skip
+    """Max pooling over the last n dimensions."""
+    return _pool(
+        b, "MaxPool", x, n, kernel_shape=_each(kernel, n), strides=_each(stride or kernel, n),
+        pads=_each(padding, n) * 2, dilations=_each(dilation, n), ceil_mode=int(ceil_mode),
     )  # fmt: skip
 
 
 def avg_pool(
     b: Builder, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
-    count_include_pad: bool = True, divisor: Any = None,
+    count_include_pad: bool = True, divisor: Any = None, *, n: int,
 ) -> Value:  # fmt: skip
-    """Average pooling over the trailing dimensions."""
+    """Average pooling over the last n dimensions."""
     if divisor is not None:
         raise NotImplementedError("average pooling with a divisor")
-    n = len(_each(kernel, 1)) if not isinstance(kernel, int) else x.rank - 2
-    return b.op(
-        "AveragePool", x, kernel_shape=_each(kernel, n), strides=_each(stride or kernel, n), pads=_each(padding, n) * 2,
-        count_include_pad=int(count_include_pad), ceil_mode=int(ceil_mode),
+    return _pool(
+        b, "AveragePool", x, n, kernel_shape=_each(kernel, n), strides=_each(stride or kernel, n),
+        pads=_each(padding, n) * 2, count_include_pad=int(count_include_pad), ceil_mode=int(ceil_mode),
     )  # fmt: skip
+
+
+def _pool(b: Builder, op_type: str, x: Value, n: int, **attrs: Any) -> Value:
+    """A pool, which ONNX has of a batch only."""
+    if x.rank == n + 2:
+        return b.op(op_type, x, **attrs)
+    return b.op("Squeeze", b.op(op_type, b.op("Unsqueeze", x, b.ints([0])), **attrs), b.ints([0]))
 
 
 def adaptive_avg_pool(b: Builder, x: Value, size: Any) -> Value:
@@ -281,7 +292,7 @@ EMIT: dict[str, Emit] = {
     "aten.convolution.default": convolution, "aten._convolution.default": convolution,
     "aten.conv_transpose1d.default": conv_transpose, "aten.conv_transpose2d.input": conv_transpose,
     "aten.conv_transpose3d.input": conv_transpose,
-    **{f"aten.max_pool{n}d.default": max_pool for n in (1, 2, 3)},
-    **{f"aten.avg_pool{n}d.default": avg_pool for n in (1, 2, 3)},
+    **{f"aten.max_pool{n}d.default": partial(max_pool, n=n) for n in (1, 2, 3)},
+    **{f"aten.avg_pool{n}d.default": partial(avg_pool, n=n) for n in (1, 2, 3)},
     **{f"aten.adaptive_avg_pool{n}d.default": adaptive_avg_pool for n in (1, 2, 3)},
 }  # fmt: skip

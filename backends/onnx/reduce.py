@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qfx.backends.onnx.build import Builder
-from qfx.backends.onnx.math import Emit
+from qfx.backends.onnx.math import Emit, operands
 from qfx.backends.onnx.shapes import axis_of
 from qfx.backends.onnx.values import Dim, Value
 
@@ -127,6 +127,8 @@ def vector_norm(b: Builder, x: Value, order: Any = 2, dim: Any = None, keepdim: 
     x = b.cast(x, b.out_dtype)
     if order in (None, 2):
         return reduced(b, "ReduceL2", x, dim, keepdim)
+    if order == 0:
+        return reduced(b, "ReduceSum", b.cast(b.cast(x, torch.bool), x.dtype), dim, keepdim)
     size = b.op("Abs", x)
     if order == 1:
         return reduced(b, "ReduceSum", size, dim, keepdim)
@@ -181,9 +183,10 @@ def histc(b: Builder, x: Value, bins: int = 100, low: Any = 0, high: Any = 0) ->
 
 def bucketize(b: Builder, x: Value, bounds: Value, *, right: bool = False, **_: Any) -> Value:
     """How many boundaries lie below each value (or at it, with right=True)."""
-    lifted = b.op("Unsqueeze", x, b.ints([x.rank]))
+    value, edges = operands(b, x, bounds)
+    lifted = b.op("Unsqueeze", value, b.ints([x.rank]))
     op_type = "GreaterOrEqual" if right else "Greater"
-    below = b.op(op_type, lifted, b.cast(bounds, x.dtype), dtype=torch.bool)
+    below = b.op(op_type, lifted, edges, dtype=torch.bool)
     return b.op("ReduceSum", b.cast(below, torch.int64), b.ints([x.rank]), keepdims=0)
 
 

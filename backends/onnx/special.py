@@ -79,8 +79,9 @@ def atan2(b: Builder, y: Any, x: Any) -> Value:
 
 
 def expm1(b: Builder, x: Value) -> Value:
-    """exp(x) - 1 as 2 * exp(x / 2) * sinh(x / 2), exact near zero."""
-    half = b.op("Mul", b.cast(x, b.out_dtype), b.scalar(0.5, b.out_dtype))
+    """exp(x) - 1 as 2 * exp(x / 2) * sinh(x / 2), exact near zero. Below -40, where sinh becomes infinite, it is -1."""
+    value = b.op("Max", b.cast(x, b.out_dtype), b.scalar(-40, b.out_dtype))
+    half = b.op("Mul", value, b.scalar(0.5, b.out_dtype))
     return b.op("Mul", b.op("Mul", b.op("Exp", half), b.op("Sinh", half)), b.scalar(2, b.out_dtype))
 
 

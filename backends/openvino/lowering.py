@@ -18,6 +18,7 @@ from qfx.backends.onnx.lowering import as_tensor
 from qfx.backends.openvino.session import Session, SessionError
 from qfx.errors import Note, UnsupportedError, explain, source_line
 from qfx.graph import let_go
+from qfx.names import is_within
 from qfx.ops.heads import read
 
 _X_FORMAT = 8  # among the arguments of qfx::linear
@@ -60,7 +61,10 @@ class OpenVinoLowered:
 
     def __init__(self, gm: fx.GraphModule, built: Any, session: Session, results: Sequence[Any]) -> None:
         self._session = session
-        self._names = [n.name for n in gm.graph.nodes if n.op == "call_function"]
+        calls = [n for n in gm.graph.nodes if n.op == "call_function"]
+        self._names = [n.name for n in calls]
+        weights = ((n.name, graph.weight_of(n)) for n in calls)
+        self._weights = {name: str(weight.target) for name, weight in weights if weight is not None}
         places = {n.name: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
         made = {n.name: i for i, n in enumerate(built.outputs)}
         self._count = len(places)
@@ -87,6 +91,7 @@ class OpenVinoLowered:
         """Node name -> the OpenVINO kernels that compute it; "" where nothing of it is left."""
         main: dict[str, list[str]] = {name: [] for name in self._names}
         rest: dict[str, list[str]] = {name: [] for name in self._names}
+        products: dict[str, list[str]] = {}  # by the weight that each reads
         for operation in self._session.executed.get_ordered_ops():
             info = operation.get_rt_info()
             kind, kernel = (_text(info, key) for key in ("layerType", "primitiveType"))
@@ -94,6 +99,12 @@ class OpenVinoLowered:
             for owner in owners:
                 if owner in main:
                     (rest if kind in _MOVES else main)[owner].append(f"{kind} {kernel}".strip())
+            if _is_product(kind):
+                for weight in _constants(operation):
+                    products.setdefault(weight, []).append(f"{kind} {kernel}".strip())
+        for name, weight in self._weights.items():
+            if not main[name]:  # OpenVINO gives a product behind a norm the norm's name
+                main[name] = [k for held, found in products.items() if is_within(held, weight) for k in found]
         return {name: _told(main[name] or rest[name]) for name in self._names}
 
     def _precision(self) -> list[Note]:
@@ -139,6 +150,19 @@ def _of_integers(text: str) -> bool:
 
 def _is_product(kernel: str) -> bool:
     return kernel.partition(" ")[0] in ("FullyConnected", "MatMul")
+
+
+def _constants(operation: Any) -> list[str]:
+    """The names of the constants that an operation reads, as they are or moved."""
+    found, todo = [], [value.get_node() for value in operation.input_values()]
+    while todo:
+        source = todo.pop()
+        kind = _text(source.get_rt_info(), "layerType")
+        if kind == "Const":
+            found += _text(source.get_rt_info(), "originalLayersNames").split(",")
+        elif kind in _MOVES:
+            todo += [value.get_node() for value in source.input_values()]
+    return found
 
 
 def _text(info: Any, key: str) -> str:

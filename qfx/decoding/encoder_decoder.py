@@ -19,7 +19,7 @@ from qfx.decoding.decoder import PAST, PRESENT, Part, is_shared, of_any_length
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.hf.hub import write_configs
 from qfx.inputs import example_inputs, need_inputs
-from qfx.other_sizes import fixed_batches, other_sizes
+from qfx.other_sizes import fixed_sizes, other_sizes
 from qfx.passes.kv_cache import kv_cache
 from qfx.passes.masks import NATURAL
 from qfx.storage.files import sha256_file, write_text
@@ -216,7 +216,7 @@ def capture_encoder(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Cap
     encoder, given = _Encoder(model), {"inputs": dict(inputs)}
     captured = _read_only(capture_export(encoder, (), given))
     kind = type(model).__name__
-    notes = [*other_sizes(captured, encoder, (), given, kind), *fixed_batches(captured, kind)]
+    notes = [*other_sizes(captured, encoder, (), given, kind), *fixed_sizes(captured, kind)]
     return captured, {f"inputs_{name}": name for name in inputs}, notes
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,12 @@ def export_decoder(
     """
     from qfx.backends.onnx import genai
 
-    with evaluating(model), staged_folder(folder, last=genai.CONFIG) as stage, Spill(folder) as spill:
+    with (
+        evaluating(model),
+        _replacing(folder) as kept,
+        staged_folder(folder, last=genai.CONFIG) as stage,
+        Spill(folder) as spill,
+    ):
         order = order.planned(model)
         captured, names = decoder.capture_decoder(model, last_only=not all_logits)
         notes = [*order.beside]
@@ -49,13 +55,14 @@ def export_decoder(
         written = write(captured, notes, stage / MODEL, order, spill, names)
         sizes = decoder.stored_sizes(captured, names)
         genai.write_config(model, stage, written.inputs, sizes, shared=written.shared_cache)
+        kept.update(file.name for file in stage.iterdir())
     return replace(written, files=tuple(folder / file.name for file in written.files))
 
 
 def export_encoder_decoder(model: nn.Module, args: Any, folder: Path, order: Order) -> Exported:
     """The folder of an encoder-decoder: all of its files, or none. args: as for `qfx.export_onnx`."""
     at = encoder_decoder.DOCUMENT
-    with evaluating(model), staged_folder(folder, last=at) as stage, Spill(folder) as spill:
+    with evaluating(model), _replacing(folder) as kept, staged_folder(folder, last=at) as stage, Spill(folder) as spill:
         inputs = encoder_decoder.encoder_inputs(model, args)
         order = order.planned(model)
         sizes = encoder_decoder.cache_sizes(model, inputs)
@@ -68,6 +75,7 @@ def export_encoder_decoder(model: nn.Module, args: Any, folder: Path, order: Ord
             notes.append(_not_shared(model, captured))
         written = write(captured, notes, stage / encoder_decoder.DECODER, order, spill, names)
         encoder_decoder.write_document(model, stage, sorted(inputs.keys() - set(encoder.inputs)))
+        kept.update(file.name for file in stage.iterdir())
     return Exported(
         files=tuple(folder / file.name for file in (*written.files, *encoder.files)),
         nbytes=written.nbytes + encoder.nbytes,
@@ -78,6 +86,23 @@ def export_encoder_decoder(model: nn.Module, args: Any, folder: Path, order: Ord
         formats={**encoder.formats, **written.formats},
         shared_cache=written.shared_cache,
     )
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[set[str]]:
+    """Yields a set for the names of the files that are written to a folder. Once they are there, the other files of the
+    model that was exported to it before go: who opens the folder would take it for that one, or nothing reads them."""
+    from qfx.backends.onnx import genai
+    from qfx.backends.onnx.export import weights_beside
+
+    pair = (folder / encoder_decoder.DOCUMENT).is_file()
+    models = [folder / MODEL, *([folder / encoder_decoder.ENCODER] if pair else [])]
+    former = [folder / genai.CONFIG, folder / encoder_decoder.DOCUMENT, *models, *map(weights_beside, models)]
+    kept: set[str] = set()
+    yield kept
+    for path in former:
+        if path is not None and path.name not in kept:
+            path.unlink(missing_ok=True)
 
 
 def _not_shared(model: nn.Module, captured: Captured) -> Note:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import qfx
 from qfx.capture import capture_export
 from qfx.errors import QfxWarning
-from qfx.other_sizes import _looked_at, _near, fixed_batches, other_sizes
+from qfx.other_sizes import _looked_at, _near, fixed_sizes, other_sizes
 
 BLOCK = 4
 
@@ -145,7 +145,7 @@ def in_a_loop(x: Tensor) -> Tensor:
 
 def test_a_batch_that_the_forward_counts_is_told(tmp_path: Any) -> None:
     model, x = Looks(in_a_loop).eval(), torch.randn(4, 5, 3)
-    (note,) = fixed_batches(capture_export(model, (x,)), "Looks")
+    (note,) = fixed_sizes(capture_export(model, (x,)), "Looks")
     assert note.minor and note.node == "Looks"
     assert note.reason == "its forward computes with the size of dimension 0 of 'x' (4), which is fixed in the graph"
     with pytest.warns(QfxWarning, match=r"Looks: .* dimension 0 of 'x' \(4\), which is fixed"):
@@ -153,10 +153,30 @@ def test_a_batch_that_the_forward_counts_is_told(tmp_path: Any) -> None:
     qfx.export_onnx(model, (x,), tmp_path / "fixed.onnx", dynamic=False)  # asked for: nothing is said
 
 
+def test_a_number_of_tokens_that_the_forward_counts_is_told() -> None:
+    class Recurrent(nn.Module):
+        """As a state space model that goes from token to token."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(9, 3)
+
+        def forward(self, input_ids: Tensor, features: Tensor) -> Tensor:
+            states = [self.table(input_ids[:, 0])]
+            for at in range(1, input_ids.shape[1]):
+                states.append(states[-1] * 0.5 + self.table(input_ids[:, at]))
+            found: Tensor = torch.stack(states, 1) + features[..., None]
+            return found
+
+    inputs = torch.zeros(4, 5, dtype=torch.int64), torch.randn(4, 5)
+    (note,) = fixed_sizes(capture_export(Recurrent(), inputs), "Recurrent")
+    assert "its forward computes with the size of dimension 1 of 'input_ids' (5), which is fixed" in note.reason
+
+
 @pytest.mark.parametrize("shape", [(4, 5, 3), (1, 5, 3)])
 def test_a_batch_that_varies_or_is_one_is_not_told(shape: tuple[int, ...]) -> None:
     model, x = Looks(blocks).eval(), torch.randn(shape)
-    assert fixed_batches(capture_export(model, (x,)), "Looks") == []
+    assert fixed_sizes(capture_export(model, (x,)), "Looks") == []
 
 
 def test_features_are_no_batch() -> None:
@@ -165,10 +185,10 @@ def test_features_are_no_batch() -> None:
             return x.view(-1, 3) * by
 
     captured = capture_export(Scaled(), (torch.randn(4, 3), torch.randn(3)))
-    assert fixed_batches(captured, "Scaled") == []
+    assert fixed_sizes(captured, "Scaled") == []
 
 
 def test_where_no_axis_varies_one_note_is_enough() -> None:
     model, x = Looks(in_a_loop).eval(), torch.randn(4, 5, 3)
     captured = dataclasses.replace(capture_export(model, (x,)), fixed="no axis of an input varies: why")
-    assert fixed_batches(captured, "Looks") == []
+    assert fixed_sizes(captured, "Looks") == []

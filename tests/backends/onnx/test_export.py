@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import qfx
 from qfx.backends.onnx import export
 from qfx.backends.onnx.export import verify
+from tests.backends.onnx.checks import in_ort
 
 
 class Model(nn.Module):
@@ -48,6 +49,37 @@ def test_names_shapes_and_documents(tmp_path: Path) -> None:
     assert sizes == ["batch", "x_dim1", 64]
     assert "up: linear" in {node.doc_string for node in model.graph.node}
     assert model.producer_name == "qfx"
+
+
+class _Named(nn.Module):
+    """A parameter that is called like the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input = nn.Parameter(torch.ones(64))
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return input * 2 + self.input
+
+
+def test_an_input_is_called_as_the_forward_calls_it(tmp_path: Path) -> None:
+    """FX has no values called `input`, as that of torch.nn's own modules is."""
+    written = qfx.export_onnx(nn.Sequential(nn.Linear(64, 32), nn.ReLU()).eval(), X, tmp_path / "m.onnx")
+    assert written.inputs == ("input",)
+    assert in_ort(written.path, input=X).shape == (2, 5, 32)
+    model = _Named()
+    named = qfx.export_onnx(model, X, tmp_path / "n.onnx")  # a parameter has the name: one of them has another
+    found = in_ort(named.path, **{named.inputs[0]: X})
+    torch.testing.assert_close(found, model(X).detach())
+
+
+def test_weights_beside_a_model_go_with_it(tmp_path: Path) -> None:
+    write(tmp_path, external_bytes=0)
+    write(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+    (tmp_path / "m.onnx.data").write_bytes(b"of another program")
+    write(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
 
 
 def test_metadata_tells_the_formats(tmp_path: Path) -> None:

@@ -140,6 +140,24 @@ def test_outputs_that_are_inputs_constants_numbers_or_the_same() -> None:
     assert lowered(*inputs)[0] is inputs[0]
 
 
+class _Namesakes(nn.Module):
+    """Parameters that are called like an input, and like constants of the ONNX graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(floats(3, 6, seed=1))
+        self.constant_0, self.constant_1 = nn.Parameter(floats(6, seed=2)), nn.Parameter(floats(6, seed=3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.x + self.constant_0 * 2).unsqueeze(0) + self.constant_1
+
+
+def test_parameters_that_are_called_like_an_input_or_a_constant() -> None:
+    model, x = _Namesakes(), floats(3, 6)
+    (found,) = lower(capture_export(model, (x,), dynamic=False).gm, strict=True)(x)
+    same(found, model(x).detach())
+
+
 def test_a_graph_without_any_computation() -> None:
     lowered = lower(traced(lambda x: (x,), x2(3)))
     inputs = floats(3, 6)

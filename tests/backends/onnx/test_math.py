@@ -74,6 +74,8 @@ CASES: list[Case] = [
     ("round", torch.round, halves),
     ("round decimals", lambda x: torch.round(x, decimals=1), lambda n: [floats(n, 4)]),
     ("log1p near zero", torch.log1p, lambda n: [floats(n, 4) * 1e-6]),
+    ("expm1 far below zero", lambda x: torch.expm1(-x.abs() * 1000), special),
+    ("expm1 of large negative numbers", torch.expm1, lambda n: [floats(n, 4).abs() * -500]),
     ("expm1 near zero", torch.expm1, lambda n: [floats(n, 4) * 1e-6]),
     *[
         (name, getattr(torch, name), special)

@@ -56,6 +56,8 @@ CASES: list[Case] = [
         lambda x, w, c: (F.group_norm(x.mT, 2, w, c), F.group_norm(x.mT, 4), F.group_norm(x.mT[..., 0], 2)),
         norm,
     ),
+    ("norms of sizes that vary", lambda x, w, c: (F.layer_norm(x, x.shape), F.rms_norm(x, x.shape)), norm),
+    ("instance_norm of channels that vary", lambda x, w, c: F.instance_norm(x.transpose(0, 1)), norm),
     ("batch_norm", lambda x, w, c: F.batch_norm(x.mT, c, w.abs() + 0.1, w, c), norm),
     ("instance_norm", lambda x, w, c: F.instance_norm(x.mT), norm),
     ("conv2d", lambda x, w, c: (F.conv2d(x, w, c), F.conv2d(x, w, None, 2, 1), F.conv2d(x, w, c, 1, (2, 1), 2)), image),
@@ -76,6 +78,11 @@ CASES: list[Case] = [
     ),
     ("avg_pool ceil", lambda x, w, c: F.avg_pool2d(x, 2, ceil_mode=True), image),
     ("max_pool ceil", lambda x, w, c: F.max_pool2d(x, 2, ceil_mode=True), image),
+    (
+        "pools without a batch",
+        lambda x, w, c: (F.max_pool2d(x[0], 3, 2, 1), F.avg_pool2d(x[0], (3, 2)), F.max_pool1d(x[0, 0], 3)),
+        image,
+    ),
     ("resize nearest", lambda x, w, c: (F.interpolate(x, (12, 5)), F.interpolate(x, scale_factor=2)), image),
     ("resize nearest exact", lambda x, w, c: F.interpolate(x, (12, 5), mode="nearest-exact"), image),
     (
@@ -107,6 +114,11 @@ CASES: list[Case] = [
     ("dropout in eval", lambda x, w, c: F.dropout(x, 0.5, training=False), xw),
     ("embedding", lambda x, w, c: F.embedding((x[..., 0].abs() * 2).long() % 6, w), xw),
     ("cosine_similarity", lambda x, w, c: F.cosine_similarity(x, x.flip(1), dim=-1), xw),
+    (
+        "cosine_similarity of other shapes",
+        lambda x, w, c: [F.cosine_similarity(x[:, :1], y, dim=d) for y in (x, x[0], x[0, 0]) for d in (0, 1, -1)],
+        xw,
+    ),
 ]
 
 

@@ -196,10 +196,10 @@ def test_float_activations_of_a_standard_file_stay_floats(tmp_path: Path, fmt: s
         qfx.export_onnx(model, (X,), path, recipe=recipe, runtime="standard", strict=True)
     assert LEVEL in qfx.onnx.check(path)[FLOATS_KEY]
     want = qfx.quantize(model, recipe, [X])(X).detach()
-    (y,) = opened(path)(input_1=X).values()
+    (y,) = opened(path)(input=X).values()
     torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
     rounded: Any = qfx.onnx.load(path, session_options={LEVEL: "4"})
-    (y,) = rounded(input_1=X).values()
+    (y,) = rounded(input=X).values()
     assert (y - want).norm() > 1e-3 * want.norm(), "what ONNX Runtime does where nothing is said"
 
 

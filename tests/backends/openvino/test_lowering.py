@@ -75,6 +75,21 @@ def test_integer_kernels_are_told_for_each_linear() -> None:
         assert "I8" in rows[name].kernel or "i8" in rows[name].kernel, rows[name]
 
 
+@pytest.mark.parametrize("recipe", ["w8a16", "w4a16"])
+@torch.no_grad()
+def test_products_behind_a_norm_are_told(recipe: str) -> None:
+    """OpenVINO gives them the name of the norm, whose weights are not ones."""
+    model, (x, *_) = block()
+    for norm in (model.norm, model.norm2):
+        norm.weight.uniform_(0.5, 2)
+        norm.bias.uniform_(-1, 1)
+    fast = compiled(model, recipe=recipe)
+    fast(x)
+    kernels = {row.node: row.kernel for row in qfx.report(fast).rows if row.op == "linear"}
+    assert set(kernels) == {"qkv", "o", "up", "down"}
+    assert all(kernel.startswith("OpenVINO FullyConnected") for kernel in kernels.values()), kernels
+
+
 @torch.no_grad()
 def test_other_shapes() -> None:
     model, xs = block()

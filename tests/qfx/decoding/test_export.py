@@ -51,6 +51,30 @@ def test_an_encoder_decoder_is_told_by_both_files(tmp_path: Path) -> None:
         qfx.onnx.load(tmp_path / "m")
 
 
+def test_a_folder_holds_the_model_that_was_exported_last(tmp_path: Path) -> None:
+    """Nothing of the one before is left that would be taken for it, or that nothing reads."""
+    decoder, seq2seq = ZOO["llama"]()[0], ZOO["bart"]()[0]
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    export(decoder, tmp_path / "m", external_bytes=0)
+    alone, pairs = {"model.onnx", genai.CONFIG}, {pair.ENCODER, pair.DECODER, pair.DOCUMENT}
+    beside = {"notes.txt", "config.json", "generation_config.json"}
+    for model, names in ((seq2seq, pairs), (decoder, alone)):
+        export(model, tmp_path / "m")
+        assert {file.name for file in (tmp_path / "m").iterdir()} == names | beside
+        assert qfx.onnx.load(tmp_path / "m").config.model_type == model.config.model_type  # type: ignore[union-attr]
+
+
+def test_a_folder_is_as_before_where_an_export_fails(tmp_path: Path) -> None:
+    export(ZOO["bart"]()[0], tmp_path / "m", external_bytes=0)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
+    model: Any = ZOO["llama"]()[0]
+    model.forward = lambda **_: type("Output", (), {"past_key_values": None})()
+    with pytest.raises(qfx.UnsupportedError, match="keeps no plain cache"):
+        export(model, tmp_path / "m")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()} == before
+
+
 def test_a_model_without_a_plain_cache(tmp_path: Path) -> None:
     model: Any = ZOO["llama"]()[0]
     model.forward = lambda **_: type("Output", (), {"past_key_values": None})()
