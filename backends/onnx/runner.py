@@ -23,7 +23,7 @@ _FOLDER = "session.model_external_initializers_file_folder_path"
 _TORCH = {
     "tensor(float)": torch.float32, "tensor(int64)": torch.int64, "tensor(int32)": torch.int32,
     "tensor(bool)": torch.bool, "tensor(float16)": torch.float16, "tensor(double)": torch.float64,
-    "tensor(uint8)": torch.uint8, "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8, "tensor(int8)": torch.int8, "tensor(int16)": torch.int16,
 }  # fmt: skip
 
 
@@ -63,7 +63,7 @@ class Runner:
     def run(self, feeds: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Outputs by name. into: contiguous tensors that outputs are written into, of exactly their shapes.
 
-        Raises ValueError for inputs that are missing, unknown or of another dtype.
+        Raises ValueError for inputs that are missing, unknown, or of another dtype or shape.
         """
         self._check(feeds)
         into = into or {}
@@ -86,7 +86,11 @@ class Runner:
             if places.get(name) != place:
                 binding.bind_output(name, "cpu", 0, ONNX_TYPE[target.dtype], place[1], place[0])
                 places[name] = place
-        self.session.run_with_iobinding(binding)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # of ONNX Runtime's own kinds
+            self._check_shapes(feeds, error)
+            raise
         found = binding._iobinding.get_outputs()
         return {
             name: into[name] if name in into else as_torch(found, i, name in self._bool)
@@ -114,6 +118,28 @@ class Runner:
                 next_step="give every input by its name",
             )
         )
+
+    def _check_shapes(self, feeds: Mapping[str, Tensor], error: Exception) -> None:
+        """Raises ValueError where the shape of an input does not fit, or two differ in a size that has one name."""
+        sizes: dict[str, int] = {}
+        wrong = []
+        for value in self.session.get_inputs():
+            shape = tuple(feeds[value.name].shape)
+            if len(shape) != len(value.shape) or not all(
+                due is None or size == (due if isinstance(due, int) else sizes.setdefault(due, size))
+                for due, size in zip(value.shape, shape, strict=True)
+            ):
+                wrong.append(value)
+        if not wrong:
+            return
+        raise ValueError(
+            explain(
+                "the shapes of the inputs do not fit the file",
+                expected=", ".join(f"{value.name} [{', '.join(map(str, value.shape))}]" for value in wrong),
+                found=", ".join(f"{value.name} {list(feeds[value.name].shape)}" for value in wrong),
+                next_step="numbers are sizes of the example: export with another one (args=), or fill up to them",
+            )
+        ) from error
 
 
 def _apart(path: Path) -> bytes:

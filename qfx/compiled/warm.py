@@ -143,9 +143,18 @@ class Warm:
         return None if folder is None else Found(entry, folder)
 
     def _guards(self) -> str | None:
-        """All guards on the sizes of Dynamo's graph, with those that capturing it has added."""
+        """All guards on the sizes of Dynamo's graph, with those that capturing it has added.
+
+        Those on what the graph does not get, such as a number that the code around it took out of a tensor, are
+        Dynamo's, which sets them itself before it asks for the graph.
+        """
         env, sizes = self._sizes()
-        return env.produce_guards_expression(sizes) if sizes else None
+        if not sizes:
+            return None
+        known = {symbol for value in self._values() for symbol in _symbols(value)}
+        guards = [guard for guard in env.guards if env.replace(guard.expr).free_symbols <= known]
+        expression: str | None = env.produce_guards_expression(sizes, guards=guards)
+        return expression
 
     def _holds(self, guards: str) -> bool:
         """Whether the guards hold; evaluating them lets Dynamo check them from now on."""
@@ -153,9 +162,11 @@ class Warm:
         return bool(env.evaluate_guards_expression(guards, sizes))
 
     def _sizes(self) -> tuple[Any, list[Any]]:
-        values = [example_of(n) for n in self._gm.graph.nodes if n.op == "placeholder"]
-        sizes = [v for v in values if isinstance(v, torch.SymInt)]
+        sizes = [v for v in self._values() if isinstance(v, torch.SymInt)]
         return (sizes[0].node.shape_env if sizes else None), sizes
+
+    def _values(self) -> list[Any]:
+        return [example_of(n) for n in self._gm.graph.nodes if n.op == "placeholder"]
 
 
 @dataclass(frozen=True)
@@ -210,6 +221,13 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
         rows=tuple(Row(**row) for row in fields["rows"]),
         program=fields["program"],
     )
+
+
+def _symbols(value: Any) -> set[Any]:
+    """The symbols of a graph's input."""
+    sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+    found = (size.node.expr.free_symbols for size in sizes if isinstance(size, torch.SymInt | torch.SymFloat))
+    return set().union(*found)
 
 
 def _is_plain(guards: str) -> bool:

@@ -127,6 +127,31 @@ def test_inputs_that_do_not_fit(runner: Runner) -> None:
         runner.run({"x": x.double(), "past": x})
 
 
+class Sound(nn.Module):
+    """Samples as a microphone gives them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float() / 2**15
+
+
+def test_inputs_of_16_bit_integers(tmp_path: Path) -> None:
+    x = torch.tensor([[-(2**15), 3, 2**15 - 1], [0, 1, 2]], dtype=torch.int16)
+    loaded = qfx.onnx.load(qfx.export_onnx(Sound(), (x,), tmp_path / "m.onnx").path)
+    torch.testing.assert_close(loaded(x=x)["output"], x.float() / 2**15)
+
+
+def test_shapes_that_do_not_fit(runner: Runner, tmp_path: Path) -> None:
+    x = torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"expected: x \[batch, x_dim1\]\n  found: x \[4\]"):
+        runner.run({"x": x[0], "past": x})
+    with pytest.raises(ValueError, match=r"expected: past \[batch, x_dim1\]\n  found: past \[3, 4\]"):
+        runner.run({"x": x, "past": torch.ones(3, 4)})
+    assert torch.equal(runner.run({"x": x, "past": x})["y"], x * 2), "the next call is as any other"
+    fixed = qfx.onnx.load(qfx.export_onnx(nn.ReLU(), (x[:1],), tmp_path / "fixed.onnx").path)
+    with pytest.raises(ValueError, match=r"expected: input \[1, input_dim1\]\n  found: input \[2, 4\]"):
+        fixed(input=x)
+
+
 def test_a_file_that_onnx_runtime_refuses_is_named(tmp_path: Path) -> None:
     path = qfx.export_onnx(nn.Linear(8, 8).eval(), (torch.ones(2, 8),), tmp_path / "m.onnx", recipe="w8a8").path
     data = path.read_bytes()

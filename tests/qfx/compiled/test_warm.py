@@ -212,6 +212,37 @@ def test_guards_that_capturing_adds_hold_on_a_warm_start(cache_folder: Path, cou
     assert all(torch.equal(a, b) for a, b in zip(cold, warm, strict=True))
 
 
+class Takes(nn.Module):
+    """A number is taken out of a tensor between two graphs, and its sign chooses the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x).abs()
+        if y.sum().item() > 0:
+            y = y + 1
+        out: Tensor = self.b(y)
+        return out
+
+
+def test_guards_on_what_no_graph_gets_are_left_to_dynamo(cache_folder: Path, counts: Counts) -> None:
+    inputs = [randn(n, 8, seed=n) for n in (4, 6)]
+
+    def run() -> list[Tensor]:
+        _, fast = start(Takes().eval(), inputs[0], dynamic=True)
+        with torch.no_grad():
+            return [fast(x) for x in inputs]
+
+    cold = run()
+    lowered = counts.lowered
+    warm = run()
+    assert counts.lowered == lowered, "both graphs are kept"
+    assert all(torch.equal(a, b) for a, b in zip(cold, warm, strict=True))
+
+
 def test_only_comparisons_of_sizes_are_read_as_guards() -> None:
     assert _is_plain("2 <= L['t0'] and (L['t0'] % 2) == 0 and L['t1'] != max(1, L['t0'] // 3)")
     for text in ("__import__('os').system('x')", "L['t0'].__class__", "open('x')", "[1 for _ in ()]", "lambda: 1", "("):
