@@ -225,7 +225,7 @@ def test_bad_options(given: dict[str, Any], message: str) -> None:
 
 def test_options_travel_with_the_recipe() -> None:
     recipe = Recipe.parse("w4a16-gptq").override(gptq={"asymmetric": True})
-    assert recipe.gptq == GptqOptions(asymmetric=True)
+    assert recipe.gptq == GptqOptions(asymmetric=True, clip=True, sweeps=2), "the others are those of the preset"
     assert Recipe.parse(recipe.to_dict()) == recipe
     assert gptq.method(recipe).needs_float
     assert not gptq.method(Recipe.parse("w4a16-gptq")).needs_float
