@@ -100,9 +100,9 @@ def build(gm: fx.GraphModule, *, runtime: str = "onnxruntime", prefill: bool = F
 
 def _next_step(node: fx.Node, otherwise: str) -> str:
     """What to do about a node without an ONNX form: of what qfx quantized it is the formats that have none."""
-    target = node.target
-    own = isinstance(target, torch._ops.OpOverload) and target.namespace == "qfx"
-    quantized = own and any(argument.name.endswith("_format") for argument in target._schema.arguments)
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "qfx":
+        return otherwise
+    quantized = any(argument.name.endswith("_format") for argument in node.target._schema.arguments)
     return "other formats for it, such as those of w8a8 or w4a16" if quantized else otherwise
 
 
