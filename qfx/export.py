@@ -70,6 +70,7 @@ def export_onnx(
     pair = Path(path).suffix != ".onnx" and not folder and is_encoder_decoder(model)
     target = Path(path) if folder or pair else _checked_path(path)
     _check_options(runtime, recipe, plan)
+    _check_external(external_bytes)
     _check_prefill(prefill, runtime)
     caches = _checked_kv(kv, folder=folder, data=data)
     asked = None if recipe is None else Recipe.parse(recipe)
@@ -175,6 +176,12 @@ def _checked_kv(kv: str | Mapping[str, str] | None, *, folder: bool, data: Any) 
     if data is None:
         raise need_data(kv)
     return formats
+
+
+def _check_external(count: int | None) -> None:
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+        step = "0 for a file of weights at any size; leave it out for one beyond 32 MiB"
+        raise ValueError(explain("external_bytes=", expected="bytes, or None", found=repr(count), next_step=step))
 
 
 def _check_options(runtime: str, recipe: Any, plan: Plan | None) -> None:

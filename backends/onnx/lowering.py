@@ -85,7 +85,8 @@ def build(gm: fx.GraphModule, *, runtime: str = "onnxruntime", prefill: bool = F
         run.run(gm, [functools.partial(moe, fits=qmoe.fits)])
     reasons = decompose(gm, functools.partial(reason_against, runtime=runtime))
     if reasons:
-        raise UnsupportedError(_refusal(reasons, "a file needs one for every node", "rewrite this part of the model"))
+        step = _next_step(next(iter(reasons)), "rewrite this part of the model")
+        raise UnsupportedError(_refusal(reasons, "a file needs one for every node", step))
     stages = stages_of(gm, set())
     stage = stages[0] if stages else Stage(eager=False)
     results = _output_node(gm).args[0]
@@ -95,6 +96,14 @@ def build(gm: fx.GraphModule, *, runtime: str = "onnxruntime", prefill: bool = F
     builder, built = emit_stage(gm, stage, carriers_of(gm), runtime, prefill=prefill)
     built.notes += _half_note(gm, "which inputs and outputs of the file are, too")
     return builder, built
+
+
+def _next_step(node: fx.Node, otherwise: str) -> str:
+    """What to do about a node without an ONNX form: of what qfx quantized it is the formats that have none."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "qfx":
+        return otherwise
+    quantized = any(argument.name.endswith("_format") for argument in node.target._schema.arguments)
+    return "other formats for it, such as those of w8a8 or w4a16" if quantized else otherwise
 
 
 def _refusal(reasons: dict[fx.Node, str], expected: str, next_step: str) -> str:
@@ -131,7 +140,10 @@ class OnnxLowered:
     """
 
     def __init__(self, gm: fx.GraphModule, eager: dict[fx.Node, str], folder: Path | None = None) -> None:
-        self.notes = [Note(fqn_of(n), f"runs in torch: {why}", _NEXT, source_line(n) or "") for n, why in eager.items()]
+        self.notes = [
+            Note(fqn_of(n), f"runs in torch: {why}", _next_step(n, _NEXT), source_line(n) or "")
+            for n, why in eager.items()
+        ]
         self._placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self._stages = stages_of(gm, set(eager))
         carriers = carriers_of(gm)

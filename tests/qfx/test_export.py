@@ -300,6 +300,14 @@ LINEAR, X = nn.Linear(4, 4).eval(), torch.ones(2, 4)
 REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "another ending": ((LINEAR, X, "m.bin"), {}, ValueError, r"ends in \.onnx"),
     "no ending": ((LINEAR, X, "m"), {}, ValueError, r"ends in \.onnx"),
+    "formats without a kernel": (
+        (LINEAR, X, "m.onnx"),
+        {"recipe": "fp8"},
+        UnsupportedError,
+        "next step: other formats for it",
+    ),
+    "bytes as a text": ((LINEAR, X, "m.onnx"), {"external_bytes": "1MB"}, ValueError, "found: '1MB'"),
+    "bytes below zero": ((LINEAR, X, "m.onnx"), {"external_bytes": -1}, ValueError, "found: -1"),
     "an unknown runtime": ((LINEAR, X, "m.onnx"), {"runtime": "tensorrt"}, ValueError, "'onnxruntime' or 'standard'"),
     "a cache format": ((LINEAR, X, "m.onnx"), {"kv": "i8"}, ValueError, "without a cache"),
     "an unknown recipe": ((LINEAR, X, "m.onnx"), {"recipe": "w8a9"}, ValueError, "did you mean"),

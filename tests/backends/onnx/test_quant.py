@@ -188,6 +188,7 @@ def test_unknown_activation_formats_run_in_torch_and_are_told() -> None:
     quality, lowered = linear(inputs(), packed, None, "f8e4m3/tok")
     assert quality == float("inf")
     assert [note.reason for note in lowered.notes] == ["runs in torch: activations in f8e4m3/tok"]
+    assert [note.next_step for note in lowered.notes] == ["other formats for it, such as those of w8a8 or w4a16"]
     assert lowered.kernels == {"linear_default": "torch qfx.linear.default"}
 
 
