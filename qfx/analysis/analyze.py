@@ -12,6 +12,7 @@ from qfx import data as batches
 from qfx import graph
 from qfx.analysis.energies import energies
 from qfx.analysis.losses import LABELS, Loss, find
+from qfx.analysis.measured import some
 from qfx.analysis.score import FORMATS, By, Options, score_graph
 from qfx.analysis.sensitivity import Sensitivity
 from qfx.analysis.weights import rounding_of
@@ -27,6 +28,8 @@ from qfx.plan import Plan
 from qfx.quantize import check_float, evaluating
 from qfx.recipe import Recipe
 from qfx.traced_call import always_shared
+
+_SEEN = 4096  # positions by whose energy weights are rounded, as in plans: their values are held side by side
 
 
 def analyze(
@@ -69,7 +72,7 @@ def analyze(
             skip = _left_out(gm, asked)
         found, more = score_graph(
             gm, flat, options, outputs=outputs, loss=loss, labelled=labelled, skip=skip,
-            seen=energies(gm, flat, asked), progress=progress,
+            seen=energies(gm, some(flat, _SEEN), asked), progress=progress,
         )  # fmt: skip
     told([*notes, *more], strict=strict)
     found.provenance.update(_provenance(model, calls, options, loss))
