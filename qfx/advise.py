@@ -243,14 +243,13 @@ class _Walk:
 
     def _budgeted(self, recipe: Recipe) -> list[tuple[str, Recipe]]:
         """A recipe that plans bits under the budgets that are wanted, by name; others as they are."""
-        planned = recipe.allocation
-        if planned is None or planned.budgets:
+        if recipe.allocation is None or recipe.allocation.budgets:
             return [(recipe.name, recipe)]
         ways: list[dict[str, Any]] = [{"avg_bits": bits} for bits in _BITS]
         if self.wanted.ratio is not None:
             ways = [{"max_bytes": int(self.half / self.wanted.ratio)}]
         return [
-            (f"{recipe.name} {key}={value}", recipe.override(allocation=planned.model_copy(update={key: value})))
+            (f"{recipe.name} {key}={value}", recipe.override(allocation={key: value}))
             for way in ways
             for key, value in way.items()
         ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from qfx.errors import explain
 from qfx.recipe import Recipe
-from qfx.rounding.method_options import BUDGETS, AllocationOptions
+from qfx.rounding.method_options import BUDGETS
 
 
 def with_budget(
@@ -29,11 +29,8 @@ def with_budget(
             raise ValueError(f"units={units!r} says how a budget is spent: give one, such as avg_bits=4")
         return recipe
     load = {name: value for name, value in (("batch", batch), ("context", context)) if value is not None}
-    fields = {} if own is None else {name: getattr(own, name) for name in AllocationOptions.model_fields}
-    if given:
-        fields = {name: value for name, value in fields.items() if name not in BUDGETS} | given
-    made = AllocationOptions(**(fields | load | ({} if units is None else {"units": units})))
-    if not made.budgets:
+    made = recipe.override(allocation=given | load | ({} if units is None else {"units": units}))
+    if made.allocation is None or not made.allocation.budgets:
         raise ValueError(
             explain(
                 f"recipe {recipe.name!r} needs a budget",
@@ -41,4 +38,4 @@ def with_budget(
                 next_step="give it beside the recipe, or in its field allocation",
             )
         )
-    return recipe.override(allocation=made)
+    return made

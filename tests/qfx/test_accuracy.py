@@ -284,9 +284,7 @@ def test_tiny_lm_by_heads_is_nearer_than_one_format(tiny_lm: TinyLM, fmt: str, m
     uniform = qfx.quantize(tiny_lm.load(), {"rules": rules, "rounding": "mse"})
     rows = [row for row in qfx.report(uniform) if row.quantized and not row.shared]
     bits = 8 * sum(row.bytes_after for row in rows) / sum(row.elements for row in rows)
-    options = qfx.Recipe.parse("heads").allocation
-    assert options is not None
-    heads = qfx.Recipe.parse("heads").override(rounding="mse", allocation=options.model_copy(update={"refine": 0}))
+    heads = qfx.Recipe.parse("heads").override(rounding="mse", allocation={"refine": 0})
     mixed = qfx.quantize(tiny_lm.load(), heads, tiny_lm.calibration, avg_bits=bits)
     one, mix = (tiny_lm.loss(model)[1] for model in (uniform, mixed))
     sizes = [qfx.report(model).totals["bytes_after"] for model in (uniform, mixed)]
@@ -300,9 +298,7 @@ def test_tiny_lm_by_heads_is_nearer_than_one_format(tiny_lm: TinyLM, fmt: str, m
 @pytest.mark.parametrize(("bits", "most"), [(3, 0.9), (4, 0.85)])
 def test_tiny_lm_by_heads_ends_with_gptq(tiny_lm: TinyLM, bits: float, most: float) -> None:
     """The formats that scores choose, rounded by "mse" and as the preset does. Divergences are printed."""
-    options = qfx.Recipe.parse("heads").allocation
-    assert options is not None
-    quick = qfx.Recipe.parse("heads").override(allocation=options.model_copy(update={"refine": 0}))
+    quick = qfx.Recipe.parse("heads").override(allocation={"refine": 0})
     models = [
         qfx.quantize(tiny_lm.load(), asked, tiny_lm.calibration, avg_bits=bits)
         for asked in (quick.override(rounding="mse"), quick)
