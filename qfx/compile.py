@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from qfx import graph, names
 from qfx.compiled import frame
+from qfx.compiled.apart import apart
 from qfx.compiled.encoder import encoder_apart
 from qfx.compiled.frame import Frame
 from qfx.compiled.records import GraphRecord, all_records, remember
@@ -74,7 +75,7 @@ class Built:
         mutations = template.interface.mutations
         if mutations:
             with torch.no_grad():
-                outputs = _apart(outputs, {output: args[i] for output, i in mutations.items()})
+                outputs = apart(outputs, {output: args[i] for output, i in mutations.items()})
                 for output, i in mutations.items():
                     args[i].copy_(outputs[output])
             outputs = outputs[len(mutations) :]
@@ -306,19 +307,6 @@ class CompiledGraph:
         own = [r for r in all_records() if r.frame.same_as(at) and r.options == self._asked]
         said = {note for record in own for note in record.notes}
         told([n for n in notes if n not in said], strict=self._options.strict)
-
-
-def _apart(outputs: Sequence[Any], changed: Mapping[int, Tensor]) -> list[Any]:
-    """Outputs, copies of those that lie in what is about to change: a graph may give an input, or a part of it.
-
-    changed: what the first of them are to be written into; one that is there already stays.
-    """
-    places = {t.untyped_storage().data_ptr() for t in changed.values() if t.numel()}
-
-    def lies_there(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.numel() > 0 and value.untyped_storage().data_ptr() in places
-
-    return [o.clone() if o is not changed.get(i) and lies_there(o) else o for i, o in enumerate(outputs)]
 
 
 def lower(gm: fx.GraphModule, name: str, *, strict: bool, mode: str | None = None, folder: Path | None = None) -> Any:
