@@ -9,6 +9,7 @@ the next token. A split takes its share of those that there are.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -184,9 +185,9 @@ def _config(found: Layout, q: Tensor, rows: int) -> Config:
     """With SPLITS: as many as fill the GPU, and as there can be blocks."""
     device = device_of(q)
     many = q.shape[1] // found.groups
-    given = (device, found, rows, many, q.dtype)
     key = problem(found, many, q.dtype)
-    known = tuning.tuned(device, "cache_attention", key, rows, lambda: candidates(*given)) or heuristic(*given)
+    worth = functools.partial(candidates, device, found, many=many, dtype=q.dtype)
+    known = tuning.tuned(device, "cache_attention", key, rows, worth) or heuristic(device, found, rows, many, q.dtype)
     config = dict(known)
     programs = q.shape[0] * found.groups * triton.cdiv(rows, config["BLOCK_M"])
     least = config["BLOCK_R"] * min(math.lcm(p.keys.planes, p.values.planes) for p in found.parts)

@@ -80,7 +80,7 @@ def grouped_weight_only(x: Tensor, w: list[Tensor], offs: Tensor, w_format: str,
 def choose(device: Device, fmt: Format, t: int, experts: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """The configuration of a call: the measured one of this device, else by rule. Buckets are of rows, `t`."""
     problem = f"{fmt} e={experts} n={n} k={k} {dtype_name(dtype)}"
-    found = tuning.tuned(device, "experts", problem, t, lambda: candidates(fmt, t, experts, dtype))
+    found = tuning.tuned(device, "experts", problem, t, lambda most: candidates(fmt, most, experts, dtype))
     return found or heuristic(device, fmt, t, experts, n, k, dtype)
 
 

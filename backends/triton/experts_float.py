@@ -53,7 +53,7 @@ def grouped_floats(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
 def choose(device: Device, t: int, experts: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """The configuration of a call: the measured one of this device, else the least tile for an expert's share."""
     problem = f"e={experts} n={n} k={k} {dtype_name(dtype)}"
-    found = tuning.tuned(device, "experts_float", problem, t, lambda: candidates(t, experts, k, dtype))
+    found = tuning.tuned(device, "experts_float", problem, t, lambda most: candidates(most, experts, k, dtype))
     return found or heuristic(t, experts, k, dtype)
 
 

@@ -117,13 +117,12 @@ def _e4m3(
 
 def _configuration(device: Device, family: Any, problem: object, t: int, experts: int) -> Config:
     """The measured configuration of `t` rows, else by the rule of gemm4_config or gemm8_config for an even share."""
-    each = -(-t // experts)
 
-    def candidates() -> list[Config]:
-        return [_kept(config) for config in family.unsplit_candidates(device, problem, each)]
+    def candidates(most: int) -> list[Config]:
+        return [_kept(config) for config in family.unsplit_candidates(device, problem, -(-most // experts))]
 
     found = tuning.tuned(device, _TUNED, f"e={experts} {problem}", t, candidates)
-    return found or _kept(family.unsplit(device, problem, each))
+    return found or _kept(family.unsplit(device, problem, -(-t // experts)))
 
 
 def _kept(config: Config) -> Config:

@@ -10,6 +10,8 @@ heads, and through all of a cache of fixed length, filled or not.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -141,8 +143,8 @@ def _config(q: Tensor, k: Tensor, v_width: int, rows: int, mask: int) -> dict[st
     """With SPLITS: as many as fill the GPU, and as there can be blocks. mask: see `fitted`."""
     device, width = device_of(q), max(q.shape[3], v_width)
     key = problem(q.shape[3], v_width, rows // q.shape[2], q.dtype)
-    given = (width, rows, q.dtype)
-    known = tuning.tuned(device, "float_attention", key, rows, lambda: candidates(*given)) or heuristic(*given)
+    worth = functools.partial(candidates, width, dtype=q.dtype)
+    known = tuning.tuned(device, "float_attention", key, rows, worth) or heuristic(width, rows, q.dtype)
     each = q.dtype.itemsize
     config = fitted(known, (block_of(q.shape[3]) * each, block_of(v_width) * each, each, mask), device)
     programs = q.shape[0] * k.shape[1] * triton.cdiv(rows, config["BLOCK_M"])

@@ -58,7 +58,7 @@ class Problem:
 
 def configuration(device: Device, problem: Problem, m: int) -> Config:
     """The configuration for m rows."""
-    found = tuned(device, KERNEL, str(problem), m, lambda: candidates(device, problem, m))
+    found = tuned(device, KERNEL, str(problem), m, lambda most: candidates(device, problem, most))
     return found or heuristic(device, problem, m)
 
 

@@ -139,7 +139,7 @@ def candidates(size: int) -> list[Config]:
 
 def _config(size: int, rows: int, dtype: torch.dtype, device: Device) -> Config:
     problem = f"size={size} {dtype_name(dtype)}"
-    if (found := tuned(device, "hadamard", problem, rows, lambda: candidates(size))) is not None:
+    if (found := tuned(device, "hadamard", problem, rows, lambda _: candidates(size))) is not None:
         return found
     shape = layout(size)
     r = 1 if shape.a > 1 else (64 if rows >= 64 * device.processors else 16)

@@ -87,7 +87,7 @@ def columns_at_once(group: int, *, floats: bool = False) -> int:
 def configuration(device: Device, weight: Mixed, m: int, k: int) -> Config:
     """Of integer inputs."""
     problem = weight.problem(k, columns_at_once(weight.group))
-    found = tuned(device, "gemm_mixed", weight.text(problem), m, lambda: candidates(device, problem, m))
+    found = tuned(device, "gemm_mixed", weight.text(problem), m, lambda most: candidates(device, problem, most))
     return found or heuristic(device, problem, m)
 
 
@@ -95,7 +95,7 @@ def of_floats(device: Device, weight: Mixed, m: int, k: int, dtype: torch.dtype,
     """Of float inputs. plain: k may be split, and the product may be torch's."""
     problem = weight.problem(k, columns_at_once(weight.group, floats=True))
     text = f"{weight.text(problem)} {dtype_name(dtype)}"
-    found = tuned(device, "linear_mixed", text, m, lambda: float_candidates(device, problem, m, dtype))
+    found = tuned(device, "linear_mixed", text, m, lambda most: float_candidates(device, problem, most, dtype))
     config = dict(found or float_candidates(device, problem, m, dtype)[0])
     if plain:
         return config

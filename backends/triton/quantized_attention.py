@@ -191,8 +191,9 @@ def configuration(q: Laid, v: Tensor, kind: Sequence[str], device: Device, mask:
     rows, width, dtype = q.codes.shape[2], q.codes.shape[3], q.codes.dtype
     problem = " ".join([f"d={width} dv={v.shape[-1]} {str(dtype)[6:]} {str(v.dtype)[6:]}", *kind])
     lean = dtype == torch.int8 and not set(kind) - {"causal"}
-    given = (rows, max(width * dtype.itemsize, v.shape[-1] * v.dtype.itemsize), lean, device)
-    found = tuning.tuned(device, KERNEL, problem, rows, lambda: candidates(*given)) or _heuristic(*given)
+    given = (max(width * dtype.itemsize, v.shape[-1] * v.dtype.itemsize), lean, device)
+    known = tuning.tuned(device, KERNEL, problem, rows, lambda most: candidates(most, *given))
+    found = known or _heuristic(rows, *given)
     row = width * dtype.itemsize
     queries = row if device.from_shared or dtype == torch.float32 else 0  # else they are held in registers
     sizes = (queries, row, v.shape[-1] * v.dtype.itemsize, 0 if mask is None else mask.dtype.itemsize)

@@ -126,7 +126,7 @@ def settings(
     problem = f"k={k} {dtype_name(rows.dtype)}"
     problem += ("" if other is None else " two") + ("" if smooth is None else " smooth")
     width = sum(dtype.itemsize for dtype in read)
-    known = tuned(device, kernel, problem, m, lambda: candidates(device, k, width))
+    known = tuned(device, kernel, problem, m, lambda _: candidates(device, k, width))
     found = dict(known or heuristic(device, m, k, width, held))
     tiles = triton.cdiv(m, found["ROWS"])
     resident = found.pop("PROGRAMS")

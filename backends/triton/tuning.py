@@ -4,8 +4,9 @@
 
 The last key is a bucket of M: the least power of two that is not below it, at most 8192. Files are looked for in the
 package, in the user's folder ("tuned" in that of qfx's caches) and in the folder that QFX_TUNED_DIR names; the later
-wins; calls that are repeated (see `repeated`) ask no more. Nothing is measured here: `qfx.backends.triton.tune` does
-that, and learns by `watched` what there is to choose.
+wins; calls that are repeated (see `repeated`) ask no more. A configuration whose constants are not those of the kernel,
+which another qfx measured, is passed over, and a warning says so. Nothing is measured here: `tune` does that, and
+learns by `watched` what there is to choose.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from qfx.backends.triton import repeated
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Config
-from qfx.errors import explain
+from qfx.errors import explain, warn
 from qfx.storage.files import read_json, write_text
 from qfx.storage.folders import default_folder
 
@@ -31,6 +32,7 @@ LARGEST = 8192
 SHIPPED = Path(__file__).parent / "tuned"
 
 Choice = tuple[str, str, str]  # kernel, problem, bucket of M
+Candidates = Callable[[int], Sequence[Config]]
 _WATCHED: ContextVar[dict[Choice, list[Config]] | None] = ContextVar("qfx_triton_watched", default=None)
 _TRIED: ContextVar[tuple[Choice, Config] | None] = ContextVar("qfx_triton_tried", default=None)
 
@@ -40,25 +42,23 @@ def bucket(m: int) -> int:
     return min(1 << max(m - 1, 0).bit_length(), LARGEST)
 
 
-def tuned(
-    device: Device, kernel: str, problem: str, m: int, candidates: Callable[[], Sequence[Config]] | None = None
-) -> Config | None:
+def tuned(device: Device, kernel: str, problem: str, m: int, candidates: Candidates) -> Config | None:
     """What was measured to be best for this kernel, problem and bucket of M on this GPU, or None.
 
-    candidates: what would be worth a measurement here; only called while one is made.
+    candidates: of rows, what is worth a measurement for as many. It is called with the most that the bucket has, while
+    one is made, and to tell whether what was found has the constants of the kernel as it is.
     """
     choice = (kernel, problem, str(bucket(m)))
     watched_now, tried = _WATCHED.get(), _TRIED.get()
-    if watched_now is not None and candidates is not None:
-        watched_now.setdefault(choice, list(candidates()))
+    if watched_now is not None:
+        watched_now.setdefault(choice, list(candidates(bucket(m))))
     if tried is not None and tried[0] == choice:
         return tried[1]
-    found: Config | None = _of_device(device.name, *_named())
-    for key in choice:
-        if found is None:
-            return None
-        found = found.get(key)  # type: ignore[assignment]
-    return found
+    found: Config | None = _of_device(device.name, *_named()).get(kernel, {}).get(problem, {}).get(choice[2])
+    if found is None or any(found.keys() == one.keys() for one in candidates(bucket(m))):
+        return found
+    _tell_other(device.name, kernel, " ".join(sorted(found)))
+    return None
 
 
 @contextmanager
@@ -137,6 +137,19 @@ def write(folder: Path, device: Device, found: Mapping[Choice, Config]) -> Path:
 def _named() -> tuple[str, str]:
     """What says where folders are."""
     return os.environ.get("QFX_TUNED_DIR", ""), os.environ.get("QFX_CACHE_DIR", "-")
+
+
+@functools.cache
+def _tell_other(name: str, kernel: str, constants: str) -> None:
+    """A warning, once for each kind, of a configuration that another qfx measured."""
+    warn(
+        explain(
+            f"what was measured of {kernel} on {name} is of other constants than the kernel has: a heuristic is taken",
+            found=constants,
+            next_step="run `qfx tune` again on this GPU",
+        ),
+        stacklevel=3,
+    )
 
 
 @functools.cache

@@ -27,7 +27,7 @@ _FEWEST_ABREAST, _MOST_ABREAST = 9, 64
 def choose(device: Device, fmt: Format, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
     """The configuration of a call: the measured one of this device, else by rule."""
     problem = f"{fmt} n={n} k={k} {dtype_name(dtype)}"
-    found = tuning.tuned(device, "weight_only", problem, m, lambda: candidates(fmt, m, k, dtype))
+    found = tuning.tuned(device, "weight_only", problem, m, lambda most: candidates(fmt, most, k, dtype))
     return found or heuristic(device, fmt, m, n, k, dtype)
 
 

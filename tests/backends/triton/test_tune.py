@@ -17,6 +17,7 @@ from qfx.backends.triton import device, experts, gemm8_config, launch, lowering,
 from qfx.backends.triton.gemm8 import pack_gemm8
 from qfx.backends.triton.quantize_rows import aligned
 from qfx.cli import tune as command
+from qfx.errors import QfxWarning
 from qfx.format import Format
 from qfx.live.modules import QuantLinear
 from qfx.packing import pack_weight
@@ -63,7 +64,7 @@ def launched(layer: QuantLinear, rows: int, on: device.Device = HERE) -> launch.
 def test_the_fastest_is_written_found_and_launched(folder: Path) -> None:
     one, here = work(), launch.device_of(torch.empty(0, device=DEVICE))
     assert isinstance(one.module, QuantLinear)
-    options = gemm8_config.candidates(here, gemm8_config.Problem(24, aligned(40)), 3)
+    options = gemm8_config.candidates(here, gemm8_config.Problem(24, aligned(40)), 4)
     best = next(i for i, option in enumerate(options) if tile(option) != tile(options[0]))
     (found,) = tune.tune(one, 3, timer(10.0, *(9.0,) * best, 3.0, 8.0))
     kernel, problem, rows = found.choice
@@ -71,13 +72,24 @@ def test_the_fastest_is_written_found_and_launched(folder: Path) -> None:
     assert found.best == options[best] and (found.before, found.seconds) == (10.0, 3.0)
     path = tuning.write(folder, here, tune.table_of([found]))
     assert json.loads(path.read_text()) == {"gemm8": {problem: {"4": options[best]}}}
-    assert tuning.tuned(here, kernel, problem, 3) == options[best]
+    assert tuning.tuned(here, kernel, problem, 3, lambda _: options) == options[best]
     assert tile(launched(one.module, 3, here).arguments) == tile(options[best])
-    assert tuning.tuned(here, kernel, problem, 5) is None, "another bucket"
+    assert tuning.tuned(here, kernel, problem, 5, lambda _: options) is None, "another bucket"
 
 
 def tile(config: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+
+
+def test_a_kernel_whose_constants_changed_since_takes_its_heuristic(folder: Path) -> None:
+    one, here = work(), launch.device_of(torch.empty(0, device=DEVICE))
+    assert isinstance(one.module, QuantLinear)
+    usual = launched(one.module, 3, here)
+    (found,) = tune.tune(one, 3, timer(10.0))
+    tuning.write(folder, here, {found.choice: {"TILE": 7, "num_warps": 2}})
+    with pytest.warns(QfxWarning, match="gemm8(?s:.*)found: TILE num_warps"):
+        now = launched(one.module, 3, here)
+    assert tile(now.arguments) == tile(usual.arguments) and now.options == usual.options
 
 
 def test_what_is_known_is_not_measured_again() -> None:
@@ -97,7 +109,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, results: Sequence[Any]) -> None:
     def lower(gm: Any, **_: object) -> Callable[[Tensor], list[Tensor]]:
         def run(x: Tensor) -> list[Tensor]:
             options = [{"RESULT": i} for i in range(len(results))]
-            config = tuning.tuned(HERE, "pretended", "p", len(x), lambda: options) or {"RESULT": 0}
+            config = tuning.tuned(HERE, "pretended", "p", len(x), lambda _: options) or {"RESULT": 0}
             result = results[config["RESULT"]]
             if isinstance(result, Exception):
                 raise result
@@ -206,7 +218,7 @@ def test_the_command_writes_and_shows(folder: Path, monkeypatch: pytest.MonkeyPa
     (told,) = json.loads((folder / "all.json").read_text())
     kernel, problem, rows = told["choice"]
     assert json.loads(path.read_text())[kernel][problem][rows] == told["best"]
-    assert tuning.tuned(HERE, kernel, problem, int(rows)) == told["best"]
+    assert tuning.tuned(HERE, kernel, problem, int(rows), lambda _: [told["best"]]) == told["best"]
 
 
 def test_a_layer_whose_result_is_wrong_does_not_keep_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
