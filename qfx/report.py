@@ -119,8 +119,8 @@ def report(model: Any, data: Any = None) -> Report:
     module that are neither quantized nor in a compiled graph are listed with what keeps them in torch.
     data: one batch (a dict of keyword arguments, a tuple or a tensor). The compiled model is called with it, and the
     SQNR of every quantized node's output against the float graph is measured, errors of earlier nodes of the same graph
-    included (a router that chooses other experts changes all that follows). Modules that qfx.quantize packed show what
-    was measured then.
+    included (a router that chooses other experts changes all that follows); padding does not count. Modules that
+    qfx.quantize packed show what was measured then.
     Raises ValueError for a model that qfx never saw, and for data where nothing compiled runs.
     """
     collector = None if data is None else _measured(model, data)

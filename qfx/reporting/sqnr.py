@@ -9,7 +9,7 @@ Errors add up along the graph: a node's error has those of the nodes before it i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from qfx import graph
+from qfx.calibration.padding import Attended, attended, in_positions, with_heads, without
+from qfx.calibration.positions import rows_of
 from qfx.measuring.measure import decibel, energies
 from qfx.storage.spill import Resting
 
@@ -71,22 +73,41 @@ def compare(plain: fx.GraphModule, quantized: fx.GraphModule, inputs: Sequence[A
     """Energies, by fully qualified name, of each node that has the same name in both graphs and another operator.
 
     quantized: `plain` after the pass `quantize`, which keeps names and order. Errors of earlier nodes are part of a
-    node's error; several calls of one layer add up. Both graphs advance in step and let go of values after their last
-    use, so that no more is held than by two runs. They change none of their inputs.
+    node's error; several calls of one layer add up. Positions that an input `attention_mask` leaves out do not count
+    (see `qfx.calibration.padding`), unless rows were picked from them. Both graphs advance in step and let go of values
+    after their last use, so that no more is held than by two runs. They change none of their inputs.
     """
     targets = {n.name: n.target for n in plain.graph.nodes}
     calls = [n for n in quantized.graph.nodes if n.op == "call_function"]
     names = [n.name for n in calls if targets.get(n.name, n.target) != n.target]
+    kept = attended([n.name for n in plain.graph.nodes if n.op == "placeholder"], inputs)
+    shapes = _shapes(plain, inputs)
     found: Energies = {}
     with torch.no_grad():
         one, other = _Lane(plain, inputs), _Lane(quantized, inputs)
         for name in names:
             node, wanted = one.until(name)
             fqn = graph.fqn_of(node)
-            signal, noise = energies(wanted, other.until(name)[1])
+            values = (_counted(node, value, kept, shapes) for value in (wanted, other.until(name)[1]))
+            signal, noise = energies(*values)
             before = found.get(fqn, (0.0, 0.0))
             found[fqn] = (before[0] + signal, before[1] + noise)
     return found
+
+
+def _shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, tuple[int, ...]]:
+    """[B, T] of the inputs that begin with it."""
+    placeholders = (n for n in gm.graph.nodes if n.op == "placeholder")
+    pairs = zip(placeholders, inputs, strict=True)
+    return {n: tuple(value.shape[:2]) for n, value in pairs if isinstance(value, Tensor) and value.dim() > 1}
+
+
+def _counted(node: fx.Node, x: Tensor, kept: Attended, shapes: Mapping[fx.Node, tuple[int, ...]]) -> Tensor:
+    """The positions of a node's value that are no padding."""
+    rows = rows_of(node) if kept and x.dim() == 2 else None
+    if rows is not None and not rows.picks:
+        x, kept = in_positions(x, kept, shapes[rows.like], ())
+    return without(x, with_heads(kept, x) if x.dim() == 4 else kept)
 
 
 class _Lane:

@@ -7,12 +7,13 @@ import threading
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+import qfx
 from qfx import graph
-from qfx.measuring.measure import sqnr_db
+from qfx.measuring.measure import decibel, sqnr_db
 from qfx.pipeline import apply_plan, prepare
-from qfx.recipe import Recipe
+from qfx.recipe import Recipe, Rule
 from qfx.reporting import sqnr
 from tests.graphs import Function, capture
 
@@ -56,6 +57,44 @@ def test_calls_of_one_graph_add_up() -> None:
     sums = [sqnr.compare(plain, quantized, [x])["up"] for x in (first, second)]
     signal, noise = (sum(parts) for parts in zip(*sums, strict=True))
     assert collector.of("record")["up"] == pytest.approx(10 * math.log10(signal / noise))
+
+
+class Padded(nn.Module):
+    """Linears of positions [B, T, K], of their rows [B * T, K], and attention with rounded operands between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.rows, self.wide = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        """x [B, T, 16], attention_mask [B, T] -> [B, T, 16]."""
+        h = self.rows(torch.relu(self.tokens(x)).reshape(-1, 32)).reshape(x.shape)
+        heads = h.unflatten(-1, (2, 8)).transpose(1, 2)
+        seen = attention_mask[:, None, None].bool()
+        h = nn.functional.scaled_dot_product_attention(heads, heads, heads, seen)
+        y: Tensor = self.wide(h.transpose(1, 2).flatten(2))
+        return y
+
+
+@torch.no_grad()
+def test_padding_does_not_count() -> None:
+    torch.manual_seed(0)
+    x, mask = torch.randn(3, 5, 16), torch.ones(3, 5, dtype=torch.long)
+    mask[1, 3:] = mask[2, 2:] = 0
+    x[mask == 0] *= 100  # far beyond the scales of the tokens
+    linear, attention = Rule(target="linear", x="i8", w="i8/ch"), Rule(target="attention", q="i8", k="i8", v="i8")
+    model, recipe = Padded().eval(), Recipe(name="static", rules=(linear, attention))
+    plan = qfx.plan(model, recipe, [{"x": x, "attention_mask": mask}])
+    plain = capture(model, x, mask, dynamic=True)
+    prepare(plain)
+    quantized = graph.copy(plain)
+    apply_plan(quantized, plan, recipe)
+    found, whole = (
+        {name: decibel(*pair) for name, pair in sqnr.compare(plain, quantized, [x, given]).items()}
+        for given in (mask, torch.ones_like(mask))
+    )
+    assert found == pytest.approx(plan.sensitivities["sqnr_db"]) and len(found) == 4
+    assert min(found.values()) > 25 and max(whole.values()) < 10
 
 
 def test_what_is_not_quantized_is_not_compared() -> None:
