@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from qfx import data as batches
+from qfx.allocation.candidates import Candidate, Proposal, Wanted, doubtful, proposals
 from qfx.allocation.costs import Asked, CacheFormats, Costs
 from qfx.allocation.devices import Device
 from qfx.allocation.devices import device as find_device
@@ -55,63 +56,6 @@ class Claim:
 
     def __str__(self) -> str:
         return f"[{self.basis}] {self.text}"
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the user asks for. max_loss: percent. ratio: at least so many times smaller than in 16 bits."""
-
-    max_loss: float | None
-    ratio: float | None
-    batch: int
-    sequence: int
-    context: int
-
-    def __post_init__(self) -> None:
-        for name in ("max_loss", "ratio"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
-                raise ValueError(f"{name} is a number above 0, found {value!r}")
-        for name, least in (("batch", 1), ("sequence", 1), ("context", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is an integer of {least} or more, found {value!r}")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A recipe that was looked at.
-
-    nbytes: of all parameters and buffers once quantized (counted), before that predicted. ratio: of 16 bits to that.
-    prefill, decode: predicted seconds; gain_prefill, gain_decode: how many times faster than in floats. memory: bytes
-    that it takes while it runs. loss: measured, in percent; kld: measured, in nats; both None where nothing was
-    measured. misses: what it does not fulfil; empty for a proposal.
-    """
-
-    recipe: str
-    nbytes: int
-    ratio: float
-    prefill: float
-    decode: float | None
-    gain_prefill: float
-    gain_decode: float | None
-    memory: int
-    loss: float | None = None
-    kld: float | None = None
-    misses: tuple[str, ...] = ()
-
-    @property
-    def seconds(self) -> float:
-        """Of one token, or of one call of a model that does not decode."""
-        return self.prefill if self.decode is None else self.decode
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A candidate that fulfils all that is wanted, and why it is proposed."""
-
-    candidate: Candidate
-    why: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -205,10 +149,10 @@ class _Walk:
                 candidates.append(candidate)
                 formats[candidate.recipe] = asked
         good = [one for one in candidates if not one.misses]
-        proposals = _proposals(good)
-        self._end(proposals, candidates, formats)
+        proposed = proposals(good)
+        self._end(proposed, candidates, formats)
         loss_of = "perplexity" if self.by_perplexity else "noise over signal of the main output"
-        return Advice(tuple(self.claims), tuple(proposals), tuple(candidates), self.device.name, loss_of)
+        return Advice(tuple(self.claims), tuple(proposed), tuple(candidates), self.device.name, loss_of)
 
     def say(self, text: str, basis: str) -> None:
         self.claims.append(Claim(text, basis))
@@ -326,33 +270,31 @@ class _Walk:
             return candidate
         self.told(f"loss of {candidate.recipe}")
         near = compare.accuracy(self.model, made, self.calls, next_token=self.by_perplexity)
-        if near.perplexity is not None and near.perplexity_reference is not None:
-            loss = 100 * (near.perplexity / near.perplexity_reference - 1)
-        else:
-            loss = 100 * 10 ** (-near.sqnr_db / 20)
-        misses = candidate.misses
-        if self.wanted.max_loss is not None and not loss <= self.wanted.max_loss:
-            misses = (*misses, f"a loss of {loss:.2f} %, {self.wanted.max_loss:g} % is allowed (measured)")
-        return replace(candidate, loss=loss, kld=near.kld, misses=misses)
+        loss, error = 100 * 10 ** (-near.sqnr_db / 20), None
+        if near.change is not None:
+            loss, error = 100 * near.change, None if near.change_error is None else 100 * near.change_error
+        return candidate.judged(loss, error, near.kld, self.wanted.max_loss)
 
     def _predict(self, asked: Asked, kv: CacheFormats = None) -> Prediction:
         return predict(self.costs, asked, self.device, cache=kv, **self.sizes)
 
-    def _end(self, proposals: Sequence[Proposal], tried: Sequence[Candidate], formats: Mapping[str, Asked]) -> None:
+    def _end(self, proposed: Sequence[Proposal], tried: Sequence[Candidate], formats: Mapping[str, Asked]) -> None:
         """What came out; where the first proposal is faster; and what the cache would give."""
-        if not proposals:
+        if not proposed:
             closest = min(tried, key=lambda c: (len(c.misses), c.loss or 0.0, c.nbytes), default=None)
             near = f"; nearest is {closest.recipe}: {'; '.join(closest.misses)}" if closest else ""
             self.say(f"no recipe fulfils all that is wanted{near}", "measured" if self.calls else "predicted")
         if self.wanted.max_loss is not None and not self.calls:
             self.say("whether the loss is allowed is not known: give data", "given")
-        if proposals:
-            best = proposals[0].candidate.recipe
+        for line in doubtful(proposed, self.wanted.max_loss):
+            self.say(line, "measured")
+        if proposed:
+            best = proposed[0].candidate.recipe
             contexts = (max(1, self.wanted.context),)
             crossings = crossover(self.costs, formats[best], self.device, batches=_BATCHES, contexts=contexts)
             for line in sentences(crossings):
                 self.say(f"{best}: {line.removesuffix(' (predicted)')}", "predicted")
-        self._cache(formats[proposals[0].candidate.recipe] if proposals else {})
+        self._cache(formats[proposed[0].candidate.recipe] if proposed else {})
 
     def _cache(self, asked: Asked) -> None:
         """A word about a smaller cache, where it is a good part of what a token reads."""
@@ -374,22 +316,6 @@ class _Walk:
         text = f"what a cache in 8 bits loses is not measured{why}"
         text = text if near is None else f"the cache in 8 bits alone costs {near:.2g} nats"
         self.say(text, "given" if near is None else "measured")
-
-
-def _proposals(good: Sequence[Candidate]) -> list[Proposal]:
-    """The fastest, the smallest and the nearest of those that fulfil what is wanted; one may be all three."""
-    why: dict[str, list[str]] = {}
-    picks: list[tuple[str, Callable[[Candidate], tuple[float, float]]]] = [
-        ("the fastest (predicted)", lambda c: (c.seconds, c.nbytes)),
-        ("the smallest", lambda c: (c.nbytes, c.seconds)),
-    ]
-    if any(one.loss is not None for one in good):
-        picks.append(("the least loss (measured)", lambda c: (float("inf") if c.loss is None else c.loss, c.nbytes)))
-    for word, key in picks:
-        if good:
-            why.setdefault(min(good, key=key).recipe, []).append(word)
-    by_name = {one.recipe: one for one in good}
-    return [Proposal(by_name[name], tuple(words)) for name, words in why.items()]
 
 
 def _mega(count: float) -> str:

@@ -93,10 +93,12 @@ def table(found: Found) -> Table:
     shown.add_row(f"SQNR of {near.output}", "", f"{near.sqnr_db:.2f} dB", "")
     shown.add_row(f"cosine of {near.output}", "", f"{near.cosine:.5f}", "")
     if near.kld is not None and near.top1 is not None:
-        shown.add_row("KL divergence", "", f"{near.kld:.5f} nats", "")
+        error = "" if near.kld_error is None else f" ± {near.kld_error:.5f}"
+        shown.add_row("KL divergence", "", f"{near.kld:.5f}{error} nats", "")
         shown.add_row("same best token", "", f"{near.top1:.2%}", "")
     if near.perplexity is not None and near.perplexity_reference is not None:
-        change = f"{near.perplexity / near.perplexity_reference - 1:+.2%}"
+        change = "" if near.change is None else f"{near.change:+.2%}"
+        change += "" if near.change_error is None else f" ± {near.change_error:.2%}"
         shown.add_row("perplexity", f"{near.perplexity_reference:.3f}", f"{near.perplexity:.3f}", change)
     big, small = found.latency
     shown.add_row("first call", f"{big.cold:.2f} s", f"{small.cold:.2f} s", "")

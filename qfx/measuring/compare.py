@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -29,10 +29,12 @@ _PAUSE = 0.05  # seconds after which threads no longer spin
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How near the outputs are. `output` names the tensor compared; the last four are of next-token logits only.
+    """How near the outputs are. `output` names the tensor compared; all but the next two are of next-token logits only.
 
     sqnr_db over all values; cosine: mean over rows; kld: mean over tokens, in nats; perplexity_reference, perplexity;
-    top1: share of tokens with the same best guess.
+    top1: share of tokens with the same best guess. tokens: how many were predicted. change: perplexity over
+    perplexity_reference, less 1. kld_error, change_error: standard errors, as if tokens were independent; the latter of
+    the two models' losses token by token, so that what both find hard does not widen it. None of fewer than two tokens.
     """
 
     output: str
@@ -42,6 +44,10 @@ class Accuracy:
     perplexity_reference: float | None = None
     perplexity: float | None = None
     top1: float | None = None
+    tokens: int | None = None
+    kld_error: float | None = None
+    change: float | None = None
+    change_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,16 +60,18 @@ class Latency:
 
 @dataclass
 class _Sums:
-    """Sums over batches, weighted by their positions."""
+    """Sums over batches, those of means weighted by their positions, and what each token gives, f64 [n] of a batch.
+
+    losses: negative log likelihoods by the reference and by the other model.
+    """
 
     signal: float = 0.0
     noise: float = 0.0
     positions: int = 0
-    tokens: int = 0
-    weighted: dict[str, float] = field(default_factory=dict)
-
-    def add(self, name: str, value: float, weight: int) -> None:
-        self.weighted[name] = self.weighted.get(name, 0.0) + value * weight
+    cosine: float = 0.0
+    top1: float = 0.0
+    klds: list[Tensor] = field(default_factory=list)
+    losses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -84,16 +92,28 @@ def accuracy(reference: Model, other: Model, calls: Sequence[Call], *, next_toke
         _add(sums, without(wanted, kept), without(found, kept))
         if next_token:
             _add_next_token(sums, wanted, found, kwargs["input_ids"] if "input_ids" in kwargs else args[0], kept)
-    mean = {key: value / sums.positions for key, value in sums.weighted.items() if not key.startswith("nll")}
-    losses = [sums.weighted[key] / sums.tokens for key in ("nll_reference", "nll") if sums.tokens]
-    return Accuracy(
-        output=name,
-        sqnr_db=measure.decibel(sums.signal, sums.noise),
-        cosine=mean["cosine"],
-        kld=mean.get("kld"),
-        perplexity_reference=measure.exp(losses[0]) if losses else None,
-        perplexity=measure.exp(losses[1]) if losses else None,
-        top1=mean.get("top1"),
+    decibel = measure.decibel(sums.signal, sums.noise)
+    return replace(_of_tokens(sums), output=name, sqnr_db=decibel, cosine=sums.cosine / sums.positions)
+
+
+def _of_tokens(sums: _Sums) -> Accuracy:
+    """What next-token logits tell."""
+    found = Accuracy("", 0.0, 0.0)
+    if sums.klds:
+        klds = torch.cat(sums.klds)
+        found = replace(found, kld=float(klds.mean()), kld_error=measure.standard_error(klds))
+        found = replace(found, top1=sums.top1 / sums.positions)
+    if not sums.losses:
+        return found
+    reference, other = (torch.cat(parts) for parts in zip(*sums.losses, strict=True))
+    ratio, error = measure.exp(float((other - reference).mean())), measure.standard_error(other - reference)
+    return replace(
+        found,
+        perplexity_reference=measure.exp(float(reference.mean())),
+        perplexity=measure.exp(float(other.mean())),
+        tokens=len(reference),
+        change=ratio - 1,
+        change_error=None if error is None else ratio * error,
     )
 
 
@@ -101,19 +121,17 @@ def _add(sums: _Sums, wanted: Tensor, found: Tensor) -> None:
     signal, noise = measure.energies(wanted, found)
     rows = wanted.numel() // wanted.shape[-1]
     sums.signal, sums.noise, sums.positions = sums.signal + signal, sums.noise + noise, sums.positions + rows
-    sums.add("cosine", measure.cosine(wanted, found), rows)
+    sums.cosine += measure.cosine(wanted, found) * rows
 
 
 def _add_next_token(sums: _Sums, wanted: Tensor, found: Tensor, ids: Tensor, kept: Attended) -> None:
     mask = kept.get(tuple(ids.shape), torch.ones_like(ids))
     tokens = without(wanted, kept), without(found, kept)
-    sums.add("kld", measure.kld(*tokens), int(mask.sum()))
-    sums.add("top1", measure.top1_agreement(*tokens), int(mask.sum()))
+    sums.klds.append(measure.divergences(*tokens))
+    sums.top1 += measure.top1_agreement(*tokens) * int(mask.sum())
     scored = predicted(mask.to(wanted.device))
     if bool(scored.any()):
-        sums.tokens += int(scored.sum())
-        sums.add("nll_reference", float(measure.nll(wanted, ids)[scored].sum()), 1)
-        sums.add("nll", float(measure.nll(found, ids)[scored].sum()), 1)
+        sums.losses.append((measure.nll(wanted, ids)[scored], measure.nll(found, ids)[scored]))
 
 
 def _module(model: Model) -> Any:

@@ -65,15 +65,24 @@ def cosine(reference: Tensor, other: Tensor) -> float:
 
 def kld(reference: Tensor, other: Tensor) -> float:
     """Mean KL(reference || other) of the distributions that logits [..., V] say, in nats; 0 where they are equal."""
+    return float(divergences(reference, other).mean())
+
+
+def divergences(reference: Tensor, other: Tensor) -> Tensor:
+    """KL(reference || other) in nats at each position of logits [..., V]: f64, one after the other."""
     _same_shape(reference, other)
     if reference.dim() == 0 or reference.numel() == 0:
         raise ValueError(f"at least one position is needed, found logits of shape {list(reference.shape)}")
-    total = 0.0
-    for wanted, found in _parts(reference, other):
-        total += float(
-            functional.kl_div(found.log_softmax(-1), wanted.log_softmax(-1), reduction="sum", log_target=True)
-        )
-    return total / (reference.numel() // reference.shape[-1])
+    found = [
+        functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        for a, b in _parts(reference, other)
+    ]
+    return torch.cat(found)
+
+
+def standard_error(values: Tensor) -> float | None:
+    """Of the mean of values, as if each were drawn by itself: s / sqrt(n); None for fewer than two."""
+    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def nll(logits: Tensor, ids: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from rich.text import Text
 from qfx.reporting.render import wide
 
 if TYPE_CHECKING:
-    from qfx.advise import Advice, Candidate
+    from qfx.advise import Advice
+    from qfx.allocation.candidates import Candidate
 
-_WIDTH = 132  # columns that the table takes at least
+_WIDTH = 140  # columns that the table takes at least
 
 
 def show(advice: Advice, console: Console | None = None) -> None:
@@ -46,7 +47,8 @@ def table(advice: Advice) -> Table:
 
 def _cells(one: Candidate) -> list[str]:
     cells = [f"{one.nbytes / 1e6:,.1f} MB", f"{one.ratio:.2f}x"]
-    cells += ["" if one.loss is None else f"{one.loss:+.2f} %", "" if one.kld is None else f"{one.kld:.4f}"]
+    error = "" if one.loss_error is None else f" ± {one.loss_error:.2f}"
+    cells += ["" if one.loss is None else f"{one.loss:+.2f}{error} %", "" if one.kld is None else f"{one.kld:.4f}"]
     cells += [f"{one.prefill * 1e3:.2f} ms", f"{one.gain_prefill:.2f}x"]
     if one.decode is not None:
         assert one.gain_decode is not None

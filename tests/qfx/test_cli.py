@@ -250,7 +250,8 @@ def test_quantize_and_compare_a_language_model_without_data(language_model: Path
     assert 0 < found["kld"] < 0.01
     assert found["perplexity"] == pytest.approx(found["perplexity_reference"], rel=0.05)
     assert 0.8 < found["top1"] <= 1
-    assert "perplexity" in compared.stdout
+    assert f"{found['change']:+.2%} ± {found['change_error']:.2%}" in compared.stdout
+    assert f"{found['kld']:.5f} ± {found['kld_error']:.5f} nats" in compared.stdout
     assert "peak memory" not in compared.stdout
 
 

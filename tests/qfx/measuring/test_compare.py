@@ -40,6 +40,7 @@ def test_equal_models_are_equal() -> None:
     assert found.cosine == pytest.approx(1)
     assert found.kld == pytest.approx(0, abs=1e-12)
     assert found.perplexity == found.perplexity_reference
+    assert (found.change, found.change_error, found.kld_error) == (0, 0, 0)
     assert found.top1 == 1
 
 
@@ -54,6 +55,35 @@ def test_batches_of_different_sizes_weigh_as_their_tokens() -> None:
     losses = torch.cat([measure.nll(_coarse(**kwargs).logits, kwargs["input_ids"]).flatten() for _, kwargs in CALLS])
     assert found.perplexity == pytest.approx(float(losses.mean().exp()))
     assert found.perplexity_reference != found.perplexity
+
+
+def test_standard_errors_are_those_of_tokens_and_of_pairs() -> None:
+    found = compare.accuracy(_exact, _coarse, CALLS, next_token=True)
+    ids = torch.cat([kwargs["input_ids"].flatten() for _, kwargs in CALLS])
+    logs = [table.double().log_softmax(-1)[ids] for table in (TABLE, TABLE.round())]
+    klds = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
+    assert found.kld_error == pytest.approx(float(klds.std()) / math.sqrt(13))
+    each = [[measure.nll(run(**k).logits, k["input_ids"]).flatten() for _, k in CALLS] for run in (_exact, _coarse)]
+    change = torch.cat(each[1]) - torch.cat(each[0])
+    ratio = float(change.mean().exp())
+    assert found.tokens == len(change) == 10
+    assert found.change == pytest.approx(ratio - 1)
+    assert found.perplexity is not None and found.perplexity_reference is not None
+    assert found.perplexity / found.perplexity_reference == pytest.approx(ratio)
+    assert found.change_error == pytest.approx(ratio * float(change.std()) / math.sqrt(10))
+
+
+def test_a_single_token_has_no_standard_error() -> None:
+    found = compare.accuracy(_exact, _coarse, [((), {"input_ids": _ids(1, 2, 1)})], next_token=True)
+    assert found.tokens == 1 and found.change is not None and found.change_error is None
+
+
+def test_the_standard_error_holds_for_other_samples() -> None:
+    """Of many samples the means lie about as far from the true one as each sample's error says."""
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(2000, 50, generator=generator, dtype=torch.float64).square()
+    told = [measure.standard_error(sample) for sample in samples]
+    assert float(samples.mean(1).std()) == pytest.approx(sum(t or 0 for t in told) / len(told), rel=0.1)
 
 
 @pytest.mark.parametrize("by_name", [True, False])
@@ -72,7 +102,16 @@ def test_padding_does_not_count(by_name: bool) -> None:
     texts: list[Call] = [((), {"input_ids": ids[:1, :3]}), ((), {"input_ids": ids[1:, 2:]})]
     found = compare.accuracy(exact, coarse, calls, next_token=True)
     wanted = compare.accuracy(_exact, _coarse, texts, next_token=True)
-    for field in ("sqnr_db", "cosine", "kld", "perplexity_reference", "perplexity", "top1"):
+    for field in (
+        "sqnr_db",
+        "cosine",
+        "kld",
+        "perplexity_reference",
+        "perplexity",
+        "top1",
+        "kld_error",
+        "change_error",
+    ):
         assert getattr(found, field) == pytest.approx(getattr(wanted, field)), field
 
 

@@ -58,6 +58,14 @@ def test_kld_is_never_negative(seed: int, scale: float) -> None:
     assert measure.kld(a, a + randn(4, 16, seed=seed + 1)) >= 0
 
 
+def test_divergences_are_those_of_each_position() -> None:
+    a, b = torch.randn(3, 4, 7), torch.randn(3, 4, 7)
+    each = measure.divergences(a, b)
+    assert each.shape == (12,) and each.dtype == torch.float64
+    assert float(each[5]) == pytest.approx(measure.kld(a[1, 1], b[1, 1]))
+    assert float(each.mean()) == pytest.approx(measure.kld(a, b))
+
+
 def test_perplexity_of_a_uniform_guess_is_the_vocabulary() -> None:
     ids = torch.tensor([[1, 2, 3, 4]])
     assert measure.perplexity(torch.zeros(1, 4, 50), ids) == pytest.approx(50)
