@@ -99,8 +99,8 @@ FORMATS = {
 FLOATS = {4: ("nf4/g64/f16",)}  # rounded by the methods that need no grid of even steps
 PLANNED = {6: 6.03, 5: 5.33, 4: 4.31, 3: 3.3, 2: 2.28}  # formats chosen for each weight, in as many bits on average
 MARKERS = "osD^vP*Xh<>p"
-COLUMNS = {"bits": "bits", "weights_bytes": "MB", "kld": "KLD", "perplexity": "perplexity", "top1": "same best token",
-           "seconds": "s"}  # fmt: skip
+COLUMNS = {"bits": "bits", "weights_bytes": "MB", "kld": "KLD", "kld_error": "±", "perplexity": "perplexity",
+           "top1": "same best token", "seconds": "s"}  # fmt: skip
 
 
 def entries(bits: Sequence[int], only: Sequence[str], llm_compressor: str = "") -> list[Entry]:
@@ -158,14 +158,16 @@ class Judge:
         )
 
     def _near(self, wanted: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> dict[str, float]:
-        """Means over windows, which are of one length."""
+        """Means over windows, which are of one length; kld_error: the standard error, as if tokens were independent."""
         klds, nlls, top1s = [], [], []
         for row, a, b in zip(self._ids, wanted, found, strict=True):
             before, after = torch.from_numpy(a), torch.from_numpy(b)
-            klds.append(measure.kld(before, after))
+            klds.append(measure.divergences(before, after))
             nlls.append(float(measure.nll(after[None], row[None]).mean()))
             top1s.append(measure.top1_agreement(before, after))
-        return {"kld": fmean(klds), "perplexity": measure.exp(fmean(nlls)), "top1": fmean(top1s)}
+        each = torch.cat(klds)
+        found = {"kld": float(each.mean()), "kld_error": measure.standard_error(each) or 0.0}
+        return {**found, "perplexity": measure.exp(fmean(nlls)), "top1": fmean(top1s)}
 
 
 def verdicts(found: Sequence[dict[str, Any]]) -> list[str]:

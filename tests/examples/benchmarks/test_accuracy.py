@@ -54,6 +54,8 @@ def found() -> list[dict[str, object]]:
 def test_rows_have_bits_and_divergence_or_a_reason() -> None:
     by = {str(row["peer"]): row for row in found()}
     assert by["float32"]["kld"] == pytest.approx(0, abs=1e-7) and by["float32"]["bits"] == 32
+    assert by["float32"]["kld_error"] == pytest.approx(0, abs=1e-7)
+    assert 0 < float(str(by["HQQ 4/64"]["kld_error"])) < float(str(by["HQQ 4/64"]["kld"]))
     assert by["HQQ 4/64"]["bits"] == 4.8 and by["HQQ 4/64"]["seconds"] == 2.0
     assert 0 < float(str(by["qfx gptq u4/g64"]["kld"])) < float(str(by["HQQ 4/64"]["kld"]))
     assert by["quanto qint4"] == {"peer": "quanto qint4", "failed": "ModuleNotFoundError: no quanto"}
