@@ -166,8 +166,8 @@ class Judge:
             nlls.append(float(measure.nll(after[None], row[None]).mean()))
             top1s.append(measure.top1_agreement(before, after))
         each = torch.cat(klds)
-        found = {"kld": float(each.mean()), "kld_error": measure.standard_error(each) or 0.0}
-        return {**found, "perplexity": measure.exp(fmean(nlls)), "top1": fmean(top1s)}
+        near = {"kld": float(each.mean()), "kld_error": measure.standard_error(each) or 0.0}
+        return {**near, "perplexity": measure.exp(fmean(nlls)), "top1": fmean(top1s)}
 
 
 def verdicts(found: Sequence[dict[str, Any]]) -> list[str]:

@@ -55,6 +55,33 @@ def test_the_live_model_is_untied_by_name() -> None:
         untie.apply(model, site)
 
 
+def test_a_table_that_goes_by_the_name_of_the_head() -> None:
+    """The head's module stands first, as in Camembert."""
+    torch.manual_seed(0)
+    model = Function(lambda own, x: own.lm_head(own.embed(x)), lm_head=nn.Linear(4, 9, False), embed=nn.Embedding(9, 4))
+    model.lm_head.weight = model.embed.weight  # type: ignore[union-attr]
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    gm = capture(model, ids)
+    (site,), refusals = untie.find(gm)
+    assert refusals == [] and (site.table, site.weight) == ("lm_head.weight", "lm_head.weight")
+    before = gm(ids)[0]
+    untie.apply(gm, site)
+    assert text(gm) == GOLDEN
+    untie.apply(model, site)
+    with torch.no_grad():
+        graph.get_tensor(gm, "lm_head.weight").mul_(2)
+        graph.get_tensor(model, "lm_head.weight").mul_(2)
+    gm.recompile()
+    assert torch.equal(gm(ids)[0], 2 * before) and torch.equal(model(ids), 2 * before)
+
+
+def test_such_a_table_that_no_embedding_holds_is_refused() -> None:
+    layers = {"lm_head": nn.Linear(4, 9, False)}
+    model = Function(lambda own, x: own.lm_head(nn.functional.embedding(x, own.lm_head.weight)), **layers)
+    sites, refusals = untie.find(capture(model, torch.ones(2, 3, dtype=torch.int64)))
+    assert sites == [] and "read in a module that is no nn.Embedding" in refusals[0].reason
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gemma3", "t5", "bart"])
 def test_exact_on_tied_models(name: str) -> None:
     sites, refusals = check(zoo(name), untie, lambda site: None, limit=1e-6)
