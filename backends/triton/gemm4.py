@@ -66,7 +66,7 @@ def reason_against(x_format: str, w_format: str, k: int = 1) -> str | None:
         return f"weights of '{w_format}' have no kernel"
     if columns_of(w_format) < _LEAST:
         return f"'{w_format}': groups are whole multiples of {_LEAST} columns"
-    if not group_of(wf) and k * _REACH >= 2**31:
+    if not group_of(wf) and k * max(_REACH, xf.reach * wf.reach) >= 2**31:
         return f"sums over {k} products of '{x_format}' and '{w_format}' pass 32 bits"
     return None
 

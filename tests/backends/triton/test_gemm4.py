@@ -144,6 +144,9 @@ def test_refusals() -> None:
         assert str(reason_against(x_format, w_format)).startswith(reason)
     assert "pass 32 bits" in str(reason_against("i8/tok", "i4/ch", 1 << 17))
     assert reason_against("i8/tok", "i4/g128", 1 << 17) is None
+    assert reason_against("u8/tok", "u8/ch", 33025) is None
+    assert "pass 32 bits" in str(reason_against("u8/tok", "u8/ch", 33026))
+    assert reason_against("u8/tok", "u4/ch", 100_000) is None
     x, packed, _ = inputs(3, 20, 256, "i4/g64", "i8/tok", 0)
     weight = pack_w4a8(packed.data, packed.scale, packed.zero, "i4/g64", 256)
     run = partial(linear_w4a8, bias=None, residual=None, x_scale=None, x_zero=None, smooth=None, activation="")
@@ -180,5 +183,19 @@ def test_which_weights_are_lowered_to_it(w: str, kernel: str) -> None:
     apply_plan(gm, None, Recipe.parse({"rules": [{"target": "linear", "w": w, "x": "i8/tok"}]}))
     lowered = lower(gm)
     assert lowered.kernels["linear"] == f"{kernel} i8/tok x {w} (Triton)"
+    with torch.no_grad():
+        assert relative_error(lowered(x)[0], gm(x)[0]) < 5 * F32
+
+
+def test_sums_that_32_bits_do_not_hold_are_left_to_products_of_floats() -> None:
+    """Codes of 0 to 255 times such codes, all of them the greatest: the sum over 40,000 was negative."""
+    x, layer = torch.ones(1, 40000, device=DEVICE), torch.nn.Linear(40000, 2, bias=False, device=DEVICE)
+    torch.nn.init.ones_(layer.weight)
+    gm = capture(layer, x)
+    prepare(gm)
+    apply_plan(gm, None, Recipe.parse({"rules": [{"target": "linear", "w": "u8/ch", "x": "u8/tok"}]}))
+    lowered = lower(gm)
+    assert "rounded to u8/tok (torch)" in lowered.kernels["linear"]
+    assert any("sums over 40000 products" in note.reason for note in lowered.notes)
     with torch.no_grad():
         assert relative_error(lowered(x)[0], gm(x)[0]) < 5 * F32
