@@ -323,6 +323,33 @@ def own_operator() -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 @torch.no_grad()
+def test_an_operator_that_changes_its_input_and_gives_nothing_runs_in_torch() -> None:
+    @torch.library.custom_op("qfx_test_own::doubled", mutates_args=("x",))
+    def doubled(x: Tensor) -> None:
+        x.mul_(2)
+
+    class Custom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            doubled(y)
+            doubled(x)
+            out: Tensor = self.b(y) + x
+            return out
+
+    model, x = Custom().eval(), torch.randn(3, 8)
+    theirs, ours = x.clone(), x.clone()
+    fast = torch.compile(model, backend="qfx")
+    with pytest.warns(QfxWarning, match=r"runs in torch: no ONNX form for qfx_test_own.doubled.default"):
+        assert sqnr_db(model(theirs), fast(ours)) > 25
+    assert torch.equal(theirs, ours) and torch.equal(ours, 2 * x)
+    assert qfx.report(fast).totals["linear_quantized"] == 2
+
+
+@torch.no_grad()
 def test_an_operator_without_onnx_form_runs_in_torch_and_is_told(own_operator: Callable[[Tensor], Tensor]) -> None:
     class Custom(nn.Module):
         def __init__(self) -> None:
