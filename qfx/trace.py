@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import Max, Min
 
 from qfx.encoder_layer import FUSED, encoder_layer
-from qfx.errors import UnsupportedError
+from qfx.errors import UnsupportedError, explain
 from qfx.graph import val
 from qfx.vmaps import has_vmaps, levels_kept, without_vmaps
 
@@ -41,8 +41,11 @@ _DROPOUTS = {torch.ops.aten.dropout.default, torch.nn.functional.dropout, torch.
 _UNTRACKED = {torch.ops.aten.detach_.default: torch.ops.aten.detach.default}
 _RUN = {*_DROPOUTS, *FUSED, *_UNTRACKED}  # what a graph's values do not stand for
 _CONTROL = {"cond", "while_loop", "scan", "associative_scan", "map_impl"}
-# name of the higher-order wrapper -> position of its sub-graph among the arguments
-_WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4, "tag_activation_checkpoint": 0, "wrap": 0}
+# name of the higher-order wrapper -> positions of its sub-graph, and of the first of its inputs, among the arguments
+_WRAPPERS = {
+    "wrap_with_set_grad_enabled": (1, 2), "wrap_with_autocast": (4, 5), "tag_activation_checkpoint": (0, 1),
+    "wrap": (0, 1), "invoke_subgraph": (0, 2), "autograd_function_apply": (0, 2),
+}  # fmt: skip
 
 
 class _Inline(fx.Interpreter):
@@ -73,10 +76,12 @@ class _Inline(fx.Interpreter):
             _refuse_autocast(enabled=args[2] if len(args) > 2 else kwargs.get("enabled", True))
             return None
         if isinstance(target, torch._ops.HigherOrderOperator) and name in _WRAPPERS:
-            at = _WRAPPERS[name]
+            at, first = _WRAPPERS[name]
             if name == "wrap_with_autocast":
                 _refuse_autocast(enabled=args[2])
-            return type(self)(args[at], {}).run(*args[at + 1 :])
+            lacking = len(args[at].graph.find_nodes(op="placeholder")) - len(args[first:])  # older torch: the context
+            found = type(self)(args[at], {}).run(*[None] * lacking, *args[first:])
+            return found[0] if name == "autograd_function_apply" else found  # beside it is what backward wants
         if isinstance(target, torch._ops.HigherOrderOperator) and name in _CONTROL:
             raise UnsupportedError(
                 f"expected a graph whose course does not depend on values, found torch's operator {name!r}; "
@@ -229,7 +234,20 @@ def _traced(
 ) -> fx.GraphModule:
     with _mode_of(fakes), torch.no_grad(), levels_kept():
         make = make_fx(function, decompositions, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
-        return make(*fakes)
+        traced = make(*fakes)
+    _refuse_functions(traced)
+    return traced
+
+
+def _refuse_functions(traced: fx.GraphModule) -> None:
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(traced, str(node.target), None), fx.GraphModule):
+            user = next(iter(node.users), node)
+            what = f"torch's operator {getattr(user.target, '__name__', str(user.target))!r} takes a function"
+            step = "call one that takes tensors alone (for attention F.scaled_dot_product_attention, in transformers "
+            step += "attn_implementation='sdpa')"
+            expected, found = "operators that take tensors and numbers", f"a graph, {node.name!r}, among its arguments"
+            raise UnsupportedError(explain(what, expected=expected, found=found, node=user, next_step=step))
 
 
 def _mode_of(fakes: Sequence[Any]) -> FakeTensorMode:

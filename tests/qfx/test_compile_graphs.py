@@ -322,6 +322,60 @@ def own_operator() -> Iterator[Callable[[Tensor], Tensor]]:
     library._destroy()
 
 
+class Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x * 3 + weight.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * 3, None
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("kind", ["function with a gradient of its own", "nested region"])
+@pytest.mark.filterwarnings("ignore:.*gradients are enabled")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
+def test_a_part_that_torch_wraps_is_inlined(kind: str, enabled: bool) -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if kind == "nested region":
+                region = torch.compiler.nested_compile_region(lambda y: self.a(y).relu())
+                return self.b(region(region(x)))  # type: ignore[no-any-return]
+            return self.b(Tripled.apply(self.a(x), self.a.weight))  # type: ignore[no-any-return, no-untyped-call]
+
+    model, x = Parts().eval(), torch.randn(4, 32)
+    fast = torch.compile(model, backend="qfx", options={"strict": True})
+    with torch.set_grad_enabled(enabled):
+        assert 30 < sqnr_db(model(x).detach(), fast(x)) < 60
+    assert qfx.report(fast).totals["linear_quantized"] == 2 and not qfx.report(fast).notes
+
+
+@torch.no_grad()
+def test_an_operator_that_takes_a_function_is_named() -> None:
+    class Flex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x)
+            return torch.nn.attention.flex_attention.flex_attention(y, y, y)
+
+    model, x = Flex().eval(), torch.randn(1, 2, 16, 16)
+    fast = torch.compile(model, backend="qfx")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*flex_attention called without torch.compile")
+        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
+        with pytest.warns(QfxWarning, match=r"operator 'flex_attention' takes a function(.|\n)*attn_implementation"):
+            assert sqnr_db(model(x), fast(x)) > 100
+
+
 @torch.no_grad()
 def test_an_operator_that_changes_its_input_and_gives_nothing_runs_in_torch() -> None:
     @torch.library.custom_op("qfx_test_own::doubled", mutates_args=("x",))
