@@ -357,6 +357,31 @@ def test_a_part_that_torch_wraps_is_inlined(kind: str, enabled: bool) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*values are computed in float32")
+def test_what_leaves_autocast_has_the_types_that_torch_gives_it() -> None:
+    class Angles(nn.Module):
+        """As RoPE of transformers: its angles are exact in float32 only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+            self.rates = nn.Buffer(torch.rand(16))
+
+        def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.autocast("cpu", enabled=False):
+                angles = self.rates[None, :, None] @ positions[:, None]
+            return self.fc(x), angles
+
+    model = Angles().eval()
+    fast = torch.compile(model, backend="qfx")
+    inputs = torch.randn(3, 16), torch.arange(4001.0, 4004.0)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = model(*inputs), fast(*inputs)
+    assert [t.dtype for t in found] == [t.dtype for t in expected] == [torch.bfloat16, torch.float32]
+    assert sqnr_db(expected[1], found[1]) > 100
+
+
+@torch.no_grad()
 def test_an_operator_that_takes_a_function_is_named() -> None:
     class Flex(nn.Module):
         def __init__(self) -> None:
