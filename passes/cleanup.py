@@ -30,6 +30,8 @@ _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_drop
 _COPIES = (aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default)
 _SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.unsqueeze.default)
 _VIEWS = (*m.RESHAPES, *m.TRANSPOSES, aten.expand.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default)
+# What gives its operand or a view of it in torch, too, where it does nothing; all else gives memory of its own.
+_SHARING = {*_VIEWS, *_SQUEEZES, *_DROPOUTS, aten.alias.default, aten.detach.default}
 # Arguments that change how something is computed or placed, not its value, with the values that mean "as usual".
 _IRRELEVANT = {"cudnn_enable": (True, False), "cudnn_enabled": (True, False), "pin_memory": (None, False)}
 
@@ -50,8 +52,8 @@ def cleanup(gm: fx.GraphModule, *, training: bool = False) -> bool:
             changed += 1
             continue
         changed += _canonical_arguments(node) + _one_spelling(node)
-        same = _identity(node, keeps, training)
-        if same is None:
+        same = _identity(node, training)
+        if same is None or (node.target not in _SHARING and _escapes(node, same, keeps)):
             same = _earlier(node, seen)
         if same is not None and same is not node:
             replace(node, same)
@@ -59,7 +61,7 @@ def cleanup(gm: fx.GraphModule, *, training: bool = False) -> bool:
     return matched(gm, "cleanup", changed)
 
 
-def _identity(node: fx.Node, keeps: set[str], training: bool) -> Any:
+def _identity(node: fx.Node, training: bool) -> Any:
     """What `node` equals for all inputs: its operand; None where it computes something."""
     x = node.args[0] if node.args else None
     if node.target is aten.cat.default:
@@ -71,8 +73,7 @@ def _identity(node: fx.Node, keeps: set[str], training: bool) -> Any:
     if node.target is aten.alias.default or (node.target is aten.detach.default and not training):
         return x
     if node.target in (*_COPIES, *m.CASTS):
-        same = m.dtype(x) == m.dtype(node) and val(x).device == val(node).device
-        return x if same and not _escapes(node, x, keeps) else None
+        return x if m.dtype(x) == m.dtype(node) and val(x).device == val(node).device else None
     return _same_elements(node, x)
 
 
@@ -127,7 +128,7 @@ def _is_empty(part: Any, dim: int, rank: int) -> bool:
 
 
 def _escapes(node: fx.Node, source: fx.Node, keeps: set[str]) -> bool:
-    """Would an output share memory with an input, parameter or other output if the copy `node` were dropped?"""
+    """Would an output share memory with an input, parameter or other output were `node`, whose own is new, dropped?"""
     below: Any = node
     root: Any = source
     shared = _reaches_output(root, node)

@@ -18,8 +18,10 @@ from qfx.compiled import frame
 from qfx.compiled.apart import apart
 from qfx.compiled.encoder import encoder_apart
 from qfx.compiled.frame import Frame
+from qfx.compiled.overlap import overlapping, refused
 from qfx.compiled.records import GraphRecord, all_records, remember
 from qfx.compiled.template import State, Template
+from qfx.compiled.training import drops, training
 from qfx.compiled.warm import Entry, Found, Storing, Warm
 from qfx.errors import Note, UnsupportedError, explain, warn
 from qfx.kv.held import caches_of, is_quantized
@@ -30,9 +32,8 @@ from qfx.pipeline import apply_plan, told
 from qfx.recipe import Recipe, Rule
 from qfx.reporting import sqnr
 from qfx.reporting.rows import Row, graph_rows
-from qfx.sources import keep_sources, static_names
+from qfx.sources import input_name, keep_sources, source_of, static_names
 from qfx.storage.spill import give_back
-from qfx.trace import in_training
 
 _MOST_SCALARS = 8  # graphs kept for different values of Python floats
 
@@ -53,8 +54,8 @@ def backend(
     """
     at = frame.at_compile()
     parsed = Options.parse(options, checked_mode(mode, example_inputs, at.root))
-    if at.training or any(_drops(node) for node in gm.graph.nodes):
-        raise _training()
+    if at.training or any(drops(node) for node in gm.graph.nodes):
+        raise training()
     compiled = CompiledGraph(gm, example_inputs, parsed, at, options)
     if not compiled.untouched:
         _warn_detached(example_inputs, at)
@@ -106,6 +107,7 @@ class CompiledGraph:
         self._scalars: tuple[int, ...] = ()
         self._warm = Warm(gm, options, self._statics)
         self._broken: Built | None = None  # set where the graph itself, whatever its weights, cannot be had
+        self._shared: Built | None = None  # set where inputs shared memory with one that the graph changes
         self.untouched = self._make(example_inputs, at)[1].lowered is None
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
@@ -116,13 +118,28 @@ class CompiledGraph:
                 found = self._find(args) or self._make(args, at)
         template, built = found
         if built.record.frame.training:
-            raise _training()
+            raise training()
         if template is None or built.lowered is None:
+            return tuple(self._source.forward(*args))
+        changed = template.interface.mutations.values()
+        if changed and (pair := overlapping(args, template.interface.inputs, changed)) is not None:
+            self._tell_shared(args, pair, frame.at_call())
             return tuple(self._source.forward(*args))
         collector = sqnr.collecting()
         if collector is not None:
             collector.add(built.record, *self._pair(template, built, args))
         return built.run(template, args)
+
+    def _tell_shared(self, args: Sequence[Any], pair: tuple[int, int], at: Frame) -> None:
+        """Say once, under strict at each call, that calls with such inputs run in torch."""
+        with self._lock:
+            if self._shared is not None:
+                return
+            placeholders = [n for n in self._source.graph.nodes if n.op == "placeholder"]
+            error = refused(*(input_name(source_of(placeholders[i]), placeholders[i].name) for i in pair))
+            if self._options.strict:
+                raise error
+            self._shared = self._untouched(args, at, error)
 
     def _find(self, args: Sequence[Any]) -> tuple[Template | None, Built] | None:
         """What was made for these arguments, if it still fits them."""
@@ -368,25 +385,6 @@ def _float_cache(gm: fx.GraphModule, kv: Rule | None) -> list[Note]:
         step = "pass past_key_values=qfx.QuantizedCache(model.config) to store it in few bits"
         notes.append(Note("kv", f"attention multiplies {asked}; {own}", step, minor=True))
     return notes
-
-
-def _training() -> ValueError:
-    return ValueError(
-        explain(
-            "torch.compile(backend='qfx') is for inference, and the model is in train() mode",
-            expected="model.eval()",
-            found="model.train()",
-            next_step="call model.eval() first; to train through quantization use QAT (qfx.prepare_qat)",
-        )
-    )
-
-
-def _drops(node: fx.Node) -> bool:
-    """A dropout that is active: only a model in training has one."""
-    if node.op != "call_function" or getattr(node.target, "__name__", "").partition(".")[0] != "dropout":
-        return False
-    share = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-    return in_training(node.args, node.kwargs) is True and bool(share != 0)
 
 
 def _warn_detached(example_inputs: Sequence[Any], at: Frame) -> None:

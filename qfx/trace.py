@@ -11,7 +11,8 @@ only what is to be decomposed runs again: sizes that vary make running a graph o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,18 +32,21 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import Max, Min
 
 from qfx.encoder_layer import FUSED, encoder_layer
-from qfx.errors import UnsupportedError
+from qfx.errors import UnsupportedError, explain
 from qfx.graph import val
 from qfx.vmaps import has_vmaps, levels_kept, without_vmaps
 
-_DROPPED = {"_set_grad_enabled", "_log_api_usage_once", "_functorch_set_grad", "_exit_autocast"}
+_DROPPED = {"_set_grad_enabled", "_log_api_usage_once", "_functorch_set_grad"}
 _DROPOUTS = {torch.ops.aten.dropout.default, torch.nn.functional.dropout, torch.dropout}
 # changes in place what gradients alone see: of a constant that a forward makes (the empty cache of transformers)
 _UNTRACKED = {torch.ops.aten.detach_.default: torch.ops.aten.detach.default}
 _RUN = {*_DROPOUTS, *FUSED, *_UNTRACKED}  # what a graph's values do not stand for
 _CONTROL = {"cond", "while_loop", "scan", "associative_scan", "map_impl"}
-# name of the higher-order wrapper -> position of its sub-graph among the arguments
-_WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4, "tag_activation_checkpoint": 0, "wrap": 0}
+# name of the higher-order wrapper -> positions of its sub-graph, and of the first of its inputs, among the arguments
+_WRAPPERS = {
+    "wrap_with_set_grad_enabled": (1, 2), "wrap_with_autocast": (4, 5), "tag_activation_checkpoint": (0, 1),
+    "wrap": (0, 1), "invoke_subgraph": (0, 2), "autograd_function_apply": (0, 2),
+}  # fmt: skip
 
 
 class _Inline(fx.Interpreter):
@@ -51,6 +55,11 @@ class _Inline(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, scalars: dict[str, float]) -> None:
         super().__init__(gm)
         self.scalars = scalars
+        self._regions = ExitStack()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        with self._regions:  # whatever is raised, autocast is as it was
+            return super().run(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_method" and n.target == "item" and getattr(n.args[0], "name", "") in self.scalars:
@@ -71,12 +80,21 @@ class _Inline(fx.Interpreter):
                 return target(*args, **kwargs)
         if name == "_enter_autocast":
             _refuse_autocast(enabled=args[2] if len(args) > 2 else kwargs.get("enabled", True))
-            return None
+            region = self._regions.enter_context(ExitStack())
+            region.enter_context(_without_autocast(args[0]))
+            return region
+        if name == "_exit_autocast":
+            return args[0].close()
         if isinstance(target, torch._ops.HigherOrderOperator) and name in _WRAPPERS:
-            at = _WRAPPERS[name]
+            at, first = _WRAPPERS[name]
+            apart: AbstractContextManager[None] = nullcontext()
             if name == "wrap_with_autocast":
                 _refuse_autocast(enabled=args[2])
-            return type(self)(args[at], {}).run(*args[at + 1 :])
+                apart = _without_autocast(args[0])
+            lacking = len(args[at].graph.find_nodes(op="placeholder")) - len(args[first:])  # older torch: the context
+            with apart:
+                found = type(self)(args[at], {}).run(*[None] * lacking, *args[first:])
+            return found[0] if name == "autograd_function_apply" else found  # beside it is what backward wants
         if isinstance(target, torch._ops.HigherOrderOperator) and name in _CONTROL:
             raise UnsupportedError(
                 f"expected a graph whose course does not depend on values, found torch's operator {name!r}; "
@@ -124,6 +142,17 @@ def _proxy_of(value: Any, tracer: Any) -> Any:
 def in_training(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What a call of dropout is told of it: `training` of torch.nn.functional.dropout, `train` of torch.dropout."""
     return args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))
+
+
+@contextmanager
+def _without_autocast(device: str) -> Iterator[None]:
+    """A region without autocast inside one that the caller opened: RoPE leaves it, to turn by exact angles."""
+    before = torch.is_autocast_enabled(device)
+    torch.set_autocast_enabled(device, False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before)
 
 
 def _refuse_autocast(*, enabled: bool) -> None:
@@ -229,7 +258,20 @@ def _traced(
 ) -> fx.GraphModule:
     with _mode_of(fakes), torch.no_grad(), levels_kept():
         make = make_fx(function, decompositions, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
-        return make(*fakes)
+        traced = make(*fakes)
+    _refuse_functions(traced)
+    return traced
+
+
+def _refuse_functions(traced: fx.GraphModule) -> None:
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(traced, str(node.target), None), fx.GraphModule):
+            user = next(iter(node.users), node)
+            what = f"torch's operator {getattr(user.target, '__name__', str(user.target))!r} takes a function"
+            step = "call one that takes tensors alone (for attention F.scaled_dot_product_attention, in transformers "
+            step += "attn_implementation='sdpa')"
+            expected, found = "operators that take tensors and numbers", f"a graph, {node.name!r}, among its arguments"
+            raise UnsupportedError(explain(what, expected=expected, found=found, node=user, next_step=step))
 
 
 def _mode_of(fakes: Sequence[Any]) -> FakeTensorMode:

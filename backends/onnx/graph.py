@@ -67,8 +67,12 @@ class _StandIn(Builder):
         if isinstance(fake, Tensor):
             return Value(node.name, computed(fake.dtype), dims_of(fake.shape))
         if isinstance(fake, tuple | list):
-            return tuple(Value(f"{node.name}.{i}", computed(f.dtype), dims_of(f.shape)) for i, f in enumerate(fake))
+            return tuple(self._part(f"{node.name}.{i}", one) for i, one in enumerate(fake))
         return super().value_of(node)
+
+    def _part(self, name: str, fake: Any) -> Value | None:
+        """One of several outputs; None where it is no tensor: an operator that changes its input may give nothing."""
+        return Value(name, computed(fake.dtype), dims_of(fake.shape)) if isinstance(fake, Tensor) else None
 
 
 def reason_against(gm: fx.GraphModule, node: fx.Node, runtime: str = "session") -> str | None:
@@ -100,7 +104,8 @@ def emit_node(b: Builder, node: fx.Node) -> None:
         if is_number(fake):
             b.dim(dim_of(fake))
             return
-        raise NotImplementedError(f"no ONNX form for {key}")
+        inner = node.args[0] if isinstance(node.target, torch._ops.HigherOrderOperator) and node.args else None
+        raise NotImplementedError(f"no ONNX form for {inner if isinstance(inner, torch._ops.OpOverload) else key}")
     args, keywords = bound_arguments(node)
     given = {k: _argument(b, v) for k, v in keywords.items()}
     b.values[node] = b.finish(EMIT[key](b, *[_argument(b, a) for a in args], **given))

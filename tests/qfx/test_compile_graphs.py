@@ -322,6 +322,112 @@ def own_operator() -> Iterator[Callable[[Tensor], Tensor]]:
     library._destroy()
 
 
+class Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x * 3 + weight.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * 3, None
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("kind", ["function with a gradient of its own", "nested region"])
+@pytest.mark.filterwarnings("ignore:.*gradients are enabled")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
+def test_a_part_that_torch_wraps_is_inlined(kind: str, enabled: bool) -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if kind == "nested region":
+                region = torch.compiler.nested_compile_region(lambda y: self.a(y).relu())
+                return self.b(region(region(x)))  # type: ignore[no-any-return]
+            return self.b(Tripled.apply(self.a(x), self.a.weight))  # type: ignore[no-any-return, no-untyped-call]
+
+    model, x = Parts().eval(), torch.randn(4, 32)
+    fast = torch.compile(model, backend="qfx", options={"strict": True})
+    with torch.set_grad_enabled(enabled):
+        assert 30 < sqnr_db(model(x).detach(), fast(x)) < 60
+    assert qfx.report(fast).totals["linear_quantized"] == 2 and not qfx.report(fast).notes
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*values are computed in float32")
+def test_what_leaves_autocast_has_the_types_that_torch_gives_it() -> None:
+    class Angles(nn.Module):
+        """As RoPE of transformers: its angles are exact in float32 only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+            self.rates = nn.Buffer(torch.rand(16))
+
+        def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.autocast("cpu", enabled=False):
+                angles = self.rates[None, :, None] @ positions[:, None]
+            return self.fc(x), angles
+
+    model = Angles().eval()
+    fast = torch.compile(model, backend="qfx")
+    inputs = torch.randn(3, 16), torch.arange(4001.0, 4004.0)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = model(*inputs), fast(*inputs)
+    assert [t.dtype for t in found] == [t.dtype for t in expected] == [torch.bfloat16, torch.float32]
+    assert sqnr_db(expected[1], found[1]) > 100
+
+
+@torch.no_grad()
+def test_an_operator_that_takes_a_function_is_named() -> None:
+    class Flex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x)
+            return torch.nn.attention.flex_attention.flex_attention(y, y, y)
+
+    model, x = Flex().eval(), torch.randn(1, 2, 16, 16)
+    fast = torch.compile(model, backend="qfx")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*flex_attention called without torch.compile")
+        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
+        with pytest.warns(QfxWarning, match=r"operator 'flex_attention' takes a function(.|\n)*attn_implementation"):
+            assert sqnr_db(model(x), fast(x)) > 100
+
+
+@torch.no_grad()
+def test_an_operator_that_changes_its_input_and_gives_nothing_runs_in_torch() -> None:
+    @torch.library.custom_op("qfx_test_own::doubled", mutates_args=("x",))
+    def doubled(x: Tensor) -> None:
+        x.mul_(2)
+
+    class Custom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            doubled(y)
+            doubled(x)
+            out: Tensor = self.b(y) + x
+            return out
+
+    model, x = Custom().eval(), torch.randn(3, 8)
+    theirs, ours = x.clone(), x.clone()
+    fast = torch.compile(model, backend="qfx")
+    with pytest.warns(QfxWarning, match=r"runs in torch: no ONNX form for qfx_test_own.doubled.default"):
+        assert sqnr_db(model(theirs), fast(ours)) > 25
+    assert torch.equal(theirs, ours) and torch.equal(ours, 2 * x)
+    assert qfx.report(fast).totals["linear_quantized"] == 2
+
+
 @torch.no_grad()
 def test_an_operator_without_onnx_form_runs_in_torch_and_is_told(own_operator: Callable[[Tensor], Tensor]) -> None:
     class Custom(nn.Module):

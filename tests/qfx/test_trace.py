@@ -201,6 +201,36 @@ def test_autocast_that_is_on_is_refused() -> None:
         retrace(fx.GraphModule({}, nodes), fakes(torch.randn(2)))
 
 
+@pytest.mark.parametrize("spelled", ["region", "wrapper"])
+def test_a_region_without_autocast_stays_one_where_the_caller_turns_it_on(spelled: str) -> None:
+    if spelled == "wrapper":
+        gm = wrapped(wrap_with_autocast, lambda x: x @ x, "cpu", None, False, None)
+    else:
+        nodes = fx.Graph()
+        x = nodes.placeholder("x")
+        mode = nodes.call_function(torch.amp.autocast_mode._enter_autocast, ("cpu", None, False, None))
+        inside = nodes.call_function(torch.matmul, (x, x))
+        nodes.call_function(torch.amp.autocast_mode._exit_autocast, (mode,))
+        nodes.output((inside, nodes.call_function(torch.matmul, (x, x))))
+        gm = fx.GraphModule({}, nodes)
+    with torch.autocast("cpu", torch.bfloat16):
+        traced, _ = retrace(gm, fakes(torch.randn(2, 2)))
+        assert torch.is_autocast_enabled("cpu")
+    found = [n.meta["val"].dtype for n in traced.graph.nodes if n.op == "call_function"]
+    assert found == [torch.float32, torch.bfloat16][: len(found)]
+
+
+def test_autocast_is_as_it_was_after_an_error_in_a_region() -> None:
+    nodes = fx.Graph()
+    x = nodes.placeholder("x")
+    nodes.call_function(torch.amp.autocast_mode._enter_autocast, ("cpu", None, False, None))
+    nodes.output((nodes.call_function(torch.matmul, (x, x)),))
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError, match="same reduction dim"):
+            retrace(fx.GraphModule({}, nodes), fakes(torch.randn(2, 3)))
+        assert torch.is_autocast_enabled("cpu")
+
+
 def test_a_course_that_depends_on_values_is_refused() -> None:
     class Either(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
