@@ -12,6 +12,7 @@ straight-through in the backward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -250,11 +251,13 @@ class InputQuantizer(Quantizer):
 
     Observed scales come from moving averages of each batch's least and greatest value, which begin as the range that
     the calibrated scale spans. Where torch.distributed runs several processes the batch is that of all of them, so that
-    every process must call the module as often as the others in train mode.
+    every process must call the module as often as the others in train mode. counted: x -> x in another view, and what
+    of that counts as a mask that broadcasts, None for all (see `qfx.training.padding`).
     """
 
     low: Tensor
     high: Tensor
+    counted: Callable[[Tensor], tuple[Tensor, Tensor | None]] | None = None
 
     def __init__(self, fmt: Format, params: QParams, scales: Scales, *, freeze_after: int | None = None) -> None:
         super().__init__(fmt, params, scales, freeze_after=freeze_after)
@@ -276,7 +279,7 @@ class InputQuantizer(Quantizer):
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
-        low, high = _of_all_processes(*value_range(x, self.format, activation=True))
+        low, high = _of_all_processes(*self._range(x))
         self._moved(self.low, low)
         self._moved(self.high, high)
         self.steps.add_(1)
@@ -284,6 +287,14 @@ class InputQuantizer(Quantizer):
         self.log_scale.copy_((effective_scale(scale, zero, self.format) / self.initial_scale).log() / RATE)
         if self.zero_shift is not None and self.initial_zero is not None and zero is not None:
             self.zero_shift.copy_((zero.to(torch.float32) - self.initial_zero) / (RATE * self.format.qmax))
+
+    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the greatest value that counts for each scale."""
+        x, counts = (x, None) if self.counted is None else self.counted(x)
+        if counts is None:
+            return value_range(x, self.format, activation=True)
+        low = value_range(x.masked_fill(~counts, float("inf")), self.format, activation=True)[0]
+        return low, value_range(x.masked_fill(~counts, float("-inf")), self.format, activation=True)[1]
 
 
 def _processes() -> int:
