@@ -12,6 +12,7 @@ straight-through in the backward.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -160,6 +161,8 @@ class Quantizer(nn.Module):
 class WeightQuantizer(Quantizer):
     """Fake quantization of a weight [.., N, K]. It begins with what `packed` has: the same scales, the same result.
 
+    Where all values that share a scale are zero it says nothing (1 in `packed`), and training begins with one that
+    spans +-1/sqrt(K), as layers begin: weights that leave zero would come back as zeros for thousands of steps.
     Observed scales follow the greatest magnitude that shares each: the ratio of the two stays what it was.
     keep_codes: scales learn below codes that stay (Chen et al. 2024, EfficientQAT, "E2E-QP"), those of the scales
     `below`, so that dL/ds is k * sum g v / s everywhere, and zero points stand still. Not below scales that are powers
@@ -175,6 +178,8 @@ class WeightQuantizer(Quantizer):
     ) -> None:  # fmt: skip
         super().__init__(packed.format, packed.params(), scales, decay=0.9, freeze_after=freeze_after)
         keep_codes &= packed.format.scale_type != "e8m0"
+        if not keep_codes:
+            self.begin_at_zeros(weight)
         self.register_buffer("below", self.current()[0].detach().clone() if keep_codes else None)
         if keep_codes and self.zero_shift is not None:
             self.zero_shift.requires_grad_(False)
@@ -235,15 +240,32 @@ class WeightQuantizer(Quantizer):
                 self.below.copy_(self.current()[0])
 
     @torch.no_grad()
+    def begin_at_zeros(self, weight: Tensor) -> None:
+        """Give values that are all zero a scale to begin with (see the class)."""
+        low, high = value_range(weight, self.format)
+        bound = torch.full_like(low, _bound(weight))
+        scale, zero = range_qparams(-bound, bound, self.format)
+        zeros = ((low == 0) & (high == 0)).reshape(self.initial_scale.shape)
+        scale = effective_scale(scale, zero, self.format).reshape(zeros.shape)
+        self.initial_scale.copy_(torch.where(zeros, scale, self.initial_scale))
+        if self.initial_zero is not None and zero is not None:
+            zero = zero.reshape(zeros.shape).to(torch.float32)
+            self.initial_zero.copy_(torch.where(zeros, zero, self.initial_zero))
+
+    @torch.no_grad()
     def _observe(self, weight: Tensor) -> None:
-        extent = self._extent(weight)
-        known, ratio = (extent > 0) & (self.extent > 0), extent / self.extent.clamp(min=TINY)
-        self._moved(self.log_scale, torch.where(known, ratio.log() / RATE, self.log_scale))
+        self._moved(self.log_scale, (self._extent(weight) / self.extent).log() / RATE)
         self.steps.add_(1)
 
     def _extent(self, weight: Tensor) -> Tensor:
         low, high = value_range(weight, self.format)
-        return torch.maximum(-low, high).reshape(self.initial_scale.shape)
+        extent = torch.maximum(-low, high).reshape(self.initial_scale.shape)
+        return torch.where(extent < TINY, _bound(weight), extent)
+
+
+def _bound(weight: Tensor) -> float:
+    """Of the values that torch.nn.Linear begins with."""
+    return 1.0 / math.sqrt(max(1, weight.shape[-1]))
 
 
 class InputQuantizer(Quantizer):
