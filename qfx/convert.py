@@ -21,6 +21,7 @@ from qfx.reporting.told import remember
 from qfx.rounding import rounded
 from qfx.training.fake_attention import CHILD, put_trained
 from qfx.training.fake_modules import restore, weight_of
+from qfx.training.padding import unwatch
 from qfx.training.schedule import check_finished
 from qfx.training.wrapped import check_unwrapped
 
@@ -41,6 +42,7 @@ def convert(model: nn.Module) -> nn.Module:
         _check_finite(model)
         check_finished(model)
         plan = replace(training.plan, tensors=dict(training.plan.tensors), sensitivities={})
+        unwatch(model)
         changed = [module for module in model.modules() if hasattr(type(module), PREPARED)]
         for place in training.places:
             _trained(model, place, plan)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\s*\n\s*(?P<code>\S[^\n]*)')
+_QFX_FRAME = re.compile(rf"^{re.escape(str(Path(__file__).parent))}[\\/]")
 _LIBRARY_FRAME = re.compile(r"[\\/](site-packages|dist-packages|torch)[\\/]|^<")
 
 
@@ -80,11 +81,13 @@ def reading(source: object) -> Iterator[None]:
 
 
 def source_line(node: Node) -> str | None:
-    """`file:line, in function: code` of the innermost frame of the user's code that made the node, or None."""
+    """`file:line, in function: code` of the innermost frame of the user's code that made the node, or None; of a
+    library's where there is none of the user, of qfx's own where nothing else is known."""
     trace = node.meta.get("stack_trace")
     if not trace:
         return None
     frames = list(_FRAME.finditer(trace))
+    frames = [frame for frame in frames if not _QFX_FRAME.match(frame["file"])] or frames
     if not frames:
         return None
     own = [frame for frame in frames if not _LIBRARY_FRAME.search(frame["file"])]
@@ -106,7 +109,7 @@ def first_line(error: BaseException) -> str:
 
 def raised_at(error: BaseException) -> str:
     """`file:line, in function: code` of the innermost frame of a model's code, not torch's or qfx's; "" without one."""
-    skipped = re.compile(rf"^(?:{re.escape(str(Path(__file__).parent))}|<)|[\\/]torch[\\/]")
+    skipped = re.compile(rf"{_QFX_FRAME.pattern}|^<|[\\/]torch[\\/]")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not skipped.search(f.filename)]
     return f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line}" if frames else ""
 

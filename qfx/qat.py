@@ -42,6 +42,7 @@ from qfx.rounding import rounded
 from qfx.training import fake_attention
 from qfx.training.fake_attention import FakeAttention, prepare_attention
 from qfx.training.fake_modules import FakeLinear, FakeWeight, prepare_module, prepare_parameter
+from qfx.training.padding import watch
 
 Train = Literal["all", "scales"]
 KEPT = "qfx_training"  # the attribute of a prepared model
@@ -94,6 +95,7 @@ def prepare_qat(
             model.requires_grad_(False)
         _Preparation(model, Training(plan, tuple(places), scales, train, freeze_after, learning)).run(attentions)
     without_fast_paths(model)
+    watch(model)
     mark_training(model, plan.recipe)
     return with_caches(model, plan.caches, strict=strict)
 

@@ -12,6 +12,8 @@ straight-through in the backward.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -159,6 +161,8 @@ class Quantizer(nn.Module):
 class WeightQuantizer(Quantizer):
     """Fake quantization of a weight [.., N, K]. It begins with what `packed` has: the same scales, the same result.
 
+    Where all values that share a scale are zero it says nothing (1 in `packed`), and training begins with one that
+    spans +-1/sqrt(K), as layers begin: weights that leave zero would come back as zeros for thousands of steps.
     Observed scales follow the greatest magnitude that shares each: the ratio of the two stays what it was.
     keep_codes: scales learn below codes that stay (Chen et al. 2024, EfficientQAT, "E2E-QP"), those of the scales
     `below`, so that dL/ds is k * sum g v / s everywhere, and zero points stand still. Not below scales that are powers
@@ -174,6 +178,8 @@ class WeightQuantizer(Quantizer):
     ) -> None:  # fmt: skip
         super().__init__(packed.format, packed.params(), scales, decay=0.9, freeze_after=freeze_after)
         keep_codes &= packed.format.scale_type != "e8m0"
+        if not keep_codes:
+            self.begin_at_zeros(weight)
         self.register_buffer("below", self.current()[0].detach().clone() if keep_codes else None)
         if keep_codes and self.zero_shift is not None:
             self.zero_shift.requires_grad_(False)
@@ -234,15 +240,32 @@ class WeightQuantizer(Quantizer):
                 self.below.copy_(self.current()[0])
 
     @torch.no_grad()
+    def begin_at_zeros(self, weight: Tensor) -> None:
+        """Give values that are all zero a scale to begin with (see the class)."""
+        low, high = value_range(weight, self.format)
+        bound = torch.full_like(low, _bound(weight))
+        scale, zero = range_qparams(-bound, bound, self.format)
+        zeros = ((low == 0) & (high == 0)).reshape(self.initial_scale.shape)
+        scale = effective_scale(scale, zero, self.format).reshape(zeros.shape)
+        self.initial_scale.copy_(torch.where(zeros, scale, self.initial_scale))
+        if self.initial_zero is not None and zero is not None:
+            zero = zero.reshape(zeros.shape).to(torch.float32)
+            self.initial_zero.copy_(torch.where(zeros, zero, self.initial_zero))
+
+    @torch.no_grad()
     def _observe(self, weight: Tensor) -> None:
-        extent = self._extent(weight)
-        known, ratio = (extent > 0) & (self.extent > 0), extent / self.extent.clamp(min=TINY)
-        self._moved(self.log_scale, torch.where(known, ratio.log() / RATE, self.log_scale))
+        self._moved(self.log_scale, (self._extent(weight) / self.extent).log() / RATE)
         self.steps.add_(1)
 
     def _extent(self, weight: Tensor) -> Tensor:
         low, high = value_range(weight, self.format)
-        return torch.maximum(-low, high).reshape(self.initial_scale.shape)
+        extent = torch.maximum(-low, high).reshape(self.initial_scale.shape)
+        return torch.where(extent < TINY, _bound(weight), extent)
+
+
+def _bound(weight: Tensor) -> float:
+    """Of the values that torch.nn.Linear begins with."""
+    return 1.0 / math.sqrt(max(1, weight.shape[-1]))
 
 
 class InputQuantizer(Quantizer):
@@ -250,11 +273,13 @@ class InputQuantizer(Quantizer):
 
     Observed scales come from moving averages of each batch's least and greatest value, which begin as the range that
     the calibrated scale spans. Where torch.distributed runs several processes the batch is that of all of them, so that
-    every process must call the module as often as the others in train mode.
+    every process must call the module as often as the others in train mode. counted: x -> x in another view, and what
+    of that counts as a mask that broadcasts, None for all (see `qfx.training.padding`).
     """
 
     low: Tensor
     high: Tensor
+    counted: Callable[[Tensor], tuple[Tensor, Tensor | None]] | None = None
 
     def __init__(self, fmt: Format, params: QParams, scales: Scales, *, freeze_after: int | None = None) -> None:
         super().__init__(fmt, params, scales, freeze_after=freeze_after)
@@ -276,7 +301,7 @@ class InputQuantizer(Quantizer):
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
-        low, high = _of_all_processes(*value_range(x, self.format, activation=True))
+        low, high = _of_all_processes(*self._range(x))
         self._moved(self.low, low)
         self._moved(self.high, high)
         self.steps.add_(1)
@@ -284,6 +309,14 @@ class InputQuantizer(Quantizer):
         self.log_scale.copy_((effective_scale(scale, zero, self.format) / self.initial_scale).log() / RATE)
         if self.zero_shift is not None and self.initial_zero is not None and zero is not None:
             self.zero_shift.copy_((zero.to(torch.float32) - self.initial_zero) / (RATE * self.format.qmax))
+
+    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the greatest value that counts for each scale."""
+        x, counts = (x, None) if self.counted is None else self.counted(x)
+        if counts is None:
+            return value_range(x, self.format, activation=True)
+        low = value_range(x.masked_fill(~counts, float("inf")), self.format, activation=True)[0]
+        return low, value_range(x.masked_fill(~counts, float("-inf")), self.format, activation=True)[1]
 
 
 def _processes() -> int:

@@ -34,18 +34,26 @@ def attended(names: Sequence[str], batch: Sequence[Any]) -> Attended:
     are of a mask that is added to scores, with 0 at tokens. Where an encoder and a decoder read inputs of one shape, a
     position counts that counts for either, and so does one with a label: decoders without inputs make them of labels.
     """
+    return {tuple(mask.shape): mask for mask in attention_masks(names, batch) if not bool(mask.all())}
+
+
+def attention_masks(names: Sequence[str], batch: Sequence[Any]) -> list[Tensor]:
+    """The same as a mask [B, T] for each shape that has one, though it may leave nothing out; no value is read, so that
+    Dynamo can trace it."""
     given = {name: v for name, v in zip(names, batch, strict=True) if isinstance(v, Tensor) and v.dim() > 1}
     masks = {name: _counts(v) for name, v in given.items() if v.dim() == 2 and _is_mask(name)}
-    found: dict[tuple[int, ...], Tensor] = {}
+    found: list[Tensor] = []
     for mask in masks.values():
-        shape = tuple(mask.shape)
-        found[shape] = found[shape] | mask if shape in found else mask
+        same = next((i for i, other in enumerate(found) if other.shape == mask.shape), None)
+        if same is None:
+            found.append(mask)
+        else:
+            found[same] = found[same] | mask
     labels = given.get("labels")
-    if labels is not None and tuple(labels.shape) in found:
-        found[tuple(labels.shape)] |= labels != _NO_LABEL
-    for name in _without_mask(given, masks):
-        found.pop(tuple(given[name].shape[:2]), None)
-    return {shape: mask for shape, mask in found.items() if not bool(mask.all())}
+    if labels is not None:
+        found = [mask | (labels != _NO_LABEL) if mask.shape == labels.shape else mask for mask in found]
+    unmasked = [given[name].shape[:2] for name in _without_mask(given, masks)]
+    return [mask for mask in found if mask.shape not in unmasked]
 
 
 def _is_mask(name: str) -> bool:
@@ -53,8 +61,10 @@ def _is_mask(name: str) -> bool:
 
 
 def _counts(mask: Tensor) -> Tensor:
-    found = mask == 0 if mask.is_floating_point() and bool((mask < 0).any()) else mask > 0
-    return found if bool(found.any()) else torch.ones_like(found)
+    found = mask > 0
+    if mask.is_floating_point():
+        found = torch.where((mask < 0).any(), mask == 0, found)
+    return found | ~found.any()
 
 
 def _without_mask(names: Collection[str], masks: Collection[str]) -> list[str]:
@@ -115,10 +125,10 @@ def with_heads(kept: Attended, x: Tensor) -> Attended:
     return kept if mask is None else {**kept, (batch, heads, tokens): mask}
 
 
-def of_view(x: Tensor, kept: Attended) -> Tensor:
-    """Rows [B * T, K] that a live layer reads as [B, T, K], where they are a view of such a value; else as they are."""
+def of_view(x: Tensor, shapes: Collection[tuple[int, ...]]) -> Tensor:
+    """Rows [B * T, K] that a live layer reads as [B, T, K], where they are a view of such a value and (B, T) is one of
+    the shapes; else as they are."""
     whole = x._base if x.dim() == 2 else None
-    if whole is None or whole.dim() != 3 or tuple(whole.shape[:2]) not in kept or whole.numel() != x.numel():
+    if whole is None or whole.dim() != 3 or tuple(whole.shape[:2]) not in shapes or whole.numel() != x.numel():
         return x
-    same = whole.data_ptr() == x.data_ptr() and whole.is_contiguous() and x.is_contiguous()
-    return whole if same and whole.shape[-1] == x.shape[-1] else x
+    return whole if whole.is_contiguous() and x.is_contiguous() and whole.shape[-1] == x.shape[-1] else x

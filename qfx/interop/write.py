@@ -55,6 +55,7 @@ def write(
     source.check()
     notes = _notes(layout, list(held.values()), refused)
     notes += _other_notes(model, {linear.fqn for linear in linears}, layout, set(experts))
+    notes += source.without_place()
     told([*notes, *left_out(model), *(_told_apart(fqn, layout) for fqn in sorted(apart))], strict=strict)
     floats = [name for name, module in plain.named_modules() if _is_linear(module) and name not in held]
     floats = [source.named(name) for name in [*floats, *routers(plain, sorted(apart))]]
@@ -114,6 +115,14 @@ class _Source:
                 raise ValueError(
                     explain(f"the model lacks {name!r}, which every float {type(self.plain).__name__} has")
                 )
+
+    def without_place(self) -> list[Note]:
+        """Biases that quantization made, which the float class does not read."""
+        reason = f"it has a bias, and the layer of {type(self.plain).__name__} has none: the bias is left out"
+        step = "quantize without bias_correction and without rewrites that make biases, or qfx.save(model, folder)"
+        owners = (name for name, module in self.modules.items() if isinstance(module, PackedModule))
+        made = (o for o in owners if self.modules[o]._parameters.get("bias") is not None)
+        return [Note(owner, reason, step) for owner in made if f"{owner}.bias" not in self.names]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) in the order of the float model; a tie is written once."""

@@ -183,6 +183,8 @@ def _restart(quantizer: Quantizer, params: QParams, weight: Tensor | None = None
         quantizer.zero_shift.zero_()
     if isinstance(quantizer, WeightQuantizer) and quantizer.below is not None:
         quantizer.below.copy_(quantizer.current()[0])
+    elif isinstance(quantizer, WeightQuantizer) and weight is not None:
+        quantizer.begin_at_zeros(weight)
     if isinstance(quantizer, WeightQuantizer) and weight is not None and quantizer.scales == "observed":
         quantizer.extent.copy_(quantizer._extent(weight))
 

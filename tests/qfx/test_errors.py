@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch.fx import Graph
 
+from qfx import errors
 from qfx.errors import (
     QfxWarning,
     UnsupportedError,
@@ -85,6 +87,17 @@ def test_source_line_skips_library_frames() -> None:
 def test_source_line_falls_back_to_a_library_frame() -> None:
     only = 'File "/x/site-packages/torch/a.py", line 1, in f\n    g()\n'
     assert source_line(make_node(only)) == "/x/site-packages/torch/a.py:1, in f: g()"
+
+
+def test_source_line_skips_frames_of_qfx() -> None:
+    """What a quantized module of a live model calls was written by its user one frame before."""
+    file = Path(errors.__file__).parent / "live" / "modules.py"
+    own = f'  File "{file}", line 203, in forward\n    y = torch.ops.qfx.linear()\n'
+    library = '  File "/x/site-packages/transformers/modeling_llama.py", line 7, in forward\n    q = self.q_proj(x)\n'
+    assert source_line(make_node(TRACE + own)) == source_line(make_node(TRACE))
+    found = source_line(make_node(library + own))
+    assert found == "/x/site-packages/transformers/modeling_llama.py:7, in forward: q = self.q_proj(x)"
+    assert "live/modules.py:203" in str(source_line(make_node(own)))
 
 
 @pytest.mark.parametrize("trace", [None, "", "no frames here"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import embedding
@@ -172,6 +174,30 @@ def test_an_all_zero_weight() -> None:
         quantizer = WeightQuantizer(weight, pack_weight(weight, Format.parse("i4/g8")), scales)
         assert not bool(quantizer.train()(weight).any())
         assert bool(torch.isfinite(quantizer.qparams().scale).all())
+
+
+@pytest.mark.parametrize("scales", ["learned", "observed"])
+@pytest.mark.parametrize("text", [*WEIGHTS, "u4/g8"])
+def test_weights_that_leave_zero_are_seen(text: str, scales: Any) -> None:
+    """Layers that begin at zero train: a scale of 1 would round what they learn to zero."""
+    fmt, weight = Format.parse(text), torch.cat((torch.zeros(4, 64), randn(4, 64)))
+    packed = pack_weight(weight, fmt)
+    quantizer = WeightQuantizer(weight, packed, scales).eval()
+    assert torch.equal(quantizer(weight), packed.dequantize()), "it begins as it is packed"
+    moved = weight + 0.05 * randn(8, 64, seed=1).sign()
+    back = quantizer(moved)[:4].detach()
+    if fmt.bits > 3 and fmt.granularity:
+        assert float((back - moved[:4]).abs().max()) < 0.05, "each half of the codes of both signs"
+    held = WeightQuantizer(weight, packed, "learned", keep_codes=True)
+    assert fmt.scale_type == "e8m0" or torch.equal(held.qparams().scale.float(), packed.scale.float())
+
+
+def test_an_observed_range_that_began_at_zero_moves() -> None:
+    weight = torch.zeros(2, 16)
+    quantizer = WeightQuantizer(weight, pack_weight(weight, Format.parse("i8/ch")), "observed").train()
+    for _ in range(100):
+        quantizer(torch.full((2, 16), 1e-3))
+    assert torch.allclose(quantizer.qparams().scale, torch.tensor(1e-3 / 127), rtol=1e-2)
 
 
 def test_a_moved_quantizer_keeps_its_types() -> None:

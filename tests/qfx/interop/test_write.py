@@ -46,6 +46,23 @@ def test_quantized_embeddings_are_written_in_float(tmp_path: Path) -> None:
         export(model, tmp_path / "strict", strict=True)
 
 
+@pytest.mark.parametrize("writer", [export, qfx.export_gptq, qfx.export_awq])
+def test_a_bias_that_the_class_has_no_place_for_is_told(writer: Any, tmp_path: Path) -> None:
+    """As bias correction makes them: no loader would read it."""
+    model = pack(llama(), "u4/g32/f16")
+    up = model.get_submodule(UP)
+    up.bias = nn.Parameter(torch.randn(up.out_features))
+    with pytest.warns(QfxWarning, match=f"{UP}: it has a bias, and the layer of LlamaForCausalLM has none.*left out"):
+        writer(model, tmp_path)
+    found = qfx.import_checkpoint(tmp_path)
+    assert not torch.allclose(logits(model), logits(found), rtol=1e-3)
+    up.bias = None
+    assert torch.equal(logits(model), logits(found))
+    up.bias = nn.Parameter(torch.randn(up.out_features))
+    with pytest.raises(UnsupportedError, match="it has a bias"):
+        writer(model, tmp_path / "strict", strict=True)
+
+
 def test_a_tied_table_is_written_once(tmp_path: Path) -> None:
     model = pack(llama(tied=True), "i4/g32")
     export(model, tmp_path / "float")
