@@ -11,6 +11,7 @@ formats. A weight that several linears read is held under the name of each. What
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping
 
 import torch
@@ -37,11 +38,19 @@ def put(tensors: MutableMapping[str, Tensor], name: str, packed: Packed) -> None
 def get(tensors: Mapping[str, Tensor], name: str, fmt: Format, shape: tuple[int, ...]) -> Packed | None:
     """The rounded weight [.., N, K] under `name`, None where there is none.
 
-    Raises ValueError where what is there does not fit the format or the shape.
+    A model may hold the matrices of several groups in one [G * N, K]: where rows have scales of their own these are the
+    same rows. Raises ValueError where what is there does not fit the format or the shape.
     """
     codes, scale, zero = (tensors.get(f"{name}/{leaf}") for leaf in _LEAVES)
     if codes is None:
         return None
+    rows = codes.shape[:-1]
+    if fmt.by_row and rows != shape[:-1] and rows.numel() == math.prod(shape[:-1]):
+        scale, zero = (
+            t.reshape(*shape[:-1], -1) if t is not None and t.dim() and t.shape[:-1] == rows else t
+            for t in (scale, zero)
+        )
+        codes = codes.reshape(*shape[:-1], -1)
     expected = () if fmt.is_plain else fmt.scale_shape(shape)
     if (
         scale is None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import qfx
 from qfx.format import Format
+from qfx.measuring.measure import sqnr_db
 from qfx.packing import Packed, pack_weight
 from qfx.rounding import rounded
 
@@ -40,6 +41,49 @@ def test_what_was_put_is_got(text: str) -> None:
     assert found is not None and torch.equal(found.dequantize(), packed.dequantize())
     assert {name for name in tensors if not name.startswith("a.b/")} == set()
     assert rounded.get(tensors, "a", fmt, (3, 20)) is None, "another name"
+
+
+@pytest.mark.parametrize("text", ["i8/ch", "u4/g8", "nf4/g8", "u2/g8/f16", "bf16"])
+def test_matrices_of_groups_are_the_rows_of_one(text: str) -> None:
+    fmt, tensors = Format.parse(text), dict[str, Tensor]()
+    weight = torch.randn(4, 6, 16)
+    rounded.put(tensors, "a", pack_weight(weight, fmt))
+    for shape in ((4, 6, 16), (24, 16), (8, 3, 16)):
+        found = rounded.get(tensors, "a", fmt, shape)
+        assert found is not None and found.shape == shape
+        wanted = pack_weight(weight.reshape(shape), fmt)
+        assert torch.equal(found.dequantize(), wanted.dequantize()) and found.scale.shape == wanted.scale.shape
+    with pytest.raises(ValueError, match="does not fit the model"):
+        rounded.get(tensors, "a", fmt, (23, 16))
+
+
+def test_matrices_of_groups_with_one_scale_are_not_one() -> None:
+    tensors = dict[str, Tensor]()
+    rounded.put(tensors, "a", pack_weight(torch.randn(4, 6, 16), Format.parse("i8")))
+    with pytest.raises(ValueError, match="does not fit the model"):
+        rounded.get(tensors, "a", Format.parse("i8"), (24, 16))
+
+
+class Grouped(nn.Linear):
+    """Two matrices in one weight, each for a half of the channels, as DeepSeek V4 has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.view(2, -1, x.shape[-1] // 2).transpose(1, 2)
+        y = torch.bmm(x.unflatten(-1, (2, -1)).flatten(0, 1).transpose(0, 1), weight)
+        return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("recipe", ["w4a16-gptq", "w4a16-mse", "w4a16-learned"])
+def test_a_weight_that_the_graph_reads_in_groups_is_rounded_by_data(recipe: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), Grouped(64, 48, bias=False)).eval()
+    data, x = [torch.randn(8, 16, 64) for _ in range(4)], torch.randn(3, 5, 64)
+    with torch.no_grad():
+        wanted = model(x)
+        small = qfx.quantize(model, recipe, data)
+        assert sqnr_db(wanted, small(x)) > 15
+    (row,) = [row for row in qfx.report(small).rows if row.node == "1"]
+    assert row.quantized
 
 
 @pytest.mark.parametrize("text", ["u2/g8", "u4/g8", "u6/g8"])
