@@ -96,7 +96,8 @@ def doubtful(found: Sequence[Proposal], most: float | None) -> list[str]:
     return [
         text.format(one, most)
         for one in (proposal.candidate for proposal in found)
-        if most is not None and one.loss is not None and one.loss + 2 * (one.loss_error or 0.0) > most
+        if most is not None and one.loss is not None and one.loss_error is not None
+        if one.loss + 2 * one.loss_error > most
     ]
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -93,28 +93,31 @@ def accuracy(reference: Model, other: Model, calls: Sequence[Call], *, next_toke
         if next_token:
             _add_next_token(sums, wanted, found, kwargs["input_ids"] if "input_ids" in kwargs else args[0], kept)
     decibel = measure.decibel(sums.signal, sums.noise)
-    return replace(_of_tokens(sums), output=name, sqnr_db=decibel, cosine=sums.cosine / sums.positions)
+    return Accuracy(name, decibel, sums.cosine / sums.positions, **_of_distributions(sums), **_of_losses(sums))
 
 
-def _of_tokens(sums: _Sums) -> Accuracy:
-    """What next-token logits tell."""
-    found = Accuracy("", 0.0, 0.0)
-    if sums.klds:
-        klds = torch.cat(sums.klds)
-        found = replace(found, kld=float(klds.mean()), kld_error=measure.standard_error(klds))
-        found = replace(found, top1=sums.top1 / sums.positions)
+def _of_distributions(sums: _Sums) -> dict[str, Any]:
+    """What the distributions of next tokens tell; nothing of other outputs."""
+    if not sums.klds:
+        return {}
+    klds = torch.cat(sums.klds)
+    error = measure.standard_error(klds)
+    return {"kld": float(klds.mean()), "kld_error": error, "top1": sums.top1 / sums.positions}
+
+
+def _of_losses(sums: _Sums) -> dict[str, Any]:
+    """What the losses of the tokens tell that were predicted; nothing where none was."""
     if not sums.losses:
-        return found
+        return {}
     reference, other = (torch.cat(parts) for parts in zip(*sums.losses, strict=True))
     ratio, error = measure.exp(float((other - reference).mean())), measure.standard_error(other - reference)
-    return replace(
-        found,
-        perplexity_reference=measure.exp(float(reference.mean())),
-        perplexity=measure.exp(float(other.mean())),
-        tokens=len(reference),
-        change=ratio - 1,
-        change_error=None if error is None else ratio * error,
-    )
+    return {
+        "perplexity_reference": measure.exp(float(reference.mean())),
+        "perplexity": measure.exp(float(other.mean())),
+        "tokens": len(reference),
+        "change": ratio - 1,
+        "change_error": None if error is None else ratio * error,
+    }
 
 
 def _add(sums: _Sums, wanted: Tensor, found: Tensor) -> None:
