@@ -9,7 +9,7 @@ Errors add up along the graph: a node's error has those of the nodes before it i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -88,8 +88,9 @@ def compare(plain: fx.GraphModule, quantized: fx.GraphModule, inputs: Sequence[A
         for name in names:
             node, wanted = one.until(name)
             fqn = graph.fqn_of(node)
-            values = (_counted(node, value, kept, shapes) for value in (wanted, other.until(name)[1]))
-            signal, noise = energies(*values)
+            rows = rows_of(node) if kept and wanted.dim() == 2 else None
+            like = None if rows is None or rows.picks else shapes[rows.like]
+            signal, noise = energies(*(_counted(value, kept, like) for value in (wanted, other.until(name)[1])))
             before = found.get(fqn, (0.0, 0.0))
             found[fqn] = (before[0] + signal, before[1] + noise)
     return found
@@ -102,11 +103,10 @@ def _shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, tuple[in
     return {n: tuple(value.shape[:2]) for n, value in pairs if isinstance(value, Tensor) and value.dim() > 1}
 
 
-def _counted(node: fx.Node, x: Tensor, kept: Attended, shapes: Mapping[fx.Node, tuple[int, ...]]) -> Tensor:
-    """The positions of a node's value that are no padding."""
-    rows = rows_of(node) if kept and x.dim() == 2 else None
-    if rows is not None and not rows.picks:
-        x, kept = in_positions(x, kept, shapes[rows.like], ())
+def _counted(x: Tensor, kept: Attended, like: tuple[int, ...] | None) -> Tensor:
+    """The positions of a value that are no padding. like: [B, T] of what its rows are all positions of, if they are."""
+    if like is not None:
+        x, kept = in_positions(x, kept, like, ())
     return without(x, with_heads(kept, x) if x.dim() == 4 else kept)
 
 
