@@ -11,7 +11,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from qfx import graph, traced_call
+from qfx.common_sizes import Calls, CommonSizes, HoldsForAll, OtherSize
+from qfx.conditions import is_number
 from qfx.errors import UnsupportedError, explain, first_line, raised_at
 from qfx.finite import TakenFinite
 from qfx.long_sizes import LongSize, ShortSizes
@@ -55,6 +57,13 @@ class Captured:
     fixed: str = ""
     constants: dict[int, Any] = field(default_factory=dict)
 
+    @property
+    def environment(self) -> Any:
+        """torch's ShapeEnv of the graph's sizes; None where all are fixed."""
+        values = (n.meta.get("val") for n in self.gm.graph.find_nodes(op="placeholder"))
+        modes = (getattr(value, "fake_mode", None) for value in values)
+        return next((mode.shape_env for mode in modes if mode is not None and mode.shape_env is not None), None)
+
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The graph's inputs, in placeholder order, from a call `model(*args, **kwargs)` (torch.export's door).
 
@@ -77,7 +86,7 @@ class Captured:
             if not isinstance(value, torch.Tensor):
                 raise traced_call.differs(repr(node.name), "a tensor", value)
             fits = len(want.shape) == len(value.shape) and all(
-                isinstance(w, torch.SymInt) or w == v for w, v in zip(want.shape, value.shape, strict=True)
+                not is_number(w) or w == v for w, v in zip(want.shape, value.shape, strict=True)
             )
             if not fits:
                 raise ValueError(
@@ -85,7 +94,7 @@ class Captured:
                         f"the shape of {node.name!r} does not fit the traced graph",
                         expected=f"{[str(s) for s in want.shape]} (numbers are fixed)",
                         found=f"{list(value.shape)}",
-                        next_step="pad the batches to one shape, or drop the last incomplete batch",
+                        next_step="cut or pad the batches to one shape, or drop the last incomplete batch",
                     )
                 )
 
@@ -114,20 +123,27 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], live: Coll
 
 def capture_export(
     model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic: bool = True,
-    shared: bool = False,
+    shared: bool = False, calls: Calls | None = None,
 ) -> Captured:  # fmt: skip
     """Export `model` on example inputs and bring it to normal form.
 
     shared: arguments that are one tensor in the example are one in every call. Otherwise each is an input of its own.
+    calls: all calls that the graph is to run, the example among them.
 
     Every dimension of every tensor input may vary where the model allows it (`dynamic=True`), or the first of each, or
-    none, where torch does not trace the others (`Captured.fixed`). Raises UnsupportedError with torch.export's reason
-    where the model cannot be exported as one graph.
+    none, where torch does not trace the others (`Captured.fixed`); with `calls` those may that do so in them, which
+    takes a fraction of the time. Raises UnsupportedError with torch.export's reason where the model cannot be exported
+    as one graph, ValueError where calls differ in more than sizes, OtherSize where the graph would not hold for the
+    sizes of one.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     if not shared:
         args, kwargs = traced_call.apart(model, args, kwargs)
-    ep, fixed = _most_varying(model, args, kwargs) if dynamic else (_traced(model, args, kwargs, axes=0), "")
+    common = None if calls is None else CommonSizes.of(args, kwargs, calls)
+    if common is not None:
+        ep, fixed = _common(model, args, kwargs, common), ""
+    else:
+        ep, fixed = _most_varying(model, args, kwargs) if dynamic else (_traced(model, args, kwargs, axes=0), "")
     placeholders = [n for n in ep.graph.nodes if n.op == "placeholder"]
     signature = ep.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -177,11 +193,24 @@ def _most_varying(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     raise refused
 
 
-def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, axes: int | None) -> Any:
+def _common(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], common: CommonSizes) -> Any:
+    """torch.export's program in which those axes vary that do so in the data."""
+    try:
+        return _traced(model, args, kwargs, axes=None, common=common)
+    except (LongSize, UnsupportedError) as error:
+        if not common.any_varies:
+            raise
+        raise OtherSize(first_line(error)) from error
+
+
+def _traced(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, axes: int | None,
+    common: CommonSizes | None = None,
+) -> Any:  # fmt: skip
     """`_exported`, or UnsupportedError that says where the model cannot be traced."""
     try:
-        return _exported(model, args, kwargs, axes=axes)
-    except LongSize:
+        return _exported(model, args, kwargs, axes=axes, common=common)
+    except (LongSize, OtherSize):
         raise
     except Exception as error:
         place = raised_at(error)
@@ -192,25 +221,37 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
         ) from error
 
 
-def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, axes: int | None) -> Any:
+def _exported(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, axes: int | None,
+    common: CommonSizes | None = None,
+) -> Any:  # fmt: skip
     """torch.export's program, in which the first `axes` axes of every tensor input may vary (None: all), but for sizes
-    of 0 and 1, which torch fixes (and, asked to let them vary, warns of each).
+    of 0 and 1, which torch fixes (and, asked to let them vary, warns of each), and for axes that `common` fixes.
 
-    Raises LongSize where all axes of images or videos vary, and torch would work on their sizes for hours.
+    Raises LongSize where all axes of images or videos vary, and torch would work on their sizes for hours, OtherSize
+    where the trace fixes what varies in `common`.
     """
-    flat = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+    flat, spec = pytree.tree_flatten((args, kwargs))
     kinds = torch.export.Dim.AUTO, torch.export.Dim.STATIC  # said of each: an earlier trace left marks on the tensors
-    shapes = pytree.tree_map(
-        lambda v: (
-            {d: kinds[size < 2 or (axes is not None and d >= axes)] for d, size in enumerate(v.shape)}
-            if isinstance(v, torch.Tensor) and v.dim()
-            else None
-        ),
-        (args, kwargs),
-    )
-    watched = ShortSizes() if axes is None and any(v.dim() >= 4 for v in flat) else nullcontext()
-    with _naming(model, kwargs), watched, TakenFinite():
-        return torch.export.export(model, args, kwargs, dynamic_shapes=_by_parameter(model, shapes), strict=False)
+
+    def kinds_of(leaf: int, shape: Sequence[int]) -> dict[int, Any]:
+        varying = range(len(shape))[:axes] if common is None else common.varying[leaf]
+        return {axis: kinds[size < 2 or axis not in varying] for axis, size in enumerate(shape)}
+
+    shapes = [kinds_of(i, v.shape) if isinstance(v, torch.Tensor) and v.dim() else None for i, v in enumerate(flat)]
+    free = any(kinds[0] in shape.values() for shape in shapes if shape and len(shape) >= 4)
+    with ExitStack() as modes:
+        modes.enter_context(_naming(model, kwargs))
+        if axes is None and free:
+            modes.enter_context(ShortSizes())
+        watch = modes.enter_context(HoldsForAll(common)) if common is not None and common.others else None
+        modes.enter_context(TakenFinite())
+        given = _by_parameter(model, pytree.tree_unflatten(shapes, spec))
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=given, strict=False)
+    if watch is not None:
+        for node in program.graph.find_nodes(op="placeholder"):
+            watch.look(node.meta["val"])  # what came after the last function
+    return program
 
 
 def _output_names(spec: pytree.TreeSpec | None) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from qfx.allocation.simple import lift
 from qfx.calibration.clipping import clip_inputs
 from qfx.calibration.observers import Observer, create
 from qfx.capture import Captured, capture_export
+from qfx.capture_calls import capture_calls
 from qfx.data import Call, roomiest, telling
 from qfx.errors import Note, UnsupportedError, explain, first_line
 from qfx.inputs import GIVE_DATA, example_inputs, without_cache
@@ -42,7 +43,6 @@ from qfx.rounding.outliers import keep_outliers
 from qfx.rounding.sequential import round_weights
 from qfx.rounding.weighted import round_weighted
 from qfx.storage.hollow import is_hollow_leaf
-from qfx.traced_call import always_shared
 
 
 def decide(
@@ -59,16 +59,17 @@ def decide(
         made = Plan.of(model, recipe)
         made.caches, notes = plan_caches(model, recipe, calls)
         return made, notes, []
-    captured, reason, step = _capture(model, calls)
-    if captured is None:
+    found, reason, step = _capture(model, calls)
+    if found is None:
         _check_walkable(recipe, reason, step)
         made, notes = walk(model, recipe, reason, step)
         made.caches, told = plan_caches(model, recipe, calls)
         return made, [*notes, *told, *_unmatched(recipe, [(kind, fqn) for fqn, kind in _walked(made)])], []
+    captured, flat, filled = found
     gm = captured.gm
     elsewhere = _read_elsewhere(model, gm)
     prepare(gm)
-    notes = [*annotate(gm, recipe), *refuse(gm)]
+    notes = [*filled, *annotate(gm, recipe), *refuse(gm)]
     known = [(k, graph.fqn_of(n)) for n in gm.graph.nodes if (k := kind_of(n)) is not None]
     notes += _unmatched(recipe, [*known, *(("embedding", path) for path in plain_tables(gm))])
     made = Plan.of(model, recipe)
@@ -78,7 +79,6 @@ def decide(
     notes += told
     said: list[Note] = []
     if recipe.rewrites or calls:
-        flat = [captured.flatten(a, without_cache(model, k, a)) for a, k in calls]
         divides = not {"smooth", "rotate", "rotate-down"}.isdisjoint(recipe.rewrites)
         undivided = _undivided(model, made) if divides else set()
         notes += transform(gm, made, flat, undivided=undivided, progress=progress)
@@ -135,8 +135,11 @@ def _check_walkable(recipe: Recipe, reason: str, step: str) -> None:
         raise UnsupportedError(explain(what, next_step=f"{step}; or leave out the budget (lift, cache_bits)"))
 
 
-def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, str, str]:
-    """The graph; where it cannot be had, None, the reason and what to do.
+def _capture(
+    model: nn.Module, calls: Sequence[Call]
+) -> tuple[tuple[Captured, list[list[Any]], list[Note]] | None, str, str]:
+    """The graph, its inputs for each call and what is to be told; where it cannot be had, None, the reason and what to
+    do.
 
     Without calls it is looked at and never run, so that its sizes need not vary, which makes most of tracing's time.
     Raises ValueError where the model itself does not take the first call.
@@ -146,7 +149,9 @@ def _capture(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured | None, 
         return None, "no example of its inputs is known", GIVE_DATA
     kwargs = without_cache(model, kwargs, args)
     try:
-        return capture_export(model, args, kwargs, dynamic=bool(calls), shared=always_shared(calls)), "", ""
+        if calls:
+            return capture_calls(model, calls), "", ""
+        return (capture_export(model, args, kwargs, dynamic=False, shared=True), [], []), "", ""
     except UnsupportedError as error:
         if calls:
             _try(model, args, kwargs)

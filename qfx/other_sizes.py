@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from qfx.capture import Captured
+from qfx.conditions import conditions, hold, is_number, sizes_of
 from qfx.errors import Note
 from qfx.graph import op_name, val
 
@@ -62,7 +63,7 @@ def fixed_sizes(captured: Captured, name: str) -> list[Note]:
     """
     inputs = [(op_name(n), val(n)) for n in captured.gm.graph.find_nodes(op="placeholder")]
     told = [(x, axis, v.shape[axis]) for x, v in inputs if isinstance(v, Tensor) and v.dim() > 1 for axis in _axes(x)]
-    fixed = [(x, axis, int(size)) for x, axis, size in told if _is_number(size) and size > 1]
+    fixed = [(x, axis, int(size)) for x, axis, size in told if is_number(size) and size > 1]
     if captured.fixed or not fixed:
         return []
     what = ", ".join(f"dimension {axis} of {x!r} ({size})" for x, axis, size in fixed)
@@ -75,22 +76,9 @@ def _axes(name: str) -> tuple[int, ...]:
     return (0, 1) if name.endswith("input_ids") else (0,)
 
 
-def _is_number(size: Any) -> bool:
-    """Of a symbol, too, that the trace found to be one."""
-    return not isinstance(size, torch.SymInt) or bool(size.node.expr.is_number)
-
-
-def _environment(captured: Captured) -> Any:
-    values = (val(node) for node in captured.gm.graph.nodes if node.op == "placeholder")
-    modes = (getattr(value, "fake_mode", None) for value in values)
-    return next((mode.shape_env for mode in modes if mode is not None and mode.shape_env is not None), None)
-
-
 def _values(captured: Captured) -> dict[Any, int]:
     """The example's size for each symbol."""
-    env = _environment(captured)
-    held = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
-    return {symbol: int(size) for symbol, size in held.items()}
+    return sizes_of(captured.environment)
 
 
 def _varying(captured: Captured) -> dict[Any, str]:
@@ -107,15 +95,13 @@ def _varying(captured: Captured) -> dict[Any, str]:
 
 def _suspects(captured: Captured, symbol: Any) -> list[int]:
     """Sizes from 2 on for which a condition of the trace does not hold; of an example of many, some of them."""
-    env, values = _environment(captured), _values(captured)
-    guards = [
-        guard for guard in (_replaced(g.expr, env.replacements) for g in env.guards) if symbol in guard.free_symbols
-    ]
+    env, values = captured.environment, _values(captured)
+    guards = [guard for guard in conditions(env) if symbol in guard.free_symbols]
     span = env.var_to_range[symbol]
     return [
         size
         for size in _looked_at(values[symbol])
-        if not (span.lower <= size <= span.upper and all(_true(g, {**values, symbol: size}) for g in guards))
+        if not (span.lower <= size <= span.upper and hold(guards, {**values, symbol: size}))
     ]
 
 
@@ -130,22 +116,6 @@ def _looked_at(example: int) -> list[int]:
     return sorted({*range(2, 2 + part), *range(example - part, example + part), *spread})
 
 
-def _replaced(expr: Any, replacements: Mapping[Any, Any]) -> Any:
-    for _ in range(len(replacements) + 1):
-        new = expr.xreplace(replacements)
-        if new == expr:
-            break
-        expr = new
-    return expr
-
-
-def _true(guard: Any, values: Mapping[Any, int]) -> bool:
-    try:
-        return bool(guard.xreplace({symbol: sympy.Integer(size) for symbol, size in values.items()}))
-    except (ZeroDivisionError, AssertionError, TypeError):
-        return False
-
-
 def _holds(
     captured: Captured, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], symbol: Any, size: int
 ) -> bool:
@@ -156,10 +126,16 @@ def _holds(
     for index, node in zip(captured.inputs, nodes, strict=True):
         if isinstance(flat[index], Tensor):
             flat[index] = _resized(flat[index], [_size(s, values) for s in val(node).shape])
+    given, named = pytree.tree_unflatten(flat, spec)
+    return same_as(captured, module, given, named)
+
+
+def same_as(captured: Captured, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether graph and module give the same for a call. Where the module fails, the graph may."""
+    flat = pytree.tree_leaves((tuple(args), dict(kwargs)))
     try:
         with torch.no_grad():
-            given, named = pytree.tree_unflatten(flat, spec)
-            wanted = [x for x in pytree.tree_leaves(module(*given, **named)) if isinstance(x, Tensor)]
+            wanted = [x for x in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(x, Tensor)]
     except Exception:  # noqa: BLE001  (any model's own code)
         return True
     try:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qfx import data as batches
 from qfx import graph
@@ -16,18 +16,17 @@ from qfx.analysis.measured import some
 from qfx.analysis.score import FORMATS, By, Options, score_graph
 from qfx.analysis.sensitivity import Sensitivity
 from qfx.analysis.weights import rounding_of
-from qfx.capture import capture_export
+from qfx.capture_calls import capture_calls
 from qfx.data import Call
 from qfx.errors import Note, check_flags
+from qfx.filling import to_length
 from qfx.format import Format
-from qfx.inputs import without_cache
 from qfx.passes.annotate import annotate, kind_of
 from qfx.passes.quantize import refuse
 from qfx.pipeline import prepare, told
 from qfx.plan import Plan
 from qfx.quantize import check_float, evaluating
 from qfx.recipe import Recipe
-from qfx.traced_call import always_shared
 
 _SEEN = 4096  # positions by whose energy weights are rounded, as in plans: their values are held side by side
 
@@ -64,8 +63,9 @@ def analyze(
     labelled = [labelled_batch(batch, loss is not None) for batch in given]
     calls = batches.calls(model, [inputs_of(model, batch) for batch in labelled])
     with evaluating(model):
-        flat, outputs, gm = _prepared(model, calls)
-        notes: list[Note] = []
+        flat, outputs, gm, notes = _prepared(model, calls)
+        if notes:
+            labelled = [_as_read(batch, gm, inputs) for batch, inputs in zip(labelled, flat, strict=True)]
         skip: list[str] = []
         if asked is not None:
             notes += [*annotate(gm, asked), *refuse(gm)]
@@ -118,13 +118,21 @@ def inputs_of(model: nn.Module, batch: Any) -> Any:
     return {name: value for name, value in batch.items() if name not in LABELS}
 
 
-def _prepared(model: nn.Module, calls: list[Call]) -> tuple[list[list[Any]], tuple[str, ...], Any]:
-    """(inputs of the graph by batch, names of its outputs, the prepared graph)."""
-    args, kwargs = batches.roomiest(calls)
-    captured = capture_export(model, args, without_cache(model, kwargs, args), shared=always_shared(calls))
+def _prepared(model: nn.Module, calls: list[Call]) -> tuple[list[list[Any]], tuple[str, ...], Any, list[Note]]:
+    """(inputs of the graph by batch, names of its outputs, the prepared graph, whether texts were filled)."""
+    captured, flat, notes = capture_calls(model, calls)
     prepare(captured.gm)
-    flat = [captured.flatten(a, without_cache(model, k, a)) for a, k in calls]
-    return flat, captured.outputs, captured.gm
+    return flat, captured.outputs, captured.gm, notes
+
+
+def _as_read(batch: Any, gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, Any]:
+    """A batch of texts as the graph reads it, filled to one length, for a loss that reads the tokens, too."""
+    names = [node.meta["qfx_name"] for node in gm.graph.find_nodes(op="placeholder")]
+    held = {**(batch if isinstance(batch, Mapping) else {}), **dict(zip(names, inputs, strict=True))}
+    labels, length = held.get("labels"), held["input_ids"].shape[-1]
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        held["labels"] = to_length("labels", labels, length)
+    return held
 
 
 def _left_out(gm: Any, recipe: Recipe) -> list[str]:

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qfx import data as batches
-from qfx.capture import capture_export
-from qfx.data import roomiest
+from qfx.capture_calls import capture_calls
 from qfx.errors import Note
-from qfx.inputs import without_cache
 from qfx.interop.gguf_blocks import Blocks, BlockType, block_type, pack
 from qfx.interop.gguf_encode import check_values
 from qfx.interop.gguf_grid import BlockGrid
@@ -36,7 +34,6 @@ from qfx.rounding.blocks import Part
 from qfx.rounding.method_options import GptqOptions, LearnedOptions
 from qfx.rounding.sequential import round_weights
 from qfx.storage.spill import rest
-from qfx.traced_call import always_shared
 
 _ELEMENTS = 1 << 21  # of the rows that are swept together
 _OPTIONS = GptqOptions(act_order=False, clip=True, sweeps=2)
@@ -58,13 +55,11 @@ def round_blocks(
     calls = batches.calls(model, data)
     into = _Blocks(kinds)
     with evaluating(model):
-        args, kwargs = roomiest(calls)
-        captured = capture_export(model, args, without_cache(model, kwargs, args), shared=always_shared(calls))
+        captured, flat, told = capture_calls(model, calls)
         prepare(captured.gm)
         rules = _rules(model, kinds)
         recipe = Recipe.parse({"name": "gguf", "rules": rules, "rounding": rounding})
-        notes = annotate(captured.gm, recipe)
-        flat = [captured.flatten(a, without_cache(model, k, a)) for a, k in calls]
+        notes = [*told, *annotate(captured.gm, recipe)]
         plan = Plan.of(model, recipe)
         learned = LearnedRounding(_LEARNED, into.start, into.finish)
         method = learned if rounding == "learned" else Gptq(_OPTIONS, into.solve)

@@ -23,7 +23,7 @@ LAYERS = (
     live: subclass stored
     """,
     """
-    annotation text numerics packing
+    annotation text numerics packing conditions
     calibration: histogram importance padding
     rounding: scales hqq nearest
     ops: packed floats
@@ -35,7 +35,7 @@ LAYERS = (
     kv: asked as_stored
     ops: cached heads attention
     rounding: parts rounded
-    recipe_source graph layouts names vmaps encoder_layer trace sources traced_call
+    recipe_source graph layouts names vmaps encoder_layer trace sources traced_call common_sizes
     capture run verify plan recipe presets
     reporting: rows fold
     live: modules parameters
