@@ -198,7 +198,7 @@ def _common(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], com
     try:
         return _traced(model, args, kwargs, axes=None, common=common)
     except (LongSize, UnsupportedError) as error:
-        if not common.any_varies:
+        if not common.any_varies or isinstance(error.__cause__, GuardOnDataDependentSymNode):
             raise
         raise OtherSize(first_line(error)) from error
 
