@@ -29,6 +29,7 @@ from qfx.interop import (
     import_checkpoint,
     import_gguf,
 )
+from qfx.parts import part_batches
 from qfx.plan import Plan
 from qfx.presets import presets
 from qfx.qat import prepare_qat
@@ -92,6 +93,7 @@ __all__ = [
     "load",
     "load_adapters",
     "merge_adapters",
+    "part_batches",
     "plan",
     "prepare_qat",
     "presets",

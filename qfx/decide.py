@@ -158,10 +158,8 @@ def _capture(
         elif unfit := _unfit(model, kwargs):
             return None, f"the example that qfx makes of its inputs does not fit it: {unfit}", GIVE_DATA
         reason = str(error).removeprefix("expected a model that torch.export captures as one graph, found ")
-        step = (
-            "torch.compile(model, backend='qfx') takes models in several graphs, and qfx.quantize takes a part "
-            "(model.language_model) with data of its own"
-        )
+        step = "torch.compile(model, backend='qfx') takes models in several graphs; a part of it can be calibrated by "
+        step += "itself: qfx.quantize(model.language_model, recipe, qfx.part_batches(model, 'language_model', data))"
         return None, f"torch.export: {reason.partition('; next step')[0]}", step
 
 

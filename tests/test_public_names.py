@@ -12,8 +12,8 @@ from tests.processes import python
 CALLABLES = (
     "add_adapters", "advise", "analyze", "convert", "distillation_loss", "export_awq", "export_bnb",
     "export_compressed_tensors", "export_gguf", "export_gptq", "generated_batches", "hidden_state_loss",
-    "import_checkpoint", "import_gguf", "load", "load_adapters", "merge_adapters", "plan", "prepare_qat", "presets",
-    "quantize", "report", "save",
+    "import_checkpoint", "import_gguf", "load", "load_adapters", "merge_adapters", "part_batches", "plan",
+    "prepare_qat", "presets", "quantize", "report", "save",
 )  # fmt: skip
 TYPES = ("Format", "Plan", "QATSchedule", "QfxWarning", "Recipe", "Report", "Sensitivity", "UnsupportedError")
 
