@@ -20,6 +20,7 @@ from qfx.live.segments import segments
 from qfx.names import is_within
 from qfx.ops import heads as attention_heads
 from qfx.ops.attention import reason_against
+from qfx.passes.angles import becomes_angle
 from qfx.passes.normalize import left_over
 from qfx.recipe import Recipe
 
@@ -200,6 +201,11 @@ def _refusal(node: fx.Node, kind: str, formats: dict[str, Formats]) -> tuple[str
         return (
             "its weight is computed in the graph, not a parameter",
             "exclude it with Recipe.ignore, or bake the weight in (torch.nn.utils.parametrize.remove_parametrizations)",
+        )
+    if kind == "linear" and becomes_angle(node):
+        return (
+            "sin and cos are taken of its result: rounded, an angle of many turns means another place",
+            "nothing, or exclude it with Recipe.ignore: it has too few columns to save anything",
         )
     value = weight.meta.get("val")
     if isinstance(value, Tensor) and not value.is_floating_point():
