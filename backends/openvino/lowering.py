@@ -23,6 +23,7 @@ from qfx.ops.heads import read
 
 _X_FORMAT = 8  # among the arguments of qfx::linear
 _FLOATS = ("_f32", "_bf16", "_f16")
+_LINEARS = ("aten::linear", "qfx::linear")
 # Operations that carry values from one place to another; what computes is told before them.
 _MOVES = {"Reorder", "Transpose", "Reshape", "Convert", "Const", "Parameter", "Result", "Input", "Output", "Concat"}
 
@@ -65,6 +66,7 @@ class OpenVinoLowered:
         self._names = [n.name for n in calls]
         weights = ((n.name, graph.weight_of(n)) for n in calls)
         self._weights = {name: str(weight.target) for name, weight in weights if weight is not None}
+        self._linears = {n.name for n in calls if graph.schema_name(n) in _LINEARS}
         places = {n.name: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
         made = {n.name: i for i, n in enumerate(built.outputs)}
         self._count = len(places)
@@ -92,6 +94,7 @@ class OpenVinoLowered:
         main: dict[str, list[str]] = {name: [] for name in self._names}
         rest: dict[str, list[str]] = {name: [] for name in self._names}
         products: dict[str, list[str]] = {}  # by the weight that each reads
+        others: list[str] = []  # of a linear that neither name nor weight tells
         for operation in self._session.executed.get_ordered_ops():
             info = operation.get_rt_info()
             kind, kernel = (_text(info, key) for key in ("layerType", "primitiveType"))
@@ -100,11 +103,19 @@ class OpenVinoLowered:
                 if owner in main:
                     (rest if kind in _MOVES else main)[owner].append(f"{kind} {kernel}".strip())
             if _is_product(kind):
-                for weight in _constants(operation):
+                constants = _constants(operation)
+                for weight in constants:
                     products.setdefault(weight, []).append(f"{kind} {kernel}".strip())
+                known = any(is_within(held, weight) for held in constants for weight in self._weights.values())
+                if kind == "FullyConnected" and not known and self._linears.isdisjoint(owners):
+                    others.append(f"{kind} {kernel}".strip())
         for name, weight in self._weights.items():
             if not main[name]:  # OpenVINO gives a product behind a norm the norm's name
                 main[name] = [k for held, found in products.items() if is_within(held, weight) for k in found]
+            if (
+                not main[name] and name in self._linears
+            ):  # its constants, too, where it moves the norm's scale into them
+                main[name] = others
         return {name: _told(main[name] or rest[name]) for name in self._names}
 
     def _precision(self) -> list[Note]:
@@ -133,8 +144,9 @@ class OpenVinoLowered:
 def _integers(node: fx.Node) -> str:
     """The formats of rounded operands whose products are meant to be of integers; "" where there are none."""
     name = graph.schema_name(node)
-    if name == "qfx::linear" and node.args[_X_FORMAT]:
-        return f"x={node.args[_X_FORMAT]}"
+    if name == "qfx::linear":
+        x = str(node.args[_X_FORMAT] or "")
+        return f"x={x}" if _of_integers(x) else ""
     if name != "qfx::quantized_attention":
         return ""
     texts = {role: str(text) for role, text in zip("qkvp", node.args[-4:], strict=True)}

@@ -85,6 +85,7 @@ class Session:
         with self._lock:
             if threads not in self._compiled:
                 settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+                settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0  # else floats before packed weights become 8 bits
                 if threads == 1 and _has_float_gate(self._model):
                     settings["INFERENCE_PRECISION_HINT"] = "f32"
                 made = self._core.compile_model(self._model, "CPU", settings)

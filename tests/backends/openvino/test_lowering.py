@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -87,6 +88,52 @@ def test_products_behind_a_norm_are_told(recipe: str) -> None:
     fast(x)
     kernels = {row.node: row.kernel for row in qfx.report(fast).rows if row.op == "linear"}
     assert set(kernels) == {"qkv", "o", "up", "down"}
+    assert all(kernel.startswith("OpenVINO FullyConnected") for kernel in kernels.values()), kernels
+
+
+class Gated(nn.Module):
+    """A gated MLP without biases, and a projection behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(a, b, bias=False) for a, b in ((32, 64), (32, 64), (64, 32)))
+        self.out = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.out(self.down(F.silu(self.gate(x)) * self.up(x)))
+        return found
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("rule", [{"w": "i8/ch"}, {"w": "u4/g32"}, {"w": "i8/ch", "x": "f32"}])
+@torch.no_grad()
+def test_float_activations_before_packed_weights_are_not_rounded(rule: dict[str, str]) -> None:
+    """A float gate on one thread is computed in f32 on every processor, and so is what stands beside it."""
+    torch.manual_seed(0)
+    model, x = Gated().eval(), torch.randn(4, 7, 32)
+    qfx.quantize(model, qfx.Recipe(name="float", rules=(qfx.Rule(target="*out", **rule),)), [x])
+    fast = compiled(model, strict=True)
+    assert sqnr_db(model(x), fast(x)) > 100
+    assert not qfx.report(fast).notes
+
+
+@pytest.mark.parametrize("rule", [{"w": "u4/g32"}, {"w": "i8/ch"}, {"w": "i8/ch", "x": "f32"}])
+@torch.no_grad()
+def test_products_that_openvino_names_after_others_are_told(rule: dict[str, str]) -> None:
+    """The product behind a gate gets the name of the gate, constants and all; the last one that of the output."""
+    model, x = Gated().eval(), torch.randn(4, 7, 32)
+    fast = compiled(model, recipe=qfx.Recipe(name="all", rules=(qfx.Rule(target="linear", **rule),)))
+    fast(x)
+    kernels = {row.node: row.kernel for row in qfx.report(fast).rows}
+    assert set(kernels) == {"gate", "up", "down", "out"}
     assert all(kernel.startswith("OpenVINO FullyConnected") for kernel in kernels.values()), kernels
 
 
