@@ -112,9 +112,7 @@ class OpenVinoLowered:
         for name, weight in self._weights.items():
             if not main[name]:  # OpenVINO gives a product behind a norm the norm's name
                 main[name] = [k for held, found in products.items() if is_within(held, weight) for k in found]
-            if (
-                not main[name] and name in self._linears
-            ):  # its constants, too, where it moves the norm's scale into them
+            if not main[name] and name in self._linears:  # other constants, too, where it scales them by the norm's
                 main[name] = others
         return {name: _told(main[name] or rest[name]) for name in self._names}
 
