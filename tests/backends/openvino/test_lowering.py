@@ -115,7 +115,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("rule", [{"w": "i8/ch"}, {"w": "u4/g32"}, {"w": "i8/ch", "x": "f32"}])
 @torch.no_grad()
-def test_float_activations_before_packed_weights_are_not_rounded(rule: dict[str, str]) -> None:
+def test_float_activations_before_packed_weights_are_not_rounded(rule: dict[str, Any]) -> None:
     """A float gate on one thread is computed in f32 on every processor, and so is what stands beside it."""
     torch.manual_seed(0)
     model, x = Gated().eval(), torch.randn(4, 7, 32)
@@ -127,7 +127,7 @@ def test_float_activations_before_packed_weights_are_not_rounded(rule: dict[str,
 
 @pytest.mark.parametrize("rule", [{"w": "u4/g32"}, {"w": "i8/ch"}, {"w": "i8/ch", "x": "f32"}])
 @torch.no_grad()
-def test_products_that_openvino_names_after_others_are_told(rule: dict[str, str]) -> None:
+def test_products_that_openvino_names_after_others_are_told(rule: dict[str, Any]) -> None:
     """The product behind a gate gets the name of the gate, constants and all; the last one that of the output."""
     model, x = Gated().eval(), torch.randn(4, 7, 32)
     fast = compiled(model, recipe=qfx.Recipe(name="all", rules=(qfx.Rule(target="linear", **rule),)))
