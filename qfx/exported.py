@@ -119,6 +119,7 @@ def write(
     floats = order.runtime == "standard" and any(map(is_float_product, gm.graph.nodes))
     notes = (*notes, *built.notes, *([float_note(target.name)] if floats else []))
     told(notes, strict=order.strict)
+    notes = (*_of_plan(order.plan, notes), *notes)
     formats = _formats(gm)
     pasts = [name for name in (inputs or {}).values() if name.startswith("past_key_values.")]
     shared_cache = bool(pasts) and _grows_in_place(built, len(pasts))
@@ -145,6 +146,13 @@ def write(
     names = tuple(i.name for i in built.model.graph.input)
     found = tuple(o.name for o in built.model.graph.output)
     return Exported(written.files, written.nbytes, written.opset, names, found, notes, formats, shared_cache)
+
+
+def _of_plan(plan: Plan | None, notes: Sequence[Note]) -> list[Note]:
+    """What was warned of when the plan was made, and is not among the notes of the file."""
+    known = {(note.node, note.reason) for note in notes}
+    made = [Note.parse(text) for text in plan.notes] if plan is not None else []
+    return [note for note in made if (note.node, note.reason) not in known]
 
 
 def _own_names(gm: fx.GraphModule, built: Any) -> dict[str, str]:

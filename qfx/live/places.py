@@ -73,7 +73,8 @@ def find(model: nn.Module, plan: Plan) -> tuple[list[Place], list[Note]]:
         raise _missing(model, missing)
     for place in places:
         check_finite(model.get_submodule(place.owner)._parameters[place.leaf], place.fqn)  # type: ignore[arg-type]
-    return [_without_x(p) for p in places], [*notes, *_weight_only(model, places), *_conflicts(model, places)]
+    notes += [*_weight_only(model, places), *_conflicts(model, places), *_drawn_along(model, places)]
+    return [_without_x(p) for p in places], notes
 
 
 def is_own_linear(module: nn.Module, layout: str) -> bool:
@@ -208,6 +209,31 @@ def _conflicts(model: nn.Module, places: list[Place]) -> list[Note]:
             notes.append(
                 Note(place.fqn, reason, "give both one format (a rule with target 'tied') to store it once", minor=True)
             )
+    return notes
+
+
+def _drawn_along(model: nn.Module, places: list[Place]) -> list[Note]:
+    """Tables whose weight is asked for as that of a linear alone, and the other way round: it is packed for both."""
+    asked: dict[int, Place] = {}
+    kinds: dict[int, set[bool]] = {}
+    for place in places:
+        module = model.get_submodule(place.owner)
+        weight = module._parameters[place.leaf]
+        assert weight is not None
+        asked.setdefault(weight.data_ptr(), place)
+        kinds.setdefault(weight.data_ptr(), set()).add(isinstance(module, nn.Embedding))
+    notes = []
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        known = set() if weight is None or weight.is_meta else kinds.get(weight.data_ptr(), set())
+        if weight is not None and known and isinstance(module, nn.Embedding) not in known:
+            place = asked[weight.data_ptr()]
+            if not isinstance(place.w, Format):
+                continue  # several formats are packed for the layer alone
+            reason = (
+                f"its weight is tied to {place.fqn!r} (w={show(place.w)}), and is rounded with it, though not asked"
+            )
+            notes.append(Note(path, reason, "give both a format (a rule with target 'tied'), or untie them ('untie')"))
     return notes
 
 

@@ -119,3 +119,28 @@ def test_a_float_copy_beside_codes_would_be_found(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(lowering, "build", spoiled)
     with pytest.raises(AssertionError, match="float copies of quantized weights"):
         qfx.export_onnx(nn.Linear(8, 8), torch.ones(2, 8), tmp_path / "m.onnx", recipe="w8a8")
+
+
+class Spread(nn.Module):
+    """A linear layer and a convolution that stays in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.spread = nn.Linear(8, 8), nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, 8, 8]"""
+        return torch.as_tensor(self.spread(self.fc(x)[:, None]))
+
+
+def test_what_was_warned_of_when_the_plan_was_made_stands_in_the_file(tmp_path: Path) -> None:
+    model, x = Spread().eval(), torch.randn(2, 8, 8)
+    rule = {"rules": [{"target": "linear", "x": "u8", "w": "i8/ch"}, {"target": "conv", "x": "u8", "w": "i8/ch"}]}
+    with pytest.warns(QfxWarning, match="a convolution whose windows overlap") as told:
+        written = qfx.export_onnx(model, x, tmp_path / "m.onnx", recipe=rule, data=[x])
+    (note,) = [note for note in written.notes if "a convolution whose windows overlap" in note.reason]
+    assert note.node == "spread" and note.next_step
+    assert len([w for w in told if "windows overlap" in str(w.message)]) == 1
+    metadata = {entry.key: entry.value for entry in onnx.load(written.path).metadata_props}
+    assert json.loads(metadata["qfx.notes"]) == [str(note) for note in written.notes]

@@ -200,7 +200,7 @@ def test_a_tied_table_of_a_quantized_model_counts_once() -> None:
 def test_a_tied_table_that_stays_in_floats_counts_once(table: str) -> None:
     model = nn.Sequential(nn.Embedding(90, 64), nn.Linear(64, 64, bias=False), nn.Linear(64, 90, bias=False))
     model[2].weight = model[0].weight
-    asked = [{"target": "1", "w": "i8/ch"}, {"target": "embedding", "w": table}]
+    asked = [{"target": "1", "w": "i8/ch"}, {"target": "tied", "w": table}]
     report = qfx.report(qfx.quantize(model, {"rules": asked}, data=[torch.arange(6).view(2, 3)]))
     assert [(row.node, row.shared) for row in report] == [("0", False), ("1", False), ("2", True)]
     assert report.totals["bytes_before"] == 4 * (90 * 64 + 64 * 64)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qfx
-from qfx import QfxWarning, Recipe, Rule
+from qfx import QfxWarning, Recipe, Rule, UnsupportedError
 from qfx.live.modules import QuantConv, QuantEmbedding, QuantLinear
 from qfx.measuring.measure import sqnr_db
 from tests.graphs import Function
@@ -84,6 +84,18 @@ def test_conflicting_formats_of_a_tied_weight_are_told_and_stored_twice() -> Non
         found = quantized(TiedHead(), ids, recipe=recipe, decibel=15)
     assert isinstance(found, TiedHead)
     assert found.table.w_format == "i8/ch" and found.head.w_format == "i4/g4"
+
+
+@pytest.mark.parametrize(("asked", "drawn"), [("linear", "table"), ("embedding", "head")])
+def test_a_tie_of_which_one_reader_is_asked_for_is_told(asked: str, drawn: str) -> None:
+    recipe = Recipe(name="one", rules=(Rule(target=asked, w="i8/ch"),))
+    ids = torch.arange(12).reshape(2, 6)
+    with pytest.warns(QfxWarning, match=rf"{drawn}.*: its weight is tied to '\w+' \(w=i8/ch\), and is rounded with it"):
+        found = quantized(TiedHead(), ids, recipe=recipe)
+    assert isinstance(found, TiedHead)
+    assert found.table.w_codes.data_ptr() == found.head.w_codes.data_ptr()  # type: ignore[operator]
+    with pytest.raises(UnsupportedError, match="is rounded with it, though not asked"):
+        qfx.quantize(TiedHead().eval(), recipe, [ids], strict=True)
 
 
 def test_hooks_go_on_and_their_handles_remove_them() -> None:
