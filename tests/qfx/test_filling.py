@@ -87,3 +87,8 @@ def test_tokens_that_see_no_later_ones_need_not_be_masked() -> None:
 @pytest.mark.parametrize(("name", "value"), [("input_ids", 0), ("attention_mask", 0), ("labels", -100)])
 def test_what_fills(name: str, value: int) -> None:
     assert to_length(name, torch.ones(1, 2, dtype=torch.long), 4).tolist() == [[1, 1, value, value]]
+
+
+def test_a_model_that_fails_is_not_filled() -> None:
+    bad = [((), {"input_ids": torch.full((2, 3), 99)}), ((), {"input_ids": ids(9)})]
+    assert filled(Text(), bad) is None
