@@ -16,6 +16,7 @@ from qfx.errors import Note, UnsupportedError, explain
 from qfx.graph import op_name
 from qfx.live.segments import asked
 from qfx.passes._match import arguments
+from qfx.passes.annotate import kind_of
 from qfx.pipeline import apply_plan, prepare, told
 from qfx.plan import Plan, versions
 from qfx.quantize import plan as make_plan
@@ -86,7 +87,31 @@ def quantize(captured: Captured, order: Order, spill: Spill) -> list[Note]:
     if order.plan is None and order.recipe is None:
         return []
     recipe = order.recipe or Recipe.parse("w8a8")
-    return apply_plan(captured.gm, order.plan, recipe, keep=spill.keep)
+    before = _readers(captured.gm)
+    notes = apply_plan(captured.gm, order.plan, recipe, keep=spill.keep)
+    return [*notes, *_stored_twice(before, _readers(captured.gm))]
+
+
+def _readers(gm: fx.GraphModule) -> dict[str, set[str]]:
+    """Float weight -> FQNs of the linears and embeddings that read it."""
+    found: dict[str, set[str]] = {}
+    for node in gm.graph.nodes:
+        if kind_of(node) in ("linear", "embedding") and (weight := graph.weight_of(node)) is not None:
+            found.setdefault(str(weight.target), set()).add(graph.fqn_of(node))
+    return found
+
+
+def _stored_twice(before: Mapping[str, set[str]], after: Mapping[str, set[str]]) -> list[Note]:
+    """Layers that still read a float weight of which others read codes now. (A live model packs it for both.)"""
+    notes = []
+    for weight, names in after.items():
+        if packed := before.get(weight, set()) - names:
+            reason = (
+                f"its weight is tied to {min(packed)!r}, which is packed, and no format was asked for it: stored twice"
+            )
+            step = "give both one format (a rule with target 'tied') to store it once"
+            notes.append(Note(min(names), reason, step, minor=True))
+    return notes
 
 
 def write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,30 @@ def test_what_was_warned_of_when_the_plan_was_made_stands_in_the_file(tmp_path: 
     assert len([w for w in told if "windows overlap" in str(w.message)]) == 1
     metadata = {entry.key: entry.value for entry in onnx.load(written.path).metadata_props}
     assert json.loads(metadata["qfx.notes"]) == [str(note) for note in written.notes]
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(32, 16), nn.Linear(16, 32, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.as_tensor(self.head(self.table(ids)))
+
+
+@pytest.mark.parametrize(("asked", "left"), [("linear", "table"), ("embedding", "head")])
+def test_a_tie_of_which_one_reader_is_asked_for_is_stored_twice_and_told(tmp_path: Path, asked: str, left: str) -> None:
+    rule = {"rules": [{"target": asked, "w": "i8/ch", **({"x": "i8/tok"} if asked == "linear" else {})}]}
+    with pytest.warns(QfxWarning, match=rf"{left}: its weight is tied to '\w+', which is packed, .* stored twice"):
+        written = qfx.export_onnx(Tied().eval(), torch.arange(6).view(2, 3), tmp_path / "m.onnx", recipe=rule)
+    assert list(written.formats) == [asked.replace("linear", "head").replace("embedding", "table")]
+
+
+@pytest.mark.parametrize("recipe", [{"rules": [{"target": "tied", "w": "i8/ch"}]}, None])
+def test_a_tie_with_one_format_or_none_is_stored_once(tmp_path: Path, recipe: Any) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        qfx.export_onnx(Tied().eval(), torch.arange(6).view(2, 3), tmp_path / "m.onnx", recipe=recipe)
+    assert not any("stored twice" in str(warning.message) for warning in told)
