@@ -23,24 +23,35 @@ from qfx.traced_call import always_shared
 def capture_calls(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured, list[list[Any]], list[Note]]:
     """(graph, its flat inputs for each call, what users are to know), traced with the roomiest call.
 
-    calls: what the model will see. Where the graph would not hold for the lengths
-    of all texts, these are filled to one length (see `filling`), which is told. Raises UnsupportedError where
-    torch.export does not take the model as one graph, ValueError where calls are not alike, or a graph cannot hold for
-    all of them.
+    calls: what the model will see. Where the graph would not hold for the lengths of all texts, these are filled to one
+    length (see `filling`), which is told. Raises UnsupportedError where torch.export does not take the model as one
+    graph, ValueError where calls are not alike, or a graph cannot hold for all of them.
     """
     calls = [(args, without_cache(model, kwargs, args)) for args, kwargs in calls]
     shared = always_shared(calls)
     args, kwargs = roomiest(calls)
     try:
         captured = capture_export(model, args, kwargs, shared=shared, calls=calls)
-        return captured, _flat(captured, calls), []
+        flat = _flat(captured, calls)
+        if _unfit(captured, model, calls, flat) is None:
+            return captured, flat, []
     except OtherSize:
-        if found := _filled(model, calls):
-            return found
+        pass
+    if found := _filled(model, calls):
+        return found
     captured = capture_export(model, args, kwargs, shared=shared)
     flat = _flat(captured, calls)
-    _check_conditions(captured, model, calls, flat)
-    return captured, flat, []
+    if (number := _unfit(captured, model, calls, flat)) is None:
+        return captured, flat, []
+    raise ValueError(
+        explain(
+            f"batch {number} of the data does not fit the graph, in which the model's forward fixed what it computes "
+            "with a size (the steps of a loop over tokens)",
+            expected=f"sizes like those of the largest batch, {_shapes_of((args, kwargs))}",
+            found=f"{_shapes_of(calls[number - 1])}",
+            next_step="cut the texts to one length, as qfx.data.text_batches does",
+        )
+    )
 
 
 def _flat(captured: Captured, calls: Sequence[Call]) -> list[list[Any]]:
@@ -62,28 +73,20 @@ def _filled(model: nn.Module, calls: Sequence[Call]) -> tuple[Captured, list[lis
     return captured, _flat(captured, new), [Note(type(model).__name__, reason, step, minor=True)]
 
 
-def _check_conditions(
-    captured: Captured, model: nn.Module, calls: Sequence[Call], flat: Sequence[Sequence[Any]]
-) -> None:
-    """Raises ValueError where a call does not meet a condition of the trace, and the graph gives other results."""
+def _unfit(captured: Captured, model: nn.Module, calls: Sequence[Call], flat: Sequence[Sequence[Any]]) -> int | None:
+    """The number of the first call that does not meet a condition of the trace, and for which the graph gives other
+    results than the model."""
     environment, seen = captured.environment, set[tuple[int, ...]]()
     noted = conditions(environment) if environment is not None else []
     values = [n.meta["val"] for n in captured.gm.graph.find_nodes(op="placeholder")]
     for number, (call, inputs) in enumerate(zip(calls, flat, strict=True), 1):
         sizes = dict(_sizes(values, inputs))
-        if tuple(sizes.values()) in seen or hold(noted, {**sizes_of(environment), **sizes}):
+        if tuple(sizes.values()) in seen:
             continue
         seen.add(tuple(sizes.values()))
-        if not same_as(captured, model, *call):
-            raise ValueError(
-                explain(
-                    f"batch {number} of the data does not fit the graph, in which the model's forward fixed what it "
-                    "computes with a size (the steps of a loop over tokens)",
-                    expected=f"sizes like those of the largest batch, {_shapes_of(roomiest(calls))}",
-                    found=f"{_shapes_of(call)}",
-                    next_step="cut the texts to one length, as qfx.data.text_batches does",
-                )
-            )
+        if not hold(noted, {**sizes_of(environment), **sizes}) and not same_as(captured, model, *call):
+            return number
+    return None
 
 
 def _sizes(values: Sequence[Any], inputs: Sequence[Any]) -> Iterator[tuple[Any, int]]:

@@ -11,8 +11,7 @@ import torch
 
 def sizes_of(environment: Any) -> dict[Any, int]:
     """The example's size for each symbol of a torch ShapeEnv; none of None."""
-    held = getattr(environment, "backed_var_to_val", None) or getattr(environment, "var_to_val", {})
-    return {symbol: int(size) for symbol, size in held.items()}
+    return {symbol: int(size) for symbol, size in getattr(environment, "backed_var_to_val", {}).items()}
 
 
 def is_number(size: Any) -> bool:

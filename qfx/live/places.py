@@ -18,7 +18,7 @@ from qfx.layouts import ALSO, READ, bare, is_transposed
 from qfx.live.segments import segments
 from qfx.passes.rewrites import rotations
 from qfx.plan import Plan
-from qfx.recipe import is_static
+from qfx.recipe import Recipe, is_static
 from qfx.rounding.parts import check_finite
 from qfx.storage.hollow import filled, is_hollow_leaf
 
@@ -73,7 +73,7 @@ def find(model: nn.Module, plan: Plan) -> tuple[list[Place], list[Note]]:
         raise _missing(model, missing)
     for place in places:
         check_finite(model.get_submodule(place.owner)._parameters[place.leaf], place.fqn)  # type: ignore[arg-type]
-    notes += [*_weight_only(model, places), *_conflicts(model, places), *_drawn_along(model, places)]
+    notes += [*_weight_only(model, places), *_conflicts(model, places), *_drawn_along(model, places, plan.recipe)]
     return [_without_x(p) for p in places], notes
 
 
@@ -212,7 +212,7 @@ def _conflicts(model: nn.Module, places: list[Place]) -> list[Note]:
     return notes
 
 
-def _drawn_along(model: nn.Module, places: list[Place]) -> list[Note]:
+def _drawn_along(model: nn.Module, places: list[Place], recipe: Recipe) -> list[Note]:
     """Tables whose weight is asked for as that of a linear alone, and the other way round: it is packed for both."""
     asked: dict[int, Place] = {}
     kinds: dict[int, set[bool]] = {}
@@ -227,8 +227,8 @@ def _drawn_along(model: nn.Module, places: list[Place]) -> list[Note]:
         weight = module._parameters.get("weight")
         known = set() if weight is None or weight.is_meta else kinds.get(weight.data_ptr(), set())
         if weight is not None and known and isinstance(module, nn.Embedding) not in known:
-            place = asked[weight.data_ptr()]
-            if not isinstance(place.w, Format):
+            place, kind = asked[weight.data_ptr()], "embedding" if isinstance(module, nn.Embedding) else "linear"
+            if not isinstance(place.w, Format) or "w" in recipe.formats_for(kind, path, tied=True):
                 continue  # several formats are packed for the layer alone
             reason = (
                 f"its weight is tied to {place.fqn!r} (w={show(place.w)}), and is rounded with it, though not asked"

@@ -127,6 +127,13 @@ def test_a_branch_that_another_batch_does_not_take() -> None:
     assert same(data[1]).shape == (2, 6, 8)
 
 
+def test_one_size_that_stands_for_two_is_looked_at_afterwards() -> None:
+    """Of a batch as large as its texts are long the trace does not tell which is which."""
+    model = Branch(2.0).eval()
+    with pytest.raises(ValueError, match="batch 2 of the data does not fit the graph"):
+        qfx.quantize(model, "w8a8-static", [torch.randn(12, 12, 8), torch.randn(2, 6, 8)])
+
+
 def mamba() -> MambaForCausalLM:
     torch.manual_seed(0)
     config = MambaConfig(
