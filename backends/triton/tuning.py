@@ -25,7 +25,7 @@ from qfx.backends.triton import repeated
 from qfx.backends.triton.device import Device
 from qfx.backends.triton.launch import Config
 from qfx.errors import explain, warn
-from qfx.storage.files import read_json, write_text
+from qfx.storage.files import locked, read_json, write_text
 from qfx.storage.folders import default_folder
 
 LARGEST = 8192
@@ -119,16 +119,18 @@ def own_folder() -> Path | None:
 def write(folder: Path, device: Device, found: Mapping[Choice, Config]) -> Path:
     """Add configurations to the file of a GPU and return its path; what else it holds stays.
 
-    The file is whole at any time. Raises OSError where it cannot be written, ValueError where what is there is none.
+    The file is whole at any time, and several processes may add to it at once. Raises OSError where it cannot be
+    written, ValueError where what is there is none.
     """
     path = file_of(folder, device)
-    kept = _read(path) if path.exists() else {}
-    for (kernel, problem, rows), config in found.items():
-        kept.setdefault(kernel, {}).setdefault(problem, {})[rows] = dict(config)
-    for problems in kept.values():
-        for problem, buckets in problems.items():
-            problems[problem] = dict(sorted(buckets.items(), key=lambda item: int(item[0])))
-    write_text(path, json.dumps(kept, indent=1, sort_keys=False) + "\n")
+    with locked(folder):
+        kept = _read(path) if path.exists() else {}
+        for (kernel, problem, rows), config in found.items():
+            kept.setdefault(kernel, {}).setdefault(problem, {})[rows] = dict(config)
+        for problems in kept.values():
+            for problem, buckets in problems.items():
+                problems[problem] = dict(sorted(buckets.items(), key=lambda item: int(item[0])))
+        write_text(path, json.dumps(kept, indent=1, sort_keys=False) + "\n")
     _of_device.cache_clear()
     repeated.forget()
     return path

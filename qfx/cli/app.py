@@ -14,6 +14,7 @@ from qfx.cli import machine, writing
 from qfx.cli.arguments import (
     Baseline,
     BatchSize,
+    BudgetHtml,
     Debug,
     Device,
     Field,
@@ -22,11 +23,14 @@ from qfx.cli.arguments import (
     Json,
     Layout,
     Model,
+    Plot,
     Quantized,
+    Resume,
     Runtime,
     Samples,
     Seed,
     SeqLen,
+    Stream,
     Strict,
     Text,
     TextSamples,
@@ -86,14 +90,9 @@ def quantize(
     strict: Strict = False,
     seed: Seed = 0,
     device: Device = "cpu",
-    resume: Annotated[
-        Path | None, typer.Option(help="Folder of finished blocks (GPTQ): the same command goes on where it stopped.")
-    ] = None,
-    stream: Annotated[
-        bool | None,
-        typer.Option(help="Leave the weights on disk until they are used; left out: where memory is short."),
-    ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write one page about what each weight gets of a budget.")] = None,
+    resume: Resume = None,
+    stream: Stream = None,
+    html: BudgetHtml = None,
     avg_bits: Annotated[
         float | None, typer.Option(help="Budget: average bits of the weights, each head and layer as it needs.")
     ] = None,
@@ -245,7 +244,7 @@ def compare(
     seed: Seed = 0,
     device: Device = "cpu",
     json: Json = None,
-    plot: Annotated[Path | None, typer.Option(help="With --recipes: draw error over size, and times, here.")] = None,
+    plot: Plot = None,
     debug: Debug = False,
 ) -> None:
     """Compare QUANTIZED with its float original, or recipes on one MODEL: accuracy, size, latency, memory.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,9 @@ from qfx.storage.skeleton import config_of, read_by_transformers
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".data")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_OWN = "qfx"
+_MADE_FLOAT = ("mxfp4", "fp8")  # methods whose weights transformers makes float ones where it has no kernels for them
+_CONVERTED = ("awq", "bitsandbytes", "compressed-tensors", "gptq")  # what `qfx.interop.read` reads
 _SHOWN = 5  # missing weights that a message lists
 
 
@@ -49,11 +52,12 @@ def load(source: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
     """Load a model of transformers from a folder or, where it is no folder, by its hub name.
 
     The cache is asked first: the network is used only for a model that is not there yet. Weights that the files lack
-    are a QfxWarning. Raises ValueError where there is no such model, its class is unknown or needs code of its own, and
-    for weights that are cut short or those of another model.
+    are a QfxWarning. Raises ValueError where there is no such model, its class is unknown or needs code of its own, for
+    weights that are cut short or those of another model, and for a checkpoint that another library quantized.
     """
     folder = resolve(source)
-    kind, _ = class_of(folder)
+    kind, config = class_of(folder)
+    check_float(folder, config, but=(_OWN, *_MADE_FLOAT))
     try:
         with without_bar():
             model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -70,6 +74,20 @@ def load(source: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
             stacklevel=2,
         )
     return Loaded(model.eval().to(device), load_tokenizer(folder), folder)
+
+
+def check_float(folder: Path, config: Any, *, but: Collection[str] = ()) -> None:
+    """Raises ValueError where a model's config says that it is quantized, by another method than those of `but`."""
+    said = getattr(config, "quantization_config", None)
+    if said is None:
+        return
+    method = said.get("quant_method") if isinstance(said, Mapping) else getattr(said, "quant_method", said)
+    method = str(getattr(method, "value", method))
+    if method not in but:
+        step = "qfx.load opens it" if method == _OWN else "give the float model"
+        if method in _CONVERTED:
+            step += f", or what `qfx convert {folder} OUT --to qfx` makes of it, codes as they are"
+        raise ValueError(explain(f"{folder} is quantized already, by {method}", next_step=step))
 
 
 def wrong_weights(kind: Any, folder: Path, found: str) -> ValueError:

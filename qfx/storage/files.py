@@ -23,6 +23,11 @@ from safetensors.torch import load_file
 from qfx.errors import explain
 from qfx.storage.spill import flat_bytes, rest
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SHORT = " requested and "  # numpy's words where a part of an array is written, without an error number
 _PART = 1 << 22  # bytes that are written at once
@@ -125,6 +130,26 @@ def staged_folder(folder: str | os.PathLike[str], *, last: str) -> Iterator[Path
         shutil.rmtree(stage, ignore_errors=True)
         if made is not None and not done:
             _remove_empty(root, made)
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Lets one process at a time through, for those that read a file of this folder, add to it and write it.
+
+    The folder is made. It waits for the others; systems and file systems without locks let all through.
+    """
+    root = path_of(folder)
+    _make_folder(root)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

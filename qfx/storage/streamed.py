@@ -54,7 +54,9 @@ def load(source: str | os.PathLike[str], *, scratch: str | os.PathLike[str] | No
     """
     folder = hub.resolve(source)
     kind, config = hub.class_of(folder)
-    _check_float(folder, config)
+    if (folder / "qfx.json").is_file():
+        raise ValueError(explain(f"{folder} is quantized already", next_step="qfx.load opens it"))
+    hub.check_float(folder, config)
     place = Spill(Path(tempfile.gettempdir() if scratch is None else scratch))
     tensors = mapped(folder, place)
     if not tensors:
@@ -250,16 +252,6 @@ def _settled(model: nn.Module, place: Spill) -> None:
                     moved[id(old)] = nn.Parameter(kept, old.requires_grad) if isinstance(old, nn.Parameter) else kept
                 store[name] = moved[id(old)]  # type: ignore[assignment]
     give_back()
-
-
-def _check_float(folder: Path, config: Any) -> None:
-    """Raises ValueError where the folder holds a model that is quantized already."""
-    method = getattr(config, "quantization_config", None)
-    if (folder / "qfx.json").is_file():
-        raise ValueError(explain(f"{folder} is quantized already", next_step="qfx.load opens it"))
-    if method is not None:
-        kind = method.get("quant_method") if isinstance(method, Mapping) else getattr(method, "quant_method", method)
-        raise ValueError(explain(f"{folder} is quantized already, by {kind}", next_step="give the float model"))
 
 
 def _broken(path: Path, size: int, what: str) -> ValueError:

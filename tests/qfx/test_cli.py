@@ -374,3 +374,23 @@ def test_export_an_encoder_decoder_as_a_folder(tmp_path: Path) -> None:
     assert "onnxruntime_genai" not in result.output
     written = {"encoder.onnx", "model.onnx", "encoder_decoder.json", "config.json", "generation_config.json"}
     assert written == {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compare", "MODEL", "--recipes", "w8a8", "--json"],
+        ["compare", "MODEL", "--recipes", "w8a8", "--plot"],
+        ["advise", "MODEL", "--json"],
+        ["analyze", "MODEL", "--html"],
+        ["inspect", "MODEL", "--json"],
+        ["kv", "MODEL", "--json"],
+        ["quantize", "MODEL", "-o", "OUT", "--recipe", "heads", "--html"],
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "file").touch()
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "out.json", "found a file")):
+        result = run(*arguments, path)
+        text = " ".join(result.stderr.replace("│", " ").split())
+        assert result.exit_code == 2 and f"Invalid value for '{arguments[-1]}'" in text and message in text, text

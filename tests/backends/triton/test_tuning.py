@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,22 @@ def test_configurations_of_other_constants_are_passed_over_and_told_once(folder:
     with pytest.warns(QfxWarning, match="found: BLOCK_M OTHER num_warps"):
         assert found("gemm", "p", 4) is None
     assert found("gemm", "p", 8) == BEST
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+from qfx.backends.triton import tuning
+from qfx.backends.triton.device import Device
+device = Device("GPU", (9, 0), 132, 232448)
+for i in range(60):
+    tuning.write(Path(sys.argv[1]), device, {("gemm", f"{sys.argv[2]}={i}", "16"): {"BLOCK_M": 16}})
+"""
+
+
+def test_two_processes_that_add_to_one_file_lose_nothing(tmp_path: Path) -> None:
+    both = [subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path), name]) for name in ("n", "k")]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    held = json.loads((tmp_path / "GPU.json").read_text())["gemm"]
+    assert len(held) == 120
+    assert [path.name for path in tmp_path.iterdir()] == ["GPU.json"]

@@ -123,3 +123,15 @@ def test_bytes_on_disk_counts_weights(tmp_path: Path) -> None:
     for name, size in (("a.safetensors", 7), ("config.json", 100), ("deep/b.bin", 5)):
         (tmp_path / name).write_bytes(bytes(size))
     assert hub.bytes_on_disk(tmp_path) == 12
+
+
+@pytest.mark.parametrize(
+    ("method", "step"),
+    [("gptq", "qfx convert .* --to qfx"), ("bitsandbytes", "qfx convert"), ("torchao", "give the float model$")],
+)
+def test_what_another_library_quantized_is_refused(tmp_path: Path, method: str, step: str) -> None:
+    _bert(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+    with pytest.raises(ValueError, match=rf"is quantized already, by {method}\n  next step: .*{step}"):
+        hub.load(tmp_path)
