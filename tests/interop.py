@@ -18,7 +18,7 @@ from qfx.packing import pack_weight, unpack_zeros
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # those of libraries that transformers imports where they are installed
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -32,6 +32,18 @@ def llama(*, tied: bool = False, dtype: torch.dtype = torch.float32, **more: Any
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES, tie_word_embeddings=tied, **more)
     return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+
+
+def falcon(fmt: str) -> Any:
+    """A Falcon of one layer, whose linears are of a class derived from nn.Linear, packed."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
+    model = FalconForCausalLM(FalconConfig(**sizes)).eval()
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "FalconLinear":
+            packed = pack_weight(module.weight, Format.parse(fmt), name=name)  # type: ignore[arg-type]
+            model.set_submodule(name, QuantLinear(packed, module.bias, dtype=torch.float32))  # type: ignore[arg-type]
+    return model
 
 
 def ids() -> Tensor:

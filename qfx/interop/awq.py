@@ -48,8 +48,15 @@ def export_awq(
     nothing can be held, OSError where the disk does not take it.
     """
     check_flags(strict=strict, experts=experts)
-    without = "transformers' own loader"
-    layout = Layout(NAME, _refused, _lost, _encode, _config, experts=experts, without=without)
+    layout = Layout(
+        NAME,
+        _refused,
+        _lost,
+        _encode,
+        _config,
+        experts=experts,
+        without=lambda held: "transformers' own loader takes them together only",
+    )
     write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=shard_bytes)
 
 
@@ -129,9 +136,9 @@ def decoder(config: Mapping[str, Any]) -> Decoder:
 
 
 def _decode(
-    fqn: str, kind: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], *, group_size: int
+    fqn: str, kinds: tuple[str, ...], tensors: Mapping[str, Tensor], shape: tuple[int, int], *, group_size: int
 ) -> Linear | None:
-    del kind
+    del kinds
     if "qweight" not in tensors:
         return None
     qweight, qzeros, scales = need(tensors, fqn, "qweight", "qzeros", "scales")

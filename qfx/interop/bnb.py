@@ -70,6 +70,9 @@ def _refused(linears: Sequence[Linear]) -> dict[str, Loss]:
         if fmt.type != "nf4" or fmt.scale_type not in ("f32", "f16", "bf16", "dq") or linear.group not in BLOCKS:
             reason = f"{NAME} has no layout for w={fmt}: written in float"
             found[linear.fqn] = (reason, "quantize with nf4/g64 (groups of 32 to 4096, powers of two)")
+        elif linear.derived:
+            reason = f"{NAME} takes the place of nn.Linear itself, not of a class derived from it: written in float"
+            found[linear.fqn] = (reason, "export_compressed_tensors or export_gptq")
         elif k % linear.group:
             reason = f"{NAME} cuts the flat weight into blocks, and {k} columns are no whole groups: written in float"
             found[linear.fqn] = (reason, f"choose a group size that divides {k}")
@@ -124,8 +127,10 @@ def decoder(config: Mapping[str, Any]) -> Decoder:
     return Decoder(NAME, frozenset(leaves), _decode)
 
 
-def _decode(fqn: str, kind: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Linear | Dequantized | None:
-    del kind
+def _decode(
+    fqn: str, kinds: tuple[str, ...], tensors: Mapping[str, Tensor], shape: tuple[int, int]
+) -> Linear | Dequantized | None:
+    del kinds
     if "SCB" in tensors:
         return _decode_int8(fqn, tensors, shape)
     found = next((leaf for leaf in tensors if leaf.startswith(_STATE)), None)

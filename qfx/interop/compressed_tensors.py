@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,8 +48,7 @@ def export_compressed_tensors(
     take it.
     """
     check_flags(strict=strict, experts=experts)
-    without = "transformers without CompressedTensorsConfig(dequantize=True)"
-    layout = Layout(NAME, _refused, _lost, _encode, _config, experts=experts, without=without)
+    layout = Layout(NAME, _refused, _lost, _encode, _config, experts=experts, without=_without)
     write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=shard_bytes)
 
 
@@ -86,6 +86,17 @@ def _lost(linear: Linear) -> list[Loss]:
     if not linear.x or _input_args(linear.x) is not None:
         return []
     return [(f"{NAME} has no scheme for the input x={linear.x}: it stays float", "use i8/tok, i8, u8 or f8e4m3/tok")]
+
+
+def _without(held: Sequence[Linear]) -> str:
+    """Who does not read these experts. What transformers puts together is codes and scales of one scheme, without zero
+    points, scales above the scales, and blocks (5.23)."""
+    formats = {_scheme_of(linear.format) for linear in held}
+    if len(formats) == 1 and all(
+        x.format.symmetric and not x.format.has_global_scale and not x.format.block for x in held
+    ):
+        return "transformers without CompressedTensorsConfig(dequantize=True) takes them together only"
+    return f"transformers reads no experts of {', '.join(sorted(formats))}, or makes wrong numbers of them"
 
 
 def _encode(linear: Linear) -> dict[str, Tensor]:
@@ -182,7 +193,7 @@ def _config(held: Sequence[Linear], floats: Sequence[str]) -> dict[str, Any]:
     for number, ((_, x), members) in enumerate(groups.items()):
         fmt = members[0].format
         found[f"group_{number}"] = {
-            "targets": ["Linear"] if len(groups) == 1 else [linear.fqn for linear in members],
+            "targets": ["Linear"] if len(groups) == 1 else [_target(linear) for linear in members],
             "weights": _weight_args(fmt), "input_activations": _input_args(x), "output_activations": None,
             "format": kind_of(fmt, x),
         }  # fmt: skip
@@ -192,6 +203,11 @@ def _config(held: Sequence[Linear], floats: Sequence[str]) -> dict[str, Any]:
         "config_groups": found, "ignore": list(floats), "kv_cache_scheme": None, "global_compression_ratio": None,
         "quantization_status": "compressed", "sparsity_config": {}, "transform_config": {},
     }  # fmt: skip
+
+
+def _target(linear: Linear) -> str:
+    """What means this linear alone: of an expert an expression, by which transformers knows the experts' group."""
+    return f"re:^{re.escape(linear.fqn)}$" if linear.expert else linear.fqn
 
 
 def _scheme_of(fmt: Format) -> str:
@@ -214,11 +230,11 @@ _LEAVES = frozenset(
 
 
 def _decode(
-    fqn: str, kind: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], *, schemes: Schemes
+    fqn: str, kinds: tuple[str, ...], tensors: Mapping[str, Tensor], shape: tuple[int, int], *, schemes: Schemes
 ) -> Linear | None:
     if "weight_scale" not in tensors and "weight_packed" not in tensors:
         return None
-    group = schemes.of(fqn, kind)
+    group = schemes.of(fqn, kinds)
     if group is None or not group.get("weights"):
         raise ValueError(
             explain(f"{fqn!r} has scales in the checkpoint and no scheme in quantization_config", found="no target")

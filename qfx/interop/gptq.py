@@ -66,7 +66,7 @@ def export_gptq(
         functools.partial(_encode, version=version),
         functools.partial(_config, version=version),
         experts=experts,
-        without="transformers' own loader",
+        without=lambda held: "transformers' own loader takes them together only",
     )
     write(model, folder, layout, tokenizer=tokenizer, strict=strict, shard_bytes=shard_bytes)
 
@@ -165,10 +165,11 @@ def decoder(config: Mapping[str, Any]) -> Decoder:
 
 
 def _decode(
-    fqn: str, kind: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], *, version: str, group_size: int
-) -> Linear | Dequantized | None:
+    fqn: str, kinds: tuple[str, ...], tensors: Mapping[str, Tensor], shape: tuple[int, int], *, version: str,
+    group_size: int,
+) -> Linear | Dequantized | None:  # fmt: skip
     """Bits come from the shapes, so that layers with bits of their own are read too."""
-    del kind
+    del kinds
     if "qweight" not in tensors:
         return None
     qweight, qzeros, scales = need(tensors, fqn, "qweight", "qzeros", "scales")

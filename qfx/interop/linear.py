@@ -28,8 +28,8 @@ class Linear:
 
     more: what it computes beside y = x W^T + b, which no layout holds. columns [K]: the order in which the input's
     columns are stored; None is their own.
-    head: it gives the logits. transposed: the float class is Conv1D, which holds [K, N]. lost: what was in a file and
-    is not here.
+    head: it gives the logits. transposed: the float class is Conv1D, which holds [K, N]. derived: it is one derived
+    from nn.Linear. expert: it is a part of an expert. lost: what was in a file and is not here.
     """
 
     fqn: str
@@ -41,6 +41,8 @@ class Linear:
     columns: Tensor | None = None
     head: bool = False
     transposed: bool = False
+    derived: bool = False
+    expert: bool = False
     lost: tuple[Loss, ...] = field(default=())
 
     @property
@@ -69,14 +71,14 @@ class Dequantized:
 class Decoder:
     """How to read a library's checkpoint.
 
-    leaves: what follows the FQN in the names of a quantized linear's tensors. decode: FQN, name of the float module's
-    class, its tensors by leaf, [N, K] -> the linear; None where nothing of it is quantized. Raises ValueError for
-    tensors that do not fit. Other leaves (biases) are left alone.
+    leaves: what follows the FQN in the names of a quantized linear's tensors. decode: FQN, names of the float module's
+    class and its bases, its tensors by leaf, [N, K] -> the linear; None where nothing of it is quantized. Raises
+    ValueError for tensors that do not fit. Other leaves (biases) are left alone.
     """
 
     name: str
     leaves: frozenset[str]
-    decode: Callable[[str, str, Mapping[str, Tensor], tuple[int, int]], Linear | Dequantized | None]
+    decode: Callable[[str, tuple[str, ...], Mapping[str, Tensor], tuple[int, int]], Linear | Dequantized | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +87,8 @@ class Layout:
 
     refused: linears -> FQN -> why the layout cannot hold its weight (it is then written in float). lost: what else of a
     linear is not kept. encode: a linear -> its tensors, by what follows its FQN. config: what is held and FQNs of the
-    float linears -> `quantization_config`. experts: packed experts are written, one by one. without: a reader of the
-    layout that does not take them so.
+    float linears -> `quantization_config`. experts: packed experts are written, one by one. without: experts that are
+    held so -> which reader of the layout does not take them.
     """
 
     name: str
@@ -95,18 +97,19 @@ class Layout:
     encode: Callable[[Linear], dict[str, Tensor]]
     config: Callable[[Sequence[Linear], Sequence[str]], dict[str, Any]]
     experts: bool = False
-    without: str = ""
+    without: Callable[[Sequence[Linear]], str] = lambda held: ""
 
 
-def of_module(fqn: str, module: nn.Module, *, head: bool = False, transposed: bool = False) -> Linear | None:
-    """The linear of a module of qfx; None for modules that are none. See `Linear` for the arguments."""
+def of_module(fqn: str, module: nn.Module, twin: nn.Module, *, head: bool = False) -> Linear | None:
+    """The linear of a module of qfx; None for modules that are none. twin: that of the float model in its place."""
     if type(module) not in (QuantLinear, QuantPermuted):
         return None
     assert isinstance(module, QuantLinear)
     packed = Packed(module.w_codes, module.w_scale, module.w_zero, Format.parse(module.w_format), module.shape)
     rest: dict[str, Any] = {name: module._buffers.get(name) for name in ("x_scale", "x_zero", "columns")}
     rest["more"] = _more(module)
-    return Linear(fqn, packed, module.x_format, head=head, transposed=transposed, **rest)
+    rest |= {"transposed": is_transposed(twin), "derived": isinstance(twin, nn.Linear) and type(twin) is not nn.Linear}
+    return Linear(fqn, packed, module.x_format, head=head, **rest)
 
 
 def unsigned(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:

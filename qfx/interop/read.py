@@ -158,7 +158,7 @@ class _Filler:
         old = self.modules[fqn]
         shape = _shape(old)
         assert shape is not None
-        found = self.decoder.decode(fqn, type(old).__name__, tensors, shape)
+        found = self.decoder.decode(fqn, _kinds(old), tensors, shape)
         if found is None:
             weight = tensors.get("weight")
             if weight is None or not weight.is_floating_point():
@@ -210,7 +210,7 @@ class _Filler:
         for leaf, name in leaves.items():
             fqn = name.removesuffix(f".{leaf}")  # schemes go by the names of the file
         shape = experts.shape_of(module, kind)
-        found = self.decoder.decode(fqn, "Linear", tensors, shape)
+        found = self.decoder.decode(fqn, ("Linear",), tensors, shape)
         if found is not None:
             return found
         weight = tensors.get("weight")
@@ -264,6 +264,11 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     if is_transposed(module):
         return weight.shape[1], weight.shape[0]
     return (weight.shape[0], weight.shape[1]) if isinstance(module, nn.Linear | nn.Embedding) else None
+
+
+def _kinds(module: nn.Module) -> tuple[str, ...]:
+    """The names of a module's class and of those that it is derived from, by any of which a checkpoint may mean it."""
+    return tuple(kind.__name__ for kind in type(module).__mro__)
 
 
 def _owner(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:

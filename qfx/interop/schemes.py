@@ -40,16 +40,16 @@ class Schemes:
         parts = re.findall(r"\d+", str(config.get("version") or "0.17"))
         self.version = tuple(int(part) for part in parts[:2])
 
-    def of(self, fqn: str, kind: str) -> dict[str, Any] | None:
-        """The group of a module of class `kind`: one that names it, else by expression, else by class.
+    def of(self, fqn: str, kinds: tuple[str, ...]) -> dict[str, Any] | None:
+        """The group of a module of a class and its bases, `kinds`: one that names it, else by expression or class.
 
         None where it is ignored or none fits.
         """
-        if any(_matches(target, fqn, kind, how) for target in self.ignore for how in _WAYS):
+        if any(_matches(target, fqn, kinds, how) for target in self.ignore for how in _WAYS):
             return None
         for how in _WAYS:
             for group in self.groups:
-                if any(_matches(str(target), fqn, kind, how) for target in group.get("targets") or ()):
+                if any(_matches(str(target), fqn, kinds, how) for target in group.get("targets") or ()):
                     return group
         return None
 
@@ -57,10 +57,10 @@ class Schemes:
 _WAYS = ("name", "expression", "class")
 
 
-def _matches(target: str, fqn: str, kind: str, how: str) -> bool:
+def _matches(target: str, fqn: str, kinds: tuple[str, ...], how: str) -> bool:
     if how == "expression":
         return target.startswith("re:") and re.match(target[3:], fqn) is not None
-    return target == (fqn if how == "name" else kind)
+    return target == fqn if how == "name" else target in kinds
 
 
 def weight_format(args: Mapping[str, Any], scale: Tensor, name: str) -> Format:

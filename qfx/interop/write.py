@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def write(
     notes = _notes(layout, list(held.values()), refused)
     notes += _other_notes(model, {linear.fqn for linear in linears}, layout, set(experts))
     notes += source.without_place()
-    told([*notes, *left_out(model), *(_told_apart(fqn, layout) for fqn in sorted(apart))], strict=strict)
+    told([*notes, *left_out(model), *(_told_apart(fqn, layout, experts[fqn]) for fqn in sorted(apart))], strict=strict)
     floats = [name for name, module in plain.named_modules() if _is_linear(module) and name not in held]
     floats = [source.named(name) for name in [*floats, *routers(plain, sorted(apart))]]
     floats += [
@@ -283,7 +283,7 @@ def _linears(model: nn.Module, plain: nn.Module) -> list[Linear]:
             twin = plain.get_submodule(fqn)
         except AttributeError:
             continue  # told by _Source.check
-        linear = of_module(fqn, module, head=twin is head, transposed=is_transposed(twin))
+        linear = of_module(fqn, module, twin, head=twin is head)
         if linear is not None and _is_linear(twin) and not linear.format.is_plain:
             found.append(linear)
     tied = _shared_codes(model)
@@ -329,8 +329,8 @@ def _other_notes(model: nn.Module, linears: set[str], layout: Layout, experts: s
     return notes
 
 
-def _told_apart(fqn: str, layout: Layout) -> Note:
-    reason = f"{layout.name} checkpoints hold experts one by one, and {layout.without} takes them together only"
+def _told_apart(fqn: str, layout: Layout, parts: Sequence[Linear]) -> Note:
+    reason = f"{layout.name} checkpoints hold experts one by one, and {layout.without(parts)}"
     return Note(fqn, reason, "experts=False, which writes them in float, for that reader", minor=True)
 
 

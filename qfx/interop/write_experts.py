@@ -88,7 +88,7 @@ def _parts(packed: Packed, naming: Naming, fqn: str, kinds: tuple[str, ...]) -> 
             data, scale, zero = (_cut(t, number, i, len(kinds)) for t in (packed.data, packed.scale, packed.zero))
             assert data is not None and scale is not None
             shape = (packed.shape[1] // len(kinds), packed.shape[2])
-            yield Linear(naming.fqn(fqn, number, kind), Packed(data, scale, zero, packed.format, shape))
+            yield Linear(naming.fqn(fqn, number, kind), Packed(data, scale, zero, packed.format, shape), expert=True)
 
 
 def _cut(tensor: Tensor | None, number: int, i: int, count: int) -> Tensor | None:

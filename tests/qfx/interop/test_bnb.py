@@ -16,7 +16,7 @@ from qfx.interop.bnb import _encode, decoder
 from qfx.interop.linear import Dequantized, Linear
 from qfx.numerics import NF4_VALUES, effective_scale
 from qfx.rounding.nested import dynamic_map
-from tests.interop import UP, linears, llama, logits, pack, same, stored
+from tests.interop import UP, falcon, linears, llama, logits, pack, same, stored
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 
@@ -95,7 +95,7 @@ def test_other_nested_scales_are_read_in_float32(change: str) -> None:
         "weight.absmax": codes, "weight.nested_absmax": inner, "weight.nested_quant_map": table,
         leaf: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
     }  # fmt: skip
-    found = decoder({}).decode("a", "Linear", tensors, (4, 64))
+    found = decoder({}).decode("a", ("Linear",), tensors, (4, 64))
     assert isinstance(found, Linear) and str(found.format) == "nf4/g32"
     assert f"blocks of {block} or under a table" in found.lost[0][0]
     wanted = table[codes.long()] * inner.repeat_interleave(block)[:8] + 3.0
@@ -107,12 +107,12 @@ def test_nested_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     held = {name.removeprefix(f"{UP}."): tensor for name, tensor in stored(tmp_path, f"{UP}.").items()}
     cut = {**held, "weight.nested_absmax": torch.ones(3)}
     with pytest.raises(ValueError, match=r"nested_absmax' does not fit(.|\n)*1 scales above the 192"):
-        decoder({}).decode("a", "Linear", cut, (96, 64))
+        decoder({}).decode("a", ("Linear",), cut, (96, 64))
     state = json.loads(bytes(held[STATE].tolist()))
     del state["nested_offset"]
     cut = {**held, STATE: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
     with pytest.raises(ValueError, match="the quant_state of 'a' lacks nested_offset"):
-        decoder({}).decode("a", "Linear", cut, (96, 64))
+        decoder({}).decode("a", ("Linear",), cut, (96, 64))
 
 
 def test_the_dynamic_map() -> None:
@@ -149,12 +149,12 @@ def test_llm_int8_is_read() -> None:
     codes = torch.randint(-127, 128, (6, 10), generator=generator, dtype=torch.int8)
     scale = torch.rand(6, generator=generator)
     tensors = {"weight": codes, "SCB": scale, "weight_format": torch.tensor(0, dtype=torch.uint8)}
-    found = decoder({}).decode("a", "Linear", tensors, (6, 10))
+    found = decoder({}).decode("a", ("Linear",), tensors, (6, 10))
     assert isinstance(found, Linear) and str(found.format) == "i8/ch"
     assert torch.equal(found.packed.codes(), codes)
     assert torch.equal(found.packed.dequantize(), codes * (scale / 127).reshape(-1, 1))
     with pytest.raises(ValueError, match=r"'a.weight' does not fit(.|\n)*int8, \[6, 12\]"):
-        decoder({}).decode("a", "Linear", tensors, (6, 12))
+        decoder({}).decode("a", ("Linear",), tensors, (6, 12))
 
 
 def _tensors(n: int, k: int, block: int, kind: str = "nf4") -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -177,7 +177,7 @@ def _tensors(n: int, k: int, block: int, kind: str = "nf4") -> tuple[dict[str, t
 )
 def test_what_no_format_holds_is_dequantized(n: int, k: int, kind: str, reason: str) -> None:
     tensors, wanted = _tensors(n, k, 32, kind)
-    found = decoder({}).decode("a", "Linear", tensors, (n, k))
+    found = decoder({}).decode("a", ("Linear",), tensors, (n, k))
     assert isinstance(found, Dequantized) and torch.equal(found.weight, wanted)
     assert reason in found.lost[0][0]
 
@@ -185,7 +185,7 @@ def test_what_no_format_holds_is_dequantized(n: int, k: int, kind: str, reason: 
 def test_other_storage_types_are_read() -> None:
     tensors, wanted = _tensors(4, 64, 32)
     tensors["weight"] = tensors["weight"].reshape(-1).view(torch.float32).reshape(-1, 1)
-    found = decoder({}).decode("a", "Linear", tensors, (4, 64))
+    found = decoder({}).decode("a", ("Linear",), tensors, (4, 64))
     assert isinstance(found, Linear) and torch.equal(found.packed.dequantize(), wanted)
 
 
@@ -238,7 +238,7 @@ def test_what_the_library_writes_is_read_exactly(double_quant: bool, block: int,
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     data, state = functional.quantize_4bit(weight, blocksize=block, compress_statistics=double_quant, quant_type="nf4")
     tensors = {"weight": data, **{f"weight.{leaf}": t for leaf, t in state.as_dict(packed=True).items()}}
-    found = decoder({}).decode("a", "Linear", tensors, shape)
+    found = decoder({}).decode("a", ("Linear",), tensors, shape)
     assert isinstance(found, Linear) and str(found.format) == f"nf4/g{block}" + ("/dq" if double_quant else "")
     assert torch.equal(found.packed.dequantize(), functional.dequantize_4bit(data, state))
     again = _encode(found, double_quant=False)
@@ -261,3 +261,10 @@ def test_transformers_loads_the_checkpoint(double_quant: bool, tmp_path: Path) -
     assert torch.allclose(values, linears(wanted)[UP].weight, rtol=1e-6, atol=0)
     # its kernels compute in less than float32
     assert torch.allclose(logits(loaded), logits(wanted), atol=0.05 * float(logits(wanted).abs().max()))
+
+
+def test_a_class_derived_from_linear_is_written_in_float(tmp_path: Path) -> None:
+    """transformers puts the library's linears in the place of nn.Linear itself alone."""
+    model = falcon("nf4/g32")
+    with pytest.raises(ValueError, match=r"takes the place of nn.Linear itself(.|\n)*export_compressed_tensors"):
+        qfx.export_bnb(model, tmp_path)

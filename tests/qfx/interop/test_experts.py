@@ -23,7 +23,7 @@ from qfx.interop.experts import joined
 from qfx.interop.linear import Dequantized, Linear
 from qfx.live.parameters import pack_parameter
 from qfx.packing import pack_weight
-from tests.interop import pack, stored
+from tests.interop import pack, quantization_config, stored
 from tests.zoo import ZOO
 
 ONE_BY_ONE = pytest.mark.filterwarnings("ignore:.*experts one by one")
@@ -101,15 +101,18 @@ WRITERS: dict[str, Any] = {
 LEAF = {"compressed-tensors": "weight_packed", "gptq": "qweight", "awq": "qweight"}
 
 
-def packed_experts(name: str, fmt: str, down: str = "", *, sizes: int = 96) -> tuple[Any, dict[str, Any]]:
-    """A model whose q_proj and experts are packed (the second matrices as `down`, "float": not), and inputs."""
+def packed_experts(
+    name: str, fmt: str, down: str = "", *, sizes: int = 96, linears: str = ""
+) -> tuple[Any, dict[str, Any]]:
+    """A model whose q_proj (as `linears`) and experts (the second matrices as `down`, "float": not) are packed, and
+    inputs."""
     model: Any
     model, inputs = ZOO[name]()
     config = copy.deepcopy(model.config)
     setattr(config, "intermediate_size" if name == "mixtral" else "moe_intermediate_size", sizes)
     torch.manual_seed(0)
     model = type(model)(config).eval()
-    pack(model, {"q_proj": fmt})
+    pack(model, {"q_proj": linears or fmt})
     for layer in model.model.layers:
         for leaf, text in (("gate_up_proj", fmt), ("down_proj", down or fmt)):
             if text != "float":
@@ -236,15 +239,48 @@ def test_gptqmodel_runs_them(tmp_path: Path) -> None:
     assert torch.allclose(found, model(**inputs).logits, atol=5e-3)
 
 
+@ONE_BY_ONE
+def test_the_group_of_experts_is_known_by_an_expression(tmp_path: Path) -> None:
+    """By which transformers tells their scheme from that of the other linears."""
+    model, inputs = packed_experts("qwen3_moe", "i8/ch", "i4/g32")
+    qfx.export_compressed_tensors(model, tmp_path)
+    groups = quantization_config(tmp_path)["config_groups"]
+    names = [name for group in groups.values() for name in group["targets"] if "experts" in name]
+    assert len(groups) == 2 and r"re:^model\.layers\.0\.mlp\.experts\.3\.down_proj$" in names
+    assert all(name.startswith("re:") for name in names)
+    with torch.no_grad():
+        assert torch.equal(qfx.import_checkpoint(tmp_path)(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "down", "told"),
+    [
+        (
+            "i4/g32",
+            "i4/g32/f16",
+            r"transformers without CompressedTensorsConfig\(dequantize=True\) takes them together",
+        ),
+        ("u4/g32", "", "transformers reads no experts of u4/g32, or makes wrong numbers of them"),
+        ("i4/g32", "i8/ch", "transformers reads no experts of i4/g32, i8/ch, or makes"),
+        ("f8e4m3/b32x32", "", "transformers reads no experts of f8e4m3/b32x32"),
+    ],
+)
+def test_who_does_not_read_them_is_told(fmt: str, down: str, told: str, tmp_path: Path) -> None:
+    model, _ = packed_experts("qwen3_moe", fmt, down)
+    with pytest.warns(QfxWarning, match=told):
+        qfx.export_compressed_tensors(model, tmp_path)
+
+
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(NAMES))
+@pytest.mark.parametrize(("name", "other"), [("mixtral", ""), ("qwen3_moe", ""), ("qwen3_moe", "i8/ch")])
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_puts_them_together(name: str, tmp_path: Path) -> None:
+def test_transformers_puts_them_together(name: str, other: str, tmp_path: Path) -> None:
+    """other: the format of the linears, where it is not that of the experts."""
     pytest.importorskip("compressed_tensors", reason="pip install qfx[interop]")
     import transformers
 
-    model, inputs = packed_experts(name, "i4/g32")
+    model, inputs = packed_experts(name, "i4/g32", linears=other)
     qfx.export_compressed_tensors(model, tmp_path)
     config = transformers.CompressedTensorsConfig(dequantize=True)
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)

@@ -217,7 +217,7 @@ def test_any_columns_in_any_order_decode(bits: int, group: int, ordered: bool, s
         "g_idx": g_idx.to(torch.int32),
     }  # fmt: skip
     settings = {"checkpoint_format": "gptq_v2", "group_size": group}
-    found = decoder(settings).decode("a", "Linear", tensors, (n, k))
+    found = decoder(settings).decode("a", ("Linear",), tensors, (n, k))
     assert isinstance(found, Linear)
     weight = found.packed.dequantize()
     if found.columns is not None:
@@ -282,7 +282,7 @@ def test_what_the_library_packs_is_read_exactly(bits: int) -> None:
     other.pack_original(linear=linear, scales=scale, zeros=zero.float(), g_idx=order.to(torch.int32))
     tensors = {leaf: getattr(other, leaf) for leaf in ("qweight", "qzeros", "scales", "g_idx")}
     settings = {"checkpoint_format": "gptq_v2", "group_size": group}
-    found: Any = decoder(settings).decode("a", "Linear", tensors, (n, k))
+    found: Any = decoder(settings).decode("a", ("Linear",), tensors, (n, k))
     weight = found.packed.dequantize()[:, torch.argsort(found.columns)]
     assert torch.equal(weight, (codes - zero[:, order]) * scale.to(torch.float16).float()[:, order])
 

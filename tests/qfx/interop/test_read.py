@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import qfx
-from tests.interop import UP, ids, linears, llama, logits, pack, same, stored
+from tests.interop import UP, falcon, ids, linears, llama, logits, pack, same, stored
 
 
 @pytest.fixture
@@ -151,3 +151,13 @@ def test_eight_bit_codes_of_minus_128_compute_exactly(tmp_path: Path) -> None:
     scale = x.abs().amax(1, keepdim=True) / 127
     wanted = ((x / scale).round() @ held[f"{UP}.weight"].float().t()) * scale * held[f"{UP}.weight_scale"].t()
     assert torch.allclose(module(x), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq"])
+def test_linears_of_a_derived_class_are_read(layout: str, tmp_path: Path) -> None:
+    """Falcon's are a class of its own, which the target "Linear" means, too."""
+    model = falcon("i4/g32/f16")
+    writers = {"compressed-tensors": qfx.export_compressed_tensors, "gptq": qfx.export_gptq}
+    writers[layout](model, tmp_path)
+    found = qfx.import_checkpoint(tmp_path)
+    assert same(found, model) and torch.equal(logits(found), logits(model))

@@ -21,7 +21,7 @@ def test_names_come_before_expressions_and_classes() -> None:
     found = schemes(["Linear"], ["re:.*mlp.*"], ["model.mlp.up"], ignore=["lm_head", "re:.*gate$"])
 
     def bits(name: str, kind: str = "Linear") -> int | None:
-        group = found.of(name, kind)
+        group = found.of(name, (kind, "Module"))
         return None if group is None else group["weights"]["num_bits"]
 
     assert [bits(n) for n in ("model.mlp.up", "model.mlp.down", "model.q")] == [4, 3, 2]
