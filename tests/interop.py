@@ -41,8 +41,8 @@ def falcon(fmt: str) -> Any:
     model = FalconForCausalLM(FalconConfig(**sizes)).eval()
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "FalconLinear":
-            packed = pack_weight(module.weight, Format.parse(fmt), name=name)  # type: ignore[arg-type]
-            model.set_submodule(name, QuantLinear(packed, module.bias, dtype=torch.float32))  # type: ignore[arg-type]
+            packed = pack_weight(module.weight, Format.parse(fmt), name=name)
+            model.set_submodule(name, QuantLinear(packed, module.bias, dtype=torch.float32))
     return model
 
 
