@@ -278,16 +278,16 @@ class CompiledGraph:
     def _lacking(self, args: Sequence[Any], at: Frame) -> list[Note]:
         """Notes where the plan speaks of nodes that the model cannot have, where a cache is asked for, and where the
         model's encoder is in no graph."""
-        apart = encoder_apart(at.root, [args[i] for i in self._statics], all_records())
+        left = encoder_apart(at.root, [args[i] for i in self._statics], all_records())
         if self._options.plan is None or at.root is None:
-            return [*apart, *self._caches(at)]
+            return [*left, *self._caches(at)]
         own = {name for names_ in names.index(at.root).values() for name in names_}
         own |= {name for name, _ in at.root.named_modules(remove_duplicate=False)}
         attentions = attending.planned(self._options.plan)  # called by their module and operator
         named = {fqn: fqn.rpartition(".")[0] if fqn in attentions else fqn for fqn in self._options.plan.annotations}
         lost = [fqn for fqn, name in named.items() if name not in own]
         what = f"the plan gives formats to {len(lost)} name(s) that the model lacks: {', '.join(lost[:3])}"
-        return [*apart, *([Note("plan", what, "plan again for this model")] if lost else []), *self._caches(at)]
+        return [*left, *([Note("plan", what, "plan again for this model")] if lost else []), *self._caches(at)]
 
     def _caches(self, at: Frame) -> list[Note]:
         """A note where formats of a cache are asked of a model that has none: whoever calls it makes its cache."""

@@ -84,7 +84,7 @@ class Options:
         return cls(recipe, plan, strict, backend, default, _cache(given.get("cache", True)), kv, mode)
 
 
-def checked_mode(mode: str | None, example_inputs: Sequence[Any], model: nn.Module | None = None) -> str | None:
+def checked_mode(mode: str | None, example_inputs: Sequence[Any], model: nn.Module | None) -> str | None:
     """One of Inductor's modes, checked; None for the default one, and for a graph on the CPU of a model on a GPU.
 
     Raises ValueError for unknown modes, and where neither the inputs nor the model are on a GPU.

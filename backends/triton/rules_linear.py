@@ -31,7 +31,7 @@ from qfx.backends.triton.site import Site, Taken, once
 from qfx.backends.triton.weight_only_pack import pack_weight_only, reason_against_weight
 from qfx.format import Format
 from qfx.ops.library import UNSAFE
-from qfx.ops.packed import _rounded_input
+from qfx.ops.packed import as_rounded
 from qfx.passes._build import call, take_place
 from qfx.passes._match import known
 
@@ -150,7 +150,7 @@ def rounded_input(
 ) -> Tensor:
     """x [.., K] as it comes back from its format, f32, as `qfx.ops.packed.linear` rounds it."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(torch.float32)
-    found = _rounded_input(rows, Format.parse(x_format), x_scale, x_zero, smooth).reshape(x.shape).contiguous()
+    found = as_rounded(rows, Format.parse(x_format), x_scale, x_zero, smooth).reshape(x.shape).contiguous()
     return found.clone() if found.data_ptr() == x.data_ptr() else found  # no op gives its input back
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,15 +110,18 @@ def of_any_length(captured: Captured, model: nn.Module) -> Captured:
     return captured
 
 
-def fuse_cache(captured: Captured, names: Mapping[str, str]) -> bool:
-    """Attention over a cache becomes one operator; True where every cache may grow in its own memory."""
-    kv_cache(captured.gm, pasts=list(names), total=MASK, new=IDS)
-    return is_shared(captured, names)
+def fuse_cache(captured: Captured, pasts: Collection[str], *, total: str = MASK, new: str = IDS) -> bool:
+    """Attention over a cache becomes one operator; True where every cache may grow in its own memory.
+
+    Names of inputs: pasts of the caches, total of the mask of all tokens, new of the ids.
+    """
+    kv_cache(captured.gm, pasts=list(pasts), total=total, new=new)
+    return is_shared(captured, pasts)
 
 
-def is_shared(captured: Captured, names: Mapping[str, str]) -> bool:
+def is_shared(captured: Captured, pasts: Collection[str]) -> bool:
     """May every cache grow in its own memory?"""
-    return set(shared(captured.gm).get("names", ())) == set(names)
+    return set(shared(captured.gm).get("names", ())) == set(pasts)
 
 
 def quantize_cache(

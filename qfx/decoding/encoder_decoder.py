@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from qfx import data as batches
 from qfx import graph
 from qfx.capture import Captured, capture_export
-from qfx.decoding.decoder import PAST, PRESENT, Part, is_shared, of_any_length
+from qfx.decoding.decoder import PAST, PRESENT, Part, of_any_length
 from qfx.errors import Note, UnsupportedError, explain
 from qfx.hf.hub import write_configs
 from qfx.inputs import example_inputs, need_inputs
 from qfx.other_sizes import fixed_sizes, other_sizes
-from qfx.passes.kv_cache import kv_cache
 from qfx.passes.masks import NATURAL
 from qfx.storage.files import sha256_file, write_text
 
@@ -263,12 +262,6 @@ def capture_decoder(
         if node.name == POSITIONS:
             node.meta[NATURAL] = True
     return captured, names, pasts
-
-
-def fuse_cache(captured: Captured, pasts: list[str]) -> bool:
-    """Self-attention over a cache becomes one operator; True where every cache may grow in its own memory."""
-    kv_cache(captured.gm, pasts=pasts, total=MASK, new=IDS)
-    return is_shared(captured, dict.fromkeys(pasts, ""))
 
 
 def _zeros(batch: int, sizes: list[tuple[int, int]], length: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ def export_encoder_decoder(model: nn.Module, args: Any, folder: Path, order: Ord
         encoder = write(captured, notes, stage / encoder_decoder.ENCODER, order, spill, names)
         captured, names, pasts = encoder_decoder.capture_decoder(model, inputs, sizes)
         notes = quantize(captured, order, spill)
-        if not encoder_decoder.fuse_cache(captured, pasts):
+        if not decoder.fuse_cache(captured, pasts, total=encoder_decoder.MASK, new=encoder_decoder.IDS):
             notes.append(_not_shared(model, captured))
         written = write(captured, notes, stage / encoder_decoder.DECODER, order, spill, names)
         encoder_decoder.write_document(model, stage, sorted(inputs.keys() - set(encoder.inputs)))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qfx.live.modules import PackedModule, as_read, stored_as, turned
+from qfx.live.modules import PackedModule, as_read, linear_formats, stored_as, turned
 from qfx.live.segments import Segment, asked, in_order, stem_of, take
 from qfx.packing import Packed
 from qfx.reporting.rows import Row
@@ -104,7 +104,7 @@ class QuantMixed(PackedModule):
 
     def _asked(self) -> str:
         w = asked([(segment.format, segment.size) for segment in self.segments], self.axis)
-        return f"x={self.x_format} w={w}" if self.x_format else f"w={w}"
+        return linear_formats(self.x_format, w)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self._asked()}, bias={self.bias is not None}"

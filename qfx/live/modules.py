@@ -7,6 +7,7 @@ state_dict, deepcopy, device moves and torch.compile see ordinary tensors. For p
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -97,6 +98,11 @@ def rotated(x: Tensor, rotation: tuple[int, int] | None, *, inverse: bool = Fals
 def stored_as(formats: str, rotation: tuple[int, int] | None) -> str:
     """`PackedModule.stored` of a weight."""
     return formats if rotation is None else f"{formats}, rotated in blocks of {rotation[0]} by seed {rotation[1]}"
+
+
+def linear_formats(x_format: str, w_format: str) -> str:
+    """The formats of a linear for reports; x_format "" is an input in float."""
+    return f"x={x_format} w={w_format}" if x_format else f"w={w_format}"
 
 
 def turned(x: Tensor, rotation: tuple[int, int] | None, gain: Tensor | None) -> Tensor:
@@ -224,15 +230,14 @@ class QuantLinear(_Quantized):
         return as_read(found, self.rotation, self._buffers.get("gain"))
 
     def extra_repr(self) -> str:
-        asked = f"x={self.x_format} w={self.w_format}" if self.x_format else f"w={self.w_format}"
+        asked = linear_formats(self.x_format, self.w_format)
         around = " around a gain" if "gain" in self._buffers else ""
         more = f", rotation={self.rotation}{around}" if self.rotation else ""
         return f"{self.in_features}, {self.out_features}, {asked}, bias={self.bias is not None}{more}"
 
     def qfx_row(self, fqn: str) -> Row:
         """This module's row of the report."""
-        asked = f"x={self.x_format} w={self.w_format}" if self.x_format else f"w={self.w_format}"
-        row = self._row(fqn, "linear", asked)
+        row = self._row(fqn, "linear", linear_formats(self.x_format, self.w_format))
         held = (self._buffers.get(name) for name in ("low_a", "low_b", "gain"))
         extra = sum(tensor.nbytes for tensor in held if tensor is not None)
         return replace(row, bytes_after=row.bytes_after + extra)
@@ -288,26 +293,34 @@ class QuantConv(QuantLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, *size] -> [B, out_channels, *windows]."""
-        rows = self._patches(x) if self.stride == self.kernel_size and not any(self.padding) else self._windows(x)
-        y = QuantLinear.forward(self, rows)
-        return y.permute(0, y.dim() - 1, *range(1, y.dim() - 1))
+        return over_windows(self, x, super().forward)
 
-    def _windows(self, x: Tensor) -> Tensor:
-        taps, stride = self.kernel_size[0], self.stride[0]
-        x = nn.functional.pad(x, (self.padding[0], self.padding[0]))
-        last = x.shape[2] - taps + 1
-        stacked = torch.stack([x[:, :, i : last + i : stride] for i in range(taps)], -1)
-        return stacked.permute(0, 2, 1, 3).flatten(2)
 
-    def _patches(self, x: Tensor) -> Tensor:
-        n = len(self.kernel_size)
-        split: list[int] = []
-        for i in range(n):
-            count = x.shape[2 + i] // self.kernel_size[i]
-            x = x.narrow(2 + i, 0, count * self.kernel_size[i])
-            split += [count, self.kernel_size[i]]
-        x = x.reshape(*x.shape[:2], *split)
-        return x.permute(0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2)).flatten(n + 1)
+def over_windows(conv: Any, x: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `linear` [.., in_channels * taps] -> [.., N] gives for each window that a convolution (see `QuantConv`) has
+    in x [B, C, *size]: [B, N, *windows]."""
+    apart = conv.stride == conv.kernel_size and not any(conv.padding)
+    y = linear(_patches(x, conv.kernel_size) if apart else _windows(x, conv))
+    return y.permute(0, y.dim() - 1, *range(1, y.dim() - 1))
+
+
+def _windows(x: Tensor, conv: Any) -> Tensor:
+    taps, stride = conv.kernel_size[0], conv.stride[0]
+    x = nn.functional.pad(x, (conv.padding[0], conv.padding[0]))
+    last = x.shape[2] - taps + 1
+    stacked = torch.stack([x[:, :, i : last + i : stride] for i in range(taps)], -1)
+    return stacked.permute(0, 2, 1, 3).flatten(2)
+
+
+def _patches(x: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    n = len(kernel_size)
+    split: list[int] = []
+    for i, taps in enumerate(kernel_size):
+        count = x.shape[2 + i] // taps
+        x = x.narrow(2 + i, 0, count * taps)
+        split += [count, taps]
+    x = x.reshape(*x.shape[:2], *split)
+    return x.permute(0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2)).flatten(n + 1)
 
 
 # What nn.Module keeps of hooks; the handles that register_forward_hook gave go on removing them.

@@ -55,7 +55,7 @@ def linear(
         y = _integer_linear(rows, codes, w_scale, w_zero, x_scale, x_zero, smooth, Format.parse(x_format), wf)
     else:
         if x_format:
-            rows = _rounded_input(rows, Format.parse(x_format), x_scale, x_zero, smooth)
+            rows = as_rounded(rows, Format.parse(x_format), x_scale, x_zero, smooth)
         elif smooth is not None:
             rows = rows / smooth
         if w.shape[-2] * x.shape[-1] > _LARGE and wf.by_row and not wf.is_plain:
@@ -168,9 +168,8 @@ def _quantized_input(
     return quantize(rows, per_element, divisor, params.zero), params
 
 
-def _rounded_input(
-    rows: Tensor, fmt: Format, scale: Tensor | None, zero: Tensor | None, smooth: Tensor | None
-) -> Tensor:
+def as_rounded(rows: Tensor, fmt: Format, scale: Tensor | None, zero: Tensor | None, smooth: Tensor | None) -> Tensor:
+    """An input f32 [M, K] of `linear`, divided by smooth [K], as it comes back from its format: f32."""
     if fmt.is_plain or fmt.group or fmt.block or fmt.has_global_scale:
         rows = rows if smooth is None else rows / smooth
         if fmt.is_plain:

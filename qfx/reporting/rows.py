@@ -180,7 +180,7 @@ def _bytes(gm: fx.GraphModule, node: fx.Node, weight: fx.Node) -> tuple[int, int
         return tensor.numel(), size, size
     given = dict(zip(_names(node), node.args, strict=False))
     fmt = Format.parse(str(given["w_format"]))
-    last = _last_dim(node, given)
+    last = _last_dim(given)
     shape = (*tensor.shape[:-1], last)
     elements = torch.Size(shape).numel()
     value = node.meta["val"]
@@ -191,7 +191,7 @@ def _names(node: fx.Node) -> list[str]:
     return [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
 
 
-def _last_dim(node: fx.Node, given: Mapping[str, Any]) -> int:
+def _last_dim(given: Mapping[str, Any]) -> int:
     if "dim" in given:
         return int(given["dim"])
     if "last_dim" in given:

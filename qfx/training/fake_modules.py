@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qfx.backends.qat.quantizers import InputQuantizer, RunTimeInput, WeightQuantizer
-from qfx.live.modules import PREPARED, QuantConv, turned
+from qfx.live.modules import PREPARED, over_windows, turned
 from qfx.live.segments import Segment, in_order, take
 from qfx.live.subclass import class_maker, subclass
 from qfx.training.wrapped import is_sharded
@@ -71,8 +71,8 @@ class FakeLinear(nn.Module):
     """What a linear computes with: its weight, its input (None: in float), and what is done to the input before.
 
     smooth [K] divides the input, rotation (block, seed) rotates it before that, around the module's buffer `gain` where
-    it has one. A weight that another module's
-    quantizer serves too is registered there only, so that a state_dict holds its scales once.
+    it has one. A weight that another module's quantizer serves too is registered there only, so that a state_dict holds
+    its scales once.
     """
 
     on = True
@@ -193,10 +193,7 @@ def _table(self: Any, input: Tensor) -> Tensor:  # noqa: A002  (nn.Embedding's o
 
 
 def _conv(self: Any, x: Tensor) -> Tensor:
-    plain = self.stride == self.kernel_size and not any(self.padding)
-    rows = QuantConv._patches(self, x) if plain else QuantConv._windows(self, x)
-    y = self.fake_quant.linear(self, rows, _held(self))
-    return y.permute(0, y.dim() - 1, *range(1, y.dim() - 1))  # type: ignore[no-any-return]
+    return over_windows(self, x, lambda rows: _linear(self, rows))
 
 
 _FORWARDS = {"linear": _linear, "table": _table, "conv": _conv}

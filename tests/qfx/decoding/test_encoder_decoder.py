@@ -16,6 +16,7 @@ import qfx
 import qfx.onnx
 from qfx.capture import Captured
 from qfx.decoding import encoder_decoder as pair
+from qfx.decoding.decoder import fuse_cache
 from qfx.errors import UnsupportedError
 from qfx.measuring.measure import sqnr_db
 from qfx.pipeline import prepare
@@ -120,7 +121,7 @@ def test_the_decoder_holds_the_rest_and_every_layer_is_fused() -> None:
     assert not [n for n in found if n.startswith("model.encoder") or "encoder_attn.k" in n or "encoder_attn.v" in n]
     assert "model.decoder.layers.1.encoder_attn.q_proj.weight" in found
     prepare(captured.gm)
-    assert pair.fuse_cache(captured, pasts)
+    assert fuse_cache(captured, pasts, total=pair.MASK, new=pair.IDS)
     assert counts(captured.gm)["cached_attention"] == LAYERS
     shapes = {n.name: n.meta["val"].shape for n in captured.gm.graph.nodes if n.op == "placeholder"}
     assert len({str(shape[0]) for shape in shapes.values()}) == 1  # one batch
