@@ -5,6 +5,7 @@ A `Work` is a module whose eager forward is the reference of the kernels that it
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,8 @@ from qfx.errors import explain
 from qfx.format import Format
 from qfx.kv.formats import cache_formats
 from qfx.kv.packed_ops import FEW, allocate, spec_of
-from qfx.live.modules import QuantLinear
+from qfx.live.mixed import QuantMixed
+from qfx.live.modules import QuantConv, QuantLinear
 from qfx.live.parameters import PackedSpec
 from qfx.packing import Packed, pack_weight
 
@@ -31,6 +33,7 @@ CACHES, CACHED, TOKENS = ("i8", "fp8", "i4"), ((32, 8), (32, 32), (64, 8)), 8192
 PRODUCED = {False: (4096, 8192), True: (11008, 14336, 28672)}
 HEADS = 16
 WIDTHS = (64, 128)
+Layer = QuantLinear | QuantMixed
 ATTENTION = (("i8/tok", "i8/tok", "", ""), ("f8e4m3/tok", "f8e4m3/tok", "", ""))
 
 
@@ -196,13 +199,14 @@ class OfExperts(Work):
 
 
 def works_of(model: nn.Module) -> list[Work]:
-    """The distinct quantized linear layers of a model, those of one parent that read the same rows, and experts.
+    """The distinct quantized linear layers of a model (of convolutions the linear over their windows), those of one
+    parent that read the same rows, and experts.
 
     Raises ValueError for a model that has none.
     """
     found: dict[Any, Work] = {}
     for fqn, parent in model.named_modules():
-        children = {n: m for n, m in parent.named_children() if isinstance(m, QuantLinear)}
+        children = {n: _of_rows(m) for n, m in parent.named_children() if isinstance(m, Layer)}
         for name, layer in children.items():
             key = _kind(layer)
             found.setdefault(key, Work(f"{fqn}.{name}".lstrip("."), layer, layer.in_features, layer.dtype))
@@ -292,17 +296,27 @@ def _experts(module: nn.Module) -> Iterator[tuple[str, PackedSpec]]:
     return ((name, spec) for name, spec in specs.items() if len(spec.shape) == 3)
 
 
-def _kind(layer: QuantLinear) -> tuple[Any, ...]:
-    low = None if layer.low is None else layer.low[0].shape
-    return layer.shape, layer.x_format, layer.w_format, layer.dtype, layer.rotation, layer.bias is None, low
+def _of_rows(layer: Layer) -> Layer:
+    """The layer; of a convolution the linear over its windows, which reads rows as any other."""
+    if not isinstance(layer, QuantConv):
+        return layer
+    rows: QuantLinear = copy.copy(layer)
+    rows.__class__ = QuantLinear
+    return rows
 
 
-def _together(children: dict[str, QuantLinear]) -> list[list[str]]:
+def _kind(layer: Layer) -> tuple[Any, ...]:
+    low = None if isinstance(layer, QuantMixed) or layer.low is None else layer.low[0].shape
+    return layer.shape, layer.x_format, layer.stored, layer.dtype, layer.bias is None, low
+
+
+def _together(children: dict[str, Layer]) -> list[list[str]]:
     """Names of those that read the same input, as models call them, and differ in their output alone."""
     groups: dict[Any, list[str]] = {}
     for name, layer in children.items():
         for kind in _SAME_INPUT:
             if kind.fullmatch(name):
-                key = kind, layer.in_features, layer.x_format, layer.w_format, layer.dtype, layer.rotation
+                w_format = "" if isinstance(layer, QuantMixed) else layer.w_format  # rows of several formats join all
+                key = kind, layer.in_features, layer.x_format, w_format, layer.dtype, layer.rotation
                 groups.setdefault(key, []).append(name)
     return [names for names in groups.values() if len(names) > 1]

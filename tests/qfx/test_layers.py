@@ -38,7 +38,7 @@ LAYERS = (
     recipe_source graph layouts names vmaps encoder_layer trace sources traced_call common_sizes
     capture run verify plan recipe presets
     reporting: rows fold
-    live: modules parameters
+    live: modules mixed parameters
     calibration: positions
     """,
     """
