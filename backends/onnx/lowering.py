@@ -73,11 +73,8 @@ def lower(gm: fx.GraphModule, *, strict: bool = False, folder: Path | None = Non
 def build(gm: fx.GraphModule, *, runtime: str = "onnxruntime", prefill: bool = False) -> tuple[Builder, StageModel]:
     """The whole graph as one ONNX model, and its builder, whose `external` weights are not all made yet.
 
-    Inputs and outputs in f16 and bf16 are f32 in the model.
-
-    prefill: weight-only products of many rows by 8-bit integers.
-
-    Raises UnsupportedError for a graph with a node that has no ONNX form.
+    Inputs and outputs in f16 and bf16 are f32 in the model. prefill: weight-only products of many rows by integers of 8
+    bits. Raises UnsupportedError for a graph with a node that has no ONNX form.
     """
     _check_devices(gm)
     gm = _copied(gm)
@@ -89,7 +86,7 @@ def build(gm: fx.GraphModule, *, runtime: str = "onnxruntime", prefill: bool = F
         raise UnsupportedError(_refusal(reasons, "a file needs one for every node", step))
     stages = stages_of(gm, set())
     stage = stages[0] if stages else Stage(eager=False)
-    results = _output_node(gm).args[0]
+    results = gm.graph.output_node().args[0]
     assert isinstance(results, list | tuple)
     stage.outputs = [r for r in results if isinstance(r, fx.Node)]
     stage.inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -157,7 +154,7 @@ class OnnxLowered:
             built = self._models[i] = build_stage(gm, stage, carriers)
             self.notes += built.notes
             self._steps.append(_onnx_step(built, folder / str(i) if folder is not None else None))
-        self._outputs = list(_output_node(gm).args[0])  # type: ignore[arg-type]
+        self._outputs = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
         constants = [o for o in self._outputs if isinstance(o, fx.Node) and o.op == "get_attr"]
         self._constants: Slots = {n: get_tensor(gm, str(n.target)) for n in constants}
         self.notes += _half_note(gm, "outputs cast back")
@@ -249,10 +246,6 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
     copied = fx.GraphModule(gm, graph)
     copied.meta = dict(gm.meta)
     return copied
-
-
-def _output_node(gm: fx.GraphModule) -> fx.Node:
-    return gm.graph.output_node()
 
 
 def _keep_carriers(stages: Sequence[Stage], carriers: dict[Any, SizeOf]) -> None:

@@ -50,13 +50,7 @@ class _Commands(typer.core.TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(
-    name="qfx",
-    cls=_Commands,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+app = typer.Typer(name="qfx", cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
 
 def _tell_version(asked: bool) -> None:

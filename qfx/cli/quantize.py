@@ -33,21 +33,9 @@ def run(
     weight. kv: formats of the cache (of keys and of values, comma between them), beside what the recipe says.
     """
     parsed = with_budget(with_cache(Recipe.parse(recipe), kv), **(budget or {}))
-    if html_file is not None and parsed.allocation is None:
-        raise ValueError(
-            f"--html shows what each weight gets under a budget, and recipe {parsed.name!r} has none\n"
-            "  next step: --recipe heads --avg-bits 4, or leave --html out"
-        )
+    _check(parsed, text, html_file)
     place = check_device(device)
     texts = None if text.file is None else read_texts(text.file, text.field)
-    if texts is None and parsed.needs_data:
-        under, other = (
-            (" under a budget", "") if parsed.allocation else ("", ", or a recipe that needs none: w8a8, w4a16")
-        )
-        raise ValueError(
-            f"recipe {parsed.name!r}{under} needs calibration data\n"
-            f"  next step: --data FILE (of a language model, qfx generate writes one){other}"
-        )
     folder = hub.resolve(model)
     check_target(out, folder)
     check_writable(out)  # before the work, not after it
@@ -84,6 +72,23 @@ def run(
 
         allocation(made, title=f"{parsed.name} of {Path(model).name}").write(html_file)
     console.print(f"on disk: {megabytes(hub.bytes_on_disk(folder))} -> {megabytes(hub.bytes_on_disk(out))}")
+
+
+def _check(recipe: Recipe, text: TextOptions, html_file: Path | None) -> None:
+    """Raises ValueError for a recipe without the data that it needs, and without a budget that could be drawn."""
+    if html_file is not None and recipe.allocation is None:
+        raise ValueError(
+            f"--html shows what each weight gets under a budget, and recipe {recipe.name!r} has none\n"
+            "  next step: --recipe heads --avg-bits 4, or leave --html out"
+        )
+    if text.file is None and recipe.needs_data:
+        under, other = (
+            (" under a budget", "") if recipe.allocation else ("", ", or a recipe that needs none: w8a8, w4a16")
+        )
+        raise ValueError(
+            f"recipe {recipe.name!r}{under} needs calibration data\n"
+            f"  next step: --data FILE (of a language model, qfx generate writes one){other}"
+        )
 
 
 def with_cache(recipe: Recipe, kv: str | None) -> Recipe:
