@@ -39,10 +39,8 @@ def plan_caches(model: nn.Module, recipe: Recipe, calls: Sequence[Any] = ()) -> 
 
 
 def check_model(model: nn.Module, caches: Mapping[str, Any]) -> None:
-    """Raises ValueError where a model has no attention of a name that caches are planned for, or other sizes.
-
-    The names are those of modules; a cache's number of heads is what the model's configuration says, where it does.
-    """
+    """Raises ValueError where a model has no module of a name that caches are planned for, or, as far as its
+    configuration says, fewer layers. How many heads its keys have is seen when the first ones come."""
     names = {name for name, _ in model.named_modules()}
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qfx.live.modules import PackedModule, as_read, linear_formats, stored_as, turned
+from qfx.live.modules import PackedModule, as_read, linear_formats, linear_repr, stored_as, turned
 from qfx.live.segments import Segment, asked, in_order, stem_of, take
 from qfx.packing import Packed
 from qfx.reporting.rows import Row
@@ -107,7 +107,7 @@ class QuantMixed(PackedModule):
         return linear_formats(self.x_format, w)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self._asked()}, bias={self.bias is not None}"
+        return linear_repr(self, self._asked())
 
     def qfx_row(self, fqn: str) -> Row:
         """This module's row of the report: the formats and bytes of all segments."""

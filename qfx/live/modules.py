@@ -105,6 +105,13 @@ def linear_formats(x_format: str, w_format: str) -> str:
     return f"x={x_format} w={w_format}" if x_format else f"w={w_format}"
 
 
+def linear_repr(linear: Any, formats: str) -> str:
+    """What a packed linear's `extra_repr` tells."""
+    around = " around a gain" if "gain" in linear._buffers else ""
+    more = f", rotation={linear.rotation}{around}" if linear.rotation else ""
+    return f"{linear.in_features}, {linear.out_features}, {formats}, bias={linear.bias is not None}{more}"
+
+
 def turned(x: Tensor, rotation: tuple[int, int] | None, gain: Tensor | None) -> Tensor:
     """What a packed weight is multiplied with, for an input x [.., K] of its linear: x rotated.
 
@@ -230,10 +237,7 @@ class QuantLinear(_Quantized):
         return as_read(found, self.rotation, self._buffers.get("gain"))
 
     def extra_repr(self) -> str:
-        asked = linear_formats(self.x_format, self.w_format)
-        around = " around a gain" if "gain" in self._buffers else ""
-        more = f", rotation={self.rotation}{around}" if self.rotation else ""
-        return f"{self.in_features}, {self.out_features}, {asked}, bias={self.bias is not None}{more}"
+        return linear_repr(self, linear_formats(self.x_format, self.w_format))
 
     def qfx_row(self, fqn: str) -> Row:
         """This module's row of the report."""

@@ -353,3 +353,9 @@ def test_a_state_dict_of_other_segments_is_refused() -> None:
     ):
         with pytest.raises(RuntimeError, match="is stored in another way"):
             other.load_state_dict(state)
+
+
+def test_printed_it_tells_that_its_input_is_rotated() -> None:
+    cut = [Segment(Format.parse("i4/g32"), ((0, 4),)), Segment(Format.parse("i8/g32"), ((4, 8),))]
+    packed = [pack_weight(torch.ones(s.size, 32), s.format) for s in cut]
+    assert repr(QuantMixed(packed, cut, 0, None, rotation=(32, 0))).endswith("bias=False, rotation=(32, 0))")
