@@ -187,9 +187,8 @@ def round_by(
 ) -> tuple[Packed, dict[str, Any]]:
     """A weight [N, K] (one Hessian) or [E, N, K] (E Hessians) rounded in `fmt`, and what is told about it.
 
-    kept: scales and zero points of a weight [N, K] that are taken as they are (with options.act_order).
-
-    told: error_before, error_after (squared error of the result relative to it, on some rows; rounded to nearest, and
+    kept: scales and zero points of a weight [N, K] that are taken as they are (with options.act_order). What is told:
+    error_before, error_after (squared error of the result relative to it, on some rows; rounded to nearest, and
     by GPTQ), dampening (the greatest used), dead (share of channels without energy), clipped (share of weights beyond
     the range of their codes). Raises ValueError where the weight or the statistics are not finite.
     """

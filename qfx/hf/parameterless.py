@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qfx.live.mixed import QuantMixed
-from qfx.live.modules import QuantEmbedding, QuantLinear
+from qfx.live.modules import PackedModule
 from qfx.live.subclass import class_maker, subclass
 
 
@@ -42,7 +41,7 @@ def _dtype(self: nn.Module) -> torch.dtype:
         if parameter.is_floating_point():
             return parameter.dtype
     for module in self.modules():
-        if isinstance(module, QuantLinear | QuantEmbedding | QuantMixed):
+        if isinstance(module, PackedModule):
             return module.dtype
         for spec in module.__dict__.get("qfx_packed", {}).values():
             found: torch.dtype = spec.dtype

@@ -27,9 +27,7 @@ def asked_caches(model: nn.Module, recipe: Recipe | None, plan: Plan | None) -> 
     return plan_caches(model, recipe)[0] if recipe is not None and recipe.cache_rules else caches_of(model)
 
 
-def for_file(
-    caches: Mapping[str, Any], kv: object, *, has_cache: bool, data: bool
-) -> tuple[str | None, list[Note]]:  # fmt: skip
+def for_file(caches: Mapping[str, Any], kv: object, *, has_cache: bool, data: bool) -> tuple[str | None, list[Note]]:
     """(`kv` of an export for these caches, what of them the file has not).
 
     kv: what the caller asks for, which holds. has_cache: the file is a decoder with its cache. data: is there any.
