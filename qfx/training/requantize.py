@@ -62,9 +62,7 @@ def rounded_again(base: Base, delta: Tensor, method: str, *, name: str, seen: He
 
 def beside(base: QuantLinear, a: Tensor, b: Tensor) -> Change:
     """The change b a, of f32 factors [r, K] and [N, r], as the float factors beside the packed weight; none is lost."""
-    a = modules.as_packed(a, base.rotation, base._buffers.get("gain"))
-    smooth = base._buffers["smooth"]
-    a = a if smooth is None else a * smooth
+    a = as_packed(base, a)
     (packed,) = parts_of(base).values()
     wanted = packed.dequantize() + b @ a
     a, b = a.to(base.dtype), b.to(base.dtype)
@@ -91,16 +89,23 @@ def parts_of(base: Base) -> dict[str, Packed]:
 
 
 def as_packed(base: Base, delta: Tensor) -> Tensor:
-    """A change [N, K] of what is multiplied with the linear's input, in the basis of the packed weight."""
-    delta = modules.as_packed(delta.to(torch.float32), base.rotation, base._buffers.get("gain"))
+    """A change [N, K] of what is multiplied with the linear's input, in the basis of the packed weight, f32."""
+    delta = _sorted(base, delta.to(torch.float32))
+    delta = modules.as_packed(delta, base.rotation, base._buffers.get("gain"))
     smooth = base._buffers["smooth"]
     return delta if smooth is None else delta * smooth
 
 
 def read_by(base: Base, x: Tensor) -> Tensor:
     """What the packed weight is multiplied with, before it is rounded, for an input x [.., K] of the linear."""
-    x, smooth = turned(x, base.rotation, base._buffers.get("gain")), base._buffers["smooth"]
+    x, smooth = turned(_sorted(base, x), base.rotation, base._buffers.get("gain")), base._buffers["smooth"]
     return x if smooth is None else x / smooth
+
+
+def _sorted(base: Base, x: Tensor) -> Tensor:
+    """x [.., K] with its columns in the order in which the weight has them (see `qfx.live.permuted`)."""
+    columns = base._buffers.get("columns")
+    return x if columns is None else x.index_select(-1, columns)
 
 
 def with_buffers(base: Base, buffers: dict[str, Tensor]) -> Base:

@@ -15,8 +15,11 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 
 import qfx
+from qfx.format import Format
 from qfx.live.modules import QuantEmbedding, quantized_parts
+from qfx.live.permuted import QuantPermuted
 from qfx.measuring.measure import sqnr_db
+from qfx.packing import pack_weight
 from qfx.qat import quantizers
 from qfx.training.adapters import lora_config
 from tests import tiny
@@ -144,6 +147,23 @@ def test_merging(name: str, into: Any) -> None:
     assert quantized_parts(merged.model) and {r.sqnr_db for r in qfx.report(merged.model) if r.node in rows} == {
         row.output_sqnr_db for row in merged.rows
     }
+
+
+@pytest.mark.parametrize("into", ["weight", "low-rank"])
+def test_merging_into_a_weight_whose_columns_are_sorted_by_their_groups(into: Any) -> None:
+    """As checkpoints of GPTQ with its order of columns have it: the change goes to the columns that it is of."""
+    model: Any = net()
+    columns = torch.randperm(model.up.in_features, generator=torch.Generator().manual_seed(1))
+    codes = pack_weight(model.up.weight.detach()[:, columns], Format.parse("i8/g16"))
+    model.up = QuantPermuted(codes, model.up.bias, columns)
+    before = out(model)
+    model = qfx.add_adapters(model, LoraConfig(r=4, target_modules=["up"], init_lora_weights=False))
+    wanted, data = out(model), [{"ids": ids(9)}]
+    merged = qfx.merge_adapters(model, data, into=into)
+    error = float((out(merged.model) - wanted).norm() / (wanted - before).norm())
+    assert error < (0.1 if into == "weight" else 1e-5)
+    (row,) = merged.rows
+    assert row.output_lost is not None and row.output_moved is not None and row.output_lost < 0.1 * row.output_moved
 
 
 def test_what_is_lost_is_measured_against_the_merged_weight() -> None:
