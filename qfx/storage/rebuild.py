@@ -129,13 +129,13 @@ def _module(fqn: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         formats |= {"x_format": record["x"], "dtype": dtype, "rotation": _rotation(record)}
         bias, columns = found["bias"], found["columns"]
         a, b = found["low_a"], found["low_b"]
-        low = None if a is None or b is None else (a, b)
+        formats["low"] = None if a is None or b is None else (a, b)
         if record["kind"] == "QuantConv":
             made = QuantConv(packed, _Conv(record, bias), **formats)
         elif columns is not None:
             made = QuantPermuted(packed, bias, columns, **formats)
         else:
-            made = QuantLinear(packed, bias, low=low, **formats)
+            made = QuantLinear(packed, bias, **formats)
     made.sqnr_db = record["sqnr_db"]
     return made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def rows(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def permuted(fmt: str = "i4/g32", **formats: str) -> QuantPermuted:
+def permuted(fmt: str = "i4/g32", **formats: Any) -> QuantPermuted:
     return QuantPermuted(pack_weight(rows(24, 64), Format.parse(fmt)), rows(24, seed=2), ORDER, **formats)
 
 
@@ -56,8 +57,9 @@ def test_it_is_copied_and_cast_like_others() -> None:
     assert "permuted input" in repr(module) and module.qfx_row("a").asked == "w=i4/g32"
 
 
-def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
-    model = nn.Sequential(permuted(), nn.ReLU()).eval()
+@pytest.mark.parametrize("low", [None, (rows(2, 64), rows(24, 2))], ids=["", "low rank"])
+def test_it_is_saved_and_loaded(low: Any, tmp_path: Path) -> None:
+    model = nn.Sequential(permuted(low=low), nn.ReLU()).eval()
     qfx.save(model, tmp_path)
     loaded = qfx.load(tmp_path, nn.Sequential(nn.Linear(64, 24), nn.ReLU()))
     assert isinstance(loaded.get_submodule("0"), QuantPermuted)
