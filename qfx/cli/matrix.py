@@ -13,6 +13,7 @@ from qfx.cli.compare import Settings
 from qfx.cli.models import TextOptions, batches, check_device
 from qfx.cli.terminal import megabytes, step
 from qfx.data import python_help, read_texts
+from qfx.errors import explain
 from qfx.hf import hub
 from qfx.measuring.matrix import Matrix, Row, compare_recipes, error_of, pareto
 from qfx.reporting.render import wide
@@ -29,7 +30,7 @@ def run(
     names = [name.strip() for name in recipes.split(",") if name.strip()]
     place = check_device(settings.device)
     if plot_file is not None:
-        need_matplotlib()
+        check_plot(plot_file)
     texts = python_help() if text.file is None else read_texts(text.file, text.field)
     with step(console, f"load {model}"):
         loaded = hub.load(model, device=place)
@@ -108,12 +109,17 @@ def _cells(row: Row, found: Matrix) -> list[str]:
     return [*cells, "" if row.seconds is None else f"{row.seconds:.1f} s"]
 
 
-def need_matplotlib() -> None:
-    """Raises ValueError where matplotlib is not installed."""
+def check_plot(path: Path) -> None:
+    """Raises ValueError where matplotlib is not installed, or writes no files of this name's ending."""
     try:
-        import matplotlib.figure  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise ValueError("a plot needs matplotlib\n  next step: pip install matplotlib") from error
+    known = FigureCanvasBase.get_supported_filetypes()
+    ending = path.suffix.removeprefix(".").lower()
+    if ending and ending not in known:
+        step = f"a name that ends in .png or .svg; known are {', '.join(sorted(known))}"
+        raise ValueError(explain("no picture is written in this format", found=str(path), next_step=step))
 
 
 def plot(found: Matrix, path: Path) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 Into = Literal["weight", "low-rank"]
 Rounding = Literal["rtn", "mse", "hqq", "gptq"]
 _HALF = 0.5
+_Look = Callable[[Tensor, Tensor, Attended], None]  # input, output, positions that count
 
 
 @dataclass(frozen=True)
@@ -160,23 +160,23 @@ def _measured(
     model: Any, layers: Mapping[str, PackedLoraLinear], changes: Mapping[str, Change],
     rows: Mapping[str, MergedLinear], given: Sequence[Call],
 ) -> dict[str, MergedLinear]:  # fmt: skip
-    """The rows with what each linear gives on what it reads in the model with adapters: before, after, without them.
-    Those that read nothing stay as they are."""
+    """The rows with what each linear gives on what it reads in the model with adapters: before, after, without them,
+    at positions that are no padding. Those that read nothing stay as they are."""
     sums = {fqn: [0.0, 0.0, 0.0] for fqn in layers}  # signal, moved, noise
 
-    def look(fqn: str) -> Callable[[Tensor, Tensor], None]:
+    def look(fqn: str) -> _Look:
         base, total = layers[fqn].base, sums[fqn]
         after, bias = with_buffers(base, changes[fqn].buffers), layers[fqn].bias_delta()
 
-        def compare(x: Tensor, y: Tensor) -> None:
-            signal, noise = energies(y, after(x) + bias)
-            total[:] = total[0] + signal, total[1] + energies(y, base(x))[1], total[2] + noise
+        def compare(x: Tensor, y: Tensor, kept: Attended) -> None:
+            shape = of_view(x, kept).shape[:-1]
+            adapted, merged, alone = (without(v.reshape(*shape, -1), kept) for v in (y, after(x) + bias, base(x)))
+            signal, noise = energies(adapted, merged)
+            total[:] = total[0] + signal, total[1] + energies(adapted, alone)[1], total[2] + noise
 
         return compare
 
-    with _watching(layers, look):
-        for args, kwargs in given:
-            model(*args, **kwargs)
+    _run(model, layers, given, look)
     found = dict(rows)
     for fqn, row in rows.items():
         signal, moved, noise = (math.sqrt(value) for value in sums[fqn])
@@ -188,31 +188,29 @@ def _measured(
 def _seen(model: Any, layers: Mapping[str, PackedLoraLinear], given: Sequence[Call]) -> dict[str, Hessian]:
     """What each packed weight is multiplied with, in the model with adapters, at positions that are no padding."""
     found = {fqn: Hessian(layer.base.in_features) for fqn, layer in layers.items()}
-    kept: Attended = {}
 
-    def look(fqn: str) -> Callable[[Tensor, Tensor], None]:
+    def look(fqn: str) -> _Look:
         base, seen = layers[fqn].base, found[fqn]
-        return lambda x, _: seen.add(read_by(base, without(of_view(x, kept), kept)))
+        return lambda x, _, kept: seen.add(read_by(base, without(of_view(x, kept), kept)))
 
-    with _watching(layers, look):
-        for args, kwargs in given:
-            kept = attended_by(model.get_base_model(), args, kwargs)
-            model(*args, **kwargs)
+    _run(model, layers, given, look)
     return found
 
 
-@contextmanager
-def _watching(
-    layers: Mapping[str, PackedLoraLinear], look: Callable[[str], Callable[[Tensor, Tensor], None]]
-) -> Iterator[None]:
-    """Input and output of each layer, at every call, to the function that `look` gives for its name."""
+def _run(
+    model: Any, layers: Mapping[str, PackedLoraLinear], given: Sequence[Call], look: Callable[[str], _Look]
+) -> None:
+    """The calls; input and output of each layer, with the call's positions that count, to what `look` gives for it."""
+    kept: Attended = {}
 
-    def hook(seen: Callable[[Tensor, Tensor], None]) -> Any:
-        return lambda _, args, y: seen(args[0], y)
+    def hook(seen: _Look) -> Any:
+        return lambda _, args, y: seen(args[0], y, kept)
 
     handles = [layer.register_forward_hook(hook(look(fqn))) for fqn, layer in layers.items()]
     try:
-        yield
+        for args, kwargs in given:
+            kept = attended_by(model.get_base_model(), args, kwargs)
+            model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

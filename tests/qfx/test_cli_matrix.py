@@ -91,3 +91,9 @@ def test_one_form_or_the_other(model: Path) -> None:
     both, neither = run("compare", model, model, "--recipes", "w8a8"), run("compare", model)
     assert both.exit_code == 2 and "--recipes takes one MODEL, found two" in both.output
     assert neither.exit_code == 2 and "expected QUANTIZED and MODEL, found one of them" in neither.output
+
+
+def test_a_picture_of_an_unknown_kind_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:
+    result = run("compare", model, "--recipes", "w8a8", "--plot", tmp_path / "m.foo")
+    assert result.exit_code == 2 and "no picture is written in this format" in result.output, result.output
+    assert ".png or .svg" in result.output and "load" not in result.output

@@ -256,6 +256,29 @@ def test_a_linear_that_data_does_not_reach_is_judged_by_its_weight() -> None:
     merged.show()
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
+def test_padding_is_no_part_of_what_is_measured() -> None:
+    model = qfx.add_adapters(
+        qfx.quantize(tiny.build("llama"), "w4a16"), LoraConfig(target_modules=["q_proj", "up_proj"])
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    text, kept = tiny.ids(), torch.ones(2, 6, dtype=torch.long)
+    padded = {
+        name: nn.functional.pad(v, (0, 4), value=0) for name, v in (("input_ids", text), ("attention_mask", kept))
+    }
+    alone, filled = (
+        qfx.merge_adapters(copy.deepcopy(model), [batch], rounding="mse").rows
+        for batch in ({"input_ids": text, "attention_mask": kept}, padded)
+    )
+    assert len(alone) == len(filled) == 2
+    for row, same in zip(alone, filled, strict=True):
+        assert row.output_moved == pytest.approx(same.output_moved, rel=1e-4), row.node
+        assert row.output_lost == pytest.approx(same.output_lost, rel=1e-4), row.node
+
+
 @pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed:UserWarning")
 def test_biases_of_adapters() -> None:
     model = adapted("i4", size=0.3, lora_bias=True, target_modules=["up", "down"])
