@@ -148,7 +148,7 @@ def begun(data: Data, recipe: Recipe, start: Start) -> qfx.Plan:
     asked = qfx.Recipe.parse(recipe)
     fields: dict[str, Any] = {} if start == "nearest" else {"rounding": start}
     if start == "gptq":
-        fields["gptq"] = {"clip": True, "act_order": False}
+        fields["gptq"] = {"sweeps": 0, "act_order": False}
     return qfx.plan(data.model(), asked, data.calibration() if fields or asked.needs_data else None, **fields)
 
 

@@ -34,16 +34,14 @@ def _both(x: str, w: str, *kinds: str) -> list[dict[str, str]]:
 _STATIC = [*_both("u8", "i8/ch", "linear", "experts", "conv"), _EMBEDDING]
 
 _HEAD = {"target": "*lm_head", "x": "i8/tok", "w": "i8/ch"}
-_GPTQ = {"clip": True, "sweeps": 2}
 _CHOSEN = {  # formats are chosen by measuring weights rounded by "mse", by energy; GPTQ rounds what is chosen
     "rules": [*_weights("u4/g32/f16", "linear", "experts"), _EMBEDDING, _TIED],
     "rounding": "gptq",
-    "gptq": _GPTQ,
 }
 _NF4 = ("nf4/g16/f16", "nf4/g32/f16", "nf4/g64/f16")
 _ENERGY = {"rounding": "mse", "weighting": "energy", "num_calibration_samples": 16}
 _ROTATIONS = ("rotate", "rotate-down")
-_ROTATED = {"rewrites": _ROTATIONS, "rounding": "gptq", "gptq": _GPTQ}
+_ROTATED = {"rewrites": _ROTATIONS, "rounding": "gptq"}
 
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people, the fields
     "w8a8": (
@@ -104,7 +102,6 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         {
             "rules": [*_grouped("u4/g128/f16", "linear", "experts"), _EMBEDDING, _TIED],
             "rounding": "gptq",
-            "gptq": _GPTQ,
         },
     ),
     "w3a16-gptq": (
@@ -112,7 +109,6 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         {
             "rules": [*_grouped("u3/g128/f16", "linear", "experts"), _EMBEDDING, _TIED],
             "rounding": "gptq",
-            "gptq": _GPTQ,
         },
     ),
     "w2a16-gptq": (
@@ -120,7 +116,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         {
             "rules": [*_grouped("u2/g64/f16", "linear", "experts"), _EMBEDDING, _TIED],
             "rounding": "gptq",
-            "gptq": {**_GPTQ, "act_order": False},
+            "gptq": {"act_order": False},
         },
     ),
     "w4a16-learned": (
@@ -138,7 +134,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
             "rewrites": ("smooth",),
             "smooth_alpha": "search",
             "rounding": "gptq",
-            "gptq": {"sweeps": 2},
+            "gptq": {"clip": False},
         },
     ),
     "w4a8-rotate": (
@@ -146,7 +142,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         {
             "rules": [*_both("i8/tok", "i4/ch", "linear", "experts"), _EMBEDDING, _HEAD],
             **_ROTATED,
-            "gptq": {**_GPTQ, "asymmetric": True},
+            "gptq": {"asymmetric": True},
         },
     ),
     "w4a4-rotate": (
@@ -170,7 +166,6 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
         {
             "rules": [*_grouped("nf4/g64/f16", "linear", "experts"), _EMBEDDING, _TIED8],
             "rounding": "gptq",
-            "gptq": _GPTQ,
         },
     ),
     "fp8": (

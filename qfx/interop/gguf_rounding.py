@@ -36,7 +36,7 @@ from qfx.rounding.sequential import round_weights
 from qfx.storage.spill import rest
 
 _ELEMENTS = 1 << 21  # of the rows that are swept together
-_OPTIONS = GptqOptions(act_order=False, clip=True, sweeps=2)
+_OPTIONS = GptqOptions(act_order=False)
 _LEARNED = LearnedOptions()
 _HALVES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 

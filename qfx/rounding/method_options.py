@@ -41,14 +41,14 @@ class GptqOptions(Strict):
     own order (the scales of a group are found when it is reached). dampening: share of the mean energy that is added to
     each channel's; grows where it is not enough. asymmetric: make good what earlier layers lost, too (GPTAQ). clip:
     scales that clip where the error, weighted by energy, is least. sweeps: over all codes and scales once more, by
-    coordinate descent on what GPTQ minimizes.
+    coordinate descent on what GPTQ minimizes. As published, with neither: clip=False, sweeps=0.
     """
 
     act_order: Annotated[bool, Field(strict=True)] = True
     dampening: Annotated[float, Field(ge=0, le=1)] = 0.01
     asymmetric: Annotated[bool, Field(strict=True)] = False
-    clip: Annotated[bool, Field(strict=True)] = False
-    sweeps: Annotated[int, Field(strict=True, ge=0, le=100)] = 0
+    clip: Annotated[bool, Field(strict=True)] = True
+    sweeps: Annotated[int, Field(strict=True, ge=0, le=100)] = 2
 
 
 class LearnedOptions(Strict):

@@ -130,8 +130,8 @@ def _found(wanted: Tensor, before: Packed, method: str, name: str, seen: Hessian
     if seen is None:
         found.append(round_in_parts(wanted, fmt, method, name=name))
     else:
-        given = [(GptqOptions(), params), (GptqOptions(clip=True), None)]
-        found += [round_by(wanted, [seen], fmt, options, name=name, kept=kept)[0] for options, kept in given]
+        options = GptqOptions(sweeps=0)
+        found += [round_by(wanted, [seen], fmt, options, name=name, kept=kept)[0] for kept in (params, None)]
     return min(found, key=lambda packed: _loss(wanted - packed.dequantize(), seen))
 
 

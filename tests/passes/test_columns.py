@@ -11,8 +11,7 @@ from qfx.numerics import choose_qparams, dequantize, quantize
 from qfx.packing import Packed
 from qfx.passes import _columns
 from qfx.passes.gptq import round_by
-from qfx.rounding.method_options import GptqOptions
-from tests.passes.test_gptq import data, seen, weight
+from tests.passes.test_gptq import as_published, data, seen, weight
 
 
 def published(w: Tensor, x: Tensor, fmt: Format, *, act_order: bool, wanted: Tensor | None = None) -> Tensor:
@@ -51,7 +50,7 @@ def published(w: Tensor, x: Tensor, fmt: Format, *, act_order: bool, wanted: Ten
 def test_agrees_with_the_published_form(text: str, act_order: bool) -> None:
     """More columns than are passed on at once; groups within, across and beyond them; a last one that is shorter."""
     w, x, fmt = weight(12, 300), data(900, 300), Format.parse(text)
-    packed, _ = round_by(w, [seen(x)], fmt, GptqOptions(act_order=act_order), name="fc")
+    packed, _ = round_by(w, [seen(x)], fmt, as_published(act_order=act_order), name="fc")
     wanted = published(w, x, fmt, act_order=act_order)
     same = (packed.codes() == wanted).double().mean()
     assert same > 0.99, "all but values that lie between two codes in f32"
@@ -62,10 +61,10 @@ def test_asymmetric_agrees_with_the_published_form(act_order: bool) -> None:
     w, fmt = weight(12, 200), Format.parse("i4/ch")
     x = data(900, 200)
     wanted = x + 0.3 * data(900, 200, seed=3)
-    options = GptqOptions(act_order=act_order, asymmetric=True)
+    options = as_published(act_order=act_order, asymmetric=True)
     packed, _ = round_by(w, [seen(x, wanted)], fmt, options, name="fc")
     assert (packed.codes() == published(w, x, fmt, act_order=act_order, wanted=wanted)).double().mean() > 0.99
-    plain, _ = round_by(w, [seen(x)], fmt, GptqOptions(act_order=act_order), name="fc")
+    plain, _ = round_by(w, [seen(x)], fmt, as_published(act_order=act_order), name="fc")
 
     def missed(p: Packed) -> float:
         return float((p.dequantize() @ x.T - w @ wanted.T).square().sum())
@@ -75,8 +74,8 @@ def test_asymmetric_agrees_with_the_published_form(act_order: bool) -> None:
 
 def test_many_rows_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     w, x = weight(50, 40), data(200, 40)
-    each = [("u4/g16", options) for options in (GptqOptions(), GptqOptions(act_order=False))]
-    for text, options in (*each, ("u4/g16", GptqOptions(asymmetric=True)), ("i4", GptqOptions())):
+    each = [("u4/g16", options) for options in (as_published(), as_published(act_order=False))]
+    for text, options in (*each, ("u4/g16", as_published(asymmetric=True)), ("i4", as_published())):
         fmt, wanted = Format.parse(text), x + 0.3 * data(200, 40, seed=3) if options.asymmetric else None
         whole, told = round_by(w, [seen(x, wanted)], fmt, options, name="fc")
         monkeypatch.setattr(_columns, "_ELEMENTS", 7 * 40)

@@ -263,7 +263,6 @@ def test_degenerate_values(case: str) -> None:
 def test_presets_sweep_and_bad_numbers_are_refused() -> None:
     own = {name: recipe.gptq.sweeps for name, recipe in presets().items() if recipe.rounding == "gptq"}
     assert own and set(own.values()) == {2}
-    assert GptqOptions().sweeps == 0, "plain GPTQ is as published"
     for bad in (-1, 1.5, True, 101):
         with pytest.raises(ValueError, match="sweeps"):
             GptqOptions(sweeps=bad)  # type: ignore[arg-type]

@@ -212,10 +212,10 @@ def test_needs_data() -> None:
 
 
 def test_a_mapping_changes_the_options_that_it_names() -> None:
-    """Of a preset the others stay: `gptq={"sweeps": 0}` would else search no scales any more, without a word."""
-    preset = presets()["w4a16-gptq"]
-    assert preset.gptq.clip and preset.gptq.sweeps == 2
-    assert preset.override(gptq={"sweeps": 0}).gptq == GptqOptions(clip=True)
+    """Of a preset the others stay: `gptq={"sweeps": 0}` would else change the order of columns, without a word."""
+    preset = presets()["w2a16-gptq"]
+    assert not preset.gptq.act_order and preset.gptq.sweeps == 2
+    assert preset.override(gptq={"sweeps": 0}).gptq == GptqOptions(act_order=False, sweeps=0)
     assert preset.override(gptq=GptqOptions(sweeps=5)).gptq == GptqOptions(sweeps=5), "options as a whole are new ones"
     assert preset.override(gptq={}) == preset
     own = presets()["heads-nf4"].override(allocation={"avg_bits": 4.3, "refine": 7}).allocation

@@ -44,7 +44,6 @@ def recipe(option: str, names: Sequence[str], samples: int) -> qfx.Recipe:
         "rules": [{"target": name, "w": fmt} for name in names],
         "rounding": method,
         "weighting": manner or "uniform",
-        "gptq": {"clip": True, "sweeps": 2},  # as the presets have it
         "rewrites": rewrites,
         "num_calibration_samples": samples,
     }
