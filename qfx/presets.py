@@ -134,7 +134,6 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: one line for people
             "rewrites": ("smooth",),
             "smooth_alpha": "search",
             "rounding": "gptq",
-            "gptq": {"clip": False},
         },
     ),
     "w4a8-rotate": (

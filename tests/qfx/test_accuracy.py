@@ -313,8 +313,10 @@ def test_tiny_lm_by_heads_ends_with_gptq(tiny_lm: TinyLM, bits: float, most: flo
 @pytest.mark.slow
 @pytest.mark.parametrize(("fields", "most"), [({"bias_correction": True}, 1.05), ({"low_rank": 8}, 0.9)])
 def test_tiny_lm_corrections_after_gptq(tiny_lm: TinyLM, fields: dict[str, Any], most: float) -> None:
+    """GPTQ as published: after its sweeps a shift of the mean gains nothing (0.0288 -> 0.0308)."""
+    rounding: dict[str, Any] = {"rounding": "gptq", "gptq": {"clip": False, "sweeps": 0}}
     plain, corrected = (
-        tiny_lm.loss(qfx.quantize(tiny_lm.load(), body("u3/g128", rounding="gptq", **more), tiny_lm.calibration))[1]
+        tiny_lm.loss(qfx.quantize(tiny_lm.load(), body("u3/g128", **rounding, **more), tiny_lm.calibration))[1]
         for more in ({}, fields)
     )
     print(f"{fields}: KLD {plain:.4f} -> {corrected:.4f}")
