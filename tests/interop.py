@@ -30,7 +30,7 @@ UP = "model.layers.0.mlp.up_proj"
 def llama(*, tied: bool = False, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     """A float Llama of two layers, seeded."""
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, tie_word_embeddings=tied, **more)
+    config = LlamaConfig(**{**SIZES, **more}, tie_word_embeddings=tied)
     return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
 
 

@@ -12,7 +12,7 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -160,13 +160,39 @@ def decoder(config: Mapping[str, Any]) -> Decoder:
         raise ValueError(
             explain("this GPTQ checkpoint is not read", expected="an integer group_size, pack_dtype 'int32'")
         )
-    decode = functools.partial(_decode, version=version, group_size=asked)
+    decode = functools.partial(_decode, version=version, asked=functools.partial(_asked, config))
     return Decoder(NAME, frozenset({"qweight", "qzeros", "scales", "g_idx"}), decode)
+
+
+def _asked(config: Mapping[str, Any], fqn: str) -> int:
+    """The group size of a linear: GPTQModel's `dynamic` has expressions for linears that differ from the rest."""
+    found: int = config.get("group_size", -1)
+    for pattern, fields in (config.get("dynamic") or {}).items():
+        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), fqn):
+            return int(fields.get("group_size", found))
+    return found
+
+
+def _group(k: int, count: int, asked: int, g_idx: Tensor | None) -> tuple[int | None, tuple[Loss, ...]]:
+    """The columns of a group where `count` of them share k columns, and what is to be told; None where nothing tells
+    them."""
+    if count == 1:
+        return k, ()
+    if asked > 0 and -(-k // asked) == count:
+        return asked, ()
+    if g_idx is not None:  # every group but the last is whole, whatever their order
+        return int(torch.bincount(g_idx.to(torch.int64)).max()), ()
+    group = 1 << (-(-k // count) - 1).bit_length()  # no other power of two makes so many
+    if -(-k // group) != count:
+        return None, ()
+    said = f"groups of {asked}" if asked > 0 else "no group size"
+    reason = f"the config says {said}, the file has {count} for {k} columns: read as groups of {group}"
+    return group, ((reason, f"check the model, or write group_size={group} into the config"),)
 
 
 def _decode(
     fqn: str, kinds: tuple[str, ...], tensors: Mapping[str, Tensor], shape: tuple[int, int], *, version: str,
-    group_size: int,
+    asked: Callable[[str], int],
 ) -> Linear | Dequantized | None:  # fmt: skip
     """Bits come from the shapes, so that layers with bits of their own are read too."""
     del kinds
@@ -177,20 +203,24 @@ def _decode(
     bits = next((b for b in BITS if tuple(qweight.shape) == (width(k, b), n)), None)
     if bits is None:
         raise misfit(f"{fqn}.qweight", f"int32, [{k} * bits / 32, {n}] with 2, 3, 4 or 8 bits", qweight)
-    count = scales.shape[0]
-    group = k if count == 1 else group_size if group_size > 0 and -(-k // group_size) == count else -(-k // count)
-    if tuple(scales.shape) != (count, n) or -(-k // group) != count:
-        raise misfit(f"{fqn}.scales", f"[groups, {n}], groups of {group_size} of {k} columns", scales)
+    count, g_idx = scales.shape[0], tensors.get("g_idx")
+    if g_idx is not None and g_idx.numel() == 0:
+        g_idx = None
+    if g_idx is not None and (g_idx.numel() != k or int(g_idx.min()) < 0 or int(g_idx.max()) >= count):
+        raise misfit(f"{fqn}.g_idx", f"int32, [{k}], groups 0 to {count - 1}", g_idx)
+    group, guessed = _group(k, count, asked(fqn), g_idx)
+    if tuple(scales.shape) != (count, n) or group is None:
+        raise misfit(
+            f"{fqn}.scales", f"[groups, {n}], for {k} columns in groups of {asked(fqn)}, as the config says", scales
+        )
     codes = unpack_words(qweight.t().contiguous(), bits, k, f"{fqn}.qweight")
     zero, lost = _zeros(qzeros, bits, n, f"{fqn}.qzeros", version)
     if tuple(zero.shape) != (count, n):
         raise misfit(f"{fqn}.qzeros", f"int32, [{count}, {n} * {bits} / 32]", qzeros)
     zero, scale = zero.t().contiguous(), scales.t().contiguous()
-    g_idx = tensors.get("g_idx")
-    if g_idx is None or g_idx.numel() == 0 or g_idx.tolist() == [i // group for i in range(k)]:
+    lost += guessed
+    if g_idx is None or g_idx.tolist() == [i // group for i in range(k)]:
         return Linear(fqn, from_unsigned(codes, zero, scale, bits, group), lost=lost)
-    if g_idx.numel() != k or int(g_idx.min()) < 0 or int(g_idx.max()) >= count:
-        raise misfit(f"{fqn}.g_idx", f"int32, [{k}], groups 0 to {count - 1}", g_idx)
     columns = sorted_groups(g_idx, group)
     if columns is None:
         index = g_idx.to(torch.int64)

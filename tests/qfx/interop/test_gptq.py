@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,52 @@ def test_groups_of_unequal_size_are_dequantized(tmp_path: Path) -> None:
     assert type(model.get_submodule(UP)) is torch.nn.Linear and torch.equal(model.get_submodule(UP).weight, wanted)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="unequal size"):
         qfx.import_checkpoint(tmp_path, strict=True)
+
+
+def regrouped(folder: Path, group: int, *, keep: tuple[str, ...] = (), **fields: Any) -> torch.nn.Module:
+    """A checkpoint of 160 columns in groups of `group` (the last of them shorter) whose config says something else; of
+    g_idx those that `keep` names. Returns the model that was written."""
+    model = pack(llama(hidden_size=160, num_attention_heads=5, num_key_value_heads=5), f"u4/g{group}/f16")
+    qfx.export_gptq(model, folder, version="gptq_v2")
+    save_file(
+        {n: t for n, t in stored(folder).items() if "g_idx" not in n or n.endswith(keep)}, folder / "model.safetensors"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= fields
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"group_size": 16, "dynamic": {"-:.*lm_head": {}, r"+:model\.layers\..*": {"bits": 4, "group_size": 64}}},
+        {"group_size": 16, "dynamic": {r".*": {"group_size": 64}, ".*_proj": {"group_size": 16}}},
+    ],
+)
+def test_group_sizes_of_their_own_are_read(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = regrouped(tmp_path, 64, **fields)
+    assert torch.equal(logits(qfx.import_checkpoint(tmp_path, strict=True)), logits(model))
+
+
+@pytest.mark.parametrize("size", [-1, 16])
+def test_the_group_of_each_column_tells_the_size(size: int, tmp_path: Path) -> None:
+    model = regrouped(tmp_path, 64, keep=("g_idx",), group_size=size)
+    assert torch.equal(logits(qfx.import_checkpoint(tmp_path, strict=True)), logits(model))
+
+
+def test_a_group_size_that_nothing_tells_is_told_or_refused(tmp_path: Path) -> None:
+    model = regrouped(tmp_path / "a", 64, group_size=-1)
+    with pytest.warns(QfxWarning) as told:
+        assert torch.equal(logits(qfx.import_checkpoint(tmp_path / "a")), logits(model))
+    for counts in ("2 for 96", "3 for 160"):
+        reason = f"the config says no group size, the file has {counts} columns: read as groups of 64"
+        assert any(reason in str(warning.message) for warning in told)
+    with pytest.raises(UnsupportedError, match="read as groups of 64"):
+        qfx.import_checkpoint(tmp_path / "a", strict=True)
+    regrouped(tmp_path / "b", 24, group_size=128)
+    with pytest.raises(ValueError, match=r"scales' does not fit(.|\n)*columns in groups of 128, as the config says"):
+        qfx.import_checkpoint(tmp_path / "b")
 
 
 @pytest.mark.parametrize(
