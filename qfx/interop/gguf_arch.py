@@ -6,6 +6,7 @@ rows of q and k are written in the other order (see `rows_of_pairs`). The other 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -153,14 +154,36 @@ def _decoder_settings(config: Any) -> dict[str, Any]:
         "rope.freq_base": float(rope["rope_theta"]),
     }
     kind = rope.get("rope_type", "default")
-    if kind in ("linear", "yarn"):
+    if kind == "linear":
         fields |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
-        if kind == "yarn":
-            original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-            fields["rope.scaling.original_context_length"] = int(original)
+    elif kind == "yarn":
+        fields |= _yarn_settings(config)
     elif kind not in ("default", "llama3"):
         raise _unlike(f"rotary embedding {kind!r}", "default, linear, yarn or llama3")
     return fields
+
+
+def _yarn_settings(config: Any) -> dict[str, Any]:
+    """llama.cpp computes the frequencies from these alone, and scales sin and cos by `attn_factor` besides."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    said = dict(config.rope_parameters)
+    original = said.get("original_max_position_embeddings") or config.max_position_embeddings
+    factor = float(said.get("factor") or config.max_position_embeddings / original)
+    plain = copy.deepcopy(config)
+    plain.rope_parameters = {
+        "rope_type": "yarn", "rope_theta": said["rope_theta"], "factor": factor,
+        "original_max_position_embeddings": original,
+    }  # fmt: skip
+    own, known = (ROPE_INIT_FUNCTIONS["yarn"](each, torch.device("cpu")) for each in (config, plain))
+    if not torch.allclose(own[0], known[0], rtol=1e-6, atol=0):
+        found = ", ".join(f"{key}={said[key]}" for key in sorted(said.keys() - plain.rope_parameters.keys()))
+        raise _unlike(f"yarn with {found}", "yarn with beta_fast=32, beta_slow=1, truncate=True")
+    fields = {
+        "rope.scaling.type": "yarn", "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": int(original),
+    }  # fmt: skip
+    return fields if own[1] == known[1] else {**fields, "rope.scaling.attn_factor": float(own[1] / known[1])}
 
 
 def _bert_settings(config: Any) -> dict[str, Any]:

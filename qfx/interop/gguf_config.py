@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,11 +82,17 @@ def _given(ids: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 def _rope(said: Mapping[str, Any], head_dim: int, factors: Tensor | None) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_theta": _short(said.get("rope.freq_base", 10000.0)), "rope_type": "default"}
-    kind = said.get("rope.scaling.type", "none")
+    kind, scaled = said.get("rope.scaling.type", "none"), float(said.get("rope.scaling.attn_factor", 1.0))
+    if kind != "yarn" and scaled != 1.0:
+        raise UnsupportedError(
+            explain("the rotary embedding of the file is not known", expected="a scale of 1", found=f"{scaled:g}")
+        )
     if kind in ("linear", "yarn"):
         rope |= {"rope_type": kind, "factor": _short(said.get("rope.scaling.factor", 1.0))}
         if kind == "yarn" and "rope.scaling.original_context_length" in said:
             rope["original_max_position_embeddings"] = said["rope.scaling.original_context_length"]
+        if kind == "yarn" and scaled != 1.0:  # beside what yarn's own factor gives
+            rope["attention_factor"] = _short(scaled * (0.1 * math.log(max(rope["factor"], 1.0)) + 1.0))
     elif kind != "none":
         raise UnsupportedError(
             explain("the rotary embedding of the file is not known", expected="none, linear, yarn", found=kind)

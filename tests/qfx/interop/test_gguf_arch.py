@@ -72,6 +72,36 @@ def test_configs_come_back(kind: str) -> None:
     assert config_of(settings(arch, config), arch, {}).tie_word_embeddings is True
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize("more", [{"attention_factor": 0.5}, {"mscale": 1.0, "mscale_all_dim": 0.5}, {"beta_fast": 32}])
+def test_scales_of_yarn_come_back(more: dict[str, float]) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = transformers.LlamaConfig(num_hidden_layers=1, rope_parameters={**YARN, **more})
+    arch = architecture_of(config)
+    found = settings(arch, config)
+    assert ("llama.rope.scaling.attn_factor" in found) is ("beta_fast" not in more)
+    back = config_of(found, arch, {})
+    own, read = (ROPE_INIT_FUNCTIONS["yarn"](each, torch.device("cpu")) for each in (config, back))
+    assert torch.equal(own[0], read[0]) and read[1] == pytest.approx(own[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("more", [{"beta_fast": 16.0}, {"beta_slow": 2.0}, {"truncate": False}])
+def test_frequencies_of_yarn_that_llama_cpp_does_not_compute(more: dict[str, float]) -> None:
+    config = transformers.LlamaConfig(num_hidden_layers=1, rope_parameters={**YARN, **more})
+    with pytest.raises(UnsupportedError, match=rf"beta_fast=32, beta_slow=1.*\n  found: yarn with {next(iter(more))}="):
+        settings(architecture_of(config), config)
+
+
+def test_a_scale_beside_other_rotations_is_refused() -> None:
+    config = transformers.LlamaConfig(num_hidden_layers=1)
+    arch = architecture_of(config)
+    with pytest.raises(UnsupportedError, match=r"expected: a scale of 1\n  found: 0.5"):
+        config_of(settings(arch, config) | {"llama.rope.scaling.attn_factor": 0.5}, arch, {})
+
+
 def test_factors_that_no_settings_give() -> None:
     config = transformers.LlamaConfig(num_hidden_layers=1)
     arch = architecture_of(config)

@@ -117,11 +117,12 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max
         ("Llama", {"rope_parameters": LLAMA3}),
         ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
         ("Llama", {"rope_parameters": YARN}),
+        ("Qwen3", {"rope_parameters": {**YARN, "attention_factor": 0.5}}),
         ("Mistral", {"sliding_window": None, "head_dim": 48}),
         ("Qwen2", {}),
         ("Qwen3", {"head_dim": 64}),
     ],
-    ids=["llama", "biases", "llama3", "linear", "yarn", "mistral", "qwen2", "qwen3"],
+    ids=["llama", "biases", "llama3", "linear", "yarn", "scaled yarn", "mistral", "qwen2", "qwen3"],
 )
 def test_logits_of_every_architecture(kind: str, more: dict[str, Any], quiet: Any, tmp_path: Path) -> None:
     model = sized(kind, **more)
