@@ -4,50 +4,39 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qfx.errors import Note, UnsupportedError, check_flags, explain, listed, nearest, reading
+from qfx.errors import Note, check_flags, explain, listed, reading
 from qfx.format import Format
 from qfx.interop.gguf_arch import Architecture, architecture_named, head_dim_of, rows_of_pairs
 from qfx.interop.gguf_blocks import BLOCK_TYPES, block_type, unpack
 from qfx.interop.gguf_config import config_of
 from qfx.interop.gguf_exact import as_packed
-from qfx.interop.gguf_export import need_gguf
+from qfx.interop.gguf_file import PLAIN, GgufFile, read_gguf
 from qfx.live.modules import QuantEmbedding, QuantLinear, take_place, tell_shared
 from qfx.packing import Packed
 from qfx.pipeline import told
 
-_PLAIN = ("F32", "F16", "BF16")
 _FACTORS = "rope_freqs.weight"
-
-
-@dataclass(frozen=True, eq=False)
-class GgufFile:
-    """A file that was checked: its metadata, and tensors by name. The data is mapped, not read."""
-
-    path: Path
-    fields: Mapping[str, Any]
-    tensors: Mapping[str, Any]
 
 
 def import_gguf(
     path: str | os.PathLike[str], *, packed: bool = True, dtype: torch.dtype = torch.float32, strict: bool = False
 ) -> nn.Module:
-    """The model of a Llama, Mistral, Qwen2, Qwen3 or BERT file, in eval mode.
+    """The model of a Llama, Mistral, Qwen2, Qwen3 or BERT file, in eval mode. Of a model in parts
+    (`m-00001-of-00003.gguf`) give one, the others lie beside it.
 
     packed: weights whose blocks a format of qfx holds exactly stay packed (Q8_0, Q4_0, Q5_0, MXFP4, Q6_K, Q3_K; Q4_1
     and Q5_1 where their offsets are whole steps); others become float, with a warning, under strict an
     UnsupportedError. packed=False makes all of them float. dtype: of float weights and activations. The tokenizer:
     transformers' AutoTokenizer.from_pretrained(folder, gguf_file=name).
 
-    Raises FileNotFoundError, ValueError for a file that is none, is cut short or lacks tensors or metadata,
-    UnsupportedError for other architectures and types, ImportError without gguf or transformers.
+    Raises FileNotFoundError, also for missing parts, ValueError for a file that is none, is cut short or lacks tensors
+    or metadata, UnsupportedError for other architectures and types, ImportError without gguf or transformers.
     """
     check_flags(packed=packed, strict=strict)
     with reading(path):
@@ -69,35 +58,6 @@ def _model(file: GgufFile, *, packed: bool, dtype: torch.dtype, strict: bool) ->
         _tie(model)
     told(notes, strict=strict)
     return model.eval()
-
-
-def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
-    """Metadata and tensors of a GGUF file, whose size is checked. Raises as `import_gguf` does."""
-    gguf = need_gguf()
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(explain(f"there is no file {file}", next_step="give the path of a .gguf file"))
-    with open(file, "rb") as opened:
-        if opened.read(4) != b"GGUF":
-            raise ValueError(explain(f"{file} is no GGUF file", expected="its first bytes are 'GGUF'"))
-    try:
-        reader = gguf.GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise ValueError(
-            explain(
-                f"{file} is cut short, altered, or of a version or type that gguf does not know: {error}",
-                found=f"{file.stat().st_size} bytes",
-                next_step="copy the file again, or install a newer gguf",
-            )
-        ) from error
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    for name, tensor in tensors.items():
-        kind = tensor.tensor_type.name
-        if kind not in BLOCK_TYPES and kind not in _PLAIN:
-            known = nearest(kind, [*BLOCK_TYPES, *_PLAIN])
-            raise UnsupportedError(explain(f"{file}: tensor {name!r} is of type {kind}", expected=known))
-    return GgufFile(file, fields, tensors)
 
 
 def _check_sizes(file: GgufFile, shapes: Mapping[str, tuple[int, ...]], config: Any) -> None:
@@ -177,7 +137,7 @@ def _fill(
         data = data[torch.argsort(rows_of_pairs(len(data), heads))]
     owner, _, leaf = fqn.rpartition(".")
     module = model.get_submodule(owner)
-    if kind in _PLAIN:
+    if kind in PLAIN:
         _set(module, leaf, _plain(data, kind).reshape(shape).to(dtype))
         return []
     reason: str | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import qfx
-from qfx.interop.gguf_import import read_gguf
+from qfx.interop.gguf_file import read_gguf
 from tests.qfx.commands import run
 
 pytest.importorskip("gguf", reason="the container: pip install qfx[interop]")

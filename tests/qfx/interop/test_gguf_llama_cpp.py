@@ -14,7 +14,7 @@ from torch import Tensor
 import qfx
 from qfx.interop import gguf_export
 from qfx.interop.gguf_blocks import BLOCK_TYPES
-from qfx.interop.gguf_import import read_gguf
+from qfx.interop.gguf_file import read_gguf
 from qfx.interop.gguf_types import MIXES
 
 transformers = pytest.importorskip("transformers", reason="the models are transformers models: pip install qfx[hf]")

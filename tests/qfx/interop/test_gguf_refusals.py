@@ -13,7 +13,7 @@ from torch import nn
 import qfx
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.interop import gguf_import
-from qfx.interop.gguf_import import read_gguf
+from qfx.interop.gguf_file import read_gguf
 from tests import tiny
 from tests.gguf_models import SIZES, random_model, run
 from tests.processes import python

@@ -15,7 +15,7 @@ import qfx
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.interop.gguf_blocks import BLOCK_TYPES, block_type, unpack
 from qfx.interop.gguf_encode import encode
-from qfx.interop.gguf_import import read_gguf
+from qfx.interop.gguf_file import read_gguf
 from qfx.interop.gguf_rounding import _Blocks, gptq, round_blocks
 from qfx.passes._hessian import Hessian
 from qfx.plan import Plan

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import qfx
 from qfx.errors import QfxWarning, UnsupportedError
 from qfx.format import Format
-from qfx.interop.gguf_import import read_gguf
+from qfx.interop.gguf_file import read_gguf
 from qfx.live.modules import QuantEmbedding, QuantLinear
 from qfx.live.permuted import QuantPermuted
 from qfx.packing import pack_weight

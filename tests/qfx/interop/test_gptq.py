@@ -176,7 +176,9 @@ def test_groups_of_unequal_size_are_dequantized(tmp_path: Path) -> None:
 def regrouped(folder: Path, group: int, *, keep: tuple[str, ...] = (), **fields: Any) -> torch.nn.Module:
     """A checkpoint of 160 columns in groups of `group` (the last of them shorter) whose config says something else; of
     g_idx those that `keep` names. Returns the model that was written."""
-    model = pack(llama(hidden_size=160, num_attention_heads=5, num_key_value_heads=5), f"u4/g{group}/f16")
+    model: torch.nn.Module = pack(
+        llama(hidden_size=160, num_attention_heads=5, num_key_value_heads=5), f"u4/g{group}/f16"
+    )
     qfx.export_gptq(model, folder, version="gptq_v2")
     save_file(
         {n: t for n, t in stored(folder).items() if "g_idx" not in n or n.endswith(keep)}, folder / "model.safetensors"
