@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qfx.errors import explain
+from qfx.errors import UnsupportedError, explain, listed
 from qfx.format import Format
 from qfx.interop.linear import SCALES
 
@@ -20,12 +20,14 @@ FORMATS = (
 
 
 class Schemes:
-    """The groups of a `quantization_config`. Raises ValueError where one is not known."""
+    """The groups of a `quantization_config`. Raises ValueError where one is not known, UnsupportedError for rotations
+    of activations."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise ValueError(explain("the quantization_config has no config_groups", found=", ".join(sorted(config))))
+        _check_transforms(config)
         self.groups: list[dict[str, Any]] = []
         for name, group in groups.items():
             if not isinstance(group, dict):
@@ -35,7 +37,8 @@ class Schemes:
             kind = group.get("format") or config.get("format")
             if group.get("weights") is not None and kind not in FORMATS:
                 raise ValueError(explain(f"unknown format {kind!r} of compressed-tensors", expected=", ".join(FORMATS)))
-            self.groups.append({**group, "format": kind})
+            said = {key: _complete(group[key]) for key in ("weights", "input_activations") if group.get(key)}
+            self.groups.append({**group, **said, "format": kind})
         self.ignore = [str(target) for target in config.get("ignore") or ()]
         parts = re.findall(r"\d+", str(config.get("version") or "0.17"))
         self.version = tuple(int(part) for part in parts[:2])
@@ -52,6 +55,38 @@ class Schemes:
                 if any(_matches(str(target), fqn, kinds, how) for target in group.get("targets") or ()):
                     return group
         return None
+
+
+def _complete(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a quantization, with compressed-tensors' own values of those that are left out."""
+    found: dict[str, Any] = {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "group_size": None,
+        "dynamic": False,
+    } | dict(args)
+    if found.get("strategy") is None:
+        size = found["group_size"]
+        found["strategy"] = "tensor" if size is None else "group" if size > 0 else "channel"
+    return found
+
+
+def _check_transforms(config: Mapping[str, Any]) -> None:
+    """Transforms of weights are in the weights; what the model would compute beside them is not read."""
+    groups = (config.get("transform_config") or {}).get("config_groups") or {}
+    applied = [part for group in groups.values() for part in group.get("apply") or ()]
+    online = [part for part in applied if part.get("location") not in ("weight_input", "weight_output")]
+    if online:
+        where = listed([f"{part.get('location')} of {', '.join(part.get('targets') or ())}" for part in online])
+        raise UnsupportedError(
+            explain(
+                "the checkpoint rotates activations while the model runs, which is not read",
+                expected="transforms of weights alone",
+                found=where,
+                next_step="quantize the float model with qfx, whose rewrites rotate (rotate, rotate-down, rotate-qk)",
+            )
+        )
 
 
 _WAYS = ("name", "expression", "class")

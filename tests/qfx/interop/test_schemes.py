@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from qfx.errors import UnsupportedError
 from qfx.interop.schemes import Schemes, input_format, weight_format
 
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -44,6 +45,43 @@ def test_versions() -> None:
 def test_what_is_not_known_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Schemes(config)
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs"),
+    [
+        ({"num_bits": 4, "group_size": 32}, None),
+        ({"num_bits": 8, "group_size": -1}, {"dynamic": True, "strategy": "token"}),
+        ({"strategy": "channel"}, {"dynamic": True}),
+        ({"type": "float", "strategy": "channel"}, {"type": "float"}),
+    ],
+)
+def test_what_a_config_leaves_out_is_what_the_library_says(weights: Any, inputs: Any) -> None:
+    oracle = pytest.importorskip("compressed_tensors", reason="pip install qfx[interop]").quantization.QuantizationArgs
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    found = Schemes({"format": "pack-quantized", "config_groups": {"a": group}}).groups[0]
+    for said, read in ((weights, found["weights"]), (inputs, found["input_activations"])):
+        own = None if said is None else oracle(**said)
+        assert read == (own and {key: getattr(own, key) for key in read})
+
+
+def test_a_left_out_symmetry_is_symmetric() -> None:
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32}}
+    group |= {"input_activations": {"strategy": "token", "dynamic": True}}
+    found = Schemes({"format": "pack-quantized", "config_groups": {"a": group}}).groups[0]
+    assert str(weight_format(found["weights"], torch.ones(1), "a")) == "i4/g32"
+    assert input_format(found["input_activations"]) == "i8/tok"
+
+
+def rotated(*locations: str) -> dict[str, Any]:
+    apply = [{"targets": ["re:.*down_proj$"], "location": location, "inverse": False} for location in locations]
+    return {"transform_config": {"config_groups": {"R4": {"type": "hadamard", "apply": apply}}}}
+
+
+def test_rotations_of_activations_are_refused_those_of_weights_are_not() -> None:
+    assert schemes(["Linear"], **rotated("weight_input", "weight_output")).groups
+    with pytest.raises(UnsupportedError, match=r"rotates activations[\s\S]*found: input of re:\.\*down_proj\$"):
+        schemes(["Linear"], **rotated("weight_input", "input"))
 
 
 @pytest.mark.parametrize(
